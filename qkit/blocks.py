@@ -1,0 +1,75 @@
+"""What a block is to capture, solvers and transforms: its linears, which of them share an input, and their names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears of a block that read the same input.
+
+    linears: module names inside the block
+    source:  the norm or linear of the block whose output channels are that input, when a per-channel scale
+             can be folded into it without changing the function; None when it cannot
+    also:    modules with a ``weight`` [.., in] that read the same input and stay unquantized (a router)
+    """
+
+    linears: tuple[str, ...]
+    source: str | None = None
+    also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A weight matrix [out, in] of a block, wherever the module keeps it.
+
+    name:   checkpoint name without '.weight'
+    param:  the module parameter that holds it, relative to the block
+    expert, rows: for fused experts, the index and the row range inside ``param``
+    """
+
+    name: str
+    param: str
+    shape: tuple[int, int]
+    bias: bool = False
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+    def view(self, block: nn.Module) -> Tensor:
+        """The weight inside a materialized block, [out, in]; writing to it changes the block."""
+        weight = block.get_parameter(self.param).data
+        if self.expert is not None:
+            weight = weight[self.expert]
+        return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears that read the same input; ``hook`` is the module whose input it is ('' for an expert's own)."""
+
+    linears: tuple[Linear, ...]
+    declared: Group
+    hook: str
+    expert: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Identifies the group inside its block."""
+        return self.linears[0].name
+
+
+@dataclass(frozen=True)
+class BlockOutline:
+    """One block: its module path, the groups of its linears, and the stored name of every parameter."""
+
+    index: int
+    path: str
+    groups: tuple[LinearGroup, ...]
+    stored: tuple[tuple[str, str], ...]  # (parameter or buffer inside the block, checkpoint tensor name)
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return tuple(linear for g in self.groups for linear in g.linears)

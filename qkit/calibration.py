@@ -1,0 +1,78 @@
+"""Calibration rows: from a text file to token rows.
+
+A text is tokenised whole (no special tokens added) and cut into consecutive rows of ``seqlen`` tokens, of which the first
+``samples`` are used. The same text, tokenizer and numbers give the same rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.errors import BadCalibration, IOFailure
+
+MAX_BAD = 0.01  # share of tokens outside the vocabulary above which a text is refused
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """samples rows of seqlen tokens; ``digest``: sha256 of the token ids (int64, little-endian)."""
+
+    source: str
+    samples: int
+    seqlen: int
+    digest: str
+    tokens: Tensor = field(compare=False, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the tokens themselves."""
+        return {k: v for k, v in asdict(self).items() if k != "tokens"}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Calibration:
+        return self  # immutable; dataclasses.asdict would copy the tokens otherwise
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file. Raises BadCalibration naming the byte that is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise BadCalibration(f"{path}: byte {e.start} is not UTF-8: save the calibration text as UTF-8") from e
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
+        raise BadCalibration(f"{path}: no such calibration text file") from e
+    except OSError as e:
+        raise IOFailure(f"{path}: cannot be read: {e.strerror}") from e
+
+
+def calibration_rows(
+    path: Path, tokenizer: Any, samples: int, seqlen: int, vocabulary: int, source: str = ""
+) -> Calibration:
+    """Rows of a text file.
+
+    vocabulary: rows of the embedding table; max context is the caller's matter.
+    Raises BadCalibration when the text is too short, when all rows are equal, or when token ids leave the vocabulary.
+    """
+    ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
+    available = len(ids) // seqlen
+    if available < samples:
+        raise BadCalibration(
+            f"{path}: {len(ids)} tokens give {available} rows of {seqlen}, {samples} are needed "
+            f"({samples * seqlen} tokens): use a longer text, or fewer --samples or a shorter --seqlen"
+        )
+    rows = torch.tensor(ids[: samples * seqlen], dtype=torch.int64).view(samples, seqlen)
+    outside = int((rows >= vocabulary).sum())
+    if outside:
+        row = int((rows >= vocabulary).any(1).nonzero()[0])
+        raise BadCalibration(
+            f"{path}: row {row} has a token id of at least {vocabulary}, the size of the model's vocabulary "
+            f"({outside} tokens in all): the tokenizer does not belong to this model"
+        )
+    if samples > 1 and bool((rows == rows[0]).all()):
+        raise BadCalibration(f"{path}: all {samples} rows are the same: the text repeats itself and teaches nothing")
+    digest = hashlib.sha256(rows.numpy().astype("<i8").tobytes()).hexdigest()
+    return Calibration(source or path.name, samples, seqlen, digest, rows)

@@ -1,0 +1,126 @@
+"""qkit check: is the packed model within its budget?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import qkit_data
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qkit.commands.eval import json_bytes, printable, progress_bar, show
+from qkit.errors import BudgetNotMet, UsageError
+from qkit.evaluation.budget import Budget, Check, judge, junit_xml, load_budget
+from qkit.evaluation.measure import DTYPES, EvalRequest, measure
+from qkit.evaluation.text import text_name
+from qkit.safefile import write_atomic
+
+
+@click.command("check")
+@click.argument("out")
+@click.option("--budget", "budget_file", required=True, type=click.Path(path_type=Path), help="A YAML file of limits.")
+@click.option("--baseline", help="The original model; needed by limits that compare with it.")
+@click.option("--text", "texts", multiple=True, help="FILE, NAME=FILE or dataset:NAME[:config][:split][:column].")
+@click.option("--dtype", default="float32", show_default=True, type=click.Choice(list(DTYPES)), help="Of arithmetic.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--task-dir", type=click.Path(path_type=Path), help="A folder of further lm-eval task files.")
+@click.option("--allow-task-code", is_flag=True, help="Let the task files of --task-dir run code.")
+@click.option("--junit", "junit_file", type=click.Path(path_type=Path), help="Write a JUnit report to this file.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write checks and figures to this file.")
+def check_command(
+    out: str,
+    budget_file: Path,
+    baseline: str | None,
+    texts: tuple[str, ...],
+    dtype: str,
+    device: str,
+    task_dir: Path | None,
+    allow_task_code: bool,
+    junit_file: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Measure the model in the folder OUT and hold it against a budget. Exit code 4 if a limit is not kept.
+
+    \b
+    Example:
+      qkit check out/tiny-llama-w4a16 --budget budget.yaml --baseline tiny-llama --junit check.xml
+    where budget.yaml has lines such as
+      perplexity: +2%
+      kl.mean: 0.02
+      same_top1: ">=0.95"
+      size: 0.3x
+    """
+    from qkit.locate import find_model
+
+    budget = load_budget(budget_file)
+    if baseline is None and budget.needs_baseline:
+        raise UsageError(
+            f"budget {budget_file}: {', '.join(budget.needs_baseline)} cannot be judged without the original model; "
+            "add --baseline PATH"
+        )
+    request = EvalRequest(
+        choose_texts(budget, texts, budget_file),
+        budget.window,
+        budget.windows,
+        budget.tasks,
+        budget.limit,
+        task_dir,
+        allow_task_code,
+        dtype,
+        device,
+    )
+    original = None if baseline is None else find_model(baseline)
+    with progress_bar(Console(stderr=True)) as progress:
+        measured = measure(find_model(out), original, request, progress)
+    checks = judge(budget, measured)
+    if json_file is not None:
+        write_atomic(json_file, json_bytes({"checks": [asdict(check) for check in checks], **measured}))
+    if junit_file is not None:
+        write_atomic(junit_file, junit_xml(checks, f"qkit check {measured['model']}").encode())
+    console = Console()
+    show(measured, console)
+    console.print(checks_table(checks))
+    failed = [check.name for check in checks if not check.ok]
+    if failed:
+        raise BudgetNotMet(
+            f"{out}: {len(failed)} of {len(checks)} limits of {budget_file} not kept: {printable(', '.join(failed))}; "
+            "quantize with more bits or another method, or change the budget"
+        )
+
+
+def choose_texts(budget: Budget, given: Sequence[str], budget_file: Path) -> list[str]:
+    """What to measure: the texts given and those of the budget; the embedded one if there are none or a line names it.
+
+    Nothing when no line is about text. Raises UsageError for a line about a text that is nowhere to be found.
+    """
+    if not budget.measures_text:
+        return []
+    texts, names = list(given), [text_name(spec) for spec in given]
+    for name, path in budget.texts.items():
+        if name not in names:
+            texts.append(f"{name}={path}")
+            names.append(name)
+    if "evaluation" not in names and (not texts or "evaluation" in budget.named_texts):
+        texts.append(str(qkit_data.text_path("evaluation")))
+        names.append("evaluation")
+    for name in budget.named_texts:
+        if name not in names:
+            raise UsageError(
+                f"budget {budget_file}: no text is called '{name}'; add it under texts:, or --text {name}=FILE"
+            )
+    return texts
+
+
+def checks_table(checks: Sequence[Check]) -> Table:
+    table = Table("budget line", "limit", "measured", "", title="budget", title_justify="left")
+    for check in checks:
+        found = "not measured" if check.measured is None else f"{check.measured:.6g}"
+        if check.measured is not None and not math.isfinite(check.measured):
+            found = "not a finite number"
+        table.add_row(*map(Text, (printable(check.name), check.limit, found, "ok" if check.ok else "FAILED")))
+    return table

@@ -1,0 +1,182 @@
+"""What several verbs share: the options of a request, progress, signals, tables."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from qkit.errors import Stopped, UsageError
+from qkit.pipeline import Prepared, Request, coverage
+from qkit.safefile import write_atomic
+
+_SIGNALS = (
+    (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if hasattr(signal, "SIGHUP") else (signal.SIGINT, signal.SIGTERM)
+)
+
+
+def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that describe what to quantize and how."""
+    options = [
+        click.option("--model", required=True, help="Model folder, reference model name, or hub id."),
+        click.option("--scheme", help="For instance w4a16, w8a8, nvfp4 ('qkit list schemes')."),
+        click.option("--method", help="rtn, gptq, awq, smoothquant, rotate, or a sum such as smoothquant+gptq."),
+        click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with rules per layer."),
+        click.option("--group-size", type=int, help="Weights per scale; -1: one scale per output channel."),
+        click.option(
+            "--option", "options", multiple=True, metavar="NAME=VALUE", help="Option of the method, repeatable."
+        ),
+        click.option("--strict", is_flag=True, help="Refuse to adapt a group size that does not divide a width."),
+        click.option("--calib", type=click.Path(path_type=Path), help="Calibration text (default: the embedded one)."),
+        click.option("--samples", type=int, default=128, show_default=True, help="Calibration rows."),
+        click.option("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration row."),
+        click.option("--seed", type=int, default=0, show_default=True, help="For what is random (rotations)."),
+        click.option("--threads", type=int, help="Workers (default: all cores); the result does not depend on it."),
+        click.option(
+            "--json", "json_file", type=click.Path(path_type=Path), help="Write what is printed to this file."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def make_request(given: dict[str, Any]) -> Request:
+    """The Request of parsed options."""
+    options: dict[str, Any] = {}
+    for item in given.pop("options"):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"--option {item}: expected NAME=VALUE")
+        options[name] = _literal(value)
+    if given["threads"] is not None and given["threads"] < 1:
+        raise UsageError(f"--threads {given['threads']}: expected at least 1")
+    return Request(options=options, **given)
+
+
+def _literal(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def write_json(file: Path | None, data: Any) -> None:
+    """The machine's copy of what a command prints."""
+    if file is not None:
+        write_atomic(file, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
+
+
+def megabytes(n: float) -> str:
+    """10^6 bytes, or 10^9 from 1 GB up."""
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
+
+
+def show_coverage(found: Prepared, console: Console) -> None:
+    """What is quantized, what is not and why, and the bytes."""
+    plan = found.plan
+    kinds: dict[tuple[str, str, str, str], list[int]] = {}
+    for p in plan.linears.values():
+        group = str(p.weights.group or p.weights.strategy)
+        acts = "-" if p.activations is None else p.activations.name
+        entry = kinds.setdefault((p.scheme, f"{p.weights.name}, {group}", acts, p.solver), [0, 0])
+        entry[0] += 1
+        entry[1] += p.shape[0] * p.shape[1]
+    table = Table("scheme", "weights, group", "activations", "solver", "linears", "weights (M)", title="coverage")
+    for (scheme, weights, acts, solver), (count, size) in kinds.items():
+        table.add_row(scheme, weights, acts, solver, str(count), f"{size / 1e6:.2f}")
+    console.print(table)
+    reasons: dict[str, list[str]] = {}
+    for name, reason in plan.skipped.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        console.print(Text(f"skipped: {names[0]}{more}: {reason}"))
+    notes: dict[str, list[str]] = {}
+    for p in plan.linears.values():
+        if p.note:
+            notes.setdefault(p.note, []).append(p.name)
+    for note, names in notes.items():
+        console.print(
+            Text(f"note: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f": {note}")
+        )
+    if plan.untied:
+        console.print("note: rotation gives the head a weight of its own: the embeddings are no longer tied")
+    done = coverage(plan)
+    console.print(
+        f"{done['quantized']} linears quantized, {done['skipped']} skipped; tensors: {megabytes(plan.source_bytes)} before, "
+        f"{megabytes(plan.packed_bytes)} after ({plan.packed_bytes / plan.source_bytes:.3f}x)"
+    )
+
+
+class Reporter:
+    """Progress on a terminal, plain lines elsewhere; also where a signal stops the run."""
+
+    def __init__(self, console: Console, resume: str) -> None:
+        self._resume = resume
+        self._stop: int | None = None
+        self._live = console.is_terminal
+        self._console = console
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console, transient=True, disable=not self._live)
+        self._task: TaskID | None = None
+        self._last = time.monotonic()
+
+    def start(self, what: str, total: int) -> None:
+        """A new phase."""
+        self._check()
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(what, total=total)
+        if not self._live and time.monotonic() - self._last > 2:
+            self._last = time.monotonic()
+            self._console.print(Text(what))
+
+    def step(self, amount: int = 1) -> None:
+        """Some of the phase is done; a signal that came in takes effect here."""
+        self._check()
+        if self._task is not None:
+            self._progress.advance(self._task, amount)
+
+    def _check(self) -> None:
+        if self._stop is not None:
+            name = signal.Signals(self._stop).name
+            raise Stopped(f"stopped by {name}; finished blocks are kept: go on with: {self._resume}")
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Signals stop the run at the next safe place; a second one ends the process at once."""
+
+        def note(number: int, _: FrameType | None) -> None:
+            self._stop = number
+            for s in _SIGNALS:
+                signal.signal(s, signal.SIG_DFL)
+
+        before = {s: signal.signal(s, note) for s in _SIGNALS}
+        try:
+            with self._progress:
+                yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+
+def command_line() -> str:
+    """The command as the user typed it."""
+    import shlex
+
+    return shlex.join(["qkit", *sys.argv[1:]])

@@ -1,0 +1,161 @@
+"""qkit eval: what quantization cost, measured on the packed model."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import qkit_data
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rich.table import Table
+from rich.text import Text
+
+from qkit.errors import UsageError
+from qkit.evaluation import text
+from qkit.evaluation.measure import DTYPES, EvalRequest, jsonable, measure
+from qkit.safefile import write_atomic
+
+PATIENCE = 2.0  # seconds before a progress bar appears
+
+
+@click.command("eval")
+@click.argument("out")
+@click.option("--baseline", help="The original model: adds its perplexity, the change, KL divergence, same top-1.")
+@click.option("--text", "texts", multiple=True, help="FILE, NAME=FILE or dataset:NAME[:config][:split][:column].")
+@click.option("--window", default=512, show_default=True, type=click.IntRange(2), help="Tokens per window.")
+@click.option("--windows", default=200, show_default=True, type=click.IntRange(1), help="Windows per text, at most.")
+@click.option("--tasks", help="Tasks of lm-eval or qkit, separated by commas.")
+@click.option("--limit", type=click.IntRange(1), help="Samples per task, at most.")
+@click.option("--dtype", default="float32", show_default=True, type=click.Choice(list(DTYPES)), help="Of arithmetic.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--task-dir", type=click.Path(path_type=Path), help="A folder of further lm-eval task files.")
+@click.option("--allow-task-code", is_flag=True, help="Let the task files of --task-dir run code.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures to this file.")
+def eval_command(
+    out: str,
+    baseline: str | None,
+    texts: tuple[str, ...],
+    window: int,
+    windows: int,
+    tasks: str | None,
+    limit: int | None,
+    dtype: str,
+    device: str,
+    task_dir: Path | None,
+    allow_task_code: bool,
+    json_file: Path | None,
+) -> None:
+    """Measure the model in the folder OUT: perplexity of texts, accuracy on tasks.
+
+    Without --text and --tasks the evaluation text that comes with qkit is used. A quantized folder is loaded packed;
+    every text is tokenised whole and cut into windows, and intervals are 95 %, over windows.
+
+    \b
+    Example:
+      qkit eval out/tiny-llama-w4a16 --baseline tiny-llama --text wiki.txt --json eval.json
+    """
+    from qkit.locate import find_model
+
+    names = split_names(tasks)
+    if not texts and not names:
+        texts = (str(qkit_data.text_path("evaluation")),)
+    if allow_task_code and task_dir is None:
+        raise UsageError("--allow-task-code is about the files of --task-dir, and there is none; leave it out")
+    request = EvalRequest(texts, window, windows, names, limit, task_dir, allow_task_code, dtype, device)
+    original = None if baseline is None else find_model(baseline)
+    with progress_bar(Console(stderr=True)) as progress:
+        measured = measure(find_model(out), original, request, progress)
+    if json_file is not None:
+        write_atomic(json_file, json_bytes(measured))
+    show(measured, Console())
+
+
+def split_names(tasks: str | None) -> list[str]:
+    """'a, b' -> ['a', 'b'], each once."""
+    return list(dict.fromkeys(name.strip() for name in (tasks or "").split(",") if name.strip()))
+
+
+def json_bytes(value: Any) -> bytes:
+    return (json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n").encode()
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[text.Progress | None]:
+    """A bar per text on a terminal, from the third second on; nothing elsewhere."""
+    if not console.is_terminal:
+        yield None
+        return
+    start = time.monotonic()
+    bar = Progress(console=console, transient=True)
+    shown: dict[str, TaskID] = {}
+
+    def advance(name: str, done: int, total: int) -> None:
+        if time.monotonic() - start < PATIENCE:
+            return
+        bar.start()
+        if name not in shown:
+            shown[name] = bar.add_task(printable(name), total=total)
+        bar.update(shown[name], completed=done)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
+
+
+def show(measured: Mapping[str, Any], console: Console) -> None:
+    """Prints the tables of texts and of tasks."""
+    if measured.get("texts"):
+        console.print(texts_table(measured["texts"]))
+    if measured.get("tasks"):
+        console.print(tasks_table(measured["tasks"], measured.get("baseline_tasks", {})))
+
+
+def texts_table(texts: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Columns without a baseline: the first three."""
+    paired = any("kl" in entry for entry in texts.values())
+    extra = ("baseline", "change %", "KL mean", "KL p99", "same top-1") if paired else ()
+    table = Table("text", "perplexity (95 % ci)", "windows", *extra, title="texts", title_justify="left")
+    for name, entry in texts.items():
+        cells = [printable(name), f"{entry['perplexity']:.2f} {_interval(entry['ci'], '.2f')}", str(entry["windows"])]
+        if paired:
+            cells += [
+                f"{entry['baseline_perplexity']:.2f}",
+                f"{entry['change_percent']:+.2f} {_interval(entry['change_ci'], '+.2f')}",
+                f"{entry['kl']['mean']:.4g}",
+                f"{entry['kl']['p99']:.4g}",
+                f"{entry['same_top1']:.4f}",
+            ]
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def tasks_table(tasks: Mapping[str, Any], baseline: Mapping[str, Any]) -> Table:
+    extra = ("baseline", "change (95 % ci)") if baseline else ()
+    table = Table("task", "metric", "value (95 % ci)", "samples", *extra, title="tasks", title_justify="left")
+    for task, entry in tasks.items():
+        for metric, figures in entry["metrics"].items():
+            value = f"{figures['value']:.4g}" + (f" {_interval(figures['ci'], '.4g')}" if figures["ci"] else "")
+            cells = [printable(task), printable(metric), value, str(entry["samples"])]
+            if baseline:
+                before = baseline.get(task, {}).get("metrics", {}).get(metric)
+                cells.append("" if before is None else f"{before['value']:.4g}")
+                paired = "change" in figures
+                cells.append(f"{figures['change']:+.4g} {_interval(figures['change_ci'], '+.4g')}" if paired else "")
+            table.add_row(*map(Text, cells))
+    return table
+
+
+def _interval(ends: list[float], form: str) -> str:
+    return f"[{ends[0]:{form}}, {ends[1]:{form}}]"
+
+
+def printable(name: str) -> str:
+    """A name as it can be shown: no control characters, which could change the terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)

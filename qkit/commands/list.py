@@ -1,0 +1,113 @@
+"""qkit list: the tables of the code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from qkit.commands.common import write_json
+from qkit.export.compressed_tensors import layout
+from qkit.families.llm import FAMILIES
+from qkit.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES, Format
+from qkit.solvers.table import SOLVERS
+from qkit.transforms.table import TRANSFORMS
+
+
+def _scale(f: Format) -> str:
+    per = {"group": f"group of {f.group}", "tensor_group": f"group of {f.group} and tensor", "block": "128 x 128 block"}
+    return per.get(f.strategy, f.strategy)
+
+
+def schemes() -> list[dict[str, Any]]:
+    """One row per scheme."""
+    return [
+        {
+            "scheme": s.name,
+            "weights": s.weights.name,
+            "scale per": _scale(s.weights),
+            "activations": "-" if s.activations is None else s.activations.name,
+            "stored as": layout(s.weights, s.activations),
+        }
+        for s in SCHEMES.values()
+    ]
+
+
+def methods() -> list[dict[str, Any]]:
+    """One row per solver and transform."""
+    solvers = [
+        {
+            "method": n,
+            "kind": "solver",
+            "what": s.summary,
+            "options": ", ".join(f"{k}={v[0]}" for k, v in s.options.items()),
+        }
+        for n, s in SOLVERS.items()
+    ]
+    transforms = [{"method": n, "kind": "transform", "what": t.summary, "options": ""} for n, t in TRANSFORMS.items()]
+    return [*solvers, *transforms]
+
+
+def formats() -> list[dict[str, Any]]:
+    """One row per number format."""
+    both = [("weights", f) for f in FORMATS.values()] + [("activations", f) for f in ACTIVATION_FORMATS.values()]
+    return [
+        {
+            "format": f.name,
+            "for": use,
+            "bits": f.bits,
+            "scale per": _scale(f),
+            "zero point": "no" if f.symmetric else "yes",
+        }
+        for use, f in both
+    ]
+
+
+def families() -> list[dict[str, Any]]:
+    """One row per declared family."""
+    return [
+        {
+            "family": f.name,
+            "models": f.note,
+            "model_type": ", ".join(f.model_types),
+            "rotate": "yes" if f.rotation else "no",
+        }
+        for f in FAMILIES
+    ]
+
+
+def models() -> list[dict[str, Any]]:
+    """One row per embedded reference model."""
+    import qkit_data
+
+    rows = []
+    for name in qkit_data.models():
+        path = qkit_data.model_path(name)
+        assert path is not None
+        size = sum(p.stat().st_size for p in path.glob("*.safetensors"))
+        rows.append({"model": name, "bytes": size, "folder": str(path)})
+    return rows
+
+
+TABLES = {"schemes": schemes, "methods": methods, "formats": formats, "families": families, "models": models}
+
+
+@click.command("list")
+@click.argument("what", type=click.Choice(list(TABLES)))
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the table to this file.")
+def list_command(what: str, json_file: Path | None) -> None:
+    """Show what there is: schemes, methods, formats, families or models.
+
+    \b
+    Example:
+      qkit list schemes
+    """
+    rows = TABLES[what]()
+    table = Table(*rows[0].keys())
+    for row in rows:
+        table.add_row(*(str(v) for v in row.values()))
+    Console().print(table)
+    write_json(json_file, rows)

@@ -1,0 +1,67 @@
+"""qkit quantize: from a checkpoint to a packed, proven checkpoint."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from qkit.commands.common import (
+    Reporter,
+    command_line,
+    make_request,
+    megabytes,
+    request_options,
+    show_coverage,
+    write_json,
+)
+from qkit.commands.plan import plan_json, show_forecast
+from qkit.pipeline import prepare, quantize
+
+
+@click.command("quantize")
+@request_options
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the result; must not exist.")
+@click.option("--work", type=click.Path(path_type=Path), help="Job folder (default: OUT.job).")
+@click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new result is proven.")
+@click.option("--keep-job", is_flag=True, help="Keep the parts in the job folder after success.")
+def quantize_command(
+    json_file: Path | None, out: Path, work: Path | None, overwrite: bool, keep_job: bool, **given: Any
+) -> None:
+    """Quantize a model into a packed checkpoint, and prove it.
+
+    The same command goes on after a stop, a crash or a kill.
+
+    \b
+    Example:
+      qkit quantize --model tiny-llama --scheme w4a16 --method gptq --out out
+    """
+    console = Console()
+    began = time.monotonic()
+    found = prepare(make_request(given))
+    show_coverage(found, console)
+    show_forecast(found, console)
+    reporter = Reporter(console, command_line())
+    with reporter.running():
+        report = quantize(
+            make_request(given | {"options": ()}),
+            out,
+            reporter,
+            work=work,
+            overwrite=overwrite,
+            keep_job=keep_job,
+            prepared=found,
+        )
+    console.print(
+        Text(
+            f"{out}: {report.linears} quantized linears, {megabytes(report.bytes)}, verified with "
+            f"{sum(report.checks.values()):,} checks, {time.monotonic() - began:.1f} s"
+        )
+    )
+    for engine in sorted({e.engine + ": " + e.loads_as for e in report.engines if e.loads_as}):
+        console.print(Text(f"loads in {engine}"))
+    write_json(json_file, plan_json(found))

@@ -1,0 +1,65 @@
+"""qkit verify: the independent proof of a packed checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qkit.errors import VerifyFailure
+from qkit.safefile import write_atomic
+from qkit.verify import Report, summary, verify
+
+_SHOWN = 20  # problems listed on the terminal; --json has them all
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    table = Table(title=Text(title), title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def show(report: Report, console: Console) -> None:
+    """Prints the checks by topic, what each engine makes of each combination of formats, and the first problems."""
+    rows = [[topic, f"{count:,}"] for topic, count in sorted(report.checks.items())]
+    console.print(_table("checks made", ["topic", "checks"], rows))
+    combinations = {(e.linears, e.weights, e.activations, e.packing): None for e in report.engines}
+    for linears, weights, activations, packing in combinations:
+        title = f"{linears} linears: weights {weights}, activations {activations}, stored as {packing}"
+        fits = [e for e in report.engines if (e.weights, e.activations, e.packing) == (weights, activations, packing)]
+        rows = [[e.engine, e.loads_as or "no", "; ".join(e.limits)] for e in fits]
+        console.print(_table(title, ["engine", "loads as", "to know"], rows))
+    for problem in report.problems[:_SHOWN]:
+        console.print(Text(f"problem: {problem}"), soft_wrap=True)
+    if len(report.problems) > _SHOWN:
+        console.print(Text(f"... and {len(report.problems) - _SHOWN} more problems (--json FILE has all)"))
+    size = f"{report.linears} quantized linears, {report.skipped} skipped, {report.bytes:,} bytes"
+    console.print(Text(f"{'sound' if report.ok else 'NOT sound'}: {size}, {sum(report.checks.values()):,} checks"))
+
+
+@click.command("verify")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--job", type=click.Path(path_type=Path), help="Also compare every weight with this job's journal.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report to this file.")
+def verify_command(out: Path, job: Path | None, json_file: Path | None) -> None:
+    """Prove that the packed checkpoint in OUT holds what it should.
+
+    Reads every byte back with a decoder that shares no code with the writer. Exit code 4 if anything is wrong.
+
+    \b
+    Example:
+      qkit verify out/tiny-llama-w4a16 --job jobs/tiny-llama-w4a16 --json verify.json
+    """
+    report = verify(out, job)
+    if json_file is not None:
+        write_atomic(json_file, (json.dumps(report.to_json(), indent=1) + "\n").encode())
+    show(report, Console())
+    if not report.ok:
+        raise VerifyFailure(summary(report))

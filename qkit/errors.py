@@ -1,0 +1,91 @@
+"""Every way qkit can fail, each with its exit code.
+
+An error message is one sentence that names what is wrong, where (file and tensor or field), what was
+found against what was expected, and what to do. The command line prints it without a traceback.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+
+class QkitError(Exception):
+    """Base of all errors that qkit raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(QkitError):
+    """The command or the call cannot be carried out as written."""
+
+    exit_code = 2
+
+
+class BadInput(QkitError):
+    """Something that was given to qkit is wrong."""
+
+    exit_code = 3
+
+
+class BadCheckpoint(BadInput):
+    """A model folder or one of its files is damaged, incomplete, ambiguous or unsafe."""
+
+
+class BadRecipe(BadInput):
+    """A recipe or a budget file cannot be understood."""
+
+
+class BadCalibration(BadInput):
+    """The calibration data cannot serve: too little of it, unreadable, or out of the vocabulary."""
+
+
+class Unsupported(BadInput):
+    """The input is sound, but qkit cannot do this with it."""
+
+
+class NumericFailure(QkitError):
+    """Values that are not finite, or too many layers that fell back to rounding."""
+
+    exit_code = 4
+
+
+class VerifyFailure(QkitError):
+    """A packed checkpoint does not hold what it should."""
+
+    exit_code = 4
+
+
+class BudgetNotMet(QkitError):
+    """A measured quality or size is outside its budget."""
+
+    exit_code = 4
+
+
+class IOFailure(QkitError):
+    """Reading or writing failed: full disk, missing permission, input/output error."""
+
+    exit_code = 5
+
+
+class JobConflict(QkitError):
+    """The job folder belongs to another job, or another process is working in it."""
+
+    exit_code = 6
+
+
+class Stopped(QkitError):
+    """A signal asked the run to stop; the same command goes on from there."""
+
+    exit_code = 75
+
+
+def write_failure(path: Path, error: OSError) -> IOFailure:
+    """The error for a file that could not be written: what failed, and how much room there is."""
+    room = ""
+    with suppress(OSError):
+        room = f" ({shutil.disk_usage(path.parent).free} bytes are free)"
+    return IOFailure(
+        f"cannot write {path}: {error.strerror or error}{room}: make room, then run the same command again"
+    )

@@ -1,0 +1,253 @@
+"""Budgets: what a quantized model may cost, as a small YAML file that belongs into the repository next to the code.
+
+    perplexity.wikitext2: +2%        # change against the baseline; or absolute, 40.5
+    kl.mean: 0.02                    # nats per token, every text that is measured; kl.mean.wikitext2 for one
+    kl.p99: 0.3
+    same_top1: ">=0.95"
+    task.qkit_cloze.acc: ">=-1%"     # at most 1 % below the baseline's
+    size: 0.3x                       # of the baseline's bytes; or 90MB
+    texts: {wikitext2: wikitext2-test.txt}   # where a named text lies, relative to this file
+    window: 512
+    windows: 200
+    limit: 100                       # samples per task
+
+A bare number is an upper limit, for ``same_top1`` a lower one; tasks always say which (">=" or "<="). What was not
+measured, or is not a number, fails: a budget never passes for want of evidence.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from qkit.errors import BadRecipe
+from qkit.strictyaml import LineDict, load_yaml, unknown_key
+
+METRICS = ("perplexity", "kl.mean", "kl.p99", "same_top1")  # of a text: plain, or followed by the name of one text
+RELATIVE = ("perplexity", "task", "size")  # may be limited against the baseline
+NUMBERS = {"window": 2, "windows": 1, "limit": 1}  # settings, with the least value of each
+EXAMPLES = {
+    "perplexity": "+2% or 40.5",
+    "kl.mean": "0.02",
+    "kl.p99": "0.3",
+    "same_top1": '">=0.95"',
+    "task": '">=-1%" or ">=0.6"',
+    "size": "0.3x or 90MB",
+}
+BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_LIMIT = re.compile(r"(<=|>=)?\s*([-+]?)([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(%|[A-Za-z]*)\Z")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One bound. ``unit`` '' compares the value itself; '%' the relative change, in percent, against the baseline;
+    'x' the ratio to the baseline."""
+
+    upper: bool
+    value: float
+    unit: str = ""
+
+    def bound(self, baseline: float | None) -> float:
+        """The bound as an absolute value; NaN when it needs a baseline that was not measured."""
+        if self.unit == "":
+            return self.value
+        if baseline is None:
+            return math.nan
+        return baseline * (self.value if self.unit == "x" else 1.0 + self.value / 100.0)
+
+    def __str__(self) -> str:
+        sign = "+" if self.unit == "%" else ""
+        return f"{'<=' if self.upper else '>='} {self.value:{sign}g}{self.unit}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a budget. ``metric``: one of METRICS, 'task' or 'size'. ``of``: the text or the task, or None for
+    every text. ``part``: of a task, its metric."""
+
+    name: str
+    metric: str
+    of: str | None
+    part: str
+    limit: Limit
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A parsed budget; ``texts`` are absolute paths by name."""
+
+    lines: tuple[Line, ...]
+    texts: Mapping[str, Path]
+    window: int = 512
+    windows: int = 200
+    limit: int | None = None
+
+    @property
+    def needs_baseline(self) -> list[str]:
+        """Names of the lines that cannot be judged without the original model."""
+        divergence = ("kl.mean", "kl.p99", "same_top1")
+        return [line.name for line in self.lines if line.limit.unit or line.metric in divergence]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks to run, each once, in the order of the file."""
+        return list(dict.fromkeys(line.of for line in self.lines if line.metric == "task" and line.of))
+
+    @property
+    def named_texts(self) -> list[str]:
+        """Texts that a line asks for by name."""
+        return list(dict.fromkeys(line.of for line in self.lines if line.metric in METRICS and line.of))
+
+    @property
+    def measures_text(self) -> bool:
+        return any(line.metric in METRICS for line in self.lines)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A line of a budget against what was measured. ``measured`` is None when nothing was."""
+
+    name: str
+    limit: str
+    measured: float | None
+    ok: bool
+
+
+def load_budget(path: Path) -> Budget:
+    """Reads a budget file. Raises BadRecipe with file and line for anything that is not as this page describes."""
+    content = load_yaml(path, "budget")
+    where = f"budget {path}"
+    if not isinstance(content, LineDict):
+        raise BadRecipe(f"{where} must be a mapping of names to limits, such as 'kl.mean: 0.02'")
+    settings: dict[str, Any] = {"texts": {}}
+    lines = []
+    for key, value in content.items():
+        at = f"{where}, line {content.lines[key]}"
+        if key == "texts":
+            settings[key] = _texts(value, path.parent, at)
+        elif key in NUMBERS:
+            if not isinstance(value, int) or isinstance(value, bool) or value < NUMBERS[key]:
+                raise BadRecipe(f"{at}: '{key}' must be a whole number from {NUMBERS[key]} on; found {value!r}")
+            settings[key] = value
+        else:
+            lines.append(_line(key, value, at))
+    if not lines:
+        raise BadRecipe(f"{where} sets no limit; add a line such as 'kl.mean: 0.02'")
+    return Budget(tuple(lines), **settings)
+
+
+def _texts(value: Any, folder: Path, at: str) -> dict[str, Path]:
+    if not isinstance(value, LineDict) or not all(isinstance(file, str) for file in value.values()):
+        raise BadRecipe(f"{at}: 'texts' must be a mapping of names to files; found {value!r}")
+    for name in value:
+        if "=" in name:
+            raise BadRecipe(f"{at}: a text cannot be called {name!r}; leave out the '='")
+    return {name: folder.absolute() / file for name, file in value.items()}
+
+
+def _line(name: str, value: Any, at: str) -> Line:
+    for metric in METRICS:
+        if name == metric:
+            return Line(name, metric, None, "", _limit(value, metric, at))
+        if name.startswith(metric + "."):
+            return Line(name, metric, name[len(metric) + 1 :], "", _limit(value, metric, at))
+    if name == "size":
+        return Line(name, "size", None, "", _limit(value, "size", at))
+    if name.startswith("task."):
+        task, _, part = name.removeprefix("task.").partition(".")
+        if not task or not part:
+            raise BadRecipe(f"{at}: {name!r} must name a task and a metric of it, such as 'task.qkit_cloze.acc'")
+        return Line(name, "task", task, part, _limit(value, "task", at))
+    raise unknown_key(name, (*METRICS, "task", "size", "texts", *NUMBERS), at)
+
+
+def _limit(value: Any, metric: str, at: str) -> Limit:
+    text = repr(value) if isinstance(value, float) else str(value)
+    match = _LIMIT.match(text.strip()) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else None
+    if match is None:
+        raise BadRecipe(f"{at}: {value!r} is not a limit; write {EXAMPLES[metric]}")
+    operator, sign, digits, unit = match.groups()
+    number = float(sign + digits)
+    if unit.upper() in BYTES and metric == "size":
+        number, unit = number * BYTES[unit.upper()], ""
+    relative = unit in ("%", "x")
+    if unit and not (relative and metric in RELATIVE):
+        raise BadRecipe(f"{at}: unit {unit!r} of {value!r} does not fit '{metric}'; write {EXAMPLES[metric]}")
+    if bool(sign) != (unit == "%"):
+        raise BadRecipe(f"{at}: {value!r}: a change needs a sign and %, a plain number has neither; write +2% or 2.5")
+    if not math.isfinite(number) or (metric == "same_top1" and number > 1.0):
+        raise BadRecipe(f"{at}: {value!r} is out of range; write {EXAMPLES[metric]}")
+    if metric == "task" and operator is None:
+        raise BadRecipe(
+            f"{at}: {value!r} does not say on which side of the limit a task must be; write {EXAMPLES['task']}"
+        )
+    upper = operator == "<=" if operator else metric != "same_top1"
+    return Limit(upper, number, unit)
+
+
+def judge(budget: Budget, measured: Mapping[str, Any]) -> list[Check]:
+    """Each line against what was measured (the dict of ``qkit.evaluation.measure``), in the order of the file.
+
+    A line without the name of a text gives one check per text. A value or a baseline that is missing or not finite
+    fails the check.
+    """
+    texts = measured.get("texts") or {}
+    checks = []
+    for line in budget.lines:
+        if line.metric == "size":
+            size = measured.get("size") or {}
+            checks.append(_check(line.name, line.limit, size.get("bytes"), size.get("baseline_bytes")))
+        elif line.metric == "task":
+            value, baseline = (_task(measured.get(where), line) for where in ("tasks", "baseline_tasks"))
+            checks.append(_check(line.name, line.limit, value, baseline))
+        else:
+            for name in [line.of] if line.of else list(texts) or [None]:
+                entry = texts.get(name) or {}
+                value = entry.get(line.metric)
+                if line.metric.startswith("kl."):
+                    value = (entry.get("kl") or {}).get(line.metric.removeprefix("kl."))
+                title = f"{line.metric}.{name}" if name else line.metric
+                checks.append(_check(title, line.limit, value, entry.get("baseline_perplexity")))
+    return checks
+
+
+def _task(results: Mapping[str, Any] | None, line: Line) -> float | None:
+    metrics = ((results or {}).get(line.of or "") or {}).get("metrics") or {}
+    number: float | None = (metrics.get(line.part) or {}).get("value")
+    return number
+
+
+def _check(name: str, limit: Limit, value: float | None, baseline: float | None) -> Check:
+    bound = limit.bound(baseline)
+    text = str(limit)
+    if limit.unit:
+        text += f" of {baseline:.6g} ({bound:.6g})" if baseline is not None else " of a baseline that was not measured"
+    finite = value is not None and math.isfinite(value) and math.isfinite(bound)
+    ok = finite and value is not None and (value <= bound if limit.upper else value >= bound)
+    return Check(name, text, value, ok)
+
+
+def junit_xml(checks: Sequence[Check], suite: str) -> str:
+    """The checks as a JUnit report: one test case per check, a ``failure`` in those that do not pass."""
+    failures = sum(not check.ok for check in checks)
+    counts = {"tests": str(len(checks)), "failures": str(failures), "errors": "0", "skipped": "0"}
+    root = ElementTree.Element("testsuites", counts)
+    group = ElementTree.SubElement(root, "testsuite", {"name": _xml(suite), **counts})
+    for check in checks:
+        case = ElementTree.SubElement(group, "testcase", {"classname": "qkit.budget", "name": _xml(check.name)})
+        if not check.ok:
+            found = "not measured" if check.measured is None else f"{check.measured:.6g}"
+            message = _xml(f"{check.name}: {found}, budget {check.limit}")
+            ElementTree.SubElement(case, "failure", {"type": "BudgetNotMet", "message": message}).text = message
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _xml(text: str) -> str:
+    """XML 1.0 has no way to write control characters, escaped or not."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

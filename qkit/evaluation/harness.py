@@ -1,0 +1,195 @@
+"""Task suites through lm-eval: its own tasks, those shipped with qkit, and a folder of the user's.
+
+Shipped tasks are YAML files with their data beside them, so they need no network. The tasks of lm-eval itself are as
+trusted as lm-eval; a folder from elsewhere is read by ``taskcode`` before lm-eval sees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import qkit_data
+import torch
+import yaml
+
+from qkit.errors import BadInput, Unsupported, UsageError
+from qkit.evaluation.taskcode import refuse_task_code
+from qkit.evaluation.text import first_line
+from qkit.quality import BATCH, BATCH_BYTES, bootstrap_ci
+
+Z95 = 1.959963984540054  # half width of a 95 % interval, in standard errors
+BOOTSTRAP = 1000  # resamples for metrics whose standard error has no closed form
+FEWSHOT_SEED = 1234  # lm-eval's own default
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    allow_task_code: bool = False,
+    include_path: Path | None = None,
+) -> dict[str, Any]:
+    """{task: {"samples": n, "metrics": {metric: figures}}} of a transformers model; the first ``limit`` samples.
+
+    Figures: value, stderr and ci (95 %, normal; both None where lm-eval gives no standard error), higher_is_better, and
+    values: the metric of each sample, where it is a number, for ``paired_change``. A metric under a filter of lm-eval
+    other than 'none' is called ``metric.filter``.
+
+    include_path: a folder of further task files, refused when they could run code unless ``allow_task_code``.
+    Raises Unsupported without lm-eval or for task code, UsageError for names that do not exist, BadInput for a task
+    that cannot be loaded, above all without the network that most tasks of lm-eval need.
+    """
+    registry = _lm_eval()
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    if include_path is not None and not allow_task_code:
+        refuse_task_code(include_path, registry.METRIC_REGISTRY)
+    with tempfile.TemporaryDirectory(prefix="qkit-tasks-") as cache, _quiet():
+        loaded = _load(tasks, include_path, cache)
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        # a copy, because lm-eval gives the tokenizer a padding token
+        lm = HFLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=_batch_size(model),
+            softmax_dtype=torch.float32,
+        )
+        try:
+            results = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True)
+        except ValueError as error:
+            raise BadInput(f"lm-eval cannot run {', '.join(tasks)}: {first_line(error)}") from error
+    return _figures(results)
+
+
+def shipped_tasks() -> dict[str, Path]:
+    """The task files that come with qkit, by task name."""
+    return {path.stem: path for path in sorted(qkit_data.task_dir().glob("*.yaml"))}
+
+
+def paired_change(value: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Mean difference of a metric, sample by sample, with its 95 % interval; None where there is nothing to pair.
+
+    Both are figures of ``run_tasks`` of the same task. Two models mostly agree, so the paired interval is much narrower
+    than the two intervals suggest.
+    """
+    ours, theirs = value.get("values"), baseline.get("values")
+    if not ours or not theirs or len(ours) != len(theirs):
+        return None
+    difference = bootstrap_ci(torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64))
+    return {"change": difference.mean, "change_ci": [difference.low, difference.high]}
+
+
+def _lm_eval() -> Any:
+    try:
+        import lm_eval.api.metrics  # fills the registry
+        import lm_eval.api.registry
+        import lm_eval.models.huggingface
+    except ImportError as error:
+        raise Unsupported(f"tasks need lm-eval ({error.msg}): pip install qkit[eval]") from error
+    return lm_eval.api.registry
+
+
+def _load(names: Sequence[str], include_path: Path | None, cache: str) -> Any:
+    """lm-eval's dict of loaded tasks. The index of its own thousands of tasks is built only when a name needs it."""
+    import datasets
+    import jinja2
+    from lm_eval.tasks import TaskManager
+
+    shipped = shipped_tasks()
+    include = None if include_path is None else str(include_path)
+    manager = TaskManager(include_path=include, include_defaults=False)
+    for name in set(shipped).intersection(manager.all_tasks):
+        raise UsageError(f"{include_path} has a task called '{name}', and so has qkit; rename yours")
+    known = {*shipped, *manager.all_tasks}
+    if not known.issuperset(names):
+        manager = TaskManager(include_path=include)
+        known.update(manager.all_tasks)
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            advice = f"did you mean '{near[0]}'?" if near else f"shipped with qkit: {', '.join(shipped)}"
+            raise UsageError(f"there is no task called '{name}'; {advice}")
+    try:
+        return manager.load([_shipped(shipped[name], cache) if name in shipped else name for name in names])
+    except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
+        failure: Exception = error
+    except (datasets.exceptions.DatasetsError, jinja2.TemplateError, yaml.YAMLError) as error:
+        failure = error
+    raise BadInput(
+        f"lm-eval cannot load {', '.join(names)}: {first_line(failure)}; check the task's data and the network, "
+        f"or use a task that needs none: {', '.join(shipped)}"
+    ) from failure
+
+
+def _shipped(path: Path, cache: str) -> dict[str, Any]:
+    """The configuration of a shipped task, its data file made absolute, its cache where it leaves nothing behind."""
+    config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    kwargs = config["dataset_kwargs"]
+    kwargs["data_files"] = str(qkit_data.data_path(kwargs["data_files"]))
+    kwargs["cache_dir"] = cache
+    return config
+
+
+def _batch_size(model: Any) -> int:
+    config = model.config.get_text_config()
+    row: int = 4 * getattr(config, "max_position_embeddings", 2048) * config.vocab_size
+    return max(1, min(BATCH, BATCH_BYTES // row))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval prints and warns about the ordinary; its progress bars are kept for a terminal."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    errors = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    try:
+        with contextlib.redirect_stdout(errors), contextlib.redirect_stderr(errors):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _figures(results: Mapping[str, Any]) -> dict[str, Any]:
+    tasks: dict[str, Any] = {}
+    for task, row in results["results"].items():
+        samples = results.get("samples", {}).get(task, [])
+        metrics = {}
+        for key, value in row.items():
+            metric, _, choice = key.partition(",")
+            if not choice or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            stderr = row.get(f"{metric}_stderr,{choice}")
+            stderr = float(stderr) if isinstance(stderr, (int, float)) and math.isfinite(stderr) else None
+            metrics[metric if choice == "none" else f"{metric}.{choice}"] = {
+                "value": float(value),
+                "stderr": stderr,
+                "ci": None if stderr is None else [value - Z95 * stderr, value + Z95 * stderr],
+                "higher_is_better": results.get("higher_is_better", {}).get(task, {}).get(metric),
+                "values": _values(samples, metric, choice),
+            }
+        if metrics:
+            tasks[task] = {"samples": len({sample["doc_id"] for sample in samples}), "metrics": metrics}
+    return tasks
+
+
+def _values(samples: Sequence[Mapping[str, Any]], metric: str, choice: str) -> list[float] | None:
+    values = [s.get(metric) for s in samples if s.get("filter", choice) == choice]
+    if not values or not all(isinstance(value, (int, float)) for value in values):
+        return None
+    return [float(value) for value in values if value is not None]

@@ -1,0 +1,99 @@
+"""One measurement of a model on disk, for ``qkit eval`` and ``qkit check``: texts, tasks, size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qkit.checkpoint import Checkpoint
+from qkit.evaluation.text import Progress, evaluate_text, text_name
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to measure. ``texts`` as for ``evaluate_text``; ``limit``: samples per task, None for all."""
+
+    texts: Sequence[Path | str] = ()
+    window: int = 512
+    windows: int | None = 200
+    tasks: Sequence[str] = ()
+    limit: int | None = None
+    task_dir: Path | None = None
+    allow_task_code: bool = False
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Progress | None = None) -> dict[str, Any]:
+    """Loads the model in the folder ``out`` (packed, when it is quantized), and the baseline, and measures both.
+
+    Returns {"model", "baseline", "dtype", "window", "size", "texts", "tasks", "baseline_tasks"}: names of folders
+    without their paths; size in bytes of the weight files; texts as in ``evaluate_text``; tasks as in ``run_tasks``,
+    without the values of single samples but with the paired change and change_ci where there is a baseline.
+    Raises what loading, ``evaluate_text`` and ``run_tasks`` raise.
+    """
+    from qkit.loading import load, load_tokenizer
+
+    measured: dict[str, Any] = {
+        "model": out.resolve().name,
+        "baseline": None if baseline is None else baseline.resolve().name,
+        "dtype": request.dtype,
+        "window": request.window,
+        "size": sizes(out, baseline),
+    }
+    if not request.texts and not request.tasks:
+        return measured
+    for spec in request.texts:
+        text_name(spec)  # what is wrong with a file is better said before a large model is loaded
+    tokenizer = load_tokenizer(out)
+    dtype = DTYPES[request.dtype]
+    model = load(out, dtype=dtype, device=request.device)
+    original = None if baseline is None else load(baseline, dtype=dtype, device=request.device)
+    if request.texts:
+        measured |= evaluate_text(
+            model, tokenizer, request.texts, request.window, request.windows, original, progress=progress
+        )
+    if request.tasks:
+        measured |= _tasks(model, original, tokenizer, request)
+    return measured
+
+
+def sizes(out: Path, baseline: Path | None) -> dict[str, int]:
+    """Bytes of the weight files of both folders."""
+    result = {"bytes": Checkpoint.open(out, quantized=True).nbytes}
+    if baseline is not None:
+        result["baseline_bytes"] = Checkpoint.open(baseline, quantized=True).nbytes
+    return result
+
+
+def _tasks(model: Any, original: Any, tokenizer: Any, request: EvalRequest) -> dict[str, Any]:
+    from qkit.evaluation.harness import paired_change, run_tasks
+
+    arguments = (tokenizer, request.tasks, request.limit, request.allow_task_code, request.task_dir)
+    ours = run_tasks(model, *arguments)
+    theirs = {} if original is None else run_tasks(original, *arguments)
+    for task, entry in ours.items():
+        for name, figures in entry["metrics"].items():
+            before = theirs.get(task, {}).get("metrics", {}).get(name)
+            if before is not None:
+                figures.update(paired_change(figures, before) or {})
+    for entry in (*ours.values(), *theirs.values()):
+        for figures in entry["metrics"].values():
+            del figures["values"]
+    return {"tasks": ours, "baseline_tasks": theirs} if theirs else {"tasks": ours}
+
+
+def jsonable(value: Any) -> Any:
+    """The same with None in place of NaN and infinity, which JSON cannot say."""
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Exporters: from quantized tensors to the layout of a checkpoint format, and back."""

@@ -1,0 +1,220 @@
+"""From a finished job to a checkpoint folder: OUT.partial, proven, then renamed to OUT.
+
+Tensors stream one at a time from the job's parts and the source shards into new shards. Nothing else of the run is
+needed, so an export can be repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit import __version__
+from qkit.export import compressed_tensors as ct
+from qkit.families.outline import Outline
+from qkit.job import Job
+from qkit.plan import LinearPlan, Plan
+from qkit.qtensor import Params, QTensor
+from qkit.safefile import TensorInfo, sha256_file, write_atomic, write_safetensors
+from qkit.transforms.rotate import rotate_outer
+
+FORMAT_VERSION = 1
+SHARD_BYTES = 5 * 10**9
+
+
+def export(plan: Plan, outline: Outline, job: Job, partial: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the whole checkpoint into ``partial`` (emptied first)."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    source = _Tensors(plan, outline, job)
+    shards = _cut(source.specs, shard_bytes)
+    hashes: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        hashes[file] = write_safetensors(partial / file, [(n, *source.specs[n]) for n in names], source.load)
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        total = sum(_bytes(s) for s in source.specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_atomic(partial / "model.safetensors.index.json", _json(index))
+    write_atomic(partial / "config.json", _json(_config(plan, outline)))
+    for file_path in outline.checkpoint.side_files():
+        write_atomic(partial / file_path.name, file_path.read_bytes())
+    write_atomic(partial / "qkit.json", _json(_record(plan, outline, job, source, hashes)))
+
+
+def _json(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()
+
+
+def _bytes(spec: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    dtype, shape = spec
+    return int(torch.Size(shape).numel()) * dtype.itemsize
+
+
+def _cut(specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + _bytes(spec) > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += _bytes(spec)
+    return shards
+
+
+class _Tensors:
+    """Every tensor of the output by name: its spec, and how to get it."""
+
+    def __init__(self, plan: Plan, outline: Outline, job: Job) -> None:
+        self.plan, self.outline, self.job = plan, outline, job
+        self.specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self.plain: dict[str, str] = {}  # sha256 of tensors that are not quantized, filled while they are written
+        self._get: dict[str, Callable[[], Tensor]] = {}
+        self._made: tuple[str, dict[str, Tensor]] = ("", {})
+        rotated = rotate_outer(outline, plan.seed) if "rotate" in plan.transforms else {}
+        for stored, tensor in rotated.items():
+            self._plain(stored, tensor.dtype, tuple(tensor.shape), lambda t=tensor: t)  # type: ignore[misc]
+        for _, stored in outline.outer:
+            if stored not in rotated:
+                info = outline.checkpoint.tensors[stored]
+                self._plain(stored, info.torch_dtype, info.shape, lambda s=stored: outline.checkpoint.read_finite(s))  # type: ignore[misc]
+        for block in outline.blocks:
+            part = job.part(block.index)
+            for name, info in part.items():
+                if ":" not in name:
+                    self._plain(name, info.torch_dtype, info.shape, lambda i=info: job.read(i))  # type: ignore[misc]
+            for linear in block.linears:
+                if linear.name in plan.linears:
+                    self._linear(plan.linears[linear.name], part)
+
+    def _plain(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], get: Callable[[], Tensor]) -> None:
+        self.specs[name] = (dtype, shape)
+        self.plain[name] = ""
+        self._get[name] = get
+
+    def _linear(self, p: LinearPlan, part: dict[str, TensorInfo]) -> None:
+        for suffix, spec in ct.specs(p.weights, p.activations, p.shape, self.outline.dtype).items():
+            name = f"{p.name}.{suffix}"
+            self.specs[name] = spec
+            self._get[name] = lambda s=suffix: self._made_for(p, part)[s]  # type: ignore[misc]
+
+    def _made_for(self, p: LinearPlan, part: dict[str, TensorInfo]) -> dict[str, Tensor]:
+        """All tensors of a linear; kept until another linear is asked for."""
+        if self._made[0] != p.name:
+            pieces = {k: self.job.read(part[f"{p.name}:{k}"]) for k in _PIECES if f"{p.name}:{k}" in part}
+            params = Params(pieces["scale"], pieces.get("zero"), pieces.get("global_scale"))
+            q = QTensor(pieces["codes"], params, p.weights)
+            self._made = (p.name, ct.write(q, p.activations, pieces.get("input_scale"), self.outline.dtype))
+        return self._made[1]
+
+    def load(self, name: str) -> Tensor:
+        tensor = self._get[name]()
+        if name in self.plain:
+            self.plain[name] = _sha256(tensor)
+        return tensor
+
+
+_PIECES = ("codes", "scale", "zero", "global_scale", "input_scale")
+
+
+def _sha256(tensor: Tensor) -> str:
+    import hashlib
+
+    data = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(memoryview(data.numpy())).hexdigest()
+
+
+def _config(plan: Plan, outline: Outline) -> dict[str, Any]:
+    config = dict(outline.checkpoint.config)
+    if plan.untied:
+        config["tie_word_embeddings"] = False
+    config["quantization_config"] = quantization_config(plan, outline)
+    return config
+
+
+def quantization_config(plan: Plan, outline: Outline) -> dict[str, Any]:
+    """The compressed-tensors configuration of a plan."""
+    renamed = {stored: module for stored, module in module_names(outline).items() if stored != module}
+    pairs = {name: (p.weights, p.activations) for name, p in plan.linears.items()}
+    return ct.config(pairs, list(plan.skipped), renamed)
+
+
+def module_names(outline: Outline) -> dict[str, str]:
+    """{checkpoint name: module name} of linears, heads and routers."""
+    names = {outline.family.stored_name(outline.family.head): outline.family.head}
+    for block in outline.blocks:
+        for name, stored in block.stored:
+            if name.endswith(".weight"):
+                names[stored.removesuffix(".weight")] = f"{block.path}.{name}".removesuffix(".weight")
+    return names
+
+
+def _record(plan: Plan, outline: Outline, job: Job, source: _Tensors, hashes: dict[str, str]) -> dict[str, Any]:
+    """qkit.json: what was done, and what every tensor must be."""
+    done = {name: record for entry in job.entries.values() for name, record in entry["linears"].items()}
+    linears = {
+        p.name: {
+            "format": p.weights.to_json(),
+            "activations": None if p.activations is None else p.activations.to_json(),
+            "shape": list(p.shape),
+            "scheme": p.scheme,
+            "solver": p.solver,
+            **done[p.name],
+        }
+        for p in plan.linears.values()
+    }
+    plain = {
+        name: {"dtype": _SAFETENSORS[source.specs[name][0]], "shape": list(source.specs[name][1]), "sha256": digest}
+        for name, digest in sorted(source.plain.items())
+    }
+    return {
+        "format_version": FORMAT_VERSION,
+        "qkit_version": __version__,
+        "source": {"fingerprint": plan.source_fingerprint, "model_type": plan.model_type, "bytes": plan.source_bytes},
+        "plan_hash": plan.hash,
+        "recipe": plan.recipe,
+        "seed": plan.seed,
+        "transforms": list(plan.transforms),
+        "calibration": None if plan.calibration is None else plan.calibration.to_json(),
+        "linears": linears,
+        "skipped": plan.skipped,
+        "fused": [list(f) for f in plan.fused],
+        "tied": [] if plan.untied else [list(pair) for pair in outline.tied.items()],
+        "plain": plain,
+        "shards": hashes,
+    }
+
+
+_SAFETENSORS = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def is_export_of(out: Path, plan: Plan) -> bool:
+    """Whether ``out`` already holds the finished result of this very plan."""
+    record = out / "qkit.json"
+    if not record.is_file():
+        return False
+    try:
+        found = json.loads(record.read_bytes())
+    except ValueError:
+        return False
+    return bool(found.get("plan_hash") == plan.hash) and all(
+        (out / f).is_file() and sha256_file(out / f) == h for f, h in found.get("shards", {}).items()
+    )

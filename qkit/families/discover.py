@@ -1,0 +1,85 @@
+"""From a config to a model skeleton without weights, and to the family that describes it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
+from qkit.blocks import Group
+from qkit.errors import BadCheckpoint, Unsupported
+from qkit.families import Family
+from qkit.families.llm import FAMILIES
+
+# Siblings of an undeclared architecture that by these names read one input.
+_SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
+
+
+def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn.Module:
+    """The model's modules on the meta device: shapes and names, no memory.
+
+    Raises Unsupported for an architecture that transformers does not have built in (no code of a checkpoint is
+    ever run), BadCheckpoint for a config that it rejects.
+    """
+    from transformers import (  # seconds to import: only when needed
+        CONFIG_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+    )
+
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise Unsupported(
+            f"{where}: model_type {kind!r} is not one that transformers has built in; code inside a checkpoint is "
+            "never run: convert the model to a built-in architecture"
+        )
+    try:
+        parsed = AutoConfig.for_model(**config)
+        if type(parsed) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise Unsupported(f"{where}: transformers has no causal language model for model_type {kind!r}")
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(parsed, attn_implementation="sdpa", dtype=dtype)
+    except (StrictDataclassError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as e:
+        raise BadCheckpoint(f"{where}: config.json does not describe a model: {str(e).splitlines()[0]}") from e
+    return cast(nn.Module, model.eval())
+
+
+def family_of(model: nn.Module, model_type: str) -> Family:
+    """The declared family of that model type, else one discovered from the module tree."""
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    return _discover(model, model_type)
+
+
+def _discover(model: nn.Module, model_type: str) -> Family:
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    same = [(n, m) for n, m in lists if len({type(child) for child in m}) == 1]
+    if not same:
+        raise Unsupported(
+            f"model_type {model_type!r} is not declared and has no list of equal blocks to quantize; found the module "
+            f"lists {[n for n, _ in lists] or 'none'}"
+        )
+    path, blocks = max(same, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    first = blocks[0]
+    linears = {n: m for n, m in first.named_modules() if isinstance(m, nn.Linear)}
+    owned = {f"{n}.{p}" for n, m in linears.items() for p, _ in m.named_parameters(recurse=False)}
+    strange = [(n, tuple(p.shape)) for n, p in first.named_parameters() if p.dim() >= 2 and n not in owned]
+    if strange or not linears:
+        seen = ", ".join(f"{n} {s}" for n, s in strange[:4]) or "no linear layer"
+        raise Unsupported(
+            f"model_type {model_type!r} is not declared, and its blocks ({path}) hold weights that are not plain "
+            f"linears: {seen}; quantizing only a part of them is refused"
+        )
+    groups: list[Group] = []
+    for name in linears:
+        parent, _, leaf = name.rpartition(".")
+        shared = next((s for s in _SHARED if leaf in s), (leaf,))
+        members = tuple(f"{parent}.{s}" if parent else s for s in shared)
+        members = members if all(m in linears for m in members) else (name,)
+        if all(name not in g.linears for g in groups):
+            groups.append(Group(members))
+    return Family(f"discovered:{model_type}", (model_type,), blocks=path, groups=tuple(groups), embeddings="")

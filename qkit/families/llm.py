@@ -1,0 +1,99 @@
+"""Declarations of the language-model families."""
+
+from __future__ import annotations
+
+from qkit.blocks import Group
+from qkit.families import Experts, Family, Rotation
+
+_ATTENTION = (
+    Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), source="input_layernorm"),
+    Group(("self_attn.o_proj",), source="self_attn.v_proj"),
+)
+_MLP_DOWN = Group(("mlp.down_proj",), source="mlp.up_proj")
+_GATED_MLP = (Group(("mlp.gate_proj", "mlp.up_proj"), source="post_attention_layernorm"), _MLP_DOWN)
+_LLAMA_ROTATION = Rotation(
+    reads=(
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ),
+    writes=("self_attn.o_proj", "mlp.down_proj"),
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
+)
+
+LLAMA = Family(
+    "llama",
+    ("llama", "mistral", "qwen2", "qwen3"),
+    blocks="model.layers",
+    groups=(*_ATTENTION, *_GATED_MLP),
+    rotation=_LLAMA_ROTATION,
+    note="Llama, Mistral, Qwen2, Qwen3",
+)
+GEMMA3 = Family(
+    "gemma3",
+    ("gemma3_text",),
+    blocks="model.layers",
+    groups=(*_ATTENTION, Group(("mlp.gate_proj", "mlp.up_proj"), source="pre_feedforward_layernorm"), _MLP_DOWN),
+    norm_offset=1.0,
+    note="Gemma 3 (text)",
+)
+PHI3 = Family(
+    "phi3",
+    ("phi3",),
+    blocks="model.layers",
+    groups=(
+        Group(("self_attn.qkv_proj",), source="input_layernorm"),
+        Group(("self_attn.o_proj",)),
+        Group(("mlp.gate_up_proj",), source="post_attention_layernorm"),
+        Group(("mlp.down_proj",)),
+    ),
+    note="Phi-3 (fused qkv and gate/up)",
+)
+OPT = Family(
+    "opt",
+    ("opt",),
+    blocks="model.decoder.layers",
+    groups=(
+        Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), source="self_attn_layer_norm"),
+        Group(("self_attn.out_proj",), source="self_attn.v_proj"),
+        Group(("fc1",), source="final_layer_norm"),
+        Group(("fc2",), source="fc1"),
+    ),
+    embeddings="model.decoder.embed_tokens",
+    final_norm="model.decoder.final_layer_norm",
+    note="OPT (biases, LayerNorm)",
+)
+GPT_NEOX = Family(
+    "gpt_neox",
+    ("gpt_neox",),
+    blocks="gpt_neox.layers",
+    groups=(
+        Group(("attention.query_key_value",), source="input_layernorm"),
+        Group(("attention.dense",)),
+        Group(("mlp.dense_h_to_4h",), source="post_attention_layernorm"),
+        Group(("mlp.dense_4h_to_h",)),
+    ),
+    embeddings="gpt_neox.embed_in",
+    final_norm="gpt_neox.final_layer_norm",
+    rename=(("embed_out.", "lm_head."),),
+    note="GPT-NeoX, Pythia (biases, LayerNorm)",
+)
+MIXTRAL = Family(
+    "mixtral",
+    ("mixtral",),
+    blocks="model.layers",
+    groups=_ATTENTION,
+    experts=Experts("mlp.experts", "block_sparse_moe.experts.{e}.{linear}", gate="w1", up="w3", down="w2"),
+    rename=((".block_sparse_moe.gate.", ".mlp.gate."),),
+    note="Mixtral (fused 3-D experts)",
+)
+QWEN3_MOE = Family(
+    "qwen3_moe",
+    ("qwen3_moe",),
+    blocks="model.layers",
+    groups=(*_ATTENTION, *_GATED_MLP),
+    experts=Experts("mlp.experts", "mlp.experts.{e}.{linear}"),
+    note="Qwen3-MoE (fused 3-D experts, dense layers among them)",
+)
+
+FAMILIES = (LLAMA, GEMMA3, PHI3, OPT, GPT_NEOX, MIXTRAL, QWEN3_MOE)

@@ -1,0 +1,91 @@
+"""From the outline to modules with weights: one block at a time, or everything around the blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkit.blocks import BlockOutline
+from qkit.checkpoint import Checkpoint
+from qkit.families.outline import Outline
+
+
+def _fill_computed_buffers(model: nn.Module, part: nn.Module) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies) are computed by the model's own initializer."""
+    for module in part.modules():
+        if module._non_persistent_buffers_set:
+            initialize: Any = model._init_weights
+            initialize(module)
+
+
+def _assign(owner: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    target = getattr(owner.get_submodule(path), leaf)
+    target.data.copy_(value)
+
+
+def load_block(outline: Outline, block: BlockOutline, allow_nonfinite: bool = False) -> nn.Module:
+    """The block's module with its weights, read tensor by tensor; ``release`` gives the memory back.
+
+    Raises NumericFailure for a weight that is not finite, unless allowed.
+    """
+    module = outline.model.get_submodule(block.path).to_empty(device="cpu")
+    _fill_computed_buffers(outline.model, module)
+    linears = {f"{linear.name}.weight": linear for linear in block.linears}
+    for name, stored in block.stored:
+        value = outline.checkpoint.read_finite(stored, allow_nonfinite)
+        if stored in linears:
+            linears[stored].view(module).copy_(value)
+        else:
+            _assign(module, name, value)
+    return module.requires_grad_(False)
+
+
+def load_outer(outline: Outline) -> None:
+    """Everything outside the blocks that the way into the first block needs (embeddings, positions, norms)."""
+    model, blocks = outline.model, outline.family.blocks
+    base: Any = getattr(model, "base_model", model)
+    inside = {n for n, _ in model.named_modules() if n == blocks or n.startswith(blocks + ".")}
+    prefix = next((n for n, m in model.named_modules() if m is base), "")
+    for name, module in model.named_modules():
+        if name in inside or not (name == prefix or name.startswith(prefix + ".") or not prefix):
+            continue
+        for leaf, p in list(module.named_parameters(recurse=False)):
+            setattr(module, leaf, nn.Parameter(torch.empty_like(p, device="cpu"), requires_grad=False))
+        for leaf, b in list(module.named_buffers(recurse=False)):
+            module._buffers[leaf] = torch.empty_like(b, device="cpu")
+        if module._non_persistent_buffers_set:
+            initialize: Any = model._init_weights
+            initialize(module)
+    for name, stored in outline.outer:
+        if not prefix or name.startswith(prefix + "."):
+            _assign(model, name, outline.checkpoint.read_finite(stored))
+
+
+def release(part: nn.Module) -> None:
+    """Give the memory of a block back; its shapes stay."""
+    part.to("meta")
+
+
+def release_outer(outline: Outline) -> None:
+    """Give back what ``load_outer`` took."""
+    outline.model.to("meta")
+
+
+def plain_tensors(checkpoint: Checkpoint, block: BlockOutline, module: nn.Module) -> dict[str, Tensor]:
+    """Stored tensors of the block that are not quantized, by checkpoint name, in the dtype of the checkpoint.
+
+    A tensor that no transform changed is the original to the bit.
+    """
+    weights = {f"{linear.name}.weight" for linear in block.linears}
+    result: dict[str, Tensor] = {}
+    for name, stored in block.stored:
+        if stored in weights:
+            continue
+        path, _, leaf = name.rpartition(".")
+        now: Tensor = getattr(module.get_submodule(path), leaf).data
+        original = checkpoint.read(stored)
+        result[stored] = original if torch.equal(original.to(now.dtype), now) else now.to(original.dtype)
+    return result

@@ -1,0 +1,165 @@
+"""The outline of a checkpoint: its blocks, their linears, and which tensor of the file is which parameter.
+
+Made from the config and the tensor headers alone, in seconds and without reading a weight: ``qkit plan`` needs
+nothing else. It is also where a file that does not match its config is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from qkit.blocks import BlockOutline, Group, Linear, LinearGroup
+from qkit.checkpoint import Checkpoint
+from qkit.errors import BadCheckpoint
+from qkit.families import Family
+from qkit.families.discover import build_skeleton, family_of
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# Leftovers of older savers that hold no weights.
+_HARMLESS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "attn.bias", "attn.masked_bias")
+
+
+class Outline:
+    """What plan and run know of a checkpoint before any weight is read."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = _dtype_of(checkpoint)
+        self.model = build_skeleton(checkpoint.config, str(checkpoint.path), self.dtype)
+        self.family: Family = family_of(self.model, str(checkpoint.config.get("model_type")))
+        self.tied = self._tied()
+        layers = self.model.get_submodule(self.family.blocks)
+        self.blocks = tuple(self._block(i, m) for i, m in enumerate(layers.children()))
+        self._check_coverage()
+
+    def _tied(self) -> dict[str, str]:
+        """{tensor that is not stored: tensor that it shares}, in checkpoint names."""
+        if not getattr(self.model.config, "tie_word_embeddings", False):
+            return {}
+        keys = getattr(self.model, "_tied_weights_keys", None) or {}
+        return {self.family.stored_name(a): self.family.stored_name(b) for a, b in dict(keys).items()}
+
+    def _block(self, index: int, module: nn.Module) -> BlockOutline:
+        path = f"{self.family.blocks}.{index}"
+        stored_prefix = self.family.stored_name(path)
+        stored: list[tuple[str, str]] = []
+        fused = self.family.experts
+        for name, _ in (*module.named_parameters(), *_persistent_buffers(module)):
+            if fused and name in (f"{fused.module}.gate_up_proj", f"{fused.module}.down_proj"):
+                continue
+            stored.append((name, self.family.stored_name(f"{path}.{name}")))
+        groups = [*self._plain_groups(module, path), *self._expert_groups(module, stored_prefix)]
+        for group in groups:
+            for linear in group.linears:
+                if linear.expert is not None:
+                    stored.append((linear.param, f"{linear.name}.weight"))
+        return BlockOutline(index, path, tuple(groups), tuple(stored))
+
+    def _plain_groups(self, module: nn.Module, path: str) -> Iterator[LinearGroup]:
+        modules = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+        declared = [g for g in self.family.groups if all(n in modules for n in g.linears)]
+        covered = {n for g in declared for n in g.linears}
+        # A linear that the declaration does not mention is still quantized, on its own.
+        for group in (*declared, *(Group((n,)) for n in modules if n not in covered)):
+            linears = tuple(
+                Linear(
+                    self.family.stored_name(f"{path}.{n}"),
+                    f"{n}.weight",
+                    (modules[n].out_features, modules[n].in_features),
+                    modules[n].bias is not None,
+                )
+                for n in group.linears
+            )
+            yield LinearGroup(linears, group, group.linears[0])
+
+    def _expert_groups(self, module: nn.Module, prefix: str) -> Iterator[LinearGroup]:
+        experts = self.family.experts
+        if experts is None or experts.module not in {n for n, _ in module.named_modules()}:
+            return
+        gate_up = module.get_parameter(f"{experts.module}.gate_up_proj")
+        down = module.get_parameter(f"{experts.module}.down_proj")
+        inner = gate_up.shape[1] // 2
+        for e in range(gate_up.shape[0]):
+
+            def name(linear: str, e: int = e) -> str:
+                return f"{prefix}.{experts.stored.format(e=e, linear=linear)}"
+
+            hidden = gate_up.shape[2]
+            param = f"{experts.module}.gate_up_proj"
+            pair = (
+                Linear(name(experts.gate), param, (inner, hidden), expert=e, rows=(0, inner)),
+                Linear(name(experts.up), param, (inner, hidden), expert=e, rows=(inner, 2 * inner)),
+            )
+            yield LinearGroup(pair, Group(()), experts.module, e)
+            last = Linear(name(experts.down), f"{experts.module}.down_proj", (down.shape[1], down.shape[2]), expert=e)
+            yield LinearGroup((last,), Group(()), "", e)
+
+    # ---- the file against the config -------------------------------------------------------------------------
+
+    @cached_property
+    def outer(self) -> tuple[tuple[str, str], ...]:
+        """(parameter, checkpoint tensor) of everything outside the blocks that is stored."""
+        prefix = self.family.blocks + "."
+        names = [n for n, _ in (*self.model.named_parameters(), *_persistent_buffers(self.model))]
+        pairs = [(n, self.family.stored_name(n)) for n in names if not n.startswith(prefix)]
+        return tuple((n, s) for n, s in pairs if s not in self.tied)
+
+    def _check_coverage(self) -> None:
+        tensors, where = self.checkpoint.tensors, self.checkpoint.path
+        shapes: dict[str, tuple[int, ...]] = {}
+        for block in self.blocks:
+            module = self.model.get_submodule(block.path)
+            by_weight = {f"{linear.name}.weight": linear.shape for linear in block.linears}
+            for name, stored in block.stored:
+                shapes[stored] = by_weight.get(stored) or tuple(_get(module, name).shape)
+        shapes.update({stored: tuple(_get(self.model, name).shape) for name, stored in self.outer})
+        missing = [n for n in shapes if n not in tensors]
+        if missing:
+            raise BadCheckpoint(
+                f"{where}: {len(missing)} tensors that config.json asks for are not in the file, the first is "
+                f"{missing[0]!r}: the checkpoint is incomplete or its config belongs to another model"
+            )
+        extra = [n for n in tensors if n not in shapes and n not in self.tied and not n.endswith(_HARMLESS)]
+        if extra:
+            raise BadCheckpoint(
+                f"{where}: {len(extra)} tensors in the file are not part of a {self.family.name} model with this "
+                f"config, the first is {extra[0]!r}: they would be lost without a word"
+            )
+        for name, shape in shapes.items():
+            if tensors[name].shape != shape:
+                raise BadCheckpoint(
+                    f"{where}: tensor {name!r} has shape {list(tensors[name].shape)}, config.json implies {list(shape)}"
+                )
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, m in module.named_modules():
+        for name, buffer in m.named_buffers(recurse=False):
+            if name not in m._non_persistent_buffers_set:
+                yield (f"{prefix}.{name}" if prefix else name), buffer
+
+
+def _get(module: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    value = getattr(module.get_submodule(owner), leaf)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that holds most bytes of the checkpoint; of a packed one, most bytes of what is not packed."""
+    size: dict[str, int] = {}
+    packed = "quantization_config" in checkpoint.config
+    for info in checkpoint.tensors.values():
+        if not packed or (info.dtype in DTYPES and not info.name.endswith("global_scale")):
+            size[info.dtype] = size.get(info.dtype, 0) + info.nbytes
+    name = max(size, key=lambda k: size[k]) if size else "none"
+    if name not in DTYPES:
+        raise BadCheckpoint(
+            f"{checkpoint.path}: weights are {name}; expected BF16, F16 or F32: convert the model first"
+        )
+    return DTYPES[name]

@@ -1,0 +1,302 @@
+"""Folders of models: which files of one may be read, and how a finished one gets its name.
+
+Reading: everything lies inside the folder, or in the blobs of the Hugging Face cache that the folder is a
+snapshot of. The check is made on real paths, so that neither a name nor a link leads out. Where two sets of
+weights lie side by side, neither is picked. Writing: a model is built in a folder of another name and
+renamed as the last step, so that a reader sees all of it or nothing.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qkit.errors import BadCheckpoint, IOFailure, Unsupported, UsageError
+from qkit.safefile import parse_json, read_bytes, shown, sync_dir
+
+WEIGHT_STEMS = ("model", "diffusion_pytorch_model")  # transformers and diffusers
+SIDE_FILES = (
+    "tokenizer*.json",
+    "*.model",  # sentencepiece
+    "*.tiktoken",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template*.json",
+    "chat_template*.jinja",
+    "generation_config.json",
+    "*processor_config.json",
+)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".7z", ".tar", ".npz", ".joblib")
+# The end of a tensor's name that only a quantized checkpoint has, and the method that writes it.
+QUANTIZED_NAMES = {
+    ".qweight": "gptq or awq",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "compressed-tensors or modelopt",
+    ".weight_scale_inv": "fp8",
+    ".SCB": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+}
+# Config keys that choose code to fetch, import or run: the command line is the only place to ask for that.
+CODE_KEYS = (
+    "trust_remote_code",
+    "auto_map",
+    "code_revision",
+    "custom_generate",
+    "custom_pipelines",
+    "kernels",
+    "use_kernels",
+    "kernel_config",
+    "kernel_mapping",
+    "*attn_implementation*",
+    "*experts_implementation*",
+)
+CONFIG_LIMIT = 16 << 20
+INDEX_LIMIT = 100 << 20
+MAX_DEPTH = 64
+OLD_PREFIX = ".qkit-old-"
+
+
+def load_json(path: Path, what: str, limit: int = 1 << 20) -> Any:
+    """A JSON file, strictly: see ``parse_json``; also refuses nesting deeper than 64.
+
+    what: what the file is, for messages ("model config"). Raises BadCheckpoint, IOFailure.
+    """
+    return parse_checked(read_bytes(path, limit), f"{path} ({what})")
+
+
+def parse_checked(raw: bytes, where: str) -> Any:
+    """``parse_json`` with the limit on nesting that ``load_json`` has."""
+    value = parse_json(raw, where)
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in _children(node) if isinstance(child, (dict, list))]
+        if not level:
+            return value
+    raise BadCheckpoint(f"{where}: nested more than {MAX_DEPTH} levels deep: get the file again from its source")
+
+
+def _children(node: Any) -> list[Any]:
+    return list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+
+
+def list_names(folder: Path) -> list[str]:
+    """The names in a folder, sorted. Raises IOFailure."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise IOFailure(f"cannot list {folder}: {error.strerror}: check the permissions") from error
+
+
+def side_file_names(folder: Path) -> list[str]:
+    """Names of the tokenizer, processor and generation files in a folder, sorted."""
+    return [name for name in list_names(folder) if _matches(name, SIDE_FILES)]
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def strip_code_keys(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A copy without the keys that choose code (CODE_KEYS), at any depth, and their dotted names."""
+    dropped: list[str] = []
+
+    def clean(node: Any, at: str) -> Any:
+        if isinstance(node, list):
+            return [clean(item, f"{at}{index}.") for index, item in enumerate(node)]
+        if not isinstance(node, dict):
+            return node
+        dropped.extend(at + key for key in node if _matches(key, CODE_KEYS))
+        return {key: clean(item, f"{at}{key}.") for key, item in node.items() if not _matches(key, CODE_KEYS)}
+
+    result: dict[str, Any] = clean(data, "")
+    return result, dropped
+
+
+def contained(folder: Path, name: str, source: str = "the model") -> Path:
+    """folder / name, after a check that its real path is in the folder or in the blobs of its cache.
+
+    folder: a real path. source: who asks for the file, for messages. Raises BadCheckpoint.
+    """
+    relative = Path(name)
+    if not re.fullmatch(r"[\w.+=@-][\w.+=@/ -]*", name, re.ASCII) or ".." in relative.parts or str(relative) != name:
+        raise BadCheckpoint(f"{folder}: {source} names the file {shown(name)}, expected one inside the model folder")
+    try:
+        real = (folder / name).resolve(strict=True)
+    except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
+        raise BadCheckpoint(f"{folder / name}: no such file, which {source} needs: get the complete folder") from None
+    roots = [folder]
+    for snapshot in (folder, *folder.parents):
+        if snapshot.parent.name == "snapshots":
+            roots.append(snapshot.parent.parent / "blobs")
+            break
+    if not any(real.is_relative_to(root) for root in roots):
+        raise BadCheckpoint(f"{folder / name}: leads out of the model folder, to {real}: copy the file into the folder")
+    return folder / name
+
+
+def require_safetensors(folder: Path, names: list[str]) -> None:
+    """Refuses a folder that holds weights only in a form that qkit does not read."""
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        return
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        raise Unsupported(f"{folder}: the model is GGUF ({shown(gguf[0])}): dequantize it to safetensors first")
+    if pickles := [name for name in names if name.endswith(PICKLES)]:
+        raise BadCheckpoint(
+            f"{folder}: only {shown(pickles[0])}, which can run code when it is read: convert to safetensors first"
+        )
+    raise BadCheckpoint(f"{folder}: no weights, expected model.safetensors or model.safetensors.index.json")
+
+
+def refuse_quantized(folder: Path, names: list[str], config: dict[str, Any]) -> None:
+    """Refuses a model whose config, or a file beside it, says that it is quantized."""
+    nodes: list[Any] = [config]
+    while nodes:
+        node = nodes.pop()
+        found = isinstance(node, dict) and (node.get("quantization_config") or node.get("compression_config"))
+        if found:
+            method = found.get("quant_method", "unknown method") if isinstance(found, dict) else found
+            _say_quantized(folder, "config.json: quantization_config", shown(method))
+        nodes.extend(_children(node))
+    for name, method in {"quantize_config.json": "gptq", "hf_quant_config.json": "modelopt"}.items():
+        if name in names:
+            _say_quantized(folder, name, method)
+
+
+def refuse_quantized_names(folder: Path, tensors: Iterable[str]) -> None:
+    """Refuses a model with tensors that only a quantized one has, whatever its config says."""
+    for name in tensors:
+        for suffix, method in QUANTIZED_NAMES.items():
+            if name.endswith(suffix):
+                _say_quantized(folder, f"tensor {shown(name)}", method)
+
+
+def _say_quantized(folder: Path, where: str, method: str) -> NoReturn:
+    raise Unsupported(
+        f"{folder}: {where} says that the model is quantized already ({method}), expected full precision: "
+        "dequantize it first, or take the original model"
+    )
+
+
+def find_weights(folder: Path, names: list[str]) -> tuple[list[Path], dict[str, str] | None]:
+    """The weight files, sorted, and the index's map of tensor names to files (None for a single file)."""
+    singles = [name for stem in WEIGHT_STEMS if (name := f"{stem}.safetensors") in names]
+    indices = [name for stem in WEIGHT_STEMS if (name := f"{stem}.safetensors.index.json") in names]
+    found = singles + indices
+    if len(found) > 1:
+        raise BadCheckpoint(f"{folder}: ambiguous: {' and '.join(found)} are both there: remove the one that is stale")
+    if not found:
+        raise BadCheckpoint(f"{folder}: no model.safetensors and no model.safetensors.index.json: get the missing file")
+    weight_map = _weight_map(contained(folder, indices[0])) if indices else None
+    listed = sorted(set(weight_map.values())) if weight_map else singles
+    stray = [name for name in names if re.fullmatch(r".+-\d+-of-\d+\.safetensors", name) and name not in listed]
+    if stray:
+        raise BadCheckpoint(
+            f"{folder}: ambiguous: {shown(stray[0])} is there beside {found[0]}, which does not list it"
+        )
+    return [contained(folder, name, _asker(weight_map, name)) for name in listed], weight_map
+
+
+def _asker(weight_map: dict[str, str] | None, file: str) -> str:
+    tensor = next((name for name, listed in (weight_map or {}).items() if listed == file), None)
+    return "the model" if tensor is None else f"the index, for tensor {shown(tensor)},"
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    data = load_json(index, "index", INDEX_LIMIT)
+    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadCheckpoint(f"{index}: no weight_map, expected an object of tensor names and files: get it again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors"):
+            raise BadCheckpoint(
+                f"{index}: weight_map[{shown(name)}] is {shown(file)}, expected a safetensors file name"
+            )
+    return weight_map
+
+
+def check_output_dir(out: Path, source: Path, overwrite: bool) -> None:
+    """Refuses an output folder that would cost the user something.
+
+    Never allowed: a link, something that is no folder, a folder that is, holds or lies in the input model, and
+    one that holds the working or the home directory. A folder with content needs ``overwrite``.
+    Raises UsageError.
+    """
+    if os.path.islink(out):
+        raise UsageError(
+            f"{out}: the output folder is a symbolic link, expected a folder or a new name: choose another"
+        )
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise UsageError(f"{out}: the output exists and is not a folder: choose another name")
+    for fault, inner, outer in (
+        ("is or lies in the input model", out, source),
+        ("holds the input model", source, out),
+        ("holds the working directory", Path.cwd(), out),
+        ("holds the home directory", Path("~").expanduser(), out),
+    ):
+        if _lies_in(inner, outer):
+            raise UsageError(f"{out}: the output folder {fault}: choose another folder")
+    if not overwrite and os.path.exists(out) and list_names(out):
+        raise UsageError(f"{out}: the output folder is not empty: choose another, or pass --overwrite to replace it")
+
+
+def _lies_in(inner: Path, outer: Path) -> bool:
+    """Whether inner is outer or below it, also through links and on a file system that ignores case."""
+    real = Path(os.path.realpath(inner))
+    places = (place for place in (real, *real.parents) if os.path.exists(place))
+    return os.path.exists(outer) and any(os.path.samefile(place, outer) for place in places)
+
+
+def commit_dir(partial: Path, out: Path, overwrite: bool) -> None:
+    """Gives the finished folder ``partial`` its name ``out``, in the same parent, as one durable step.
+
+    With ``overwrite`` a folder that is there is first renamed aside, and removed at the end; a crash in
+    between leaves the old one under a name that starts with ``.qkit-old-``.
+    Raises UsageError when ``out`` has content and may not be replaced, IOFailure.
+    """
+    if os.path.realpath(partial.parent) != os.path.realpath(out.parent):
+        raise UsageError(f"{partial} and {out} are in different folders: build the output beside its final place")
+    replaced = os.path.lexists(out)
+    if replaced and (os.path.islink(out) or not os.path.isdir(out) or (list_names(out) and not overwrite)):
+        raise UsageError(f"{out}: exists and is not an empty folder: choose another, or pass --overwrite to replace it")
+    aside = out.with_name(OLD_PREFIX + secrets.token_hex(8))
+    try:
+        _sync_tree(partial)
+        if replaced:
+            os.rename(out, aside)
+        try:
+            os.rename(partial, out)
+        except OSError:
+            if replaced:
+                os.rename(aside, out)
+            raise
+        sync_dir(out.parent)
+    except OSError as error:
+        raise IOFailure(
+            f"cannot rename {partial} to {out}: {error.strerror}: the finished model is in {partial}"
+        ) from error
+    try:
+        if replaced:
+            shutil.rmtree(aside)
+    except OSError as error:
+        raise IOFailure(f"{out} is complete, but {aside} could not be removed: {error.strerror}: remove it") from error
+
+
+def _sync_tree(folder: Path) -> None:
+    for place, _, names in os.walk(folder):
+        for name in names:
+            handle = os.open(os.path.join(place, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        sync_dir(Path(place))

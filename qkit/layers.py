@@ -1,0 +1,83 @@
+"""Modules of a packed model: a linear, and routed experts made of such linears."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkit import ops
+from qkit.export import compressed_tensors as ct
+from qkit.formats import Format
+
+
+class QuantLinear(nn.Module):
+    """A linear layer whose weight stays packed.
+
+    Tensors go in by the names they have on disk (``take``); ``prepare`` then lays them out for the operator
+    that runs them.
+    """
+
+    def __init__(self, weights: Format, activations: Format | None, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weights, self.activations = weights, activations
+        self.out_features, self.in_features = shape
+        self.dtype = dtype
+        self.bias: Tensor | None
+        self.register_buffer("bias", None)
+        self.static: Tensor | None
+        self.register_buffer("static", None, persistent=False)
+        self.packed: ops.Prepared | None = None
+
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """tensors: by suffix, as stored; 'bias' among them where there is one."""
+        shape = (self.out_features, self.in_features)
+        bias = tensors.get("bias")
+        self.bias = None if bias is None else bias.to(self.dtype)
+        static = tensors.get("input_global_scale", tensors.get("input_scale"))
+        self.static = None if static is None else static.to(torch.float32)
+        self.packed = ops.prepare(ct.read(tensors, self.weights, shape), self.activations, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed weight holds in memory."""
+        return 0 if self.packed is None else self.packed.nbytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., out], in x's dtype."""
+        assert self.packed is not None, "tensors were never loaded"
+        return ops.linear(x, self.packed, self.bias, self.activations, self.static)
+
+    def extra_repr(self) -> str:
+        op = "empty" if self.packed is None else self.packed.op
+        acts = "" if self.activations is None else f", activations={self.activations.name}"
+        return f"{self.in_features} -> {self.out_features}, {self.weights.name}{acts}, {op}"
+
+
+class QuantExperts(nn.Module):
+    """Routed experts as packed linears, in the place of transformers' fused experts module.
+
+    linears: {(expert, 'gate' | 'up' | 'down'): module}
+    """
+
+    def __init__(self, linears: dict[tuple[int, str], nn.Module], act: nn.Module, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.act_fn = act
+        self.experts = nn.ModuleList(
+            nn.ModuleDict({part: linears[e, part] for part in ("gate", "up", "down")}) for e in range(count)
+        )
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden: [tokens, H]; top_k_index, top_k_weights: [tokens, k] -> [tokens, H]"""
+        result = torch.zeros_like(hidden)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(top_k_index == e)
+            if not len(token):
+                continue
+            parts: Any = expert
+            x = hidden[token]
+            y = parts["down"](self.act_fn(parts["gate"](x)) * parts["up"](x))
+            result.index_add_(0, token, (y * top_k_weights[token, slot, None]).to(result.dtype))
+        return result

@@ -1,0 +1,176 @@
+"""From a packed folder to a model that runs packed.
+
+``load(path)`` builds the architecture without memory, puts packed modules in the place of the quantized linears, and
+reads the shards tensor by tensor. It gives a transformers model: generate, forward and everything else work as usual.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkit.blocks import Linear
+from qkit.checkpoint import Checkpoint
+from qkit.errors import BadCheckpoint
+from qkit.export.compressed_tensors import formats_of, specs
+from qkit.families.outline import Outline
+from qkit.formats import Format
+from qkit.layers import QuantExperts, QuantLinear
+from qkit.locate import find_model
+
+
+def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+    """A transformers causal language model in eval mode.
+
+    path:  a folder that ``qkit quantize`` wrote (or any compressed-tensors checkpoint in a format qkit knows), or a
+           full-precision one, or the name of a reference model
+    dtype: of activations and unquantized weights; default: the checkpoint's. float32 computes on exactly the decompressed
+           weights.
+    Raises BadCheckpoint for a damaged folder, Unsupported for formats that qkit cannot run.
+    """
+    folder = find_model(str(path))
+    checkpoint = Checkpoint.open(folder, quantized=True)
+    outline = PackedOutline(checkpoint)
+    model = outline.model
+    dtype = dtype or outline.dtype
+    computed = [m for m in model.modules() if m._non_persistent_buffers_set]
+    model.to_empty(device="cpu")
+    for module in computed:
+        initialize: Any = model._init_weights  # rotary frequencies and the like, which no checkpoint holds
+        initialize(module)
+    rotary = {id(b): b for m in computed for b in m.buffers()}
+    with torch.inference_mode():
+        _place_packed(outline, dtype)
+        _read_plain(outline)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+        p.requires_grad_(False)
+    for m in model.modules():
+        for name, b in m._buffers.items():
+            if b is not None and b.is_floating_point() and id(b) not in rotary and not isinstance(m, QuantLinear):
+                m._buffers[name] = b.to(dtype)
+    model.config.dtype = dtype
+    model.tie_weights()
+    _generation_config(model, folder)
+    return model.eval().to(device)
+
+
+class PackedOutline(Outline):
+    """The outline of a checkpoint that may be quantized already."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.quantization = checkpoint.config.get("quantization_config")
+        super().__init__(checkpoint)
+
+    def _check_coverage(self) -> None:
+        """Every tensor that the config asks for, packed or plain, and no other."""
+        names = [linear.name for block in self.blocks for linear in block.linears]
+        where = str(self.checkpoint.path)
+        self.formats: dict[str, tuple[Format, Format | None]] = (
+            formats_of(self.quantization, names, where) if self.quantization else {}
+        )
+        wanted = {stored for block in self.blocks for _, stored in block.stored}
+        wanted |= {stored for _, stored in self.outer}
+        for block in self.blocks:
+            for linear in block.linears:
+                if linear.name in self.formats:
+                    wanted.discard(f"{linear.name}.weight")
+                    weights, activations = self.formats[linear.name]
+                    wanted |= {f"{linear.name}.{s}" for s in specs(weights, activations, linear.shape, self.dtype)}
+        missing = sorted(wanted - self.checkpoint.tensors.keys())
+        if missing:
+            raise BadCheckpoint(
+                f"{where}: {len(missing)} tensors are missing, the first is {missing[0]!r}: run 'qkit verify {where}'"
+            )
+
+
+def _read_plain(outline: PackedOutline) -> None:
+    """Everything that is not packed."""
+    read = outline.checkpoint.read
+    for name, stored in outline.outer:
+        _assign(outline.model, name, read(stored))
+    for block in outline.blocks:
+        module = outline.model.get_submodule(block.path)
+        packed = {f"{x.name}.{leaf}" for x in block.linears if x.name in outline.formats for leaf in ("weight", "bias")}
+        views = {f"{x.name}.weight": x for x in block.linears}
+        for name, stored in block.stored:
+            if stored in packed:
+                continue
+            if stored in views and views[stored].expert is not None:
+                views[stored].view(module).copy_(read(stored))
+            else:
+                _assign(module, name, read(stored))
+
+
+def _assign(owner: nn.Module, name: str, value: Tensor) -> None:
+    """Give a parameter its value in the dtype of the file: nothing is rounded on the way."""
+    path, _, leaf = name.rpartition(".")
+    target = getattr(owner.get_submodule(path), leaf)
+    if tuple(target.shape) != tuple(value.shape):
+        raise BadCheckpoint(f"{name}: the file has shape {list(value.shape)}, the config implies {list(target.shape)}")
+    target.data = value
+
+
+def _place_packed(outline: PackedOutline, dtype: torch.dtype) -> None:
+    """Put a packed module in the place of every quantized linear."""
+    for block in outline.blocks:
+        module = outline.model.get_submodule(block.path)
+        experts: dict[tuple[int, str], nn.Module] = {}
+        for linear in block.linears:
+            packed = linear.name in outline.formats
+            if linear.expert is not None:
+                if packed:
+                    experts[linear.expert, _part_of(linear, outline)] = _packed(outline, linear, dtype)
+            elif packed:
+                module.set_submodule(linear.param.removesuffix(".weight"), _packed(outline, linear, dtype))
+        if experts:
+            _place_experts(outline, module, experts, block.path)
+
+
+def _packed(outline: PackedOutline, linear: Linear, dtype: torch.dtype) -> QuantLinear:
+    weights, activations = outline.formats[linear.name]
+    result = QuantLinear(weights, activations, linear.shape, dtype)
+    wanted = [*specs(weights, activations, linear.shape, outline.dtype), *(["bias"] if linear.bias else [])]
+    result.take({suffix: outline.checkpoint.read(f"{linear.name}.{suffix}") for suffix in wanted})
+    return result
+
+
+def _part_of(linear: Linear, outline: Outline) -> str:
+    if linear.rows is None:
+        return "down"
+    return "gate" if linear.rows[0] == 0 else "up"
+
+
+def _place_experts(
+    outline: PackedOutline, module: nn.Module, linears: dict[tuple[int, str], nn.Module], path: str
+) -> None:
+    declared = outline.family.experts
+    assert declared is not None
+    fused: Any = module.get_submodule(declared.module)
+    count = len(fused.gate_up_proj)
+    if len(linears) != 3 * count:
+        raise BadCheckpoint(
+            f"{path}: {len(linears)} of {3 * count} expert linears are quantized: all or none can be loaded"
+        )
+    module.set_submodule(declared.module, QuantExperts(linears, fused.act_fn, count))
+
+
+def _generation_config(model: Any, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model folder; no code of the folder is run. Raises BadCheckpoint when there is none."""
+    from transformers import AutoTokenizer
+
+    folder = find_model(str(path))
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as e:
+        raise BadCheckpoint(f"{folder}: no tokenizer that transformers can load: {str(e).splitlines()[0]}") from e

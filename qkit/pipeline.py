@@ -1,0 +1,190 @@
+"""The whole job as library calls: what ``qkit plan`` and ``qkit quantize`` run.
+
+from qkit.pipeline import Request, prepare, quantize
+report = quantize(Request(model="tiny-llama", scheme="w4a16", method="gptq"), out=Path("out"))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qkit.calibration import Calibration, calibration_rows
+from qkit.checkpoint import Checkpoint, check_config, check_output_dir, check_tied, commit_dir
+from qkit.errors import UsageError, VerifyFailure
+from qkit.export.folder import export, is_export_of
+from qkit.families.outline import Outline
+from qkit.forecast import Forecast, forecast, refuse_what_cannot_fit
+from qkit.job import Job
+from qkit.loading import load_tokenizer
+from qkit.locate import find_model
+from qkit.parallel import available_cores, workers
+from qkit.plan import Plan, make_plan
+from qkit.recipe import Recipe, load_recipe, make_recipe
+from qkit.run import Progress, run_blocks
+from qkit.verify import Report, verify
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``qkit quantize`` is asked for.
+
+    calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method
+    needs any. recipe: a YAML file; scheme, method, group_size and options given here go over it.
+    """
+
+    model: str
+    scheme: str | None = None
+    method: str | None = None
+    group_size: int | None = None
+    recipe: Path | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    strict: bool = False
+    calib: Path | None = None
+    samples: int = 128
+    seqlen: int = 256
+    seed: int = 0
+    threads: int | None = None
+    allow_nonfinite: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan with everything it was made from."""
+
+    plan: Plan
+    outline: Outline
+    forecast: Forecast
+
+
+def open_outline(model: str) -> Outline:
+    """Open and check a full-precision checkpoint."""
+    checkpoint = Checkpoint.open(find_model(model))
+    check_config(checkpoint.config, checkpoint.tensors)
+    outline = Outline(checkpoint)
+    check_tied(checkpoint, bool(outline.tied))
+    return outline
+
+
+def prepare(request: Request) -> Prepared:
+    """Plan a request; reads no weights."""
+    recipe = _recipe(request)
+    outline = open_outline(request.model)
+    calibration = _calibration(request, outline, recipe)
+    plan = make_plan(recipe, outline, calibration, request.seed)
+    return Prepared(plan, outline, forecast(plan, outline, request.threads or available_cores()))
+
+
+def _recipe(request: Request) -> Recipe:
+    given = {
+        "scheme": request.scheme,
+        "method": request.method,
+        "group_size": request.group_size,
+        "strict": request.strict or None,
+        "options": request.options or None,
+    }
+    over = {k: v for k, v in given.items() if v is not None}
+    if request.recipe is not None:
+        return load_recipe(request.recipe, over)
+    if request.scheme is None:
+        raise UsageError(
+            "no scheme: give --scheme (for instance w4a16) or --recipe FILE ('qkit list schemes' shows all)"
+        )
+    return make_recipe(over, "command line")
+
+
+def _calibration(request: Request, outline: Outline, recipe: Recipe) -> Calibration | None:
+    """The rows of the request, whether or not the plan will turn out to need them (it drops them if not)."""
+    if request.samples < 1 or request.seqlen < 2:
+        raise UsageError(
+            f"--samples {request.samples} --seqlen {request.seqlen}: expected at least 1 row of at least 2 tokens"
+        )
+    if not _may_need_rows(recipe) and request.calib is None:
+        return None
+    import qkit_data
+
+    path = request.calib or qkit_data.text_path("calibration")
+    config: Any = outline.model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and request.seqlen > limit:
+        raise UsageError(f"--seqlen {request.seqlen}: this model has positions for {limit} tokens: use a shorter one")
+    source = path.name if request.calib else "embedded calibration text"
+    tokenizer = load_tokenizer(outline.checkpoint.path)
+    return calibration_rows(path, tokenizer, request.samples, request.seqlen, config.vocab_size, source)
+
+
+def _may_need_rows(recipe: Recipe) -> bool:
+    from qkit.plan import LinearPlan, why_rows
+    from qkit.recipe import parse_method
+
+    transforms, _ = parse_method(recipe.method)
+    pairs = [recipe.resolved(r) for r in (None, *recipe.rules)]
+    probe = {
+        str(i): LinearPlan(str(i), (1, 1), s.name, s.weights, s.activations, solver)
+        for i, (s, solver, _) in enumerate(pairs)
+    }
+    return why_rows(probe, transforms) is not None
+
+
+def quantize(
+    request: Request,
+    out: Path,
+    progress: Progress,
+    *,
+    work: Path | None = None,
+    overwrite: bool = False,
+    keep_job: bool = False,
+    prepared: Prepared | None = None,
+) -> Report:
+    """Plan, run, export, verify. The same call goes on where a killed one stopped.
+
+    work: the job folder (default: OUT.job, beside OUT). Raises the errors of every stage; VerifyFailure leaves
+    OUT.partial for inspection and OUT untouched.
+    """
+    found = prepared or prepare(request)
+    plan, outline = found.plan, found.outline
+    work = work or out.with_name(out.name + ".job")
+    if is_export_of(out, plan):
+        return verify(out)
+    check_output_dir(out, outline.checkpoint.path, overwrite)
+    if outline.checkpoint.path in (work.resolve(), *work.resolve().parents):
+        raise UsageError(f"{work}: the job folder lies inside the model folder: choose another with --work")
+    refuse_what_cannot_fit(found.forecast, out)
+    partial = out.with_name(out.name + ".partial")
+    with Job.open(work, plan.identity) as job, workers(request.threads) as pool:
+        run_blocks(plan, outline, job, pool, progress)
+        progress.start("export and verify", 2)
+        export(plan, outline, job, partial)
+        progress.step()
+        report = verify(partial, work)
+        progress.step()
+        if report.problems:
+            first = report.problems[0]
+            raise VerifyFailure(
+                f"{partial}: the export failed its own proof in {len(report.problems)} places, first {first.where}: "
+                f"{first.what}: this is a fault of qkit; please report it with the job folder {work}"
+            )
+        commit_dir(partial, out, overwrite)
+        if not keep_job:
+            job.remove_bulk()
+    return report
+
+
+def coverage(plan: Plan) -> dict[str, Any]:
+    """What is quantized and what is not, in numbers."""
+    schemes: dict[str, int] = {}
+    for p in plan.linears.values():
+        schemes[p.scheme] = schemes.get(p.scheme, 0) + 1
+    weights = sum(p.shape[0] * p.shape[1] for p in plan.linears.values())
+    return {
+        "quantized": len(plan.linears),
+        "skipped": len(plan.skipped),
+        "schemes": schemes,
+        "weights": weights,
+        "bytes_before": plan.source_bytes,
+        "bytes_after": plan.packed_bytes,
+    }
+
+
+__all__ = ["Prepared", "Request", "coverage", "open_outline", "prepare", "quantize"]

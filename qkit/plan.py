@@ -1,0 +1,241 @@
+"""recipe x checkpoint -> Plan: one decision per linear, with its reason, before any weight is read.
+
+The plan is pure: the same recipe, checkpoint and calibration give the same plan and the same ``identity``, which is what
+a job resumes by. It also says what the run will cost (``forecast``) and refuses what cannot fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from importlib.metadata import version
+from typing import Any
+
+from qkit.blocks import Linear
+from qkit.calibration import Calibration
+from qkit.errors import BadRecipe, Unsupported, UsageError
+from qkit.export.compressed_tensors import stored_bytes
+from qkit.families.outline import Outline
+from qkit.formats import Format, Scheme, did_you_mean, fit_group
+from qkit.recipe import Recipe, Rule, parse_method
+from qkit.solvers.table import SOLVERS
+from qkit.transforms.rotate import check_rotatable
+from qkit.transforms.table import TRANSFORMS
+
+HEAD_REASON = "the output head stays in the model's dtype by default"
+TIED_REASON = "the output head shares its weight with the embeddings"
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """What happens to one linear. ``note`` says what is unusual about it (an adapted group size, a rule)."""
+
+    name: str
+    shape: tuple[int, int]
+    scheme: str
+    weights: Format
+    activations: Format | None
+    solver: str
+    options: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def pair(self) -> Scheme:
+        """Weight and activation format together."""
+        return Scheme(self.scheme, self.weights, self.activations)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run. linears and skipped: by checkpoint name (without '.weight'), in file order.
+
+    fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
+    """
+
+    linears: dict[str, LinearPlan]
+    skipped: dict[str, str]
+    fused: tuple[tuple[str, ...], ...]
+    transforms: tuple[str, ...]
+    family: str
+    model_type: str
+    dtype: str
+    seed: int
+    source_fingerprint: str
+    source_bytes: int
+    packed_bytes: int
+    calibration: Calibration | None
+    untied: bool
+    recipe: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
+        data = asdict(self)
+        data["calibration"] = None if self.calibration is None else self.calibration.to_json()
+        return data
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must agree for a job to be the same job."""
+        return {
+            "plan": self.to_json(),
+            "versions": {p: version(p) for p in ("qkit", "torch", "transformers", "compressed-tensors")},
+        }
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the identity."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+
+def make_plan(recipe: Recipe, outline: Outline, calibration: Calibration | None, seed: int) -> Plan:
+    """Decide for every linear of the outline.
+
+    Raises BadRecipe for rules that match nothing or tear fused linears apart, Unsupported for what a format or a
+    transform cannot do with this model, UsageError when calibration data is needed and missing.
+    """
+    transforms, _ = parse_method(recipe.method)
+    if "rotate" in transforms:
+        check_rotatable(outline)
+    linears: dict[str, LinearPlan] = {}
+    skipped: dict[str, str] = {}
+    matched: set[int] = set()
+    for block in outline.blocks:
+        for linear in block.linears:
+            index, rule = _rule_for(linear.name, recipe.rules)
+            if rule is not None:
+                matched.add(index)
+            if rule is not None and rule.skip is not None:
+                skipped[linear.name] = rule.skip
+                continue
+            linears[linear.name] = _decide(linear, recipe, rule)
+    head = outline.family.stored_name(outline.family.head)
+    if f"{head}.weight" in outline.checkpoint.tensors or f"{head}.weight" in outline.tied:
+        skipped[head] = TIED_REASON if f"{head}.weight" in outline.tied else HEAD_REASON
+    skipped.update(_routers(outline))
+    _check_rules(recipe, matched, [*linears, *skipped])
+    fused = _fused(outline, linears, skipped)
+    if calibration is None and (reason := why_rows(linears, transforms)):
+        raise UsageError(
+            f"{reason}: give calibration text with --calib FILE (or leave --calib out for the built-in text)"
+        )
+    untied = "rotate" in transforms and bool(outline.tied)
+    return Plan(
+        linears,
+        skipped,
+        fused,
+        transforms,
+        outline.family.name,
+        str(outline.checkpoint.config.get("model_type")),
+        str(outline.dtype).removeprefix("torch."),
+        seed,
+        outline.checkpoint.fingerprint(),
+        outline.checkpoint.nbytes,
+        _packed_bytes(outline, linears, untied),
+        calibration if why_rows(linears, transforms) else None,
+        untied,
+        recipe.model_dump(),
+    )
+
+
+def why_rows(linears: dict[str, LinearPlan], transforms: tuple[str, ...]) -> str | None:
+    """Why calibration rows must be run, or None when the weights alone decide."""
+    for p in linears.values():
+        if SOLVERS[p.solver].needs_hessian:
+            return f"solver {p.solver} measures the inputs of every layer"
+        if p.activations is not None and (not p.activations.dynamic or p.activations.strategy == "tensor_group"):
+            return f"scheme {p.scheme} has an activation scale that is measured beforehand"
+    for t in transforms:
+        if TRANSFORMS[t].stage == "stats":
+            return f"transform {t} measures the inputs of every layer"
+    return None
+
+
+def _rule_for(name: str, rules: tuple[Rule, ...]) -> tuple[int, Rule | None]:
+    for i, rule in enumerate(rules):
+        if fnmatchcase(name, rule.match):
+            return i, rule
+    return -1, None
+
+
+def _decide(linear: Linear, recipe: Recipe, rule: Rule | None) -> LinearPlan:
+    scheme, solver, options = recipe.resolved(rule)
+    try:
+        weights = fit_group(scheme.weights, linear.shape[1], recipe.strict)
+    except Unsupported as e:
+        raise Unsupported(f"{linear.name}: {e}") from e
+    if scheme.activations is not None:
+        group = scheme.activations.group
+        if group is not None and linear.shape[1] % group:
+            raise Unsupported(
+                f"{linear.name}: scheme {scheme.name} quantizes activations in groups of {group}, which do not divide "
+                f"its {linear.shape[1]} input columns: choose another scheme or skip it with a rule"
+            )
+    notes = []
+    if weights.group != scheme.weights.group:
+        said = f"group size {weights.group}" if weights.group else "one scale per channel"
+        notes.append(f"{said}: {linear.shape[1]} columns are not a multiple of {scheme.weights.group}")
+    if rule is not None:
+        notes.append(f"rule {rule.match!r}")
+    return LinearPlan(
+        linear.name, linear.shape, scheme.name, weights, scheme.activations, solver, options, "; ".join(notes)
+    )
+
+
+def _routers(outline: Outline) -> dict[str, str]:
+    """Two-dimensional weights of blocks that are not linears to quantize: routers of experts."""
+    found: dict[str, str] = {}
+    for block in outline.blocks:
+        weights = {f"{x.name}.weight" for x in block.linears}
+        for _, stored in block.stored:
+            if stored not in weights and len(outline.checkpoint.tensors[stored].shape) == 2:
+                found[stored.removesuffix(".weight")] = (
+                    "it routes tokens to experts: small, and an error changes the route"
+                )
+    return found
+
+
+def _check_rules(recipe: Recipe, matched: set[int], names: list[str]) -> None:
+    for i, rule in enumerate(recipe.rules):
+        if i not in matched:
+            if any(fnmatchcase(n, rule.match) for n in names):
+                raise BadRecipe(
+                    f"rule {i + 1} ({rule.match!r}) matches only layers that an earlier rule or a default already "
+                    "decides: move it up or remove it"
+                )
+            raise BadRecipe(f"rule {i + 1} ({rule.match!r}) matches no layer{did_you_mean(rule.match, names)}")
+
+
+def _fused(outline: Outline, linears: dict[str, LinearPlan], skipped: dict[str, str]) -> tuple[tuple[str, ...], ...]:
+    fused: list[tuple[str, ...]] = []
+    for block in outline.blocks:
+        for group in block.groups:
+            names = tuple(x.name for x in group.linears)
+            if len(names) < 2:
+                continue
+            kinds = {(linears[n].weights, linears[n].activations) if n in linears else None for n in names}
+            if len(kinds) > 1:
+                said = ", ".join(
+                    f"{n.rsplit('.', 1)[-1]} {linears[n].scheme if n in linears else 'skipped'}" for n in names
+                )
+                raise BadRecipe(
+                    f"{names[0].rsplit('.', 1)[0]}: the rules give {said}, but engines load these layers as one and need "
+                    "one scheme: write a rule that covers all of them"
+                )
+            fused.append(names)
+    return tuple(fused)
+
+
+def _packed_bytes(outline: Outline, linears: dict[str, LinearPlan], untied: bool) -> int:
+    """Bytes of all tensors of the result, exactly (shard headers apart)."""
+    total = 0
+    for name, info in outline.checkpoint.tensors.items():
+        if name in outline.tied:
+            continue
+        p = linears.get(name.removesuffix(".weight"))
+        total += info.nbytes if p is None else stored_bytes(p.weights, p.activations, p.shape, outline.dtype)
+    if untied:
+        shared = next(iter(outline.tied.values()))
+        total += outline.checkpoint.tensors[shared].nbytes
+    return total

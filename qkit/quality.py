@@ -1,0 +1,241 @@
+"""What quantization cost, as numbers: perplexity, divergence from the original, error of a tensor.
+
+The text metric of this project: a text is tokenised whole (no special tokens added) and cut into consecutive windows
+that do not overlap; positions 2 to ``window`` of each are scored. A window is the unit of every interval here, because
+tokens of one window depend on each other: resampling single tokens would make the intervals much too narrow.
+
+Memory: logits of one small batch (of both models, when two are compared) and fp32 temporaries of a chunk of its
+positions; nothing grows with the text but a few numbers per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.errors import BadInput, UsageError
+
+Progress = Callable[[int, int], None]  # (windows done, windows in all)
+
+BATCH = 8  # most windows per forward pass
+BATCH_BYTES = 512 << 20  # of fp32 logits of a batch; one window is the least
+CHUNK_BYTES = 64 << 20  # of one fp32 temporary over a chunk of positions
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % confidence interval; ``low`` and ``high`` are NaN when one unit gives no spread."""
+
+    mean: float
+    low: float
+    high: float
+
+    def map(self, function: Callable[[float], float]) -> Interval:
+        """The interval of a growing function of the mean."""
+        return Interval(function(self.mean), function(self.low), function(self.high))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same windows; every tensor is [windows, window - 1], a value per scored token.
+
+    reference, approx: negative log likelihood in nats, float64
+    kl:                KL(reference || approx) over the whole vocabulary, in nats, float64
+    same_top1:         both models put the same token first, bool
+    """
+
+    reference: Tensor
+    approx: Tensor
+    kl: Tensor
+    same_top1: Tensor
+
+
+def nll_windows(
+    model: Any, tokens: Tensor, window: int, limit: int | None = None, progress: Progress | None = None
+) -> Tensor:
+    """Negative log likelihood, in nats, of positions 2..window of each window.
+
+    tokens: int64 [n]; the result is float64 [windows, window - 1] on the CPU. ``model(input_ids=..., use_cache=False)``
+    must return an object with ``logits`` [batch, window, vocabulary]. The log-softmax is fp32 for any dtype of model.
+    Raises BadInput when the text is shorter than one window or has tokens outside the vocabulary, UsageError for a
+    window that the model cannot take.
+    """
+    windows = split_windows(tokens, window, limit)
+    parts = []
+    for ids in _batches([model], windows, progress):
+        logits = _logits(model, ids)
+        rows = [_nll(_log_softmax(logits, at), ids, at) for at in _chunks(logits)]
+        parts.append(torch.cat(rows, dim=1).cpu())
+    return torch.cat(parts)
+
+
+def compare_windows(
+    reference: Any, approx: Any, tokens: Tensor, window: int, limit: int | None = None, progress: Progress | None = None
+) -> Comparison:
+    """Both models over the same windows in one pass: likelihoods, KL(reference || approx) and same top-1 per token.
+
+    Arguments and errors as for ``nll_windows``; further a UsageError when the vocabularies differ in size.
+    """
+    windows = split_windows(tokens, window, limit)
+    parts: list[list[Tensor]] = []
+    for ids in _batches([reference, approx], windows, progress):
+        p_logits, q_logits = _logits(reference, ids), _logits(approx, ids)
+        if p_logits.shape != q_logits.shape:
+            raise UsageError(
+                f"the two models cannot be compared token by token: the reference has a vocabulary of "
+                f"{p_logits.shape[-1]}, the other one of {q_logits.shape[-1]}; give the model that it was made from"
+            )
+        rows = []
+        for at in _chunks(p_logits):
+            p, q = _log_softmax(p_logits, at), _log_softmax(q_logits, at).to(p_logits.device)
+            kl = _kl(p, q)
+            same = (p.argmax(-1) == q.argmax(-1)) & ~kl.isnan()
+            rows.append([_nll(p, ids, at), _nll(q, ids, at), kl, same])
+        parts.append([torch.cat(column, dim=1).cpu() for column in zip(*rows, strict=True)])
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return Comparison(*columns)
+
+
+def split_windows(tokens: Tensor, window: int, limit: int | None = None) -> Tensor:
+    """int64 [n] -> [windows, window]: consecutive, not overlapping, the first ``limit``; a shorter rest is left out."""
+    if window < 2 or (limit is not None and limit < 1):
+        raise UsageError(f"a window needs at least 2 tokens and a limit at least 1 window; found {window} and {limit}")
+    count = tokens.numel() // window
+    if count == 0:
+        raise BadInput(f"the text has {tokens.numel()} tokens, and one window needs {window}; give more text")
+    count = count if limit is None else min(count, limit)
+    return tokens.reshape(-1)[: count * window].reshape(count, window)
+
+
+def _batches(models: list[Any], windows: Tensor, progress: Progress | None) -> Iterator[Tensor]:
+    vocabulary = 0
+    for model in models:
+        config: Any = getattr(model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        vocabulary = max(vocabulary, getattr(config, "vocab_size", 0))
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and windows.shape[1] > longest:
+            raise UsageError(
+                f"windows of {windows.shape[1]} tokens do not fit the model, whose max_position_embeddings is {longest}"
+            )
+    size = max(1, min(BATCH, BATCH_BYTES // (4 * windows.shape[1] * max(vocabulary, 1))))
+    for start in range(0, len(windows), size):
+        yield windows[start : start + size]
+        if progress is not None:
+            progress(min(start + size, len(windows)), len(windows))
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    device = next(chain(model.parameters(), model.buffers())).device
+    logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
+    if int(ids.max()) >= logits.shape[-1] or int(ids.min()) < 0:
+        raise BadInput(
+            f"the text has token {int(ids.max())} and the model a vocabulary of {logits.shape[-1]}; "
+            "use the tokenizer that belongs to the model"
+        )
+    return logits
+
+
+def _chunks(logits: Tensor) -> Iterator[slice]:
+    batch, window, vocabulary = logits.shape
+    step = max(1, CHUNK_BYTES // (4 * batch * vocabulary))
+    return (slice(start, min(start + step, window - 1)) for start in range(0, window - 1, step))
+
+
+def _log_softmax(logits: Tensor, at: slice) -> Tensor:
+    return torch.log_softmax(logits[:, at].float(), dim=-1)
+
+
+def _nll(log_probabilities: Tensor, ids: Tensor, at: slice) -> Tensor:
+    targets = ids[:, at.start + 1 : at.stop + 1].to(log_probabilities.device)
+    return -log_probabilities.gather(-1, targets[..., None])[..., 0].double()
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """Sum over the vocabulary of p (log p - log q), from log probabilities; a token that p excludes adds nothing."""
+    terms = torch.where(p == -math.inf, 0.0, p.exp() * (p - q))
+    return terms.sum(-1, dtype=torch.float64).clamp_(min=0.0)  # rounding can leave it a little below zero
+
+
+def bootstrap_ci(values: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Mean of ``values`` [n], one per independent unit, with the percentile bootstrap interval (Efron 1979).
+
+    The same values and seed give the same interval. Neighbouring windows of one text are not quite independent, so the
+    interval of a short text is a little too narrow.
+    """
+    values = values.detach().double().reshape(-1).cpu()
+    if values.numel() == 0:
+        raise BadInput("there is nothing to average: no values were measured")
+    mean = float(values.mean())
+    if values.numel() == 1 or not math.isfinite(mean):
+        return Interval(mean, math.nan, math.nan)
+    generator = torch.Generator().manual_seed(seed)
+    step = max(1, (8 << 20) // values.numel())
+    means = []
+    for start in range(0, resamples, step):
+        picks = torch.randint(
+            values.numel(), (min(step, resamples - start), values.numel()), generator=generator, dtype=torch.int64
+        )
+        means.append(values[picks].mean(1))
+    low, high = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(mean, low, high)
+
+
+def perplexity(nll: Tensor) -> Interval:
+    """exp(mean of nll) with its interval over windows; ``nll`` is [windows, tokens] in nats."""
+    return bootstrap_ci(nll.mean(1)).map(_exp)
+
+
+def perplexity_change(reference: Tensor, approx: Tensor) -> Interval:
+    """Relative change of perplexity, 0.02 for +2 %, paired: the windows that are hard for one are hard for the other.
+
+    Both are nll [windows, tokens] of the same windows. The interval of the difference is far narrower than what the
+    two intervals on their own suggest.
+    """
+    return bootstrap_ci(approx.mean(1) - reference.mean(1)).map(lambda difference: _exp(difference) - 1.0)
+
+
+def _exp(value: float) -> float:
+    return math.inf if value > 709.0 else math.exp(value)
+
+
+def sqnr_db(reference: Tensor, approx: Tensor) -> float:
+    """Signal to quantization noise in decibels: 10 log10(sum ref^2 / sum (ref - approx)^2); inf when they are equal."""
+    signal, noise = _energies(reference, approx)
+    if noise == 0.0:
+        return math.inf
+    if signal == 0.0 or noise == math.inf:
+        return -math.inf
+    return 10.0 * math.log10(signal / noise)
+
+
+def relative_error(reference: Tensor, approx: Tensor) -> float:
+    """Norm of the difference over the norm of the reference (Frobenius); 0 when they are equal."""
+    signal, noise = _energies(reference, approx)
+    if noise == 0.0:
+        return 0.0
+    return math.inf if signal == 0.0 else math.sqrt(noise / signal)
+
+
+def cosine(reference: Tensor, approx: Tensor) -> float:
+    """Cosine of the angle between the two tensors taken as vectors; two zero tensors agree: 1."""
+    a, b = reference.double().flatten(), approx.double().flatten()
+    norms = float(a.norm()) * float(b.norm())
+    if norms == 0.0:
+        return 1.0 if float(a.norm()) == float(b.norm()) else 0.0
+    return float(a @ b) / norms
+
+
+def _energies(reference: Tensor, approx: Tensor) -> tuple[float, float]:
+    if reference.shape != approx.shape:
+        raise UsageError(f"cannot compare shapes {tuple(reference.shape)} and {tuple(approx.shape)}")
+    a = reference.double()
+    return float(a.square().sum()), float((a - approx.double()).square().sum())

@@ -1,0 +1,145 @@
+"""What the user asks for: a scheme, a method, and rules for the layers that differ.
+
+A recipe file is YAML:
+
+    scheme: w4a16
+    method: gptq
+    group_size: 64
+    options: {damp: 0.02}
+    rules:                       # the first rule whose glob matches a layer decides
+      - match: "*.down_proj"
+        scheme: w8a16
+      - match: "model.layers.0.*"
+        skip: the first block reacts strongly
+
+Names come from qkit's own tables; nothing in a recipe is ever imported or run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qkit.errors import BadRecipe, UsageError
+from qkit.formats import Scheme, did_you_mean, scheme
+from qkit.solvers.table import SOLVERS
+from qkit.strictyaml import LineDict, check_keys, load_yaml
+from qkit.transforms.table import TRANSFORMS
+
+
+class Rule(BaseModel):
+    """Layers by glob (fnmatch on the checkpoint name), and what is different for them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    match: str = Field(min_length=1, max_length=200)
+    scheme: str | None = None
+    solver: str | None = None
+    group_size: int | None = None
+    skip: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Recipe(BaseModel):
+    """A whole request. ``method`` is a solver, a transform, or a sum such as smoothquant+gptq."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    scheme: str
+    method: str = "rtn"
+    group_size: int | None = None
+    strict: bool = False
+    options: dict[str, Any] = Field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+
+    def resolved(self, rule: Rule | None) -> tuple[Scheme, str, dict[str, Any]]:
+        """(scheme, solver, solver options) of a layer under its rule.
+
+        Raises UsageError for unknown names.
+        """
+        _, solver = parse_method(self.method)
+        name, group, options = self.scheme, self.group_size, dict(self.options)
+        if rule is not None:
+            name = rule.scheme or name
+            group = rule.group_size if rule.group_size is not None else (None if rule.scheme else group)
+            solver = rule.solver or solver
+            options.update(rule.options)
+        s = scheme(name)
+        if group is not None and group != s.weights.group:
+            s = Scheme(s.name, s.weights.with_group(group), s.activations)
+        if solver not in SOLVERS:
+            raise UsageError(f"unknown solver '{solver}'{did_you_mean(solver, list(SOLVERS))}")
+        return s, solver, check_options(solver, parse_method(self.method)[0], options)
+
+
+def parse_method(method: str) -> tuple[tuple[str, ...], str]:
+    """'smoothquant+gptq' -> (('smoothquant',), 'gptq'); the solver defaults to rtn.
+
+    Raises UsageError for an unknown part or for two solvers.
+    """
+    transforms: list[str] = []
+    solvers: list[str] = []
+    for part in method.lower().split("+"):
+        if part in SOLVERS:
+            solvers.append(part)
+        elif part in TRANSFORMS:
+            transforms.append(part)
+        else:
+            known = [*SOLVERS, *TRANSFORMS]
+            raise UsageError(
+                f"unknown method '{part}' in '{method}'{did_you_mean(part, known)} ('qkit list methods' shows all)"
+            )
+    if len(solvers) > 1 or len(set(transforms)) < len(transforms):
+        raise UsageError(f"method '{method}': expected at most one solver ({', '.join(SOLVERS)}) and no repetition")
+    ordered = tuple(t for t in TRANSFORMS if t in transforms)
+    return ordered, solvers[0] if solvers else "rtn"
+
+
+def check_options(solver: str, transforms: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Options with the defaults of the solver and the transforms filled in; UsageError for unknown names or types."""
+    known = dict(SOLVERS[solver].options)
+    for t in transforms:
+        known.update(TRANSFORMS[t].options)
+    filled = {name: default for name, (default, _) in known.items()}
+    for name, value in options.items():
+        if name not in known:
+            raise UsageError(
+                f"unknown option '{name}' for {'+'.join((*transforms, solver))}{did_you_mean(name, list(known))}"
+            )
+        default = known[name][0]
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not type(default):
+            raise UsageError(f"option '{name}': expected {type(default).__name__}, found {value!r}")
+        filled[name] = value
+    return filled
+
+
+def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
+    """A recipe file with command-line values put over it. Raises BadRecipe naming file, line and key."""
+    data = load_yaml(path, "recipe")
+    if not isinstance(data, LineDict):
+        raise BadRecipe(
+            f"{path}: expected a mapping with 'scheme' and 'method' at the top, found {type(data).__name__}"
+        )
+    check_keys(data, list(Recipe.model_fields), str(path))
+    for rule in data.get("rules") or []:
+        if isinstance(rule, LineDict):
+            check_keys(rule, list(Rule.model_fields), str(path))
+    return make_recipe({**data, **overrides}, str(path))
+
+
+def make_recipe(data: dict[str, Any], where: str) -> Recipe:
+    """Validate; every complaint is one sentence with the field."""
+    try:
+        recipe = Recipe.model_validate(data)
+        parse_method(recipe.method)
+        for rule in (None, *recipe.rules):
+            recipe.resolved(rule)
+    except ValidationError as e:
+        first = e.errors()[0]
+        field = ".".join(str(p) for p in first["loc"])
+        raise BadRecipe(f"{where}: field '{field}': {first['msg']} (found {first.get('input')!r})") from e
+    except UsageError as e:
+        raise type(e)(f"{where}: {e}" if where != "command line" else str(e)) from e
+    return recipe

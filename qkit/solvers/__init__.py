@@ -1,0 +1,46 @@
+"""Solvers: from the weights of a group of linears to their codes.
+
+A solver is a function ``(Task) -> Solved``. It sees linears that share one input, one format and one Hessian;
+it knows no model, no file and no other solver. To add one: copy ``rtn.py``, write the equation in its docstring,
+add a line to the table in ``table.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.capture import Stats
+from qkit.formats import Format
+from qkit.qtensor import QTensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a solver works on.
+
+    weights:      float32 [out_i, in] each, finite
+    fmt:          the format of all of them
+    dtype:        the model's dtype, in which scales are stored
+    stats:        of their common input; None for solvers that need none
+    global_scale: float32 [1], NVFP4's tensor scale, common to the group; else None
+    options:      of this solver, as validated by its recipe entry
+    """
+
+    weights: list[Tensor]
+    fmt: Format
+    dtype: torch.dtype
+    stats: Stats | None = None
+    global_scale: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """qtensors: one per weight, in order; fallback: why a simpler method was used, or None."""
+
+    qtensors: list[QTensor]
+    fallback: str | None = None

@@ -1,0 +1,196 @@
+"""GPTQ: round column by column and let the columns that are still open absorb the error.
+
+Frantar et al., arXiv 2210.17323, algorithm 1. With H = mean x x^T + lambda I and U the upper Cholesky factor of
+H^-1 (H^-1 = U^T U), for each input column j in order:
+
+  q_j = qdq(w_j),   e_j = (w_j - q_j) / U_jj,   w_k <- w_k - e_j U_jk  for all k > j
+
+so that the layer's squared output error is sum_j |e_j|^2.
+
+How it is arranged here (our choices):
+ * all linears of a group are one problem, their rows stacked: one factorization and one column loop for q/k/v;
+ * left-looking: a column receives all earlier errors at once when its turn comes. W is kept as [in, out], so
+   a column is contiguous, and the place of a finished column holds its error e_j. Errors reach a panel of
+   columns by one matrix product, a sub-panel by a small one, a column by one matrix-vector product;
+ * the scale of a group is found when its first column comes up, from the weights as corrected by then, by the
+   search of ``qtensor.find_params`` with importance 1 / U_jj^2 (what a rounding error costs in column j);
+ * ``order: activation`` takes the columns by falling diagonal of H. Scales then come from the original weights,
+   so the file needs no permutation;
+ * the damping lambda is ``damp`` times the mean diagonal; if the factorization fails it is raised tenfold up to 1,
+   then the group is rounded to nearest and the fallback recorded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qkit.formats import Format
+from qkit.qtensor import (
+    Params,
+    QTensor,
+    effective_scale,
+    expand,
+    find_params,
+    grid_to_codes,
+    round_to_grid,
+)
+from qkit.solvers import Solved, Task
+from qkit.solvers.rtn import rtn
+
+_SUB = 32  # columns of a sub-panel
+
+
+def gptq(task: Task) -> Solved:
+    """Solve a group. Options: ``damp`` (float), ``order`` ('none' or 'activation')."""
+    assert task.stats is not None and task.stats.hessian is not None
+    factor, reason = factorize(task.stats.hessian, float(task.options.get("damp", 0.01)))
+    if factor is None:
+        plain = Task(task.weights, task.fmt, task.dtype, None, task.global_scale)
+        return Solved(rtn(plain).qtensors, fallback=reason)
+    order: Tensor | None = None
+    if task.options.get("order", "none") == "activation":
+        order = torch.argsort(task.stats.hessian.diagonal(), descending=True, stable=True)
+        factor, _ = factorize(task.stats.hessian[order][:, order], float(task.options.get("damp", 0.01)))
+        assert factor is not None
+    return Solved(_solve(task, factor, order))
+
+
+def factorize(hessian: Tensor, damp: float) -> tuple[Tensor | None, str | None]:
+    """(U, None) with H^-1 = U^T U, upper triangular float32 [in, in]; or (None, why not)."""
+    if not bool(hessian.isfinite().all()):
+        return None, "the Hessian is not finite"
+    diagonal = hessian.diagonal()
+    mean = float(diagonal.mean())
+    if mean <= 0 or float(diagonal.min()) < 0:
+        return None, "the Hessian has no positive diagonal (inputs are all zero)"
+    # Scaled to a mean diagonal of 1, so that neither tiny nor huge activations leave the range of float32.
+    h = hessian / mean
+    dead = h.diagonal() == 0  # an input that was never active: no correction goes through it
+    while damp <= 1.0:
+        damped = h.clone()
+        damped.diagonal().add_(damp + dead.to(h.dtype))
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            inverse = torch.cholesky_inverse(lower)
+            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
+            if int(info) == 0 and bool(upper.isfinite().all()):
+                return upper, None
+        damp *= 10
+    return None, "the Hessian could not be factorized even with full damping"
+
+
+def _solve(task: Task, upper: Tensor, order: Tensor | None) -> list[QTensor]:
+    fmt, columns = task.fmt, upper.shape[0]
+    w = torch.cat(task.weights).T.contiguous()  # [in, out]; becomes the errors, column by column
+    cost = upper.diagonal().square().reciprocal()
+    scales = _Scales(task, cost, order)
+    if order is not None:
+        w = w[order]
+    codes = torch.empty(w.shape, dtype=_code_dtype(fmt))
+    panel, sub = _panels(fmt, order is not None)
+    for p0 in range(0, columns, panel):
+        p1 = min(p0 + panel, columns)
+        w[p0:p1].addmm_(upper[:p0, p0:p1].T, w[:p0], alpha=-1)
+        for s0 in range(p0, p1, sub):
+            s1 = min(s0 + sub, p1)
+            w[s0:s1].addmm_(upper[p0:s0, s0:s1].T, w[p0:s0], alpha=-1)
+            _sub_panel(w, upper, codes, scales, (s0, s1, p1), fmt)
+    codes = codes if order is None else codes[torch.argsort(order)]
+    per_weight = codes.T.split([len(x) for x in task.weights])
+    return [QTensor(c.contiguous(), p, fmt) for c, p in zip(per_weight, scales.params(), strict=True)]
+
+
+def _sub_panel(
+    w: Tensor, upper: Tensor, codes: Tensor, scales: _Scales, span: tuple[int, int, int], fmt: Format
+) -> None:
+    """Quantize columns [s0, s1) of w in place: each is replaced by its error e_j."""
+    s0, s1, p1 = span
+    scale, zero = scales.columns(w, s0, s1, p1)
+    diagonal = upper.diagonal().tolist()
+    grid = torch.empty(s1 - s0, w.shape[1])
+    for j in range(s0, s1):
+        column = w[j]
+        if j > s0:
+            column.addmv_(w[s0:j].T, upper[s0:j, j], alpha=-1)
+        s, z = scale[j - s0], None if zero is None else zero[j - s0]
+        values = round_to_grid(column / s if z is None else column / s + z, fmt)
+        grid[j - s0] = values
+        column.sub_((values if z is None else values - z) * s).div_(diagonal[j])
+    codes[s0:s1] = grid_to_codes(grid, fmt)
+
+
+def _code_dtype(fmt: Format) -> torch.dtype:
+    return {"int": torch.int8, "fp4": torch.uint8, "fp8": torch.float8_e4m3fn}[fmt.kind]
+
+
+def _panels(fmt: Format, ordered: bool) -> tuple[int, int]:
+    """(panel, sub-panel) widths, such that a scale group never straddles a boundary at which scales are found."""
+    group = fmt.group
+    if group is None or ordered:
+        return 128, _SUB
+    return (group, _SUB) if group > _SUB else (group * max(1, 128 // group), group)
+
+
+class _Scales:
+    """Scales of the columns as they come up: found at the start of each group, or beforehand."""
+
+    def __init__(self, task: Task, cost: Tensor, order: Tensor | None) -> None:
+        self.task = task
+        self.cost = cost
+        self.sizes = [len(x) for x in task.weights]
+        self.live = task.fmt.group is not None and order is None
+        self.found: list[list[Params]] = [[] for _ in task.weights]
+        self.now: tuple[Tensor, Tensor | None] | None = None
+        self.fixed: tuple[Tensor, Tensor | None] | None = None
+        if not self.live:
+            # In the order of the columns of the weights; the cost of a column travels with it.
+            natural = cost if order is None else torch.empty_like(cost).scatter_(0, order, cost)
+            self.found = [[self._find(x, natural)] for x in task.weights]
+            scale, zero = self._wide([f[0] for f in self.found], [(len(x), x.shape[1]) for x in task.weights])
+            self.fixed = (scale, zero) if order is None else (scale[order], None if zero is None else zero[order])
+
+    def _find(self, w: Tensor, cost: Tensor) -> Params:
+        t = self.task
+        return find_params(w, t.fmt, t.dtype, importance=cost, search=True, global_scale=t.global_scale)
+
+    def _wide(self, params: list[Params], shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero of every element, [in, out], float32."""
+        fmt = self.task.fmt
+
+        def spread(values: list[Tensor]) -> Tensor:
+            wide = [expand(v, fmt, s).expand(s) for v, s in zip(values, shapes, strict=True)]
+            return torch.cat(wide).T.contiguous()
+
+        zeros = [p.zero.to(torch.float32) for p in params if p.zero is not None]
+        return spread([effective_scale(p, fmt) for p in params]), spread(zeros) if zeros else None
+
+    def columns(self, w: Tensor, s0: int, s1: int, p1: int) -> tuple[Tensor, Tensor | None]:
+        """(scale, zero) of columns [s0, s1), float32 [s1 - s0, out]. w: [in, out], corrected up to s0."""
+        if self.fixed is not None:
+            scale, zero = self.fixed
+            return scale[s0:s1], None if zero is None else zero[s0:s1]
+        group = self.task.fmt.group
+        assert group is not None
+        if s0 % group == 0:
+            width = min(group, p1 - s0)
+            parts = w[s0 : s0 + width].T.contiguous().split(self.sizes)
+            params = [self._find(x, self.cost[s0 : s0 + width]) for x in parts]
+            for found, p in zip(self.found, params, strict=True):
+                found.append(p)
+            scale, zero = self._wide(params, [(len(x), width) for x in parts])
+            self.now = scale[:1], None if zero is None else zero[:1]  # one scale for the whole group
+        assert self.now is not None
+        scale, zero = self.now
+        return scale.expand(s1 - s0, -1), None if zero is None else zero.expand(s1 - s0, -1)
+
+    def params(self) -> list[Params]:
+        """The params of each weight, groups side by side."""
+        return [
+            Params(
+                torch.cat([p.scale for p in found], dim=1),
+                torch.cat([p.zero for p in found if p.zero is not None], dim=1) if found[0].zero is not None else None,
+                found[0].global_scale,
+            )
+            for found in self.found
+        ]

@@ -1,0 +1,31 @@
+"""Round to nearest: every weight to the nearest code of its group's grid.
+
+  q = round(w / s),  w~ = q s        s from the range of the group, or from a search over fractions of it that
+                                     minimizes  sum_j c_j (w_j - w~_j)^2
+
+with c_j = mean x_j^2 where calibration rows were run, else 1. Needs no data: without rows a checkpoint streams
+through at reading speed.
+"""
+
+from __future__ import annotations
+
+from qkit.qtensor import find_params, quantize
+from qkit.solvers import Solved, Task
+
+
+def rtn(task: Task) -> Solved:
+    """Round each weight. Options: ``search`` ('mse' or 'none')."""
+    importance = None if task.stats is None else task.stats.mean_square
+    search = task.options.get("search", "mse") == "mse"
+    return Solved(
+        [
+            quantize(
+                w,
+                find_params(
+                    w, task.fmt, task.dtype, importance=importance, search=search, global_scale=task.global_scale
+                ),
+                task.fmt,
+            )
+            for w in task.weights
+        ]
+    )

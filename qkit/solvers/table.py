@@ -1,0 +1,40 @@
+"""The table of solvers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qkit.solvers import Solved, Task
+from qkit.solvers.gptq import gptq
+from qkit.solvers.rtn import rtn
+
+
+@dataclass(frozen=True)
+class Solver:
+    """needs_hessian: calibration rows must be run and the Hessian of every group gathered.
+    options: {name: (default, what it does)}"""
+
+    solve: Callable[[Task], Solved]
+    needs_hessian: bool
+    summary: str
+    options: dict[str, tuple[object, str]]
+
+
+SOLVERS: dict[str, Solver] = {
+    "rtn": Solver(
+        rtn,
+        False,
+        "round to nearest, with a scale search by squared error; needs no data",
+        {"search": ("mse", "'mse' searches the scale of each group, 'none' takes its full range")},
+    ),
+    "gptq": Solver(
+        gptq,
+        True,
+        "column by column, later columns absorb the error (arXiv 2210.17323)",
+        {
+            "damp": (0.01, "damping of the Hessian, as a fraction of its mean diagonal"),
+            "order": ("none", "'activation' takes columns by falling activation energy"),
+        },
+    ),
+}

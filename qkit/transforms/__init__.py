@@ -1,0 +1,43 @@
+"""Transforms: rewrites of a block that leave its function as it is and make it easier to quantize.
+
+A transform of stage 'load' changes a block as it is read, before any row runs through it; one of stage 'stats' uses
+what was seen at the inputs of its linears. Both work on a ``BlockState``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from qkit.blocks import BlockOutline, Linear
+from qkit.capture import Stats
+from qkit.families.outline import Outline
+
+
+@dataclass
+class BlockState:
+    """A block on its way through transforms and solver.
+
+    module:  the materialized block; transforms change its norms and biases in place
+    changed: weights [out, in] in float32 that a transform rewrote, by linear name: they are quantized from
+             float32, never rounded to the model's dtype in between
+    """
+
+    outline: Outline
+    block: BlockOutline
+    module: nn.Module
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Stats] = field(default_factory=dict)
+    notes: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def weight(self, linear: Linear) -> Tensor:
+        """float32 [out, in], as it stands after the transforms so far; not to be written to."""
+        changed = self.changed.get(linear.name)
+        return linear.view(self.module).float() if changed is None else changed
+
+    def write_back(self) -> None:
+        """Put the changed weights into the module, rounded to its dtype (to run rows through the block)."""
+        for linear in self.block.linears:
+            if linear.name in self.changed:
+                linear.view(self.module).copy_(self.changed[linear.name])

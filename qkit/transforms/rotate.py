@@ -1,0 +1,99 @@
+"""Hadamard rotation folded offline: the residual stream and the value heads in a rotated basis.
+
+With an orthogonal Q, h' = Q^T h for the residual stream h: embeddings become E Q, linears that read it W diag(g) Q (g: the
+weight of the norm before them, which becomes 1), linears that write it Q^T W, and the head W diag(g) Q. Inside a
+head of size d the value rows are multiplied by a Hadamard matrix and the columns of the output projection by its inverse.
+RMSNorm commutes with Q, so the function stays and nothing is added at run time; outlier channels are spread over all
+channels. QuaRot (Ashkboos et al., arXiv 2404.00456, section 4, stages 1a-1c without the online parts).
+
+Q is a Hadamard matrix with random column signs where the width is a power of two; otherwise the Kronecker product
+of the largest Hadamard factor with an orthonormal cosine transform (our choice: any orthogonal matrix is valid).
+The norm in front of the head can no longer share its weight with the embeddings: tied models come out untied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.errors import Unsupported
+from qkit.families.outline import Outline
+from qkit.transforms import BlockState
+
+
+def orthogonal(n: int, seed: int) -> Tensor:
+    """float32 [n, n], orthogonal, the same for the same n and seed."""
+    from scipy.fft import dct
+    from scipy.linalg import hadamard
+
+    power = n & -n
+    q = torch.from_numpy(hadamard(power, dtype=float)) / power**0.5
+    if power != n:
+        odd = torch.from_numpy(dct(torch.eye(n // power, dtype=torch.float64).numpy(), norm="ortho", axis=0))
+        q = torch.kron(q, odd)
+    signs = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return (q * signs).to(torch.float32)
+
+
+def check_rotatable(outline: Outline) -> None:
+    """Raises Unsupported where the rotation would change the function."""
+    if outline.family.rotation is None:
+        raise Unsupported(
+            f"method rotate needs a model whose blocks read and write one residual stream through RMSNorm; the family "
+            f"{outline.family.name} is not declared as such: use smoothquant or awq"
+        )
+
+
+def rotate_block(state: BlockState, seed: int) -> None:
+    """Rewrite the weights of a block (float32) and set its two norms to 1."""
+    rotation = state.outline.family.rotation
+    assert rotation is not None
+    config: Any = state.outline.model.config
+    linears = {x.param.removesuffix(".weight"): x for x in state.block.linears}
+    q = orthogonal(config.hidden_size, seed)
+    for norm_name, readers in rotation.reads:
+        norm: Any = state.module.get_submodule(norm_name)
+        gain = norm.weight.data.float()
+        for name in readers:
+            state.changed[linears[name].name] = (state.weight(linears[name]) * gain) @ q
+        norm.weight.data.fill_(1.0)
+    for name in rotation.writes:
+        state.changed[linears[name].name] = q.T @ state.weight(linears[name])
+        _rotate_bias(state.module.get_submodule(name), q)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    h = orthogonal(head, seed + 1)
+    value, output = linears[rotation.value], linears[rotation.output]
+    w = state.weight(value)
+    state.changed[value.name] = torch.einsum("ij,hik->hjk", h, w.view(-1, head, w.shape[1])).reshape(w.shape)
+    bias: Any = state.module.get_submodule(rotation.value).bias
+    if bias is not None:
+        bias.data = (bias.data.float().view(-1, head) @ h).reshape(-1).to(bias.dtype)
+    w = state.weight(output)
+    state.changed[output.name] = (w.view(len(w), -1, head) @ h).reshape(w.shape)
+    state.write_back()
+
+
+def _rotate_bias(module: Any, q: Tensor) -> None:
+    if module.bias is not None:
+        module.bias.data = (module.bias.data.float() @ q).to(module.bias.dtype)
+
+
+def rotate_outer(outline: Outline, seed: int) -> dict[str, Tensor]:
+    """{checkpoint name: rotated tensor} of embeddings, final norm and head, in the checkpoint's dtypes.
+
+    For a tied model the head is a tensor of its own in the result.
+    """
+    family, read = outline.family, outline.checkpoint.read_finite
+    embeddings, norm, head = (
+        family.stored_name(f"{n}.weight") for n in (family.embeddings, family.final_norm, family.head)
+    )
+    table, gain = read(embeddings), read(norm)
+    projection = table if head in outline.tied else read(head)
+    q = orthogonal(table.shape[1], seed)
+    return {
+        embeddings: (table.float() @ q).to(table.dtype),
+        norm: torch.ones_like(gain),
+        head: ((projection.float() * gain.float()) @ q).to(projection.dtype),
+    }

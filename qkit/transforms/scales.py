@@ -1,0 +1,177 @@
+"""Per-channel scale searches on one core: SmoothQuant, AWQ, and whatever weighs the error differently.
+
+Dividing the input x of a group of linears by s (per channel) and multiplying their weights by s changes nothing in
+full precision; quantization errors move between activations and weights. Where the input comes from a norm or a linear,
+1/s is folded into it and costs nothing at run time.
+
+The core (``search``) takes candidate scales and a loss, quantizes the scaled weights (and the scaled activations, where the
+scheme quantizes them), and keeps the candidate with the least loss; s = 1 is always among them, so a search never makes
+its own measure worse.
+
+ * SmoothQuant (Xiao et al., arXiv 2211.10438, eq. 4): s_j = max|x_j|^a / max|w_j|^(1-a), a searched per group.
+ * AWQ (Lin et al., arXiv 2306.00978, eq. 4-5): s_j = (mean|x_j|)^r, r in {0, 1/20 .. 19/20}, divided by
+   sqrt(max s * min s). The loss is the squared error of the group's own outputs on sample tokens (the paper's code
+   inspects the output of the attention or MLP module; measuring at the linears is our choice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkit.activations import quantize_activations, static_scale
+from qkit.blocks import LinearGroup
+from qkit.capture import Stats
+from qkit.formats import Scheme
+from qkit.qtensor import dequantize, find_params, nvfp4_global_scale, quantize
+from qkit.transforms import BlockState
+
+Loss = Callable[[list[Tensor], list[Tensor]], float]
+
+
+def squared_error(outputs: list[Tensor], references: list[Tensor]) -> float:
+    """Sum of squared differences; outputs, references: [tokens, out] per linear of the group."""
+    return float(sum((o - r).square().sum().double() for o, r in zip(outputs, references, strict=True)))
+
+
+def search(
+    weights: list[Tensor], stats: Stats, scheme: Scheme, candidates: Iterable[Tensor], dtype: torch.dtype, loss: Loss
+) -> Tensor:
+    """The candidate [in] with the least loss.
+
+    weights: float32 [out_i, in]; stats.sample: the tokens that outputs are compared on.
+    """
+    x = stats.sample.float()
+    references = [x @ w.T for w in weights]
+    importance = x.square().mean(0)
+    best, best_loss = torch.ones(x.shape[1]), float("inf")
+    for s in (torch.ones(x.shape[1]), *candidates):
+        if not bool(s.isfinite().all()):
+            continue
+        y = _activations(x / s, stats.absmax / s, scheme)
+        scaled = [w * s for w in weights]
+        shared = None
+        if scheme.weights.scale == "e4m3":
+            shared = nvfp4_global_scale(torch.stack([w.abs().amax() for w in scaled]).amax())
+        outputs = []
+        for w in scaled:
+            p = find_params(w, scheme.weights, dtype, importance=importance / s.square(), global_scale=shared)
+            outputs.append(y @ dequantize(quantize(w, p, scheme.weights)).T)
+        found = loss(outputs, references)
+        if found < best_loss:
+            best, best_loss = s, found
+    return best
+
+
+def _activations(x: Tensor, absmax: Tensor, scheme: Scheme) -> Tensor:
+    if scheme.activations is None:
+        return x
+    static = torch.tensor([static_scale(float(absmax.max()), scheme.activations)])
+    return quantize_activations(x, scheme.activations, static)
+
+
+def smoothquant_candidates(weights: list[Tensor], stats: Stats) -> list[Tensor]:
+    """SmoothQuant's scales for migration strengths 0.2 to 0.9."""
+    x = stats.absmax.clamp_min(1e-5)
+    w = torch.stack([t.abs().amax(0) for t in weights]).amax(0).clamp_min(1e-5)
+    return [_tame(x.pow(a / 20) / w.pow(1 - a / 20), stats) for a in range(4, 19)]
+
+
+def awq_candidates(weights: list[Tensor], stats: Stats) -> list[Tensor]:
+    """AWQ's scales for exponents 1/20 to 19/20."""
+    return [_tame(stats.mean_abs.pow(k / 20).clamp_min(1e-4), stats) for k in range(1, 20)]
+
+
+def _tame(s: Tensor, stats: Stats) -> Tensor:
+    """Centred on 1 geometrically; channels that were never active stay as they are."""
+    live = stats.absmax > 0
+    if not bool(live.any()):
+        return torch.ones_like(s)
+    s = s / (s[live].amax() * s[live].amin()).sqrt()
+    return torch.where(live, s.clamp(1e-3, 1e3), torch.ones_like(s))
+
+
+def smooth_block(
+    state: BlockState,
+    schemes: dict[str, Scheme],
+    make: Callable[[list[Tensor], Stats], list[Tensor]],
+    loss: Loss = squared_error,
+) -> None:
+    """Search and fold a scale for every group of the block that has a source to fold into.
+
+    schemes: by linear name; groups that are skipped or mixed are left alone.
+    """
+    for group in state.block.groups:
+        chosen = {schemes.get(linear.name) for linear in group.linears}
+        scheme = chosen.pop()
+        if group.declared.source is None or scheme is None or chosen:
+            continue
+        stats = state.stats[group.key]
+        weights = [state.weight(linear) for linear in group.linears]
+        candidates = [_shared_heads(state, group, s) for s in make(weights, stats)]
+        s = search(weights, stats, scheme, candidates, state.outline.dtype, loss)
+        if bool((s == 1).all()):
+            continue
+        fold(state, group, s)
+
+
+def _shared_heads(state: BlockState, group: LinearGroup, s: Tensor) -> Tensor:
+    """With grouped-query attention one value channel feeds several heads: they must share its scale."""
+    source = _source(state, group)
+    if not isinstance(source, nn.Linear) or source.out_features == len(s):
+        return s
+    repeat = len(s) // source.out_features
+    config: Any = state.outline.model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    grouped = s.view(-1, repeat, head)
+    return grouped.log().mean(1, keepdim=True).exp().expand_as(grouped).reshape(-1)
+
+
+def _source(state: BlockState, group: LinearGroup) -> nn.Module:
+    assert group.declared.source is not None
+    return state.module.get_submodule(group.declared.source)
+
+
+def fold(state: BlockState, group: LinearGroup, s: Tensor) -> None:
+    """Divide the group's input by s at its source and multiply the weights by s.
+
+    A norm's weight is stored in the model's dtype, so the s that it really divides by is computed back from the rounded
+    value and used for the weights: the fold is exact, not only close.
+    """
+    source = _source(state, group)
+    if isinstance(source, nn.Linear):
+        rows = s if source.out_features == len(s) else _first_of_each(state, s, source.out_features)
+        linear = next(x for x in state.block.linears if x.param == f"{group.declared.source}.weight")
+        state.changed[linear.name] = state.weight(linear) / rows[:, None]
+        if source.bias is not None:
+            source.bias.data = (source.bias.data.float() / rows).to(source.bias.dtype)
+    else:
+        s = _fold_norm(source, s, state.outline.family.norm_offset)
+    for linear in group.linears:
+        state.changed[linear.name] = state.weight(linear) * s
+    for name in group.declared.also:
+        reader = state.module.get_submodule(name)
+        weight: Any = reader.weight
+        weight.data = (weight.data.float() * s).to(weight.dtype)
+    state.stats[group.key] = state.stats[group.key].divided_by(s)
+
+
+def _fold_norm(norm: nn.Module, s: Tensor, offset: float) -> Tensor:
+    weight: Any = norm.weight
+    before = weight.data.float() + offset
+    weight.data = (before / s - offset).to(weight.dtype)
+    after = weight.data.float() + offset
+    bias: Any = getattr(norm, "bias", None)
+    exact = torch.where((before != 0) & (after != 0), before / after, s)
+    if bias is not None:
+        bias.data = (bias.data.float() / exact).to(bias.dtype)
+    return exact
+
+
+def _first_of_each(state: BlockState, s: Tensor, out: int) -> Tensor:
+    config: Any = state.outline.model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return s.view(-1, len(s) // out, head)[:, 0].reshape(-1)

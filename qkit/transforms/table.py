@@ -1,0 +1,43 @@
+"""The table of transforms, in the order in which they are applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qkit.formats import Scheme
+from qkit.transforms import BlockState
+from qkit.transforms.rotate import rotate_block
+from qkit.transforms.scales import awq_candidates, smooth_block, smoothquant_candidates
+
+
+@dataclass(frozen=True)
+class Transform:
+    """stage: 'load' (before rows run) or 'stats' (after). apply(state, schemes by linear name, seed)"""
+
+    stage: str
+    apply: Callable[[BlockState, dict[str, Scheme], int], None]
+    summary: str
+    options: dict[str, tuple[object, str]]
+
+
+TRANSFORMS: dict[str, Transform] = {
+    "rotate": Transform(
+        "load",
+        lambda state, schemes, seed: rotate_block(state, seed),
+        "Hadamard rotation of the residual stream and the value heads, folded into the weights (arXiv 2404.00456)",
+        {},
+    ),
+    "smoothquant": Transform(
+        "stats",
+        lambda state, schemes, seed: smooth_block(state, schemes, smoothquant_candidates),
+        "moves outliers from activations to weights, strength searched per group (arXiv 2211.10438)",
+        {},
+    ),
+    "awq": Transform(
+        "stats",
+        lambda state, schemes, seed: smooth_block(state, schemes, awq_candidates),
+        "scales salient channels up before rounding, exponent searched per group (arXiv 2306.00978)",
+        {},
+    ),
+}
