@@ -1,5 +1,33 @@
-"""qkit: post-training quantization, from a full-precision checkpoint to a packed, proven and loadable one."""
+"""qkit: post-training quantization, from a full-precision checkpoint to a packed, proven and loadable one.
+
+    import qkit
+    model = qkit.load("out")  # a transformers model that runs on the packed weights
+
+Quantizing from Python: ``qkit.pipeline`` (Request, prepare, quantize). Proof: ``qkit.verify``. Errors: ``qkit.errors``.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
 __version__ = "0.1.0"
+__all__ = ["load"]
+
+
+def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+    """A transformers causal language model in eval mode; quantized linears stay packed in memory.
+
+    path:   a folder that ``qkit quantize`` wrote, any compressed-tensors or full-precision checkpoint of a known kind,
+            or the name of a reference model
+    dtype:  of activations and unquantized weights; default: the checkpoint's. float32 computes on exactly the
+            decompressed weights.
+    device: where the model goes, as torch names it
+    Raises BadCheckpoint for a damaged folder, Unsupported for formats that qkit cannot run (``qkit.errors``).
+    """
+    from qkit import loading  # brings torch and transformers: seconds that 'import qkit' alone need not cost
+
+    return loading.load(path, dtype, device)

@@ -14,11 +14,13 @@ class Group:
     linears: module names inside the block
     source:  the norm or linear of the block whose output channels are that input, when a per-channel scale
              can be folded into it without changing the function; None when it cannot
+    source_if: (config field, value) that the model must have for ``source`` to be true of it; None: always
     also:    modules with a ``weight`` [.., in] that read the same input and stay unquantized (a router)
     """
 
     linears: tuple[str, ...]
     source: str | None = None
+    source_if: tuple[str, object] | None = None
     also: tuple[str, ...] = ()
 
 

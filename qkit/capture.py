@@ -1,4 +1,4 @@
-"""Runs a block on the calibration rows and gathers what solvers and transforms need to know of its inputs.
+"""Calibration rows, what is gathered of them, and how a model calls its blocks.
 
 Rows live in a file of the job folder, one hidden state [tokens, hidden] a row, and are read and written in
 pieces: resident memory does not grow with their number (the page cache keeps them at hand), and the file is
@@ -7,24 +7,19 @@ what a resumed run goes on from.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qkit.blocks import BlockOutline, LinearGroup
-from qkit.errors import BadCalibration, NumericFailure
-from qkit.parallel import Workers
+from qkit.errors import BadCalibration
 
-CHUNK_TOKENS = 4096  # tokens whose inputs are held at once while the Hessian grows
 PIECE_TOKENS = 1024  # tokens that one worker runs through the block at a time
-SAMPLE_TOKENS = 1024  # tokens kept per group for scale searches and error figures
+SAMPLE_TOKENS = 512  # tokens kept per group for scale searches and error figures
 _TILE = 384  # columns of one Hessian tile, about
 MAX_BAD_ROWS = 0.1  # share of rows with non-finite activations above which a run is given up
 
@@ -56,104 +51,112 @@ class Rows:
                 raise BadCalibration(f"{self.path}: shorter than {self.count} rows: delete the job folder, start again")
         return torch.frombuffer(buffer, dtype=self.dtype).view(stop - start, self.tokens, self.hidden)
 
-    def chunks(self) -> list[tuple[int, int]]:
-        """(start, stop) pieces of about CHUNK_TOKENS tokens; their size does not depend on the machine."""
-        step = max(1, CHUNK_TOKENS // self.tokens)
-        return [(i, min(i + step, self.count)) for i in range(0, self.count, step)]
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of the rows that are worked on as one. Pieces do not depend on the number of workers."""
+        step = max(1, PIECE_TOKENS // self.tokens)
+        for start in range(0, self.count, step):
+            yield start, min(start + step, self.count)
 
 
 @dataclass(frozen=True)
 class Stats:
     """What was seen at the input of a group of linears, over ``tokens`` tokens.
 
-    hessian:  float32 [in, in], sum over tokens of x x^T, divided by the number of tokens (None: not asked for)
-    absmax, mean_abs, mean_square: float32 [in]
-    sample:   [n, in] inputs spread evenly over the rows, n at most about SAMPLE_TOKENS
+    mean_square: float32 [in]
+    sample:      [n, in] inputs spread evenly over the rows, n at most about SAMPLE_TOKENS
+    hessian:     float32 [in, in], mean over tokens of x x^T (None: not asked for)
+    absmax, mean_abs: float32 [in] (None: not asked for)
     """
 
     tokens: int
-    absmax: Tensor
-    mean_abs: Tensor
     mean_square: Tensor
     sample: Tensor
     hessian: Tensor | None = None
+    absmax: Tensor | None = None
+    mean_abs: Tensor | None = None
 
     def divided_by(self, scale: Tensor) -> Stats:
         """The statistics of inputs divided per channel by ``scale`` [in]."""
-        h = None if self.hessian is None else self.hessian / (scale[:, None] * scale[None, :])
-        return replace(
-            self,
-            hessian=h,
-            absmax=self.absmax / scale,
-            mean_abs=self.mean_abs / scale,
-            mean_square=self.mean_square / scale.square(),
-            sample=(self.sample.float() / scale).to(self.sample.dtype),
+        return Stats(
+            self.tokens,
+            self.mean_square / scale.square(),
+            (self.sample.float() / scale).to(self.sample.dtype),
+            None if self.hessian is None else self.hessian / (scale[:, None] * scale[None, :]),
+            None if self.absmax is None else self.absmax / scale,
+            None if self.mean_abs is None else self.mean_abs / scale,
         )
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """What one worker saw at the input of one group: x float32 [n, in], and sums over its tokens."""
+class Wanted:
+    """What a run needs to know of inputs. Ranges cost as much as a small product, so they are taken on request."""
+
+    hessian: bool
+    ranges: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one worker saw at the input of one group: x float32 [n, in], and absmax, sum of |x| and of x^2 [in]."""
 
     x: Tensor
-    absmax: Tensor
-    total: Tensor
-    squares: Tensor
+    sums: tuple[Tensor, Tensor, Tensor] | None
     sample: Tensor
 
 
-def _piece(x: Tensor, stride: int) -> _Piece:
+def piece_of(x: Tensor, stride: int, ranges: bool) -> Piece:
     wide = x.to(torch.float32)
+    sample = x[::stride].clone()
+    if not ranges:
+        return Piece(wide, None, sample)
     magnitude = wide.abs()
-    return _Piece(wide, magnitude.amax(0), magnitude.sum(0), torch.einsum("ni,ni->i", wide, wide), x[::stride].clone())
+    return Piece(wide, (magnitude.amax(0), magnitude.sum(0), magnitude.square_().sum(0)), sample)
 
 
-class _Accumulator:
+class Accumulator:
     """Gathers Stats of one group from pieces, always in the order of the rows."""
 
-    def __init__(self, width: int, want_hessian: bool) -> None:
+    def __init__(self, width: int, wanted: Wanted) -> None:
         self.tokens = 0
-        self.absmax = torch.zeros(width)
-        self.total = torch.zeros(width)
-        self.squares = torch.zeros(width)
+        self.width = width
+        self.sums = [torch.zeros(width) for _ in range(3)] if wanted.ranges else None
         self.samples: list[Tensor] = []
-        self.hessian = torch.zeros(width, width) if want_hessian else None
+        self.hessian = torch.zeros(width, width) if wanted.hessian else None
 
-    def add(self, pieces: list[_Piece]) -> list[Callable[[], None]]:
-        """Add pieces; the work that is left is returned as independent jobs, one per tile of the Hessian.
+    def add(self, p: Piece) -> list[Callable[[], object]]:
+        """Add a piece; the work that is left is returned as independent jobs, one per tile of the Hessian.
 
         Inputs in bf16 are exact in float32, so only the order of additions rounds, and that is fixed. The lower triangle
         alone is summed: half the work.
         """
-        for p in pieces:
-            self.tokens += len(p.x)
-            torch.maximum(self.absmax, p.absmax, out=self.absmax)
-            self.total += p.total
-            self.squares += p.squares
-            self.samples.append(p.sample)
+        self.tokens += len(p.x)
+        self.samples.append(p.sample)
+        if self.sums is not None and p.sums is not None:
+            torch.maximum(self.sums[0], p.sums[0], out=self.sums[0])
+            self.sums[1] += p.sums[1]
+            self.sums[2] += p.sums[2]
         if self.hessian is None:
             return []
-        h, n = self.hessian, len(self.absmax)
+        h, x, n = self.hessian, p.x, self.width
         tiles = max(1, round(n / _TILE))
-        edges = [n * i // tiles for i in range(tiles + 1)]
-        spans = [slice(a, b) for a, b in pairwise(edges)]
-
-        def job(i: slice, j: slice) -> Callable[[], None]:
-            def run() -> None:
-                for p in pieces:
-                    h[i, j].addmm_(p.x[:, i].T, p.x[:, j])
-
-            return run
-
-        return [job(i, j) for i in spans for j in spans if j.start <= i.start]
+        spans = [slice(n * i // tiles, n * (i + 1) // tiles) for i in range(tiles)]
+        return [partial(_add_tile, h, x, i, j) for i in spans for j in spans if j.start <= i.start]
 
     def finish(self) -> Stats:
         n = max(1, self.tokens)
         if self.hessian is not None:
             self.hessian = torch.tril(self.hessian).div_(n)
             self.hessian += torch.tril(self.hessian, -1).T
-        sample = torch.cat(self.samples) if self.samples else torch.zeros(0, len(self.absmax))
-        return Stats(self.tokens, self.absmax, self.total / n, self.squares / n, sample, self.hessian)
+        sample = torch.cat(self.samples) if self.samples else torch.zeros(0, self.width)
+        if self.sums is None:
+            square = torch.zeros(self.width) if self.hessian is None else self.hessian.diagonal().clone()
+            return Stats(self.tokens, square, sample, self.hessian)
+        absmax, total, squares = self.sums
+        return Stats(self.tokens, squares / n, sample, self.hessian, absmax, total / n)
+
+
+def _add_tile(h: Tensor, x: Tensor, i: slice, j: slice) -> None:
+    h[i, j].addmm_(x[:, i].T, x[:, j])
 
 
 @dataclass(frozen=True)
@@ -165,136 +168,8 @@ class Call:
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         out = block(hidden, *self.args, **self.kwargs)
-        return out[0] if isinstance(out, tuple) else out
-
-
-class _AllSeen(Exception):
-    """Raised by a hook to end a run of the block whose remaining work nobody needs."""
-
-
-class _Inputs:
-    """The one kind of hook: keeps the input of each hooked module, per thread, while a block runs.
-
-    The run ends as soon as every hooked module was called: the last product of the block is not needed.
-    """
-
-    def __init__(self, block: nn.Module, names: set[str]) -> None:
-        self._local = threading.local()
-        self._expected = len(names)
-        self._handles = [block.get_submodule(n).register_forward_pre_hook(self._hook(n)) for n in sorted(names)]
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-            self._local.seen[name] = args
-            if len(self._local.seen) == self._expected:
-                raise _AllSeen
-
-        return keep
-
-    def run(self, call: Call, block: nn.Module, hidden: Tensor) -> dict[str, tuple[Any, ...]]:
-        """{module name: its positional arguments} of one run of the block."""
-        self._local.seen = {}
-        with suppress(_AllSeen):
-            call(block, hidden)
-        return dict(self._local.seen)
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-def capture(
-    block: nn.Module,
-    outline: BlockOutline,
-    rows: Rows,
-    call: Call,
-    pool: Workers,
-    want_hessian: bool,
-    progress: Callable[[int], None],
-) -> dict[str, Stats]:
-    """{group key: Stats} of every group of the block, over all good rows.
-
-    Raises NumericFailure when too many rows have non-finite values, BadCalibration when a group saw no token.
-    """
-    inputs = _Inputs(block, {g.hook for g in outline.groups if g.hook})
-    width = {g.key: g.linears[0].shape[1] for g in outline.groups}
-    sums = {k: _Accumulator(w, want_hessian) for k, w in width.items()}
-    stride = max(1, rows.count * rows.tokens // SAMPLE_TOKENS)
-
-    def one(x: Tensor) -> dict[str, _Piece]:
-        found = _group_inputs(inputs.run(call, block, x), block, outline)
-        return {key: _piece(t, stride) for key, t in found.items() if len(t)}
-
-    try:
-        for start, stop in rows.chunks():
-            hidden = rows.read(start, stop)
-            keep = torch.tensor(rows.good[start:stop])
-            seen = pool.map(one, _pieces(hidden[keep], rows))
-            jobs = [j for g in outline.groups for j in sums[g.key].add([s[g.key] for s in seen if g.key in s])]
-            pool.map(lambda job: job(), jobs)
-            progress(stop - start)
-    finally:
-        inputs.close()
-    return {g.key: _finish(g, sums[g.key]) for g in outline.groups}
-
-
-def _finish(group: LinearGroup, total: _Accumulator) -> Stats:
-    if total.tokens == 0 and group.expert is None:
-        raise BadCalibration(f"no calibration row reached {group.key}: its block runs without calling this linear")
-    return total.finish()
-
-
-def _pieces(hidden: Tensor, rows: Rows) -> list[Tensor]:
-    step = max(1, PIECE_TOKENS // rows.tokens)
-    return list(hidden.split(step)) if len(hidden) else []
-
-
-def _group_inputs(seen: dict[str, tuple[Any, ...]], block: nn.Module, outline: BlockOutline) -> dict[str, Tensor]:
-    """{group key: inputs [tokens, in]} from the arguments of the hooked modules."""
-    result: dict[str, Tensor] = {}
-    for group in outline.groups:
-        if group.hook and group.hook in seen:
-            args = seen[group.hook]
-            x = args[0].flatten(0, -2)
-            if group.expert is None:
-                result[group.key] = x
-            else:
-                routed = (args[1] == group.expert).any(-1).flatten()
-                result[group.key] = x[routed]
-        elif group.expert is not None:  # the expert's down projection: its input is computed here
-            pair = next(g for g in outline.groups if g.expert == group.expert and g.hook)
-            if pair.key in result:
-                experts = block.get_submodule(pair.hook)
-                x, (gate, up) = result[pair.key], (linear.view(block) for linear in pair.linears)
-                act: Any = experts.act_fn
-                result[group.key] = act(nn.functional.linear(x, gate)) * nn.functional.linear(x, up)
-    return result
-
-
-def advance(
-    block: nn.Module, rows: Rows, call: Call, out: Path, pool: Workers, progress: Callable[[int], None]
-) -> Rows:
-    """Run the (quantized) block on all rows and write its outputs to the file ``out``, durably.
-
-    Rows that turned non-finite are marked; raises NumericFailure above MAX_BAD_ROWS of them.
-    """
-    good = list(rows.good)
-    with out.open("wb") as f:
-        for start, stop in rows.chunks():
-            hidden = rows.read(start, stop)
-            result = torch.cat(pool.map(lambda x: call(block, x).to(rows.dtype), _pieces(hidden, rows)))
-            finite = result.isfinite().flatten(1).all(1)
-            for i in range(start, stop):
-                good[i] = good[i] and bool(finite[i - start])
-            f.write(memoryview(result.contiguous().view(torch.uint8).numpy().reshape(-1)))
-            progress(stop - start)
-    bad = good.count(False)
-    if bad > MAX_BAD_ROWS * rows.count:
-        raise NumericFailure(
-            f"{bad} of {rows.count} calibration rows have non-finite activations after this block, more than "
-            f"{MAX_BAD_ROWS:.0%}: use other calibration text, or a checkpoint in bf16 if this one is fp16"
-        )
-    return replace(rows, path=out, good=good)
+        first: Tensor = out[0] if isinstance(out, tuple) else out
+        return first
 
 
 # ---- the way into the first block ---------------------------------------------------------------------------
@@ -331,7 +206,7 @@ def enter(model: nn.Module, blocks: str, tokens: Tensor) -> Iterator[tuple[Tenso
     base: Any = getattr(model, "base_model", model)
     try:
         for i, block in enumerate(originals):
-            layers[i] = _Recorder(block, calls, first, i)  # type: ignore[index,operator]
+            layers[i] = _Recorder(block, calls, first, i)  # type: ignore[operator]
         for row in tokens:
             first.clear()
             with torch.inference_mode():
@@ -339,4 +214,4 @@ def enter(model: nn.Module, blocks: str, tokens: Tensor) -> Iterator[tuple[Tenso
             yield first[0], calls
     finally:
         for i, block in enumerate(originals):
-            layers[i] = block  # type: ignore[index,operator]
+            layers[i] = block  # type: ignore[operator]

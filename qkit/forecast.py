@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.blocks import BlockOutline
-from qkit.capture import CHUNK_TOKENS, PIECE_TOKENS, SAMPLE_TOKENS
+from qkit.capture import PIECE_TOKENS, SAMPLE_TOKENS
 from qkit.errors import IOFailure, Unsupported
 from qkit.families.outline import Outline
 from qkit.plan import Plan
@@ -103,7 +103,7 @@ def _block_memory(plan: Plan, block: BlockOutline, weights: int, item: int, work
     needs = any(SOLVERS[p.solver].needs_hessian for x in block.linears if (p := plan.linears.get(x.name)))
     hessians = sum(w * w * 4 for w in widths) if needs else 0
     samples = sum(w * SAMPLE_TOKENS * item for w in widths)
-    chunk = CHUNK_TOKENS * (sum(widths) * item + 2 * max(widths) * 4)
+    chunk = workers * PIECE_TOKENS * (sum(widths) * item + 2 * max(widths) * 4)
     piece = workers * PIECE_TOKENS * max(widths) * item * 8
     factors = sum(w * w * 4 * 3 for w in sorted(widths, reverse=True)[:workers]) if needs else 0
     search = any(TRANSFORMS[t].stage == "stats" for t in plan.transforms)

@@ -142,15 +142,20 @@ class Job:
             raise BadInput(f"{path}: not the rows that the journal recorded: delete {self.path} to start again")
         return record
 
-    def commit(self, index: int, tensors: dict[str, Tensor], entry: dict[str, Any], good: list[bool] | None) -> None:
-        """Make block ``index`` durable; its outgoing rows, if any, are in ``rows_path(index + 1)`` already."""
+    def commit(
+        self, index: int, tensors: dict[str, Tensor], entry: dict[str, Any], rows: dict[str, Any] | None
+    ) -> None:
+        """Make block ``index`` durable.
+
+        rows: {'sha256', 'good'} of the rows that leave it, already written to ``rows_path(index + 1)``; None without rows.
+        """
         record = {"block": index, "part": save_tensors(self.part_path(index), tensors), **entry}
         after = self.rows_path(index + 1)
-        if good is not None:
+        if rows is not None:
             with after.open("rb") as f:
                 os.fsync(f.fileno())
             sync_dir(after.parent)
-            record["rows"] = {"sha256": sha256_file(after), "good": good}
+            record["rows"] = rows
         line = json.dumps(record, sort_keys=True).encode() + b"\n"
         file = self.path / "journal.jsonl"
         try:

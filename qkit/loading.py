@@ -34,7 +34,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     folder = find_model(str(path))
     checkpoint = Checkpoint.open(folder, quantized=True)
     outline = PackedOutline(checkpoint)
-    model = outline.model
+    model: Any = outline.model
     dtype = dtype or outline.dtype
     computed = [m for m in model.modules() if m._non_persistent_buffers_set]
     model.to_empty(device="cpu")

@@ -1,7 +1,8 @@
 """Products with packed weights: picks the fast operator where one exists, the dequantizing reference where not.
 
 One function, ``supported``, says whether an operator takes a format, shape, dtype and device. ``prepare`` brings a
-QTensor into the operator's own layout once, at load time; ``linear`` multiplies. What is kept in memory is packed in every case.
+QTensor into the operator's own layout once, at load time; ``linear`` multiplies. What is kept in
+memory is packed in every case.
 
 CPU operators of torch (2.13):
   int4pack   _weight_int4pack_mm_for_cpu: symmetric INT4 with groups of 32 to 256, bf16 activations

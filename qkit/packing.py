@@ -26,7 +26,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         unsigned8 = (codes + (1 << (bits - 1)) if bits < 8 else codes ^ -128).view(torch.uint8)
         unsigned8 = torch.nn.functional.pad(unsigned8, (0, packed_words(columns, bits) * 32 // bits - columns))
         lanes = unsigned8.unflatten(1, (-1, 8 // bits)).unbind(-1)
-        packed = lanes[0].contiguous()
+        packed: Tensor = lanes[0].contiguous()
         for i, lane in enumerate(lanes[1:], 1):
             packed |= lane << (i * bits)
         return packed.view(torch.int32)
@@ -49,7 +49,8 @@ def unpack_bits(words: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of ``pack_bits``: int32 [rows, words] to signed codes int8 [rows, columns]."""
     rows = words.shape[0]
     if 8 % bits == 0:
-        packed = words.contiguous().view(torch.uint8)
+        # A copy: a transposed column counts as contiguous, yet its strides are not those that a view needs.
+        packed = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
         lanes = [(packed >> (i * bits)) & ((1 << bits) - 1) for i in range(8 // bits)]
         unsigned = torch.stack(lanes, dim=-1).flatten(1)[:, :columns].view(torch.int8)
         return unsigned - (1 << (bits - 1)) if bits < 8 else unsigned ^ -128

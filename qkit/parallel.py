@@ -8,8 +8,9 @@ pool of workers: the result does not depend on how many workers there are.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -39,6 +40,27 @@ class Workers:
                 return work(item)
 
         return [one(i) for i in items] if self._pool is None else list(self._pool.map(one, items))
+
+    def stream(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """Like ``map``, but yields results one by one while the next items are already being worked on.
+
+        At most ``count`` + 1 items are under way or waiting to be taken.
+        """
+
+        def one(item: T) -> R:
+            with torch.inference_mode():
+                return work(item)
+
+        if self._pool is None:
+            yield from map(one, items)
+            return
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(self._pool.submit(one, item))
+            if len(waiting) > self.count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
     def close(self) -> None:
         """Wait for the pool's threads to end."""

@@ -69,6 +69,11 @@ class Plan:
     untied: bool
     recipe: dict[str, Any]
 
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """{linear: weight and activation format}"""
+        return {name: p.pair for name, p in self.linears.items()}
+
     def to_json(self) -> dict[str, Any]:
         """Everything, JSON-able."""
         data = asdict(self)
@@ -139,12 +144,17 @@ def make_plan(recipe: Recipe, outline: Outline, calibration: Calibration | None,
     )
 
 
+def has_static(p: LinearPlan) -> bool:
+    """Whether an activation scale is measured beforehand and stored: a static one, or NVFP4's global scale."""
+    return p.activations is not None and (not p.activations.dynamic or p.activations.strategy == "tensor_group")
+
+
 def why_rows(linears: dict[str, LinearPlan], transforms: tuple[str, ...]) -> str | None:
     """Why calibration rows must be run, or None when the weights alone decide."""
     for p in linears.values():
         if SOLVERS[p.solver].needs_hessian:
             return f"solver {p.solver} measures the inputs of every layer"
-        if p.activations is not None and (not p.activations.dynamic or p.activations.strategy == "tensor_group"):
+        if has_static(p):
             return f"scheme {p.scheme} has an activation scale that is measured beforehand"
     for t in transforms:
         if TRANSFORMS[t].stage == "stats":

@@ -13,6 +13,7 @@ measured here contains the rounding of the scale.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -149,16 +150,23 @@ def effective_scale(p: Params, fmt: Format) -> Tensor:
 
 def nvfp4_global_scale(amax: Tensor) -> Tensor:
     """float32 [1]: 2688 / amax; 1 where that is not finite (all-zero tensor)."""
+    limits = torch.finfo(torch.float32)
+    most = limits.max * (1 - 2.0**-20)  # room for the rounding of 6 * (448 / global scale)
     return torch.nan_to_num(
-        NVFP4_RANGE / amax.to(torch.float32).clamp_min(torch.finfo(torch.float32).tiny).reshape(1),
+        NVFP4_RANGE / amax.to(torch.float32).clamp(limits.tiny, most).reshape(1),
         nan=1.0,
         posinf=1.0,
     )
 
 
-def _store_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to the dtype on disk; a scale of zero (all-zero tile) becomes 1, an underflow the smallest normal."""
-    stored = scale.clamp_max(torch.finfo(dtype).max).to(dtype)
+def _store_scale(scale: Tensor, dtype: torch.dtype, largest: float) -> Tensor:
+    """Round to the dtype on disk; a scale of zero (all-zero tile) becomes 1, an underflow the smallest normal.
+
+    largest: what a scale is multiplied with at most. Where that would leave the dtype, the scale is cut (to a power of
+    two below its largest value, so that no rounding lifts it again) and the code saturates.
+    """
+    limit = torch.finfo(dtype).max / 2.0 ** math.ceil(math.log2(largest))
+    stored = scale.clamp_max(limit).to(dtype)
     stored = torch.where(stored == 0, torch.tensor(torch.finfo(dtype).tiny, dtype=dtype), stored)
     return torch.where(scale == 0, torch.ones((), dtype=dtype), stored)
 
@@ -176,18 +184,20 @@ def params_from_range(
         # The exponent of amax, rounded up when its mantissa is at least 1.75, less the exponent of the largest
         # code (2 for E2M1, 8 for E4M3).
         mantissa, exponent = torch.frexp(amax)  # amax = mantissa * 2^exponent, mantissa in [0.5, 1)
-        e = exponent - 1 + (mantissa >= 0.875).to(exponent.dtype) - (2 if fmt.kind == "fp4" else 8)
+        offset = 2 if fmt.kind == "fp4" else 8
+        e = exponent - 1 + (mantissa >= 0.875).to(exponent.dtype) - offset
         e = torch.where(amax == 0, torch.zeros_like(e), e)
-        return Params((e + 127).clamp(0, 254).to(torch.uint8))
+        highest = math.frexp(torch.finfo(dtype).max)[1] - 1 - offset  # beyond it the largest code leaves the dtype
+        return Params((e + 127).clamp(0, 127 + highest).to(torch.uint8))
     if fmt.scale == "e4m3":
         assert global_scale is not None
         scale = (global_scale * (amax / half_range(fmt))).clamp_max(FP8_MAX).to(torch.float8_e4m3fn)
         smallest = torch.tensor(0.125).to(torch.float8_e4m3fn)  # what compressed-tensors stores for an empty group
         return Params(torch.where(scale.to(torch.float32) == 0, smallest, scale), None, global_scale)
     if fmt.symmetric:
-        return Params(_store_scale(amax / half_range(fmt), dtype))
+        return Params(_store_scale(amax / half_range(fmt), dtype, -code_range(fmt)[0]))
     levels = 2.0**fmt.bits - 1
-    scale = _store_scale(high / levels - low / levels, dtype)
+    scale = _store_scale(high / levels - low / levels, dtype, levels)
     qmin, qmax = code_range(fmt)
     zero = (qmin - low / scale.to(torch.float32)).round().clamp(qmin, qmax)
     return Params(scale, zero.to(torch.int8))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qkit.checkpoint import Checkpoint
+from qkit.errors import UsageError
 from qkit.evaluation.text import Progress, evaluate_text, text_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -52,6 +53,7 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
         return measured
     for spec in request.texts:
         text_name(spec)  # what is wrong with a file is better said before a large model is loaded
+    _check_device(request.device)
     tokenizer = load_tokenizer(out)
     dtype = DTYPES[request.dtype]
     model = load(out, dtype=dtype, device=request.device)
@@ -63,6 +65,16 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
     if request.tasks:
         measured |= _tasks(model, original, tokenizer, request)
     return measured
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a build of torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"device {device!r} cannot be used: {reason}; give cpu, or a device of this machine"
+        ) from error
 
 
 def sizes(out: Path, baseline: Path | None) -> dict[str, int]:

@@ -6,6 +6,7 @@ needed, so an export can be repeated.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -127,10 +128,8 @@ _PIECES = ("codes", "scale", "zero", "global_scale", "input_scale")
 
 
 def _sha256(tensor: Tensor) -> str:
-    import hashlib
-
     data = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(data.numpy())).hexdigest()
+    return hashlib.sha256(data.numpy().data).hexdigest()
 
 
 def _config(plan: Plan, outline: Outline) -> dict[str, Any]:

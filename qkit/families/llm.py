@@ -49,15 +49,16 @@ PHI3 = Family(
     ),
     note="Phi-3 (fused qkv and gate/up)",
 )
+_PRE_NORM = ("do_layer_norm_before", True)  # OPT-350m alone norms after the residual sum
 OPT = Family(
     "opt",
     ("opt",),
     blocks="model.decoder.layers",
     groups=(
-        Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), source="self_attn_layer_norm"),
+        Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn_layer_norm", _PRE_NORM),
         Group(("self_attn.out_proj",), source="self_attn.v_proj"),
-        Group(("fc1",), source="final_layer_norm"),
-        Group(("fc2",), source="fc1"),
+        Group(("fc1",), "final_layer_norm", _PRE_NORM),
+        Group(("fc2",), "fc1", source_if=("activation_function", "relu")),  # a positive scale passes ReLU, not GELU
     ),
     embeddings="model.decoder.embed_tokens",
     final_norm="model.decoder.final_layer_norm",

@@ -7,6 +7,7 @@ nothing else. It is also where a file that does not match its config is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -74,7 +75,14 @@ class Outline:
                 )
                 for n in group.linears
             )
-            yield LinearGroup(linears, group, group.linears[0])
+            yield LinearGroup(linears, self._as_configured(group), group.linears[0])
+
+    def _as_configured(self, group: Group) -> Group:
+        """The declaration without its source where this model's config says that the source is another."""
+        if group.source_if is None:
+            return group
+        field, value = group.source_if
+        return group if getattr(self.model.config, field, None) == value else replace(group, source=None)
 
     def _expert_groups(self, module: nn.Module, prefix: str) -> Iterator[LinearGroup]:
         experts = self.family.experts

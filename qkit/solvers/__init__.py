@@ -1,6 +1,7 @@
 """Solvers: from the weights of a group of linears to their codes.
 
-A solver is a function ``(Task) -> Solved``. It sees linears that share one input, one format and one Hessian;
+A solver is a function ``(Task) -> Solved``, with an optional ``(Stats, options) -> prepared`` before it. It
+sees linears that share one input, one format and one Hessian;
 it knows no model, no file and no other solver. To add one: copy ``rtn.py``, write the equation in its docstring,
 add a line to the table in ``table.py``.
 """
@@ -28,6 +29,8 @@ class Task:
     stats:        of their common input; None for solvers that need none
     global_scale: float32 [1], NVFP4's tensor scale, common to the group; else None
     options:      of this solver, as validated by its recipe entry
+    prepared:     what the solver's ``prepare`` made of the stats: computed once for a group whose rows are then solved in
+                  slices, side by side
     """
 
     weights: list[Tensor]
@@ -36,6 +39,7 @@ class Task:
     stats: Stats | None = None
     global_scale: Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    prepared: Any = None
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,13 @@ How it is arranged here (our choices):
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from qkit.capture import Stats
 from qkit.formats import Format
 from qkit.qtensor import (
     Params,
@@ -41,19 +45,32 @@ from qkit.solvers.rtn import rtn
 _SUB = 32  # columns of a sub-panel
 
 
-def gptq(task: Task) -> Solved:
-    """Solve a group. Options: ``damp`` (float), ``order`` ('none' or 'activation')."""
-    assert task.stats is not None and task.stats.hessian is not None
-    factor, reason = factorize(task.stats.hessian, float(task.options.get("damp", 0.01)))
-    if factor is None:
-        plain = Task(task.weights, task.fmt, task.dtype, None, task.global_scale)
-        return Solved(rtn(plain).qtensors, fallback=reason)
+@dataclass(frozen=True)
+class Factor:
+    """upper: U, or None with the reason; order: the order of the columns, None for the natural one."""
+
+    upper: Tensor | None
+    reason: str | None
     order: Tensor | None = None
-    if task.options.get("order", "none") == "activation":
-        order = torch.argsort(task.stats.hessian.diagonal(), descending=True, stable=True)
-        factor, _ = factorize(task.stats.hessian[order][:, order], float(task.options.get("damp", 0.01)))
-        assert factor is not None
-    return Solved(_solve(task, factor, order))
+
+
+def prepare(stats: Stats, options: dict[str, Any]) -> Factor:
+    """Factorize the Hessian of a group. Options: ``damp`` (float), ``order`` ('none' or 'activation')."""
+    assert stats.hessian is not None
+    hessian, order = stats.hessian, None
+    if options.get("order", "none") == "activation" and bool(hessian.isfinite().all()):
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        hessian = hessian[order][:, order]
+    return Factor(*factorize(hessian, float(options.get("damp", 0.01))), order)
+
+
+def gptq(task: Task) -> Solved:
+    """Solve a group, or a slice of its rows."""
+    assert task.stats is not None
+    factor = task.prepared if task.prepared is not None else prepare(task.stats, task.options)
+    if factor.upper is None:
+        return Solved(rtn(replace(task, stats=None)).qtensors, fallback=factor.reason)
+    return Solved(_solve(task, factor.upper, factor.order))
 
 
 def factorize(hessian: Tensor, damp: float) -> tuple[Tensor | None, str | None]:
@@ -61,7 +78,7 @@ def factorize(hessian: Tensor, damp: float) -> tuple[Tensor | None, str | None]:
     if not bool(hessian.isfinite().all()):
         return None, "the Hessian is not finite"
     diagonal = hessian.diagonal()
-    mean = float(diagonal.mean())
+    mean = float(diagonal.double().mean())  # the sum of large float32 values may leave their range
     if mean <= 0 or float(diagonal.min()) < 0:
         return None, "the Hessian has no positive diagonal (inputs are all zero)"
     # Scaled to a mean diagonal of 1, so that neither tiny nor huge activations leave the range of float32.
@@ -70,14 +87,29 @@ def factorize(hessian: Tensor, damp: float) -> tuple[Tensor | None, str | None]:
     while damp <= 1.0:
         damped = h.clone()
         damped.diagonal().add_(damp + dead.to(h.dtype))
-        lower, info = torch.linalg.cholesky_ex(damped)
+        # With the order of the channels reversed, H = R R^T has an upper triangular R, and U = R^-1: one
+        # factorization and one triangular inverse, and H^-1 itself is never formed.
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if int(info) == 0:
-            inverse = torch.cholesky_inverse(lower)
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(info) == 0 and bool(upper.isfinite().all()):
+            upper = _invert_upper(lower.flip(0, 1).contiguous())
+            if bool(upper.isfinite().all()):
                 return upper, None
         damp *= 10
     return None, "the Hessian could not be factorized even with full damping"
+
+
+def _invert_upper(r: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix, by halves: nearly all of it is matrix products."""
+    n = len(r)
+    if n <= 128:
+        base: Tensor = torch.linalg.solve_triangular(r, torch.eye(n, dtype=r.dtype), upper=True)
+        return base
+    h = n // 2
+    a, d = _invert_upper(r[:h, :h]), _invert_upper(r[h:, h:])
+    result = torch.zeros_like(r)
+    result[:h, :h], result[h:, h:] = a, d
+    result[:h, h:] = a @ r[:h, h:] @ d.neg()
+    return result
 
 
 def _solve(task: Task, upper: Tensor, order: Tensor | None) -> list[QTensor]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from qkit.capture import Stats
 from qkit.solvers import Solved, Task
-from qkit.solvers.gptq import gptq
+from qkit.solvers.gptq import gptq, prepare
 from qkit.solvers.rtn import rtn
 
 
@@ -19,6 +21,7 @@ class Solver:
     needs_hessian: bool
     summary: str
     options: dict[str, tuple[object, str]]
+    prepare: Callable[[Stats, dict[str, Any]], Any] | None = None
 
 
 SOLVERS: dict[str, Solver] = {
@@ -36,5 +39,6 @@ SOLVERS: dict[str, Solver] = {
             "damp": (0.01, "damping of the Hessian, as a fraction of its mean diagonal"),
             "order": ("none", "'activation' takes columns by falling activation energy"),
         },
+        prepare,
     ),
 }

@@ -34,7 +34,8 @@ def orthogonal(n: int, seed: int) -> Tensor:
         odd = torch.from_numpy(dct(torch.eye(n // power, dtype=torch.float64).numpy(), norm="ortho", axis=0))
         q = torch.kron(q, odd)
     signs = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return (q * signs).to(torch.float32)
+    signed: Tensor = (q * signs).to(torch.float32)
+    return signed
 
 
 def check_rotatable(outline: Outline) -> None:

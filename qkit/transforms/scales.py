@@ -51,7 +51,7 @@ def search(
     for s in (torch.ones(x.shape[1]), *candidates):
         if not bool(s.isfinite().all()):
             continue
-        y = _activations(x / s, stats.absmax / s, scheme)
+        y = _activations(x / s, stats.divided_by(s).absmax, scheme)
         scaled = [w * s for w in weights]
         shared = None
         if scheme.weights.scale == "e4m3":
@@ -66,15 +66,17 @@ def search(
     return best
 
 
-def _activations(x: Tensor, absmax: Tensor, scheme: Scheme) -> Tensor:
+def _activations(x: Tensor, absmax: Tensor | None, scheme: Scheme) -> Tensor:
     if scheme.activations is None:
         return x
+    assert absmax is not None
     static = torch.tensor([static_scale(float(absmax.max()), scheme.activations)])
     return quantize_activations(x, scheme.activations, static)
 
 
 def smoothquant_candidates(weights: list[Tensor], stats: Stats) -> list[Tensor]:
     """SmoothQuant's scales for migration strengths 0.2 to 0.9."""
+    assert stats.absmax is not None
     x = stats.absmax.clamp_min(1e-5)
     w = torch.stack([t.abs().amax(0) for t in weights]).amax(0).clamp_min(1e-5)
     return [_tame(x.pow(a / 20) / w.pow(1 - a / 20), stats) for a in range(4, 19)]
@@ -82,12 +84,13 @@ def smoothquant_candidates(weights: list[Tensor], stats: Stats) -> list[Tensor]:
 
 def awq_candidates(weights: list[Tensor], stats: Stats) -> list[Tensor]:
     """AWQ's scales for exponents 1/20 to 19/20."""
+    assert stats.mean_abs is not None
     return [_tame(stats.mean_abs.pow(k / 20).clamp_min(1e-4), stats) for k in range(1, 20)]
 
 
 def _tame(s: Tensor, stats: Stats) -> Tensor:
     """Centred on 1 geometrically; channels that were never active stay as they are."""
-    live = stats.absmax > 0
+    live = stats.mean_square > 0
     if not bool(live.any()):
         return torch.ones_like(s)
     s = s / (s[live].amax() * s[live].amin()).sqrt()

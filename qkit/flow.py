@@ -1,0 +1,265 @@
+"""A block taken through its linears in the order in which they run, every product computed once.
+
+Later linears of a block see the error of earlier ones, so the block runs again after each group is solved. What would make
+this expensive is avoided: a run ends at the group in question (``_Reached``), and a submodule whose linears are all solved is
+replaced by what it returned. An attention or MLP module returns the output of its last linear; its input there is kept
+in a file while it is captured, multiplied once the linear is solved, and played back in later runs (``_Playback``).
+Whether a submodule really returns its last linear's output is looked at in a run, not assumed; where it does not, the
+module simply runs again.
+
+Files, not memory, hold these intermediates: they are read right after they are written and mostly never leave the page
+cache, and resident memory does not grow with the number of rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qkit.blocks import BlockOutline, LinearGroup
+from qkit.capture import MAX_BAD_ROWS, SAMPLE_TOKENS, Accumulator, Call, Piece, Rows, Stats, Wanted, piece_of
+from qkit.errors import BadCalibration, NumericFailure
+from qkit.parallel import Workers
+
+Span = tuple[int, int]
+
+
+class Step(Protocol):
+    """Told of every piece that is done; may raise to stop the run."""
+
+    def __call__(self, amount: int = 1) -> None: ...
+
+
+class _Reached(Exception):
+    """Raised by a hook to end a run whose remaining work nobody needs."""
+
+
+@dataclass
+class _Unit:
+    """A submodule that returns the output of its last linear, and how: alone, or first in a tuple with Nones."""
+
+    path: str
+    last: str
+    width: int
+    rest: int | None = None  # Nones after the output; None: a bare tensor
+
+
+class _Playback(nn.Module):
+    """Stands in a solved submodule's place and returns what it returned."""
+
+    def __init__(self, fetch: Callable[[], Tensor], rest: int | None) -> None:
+        super().__init__()
+        self._fetch, self._rest = fetch, rest
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        out = self._fetch()
+        return out if self._rest is None else (out, *[None] * self._rest)
+
+
+class Flow:
+    """One block, its rows, and how far it has come.
+
+    stages: groups to capture and solve together, in running order (experts are one stage)
+    """
+
+    def __init__(self, block: nn.Module, outline: BlockOutline, rows: Rows, call: Call, pool: Workers) -> None:
+        self.block, self.outline, self.rows, self.call, self.pool = block, outline, rows, call, pool
+        plain = [(g,) for g in outline.groups if g.expert is None]
+        experts = tuple(g for g in outline.groups if g.expert is not None)
+        self.stages: list[tuple[LinearGroup, ...]] = [*plain, *([experts] if experts else [])]
+        self._local = threading.local()
+        self._units = self._find_units()
+        self._replaced: dict[str, nn.Module] = {}
+
+    # ---- capture ---------------------------------------------------------------------------------------------
+
+    def capture(
+        self, groups: tuple[LinearGroup, ...], wanted: Wanted, step: Step, keep: bool = True
+    ) -> dict[str, Stats]:
+        """{group key: Stats} over all good rows. Raises BadCalibration when a group saw no token.
+
+        keep: keep the input of a submodule's last linear, to play the submodule back once it is solved.
+        """
+        sums = {g.key: Accumulator(g.linears[0].shape[1], wanted) for g in groups}
+        stride = max(1, self.rows.count * self.rows.tokens // SAMPLE_TOKENS)
+        ends = {g.hook for g in groups} if keep else set()
+        unit = next((u for u in self._units if u.last in ends), None)
+        kept = None if unit is None else self._file(f"{unit.path}.in").open("wb")
+        handles = self._hooks({g.hook for g in groups if g.hook})
+
+        def one(span: Span) -> tuple[dict[str, Piece], Tensor | None]:
+            hidden = self.rows.read(*span)
+            seen = self._run(span, hidden, stop=True)
+            good = torch.tensor(self.rows.good[slice(*span)])
+            found = _group_inputs(seen, self.block, groups, good)
+            pieces = {key: piece_of(t, stride, wanted.ranges) for key, t in found.items() if len(t)}
+            return pieces, None if unit is None else seen[unit.last][0]
+
+        try:
+            for pieces, x in self.pool.stream(one, self.rows.pieces()):
+                if kept is not None and x is not None:
+                    kept.write(_bytes(x))
+                self.pool.map(lambda job: job(), [job for k, piece in pieces.items() for job in sums[k].add(piece)])
+                step()
+        finally:
+            for handle in handles:
+                handle.remove()
+            if kept is not None:
+                kept.close()
+        for g in groups:
+            if sums[g.key].tokens == 0 and g.expert is None:
+                raise BadCalibration(f"no calibration row reached {g.key}: its block runs without calling this linear")
+        return {key: total.finish() for key, total in sums.items()}
+
+    def _hooks(self, names: set[str]) -> list[Any]:
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+                self._local.seen[name] = args
+                if self._local.stop and len(self._local.seen) == len(names):
+                    raise _Reached
+
+            return keep
+
+        # Kept before any other hook: what is captured is the input before its activations are quantized.
+        return [self.block.get_submodule(n).register_forward_pre_hook(hook(n), prepend=True) for n in sorted(names)]
+
+    def _run(self, span: Span, hidden: Tensor, stop: bool) -> dict[str, tuple[Any, ...]]:
+        self._local.seen, self._local.stop, self._local.span = {}, stop, span
+        with suppress(_Reached):
+            self._local.out = self.call(self.block, hidden)
+        return dict(self._local.seen)
+
+    # ---- playback --------------------------------------------------------------------------------------------
+
+    def _find_units(self) -> list[_Unit]:
+        """Submodules that return the output of their last linear, seen on one row."""
+        candidates: dict[str, _Unit] = {}
+        for group in self.outline.groups:
+            path = group.hook.rpartition(".")[0]
+            if group.expert is None and path and len(group.linears) == 1:
+                candidates[path] = _Unit(path, group.hook, group.linears[0].shape[0])
+        outputs: dict[str, Any] = {}
+
+        def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+            return lambda module, args, out: outputs.__setitem__(name, out)
+
+        names = {n for u in candidates.values() for n in (u.path, u.last)}
+        handles = [self.block.get_submodule(n).register_forward_hook(note(n)) for n in sorted(names)]
+        with torch.inference_mode():
+            self.call(self.block, self.rows.read(0, 1))
+        for handle in handles:
+            handle.remove()
+        units = []
+        for unit in candidates.values():
+            returned, last = outputs.get(unit.path), outputs.get(unit.last)
+            first, rest = (returned[0], returned[1:]) if isinstance(returned, tuple) else (returned, None)
+            if first is not None and first is last and all(r is None for r in rest or ()):
+                units.append(replace(unit, rest=None if rest is None else len(rest)))
+        return units
+
+    def solved(self, groups: tuple[LinearGroup, ...], step: Step) -> None:
+        """To be called when the weights of ``groups`` in the block are the quantized ones."""
+        for unit in self._units:
+            if any(g.hook == unit.last for g in groups):
+                self._play(unit, step)
+
+    def _play(self, unit: _Unit, step: Step) -> None:
+        linear = self.block.get_submodule(unit.last)
+        config = replace(self.rows, path=self._file(f"{unit.path}.in"), hidden=_width(linear, unit))
+        with self._file(f"{unit.path}.out").open("wb") as f:
+            for out in self.pool.stream(lambda span: linear(config.read(*span)), self.rows.pieces()):
+                f.write(_bytes(out))
+                step()
+        config.path.unlink()
+        played = replace(self.rows, path=self._file(f"{unit.path}.out"), hidden=unit.width)
+        self._replaced[unit.path] = self.block.get_submodule(unit.path)
+        self.block.set_submodule(unit.path, _Playback(lambda: played.read(*self._local.span), unit.rest))
+
+    def _file(self, name: str) -> Path:
+        return self.rows.path.with_name(f".tmp-{name}.bin")
+
+    # ---- leaving the block -----------------------------------------------------------------------------------
+
+    def leave(self, out: Path, step: Step) -> tuple[Rows, str]:
+        """Run the block as solved on all rows and write its outputs to the file ``out``; also gives their sha256.
+
+        Rows that turned non-finite are marked; raises NumericFailure above MAX_BAD_ROWS of them.
+        """
+        good: list[bool] = []
+        digest = hashlib.sha256()
+
+        def one(span: Span) -> tuple[Tensor, Tensor]:
+            self._run(span, self.rows.read(*span), stop=False)
+            result: Tensor = self._local.out.to(self.rows.dtype)
+            return result, result.isfinite().flatten(1).all(1)
+
+        with out.open("wb") as f:
+            for result, finite in self.pool.stream(one, self.rows.pieces()):
+                good += [g and bool(now) for g, now in zip(self.rows.good[len(good) :], finite, strict=False)]
+                data = _bytes(result)
+                f.write(data)
+                digest.update(data)
+                step()
+        bad = good.count(False)
+        if bad > MAX_BAD_ROWS * self.rows.count:
+            raise NumericFailure(
+                f"{bad} of {self.rows.count} calibration rows have non-finite activations after {self.outline.path}, more "
+                f"than {MAX_BAD_ROWS:.0%}: use other calibration text, or a checkpoint in bf16 if this one is fp16"
+            )
+        return replace(self.rows, path=out, good=good), digest.hexdigest()
+
+    def close(self) -> None:
+        """Put every module back and remove the intermediates."""
+        for path, module in self._replaced.items():
+            self.block.set_submodule(path, module)
+        for unit in self._units:
+            for end in ("in", "out"):
+                self._file(f"{unit.path}.{end}").unlink(missing_ok=True)
+
+
+def _width(linear: nn.Module, unit: _Unit) -> int:
+    assert isinstance(linear, nn.Linear), unit.last
+    return linear.in_features
+
+
+def _bytes(t: Tensor) -> Any:
+    return t.contiguous().view(torch.uint8).numpy().reshape(-1).data
+
+
+def _group_inputs(
+    seen: dict[str, tuple[Any, ...]], block: nn.Module, groups: tuple[LinearGroup, ...], good: Tensor
+) -> dict[str, Tensor]:
+    """{group key: inputs [tokens, in] of the good rows} from the arguments of the hooked modules."""
+    result: dict[str, Tensor] = {}
+    for group in groups:
+        if group.hook and group.hook in seen:
+            x, tokens = _good_tokens(seen[group.hook][0], good)
+            if group.expert is not None:
+                routed = (seen[group.hook][1] == group.expert).any(-1).flatten()
+                x = x[routed if tokens is None else routed[tokens]]
+            result[group.key] = x
+        elif group.expert is not None:  # the expert's down projection: its input is computed here
+            pair = next(g for g in groups if g.expert == group.expert and g.hook)
+            if pair.key in result:
+                experts = block.get_submodule(pair.hook)
+                x, (gate, up) = result[pair.key], (linear.view(block) for linear in pair.linears)
+                act: Any = experts.act_fn
+                result[group.key] = act(nn.functional.linear(x, gate)) * nn.functional.linear(x, up)
+    return result
+
+
+def _good_tokens(x: Tensor, good: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x [rows, tokens, in] or [rows * tokens, in] as [tokens, in] of the good rows, and their mask (None: all)."""
+    flat = x.reshape(-1, x.shape[-1])
+    if bool(good.all()):
+        return flat, None
+    mask = good.repeat_interleave(len(flat) // len(good))
+    return flat[mask], mask

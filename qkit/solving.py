@@ -1,0 +1,178 @@
+"""The linears of a block, from weights to results: tasks cut into slices of rows, solved side by side, and judged."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.activations import static_scale
+from qkit.blocks import Linear, LinearGroup
+from qkit.capture import Stats
+from qkit.parallel import Workers
+from qkit.plan import LinearPlan, Plan, has_static
+from qkit.qtensor import Params, QTensor, dequantize, find_params, nvfp4_global_scale, quantize
+from qkit.solvers import Task
+from qkit.solvers.table import SOLVERS, Solver
+from qkit.transforms import BlockState
+
+FEW_TOKENS = 32  # an expert that saw fewer is rounded to nearest: its Hessian would be noise
+SLICE_ROWS = 512  # output rows that are solved as one; does not depend on the number of workers
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one linear.
+
+    Errors are relative squared output errors on sample tokens (of the weights themselves when no rows were run): of the
+    result, and of plain rounding. tokens: how many the group's statistics saw.
+    """
+
+    linear: Linear
+    plan: LinearPlan
+    qtensor: QTensor
+    static: Tensor | None
+    error: float
+    baseline_error: float
+    fallback: str | None
+    tokens: int | None
+    weight_sha256: str
+
+    def entry(self) -> dict[str, Any]:
+        """The journal's record of it."""
+        return {
+            "weight_sha256": self.weight_sha256,
+            "error": float(f"{self.error:.6g}"),
+            "baseline_error": float(f"{self.baseline_error:.6g}"),
+            "fallback": self.fallback,
+            "tokens": self.tokens,
+        }
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Some rows of one linear: what was found for them, and sums of squares of errors and outputs."""
+
+    qtensor: QTensor
+    plain: QTensor
+    error: float
+    baseline: float
+    whole: float
+    fallback: str | None
+
+
+def solve_groups(
+    state: BlockState, plan: Plan, groups: Iterable[LinearGroup], stats: dict[str, Stats], pool: Workers
+) -> list[Result]:
+    """Results of the planned linears of the groups, in order."""
+    planned = [g for g in groups if g.linears[0].name in plan.linears]
+    static = _static_scales(plan, planned, stats)
+    tasks = pool.map(lambda g: _task(state, plan, g, stats.get(g.key)), planned)
+    pieces = [(i, piece) for i, (_, task) in enumerate(tasks) for piece in _row_slices(task)]
+    slices = pool.map(lambda item: _solve(*tasks[item[0]], item[1]), pieces)
+    jobs: list[tuple[Linear, list[_Slice], Tensor | None, Stats | None]] = []
+    for i, group in enumerate(planned):
+        mine = [s for (j, _), s in zip(pieces, slices, strict=True) if j == i]
+        for k, linear in enumerate(group.linears):
+            jobs.append((linear, [s[k] for s in mine if s[k] is not None], static.get(group.key), stats.get(group.key)))  # type: ignore[misc]
+    return pool.map(lambda job: _join(plan.linears[job[0].name], *job), jobs)
+
+
+def _static_scales(plan: Plan, groups: list[LinearGroup], stats: dict[str, Stats]) -> dict[str, Tensor]:
+    """{group key: float32 [1]} of groups whose activation format stores a scale. Experts of a layer share one, as
+    engines run them as one product."""
+    peak: dict[str, float] = {}
+    share: dict[str, list[str]] = {}
+    for g in groups:
+        absmax = stats[g.key].absmax if has_static(plan.linears[g.linears[0].name]) else None
+        if absmax is None:
+            continue
+        peak[g.key] = float(absmax.max())
+        share.setdefault(g.key if g.expert is None else g.linears[0].param, []).append(g.key)
+    result: dict[str, Tensor] = {}
+    for keys in share.values():
+        acts = plan.linears[keys[0]].activations
+        assert acts is not None
+        scale = torch.tensor([static_scale(max(peak[k] for k in keys), acts)])
+        result.update(dict.fromkeys(keys, scale))
+    return result
+
+
+def _task(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats | None) -> tuple[Solver, Task]:
+    p = plan.linears[group.linears[0].name]
+    weights = [state.weight(x) for x in group.linears]
+    shared = None
+    if p.weights.scale == "e4m3":
+        shared = nvfp4_global_scale(torch.stack([w.abs().amax() for w in weights]).amax())
+    solver = SOLVERS[p.solver]
+    if solver.needs_hessian and group.expert is not None and stats is not None and stats.tokens < FEW_TOKENS:
+        solver = SOLVERS["rtn"]  # the declared policy for starved experts; the token count says so in the record
+    seen = stats if stats is not None and stats.tokens else None
+    prepared = None if solver.prepare is None or seen is None else solver.prepare(seen, p.options)
+    return solver, Task(weights, p.weights, state.outline.dtype, seen, shared, p.options, prepared)
+
+
+Piece = tuple[tuple[int, int] | None, ...]  # rows of each weight of the group; None: not in this piece
+
+
+def _row_slices(task: Task) -> list[Piece]:
+    """Rows are independent of each other given the factor, wherever each row has scales of its own."""
+    if task.fmt.strategy not in ("group", "tensor_group", "channel"):
+        return [tuple((0, len(w)) for w in task.weights)]
+    spans = [
+        (k, a, min(a + SLICE_ROWS, len(w))) for k, w in enumerate(task.weights) for a in range(0, len(w), SLICE_ROWS)
+    ]
+    pieces: list[list[tuple[int, int] | None]] = []
+    room = 0
+    for k, a, b in spans:  # small weights of a group share a slice: one column loop for all of them
+        if b - a > room or (pieces and pieces[-1][k] is not None):
+            pieces.append([None] * len(task.weights))
+            room = SLICE_ROWS
+        pieces[-1][k] = (a, b)
+        room -= b - a
+    return [tuple(p) for p in pieces]
+
+
+def _solve(solver: Solver, task: Task, piece: Piece) -> list[_Slice | None]:
+    weights = [w[span[0] : span[1]] for w, span in zip(task.weights, piece, strict=True) if span is not None]
+    solved = solver.solve(replace(task, weights=weights))
+    sample = None if task.stats is None else task.stats.sample.float()
+    found: list[_Slice] = []
+    for w, q in zip(weights, solved.qtensors, strict=True):
+        plain = quantize(w, find_params(w, task.fmt, task.dtype, global_scale=task.global_scale), task.fmt)
+        error, baseline = (_energy(dequantize(t) - w, sample) for t in (q, plain))
+        found.append(_Slice(q, plain, error, baseline, _energy(w, sample), solved.fallback))
+    rest = iter(found)
+    return [None if span is None else next(rest) for span in piece]
+
+
+def _energy(w: Tensor, sample: Tensor | None) -> float:
+    """Sum of squares of the outputs on the sample tokens; of the weight itself without a sample."""
+    return float((w.square() if sample is None else (sample @ w.T).square_()).sum())
+
+
+def _join(plan: LinearPlan, linear: Linear, slices: list[_Slice], static: Tensor | None, stats: Stats | None) -> Result:
+    whole = max(sum(s.whole for s in slices), 1e-30)
+    error, baseline = sum(s.error for s in slices) / whole, sum(s.baseline for s in slices) / whole
+    fallback = slices[0].fallback
+    worse = error > baseline  # a solver may lose to plain rounding on a layer; then plain rounding is what is kept
+    if worse and error > 1.02 * baseline:
+        fallback = fallback or f"{plan.solver} was worse than rounding"
+    q = _stack([s.plain if worse else s.qtensor for s in slices])
+    weight = dequantize(q).contiguous().numpy().astype("<f4", copy=False)
+    digest = hashlib.sha256(weight.data).hexdigest()
+    tokens = None if stats is None else stats.tokens
+    return Result(linear, plan, q, static, min(error, baseline), baseline, fallback, tokens, digest)
+
+
+def _stack(parts: list[QTensor]) -> QTensor:
+    if len(parts) == 1:
+        return parts[0]
+    zeros = [q.params.zero for q in parts if q.params.zero is not None]
+    scale = torch.cat([q.params.scale for q in parts])
+    params = Params(scale, torch.cat(zeros) if zeros else None, parts[0].params.global_scale)
+    return QTensor(torch.cat([q.codes for q in parts]), params, parts[0].format)
