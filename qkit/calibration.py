@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qkit.errors import BadCalibration, IOFailure
+from qkit.memory import give_back
 
 MAX_BAD = 0.01  # share of tokens outside the vocabulary above which a text is refused
 
@@ -49,6 +50,14 @@ def read_text(path: Path) -> str:
         raise IOFailure(f"{path}: cannot be read: {e.strerror}") from e
 
 
+def _token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The whole text as token ids; through the Rust tokenizer where there is one, without offsets: a tenth of the memory."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return list(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+
 def calibration_rows(
     path: Path, tokenizer: Any, samples: int, seqlen: int, vocabulary: int, source: str = ""
 ) -> Calibration:
@@ -57,7 +66,8 @@ def calibration_rows(
     vocabulary: rows of the embedding table; max context is the caller's matter.
     Raises BadCalibration when the text is too short, when all rows are equal, or when token ids leave the vocabulary.
     """
-    ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = _token_ids(tokenizer, read_text(path))
+    give_back()  # tokenising leaves several times the text behind
     available = len(ids) // seqlen
     if available < samples:
         raise BadCalibration(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qkit.errors import BadCalibration
 
-PIECE_TOKENS = 1024  # tokens that one worker runs through the block at a time
+PIECE_TOKENS = 512  # tokens that one worker runs through the block at a time
 SAMPLE_TOKENS = 512  # tokens kept per group for scale searches and error figures
 _TILE = 384  # columns of one Hessian tile, about
 MAX_BAD_ROWS = 0.1  # share of rows with non-finite activations above which a run is given up
@@ -137,16 +137,21 @@ class Accumulator:
             self.sums[2] += p.sums[2]
         if self.hessian is None:
             return []
-        h, x, n = self.hessian, p.x, self.width
-        tiles = max(1, round(n / _TILE))
-        spans = [slice(n * i // tiles, n * (i + 1) // tiles) for i in range(tiles)]
-        return [partial(_add_tile, h, x, i, j) for i in spans for j in spans if j.start <= i.start]
+        return [partial(_add_tile, self.hessian, p.x, i, j) for i, j in self._tiles()]
+
+    def _tiles(self) -> list[tuple[slice, slice]]:
+        """Tiles of the lower triangle, those on the diagonal whole."""
+        count = max(1, round(self.width / _TILE))
+        spans = [slice(self.width * i // count, self.width * (i + 1) // count) for i in range(count)]
+        return [(i, j) for i in spans for j in spans if j.start <= i.start]
 
     def finish(self) -> Stats:
         n = max(1, self.tokens)
         if self.hessian is not None:
-            self.hessian = torch.tril(self.hessian).div_(n)
-            self.hessian += torch.tril(self.hessian, -1).T
+            self.hessian.div_(n)
+            for i, j in self._tiles():  # the upper triangle, in place: a copy would double the largest matrix there is
+                if i is not j:
+                    self.hessian[j, i] = self.hessian[i, j].T
         sample = torch.cat(self.samples) if self.samples else torch.zeros(0, self.width)
         if self.sums is None:
             square = torch.zeros(self.width) if self.hessian is None else self.hessian.diagonal().clone()

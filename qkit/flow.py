@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from qkit.blocks import BlockOutline, LinearGroup
 from qkit.capture import MAX_BAD_ROWS, SAMPLE_TOKENS, Accumulator, Call, Piece, Rows, Stats, Wanted, piece_of
 from qkit.errors import BadCalibration, NumericFailure
+from qkit.memory import give_back
 from qkit.parallel import Workers
 
 Span = tuple[int, int]
@@ -114,6 +115,7 @@ class Flow:
                 handle.remove()
             if kept is not None:
                 kept.close()
+        give_back()  # what the runs left free is not what the solver is about to ask for
         for g in groups:
             if sums[g.key].tokens == 0 and g.expert is None:
                 raise BadCalibration(f"no calibration row reached {g.key}: its block runs without calling this linear")

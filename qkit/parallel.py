@@ -44,7 +44,7 @@ class Workers:
     def stream(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Like ``map``, but yields results one by one while the next items are already being worked on.
 
-        At most ``count`` + 1 items are under way or waiting to be taken.
+        At most ``count`` items are under way or waiting to be taken.
         """
 
         def one(item: T) -> R:
@@ -57,7 +57,7 @@ class Workers:
         waiting: deque[Future[R]] = deque()
         for item in items:
             waiting.append(self._pool.submit(one, item))
-            if len(waiting) > self.count:
+            if len(waiting) >= self.count:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -13,6 +13,7 @@ from torch import Tensor
 from qkit.activations import static_scale
 from qkit.blocks import Linear, LinearGroup
 from qkit.capture import Stats
+from qkit.memory import give_back
 from qkit.parallel import Workers
 from qkit.plan import LinearPlan, Plan, has_static
 from qkit.qtensor import Params, QTensor, dequantize, find_params, nvfp4_global_scale, quantize
@@ -72,6 +73,7 @@ def solve_groups(
     planned = [g for g in groups if g.linears[0].name in plan.linears]
     static = _static_scales(plan, planned, stats)
     tasks = pool.map(lambda g: _task(state, plan, g, stats.get(g.key)), planned)
+    give_back()
     pieces = [(i, piece) for i, (_, task) in enumerate(tasks) for piece in _row_slices(task)]
     slices = pool.map(lambda item: _solve(*tasks[item[0]], item[1]), pieces)
     jobs: list[tuple[Linear, list[_Slice], Tensor | None, Stats | None]] = []

@@ -20,6 +20,7 @@ from qkit.commands.common import (
     write_json,
 )
 from qkit.commands.plan import plan_json, show_forecast
+from qkit.memory import bound_heap
 from qkit.pipeline import prepare, quantize
 
 
@@ -40,6 +41,7 @@ def quantize_command(
     Example:
       qkit quantize --model tiny-llama --scheme w4a16 --method gptq --out out
     """
+    bound_heap()
     console = Console()
     began = time.monotonic()
     found = prepare(make_request(given))

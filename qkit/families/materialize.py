@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qkit.blocks import BlockOutline
 from qkit.checkpoint import Checkpoint
 from qkit.families.outline import Outline
+from qkit.memory import give_back
 
 
 def _fill_computed_buffers(model: nn.Module, part: nn.Module) -> None:
@@ -67,11 +68,13 @@ def load_outer(outline: Outline) -> None:
 def release(part: nn.Module) -> None:
     """Give the memory of a block back; its shapes stay."""
     part.to("meta")
+    give_back()
 
 
 def release_outer(outline: Outline) -> None:
     """Give back what ``load_outer`` took."""
     outline.model.to("meta")
+    give_back()
 
 
 def plain_tensors(checkpoint: Checkpoint, block: BlockOutline, module: nn.Module) -> dict[str, Tensor]:

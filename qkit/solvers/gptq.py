@@ -81,35 +81,35 @@ def factorize(hessian: Tensor, damp: float) -> tuple[Tensor | None, str | None]:
     mean = float(diagonal.double().mean())  # the sum of large float32 values may leave their range
     if mean <= 0 or float(diagonal.min()) < 0:
         return None, "the Hessian has no positive diagonal (inputs are all zero)"
-    # Scaled to a mean diagonal of 1, so that neither tiny nor huge activations leave the range of float32.
-    h = hessian / mean
-    dead = h.diagonal() == 0  # an input that was never active: no correction goes through it
+    dead = diagonal.flip(0) == 0  # an input that was never active: no correction goes through it
     while damp <= 1.0:
-        damped = h.clone()
-        damped.diagonal().add_(damp + dead.to(h.dtype))
         # With the order of the channels reversed, H = R R^T has an upper triangular R, and U = R^-1: one
-        # factorization and one triangular inverse, and H^-1 itself is never formed.
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        # factorization and one triangular inverse, and H^-1 itself is never formed. Scaled to a mean diagonal of 1, so that
+        # neither tiny nor huge activations leave the range of float32.
+        reversed_h = hessian.flip(0, 1).div_(mean)
+        reversed_h.diagonal().add_(damp + dead.to(hessian.dtype))
+        lower, info = torch.linalg.cholesky_ex(reversed_h)
+        del reversed_h
         if int(info) == 0:
-            upper = _invert_upper(lower.flip(0, 1).contiguous())
+            upper = lower.flip(0, 1)
+            del lower
+            _invert_upper_(upper)
             if bool(upper.isfinite().all()):
                 return upper, None
         damp *= 10
     return None, "the Hessian could not be factorized even with full damping"
 
 
-def _invert_upper(r: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix, by halves: nearly all of it is matrix products."""
+def _invert_upper_(r: Tensor) -> None:
+    """Invert an upper triangular matrix in place, by halves: nearly all of it is matrix products."""
     n = len(r)
     if n <= 128:
-        base: Tensor = torch.linalg.solve_triangular(r, torch.eye(n, dtype=r.dtype), upper=True)
-        return base
+        r.copy_(torch.linalg.solve_triangular(r, torch.eye(n, dtype=r.dtype), upper=True))
+        return
     h = n // 2
-    a, d = _invert_upper(r[:h, :h]), _invert_upper(r[h:, h:])
-    result = torch.zeros_like(r)
-    result[:h, :h], result[h:, h:] = a, d
-    result[:h, h:] = a @ r[:h, h:] @ d.neg()
-    return result
+    _invert_upper_(r[:h, :h])
+    _invert_upper_(r[h:, h:])
+    r[:h, h:] = (r[:h, :h] @ r[:h, h:]).neg_() @ r[h:, h:]
 
 
 def _solve(task: Task, upper: Tensor, order: Tensor | None) -> list[QTensor]:
