@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["load"]
 
+from qkit import registration as registration  #  the one effect of the import, and what it is for
+
 
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
     """A transformers causal language model in eval mode; quantized linears stay packed in memory.

@@ -222,6 +222,7 @@ class Flow:
         """Put every module back and remove the intermediates."""
         for path, module in self._replaced.items():
             self.block.set_submodule(path, module)
+        self._replaced = {}
         for unit in self._units:
             for end in ("in", "out"):
                 self._file(f"{unit.path}.{end}").unlink(missing_ok=True)

@@ -14,6 +14,7 @@ leaves a state to go on from. Opening a folder of another job is refused with th
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -94,8 +95,13 @@ class Job:
             return
         raw = file.read_bytes()
         whole, _, torn = raw.rpartition(b"\n")
-        for line in whole.split(b"\n") if whole else []:
+        for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
             entry = parse_json(line, str(file))
+            if not isinstance(entry, dict) or entry.pop("sum", None) != _sum(entry):
+                raise BadInput(
+                    f"{file}: line {number} is not what was written (its sum differs): the job folder is damaged; delete "
+                    f"{self.path} to start again"
+                )
             self.entries[int(entry["block"])] = entry
         if sorted(self.entries) != list(range(len(self.entries))):
             raise BadInput(
@@ -156,7 +162,7 @@ class Job:
                 os.fsync(f.fileno())
             sync_dir(after.parent)
             record["rows"] = rows
-        line = json.dumps(record, sort_keys=True).encode() + b"\n"
+        line = json.dumps({**record, "sum": _sum(record)}, sort_keys=True).encode() + b"\n"
         file = self.path / "journal.jsonl"
         try:
             with file.open("ab") as f:
@@ -182,6 +188,11 @@ class Job:
         """After a proven export: the tensors are in the output, the journal stays as the record of the run."""
         for folder in ("parts", "rows"):
             shutil.rmtree(self.path / folder, ignore_errors=True)
+
+
+def _sum(record: dict[str, Any]) -> str:
+    """sha256 of a journal entry: tells a changed line from a written one."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ class QuantLinear(nn.Module):
         self.dtype = dtype
         self.bias: Tensor | None
         self.register_buffer("bias", None)
-        self.static: Tensor | None
-        self.register_buffer("static", None, persistent=False)
+        # Not buffers: loaders that fill in or convert buffers must not touch packed weights. ``_apply`` moves them.
+        self.static: Tensor | None = None
         self.packed: ops.Prepared | None = None
 
     def take(self, tensors: dict[str, Tensor]) -> None:
@@ -38,6 +39,15 @@ class QuantLinear(nn.Module):
         static = tensors.get("input_global_scale", tensors.get("input_scale"))
         self.static = None if static is None else static.to(torch.float32)
         self.packed = ops.prepare(ct.read(tensors, self.weights, shape), self.activations, self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """Follow the module to another device; conversions of dtype leave packed weights as they are."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = fn(torch.empty(0)).device
+        if device.type != "meta":
+            self.static = None if self.static is None else self.static.to(device)
+            self.packed = None if self.packed is None else self.packed.to(device)
+        return self
 
     @property
     def nbytes(self) -> int:

@@ -43,7 +43,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
         initialize(module)
     rotary = {id(b): b for m in computed for b in m.buffers()}
     with torch.inference_mode():
-        _place_packed(outline, dtype)
+        place_packed(outline, dtype)
         _read_plain(outline)
     for p in model.parameters():
         p.data = p.data.to(dtype)
@@ -61,9 +61,9 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
 class PackedOutline(Outline):
     """The outline of a checkpoint that may be quantized already."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> None:
         self.quantization = checkpoint.config.get("quantization_config")
-        super().__init__(checkpoint)
+        super().__init__(checkpoint, model)
 
     def _check_coverage(self) -> None:
         """Every tensor that the config asks for, packed or plain, and no other."""
@@ -114,7 +114,7 @@ def _assign(owner: nn.Module, name: str, value: Tensor) -> None:
     target.data = value
 
 
-def _place_packed(outline: PackedOutline, dtype: torch.dtype) -> None:
+def place_packed(outline: PackedOutline, dtype: torch.dtype) -> None:
     """Put a packed module in the place of every quantized linear."""
     for block in outline.blocks:
         module = outline.model.get_submodule(block.path)

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from qkit.activations import quantize_activations, token_scale
+from qkit.errors import Unsupported
 from qkit.formats import Format
 from qkit.packing import pack_bits, pack_nibbles, unpack_bits, unpack_nibbles
-from qkit.qtensor import QTensor, dequantize, effective_scale, round_to_grid
+from qkit.qtensor import Params, QTensor, dequantize, effective_scale, round_to_grid
 
 OPERATORS = ("int4pack", "int8pack", "int_mm")
 # Rows from which dequantizing once and multiplying densely beats the int4 operator (measured, AMD EPYC with
@@ -61,6 +62,22 @@ class Prepared:
     q: QTensor
     scales: Tensor
     shape: tuple[int, int]
+
+    def to(self, device: torch.device) -> Prepared:
+        """The same weight on another device. An operator's own layout stays where that operator runs."""
+        if device == self.data.device:
+            return self
+        if self.op == "int4pack":
+            raise Unsupported(
+                f"a weight laid out for the CPU cannot move to {device}: load the model with device={device}"
+            )
+        p = self.q.params
+        moved = Params(*(None if t is None else t.to(device) for t in (p.scale, p.zero, p.global_scale)))  # type: ignore[arg-type]
+        bare = QTensor(self.q.codes.to(device), moved, self.q.format)
+        op = self.op if supported(self.op, self.q.format, None, self.shape, torch.bfloat16, device) else "dequantize"
+        if op != self.op and self.q.format.kind == "int":
+            return Prepared(op, pack_bits(self.data, self.q.format.bits).to(device), bare, torch.empty(0), self.shape)
+        return Prepared(op, self.data.to(device), bare, self.scales.to(device), self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -109,10 +126,10 @@ def linear(x: Tensor, w: Prepared, bias: Tensor | None, activations: Format | No
     if w.op == "int_mm":
         assert activations is not None
         y = _int8(x, w, activations)
-    elif w.op == "int4pack" and x.dtype == torch.bfloat16:
-        flat = x.reshape(-1, w.shape[1])
+    elif w.op == "int4pack":
+        flat = x.reshape(-1, w.shape[1]).to(torch.bfloat16)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, w.data, w.q.format.group, w.scales)
-        y = y.view(*x.shape[:-1], -1)
+        y = y.view(*x.shape[:-1], -1).to(x.dtype)
     elif w.op == "int8pack" and x.dtype == torch.bfloat16:
         y = torch.ops.aten._weight_int8pack_mm(x.reshape(-1, w.shape[1]), w.data, w.scales).view(*x.shape[:-1], -1)
     else:

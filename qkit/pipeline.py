@@ -41,6 +41,7 @@ class Request:
     recipe: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
     strict: bool = False
+    export: str | None = None
     calib: Path | None = None
     samples: int = 128
     seqlen: int = 256
@@ -82,6 +83,7 @@ def _recipe(request: Request) -> Recipe:
         "method": request.method,
         "group_size": request.group_size,
         "strict": request.strict or None,
+        "export": request.export,
         "options": request.options or None,
     }
     over = {k: v for k, v in given.items() if v is not None}

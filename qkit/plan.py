@@ -67,6 +67,7 @@ class Plan:
     packed_bytes: int
     calibration: Calibration | None
     untied: bool
+    export: str
     recipe: dict[str, Any]
 
     @property
@@ -140,6 +141,7 @@ def make_plan(recipe: Recipe, outline: Outline, calibration: Calibration | None,
         _packed_bytes(outline, linears, untied),
         calibration if why_rows(linears, transforms) else None,
         untied,
+        recipe.export,
         recipe.model_dump(),
     )
 

@@ -18,7 +18,7 @@ Names come from qkit's own tables; nothing in a recipe is ever imported or run.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -49,6 +49,7 @@ class Recipe(BaseModel):
     method: str = "rtn"
     group_size: int | None = None
     strict: bool = False
+    export: Literal["compressed-tensors", "qkit"] = "compressed-tensors"
     options: dict[str, Any] = Field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
 

@@ -91,13 +91,13 @@ def _with_rows(
                 TRANSFORMS[transform].apply(state, schemes, plan.seed)
         state.write_back()
         results, handles = _solve_with_rows(state, plan, flow, pool, progress, name)
-        part = _part(results, state)
-        if last:
-            job.commit(index, part, _entry(results), None)
-            return rows
-        progress.start(f"{name}, rows", len(list(rows.pieces())))
-        rows, digest = flow.leave(job.rows_path(index + 1), progress.step)
-        job.commit(index, part, _entry(results), {"sha256": digest, "good": rows.good})
+        record = None
+        if not last:
+            progress.start(f"{name}, rows", len(list(rows.pieces())))
+            rows, digest = flow.leave(job.rows_path(index + 1), progress.step)
+            record = {"sha256": digest, "good": rows.good}
+        flow.close()
+        job.commit(index, _part(results, state), _entry(results), record)
         return rows
     except OSError as e:
         raise write_failure(job.rows_path(index + 1), e) from e

@@ -39,6 +39,11 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--option", "options", multiple=True, metavar="NAME=VALUE", help="Option of the method, repeatable."
         ),
         click.option("--strict", is_flag=True, help="Refuse to adapt a group size that does not divide a width."),
+        click.option(
+            "--export",
+            type=click.Choice(["compressed-tensors", "qkit"]),
+            help="Name of the method in config.json; qkit needs 'import qkit' to load (default: compressed-tensors).",
+        ),
         click.option("--calib", type=click.Path(path_type=Path), help="Calibration text (default: the embedded one)."),
         click.option("--samples", type=int, default=128, show_default=True, help="Calibration rows."),
         click.option("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration row."),

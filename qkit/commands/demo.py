@@ -26,7 +26,7 @@ MODEL = "tiny-llama"
 SCHEMES = ("W4A16", "W4A8")
 METHOD = "gptq"
 WINDOWS = 40  # of 512 tokens: enough for the differences to show, seconds on two cores
-PROMPT = "The old man sat down by the fire and"
+PROMPT = "When she came home in the evening,"
 
 
 @click.command("demo")
@@ -58,7 +58,7 @@ def demo_command(work: Path, overwrite: bool, json_file: Path | None) -> None:
     rows.insert(0, _original(rows[0], original))
     console.print(_table(rows))
     for row in rows:
-        console.print(Text(f"{row['model']}: {PROMPT} ...{printable(row['text'])}"), soft_wrap=True)
+        console.print(Text(f"{row['model']}: {PROMPT}{printable(row['text'])}"), soft_wrap=True)
     console.print(Text(f"{work}: both models, in {time.monotonic() - began:.0f} s"))
     write_json(json_file, {"prompt": PROMPT, "rows": rows})
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class _Tensors:
     def __init__(self, plan: Plan, outline: Outline, job: Job) -> None:
         self.plan, self.outline, self.job = plan, outline, job
         self.specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        self.plain: dict[str, str] = {}  # sha256 of tensors that are not quantized, filled while they are written
+        self.plain: dict[str, str] = {}  # sha256 of tensors that are not quantized, filled while they are written; static activation scales too
         self._get: dict[str, Callable[[], Tensor]] = {}
         self._made: tuple[str, dict[str, Tensor]] = ("", {})
         rotated = rotate_outer(outline, plan.seed) if "rotate" in plan.transforms else {}
@@ -106,6 +107,8 @@ class _Tensors:
         for suffix, spec in ct.specs(p.weights, p.activations, p.shape, self.outline.dtype).items():
             name = f"{p.name}.{suffix}"
             self.specs[name] = spec
+            if suffix.startswith("input_"):
+                self.plain[name] = ""  # no weight hash covers it
             self._get[name] = lambda s=suffix: self._made_for(p, part)[s]  # type: ignore[misc]
 
     def _made_for(self, p: LinearPlan, part: dict[str, TensorInfo]) -> dict[str, Tensor]:
@@ -144,7 +147,7 @@ def quantization_config(plan: Plan, outline: Outline) -> dict[str, Any]:
     """The compressed-tensors configuration of a plan."""
     renamed = {stored: module for stored, module in module_names(outline).items() if stored != module}
     pairs = {name: (p.weights, p.activations) for name, p in plan.linears.items()}
-    return ct.config(pairs, list(plan.skipped), renamed)
+    return {**ct.config(pairs, list(plan.skipped), renamed), "quant_method": plan.export}
 
 
 def module_names(outline: Outline) -> dict[str, str]:
@@ -178,6 +181,7 @@ def _record(plan: Plan, outline: Outline, job: Job, source: _Tensors, hashes: di
     return {
         "format_version": FORMAT_VERSION,
         "qkit_version": __version__,
+        "compressed_tensors": version("compressed-tensors"),
         "source": {"fingerprint": plan.source_fingerprint, "model_type": plan.model_type, "bytes": plan.source_bytes},
         "plan_hash": plan.hash,
         "recipe": plan.recipe,

@@ -27,10 +27,11 @@ _HARMLESS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "
 class Outline:
     """What plan and run know of a checkpoint before any weight is read."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> None:
+        """model: the skeleton, when there is one already."""
         self.checkpoint = checkpoint
         self.dtype = _dtype_of(checkpoint)
-        self.model = build_skeleton(checkpoint.config, str(checkpoint.path), self.dtype)
+        self.model = model or build_skeleton(checkpoint.config, str(checkpoint.path), self.dtype)
         self.family: Family = family_of(self.model, str(checkpoint.config.get("model_type")))
         self.tied = self._tied()
         layers = self.model.get_submodule(self.family.blocks)
