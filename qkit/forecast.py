@@ -19,6 +19,7 @@ from qkit.capture import PIECE_TOKENS, SAMPLE_TOKENS
 from qkit.errors import IOFailure, Unsupported
 from qkit.families.outline import Outline
 from qkit.plan import Plan
+from qkit.solving import SLICE_ROWS
 from qkit.solvers.table import SOLVERS
 from qkit.transforms.table import TRANSFORMS
 
@@ -92,9 +93,11 @@ def _block_memory(plan: Plan, block: BlockOutline, weights: int, item: int, work
     """Worst moment of one block, on top of the process."""
     size = sum(x.shape[0] * x.shape[1] for x in block.linears)
     codes = size + size // 8  # codes and scales of finished linears
-    largest = sorted((sum(x.shape[0] * x.shape[1] for x in g.linears) for g in block.groups), reverse=True)
-    # Per group at work: the float32 weight, its dequantized copies and the buffers of the error measure.
-    solving = sum(g * 4 * 4 for g in largest[:workers])
+    largest = max(sum(x.shape[0] * x.shape[1] for x in g.linears) for g in block.groups)
+    widest = max(x.shape[0] * x.shape[1] for x in block.linears)
+    columns = max(x.shape[1] for x in block.linears)
+    # The group at work: its float32 weights and codes; per worker the buffers of a slice, or a whole linear dequantized.
+    solving = largest * 5 + workers * max(SLICE_ROWS * columns * 4 * 5, widest * 9)
     base = weights + codes
     changed = 4 * size if plan.transforms else 0
     if plan.calibration is None:
@@ -107,7 +110,7 @@ def _block_memory(plan: Plan, block: BlockOutline, weights: int, item: int, work
     piece = workers * PIECE_TOKENS * max(widths) * item * 8
     factors = sum(w * w * 4 * 3 for w in sorted(widths, reverse=True)[:workers]) if needs else 0
     search = any(TRANSFORMS[t].stage == "stats" for t in plan.transforms)
-    outputs = max(largest) // min(widths) * SAMPLE_TOKENS * 4 * 3 if search else 0
+    outputs = largest // min(widths) * SAMPLE_TOKENS * 4 * 3 if search else 0
     return base + hessians + samples + changed + max(chunk + piece, factors + solving, outputs + solving)
 
 

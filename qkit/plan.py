@@ -216,7 +216,8 @@ def _check_rules(recipe: Recipe, matched: set[int], names: list[str]) -> None:
                     f"rule {i + 1} ({rule.match!r}) matches only layers that an earlier rule or a default already "
                     "decides: move it up or remove it"
                 )
-            raise BadRecipe(f"rule {i + 1} ({rule.match!r}) matches no layer{did_you_mean(rule.match, names)}")
+            leaf, leaves = rule.match.rpartition(".")[2], sorted({n.rpartition(".")[2] for n in names})
+            raise BadRecipe(f"rule {i + 1} ({rule.match!r}) matches no layer{did_you_mean(leaf, leaves)}")
 
 
 def _fused(outline: Outline, linears: dict[str, LinearPlan], skipped: dict[str, str]) -> tuple[tuple[str, ...], ...]:

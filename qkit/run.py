@@ -56,8 +56,11 @@ def run_blocks(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: 
             if TRANSFORMS[transform].stage == "load":
                 TRANSFORMS[transform].apply(state, schemes, plan.seed)
         if rows is None:
-            progress.start(name, 1)
-            results = solve_groups(state, plan, block.groups, {}, pool)
+            progress.start(name, len(block.groups))
+            results: list[Result] = []
+            for group in block.groups:  # one at a time: float32 copies of a whole block would be its largest cost
+                results += solve_groups(state, plan, (group,), {}, pool)
+                progress.step()
             job.commit(block.index, _part(results, state), _entry(results), None)
         else:
             last = block.index + 1 == len(outline.blocks)

@@ -59,7 +59,6 @@ class _Slice:
     """Some rows of one linear: what was found for them, and sums of squares of errors and outputs."""
 
     qtensor: QTensor
-    plain: QTensor
     error: float
     baseline: float
     whole: float
@@ -76,11 +75,12 @@ def solve_groups(
     give_back()
     pieces = [(i, piece) for i, (_, task) in enumerate(tasks) for piece in _row_slices(task)]
     slices = pool.map(lambda item: _solve(*tasks[item[0]], item[1]), pieces)
-    jobs: list[tuple[Linear, list[_Slice], Tensor | None, Stats | None]] = []
+    jobs: list[tuple[Linear, list[_Slice], tuple[Tensor, Task], Tensor | None]] = []
     for i, group in enumerate(planned):
         mine = [s for (j, _), s in zip(pieces, slices, strict=True) if j == i]
         for k, linear in enumerate(group.linears):
-            jobs.append((linear, [s[k] for s in mine if s[k] is not None], static.get(group.key), stats.get(group.key)))  # type: ignore[misc]
+            parts = [found for s in mine if (found := s[k]) is not None]
+            jobs.append((linear, parts, (tasks[i][1].weights[k], tasks[i][1]), static.get(group.key)))
     return pool.map(lambda job: _join(plan.linears[job[0].name], *job), jobs)
 
 
@@ -115,7 +115,8 @@ def _task(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats | None
         solver = SOLVERS["rtn"]  # the declared policy for starved experts; the token count says so in the record
     seen = stats if stats is not None and stats.tokens else None
     prepared = None if solver.prepare is None or seen is None else solver.prepare(seen, p.options)
-    return solver, Task(weights, p.weights, state.outline.dtype, seen, shared, p.options, prepared)
+    tokens = None if stats is None else stats.tokens
+    return solver, Task(weights, p.weights, state.outline.dtype, seen, shared, p.options, prepared, tokens)
 
 
 Piece = tuple[tuple[int, int] | None, ...]  # rows of each weight of the group; None: not in this piece
@@ -145,11 +146,15 @@ def _solve(solver: Solver, task: Task, piece: Piece) -> list[_Slice | None]:
     sample = None if task.stats is None else task.stats.sample.float()
     found: list[_Slice] = []
     for w, q in zip(weights, solved.qtensors, strict=True):
-        plain = quantize(w, find_params(w, task.fmt, task.dtype, global_scale=task.global_scale), task.fmt)
-        error, baseline = (_energy(dequantize(t) - w, sample) for t in (q, plain))
-        found.append(_Slice(q, plain, error, baseline, _energy(w, sample), solved.fallback))
+        error, baseline = (_energy(dequantize(t) - w, sample) for t in (q, _plain(w, task)))
+        found.append(_Slice(q, error, baseline, _energy(w, sample), solved.fallback))
     rest = iter(found)
     return [None if span is None else next(rest) for span in piece]
+
+
+def _plain(w: Tensor, task: Task) -> QTensor:
+    """Plain rounding over the full range, what every solver is measured against."""
+    return quantize(w, find_params(w, task.fmt, task.dtype, global_scale=task.global_scale), task.fmt)
 
 
 def _energy(w: Tensor, sample: Tensor | None) -> float:
@@ -157,18 +162,20 @@ def _energy(w: Tensor, sample: Tensor | None) -> float:
     return float((w.square() if sample is None else (sample @ w.T).square_()).sum())
 
 
-def _join(plan: LinearPlan, linear: Linear, slices: list[_Slice], static: Tensor | None, stats: Stats | None) -> Result:
+def _join(
+    plan: LinearPlan, linear: Linear, slices: list[_Slice], source: tuple[Tensor, Task], static: Tensor | None
+) -> Result:
+    """source: the weight and its task."""
     whole = max(sum(s.whole for s in slices), 1e-30)
     error, baseline = sum(s.error for s in slices) / whole, sum(s.baseline for s in slices) / whole
     fallback = slices[0].fallback
     worse = error > baseline  # a solver may lose to plain rounding on a layer; then plain rounding is what is kept
-    if worse and error > 1.02 * baseline:
+    if worse and error > 1.02 * baseline and SOLVERS[plan.solver].needs_hessian:  # rounding cannot fall back to rounding
         fallback = fallback or f"{plan.solver} was worse than rounding"
-    q = _stack([s.plain if worse else s.qtensor for s in slices])
+    q = _plain(*source) if worse else _stack([s.qtensor for s in slices])
     weight = dequantize(q).contiguous().numpy().astype("<f4", copy=False)
     digest = hashlib.sha256(weight.data).hexdigest()
-    tokens = None if stats is None else stats.tokens
-    return Result(linear, plan, q, static, min(error, baseline), baseline, fallback, tokens, digest)
+    return Result(linear, plan, q, static, min(error, baseline), baseline, fallback, source[1].tokens, digest)
 
 
 def _stack(parts: list[QTensor]) -> QTensor:

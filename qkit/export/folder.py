@@ -79,7 +79,9 @@ class _Tensors:
     def __init__(self, plan: Plan, outline: Outline, job: Job) -> None:
         self.plan, self.outline, self.job = plan, outline, job
         self.specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        self.plain: dict[str, str] = {}  # sha256 of tensors that are not quantized, filled while they are written; static activation scales too
+        self.plain: dict[
+            str, str
+        ] = {}  # sha256 of tensors that are not quantized, filled while they are written; static activation scales too
         self._get: dict[str, Callable[[], Tensor]] = {}
         self._made: tuple[str, dict[str, Tensor]] = ("", {})
         rotated = rotate_outer(outline, plan.seed) if "rotate" in plan.transforms else {}

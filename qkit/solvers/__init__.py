@@ -31,6 +31,7 @@ class Task:
     options:      of this solver, as validated by its recipe entry
     prepared:     what the solver's ``prepare`` made of the stats: computed once for a group whose rows are then solved in
                   slices, side by side
+    tokens:       how many tokens reached the group (None: no rows were run)
     """
 
     weights: list[Tensor]
@@ -40,6 +41,7 @@ class Task:
     global_scale: Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)
     prepared: Any = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
