@@ -30,6 +30,6 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     device: where the model goes, as torch names it
     Raises BadCheckpoint for a damaged folder, Unsupported for formats that qkit cannot run (``qkit.errors``).
     """
-    from qkit import loading  # brings torch and transformers: seconds that 'import qkit' alone need not cost
+    from qkit import loading  # not before it is needed: it brings the whole way from file to model
 
     return loading.load(path, dtype, device)

@@ -116,11 +116,13 @@ def piece_of(x: Tensor, stride: int, ranges: bool) -> Piece:
 class Accumulator:
     """Gathers Stats of one group from pieces, always in the order of the rows."""
 
-    def __init__(self, width: int, wanted: Wanted) -> None:
+    def __init__(self, width: int, wanted: Wanted, dtype: torch.dtype) -> None:
         self.tokens = 0
         self.width = width
         self.sums = [torch.zeros(width) for _ in range(3)] if wanted.ranges else None
-        self.samples: list[Tensor] = []
+        # One block for all samples: small pieces kept between large ones that come and go would tear the heap apart.
+        self.sample = torch.empty(2 * SAMPLE_TOKENS, width, dtype=dtype)
+        self.sampled = 0
         self.hessian = torch.zeros(width, width) if wanted.hessian else None
 
     def add(self, p: Piece) -> list[Callable[[], object]]:
@@ -130,7 +132,9 @@ class Accumulator:
         alone is summed: half the work.
         """
         self.tokens += len(p.x)
-        self.samples.append(p.sample)
+        room = min(len(p.sample), len(self.sample) - self.sampled)
+        self.sample[self.sampled : self.sampled + room] = p.sample[:room]
+        self.sampled += room
         if self.sums is not None and p.sums is not None:
             torch.maximum(self.sums[0], p.sums[0], out=self.sums[0])
             self.sums[1] += p.sums[1]
@@ -152,7 +156,7 @@ class Accumulator:
             for i, j in self._tiles():  # the upper triangle, in place: a copy would double the largest matrix there is
                 if i is not j:
                     self.hessian[j, i] = self.hessian[i, j].T
-        sample = torch.cat(self.samples) if self.samples else torch.zeros(0, self.width)
+        sample = self.sample[: self.sampled]
         if self.sums is None:
             square = torch.zeros(self.width) if self.hessian is None else self.hessian.diagonal().clone()
             return Stats(self.tokens, square, sample, self.hessian)

@@ -89,7 +89,7 @@ class Flow:
 
         keep: keep the input of a submodule's last linear, to play the submodule back once it is solved.
         """
-        sums = {g.key: Accumulator(g.linears[0].shape[1], wanted) for g in groups}
+        sums = {g.key: Accumulator(g.linears[0].shape[1], wanted, self.rows.dtype) for g in groups}
         stride = max(1, self.rows.count * self.rows.tokens // SAMPLE_TOKENS)
         ends = {g.hook for g in groups} if keep else set()
         unit = next((u for u in self._units if u.last in ends), None)

@@ -170,7 +170,8 @@ def _join(
     error, baseline = sum(s.error for s in slices) / whole, sum(s.baseline for s in slices) / whole
     fallback = slices[0].fallback
     worse = error > baseline  # a solver may lose to plain rounding on a layer; then plain rounding is what is kept
-    if worse and error > 1.02 * baseline and SOLVERS[plan.solver].needs_hessian:  # rounding cannot fall back to rounding
+    # Rounding cannot fall back to rounding: it merely took another scale.
+    if worse and error > 1.02 * baseline and SOLVERS[plan.solver].needs_hessian:
         fallback = fallback or f"{plan.solver} was worse than rounding"
     q = _plain(*source) if worse else _stack([s.qtensor for s in slices])
     weight = dequantize(q).contiguous().numpy().astype("<f4", copy=False)
