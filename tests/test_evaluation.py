@@ -472,6 +472,8 @@ def test_a_model_that_is_not_there(texts):
     for command in (("eval", "no-such-model"), ("eval", "tiny-llama", "--baseline", "no-such-model")):
         with pytest.raises(QkitError, match="no-such-model: no such"):
             run(*command, "--text", texts[0])
+    with pytest.raises(UsageError, match="device 'cuda:99' cannot be used"):
+        run("eval", "tiny-llama", "--device", "cuda:99", "--text", texts[0])
     with pytest.raises(UsageError, match="--allow-task-code"):
         run("eval", "tiny-llama", "--allow-task-code")
 

@@ -25,7 +25,7 @@ from qkit.pipeline import Request, quantize
 MODEL = "tiny-llama"
 SCHEMES = ("W4A16", "W4A8")
 METHOD = "gptq"
-WINDOWS = 40  # of 512 tokens: enough for the differences to show, seconds on two cores
+WINDOWS = 24  # of 512 tokens: enough for the differences to show, seconds on two cores
 PROMPT = "When she came home in the evening,"
 
 

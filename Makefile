@@ -1,0 +1,37 @@
+# Each target does all of its set-up on a machine that has only Python (>= 3.10), git and make:
+#
+#   make demo    quantize the embedded reference model two ways and compare it with the original
+#   make test    lint, format, types, tests
+#
+# Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet
+READY := $(VENV)/ready
+TORCH := 2.13.0
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test
+
+demo: $(READY)
+	$(BIN)/qkit demo --work build/demo --overwrite
+
+test: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+# torch goes first and as a CPU build: what pip picks on its own brings gigabytes of CUDA packages. A wheel at hand
+# (pip's find-links) is tried before the network, and the default build is what remains where there is no CPU build.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "qkit needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch==$(TORCH)+cpu 2>/dev/null || \
+	$(INSTALL) torch==$(TORCH) --index-url $(CPU_INDEX) || \
+	$(INSTALL) torch --index-url $(CPU_INDEX) || \
+	$(INSTALL) torch
+	$(INSTALL) -e '.[test]'
+	@touch $@

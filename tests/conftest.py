@@ -1,0 +1,62 @@
+"""Fixtures that several test files share: a short calibration text, and tiny models made once a session."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import qkit_data
+import tiny_models
+import torch
+import transformers
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+class Quiet:
+    """A progress listener that says nothing."""
+
+    def start(self, what: str, total: int) -> None: ...
+
+    def step(self, amount: int = 1) -> None: ...
+
+
+@pytest.fixture(scope="session")
+def quiet():
+    return Quiet()
+
+
+@pytest.fixture(scope="session")
+def calib(tmp_path_factory) -> Path:
+    """A text of some 1500 tokens."""
+    path = tmp_path_factory.mktemp("text") / "calib.txt"
+    path.write_text(qkit_data.text_path("calibration").read_text(encoding="utf-8")[:6000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """``tiny(family, dtype=torch.bfloat16, **changes)``: the folder of a tiny model; not to be written to."""
+    made: dict[tuple, Path] = {}
+
+    def get(family: str, dtype: torch.dtype = torch.bfloat16, **changes) -> Path:
+        key = (family, dtype, repr(sorted(changes.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("models") / family
+            made[key] = tiny_models.make(family, folder, dtype, **changes)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Any attempt to connect fails the test."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"a connection was tried: {args}")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
