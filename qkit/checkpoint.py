@@ -140,7 +140,7 @@ class Checkpoint:
         if count:
             raise NumericFailure(
                 f"{self.tensors[name].file}: tensor {shown(name)}: {count} of {tensor.numel()} values are NaN or "
-                "infinite, expected none: get the model again, or pass --allow-nonfinite to go on"
+                "infinite, expected none: get the model again, or repair this tensor"
             )
         return tensor
 

@@ -19,8 +19,8 @@ from qkit.capture import PIECE_TOKENS, SAMPLE_TOKENS
 from qkit.errors import IOFailure, Unsupported
 from qkit.families.outline import Outline
 from qkit.plan import Plan
-from qkit.solving import SLICE_ROWS
 from qkit.solvers.table import SOLVERS
+from qkit.solving import SLICE_ROWS
 from qkit.transforms.table import TRANSFORMS
 
 ALLOCATOR = 1.1  # resident memory over live bytes, measured: freed blocks that the allocator keeps

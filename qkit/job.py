@@ -58,12 +58,18 @@ class Job:
         Raises JobConflict when another process holds it or another job owns it, BadInput when it is damaged.
         """
         try:
+            # A journal without parts is the record of a finished job (``remove_bulk``): its output was made, and whoever
+            # asks again wants it made again.
+            finished = (path / "journal.jsonl").exists() and not (path / "parts").exists()
             (path / "parts").mkdir(parents=True, exist_ok=True)
             (path / "rows").mkdir(exist_ok=True)
         except OSError as e:
             raise write_failure(path, e) from e
         with _lock(path):
             job = cls(path, json.loads(json.dumps(identity)))
+            if finished:
+                (path / "journal.jsonl").unlink()
+                (path / "job.json").unlink(missing_ok=True)
             job._claim()
             job._read_journal()
             job._clean()

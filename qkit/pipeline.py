@@ -47,7 +47,6 @@ class Request:
     seqlen: int = 256
     seed: int = 0
     threads: int | None = None
-    allow_nonfinite: bool = False
 
 
 @dataclass(frozen=True)

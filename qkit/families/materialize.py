@@ -27,16 +27,16 @@ def _assign(owner: nn.Module, name: str, value: Tensor) -> None:
     target.data.copy_(value)
 
 
-def load_block(outline: Outline, block: BlockOutline, allow_nonfinite: bool = False) -> nn.Module:
+def load_block(outline: Outline, block: BlockOutline) -> nn.Module:
     """The block's module with its weights, read tensor by tensor; ``release`` gives the memory back.
 
-    Raises NumericFailure for a weight that is not finite, unless allowed.
+    Raises NumericFailure for a weight that is not finite.
     """
     module = outline.model.get_submodule(block.path).to_empty(device="cpu")
     _fill_computed_buffers(outline.model, module)
     linears = {f"{linear.name}.weight": linear for linear in block.linears}
     for name, stored in block.stored:
-        value = outline.checkpoint.read_finite(stored, allow_nonfinite)
+        value = outline.checkpoint.read_finite(stored)
         if stored in linears:
             linears[stored].view(module).copy_(value)
         else:
