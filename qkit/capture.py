@@ -7,7 +7,7 @@ what a resumed run goes on from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from qkit.errors import BadCalibration
+from qkit.parallel import Workers
 
-PIECE_TOKENS = 512  # tokens that one worker runs through the block at a time
+PIECE_TOKENS = 512  # tokens, at the least, that one worker runs through the block at a time
+PIECE_VALUES = 1 << 19  # or as many as have this many hidden values: narrow models go in longer pieces
+_PENDING_BYTES = 16 << 20  # inputs that wait for the Hessian
 SAMPLE_TOKENS = 512  # tokens kept per group for scale searches and error figures
 _TILE = 384  # columns of one Hessian tile, about
 MAX_BAD_ROWS = 0.1  # share of rows with non-finite activations above which a run is given up
@@ -44,16 +47,17 @@ class Rows:
 
     def read(self, start: int, stop: int) -> Tensor:
         """[stop - start, tokens, hidden]"""
-        buffer = bytearray((stop - start) * self.row_bytes)
-        with self.path.open("rb") as f:
+        rows = torch.empty(stop - start, self.tokens, self.hidden, dtype=self.dtype)
+        buffer = rows.view(torch.uint8).numpy().reshape(-1).data
+        with self.path.open("rb", buffering=0) as f:
             f.seek(start * self.row_bytes)
             if f.readinto(buffer) != len(buffer):
                 raise BadCalibration(f"{self.path}: shorter than {self.count} rows: delete the job folder, start again")
-        return torch.frombuffer(buffer, dtype=self.dtype).view(stop - start, self.tokens, self.hidden)
+        return rows
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of the rows that are worked on as one. Pieces do not depend on the number of workers."""
-        step = max(1, PIECE_TOKENS // self.tokens)
+        step = max(1, max(PIECE_TOKENS, PIECE_VALUES // self.hidden) // self.tokens)
         for start in range(0, self.count, step):
             yield start, min(start + step, self.count)
 
@@ -123,14 +127,11 @@ class Accumulator:
         # One block for all samples: small pieces kept between large ones that come and go would tear the heap apart.
         self.sample = torch.empty(2 * SAMPLE_TOKENS, width, dtype=dtype)
         self.sampled = 0
+        self.pending: list[Tensor] = []
         self.hessian = torch.zeros(width, width) if wanted.hessian else None
 
-    def add(self, p: Piece) -> list[Callable[[], object]]:
-        """Add a piece; the work that is left is returned as independent jobs, one per tile of the Hessian.
-
-        Inputs in bf16 are exact in float32, so only the order of additions rounds, and that is fixed. The lower triangle
-        alone is summed: half the work.
-        """
+    def add(self, p: Piece) -> None:
+        """Add a piece; its share of the Hessian is left to ``jobs``."""
         self.tokens += len(p.x)
         room = min(len(p.sample), len(self.sample) - self.sampled)
         self.sample[self.sampled : self.sampled + room] = p.sample[:room]
@@ -139,9 +140,19 @@ class Accumulator:
             torch.maximum(self.sums[0], p.sums[0], out=self.sums[0])
             self.sums[1] += p.sums[1]
             self.sums[2] += p.sums[2]
-        if self.hessian is None:
+        if self.hessian is not None:
+            self.pending.append(p.x)
+
+    def jobs(self) -> list[Callable[[], object]]:
+        """What is left to do for the pieces added so far: independent jobs, one per tile of the Hessian.
+
+        Inputs in bf16 are exact in float32, so only the order of additions rounds, and that is fixed. The lower triangle
+        alone is summed: half the work.
+        """
+        xs, self.pending = self.pending, []
+        if self.hessian is None or not xs:
             return []
-        return [partial(_add_tile, self.hessian, p.x, i, j) for i, j in self._tiles()]
+        return [partial(_add_tile, self.hessian, xs, i, j) for i, j in self._tiles()]
 
     def _tiles(self) -> list[tuple[slice, slice]]:
         """Tiles of the lower triangle, those on the diagonal whole."""
@@ -164,8 +175,16 @@ class Accumulator:
         return Stats(self.tokens, squares / n, sample, self.hessian, absmax, total / n)
 
 
-def _add_tile(h: Tensor, x: Tensor, i: slice, j: slice) -> None:
-    h[i, j].addmm_(x[:, i].T, x[:, j])
+def _add_tile(h: Tensor, xs: list[Tensor], i: slice, j: slice) -> None:
+    for x in xs:
+        h[i, j].addmm_(x[:, i].T, x[:, j])
+
+
+def run_pending(sums: Iterable[Accumulator], pool: Workers, everything: bool) -> None:
+    """Bring Hessians up to date, once enough inputs wait for it (or ``everything``)."""
+    sums = list(sums)
+    if everything or sum(x.nbytes for s in sums for x in s.pending) >= _PENDING_BYTES:
+        pool.map(lambda job: job(), [job for s in sums for job in s.jobs()])
 
 
 @dataclass(frozen=True)

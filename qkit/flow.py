@@ -25,7 +25,18 @@ import torch
 from torch import Tensor, nn
 
 from qkit.blocks import BlockOutline, LinearGroup
-from qkit.capture import MAX_BAD_ROWS, SAMPLE_TOKENS, Accumulator, Call, Piece, Rows, Stats, Wanted, piece_of
+from qkit.capture import (
+    MAX_BAD_ROWS,
+    SAMPLE_TOKENS,
+    Accumulator,
+    Call,
+    Piece,
+    Rows,
+    Stats,
+    Wanted,
+    piece_of,
+    run_pending,
+)
 from qkit.errors import BadCalibration, NumericFailure
 from qkit.memory import give_back
 from qkit.parallel import Workers
@@ -108,14 +119,18 @@ class Flow:
             for pieces, x in self.pool.stream(one, self.rows.pieces()):
                 if kept is not None and x is not None:
                     kept.write(_bytes(x))
-                self.pool.map(lambda job: job(), [job for k, piece in pieces.items() for job in sums[k].add(piece)])
+                for key, piece in pieces.items():
+                    sums[key].add(piece)
+                run_pending(sums.values(), self.pool, everything=False)
                 step()
+            run_pending(sums.values(), self.pool, everything=True)
         finally:
             for handle in handles:
                 handle.remove()
             if kept is not None:
                 kept.close()
-        give_back()  # what the runs left free is not what the solver is about to ask for
+        if max(total.width for total in sums.values()) >= 1024:
+            give_back()  # what the runs left free is not what the solver is about to ask for
         for g in groups:
             if sums[g.key].tokens == 0 and g.expert is None:
                 raise BadCalibration(f"no calibration row reached {g.key}: its block runs without calling this linear")

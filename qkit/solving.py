@@ -13,7 +13,6 @@ from torch import Tensor
 from qkit.activations import static_scale
 from qkit.blocks import Linear, LinearGroup
 from qkit.capture import Stats
-from qkit.memory import give_back
 from qkit.parallel import Workers
 from qkit.plan import LinearPlan, Plan, has_static
 from qkit.qtensor import Params, QTensor, dequantize, find_params, nvfp4_global_scale, quantize
@@ -22,7 +21,7 @@ from qkit.solvers.table import SOLVERS, Solver
 from qkit.transforms import BlockState
 
 FEW_TOKENS = 32  # an expert that saw fewer is rounded to nearest: its Hessian would be noise
-SLICE_ROWS = 512  # output rows that are solved as one; does not depend on the number of workers
+SLICE_ROWS = 1024  # output rows that are solved as one, at the most; does not depend on the number of workers
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,6 @@ def solve_groups(
     planned = [g for g in groups if g.linears[0].name in plan.linears]
     static = _static_scales(plan, planned, stats)
     tasks = pool.map(lambda g: _task(state, plan, g, stats.get(g.key)), planned)
-    give_back()
     pieces = [(i, piece) for i, (_, task) in enumerate(tasks) for piece in _row_slices(task)]
     slices = pool.map(lambda item: _solve(*tasks[item[0]], item[1]), pieces)
     jobs: list[tuple[Linear, list[_Slice], tuple[Tensor, Task], Tensor | None]] = []
@@ -126,15 +124,15 @@ def _row_slices(task: Task) -> list[Piece]:
     """Rows are independent of each other given the factor, wherever each row has scales of its own."""
     if task.fmt.strategy not in ("group", "tensor_group", "channel"):
         return [tuple((0, len(w)) for w in task.weights)]
-    spans = [
-        (k, a, min(a + SLICE_ROWS, len(w))) for k, w in enumerate(task.weights) for a in range(0, len(w), SLICE_ROWS)
-    ]
+    total = sum(len(w) for w in task.weights)
+    most = min(SLICE_ROWS, max(SLICE_ROWS // 2, -(-total // 2)))  # at least two slices where that is worth it
+    spans = [(k, a, min(a + most, len(w))) for k, w in enumerate(task.weights) for a in range(0, len(w), most)]
     pieces: list[list[tuple[int, int] | None]] = []
     room = 0
     for k, a, b in spans:  # small weights of a group share a slice: one column loop for all of them
         if b - a > room or (pieces and pieces[-1][k] is not None):
             pieces.append([None] * len(task.weights))
-            room = SLICE_ROWS
+            room = most
         pieces[-1][k] = (a, b)
         room -= b - a
     return [tuple(p) for p in pieces]
