@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qkit.errors import BadCheckpoint
+from qkit.checkpoint import Checkpoint
+from qkit.errors import BadCheckpoint, QkitError
+from qkit.safefile import parse_json, write_atomic
+
+SOURCE_FILE = "source"  # in the job folder: where the original was; the output itself names no local path
 
 
 def find_model(model: str) -> Path:
@@ -33,3 +37,31 @@ def find_model(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as e:
         raise BadCheckpoint(f"{model}: no such folder, and the hub did not give it: {str(e).splitlines()[0]}") from e
+
+
+def record_source(job: Path, source: Path) -> None:
+    """Note in a job folder where its model came from."""
+    write_atomic(job / SOURCE_FILE, str(source.resolve()).encode())
+
+
+def recorded_source(out: Path) -> Path | None:
+    """The original of a packed folder, if it is where the job beside it says, or is a reference model; else None.
+
+    Believed only if its fingerprint is the one that qkit.json records.
+    """
+    import qkit_data
+
+    record = out / "qkit.json"
+    if not record.is_file():
+        return None
+    wanted = parse_json(record.read_bytes(), str(record)).get("source", {}).get("fingerprint")
+    note = out.with_name(out.name + ".job") / SOURCE_FILE
+    candidates = [Path(note.read_text())] if note.is_file() else []
+    candidates += [path for name in qkit_data.models() if (path := qkit_data.model_path(name)) is not None]
+    for path in candidates:
+        try:
+            if path.is_dir() and Checkpoint.open(path).fingerprint() == wanted:
+                return path
+        except QkitError:
+            continue
+    return None

@@ -18,7 +18,7 @@ from qkit.families.outline import Outline
 from qkit.forecast import Forecast, forecast, refuse_what_cannot_fit
 from qkit.job import Job
 from qkit.loading import load_tokenizer
-from qkit.locate import find_model
+from qkit.locate import find_model, record_source
 from qkit.parallel import available_cores, workers
 from qkit.plan import Plan, make_plan
 from qkit.recipe import Recipe, load_recipe, make_recipe
@@ -154,6 +154,7 @@ def quantize(
     refuse_what_cannot_fit(found.forecast, out)
     partial = out.with_name(out.name + ".partial")
     with Job.open(work, plan.identity) as job, workers(request.threads) as pool:
+        record_source(work, outline.checkpoint.path)
         run_blocks(plan, outline, job, pool, progress)
         progress.start("export and verify", 2)
         export(plan, outline, job, partial)

@@ -24,7 +24,9 @@ from qkit.safefile import write_atomic
 @click.command("check")
 @click.argument("out")
 @click.option("--budget", "budget_file", required=True, type=click.Path(path_type=Path), help="A YAML file of limits.")
-@click.option("--baseline", help="The original model; needed by limits that compare with it.")
+@click.option(
+    "--baseline", help="The original model (default: where the job folder beside OUT says, or a reference model)."
+)
 @click.option("--text", "texts", multiple=True, help="FILE, NAME=FILE or dataset:NAME[:config][:split][:column].")
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(list(DTYPES)), help="Of arithmetic.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
@@ -55,10 +57,11 @@ def check_command(
       same_top1: ">=0.95"
       size: 0.3x
     """
-    from qkit.locate import find_model
+    from qkit.locate import find_model, recorded_source
 
     budget = load_budget(budget_file)
-    if baseline is None and budget.needs_baseline:
+    original = recorded_source(find_model(out)) if baseline is None else find_model(baseline)
+    if original is None and budget.needs_baseline:
         raise UsageError(
             f"budget {budget_file}: {', '.join(budget.needs_baseline)} cannot be judged without the original model; "
             "add --baseline PATH"
@@ -74,7 +77,6 @@ def check_command(
         dtype,
         device,
     )
-    original = None if baseline is None else find_model(baseline)
     with progress_bar(Console(stderr=True)) as progress:
         measured = measure(find_model(out), original, request, progress)
     checks = judge(budget, measured)
