@@ -16,7 +16,7 @@ def bound_heap() -> None:
     """For a process of our own (the command line): one heap for all threads, and tensors of 16 MB and more outside it.
 
     By default every thread grows a heap of its own and large blocks stay in it. Measured on a Llama with hidden size 1024:
-    peak resident memory 0.94 GB without, 0.80 GB with this, and no time lost.
+    peak resident memory 0.94 GB without and 0.87 GB with this, before other savings.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -25,9 +25,6 @@ from qkit.packing import pack_bits, pack_nibbles, unpack_bits, unpack_nibbles
 from qkit.qtensor import Params, QTensor, dequantize, effective_scale, round_to_grid
 
 OPERATORS = ("int4pack", "int8pack", "int_mm")
-# Rows from which dequantizing once and multiplying densely beats the int4 operator (measured, AMD EPYC with
-# AVX512-BF16, reports/): the operator's cost grows with every row, the dense product's hardly.
-INT4PACK_ROWS = 16
 
 
 def supported(
