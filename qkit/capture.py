@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ PIECE_TOKENS = 512  # tokens, at the least, that one worker runs through the blo
 PIECE_VALUES = 1 << 19  # or as many as have this many hidden values: narrow models go in longer pieces
 _PENDING_BYTES = 16 << 20  # inputs that wait for the Hessian
 SAMPLE_TOKENS = 512  # tokens kept per group for scale searches and error figures
-_TILE = 384  # columns of one Hessian tile, about
+_TILE, _DIAGONAL_TILE = 704, 192  # columns of one Hessian tile at most; on the diagonal, where half of a tile is wasted
 MAX_BAD_ROWS = 0.1  # share of rows with non-finite activations above which a run is given up
 
 
@@ -155,17 +156,16 @@ class Accumulator:
         return [partial(_add_tile, self.hessian, xs, i, j) for i, j in self._tiles()]
 
     def _tiles(self) -> list[tuple[slice, slice]]:
-        """Tiles of the lower triangle, those on the diagonal whole."""
-        count = max(1, round(self.width / _TILE))
-        spans = [slice(self.width * i // count, self.width * (i + 1) // count) for i in range(count)]
-        return [(i, j) for i in spans for j in spans if j.start <= i.start]
+        """Tiles of the lower triangle, the large ones first; those on the diagonal whole."""
+        found = list(_lower_tiles(0, self.width))
+        return sorted(found, key=lambda t: (t[1].start - t[1].stop, t[0].start, t[1].start))
 
     def finish(self) -> Stats:
         n = max(1, self.tokens)
         if self.hessian is not None:
             self.hessian.div_(n)
             for i, j in self._tiles():  # the upper triangle, in place: a copy would double the largest matrix there is
-                if i is not j:
+                if i != j:
                     self.hessian[j, i] = self.hessian[i, j].T
         sample = self.sample[: self.sampled]
         if self.sums is None:
@@ -173,6 +173,24 @@ class Accumulator:
             return Stats(self.tokens, square, sample, self.hessian)
         absmax, total, squares = self.sums
         return Stats(self.tokens, squares / n, sample, self.hessian, absmax, total / n)
+
+
+def _lower_tiles(start: int, stop: int) -> Iterator[tuple[slice, slice]]:
+    """Tiles of the lower triangle of the square [start, stop), by halves."""
+    if stop - start <= _DIAGONAL_TILE:
+        yield slice(start, stop), slice(start, stop)
+        return
+    half = (start + stop) // 2
+    yield from _lower_tiles(start, half)
+    yield from _lower_tiles(half, stop)
+    yield from ((i, j) for i in _spans(half, stop) for j in _spans(start, half))
+
+
+def _spans(start: int, stop: int) -> list[slice]:
+    """[start, stop) in equal parts of at most _TILE."""
+    count = -(-(stop - start) // _TILE)
+    cuts = [start + (stop - start) * i // count for i in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(cuts)]
 
 
 def _add_tile(h: Tensor, xs: list[Tensor], i: slice, j: slice) -> None:
@@ -193,6 +211,16 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """The same call for a block that runs in ``dtype``: its floating-point arguments are in it too."""
+
+        def cast(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(cast(v) for v in value)
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return Call(cast(self.args), {k: cast(v) for k, v in self.kwargs.items()})
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         out = block(hidden, *self.args, **self.kwargs)

@@ -6,10 +6,7 @@ Time is given as operations per phase and their shares, since seconds depend on 
 
 from __future__ import annotations
 
-import os
-import resource
 import shutil
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from qkit.blocks import BlockOutline
 from qkit.capture import PIECE_TOKENS, SAMPLE_TOKENS
 from qkit.errors import IOFailure, Unsupported
 from qkit.families.outline import Outline
+from qkit.machine import available_memory, process_bytes
 from qkit.plan import Plan
 from qkit.solvers.table import SOLVERS
 from qkit.solving import SLICE_ROWS
@@ -42,12 +40,6 @@ class Forecast:
         total = sum(self.operations.values()) or 1.0
         ranked = sorted(self.operations.items(), key=lambda kv: -kv[1])
         return {**asdict(self), "time_dominating": [{"phase": k, "share": round(v / total, 3)} for k, v in ranked if v]}
-
-
-def process_bytes() -> int:
-    """Resident memory of this process at its highest so far (the libraries, mostly)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def forecast(plan: Plan, outline: Outline, workers: int) -> Forecast:
@@ -116,7 +108,7 @@ def _block_memory(plan: Plan, block: BlockOutline, weights: int, item: int, work
 
 def refuse_what_cannot_fit(found: Forecast, folder: Path) -> None:
     """Raises Unsupported for memory, IOFailure for disk, with needed and available bytes."""
-    available = _available_memory()
+    available = available_memory()
     if available is not None and found.peak_memory > available:
         raise Unsupported(
             f"the run needs about {_gb(found.peak_memory)} of memory and {_gb(available)} are available: use fewer "
@@ -129,19 +121,6 @@ def refuse_what_cannot_fit(found: Forecast, folder: Path) -> None:
         raise IOFailure(
             f"{there}: the run needs about {_gb(needed)} of disk and {_gb(free)} are free: make room or use --out"
         )
-
-
-def _available_memory() -> int | None:
-    """What this process may still use, its present size included; None where the system does not say."""
-    try:
-        pages = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in pages if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (OSError, ValueError):
-            return None
-    return free + process_bytes()
 
 
 def _gb(n: int) -> str:

@@ -7,7 +7,6 @@ pool of workers: the result does not depend on how many workers there are.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,13 +15,10 @@ from typing import TypeVar
 
 import torch
 
+from qkit.machine import available_cores
+
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Workers:
@@ -44,7 +40,7 @@ class Workers:
     def stream(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Like ``map``, but yields results one by one while the next items are already being worked on.
 
-        At most ``count`` items are under way or waiting to be taken.
+        At most ``count`` + 1 items are under way or waiting to be taken: no worker idles while a result is used.
         """
 
         def one(item: T) -> R:
@@ -57,7 +53,7 @@ class Workers:
         waiting: deque[Future[R]] = deque()
         for item in items:
             waiting.append(self._pool.submit(one, item))
-            if len(waiting) >= self.count:
+            if len(waiting) > self.count:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

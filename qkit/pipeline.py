@@ -19,7 +19,8 @@ from qkit.forecast import Forecast, forecast, refuse_what_cannot_fit
 from qkit.job import Job
 from qkit.loading import load_tokenizer
 from qkit.locate import find_model, record_source
-from qkit.parallel import available_cores, workers
+from qkit.machine import available_cores
+from qkit.parallel import workers
 from qkit.plan import Plan, make_plan
 from qkit.recipe import Recipe, load_recipe, make_recipe
 from qkit.run import Progress, run_blocks

@@ -19,6 +19,7 @@ from qkit.errors import BadRecipe, Unsupported, UsageError
 from qkit.export.compressed_tensors import stored_bytes
 from qkit.families.outline import Outline
 from qkit.formats import Format, Scheme, did_you_mean, fit_group
+from qkit.machine import run_dtype
 from qkit.recipe import Recipe, Rule, parse_method
 from qkit.solvers.table import SOLVERS
 from qkit.transforms.rotate import check_rotatable
@@ -51,6 +52,7 @@ class LinearPlan:
 class Plan:
     """The whole run. linears and skipped: by checkpoint name (without '.weight'), in file order.
 
+    run_dtype: what blocks are run in where there are calibration rows (``machine.run_dtype``); dtype: the checkpoint's
     fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
     """
 
@@ -61,6 +63,7 @@ class Plan:
     family: str
     model_type: str
     dtype: str
+    run_dtype: str
     seed: int
     source_fingerprint: str
     source_bytes: int
@@ -122,9 +125,10 @@ def make_plan(recipe: Recipe, outline: Outline, calibration: Calibration | None,
     skipped.update(_routers(outline))
     _check_rules(recipe, matched, [*linears, *skipped])
     fused = _fused(outline, linears, skipped)
-    if calibration is None and (reason := why_rows(linears, transforms)):
+    rows = why_rows(linears, transforms)
+    if calibration is None and rows:
         raise UsageError(
-            f"{reason}: give calibration text with --calib FILE (or leave --calib out for the built-in text)"
+            f"{rows}: give calibration text with --calib FILE (or leave --calib out for the built-in text)"
         )
     untied = "rotate" in transforms and bool(outline.tied)
     return Plan(
@@ -135,11 +139,12 @@ def make_plan(recipe: Recipe, outline: Outline, calibration: Calibration | None,
         outline.family.name,
         str(outline.checkpoint.config.get("model_type")),
         str(outline.dtype).removeprefix("torch."),
+        str(run_dtype(outline.dtype) if rows else outline.dtype).removeprefix("torch."),
         seed,
         outline.checkpoint.fingerprint(),
         outline.checkpoint.nbytes,
         _packed_bytes(outline, linears, untied),
-        calibration if why_rows(linears, transforms) else None,
+        calibration if rows else None,
         untied,
         recipe.export,
         recipe.model_dump(),

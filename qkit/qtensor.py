@@ -253,40 +253,30 @@ def search_factors(fmt: Format) -> tuple[float, ...]:
 
 def _search(t: Tensor, weights: Tensor | None, fmt: Format, dtype: torch.dtype, global_scale: Tensor | None) -> Params:
     """The best of ``search_factors`` for each tile of t [R, C, n]; weights: [1, C, n] or None."""
-    low, high = _range(t)
+    factors = torch.tensor(search_factors(fmt))[:, None, None]
+    low, high = (x * factors for x in _range(t))
+    tried = params_from_range(low, high, fmt, dtype, global_scale)  # [factors, R, C]
+    scales = effective_scale(tried, fmt)[..., None].unbind()
+    zeros = None if tried.zero is None else tried.zero.to(torch.float32)[..., None].unbind()
+    errors = torch.empty(low.shape)
     buffer = torch.empty_like(t)
-    best: Params | None = None
-    best_error = torch.empty(0)
-    for factor in search_factors(fmt):
-        p = params_from_range(low * factor, high * factor, fmt, dtype, global_scale)
-        scale = effective_scale(p, fmt)[..., None]
+    for i, scale in enumerate(scales):
         torch.div(t, scale, out=buffer)
-        if p.zero is not None:
-            zero = p.zero.to(torch.float32)[..., None]
-            round_to_grid_(buffer.add_(zero), fmt).sub_(zero)
-        else:
+        if zeros is None:
             round_to_grid_(buffer, fmt)
+        else:
+            round_to_grid_(buffer.add_(zeros[i]), fmt).sub_(zeros[i])
         buffer.mul_(scale).sub_(t).square_()
-        error = buffer.sum(-1) if weights is None else buffer.mul_(weights).sum(-1)
-        if best is None:
-            best, best_error = p, error
-            continue
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = Params(
-            # float8 has no where kernel on every build: select on the raw bytes
-            _where(better, p.scale, best.scale),
-            None if p.zero is None or best.zero is None else torch.where(better, p.zero, best.zero),
-            global_scale,
-        )
-    assert best is not None
-    return best
+        torch.sum(buffer if weights is None else buffer.mul_(weights), -1, out=errors[i])
+    best = errors.nan_to_num_(nan=torch.inf).argmin(0, keepdim=True)  # of equal ones the first
+    return Params(_take(tried.scale, best), None if tried.zero is None else _take(tried.zero, best), global_scale)
 
 
-def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype == torch.float8_e4m3fn:
-        return torch.where(mask, a.view(torch.uint8), b.view(torch.uint8)).view(a.dtype)
-    return torch.where(mask, a, b)
+def _take(t: Tensor, index: Tensor) -> Tensor:
+    """Along the first axis; float8 has no gather on every build, so its bytes are taken."""
+    if t.dtype == torch.float8_e4m3fn:
+        return t.view(torch.uint8).gather(0, index)[0].view(t.dtype)
+    return t.gather(0, index)[0]
 
 
 # ---- codes -----------------------------------------------------------------------------------------------------

@@ -51,10 +51,10 @@ def run_blocks(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: 
             outline.checkpoint.read_finite(stored)
     if plan.calibration is not None and job.finished < len(outline.blocks):
         rows, calls = _rows(plan, outline, job, progress)
-    schemes = plan.schemes
+    schemes, dtype = plan.schemes, getattr(torch, plan.run_dtype)
     for block in outline.blocks[job.finished :]:
         name = f"block {block.index + 1}/{len(outline.blocks)}"
-        state = BlockState(outline, block, load_block(outline, block))
+        state = BlockState(outline, block, load_block(outline, block, dtype))
         for transform in plan.transforms:
             if TRANSFORMS[transform].stage == "load":
                 TRANSFORMS[transform].apply(state, schemes, plan.seed)
@@ -125,7 +125,8 @@ def _rows(plan: Plan, outline: Outline, job: Job, progress: Progress) -> tuple[R
         )
     path = job.rows_path(index)
     config: Any = outline.model.config
-    rows = Rows(path, len(tokens), tokens.shape[1], config.hidden_size, outline.dtype, [True] * len(tokens))
+    dtype = getattr(torch, plan.run_dtype)
+    rows = Rows(path, len(tokens), tokens.shape[1], config.hidden_size, dtype, [True] * len(tokens))
     record = job.rows_entering(index)
     if record is not None:
         rows.good = [bool(g) for g in record["good"]]
@@ -137,13 +138,13 @@ def _rows(plan: Plan, outline: Outline, job: Job, progress: Progress) -> tuple[R
         try:
             with path.open("wb") as f:
                 for hidden, seen in enter(outline.model, outline.family.blocks, tokens):
-                    f.write(hidden.contiguous().view(torch.uint8).numpy().reshape(-1).data)
+                    f.write(hidden.to(dtype).contiguous().view(torch.uint8).numpy().reshape(-1).data)
                     calls = seen
                     progress.step()
         except OSError as e:
             raise write_failure(path, e) from e
     release_outer(outline)
-    return rows, calls
+    return rows, {i: call.to(dtype) for i, call in calls.items()}
 
 
 # ---- one block -------------------------------------------------------------------------------------------------

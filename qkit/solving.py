@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from qkit.transforms import BlockState
 
 FEW_TOKENS = 32  # an expert that saw fewer is rounded to nearest: its Hessian would be noise
 SLICE_ROWS = 1024  # output rows that are solved as one, at the most; does not depend on the number of workers
+SLICE_VALUES = 3 << 20  # or as many as have this many weights: few long columns cost less than many short ones
+_ENERGY_TOKENS = 256  # of the sample, to measure errors on
 
 
 @dataclass(frozen=True)
@@ -124,24 +127,25 @@ def _row_slices(task: Task) -> list[Piece]:
     """Rows are independent of each other given the factor, wherever each row has scales of its own."""
     if task.fmt.strategy not in ("group", "tensor_group", "channel"):
         return [tuple((0, len(w)) for w in task.weights)]
-    total = sum(len(w) for w in task.weights)
-    most = min(SLICE_ROWS, max(SLICE_ROWS // 2, -(-total // 2)))  # at least two slices where that is worth it
-    spans = [(k, a, min(a + most, len(w))) for k, w in enumerate(task.weights) for a in range(0, len(w), most)]
-    pieces: list[list[tuple[int, int] | None]] = []
-    room = 0
-    for k, a, b in spans:  # small weights of a group share a slice: one column loop for all of them
-        if b - a > room or (pieces and pieces[-1][k] is not None):
-            pieces.append([None] * len(task.weights))
-            room = most
-        pieces[-1][k] = (a, b)
-        room -= b - a
-    return [tuple(p) for p in pieces]
+    ends = list(accumulate(len(w) for w in task.weights))
+    most = max(SLICE_ROWS, SLICE_VALUES // task.weights[0].shape[1])
+    most = min(most, max(SLICE_ROWS // 2, -(-ends[-1] // 2)))  # at least two slices where that is worth it
+    count = -(-ends[-1] // most)
+    cuts = [ends[-1] * i // count for i in range(count + 1)]
+
+    def part(k: int, a: int, b: int) -> tuple[int, int] | None:
+        """The rows [a, b) of all weights stacked that lie in weight k."""
+        first = ends[k] - len(task.weights[k])
+        a, b = max(a, first) - first, min(b, ends[k]) - first
+        return (a, b) if a < b else None
+
+    return [tuple(part(k, a, b) for k in range(len(ends))) for a, b in pairwise(cuts)]
 
 
 def _solve(solver: Solver, task: Task, piece: Piece) -> list[_Slice | None]:
     weights = [w[span[0] : span[1]] for w, span in zip(task.weights, piece, strict=True) if span is not None]
     solved = solver.solve(replace(task, weights=weights))
-    sample = None if task.stats is None else task.stats.sample.float()
+    sample = None if task.stats is None else _thin(task.stats.sample).float()
     found: list[_Slice] = []
     for w, q in zip(weights, solved.qtensors, strict=True):
         error, baseline = (_energy(dequantize(t) - w, sample) for t in (q, _plain(w, task)))
@@ -153,6 +157,10 @@ def _solve(solver: Solver, task: Task, piece: Piece) -> list[_Slice | None]:
 def _plain(w: Tensor, task: Task) -> QTensor:
     """Plain rounding over the full range, what every solver is measured against."""
     return quantize(w, find_params(w, task.fmt, task.dtype, global_scale=task.global_scale), task.fmt)
+
+
+def _thin(sample: Tensor) -> Tensor:
+    return sample[:: max(1, len(sample) // _ENERGY_TOKENS)]
 
 
 def _energy(w: Tensor, sample: Tensor | None) -> float:

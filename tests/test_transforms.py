@@ -63,7 +63,7 @@ def transformed(folder, name: str, scheme: str = "W3A16"):
     changed = 0
     with torch.no_grad():
         for block in outline.blocks:
-            state = BlockState(outline, block, load_block(outline, block))
+            state = BlockState(outline, block, load_block(outline, block, outline.dtype))
             state.stats = {key: stats_of(seen[key]) for g in block.groups if (key := g.key) in seen}
             TRANSFORMS[name].apply(state, {x.name: scheme_for(scheme, x.shape[1]) for x in block.linears}, 0)
             state.write_back()

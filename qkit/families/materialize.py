@@ -27,12 +27,12 @@ def _assign(owner: nn.Module, name: str, value: Tensor) -> None:
     target.data.copy_(value)
 
 
-def load_block(outline: Outline, block: BlockOutline) -> nn.Module:
-    """The block's module with its weights, read tensor by tensor; ``release`` gives the memory back.
+def load_block(outline: Outline, block: BlockOutline, dtype: torch.dtype) -> nn.Module:
+    """The block's module with its weights in ``dtype``, read tensor by tensor; ``release`` gives the memory back.
 
     Raises NumericFailure for a weight that is not finite.
     """
-    module = outline.model.get_submodule(block.path).to_empty(device="cpu")
+    module = outline.model.get_submodule(block.path).to(dtype).to_empty(device="cpu")
     _fill_computed_buffers(outline.model, module)
     linears = {f"{linear.name}.weight": linear for linear in block.linears}
     for name, stored in block.stored:

@@ -1,19 +1,21 @@
 """GPTQ: round column by column and let the columns that are still open absorb the error.
 
-Frantar et al., arXiv 2210.17323, algorithm 1. With H = mean x x^T + lambda I and U the upper Cholesky factor of
-H^-1 (H^-1 = U^T U), for each input column j in order:
+Frantar et al., arXiv 2210.17323, algorithm 1, in the form of LDLQ (Chee et al., arXiv 2307.13304, section 4, which shows
+that the two are one). With H = mean x x^T + lambda I = (I + A) D (I + A)^T, A strictly upper triangular and D
+diagonal, for each input column k in order:
 
-  q_j = qdq(w_j),   e_j = (w_j - q_j) / U_jj,   w_k <- w_k - e_j U_jk  for all k > j
+  q_k = qdq(w_k + sum_{j<k} e_j A_jk),   e_k = w_k - q_k
 
-so that the layer's squared output error is sum_j |e_j|^2.
+so that rounding in column k costs D_kk times its square. A and D come from one Cholesky factorization; H^-1, which
+algorithm 1 works with, is never formed.
 
 How it is arranged here (our choices):
  * all linears of a group are one problem, their rows stacked: one factorization and one column loop for q/k/v;
  * left-looking: a column receives all earlier errors at once when its turn comes. W is kept as [in, out], so
-   a column is contiguous, and the place of a finished column holds its error e_j. Errors reach a panel of
+   a column is contiguous, and the place of a finished column holds its error e_k. Errors reach a panel of
    columns by one matrix product, a sub-panel by a small one, a column by one matrix-vector product;
  * the scale of a group is found when its first column comes up, from the weights as corrected by then, by the
-   search of ``qtensor.find_params`` with importance 1 / U_jj^2 (what a rounding error costs in column j);
+   search of ``qtensor.find_params`` with importance D_kk;
  * ``order: activation`` takes the columns by falling diagonal of H. Scales then come from the original weights,
    so the file needs no permutation;
  * the damping lambda is ``damp`` times the mean diagonal; if the factorization fails it is raised tenfold up to 1,
@@ -37,7 +39,7 @@ from qkit.qtensor import (
     expand,
     find_params,
     grid_to_codes,
-    round_to_grid,
+    round_to_grid_,
 )
 from qkit.solvers import Solved, Task
 from qkit.solvers.rtn import rtn
@@ -47,10 +49,17 @@ _SUB = 32  # columns of a sub-panel
 
 @dataclass(frozen=True)
 class Factor:
-    """upper: U, or None with the reason; order: the order of the columns, None for the natural one."""
+    """A factorized Hessian, columns in the order in which they are taken.
 
-    upper: Tensor | None
-    reason: str | None
+    spread: float32 [in, in], I + A: A_jk is how much of the error of column j column k takes on; None: no factor
+    cost:   float32 [in], the diagonal of D
+    reason: why there is no factor
+    order:  of the columns; None for the natural one
+    """
+
+    spread: Tensor | None
+    cost: Tensor | None = None
+    reason: str | None = None
     order: Tensor | None = None
 
 
@@ -58,24 +67,33 @@ def prepare(stats: Stats, options: dict[str, Any]) -> Factor:
     """Factorize the Hessian of a group. Options: ``damp`` (float), ``order`` ('none' or 'activation')."""
     assert stats.hessian is not None
     hessian, order = stats.hessian, None
-    if options.get("order", "none") == "activation" and bool(hessian.isfinite().all()):
+    if options.get("order", "none") == "activation" and _finite(hessian):
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         hessian = hessian[order][:, order]
-    return Factor(*factorize(hessian, float(options.get("damp", 0.01))), order)
+    upper, reason = factorize(hessian, float(options.get("damp", 0.01)))
+    if upper is None:
+        return Factor(None, reason=reason)
+    diagonal = upper.diagonal().clone()
+    return Factor(upper.div_(diagonal), diagonal.square(), None, order)
 
 
 def gptq(task: Task) -> Solved:
     """Solve a group, or a slice of its rows."""
     assert task.stats is not None
     factor = task.prepared if task.prepared is not None else prepare(task.stats, task.options)
-    if factor.upper is None:
+    if factor.spread is None:
         return Solved(rtn(replace(task, stats=None)).qtensors, fallback=factor.reason)
-    return Solved(_solve(task, factor.upper, factor.order))
+    return Solved(_solve(task, factor))
+
+
+def _finite(t: Tensor) -> bool:
+    """Whether all elements are, without the copies that isfinite() makes."""
+    return all(bool(x.isfinite()) for x in t.aminmax())
 
 
 def factorize(hessian: Tensor, damp: float) -> tuple[Tensor | None, str | None]:
-    """(U, None) with H^-1 = U^T U, upper triangular float32 [in, in]; or (None, why not)."""
-    if not bool(hessian.isfinite().all()):
+    """(R, None) with R R^T = H but for a factor, R upper triangular float32 [in, in]; or (None, why not)."""
+    if not _finite(hessian):
         return None, "the Hessian is not finite"
     diagonal = hessian.diagonal()
     mean = float(diagonal.double().mean())  # the sum of large float32 values may leave their range
@@ -83,39 +101,23 @@ def factorize(hessian: Tensor, damp: float) -> tuple[Tensor | None, str | None]:
         return None, "the Hessian has no positive diagonal (inputs are all zero)"
     dead = diagonal.flip(0) == 0  # an input that was never active: no correction goes through it
     while damp <= 1.0:
-        # With the order of the channels reversed, H = R R^T has an upper triangular R, and U = R^-1: one
-        # factorization and one triangular inverse, and H^-1 itself is never formed. Scaled to a mean diagonal of 1, so that
-        # neither tiny nor huge activations leave the range of float32.
+        # Cholesky gives a lower triangle; with the channels in reverse it is the upper one. Scaled to a mean diagonal of 1,
+        # so that neither tiny nor huge activations leave the range of float32.
         reversed_h = hessian.flip(0, 1).div_(mean)
         reversed_h.diagonal().add_(damp + dead.to(hessian.dtype))
         lower, info = torch.linalg.cholesky_ex(reversed_h)
         del reversed_h
-        if int(info) == 0:
-            upper = lower.flip(0, 1)
-            del lower
-            _invert_upper_(upper)
-            if bool(upper.isfinite().all()):
-                return upper, None
+        if int(info) == 0 and _finite(lower):
+            return lower.flip(0, 1), None
         damp *= 10
     return None, "the Hessian could not be factorized even with full damping"
 
 
-def _invert_upper_(r: Tensor) -> None:
-    """Invert an upper triangular matrix in place, by halves: nearly all of it is matrix products."""
-    n = len(r)
-    if n <= 128:
-        r.copy_(torch.linalg.solve_triangular(r, torch.eye(n, dtype=r.dtype), upper=True))
-        return
-    h = n // 2
-    _invert_upper_(r[:h, :h])
-    _invert_upper_(r[h:, h:])
-    r[:h, h:] = (r[:h, :h] @ r[:h, h:]).neg_() @ r[h:, h:]
-
-
-def _solve(task: Task, upper: Tensor, order: Tensor | None) -> list[QTensor]:
-    fmt, columns = task.fmt, upper.shape[0]
+def _solve(task: Task, factor: Factor) -> list[QTensor]:
+    fmt, spread, cost, order = task.fmt, factor.spread, factor.cost, factor.order
+    assert spread is not None and cost is not None
+    columns = len(spread)
     w = torch.cat(task.weights).T.contiguous()  # [in, out]; becomes the errors, column by column
-    cost = upper.diagonal().square().reciprocal()
     scales = _Scales(task, cost, order)
     if order is not None:
         w = w[order]
@@ -123,33 +125,37 @@ def _solve(task: Task, upper: Tensor, order: Tensor | None) -> list[QTensor]:
     panel, sub = _panels(fmt, order is not None)
     for p0 in range(0, columns, panel):
         p1 = min(p0 + panel, columns)
-        w[p0:p1].addmm_(upper[:p0, p0:p1].T, w[:p0], alpha=-1)
+        now = torch.addmm(w[p0:p1], spread[:p0, p0:p1].T, w[:p0])  # the weights, corrected by the errors so far
         for s0 in range(p0, p1, sub):
             s1 = min(s0 + sub, p1)
-            w[s0:s1].addmm_(upper[p0:s0, s0:s1].T, w[p0:s0], alpha=-1)
-            _sub_panel(w, upper, codes, scales, (s0, s1, p1), fmt)
+            now[s0 - p0 : s1 - p0].addmm_(spread[p0:s0, s0:s1].T, w[p0:s0])
+            scale, zero = scales.columns(now[s0 - p0 :], s0, s1)
+            _sub_panel(now[s0 - p0 : s1 - p0], w[s0:s1], spread[s0:s1, s0:s1], scale, zero, codes[s0:s1], fmt)
     codes = codes if order is None else codes[torch.argsort(order)]
     per_weight = codes.T.split([len(x) for x in task.weights])
     return [QTensor(c.contiguous(), p, fmt) for c, p in zip(per_weight, scales.params(), strict=True)]
 
 
 def _sub_panel(
-    w: Tensor, upper: Tensor, codes: Tensor, scales: _Scales, span: tuple[int, int, int], fmt: Format
+    now: Tensor, w: Tensor, spread: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor, fmt: Format
 ) -> None:
-    """Quantize columns [s0, s1) of w in place: each is replaced by its error e_j."""
-    s0, s1, p1 = span
-    scale, zero = scales.columns(w, s0, s1, p1)
-    diagonal = upper.diagonal().tolist()
-    grid = torch.empty(s1 - s0, w.shape[1])
-    for j in range(s0, s1):
-        column = w[j]
-        if j > s0:
-            column.addmv_(w[s0:j].T, upper[s0:j, j], alpha=-1)
-        s, z = scale[j - s0], None if zero is None else zero[j - s0]
-        values = round_to_grid(column / s if z is None else column / s + z, fmt)
-        grid[j - s0] = values
-        column.sub_((values if z is None else values - z) * s).div_(diagonal[j])
-    codes[s0:s1] = grid_to_codes(grid, fmt)
+    """Quantize some columns, all tensors but spread [n, n] being [n, out]: now holds them as corrected by the errors before
+    them, w as they were, to become their errors; codes is filled."""
+    grid = torch.empty_like(now)
+    errors, wanted = w.T, spread.T
+    # Few and in-place operations: a column is short, and their number is what this loop costs.
+    columns = zip(now.unbind(), w.unbind(), scale.unbind(), grid.unbind(), strict=True)
+    for k, (column, error, s, values) in enumerate(columns):
+        if k:
+            column.addmv_(errors[:, :k], wanted[k, :k])
+        torch.div(column, s, out=values)
+        if zero is None:
+            round_to_grid_(values, fmt)
+            error.addcmul_(values, s, value=-1)
+        else:
+            round_to_grid_(values.add_(zero[k]), fmt)
+            error.addcmul_(values - zero[k], s, value=-1)
+    codes.copy_(grid_to_codes(grid, fmt))
 
 
 def _code_dtype(fmt: Format) -> torch.dtype:
@@ -197,16 +203,16 @@ class _Scales:
         zeros = [p.zero.to(torch.float32) for p in params if p.zero is not None]
         return spread([effective_scale(p, fmt) for p in params]), spread(zeros) if zeros else None
 
-    def columns(self, w: Tensor, s0: int, s1: int, p1: int) -> tuple[Tensor, Tensor | None]:
-        """(scale, zero) of columns [s0, s1), float32 [s1 - s0, out]. w: [in, out], corrected up to s0."""
+    def columns(self, now: Tensor, s0: int, s1: int) -> tuple[Tensor, Tensor | None]:
+        """(scale, zero) of columns [s0, s1), float32 [s1 - s0, out]. now: the rest of the panel, corrected up to s0."""
         if self.fixed is not None:
             scale, zero = self.fixed
             return scale[s0:s1], None if zero is None else zero[s0:s1]
         group = self.task.fmt.group
         assert group is not None
         if s0 % group == 0:
-            width = min(group, p1 - s0)
-            parts = w[s0 : s0 + width].T.contiguous().split(self.sizes)
+            width = min(group, len(now))
+            parts = now[:width].T.contiguous().split(self.sizes)
             params = [self._find(x, self.cost[s0 : s0 + width]) for x in parts]
             for found, p in zip(self.found, params, strict=True):
                 found.append(p)

@@ -36,6 +36,10 @@ class BlockState:
         changed = self.changed.get(linear.name)
         return linear.view(self.module).float() if changed is None else changed
 
+    def rounded(self, value: Tensor) -> Tensor:
+        """A norm's weight or a bias as the file will hold it: rounded to the checkpoint's dtype, in that of the module."""
+        return value.to(self.outline.dtype).to(next(self.module.parameters()).dtype)
+
     def write_back(self) -> None:
         """Put the changed weights into the module, rounded to its dtype (to run rows through the block)."""
         for linear in self.block.linears:

@@ -62,7 +62,9 @@ def rotate_block(state: BlockState, seed: int) -> None:
         norm.weight.data.fill_(1.0)
     for name in rotation.writes:
         state.changed[linears[name].name] = q.T @ state.weight(linears[name])
-        _rotate_bias(state.module.get_submodule(name), q)
+        written: Any = state.module.get_submodule(name)
+        if written.bias is not None:
+            written.bias.data = state.rounded(written.bias.data.float() @ q)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     h = orthogonal(head, seed + 1)
     value, output = linears[rotation.value], linears[rotation.output]
@@ -70,15 +72,10 @@ def rotate_block(state: BlockState, seed: int) -> None:
     state.changed[value.name] = torch.einsum("ij,hik->hjk", h, w.view(-1, head, w.shape[1])).reshape(w.shape)
     bias: Any = state.module.get_submodule(rotation.value).bias
     if bias is not None:
-        bias.data = (bias.data.float().view(-1, head) @ h).reshape(-1).to(bias.dtype)
+        bias.data = state.rounded((bias.data.float().view(-1, head) @ h).reshape(-1))
     w = state.weight(output)
     state.changed[output.name] = (w.view(len(w), -1, head) @ h).reshape(w.shape)
     state.write_back()
-
-
-def _rotate_bias(module: Any, q: Tensor) -> None:
-    if module.bias is not None:
-        module.bias.data = (module.bias.data.float() @ q).to(module.bias.dtype)
 
 
 def rotate_outer(outline: Outline, seed: int) -> dict[str, Tensor]:

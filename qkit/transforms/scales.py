@@ -150,27 +150,28 @@ def fold(state: BlockState, group: LinearGroup, s: Tensor) -> None:
         linear = next(x for x in state.block.linears if x.param == f"{group.declared.source}.weight")
         state.changed[linear.name] = state.weight(linear) / rows[:, None]
         if source.bias is not None:
-            source.bias.data = (source.bias.data.float() / rows).to(source.bias.dtype)
+            source.bias.data = state.rounded(source.bias.data.float() / rows)
     else:
-        s = _fold_norm(source, s, state.outline.family.norm_offset)
+        s = _fold_norm(state, source, s)
     for linear in group.linears:
         state.changed[linear.name] = state.weight(linear) * s
     for name in group.declared.also:
         reader = state.module.get_submodule(name)
         weight: Any = reader.weight
-        weight.data = (weight.data.float() * s).to(weight.dtype)
+        weight.data = state.rounded(weight.data.float() * s)
     state.stats[group.key] = state.stats[group.key].divided_by(s)
 
 
-def _fold_norm(norm: nn.Module, s: Tensor, offset: float) -> Tensor:
+def _fold_norm(state: BlockState, norm: nn.Module, s: Tensor) -> Tensor:
     weight: Any = norm.weight
+    offset = state.outline.family.norm_offset
     before = weight.data.float() + offset
-    weight.data = (before / s - offset).to(weight.dtype)
+    weight.data = state.rounded(before / s - offset)
     after = weight.data.float() + offset
     bias: Any = getattr(norm, "bias", None)
     exact = torch.where((before != 0) & (after != 0), before / after, s)
     if bias is not None:
-        bias.data = (bias.data.float() / exact).to(bias.dtype)
+        bias.data = state.rounded(bias.data.float() / exact)
     return exact
 
 
