@@ -8,6 +8,7 @@ Quantizing from Python: ``qkit.pipeline`` (Request, prepare, quantize). Proof: `
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["load"]
 
-from qkit import registration as registration  #  the one effect of the import, and what it is for
+from qkit.hook import after_import
+
+# The one effect of the import: transformers learns of qkit's checkpoints, when and if it is imported. It takes seconds,
+# and 'qkit --help' does not need it.
+after_import("transformers.quantizers", lambda: import_module("qkit.registration"))
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:

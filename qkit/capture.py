@@ -20,12 +20,17 @@ from torch import Tensor, nn
 from qkit.errors import BadCalibration
 from qkit.parallel import Workers
 
-PIECE_TOKENS = 512  # tokens, at the least, that one worker runs through the block at a time
-PIECE_VALUES = 1 << 19  # or as many as have this many hidden values: narrow models go in longer pieces
-_PENDING_BYTES = 16 << 20  # inputs that wait for the Hessian
+_PIECE_TOKENS = 512  # tokens, at the least, that one worker runs through the block at a time
+_PIECE_VALUES = 1 << 19  # or as many as have this many hidden values: narrow models go in longer pieces
+PENDING_BYTES = 16 << 20  # inputs that wait for the Hessian
 SAMPLE_TOKENS = 512  # tokens kept per group for scale searches and error figures
 _TILE, _DIAGONAL_TILE = 704, 192  # columns of one Hessian tile at most; on the diagonal, where half of a tile is wasted
 MAX_BAD_ROWS = 0.1  # share of rows with non-finite activations above which a run is given up
+
+
+def piece_tokens(hidden: int) -> int:
+    """Tokens of one piece, if rows are short enough."""
+    return max(_PIECE_TOKENS, _PIECE_VALUES // hidden)
 
 
 @dataclass
@@ -58,7 +63,7 @@ class Rows:
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of the rows that are worked on as one. Pieces do not depend on the number of workers."""
-        step = max(1, max(PIECE_TOKENS, PIECE_VALUES // self.hidden) // self.tokens)
+        step = max(1, piece_tokens(self.hidden) // self.tokens)
         for start in range(0, self.count, step):
             yield start, min(start + step, self.count)
 
@@ -201,7 +206,7 @@ def _add_tile(h: Tensor, xs: list[Tensor], i: slice, j: slice) -> None:
 def run_pending(sums: Iterable[Accumulator], pool: Workers, everything: bool) -> None:
     """Bring Hessians up to date, once enough inputs wait for it (or ``everything``)."""
     sums = list(sums)
-    if everything or sum(x.nbytes for s in sums for x in s.pending) >= _PENDING_BYTES:
+    if everything or sum(x.nbytes for s in sums for x in s.pending) >= PENDING_BYTES:
         pool.map(lambda job: job(), [job for s in sums for job in s.jobs()])
 
 

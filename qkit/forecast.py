@@ -6,21 +6,26 @@ Time is given as operations per phase and their shares, since seconds depend on 
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qkit.blocks import BlockOutline
-from qkit.capture import PIECE_TOKENS, SAMPLE_TOKENS
+import torch
+
+from qkit.blocks import BlockOutline, LinearGroup
+from qkit.capture import PENDING_BYTES, SAMPLE_TOKENS, piece_tokens
 from qkit.errors import IOFailure, Unsupported
 from qkit.families.outline import Outline
-from qkit.machine import available_memory, process_bytes
+from qkit.machine import available_memory, process_bytes, resident_bytes
 from qkit.plan import Plan
 from qkit.solvers.table import SOLVERS
-from qkit.solving import SLICE_ROWS
+from qkit.solving import slice_rows
 from qkit.transforms.table import TRANSFORMS
 
+LATER = 20 << 20  # libraries that a run loads after it was planned, measured
+_BUSY_EXPERTS = 16  # groups of experts (two each) that a token's run holds inputs of, at the most in common models
 ALLOCATOR = 1.1  # resident memory over live bytes, measured: freed blocks that the allocator keeps
 
 
@@ -45,7 +50,7 @@ class Forecast:
 def forecast(plan: Plan, outline: Outline, workers: int) -> Forecast:
     """The cost of a plan."""
     tensors = outline.checkpoint.tensors
-    item = outline.dtype.itemsize
+    item = getattr(torch, plan.run_dtype).itemsize  # of a weight while its block is at work
     c = plan.calibration
     tokens = 0 if c is None else c.samples * c.seqlen
     hidden = int(getattr(outline.model.config, "hidden_size", 0))
@@ -55,7 +60,7 @@ def forecast(plan: Plan, outline: Outline, workers: int) -> Forecast:
     ops = {"forward passes": 0.0, "Hessians": 0.0, "factorizations": 0.0, "solving": 0.0, "packing and checking": 0.0}
     part_bytes = 0
     for block in outline.blocks:
-        weights = sum(tensors[s].nbytes for _, s in block.stored)
+        weights = sum(math.prod(tensors[s].shape) for _, s in block.stored) * item
         size = sum(x.shape[0] * x.shape[1] for x in block.linears)
         memory["one block"] = max(memory.get("one block", 0), _block_memory(plan, block, weights, item, workers))
         part_bytes += size + sum(x.shape[0] * x.shape[1] // 8 for x in block.linears)
@@ -69,7 +74,7 @@ def forecast(plan: Plan, outline: Outline, workers: int) -> Forecast:
             search = 11 * 8
             if SOLVERS[p.solver].needs_hessian:
                 ops["Hessians"] += 1.0 * columns * columns * tokens
-                ops["factorizations"] += 4 / 3 * columns**3 * 2
+                ops["factorizations"] += columns**3 / 3
                 ops["solving"] += 1.0 * out * columns * columns
             ops["solving"] += float(search * out * columns)
             ops["packing and checking"] += 20.0 * out * columns
@@ -77,33 +82,55 @@ def forecast(plan: Plan, outline: Outline, workers: int) -> Forecast:
     memory["export"] = max(largest * 2, int(linear_bytes * 2.5))
     memory["verify"] = max(largest * 2, linear_bytes * 12)
     row_bytes = tokens * hidden * item
-    peak = process_bytes() + int(ALLOCATOR * max(memory.values()))
+    peak = max(process_bytes(), resident_bytes() + LATER + int(ALLOCATOR * max(memory.values())))
     return Forecast(plan.packed_bytes, plan.source_bytes, part_bytes + 2 * row_bytes, peak, memory, ops)
 
 
 def _block_memory(plan: Plan, block: BlockOutline, weights: int, item: int, workers: int) -> int:
-    """Worst moment of one block, on top of the process."""
+    """Worst moment of one block, on top of the process. weights: its bytes while it is at work."""
     size = sum(x.shape[0] * x.shape[1] for x in block.linears)
-    codes = size + size // 8  # codes and scales of finished linears
-    largest = max(sum(x.shape[0] * x.shape[1] for x in g.linears) for g in block.groups)
     widest = max(x.shape[0] * x.shape[1] for x in block.linears)
-    columns = max(x.shape[1] for x in block.linears)
-    # The group at work: its float32 weights and codes; per worker the buffers of a slice, or a whole linear dequantized.
-    solving = largest * 5 + workers * max(SLICE_ROWS * columns * 4 * 5, widest * 9)
-    base = weights + codes
-    changed = 4 * size if plan.transforms else 0
+    base = weights + size + size // 8  # and codes and scales of finished linears
+    base += 4 * size if plan.transforms else 0  # changed weights are kept in float32
+    solving = max(_solving(g, item, workers, widest) for g in block.groups)
     if plan.calibration is None:
-        return base + changed + solving
-    widths = [g.linears[0].shape[1] for g in block.groups]
-    needs = any(SOLVERS[p.solver].needs_hessian for x in block.linears if (p := plan.linears.get(x.name)))
-    hessians = sum(w * w * 4 for w in widths) if needs else 0
-    samples = sum(w * SAMPLE_TOKENS * item for w in widths)
-    chunk = workers * PIECE_TOKENS * (sum(widths) * item + 2 * max(widths) * 4)
-    piece = workers * PIECE_TOKENS * max(widths) * item * 8
-    factors = sum(w * w * 4 * 3 for w in sorted(widths, reverse=True)[:workers]) if needs else 0
+        return base + solving
+    planned = [p for x in block.linears if (p := plan.linears.get(x.name))]
+    hessian = any(SOLVERS[p.solver].needs_hessian for p in planned)
     search = any(TRANSFORMS[t].stage == "stats" for t in plan.transforms)
-    outputs = largest // min(widths) * SAMPLE_TOKENS * 4 * 3 if search else 0
-    return base + hessians + samples + changed + max(chunk + piece, factors + solving, outputs + solving)
+    experts = [g for g in block.groups if g.expert is not None]
+    stages = [*([g] for g in block.groups if g.expert is None), *([experts] if experts else [])]
+    stats = [sum(_stats(g, item, hessian) for g in stage) for stage in stages]
+    hidden = block.groups[0].linears[0].shape[1]
+    # A worker's run holds its rows on their way through the block: the inputs and outputs of its linears, at most.
+    busy = [*(g for g in block.groups if g.expert is None), *experts[:_BUSY_EXPERTS]]
+    piece = piece_tokens(hidden) * (sum(g.linears[0].shape[1] for g in busy) + 4 * hidden) * item
+    running = (workers + 1) * piece + (PENDING_BYTES if hessian else 0)
+    # Factorizing takes the Hessian twice more, for as many groups at a time as there are workers.
+    squares = sorted((g.linears[0].shape[1] ** 2 * 4 for stage in stages for g in stage), reverse=True)
+    factors = 2 * sum(squares[: workers if experts else 1]) if hessian else 0
+    moments = [max(s + running, s + factors + solving) for s in stats]
+    if search:
+        out = max(sum(x.shape[0] for x in g.linears) for g in block.groups)
+        outputs = SAMPLE_TOKENS * out * 4 * 3 + 4 * 3 * max(x.shape[0] * x.shape[1] for x in block.linears)
+        moments.append(sum(_stats(g, item, False) for g in block.groups) + max(running, outputs))
+    return base + max(moments)
+
+
+def _stats(group: LinearGroup, item: int, hessian: bool) -> int:
+    """What is gathered of a group: the sample, and the Hessian."""
+    width = group.linears[0].shape[1]
+    return 2 * SAMPLE_TOKENS * width * item + (4 * width * width if hessian else 0)
+
+
+def _solving(group: LinearGroup, item: int, workers: int, widest: int) -> int:
+    """The group's float32 weights (where the block is not in float32 itself) and codes; per worker a slice with its codes,
+    errors and sample outputs, or a whole linear dequantized to be hashed."""
+    rows = [x.shape[0] for x in group.linears]
+    columns = group.linears[0].shape[1]
+    whole = sum(rows) * columns
+    piece = min(slice_rows(sum(rows), columns), sum(rows)) * columns
+    return whole * (1 + (4 if item < 4 else 0)) + min(workers, -(-whole // piece)) * max(piece * 14, widest * 5)
 
 
 def refuse_what_cannot_fit(found: Forecast, folder: Path) -> None:

@@ -22,8 +22,8 @@ from qkit.solvers.table import SOLVERS, Solver
 from qkit.transforms import BlockState
 
 FEW_TOKENS = 32  # an expert that saw fewer is rounded to nearest: its Hessian would be noise
-SLICE_ROWS = 1024  # output rows that are solved as one, at the most; does not depend on the number of workers
-SLICE_VALUES = 3 << 20  # or as many as have this many weights: few long columns cost less than many short ones
+_SLICE_ROWS = 1024  # output rows that are solved as one, at the most; does not depend on the number of workers
+_SLICE_VALUES = 3 << 20  # or as many as have this many weights: few long columns cost less than many short ones
 _ENERGY_TOKENS = 256  # of the sample, to measure errors on
 
 
@@ -123,14 +123,18 @@ def _task(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats | None
 Piece = tuple[tuple[int, int] | None, ...]  # rows of each weight of the group; None: not in this piece
 
 
+def slice_rows(rows: int, columns: int) -> int:
+    """How many of so many output rows are solved as one: at least two slices where that is worth it."""
+    most = max(_SLICE_ROWS, _SLICE_VALUES // columns)
+    return min(most, max(_SLICE_ROWS // 2, -(-rows // 2)))
+
+
 def _row_slices(task: Task) -> list[Piece]:
     """Rows are independent of each other given the factor, wherever each row has scales of its own."""
     if task.fmt.strategy not in ("group", "tensor_group", "channel"):
         return [tuple((0, len(w)) for w in task.weights)]
     ends = list(accumulate(len(w) for w in task.weights))
-    most = max(SLICE_ROWS, SLICE_VALUES // task.weights[0].shape[1])
-    most = min(most, max(SLICE_ROWS // 2, -(-ends[-1] // 2)))  # at least two slices where that is worth it
-    count = -(-ends[-1] // most)
+    count = -(-ends[-1] // slice_rows(ends[-1], task.weights[0].shape[1]))
     cuts = [ends[-1] * i // count for i in range(count + 1)]
 
     def part(k: int, a: int, b: int) -> tuple[int, int] | None:

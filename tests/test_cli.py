@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -147,6 +149,14 @@ def test_list(what, run, tmp_path):
 def test_wrong_usage(options, said, refused, tiny, tmp_path):
     refused(2, said, "quantize", "--model", tiny("llama"), *options, "--out", tmp_path / "out")
     refused(2, said, "plan", "--model", tiny("llama"), *options)
+
+
+def test_the_import_is_light_and_transformers_learns_of_qkit():
+    """Whichever of the two is imported first."""
+    known = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; assert 'qkit' in m"
+    light = "import qkit, sys; assert not {'torch', 'transformers'} & {*sys.modules}"
+    for code in (f"{light}; {known}", f"import transformers.quantizers, qkit; {known}"):
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_unknown_verb(refused):

@@ -1,13 +1,16 @@
 """qkit.load opens a result; the demo compares two of them and keeps what it did not make."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 
 import qkit
 from qkit.commands import demo, main
+from qkit.locate import find_model, recorded_source
 from qkit.pipeline import Request, quantize
 
 
@@ -16,6 +19,27 @@ def test_load(tmp_path: Path, quiet) -> None:
     ids = torch.arange(20)[None]
     original, packed = (qkit.load(path, dtype=torch.float32)(ids).logits for path in ("tiny-llama", tmp_path / "out"))
     assert 0 < (original - packed).norm() < 0.02 * original.norm()
+
+
+def test_check_finds_the_original_by_itself(tmp_path: Path, quiet) -> None:
+    """By the note in the job folder, by the name of a reference model, and only where the fingerprint agrees."""
+    mine, out, budget = tmp_path / "mine", tmp_path / "out", tmp_path / "budget.yaml"
+    tiny_models.make("llama", mine)
+    quantize(Request(model=str(mine), scheme="w8a16"), out, quiet)
+    assert recorded_source(out) == mine
+    budget.write_text("kl.mean: 1\nsize: 1x\nwindow: 16\nwindows: 2\n", encoding="utf-8")
+    main(["check", str(out), "--budget", str(budget)])
+    shutil.rmtree(mine)
+    assert recorded_source(out) is None
+    with pytest.raises(SystemExit) as stop:
+        main(["check", str(out), "--budget", str(budget)])
+    assert stop.value.code == 2
+    shutil.copytree(find_model("tiny-llama"), mine)  # another model in its place
+    assert recorded_source(out) is None
+
+    quantize(Request(model="tiny-llama", scheme="w8a16"), tmp_path / "reference", quiet)
+    shutil.rmtree(tmp_path / "reference.job")
+    assert recorded_source(tmp_path / "reference") == find_model("tiny-llama")
 
 
 def test_demo_leaves_a_folder_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -52,7 +52,7 @@ class Factor:
     """A factorized Hessian, columns in the order in which they are taken.
 
     spread: float32 [in, in], I + A: A_jk is how much of the error of column j column k takes on; None: no factor
-    cost:   float32 [in], the diagonal of D
+    cost:   float32 [in], the diagonal of D; 0 for inputs that were never active
     reason: why there is no factor
     order:  of the columns; None for the natural one
     """
@@ -74,7 +74,8 @@ def prepare(stats: Stats, options: dict[str, Any]) -> Factor:
     if upper is None:
         return Factor(None, reason=reason)
     diagonal = upper.diagonal().clone()
-    return Factor(upper.div_(diagonal), diagonal.square(), None, order)
+    cost = diagonal.square().mul_(hessian.diagonal() != 0)  # whatever an input that was never active is multiplied with
+    return Factor(upper.div_(diagonal), cost, None, order)
 
 
 def gptq(task: Task) -> Solved:

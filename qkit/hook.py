@@ -1,0 +1,52 @@
+"""Doing something as soon as a module has been imported."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+
+def after_import(awaited: str, then: Callable[[], object]) -> None:
+    """Call ``then`` right after ``awaited`` is imported: now if it is there already. Nothing is imported for the question."""
+    if awaited in sys.modules:
+        then()
+    else:
+        sys.meta_path.insert(0, _Finder(awaited, then))
+
+
+class _Finder(MetaPathFinder):
+    """Finds one module, once, as the finders after it do, and gives its loader a sequel."""
+
+    def __init__(self, awaited: str, then: Callable[[], object]) -> None:
+        self.awaited, self.then = awaited, then
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.awaited:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self.then)
+        return spec
+
+
+class _Loader(Loader):
+    """The module's own loader, and what is to be done after it."""
+
+    def __init__(self, loader: Loader, then: Callable[[], object]) -> None:
+        self.loader, self.then = loader, then
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.loader  # from here on nothing is special about the module
+        self.loader.exec_module(module)
+        self.then()
