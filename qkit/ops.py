@@ -7,7 +7,7 @@ memory is packed in every case.
 CPU operators of torch (2.13):
   int4pack   _weight_int4pack_mm_for_cpu: symmetric INT4 with groups of 32 to 256, bf16 activations
   int8pack   _weight_int8pack_mm: INT8 per channel, activations as they are, bf16
-  int_mm     _int_mm: INT8 per channel with INT8 activations per token: exact integer sums
+  int_mm     _int_mm: INT8 per channel with INT8 activations per token: exact integer sums; on cores that have INT8 products
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn import functional
 from qkit.activations import quantize_activations, token_scale
 from qkit.errors import Unsupported
 from qkit.formats import Format
+from qkit.machine import has_int8_products
 from qkit.packing import pack_bits, pack_nibbles, unpack_bits, unpack_nibbles
 from qkit.qtensor import Params, QTensor, dequantize, effective_scale, round_to_grid
 
@@ -40,7 +41,8 @@ def supported(
         return fmt.bits == 8 and fmt.strategy == "channel" and activations is None and dtype == torch.bfloat16
     if op == "int_mm":
         token = activations is not None and activations.kind == "int" and activations.strategy == "token"
-        return token and fmt.bits == 8 and fmt.strategy == "channel" and shape[1] % 8 == 0 and shape[0] % 8 == 0
+        fits = fmt.bits == 8 and fmt.strategy == "channel" and shape[1] % 8 == 0 and shape[0] % 8 == 0
+        return token and fits and has_int8_products()
     return False
 
 
