@@ -42,10 +42,13 @@ class Linear:
 
     def view(self, block: nn.Module) -> Tensor:
         """The weight inside a materialized block, [out, in]; writing to it changes the block."""
-        weight = block.get_parameter(self.param).data
+        return self.part(block.get_parameter(self.param).data)
+
+    def part(self, param: Tensor) -> Tensor:
+        """The share of this linear in a tensor shaped as its parameter."""
         if self.expert is not None:
-            weight = weight[self.expert]
-        return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
+            param = param[self.expert]
+        return param if self.rows is None else param[self.rows[0] : self.rows[1]]
 
 
 @dataclass(frozen=True)

@@ -89,10 +89,9 @@ def forecast(plan: Plan, outline: Outline, workers: int) -> Forecast:
 def _block_memory(plan: Plan, block: BlockOutline, weights: int, item: int, workers: int) -> int:
     """Worst moment of one block, on top of the process. weights: its bytes while it is at work."""
     size = sum(x.shape[0] * x.shape[1] for x in block.linears)
-    widest = max(x.shape[0] * x.shape[1] for x in block.linears)
     base = weights + size + size // 8  # and codes and scales of finished linears
     base += 4 * size if plan.transforms else 0  # changed weights are kept in float32
-    solving = max(_solving(g, item, workers, widest) for g in block.groups)
+    solving = max(_solving(g, item, workers) for g in block.groups)
     if plan.calibration is None:
         return base + solving
     planned = [p for x in block.linears if (p := plan.linears.get(x.name))]
@@ -106,10 +105,10 @@ def _block_memory(plan: Plan, block: BlockOutline, weights: int, item: int, work
     busy = [*(g for g in block.groups if g.expert is None), *experts[:_BUSY_EXPERTS]]
     piece = piece_tokens(hidden) * (sum(g.linears[0].shape[1] for g in busy) + 4 * hidden) * item
     running = (workers + 1) * piece + (PENDING_BYTES if hessian else 0)
-    # Factorizing takes the Hessian twice more, for as many groups at a time as there are workers.
+    # Factorizing takes the Hessian twice more, solving once, for as many groups at a time as there are workers.
     squares = sorted((g.linears[0].shape[1] ** 2 * 4 for stage in stages for g in stage), reverse=True)
-    factors = 2 * sum(squares[: workers if experts else 1]) if hessian else 0
-    moments = [max(s + running, s + factors + solving) for s in stats]
+    factor = sum(squares[: workers if experts else 1]) if hessian else 0
+    moments = [s + max(running, 2 * factor, factor + solving) for s in stats]
     if search:
         out = max(sum(x.shape[0] for x in g.linears) for g in block.groups)
         outputs = SAMPLE_TOKENS * out * 4 * 3 + 4 * 3 * max(x.shape[0] * x.shape[1] for x in block.linears)
@@ -123,14 +122,14 @@ def _stats(group: LinearGroup, item: int, hessian: bool) -> int:
     return 2 * SAMPLE_TOKENS * width * item + (4 * width * width if hessian else 0)
 
 
-def _solving(group: LinearGroup, item: int, workers: int, widest: int) -> int:
-    """The group's float32 weights (where the block is not in float32 itself) and codes; per worker a slice with its codes,
-    errors and sample outputs, or a whole linear dequantized to be hashed."""
+def _solving(group: LinearGroup, item: int, workers: int) -> int:
+    """The group's float32 weights (where the block is not in float32 itself), its codes in slices and put together; per worker
+    a slice in float32, its errors, what it is dequantized from and to, and sample outputs."""
     rows = [x.shape[0] for x in group.linears]
     columns = group.linears[0].shape[1]
     whole = sum(rows) * columns
     piece = min(slice_rows(sum(rows), columns), sum(rows)) * columns
-    return whole * (1 + (4 if item < 4 else 0)) + min(workers, -(-whole // piece)) * max(piece * 14, widest * 5)
+    return whole * (2 + (4 if item < 4 else 0)) + min(workers, -(-whole // piece)) * piece * 20
 
 
 def refuse_what_cannot_fit(found: Forecast, folder: Path) -> None:

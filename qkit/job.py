@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from qkit.errors import BadInput, JobConflict, write_failure
+from qkit.formats import Format
+from qkit.qtensor import Params, QTensor
 from qkit.safefile import (
     TensorInfo,
     parse_json,
@@ -40,6 +42,7 @@ from qkit.safefile import (
 )
 
 VERSION = 1
+PIECES = ("codes", "scale", "zero", "global_scale", "input_scale")  # of a linear in a part: "<linear>:<piece>"
 
 
 class Job:
@@ -189,6 +192,13 @@ class Job:
     def read(self, info: TensorInfo) -> Tensor:
         with torch.inference_mode():
             return read_tensor(info)
+
+    def quantized(self, index: int, name: str, fmt: Format) -> tuple[QTensor, Tensor | None]:
+        """A linear of block ``index`` as it was solved, and the static scale of its activations, if it has one."""
+        part = self.part(index)
+        found = {k: self.read(part[f"{name}:{k}"]) for k in PIECES if f"{name}:{k}" in part}
+        params = Params(found["scale"], found.get("zero"), found.get("global_scale"))
+        return QTensor(found["codes"], params, fmt), found.get("input_scale")
 
     def remove_bulk(self) -> None:
         """After a proven export: the tensors are in the output, the journal stays as the record of the run."""

@@ -32,7 +32,8 @@ class Request:
     """What ``qkit quantize`` is asked for.
 
     calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method
-    needs any. recipe: a YAML file; scheme, method, group_size and options given here go over it.
+    needs any. recipe: a YAML file; scheme, method, group_size and options given here go over it. rules: as in a recipe,
+    what an allocation decided.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Request:
     method: str | None = None
     group_size: int | None = None
     recipe: Path | None = None
+    rules: tuple[dict[str, Any], ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     strict: bool = False
     export: str | None = None
@@ -85,6 +87,7 @@ def _recipe(request: Request) -> Recipe:
         "strict": request.strict or None,
         "export": request.export,
         "options": request.options or None,
+        "rules": request.rules or None,
     }
     over = {k: v for k, v in given.items() if v is not None}
     if request.recipe is not None:
@@ -104,9 +107,7 @@ def _calibration(request: Request, outline: Outline, recipe: Recipe) -> Calibrat
         )
     if not _may_need_rows(recipe) and request.calib is None:
         return None
-    import qkit_data
-
-    path = request.calib or qkit_data.text_path("calibration")
+    path = request.calib or embedded_text()
     config: Any = outline.model.config
     limit = getattr(config, "max_position_embeddings", None)
     if limit and request.seqlen > limit:
@@ -114,6 +115,13 @@ def _calibration(request: Request, outline: Outline, recipe: Recipe) -> Calibrat
     source = path.name if request.calib else "embedded calibration text"
     tokenizer = load_tokenizer(outline.checkpoint.path)
     return calibration_rows(path, tokenizer, request.samples, request.seqlen, config.vocab_size, source)
+
+
+def embedded_text() -> Path:
+    """The calibration text that comes with qkit."""
+    import qkit_data
+
+    return Path(str(qkit_data.text_path("calibration")))
 
 
 def _may_need_rows(recipe: Recipe) -> bool:

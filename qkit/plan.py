@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
 from importlib.metadata import version
 from typing import Any
 
@@ -171,7 +170,7 @@ def why_rows(linears: dict[str, LinearPlan], transforms: tuple[str, ...]) -> str
 
 def _rule_for(name: str, rules: tuple[Rule, ...]) -> tuple[int, Rule | None]:
     for i, rule in enumerate(rules):
-        if fnmatchcase(name, rule.match):
+        if rule.matches(name):
             return i, rule
     return -1, None
 
@@ -194,7 +193,7 @@ def _decide(linear: Linear, recipe: Recipe, rule: Rule | None) -> LinearPlan:
         said = f"group size {weights.group}" if weights.group else "one scale per channel"
         notes.append(f"{said}: {linear.shape[1]} columns are not a multiple of {scheme.weights.group}")
     if rule is not None:
-        notes.append(f"rule {rule.match!r}")
+        notes.append(f"rule {rule.match!r}" if isinstance(rule.match, str) else "a rule that names it")
     return LinearPlan(
         linear.name, linear.shape, scheme.name, weights, scheme.activations, solver, options, "; ".join(notes)
     )
@@ -216,12 +215,12 @@ def _routers(outline: Outline) -> dict[str, str]:
 def _check_rules(recipe: Recipe, matched: set[int], names: list[str]) -> None:
     for i, rule in enumerate(recipe.rules):
         if i not in matched:
-            if any(fnmatchcase(n, rule.match) for n in names):
+            if any(rule.matches(n) for n in names):
                 raise BadRecipe(
                     f"rule {i + 1} ({rule.match!r}) matches only layers that an earlier rule or a default already "
                     "decides: move it up or remove it"
                 )
-            leaf, leaves = rule.match.rpartition(".")[2], sorted({n.rpartition(".")[2] for n in names})
+            leaf, leaves = rule.globs[0].rpartition(".")[2], sorted({n.rpartition(".")[2] for n in names})
             raise BadRecipe(f"rule {i + 1} ({rule.match!r}) matches no layer{did_you_mean(leaf, leaves)}")
 
 

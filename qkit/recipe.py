@@ -17,8 +17,9 @@ Names come from qkit's own tables; nothing in a recipe is ever imported or run.
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -28,17 +29,28 @@ from qkit.solvers.table import SOLVERS
 from qkit.strictyaml import LineDict, check_keys, load_yaml
 from qkit.transforms.table import TRANSFORMS
 
+Glob = Annotated[str, Field(min_length=1, max_length=200)]
+
 
 class Rule(BaseModel):
-    """Layers by glob (fnmatch on the checkpoint name), and what is different for them."""
+    """Layers by glob or by a list of globs (fnmatch on the checkpoint name), and what is different for them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    match: str = Field(min_length=1, max_length=200)
+    match: Glob | tuple[Glob, ...]
     scheme: str | None = None
     solver: str | None = None
     group_size: int | None = None
     skip: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def globs(self) -> tuple[str, ...]:
+        """``match`` as a list."""
+        return (self.match,) if isinstance(self.match, str) else self.match
+
+    def matches(self, name: str) -> bool:
+        """Whether the rule is about the layer of that checkpoint name."""
+        return any(fnmatchcase(name, glob) for glob in self.globs)
 
 
 class Recipe(BaseModel):

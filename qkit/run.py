@@ -19,7 +19,7 @@ from qkit.errors import NumericFailure, write_failure
 from qkit.families.materialize import load_block, load_outer, plain_tensors, release, release_outer
 from qkit.families.outline import Outline
 from qkit.flow import Flow
-from qkit.job import Job
+from qkit.job import PIECES, Job
 from qkit.parallel import Workers
 from qkit.plan import Plan, has_static
 from qkit.qtensor import dequantize
@@ -186,7 +186,7 @@ def _wanted(plan: Plan, groups: tuple[LinearGroup, ...]) -> Wanted:
 
 
 def _part(results: list[Result], state: BlockState) -> dict[str, Tensor]:
-    """Tensors of a part: '<linear>/codes', '/scale', '/zero', '/global_scale', '/input_scale', and plain tensors."""
+    """Tensors of a part: '<linear>:<piece>' of what is quantized, and plain tensors by their names."""
     tensors = plain_tensors(state.outline.checkpoint, state.block, state.module)
     planned = {r.plan.name for r in results}
     for linear in state.block.linears:
@@ -197,14 +197,8 @@ def _part(results: list[Result], state: BlockState) -> dict[str, Tensor]:
             tensors[name] = original if changed is None else changed.to(original.dtype)
     for r in results:
         q = r.qtensor
-        pieces = {
-            "codes": q.codes,
-            "scale": q.params.scale,
-            "zero": q.params.zero,
-            "global_scale": q.params.global_scale,
-            "input_scale": r.static,
-        }
-        tensors.update({f"{r.plan.name}:{k}": v.contiguous() for k, v in pieces.items() if v is not None})
+        pieces = zip(PIECES, (q.codes, q.params.scale, q.params.zero, q.params.global_scale, r.static), strict=True)
+        tensors.update({f"{r.plan.name}:{k}": v.contiguous() for k, v in pieces if v is not None})
     return tensors
 
 

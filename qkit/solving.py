@@ -183,10 +183,14 @@ def _join(
     # Rounding cannot fall back to rounding: it merely took another scale.
     if worse and error > 1.02 * baseline and SOLVERS[plan.solver].needs_hessian:
         fallback = fallback or f"{plan.solver} was worse than rounding"
-    q = _plain(*source) if worse else _stack([s.qtensor for s in slices])
-    weight = dequantize(q).contiguous().numpy().astype("<f4", copy=False)
-    digest = hashlib.sha256(weight.data).hexdigest()
-    return Result(linear, plan, q, static, min(error, baseline), baseline, fallback, source[1].tokens, digest)
+    parts = [_plain(*source)] if worse else [s.qtensor for s in slices]
+    digest = (
+        hashlib.sha256()
+    )  # of the float32 weight, slice by slice: the whole of it would be the largest tensor of a run
+    for part in parts:
+        digest.update(dequantize(part).contiguous().numpy().astype("<f4", copy=False).data)
+    least = min(error, baseline)
+    return Result(linear, plan, _stack(parts), static, least, baseline, fallback, source[1].tokens, digest.hexdigest())
 
 
 def _stack(parts: list[QTensor]) -> QTensor:

@@ -21,7 +21,10 @@ TOOL = runpy.run_path(str(ROOT / "tools" / "readme_tables.py"))
 
 def blocks(language: str = "") -> list[str]:
     """The code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    fences = re.findall(
+        r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
+    )  # all, so that none is read from its end
+    return [text for found, text in fences if found == language]
 
 
 def commands(text: str) -> list[str]:

@@ -30,9 +30,11 @@ FORBIDDEN_TRUE = {"trust_remote_code", "shell", "allow_pickle"}
 LEVELS = {
     **dict.fromkeys(("errors", "formats", "packing", "qtensor", "safefile"), 0),
     **dict.fromkeys(("capture", "job", "checkpoint", "folder", "quality"), 1),
-    **dict.fromkeys(("solvers", "transforms", "families", "sensitivity", "allocation", "kvcache", "diffusion"), 2),
+    **dict.fromkeys(("solvers", "transforms", "families", "kvcache", "diffusion"), 2),
     **dict.fromkeys(("run", "export", "evaluation", "report"), 3),
-    "commands": 4,
+    "sensitivity": 4,  # its probes are runs
+    "allocation": 5,
+    "commands": 6,
 }
 MAX_LINES = 400
 

@@ -12,6 +12,7 @@ from qkit.errors import QkitError
 VERBS = {
     "quantize": "quantize a model into a packed checkpoint and prove it",
     "plan": "say what quantize would do, and what it would cost",
+    "profile": "measure what every layer costs in every candidate format",
     "verify": "prove that a packed checkpoint holds what it should",
     "eval": "measure a packed checkpoint: perplexity, KL divergence, lm-eval tasks",
     "check": "hold a packed checkpoint against a budget (for CI)",
@@ -26,6 +27,8 @@ def _command(name: str) -> click.Command:
         from qkit.commands.quantize import quantize_command as command
     elif name == "plan":
         from qkit.commands.plan import plan_command as command
+    elif name == "profile":
+        from qkit.commands.profile import profile_command as command
     elif name == "verify":
         from qkit.commands.verify import verify_command as command
     elif name == "eval":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
-from qkit.commands.common import make_request, megabytes, request_options, show_coverage, write_json
+from qkit.commands.budget import budget_options, explain, explanation, request_within_budget, show_allocation
+from qkit.commands.common import megabytes, request_options, show_coverage, write_json
+from qkit.errors import UsageError
 from qkit.forecast import refuse_what_cannot_fit
 from qkit.pipeline import Prepared, coverage, prepare
 
@@ -25,23 +28,27 @@ def plan_json(found: Prepared) -> dict[str, Any]:
         "calibration": plan["calibration"],
         "family": plan["family"],
         "seed": plan["seed"],
+        "run_dtype": plan["run_dtype"],
     }
 
 
 def show_forecast(found: Prepared, console: Console) -> None:
     """Bytes, memory, and the phases that take the time."""
     f = found.forecast
+    runs = f"blocks run in {found.plan.run_dtype}; " if found.plan.calibration else ""
     phases = ", ".join(f"{p['phase']} {p['share']:.0%}" for p in f.to_json()["time_dominating"][:3])
     console.print(
         f"forecast: output {megabytes(f.packed_bytes)}, job folder {megabytes(f.job_bytes)}, peak memory "
-        f"{megabytes(f.peak_memory)}; time goes to: {phases}"
+        f"{megabytes(f.peak_memory)}; {runs}time goes to: {phases}"
     )
 
 
 @click.command("plan")
 @request_options
+@budget_options
+@click.option("--explain", "why", is_flag=True, help="Every layer of a budget: the alternatives and what they cost.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where the result would go (its disk is checked).")
-def plan_command(json_file: Path | None, out: Path | None, **given: Any) -> None:
+def plan_command(json_file: Path | None, out: Path | None, why: bool, **given: Any) -> None:
     """Say what quantize would do: coverage, exact bytes, peak memory, and where the time goes.
 
     Refuses what cannot fit.
@@ -51,8 +58,18 @@ def plan_command(json_file: Path | None, out: Path | None, **given: Any) -> None
       qkit plan --model tiny-llama --scheme w4a16 --method gptq --json plan.json
     """
     console = Console()
-    found = prepare(make_request(given))
+    beside = (out or Path(Path(given["model"]).name)).with_suffix(".profile")
+    request, budgeted = request_within_budget(given, beside, console)
+    found = prepare(request)
+    data = plan_json(found)
+    if budgeted is not None:
+        show_allocation(budgeted, console)
+        data["allocation"] = {**asdict(budgeted.allocation), "layers": explanation(budgeted)}
+        if why:
+            explain(budgeted, console)
+    elif why:
+        raise UsageError("--explain goes with a budget: add --bits, --size or --memory")
     show_coverage(found, console)
     show_forecast(found, console)
-    write_json(json_file, plan_json(found))
+    write_json(json_file, data)
     refuse_what_cannot_fit(found.forecast, out or Path.cwd())

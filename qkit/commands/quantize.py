@@ -10,10 +10,10 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from qkit.commands.budget import budget_options, request_within_budget, show_allocation
 from qkit.commands.common import (
     Reporter,
     command_line,
-    make_request,
     megabytes,
     request_options,
     show_coverage,
@@ -26,6 +26,7 @@ from qkit.pipeline import prepare, quantize
 
 @click.command("quantize")
 @request_options
+@budget_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the result; must not exist.")
 @click.option("--work", type=click.Path(path_type=Path), help="Job folder (default: OUT.job).")
 @click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new result is proven.")
@@ -44,13 +45,16 @@ def quantize_command(
     bound_heap()
     console = Console()
     began = time.monotonic()
-    found = prepare(make_request(given))
+    request, budgeted = request_within_budget(given, out.with_name(out.name + ".profile"), console)
+    found = prepare(request)
+    if budgeted is not None:
+        show_allocation(budgeted, console)
     show_coverage(found, console)
     show_forecast(found, console)
     reporter = Reporter(console, command_line())
     with reporter.running():
         report = quantize(
-            make_request(given | {"options": ()}),
+            request,
             out,
             reporter,
             work=work,

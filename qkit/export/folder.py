@@ -22,8 +22,7 @@ from qkit.export import compressed_tensors as ct
 from qkit.families.outline import Outline
 from qkit.job import Job
 from qkit.plan import LinearPlan, Plan
-from qkit.qtensor import Params, QTensor
-from qkit.safefile import TensorInfo, sha256_file, write_atomic, write_safetensors
+from qkit.safefile import sha256_file, write_atomic, write_safetensors
 from qkit.transforms.rotate import rotate_outer
 
 FORMAT_VERSION = 1
@@ -92,34 +91,31 @@ class _Tensors:
                 info = outline.checkpoint.tensors[stored]
                 self._plain(stored, info.torch_dtype, info.shape, lambda s=stored: outline.checkpoint.read_finite(s))  # type: ignore[misc]
         for block in outline.blocks:
-            part = job.part(block.index)
-            for name, info in part.items():
+            for name, info in job.part(block.index).items():
                 if ":" not in name:
                     self._plain(name, info.torch_dtype, info.shape, lambda i=info: job.read(i))  # type: ignore[misc]
             for linear in block.linears:
                 if linear.name in plan.linears:
-                    self._linear(plan.linears[linear.name], part)
+                    self._linear(plan.linears[linear.name], block.index)
 
     def _plain(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], get: Callable[[], Tensor]) -> None:
         self.specs[name] = (dtype, shape)
         self.plain[name] = ""
         self._get[name] = get
 
-    def _linear(self, p: LinearPlan, part: dict[str, TensorInfo]) -> None:
+    def _linear(self, p: LinearPlan, block: int) -> None:
         for suffix, spec in ct.specs(p.weights, p.activations, p.shape, self.outline.dtype).items():
             name = f"{p.name}.{suffix}"
             self.specs[name] = spec
             if suffix.startswith("input_"):
                 self.plain[name] = ""  # no weight hash covers it
-            self._get[name] = lambda s=suffix: self._made_for(p, part)[s]  # type: ignore[misc]
+            self._get[name] = lambda s=suffix: self._made_for(p, block)[s]  # type: ignore[misc]
 
-    def _made_for(self, p: LinearPlan, part: dict[str, TensorInfo]) -> dict[str, Tensor]:
+    def _made_for(self, p: LinearPlan, block: int) -> dict[str, Tensor]:
         """All tensors of a linear; kept until another linear is asked for."""
         if self._made[0] != p.name:
-            pieces = {k: self.job.read(part[f"{p.name}:{k}"]) for k in _PIECES if f"{p.name}:{k}" in part}
-            params = Params(pieces["scale"], pieces.get("zero"), pieces.get("global_scale"))
-            q = QTensor(pieces["codes"], params, p.weights)
-            self._made = (p.name, ct.write(q, p.activations, pieces.get("input_scale"), self.outline.dtype))
+            q, static = self.job.quantized(block, p.name, p.weights)
+            self._made = (p.name, ct.write(q, p.activations, static, self.outline.dtype))
         return self._made[1]
 
     def load(self, name: str) -> Tensor:
@@ -127,9 +123,6 @@ class _Tensors:
         if name in self.plain:
             self.plain[name] = _sha256(tensor)
         return tensor
-
-
-_PIECES = ("codes", "scale", "zero", "global_scale", "input_scale")
 
 
 def _sha256(tensor: Tensor) -> str:

@@ -1,0 +1,1 @@
+"""From what decisions cost to a plan under a budget."""

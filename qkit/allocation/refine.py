@@ -1,0 +1,94 @@
+"""Whole plans, measured: costs of single layers do not add up at low bits, so the solved plan is a place to start from.
+
+Two steps, within a stated number of evaluations (our choice throughout):
+ 1. the exact solutions under every measure of the profile are measured; the best is where the search starts;
+ 2. swaps: one unit moves up and another one down, such that the bytes still fit, those with the best predicted effect first;
+    a swap is kept if the measured divergence falls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from qkit.allocation.allocate import Allocation
+from qkit.sensitivity.profile import Profile
+
+Picks = dict[str, str]
+Measured = Callable[[Picks], float]  # KL divergence of a whole plan, in nats a token
+
+
+@dataclass(frozen=True)
+class Refined:
+    """start, end: measured divergence of the first plan and of the best; history: (what was tried, measured, whether it was
+    kept) of every plan that was measured."""
+
+    picks: Picks
+    start: float
+    end: float
+    history: tuple[tuple[str, float, bool], ...]
+
+
+def refine(made: Profile, starts: list[Allocation], measured: Measured, evaluations: int) -> Refined:
+    """The best plan found. starts: solutions under one limit, by measure; the first names the measure that ranks swaps."""
+    limit, measure = starts[0].limit, starts[0].measure
+    history: list[tuple[str, float, bool]] = []
+    seen: dict[tuple[str, ...], float] = {}
+
+    def value(picks: Picks) -> float:
+        key = tuple(picks[u.key] for u in made.units)
+        if key not in seen:
+            seen[key] = measured(picks)
+        return seen[key]
+
+    best, best_value = starts[0].picks, float("inf")
+    for start in starts:
+        if len(seen) >= evaluations:
+            break
+        before = len(seen)
+        found = value(start.picks)
+        if len(seen) > before:
+            history.append((f"solved by {start.measure}", found, found < best_value))
+        if found < best_value:
+            best, best_value = start.picks, found
+    first = value(starts[0].picks)
+    refused: set[tuple[str, ...]] = set()
+    while len(seen) < evaluations:
+        swap = next((s for s in _swaps(made, best, limit, measure) if _key(s) not in refused), None)
+        if swap is None:
+            break
+        picks = {**best, **swap}
+        before = len(seen)
+        found = value(picks)
+        kept = found < best_value
+        if len(seen) > before:
+            history.append((", ".join(f"{k} {best[k]} to {v}" for k, v in swap.items()), found, kept))
+        if kept:
+            best, best_value = picks, found
+        else:
+            refused.add(_key(swap))
+    return Refined(best, first, best_value, tuple(history))
+
+
+def _key(swap: Picks) -> tuple[str, ...]:
+    return tuple(sorted(f"{k}={v}" for k, v in swap.items()))
+
+
+def _swaps(made: Profile, picks: Picks, limit: int, measure: str) -> Iterator[Picks]:
+    """Changes of one or two units that fit the limit, the best predicted first."""
+    used = sum(u.choices[picks[u.key]].bytes for u in made.units)
+    moves = []  # (unit, candidate, bytes more, predicted cost more)
+    for u in made.units:
+        now = u.choices[picks[u.key]]
+        for name, choice in u.choices.items():
+            if name != picks[u.key]:
+                moves.append((u.key, name, choice.bytes - now.bytes, choice.costs[measure] - now.costs[measure]))
+    found = [(cost, {key: name}) for key, name, more, cost in moves if more > 0 and used + more <= limit]
+    ups = [m for m in moves if m[2] > 0]
+    downs = [m for m in moves if m[2] < 0]
+    for up in ups:
+        for down in downs:
+            if up[0] != down[0] and used + up[2] + down[2] <= limit:
+                found.append((up[3] + down[3], {up[0]: up[1], down[0]: down[1]}))
+    found.sort(key=lambda item: item[0])
+    return (swap for _, swap in found)

@@ -1,0 +1,152 @@
+"""The options of a budget, and what is printed of an allocation: shared by quantize and plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qkit.allocation.allocate import parse_budget
+from qkit.budgeting import MEASURE, Allocated, BudgetRequest, allocated
+from qkit.commands.common import Reporter, command_line, make_request, megabytes
+from qkit.errors import UsageError
+from qkit.pipeline import Request
+from qkit.sensitivity.profile import UnitProfile
+
+_NAMES = ("bits", "size", "memory", "profile", "candidates", "measure", "floors", "ceilings", "refine")
+
+
+def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that let a budget choose the formats."""
+    options = [
+        click.option("--bits", type=float, help="Budget: mean bits of a weight, scales included."),
+        click.option("--size", help="Budget: bytes of the result, for instance 90MB."),
+        click.option(
+            "--memory", help="Budget: weights, activations and KV cache at a context, for instance 6GB@32768."
+        ),
+        click.option(
+            "--profile", type=click.Path(path_type=Path), help="Of 'qkit profile'; made here if it is missing."
+        ),
+        click.option("--candidates", help="Formats to choose from when the profile is made here."),
+        click.option("--measure", default=MEASURE, show_default=True, help="Of the profile, to be minimized."),
+        click.option("--floor", "floors", multiple=True, metavar="GLOB=FORMAT", help="At least that, repeatable."),
+        click.option("--ceiling", "ceilings", multiple=True, metavar="GLOB=FORMAT", help="At most that, repeatable."),
+        click.option("--refine", type=click.IntRange(0), default=0, help="Whole plans to measure on the way, at most."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def request_within_budget(given: dict[str, Any], beside: Path, console: Console) -> tuple[Request, Allocated | None]:
+    """The request of parsed options, its rules from the allocation where a budget is given.
+
+    beside: where the profile goes when --profile is not given.
+    """
+    asked = {name: given.pop(name) for name in _NAMES}
+    request = make_request(given)
+    budget = parse_budget(asked["bits"], asked["size"], asked["memory"])
+    if budget is None:
+        for name in ("profile", "candidates", "floors", "ceilings", "refine"):
+            if asked[name]:
+                raise UsageError(f"--{name.removesuffix('s')} goes with a budget: add --bits, --size or --memory")
+        return request, None
+    wanted = BudgetRequest(
+        budget,
+        asked["profile"] or beside,
+        asked["candidates"],
+        asked["measure"],
+        _bounds("--floor", asked["floors"]),
+        _bounds("--ceiling", asked["ceilings"]),
+        asked["refine"],
+    )
+    reporter = Reporter(console, command_line())
+    with reporter.running():
+        found = allocated(request, wanted, reporter)
+    return found.request, found
+
+
+def _bounds(option: str, items: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    from qkit.sensitivity.units import parse_candidates
+
+    found = []
+    for item in items:
+        glob, equals, name = item.rpartition("=")
+        if not equals or not glob:
+            raise UsageError(f"{option} {item}: expected GLOB=FORMAT, for instance '*.down_proj=int4'")
+        found.append((glob, parse_candidates(name, None)[0].name))
+    return tuple(found)
+
+
+def show_allocation(found: Allocated, console: Console) -> None:
+    """What was chosen, and what it is predicted to cost."""
+    made, a = found.profile, found.allocation
+    table = Table("format", "layers", "weights (M)", "bytes", title="allocation", title_justify="left")
+    for name in made.candidates:
+        units = [u for u in made.units if a.picks[u.key] == name]
+        if units:
+            linears, weights = sum(len(u.linears) for u in units), sum(u.weights for u in units)
+            size = sum(u.choices[name].bytes for u in units)
+            table.add_row(name, str(linears), f"{weights / 1e6:.2f}", megabytes(size))
+    console.print(table)
+    total = sum(u.weights for u in made.units)
+    console.print(
+        f"{a.bytes:,} of {a.limit:,} bytes for the layers, {8 * a.bytes / total:.3f} bits a weight; predicted {a.measure} "
+        f"{a.cost:.5g}, optimality gap {a.gap:.2g}"
+    )
+    if found.refined is not None:
+        r = found.refined
+        kept = sum(k for _, _, k in r.history)
+        console.print(
+            f"refined: {len(r.history)} plans measured, {kept} steps kept, KL divergence {r.start:.5g} to {r.end:.5g}"
+        )
+
+
+def explain(found: Allocated, console: Console) -> None:
+    """Every unit: its format, what the others would have cost, and what the next larger one would bring per kilobyte."""
+    made, a = found.profile, found.allocation
+    table = Table("layers", "format", *(f"{n}: {a.measure}" for n in made.candidates), "next: gain / kB", title="why")
+    for unit in made.units:
+        pick = a.picks[unit.key]
+        costs = [_cost(unit, n, a.measure, n == pick) for n in made.candidates]
+        table.add_row(
+            Text(unit.key + (f" +{len(unit.linears) - 1}" if len(unit.linears) > 1 else "")),
+            pick,
+            *costs,
+            _gain(unit, pick, a.measure),
+        )
+    console.print(table)
+
+
+def explanation(found: Allocated) -> list[dict[str, Any]]:
+    """The machine's copy of ``explain``."""
+    a = found.allocation
+    return [
+        {
+            "linears": list(u.linears),
+            "format": a.picks[u.key],
+            "choices": {n: {"bytes": c.bytes, "cost": c.costs[a.measure]} for n, c in u.choices.items()},
+        }
+        for u in found.profile.units
+    ]
+
+
+def _cost(unit: UnitProfile, name: str, measure: str, chosen: bool) -> str:
+    if name not in unit.choices:
+        return "-"
+    return f"{unit.choices[name].costs[measure]:.3g}" + (" *" if chosen else "")
+
+
+def _gain(unit: UnitProfile, pick: str, measure: str) -> str:
+    now = unit.choices[pick]
+    larger = sorted(((c.bytes, n) for n, c in unit.choices.items() if c.bytes > now.bytes))
+    if not larger:
+        return "-"
+    size, name = larger[0]
+    gain = (now.costs[measure] - unit.choices[name].costs[measure]) / ((size - now.bytes) / 1000)
+    return f"{name}: {gain:.3g}"

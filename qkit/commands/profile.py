@@ -1,0 +1,96 @@
+"""qkit profile: what each decision costs, measured once and read by quantize and plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import qkit_data
+from rich.console import Console
+from rich.table import Table
+
+from qkit.commands.common import Reporter, command_line, megabytes, write_json
+from qkit.errors import UsageError
+from qkit.memory import bound_heap
+from qkit.pipeline import Request
+from qkit.profiling import ProfileRequest, audit, profile
+from qkit.sensitivity.measures import MEASURES
+from qkit.sensitivity.profile import Profile
+
+
+@click.command("profile")
+@click.option("--model", required=True, help="Model folder, reference model name, or hub id.")
+@click.option(
+    "--candidates", required=True, help="Formats a layer may get: int2..int8, nvfp4, w8a8, .., bf16 to keep it."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the profile.")
+@click.option("--method", default="gptq", show_default=True, help="Solver of the probes: rtn or gptq.")
+@click.option("--group-size", type=int, help="Weights per scale of the integer formats.")
+@click.option("--calib", type=click.Path(path_type=Path), help="Calibration text (default: the embedded one).")
+@click.option("--samples", type=int, default=128, show_default=True, help="Calibration rows of the probes.")
+@click.option("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration row.")
+@click.option("--rows", type=int, default=32, show_default=True, help="Rows of them that losses are measured on.")
+@click.option("--measures", default="weight,output,pqi,kl", show_default=True, help=f"Some of {', '.join(MEASURES)}.")
+@click.option("--points", type=click.IntRange(1), default=8, show_default=True, help="Of the path integral (pqi).")
+@click.option("--audit", is_flag=True, help="Compare every measure with the true loss change on held-out text.")
+@click.option("--audit-text", type=click.Path(path_type=Path), help="That text (default: the embedded one).")
+@click.option("--seed", type=int, default=0, show_default=True, help="For what is random (plans of the audit).")
+@click.option("--threads", type=int, help="Workers (default: all cores); the result does not depend on it.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what is printed to this file.")
+def profile_command(
+    out: Path,
+    candidates: str,
+    rows: int,
+    measures: str,
+    points: int,
+    audit_text: Path | None,
+    json_file: Path | None,
+    **given: Any,
+) -> None:
+    """Measure what every layer costs in every candidate format.
+
+    The same command goes on after a stop. The profile does not depend on a budget: quantize and plan read it.
+
+    \b
+    Example:
+      qkit profile --model tiny-llama --candidates int2,int3,int4,int8 --group-size 64 --out profile
+    """
+    bound_heap()
+    console = Console()
+    audited, seed = given.pop("audit"), given.pop("seed")
+    if given["threads"] is not None and given["threads"] < 1:
+        raise UsageError(f"--threads {given['threads']}: expected at least 1")
+    wanted = tuple(m.strip() for m in measures.split(",") if m.strip())
+    request = ProfileRequest(Request(**given), candidates, wanted, rows, points)
+    reporter = Reporter(console, command_line())
+    with reporter.running():
+        made = profile(request, out, reporter)
+        text = audit_text or Path(str(qkit_data.text_path("evaluation")))
+        found = audit(request, out, made, text, reporter, seed=seed) if audited else None
+    show_profile(made, console)
+    if found is not None:
+        show_audit(found, console)
+    write_json(json_file, {"units": len(made.units), "whole": made.whole, "base_loss": made.base_loss, "audit": found})
+
+
+def show_profile(made: Profile, console: Console) -> None:
+    """Whole-model figures of every candidate, and the units that cost most."""
+    table = Table("candidate", "bytes of linears", "loss change", "KL", *(f"sum of {m}" for m in made.measures))
+    for name in made.candidates:
+        if name not in made.whole:
+            continue
+        size = sum(u.choices[name].bytes for u in made.units if name in u.choices)
+        sums = [sum(u.choices[name].costs[m] for u in made.units if name in u.choices) for m in made.measures]
+        whole = made.whole[name]
+        table.add_row(name, megabytes(size), f"{whole['loss']:.5f}", f"{whole['kl']:.5f}", *(f"{s:.5g}" for s in sums))
+    console.print(table)
+
+
+def show_audit(found: dict[str, Any], console: Console) -> None:
+    """Rank correlation and predicted / true of every measure."""
+    table = Table("measure", "rank, one layer", "predicted/true", "rank, plans", "predicted/true", title="audit")
+    for name, figures in found["measures"].items():
+        cells = [f"{figures[k][v]:.3f}" for k in ("single", "plans") for v in ("rank", "ratio")]
+        table.add_row(name, *cells)
+    console.print(table)

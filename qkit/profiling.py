@@ -1,0 +1,211 @@
+"""The work behind ``qkit profile``: from a request to a profile, and how far its predictions were from the truth."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.calibration import calibration_rows
+from qkit.errors import BadInput, UsageError
+from qkit.families.outline import Outline
+from qkit.loading import load_tokenizer
+from qkit.parallel import workers
+from qkit.pipeline import Request, embedded_text, open_outline, prepare
+from qkit.plan import Plan
+from qkit.recipe import parse_method
+from qkit.run import Progress
+from qkit.sensitivity.ledger import Ledger
+from qkit.sensitivity.measures import Bench
+from qkit.sensitivity.probes import probes
+from qkit.sensitivity.profile import Profile, identity, make_bench, make_profile
+from qkit.sensitivity.units import Candidate, parse_candidates, units_of
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    """base: model, method (a solver), group size and calibration of the probes; its scheme is not used.
+
+    rows: calibration rows that losses are measured on; points: of the path integral.
+    """
+
+    base: Request
+    candidates: str
+    measures: tuple[str, ...] = ("weight", "output", "pqi", "kl")
+    rows: int = 32
+    points: int = 8
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    outline: Outline
+    candidates: tuple[Candidate, ...]
+    plans: dict[str, Plan]
+    rows: Tensor
+    described: dict[str, Any]
+
+
+def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profile:
+    """Make the profile in ``folder``, or go on with it. Raises UsageError for methods that rewrite the weights."""
+    found = _prepare(request)
+    with workers(request.base.threads) as pool:
+        return make_profile(
+            found.outline,
+            found.plans,
+            found.candidates,
+            request.measures,
+            found.rows,
+            request.points,
+            found.described,
+            folder,
+            pool,
+            progress,
+        )
+
+
+def _prepare(request: ProfileRequest) -> _Prepared:
+    base = request.base
+    transforms, solver = parse_method(base.method or "gptq")
+    if transforms:
+        raise UsageError(
+            f"--method {base.method}: a profile compares formats of one set of weights: give a solver alone ({solver})"
+        )
+    if not 1 <= request.rows <= base.samples:
+        raise UsageError(f"--rows {request.rows}: expected 1 to {base.samples}, the number of calibration rows")
+    candidates = parse_candidates(request.candidates, base.group_size)
+    outline = open_outline(base.model)
+    groups = {c.name: _group(c, base.group_size) for c in candidates}
+    plans = {
+        c.name: prepare(replace(base, scheme=c.scheme.name, method=solver, group_size=groups[c.name])).plan
+        for c in candidates
+        if c.scheme is not None
+    }
+    rows = _rows(base, outline, base.calib)[: request.rows]
+    described = {
+        "method": solver,
+        "group_sizes": groups,
+        "samples": base.samples,
+        "seqlen": base.seqlen,
+        "rows": request.rows,
+        "points": request.points,
+        "dtype": str(outline.dtype).removeprefix("torch."),
+    }
+    return _Prepared(outline, candidates, plans, rows, described)
+
+
+def _group(candidate: Candidate, group_size: int | None) -> int | None:
+    """The group size to ask for: only integer formats in groups take one."""
+    s = candidate.scheme
+    free = s is not None and s.weights.kind == "int" and s.weights.strategy == "group"
+    return group_size if free else None
+
+
+def _rows(base: Request, outline: Outline, text: Path | None) -> Tensor:
+    config: Any = outline.model.config
+    path = text or embedded_text()
+    tokenizer = load_tokenizer(outline.checkpoint.path)
+    return calibration_rows(path, tokenizer, base.samples, base.seqlen, config.vocab_size, path.name).tokens
+
+
+def audit(
+    request: ProfileRequest, folder: Path, made: Profile, text: Path, progress: Progress, plans: int = 6, seed: int = 0
+) -> dict[str, Any]:
+    """How far each measure's prediction is from the true loss change on held-out text.
+
+    Of single units: every unit at every candidate. Of whole plans: each candidate everywhere, and ``plans`` random mixtures.
+    Gives, by measure, the rank correlation with the truth and, for measures in nats, the median of predicted / true.
+    """
+    found = _prepare(request)
+    try:
+        rows = _rows(replace(request.base, samples=request.rows), found.outline, text)
+    except BadInput as e:
+        raise type(e)(f"--audit: {e}") from e
+    ledger = Ledger(folder / "audit.jsonl", identity(found.plans, rows, 0))
+    units = units_of(found.outline)
+    random_ = random.Random(seed)
+    with (
+        workers(request.base.threads) as pool,
+        probes(found.plans, found.outline, folder / "probes", pool, progress) as probed,
+    ):
+        bench = make_bench(found.outline, probed, units, found.candidates, rows, request.points, ledger, pool, progress)
+        names = [c.name for c in found.candidates if c.scheme is not None]
+        single = [{u.key: name} for u in units for name in names]
+        uniform = [{u.key: name for u in units} for name in names]
+        mixed = [{u.key: random_.choice(names) for u in units} for _ in range(plans)]
+        progress.start("audit", len(single) + len(uniform) + len(mixed))
+        true = []
+        for picks in (*single, *uniform, *mixed):
+            true.append(measured_plan(bench, picks)[0])
+            progress.step()
+    result: dict[str, Any] = {"text": text.name, "rows": len(rows), "measures": {}}
+    for measure in made.measures:
+        predicted = [_predicted(made, picks, measure) for picks in (*single, *uniform, *mixed)]
+        cut = len(single)
+        result["measures"][measure] = {
+            "single": _agreement(predicted[:cut], true[:cut]),
+            "plans": _agreement(predicted[cut:], true[cut:]),
+        }
+    result["plans"] = [
+        {"name": name, "true": t, **{m: _predicted(made, picks, m) for m in made.measures}}
+        for name, picks, t in zip(
+            [*(f"all {n}" for n in names), *(f"mixture {i + 1}" for i in range(plans))],
+            [*uniform, *mixed],
+            true[len(single) :],
+            strict=True,
+        )
+    ]
+    return result
+
+
+def _predicted(made: Profile, picks: dict[str, str], measure: str) -> float:
+    return sum(u.choices[picks[u.key]].costs[measure] for u in made.units if u.key in picks)
+
+
+def _agreement(predicted: Sequence[float], true: Sequence[float]) -> dict[str, float]:
+    """rank: Spearman's correlation; ratio: median of predicted / true where the truth is clear of zero."""
+    from scipy.stats import spearmanr
+
+    largest = max(abs(t) for t in true)
+    ratios = sorted(p / t for p, t in zip(predicted, true, strict=True) if abs(t) > 0.01 * largest)
+    same = len(set(predicted)) < 2 or len(set(true)) < 2
+    return {
+        "rank": 0.0 if same else float(spearmanr(predicted, true).statistic),
+        "ratio": float(torch.tensor(ratios).median()) if ratios else float("nan"),
+    }
+
+
+@contextmanager
+def measured_plans(
+    base: Request, made: Profile, folder: Path, progress: Progress
+) -> Iterator[Callable[[dict[str, str]], float]]:
+    """A function that gives a plan's KL divergence from the original on the profile's rows, from the weights of the probes."""
+    names = ",".join("bf16" if n == "keep" else n for n in made.candidates)
+    r = made.request
+    group = next((g for g in r["group_sizes"].values() if g is not None), None)
+    base = replace(base, group_size=group, method=r["method"], samples=r["samples"], seqlen=r["seqlen"])
+    found = _prepare(ProfileRequest(base, names, made.measures, r["rows"], r["points"]))
+    ledger = Ledger(folder / "plans.jsonl", identity(found.plans, found.rows, 0))
+    with workers(base.threads) as pool, probes(found.plans, found.outline, folder / "probes", pool, progress) as probed:
+        units = units_of(found.outline)
+        bench = make_bench(found.outline, probed, units, found.candidates, found.rows, 1, ledger, pool, progress)
+        yield lambda picks: measured_plan(bench, picks)[1]
+
+
+def measured_plan(bench: Bench, picks: dict[str, str]) -> tuple[float, float]:
+    """Measured (loss change, KL divergence) with these units at these candidates."""
+    key = "plan " + " ".join(f"{k}={v}" for k, v in sorted(picks.items()))
+    known = bench.ledger.get(key)
+    if known is None:
+        by_name = {c.name: c for c in bench.candidates}
+        chosen = [(u, by_name[picks[u.key]]) for u in bench.units if u.key in picks]
+        moved = {n: r for u, c in chosen for n, r in bench.probes.replacements(u, c).items()}
+        with bench.subject.replaced(moved):
+            known = bench.subject.compare(bench.tokens, bench.reference)
+        bench.ledger.put(key, known)
+    return float(known[0]) - bench.base_loss, float(known[1])

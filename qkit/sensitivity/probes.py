@@ -1,0 +1,73 @@
+"""What every candidate makes of every linear: the whole model quantized at that candidate, in a job folder of its own.
+
+A probe is an ordinary run without an export: it resumes where it was stopped, and the weights that a decision is judged by
+are those that the solver really gives, not a stand-in for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from qkit.families.outline import Outline
+from qkit.job import Job
+from qkit.parallel import Workers
+from qkit.plan import Plan
+from qkit.qtensor import dequantize
+from qkit.run import Progress, run_blocks
+from qkit.sensitivity.subject import Replacement
+from qkit.sensitivity.units import Candidate, Unit
+
+
+class Probes:
+    """Reads what the jobs of all candidates hold."""
+
+    def __init__(self, jobs: dict[str, tuple[Plan, Job]]) -> None:
+        self._jobs = jobs
+
+    def replacements(self, unit: Unit, candidate: Candidate) -> dict[str, Replacement]:
+        """{linear: what the candidate puts in its place}; nothing for a candidate that keeps the unit."""
+        if candidate.scheme is None:
+            return {}
+        plan, job = self._jobs[candidate.name]
+        found: dict[str, Replacement] = {}
+        for linear in unit.linears:
+            p = plan.linears[linear.name]
+            q, static = job.quantized(unit.block, linear.name, p.weights)
+            found[linear.name] = Replacement(dequantize(q), p.activations, static)
+        return found
+
+    def output_error(self, unit: Unit, candidate: Candidate) -> float:
+        """Relative squared output error, mean over the unit's linears, as the solver measured it; 0 for a unit that is kept."""
+        if candidate.scheme is None:
+            return 0.0
+        entry = self._jobs[candidate.name][1].entries[unit.block]["linears"]
+        return float(sum(entry[x.name]["error"] for x in unit.linears) / len(unit.linears))
+
+
+@contextmanager
+def probes(
+    plans: dict[str, Plan], outline: Outline, folder: Path, pool: Workers, progress: Progress
+) -> Iterator[Probes]:
+    """Run what is missing of every candidate's probe and open them all. plans: by candidate name."""
+    with ExitStack() as stack:
+        jobs: dict[str, tuple[Plan, Job]] = {}
+        for name, plan in plans.items():
+            job = stack.enter_context(Job.open(folder / name.lower(), plan.identity))
+            run_blocks(plan, outline, job, pool, _Named(progress, name))
+            jobs[name] = (plan, job)
+        yield Probes(jobs)
+
+
+class _Named:
+    """A listener that hears which candidate is at work."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress, self._name = progress, name
+
+    def start(self, what: str, total: int) -> None:
+        self._progress.start(f"{self._name}: {what}", total)
+
+    def step(self, amount: int = 1) -> None:
+        self._progress.step(amount)

@@ -1,0 +1,178 @@
+"""A profile: what every unit costs in every candidate, in nats and in bytes. Made once, read by every later command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qkit import loading
+from qkit.errors import BadInput, UsageError
+from qkit.families.outline import Outline
+from qkit.parallel import Workers
+from qkit.plan import Plan
+from qkit.run import Progress
+from qkit.safefile import parse_json, write_atomic
+from qkit.sensitivity.ledger import Ledger
+from qkit.sensitivity.measures import MEASURES, Bench
+from qkit.sensitivity.probes import Probes, probes
+from qkit.sensitivity.subject import Subject
+from qkit.sensitivity.units import Candidate, Unit, unit_bytes, units_of
+
+VERSION = 1
+FILE = "profile.json"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """bytes of the unit as stored; costs by measure, in the measure's unit (0 for a unit that is kept)."""
+
+    bytes: int
+    costs: dict[str, float]
+
+
+@dataclass(frozen=True)
+class UnitProfile:
+    """linears: checkpoint names; weights: how many; choices: by candidate name, only those that can be applied."""
+
+    key: str
+    linears: tuple[str, ...]
+    weights: int
+    choices: dict[str, Choice]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was measured, of which model, and how.
+
+    fingerprint: of the checkpoint; fixed_bytes: of all tensors that no unit holds
+    whole:       by candidate, the measured loss change and KL divergence with all units at it
+    request:     method, group sizes, calibration: what the probes were made with
+    """
+
+    fingerprint: str
+    request: dict[str, Any]
+    candidates: tuple[str, ...]
+    measures: tuple[str, ...]
+    base_loss: float
+    fixed_bytes: int
+    units: tuple[UnitProfile, ...]
+    whole: dict[str, dict[str, float]]
+
+    def save(self, folder: Path) -> None:
+        """Write profile.json."""
+        data = {"version": VERSION, **asdict(self)}
+        write_atomic(folder / FILE, (json.dumps(data, indent=1, sort_keys=True) + "\n").encode())
+
+    @staticmethod
+    def load(folder: Path) -> Profile:
+        """Raises BadInput for a folder without a profile of this version."""
+        file = folder / FILE
+        if not file.is_file():
+            raise BadInput(
+                f"{file}: no such profile: make it with 'qkit profile --model .. --candidates .. --out {folder}'"
+            )
+        data = parse_json(file.read_bytes(), str(file))
+        if not isinstance(data, dict) or data.pop("version", None) != VERSION:
+            raise BadInput(f"{file}: not a profile of this version of qkit: make it again")
+        try:
+            units = tuple(
+                UnitProfile(
+                    u["key"], tuple(u["linears"]), u["weights"], {k: Choice(**c) for k, c in u["choices"].items()}
+                )
+                for u in data.pop("units")
+            )
+            data = {**data, "candidates": tuple(data["candidates"]), "measures": tuple(data["measures"])}
+            return Profile(units=units, **data)
+        except (KeyError, TypeError) as e:
+            raise BadInput(f"{file}: damaged: {e}: make it again") from e
+
+
+def identity(plans: dict[str, Plan], rows: torch.Tensor, points: int) -> str:
+    """What every measurement depends on."""
+    data = {"plans": {name: plan.hash for name, plan in plans.items()}, "points": points}
+    text = json.dumps(data, sort_keys=True) + hashlib.sha256(rows.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_profile(
+    outline: Outline,
+    plans: dict[str, Plan],
+    candidates: tuple[Candidate, ...],
+    measures: tuple[str, ...],
+    rows: torch.Tensor,
+    points: int,
+    request: dict[str, Any],
+    folder: Path,
+    pool: Workers,
+    progress: Progress,
+) -> Profile:
+    """Probe every candidate, take every measure, write and return the profile.
+
+    plans: of the probes, by candidate name; rows: int64 [rows, length], what losses are measured on.
+    """
+    unknown = next((m for m in measures if m not in MEASURES), None)
+    if unknown is not None:
+        raise UsageError(f"--measures: unknown '{unknown}': expected some of {', '.join(MEASURES)}")
+    ledger = Ledger(folder / "measured.jsonl", identity(plans, rows, points))
+    units = units_of(outline)
+    with probes(plans, outline, folder / "probes", pool, progress) as found:
+        bench = make_bench(outline, found, units, candidates, rows, points, ledger, pool, progress)
+        costs = {name: MEASURES[name](bench) for name in measures}
+        whole = {c.name: _whole(bench, c) for c in bench.quantizing}
+    profiles = []
+    for unit in units:
+        choices = {}
+        for c in candidates:
+            size = unit_bytes(unit, c, outline)
+            if size is not None:
+                choices[c.name] = Choice(size, {m: costs[m].get((unit.key, c.name), 0.0) for m in measures})
+        profiles.append(UnitProfile(unit.key, tuple(x.name for x in unit.linears), unit.weights, choices))
+    inside = {f"{n}.weight" for u in profiles for n in u.linears}
+    fixed = sum(t.nbytes for n, t in outline.checkpoint.tensors.items() if n not in inside and n not in outline.tied)
+    profile = Profile(
+        outline.checkpoint.fingerprint(),
+        request,
+        tuple(c.name for c in candidates),
+        measures,
+        bench.base_loss,
+        fixed,
+        tuple(profiles),
+        whole,
+    )
+    profile.save(folder)
+    return profile
+
+
+def make_bench(
+    outline: Outline,
+    found: Probes,
+    units: tuple[Unit, ...],
+    candidates: tuple[Candidate, ...],
+    rows: torch.Tensor,
+    points: int,
+    ledger: Ledger,
+    pool: Workers,
+    progress: Progress,
+) -> Bench:
+    """The original in memory, and its loss and log probabilities on ``rows``."""
+    model = loading.load(outline.checkpoint.path, dtype=torch.float32)
+    subject = Subject(model, outline, pool)
+    reference = subject.log_probs(rows)
+    loss, _ = subject.compare(rows, reference)
+    return Bench(subject, found, units, candidates, rows, points, progress, loss, reference, ledger)
+
+
+def _whole(bench: Bench, candidate: Candidate) -> dict[str, float]:
+    key = f"whole {candidate.name}"
+    known = bench.ledger.get(key)
+    if known is None:
+        with bench.subject.replaced(bench.whole(candidate)):
+            loss, kl = bench.subject.compare(bench.tokens, bench.reference)
+        known = {"loss": loss - bench.base_loss, "kl": kl}
+        bench.ledger.put(key, known)
+    return dict(known)

@@ -1,0 +1,91 @@
+"""What is decided about: units (linears that must agree on a format) and candidates (what they may become)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qkit.blocks import Linear, LinearGroup
+from qkit.errors import Unsupported, UsageError
+from qkit.export.compressed_tensors import stored_bytes
+from qkit.families.outline import Outline
+from qkit.formats import Scheme, did_you_mean, fit_group, scheme
+
+KEEP = ("bf16", "fp16", "keep")  # names for leaving a unit in the checkpoint's dtype
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A scheme that units may get; scheme None: they stay as they are."""
+
+    name: str
+    scheme: Scheme | None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Linears of block ``block`` that engines load as one, or that share fused experts: they get one scheme."""
+
+    key: str
+    block: int
+    groups: tuple[LinearGroup, ...]
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return tuple(linear for g in self.groups for linear in g.linears)
+
+    @property
+    def weights(self) -> int:
+        """How many weights."""
+        return sum(x.shape[0] * x.shape[1] for x in self.linears)
+
+
+def parse_candidates(text: str, group_size: int | None) -> tuple[Candidate, ...]:
+    """'int4,int8,nvfp4,bf16' -> candidates: schemes by name, intN for WNA16, bf16 for leaving a unit as it is.
+
+    group_size goes to the integer formats with groups. Raises UsageError for unknown names and repetitions.
+    """
+    found: list[Candidate] = []
+    for item in (part.strip().lower() for part in text.split(",")):
+        if item in KEEP:
+            found.append(Candidate("keep", None))
+            continue
+        bits = item.removeprefix("int")
+        name = f"W{bits}A16" if item.startswith("int") and bits.isdigit() else item
+        try:
+            s = scheme(name)
+        except UsageError as e:
+            known = [*(f"int{b}" for b in range(2, 9)), "nvfp4", "nvfp4a16", "mxfp4a16", "w8a8", *KEEP]
+            raise UsageError(f"--candidates: unknown '{item}'{did_you_mean(item, known)}") from e
+        if group_size is not None and s.weights.strategy == "group" and s.weights.scale == "model":
+            s = Scheme(s.name, s.weights.with_group(group_size), s.activations)
+        found.append(Candidate(s.name, s))
+    names = [c.name for c in found]
+    repeated = next((n for n in names if names.count(n) > 1), None)
+    if repeated is not None or not names:
+        raise UsageError(f"--candidates {text}: {repeated} is named twice")
+    return tuple(found)
+
+
+def units_of(outline: Outline) -> tuple[Unit, ...]:
+    """All units in running order. The experts of a block are one: engines run them as one product."""
+    units: list[Unit] = []
+    for block in outline.blocks:
+        experts = tuple(g for g in block.groups if g.expert is not None)
+        plain = [(g,) for g in block.groups if g.expert is None]
+        for groups in [*plain, *([experts] if experts else [])]:
+            units.append(Unit(groups[0].key, block.index, groups))
+    return tuple(units)
+
+
+def unit_bytes(unit: Unit, candidate: Candidate, outline: Outline) -> int | None:
+    """Bytes of the unit's weights as that candidate stores them, scales included; None where it does not apply."""
+    if candidate.scheme is None:
+        return sum(outline.checkpoint.tensors[f"{x.name}.weight"].nbytes for x in unit.linears)
+    total = 0
+    for linear in unit.linears:
+        try:
+            weights = fit_group(candidate.scheme.weights, linear.shape[1])
+        except Unsupported:
+            return None
+        total += stored_bytes(weights, candidate.scheme.activations, linear.shape, outline.dtype)
+    return total

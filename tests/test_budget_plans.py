@@ -1,0 +1,192 @@
+"""From a profile and a budget to a packed mixed checkpoint, through the command line."""
+
+import json
+
+import pytest
+import tiny_models
+import torch
+
+import qkit
+from qkit.budgeting import running_bytes
+from qkit.commands import main
+from qkit.pipeline import open_outline
+from qkit.safefile import read_header
+from qkit.sensitivity.profile import Profile
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def go(*arguments) -> tuple[int, str, str]:
+        code = 0
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as e:
+            code = e.code or 0
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return go
+
+
+@pytest.fixture
+def small(calib):
+    return ["--calib", calib, "--samples", 8, "--seqlen", 32, "--threads", 1]
+
+
+def profiled(run, model, folder, small, candidates="int2,int4,int8,bf16", *more) -> Profile:
+    measures = "weight,output,first,fisher,pqi,loss,kl"
+    arguments = ("--candidates", candidates, "--group-size", 32, "--rows", 4, "--points", 2, "--measures", measures)
+    code, out, err = run("profile", "--model", model, "--out", folder, *arguments, *small, *more)
+    assert code == 0, err
+    assert "loss change" in out
+    return Profile.load(folder)
+
+
+def test_from_profile_to_packed_file(run, tiny, tmp_path, small):
+    """Predicted bytes are the file's; a larger budget never costs more; the profile is read, not made again."""
+    model, folder = tiny("llama"), tmp_path / "profile"
+    made = profiled(run, model, folder, small)
+    assert {n for u in made.units for n in u.linears} == {
+        n.removesuffix(".weight") for n in read_header(model / "model.safetensors") if "_proj." in n
+    }
+    assert all(u.choices["keep"].costs["kl"] == 0 for u in made.units)
+    measured = (folder / "measured.jsonl").read_bytes()
+    common = ("--model", model, "--method", "gptq", "--profile", folder, *small)
+    costs = []
+    for bits in (3, 4, 6, 9, 17):
+        file = tmp_path / f"{bits}.json"
+        code, out, err = run("plan", *common, "--bits", bits, "--explain", "--json", file)
+        if bits == 17:  # everything may stay
+            assert code == 2 and "stay as it is" in err
+            continue
+        assert code == 0 and "optimality gap" in out and "next: gain" in out, err
+        allocation = json.loads(file.read_text())["allocation"]
+        assert allocation["bytes"] <= allocation["limit"] and allocation["gap"] < 1e-6
+        costs.append(allocation["cost"])
+    assert costs == sorted(costs, reverse=True)
+
+    out = tmp_path / "out"
+    code, said, err = run("quantize", *common, "--bits", 6, "--out", out)
+    assert code == 0 and "allocation" in said, err
+    assert (folder / "measured.jsonl").read_bytes() == measured
+    packed = sum(i.nbytes for n, i in read_header(out / "model.safetensors").items() if "_proj." in n)
+    report = json.loads((tmp_path / "6.json").read_text())["allocation"]
+    assert packed == pytest.approx(report["bytes"], rel=0.005)
+    formats = {layer["format"] for layer in report["layers"]}
+    assert len(formats) > 1
+    for layer in report["layers"]:  # fused layers agree
+        assert len({Profile.load(folder).units[0].key}) == 1 and layer["format"] in made.candidates
+    assert run("verify", out)[0] == 0
+    found = tiny_models.logits(qkit.load(out, dtype=torch.float32), tiny_models.tokens())
+    wanted = tiny_models.logits(qkit.load(model, dtype=torch.float32), tiny_models.tokens())
+    assert 0 < tiny_models.relative(found, wanted) < 0.5
+
+
+def test_a_stopped_profile_goes_on(run, tiny, tmp_path, small):
+    model, folder = tiny("llama"), tmp_path / "profile"
+    made = profiled(run, model, folder, small)
+    lines = (folder / "measured.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "profile.json").unlink()
+    (folder / "measured.jsonl").write_bytes(b"".join(lines[: len(lines) // 2]) + b'{"key": "torn')
+    assert profiled(run, model, folder, small) == made
+    assert sorted((folder / "measured.jsonl").read_bytes().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_refinement_measures_whole_plans(run, tiny, tmp_path, small):
+    model, folder = tiny("llama"), tmp_path / "profile"
+    profiled(run, model, folder, small)
+    common = ("--model", model, "--method", "gptq", "--profile", folder, *small)
+    code, out, err = run("plan", *common, "--bits", 4, "--refine", 8, "--json", tmp_path / "a.json")
+    assert code == 0 and "8 plans measured" in out, err
+    code, _, _ = run("plan", *common, "--bits", 4, "--refine", 8, "--json", tmp_path / "b.json")
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text())["allocation"] for n in "ab")
+    assert one == two
+    start, end = (float(x) for x in out.partition("divergence ")[2].split()[0:3:2])
+    assert end <= start
+
+
+def test_experts_are_one_decision(run, tiny, tmp_path, small):
+    model, folder = tiny("mixtral"), tmp_path / "profile"
+    made = profiled(run, model, folder, small, "int4,int8")
+    experts = [u for u in made.units if "experts" in u.key]
+    assert len(experts) == 2 and all(len(u.linears) >= 6 for u in experts)
+    code, _, err = run(
+        "quantize",
+        "--model",
+        model,
+        "--profile",
+        folder,
+        "--bits",
+        6.5,
+        "--out",
+        tmp_path / "out",
+        "--method",
+        "rtn",
+        *small,
+    )
+    assert code == 0, err
+
+
+def test_bounds_and_other_budgets(run, tiny, tmp_path, small):
+    model, folder = tiny("llama"), tmp_path / "profile"
+    made = profiled(run, model, folder, small)
+    common = ("plan", "--model", model, "--profile", folder, *small, "--json", tmp_path / "plan.json")
+
+    def picks(*arguments) -> dict[str, str]:
+        code, _, err = run(*common, *arguments)
+        assert code == 0, err
+        return json.loads((tmp_path / "plan.json").read_text())["allocation"]["picks"]
+
+    held = picks("--bits", 5, "--floor", "*.down_proj=int8", "--ceiling", "*.o_proj=int2")
+    assert all(v in ("W8A16", "keep") for k, v in held.items() if "down_proj" in k)
+    assert all(v == "W2A16" for k, v in held.items() if "o_proj" in k)
+    size = made.fixed_bytes + int(5 * sum(u.weights for u in made.units) / 8)
+    assert picks("--size", f"{size}B") == picks("--bits", 5)
+    running = running_bytes(open_outline(str(model)), 100)
+    assert picks("--memory", f"{size + running}B@100") == picks("--bits", 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--bits", 3, "--size", "1MB"), 2, "exclude each other"),
+        (("--bits", 0.5), 2, "--bits 0.5: expected"),
+        (("--bits", 1.1), 2, "the smallest choice of every layer together needs"),
+        (("--size", "much"), 2, "--size much: expected a number"),
+        (("--memory", "6GB"), 2, "6GB@32768"),
+        (("--bits", 4, "--measure", "taste"), 2, "the profile has weight"),
+        (("--bits", 4, "--floor", "*.none=int8"), 2, "matches no layer"),
+        (("--bits", 4, "--floor", "down"), 2, "expected GLOB=FORMAT"),
+        (("--bits", 4, "--scheme", "w4a16"), 2, "leave --scheme"),
+        (("--scheme", "w4a16", "--refine", 3), 2, "goes with a budget"),
+        (("--scheme", "w4a16", "--explain"), 2, "goes with a budget"),
+    ],
+)
+def test_refused(options, code, said, run, tiny, tmp_path, small):
+    folder = tmp_path / "profile"
+    if "--refine" not in options and "--explain" not in options:
+        profiled(run, tiny("llama"), folder, small)
+        options = (*options, "--profile", folder)
+    found, _, err = run("plan", "--model", tiny("llama"), *options, *small)
+    assert found == code and said in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_profile_of_another_model(run, tiny, tmp_path, small):
+    folder = tmp_path / "profile"
+    profiled(run, tiny("llama"), folder, small)
+    code, _, err = run("plan", "--model", tiny("qwen2"), "--profile", folder, "--bits", 5, *small)
+    assert code == 3 and "the profile of another model" in err
+    (folder / "profile.json").write_text('{"version": 1}')
+    code, _, err = run("plan", "--model", tiny("llama"), "--profile", folder, "--bits", 5, *small)
+    assert code == 3 and "damaged" in err
+
+
+@pytest.mark.parametrize("bad", ["int4,int4", "int9x", ""])
+def test_candidates_that_make_no_sense(bad, run, tiny, tmp_path, small):
+    code, _, err = run(
+        "profile", "--model", tiny("llama"), "--candidates", bad, "--out", tmp_path / "p", "--rows", 4, *small
+    )
+    assert code == 2 and "--candidates" in err
