@@ -9,6 +9,8 @@ import tiny_models
 import torch
 import transformers
 
+from qkit.commands import main
+
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -60,3 +62,27 @@ def no_network(monkeypatch):
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """``run(*arguments)``: (exit code, stdout, stderr) of a command."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def go(*arguments) -> tuple[int, str, str]:
+        code = 0
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as e:
+            code = e.code or 0
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return go
+
+
+@pytest.fixture
+def small(calib):
+    """Options that keep a run short."""
+    return ["--calib", calib, "--samples", 8, "--seqlen", 32, "--threads", 1]

@@ -8,32 +8,9 @@ import torch
 
 import qkit
 from qkit.budgeting import running_bytes
-from qkit.commands import main
 from qkit.pipeline import open_outline
 from qkit.safefile import read_header
 from qkit.sensitivity.profile import Profile
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def go(*arguments) -> tuple[int, str, str]:
-        code = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as e:
-            code = e.code or 0
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, err
-
-    return go
-
-
-@pytest.fixture
-def small(calib):
-    return ["--calib", calib, "--samples", 8, "--seqlen", 32, "--threads", 1]
 
 
 def profiled(run, model, folder, small, candidates="int2,int4,int8,bf16", *more) -> Profile:

@@ -32,24 +32,6 @@ FLAGS = {
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
-    """``run(*arguments)``: (exit code, stdout, stderr) of a command."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def go(*arguments) -> tuple[int, str, str]:
-        code = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as e:
-            code = e.code or 0
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, err
-
-    return go
-
-
-@pytest.fixture
 def refused(run, tmp_path):
     """``refused(code, part, *arguments)``: the command exits with that code and one sentence that holds all parts."""
 
@@ -65,12 +47,6 @@ def refused(run, tmp_path):
         return err
 
     return go
-
-
-@pytest.fixture
-def small(calib):
-    """Options that keep a run short."""
-    return ["--calib", calib, "--samples", 8, "--seqlen", 32, "--threads", 1]
 
 
 def changed(source: Path, to: Path, config: dict | None = None, tensors=None) -> Path:
