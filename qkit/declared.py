@@ -234,13 +234,15 @@ class Spec:
 
 @dataclass(frozen=True)
 class Linear:
-    """A quantized linear as qkit.json states it; ``shape`` is (out_features, in_features)."""
+    """A quantized linear as qkit.json states it; ``shape`` is (out_features, in_features), ``sparse`` how many values its
+    sparse part has."""
 
     name: str
     format: Spec
     activations: Spec | None
     shape: tuple[int, int]
     weight_sha256: str
+    sparse: int = 0
 
 
 @dataclass(frozen=True)
@@ -312,7 +314,11 @@ def _read_linear(name: str, data: Any, findings: Findings) -> Linear | None:
         "record", columns % step == 0, f"{where}.shape", f"{columns} input columns are not a multiple of {step}"
     ):
         return None
-    return Linear(name, weights, activations, (rows, columns), data["weight_sha256"])
+    kept = data.get("sparse", 0)
+    sound = kept == 0 or (is_int(kept, 1) and kept <= rows * columns)
+    if not findings.check("record", sound, f"{where}.sparse", f"found {_short(kept)}, expected a number of weights"):
+        return None
+    return Linear(name, weights, activations, (rows, columns), data["weight_sha256"], kept)
 
 
 def read_record(out: Path, findings: Findings) -> Record | None:

@@ -202,6 +202,9 @@ def _check_top(data: dict[str, Any], record: Record, findings: Findings) -> None
         expect(key, data.get(key) in (None, {}), "expected {}: qkit folds its transforms into the weights")
     if data.get("kv_cache_scheme") is not None:
         _read_args(data["kv_cache_scheme"], False, f"{_ROOT}.kv_cache_scheme", findings)
+    kept = sorted(linear.name for linear in record.linears.values() if linear.sparse)
+    expect("sparse", (data.get("sparse") or []) == kept, f"expected the {len(kept)} linears with a sparse part")
+    expect("quant_method", not kept or data.get("quant_method") == "qkit", "no other loader knows the sparse parts")
 
 
 def read_quantization(config: dict[str, Any], record: Record, findings: Findings) -> Declared | None:

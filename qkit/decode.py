@@ -5,6 +5,7 @@ programs written apart have to agree on every weight. Arithmetic is IEEE float32
   integers   (code - zero) * scale
   FP8, MX    value * scale, an E8M0 scale being 2^(e - 127)
   NVFP4      value * (scale / global_scale)
+  sparse     plus, at the places of the sparse part (CSR), a 16-bit value
 """
 
 from __future__ import annotations
@@ -192,6 +193,11 @@ def layout(linear: Linear, packing: str, floats: tuple[str, ...] = FLOATS) -> Ex
         tensors["input_scale"] = (floats, (1,))
         if not acts.symmetric:
             tensors["input_zero_point"] = (("I8",), (1,))
+    if linear.sparse:
+        index = "U8" if columns <= 256 else "U16" if columns <= 65536 else "I32"
+        tensors["sparse_rows"] = (("U16" if linear.sparse < 65536 else "I32",), (rows + 1,))
+        tensors["sparse_columns"] = ((index,), (linear.sparse,))
+        tensors["sparse_values"] = (("BF16", "F16"), (linear.sparse,))
     return tensors
 
 
@@ -308,6 +314,38 @@ def _values(spec: Spec, packed: Array, columns: int, into: set[tuple[str, str]])
     return values
 
 
+@dataclass(frozen=True)
+class _Sparse:
+    """starts: int64 [rows + 1]; columns: int64 [n]; values: float32 [n]"""
+
+    starts: Array
+    columns: Array
+    values: Array
+
+    def add(self, values: Array, first: int) -> None:
+        """To rows ``first`` and on of the weight, in place, in float32."""
+        rows = np.repeat(np.arange(len(values)), np.diff(self.starts[first : first + len(values) + 1]))
+        here = slice(self.starts[first], self.starts[first + len(values)])
+        values[rows, self.columns[here]] += self.values[here]
+
+
+def _sparse(linear: Linear, tensors: Mapping[str, Stored], into: Decoded) -> _Sparse | None:
+    """The sparse part; None, with faults, where it is not a sound CSR matrix."""
+    starts, columns = (tensors[f"sparse_{name}"].array().astype(np.int64) for name in ("rows", "columns"))
+    values, found = tensors["sparse_values"].float32(), len(into.faults)
+    if starts[0] != 0 or starts[-1] != len(columns) or np.any(np.diff(starts) < 0):
+        into.faults.append(("sparse_rows", f"expected pointers that rise from 0 to {len(columns)}"))
+        return None
+    inside = np.ones(len(columns), dtype=bool)
+    inside[starts[:-1][starts[:-1] < len(columns)]] = False  # the first of a row may be smaller than the one before
+    if np.any(columns < 0) or np.any(columns >= linear.shape[1]) or np.any(np.diff(columns)[inside[1:]] <= 0):
+        into.faults.append(("sparse_columns", f"expected numbers below {linear.shape[1]} that rise within a row"))
+    bad = int(values.size - np.count_nonzero(np.isfinite(values) & (values != 0)))
+    if bad:
+        into.faults.append(("sparse_values", f"{bad} of {values.size} values are zero, NaN or infinite"))
+    return _Sparse(starts, columns, values) if len(into.faults) == found else None
+
+
 def decode(linear: Linear, tensors: Mapping[str, Stored]) -> Decoded:
     """Decodes a linear whose ``tensors`` have the dtypes and shapes of ``layout``, a few rows at a time.
 
@@ -320,6 +358,7 @@ def decode(linear: Linear, tensors: Mapping[str, Stored]) -> Decoded:
     scale = _scales(linear, tensors, done)
     zero = None if spec.symmetric else _zeros(linear, tensors, done)
     codes = tensors["weight_packed" if "weight_packed" in tensors else "weight"].array()
+    added = _sparse(linear, tensors, done) if linear.sparse else None
     tall, width = spec.block or (1, spec.group or columns)
     digest, faults, overflow = hashlib.sha256(), set[tuple[str, str]](), 0
     step = max(1, CHUNK // columns)
@@ -331,6 +370,8 @@ def decode(linear: Linear, tensors: Mapping[str, Stored]) -> Decoded:
             if zero is not None:
                 _spread(np.subtract, values, zero[here], width)
             _spread(np.multiply, values, scale[here], width)
+            if added is not None:
+                added.add(values, first)
             overflow += values.size - int(np.count_nonzero(np.isfinite(values)))
             digest.update(np.ascontiguousarray(values, dtype="<f4").data)
     done.faults.extend(sorted(faults))

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkit import sparse
 from qkit.errors import BadInput, JobConflict, write_failure
 from qkit.formats import Format
 from qkit.qtensor import Params, QTensor
@@ -42,7 +43,8 @@ from qkit.safefile import (
 )
 
 VERSION = 1
-PIECES = ("codes", "scale", "zero", "global_scale", "input_scale")  # of a linear in a part: "<linear>:<piece>"
+# Of a linear in a part: "<linear>:<piece>". 'original' is a weight that a transform rewrote, before it was quantized.
+PIECES = ("codes", "scale", "zero", "global_scale", "input_scale", "original", *sparse.PIECES)
 
 
 class Job:
@@ -196,9 +198,22 @@ class Job:
     def quantized(self, index: int, name: str, fmt: Format) -> tuple[QTensor, Tensor | None]:
         """A linear of block ``index`` as it was solved, and the static scale of its activations, if it has one."""
         part = self.part(index)
-        found = {k: self.read(part[f"{name}:{k}"]) for k in PIECES if f"{name}:{k}" in part}
-        params = Params(found["scale"], found.get("zero"), found.get("global_scale"))
-        return QTensor(found["codes"], params, fmt), found.get("input_scale")
+        found = {k: part[f"{name}:{k}"] for k in PIECES if f"{name}:{k}" in part and k != "original"}
+        if self.repaired is not None:
+            after = self.part(self.repaired)
+            found.update({k: after[f"{name}:{k}"] for k in sparse.PIECES if f"{name}:{k}" in after})
+        piece = {k: self.read(info) for k, info in found.items()}
+        params = Params(piece["scale"], piece.get("zero"), piece.get("global_scale"))
+        return QTensor(piece["codes"], params, fmt, sparse.read(piece)), piece.get("input_scale")
+
+    @property
+    def repaired(self) -> int | None:
+        """Index of the part with the sparse parts of all linears, when they were changed after the last block."""
+        return next((i for i, entry in self.entries.items() if entry.get("stage") == "repair"), None)
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """What the journal says of every linear, the last entry about it."""
+        return {name: record for i in sorted(self.entries) for name, record in self.entries[i]["linears"].items()}
 
     def remove_bulk(self) -> None:
         """After a proven export: the tensors are in the output, the journal stays as the record of the run."""

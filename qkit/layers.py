@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qkit import ops
+from qkit import ops, sparse
 from qkit.export import compressed_tensors as ct
 from qkit.formats import Format
 
@@ -38,7 +39,8 @@ class QuantLinear(nn.Module):
         self.bias = None if bias is None else bias.to(self.dtype)
         static = tensors.get("input_global_scale", tensors.get("input_scale"))
         self.static = None if static is None else static.to(torch.float32)
-        self.packed = ops.prepare(ct.read(tensors, self.weights, shape), self.activations, self.dtype)
+        q = replace(ct.read(tensors, self.weights, shape), sparse=sparse.read(tensors))
+        self.packed = ops.prepare(q, self.activations, self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Follow the module to another device; conversions of dtype leave packed weights as they are."""

@@ -20,6 +20,7 @@ from qkit.families.outline import Outline
 from qkit.formats import Format
 from qkit.layers import QuantExperts, QuantLinear
 from qkit.locate import find_model
+from qkit.sparse import PIECES
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
@@ -72,6 +73,7 @@ class PackedOutline(Outline):
         self.formats: dict[str, tuple[Format, Format | None]] = (
             formats_of(self.quantization, names, where) if self.quantization else {}
         )
+        self.sparse = frozenset((self.quantization or {}).get("sparse") or ())
         wanted = {stored for block in self.blocks for _, stored in block.stored}
         wanted |= {stored for _, stored in self.outer}
         for block in self.blocks:
@@ -80,6 +82,8 @@ class PackedOutline(Outline):
                     wanted.discard(f"{linear.name}.weight")
                     weights, activations = self.formats[linear.name]
                     wanted |= {f"{linear.name}.{s}" for s in specs(weights, activations, linear.shape, self.dtype)}
+                    if linear.name in self.sparse:
+                        wanted |= {f"{linear.name}.{s}" for s in PIECES}
         missing = sorted(wanted - self.checkpoint.tensors.keys())
         if missing:
             raise BadCheckpoint(
@@ -134,6 +138,7 @@ def _packed(outline: PackedOutline, linear: Linear, dtype: torch.dtype) -> Quant
     weights, activations = outline.formats[linear.name]
     result = QuantLinear(weights, activations, linear.shape, dtype)
     wanted = [*specs(weights, activations, linear.shape, outline.dtype), *(["bias"] if linear.bias else [])]
+    wanted += PIECES if linear.name in outline.sparse else []
     result.take({suffix: outline.checkpoint.read(f"{linear.name}.{suffix}") for suffix in wanted})
     return result
 

@@ -24,6 +24,7 @@ from qkit.formats import Format
 from qkit.machine import has_int8_products
 from qkit.packing import pack_bits, pack_nibbles, unpack_bits, unpack_nibbles
 from qkit.qtensor import Params, QTensor, dequantize, effective_scale, round_to_grid
+from qkit.sparse import product
 
 OPERATORS = ("int4pack", "int8pack", "int_mm")
 
@@ -52,7 +53,7 @@ class Prepared:
 
     op:     one of OPERATORS, or 'dequantize'
     data:   codes in the operator's layout (for 'dequantize': packed bytes, or float8)
-    q:      the scales, zero points and format (its codes are dropped)
+    q:      the scales, zero points, format and sparse part (its codes are dropped)
     scales: the operator's scales
     """
 
@@ -72,7 +73,8 @@ class Prepared:
             )
         p = self.q.params
         moved = Params(*(None if t is None else t.to(device) for t in (p.scale, p.zero, p.global_scale)))  # type: ignore[arg-type]
-        bare = QTensor(self.q.codes.to(device), moved, self.q.format)
+        sparse = None if self.q.sparse is None else self.q.sparse.to(device)
+        bare = QTensor(self.q.codes.to(device), moved, self.q.format, sparse)
         op = self.op if supported(self.op, self.q.format, None, self.shape, torch.bfloat16, device) else "dequantize"
         if op != self.op and self.q.format.kind == "int":
             return Prepared(op, pack_bits(self.data, self.q.format.bits).to(device), bare, torch.empty(0), self.shape)
@@ -81,8 +83,9 @@ class Prepared:
     @property
     def nbytes(self) -> int:
         """Bytes held, scales included."""
-        p = self.q.params
+        p, s = self.q.params, self.q.sparse
         held = [self.data, self.scales, p.scale, *(t for t in (p.zero, p.global_scale) if t is not None)]
+        held += [] if s is None else [s.rows, s.columns, s.values]
         return sum({t.data_ptr(): t.nbytes for t in held if t.numel()}.values())
 
 
@@ -91,7 +94,9 @@ def prepare(q: QTensor, activations: Format | None, dtype: torch.dtype) -> Prepa
     fmt, shape = q.format, q.shape
     op = next((o for o in OPERATORS if supported(o, fmt, activations, shape, dtype, q.codes.device)), "dequantize")
     scale = effective_scale(q.params, fmt)
-    bare = QTensor(torch.empty(0, dtype=q.codes.dtype), q.params, fmt)
+    if q.sparse is not None and activations is not None:
+        op = "dequantize"  # both parts see the same quantized activations
+    bare = QTensor(torch.empty(0, dtype=q.codes.dtype), q.params, fmt, q.sparse)
     if op == "int4pack":
         data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.codes.to(torch.int32) + 8, 1)
         scales = torch.stack((scale.T, torch.zeros_like(scale.T)), dim=-1).to(torch.bfloat16).contiguous()
@@ -114,7 +119,7 @@ def unpacked(w: Prepared) -> QTensor:
         codes = w.data
     else:
         codes = unpack_nibbles(w.data) if fmt.kind == "fp4" else unpack_bits(w.data, fmt.bits, w.shape[1])
-    return QTensor(codes, w.q.params, fmt)
+    return QTensor(codes, w.q.params, fmt, w.q.sparse)
 
 
 def linear(x: Tensor, w: Prepared, bias: Tensor | None, activations: Format | None, static: Tensor | None) -> Tensor:
@@ -135,6 +140,8 @@ def linear(x: Tensor, w: Prepared, bias: Tensor | None, activations: Format | No
         if activations is not None:
             x = quantize_activations(x, activations, static)
         return functional.linear(x, dequantize(unpacked(w)).to(x.dtype), bias)
+    if w.q.sparse is not None:
+        y = (y.float() + product(x, w.q.sparse)).to(x.dtype)
     return y if bias is None else y + bias
 
 

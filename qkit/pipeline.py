@@ -24,6 +24,7 @@ from qkit.parallel import workers
 from qkit.plan import Plan, make_plan
 from qkit.recipe import Recipe, load_recipe, make_recipe
 from qkit.run import Progress, run_blocks
+from qkit.sensitivity.repair import repair
 from qkit.verify import Report, verify
 
 
@@ -33,7 +34,7 @@ class Request:
 
     calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method
     needs any. recipe: a YAML file; scheme, method, group_size and options given here go over it. rules: as in a recipe,
-    what an allocation decided.
+    what an allocation decided. outliers, significant: as in a recipe; None: what the recipe says.
     """
 
     model: str
@@ -42,6 +43,8 @@ class Request:
     group_size: int | None = None
     recipe: Path | None = None
     rules: tuple[dict[str, Any], ...] = ()
+    outliers: float | dict[str, float] | None = None
+    significant: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
     strict: bool = False
     export: str | None = None
@@ -88,6 +91,8 @@ def _recipe(request: Request) -> Recipe:
         "export": request.export,
         "options": request.options or None,
         "rules": request.rules or None,
+        "outliers": request.outliers,
+        "significant": request.significant,
     }
     over = {k: v for k, v in given.items() if v is not None}
     if request.recipe is not None:
@@ -134,7 +139,7 @@ def _may_need_rows(recipe: Recipe) -> bool:
         str(i): LinearPlan(str(i), (1, 1), s.name, s.weights, s.activations, solver)
         for i, (s, solver, _) in enumerate(pairs)
     }
-    return why_rows(probe, transforms) is not None
+    return why_rows(probe, transforms, int(recipe.significant > 0)) is not None
 
 
 def quantize(
@@ -165,6 +170,7 @@ def quantize(
     with Job.open(work, plan.identity) as job, workers(request.threads) as pool:
         record_source(work, outline.checkpoint.path)
         run_blocks(plan, outline, job, pool, progress)
+        repair(plan, outline, job, pool, progress)
         progress.start("export and verify", 2)
         export(plan, outline, job, partial)
         progress.step()

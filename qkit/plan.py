@@ -21,6 +21,7 @@ from qkit.formats import Format, Scheme, did_you_mean, fit_group
 from qkit.machine import run_dtype
 from qkit.recipe import Recipe, Rule, parse_method
 from qkit.solvers.table import SOLVERS
+from qkit.sparse import sparse_bytes
 from qkit.transforms.rotate import check_rotatable
 from qkit.transforms.table import TRANSFORMS
 
@@ -30,7 +31,8 @@ TIED_REASON = "the output head shares its weight with the embeddings"
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """What happens to one linear. ``note`` says what is unusual about it (an adapted group size, a rule)."""
+    """What happens to one linear. outliers: how many of its weights, the largest, go to a sparse part before it is quantized;
+    note: what is unusual about it (an adapted group size, a rule)."""
 
     name: str
     shape: tuple[int, int]
@@ -39,6 +41,7 @@ class LinearPlan:
     activations: Format | None
     solver: str
     options: dict[str, Any] = field(default_factory=dict)
+    outliers: int = 0
     note: str = ""
 
     @property
@@ -52,12 +55,14 @@ class Plan:
     """The whole run. linears and skipped: by checkpoint name (without '.weight'), in file order.
 
     run_dtype: what blocks are run in where there are calibration rows (``machine.run_dtype``); dtype: the checkpoint's
+    significant: how many weights of the whole model go to sparse parts after it is quantized
     fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
     """
 
     linears: dict[str, LinearPlan]
     skipped: dict[str, str]
     fused: tuple[tuple[str, ...], ...]
+    significant: int
     transforms: tuple[str, ...]
     family: str
     model_type: str
@@ -124,7 +129,8 @@ def make_plan(recipe: Recipe, outline: Outline, calibration: Calibration | None,
     skipped.update(_routers(outline))
     _check_rules(recipe, matched, [*linears, *skipped])
     fused = _fused(outline, linears, skipped)
-    rows = why_rows(linears, transforms)
+    significant = round(recipe.significant / 100 * sum(p.shape[0] * p.shape[1] for p in linears.values()))
+    rows = why_rows(linears, transforms, significant)
     if calibration is None and rows:
         raise UsageError(
             f"{rows}: give calibration text with --calib FILE (or leave --calib out for the built-in text)"
@@ -134,6 +140,7 @@ def make_plan(recipe: Recipe, outline: Outline, calibration: Calibration | None,
         linears,
         skipped,
         fused,
+        significant,
         transforms,
         outline.family.name,
         str(outline.checkpoint.config.get("model_type")),
@@ -142,10 +149,10 @@ def make_plan(recipe: Recipe, outline: Outline, calibration: Calibration | None,
         seed,
         outline.checkpoint.fingerprint(),
         outline.checkpoint.nbytes,
-        _packed_bytes(outline, linears, untied),
+        _packed_bytes(outline, linears, significant, untied),
         calibration if rows else None,
         untied,
-        recipe.export,
+        _export(recipe, linears, significant),
         recipe.model_dump(),
     )
 
@@ -155,8 +162,23 @@ def has_static(p: LinearPlan) -> bool:
     return p.activations is not None and (not p.activations.dynamic or p.activations.strategy == "tensor_group")
 
 
-def why_rows(linears: dict[str, LinearPlan], transforms: tuple[str, ...]) -> str | None:
+def _export(recipe: Recipe, linears: dict[str, LinearPlan], significant: int) -> str:
+    """The method's name in config.json."""
+    sparse = next((p.name for p in linears.values() if p.outliers), "the whole model" if significant else None)
+    if sparse is None:
+        return recipe.export or "compressed-tensors"
+    if recipe.export == "compressed-tensors":
+        raise Unsupported(
+            f"--export compressed-tensors: that format has no place for the sparse part of {sparse}: leave the option out, "
+            "or set outliers and significant to 0"
+        )
+    return "qkit"
+
+
+def why_rows(linears: dict[str, LinearPlan], transforms: tuple[str, ...], significant: int) -> str | None:
     """Why calibration rows must be run, or None when the weights alone decide."""
+    if significant:
+        return "significant weights are found by what they do to the loss"
     for p in linears.values():
         if SOLVERS[p.solver].needs_hessian:
             return f"solver {p.solver} measures the inputs of every layer"
@@ -195,7 +217,15 @@ def _decide(linear: Linear, recipe: Recipe, rule: Rule | None) -> LinearPlan:
     if rule is not None:
         notes.append(f"rule {rule.match!r}" if isinstance(rule.match, str) else "a rule that names it")
     return LinearPlan(
-        linear.name, linear.shape, scheme.name, weights, scheme.activations, solver, options, "; ".join(notes)
+        linear.name,
+        linear.shape,
+        scheme.name,
+        weights,
+        scheme.activations,
+        solver,
+        options,
+        round(recipe.outliers_of(linear.name) / 100 * linear.shape[0] * linear.shape[1]),
+        "; ".join(notes),
     )
 
 
@@ -244,14 +274,23 @@ def _fused(outline: Outline, linears: dict[str, LinearPlan], skipped: dict[str, 
     return tuple(fused)
 
 
-def _packed_bytes(outline: Outline, linears: dict[str, LinearPlan], untied: bool) -> int:
-    """Bytes of all tensors of the result, exactly (shard headers apart)."""
+def _packed_bytes(outline: Outline, linears: dict[str, LinearPlan], significant: int, untied: bool) -> int:
+    """Bytes of all tensors of the result, exactly (shard headers apart).
+
+    Where significant weights will be is not known yet: they are counted as if spread evenly.
+    """
     total = 0
+    weights = max(1, sum(p.shape[0] * p.shape[1] for p in linears.values()))
     for name, info in outline.checkpoint.tensors.items():
         if name in outline.tied:
             continue
         p = linears.get(name.removesuffix(".weight"))
-        total += info.nbytes if p is None else stored_bytes(p.weights, p.activations, p.shape, outline.dtype)
+        if p is None:
+            total += info.nbytes
+            continue
+        kept = p.outliers + round(significant * p.shape[0] * p.shape[1] / weights)
+        total += stored_bytes(p.weights, p.activations, p.shape, outline.dtype)
+        total += sparse_bytes(p.shape, kept, outline.dtype)
     if untied:
         shared = next(iter(outline.tied.values()))
         total += outline.checkpoint.tensors[shared].nbytes

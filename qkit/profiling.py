@@ -16,11 +16,13 @@ from qkit.calibration import calibration_rows
 from qkit.errors import BadInput, UsageError
 from qkit.families.outline import Outline
 from qkit.loading import load_tokenizer
+from qkit.machine import available_cores
 from qkit.parallel import workers
 from qkit.pipeline import Request, embedded_text, open_outline, prepare
 from qkit.plan import Plan
 from qkit.recipe import parse_method
 from qkit.run import Progress
+from qkit.sensitivity.forecast import ProfileForecast, profile_forecast, refuse_what_cannot_fit
 from qkit.sensitivity.ledger import Ledger
 from qkit.sensitivity.measures import Bench
 from qkit.sensitivity.probes import probes
@@ -52,8 +54,10 @@ class _Prepared:
 
 
 def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profile:
-    """Make the profile in ``folder``, or go on with it. Raises UsageError for methods that rewrite the weights."""
+    """Make the profile in ``folder``, or go on with it. Raises UsageError for methods that rewrite the weights, Unsupported
+    where memory is too small for it."""
     found = _prepare(request)
+    refuse_what_cannot_fit(forecast(request))
     with workers(request.base.threads) as pool:
         return make_profile(
             found.outline,
@@ -67,6 +71,20 @@ def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profil
             pool,
             progress,
         )
+
+
+def forecast(request: ProfileRequest) -> ProfileForecast:
+    """What ``profile`` will take, in seconds and without reading a weight. Raises what the request's names deserve."""
+    base = request.base
+    outline = open_outline(base.model)
+    return profile_forecast(
+        outline,
+        parse_candidates(request.candidates, base.group_size),
+        request.measures,
+        (request.rows, base.seqlen),
+        request.points,
+        base.threads or available_cores(),
+    )
 
 
 def _prepare(request: ProfileRequest) -> _Prepared:
@@ -133,7 +151,9 @@ def audit(
         workers(request.base.threads) as pool,
         probes(found.plans, found.outline, folder / "probes", pool, progress) as probed,
     ):
-        bench = make_bench(found.outline, probed, units, found.candidates, rows, request.points, ledger, pool, progress)
+        bench = make_bench(
+            found.outline, probed, units, found.candidates, rows, request.points, ledger, folder, pool, progress
+        )
         names = [c.name for c in found.candidates if c.scheme is not None]
         single = [{u.key: name} for u in units for name in names]
         uniform = [{u.key: name for u in units} for name in names]
@@ -193,7 +213,9 @@ def measured_plans(
     ledger = Ledger(folder / "plans.jsonl", identity(found.plans, found.rows, 0))
     with workers(base.threads) as pool, probes(found.plans, found.outline, folder / "probes", pool, progress) as probed:
         units = units_of(found.outline)
-        bench = make_bench(found.outline, probed, units, found.candidates, found.rows, 1, ledger, pool, progress)
+        bench = make_bench(
+            found.outline, probed, units, found.candidates, found.rows, 1, ledger, folder, pool, progress
+        )
         yield lambda picks: measured_plan(bench, picks)[1]
 
 

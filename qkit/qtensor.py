@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qkit.errors import Unsupported
 from qkit.formats import FP4_MAX, FP8_MAX, NVFP4_RANGE, Format
+from qkit.sparse import Sparse, add_
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes by code; bit 3 of a code is the sign
 _SEARCH_ELEMENTS = 1 << 16  # of a weight, held by one step of the scale search: its buffers stay in the L2 cache
@@ -40,12 +41,14 @@ class Params:
 class QTensor:
     """A quantized weight [out, in].
 
-    codes: int8 (integers), uint8 (E2M1 codes 0..15) or float8_e4m3fn, [out, in].
+    codes: int8 (integers), uint8 (E2M1 codes 0..15) or float8_e4m3fn, [out, in]; sparse: values that are added to what the
+    codes stand for.
     """
 
     codes: Tensor
     params: Params
     format: Format
+    sparse: Sparse | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -321,4 +324,5 @@ def dequantize(q: QTensor) -> Tensor:
     values = tiles(codes_to_grid(q.codes, q.format), q.format)
     if q.params.zero is not None:
         values = values - q.params.zero.to(torch.float32)[..., None]
-    return untile(values * effective_scale(q.params, q.format)[..., None], q.format, q.shape)
+    dense = untile(values * effective_scale(q.params, q.format)[..., None], q.format, q.shape)
+    return dense if q.sparse is None else add_(dense, q.sparse)

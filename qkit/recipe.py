@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qkit.errors import BadRecipe, UsageError
 from qkit.formats import Scheme, did_you_mean, scheme
@@ -30,6 +30,7 @@ from qkit.strictyaml import LineDict, check_keys, load_yaml
 from qkit.transforms.table import TRANSFORMS
 
 Glob = Annotated[str, Field(min_length=1, max_length=200)]
+MOST_SPARSE = 20.0  # percent: beyond it a wider format takes less room
 
 
 class Rule(BaseModel):
@@ -54,16 +55,39 @@ class Rule(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A whole request. ``method`` is a solver, a transform, or a sum such as smoothquant+gptq."""
+    """A whole request. ``method`` is a solver, a transform, or a sum such as smoothquant+gptq.
+
+    outliers: percent of a layer's weights, the largest, that are kept in 16 bits in a sparse part; or {glob: percent},
+    of which the first that matches decides. significant: percent of all weights that are put back to their values after
+    quantization, those that the loss depends on most.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     scheme: str
     method: str = "rtn"
     group_size: int | None = None
     strict: bool = False
-    export: Literal["compressed-tensors", "qkit"] = "compressed-tensors"
+    export: Literal["compressed-tensors", "qkit"] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
+    outliers: float | dict[Glob, float] = 0.0
+    significant: Annotated[float, Field(ge=0, le=MOST_SPARSE)] = 0.0
     rules: tuple[Rule, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_outliers(self) -> Recipe:
+        given = [self.outliers] if isinstance(self.outliers, float) else self.outliers.values()
+        wrong = next((p for p in given if not 0 <= p <= MOST_SPARSE), None)
+        if wrong is not None:
+            raise ValueError(f"outliers {wrong:g}: expected a percentage from 0 to {MOST_SPARSE:g}")
+        return self
+
+    def outliers_of(self, name: str) -> float:
+        """Percent of outliers of the layer of that checkpoint name."""
+        if isinstance(self.outliers, float):
+            return self.outliers
+        if name in self.outliers:  # an allocation names every layer
+            return self.outliers[name]
+        return next((p for glob, p in self.outliers.items() if fnmatchcase(name, glob)), 0.0)
 
     def resolved(self, rule: Rule | None) -> tuple[Scheme, str, dict[str, Any]]:
         """(scheme, solver, solver options) of a layer under its rule.
@@ -97,6 +121,10 @@ def parse_method(method: str) -> tuple[tuple[str, ...], str]:
             solvers.append(part)
         elif part in TRANSFORMS:
             transforms.append(part)
+        elif part == "requant":
+            raise UsageError(
+                f"method '{method}': requant searches before anything is planned: give it to 'qkit quantize' with --method"
+            )
         else:
             known = [*SOLVERS, *TRANSFORMS]
             raise UsageError(
@@ -152,6 +180,8 @@ def make_recipe(data: dict[str, Any], where: str) -> Recipe:
     except ValidationError as e:
         first = e.errors()[0]
         field = ".".join(str(p) for p in first["loc"])
+        if not field:  # of the recipe as a whole
+            raise BadRecipe(f"{where}: {first['ctx']['error']}") from e
         raise BadRecipe(f"{where}: field '{field}': {first['msg']} (found {first.get('input')!r})") from e
     except UsageError as e:
         raise type(e)(f"{where}: {e}" if where != "command line" else str(e)) from e

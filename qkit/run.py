@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qkit import sparse
 from qkit.activations import quantize_activations
 from qkit.blocks import LinearGroup
 from qkit.capture import Call, Rows, Wanted, enter
@@ -19,7 +20,7 @@ from qkit.errors import NumericFailure, write_failure
 from qkit.families.materialize import load_block, load_outer, plain_tensors, release, release_outer
 from qkit.families.outline import Outline
 from qkit.flow import Flow
-from qkit.job import PIECES, Job
+from qkit.job import Job
 from qkit.parallel import Workers
 from qkit.plan import Plan, has_static
 from qkit.qtensor import dequantize
@@ -64,7 +65,7 @@ def run_blocks(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: 
             for group in block.groups:  # one at a time: float32 copies of a whole block would be its largest cost
                 results += solve_groups(state, plan, (group,), {}, pool)
                 progress.step()
-            job.commit(block.index, _part(results, state), _entry(results), None)
+            job.commit(block.index, _part(results, state, plan.significant > 0), _entry(results), None)
         else:
             last = block.index + 1 == len(outline.blocks)
             rows = _with_rows(state, plan, rows, calls[block.index], job, pool, progress, name, last)
@@ -103,7 +104,7 @@ def _with_rows(
             rows, digest = flow.leave(job.rows_path(index + 1), progress.step)
             record = {"sha256": digest, "good": rows.good}
         flow.close()
-        job.commit(index, _part(results, state), _entry(results), record)
+        job.commit(index, _part(results, state, plan.significant > 0), _entry(results), record)
         return rows
     except OSError as e:
         raise write_failure(job.rows_path(index + 1), e) from e
@@ -185,8 +186,11 @@ def _wanted(plan: Plan, groups: tuple[LinearGroup, ...]) -> Wanted:
 # ---- what a part and a journal entry hold ----------------------------------------------------------------------
 
 
-def _part(results: list[Result], state: BlockState) -> dict[str, Tensor]:
-    """Tensors of a part: '<linear>:<piece>' of what is quantized, and plain tensors by their names."""
+def _part(results: list[Result], state: BlockState, originals: bool) -> dict[str, Tensor]:
+    """Tensors of a part: '<linear>:<piece>' of what is quantized, and plain tensors by their names.
+
+    originals: also the weights that a transform rewrote, as they were before they were quantized.
+    """
     tensors = plain_tensors(state.outline.checkpoint, state.block, state.module)
     planned = {r.plan.name for r in results}
     for linear in state.block.linears:
@@ -197,8 +201,17 @@ def _part(results: list[Result], state: BlockState) -> dict[str, Tensor]:
             tensors[name] = original if changed is None else changed.to(original.dtype)
     for r in results:
         q = r.qtensor
-        pieces = zip(PIECES, (q.codes, q.params.scale, q.params.zero, q.params.global_scale, r.static), strict=True)
-        tensors.update({f"{r.plan.name}:{k}": v.contiguous() for k, v in pieces if v is not None})
+        changed = state.changed.get(r.plan.name) if originals else None
+        pieces = {
+            "codes": q.codes,
+            "scale": q.params.scale,
+            "zero": q.params.zero,
+            "global_scale": q.params.global_scale,
+            "input_scale": r.static,
+            "original": None if changed is None else changed.to(state.outline.dtype),
+            **({} if q.sparse is None else sparse.write(q.sparse, q.shape)),
+        }
+        tensors.update({f"{r.plan.name}:{k}": v.contiguous() for k, v in pieces.items() if v is not None})
     return tensors
 
 
@@ -207,12 +220,7 @@ def _entry(results: list[Result]) -> dict[str, Any]:
 
 
 def _check_fallbacks(plan: Plan, job: Job) -> None:
-    fell = [
-        (name, record["fallback"])
-        for entry in job.entries.values()
-        for name, record in entry["linears"].items()
-        if record["fallback"]
-    ]
+    fell = [(name, record["fallback"]) for name, record in job.records().items() if record["fallback"]]
     if len(fell) > MAX_FALLBACKS * len(plan.linears):
         listed = "; ".join(f"{n} ({why})" for n, why in fell[:5])
         raise NumericFailure(

@@ -19,6 +19,7 @@ from qkit.plan import LinearPlan, Plan, has_static
 from qkit.qtensor import Params, QTensor, dequantize, find_params, nvfp4_global_scale, quantize
 from qkit.solvers import Task
 from qkit.solvers.table import SOLVERS, Solver
+from qkit.sparse import Sparse, add_, split
 from qkit.transforms import BlockState
 
 FEW_TOKENS = 32  # an expert that saw fewer is rounded to nearest: its Hessian would be noise
@@ -47,13 +48,24 @@ class Result:
 
     def entry(self) -> dict[str, Any]:
         """The journal's record of it."""
+        sparse = self.qtensor.sparse
         return {
+            **({} if sparse is None else {"sparse": sparse.nnz}),
             "weight_sha256": self.weight_sha256,
             "error": float(f"{self.error:.6g}"),
             "baseline_error": float(f"{self.baseline_error:.6g}"),
             "fallback": self.fallback,
             "tokens": self.tokens,
         }
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A group to solve. sparse: of each weight, what was taken out of it beforehand; the task holds the rest."""
+
+    solver: Solver
+    task: Task
+    sparse: list[Sparse | None]
 
 
 @dataclass(frozen=True)
@@ -73,15 +85,15 @@ def solve_groups(
     """Results of the planned linears of the groups, in order."""
     planned = [g for g in groups if g.linears[0].name in plan.linears]
     static = _static_scales(plan, planned, stats)
-    tasks = pool.map(lambda g: _task(state, plan, g, stats.get(g.key)), planned)
-    pieces = [(i, piece) for i, (_, task) in enumerate(tasks) for piece in _row_slices(task)]
-    slices = pool.map(lambda item: _solve(*tasks[item[0]], item[1]), pieces)
-    jobs: list[tuple[Linear, list[_Slice], tuple[Tensor, Task], Tensor | None]] = []
+    works = pool.map(lambda g: _work(state, plan, g, stats.get(g.key)), planned)
+    pieces = [(i, piece) for i, work in enumerate(works) for piece in _row_slices(work.task)]
+    slices = pool.map(lambda item: _solve(works[item[0]], item[1]), pieces)
+    jobs: list[tuple[Linear, list[_Slice], _Work, int, Tensor | None]] = []
     for i, group in enumerate(planned):
         mine = [s for (j, _), s in zip(pieces, slices, strict=True) if j == i]
         for k, linear in enumerate(group.linears):
             parts = [found for s in mine if (found := s[k]) is not None]
-            jobs.append((linear, parts, (tasks[i][1].weights[k], tasks[i][1]), static.get(group.key)))
+            jobs.append((linear, parts, works[i], k, static.get(group.key)))
     return pool.map(lambda job: _join(plan.linears[job[0].name], *job), jobs)
 
 
@@ -105,9 +117,14 @@ def _static_scales(plan: Plan, groups: list[LinearGroup], stats: dict[str, Stats
     return result
 
 
-def _task(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats | None) -> tuple[Solver, Task]:
+def _work(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats | None) -> _Work:
     p = plan.linears[group.linears[0].name]
-    weights = [state.weight(x) for x in group.linears]
+    weights, sparse = [], []
+    for x in group.linears:
+        count = plan.linears[x.name].outliers
+        dense, taken = split(state.weight(x), count, state.outline.dtype) if count else (state.weight(x), None)
+        weights.append(dense)
+        sparse.append(taken)
     shared = None
     if p.weights.scale == "e4m3":
         shared = nvfp4_global_scale(torch.stack([w.abs().amax() for w in weights]).amax())
@@ -117,7 +134,9 @@ def _task(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats | None
     seen = stats if stats is not None and stats.tokens else None
     prepared = None if solver.prepare is None or seen is None else solver.prepare(seen, p.options)
     tokens = None if stats is None else stats.tokens
-    return solver, Task(weights, p.weights, state.outline.dtype, seen, shared, p.options, prepared, tokens)
+    return _Work(
+        solver, Task(weights, p.weights, state.outline.dtype, seen, shared, p.options, prepared, tokens), sparse
+    )
 
 
 Piece = tuple[tuple[int, int] | None, ...]  # rows of each weight of the group; None: not in this piece
@@ -146,14 +165,18 @@ def _row_slices(task: Task) -> list[Piece]:
     return [tuple(part(k, a, b) for k in range(len(ends))) for a, b in pairwise(cuts)]
 
 
-def _solve(solver: Solver, task: Task, piece: Piece) -> list[_Slice | None]:
-    weights = [w[span[0] : span[1]] for w, span in zip(task.weights, piece, strict=True) if span is not None]
-    solved = solver.solve(replace(task, weights=weights))
+def _solve(work: _Work, piece: Piece) -> list[_Slice | None]:
+    task = work.task
+    spans = [(w, s, span) for w, s, span in zip(task.weights, work.sparse, piece, strict=True) if span is not None]
+    weights = [w[a:b] for w, _, (a, b) in spans]
+    taken = [None if s is None else s.slice(a, b) for _, s, (a, b) in spans]
+    solved = work.solver.solve(replace(task, weights=weights))
     sample = None if task.stats is None else _thin(task.stats.sample).float()
     found: list[_Slice] = []
-    for w, q in zip(weights, solved.qtensors, strict=True):
+    for w, s, q in zip(weights, taken, solved.qtensors, strict=True):
         error, baseline = (_energy(dequantize(t) - w, sample) for t in (q, _plain(w, task)))
-        found.append(_Slice(q, error, baseline, _energy(w, sample), solved.fallback))
+        whole = _energy(w if s is None else add_(w.clone(), s), sample)
+        found.append(_Slice(replace(q, sparse=s), error, baseline, whole, solved.fallback))
     rest = iter(found)
     return [None if span is None else next(rest) for span in piece]
 
@@ -173,9 +196,9 @@ def _energy(w: Tensor, sample: Tensor | None) -> float:
 
 
 def _join(
-    plan: LinearPlan, linear: Linear, slices: list[_Slice], source: tuple[Tensor, Task], static: Tensor | None
+    plan: LinearPlan, linear: Linear, slices: list[_Slice], work: _Work, index: int, static: Tensor | None
 ) -> Result:
-    """source: the weight and its task."""
+    """index: of the linear in its group."""
     whole = max(sum(s.whole for s in slices), 1e-30)
     error, baseline = sum(s.error for s in slices) / whole, sum(s.baseline for s in slices) / whole
     fallback = slices[0].fallback
@@ -183,14 +206,16 @@ def _join(
     # Rounding cannot fall back to rounding: it merely took another scale.
     if worse and error > 1.02 * baseline and SOLVERS[plan.solver].needs_hessian:
         fallback = fallback or f"{plan.solver} was worse than rounding"
-    parts = [_plain(*source)] if worse else [s.qtensor for s in slices]
+    taken, weight = work.sparse[index], work.task.weights[index]
+    parts = [replace(_plain(weight, work.task), sparse=taken)] if worse else [s.qtensor for s in slices]
     digest = (
         hashlib.sha256()
     )  # of the float32 weight, slice by slice: the whole of it would be the largest tensor of a run
     for part in parts:
         digest.update(dequantize(part).contiguous().numpy().astype("<f4", copy=False).data)
     least = min(error, baseline)
-    return Result(linear, plan, _stack(parts), static, least, baseline, fallback, source[1].tokens, digest.hexdigest())
+    q = replace(_stack(parts), sparse=taken)
+    return Result(linear, plan, q, static, least, baseline, fallback, work.task.tokens, digest.hexdigest())
 
 
 def _stack(parts: list[QTensor]) -> QTensor:

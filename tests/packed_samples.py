@@ -83,7 +83,7 @@ CASES = {
     "mxfp4": Case("mxfp4-pack-quantized", "fp4", 4, "group", 32, scale="e8m0"),
     "mxfp8": Case("mxfp8-quantized", "fp8", 8, "group", 32, scale="e8m0"),
 }
-SAMPLES = [*CASES, "mixed", "sharded"]
+SAMPLES = [*CASES, "mixed", "sharded", "sparse"]
 CASES["w4a8-bytes"] = Case("int-quantized", "int", 4, "group", 32, acts=INT8_TOKEN)  # packed in a way to be refused
 GLOBAL = torch.tensor([2688 / 4.0])
 
@@ -148,13 +148,26 @@ class Sample:
 
 
 SHAPES = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64)}
+SPARSE = ("self_attn.k_proj", "mlp.up_proj")
 SHAPES |= {"mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64)}
 
 
+def sparse_part(reference: torch.Tensor) -> dict[str, torch.Tensor]:
+    """CSR tensors of a few values, added to the weight in place; the second row has none."""
+    places = torch.zeros(reference.shape, dtype=torch.bool)
+    places[::3, 5::17] = True
+    values = (places.nonzero().sum(1) / 8 - 3.52).to(torch.bfloat16)
+    reference[places] += values.float()
+    starts = torch.cat((torch.zeros(1, dtype=torch.int64), places.sum(1).cumsum(0)))
+    columns = places.nonzero()[:, 1].to(torch.uint8)
+    return {"sparse_rows": starts.to(torch.uint16), "sparse_columns": columns, "sparse_values": values}
+
+
 def make(name: str, layers: int = 2) -> Sample:
-    """One or two layers and a tied head. 'mixed' has two formats, 'sharded' two files; the rest one of each."""
+    """One or two layers and a tied head. 'mixed' has two formats, 'sharded' two files, 'sparse' linears with a sparse part; the
+    rest one of each."""
     generator = torch.Generator().manual_seed(len(name))
-    attention = CASES["int4" if name in ("mixed", "sharded") else name]
+    attention = CASES["int4" if name in ("mixed", "sharded", "sparse") else name]
     mlp = CASES["fp8-channel"] if name == "mixed" else attention
     shards: list[dict[str, torch.Tensor]] = [{}, {}]
     linears, plain, skipped, fused = {}, {}, {"lm_head": "the head stays"}, []
@@ -164,10 +177,13 @@ def make(name: str, layers: int = 2) -> Sample:
             case = mlp if suffix.startswith("mlp") else attention
             weight = (torch.randn(*shape, generator=generator) * 0.4).clamp(-3.9, 3.9).to(torch.bfloat16)
             stored, reference = pack(case, weight)
+            kept = sparse_part(reference) if name == "sparse" and suffix in SPARSE else {}
+            stored |= kept
             shards[layer] |= {f"{base}.{suffix}.{key}": value for key, value in stored.items()}
             linears[f"{base}.{suffix}"] = {
                 "format": case.record(), "activations": case.acts, "shape": list(shape), "solver": "rtn",
                 "error": 0.01, "baseline_error": 0.02, "fallback": None, "weight_sha256": sha(raw(reference)),
+                **({"sparse": len(kept["sparse_values"])} if kept else {}),
             }  # fmt: skip
         plain[f"{base}.self_attn.o_proj.weight"] = torch.randn(64, 64, generator=generator).to(torch.bfloat16)
         plain[f"{base}.input_layernorm.weight"] = torch.ones(64, dtype=torch.float32)
@@ -193,8 +209,21 @@ def make(name: str, layers: int = 2) -> Sample:
             "version": "0.20.0", "sparsity_config": {}, "transform_config": {},
         },
     }  # fmt: skip
-    dtypes = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
-    listed = plain | {key: value for tensors in shards for key, value in tensors.items() if ".input_" in key}
+    if name == "sparse":
+        config["quantization_config"] |= {
+            "quant_method": "qkit",
+            "sparse": sorted(k for k in linears if k.endswith(SPARSE)),
+        }
+    dtypes = {
+        torch.bfloat16: "BF16",
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.uint8: "U8",
+        torch.uint16: "U16",
+    }
+    listed = plain | {
+        key: value for tensors in shards for key, value in tensors.items() if ".input_" in key or ".sparse_" in key
+    }
     record = {
         "format_version": 1, "qkit_version": "0.1.0", "compressed_tensors": "0.20.0",
         "source": {"fingerprint": "a" * 64, "model_type": "llama", "bytes": 1000}, "plan_hash": "b" * 64,

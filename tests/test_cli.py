@@ -17,12 +17,12 @@ from qkit.commands import VERBS, cli, main
 
 BUDGET = "bits candidates ceiling floor measure memory profile refine size"
 FLAGS = {
-    "quantize": "calib export group-size json keep-job method model option out overwrite recipe samples scheme seed seqlen "
-    f"strict threads work {BUDGET}",
-    "plan": "calib explain export group-size json method model option out recipe samples scheme seed seqlen strict threads "
-    f"{BUDGET}",
-    "profile": "audit audit-text calib candidates group-size json measures method model out points rows samples seed seqlen "
-    "threads",
+    "quantize": "calib export group-size json keep-job method model option out outliers overwrite recipe samples scheme seed "
+    f"seqlen significant strict threads work {BUDGET}",
+    "plan": "calib explain export figures group-size json method model option out outliers recipe samples scheme seed seqlen "
+    f"significant strict threads {BUDGET}",
+    "profile": "audit audit-text calib candidates group-size json measures method model out pareto pareto-measure points rows "
+    "samples seed seqlen threads",
     "verify": "job json",
     "eval": "allow-task-code baseline device dtype json limit task-dir tasks text window windows",
     "check": "allow-task-code baseline budget device dtype json junit task-dir text",

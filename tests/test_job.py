@@ -177,6 +177,13 @@ def test_kill_at_commit_points(request_, undisturbed, tmp_path):
     assert kill_at_operations(request_, undisturbed, tmp_path, range(1, 200, 11)) >= 4
 
 
+def test_kill_at_commit_points_of_a_repaired_run(request_, tmp_path):
+    """Sparse parts are committed after the last block: a kill around it leaves a state to go on from."""
+    request = replace(request_, method="gptq", outliers=1.0, significant=0.5)
+    assert quantize(request, tmp_path / "whole", Quiet()).ok
+    assert kill_at_operations(request, contents(tmp_path / "whole"), tmp_path, range(19, 45, 5)) >= 4
+
+
 @pytest.mark.slow
 def test_kill_at_every_commit_point(request_, undisturbed, tmp_path):
     assert kill_at_operations(request_, undisturbed, tmp_path, range(1000)) >= 30
@@ -192,13 +199,17 @@ def test_threads_do_not_matter(threads, request_, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "scheme", "method"),
-    [("mixtral", "nvfp4", "gptq"), ("llama", "w3a16_asym", "rotate+gptq"), ("opt", "fp8", "awq")],
+    ("family", "scheme", "method", "sparse"),
+    [
+        ("mixtral", "nvfp4", "gptq", {}),
+        ("llama", "w3a16_asym", "rotate+gptq", {"outliers": 0.5, "significant": 0.5}),
+        ("opt", "fp8", "awq", {"outliers": {"*.fc1": 2.0}}),
+    ],
 )
-def test_two_runs_are_identical(family, scheme, method, tiny, calib, tmp_path):
+def test_two_runs_are_identical(family, scheme, method, sparse, tiny, calib, tmp_path):
     found = []
     for i, threads in enumerate((1, 2)):
-        given = {"calib": calib, "samples": 8, "seqlen": 32, "seed": 5, "threads": threads}
+        given = {"calib": calib, "samples": 8, "seqlen": 32, "seed": 5, "threads": threads, **sparse}
         group = 32 if scheme.startswith("w3") else None
         quantize(Request(str(tiny(family)), scheme, method, group, **given), tmp_path / str(i), Quiet())
         found.append(contents(tmp_path / str(i)))

@@ -31,9 +31,10 @@ LEVELS = {
     **dict.fromkeys(("errors", "formats", "packing", "qtensor", "safefile"), 0),
     **dict.fromkeys(("capture", "job", "checkpoint", "folder", "quality"), 1),
     **dict.fromkeys(("solvers", "transforms", "families", "kvcache", "diffusion"), 2),
-    **dict.fromkeys(("run", "export", "evaluation", "report"), 3),
+    **dict.fromkeys(("run", "export", "evaluation"), 3),
     "sensitivity": 4,  # its probes are runs
     "allocation": 5,
+    "report": 5,  # draws profiles and allocations
     "commands": 6,
 }
 MAX_LINES = 400

@@ -16,6 +16,7 @@ from qkit.budgeting import MEASURE, Allocated, BudgetRequest, allocated
 from qkit.commands.common import Reporter, command_line, make_request, megabytes
 from qkit.errors import UsageError
 from qkit.pipeline import Request
+from qkit.requant import is_requant, requanted
 from qkit.sensitivity.profile import UnitProfile
 
 _NAMES = ("bits", "size", "memory", "profile", "candidates", "measure", "floors", "ceilings", "refine")
@@ -43,10 +44,13 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def request_within_budget(given: dict[str, Any], beside: Path, console: Console) -> tuple[Request, Allocated | None]:
-    """The request of parsed options, its rules from the allocation where a budget is given.
+def decided_request(
+    given: dict[str, Any], out: Path, work: Path | None, console: Console
+) -> tuple[Request, Allocated | None]:
+    """The request of parsed options, with what has to be measured first: the rules of an allocation where a budget is given,
+    the outliers of every layer under ReQuant.
 
-    beside: where the profile goes when --profile is not given.
+    out: beside it go the profile, where --profile is not given, and the trials; work: the job folder, if not beside it too.
     """
     asked = {name: given.pop(name) for name in _NAMES}
     request = make_request(given)
@@ -55,10 +59,14 @@ def request_within_budget(given: dict[str, Any], beside: Path, console: Console)
         for name in ("profile", "candidates", "floors", "ceilings", "refine"):
             if asked[name]:
                 raise UsageError(f"--{name.removesuffix('s')} goes with a budget: add --bits, --size or --memory")
-        return request, None
+        return (_requanted(request, out, work, console) if is_requant(request.method) else request), None
+    if is_requant(request.method):
+        raise UsageError(
+            "method requant and a budget exclude each other: add sparse formats to --candidates (int3+0.5%)"
+        )
     wanted = BudgetRequest(
         budget,
-        asked["profile"] or beside,
+        asked["profile"] or out.with_name(out.name + ".profile"),
         asked["candidates"],
         asked["measure"],
         _bounds("--floor", asked["floors"]),
@@ -69,6 +77,17 @@ def request_within_budget(given: dict[str, Any], beside: Path, console: Console)
     with reporter.running():
         found = allocated(request, wanted, reporter)
     return found.request, found
+
+
+def _requanted(request: Request, out: Path, work: Path | None, console: Console) -> Request:
+    reporter = Reporter(console, command_line())
+    with reporter.running():
+        found = requanted(
+            request, out.with_name(out.name + ".requant"), work or out.with_name(out.name + ".job"), reporter
+        )
+    tried = ", ".join(f"{t:g}: {kl:.5f}" for t, kl in found.divergence.items())
+    console.print(f"outliers by sensitivity to the power {found.exponent:g} (KL divergence of each: {tried})")
+    return found.request
 
 
 def _bounds(option: str, items: tuple[str, ...]) -> tuple[tuple[str, str], ...]:

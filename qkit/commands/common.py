@@ -32,11 +32,17 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--model", required=True, help="Model folder, reference model name, or hub id."),
         click.option("--scheme", help="For instance w4a16, w8a8, nvfp4 ('qkit list schemes')."),
-        click.option("--method", help="rtn, gptq, awq, smoothquant, rotate, or a sum such as smoothquant+gptq."),
+        click.option("--method", help="rtn, gptq, awq, smoothquant, rotate, requant, or a sum of them."),
         click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with rules per layer."),
         click.option("--group-size", type=int, help="Weights per scale; -1: one scale per output channel."),
         click.option(
             "--option", "options", multiple=True, metavar="NAME=VALUE", help="Option of the method, repeatable."
+        ),
+        click.option(
+            "--outliers", type=float, help="Percent of the weights, the largest, kept in 16 bits beside the codes."
+        ),
+        click.option(
+            "--significant", type=float, help="Percent put back after quantization: what the loss depends on."
         ),
         click.option("--strict", is_flag=True, help="Refuse to adapt a group size that does not divide a width."),
         click.option(

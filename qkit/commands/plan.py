@@ -8,12 +8,16 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.text import Text
 
-from qkit.commands.budget import budget_options, explain, explanation, request_within_budget, show_allocation
+from qkit.budgeting import Allocated
+from qkit.commands.budget import budget_options, decided_request, explain, explanation, show_allocation
 from qkit.commands.common import megabytes, request_options, show_coverage, write_json
-from qkit.errors import UsageError
+from qkit.errors import UsageError, write_failure
 from qkit.forecast import refuse_what_cannot_fit
 from qkit.pipeline import Prepared, coverage, prepare
+from qkit.report.allocation import allocation_files
+from qkit.safefile import write_atomic
 
 
 def plan_json(found: Prepared) -> dict[str, Any]:
@@ -43,12 +47,25 @@ def show_forecast(found: Prepared, console: Console) -> None:
     )
 
 
+def write_figures(found: Allocated, folder: Path, console: Console) -> None:
+    """The pictures and the page of an allocation."""
+    files = allocation_files(found.profile, found.allocation)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise write_failure(folder, e) from e
+    for name, content in files.items():
+        write_atomic(folder / name, content)
+    console.print(Text(f"figures: {folder}: {', '.join(files)}"))
+
+
 @click.command("plan")
 @request_options
 @budget_options
 @click.option("--explain", "why", is_flag=True, help="Every layer of a budget: the alternatives and what they cost.")
+@click.option("--figures", type=click.Path(path_type=Path), help="Folder for pictures and a page of the allocation.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where the result would go (its disk is checked).")
-def plan_command(json_file: Path | None, out: Path | None, why: bool, **given: Any) -> None:
+def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: Path | None, **given: Any) -> None:
     """Say what quantize would do: coverage, exact bytes, peak memory, and where the time goes.
 
     Refuses what cannot fit.
@@ -58,8 +75,7 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, **given: A
       qkit plan --model tiny-llama --scheme w4a16 --method gptq --json plan.json
     """
     console = Console()
-    beside = (out or Path(Path(given["model"]).name)).with_suffix(".profile")
-    request, budgeted = request_within_budget(given, beside, console)
+    request, budgeted = decided_request(given, out or Path(Path(given["model"]).name), None, console)
     found = prepare(request)
     data = plan_json(found)
     if budgeted is not None:
@@ -67,8 +83,10 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, **given: A
         data["allocation"] = {**asdict(budgeted.allocation), "layers": explanation(budgeted)}
         if why:
             explain(budgeted, console)
-    elif why:
-        raise UsageError("--explain goes with a budget: add --bits, --size or --memory")
+        if figures is not None:
+            write_figures(budgeted, figures, console)
+    elif why or figures is not None:
+        raise UsageError(f"{'--explain' if why else '--figures'} goes with a budget: add --bits, --size or --memory")
     show_coverage(found, console)
     show_forecast(found, console)
     write_json(json_file, data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import qkit_data
 from rich.console import Console
 from rich.table import Table
 
+from qkit.allocation.pareto import PREFERRED, Point, curve, curve_measure, measure_points, spread, uniform
 from qkit.commands.common import Reporter, command_line, megabytes, write_json
 from qkit.errors import UsageError
 from qkit.memory import bound_heap
 from qkit.pipeline import Request
-from qkit.profiling import ProfileRequest, audit, profile
+from qkit.profiling import ProfileRequest, audit, forecast, measured_plans, profile
+from qkit.report.figures import pareto_plot, png, unit_of
+from qkit.safefile import write_atomic
 from qkit.sensitivity.measures import MEASURES
 from qkit.sensitivity.profile import Profile
 
@@ -35,6 +39,18 @@ from qkit.sensitivity.profile import Profile
 @click.option("--points", type=click.IntRange(1), default=8, show_default=True, help="Of the path integral (pqi).")
 @click.option("--audit", is_flag=True, help="Compare every measure with the true loss change on held-out text.")
 @click.option("--audit-text", type=click.Path(path_type=Path), help="That text (default: the embedded one).")
+@click.option(
+    "--pareto",
+    is_flag=True,
+    help=f"Write the curve of predicted cost against bytes, of the first of {', '.join(PREFERRED)} that was measured.",
+)
+@click.option(
+    "--pareto-measure",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="Measure the KL divergence of N plans along the curve.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="For what is random (plans of the audit).")
 @click.option("--threads", type=int, help="Workers (default: all cores); the result does not depend on it.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what is printed to this file.")
@@ -45,6 +61,8 @@ def profile_command(
     measures: str,
     points: int,
     audit_text: Path | None,
+    pareto: bool,
+    pareto_measure: int,
     json_file: Path | None,
     **given: Any,
 ) -> None:
@@ -62,16 +80,45 @@ def profile_command(
     if given["threads"] is not None and given["threads"] < 1:
         raise UsageError(f"--threads {given['threads']}: expected at least 1")
     wanted = tuple(m.strip() for m in measures.split(",") if m.strip())
+    if pareto_measure and not pareto:
+        raise UsageError("--pareto-measure goes with --pareto: add it")
+    of = curve_measure(wanted) if pareto else None
     request = ProfileRequest(Request(**given), candidates, wanted, rows, points)
     reporter = Reporter(console, command_line())
     with reporter.running():
+        console.print(forecast(request).line())
         made = profile(request, out, reporter)
         text = audit_text or Path(str(qkit_data.text_path("evaluation")))
         found = audit(request, out, made, text, reporter, seed=seed) if audited else None
+        along = pareto_curve(request.base, made, of, pareto_measure, out, reporter) if of is not None else None
     show_profile(made, console)
     if found is not None:
         show_audit(found, console)
-    write_json(json_file, {"units": len(made.units), "whole": made.whole, "base_loss": made.base_loss, "audit": found})
+    data = {"units": len(made.units), "whole": made.whole, "base_loss": made.base_loss, "audit": found}
+    if of is not None and along is not None:
+        data["pareto"] = pareto_json(along, of)
+        write_json(out / "pareto.json", data["pareto"])
+        write_atomic(out / "pareto.png", png(pareto_plot(along, None, uniform(made, of), of)))
+        show_pareto(along, of, made, console)
+    write_json(json_file, data)
+
+
+def pareto_curve(
+    base: Request, made: Profile, measure: str, wanted: int, folder: Path, reporter: Reporter
+) -> list[Point]:
+    """The curve, ``wanted`` of its points measured with the weights of the probes."""
+    reporter.start("Pareto curve", 1)
+    points = curve(made, measure)
+    if not wanted:
+        return points
+    with measured_plans(base, made, folder, reporter) as measured:
+        reporter.start("plans of the curve", min(wanted, len(points)))
+        return measure_points(points, wanted, measured, reporter.step)
+
+
+def pareto_json(points: list[Point], measure: str) -> dict[str, Any]:
+    """What pareto.json holds: costs in the measure's unit, measured KL divergences in nats a token."""
+    return {"measure": measure, "unit": unit_of(measure), "points": [asdict(p) for p in points]}
 
 
 def show_profile(made: Profile, console: Console) -> None:
@@ -85,6 +132,20 @@ def show_profile(made: Profile, console: Console) -> None:
         whole = made.whole[name]
         table.add_row(name, megabytes(size), f"{whole['loss']:.5f}", f"{whole['kl']:.5f}", *(f"{s:.5g}" for s in sums))
     console.print(table)
+
+
+def show_pareto(points: list[Point], measure: str, made: Profile, console: Console) -> None:
+    """Some points along the curve, and all that were measured."""
+    shown = {*spread(len(points), 8), *(i for i, p in enumerate(points) if p.measured is not None)}
+    table = Table("bits", "bytes", measure, "measured KL", "layers", title="Pareto curve", title_justify="left")
+    for i in sorted(shown):
+        p = points[i]
+        counts = {n: sum(len(u.linears) for u in made.units if p.picks[u.key] == n) for n in made.candidates}
+        formats = ", ".join(f"{n} {count}" for n, count in counts.items() if count)
+        measured = "-" if p.measured is None else f"{p.measured:.5g}"
+        table.add_row(f"{p.bits:.3f}", megabytes(p.bytes), f"{p.cost:.5g}", measured, formats)
+    console.print(table)
+    console.print(f"{len(shown)} of {len(points)} points; all of them are in pareto.json and pareto.png")
 
 
 def show_audit(found: dict[str, Any], console: Console) -> None:

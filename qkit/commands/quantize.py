@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from qkit.commands.budget import budget_options, request_within_budget, show_allocation
+from qkit.commands.budget import budget_options, decided_request, show_allocation
 from qkit.commands.common import (
     Reporter,
     command_line,
@@ -45,7 +45,7 @@ def quantize_command(
     bound_heap()
     console = Console()
     began = time.monotonic()
-    request, budgeted = request_within_budget(given, out.with_name(out.name + ".profile"), console)
+    request, budgeted = decided_request(given, out, work, console)
     found = prepare(request)
     if budgeted is not None:
         show_allocation(budgeted, console)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit import __version__
+from qkit import __version__, sparse
 from qkit.export import compressed_tensors as ct
 from qkit.families.outline import Outline
 from qkit.job import Job
@@ -45,7 +45,7 @@ def export(plan: Plan, outline: Outline, job: Job, partial: Path, shard_bytes: i
         total = sum(_bytes(s) for s in source.specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_atomic(partial / "model.safetensors.index.json", _json(index))
-    write_atomic(partial / "config.json", _json(_config(plan, outline)))
+    write_atomic(partial / "config.json", _json(_config(plan, outline, job)))
     for file_path in outline.checkpoint.side_files():
         write_atomic(partial / file_path.name, file_path.read_bytes())
     write_atomic(partial / "qkit.json", _json(_record(plan, outline, job, source, hashes)))
@@ -77,6 +77,7 @@ class _Tensors:
 
     def __init__(self, plan: Plan, outline: Outline, job: Job) -> None:
         self.plan, self.outline, self.job = plan, outline, job
+        self.records = job.records()
         self.specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self.plain: dict[
             str, str
@@ -104,18 +105,22 @@ class _Tensors:
         self._get[name] = get
 
     def _linear(self, p: LinearPlan, block: int) -> None:
-        for suffix, spec in ct.specs(p.weights, p.activations, p.shape, self.outline.dtype).items():
+        kept = int(self.records[p.name].get("sparse", 0))
+        dense = ct.specs(p.weights, p.activations, p.shape, self.outline.dtype)
+        for suffix, spec in {**dense, **sparse.specs(p.shape, kept, self.outline.dtype)}.items():
             name = f"{p.name}.{suffix}"
             self.specs[name] = spec
-            if suffix.startswith("input_"):
-                self.plain[name] = ""  # no weight hash covers it
+            if suffix.startswith("input_") or suffix in sparse.PIECES:
+                # The hash of the weight does not cover it, or not every bit of it: a small value added to a large one.
+                self.plain[name] = ""
             self._get[name] = lambda s=suffix: self._made_for(p, block)[s]  # type: ignore[misc]
 
     def _made_for(self, p: LinearPlan, block: int) -> dict[str, Tensor]:
         """All tensors of a linear; kept until another linear is asked for."""
         if self._made[0] != p.name:
             q, static = self.job.quantized(block, p.name, p.weights)
-            self._made = (p.name, ct.write(q, p.activations, static, self.outline.dtype))
+            added = {} if q.sparse is None else sparse.write(q.sparse, q.shape)
+            self._made = (p.name, {**ct.write(q, p.activations, static, self.outline.dtype), **added})
         return self._made[1]
 
     def load(self, name: str) -> Tensor:
@@ -130,11 +135,14 @@ def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(data.numpy().data).hexdigest()
 
 
-def _config(plan: Plan, outline: Outline) -> dict[str, Any]:
+def _config(plan: Plan, outline: Outline, job: Job) -> dict[str, Any]:
     config = dict(outline.checkpoint.config)
     if plan.untied:
         config["tie_word_embeddings"] = False
     config["quantization_config"] = quantization_config(plan, outline)
+    kept = sorted(name for name, record in job.records().items() if record.get("sparse"))
+    if kept:
+        config["quantization_config"]["sparse"] = kept
     return config
 
 
@@ -157,7 +165,6 @@ def module_names(outline: Outline) -> dict[str, str]:
 
 def _record(plan: Plan, outline: Outline, job: Job, source: _Tensors, hashes: dict[str, str]) -> dict[str, Any]:
     """qkit.json: what was done, and what every tensor must be."""
-    done = {name: record for entry in job.entries.values() for name, record in entry["linears"].items()}
     linears = {
         p.name: {
             "format": p.weights.to_json(),
@@ -165,7 +172,7 @@ def _record(plan: Plan, outline: Outline, job: Job, source: _Tensors, hashes: di
             "shape": list(p.shape),
             "scheme": p.scheme,
             "solver": p.solver,
-            **done[p.name],
+            **source.records[p.name],
         }
         for p in plan.linears.values()
     }
@@ -199,6 +206,7 @@ _SAFETENSORS = {
     torch.float64: "F64",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }

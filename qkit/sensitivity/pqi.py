@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from qkit.sensitivity.subject import Replacement, Subject
+from qkit.sensitivity.subject import Subject
 
 RULES: dict[str, Callable[[int, int], float]] = {
     "midpoint": lambda i, n: (i + 0.5) / n,
@@ -43,14 +43,18 @@ def mean_gradients(
     """
     start = {name: subject.weight(name).clone() for name in targets}
     total = {name: torch.zeros_like(w) for name, w in start.items()}
-    for i in range(points):
-        t = RULES[rule](i, points)
-        moved = {name: Replacement(torch.lerp(start[name], target, t)) for name, target in targets.items()}
-        with subject.replaced(moved):
+    try:
+        for i in range(points):
+            t = RULES[rule](i, points)
+            for name, target in targets.items():
+                subject.weight(name).copy_(torch.lerp(start[name], target, t))
             _, gradients = subject.gradients(tokens, list(targets))
-        for name, gradient in gradients.items():
-            total[name].add_(gradient, alpha=1 / points)
-        step()
+            for name, gradient in gradients.items():
+                total[name].add_(gradient, alpha=1 / points)
+            step()
+    finally:
+        for name, weight in start.items():
+            subject.weight(name).copy_(weight)
     return total
 
 

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from torch import Tensor
+
 from qkit.families.outline import Outline
+from qkit.formats import Format
 from qkit.job import Job
 from qkit.parallel import Workers
 from qkit.plan import Plan
@@ -18,6 +21,8 @@ from qkit.qtensor import dequantize
 from qkit.run import Progress, run_blocks
 from qkit.sensitivity.subject import Replacement
 from qkit.sensitivity.units import Candidate, Unit
+
+Activations = tuple[Format, Tensor | None]  # the format of a linear's input, and its static scale
 
 
 class Probes:
@@ -37,6 +42,11 @@ class Probes:
             q, static = job.quantized(unit.block, linear.name, p.weights)
             found[linear.name] = Replacement(dequantize(q), p.activations, static)
         return found
+
+    def activations(self, unit: Unit, candidate: Candidate) -> dict[str, Activations]:
+        """{linear: format of its input and its static scale}, for a candidate that quantizes inputs."""
+        found = self.replacements(unit, candidate).items()
+        return {name: (r.activations, r.static) for name, r in found if r.activations is not None}
 
     def output_error(self, unit: Unit, candidate: Candidate) -> float:
         """Relative squared output error, mean over the unit's linears, as the solver measured it; 0 for a unit that is kept."""

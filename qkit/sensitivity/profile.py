@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qkit import loading
 from qkit.errors import BadInput, UsageError
@@ -17,6 +18,7 @@ from qkit.parallel import Workers
 from qkit.plan import Plan
 from qkit.run import Progress
 from qkit.safefile import parse_json, write_atomic
+from qkit.sensitivity.decomposition import decomposition_file, load_decomposition
 from qkit.sensitivity.ledger import Ledger
 from qkit.sensitivity.measures import MEASURES, Bench
 from qkit.sensitivity.probes import Probes, probes
@@ -91,6 +93,26 @@ class Profile:
         except (KeyError, TypeError) as e:
             raise BadInput(f"{file}: damaged: {e}: make it again") from e
 
+    @staticmethod
+    def decomposition(folder: Path, candidate: str) -> dict[str, Tensor]:
+        """What rows, columns and single weights add to ``pqi`` costs, where that measure was taken of this candidate.
+
+        {"<candidate>:<linear>:<part>": tensor}; parts and dtypes are those of ``decomposition.py``. Raises BadInput where
+        there is none, or one of another profile.
+        """
+        made, found = Profile.load(folder), load_decomposition(folder, candidate)
+        for unit in made.units:
+            cost = unit.choices[candidate].costs.get("pqi") if candidate in unit.choices else None
+            rows = [found.get(f"{candidate}:{n}:rows", torch.full((1,), torch.nan)) for n in unit.linears]
+            total = sum(float(r.sum(dtype=torch.float64)) for r in rows)
+            size = sum(float(r.abs().sum(dtype=torch.float64)) for r in rows)
+            if cost is None or not abs(total - cost) <= 1e-4 * size:
+                raise BadInput(
+                    f"{decomposition_file(folder, candidate)}: not the decomposition of {FILE} beside it ({unit.key}): delete "
+                    "it and run 'qkit profile' of this folder again with --measures pqi"
+                )
+        return found
+
 
 def identity(plans: dict[str, Plan], rows: torch.Tensor, points: int) -> str:
     """What every measurement depends on."""
@@ -121,7 +143,7 @@ def make_profile(
     ledger = Ledger(folder / "measured.jsonl", identity(plans, rows, points))
     units = units_of(outline)
     with probes(plans, outline, folder / "probes", pool, progress) as found:
-        bench = make_bench(outline, found, units, candidates, rows, points, ledger, pool, progress)
+        bench = make_bench(outline, found, units, candidates, rows, points, ledger, folder, pool, progress)
         costs = {name: MEASURES[name](bench) for name in measures}
         whole = {c.name: _whole(bench, c) for c in bench.quantizing}
     profiles = []
@@ -156,15 +178,16 @@ def make_bench(
     rows: torch.Tensor,
     points: int,
     ledger: Ledger,
+    folder: Path,
     pool: Workers,
     progress: Progress,
 ) -> Bench:
-    """The original in memory, and its loss and log probabilities on ``rows``."""
+    """The original in memory, and its loss and log probabilities on ``rows``. folder: of the profile."""
     model = loading.load(outline.checkpoint.path, dtype=torch.float32)
     subject = Subject(model, outline, pool)
-    reference = subject.log_probs(rows)
+    reference = subject.log_probs(rows, folder)
     loss, _ = subject.compare(rows, reference)
-    return Bench(subject, found, units, candidates, rows, points, progress, loss, reference, ledger)
+    return Bench(subject, found, units, candidates, rows, points, progress, loss, reference, ledger, folder)
 
 
 def _whole(bench: Bench, candidate: Candidate) -> dict[str, float]:

@@ -2,22 +2,27 @@
 
     qkit profile --model DIR --candidates int2,int3,int4,int8 --group-size 64 --calib CALIB \\
         --measures weight,output,first,fisher,pqi,loss,kl --out PROFILE
-    python reports/allocation/run.py --model DIR --calib CALIB --text W=FILE --text H=FILE --profile PROFILE --name tiny-llama
+    python reports/allocation/run.py --model DIR --calib CALIB --text W=FILE --text H=FILE --profile PROFILE \\
+        --lines LINES --name tiny-llama
 
-Every plan is quantized with the profile's solver, written, proven, loaded back and measured. Appends one line per plan to
-reports/allocation/NAME.jsonl and leaves out those that are there: a stopped run goes on.
+Every plan is quantized with the profile's solver, written, proven, loaded back and measured. LINES gets one line per plan, with
+the loss of every window, and plans that are there are left out: a stopped run goes on. reports/allocation/NAME.json gets the
+table: perplexities, and by how much the refined plan is below each rival plan, with the 95 % interval of that difference
+(windows resampled, the same for both: the windows differ far more from each other than the plans do).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import shutil
 import tempfile
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
+import numpy as np
 import torch
 
 from qkit.allocation.allocate import Budget, allocate, limit_bytes, rules
@@ -25,7 +30,7 @@ from qkit.budgeting import BudgetRequest, allocated
 from qkit.calibration import read_text
 from qkit.loading import load, load_tokenizer
 from qkit.pipeline import Request, quantize
-from qkit.quality import nll_windows, perplexity
+from qkit.quality import nll_windows
 from qkit.sensitivity.profile import Profile
 
 
@@ -64,6 +69,7 @@ def main() -> None:
     parser.add_argument("--calib", type=Path, required=True)
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--profile", type=Path, required=True)
+    parser.add_argument("--lines", type=Path, required=True)
     parser.add_argument("--name", required=True)
     parser.add_argument("--bits", default="2.5,3.0,3.5,4.25")
     parser.add_argument("--measures", default="weight,pqi,kl")
@@ -78,31 +84,29 @@ def main() -> None:
         name, _, file = spec.partition("=")
         ids = tokenizer(read_text(Path(file)), add_special_tokens=False, verbose=False)["input_ids"]
         texts[name] = torch.tensor(ids)
-    out = Path(__file__).resolve().parent / f"{args.name}.jsonl"
-    done = {json.loads(line)["plan"] for line in out.read_text().splitlines()} if out.exists() else set()
+    done = {json.loads(line)["plan"] for line in args.lines.read_text().splitlines()} if args.lines.exists() else set()
 
     def measure(plan: str, picks: dict[str, str], predicted: dict[str, float]) -> None:
         if plan in done:
             return
         work = Path(tempfile.mkdtemp())
         chosen = tuple(rules(made, picks))
-        scheme = next(r["scheme"] for r in chosen if "scheme" in r)
-        request = Request(args.model, scheme, made.request["method"], calib=args.calib, rules=chosen)
-        quantize(request, work / "out", Silent())
-        model = load(str(work / "out"), dtype=torch.float32)
-        figures = {}
+        scheme = next((r["scheme"] for r in chosen if "scheme" in r), None)
+        if scheme is not None:
+            request = Request(args.model, scheme, made.request["method"], calib=args.calib, rules=chosen)
+            quantize(request, work / "out", Silent())
+        model = load(str(work / "out") if scheme else args.model, dtype=torch.float32)
+        nll = {}
         with torch.inference_mode():
             for name, tokens in texts.items():
-                nll = nll_windows(model, tokens, 512, args.windows)
-                found = perplexity(nll)
-                figures[name] = {"perplexity": found.mean, "ci": [found.low, found.high]}
+                nll[name] = [round(x, 6) for x in nll_windows(model, tokens, 512, args.windows).mean(1).tolist()]
         shutil.rmtree(work)
         size = sum(u.choices[picks[u.key]].bytes for u in made.units)
         bits = 8 * size / sum(u.weights for u in made.units)
-        line = {"plan": plan, "bits": bits, "bytes": size, "predicted": predicted, "texts": figures}
-        with out.open("a") as f:
+        line = {"plan": plan, "bits": bits, "bytes": size, "predicted": predicted, "nll": nll}
+        with args.lines.open("a") as f:
             f.write(json.dumps(line) + "\n")
-        print(plan, f"{bits:.3f}", {k: round(v["perplexity"], 3) for k, v in figures.items()}, flush=True)
+        print(plan, f"{bits:.3f}", {k: round(float(np.exp(mean(v))), 3) for k, v in nll.items()}, flush=True)
 
     for name in made.candidates:
         measure(f"uniform {name}", {u.key: name for u in made.units}, {})
@@ -119,31 +123,50 @@ def main() -> None:
             measure(f"{bits} refined", best.allocation.picks, {"kl, measured": best.refined.end})
         for seed in range(args.seeds):
             measure(f"{bits} random {seed}", random_plan(made, limit, seed), {})
-    summary(out, made, [float(b) for b in args.bits.split(",")], list(texts))
+    table = summary(args.lines, [float(b) for b in args.bits.split(",")], list(texts))
+    described = {"candidates": made.candidates, "made with": made.request, "base loss": made.base_loss}
+    out = Path(__file__).resolve().parent / f"{args.name}.json"
+    out.write_text(json.dumps({**described, **table}, indent=1) + "\n")
 
 
-def summary(out: Path, made: Profile, budgets: list[float], texts: list[str]) -> None:
-    """Print the table: per budget and text, each kind of plan, random ones as mean and deviation, uniform ones interpolated."""
-    lines = {r["plan"]: r for r in map(json.loads, out.read_text().splitlines())}
-    uniform = sorted((r["bits"], r) for n, r in lines.items() if n.startswith("uniform"))
-    for bits in budgets:
-        for text in texts:
-            row = {}
-            for name, r in lines.items():
-                if name.startswith(f"{bits} ") and "random" not in name:
-                    row[name.split(" ", 1)[1]] = r["texts"][text]["perplexity"]
-            chance = [r["texts"][text]["perplexity"] for n, r in lines.items() if n.startswith(f"{bits} random")]
-            if chance:
-                mean = sum(chance) / len(chance)
-                row["random"] = mean
-                row["random, sd"] = math.sqrt(sum((x - mean) ** 2 for x in chance) / max(1, len(chance) - 1))
-            below = [(b, r) for b, r in uniform if b <= bits]
-            above = [(b, r) for b, r in uniform if b >= bits]
+def summary(file: Path, budgets: list[float], texts: list[str]) -> dict[str, Any]:
+    """Per budget and text: perplexity of each kind of plan, and what the refined plan is below the rivals, with intervals."""
+    lines = {r["plan"]: r for r in map(json.loads, file.read_text().splitlines())}
+    uniform = sorted((r["bits"], n) for n, r in lines.items() if n.startswith("uniform"))
+    found: dict[str, Any] = {"uniform": {}, "budgets": []}
+    windows = len(next(iter(lines.values()))["nll"][texts[0]])
+    chance = np.random.default_rng(0)
+    samples = [np.arange(windows), *(chance.integers(0, windows, windows) for _ in range(10_000))]
+    for text in texts:
+        # One perplexity per resampling of the windows; the first is that of all windows as they are.
+        nll = {n: np.array(r["nll"][text]) for n, r in lines.items()}
+        resampled = {n: np.exp(np.array([x[s].mean() for s in samples])) for n, x in nll.items()}
+        found["uniform"][text] = {n: [round(b, 3), round(float(resampled[n][0]), 3)] for b, n in uniform}
+        for bits in budgets:
+            kinds = {n.split(" ", 1)[1]: x for n, x in resampled.items() if n.startswith(f"{bits} ")}
+            random_ = [kinds.pop(k) for k in list(kinds) if k.startswith("random")]
+            if random_:
+                kinds["random, mean"] = np.mean(random_, axis=0)
+            below = [(b, n) for b, n in uniform if b <= bits + 1e-9]
+            above = [(b, n) for b, n in uniform if b >= bits - 1e-9]
             if below and above:
-                (b0, r0), (b1, r1) = below[-1], above[0]
-                p0, p1 = r0["texts"][text]["perplexity"], r1["texts"][text]["perplexity"]
-                row["uniform, interpolated"] = p0 if b0 == b1 else p0 + (p1 - p0) * (bits - b0) / (b1 - b0)
-            print(bits, text, {k: round(v, 3) for k, v in row.items()})
+                (b0, n0), (b1, n1) = below[-1], above[0]
+                t = 0.0 if b0 == b1 else (bits - b0) / (b1 - b0)
+                kinds["uniform, interpolated"] = (1 - t) * resampled[n0] + t * resampled[n1]
+            row: dict[str, Any] = {"bits": bits, "text": text}
+            row["perplexity"] = {k: round(float(x[0]), 3) for k, x in kinds.items()}
+            if len(random_) > 1:
+                row["random, standard deviation"] = round(stdev(float(x[0]) for x in random_), 3)
+            best = kinds.get("refined")
+            if best is not None:
+                gains = {k: x - best for k, x in kinds.items() if k != "refined"}
+                row["refined is below by"] = {
+                    k: [round(float(v), 3) for v in (g[0], *np.quantile(g[1:], (0.025, 0.975)))]
+                    for k, g in gains.items()
+                }
+            found["budgets"].append(row)
+            print(json.dumps(row))
+    return found
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""Where a unit of a profile sits: its block and its kind, read from its names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from qkit.sensitivity.profile import Profile, UnitProfile
+
+
+@dataclass(frozen=True)
+class Place:
+    """block: the path of the unit's block, for instance model.layers.3, empty where names have no number; kind: the
+    linears in it, for instance q,k,v."""
+
+    block: str
+    kind: str
+
+
+def places(made: Profile) -> dict[str, Place]:
+    """{unit key: place}. Kinds are leaf names; with their parents where two units of a block have the same leaves."""
+    leaves = {u.key: Place(_block(u), _leaves(u)) for u in made.units}
+    double = {p.kind for p, count in Counter(leaves.values()).items() if count > 1}
+    longer = {u.key: Place(_block(u), _paths(u)) for u in made.units}
+    found = {k: longer[k] if p.kind in double else p for k, p in leaves.items()}
+    still = {p for p, count in Counter(found.values()).items() if count > 1}
+    return {k: Place(p.block, k) if p in still else p for k, p in found.items()}
+
+
+def block_labels(made: Profile) -> dict[str, str]:
+    """{block: label}, in running order: its number, with the list's name where the model has several lists."""
+    blocks = list(dict.fromkeys(_block(u) for u in made.units))
+    lists = {b.rpartition(".")[0] for b in blocks if b}
+    if len(lists) < 2:
+        return {b: b.rpartition(".")[2] or "-" for b in blocks}
+    return {b: ".".join(b.split(".")[-2:]) or "-" for b in blocks}
+
+
+def _block(unit: UnitProfile) -> str:
+    found = re.match(r"(.*?\.)?\d+(?=\.)", unit.linears[0])  # the first number: experts are numbered within a block
+    return found[0] if found else ""
+
+
+def _inside(unit: UnitProfile) -> list[tuple[str, str]]:
+    """(parents inside the block, leaf) of every linear; _proj is in most names and tells nothing."""
+    block = _block(unit)
+    found = []
+    for name in unit.linears:
+        parent, _, leaf = name.removeprefix(f"{block}.").rpartition(".")
+        found.append((parent, leaf.removesuffix("_proj")))
+    return found
+
+
+def _leaves(unit: UnitProfile) -> str:
+    return ",".join(dict.fromkeys(leaf for _, leaf in _inside(unit)))
+
+
+def _paths(unit: UnitProfile) -> str:
+    parent = _inside(unit)[0][0]
+    return f"{parent}.{_leaves(unit)}" if parent else _leaves(unit)

@@ -1,0 +1,184 @@
+"""ReQuant: how many outliers each layer keeps, found by what the post-quantization integral says of the base method.
+
+Hu et al., arXiv 2503.01901, section 4, figure 1 and algorithm 1:
+ 1. quantize with the base method; the mean sensitivity of an element of layer l is m_l = mean_j |gbar_j (w~_j - w_j)|;
+ 2. ratios r_l = c m_l^t with sum r_l n_l = r_o sum n_l; for each t the r_l n_l largest weights are taken out, the rest is
+    quantized anew, and the t of the least loss is kept;
+ 3. significant weights are then detached step by step (``sensitivity.repair``), in the run that follows.
+
+The listing is not in the paper's text. Our choices: t in 0, 0.5, 1, 2 (0 is the same ratio everywhere); no layer takes out more
+than 10 % of its weights; what is compared is the KL divergence from the original on calibration rows. Every trial is a job
+that resumes; that of the chosen t becomes the job of the run, so nothing is solved twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qkit import loading
+from qkit.errors import UsageError
+from qkit.families.outline import Outline
+from qkit.job import Job
+from qkit.parallel import Workers, workers
+from qkit.pipeline import Prepared, Request, prepare
+from qkit.plan import Plan
+from qkit.qtensor import dequantize
+from qkit.run import Progress, run_blocks
+from qkit.sensitivity.ledger import Ledger
+from qkit.sensitivity.pqi import mean_gradients
+from qkit.sensitivity.repair import POINTS, ROWS, original_model
+from qkit.sensitivity.subject import Replacement, Subject
+
+METHOD = "requant"
+OUTLIERS, SIGNIFICANT = 0.45, 0.05  # percent, of the paper's SqueezeLLM runs
+EXPONENTS = (0.0, 0.5, 1.0, 2.0)
+MOST = 10.0  # percent of a layer
+
+
+@dataclass(frozen=True)
+class Searched:
+    """request: with the ratios of the chosen exponent, ready to run; divergence: {exponent: KL, nats a token}."""
+
+    request: Request
+    exponent: float
+    divergence: dict[float, float]
+
+
+def is_requant(method: str | None) -> bool:
+    """Whether a method string asks for ReQuant."""
+    return METHOD in (method or "").lower().split("+")
+
+
+def requanted(request: Request, folder: Path, work: Path, progress: Progress) -> Searched:
+    """Find the ratios of a request whose method holds 'requant'.
+
+    folder: of the trials and their results; work: the job folder of the run to come, which the chosen trial becomes.
+    Raises UsageError for ratios per layer, which are what is searched here.
+    """
+    if isinstance(request.outliers, dict):
+        raise UsageError(f"method {METHOD} finds the share of outliers of every layer: give one percentage")
+    parts = [p for p in (request.method or "").lower().split("+") if p != METHOD]
+    percent = OUTLIERS if request.outliers is None else request.outliers
+    significant = SIGNIFICANT if request.significant is None else request.significant
+    if not 0 <= percent <= MOST:
+        raise UsageError(f"--outliers {percent:g}: method {METHOD} expects a percentage from 0 to {MOST:g}")
+    base = replace(request, method="+".join(parts) or "rtn", outliers=0.0, significant=significant)
+    first = prepare(base)
+    if first.plan.transforms and not significant:
+        raise UsageError(
+            f"method {request.method} without significant weights: a job keeps the weights that {first.plan.transforms[0]} "
+            "made for those alone: give --significant a share above 0, or a solver without transforms"
+        )
+    if not percent and not significant:
+        raise UsageError(f"method {METHOD} with neither outliers nor significant weights: leave '{METHOD}' out")
+    ledger = Ledger(folder / "measured.jsonl", _identity(first.plan, percent))
+    with workers(request.threads) as pool:
+        trials = _Trials(folder, pool, progress, ledger)
+        sensitivity = trials.known("sensitivity", lambda: trials.sensitivity(first))
+        sizes = {name: p.shape[0] * p.shape[1] for name, p in first.plan.linears.items()}
+        found: dict[float, tuple[Request, float]] = {}
+        for t in EXPONENTS if percent else EXPONENTS[:1]:
+            asked = replace(base, outliers=ratios(sensitivity, sizes, percent, t))
+            kl = trials.known(f"exponent {t:g}", lambda r=asked, t=t: trials.divergence(prepare(r), f"t{t:g}"))  # type: ignore[misc]
+            found[t] = (asked, float(kl))
+    best = min(found, key=lambda t: found[t][1])
+    chosen = folder / f"t{best:g}"
+    if chosen.is_dir() and not work.exists():
+        chosen.rename(work)
+    for name in ("base", *(f"t{t:g}" for t in EXPONENTS)):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    return Searched(found[best][0], best, {t: kl for t, (_, kl) in found.items()})
+
+
+def ratios(sensitivity: dict[str, float], sizes: dict[str, int], percent: float, t: float) -> dict[str, float]:
+    """{layer: percent of its weights}: proportional to sensitivity^t, ``percent`` of all weights together, at most MOST."""
+    shares = {n: 1.0 if t == 0 else max(m, 0.0) ** t for n, m in sensitivity.items()}
+    fixed: dict[str, float] = {}
+    left = percent * sum(sizes.values())
+    while True:
+        total = math.fsum(s * sizes[n] for n, s in shares.items() if n not in fixed)  # in whatever order they come
+        scaled = {n: left * s / total if total else 0.0 for n, s in shares.items() if n not in fixed}
+        over = [n for n, r in scaled.items() if r > MOST]
+        if not over:
+            return {n: fixed.get(n, scaled.get(n, 0.0)) for n in sensitivity}
+        for n in over:
+            fixed[n] = MOST
+            left -= MOST * sizes[n]
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """Runs of the solver whose weights are looked at, and what was found, so that a stopped search goes on."""
+
+    folder: Path
+    pool: Workers
+    progress: Progress
+    ledger: Ledger
+
+    def known(self, key: str, find: Callable[[], Any]) -> Any:
+        """What the ledger holds under ``key``, else what ``find`` gives, which is kept there."""
+        value = self.ledger.get(key)
+        if value is None:
+            value = find()
+            self.ledger.put(key, value)
+        return value
+
+    def sensitivity(self, asked: Prepared) -> dict[str, float]:
+        """{layer: mean |gbar_j (w~_j - w_j)|} of the base method."""
+        plan, outline, rows = asked.plan, asked.outline, _rows(asked.plan)
+        with Job.open(self.folder / "base", plan.identity) as job:
+            run_blocks(plan, outline, job, self.pool, self.progress)
+            subject = Subject(original_model(plan, outline, job), outline, self.pool)
+            targets = {n: r.weight for n, r in replacements(plan, outline, job).items()}
+        self.progress.start("sensitivity of all weights", POINTS)
+        gbar = mean_gradients(subject, targets, rows, POINTS, step=self.progress.step)
+        return {n: float((gbar[n] * (w - subject.weight(n))).abs_().double().mean()) for n, w in targets.items()}
+
+    def divergence(self, asked: Prepared, name: str) -> float:
+        """KL divergence from the original model on calibration rows of the trial's weights."""
+        plan, outline, rows = asked.plan, asked.outline, _rows(asked.plan)
+        with Job.open(self.folder / name, plan.identity) as job:
+            run_blocks(plan, outline, job, self.pool, self.progress)
+            model, moved = original_model(plan, outline, job), replacements(plan, outline, job)
+        self.progress.start(f"trial {name}", 1)
+        original = Subject(loading.load(outline.checkpoint.path, dtype=torch.float32), outline, self.pool)
+        reference = original.log_probs(rows)
+        del original
+        subject = Subject(model, outline, self.pool)
+        with subject.replaced(moved):
+            kl = subject.compare(rows, reference)[1]
+        self.progress.step()
+        return kl
+
+
+def replacements(plan: Plan, outline: Outline, job: Job) -> dict[str, Replacement]:
+    """{linear: what a finished job puts in its place}"""
+    found = {}
+    for block in outline.blocks:
+        for linear in block.linears:
+            p = plan.linears.get(linear.name)
+            if p is not None:
+                q, static = job.quantized(block.index, linear.name, p.weights)
+                found[linear.name] = Replacement(dequantize(q), p.activations, static)
+    return found
+
+
+def _rows(plan: Plan) -> torch.Tensor:
+    if plan.calibration is None:  # rounding without significant weights runs no rows by itself
+        raise UsageError(f"method {METHOD} with rtn needs a share of significant weights above 0: give --significant")
+    return plan.calibration.tokens[:ROWS]
+
+
+def _identity(plan: Plan, percent: float) -> str:
+    """What the search depends on."""
+    data = {"plan": plan.hash, "outliers": percent, "exponents": EXPONENTS, "points": POINTS, "rows": ROWS}
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

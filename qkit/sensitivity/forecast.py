@@ -1,0 +1,132 @@
+"""What a profile will take, from shapes alone: solver runs, passes through the model, and peak memory.
+
+Counts are of a profile that starts from nothing; what an earlier run left behind is not taken off. Seconds depend on the
+machine and are not told; a pass with gradients takes about three times the operations of one without.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qkit.errors import Unsupported
+from qkit.families.outline import Outline
+from qkit.forecast import ALLOCATOR, LATER
+from qkit.machine import available_memory, process_bytes, resident_bytes
+from qkit.sensitivity.outputs import SAMPLE_TOKENS
+from qkit.sensitivity.subject import CHUNK_TOKENS, SPILL_BYTES, log_prob_bytes
+from qkit.sensitivity.units import Candidate, units_of
+
+# Tensors of the size of a chunk's logits that one worker holds at the worst moment.
+_FORWARD_LOGITS = 5  # of a comparison: log probabilities of both models, and what KL is computed from
+_BACKWARD_LOGITS = 4  # logits, log probabilities and their gradients
+# Copies of all linears in float32, on top of those of the model and of gradients on their way from the workers.
+_COPIES = {"first": 1, "fisher": 2, "pqi": 4}  # pqi: the original weights, the quantized ones, two sums of gradients
+
+
+@dataclass(frozen=True)
+class ProfileForecast:
+    """solver_runs: probes of the whole model; passes: through the whole model, over all rows [rows, length] each.
+
+    forward, backward: passes without and with gradients
+    memory: bytes by what holds them, at the worst moment; peak_memory: of the process
+    spilled: bytes of reference log probabilities that go to a file in the profile's folder
+    """
+
+    solver_runs: int
+    forward: int
+    backward: int
+    rows: int
+    length: int
+    memory: dict[str, int]
+    peak_memory: int
+    spilled: int
+
+    def line(self) -> str:
+        """One line for a person."""
+        parts = ", ".join(f"{k} {_gb(v)}" for k, v in self.memory.items() if v)
+        disk = f"; {_gb(self.spilled)} of disk for reference probabilities" if self.spilled else ""
+        return (
+            f"forecast: {self.solver_runs} solver runs, {self.forward} forward and {self.backward} forward and backward "
+            f"passes over {self.rows * self.length} tokens, about {_gb(self.peak_memory)} of memory ({parts}){disk}"
+        )
+
+
+def profile_forecast(
+    outline: Outline,
+    candidates: Sequence[Candidate],
+    measures: Sequence[str],
+    shape: tuple[int, int],
+    points: int,
+    workers: int,
+) -> ProfileForecast:
+    """The cost of a profile. shape: (rows, tokens per row) that losses are measured on; points: of the path integral.
+
+    Names that are no measures count nothing: they are refused elsewhere.
+    """
+    quantizing = sum(c.scheme is not None for c in candidates)
+    units = units_of(outline)
+    forward = 2 + quantizing  # the reference, its loss, and every candidate everywhere
+    if {"loss", "kl"} & set(measures):
+        forward += len(units) * quantizing
+    forward += "output_norm" in measures
+    moves = any(c.scheme is not None and c.scheme.activations is not None for c in candidates)
+    backward = sum(m in measures for m in ("first", "fisher")) + ("first_x" in measures and moves)
+    backward += points * quantizing * ("pqi" in measures)
+    log_probs = log_prob_bytes(shape, _vocabulary(outline))
+    memory = {
+        "the model in float32": 4 * _weights(outline),
+        "reference probabilities": log_probs if log_probs <= SPILL_BYTES else 0,
+        "measures": _held(outline, measures, shape, workers),
+    }
+    peak = max(process_bytes(), resident_bytes() + LATER + int(ALLOCATOR * sum(memory.values())))
+    spilled = log_probs if log_probs > SPILL_BYTES else 0
+    return ProfileForecast(quantizing, forward, backward, *shape, memory, peak, spilled)
+
+
+def refuse_what_cannot_fit(found: ProfileForecast) -> None:
+    """Raises Unsupported where the memory of this machine is too small."""
+    available = available_memory()
+    if available is not None and found.peak_memory > available:
+        raise Unsupported(
+            f"the profile needs about {_gb(found.peak_memory)} of memory and {_gb(available)} are available: use fewer --rows, "
+            "--threads or --measures (pqi, first and fisher hold gradients of all weights), or a larger machine"
+        )
+
+
+def _held(outline: Outline, measures: Sequence[str], shape: tuple[int, int], workers: int) -> int:
+    """Bytes at the worst moment of the measures asked for, on top of the model and the reference."""
+    rows, length = shape
+    linears = [x for b in outline.blocks for x in b.linears]
+    weights = 4 * sum(x.shape[0] * x.shape[1] for x in linears)
+    chunk = length * min(rows, max(1, CHUNK_TOKENS // length))
+    busy = min(workers, -(-rows * length // chunk))
+    logits = 4 * chunk * _vocabulary(outline)
+    # A graph keeps about what every linear reads and gives; experts, who see a share of the tokens each, are left out.
+    graph = 4 * chunk * sum(sum(x.shape) for x in linears if x.expert is None)
+    backward = busy * (_BACKWARD_LOGITS * logits + graph)
+    moments = [2 * weights + busy * _FORWARD_LOGITS * logits]  # all linears replaced, the originals kept
+    for name, copies in _COPIES.items():
+        if name in measures:
+            moments.append((copies + min(workers + 2, -(-rows * length // chunk))) * weights + backward)
+    if "first_x" in measures:
+        moments.append(backward + busy * 4 * chunk * sum(x.shape[1] for x in linears if x.expert is None))
+    if "output_norm" in measures:
+        moments.append(4 * SAMPLE_TOKENS * sum(x.shape[1] for x in linears) + busy * _FORWARD_LOGITS * logits)
+    return max(moments)
+
+
+def _weights(outline: Outline) -> int:
+    """Parameters of the model, tied ones once."""
+    tensors = outline.checkpoint.tensors
+    names = {s for _, s in outline.outer} | {s for b in outline.blocks for _, s in b.stored}
+    return sum(math.prod(tensors[n].shape) for n in names)
+
+
+def _vocabulary(outline: Outline) -> int:
+    return int(getattr(outline.model.config, "vocab_size", 0))
+
+
+def _gb(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e7 else f"{n / 1e6:.2f} MB"

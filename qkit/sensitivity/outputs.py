@@ -1,0 +1,96 @@
+"""Errors of outputs as their reader sees them: on the residual stream that is the norm that reads it next.
+
+A linear that writes to the residual stream adds its error to something much larger than its own output, and the next norm
+multiplies every channel by its gain. Our choice: with g the gains of that norm, r what it reads in the original model, and x~
+the linear's input as the candidate quantizes it,
+
+  error = sum |(W~ x~ - W x) g|^2 / sum |r g|^2,     sums over sample tokens and channels.
+
+The division of each token by its own norm is left out. Which linears write, and which norm reads next, is what families declare
+for rotations: reads and writes of a block alternate there, in running order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as product
+
+from qkit.activations import quantize_activations
+from qkit.families.outline import Outline
+from qkit.sensitivity.subject import Replacement, Subject
+from qkit.sensitivity.units import Unit
+
+SAMPLE_TOKENS = 512  # our choice
+
+
+def next_norms(outline: Outline) -> dict[str, str]:
+    """{linear that writes to the residual stream: path in the model of the norm that reads it next}.
+
+    After the last block that is the final norm. Empty for families that declare no rotation.
+    """
+    family = outline.family
+    if family.rotation is None:
+        return {}
+    norms = [norm for norm, _ in family.rotation.reads]
+    found: dict[str, str] = {}
+    for i, block in enumerate(outline.blocks):
+        for j, write in enumerate(family.rotation.writes):
+            if j + 1 < len(norms):
+                path = f"{block.path}.{norms[j + 1]}"
+            elif i + 1 < len(outline.blocks):
+                path = f"{outline.blocks[i + 1].path}.{norms[0]}"
+            else:
+                path = family.final_norm
+            found[family.stored_name(f"{block.path}.{write}")] = path
+    return found
+
+
+def has_modules(unit: Unit) -> bool:
+    """Whether inputs of the unit can be seen: fused experts are no modules."""
+    return all(linear.expert is None for linear in unit.linears)
+
+
+class OutputSample:
+    """Inputs of linears and of norms in the original model, on tokens spread evenly over all rows.
+
+    units: those with modules; tokens: int64 [rows, length]. Holds float32 [n, width] per unit and norm.
+    """
+
+    def __init__(self, subject: Subject, units: Sequence[Unit], tokens: Tensor, count: int = SAMPLE_TOKENS) -> None:
+        self._subject = subject
+        self._norms = next_norms(subject.outline)
+        paths = [subject.path(u.linears[0].name) for u in units]  # all linears of such a unit read the same input
+        norms = sorted({self._norms[x.name] for u in units for x in u.linears if x.name in self._norms})
+        self._seen = subject.sample_inputs(tokens, [*paths, *norms], count)
+
+    def error(self, unit: Unit, found: Mapping[str, Replacement]) -> float:
+        """Relative squared output error with the replacements in place, mean over the unit's linears.
+
+        Relative to the linear's own output (without its bias) where it does not write to the residual stream.
+        """
+        x = self._seen[self._subject.path(unit.linears[0].name)]
+        errors = []
+        for linear in unit.linears:
+            r, w = found[linear.name], self._subject.weight(linear.name)
+            y = product(x, w)
+            moved = x if r.activations is None else quantize_activations(x, r.activations, r.static)
+            error = product(moved, r.weight) - y
+            norm = self._norms.get(linear.name)
+            if norm is None:
+                errors.append(_energy(error) / max(_energy(y), 1e-30))
+            else:
+                gain = self._gain(norm)
+                errors.append(_energy(error * gain) / max(_energy(self._seen[norm] * gain), 1e-30))
+        return sum(errors) / len(errors)
+
+    def _gain(self, norm: str) -> Tensor:
+        """What the norm multiplies each channel by, float32 [hidden]."""
+        weight: Tensor = self._subject.model.get_submodule(norm).weight
+        return weight.detach().float() + self._subject.outline.family.norm_offset
+
+
+def _energy(t: Tensor) -> float:
+    return float(t.square().sum(dtype=torch.float64))
