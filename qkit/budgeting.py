@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qkit.allocation.allocate import Allocation, Budget, allocate, limit_bytes, rules
+from qkit.allocation.allocate import Allocation, Budget, allocate, limit_bytes, outliers, rules
 from qkit.allocation.refine import Refined, refine
 from qkit.errors import BadInput, UsageError
 from qkit.families.outline import Outline
@@ -51,6 +51,11 @@ def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Al
     """Solve the budget. Raises UsageError where request and budget exclude each other, BadInput for another model's profile."""
     if request.scheme is not None or request.recipe is not None:
         raise UsageError("a budget chooses the scheme of every layer: leave --scheme and --recipe out")
+    if request.outliers is not None or request.significant is not None:
+        raise UsageError(
+            "a budget chooses the sparse part of every layer too: leave --outliers and --significant out and add candidates "
+            "such as int3+0.5%"
+        )
     outline = open_outline(request.model)
     if not (wanted.profile / FILE).is_file():
         asked = ProfileRequest(_without_transforms(request), wanted.candidates or CANDIDATES)
@@ -80,9 +85,10 @@ def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Al
     cost = sum(u.choices[picks[u.key]].costs[wanted.measure] for u in made.units)
     allocation = replace(first, picks=picks, bytes=used, cost=cost)
     method = request.method or made.request["method"]
-    return Allocated(
-        replace(request, scheme=scheme, method=method, group_size=None, rules=tuple(chosen)), made, allocation, found
+    decided = replace(
+        request, scheme=scheme, method=method, group_size=None, rules=tuple(chosen), outliers=outliers(made, picks)
     )
+    return Allocated(decided, made, allocation, found)
 
 
 def _without_transforms(request: Request) -> Request:

@@ -99,10 +99,16 @@ class Stats:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a run needs to know of inputs. Ranges cost as much as a small product, so they are taken on request."""
+    """What a run needs to know of inputs. Ranges cost as much as a small product, so they are taken on request.
+
+    One of the two is always wanted: the energy of every channel comes from the Hessian's diagonal or with the ranges.
+    """
 
     hessian: bool
     ranges: bool
+
+    def __post_init__(self) -> None:
+        assert self.hessian or self.ranges
 
 
 @dataclass(frozen=True)
@@ -174,8 +180,8 @@ class Accumulator:
                     self.hessian[j, i] = self.hessian[i, j].T
         sample = self.sample[: self.sampled]
         if self.sums is None:
-            square = torch.zeros(self.width) if self.hessian is None else self.hessian.diagonal().clone()
-            return Stats(self.tokens, square, sample, self.hessian)
+            assert self.hessian is not None
+            return Stats(self.tokens, self.hessian.diagonal().clone(), sample, self.hessian)
         absmax, total, squares = self.sums
         return Stats(self.tokens, squares / n, sample, self.hessian, absmax, total / n)
 

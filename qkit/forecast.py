@@ -47,8 +47,8 @@ class Forecast:
         return {**asdict(self), "time_dominating": [{"phase": k, "share": round(v / total, 3)} for k, v in ranked if v]}
 
 
-def forecast(plan: Plan, outline: Outline, workers: int) -> Forecast:
-    """The cost of a plan."""
+def forecast(plan: Plan, outline: Outline, workers: int, after: dict[str, int] | None = None) -> Forecast:
+    """The cost of a plan. after: {phase: bytes} of what follows the blocks, on top of the process."""
     tensors = outline.checkpoint.tensors
     item = getattr(torch, plan.run_dtype).itemsize  # of a weight while its block is at work
     c = plan.calibration
@@ -81,6 +81,7 @@ def forecast(plan: Plan, outline: Outline, workers: int) -> Forecast:
     linear_bytes = max((p.shape[0] * p.shape[1] for p in plan.linears.values()), default=0)
     memory["export"] = max(largest * 2, int(linear_bytes * 2.5))
     memory["verify"] = max(largest * 2, linear_bytes * 12)
+    memory.update(after or {})
     row_bytes = tokens * hidden * item
     peak = max(process_bytes(), resident_bytes() + LATER + int(ALLOCATOR * max(memory.values())))
     return Forecast(plan.packed_bytes, plan.source_bytes, part_bytes + 2 * row_bytes, peak, memory, ops)

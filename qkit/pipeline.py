@@ -24,6 +24,7 @@ from qkit.parallel import workers
 from qkit.plan import Plan, make_plan
 from qkit.recipe import Recipe, load_recipe, make_recipe
 from qkit.run import Progress, run_blocks
+from qkit.sensitivity.forecast import repair_memory
 from qkit.sensitivity.repair import repair
 from qkit.verify import Report, verify
 
@@ -79,7 +80,9 @@ def prepare(request: Request) -> Prepared:
     outline = open_outline(request.model)
     calibration = _calibration(request, outline, recipe)
     plan = make_plan(recipe, outline, calibration, request.seed)
-    return Prepared(plan, outline, forecast(plan, outline, request.threads or available_cores()))
+    threads = request.threads or available_cores()
+    after = {"significant weights": repair_memory(plan, outline, threads)} if plan.significant else {}
+    return Prepared(plan, outline, forecast(plan, outline, threads, after))
 
 
 def _recipe(request: Request) -> Recipe:

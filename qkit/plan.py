@@ -157,6 +157,11 @@ def make_plan(recipe: Recipe, outline: Outline, calibration: Calibration | None,
     )
 
 
+def outlier_count(percent: float, shape: tuple[int, int]) -> int:
+    """How many weights of a linear [out, in] that percentage is."""
+    return round(percent / 100 * shape[0] * shape[1])
+
+
 def has_static(p: LinearPlan) -> bool:
     """Whether an activation scale is measured beforehand and stored: a static one, or NVFP4's global scale."""
     return p.activations is not None and (not p.activations.dynamic or p.activations.strategy == "tensor_group")
@@ -224,7 +229,7 @@ def _decide(linear: Linear, recipe: Recipe, rule: Rule | None) -> LinearPlan:
         scheme.activations,
         solver,
         options,
-        round(recipe.outliers_of(linear.name) / 100 * linear.shape[0] * linear.shape[1]),
+        outlier_count(recipe.outliers_of(linear.name), linear.shape),
         "; ".join(notes),
     )
 

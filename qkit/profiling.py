@@ -100,7 +100,9 @@ def _prepare(request: ProfileRequest) -> _Prepared:
     outline = open_outline(base.model)
     groups = {c.name: _group(c, base.group_size) for c in candidates}
     plans = {
-        c.name: prepare(replace(base, scheme=c.scheme.name, method=solver, group_size=groups[c.name])).plan
+        c.name: prepare(
+            replace(base, scheme=c.scheme.name, method=solver, group_size=groups[c.name], outliers=c.outliers or None)
+        ).plan
         for c in candidates
         if c.scheme is not None
     }
@@ -108,6 +110,7 @@ def _prepare(request: ProfileRequest) -> _Prepared:
     described = {
         "method": solver,
         "group_sizes": groups,
+        "outliers": {c.name: c.outliers for c in candidates},
         "samples": base.samples,
         "seqlen": base.seqlen,
         "rows": request.rows,
@@ -144,13 +147,13 @@ def audit(
         rows = _rows(replace(request.base, samples=request.rows), found.outline, text)
     except BadInput as e:
         raise type(e)(f"--audit: {e}") from e
-    ledger = Ledger(folder / "audit.jsonl", identity(found.plans, rows, 0))
     units = units_of(found.outline)
     random_ = random.Random(seed)
     with (
         workers(request.base.threads) as pool,
         probes(found.plans, found.outline, folder / "probes", pool, progress) as probed,
     ):
+        ledger = Ledger(folder / "audit.jsonl", identity(found.plans, rows, 0))
         bench = make_bench(
             found.outline, probed, units, found.candidates, rows, request.points, ledger, folder, pool, progress
         )
@@ -210,9 +213,9 @@ def measured_plans(
     group = next((g for g in r["group_sizes"].values() if g is not None), None)
     base = replace(base, group_size=group, method=r["method"], samples=r["samples"], seqlen=r["seqlen"])
     found = _prepare(ProfileRequest(base, names, made.measures, r["rows"], r["points"]))
-    ledger = Ledger(folder / "plans.jsonl", identity(found.plans, found.rows, 0))
     with workers(base.threads) as pool, probes(found.plans, found.outline, folder / "probes", pool, progress) as probed:
         units = units_of(found.outline)
+        ledger = Ledger(folder / "plans.jsonl", identity(found.plans, found.rows, 0))
         bench = make_bench(
             found.outline, probed, units, found.candidates, found.rows, 1, ledger, folder, pool, progress
         )

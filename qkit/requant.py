@@ -35,13 +35,14 @@ from qkit.qtensor import dequantize
 from qkit.run import Progress, run_blocks
 from qkit.sensitivity.ledger import Ledger
 from qkit.sensitivity.pqi import mean_gradients
-from qkit.sensitivity.repair import POINTS, ROWS, original_model
+from qkit.sensitivity.repair import POINTS, original_model
 from qkit.sensitivity.subject import Replacement, Subject
 
 METHOD = "requant"
 OUTLIERS, SIGNIFICANT = 0.45, 0.05  # percent, of the paper's SqueezeLLM runs
 EXPONENTS = (0.0, 0.5, 1.0, 2.0)
 MOST = 10.0  # percent of a layer
+ROWS = 32  # calibration rows that trials are compared on: means over a layer or the model have little noise
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class _Trials:
             model, moved = original_model(plan, outline, job), replacements(plan, outline, job)
         self.progress.start(f"trial {name}", 1)
         original = Subject(loading.load(outline.checkpoint.path, dtype=torch.float32), outline, self.pool)
-        reference = original.log_probs(rows)
+        reference = original.log_probs(rows, self.folder)
         del original
         subject = Subject(model, outline, self.pool)
         with subject.replaced(moved):

@@ -180,7 +180,8 @@ def _activation_hook(r: Result) -> Callable[[nn.Module, tuple[Any, ...]], tuple[
 
 def _wanted(plan: Plan, groups: tuple[LinearGroup, ...]) -> Wanted:
     planned = [p for g in groups for x in g.linears if (p := plan.linears.get(x.name))]
-    return Wanted(any(SOLVERS[p.solver].needs_hessian for p in planned), any(map(has_static, planned)))
+    hessian = any(SOLVERS[p.solver].needs_hessian for p in planned)
+    return Wanted(hessian, not hessian or any(map(has_static, planned)))  # either tells the energy of every channel
 
 
 # ---- what a part and a journal entry hold ----------------------------------------------------------------------

@@ -1,16 +1,21 @@
 """From a profile and a budget to a packed mixed checkpoint, through the command line."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file
 
 import qkit
+from qkit import sparse
 from qkit.budgeting import running_bytes
 from qkit.pipeline import open_outline
 from qkit.safefile import read_header
-from qkit.sensitivity.profile import Profile
+from qkit.sensitivity.profile import VERSION, Profile
 
 
 def profiled(run, model, folder, small, candidates="int2,int4,int8,bf16", *more) -> Profile:
@@ -156,7 +161,7 @@ def test_profile_of_another_model(run, tiny, tmp_path, small):
     profiled(run, tiny("llama"), folder, small)
     code, _, err = run("plan", "--model", tiny("qwen2"), "--profile", folder, "--bits", 5, *small)
     assert code == 3 and "the profile of another model" in err
-    (folder / "profile.json").write_text('{"version": 1}')
+    (folder / "profile.json").write_text(json.dumps({"version": VERSION}))
     code, _, err = run("plan", "--model", tiny("llama"), "--profile", folder, "--bits", 5, *small)
     assert code == 3 and "damaged" in err
 
@@ -167,3 +172,72 @@ def test_candidates_that_make_no_sense(bad, run, tiny, tmp_path, small):
         "profile", "--model", tiny("llama"), "--candidates", bad, "--out", tmp_path / "p", "--rows", 4, *small
     )
     assert code == 2 and "--candidates" in err
+
+
+def test_more_bits_or_a_sparse_part(run, tiny, tmp_path, small):
+    """The allocator chooses per layer; predicted bytes are the file's; what is loaded is what was predicted."""
+    model, folder, out = tiny("llama"), tmp_path / "profile", tmp_path / "out"
+    made = profiled(run, model, folder, small, "int2,int2+2%,int3,int3+1%")
+    unit = made.units[0]
+    more = unit.choices["W2A16+2%"].bytes - unit.choices["W2A16"].bytes
+    assert more == sum(
+        sparse.sparse_bytes(i.shape, round(0.02 * i.shape[0] * i.shape[1]), torch.bfloat16)
+        for n, i in read_header(model / "model.safetensors").items()
+        if n.removesuffix(".weight") in unit.linears
+    )
+    common = ("--model", model, "--profile", folder, "--measure", "weight", *small)
+    code, said, err = run("quantize", *common, "--bits", 3.3, "--out", out, "--json", tmp_path / "plan.json")
+    assert code == 0 and "%" in said, err
+    packed = sum(i.nbytes for n, i in read_header(out / "model.safetensors").items() if "_proj." in n)
+    code, _, err = run("plan", *common, "--bits", 3.3, "--explain", "--json", tmp_path / "plan.json")
+    assert code == 0, err
+    allocation = json.loads((tmp_path / "plan.json").read_text())["allocation"]
+    assert packed == pytest.approx(allocation["bytes"], rel=0.005) and allocation["bytes"] <= allocation["limit"]
+    assert any("+" in layer["format"] for layer in allocation["layers"])
+    assert run("verify", out)[0] == 0
+    code, _, err = run("quantize", *common, "--bits", 3.3, "--outliers", 1, "--out", tmp_path / "no")
+    assert code == 2 and "leave --outliers" in err
+    for wrong in ("int3+", "int3+x%", "int3+0%", "int3+50%"):
+        arguments = ("--model", model, "--candidates", wrong, "--out", tmp_path / "none", *small)
+        code, _, err = run("profile", *arguments)
+        assert code == 2 and "percentage of outliers" in err
+
+
+def test_a_profile_of_other_candidates_keeps_what_was_measured(run, tiny, tmp_path, small):
+    """Another text in the same folder is refused before anything that was measured is lost."""
+    model, folder = tiny("llama"), tmp_path / "profile"
+    profiled(run, model, folder, small, "int4,int8")
+    measured = (folder / "measured.jsonl").read_bytes()
+    other = [*small[:2], "--samples", 6, *small[4:]]
+    arguments = ("--candidates", "int4,int8", "--group-size", 32, "--rows", 4, "--out", folder)
+    code, _, err = run("profile", "--model", model, *arguments, *other)
+    assert code == 6 and "another job" in err
+    assert (folder / "measured.jsonl").read_bytes() == measured
+
+
+def test_floats_integers_and_original_layers_in_one_file(run, tiny, tmp_path, small):
+    """NVFP4, INT8 with INT8 activations and bf16 in one mixed-precision file, which stock transformers loads and agrees on."""
+    model, folder, out = tiny("llama"), tmp_path / "profile", tmp_path / "out"
+    profiled(run, model, folder, small, "nvfp4,w8a8,bf16")
+    bounds = ("--floor", "*layers.0.mlp*=w8a8", "--ceiling", "*layers.1.mlp*=nvfp4")
+    common = ("--model", model, "--profile", folder, *small)
+    code, _, err = run("quantize", *common, "--bits", 9, *bounds, "--out", out)
+    assert code == 0, err
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors" and config["format"] == "mixed-precision"
+    formats = {g["format"] for g in config["config_groups"].values()}
+    assert formats == {"nvfp4-pack-quantized", "int-quantized"}
+    assert any("_proj" in name for name in config["ignore"])  # layers that stayed
+    ids = tiny_models.tokens()
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps({"tokens": ids.tolist(), "loads": [[str(out), "bfloat16"]]}))
+    script = Path(__file__).with_name("stock_load.py")
+    subprocess.run([sys.executable, str(script), str(jobs)], check=True, capture_output=True)
+    assert json.loads(Path(f"{jobs}.out").read_text()) == {f"{out}|bfloat16": None}
+    theirs = load_file(f"{out}.bfloat16.safetensors")["logits"]
+    exact = tiny_models.logits(qkit.load(out, dtype=torch.float32), ids)
+    ours = tiny_models.logits(qkit.load(out), ids)
+    reference = tiny_models.logits(qkit.load(model, dtype=torch.float32), ids)
+    # In bfloat16 both differ from exact arithmetic, by rounding that turns into other codes of activations.
+    noise, found = float((ours - exact).norm()), float((theirs - exact).norm())
+    assert found < 1.5 * noise and found < float((exact - reference).norm())

@@ -12,10 +12,13 @@ from qkit.capture import Stats
 from qkit.errors import Unsupported
 from qkit.families.materialize import load_block, release
 from qkit.formats import SCHEMES, Scheme, fit_group
+from qkit.job import Job
 from qkit.loading import load
+from qkit.parallel import workers
 from qkit.pipeline import Request, open_outline, prepare, quantize
 from qkit.qtensor import dequantize, find_params
 from qkit.qtensor import quantize as to_codes
+from qkit.run import run_blocks
 from qkit.transforms import BlockState
 from qkit.transforms.rotate import orthogonal, rotate_outer
 from qkit.transforms.scales import awq_candidates, search, smoothquant_candidates, squared_error
@@ -219,3 +222,23 @@ def test_smoothing_moves_outliers_out_of_the_activations():
         return relative(quantize_activations(x / scale, scheme.activations) @ back.T, x @ w.T)
 
     assert error(s) < 0.4 * error(torch.ones(64))
+
+
+@pytest.mark.parametrize("method", ["awq", "smoothquant", "rotate"])
+def test_rounding_after_a_transform_searches_its_scales(method, tiny, calib, quiet, tmp_path):
+    """The rewritten weights get searched scales, not their full range: by the energy of the inputs where rows were run."""
+    given = {"calib": calib, "samples": 8, "seqlen": 32, "threads": 1, "significant": 0.1}
+    found = prepare(Request(str(tiny("llama")), "w3a16", method, 32, **given))
+    block, searched, groups = found.outline.blocks[1], 0, 0
+    with Job.open(tmp_path / "job", found.plan.identity) as job, workers(1) as pool:
+        run_blocks(found.plan, found.outline, job, pool, quiet)
+        part = job.part(1)
+        for linear in block.linears:
+            q, _ = job.quantized(1, linear.name, found.plan.linears[linear.name].weights)
+            original = part.get(f"{linear.name}:original")
+            if original is None:
+                continue
+            full = find_params(job.read(original).float(), q.format, torch.bfloat16).scale
+            searched += int(((q.params.scale / full) < 0.97).sum())
+            groups += full.numel()
+    assert groups and searched > 0.3 * groups

@@ -130,5 +130,12 @@ def rules(profile: Profile, picks: dict[str, str]) -> list[dict[str, Any]]:
             found.append({"match": names, "skip": "the budget allows it to stay as it is"})
             continue
         group = profile.request["group_sizes"][candidate]
-        found.append({"match": names, "scheme": candidate, **({} if group is None else {"group_size": group})})
+        scheme = candidate.partition("+")[0]
+        found.append({"match": names, "scheme": scheme, **({} if group is None else {"group_size": group})})
     return found
+
+
+def outliers(profile: Profile, picks: dict[str, str]) -> dict[str, float] | None:
+    """{linear: percent of its weights in a sparse part} of those that have one; None where no unit has."""
+    share = profile.request["outliers"]
+    return {n: share[picks[u.key]] for u in profile.units if share[picks[u.key]] for n in u.linears} or None

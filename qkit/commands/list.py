@@ -13,6 +13,7 @@ from qkit.commands.common import write_json
 from qkit.export.compressed_tensors import layout
 from qkit.families.llm import FAMILIES
 from qkit.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES, Format
+from qkit.requant import METHOD, OUTLIERS, SIGNIFICANT
 from qkit.solvers.table import SOLVERS
 from qkit.transforms.table import TRANSFORMS
 
@@ -48,7 +49,13 @@ def methods() -> list[dict[str, Any]]:
         for n, s in SOLVERS.items()
     ]
     transforms = [{"method": n, "kind": "transform", "what": t.summary, "options": ""} for n, t in TRANSFORMS.items()]
-    return [*solvers, *transforms]
+    repair = {
+        "method": METHOD,
+        "kind": "repair",
+        "what": "finds outliers per layer, solves again without them, puts back what the loss depends on (arXiv 2503.01901)",
+        "options": f"--outliers {OUTLIERS}, --significant {SIGNIFICANT}",
+    }
+    return [*solvers, *transforms, repair]
 
 
 def formats() -> list[dict[str, Any]]:

@@ -14,7 +14,9 @@ from qkit.errors import Unsupported
 from qkit.families.outline import Outline
 from qkit.forecast import ALLOCATOR, LATER
 from qkit.machine import available_memory, process_bytes, resident_bytes
+from qkit.plan import Plan
 from qkit.sensitivity.outputs import SAMPLE_TOKENS
+from qkit.sensitivity.repair import ROWS
 from qkit.sensitivity.subject import CHUNK_TOKENS, SPILL_BYTES, log_prob_bytes
 from qkit.sensitivity.units import Candidate, units_of
 
@@ -83,6 +85,13 @@ def profile_forecast(
     peak = max(process_bytes(), resident_bytes() + LATER + int(ALLOCATOR * sum(memory.values())))
     spilled = log_probs if log_probs > SPILL_BYTES else 0
     return ProfileForecast(quantizing, forward, backward, *shape, memory, peak, spilled)
+
+
+def repair_memory(plan: Plan, outline: Outline, workers: int) -> int:
+    """Bytes at the worst moment of ``repair``: the model, its quantized weights, and the path integral."""
+    assert plan.calibration is not None
+    shape = (min(ROWS, plan.calibration.samples), plan.calibration.seqlen)
+    return 4 * _weights(outline) + _held(outline, ("pqi",), shape, workers)
 
 
 def refuse_what_cannot_fit(found: ProfileForecast) -> None:

@@ -25,7 +25,7 @@ from qkit.sensitivity.probes import Probes, probes
 from qkit.sensitivity.subject import Subject
 from qkit.sensitivity.units import Candidate, Unit, unit_bytes, units_of
 
-VERSION = 1
+VERSION = 2
 FILE = "profile.json"
 
 
@@ -140,9 +140,10 @@ def make_profile(
     unknown = next((m for m in measures if m not in MEASURES), None)
     if unknown is not None:
         raise UsageError(f"--measures: unknown '{unknown}': expected some of {', '.join(MEASURES)}")
-    ledger = Ledger(folder / "measured.jsonl", identity(plans, rows, points))
     units = units_of(outline)
     with probes(plans, outline, folder / "probes", pool, progress) as found:
+        # Only now: probes of another request are refused, and what was measured of them stays.
+        ledger = Ledger(folder / "measured.jsonl", identity(plans, rows, points))
         bench = make_bench(outline, found, units, candidates, rows, points, ledger, folder, pool, progress)
         costs = {name: MEASURES[name](bench) for name in measures}
         whole = {c.name: _whole(bench, c) for c in bench.quantizing}

@@ -46,7 +46,7 @@ def repair(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: Prog
         progress.start(f"significant weights, round {k + 1} of {ROUNDS}", POINTS)
         gbar = mean_gradients(subject, targets, rows, POINTS, step=progress.step)
         count = plan.significant * (k + 1) // ROUNDS - plan.significant * k // ROUNDS
-        scores = {n: (gbar[n] * (w - subject.weight(n))).abs_().flatten() for n, w in targets.items()}
+        scores = {n: (w - subject.weight(n)).mul_(gbar.pop(n)).abs_().flatten() for n, w in targets.items()}
         for name, places in chosen.items():
             scores[name][places] = -1.0
         for name, places in most(scores, count).items():

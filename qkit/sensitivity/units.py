@@ -9,16 +9,20 @@ from qkit.errors import Unsupported, UsageError
 from qkit.export.compressed_tensors import stored_bytes
 from qkit.families.outline import Outline
 from qkit.formats import Scheme, did_you_mean, fit_group, scheme
+from qkit.plan import outlier_count
+from qkit.recipe import MOST_SPARSE
+from qkit.sparse import sparse_bytes
 
 KEEP = ("bf16", "fp16", "keep")  # names for leaving a unit in the checkpoint's dtype
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A scheme that units may get; scheme None: they stay as they are."""
+    """A scheme that units may get; scheme None: they stay as they are. outliers: percent kept in a sparse part."""
 
     name: str
     scheme: Scheme | None
+    outliers: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -40,17 +44,20 @@ class Unit:
 
 
 def parse_candidates(text: str, group_size: int | None) -> tuple[Candidate, ...]:
-    """'int4,int8,nvfp4,bf16' -> candidates: schemes by name, intN for WNA16, bf16 for leaving a unit as it is.
+    """'int4,int3+0.5%,nvfp4,bf16' -> candidates: schemes by name, intN for WNA16, bf16 for leaving a unit as it is.
 
-    group_size goes to the integer formats with groups. Raises UsageError for unknown names and repetitions.
+    A percentage is that of the outliers of a sparse part; group_size goes to the integer formats with groups. Raises
+    UsageError for unknown names and repetitions.
     """
     found: list[Candidate] = []
     for item in (part.strip().lower() for part in text.split(",")):
         if item in KEEP:
             found.append(Candidate("keep", None))
             continue
-        bits = item.removeprefix("int")
-        name = f"W{bits}A16" if item.startswith("int") and bits.isdigit() else item
+        plain, plus, percent = item.removesuffix("%").partition("+")
+        outliers = _percent(percent, item) if plus else 0.0
+        bits = plain.removeprefix("int")
+        name = f"W{bits}A16" if plain.startswith("int") and bits.isdigit() else plain
         try:
             s = scheme(name)
         except UsageError as e:
@@ -58,12 +65,24 @@ def parse_candidates(text: str, group_size: int | None) -> tuple[Candidate, ...]
             raise UsageError(f"--candidates: unknown '{item}'{did_you_mean(item, known)}") from e
         if group_size is not None and s.weights.strategy == "group" and s.weights.scale == "model":
             s = Scheme(s.name, s.weights.with_group(group_size), s.activations)
-        found.append(Candidate(s.name, s))
+        found.append(Candidate(s.name + (f"+{outliers:g}%" if outliers else ""), s, outliers))
     names = [c.name for c in found]
     repeated = next((n for n in names if names.count(n) > 1), None)
     if repeated is not None or not names:
         raise UsageError(f"--candidates {text}: {repeated} is named twice")
     return tuple(found)
+
+
+def _percent(text: str, item: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= MOST_SPARSE:
+        raise UsageError(
+            f"--candidates: '{item}': expected a percentage of outliers above 0 and up to {MOST_SPARSE:g}, as in int3+0.5%"
+        )
+    return value
 
 
 def units_of(outline: Outline) -> tuple[Unit, ...]:
@@ -88,4 +107,6 @@ def unit_bytes(unit: Unit, candidate: Candidate, outline: Outline) -> int | None
         except Unsupported:
             return None
         total += stored_bytes(weights, candidate.scheme.activations, linear.shape, outline.dtype)
+        kept = outlier_count(candidate.outliers, linear.shape)
+        total += sparse_bytes(linear.shape, kept, outline.dtype)
     return total

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qkit.allocation.allocate import Budget, allocate, limit_bytes, rules
+from qkit.allocation.allocate import Budget, allocate, limit_bytes, outliers, rules
 from qkit.budgeting import BudgetRequest, allocated
 from qkit.calibration import read_text
 from qkit.loading import load, load_tokenizer
@@ -93,7 +93,8 @@ def main() -> None:
         chosen = tuple(rules(made, picks))
         scheme = next((r["scheme"] for r in chosen if "scheme" in r), None)
         if scheme is not None:
-            request = Request(args.model, scheme, made.request["method"], calib=args.calib, rules=chosen)
+            kept = outliers(made, picks)
+            request = Request(args.model, scheme, made.request["method"], calib=args.calib, rules=chosen, outliers=kept)
             quantize(request, work / "out", Silent())
         model = load(str(work / "out") if scheme else args.model, dtype=torch.float32)
         nll = {}
@@ -134,10 +135,10 @@ def summary(file: Path, budgets: list[float], texts: list[str]) -> dict[str, Any
     lines = {r["plan"]: r for r in map(json.loads, file.read_text().splitlines())}
     uniform = sorted((r["bits"], n) for n, r in lines.items() if n.startswith("uniform"))
     found: dict[str, Any] = {"uniform": {}, "budgets": []}
-    windows = len(next(iter(lines.values()))["nll"][texts[0]])
     chance = np.random.default_rng(0)
-    samples = [np.arange(windows), *(chance.integers(0, windows, windows) for _ in range(10_000))]
     for text in texts:
+        windows = len(next(iter(lines.values()))["nll"][text])
+        samples = [np.arange(windows), *(chance.integers(0, windows, windows) for _ in range(10_000))]
         # One perplexity per resampling of the windows; the first is that of all windows as they are.
         nll = {n: np.array(r["nll"][text]) for n, r in lines.items()}
         resampled = {n: np.exp(np.array([x[s].mean() for s in samples])) for n, x in nll.items()}

@@ -25,9 +25,10 @@ from qkit.loading import load, load_tokenizer
 from qkit.quality import nll_windows
 
 METHODS = ("rtn", "smoothquant", "awq", "rotate", "gptq")
-ROWS = (
-    *((scheme, method) for scheme in ("w8a8", "w4a8", "w4a16", "w3a16") for method in METHODS),
-    *((scheme, method) for scheme in ("w4a16", "w3a16") for method in ("requant+rtn", "requant+gptq")),
+ROWS = tuple(
+    (scheme, method)
+    for scheme in ("w8a8", "w4a16", "w3a16", "w4a8")
+    for method in (*METHODS, *(("requant+rtn", "requant+gptq") if scheme.endswith("a16") else ()))
 )
 QKIT = [sys.executable, "-c", "from qkit.commands import main; main()"]
 
