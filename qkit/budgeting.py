@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.allocation.allocate import Allocation, Budget, allocate, limit_bytes, outliers, rules
+from qkit.allocation.pareto import cost_of
 from qkit.allocation.refine import Refined, refine
 from qkit.errors import BadInput, UsageError
 from qkit.families.outline import Outline
@@ -82,8 +83,7 @@ def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Al
     if scheme is None:
         raise UsageError("the budget lets every layer stay as it is: nothing to quantize; lower it")
     used = sum(u.choices[picks[u.key]].bytes for u in made.units)
-    cost = sum(u.choices[picks[u.key]].costs[wanted.measure] for u in made.units)
-    allocation = replace(first, picks=picks, bytes=used, cost=cost)
+    allocation = replace(first, picks=picks, bytes=used, cost=cost_of(made, picks, wanted.measure))
     method = request.method or made.request["method"]
     decided = replace(
         request, scheme=scheme, method=method, group_size=None, rules=tuple(chosen), outliers=outliers(made, picks)

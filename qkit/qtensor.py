@@ -13,7 +13,9 @@ measured here contains the rounding of the scale.
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -326,3 +328,12 @@ def dequantize(q: QTensor) -> Tensor:
         values = values - q.params.zero.to(torch.float32)[..., None]
     dense = untile(values * effective_scale(q.params, q.format)[..., None], q.format, q.shape)
     return dense if q.sparse is None else add_(dense, q.sparse)
+
+
+def weight_sha256(parts: Iterable[QTensor]) -> str:
+    """sha256 of the float32 weight, little-endian, row by row. parts: its rows in slices: the whole of it would be the
+    largest tensor of a run."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(dequantize(part).contiguous().numpy().astype("<f4", copy=False).data)
+    return digest.hexdigest()

@@ -26,17 +26,16 @@ import torch
 
 from qkit import loading
 from qkit.errors import UsageError
-from qkit.families.outline import Outline
 from qkit.job import Job
 from qkit.parallel import Workers, workers
 from qkit.pipeline import Prepared, Request, prepare
 from qkit.plan import Plan
-from qkit.qtensor import dequantize
 from qkit.run import Progress, run_blocks
 from qkit.sensitivity.ledger import Ledger
-from qkit.sensitivity.pqi import mean_gradients
+from qkit.sensitivity.pqi import mean_gradients, share
+from qkit.sensitivity.probes import replacements
 from qkit.sensitivity.repair import POINTS, original_model
-from qkit.sensitivity.subject import Replacement, Subject
+from qkit.sensitivity.subject import Subject
 
 METHOD = "requant"
 OUTLIERS, SIGNIFICANT = 0.45, 0.05  # percent, of the paper's SqueezeLLM runs
@@ -81,7 +80,10 @@ def requanted(request: Request, folder: Path, work: Path, progress: Progress) ->
         )
     if not percent and not significant:
         raise UsageError(f"method {METHOD} with neither outliers nor significant weights: leave '{METHOD}' out")
-    ledger = Ledger(folder / "measured.jsonl", _identity(first.plan, percent))
+    with Job.open(
+        folder / "base", first.plan.identity
+    ):  # trials of another request are refused before their results are lost
+        ledger = Ledger(folder / "measured.jsonl", _identity(first.plan, percent))
     with workers(request.threads) as pool:
         trials = _Trials(folder, pool, progress, ledger)
         sensitivity = trials.known("sensitivity", lambda: trials.sensitivity(first))
@@ -94,7 +96,8 @@ def requanted(request: Request, folder: Path, work: Path, progress: Progress) ->
     best = min(found, key=lambda t: found[t][1])
     chosen = folder / f"t{best:g}"
     if chosen.is_dir() and not work.exists():
-        chosen.rename(work)
+        work.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(chosen, work)
     for name in ("base", *(f"t{t:g}" for t in EXPONENTS)):
         shutil.rmtree(folder / name, ignore_errors=True)
     return Searched(found[best][0], best, {t: kl for t, (_, kl) in found.items()})
@@ -142,7 +145,8 @@ class _Trials:
             targets = {n: r.weight for n, r in replacements(plan, outline, job).items()}
         self.progress.start("sensitivity of all weights", POINTS)
         gbar = mean_gradients(subject, targets, rows, POINTS, step=self.progress.step)
-        return {n: float((gbar[n] * (w - subject.weight(n))).abs_().double().mean()) for n, w in targets.items()}
+        shares = ((n, share(subject.weight(n), w, gbar[n])) for n, w in targets.items())
+        return {n: float(s.abs_().mean(dtype=torch.float64)) for n, s in shares}
 
     def divergence(self, asked: Prepared, name: str) -> float:
         """KL divergence from the original model on calibration rows of the trial's weights."""
@@ -159,18 +163,6 @@ class _Trials:
             kl = subject.compare(rows, reference)[1]
         self.progress.step()
         return kl
-
-
-def replacements(plan: Plan, outline: Outline, job: Job) -> dict[str, Replacement]:
-    """{linear: what a finished job puts in its place}"""
-    found = {}
-    for block in outline.blocks:
-        for linear in block.linears:
-            p = plan.linears.get(linear.name)
-            if p is not None:
-                q, static = job.quantized(block.index, linear.name, p.weights)
-                found[linear.name] = Replacement(dequantize(q), p.activations, static)
-    return found
 
 
 def _rows(plan: Plan) -> torch.Tensor:

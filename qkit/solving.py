@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -16,7 +15,7 @@ from qkit.blocks import Linear, LinearGroup
 from qkit.capture import Stats
 from qkit.parallel import Workers
 from qkit.plan import LinearPlan, Plan, has_static
-from qkit.qtensor import Params, QTensor, dequantize, find_params, nvfp4_global_scale, quantize
+from qkit.qtensor import Params, QTensor, dequantize, find_params, nvfp4_global_scale, quantize, weight_sha256
 from qkit.solvers import Task
 from qkit.solvers.table import SOLVERS, Solver
 from qkit.sparse import Sparse, add_, split
@@ -208,14 +207,9 @@ def _join(
         fallback = fallback or f"{plan.solver} was worse than rounding"
     taken, weight = work.sparse[index], work.task.weights[index]
     parts = [replace(_plain(weight, work.task), sparse=taken)] if worse else [s.qtensor for s in slices]
-    digest = (
-        hashlib.sha256()
-    )  # of the float32 weight, slice by slice: the whole of it would be the largest tensor of a run
-    for part in parts:
-        digest.update(dequantize(part).contiguous().numpy().astype("<f4", copy=False).data)
     least = min(error, baseline)
     q = replace(_stack(parts), sparse=taken)
-    return Result(linear, plan, q, static, least, baseline, fallback, work.task.tokens, digest.hexdigest())
+    return Result(linear, plan, q, static, least, baseline, fallback, work.task.tokens, weight_sha256(parts))
 
 
 def _stack(parts: list[QTensor]) -> QTensor:

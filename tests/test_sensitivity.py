@@ -20,7 +20,7 @@ from qkit.sensitivity import subject as subject_module
 from qkit.sensitivity.decomposition import decompose, decomposition_file
 from qkit.sensitivity.measures import input_terms
 from qkit.sensitivity.outputs import OutputSample, next_norms
-from qkit.sensitivity.pqi import mean_gradients, shares
+from qkit.sensitivity.pqi import mean_gradients, share
 from qkit.sensitivity.profile import Profile
 from qkit.sensitivity.subject import Replacement, Subject
 from qkit.sensitivity.units import units_of
@@ -62,7 +62,7 @@ def test_the_integral_is_the_loss_change(subject, rows, bits):
     start = {n: subject.weight(n).clone() for n in targets}
     true = true_change(subject, targets, rows)
     gbar = mean_gradients(subject, targets, rows, 8)
-    parts = shares(start, targets, gbar)
+    parts = {n: share(start[n], targets[n], gbar[n]) for n in targets}
     predicted = sum(float(s.double().sum()) for s in parts.values())
     assert true > 0
     assert predicted == pytest.approx(true, rel=0.02)
@@ -82,7 +82,7 @@ def test_the_error_of_the_rule(subject, rows):
 
     def error(points: int, rule: str) -> float:
         gbar = mean_gradients(subject, targets, rows, points, rule)
-        return abs(sum(float(s.double().sum()) for s in shares(start, targets, gbar).values()) - true)
+        return abs(sum(float(share(start[n], targets[n], gbar[n]).double().sum()) for n in targets) - true)
 
     assert 2.8 < error(2, "midpoint") / error(4, "midpoint") < 5.5
     assert 1.6 < error(2, "right") / error(4, "right") < 2.5

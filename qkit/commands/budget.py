@@ -12,10 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from qkit.allocation.allocate import parse_budget
+from qkit.allocation.pareto import mean_bits
 from qkit.budgeting import MEASURE, Allocated, BudgetRequest, allocated
 from qkit.commands.common import Reporter, command_line, make_request, megabytes
 from qkit.errors import UsageError
 from qkit.pipeline import Request
+from qkit.report.allocation import next_larger
 from qkit.requant import is_requant, requanted
 from qkit.sensitivity.profile import UnitProfile
 
@@ -113,9 +115,8 @@ def show_allocation(found: Allocated, console: Console) -> None:
             size = sum(u.choices[name].bytes for u in units)
             table.add_row(name, str(linears), f"{weights / 1e6:.2f}", megabytes(size))
     console.print(table)
-    total = sum(u.weights for u in made.units)
     console.print(
-        f"{a.bytes:,} of {a.limit:,} bytes for the layers, {8 * a.bytes / total:.3f} bits a weight; predicted {a.measure} "
+        f"{a.bytes:,} of {a.limit:,} bytes for the layers, {mean_bits(made, a.bytes):.3f} bits a weight; predicted {a.measure} "
         f"{a.cost:.5g}, optimality gap {a.gap:.2g}"
     )
     if found.refined is not None:
@@ -162,10 +163,5 @@ def _cost(unit: UnitProfile, name: str, measure: str, chosen: bool) -> str:
 
 
 def _gain(unit: UnitProfile, pick: str, measure: str) -> str:
-    now = unit.choices[pick]
-    larger = sorted(((c.bytes, n) for n, c in unit.choices.items() if c.bytes > now.bytes))
-    if not larger:
-        return "-"
-    size, name = larger[0]
-    gain = (now.costs[measure] - unit.choices[name].costs[measure]) / ((size - now.bytes) / 1000)
-    return f"{name}: {gain:.3g}"
+    found = next_larger(unit, pick, measure)
+    return "-" if found is None else f"{found[0]}: {found[1]:.3g}"

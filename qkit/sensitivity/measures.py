@@ -35,7 +35,7 @@ from qkit.run import Progress
 from qkit.sensitivity.decomposition import decompose, decomposition_file, save_decomposition
 from qkit.sensitivity.ledger import Ledger
 from qkit.sensitivity.outputs import OutputSample, has_modules
-from qkit.sensitivity.pqi import mean_gradients
+from qkit.sensitivity.pqi import mean_gradients, share
 from qkit.sensitivity.probes import Activations, Probes
 from qkit.sensitivity.spill import Chunks
 from qkit.sensitivity.subject import Replacement, Subject
@@ -156,7 +156,7 @@ def _integrate(bench: Bench, candidate: Candidate) -> dict[str, float]:
     gbar = mean_gradients(bench.subject, targets, bench.tokens, bench.points, step=bench.progress.step)
 
     def one(name: str) -> tuple[float, dict[str, Tensor]]:
-        s = gbar[name] * (targets[name] - bench.subject.weight(name))
+        s = share(bench.subject.weight(name), targets[name], gbar[name])
         return float(s.sum(dtype=torch.float64)), decompose(s)
 
     names = _names(bench)

@@ -58,6 +58,9 @@ def mean_gradients(
     return total
 
 
-def shares(start: Mapping[str, Tensor], targets: Mapping[str, Tensor], gbar: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{linear: gbar_j (w~_j - w_j)}, float32 [out, in]: what each weight adds to the predicted loss change, signed."""
-    return {name: gbar[name] * (target - start[name]) for name, target in targets.items()}
+def share(weight: Tensor, target: Tensor, gradient: Tensor) -> Tensor:
+    """gbar_j (w~_j - w_j), of one linear: what each weight adds to the predicted loss change, signed, in nats a token.
+
+    weight, target, gradient: float32 [out, in], w, w~ and gbar; the result has their shape.
+    """
+    return (target - weight).mul_(gradient)

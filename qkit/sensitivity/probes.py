@@ -25,6 +25,19 @@ from qkit.sensitivity.units import Candidate, Unit
 Activations = tuple[Format, Tensor | None]  # the format of a linear's input, and its static scale
 
 
+def replacement(plan: Plan, job: Job, block: int, name: str) -> Replacement:
+    """What a job puts in the place of a planned linear of a finished block."""
+    p = plan.linears[name]
+    q, static = job.quantized(block, name, p.weights)
+    return Replacement(dequantize(q), p.activations, static)
+
+
+def replacements(plan: Plan, outline: Outline, job: Job) -> dict[str, Replacement]:
+    """{linear: what a finished job puts in its place}, in the order of the blocks."""
+    linears = [(b.index, x.name) for b in outline.blocks for x in b.linears if x.name in plan.linears]
+    return {name: replacement(plan, job, block, name) for block, name in linears}
+
+
 class Probes:
     """Reads what the jobs of all candidates hold."""
 
@@ -36,12 +49,7 @@ class Probes:
         if candidate.scheme is None:
             return {}
         plan, job = self._jobs[candidate.name]
-        found: dict[str, Replacement] = {}
-        for linear in unit.linears:
-            p = plan.linears[linear.name]
-            q, static = job.quantized(unit.block, linear.name, p.weights)
-            found[linear.name] = Replacement(dequantize(q), p.activations, static)
-        return found
+        return {x.name: replacement(plan, job, unit.block, x.name) for x in unit.linears}
 
     def activations(self, unit: Unit, candidate: Candidate) -> dict[str, Activations]:
         """{linear: format of its input and its static scale}, for a candidate that quantizes inputs."""

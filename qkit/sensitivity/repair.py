@@ -8,8 +8,6 @@ difference w - w~, rounded to 16 bits (where the weight was taken out before, it
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,9 +18,10 @@ from qkit.families.outline import Outline
 from qkit.job import Job
 from qkit.parallel import Workers
 from qkit.plan import Plan
-from qkit.qtensor import QTensor, dequantize
+from qkit.qtensor import QTensor, dequantize, weight_sha256
 from qkit.run import Progress
-from qkit.sensitivity.pqi import mean_gradients
+from qkit.sensitivity.pqi import mean_gradients, share
+from qkit.sensitivity.probes import replacements
 from qkit.sensitivity.subject import Subject
 from qkit.transforms.rotate import rotate_outer
 
@@ -40,13 +39,13 @@ def repair(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: Prog
     assert plan.calibration is not None
     rows = plan.calibration.tokens[:ROWS]
     subject = Subject(original_model(plan, outline, job), outline, pool)
-    targets = {name: dequantize(q) for name, q in _quantized(plan, outline, job)}
+    targets = {name: r.weight for name, r in replacements(plan, outline, job).items()}
     chosen = {name: torch.empty(0, dtype=torch.int64) for name in targets}
     for k in range(ROUNDS):
         progress.start(f"significant weights, round {k + 1} of {ROUNDS}", POINTS)
         gbar = mean_gradients(subject, targets, rows, POINTS, step=progress.step)
         count = plan.significant * (k + 1) // ROUNDS - plan.significant * k // ROUNDS
-        scores = {n: (w - subject.weight(n)).mul_(gbar.pop(n)).abs_().flatten() for n, w in targets.items()}
+        scores = {n: share(subject.weight(n), w, gbar.pop(n)).abs_().flatten() for n, w in targets.items()}
         for name, places in chosen.items():
             scores[name][places] = -1.0
         for name, places in most(scores, count).items():
@@ -87,23 +86,16 @@ def most(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     return {n: places[order][owner[order] == i] for i, n in enumerate(scores)}
 
 
-def _quantized(plan: Plan, outline: Outline, job: Job) -> Iterator[tuple[str, QTensor]]:
-    for block in outline.blocks:
-        for linear in block.linears:
-            if linear.name in plan.linears:
-                yield linear.name, job.quantized(block.index, linear.name, plan.linears[linear.name].weights)[0]
-
-
 def _commit(plan: Plan, outline: Outline, job: Job, subject: Subject, chosen: dict[str, Tensor]) -> None:
     tensors: dict[str, Tensor] = {}
     entry: dict[str, Any] = {}
     records = job.records()
-    for name, q in _quantized(plan, outline, job):
+    for block, name in [(b.index, x.name) for b in outline.blocks for x in b.linears if x.name in plan.linears]:
+        q, _ = job.quantized(block, name, plan.linears[name].weights)
         repaired = detach(q, subject.weight(name), chosen[name], outline.dtype)
         if repaired.sparse is None:
             continue
-        digest = hashlib.sha256(dequantize(repaired).contiguous().numpy().astype("<f4", copy=False).data)
-        entry[name] = {**records[name], "sparse": repaired.sparse.nnz, "weight_sha256": digest.hexdigest()}
+        entry[name] = {**records[name], "sparse": repaired.sparse.nnz, "weight_sha256": weight_sha256([repaired])}
         pieces = sparse.write(repaired.sparse, q.shape)
         tensors.update({f"{name}:{k}": v.contiguous() for k, v in pieces.items()})
     job.commit(len(outline.blocks), tensors, {"stage": "repair", "linears": entry}, None)
