@@ -1,7 +1,10 @@
 """Fixtures that several test files share: a short calibration text, and tiny models made once a session."""
 
+import os
 import socket
 from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton: no GPU is asked for here
 
 import pytest
 import qkit_data

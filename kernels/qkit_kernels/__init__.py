@@ -1,0 +1,1 @@
+"""Products with quantized weights: needs torch alone on the CPU, torch and Triton on a GPU."""

@@ -1,0 +1,197 @@
+"""Every kernel compiled ahead of time for the GPUs that matter, on a machine that may have none: what the compiler
+made of it.
+
+    python -m qkit_kernels.aot [--only TEXT]            compiles what has TEXT in its label, and says what is wrong with it
+    python -m qkit_kernels.aot --write                  the same for all, and writes tables/compiled.json
+
+A row: registers of a thread, bytes spilled, bytes of shared memory, loads of 16 bytes, stores and shuffles of the
+loop (numbers that go from lane to lane), instructions of the loop to a weight. Wrong are: a spill; words that are not
+loaded 16 bytes at a time; numbers that go from lane to lane, which the layout is there to avoid. The exit status is 1
+then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qkit_kernels.layout import PAIRS, block_columns, lay_out
+from qkit_kernels.matmul import Tile, constants, product_kernel
+from qkit_kernels.matmul8 import product8_kernel
+from qkit_kernels.tiles import FORMATS, TILES
+from qkit_kernels.weight import Weight
+
+KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+ARCHITECTURES = (80, 89, 90, 100)
+TABLE = Path(__file__).parent / "tables" / "compiled.json"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """registers: of a thread; spilled: bytes; shared: bytes; wide_loads: of 16 bytes, in the loop; exchanged: stores to
+    shared memory in the loop; instructions: of the loop, of a warp's lane, to a weight of it."""
+
+    registers: int
+    spilled: int
+    shared: int
+    wide_loads: int
+    exchanged: int
+    instructions: float
+
+
+def sample(name: str, dtype: torch.dtype) -> Any:
+    """A small weight of a format, laid out."""
+    fmt = FORMATS[name]
+    columns = 4 * block_columns(fmt.bits)
+    groups = 1 if fmt.group is None else columns // fmt.group
+    kind = {"int": torch.int8, "fp4": torch.uint8, "fp8": torch.float8_e4m3fn}[fmt.kind]
+    stored = {"float": dtype, "e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}[fmt.scale]
+    zero = None if fmt.symmetric else torch.zeros(32, groups, dtype=torch.int8)
+    weight = Weight(fmt, torch.zeros(32, columns).to(kind), torch.ones(32, groups).to(stored), zero)
+    return lay_out(weight, dtype)
+
+
+def compile_product(name: str, dtype: torch.dtype, tile: Tile, architecture: int, gated: bool = False) -> Compiled:
+    """The product kernel of a format."""
+    laid = sample(name, dtype)
+    kind = KINDS[dtype]
+    stored = "u8" if laid.format.scale != "float" else kind
+    types = {
+        "x_ptr": kind, "words_ptr": "i32", "scale_ptr": stored, "zero_ptr": "i8", "row_ptr": "fp32", "bias_ptr": kind,
+        "residual_ptr": kind, "y_ptr": kind, "sums_ptr": "fp32", "count_ptr": "i32",
+    }  # fmt: skip
+    fixed = {
+        **constants(laid), "GATED": gated, "BIAS": False, "RESIDUAL": False, "EVEN": True, "ASM": True,
+        "PLAIN": False, "ROWS": tile.rows, "TOKENS": tile.tokens, "STAGES": tile.stages, "SPLIT": tile.split,
+    }  # fmt: skip
+    built = _compile(product_kernel, types, ("M", "N", "K", "STRIDE", "BLOCKS", "SPAN"), fixed, tile, architecture)
+    return _read(built, tile, laid)
+
+
+def compile_product8(name: str, dtype: torch.dtype, tile: Tile, architecture: int) -> Compiled:
+    """The product kernel with INT8 activations."""
+    laid = sample(name, dtype)
+    kind = KINDS[dtype]
+    types = {
+        "code_ptr": "i8", "token_ptr": "fp32", "sum_ptr": "i32", "words_ptr": "i32", "scale_ptr": kind, "zero_ptr": "i8",
+        "row_ptr": "fp32", "bias_ptr": kind, "y_ptr": kind, "sums_ptr": "fp32", "count_ptr": "i32",
+    }  # fmt: skip
+    fixed = {
+        "BITS": laid.format.bits, "PAIRS": PAIRS[laid.format.bits], "SCALED": laid.scale is not None,
+        "ZERO": laid.zero is not None, "BIAS": False, "PLAIN": False, "ROWS": tile.rows, "TOKENS": tile.tokens,
+        "STAGES": tile.stages, "SPLIT": tile.split,
+    }  # fmt: skip
+    built = _compile(product8_kernel, types, ("M", "N", "BLOCKS", "SPAN"), fixed, tile, architecture)
+    return _read(built, tile, laid)
+
+
+def _compile(
+    kernel: Any, types: dict[str, str], sizes: tuple[str, ...], fixed: dict[str, Any], tile: Tile, architecture: int
+) -> Any:
+    """A kernel for a GPU. types: of what the pointers point to."""
+    signature = {**{n: f"*{t}" for n, t in types.items()}, **dict.fromkeys(sizes, "i32")}
+    names = kernel.arg_names
+    # Pointers come 16-byte aligned; of the sizes N, K and the stride are multiples of 16 in the models that matter.
+    aligned = [n for n in signature if n.endswith("_ptr") or n in ("N", "K", "STRIDE")]
+    source = ASTSource(
+        kernel,
+        {**signature, **dict.fromkeys(fixed, "constexpr")},
+        {(names.index(n),): v for n, v in fixed.items()},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def _read(built: Any, tile: Tile, laid: Any) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(built.asm["cubin"])
+        f.flush()
+        usage = _tool("cuobjdump", "-res-usage", f.name)
+        text = _tool("cuobjdump", "-sass", f.name)
+    loop = _loop(text)
+    columns = block_columns(laid.format.bits)
+    lanes = 32 * tile.warps
+    return Compiled(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
+        spilled=int(re.search(r"LOCAL:(\d+)", usage)[1]),  # type: ignore[index]
+        shared=built.metadata.shared,
+        wide_loads=sum(o.startswith("LDG") and ".128" in o for o in loop),
+        exchanged=sum(o.startswith(("STS", "SHFL", "STSM")) for o in loop),
+        instructions=round(len(loop) * lanes / (max(tile.rows, 16 * tile.warps) * columns), 2),
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _loop(sass: str) -> list[str]:
+    """Opcodes of the longest loop."""
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", sass, re.M)
+    best: list[str] = []
+    for address, opcode, rest in found:
+        target = re.search(r"0x([0-9a-f]+)", rest)
+        if opcode.startswith("BRA") and target and int(target[1], 16) < int(address, 16):
+            body = [o for a, o, _ in found if int(target[1], 16) <= int(a, 16) <= int(address, 16)]
+            best = max(best, body, key=len)
+    return best
+
+
+def rows(only: str) -> Iterator[tuple[str, Compiled]]:
+    """(kernel, format, dtype, tile and architecture in words; what was made of it), of labels that have ``only`` in them."""
+    for name, fmt in FORMATS.items():
+        integers = fmt.kind == "int" and fmt.bits in (4, 8) and name != "int4 g32"
+        for kernel in (compile_product, compile_product8)[: 1 + integers]:
+            for dtype in (torch.float16, torch.bfloat16):
+                for tile in TILES:
+                    for architecture in ARCHITECTURES:
+                        label = f"{kernel.__name__[8:]} {name} {str(dtype)[6:]} {_words(tile)} sm_{architecture}"
+                        if only in label:
+                            yield label, kernel(name, dtype, tile, architecture)
+
+
+def _words(tile: Tile) -> str:
+    return f"{tile.rows}x{tile.tokens}, {tile.warps} warps, {tile.stages} stages, split {tile.split}"
+
+
+def wrong(row: Compiled) -> str:
+    """What is wrong with a row; empty where nothing is."""
+    found = [f"{row.spilled} bytes spilled"] if row.spilled else []
+    found += [] if row.wide_loads else ["words are not loaded 16 bytes at a time"]
+    # One store or two of bookkeeping are the loop's own.
+    return ", ".join(found + ([f"{row.exchanged} exchanges between lanes"] if row.exchanged > 2 else []))
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="Write the table.")
+    parser.add_argument("--only", default="", help="Rows whose label has this.")
+    args = parser.parse_args()
+    found, bad = {}, 0
+    for label, row in rows(args.only):
+        found[label] = asdict(row)
+        bad += bool(wrong(row))
+        print(label, "|", " ".join(f"{k} {v}" for k, v in found[label].items()), "|", wrong(row) or "ok", flush=True)
+    if args.write:
+        TABLE.write_text(json.dumps({"triton": triton.__version__, "rows": found}, indent=1) + "\n", encoding="utf-8")
+    return int(bad > 0 or not found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Which tile a product is run with: the table of this GPU where there is one, else a rule.
+
+tables/GPU.json, made by ``qkit_kernels.autotune``: {"bits rows columns tokens": [rows, tokens, warps, stages,
+split]}, tokens being the bucket. A shape that is not in it gets the tile of the nearest one of the same bits and
+bucket (by bytes).
+
+The rule, for a GPU without a table: 32 rows of two warps where few tokens are read with them, 64 of four warps else
+(each lane then uses all that it loads), and columns split until every multiprocessor has four programs or a program
+is down to four blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from math import ceil, log
+from pathlib import Path
+
+import torch
+
+from qkit_kernels.layout import Laid
+from qkit_kernels.matmul import Tile
+from qkit_kernels.weight import Format
+
+TABLES = Path(__file__).parent / "tables"
+BUCKETS = (8, 16, 32, 64)  # tokens of a tile
+WIDEST = 64  # more rows of x than this take several tiles of tokens
+PROGRAMS = 4  # for each multiprocessor
+LEAST_BLOCKS = 4  # of a program
+# Formats and tiles that are compiled ahead of time (aot.py), and tuned.
+FORMATS = {
+    "int4 g128": Format("int", 4, 128),
+    "int4 g32": Format("int", 4, 32),
+    "int4 g128 asym": Format("int", 4, 128, symmetric=False),
+    "int4 channel": Format("int", 4, None),
+    "int3 g128": Format("int", 3, 128),
+    "int3 g128 asym": Format("int", 3, 128, symmetric=False),
+    "int2 g128": Format("int", 2, 128),
+    "int2 g64 asym": Format("int", 2, 64, symmetric=False),
+    "int8 channel": Format("int", 8, None),
+    "int8 g128": Format("int", 8, 128),
+    "nvfp4": Format("fp4", 4, 16, scale="e4m3"),
+    "mxfp4": Format("fp4", 4, 32, scale="e8m0"),
+    "fp8 channel": Format("fp8", 8, None),
+    "mxfp8": Format("fp8", 8, 32, scale="e8m0"),
+}
+TILES = (
+    Tile(32, 8, 2, 4, 1),
+    Tile(32, 8, 2, 4, 4),
+    Tile(64, 16, 4, 4, 1),
+    Tile(64, 32, 4, 4, 1),
+    Tile(64, 64, 4, 3, 1),
+)
+
+
+def bucket(m: int) -> int:
+    """Tokens of a tile for m rows of x."""
+    return next((b for b in BUCKETS if m <= b), WIDEST)
+
+
+def choose(laid: Laid, m: int, device: torch.device) -> Tile:
+    """The tile for m rows of x."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    else:
+        name, processors = "", 1  # the interpreter
+    tuned = _nearest(name, laid, bucket(m))
+    return tuned if tuned is not None else rule(laid, m, processors)
+
+
+def rule(laid: Laid, m: int, processors: int) -> Tile:
+    """The tile where no table says one."""
+    tokens = bucket(m)
+    rows, warps = (32, 2) if tokens == 8 else (64, 4)
+    blocks = laid.words.shape[1]
+    wanted = ceil(PROGRAMS * processors * rows / laid.shape[0])
+    split = max(1, min(wanted, blocks // LEAST_BLOCKS)) if m <= tokens else 1
+    return Tile(rows, tokens, warps, 3 if tokens == 64 else 4, split)
+
+
+def key(bits: int, shape: tuple[int, int], tokens: int) -> str:
+    """Of a table."""
+    return f"{bits} {shape[0]} {shape[1]} {tokens}"
+
+
+@cache
+def _table(name: str) -> dict[str, list[int]]:
+    file = TABLES / f"{name.replace(' ', '-').lower()}.json"
+    found: dict[str, list[int]] = json.loads(file.read_text())["tiles"] if name and file.exists() else {}
+    return found
+
+
+def _nearest(name: str, laid: Laid, tokens: int) -> Tile | None:
+    entries = [(k.split(), v) for k, v in _table(name).items()]
+    near = [
+        (abs(log(int(n) * int(c)) - log(laid.shape[0] * laid.shape[1])) + abs(log(int(n)) - log(laid.shape[0])), v)
+        for (b, n, c, t), v in entries
+        if int(b) == laid.format.bits and int(t) == tokens
+    ]
+    return Tile(*min(near, key=lambda e: e[0])[1]) if near else None

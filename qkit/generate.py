@@ -1,0 +1,143 @@
+"""Decoding with a static KV cache and, on a GPU, one CUDA graph a token.
+
+A decode step of a quantized model is hundreds of kernels of a few microseconds; launched one by one from Python they
+cost more than they compute. ``Decoder`` records a step once and replays it. Its tokens are those of transformers'
+``generate``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.errors import UsageError
+
+
+class Decoder:
+    """Generates with a model as ``qkit.load`` returns it (or any causal language model of transformers).
+
+    length: the most tokens, prompt included; memory for their keys and values is taken once.
+    A decoder serves one call at a time.
+    """
+
+    def __init__(self, model: Any, length: int) -> None:
+        self.model, self.length = model, length
+        self._cache: Any = None
+        self._graph: Any = None
+        self._batch = 0
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        tokens: Tensor,
+        new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop: Collection[int] = (),
+    ) -> Tensor:
+        """Prompt and continuation: int64 [batch, prompt + at most ``new_tokens``].
+
+        tokens: int64 [batch, prompt], none of them padding; temperature: 0 takes the most likely token, else it is
+        sampled, after top_k and top_p as transformers defines them; seed: of the samples; stop: token ids after which
+        a sequence is over (it ends when all sequences are, filled up with the first of them). Raises UsageError for a
+        prompt that leaves no room.
+        """
+        batch, prompt = tokens.shape
+        if prompt + new_tokens > self.length:
+            raise UsageError(
+                f"{prompt} tokens of prompt and {new_tokens} new ones: the decoder was made for {self.length} in all"
+            )
+        self._start(batch)
+        pick = _picker(temperature, top_k, top_p, seed, self.model.device)
+        found = [tokens.to(self.model.device)]
+        over = torch.zeros(batch, dtype=torch.bool, device=self.model.device)
+        ends = torch.tensor(sorted(stop), dtype=torch.int64, device=self.model.device)
+        logits = self._forward(found[0])
+        for i in range(new_tokens):
+            token = pick(torch.cat(found, dim=1), logits)
+            if stop:
+                token = torch.where(over, ends[0], token)
+                over |= torch.isin(token, ends)
+            found.append(token[:, None])
+            if (stop and bool(over.all())) or i == new_tokens - 1:
+                break
+            logits = self._step(token[:, None])
+        return torch.cat(found, dim=1)
+
+    def _start(self, batch: int) -> None:
+        """An empty cache. It takes its shape from the first prompt, so another number of sequences wants another one."""
+        from transformers import StaticCache
+        from transformers.cache_utils import StaticLayer
+
+        if batch == self._batch:
+            self._cache.reset()
+            return
+        self._batch, self._graph = batch, None
+        self._cache = StaticCache(config=self.model.config, max_cache_len=self.length)
+        # Other layers (sliding windows) count their tokens in Python, which a graph does not see.
+        plain = all(type(layer) is StaticLayer for layer in self._cache.layers)
+        self._recordable = plain and self.model.device.type == "cuda"
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        """float32 [batch, vocabulary]: logits after the last of the tokens, which go into the cache."""
+        out = self.model(input_ids=tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = out.logits[:, -1].to(torch.float32)
+        return logits
+
+    def _step(self, token: Tensor) -> Tensor:
+        if not self._recordable:
+            return self._forward(token)
+        if self._graph is None:
+            self._record(token)
+        self._token.copy_(token)
+        self._graph.replay()
+        return self._logits
+
+    def _record(self, token: Tensor) -> None:
+        """Record a step. What the trial steps wrote into the cache lies beyond its length, and is written over."""
+        self._token = token.clone()
+        filled = [layer.cumulative_length.clone() for layer in self._cache.layers]
+
+        def again() -> None:
+            for layer, n in zip(self._cache.layers, filled, strict=True):
+                layer.cumulative_length.copy_(n)
+
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(
+            aside
+        ):  # compiles the kernels and warms the allocator, neither of which a recording may do
+            for _ in range(2):
+                self._forward(self._token)
+                again()
+        torch.cuda.current_stream().wait_stream(aside)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = self._forward(self._token)
+        again()
+
+
+def _picker(temperature: float, top_k: int | None, top_p: float | None, seed: int, device: torch.device) -> Any:
+    """(tokens so far, logits) -> int64 [batch]: the next token of each sequence."""
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    if temperature == 0.0:
+        return lambda _, logits: logits.argmax(-1)
+    warp = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k is not None:
+        warp.append(TopKLogitsWarper(top_k))
+    if top_p is not None:
+        warp.append(TopPLogitsWarper(top_p))
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def sample(tokens: Tensor, logits: Tensor) -> Tensor:
+        chances = warp(tokens, logits).softmax(-1)
+        return torch.multinomial(chances, 1, generator=generator)[:, 0]
+
+    return sample
