@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.allocation.allocate import Allocation, Budget, allocate, limit_bytes, outliers, rules
+from qkit.allocation.latency import Latency, LatencyTable, unit_times
 from qkit.allocation.pareto import cost_of
 from qkit.allocation.refine import Refined, refine
 from qkit.errors import BadInput, UsageError
@@ -40,12 +41,13 @@ class BudgetRequest:
 
 @dataclass(frozen=True)
 class Allocated:
-    """request: with the rules of the allocation."""
+    """request: with the rules of the allocation; table: what its time was counted with, under a latency budget."""
 
     request: Request
     profile: Profile
     allocation: Allocation
     refined: Refined | None
+    table: LatencyTable | None = None
 
 
 def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Allocated:
@@ -58,15 +60,19 @@ def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Al
             "such as int3+0.5%"
         )
     outline = open_outline(request.model)
+    table = None if wanted.budget.latency is None else LatencyTable.load(wanted.budget.latency[1])
     if not (wanted.profile / FILE).is_file():
         asked = ProfileRequest(_without_transforms(request), wanted.candidates or CANDIDATES)
         profile(asked, wanted.profile, progress)
     made = Profile.load(wanted.profile)
     if made.fingerprint != outline.checkpoint.fingerprint():
         raise BadInput(f"{wanted.profile}: the profile of another model: choose another --profile, or make it again")
+    latency = None
+    if table is not None and wanted.budget.latency is not None:
+        latency = Latency(wanted.budget.latency[0], unit_times(made, outline, table, request.model))
     limit = limit_bytes(made, wanted.budget, running_bytes(outline, wanted.budget.context))
     measures = (wanted.measure, *(m for m in made.measures if m != wanted.measure)) if wanted.evaluations else ()
-    first = allocate(made, limit, wanted.measure, wanted.floors, wanted.ceilings)
+    first = allocate(made, limit, wanted.measure, wanted.floors, wanted.ceilings, latency)
     found: Refined | None = None
     picks = first.picks
     if wanted.evaluations:
@@ -74,21 +80,22 @@ def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Al
             raise UsageError(
                 "--refine moves layers freely and would leave --floor and --ceiling behind: give one of them"
             )
-        starts = [first, *(allocate(made, limit, m) for m in measures[1:])]
+        starts = [first, *(allocate(made, limit, m, latency=latency) for m in measures[1:])]
         with measured_plans(_without_transforms(request), made, wanted.profile, progress) as measured:
-            found = refine(made, starts, measured, wanted.evaluations)
+            found = refine(made, starts, measured, wanted.evaluations, latency)
         picks = found.picks
     chosen = rules(made, picks)
     scheme = next((r["scheme"] for r in chosen if "scheme" in r), None)
     if scheme is None:
         raise UsageError("the budget lets every layer stay as it is: nothing to quantize; lower it")
     used = sum(u.choices[picks[u.key]].bytes for u in made.units)
-    allocation = replace(first, picks=picks, bytes=used, cost=cost_of(made, picks, wanted.measure))
+    time = None if latency is None else latency.of(picks)
+    allocation = replace(first, picks=picks, bytes=used, cost=cost_of(made, picks, wanted.measure), time=time)
     method = request.method or made.request["method"]
     decided = replace(
         request, scheme=scheme, method=method, group_size=None, rules=tuple(chosen), outliers=outliers(made, picks)
     )
-    return Allocated(decided, made, allocation, found)
+    return Allocated(decided, made, allocation, found, table)
 
 
 def _without_transforms(request: Request) -> Request:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
 import resource
 import sys
 from pathlib import Path
 
 import torch
+from qkit_kernels import cores
 
 
 def available_cores() -> int:
@@ -44,20 +44,5 @@ def available_memory() -> int | None:
 
 
 def run_dtype(stored: torch.dtype) -> torch.dtype:
-    """The dtype to run blocks in whose weights are stored in ``stored``: bfloat16 where the cores multiply it, else float32.
-
-    A core without bf16 products is several times slower in bf16 than in float32 (measured with AVX2 alone: 10 against 75
-    GFLOP/s a core), and float16 products are as rare.
-    """
-    fast = (
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if platform.machine() in ("arm64", "aarch64")
-        else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
-    return stored if stored == torch.bfloat16 and fast else torch.float32
-
-
-def has_int8_products() -> bool:
-    """Whether the cores multiply INT8 faster than float32. Without such instructions torch's integer product runs at 1 to 2
-    GFLOP/s (measured with AVX2 alone, where float32 runs at 75)."""
-    return platform.machine() in ("arm64", "aarch64") or bool(torch.cpu._is_vnni_supported())
+    """The dtype to run blocks in whose weights are stored in ``stored``: bfloat16 where the cores multiply it, else float32."""
+    return stored if stored == torch.bfloat16 and cores.multiplies_bf16() else torch.float32

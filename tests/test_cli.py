@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qkit.commands import VERBS, cli, main
 
-BUDGET = "bits candidates ceiling floor measure memory profile refine size"
+BUDGET = "bits candidates ceiling floor latency measure memory profile refine size"
 FLAGS = {
     "quantize": "calib export group-size json keep-job method model option out outliers overwrite recipe samples scheme seed "
     f"seqlen significant strict threads work {BUDGET}",
@@ -26,6 +26,7 @@ FLAGS = {
     "verify": "job json",
     "eval": "allow-task-code baseline device dtype json limit task-dir tasks text window windows",
     "check": "allow-task-code baseline budget device dtype json junit task-dir text",
+    "bench": "baseline device dtype figure formats group-size json m model new-tokens prompt-tokens shapes table threads",
     "list": "json",
     "demo": "json overwrite work",
 }

@@ -4,19 +4,22 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from qkit_kernels import tiles
+from qkit_kernels import gpu, tiles
 from qkit_kernels.decode import ptx
 from qkit_kernels.layout import block_columns, codes_of, lay_out, lay_out_gated, why_not
 from qkit_kernels.matmul import Tile, product
 from qkit_kernels.matmul8 import product8, quantize, takes
 from qkit_kernels.sparse import sparse_product
 from qkit_kernels.weight import Format, Weight, dequantize
+
+from qkit import formats, ops, qtensor, sparse
 
 SMALL = Tile(16, 8, 4, 2, 1)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -200,6 +203,37 @@ def test_sparse_product():
     x = torch.randn(3, 100, generator=g).bfloat16()
     found = sparse_product(x, csr.crow_indices().int(), csr.col_indices().int(), csr.values())
     torch.testing.assert_close(found, (x.double() @ dense.bfloat16().double().T).float(), rtol=1e-5, atol=1e-5)
+
+
+# ---- as the layers use them ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scheme_name", "op"), [("W4A16", "product"), ("W8A8", "product8"), ("W4A8", "product8"), ("NVFP4A16", "product")]
+)
+@pytest.mark.parametrize("outliers", (0, 60))
+def test_a_weight_of_a_checkpoint(scheme_name, op, outliers):
+    """The kernels give what the operators of the CPU give, and hold the weight exactly."""
+    scheme = formats.scheme(scheme_name)
+    dense = torch.randn(40, 256) / 16
+    dense[0, :4] = 3.0
+    rest, kept = sparse.split(dense, outliers, torch.float16) if outliers else (dense, None)
+    amax = dense.abs().amax()
+    params = qtensor.find_params(rest, scheme.weights, torch.float16, global_scale=qtensor.nvfp4_global_scale(amax))
+    q = replace(qtensor.quantize(rest, params, scheme.weights), sparse=kept)
+    laid = ops._lay_out(q, scheme.activations, torch.float16, "cuda")
+    if outliers:
+        op = "product"
+    assert isinstance(laid, gpu.Prepared) and laid.op == op
+    found = ops.Prepared(laid, replace(q, codes=laid.weight.codes), scheme.activations, torch.float16)
+    assert torch.equal(qtensor.dequantize(ops.unpacked(found)), qtensor.dequantize(q))
+    x, bias = torch.randn(2, 3, 256).half(), torch.randn(40).half()
+    y = ops.linear(x, found, bias, scheme.activations, None)
+    expected = ops.linear(
+        x.float(), ops.prepare(q, scheme.activations, torch.float32), bias.float(), scheme.activations, None
+    )
+    assert y.shape == (2, 3, 40) and y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), expected, rtol=2e-3, atol=2e-3)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ LEVELS = {
     **dict.fromkeys(("run", "export", "evaluation"), 3),
     "sensitivity": 4,  # its probes are runs
     "allocation": 5,
+    "benchmark": 5,
     "report": 5,  # draws profiles and allocations
     "commands": 6,
 }

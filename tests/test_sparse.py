@@ -95,13 +95,14 @@ def test_product(tokens, monkeypatch):
     ("name", "dtype", "op"),
     [
         ("int4", torch.bfloat16, "int4pack"),
-        ("int4", torch.float32, "dequantize"),
+        ("int4", torch.float32, "bag"),
+        ("nvfp4", torch.bfloat16, "dequantize"),
         ("int8_channel", torch.bfloat16, "int8pack"),
     ],
 )
 def test_linear_adds_the_sparse_part(name, dtype, op):
     fmt = FORMATS[name]
-    w = torch.randn(32, 128) * 0.1
+    w = torch.randn(64, 128) * 0.1
     w[3, 7], w[31, 127] = 9.0, -8.0
     dense, s = sparse.split(w, 2, torch.bfloat16)
     q = QTensor(

@@ -132,8 +132,8 @@ def pair_int8(words, offset, J: tl.constexpr, DTYPE: tl.constexpr, PLAIN: tl.con
 
 
 @triton.jit
-def pair_fp4(words, J: tl.constexpr, DTYPE: tl.constexpr):
-    """E2M1: the number times 2^-14 in float16, 2^-126 in bfloat16."""
+def bits_fp4(words, J: tl.constexpr, DTYPE: tl.constexpr):
+    """Pair J of E2M1 codes as a pair of DTYPE in an int32: the number times 2^-14 in float16, 2^-126 in bfloat16."""
     sign = (words << (12 - 4 * J)) & SIGNS
     if DTYPE == tl.float16:
         if J < 3:
@@ -145,34 +145,58 @@ def pair_fp4(words, J: tl.constexpr, DTYPE: tl.constexpr):
             rest = (words << (6 - 4 * J)) & 0x01C001C0
         else:
             rest = (words >> (4 * J - 6)) & 0x01C001C0
-    return halves(sign | rest, DTYPE)
+    return sign | rest
 
 
 @triton.jit
-def pair_fp8(words, J: tl.constexpr, DTYPE: tl.constexpr):
-    """E4M3: the number times 2^-8 in float16, 2^-120 in bfloat16."""
+def bits_fp8(words, J: tl.constexpr, DTYPE: tl.constexpr):
+    """Pair J of E4M3 codes as a pair of DTYPE in an int32: the number times 2^-8 in float16, 2^-120 in bfloat16."""
     t = words << (8 - 8 * J)
     if DTYPE == tl.float16:
-        return halves((t & SIGNS) | ((t >> 1) & 0x3F803F80), DTYPE)
-    return halves((t & SIGNS) | ((t >> 4) & 0x07F007F0), DTYPE)
+        return (t & SIGNS) | ((t >> 1) & 0x3F803F80)
+    return (t & SIGNS) | ((t >> 4) & 0x07F007F0)
 
 
 @triton.jit
-def scale_float(stored, SCALE: tl.constexpr, FACTOR: tl.constexpr, DTYPE: tl.constexpr, PLAIN: tl.constexpr):
-    """Scales as the layout has them to DTYPE, such that scale x what ``pair_fp4`` or ``pair_fp8`` gives is the number (e8m0)
-    or 2^-7 of it (e4m3: more would leave the range of float16). FACTOR: ``unscaled`` of the format."""
-    if SCALE == "e4m3":
-        bits = stored.to(tl.int16) & 0x7F
-        if DTYPE == tl.float16:
-            return (bits << 7).to(DTYPE, bitcast=True) * 32768.0
-        small = wide((bits << 4).to(DTYPE, bitcast=True), PLAIN)
-        return narrow(small * 1.329227995784916e36 * 6.64613997892458e35, DTYPE, PLAIN)  # 2^120, 2^119
-    SHIFT: tl.constexpr = 8 if DTYPE == tl.float16 else 7
-    return narrow(wide((stored.to(tl.int16) << SHIFT).to(DTYPE, bitcast=True), PLAIN) * FACTOR, DTYPE, PLAIN)
+def scaled(bits, s, ASM: tl.constexpr, PLAIN: tl.constexpr):
+    """The pairs in ``bits`` (int32) times s (16-bit floats): (low, high)."""
+    if ASM:
+        bits, s = tl.broadcast(bits, s)
+        if s.dtype == tl.float16:
+            low, high = tl.inline_asm_elementwise(
+                "{.reg .b32 t; mov.b32 t, {$3, $3}; mul.rn.f16x2 t, t, $2; mov.b32 {$0, $1}, t;}",
+                "=h,=h,r,h", [bits, s], (s.dtype, s.dtype), is_pure=True, pack=1,
+            )  # fmt: skip
+        else:  # sm_80 has no product of bfloat16 alone; a fused one with -0.0 is the same
+            low, high = tl.inline_asm_elementwise(
+                "{.reg .b32 t, o; mov.b32 o, 0x80008000; mov.b32 t, {$3, $3}; fma.rn.bf16x2 t, t, $2, o; mov.b32 {$0, $1}, t;}",
+                "=h,=h,r,h", [bits, s], (s.dtype, s.dtype), is_pure=True, pack=1,
+            )  # fmt: skip
+    else:
+        low, high = halves(bits, s.dtype)
+        low, high = times(low, s, PLAIN), times(high, s, PLAIN)
+    return low, high
+
+
+@triton.jit
+def scales_of_bytes(four, SCALE: tl.constexpr, FACTOR: tl.constexpr, DTYPE: tl.constexpr, PLAIN: tl.constexpr):
+    """int32 [.., 1], four stored scales each, to DTYPE [.., 4], such that scale x what ``bits_fp4`` or ``bits_fp8`` gives
+    is the number (e8m0) or 2^-7 of it (e4m3: more would leave float16). FACTOR: ``unscaled`` of the format."""
+    MASK: tl.constexpr = 0x007F007F if SCALE == "e4m3" else 0x00FF00FF
+    SHIFT: tl.constexpr = (7 if DTYPE == tl.float16 else 4) + (SCALE == "e8m0") * (1 if DTYPE == tl.float16 else 3)
+    s0, s2 = halves((four & MASK) << SHIFT, DTYPE)
+    s1, s3 = halves(((four >> 8) & MASK) << SHIFT, DTYPE)
+    s = tl.join(tl.join(s0, s2), tl.join(s1, s3)).reshape(four.shape[0], four.shape[1], 4)
+    if SCALE == "e8m0":
+        return times(s, tl.full([1, 1, 1], FACTOR, DTYPE), PLAIN)
+    if DTYPE == tl.float16:
+        return s * 32768.0
+    s = times(s, tl.full([1, 1, 1], 1.329227995784916e36, DTYPE), PLAIN)  # 2^120
+    return times(s, tl.full([1, 1, 1], 6.64613997892458e35, DTYPE), PLAIN)  # 2^119
 
 
 def unscaled(kind: str, bits: int, half: bool) -> float:
-    """What makes up for the factor of ``pair_fp4`` and ``pair_fp8``. half: in float16, else bfloat16."""
+    """What makes up for the factor of ``bits_fp4`` and ``bits_fp8``. half: in float16, else bfloat16."""
     if kind == "int":
         return 1.0
     if bits == 4:

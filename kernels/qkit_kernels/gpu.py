@@ -1,12 +1,12 @@
 """Products with quantized weights on a GPU, through the Triton kernels.
 
-product    activations in float16 or bfloat16 (matmul.py): integers of 2, 3, 4 and 8 bits, E2M1 and E4M3
 product8   activations rounded to INT8 token by token (matmul8.py): integers of 4 and 8 bits
+product    activations in float16 or bfloat16 (matmul.py): integers of 2, 3, 4 and 8 bits, E2M1 and E4M3
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,26 @@ from qkit_kernels.layout import Laid, block_columns, codes_of, lay_out, why_not
 from qkit_kernels.weight import Format, Weight
 
 OPS = ("product8", "product")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A weight laid out for one of OPS; weight: its format, scales and zero points, without codes."""
+
+    op: str
+    weight: Weight
+    laid: Laid
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.laid.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        held = (self.weight.scale, self.weight.zero, self.weight.global_scale)
+        return self.laid.nbytes + sum(t.nbytes for t in held if t is not None)
 
 
 def supported(op: str, fmt: Format, shape: tuple[int, int], dtype: torch.dtype) -> bool:
@@ -27,37 +47,36 @@ def supported(op: str, fmt: Format, shape: tuple[int, int], dtype: torch.dtype) 
     return op == "product8" and fmt.kind == "int" and fmt.bits in (4, 8) and coarse
 
 
-def prepare(weight: Weight, dtype: torch.dtype) -> Laid:
-    """The weight in the kernels' layout, on the device that it is on."""
-    return lay_out(weight, dtype)
+def prepare(weight: Weight, dtype: torch.dtype, op: str = "product") -> Prepared:
+    """The weight in the kernels' layout, on the device that it is on, for activations in ``dtype``."""
+    return Prepared(op, replace(weight, codes=weight.codes.new_empty(0)), lay_out(weight, dtype))
 
 
-def linear(x: Tensor, laid: Laid, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """x [..., in] in the dtype that the weight was laid out for, to [..., out]; bias [out], residual [..., out]."""
-    from qkit_kernels.matmul import product  # imports Triton, which the CPU does without
-    from qkit_kernels.tiles import choose
-
-    flat = x.reshape(-1, x.shape[-1])
-    beside = None if residual is None else residual.reshape(-1, residual.shape[-1])
-    y = product(flat, laid, choose(laid, len(flat), x.device), bias, beside)
-    return y.view(*x.shape[:-1], -1)
-
-
-def linear8(x: Tensor, laid: Laid, bias: Tensor | None = None) -> Tensor:
-    """The same with x rounded to INT8 token by token."""
+def linear(x: Tensor, p: Prepared, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x [rows, in] to [rows, out] in its dtype; bias [out]; residual [rows, out], which product8 does not take."""
+    from qkit_kernels.matmul import product  # brings Triton, which the CPU does without
     from qkit_kernels.matmul8 import product8
     from qkit_kernels.tiles import choose
 
-    flat = x.reshape(-1, x.shape[-1])
-    return product8(flat, laid, choose(laid, len(flat), x.device), bias).view(*x.shape[:-1], -1)
+    narrow = x.to(p.laid.dtype)
+    tile = choose(p.laid, len(x), x.device)
+    y = product8(narrow, p.laid, tile, bias) if p.op == "product8" else product(narrow, p.laid, tile, bias, residual)
+    return y.to(x.dtype)
 
 
-def codes(laid: Laid, like: Weight) -> Tensor:
-    """The codes that ``prepare`` was given, [out, in] in the dtype of ``like.codes``."""
-    stored = codes_of(laid)
-    if laid.format.kind == "int":
-        return (stored - (1 << (laid.format.bits - 1))).to(torch.int8)
-    return stored.to(torch.uint8).view(like.codes.dtype)
+def sparse(x: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """x [rows, in] times the sparse part of a weight (sparse.py): float32 [rows, out], a residual of ``linear``."""
+    from qkit_kernels.sparse import sparse_product
+
+    return sparse_product(x, rows, columns, values)
+
+
+def codes(p: Prepared) -> Tensor:
+    """The codes that ``prepare`` was given, [out, in] in their dtype."""
+    fmt, stored = p.laid.format, codes_of(p.laid)
+    if fmt.kind == "int":
+        return (stored - (1 << (fmt.bits - 1))).to(torch.int8)
+    return stored.to(torch.uint8).view(p.weight.codes.dtype)
 
 
 def to(laid: Laid, device: torch.device) -> Laid:

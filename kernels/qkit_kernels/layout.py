@@ -49,7 +49,7 @@ from qkit_kernels.weight import Format, Weight, float_scale
 
 ROWS = 16  # rows are filled up to a multiple of this
 PAIRS = {2: 8, 3: 16, 4: 4, 8: 2}  # J, by bits
-E4M3_FACTOR = 2.0**7  # decode.scale_float leaves this to the factor of the row
+E4M3_FACTOR = 2.0**7  # decode.scales_of_bytes leaves this to the factor of the row
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ def why_not(fmt: Format, shape: tuple[int, int], dtype: torch.dtype) -> str | No
         return f"{shape[1]} columns: expected a multiple of 8"
     if fmt.group is not None and fmt.group < shape[1] and not (fmt.group % block == 0 or _divides(fmt.group, unit)):
         return f"groups of {fmt.group}: expected 8 x 2^n up to {block} columns, or a multiple of {block}"
+    if fmt.scale != "float" and not (fmt.group and fmt.group < block):
+        return f"{fmt.scale} scales of groups of {fmt.group}: expected less than {block} columns"
     return None
 
 

@@ -18,7 +18,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkit_kernels.decode import narrow, pair_fp4, pair_fp8, pair_int, pair_int8, scale_float, times, unscaled, wide
+from qkit_kernels.decode import (
+    bits_fp4,
+    bits_fp8,
+    narrow,
+    pair_int,
+    pair_int8,
+    scaled,
+    scales_of_bytes,
+    times,
+    unscaled,
+    wide,
+)
 from qkit_kernels.layout import PAIRS, Laid
 
 
@@ -34,17 +45,12 @@ class Tile:
 
 
 @triton.jit
-def _numbers(
-    a, b, c, offset, J: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
-    LITERAL: tl.constexpr, ASM: tl.constexpr, PLAIN: tl.constexpr,
+def _integers(
+    a, b, c, offset, J: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, LITERAL: tl.constexpr,
+    ASM: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """Pair J of every word: (low, high), shape of a."""
-    if KIND == "fp":
-        if BITS == 4:
-            low, high = pair_fp4(a, J, DTYPE)
-        else:
-            low, high = pair_fp8(a, J, DTYPE)
-    elif BITS == 3:
+    if BITS == 3:
         if J == 15:
             t = ((a >> 15) & 0x00010001) | ((b >> 14) & 0x00020002) | ((c >> 13) & 0x00040004)
             low, high = pair_int(t, offset, 0, 0x00070007, LITERAL, ASM, PLAIN)
@@ -90,19 +96,25 @@ def _block(
         offset = narrow(OFFSET - tl.load(zs).to(tl.float32), WIDE, PLAIN)[:, None, None]
     for p in tl.static_range(PARTS):
         if SCALES > 1:
-            stored = tl.load(ss + 4 * p)
-            s = stored if SCALE == "float" else scale_float(stored, SCALE, FACTOR, DTYPE, PLAIN)
+            if SCALE == "float":
+                s = tl.load(ss + 4 * p)
+            else:
+                s = scales_of_bytes(tl.load(ss + p), SCALE, FACTOR, DTYPE, PLAIN)
             if ZERO:
                 offset = narrow(OFFSET - tl.load(zs + 4 * p).to(tl.float32), WIDE, PLAIN)
         for h in tl.static_range(PAIRS // PARTS):
-            low, high = _numbers(a, b, c, offset, p * (PAIRS // PARTS) + h, KIND, BITS, DTYPE, LITERAL, ASM, PLAIN)
-            if SCALES > 1:
-                low, high = times(low, s, PLAIN), times(high, s, PLAIN)
-            elif FACTOR != 1.0:
-                low, high = times(low, factor, PLAIN), times(high, factor, PLAIN)
-            numbers = (
-                tl.join(low, high).permute(0, 2, 1, 3).reshape(ROWS, 32)
-            )  # columns in the order (u, w, low or high)
+            if KIND == "int":
+                low, high = _integers(a, b, c, offset, p * (PAIRS // PARTS) + h, BITS, DTYPE, LITERAL, ASM, PLAIN)
+                if SCALES > 1:
+                    low, high = times(low, s, PLAIN), times(high, s, PLAIN)
+            else:
+                if BITS == 4:
+                    bits = bits_fp4(a, p * (PAIRS // PARTS) + h, DTYPE)
+                else:
+                    bits = bits_fp8(a, p * (PAIRS // PARTS) + h, DTYPE)
+                low, high = scaled(bits, s if SCALES > 1 else factor, ASM, PLAIN)
+            # columns in the order (unit, word, low or high)
+            numbers = tl.join(low, high).permute(0, 2, 1, 3).reshape(ROWS, 32)
             near = 8 * (p * (PAIRS // PARTS) + h)
             mask = live if EVEN else live & (k + near < room)[:, None]
             x = tl.load(xs + near, mask=mask, other=0.0)
@@ -139,19 +151,18 @@ def product_kernel(
     k = tl.arange(0, 32)
     k = k // 8 * (8 * PAIRS) + k % 8
     filled = (N + 15) // 16 * 16
-    n = tl.where(n < filled, n, 0)
+    n = tl.where(n < filled, n, 0)  # rows beyond the last are the first once more, and write what it writes
     eight = (n // 8).to(tl.int64) * BLOCKS
     lane = (n % 8)[:, None, None] * 16 + q[None, :, None] * 4 + q[None, None, :]
     ws = words_ptr + eight[:, None, None] * (WORDS * 128) + lane
-    if SCALES > 1:
-        at = (
-            eight[:, None, None] * (8 * SCALES)
-            + (n % 8)[:, None, None] * SCALES
-            + q[None, None, :]
-            + 0 * q[None, :, None]
-        )
-    else:
+    step: tl.constexpr = 8 * SCALES if SCALE == "float" else 2 * SCALES  # bytes come four at a time
+    if SCALES <= 1:
         at = eight * 8 + n % 8
+    elif SCALE == "float":
+        lane_scales = (n % 8)[:, None, None] * SCALES + q[None, None, :] + 0 * q[None, :, None]
+        at = eight[:, None, None] * step + lane_scales
+    else:
+        at = eight[:, None, None] * step + (n % 8)[:, None, None] * (SCALES // 4) + 0 * q[None, :, None]
     xs = x_ptr + m[None, :].to(tl.int64) * STRIDE + k[:, None]
     half = (filled // 8).to(tl.int64) * BLOCKS  # blocks of eight rows of the first half, with GATED
     live = (m < M)[None, :]
@@ -160,13 +171,13 @@ def product_kernel(
     for i in tl.range(turn * SPAN, min(turn * SPAN + SPAN, BLOCKS), num_stages=STAGES):
         xb, room = xs + i * COLUMNS, K - i * COLUMNS
         wb = ws + i * (WORDS * 128)
-        sb, zb = scale_ptr + at + i * (8 * SCALES), zero_ptr + at + i * (8 * SCALES)
+        sb, zb = scale_ptr + at + i * step, zero_ptr + at + i * step
         if GATED:
             gate = _block(
                 gate, xb, live, k, room, wb, sb, zb,
                 KIND, BITS, PAIRS, SCALE, SCALES, ZERO, OFFSET, LITERAL, FACTOR, DTYPE, ASM, EVEN, PLAIN,
             )  # fmt: skip
-            wb, sb, zb = wb + half * (WORDS * 128), sb + half * (8 * SCALES), zb + half * (8 * SCALES)
+            wb, sb, zb = wb + half * (WORDS * 128), sb + half * step, zb + half * step
         acc = _block(
             acc, xb, live, k, room, wb, sb, zb,
             KIND, BITS, PAIRS, SCALE, SCALES, ZERO, OFFSET, LITERAL, FACTOR, DTYPE, ASM, EVEN, PLAIN,
@@ -272,13 +283,19 @@ def product(
     sums = y if split == 1 else torch.empty(tiles, parts, tile.rows, tile.tokens, dtype=torch.float32, device=x.device)
     grid = (tiles, split, triton.cdiv(m, tile.tokens))
     product_kernel[grid](
-        x, laid.words, _or(laid.scale, y), _or(laid.zero, y), laid.row, _or(bias, y), _or(residual, y), y, sums, laid.counts,
+        x, laid.words, _or(stored_scales(laid), y), _or(laid.zero, y), laid.row, _or(bias, y), _or(residual, y), y, sums,
+        laid.counts,
         m, out, columns, x.stride(0), blocks, span,
         **constants(laid), GATED=gated, BIAS=bias is not None, RESIDUAL=residual is not None,
         EVEN=columns % (32 * PAIRS[laid.format.bits]) == 0, ASM=asm and not INTERPRETED, PLAIN=INTERPRETED,
         ROWS=tile.rows, TOKENS=tile.tokens, STAGES=tile.stages, SPLIT=split, num_warps=tile.warps,
     )  # fmt: skip
     return y
+
+
+def stored_scales(laid: Laid) -> Tensor | None:
+    """Scales as the kernel loads them: bytes four at a time."""
+    return laid.scale if laid.scale is None or laid.format.scale == "float" else laid.scale.view(torch.int32)
 
 
 def _or(t: Tensor | None, other: Tensor) -> Tensor:

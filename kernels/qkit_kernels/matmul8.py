@@ -84,7 +84,7 @@ def product8_kernel(
     q = tl.arange(0, 4)
     k = tl.arange(0, 64)
     filled = (N + 15) // 16 * 16
-    n = tl.where(n < filled, n, 0)
+    n = tl.where(n < filled, n, 0)  # rows beyond the last are the first once more, and write what it writes
     eight = (n // 8).to(tl.int64) * BLOCKS
     ws = words_ptr + eight[:, None, None] * 128 + (n % 8)[:, None, None] * 16 + q[None, :, None] * 4 + q[None, None, :]
     at = eight * 8 + n % 8

@@ -4,9 +4,8 @@ tables/GPU.json, made by ``qkit_kernels.autotune``: {"bits rows columns tokens":
 split]}, tokens being the bucket. A shape that is not in it gets the tile of the nearest one of the same bits and
 bucket (by bytes).
 
-The rule, for a GPU without a table: 32 rows of two warps where few tokens are read with them, 64 of four warps else
-(each lane then uses all that it loads), and columns split until every multiprocessor has four programs or a program
-is down to four blocks.
+The rule, for a GPU without a table: the more tokens, the more rows share what is read of x; and columns are split until
+every multiprocessor has four programs or a program is down to four blocks. It is reasoned, not measured.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def choose(laid: Laid, m: int, device: torch.device) -> Tile:
 def rule(laid: Laid, m: int, processors: int) -> Tile:
     """The tile where no table says one."""
     tokens = bucket(m)
-    rows, warps = (32, 2) if tokens == 8 else (64, 4)
+    rows, warps = {8: (32, 2), 16: (64, 2)}.get(tokens, (64, 4))
     blocks = laid.words.shape[1]
     wanted = ceil(PROGRAMS * processors * rows / laid.shape[0])
     split = max(1, min(wanted, blocks // LEAST_BLOCKS)) if m <= tokens else 1

@@ -6,9 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from qkit.allocation import knapsack
+from qkit.allocation.latency import Latency, parse_latency
 from qkit.errors import UsageError
 from qkit.sensitivity.profile import Profile, UnitProfile
 
@@ -18,45 +20,51 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 @dataclass(frozen=True)
 class Budget:
     """bits: mean stored bits of a quantized weight, scales included; size: bytes of all tensors of the result; memory: bytes
-    while running at ``context`` tokens. Exactly one of the three is given."""
+    while running at ``context`` tokens; at most one of the three is given. latency: nanoseconds, and the file of the table that
+    they are counted with; beside one of the three, or alone."""
 
     bits: float | None = None
     size: int | None = None
     memory: int | None = None
     context: int = 0
+    latency: tuple[int, Path] | None = None
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """picks: {unit: candidate}; bytes: of the units; limit: what they may take; cost: predicted, in the unit of ``measure``;
-    gap: to the proven bound."""
+    """picks: {unit: candidate}; bytes: of the units; limit: what they may take, None: any number; cost: predicted, in the unit
+    of ``measure``; gap: to the proven bound; time, time_limit: nanoseconds, where there is a latency budget."""
 
     picks: dict[str, str]
     bytes: int
-    limit: int
+    limit: int | None
     cost: float
     gap: float
     measure: str
+    time: int | None = None
+    time_limit: int | None = None
 
 
-def parse_budget(bits: float | None, size: str | None, memory: str | None) -> Budget | None:
-    """The budget of the command line; None when there is none. Raises UsageError for two of them or what cannot be read."""
+def parse_budget(bits: float | None, size: str | None, memory: str | None, latency: str | None = None) -> Budget | None:
+    """The budget of the command line; None when there is none. Raises UsageError for two limits of bytes or what cannot be
+    read."""
     given = [x for x in (bits, size, memory) if x is not None]
+    time = None if latency is None else parse_latency(latency)
     if not given:
-        return None
+        return None if time is None else Budget(latency=time)
     if len(given) > 1:
         raise UsageError("--bits, --size and --memory exclude each other: give one budget")
     if bits is not None:
         if not 1 <= bits <= 32:
             raise UsageError(f"--bits {bits}: expected a number from 1 to 32, the mean bits of a weight")
-        return Budget(bits=bits)
+        return Budget(bits=bits, latency=time)
     if size is not None:
-        return Budget(size=_bytes(size, "--size"))
+        return Budget(size=_bytes(size, "--size"), latency=time)
     assert memory is not None
     amount, at, context = memory.partition("@")
     if not at or not context.isdigit():
         raise UsageError(f"--memory {memory}: expected an amount and a context length, for instance 6GB@32768")
-    return Budget(memory=_bytes(amount, "--memory"), context=int(context))
+    return Budget(memory=_bytes(amount, "--memory"), context=int(context), latency=time)
 
 
 def _bytes(text: str, option: str) -> int:
@@ -66,22 +74,24 @@ def _bytes(text: str, option: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def limit_bytes(profile: Profile, budget: Budget, running_bytes: int) -> int:
-    """Bytes that the units may take. running_bytes: of activations and KV cache at the budget's context."""
+def limit_bytes(profile: Profile, budget: Budget, running_bytes: int) -> int | None:
+    """Bytes that the units may take; None: any number. running_bytes: of activations and KV cache at the budget's context."""
     if budget.bits is not None:
         return int(budget.bits * sum(u.weights for u in profile.units) / 8)
-    total = budget.size if budget.size is not None else (budget.memory or 0) - running_bytes
-    return total - profile.fixed_bytes
+    if budget.size is not None:
+        return budget.size - profile.fixed_bytes
+    return None if budget.memory is None else budget.memory - running_bytes - profile.fixed_bytes
 
 
 def allocate(
     profile: Profile,
-    limit: int,
+    limit: int | None,
     measure: str,
     floors: Sequence[tuple[str, str]] = (),
     ceilings: Sequence[tuple[str, str]] = (),
+    latency: Latency | None = None,
 ) -> Allocation:
-    """The plan of least predicted cost within ``limit`` bytes.
+    """The plan of least predicted cost within ``limit`` bytes, the time of ``latency``, or both.
 
     floors, ceilings: (glob, candidate): units with a linear that matches get at least, at most the bytes of that candidate.
     Raises UsageError for an unknown measure or glob and for a budget that nothing fits.
@@ -94,16 +104,22 @@ def allocate(
                 raise UsageError(f"{option} {glob}={candidate}: the profile has {', '.join(profile.candidates)}")
             if not any(_matches(u, glob) for u in profile.units):
                 raise UsageError(f"{option} {glob}: matches no layer of the profile")
+    limits = {} if limit is None else {"bytes": limit}
+    limits |= {} if latency is None else {"nanoseconds": latency.limit}
+
+    def choice(unit: UnitProfile, name: str, size: int, cost: float) -> knapsack.Choice:
+        time = {} if latency is None else {"nanoseconds": latency.times[unit.key, name]}
+        return knapsack.Choice(name, max(cost, 0.0), {"bytes": size, **time})
+
     units = [
-        [
-            knapsack.Choice(name, max(c.costs[measure], 0.0), {"bytes": c.bytes})
-            for name, c in _open(u, floors, ceilings)
-        ]
-        for u in profile.units
+        [choice(u, name, c.bytes, c.costs[measure]) for name, c in _open(u, floors, ceilings)] for u in profile.units
     ]
-    found = knapsack.solve(units, {"bytes": limit})
-    picks = {u.key: unit[i].name for u, unit, i in zip(profile.units, units, found.picks, strict=True)}
-    return Allocation(picks, found.used["bytes"], limit, found.cost, found.gap, measure)
+    found = knapsack.solve(units, limits)
+    chosen = [unit[i] for unit, i in zip(units, found.picks, strict=True)]
+    picks = {u.key: c.name for u, c in zip(profile.units, chosen, strict=True)}
+    size = sum(c.uses["bytes"] for c in chosen)
+    times = (None, None) if latency is None else (found.used["nanoseconds"], latency.limit)
+    return Allocation(picks, size, limit, found.cost, found.gap, measure, *times)
 
 
 def _open(unit: UnitProfile, floors: Sequence[tuple[str, str]], ceilings: Sequence[tuple[str, str]]) -> list[Any]:

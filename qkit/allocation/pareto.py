@@ -45,11 +45,11 @@ def curve(made: Profile, measure: str, points: int = 40) -> list[Point]:
     least = sum(min(c.bytes for c in u.choices.values()) for u in made.units)
     most = sum(max(c.bytes for c in u.choices.values()) for u in made.units)
     limits = sorted({least + (most - least) * i // (points - 1) for i in range(points)})
-    solved = [allocate(made, limit, measure) for limit in limits]
+    solved = [(limit, allocate(made, limit, measure)) for limit in limits]
     found: list[Point] = []
-    for a in sorted(solved, key=lambda a: (a.bytes, a.cost, a.limit)):
+    for limit, a in sorted(solved, key=lambda pair: (pair[1].bytes, pair[1].cost, pair[0])):
         if not found or a.cost < found[-1].cost:
-            found.append(Point(a.limit, a.bytes, mean_bits(made, a.bytes), a.cost, a.picks, None))
+            found.append(Point(limit, a.bytes, mean_bits(made, a.bytes), a.cost, a.picks, None))
     return found
 
 

@@ -2,8 +2,8 @@
 
 Two steps, within a stated number of evaluations (our choice throughout):
  1. the exact solutions under every measure of the profile are measured; the best is where the search starts;
- 2. swaps: one unit moves up and another one down, such that the bytes still fit, those with the best predicted effect first;
-    a swap is kept if the measured divergence falls.
+ 2. swaps: one unit moves up and another one down, such that bytes and time still fit, those with the best predicted effect
+    first; a swap is kept if the measured divergence falls.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from qkit.allocation.allocate import Allocation
+from qkit.allocation.latency import Latency
 from qkit.sensitivity.profile import Profile
 
 Picks = dict[str, str]
@@ -29,8 +30,10 @@ class Refined:
     history: tuple[tuple[str, float, bool], ...]
 
 
-def refine(made: Profile, starts: list[Allocation], measured: Measured, evaluations: int) -> Refined:
-    """The best plan found. starts: solutions under one limit, by measure; the first names the measure that ranks swaps."""
+def refine(
+    made: Profile, starts: list[Allocation], measured: Measured, evaluations: int, latency: Latency | None = None
+) -> Refined:
+    """The best plan found. starts: solutions under one budget, by measure; the first names the measure that ranks swaps."""
     limit, measure = starts[0].limit, starts[0].measure
     history: list[tuple[str, float, bool]] = []
     seen: dict[tuple[str, ...], float] = {}
@@ -54,7 +57,7 @@ def refine(made: Profile, starts: list[Allocation], measured: Measured, evaluati
     first = value(starts[0].picks)
     refused: set[tuple[str, ...]] = set()
     while len(seen) < evaluations:
-        swap = next((s for s in _swaps(made, best, limit, measure) if _key(s) not in refused), None)
+        swap = next((s for s in _swaps(made, best, limit, latency, measure) if _key(s) not in refused), None)
         if swap is None:
             break
         picks = {**best, **swap}
@@ -74,21 +77,33 @@ def _key(swap: Picks) -> tuple[str, ...]:
     return tuple(sorted(f"{k}={v}" for k, v in swap.items()))
 
 
-def _swaps(made: Profile, picks: Picks, limit: int, measure: str) -> Iterator[Picks]:
-    """Changes of one or two units that fit the limit, the best predicted first."""
-    used = sum(u.choices[picks[u.key]].bytes for u in made.units)
-    moves = []  # (unit, candidate, bytes more, predicted cost more)
+def _swaps(made: Profile, picks: Picks, limit: int | None, latency: Latency | None, measure: str) -> Iterator[Picks]:
+    """Changes of one or two units that fit the limits, the best predicted first."""
+    room = [] if limit is None else [limit - sum(u.choices[picks[u.key]].bytes for u in made.units)]
+    room += [] if latency is None else [latency.limit - latency.of(picks)]
+
+    def more(key: str, name: str, size: int) -> list[int]:
+        """What a change takes beyond the present choice, by limited resource."""
+        time = [] if latency is None else [latency.times[key, name] - latency.times[key, picks[key]]]
+        return ([] if limit is None else [size]) + time
+
+    moves = []  # (unit, candidate, more of each resource, predicted cost more)
     for u in made.units:
         now = u.choices[picks[u.key]]
         for name, choice in u.choices.items():
             if name != picks[u.key]:
-                moves.append((u.key, name, choice.bytes - now.bytes, choice.costs[measure] - now.costs[measure]))
-    found = [(cost, {key: name}) for key, name, more, cost in moves if more > 0 and used + more <= limit]
-    ups = [m for m in moves if m[2] > 0]
-    downs = [m for m in moves if m[2] < 0]
+                taken = more(u.key, name, choice.bytes - now.bytes)
+                moves.append((u.key, name, taken, choice.costs[measure] - now.costs[measure]))
+    ups = [m for m in moves if any(x > 0 for x in m[2])]
+    downs = [m for m in moves if any(x < 0 for x in m[2])]
+    found = [(cost, {key: name}) for key, name, taken, cost in ups if _fits(taken, room)]
     for up in ups:
         for down in downs:
-            if up[0] != down[0] and used + up[2] + down[2] <= limit:
+            if up[0] != down[0] and _fits([a + b for a, b in zip(up[2], down[2], strict=True)], room):
                 found.append((up[3] + down[3], {up[0]: up[1], down[0]: down[1]}))
     found.sort(key=lambda item: item[0])
     return (swap for _, swap in found)
+
+
+def _fits(taken: list[int], room: list[int]) -> bool:
+    return all(t <= r for t, r in zip(taken, room, strict=True))

@@ -16,6 +16,7 @@ VERBS = {
     "verify": "prove that a packed checkpoint holds what it should",
     "eval": "measure a packed checkpoint: perplexity, KL divergence, lm-eval tasks",
     "check": "hold a packed checkpoint against a budget (for CI)",
+    "bench": "measure products and models against what the machine could do",
     "list": "what there is: schemes, methods, formats, families, models",
     "demo": "quantize the reference model two ways and compare",
 }
@@ -35,6 +36,8 @@ def _command(name: str) -> click.Command:
         from qkit.commands.eval import eval_command as command
     elif name == "check":
         from qkit.commands.check import check_command as command
+    elif name == "bench":
+        from qkit.commands.bench import bench_command as command
     elif name == "list":
         from qkit.commands.list import list_command as command
     else:

@@ -21,7 +21,8 @@ from qkit.report.allocation import next_larger
 from qkit.requant import is_requant, requanted
 from qkit.sensitivity.profile import UnitProfile
 
-_NAMES = ("bits", "size", "memory", "profile", "candidates", "measure", "floors", "ceilings", "refine")
+WAYS = "--bits, --size, --memory or --latency"
+_NAMES = ("bits", "size", "memory", "latency", "profile", "candidates", "measure", "floors", "ceilings", "refine")
 
 
 def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,6 +32,10 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--size", help="Budget: bytes of the result, for instance 90MB."),
         click.option(
             "--memory", help="Budget: weights, activations and KV cache at a context, for instance 6GB@32768."
+        ),
+        click.option(
+            "--latency",
+            help="Budget, also beside another: time by a table of 'qkit bench', for instance 12ms@table.json.",
         ),
         click.option(
             "--profile", type=click.Path(path_type=Path), help="Of 'qkit profile'; made here if it is missing."
@@ -56,11 +61,11 @@ def decided_request(
     """
     asked = {name: given.pop(name) for name in _NAMES}
     request = make_request(given)
-    budget = parse_budget(asked["bits"], asked["size"], asked["memory"])
+    budget = parse_budget(asked["bits"], asked["size"], asked["memory"], asked["latency"])
     if budget is None:
         for name in ("profile", "candidates", "floors", "ceilings", "refine"):
             if asked[name]:
-                raise UsageError(f"--{name.removesuffix('s')} goes with a budget: add --bits, --size or --memory")
+                raise UsageError(f"--{name.removesuffix('s')} goes with a budget: add {WAYS}")
         return (_requanted(request, out, work, console) if is_requant(request.method) else request), None
     if is_requant(request.method):
         raise UsageError(
@@ -115,10 +120,17 @@ def show_allocation(found: Allocated, console: Console) -> None:
             size = sum(u.choices[name].bytes for u in units)
             table.add_row(name, str(linears), f"{weights / 1e6:.2f}", megabytes(size))
     console.print(table)
+    most = "" if a.limit is None else f" of {a.limit:,}"
     console.print(
-        f"{a.bytes:,} of {a.limit:,} bytes for the layers, {mean_bits(made, a.bytes):.3f} bits a weight; predicted {a.measure} "
+        f"{a.bytes:,}{most} bytes for the layers, {mean_bits(made, a.bytes):.3f} bits a weight; predicted {a.measure} "
         f"{a.cost:.5g}, optimality gap {a.gap:.2g}"
     )
+    if found.table is not None and a.time is not None and a.time_limit is not None:
+        t = found.table
+        where = f"{t.file}: {t.machine}, {t.device}, {t.threads} threads, {t.dtype}, m = {t.rows}"
+        console.print(
+            Text(f"{a.time / 1e6:.4g} of {a.time_limit / 1e6:.4g} ms for the products of the layers, by {where}")
+        )
     if found.refined is not None:
         r = found.refined
         kept = sum(k for _, _, k in r.history)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qkit.budgeting import Allocated
-from qkit.commands.budget import budget_options, decided_request, explain, explanation, show_allocation
+from qkit.commands.budget import WAYS, budget_options, decided_request, explain, explanation, show_allocation
 from qkit.commands.common import megabytes, request_options, show_coverage, write_json
 from qkit.errors import UsageError, write_failure
 from qkit.forecast import refuse_what_cannot_fit
@@ -81,12 +81,14 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
     if budgeted is not None:
         show_allocation(budgeted, console)
         data["allocation"] = {**asdict(budgeted.allocation), "layers": explanation(budgeted)}
+        if budgeted.table is not None:
+            data["allocation"]["table"] = budgeted.table.described()
         if why:
             explain(budgeted, console)
         if figures is not None:
             write_figures(budgeted, figures, console)
     elif why or figures is not None:
-        raise UsageError(f"{'--explain' if why else '--figures'} goes with a budget: add --bits, --size or --memory")
+        raise UsageError(f"{'--explain' if why else '--figures'} goes with a budget: add {WAYS}")
     show_coverage(found, console)
     show_forecast(found, console)
     write_json(json_file, data)

@@ -72,7 +72,8 @@ def _summary(made: Profile, a: Allocation) -> dict[str, str]:
     groups = sorted({str(g) for g in r["group_sizes"].values() if g is not None})
     return {
         "bits a weight": f"{mean_bits(made, a.bytes):.3f}",
-        "bytes of the layers": f"{a.bytes:,} of {a.limit:,}",
+        "bytes of the layers": f"{a.bytes:,}" + ("" if a.limit is None else f" of {a.limit:,}"),
+        **_time(a),
         "bytes of everything else": f"{made.fixed_bytes:,}",
         "weights": f"{weights:,} in {sum(len(u.linears) for u in made.units)} linears, {len(made.units)} decisions",
         f"predicted {a.measure}": f"{a.cost:.5g} {unit_of(a.measure)}",
@@ -82,6 +83,12 @@ def _summary(made: Profile, a: Allocation) -> dict[str, str]:
         "calibration": f"{r['samples']} rows of {r['seqlen']} tokens, losses on {r['rows']} of them",
         "checkpoint": made.fingerprint,
     }
+
+
+def _time(a: Allocation) -> dict[str, str]:
+    if a.time is None or a.time_limit is None:
+        return {}
+    return {"time of the layers' products": f"{a.time / 1e6:.4g} of {a.time_limit / 1e6:.4g} ms"}
 
 
 def _formats(made: Profile, a: Allocation) -> list[dict[str, Any]]:

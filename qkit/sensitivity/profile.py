@@ -20,7 +20,7 @@ from qkit.run import Progress
 from qkit.safefile import parse_json, write_atomic
 from qkit.sensitivity.decomposition import decomposition_file, load_decomposition
 from qkit.sensitivity.ledger import Ledger
-from qkit.sensitivity.measures import MEASURES, Bench
+from qkit.sensitivity.measures import MEASURES, Bench, measured
 from qkit.sensitivity.probes import Probes, probes
 from qkit.sensitivity.subject import Subject
 from qkit.sensitivity.units import Candidate, Unit, unit_bytes, units_of
@@ -145,7 +145,7 @@ def make_profile(
         # Only now: probes of another request are refused, and what was measured of them stays.
         ledger = Ledger(folder / "measured.jsonl", identity(plans, rows, points))
         bench = make_bench(outline, found, units, candidates, rows, points, ledger, folder, pool, progress)
-        costs = {name: MEASURES[name](bench) for name in measures}
+        costs = {name: measured(bench, name) for name in measures}
         whole = {c.name: _whole(bench, c) for c in bench.quantizing}
     profiles = []
     for unit in units:

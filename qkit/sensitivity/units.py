@@ -43,11 +43,11 @@ class Unit:
         return sum(x.shape[0] * x.shape[1] for x in self.linears)
 
 
-def parse_candidates(text: str, group_size: int | None) -> tuple[Candidate, ...]:
+def parse_candidates(text: str, group_size: int | None, option: str = "--candidates") -> tuple[Candidate, ...]:
     """'int4,int3+0.5%,nvfp4,bf16' -> candidates: schemes by name, intN for WNA16, bf16 for leaving a unit as it is.
 
-    A percentage is that of the outliers of a sparse part; group_size goes to the integer formats with groups. Raises
-    UsageError for unknown names and repetitions.
+    A percentage is that of the outliers of a sparse part; group_size goes to the integer formats with groups; option: that
+    the text was given to. Raises UsageError for unknown names and repetitions.
     """
     found: list[Candidate] = []
     for item in (part.strip().lower() for part in text.split(",")):
@@ -55,32 +55,32 @@ def parse_candidates(text: str, group_size: int | None) -> tuple[Candidate, ...]
             found.append(Candidate("keep", None))
             continue
         plain, plus, percent = item.removesuffix("%").partition("+")
-        outliers = _percent(percent, item) if plus else 0.0
+        outliers = _percent(percent, item, option) if plus else 0.0
         bits = plain.removeprefix("int")
         name = f"W{bits}A16" if plain.startswith("int") and bits.isdigit() else plain
         try:
             s = scheme(name)
         except UsageError as e:
             known = [*(f"int{b}" for b in range(2, 9)), "nvfp4", "nvfp4a16", "mxfp4a16", "w8a8", *KEEP]
-            raise UsageError(f"--candidates: unknown '{item}'{did_you_mean(item, known)}") from e
+            raise UsageError(f"{option}: unknown '{item}'{did_you_mean(item, known)}") from e
         if group_size is not None and s.weights.strategy == "group" and s.weights.scale == "model":
             s = Scheme(s.name, s.weights.with_group(group_size), s.activations)
         found.append(Candidate(s.name + (f"+{outliers:g}%" if outliers else ""), s, outliers))
     names = [c.name for c in found]
     repeated = next((n for n in names if names.count(n) > 1), None)
     if repeated is not None or not names:
-        raise UsageError(f"--candidates {text}: {repeated} is named twice")
+        raise UsageError(f"{option} {text}: {repeated} is named twice")
     return tuple(found)
 
 
-def _percent(text: str, item: str) -> float:
+def _percent(text: str, item: str, option: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value <= MOST_SPARSE:
         raise UsageError(
-            f"--candidates: '{item}': expected a percentage of outliers above 0 and up to {MOST_SPARSE:g}, as in int3+0.5%"
+            f"{option}: '{item}': expected a percentage of outliers above 0 and up to {MOST_SPARSE:g}, as in int3+0.5%"
         )
     return value
 

@@ -5,7 +5,7 @@
 Products: 4096x4096 and 14336x4096 (out x in), groups of 128, at 1, 4, 16, 64 and 256 rows, with weights from memory and from the
 cache; beside dense bf16, dense float32, torch's own operator, and (where installed: pip install onnx onnxruntime auto-round-lib)
 onnxruntime's MatMulNBits at accuracy levels 4 (INT8 activations) and 0, and auto-round-lib. Decoding: a random Llama of 300 million
-parameters, made and quantized in DIR, 32 tokens of prompt and 64 new ones, three times in turn. All in one process, for each number
+parameters, made and quantized in DIR, 32 tokens of prompt and 64 new ones, five times in turn. All in one process, for each number
 of threads. reports/kernels_cpu/NAME.json gets everything, after each step. Nothing else should run on the machine.
 """
 
@@ -110,7 +110,7 @@ def main() -> None:
                 ("bf16", load(model, torch.bfloat16)),
                 ("float32", load(model, torch.float32)),
             ]
-            decoded = decode(three, prompt=32, new=64, rounds=3, host=host, step=lambda: None)
+            decoded = decode(three, prompt=32, new=64, rounds=5, host=host, step=lambda: None)
             for d in decoded:
                 print(f"{d.name}: {d.refused or f'{1 / d.token.p50:.2f} tokens/s'}", flush=True)
             keep("decode", threads, {"bandwidth": host.to_json(), "models": [d.to_json() for d in decoded]})

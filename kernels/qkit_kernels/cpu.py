@@ -1,0 +1,327 @@
+"""Products with quantized weights on the CPU, through operators that torch has.
+
+An operator is good at few rows of activations, where the time goes into reading the weight; at many rows a dense product
+is, even with the weight dequantized first. So each operator has a number of rows, measured for this kind of core, beyond
+which slices of the weight are dequantized (a slice stays in the cache) and multiplied in the arithmetic that the core is
+fast at: bfloat16 where it has such products, else float32. The numbers are in tables/cpu.json, which
+``python -m qkit_kernels.tune_cpu`` makes.
+
+  int4pack    _weight_int4pack_mm_for_cpu: INT3 and INT4 in groups of 32 to 256, bf16 activations (float32 ones would take
+              a scalar path, 28 times slower). INT3 is held in 4 bits: its codes are INT4 codes, and unpacking 3 bits takes
+              longer than reading 4
+  int8pack    _weight_int8pack_mm: INT5 to INT8 with a scale per row, bf16 activations
+  int_mm      _int_mm: INT8 with a scale per row, INT8 activations: exact integer sums, at any number of rows; on cores
+              that have INT8 products
+  bag         quantized::embedding_bag (FBGEMM): any integers, float32 arithmetic. A bag is a weighted sum of quantized
+              rows; here a row is one column of a tile of the weight, its factor the activation, and a bag is one group,
+              whose sum is scaled afterwards. INT2 is held in 2 bits, INT3 and INT4 in 4, others in 8
+  dequantize  slices at any number of rows: what remains (NVFP4, MXFP4, FP8, shapes that do not fit). FP4 is held in 4 bits:
+              no operator knows its grid; as INT8 codes it would be faster at one row, and twice as large
+
+The same product gives the same bits each time. Codes can be read back exactly from every layout (``codes``): nothing is held
+twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.resources import files
+
+import torch
+from torch import Tensor
+
+from qkit_kernels import cores
+from qkit_kernels.weight import Format, Weight, float_scale
+
+OPS = ("int_mm", "int4pack", "int8pack", "bag", "dequantize")  # the first that is supported is taken
+SLICE = 1 << 20  # elements of the weight that are dequantized at a time
+_BAGS = {2: "2bit", 4: "4bit", 8: "byte"}
+_FLOATS = {
+    "fp4": (9, 0x7000, 2.0**14),
+    "fp8": (7, 0x4000, 2.0**8),
+}  # to float16: shift, bits to clear, bias
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A weight laid out for one operator.
+
+    op:     one of OPS
+    weight: format, scales and zero points; without codes
+    shape:  (out, in)
+    data:   the codes: uint8 [out, bytes] (dequantize), int8 [out, in] (int8pack, int_mm), uint8 [tiles, in, bytes] (int4pack,
+            bag). Lane i of a byte is bits [i b, (i + 1) b); the lanes of n bytes that follow each other are n codes each: first
+            all of lane 0, and so on. Tiles hold the codes column by column, with 2^(b - 1) added
+    bits:   b, of a code in ``data``
+    scales: as the operator wants them; None where it takes those of ``weight``
+    rows:   up to so many rows of activations the operator runs
+    """
+
+    op: str
+    weight: Weight
+    shape: tuple[int, int]
+    data: Tensor
+    bits: int
+    scales: Tensor | None
+    rows: int
+
+    @property
+    def tile(self) -> int:
+        """Rows of the weight in a tile; 1: codes lie row by row."""
+        if self.op not in ("int4pack", "bag"):
+            return 1
+        tail = 0 if self.op == "int4pack" else 8 if self.bits == 8 else 4
+        return (self.data.shape[2] - tail) * 8 // self.bits
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        held = (self.data, self.scales, self.weight.scale, self.weight.zero, self.weight.global_scale)
+        storages = [t.untyped_storage() for t in held if t is not None]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+# ---- what can run ----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def most_rows(kind: str) -> dict[str, int]:
+    """{operator: rows up to which it runs} on that kind of core.
+
+    A kind that was not measured has the entry 'other': few rows, at which reading the weight is what takes the time anywhere.
+    """
+    table = json.loads(files("qkit_kernels").joinpath("tables/cpu.json").read_text(encoding="utf-8"))
+    found: dict[str, int] = table.get(kind, table["other"])["rows"]
+    return found
+
+
+def supported(op: str, fmt: Format, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether this core runs ``op`` on weights [out, in] of that format; dtype: of activations (int8: codes)."""
+    out, columns = shape
+    if fmt.group is not None and columns % fmt.group:
+        return False
+    if op == "dequantize":
+        return dtype.is_floating_point
+    plain = fmt.symmetric and fmt.group is None
+    if op == "int_mm":
+        fits = fmt.kind == "int" and plain and out % 8 == 0 and columns % 8 == 0
+        return fits and dtype == torch.int8 and cores.multiplies_int8()
+    if fmt.kind != "int" or most_rows(cores.kind()).get(op, 0) == 0:
+        return False
+    if op == "int8pack":
+        return plain and dtype == torch.bfloat16 and fmt.bits > 4
+    if op == "int4pack":
+        tile = int4_tile()
+        fits = tile is not None and out % tile == 0 and fmt.group in (32, 64, 128, 256)
+        return fits and dtype == torch.bfloat16 and fmt.bits in (3, 4)
+    return (
+        op == "bag"
+        and dtype.is_floating_point
+        and out % 64 == 0
+        and "fbgemm" in torch.backends.quantized.supported_engines
+    )
+
+
+@functools.cache
+def int4_tile() -> int | None:
+    """Rows of a tile in int4pack's layout (32 with AVX2, 64 with AVX-512); None on cores whose layout is another one."""
+    codes = torch.arange(128 * 4, dtype=torch.int32).mul(7).view(128, 4) % 16
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    for tile in (32, 64):
+        if torch.equal(_tiled(codes.to(torch.uint8), tile, 4).flatten(), packed.flatten()):
+            return tile
+    return None
+
+
+def _tiled(unsigned: Tensor, tile: int, bits: int) -> Tensor:
+    """Codes uint8 [out, in] -> uint8 [out / tile, in, tile bits / 8]."""
+    return _joined(unsigned.unflatten(0, (-1, 8 // bits, tile * bits // 8)), bits).transpose(1, 2).contiguous()
+
+
+def _joined(lanes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [a, lane, ..], of which the low bits count -> bytes [a, ..] that hold all lanes; for 8 bits the codes."""
+    if bits == 8:
+        return lanes[:, 0]
+    packed = lanes[:, 0] & ((1 << bits) - 1)
+    for i in range(1, 8 // bits):
+        packed |= lanes[:, i] << (i * bits) & (((1 << bits) - 1) << (i * bits))
+    return packed
+
+
+# ---- laying out ------------------------------------------------------------------------------------------------
+
+
+def prepare(weight: Weight, dtype: torch.dtype) -> Prepared:
+    """Choose the operator for activations of ``dtype`` (int8: codes) and lay the codes out for it."""
+    op = next(o for o in OPS if supported(o, weight.format, weight.shape, dtype))
+    return lay_out(op, weight, most_rows(cores.kind()).get(op, 0))
+
+
+def lay_out(op: str, weight: Weight, rows: int) -> Prepared:
+    """The weight in the layout of an operator that supports it. rows: up to which it runs."""
+    fmt, shape = weight.format, weight.shape
+    bare = replace(weight, codes=weight.codes.new_empty(0))
+    if op in ("int8pack", "int_mm"):
+        scales = weight.scale[:, 0].to(torch.bfloat16 if op == "int8pack" else torch.float32)
+        return Prepared(op, bare, shape, weight.codes, 8, scales, rows)
+    if op == "int4pack":
+        scale = float_scale(weight)
+        zero = torch.zeros_like(scale) if weight.zero is None else scale * -weight.zero.to(torch.float32)
+        scales = torch.stack((scale.T, zero.T), dim=-1).to(torch.bfloat16).contiguous()  # [groups, out, 2]
+        if weight.scale.dtype == torch.bfloat16:
+            bare = replace(bare, scale=scales[..., 0].T)
+        tile = int4_tile()
+        assert tile is not None
+        return Prepared(op, bare, shape, _tiled(_unsigned(weight.codes, 4), tile, 4), 4, scales, rows)
+    bits = next(b for b in (2, 4, 8) if fmt.bits <= b)
+    if op == "bag":
+        tile = next(t for t in (256, 128, 64) if shape[0] % t == 0)
+        packed = _tiled(_unsigned(weight.codes, bits), tile, bits)
+        ends = torch.tensor([1.0, -(2.0 ** (bits - 1))], dtype=torch.float32 if bits == 8 else torch.float16)
+        tail = ends.view(torch.uint8).expand(*packed.shape[:2], -1)  # scale and bias of a row
+        return Prepared(op, bare, shape, torch.cat((packed, tail), dim=2), bits, None, rows)
+    bits = 8 if shape[1] % (8 // bits) else bits
+    data = _joined(weight.codes.view(torch.uint8).unflatten(1, (8 // bits, -1)), bits)
+    return Prepared(op, bare, shape, data, bits, None, rows)
+
+
+def _unsigned(codes: Tensor, bits: int) -> Tensor:
+    return (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+
+
+# ---- reading back ----------------------------------------------------------------------------------------------
+
+
+def codes(p: Prepared) -> Tensor:
+    """The codes that ``prepare`` was given, [out, in] in their dtype."""
+    out, columns = p.shape
+    found = torch.empty(out * columns, dtype=torch.int8, device=p.data.device)
+    for lane, target in _lanes(p, 0, out, found):
+        target.copy_(lane)
+    plain = found.view(p.shape) if p.tile == 1 else found.view(columns, out).T.contiguous()
+    return (plain & 0xF if p.weight.format.kind == "fp4" else plain).view(p.weight.codes.dtype)
+
+
+def _lanes(p: Prepared, first: int, last: int, buffer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(int8 codes, sign-extended, and where in ``buffer`` they go) of rows [first, last), lane by lane.
+
+    buffer: [rows in]; it gets [rows, in], or [in, rows] where codes lie in tiles.
+    """
+    per, columns = 8 // p.bits, p.shape[1]
+    if p.tile == 1:
+        data = p.data[first:last]
+        targets = buffer.view(last - first, per, -1).unbind(1)
+    else:
+        signs = sum(1 << (low + p.bits - 1) for low in range(0, 8, p.bits))
+        data = p.data[first // p.tile : last // p.tile, :, : p.tile // per] ^ signs
+        targets = buffer.view(columns, -1, per, p.tile // per).transpose(0, 1).unbind(2)
+    for i, target in enumerate(targets):
+        up = 8 - p.bits * (i + 1)
+        lane = (data << up if up else data).view(torch.int8)
+        yield lane >> (8 - p.bits) if p.bits < 8 else lane, target
+
+
+def _half(lane: Tensor, kind: str) -> Tensor:
+    """float16: what int8 E2M1 or E4M3 codes stand for, by moving their bits; torch's own conversion is ten times slower."""
+    shift, clear, factor = _FLOATS[kind]
+    half = lane.to(torch.int16).bitwise_left_shift_(shift).bitwise_and_(~clear)
+    return half.view(torch.float16).mul_(factor)
+
+
+def _values(p: Prepared, first: int, last: int, buffer: Tensor) -> Tensor:
+    """Dequantized rows [first, last) as [in, rows], in the dtype of ``buffer`` and in its memory."""
+    buffer = buffer[: (last - first) * p.shape[1]]
+    for lane, target in _lanes(p, first, last, buffer):
+        target.copy_(lane if p.weight.format.kind == "int" else _half(lane, p.weight.format.kind))
+    zero = p.weight.zero
+    part = replace(p.weight, scale=p.weight.scale[first:last], zero=None if zero is None else zero[first:last])
+    if part.format.scale == "e4m3":
+        part = replace(part, scale=_half(part.scale.view(torch.int8), "fp8"))
+    scale = float_scale(part)
+    if p.tile == 1:
+        values = buffer.view(last - first, scale.shape[1], -1)
+        if part.zero is not None:
+            values -= part.zero.to(values.dtype)[..., None]
+        values *= scale.to(values.dtype)[..., None]
+        return values.flatten(1).T
+    values = buffer.view(scale.shape[1], -1, last - first)
+    if part.zero is not None:
+        values -= part.zero.T.to(values.dtype).contiguous()[:, None]
+    values *= scale.T.to(values.dtype).contiguous()[:, None]
+    return values.flatten(0, 1)
+
+
+# ---- products --------------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, p: Prepared) -> Tensor:
+    """x [rows, in] -> [rows, out] in its dtype; for int8 codes (operator int_mm) float32, still to be scaled by token."""
+    if p.op == "int_mm":
+        return _int_mm(x, p)
+    if p.op == "dequantize" or not 0 < len(x) <= p.rows:
+        return _dense(x, p)
+    if p.op == "bag":
+        return _bag(x, p).to(x.dtype)
+    wide = x.to(torch.bfloat16)
+    y: Tensor
+    if p.op == "int8pack":
+        y = torch.ops.aten._weight_int8pack_mm(wide, p.data, p.scales)
+    else:
+        group = p.weight.format.group
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(wide, p.data.view(p.shape[0], -1), group, p.scales)
+    return y.to(x.dtype)
+
+
+def _int_mm(x: Tensor, p: Prepared) -> Tensor:
+    rows = len(x)
+    if rows <= 16:  # the operator wants more than 16 rows on some builds
+        x = torch.nn.functional.pad(x, (0, 0, 0, 17 - rows))
+    assert p.scales is not None
+    y: Tensor = torch._int_mm(x, p.data.T)[:rows] * p.scales
+    return y
+
+
+def _bag(x: Tensor, p: Prepared) -> Tensor:
+    """float32 [rows, out]. y = sum over groups of scale (sum of x code - zero sum of x)."""
+    (out, columns), groups = p.shape, p.weight.scale.shape[1]
+    group, tiles, rows = columns // groups, out // p.tile, len(x)
+    by_group = x.to(torch.float32).view(rows, groups, group).transpose(0, 1)  # [groups, rows, group]
+    each = (tiles, groups, rows, group)
+    index = torch.arange(tiles * columns, dtype=torch.int32).view(tiles, groups, 1, group).expand(each).reshape(-1)
+    starts = torch.arange(0, tiles * columns * rows, group, dtype=torch.int32)
+    op = getattr(torch.ops.quantized, f"embedding_bag_{_BAGS[p.bits]}_rowwise_offsets")
+    sums = op(p.data.flatten(0, 1), index, starts, per_sample_weights=by_group.expand(each).reshape(-1))
+    per = 8 // p.bits
+    # The operator's columns take the lanes of a byte in turn.
+    sums = sums.view(tiles, groups, rows, -1, per).transpose(-1, -2)
+
+    def beside(per_group: Tensor) -> Tensor:
+        """[out, groups] -> [tiles, groups, 1, lane, n]"""
+        return per_group.view(tiles, per, -1, groups).permute(0, 3, 1, 2).unsqueeze(2)
+
+    if p.weight.zero is not None:
+        sums = sums - beside(p.weight.zero.to(torch.float32)) * by_group.sum(-1)[..., None, None]
+    y: Tensor = (sums * beside(float_scale(p.weight))).sum(1)  # [tiles, rows, lane, n]
+    return y.transpose(0, 1).reshape(rows, out)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What dense products with activations x are computed in."""
+    if x.device.type != "cpu":
+        return x.dtype
+    return torch.bfloat16 if x.dtype == torch.bfloat16 and cores.multiplies_bf16() else torch.float32
+
+
+def _dense(x: Tensor, p: Prepared) -> Tensor:
+    dtype, (out, columns) = product_dtype(x), p.shape
+    step = max(1, SLICE * min(torch.get_num_threads(), 16) // (columns * p.tile)) * p.tile
+    buffer = torch.empty(min(step, out) * columns, dtype=dtype, device=x.device)
+    wide = x.to(dtype)
+    y = torch.empty(len(x), out, dtype=dtype, device=x.device)
+    for first in range(0, out, step):
+        part = y[:, first : first + step]
+        torch.mm(wide, _values(p, first, first + part.shape[1], buffer), out=part)
+    return y.to(x.dtype)

@@ -1,0 +1,155 @@
+"""Measured times of products as a resource: what ``--latency 12ms@table.json`` allocates under.
+
+The table is one that ``qkit bench gemv --table`` wrote on the target machine. A unit costs what its linears cost, one after the
+other; of the experts of a block, the share that a token visits. What is not in it (attention, norms, the head) is not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qkit.errors import BadInput, UsageError
+from qkit.families.outline import Outline
+from qkit.formats import scheme
+from qkit.safefile import parse_json, write_atomic
+from qkit.sensitivity.profile import Profile
+
+VERSION = 1
+_UNITS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
+Key = tuple[str, int | None, tuple[int, int]]  # candidate, group size, (out, in)
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """seconds: median of a product with weights from memory; machine, device, dtype (of activations), rows and threads: where
+    and of what it was measured."""
+
+    file: Path
+    machine: str
+    device: str
+    dtype: str
+    rows: int
+    threads: int
+    seconds: Mapping[Key, float]
+
+    def described(self) -> dict[str, Any]:
+        """Where the times come from."""
+        return {
+            "file": str(self.file),
+            "machine": self.machine,
+            "device": self.device,
+            "dtype": self.dtype,
+            "m": self.rows,
+            "threads": self.threads,
+        }
+
+    def save(self) -> None:
+        """Write the file."""
+        entries = [
+            {"format": name, "group": group, "out": out, "in": columns, "seconds": seconds}
+            for (name, group, (out, columns)), seconds in self.seconds.items()
+        ]
+        data = {"version": VERSION, **self.described(), "entries": entries}
+        del data["file"]
+        write_atomic(self.file, (json.dumps(data, indent=1) + "\n").encode())
+
+    @staticmethod
+    def load(file: Path) -> LatencyTable:
+        """Raises BadInput for a file that is missing, damaged or of another version."""
+        if not file.is_file():
+            raise BadInput(f"{file}: no such latency table: make it with 'qkit bench gemv --model .. --table {file}'")
+        data = parse_json(file.read_bytes(), str(file))
+        if not isinstance(data, dict) or data.get("version") != VERSION:
+            raise BadInput(
+                f"{file}: not a latency table of this version of qkit: make it with 'qkit bench gemv --table'"
+            )
+        try:
+            seconds: dict[Key, float] = {}
+            for e in data["entries"]:
+                seconds[str(e["format"]), e["group"], (int(e["out"]), int(e["in"]))] = float(e["seconds"])
+            if not all(0 < s < 1e6 for s in seconds.values()):
+                raise ValueError("a time is not a positive number of seconds")
+            texts = (str(data["machine"]), str(data["device"]), str(data["dtype"]))
+            return LatencyTable(file, *texts, int(data["m"]), int(data["threads"]), seconds)
+        except (KeyError, TypeError, ValueError) as e:
+            raise BadInput(f"{file}: damaged latency table: {e}: make it again with 'qkit bench gemv --table'") from e
+
+
+@dataclass(frozen=True)
+class Latency:
+    """limit: nanoseconds that the units may take together; times: nanoseconds by (unit, candidate)."""
+
+    limit: int
+    times: Mapping[tuple[str, str], int]
+
+    def of(self, picks: Mapping[str, str]) -> int:
+        """Nanoseconds of a plan."""
+        return sum(self.times[unit, name] for unit, name in picks.items())
+
+
+def parse_latency(text: str) -> tuple[int, Path]:
+    """'12ms@table.json' -> (nanoseconds, file). Raises UsageError."""
+    amount, at, file = text.partition("@")
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(ns|us|ms|s)", amount.strip().lower())
+    if not at or not file or not found or not float(found[1]):
+        raise UsageError(
+            f"--latency {text}: expected a time and a table of 'qkit bench gemv --table', for instance 12ms@table.json"
+        )
+    return int(float(found[1]) * _UNITS[found[2]]), Path(file)
+
+
+def unit_times(made: Profile, outline: Outline, table: LatencyTable, model: str) -> dict[tuple[str, str], int]:
+    """{(unit, candidate): nanoseconds} of all choices of the profile.
+
+    model: as it was named, for the message. Raises BadInput for what the table lacks.
+    """
+    linears = {x.name: x for block in outline.blocks for x in block.linears}
+    visited = _visited(outline)
+    found = {}
+    for unit in made.units:
+        for name in unit.choices:
+            group = asked_group(made, name)
+            total = 0.0
+            for x in (linears[n] for n in unit.linears):
+                seconds = table.seconds.get((name, group, x.shape))
+                if seconds is None:
+                    raise BadInput(_missing(table, made, (name, group, x.shape), model))
+                total += seconds * (visited if x.expert is not None else 1.0)
+            found[unit.key, name] = round(total * 1e9)
+    return found
+
+
+def asked_group(made: Profile, name: str) -> int | None:
+    """The group size that a candidate of a profile asks for; None: the format has none, or keeps the weight."""
+    if name == "keep":
+        return None
+    group: int | None = made.request["group_sizes"][name]
+    if group is None:
+        return scheme(name.partition("+")[0]).weights.group
+    return group if group > 0 else None
+
+
+def _visited(outline: Outline) -> float:
+    """Share of the experts that a token visits."""
+    config: Any = outline.model.config
+    each: Iterable[int] = (x.expert + 1 for b in outline.blocks for x in b.linears if x.expert is not None)
+    count = max(each, default=1)
+    return float(min(1.0, getattr(config, "num_experts_per_tok", count) / count))
+
+
+def _missing(table: LatencyTable, made: Profile, key: Key, model: str) -> str:
+    name, group, (out, columns) = key
+    sizes = {asked_group(made, n) for n in made.candidates if made.request["group_sizes"].get(n) is not None}
+    own = f" --group-size {sizes.pop() or -1}" if sizes else ""
+    formats = ",".join("bf16" if n == "keep" else n.lower() for n in made.candidates)
+    in_groups = "" if group is None else f" in groups of {group}"
+    return (
+        f"{table.file}: no time for format {name}{in_groups} at {out}x{columns}: measure it with 'qkit bench gemv --model "
+        f"{shlex.quote(model)} --formats {formats}{own} --table {shlex.quote(str(table.file))}'"
+    )

@@ -1,0 +1,104 @@
+"""Tokens a second of whole models: greedy decoding of one sequence by ``qkit.generate``, models in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkit.benchmark.host import Host
+from qkit.benchmark.products import Timing
+from qkit.errors import UsageError
+from qkit.generate import Decoder
+from qkit.layers import QuantExperts, QuantLinear
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """prompt: seconds of the prompt and its first token, of the best round; token: seconds of every further token, mean of a
+    round; size: bytes of the weights of all linears, as they are held; floor: seconds that reading them takes, None where a
+    token does not visit all of them."""
+
+    name: str
+    prompt: float
+    token: Timing
+    size: int
+    floor: float | None
+    refused: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """With tokens a second."""
+        return {**asdict(self), "tokens_per_second": None if self.refused else 1 / self.token.p50}
+
+
+@dataclass(frozen=True)
+class Round:
+    """One sequence: seconds of the prompt, of a further token, and the tokens."""
+
+    prompt: float
+    token: float
+    tokens: list[int]
+
+
+def decode(
+    models: Sequence[tuple[str, Any]], prompt: int, new: int, rounds: int, host: Host, step: Callable[[], None]
+) -> list[Decoded]:
+    """Each model ``rounds`` times in turn, on the same random prompt, after a round that does not count.
+
+    new: tokens after the first one. Raises UsageError where the positions of a model do not suffice. A model whose tokens
+    differ between rounds is refused.
+    """
+    for name, model in models:
+        most = getattr(model.config, "max_position_embeddings", None)
+        if most is not None and prompt + new + 1 > most:
+            raise UsageError(
+                f"{name}: {most} positions for {prompt} + {new + 1} tokens: lower --prompt-tokens or --new-tokens"
+            )
+    vocabulary = min(model.config.vocab_size for _, model in models)
+    ids = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
+    decoders = [Decoder(model, prompt + new + 1) for _, model in models]
+    for decoder in decoders:
+        decoder.generate(ids, 2)
+    found: list[list[Round]] = [[] for _ in models]
+    for _ in range(rounds):
+        for decoder, mine in zip(decoders, found, strict=True):
+            mine.append(_round(decoder, ids, new))
+            step()
+    return [_judged(name, model, mine, host) for (name, model), mine in zip(models, found, strict=True)]
+
+
+def _judged(name: str, model: nn.Module, rounds: Sequence[Round], host: Host) -> Decoded:
+    size, whole = linear_bytes(model)
+    token = Timing.of([r.token for r in rounds])
+    if any(r.tokens != rounds[0].tokens for r in rounds):
+        refused: str | None = "the same prompt gave different tokens"
+    else:
+        read = size if whole and size > host.cache else 0
+        refused = host.refusal(token.p50, read, 0) and host.remeasured().refusal(token.p50, read, 0)
+    return Decoded(name, min(r.prompt for r in rounds), token, size, host.floor(size) if whole else None, refused)
+
+
+def _round(decoder: Decoder, ids: Tensor, new: int) -> Round:
+    start = time.perf_counter()
+    decoder.generate(ids, 1).tolist()  # waits for it
+    middle = time.perf_counter()
+    tokens: list[int] = decoder.generate(ids, 1 + new)[0].tolist()
+    prompt = middle - start
+    return Round(prompt, (time.perf_counter() - middle - prompt) / new, tokens)
+
+
+def linear_bytes(model: nn.Module) -> tuple[int, bool]:
+    """(bytes of the weights of all linears as they are held, whether a token reads all of them)."""
+    size, whole = 0, True
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            size += module.nbytes
+        elif isinstance(module, nn.Linear):
+            size += module.weight.nbytes
+        elif isinstance(module, QuantExperts) or isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
+            whole = False  # fused experts, of which a token visits some
+    return size, whole

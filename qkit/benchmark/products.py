@@ -1,0 +1,234 @@
+"""Products against each other: checked first, then timed in turn, with weights from memory (cold) and from the cache (warm).
+
+Every contender has as many copies of its weight as it takes to fill the last-level cache three times, and goes on to the
+next copy with each call; where copies of a small weight would be too many, everything else is read in between. The call right
+after, on the same copy, is the warm one. Contenders take turns, so that what else the machine does meets all of them.
+
+Before that, outputs are compared with float64 on two inputs, after memory of their size was filled with NaN and given back.
+An error above twice that of a plain bf16 product (or above 2 %, of a contender that rounds activations to 8 bits on its own)
+is no result; nor is a time that the machine could not reach.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qkit.benchmark.contenders import BF16, FLOAT32, OWN, Contender, Problem, contenders, operator_of
+from qkit.benchmark.host import TIMES_CACHE, Host
+from qkit.machine import available_memory
+
+ROUNDING_BOUND = 0.02  # error of a contender that rounds activations to 8 bits
+_MOST_COPIES = 48
+_LEAST, _MOST, _MOST_FLUSHED = 3, 60, 20  # calls of a contender
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a call."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @staticmethod
+    def of(seconds: Sequence[float]) -> Timing:
+        """Of at least one time."""
+        ordered = sorted(seconds)
+        return Timing(*(ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8)))
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender at one number of rows.
+
+    error:  relative to float64 (norm over norm); repeats: whether a second run gave the same bits
+    floor:  seconds that reading the weight and the activations and writing the product take at least
+    refused: why there are no times
+    """
+
+    contender: str
+    rows: int
+    operator: str | None
+    error: float
+    repeats: bool
+    floor: float
+    cold: Timing | None
+    warm: Timing | None
+    refused: str | None
+
+    @property
+    def share(self) -> float | None:
+        """Of the floor in the cold time."""
+        return None if self.cold is None else self.floor / self.cold.p50
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A contender with its copies; flush: whether they are too few to leave the cache by themselves."""
+
+    contender: Contender
+    copies: list[Any]
+    flush: bool
+
+
+def enter(p: Problem, device: str, host: Host, only: Sequence[str] = ()) -> list[Entrant]:
+    """Everybody's copies, in half of the memory that there is. only: names, all if empty."""
+    found = [c for c in contenders(p, device) if not only or c.name in only]
+    room = (available_memory() or 4 << 30) // 2 // len(found)
+    entrants = []
+    for c in found:
+        wanted = math.ceil(TIMES_CACHE * host.cache / c.size)
+        count = max(1, min(wanted, _MOST_COPIES, room // (2 * c.size)))
+        entrants.append(Entrant(c, [c.prepare() for _ in range(count)], count < wanted))
+    return entrants
+
+
+def compare(p: Problem, entrants: Sequence[Entrant], rows: int, host: Host, seconds: float) -> list[Result]:
+    """All entrants at ``rows`` rows. seconds: that each may take for cold calls, and again for warm ones."""
+    with torch.inference_mode():
+        checks = [_check(p, e, rows) for e in entrants]
+        plain = _plain_error(p, rows)
+        bounds = [max(2 * plain + 1e-6, ROUNDING_BOUND if e.contender.rounds else 0.0) for e in entrants]
+        wrong = [
+            None if error <= bound else f"wrong result: error {error:.2g} against float64, expected at most {bound:.2g}"
+            for (error, _), bound in zip(checks, bounds, strict=True)
+        ]
+        sound = [e for e, reason in zip(entrants, wrong, strict=True) if reason is None]
+        x = _activations(p, rows, seed=0)
+        times = dict(zip(map(id, sound), _take_turns(sound, x, host, seconds), strict=True))
+
+    def judged(host: Host) -> list[Result]:
+        return [
+            _result(p, e, rows, host, error, repeats, times.get(id(e)), reason)
+            for e, (error, repeats), reason in zip(entrants, checks, wrong, strict=True)
+        ]
+
+    found = judged(host)
+    if any(r.refused is not None and r.contender in {e.contender.name for e in sound} for r in found):
+        return judged(host.remeasured())  # before a time is refused, the memory gets a second chance
+    return found
+
+
+def _result(
+    p: Problem,
+    e: Entrant,
+    rows: int,
+    host: Host,
+    error: float,
+    repeats: bool,
+    times: tuple[list[float], list[float]] | None,
+    reason: str | None,
+) -> Result:
+    (out, columns), c = p.shape, e.contender
+    moved = c.size + rows * (out + columns) * c.dtype.itemsize
+    cold = warm = None
+    if times is not None:
+        cold, warm = Timing.of(times[0]), Timing.of(times[1])
+        operations = 2 * rows * out * columns
+        reason = host.refusal(cold.p50, moved, operations) or host.refusal(warm.p50, 0, operations)
+        if reason is not None:
+            cold = warm = None
+    return Result(c.name, rows, operator_of(e.copies[0]), error, repeats, host.floor(moved), cold, warm, reason)
+
+
+def _activations(p: Problem, rows: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, p.shape[1], generator=generator).to(p.dtype)
+
+
+def _check(p: Problem, e: Entrant, rows: int) -> tuple[float, bool]:
+    """(largest error on two inputs, whether runs repeat to the bit)."""
+    worst, repeats = 0.0, True
+    for seed in (1, 2):
+        x = _activations(p, rows, seed)
+        wanted = _reference(p, x)
+        given = (x if e.contender.name == OWN else p.rounded(x)).to(e.contender.dtype)
+        runs = []
+        for _ in range(2):
+            poison(rows * p.shape[0] * e.contender.dtype.itemsize)
+            runs.append(e.contender.run(e.copies[0], given))
+        error = float((runs[0].double() - wanted).norm() / wanted.norm())
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+        repeats = repeats and torch.equal(runs[0], runs[1])
+    return worst, repeats
+
+
+def _plain_error(p: Problem, rows: int) -> float:
+    """Of a dense bf16 product, on the first of the inputs."""
+    x = _activations(p, rows, seed=1)
+    y = functional.linear(p.rounded(x).to(torch.bfloat16), p.exact.to(torch.bfloat16))
+    wanted = _reference(p, x)
+    return float((y.double() - wanted).norm() / wanted.norm())
+
+
+def _reference(p: Problem, x: Tensor) -> Tensor:
+    """float64: activations as the scheme rounds them, times what the weight stands for."""
+    wide = p.rounded(x.to(torch.float32)).double()
+    return torch.cat([wide @ part.double().T for part in p.exact.split(1024)], dim=1)
+
+
+def poison(size: int) -> None:
+    """Fill memory of that size with NaN and give it back: who hands out an output without writing it hands out NaN."""
+    blocks = [torch.full((max(1, size // 4),), torch.nan) for _ in range(4)]
+    blocks.clear()
+
+
+def _take_turns(
+    entrants: Sequence[Entrant], x: Tensor, host: Host, seconds: float
+) -> list[tuple[list[float], list[float]]]:
+    """(cold, warm) times of each."""
+    given = [x.to(e.contender.dtype) for e in entrants]
+    calls = []
+    for e, own in zip(entrants, given, strict=True):
+        once = timed(lambda e=e, own=own: e.contender.run(e.copies[-1], own))  # type: ignore[misc]
+        calls.append(max(_LEAST, min(_MOST_FLUSHED if e.flush else _MOST, int(seconds / once))))
+    taken: list[tuple[list[float], list[float]]] = [([], []) for _ in entrants]
+    for turn in range(max(calls, default=0)):
+        for e, own, most, (cold, warm) in zip(entrants, given, calls, taken, strict=True):
+            if turn >= most:
+                continue
+            copy, run = e.copies[turn % len(e.copies)], e.contender.run
+            if e.flush:
+                host.flush()
+            cold.append(timed(lambda run=run, copy=copy, own=own: run(copy, own)))  # type: ignore[misc]
+            warm.append(timed(lambda run=run, copy=copy, own=own: run(copy, own)))  # type: ignore[misc]
+    return taken
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def described(p: Problem, results: Sequence[Result]) -> dict[str, Any]:
+    """The machine's copy of what was found for one product: times in seconds, speed-ups of the cold times, and what they
+    would be if only bytes counted."""
+    by_name = {(r.contender, r.rows): r for r in results}
+    rows = []
+    for r in results:
+        entry = {**asdict(r), "share": r.share, "speedup": {}}
+        for name in (BF16, FLOAT32):
+            other = by_name.get((name, r.rows))
+            if r.cold is not None and other is not None and other.cold is not None:
+                entry["speedup"][name] = {"cold": other.cold.p50 / r.cold.p50, "ideal": other.floor / r.floor}
+        rows.append(entry)
+    weights = None if p.q is None else p.q.format
+    return {
+        "format": p.candidate.name,
+        "group": None if weights is None else weights.group,
+        "out": p.shape[0],
+        "in": p.shape[1],
+        "dtype": str(p.dtype).removeprefix("torch."),
+        "bytes": p.size,
+        "results": rows,
+    }

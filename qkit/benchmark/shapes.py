@@ -1,0 +1,41 @@
+"""Which products are measured: shapes by model name, by numbers, or those of a checkpoint."""
+
+from __future__ import annotations
+
+import re
+
+from qkit.checkpoint import Checkpoint
+from qkit.errors import UsageError
+from qkit.formats import did_you_mean
+from qkit.loading import PackedOutline
+from qkit.locate import find_model
+
+Shape = tuple[int, int]  # (out, in)
+
+MODELS: dict[str, tuple[Shape, ...]] = {
+    "llama-3-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+    "llama-3-70b": ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)),
+}
+
+
+def parse_shapes(text: str) -> tuple[Shape, ...]:
+    """'llama-3-8b,4096x4096' -> shapes, each once. Raises UsageError for what is neither."""
+    found: list[Shape] = []
+    for item in (part.strip().lower() for part in text.split(",")):
+        numbers = re.fullmatch(r"(\d+)x(\d+)", item)
+        if item in MODELS:
+            found += MODELS[item]
+        elif numbers and int(numbers[1]) and int(numbers[2]):
+            found.append((int(numbers[1]), int(numbers[2])))
+        else:
+            raise UsageError(
+                f"--shapes: unknown '{item}'{did_you_mean(item, [*MODELS])}: expected {', '.join(MODELS)} or OUTxIN, for "
+                "instance 4096x4096"
+            )
+    return tuple(dict.fromkeys(found))
+
+
+def model_shapes(model: str) -> tuple[Shape, ...]:
+    """Shapes of the linears inside the blocks of a model, packed or not, each once."""
+    outline = PackedOutline(Checkpoint.open(find_model(model), quantized=True))
+    return tuple(dict.fromkeys(linear.shape for block in outline.blocks for linear in block.linears))

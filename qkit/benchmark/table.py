@@ -1,0 +1,57 @@
+"""The latency table of a model on this machine: every format at every shape, for ``--latency``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from qkit_kernels import cores
+
+from qkit.allocation.latency import Key, LatencyTable
+from qkit.benchmark.contenders import OWN, problem
+from qkit.benchmark.host import Host
+from qkit.benchmark.products import compare, enter
+from qkit.benchmark.shapes import Shape
+from qkit.errors import NumericFailure, Unsupported
+from qkit.sensitivity.units import Candidate
+
+Step = Callable[[], None]
+
+
+def measured_table(
+    file: Path,
+    candidates: Sequence[Candidate],
+    shapes: Sequence[Shape],
+    dtype: torch.dtype,
+    device: str,
+    rows: int,
+    host: Host,
+    seconds: float,
+    step: Step,
+) -> tuple[LatencyTable, list[str]]:
+    """(the table, still to be saved; a note for each format that a shape cannot have). step: called after each entry.
+
+    Raises NumericFailure for a result that is wrong or cannot be.
+    """
+    found: dict[Key, float] = {}
+    notes = []
+    for candidate in candidates:
+        group = None if candidate.scheme is None else candidate.scheme.weights.group
+        for shape in shapes:
+            try:
+                p = problem(candidate, shape, dtype)
+            except Unsupported as e:
+                notes.append(f"left out: {candidate.name} at {shape[0]}x{shape[1]}: {e}")
+                continue
+            finally:
+                step()
+            (result,) = compare(p, enter(p, device, host, only=(OWN,)), rows, host, seconds)
+            if result.cold is None:
+                raise NumericFailure(
+                    f"{candidate.name} at {shape[0]}x{shape[1]}: {result.refused}: no table is written: try again on an idle "
+                    "machine"
+                )
+            found[candidate.name, group, shape] = result.cold.p50
+    name = str(dtype).removeprefix("torch.")
+    return LatencyTable(file, cores.name(), device, name, rows, torch.get_num_threads(), found), notes

@@ -1,0 +1,261 @@
+"""qkit bench: how fast products and models are, against what the machine could do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qkit.benchmark.contenders import OWN, check_device, problem
+from qkit.benchmark.decode import Decoded, decode
+from qkit.benchmark.figure import time_figure
+from qkit.benchmark.host import Host, described, measured_host
+from qkit.benchmark.products import compare, enter
+from qkit.benchmark.products import described as described_product
+from qkit.benchmark.shapes import MODELS, Shape, model_shapes, parse_shapes
+from qkit.benchmark.table import measured_table
+from qkit.commands.common import Reporter, command_line, megabytes, write_json
+from qkit.errors import UsageError
+from qkit.loading import load
+from qkit.report.figures import png
+from qkit.safefile import write_atomic
+from qkit.sensitivity.units import Candidate, parse_candidates
+
+SECONDS = 0.5  # that a contender may take at a number of rows, cold, and again warm
+ROUNDS = 5  # of each model in 'decode'
+_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+_PRODUCTS = ("shapes", "formats", "group_size", "rows", "table", "figure")
+_DECODE = ("prompt_tokens", "new_tokens", "baseline")
+
+
+@click.command("bench")
+@click.argument("what", type=click.Choice(["gemv", "gemm", "decode"]))
+@click.option("--shapes", help=f"Of the weights: {', '.join(MODELS)} or OUTxIN, several with commas.")
+@click.option("--model", help="Model, packed or not: its own shapes; under 'decode' what is run.")
+@click.option("--formats", help="int2..int8, nvfp4, w8a8, .., bf16 to keep it (default: int4).")
+@click.option("--group-size", type=int, help="Weights per scale of the integer formats.")
+@click.option("--m", "rows", help="Rows of activations (default: 1,4,16; gemm: 64,256).")
+@click.option("--dtype", type=click.Choice([*_DTYPES]), help="Of activations (default: bf16).")
+@click.option("--threads", type=click.IntRange(1), help="Threads of the products (default: torch's).")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(1), help="Under 'decode' (default: 32).")
+@click.option("--new-tokens", type=click.IntRange(1), help="Under 'decode', after the first one (default: 64).")
+@click.option("--baseline", help="Under 'decode': the original, run in bf16 and in float32.")
+@click.option(
+    "--table", type=click.Path(path_type=Path), help="Write the times of --model for --latency, and nothing else."
+)
+@click.option("--figure", type=click.Path(path_type=Path), help="Write a picture of times against the floor (PNG).")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what is printed to this file.")
+def bench_command(what: str, device: str, threads: int | None, json_file: Path | None, **given: Any) -> None:
+    """Measure products of few rows (gemv), of many (gemm), or whole models (decode).
+
+    Times are given with weights from memory (cold) and from the cache (warm), against the floor that the bandwidth of this
+    machine sets, and beside dense products and whatever other library is installed.
+
+    \b
+    Example:
+      qkit bench gemv --shapes llama-3-8b --formats int4,int8 --m 1,4,16 --threads 1 --json bench.json
+      qkit bench gemv --model M --formats int4,int8,bf16 --table table.json
+      qkit bench decode --model OUT --baseline M
+    """
+    console = Console()
+    foreign = _PRODUCTS if what == "decode" else _DECODE
+    wrong = next((name for name in foreign if given[name] is not None), None)
+    if wrong is not None:
+        option = {"rows": "m"}.get(wrong, wrong.replace("_", "-"))
+        raise UsageError(f"--{option} does not go with 'bench {what}': leave it out")
+    check_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    reporter = Reporter(console, command_line())
+    with reporter.running():
+        reporter.start("memory", 1)
+        host = measured_host()
+        data: dict[str, Any] = {"machine": described(), "bandwidth": host.to_json(), "device": device}
+        show_host(data, console)
+        measured = decode_models if what == "decode" else products
+        data.update(measured(what, device, given, host, reporter, console))
+    data["clock_mhz_after"] = described()["clock_mhz"]
+    write_json(json_file, data)
+
+
+def products(
+    what: str, device: str, given: Mapping[str, Any], host: Host, reporter: Reporter, console: Console
+) -> dict[str, Any]:
+    """gemv and gemm: one table per product, or the latency table."""
+    candidates = parse_candidates(given["formats"] or "int4", given["group_size"], "--formats")
+    dtype, rows = _DTYPES[given["dtype"] or "bf16"], _rows(given["rows"] or ("64,256" if what == "gemm" else "1,4,16"))
+    shapes = _shapes(given)
+    if given["table"] is not None:
+        return write_table(given, candidates, shapes, dtype, device, host, reporter, console)
+    found = []
+    reporter.start("products", len(candidates) * len(shapes) * len(rows))
+    for candidate in candidates:
+        for shape in shapes:
+            p = problem(candidate, shape, dtype)
+            entrants = enter(p, device, host)
+            results = []
+            for count in rows:
+                results += compare(p, entrants, count, host, SECONDS)
+                reporter.step()
+            del entrants
+            found.append(described_product(p, results))
+            show_product(found[-1], console)
+    if given["figure"] is not None:
+        write_atomic(given["figure"], png(time_figure(found)))
+        console.print(Text(f"figure: {given['figure']}"))
+    return {"what": what, "products": found}
+
+
+def write_table(
+    given: Mapping[str, Any],
+    candidates: Sequence[Candidate],
+    shapes: Sequence[Shape],
+    dtype: torch.dtype,
+    device: str,
+    host: Host,
+    reporter: Reporter,
+    console: Console,
+) -> dict[str, Any]:
+    """The table of ``--latency``."""
+    rows = _rows(given["rows"] or "1")
+    if len(rows) > 1 or given["figure"] is not None:
+        raise UsageError("--table is of one number of rows, without --figure: give --m one number, or leave it out")
+    reporter.start("table", len(candidates) * len(shapes))
+    made, notes = measured_table(
+        given["table"], candidates, shapes, dtype, device, rows[0], host, SECONDS, reporter.step
+    )
+    made.save()
+    shown = Table("format", *(f"{a}x{b}" for a, b in shapes), title="microseconds", title_justify="left")
+    names = {(name, group) for name, group, _ in made.seconds}
+    for name, group in sorted(names, key=str):
+        times = [made.seconds.get((name, group, shape)) for shape in shapes]
+        label = name if group is None else f"{name}, {group}"
+        shown.add_row(label, *("-" if t is None else f"{t * 1e6:.1f}" for t in times))
+    console.print(shown)
+    for note in notes:
+        console.print(Text(note))
+    console.print(Text(f"{made.file}: {len(made.seconds)} times, for --latency TIME@{made.file}"))
+    return {"what": "table", "file": str(made.file), "notes": notes}
+
+
+def decode_models(
+    what: str, device: str, given: Mapping[str, Any], host: Host, reporter: Reporter, console: Console
+) -> dict[str, Any]:
+    """decode: tokens a second of a model, and of its original."""
+    if given["model"] is None:
+        raise UsageError("'bench decode' needs a model: give --model")
+    dtype = _DTYPES[given["dtype"] or "bf16"]
+    models = [(given["model"], load(given["model"], dtype, device))]
+    if given["baseline"] is not None:
+        models += [(f"{given['baseline']}, {n}", load(given["baseline"], d, device)) for n, d in _DTYPES.items()]
+    reporter.start("decode", ROUNDS * len(models))
+    prompt, new = given["prompt_tokens"] or 32, given["new_tokens"] or 64
+    found = decode(models, prompt, new, ROUNDS, host, reporter.step)
+    show_decoded(found, console)
+    return {
+        "what": what,
+        "dtype": given["dtype"] or "bf16",
+        "prompt_tokens": prompt,
+        "new_tokens": new,
+        "models": [d.to_json() for d in found],
+    }
+
+
+def _shapes(given: Mapping[str, Any]) -> tuple[Shape, ...]:
+    if (given["shapes"] is None) == (given["model"] is None):
+        raise UsageError("which products: give --shapes or --model")
+    return parse_shapes(given["shapes"]) if given["shapes"] is not None else model_shapes(given["model"])
+
+
+def _rows(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise UsageError(f"--m {text}: expected numbers of rows, for instance 1,4,16")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+# ---- what is shown ---------------------------------------------------------------------------------------------
+
+
+def show_host(data: Mapping[str, Any], console: Console) -> None:
+    """The machine, in two lines."""
+    machine, bandwidth = data["machine"], data["bandwidth"]
+    load = "" if machine["load"] is None else f", load {machine['load']:.1f}"
+    console.print(
+        Text(f"{machine['processor']} ({machine['kind']}), {machine['threads']} of {machine['cores']} cores{load}")
+    )
+    console.print(
+        f"memory: read {bandwidth['read'] / 1e9:.1f} GB/s, copy {bandwidth['copy'] / 1e9:.1f} GB/s; last-level cache "
+        f"{bandwidth['cache'] / 2**20:.0f} MiB"
+    )
+
+
+def show_product(product: Mapping[str, Any], console: Console) -> None:
+    """One product: a line per number of rows and contender."""
+    group = "" if product["group"] is None else f", groups of {product['group']}"
+    title = f"{product['format']}{group}, {product['out']} x {product['in']}, {megabytes(product['bytes'])}"
+    columns = (
+        "rows",
+        "contender",
+        "cold us: p50 (p20 to p80)",
+        "of floor",
+        "warm us",
+        "x bf16 (ideal)",
+        "x float32",
+        "error",
+    )
+    table = Table(*columns, title=title, title_justify="left")
+    for r in product["results"]:
+        name = r["contender"] + (f" ({r['operator']})" if r["operator"] else "")
+        cells = [str(r["rows"]), name]
+        if r["refused"]:
+            cells += ["refused", "", "", "", ""]
+        else:
+            cold, speed = r["cold"], r["speedup"]
+            cells += [
+                f"{cold['p50'] * 1e6:.1f} ({cold['p20'] * 1e6:.1f} to {cold['p80'] * 1e6:.1f})",
+                f"{r['share']:.0%}",
+                f"{r['warm']['p50'] * 1e6:.1f}",
+                *(
+                    f"{s['cold']:.2f}" + (f" ({s['ideal']:.2f})" if i == 0 else "") if (s := speed.get(n)) else ""
+                    for i, n in enumerate(("dense bf16", "dense float32"))
+                ),
+            ]
+        mark = "" if r["repeats"] else ", varies"
+        table.add_row(*map(Text, (*cells, f"{r['error']:.2g}{mark}")), style="bold" if r["contender"] == OWN else "")
+    console.print(table)
+    for r in product["results"]:
+        if r["refused"]:
+            console.print(Text(f"refused: {r['contender']}, {r['rows']} rows: {r['refused']}"))
+
+
+def show_decoded(found: Sequence[Decoded], console: Console) -> None:
+    """A line per model."""
+    columns = ("model", "tokens/s (p80 to p20 of the time)", "prompt ms", "linears", "of floor", "speed-up")
+    table = Table(*columns, title="decode", title_justify="left")
+    own = found[0]
+    for d in found:
+        if d.refused:
+            table.add_row(Text(d.name), "refused", "", megabytes(d.size), "", "")
+            continue
+        t = d.token
+        faster = "" if d is own or own.refused else f"{t.p50 / own.token.p50:.2f}x of it"
+        table.add_row(
+            Text(d.name),
+            f"{1 / t.p50:.1f} ({1 / t.p80:.1f} to {1 / t.p20:.1f})",
+            f"{d.prompt * 1e3:.1f}",
+            megabytes(d.size),
+            "-" if d.floor is None else f"{d.floor / t.p50:.0%}",
+            Text(faster),
+        )
+    console.print(table)
+    for d in found:
+        if d.refused:
+            console.print(Text(f"refused: {d.name}: {d.refused}"))
