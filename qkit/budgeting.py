@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qkit.allocation.allocate import Allocation, Budget, allocate, limit_bytes, outliers, rules
+from qkit.allocation.allocate import Allocation, Budget, allocate, limit_bytes, outliers, refuse_too_small, rules
 from qkit.allocation.latency import Latency, LatencyTable, unit_times
 from qkit.allocation.pareto import cost_of
 from qkit.allocation.refine import Refined, refine
@@ -20,6 +20,7 @@ from qkit.pipeline import Request, open_outline
 from qkit.profiling import ProfileRequest, measured_plans, profile
 from qkit.run import Progress
 from qkit.sensitivity.profile import FILE, Profile
+from qkit.sensitivity.units import parse_candidates, units_of
 
 CANDIDATES = "int2,int3,int4,int8"
 MEASURE = "kl"
@@ -28,7 +29,7 @@ MEASURE = "kl"
 @dataclass(frozen=True)
 class BudgetRequest:
     """floors, ceilings: (glob, candidate); evaluations: of whole plans, 0 for the solved plan as it is;
-    candidates: of a profile that is still to be made."""
+    candidates: of a profile that is still to be made; named: whether the user said where the profile is."""
 
     budget: Budget
     profile: Path
@@ -37,17 +38,20 @@ class BudgetRequest:
     floors: tuple[tuple[str, str], ...] = ()
     ceilings: tuple[tuple[str, str], ...] = ()
     evaluations: int = 0
+    named: bool = False
 
 
 @dataclass(frozen=True)
 class Allocated:
-    """request: with the rules of the allocation; table: what its time was counted with, under a latency budget."""
+    """request: with the rules of the allocation; table: what its time was counted with, under a latency budget;
+    running: bytes of KV cache and of activations, under a memory budget."""
 
     request: Request
     profile: Profile
     allocation: Allocation
     refined: Refined | None
     table: LatencyTable | None = None
+    running: tuple[int, int] | None = None
 
 
 def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Allocated:
@@ -62,15 +66,22 @@ def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Al
     outline = open_outline(request.model)
     table = None if wanted.budget.latency is None else LatencyTable.load(wanted.budget.latency[1])
     if not (wanted.profile / FILE).is_file():
+        if wanted.named and wanted.candidates is None:
+            raise UsageError(
+                f"{wanted.profile}: no profile there: make it with 'qkit profile --out {wanted.profile} ..', or add "
+                "--candidates to have it made here"
+            )
         asked = ProfileRequest(_without_transforms(request), wanted.candidates or CANDIDATES)
         profile(asked, wanted.profile, progress)
     made = Profile.load(wanted.profile)
-    if made.fingerprint != outline.checkpoint.fingerprint():
-        raise BadInput(f"{wanted.profile}: the profile of another model: choose another --profile, or make it again")
+    _refuse_another(made, wanted, request, outline)
     latency = None
     if table is not None and wanted.budget.latency is not None:
         latency = Latency(wanted.budget.latency[0], unit_times(made, outline, table, request.model))
-    limit = limit_bytes(made, wanted.budget, running_bytes(outline, wanted.budget.context))
+    running = running_bytes(outline, wanted.budget.context)
+    beside = _header_bytes(made, outline) if wanted.budget.size is not None else sum(running)
+    refuse_too_small(made, wanted.budget, beside, wanted.floors, wanted.ceilings)
+    limit = limit_bytes(made, wanted.budget, beside)
     measures = (wanted.measure, *(m for m in made.measures if m != wanted.measure)) if wanted.evaluations else ()
     first = allocate(made, limit, wanted.measure, wanted.floors, wanted.ceilings, latency)
     found: Refined | None = None
@@ -95,7 +106,36 @@ def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Al
     decided = replace(
         request, scheme=scheme, method=method, group_size=None, rules=tuple(chosen), outliers=outliers(made, picks)
     )
-    return Allocated(decided, made, allocation, found, table)
+    return Allocated(decided, made, allocation, found, table, running if wanted.budget.memory is not None else None)
+
+
+def _refuse_another(made: Profile, wanted: BudgetRequest, request: Request, outline: Outline) -> None:
+    """Raises BadInput or UsageError for a profile of another model, or made with other options than are asked for now."""
+    known = {n for u in made.units for n in u.linears}
+    own = {x.name for u in units_of(outline) for x in u.linears}
+    if made.fingerprint != outline.checkpoint.fingerprint() or known != own:
+        raise BadInput(f"{wanted.profile}: the profile of another model: choose another --profile, or make it again")
+    if wanted.candidates is not None:
+        asked = [c.name for c in parse_candidates(wanted.candidates, request.group_size)]
+        if sorted(asked) != sorted(made.candidates):
+            raise UsageError(
+                f"--candidates {wanted.candidates}: the profile in {wanted.profile} has {', '.join(made.candidates)}: leave "
+                "the option out, or choose another --profile"
+            )
+    groups = {g for n, g in made.request["group_sizes"].items() if n.startswith("W") and "A8" not in n}
+    if request.group_size is not None and groups and groups != {request.group_size}:
+        found = ", ".join(sorted("the formats' own" if g is None else str(g) for g in groups))
+        raise UsageError(
+            f"--group-size {request.group_size}: the profile in {wanted.profile} was made with {found}: leave the option "
+            "out, or choose another --profile"
+        )
+
+
+def _header_bytes(made: Profile, outline: Outline) -> int:
+    """At most so much of the weight files is not tensors: a line of JSON for each, of a name, a dtype, a shape and a place."""
+    pieces = 7 if any(made.request["outliers"].values()) else 4  # tensors that a quantized weight is stored as
+    names = [n for u in made.units for n in u.linears]
+    return sum(len(n) + 100 for n in outline.checkpoint.tensors) + pieces * sum(len(n) + 120 for n in names)
 
 
 def _without_transforms(request: Request) -> Request:
@@ -104,8 +144,8 @@ def _without_transforms(request: Request) -> Request:
     return replace(request, method=parts[0] if parts else "rtn")
 
 
-def running_bytes(outline: Outline, context: int) -> int:
-    """Bytes beside the weights at a context of so many tokens, in the checkpoint's dtype.
+def running_bytes(outline: Outline, context: int) -> tuple[int, int]:
+    """(KV cache, activations): bytes at a context of so many tokens of one sequence, in the checkpoint's dtype.
 
     Keys and values of all blocks; of one block the hidden states, attention inputs and MLP intermediates of a prefill (our
     count: engines add buffers of their own).
@@ -116,5 +156,5 @@ def running_bytes(outline: Outline, context: int) -> int:
     kv = (getattr(config, "num_key_value_heads", None) or heads) * head
     mlp = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     live = 2 * config.hidden_size + max(heads * head + 2 * kv, 2 * mlp)
-    total: int = context * outline.dtype.itemsize * (2 * kv * len(outline.blocks) + live)
-    return total
+    each = context * outline.dtype.itemsize
+    return each * 2 * kv * len(outline.blocks), each * live

@@ -219,8 +219,8 @@ def _decide(linear: Linear, recipe: Recipe, rule: Rule | None) -> LinearPlan:
     if weights.group != scheme.weights.group:
         said = f"group size {weights.group}" if weights.group else "one scale per channel"
         notes.append(f"{said}: {linear.shape[1]} columns are not a multiple of {scheme.weights.group}")
-    if rule is not None:
-        notes.append(f"rule {rule.match!r}" if isinstance(rule.match, str) else "a rule that names it")
+    if rule is not None and isinstance(rule.match, str):  # one that names its layers says nothing more
+        notes.append(f"rule {rule.match!r}")
     return LinearPlan(
         linear.name,
         linear.shape,

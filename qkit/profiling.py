@@ -26,7 +26,7 @@ from qkit.sensitivity.forecast import ProfileForecast, profile_forecast, refuse_
 from qkit.sensitivity.ledger import Ledger
 from qkit.sensitivity.measures import Bench
 from qkit.sensitivity.probes import probes
-from qkit.sensitivity.profile import Profile, identity, make_bench, make_profile
+from qkit.sensitivity.profile import FILE, Profile, identity, make_bench, make_profile
 from qkit.sensitivity.units import Candidate, parse_candidates, units_of
 
 
@@ -58,12 +58,17 @@ def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profil
     where memory is too small for it."""
     found = _prepare(request)
     refuse_what_cannot_fit(forecast(request))
+    measures = request.measures
+    if (folder / FILE).is_file():
+        old = Profile.load(folder)
+        if (old.fingerprint, old.request) == (found.outline.checkpoint.fingerprint(), found.described):
+            measures = tuple(dict.fromkeys((*measures, *old.measures)))  # what was measured before stays
     with workers(request.base.threads) as pool:
         return make_profile(
             found.outline,
             found.plans,
             found.candidates,
-            request.measures,
+            measures,
             found.rows,
             request.points,
             found.described,

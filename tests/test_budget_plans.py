@@ -126,9 +126,81 @@ def test_bounds_and_other_budgets(run, tiny, tmp_path, small):
     assert all(v in ("W8A16", "keep") for k, v in held.items() if "down_proj" in k)
     assert all(v == "W2A16" for k, v in held.items() if "o_proj" in k)
     size = made.fixed_bytes + int(5 * sum(u.weights for u in made.units) / 8)
-    assert picks("--size", f"{size}B") == picks("--bits", 5)
-    running = running_bytes(open_outline(str(model)), 100)
+    running = sum(running_bytes(open_outline(str(model)), 100))
     assert picks("--memory", f"{size + running}B@100") == picks("--bits", 5)
+
+
+def test_a_size_holds_for_the_files(run, tiny, tmp_path, small):
+    model, folder, out = tiny("llama"), tmp_path / "profile", tmp_path / "out"
+    made = profiled(run, model, folder, small)
+    size = made.fixed_bytes + int(6 * sum(u.weights for u in made.units) / 8)
+    common = ("--model", model, "--profile", folder, *small)
+    code, _, err = run("quantize", *common, "--size", f"{size}B", "--out", out, "--json", tmp_path / "q.json")
+    assert code == 0, err
+    assert 0.7 * size < sum(f.stat().st_size for f in out.glob("*.safetensors")) <= size
+    assert json.loads((tmp_path / "q.json").read_text())["allocation"]["bytes"] < size
+    code, _, err = run("plan", *common, "--size", "20KB")
+    assert code == 2 and "--size 0.02MB: the smallest formats of the profile need --size " in err
+    needed = err.partition("need --size ")[2].partition("MB")[0]
+    assert run("plan", *common, "--size", f"{needed}MB")[0] == 0
+
+
+def test_more_measures_join_a_profile(run, tiny, tmp_path, small):
+    model, folder = tiny("llama"), tmp_path / "profile"
+    common = ("--model", model, "--candidates", "int4,int8", "--method", "rtn", "--out", folder, "--rows", 2, *small)
+    assert run("profile", *common, "--measures", "weight,kl")[0] == 0
+    before = Profile.load(folder)
+    assert run("profile", *common, "--measures", "output,weight")[0] == 0
+    after = Profile.load(folder)
+    assert after.measures == ("output", "weight", "kl")
+    assert all(
+        a.choices[c].costs[m] == b.choices[c].costs[m]
+        for a, b in zip(after.units, before.units, strict=True)
+        for c in a.choices
+        for m in ("weight", "kl")
+    )
+
+
+@pytest.mark.parametrize("damage", ["text", "minus", "unit"])
+def test_a_damaged_profile_is_refused(run, tiny, tmp_path, small, damage):
+    model, folder = tiny("llama"), tmp_path / "profile"
+    profiled(run, model, folder, small)
+    data = json.loads((folder / "profile.json").read_text())
+    choice = next(iter(data["units"][0]["choices"].values()))
+    if damage == "text":
+        choice["costs"]["weight"] = "much"
+    elif damage == "minus":
+        choice["bytes"] = -5
+    else:
+        del data["units"][0]
+    (folder / "profile.json").write_text(json.dumps(data))
+    code, _, err = run("plan", "--model", model, "--profile", folder, *small, "--bits", 5)
+    assert code == 3 and ("damaged" in err or "another model" in err) and "Traceback" not in err
+
+
+def test_options_that_do_not_fit_the_profile(run, tiny, tmp_path, small):
+    model, folder = tiny("llama"), tmp_path / "profile"
+    profiled(run, model, folder, small)
+    common = ("plan", "--model", model, *small, "--bits", 5, "--profile")
+    for options, said in (
+        ((folder, "--candidates", "int4,int5"), "--candidates int4,int5: the profile"),
+        ((folder, "--group-size", 8), "--group-size 8: the profile"),
+        ((tmp_path / "none",), "no profile there"),
+        (
+            (folder, "--floor", "*=int4", "--ceiling", "*=int2"),
+            "no format is left between its --floor and its --ceiling",
+        ),
+        ((folder, "--floor", "*=foo"), "--floor: unknown 'foo'"),
+    ):
+        code, _, err = run(*common, *options)
+        assert code == 2 and said in err, err
+    assert not (tmp_path / "none").exists()
+    code, out, _ = run(*common, folder / "profile.json", "--method", "rtn" if made_with(folder) == "gptq" else "gptq")
+    assert code == 0 and "the costs were measured with" in out
+
+
+def made_with(folder: Path) -> str:
+    return Profile.load(folder).request["method"]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +208,7 @@ def test_bounds_and_other_budgets(run, tiny, tmp_path, small):
     [
         (("--bits", 3, "--size", "1MB"), 2, "exclude each other"),
         (("--bits", 0.5), 2, "--bits 0.5: expected"),
-        (("--bits", 1.1), 2, "the smallest choice of every layer together needs"),
+        (("--bits", 1.1), 2, "--bits 1.1: the smallest formats of the profile need --bits 2."),
         (("--size", "much"), 2, "--size much: expected a number"),
         (("--memory", "6GB"), 2, "6GB@32768"),
         (("--bits", 4, "--measure", "taste"), 2, "the profile has weight"),

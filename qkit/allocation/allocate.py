@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,50 @@ def _bytes(text: str, option: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def limit_bytes(profile: Profile, budget: Budget, running_bytes: int) -> int | None:
-    """Bytes that the units may take; None: any number. running_bytes: of activations and KV cache at the budget's context."""
+def limit_bytes(profile: Profile, budget: Budget, beside: int) -> int | None:
+    """Bytes that the units may take; None: any number. beside: what else a size (headers of the files) or a memory (activations
+    and KV cache at the budget's context) has to hold."""
     if budget.bits is not None:
         return int(budget.bits * sum(u.weights for u in profile.units) / 8)
-    if budget.size is not None:
-        return budget.size - profile.fixed_bytes
-    return None if budget.memory is None else budget.memory - running_bytes - profile.fixed_bytes
+    total = budget.memory if budget.size is None else budget.size
+    return None if total is None else total - beside - profile.fixed_bytes
+
+
+def refuse_too_small(
+    profile: Profile,
+    budget: Budget,
+    beside: int,
+    floors: Sequence[tuple[str, str]] = (),
+    ceilings: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Raises UsageError where the smallest formats are too large for the budget, or a layer has none left."""
+    limit, least = limit_bytes(profile, budget, beside), 0
+    for u in profile.units:
+        open_ = _open(u, floors, ceilings)
+        if not open_:
+            raise UsageError(
+                f"{u.linears[0]}: no format is left between its --floor and its --ceiling: change one of them"
+            )
+        least += min(c.bytes for _, c in open_)
+    if limit is None or least <= limit:
+        return
+    total = f"{ceil((least + beside + profile.fixed_bytes) / 1e4) / 100}MB"
+    if budget.bits is not None:
+        given, needed = (
+            f"--bits {budget.bits:g}",
+            f"--bits {ceil(8000 * least / sum(u.weights for u in profile.units)) / 1000}",
+        )
+    elif budget.size is not None:
+        given, needed = f"--size {budget.size / 1e6:.2f}MB", f"--size {total}"
+    else:
+        given, needed = (
+            f"--memory {(budget.memory or 0) / 1e6:.2f}MB@{budget.context}",
+            f"--memory {total}@{budget.context}",
+        )
+    floor = ", lower --floor" if floors else ""
+    raise UsageError(
+        f"{given}: the smallest formats of the profile need {needed}: raise the budget{floor} or profile smaller ones"
+    )
 
 
 def allocate(

@@ -8,18 +8,17 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from qkit.allocation.allocate import parse_budget
 from qkit.allocation.pareto import mean_bits
-from qkit.budgeting import MEASURE, Allocated, BudgetRequest, allocated
-from qkit.commands.common import Reporter, command_line, make_request, megabytes
+from qkit.budgeting import CANDIDATES, MEASURE, Allocated, BudgetRequest, allocated
+from qkit.commands.common import Reporter, command_line, make_request, megabytes, wide_table
 from qkit.errors import UsageError
 from qkit.pipeline import Request
 from qkit.report.allocation import next_larger
 from qkit.requant import is_requant, requanted
-from qkit.sensitivity.profile import UnitProfile
+from qkit.sensitivity.profile import FILE, UnitProfile
 
 WAYS = "--bits, --size, --memory or --latency"
 _NAMES = ("bits", "size", "memory", "latency", "profile", "candidates", "measure", "floors", "ceilings", "refine")
@@ -71,15 +70,22 @@ def decided_request(
         raise UsageError(
             "method requant and a budget exclude each other: add sparse formats to --candidates (int3+0.5%)"
         )
+    named: Path | None = asked["profile"]
+    if named is not None and named.name == FILE and named.is_file():
+        named = named.parent
     wanted = BudgetRequest(
         budget,
-        asked["profile"] or out.with_name(out.name + ".profile"),
+        named or out.with_name(out.name + ".profile"),
         asked["candidates"],
         asked["measure"],
         _bounds("--floor", asked["floors"]),
         _bounds("--ceiling", asked["ceilings"]),
         asked["refine"],
+        named is not None,
     )
+    if not (wanted.profile / FILE).is_file() and (wanted.candidates or not wanted.named):
+        candidates = wanted.candidates or CANDIDATES
+        console.print(Text(f"no profile in {wanted.profile} yet: it is made first, of {candidates}"))
     reporter = Reporter(console, command_line())
     with reporter.running():
         found = allocated(request, wanted, reporter)
@@ -105,14 +111,14 @@ def _bounds(option: str, items: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
         glob, equals, name = item.rpartition("=")
         if not equals or not glob:
             raise UsageError(f"{option} {item}: expected GLOB=FORMAT, for instance '*.down_proj=int4'")
-        found.append((glob, parse_candidates(name, None)[0].name))
+        found.append((glob, parse_candidates(name, None, option)[0].name))
     return tuple(found)
 
 
 def show_allocation(found: Allocated, console: Console) -> None:
     """What was chosen, and what it is predicted to cost."""
     made, a = found.profile, found.allocation
-    table = Table("format", "layers", "weights (M)", "bytes", title="allocation", title_justify="left")
+    table = wide_table("format", "layers", "weights (M)", "bytes", title="allocation", title_justify="left")
     for name in made.candidates:
         units = [u for u in made.units if a.picks[u.key] == name]
         if units:
@@ -131,6 +137,19 @@ def show_allocation(found: Allocated, console: Console) -> None:
         console.print(
             Text(f"{a.time / 1e6:.4g} of {a.time_limit / 1e6:.4g} ms for the products of the layers, by {where}")
         )
+    if found.running is not None:
+        parts = (made.fixed_bytes + a.bytes, *found.running)
+        names = ("weights", "KV cache", "activations of one block")
+        console.print(
+            ", ".join(f"{megabytes(n)} {name}" for n, name in zip(parts, names, strict=True)) + ", one sequence"
+        )
+    if found.request.method is not None and found.request.method != made.request["method"]:
+        console.print(
+            Text(f"the costs were measured with {made.request['method']}, the layers get {found.request.method}")
+        )
+    noise = sum(c.costs[a.measure] < 0 for u in made.units for c in u.choices.values())
+    if noise > len(made.units) // 4:
+        console.print(Text(f"{noise} costs by {a.measure} are below 0, which is noise: profile with more --rows"))
     if found.refined is not None:
         r = found.refined
         kept = sum(k for _, _, k in r.history)
@@ -142,7 +161,9 @@ def show_allocation(found: Allocated, console: Console) -> None:
 def explain(found: Allocated, console: Console) -> None:
     """Every unit: its format, what the others would have cost, and what the next larger one would bring per kilobyte."""
     made, a = found.profile, found.allocation
-    table = Table("layers", "format", *(f"{n}: {a.measure}" for n in made.candidates), "next: gain / kB", title="why")
+    table = wide_table(
+        "layers", "format", *(f"{n}: {a.measure}" for n in made.candidates), "next: gain / kB", title="why"
+    )
     for unit in made.units:
         pick = a.picks[unit.key]
         costs = [_cost(unit, n, a.measure, n == pick) for n in made.candidates]

@@ -186,6 +186,14 @@ class Reporter:
                 signal.signal(s, handler)
 
 
+def wide_table(*columns: str, **options: Any) -> Table:
+    """A table in which what does not fit goes on in the next line: numbers cut short would be other numbers."""
+    table = Table(**options)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
 def command_line() -> str:
     """The command as the user typed it."""
     import shlex

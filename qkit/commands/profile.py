@@ -9,10 +9,9 @@ from typing import Any
 import click
 import qkit_data
 from rich.console import Console
-from rich.table import Table
 
 from qkit.allocation.pareto import PREFERRED, Point, curve, curve_measure, measure_points, spread, uniform
-from qkit.commands.common import Reporter, command_line, megabytes, write_json
+from qkit.commands.common import Reporter, command_line, megabytes, wide_table, write_json
 from qkit.errors import UsageError
 from qkit.memory import bound_heap
 from qkit.pipeline import Request
@@ -26,7 +25,9 @@ from qkit.sensitivity.profile import Profile
 @click.command("profile")
 @click.option("--model", required=True, help="Model folder, reference model name, or hub id.")
 @click.option(
-    "--candidates", required=True, help="Formats a layer may get: int2..int8, nvfp4, w8a8, .., bf16 to keep it."
+    "--candidates",
+    required=True,
+    help="Formats a layer may get: int2..int8, nvfp4, w8a8, .., int3+0.5% with outliers kept, bf16 to keep it.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the profile.")
 @click.option("--method", default="gptq", show_default=True, help="Solver of the probes: rtn or gptq.")
@@ -123,7 +124,7 @@ def pareto_json(points: list[Point], measure: str) -> dict[str, Any]:
 
 def show_profile(made: Profile, console: Console) -> None:
     """Whole-model figures of every candidate, and the units that cost most."""
-    table = Table("candidate", "bytes of linears", "loss change", "KL", *(f"sum of {m}" for m in made.measures))
+    table = wide_table("candidate", "bytes of linears", "loss change", "KL", *(f"sum of {m}" for m in made.measures))
     for name in made.candidates:
         if name not in made.whole:
             continue
@@ -137,7 +138,7 @@ def show_profile(made: Profile, console: Console) -> None:
 def show_pareto(points: list[Point], measure: str, made: Profile, console: Console) -> None:
     """Some points along the curve, and all that were measured."""
     shown = {*spread(len(points), 8), *(i for i, p in enumerate(points) if p.measured is not None)}
-    table = Table("bits", "bytes", measure, "measured KL", "layers", title="Pareto curve", title_justify="left")
+    table = wide_table("bits", "bytes", measure, "measured KL", "layers", title="Pareto curve", title_justify="left")
     for i in sorted(shown):
         p = points[i]
         counts = {n: sum(len(u.linears) for u in made.units if p.picks[u.key] == n) for n in made.candidates}
@@ -150,7 +151,7 @@ def show_pareto(points: list[Point], measure: str, made: Profile, console: Conso
 
 def show_audit(found: dict[str, Any], console: Console) -> None:
     """Rank correlation and predicted / true of every measure."""
-    table = Table("measure", "rank, one layer", "predicted/true", "rank, plans", "predicted/true", title="audit")
+    table = wide_table("measure", "rank, one layer", "predicted/true", "rank, plans", "predicted/true", title="audit")
     for name, figures in found["measures"].items():
         cells = [f"{figures[k][v]:.3f}" for k in ("single", "plans") for v in ("rank", "ratio")]
         table.add_row(name, *cells)

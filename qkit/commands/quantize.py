@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,4 +71,5 @@ def quantize_command(
     )
     for engine in sorted({e.engine + ": " + e.loads_as for e in report.engines if e.loads_as}):
         console.print(Text(f"loads in {engine}"))
-    write_json(json_file, plan_json(found))
+    allocation = {} if budgeted is None else {"allocation": asdict(budgeted.allocation)}
+    write_json(json_file, {**plan_json(found), **allocation})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,11 @@ class Profile:
                 )
                 for u in data.pop("units")
             )
+            for u in units:
+                for name, choice in u.choices.items():
+                    numbers = [choice.bytes, *(choice.costs[m] for m in data["measures"])]
+                    if not all(type(x) in (int, float) and isfinite(x) for x in numbers) or choice.bytes <= 0:
+                        raise TypeError(f"{u.key}, {name}: bytes and costs have to be numbers, and bytes more than 0")
             data = {**data, "candidates": tuple(data["candidates"]), "measures": tuple(data["measures"])}
             return Profile(units=units, **data)
         except (KeyError, TypeError) as e:
