@@ -134,7 +134,7 @@ def _read(built: Any, tile: Tile, laid: Any) -> Compiled:
         shared=built.metadata.shared,
         wide_loads=sum(o.startswith("LDG") and ".128" in o for o in loop),
         exchanged=sum(o.startswith(("STS", "SHFL", "STSM")) for o in loop),
-        core=next((o.split(".")[0] for o in loop if "MMA" in o), "none"),
+        core=next(iter(re.findall(r"\b([A-Z]*MMA)\b", text)), "none"),
         instructions=round(len(loop) * lanes / (max(tile.rows, 16 * tile.warps) * columns), 2),
     )
 
