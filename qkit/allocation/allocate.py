@@ -20,7 +20,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 @dataclass(frozen=True)
 class Budget:
-    """bits: mean stored bits of a quantized weight, scales included; size: bytes of the weight files of the result; memory: bytes
+    """bits: mean stored bits of a quantized weight, scales included; size: bytes of the result's weight files; memory: bytes
     while running at ``context`` tokens; at most one of the three is given. latency: nanoseconds, and the file of the table that
     they are counted with; beside one of the three, or alone."""
 
