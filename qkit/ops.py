@@ -125,7 +125,7 @@ def linear(x: Tensor, w: Prepared, bias: Tensor | None, activations: Format | No
         scale = token_scale(flat, activations)
         y = cpu.linear(round_to_grid(flat / scale, activations).to(torch.int8), w.laid) * scale
         return _finished(y, x, bias)
-    if activations is not None and w.op != "product8":
+    if activations is not None and w.op not in gpu.INTEGERS:
         flat = quantize_activations(flat, activations, static)
     if isinstance(w.laid, gpu.Prepared):
         s = w.q.sparse

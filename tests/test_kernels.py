@@ -15,9 +15,9 @@ from qkit_kernels import gpu, tiles
 from qkit_kernels.decode import ptx
 from qkit_kernels.layout import block_columns, codes_of, lay_out, lay_out_gated, why_not
 from qkit_kernels.matmul import Tile, product
-from qkit_kernels.matmul8 import product8, quantize, takes
+from qkit_kernels.matmul8 import product8, quantize, takes, view8
 from qkit_kernels.sparse import sparse_product
-from qkit_kernels.weight import Format, Weight, dequantize
+from qkit_kernels.weight import E2M1, Format, Weight, dequantize, float_scale
 
 from qkit import formats, ops, qtensor, sparse
 
@@ -157,6 +157,13 @@ def test_gate_and_up_of_two_formats_are_refused():
 # ---- INT8 activations ------------------------------------------------------------------------------------------
 
 
+def int8_codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [M, in], whole numbers in float32, and the scale of each token [M, 1]."""
+    amax = x.float().abs().amax(1, keepdim=True)
+    scale = torch.where(amax == 0, 1.0, amax / 127.5)
+    return (x.float() / scale).round().clamp(-128, 127), scale
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.kind == "int" and f.bits in (4, 8)])
 def test_int8_activations(name, dtype):
@@ -169,15 +176,44 @@ def test_int8_activations(name, dtype):
         with pytest.raises(ValueError, match="INT8 activations"):
             product8(x, laid, SMALL)
         return
-    amax = x.float().abs().amax(1, keepdim=True)
-    scale = torch.where(amax == 0, 1.0, amax / 127.5)
-    codes = (x.float() / scale).round().clamp(-128, 127)
+    codes, scale = int8_codes(x)
     for split in (1, 2):
         found = product8(x, laid, Tile(16, 8, 4, 2, split))
         truth = (codes.double() @ dequantize(weight).double().T) * scale.double()
         rounded = truth.to(dtype).double()
         # The sums are exact: all that is lost is the last rounding and float32 scales.
         assert (found.double() - truth).norm() <= 1.01 * (rounded - truth).norm() + 1e-6 * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ("nvfp4", "mxfp4"))
+def test_the_int8_view_of_floats_is_exact(name, dtype):
+    """As integers give it: 2 E2M1 times the codes of x, summed in integers a group at a time, scaled in float64."""
+    fmt = FORMATS[name]
+    weight = random_weight(fmt, (24, columns(fmt)), dtype)
+    laid = lay_out(weight, dtype)
+    x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+    x[0, 0], x[3] = 40.0, 0
+    codes, scale = int8_codes(x)
+    doubled = (2 * torch.tensor(E2M1))[weight.codes.int()].long()
+    groups = torch.einsum(
+        "mgk,ngk->mng", codes.long().unflatten(1, (-1, fmt.group)), doubled.unflatten(1, (-1, fmt.group))
+    )
+    truth = (groups * float_scale(weight).double() / 2).sum(2) * scale.double()
+    bias, residual = torch.randn(24).to(dtype), torch.randn(5, 24)
+    for split in (1, 2):
+        for added, parts in ((0.0, ()), (bias.double() + residual.double(), (bias, residual))):
+            found = view8(x, laid, Tile(16, 8, 4, 2, split), *parts)
+            rounded = (truth + added).to(dtype).double()
+            assert (found.double() - truth - added).norm() <= 1.01 * (
+                rounded - truth - added
+            ).norm() + 1e-6 * truth.norm()
+
+
+def test_the_int8_view_of_integers_is_refused():
+    laid = lay_out(random_weight(FORMATS["int4 g128"], (16, 128), torch.float16), torch.float16)
+    with pytest.raises(ValueError, match="expected E2M1"):
+        view8(torch.zeros(1, 128).half(), laid, SMALL)
 
 
 def test_codes_of_activations_are_those_of_the_reference():
@@ -209,12 +245,15 @@ def test_sparse_product():
 
 
 @pytest.mark.parametrize(
-    ("scheme_name", "op"), [("W4A16", "product"), ("W8A8", "product8"), ("W4A8", "product8"), ("NVFP4A16", "product")]
+    ("scheme_name", "op"),
+    [("W4A16", "product"), ("W8A8", "product8"), ("W4A8", "product8"), ("NVFP4A16", "product"), ("NVFP4A16", "view8")],
 )
 @pytest.mark.parametrize("outliers", (0, 60))
 def test_a_weight_of_a_checkpoint(scheme_name, op, outliers):
     """The kernels give what the operators of the CPU give, and hold the weight exactly."""
     scheme = formats.scheme(scheme_name)
+    if op == "view8":
+        scheme = replace(scheme, activations=formats.scheme("W8A8").activations)
     dense = torch.randn(40, 256) / 16
     dense[0, :4] = 3.0
     rest, kept = sparse.split(dense, outliers, torch.float16) if outliers else (dense, None)

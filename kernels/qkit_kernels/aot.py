@@ -30,7 +30,8 @@ from triton.compiler import ASTSource
 
 from qkit_kernels.layout import PAIRS, block_columns, lay_out
 from qkit_kernels.matmul import Tile, constants, product_kernel
-from qkit_kernels.matmul8 import product8_kernel
+from qkit_kernels.matmul8 import product8_kernel, quantize_kernel
+from qkit_kernels.sparse import sparse_kernel
 from qkit_kernels.tiles import FORMATS, TILES
 from qkit_kernels.weight import Weight
 
@@ -43,15 +44,15 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 @dataclass(frozen=True)
 class Compiled:
     """registers: of a thread; spilled: bytes; shared: bytes; wide_loads: of 16 bytes, in the loop; exchanged: stores to
-    shared memory in the loop; instructions: of the loop, of a warp's lane, to a weight of it; core: the tensor
-    core's instruction."""
+    shared memory in the loop; instructions: of the loop, of a warp's lane, to a weight of it (None: a kernel that reads
+    no packed weight); core: the tensor core's instruction."""
 
     registers: int
     spilled: int
     shared: int
     wide_loads: int
     exchanged: int
-    instructions: float
+    instructions: float | None
     core: str
 
 
@@ -73,11 +74,11 @@ def compile_product(name: str, dtype: torch.dtype, tile: Tile, architecture: int
     kind = KINDS[dtype]
     stored = "i32" if laid.format.scale != "float" else kind
     types = {
-        "x_ptr": kind, "words_ptr": "i32", "scale_ptr": stored, "zero_ptr": "i8", "row_ptr": "fp32", "bias_ptr": kind,
-        "residual_ptr": kind, "y_ptr": kind, "sums_ptr": "fp32", "count_ptr": "i32",
+        "x_ptr": kind, "words_ptr": "i32", "scale_ptr": stored, "zero_ptr": "i8", "row_ptr": "fp32", "token_ptr": "fp32",
+        "bias_ptr": kind, "residual_ptr": kind, "y_ptr": kind, "sums_ptr": "fp32", "count_ptr": "i32",
     }  # fmt: skip
     fixed = {
-        **constants(laid), "GATED": gated, "BIAS": False, "RESIDUAL": False, "EVEN": True, "ASM": True,
+        **constants(laid), "GATED": gated, "TOKEN": False, "BIAS": False, "RESIDUAL": False, "EVEN": True, "ASM": True,
         "PLAIN": False, "ROWS": tile.rows, "TOKENS": tile.tokens, "STAGES": tile.stages, "SPLIT": tile.split,
     }  # fmt: skip
     built = _compile(product_kernel, types, ("M", "N", "K", "STRIDE", "BLOCKS", "SPAN"), fixed, tile, architecture)
@@ -119,15 +120,34 @@ def _compile(
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def _read(built: Any, tile: Tile, laid: Any) -> Compiled:
+def compile_quantize(bits: int | None, dtype: torch.dtype, architecture: int) -> Compiled:
+    """The kernel that rounds activations, for product8 with a weight of so many bits, or (None) for view8."""
+    kind = KINDS[dtype]
+    types = {"x_ptr": kind, "code_ptr": "i8" if bits else kind, "scale_ptr": "fp32", "sum_ptr": "i32"}
+    fixed = {"PAIRS": PAIRS[bits or 4], "CHUNK": 4096, "ORDERED": bits is not None, "PLAIN": False}
+    tile = Tile(1, 1, 8, 1, 1)
+    return _read(_compile(quantize_kernel, types, ("K", "STRIDE", "BLOCKS"), fixed, tile, architecture))
+
+
+def compile_sparse(dtype: torch.dtype, architecture: int) -> Compiled:
+    """The kernel of sparse parts."""
+    kind = KINDS[dtype]
+    types = {"x_ptr": kind, "start_ptr": "i32", "column_ptr": "i32", "value_ptr": kind, "y_ptr": "fp32"}
+    fixed = {"ROWS": 16, "STEP": 16, "PLAIN": False}
+    return _read(_compile(sparse_kernel, types, ("N", "STRIDE"), fixed, Tile(1, 1, 2, 1, 1), architecture))
+
+
+def _read(built: Any, tile: Tile | None = None, laid: Any = None) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(built.asm["cubin"])
         f.flush()
         usage = _tool("cuobjdump", "-res-usage", f.name)
         text = _tool("cuobjdump", "-sass", f.name)
     loop = _loop(text)
-    columns = block_columns(laid.format.bits)
-    lanes = 32 * tile.warps
+    instructions = None
+    if tile is not None:
+        weights = max(tile.rows, 16 * tile.warps) * block_columns(laid.format.bits)
+        instructions = round(len(loop) * 32 * tile.warps / weights, 2)
     return Compiled(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
         spilled=int(re.search(r"LOCAL:(\d+)", usage)[1]),  # type: ignore[index]
@@ -135,7 +155,7 @@ def _read(built: Any, tile: Tile, laid: Any) -> Compiled:
         wide_loads=sum(o.startswith("LDG") and ".128" in o for o in loop),
         exchanged=sum(o.startswith(("STS", "SHFL", "STSM")) for o in loop),
         core=next(iter(re.findall(r"\b([A-Z]*MMA)\b", text)), "none"),
-        instructions=round(len(loop) * lanes / (max(tile.rows, 16 * tile.warps) * columns), 2),
+        instructions=instructions,
     )
 
 
@@ -157,6 +177,14 @@ def _loop(sass: str) -> list[str]:
 
 def rows(only: str) -> Iterator[tuple[str, Compiled]]:
     """(kernel, format, dtype, tile and architecture in words; what was made of it), of labels that have ``only`` in them."""
+    for dtype in (torch.float16, torch.bfloat16):
+        for architecture in ARCHITECTURES:
+            where = f"{str(dtype)[6:]} sm_{architecture}"
+            for bits in (4, 8, None):
+                if only in (label := f"quantize {f'for {bits} bits' if bits else 'for view8'} {where}"):
+                    yield label, compile_quantize(bits, dtype, architecture)
+            if only in (label := f"sparse {where}"):
+                yield label, compile_sparse(dtype, architecture)
     for name, fmt in FORMATS.items():
         integers = fmt.kind == "int" and fmt.bits in (4, 8) and name != "int4 g32"
         for kernel in (compile_product, compile_product8)[: 1 + integers]:
@@ -175,6 +203,8 @@ def _words(tile: Tile) -> str:
 def wrong(row: Compiled) -> str:
     """What is wrong with a row; empty where nothing is."""
     found = [f"{row.spilled} bytes spilled"] if row.spilled else []
+    if row.instructions is None:
+        return "".join(found)
     found += [] if row.wide_loads else ["words are not loaded 16 bytes at a time"]
     # One store or two of bookkeeping are the loop's own; the tensor cores of sm_100 read from shared memory.
     crossing = row.exchanged > 2 and not row.core.startswith("UTC")

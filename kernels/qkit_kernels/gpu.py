@@ -1,6 +1,7 @@
 """Products with quantized weights on a GPU, through the Triton kernels.
 
 product8   activations rounded to INT8 token by token (matmul8.py): integers of 4 and 8 bits
+view8      the same with E2M1
 product    activations in float16 or bfloat16 (matmul.py): integers of 2, 3, 4 and 8 bits, E2M1 and E4M3
 """
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from qkit_kernels.layout import Laid, block_columns, codes_of, lay_out, why_not
 from qkit_kernels.weight import Format, Weight
 
-OPS = ("product8", "product")
+OPS = ("product8", "view8", "product")
+INTEGERS = ("product8", "view8")  # those that round the activations themselves
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ def supported(op: str, fmt: Format, shape: tuple[int, int], dtype: torch.dtype) 
         return False
     if op == "product":
         return True
+    if op == "view8":
+        return fmt.kind == "fp4"
     coarse = fmt.group is None or fmt.group % block_columns(fmt.bits) == 0 or fmt.group >= shape[1]
     return op == "product8" and fmt.kind == "int" and fmt.bits in (4, 8) and coarse
 
@@ -55,13 +59,14 @@ def prepare(weight: Weight, dtype: torch.dtype, op: str = "product") -> Prepared
 def linear(x: Tensor, p: Prepared, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x [rows, in] to [rows, out] in its dtype; bias [out]; residual [rows, out], which product8 does not take."""
     from qkit_kernels.matmul import product  # brings Triton, which the CPU does without
-    from qkit_kernels.matmul8 import product8
+    from qkit_kernels.matmul8 import product8, view8
     from qkit_kernels.tiles import choose
 
     narrow = x.to(p.laid.dtype)
     tile = choose(p.laid, len(x), x.device)
-    y = product8(narrow, p.laid, tile, bias) if p.op == "product8" else product(narrow, p.laid, tile, bias, residual)
-    return y.to(x.dtype)
+    if p.op == "product8":
+        return product8(narrow, p.laid, tile, bias).to(x.dtype)
+    return (view8 if p.op == "view8" else product)(narrow, p.laid, tile, bias, residual).to(x.dtype)
 
 
 def sparse(x: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:

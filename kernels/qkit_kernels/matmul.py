@@ -129,14 +129,14 @@ def _block(
 
 @triton.jit
 def product_kernel(
-    x_ptr, words_ptr, scale_ptr, zero_ptr, row_ptr, bias_ptr, residual_ptr, y_ptr, sums_ptr, count_ptr,
+    x_ptr, words_ptr, scale_ptr, zero_ptr, row_ptr, token_ptr, bias_ptr, residual_ptr, y_ptr, sums_ptr, count_ptr,
     M, N, K, STRIDE, BLOCKS, SPAN,
     KIND: tl.constexpr, BITS: tl.constexpr, PAIRS: tl.constexpr, SCALE: tl.constexpr, SCALES: tl.constexpr,
     ZERO: tl.constexpr, OFFSET: tl.constexpr, LITERAL: tl.constexpr, FACTOR: tl.constexpr, GATED: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PLAIN: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
+    TOKEN: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+    PLAIN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = x [M, K] W^T times row factors, plus bias [N], plus residual [M, N].
+    """y [M, N] = x [M, K] W^T times row factors (and token factors [M]), plus bias [N], plus residual [M, N].
 
     GATED: W has 2 N rows (each half filled up to a multiple of 16), and y = silu(first half) * second half.
     BLOCKS: of a row; SPAN: of them to a program; STRIDE: between rows of x.
@@ -198,18 +198,27 @@ def product_kernel(
                 acc += tl.load(base + t * size, cache_modifier=".cg")
                 if GATED:
                     gate += tl.load(base + (SPLIT + t) * size, cache_modifier=".cg")
-            _finish(acc, gate, row_ptr, bias_ptr, residual_ptr, y_ptr, n, m, M, N, filled, GATED, BIAS, RESIDUAL, PLAIN)
+            _finish(
+                acc, gate, row_ptr, token_ptr, bias_ptr, residual_ptr, y_ptr, n, m, M, N, filled,
+                GATED, TOKEN, BIAS, RESIDUAL, PLAIN,
+            )  # fmt: skip
     else:
-        _finish(acc, gate, row_ptr, bias_ptr, residual_ptr, y_ptr, n, m, M, N, filled, GATED, BIAS, RESIDUAL, PLAIN)
+        _finish(
+            acc, gate, row_ptr, token_ptr, bias_ptr, residual_ptr, y_ptr, n, m, M, N, filled,
+            GATED, TOKEN, BIAS, RESIDUAL, PLAIN,
+        )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    acc, gate, row_ptr, bias_ptr, residual_ptr, y_ptr, n, m, M, N, filled,
-    GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PLAIN: tl.constexpr,
+    acc, gate, row_ptr, token_ptr, bias_ptr, residual_ptr, y_ptr, n, m, M, N, filled,
+    GATED: tl.constexpr, TOKEN: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """Row factors, bias, gate, residual, in float32; then one rounding."""
+    """Factors of rows and tokens, bias, gate, residual, in float32; then one rounding."""
     inside = n < N
+    if TOKEN:
+        token = tl.load(token_ptr + m, mask=m < M, other=0.0)[None, :]
+        acc, gate = acc * token, gate * token
     row = n + filled if GATED else n
     acc *= tl.load(row_ptr + row, mask=inside, other=0.0)[:, None]
     if BIAS:
@@ -255,12 +264,13 @@ def product(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
+    token: Tensor | None = None,
     asm: bool = True,
 ) -> Tensor:
     """x [M, in] in laid.dtype, rows contiguous, to [M, out], or [M, out / 2] with ``gated`` (see ``lay_out_gated``).
 
-    bias: [out]; residual: [M, out], added last; asm: codes are decoded in PTX where there is a choice. Raises
-    ValueError where shapes or dtypes do not agree.
+    bias: [out]; residual: [M, out], added last; token: float32 [M], what rows of x are yet to be multiplied with; asm:
+    codes are decoded in PTX where there is a choice. Raises ValueError where shapes or dtypes do not agree.
     """
     rows, columns = laid.shape
     out = rows // 2 if gated else rows
@@ -270,7 +280,7 @@ def product(
             f"x: expected rows of {columns} contiguous values in {laid.dtype}, found shape {tuple(x.shape)}, "
             f"strides {x.stride()}, {x.dtype}"
         )
-    for name, t, shape in (("bias", bias, (rows,)), ("residual", residual, (m, out))):
+    for name, t, shape in (("bias", bias, (rows,)), ("residual", residual, (m, out)), ("token", token, (m,))):
         if t is not None and (t.shape != shape or not t.is_contiguous()):
             raise ValueError(f"{name}: expected a contiguous tensor of shape {shape}, found {tuple(t.shape)}")
     y = torch.empty(m, out, dtype=x.dtype, device=x.device)
@@ -283,10 +293,10 @@ def product(
     sums = y if split == 1 else torch.empty(tiles, parts, tile.rows, tile.tokens, dtype=torch.float32, device=x.device)
     grid = (tiles, split, triton.cdiv(m, tile.tokens))
     product_kernel[grid](
-        x, laid.words, _or(stored_scales(laid), y), _or(laid.zero, y), laid.row, _or(bias, y), _or(residual, y), y, sums,
-        laid.counts,
+        x, laid.words, _or(stored_scales(laid), y), _or(laid.zero, y), laid.row, _or(token, y), _or(bias, y),
+        _or(residual, y), y, sums, laid.counts,
         m, out, columns, x.stride(0), blocks, span,
-        **constants(laid), GATED=gated, BIAS=bias is not None, RESIDUAL=residual is not None,
+        **constants(laid), GATED=gated, TOKEN=token is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
         EVEN=columns % (32 * PAIRS[laid.format.bits]) == 0, ASM=asm and not INTERPRETED, PLAIN=INTERPRETED,
         ROWS=tile.rows, TOKENS=tile.tokens, STAGES=tile.stages, SPLIT=split, num_warps=tile.warps,
     )  # fmt: skip

@@ -9,6 +9,13 @@ columns of a block are taken in the order (nibble e, unit u, word w, byte i), wh
 
 Four-bit codes are multiplied unsigned; what that is too much, (8 + zero point) times the sum of x, is subtracted
 afterwards (subtraction after multiplication: QServe, Lin et al., arXiv 2405.04532).
+
+NVFP4 and MXFP4 weights take another way, ``view8``: 2 E2M1 is an integer of at most 12, so their product with INT8 codes
+is one of integers too (6Bit-Diffusion, arXiv 2603.18742, leaves the cast open; this is the exact one). But a scale
+every 16 columns would take the sums out of the tensor core every 16 columns: a conversion and a multiplication in
+float32 for 16 products, more than the 16-bit tensor core needs for all of it. E2M1 times E4M3 has six significant bits
+and a code of x eight: both are exact in float16 and bfloat16, and so is each product in the float32 sum. So the
+integer codes of x go through ``matmul.product`` as 16-bit numbers, and the token's scale multiplies the sum.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ from torch import Tensor
 
 from qkit_kernels.decode import narrow, wide
 from qkit_kernels.layout import PAIRS, Laid, block_columns
-from qkit_kernels.matmul import INTERPRETED, Tile
+from qkit_kernels.matmul import INTERPRETED, Tile, product
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and taking it away rounds a float32 to the nearest integer
 
@@ -44,9 +51,11 @@ def quantize_kernel(
     BLOCKS,
     PAIRS: tl.constexpr,
     CHUNK: tl.constexpr,
+    ORDERED: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """A program a token: codes int8 [M, BLOCKS, 32 PAIRS], scale float32 [M], sums int32 [M, BLOCKS]."""
+    """A program a token: codes int8 [M, BLOCKS, 32 PAIRS], scale float32 [M], sums int32 [M, BLOCKS]; not ORDERED:
+    codes [M, K] as they come, in the dtype of code_ptr, and no sums."""
     m = tl.program_id(0)
     COLUMNS: tl.constexpr = 32 * PAIRS
     most = tl.zeros((CHUNK,), tl.float32)
@@ -58,14 +67,18 @@ def quantize_kernel(
     scale = tl.where(amax == 0, 1.0, tl.div_rn(amax, 127.5))
     tl.store(scale_ptr + m, scale)
     place = tl.arange(0, COLUMNS)
-    column = _column(place, PAIRS)
+    column = _column(place, PAIRS) if ORDERED else place
     for b in range(0, BLOCKS):
         k = b * COLUMNS + column
         x = wide(tl.load(x_ptr + m.to(tl.int64) * STRIDE + k, mask=k < K, other=0.0), PLAIN)
         code = tl.div_rn(x, scale) + ROUND - ROUND
-        code = tl.minimum(tl.maximum(code, -128.0), 127.0).to(tl.int32)
-        tl.store(code_ptr + (m.to(tl.int64) * BLOCKS + b) * COLUMNS + place, code.to(tl.int8))
-        tl.store(sum_ptr + m.to(tl.int64) * BLOCKS + b, tl.sum(code, 0))
+        code = tl.minimum(tl.maximum(code, -128.0), 127.0)
+        if ORDERED:
+            whole = code.to(tl.int32)
+            tl.store(code_ptr + (m.to(tl.int64) * BLOCKS + b) * COLUMNS + place, whole.to(tl.int8))
+            tl.store(sum_ptr + m.to(tl.int64) * BLOCKS + b, tl.sum(whole, 0))
+        else:
+            tl.store(code_ptr + m.to(tl.int64) * K + k, narrow(code, code_ptr.dtype.element_ty, PLAIN), mask=k < K)
 
 
 @triton.jit
@@ -152,8 +165,15 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     m, columns = x.shape
     blocks = triton.cdiv(columns, block_columns(bits))
     codes = torch.empty(m, blocks, block_columns(bits), dtype=torch.int8, device=x.device)
-    scale = torch.empty(m, dtype=torch.float32, device=x.device)
     sums = torch.empty(m, blocks, dtype=torch.int32, device=x.device)
+    return codes, _quantized(x, codes, sums, bits, ordered=True), sums
+
+
+def _quantized(x: Tensor, codes: Tensor, sums: Tensor, bits: int, ordered: bool) -> Tensor:
+    """Fills codes and sums; float32 [M], the scales."""
+    m, columns = x.shape
+    scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    blocks = triton.cdiv(columns, block_columns(bits))
     chunk = min(4096, triton.next_power_of_2(columns))
     quantize_kernel[(m,)](
         x,
@@ -165,10 +185,24 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         blocks,
         PAIRS=PAIRS[bits],
         CHUNK=chunk,
+        ORDERED=ordered,
         PLAIN=INTERPRETED,
         num_warps=8,
     )
-    return codes, scale, sums
+    return scale
+
+
+def view8(x: Tensor, laid: Laid, tile: Tile, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x [M, in] in laid.dtype, rows contiguous, rounded to INT8 token by token, times an E2M1 weight: [M, out], what the
+    integers and their scales give, but for the order of float32 sums.
+
+    bias: [out]; residual: [M, out], added last. Raises ValueError for a weight that is not E2M1.
+    """
+    if laid.format.kind != "fp4":
+        raise ValueError(f"the INT8 view of {laid.format}: expected E2M1 codes; integers are what product8 takes")
+    codes = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    scale = _quantized(x, codes, codes, laid.format.bits, ordered=False)
+    return product(codes, laid, tile, bias, residual, token=scale)
 
 
 def product8(x: Tensor, laid: Laid, tile: Tile, bias: Tensor | None = None) -> Tensor:
