@@ -1,0 +1,108 @@
+"""A packed cache for a model of transformers, by policy.
+
+cache = make_cache(model, parse("kivi2"))
+model.generate(ids, past_key_values=cache)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from transformers.cache_utils import Cache
+
+from qkit.errors import Unsupported, UsageError
+from qkit.kvcache.layer import PackedLayer, channel_group, check_head_dim
+from qkit.kvcache.policy import Policy
+from qkit.kvcache.store import token_bytes
+
+
+class PackedCache(Cache):  # type: ignore[misc]
+    """A PackedLayer for every layer of a model; made by ``make_cache``. Works as any cache of transformers does."""
+
+    def __init__(self, policy: Policy, layers: int) -> None:
+        budgets = policy.budgets or (None,) * layers
+        super().__init__(layers=[PackedLayer(policy, b) for b in budgets])
+        self.policy = policy
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache's tensors occupy, scales and all."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def widths(self) -> list[int]:
+        """Bits of the body, by layer."""
+        return [layer.width for layer in self.layers]
+
+
+def make_cache(model: Any, policy: Policy) -> PackedCache:
+    """An empty cache for a model (or its config). Raises Unsupported for attention that it cannot serve, UsageError for a
+    policy that does not suit the model."""
+    heads = Heads.of(model)
+    check_head_dim(heads.head_dim, policy)
+    if policy.kind == "progressive" and policy.budgets is None:
+        raise UsageError(
+            f"kv policy {policy.name} has no budget: its width follows one; give --kv-memory, --max-length or both "
+            "(in Python: with_budgets)"
+        )
+    if policy.budgets is not None and len(policy.budgets) != heads.layers:
+        raise UsageError(
+            f"kv policy {policy.name} has budgets for {len(policy.budgets)} layers and the model has {heads.layers}: make it "
+            "for this model"
+        )
+    return PackedCache(policy, heads.layers)
+
+
+class Heads:
+    """layers, and of each: heads of keys and their channels."""
+
+    def __init__(self, layers: int, heads: int, head_dim: int) -> None:
+        self.layers, self.heads, self.head_dim = layers, heads, head_dim
+
+    @staticmethod
+    def of(model: Any) -> Heads:
+        """Of a model or config. Raises Unsupported where keys and values are not kept whole for every token."""
+        config: Any = model.config if isinstance(model, nn.Module) else model
+        config = config.get_text_config(decoder=True)
+        kinds = set(getattr(config, "layer_types", None) or ())
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        found = sorted(kinds - {"full_attention"}) or (["sliding_attention"] if window and not kinds else [])
+        found += ["multi-head latent attention"] if getattr(config, "kv_lora_rank", None) else []
+        if found:
+            raise Unsupported(
+                f"a quantized KV cache for {config.model_type}: its layers have {', '.join(found)}, and only full attention "
+                "with keys and values per head is supported: leave --kv out"
+            )
+        heads = config.num_attention_heads
+        kept = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return Heads(config.num_hidden_layers, kept, head_dim)
+
+    def bytes_at(self, policy: Policy, width: int, tokens: int) -> int:
+        """The most bytes that a layer occupies on the way to so many tokens of one sequence, at that final width."""
+        group = channel_group(self.head_dim, policy.group)
+        whole, narrow = (2 * token_bytes(w, group, self.heads, self.head_dim) for w in (16, width))
+
+        def at(n: int) -> int:
+            sink = min(n, policy.sink)
+            body = (n - sink) // policy.window * policy.window if policy.window else n - sink
+            return (n - body) * whole + body * narrow
+
+        # The newest tokens are most just before a group of them moves on.
+        before = policy.sink + max((tokens - policy.sink + 1) // max(policy.window, 1) * policy.window - 1, 0)
+        return max(at(tokens), at(min(before, tokens)))
+
+
+def with_budgets(policy: Policy, model: Any, length: int, batch: int = 1) -> Policy:
+    """The policy with a budget for every layer that lets it reach ``length`` tokens in each of ``batch`` sequences at its
+    least width. Raises UsageError for a length that the sink and the newest tokens fill."""
+    heads = Heads.of(model)
+    if length <= policy.sink + policy.window:
+        raise UsageError(
+            f"kv policy {policy.name}: a length of {length} tokens, and {policy.sink + policy.window} stay at 16 bits "
+            "(sink and window): nothing is left to pack; give a larger --max-length"
+        )
+    budget = batch * heads.bytes_at(policy, policy.widths[-1], length)
+    return replace(policy, budgets=(budget,) * heads.layers, length=length)

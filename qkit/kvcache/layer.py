@@ -1,0 +1,284 @@
+"""One layer's keys and values, packed: what transformers asks of a cache layer, over three segments of the packed store.
+
+  sink    the first tokens, 16-bit codes
+  body    all that are old enough, at the width of the policy
+  recent  the newest tokens: 16-bit codes (progressive), as they came (kivi), or none
+
+A new token is attended to as it came and packed afterwards. ``update`` gives back all of the past dequantized: what
+any attention of transformers can work with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from qkit.errors import BudgetNotMet, UsageError
+from qkit.kvcache.policy import Policy
+from qkit.kvcache.store import HALF, Packed, Plain, narrowed, quantize, token_bytes
+from qkit.transforms.rotate import orthogonal
+
+Segment = Packed | Plain
+Pair = tuple[Segment, Segment]  # of keys and of values
+Tensors = tuple[Tensor, Tensor]
+CHUNK = 4096  # tokens that are packed at a time: what that takes beside the cache does not grow with a prompt
+ROTATION_SEED = 0
+
+
+def channel_group(head_dim: int, most: int) -> int:
+    """Channels of a group: the largest divisor of head_dim that is a multiple of 8 and at most ``most``."""
+    return max(n for n in range(8, min(head_dim, most) + 1, 8) if head_dim % n == 0)
+
+
+def check_head_dim(head_dim: int, policy: Policy) -> None:
+    """Raises UsageError for heads whose codes do not fill 16-bit words."""
+    step = 16 if 3 in policy.widths else 8
+    if head_dim % step:
+        raise UsageError(f"kv policy {policy.name}: heads of {head_dim} channels; expected a multiple of {step}")
+
+
+def _joined(a: Pair | None, b: Pair) -> Pair:
+    """The tokens of both. Both are of one kind."""
+    return b if a is None else (a[0].cat(b[0]), a[1].cat(b[1]))  # type: ignore[arg-type]
+
+
+def _cut(pair: Tensors, start: int, end: int | None = None) -> Tensors:
+    return pair[0][:, :, start:end], pair[1][:, :, start:end]
+
+
+def _first(pair: Pair | None, tokens: int) -> tuple[Pair | None, int]:
+    """At most so many tokens, and how many are left to take from what follows."""
+    if pair is None or pair[0].tokens <= tokens:
+        return pair, tokens - (0 if pair is None else pair[0].tokens)
+    return ((pair[0].slice(0, tokens), pair[1].slice(0, tokens)) if tokens else None), 0
+
+
+def _narrowed(pair: Pair, bits: int) -> Pair:
+    keys, values = (narrowed(s, bits) if isinstance(s, Packed) else s for s in pair)
+    return keys, values
+
+
+class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values [batch, heads, tokens, head_dim] of a layer, packed.
+
+    policy: what is kept where; budget: bytes, for policies of the kind progressive (None: the width stays at 16 bits).
+    Raises UsageError for a head_dim that cannot be packed, BudgetNotMet, leaving the cache as it was, for tokens that do
+    not fit at the least width.
+    """
+
+    is_compileable = False
+    is_croppable = False  # what has been packed narrower does not come back
+    is_sliding = False
+    sink: Pair | None
+    body: Pair | None
+    recent: Pair | None
+
+    def __init__(self, policy: Policy, budget: int | None = None) -> None:
+        super().__init__()
+        self.policy, self.budget = policy, budget
+        self.reset()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Shapes, dtype and device of the first tokens."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.heads = key_states.shape[:2]
+        self.head_dims = (key_states.shape[3], value_states.shape[3])
+        for n in self.head_dims:
+            check_head_dim(n, self.policy)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens, [batch, heads, tokens, head_dim]: the past dequantized, the new ones as they
+        came; afterwards the new ones are packed."""
+        past = self.read()
+        self.append(key_states, value_states)
+        if past is None:
+            return key_states, value_states
+        return torch.cat([past[0], key_states], dim=2), torch.cat([past[1], value_states], dim=2)
+
+    def read(self) -> tuple[Tensor, Tensor] | None:
+        """The past, dequantized; None where there is none."""
+        if not self.segments:
+            return None
+        keys, values = (torch.cat([s[i].dequantize(self.dtype) for s in self.segments], dim=2) for i in (0, 1))
+        return self._restored((keys, values))
+
+    @property
+    def segments(self) -> list[Pair]:
+        """Those that there are, in the order of their tokens."""
+        return [s for s in (self.sink, self.body, self.recent) if s is not None]
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Pack tokens that follow those that are there."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self._fitting(*self._places(keys.shape[2]))  # all of them fit, or nothing changes
+        for start in range(0, keys.shape[2], CHUNK):
+            self._append((keys[:, :, start : start + CHUNK], values[:, :, start : start + CHUNK]))
+
+    def _places(self, new: int) -> tuple[int, int, int]:
+        """Tokens of sink, body and recent after so many new ones."""
+        sink, body, recent = (0 if s is None else s[0].tokens for s in (self.sink, self.body, self.recent))
+        to_sink = 0 if body or recent else min(new, self.policy.sink - sink)
+        waiting = recent + new - to_sink
+        moved = waiting // self.policy.window * self.policy.window if self.policy.window else waiting
+        return sink + to_sink, body + moved, waiting - moved
+
+    def _append(self, pair: Tensors) -> None:
+        sink, body, recent = self._places(pair[0].shape[2])
+        self.width = self._fitting(sink, body, recent)
+        if self.body is not None:
+            self.body = _narrowed(self.body, self.width)
+        pair = self._stored(pair)
+        to_sink = sink - (0 if self.sink is None else self.sink[0].tokens)
+        if to_sink:
+            self.sink = _joined(self.sink, self._kept(_cut(pair, 0, to_sink)))
+            pair = _cut(pair, to_sink)
+        if not pair[0].shape[2]:
+            return
+        if body == (0 if self.body is None else self.body[0].tokens):
+            self.recent = _joined(self.recent, self._kept(pair))
+            return
+        leaving = pair[0].shape[2] - recent
+        self.body = _joined(self.body, self._packed(self.recent, _cut(pair, 0, leaving)))
+        self.recent = self._kept(_cut(pair, leaving)) if recent else None
+
+    def _packed(self, recent: Pair | None, new: Tensors) -> Pair:
+        """Tokens on their way to the body, in its width."""
+        if self.policy.kind == "progressive":
+            return _narrowed(_joined(recent, self._kept(new)), self.width)
+        if recent is not None:
+            old = [s.dequantize(self.dtype) for s in recent]
+            new = torch.cat([old[0], new[0]], dim=2), torch.cat([old[1], new[1]], dim=2)
+        by_token = self.policy.kind == "kivi"
+        group = self.policy.group if by_token else self._group(0)
+        keys = quantize(new[0], self.width, group, "token" if by_token else "channel")
+        return keys, quantize(new[1], self.width, self._group(1))
+
+    def _kept(self, pair: Tensors) -> Pair:
+        """Tokens that stay at 16 bits."""
+        if self.policy.kind == "kivi":
+            return Plain(pair[0].clone()), Plain(pair[1].clone())
+        return quantize(pair[0], 16, self._group(0)), quantize(pair[1], 16, self._group(1))
+
+    def _group(self, side: int) -> int:
+        return channel_group(self.head_dims[side], self.policy.group)
+
+    def _stored(self, pair: Tensors) -> Tensors:
+        """In the basis that they are stored in."""
+        if self.policy.kind != "rotate":
+            return pair
+        keys, values = (x.to(torch.float32) @ q for x, q in zip(pair, self._rotations(), strict=True))
+        return keys, values
+
+    def _restored(self, pair: Tensors) -> Tensors:
+        """The inverse of ``_stored``, in the model's dtype."""
+        if self.policy.kind != "rotate":
+            return pair
+        keys, values = (
+            (x.to(torch.float32) @ q.T).to(self.dtype) for x, q in zip(pair, self._rotations(), strict=True)
+        )
+        return keys, values
+
+    def _rotations(self) -> Tensors:
+        keys, values = (orthogonal(n, ROTATION_SEED).to(self.device) for n in self.head_dims)
+        return keys, values
+
+    # ---- bytes ------------------------------------------------------------------------------------------------
+
+    def _fitting(self, sink: int, body: int, recent: int) -> int:
+        """The width of the body with so many tokens in each segment: halved as often as the budget asks for."""
+        width = self.width
+        while self.budget is not None and self.bytes_at(width, sink, body, recent) > self.budget:
+            if width not in HALF:
+                raise BudgetNotMet(
+                    f"the KV cache of a layer needs {self.bytes_at(width, sink, body, recent)} bytes for "
+                    f"{sink + body + recent} tokens of {self.batch_size} sequences at {width} bits, and its budget is "
+                    f"{self.budget}: give fewer tokens or sequences, or a larger --kv-memory"
+                )
+            width = HALF[width]
+        return width
+
+    def bytes_at(self, width: int, sink: int, body: int, recent: int) -> int:
+        """Bytes of codes, least values and ranges with so many tokens in each segment and a body of that width."""
+        total = 0
+        for side, n in enumerate(self.head_dims):
+            whole, narrow = (token_bytes(w, self._group(side), self.heads, n) for w in (16, width))
+            total += (sink + recent) * whole + body * narrow
+        return self.batch_size * total
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the layer's tensors occupy."""
+        held = [t.untyped_storage() for pair in self.segments for s in pair for t in s.tensors]
+        return sum({x.data_ptr(): x.nbytes() for x in held}.values())
+
+    # ---- what transformers asks for -------------------------------------------------------------------------------
+
+    def get_seq_length(self) -> int:
+        return sum(s[0].tokens for s in self.segments)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        """Empty, at the first width."""
+        self.is_initialized = False
+        self.width = 16 if self.policy.kind == "progressive" else self.policy.widths[0]
+        self.sink = self.body = self.recent = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens, given as a negative number. The body keeps its width; of a group of keys by channel
+        that is cut, the tokens that stay become recent ones."""
+        if tokens_to_remove > 0:
+            raise UsageError(f"crop({tokens_to_remove}): expected a negative number, that of the tokens to remove")
+        left = max(self.get_seq_length() + tokens_to_remove, 0)
+        self.sink, left = _first(self.sink, left)
+        whole = left // self.policy.group * self.policy.group
+        if self.policy.kind == "kivi" and self.body is not None and whole < left < self.body[0].tokens:
+            keys, values = (s.dequantize(self.dtype, whole, left) for s in self.body)
+            self.recent, left = (Plain(keys), Plain(values)), whole
+            self.body, _ = _first(self.body, whole)
+            return
+        self.body, left = _first(self.body, left)
+        self.recent, _ = _first(self.recent, left)
+
+    def offload(self) -> None:
+        """All of it to the CPU."""
+        self._map(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """All of it back to where it was made."""
+        if self.is_initialized:
+            self._map(lambda t: t.to(self.device, non_blocking=True))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The chosen sequences, for beam search."""
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence so many times. The budget, which is for all of them, may then be too small: the next token tells."""
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+        self._resized()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only those sequences."""
+        self._map(lambda t: t[indices.to(t.device)].clone())
+        self._resized()
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        pairs = [
+            None if s is None else (s[0].map(change), s[1].map(change)) for s in (self.sink, self.body, self.recent)
+        ]
+        self.sink, self.body, self.recent = pairs
+
+    def _resized(self) -> None:
+        if self.segments:
+            self.batch_size = self.segments[0][0].tensors[0].shape[0]

@@ -1,0 +1,95 @@
+"""What a quantized cache keeps where, at which width: plain data, and the names under which users ask for it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qkit.errors import UsageError
+from qkit.kvcache.store import WIDTHS
+
+KINDS = {
+    "progressive": "sink and newest tokens at 16 bits, the rest halved in width whenever the budget is reached (PM-KVQ)",
+    "kivi": "keys by channel, values by token, the newest tokens as they came (KIVI)",
+    "rtn": "every token at once, by token, rounded to nearest",
+    "rotate": "as rtn, behind a Hadamard transform of every head's keys and values",
+}
+ALIASES = {"pm-kvq": "progressive", "pmkvq": "progressive", "int": "rtn"}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How keys and values are kept.
+
+    kind:   of KINDS
+    widths: bits of the body; progressive: the final widths that layers may get, the largest first
+    group:  numbers that share a scale, at most (head_dim when that is less)
+    sink:   first tokens that stay at 16 bits; window: newest tokens that do, before a group of that many moves on
+    budgets: bytes of each layer for all sequences of a batch, progressive only; length: tokens they were made for
+    """
+
+    kind: str
+    widths: tuple[int, ...]
+    group: int = 128
+    sink: int = 0
+    window: int = 0
+    budgets: tuple[int, ...] | None = None
+    length: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As it is asked for."""
+        return f"{self.kind}:{'-'.join(map(str, self.widths))}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for qkit.json."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if v is not None}
+
+    @staticmethod
+    def from_json(found: dict[str, Any]) -> Policy:
+        """The inverse of ``to_json``. Raises UsageError for anything else."""
+        try:
+            lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+            return checked(Policy(**lists))
+        except TypeError as e:
+            raise UsageError(f"kv policy {found}: {e}; it was not written by this version of qkit") from e
+
+
+def parse(text: str) -> Policy:
+    """A policy by name: pm-kvq:4-2, pm-kvq:2, kivi2, int8, rotate4. Raises UsageError with the names that there are."""
+    match = re.fullmatch(r"([a-z-]+?):?(\d+(?:-\d+)*)", text.strip().lower())
+    kind = ALIASES.get(match[1], match[1]) if match else ""
+    if match is None or kind not in KINDS:
+        raise UsageError(
+            f"kv policy {text!r} is not known: expected pm-kvq:4-2 (final widths), kivi2, int8 or rotate4: one of "
+            f"{', '.join([*KINDS, *ALIASES])} and bits"
+        )
+    widths = tuple(sorted({int(w) for w in match[2].split("-")}, reverse=True))
+    defaults: dict[str, dict[str, Any]] = {
+        "progressive": {"sink": 1, "window": 128},
+        "kivi": {"group": 32, "window": 128},
+    }
+    return checked(replace(Policy(kind, widths), **defaults.get(kind, {})))
+
+
+def checked(p: Policy) -> Policy:
+    """The policy, if it can be. Raises UsageError in one sentence."""
+    allowed = (8, 4, 2) if p.kind == "progressive" else tuple(w for w in WIDTHS if w < 16)
+    bad = [w for w in p.widths if w not in allowed]
+    if bad or not p.widths:
+        raise UsageError(f"kv policy {p.name}: {bad or 'no'} bits; expected some of {', '.join(map(str, allowed))}")
+    if p.kind != "progressive" and len(p.widths) > 1:
+        raise UsageError(f"kv policy {p.name}: {len(p.widths)} widths; only pm-kvq chooses between widths, give one")
+    if p.group < 8 or p.group % 8 or p.sink < 0 or p.window < 0:
+        raise UsageError(
+            f"kv policy {p.name}: group {p.group}, sink {p.sink}, window {p.window}: expected a group that is a multiple of 8 "
+            "and no negative numbers"
+        )
+    if p.kind == "kivi" and (p.window == 0 or p.window % p.group):
+        raise UsageError(
+            f"kv policy {p.name}: a window of {p.window} tokens; keys by channel need a multiple of the group, {p.group}"
+        )
+    if p.budgets is not None and p.kind != "progressive":
+        raise UsageError(f"kv policy {p.name}: budgets are for pm-kvq, whose width follows them")
+    return p

@@ -1,0 +1,338 @@
+"""Caches of packed keys and values: budgets, what transformers asks of them, and the logits that they give."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    DynamicCache,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from qkit.errors import BudgetNotMet, Unsupported, UsageError
+from qkit.kvcache.cache import Heads, make_cache, with_budgets
+from qkit.kvcache.layer import PackedLayer, channel_group
+from qkit.kvcache.policy import Policy, parse
+from qkit.kvcache.store import quantize
+
+NAMES = ("pm-kvq:2", "pm-kvq:8-4", "kivi2", "int8", "int4", "int3", "rotate4")
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+
+
+def small(kind: str):
+    """A random model with short heads; large weights, so that its logits say something."""
+    torch.manual_seed(0)
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, initializer_range=0.2))
+    elif kind == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**SMALL, num_key_value_heads=1, initializer_range=0.2))
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias.data.normal_()
+    elif kind == "opt":
+        opt = {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.2}
+        model = OPTForCausalLM(OPTConfig(**{k: v for k, v in SMALL.items() if k != "intermediate_size"}, **opt))
+    else:
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, initializer_range=0.2))
+    return model.eval()
+
+
+class HalfCache(DynamicCache):
+    """Keys and values of the past rounded to float16."""
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        past = self.get_seq_length(layer)
+        k, v = super().update(keys, values, layer)
+        k[:, :, :past], v[:, :, :past] = k[:, :, :past].half().float(), v[:, :, :past].half().float()
+        return k, v
+
+
+def policy_for(name: str, model, length: int = 200, batch: int = 1) -> Policy:
+    """A policy with short windows, so that a short text fills them."""
+    p = parse(name)
+    if p.kind == "kivi":
+        return replace(p, group=8, window=16)
+    return with_budgets(replace(p, window=8), model, length, batch) if p.kind == "progressive" else p
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_layer_is_never_above_its_budget(data):
+    """Whatever is appended: bytes within the budget and as computed, width never growing, sink and newest tokens at 16 bits,
+    tokens that do not fit refused without a change."""
+    batch, heads, dim = (
+        data.draw(st.integers(1, 3)),
+        data.draw(st.sampled_from([1, 2])),
+        data.draw(st.sampled_from([16, 24])),
+    )
+    policy = replace(
+        parse("pm-kvq:2"), group=8, sink=data.draw(st.integers(0, 3)), window=data.draw(st.sampled_from([0, 1, 4, 8]))
+    )
+    budget = data.draw(st.integers(200, 40_000))
+    layer = PackedLayer(policy, budget)
+    seen = []
+    for new in data.draw(st.lists(st.sampled_from([1, 1, 1, 2, 7, 40]), min_size=1, max_size=12)):
+        x = torch.randn(batch, heads, new, dim)
+        before = (layer.nbytes, layer.get_seq_length(), layer.width)
+        try:
+            layer.update(x, x + 1)
+        except BudgetNotMet:
+            assert before == (layer.nbytes, layer.get_seq_length(), layer.width)
+            counts = layer._places(new)
+            assert layer.bytes_at(2, *counts) > budget
+            continue
+        assert layer.nbytes <= budget
+        sizes = [0 if s is None else s[0].tokens for s in (layer.sink, layer.body, layer.recent)]
+        assert layer.nbytes == layer.bytes_at(layer.width, *sizes)
+        assert layer.nbytes == sum(t.numel() * t.element_size() for p in layer.segments for s in p for t in s.tensors)
+        assert layer.get_seq_length() == before[1] + new
+        for kept in (layer.sink, layer.recent):
+            assert kept is None or kept[0].bits == kept[1].bits == 16
+        assert layer.body is None or layer.body[0].bits == layer.width
+        seen.append(layer.width)
+    assert seen == sorted(seen, reverse=True)
+
+
+def test_a_long_prefill_is_halved_until_it_fits():
+    policy = replace(parse("pm-kvq:2"), window=8)
+    layer = PackedLayer(policy, budget=2 * 1000 * (4 + 4) + 3000)
+    layer.update(torch.randn(1, 1, 1000, 16), torch.randn(1, 1, 1000, 16))
+    assert layer.width == 2 and layer.nbytes <= layer.budget
+
+
+def test_progressive_costs_nothing_in_the_end_and_is_better_before():
+    """Final codes are those of one rounding of the 16-bit codes; on the way the mean error is no larger than theirs."""
+    g = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(1, 2, 120, 32, generator=g) for _ in range(2))
+    policy = replace(parse("pm-kvq:2"), sink=0, window=8)
+    heads = Heads(1, 2, 32)
+    layer = PackedLayer(policy, heads.bytes_at(policy, 2, 120))
+    worst = PackedLayer(replace(parse("int2"), group=32))
+    for t in range(120):
+        layer.update(keys[:, :, t : t + 1], values[:, :, t : t + 1])
+        worst.update(keys[:, :, t : t + 1], values[:, :, t : t + 1])
+        if layer.body is None:
+            continue
+        n = layer.body[0].tokens
+        errors = [(x.body[0].dequantize(torch.float32, 0, n) - keys[:, :, :n]).square().mean() for x in (layer, worst)]
+        assert errors[0] <= errors[1] * (1.005 if layer.width == 2 else 0.5)
+    assert layer.width == 2
+    direct = quantize(keys, 16, 32).codes()[:, :, :n].double() * 3 / 65535
+    assert torch.equal(layer.body[0].codes().double(), direct.round())
+
+
+def test_the_transform_of_rotate_spreads_outliers():
+    x = torch.randn(1, 1, 64, 64)
+    x[..., 5] *= 50
+    errors = []
+    for name in ("int4", "rotate4"):
+        layer = PackedLayer(parse(name))
+        layer.update(x, x)
+        errors.append(float((layer.read()[0] - x)[..., :5].norm()))
+    assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_crop_keeps_the_older_tokens(name):
+    x = torch.randn(1, 2, 75, 16)
+    heads = small("llama")
+    whole = PackedLayer(policy_for(name, heads), budget=None)
+    whole.update(x, -x)
+    before = whole.read()
+    for left in (74, 61, 33, 32, 17, 1, 0):
+        layer = PackedLayer(whole.policy, None)
+        layer.update(x, -x)
+        layer.crop(left - 75)
+        assert layer.get_seq_length() == left
+        if left:
+            torch.testing.assert_close(layer.read()[0], before[0][:, :, :left])
+            layer.update(x[:, :, left:], -x[:, :, left:])
+            assert layer.get_seq_length() == 75
+            assert (layer.read()[1] - before[1]).abs().mean() < (0.2 if whole.width < 8 else 0.005)
+    with pytest.raises(UsageError, match="negative"):
+        layer.crop(3)
+
+
+def test_choosing_sequences():
+    x = torch.randn(3, 2, 40, 16)
+    layer = PackedLayer(replace(parse("kivi4"), group=8, window=16))
+    layer.update(x, x)
+    before = layer.read()[0]
+    layer.reorder_cache(torch.tensor([2, 2, 0]))
+    assert torch.equal(layer.read()[0], before[[2, 2, 0]])
+    layer.batch_select_indices(torch.tensor([2]))
+    layer.batch_repeat_interleave(2)
+    assert torch.equal(layer.read()[0], before[[0, 0]]) and layer.batch_size == 2
+    layer.offload()
+    layer.prefetch()
+    layer.reset()
+    assert layer.get_seq_length() == 0 and layer.nbytes == 0
+
+
+# ---- models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ("llama", "qwen2", "opt", "neox"))
+def test_sixteen_bits_leave_the_logits(kind):
+    """Grouped-query and multi-head attention, biases: a body that is never halved changes the logits ten times less than keys
+    and values in float16 do, and by less than 1e-4 of their size."""
+    model = small(kind)
+    ids = tokens(2, 60)
+    cache, half = make_cache(model, policy_for("pm-kvq:8", model, 400, 2)), HalfCache(config=model.config)
+    with torch.inference_mode():
+        expected = model(ids, use_cache=False).logits
+        found, rounded = (
+            torch.cat(
+                [model(part, past_key_values=c).logits for part in (ids[:, :20], *ids[:, 20:].split(1, dim=1))], dim=1
+            )
+            for c in (cache, half)
+        )
+    assert cache.widths == [16, 16]
+    errors = [float((x - expected).norm() / expected.norm()) for x in (found, rounded)]
+    assert errors[0] < 1e-4 and errors[0] < 0.1 * errors[1]
+
+
+@pytest.mark.parametrize("kind", ("llama", "qwen2", "opt", "neox"))
+@pytest.mark.parametrize("name", NAMES)
+def test_generate_gives_its_own_teacher_forced_logits(kind, name):
+    """Four sequences padded on the left; the logits of generate are those of feeding its tokens one by one."""
+    model = small(kind)
+    ids = tokens(4, 30)
+    mask = torch.ones_like(ids)
+    for row, pads in enumerate((0, 3, 9, 20)):
+        ids[row, :pads], mask[row, :pads] = 0, 0
+    policy = policy_for(name, model, 60, 4)
+    cache = make_cache(model, policy)
+    out = model.generate(
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=25, do_sample=False, pad_token_id=0,
+        output_logits=True, return_dict_in_generate=True, eos_token_id=None,
+    )  # fmt: skip
+    made = out.sequences
+    assert made.shape == (4, 55) and cache.get_seq_length() == 54
+    again = make_cache(model, policy)
+    place = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.inference_mode():
+        logits = model(ids, attention_mask=mask, position_ids=place, past_key_values=again).logits[:, -1]
+        for i, seen in enumerate(out.logits):
+            torch.testing.assert_close(logits, seen, rtol=1e-4, atol=1e-4)
+            mask = torch.cat([mask, torch.ones(4, 1, dtype=mask.dtype)], dim=1)
+            place = mask.sum(1, keepdim=True) - 1
+            token = made[:, 30 + i : 31 + i]
+            logits = model(token, attention_mask=mask, position_ids=place, past_key_values=again).logits[:, -1]
+    if policy.budgets:
+        assert all(layer.nbytes <= b for layer, b in zip(cache.layers, policy.budgets, strict=True))
+        assert cache.widths[0] < 16
+
+
+def test_beams_and_reuse():
+    model = small("llama")
+    ids = tokens(1, 12)
+    beams = model.generate(
+        ids, past_key_values=make_cache(model, parse("int8")), num_beams=3, max_new_tokens=10, do_sample=False,
+        pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    plain = model.generate(
+        ids,
+        past_key_values=DynamicCache(),
+        num_beams=3,
+        max_new_tokens=10,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    assert beams.shape == plain.shape == (1, 22)
+    cache = make_cache(model, parse("int8"))
+    first = model.generate(
+        ids, past_key_values=cache, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    more = model.generate(
+        first, past_key_values=cache, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    assert torch.equal(more[:, :17], first) and cache.get_seq_length() == 21
+
+
+def test_memory_at_the_shape_of_a_large_model():
+    """One layer of Llama-3-8B at 32k tokens, filled directly: measured bytes against float16."""
+    policy = parse("pm-kvq:2")
+    plain = 2 * 8 * 32768 * 128 * 2
+    for width, most in ((4, 0.29), (2, 0.17)):
+        layer = PackedLayer(policy, Heads(32, 8, 128).bytes_at(policy, width, 32768))
+        x = torch.randn(1, 8, 32768, 128, generator=torch.Generator().manual_seed(0)).half()
+        layer.update(x, x)
+        assert layer.width == width and layer.nbytes <= most * plain
+        assert layer.nbytes == sum(t.numel() * t.element_size() for p in layer.segments for s in p for t in s.tensors)
+
+
+# ---- policies --------------------------------------------------------------------------------------------------
+
+
+def test_names_of_policies():
+    assert parse("PM-KVQ:4-2") == parse("progressive:2-4") and parse("pm-kvq:4-2").widths == (4, 2)
+    assert parse("kivi2").kind == "kivi" and parse("int8").widths == (8,) and parse("rtn:3").widths == (3,)
+    p = replace(parse("pm-kvq:4-2"), budgets=(3, 4), length=9)
+    assert Policy.from_json(p.to_json()) == p
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("nonsense", "expected pm-kvq:4-2"),
+        ("kivi", "kv policy 'kivi'"),
+        ("pm-kvq:3", "expected some of 8, 4, 2"),
+        ("int5", "[5] bits"),
+        ("int4-2", "only pm-kvq chooses"),
+    ],
+)
+def test_policies_that_there_are_not(text, words):
+    with pytest.raises(UsageError) as e:
+        parse(text)
+    assert words in str(e.value)
+
+
+def test_what_does_not_suit_a_model_is_refused():
+    model = small("llama")
+    with pytest.raises(UsageError, match="has no budget"):
+        make_cache(model, parse("pm-kvq:2"))
+    with pytest.raises(UsageError, match="nothing is left to pack"):
+        with_budgets(parse("pm-kvq:2"), model, 129)
+    with pytest.raises(UsageError, match="budgets for 3 layers and the model has 2"):
+        make_cache(model, replace(parse("pm-kvq:2"), budgets=(1, 2, 3)))
+    odd = LlamaConfig(**{**SMALL, "head_dim": 20})
+    with pytest.raises(UsageError, match="heads of 20 channels; expected a multiple of 8"):
+        make_cache(odd, parse("int4"))
+    with pytest.raises(UsageError, match="expected a multiple of 16"):
+        make_cache(LlamaConfig(**{**SMALL, "head_dim": 24}), parse("int3"))
+    with pytest.raises(Unsupported, match="sliding_attention"):
+        make_cache(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=32), parse("int4"))
+    with pytest.raises(Unsupported, match="latent attention"):
+        make_cache(LlamaConfig(**SMALL, kv_lora_rank=16), parse("int4"))
+    cache = make_cache(model, replace(parse("pm-kvq:2"), budgets=(2000, 2000), window=8))
+    with pytest.raises(BudgetNotMet, match="at 2 bits, and its budget is 2000"):
+        model(tokens(1, 300), past_key_values=cache)
+
+
+def test_groups_of_channels():
+    assert [channel_group(n, 128) for n in (32, 64, 80, 128, 256, 192)] == [32, 64, 80, 128, 128, 96]
