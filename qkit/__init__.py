@@ -25,7 +25,7 @@ from qkit.hook import after_import
 after_import("transformers.quantizers", lambda: import_module("qkit.registration"))
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", kv: str | None = None) -> Any:
     """A transformers causal language model in eval mode; quantized linears stay packed in memory.
 
     path:   a folder that ``qkit quantize`` wrote, any compressed-tensors or full-precision checkpoint of a known kind,
@@ -33,8 +33,11 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     dtype:  of activations and unquantized weights; default: the checkpoint's. float32 computes on exactly the
             decompressed weights.
     device: where the model goes, as torch names it
-    Raises BadCheckpoint for a damaged folder, Unsupported for formats that qkit cannot run (``qkit.errors``).
+    kv:     the KV cache that ``generate`` uses, for instance 'kivi2' or 'int8' ('none': a plain one); default: what the
+            folder was made for, if it was
+    Raises BadCheckpoint for a damaged folder, Unsupported for formats that qkit cannot run, UsageError for a policy that
+    does not suit the model (``qkit.errors``).
     """
     from qkit import loading  # not before it is needed: it brings the whole way from file to model
 
-    return loading.load(path, dtype, device)
+    return loading.load(path, dtype, device, kv)

@@ -154,6 +154,16 @@ _TOP: Fields = {
     "plain": _OBJECT,
     "shards": (lambda v: isinstance(v, dict) and len(v) > 0 and all(map(is_hash, v.values())), "file: sha256"),
 }
+_CACHE: Fields = {
+    "kind": (lambda v: v in ("progressive", "kivi", "rtn", "rotate"), "progressive, kivi, rtn or rotate"),
+    "widths": (
+        lambda v: isinstance(v, list) and bool(v) and all(w in (2, 3, 4, 8) for w in v),
+        "a list of 2, 3, 4 or 8",
+    ),
+    "group": (lambda v: is_int(v, 8), "a number from 8"),
+    "sink": (lambda v: is_int(v, 0), "a number of tokens"),
+    "window": (lambda v: is_int(v, 0), "a number of tokens"),
+}
 _SOURCE: Fields = {
     "fingerprint": _HASH,
     "model_type": (is_text, "a name"),
@@ -321,6 +331,18 @@ def _read_linear(name: str, data: Any, findings: Findings) -> Linear | None:
     return Linear(name, weights, activations, (rows, columns), data["weight_sha256"], kept)
 
 
+def _check_cache(data: Any, findings: Findings) -> None:
+    """The KV cache policy, if there is one: as plain data, what ``qkit.load`` will make of it is not asked here."""
+    if data is None or not check_fields(data, _CACHE, "qkit.json: kv", findings):
+        return
+    for key in ("finals", "budgets"):
+        stated = data.get(key)
+        sound = stated is None or (isinstance(stated, list) and all(is_int(x, 1) for x in stated))
+        findings.check("record", sound, f"qkit.json: kv.{key}", f"found {_short(stated)}, expected a list of numbers")
+    made = data["kind"] != "progressive" or (bool(data.get("budgets")) and is_int(data.get("length"), 1))
+    findings.check("record", made, "qkit.json: kv", "a progressive cache without budgets and a length")
+
+
 def read_record(out: Path, findings: Findings) -> Record | None:
     """qkit.json of the folder ``out``; None, with problems recorded, when it cannot serve as a record."""
     data = read_json(out / "qkit.json", findings)
@@ -346,6 +368,7 @@ def read_record(out: Path, findings: Findings) -> Record | None:
         for name, entry in data["plain"].items()
         if check_fields(entry, _PLAIN, f"qkit.json: plain.{name}", findings)
     }
+    _check_cache(data.get("kv"), findings)
     stated = data.get("compressed_tensors")
     findings.check("record", stated is None or is_version(stated), "qkit.json: compressed_tensors", "not a version")
     return Record(

@@ -6,6 +6,7 @@ reads the shards tensor by tensor. It gives a transformers model: generate, forw
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,17 @@ from qkit.locate import find_model
 from qkit.sparse import PIECES
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", kv: str | None = None) -> Any:
     """A transformers causal language model in eval mode.
 
     path:  a folder that ``qkit quantize`` wrote (or any compressed-tensors checkpoint in a format qkit knows), or a
            full-precision one, or the name of a reference model
     dtype: of activations and unquantized weights; default: the checkpoint's. float32 computes on exactly the decompressed
            weights.
-    Raises BadCheckpoint for a damaged folder, Unsupported for formats that qkit cannot run.
+    kv:    the KV cache that ``generate`` uses, a policy such as 'kivi2' ('none': a plain one); default: what the folder was
+           made for, if it was
+    Raises BadCheckpoint for a damaged folder, Unsupported for formats that qkit cannot run, UsageError for a policy that
+    does not suit the model.
     """
     folder = find_model(str(path))
     checkpoint = Checkpoint.open(folder, quantized=True)
@@ -56,7 +60,9 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     model.config.dtype = dtype
     model.tie_weights()
     _generation_config(model, folder)
-    return model.eval().to(device)
+    model = model.eval().to(device)
+    _cache_policy(model, folder, kv)
+    return model
 
 
 class PackedOutline(Outline):
@@ -168,6 +174,21 @@ def _generation_config(model: Any, folder: Path) -> None:
 
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def _cache_policy(model: Any, folder: Path, kv: str | None) -> None:
+    from qkit.kvcache.cache import attach
+    from qkit.kvcache.policy import Policy, parse
+
+    if kv == "none":
+        return
+    if kv is not None:
+        attach(model, parse(kv))
+        return
+    record = folder / "qkit.json"
+    found = json.loads(record.read_bytes()).get("kv") if record.is_file() else None
+    if found is not None:
+        attach(model, Policy.from_json(found))
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -6,7 +6,7 @@ report = quantize(Request(model="tiny-llama", scheme="w4a16", method="gptq"), ou
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ class Request:
     """What ``qkit quantize`` is asked for.
 
     calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method
-    needs any. recipe: a YAML file; scheme, method, group_size and options given here go over it. rules: as in a recipe,
-    what an allocation decided. outliers, significant: as in a recipe; None: what the recipe says.
+    needs any. recipe: a YAML file; scheme, method, group_size and options given here go over it. rules: as in a
+    recipe, what an allocation decided. outliers, significant: as in a recipe; None: what the recipe says. kv: the KV
+    cache policy that the result is to be run with, as ``Policy.to_json`` gives it.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Request:
     seqlen: int = 256
     seed: int = 0
     threads: int | None = None
+    kv: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def prepare(request: Request) -> Prepared:
     recipe = _recipe(request)
     outline = open_outline(request.model)
     calibration = _calibration(request, outline, recipe)
-    plan = make_plan(recipe, outline, calibration, request.seed)
+    plan = replace(make_plan(recipe, outline, calibration, request.seed), kv=request.kv)
     threads = request.threads or available_cores()
     after = {"significant weights": repair_memory(plan, outline, threads)} if plan.significant else {}
     return Prepared(plan, outline, forecast(plan, outline, threads, after))
@@ -113,8 +115,11 @@ def _calibration(request: Request, outline: Outline, recipe: Recipe) -> Calibrat
         raise UsageError(
             f"--samples {request.samples} --seqlen {request.seqlen}: expected at least 1 row of at least 2 tokens"
         )
-    if not _may_need_rows(recipe) and request.calib is None:
-        return None
+    return None if not _may_need_rows(recipe) and request.calib is None else text_rows(request, outline)
+
+
+def text_rows(request: Request, outline: Outline) -> Calibration:
+    """The calibration rows of a request. Raises UsageError for rows that are longer than the model's positions."""
     path = request.calib or embedded_text()
     config: Any = outline.model.config
     limit = getattr(config, "max_position_embeddings", None)

@@ -56,6 +56,7 @@ class Plan:
 
     run_dtype: what blocks are run in where there are calibration rows (``machine.run_dtype``); dtype: the checkpoint's
     significant: how many weights of the whole model go to sparse parts after it is quantized
+    kv: the KV cache policy (``qkit.kvcache.policy``) that the model is to be run with
     fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
     """
 
@@ -76,6 +77,7 @@ class Plan:
     untied: bool
     export: str
     recipe: dict[str, Any]
+    kv: dict[str, Any] | None = None
 
     @property
     def schemes(self) -> dict[str, Scheme]:

@@ -117,19 +117,25 @@ def split_windows(tokens: Tensor, window: int, limit: int | None = None) -> Tens
 def _batches(models: list[Any], windows: Tensor, progress: Progress | None) -> Iterator[Tensor]:
     vocabulary = 0
     for model in models:
-        config: Any = getattr(model, "config", None)
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        vocabulary = max(vocabulary, getattr(config, "vocab_size", 0))
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and windows.shape[1] > longest:
-            raise UsageError(
-                f"windows of {windows.shape[1]} tokens do not fit the model, whose max_position_embeddings is {longest}"
-            )
+        vocabulary = max(vocabulary, getattr(_text_config(model), "vocab_size", 0))
+        check_window(model, windows.shape[1])
     size = max(1, min(BATCH, BATCH_BYTES // (4 * windows.shape[1] * max(vocabulary, 1))))
     for start in range(0, len(windows), size):
         yield windows[start : start + size]
         if progress is not None:
             progress(min(start + size, len(windows)), len(windows))
+
+
+def check_window(model: Any, window: int) -> None:
+    """Raises UsageError for windows that are longer than the model's positions."""
+    longest = getattr(_text_config(model), "max_position_embeddings", None)
+    if longest is not None and window > longest:
+        raise UsageError(f"windows of {window} tokens do not fit the model, whose max_position_embeddings is {longest}")
+
+
+def _text_config(model: Any) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 @torch.no_grad()

@@ -17,14 +17,14 @@ from qkit.commands import VERBS, cli, main
 
 BUDGET = "bits candidates ceiling floor latency measure memory profile refine size"
 FLAGS = {
-    "quantize": "calib export group-size json keep-job method model option out outliers overwrite recipe samples scheme seed "
-    f"seqlen significant strict threads work {BUDGET}",
+    "quantize": "calib export group-size json keep-job kv kv-memory max-length method model option out outliers "
+    f"overwrite recipe samples scheme seed seqlen significant strict threads work {BUDGET}",
     "plan": "calib explain export figures group-size json method model option out outliers recipe samples scheme seed seqlen "
     f"significant strict threads {BUDGET}",
     "profile": "audit audit-text calib candidates group-size json measures method model out pareto pareto-measure points rows "
     "samples seed seqlen threads",
     "verify": "job json",
-    "eval": "allow-task-code baseline device dtype json limit task-dir tasks text window windows",
+    "eval": "allow-task-code baseline device dtype json kv kv-step limit prompt task-dir tasks text window windows",
     "check": "allow-task-code baseline budget device dtype json junit task-dir text",
     "bench": "baseline device dtype figure formats group-size json m model new-tokens prompt-tokens shapes table threads",
     "list": "json",

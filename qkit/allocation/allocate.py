@@ -60,15 +60,16 @@ def parse_budget(bits: float | None, size: str | None, memory: str | None, laten
             raise UsageError(f"--bits {bits}: expected a number from 1 to 32, the mean bits of a weight")
         return Budget(bits=bits, latency=time)
     if size is not None:
-        return Budget(size=_bytes(size, "--size"), latency=time)
+        return Budget(size=parse_bytes(size, "--size"), latency=time)
     assert memory is not None
     amount, at, context = memory.partition("@")
     if not at or not context.isdigit():
         raise UsageError(f"--memory {memory}: expected an amount and a context length, for instance 6GB@32768")
-    return Budget(memory=_bytes(amount, "--memory"), context=int(context), latency=time)
+    return Budget(memory=parse_bytes(amount, "--memory"), context=int(context), latency=time)
 
 
-def _bytes(text: str, option: str) -> int:
+def parse_bytes(text: str, option: str) -> int:
+    """'90MB' -> 90_000_000. Raises UsageError naming the option."""
     found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
     if not found or found[2].upper() not in _UNITS or found[1].count(".") > 1:
         raise UsageError(f"{option} {text}: expected a number with B, KB, MB, GB, MiB or GiB, for instance 90MB")

@@ -19,6 +19,7 @@ from rich.text import Text
 from qkit.errors import UsageError
 from qkit.evaluation import text
 from qkit.evaluation.measure import DTYPES, EvalRequest, jsonable, measure
+from qkit.kvcache.policy import parse
 from qkit.safefile import write_atomic
 
 PATIENCE = 2.0  # seconds before a progress bar appears
@@ -32,6 +33,13 @@ PATIENCE = 2.0  # seconds before a progress bar appears
 @click.option("--windows", default=200, show_default=True, type=click.IntRange(1), help="Windows per text, at most.")
 @click.option("--tasks", help="Tasks of lm-eval or qkit, separated by commas.")
 @click.option("--limit", type=click.IntRange(1), help="Samples per task, at most.")
+@click.option(
+    "--kv", "kv", multiple=True, metavar="POLICY", help="KV caches to compare by decoding: pm-kvq:2, kivi2, int8, ..."
+)
+@click.option("--prompt", type=click.IntRange(1), help="Tokens of a window before decoding begins (default: half).")
+@click.option(
+    "--kv-step", default=1, show_default=True, type=click.IntRange(1), help="Tokens that are decoded at a time."
+)
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(list(DTYPES)), help="Of arithmetic.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--task-dir", type=click.Path(path_type=Path), help="A folder of further lm-eval task files.")
@@ -45,6 +53,9 @@ def eval_command(
     windows: int,
     tasks: str | None,
     limit: int | None,
+    kv: tuple[str, ...],
+    prompt: int | None,
+    kv_step: int,
     dtype: str,
     device: str,
     task_dir: Path | None,
@@ -67,7 +78,12 @@ def eval_command(
         texts = (str(qkit_data.text_path("evaluation")),)
     if allow_task_code and task_dir is None:
         raise UsageError("--allow-task-code is about the files of --task-dir, and there is none; leave it out")
-    request = EvalRequest(texts, window, windows, names, limit, task_dir, allow_task_code, dtype, device)
+    caches = [parse(name) for policies in kv for name in split_names(policies)]
+    if prompt is not None and not caches:
+        raise UsageError("--prompt is about the caches of --kv, and there is none; leave it out")
+    request = EvalRequest(
+        texts, window, windows, names, limit, task_dir, allow_task_code, dtype, device, caches, prompt, kv_step
+    )
     original = None if baseline is None else find_model(baseline)
     with progress_bar(Console(stderr=True)) as progress:
         measured = measure(find_model(out), original, request, progress)
@@ -113,8 +129,23 @@ def show(measured: Mapping[str, Any], console: Console) -> None:
     """Prints the tables of texts and of tasks."""
     if measured.get("texts"):
         console.print(texts_table(measured["texts"]))
+    for text_, caches in measured.get("caches", {}).items():
+        console.print(caches_table(text_, caches))
     if measured.get("tasks"):
         console.print(tasks_table(measured["tasks"], measured.get("baseline_tasks", {})))
+
+
+def caches_table(text: str, caches: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row per cache: perplexity by decoding, and the bytes that a sequence takes in the end."""
+    columns = ("KV cache", "perplexity", "first half", "change % (95 % ci)", "kB", "of 16 bits")
+    table = Table(*columns, title=f"decoding {printable(text)}", title_justify="left")
+    for name, entry in caches.items():
+        change = (
+            f"{entry['change_percent']:+.2f} {_interval(entry['change_ci'], '+.2f')}" if "change_ci" in entry else ""
+        )
+        cells = [name, f"{entry['perplexity']:.2f}", f"{entry['first_half']:.2f}", change]
+        table.add_row(*map(Text, [*cells, f"{entry['bytes'] / 1e3:,.0f}", f"{entry['share']:.3f}"]))
+    return table
 
 
 def texts_table(texts: Mapping[str, Mapping[str, Any]]) -> Table:

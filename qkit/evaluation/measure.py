@@ -12,14 +12,16 @@ import torch
 
 from qkit.checkpoint import Checkpoint
 from qkit.errors import UsageError
-from qkit.evaluation.text import Progress, evaluate_text, text_name
+from qkit.evaluation.text import Progress, evaluate_text, read_text, text_name, tokenize
+from qkit.kvcache.policy import Policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What to measure. ``texts`` as for ``evaluate_text``; ``limit``: samples per task, None for all."""
+    """What to measure. ``texts`` as for ``evaluate_text``; ``limit``: samples per task, None for all. ``caches``: KV cache
+    policies, compared by decoding the texts, ``step`` tokens at a time after a ``prompt`` (None: half a window)."""
 
     texts: Sequence[Path | str] = ()
     window: int = 512
@@ -30,15 +32,19 @@ class EvalRequest:
     allow_task_code: bool = False
     dtype: str = "float32"
     device: str = "cpu"
+    caches: Sequence[Policy] = ()
+    prompt: int | None = None
+    step: int = 1
 
 
 def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Progress | None = None) -> dict[str, Any]:
     """Loads the model in the folder ``out`` (packed, when it is quantized), and the baseline, and measures both.
 
-    Returns {"model", "baseline", "dtype", "window", "size", "texts", "tasks", "baseline_tasks"}: names of folders
-    without their paths; size in bytes of the weight files; texts as in ``evaluate_text``; tasks as in ``run_tasks``,
-    without the values of single samples but with the paired change and change_ci where there is a baseline.
-    Raises what loading, ``evaluate_text`` and ``run_tasks`` raise.
+    Returns {"model", "baseline", "dtype", "window", "size", "texts", "caches", "tasks", "baseline_tasks"}: names of
+    folders without their paths; size in bytes of the weight files; texts as in ``evaluate_text``; caches: for each
+    text what ``evaluate_caches`` gives; tasks as in ``run_tasks``, without the values of single samples but with the
+    paired change and change_ci where there is a baseline. Raises what loading, ``evaluate_text`` and ``run_tasks``
+    raise.
     """
     from qkit.loading import load, load_tokenizer
 
@@ -62,9 +68,24 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
         measured |= evaluate_text(
             model, tokenizer, request.texts, request.window, request.windows, original, progress=progress
         )
+    if request.caches:
+        measured["caches"] = _caches(model, tokenizer, request, progress)
     if request.tasks:
         measured |= _tasks(model, original, tokenizer, request)
     return measured
+
+
+def _caches(model: Any, tokenizer: Any, request: EvalRequest, progress: Progress | None) -> dict[str, Any]:
+    from qkit.evaluation.decoding import evaluate_caches
+
+    prompt = request.window // 2 if request.prompt is None else request.prompt
+    found = {}
+    for spec in request.texts:
+        tokens = tokenize(tokenizer, read_text(spec))
+        found[text_name(spec)] = evaluate_caches(
+            model, tokens, request.window, request.windows, prompt, request.caches, request.step, progress
+        )
+    return found
 
 
 def _check_device(device: str) -> None:

@@ -196,6 +196,7 @@ def _record(plan: Plan, outline: Outline, job: Job, source: _Tensors, hashes: di
         "tied": [] if plan.untied else [list(pair) for pair in outline.tied.items()],
         "plain": plain,
         "shards": hashes,
+        **({} if plan.kv is None else {"kv": plan.kv}),
     }
 
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from transformers.cache_utils import Cache
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache, DynamicCache
 
 from qkit.errors import Unsupported, UsageError
 from qkit.kvcache.layer import PackedLayer, channel_group, check_head_dim
@@ -96,13 +97,38 @@ class Heads:
 
 
 def with_budgets(policy: Policy, model: Any, length: int, batch: int = 1) -> Policy:
-    """The policy with a budget for every layer that lets it reach ``length`` tokens in each of ``batch`` sequences at its
-    least width. Raises UsageError for a length that the sink and the newest tokens fill."""
+    """The policy with a budget for every layer: what it takes to hold ``length`` tokens of each of ``batch`` sequences at the
+    layer's final width (policy.finals; without them the least of policy.widths). Other kinds come back as they are.
+
+    Raises UsageError for a length that the sink and the newest tokens fill.
+    """
+    if policy.kind != "progressive":
+        return policy
     heads = Heads.of(model)
     if length <= policy.sink + policy.window:
         raise UsageError(
             f"kv policy {policy.name}: a length of {length} tokens, and {policy.sink + policy.window} stay at 16 bits "
             "(sink and window): nothing is left to pack; give a larger --max-length"
         )
-    budget = batch * heads.bytes_at(policy, policy.widths[-1], length)
-    return replace(policy, budgets=(budget,) * heads.layers, length=length)
+    finals = policy.finals or (policy.widths[-1],) * heads.layers
+    budgets = tuple(batch * heads.bytes_at(policy, w, length) for w in finals)
+    return replace(policy, finals=finals, budgets=budgets, length=length)
+
+
+def attach(model: Any, policy: Policy) -> RemovableHandle:
+    """From now on ``model.generate`` uses a packed cache where it would make a plain one. A cache that the caller gives stays
+    what it is. The handle takes it back.
+
+    Raises what ``make_cache`` raises.
+    """
+    make_cache(model, policy)
+
+    def replaced(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        past: Any = kwargs.get("past_key_values")
+        plain = type(past) is DynamicCache and not getattr(past, "_is_user_defined", False)
+        if plain and past.get_seq_length() == 0:
+            kwargs["past_key_values"] = make_cache(model, policy)
+        return args, kwargs
+
+    handle: RemovableHandle = model.register_forward_pre_hook(replaced, with_kwargs=True)
+    return handle

@@ -16,6 +16,7 @@ KINDS = {
     "rotate": "as rtn, behind a Hadamard transform of every head's keys and values",
 }
 ALIASES = {"pm-kvq": "progressive", "pmkvq": "progressive", "int": "rtn"}
+SHORT = {"progressive": "pm-kvq:", "rtn": "int"}  # how users write them
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Policy:
     widths: bits of the body; progressive: the final widths that layers may get, the largest first
     group:  numbers that share a scale, at most (head_dim when that is less)
     sink:   first tokens that stay at 16 bits; window: newest tokens that do, before a group of that many moves on
-    budgets: bytes of each layer for all sequences of a batch, progressive only; length: tokens they were made for
+    finals, budgets, length: progressive only: by layer the width at ``length`` tokens of a sequence, and the bytes that all
+            sequences of a batch may take together
     """
 
     kind: str
@@ -34,13 +36,14 @@ class Policy:
     group: int = 128
     sink: int = 0
     window: int = 0
+    finals: tuple[int, ...] | None = None
     budgets: tuple[int, ...] | None = None
     length: int | None = None
 
     @property
     def name(self) -> str:
         """As it is asked for."""
-        return f"{self.kind}:{'-'.join(map(str, self.widths))}"
+        return SHORT.get(self.kind, self.kind) + "-".join(map(str, self.widths))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for qkit.json."""

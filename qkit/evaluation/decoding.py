@@ -1,0 +1,126 @@
+"""What a quantized KV cache costs: perplexity by decoding, through the cache, and the bytes that it takes.
+
+A forward pass over a whole text never reads keys and values back from the cache, so it says nothing about it. Here the
+first part of a window is the prompt and the rest is fed a step at a time: every likelihood is of a token whose past was
+read from the cache. The same windows go through a plain cache, so that differences are paired.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.errors import UsageError
+from qkit.kvcache.cache import Heads, PackedCache, make_cache, with_budgets
+from qkit.kvcache.policy import Policy
+from qkit.quality import check_window, perplexity, perplexity_change, split_windows
+
+BATCH = 8  # windows that are decoded together
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """nll: float64 [windows, window - prompt], in nats, of the tokens after the prompt; bytes: of the cache in the end, of
+    one sequence; plain_bytes: of keys and values as they come; widths: bits of each layer's body in the end; halvings:
+    [(tokens, layer, bits)] of the first batch, every change of a width."""
+
+    nll: Tensor
+    bytes: float
+    plain_bytes: float
+    widths: tuple[int, ...]
+    halvings: tuple[tuple[int, int, int], ...]
+
+
+@torch.inference_mode()
+def decode_windows(
+    model: Any, windows: Tensor, prompt: int, policy: Policy | None, step: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Decoded:  # fmt: skip
+    """Feed each window [windows, length] through a cache (None: a plain one): ``prompt`` tokens at once, then ``step``
+    at a time. A progressive policy gets its budgets for windows of this length."""
+    from transformers import DynamicCache
+
+    count, length = windows.shape
+    if not 1 <= prompt < length:
+        raise UsageError(
+            f"a prompt of {prompt} tokens in windows of {length}: expected at least 1 and fewer than the window"
+        )
+    parts, halvings, cache = [], [], None
+    for at in range(0, count, BATCH):
+        ids = windows[at : at + BATCH].to(model.device)
+        if policy is None:
+            cache = DynamicCache(config=model.config)
+        else:
+            cache = make_cache(model, with_budgets(policy, model, length, len(ids)))
+        pieces = [ids[:, :prompt], *ids[:, prompt:-1].split(step, dim=1)]
+        before: list[int] = []
+        for i, piece in enumerate(pieces):
+            keep = 1 if i == 0 else piece.shape[1]  # of the prompt only the last token's are of use
+            logits = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+            parts.append(_nll(logits, ids, cache.get_seq_length()))
+            if at == 0 and isinstance(cache, PackedCache):
+                now = cache.widths
+                changed = [(cache.get_seq_length(), n, w) for n, w in enumerate(now) if not before or w != before[n]]
+                halvings += changed
+                before = now
+        if progress is not None:
+            progress(min(at + BATCH, count), count)
+    per_batch = len(pieces)
+    rows = [torch.cat(parts[i : i + per_batch], dim=1) for i in range(0, len(parts), per_batch)]
+    heads = Heads.of(model)
+    plain = (
+        2.0 * heads.layers * heads.heads * heads.head_dim * (length - 1) * 2
+    )  # 16 bits, whatever the arithmetic here
+    size, widths = (cache.nbytes / len(ids), cache.widths) if isinstance(cache, PackedCache) else (plain, [])
+    return Decoded(torch.cat(rows).cpu(), size, plain, tuple(widths), tuple(halvings))
+
+
+def _nll(logits: Tensor, ids: Tensor, filled: int) -> Tensor:
+    """float64 [batch, n]: of the tokens that follow those which gave the logits [batch, n, vocabulary]."""
+    n = logits.shape[1]
+    wanted = ids[:, filled - n + 1 : filled + 1]
+    logits = logits[:, : wanted.shape[1]].to(torch.float32)
+    found: Tensor = -logits.log_softmax(-1).gather(2, wanted[..., None])[..., 0].to(torch.float64)
+    return found
+
+
+def evaluate_caches(
+    model: Any, tokens: Tensor, window: int, limit: int | None, prompt: int, policies: Sequence[Policy],
+    step: int = 1, progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """{policy name: figures} of a text, the plain cache first, under 'none'.
+
+    Figures: perplexity and ci (95 %, over windows), first_half (perplexity of the first half of what is decoded),
+    change_percent and change_ci (of the perplexity, against the plain cache, paired), bytes (of a sequence in the end),
+    share (of 16 bits), widths, halvings. Raises UsageError for a window or a prompt that cannot be, what ``make_cache``
+    raises for a policy that does not suit the model.
+    """
+    check_window(model, window)
+    windows = split_windows(tokens, window, limit)
+    found: dict[str, dict[str, Any]] = {}
+    plain: Tensor | None = None
+    for name, policy in [("none", None), *((p.name, p) for p in policies)]:
+        report = None if progress is None else (lambda done, total, name=name: progress(name, done, total))
+        made = decode_windows(model, windows, prompt, policy, step, report)
+        overall = perplexity(made.nll)
+        half = made.nll[:, : made.nll.shape[1] // 2]
+        found[name] = {
+            "perplexity": overall.mean,
+            "ci": [overall.low, overall.high],
+            "first_half": math.exp(float(half.mean())),
+            "bytes": made.bytes,
+            "share": made.bytes / made.plain_bytes,
+            "widths": list(made.widths),
+            "halvings": [list(h) for h in made.halvings],
+        }
+        if plain is None:
+            plain = made.nll
+        else:
+            change = perplexity_change(plain, made.nll).map(lambda share: 100 * share)
+            found[name] |= {"change_percent": change.mean, "change_ci": [change.low, change.high]}
+    return found

@@ -1,0 +1,125 @@
+"""What a narrower KV cache of a layer costs the loss: PM-KVQ's first-order measure, and an integral of the same.
+
+PM-KVQ (arXiv 2505.18610, section on block-wise allocation): s[l, b] = mean |G_K (K - Q_b(K))| + mean |G_V (V -
+Q_b(V))|, with G the gradient of the next-token loss at the keys after rotary embedding and at the values of layer l,
+and means over samples and elements. Q_b rounds to 16 bits and halves from there, as the cache will.
+
+``points`` > 0 takes instead the midpoint rule along the way from K to K + (Q_b(K) - K), all layers going together,
+without absolute values: the parts of the loss change that each layer brings (PQI, arXiv 2503.01901, carried over from
+weights; our choice). The errors are those of the undisturbed keys and values and stay what they are along the way:
+codes that jump as their inputs move have no derivative to integrate. Rows are read at stretched positions 0, stretch,
+2 stretch, ..: short rows then show keys as turned at long positions (positional interpolation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import DynamicCache
+
+from qkit.kvcache.layer import channel_group
+from qkit.kvcache.store import narrowed, quantize
+
+Pair = tuple[Tensor, Tensor]
+
+
+class _Watched(DynamicCache):  # type: ignore[misc]
+    """Hands keys and values through, with a part of given errors added, and keeps them for their gradients.
+
+    errors: by layer, of keys and values; None: nothing is added.
+    """
+
+    def __init__(self, errors: Sequence[Pair] | None = None, part: float = 0.0) -> None:
+        super().__init__()
+        self.errors, self.part = errors, part
+        self.seen: list[Pair] = []
+        self.loss = 0.0
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Pair:
+        if self.errors is not None:
+            keys, values = keys + self.part * self.errors[layer][0], values + self.part * self.errors[layer][1]
+        for x in (keys, values):
+            if x.requires_grad:
+                x.retain_grad()
+            else:
+                x.requires_grad_()
+        self.seen.append((keys, values))
+        return keys, values
+
+
+def rounded(x: Tensor, bits: int, most: int) -> Tensor:
+    """x [batch, heads, tokens, head_dim] as a cache of that width gives it back, in x's dtype."""
+    return narrowed(quantize(x, 16, channel_group(x.shape[3], most)), bits).dequantize(x.dtype)
+
+
+def sensitivities(
+    model: Any, rows: Tensor, widths: Sequence[int], group: int = 128, stretch: int = 1, points: int = 0,
+    progress: Callable[[], None] | None = None,
+) -> Tensor:  # fmt: skip
+    """float64 [layers, widths]: what each width of each layer's cache costs, in nats per token, by the measure above.
+
+    rows: int64 [samples, length]; points: 0 for the first-order measure. The model's parameters are frozen meanwhile.
+    """
+    for p in model.parameters():
+        p.requires_grad_(False)
+    total = torch.zeros(0)
+    for row in rows.to(model.device).split(1):
+        start = watched(model, row, stretch)
+        costs = [
+            _integral(model, row, stretch, start, b, group, points) if points else _first(start, b, group)
+            for b in widths
+        ]
+        found = torch.stack(costs, dim=1)
+        total = found if not len(total) else total + found
+        if progress is not None:
+            progress()
+    return (total / len(rows)).cpu()
+
+
+def watched(
+    model: Any, row: Tensor, stretch: int = 1, errors: Sequence[Pair] | None = None, part: float = 1.0
+) -> _Watched:
+    """Forward and backward of a row [1, length], with that part of the errors added: the keys and values that attention saw,
+    with gradients; ``loss``, in nats per token."""
+    cache = _Watched(errors, part)
+    position = torch.arange(row.shape[1], device=row.device)[None] * stretch
+    logits = model(input_ids=row, position_ids=position, past_key_values=cache, use_cache=True).logits
+    loss = functional.cross_entropy(logits[0, :-1].to(torch.float32), row[0, 1:])
+    loss.backward()
+    cache.loss = float(loss.detach())
+    return cache
+
+
+def errors_of(seen: Sequence[Pair], bits: int, group: int) -> list[Pair]:
+    """By layer, what rounding to that width adds to keys and values."""
+    found = [[rounded(x.detach(), bits, group) - x.detach() for x in pair] for pair in seen]
+    return [(keys, values) for keys, values in found]
+
+
+def _first(start: _Watched, bits: int, group: int) -> Tensor:
+    errors = errors_of(start.seen, bits, group)
+    return torch.stack(
+        [_sum(p.abs().mean() for p in _products(*pair)) for pair in zip(start.seen, errors, strict=True)]
+    )
+
+
+def _integral(model: Any, row: Tensor, stretch: int, start: _Watched, bits: int, group: int, points: int) -> Tensor:
+    errors = errors_of(start.seen, bits, group)
+    found = []
+    for i in range(points):
+        seen = watched(model, row, stretch, errors, (i + 0.5) / points).seen
+        found.append(torch.stack([_sum(p.sum() for p in _products(*pair)) for pair in zip(seen, errors, strict=True)]))
+    return torch.stack(found).mean(0)
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).sum()
+
+
+def _products(seen: Pair, errors: Pair) -> list[Tensor]:
+    """float64: gradient times error, of keys and of values."""
+    return [x.grad.double() * e.double() for x, e in zip(seen, errors, strict=True) if x.grad is not None]
