@@ -6,6 +6,7 @@ found against what was expected, and what to do. The command line prints it with
 
 from __future__ import annotations
 
+import errno
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -81,11 +82,13 @@ class Stopped(QkitError):
     exit_code = 75
 
 
-def write_failure(path: Path, error: OSError) -> IOFailure:
-    """The error for a file that could not be written: what failed, and how much room there is."""
+def write_failure(path: Path, error: OSError, size: int | None = None) -> IOFailure:
+    """The error for a file (of ``size`` bytes) that could not be written: what failed, and the room that there is where that is
+    the cause."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return IOFailure(f"cannot write {path}: {error.strerror or error}: choose a place that can be written to")
     room = ""
     with suppress(OSError):
-        room = f" ({shutil.disk_usage(path.parent).free} bytes are free)"
-    return IOFailure(
-        f"cannot write {path}: {error.strerror or error}{room}: make room, then run the same command again"
-    )
+        needed = "" if size is None else f"{size} bytes are needed, "
+        room = f" ({needed}{shutil.disk_usage(path.parent).free} are free)"
+    return IOFailure(f"cannot write {path}: {error.strerror}{room}: make room, then run the same command again")

@@ -63,6 +63,7 @@ CODE_KEYS = (
 CONFIG_LIMIT = 16 << 20
 INDEX_LIMIT = 100 << 20
 MAX_DEPTH = 64
+RECORD = "qkit.json"  # what every folder that qkit exports has
 OLD_PREFIX = ".qkit-old-"
 
 
@@ -224,12 +225,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def check_output_dir(out: Path, source: Path, overwrite: bool) -> None:
+def check_output_dir(out: Path, source: Path, overwrite: bool, whole: bool = True) -> None:
     """Refuses an output folder that would cost the user something.
 
     Never allowed: a link, something that is no folder, a folder that is, holds or lies in the input model, and
-    one that holds the working or the home directory. A folder with content needs ``overwrite``.
-    Raises UsageError.
+    one that holds the working or the home directory. A folder with content needs ``overwrite``, and where it will be
+    replaced as a ``whole`` it has to be one that qkit made. Raises UsageError.
     """
     if os.path.islink(out):
         raise UsageError(
@@ -245,8 +246,13 @@ def check_output_dir(out: Path, source: Path, overwrite: bool) -> None:
     ):
         if _lies_in(inner, outer):
             raise UsageError(f"{out}: the output folder {fault}: choose another folder")
-    if not overwrite and os.path.exists(out) and list_names(out):
+    filled = os.path.exists(out) and bool(list_names(out))
+    if filled and not overwrite:
         raise UsageError(f"{out}: the output folder is not empty: choose another, or pass --overwrite to replace it")
+    if filled and whole and not os.path.isfile(out / RECORD):
+        raise UsageError(
+            f"{out}: --overwrite replaces what qkit made, and there is no {RECORD} in it: choose another folder"
+        )
 
 
 def _lies_in(inner: Path, outer: Path) -> bool:

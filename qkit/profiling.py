@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,24 +25,37 @@ from qkit.recipe import parse_method
 from qkit.run import Progress
 from qkit.sensitivity.forecast import ProfileForecast, profile_forecast, refuse_what_cannot_fit
 from qkit.sensitivity.ledger import Ledger
-from qkit.sensitivity.measures import Bench
+from qkit.sensitivity.measures import MEASURES, Bench
 from qkit.sensitivity.probes import probes
-from qkit.sensitivity.profile import FILE, Profile, identity, make_bench, make_profile
+from qkit.sensitivity.profile import MEASURED, Profile, identity, make_bench, make_profile
 from qkit.sensitivity.units import Candidate, parse_candidates, units_of
+
+ROWS = 32  # that losses are measured on; our choice
 
 
 @dataclass(frozen=True)
 class ProfileRequest:
     """base: model, method (a solver), group size and calibration of the probes; its scheme is not used.
 
-    rows: calibration rows that losses are measured on; points: of the path integral.
+    rows: calibration rows that losses are measured on (None: 32, or all if there are fewer); points: of the path integral.
     """
 
     base: Request
     candidates: str
     measures: tuple[str, ...] = ("weight", "output", "pqi", "kl")
-    rows: int = 32
+    rows: int | None = None
     points: int = 8
+
+    @property
+    def measured_rows(self) -> int:
+        """The number of rows. Raises UsageError for one that cannot be."""
+        if self.base.samples < 1:
+            raise UsageError(f"--samples {self.base.samples}: expected at least 1")
+        if self.rows is not None and not 1 <= self.rows <= self.base.samples:
+            raise UsageError(
+                f"--rows {self.rows}: expected 1 to {self.base.samples}, the number of calibration rows (--samples)"
+            )
+        return min(ROWS, self.base.samples) if self.rows is None else self.rows
 
 
 @dataclass(frozen=True)
@@ -56,19 +70,27 @@ class _Prepared:
 def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profile:
     """Make the profile in ``folder``, or go on with it. Raises UsageError for methods that rewrite the weights, Unsupported
     where memory is too small for it."""
+    if not request.measures:
+        raise UsageError(f"--measures: none is given: expected some of {', '.join(MEASURES)}")
     found = _prepare(request)
-    refuse_what_cannot_fit(forecast(request))
-    measures = request.measures
-    if (folder / FILE).is_file():
+    if (folder / MEASURED).exists():
+        Ledger(
+            folder / MEASURED, identity(found.outline, found.described, found.rows)
+        )  # refuses another profile's folder
+    with suppress(BadInput):  # there is none, or it is damaged and made again from what was measured
         old = Profile.load(folder)
-        if (old.fingerprint, old.request) == (found.outline.checkpoint.fingerprint(), found.described):
-            measures = tuple(dict.fromkeys((*measures, *old.measures)))  # what was measured before stays
+        asked = {c.name for c in found.candidates}
+        more = ["bf16" if n == "keep" else n for n in old.candidates if n not in asked]
+        measures = tuple(dict.fromkeys((*request.measures, *old.measures)))
+        request = replace(request, candidates=",".join([request.candidates, *more]), measures=measures)
+        found = _prepare(request)
+    refuse_what_cannot_fit(forecast(request))
     with workers(request.base.threads) as pool:
         return make_profile(
             found.outline,
             found.plans,
             found.candidates,
-            measures,
+            request.measures,
             found.rows,
             request.points,
             found.described,
@@ -86,7 +108,7 @@ def forecast(request: ProfileRequest) -> ProfileForecast:
         outline,
         parse_candidates(request.candidates, base.group_size),
         request.measures,
-        (request.rows, base.seqlen),
+        (request.measured_rows, base.seqlen),
         request.points,
         base.threads or available_cores(),
     )
@@ -99,9 +121,10 @@ def _prepare(request: ProfileRequest) -> _Prepared:
         raise UsageError(
             f"--method {base.method}: a profile compares formats of one set of weights: give a solver alone ({solver})"
         )
-    if not 1 <= request.rows <= base.samples:
-        raise UsageError(f"--rows {request.rows}: expected 1 to {base.samples}, the number of calibration rows")
+    count = request.measured_rows
     candidates = parse_candidates(request.candidates, base.group_size)
+    if all(c.scheme is None for c in candidates):
+        raise UsageError(f"--candidates {request.candidates}: no format that quantizes: add one, for instance int4")
     outline = open_outline(base.model)
     groups = {c.name: _group(c, base.group_size) for c in candidates}
     plans = {
@@ -111,14 +134,15 @@ def _prepare(request: ProfileRequest) -> _Prepared:
         for c in candidates
         if c.scheme is not None
     }
-    rows = _rows(base, outline, base.calib)[: request.rows]
+    rows = _rows(base, outline, base.calib)[:count]
     described = {
         "method": solver,
+        "group_size": base.group_size,
         "group_sizes": groups,
         "outliers": {c.name: c.outliers for c in candidates},
         "samples": base.samples,
         "seqlen": base.seqlen,
-        "rows": request.rows,
+        "rows": count,
         "points": request.points,
         "dtype": str(outline.dtype).removeprefix("torch."),
     }
@@ -149,7 +173,7 @@ def audit(
     """
     found = _prepare(request)
     try:
-        rows = _rows(replace(request.base, samples=request.rows), found.outline, text)
+        rows = _rows(replace(request.base, samples=request.measured_rows), found.outline, text)
     except BadInput as e:
         raise type(e)(f"--audit: {e}") from e
     units = units_of(found.outline)
@@ -158,7 +182,8 @@ def audit(
         workers(request.base.threads) as pool,
         probes(found.plans, found.outline, folder / "probes", pool, progress) as probed,
     ):
-        ledger = Ledger(folder / "audit.jsonl", identity(found.plans, rows, 0))
+        digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:8]
+        ledger = Ledger(folder / f"audit-{digest}.jsonl", identity(found.outline, found.described, rows))
         bench = make_bench(
             found.outline, probed, units, found.candidates, rows, request.points, ledger, folder, pool, progress
         )
@@ -215,12 +240,11 @@ def measured_plans(
     """A function that gives a plan's KL divergence from the original on the profile's rows, from the weights of the probes."""
     names = ",".join("bf16" if n == "keep" else n for n in made.candidates)
     r = made.request
-    group = next((g for g in r["group_sizes"].values() if g is not None), None)
-    base = replace(base, group_size=group, method=r["method"], samples=r["samples"], seqlen=r["seqlen"])
+    base = replace(base, group_size=r["group_size"], method=r["method"], samples=r["samples"], seqlen=r["seqlen"])
     found = _prepare(ProfileRequest(base, names, made.measures, r["rows"], r["points"]))
     with workers(base.threads) as pool, probes(found.plans, found.outline, folder / "probes", pool, progress) as probed:
         units = units_of(found.outline)
-        ledger = Ledger(folder / "plans.jsonl", identity(found.plans, found.rows, 0))
+        ledger = Ledger(folder / "plans.jsonl", identity(found.outline, found.described, found.rows))
         bench = make_bench(
             found.outline, probed, units, found.candidates, found.rows, 1, ledger, folder, pool, progress
         )

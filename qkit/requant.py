@@ -13,8 +13,6 @@ that resumes; that of the chosen t becomes the job of the run, so nothing is sol
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -171,7 +169,6 @@ def _rows(plan: Plan) -> torch.Tensor:
     return plan.calibration.tokens[:ROWS]
 
 
-def _identity(plan: Plan, percent: float) -> str:
+def _identity(plan: Plan, percent: float) -> dict[str, Any]:
     """What the search depends on."""
-    data = {"plan": plan.hash, "outliers": percent, "exponents": EXPONENTS, "points": POINTS, "rows": ROWS}
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    return {"--outliers": percent, "plan": plan.hash, "exponents": list(EXPONENTS), "points": POINTS, "rows": ROWS}

@@ -17,7 +17,6 @@ import math
 import os
 import re
 import secrets
-import shutil
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from qkit.errors import BadCheckpoint, IOFailure, VerifyFailure
+from qkit.errors import BadCheckpoint, IOFailure, VerifyFailure, write_failure
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -347,11 +346,7 @@ def _replace_with(path: Path, size: int, chunks: Iterable[bytes | memoryview]) -
             with suppress(OSError):  # after the rename there is nothing left to remove
                 os.unlink(temp)
     except OSError as error:
-        room = ""
-        with suppress(OSError):
-            room = f" ({size} bytes are needed, {shutil.disk_usage(path.parent).free} are free)"
-        problem = f"cannot write {path}: {error.strerror or error}{room}"
-        raise IOFailure(f"{problem}: make room or choose another folder, then run it again") from error
+        raise write_failure(path, error, size) from error
     return digest.hexdigest()
 
 

@@ -57,7 +57,7 @@ def test_two_resources():
 
 def test_refused():
     units = choices([[(1.0, 10)], [(2.0, 20), (1.0, 40)]])
-    with pytest.raises(UsageError, match="together needs 30"):
+    with pytest.raises(UsageError, match="together is 30"):
         solve(units, {"bytes": 29})
     with pytest.raises(UsageError, match="without choices"):
         solve([[]], {"bytes": 29})

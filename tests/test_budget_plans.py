@@ -276,15 +276,33 @@ def test_more_bits_or_a_sparse_part(run, tiny, tmp_path, small):
 
 
 def test_a_profile_of_other_candidates_keeps_what_was_measured(run, tiny, tmp_path, small):
-    """Another text in the same folder is refused before anything that was measured is lost."""
+    """Other rows in the same folder are refused before anything is lost; other candidates and measures join."""
     model, folder = tiny("llama"), tmp_path / "profile"
     profiled(run, model, folder, small, "int4,int8")
     measured = (folder / "measured.jsonl").read_bytes()
     other = [*small[:2], "--samples", 6, *small[4:]]
-    arguments = ("--candidates", "int4,int8", "--group-size", 32, "--rows", 4, "--out", folder)
+    arguments = ("--candidates", "int4,int8", "--group-size", 32, "--rows", 4, "--points", 2, "--out", folder)
     code, _, err = run("profile", "--model", model, *arguments, *other)
-    assert code == 6 and "another job" in err
+    assert code == 6 and "--samples: 8 there, 6 now" in err
+    for option, value in (("--rows", 3), ("--points", 3), ("--group-size", 16)):
+        code, _, err = run("profile", "--model", model, *arguments, *small, option, value)
+        assert code == 6 and f"another {option}" in err and f"{value} now" in err, err
     assert (folder / "measured.jsonl").read_bytes() == measured
+    before = Profile.load(folder)
+    more = ("--candidates", "int2,bf16", *arguments[2:], "--measures", "weight")
+    assert run("profile", "--model", model, *more, *small)[0] == 0
+    after = Profile.load(folder)
+    assert set(after.candidates) == {*before.candidates, "W2A16", "keep"} and set(after.measures) == set(
+        before.measures
+    )
+    for old, new in zip(before.units, after.units, strict=True):
+        assert old.choices.items() <= new.choices.items()
+    assert (folder / "measured.jsonl").read_bytes().startswith(measured)
+    (folder / "profile.json").write_text("{")
+    assert run("profile", "--model", model, *arguments, *small)[0] == 0  # made again from what was measured
+    (folder / "measured.jsonl").write_bytes(b"{\n" + measured)
+    code, _, err = run("profile", "--model", model, *arguments, *small)
+    assert code == 3 and "delete this file" in err
 
 
 def test_floats_integers_and_original_layers_in_one_file(run, tiny, tmp_path, small):

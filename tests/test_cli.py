@@ -514,6 +514,12 @@ def test_output_that_is_there(refused, run, tiny, tmp_path):
     options = ["--model", tiny("llama"), "--scheme", "w4a16", "--group-size", 32]
     refused(2, ("not empty", "--overwrite"), "quantize", *options, "--out", out)
     refused(2, "input model", "quantize", *options, "--out", tiny("llama"))
-    quantized(run, out, *options, "--overwrite")
+    refused(2, "no qkit.json in it", "quantize", *options, "--out", out, "--overwrite")
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    quantized(run, out, *options)
+    (out / "notes.txt").write_text("mine")
+    quantized(run, out, *options[:3], "w8a16", *options[4:], "--overwrite")
     assert not (out / "notes.txt").exists()
+    options[3] = "w8a16"
     quantized(run, out, *options)  # the finished command again

@@ -81,12 +81,14 @@ def test_it_equals_brute_force(seed, tiny, tmp_path):
         for limit in (None, (sizes[0] + 2 * sizes[1]) // 3):
             wanted = brute(made, times, latency.limit, limit)
             if wanted == float("inf"):
+                with pytest.raises(UsageError, match="within the budget of bytes"):
+                    allocate(made, limit, "kl", latency=latency)
                 continue
             found = allocate(made, limit, "kl", latency=latency)
             assert found.cost == pytest.approx(wanted, abs=1e-6)
             assert found.time == latency.of(found.picks) <= latency.limit == found.time_limit
             assert limit is None or found.bytes <= limit
-    with pytest.raises(UsageError, match="nanoseconds: the smallest choice"):
+    with pytest.raises(UsageError, match="the fastest formats of the profile take"):
         allocate(made, None, "kl", latency=Latency(least - 1, times))
 
 
@@ -158,8 +160,17 @@ def test_a_measured_table_answers(run, tiny, tmp_path, small, monkeypatch):
     common = ("--model", model, "--method", "rtn", "--profile", folder, *small)
     code, said, err = run("quantize", *common, "--latency", f"1s@{file}", "--bits", 6, "--out", tmp_path / "out")
     assert code == 0, err
-    code, said, err = run("bench", "gemv", "--model", tmp_path / "out", "--formats", "int4", "--table", file)
-    assert code == 0 and "4 times" in said, err
+    more = ("--formats", "int4", "--threads", 2, "--table", file)
+    code, said, err = run("bench", "gemv", "--model", tmp_path / "out", *more)
+    assert code == 2 and "another threads: 1 there" in err
+    before = json.loads(file.read_text())["entries"]
+    again = ("--formats", "int4", "--threads", 1, "--table", file)
+    code, said, err = run("bench", "gemv", "--model", tmp_path / "out", *again)
+    assert code == 0 and "20 times" in said, err  # those that were there and four more
+    assert json.loads(file.read_text())["entries"][: len(before)] == before
+    file.write_text("mine")
+    code, _, err = run("bench", "gemv", "--model", tmp_path / "out", *again)
+    assert code == 2 and "is no latency table" in err and file.read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -172,7 +183,7 @@ def test_a_measured_table_answers(run, tiny, tmp_path, small, monkeypatch):
         ("1s@text.json", 3, "text.json"),
         ("1s@damaged.json", 3, "damaged latency table"),
         ("1s@older.json", 3, "not a latency table of this version"),
-        ("1ns@t.json", 2, "nanoseconds: the smallest choice of every layer together needs"),
+        ("1ns@t.json", 2, "--latency 0.000ms: the fastest formats of the profile take"),
         (
             "1s@short.json",
             3,

@@ -153,7 +153,16 @@ def allocate(
     units = [
         [choice(u, name, c.bytes, c.costs[measure]) for name, c in _open(u, floors, ceilings)] for u in profile.units
     ]
-    found = knapsack.solve(units, limits)
+    try:
+        found = knapsack.solve(units, limits)
+    except knapsack.Excluded as e:
+        if e.resource != "nanoseconds" or latency is None:
+            raise
+        within = "" if limit is None else " within the budget of bytes"
+        raise UsageError(
+            f"--latency {latency.limit / 1e6:.3f}ms: the fastest formats of the profile take {e.least / 1e6:.3f}ms{within}: "
+            "raise one of the budgets, or profile faster formats"
+        ) from e
     chosen = [unit[i] for unit, i in zip(units, found.picks, strict=True)]
     picks = {u.key: c.name for u, c in zip(profile.units, chosen, strict=True)}
     size = sum(c.uses["bytes"] for c in chosen)

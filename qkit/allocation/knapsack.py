@@ -36,12 +36,24 @@ class Solution:
     used: dict[str, int]
     gap: float
 
+    def used_of(self, units: Sequence[Sequence[Choice]], resource: str) -> int:
+        """The sum of a resource that was not limited."""
+        return sum(unit[i].uses[resource] for unit, i in zip(units, self.picks, strict=True))
+
+
+class Excluded(UsageError):
+    """Limits that no choice keeps together. resource: the last of them; least: what it needs at least within the others."""
+
+    def __init__(self, message: str, resource: str, least: int) -> None:
+        super().__init__(message)
+        self.resource, self.least = resource, least
+
 
 def solve(units: Sequence[Sequence[Choice]], limits: Mapping[str, int]) -> Solution:
     """The cheapest choice for every unit within the limits.
 
-    Raises UsageError when even the smallest choices do not fit (saying what would), NumericFailure for costs that are
-    not finite.
+    Raises UsageError when even the smallest choices do not fit (saying what would), Excluded when they fit every limit but not
+    all together, NumericFailure for costs that are not finite.
     """
     if not all(units):
         raise UsageError(
@@ -50,9 +62,11 @@ def solve(units: Sequence[Sequence[Choice]], limits: Mapping[str, int]) -> Solut
     for name, limit in limits.items():
         least = sum(min(c.uses[name] for c in unit) for unit in units)
         if least > limit:
-            raise UsageError(
-                f"budget of {limit} {name}: the smallest choice of every layer together needs {least}: raise the budget, or "
-                "add smaller formats to --candidates"
+            raise Excluded(
+                f"budget of {limit} {name}: the least of every layer together is {least}: raise the budget, or add other "
+                "formats to --candidates",
+                name,
+                least,
             )
     costs = np.array([c.cost for unit in units for c in unit])
     if not np.isfinite(costs).all():
@@ -104,6 +118,16 @@ def _milp(
         bounds=Bounds(0, upper),
         options={"mip_rel_gap": 0.0, "time_limit": 60.0},
     )
+    if found.x is None and found.status == 2 and len(limits) > 1 and not refused:
+        *others, last = limits
+        by_last = [[Choice(c.name, float(c.uses[last]), c.uses) for c in unit] for unit in units]
+        fewest = solve(by_last, {k: limits[k] for k in others}).used_of(by_last, last)
+        raise Excluded(
+            f"budgets of {', '.join(f'{v} {k}' for k, v in limits.items())}: within the others {last} are at least {fewest}: "
+            "raise one of them",
+            last,
+            fewest,
+        )
     if found.x is None:
         raise NumericFailure(f"the allocation was not solved: {found.message}: raise the budget a little")
     picks = tuple(int(np.argmax(found.x[a:b])) for a, b in pairwise(starts))

@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,26 @@ class LatencyTable:
             "m": self.rows,
             "threads": self.threads,
         }
+
+    def joined(self) -> LatencyTable:
+        """With the times that the file has of other products. Raises UsageError for a file that is something else, or was
+        measured elsewhere or otherwise: it stays what it is."""
+        if not self.file.exists():
+            return self
+        try:
+            there = LatencyTable.load(self.file)
+        except BadInput as e:
+            raise UsageError(
+                f"--table {self.file}: the file exists and is no latency table: choose another name"
+            ) from e
+        mine, other = self.described(), there.described()
+        differing = next((k for k in mine if mine[k] != other[k]), None)
+        if differing is not None:
+            raise UsageError(
+                f"--table {self.file}: the file has times of another {differing}: {other[differing]} there, "
+                f"{mine[differing]} now: choose another name"
+            )
+        return replace(self, seconds={**there.seconds, **self.seconds})
 
     def save(self) -> None:
         """Write the file."""

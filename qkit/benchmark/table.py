@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,8 +33,11 @@ def measured_table(
 ) -> tuple[LatencyTable, list[str]]:
     """(the table, still to be saved; a note for each format that a shape cannot have). step: called after each entry.
 
-    Raises NumericFailure for a result that is wrong or cannot be.
+    Raises NumericFailure for a result that is wrong or cannot be, UsageError for a file that is something else.
     """
+    name = str(dtype).removeprefix("torch.")
+    table = LatencyTable(file, cores.name(), device, name, rows, torch.get_num_threads(), {})
+    table.joined()  # refuses a file that it must not replace before anything is measured
     found: dict[Key, float] = {}
     notes = []
     for candidate in candidates:
@@ -53,5 +57,4 @@ def measured_table(
                     "machine"
                 )
             found[candidate.name, group, shape] = result.cold.p50
-    name = str(dtype).removeprefix("torch.")
-    return LatencyTable(file, cores.name(), device, name, rows, torch.get_num_threads(), found), notes
+    return replace(table, seconds=found).joined(), notes

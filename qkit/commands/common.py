@@ -20,6 +20,7 @@ from rich.text import Text
 
 from qkit.errors import Stopped, UsageError
 from qkit.pipeline import Prepared, Request, coverage
+from qkit.recipe import MOST_SPARSE
 from qkit.safefile import write_atomic
 
 _SIGNALS = (
@@ -74,6 +75,9 @@ def make_request(given: dict[str, Any]) -> Request:
         options[name] = _literal(value)
     if given["threads"] is not None and given["threads"] < 1:
         raise UsageError(f"--threads {given['threads']}: expected at least 1")
+    for name in ("outliers", "significant"):
+        if given[name] is not None and not 0 <= given[name] <= MOST_SPARSE:
+            raise UsageError(f"--{name} {given[name]:g}: expected a percentage from 0 to {MOST_SPARSE:g}")
     return Request(options=options, **given)
 
 

@@ -45,7 +45,7 @@ def demo_command(work: Path, overwrite: bool, json_file: Path | None) -> None:
     console = Console()
     began = time.monotonic()
     original = find_model(MODEL)
-    check_output_dir(work, original, overwrite)
+    check_output_dir(work, original, overwrite, whole=False)
     work.mkdir(parents=True, exist_ok=True)
     reporter = Reporter(console, f"qkit demo --work {work} --overwrite")
     rows = []

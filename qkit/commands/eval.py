@@ -184,6 +184,9 @@ def tasks_table(tasks: Mapping[str, Any], baseline: Mapping[str, Any]) -> Table:
 
 
 def _interval(ends: list[float], form: str) -> str:
+    """'[low, high]'; nothing where one window gives no spread."""
+    if any(end != end for end in ends):
+        return ""
     return f"[{ends[0]:{form}}, {ends[1]:{form}}]"
 
 

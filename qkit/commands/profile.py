@@ -12,7 +12,7 @@ from rich.console import Console
 
 from qkit.allocation.pareto import PREFERRED, Point, curve, curve_measure, measure_points, spread, uniform
 from qkit.commands.common import Reporter, command_line, megabytes, wide_table, write_json
-from qkit.errors import UsageError
+from qkit.errors import BadInput, UsageError
 from qkit.memory import bound_heap
 from qkit.pipeline import Request
 from qkit.profiling import ProfileRequest, audit, forecast, measured_plans, profile
@@ -35,7 +35,7 @@ from qkit.sensitivity.profile import Profile
 @click.option("--calib", type=click.Path(path_type=Path), help="Calibration text (default: the embedded one).")
 @click.option("--samples", type=int, default=128, show_default=True, help="Calibration rows of the probes.")
 @click.option("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration row.")
-@click.option("--rows", type=int, default=32, show_default=True, help="Rows of them that losses are measured on.")
+@click.option("--rows", type=int, help="Rows of them that losses are measured on (default: 32, or all if fewer).")
 @click.option("--measures", default="weight,output,pqi,kl", show_default=True, help=f"Some of {', '.join(MEASURES)}.")
 @click.option("--points", type=click.IntRange(1), default=8, show_default=True, help="Of the path integral (pqi).")
 @click.option("--audit", is_flag=True, help="Compare every measure with the true loss change on held-out text.")
@@ -58,7 +58,7 @@ from qkit.sensitivity.profile import Profile
 def profile_command(
     out: Path,
     candidates: str,
-    rows: int,
+    rows: int | None,
     measures: str,
     points: int,
     audit_text: Path | None,
@@ -83,6 +83,10 @@ def profile_command(
     wanted = tuple(m.strip() for m in measures.split(",") if m.strip())
     if pareto_measure and not pareto:
         raise UsageError("--pareto-measure goes with --pareto: add it")
+    if audit_text is not None and not audited:
+        raise UsageError("--audit-text goes with --audit: add it")
+    if audit_text is not None and not audit_text.is_file():
+        raise BadInput(f"{audit_text}: no such text for --audit-text")
     of = curve_measure(wanted) if pareto else None
     request = ProfileRequest(Request(**given), candidates, wanted, rows, points)
     reporter = Reporter(console, command_line())

@@ -99,11 +99,13 @@ def _check_device(device: str) -> None:
 
 
 def sizes(out: Path, baseline: Path | None) -> dict[str, int]:
-    """Bytes of the weight files of both folders."""
-    result = {"bytes": Checkpoint.open(out, quantized=True).nbytes}
-    if baseline is not None:
-        result["baseline_bytes"] = Checkpoint.open(baseline, quantized=True).nbytes
-    return result
+    """Bytes of the weight files of both folders, headers included: what --size of ``qkit quantize`` limits."""
+
+    def files(folder: Path) -> int:
+        shards = {info.file for info in Checkpoint.open(folder, quantized=True).tensors.values()}
+        return sum(shard.stat().st_size for shard in shards)
+
+    return {"bytes": files(out)} | ({} if baseline is None else {"baseline_bytes": files(baseline)})
 
 
 def _tasks(model: Any, original: Any, tokenizer: Any, request: EvalRequest) -> dict[str, Any]:

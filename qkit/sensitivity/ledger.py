@@ -7,27 +7,29 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qkit.errors import write_failure
+from qkit.errors import BadCheckpoint, BadInput, JobConflict, write_failure
 from qkit.safefile import parse_json
 
 
 class Ledger:
     """{key: JSON value} in a file of lines, appended and synced one by one; a torn last line is dropped.
 
-    identity: what all values depend on; a file of another identity is started anew.
+    identity: what all values depend on, by the name that a user knows it by. Raises JobConflict for a file of another
+    identity, BadInput for one that is damaged; neither is touched.
     """
 
-    def __init__(self, path: Path, identity: str) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self._path = path
-        self._known: dict[str, Any] = {}
         raw = path.read_bytes() if path.exists() else b""
         whole = raw.rpartition(b"\n")[0]
-        lines = [parse_json(line, str(path)) for line in whole.split(b"\n")] if whole else []
-        if lines and lines[0] == {"identity": identity}:
-            self._known = {line["key"]: line["value"] for line in lines[1:]}
-            content = whole + b"\n"
-        else:
-            content = _line({"identity": identity})
+        found, self._known = _read(whole, path) if whole else (identity, {})
+        differing = next((k for k in dict.fromkeys((*identity, *found)) if found.get(k) != identity.get(k)), None)
+        if differing is not None:
+            raise JobConflict(
+                f"{path.parent}: what is there was measured with another {differing}: {found.get(differing)} there, "
+                f"{identity.get(differing)} now: choose another folder, or delete this one"
+            )
+        content = whole + b"\n" if whole else _line({"identity": identity})
         if content != raw:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +51,15 @@ class Ledger:
         except OSError as e:
             raise write_failure(self._path, e) from e
         self._known[key] = value
+
+
+def _read(whole: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(identity, values)."""
+    try:
+        first, *rest = (parse_json(line, str(path)) for line in whole.split(b"\n"))
+        return dict(first["identity"]), {line["key"]: line["value"] for line in rest}
+    except (BadCheckpoint, KeyError, TypeError, ValueError) as e:
+        raise BadInput(f"{path}: damaged: {e}: delete this file, and run the command again") from e
 
 
 def _line(data: dict[str, Any]) -> bytes:

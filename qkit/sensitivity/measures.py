@@ -24,7 +24,7 @@ Costs of ``loss``, ``kl``, ``pqi``, ``first``, ``first_x`` and ``fisher`` are in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -190,11 +190,11 @@ def measured(bench: Bench, name: str) -> Costs:
     """A measure's costs, from the ledger where a stopped run left them. (What takes longest keeps its own parts there.)"""
     if name in ("pqi", "loss", "kl"):
         return MEASURES[name](bench)
-    known = bench.ledger.get(name)
-    if known is None:
-        known = [[unit, candidate, cost] for (unit, candidate), cost in MEASURES[name](bench).items()]
-        bench.ledger.put(name, known)
-    return {(unit, candidate): cost for unit, candidate, cost in known}
+    missing = tuple(c for c in bench.quantizing if bench.ledger.get(f"{name} {c.name}") is None)
+    costs = MEASURES[name](replace(bench, candidates=missing)) if missing else {}
+    for c in missing:
+        bench.ledger.put(f"{name} {c.name}", {u: cost for (u, candidate), cost in costs.items() if candidate == c.name})
+    return {(u, c.name): cost for c in bench.quantizing for u, cost in bench.ledger.get(f"{name} {c.name}").items()}
 
 
 def _names(bench: Bench) -> list[str]:

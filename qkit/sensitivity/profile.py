@@ -26,8 +26,9 @@ from qkit.sensitivity.probes import Probes, probes
 from qkit.sensitivity.subject import Subject
 from qkit.sensitivity.units import Candidate, Unit, unit_bytes, units_of
 
-VERSION = 2
+VERSION = 3
 FILE = "profile.json"
+MEASURED = "measured.jsonl"
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,14 @@ class Profile:
         return found
 
 
-def identity(plans: dict[str, Plan], rows: torch.Tensor, points: int) -> str:
-    """What every measurement depends on."""
-    data = {"plans": {name: plan.hash for name, plan in plans.items()}, "points": points}
-    text = json.dumps(data, sort_keys=True) + hashlib.sha256(rows.numpy().tobytes()).hexdigest()
-    return hashlib.sha256(text.encode()).hexdigest()
+def identity(outline: Outline, request: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """What every measurement depends on, but for the candidate that it is of: by option. rows: that losses are measured on."""
+    digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+    options = {
+        f"--{name.replace('_', '-')}": request[name] for name in ("method", "samples", "seqlen", "points", "rows")
+    }
+    group = {"--group-size": request["group_size"]}
+    return {"--model": outline.checkpoint.fingerprint()[:16], **options, **group, "--calib": f"rows {digest}"}
 
 
 def make_profile(
@@ -147,9 +151,8 @@ def make_profile(
     if unknown is not None:
         raise UsageError(f"--measures: unknown '{unknown}': expected some of {', '.join(MEASURES)}")
     units = units_of(outline)
+    ledger = Ledger(folder / MEASURED, identity(outline, request, rows))
     with probes(plans, outline, folder / "probes", pool, progress) as found:
-        # Only now: probes of another request are refused, and what was measured of them stays.
-        ledger = Ledger(folder / "measured.jsonl", identity(plans, rows, points))
         bench = make_bench(outline, found, units, candidates, rows, points, ledger, folder, pool, progress)
         costs = {name: measured(bench, name) for name in measures}
         whole = {c.name: _whole(bench, c) for c in bench.quantizing}

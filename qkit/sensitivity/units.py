@@ -68,7 +68,7 @@ def parse_candidates(text: str, group_size: int | None, option: str = "--candida
         found.append(Candidate(s.name + (f"+{outliers:g}%" if outliers else ""), s, outliers))
     names = [c.name for c in found]
     repeated = next((n for n in names if names.count(n) > 1), None)
-    if repeated is not None or not names:
+    if repeated is not None:
         raise UsageError(f"{option} {text}: {repeated} is named twice")
     return tuple(found)
 
