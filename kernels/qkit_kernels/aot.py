@@ -28,6 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from qkit_kernels import kv
 from qkit_kernels.layout import PAIRS, block_columns, lay_out
 from qkit_kernels.matmul import Tile, constants, product_kernel
 from qkit_kernels.matmul8 import product8_kernel, quantize_kernel
@@ -137,6 +138,20 @@ def compile_sparse(dtype: torch.dtype, architecture: int) -> Compiled:
     return _read(_compile(sparse_kernel, types, ("N", "STRIDE"), fixed, Tile(1, 1, 2, 1, 1), architecture))
 
 
+def compile_decode(keys: int, values: int, dim: int, dtype: torch.dtype, architecture: int) -> Compiled:
+    """The kernel of attention over a packed cache, by bits of keys and values and head_dim."""
+    kind = KINDS[dtype]
+    packed = {"w_ptr": "i16", "l_ptr": "fp16", "s_ptr": "fp16"}
+    types = {"q_ptr": kind, **{f"{side}{n}": t for side in "kv" for n, t in packed.items()}}
+    types |= {n: "fp32" for n in ("mask_ptr", "most_ptr", "total_ptr", "sum_ptr")}
+    fixed = {
+        "KBITS": keys, "VBITS": values, "D": dim, "DV": dim, "G": 4, "MASK": False, "PLAIN": False, "ROWS": 16, "N": kv.TILE,
+        "STAGES": kv.STAGES,
+    }  # fmt: skip
+    tile = Tile(1, 1, kv.WARPS, kv.STAGES, 1)
+    return _read(_compile(kv.decode_kernel, types, ("T", "HEADS", "SPAN"), fixed, tile, architecture))
+
+
 def _read(built: Any, tile: Tile | None = None, laid: Any = None) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(built.asm["cubin"])
@@ -183,6 +198,10 @@ def rows(only: str) -> Iterator[tuple[str, Compiled]]:
             for bits in (4, 8, None):
                 if only in (label := f"quantize {f'for {bits} bits' if bits else 'for view8'} {where}"):
                     yield label, compile_quantize(bits, dtype, architecture)
+            for bits in kv.BITS:
+                for dim in (64, 128):
+                    if only in (label := f"kv int{bits} head {dim} {where}"):
+                        yield label, compile_decode(bits, bits, dim, dtype, architecture)
             if only in (label := f"sparse {where}"):
                 yield label, compile_sparse(dtype, architecture)
     for name, fmt in FORMATS.items():

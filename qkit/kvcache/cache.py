@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicCache
 
 from qkit.errors import Unsupported, UsageError
+from qkit.kvcache.attention import NAME
 from qkit.kvcache.layer import PackedLayer, channel_group, check_head_dim
 from qkit.kvcache.policy import Policy
 from qkit.kvcache.store import token_bytes
@@ -22,9 +23,9 @@ from qkit.kvcache.store import token_bytes
 class PackedCache(Cache):  # type: ignore[misc]
     """A PackedLayer for every layer of a model; made by ``make_cache``. Works as any cache of transformers does."""
 
-    def __init__(self, policy: Policy, layers: int) -> None:
+    def __init__(self, policy: Policy, layers: int, packed: bool = False) -> None:
         budgets = policy.budgets or (None,) * layers
-        super().__init__(layers=[PackedLayer(policy, b) for b in budgets])
+        super().__init__(layers=[PackedLayer(policy, b, packed) for b in budgets])
         self.policy = policy
 
     @property
@@ -53,7 +54,15 @@ def make_cache(model: Any, policy: Policy) -> PackedCache:
             f"kv policy {policy.name} has budgets for {len(policy.budgets)} layers and the model has {heads.layers}: make it "
             "for this model"
         )
-    return PackedCache(policy, heads.layers)
+    return PackedCache(policy, heads.layers, _attention(model) == NAME)
+
+
+def _attention(model: Any) -> str | None:
+    """The attention that a model runs with; None for a config alone."""
+    if not isinstance(model, nn.Module):
+        return None
+    config: Any = model.config
+    return getattr(config.get_text_config(decoder=True), "_attn_implementation", None)
 
 
 class Heads:
@@ -117,11 +126,14 @@ def with_budgets(policy: Policy, model: Any, length: int, batch: int = 1) -> Pol
 
 def attach(model: Any, policy: Policy) -> RemovableHandle:
     """From now on ``model.generate`` uses a packed cache where it would make a plain one. A cache that the caller gives stays
-    what it is. The handle takes it back.
+    what it is. Attention reads the past packed (attention.py) where the model ran the library's default. The handle takes the
+    cache back.
 
     Raises what ``make_cache`` raises.
     """
     make_cache(model, policy)
+    if _attention(model) == "sdpa":  # another was asked for by name
+        model.set_attn_implementation(NAME)
 
     def replaced(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         past: Any = kwargs.get("past_key_values")

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from qkit.errors import BudgetNotMet, UsageError
+from qkit.kvcache.attention import QUERIES, Past
 from qkit.kvcache.policy import Policy
 from qkit.kvcache.store import HALF, Packed, Plain, narrowed, quantize, token_bytes
 from qkit.transforms.rotate import orthogonal
@@ -65,7 +66,8 @@ def _narrowed(pair: Pair, bits: int) -> Pair:
 class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values [batch, heads, tokens, head_dim] of a layer, packed.
 
-    policy: what is kept where; budget: bytes, for policies of the kind progressive (None: the width stays at 16 bits).
+    policy: what is kept where; budget: bytes, for policies of the kind progressive (None: the width stays at 16 bits);
+    packed: a few new tokens get their past packed, with the new keys, instead of dequantized: for attention.py.
     Raises UsageError for a head_dim that cannot be packed, BudgetNotMet, leaving the cache as it was, for tokens that do
     not fit at the least width.
     """
@@ -77,9 +79,9 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     body: Pair | None
     recent: Pair | None
 
-    def __init__(self, policy: Policy, budget: int | None = None) -> None:
+    def __init__(self, policy: Policy, budget: int | None = None, packed: bool = False) -> None:
         super().__init__()
-        self.policy, self.budget = policy, budget
+        self.policy, self.budget, self.packed = policy, budget, packed
         self.reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -93,7 +95,14 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens, [batch, heads, tokens, head_dim]: the past dequantized, the new ones as they
-        came; afterwards the new ones are packed."""
+        came; afterwards the new ones are packed. With ``packed`` only the new ones, the past being keys.qkit_past."""
+        if self.packed and self.segments and key_states.shape[2] <= QUERIES:
+            rotations = self._rotations() if self.policy.kind == "rotate" else None
+            seen = Past(tuple(self.segments), rotations)
+            self.append(key_states, value_states)
+            key_states = key_states.view_as(key_states)  # a tensor of its own to carry what belongs to this call
+            key_states.qkit_past = seen  # type: ignore[attr-defined]
+            return key_states, value_states
         past = self.read()
         self.append(key_states, value_states)
         if past is None:
