@@ -22,10 +22,12 @@ from transformers import (
 from qkit.errors import BudgetNotMet, Unsupported, UsageError
 from qkit.kvcache.cache import Heads, make_cache, with_budgets
 from qkit.kvcache.layer import PackedLayer, channel_group
+from qkit.kvcache.nested import nested
 from qkit.kvcache.policy import Policy, parse
 from qkit.kvcache.store import quantize
+from qkit.speculate import speculate
 
-NAMES = ("pm-kvq:2", "pm-kvq:8-4", "kivi2", "int8", "int4", "int3", "rotate4")
+NAMES = ("pm-kvq:2", "pm-kvq:8-4", "kivi2", "int8", "int4", "int3", "rotate4", "hierarchical8")
 SMALL = {
     "vocab_size": 64,
     "hidden_size": 64,
@@ -66,8 +68,8 @@ class HalfCache(DynamicCache):
 def policy_for(name: str, model, length: int = 200, batch: int = 1) -> Policy:
     """A policy with short windows, so that a short text fills them."""
     p = parse(name)
-    if p.kind == "kivi":
-        return replace(p, group=8, window=16)
+    if p.kind in ("kivi", "hierarchical"):
+        return replace(p, group=8, window=16, keep=min(p.keep, 16))
     return with_budgets(replace(p, window=8), model, length, batch) if p.kind == "progressive" else p
 
 
@@ -286,6 +288,48 @@ def test_memory_at_the_shape_of_a_large_model():
         assert layer.nbytes == sum(t.numel() * t.element_size() for p in layer.segments for s in p for t in s.tensors)
 
 
+# ---- drafts ----------------------------------------------------------------------------------------------------
+
+
+def test_one_store_has_two_views():
+    """8 bits: within a step's sixteenth (a code of 8 is cut off); 4 bits: half a step; two planes of 4 bits each."""
+    x = torch.randn(1, 2, 64, 32, generator=torch.Generator().manual_seed(0))
+    for axis in ("channel", "token"):
+        q = nested(x, 16, axis)
+        steps = (q.upper.span.float() / 15).repeat_interleave(16, 3 if axis == "channel" else 2)
+        assert bool(((q.dequantize(torch.float32) - x).abs() <= steps / 16 * 1.01 + 1e-6).all())
+        assert bool(((q.upper.dequantize(torch.float32) - x).abs() <= steps / 2 * 1.01 + 1e-6).all())
+        assert q.lower.nbytes == q.upper.words.nbytes == x.numel() // 2
+        joined = q.slice(0, 16).cat(q.slice(16, 64))
+        assert torch.equal(joined.dequantize(torch.float32), q.dequantize(torch.float32))
+        assert torch.equal(q.dequantize(torch.float32, 16, 40), q.dequantize(torch.float32)[:, :, 16:40])
+
+
+@pytest.mark.parametrize("kind", ("llama", "opt"))
+def test_drafts_change_nothing(kind):
+    """Greedy tokens with drafts are those without, and what is not accepted leaves no trace in the cache."""
+    model, ids = small(kind), tokens(1, 40)
+    policy = replace(parse("hierarchical8"), group=8, window=8, keep=8)
+    alone = speculate(model, ids, 60, draft=0, policy=policy)
+    found = [speculate(model, ids, 60, draft=n, policy=policy) for n in (1, 3, 6)]
+    assert alone.tokens.shape == (1, 100) and alone.drafted == 0 and alone.passes == 60
+    for f in found:
+        assert torch.equal(f.tokens, alone.tokens) and 0 < f.accepted < f.drafted and f.passes < 60
+    layer = PackedLayer(policy)
+    x = torch.randn(1, 2, 40, 16)
+    layer.update(x, x)
+    body, recent = layer.body, layer.recent
+    assert layer.room == 40 // 8 * 8 + 7 - 40 and recent[0].tokens == 8
+    for t in range(3):
+        layer.update(x[:, :, t : t + 1], x[:, :, t : t + 1])
+    layer.crop(-3)
+    assert layer.body[0] is body[0] and all(
+        torch.equal(a.data, b.data) for a, b in zip(layer.recent, recent, strict=True)
+    )
+    with pytest.raises(UsageError, match="one sequence"):
+        speculate(model, tokens(2, 5), 3)
+
+
 # ---- policies --------------------------------------------------------------------------------------------------
 
 
@@ -304,6 +348,7 @@ def test_names_of_policies():
         ("pm-kvq:3", "expected some of 8, 4, 2"),
         ("int5", "[5] bits"),
         ("int4-2", "only pm-kvq chooses"),
+        ("hierarchical4", "write hierarchical8"),
     ],
 )
 def test_policies_that_there_are_not(text, words):

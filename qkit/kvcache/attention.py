@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qkit.errors import Unsupported
+from qkit.kvcache.nested import Nested
 from qkit.kvcache.store import WORD, Packed, Plain
 
 NAME = "qkit"
@@ -30,7 +31,7 @@ class Past:
     """What keys and values of older tokens are kept in: segments in order; rotations: of the heads of keys and of values where
     the store has its own basis."""
 
-    segments: tuple[tuple[Packed | Plain, Packed | Plain], ...]
+    segments: tuple[tuple[Packed | Plain | Nested, Packed | Plain | Nested], ...]
     rotations: tuple[Tensor, Tensor] | None = None
 
 
@@ -55,7 +56,7 @@ def attend(
             state.fold(*found)
             at += k.tokens
             continue
-        step = max(chunk - chunk % k.group, k.group) if isinstance(k, Packed) else chunk
+        step = chunk if isinstance(k, Plain) else max(chunk - chunk % k.group, k.group)
         for start in range(0, k.tokens, step):
             end = min(start + step, k.tokens)
             part = None if seen is None else seen[..., start:end]
@@ -72,7 +73,7 @@ def attend(
 
 
 def _by_kernel(
-    q: Tensor, dtype: torch.dtype, k: Packed | Plain, v: Packed | Plain, mask: Tensor | None, new: int
+    q: Tensor, dtype: torch.dtype, k: Any, v: Any, mask: Tensor | None, new: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """(most, total, sum) over a segment by the Triton kernel; None where it does not serve: not on a GPU, more than one new
     token, a width or a grouping that it does not read."""

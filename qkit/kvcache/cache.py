@@ -33,6 +33,11 @@ class PackedCache(Cache):  # type: ignore[misc]
         """Bytes that the cache's tensors occupy, scales and all."""
         return sum(layer.nbytes for layer in self.layers)
 
+    def draft(self, on: bool) -> None:
+        """Whether a hierarchical cache is read at 4 bits."""
+        for layer in self.layers:
+            layer.draft = on
+
     @property
     def widths(self) -> list[int]:
         """Bits of the body, by layer."""

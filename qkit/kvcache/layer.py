@@ -2,7 +2,7 @@
 
   sink    the first tokens, 16-bit codes
   body    all that are old enough, at the width of the policy
-  recent  the newest tokens: 16-bit codes (progressive), as they came (kivi), or none
+  recent  the newest tokens: 16-bit codes (progressive), as they came (kivi, hierarchical), or none
 
 A new token is attended to as it came and packed afterwards. ``update`` gives back all of the past dequantized: what
 any attention of transformers can work with.
@@ -19,11 +19,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from qkit.errors import BudgetNotMet, UsageError
 from qkit.kvcache.attention import QUERIES, Past
+from qkit.kvcache.nested import Nested, nested
 from qkit.kvcache.policy import Policy
 from qkit.kvcache.store import HALF, Packed, Plain, narrowed, quantize, token_bytes
 from qkit.transforms.rotate import orthogonal
 
-Segment = Packed | Plain
+Segment = Packed | Plain | Nested
 Pair = tuple[Segment, Segment]  # of keys and of values
 Tensors = tuple[Tensor, Tensor]
 CHUNK = 4096  # tokens that are packed at a time: what that takes beside the cache does not grow with a prompt
@@ -47,6 +48,10 @@ def _joined(a: Pair | None, b: Pair) -> Pair:
     return b if a is None else (a[0].cat(b[0]), a[1].cat(b[1]))  # type: ignore[arg-type]
 
 
+def _part(pair: Pair, start: int, end: int) -> Pair:
+    return pair[0].slice(start, end), pair[1].slice(start, end)
+
+
 def _cut(pair: Tensors, start: int, end: int | None = None) -> Tensors:
     return pair[0][:, :, start:end], pair[1][:, :, start:end]
 
@@ -55,7 +60,7 @@ def _first(pair: Pair | None, tokens: int) -> tuple[Pair | None, int]:
     """At most so many tokens, and how many are left to take from what follows."""
     if pair is None or pair[0].tokens <= tokens:
         return pair, tokens - (0 if pair is None else pair[0].tokens)
-    return ((pair[0].slice(0, tokens), pair[1].slice(0, tokens)) if tokens else None), 0
+    return (_part(pair, 0, tokens) if tokens else None), 0
 
 
 def _narrowed(pair: Pair, bits: int) -> Pair:
@@ -118,8 +123,11 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def segments(self) -> list[Pair]:
-        """Those that there are, in the order of their tokens."""
-        return [s for s in (self.sink, self.body, self.recent) if s is not None]
+        """Those that there are, in the order of their tokens; as a draft sees them, if it is to."""
+        found = [s for s in (self.sink, self.body, self.recent) if s is not None]
+        if not self.draft:
+            return found
+        return [tuple(x.upper if isinstance(x, Nested) else x for x in s) for s in found]  # type: ignore[misc]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Pack tokens that follow those that are there."""
@@ -132,10 +140,17 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _places(self, new: int) -> tuple[int, int, int]:
         """Tokens of sink, body and recent after so many new ones."""
         sink, body, recent = (0 if s is None else s[0].tokens for s in (self.sink, self.body, self.recent))
-        to_sink = 0 if body or recent else min(new, self.policy.sink - sink)
+        p = self.policy
+        to_sink = 0 if body or recent else min(new, p.sink - sink)
         waiting = recent + new - to_sink
-        moved = waiting // self.policy.window * self.policy.window if self.policy.window else waiting
+        moved = max(waiting - p.keep, 0) // p.window * p.window if p.window else waiting
         return sink + to_sink, body + moved, waiting - moved
+
+    @property
+    def room(self) -> int:
+        """Tokens that can follow before any moves on to the body."""
+        recent = 0 if self.recent is None else self.recent[0].tokens
+        return max(self.policy.window + self.policy.keep - recent - 1, 0)
 
     def _append(self, pair: Tensors) -> None:
         sink, body, recent = self._places(pair[0].shape[2])
@@ -149,30 +164,30 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
             pair = _cut(pair, to_sink)
         if not pair[0].shape[2]:
             return
-        if body == (0 if self.body is None else self.body[0].tokens):
-            self.recent = _joined(self.recent, self._kept(pair))
-            return
-        leaving = pair[0].shape[2] - recent
-        self.body = _joined(self.body, self._packed(self.recent, _cut(pair, 0, leaving)))
-        self.recent = self._kept(_cut(pair, leaving)) if recent else None
-
-    def _packed(self, recent: Pair | None, new: Tensors) -> Pair:
-        """Tokens on their way to the body, in its width."""
-        if self.policy.kind == "progressive":
-            return _narrowed(_joined(recent, self._kept(new)), self.width)
-        if recent is not None:
-            old = [s.dequantize(self.dtype) for s in recent]
-            new = torch.cat([old[0], new[0]], dim=2), torch.cat([old[1], new[1]], dim=2)
-        by_token = self.policy.kind == "kivi"
-        group = self.policy.group if by_token else self._group(0)
-        keys = quantize(new[0], self.width, group, "token" if by_token else "channel")
-        return keys, quantize(new[1], self.width, self._group(1))
+        waiting = _joined(self.recent, self._kept(pair))
+        moved = body - (0 if self.body is None else self.body[0].tokens)
+        if moved:
+            self.body = _joined(self.body, self._packed(_part(waiting, 0, moved)))
+        self.recent = waiting if not moved else _part(waiting, moved, moved + recent) if recent else None
 
     def _kept(self, pair: Tensors) -> Pair:
-        """Tokens that stay at 16 bits."""
-        if self.policy.kind == "kivi":
-            return Plain(pair[0].clone()), Plain(pair[1].clone())
-        return quantize(pair[0], 16, self._group(0)), quantize(pair[1], 16, self._group(1))
+        """New tokens, before they move on."""
+        if self.policy.kind == "progressive":
+            return quantize(pair[0], 16, self._group(0)), quantize(pair[1], 16, self._group(1))
+        return Plain(pair[0].clone()), Plain(pair[1].clone())
+
+    def _packed(self, pair: Pair) -> Pair:
+        """Tokens on their way to the body, in its width."""
+        if self.policy.kind == "progressive":
+            return _narrowed(pair, self.width)
+        keys, values = (s.dequantize(s.tensors[0].dtype) for s in pair)
+        if self.policy.kind == "hierarchical":
+            return nested(keys, self.policy.group, "token"), nested(values, self._group(1))
+        by_token = self.policy.kind == "kivi"
+        group = self.policy.group if by_token else self._group(0)
+        return quantize(keys, self.width, group, "token" if by_token else "channel"), quantize(
+            values, self.width, self._group(1)
+        )
 
     def _group(self, side: int) -> int:
         return channel_group(self.head_dims[side], self.policy.group)
@@ -223,7 +238,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes that the layer's tensors occupy."""
-        held = [t.untyped_storage() for pair in self.segments for s in pair for t in s.tensors]
+        pairs = [s for s in (self.sink, self.body, self.recent) if s is not None]
+        held = [t.untyped_storage() for pair in pairs for s in pair for t in s.tensors]
         return sum({x.data_ptr(): x.nbytes() for x in held}.values())
 
     # ---- what transformers asks for -------------------------------------------------------------------------------
@@ -240,6 +256,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         """Empty, at the first width."""
         self.is_initialized = False
+        self.draft = False
         self.width = 16 if self.policy.kind == "progressive" else self.policy.widths[0]
         self.sink = self.body = self.recent = None
 
@@ -251,7 +268,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         left = max(self.get_seq_length() + tokens_to_remove, 0)
         self.sink, left = _first(self.sink, left)
         whole = left // self.policy.group * self.policy.group
-        if self.policy.kind == "kivi" and self.body is not None and whole < left < self.body[0].tokens:
+        by_token = self.policy.kind in ("kivi", "hierarchical")
+        if by_token and self.body is not None and whole < left < self.body[0].tokens:
             keys, values = (s.dequantize(self.dtype, whole, left) for s in self.body)
             self.recent, left = (Plain(keys), Plain(values)), whole
             self.body, _ = _first(self.body, whole)

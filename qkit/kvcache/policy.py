@@ -13,6 +13,7 @@ KINDS = {
     "progressive": "sink and newest tokens at 16 bits, the rest halved in width whenever the budget is reached (PM-KVQ)",
     "kivi": "keys by channel, values by token, the newest tokens as they came (KIVI)",
     "rtn": "every token at once, by token, rounded to nearest",
+    "hierarchical": "4-bit codes and 4 bits of what they leave: read as 4 or as 8 bits (QuantSpec)",
     "rotate": "as rtn, behind a Hadamard transform of every head's keys and values",
 }
 ALIASES = {"pm-kvq": "progressive", "pmkvq": "progressive", "int": "rtn"}
@@ -26,7 +27,8 @@ class Policy:
     kind:   of KINDS
     widths: bits of the body; progressive: the final widths that layers may get, the largest first
     group:  numbers that share a scale, at most (head_dim when that is less)
-    sink:   first tokens that stay at 16 bits; window: newest tokens that do, before a group of that many moves on
+    sink:   first tokens that stay at 16 bits; window: newest tokens that do, before a group of that many moves on; keep: of the
+            newest, those that always stay
     finals, budgets, length: progressive only: by layer the width at ``length`` tokens of a sequence, and the bytes that all
             sequences of a batch may take together
     """
@@ -36,6 +38,7 @@ class Policy:
     group: int = 128
     sink: int = 0
     window: int = 0
+    keep: int = 0
     finals: tuple[int, ...] | None = None
     budgets: tuple[int, ...] | None = None
     length: int | None = None
@@ -72,6 +75,7 @@ def parse(text: str) -> Policy:
     defaults: dict[str, dict[str, Any]] = {
         "progressive": {"sink": 1, "window": 128},
         "kivi": {"group": 32, "window": 128},
+        "hierarchical": {"window": 128, "keep": 128},
     }
     return checked(replace(Policy(kind, widths), **defaults.get(kind, {})))
 
@@ -84,12 +88,14 @@ def checked(p: Policy) -> Policy:
         raise UsageError(f"kv policy {p.name}: {bad or 'no'} bits; expected some of {', '.join(map(str, allowed))}")
     if p.kind != "progressive" and len(p.widths) > 1:
         raise UsageError(f"kv policy {p.name}: {len(p.widths)} widths; only pm-kvq chooses between widths, give one")
-    if p.group < 8 or p.group % 8 or p.sink < 0 or p.window < 0:
+    if p.kind == "hierarchical" and p.widths != (8,):
+        raise UsageError(f"kv policy {p.name}: it has 4 and 4 bits, read as 4 or as 8: write hierarchical8")
+    if p.group < 8 or p.group % 8 or min(p.sink, p.window, p.keep) < 0:
         raise UsageError(
             f"kv policy {p.name}: group {p.group}, sink {p.sink}, window {p.window}: expected a group that is a multiple of 8 "
             "and no negative numbers"
         )
-    if p.kind == "kivi" and (p.window == 0 or p.window % p.group):
+    if p.kind in ("kivi", "hierarchical") and (p.window == 0 or p.window % p.group):
         raise UsageError(
             f"kv policy {p.name}: a window of {p.window} tokens; keys by channel need a multiple of the group, {p.group}"
         )
