@@ -155,7 +155,10 @@ _TOP: Fields = {
     "shards": (lambda v: isinstance(v, dict) and len(v) > 0 and all(map(is_hash, v.values())), "file: sha256"),
 }
 _CACHE: Fields = {
-    "kind": (lambda v: v in ("progressive", "kivi", "rtn", "rotate", "hierarchical"), "the kind of a KV cache"),
+    "kind": (
+        lambda v: v in ("progressive", "kivi", "rtn", "rotate", "hierarchical", "xquant"),
+        "the kind of a KV cache",
+    ),
     "widths": (
         lambda v: isinstance(v, list) and bool(v) and all(w in (2, 3, 4, 8) for w in v),
         "a list of 2, 3, 4 or 8",

@@ -17,6 +17,8 @@ from transformers import (
     OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from qkit.errors import BudgetNotMet, Unsupported, UsageError
@@ -27,7 +29,7 @@ from qkit.kvcache.policy import Policy, parse
 from qkit.kvcache.store import quantize
 from qkit.speculate import speculate
 
-NAMES = ("pm-kvq:2", "pm-kvq:8-4", "kivi2", "int8", "int4", "int3", "rotate4", "hierarchical8")
+NAMES = ("pm-kvq:2", "pm-kvq:8-4", "kivi2", "int8", "int4", "int3", "rotate4", "hierarchical8", "xquant4")
 SMALL = {
     "vocab_size": 64,
     "hidden_size": 64,
@@ -47,6 +49,12 @@ def small(kind: str):
         model = Qwen2ForCausalLM(Qwen2Config(**SMALL, num_key_value_heads=1, initializer_range=0.2))
         for layer in model.model.layers:
             layer.self_attn.k_proj.bias.data.normal_()
+    elif kind == "heads":
+        model = LlamaForCausalLM(LlamaConfig(**SMALL, initializer_range=0.2))
+    elif kind == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**SMALL, num_key_value_heads=1, head_dim=16, initializer_range=0.2))
+        for layer in model.model.layers:
+            layer.self_attn.k_norm.weight.data.uniform_(0.5, 2)
     elif kind == "opt":
         opt = {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.2}
         model = OPTForCausalLM(OPTConfig(**{k: v for k, v in SMALL.items() if k != "intermediate_size"}, **opt))
@@ -68,7 +76,7 @@ class HalfCache(DynamicCache):
 def policy_for(name: str, model, length: int = 200, batch: int = 1) -> Policy:
     """A policy with short windows, so that a short text fills them."""
     p = parse(name)
-    if p.kind in ("kivi", "hierarchical"):
+    if p.kind in ("kivi", "hierarchical", "xquant"):
         return replace(p, group=8, window=16, keep=min(p.keep, 16))
     return with_budgets(replace(p, window=8), model, length, batch) if p.kind == "progressive" else p
 
@@ -222,6 +230,10 @@ def test_sixteen_bits_leave_the_logits(kind):
 def test_generate_gives_its_own_teacher_forced_logits(kind, name):
     """Four sequences padded on the left; the logits of generate are those of feeding its tokens one by one."""
     model = small(kind)
+    if (kind, name) == ("neox", "xquant4"):
+        with pytest.raises(Unsupported, match="no k_proj and v_proj of its own"):
+            make_cache(model, parse(name))
+        return
     ids = tokens(4, 30)
     mask = torch.ones_like(ids)
     for row, pads in enumerate((0, 3, 9, 20)):
@@ -286,6 +298,33 @@ def test_memory_at_the_shape_of_a_large_model():
         layer.update(x, x)
         assert layer.width == width and layer.nbytes <= most * plain
         assert layer.nbytes == sum(t.numel() * t.element_size() for p in layer.segments for s in p for t in s.tensors)
+
+
+@pytest.mark.parametrize("kind", ("llama", "qwen2", "opt", "heads", "qwen3"))
+def test_keys_and_values_are_made_again_from_inputs(kind):
+    """At 16 bits an xquant cache gives the logits of a plain one, for sequences padded on the left and after a crop."""
+    model = small(kind)
+    ids, mask = tokens(3, 50), torch.ones(3, 50, dtype=torch.int64)
+    mask[1, :7], mask[2, :18] = 0, 0
+    place = (mask.cumsum(1) - 1).clamp_min(0)
+    cache = make_cache(model, Policy("xquant", (16,), group=8, window=16))
+    assert (cache.layers[0].source.latent is None) == (kind in ("opt", "heads"))
+    found = []
+    with torch.inference_mode():
+        for c in (DynamicCache(config=model.config), cache):
+            parts = [(0, 20), (20, 33), *((i, i + 1) for i in range(33, 44)), (40, 50)]
+            logits = []
+            for a, b in parts:
+                c.crop(a - c.get_seq_length())
+                given = {"attention_mask": mask[:, :b], "position_ids": place[:, a:b], "past_key_values": c}
+                logits.append(model(ids[:, a:b], **given).logits)
+            found.append(torch.cat(logits, dim=1)[:, 18:])
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 1e-3
+    width = 64 if kind in ("opt", "heads") else 2 * 16 * (2 if kind == "llama" else 1)
+    per = (2 + 4 / 8) * width  # bytes of a token
+    assert cache.nbytes <= 2 * 3 * 50 * per * 1.1
+    with pytest.raises(UsageError, match="belongs to the model"):
+        small(kind)(ids, past_key_values=cache)
 
 
 # ---- drafts ----------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ read from the cache. The same windows go through a plain cache, so that differen
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def decode_windows(
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoded:  # fmt: skip
     """Feed each window [windows, length] through a cache (None: a plain one): ``prompt`` tokens at once, then ``step``
-    at a time. A progressive policy gets its budgets for windows of this length."""
+    at a time. A progressive policy without budgets gets those of windows of this length; budgets are of one sequence."""
     from transformers import DynamicCache
 
     count, length = windows.shape
@@ -56,7 +56,7 @@ def decode_windows(
         if policy is None:
             cache = DynamicCache(config=model.config)
         else:
-            cache = make_cache(model, with_budgets(policy, model, length, len(ids)))
+            cache = make_cache(model, _for_batch(policy, model, length, len(ids)))
         pieces = [ids[:, :prompt], *ids[:, prompt:-1].split(step, dim=1)]
         before: list[int] = []
         for i, piece in enumerate(pieces):
@@ -80,6 +80,12 @@ def decode_windows(
     return Decoded(torch.cat(rows).cpu(), size, plain, tuple(widths), tuple(halvings))
 
 
+def _for_batch(policy: Policy, model: Any, length: int, batch: int) -> Policy:
+    if policy.budgets is None:
+        return with_budgets(policy, model, length, batch)
+    return replace(policy, budgets=tuple(batch * b for b in policy.budgets))
+
+
 def _nll(logits: Tensor, ids: Tensor, filled: int) -> Tensor:
     """float64 [batch, n]: of the tokens that follow those which gave the logits [batch, n, vocabulary]."""
     n = logits.shape[1]
@@ -90,10 +96,10 @@ def _nll(logits: Tensor, ids: Tensor, filled: int) -> Tensor:
 
 
 def evaluate_caches(
-    model: Any, tokens: Tensor, window: int, limit: int | None, prompt: int, policies: Sequence[Policy],
+    model: Any, tokens: Tensor, window: int, limit: int | None, prompt: int, policies: Mapping[str, Policy],
     step: int = 1, progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """{policy name: figures} of a text, the plain cache first, under 'none'.
+    """{name: figures} of a text and policies by name, the plain cache first, under 'none'.
 
     Figures: perplexity and ci (95 %, over windows), first_half (perplexity of the first half of what is decoded),
     change_percent and change_ci (of the perplexity, against the plain cache, paired), bytes (of a sequence in the end),
@@ -104,7 +110,7 @@ def evaluate_caches(
     windows = split_windows(tokens, window, limit)
     found: dict[str, dict[str, Any]] = {}
     plain: Tensor | None = None
-    for name, policy in [("none", None), *((p.name, p) for p in policies)]:
+    for name, policy in [("none", None), *policies.items()]:
         report = None if progress is None else (lambda done, total, name=name: progress(name, done, total))
         made = decode_windows(model, windows, prompt, policy, step, report)
         overall = perplexity(made.nll)

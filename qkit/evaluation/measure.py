@@ -83,7 +83,14 @@ def _caches(model: Any, tokenizer: Any, request: EvalRequest, progress: Progress
     for spec in request.texts:
         tokens = tokenize(tokenizer, read_text(spec))
         found[text_name(spec)] = evaluate_caches(
-            model, tokens, request.window, request.windows, prompt, request.caches, request.step, progress
+            model,
+            tokens,
+            request.window,
+            request.windows,
+            prompt,
+            {p.name: p for p in request.caches},
+            request.step,
+            progress,
         )
     return found
 

@@ -18,14 +18,14 @@ from qkit.kvcache.attention import NAME
 from qkit.kvcache.layer import PackedLayer, channel_group, check_head_dim
 from qkit.kvcache.policy import Policy
 from qkit.kvcache.store import token_bytes
+from qkit.kvcache.xquant import InputLayer, sources
 
 
 class PackedCache(Cache):  # type: ignore[misc]
     """A PackedLayer for every layer of a model; made by ``make_cache``. Works as any cache of transformers does."""
 
-    def __init__(self, policy: Policy, layers: int, packed: bool = False) -> None:
-        budgets = policy.budgets or (None,) * layers
-        super().__init__(layers=[PackedLayer(policy, b, packed) for b in budgets])
+    def __init__(self, policy: Policy, layers: list[PackedLayer]) -> None:
+        super().__init__(layers=layers)
         self.policy = policy
 
     @property
@@ -59,7 +59,12 @@ def make_cache(model: Any, policy: Policy) -> PackedCache:
             f"kv policy {policy.name} has budgets for {len(policy.budgets)} layers and the model has {heads.layers}: make it "
             "for this model"
         )
-    return PackedCache(policy, heads.layers, _attention(model) == NAME)
+    if policy.kind == "xquant":
+        if not isinstance(model, nn.Module):
+            return PackedCache(policy, [])  # what can be said of a config alone was said
+        return PackedCache(policy, [InputLayer(policy, s) for s in sources(model, heads.head_dim)])
+    packed = _attention(model) == NAME
+    return PackedCache(policy, [PackedLayer(policy, b, packed) for b in policy.budgets or (None,) * heads.layers])
 
 
 def _attention(model: Any) -> str | None:

@@ -80,6 +80,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
     is_croppable = False  # what has been packed narrower does not come back
     is_sliding = False
+    by_token: bool  # whether keys share scales along tokens
     sink: Pair | None
     body: Pair | None
     recent: Pair | None
@@ -87,6 +88,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, policy: Policy, budget: int | None = None, packed: bool = False) -> None:
         super().__init__()
         self.policy, self.budget, self.packed = policy, budget, packed
+        self.by_token = policy.kind in ("kivi", "hierarchical")
         self.reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -183,7 +185,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         keys, values = (s.dequantize(s.tensors[0].dtype) for s in pair)
         if self.policy.kind == "hierarchical":
             return nested(keys, self.policy.group, "token"), nested(values, self._group(1))
-        by_token = self.policy.kind == "kivi"
+        by_token = self.by_token
         group = self.policy.group if by_token else self._group(0)
         return quantize(keys, self.width, group, "token" if by_token else "channel"), quantize(
             values, self.width, self._group(1)
@@ -257,7 +259,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Empty, at the first width."""
         self.is_initialized = False
         self.draft = False
-        self.width = 16 if self.policy.kind == "progressive" else self.policy.widths[0]
+        self.width = self.policy.start if self.policy.kind == "progressive" else self.policy.widths[0]
         self.sink = self.body = self.recent = None
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -268,8 +270,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         left = max(self.get_seq_length() + tokens_to_remove, 0)
         self.sink, left = _first(self.sink, left)
         whole = left // self.policy.group * self.policy.group
-        by_token = self.policy.kind in ("kivi", "hierarchical")
-        if by_token and self.body is not None and whole < left < self.body[0].tokens:
+        if self.by_token and self.body is not None and whole < left < self.body[0].tokens:
             keys, values = (s.dequantize(self.dtype, whole, left) for s in self.body)
             self.recent, left = (Plain(keys), Plain(values)), whole
             self.body, _ = _first(self.body, whole)

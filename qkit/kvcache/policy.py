@@ -14,6 +14,7 @@ KINDS = {
     "kivi": "keys by channel, values by token, the newest tokens as they came (KIVI)",
     "rtn": "every token at once, by token, rounded to nearest",
     "hierarchical": "4-bit codes and 4 bits of what they leave: read as 4 or as 8 bits (QuantSpec)",
+    "xquant": "the inputs of attention instead of keys and values, which are made from them again (XQuant)",
     "rotate": "as rtn, behind a Hadamard transform of every head's keys and values",
 }
 ALIASES = {"pm-kvq": "progressive", "pmkvq": "progressive", "int": "rtn"}
@@ -29,6 +30,7 @@ class Policy:
     group:  numbers that share a scale, at most (head_dim when that is less)
     sink:   first tokens that stay at 16 bits; window: newest tokens that do, before a group of that many moves on; keep: of the
             newest, those that always stay
+    start:  bits of the body at first, progressive only; 2: what a direct rounding to 2 bits in the same layout would give
     finals, budgets, length: progressive only: by layer the width at ``length`` tokens of a sequence, and the bytes that all
             sequences of a batch may take together
     """
@@ -39,6 +41,7 @@ class Policy:
     sink: int = 0
     window: int = 0
     keep: int = 0
+    start: int = 16
     finals: tuple[int, ...] | None = None
     budgets: tuple[int, ...] | None = None
     length: int | None = None
@@ -75,6 +78,7 @@ def parse(text: str) -> Policy:
     defaults: dict[str, dict[str, Any]] = {
         "progressive": {"sink": 1, "window": 128},
         "kivi": {"group": 32, "window": 128},
+        "xquant": {"group": 32, "window": 128},
         "hierarchical": {"window": 128, "keep": 128},
     }
     return checked(replace(Policy(kind, widths), **defaults.get(kind, {})))
@@ -95,7 +99,7 @@ def checked(p: Policy) -> Policy:
             f"kv policy {p.name}: group {p.group}, sink {p.sink}, window {p.window}: expected a group that is a multiple of 8 "
             "and no negative numbers"
         )
-    if p.kind in ("kivi", "hierarchical") and (p.window == 0 or p.window % p.group):
+    if p.kind in ("kivi", "hierarchical", "xquant") and (p.window == 0 or p.window % p.group):
         raise UsageError(
             f"kv policy {p.name}: a window of {p.window} tokens; keys by channel need a multiple of the group, {p.group}"
         )

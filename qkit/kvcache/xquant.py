@@ -1,0 +1,154 @@
+"""Caching what keys and values are made of: the inputs of attention, quantized, and the projections done again (XQuant,
+arXiv 2508.10395).
+
+Where an input has fewer numbers than its keys and values together (multi-head attention), the input X itself is kept,
+by token. Else (grouped queries) W_k = U_k S_k B_k^T and the like for W_v: X U_k is kept by channel, X U_v by token,
+as many numbers as keys and values have, and S B^T is multiplied on reading; nothing is cut off. Keys are kept before
+rotary embedding, which is done on reading for the positions that the tokens had.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkit import ops
+from qkit.errors import Unsupported, UsageError
+from qkit.kvcache.layer import PackedLayer, Tensors
+from qkit.kvcache.policy import Policy
+from qkit.qtensor import dequantize
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a layer's keys and values come from its inputs.
+
+    attention: the module, with k_proj and v_proj; head_dim: of keys; latent: for keys and for values (U [in, r], S
+    B^T [r, out]), None where inputs are kept as they are; rotary: (x, positions) -> cos, sin; None without rotary
+    embedding
+    """
+
+    attention: Any
+    head_dim: int
+    latent: tuple[Tensors, Tensors] | None
+    rotary: Callable[[Tensor, Tensor], Tensors] | None
+
+    @staticmethod
+    def of(model: Any, attention: Any, head_dim: int) -> Source:
+        """Raises Unsupported for attention without projections of its own for keys and values."""
+        if not (hasattr(attention, "k_proj") and hasattr(attention, "v_proj")):
+            raise Unsupported(
+                f"an xquant cache for {type(attention).__name__}: it has no k_proj and v_proj of its own: use kivi or int8"
+            )
+        weights = [_dense(getattr(attention, n)) for n in ("k_proj", "v_proj")]
+        latent = None
+        if weights[0].shape[1] > weights[0].shape[0]:
+            latent = tuple(_factors(w) for w in weights)
+        rotary = getattr(model.get_decoder(), "rotary_emb", None)
+        return Source(attention, head_dim, latent, rotary)  # type: ignore[arg-type]
+
+    def kept(self, x: Tensor) -> Tensors:
+        """x [batch, tokens, in] as a pair that is stored, [batch, 1, tokens, ..]."""
+        if self.latent is None:
+            first, second = x[:, None].chunk(2, dim=3)
+            return first, second
+        keys, values = ((x.to(u.dtype) @ u)[:, None].to(x.dtype) for u, _ in self.latent)
+        return keys, values
+
+    def keys_values(self, pair: Tensors, positions: Tensor) -> Tensors:
+        """From what was stored: keys after rotary embedding, and values, [batch, heads, tokens, head_dim]."""
+        a = self.attention
+        if self.latent is None:
+            x = torch.cat(pair, dim=3)[:, 0]
+            keys, values = a.k_proj(x), a.v_proj(x)
+        else:
+            made = [(t[:, 0].to(m.dtype) @ m).to(t.dtype) for t, (_, m) in zip(pair, self.latent, strict=True)]
+            biases = (a.k_proj.bias, a.v_proj.bias)
+            keys, values = (y if b is None else y + b for y, b in zip(made, biases, strict=True))
+        keys, values = (t.unflatten(2, (-1, self.head_dim)) for t in (keys, values))
+        keys, values = getattr(a, "k_norm", nn.Identity())(keys).transpose(1, 2), values.transpose(1, 2)
+        if self.rotary is not None:
+            turn = sys.modules[type(a).__module__].apply_rotary_pos_emb
+            keys = turn(keys, keys, *self.rotary(keys, positions))[1]
+        return keys, values
+
+
+def _dense(linear: Any) -> Tensor:
+    """float32 [out, in]."""
+    packed = getattr(linear, "packed", None)
+    found: Tensor = linear.weight.detach() if packed is None else dequantize(ops.unpacked(packed))
+    return found.to(torch.float32)
+
+
+def _factors(weight: Tensor) -> Tensors:
+    """W^T = U (S B^T) for a weight [out, in]: ([in, r], [r, out])."""
+    u, s, vh = torch.linalg.svd(weight.T.to(torch.float64), full_matrices=False)
+    return u.to(torch.float32), (s[:, None] * vh).to(torch.float32)
+
+
+class InputLayer(PackedLayer):
+    """A cache layer that keeps inputs of attention. ``capture`` hands them over before attention runs."""
+
+    def __init__(self, policy: Policy, source: Source) -> None:
+        super().__init__(policy)
+        self.source = source
+        self.by_token = source.latent is not None
+
+    def reset(self) -> None:
+        """Empty."""
+        super().reset()
+        self.seen: tuple[Tensor, Tensor | None] | None = None
+        self.shift: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Tensors:
+        """As for PackedLayer; of the new keys and values nothing is kept."""
+        if self.seen is None:
+            raise UsageError("an xquant cache belongs to the model that it was made for: make one for this model")
+        x, positions = self.seen
+        self.seen = None
+        past = self.get_seq_length()
+        if positions is not None:
+            # Sequences that were padded on the left begin at position 0 later; all else counts up.
+            self.shift = past + x.shape[1] - 1 - positions.expand(len(x), -1)[:, -1:]
+        old = self.read()
+        self.append(*self.source.kept(x))
+        if old is None:
+            return key_states, value_states
+        return torch.cat([old[0], key_states], dim=2), torch.cat([old[1], value_states], dim=2)
+
+    def read(self) -> Tensors | None:
+        """Keys and values of the past, made from what is kept."""
+        pair = super().read()
+        if pair is None:
+            return None
+        tokens = torch.arange(self.get_seq_length(), device=self.device)[None]
+        positions = tokens if self.shift is None else (tokens - self.shift).clamp_min(0)
+        return self.source.keys_values(pair, positions)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        super()._map(change)
+        self.shift = None if self.shift is None else change(self.shift)
+
+
+def capture(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of attention modules: inputs go to the cache layer that keeps them."""
+    cache = kwargs.get("past_key_values")
+    layers = getattr(cache, "layers", ())
+    layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
+    if isinstance(layer, InputLayer):
+        layer.seen = (kwargs["hidden_states"] if not args else args[0], kwargs.get("position_ids"))
+
+
+def sources(model: Any, head_dim: int) -> list[Source]:
+    """Of every layer, in order; from now on attention hands its inputs on. Raises Unsupported."""
+    found = {m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")}
+    made = [Source.of(model, found[i], head_dim) for i in sorted(found)]
+    for m in found.values():
+        if capture not in m._forward_pre_hooks.values():
+            m.register_forward_pre_hook(capture, with_kwargs=True)
+    return made
