@@ -80,6 +80,7 @@ def test_eval_compares_caches(run, tmp_path):
     assert list(found) == ["none", "pm-kvq:2", "int2", "int8"]
     assert found["none"]["share"] == 1 and found["int2"]["share"] == pytest.approx(0.1875)
     assert abs(found["int8"]["change_percent"]) < 0.5 < found["int2"]["change_percent"]
+    assert found["none"]["same_greedy"] == 32 >= found["int8"]["same_greedy"] > found["int2"]["same_greedy"]
     assert found["pm-kvq:2"]["widths"] == [2] * 8
     widths = [w for _, layer, w in found["pm-kvq:2"]["halvings"] if layer == 0]
     assert widths == sorted(widths, reverse=True) and widths[-1] == 2

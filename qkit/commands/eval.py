@@ -137,13 +137,13 @@ def show(measured: Mapping[str, Any], console: Console) -> None:
 
 def caches_table(text: str, caches: Mapping[str, Mapping[str, Any]]) -> Table:
     """A row per cache: perplexity by decoding, and the bytes that a sequence takes in the end."""
-    columns = ("KV cache", "perplexity", "first half", "change % (95 % ci)", "kB", "of 16 bits")
+    columns = ("KV cache", "perplexity", "change % (95 % ci)", "same greedy", "kB", "of 16 bits")
     table = Table(*columns, title=f"decoding {printable(text)}", title_justify="left")
     for name, entry in caches.items():
         change = (
             f"{entry['change_percent']:+.2f} {_interval(entry['change_ci'], '+.2f')}" if "change_ci" in entry else ""
         )
-        cells = [name, f"{entry['perplexity']:.2f}", f"{entry['first_half']:.2f}", change]
+        cells = [name, f"{entry['perplexity']:.2f}", change, f"{entry['same_greedy']:.1f}"]
         table.add_row(*map(Text, [*cells, f"{entry['bytes'] / 1e3:,.0f}", f"{entry['share']:.3f}"]))
     return table
 

@@ -21,6 +21,7 @@ from qkit.kvcache.policy import Policy
 from qkit.quality import check_window, perplexity, perplexity_change, split_windows
 
 BATCH = 8  # windows that are decoded together
+GREEDY = 32  # tokens of a greedy continuation; our choice
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,24 @@ def decode_windows(
     return Decoded(torch.cat(rows).cpu(), size, plain, tuple(widths), tuple(halvings))
 
 
+@torch.inference_mode()
+def greedy_tokens(model: Any, windows: Tensor, prompt: int, policy: Policy | None, count: int) -> Tensor:
+    """int64 [windows, count]: the most likely continuation of each window's first ``prompt`` tokens, through such a cache."""
+    from transformers import DynamicCache
+
+    rows = []
+    for ids in windows[:, :prompt].split(BATCH):
+        made = None if policy is None else make_cache(model, _for_batch(policy, model, windows.shape[1], len(ids)))
+        cache = DynamicCache(config=model.config) if made is None else made
+        token, found = ids.to(model.device), []
+        for _ in range(count):
+            logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            token = logits[:, -1:].argmax(-1)
+            found.append(token)
+        rows.append(torch.cat(found, dim=1))
+    return torch.cat(rows).cpu()
+
+
 def _for_batch(policy: Policy, model: Any, length: int, batch: int) -> Policy:
     if policy.budgets is None:
         return with_budgets(policy, model, length, batch)
@@ -102,7 +121,9 @@ def evaluate_caches(
     """{name: figures} of a text and policies by name, the plain cache first, under 'none'.
 
     Figures: perplexity and ci (95 %, over windows), first_half (perplexity of the first half of what is decoded),
-    change_percent and change_ci (of the perplexity, against the plain cache, paired), bytes (of a sequence in the end),
+    change_percent and change_ci (of the perplexity, against the plain cache, paired), same_greedy (of GREEDY tokens
+    of a greedy continuation, those before the first that is not the plain cache's; mean over windows), bytes (of a
+    sequence in the end),
     share (of 16 bits), widths, halvings. Raises UsageError for a window or a prompt that cannot be, what ``make_cache``
     raises for a policy that does not suit the model.
     """
@@ -110,7 +131,9 @@ def evaluate_caches(
     windows = split_windows(tokens, window, limit)
     found: dict[str, dict[str, Any]] = {}
     plain: Tensor | None = None
+    wanted = torch.zeros(0)
     for name, policy in [("none", None), *policies.items()]:
+        greedy = greedy_tokens(model, windows, prompt, policy, min(GREEDY, window - prompt))
         report = None if progress is None else (lambda done, total, name=name: progress(name, done, total))
         made = decode_windows(model, windows, prompt, policy, step, report)
         overall = perplexity(made.nll)
@@ -119,13 +142,16 @@ def evaluate_caches(
             "perplexity": overall.mean,
             "ci": [overall.low, overall.high],
             "first_half": math.exp(float(half.mean())),
+            "same_greedy": float(
+                (greedy == (greedy if plain is None else wanted)).long().cumprod(1).sum(1).double().mean()
+            ),
             "bytes": made.bytes,
             "share": made.bytes / made.plain_bytes,
             "widths": list(made.widths),
             "halvings": [list(h) for h in made.halvings],
         }
         if plain is None:
-            plain = made.nll
+            plain, wanted = made.nll, greedy
         else:
             change = perplexity_change(plain, made.nll).map(lambda share: 100 * share)
             found[name] |= {"change_percent": change.mean, "change_ci": [change.low, change.high]}
