@@ -1,5 +1,6 @@
 """The Triton kernels, run by Triton's interpreter (conftest.py asks for it), against float64."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from qkit_kernels import gpu, tiles
+from qkit_kernels import aot, gpu, tiles
 from qkit_kernels.decode import ptx
 from qkit_kernels.layout import block_columns, codes_of, lay_out, lay_out_gated, why_not
 from qkit_kernels.matmul import Tile, product
@@ -384,11 +385,49 @@ def compiled(only: str) -> str:
     return found.stdout
 
 
+def table() -> dict:
+    return json.loads((tiles.TABLES / "compiled.json").read_text())
+
+
+def test_the_table_has_every_kernel_and_none_is_wrong():
+    rows = table()["rows"]
+    assert list(rows) == [label for label, _ in aot.kernels()]
+    assert {label: aot.wrong(aot.Compiled(**row)) for label, row in rows.items()} == dict.fromkeys(rows, "")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"spilled": 8}, "8 bytes spilled"),
+        ({"wide_loads": 0}, "16 bytes at a time"),
+        ({"exchanged": 3}, "3 exchanges"),
+        ({"spilled": 8, "instructions": None}, "8 bytes spilled"),
+    ],
+)
+def test_what_is_wrong_with_a_kernel(row, said):
+    sound = {
+        "registers": 90,
+        "spilled": 0,
+        "shared": 0,
+        "wide_loads": 2,
+        "exchanged": 0,
+        "instructions": 2.5,
+        "core": "HMMA",
+    }
+    assert said in aot.wrong(aot.Compiled(**{**sound, **row})) and not aot.wrong(aot.Compiled(**sound))
+
+
 @pytest.mark.parametrize("architecture", (80, 90))
 def test_kernels_compile_for_gpus(architecture):
+    """Some of them, here and now; with the compiler that made the table they come out as it says."""
+    committed = table()
     lines = compiled(f" float16 32x8, 2 warps, 4 stages, split 4 sm_{architecture}").splitlines()
     formats = [n for n in tiles.FORMATS if any(f" {n} " in line for line in lines)]
     assert formats == list(tiles.FORMATS) and all(line.endswith("| ok") for line in lines)
+    if committed["triton"] == aot.triton.__version__:
+        for line in lines:
+            label, figures, _ = line.split(" | ")
+            assert figures == " ".join(f"{k} {v}" for k, v in committed["rows"][label].items())
 
 
 @pytest.mark.slow

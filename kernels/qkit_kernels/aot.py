@@ -18,8 +18,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,20 +191,21 @@ def _loop(sass: str) -> list[str]:
     return best
 
 
-def rows(only: str) -> Iterator[tuple[str, Compiled]]:
-    """(kernel, format, dtype, tile and architecture in words; what was made of it), of labels that have ``only`` in them."""
+def kernels() -> Iterator[tuple[str, Callable[[], Compiled]]]:
+    """(kernel, format, dtype, tile and architecture in words; what compiles it)."""
     for dtype in (torch.float16, torch.bfloat16):
         for architecture in ARCHITECTURES:
             where = f"{str(dtype)[6:]} sm_{architecture}"
             for bits in (4, 8, None):
-                if only in (label := f"quantize {f'for {bits} bits' if bits else 'for view8'} {where}"):
-                    yield label, compile_quantize(bits, dtype, architecture)
+                label = f"quantize {f'for {bits} bits' if bits else 'for view8'} {where}"
+                yield label, partial(compile_quantize, bits, dtype, architecture)
             for bits in kv.BITS:
                 for dim in (64, 128):
-                    if only in (label := f"kv int{bits} head {dim} {where}"):
-                        yield label, compile_decode(bits, bits, dim, dtype, architecture)
-            if only in (label := f"sparse {where}"):
-                yield label, compile_sparse(dtype, architecture)
+                    yield (
+                        f"kv int{bits} head {dim} {where}",
+                        partial(compile_decode, bits, bits, dim, dtype, architecture),
+                    )
+            yield f"sparse {where}", partial(compile_sparse, dtype, architecture)
     for name, fmt in FORMATS.items():
         integers = fmt.kind == "int" and fmt.bits in (4, 8) and name != "int4 g32"
         for kernel in (compile_product, compile_product8)[: 1 + integers]:
@@ -211,8 +213,7 @@ def rows(only: str) -> Iterator[tuple[str, Compiled]]:
                 for tile in TILES:
                     for architecture in ARCHITECTURES:
                         label = f"{kernel.__name__[8:]} {name} {str(dtype)[6:]} {_words(tile)} sm_{architecture}"
-                        if only in label:
-                            yield label, kernel(name, dtype, tile, architecture)
+                        yield label, partial(kernel, name, dtype, tile, architecture)
 
 
 def _words(tile: Tile) -> str:
@@ -237,7 +238,10 @@ def main() -> int:
     parser.add_argument("--only", default="", help="Rows whose label has this.")
     args = parser.parse_args()
     found, bad = {}, 0
-    for label, row in rows(args.only):
+    for label, compiled in kernels():
+        if args.only not in label:
+            continue
+        row = compiled()
         found[label] = asdict(row)
         bad += bool(wrong(row))
         print(label, "|", " ".join(f"{k} {v}" for k, v in found[label].items()), "|", wrong(row) or "ok", flush=True)

@@ -47,10 +47,7 @@ def decode_windows(
     from transformers import DynamicCache
 
     count, length = windows.shape
-    if not 1 <= prompt < length:
-        raise UsageError(
-            f"a prompt of {prompt} tokens in windows of {length}: expected at least 1 and fewer than the window"
-        )
+    _check_prompt(prompt, length)
     parts, halvings, cache = [], [], None
     for at in range(0, count, BATCH):
         ids = windows[at : at + BATCH].to(model.device)
@@ -105,6 +102,13 @@ def _for_batch(policy: Policy, model: Any, length: int, batch: int) -> Policy:
     return replace(policy, budgets=tuple(batch * b for b in policy.budgets))
 
 
+def _check_prompt(prompt: int, length: int) -> None:
+    if not 1 <= prompt < length:
+        raise UsageError(
+            f"a prompt of {prompt} tokens in windows of {length}: expected at least 1 and fewer than the window"
+        )
+
+
 def _nll(logits: Tensor, ids: Tensor, filled: int) -> Tensor:
     """float64 [batch, n]: of the tokens that follow those which gave the logits [batch, n, vocabulary]."""
     n = logits.shape[1]
@@ -128,6 +132,7 @@ def evaluate_caches(
     raises for a policy that does not suit the model.
     """
     check_window(model, window)
+    _check_prompt(prompt, window)
     windows = split_windows(tokens, window, limit)
     found: dict[str, dict[str, Any]] = {}
     plain: Tensor | None = None
