@@ -119,6 +119,7 @@ def test_a_layer_is_never_above_its_budget(data):
         assert layer.nbytes == layer.bytes_at(layer.width, *sizes)
         assert layer.nbytes == sum(t.numel() * t.element_size() for p in layer.segments for s in p for t in s.tensors)
         assert layer.get_seq_length() == before[1] + new
+        assert sizes[0] == min(policy.sink, layer.get_seq_length()) and sizes[2] < max(policy.window, 1)
         for kept in (layer.sink, layer.recent):
             assert kept is None or kept[0].bits == kept[1].bits == 16
         assert layer.body is None or layer.body[0].bits == layer.width
