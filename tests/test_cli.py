@@ -96,7 +96,7 @@ def test_help_and_version(run):
     assert run("--version")[0] == 0
 
 
-@pytest.mark.parametrize("what", ["schemes", "methods", "formats", "families", "models"])
+@pytest.mark.parametrize("what", ["schemes", "methods", "formats", "caches", "families", "models"])
 def test_list(what, run, tmp_path):
     code, out, _ = run("list", what, "--json", tmp_path / "list.json")
     rows = json.loads((tmp_path / "list.json").read_text())

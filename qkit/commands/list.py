@@ -13,6 +13,7 @@ from qkit.commands.common import write_json
 from qkit.export.compressed_tensors import layout
 from qkit.families.llm import FAMILIES
 from qkit.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES, Format
+from qkit.kvcache.policy import KINDS, SHORT, WIDTHS_OF
 from qkit.requant import METHOD, OUTLIERS, SIGNIFICANT
 from qkit.solvers.table import SOLVERS
 from qkit.transforms.table import TRANSFORMS
@@ -86,6 +87,17 @@ def families() -> list[dict[str, Any]]:
     ]
 
 
+def caches() -> list[dict[str, Any]]:
+    """One row per kind of KV cache, as --kv takes it."""
+    rows = []
+    for kind, what in KINDS.items():
+        widths = WIDTHS_OF.get(kind, (8, 4, 3, 2))
+        rows.append(
+            {"cache": SHORT.get(kind, kind) + str(widths[0]), "bits": ", ".join(map(str, widths)), "what": what}
+        )
+    return rows
+
+
 def models() -> list[dict[str, Any]]:
     """One row per embedded reference model."""
     import qkit_data
@@ -99,14 +111,21 @@ def models() -> list[dict[str, Any]]:
     return rows
 
 
-TABLES = {"schemes": schemes, "methods": methods, "formats": formats, "families": families, "models": models}
+TABLES = {
+    "schemes": schemes,
+    "methods": methods,
+    "formats": formats,
+    "caches": caches,
+    "families": families,
+    "models": models,
+}
 
 
 @click.command("list")
 @click.argument("what", type=click.Choice(list(TABLES)))
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the table to this file.")
 def list_command(what: str, json_file: Path | None) -> None:
-    """Show what there is: schemes, methods, formats, families or models.
+    """Show what there is: schemes, methods, formats, caches, families or models.
 
     \b
     Example:

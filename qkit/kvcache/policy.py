@@ -18,6 +18,7 @@ KINDS = {
     "rotate": "as rtn, behind a Hadamard transform of every head's keys and values",
 }
 ALIASES = {"pm-kvq": "progressive", "pmkvq": "progressive", "int": "rtn"}
+WIDTHS_OF = {"progressive": (8, 4, 2), "hierarchical": (8,)}  # the others: 2, 3, 4 and 8
 SHORT = {"progressive": "pm-kvq:", "rtn": "int"}  # how users write them
 
 
@@ -86,14 +87,14 @@ def parse(text: str) -> Policy:
 
 def checked(p: Policy) -> Policy:
     """The policy, if it can be. Raises UsageError in one sentence."""
-    allowed = (8, 4, 2) if p.kind == "progressive" else tuple(w for w in WIDTHS if w < 16)
+    if p.kind == "hierarchical" and p.widths != (8,):
+        raise UsageError(f"kv policy {p.name}: it has 4 and 4 bits, read as 4 or as 8: write hierarchical8")
+    allowed = WIDTHS_OF.get(p.kind, tuple(w for w in WIDTHS if w < 16))
     bad = [w for w in p.widths if w not in allowed]
     if bad or not p.widths:
         raise UsageError(f"kv policy {p.name}: {bad or 'no'} bits; expected some of {', '.join(map(str, allowed))}")
     if p.kind != "progressive" and len(p.widths) > 1:
         raise UsageError(f"kv policy {p.name}: {len(p.widths)} widths; only pm-kvq chooses between widths, give one")
-    if p.kind == "hierarchical" and p.widths != (8,):
-        raise UsageError(f"kv policy {p.name}: it has 4 and 4 bits, read as 4 or as 8: write hierarchical8")
     if p.group < 8 or p.group % 8 or min(p.sink, p.window, p.keep) < 0:
         raise UsageError(
             f"kv policy {p.name}: group {p.group}, sink {p.sink}, window {p.window}: expected a group that is a multiple of 8 "
