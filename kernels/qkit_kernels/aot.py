@@ -246,7 +246,9 @@ def main() -> int:
         bad += bool(wrong(row))
         print(label, "|", " ".join(f"{k} {v}" for k, v in found[label].items()), "|", wrong(row) or "ok", flush=True)
     if args.write:
-        TABLE.write_text(json.dumps({"triton": triton.__version__, "rows": found}, indent=1) + "\n", encoding="utf-8")
+        lines = ",\n".join(f"  {json.dumps(label)}: {json.dumps(row)}" for label, row in found.items())
+        text = f'{{\n "triton": {json.dumps(triton.__version__)},\n "rows": {{\n{lines}\n }}\n}}\n'
+        TABLE.write_text(text, encoding="utf-8")
     return int(bad > 0 or not found)
 
 
