@@ -392,7 +392,9 @@ def table() -> dict:
 def test_the_table_has_every_kernel_and_none_is_wrong():
     rows = table()["rows"]
     assert list(rows) == [label for label, _ in aot.kernels()]
-    assert {label: aot.wrong(aot.Compiled(**row)) for label, row in rows.items()} == dict.fromkeys(rows, "")
+    assert {n: aot.wrong(aot.Compiled(**row), int(n.rpartition("sm_")[2])) for n, row in rows.items()} == dict.fromkeys(
+        rows, ""
+    )
 
 
 @pytest.mark.parametrize(
@@ -402,6 +404,7 @@ def test_the_table_has_every_kernel_and_none_is_wrong():
         ({"wide_loads": 0}, "16 bytes at a time"),
         ({"exchanged": 3}, "3 exchanges"),
         ({"spilled": 8, "instructions": None}, "8 bytes spilled"),
+        ({"shared": 102_000}, "sm_89 has 101376"),
     ],
 )
 def test_what_is_wrong_with_a_kernel(row, said):
@@ -414,7 +417,7 @@ def test_what_is_wrong_with_a_kernel(row, said):
         "instructions": 2.5,
         "core": "HMMA",
     }
-    assert said in aot.wrong(aot.Compiled(**{**sound, **row})) and not aot.wrong(aot.Compiled(**sound))
+    assert said in aot.wrong(aot.Compiled(**{**sound, **row}), 89) and not aot.wrong(aot.Compiled(**sound), 89)
 
 
 @pytest.mark.parametrize("architecture", (80, 90))

@@ -6,8 +6,8 @@ made of it.
 
 A row: registers of a thread, bytes spilled, bytes of shared memory, loads of 16 bytes, stores and shuffles of the
 loop (numbers that go from lane to lane), instructions of the loop to a weight, the tensor core's instruction. Wrong
-are: a spill; words that are not loaded 16 bytes at a time; numbers that go from lane to lane, which the layout is
-there to avoid. The exit status is 1 then.
+are: a spill; more shared memory than the GPU has; words that are not loaded 16 bytes at a time; numbers that go from
+lane to lane, which the layout is there to avoid. The exit status is 1 then.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ from qkit_kernels.layout import PAIRS, block_columns, lay_out
 from qkit_kernels.matmul import Tile, constants, product_kernel
 from qkit_kernels.matmul8 import product8_kernel, quantize_kernel
 from qkit_kernels.sparse import sparse_kernel
-from qkit_kernels.tiles import FORMATS, TILES
+from qkit_kernels.tiles import FORMATS, TILES, fitted
 from qkit_kernels.weight import Weight
 
 KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-ARCHITECTURES = (80, 89, 90, 100)
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a program can have
+ARCHITECTURES = tuple(SHARED)
 TABLE = Path(__file__).parent / "tables" / "compiled.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -46,8 +47,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 @dataclass(frozen=True)
 class Compiled:
     """registers: of a thread; spilled: bytes; shared: bytes; wide_loads: of 16 bytes, in the loop; exchanged: stores to
-    shared memory in the loop; instructions: of the loop, of a warp's lane, to a weight of it (None: a kernel that reads
-    no packed weight); core: the tensor core's instruction."""
+    shared memory in the loop; instructions: of the loop, of a warp's lane, to a weight of it (None: a kernel that
+    reads no packed weight); core: the tensor core's instruction."""
 
     registers: int
     spilled: int
@@ -210,7 +211,7 @@ def kernels() -> Iterator[tuple[str, Callable[[], Compiled]]]:
         integers = fmt.kind == "int" and fmt.bits in (4, 8) and name != "int4 g32"
         for kernel in (compile_product, compile_product8)[: 1 + integers]:
             for dtype in (torch.float16, torch.bfloat16):
-                for tile in TILES:
+                for tile in (fitted(t, fmt.bits) for t in TILES):
                     for architecture in ARCHITECTURES:
                         label = f"{kernel.__name__[8:]} {name} {str(dtype)[6:]} {_words(tile)} sm_{architecture}"
                         yield label, partial(kernel, name, dtype, tile, architecture)
@@ -220,11 +221,13 @@ def _words(tile: Tile) -> str:
     return f"{tile.rows}x{tile.tokens}, {tile.warps} warps, {tile.stages} stages, split {tile.split}"
 
 
-def wrong(row: Compiled) -> str:
+def wrong(row: Compiled, architecture: int) -> str:
     """What is wrong with a row; empty where nothing is."""
     found = [f"{row.spilled} bytes spilled"] if row.spilled else []
+    if row.shared > SHARED[architecture]:
+        found.append(f"{row.shared} bytes of shared memory, and sm_{architecture} has {SHARED[architecture]}")
     if row.instructions is None:
-        return "".join(found)
+        return ", ".join(found)
     found += [] if row.wide_loads else ["words are not loaded 16 bytes at a time"]
     # One store or two of bookkeeping are the loop's own; the tensor cores of sm_100 read from shared memory.
     crossing = row.exchanged > 2 and not row.core.startswith("UTC")
@@ -243,8 +246,9 @@ def main() -> int:
             continue
         row = compiled()
         found[label] = asdict(row)
-        bad += bool(wrong(row))
-        print(label, "|", " ".join(f"{k} {v}" for k, v in found[label].items()), "|", wrong(row) or "ok", flush=True)
+        fault = wrong(row, int(label.rpartition("sm_")[2]))
+        bad += bool(fault)
+        print(label, "|", " ".join(f"{k} {v}" for k, v in found[label].items()), "|", fault or "ok", flush=True)
     if args.write:
         lines = ",\n".join(f"  {json.dumps(label)}: {json.dumps(row)}" for label, row in found.items())
         text = f'{{\n "triton": {json.dumps(triton.__version__)},\n "rows": {{\n{lines}\n }}\n}}\n'

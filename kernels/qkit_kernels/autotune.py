@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from qkit_kernels.gpu import to
 from qkit_kernels.layout import Laid, lay_out
@@ -110,7 +111,7 @@ def tune(name: str, shape: tuple[int, int], tokens: int, device: torch.device) -
         calls = [_call(x, one, tile) for one in every_copy]
         try:
             took = seconds(calls, 3)[1]
-        except RuntimeError:  # more shared memory than there is
+        except OutOfResources:  # more shared memory than there is
             continue
         best = (tile, took) if best is None or took < best[1] else best
     assert best is not None

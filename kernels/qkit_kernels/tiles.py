@@ -4,13 +4,14 @@ tables/GPU.json, made by ``qkit_kernels.autotune``: {"bits rows columns tokens":
 split]}, tokens being the bucket. A shape that is not in it gets the tile of the nearest one of the same bits and
 bucket (by bytes).
 
-The rule, for a GPU without a table: the more tokens, the more rows share what is read of x; and columns are split until
-every multiprocessor has four programs or a program is down to four blocks. It is reasoned, not measured.
+The rule, for a GPU without a table: the more tokens, the more rows share what is read of x; and columns are split
+until every multiprocessor has four programs or a program is down to four blocks. It is reasoned, not measured.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from math import ceil, log
 from pathlib import Path
@@ -52,6 +53,13 @@ TILES = (
 )
 
 
+def fitted(tile: Tile, bits: int) -> Tile:
+    """A tile with so many stages that it runs on every GPU: a block of three-bit codes has 512 columns, and as many of x
+    lie in shared memory for every stage, of which sm_89 has 99 KiB."""
+    most = {32: 3, 64: 2}.get(tile.tokens, tile.stages) if bits == 3 else tile.stages
+    return replace(tile, stages=min(tile.stages, most))
+
+
 def bucket(m: int) -> int:
     """Tokens of a tile for m rows of x."""
     return next((b for b in BUCKETS if m <= b), WIDEST)
@@ -75,7 +83,7 @@ def rule(laid: Laid, m: int, processors: int) -> Tile:
     blocks = laid.words.shape[1]
     wanted = ceil(PROGRAMS * processors * rows / laid.shape[0])
     split = max(1, min(wanted, blocks // LEAST_BLOCKS)) if m <= tokens else 1
-    return Tile(rows, tokens, warps, 3 if tokens == 64 else 4, split)
+    return fitted(Tile(rows, tokens, warps, 3 if tokens == 64 else 4, split), laid.format.bits)
 
 
 def key(bits: int, shape: tuple[int, int], tokens: int) -> str:
