@@ -6,6 +6,7 @@ model.generate(ids, past_key_values=cache)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +48,11 @@ class PackedCache(Cache):  # type: ignore[misc]
 def make_cache(model: Any, policy: Policy) -> PackedCache:
     """An empty cache for a model (or its config). Raises Unsupported for attention that it cannot serve, UsageError for a
     policy that does not suit the model."""
+    return maker(model, policy)()
+
+
+def maker(model: Any, policy: Policy) -> Callable[[], PackedCache]:
+    """What makes empty caches for a model, with all that is checked and computed but once. Raises as ``make_cache``."""
     heads = Heads.of(model)
     check_head_dim(heads.head_dim, policy)
     if policy.kind == "progressive" and policy.budgets is None:
@@ -61,10 +67,11 @@ def make_cache(model: Any, policy: Policy) -> PackedCache:
         )
     if policy.kind == "xquant":
         if not isinstance(model, nn.Module):
-            return PackedCache(policy, [])  # what can be said of a config alone was said
-        return PackedCache(policy, [InputLayer(policy, s) for s in sources(model, heads.head_dim)])
-    packed = _attention(model) == NAME
-    return PackedCache(policy, [PackedLayer(policy, b, packed) for b in policy.budgets or (None,) * heads.layers])
+            return lambda: PackedCache(policy, [])  # what can be said of a config alone was said
+        made = sources(model, heads.head_dim)
+        return lambda: PackedCache(policy, [InputLayer(policy, s) for s in made])
+    budgets = policy.budgets or (None,) * heads.layers
+    return lambda: PackedCache(policy, [PackedLayer(policy, b, _attention(model) == NAME) for b in budgets])
 
 
 def _attention(model: Any) -> str | None:
@@ -141,7 +148,7 @@ def attach(model: Any, policy: Policy) -> RemovableHandle:
 
     Raises what ``make_cache`` raises.
     """
-    make_cache(model, policy)
+    make = maker(model, policy)
     if _attention(model) == "sdpa":  # another was asked for by name
         model.set_attn_implementation(NAME)
 
@@ -149,7 +156,7 @@ def attach(model: Any, policy: Policy) -> RemovableHandle:
         past: Any = kwargs.get("past_key_values")
         plain = type(past) is DynamicCache and not getattr(past, "_is_user_defined", False)
         if plain and past.get_seq_length() == 0:
-            kwargs["past_key_values"] = make_cache(model, policy)
+            kwargs["past_key_values"] = make()
         return args, kwargs
 
     handle: RemovableHandle = model.register_forward_pre_hook(replaced, with_kwargs=True)
