@@ -539,6 +539,10 @@ def test_output_dir(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "alias").symlink_to(single)
     with pytest.raises(UsageError, match="--overwrite"):
         check_output_dir(full, single, False)
+    with pytest.raises(UsageError, match=r"there is no qkit\.json in it"):
+        check_output_dir(full, single, True)
+    check_output_dir(full, single, True, whole=False)
+    (full / "qkit.json").write_text("{}")
     check_output_dir(full, single, True)
     never = [single, single / "out", single / ".." / "model", tmp_path, tmp_path / "alias" / "sub"]
     never += [tmp_path / "link", tmp_path / "dangling", tmp_path / "alias", tmp_path / "file"]
