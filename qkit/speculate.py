@@ -38,11 +38,14 @@ def speculate(
     than one sequence and for another kind of cache.
     """
     policy = policy or parse("hierarchical8")
-    if policy.kind != "hierarchical" or len(tokens) != 1:
-        raise UsageError(f"drafting needs a hierarchical cache and one sequence; found {policy.name} and {len(tokens)}")
+    if policy.kind != "hierarchical" or len(tokens) != 1 or tokens.shape[1] < 1 or new_tokens < 1:
+        raise UsageError(
+            f"drafting needs a hierarchical cache, one sequence, a prompt and at least one new token; found {policy.name}, "
+            f"tokens {list(tokens.shape)} and {new_tokens} new ones"
+        )
     cache = make_cache(model, policy)
     found = [tokens.to(model.device)]
-    token = _next(model, found[0], cache)[:, -1:]
+    token = _next(model, found[0], cache, keep=1)
     drafted = accepted = 0
     passes, made = 1, 1
     found.append(token)
@@ -66,8 +69,8 @@ def speculate(
     return Speculated(torch.cat(found, dim=1), drafted, accepted, passes)
 
 
-def _next(model: Any, ids: Tensor, cache: PackedCache) -> Tensor:
-    """int64 [1, n]: the most likely token after each of them; they go into the cache."""
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+def _next(model: Any, ids: Tensor, cache: PackedCache, keep: int = 0) -> Tensor:
+    """int64 [1, n]: the most likely token after each of them (of the last ``keep``, if given); they go into the cache."""
+    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
     picked: Tensor = logits.argmax(-1)
     return picked

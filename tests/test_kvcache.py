@@ -73,12 +73,12 @@ class HalfCache(DynamicCache):
         return k, v
 
 
-def policy_for(name: str, model, length: int = 200, batch: int = 1) -> Policy:
+def policy_for(name: str, model, length: int = 200) -> Policy:
     """A policy with short windows, so that a short text fills them."""
     p = parse(name)
     if p.kind in ("kivi", "hierarchical", "xquant"):
         return replace(p, group=8, window=16, keep=min(p.keep, 16))
-    return with_budgets(replace(p, window=8), model, length, batch) if p.kind == "progressive" else p
+    return with_budgets(replace(p, window=8), model, length) if p.kind == "progressive" else p
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -112,9 +112,9 @@ def test_a_layer_is_never_above_its_budget(data):
         except BudgetNotMet:
             assert before == (layer.nbytes, layer.get_seq_length(), layer.width)
             counts = layer._places(new)
-            assert layer.bytes_at(2, *counts) > budget
+            assert layer.bytes_at(2, *counts) > batch * budget
             continue
-        assert layer.nbytes <= budget
+        assert layer.nbytes <= batch * budget == layer.limit
         sizes = [0 if s is None else s[0].tokens for s in (layer.sink, layer.body, layer.recent)]
         assert layer.nbytes == layer.bytes_at(layer.width, *sizes)
         assert layer.nbytes == sum(t.numel() * t.element_size() for p in layer.segments for s in p for t in s.tensors)
@@ -212,7 +212,7 @@ def test_sixteen_bits_leave_the_logits(kind):
     and values in float16 do, and by less than 1e-4 of their size."""
     model = small(kind)
     ids = tokens(2, 60)
-    cache, half = make_cache(model, policy_for("pm-kvq:8", model, 400, 2)), HalfCache(config=model.config)
+    cache, half = make_cache(model, policy_for("pm-kvq:8", model, 400)), HalfCache(config=model.config)
     with torch.inference_mode():
         expected = model(ids, use_cache=False).logits
         found, rounded = (
@@ -239,7 +239,7 @@ def test_generate_gives_its_own_teacher_forced_logits(kind, name):
     mask = torch.ones_like(ids)
     for row, pads in enumerate((0, 3, 9, 20)):
         ids[row, :pads], mask[row, :pads] = 0, 0
-    policy = policy_for(name, model, 60, 4)
+    policy = policy_for(name, model, 60)
     cache = make_cache(model, policy)
     out = model.generate(
         ids, attention_mask=mask, past_key_values=cache, max_new_tokens=25, do_sample=False, pad_token_id=0,
@@ -258,7 +258,7 @@ def test_generate_gives_its_own_teacher_forced_logits(kind, name):
             token = made[:, 30 + i : 31 + i]
             logits = model(token, attention_mask=mask, position_ids=place, past_key_values=again).logits[:, -1]
     if policy.budgets:
-        assert all(layer.nbytes <= b for layer, b in zip(cache.layers, policy.budgets, strict=True))
+        assert all(layer.nbytes <= 4 * b for layer, b in zip(cache.layers, policy.budgets, strict=True))
         assert cache.widths[0] < 16
 
 
@@ -414,9 +414,29 @@ def test_what_does_not_suit_a_model_is_refused():
         make_cache(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=32), parse("int4"))
     with pytest.raises(Unsupported, match="latent attention"):
         make_cache(LlamaConfig(**SMALL, kv_lora_rank=16), parse("int4"))
-    cache = make_cache(model, replace(parse("pm-kvq:2"), budgets=(2000, 2000), window=8))
-    with pytest.raises(BudgetNotMet, match="at 2 bits, and its budget is 2000"):
-        model(tokens(1, 300), past_key_values=cache)
+    cache = make_cache(model, replace(parse("pm-kvq:2"), budgets=(20000, 3000), window=8))
+    with torch.inference_mode():
+        model(tokens(1, 40), past_key_values=cache)
+        with pytest.raises(BudgetNotMet, match="at 2 bits, and its budget is 3000"):
+            model(tokens(1, 300), past_key_values=cache)
+    assert [layer.get_seq_length() for layer in cache.layers] == [40, 40]  # the first layer had room
+    with pytest.raises(UsageError, match="heads of 20 channels"):
+        with_budgets(parse("pm-kvq:2"), odd, 400)
+
+
+@pytest.mark.parametrize("name", ("int4", "kivi4", "hierarchical8", "xquant4"))
+@pytest.mark.parametrize("kind", ("llama", "heads"))
+def test_bytes_of_a_cache_are_known_before(kind, name):
+    """In 16-bit arithmetic, at every length: what bytes_at says is the most on the way."""
+    model = small(kind).bfloat16()
+    policy = policy_for(name, model)
+    heads = Heads.of(model)
+    cache, most = make_cache(model, policy), 0
+    with torch.inference_mode():
+        for i in range(60):
+            model(tokens(1, 1, i), past_key_values=cache)
+            most = max(most, cache.layers[0].nbytes)
+            assert heads.bytes_at(policy, policy.widths[0], i + 1) == pytest.approx(most, abs=4 * 8)
 
 
 def test_groups_of_channels():

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 import qkit
+from qkit.errors import Unsupported
 from qkit.kvcache.attention import Past, attend
-from qkit.kvcache.cache import attach, make_cache, with_budgets
+from qkit.kvcache.cache import attach, detach, make_cache, with_budgets
 from qkit.kvcache.policy import parse
 from qkit.kvcache.store import Plain, quantize
 
@@ -90,7 +92,7 @@ def test_a_model_gives_the_same_with_either_attention(name):
     found = []
     for kind in ("sdpa", "qkit"):
         model.set_attn_implementation(kind)
-        cache = make_cache(model, with_budgets(policy, model, 60, 2))
+        cache = make_cache(model, with_budgets(policy, model, 60))
         assert cache.layers[0].packed == (kind == "qkit")
         with torch.inference_mode():
             pieces = [
@@ -104,15 +106,51 @@ def test_a_model_gives_the_same_with_either_attention(name):
 
 def test_attach_reads_the_past_packed():
     model = qkit.load("tiny-llama", dtype=torch.float32)
-    handle = attach(model, parse("int4"))
-    assert model.config._attn_implementation == "qkit"
+    kind = type(model)
+    attach(model, parse("int8"))
+    attach(model, parse("int4"))
+    assert model.config._attn_implementation == "qkit" and isinstance(model, kind)
     ids = torch.arange(40, 60)[None]
-    first = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    handle.remove()
+    first = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
+    assert first.past_key_values.widths == [4] * 8
+    mine = DynamicCache(config=model.config)
+    model(ids, past_key_values=mine)
+    assert mine.get_seq_length() == 20  # a cache that is given is the one that is filled
+    detach(model)
+    assert type(model) is kind
     model.set_attn_implementation("sdpa")
     cache = make_cache(model, parse("int4"))
     again = model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert torch.equal(first, again)
+    assert torch.equal(first.sequences, again)
+
+
+def test_padding_that_sees_nothing_stays_finite():
+    """A prompt in pieces, of which one sequence's first are padding alone."""
+    model = qkit.load("tiny-llama", dtype=torch.float32)
+    model.set_attn_implementation("qkit")
+    ids, mask = torch.arange(40, 80).repeat(2, 1), torch.ones(2, 40, dtype=torch.int64)
+    mask[0, :30] = 0
+    place = (mask.cumsum(1) - 1).clamp_min(0)
+    cache, logits = make_cache(model, parse("int8")), None
+    with torch.inference_mode():
+        for i in range(0, 40, 8):
+            given = {"attention_mask": mask[:, : i + 8], "position_ids": place[:, i : i + 8], "past_key_values": cache}
+            logits = model(ids[:, i : i + 8], **given).logits
+        alone = model(ids[:1, 30:], use_cache=False).logits
+    assert bool(logits.isfinite().all())
+    assert (logits[0].argmax(-1) == alone[0, -8:].argmax(-1)).float().mean() > 0.8
+
+
+def test_a_past_that_is_not_read_is_noticed():
+    model = qkit.load("tiny-llama", dtype=torch.float32)
+    model.set_attn_implementation("qkit")
+    cache = make_cache(model, parse("int8"))
+    model.set_attn_implementation("sdpa")
+    ids = torch.arange(40, 60)[None]
+    model(ids, past_key_values=cache)
+    model(ids[:, :1], past_key_values=cache)
+    with pytest.raises(Unsupported, match="did not read the packed past"):
+        model(ids[:, :1], past_key_values=cache)
 
 
 # ---- the kernel, run by Triton's interpreter ---------------------------------------------------------------------

@@ -41,6 +41,12 @@ def test_a_checkpoint_with_its_cache(run, tmp_path):
     assert isinstance(cache, PackedCache) and [layer.budget for layer in cache.layers] == record["budgets"]
     assert cache.nbytes == sum(layer.nbytes for layer in cache.layers)
     assert type(generated(qkit.load(out, kv="none"))) is DynamicCache
+    code, said, _ = run(
+        "eval", out, "--windows", "1", "--window", "300", "--kv-step", "50", "--kv", "int8", "--json", tmp_path / "e"
+    )
+    figures = json.loads((tmp_path / "e").read_text())
+    one = figures["texts"]["evaluation"]["perplexity"], figures["caches"]["evaluation"]["none"]["perplexity"]
+    assert code == 0 and one[1] == pytest.approx(one[0], rel=0.5)  # the plain cache is a plain one
     assert generated(qkit.load(out, kv="kivi2")).widths == [2] * 8
     own = DynamicCache()
     assert generated(qkit.load(out), past_key_values=own) is own  # a caller's cache is the caller's
@@ -101,6 +107,7 @@ def test_decoding_reads_the_cache_at_every_step(model):
         torch.testing.assert_close(made.nll.float(), expected, rtol=1e-4, atol=1e-4)
     rough = decode_windows(model, windows, 10, parse("int2"))
     assert (rough.nll - expected).abs().max() > 0.01
+    assert decode_windows(model, windows, 39, None).nll.shape == (3, 1)
     with pytest.raises(UsageError, match="a prompt of 40"):
         decode_windows(model, windows, 40, None)
 

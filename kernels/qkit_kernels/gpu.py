@@ -64,16 +64,18 @@ def linear(x: Tensor, p: Prepared, bias: Tensor | None = None, residual: Tensor 
 
     narrow = x.to(p.laid.dtype)
     tile = choose(p.laid, len(x), x.device)
-    if p.op == "product8":
-        return product8(narrow, p.laid, tile, bias).to(x.dtype)
-    return (view8 if p.op == "view8" else product)(narrow, p.laid, tile, bias, residual).to(x.dtype)
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        if p.op == "product8":
+            return product8(narrow, p.laid, tile, bias).to(x.dtype)
+        return (view8 if p.op == "view8" else product)(narrow, p.laid, tile, bias, residual).to(x.dtype)
 
 
 def sparse(x: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     """x [rows, in] times the sparse part of a weight (sparse.py): float32 [rows, out], a residual of ``linear``."""
     from qkit_kernels.sparse import sparse_product
 
-    return sparse_product(x, rows, columns, values)
+    with torch.cuda.device_of(x):
+        return sparse_product(x, rows, columns, values)
 
 
 def codes(p: Prepared) -> Tensor:

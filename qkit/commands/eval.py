@@ -74,7 +74,7 @@ def eval_command(
     from qkit.locate import find_model
 
     names = split_names(tasks)
-    if not texts and not names:
+    if not texts and (kv or not names):
         texts = (str(qkit_data.text_path("evaluation")),)
     if allow_task_code and task_dir is None:
         raise UsageError("--allow-task-code is about the files of --task-dir, and there is none; leave it out")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from qkit.errors import UsageError
 from qkit.kvcache.cache import Heads, PackedCache, make_cache, with_budgets
 from qkit.kvcache.policy import Policy
+from qkit.kvcache.store import Plain
 from qkit.quality import check_window, perplexity, perplexity_change, split_windows
 
 BATCH = 8  # windows that are decoded together
@@ -54,8 +55,8 @@ def decode_windows(
         if policy is None:
             cache = DynamicCache(config=model.config)
         else:
-            cache = make_cache(model, _for_batch(policy, model, length, len(ids)))
-        pieces = [ids[:, :prompt], *ids[:, prompt:-1].split(step, dim=1)]
+            cache = make_cache(model, policy if policy.budgets else with_budgets(policy, model, length))
+        pieces = [ids[:, :prompt], *(ids[:, i : min(i + step, length - 1)] for i in range(prompt, length - 1, step))]
         before: list[int] = []
         for i, piece in enumerate(pieces):
             keep = 1 if i == 0 else piece.shape[1]  # of the prompt only the last token's are of use
@@ -74,7 +75,7 @@ def decode_windows(
     plain = (
         2.0 * heads.layers * heads.heads * heads.head_dim * (length - 1) * 2
     )  # 16 bits, whatever the arithmetic here
-    size, widths = (cache.nbytes / len(ids), cache.widths) if isinstance(cache, PackedCache) else (plain, [])
+    size, widths = (_bytes(cache) / len(ids), cache.widths) if isinstance(cache, PackedCache) else (plain, [])
     return Decoded(torch.cat(rows).cpu(), size, plain, tuple(widths), tuple(halvings))
 
 
@@ -85,7 +86,9 @@ def greedy_tokens(model: Any, windows: Tensor, prompt: int, policy: Policy | Non
 
     rows = []
     for ids in windows[:, :prompt].split(BATCH):
-        made = None if policy is None else make_cache(model, _for_batch(policy, model, windows.shape[1], len(ids)))
+        made = None
+        if policy is not None:
+            made = make_cache(model, policy if policy.budgets else with_budgets(policy, model, windows.shape[1]))
         cache = DynamicCache(config=model.config) if made is None else made
         token, found = ids.to(model.device), []
         for _ in range(count):
@@ -96,10 +99,10 @@ def greedy_tokens(model: Any, windows: Tensor, prompt: int, policy: Policy | Non
     return torch.cat(rows).cpu()
 
 
-def _for_batch(policy: Policy, model: Any, length: int, batch: int) -> Policy:
-    if policy.budgets is None:
-        return with_budgets(policy, model, length, batch)
-    return replace(policy, budgets=tuple(batch * b for b in policy.budgets))
+def _bytes(cache: PackedCache) -> int:
+    """Of the cache, tokens that are kept as they came at 16 bits whatever the arithmetic here."""
+    segments = [s for layer in cache.layers for pair in layer.segments for s in pair]
+    return cache.nbytes - sum(s.data.nbytes - 2 * s.data.numel() for s in segments if isinstance(s, Plain))
 
 
 def _check_prompt(prompt: int, length: int) -> None:
@@ -146,7 +149,7 @@ def evaluate_caches(
         found[name] = {
             "perplexity": overall.mean,
             "ci": [overall.low, overall.high],
-            "first_half": math.exp(float(half.mean())),
+            "first_half": math.exp(float(half.mean())) if half.numel() else math.nan,
             "same_greedy": float(
                 (greedy == (greedy if plain is None else wanted)).long().cumprod(1).sum(1).double().mean()
             ),

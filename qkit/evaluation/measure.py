@@ -62,7 +62,8 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
     _check_device(request.device)
     tokenizer = load_tokenizer(out)
     dtype = DTYPES[request.dtype]
-    model = load(out, dtype=dtype, device=request.device)
+    # Texts are read without a cache and --kv compares caches with a plain one; tasks run as the folder is meant to.
+    model = load(out, dtype=dtype, device=request.device, kv="none" if request.caches else None)
     original = None if baseline is None else load(baseline, dtype=dtype, device=request.device)
     if request.texts:
         measured |= evaluate_text(

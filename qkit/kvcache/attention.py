@@ -33,6 +33,7 @@ class Past:
 
     segments: tuple[tuple[Packed | Plain | Nested, Packed | Plain | Nested], ...]
     rotations: tuple[Tensor, Tensor] | None = None
+    owner: Any = None  # the cache layer, which is told that the past was read
 
 
 def attend(
@@ -68,7 +69,8 @@ def attend(
     else:
         last = mask[..., at : at + new]
     state.add(keys.to(torch.float32), values.to(torch.float32), last)
-    done: Tensor = (state.sum / state.total[..., None]).unflatten(2, (heads // kv_heads, new)).flatten(1, 2)
+    total = torch.where(state.total == 0, 1.0, state.total)  # padding that sees nothing gets zeros
+    done: Tensor = (state.sum / total[..., None]).unflatten(2, (heads // kv_heads, new)).flatten(1, 2)
     return done.to(query.dtype)
 
 
@@ -91,7 +93,8 @@ def _by_kernel(
         added = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask
         mask = added[:, 0, 0].to(torch.float32).expand(len(q), -1).contiguous()
     keys, values = (kv.Tokens(s.words, s.low[..., 0], s.span[..., 0], s.bits) for s in (k, v))
-    return kv.decode(q.to(dtype), keys, values, mask)
+    with torch.cuda.device_of(q):  # Triton launches on the current one
+        return kv.decode(q.to(dtype), keys, values, mask)
 
 
 def _on_gpu(t: Tensor) -> bool:
@@ -149,6 +152,8 @@ def forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return found
+    if past.owner is not None:
+        past.owner.pending = False
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     return attend(query, past, key, value, attention_mask, scaling).transpose(1, 2), None
 

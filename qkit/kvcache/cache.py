@@ -10,15 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import Cache, DynamicCache
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from qkit.errors import Unsupported, UsageError
 from qkit.kvcache.attention import NAME
 from qkit.kvcache.layer import PackedLayer, channel_group, check_head_dim
 from qkit.kvcache.policy import Policy
-from qkit.kvcache.store import token_bytes
 from qkit.kvcache.xquant import InputLayer, sources
 
 
@@ -28,6 +26,13 @@ class PackedCache(Cache):  # type: ignore[misc]
     def __init__(self, policy: Policy, layers: list[PackedLayer]) -> None:
         super().__init__(layers=layers)
         self.policy = policy
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """As of any cache. Tokens that a later layer has no room for are refused before the first one takes them."""
+        if layer_idx == 0:
+            for layer in self.layers:
+                layer.refuse_too_many(key_states, value_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
     def nbytes(self) -> int:
@@ -83,10 +88,10 @@ def _attention(model: Any) -> str | None:
 
 
 class Heads:
-    """layers, and of each: heads of keys and their channels."""
+    """layers, and of each: heads of keys and their channels; hidden: numbers of a token between layers."""
 
-    def __init__(self, layers: int, heads: int, head_dim: int) -> None:
-        self.layers, self.heads, self.head_dim = layers, heads, head_dim
+    def __init__(self, layers: int, heads: int, head_dim: int, hidden: int = 0) -> None:
+        self.layers, self.heads, self.head_dim, self.hidden = layers, heads, head_dim, hidden
 
     @staticmethod
     def of(model: Any) -> Heads:
@@ -105,26 +110,38 @@ class Heads:
         heads = config.num_attention_heads
         kept = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return Heads(config.num_hidden_layers, kept, head_dim)
+        return Heads(config.num_hidden_layers, kept, head_dim, config.hidden_size)
 
     def bytes_at(self, policy: Policy, width: int, tokens: int) -> int:
-        """The most bytes that a layer occupies on the way to so many tokens of one sequence, at that final width."""
-        group = channel_group(self.head_dim, policy.group)
-        whole, narrow = (2 * token_bytes(w, group, self.heads, self.head_dim) for w in (16, width))
+        """The most bytes that a layer occupies on the way to so many tokens of one sequence, at that final width. Raises
+        UsageError for heads that cannot be packed."""
+        check_head_dim(self.head_dim, policy)
+        kept = self.heads * self.head_dim
+        values = (kept, channel_group(self.head_dim, policy.group))
+        sides = [(kept, policy.group) if policy.kind in ("kivi", "hierarchical") else values, values]
+        if policy.kind == "xquant" and self.hidden <= kept:
+            sides = [(self.hidden // 2, channel_group(self.hidden // 2, policy.group))] * 2
+        elif policy.kind == "xquant":
+            sides = [(kept, policy.group), (kept, channel_group(kept, policy.group))]
+        scaled = policy.kind == "progressive"  # tokens of 16 bits are codes too
+        whole = sum(2 * n + (4 * n // g if scaled else 0) for n, g in sides)
+        narrow = sum(n * width // 8 + 4 * n // g for n, g in sides)
 
         def at(n: int) -> int:
             sink = min(n, policy.sink)
-            body = (n - sink) // policy.window * policy.window if policy.window else n - sink
+            old = max(n - sink - policy.keep, 0)
+            body = old // policy.window * policy.window if policy.window else old
             return (n - body) * whole + body * narrow
 
         # The newest tokens are most just before a group of them moves on.
-        before = policy.sink + max((tokens - policy.sink + 1) // max(policy.window, 1) * policy.window - 1, 0)
+        first = policy.sink + policy.keep
+        before = first + max((tokens - first + 1) // max(policy.window, 1) * policy.window - 1, 0)
         return max(at(tokens), at(min(before, tokens)))
 
 
-def with_budgets(policy: Policy, model: Any, length: int, batch: int = 1) -> Policy:
-    """The policy with a budget for every layer: what it takes to hold ``length`` tokens of each of ``batch`` sequences at the
-    layer's final width (policy.finals; without them the least of policy.widths). Other kinds come back as they are.
+def with_budgets(policy: Policy, model: Any, length: int) -> Policy:
+    """The policy with a budget for every layer: what it takes to hold ``length`` tokens of a sequence at the layer's final
+    width (policy.finals; without them the least of policy.widths). Other kinds come back as they are.
 
     Raises UsageError for a length that the sink and the newest tokens fill.
     """
@@ -137,27 +154,41 @@ def with_budgets(policy: Policy, model: Any, length: int, batch: int = 1) -> Pol
             "(sink and window): nothing is left to pack; give a larger --max-length"
         )
     finals = policy.finals or (policy.widths[-1],) * heads.layers
-    budgets = tuple(batch * heads.bytes_at(policy, w, length) for w in finals)
+    budgets = tuple(heads.bytes_at(policy, w, length) for w in finals)
     return replace(policy, finals=finals, budgets=budgets, length=length)
 
 
-def attach(model: Any, policy: Policy) -> RemovableHandle:
-    """From now on ``model.generate`` uses a packed cache where it would make a plain one. A cache that the caller gives stays
-    what it is. Attention reads the past packed (attention.py) where the model ran the library's default. The handle takes the
-    cache back.
+def attach(model: Any, policy: Policy) -> None:
+    """From now on ``model.generate`` makes a packed cache where it would make a plain one; a cache that the caller gives,
+    and one that is asked for by name, stay what they are. Attention reads the past packed (attention.py) where the
+    model ran the library's default. Attached again, the last policy counts.
 
     Raises what ``make_cache`` raises.
     """
     make = maker(model, policy)
     if _attention(model) == "sdpa":  # another was asked for by name
         model.set_attn_implementation(NAME)
+    detach(model)
+    original = type(model)
 
-    def replaced(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        past: Any = kwargs.get("past_key_values")
-        plain = type(past) is DynamicCache and not getattr(past, "_is_user_defined", False)
-        if plain and past.get_seq_length() == 0:
-            kwargs["past_key_values"] = make()
-        return args, kwargs
+    class Cached(original):  # type: ignore[misc, valid-type]
+        """The model's own class; ``generate`` asks it for a cache."""
 
-    handle: RemovableHandle = model.register_forward_pre_hook(replaced, with_kwargs=True)
-    return handle
+        def _prepare_cache_for_generation(self, config: Any, given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            asked = given.get("past_key_values") is not None or config.cache_implementation is not None
+            if not asked and config.use_cache is not False:
+                given["past_key_values"] = make()
+            return super()._prepare_cache_for_generation(config, given, *args, **kwargs)
+
+    Cached.__name__, Cached.__qualname__, Cached.__module__ = (
+        original.__name__,
+        original.__qualname__,
+        original.__module__,
+    )
+    Cached.plain = original
+    model.__class__ = Cached
+
+
+def detach(model: Any) -> None:
+    """Takes ``attach`` back."""
+    model.__class__ = getattr(type(model), "plain", type(model))

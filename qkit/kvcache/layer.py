@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from qkit.errors import BudgetNotMet, UsageError
+from qkit.errors import BudgetNotMet, Unsupported, UsageError
 from qkit.kvcache.attention import QUERIES, Past
 from qkit.kvcache.nested import Nested, nested
 from qkit.kvcache.policy import Policy
@@ -71,7 +71,7 @@ def _narrowed(pair: Pair, bits: int) -> Pair:
 class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values [batch, heads, tokens, head_dim] of a layer, packed.
 
-    policy: what is kept where; budget: bytes, for policies of the kind progressive (None: the width stays at 16 bits);
+    policy: what is kept where; budget: bytes of a sequence, for the kind progressive (None: it stays at 16 bits);
     packed: a few new tokens get their past packed, with the new keys, instead of dequantized: for attention.py.
     Raises UsageError for a head_dim that cannot be packed, BudgetNotMet, leaving the cache as it was, for tokens that do
     not fit at the least width.
@@ -80,6 +80,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
     is_croppable = False  # what has been packed narrower does not come back
     is_sliding = False
+    pending: bool  # the packed past was handed out and not read yet
+    draft: bool  # hierarchical: whether the past is read at 4 bits
     by_token: bool  # whether keys share scales along tokens
     sink: Pair | None
     body: Pair | None
@@ -89,6 +91,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.policy, self.budget, self.packed = policy, budget, packed
         self.by_token = policy.kind in ("kivi", "hierarchical")
+        self.turns: Tensors | None = None
         self.reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -103,9 +106,15 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens, [batch, heads, tokens, head_dim]: the past dequantized, the new ones as they
         came; afterwards the new ones are packed. With ``packed`` only the new ones, the past being keys.qkit_past."""
+        if self.pending:
+            raise Unsupported(
+                "attention did not read the packed past of a KV cache (its implementation was changed, or the model changes "
+                "keys on the way): make the cache after set_attn_implementation, with 'sdpa' where 'qkit' does not work"
+            )
         if self.packed and self.segments and key_states.shape[2] <= QUERIES:
             rotations = self._rotations() if self.policy.kind == "rotate" else None
-            seen = Past(tuple(self.segments), rotations)
+            self.pending = True
+            seen = Past(tuple(self.segments), rotations, self)
             self.append(key_states, value_states)
             key_states = key_states.view_as(key_states)  # a tensor of its own to carry what belongs to this call
             key_states.qkit_past = seen  # type: ignore[attr-defined]
@@ -131,11 +140,20 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
             return found
         return [tuple(x.upper if isinstance(x, Nested) else x for x in s) for s in found]  # type: ignore[misc]
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Pack tokens that follow those that are there."""
+    @property
+    def limit(self) -> int | None:
+        """Bytes that the layer may take, of all sequences."""
+        return None if self.budget is None else self.budget * self.batch_size
+
+    def refuse_too_many(self, keys: Tensor, values: Tensor) -> None:
+        """Raises BudgetNotMet for tokens that do not fit."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        self._fitting(*self._places(keys.shape[2]))  # all of them fit, or nothing changes
+        self._fitting(*self._places(keys.shape[2]))
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Pack tokens that follow those that are there."""
+        self.refuse_too_many(keys, values)  # all of them fit, or nothing changes
         for start in range(0, keys.shape[2], CHUNK):
             self._append((keys[:, :, start : start + CHUNK], values[:, :, start : start + CHUNK]))
 
@@ -211,20 +229,22 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         return keys, values
 
     def _rotations(self) -> Tensors:
-        keys, values = (orthogonal(n, ROTATION_SEED).to(self.device) for n in self.head_dims)
-        return keys, values
+        if self.turns is None:
+            keys, values = (orthogonal(n, ROTATION_SEED).to(self.device) for n in self.head_dims)
+            self.turns = keys, values
+        return self.turns
 
     # ---- bytes ------------------------------------------------------------------------------------------------
 
     def _fitting(self, sink: int, body: int, recent: int) -> int:
         """The width of the body with so many tokens in each segment: halved as often as the budget asks for."""
-        width = self.width
-        while self.budget is not None and self.bytes_at(width, sink, body, recent) > self.budget:
+        width, limit = self.width, self.limit
+        while limit is not None and self.bytes_at(width, sink, body, recent) > limit:
             if width not in HALF:
                 raise BudgetNotMet(
                     f"the KV cache of a layer needs {self.bytes_at(width, sink, body, recent)} bytes for "
                     f"{sink + body + recent} tokens of {self.batch_size} sequences at {width} bits, and its budget is "
-                    f"{self.budget}: give fewer tokens or sequences, or a larger --kv-memory"
+                    f"{limit}: give fewer tokens, or a larger --kv-memory or --max-length"
                 )
             width = HALF[width]
         return width
@@ -258,7 +278,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         """Empty, at the first width."""
         self.is_initialized = False
-        self.draft = False
+        self.draft = self.pending = False
         self.width = self.policy.start if self.policy.kind == "progressive" else self.policy.widths[0]
         self.sink = self.body = self.recent = None
 

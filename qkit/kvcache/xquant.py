@@ -1,7 +1,7 @@
 """Caching what keys and values are made of: the inputs of attention, quantized, and the projections done again (XQuant,
 arXiv 2508.10395).
 
-Where an input has fewer numbers than its keys and values together (multi-head attention), the input X itself is kept,
+Where an input has no more numbers than its keys (multi-head attention), the input X itself is kept,
 by token. Else (grouped queries) W_k = U_k S_k B_k^T and the like for W_v: X U_k is kept by channel, X U_v by token,
 as many numbers as keys and values have, and S B^T is multiplied on reading; nothing is cut off. Keys are kept before
 rotary embedding, which is done on reading for the positions that the tokens had.
@@ -38,12 +38,20 @@ class Source:
     latent: tuple[Tensors, Tensors] | None
     rotary: Callable[[Tensor, Tensor], Tensors] | None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
+        return self  # a copy of a cache belongs to the same model
+
     @staticmethod
     def of(model: Any, attention: Any, head_dim: int) -> Source:
         """Raises Unsupported for attention without projections of its own for keys and values."""
         if not (hasattr(attention, "k_proj") and hasattr(attention, "v_proj")):
             raise Unsupported(
                 f"an xquant cache for {type(attention).__name__}: it has no k_proj and v_proj of its own: use kivi or int8"
+            )
+        norm = getattr(getattr(attention, "k_norm", None), "weight", None)
+        if getattr(attention, "use_rope", True) in (False, 0) or (norm is not None and len(norm) != head_dim):
+            raise Unsupported(
+                f"an xquant cache for {type(attention).__name__}: keys that are made in a way of their own: use kivi"
             )
         weights = [_dense(getattr(attention, n)) for n in ("k_proj", "v_proj")]
         latent = None
@@ -57,7 +65,7 @@ class Source:
         if self.latent is None:
             first, second = x[:, None].chunk(2, dim=3)
             return first, second
-        keys, values = ((x.to(u.dtype) @ u)[:, None].to(x.dtype) for u, _ in self.latent)
+        keys, values = ((x.to(u.dtype) @ u.to(x.device))[:, None].to(x.dtype) for u, _ in self.latent)
         return keys, values
 
     def keys_values(self, pair: Tensors, positions: Tensor) -> Tensors:
@@ -67,7 +75,9 @@ class Source:
             x = torch.cat(pair, dim=3)[:, 0]
             keys, values = a.k_proj(x), a.v_proj(x)
         else:
-            made = [(t[:, 0].to(m.dtype) @ m).to(t.dtype) for t, (_, m) in zip(pair, self.latent, strict=True)]
+            made = [
+                (t[:, 0].to(m.dtype) @ m.to(t.device)).to(t.dtype) for t, (_, m) in zip(pair, self.latent, strict=True)
+            ]
             biases = (a.k_proj.bias, a.v_proj.bias)
             keys, values = (y if b is None else y + b for y, b in zip(made, biases, strict=True))
         keys, values = (t.unflatten(2, (-1, self.head_dim)) for t in (keys, values))
