@@ -86,7 +86,12 @@ def main() -> None:
             if bandwidth is not None and plain is not None:
                 many = [[kv.Tokens(h.words.clone(), h.low, h.span, bits) for h in held] for _ in range(8)]
                 ms = milliseconds(lambda i, many=many, q=q: kv.decode(q, *many[i % len(many)]))
-                row |= {"ms": ms, "float16 ms": plain, "speed-up": plain / ms, "share of floor": row["bytes"] / bandwidth * 1e3 / ms}
+                row |= {
+                    "ms": ms,
+                    "float16 ms": plain,
+                    "speed-up": plain / ms,
+                    "share of floor": row["bytes"] / bandwidth * 1e3 / ms,
+                }
             rows.append(row)
             print(json.dumps(row), flush=True)
     machine = "interpreter" if args.small else torch.cuda.get_device_name()

@@ -41,6 +41,8 @@ PLAIN = (
     "rotate2",
     "rotate4",
     "hierarchical8",
+    "xquant2",
+    "xquant4",
 )
 
 
