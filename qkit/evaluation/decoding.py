@@ -45,17 +45,12 @@ def decode_windows(
 ) -> Decoded:  # fmt: skip
     """Feed each window [windows, length] through a cache (None: a plain one): ``prompt`` tokens at once, then ``step``
     at a time. A progressive policy without budgets gets those of windows of this length; budgets are of one sequence."""
-    from transformers import DynamicCache
-
     count, length = windows.shape
     _check_prompt(prompt, length)
     parts, halvings, cache = [], [], None
     for at in range(0, count, BATCH):
         ids = windows[at : at + BATCH].to(model.device)
-        if policy is None:
-            cache = DynamicCache(config=model.config)
-        else:
-            cache = make_cache(model, policy if policy.budgets else with_budgets(policy, model, length))
+        cache = _cache(model, policy, length)
         pieces = [ids[:, :prompt], *(ids[:, i : min(i + step, length - 1)] for i in range(prompt, length - 1, step))]
         before: list[int] = []
         for i, piece in enumerate(pieces):
@@ -82,14 +77,9 @@ def decode_windows(
 @torch.inference_mode()
 def greedy_tokens(model: Any, windows: Tensor, prompt: int, policy: Policy | None, count: int) -> Tensor:
     """int64 [windows, count]: the most likely continuation of each window's first ``prompt`` tokens, through such a cache."""
-    from transformers import DynamicCache
-
     rows = []
     for ids in windows[:, :prompt].split(BATCH):
-        made = None
-        if policy is not None:
-            made = make_cache(model, policy if policy.budgets else with_budgets(policy, model, windows.shape[1]))
-        cache = DynamicCache(config=model.config) if made is None else made
+        cache = _cache(model, policy, windows.shape[1])
         token, found = ids.to(model.device), []
         for _ in range(count):
             logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -97,6 +87,14 @@ def greedy_tokens(model: Any, windows: Tensor, prompt: int, policy: Policy | Non
             found.append(token)
         rows.append(torch.cat(found, dim=1))
     return torch.cat(rows).cpu()
+
+
+def _cache(model: Any, policy: Policy | None, length: int) -> Any:
+    from transformers import DynamicCache
+
+    if policy is None:
+        return DynamicCache(config=model.config)
+    return make_cache(model, policy if policy.budgets else with_budgets(policy, model, length))
 
 
 def _bytes(cache: PackedCache) -> int:

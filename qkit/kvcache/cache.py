@@ -31,7 +31,8 @@ class PackedCache(Cache):  # type: ignore[misc]
         """As of any cache. Tokens that a later layer has no room for are refused before the first one takes them."""
         if layer_idx == 0:
             for layer in self.layers:
-                layer.refuse_too_many(key_states, value_states)
+                if layer.budget is not None:
+                    layer.refuse_too_many(key_states, value_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property

@@ -312,7 +312,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sequence so many times. The budget, which is for all of them, may then be too small: the next token tells."""
+        """Every sequence so many times."""
         self._map(lambda t: t.repeat_interleave(repeats, dim=0))
         self._resized()
 

@@ -52,21 +52,18 @@ class Nested:
 
     def _part(self, start: int, end: int) -> Tensor:
         fine = unpack(self.lower[:, :, start:end], 4).to(torch.float32) - 8
-        # What a code of the upper tensor is worth: its own numbers with codes 1 and without a least value.
-        ones = replace(self.upper, words=_ones(self.upper.words), low=torch.zeros_like(self.upper.low))
-        steps = ones.dequantize(torch.float32, start, end)
-        return self.upper.dequantize(torch.float32, start, end) + fine * (steps / 16)
+        return self.upper.dequantize(torch.float32, start, end) + fine * (_steps(self.upper, start, end) / 16)
 
 
-def _ones(words: Tensor) -> Tensor:
-    """Four codes of one in every word."""
-    return torch.full_like(words, 0x1111)
+def _steps(upper: Packed, start: int = 0, end: int | None = None) -> Tensor:
+    """float32 [batch, heads, tokens, head_dim]: what a code is worth, read as codes of one (four a word) above nothing."""
+    ones = replace(upper, words=torch.full_like(upper.words, 0x1111), low=torch.zeros_like(upper.low))
+    return ones.dequantize(torch.float32, start, end)
 
 
 def nested(x: Tensor, group: int, axis: str = "channel") -> Nested:
     """x [batch, heads, tokens, head_dim], quantized; arguments as for ``store.quantize``."""
     upper = quantize(x, 4, group, axis)
-    ones = replace(upper, words=_ones(upper.words), low=torch.zeros_like(upper.low))
-    steps = ones.dequantize(torch.float32)
+    steps = _steps(upper)
     left = (x.to(torch.float32) - upper.dequantize(torch.float32)) * torch.where(steps == 0, 0.0, 16 / steps)
     return Nested(upper, pack((left.round().clamp_(-8, 7) + 8).to(torch.int32), 4))

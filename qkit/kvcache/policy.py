@@ -32,8 +32,8 @@ class Policy:
     sink:   first tokens that stay at 16 bits; window: newest tokens that do, before a group of that many moves on; keep: of the
             newest, those that always stay
     start:  bits of the body at first, progressive only; 2: what a direct rounding to 2 bits in the same layout would give
-    finals, budgets, length: progressive only: by layer the width at ``length`` tokens of a sequence, and the bytes that all
-            sequences of a batch may take together
+    finals, budgets, length: progressive only: by layer the width at ``length`` tokens of a sequence, and the bytes that a
+            sequence may take (those of a batch add up; the paper budgets the batch)
     """
 
     kind: str
