@@ -10,7 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qkit.allocation.allocate import Allocation, Budget, allocate, limit_bytes, outliers, refuse_too_small, rules
+from qkit.allocation.allocate import (
+    Allocation,
+    Budget,
+    allocate,
+    bounded,
+    limit_bytes,
+    outliers,
+    refuse_too_small,
+    rules,
+)
 from qkit.allocation.latency import Latency, LatencyTable, unit_times
 from qkit.allocation.pareto import cost_of
 from qkit.allocation.refine import Refined, refine
@@ -80,20 +89,17 @@ def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Al
         latency = Latency(wanted.budget.latency[0], unit_times(made, outline, table, request.model))
     running = running_bytes(outline, wanted.budget.context)
     beside = _header_bytes(made, outline) if wanted.budget.size is not None else sum(running)
-    refuse_too_small(made, wanted.budget, beside, wanted.floors, wanted.ceilings)
+    open_ = bounded(made, wanted.floors, wanted.ceilings)
+    refuse_too_small(open_, wanted.budget, beside, bool(wanted.floors))
     limit = limit_bytes(made, wanted.budget, beside)
-    measures = (wanted.measure, *(m for m in made.measures if m != wanted.measure)) if wanted.evaluations else ()
-    first = allocate(made, limit, wanted.measure, wanted.floors, wanted.ceilings, latency)
+    first = allocate(open_, limit, wanted.measure, latency)
     found: Refined | None = None
     picks = first.picks
     if wanted.evaluations:
-        if wanted.floors or wanted.ceilings:
-            raise UsageError(
-                "--refine moves layers freely and would leave --floor and --ceiling behind: give one of them"
-            )
-        starts = [first, *(allocate(made, limit, m, latency=latency) for m in measures[1:])]
+        others = [m for m in made.measures if m != wanted.measure]
+        starts = [first, *(allocate(open_, limit, m, latency) for m in others)]
         with measured_plans(_without_transforms(request), made, wanted.profile, progress) as measured:
-            found = refine(made, starts, measured, wanted.evaluations, latency)
+            found = refine(open_, starts, measured, wanted.evaluations, latency)
         picks = found.picks
     chosen = rules(made, picks)
     scheme = next((r["scheme"] for r in chosen if "scheme" in r), None)

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 import qkit
 from qkit import sparse
+from qkit.allocation.allocate import Budget, allocate, bounded, limit_bytes
+from qkit.allocation.refine import refine
 from qkit.budgeting import running_bytes
 from qkit.pipeline import open_outline
 from qkit.safefile import read_header
@@ -23,13 +25,14 @@ def profiled(run, model, folder, small, candidates="int2,int4,int8,bf16", *more)
     arguments = ("--candidates", candidates, "--group-size", 32, "--rows", 4, "--points", 2, "--measures", measures)
     code, out, err = run("profile", "--model", model, "--out", folder, *arguments, *small, *more)
     assert code == 0, err
-    assert "loss change" in out
+    assert "loss change" in out and "\u2026" not in out
     return Profile.load(folder)
 
 
-def test_from_profile_to_packed_file(run, tiny, tmp_path, small):
+def test_from_profile_to_packed_file(run, tiny, tmp_path, small, monkeypatch):
     """Predicted bytes are the file's; a larger budget never costs more; the profile is read, not made again."""
     model, folder = tiny("llama"), tmp_path / "profile"
+    monkeypatch.setenv("COLUMNS", "80")
     made = profiled(run, model, folder, small)
     assert {n for u in made.units for n in u.linears} == {
         n.removesuffix(".weight") for n in read_header(model / "model.safetensors") if "_proj." in n
@@ -45,6 +48,8 @@ def test_from_profile_to_packed_file(run, tiny, tmp_path, small):
             assert code == 2 and "stay as it is" in err
             continue
         assert code == 0 and "optimality gap" in out and "next: gain" in out, err
+        # Into a pipe no cell is broken over lines.
+        assert "(layers of model.layers)" in out and all(f" {k[13:]} " in out for k in (u.key for u in made.units))
         allocation = json.loads(file.read_text())["allocation"]
         assert allocation["bytes"] <= allocation["limit"] and allocation["gap"] < 1e-6
         costs.append(allocation["cost"])
@@ -125,6 +130,16 @@ def test_bounds_and_other_budgets(run, tiny, tmp_path, small):
     held = picks("--bits", 5, "--floor", "*.down_proj=int8", "--ceiling", "*.o_proj=int2")
     assert all(v in ("W8A16", "keep") for k, v in held.items() if "down_proj" in k)
     assert all(v == "W2A16" for k, v in held.items() if "o_proj" in k)
+    # Swaps stay between the bounds too, even where every measurement calls for the opposite.
+    bounds = [("*.down_proj", "W8A16")], [("*.o_proj", "W2A16")]
+    for open_, obeys in ((made, False), (bounded(made, *bounds), True)):
+        limit = limit_bytes(made, Budget(bits=5), 0)
+        starts = [allocate(open_, limit, "kl")]
+        found = refine(open_, starts, lambda p: float(sum(v == "W2A16" for v in p.values())), 40).picks
+        assert obeys == all(v in ("W8A16", "keep") for k, v in found.items() if "down_proj" in k)
+        assert obeys == all(v == "W2A16" for k, v in found.items() if "o_proj" in k)
+    bounds = ("--floor", "*.down_proj=int8", "--ceiling", "*.o_proj=int2")
+    assert all(v == "W2A16" for k, v in picks("--bits", 5, "--refine", 5, *bounds).items() if "o_proj" in k)
     size = made.fixed_bytes + int(5 * sum(u.weights for u in made.units) / 8)
     running = sum(running_bytes(open_outline(str(model)), 100))
     assert picks("--memory", f"{size + running}B@100") == picks("--bits", 5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import ceil
 from pathlib import Path
@@ -85,22 +85,39 @@ def limit_bytes(profile: Profile, budget: Budget, beside: int) -> int | None:
     return None if total is None else total - beside - profile.fixed_bytes
 
 
-def refuse_too_small(
-    profile: Profile,
-    budget: Budget,
-    beside: int,
-    floors: Sequence[tuple[str, str]] = (),
-    ceilings: Sequence[tuple[str, str]] = (),
-) -> None:
-    """Raises UsageError where the smallest formats are too large for the budget, or a layer has none left."""
-    limit, least = limit_bytes(profile, budget, beside), 0
+def bounded(
+    profile: Profile, floors: Sequence[tuple[str, str]] = (), ceilings: Sequence[tuple[str, str]] = ()
+) -> Profile:
+    """The profile without the choices that the bounds exclude.
+
+    floors, ceilings: (glob, candidate): units with a linear that matches get at least, at most the bytes of that candidate.
+    Raises UsageError for an unknown candidate or glob, and where a unit has no choice left.
+    """
+    for option, bounds in (("--floor", floors), ("--ceiling", ceilings)):
+        for glob, candidate in bounds:
+            if candidate not in profile.candidates:
+                raise UsageError(f"{option} {glob}={candidate}: the profile has {', '.join(profile.candidates)}")
+            if not any(_matches(u, glob) for u in profile.units):
+                raise UsageError(f"{option} {glob}: matches no layer of the profile")
+    units = []
     for u in profile.units:
-        open_ = _open(u, floors, ceilings)
+        least = max((u.choices[c].bytes for g, c in floors if _matches(u, g) and c in u.choices), default=0)
+        most = min((u.choices[c].bytes for g, c in ceilings if _matches(u, g) and c in u.choices), default=None)
+        open_ = {n: c for n, c in u.choices.items() if c.bytes >= least and (most is None or c.bytes <= most)}
         if not open_:
             raise UsageError(
                 f"{u.linears[0]}: no format is left between its --floor and its --ceiling: change one of them"
             )
-        least += min(c.bytes for _, c in open_)
+        units.append(replace(u, choices=open_))
+    return replace(profile, units=tuple(units))
+
+
+def refuse_too_small(profile: Profile, budget: Budget, beside: int, floor: bool = False) -> None:
+    """Raises UsageError where the smallest choices are too large for the budget. floor: whether a --floor left some out."""
+    limit, least = (
+        limit_bytes(profile, budget, beside),
+        sum(min(c.bytes for c in u.choices.values()) for u in profile.units),
+    )
     if limit is None or least <= limit:
         return
     total = f"{ceil((least + beside + profile.fixed_bytes) / 1e4) / 100}MB"
@@ -116,43 +133,28 @@ def refuse_too_small(
             f"--memory {(budget.memory or 0) / 1e6:.2f}MB@{budget.context}",
             f"--memory {total}@{budget.context}",
         )
-    floor = ", lower --floor" if floors else ""
+    lower = ", lower --floor" if floor else ""
     raise UsageError(
-        f"{given}: the smallest formats of the profile need {needed}: raise the budget{floor} or profile smaller ones"
+        f"{given}: the smallest formats of the profile need {needed}: raise the budget{lower} or profile smaller ones"
     )
 
 
-def allocate(
-    profile: Profile,
-    limit: int | None,
-    measure: str,
-    floors: Sequence[tuple[str, str]] = (),
-    ceilings: Sequence[tuple[str, str]] = (),
-    latency: Latency | None = None,
-) -> Allocation:
+def allocate(profile: Profile, limit: int | None, measure: str, latency: Latency | None = None) -> Allocation:
     """The plan of least predicted cost within ``limit`` bytes, the time of ``latency``, or both.
 
-    floors, ceilings: (glob, candidate): units with a linear that matches get at least, at most the bytes of that candidate.
-    Raises UsageError for an unknown measure or glob and for a budget that nothing fits.
+    Raises UsageError for an unknown measure and for a budget that nothing fits.
     """
     if measure not in profile.measures:
         raise UsageError(f"--measure {measure}: the profile has {', '.join(profile.measures)}: profile again with it")
-    for option, bounds in (("--floor", floors), ("--ceiling", ceilings)):
-        for glob, candidate in bounds:
-            if candidate not in profile.candidates:
-                raise UsageError(f"{option} {glob}={candidate}: the profile has {', '.join(profile.candidates)}")
-            if not any(_matches(u, glob) for u in profile.units):
-                raise UsageError(f"{option} {glob}: matches no layer of the profile")
     limits = {} if limit is None else {"bytes": limit}
     limits |= {} if latency is None else {"nanoseconds": latency.limit}
 
-    def choice(unit: UnitProfile, name: str, size: int, cost: float) -> knapsack.Choice:
+    def choice(unit: UnitProfile, name: str) -> knapsack.Choice:
+        size, cost = unit.choices[name].bytes, unit.choices[name].costs[measure]
         time = {} if latency is None else {"nanoseconds": latency.times[unit.key, name]}
         return knapsack.Choice(name, max(cost, 0.0), {"bytes": size, **time})
 
-    units = [
-        [choice(u, name, c.bytes, c.costs[measure]) for name, c in _open(u, floors, ceilings)] for u in profile.units
-    ]
+    units = [[choice(u, name) for name in u.choices] for u in profile.units]
     try:
         found = knapsack.solve(units, limits)
     except knapsack.Excluded as e:
@@ -168,12 +170,6 @@ def allocate(
     size = sum(c.uses["bytes"] for c in chosen)
     times = (None, None) if latency is None else (found.used["nanoseconds"], latency.limit)
     return Allocation(picks, size, limit, found.cost, found.gap, measure, *times)
-
-
-def _open(unit: UnitProfile, floors: Sequence[tuple[str, str]], ceilings: Sequence[tuple[str, str]]) -> list[Any]:
-    least = max((unit.choices[c].bytes for g, c in floors if _matches(unit, g) and c in unit.choices), default=0)
-    most = min((unit.choices[c].bytes for g, c in ceilings if _matches(unit, g) and c in unit.choices), default=None)
-    return [(n, c) for n, c in unit.choices.items() if c.bytes >= least and (most is None or c.bytes <= most)]
 
 
 def _matches(unit: UnitProfile, glob: str) -> bool:

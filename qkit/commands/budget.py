@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.text import Text
 from qkit.allocation.allocate import parse_budget
 from qkit.allocation.pareto import mean_bits
 from qkit.budgeting import CANDIDATES, MEASURE, Allocated, BudgetRequest, allocated
-from qkit.commands.common import Reporter, command_line, make_request, megabytes, wide_table
+from qkit.commands.common import Reporter, command_line, make_request, megabytes, print_wide, wide_table
 from qkit.errors import UsageError
 from qkit.pipeline import Request
 from qkit.report.allocation import next_larger
@@ -125,7 +126,7 @@ def show_allocation(found: Allocated, console: Console) -> None:
             linears, weights = sum(len(u.linears) for u in units), sum(u.weights for u in units)
             size = sum(u.choices[name].bytes for u in units)
             table.add_row(name, str(linears), f"{weights / 1e6:.2f}", megabytes(size))
-    console.print(table)
+    print_wide(console, table)
     most = "" if a.limit is None else f" of {a.limit:,}"
     console.print(
         f"{a.bytes:,}{most} bytes for the layers, {mean_bits(made, a.bytes):.3f} bits a weight; predicted {a.measure} "
@@ -161,19 +162,21 @@ def show_allocation(found: Allocated, console: Console) -> None:
 def explain(found: Allocated, console: Console) -> None:
     """Every unit: its format, what the others would have cost, and what the next larger one would bring per kilobyte."""
     made, a = found.profile, found.allocation
-    table = wide_table(
-        "layers", "format", *(f"{n}: {a.measure}" for n in made.candidates), "next: gain / kB", title="why"
-    )
+    shared = _shared_prefix([u.key for u in made.units])
+    title = f"why: {a.measure} of each format, * chosen" + (f" (layers of {shared.rstrip('.')})" if shared else "")
+    table = wide_table("layers", "format", *made.candidates, "next: gain / kB", title=title, title_justify="left")
     for unit in made.units:
         pick = a.picks[unit.key]
         costs = [_cost(unit, n, a.measure, n == pick) for n in made.candidates]
-        table.add_row(
-            Text(unit.key + (f" +{len(unit.linears) - 1}" if len(unit.linears) > 1 else "")),
-            pick,
-            *costs,
-            _gain(unit, pick, a.measure),
-        )
-    console.print(table)
+        beside = f" +{len(unit.linears) - 1}" if len(unit.linears) > 1 else ""
+        table.add_row(Text(unit.key[len(shared) :] + beside), pick, *costs, _gain(unit, pick, a.measure))
+    print_wide(console, table)
+
+
+def _shared_prefix(names: list[str]) -> str:
+    """The parts that all names begin with, with the dot after them."""
+    parts = takewhile(lambda column: len(set(column)) == 1, zip(*(n.split(".") for n in names), strict=False))
+    return "".join(f"{column[0]}." for column in parts) if len(names) > 1 else ""
 
 
 def explanation(found: Allocated) -> list[dict[str, Any]]:

@@ -198,6 +198,14 @@ def wide_table(*columns: str, **options: Any) -> Table:
     return table
 
 
+def print_wide(console: Console, table: Table) -> None:
+    """On a screen within its width; in a file or a pipe, which have none, as wide as the table is."""
+    if not console.is_terminal:
+        widest = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+        console = Console(file=console.file, width=widest)
+    console.print(table)
+
+
 def command_line() -> str:
     """The command as the user typed it."""
     import shlex

@@ -11,7 +11,7 @@ import qkit_data
 from rich.console import Console
 
 from qkit.allocation.pareto import PREFERRED, Point, curve, curve_measure, measure_points, spread, uniform
-from qkit.commands.common import Reporter, command_line, megabytes, wide_table, write_json
+from qkit.commands.common import Reporter, command_line, megabytes, print_wide, wide_table, write_json
 from qkit.errors import BadInput, UsageError
 from qkit.memory import bound_heap
 from qkit.pipeline import Request
@@ -136,7 +136,7 @@ def show_profile(made: Profile, console: Console) -> None:
         sums = [sum(u.choices[name].costs[m] for u in made.units if name in u.choices) for m in made.measures]
         whole = made.whole[name]
         table.add_row(name, megabytes(size), f"{whole['loss']:.5f}", f"{whole['kl']:.5f}", *(f"{s:.5g}" for s in sums))
-    console.print(table)
+    print_wide(console, table)
 
 
 def show_pareto(points: list[Point], measure: str, made: Profile, console: Console) -> None:
@@ -149,7 +149,7 @@ def show_pareto(points: list[Point], measure: str, made: Profile, console: Conso
         formats = ", ".join(f"{n} {count}" for n, count in counts.items() if count)
         measured = "-" if p.measured is None else f"{p.measured:.5g}"
         table.add_row(f"{p.bits:.3f}", megabytes(p.bytes), f"{p.cost:.5g}", measured, formats)
-    console.print(table)
+    print_wide(console, table)
     console.print(f"{len(shown)} of {len(points)} points; all of them are in pareto.json and pareto.png")
 
 
@@ -159,4 +159,4 @@ def show_audit(found: dict[str, Any], console: Console) -> None:
     for name, figures in found["measures"].items():
         cells = [f"{figures[k][v]:.3f}" for k in ("single", "plans") for v in ("rank", "ratio")]
         table.add_row(name, *cells)
-    console.print(table)
+    print_wide(console, table)
