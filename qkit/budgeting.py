@@ -15,16 +15,19 @@ from qkit.allocation.allocate import (
     Budget,
     allocate,
     bounded,
+    choices_of,
     limit_bytes,
     outliers,
     refuse_too_small,
     rules,
 )
+from qkit.allocation.knapsack import solve
 from qkit.allocation.latency import Latency, LatencyTable, unit_times
 from qkit.allocation.pareto import cost_of
 from qkit.allocation.refine import Refined, refine
 from qkit.errors import BadInput, UsageError
 from qkit.families.outline import Outline
+from qkit.kvplan import CachePlan, CacheRequest, joint_choices, settled
 from qkit.pipeline import Request, open_outline
 from qkit.profiling import ProfileRequest, measured_plans, profile
 from qkit.run import Progress
@@ -38,7 +41,8 @@ MEASURE = "kl"
 @dataclass(frozen=True)
 class BudgetRequest:
     """floors, ceilings: (glob, candidate); evaluations: of whole plans, 0 for the solved plan as it is;
-    candidates: of a profile that is still to be made; named: whether the user said where the profile is."""
+    candidates: of a profile that is still to be made; named: whether the user said where the profile is; cache: the KV cache
+    that a memory budget is shared with."""
 
     budget: Budget
     profile: Path
@@ -48,12 +52,13 @@ class BudgetRequest:
     ceilings: tuple[tuple[str, str], ...] = ()
     evaluations: int = 0
     named: bool = False
+    cache: CacheRequest | None = None
 
 
 @dataclass(frozen=True)
 class Allocated:
     """request: with the rules of the allocation; table: what its time was counted with, under a latency budget;
-    running: bytes of KV cache and of activations, under a memory budget."""
+    running, cache: bytes of KV cache and of activations, and the cache, under a memory budget."""
 
     request: Request
     profile: Profile
@@ -61,6 +66,7 @@ class Allocated:
     refined: Refined | None
     table: LatencyTable | None = None
     running: tuple[int, int] | None = None
+    cache: CachePlan | None = None
 
 
 def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Allocated:
@@ -88,8 +94,12 @@ def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Al
     if table is not None and wanted.budget.latency is not None:
         latency = Latency(wanted.budget.latency[0], unit_times(made, outline, table, request.model))
     running = running_bytes(outline, wanted.budget.context)
-    beside = _header_bytes(made, outline) if wanted.budget.size is not None else sum(running)
     open_ = bounded(made, wanted.floors, wanted.ceilings)
+    cache = None
+    if wanted.cache is not None:
+        cache = _shared_memory(request, wanted, wanted.cache, open_, latency, running[1], progress)
+        running = (cache.bytes, running[1])
+    beside = _header_bytes(made, outline) if wanted.budget.size is not None else sum(running)
     refuse_too_small(open_, wanted.budget, beside, bool(wanted.floors))
     limit = limit_bytes(made, wanted.budget, beside)
     first = allocate(open_, limit, wanted.measure, latency)
@@ -112,7 +122,44 @@ def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Al
     decided = replace(
         request, scheme=scheme, method=method, group_size=None, rules=tuple(chosen), outliers=outliers(made, picks)
     )
-    return Allocated(decided, made, allocation, found, table, running if wanted.budget.memory is not None else None)
+    return Allocated(
+        decided, made, allocation, found, table, running if wanted.budget.memory is not None else None, cache
+    )
+
+
+def _shared_memory(
+    request: Request,
+    wanted: BudgetRequest,
+    asked: CacheRequest,
+    made: Profile,
+    latency: Latency | None,
+    activations: int,
+    progress: Progress,
+) -> CachePlan:
+    """The cache of the plan of least cost for weights and cache together: with its bytes set aside, the weights' own optimum
+    within the rest is that plan's."""
+    context = wanted.budget.context
+    if asked.length not in (None, context):
+        raise UsageError(
+            f"--max-length {asked.length}: --memory counts the cache at {context} tokens: leave one of them out"
+        )
+    open_ = joint_choices(request, replace(asked, length=context), progress)
+    widths = open_.policy.widths
+    least = open_.heads.layers * min(open_.sizes.values())
+    refuse_too_small(made, wanted.budget, activations + least, bool(wanted.floors))
+    finals = (widths[0],) * open_.heads.layers
+    if len(widths) > 1:
+        if wanted.measure != MEASURE:
+            raise UsageError(
+                f"--measure {wanted.measure}: layers are weighed against the cache of --kv {asked.kv} by their KL divergence: "
+                "leave the option out, or give one width"
+            )
+        limits = {"bytes": limit_bytes(made, wanted.budget, activations) or 0}
+        limits |= {} if latency is None else {"nanoseconds": latency.limit}
+        weights = choices_of(made, wanted.measure, latency)
+        picks = solve([*weights, *open_.units], limits).picks[len(weights) :]
+        finals = tuple(widths[i] for i in picks)
+    return settled(request, open_, asked, finals, progress)
 
 
 def _refuse_another(made: Profile, wanted: BudgetRequest, request: Request, outline: Outline) -> None:

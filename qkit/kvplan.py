@@ -2,85 +2,184 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qkit.allocation.knapsack import Choice, solve
-from qkit.errors import UsageError
+from qkit.errors import Unsupported, UsageError
 from qkit.families.outline import Outline
 from qkit.kvcache.cache import Heads, make_cache, with_budgets
 from qkit.kvcache.policy import Policy, parse
-from qkit.kvcache.sensitivity import sensitivities
+from qkit.kvcache.scaling import search
+from qkit.kvcache.sensitivity import divergences, sensitivities
 from qkit.loading import load
 from qkit.pipeline import Request, open_outline, text_rows
 from qkit.run import Progress
 
 ROWS = 16  # of the calibration text, for the sensitivity of a cache; our choice: the ranking of layers settles early
 STRETCH = 4  # most: positions of rows are stretched up to the length asked for (PM-KVQ: 4 and 16 do alike)
+SCALED = ("progressive", "rtn")  # kinds whose keys share a scale between channels
+
+
+@dataclass(frozen=True)
+class CacheRequest:
+    """kv: a policy by name; memory: bytes for the cache of one sequence of ``length`` tokens (None: the model's longest);
+    scale_keys: whether scales of keys are searched and folded into the projections."""
+
+    kv: str
+    memory: int | None = None
+    length: int | None = None
+    scale_keys: bool = False
+
+
+@dataclass(frozen=True)
+class CacheChoices:
+    """What can be chosen: policy without budgets, the model's heads, tokens, and bytes of a layer at each final width.
+
+    costs: by layer, {width: nats a token}, where there is more than one width
+    """
+
+    policy: Policy
+    outline: Outline
+    heads: Heads
+    length: int
+    sizes: dict[int, int]
+    costs: tuple[dict[int, float], ...] | None
+
+    @property
+    def units(self) -> list[list[Choice]]:
+        """For the knapsack: each layer's widths."""
+        return [
+            [Choice(str(w), max(c[w], 0.0), {"bytes": self.sizes[w], "nanoseconds": 0}) for w in self.policy.widths]
+            for c in self.costs or ()
+        ]
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """policy: with budgets; costs: sensitivity of each layer, {width: nats}, where it was measured; bytes: of the cache at its
-    full length; plain_bytes: of keys and values in 16 bits."""
+    """policy: with budgets; bytes: of the cache at its full length; plain_bytes: of keys and values in 16 bits; exponents: of
+    the scales of keys (``qkit.transforms.keys``), by layer, head and rotary pair."""
 
     policy: Policy
-    costs: tuple[dict[int, float], ...] | None
     bytes: int
     plain_bytes: int
+    exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
 
-def plan_cache(request: Request, kv: str, memory: int | None, length: int | None, progress: Progress) -> CachePlan:
-    """Choose the final width of every layer's cache.
+def plan_cache(request: Request, wanted: CacheRequest, progress: Progress) -> CachePlan:
+    """The cache within ``wanted.memory``. Raises UsageError for a policy or a memory that cannot be, Unsupported for attention
+    that no policy serves."""
+    open_ = _opened(request, wanted)
+    _refuse_too_little(wanted.memory, open_.heads.layers * min(open_.sizes.values()), open_)
+    if len(open_.policy.widths) == 1:
+        return settled(request, open_, wanted, (open_.policy.widths[0],) * open_.heads.layers, progress)
+    if wanted.memory is None:
+        raise UsageError(
+            f"--kv {open_.policy.name} chooses between widths by memory: give --kv-memory (or --memory for all), or one width"
+        )
+    open_ = replace(open_, costs=_costs(request, open_, sensitivities, progress))
+    picks = solve(open_.units, {"bytes": wanted.memory}).picks
+    return settled(request, open_, wanted, tuple(open_.policy.widths[i] for i in picks), progress)
 
-    memory: bytes for the cache of one sequence of ``length`` tokens (None: the model's longest). Raises UsageError for a
-    policy or a memory that cannot be, Unsupported for attention that no policy serves.
-    """
-    policy = parse(kv)
+
+def joint_choices(request: Request, wanted: CacheRequest, progress: Progress) -> CacheChoices:
+    """What the cache offers a budget that it shares with the weights: costs, where there is a choice, are KL divergences, in
+    the unit of the weights' own. Raises as ``plan_cache``."""
+    if wanted.memory is not None:
+        raise UsageError("--memory counts the KV cache too: leave --kv-memory out")
+    open_ = _opened(request, wanted)
+    costs = _costs(request, open_, divergences, progress) if len(open_.policy.widths) > 1 else None
+    return replace(open_, costs=costs)
+
+
+def _opened(request: Request, wanted: CacheRequest) -> CacheChoices:
+    """The request looked at as far as config and headers allow."""
+    policy = parse(wanted.kv)
     outline = open_outline(request.model)
     config: Any = outline.model.config
     heads = Heads.of(config)
-    length = length or getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    length = wanted.length or getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if length is None:
         raise UsageError("--kv: the model does not say how many tokens it takes at most; give --max-length")
     sizes = {w: heads.bytes_at(policy, w, length) for w in policy.widths}
-    plain = heads.layers * 2 * heads.heads * heads.head_dim * 2 * length
-    costs = None
+    with_budgets(policy, config, length)  # refuses what cannot be, before anything is measured
+    if wanted.scale_keys:
+        _refuse_unscalable(policy, outline)
+    return CacheChoices(policy, outline, heads, length, sizes, None)
+
+
+def settled(
+    request: Request, open_: CacheChoices, wanted: CacheRequest, finals: tuple[int, ...], progress: Progress
+) -> CachePlan:
+    """The plan with these final widths, by layer."""
+    config: Any = open_.outline.model.config
+    policy, heads = open_.policy, open_.heads
     if policy.kind == "progressive":
-        with_budgets(policy, config, length)  # refuses what cannot be, before anything is measured
-        _refuse_too_little(memory, heads.layers * sizes[policy.widths[-1]], policy, length)
-        finals = (policy.widths[-1],) * heads.layers
-        if len(policy.widths) > 1:
-            if memory is None:
-                raise UsageError(f"--kv {policy.name} chooses between widths by memory: give --kv-memory, or one width")
-            costs = _costs(request, outline, policy, length, progress)
-            units = [[Choice(str(w), c[w], {"bytes": sizes[w]}) for w in policy.widths] for c in costs]
-            picks = solve(units, {"bytes": memory}).picks
-            finals = tuple(policy.widths[i] for i in picks)
-        policy = with_budgets(replace(policy, finals=finals), config, length)
-    used = sum(policy.budgets) if policy.budgets else heads.layers * sizes[policy.widths[0]]
-    _refuse_too_little(memory, used, policy, length)
+        policy = with_budgets(replace(policy, finals=finals), config, open_.length)
     make_cache(config, policy)
-    return CachePlan(policy, costs, used, plain)
+    used = sum(open_.sizes[w] for w in finals)
+    plain = heads.layers * 2 * heads.heads * heads.head_dim * 2 * open_.length
+    return CachePlan(policy, used, plain, _exponents(request, open_, progress) if wanted.scale_keys else None)
 
 
-def _refuse_too_little(memory: int | None, needed: int, policy: Policy, length: int) -> None:
+def _refuse_too_little(memory: int | None, needed: int, open_: CacheChoices) -> None:
     if memory is not None and needed > memory:
         raise UsageError(
-            f"--kv-memory {memory / 1e6:.2f}MB: a cache {policy.name} of {length} tokens takes {needed / 1e6:.2f}MB at "
-            "its least width: give more memory, a smaller --max-length or fewer bits"
+            f"--kv-memory {memory / 1e6:.2f}MB: a cache {open_.policy.name} of {open_.length} tokens takes "
+            f"{needed / 1e6:.2f}MB at its least width: give more memory, a smaller --max-length or fewer bits"
         )
 
 
-def _costs(
-    request: Request, outline: Outline, policy: Policy, length: int, progress: Progress
-) -> tuple[dict[int, float], ...]:
+def _refuse_unscalable(policy: Policy, outline: Outline) -> None:
+    config: Any = outline.model.config
+    if policy.kind not in SCALED:
+        raise UsageError(
+            f"--kv-scale-keys: keys of {policy.name} do not share a scale between channels: leave the option out, or use "
+            "pm-kvq or int"
+        )
+    if outline.family.keys is None:
+        raise Unsupported(
+            f"--kv-scale-keys: queries and keys of the family {outline.family.name} are not declared as linears of their own "
+            "with rotary embedding: leave the option out"
+        )
+    part = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    if part != 1.0:
+        raise Unsupported(
+            f"--kv-scale-keys: this model turns {part:g} of a head's channels, and only whole heads are supported: leave the "
+            "option out"
+        )
+
+
+Measure = Callable[..., Tensor]
+
+
+def _costs(request: Request, open_: CacheChoices, measure: Measure, progress: Progress) -> tuple[dict[int, float], ...]:
     """{width: cost} of every layer, on the first rows of the calibration text, in float32."""
-    rows = text_rows(request, outline).tokens[:ROWS]
-    model = load(outline.checkpoint.path, dtype=torch.float32)
+    policy = open_.policy
+    model, rows, stretch = _measured_on(request, open_)
     progress.start("sensitivity of the KV cache", len(rows))
-    stretch = max(1, min(STRETCH, length // rows.shape[1]))
-    found = sensitivities(model, rows, policy.widths, policy.group, stretch, progress=lambda: progress.step())
+    found = measure(model, rows, policy.widths, policy.group, stretch, progress=lambda: progress.step())
     return tuple({w: float(c) for w, c in zip(policy.widths, layer, strict=True)} for layer in found)
+
+
+def _exponents(request: Request, open_: CacheChoices, progress: Progress) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Of the scales of keys, for the least of the policy's widths."""
+    keys, policy = open_.outline.family.keys, open_.policy
+    assert keys is not None
+    model, rows, stretch = _measured_on(request, open_)
+    attentions = [model.get_submodule(f"{b.path}.{keys.attention}") for b in open_.outline.blocks]
+    shared = hasattr(attentions[0], keys.key_norm)
+    progress.start("scales of keys", len(rows))
+    found = search(model, attentions, rows, policy.widths[-1], policy.group, stretch, shared, lambda: progress.step())
+    return tuple(tuple(tuple(head) for head in layer.tolist()) for layer in found)
+
+
+def _measured_on(request: Request, open_: CacheChoices) -> tuple[Any, Tensor, int]:
+    """(model in float32, rows, stretch of their positions)"""
+    rows = text_rows(request, open_.outline).tokens[:ROWS]
+    model = load(open_.outline.checkpoint.path, dtype=torch.float32)
+    return model, rows, max(1, min(STRETCH, open_.length // rows.shape[1]))

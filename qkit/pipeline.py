@@ -36,7 +36,7 @@ class Request:
     calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method
     needs any. recipe: a YAML file; scheme, method, group_size and options given here go over it. rules: as in a
     recipe, what an allocation decided. outliers, significant: as in a recipe; None: what the recipe says. kv: the KV
-    cache policy that the result is to be run with, as ``Policy.to_json`` gives it.
+    cache policy that the result is to be run with, as ``Policy.to_json`` gives it; key_exponents: as in a plan.
     """
 
     model: str
@@ -56,6 +56,7 @@ class Request:
     seed: int = 0
     threads: int | None = None
     kv: dict[str, Any] | None = None
+    key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def prepare(request: Request) -> Prepared:
     recipe = _recipe(request)
     outline = open_outline(request.model)
     calibration = _calibration(request, outline, recipe)
-    plan = replace(make_plan(recipe, outline, calibration, request.seed), kv=request.kv)
+    plan = make_plan(recipe, outline, calibration, request.seed)
+    plan = replace(plan, kv=request.kv, key_exponents=request.key_exponents)
     threads = request.threads or available_cores()
     after = {"significant weights": repair_memory(plan, outline, threads)} if plan.significant else {}
     return Prepared(plan, outline, forecast(plan, outline, threads, after))

@@ -57,6 +57,7 @@ class Plan:
     run_dtype: what blocks are run in where there are calibration rows (``machine.run_dtype``); dtype: the checkpoint's
     significant: how many weights of the whole model go to sparse parts after it is quantized
     kv: the KV cache policy (``qkit.kvcache.policy``) that the model is to be run with
+    key_exponents: of the scales of keys (``qkit.transforms.keys``), by block, head and rotary pair
     fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
     """
 
@@ -78,6 +79,7 @@ class Plan:
     export: str
     recipe: dict[str, Any]
     kv: dict[str, Any] | None = None
+    key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
     @property
     def schemes(self) -> dict[str, Scheme]:

@@ -27,6 +27,7 @@ from qkit.qtensor import dequantize
 from qkit.solvers.table import SOLVERS
 from qkit.solving import Result, solve_groups
 from qkit.transforms import BlockState
+from qkit.transforms.keys import scale_keys
 from qkit.transforms.rotate import rotate_outer
 from qkit.transforms.table import TRANSFORMS
 
@@ -59,6 +60,8 @@ def run_blocks(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: 
         for transform in plan.transforms:
             if TRANSFORMS[transform].stage == "load":
                 TRANSFORMS[transform].apply(state, schemes, plan.seed)
+        if plan.key_exponents is not None:
+            scale_keys(state, plan.key_exponents[block.index])
         if rows is None:
             progress.start(name, len(block.groups))
             results: list[Result] = []

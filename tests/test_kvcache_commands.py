@@ -61,7 +61,7 @@ def test_a_checkpoint_with_its_cache(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--kv", "pm-kvq:4-2"], "give --kv-memory, or one width"),
+        (["--kv", "pm-kvq:4-2"], "give --kv-memory (or --memory for all), or one width"),
         (["--kv", "pm-kvq:2", "--kv-memory", "10KB", "--max-length", "1000"], "takes 1.15MB"),
         (["--kv", "pm-kvq:2", "--max-length", "100"], "nothing is left to pack"),
         (["--kv", "kivi"], "kv policy 'kivi'"),

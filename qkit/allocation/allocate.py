@@ -148,13 +148,7 @@ def allocate(profile: Profile, limit: int | None, measure: str, latency: Latency
         raise UsageError(f"--measure {measure}: the profile has {', '.join(profile.measures)}: profile again with it")
     limits = {} if limit is None else {"bytes": limit}
     limits |= {} if latency is None else {"nanoseconds": latency.limit}
-
-    def choice(unit: UnitProfile, name: str) -> knapsack.Choice:
-        size, cost = unit.choices[name].bytes, unit.choices[name].costs[measure]
-        time = {} if latency is None else {"nanoseconds": latency.times[unit.key, name]}
-        return knapsack.Choice(name, max(cost, 0.0), {"bytes": size, **time})
-
-    units = [[choice(u, name) for name in u.choices] for u in profile.units]
+    units = choices_of(profile, measure, latency)
     try:
         found = knapsack.solve(units, limits)
     except knapsack.Excluded as e:
@@ -170,6 +164,17 @@ def allocate(profile: Profile, limit: int | None, measure: str, latency: Latency
     size = sum(c.uses["bytes"] for c in chosen)
     times = (None, None) if latency is None else (found.used["nanoseconds"], latency.limit)
     return Allocation(picks, size, limit, found.cost, found.gap, measure, *times)
+
+
+def choices_of(profile: Profile, measure: str, latency: Latency | None) -> list[list[knapsack.Choice]]:
+    """Every unit's choices for the knapsack; one that seems to gain by rounding costs nothing."""
+
+    def choice(unit: UnitProfile, name: str) -> knapsack.Choice:
+        size, cost = unit.choices[name].bytes, unit.choices[name].costs[measure]
+        time = {} if latency is None else {"nanoseconds": latency.times[unit.key, name]}
+        return knapsack.Choice(name, max(cost, 0.0), {"bytes": size, **time})
+
+    return [[choice(u, name) for name in u.choices] for u in profile.units]
 
 
 def _matches(unit: UnitProfile, glob: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from qkit.allocation.allocate import parse_budget
+from qkit.allocation.allocate import Budget, parse_budget
 from qkit.allocation.pareto import mean_bits
 from qkit.budgeting import CANDIDATES, MEASURE, Allocated, BudgetRequest, allocated
+from qkit.commands.cache import cache_request, show_cache
 from qkit.commands.common import Reporter, command_line, make_request, megabytes, print_wide, wide_table
 from qkit.errors import UsageError
+from qkit.kvplan import CachePlan, CacheRequest, plan_cache
 from qkit.pipeline import Request
 from qkit.report.allocation import next_larger
 from qkit.requant import is_requant, requanted
@@ -51,17 +54,63 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def decided_request(
-    given: dict[str, Any], out: Path, work: Path | None, console: Console
-) -> tuple[Request, Allocated | None]:
+@dataclass(frozen=True)
+class Decided:
+    """request: with all that was measured for it; budgeted, cache: the allocation and the KV cache, where there are any."""
+
+    request: Request
+    budgeted: Allocated | None = None
+    cache: CachePlan | None = None
+
+
+def decided_request(given: dict[str, Any], out: Path, work: Path | None, console: Console) -> Decided:
     """The request of parsed options, with what has to be measured first: the rules of an allocation where a budget is given,
-    the outliers of every layer under ReQuant.
+    the outliers of every layer under ReQuant, the KV cache.
 
     out: beside it go the profile, where --profile is not given, and the trials; work: the job folder, if not beside it too.
     """
     asked = {name: given.pop(name) for name in _NAMES}
-    request = make_request(given)
+    wanted = cache_request(given)
     budget = parse_budget(asked["bits"], asked["size"], asked["memory"], asked["latency"])
+    shared = wanted if budget is not None and budget.memory is not None else None
+    request, budgeted = _decided_weights(make_request(given), asked, budget, shared, out, work, console)
+    cache = None if budgeted is None else budgeted.cache
+    if wanted is not None and cache is None:
+        reporter = Reporter(console, command_line())
+        with reporter.running():
+            cache = plan_cache(request, wanted, reporter)
+    if cache is not None:
+        request = replace(request, kv=cache.policy.to_json(), key_exponents=cache.exponents)
+    return Decided(request, budgeted, cache)
+
+
+def show_decided(found: Decided, console: Console) -> None:
+    """The allocation and the cache, where there are any."""
+    if found.budgeted is not None:
+        show_allocation(found.budgeted, console)
+    if found.cache is not None:
+        show_cache(found.cache, console)
+
+
+def decided_json(found: Decided) -> dict[str, Any]:
+    """The machine's copy of ``show_decided``."""
+    data: dict[str, Any] = {}
+    if found.budgeted is not None:
+        data["allocation"] = asdict(found.budgeted.allocation)
+    if found.cache is not None:
+        data["kv"] = {"policy": found.cache.policy.to_json(), "bytes": found.cache.bytes}
+    return data
+
+
+def _decided_weights(
+    request: Request,
+    asked: dict[str, Any],
+    budget: Budget | None,
+    cache: CacheRequest | None,
+    out: Path,
+    work: Path | None,
+    console: Console,
+) -> tuple[Request, Allocated | None]:
     if budget is None:
         for name in ("profile", "candidates", "floors", "ceilings", "refine"):
             if asked[name]:
@@ -83,6 +132,7 @@ def decided_request(
         _bounds("--ceiling", asked["ceilings"]),
         asked["refine"],
         named is not None,
+        cache,
     )
     if not (wanted.profile / FILE).is_file() and (wanted.candidates or not wanted.named):
         candidates = wanted.candidates or CANDIDATES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,16 @@ from rich.console import Console
 from rich.text import Text
 
 from qkit.budgeting import Allocated
-from qkit.commands.budget import WAYS, budget_options, decided_request, explain, explanation, show_allocation
+from qkit.commands.budget import (
+    WAYS,
+    budget_options,
+    decided_json,
+    decided_request,
+    explain,
+    explanation,
+    show_decided,
+)
+from qkit.commands.cache import cache_options
 from qkit.commands.common import megabytes, request_options, show_coverage, write_json
 from qkit.errors import UsageError, write_failure
 from qkit.forecast import refuse_what_cannot_fit
@@ -62,6 +70,7 @@ def write_figures(found: Allocated, folder: Path, console: Console) -> None:
 @click.command("plan")
 @request_options
 @budget_options
+@cache_options
 @click.option("--explain", "why", is_flag=True, help="Every layer of a budget: the alternatives and what they cost.")
 @click.option("--figures", type=click.Path(path_type=Path), help="Folder for pictures and a page of the allocation.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where the result would go (its disk is checked).")
@@ -75,12 +84,12 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
       qkit plan --model tiny-llama --scheme w4a16 --method gptq --json plan.json
     """
     console = Console()
-    request, budgeted = decided_request(given, out or Path(Path(given["model"]).name), None, console)
-    found = prepare(request)
-    data = plan_json(found)
+    decided = decided_request(given, out or Path(Path(given["model"]).name), None, console)
+    found, budgeted = prepare(decided.request), decided.budgeted
+    data = {**plan_json(found), **decided_json(decided)}
+    show_decided(decided, console)
     if budgeted is not None:
-        show_allocation(budgeted, console)
-        data["allocation"] = {**asdict(budgeted.allocation), "layers": explanation(budgeted)}
+        data["allocation"]["layers"] = explanation(budgeted)
         if budgeted.table is not None:
             data["allocation"]["table"] = budgeted.table.described()
         if why:

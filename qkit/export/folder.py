@@ -197,6 +197,7 @@ def _record(plan: Plan, outline: Outline, job: Job, source: _Tensors, hashes: di
         "plain": plain,
         "shards": hashes,
         **({} if plan.kv is None else {"kv": plan.kv}),
+        **({} if plan.key_exponents is None else {"key_exponents": plan.key_exponents}),
     }
 
 

@@ -46,6 +46,21 @@ class Rotation:
 
 
 @dataclass(frozen=True)
+class Keys:
+    """Attention whose queries and keys are linears of their own, turned by rotary embedding in pairs (i, i + head_dim / 2).
+
+    attention: its module inside the block; query, key: its linears; query_norm, key_norm: of every head, where the model
+    has them
+    """
+
+    attention: str = "self_attn"
+    query: str = "q_proj"
+    key: str = "k_proj"
+    query_norm: str = "q_norm"
+    key_norm: str = "k_norm"
+
+
+@dataclass(frozen=True)
 class Family:
     """One kind of model. Names are module names of transformers unless said otherwise."""
 
@@ -59,6 +74,7 @@ class Family:
     norm_offset: float = 0.0  # Gemma multiplies by (1 + weight)
     experts: Experts | None = None
     rotation: Rotation | None = None
+    keys: Keys | None = None
     rename: tuple[tuple[str, str], ...] = ()  # (part of a checkpoint name, part of the module name)
     note: str = field(default="", compare=False)
 

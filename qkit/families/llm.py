@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qkit.blocks import Group
-from qkit.families import Experts, Family, Rotation
+from qkit.families import Experts, Family, Keys, Rotation
 
 _ATTENTION = (
     Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), source="input_layernorm"),
@@ -27,6 +27,7 @@ LLAMA = Family(
     blocks="model.layers",
     groups=(*_ATTENTION, *_GATED_MLP),
     rotation=_LLAMA_ROTATION,
+    keys=Keys(),
     note="Llama, Mistral, Qwen2, Qwen3",
 )
 GEMMA3 = Family(
@@ -84,6 +85,7 @@ MIXTRAL = Family(
     ("mixtral",),
     blocks="model.layers",
     groups=_ATTENTION,
+    keys=Keys(),
     experts=Experts("mlp.experts", "block_sparse_moe.experts.{e}.{linear}", gate="w1", up="w3", down="w2"),
     rename=((".block_sparse_moe.gate.", ".mlp.gate."),),
     note="Mixtral (fused 3-D experts)",
@@ -93,6 +95,7 @@ QWEN3_MOE = Family(
     ("qwen3_moe",),
     blocks="model.layers",
     groups=(*_ATTENTION, *_GATED_MLP),
+    keys=Keys(),
     experts=Experts("mlp.experts", "mlp.experts.{e}.{linear}"),
     note="Qwen3-MoE (fused 3-D experts, dense layers among them)",
 )

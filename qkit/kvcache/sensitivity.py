@@ -27,7 +27,19 @@ from qkit.kvcache.store import narrowed, quantize
 Pair = tuple[Tensor, Tensor]
 
 
-class _Watched(DynamicCache):  # type: ignore[misc]
+class Handed(DynamicCache):  # type: ignore[misc]
+    """Hands keys and values through, and keeps what attention saw of every layer in ``seen``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Pair] = []
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Pair:
+        self.seen.append((keys, values))
+        return keys, values
+
+
+class _Watched(Handed):
     """Hands keys and values through, with a part of given errors added, and keeps them for their gradients.
 
     errors: by layer, of keys and values; None: nothing is added.
@@ -36,7 +48,6 @@ class _Watched(DynamicCache):  # type: ignore[misc]
     def __init__(self, errors: Sequence[Pair] | None = None, part: float = 0.0) -> None:
         super().__init__()
         self.errors, self.part = errors, part
-        self.seen: list[Pair] = []
         self.loss = 0.0
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Pair:
@@ -47,13 +58,55 @@ class _Watched(DynamicCache):  # type: ignore[misc]
                 x.retain_grad()
             else:
                 x.requires_grad_()
-        self.seen.append((keys, values))
-        return keys, values
+        return super().update(keys, values, layer)
 
 
 def rounded(x: Tensor, bits: int, most: int) -> Tensor:
     """x [batch, heads, tokens, head_dim] as a cache of that width gives it back, in x's dtype."""
-    return narrowed(quantize(x, 16, channel_group(x.shape[3], most)), bits).dequantize(x.dtype)
+    group = channel_group(x.shape[3], most)
+    packed = quantize(x, bits, group) if bits == 3 else narrowed(quantize(x, 16, group), bits)
+    return packed.dequantize(x.dtype)
+
+
+class _Rounded(Handed):
+    """Gives back keys and values of one layer rounded, of the others as they are."""
+
+    def __init__(self, layer: int, bits: int, group: int) -> None:
+        super().__init__()
+        self.layer, self.bits, self.group = layer, bits, group
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Pair:
+        if layer != self.layer:
+            return keys, values
+        return rounded(keys, self.bits, self.group), rounded(values, self.bits, self.group)
+
+
+def divergences(
+    model: Any, rows: Tensor, widths: Sequence[int], group: int = 128, stretch: int = 1,
+    progress: Callable[[], None] | None = None,
+) -> Tensor:  # fmt: skip
+    """float64 [layers, widths]: KL divergence of the next token, in nats, of the model with that layer's cache at that width
+    from the model without; mean over all tokens of the rows, int64 [samples, length]."""
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    total = torch.zeros(layers, len(widths), dtype=torch.float64)
+    with torch.inference_mode():
+        for row in rows.to(model.device).split(1):
+            before = forward(model, row, stretch, Handed()).logits.log_softmax(-1, dtype=torch.float32)
+            for layer in range(layers):
+                for i, bits in enumerate(widths):
+                    now = forward(model, row, stretch, _Rounded(layer, bits, group)).logits
+                    after = now.log_softmax(-1, dtype=torch.float32)
+                    kl = functional.kl_div(after, before, reduction="none", log_target=True).sum(-1)
+                    total[layer, i] += kl.double().mean().cpu()
+            if progress is not None:
+                progress()
+    return total / len(rows)
+
+
+def forward(model: Any, row: Tensor, stretch: int, cache: Handed) -> Any:
+    """What a model (or its part without the head) gives for a row [1, length] at positions 0, stretch, 2 stretch, .."""
+    position = torch.arange(row.shape[1], device=row.device)[None] * stretch
+    return model(input_ids=row, position_ids=position, past_key_values=cache, use_cache=True)
 
 
 def sensitivities(
@@ -86,8 +139,7 @@ def watched(
     """Forward and backward of a row [1, length], with that part of the errors added: the keys and values that attention saw,
     with gradients; ``loss``, in nats per token."""
     cache = _Watched(errors, part)
-    position = torch.arange(row.shape[1], device=row.device)[None] * stretch
-    logits = model(input_ids=row, position_ids=position, past_key_values=cache, use_cache=True).logits
+    logits = forward(model, row, stretch, cache).logits
     loss = functional.cross_entropy(logits[0, :-1].to(torch.float32), row[0, 1:])
     loss.backward()
     cache.loss = float(loss.detach())

@@ -57,7 +57,7 @@ def repair(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: Prog
 def original_model(plan: Plan, outline: Outline, job: Job) -> Any:
     """The model in float32 as the transforms of the job left it, before it was quantized."""
     model = loading.load(outline.checkpoint.path, dtype=torch.float32)
-    if not plan.transforms:
+    if not plan.transforms and plan.key_exponents is None:
         return model
     if "rotate" in plan.transforms:
         rotated = rotate_outer(outline, plan.seed)

@@ -1,0 +1,60 @@
+"""The options of a KV cache, and what is printed of it: shared by quantize and plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from qkit.allocation.allocate import parse_bytes
+from qkit.commands.common import megabytes
+from qkit.errors import UsageError
+from qkit.kvplan import CachePlan, CacheRequest
+
+_NAMES = ("kv", "kv_memory", "max_length", "kv_scale_keys")
+
+
+def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which cache, and how large."""
+    options = [
+        click.option("--kv", metavar="POLICY", help="KV cache to run with: pm-kvq:4-2, kivi2, int8 or rotate4."),
+        click.option(
+            "--kv-memory", help="Budget of the KV cache of a sequence of --max-length tokens, for instance 2GB."
+        ),
+        click.option(
+            "--max-length", type=click.IntRange(1), help="Tokens that the KV cache is made for (default: the model's)."
+        ),
+        click.option(
+            "--kv-scale-keys", is_flag=True, help="Make the channels of keys alike, by scales in the weights."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def cache_request(given: dict[str, Any]) -> CacheRequest | None:
+    """The cache of parsed options, which are taken out of ``given``; None: a plain one."""
+    asked = {name: given.pop(name) for name in _NAMES}
+    if asked["kv"] is None:
+        lost = next((n for n in _NAMES if asked[n]), None)
+        if lost is not None:
+            raise UsageError(f"--{lost.replace('_', '-')} is about the cache of --kv, and there is none: leave it out")
+        return None
+    memory = None if asked["kv_memory"] is None else parse_bytes(asked["kv_memory"], "--kv-memory")
+    return CacheRequest(asked["kv"], memory, asked["max_length"], asked["kv_scale_keys"])
+
+
+def show_cache(found: CachePlan, console: Console) -> None:
+    """Which cache, what it takes, and the final widths of the layers."""
+    p = found.policy
+    share = f"{megabytes(found.bytes)}, {found.bytes / found.plain_bytes:.3f} of 16 bits"
+    console.print(Text(f"KV cache: {p.name}, {share}" + (f", at {p.length} tokens of a sequence" if p.length else "")))
+    if p.finals and len(set(p.finals)) > 1:
+        console.print(Text("final bits by layer: " + " ".join(map(str, p.finals))))
+    if found.exponents is not None:
+        spans = [max(map(max, layer)) - min(map(min, layer)) for layer in found.exponents]
+        console.print(Text("scales of keys, octaves between channels, by layer: " + " ".join(map(str, spans))))

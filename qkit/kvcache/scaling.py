@@ -1,0 +1,103 @@
+"""Scales of keys that make their channels alike before they are rounded, searched layer by layer.
+
+PM-KVQ (arXiv 2505.18610, section on calibration with positional interpolation): with m the largest |K| of a pair of
+channels that rotary embedding turns together, Lambda = m^alpha; keys are divided by Lambda and queries multiplied by
+it, which leaves their products as they are and is folded into the projections (``qkit.transforms.keys``). alpha in
+{0, 1/20 .. 1} is searched per layer: the one whose output of attention, with keys and values rounded, is nearest to
+the output without.
+
+Our choices: alpha = 0 is among the candidates, so that the search never makes its own measure worse; Lambda is
+rounded to a power of two, so that dividing by it is exact in every floating-point format; and its mean exponent is
+taken out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.kvcache.sensitivity import Handed, forward, rounded
+
+STEPS = 20  # alphas beside 0
+
+
+class _Scaled(Handed):
+    """Hands out keys as a cache gives them back that holds them divided by 2^exponents, and values as it gives them back."""
+
+    def __init__(self, bits: int, group: int) -> None:
+        super().__init__()
+        self.bits, self.group = bits, group
+        self.scale: Tensor | None = None
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.scale is None:
+            return keys, values
+        scale = self.scale.to(keys)
+        return rounded(keys / scale, self.bits, self.group) * scale, rounded(values, self.bits, self.group)
+
+
+def maxima(model: Any, rows: Tensor, stretch: int = 1, shared: bool = False) -> list[Tensor]:
+    """By layer, float32 [heads, head_dim / 2]: the largest |K| of every rotary pair (i, i + head_dim / 2), after rotation.
+
+    rows: int64 [samples, length], read at positions 0, stretch, 2 stretch, ..; shared: one maximum for all heads of a
+    layer.
+    """
+    found: list[Tensor] = []
+    with torch.inference_mode():
+        for row in rows.to(model.device).split(1):
+            cache = Handed()
+            forward(model.base_model, row, stretch, cache)
+            now = [k.abs().amax(dim=(0, 2)).float().unflatten(1, (2, -1)).amax(1) for k, _ in cache.seen]
+            found = [torch.maximum(a, b) for a, b in zip(found, now, strict=True)] if found else now
+    return [m.amax(0, keepdim=True).expand_as(m) if shared else m for m in found]
+
+
+def exponents_of(largest: Tensor, alpha: float) -> Tensor:
+    """int64 like ``largest``: log2 of Lambda = largest^alpha, rounded, around 0."""
+    power = alpha * largest.clamp_min(1e-4).log2()
+    return (power - power.mean()).round().long()
+
+
+def search(
+    model: Any, attentions: Sequence[Any], rows: Tensor, bits: int, group: int, stretch: int = 1, shared: bool = False,
+    progress: Callable[[], None] | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """By layer, int64 [heads, head_dim / 2]: exponents of the scales of its keys.
+
+    attentions: the attention module of every layer; bits: the width to search for; every layer sees the inputs that
+    it has when no cache is rounded.
+    """
+    largest = maxima(model, rows, stretch, shared)
+    candidates = []
+    for m in largest:
+        each = {tuple(e.flatten().tolist()): e for e in (exponents_of(m, i / STEPS) for i in range(STEPS + 1))}
+        candidates.append(list(each.values()))
+    errors = [torch.zeros(len(c), dtype=torch.float64) for c in candidates]
+    cache = _Scaled(bits, group)
+
+    def listen(layer: int) -> Callable[..., None]:
+        def judge(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if cache.scale is not None:
+                return
+            for i, e in enumerate(candidates[layer]):
+                cache.scale = torch.exp2(e.float()).repeat(1, 2)[None, :, None]
+                found = module(*args, **kwargs)[0]
+                errors[layer][i] += (found - output[0]).double().square().sum().cpu()
+            cache.scale = None
+
+        return judge
+
+    handles = [a.register_forward_hook(listen(i), with_kwargs=True) for i, a in enumerate(attentions)]
+    try:
+        with torch.inference_mode():
+            for row in rows.to(model.device).split(1):
+                forward(model.base_model, row, stretch, cache)
+                if progress is not None:
+                    progress()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [c[int(e.argmin())].cpu() for c, e in zip(candidates, errors, strict=True)]

@@ -1,0 +1,45 @@
+"""Scales of keys folded into the projections: keys / 2^e, queries * 2^e, their products as they were.
+
+PM-KVQ (arXiv 2505.18610): W_k and b_k are divided by Lambda, W_q and b_q multiplied by it, for every query head of a
+group. Both channels of a rotary pair share a scale, else the turned products would change. Where heads have norms of
+their own (Qwen3), the norms' weights take the scales: they are the same for all heads. The scales are powers of two
+(``qkit.kvcache.scaling``), so nothing is rounded, in any dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.transforms import BlockState
+
+
+def scale_keys(state: BlockState, exponents: Sequence[Sequence[int]]) -> None:
+    """Rewrite queries and keys of a block. exponents: [key heads, head_dim / 2]."""
+    keys = state.outline.family.keys
+    assert keys is not None
+    attention: Any = state.module.get_submodule(keys.attention)
+    scale = torch.exp2(torch.tensor(exponents, dtype=torch.float32)).repeat(1, 2)  # [key heads, head_dim]
+    if hasattr(attention, keys.key_norm):
+        _multiply(state, getattr(attention, keys.key_norm).weight, 1 / scale[0])
+        _multiply(state, getattr(attention, keys.query_norm).weight, scale[0])
+        return
+    linears = {x.param.removesuffix(".weight"): x for x in state.block.linears}
+    heads = getattr(attention, keys.query).out_features // scale.shape[1]
+    for name, each in (
+        (keys.key, (1 / scale).flatten()),
+        (keys.query, scale.repeat_interleave(heads // len(scale), dim=0).flatten()),
+    ):
+        linear = linears[f"{keys.attention}.{name}"]
+        state.changed[linear.name] = state.weight(linear) * each[:, None]
+        bias = getattr(attention, name).bias
+        if bias is not None:
+            _multiply(state, bias, each)
+    state.write_back()
+
+
+def _multiply(state: BlockState, value: Any, by: Tensor) -> None:
+    value.data = state.rounded(value.data.float() * by)
