@@ -261,10 +261,10 @@ class _Recorder(nn.Module):
         return hidden
 
 
-def enter(model: nn.Module, blocks: str, tokens: Tensor) -> Iterator[tuple[Tensor, dict[int, Call]]]:
+def enter(model: nn.Module, blocks: str, tokens: Tensor, cache: Any = None) -> Iterator[tuple[Tensor, dict[int, Call]]]:
     """Hidden states that reach the first block, a row [1, tokens, hidden] at a time, and how each block is called.
 
-    model: everything but the blocks is materialized; tokens: int64 [rows, length]
+    model: everything but the blocks is materialized; tokens: int64 [rows, length]; cache: the KV cache of these calls
     """
     layers = model.get_submodule(blocks)
     originals = list(layers.children())
@@ -277,7 +277,7 @@ def enter(model: nn.Module, blocks: str, tokens: Tensor) -> Iterator[tuple[Tenso
         for row in tokens:
             first.clear()
             with torch.inference_mode():
-                base(input_ids=row[None], use_cache=False)
+                base(input_ids=row[None], past_key_values=cache, use_cache=cache is not None)
             yield first[0], calls
     finally:
         for i, block in enumerate(originals):

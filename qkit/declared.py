@@ -154,19 +154,6 @@ _TOP: Fields = {
     "plain": _OBJECT,
     "shards": (lambda v: isinstance(v, dict) and len(v) > 0 and all(map(is_hash, v.values())), "file: sha256"),
 }
-_CACHE: Fields = {
-    "kind": (
-        lambda v: v in ("progressive", "kivi", "rtn", "rotate", "hierarchical", "xquant"),
-        "the kind of a KV cache",
-    ),
-    "widths": (
-        lambda v: isinstance(v, list) and bool(v) and all(w in (2, 3, 4, 8) for w in v),
-        "a list of 2, 3, 4 or 8",
-    ),
-    "group": (lambda v: is_int(v, 8), "a number from 8"),
-    "sink": (lambda v: is_int(v, 0), "a number of tokens"),
-    "window": (lambda v: is_int(v, 0), "a number of tokens"),
-}
 _SOURCE: Fields = {
     "fingerprint": _HASH,
     "model_type": (is_text, "a name"),
@@ -203,12 +190,12 @@ def check_fields(data: Any, fields: Fields, where: str, findings: Findings) -> b
     sound = True
     for key, (accepts, expected) in fields.items():
         fine = key in data and accepts(data[key])
-        found = "" if fine else f"found {_short(data[key]) if key in data else 'nothing'}, expected {expected}"
+        found = "" if fine else f"found {short(data[key]) if key in data else 'nothing'}, expected {expected}"
         sound &= findings.check("record", fine, f"{where}.{key}", found)
     return sound
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -260,7 +247,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class Record:
-    """The checked content of qkit.json. Entries that could not be understood are left out."""
+    """The checked content of qkit.json. Entries that could not be understood are left out; ``cache`` is what it says of
+    the KV cache, as it is there."""
 
     qkit_version: str
     model_type: str
@@ -271,6 +259,7 @@ class Record:
     tied: list[tuple[str, str]]
     plain: dict[str, tuple[str, tuple[int, ...], str]]
     shards: dict[str, str]
+    cache: Any = None
 
 
 def spec_fault(spec: Spec, weight: bool) -> str | None:
@@ -329,21 +318,9 @@ def _read_linear(name: str, data: Any, findings: Findings) -> Linear | None:
         return None
     kept = data.get("sparse", 0)
     sound = kept == 0 or (is_int(kept, 1) and kept <= rows * columns)
-    if not findings.check("record", sound, f"{where}.sparse", f"found {_short(kept)}, expected a number of weights"):
+    if not findings.check("record", sound, f"{where}.sparse", f"found {short(kept)}, expected a number of weights"):
         return None
     return Linear(name, weights, activations, (rows, columns), data["weight_sha256"], kept)
-
-
-def _check_cache(data: Any, findings: Findings) -> None:
-    """The KV cache policy, if there is one: as plain data, what ``qkit.load`` will make of it is not asked here."""
-    if data is None or not check_fields(data, _CACHE, "qkit.json: kv", findings):
-        return
-    for key in ("finals", "budgets"):
-        stated = data.get(key)
-        sound = stated is None or (isinstance(stated, list) and all(is_int(x, 1) for x in stated))
-        findings.check("record", sound, f"qkit.json: kv.{key}", f"found {_short(stated)}, expected a list of numbers")
-    made = data["kind"] != "progressive" or (bool(data.get("budgets")) and is_int(data.get("length"), 1))
-    findings.check("record", made, "qkit.json: kv", "a progressive cache without budgets and a length")
 
 
 def read_record(out: Path, findings: Findings) -> Record | None:
@@ -353,12 +330,12 @@ def read_record(out: Path, findings: Findings) -> Record | None:
         return None
     version = data.get("format_version")
     newer = is_int(version, FORMAT_VERSION + 1)
-    writer = _short(data.get("qkit_version"))
+    writer = short(data.get("qkit_version"))
     what = (
         f"format version {version} was written by qkit {writer} and this one reads up to {FORMAT_VERSION}: "
         f"verify with qkit {writer} or newer"
         if newer
-        else f"found {_short(version)}, expected {FORMAT_VERSION}"
+        else f"found {short(version)}, expected {FORMAT_VERSION}"
     )
     known = findings.check("record", not newer and is_int(version, 1), "qkit.json: format_version", what)
     if not known or not check_fields(data, _TOP, "qkit.json", findings):
@@ -371,7 +348,6 @@ def read_record(out: Path, findings: Findings) -> Record | None:
         for name, entry in data["plain"].items()
         if check_fields(entry, _PLAIN, f"qkit.json: plain.{name}", findings)
     }
-    _check_cache(data.get("kv"), findings)
     stated = data.get("compressed_tensors")
     findings.check("record", stated is None or is_version(stated), "qkit.json: compressed_tensors", "not a version")
     return Record(
@@ -384,4 +360,5 @@ def read_record(out: Path, findings: Findings) -> Record | None:
         tied=[(first, second) for first, second in data["tied"]],
         plain=plain,
         shards=data["shards"],
+        cache=data.get("kv"),
     )

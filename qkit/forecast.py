@@ -53,6 +53,7 @@ def forecast(plan: Plan, outline: Outline, workers: int, after: dict[str, int] |
     item = getattr(torch, plan.run_dtype).itemsize  # of a weight while its block is at work
     c = plan.calibration
     tokens = 0 if c is None else c.samples * c.seqlen
+    passes = 2 * plan.needs_rows + plan.static_cache  # of all rows, as many as these of a block
     hidden = int(getattr(outline.model.config, "hidden_size", 0))
     outer = sum(tensors[s].nbytes for _, s in outline.outer)
     largest = max((tensors[s].nbytes for _, s in outline.outer), default=0)
@@ -64,8 +65,7 @@ def forecast(plan: Plan, outline: Outline, workers: int, after: dict[str, int] |
         size = sum(x.shape[0] * x.shape[1] for x in block.linears)
         memory["one block"] = max(memory.get("one block", 0), _block_memory(plan, block, weights, item, workers))
         part_bytes += size + sum(x.shape[0] * x.shape[1] // 8 for x in block.linears)
-        if c is not None:
-            ops["forward passes"] += 2 * 2.0 * size * tokens
+        ops["forward passes"] += passes * 2.0 * size * tokens
         for group in block.groups:
             p = plan.linears.get(group.linears[0].name)
             if p is None:
@@ -93,18 +93,18 @@ def _block_memory(plan: Plan, block: BlockOutline, weights: int, item: int, work
     base = weights + size + size // 8  # and codes and scales of finished linears
     base += 4 * size if plan.transforms else 0  # changed weights are kept in float32
     solving = max(_solving(g, item, workers) for g in block.groups)
-    if plan.calibration is None:
-        return base + solving
-    planned = [p for x in block.linears if (p := plan.linears.get(x.name))]
-    hessian = any(SOLVERS[p.solver].needs_hessian for p in planned)
-    search = any(TRANSFORMS[t].stage == "stats" for t in plan.transforms)
     experts = [g for g in block.groups if g.expert is not None]
-    stages = [*([g] for g in block.groups if g.expert is None), *([experts] if experts else [])]
-    stats = [sum(_stats(g, item, hessian) for g in stage) for stage in stages]
     hidden = block.groups[0].linears[0].shape[1]
     # A worker's run holds its rows on their way through the block: the inputs and outputs of its linears, at most.
     busy = [*(g for g in block.groups if g.expert is None), *experts[:_BUSY_EXPERTS]]
     piece = piece_tokens(hidden) * (sum(g.linears[0].shape[1] for g in busy) + 4 * hidden) * item
+    if not plan.needs_rows:
+        return base + max(solving, (workers + 1) * piece if plan.static_cache else 0)
+    planned = [p for x in block.linears if (p := plan.linears.get(x.name))]
+    hessian = any(SOLVERS[p.solver].needs_hessian for p in planned)
+    search = any(TRANSFORMS[t].stage == "stats" for t in plan.transforms)
+    stages = [*([g] for g in block.groups if g.expert is None), *([experts] if experts else [])]
+    stats = [sum(_stats(g, item, hessian) for g in stage) for stage in stages]
     running = (workers + 1) * piece + (PENDING_BYTES if hessian else 0)
     # Factorizing takes the Hessian twice more, solving once, for as many groups at a time as there are workers.
     squares = sorted((g.linears[0].shape[1] ** 2 * 4 for stage in stages for g in stage), reverse=True)

@@ -199,17 +199,18 @@ class Job:
         """A linear of block ``index`` as it was solved, and the static scale of its activations, if it has one."""
         part = self.part(index)
         found = {k: part[f"{name}:{k}"] for k in PIECES if f"{name}:{k}" in part and k != "original"}
-        if self.repaired is not None:
-            after = self.part(self.repaired)
+        repaired = self.stage("repair")
+        if repaired is not None:
+            after = self.part(repaired)
             found.update({k: after[f"{name}:{k}"] for k in sparse.PIECES if f"{name}:{k}" in after})
         piece = {k: self.read(info) for k, info in found.items()}
         params = Params(piece["scale"], piece.get("zero"), piece.get("global_scale"))
         return QTensor(piece["codes"], params, fmt, sparse.read(piece)), piece.get("input_scale")
 
-    @property
-    def repaired(self) -> int | None:
-        """Index of the part with the sparse parts of all linears, when they were changed after the last block."""
-        return next((i for i, entry in self.entries.items() if entry.get("stage") == "repair"), None)
+    def stage(self, name: str) -> int | None:
+        """Index of the part that a stage after the last block committed: "repair", the sparse parts of all linears; "cache",
+        the scales of the KV cache."""
+        return next((i for i, entry in self.entries.items() if entry.get("stage") == name), None)
 
     def records(self) -> dict[str, dict[str, Any]]:
         """What the journal says of every linear, the last entry about it."""

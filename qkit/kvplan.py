@@ -99,6 +99,8 @@ def joint_choices(request: Request, wanted: CacheRequest, progress: Progress) ->
 def _opened(request: Request, wanted: CacheRequest) -> CacheChoices:
     """The request looked at as far as config and headers allow."""
     policy = parse(wanted.kv)
+    if policy.kind == "fp" and wanted.memory is not None:
+        raise UsageError("--kv-memory: fp8 has one width and nothing to choose, so it takes no budget; leave it out")
     outline = open_outline(request.model)
     config: Any = outline.model.config
     heads = Heads.of(config)

@@ -17,8 +17,10 @@ from qkit.blocks import Linear
 from qkit.checkpoint import Checkpoint
 from qkit.errors import BadCheckpoint
 from qkit.export.compressed_tensors import formats_of, specs
-from qkit.families.outline import Outline
+from qkit.families.discover import build_skeleton
+from qkit.families.outline import Outline, dtype_of
 from qkit.formats import Format
+from qkit.kvcache.scales import declare
 from qkit.layers import QuantExperts, QuantLinear
 from qkit.locate import find_model
 from qkit.sparse import PIECES
@@ -70,6 +72,10 @@ class PackedOutline(Outline):
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> None:
         self.quantization = checkpoint.config.get("quantization_config")
+        if (self.quantization or {}).get("kv_cache_scheme"):
+            dtype = dtype_of(checkpoint)
+            model = model or build_skeleton(checkpoint.config, str(checkpoint.path), dtype)
+            declare(model, dtype)
         super().__init__(checkpoint, model)
 
     def _check_coverage(self) -> None:

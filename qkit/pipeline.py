@@ -6,7 +6,7 @@ report = quantize(Request(model="tiny-llama", scheme="w4a16", method="gptq"), ou
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from qkit.export.folder import export, is_export_of
 from qkit.families.outline import Outline
 from qkit.forecast import Forecast, forecast, refuse_what_cannot_fit
 from qkit.job import Job
+from qkit.kvscales import measure_scales
 from qkit.loading import load_tokenizer
 from qkit.locate import find_model, record_source
 from qkit.machine import available_cores
 from qkit.parallel import workers
-from qkit.plan import Plan, make_plan
+from qkit.plan import Plan, is_static, make_plan
 from qkit.recipe import Recipe, load_recipe, make_recipe
 from qkit.run import Progress, run_blocks
 from qkit.sensitivity.forecast import repair_memory
@@ -82,8 +83,8 @@ def prepare(request: Request) -> Prepared:
     recipe = _recipe(request)
     outline = open_outline(request.model)
     calibration = _calibration(request, outline, recipe)
-    plan = make_plan(recipe, outline, calibration, request.seed)
-    plan = replace(plan, kv=request.kv, key_exponents=request.key_exponents)
+    plan = make_plan(recipe, outline, calibration, request.seed, request.kv)
+    plan = replace(plan, key_exponents=request.key_exponents)
     threads = request.threads or available_cores()
     after = {"significant weights": repair_memory(plan, outline, threads)} if plan.significant else {}
     return Prepared(plan, outline, forecast(plan, outline, threads, after))
@@ -117,7 +118,8 @@ def _calibration(request: Request, outline: Outline, recipe: Recipe) -> Calibrat
         raise UsageError(
             f"--samples {request.samples} --seqlen {request.seqlen}: expected at least 1 row of at least 2 tokens"
         )
-    return None if not _may_need_rows(recipe) and request.calib is None else text_rows(request, outline)
+    needed = _may_need_rows(recipe) or is_static(request.kv) or request.calib is not None
+    return text_rows(request, outline) if needed else None
 
 
 def text_rows(request: Request, outline: Outline) -> Calibration:
@@ -181,6 +183,7 @@ def quantize(
         record_source(work, outline.checkpoint.path)
         run_blocks(plan, outline, job, pool, progress)
         repair(plan, outline, job, pool, progress)
+        measure_scales(plan, outline, job, pool, progress)
         progress.start("export and verify", 2)
         export(plan, outline, job, partial)
         progress.step()

@@ -18,6 +18,7 @@ from qkit.errors import BadRecipe, Unsupported, UsageError
 from qkit.export.compressed_tensors import stored_bytes
 from qkit.families.outline import Outline
 from qkit.formats import Format, Scheme, did_you_mean, fit_group
+from qkit.kvcache.scales import tensor_names
 from qkit.machine import run_dtype
 from qkit.recipe import Recipe, Rule, parse_method
 from qkit.solvers.table import SOLVERS
@@ -56,6 +57,8 @@ class Plan:
 
     run_dtype: what blocks are run in where there are calibration rows (``machine.run_dtype``); dtype: the checkpoint's
     significant: how many weights of the whole model go to sparse parts after it is quantized
+    calibration: the rows that solvers, transforms or the scales of the KV cache are measured on; None where none are
+    needs_rows: whether the blocks are solved with these rows
     kv: the KV cache policy (``qkit.kvcache.policy``) that the model is to be run with
     key_exponents: of the scales of keys (``qkit.transforms.keys``), by block, head and rotary pair
     fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
@@ -75,11 +78,17 @@ class Plan:
     source_bytes: int
     packed_bytes: int
     calibration: Calibration | None
+    needs_rows: bool
     untied: bool
     export: str
     recipe: dict[str, Any]
     kv: dict[str, Any] | None = None
     key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+
+    @property
+    def static_cache(self) -> bool:
+        """Whether the checkpoint gets scales for an FP8 KV cache."""
+        return is_static(self.kv)
 
     @property
     def schemes(self) -> dict[str, Scheme]:
@@ -106,7 +115,18 @@ class Plan:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
 
-def make_plan(recipe: Recipe, outline: Outline, calibration: Calibration | None, seed: int) -> Plan:
+def is_static(kv: dict[str, Any] | None) -> bool:
+    """Whether that KV cache policy has scales that are measured beforehand."""
+    return kv is not None and kv["kind"] == "fp"
+
+
+def make_plan(
+    recipe: Recipe,
+    outline: Outline,
+    calibration: Calibration | None,
+    seed: int,
+    kv: dict[str, Any] | None = None,
+) -> Plan:
     """Decide for every linear of the outline.
 
     Raises BadRecipe for rules that match nothing or tear fused linears apart, Unsupported for what a format or a
@@ -140,6 +160,15 @@ def make_plan(recipe: Recipe, outline: Outline, calibration: Calibration | None,
             f"{rows}: give calibration text with --calib FILE (or leave --calib out for the built-in text)"
         )
     untied = "rotate" in transforms and bool(outline.tied)
+    export, measured = _export(recipe, linears, significant), rows is not None or is_static(kv)
+    packed_bytes = _packed_bytes(outline, linears, significant, untied)
+    if is_static(kv):
+        if export != "compressed-tensors":
+            raise UsageError(
+                f"--kv fp8: its scales are part of the compressed-tensors format, and this result has quant_method {export} "
+                "(sparse parts, or --export): leave one of the two out"
+            )
+        packed_bytes += sum(map(len, tensor_names(outline))) * outline.dtype.itemsize
     return Plan(
         linears,
         skipped,
@@ -149,15 +178,17 @@ def make_plan(recipe: Recipe, outline: Outline, calibration: Calibration | None,
         outline.family.name,
         str(outline.checkpoint.config.get("model_type")),
         str(outline.dtype).removeprefix("torch."),
-        str(run_dtype(outline.dtype) if rows else outline.dtype).removeprefix("torch."),
+        str(run_dtype(outline.dtype) if measured else outline.dtype).removeprefix("torch."),
         seed,
         outline.checkpoint.fingerprint(),
         outline.checkpoint.nbytes,
-        _packed_bytes(outline, linears, significant, untied),
-        calibration if rows else None,
+        packed_bytes,
+        calibration if measured else None,
+        rows is not None,
         untied,
-        _export(recipe, linears, significant),
+        export,
         recipe.model_dump(),
+        kv,
     )
 
 

@@ -7,6 +7,7 @@ committed is never computed again; rows carry the error made so far into the nex
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from qkit.errors import NumericFailure, write_failure
 from qkit.families.materialize import load_block, load_outer, plain_tensors, release, release_outer
 from qkit.families.outline import Outline
 from qkit.flow import Flow
+from qkit.formats import Format
 from qkit.job import Job
 from qkit.parallel import Workers
 from qkit.plan import Plan, has_static
@@ -51,9 +53,9 @@ def run_blocks(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: 
     if job.finished == 0:
         for _, stored in outline.outer:  # what is only copied at the end is looked at before hours of work
             outline.checkpoint.read_finite(stored)
-    if plan.calibration is not None and job.finished < len(outline.blocks):
+    if plan.needs_rows and job.finished < len(outline.blocks):
         rows, calls = _rows(plan, outline, job, progress)
-    schemes, dtype = plan.schemes, getattr(torch, plan.run_dtype)
+    schemes, dtype = plan.schemes, getattr(torch, plan.run_dtype if plan.needs_rows else plan.dtype)
     for block in outline.blocks[job.finished :]:
         name = f"block {block.index + 1}/{len(outline.blocks)}"
         state = BlockState(outline, block, load_block(outline, block, dtype))
@@ -119,36 +121,52 @@ def _with_rows(
 
 def _rows(plan: Plan, outline: Outline, job: Job, progress: Progress) -> tuple[Rows, dict[int, Call]]:
     """The rows that enter the first open block (from the job, or computed), and how blocks are called."""
+    record, path = job.rows_entering(job.finished), job.rows_path(job.finished)
+    if record is None:
+        return embed(plan, outline, path, progress)
+    rows = _rows_in(plan, outline, path, [bool(g) for g in record["good"]])
     assert plan.calibration is not None
-    tokens, index = plan.calibration.tokens, job.finished
+    _load_outer(plan, outline)
+    _, calls = next(enter(outline.model, outline.family.blocks, plan.calibration.tokens[:1]))
+    release_outer(outline)
+    return rows, {i: call.to(rows.dtype) for i, call in calls.items()}
+
+
+def embed(
+    plan: Plan, outline: Outline, path: Path, progress: Progress, cache: Any = None
+) -> tuple[Rows, dict[int, Call]]:
+    """The calibration rows as they enter the first block, written to ``path``, and how blocks are called, with ``cache`` as the
+    KV cache if there is one."""
+    assert plan.calibration is not None
+    tokens, calls = plan.calibration.tokens, dict[int, Call]()
+    rows = _rows_in(plan, outline, path, [True] * len(tokens))
+    _load_outer(plan, outline)
+    progress.start("embed the calibration rows", len(tokens))
+    try:
+        with path.open("wb") as f:
+            for hidden, calls in enter(outline.model, outline.family.blocks, tokens, cache):  # noqa: B007
+                f.write(hidden.to(rows.dtype).contiguous().view(torch.uint8).numpy().reshape(-1).data)
+                progress.step()
+    except OSError as e:
+        raise write_failure(path, e) from e
+    release_outer(outline)
+    return rows, {i: call.to(rows.dtype) for i, call in calls.items()}
+
+
+def _rows_in(plan: Plan, outline: Outline, path: Path, good: list[bool]) -> Rows:
+    assert plan.calibration is not None
+    config: Any = outline.model.config
+    count, length = plan.calibration.tokens.shape
+    return Rows(path, count, length, config.hidden_size, getattr(torch, plan.run_dtype), good)
+
+
+def _load_outer(plan: Plan, outline: Outline) -> None:
     load_outer(outline)
     if "rotate" in plan.transforms:
         table = outline.family.embeddings + ".weight"
         outline.model.get_parameter(table).data.copy_(
             rotate_outer(outline, plan.seed)[outline.family.stored_name(table)]
         )
-    path = job.rows_path(index)
-    config: Any = outline.model.config
-    dtype = getattr(torch, plan.run_dtype)
-    rows = Rows(path, len(tokens), tokens.shape[1], config.hidden_size, dtype, [True] * len(tokens))
-    record = job.rows_entering(index)
-    if record is not None:
-        rows.good = [bool(g) for g in record["good"]]
-        _, calls = next(enter(outline.model, outline.family.blocks, tokens[:1]))
-        calls = dict(calls)
-    else:
-        progress.start("embed the calibration rows", len(tokens))
-        calls = {}
-        try:
-            with path.open("wb") as f:
-                for hidden, seen in enter(outline.model, outline.family.blocks, tokens):
-                    f.write(hidden.to(dtype).contiguous().view(torch.uint8).numpy().reshape(-1).data)
-                    calls = seen
-                    progress.step()
-        except OSError as e:
-            raise write_failure(path, e) from e
-    release_outer(outline)
-    return rows, {i: call.to(dtype) for i, call in calls.items()}
 
 
 # ---- one block -------------------------------------------------------------------------------------------------
@@ -169,16 +187,15 @@ def _solve_with_rows(
             r.linear.view(state.module).copy_(dequantize(r.qtensor))
             if r.plan.activations is not None and r.linear.expert is None:
                 module = state.module.get_submodule(r.linear.param.removesuffix(".weight"))
-                handles.append(module.register_forward_pre_hook(_activation_hook(r)))
+                handles.append(module.register_forward_pre_hook(quantizing(r.plan.activations, r.static)))
         flow.solved(groups, progress.step)
         results += found
     return results, handles
 
 
-def _activation_hook(r: Result) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    fmt = r.plan.activations
-    assert fmt is not None
-    return lambda _, args: (quantize_activations(args[0], fmt, r.static), *args[1:])
+def quantizing(fmt: Format, static: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """A forward pre-hook of linears: their inputs in that activation format."""
+    return lambda _, args: (quantize_activations(args[0], fmt, static), *args[1:])
 
 
 def _wanted(plan: Plan, groups: tuple[LinearGroup, ...]) -> Wanted:

@@ -28,6 +28,7 @@ from qkit.declared import (
     read_json,
     read_record,
 )
+from qkit.declared_cache import check_cache
 from qkit.declared_config import Declared, Group, is_ignored, read_quantization, resolve
 from qkit.decode import FLOATS, Decoded, Stored, decode, file_sha256, layout, read_header
 from qkit.errors import BadCheckpoint
@@ -97,6 +98,7 @@ def verify(out: Path, job: Path | None = None) -> Report:
         _check_uncovered(record, declared, store, findings)
     _check_fused(record, decoded, findings)
     _check_tied(record, config or {}, store, findings)
+    check_cache(record, config or {}, store, findings)
     if job is not None:
         _check_job(record, decoded, job, findings)
     engines = _engine_table(record, groups, declared.method) if declared else []

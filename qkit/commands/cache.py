@@ -20,7 +20,7 @@ _NAMES = ("kv", "kv_memory", "max_length", "kv_scale_keys")
 def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Which cache, and how large."""
     options = [
-        click.option("--kv", metavar="POLICY", help="KV cache to run with: pm-kvq:4-2, kivi2, int8 or rotate4."),
+        click.option("--kv", metavar="POLICY", help="KV cache to run with: pm-kvq:4-2, kivi2, int8, fp8 or rotate4."),
         click.option(
             "--kv-memory", help="Budget of the KV cache of a sequence of --max-length tokens, for instance 2GB."
         ),

@@ -100,7 +100,7 @@ def _cache(model: Any, policy: Policy | None, length: int) -> Any:
 def _bytes(cache: PackedCache) -> int:
     """Of the cache, tokens that are kept as they came at 16 bits whatever the arithmetic here."""
     segments = [s for layer in cache.layers for pair in layer.segments for s in pair]
-    return cache.nbytes - sum(s.data.nbytes - 2 * s.data.numel() for s in segments if isinstance(s, Plain))
+    return cache.nbytes - sum(s.data.nbytes - 2 * s.data.numel() for s in segments if type(s) is Plain)
 
 
 def _check_prompt(prompt: int, length: int) -> None:

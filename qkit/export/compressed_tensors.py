@@ -8,6 +8,7 @@ Per linear, next to ``bias``:
   nvfp4-pack-quantized   weight_packed uint8, weight_scale float8_e4m3fn, weight_global_scale float32 [1]
   mxfp4-pack-quantized   weight_packed uint8, weight_scale uint8;   mxfp8-quantized  weight float8, weight_scale uint8
   activations            input_scale [1] (static), input_global_scale float32 [1] (NVFP4)
+Per attention module     k_scale, v_scale [1], with a kv_cache_scheme
 
 INT8 weights with INT8 activations are int-quantized; every other integer is pack-quantized, W4A8 among them: that is
 the form for which engines have 4-bit kernels (the library by itself would choose one byte per weight).
@@ -128,13 +129,17 @@ def read(tensors: dict[str, Tensor], fmt: Format, shape: tuple[int, int]) -> QTe
 
 
 def config(
-    pairs: dict[str, tuple[Format, Format | None]], skipped: list[str], module_name: dict[str, str]
+    pairs: dict[str, tuple[Format, Format | None]],
+    skipped: list[str],
+    module_name: dict[str, str],
+    cache: Format | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json.
 
     pairs:       {linear: (weights, activations)} by checkpoint name
     skipped:     linears that stay as they are, by checkpoint name
     module_name: {checkpoint name: module name} where they differ; both are listed, since loaders match either
+    cache:       of keys and values, for engines that keep them in it
     Groups of linears with equal formats become one config group. The most common one targets the class
     ``Linear`` and the others exact names, listed first.
     """
@@ -162,6 +167,7 @@ def config(
         format=formats.pop() if len(formats) == 1 else "mixed-precision",
         quantization_status="compressed",
         ignore=ignore,
+        kv_cache_scheme=None if cache is None else _args(cache, activations=True),
     )
     return {
         "version": compressed_tensors.__version__,

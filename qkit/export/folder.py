@@ -21,6 +21,7 @@ from qkit import __version__, sparse
 from qkit.export import compressed_tensors as ct
 from qkit.families.outline import Outline
 from qkit.job import Job
+from qkit.kvcache.scales import FORMAT
 from qkit.plan import LinearPlan, Plan
 from qkit.safefile import sha256_file, write_atomic, write_safetensors
 from qkit.transforms.rotate import rotate_outer
@@ -92,12 +93,19 @@ class _Tensors:
                 info = outline.checkpoint.tensors[stored]
                 self._plain(stored, info.torch_dtype, info.shape, lambda s=stored: outline.checkpoint.read_finite(s))  # type: ignore[misc]
         for block in outline.blocks:
-            for name, info in job.part(block.index).items():
-                if ":" not in name:
-                    self._plain(name, info.torch_dtype, info.shape, lambda i=info: job.read(i))  # type: ignore[misc]
+            self._part(block.index)
             for linear in block.linears:
                 if linear.name in plan.linears:
                     self._linear(plan.linears[linear.name], block.index)
+        scales = job.stage("cache")
+        if scales is not None:
+            self._part(scales)
+
+    def _part(self, index: int) -> None:
+        """What a part has under the names of the checkpoint."""
+        for name, info in self.job.part(index).items():
+            if ":" not in name:
+                self._plain(name, info.torch_dtype, info.shape, lambda i=info: self.job.read(i))  # type: ignore[misc]
 
     def _plain(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], get: Callable[[], Tensor]) -> None:
         self.specs[name] = (dtype, shape)
@@ -150,7 +158,8 @@ def quantization_config(plan: Plan, outline: Outline) -> dict[str, Any]:
     """The compressed-tensors configuration of a plan."""
     renamed = {stored: module for stored, module in module_names(outline).items() if stored != module}
     pairs = {name: (p.weights, p.activations) for name, p in plan.linears.items()}
-    return {**ct.config(pairs, list(plan.skipped), renamed), "quant_method": plan.export}
+    built = ct.config(pairs, list(plan.skipped), renamed, FORMAT if plan.static_cache else None)
+    return {**built, "quant_method": plan.export}
 
 
 def module_names(outline: Outline) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,16 +28,20 @@ def _assign(owner: nn.Module, name: str, value: Tensor) -> None:
     target.data.copy_(value)
 
 
-def load_block(outline: Outline, block: BlockOutline, dtype: torch.dtype) -> nn.Module:
+def load_block(
+    outline: Outline, block: BlockOutline, dtype: torch.dtype, read: Callable[[str], Tensor] | None = None
+) -> nn.Module:
     """The block's module with its weights in ``dtype``, read tensor by tensor; ``release`` gives the memory back.
 
-    Raises NumericFailure for a weight that is not finite.
+    read: a tensor by its name in the checkpoint; None: the checkpoint's, which raises NumericFailure for a weight that is
+    not finite
     """
+    read = read or outline.checkpoint.read_finite
     module = outline.model.get_submodule(block.path).to(dtype).to_empty(device="cpu")
     _fill_computed_buffers(outline.model, module)
     linears = {f"{linear.name}.weight": linear for linear in block.linears}
     for name, stored in block.stored:
-        value = outline.checkpoint.read_finite(stored)
+        value = read(stored)
         if stored in linears:
             linears[stored].view(module).copy_(value)
         else:

@@ -30,7 +30,7 @@ class Outline:
     def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> None:
         """model: the skeleton, when there is one already."""
         self.checkpoint = checkpoint
-        self.dtype = _dtype_of(checkpoint)
+        self.dtype = dtype_of(checkpoint)
         self.model = model or build_skeleton(checkpoint.config, str(checkpoint.path), self.dtype)
         self.family: Family = family_of(self.model, str(checkpoint.config.get("model_type")))
         self.tied = self._tied()
@@ -159,7 +159,7 @@ def _get(module: nn.Module, name: str) -> Tensor:
     return value
 
 
-def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+def dtype_of(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that holds most bytes of the checkpoint; of a packed one, most bytes of what is not packed."""
     size: dict[str, int] = {}
     packed = "quantization_config" in checkpoint.config

@@ -17,6 +17,7 @@ from qkit.errors import Unsupported, UsageError
 from qkit.kvcache.attention import NAME
 from qkit.kvcache.layer import PackedLayer, channel_group, check_head_dim
 from qkit.kvcache.policy import Policy
+from qkit.kvcache.scales import scales_of
 from qkit.kvcache.xquant import InputLayer, sources
 
 
@@ -77,7 +78,11 @@ def maker(model: Any, policy: Policy) -> Callable[[], PackedCache]:
         made = sources(model, heads.head_dim)
         return lambda: PackedCache(policy, [InputLayer(policy, s) for s in made])
     budgets = policy.budgets or (None,) * heads.layers
-    return lambda: PackedCache(policy, [PackedLayer(policy, b, _attention(model) == NAME) for b in budgets])
+    scales = [(1.0, 1.0)] * heads.layers
+    if policy.kind == "fp" and isinstance(model, nn.Module):
+        scales = scales_of(model)
+    layers = list(zip(budgets, scales, strict=True))
+    return lambda: PackedCache(policy, [PackedLayer(policy, b, _attention(model) == NAME, s) for b, s in layers])
 
 
 def _attention(model: Any) -> str | None:
@@ -126,7 +131,7 @@ class Heads:
             sides = [(kept, policy.group), (kept, channel_group(kept, policy.group))]
         scaled = policy.kind == "progressive"  # tokens of 16 bits are codes too
         whole = sum(2 * n + (4 * n // g if scaled else 0) for n, g in sides)
-        narrow = sum(n * width // 8 + 4 * n // g for n, g in sides)
+        narrow = sum(n * width // 8 + (4 * n // g if policy.kind != "fp" else 0) for n, g in sides)
 
         def at(n: int) -> int:
             sink = min(n, policy.sink)

@@ -21,7 +21,7 @@ from qkit.errors import BudgetNotMet, Unsupported, UsageError
 from qkit.kvcache.attention import QUERIES, Past
 from qkit.kvcache.nested import Nested, nested
 from qkit.kvcache.policy import Policy
-from qkit.kvcache.store import HALF, Packed, Plain, narrowed, quantize, token_bytes
+from qkit.kvcache.store import HALF, Float8, Packed, Plain, narrowed, quantize, token_bytes
 from qkit.transforms.rotate import orthogonal
 
 Segment = Packed | Plain | Nested
@@ -72,7 +72,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values [batch, heads, tokens, head_dim] of a layer, packed.
 
     policy: what is kept where; budget: bytes of a sequence, for the kind progressive (None: it stays at 16 bits);
-    packed: a few new tokens get their past packed, with the new keys, instead of dequantized: for attention.py.
+    packed: a few new tokens get their past packed, with the new keys, instead of dequantized: for attention.py;
+    scales: of keys and of values, for the kind fp.
     Raises UsageError for a head_dim that cannot be packed, BudgetNotMet, leaving the cache as it was, for tokens that do
     not fit at the least width.
     """
@@ -87,9 +88,15 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     body: Pair | None
     recent: Pair | None
 
-    def __init__(self, policy: Policy, budget: int | None = None, packed: bool = False) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        budget: int | None = None,
+        packed: bool = False,
+        scales: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
         super().__init__()
-        self.policy, self.budget, self.packed = policy, budget, packed
+        self.policy, self.budget, self.packed, self.scales = policy, budget, packed, scales
         self.by_token = policy.kind in ("kivi", "hierarchical")
         self.turns: Tensors | None = None
         self.reset()
@@ -203,6 +210,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         keys, values = (s.dequantize(s.tensors[0].dtype) for s in pair)
         if self.policy.kind == "hierarchical":
             return nested(keys, self.policy.group, "token"), nested(values, self._group(1))
+        if self.policy.kind == "fp":
+            return Float8.of(keys, self.scales[0]), Float8.of(values, self.scales[1])
         by_token = self.by_token
         group = self.policy.group if by_token else self._group(0)
         return quantize(keys, self.width, group, "token" if by_token else "channel"), quantize(

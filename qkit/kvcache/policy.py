@@ -15,10 +15,11 @@ KINDS = {
     "rtn": "every token at once, by token, rounded to nearest",
     "hierarchical": "4-bit codes and 4 bits of what they leave: read as 4 or as 8 bits (QuantSpec)",
     "xquant": "the inputs of attention instead of keys and values, which are made from them again (XQuant)",
+    "fp": "8-bit floats (e4m3), a static scale for a layer's keys and one for its values, as engines keep them",
     "rotate": "as rtn, behind a Hadamard transform of every head's keys and values",
 }
 ALIASES = {"pm-kvq": "progressive", "pmkvq": "progressive", "int": "rtn"}
-WIDTHS_OF = {"progressive": (8, 4, 2), "hierarchical": (8,)}  # the others: 2, 3, 4 and 8
+WIDTHS_OF = {"progressive": (8, 4, 2), "hierarchical": (8,), "fp": (8,)}  # the others: 2, 3, 4 and 8
 SHORT = {"progressive": "pm-kvq:", "rtn": "int"}  # how users write them
 
 
@@ -67,12 +68,12 @@ class Policy:
 
 
 def parse(text: str) -> Policy:
-    """A policy by name: pm-kvq:4-2, pm-kvq:2, kivi2, int8, rotate4. Raises UsageError with the names that there are."""
+    """A policy by name: pm-kvq:4-2, pm-kvq:2, kivi2, int8, fp8, rotate4. Raises UsageError with the names that there are."""
     match = re.fullmatch(r"([a-z-]+?):?(\d+(?:-\d+)*)", text.strip().lower())
     kind = ALIASES.get(match[1], match[1]) if match else ""
     if match is None or kind not in KINDS:
         raise UsageError(
-            f"kv policy {text!r} is not known: expected pm-kvq:4-2 (final widths), kivi2, int8 or rotate4: one of "
+            f"kv policy {text!r} is not known: expected pm-kvq:4-2 (final widths), kivi2, int8, fp8 or rotate4: one of "
             f"{', '.join([*KINDS, *ALIASES])} and bits"
         )
     widths = tuple(sorted({int(w) for w in match[2].split("-")}, reverse=True))

@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qkit.formats import FP8_MAX
+
 WIDTHS = (2, 3, 4, 8, 16)
 HALF = {16: 8, 8: 4, 4: 2}  # the width that follows in halving
 WORD = 16
@@ -159,16 +161,31 @@ class Plain:
         return (self.data,)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Plain:
-        return Plain(change(self.data))
+        return replace(self, data=change(self.data))
 
     def slice(self, start: int, end: int) -> Plain:
-        return Plain(self.data[:, :, start:end].clone())
+        return replace(self, data=self.data[:, :, start:end].clone())
 
     def cat(self, other: Plain) -> Plain:
-        return Plain(torch.cat([self.data, other.data], dim=2))
+        return replace(self, data=torch.cat([self.data, other.data], dim=2))
 
     def dequantize(self, dtype: torch.dtype, start: int = 0, end: int | None = None) -> Tensor:
         return self.data[:, :, start : self.tokens if end is None else end].to(dtype)
+
+
+@dataclass(frozen=True)
+class Float8(Plain):
+    """Tokens in float8_e4m3fn, to be multiplied by ``scale``."""
+
+    scale: float = 1.0
+
+    @staticmethod
+    def of(x: Tensor, scale: float) -> Float8:
+        """x rounded to nearest; magnitudes above 448 scales count as that."""
+        return Float8((x.to(torch.float32) / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale)
+
+    def dequantize(self, dtype: torch.dtype, start: int = 0, end: int | None = None) -> Tensor:
+        return super().dequantize(torch.float32, start, end).mul_(self.scale).to(dtype)
 
 
 def quantize(x: Tensor, bits: int, group: int, axis: str = "channel") -> Packed:

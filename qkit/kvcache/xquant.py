@@ -21,6 +21,7 @@ from qkit import ops
 from qkit.errors import Unsupported, UsageError
 from qkit.kvcache.layer import PackedLayer, Tensors
 from qkit.kvcache.policy import Policy
+from qkit.kvcache.scales import attentions
 from qkit.qtensor import dequantize
 
 
@@ -156,9 +157,9 @@ def capture(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
 
 def sources(model: Any, head_dim: int) -> list[Source]:
     """Of every layer, in order; from now on attention hands its inputs on. Raises Unsupported."""
-    found = {m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")}
-    made = [Source.of(model, found[i], head_dim) for i in sorted(found)]
-    for m in found.values():
+    found = attentions(model)
+    made = [Source.of(model, m, head_dim) for m in found]
+    for m in found:
         if capture not in m._forward_pre_hooks.values():
             m.register_forward_pre_hook(capture, with_kwargs=True)
     return made

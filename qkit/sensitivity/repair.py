@@ -34,7 +34,7 @@ POINTS = 2  # of the integral
 
 def repair(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: Progress) -> None:
     """Find ``plan.significant`` weights and commit the sparse parts of all blocks; nothing when that is done already."""
-    if not plan.significant or job.repaired is not None:
+    if not plan.significant or job.stage("repair") is not None:
         return
     assert plan.calibration is not None
     rows = plan.calibration.tokens[:ROWS]

@@ -1,0 +1,81 @@
+"""Static scales of an FP8 cache: one for the keys and one for the values of a layer, as engines take them from a checkpoint.
+
+They are buffers ``k_scale`` and ``v_scale`` [1] of the attention modules, named in the file as in the model; a number that is
+kept is its FP8 code times the scale. compressed-tensors and vLLM put the scale of keys on what rotary embedding made of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from qkit.activations import static_scale
+from qkit.errors import Unsupported
+from qkit.families.outline import Outline
+from qkit.formats import ACTIVATION_FORMATS
+
+NAMES = ("k_scale", "v_scale")
+PROJECTIONS = ("k_proj", "v_proj", "qkv_proj")  # compressed-tensors 0.20 looks for one of them in the attention module
+FORMAT = ACTIVATION_FORMATS["fp8_static"]
+
+
+def attentions(model: nn.Module) -> list[Any]:
+    """The attention modules of the layers, in order."""
+    found = {m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")}
+    return [found[i] for i in sorted(found)]  # type: ignore[type-var]
+
+
+def declare(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give every attention module a place for its scales: an outline of the model then has them among its tensors."""
+    for attention in attentions(model):
+        for name in NAMES:
+            attention.register_buffer(name, torch.empty(1, dtype=dtype, device="meta"))
+
+
+def scales_of(model: nn.Module) -> list[tuple[float, float]]:
+    """(of keys, of values) by layer; 1 where a model brings none, which is what engines take then."""
+    found = []
+    for attention in attentions(model):
+        keys, values = (attention._buffers.get(name) for name in NAMES)
+        found.append((1.0 if keys is None else float(keys), 1.0 if values is None else float(values)))
+    return found
+
+
+def tensor_names(outline: Outline) -> list[tuple[str, str]]:
+    """The names in a checkpoint of the scales of every block. Raises Unsupported for attention in which compressed-tensors
+    finds no keys and values."""
+    found = []
+    for block in outline.blocks:
+        parents = {x.name.rpartition(".")[0] for x in block.linears if x.name.rpartition(".")[2] in PROJECTIONS}
+        if len(parents) != 1:
+            raise Unsupported(
+                f"--kv fp8 for a {outline.family.name} model: {outline.family.stored_name(block.path)} has no attention "
+                f"module with k_proj and v_proj, or qkv_proj, where engines look for scales: leave --kv out"
+            )
+        (parent,) = parents
+        found.append((f"{parent}.{NAMES[0]}", f"{parent}.{NAMES[1]}"))
+    return found
+
+
+class Ranges(DynamicCache):  # type: ignore[misc]
+    """Hands keys and values through, keeps none of them and notes how large they get. Several threads may use it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, list[Tensor]] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        largest = torch.stack([x.detach().abs().amax((1, 2, 3)) for x in (keys, values)])
+        self.seen.setdefault(layer, []).append(largest.to(torch.float32))  # [2, rows]
+        return keys, values
+
+    def scales(self, layer: int, dtype: torch.dtype) -> list[Tensor]:
+        """[1] of keys and of values in ``dtype``: amax / 448 over all rows without a value that is not finite; 1 where that is
+        nothing but zeros."""
+        found = torch.cat(self.seen[layer], dim=1)
+        largest = found[:, found.isfinite().all(0)].amax(1)
+        scales = torch.tensor([static_scale(float(x), FORMAT) for x in largest]).to(dtype)
+        return list(torch.where((largest == 0) | (scales == 0), 1.0, scales).to(dtype).split(1))

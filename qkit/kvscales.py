@@ -1,0 +1,70 @@
+"""The scales of an FP8 KV cache (--kv fp8), measured on the quantized model, a block in memory at a time.
+
+After the blocks of a job are done its calibration rows go through them once more, with the weights as they were solved: what a
+transform or a solver changed in keys and values is in the scales. A stop on the way begins this pass again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkit.blocks import BlockOutline
+from qkit.families.materialize import load_block, release
+from qkit.families.outline import Outline
+from qkit.flow import Flow
+from qkit.job import Job
+from qkit.kvcache.scales import Ranges, tensor_names
+from qkit.parallel import Workers
+from qkit.plan import Plan
+from qkit.qtensor import dequantize
+from qkit.run import Progress, embed, quantizing
+
+STAGE = "cache"  # of the journal
+
+
+def measure_scales(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: Progress) -> None:
+    """Commit the scales of every block, [1] in the dtype of the checkpoint; nothing when that is done or not asked for."""
+    if not plan.static_cache or job.stage(STAGE) is not None:
+        return
+    cache = Ranges()
+    rows, calls = embed(plan, outline, job.path / "rows" / ".tmp-cache-0.bin", progress, cache)
+    tensors: dict[str, Tensor] = {}
+    for block, names in zip(outline.blocks, tensor_names(outline), strict=True):
+        progress.start(f"KV cache, block {block.index + 1}/{len(outline.blocks)}", len(list(rows.pieces())))
+        module, handles = _solved(plan, outline, job, block)
+        flow = Flow(module, block, rows, calls[block.index], pool)
+        try:
+            after, _ = flow.leave(job.path / "rows" / f".tmp-cache-{block.index + 1}.bin", progress.step)
+        finally:
+            for handle in handles:
+                handle.remove()
+        release(module)
+        rows.path.unlink()
+        rows = after
+        tensors.update(zip(names, cache.scales(block.index, outline.dtype), strict=True))
+    rows.path.unlink()
+    job.commit(job.finished, tensors, {"stage": STAGE, "linears": {}}, None)
+
+
+def _solved(plan: Plan, outline: Outline, job: Job, block: BlockOutline) -> tuple[nn.Module, list[Any]]:
+    """The block with the tensors of its part, and the handles of the hooks that quantize activations."""
+    part, statics = job.part(block.index), {}
+
+    def read(stored: str) -> Tensor:
+        name = stored.removesuffix(".weight")
+        if stored in part:
+            return job.read(part[stored])
+        q, statics[name] = job.quantized(block.index, name, plan.linears[name].weights)
+        return dequantize(q)
+
+    module = load_block(outline, block, getattr(torch, plan.run_dtype), read)
+    handles = []
+    for linear in block.linears:
+        p = plan.linears.get(linear.name)
+        if p is not None and p.activations is not None and linear.expert is None:
+            owner = module.get_submodule(linear.param.removesuffix(".weight"))
+            handles.append(owner.register_forward_pre_hook(quantizing(p.activations, statics[linear.name])))
+    return module, handles
