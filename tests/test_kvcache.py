@@ -29,7 +29,7 @@ from qkit.kvcache.policy import Policy, parse
 from qkit.kvcache.store import quantize
 from qkit.speculate import speculate
 
-NAMES = ("pm-kvq:2", "pm-kvq:8-4", "kivi2", "int8", "int4", "int3", "rotate4", "hierarchical8", "xquant4")
+NAMES = ("pm-kvq:2", "pm-kvq:8-4", "kivi2", "int8", "int4", "int3", "fp8", "rotate4", "hierarchical8", "xquant4")
 SMALL = {
     "vocab_size": 64,
     "hidden_size": 64,
