@@ -43,9 +43,10 @@ def check_cache(record: Record, config: Mapping[str, Any], store: Mapping[str, S
     where = "config.json: quantization_config.kv_cache_scheme"
     what = f"found {short(scheme)}, and the cache of qkit.json {'has' if said else 'has no'} static FP8 scales"
     findings.check("cache", said == (scheme is not None), where, what)
-    for key, value in _SCHEME.items() if isinstance(scheme, dict) else ():
-        found = scheme.get(key)
-        findings.check("cache", found == value, f"{where}.{key}", f"found {short(found)}, expected {short(value)}")
+    if isinstance(scheme, dict):
+        for key, value in _SCHEME.items():
+            found = scheme.get(key)
+            findings.check("cache", found == value, f"{where}.{key}", f"found {short(found)}, expected {short(value)}")
     linears = [name.rpartition(".") for name in (*record.linears, *record.skipped)]
     modules = sorted({parent for parent, _, leaf in linears if leaf in _PROJECTIONS}) if scheme is not None else []
     wanted = {f"{module}.{scale}" for module in modules for scale in _SCALES}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qkit.blocks import Linear
 from qkit.checkpoint import Checkpoint
 from qkit.errors import BadCheckpoint
-from qkit.export.compressed_tensors import formats_of, specs
+from qkit.export.compressed_tensors import formats_of, has_cache_scales, specs
 from qkit.families.discover import build_skeleton
 from qkit.families.outline import Outline, dtype_of
 from qkit.formats import Format
@@ -72,7 +72,7 @@ class PackedOutline(Outline):
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> None:
         self.quantization = checkpoint.config.get("quantization_config")
-        if (self.quantization or {}).get("kv_cache_scheme"):
+        if has_cache_scales(self.quantization):
             dtype = dtype_of(checkpoint)
             model = model or build_skeleton(checkpoint.config, str(checkpoint.path), dtype)
             declare(model, dtype)

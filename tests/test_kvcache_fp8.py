@@ -15,10 +15,11 @@ from test_job import contents, killed_after
 from transformers import DynamicCache
 
 import qkit
+from qkit.errors import BadCheckpoint, Unsupported
 from qkit.evaluation.decoding import decode_windows
 from qkit.kvcache.cache import Heads, PackedCache, make_cache
 from qkit.kvcache.policy import parse
-from qkit.kvcache.scales import Ranges
+from qkit.kvcache.scales import Ranges, tensor_names
 from qkit.kvcache.store import Float8
 from qkit.pipeline import Request, open_outline, prepare, quantize, text_rows
 from qkit.verify import verify
@@ -173,6 +174,8 @@ def test_rows_that_are_not_finite_and_values_that_are_zero():
     cache.update(keys[:2], values[:2], 5)
     assert cache.update(keys[2:], values[2:], 5)[0] is not None and cache.get_seq_length() == 0
     assert [float(s) for s in cache.scales(5, torch.float32)] == [pytest.approx(7 / 448), 1.0]
+    with pytest.raises(Unsupported, match="layer 0 puts no keys"):
+        cache.scales(0, torch.float32)
     tiny = Ranges()
     tiny.update(torch.full((1, 1, 1, 8), 1e-7), torch.full((1, 1, 1, 8), 448.0), 0)
     assert [float(s) for s in tiny.scales(0, torch.float16)] == [1.0, 1.0]  # not 0, by which nothing can be divided
@@ -221,6 +224,17 @@ def test_stock_transformers(out):
     assert 0 < float((logits - exact).norm() / exact.norm()) < 0.1
 
 
+@pytest.mark.parametrize("family", ("phi3", "qwen3_moe"))
+def test_stock_transformers_finds_the_scales_of_other_families(family, tiny, calib, tmp_path):
+    request = Request(str(tiny(family)), "w4a16", "rtn", 32, calib=calib, samples=4, seqlen=32, threads=1, kv=FP8)
+    assert quantize(request, tmp_path / "out", Quiet()).ok
+    model, said = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(said.values())
+    packed = make_cache(qkit.load(tmp_path / "out"), parse("fp8"))
+    for layer, kept in zip(model.model.layers, packed.layers, strict=True):
+        assert kept.scales == (layer.self_attn.k_scale.item(), layer.self_attn.v_scale.item()) != (1.0, 1.0)
+
+
 # ---- the cache -----------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +243,7 @@ def test_numbers_round_to_the_nearest_code(scale):
     x = torch.randn(2, 2, 5, 16, generator=torch.Generator().manual_seed(0)) * 100 * scale
     x[0, 0, 0, :3] = torch.tensor([1e9, -1e9, 0.0])
     q = Float8.of(x, scale)
-    assert q.data.dtype == torch.float8_e4m3fn and q.tensors == (q.data,)
+    assert q.data.dtype == torch.uint8 and q.tensors == (q.data,)
     error = (q.dequantize(torch.float32) - x).abs() / scale
     nearest = (x[..., None] / scale - GRID).abs().amin(-1)
     torch.testing.assert_close(error, nearest, rtol=1e-4, atol=1e-4)
@@ -298,10 +312,19 @@ def test_what_cannot_be_asked_for(options, code, words, run, tmp_path):
 
 
 def test_attention_that_has_no_place_for_scales(run, tiny, small, tmp_path):
-    for family, words in (("gpt_neox", "no attention module with k_proj"), ("gemma3", "sliding_attention")):
+    found = {
+        "gpt_neox": "needs num_key_value_heads",
+        "opt": "needs num_key_value_heads",
+        "gemma3": "sliding_attention",
+    }
+    for family, words in found.items():
         options = ["--scheme", "w4a16", "--kv", "fp8", "--out", tmp_path / "out", *small]
         code, _, err = run("quantize", "--model", tiny(family), *options)
         assert code == 3 and words in err
+    outline = open_outline(str(tiny("gpt_neox")))
+    outline.model.config.num_key_value_heads = 4
+    with pytest.raises(Unsupported, match="no attention module with k_proj"):
+        tensor_names(outline)
 
 
 # ---- the proof -----------------------------------------------------------------------------------------------------
@@ -351,5 +374,5 @@ def test_a_forged_record_does_not_help(out, tmp_path):
     bad = changed_copy(out, tmp_path / "bad", lambda t: t.pop(NAME))
     edit_json(bad / "qkit.json", lambda r: r["plain"].pop(NAME))
     assert problems(bad) == [f"{NAME}: is missing: engines take 1 for it"]
-    with pytest.raises(qkit.errors.BadCheckpoint, match="v_scale"):
+    with pytest.raises(BadCheckpoint, match="v_scale"):
         qkit.load(bad)

@@ -177,6 +177,13 @@ def config(
     }
 
 
+def has_cache_scales(quantization: dict[str, Any] | None) -> bool:
+    """Whether a config says that keys and values have a static FP8 scale each, k_scale and v_scale [1]."""
+    scheme = (quantization or {}).get("kv_cache_scheme")
+    wanted = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    return isinstance(scheme, dict) and not scheme.get("dynamic") and wanted.items() <= scheme.items()
+
+
 def _args(fmt: Format, activations: bool) -> Any:
     from compressed_tensors.quantization import QuantizationArgs
 

@@ -80,7 +80,7 @@ def maker(model: Any, policy: Policy) -> Callable[[], PackedCache]:
     budgets = policy.budgets or (None,) * heads.layers
     scales = [(1.0, 1.0)] * heads.layers
     if policy.kind == "fp" and isinstance(model, nn.Module):
-        scales = scales_of(model)
+        scales = scales_of(model, heads.layers)
     layers = list(zip(budgets, scales, strict=True))
     return lambda: PackedCache(policy, [PackedLayer(policy, b, _attention(model) == NAME, s) for b, s in layers])
 

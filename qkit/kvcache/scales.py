@@ -22,31 +22,35 @@ PROJECTIONS = ("k_proj", "v_proj", "qkv_proj")  # compressed-tensors 0.20 looks 
 FORMAT = ACTIVATION_FORMATS["fp8_static"]
 
 
-def attentions(model: nn.Module) -> list[Any]:
-    """The attention modules of the layers, in order."""
+def attentions(model: Any) -> dict[int, Any]:
+    """The attention module of every layer, in order."""
     found = {m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")}
-    return [found[i] for i in sorted(found)]  # type: ignore[type-var]
+    return dict(sorted(found.items()))
 
 
 def declare(model: nn.Module, dtype: torch.dtype) -> None:
     """Give every attention module a place for its scales: an outline of the model then has them among its tensors."""
-    for attention in attentions(model):
+    for attention in attentions(model).values():
         for name in NAMES:
             attention.register_buffer(name, torch.empty(1, dtype=dtype, device="meta"))
 
 
-def scales_of(model: nn.Module) -> list[tuple[float, float]]:
+def scales_of(model: nn.Module, layers: int) -> list[tuple[float, float]]:
     """(of keys, of values) by layer; 1 where a model brings none, which is what engines take then."""
-    found = []
-    for attention in attentions(model):
-        keys, values = (attention._buffers.get(name) for name in NAMES)
-        found.append((1.0 if keys is None else float(keys), 1.0 if values is None else float(values)))
-    return found
+    found = attentions(model)
+    buffers = [found[i]._buffers if i in found else {} for i in range(layers)]
+    return [(float(b.get(NAMES[0], 1.0)), float(b.get(NAMES[1], 1.0))) for b in buffers]
 
 
 def tensor_names(outline: Outline) -> list[tuple[str, str]]:
     """The names in a checkpoint of the scales of every block. Raises Unsupported for attention in which compressed-tensors
-    finds no keys and values."""
+    finds no keys and values, and for a config that does not tell it how many heads they have."""
+    config: Any = outline.model.config
+    if not hasattr(config.get_text_config(decoder=True), "num_key_value_heads"):
+        raise Unsupported(
+            f"--kv fp8 for a {outline.family.name} model: compressed-tensors needs num_key_value_heads, which its config does "
+            "not have: leave --kv out"
+        )
     found = []
     for block in outline.blocks:
         parents = {x.name.rpartition(".")[0] for x in block.linears if x.name.rpartition(".")[2] in PROJECTIONS}
@@ -74,7 +78,11 @@ class Ranges(DynamicCache):  # type: ignore[misc]
 
     def scales(self, layer: int, dtype: torch.dtype) -> list[Tensor]:
         """[1] of keys and of values in ``dtype``: amax / 448 over all rows without a value that is not finite; 1 where that is
-        nothing but zeros."""
+        nothing but zeros. Raises Unsupported for a layer that put nothing into the cache."""
+        if layer not in self.seen:
+            raise Unsupported(
+                f"--kv fp8: layer {layer} puts no keys and values of its own into a cache: leave --kv out"
+            )
         found = torch.cat(self.seen[layer], dim=1)
         largest = found[:, found.isfinite().all(0)].amax(1)
         scales = torch.tensor([static_scale(float(x), FORMAT) for x in largest]).to(dtype)

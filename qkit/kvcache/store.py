@@ -175,17 +175,19 @@ class Plain:
 
 @dataclass(frozen=True)
 class Float8(Plain):
-    """Tokens in float8_e4m3fn, to be multiplied by ``scale``."""
+    """Tokens in float8_e4m3fn, as uint8 (which every device can join and pick from), to be multiplied by ``scale``."""
 
     scale: float = 1.0
 
     @staticmethod
     def of(x: Tensor, scale: float) -> Float8:
         """x rounded to nearest; magnitudes above 448 scales count as that."""
-        return Float8((x.to(torch.float32) / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale)
+        codes = (x.to(torch.float32) / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        return Float8(codes.view(torch.uint8), scale)
 
     def dequantize(self, dtype: torch.dtype, start: int = 0, end: int | None = None) -> Tensor:
-        return super().dequantize(torch.float32, start, end).mul_(self.scale).to(dtype)
+        codes = super().dequantize(torch.uint8, start, end).view(torch.float8_e4m3fn)
+        return codes.to(torch.float32).mul_(self.scale).to(dtype)
 
 
 def quantize(x: Tensor, bits: int, group: int, axis: str = "channel") -> Packed:

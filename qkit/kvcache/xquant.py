@@ -158,8 +158,8 @@ def capture(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
 def sources(model: Any, head_dim: int) -> list[Source]:
     """Of every layer, in order; from now on attention hands its inputs on. Raises Unsupported."""
     found = attentions(model)
-    made = [Source.of(model, m, head_dim) for m in found]
-    for m in found:
+    made = [Source.of(model, m, head_dim) for m in found.values()]
+    for m in found.values():
         if capture not in m._forward_pre_hooks.values():
             m.register_forward_pre_hook(capture, with_kwargs=True)
     return made
