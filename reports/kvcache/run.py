@@ -38,6 +38,7 @@ PLAIN = (
     "int3",
     "int4",
     "int8",
+    "fp8",
     "rotate2",
     "rotate4",
     "hierarchical8",
