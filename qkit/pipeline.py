@@ -6,7 +6,7 @@ report = quantize(Request(model="tiny-llama", scheme="w4a16", method="gptq"), ou
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
