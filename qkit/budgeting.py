@@ -145,9 +145,8 @@ def _shared_memory(
         )
     open_ = joint_choices(request, replace(asked, length=context), progress)
     widths = open_.policy.widths
-    least = open_.heads.layers * min(open_.sizes.values())
-    refuse_too_small(made, wanted.budget, activations + least, bool(wanted.floors))
-    finals = (widths[0],) * open_.heads.layers
+    refuse_too_small(made, wanted.budget, activations + open_.least, bool(wanted.floors))
+    finals = open_.policy.widths_of(open_.heads.layers)
     if len(widths) > 1:
         if wanted.measure != MEASURE:
             raise UsageError(

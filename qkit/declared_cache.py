@@ -15,7 +15,7 @@ from qkit.decode import FLOATS, Stored
 
 _CACHE: Fields = {
     "kind": (
-        lambda v: v in ("progressive", "kivi", "rtn", "rotate", "hierarchical", "xquant", "fp"),
+        lambda v: v in ("progressive", "kivi", "rtn", "rotate", "hierarchical", "xquant", "xquant-cl", "fp"),
         "the kind of a KV cache",
     ),
     "widths": (

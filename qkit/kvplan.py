@@ -38,7 +38,7 @@ class CacheRequest:
 
 @dataclass(frozen=True)
 class CacheChoices:
-    """What can be chosen: policy without budgets, the model's heads, tokens, and bytes of a layer at each final width.
+    """What can be chosen: policy without budgets, the model's heads, tokens, and bytes of a layer at each width that one ends at.
 
     costs: by layer, {width: nats a token}, where there is more than one width
     """
@@ -49,6 +49,11 @@ class CacheChoices:
     length: int
     sizes: dict[int, int]
     costs: tuple[dict[int, float], ...] | None
+
+    @property
+    def least(self) -> int:
+        """Bytes of a cache whose layers all end at their least widths."""
+        return sum(self.sizes[w] for w in self.policy.widths_of(self.heads.layers))
 
     @property
     def units(self) -> list[list[Choice]]:
@@ -74,9 +79,9 @@ def plan_cache(request: Request, wanted: CacheRequest, progress: Progress) -> Ca
     """The cache within ``wanted.memory``. Raises UsageError for a policy or a memory that cannot be, Unsupported for attention
     that no policy serves."""
     open_ = _opened(request, wanted)
-    _refuse_too_little(wanted.memory, open_.heads.layers * min(open_.sizes.values()), open_)
+    _refuse_too_little(wanted.memory, open_.least, open_)
     if len(open_.policy.widths) == 1:
-        return settled(request, open_, wanted, (open_.policy.widths[0],) * open_.heads.layers, progress)
+        return settled(request, open_, wanted, open_.policy.widths_of(open_.heads.layers), progress)
     if wanted.memory is None:
         raise UsageError(
             f"--kv {open_.policy.name} chooses between widths by memory: give --kv-memory (or --memory for all), or one width"
@@ -107,7 +112,7 @@ def _opened(request: Request, wanted: CacheRequest) -> CacheChoices:
     length = wanted.length or getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if length is None:
         raise UsageError("--kv: the model does not say how many tokens it takes at most; give --max-length")
-    sizes = {w: heads.bytes_at(policy, w, length) for w in policy.widths}
+    sizes = {w: heads.bytes_at(policy, w, length) for w in {*policy.widths, *policy.widths_of(heads.layers)}}
     with_budgets(policy, config, length)  # refuses what cannot be, before anything is measured
     if wanted.scale_keys:
         _refuse_unscalable(policy, outline)

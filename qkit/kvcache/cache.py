@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from qkit.errors import Unsupported, UsageError
 from qkit.kvcache.attention import NAME
+from qkit.kvcache.crosslayer import cross_layers
 from qkit.kvcache.layer import PackedLayer, channel_group, check_head_dim
 from qkit.kvcache.policy import Policy
 from qkit.kvcache.scales import scales_of
@@ -72,9 +73,12 @@ def maker(model: Any, policy: Policy) -> Callable[[], PackedCache]:
             f"kv policy {policy.name} has budgets for {len(policy.budgets)} layers and the model has {heads.layers}: make it "
             "for this model"
         )
-    if policy.kind == "xquant":
+    if policy.kind in ("xquant", "xquant-cl"):
         if not isinstance(model, nn.Module):
             return lambda: PackedCache(policy, [])  # what can be said of a config alone was said
+        if policy.kind == "xquant-cl":
+            shared = sources(model, heads.head_dim, shared=True)
+            return lambda: PackedCache(policy, cross_layers(policy, shared))
         made = sources(model, heads.head_dim)
         return lambda: PackedCache(policy, [InputLayer(policy, s) for s in made])
     budgets = policy.budgets or (None,) * heads.layers
@@ -125,8 +129,9 @@ class Heads:
         kept = self.heads * self.head_dim
         values = (kept, channel_group(self.head_dim, policy.group))
         sides = [(kept, policy.group) if policy.kind in ("kivi", "hierarchical") else values, values]
-        if policy.kind == "xquant" and self.hidden <= kept:
-            sides = [(self.hidden // 2, channel_group(self.hidden // 2, policy.group))] * 2
+        if policy.kind == "xquant-cl" or (policy.kind == "xquant" and self.hidden <= kept):
+            half = min(self.hidden // 2, kept)
+            sides = [(half, channel_group(half, policy.group))] * 2
         elif policy.kind == "xquant":
             sides = [(kept, policy.group), (kept, channel_group(kept, policy.group))]
         scaled = policy.kind == "progressive"  # tokens of 16 bits are codes too
@@ -159,7 +164,7 @@ def with_budgets(policy: Policy, model: Any, length: int) -> Policy:
             f"kv policy {policy.name}: a length of {length} tokens, and {policy.sink + policy.window} stay at 16 bits "
             "(sink and window): nothing is left to pack; give a larger --max-length"
         )
-    finals = policy.finals or (policy.widths[-1],) * heads.layers
+    finals = policy.widths_of(heads.layers)
     budgets = tuple(heads.bytes_at(policy, w, length) for w in finals)
     return replace(policy, finals=finals, budgets=budgets, length=length)
 

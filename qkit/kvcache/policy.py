@@ -15,11 +15,13 @@ KINDS = {
     "rtn": "every token at once, by token, rounded to nearest",
     "hierarchical": "4-bit codes and 4 bits of what they leave: read as 4 or as 8 bits (QuantSpec)",
     "xquant": "the inputs of attention instead of keys and values, which are made from them again (XQuant)",
+    "xquant-cl": "as xquant, of each layer what its input differs by from that of the layer below (XQuant-CL)",
     "fp": "8-bit floats (e4m3), a static scale for a layer's keys and one for its values, as engines keep them",
     "rotate": "as rtn, behind a Hadamard transform of every head's keys and values",
 }
 ALIASES = {"pm-kvq": "progressive", "pmkvq": "progressive", "int": "rtn"}
 WIDTHS_OF = {"progressive": (8, 4, 2), "hierarchical": (8,), "fp": (8,)}  # the others: 2, 3, 4 and 8
+ANCHORS, ANCHOR_BITS = 3, 4  # xquant-cl: layers that have at least so many bits (XQuant-CL: "the first 3 layers")
 SHORT = {"progressive": "pm-kvq:", "rtn": "int"}  # how users write them
 
 
@@ -53,6 +55,13 @@ class Policy:
         """As it is asked for."""
         return SHORT.get(self.kind, self.kind) + "-".join(map(str, self.widths))
 
+    def widths_of(self, layers: int) -> tuple[int, ...]:
+        """Bits of each layer's body in the end."""
+        least = self.widths[-1]
+        if self.kind != "xquant-cl":
+            return self.finals or (least,) * layers
+        return tuple(max(least, ANCHOR_BITS) if i < ANCHORS else least for i in range(layers))
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, for qkit.json."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if v is not None}
@@ -81,6 +90,7 @@ def parse(text: str) -> Policy:
         "progressive": {"sink": 1, "window": 128},
         "kivi": {"group": 32, "window": 128},
         "xquant": {"group": 32, "window": 128},
+        "xquant-cl": {"group": 32, "window": 128},
         "hierarchical": {"window": 128, "keep": 128},
     }
     return checked(replace(Policy(kind, widths), **defaults.get(kind, {})))

@@ -30,8 +30,8 @@ class Source:
     """How a layer's keys and values come from its inputs.
 
     attention: the module, with k_proj and v_proj; head_dim: of keys; latent: for keys and for values (U [in, r], S
-    B^T [r, out]), None where inputs are kept as they are; rotary: (x, positions) -> cos, sin; None without rotary
-    embedding
+    B^T [r, out]) or, shared, the halves of one basis (U [in, r], U^T [r, in]); None where inputs are kept as they are;
+    rotary: (x, positions) -> cos, sin; None without rotary embedding
     """
 
     attention: Any
@@ -43,8 +43,9 @@ class Source:
         return self  # a copy of a cache belongs to the same model
 
     @staticmethod
-    def of(model: Any, attention: Any, head_dim: int) -> Source:
-        """Raises Unsupported for attention without projections of its own for keys and values."""
+    def of(model: Any, attention: Any, head_dim: int, shared: bool = False) -> Source:
+        """shared: one basis for keys and values, from which inputs can be made again. Raises Unsupported for attention without
+        projections of its own for keys and values."""
         if not (hasattr(attention, "k_proj") and hasattr(attention, "v_proj")):
             raise Unsupported(
                 f"an xquant cache for {type(attention).__name__}: it has no k_proj and v_proj of its own: use kivi or int8"
@@ -56,7 +57,11 @@ class Source:
             )
         weights = [_dense(getattr(attention, n)) for n in ("k_proj", "v_proj")]
         latent = None
-        if weights[0].shape[1] > weights[0].shape[0]:
+        if shared:
+            both = torch.cat(weights)
+            if both.shape[1] > both.shape[0]:
+                latent = tuple((u, u.T) for u in _factors(both)[0].chunk(2, dim=1))
+        elif weights[0].shape[1] > weights[0].shape[0]:
             latent = tuple(_factors(w) for w in weights)
         rotary = getattr(model.get_decoder(), "rotary_emb", None)
         return Source(attention, head_dim, latent, rotary)  # type: ignore[arg-type]
@@ -71,16 +76,32 @@ class Source:
 
     def keys_values(self, pair: Tensors, positions: Tensor) -> Tensors:
         """From what was stored: keys after rotary embedding, and values, [batch, heads, tokens, head_dim]."""
-        a = self.attention
         if self.latent is None:
-            x = torch.cat(pair, dim=3)[:, 0]
-            keys, values = a.k_proj(x), a.v_proj(x)
-        else:
-            made = [
-                (t[:, 0].to(m.dtype) @ m.to(t.device)).to(t.dtype) for t, (_, m) in zip(pair, self.latent, strict=True)
-            ]
-            biases = (a.k_proj.bias, a.v_proj.bias)
-            keys, values = (y if b is None else y + b for y, b in zip(made, biases, strict=True))
+            return self.projected(torch.cat(pair, dim=3)[:, 0], positions)
+        biases = (self.attention.k_proj.bias, self.attention.v_proj.bias)
+        keys, values = (y if b is None else y + b for y, b in zip(self._times(pair), biases, strict=True))
+        return self._turned(keys, values, positions)
+
+    def inputs(self, pair: Tensors) -> Tensor:
+        """[batch, tokens, in], as far as keys and values depend on them, of a pair in the shared basis."""
+        if self.latent is None:
+            return torch.cat(pair, dim=3)[:, 0]
+        first, second = self._times(pair)
+        return first + second
+
+    def projected(self, x: Tensor, positions: Tensor) -> Tensors:
+        """Keys and values of inputs [batch, tokens, in], as ``keys_values`` gives them."""
+        return self._turned(self.attention.k_proj(x), self.attention.v_proj(x), positions)
+
+    def _times(self, pair: Tensors) -> Tensors:
+        assert self.latent is not None
+        first, second = (
+            (t[:, 0].to(m.dtype) @ m.to(t.device)).to(t.dtype) for t, (_, m) in zip(pair, self.latent, strict=True)
+        )
+        return first, second
+
+    def _turned(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensors:
+        a = self.attention
         keys, values = (t.unflatten(2, (-1, self.head_dim)) for t in (keys, values))
         keys, values = getattr(a, "k_norm", nn.Identity())(keys).transpose(1, 2), values.transpose(1, 2)
         if self.rotary is not None:
@@ -122,24 +143,29 @@ class InputLayer(PackedLayer):
             raise UsageError("an xquant cache belongs to the model that it was made for: make one for this model")
         x, positions = self.seen
         self.seen = None
-        past = self.get_seq_length()
         if positions is not None:
             # Sequences that were padded on the left begin at position 0 later; all else counts up.
-            self.shift = past + x.shape[1] - 1 - positions.expand(len(x), -1)[:, -1:]
-        old = self.read()
-        self.append(*self.source.kept(x))
+            self.shift = self.get_seq_length() + x.shape[1] - 1 - positions.expand(len(x), -1)[:, -1:]
+        old = self.exchange(x)
         if old is None:
             return key_states, value_states
         return torch.cat([old[0], key_states], dim=2), torch.cat([old[1], value_states], dim=2)
 
+    def exchange(self, x: Tensor) -> Tensors | None:
+        """Keys and values of the past, for new inputs [batch, tokens, in], which are kept."""
+        old = self.read()
+        self.append(*self.source.kept(x))
+        return old
+
     def read(self) -> Tensors | None:
         """Keys and values of the past, made from what is kept."""
         pair = super().read()
-        if pair is None:
-            return None
-        tokens = torch.arange(self.get_seq_length(), device=self.device)[None]
-        positions = tokens if self.shift is None else (tokens - self.shift).clamp_min(0)
-        return self.source.keys_values(pair, positions)
+        return None if pair is None else self.source.keys_values(pair, self.positions(pair[0].shape[2]))
+
+    def positions(self, tokens: int) -> Tensor:
+        """int64 [batch or 1, tokens]: of the first ones."""
+        counted = torch.arange(tokens, device=self.device)[None]
+        return counted if self.shift is None else (counted - self.shift).clamp_min(0)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._map(change)
@@ -155,10 +181,10 @@ def capture(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         layer.seen = (kwargs["hidden_states"] if not args else args[0], kwargs.get("position_ids"))
 
 
-def sources(model: Any, head_dim: int) -> list[Source]:
-    """Of every layer, in order; from now on attention hands its inputs on. Raises Unsupported."""
+def sources(model: Any, head_dim: int, shared: bool = False) -> list[Source]:
+    """Of every layer, in order, as by ``Source.of``; from now on attention hands its inputs on. Raises Unsupported."""
     found = attentions(model)
-    made = [Source.of(model, m, head_dim) for m in found.values()]
+    made = [Source.of(model, m, head_dim, shared) for m in found.values()]
     for m in found.values():
         if capture not in m._forward_pre_hooks.values():
             m.register_forward_pre_hook(capture, with_kwargs=True)

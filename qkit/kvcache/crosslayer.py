@@ -1,0 +1,87 @@
+"""Inputs of attention kept as what they differ by from those of the layer below (XQuant-CL, arXiv 2508.10395).
+
+A_l = A_(l-1) + D_l with D_l = Q(X_l - A_(l-1)): the difference is taken to what the layers below give back, not to
+what went into them, so their errors are not added up. The first ANCHORS layers have at least ANCHOR_BITS bits; the first of all
+keeps X itself, and that the differences begin with the second is our choice. Where an input has more
+numbers than keys and values together (grouped queries), X U is differenced, with [W_k | W_v] = U S B^T, and A_l = A_(l-1) +
+Q((X_l - A_(l-1)) U) U^T: in the space that its keys and values depend on it is as good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qkit.kvcache.layer import PackedLayer, Pair, Tensors
+from qkit.kvcache.policy import Policy
+from qkit.kvcache.store import Plain
+from qkit.kvcache.xquant import InputLayer, Source
+
+
+@dataclass
+class Below:
+    """What a layer hands on to the next one within a pass, and nothing holds in between: inputs as they are made again, of the
+    tokens in the body, float32 [batch, tokens, in]."""
+
+    inputs: Tensor | None = None
+
+
+class CrossLayer(InputLayer):
+    """A cache layer that keeps differences; newest tokens are kept whole, in the layer's own basis.
+
+    All layers of a cache have as many tokens in the body: the inputs of layer l - 1 are those of the same tokens. Scales are
+    of a token, so that a body can be cut anywhere without the layers below.
+    """
+
+    def __init__(self, policy: Policy, source: Source, below: Below, first: bool, last: bool) -> None:
+        super().__init__(policy, source)
+        self.by_token = False
+        self.below, self.first, self.last = below, first, last
+
+    def exchange(self, x: Tensor) -> Tensors | None:
+        """As for InputLayer. Of tokens that move on to the body the past still has what they were."""
+        tokens, recent = (0 if self.body is None else self.body[0].tokens), self.recent
+        if self.first:
+            self.below.inputs = None
+        self.append(*self.source.kept(x))
+        made = self._made()
+        self.below.inputs = None if self.last else made
+        parts = [] if made is None or not tokens else [made[:, :tokens].to(self.dtype)]
+        if recent is not None:
+            parts.append(self.source.inputs(_dequantized(recent, self.dtype)))
+        if not parts:
+            return None
+        past = torch.cat(parts, dim=1)
+        return self.source.projected(past, self.positions(past.shape[1]))
+
+    def _made(self) -> Tensor | None:
+        """A_l of the body."""
+        if self.body is None:
+            return None
+        own = self.source.inputs(_dequantized(self.body, torch.float32))
+        return own if self.below.inputs is None else own.add_(self.below.inputs.to(own.device))
+
+    def _packed(self, pair: Pair) -> Pair:
+        if self.below.inputs is None:
+            return super()._packed(pair)
+        start = 0 if self.body is None else self.body[0].tokens
+        below = self.source.kept(self.below.inputs[:, start : start + pair[0].tokens].to(self.device))
+        keys, values = (Plain(s - b) for s, b in zip(_dequantized(pair, torch.float32), below, strict=True))
+        return super()._packed((keys, values))
+
+
+def _dequantized(pair: Pair, dtype: torch.dtype) -> Tensors:
+    return pair[0].dequantize(dtype), pair[1].dequantize(dtype)
+
+
+def cross_layers(policy: Policy, made: Sequence[Source]) -> list[PackedLayer]:
+    """The empty layers of a cache, in order."""
+    below, last = Below(), len(made) - 1
+    widths = policy.widths_of(len(made))
+    return [
+        CrossLayer(replace(policy, widths=(w,)), s, below, i == 0, i == last)
+        for i, (s, w) in enumerate(zip(made, widths, strict=True))
+    ]
