@@ -58,6 +58,39 @@ def test_a_checkpoint_with_its_cache(run, tmp_path):
     assert code == 4 and "kv.finals" in said + err
 
 
+def test_a_checkpoint_with_differences_between_layers(run, tiny, small, tmp_path):
+    """What the plan says is what four layers of four bits, and one of two, take in the end; eval compares it."""
+    source, out = tiny("qwen2", num_hidden_layers=5, num_key_value_heads=1), tmp_path / "out"
+    code, said, _ = run(
+        "quantize", "--model", source, "--scheme", "w4a16", "--group-size", "16", "--kv", "xquant-cl2", "--max-length", "384",
+        "--out", out, *small,
+    )  # fmt: skip
+    whole, four, two = (
+        2 * (16 * b // 8 + 4 * (b < 16)) for b in (16, 4, 2)
+    )  # bytes of a token: 16 numbers and a group, twice
+    most = 5 * 127 * whole + 256 * (3 * four + 2 * two)
+    assert code == 0 and f"KV cache: xquant-cl2, {most / 1e6:.2f}" in said
+    assert json.loads((out / "qkit.json").read_text())["kv"]["kind"] == "xquant-cl" and run("verify", out)[0] == 0
+    cache = generated(qkit.load(out))
+    assert isinstance(cache, PackedCache) and cache.widths == [4, 4, 4, 2, 2]
+    code, _, _ = run(
+        "eval",
+        out,
+        "--windows",
+        "1",
+        "--window",
+        "120",
+        "--kv-step",
+        "20",
+        "--kv",
+        "xquant-cl8",
+        "--json",
+        tmp_path / "e",
+    )
+    found = json.loads((tmp_path / "e").read_text())["caches"]["evaluation"]["xquant-cl8"]
+    assert code == 0 and found["widths"] == [8] * 5 and found["share"] == 1  # newest tokens, all of them
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

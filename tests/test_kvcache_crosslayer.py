@@ -13,7 +13,7 @@ from qkit.kvcache.cache import Heads, make_cache
 from qkit.kvcache.crosslayer import cross_layers
 from qkit.kvcache.policy import Policy, parse
 from qkit.kvcache.store import quantize
-from qkit.kvcache.xquant import sources
+from qkit.kvcache.xquant import Source, sources
 
 CL2 = replace(parse("xquant-cl2"), group=8, window=16)
 
@@ -66,6 +66,18 @@ def test_errors_do_not_grow_with_depth(kind):
     assert opened[-1] > 2 * opened[3] and opened[-1] > 2 * closed[-1]
     direct = quantize(x[:, None], 2, 8).dequantize(torch.float32)[:, 0]
     assert float((direct - x).norm() / x.norm()) > 3 * closed[-1]
+
+
+def test_the_shared_basis_is_of_keys_and_values():
+    """Nothing of them is lost in it, and no channel of it matters much more than another, as those of U do."""
+    attention = small("qwen2").model.layers[0].self_attn
+    attention.k_proj.weight.data *= torch.logspace(0, -2, 16)[:, None]
+    weight = torch.cat([attention.k_proj.weight, attention.v_proj.weight]).detach().T
+    basis = torch.cat([u for u, _ in Source.of(small("qwen2"), attention, 16, shared=True).latent], dim=1)
+    torch.testing.assert_close(basis @ (basis.T @ weight), weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(32), rtol=1e-4, atol=1e-5)
+    turned, singular = (basis.T @ weight).norm(dim=1), torch.linalg.svdvals(weight)
+    assert turned.max() < 4 * turned.min() and singular.max() > 50 * singular.min()
 
 
 def test_what_is_kept_does_not_depend_on_the_steps():

@@ -1,10 +1,19 @@
 """Inputs of attention kept as what they differ by from those of the layer below (XQuant-CL, arXiv 2508.10395).
 
 A_l = A_(l-1) + D_l with D_l = Q(X_l - A_(l-1)): the difference is taken to what the layers below give back, not to
-what went into them, so their errors are not added up. The first ANCHORS layers have at least ANCHOR_BITS bits; the first of all
-keeps X itself, and that the differences begin with the second is our choice. Where an input has more
-numbers than keys and values together (grouped queries), X U is differenced, with [W_k | W_v] = U S B^T, and A_l = A_(l-1) +
-Q((X_l - A_(l-1)) U) U^T: in the space that its keys and values depend on it is as good.
+what went into them, so that errors do not add up. The first ANCHORS layers have at least ANCHOR_BITS bits.
+
+What the paper leaves open is our choice; all of it was tried on a Llama of 8 layers (24 rows of 1,024 tokens, every
+token at 2 bits; change of perplexity, with twice its standard error):
+
+- X is what the projections read, after the norm: +0.69 +- 0.17 %. Differences of the residual stream, with the norm
+  done on reading, were no different (-0.15 +- 0.21 to that) and cannot be had without all numbers of an input.
+- Differences begin with the second layer: anchors that keep X themselves +0.85 %. Differences to what went in +2.03 %;
+  no differences at all, the same anchors, +3.44 %.
+- Scales are of a token. Scales along tokens were no different (-0.04 +- 0.24 to that).
+- Where an input has more numbers than keys and values together (grouped queries), X U is differenced, with [W_k | W_v]
+  = U S B^T: A_l = A_(l-1) + Q((X_l - A_(l-1)) U) U^T, as good in the space that keys and values depend on. A Hadamard
+  matrix turns U within that space: with U itself directions of large S get the largest errors, +1.64 % against +0.58 %.
 """
 
 from __future__ import annotations

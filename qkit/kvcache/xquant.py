@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from qkit import ops
 from qkit.errors import Unsupported, UsageError
-from qkit.kvcache.layer import PackedLayer, Tensors
+from qkit.kvcache.layer import ROTATION_SEED, PackedLayer, Tensors
 from qkit.kvcache.policy import Policy
 from qkit.kvcache.scales import attentions
 from qkit.qtensor import dequantize
+from qkit.transforms.rotate import orthogonal
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Source:
         if shared:
             both = torch.cat(weights)
             if both.shape[1] > both.shape[0]:
-                latent = tuple((u, u.T) for u in _factors(both)[0].chunk(2, dim=1))
+                basis = _factors(both)[0]
+                latent = tuple((u, u.T) for u in (basis @ orthogonal(basis.shape[1], ROTATION_SEED)).chunk(2, dim=1))
         elif weights[0].shape[1] > weights[0].shape[0]:
             latent = tuple(_factors(w) for w in weights)
         rotary = getattr(model.get_decoder(), "rotary_emb", None)
