@@ -38,7 +38,7 @@ class CacheRequest:
 
 @dataclass(frozen=True)
 class CacheChoices:
-    """What can be chosen: policy without budgets, the model's heads, tokens, and bytes of a layer at each width that one ends at.
+    """What can be chosen: policy without budgets, the model's heads, tokens, and bytes of a layer at each width it can end at.
 
     costs: by layer, {width: nats a token}, where there is more than one width
     """

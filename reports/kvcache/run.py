@@ -43,7 +43,6 @@ PLAIN = (
     "rotate4",
     "hierarchical8",
     "xquant2",
-    "xquant3",
     "xquant4",
     "xquant-cl2",
     "xquant-cl3",
