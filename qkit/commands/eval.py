@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,9 @@ PATIENCE = 2.0  # seconds before a progress bar appears
 @click.option(
     "--kv-step", default=1, show_default=True, type=click.IntRange(1), help="Tokens that are decoded at a time."
 )
+@click.option(
+    "--retrieval", is_flag=True, help="Compare the caches by what can be retrieved through them, not by decoding."
+)
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(list(DTYPES)), help="Of arithmetic.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--task-dir", type=click.Path(path_type=Path), help="A folder of further lm-eval task files.")
@@ -56,6 +59,7 @@ def eval_command(
     kv: tuple[str, ...],
     prompt: int | None,
     kv_step: int,
+    retrieval: bool,
     dtype: str,
     device: str,
     task_dir: Path | None,
@@ -74,15 +78,29 @@ def eval_command(
     from qkit.locate import find_model
 
     names = split_names(tasks)
-    if not texts and (kv or not names):
+    if not texts and (kv or retrieval or not names):
         texts = (str(qkit_data.text_path("evaluation")),)
     if allow_task_code and task_dir is None:
         raise UsageError("--allow-task-code is about the files of --task-dir, and there is none; leave it out")
     caches = [parse(name) for policies in kv for name in split_names(policies)]
     if prompt is not None and not caches:
         raise UsageError("--prompt is about the caches of --kv, and there is none; leave it out")
+    if retrieval and (prompt is not None or kv_step != 1):
+        raise UsageError("--prompt and --kv-step are about decoding, and --retrieval takes its place; leave them out")
     request = EvalRequest(
-        texts, window, windows, names, limit, task_dir, allow_task_code, dtype, device, caches, prompt, kv_step
+        texts,
+        window,
+        windows,
+        names,
+        limit,
+        task_dir,
+        allow_task_code,
+        dtype,
+        device,
+        caches,
+        prompt,
+        kv_step,
+        retrieval,
     )
     original = None if baseline is None else find_model(baseline)
     with progress_bar(Console(stderr=True)) as progress:
@@ -131,6 +149,8 @@ def show(measured: Mapping[str, Any], console: Console) -> None:
         console.print(texts_table(measured["texts"]))
     for text_, caches in measured.get("caches", {}).items():
         console.print(caches_table(text_, caches))
+    for text_, caches in measured.get("retrieval", {}).items():
+        console.print(retrieval_table(text_, caches))
     if measured.get("tasks"):
         console.print(tasks_table(measured["tasks"], measured.get("baseline_tasks", {})))
 
@@ -145,6 +165,21 @@ def caches_table(text: str, caches: Mapping[str, Mapping[str, Any]]) -> Table:
         )
         cells = [name, f"{entry['perplexity']:.2f}", change, f"{entry['same_greedy']:.1f}"]
         table.add_row(*map(Text, [*cells, f"{entry['bytes'] / 1e3:,.0f}", f"{entry['share']:.3f}"]))
+    return table
+
+
+def retrieval_table(text: str, caches: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    """A row per cache, task, length and depth."""
+    choices = next(iter(caches.values()))[0]["choices"]
+    best = f"best of {choices} % (chance {100 / choices:.1f})"
+    columns = ("KV cache", "of 16 bits", "task", "tokens", "depth", "nats/token", "gain (95 % ci)", "exact %", best)
+    table = Table(*columns, title=f"retrieval from {printable(text)}", title_justify="left")
+    for name, rows in caches.items():
+        for row in rows:
+            gain = f"{row['gain']:+.2f} {_interval(row['gain_ci'], '+.2f')}"
+            cells = [name, f"{row['share']:.3f}", row["task"], f"{row['length']:,}", f"{row['depth']:.2f}"]
+            cells += [f"{row['nll']:.2f}", gain, f"{100 * row['exact']:.0f}", f"{100 * row['best']:.0f}"]
+            table.add_row(*map(Text, cells))
     return table
 
 

@@ -50,7 +50,7 @@ def decode_windows(
     parts, halvings, cache = [], [], None
     for at in range(0, count, BATCH):
         ids = windows[at : at + BATCH].to(model.device)
-        cache = _cache(model, policy, length)
+        cache = fresh_cache(model, policy, length)
         pieces = [ids[:, :prompt], *(ids[:, i : min(i + step, length - 1)] for i in range(prompt, length - 1, step))]
         before: list[int] = []
         for i, piece in enumerate(pieces):
@@ -66,11 +66,8 @@ def decode_windows(
             progress(min(at + BATCH, count), count)
     per_batch = len(pieces)
     rows = [torch.cat(parts[i : i + per_batch], dim=1) for i in range(0, len(parts), per_batch)]
-    heads = Heads.of(model)
-    plain = (
-        2.0 * heads.layers * heads.heads * heads.head_dim * (length - 1) * 2
-    )  # 16 bits, whatever the arithmetic here
-    size, widths = (_bytes(cache) / len(ids), cache.widths) if isinstance(cache, PackedCache) else (plain, [])
+    size, plain = sizes(model, cache, len(ids))
+    widths = cache.widths if isinstance(cache, PackedCache) else []
     return Decoded(torch.cat(rows).cpu(), size, plain, tuple(widths), tuple(halvings))
 
 
@@ -79,7 +76,7 @@ def greedy_tokens(model: Any, windows: Tensor, prompt: int, policy: Policy | Non
     """int64 [windows, count]: the most likely continuation of each window's first ``prompt`` tokens, through such a cache."""
     rows = []
     for ids in windows[:, :prompt].split(BATCH):
-        cache = _cache(model, policy, windows.shape[1])
+        cache = fresh_cache(model, policy, windows.shape[1])
         token, found = ids.to(model.device), []
         for _ in range(count):
             logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -89,7 +86,8 @@ def greedy_tokens(model: Any, windows: Tensor, prompt: int, policy: Policy | Non
     return torch.cat(rows).cpu()
 
 
-def _cache(model: Any, policy: Policy | None, length: int) -> Any:
+def fresh_cache(model: Any, policy: Policy | None, length: int) -> Any:
+    """An empty cache, a plain one for None. A progressive policy without budgets gets those of ``length`` tokens."""
     from transformers import DynamicCache
 
     if policy is None:
@@ -97,10 +95,16 @@ def _cache(model: Any, policy: Policy | None, length: int) -> Any:
     return make_cache(model, policy if policy.budgets else with_budgets(policy, model, length))
 
 
-def _bytes(cache: PackedCache) -> int:
-    """Of the cache, tokens that are kept as they came at 16 bits whatever the arithmetic here."""
+def sizes(model: Any, cache: Any, sequences: int) -> tuple[float, float]:
+    """Bytes of a sequence in a cache that holds so many, and those of a plain one at 16 bits; tokens that are kept as they
+    came count as 16 bits, whatever the arithmetic here."""
+    heads = Heads.of(model)
+    plain = 2.0 * heads.layers * heads.heads * heads.head_dim * cache.get_seq_length() * 2
+    if not isinstance(cache, PackedCache):
+        return plain, plain
     segments = [s for layer in cache.layers for pair in layer.segments for s in pair]
-    return cache.nbytes - sum(s.data.nbytes - 2 * s.data.numel() for s in segments if type(s) is Plain)
+    wide = sum(s.data.nbytes - 2 * s.data.numel() for s in segments if type(s) is Plain)
+    return (cache.nbytes - wide) / sequences, plain
 
 
 def _check_prompt(prompt: int, length: int) -> None:

@@ -21,7 +21,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @dataclass(frozen=True)
 class EvalRequest:
     """What to measure. ``texts`` as for ``evaluate_text``; ``limit``: samples per task, None for all. ``caches``: KV cache
-    policies, compared by decoding the texts, ``step`` tokens at a time after a ``prompt`` (None: half a window)."""
+    policies, compared by decoding the texts, ``step`` tokens at a time after a ``prompt`` (None: half a window), or by
+    ``retrieval`` from them, beside a plain cache."""
 
     texts: Sequence[Path | str] = ()
     window: int = 512
@@ -35,14 +36,16 @@ class EvalRequest:
     caches: Sequence[Policy] = ()
     prompt: int | None = None
     step: int = 1
+    retrieval: bool = False
 
 
 def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Progress | None = None) -> dict[str, Any]:
     """Loads the model in the folder ``out`` (packed, when it is quantized), and the baseline, and measures both.
 
-    Returns {"model", "baseline", "dtype", "window", "size", "texts", "caches", "tasks", "baseline_tasks"}: names of
-    folders without their paths; size in bytes of the weight files; texts as in ``evaluate_text``; caches: for each
-    text what ``evaluate_caches`` gives; tasks as in ``run_tasks``, without the values of single samples but with the
+    Returns {"model", "baseline", "dtype", "window", "size", "texts", "caches", "retrieval", "tasks",
+    "baseline_tasks"}: names of folders without their paths; size in bytes of the weight files; texts as in
+    ``evaluate_text``; caches, or with request.retrieval retrieval: for each text what ``evaluate_caches`` or
+    ``evaluate_retrieval`` gives; tasks as in ``run_tasks``, without the values of single samples but with the
     paired change and change_ci where there is a baseline. Raises what loading, ``evaluate_text`` and ``run_tasks``
     raise.
     """
@@ -63,14 +66,15 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
     tokenizer = load_tokenizer(out)
     dtype = DTYPES[request.dtype]
     # Texts are read without a cache and --kv compares caches with a plain one; tasks run as the folder is meant to.
-    model = load(out, dtype=dtype, device=request.device, kv="none" if request.caches else None)
+    compared = request.retrieval or bool(request.caches)
+    model = load(out, dtype=dtype, device=request.device, kv="none" if compared else None)
     original = None if baseline is None else load(baseline, dtype=dtype, device=request.device)
     if request.texts:
         measured |= evaluate_text(
             model, tokenizer, request.texts, request.window, request.windows, original, progress=progress
         )
-    if request.caches:
-        measured["caches"] = _caches(model, tokenizer, request, progress)
+    if compared:
+        measured["retrieval" if request.retrieval else "caches"] = _caches(model, tokenizer, request, progress)
     if request.tasks:
         measured |= _tasks(model, original, tokenizer, request)
     return measured
@@ -78,20 +82,19 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
 
 def _caches(model: Any, tokenizer: Any, request: EvalRequest, progress: Progress | None) -> dict[str, Any]:
     from qkit.evaluation.decoding import evaluate_caches
+    from qkit.evaluation.retrieval import evaluate_retrieval
 
-    prompt = request.window // 2 if request.prompt is None else request.prompt
-    found = {}
+    policies = {p.name: p for p in request.caches}
+    window, limit = request.window, request.windows
+    prompt = window // 2 if request.prompt is None else request.prompt
+    found: dict[str, Any] = {}
     for spec in request.texts:
-        tokens = tokenize(tokenizer, read_text(spec))
-        found[text_name(spec)] = evaluate_caches(
-            model,
-            tokens,
-            request.window,
-            request.windows,
-            prompt,
-            {p.name: p for p in request.caches},
-            request.step,
-            progress,
+        text = read_text(spec)
+        tokens = tokenize(tokenizer, text)
+        found[text_name(spec)] = (
+            evaluate_retrieval(model, tokenizer, text, tokens, window, limit, policies, progress=progress)
+            if request.retrieval
+            else evaluate_caches(model, tokens, window, limit, prompt, policies, request.step, progress)
         )
     return found
 
