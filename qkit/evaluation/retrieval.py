@@ -178,8 +178,7 @@ def ask(model: Any, trial: Trial, policy: Policy | None) -> tuple[list[tuple[Ten
     """
     twins, context = trial.contexts.shape
     cache = fresh_cache(model, policy, context + len(trial.questions[0].tokens) + trial.questions[0].answers.shape[1])
-    for piece in trial.contexts.to(model.device).split(CHUNK, dim=1):
-        model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    fill(model, trial.contexts, cache)
     found = []
     for q in trial.questions:
         count, tokens = q.answers.shape
@@ -192,6 +191,12 @@ def ask(model: Any, trial: Trial, policy: Policy | None) -> tuple[list[tuple[Ten
         greedy = (logits.argmax(-1) == wanted).all(1)
         found.append((likely.view(twins, count).cpu(), greedy.view(twins, count).cpu()))
     return found, sizes(model, cache, twins)
+
+
+def fill(model: Any, contexts: Tensor, cache: Any) -> None:
+    """Put contexts [sequences, n] into a cache, CHUNK tokens at a time: what follows reads what was packed."""
+    for piece in contexts.to(model.device).split(CHUNK, dim=1):
+        model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 def _branched(cache: Any, count: int) -> Any:

@@ -138,9 +138,10 @@ def main() -> None:
         optimizer.zero_grad()
         if step % 10 == 0:
             if lookups is not None:
-                copied = [loss_of(model, r[None])[0][t[1:]] for r, t in (lookups.row() for _ in range(4))]
+                with torch.no_grad():
+                    copied = [loss_of(model, r[None])[0][t[1:]] for r, t in (lookups.row() for _ in range(4))]
                 print("copying", " ".join(f"{float(c.mean()):.3f}" for c in copied), end=" ")
-            print(step, f"{float(loss):.4f}", f"{time.monotonic() - began:.0f} s", flush=True)
+            print(step, f"{float(loss.detach()):.4f}", f"{time.monotonic() - began:.0f} s", flush=True)
     print("after", by_position(model, held), flush=True)
     model.config.use_cache = True
     model.to(torch.bfloat16).save_pretrained(args.out)
