@@ -87,7 +87,7 @@ def test_a_list_has_each_key_once_and_its_twin_differs_where_it_is_asked(tokeniz
 
 @torch.inference_mode()
 def test_the_likelihood_of_a_plain_cache_is_that_of_one_pass(model, tokenizer, text, tokens):
-    for _, length, trial in trials(tokenizer, text, tokens[None, :LENGTH], [LENGTH]):
+    for trial in trials(tokenizer, text, tokens[None, :LENGTH], [LENGTH]):
         found, (size, plain) = ask(model, trial, None)
         assert size == plain == 2 * 2 * 2 * 16 * 2 * trial.contexts.shape[1]  # layers, sides, heads, channels, 16 bits
         for question, (likely, greedy) in zip(trial.questions, found, strict=True):
@@ -95,7 +95,7 @@ def test_the_likelihood_of_a_plain_cache_is_that_of_one_pass(model, tokenizer, t
             for side in (0, 1):
                 asked = torch.cat([trial.contexts[side], question.tokens]).expand(count, -1)
                 rows = torch.cat([asked, question.answers], dim=1)
-                assert rows.shape[1] == length
+                assert rows.shape[1] == trial.length == LENGTH
                 logits = model(rows, use_cache=False).logits[:, -n - 1 : -1]
                 expected = logits.log_softmax(-1).gather(2, rows[:, -n:, None]).sum((1, 2))
                 torch.testing.assert_close(likely[side].float(), expected, rtol=1e-4, atol=1e-3)

@@ -67,8 +67,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Trial:
-    """contexts: int64 [2, n], the twins, and what is asked of them."""
+    """Of a task; contexts: int64 [2, n], the twins; length: their tokens, with those of a question and its answer."""
 
+    task: str
+    length: int
     contexts: Tensor
     questions: tuple[Question, ...]
 
@@ -123,7 +125,8 @@ def needle(known: Facts, window: Tensor, text: str, depth: float, chance: torch.
     key, *values = picks
     at = round(depth * room)
     twins = [torch.cat([window[:at], known.statement(key, v), window[at:room]]) for v in values[:2]]
-    return Trial(torch.stack(twins), (Question(depth, known.questions[key], known.answers[values]),))
+    asked = Question(depth, known.questions[key], known.answers[values])
+    return Trial("needle", len(window), torch.stack(twins), (asked,))
 
 
 def recall(known: Facts, window: Tensor, depths: Sequence[float], chance: torch.Generator) -> Trial:
@@ -144,7 +147,7 @@ def recall(known: Facts, window: Tensor, depths: Sequence[float], chance: torch.
     # Lines that nobody asks for share what values are left, those of the wrong answers come first.
     free = [i for i in range(lines) if i not in places]
     order = [free[i] for i in torch.randperm(len(free), generator=chance).tolist()]
-    told = {line: more[n % len(more)] for n, line in enumerate(order)}
+    told = {i: more[n % len(more)] for n, i in enumerate(order)}
     twins = []
     for side in (0, 1):
         values = told | {place: true[2 * n + side] for n, place in enumerate(places)}
@@ -155,7 +158,7 @@ def recall(known: Facts, window: Tensor, depths: Sequence[float], chance: torch.
         Question(d, known.questions[keys[place]], known.answers[[*true[2 * n : 2 * n + 2], *others]])
         for n, (d, place) in enumerate(zip(depths, places, strict=True))
     )
-    return Trial(torch.stack(twins), tuple(asked))
+    return Trial("recall", len(window), torch.stack(twins), tuple(asked))
 
 
 def _shuffled(known: Facts, chance: torch.Generator) -> list[int]:
@@ -176,8 +179,8 @@ def ask(model: Any, trial: Trial, policy: Policy | None) -> tuple[list[tuple[Ten
 
     A policy of None is a plain cache; a progressive one without budgets gets those of contexts of this length.
     """
-    twins, context = trial.contexts.shape
-    cache = fresh_cache(model, policy, context + len(trial.questions[0].tokens) + trial.questions[0].answers.shape[1])
+    twins = len(trial.contexts)
+    cache = fresh_cache(model, policy, trial.length)
     fill(model, trial.contexts, cache)
     found = []
     for q in trial.questions:
@@ -207,18 +210,16 @@ def _branched(cache: Any, count: int) -> Any:
     return branch
 
 
-def trials(
-    tokenizer: Any, text: str, windows: Tensor, lengths: Sequence[int], seed: int = 0
-) -> Iterator[tuple[str, int, Trial]]:
-    """(task, length, trial) of the windows [count, longest length] of a text; the same seed gives the same ones."""
+def trials(tokenizer: Any, text: str, windows: Tensor, lengths: Sequence[int], seed: int = 0) -> Iterator[Trial]:
+    """Those of the windows [count, longest length] of a text; the same seed gives the same ones."""
     known = {task: facts(tokenizer, text, task) for task in FORMS}
     for length in lengths:
         chance = torch.Generator().manual_seed(seed)
         for window in windows[:, :length]:
             here = tokenizer.decode(window)
             for depth in DEPTHS:
-                yield "needle", length, needle(known["needle"], window, here, depth, chance)
-            yield "recall", length, recall(known["recall"], window, DEPTHS, chance)
+                yield needle(known["needle"], window, here, depth, chance)
+            yield recall(known["recall"], window, DEPTHS, chance)
 
 
 def lengths_of(window: int) -> list[int]:
@@ -240,29 +241,31 @@ def evaluate_retrieval(
     """
     check_window(model, window)
     windows = split_windows(tokens, window, limit)
-    every = list(trials(tokenizer, text, windows, lengths_of(window), seed))
+    lengths = lengths_of(window)
+    total = len(windows) * len(lengths) * (len(DEPTHS) + 1)
     found = {}
     for name, policy in [("none", None), *policies.items()]:
         answers: dict[tuple[str, int, float], list[tuple[Tensor, Tensor]]] = {}
         held: dict[tuple[str, int], tuple[float, float]] = {}
-        for done, (task, length, trial) in enumerate(every):
-            made, held[task, length] = ask(model, trial, policy)
-            for question, answer in zip(trial.questions, made, strict=True):
-                answers.setdefault((task, length, question.depth), []).append(answer)
+        for done, trial in enumerate(trials(tokenizer, text, windows, lengths, seed)):
+            made, held[trial.task, trial.length] = ask(model, trial, policy)
+            for question, (likely, greedy) in zip(trial.questions, made, strict=True):
+                key = (trial.task, trial.length, question.depth)
+                answers.setdefault(key, []).append((likely / question.answers.shape[1], greedy))
             if progress is not None:
-                progress(name, done + 1, len(every))
-        size = {task: trial.questions[0].answers.shape[1] for task, _, trial in every}
-        found[name] = [_row(key, rows, size[key[0]], held[key[:2]]) for key, rows in sorted(answers.items())]
+                progress(name, done + 1, total)
+        found[name] = [_row(key, rows, held[key[:2]]) for key, rows in sorted(answers.items())]
     return found
 
 
 def _row(
-    key: tuple[str, int, float], answers: Sequence[tuple[Tensor, Tensor]], tokens: int, held: tuple[float, float]
+    key: tuple[str, int, float], answers: Sequence[tuple[Tensor, Tensor]], held: tuple[float, float]
 ) -> dict[str, Any]:
+    """Of likelihoods in nats a token."""
     task, length, depth = key
     likely, greedy = (torch.stack(parts) for parts in zip(*answers, strict=True))  # [windows, 2, CHOICES]
     own, twins = [0, 1], [1, 0]  # of each of the two answers: the context that it is true of, and the other
-    true, twin = (likely[:, side, own] / tokens for side in (own, twins))
+    true, twin = (likely[:, side, own] for side in (own, twins))
     gain = bootstrap_ci((true - twin).mean(1))
     return {
         "task": task,
