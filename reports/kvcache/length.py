@@ -72,6 +72,7 @@ def figure(found: dict, file: Path) -> None:
             axes.plot(lengths, [f[name][key] * unit for f in found.values()], marker="o", markersize=3, label=shown)
         axes.set(xlabel="tokens of context", ylabel=label, xscale="log", yscale="log", xticks=lengths)
         axes.set_xticklabels([f"{n:,}" for n in lengths])
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axes.legend(fontsize=7)
     FigureCanvasAgg(drawing).print_png(str(file))
 
