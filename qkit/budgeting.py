@@ -202,7 +202,7 @@ def running_bytes(outline: Outline, context: int) -> tuple[int, int]:
     Keys and values of all blocks; of one block the hidden states, attention inputs and MLP intermediates of a prefill (our
     count: engines add buffers of their own).
     """
-    config: Any = outline.model.config
+    config: Any = outline.text_config
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv = (getattr(config, "num_key_value_heads", None) or heads) * head

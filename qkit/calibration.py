@@ -7,7 +7,8 @@ A text is tokenised whole (no special tokens added) and cut into consecutive row
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,33 @@ from torch import Tensor
 from qkit.errors import BadCalibration, IOFailure
 from qkit.memory import give_back
 
+KINDS = ("padding", "text", "vision", "answer")
 MAX_BAD = 0.01  # share of tokens outside the vocabulary above which a text is refused
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """samples rows of seqlen tokens; ``digest``: sha256 of the token ids (int64, little-endian)."""
+    """samples rows of seqlen tokens, int64 [samples, seqlen]; ``digest``: sha256 of all that the rows are made of.
+
+    inputs: of rows with pictures, what the model is called with for each, filled up with zeros in ``tokens`` to the longest
+    kinds: uint8 [samples, seqlen], of rows with pictures: what each token is, an index of KINDS
+    """
 
     source: str
     samples: int
     seqlen: int
     digest: str
     tokens: Tensor = field(compare=False, repr=False)
+    inputs: tuple[dict[str, Tensor], ...] | None = field(default=None, compare=False, repr=False)
+    kinds: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def calls(self) -> Iterator[dict[str, Tensor]]:
+        """What the model is called with, row after row."""
+        yield from self.inputs if self.inputs is not None else ({"input_ids": row[None]} for row in self.tokens)
 
     def to_json(self) -> dict[str, Any]:
         """All but the tokens themselves."""
-        return {k: v for k, v in asdict(self).items() if k != "tokens"}
+        return {k: getattr(self, k) for k in ("source", "samples", "seqlen", "digest")}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calibration:
         return self  # immutable; dataclasses.asdict would copy the tokens otherwise

@@ -7,8 +7,8 @@ what a resumed run goes on from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit.errors import BadCalibration
+from qkit.errors import BadCalibration, Unsupported
 from qkit.parallel import Workers
 
 _PIECE_TOKENS = 512  # tokens, at the least, that one worker runs through the block at a time
@@ -38,6 +38,7 @@ class Rows:
     """Hidden states that enter a block: a file of ``count`` rows [tokens, hidden] in ``dtype``.
 
     good: rows without a non-finite value so far; the others are left out and counted
+    kinds: uint8 [count, tokens], indices of ``calibration.KINDS``; 0 where a shorter row was filled up; None: all is text
     """
 
     path: Path
@@ -46,6 +47,15 @@ class Rows:
     hidden: int
     dtype: torch.dtype
     good: list[bool] = field(default_factory=list)
+    kinds: Tensor | None = None
+
+    def counted(self, start: int, stop: int) -> Tensor | None:
+        """bool [(stop - start) * tokens]: tokens that statistics are taken of; None: all of them."""
+        good = torch.tensor(self.good[start:stop])
+        if self.kinds is None:
+            return None if bool(good.all()) else good.repeat_interleave(self.tokens)
+        mask = ((self.kinds[start:stop] > 0) & good[:, None]).flatten()
+        return None if bool(mask.all()) else mask
 
     @property
     def row_bytes(self) -> int:
@@ -74,6 +84,7 @@ class Stats:
 
     mean_square: float32 [in]
     sample:      [n, in] inputs spread evenly over the rows, n at most about SAMPLE_TOKENS
+    kinds:       uint8 [n] of the sample, and how many tokens of all each stands for, float32 [n] (None: all are text)
     hessian:     float32 [in, in], mean over tokens of x x^T (None: not asked for)
     absmax, mean_abs: float32 [in] (None: not asked for)
     """
@@ -84,6 +95,8 @@ class Stats:
     hessian: Tensor | None = None
     absmax: Tensor | None = None
     mean_abs: Tensor | None = None
+    kinds: Tensor | None = None
+    stands_for: Tensor | None = None
 
     def divided_by(self, scale: Tensor) -> Stats:
         """The statistics of inputs divided per channel by ``scale`` [in]."""
@@ -94,6 +107,8 @@ class Stats:
             None if self.hessian is None else self.hessian / (scale[:, None] * scale[None, :]),
             None if self.absmax is None else self.absmax / scale,
             None if self.mean_abs is None else self.mean_abs / scale,
+            self.kinds,
+            self.stands_for,
         )
 
 
@@ -118,15 +133,27 @@ class Piece:
     x: Tensor
     sums: tuple[Tensor, Tensor, Tensor] | None
     sample: Tensor
+    kinds: Tensor | None
 
 
-def piece_of(x: Tensor, stride: int, ranges: bool) -> Piece:
+def strides(kinds: Tensor) -> list[int]:
+    """By kind, how many tokens one of the sample stands for: few answers are not lost among many pieces of pictures."""
+    share = SAMPLE_TOKENS // (int(kinds.max()) + 1)
+    return [max(1, int(n) // share) for n in kinds.flatten().bincount()]
+
+
+def piece_of(x: Tensor, stride: int, ranges: bool, kinds: Tensor | None = None, each: Sequence[int] = ()) -> Piece:
+    """kinds: uint8 [n] of the inputs; each: ``strides`` of them."""
     wide = x.to(torch.float32)
-    sample = x[::stride].clone()
+    if kinds is None:
+        sample, of = x[::stride].clone(), None
+    else:
+        chosen = torch.cat([(kinds == k).nonzero()[::n, 0] for k, n in enumerate(each)]).sort().values
+        sample, of = x[chosen], kinds[chosen]
     if not ranges:
-        return Piece(wide, None, sample)
+        return Piece(wide, None, sample, of)
     magnitude = wide.abs()
-    return Piece(wide, (magnitude.amax(0), magnitude.sum(0), magnitude.square_().sum(0)), sample)
+    return Piece(wide, (magnitude.amax(0), magnitude.sum(0), magnitude.square_().sum(0)), sample, of)
 
 
 class Accumulator:
@@ -138,6 +165,7 @@ class Accumulator:
         self.sums = [torch.zeros(width) for _ in range(3)] if wanted.ranges else None
         # One block for all samples: small pieces kept between large ones that come and go would tear the heap apart.
         self.sample = torch.empty(2 * SAMPLE_TOKENS, width, dtype=dtype)
+        self.kinds = torch.zeros(2 * SAMPLE_TOKENS, dtype=torch.uint8)
         self.sampled = 0
         self.pending: list[Tensor] = []
         self.hessian = torch.zeros(width, width) if wanted.hessian else None
@@ -147,6 +175,8 @@ class Accumulator:
         self.tokens += len(p.x)
         room = min(len(p.sample), len(self.sample) - self.sampled)
         self.sample[self.sampled : self.sampled + room] = p.sample[:room]
+        if p.kinds is not None:
+            self.kinds[self.sampled : self.sampled + room] = p.kinds[:room]
         self.sampled += room
         if self.sums is not None and p.sums is not None:
             torch.maximum(self.sums[0], p.sums[0], out=self.sums[0])
@@ -171,7 +201,15 @@ class Accumulator:
         found = list(_lower_tiles(0, self.width))
         return sorted(found, key=lambda t: (t[1].start - t[1].stop, t[0].start, t[1].start))
 
-    def finish(self) -> Stats:
+    def finish(self, each: Sequence[int] = ()) -> Stats:
+        """each: ``strides``, where tokens are of several kinds."""
+        found = self._finish()
+        if not each:
+            return found
+        kinds = self.kinds[: self.sampled]
+        return replace(found, kinds=kinds, stands_for=torch.tensor(each, dtype=torch.float32)[kinds.long()])
+
+    def _finish(self) -> Stats:
         n = max(1, self.tokens)
         if self.hessian is not None:
             self.hessian.div_(n)
@@ -217,8 +255,17 @@ def run_pending(sums: Iterable[Accumulator], pool: Workers, everything: bool) ->
 
 
 @dataclass(frozen=True)
+class PerRow:
+    """An argument that differs from row to row (rotary angles of pictures of several sizes): tensors of one shape that make a
+    batch along ``dim``."""
+
+    each: tuple[Tensor, ...]
+    dim: int
+
+
+@dataclass(frozen=True)
 class Call:
-    """How the model calls a block: the arguments after the hidden states, recorded once for one row."""
+    """How the model calls a block: the arguments after the hidden states, recorded for one row, or for each (PerRow)."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -227,16 +274,71 @@ class Call:
         """The same call for a block that runs in ``dtype``: its floating-point arguments are in it too."""
 
         def cast(value: Any) -> Any:
+            if isinstance(value, PerRow):
+                return PerRow(tuple(cast(v) for v in value.each), value.dim)
             if isinstance(value, (tuple, list)):
                 return type(value)(cast(v) for v in value)
             return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
         return Call(cast(self.args), {k: cast(v) for k, v in self.kwargs.items()})
 
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        out = block(hidden, *self.args, **self.kwargs)
+    def __call__(self, block: nn.Module, hidden: Tensor, rows: slice = slice(None)) -> Tensor:
+        """What the block gives for those rows, [n, tokens, hidden]."""
+
+        def of(value: Any) -> Any:
+            if isinstance(value, PerRow):
+                return torch.cat(value.each[rows], dim=value.dim)
+            return type(value)(of(v) for v in value) if isinstance(value, (tuple, list)) else value
+
+        out = block(hidden, *of(self.args), **{k: of(v) for k, v in self.kwargs.items()})
         first: Tensor = out[0] if isinstance(out, tuple) else out
         return first
+
+
+def merged(calls: list[dict[int, Call]], lengths: list[int]) -> dict[int, Call]:
+    """The calls of rows of several lengths as those of one batch, filled up at the end to the longest.
+
+    Blocks are causal, so that what follows a row's end changes nothing in it. Raises Unsupported for arguments that are
+    neither the same for all rows nor one number, or vector, a token.
+    """
+    longest = lengths.index(max(lengths))
+    made: dict[tuple[int, ...], Any] = {}  # blocks share their arguments
+
+    def join(values: list[Any]) -> Any:
+        first = values[longest]
+        if isinstance(first, (tuple, list)):
+            return type(first)(join([v[i] for v in values]) for i in range(len(first)))
+        if not isinstance(first, Tensor):
+            return first
+        key = tuple(map(id, values))
+        if key not in made:
+            made[key] = _joined(values, lengths, longest)
+        return made[key]
+
+    found = {}
+    for index, call in calls[longest].items():
+        args = join([c[index].args for c in calls])
+        found[index] = Call(args, {k: join([c[index].kwargs[k] for c in calls]) for k in call.kwargs})
+    return found
+
+
+def _joined(values: list[Tensor], lengths: list[int], longest: int) -> Any:
+    first, most = values[longest], lengths[longest]
+    if all(v.shape == first.shape and torch.equal(v, first) for v in values):
+        return first
+    dim = next((d for d, n in enumerate(first.shape) if n == most), None)
+    if dim is None or any(v.dim() != first.dim() or v.shape[dim] != n for v, n in zip(values, lengths, strict=True)):
+        raise Unsupported(
+            f"calibration rows of several lengths: blocks are called with a tensor {list(first.shape)} that differs between "
+            "rows and does not follow their tokens"
+        )
+    if all(torch.equal(v, first.narrow(dim, 0, n)) for v, n in zip(values, lengths, strict=True)):
+        return first
+    padded = []
+    for v, n in zip(values, lengths, strict=True):
+        rest = v.new_zeros(*v.shape[:dim], most - n, *v.shape[dim + 1 :])
+        padded.append(torch.cat([v, rest], dim))
+    return PerRow(tuple(padded), dim - 1)
 
 
 # ---- the way into the first block ---------------------------------------------------------------------------
@@ -261,10 +363,13 @@ class _Recorder(nn.Module):
         return hidden
 
 
-def enter(model: nn.Module, blocks: str, tokens: Tensor, cache: Any = None) -> Iterator[tuple[Tensor, dict[int, Call]]]:
+def enter(
+    model: nn.Module, blocks: str, samples: Iterable[Mapping[str, Tensor]], cache: Any = None
+) -> Generator[tuple[Tensor, dict[int, Call]], None, None]:
     """Hidden states that reach the first block, a row [1, tokens, hidden] at a time, and how each block is called.
 
-    model: everything but the blocks is materialized; tokens: int64 [rows, length]; cache: the KV cache of these calls
+    model: everything but the blocks is materialized; samples: what the model is called with for each row;
+    cache: the KV cache of these calls
     """
     layers = model.get_submodule(blocks)
     originals = list(layers.children())
@@ -274,11 +379,12 @@ def enter(model: nn.Module, blocks: str, tokens: Tensor, cache: Any = None) -> I
     try:
         for i, block in enumerate(originals):
             layers[i] = _Recorder(block, calls, first, i)  # type: ignore[operator]
-        for row in tokens:
+        for sample in samples:
             first.clear()
+            calls.clear()
             with torch.inference_mode():
-                base(input_ids=row[None], past_key_values=cache, use_cache=cache is not None)
-            yield first[0], calls
+                base(**sample, past_key_values=cache, use_cache=cache is not None)
+            yield first[0], dict(calls)
     finally:
         for i, block in enumerate(originals):
             layers[i] = block  # type: ignore[operator]

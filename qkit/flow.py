@@ -36,6 +36,7 @@ from qkit.capture import (
     Wanted,
     piece_of,
     run_pending,
+    strides,
 )
 from qkit.errors import BadCalibration, NumericFailure
 from qkit.memory import give_back
@@ -102,6 +103,8 @@ class Flow:
         """
         sums = {g.key: Accumulator(g.linears[0].shape[1], wanted, self.rows.dtype) for g in groups}
         stride = max(1, self.rows.count * self.rows.tokens // SAMPLE_TOKENS)
+        kinds = self.rows.kinds
+        each = [] if kinds is None else strides(kinds)
         ends = {g.hook for g in groups} if keep else set()
         unit = next((u for u in self._units if u.last in ends), None)
         kept = None if unit is None else self._file(f"{unit.path}.in").open("wb")
@@ -110,9 +113,15 @@ class Flow:
         def one(span: Span) -> tuple[dict[str, Piece], Tensor | None]:
             hidden = self.rows.read(*span)
             seen = self._run(span, hidden, stop=True)
-            good = torch.tensor(self.rows.good[slice(*span)])
-            found = _group_inputs(seen, self.block, groups, good)
-            pieces = {key: piece_of(t, stride, wanted.ranges) for key, t in found.items() if len(t)}
+            counted = self.rows.counted(*span)
+            found = _group_inputs(seen, self.block, groups, counted)
+            of = None if kinds is None else kinds[slice(*span)].flatten()
+            of = of if of is None or counted is None else of[counted]
+            pieces = {
+                key: piece_of(t, stride, wanted.ranges, of if of is not None and len(of) == len(t) else None, each)
+                for key, t in found.items()
+                if len(t)
+            }
             return pieces, None if unit is None else seen[unit.last][0]
 
         try:
@@ -134,7 +143,7 @@ class Flow:
         for g in groups:
             if sums[g.key].tokens == 0 and g.expert is None:
                 raise BadCalibration(f"no calibration row reached {g.key}: its block runs without calling this linear")
-        return {key: total.finish() for key, total in sums.items()}
+        return {key: total.finish(each) for key, total in sums.items()}
 
     def _hooks(self, names: set[str]) -> list[Any]:
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -151,7 +160,7 @@ class Flow:
     def _run(self, span: Span, hidden: Tensor, stop: bool) -> dict[str, tuple[Any, ...]]:
         self._local.seen, self._local.stop, self._local.span = {}, stop, span
         with suppress(_Reached):
-            self._local.out = self.call(self.block, hidden)
+            self._local.out = self.call(self.block, hidden, slice(*span))
         return dict(self._local.seen)
 
     # ---- playback --------------------------------------------------------------------------------------------
@@ -171,7 +180,7 @@ class Flow:
         names = {n for u in candidates.values() for n in (u.path, u.last)}
         handles = [self.block.get_submodule(n).register_forward_hook(note(n)) for n in sorted(names)]
         with torch.inference_mode():
-            self.call(self.block, self.rows.read(0, 1))
+            self.call(self.block, self.rows.read(0, 1), slice(0, 1))
         for handle in handles:
             handle.remove()
         units = []
@@ -253,16 +262,18 @@ def _bytes(t: Tensor) -> Any:
 
 
 def _group_inputs(
-    seen: dict[str, tuple[Any, ...]], block: nn.Module, groups: tuple[LinearGroup, ...], good: Tensor
+    seen: dict[str, tuple[Any, ...]], block: nn.Module, groups: tuple[LinearGroup, ...], counted: Tensor | None
 ) -> dict[str, Tensor]:
-    """{group key: inputs [tokens, in] of the good rows} from the arguments of the hooked modules."""
+    """{group key: inputs [tokens, in] of the counted tokens} from the arguments of the hooked modules."""
     result: dict[str, Tensor] = {}
     for group in groups:
         if group.hook and group.hook in seen:
-            x, tokens = _good_tokens(seen[group.hook][0], good)
+            x = seen[group.hook][0]
+            x = x.reshape(-1, x.shape[-1])
+            x = x if counted is None else x[counted]
             if group.expert is not None:
                 routed = (seen[group.hook][1] == group.expert).any(-1).flatten()
-                x = x[routed if tokens is None else routed[tokens]]
+                x = x[routed if counted is None else routed[counted]]
             result[group.key] = x
         elif group.expert is not None:  # the expert's down projection: its input is computed here
             pair = next(g for g in groups if g.expert == group.expert and g.hook)
@@ -272,12 +283,3 @@ def _group_inputs(
                 act: Any = experts.act_fn
                 result[group.key] = act(nn.functional.linear(x, gate)) * nn.functional.linear(x, up)
     return result
-
-
-def _good_tokens(x: Tensor, good: Tensor) -> tuple[Tensor, Tensor | None]:
-    """x [rows, tokens, in] or [rows * tokens, in] as [tokens, in] of the good rows, and their mask (None: all)."""
-    flat = x.reshape(-1, x.shape[-1])
-    if bool(good.all()):
-        return flat, None
-    mask = good.repeat_interleave(len(flat) // len(good))
-    return flat[mask], mask

@@ -54,7 +54,7 @@ def forecast(plan: Plan, outline: Outline, workers: int, after: dict[str, int] |
     c = plan.calibration
     tokens = 0 if c is None else c.samples * c.seqlen
     passes = 2 * plan.needs_rows + plan.static_cache  # of all rows, as many as these of a block
-    hidden = int(getattr(outline.model.config, "hidden_size", 0))
+    hidden = int(getattr(outline.text_config, "hidden_size", 0))
     outer = sum(tensors[s].nbytes for _, s in outline.outer)
     largest = max((tensors[s].nbytes for _, s in outline.outer), default=0)
     memory = {"read the outer tensors": (outer if c else 0) + largest}

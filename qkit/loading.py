@@ -18,6 +18,7 @@ from qkit.checkpoint import Checkpoint
 from qkit.errors import BadCheckpoint
 from qkit.export.compressed_tensors import formats_of, has_cache_scales, specs
 from qkit.families.discover import build_skeleton
+from qkit.families.materialize import fill_computed_buffers
 from qkit.families.outline import Outline, dtype_of
 from qkit.formats import Format
 from qkit.kvcache.scales import declare
@@ -45,9 +46,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     dtype = dtype or outline.dtype
     computed = [m for m in model.modules() if m._non_persistent_buffers_set]
     model.to_empty(device="cpu")
-    for module in computed:
-        initialize: Any = model._init_weights  # rotary frequencies and the like, which no checkpoint holds
-        initialize(module)
+    fill_computed_buffers(model)
     rotary = {id(b): b for m in computed for b in m.buffers()}
     with torch.inference_mode():
         place_packed(outline, dtype)

@@ -21,6 +21,7 @@ from qkit.kvscales import measure_scales
 from qkit.loading import load_tokenizer
 from qkit.locate import find_model, record_source
 from qkit.machine import available_cores
+from qkit.pairs import drawn, load_processor, pair_rows, read_pairs
 from qkit.parallel import workers
 from qkit.plan import Plan, is_static, make_plan
 from qkit.recipe import Recipe, load_recipe, make_recipe
@@ -118,14 +119,43 @@ def _calibration(request: Request, outline: Outline, recipe: Recipe) -> Calibrat
         raise UsageError(
             f"--samples {request.samples} --seqlen {request.seqlen}: expected at least 1 row of at least 2 tokens"
         )
-    needed = _may_need_rows(recipe) or is_static(request.kv) or request.calib is not None
-    return text_rows(request, outline) if needed else None
+    if not (_may_need_rows(recipe) or is_static(request.kv) or request.calib is not None):
+        return None
+    return pair_calibration(request, outline) if wants_pairs(request, outline) else text_rows(request, outline)
+
+
+def wants_pairs(request: Request, outline: Outline) -> bool:
+    """Whether rows have pictures: those of a vision-language model do, unless the user gives a text."""
+    given = request.calib
+    pairs = given is not None and (given.is_dir() or given.suffix == ".jsonl")
+    if outline.family.text_types:
+        return given is None or pairs
+    if pairs:
+        raise UsageError(
+            f"--calib {given}: pairs of pictures and answers are for a vision-language model, and this is a "
+            f"{outline.checkpoint.config.get('model_type')}: give a text file"
+        )
+    return False
+
+
+def pair_calibration(request: Request, outline: Outline) -> Calibration:
+    """Rows of pictures, questions and answers: the user's, or drawn scenes."""
+    from qkit_data.scenes import CALIBRATION
+
+    config: Any = outline.model.config
+    known = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+    if request.calib is None:
+        pairs, source = list(drawn(CALIBRATION + 1000 * request.seed, request.samples)), "drawn scenes"
+    else:
+        pairs, source = read_pairs(request.calib, request.samples), request.calib.name
+    processor = load_processor(outline.checkpoint.path)
+    return pair_rows(pairs, processor, {int(i) for i in known if i is not None}, source)
 
 
 def text_rows(request: Request, outline: Outline) -> Calibration:
     """The calibration rows of a request. Raises UsageError for rows that are longer than the model's positions."""
     path = request.calib or embedded_text()
-    config: Any = outline.model.config
+    config: Any = outline.text_config
     limit = getattr(config, "max_position_embeddings", None)
     if limit and request.seqlen > limit:
         raise UsageError(f"--seqlen {request.seqlen}: this model has positions for {limit} tokens: use a shorter one")

@@ -24,9 +24,10 @@ from qkit.recipe import Recipe, Rule, parse_method
 from qkit.solvers.table import SOLVERS
 from qkit.sparse import sparse_bytes
 from qkit.transforms.rotate import check_rotatable
-from qkit.transforms.table import TRANSFORMS
+from qkit.transforms.table import BALANCED, TRANSFORMS
 
 HEAD_REASON = "the output head stays in the model's dtype by default"
+OUTSIDE_REASON = "it belongs to the vision tower or the projector, which stay as they are"
 TIED_REASON = "the output head shares its weight with the embeddings"
 
 
@@ -135,6 +136,16 @@ def make_plan(
     transforms, _ = parse_method(recipe.method)
     if "rotate" in transforms:
         check_rotatable(outline)
+    balanced = next((t for t in transforms if t in BALANCED), None)
+    if balanced is not None and not outline.family.text_types:
+        raise Unsupported(
+            f"method {balanced} weighs pictures against answers, and this is a language model "
+            f"({outline.checkpoint.config.get('model_type')}): use awq"
+        )
+    if balanced is not None and calibration is not None and calibration.kinds is None:
+        raise UsageError(
+            f"method {balanced} needs pictures with answers: give --calib a .jsonl file or a folder, or leave it out"
+        )
     linears: dict[str, LinearPlan] = {}
     skipped: dict[str, str] = {}
     matched: set[int] = set()
@@ -147,10 +158,11 @@ def make_plan(
                 skipped[linear.name] = rule.skip
                 continue
             linears[linear.name] = _decide(linear, recipe, rule)
-    head = outline.family.stored_name(outline.family.head)
+    head = outline.stored_name(outline.family.head)
     if f"{head}.weight" in outline.checkpoint.tensors or f"{head}.weight" in outline.tied:
         skipped[head] = TIED_REASON if f"{head}.weight" in outline.tied else HEAD_REASON
     skipped.update(_routers(outline))
+    skipped.update({name: OUTSIDE_REASON for name in outline.outside if name != head})
     _check_rules(recipe, matched, [*linears, *skipped])
     fused = _fused(outline, linears, skipped)
     significant = round(recipe.significant / 100 * sum(p.shape[0] * p.shape[1] for p in linears.values()))

@@ -157,7 +157,7 @@ def _group(candidate: Candidate, group_size: int | None) -> int | None:
 
 
 def _rows(base: Request, outline: Outline, text: Path | None) -> Tensor:
-    config: Any = outline.model.config
+    config: Any = outline.text_config
     path = text or embedded_text()
     tokenizer = load_tokenizer(outline.checkpoint.path)
     return calibration_rows(path, tokenizer, base.samples, base.seqlen, config.vocab_size, path.name).tokens

@@ -16,22 +16,25 @@ from torch import Tensor, nn
 from qkit import sparse
 from qkit.activations import quantize_activations
 from qkit.blocks import LinearGroup
-from qkit.capture import Call, Rows, Wanted, enter
+from qkit.calibration import Calibration
+from qkit.capture import Call, Rows, Wanted, enter, merged
 from qkit.errors import NumericFailure, write_failure
 from qkit.families.materialize import load_block, load_outer, plain_tensors, release, release_outer
 from qkit.families.outline import Outline
 from qkit.flow import Flow
 from qkit.formats import Format
 from qkit.job import Job
+from qkit.loading import load
 from qkit.parallel import Workers
 from qkit.plan import Plan, has_static
 from qkit.qtensor import dequantize
 from qkit.solvers.table import SOLVERS
 from qkit.solving import Result, solve_groups
 from qkit.transforms import BlockState
+from qkit.transforms.balance import gradients, ratios
 from qkit.transforms.keys import scale_keys
 from qkit.transforms.rotate import rotate_outer
-from qkit.transforms.table import TRANSFORMS
+from qkit.transforms.table import BALANCED, TRANSFORMS
 
 MAX_FALLBACKS = 0.05  # share of linears that may fall back before the run counts as failed
 
@@ -56,9 +59,11 @@ def run_blocks(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: 
     if plan.needs_rows and job.finished < len(outline.blocks):
         rows, calls = _rows(plan, outline, job, progress)
     schemes, dtype = plan.schemes, getattr(torch, plan.run_dtype if plan.needs_rows else plan.dtype)
+    balance = _balance(plan, outline, progress) if rows is not None else []
     for block in outline.blocks[job.finished :]:
         name = f"block {block.index + 1}/{len(outline.blocks)}"
         state = BlockState(outline, block, load_block(outline, block, dtype))
+        state.balance = balance[block.index] if balance else {}
         for transform in plan.transforms:
             if TRANSFORMS[transform].stage == "load":
                 TRANSFORMS[transform].apply(state, schemes, plan.seed)
@@ -76,6 +81,15 @@ def run_blocks(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: 
             rows = _with_rows(state, plan, rows, calls[block.index], job, pool, progress, name, last)
         release(state.module)
     _check_fallbacks(plan, job)
+
+
+def _balance(plan: Plan, outline: Outline, progress: Progress) -> list[dict[str, float]]:
+    """By block, what errors at pictures weigh, where a transform asks for it; the model is loaded whole, in float32."""
+    if plan.calibration is None or not set(plan.transforms) & set(BALANCED):
+        return []
+    progress.start("gradients at pictures and answers", plan.calibration.samples)
+    model = load(outline.checkpoint.path, dtype=torch.float32)
+    return ratios(gradients(model, outline, plan.calibration, progress.step))
 
 
 def _with_rows(
@@ -127,9 +141,11 @@ def _rows(plan: Plan, outline: Outline, job: Job, progress: Progress) -> tuple[R
     rows = _rows_in(plan, outline, path, [bool(g) for g in record["good"]])
     assert plan.calibration is not None
     _load_outer(plan, outline)
-    _, calls = next(enter(outline.model, outline.family.blocks, plan.calibration.tokens[:1]))
+    entered = enter(outline.model, outline.family.blocks, plan.calibration.calls())
+    seen = [calls for _, calls in (entered if plan.calibration.inputs is not None else [next(entered)])]
+    entered.close()
     release_outer(outline)
-    return rows, {i: call.to(rows.dtype) for i, call in calls.items()}
+    return rows, _as_one(plan.calibration, seen, rows.dtype)
 
 
 def embed(
@@ -138,35 +154,42 @@ def embed(
     """The calibration rows as they enter the first block, written to ``path``, and how blocks are called, with ``cache`` as the
     KV cache if there is one."""
     assert plan.calibration is not None
-    tokens, calls = plan.calibration.tokens, dict[int, Call]()
-    rows = _rows_in(plan, outline, path, [True] * len(tokens))
+    calibration, seen = plan.calibration, list[dict[int, Call]]()
+    rows = _rows_in(plan, outline, path, [True] * calibration.samples)
     _load_outer(plan, outline)
-    progress.start("embed the calibration rows", len(tokens))
+    progress.start("embed the calibration rows", calibration.samples)
     try:
         with path.open("wb") as f:
-            for hidden, calls in enter(outline.model, outline.family.blocks, tokens, cache):  # noqa: B007
-                f.write(hidden.to(rows.dtype).contiguous().view(torch.uint8).numpy().reshape(-1).data)
+            for hidden, calls in enter(outline.model, outline.family.blocks, calibration.calls(), cache):
+                whole = nn.functional.pad(hidden.to(rows.dtype), (0, 0, 0, rows.tokens - hidden.shape[1]))
+                f.write(whole.contiguous().view(torch.uint8).numpy().reshape(-1).data)
+                seen = [*(seen if calibration.inputs is not None else []), calls]
                 progress.step()
     except OSError as e:
         raise write_failure(path, e) from e
     release_outer(outline)
-    return rows, {i: call.to(rows.dtype) for i, call in calls.items()}
+    return rows, _as_one(calibration, seen, rows.dtype)
+
+
+def _as_one(calibration: Calibration, calls: list[dict[int, Call]], dtype: torch.dtype) -> dict[int, Call]:
+    """How blocks are called with a batch of rows; rows of a text are all called alike."""
+    lengths = [x["input_ids"].shape[1] for x in calibration.inputs or ()]
+    one = merged(calls, lengths) if lengths else calls[0]
+    return {i: call.to(dtype) for i, call in one.items()}
 
 
 def _rows_in(plan: Plan, outline: Outline, path: Path, good: list[bool]) -> Rows:
     assert plan.calibration is not None
-    config: Any = outline.model.config
     count, length = plan.calibration.tokens.shape
-    return Rows(path, count, length, config.hidden_size, getattr(torch, plan.run_dtype), good)
+    dtype = getattr(torch, plan.run_dtype)
+    return Rows(path, count, length, outline.text_config.hidden_size, dtype, good, plan.calibration.kinds)
 
 
 def _load_outer(plan: Plan, outline: Outline) -> None:
     load_outer(outline)
     if "rotate" in plan.transforms:
         table = outline.family.embeddings + ".weight"
-        outline.model.get_parameter(table).data.copy_(
-            rotate_outer(outline, plan.seed)[outline.family.stored_name(table)]
-        )
+        outline.model.get_parameter(table).data.copy_(rotate_outer(outline, plan.seed)[outline.stored_name(table)])
 
 
 # ---- one block -------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def asked_group(made: Profile, name: str) -> int | None:
 
 def _visited(outline: Outline) -> float:
     """Share of the experts that a token visits."""
-    config: Any = outline.model.config
+    config: Any = outline.text_config
     each: Iterable[int] = (x.expert + 1 for b in outline.blocks for x in b.linears if x.expert is not None)
     count = max(each, default=1)
     return float(min(1.0, getattr(config, "num_experts_per_tok", count) / count))

@@ -164,7 +164,7 @@ def quantization_config(plan: Plan, outline: Outline) -> dict[str, Any]:
 
 def module_names(outline: Outline) -> dict[str, str]:
     """{checkpoint name: module name} of linears, heads and routers."""
-    names = {outline.family.stored_name(outline.family.head): outline.family.head}
+    names = {outline.stored_name(outline.family.head): outline.family.head, **outline.outside}
     for block in outline.blocks:
         for name, stored in block.stored:
             if name.endswith(".weight"):

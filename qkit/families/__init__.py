@@ -76,6 +76,9 @@ class Family:
     rotation: Rotation | None = None
     keys: Keys | None = None
     rename: tuple[tuple[str, str], ...] = ()  # (part of a checkpoint name, part of the module name)
+    text_types: tuple[
+        str, ...
+    ] = ()  # vision-language: what text_config may be; its checkpoints are named by transformers
     note: str = field(default="", compare=False)
 
     def stored_name(self, name: str) -> str:

@@ -10,8 +10,7 @@ from torch import nn
 
 from qkit.blocks import Group
 from qkit.errors import BadCheckpoint, Unsupported
-from qkit.families import Family
-from qkit.families.llm import FAMILIES
+from qkit.families import Family, llm, vlm
 
 # Siblings of an undeclared architecture that by these names read one input.
 _SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
@@ -26,8 +25,10 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
     from transformers import (  # seconds to import: only when needed
         CONFIG_MAPPING,
         MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         AutoConfig,
         AutoModelForCausalLM,
+        AutoModelForImageTextToText,
     )
 
     kind = config.get("model_type")
@@ -38,10 +39,20 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
         )
     try:
         parsed = AutoConfig.for_model(**config)
-        if type(parsed) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        declared = next((f for f in vlm.FAMILIES if kind in f.model_types), None)
+        text = getattr(getattr(parsed, "text_config", None), "model_type", None)
+        if declared is not None and text not in declared.text_types:
+            raise Unsupported(
+                f"{where}: the language model inside this {kind} is {text!r}; expected one of {', '.join(declared.text_types)}"
+            )
+        if type(parsed) not in (
+            MODEL_FOR_CAUSAL_LM_MAPPING if declared is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        ):
             raise Unsupported(f"{where}: transformers has no causal language model for model_type {kind!r}")
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(parsed, attn_implementation="sdpa", dtype=dtype)
+            model = (AutoModelForCausalLM if declared is None else AutoModelForImageTextToText).from_config(
+                parsed, attn_implementation="sdpa", dtype=dtype
+            )
     except (StrictDataclassError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as e:
         raise BadCheckpoint(f"{where}: config.json does not describe a model: {str(e).splitlines()[0]}") from e
     return cast(nn.Module, model.eval())
@@ -49,7 +60,7 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
 
 def family_of(model: nn.Module, model_type: str) -> Family:
     """The declared family of that model type, else one discovered from the module tree."""
-    for family in FAMILIES:
+    for family in (*llm.FAMILIES, *vlm.FAMILIES):
         if model_type in family.model_types:
             return family
     return _discover(model, model_type)

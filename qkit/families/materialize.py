@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -14,12 +14,15 @@ from qkit.families.outline import Outline
 from qkit.memory import give_back
 
 
-def _fill_computed_buffers(model: nn.Module, part: nn.Module) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies) are computed by the model's own initializer."""
-    for module in part.modules():
-        if module._non_persistent_buffers_set:
-            initialize: Any = model._init_weights
-            initialize(module)
+def fill_computed_buffers(model: nn.Module, path: str = "", skip: Collection[str] = ()) -> None:
+    """Buffers below ``path`` that no checkpoint holds (rotary frequencies, positions of patches) are computed by the
+    initializer of the model that they are part of: a vision tower is a model inside a model. skip: modules that
+    have no memory."""
+    models: dict[str, Any] = {n: m for n, m in model.named_modules() if hasattr(m, "_init_weights")}
+    for name, module in model.get_submodule(path).named_modules(prefix=path):
+        if module._non_persistent_buffers_set and name not in skip:
+            inside = max((n for n in models if not n or name == n or name.startswith(n + ".")), key=len)
+            models[inside]._init_weights(module)
 
 
 def _assign(owner: nn.Module, name: str, value: Tensor) -> None:
@@ -38,7 +41,7 @@ def load_block(
     """
     read = read or outline.checkpoint.read_finite
     module = outline.model.get_submodule(block.path).to(dtype).to_empty(device="cpu")
-    _fill_computed_buffers(outline.model, module)
+    fill_computed_buffers(outline.model, block.path)
     linears = {f"{linear.name}.weight": linear for linear in block.linears}
     for name, stored in block.stored:
         value = read(stored)
@@ -62,9 +65,7 @@ def load_outer(outline: Outline) -> None:
             setattr(module, leaf, nn.Parameter(torch.empty_like(p, device="cpu"), requires_grad=False))
         for leaf, b in list(module.named_buffers(recurse=False)):
             module._buffers[leaf] = torch.empty_like(b, device="cpu")
-        if module._non_persistent_buffers_set:
-            initialize: Any = model._init_weights
-            initialize(module)
+    fill_computed_buffers(model, prefix, inside)
     for name, stored in outline.outer:
         if not prefix or name.startswith(prefix + "."):
             _assign(model, name, outline.checkpoint.read_finite(stored))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,9 @@ class Outline:
         self.dtype = dtype_of(checkpoint)
         self.model = model or build_skeleton(checkpoint.config, str(checkpoint.path), self.dtype)
         self.family: Family = family_of(self.model, str(checkpoint.config.get("model_type")))
+        config: Any = self.model.config
+        self.text_config: Any = config.get_text_config(decoder=True)
+        self._named = _names_of(self.model, checkpoint) if self.family.text_types else {}
         self.tied = self._tied()
         layers = self.model.get_submodule(self.family.blocks)
         self.blocks = tuple(self._block(i, m) for i, m in enumerate(layers.children()))
@@ -43,17 +47,24 @@ class Outline:
         if not getattr(self.model.config, "tie_word_embeddings", False):
             return {}
         keys = getattr(self.model, "_tied_weights_keys", None) or {}
-        return {self.family.stored_name(a): self.family.stored_name(b) for a, b in dict(keys).items()}
+        return {self.stored_name(a): self.stored_name(b) for a, b in dict(keys).items()}
+
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's name of a module or parameter."""
+        if name in self._named:
+            return self._named[name]
+        owner, _, leaf = name.rpartition(".")
+        return f"{self._named[owner]}.{leaf}" if owner in self._named else self.family.stored_name(name)
 
     def _block(self, index: int, module: nn.Module) -> BlockOutline:
         path = f"{self.family.blocks}.{index}"
-        stored_prefix = self.family.stored_name(path)
+        stored_prefix = self.stored_name(path)
         stored: list[tuple[str, str]] = []
         fused = self.family.experts
         for name, _ in (*module.named_parameters(), *_persistent_buffers(module)):
             if fused and name in (f"{fused.module}.gate_up_proj", f"{fused.module}.down_proj"):
                 continue
-            stored.append((name, self.family.stored_name(f"{path}.{name}")))
+            stored.append((name, self.stored_name(f"{path}.{name}")))
         groups = [*self._plain_groups(module, path), *self._expert_groups(module, stored_prefix)]
         for group in groups:
             for linear in group.linears:
@@ -69,7 +80,7 @@ class Outline:
         for group in (*declared, *(Group((n,)) for n in modules if n not in covered)):
             linears = tuple(
                 Linear(
-                    self.family.stored_name(f"{path}.{n}"),
+                    self.stored_name(f"{path}.{n}"),
                     f"{n}.weight",
                     (modules[n].out_features, modules[n].in_features),
                     modules[n].bias is not None,
@@ -83,7 +94,7 @@ class Outline:
         if group.source_if is None:
             return group
         field, value = group.source_if
-        return group if getattr(self.model.config, field, None) == value else replace(group, source=None)
+        return group if getattr(self.text_config, field, None) == value else replace(group, source=None)
 
     def _expert_groups(self, module: nn.Module, prefix: str) -> Iterator[LinearGroup]:
         experts = self.family.experts
@@ -107,6 +118,13 @@ class Outline:
             last = Linear(name(experts.down), f"{experts.module}.down_proj", (down.shape[1], down.shape[2]), expert=e)
             yield LinearGroup((last,), Group(()), "", e)
 
+    @cached_property
+    def outside(self) -> dict[str, str]:
+        """{checkpoint name: module} of linears that are in no block: a vision tower, a projector, the output head."""
+        prefix = self.family.blocks + "."
+        names = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(prefix)]
+        return {self.stored_name(n): n for n in names}
+
     # ---- the file against the config -------------------------------------------------------------------------
 
     @cached_property
@@ -114,7 +132,7 @@ class Outline:
         """(parameter, checkpoint tensor) of everything outside the blocks that is stored."""
         prefix = self.family.blocks + "."
         names = [n for n, _ in (*self.model.named_parameters(), *_persistent_buffers(self.model))]
-        pairs = [(n, self.family.stored_name(n)) for n in names if not n.startswith(prefix)]
+        pairs = [(n, self.stored_name(n)) for n in names if not n.startswith(prefix)]
         return tuple((n, s) for n, s in pairs if s not in self.tied)
 
     def _check_coverage(self) -> None:
@@ -143,6 +161,23 @@ class Outline:
                 raise BadCheckpoint(
                     f"{where}: tensor {name!r} has shape {list(tensors[name].shape)}, config.json implies {list(shape)}"
                 )
+
+
+def _names_of(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """{module or parameter: its name in the checkpoint}, by the renaming that transformers does when it loads."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    found: dict[str, str] = {}
+    renamings = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightRenaming)]
+    shapes = dict(model.state_dict())
+    for stored in checkpoint.tensors:
+        name = rename_source_key(stored, renamings, [], model.base_model_prefix, shapes)[0]
+        found[name] = stored
+        owner, kept = name.rpartition(".")[0], stored.rpartition(".")[0]
+        if name.rpartition(".")[2] == stored.rpartition(".")[2] and kept:
+            found[owner] = kept
+    return found
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -56,7 +56,7 @@ def tensor_names(outline: Outline) -> list[tuple[str, str]]:
         parents = {x.name.rpartition(".")[0] for x in block.linears if x.name.rpartition(".")[2] in PROJECTIONS}
         if len(parents) != 1:
             raise Unsupported(
-                f"--kv fp8 for a {outline.family.name} model: {outline.family.stored_name(block.path)} has no attention "
+                f"--kv fp8 for a {outline.family.name} model: {outline.stored_name(block.path)} has no attention "
                 f"module with k_proj and v_proj, or qkv_proj, where engines look for scales: leave --kv out"
             )
         (parent,) = parents

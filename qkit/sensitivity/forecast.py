@@ -134,7 +134,7 @@ def _weights(outline: Outline) -> int:
 
 
 def _vocabulary(outline: Outline) -> int:
-    return int(getattr(outline.model.config, "vocab_size", 0))
+    return int(getattr(outline.text_config, "vocab_size", 0))
 
 
 def _gb(n: int) -> str:

@@ -44,7 +44,7 @@ def next_norms(outline: Outline) -> dict[str, str]:
                 path = f"{outline.blocks[i + 1].path}.{norms[0]}"
             else:
                 path = family.final_norm
-            found[family.stored_name(f"{block.path}.{write}")] = path
+            found[outline.stored_name(f"{block.path}.{write}")] = path
     return found
 
 

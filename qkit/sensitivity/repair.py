@@ -62,7 +62,7 @@ def original_model(plan: Plan, outline: Outline, job: Job) -> Any:
     if "rotate" in plan.transforms:
         rotated = rotate_outer(outline, plan.seed)
         for module in (outline.family.embeddings, outline.family.final_norm, outline.family.head):
-            value = rotated[outline.family.stored_name(f"{module}.weight")].float()
+            value = rotated[outline.stored_name(f"{module}.weight")].float()
             model.get_submodule(module).weight = nn.Parameter(value, requires_grad=False)
     for block in outline.blocks:
         module, part = model.get_submodule(block.path), job.part(block.index)

@@ -22,6 +22,8 @@ class BlockState:
     module:  the materialized block; transforms change its norms and biases in place
     changed: weights [out, in] in float32 that a transform rewrote, by linear name: they are quantized from
              float32, never rounded to the model's dtype in between
+    balance: of a vision-language model, by part of the block ('attention', 'mlp'), how much an error at a piece of a picture
+             weighs beside one at an answer
     """
 
     outline: Outline
@@ -30,6 +32,7 @@ class BlockState:
     changed: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Stats] = field(default_factory=dict)
     notes: dict[str, dict[str, float]] = field(default_factory=dict)
+    balance: dict[str, float] = field(default_factory=dict)
 
     def weight(self, linear: Linear) -> Tensor:
         """float32 [out, in], as it stands after the transforms so far; not to be written to."""

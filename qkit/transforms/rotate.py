@@ -51,7 +51,7 @@ def rotate_block(state: BlockState, seed: int) -> None:
     """Rewrite the weights of a block (float32) and set its two norms to 1."""
     rotation = state.outline.family.rotation
     assert rotation is not None
-    config: Any = state.outline.model.config
+    config: Any = state.outline.text_config
     linears = {x.param.removesuffix(".weight"): x for x in state.block.linears}
     q = orthogonal(config.hidden_size, seed)
     for norm_name, readers in rotation.reads:
@@ -85,7 +85,7 @@ def rotate_outer(outline: Outline, seed: int) -> dict[str, Tensor]:
     """
     family, read = outline.family, outline.checkpoint.read_finite
     embeddings, norm, head = (
-        family.stored_name(f"{n}.weight") for n in (family.embeddings, family.final_norm, family.head)
+        outline.stored_name(f"{n}.weight") for n in (family.embeddings, family.final_norm, family.head)
     )
     table, gain = read(embeddings), read(norm)
     projection = table if head in outline.tied else read(head)

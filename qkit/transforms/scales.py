@@ -101,11 +101,11 @@ def smooth_block(
     state: BlockState,
     schemes: dict[str, Scheme],
     make: Callable[[list[Tensor], Stats], list[Tensor]],
-    loss: Loss = squared_error,
+    loss: Callable[[BlockState, LinearGroup], Loss] = lambda state, group: squared_error,
 ) -> None:
     """Search and fold a scale for every group of the block that has a source to fold into.
 
-    schemes: by linear name; groups that are skipped or mixed are left alone.
+    schemes: by linear name; groups that are skipped or mixed are left alone; loss: of a group.
     """
     for group in state.block.groups:
         chosen = {schemes.get(linear.name) for linear in group.linears}
@@ -115,7 +115,7 @@ def smooth_block(
         stats = state.stats[group.key]
         weights = [state.weight(linear) for linear in group.linears]
         candidates = [_shared_heads(state, group, s) for s in make(weights, stats)]
-        s = search(weights, stats, scheme, candidates, state.outline.dtype, loss)
+        s = search(weights, stats, scheme, candidates, state.outline.dtype, loss(state, group))
         if bool((s == 1).all()):
             continue
         fold(state, group, s)
@@ -127,7 +127,7 @@ def _shared_heads(state: BlockState, group: LinearGroup, s: Tensor) -> Tensor:
     if not isinstance(source, nn.Linear) or source.out_features == len(s):
         return s
     repeat = len(s) // source.out_features
-    config: Any = state.outline.model.config
+    config: Any = state.outline.text_config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     grouped = s.view(-1, repeat, head)
     return grouped.log().mean(1, keepdim=True).exp().expand_as(grouped).reshape(-1)
@@ -176,6 +176,6 @@ def _fold_norm(state: BlockState, norm: nn.Module, s: Tensor) -> Tensor:
 
 
 def _first_of_each(state: BlockState, s: Tensor, out: int) -> Tensor:
-    config: Any = state.outline.model.config
+    config: Any = state.outline.text_config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return s.view(-1, len(s) // out, head)[:, 0].reshape(-1)

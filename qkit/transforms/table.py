@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from qkit.formats import Scheme
 from qkit.transforms import BlockState
+from qkit.transforms.balance import balanced_error
 from qkit.transforms.rotate import rotate_block
 from qkit.transforms.scales import awq_candidates, smooth_block, smoothquant_candidates
 
@@ -40,4 +42,17 @@ TRANSFORMS: dict[str, Transform] = {
         "scales salient channels up before rounding, exponent searched per group (arXiv 2306.00978)",
         {},
     ),
+    "mbq": Transform(
+        "stats",
+        lambda state, schemes, seed: smooth_block(state, schemes, awq_candidates, balanced_error),
+        "awq for vision-language models: errors at pictures weighed against errors at answers (arXiv 2412.19509)",
+        {},
+    ),
+    "mbq-mse": Transform(
+        "stats",
+        lambda state, schemes, seed: smooth_block(state, schemes, awq_candidates, partial(balanced_error, power=2)),
+        "mbq with squared errors",
+        {},
+    ),
 }
+BALANCED = ("mbq", "mbq-mse")  # those that need pictures and answers

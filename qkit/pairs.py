@@ -1,0 +1,176 @@
+"""Pictures with a question and an answer: calibration rows of vision-language models.
+
+A file of JSON lines has on each line ``image`` (a path, or a list of them, seen from the file), ``question`` and
+``answer``. A folder has such a file, pairs.jsonl, or pictures with a text of the same name beside each (a caption,
+then the question is CAPTION). With no data given the project's own drawn scenes are used (``qkit_data.scenes``).
+
+The model's own processor and chat template make the rows, so that they are what the model is used with. Every token
+of a row has one of four names: vision (what pictures become), answer (what the loss of training is on, the end of the
+answer included), text (the rest of the prompt) and padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.calibration import KINDS, Calibration, read_text
+from qkit.errors import BadCalibration, BadCheckpoint
+
+CAPTION = "Describe the picture."
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """images: of PIL, in RGB; where: for complaints."""
+
+    images: tuple[Any, ...]
+    question: str
+    answer: str
+    where: str
+
+
+def drawn(start: int, count: int) -> Iterator[Pair]:
+    """Pairs from the project's scenes, one question of each, from that seed on."""
+    from PIL import Image
+    from qkit_data.scenes import scene
+
+    for seed in range(start, start + count):
+        made = scene(seed)
+        turn = made.turns[0]
+        yield Pair((Image.fromarray(made.image),), turn.question, turn.answer, f"scene {seed}")
+
+
+def read_pairs(path: Path, count: int) -> list[Pair]:
+    """The first ``count`` pairs of a file or a folder. Raises BadCalibration naming the line and what is wrong with it."""
+    found = list(_pairs(path, count))
+    if len(found) < count:
+        raise BadCalibration(f"{path}: {len(found)} pairs, {count} are needed: give more, or fewer --samples")
+    return found
+
+
+def _pairs(path: Path, count: int) -> Iterator[Pair]:
+    if path.is_dir() and not (path / "pairs.jsonl").is_file():
+        pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
+        if not pictures:
+            raise BadCalibration(
+                f"{path}: neither a file pairs.jsonl nor pictures ({', '.join(PICTURES)}) are in the folder"
+            )
+        for picture in pictures[:count]:
+            beside = picture.with_suffix(".txt")
+            if not beside.is_file():
+                raise BadCalibration(f"{picture}: a pair without an answer: write its text to {beside.name}")
+            yield _pair([picture], CAPTION, read_text(beside).strip(), str(picture))
+        return
+    file = path / "pairs.jsonl" if path.is_dir() else path
+    lines = [line for line in read_text(file).splitlines() if line.strip()]
+    for number, line in enumerate(lines[:count], 1):
+        where = f"{file}, line {number}"
+        try:
+            data = json.loads(line)
+        except ValueError as e:
+            raise BadCalibration(f"{where}: not JSON: {e}") from e
+        if not isinstance(data, dict) or not {"image", "question"} <= data.keys():
+            raise BadCalibration(f"{where}: expected an object with image, question and answer, found {line[:60]!r}")
+        images = data["image"] if isinstance(data["image"], list) else [data["image"]]
+        yield _pair([file.parent / str(i) for i in images], str(data["question"]), str(data.get("answer") or ""), where)
+
+
+def _pair(files: list[Path], question: str, answer: str, where: str) -> Pair:
+    from PIL import Image, UnidentifiedImageError
+
+    if not answer:
+        raise BadCalibration(
+            f"{where}: a pair without an answer: what the model is to say is what calibration measures"
+        )
+    images = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                images.append(image.convert("RGB"))
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as e:
+            raise BadCalibration(f"{where}: the picture {file} cannot be read: {str(e).splitlines()[0]}") from e
+    return Pair(tuple(images), question, answer, where)
+
+
+def load_processor(folder: Path) -> Any:
+    """The processor of a model folder; no code of the folder is run. Raises BadCheckpoint when there is none."""
+    from transformers import AutoProcessor
+
+    try:
+        made = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as e:
+        raise BadCheckpoint(
+            f"{folder}: no processor that transformers can load ({str(e).splitlines()[0]}): copy the processor's files of "
+            "the original model here, or calibrate with a text file (--calib FILE)"
+        ) from e
+    if not hasattr(made, "image_processor") or getattr(made, "chat_template", None) is None:
+        raise BadCheckpoint(
+            f"{folder}: its processor has no image processor or no chat template: copy the original's files"
+        )
+    return made
+
+
+def pair_rows(pairs: list[Pair], processor: Any, image_tokens: set[int], source: str) -> Calibration:
+    """Rows of pairs. image_tokens: ids that stand for pieces of a picture or a video.
+
+    Raises BadCalibration for a template without a slot for pictures, or that leaves the answer out.
+    """
+    inputs, prompts = [], []
+    for pair in pairs:
+        row, prompt = _row(pair, processor)
+        ids = row["input_ids"][0]
+        if pair.images and not any(int(i) in image_tokens for i in ids):
+            raise BadCalibration(f"{pair.where}: the chat template of the model has no place for a picture")
+        if prompt >= len(ids):
+            raise BadCalibration(f"{pair.where}: the chat template of the model leaves the answer out")
+        inputs.append(row)
+        prompts.append(prompt)
+    return rows_of(inputs, prompts, image_tokens, source)
+
+
+def rows_of(inputs: list[dict[str, Tensor]], prompts: list[int], image_tokens: set[int], source: str) -> Calibration:
+    """Rows of what a model is called with, filled up at the end to the longest; prompts: tokens of each before its answer."""
+    digest = hashlib.sha256()
+    for row in inputs:
+        for name in sorted(row):
+            digest.update(name.encode() + row[name].contiguous().view(torch.uint8).numpy().tobytes())
+    longest = max(x["input_ids"].shape[1] for x in inputs)
+    tokens = torch.zeros(len(inputs), longest, dtype=torch.int64)
+    kinds = torch.zeros(len(inputs), longest, dtype=torch.uint8)
+    pieces = torch.tensor(sorted(image_tokens))
+    for i, (row, prompt) in enumerate(zip(inputs, prompts, strict=True)):
+        ids = row["input_ids"][0]
+        tokens[i, : len(ids)] = ids
+        kinds[i, : len(ids)] = KINDS.index("text")
+        kinds[i, prompt : len(ids)] = KINDS.index("answer")
+        kinds[i, : len(ids)][torch.isin(ids, pieces)] = KINDS.index("vision")
+    return Calibration(source, len(inputs), longest, digest.hexdigest(), tokens, tuple(inputs), kinds)
+
+
+def _row(pair: Pair, processor: Any) -> tuple[dict[str, Tensor], int]:
+    """What the model is called with, and how many of its tokens come before the answer."""
+    slots = [{"type": "image", "image": i} for i in pair.images]
+    asked = {"role": "user", "content": [*slots, {"type": "text", "text": pair.question}]}
+    told = {"role": "assistant", "content": [{"type": "text", "text": pair.answer}]}
+
+    def encode(messages: list[Any], prompt: bool) -> dict[str, Tensor]:
+        made = processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=prompt
+        )
+        return {k: v for k, v in made.items() if isinstance(v, Tensor)}
+
+    whole, prompt = encode([asked, told], False), encode([asked], True)
+    ids, start = whole["input_ids"][0], prompt["input_ids"][0]
+    same = int((ids[: len(start)] == start[: len(ids)]).cumprod(0).sum())
+    if bool(whole["attention_mask"].all()):
+        del whole["attention_mask"]  # of one row without padding: says nothing, and would make blocks build a mask
+    return whole, same

@@ -1,0 +1,111 @@
+"""Modality-balanced scales for vision-language models: errors at pieces of pictures weigh less than errors at answers.
+
+MBQ (Li et al., arXiv 2412.19509): to first order the loss changes by at most |g_v| |Y_v - Yq_v| + |g_l| |Y_l - Yq_l|
+(eqs. 8-13), with g the mean absolute gradient of the answers' loss at a module's outputs, over pieces of pictures (v)
+and over answers (l). So the scale search (``scales.search``, with the candidates of AWQ) takes the mean absolute
+error of answers plus r = g_v / g_l times that of pictures. r is measured at the output projection of attention, for
+the linears of attention, and at the last linear of the MLP, for those of the MLP; it is no less than the median of
+all blocks (in the authors' code, not in the paper). Other text and padding weigh nothing.
+
+Ours: errors are taken at the outputs of the group itself, as in our AWQ, and on inputs that the quantized blocks
+before produce (the paper's option ``distort``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qkit.blocks import LinearGroup
+from qkit.calibration import KINDS, Calibration
+from qkit.families.outline import Outline
+from qkit.transforms import BlockState
+from qkit.transforms.scales import Loss
+
+VISION, ANSWER = KINDS.index("vision"), KINDS.index("answer")
+PARTS = ("attention", "mlp")
+
+
+def part_of(group: LinearGroup) -> str:
+    """Of PARTS: where in the block the group is."""
+    return PARTS[0] if "att" in group.hook else PARTS[1]
+
+
+def balanced_error(state: BlockState, group: LinearGroup, power: int = 1) -> Loss:
+    """Mean of |error|^power over answers, plus r times that over pieces of pictures, by the tokens that the sample stands
+    for."""
+    stats, r = state.stats[group.key], state.balance[part_of(group)]
+    assert stats.kinds is not None and stats.stands_for is not None
+    counted = torch.zeros(len(KINDS))
+    counted[VISION], counted[ANSWER] = r, 1.0
+    weight = stats.stands_for * counted[stats.kinds.long()]
+
+    def loss(outputs: list[Tensor], references: list[Tensor]) -> float:
+        each = [(o - x).abs().pow(power).sum(1) for o, x in zip(outputs, references, strict=True)]
+        return float(sum((e * weight).sum().double() for e in each))
+
+    return loss
+
+
+def gradients(
+    model: Any, outline: Outline, rows: Calibration, step: Callable[[], object] = lambda: None
+) -> list[dict[str, tuple[float, float]]]:
+    """By block and part, (vision, answer): mean absolute gradient of the mean loss of answers at the part's output.
+
+    model: loaded whole; rows: with kinds. One forward and one backward pass for each row.
+    """
+    assert rows.inputs is not None and rows.kinds is not None
+    places = {
+        (i, part_of(g)): f"{block.path}.{g.hook}"
+        for i, block in enumerate(outline.blocks)
+        for g in block.groups
+        if len(g.linears) == 1 and g.expert is None
+    }
+    sums = {key: [0.0, 0.0] for key in places}
+    outputs: dict[tuple[int, str], Tensor] = {}
+
+    def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        (args[0] if args else kwargs["hidden_states"]).requires_grad_()
+
+    def keep(key: tuple[int, str]) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Tensor) -> None:
+            output.retain_grad()
+            outputs[key] = output
+
+        return hook
+
+    handles = [model.get_submodule(outline.blocks[0].path).register_forward_pre_hook(enter, with_kwargs=True)]
+    handles += [model.get_submodule(name).register_forward_hook(keep(key)) for key, name in places.items()]
+    try:
+        for row, kinds in zip(rows.inputs, rows.kinds, strict=True):
+            ids = row["input_ids"][0]
+            kinds = kinds[: len(ids)]
+            answers = (kinds == ANSWER).nonzero()[:, 0]
+            logits = model(**row, use_cache=False).logits[0, answers - 1].float()
+            functional.cross_entropy(logits, ids[answers]).backward()
+            for key, output in outputs.items():
+                assert output.grad is not None
+                size = output.grad[0].abs().mean(1)
+                sums[key][0] += float(size[kinds == VISION].mean()) / len(rows.inputs)
+                sums[key][1] += float(size[kinds == ANSWER].mean()) / len(rows.inputs)
+            outputs.clear()
+            step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        {part: (sums[i, part][0], sums[i, part][1]) for part in PARTS if (i, part) in sums}
+        for i in range(len(outline.blocks))
+    ]
+
+
+def ratios(found: list[dict[str, tuple[float, float]]]) -> list[dict[str, float]]:
+    """By block and part: r, no less than the median of the part over all blocks."""
+    raw = [{part: vision / answer for part, (vision, answer) in block.items()} for block in found]
+    middle = {part: median(block[part] for block in raw if part in block) for part in PARTS}
+    return [{part: max(r, middle[part]) for part, r in block.items()} for block in raw]

@@ -1,0 +1,143 @@
+"""Modality-balanced scales: the objective on the grid, the ratios against autograd, the command line."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import qkit_data
+import tiny_vlms
+import torch
+from test_vlm import vlm  # noqa: F401
+from torch.nn import functional
+
+from qkit.calibration import KINDS
+from qkit.capture import Stats
+from qkit.checkpoint import Checkpoint
+from qkit.families.outline import Outline
+from qkit.formats import scheme
+from qkit.loading import load
+from qkit.pairs import rows_of
+from qkit.qtensor import dequantize, find_params, quantize
+from qkit.transforms import BlockState
+from qkit.transforms.balance import ANSWER, VISION, balanced_error, gradients, ratios
+from qkit.transforms.scales import awq_candidates, search
+
+W3 = scheme("w3a16")
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """Inputs of which pictures and answers use different channels, and weights that read both."""
+    chance = torch.Generator().manual_seed(0)
+    loud = torch.ones(2, 128)
+    loud[0, :20], loud[1, 20:40] = 12.0, 12.0
+    kinds = torch.tensor([VISION] * 300 + [ANSWER] * 60 + [KINDS.index("text")] * 40, dtype=torch.uint8)
+    x = torch.randn(400, 128, generator=chance) * loud[(kinds == ANSWER).long()]
+    weights = [torch.randn(n, 128, generator=chance) for n in (96, 64)]
+    ones = torch.ones(400)
+    stats = Stats(400, x.square().mean(0), x, None, x.abs().amax(0), x.abs().mean(0), kinds, ones)
+    return weights, stats
+
+
+def chosen(weights, stats, r: float, power: int = 1):
+    state = BlockState(None, None, None, stats={"k": stats}, balance={"attention": r})
+    group = type("Group", (), {"key": "k", "hook": "self_attn.q_proj"})
+    loss = balanced_error(state, group, power)
+    return search(weights, stats, W3, awq_candidates(weights, stats), torch.float32, loss), loss
+
+
+def errors(weights, stats, s) -> dict[int, float]:
+    """By kind, the sum of absolute errors of the outputs with that scale."""
+    found = torch.zeros(len(stats.sample))
+    for w in weights:
+        scaled = w * s
+        p = find_params(scaled, W3.weights, torch.float32, importance=stats.mean_square / s.square())
+        back = dequantize(quantize(scaled, p, W3.weights)) / s
+        found += ((back - w) @ stats.sample.T).abs().sum(0)
+    return {k: float(found[stats.kinds == k].sum()) for k in (VISION, ANSWER)}
+
+
+def test_answers_gain_what_pictures_lose(toy):
+    """As r falls, the error of answers does not rise and that of pictures does not fall: exact on a finite grid."""
+    found = [errors(*toy, chosen(*toy, r)[0]) for r in (1.0, 0.3, 0.1, 0.03, 0.0)]
+    for a, b in pairwise(found):
+        assert b[ANSWER] <= a[ANSWER] * (1 + 1e-5) and b[VISION] >= a[VISION] * (1 - 1e-5)
+    assert found[-1][ANSWER] < found[0][ANSWER]
+
+
+def test_without_balance_it_is_awq_with_absolute_errors(toy):
+    weights, stats = toy
+    stats = replace(stats, kinds=torch.where(stats.kinds == VISION, VISION, ANSWER).to(torch.uint8))
+
+    def absolute(outputs, references):
+        return float(sum((o - x).abs().sum().double() for o, x in zip(outputs, references, strict=True)))
+
+    plain = search(weights, stats, W3, awq_candidates(weights, stats), torch.float32, absolute)
+    assert torch.equal(chosen(weights, stats, 1.0)[0], plain)
+    for r in (0.3, 0.05):  # and its own objective is never worse than at AWQ's choice
+        s, _ = chosen(weights, stats, r)
+        own, other = (errors(weights, stats, x) for x in (s, plain))
+        assert r * own[VISION] + own[ANSWER] <= r * other[VISION] + other[ANSWER] + 1e-3
+
+
+def test_tokens_weigh_what_they_stand_for(toy):
+    """A sample of every third piece of a picture, counted three times, has the objective of all of them, nearly."""
+    weights, stats = toy
+    keep = torch.tensor([k != VISION or i % 3 == 0 for i, k in enumerate(stats.kinds.tolist())])
+    fewer = replace(
+        stats, sample=stats.sample[keep], kinds=stats.kinds[keep],
+        stands_for=torch.where(stats.kinds == VISION, 3.0, 1.0)[keep],
+    )  # fmt: skip
+    noise = [0.1 * torch.randn(w.shape, generator=torch.Generator().manual_seed(1)) for w in weights]
+
+    def value(stats) -> float:
+        outputs = [stats.sample @ (w + n).T for w, n in zip(weights, noise, strict=True)]
+        return chosen(weights, stats, 0.5)[1](outputs, [stats.sample @ w.T for w in weights])
+
+    assert value(fewer) == pytest.approx(value(stats), rel=0.05)
+
+
+def test_gradients_are_autograds(vlm):  # noqa: F811
+    """Against the same loss with the outputs of two modules as leaves."""
+    path = vlm("llava")
+    model, outline = load(path, dtype=torch.float32), Outline(Checkpoint.open(path))
+    each = [tiny_vlms.inputs("llava", model, seed) for seed in range(2)]
+    for x in each:
+        del x["attention_mask"]
+    rows = rows_of(each, [len(x["input_ids"][0]) - 4 for x in each], {tiny_vlms.IMAGE}, "two")
+    found = gradients(model, outline, rows)
+    for block, part, name in ((0, "attention", "self_attn.o_proj"), (1, "mlp", "mlp.down_proj")):
+        module = model.get_submodule(f"{outline.blocks[block].path}.{name}")
+        wanted = {VISION: 0.0, ANSWER: 0.0}
+        for x, kinds in zip(each, rows.kinds, strict=True):
+            leaves = []
+
+            def cut(module, args, output, leaves=leaves):
+                leaves.append(output.detach().requires_grad_())
+                return leaves[0]
+
+            handle = module.register_forward_hook(cut)
+            logits = model(**x).logits[0]
+            handle.remove()
+            loss = functional.cross_entropy(logits[-5:-1], x["input_ids"][0, -4:])
+            (grad,) = torch.autograd.grad(loss, leaves)
+            for k in wanted:
+                wanted[k] += float(grad[0, kinds == k].abs().mean()) / 2
+        assert found[block][part] == pytest.approx((wanted[VISION], wanted[ANSWER]), rel=1e-4)
+    assert all(v > 0 and a > 0 for block in found[:-1] for v, a in block.values())
+    # The last block's outputs at pictures reach no answer.
+    assert found[-1]["mlp"][0] == 0 and ratios(found)[-1]["mlp"] > 0
+
+
+def test_ratios_have_a_floor():
+    found = [{"attention": (1.0, 10.0), "mlp": (v, 4.0)} for v in (1.0, 2.0, 8.0)]
+    assert ratios(found) == [{"attention": 0.1, "mlp": x} for x in (0.5, 0.5, 2.0)]
+
+
+def test_text_alone_is_refused(run, tiny, vlm, tmp_path):  # noqa: F811
+    common = ("quantize", "--scheme", "w3a16", "--method", "mbq", "--out", tmp_path / "out")
+    code, _, err = run(*common, "--model", tiny("llama"), "--seqlen", 32)
+    assert code in (2, 3) and "this is a language model (llama): use awq" in err
+    text = qkit_data.text_path("calibration")
+    code, _, err = run(*common, "--model", vlm("llava"), "--calib", text, "--samples", 4, "--seqlen", 32)
+    assert code == 2 and "needs pictures with answers" in err

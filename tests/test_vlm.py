@@ -1,0 +1,108 @@
+"""Vision-language models: named right, packed, loaded by both libraries; rows with pictures run as the model runs them."""
+
+import json
+
+import pytest
+import tiny_vlms
+import torch
+import transformers
+from PIL import Image
+
+from qkit.calibration import KINDS
+from qkit.capture import PerRow, enter, merged
+from qkit.checkpoint import Checkpoint
+from qkit.families.outline import Outline
+from qkit.loading import load
+from qkit.pairs import rows_of
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory):
+    """``vlm(family)``: the folder of a tiny model."""
+    made = {}
+
+    def get(family: str):
+        if family not in made:
+            made[family] = tiny_vlms.make(family, tmp_path_factory.mktemp("vlms") / family)
+        return made[family]
+
+    return get
+
+
+@pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
+def test_packed_and_loaded(run, vlm, tmp_path, family):
+    """The loaded original is transformers' own; of the packed one qkit's logits are those of stock transformers."""
+    path = vlm(family)
+    stock = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    before = tiny_vlms.logits(family, stock)
+    assert torch.equal(tiny_vlms.logits(family, load(path, dtype=torch.float32)), before)
+    for scheme in ("w4a16", "w4a8"):
+        out = tmp_path / scheme
+        code, said, err = run("quantize", "--model", path, "--scheme", scheme, "--method", "rtn", "--out", out)
+        assert code == 0 and "14 linears quantized" in said, err
+        assert run("verify", out)[0] == 0
+        own = tiny_vlms.logits(family, load(out, dtype=torch.float32))
+        found = transformers.AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
+        other = tiny_vlms.logits(family, found)
+        assert (own - other).norm() < 1e-5 * own.norm()
+        assert 0.01 < (own - before).norm() / before.norm() < 0.5
+
+
+@pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
+def test_rows_of_several_lengths(vlm, family):
+    """A batch of rows, filled up, run block by block: every token as in the model itself; masks lie where the pictures are."""
+    path = vlm(family)
+    model = load(path, dtype=torch.float32)
+    each = [tiny_vlms.inputs(family, model, seed, n) for seed, n in enumerate([(5, 9), (2, 4), (7, 3)])]
+    for x in each:
+        del x["attention_mask"]
+    rows = rows_of(each, [len(x["input_ids"][0]) - 3 for x in each], {tiny_vlms.IMAGE}, "three")
+    outline = Outline(Checkpoint.open(path))
+    blocks = outline.family.blocks
+    entered = list(enter(model, blocks, rows.calls()))
+    lengths = [x["input_ids"].shape[1] for x in each]
+    calls = merged([c for _, c in entered], lengths)
+    differ = any(isinstance(v, PerRow) for c in calls.values() for v in c.kwargs.get("position_embeddings", ()))
+    assert differ == family.startswith("qwen")  # positions of a picture's pieces depend on what is before them
+    hidden = torch.cat([torch.nn.functional.pad(h, (0, 0, 0, rows.seqlen - h.shape[1])) for h, _ in entered])
+    seen = {}
+    with torch.inference_mode():
+        for i, x in enumerate(each):
+            found = model(**x, output_hidden_states=True)
+            seen[i] = found.hidden_states
+        for start, stop in ((0, 3), (1, 2)):
+            part = hidden[start:stop]
+            for i, block in enumerate(model.get_submodule(blocks)):
+                part = calls[i](block, part, slice(start, stop))
+                if i + 1 < len(outline.blocks):  # transformers gives the last one behind the norm
+                    for row in range(start, stop):
+                        wanted = seen[row][i + 1][0]
+                        assert torch.allclose(part[row - start, : lengths[row]], wanted, atol=1e-4)
+    for i, x in enumerate(each):
+        at = torch.nn.functional.pad(x["input_ids"][0] == tiny_vlms.IMAGE, (0, rows.seqlen - lengths[i]))
+        counts = dict(zip(KINDS, rows.kinds[i].bincount(minlength=4).tolist(), strict=True))
+        assert torch.equal(rows.kinds[i] == KINDS.index("vision"), at) and counts["answer"] == 3
+        assert counts["padding"] == rows.seqlen - lengths[i] and bool((rows.kinds[i, lengths[i] :] == 0).all())
+
+
+def test_what_cannot_be_calibrated(run, vlm, tiny, tmp_path):
+    """One sentence for each."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"not a picture")
+    for name, lines, words in (
+        ("answer", [{"image": "a.png", "question": "What?"}], "line 1: a pair without an answer"),
+        ("broken", [{"image": "b.png", "question": "What?", "answer": "A"}], "cannot be read"),
+        ("few", [], "0 pairs, 4 are needed"),
+        ("shape", [["a"]], "expected an object with image, question and answer"),
+    ):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        common = ("quantize", "--scheme", "w4a16", "--method", "gptq", "--samples", 4, "--calib", file)
+        code, _, err = run(*common, "--model", vlm("llava"), "--out", tmp_path / "out")
+        assert code == 3 and words in err and len(err.strip().splitlines()) == 1
+        code, _, err = run(*common, "--model", tiny("llama"), "--out", tmp_path / "out")
+        assert code == 2 and "are for a vision-language model" in err
+    code, _, err = run(
+        "quantize", "--scheme", "w4a16", "--method", "gptq", "--model", vlm("llava"), "--out", tmp_path / "out"
+    )
+    assert code == 3 and "no processor" in err
