@@ -1,6 +1,7 @@
-"""What KV caches keep of a long context: facts asked for, by depth, length and cache.
+r"""What KV caches keep of a long context: facts asked for, by depth, length and cache.
 
-    python reports/kvcache/train.py --model LONG --text train.txt.xz --out DIR --length 256 --batch 8 --retrieval 0.75
+    python reports/kvcache/train.py --model LONG --text train.txt.xz --out DIR --length 128 --batch 4 --retrieval 0.75 \
+        --rate 1e-3 --steps 1000
     python reports/kvcache/retrieval.py --model DIR --text NAME=FILE [--window 1024] [--windows 8] [--name retrieval]
 
 Writes reports/kvcache/retrieval.json, with the figures of ``qkit.evaluation.retrieval``, and retrieval.png: for each task and

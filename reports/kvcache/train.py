@@ -1,7 +1,7 @@
 """A small Llama for long contexts: tiny-llama, trained further on rows of 2,048 tokens.
 
     python reports/kvcache/train.py --model DIR --text train.txt.xz --out OUT [--steps 200]
-    python reports/kvcache/train.py --model LONG --text train.txt.xz --out OUT --length 256 --retrieval 0.75 --rate 1e-3
+    python reports/kvcache/train.py --model LONG --text train.txt.xz --out OUT --length 128 --retrieval 0.75 --rate 1e-3
 
 Decoding 1,024 tokens after a prompt of 1,024 says something about a cache only where the model looks that far back; tiny-llama
 was trained on shorter rows. AdamW, cosine schedule with warm-up, float32, compiled. Prints the loss on the way, and in the
@@ -9,7 +9,7 @@ end, on rows of the text that training did not see, the loss by position.
 
 --retrieval mixes rows in that are made from the text for copying, and scored where copying tells the token: shuffled
 tokens told again and again, and facts (those of ``qkit.evaluation.retrieval``, in lists and hidden in text) told a second
-time in another order. Models learn to look tokens up from such rows long before they do from text.
+time in another order.
 """
 
 from __future__ import annotations
