@@ -11,7 +11,7 @@ from rich.table import Table
 
 from qkit.commands.common import write_json
 from qkit.export.compressed_tensors import layout
-from qkit.families.llm import FAMILIES
+from qkit.families.discover import DECLARED
 from qkit.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES, Format
 from qkit.kvcache.policy import KINDS, SHORT, WIDTHS_OF
 from qkit.requant import METHOD, OUTLIERS, SIGNIFICANT
@@ -83,7 +83,7 @@ def families() -> list[dict[str, Any]]:
             "model_type": ", ".join(f.model_types),
             "rotate": "yes" if f.rotation else "no",
         }
-        for f in FAMILIES
+        for f in DECLARED
     ]
 
 

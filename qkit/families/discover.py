@@ -12,6 +12,7 @@ from qkit.blocks import Group
 from qkit.errors import BadCheckpoint, Unsupported
 from qkit.families import Family, llm, vlm
 
+DECLARED = (*llm.FAMILIES, *vlm.FAMILIES)
 # Siblings of an undeclared architecture that by these names read one input.
 _SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
 
@@ -60,7 +61,7 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
 
 def family_of(model: nn.Module, model_type: str) -> Family:
     """The declared family of that model type, else one discovered from the module tree."""
-    for family in (*llm.FAMILIES, *vlm.FAMILIES):
+    for family in DECLARED:
         if model_type in family.model_types:
             return family
     return _discover(model, model_type)
