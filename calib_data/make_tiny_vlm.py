@@ -4,7 +4,7 @@
 
 Its language model starts from the first layers of tiny-llama (--language), its SigLIP tower and the projector from
 nothing. Several questions about a picture share one row: each sees the picture and itself, at the positions that it
-would have alone. Loss on answers only; AdamW, cosine schedule with warm-up, float32, compiled. Writes OUT in bfloat16
+would have alone. Loss on answers only; AdamW, cosine schedule with warm-up, float32. Writes OUT in bfloat16
 with its processor, and prints exact-match accuracy on pictures that training did not see. A stopped run goes on from
 OUT.part.
 """
@@ -154,11 +154,6 @@ def main() -> None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
-
-    def loss_of(ids: Tensor, images: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        return model.model(input_ids=ids, pixel_values=images, position_ids=positions, attention_mask=mask)[0]
-
-    run = torch.compile(loss_of)
     began, average = time.monotonic(), 0.0
     for step in range(start, args.steps):
         warm, left = (step + 1) / 100, step / args.steps
@@ -166,9 +161,9 @@ def main() -> None:
             group["lr"] = args.rate * min(1.0, warm) * (0.5 * (1 + math.cos(math.pi * left)) + 0.01)
         first = TRAINING + step * args.batch
         batch = batch_of(range(first, first + args.batch), tokenizer, image_token)
-        hidden = run(batch["input_ids"], batch["pixel_values"], batch["position_ids"], batch["attention_mask"])
-        logits = model.lm_head(hidden[batch["places"][:, 0], batch["places"][:, 1]])
-        loss = functional.cross_entropy(logits, batch["targets"])
+        places, targets = batch.pop("places"), batch.pop("targets")
+        hidden = model.model(**batch, use_cache=False)[0]
+        loss = functional.cross_entropy(model.lm_head(hidden[places[:, 0], places[:, 1]]), targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
