@@ -1,12 +1,12 @@
 """Makes tiny-vlm, the vision-language reference model: a LLaVA of 5 million parameters, trained on drawn scenes.
 
-    python calib_data/make_tiny_vlm.py --language DIR --out OUT [--steps 3000]
+    python calib_data/make_tiny_vlm.py --language DIR --out OUT [--steps 2400]
 
-Its language model starts from the first layers of tiny-llama (--language), its SigLIP tower and the projector from
-nothing. Several questions about a picture share one row: each sees the picture and itself, at the positions that it
-would have alone. Loss on answers only; AdamW, cosine schedule with warm-up, float32. Writes OUT in bfloat16
-with its processor, and prints exact-match accuracy on pictures that training did not see. A stopped run goes on from
-OUT.part.
+Its language model starts from the first layers of tiny-llama (--language), the projector from nothing, its SigLIP tower
+from learning to tell what is drawn where (with a linear head on all pieces of a picture, which is thrown away). Several
+questions about a picture share one row: each sees the picture and itself, at the positions that it would have alone.
+Loss on answers only; AdamW, cosine schedule with warm-up, float32. Writes OUT in bfloat16 with its processor, and prints
+exact-match accuracy on pictures that training did not see. A stopped run goes on from OUT.part.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from qkit_data.scenes import SIZE, TRAINING, scene
+from qkit_data.scenes import COLORS, PLACES, SHAPES, SIZE, TRAINING, WORDS, scene
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
@@ -32,6 +33,7 @@ from transformers import (
 )
 
 PATCH, LAYERS, ROW = 8, 4, 120
+PICTURES = 4_000_000  # seeds of what the tower learns from
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}{% for c in m.content %}{% if c.type == 'image' %}<image>"
@@ -79,6 +81,50 @@ def new_model(language: str, seed: int) -> LlavaForConditionalGeneration:
 def pixels(images: list[Any]) -> Tensor:
     """float32 [n, 3, 48, 48], as the processor gives them: from -1 to 1."""
     return torch.stack([torch.from_numpy(i).permute(2, 0, 1) for i in images]).float() / 127.5 - 1
+
+
+def labels_of(seed: int) -> list[int]:
+    """What is drawn, as classes of LABELS (0: nothing): shape and colour of every place, the height of every colour's bar, and
+    the word."""
+    answers = {t.question: t.answer for t in scene(seed, turns=100).turns}
+
+    def of(question: str, names: Sequence[str]) -> int:
+        answer = answers.get(question)
+        return 0 if answer is None else 1 + names.index(answer)
+
+    colors, heights, words = list(COLORS), [str(h) for h in range(1, 8)], [w.lower() for w in WORDS]
+    found = [of(f"What shape is at the {p}?", SHAPES) for p in PLACES]
+    found += [of(f"What color is the object at the {p}?", colors) for p in PLACES]
+    found += [of(f"How tall is the {c} bar?", heights) for c in colors]
+    return [*found, of("What word is written?", words)]
+
+
+LABELS = (*[1 + len(SHAPES)] * len(PLACES), *[1 + len(COLORS)] * len(PLACES), *[8] * len(COLORS), 1 + len(WORDS))
+
+
+def teach_to_see(tower: Any, steps: int, seed: int, batch: int = 64) -> None:
+    """Trains the tower, and a linear head, to tell the labels."""
+    torch.manual_seed(seed)
+    head = torch.nn.Linear(IMAGE_TOKENS * tower.config.hidden_size, sum(LABELS))
+    params = [*tower.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1.0, (step + 1) / 100) * (0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
+        first = PICTURES + step * batch
+        seeds = range(first, first + batch)
+        wanted = torch.tensor([labels_of(s) for s in seeds])
+        features = tower(pixels([scene(s).image for s in seeds])).last_hidden_state.flatten(1)
+        each = head(features).split(LABELS, dim=1)
+        loss = torch.stack([functional.cross_entropy(x, wanted[:, i]) for i, x in enumerate(each)]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 99:
+            right = torch.stack([x.argmax(1) == wanted[:, i] for i, x in enumerate(each)]).float().mean(1)
+            shape, color, bar, word = right[:9].mean(), right[9:18].mean(), right[18:24].mean(), right[24]
+            print(f"tower {step + 1}: {loss:.4f}, right {shape:.3f} {color:.3f} {bar:.3f} {word:.3f}", flush=True)
 
 
 def batch_of(seeds: range, tokenizer: Any, image_token: int) -> dict[str, Tensor]:
@@ -138,7 +184,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--language", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--tower-steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -154,6 +201,9 @@ def main() -> None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
+    else:
+        teach_to_see(model.model.vision_tower, args.tower_steps, args.seed)
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 0}, part)
     began, average = time.monotonic(), 0.0
     for step in range(start, args.steps):
         warm, left = (step + 1) / 100, step / args.steps

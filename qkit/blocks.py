@@ -78,3 +78,18 @@ class BlockOutline:
     @property
     def linears(self) -> tuple[Linear, ...]:
         return tuple(linear for g in self.groups for linear in g.linears)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Blocks that a stream of rows passes one after another: a tower, or the language model (name LANGUAGE)."""
+
+    name: str
+    blocks: tuple[BlockOutline, ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(b.path for b in self.blocks)
+
+
+LANGUAGE = "language"

@@ -1,4 +1,4 @@
-"""Calibration rows, what is gathered of them, and how a model calls its blocks.
+"""Calibration rows, and what is gathered of them.
 
 Rows live in a file of the job folder, one hidden state [tokens, hidden] a row, and are read and written in
 pieces: resident memory does not grow with their number (the page cache keeps them at hand), and the file is
@@ -7,17 +7,17 @@ what a resumed run goes on from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qkit.errors import BadCalibration, Unsupported
+from qkit.errors import BadCalibration
 from qkit.parallel import Workers
 
 _PIECE_TOKENS = 512  # tokens, at the least, that one worker runs through the block at a time
@@ -39,6 +39,8 @@ class Rows:
 
     good: rows without a non-finite value so far; the others are left out and counted
     kinds: uint8 [count, tokens], indices of ``calibration.KINDS``; 0 where a shorter row was filled up; None: all is text
+    leads: of rows of different shapes, each [*lead, hidden] (the pictures of a sample in a vision tower); they are read one
+           by one, and ``tokens`` is what the longest has
     """
 
     path: Path
@@ -48,10 +50,18 @@ class Rows:
     dtype: torch.dtype
     good: list[bool] = field(default_factory=list)
     kinds: Tensor | None = None
+    leads: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Tokens of all rows."""
+        return sum(map(math.prod, self.leads)) if self.leads else self.count * self.tokens
 
     def counted(self, start: int, stop: int) -> Tensor | None:
         """bool [(stop - start) * tokens]: tokens that statistics are taken of; None: all of them."""
         good = torch.tensor(self.good[start:stop])
+        if self.leads:
+            return None if bool(good.all()) else good.expand(math.prod(self.leads[start]))
         if self.kinds is None:
             return None if bool(good.all()) else good.repeat_interleave(self.tokens)
         mask = ((self.kinds[start:stop] > 0) & good[:, None]).flatten()
@@ -62,18 +72,23 @@ class Rows:
         return self.tokens * self.hidden * self.dtype.itemsize
 
     def read(self, start: int, stop: int) -> Tensor:
-        """[stop - start, tokens, hidden]"""
-        rows = torch.empty(stop - start, self.tokens, self.hidden, dtype=self.dtype)
+        """[stop - start, tokens, hidden]; of rows of different shapes the one at ``start``, [*lead, hidden]"""
+        first = start * self.row_bytes
+        shape: tuple[int, ...] = (stop - start, self.tokens)
+        if self.leads:
+            shape = self.leads[start]
+            first = sum(map(math.prod, self.leads[:start])) * self.hidden * self.dtype.itemsize
+        rows = torch.empty(*shape, self.hidden, dtype=self.dtype)
         buffer = rows.view(torch.uint8).numpy().reshape(-1).data
         with self.path.open("rb", buffering=0) as f:
-            f.seek(start * self.row_bytes)
+            f.seek(first)
             if f.readinto(buffer) != len(buffer):
                 raise BadCalibration(f"{self.path}: shorter than {self.count} rows: delete the job folder, start again")
         return rows
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of the rows that are worked on as one. Pieces do not depend on the number of workers."""
-        step = max(1, piece_tokens(self.hidden) // self.tokens)
+        step = 1 if self.leads else max(1, piece_tokens(self.hidden) // self.tokens)
         for start in range(0, self.count, step):
             yield start, min(start + step, self.count)
 
@@ -252,139 +267,3 @@ def run_pending(sums: Iterable[Accumulator], pool: Workers, everything: bool) ->
     sums = list(sums)
     if everything or sum(x.nbytes for s in sums for x in s.pending) >= PENDING_BYTES:
         pool.map(lambda job: job(), [job for s in sums for job in s.jobs()])
-
-
-@dataclass(frozen=True)
-class PerRow:
-    """An argument that differs from row to row (rotary angles of pictures of several sizes): tensors of one shape that make a
-    batch along ``dim``."""
-
-    each: tuple[Tensor, ...]
-    dim: int
-
-
-@dataclass(frozen=True)
-class Call:
-    """How the model calls a block: the arguments after the hidden states, recorded for one row, or for each (PerRow)."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def to(self, dtype: torch.dtype) -> Call:
-        """The same call for a block that runs in ``dtype``: its floating-point arguments are in it too."""
-
-        def cast(value: Any) -> Any:
-            if isinstance(value, PerRow):
-                return PerRow(tuple(cast(v) for v in value.each), value.dim)
-            if isinstance(value, (tuple, list)):
-                return type(value)(cast(v) for v in value)
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-        return Call(cast(self.args), {k: cast(v) for k, v in self.kwargs.items()})
-
-    def __call__(self, block: nn.Module, hidden: Tensor, rows: slice = slice(None)) -> Tensor:
-        """What the block gives for those rows, [n, tokens, hidden]."""
-
-        def of(value: Any) -> Any:
-            if isinstance(value, PerRow):
-                return torch.cat(value.each[rows], dim=value.dim)
-            return type(value)(of(v) for v in value) if isinstance(value, (tuple, list)) else value
-
-        out = block(hidden, *of(self.args), **{k: of(v) for k, v in self.kwargs.items()})
-        first: Tensor = out[0] if isinstance(out, tuple) else out
-        return first
-
-
-def merged(calls: list[dict[int, Call]], lengths: list[int]) -> dict[int, Call]:
-    """The calls of rows of several lengths as those of one batch, filled up at the end to the longest.
-
-    Blocks are causal, so that what follows a row's end changes nothing in it. Raises Unsupported for arguments that are
-    neither the same for all rows nor one number, or vector, a token.
-    """
-    longest = lengths.index(max(lengths))
-    made: dict[tuple[int, ...], Any] = {}  # blocks share their arguments
-
-    def join(values: list[Any]) -> Any:
-        first = values[longest]
-        if isinstance(first, (tuple, list)):
-            return type(first)(join([v[i] for v in values]) for i in range(len(first)))
-        if not isinstance(first, Tensor):
-            return first
-        key = tuple(map(id, values))
-        if key not in made:
-            made[key] = _joined(values, lengths, longest)
-        return made[key]
-
-    found = {}
-    for index, call in calls[longest].items():
-        args = join([c[index].args for c in calls])
-        found[index] = Call(args, {k: join([c[index].kwargs[k] for c in calls]) for k in call.kwargs})
-    return found
-
-
-def _joined(values: list[Tensor], lengths: list[int], longest: int) -> Any:
-    first, most = values[longest], lengths[longest]
-    if all(v.shape == first.shape and torch.equal(v, first) for v in values):
-        return first
-    dim = next((d for d, n in enumerate(first.shape) if n == most), None)
-    if dim is None or any(v.dim() != first.dim() or v.shape[dim] != n for v, n in zip(values, lengths, strict=True)):
-        raise Unsupported(
-            f"calibration rows of several lengths: blocks are called with a tensor {list(first.shape)} that differs between "
-            "rows and does not follow their tokens"
-        )
-    if all(torch.equal(v, first.narrow(dim, 0, n)) for v, n in zip(values, lengths, strict=True)):
-        return first
-    padded = []
-    for v, n in zip(values, lengths, strict=True):
-        rest = v.new_zeros(*v.shape[:dim], most - n, *v.shape[dim + 1 :])
-        padded.append(torch.cat([v, rest], dim))
-    return PerRow(tuple(padded), dim - 1)
-
-
-# ---- the way into the first block ---------------------------------------------------------------------------
-
-
-class _Recorder(nn.Module):
-    """Stands in a block's place: notes how it is called and hands the hidden states on."""
-
-    def __init__(self, block: nn.Module, calls: dict[int, Call], first: list[Tensor], index: int) -> None:
-        super().__init__()
-        self.__dict__["_block"] = block
-        self.__dict__["_note"] = (calls, first, index)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_block"], name)  # models read attributes such as attention_type from a block
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        calls, first, index = self.__dict__["_note"]
-        if index == 0:
-            first.append(hidden)
-        calls[index] = Call(args, kwargs)
-        return hidden
-
-
-def enter(
-    model: nn.Module, blocks: str, samples: Iterable[Mapping[str, Tensor]], cache: Any = None
-) -> Generator[tuple[Tensor, dict[int, Call]], None, None]:
-    """Hidden states that reach the first block, a row [1, tokens, hidden] at a time, and how each block is called.
-
-    model: everything but the blocks is materialized; samples: what the model is called with for each row;
-    cache: the KV cache of these calls
-    """
-    layers = model.get_submodule(blocks)
-    originals = list(layers.children())
-    calls: dict[int, Call] = {}
-    first: list[Tensor] = []
-    base: Any = getattr(model, "base_model", model)
-    try:
-        for i, block in enumerate(originals):
-            layers[i] = _Recorder(block, calls, first, i)  # type: ignore[operator]
-        for sample in samples:
-            first.clear()
-            calls.clear()
-            with torch.inference_mode():
-                base(**sample, past_key_values=cache, use_cache=cache is not None)
-            yield first[0], dict(calls)
-    finally:
-        for i, block in enumerate(originals):
-            layers[i] = block  # type: ignore[operator]

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from qkit.blocks import BlockOutline, LinearGroup
+from qkit.calls import Call, OneByOne
 from qkit.capture import (
     MAX_BAD_ROWS,
     SAMPLE_TOKENS,
     Accumulator,
-    Call,
     Piece,
     Rows,
     Stats,
@@ -83,7 +83,9 @@ class Flow:
     stages: groups to capture and solve together, in running order (experts are one stage)
     """
 
-    def __init__(self, block: nn.Module, outline: BlockOutline, rows: Rows, call: Call, pool: Workers) -> None:
+    def __init__(
+        self, block: nn.Module, outline: BlockOutline, rows: Rows, call: Call | OneByOne, pool: Workers
+    ) -> None:
         self.block, self.outline, self.rows, self.call, self.pool = block, outline, rows, call, pool
         plain = [(g,) for g in outline.groups if g.expert is None]
         experts = tuple(g for g in outline.groups if g.expert is not None)
@@ -102,7 +104,7 @@ class Flow:
         keep: keep the input of a submodule's last linear, to play the submodule back once it is solved.
         """
         sums = {g.key: Accumulator(g.linears[0].shape[1], wanted, self.rows.dtype) for g in groups}
-        stride = max(1, self.rows.count * self.rows.tokens // SAMPLE_TOKENS)
+        stride = max(1, self.rows.total // SAMPLE_TOKENS)
         kinds = self.rows.kinds
         each = [] if kinds is None else strides(kinds)
         ends = {g.hook for g in groups} if keep else set()
@@ -180,14 +182,17 @@ class Flow:
         names = {n for u in candidates.values() for n in (u.path, u.last)}
         handles = [self.block.get_submodule(n).register_forward_hook(note(n)) for n in sorted(names)]
         with torch.inference_mode():
-            self.call(self.block, self.rows.read(0, 1), slice(0, 1))
+            entered = self.rows.read(0, 1)
+            self.call(self.block, entered, slice(0, 1))
         for handle in handles:
             handle.remove()
         units = []
         for unit in candidates.values():
             returned, last = outputs.get(unit.path), outputs.get(unit.last)
             first, rest = (returned[0], returned[1:]) if isinstance(returned, tuple) else (returned, None)
-            if first is not None and first is last and all(r is None for r in rest or ()):
+            if first is None or last is None or first is not last or last.shape[:-1] != entered.shape[:-1]:
+                continue
+            if all(r is None for r in rest or ()):
                 units.append(replace(unit, rest=None if rest is None else len(rest)))
         return units
 
@@ -225,7 +230,8 @@ class Flow:
         def one(span: Span) -> tuple[Tensor, Tensor]:
             self._run(span, self.rows.read(*span), stop=False)
             result: Tensor = self._local.out.to(self.rows.dtype)
-            return result, result.isfinite().flatten(1).all(1)
+            finite = result.isfinite()
+            return result, finite.all()[None] if self.rows.leads else finite.flatten(1).all(1)
 
         with out.open("wb") as f:
             for result, finite in self.pool.stream(one, self.rows.pieces()):

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from qkit.blocks import BlockOutline
+from qkit.entry import embed, quantizing
 from qkit.families.materialize import load_block, release
 from qkit.families.outline import Outline
 from qkit.flow import Flow
 from qkit.job import Job
 from qkit.kvcache.scales import Ranges, tensor_names
 from qkit.parallel import Workers
-from qkit.plan import Plan
+from qkit.plan import Plan, parts
 from qkit.qtensor import dequantize
-from qkit.run import Progress, embed, quantizing
+from qkit.run import Progress
 
 STAGE = "cache"  # of the journal
 
@@ -30,11 +31,15 @@ def measure_scales(plan: Plan, outline: Outline, job: Job, pool: Workers, progre
     if not plan.static_cache or job.stage(STAGE) is not None:
         return
     cache = Ranges()
-    rows, calls = embed(plan, outline, job.path / "rows" / ".tmp-cache-0.bin", progress, cache)
+    assert plan.calibration is not None
+    progress.start("embed the calibration rows", plan.calibration.samples)
+    path = job.path / "rows" / ".tmp-cache-0.bin"
+    rows, calls = embed(plan, outline, job, outline.sequences[-1], path, progress.step, cache)
+    first = len(parts(plan, outline)) - len(outline.blocks)
     tensors: dict[str, Tensor] = {}
     for block, names in zip(outline.blocks, tensor_names(outline), strict=True):
         progress.start(f"KV cache, block {block.index + 1}/{len(outline.blocks)}", len(list(rows.pieces())))
-        module, handles = _solved(plan, outline, job, block)
+        module, handles = _solved(plan, outline, job, block, first + block.index)
         flow = Flow(module, block, rows, calls[block.index], pool)
         try:
             after, _ = flow.leave(job.path / "rows" / f".tmp-cache-{block.index + 1}.bin", progress.step)
@@ -49,15 +54,15 @@ def measure_scales(plan: Plan, outline: Outline, job: Job, pool: Workers, progre
     job.commit(job.finished, tensors, {"stage": STAGE, "linears": {}}, None)
 
 
-def _solved(plan: Plan, outline: Outline, job: Job, block: BlockOutline) -> tuple[nn.Module, list[Any]]:
+def _solved(plan: Plan, outline: Outline, job: Job, block: BlockOutline, place: int) -> tuple[nn.Module, list[Any]]:
     """The block with the tensors of its part, and the handles of the hooks that quantize activations."""
-    part, statics = job.part(block.index), {}
+    part, statics = job.part(place), {}
 
     def read(stored: str) -> Tensor:
         name = stored.removesuffix(".weight")
         if stored in part:
             return job.read(part[stored])
-        q, statics[name] = job.quantized(block.index, name, plan.linears[name].weights)
+        q, statics[name] = job.quantized(place, name, plan.linears[name].weights)
         return dequantize(q)
 
     module = load_block(outline, block, getattr(torch, plan.run_dtype), read)

@@ -79,7 +79,7 @@ class PackedOutline(Outline):
 
     def _check_coverage(self) -> None:
         """Every tensor that the config asks for, packed or plain, and no other."""
-        names = [linear.name for block in self.blocks for linear in block.linears]
+        names = [linear.name for block in self.every_block for linear in block.linears]
         where = str(self.checkpoint.path)
         self.formats: dict[str, tuple[Format, Format | None]] = (
             formats_of(self.quantization, names, where) if self.quantization else {}
@@ -87,7 +87,7 @@ class PackedOutline(Outline):
         self.sparse = frozenset((self.quantization or {}).get("sparse") or ())
         wanted = {stored for block in self.blocks for _, stored in block.stored}
         wanted |= {stored for _, stored in self.outer}
-        for block in self.blocks:
+        for block in self.every_block:
             for linear in block.linears:
                 if linear.name in self.formats:
                     wanted.discard(f"{linear.name}.weight")
@@ -105,9 +105,11 @@ class PackedOutline(Outline):
 def _read_plain(outline: PackedOutline) -> None:
     """Everything that is not packed."""
     read = outline.checkpoint.read
+    inside = {stored for block in outline.every_block for _, stored in block.stored}
     for name, stored in outline.outer:
-        _assign(outline.model, name, read(stored))
-    for block in outline.blocks:
+        if stored not in inside:
+            _assign(outline.model, name, read(stored))
+    for block in outline.every_block:
         module = outline.model.get_submodule(block.path)
         packed = {f"{x.name}.{leaf}" for x in block.linears if x.name in outline.formats for leaf in ("weight", "bias")}
         views = {f"{x.name}.weight": x for x in block.linears}
@@ -131,7 +133,7 @@ def _assign(owner: nn.Module, name: str, value: Tensor) -> None:
 
 def place_packed(outline: PackedOutline, dtype: torch.dtype) -> None:
     """Put a packed module in the place of every quantized linear."""
-    for block in outline.blocks:
+    for block in outline.every_block:
         module = outline.model.get_submodule(block.path)
         experts: dict[tuple[int, str], nn.Module] = {}
         for linear in block.linears:

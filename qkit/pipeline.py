@@ -23,7 +23,7 @@ from qkit.locate import find_model, record_source
 from qkit.machine import available_cores
 from qkit.pairs import drawn, load_processor, pair_rows, read_pairs
 from qkit.parallel import workers
-from qkit.plan import Plan, is_static, make_plan
+from qkit.plan import Plan, is_static, make_plan, why_rows
 from qkit.recipe import Recipe, load_recipe, make_recipe
 from qkit.run import Progress, run_blocks
 from qkit.sensitivity.forecast import repair_memory
@@ -37,7 +37,7 @@ class Request:
 
     calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method
     needs any. recipe: a YAML file; scheme, method, group_size and options given here go over it. rules: as in a
-    recipe, what an allocation decided. outliers, significant: as in a recipe; None: what the recipe says. kv: the KV
+    recipe, what an allocation decided. outliers, significant, targets: as in a recipe; None: what the recipe says. kv: the KV
     cache policy that the result is to be run with, as ``Policy.to_json`` gives it; key_exponents: as in a plan.
     """
 
@@ -49,6 +49,7 @@ class Request:
     rules: tuple[dict[str, Any], ...] = ()
     outliers: float | dict[str, float] | None = None
     significant: float | None = None
+    targets: dict[str, str] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     strict: bool = False
     export: str | None = None
@@ -85,10 +86,25 @@ def prepare(request: Request) -> Prepared:
     outline = open_outline(request.model)
     calibration = _calibration(request, outline, recipe)
     plan = make_plan(recipe, outline, calibration, request.seed, request.kv)
+    _check_pictures(plan, outline)
     plan = replace(plan, key_exponents=request.key_exponents)
     threads = request.threads or available_cores()
     after = {"significant weights": repair_memory(plan, outline, threads)} if plan.significant else {}
     return Prepared(plan, outline, forecast(plan, outline, threads, after))
+
+
+def _check_pictures(plan: Plan, outline: Outline) -> None:
+    """Raises UsageError where a tower is to be calibrated with rows that have no picture."""
+    if plan.calibration is None or plan.calibration.kinds is not None:
+        return
+    for tower in outline.towers:
+        mine = {x.name: plan.linears[x.name] for b in tower.blocks for x in b.linears if x.name in plan.linears}
+        rows = why_rows(mine, plan.transforms, 0) if mine else None
+        if rows:
+            raise UsageError(
+                f"the {tower.name} is to be quantized, {rows}, and --calib is a text without pictures: give a .jsonl file or a "
+                f"folder, leave --calib out, or give --target {tower.name}=skip"
+            )
 
 
 def _recipe(request: Request) -> Recipe:
@@ -102,6 +118,7 @@ def _recipe(request: Request) -> Recipe:
         "rules": request.rules or None,
         "outliers": request.outliers,
         "significant": request.significant,
+        "targets": request.targets or None,
     }
     over = {k: v for k, v in given.items() if v is not None}
     if request.recipe is not None:
@@ -172,7 +189,7 @@ def embedded_text() -> Path:
 
 
 def _may_need_rows(recipe: Recipe) -> bool:
-    from qkit.plan import LinearPlan, why_rows
+    from qkit.plan import LinearPlan
     from qkit.recipe import parse_method
 
     transforms, _ = parse_method(recipe.method)

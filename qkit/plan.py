@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from qkit.blocks import Linear
+from qkit.blocks import LANGUAGE, BlockOutline, Linear, Sequence
 from qkit.calibration import Calibration
 from qkit.errors import BadRecipe, Unsupported, UsageError
 from qkit.export.compressed_tensors import stored_bytes
@@ -23,11 +23,12 @@ from qkit.machine import run_dtype
 from qkit.recipe import Recipe, Rule, parse_method
 from qkit.solvers.table import SOLVERS
 from qkit.sparse import sparse_bytes
+from qkit.towers import Decisions, tower_rules
 from qkit.transforms.rotate import check_rotatable
 from qkit.transforms.table import BALANCED, TRANSFORMS
 
 HEAD_REASON = "the output head stays in the model's dtype by default"
-OUTSIDE_REASON = "it belongs to the vision tower or the projector, which stay as they are"
+OUTSIDE_REASON = "it is in no block of the model"
 TIED_REASON = "the output head shares its weight with the embeddings"
 
 
@@ -127,8 +128,9 @@ def make_plan(
     calibration: Calibration | None,
     seed: int,
     kv: dict[str, Any] | None = None,
+    towers: Decisions | None = None,
 ) -> Plan:
-    """Decide for every linear of the outline.
+    """Decide for every linear of the outline. towers: (scheme or "skip", why) of those that are left to measuring.
 
     Raises BadRecipe for rules that match nothing or tear fused linears apart, Unsupported for what a format or a
     transform cannot do with this model, UsageError when calibration data is needed and missing.
@@ -149,10 +151,13 @@ def make_plan(
     linears: dict[str, LinearPlan] = {}
     skipped: dict[str, str] = {}
     matched: set[int] = set()
-    for block in outline.blocks:
-        for linear in block.linears:
+    targets = tower_rules(recipe, outline, towers or {})
+    for sequence in outline.sequences:
+        for linear in (x for b in sequence.blocks for x in b.linears):
             index, rule = _rule_for(linear.name, recipe.rules)
-            if rule is not None:
+            if sequence.name != LANGUAGE and (rule is None or not (rule.scheme or rule.skip)):
+                rule = targets[sequence.name]
+            elif rule is not None:
                 matched.add(index)
             if rule is not None and rule.skip is not None:
                 skipped[linear.name] = rule.skip
@@ -202,6 +207,20 @@ def make_plan(
         recipe.model_dump(),
         kv,
     )
+
+
+def sequences(plan: Plan, outline: Outline) -> tuple[Sequence, ...]:
+    """What a run goes through: the towers in which something is quantized, and the language model."""
+    return tuple(
+        s
+        for s in outline.sequences
+        if s.name == LANGUAGE or any(x.name in plan.linears for b in s.blocks for x in b.linears)
+    )
+
+
+def parts(plan: Plan, outline: Outline) -> tuple[BlockOutline, ...]:
+    """The blocks of a run in order; a job knows them by their places here."""
+    return tuple(b for s in sequences(plan, outline) for b in s.blocks)
 
 
 def outlier_count(percent: float, shape: tuple[int, int]) -> int:
@@ -308,7 +327,7 @@ def _check_rules(recipe: Recipe, matched: set[int], names: list[str]) -> None:
 
 def _fused(outline: Outline, linears: dict[str, LinearPlan], skipped: dict[str, str]) -> tuple[tuple[str, ...], ...]:
     fused: list[tuple[str, ...]] = []
-    for block in outline.blocks:
+    for block in outline.every_block:
         for group in block.groups:
             names = tuple(x.name for x in group.linears)
             if len(names) < 2:

@@ -6,7 +6,7 @@ they say what the checkpoint asks for, not that an engine was run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -167,12 +167,30 @@ def _transformers(weights: Numbers, packing: str) -> EngineFit:
     return EngineFit("transformers + compressed-tensors", "compressed-tensors quantizer", (slow, *newer, *limits))
 
 
+def holds_siglip(config: Mapping[str, Any], linears: Iterable[str]) -> bool:
+    """Whether some of these linears, by checkpoint name, are inside a SigLIP tower."""
+    vision = config.get("vision_config")
+    siglip = isinstance(vision, dict) and str(vision.get("model_type")).startswith("siglip")
+    return siglip and any("vision_tower." in name or "vision_model." in name for name in linears)
+
+
 def preflight(
-    weights: Numbers, activations: Numbers | None, packing: str, method: str = "compressed-tensors"
+    weights: Numbers,
+    activations: Numbers | None,
+    packing: str,
+    method: str = "compressed-tensors",
+    siglip: bool = False,
 ) -> list[EngineFit]:
-    """How each engine takes linears of these formats, stored in ``packing`` under ``quant_method`` ``method``."""
+    """How each engine takes linears of these formats, stored in ``packing`` under ``quant_method`` ``method``.
+
+    siglip: of a checkpoint with a packed SigLIP tower
+    """
     own = EngineFit("qkit", "qkit.loading", ())
     if method != "compressed-tensors":
         why = (f"does not know quant_method '{method}'",)
         return [EngineFit("vLLM", None, why), EngineFit("transformers", None, ("only after 'import qkit'",)), own]
-    return [_vllm(weights, activations, packing), _transformers(weights, packing), own]
+    stock = _transformers(weights, packing)
+    if siglip:
+        asks = "its SigLIP asks every linear of the tower for a plain weight: use qkit.load, or --target vision=skip"
+        stock = EngineFit(stock.engine, None, (asks,))
+    return [_vllm(weights, activations, packing), stock, own]

@@ -57,9 +57,10 @@ class Rule(BaseModel):
 class Recipe(BaseModel):
     """A whole request. ``method`` is a solver, a transform, or a sum such as smoothquant+gptq.
 
-    outliers: percent of a layer's weights, the largest, that are kept in 16 bits in a sparse part; or {glob: percent},
-    of which the first that matches decides. significant: percent of all weights that are put back to their values after
-    quantization, those that the loss depends on most.
+    targets: of a model that looks at pictures, what its towers get: {vision: w8a8, projector: skip}; a scheme, "skip", or
+    "auto": what measuring says (``qkit.towers``). outliers: percent of a layer's weights, the largest, that are kept in 16
+    bits in a sparse part; or {glob: percent}, of which the first that matches decides. significant: percent of all weights
+    that are put back to their values after quantization, those that the loss depends on most.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,6 +73,7 @@ class Recipe(BaseModel):
     outliers: float | dict[Glob, float] = 0.0
     significant: Annotated[float, Field(ge=0, le=MOST_SPARSE)] = 0.0
     rules: tuple[Rule, ...] = ()
+    targets: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_outliers(self) -> Recipe:

@@ -6,34 +6,30 @@ committed is never computed again; rows carry the error made so far into the nex
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qkit import sparse
-from qkit.activations import quantize_activations
-from qkit.blocks import LinearGroup
-from qkit.calibration import Calibration
-from qkit.capture import Call, Rows, Wanted, enter, merged
+from qkit.blocks import LANGUAGE, LinearGroup, Sequence
+from qkit.calls import Call, OneByOne
+from qkit.capture import Rows, Wanted
+from qkit.entry import Calls, embed, quantizing
 from qkit.errors import NumericFailure, write_failure
-from qkit.families.materialize import load_block, load_outer, plain_tensors, release, release_outer
+from qkit.families.materialize import load_block, plain_tensors, release
 from qkit.families.outline import Outline
 from qkit.flow import Flow
-from qkit.formats import Format
 from qkit.job import Job
 from qkit.loading import load
 from qkit.parallel import Workers
-from qkit.plan import Plan, has_static
+from qkit.plan import Plan, has_static, sequences
 from qkit.qtensor import dequantize
 from qkit.solvers.table import SOLVERS
 from qkit.solving import Result, solve_groups
 from qkit.transforms import BlockState
 from qkit.transforms.balance import gradients, ratios
 from qkit.transforms.keys import scale_keys
-from qkit.transforms.rotate import rotate_outer
 from qkit.transforms.table import BALANCED, TRANSFORMS
 
 MAX_FALLBACKS = 0.05  # share of linears that may fall back before the run counts as failed
@@ -51,36 +47,48 @@ def run_blocks(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: 
 
     Raises NumericFailure when more than MAX_FALLBACKS of all linears fell back to a simpler method.
     """
-    rows: Rows | None = None
-    calls: dict[int, Call] = {}
     if job.finished == 0:
         for _, stored in outline.outer:  # what is only copied at the end is looked at before hours of work
             outline.checkpoint.read_finite(stored)
-    if plan.needs_rows and job.finished < len(outline.blocks):
-        rows, calls = _rows(plan, outline, job, progress)
+    first = 0
+    for sequence in sequences(plan, outline):
+        if job.finished < first + len(sequence.blocks):
+            _run_sequence(plan, outline, sequence, first, job, pool, progress)
+        first += len(sequence.blocks)
+    _check_fallbacks(plan, job)
+
+
+def _run_sequence(
+    plan: Plan, outline: Outline, sequence: Sequence, first: int, job: Job, pool: Workers, progress: Progress
+) -> None:
+    """The blocks of the sequence that are left. first: the place of its first block among all of the run."""
     schemes, dtype = plan.schemes, getattr(torch, plan.run_dtype if plan.needs_rows else plan.dtype)
-    balance = _balance(plan, outline, progress) if rows is not None else []
-    for block in outline.blocks[job.finished :]:
-        name = f"block {block.index + 1}/{len(outline.blocks)}"
+    language, rows = sequence.name == LANGUAGE, None
+    if plan.needs_rows and (language or (plan.calibration is not None and plan.calibration.kinds is not None)):
+        rows, calls = _rows(plan, outline, sequence, first, job, progress)
+    balance = _balance(plan, outline, progress) if rows is not None and language else []
+    for block in sequence.blocks[job.finished - first :]:
+        name = f"{'' if language else sequence.name + ' '}block {block.index + 1}/{len(sequence.blocks)}"
         state = BlockState(outline, block, load_block(outline, block, dtype))
         state.balance = balance[block.index] if balance else {}
-        for transform in plan.transforms:
-            if TRANSFORMS[transform].stage == "load":
-                TRANSFORMS[transform].apply(state, schemes, plan.seed)
-        if plan.key_exponents is not None:
-            scale_keys(state, plan.key_exponents[block.index])
+        if language:
+            for transform in plan.transforms:
+                if TRANSFORMS[transform].stage == "load":
+                    TRANSFORMS[transform].apply(state, schemes, plan.seed)
+            if plan.key_exponents is not None:
+                scale_keys(state, plan.key_exponents[block.index])
         if rows is None:
             progress.start(name, len(block.groups))
             results: list[Result] = []
             for group in block.groups:  # one at a time: float32 copies of a whole block would be its largest cost
                 results += solve_groups(state, plan, (group,), {}, pool)
                 progress.step()
-            job.commit(block.index, _part(results, state, plan.significant > 0), _entry(results), None)
+            job.commit(first + block.index, _part(results, state, plan.significant > 0), _entry(results), None)
         else:
-            last = block.index + 1 == len(outline.blocks)
-            rows = _with_rows(state, plan, rows, calls[block.index], job, pool, progress, name, last)
+            last = block.index + 1 == len(sequence.blocks)
+            place = first + block.index
+            rows = _with_rows(state, plan, rows, calls[block.index], job, pool, progress, name, place, last)
         release(state.module)
-    _check_fallbacks(plan, job)
 
 
 def _balance(plan: Plan, outline: Outline, progress: Progress) -> list[dict[str, float]]:
@@ -96,15 +104,16 @@ def _with_rows(
     state: BlockState,
     plan: Plan,
     rows: Rows,
-    call: Call,
+    call: Call | OneByOne,
     job: Job,
     pool: Workers,
     progress: Progress,
     name: str,
+    index: int,
     last: bool,
 ) -> Rows:
-    """One block with calibration: transform, solve, run the rows on, commit. Gives the rows that leave it."""
-    schemes, index = plan.schemes, state.block.index
+    """One block with calibration: transform, solve, run the rows on, commit as part ``index``. Gives the rows that leave it."""
+    schemes = plan.schemes
     flow = Flow(state.module, state.block, rows, call, pool)
     handles: list[Any] = []
     try:
@@ -133,63 +142,16 @@ def _with_rows(
             handle.remove()
 
 
-def _rows(plan: Plan, outline: Outline, job: Job, progress: Progress) -> tuple[Rows, dict[int, Call]]:
-    """The rows that enter the first open block (from the job, or computed), and how blocks are called."""
-    record, path = job.rows_entering(job.finished), job.rows_path(job.finished)
-    if record is None:
-        return embed(plan, outline, path, progress)
-    rows = _rows_in(plan, outline, path, [bool(g) for g in record["good"]])
+def _rows(
+    plan: Plan, outline: Outline, sequence: Sequence, first: int, job: Job, progress: Progress
+) -> tuple[Rows, Calls]:
+    """The rows that enter the first open block of the sequence (from the job, or computed), and how blocks are called."""
     assert plan.calibration is not None
-    _load_outer(plan, outline)
-    entered = enter(outline.model, outline.family.blocks, plan.calibration.calls())
-    seen = [calls for _, calls in (entered if plan.calibration.inputs is not None else [next(entered)])]
-    entered.close()
-    release_outer(outline)
-    return rows, _as_one(plan.calibration, seen, rows.dtype)
-
-
-def embed(
-    plan: Plan, outline: Outline, path: Path, progress: Progress, cache: Any = None
-) -> tuple[Rows, dict[int, Call]]:
-    """The calibration rows as they enter the first block, written to ``path``, and how blocks are called, with ``cache`` as the
-    KV cache if there is one."""
-    assert plan.calibration is not None
-    calibration, seen = plan.calibration, list[dict[int, Call]]()
-    rows = _rows_in(plan, outline, path, [True] * calibration.samples)
-    _load_outer(plan, outline)
-    progress.start("embed the calibration rows", calibration.samples)
-    try:
-        with path.open("wb") as f:
-            for hidden, calls in enter(outline.model, outline.family.blocks, calibration.calls(), cache):
-                whole = nn.functional.pad(hidden.to(rows.dtype), (0, 0, 0, rows.tokens - hidden.shape[1]))
-                f.write(whole.contiguous().view(torch.uint8).numpy().reshape(-1).data)
-                seen = [*(seen if calibration.inputs is not None else []), calls]
-                progress.step()
-    except OSError as e:
-        raise write_failure(path, e) from e
-    release_outer(outline)
-    return rows, _as_one(calibration, seen, rows.dtype)
-
-
-def _as_one(calibration: Calibration, calls: list[dict[int, Call]], dtype: torch.dtype) -> dict[int, Call]:
-    """How blocks are called with a batch of rows; rows of a text are all called alike."""
-    lengths = [x["input_ids"].shape[1] for x in calibration.inputs or ()]
-    one = merged(calls, lengths) if lengths else calls[0]
-    return {i: call.to(dtype) for i, call in one.items()}
-
-
-def _rows_in(plan: Plan, outline: Outline, path: Path, good: list[bool]) -> Rows:
-    assert plan.calibration is not None
-    count, length = plan.calibration.tokens.shape
-    dtype = getattr(torch, plan.run_dtype)
-    return Rows(path, count, length, outline.text_config.hidden_size, dtype, good, plan.calibration.kinds)
-
-
-def _load_outer(plan: Plan, outline: Outline) -> None:
-    load_outer(outline)
-    if "rotate" in plan.transforms:
-        table = outline.family.embeddings + ".weight"
-        outline.model.get_parameter(table).data.copy_(rotate_outer(outline, plan.seed)[outline.stored_name(table)])
+    path = job.rows_path(job.finished)
+    record = job.rows_entering(job.finished) if job.finished > first else None
+    progress.start("embed the calibration rows", plan.calibration.samples)
+    good = None if record is None else [bool(g) for g in record["good"]]
+    return embed(plan, outline, job, sequence, path, progress.step, good=good)
 
 
 # ---- one block -------------------------------------------------------------------------------------------------
@@ -214,11 +176,6 @@ def _solve_with_rows(
         flow.solved(groups, progress.step)
         results += found
     return results, handles
-
-
-def quantizing(fmt: Format, static: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """A forward pre-hook of linears: their inputs in that activation format."""
-    return lambda _, args: (quantize_activations(args[0], fmt, static), *args[1:])
 
 
 def _wanted(plan: Plan, groups: tuple[LinearGroup, ...]) -> Wanted:

@@ -32,7 +32,7 @@ from qkit.declared_cache import check_cache
 from qkit.declared_config import Declared, Group, is_ignored, read_quantization, resolve
 from qkit.decode import FLOATS, Decoded, Stored, decode, file_sha256, layout, read_header
 from qkit.errors import BadCheckpoint
-from qkit.preflight import EngineFit, preflight
+from qkit.preflight import EngineFit, holds_siglip, preflight
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # names a loader looks for without an index
@@ -101,7 +101,7 @@ def verify(out: Path, job: Path | None = None) -> Report:
     check_cache(record, config or {}, store, findings)
     if job is not None:
         _check_job(record, decoded, job, findings)
-    engines = _engine_table(record, groups, declared.method) if declared else []
+    engines = _engine_table(record, groups, config or {}, declared.method) if declared else []
     return Report(findings.problems, len(record.linears), len(record.skipped), size, engines, dict(findings.checks))
 
 
@@ -372,15 +372,17 @@ def _check_job(record: Record, decoded: Mapping[str, Decoded], job: Path, findin
 # --- engines ------------------------------------------------------------------------------------------------------
 
 
-def _engine_table(record: Record, groups: Mapping[str, Group], method: str) -> list[EngineRow]:
+def _engine_table(
+    record: Record, groups: Mapping[str, Group], config: Mapping[str, Any], method: str
+) -> list[EngineRow]:
     combinations = Counter(
         (linear.format, linear.activations, groups[linear.name].packing)
         for linear in record.linears.values()
         if linear.name in groups
     )
-    rows = []
+    rows, siglip = [], holds_siglip(config, record.linears)
     for (weights, activations, packing), count in combinations.items():
-        fits: list[EngineFit] = preflight(weights, activations, packing, method)
+        fits: list[EngineFit] = preflight(weights, activations, packing, method, siglip)
         said = str(activations) if activations else "as they are"
         rows += [EngineRow(str(weights), said, packing, count, f.engine, f.loads_as, f.limits) for f in fits]
     return rows

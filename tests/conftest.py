@@ -9,6 +9,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of tri
 import pytest
 import qkit_data
 import tiny_models
+import tiny_vlms
 import torch
 import transformers
 
@@ -51,6 +52,22 @@ def tiny(tmp_path_factory):
             folder = tmp_path_factory.mktemp("models") / family
             made[key] = tiny_models.make(family, folder, dtype, **changes)
         return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory):
+    """``vlm(family)``: the folder of a tiny vision-language model; ``processor``: of LLaVA, with one."""
+    made = {}
+
+    def get(family: str, processor: bool = False):
+        if (family, processor) not in made:
+            path = tiny_vlms.make(family, tmp_path_factory.mktemp("vlms") / family)
+            if processor:
+                tiny_vlms.add_processor(path)
+            made[family, processor] = path
+        return made[family, processor]
 
     return get
 

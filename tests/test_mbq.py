@@ -7,7 +7,6 @@ import pytest
 import qkit_data
 import tiny_vlms
 import torch
-from test_vlm import vlm  # noqa: F401
 from torch.nn import functional
 
 from qkit.calibration import KINDS
@@ -97,7 +96,7 @@ def test_tokens_weigh_what_they_stand_for(toy):
     assert value(fewer) == pytest.approx(value(stats), rel=0.05)
 
 
-def test_gradients_are_autograds(vlm):  # noqa: F811
+def test_gradients_are_autograds(vlm):
     """Against the same loss with the outputs of two modules as leaves."""
     path = vlm("llava")
     model, outline = load(path, dtype=torch.float32), Outline(Checkpoint.open(path))
@@ -134,7 +133,7 @@ def test_ratios_have_a_floor():
     assert ratios(found) == [{"attention": 0.1, "mlp": x} for x in (0.5, 0.5, 2.0)]
 
 
-def test_text_alone_is_refused(run, tiny, vlm, tmp_path):  # noqa: F811
+def test_text_alone_is_refused(run, tiny, vlm, tmp_path):
     common = ("quantize", "--scheme", "w3a16", "--method", "mbq", "--out", tmp_path / "out")
     code, _, err = run(*common, "--model", tiny("llama"), "--seqlen", 32)
     assert code in (2, 3) and "this is a language model (llama): use awq" in err

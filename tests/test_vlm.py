@@ -9,24 +9,11 @@ import transformers
 from PIL import Image
 
 from qkit.calibration import KINDS
-from qkit.capture import PerRow, enter, merged
+from qkit.calls import PerRow, enter, merged
 from qkit.checkpoint import Checkpoint
 from qkit.families.outline import Outline
 from qkit.loading import load
 from qkit.pairs import rows_of
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory):
-    """``vlm(family)``: the folder of a tiny model."""
-    made = {}
-
-    def get(family: str):
-        if family not in made:
-            made[family] = tiny_vlms.make(family, tmp_path_factory.mktemp("vlms") / family)
-        return made[family]
-
-    return get
 
 
 @pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
@@ -59,7 +46,7 @@ def test_rows_of_several_lengths(vlm, family):
     rows = rows_of(each, [len(x["input_ids"][0]) - 3 for x in each], {tiny_vlms.IMAGE}, "three")
     outline = Outline(Checkpoint.open(path))
     blocks = outline.family.blocks
-    entered = list(enter(model, blocks, rows.calls()))
+    entered = list(enter(model, outline.sequences[-1].paths, rows.calls()))
     lengths = [x["input_ids"].shape[1] for x in each]
     calls = merged([c for _, c in entered], lengths)
     differ = any(isinstance(v, PerRow) for c in calls.values() for v in c.kwargs.get("position_embeddings", ()))

@@ -70,6 +70,23 @@ def make(family: str, path: Path, seed: int = 0) -> Path:
     return path
 
 
+def add_processor(path: Path) -> None:
+    """Pictures of 32 x 32 pixels and a chat template, beside a LLaVA; IMAGE is written as the token it is."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    image = tokenizer.convert_ids_to_tokens(IMAGE)
+    tokenizer.add_special_tokens({"additional_special_tokens": [image]})
+    template = (
+        "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}"
+        + image
+        + "{% elif m.role == 'user' %}"
+        "{{ '\\nQ: ' + c.text + '\\nA:' }}{% else %}{{ ' ' + c.text + eos_token + '\\n' }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    transformers.LlavaProcessor(
+        transformers.SiglipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer, patch_size=8,
+        vision_feature_select_strategy="full", num_additional_image_tokens=0, image_token=image, chat_template=template,
+    ).save_pretrained(path)  # fmt: skip
+
+
 def inputs(family: str, model: Any, seed: int = 0, lengths: tuple[int, int] = (5, 9)) -> dict[str, torch.Tensor]:
     """What a processor would give for a picture between two pieces of text of so many tokens."""
     chance = torch.Generator().manual_seed(seed)

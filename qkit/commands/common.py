@@ -45,6 +45,13 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--significant", type=float, help="Percent put back after quantization: what the loss depends on."
         ),
+        click.option(
+            "--target",
+            "targets",
+            multiple=True,
+            metavar="PART=SCHEME",
+            help="What a vision model's other parts get: vision=w8a8, projector=skip (default: auto, by measuring).",
+        ),
         click.option("--strict", is_flag=True, help="Refuse to adapt a group size that does not divide a width."),
         click.option(
             "--export",
@@ -73,12 +80,16 @@ def make_request(given: dict[str, Any]) -> Request:
         if not equals:
             raise UsageError(f"--option {item}: expected NAME=VALUE")
         options[name] = _literal(value)
+    targets = [item.partition("=") for item in given.pop("targets")]
+    for name, equals, value in targets:
+        if not equals or not value:
+            raise UsageError(f"--target {name}: expected PART=SCHEME, for instance vision=w8a8")
     if given["threads"] is not None and given["threads"] < 1:
         raise UsageError(f"--threads {given['threads']}: expected at least 1")
     for name in ("outliers", "significant"):
         if given[name] is not None and not 0 <= given[name] <= MOST_SPARSE:
             raise UsageError(f"--{name} {given[name]:g}: expected a percentage from 0 to {MOST_SPARSE:g}")
-    return Request(options=options, **given)
+    return Request(options=options, targets={name: value for name, _, value in targets} or None, **given)
 
 
 def _literal(text: str) -> Any:

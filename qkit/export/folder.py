@@ -22,7 +22,7 @@ from qkit.export import compressed_tensors as ct
 from qkit.families.outline import Outline
 from qkit.job import Job
 from qkit.kvcache.scales import FORMAT
-from qkit.plan import LinearPlan, Plan
+from qkit.plan import LinearPlan, Plan, parts
 from qkit.safefile import sha256_file, write_atomic, write_safetensors
 from qkit.transforms.rotate import rotate_outer
 
@@ -88,15 +88,17 @@ class _Tensors:
         rotated = rotate_outer(outline, plan.seed) if "rotate" in plan.transforms else {}
         for stored, tensor in rotated.items():
             self._plain(stored, tensor.dtype, tuple(tensor.shape), lambda t=tensor: t)  # type: ignore[misc]
+        every = parts(plan, outline)
+        made = {*rotated, *(stored for block in every for _, stored in block.stored)}
         for _, stored in outline.outer:
-            if stored not in rotated:
+            if stored not in made:
                 info = outline.checkpoint.tensors[stored]
                 self._plain(stored, info.torch_dtype, info.shape, lambda s=stored: outline.checkpoint.read_finite(s))  # type: ignore[misc]
-        for block in outline.blocks:
-            self._part(block.index)
+        for place, block in enumerate(every):
+            self._part(place)
             for linear in block.linears:
                 if linear.name in plan.linears:
-                    self._linear(plan.linears[linear.name], block.index)
+                    self._linear(plan.linears[linear.name], place)
         scales = job.stage("cache")
         if scales is not None:
             self._part(scales)
@@ -165,7 +167,7 @@ def quantization_config(plan: Plan, outline: Outline) -> dict[str, Any]:
 def module_names(outline: Outline) -> dict[str, str]:
     """{checkpoint name: module name} of linears, heads and routers."""
     names = {outline.stored_name(outline.family.head): outline.family.head, **outline.outside}
-    for block in outline.blocks:
+    for block in outline.every_block:
         for name, stored in block.stored:
             if name.endswith(".weight"):
                 names[stored.removesuffix(".weight")] = f"{block.path}.{name}".removesuffix(".weight")

@@ -61,6 +61,19 @@ class Keys:
 
 
 @dataclass(frozen=True)
+class Tower:
+    """A part of a model before its language model: what looks at pictures, and what projects them into its space.
+
+    name:   what recipes and reports call it
+    blocks: where it may be: a list of blocks, or one module that is a block; a model has one of them
+    """
+
+    name: str
+    blocks: tuple[str, ...]
+    groups: tuple[Group, ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """One kind of model. Names are module names of transformers unless said otherwise."""
 
@@ -76,6 +89,7 @@ class Family:
     rotation: Rotation | None = None
     keys: Keys | None = None
     rename: tuple[tuple[str, str], ...] = ()  # (part of a checkpoint name, part of the module name)
+    towers: tuple[Tower, ...] = ()  # in the order in which they run
     text_types: tuple[
         str, ...
     ] = ()  # vision-language: what text_config may be; its checkpoints are named by transformers

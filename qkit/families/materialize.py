@@ -52,8 +52,12 @@ def load_block(
     return module.requires_grad_(False)
 
 
-def load_outer(outline: Outline) -> None:
-    """Everything outside the blocks that the way into the first block needs (embeddings, positions, norms)."""
+def load_outer(outline: Outline, read: Callable[[str], Tensor] | None = None) -> None:
+    """Everything outside the blocks that the way into the first block needs (embeddings, positions, norms, towers).
+
+    read: as of ``load_block``
+    """
+    read = read or outline.checkpoint.read_finite
     model, blocks = outline.model, outline.family.blocks
     base: Any = getattr(model, "base_model", model)
     inside = {n for n, _ in model.named_modules() if n == blocks or n.startswith(blocks + ".")}
@@ -62,13 +66,16 @@ def load_outer(outline: Outline) -> None:
         if name in inside or not (name == prefix or name.startswith(prefix + ".") or not prefix):
             continue
         for leaf, p in list(module.named_parameters(recurse=False)):
-            setattr(module, leaf, nn.Parameter(torch.empty_like(p, device="cpu"), requires_grad=False))
+            # A tower that was quantized was in another dtype meanwhile.
+            setattr(
+                module, leaf, nn.Parameter(torch.empty_like(p, device="cpu", dtype=outline.dtype), requires_grad=False)
+            )
         for leaf, b in list(module.named_buffers(recurse=False)):
             module._buffers[leaf] = torch.empty_like(b, device="cpu")
     fill_computed_buffers(model, prefix, inside)
     for name, stored in outline.outer:
         if not prefix or name.startswith(prefix + "."):
-            _assign(model, name, outline.checkpoint.read_finite(stored))
+            _assign(model, name, read(stored))
 
 
 def release(part: nn.Module) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit.blocks import BlockOutline, Group, Linear, LinearGroup
+from qkit.blocks import LANGUAGE, BlockOutline, Group, Linear, LinearGroup, Sequence
 from qkit.checkpoint import Checkpoint
 from qkit.errors import BadCheckpoint
 from qkit.families import Family
@@ -39,7 +39,9 @@ class Outline:
         self._named = _names_of(self.model, checkpoint) if self.family.text_types else {}
         self.tied = self._tied()
         layers = self.model.get_submodule(self.family.blocks)
-        self.blocks = tuple(self._block(i, m) for i, m in enumerate(layers.children()))
+        paths = [f"{self.family.blocks}.{i}" for i, _ in enumerate(layers.children())]
+        self.blocks = tuple(self._block(i, p, self.family.groups) for i, p in enumerate(paths))
+        self.towers = tuple(self._towers())
         self._check_coverage()
 
     def _tied(self) -> dict[str, str]:
@@ -56,8 +58,31 @@ class Outline:
         owner, _, leaf = name.rpartition(".")
         return f"{self._named[owner]}.{leaf}" if owner in self._named else self.family.stored_name(name)
 
-    def _block(self, index: int, module: nn.Module) -> BlockOutline:
-        path = f"{self.family.blocks}.{index}"
+    def _towers(self) -> Iterator[Sequence]:
+        """Of the family's those that this model has, where there are linears in them."""
+        modules = dict(self.model.named_modules())
+        for tower in self.family.towers:
+            path = next((p for p in tower.blocks if p in modules), None)
+            if path is None:
+                continue
+            listed = isinstance(modules[path], nn.ModuleList)
+            paths = [f"{path}.{i}" for i, _ in enumerate(modules[path].children())] if listed else [path]
+            blocks = tuple(self._block(i, p, tower.groups) for i, p in enumerate(paths))
+            if all(b.groups for b in blocks):
+                yield Sequence(tower.name, blocks)
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """All that can be quantized, in the order in which it runs."""
+        return (*self.towers, Sequence(LANGUAGE, self.blocks))
+
+    @property
+    def every_block(self) -> tuple[BlockOutline, ...]:
+        """The blocks of the towers, and those of the language model."""
+        return tuple(b for s in self.sequences for b in s.blocks)
+
+    def _block(self, index: int, path: str, declared: tuple[Group, ...]) -> BlockOutline:
+        module = self.model.get_submodule(path)
         stored_prefix = self.stored_name(path)
         stored: list[tuple[str, str]] = []
         fused = self.family.experts
@@ -65,17 +90,23 @@ class Outline:
             if fused and name in (f"{fused.module}.gate_up_proj", f"{fused.module}.down_proj"):
                 continue
             stored.append((name, self.stored_name(f"{path}.{name}")))
-        groups = [*self._plain_groups(module, path), *self._expert_groups(module, stored_prefix)]
+        groups = [*self._plain_groups(module, path, declared), *self._expert_groups(module, stored_prefix)]
         for group in groups:
             for linear in group.linears:
                 if linear.expert is not None:
                     stored.append((linear.param, f"{linear.name}.weight"))
         return BlockOutline(index, path, tuple(groups), tuple(stored))
 
-    def _plain_groups(self, module: nn.Module, path: str) -> Iterator[LinearGroup]:
-        modules = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
-        declared = [g for g in self.family.groups if all(n in modules for n in g.linears)]
-        covered = {n for g in declared for n in g.linears}
+    def _plain_groups(self, module: nn.Module, path: str, groups: tuple[Group, ...]) -> Iterator[LinearGroup]:
+        every = dict(module.named_modules())
+        modules = {n: m for n, m in every.items() if isinstance(m, nn.Linear)}
+        declared: list[Group] = []
+        covered: set[str] = set()
+        for group in groups:
+            here = all(n in modules for n in group.linears) and (group.source is None or group.source in every)
+            if here and not covered & set(group.linears):
+                declared.append(group)
+                covered |= set(group.linears)
         # A linear that the declaration does not mention is still quantized, on its own.
         for group in (*declared, *(Group((n,)) for n in modules if n not in covered)):
             linears = tuple(
@@ -120,9 +151,9 @@ class Outline:
 
     @cached_property
     def outside(self) -> dict[str, str]:
-        """{checkpoint name: module} of linears that are in no block: a vision tower, a projector, the output head."""
-        prefix = self.family.blocks + "."
-        names = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(prefix)]
+        """{checkpoint name: module} of linears that are in no block, not of a tower either: the output head, ..."""
+        within = tuple(f"{b.path}." for b in self.every_block)
+        names = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(within)]
         return {self.stored_name(n): n for n in names}
 
     # ---- the file against the config -------------------------------------------------------------------------

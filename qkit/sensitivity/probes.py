@@ -16,7 +16,7 @@ from qkit.families.outline import Outline
 from qkit.formats import Format
 from qkit.job import Job
 from qkit.parallel import Workers
-from qkit.plan import Plan
+from qkit.plan import Plan, parts
 from qkit.qtensor import dequantize
 from qkit.run import Progress, run_blocks
 from qkit.sensitivity.subject import Replacement
@@ -34,7 +34,8 @@ def replacement(plan: Plan, job: Job, block: int, name: str) -> Replacement:
 
 def replacements(plan: Plan, outline: Outline, job: Job) -> dict[str, Replacement]:
     """{linear: what a finished job puts in its place}, in the order of the blocks."""
-    linears = [(b.index, x.name) for b in outline.blocks for x in b.linears if x.name in plan.linears]
+    every = enumerate(parts(plan, outline))
+    linears = [(i, x.name) for i, b in every for x in b.linears if x.name in plan.linears]
     return {name: replacement(plan, job, block, name) for block, name in linears}
 
 

@@ -17,7 +17,7 @@ from qkit import loading, sparse
 from qkit.families.outline import Outline
 from qkit.job import Job
 from qkit.parallel import Workers
-from qkit.plan import Plan
+from qkit.plan import Plan, parts
 from qkit.qtensor import QTensor, dequantize, weight_sha256
 from qkit.run import Progress
 from qkit.sensitivity.pqi import mean_gradients, share
@@ -64,8 +64,8 @@ def original_model(plan: Plan, outline: Outline, job: Job) -> Any:
         for module in (outline.family.embeddings, outline.family.final_norm, outline.family.head):
             value = rotated[outline.stored_name(f"{module}.weight")].float()
             model.get_submodule(module).weight = nn.Parameter(value, requires_grad=False)
-    for block in outline.blocks:
-        module, part = model.get_submodule(block.path), job.part(block.index)
+    for place, block in enumerate(parts(plan, outline)):
+        module, part = model.get_submodule(block.path), job.part(place)
         weights = {f"{x.name}.weight": x for x in block.linears}
         for name, stored in block.stored:
             if stored in part and stored not in weights:
@@ -90,15 +90,16 @@ def _commit(plan: Plan, outline: Outline, job: Job, subject: Subject, chosen: di
     tensors: dict[str, Tensor] = {}
     entry: dict[str, Any] = {}
     records = job.records()
-    for block, name in [(b.index, x.name) for b in outline.blocks for x in b.linears if x.name in plan.linears]:
-        q, _ = job.quantized(block, name, plan.linears[name].weights)
+    every = parts(plan, outline)
+    for place, name in [(i, x.name) for i, b in enumerate(every) for x in b.linears if x.name in plan.linears]:
+        q, _ = job.quantized(place, name, plan.linears[name].weights)
         repaired = detach(q, subject.weight(name), chosen[name], outline.dtype)
         if repaired.sparse is None:
             continue
         entry[name] = {**records[name], "sparse": repaired.sparse.nnz, "weight_sha256": weight_sha256([repaired])}
         pieces = sparse.write(repaired.sparse, q.shape)
         tensors.update({f"{name}:{k}": v.contiguous() for k, v in pieces.items()})
-    job.commit(len(outline.blocks), tensors, {"stage": "repair", "linears": entry}, None)
+    job.commit(len(every), tensors, {"stage": "repair", "linears": entry}, None)
 
 
 def detach(q: QTensor, weight: Tensor, places: Tensor, dtype: torch.dtype) -> QTensor:

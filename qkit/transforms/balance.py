@@ -39,8 +39,13 @@ def part_of(group: LinearGroup) -> str:
 def balanced_error(state: BlockState, group: LinearGroup, power: int = 1) -> Loss:
     """Mean of |error|^power over answers, plus r times that over pieces of pictures, by the tokens that the sample stands
     for."""
-    stats, r = state.stats[group.key], state.balance[part_of(group)]
-    assert stats.kinds is not None and stats.stands_for is not None
+    stats = state.stats[group.key]
+    if stats.kinds is None:  # a tower: all that it sees are pictures
+        return lambda outputs, references: float(
+            sum((o - x).abs().pow(power).sum().double() for o, x in zip(outputs, references, strict=True))
+        )
+    r = state.balance[part_of(group)]
+    assert stats.stands_for is not None
     counted = torch.zeros(len(KINDS))
     counted[VISION], counted[ANSWER] = r, 1.0
     weight = stats.stands_for * counted[stats.kinds.long()]

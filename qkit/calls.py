@@ -1,0 +1,197 @@
+"""How a model calls its blocks, and the way into the first of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkit.errors import Unsupported
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """An argument that differs from row to row (rotary angles of pictures of several sizes): tensors of one shape that make a
+    batch along ``dim``."""
+
+    each: tuple[Tensor, ...]
+    dim: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls a block: the arguments after the hidden states, recorded for one row, or for each (PerRow)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """The same call for a block that runs in ``dtype``: its floating-point arguments are in it too."""
+
+        def cast(value: Any) -> Any:
+            if isinstance(value, PerRow):
+                return PerRow(tuple(cast(v) for v in value.each), value.dim)
+            if isinstance(value, (tuple, list)):
+                return type(value)(cast(v) for v in value)
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return Call(cast(self.args), {k: cast(v) for k, v in self.kwargs.items()})
+
+    def __call__(self, block: nn.Module, hidden: Tensor, rows: slice = slice(None)) -> Tensor:
+        """What the block gives for those rows, [n, tokens, hidden]."""
+
+        def of(value: Any) -> Any:
+            if isinstance(value, PerRow):
+                return torch.cat(value.each[rows], dim=value.dim)
+            return type(value)(of(v) for v in value) if isinstance(value, (tuple, list)) else value
+
+        out = block(hidden, *of(self.args), **{k: of(v) for k, v in self.kwargs.items()})
+        first: Tensor = out[0] if isinstance(out, tuple) else out
+        return first
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """How blocks are called that take a row of any shape at a time: a row's pictures in a vision tower."""
+
+    each: tuple[Call, ...]
+
+    def to(self, dtype: torch.dtype) -> OneByOne:
+        return OneByOne(tuple(call.to(dtype) for call in self.each))
+
+    def __call__(self, block: nn.Module, hidden: Tensor, rows: slice = slice(None)) -> Tensor:
+        """What the block gives for that one row, [.., tokens, hidden]."""
+        assert rows.stop - rows.start == 1
+        out: Tensor = self.each[rows.start](block, hidden)
+        return out
+
+
+def merged(calls: list[dict[int, Call]], lengths: list[int]) -> dict[int, Call]:
+    """The calls of rows of several lengths as those of one batch, filled up at the end to the longest.
+
+    Blocks are causal, so that what follows a row's end changes nothing in it. Raises Unsupported for arguments that are
+    neither the same for all rows nor one number, or vector, a token.
+    """
+    longest = lengths.index(max(lengths))
+    made: dict[tuple[int, ...], Any] = {}  # blocks share their arguments
+
+    def join(values: list[Any]) -> Any:
+        first = values[longest]
+        if isinstance(first, (tuple, list)):
+            return type(first)(join([v[i] for v in values]) for i in range(len(first)))
+        if not isinstance(first, Tensor):
+            return first
+        key = tuple(map(id, values))
+        if key not in made:
+            made[key] = _joined(values, lengths, longest)
+        return made[key]
+
+    found = {}
+    for index, call in calls[longest].items():
+        args = join([c[index].args for c in calls])
+        found[index] = Call(args, {k: join([c[index].kwargs[k] for c in calls]) for k in call.kwargs})
+    return found
+
+
+def _joined(values: list[Tensor], lengths: list[int], longest: int) -> Any:
+    first, most = values[longest], lengths[longest]
+    if all(v.shape == first.shape and torch.equal(v, first) for v in values):
+        return first
+    dim = next((d for d, n in enumerate(first.shape) if n == most), None)
+    if dim is None or any(v.dim() != first.dim() or v.shape[dim] != n for v, n in zip(values, lengths, strict=True)):
+        raise Unsupported(
+            f"calibration rows of several lengths: blocks are called with a tensor {list(first.shape)} that differs between "
+            "rows and does not follow their tokens"
+        )
+    if all(torch.equal(v, first.narrow(dim, 0, n)) for v, n in zip(values, lengths, strict=True)):
+        return first
+    padded = []
+    for v, n in zip(values, lengths, strict=True):
+        rest = v.new_zeros(*v.shape[:dim], most - n, *v.shape[dim + 1 :])
+        padded.append(torch.cat([v, rest], dim))
+    return PerRow(tuple(padded), dim - 1)
+
+
+# ---- the way into the first block ---------------------------------------------------------------------------
+
+
+class _Entered(Exception):
+    """Raised at the last block: what comes after it is not needed."""
+
+
+@dataclass
+class _Notes:
+    """What is seen of one sample: the hidden states that enter the first block, and how each block is called."""
+
+    count: int
+    calls: dict[int, Call] = field(default_factory=dict)
+    first: Tensor | None = None
+
+    def add(self, index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.first = hidden if index == 0 else self.first
+        self.calls[index] = Call(args, kwargs)
+        if index + 1 == self.count:
+            raise _Entered
+
+
+class _Recorder(nn.Module):
+    """Stands in a block's place: notes how it is called and hands the hidden states on."""
+
+    def __init__(self, block: nn.Module, notes: _Notes, index: int) -> None:
+        super().__init__()
+        self.__dict__["_block"] = block
+        self.__dict__["_note"] = (notes, index)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)  # models read attributes such as attention_type from a block
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        notes, index = self.__dict__["_note"]
+        notes.add(index, hidden, args, kwargs)
+        return hidden
+
+
+def enter(
+    model: nn.Module,
+    blocks: Sequence[str],
+    samples: Iterable[Mapping[str, Tensor]],
+    cache: Any = None,
+    through: bool = False,
+) -> Generator[tuple[Tensor, dict[int, Call]], None, None]:
+    """Hidden states that reach the first of these blocks, [.., tokens, hidden] of a sample at a time, and how each block is
+    called. Samples that do not reach it (a text, where the blocks look at pictures) are left out.
+
+    model: everything before the blocks is materialized; samples: what the model is called with for each row; cache: the KV
+    cache of these calls; through: the blocks are materialized too and run, since transformers looks for those of a tower
+    at its first call, to record what they give
+    """
+    originals = [model.get_submodule(name) for name in blocks]
+    base: Any = getattr(model, "base_model", model)
+    notes = _Notes(len(blocks))
+
+    def look(index: int) -> Callable[..., None]:
+        return lambda _, args, kwargs: notes.add(index, args[0], args[1:], kwargs)
+
+    handles = []
+    try:
+        for i, (name, block) in enumerate(zip(blocks, originals, strict=True)):
+            if through:
+                handles.append(block.register_forward_pre_hook(look(i), with_kwargs=True))
+            else:
+                model.set_submodule(name, _Recorder(block, notes, i))
+        for sample in samples:
+            notes.first, notes.calls = None, {}
+            with torch.inference_mode(), suppress(_Entered):
+                base(**sample, past_key_values=cache, use_cache=cache is not None)
+            if notes.first is not None:
+                yield notes.first, notes.calls
+    finally:
+        for handle in handles:
+            handle.remove()
+        if not through:
+            for name, block in zip(blocks, originals, strict=True):
+                model.set_submodule(name, block)

@@ -1,0 +1,124 @@
+"""The calibration rows as they enter a sequence of blocks: a tower, or the language model behind it.
+
+What comes before the first block runs as transformers runs it, in the checkpoint's dtype, with everything that the job has
+quantized so far in its place. Rows of a language model are filled up to one length; those of a tower keep their shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkit.activations import quantize_activations
+from qkit.blocks import LANGUAGE, Sequence
+from qkit.calibration import Calibration
+from qkit.calls import Call, OneByOne, enter, merged
+from qkit.capture import Rows
+from qkit.errors import BadCalibration, write_failure
+from qkit.families.materialize import load_outer, release_outer
+from qkit.families.outline import Outline
+from qkit.formats import Format
+from qkit.job import Job
+from qkit.plan import Plan, parts
+from qkit.qtensor import dequantize
+from qkit.transforms.rotate import rotate_outer
+
+Calls = dict[int, Call | OneByOne]  # by the index of the block in its sequence
+
+
+def embed(
+    plan: Plan,
+    outline: Outline,
+    job: Job,
+    sequence: Sequence,
+    path: Path,
+    step: Callable[[], object],
+    cache: Any = None,
+    good: list[bool] | None = None,
+) -> tuple[Rows, Calls]:
+    """The rows that enter the sequence, written to ``path``, and how its blocks are called, with ``cache`` as the KV cache if
+    there is one.
+
+    good: rows that are in ``path`` already and have come further; of those only the calls are looked at. Raises
+    BadCalibration where no row has a picture and the sequence looks at pictures.
+    """
+    assert plan.calibration is not None
+    calibration, language = plan.calibration, sequence.name == LANGUAGE
+    count, length = calibration.tokens.shape
+    dtype, seen, leads, width = getattr(torch, plan.run_dtype), list[dict[int, Call]](), list[tuple[int, ...]](), 0
+    once = language and calibration.inputs is None  # rows of a text are all called alike
+    try:
+        with _before(plan, outline, job), path.open("ab" if good else "wb") as f:
+            for hidden, calls in enter(outline.model, sequence.paths, calibration.calls(), cache, not language):
+                width = hidden.shape[-1]
+                leads.append(tuple(hidden.shape[:-1]))
+                seen = [*([] if once else seen), calls]
+                if good is None:
+                    whole = hidden.to(dtype)
+                    if language:
+                        whole = nn.functional.pad(whole, (0, 0, 0, length - hidden.shape[1]))
+                    f.write(whole.contiguous().view(torch.uint8).numpy().reshape(-1).data)
+                elif once:
+                    break
+                step()
+    except OSError as e:
+        raise write_failure(path, e) from e
+    if language:
+        rows = Rows(path, count, length, width, dtype, good or [True] * count, calibration.kinds)
+        return rows, {i: call.to(dtype) for i, call in _as_one(calibration, seen).items()}
+    if not leads:
+        raise BadCalibration(f"no calibration row reaches the {sequence.name}: give rows with pictures, or skip it")
+    most = max(torch.Size(lead).numel() for lead in leads)
+    rows = Rows(path, len(leads), most, width, dtype, good or [True] * len(leads), None, tuple(leads))
+    return rows, {i: OneByOne(tuple(calls[i] for calls in seen)).to(dtype) for i in range(len(sequence.blocks))}
+
+
+def _as_one(calibration: Calibration, calls: list[dict[int, Call]]) -> dict[int, Call]:
+    """How blocks of the language model are called with a batch of rows."""
+    lengths = [x["input_ids"].shape[1] for x in calibration.inputs or ()]
+    return merged(calls, lengths) if lengths else calls[0]
+
+
+@contextmanager
+def _before(plan: Plan, outline: Outline, job: Job) -> Iterator[None]:
+    """With the weights of everything outside the blocks of the language model; towers as the job has left them."""
+    done = {s: i for i, b in list(enumerate(parts(plan, outline)))[: job.finished] for _, s in b.stored}
+    statics: dict[str, Tensor | None] = {}
+
+    def read(stored: str) -> Tensor:
+        place, name = done.get(stored), stored.removesuffix(".weight")
+        if place is None:
+            return outline.checkpoint.read_finite(stored)
+        part = job.part(place)
+        if stored in part:
+            return job.read(part[stored])
+        q, statics[name] = job.quantized(place, name, plan.linears[name].weights)
+        return dequantize(q)
+
+    load_outer(outline, read)
+    if "rotate" in plan.transforms:
+        table = outline.family.embeddings + ".weight"
+        outline.model.get_parameter(table).data.copy_(rotate_outer(outline, plan.seed)[outline.stored_name(table)])
+    handles = []
+    for block in (b for tower in outline.towers for b in tower.blocks):
+        for linear in block.linears:
+            p = plan.linears.get(linear.name)
+            if linear.name in statics and p is not None and p.activations is not None:
+                owner = outline.model.get_submodule(f"{block.path}.{linear.param.removesuffix('.weight')}")
+                handles.append(owner.register_forward_pre_hook(quantizing(p.activations, statics[linear.name])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        release_outer(outline)
+
+
+def quantizing(fmt: Format, static: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """A forward pre-hook of linears: their inputs in that activation format."""
+    return lambda _, args: (quantize_activations(args[0], fmt, static), *args[1:])

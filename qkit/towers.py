@@ -1,0 +1,35 @@
+"""What happens to the parts of a model that are not its language model: a recipe says it, or measuring does."""
+
+from __future__ import annotations
+
+from qkit.errors import UsageError
+from qkit.families.outline import Outline
+from qkit.formats import did_you_mean
+from qkit.recipe import Recipe, Rule
+
+SKIP, AUTO = "skip", "auto"
+_UNMEASURED = "nothing has measured what rounding the {name} costs: --target {name}=SCHEME quantizes it"
+_SKIPPED = "the {name} is left as it is (--target {name}=skip)"
+
+Decisions = dict[str, tuple[str, str]]  # by name of the tower: a scheme or SKIP, and why
+
+
+def tower_rules(recipe: Recipe, outline: Outline, measured: Decisions) -> dict[str, Rule]:
+    """By name of the tower, the rule for its layers where no rule of the recipe says more.
+
+    measured: of towers that the recipe leaves to measuring. Raises UsageError for a target that the model has not.
+    """
+    there = [s.name for s in outline.towers]
+    unknown = next((t for t in recipe.targets if t not in there), None)
+    if unknown is not None:
+        expected = f"expected one of {', '.join(there)}" if there else "this model has no part but its language model"
+        raise UsageError(f"no part {unknown!r} for --target, {expected}{did_you_mean(unknown, there)}")
+    found = {}
+    for name in there:
+        scheme, why = recipe.targets.get(name, AUTO), _SKIPPED
+        if scheme == AUTO:
+            scheme, why = measured.get(name, (SKIP, _UNMEASURED))
+        group = recipe.group_size if scheme == recipe.scheme else None
+        skip = why.format(name=name) if scheme == SKIP else None
+        found[name] = Rule(match=(name,), skip=skip) if skip else Rule(match=(name,), scheme=scheme, group_size=group)
+    return found
