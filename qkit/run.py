@@ -28,7 +28,7 @@ from qkit.qtensor import dequantize
 from qkit.solvers.table import SOLVERS
 from qkit.solving import Result, solve_groups
 from qkit.transforms import BlockState
-from qkit.transforms.balance import gradients, ratios
+from qkit.transforms.balance import RATIOS, gradients, ratios
 from qkit.transforms.keys import scale_keys
 from qkit.transforms.table import BALANCED, TRANSFORMS
 
@@ -97,7 +97,8 @@ def _balance(plan: Plan, outline: Outline, progress: Progress) -> list[dict[str,
         return []
     progress.start("gradients at pictures and answers", plan.calibration.samples)
     model = load(outline.checkpoint.path, dtype=torch.float32)
-    return ratios(gradients(model, outline, plan.calibration, progress.step))
+    each = plan.recipe["options"].get("ratios", RATIOS[0])
+    return ratios(gradients(model, outline, plan.calibration, progress.step, each))
 
 
 def _with_rows(

@@ -9,6 +9,7 @@ import tiny_vlms
 import torch
 from torch.nn import functional
 
+from qkit.blocks import Group
 from qkit.calibration import KINDS
 from qkit.capture import Stats
 from qkit.checkpoint import Checkpoint
@@ -16,9 +17,10 @@ from qkit.families.outline import Outline
 from qkit.formats import scheme
 from qkit.loading import load
 from qkit.pairs import rows_of
+from qkit.pipeline import Request, prepare
 from qkit.qtensor import dequantize, find_params, quantize
 from qkit.transforms import BlockState
-from qkit.transforms.balance import ANSWER, VISION, balanced_error, gradients, ratios
+from qkit.transforms.balance import ANSWER, RATIOS, VISION, balanced_error, gradients, ratios
 from qkit.transforms.scales import awq_candidates, search
 
 W3 = scheme("w3a16")
@@ -40,7 +42,8 @@ def toy():
 
 def chosen(weights, stats, r: float, power: int = 1):
     state = BlockState(None, None, None, stats={"k": stats}, balance={"attention": r})
-    group = type("Group", (), {"key": "k", "hook": "self_attn.q_proj"})
+    declared = Group(("self_attn.q_proj", "self_attn.k_proj"))
+    group = type("Group", (), {"key": "k", "hook": "self_attn.q_proj", "declared": declared})
     loss = balanced_error(state, group, power)
     return search(weights, stats, W3, awq_candidates(weights, stats), torch.float32, loss), loss
 
@@ -126,6 +129,24 @@ def test_gradients_are_autograds(vlm):
     assert all(v > 0 and a > 0 for block in found[:-1] for v, a in block.values())
     # The last block's outputs at pictures reach no answer.
     assert found[-1]["mlp"][0] == 0 and ratios(found)[-1]["mlp"] > 0
+
+
+def test_ratios_of_every_linear(run, vlm, tmp_path):
+    """Those at the output projections are the parts'; a group's linears weigh pictures each in its own way."""
+    path = vlm("llava", processor=True)
+    found = prepare(Request(str(path), "w3a16", "mbq", samples=4))
+    model = load(path, dtype=torch.float32)
+    parts, each = (ratios(gradients(model, found.outline, found.plan.calibration, each=e)) for e in RATIOS)
+    for a, b in zip(parts, each, strict=True):
+        assert len(b) == 7 and b["self_attn.o_proj"] == a["attention"] and b["mlp.down_proj"] == a["mlp"]
+        assert len(set(b.values())) == 7
+    command = ("quantize", "--model", path, "--scheme", "w3a16", "--method", "mbq", "--samples", 4)
+    for option, name in ((), "a"), (("--option", "ratios=linear"), "b"):
+        assert run(*command, *option, "--out", tmp_path / name)[0] == 0
+    first, second = ((tmp_path / n / "model.safetensors").read_bytes() for n in "ab")
+    assert first != second
+    code, _, err = run(*command, "--option", "ratios=block", "--out", tmp_path / "c")
+    assert code == 2 and "expected one of part, linear" in err
 
 
 def test_ratios_have_a_floor():

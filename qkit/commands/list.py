@@ -49,7 +49,15 @@ def methods() -> list[dict[str, Any]]:
         }
         for n, s in SOLVERS.items()
     ]
-    transforms = [{"method": n, "kind": "transform", "what": t.summary, "options": ""} for n, t in TRANSFORMS.items()]
+    transforms = [
+        {
+            "method": n,
+            "kind": "transform",
+            "what": t.summary,
+            "options": ", ".join(f"{k}={v[0]}" for k, v in t.options.items()),
+        }
+        for n, t in TRANSFORMS.items()
+    ]
     repair = {
         "method": METHOD,
         "kind": "repair",

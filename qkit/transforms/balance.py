@@ -4,8 +4,9 @@ MBQ (Li et al., arXiv 2412.19509): to first order the loss changes by at most |g
 (eqs. 8-13), with g the mean absolute gradient of the answers' loss at a module's outputs, over pieces of pictures (v)
 and over answers (l). So the scale search (``scales.search``, with the candidates of AWQ) takes the mean absolute
 error of answers plus r = g_v / g_l times that of pictures. r is measured at the output projection of attention, for
-the linears of attention, and at the last linear of the MLP, for those of the MLP; it is no less than the median of
-all blocks (in the authors' code, not in the paper). Other text and padding weigh nothing.
+the linears of attention, and at the last linear of the MLP, for those of the MLP (so in the authors' code), or at each
+linear for itself (so in the paper's text; the option ratios=linear); it is no less than the median of all blocks (in
+the authors' code, not in the paper). Other text and padding weigh nothing.
 
 Ours: errors are taken at the outputs of the group itself, as in our AWQ, and on inputs that the quantized blocks
 before produce (the paper's option ``distort``).
@@ -29,6 +30,7 @@ from qkit.transforms.scales import Loss
 
 VISION, ANSWER = KINDS.index("vision"), KINDS.index("answer")
 PARTS = ("attention", "mlp")
+RATIOS = ("part", "linear")  # one for each part of a block, or for each linear
 
 
 def part_of(group: LinearGroup) -> str:
@@ -44,32 +46,35 @@ def balanced_error(state: BlockState, group: LinearGroup, power: int = 1) -> Los
         return lambda outputs, references: float(
             sum((o - x).abs().pow(power).sum().double() for o, x in zip(outputs, references, strict=True))
         )
-    r = state.balance[part_of(group)]
     assert stats.stands_for is not None
-    counted = torch.zeros(len(KINDS))
-    counted[VISION], counted[ANSWER] = r, 1.0
-    weight = stats.stands_for * counted[stats.kinds.long()]
+    weights = []
+    for name in group.declared.linears:
+        counted = torch.zeros(len(KINDS))
+        counted[VISION], counted[ANSWER] = state.balance.get(name) or state.balance[part_of(group)], 1.0
+        weights.append(stats.stands_for * counted[stats.kinds.long()])
 
     def loss(outputs: list[Tensor], references: list[Tensor]) -> float:
         each = [(o - x).abs().pow(power).sum(1) for o, x in zip(outputs, references, strict=True)]
-        return float(sum((e * weight).sum().double() for e in each))
+        return float(sum((e * w).sum().double() for e, w in zip(each, weights, strict=True)))
 
     return loss
 
 
 def gradients(
-    model: Any, outline: Outline, rows: Calibration, step: Callable[[], object] = lambda: None
+    model: Any, outline: Outline, rows: Calibration, step: Callable[[], object] = lambda: None, each: str = RATIOS[0]
 ) -> list[dict[str, tuple[float, float]]]:
     """By block and part, (vision, answer): mean absolute gradient of the mean loss of answers at the part's output.
 
-    model: loaded whole; rows: with kinds. One forward and one backward pass for each row.
+    model: loaded whole; rows: with kinds; each: of RATIOS; with "linear" by the linear's name in the block instead of by
+    part. One forward and one backward pass for each row.
     """
     assert rows.inputs is not None and rows.kinds is not None
     places = {
-        (i, part_of(g)): f"{block.path}.{g.hook}"
+        (i, name if each == "linear" else part_of(g)): f"{block.path}.{name}"
         for i, block in enumerate(outline.blocks)
         for g in block.groups
-        if len(g.linears) == 1 and g.expert is None
+        for name in g.declared.linears
+        if each == "linear" or len(g.declared.linears) == 1
     }
     sums = {key: [0.0, 0.0] for key in places}
     outputs: dict[tuple[int, str], Tensor] = {}
@@ -103,14 +108,11 @@ def gradients(
     finally:
         for handle in handles:
             handle.remove()
-    return [
-        {part: (sums[i, part][0], sums[i, part][1]) for part in PARTS if (i, part) in sums}
-        for i in range(len(outline.blocks))
-    ]
+    return [{key: (v, a) for (at, key), (v, a) in sums.items() if at == i} for i in range(len(outline.blocks))]
 
 
 def ratios(found: list[dict[str, tuple[float, float]]]) -> list[dict[str, float]]:
-    """By block and part: r, no less than the median of the part over all blocks."""
+    """By block and part (or linear): r, no less than the median of the part over all blocks."""
     raw = [{part: vision / answer for part, (vision, answer) in block.items()} for block in found]
-    middle = {part: median(block[part] for block in raw if part in block) for part in PARTS}
+    middle = {part: median(block[part] for block in raw if part in block) for part in {p for b in raw for p in b}}
     return [{part: max(r, middle[part]) for part, r in block.items()} for block in raw]
