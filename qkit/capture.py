@@ -41,6 +41,7 @@ class Rows:
     kinds: uint8 [count, tokens], indices of ``calibration.KINDS``; 0 where a shorter row was filled up; None: all is text
     leads: of rows of different shapes, each [*lead, hidden] (the pictures of a sample in a vision tower); they are read one
            by one, and ``tokens`` is what the longest has
+    original: a file of the same rows as they would be if nothing were quantized, where a transform asks for them
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Rows:
     good: list[bool] = field(default_factory=list)
     kinds: Tensor | None = None
     leads: tuple[tuple[int, ...], ...] = ()
+    original: Path | None = None
 
     @property
     def total(self) -> int:

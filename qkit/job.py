@@ -147,16 +147,17 @@ class Job:
     def part_path(self, index: int) -> Path:
         return self.path / "parts" / f"{index:04d}.safetensors"
 
-    def rows_path(self, index: int) -> Path:
-        """Rows that enter block ``index``."""
-        return self.path / "rows" / f"{index:04d}.bin"
+    def rows_path(self, index: int, original: bool = False) -> Path:
+        """Rows that enter block ``index``; original: as they would be if nothing were quantized."""
+        return self.path / "rows" / f"{index:04d}{'-original' if original else ''}.bin"
 
     def rows_entering(self, index: int) -> dict[str, Any] | None:
         """What the journal says of the rows that enter ``index``; checked against the file."""
         record: dict[str, Any] | None = self.entries[index - 1].get("rows") if index else None
-        path = self.rows_path(index)
-        if record is not None and (not path.exists() or sha256_file(path) != record["sha256"]):
-            raise BadInput(f"{path}: not the rows that the journal recorded: delete {self.path} to start again")
+        for field, path in (("sha256", self.rows_path(index)), ("original", self.rows_path(index, original=True))):
+            digest = None if record is None else record.get(field)
+            if digest is not None and (not path.exists() or sha256_file(path) != digest):
+                raise BadInput(f"{path}: not the rows that the journal recorded: delete {self.path} to start again")
         return record
 
     def commit(
@@ -164,14 +165,15 @@ class Job:
     ) -> None:
         """Make block ``index`` durable.
 
-        rows: {'sha256', 'good'} of the rows that leave it, already written to ``rows_path(index + 1)``; None without rows.
+        rows: {'sha256', 'good'} of the rows that leave it, already written to ``rows_path(index + 1)``, and 'original' of
+        those beside them, if there are such; None without rows.
         """
         record = {"block": index, "part": save_tensors(self.part_path(index), tensors), **entry}
-        after = self.rows_path(index + 1)
         if rows is not None:
-            with after.open("rb") as f:
-                os.fsync(f.fileno())
-            sync_dir(after.parent)
+            for original in (False, True)[: 1 + ("original" in rows)]:
+                with self.rows_path(index + 1, original).open("rb") as f:
+                    os.fsync(f.fileno())
+            sync_dir(self.path / "rows")
             record["rows"] = rows
         line = json.dumps({**record, "sum": _sum(record)}, sort_keys=True).encode() + b"\n"
         file = self.path / "journal.jsonl"
@@ -185,7 +187,8 @@ class Job:
         if index == 0:
             sync_dir(self.path)
         self.entries[index] = record
-        self.rows_path(index).unlink(missing_ok=True)
+        for original in (False, True):
+            self.rows_path(index, original).unlink(missing_ok=True)
 
     def part(self, index: int) -> dict[str, TensorInfo]:
         """Headers of a block's part."""

@@ -24,7 +24,7 @@ from qkit.recipe import Recipe, Rule, parse_method
 from qkit.solvers.table import SOLVERS
 from qkit.sparse import sparse_bytes
 from qkit.towers import Decisions, tower_rules
-from qkit.transforms.balance import RATIOS
+from qkit.transforms.balance import INPUTS, RATIOS
 from qkit.transforms.rotate import check_rotatable
 from qkit.transforms.table import BALANCED, TRANSFORMS
 
@@ -149,9 +149,9 @@ def make_plan(
         raise UsageError(
             f"method {balanced} needs pictures with answers: give --calib a .jsonl file or a folder, or leave it out"
         )
-    asked = recipe.options.get("ratios", RATIOS[0])
-    if asked not in RATIOS:
-        raise UsageError(f"option 'ratios': expected one of {', '.join(RATIOS)}, found {asked!r}")
+    for option, known in (("ratios", RATIOS), ("inputs", INPUTS)):
+        if recipe.options.get(option, known[0]) not in known:
+            raise UsageError(f"option '{option}': expected one of {', '.join(known)}, found {recipe.options[option]!r}")
     linears: dict[str, LinearPlan] = {}
     skipped: dict[str, str] = {}
     matched: set[int] = set()

@@ -6,6 +6,8 @@ committed is never computed again; rows carry the error made so far into the nex
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +30,7 @@ from qkit.qtensor import dequantize
 from qkit.solvers.table import SOLVERS
 from qkit.solving import Result, solve_groups
 from qkit.transforms import BlockState
-from qkit.transforms.balance import RATIOS, gradients, ratios
+from qkit.transforms.balance import INPUTS, RATIOS, gradients, ratios
 from qkit.transforms.keys import scale_keys
 from qkit.transforms.table import BALANCED, TRANSFORMS
 
@@ -71,6 +73,7 @@ def _run_sequence(
         name = f"{'' if language else sequence.name + ' '}block {block.index + 1}/{len(sequence.blocks)}"
         state = BlockState(outline, block, load_block(outline, block, dtype))
         state.balance = balance[block.index] if balance else {}
+        state.distort = _inputs(plan) == "distort"
         if language:
             for transform in plan.transforms:
                 if TRANSFORMS[transform].stage == "load":
@@ -118,6 +121,9 @@ def _with_rows(
     flow = Flow(state.module, state.block, rows, call, pool)
     handles: list[Any] = []
     try:
+        record: dict[str, Any] = {}
+        if rows.original is not None:
+            record["original"] = _originals(state, rows, call, job, pool, progress, name, index)
         for transform in plan.transforms:
             if TRANSFORMS[transform].stage == "stats":
                 progress.start(f"{name}, {transform}", len(list(rows.pieces())))
@@ -127,13 +133,14 @@ def _with_rows(
                 TRANSFORMS[transform].apply(state, schemes, plan.seed)
                 state.write_back()
         results, handles = _solve_with_rows(state, plan, flow, pool, progress, name)
-        record = None
         if not last:
             progress.start(f"{name}, rows", len(list(rows.pieces())))
+            before = rows.original
             rows, digest = flow.leave(job.rows_path(index + 1), progress.step)
-            record = {"sha256": digest, "good": rows.good}
+            rows.original = None if before is None else job.rows_path(index + 1, original=True)
+            record |= {"sha256": digest, "good": rows.good}
         flow.close()
-        job.commit(index, _part(results, state, plan.significant > 0), _entry(results), record)
+        job.commit(index, _part(results, state, plan.significant > 0), _entry(results), None if last else record)
         return rows
     except OSError as e:
         raise write_failure(job.rows_path(index + 1), e) from e
@@ -141,6 +148,28 @@ def _with_rows(
         flow.close()
         for handle in handles:
             handle.remove()
+
+
+def _originals(
+    state: BlockState,
+    rows: Rows,
+    call: Call | OneByOne,
+    job: Job,
+    pool: Workers,
+    progress: Progress,
+    name: str,
+    index: int,
+) -> str:
+    """Look at the inputs of the block in a model that is not quantized, and run these rows on; the sha256 of what leaves it."""
+    assert rows.original is not None
+    flow = Flow(state.module, state.block, replace(rows, path=rows.original), call, pool)
+    try:
+        progress.start(f"{name}, original", 2 * len(list(rows.pieces())))
+        wanted = Wanted(hessian=False, ranges=True)
+        state.originals = flow.capture(state.block.groups, wanted, progress.step, keep=False)
+        return flow.leave(job.rows_path(index + 1, original=True), progress.step)[1]
+    finally:
+        flow.close()
 
 
 def _rows(
@@ -152,7 +181,17 @@ def _rows(
     record = job.rows_entering(job.finished) if job.finished > first else None
     progress.start("embed the calibration rows", plan.calibration.samples)
     good = None if record is None else [bool(g) for g in record["good"]]
-    return embed(plan, outline, job, sequence, path, progress.step, good=good)
+    rows, calls = embed(plan, outline, job, sequence, path, progress.step, good=good)
+    if _inputs(plan) != INPUTS[0]:
+        rows.original = job.rows_path(job.finished, original=True)
+        if record is None:
+            shutil.copyfile(path, rows.original)
+    return rows, calls
+
+
+def _inputs(plan: Plan) -> str:
+    """Which inputs the scale searches look at, of INPUTS."""
+    return str(plan.recipe["options"].get("inputs", INPUTS[0]))
 
 
 # ---- one block -------------------------------------------------------------------------------------------------

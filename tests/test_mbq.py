@@ -7,6 +7,7 @@ import pytest
 import qkit_data
 import tiny_vlms
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional
 
 from qkit.blocks import Group
@@ -145,6 +146,14 @@ def test_ratios_of_every_linear(run, vlm, tmp_path):
         assert run(*command, *option, "--out", tmp_path / name)[0] == 0
     first, second = ((tmp_path / n / "model.safetensors").read_bytes() for n in "ab")
     assert first != second
+    tensors = {"quantized": load_file(tmp_path / "a" / "model.safetensors")}
+    for inputs in ("original", "distort"):
+        assert run(*command, "--option", f"inputs={inputs}", "--out", tmp_path / inputs)[0] == 0
+        tensors[inputs] = load_file(tmp_path / inputs / "model.safetensors")
+    for a, b in (("quantized", "original"), ("quantized", "distort"), ("original", "distort")):
+        differ = {n for n, t in tensors[a].items() if not torch.equal(t, tensors[b][n])}
+        # Nothing is quantized before the first block.
+        assert any(".layers.1." in n for n in differ) and not any(".layers.0." in n for n in differ), (a, b)
     code, _, err = run(*command, "--option", "ratios=block", "--out", tmp_path / "c")
     assert code == 2 and "expected one of part, linear" in err
 

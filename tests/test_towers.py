@@ -69,9 +69,9 @@ def test_rules_and_refusals(run, vlm, tmp_path):
         assert got == code and words in err and len(err.strip().splitlines()) == 1, err
 
 
-def request(path, method="awq+gptq"):
+def request(path, method="awq+gptq", **options):
     targets = {"vision": "w4a8", "projector": "w4a8"}
-    return Request(str(path), "w4a8", method, targets=targets, samples=8)
+    return Request(str(path), "w4a8", method, targets=targets, samples=8, options=options)
 
 
 def test_rows_reach_towers(vlm, tmp_path, quiet):
@@ -108,14 +108,22 @@ class StopAfter:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("block", ["vision block 2/2, layers 3", "projector block 1/1", "block 1/2, layers 2"])
-def test_resumed(vlm, tmp_path, quiet, block):
+@pytest.mark.parametrize(
+    ("block", "asked"),
+    [
+        ("vision block 2/2, layers 3", {}),
+        ("projector block 1/1", {}),
+        ("block 1/2, layers 2", {}),
+        ("block 2/2, layers 2", {"method": "mbq", "inputs": "distort"}),
+    ],
+)
+def test_resumed(vlm, tmp_path, quiet, block, asked):
     """A run that was stopped in a tower, or behind it, gives the bytes of one that was not."""
     path = vlm("llava", processor=True)
-    quantize(request(path), tmp_path / "whole", quiet)
+    quantize(request(path, **asked), tmp_path / "whole", quiet)
     with pytest.raises(KeyboardInterrupt):
-        quantize(request(path), tmp_path / "out", StopAfter(block))
-    quantize(request(path), tmp_path / "out", quiet)
+        quantize(request(path, **asked), tmp_path / "out", StopAfter(block))
+    quantize(request(path, **asked), tmp_path / "out", quiet)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"
     ).read_bytes()

@@ -22,6 +22,8 @@ class BlockState:
     module:  the materialized block; transforms change its norms and biases in place
     changed: weights [out, in] in float32 that a transform rewrote, by linear name: they are quantized from
              float32, never rounded to the model's dtype in between
+    originals: what would be seen if nothing before had been quantized, where a transform asks for it; distort: for what
+             outputs are to be, and not for what they are made from
     balance: of a vision-language model, by part of the block ('attention', 'mlp'), how much an error at a piece of a picture
              weighs beside one at an answer
     """
@@ -31,6 +33,8 @@ class BlockState:
     module: nn.Module
     changed: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Stats] = field(default_factory=dict)
+    originals: dict[str, Stats] = field(default_factory=dict)
+    distort: bool = False
     notes: dict[str, dict[str, float]] = field(default_factory=dict)
     balance: dict[str, float] = field(default_factory=dict)
 

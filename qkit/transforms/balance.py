@@ -8,8 +8,10 @@ the linears of attention, and at the last linear of the MLP, for those of the ML
 linear for itself (so in the paper's text; the option ratios=linear); it is no less than the median of all blocks (in
 the authors' code, not in the paper). Other text and padding weigh nothing.
 
-Ours: errors are taken at the outputs of the group itself, as in our AWQ, and on inputs that the quantized blocks
-before produce (the paper's option ``distort``).
+Ours: errors are taken at the outputs of the group itself, as in our AWQ. Inputs are what the quantized blocks before give,
+for outputs and for what they are compared with; the option inputs=original takes those of a model that is not
+quantized (the paper's default), inputs=distort these for what outputs are to be, and those of the quantized blocks for
+what they are made from (the paper's option of that name).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from qkit.transforms.scales import Loss
 
 VISION, ANSWER = KINDS.index("vision"), KINDS.index("answer")
 PARTS = ("attention", "mlp")
+INPUTS = ("quantized", "original", "distort")
 RATIOS = ("part", "linear")  # one for each part of a block, or for each linear
 
 

@@ -38,14 +38,21 @@ def squared_error(outputs: list[Tensor], references: list[Tensor]) -> float:
 
 
 def search(
-    weights: list[Tensor], stats: Stats, scheme: Scheme, candidates: Iterable[Tensor], dtype: torch.dtype, loss: Loss
+    weights: list[Tensor],
+    stats: Stats,
+    scheme: Scheme,
+    candidates: Iterable[Tensor],
+    dtype: torch.dtype,
+    loss: Loss,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """The candidate [in] with the least loss.
 
-    weights: float32 [out_i, in]; stats.sample: the tokens that outputs are compared on.
+    weights: float32 [out_i, in]; stats.sample: the tokens that outputs are compared on; wanted: [tokens, in], inputs of the
+    outputs that are aimed at, where they are others.
     """
     x = stats.sample.float()
-    references = [x @ w.T for w in weights]
+    references = [(x if wanted is None else wanted.float()) @ w.T for w in weights]
     importance = x.square().mean(0)
     best, best_loss = torch.ones(x.shape[1]), float("inf")
     for s in (torch.ones(x.shape[1]), *candidates):
@@ -112,10 +119,12 @@ def smooth_block(
         scheme = chosen.pop()
         if group.declared.source is None or scheme is None or chosen:
             continue
-        stats = state.stats[group.key]
+        stats, original = state.stats[group.key], state.originals.get(group.key)
+        seen = stats if original is None or state.distort else original
         weights = [state.weight(linear) for linear in group.linears]
-        candidates = [_shared_heads(state, group, s) for s in make(weights, stats)]
-        s = search(weights, stats, scheme, candidates, state.outline.dtype, loss(state, group))
+        candidates = [_shared_heads(state, group, s) for s in make(weights, seen)]
+        wanted = None if original is None else original.sample
+        s = search(weights, seen, scheme, candidates, state.outline.dtype, loss(state, group), wanted)
         if bool((s == 1).all()):
             continue
         fold(state, group, s)
@@ -159,7 +168,9 @@ def fold(state: BlockState, group: LinearGroup, s: Tensor) -> None:
         reader = state.module.get_submodule(name)
         weight: Any = reader.weight
         weight.data = state.rounded(weight.data.float() * s)
-    state.stats[group.key] = state.stats[group.key].divided_by(s)
+    for stats in (state.stats, state.originals):
+        if group.key in stats:
+            stats[group.key] = stats[group.key].divided_by(s)
 
 
 def _fold_norm(state: BlockState, norm: nn.Module, s: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ class Transform:
     options: dict[str, tuple[object, str]]
 
 
-_RATIOS: dict[str, tuple[object, str]] = {
-    "ratios": ("part", "what errors at pictures weigh: one ratio for each part of a block, or for each linear")
+_OPTIONS: dict[str, tuple[object, str]] = {
+    "inputs": ("quantized", "of the search: behind quantized blocks, original, or distort: both, as the paper says"),
+    "ratios": ("part", "what errors at pictures weigh: one ratio for each part of a block, or for each linear"),
 }
 
 
@@ -51,13 +52,13 @@ TRANSFORMS: dict[str, Transform] = {
         "stats",
         lambda state, schemes, seed: smooth_block(state, schemes, awq_candidates, balanced_error),
         "awq for vision-language models: errors at pictures weighed against errors at answers (arXiv 2412.19509)",
-        _RATIOS,
+        _OPTIONS,
     ),
     "mbq-mse": Transform(
         "stats",
         lambda state, schemes, seed: smooth_block(state, schemes, awq_candidates, partial(balanced_error, power=2)),
         "mbq with squared errors",
-        _RATIOS,
+        _OPTIONS,
     ),
 }
 BALANCED = ("mbq", "mbq-mse")  # those that need pictures and answers
