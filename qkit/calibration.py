@@ -7,7 +7,7 @@ A text is tokenised whole (no special tokens added) and cut into consecutive row
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,29 @@ class Calibration:
         """What the model is called with, row after row."""
         yield from self.inputs if self.inputs is not None else ({"input_ids": row[None]} for row in self.tokens)
 
+    def first(self, count: int) -> Calibration:
+        """The first ``count`` rows (all, if there are fewer), of the same width."""
+        tokens, kinds = self.tokens[:count], None if self.kinds is None else self.kinds[:count]
+        inputs = None if self.inputs is None else self.inputs[:count]
+        return Calibration(self.source, len(tokens), self.seqlen, digest_of(tokens, inputs), tokens, inputs, kinds)
+
     def to_json(self) -> dict[str, Any]:
         """All but the tokens themselves."""
         return {k: getattr(self, k) for k in ("source", "samples", "seqlen", "digest")}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calibration:
         return self  # immutable; dataclasses.asdict would copy the tokens otherwise
+
+
+def digest_of(tokens: Tensor, inputs: Iterable[dict[str, Tensor]] | None = None) -> str:
+    """sha256 of all that rows are made of: ``inputs`` of rows with pictures, else ``tokens``."""
+    if inputs is None:
+        return hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
+    digest = hashlib.sha256()
+    for row in inputs:
+        for name in sorted(row):
+            digest.update(name.encode() + row[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_text(path: Path) -> str:
@@ -96,5 +113,4 @@ def calibration_rows(
         )
     if samples > 1 and bool((rows == rows[0]).all()):
         raise BadCalibration(f"{path}: all {samples} rows are the same: the text repeats itself and teaches nothing")
-    digest = hashlib.sha256(rows.numpy().astype("<i8").tobytes()).hexdigest()
-    return Calibration(source or path.name, samples, seqlen, digest, rows)
+    return Calibration(source or path.name, samples, seqlen, digest_of(rows), rows)

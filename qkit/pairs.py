@@ -11,7 +11,6 @@ answer included), text (the rest of the prompt) and padding.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit.calibration import KINDS, Calibration, read_text
+from qkit.calibration import KINDS, Calibration, digest_of, read_text
 from qkit.errors import BadCalibration, BadCheckpoint
 
 CAPTION = "Describe the picture."
@@ -139,10 +138,6 @@ def pair_rows(pairs: list[Pair], processor: Any, image_tokens: set[int], source:
 
 def rows_of(inputs: list[dict[str, Tensor]], prompts: list[int], image_tokens: set[int], source: str) -> Calibration:
     """Rows of what a model is called with, filled up at the end to the longest; prompts: tokens of each before its answer."""
-    digest = hashlib.sha256()
-    for row in inputs:
-        for name in sorted(row):
-            digest.update(name.encode() + row[name].contiguous().view(torch.uint8).numpy().tobytes())
     longest = max(x["input_ids"].shape[1] for x in inputs)
     tokens = torch.zeros(len(inputs), longest, dtype=torch.int64)
     kinds = torch.zeros(len(inputs), longest, dtype=torch.uint8)
@@ -153,7 +148,7 @@ def rows_of(inputs: list[dict[str, Tensor]], prompts: list[int], image_tokens: s
         kinds[i, : len(ids)] = KINDS.index("text")
         kinds[i, prompt : len(ids)] = KINDS.index("answer")
         kinds[i, : len(ids)][torch.isin(ids, pieces)] = KINDS.index("vision")
-    return Calibration(source, len(inputs), longest, digest.hexdigest(), tokens, tuple(inputs), kinds)
+    return Calibration(source, len(inputs), longest, digest_of(tokens, inputs), tokens, tuple(inputs), kinds)
 
 
 def _row(pair: Pair, processor: Any) -> tuple[dict[str, Tensor], int]:

@@ -80,11 +80,11 @@ def open_outline(model: str) -> Outline:
     return outline
 
 
-def prepare(request: Request) -> Prepared:
-    """Plan a request; reads no weights."""
+def prepare(request: Request, rows: Calibration | None = None) -> Prepared:
+    """Plan a request; reads no weights. rows: those of the request, where they were made before."""
     recipe = _recipe(request)
     outline = open_outline(request.model)
-    calibration = _calibration(request, outline, recipe)
+    calibration = _calibration(request, outline, recipe, rows)
     plan = make_plan(recipe, outline, calibration, request.seed, request.kv)
     _check_pictures(plan, outline)
     plan = replace(plan, key_exponents=request.key_exponents)
@@ -130,15 +130,25 @@ def _recipe(request: Request) -> Recipe:
     return make_recipe(over, "command line")
 
 
-def _calibration(request: Request, outline: Outline, recipe: Recipe) -> Calibration | None:
-    """The rows of the request, whether or not the plan will turn out to need them (it drops them if not)."""
+def _calibration(request: Request, outline: Outline, recipe: Recipe, rows: Calibration | None) -> Calibration | None:
+    """The rows of the request, made or at hand, whether or not the plan will turn out to need them (it drops them if not)."""
+    _check_shape(request)
+    if not (_may_need_rows(recipe) or is_static(request.kv) or request.calib is not None):
+        return None
+    return rows or calibration_of(request, outline)
+
+
+def calibration_of(request: Request, outline: Outline) -> Calibration:
+    """The rows that a request says: pairs of pictures and answers, or rows of a text."""
+    _check_shape(request)
+    return pair_calibration(request, outline) if wants_pairs(request, outline) else text_rows(request, outline)
+
+
+def _check_shape(request: Request) -> None:
     if request.samples < 1 or request.seqlen < 2:
         raise UsageError(
             f"--samples {request.samples} --seqlen {request.seqlen}: expected at least 1 row of at least 2 tokens"
         )
-    if not (_may_need_rows(recipe) or is_static(request.kv) or request.calib is not None):
-        return None
-    return pair_calibration(request, outline) if wants_pairs(request, outline) else text_rows(request, outline)
 
 
 def wants_pairs(request: Request, outline: Outline) -> bool:
@@ -155,14 +165,15 @@ def wants_pairs(request: Request, outline: Outline) -> bool:
     return False
 
 
-def pair_calibration(request: Request, outline: Outline) -> Calibration:
-    """Rows of pictures, questions and answers: the user's, or drawn scenes."""
+def pair_calibration(request: Request, outline: Outline, held_out: bool = False) -> Calibration:
+    """Rows of pictures, questions and answers: the user's, or drawn scenes; held_out: scenes that calibration does not use."""
     from qkit_data.scenes import CALIBRATION
 
+    start = 0 if held_out else CALIBRATION + 1000 * request.seed
     config: Any = outline.model.config
     known = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
     if request.calib is None:
-        pairs, source = list(drawn(CALIBRATION + 1000 * request.seed, request.samples)), "drawn scenes"
+        pairs, source = list(drawn(start, request.samples)), "drawn scenes"
     else:
         pairs, source = read_pairs(request.calib, request.samples), request.calib.name
     processor = load_processor(outline.checkpoint.path)

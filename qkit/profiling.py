@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -10,19 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import qkit_data
 import torch
-from torch import Tensor
 
-from qkit.calibration import calibration_rows
+from qkit.calibration import Calibration
 from qkit.errors import BadInput, UsageError
 from qkit.families.outline import Outline
-from qkit.loading import load_tokenizer
 from qkit.machine import available_cores
 from qkit.parallel import workers
-from qkit.pipeline import Request, embedded_text, open_outline, prepare
+from qkit.pipeline import Request, calibration_of, open_outline, pair_calibration, prepare, wants_pairs
 from qkit.plan import Plan
 from qkit.recipe import parse_method
 from qkit.run import Progress
+from qkit.sensitivity.batches import Extent, extent, text_extent
 from qkit.sensitivity.forecast import ProfileForecast, profile_forecast, refuse_what_cannot_fit
 from qkit.sensitivity.ledger import Ledger
 from qkit.sensitivity.measures import MEASURES, Bench
@@ -63,7 +62,7 @@ class _Prepared:
     outline: Outline
     candidates: tuple[Candidate, ...]
     plans: dict[str, Plan]
-    rows: Tensor
+    rows: Calibration
     described: dict[str, Any]
 
 
@@ -84,7 +83,7 @@ def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profil
         measures = tuple(dict.fromkeys((*request.measures, *old.measures)))
         request = replace(request, candidates=",".join([request.candidates, *more]), measures=measures)
         found = _prepare(request)
-    refuse_what_cannot_fit(forecast(request))
+    refuse_what_cannot_fit(_forecast(request, found.outline, extent(found.rows)))
     with workers(request.base.threads) as pool:
         return make_profile(
             found.outline,
@@ -102,16 +101,19 @@ def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profil
 
 def forecast(request: ProfileRequest) -> ProfileForecast:
     """What ``profile`` will take, in seconds and without reading a weight. Raises what the request's names deserve."""
-    base = request.base
+    base, count = request.base, request.measured_rows
     outline = open_outline(base.model)
-    return profile_forecast(
-        outline,
-        parse_candidates(request.candidates, base.group_size),
-        request.measures,
-        (request.measured_rows, base.seqlen),
-        request.points,
-        base.threads or available_cores(),
-    )
+    rows = text_extent(count, base.seqlen)
+    if wants_pairs(base, outline):
+        rows = extent(pair_calibration(replace(base, samples=count), outline))
+    return _forecast(request, outline, rows)
+
+
+def _forecast(request: ProfileRequest, outline: Outline, rows: Extent) -> ProfileForecast:
+    base = request.base
+    candidates = parse_candidates(request.candidates, base.group_size)
+    threads = base.threads or available_cores()
+    return profile_forecast(outline, candidates, request.measures, rows, request.points, threads)
 
 
 def _prepare(request: ProfileRequest) -> _Prepared:
@@ -126,15 +128,16 @@ def _prepare(request: ProfileRequest) -> _Prepared:
     if all(c.scheme is None for c in candidates):
         raise UsageError(f"--candidates {request.candidates}: no format that quantizes: add one, for instance int4")
     outline = open_outline(base.model)
+    rows = calibration_of(base, outline)
     groups = {c.name: _group(c, base.group_size) for c in candidates}
     plans = {
         c.name: prepare(
-            replace(base, scheme=c.scheme.name, method=solver, group_size=groups[c.name], outliers=c.outliers or None)
+            replace(base, scheme=c.scheme.name, method=solver, group_size=groups[c.name], outliers=c.outliers or None),
+            rows,
         ).plan
         for c in candidates
         if c.scheme is not None
     }
-    rows = _rows(base, outline, base.calib)[:count]
     described = {
         "method": solver,
         "group_size": base.group_size,
@@ -146,7 +149,7 @@ def _prepare(request: ProfileRequest) -> _Prepared:
         "points": request.points,
         "dtype": str(outline.dtype).removeprefix("torch."),
     }
-    return _Prepared(outline, candidates, plans, rows, described)
+    return _Prepared(outline, candidates, plans, rows.first(count), described)
 
 
 def _group(candidate: Candidate, group_size: int | None) -> int | None:
@@ -156,24 +159,30 @@ def _group(candidate: Candidate, group_size: int | None) -> int | None:
     return group_size if free else None
 
 
-def _rows(base: Request, outline: Outline, text: Path | None) -> Tensor:
-    config: Any = outline.text_config
-    path = text or embedded_text()
-    tokenizer = load_tokenizer(outline.checkpoint.path)
-    return calibration_rows(path, tokenizer, base.samples, base.seqlen, config.vocab_size, path.name).tokens
+def _held_out(base: Request, outline: Outline, given: Path | None) -> Calibration:
+    """Rows of ``given``, else of the embedded evaluation text, or of drawn scenes where calibration has pictures."""
+    if given is None and wants_pairs(base, outline):
+        return pair_calibration(replace(base, calib=None), outline, held_out=True)
+    return calibration_of(replace(base, calib=given or Path(str(qkit_data.text_path("evaluation")))), outline)
 
 
 def audit(
-    request: ProfileRequest, folder: Path, made: Profile, text: Path, progress: Progress, plans: int = 6, seed: int = 0
+    request: ProfileRequest,
+    folder: Path,
+    made: Profile,
+    held_out: Path | None,
+    progress: Progress,
+    plans: int = 6,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """How far each measure's prediction is from the true loss change on held-out text.
+    """How far each measure's prediction is from the true loss change on held-out text or pairs (None: embedded or drawn ones).
 
     Of single units: every unit at every candidate. Of whole plans: each candidate everywhere, and ``plans`` random mixtures.
     Gives, by measure, the rank correlation with the truth and, for measures in nats, the median of predicted / true.
     """
     found = _prepare(request)
     try:
-        rows = _rows(replace(request.base, samples=request.measured_rows), found.outline, text)
+        rows = _held_out(replace(request.base, samples=request.measured_rows), found.outline, held_out)
     except BadInput as e:
         raise type(e)(f"--audit: {e}") from e
     units = units_of(found.outline)
@@ -182,8 +191,7 @@ def audit(
         workers(request.base.threads) as pool,
         probes(found.plans, found.outline, folder / "probes", pool, progress) as probed,
     ):
-        digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:8]
-        ledger = Ledger(folder / f"audit-{digest}.jsonl", identity(found.outline, found.described, rows))
+        ledger = Ledger(folder / f"audit-{rows.digest[:8]}.jsonl", identity(found.outline, found.described, rows))
         bench = make_bench(
             found.outline, probed, units, found.candidates, rows, request.points, ledger, folder, pool, progress
         )
@@ -196,7 +204,7 @@ def audit(
         for picks in (*single, *uniform, *mixed):
             true.append(measured_plan(bench, picks)[0])
             progress.step()
-    result: dict[str, Any] = {"text": text.name, "rows": len(rows), "measures": {}}
+    result: dict[str, Any] = {"text": rows.source, "rows": rows.samples, "measures": {}}
     for measure in made.measures:
         predicted = [_predicted(made, picks, measure) for picks in (*single, *uniform, *mixed)]
         cut = len(single)
@@ -260,6 +268,6 @@ def measured_plan(bench: Bench, picks: dict[str, str]) -> tuple[float, float]:
         chosen = [(u, by_name[picks[u.key]]) for u in bench.units if u.key in picks]
         moved = {n: r for u, c in chosen for n, r in bench.probes.replacements(u, c).items()}
         with bench.subject.replaced(moved):
-            known = bench.subject.compare(bench.tokens, bench.reference)
+            known = bench.subject.compare(bench.rows, bench.reference)
         bench.ledger.put(key, known)
     return float(known[0]) - bench.base_loss, float(known[1])

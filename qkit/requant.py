@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from qkit import loading
+from qkit.calibration import Calibration
 from qkit.errors import UsageError
 from qkit.job import Job
 from qkit.parallel import Workers, workers
@@ -163,10 +164,10 @@ class _Trials:
         return kl
 
 
-def _rows(plan: Plan) -> torch.Tensor:
+def _rows(plan: Plan) -> Calibration:
     if plan.calibration is None:  # rounding without significant weights runs no rows by itself
         raise UsageError(f"method {METHOD} with rtn needs a share of significant weights above 0: give --significant")
-    return plan.calibration.tokens[:ROWS]
+    return plan.calibration.first(ROWS)
 
 
 def _identity(plan: Plan, percent: float) -> dict[str, Any]:

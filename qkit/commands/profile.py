@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import qkit_data
 from rich.console import Console
 
 from qkit.allocation.pareto import PREFERRED, Point, curve, curve_measure, measure_points, spread, uniform
@@ -32,14 +31,14 @@ from qkit.sensitivity.profile import Profile
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the profile.")
 @click.option("--method", default="gptq", show_default=True, help="Solver of the probes: rtn or gptq.")
 @click.option("--group-size", type=int, help="Weights per scale of the integer formats.")
-@click.option("--calib", type=click.Path(path_type=Path), help="Calibration text (default: the embedded one).")
+@click.option("--calib", type=click.Path(path_type=Path), help="Calibration text, or pairs (default: embedded ones).")
 @click.option("--samples", type=int, default=128, show_default=True, help="Calibration rows of the probes.")
 @click.option("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration row.")
 @click.option("--rows", type=int, help="Rows of them that losses are measured on (default: 32, or all if fewer).")
 @click.option("--measures", default="weight,output,pqi,kl", show_default=True, help=f"Some of {', '.join(MEASURES)}.")
 @click.option("--points", type=click.IntRange(1), default=8, show_default=True, help="Of the path integral (pqi).")
-@click.option("--audit", is_flag=True, help="Compare every measure with the true loss change on held-out text.")
-@click.option("--audit-text", type=click.Path(path_type=Path), help="That text (default: the embedded one).")
+@click.option("--audit", is_flag=True, help="Compare every measure with the true loss change on held-out rows.")
+@click.option("--audit-text", type=click.Path(path_type=Path), help="Of that text or pairs (default: embedded ones).")
 @click.option(
     "--pareto",
     is_flag=True,
@@ -85,16 +84,15 @@ def profile_command(
         raise UsageError("--pareto-measure goes with --pareto: add it")
     if audit_text is not None and not audited:
         raise UsageError("--audit-text goes with --audit: add it")
-    if audit_text is not None and not audit_text.is_file():
-        raise BadInput(f"{audit_text}: no such text for --audit-text")
+    if audit_text is not None and not audit_text.exists():
+        raise BadInput(f"{audit_text}: no such text or folder for --audit-text")
     of = curve_measure(wanted) if pareto else None
     request = ProfileRequest(Request(**given), candidates, wanted, rows, points)
     reporter = Reporter(console, command_line())
     with reporter.running():
         console.print(forecast(request).line())
         made = profile(request, out, reporter)
-        text = audit_text or Path(str(qkit_data.text_path("evaluation")))
-        found = audit(request, out, made, text, reporter, seed=seed) if audited else None
+        found = audit(request, out, made, audit_text, reporter, seed=seed) if audited else None
         along = pareto_curve(request.base, made, of, pareto_measure, out, reporter) if of is not None else None
     show_profile(made, console)
     if found is not None:

@@ -15,9 +15,10 @@ from qkit.families.outline import Outline
 from qkit.forecast import ALLOCATOR, LATER
 from qkit.machine import available_memory, process_bytes, resident_bytes
 from qkit.plan import Plan
+from qkit.sensitivity.batches import Extent, extent
 from qkit.sensitivity.outputs import SAMPLE_TOKENS
 from qkit.sensitivity.repair import ROWS
-from qkit.sensitivity.subject import CHUNK_TOKENS, SPILL_BYTES, log_prob_bytes
+from qkit.sensitivity.subject import SPILL_BYTES, log_prob_bytes
 from qkit.sensitivity.units import Candidate, units_of
 
 # Tensors of the size of a chunk's logits that one worker holds at the worst moment.
@@ -59,11 +60,11 @@ def profile_forecast(
     outline: Outline,
     candidates: Sequence[Candidate],
     measures: Sequence[str],
-    shape: tuple[int, int],
+    rows: Extent,
     points: int,
     workers: int,
 ) -> ProfileForecast:
-    """The cost of a profile. shape: (rows, tokens per row) that losses are measured on; points: of the path integral.
+    """The cost of a profile. rows: that losses are measured on; points: of the path integral.
 
     Names that are no measures count nothing: they are refused elsewhere.
     """
@@ -76,22 +77,21 @@ def profile_forecast(
     moves = any(c.scheme is not None and c.scheme.activations is not None for c in candidates)
     backward = sum(m in measures for m in ("first", "fisher")) + ("first_x" in measures and moves)
     backward += points * quantizing * ("pqi" in measures)
-    log_probs = log_prob_bytes(shape, _vocabulary(outline))
+    log_probs = log_prob_bytes(rows.scored, _vocabulary(outline))
     memory = {
         "the model in float32": 4 * _weights(outline),
         "reference probabilities": log_probs if log_probs <= SPILL_BYTES else 0,
-        "measures": _held(outline, measures, shape, workers),
+        "measures": _held(outline, measures, rows, workers),
     }
     peak = max(process_bytes(), resident_bytes() + LATER + int(ALLOCATOR * sum(memory.values())))
     spilled = log_probs if log_probs > SPILL_BYTES else 0
-    return ProfileForecast(quantizing, forward, backward, *shape, memory, peak, spilled)
+    return ProfileForecast(quantizing, forward, backward, rows.rows, rows.length, memory, peak, spilled)
 
 
 def repair_memory(plan: Plan, outline: Outline, workers: int) -> int:
     """Bytes at the worst moment of ``repair``: the model, its quantized weights, and the path integral."""
     assert plan.calibration is not None
-    shape = (min(ROWS, plan.calibration.samples), plan.calibration.seqlen)
-    return 4 * _weights(outline) + _held(outline, ("pqi",), shape, workers)
+    return 4 * _weights(outline) + _held(outline, ("pqi",), extent(plan.calibration.first(ROWS)), workers)
 
 
 def refuse_what_cannot_fit(found: ProfileForecast) -> None:
@@ -104,13 +104,12 @@ def refuse_what_cannot_fit(found: ProfileForecast) -> None:
         )
 
 
-def _held(outline: Outline, measures: Sequence[str], shape: tuple[int, int], workers: int) -> int:
+def _held(outline: Outline, measures: Sequence[str], rows: Extent, workers: int) -> int:
     """Bytes at the worst moment of the measures asked for, on top of the model and the reference."""
-    rows, length = shape
     linears = [x for b in outline.blocks for x in b.linears]
     weights = 4 * sum(x.shape[0] * x.shape[1] for x in linears)
-    chunk = length * min(rows, max(1, CHUNK_TOKENS // length))
-    busy = min(workers, -(-rows * length // chunk))
+    chunk, pieces = rows.chunk, -(-rows.rows * rows.length // rows.chunk)
+    busy = min(workers, pieces)
     logits = 4 * chunk * _vocabulary(outline)
     # A graph keeps about what every linear reads and gives; experts, who see a share of the tokens each, are left out.
     graph = 4 * chunk * sum(sum(x.shape) for x in linears if x.expert is None)
@@ -118,7 +117,7 @@ def _held(outline: Outline, measures: Sequence[str], shape: tuple[int, int], wor
     moments = [2 * weights + busy * _FORWARD_LOGITS * logits]  # all linears replaced, the originals kept
     for name, copies in _COPIES.items():
         if name in measures:
-            moments.append((copies + min(workers + 2, -(-rows * length // chunk))) * weights + backward)
+            moments.append((copies + min(workers + 2, pieces)) * weights + backward)
     if "first_x" in measures:
         moments.append(backward + busy * 4 * chunk * sum(x.shape[1] for x in linears if x.expert is None))
     if "output_norm" in measures:

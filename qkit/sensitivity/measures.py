@@ -1,10 +1,13 @@
 """The measures of a decision's cost, one function each: (bench) -> {(unit key, candidate): cost}.
 
 Costs of ``loss``, ``kl``, ``pqi``, ``first``, ``first_x`` and ``fisher`` are in nats a token; ``weight``, ``output`` and
-``output_norm`` are relative squared errors. To add one: write it, add a line to the table and to ``forecast.py`` what it takes.
+``output_norm`` are relative squared errors. Tokens are those that the loss is of, with pictures those of the answers; errors of
+outputs then weigh tokens by their kind (``outputs.py``). To add a measure: write it, add a line to the table and to
+``forecast.py`` what it takes.
 
   weight       sum |w~ - w|^2 / sum |w|^2
-  output       relative squared error of the linears' outputs on sample tokens, as the solver saw them (mean over the unit)
+  output       relative squared error of the linears' outputs on sample tokens, as the solver saw them (mean over the unit); of
+               rows with pictures, in the original model
   output_norm  that error in the original model, activations quantized too, and for linears that write to the residual
                stream relative to that stream, each channel times the gain of the norm that reads it next (``outputs.py``)
   first        |g . (w~ - w)|, g the gradient of the loss at w
@@ -31,7 +34,9 @@ import torch
 from torch import Tensor
 
 from qkit.activations import quantize_activations
+from qkit.calibration import Calibration
 from qkit.run import Progress
+from qkit.sensitivity.batches import batches
 from qkit.sensitivity.decomposition import decompose, decomposition_file, save_decomposition
 from qkit.sensitivity.ledger import Ledger
 from qkit.sensitivity.outputs import OutputSample, has_modules
@@ -40,20 +45,21 @@ from qkit.sensitivity.probes import Activations, Probes
 from qkit.sensitivity.spill import Chunks
 from qkit.sensitivity.subject import Replacement, Subject
 from qkit.sensitivity.units import Candidate, Unit
+from qkit.transforms.balance import gradients, ratios
 
 Costs = dict[tuple[str, str], float]
 
 
 @dataclass
 class Bench:
-    """What a measure works on. reference: log probabilities of the original on ``tokens``, chunk by chunk; folder: of the
+    """What a measure works on. reference: log probabilities of the original on ``rows``, batch by batch; folder: of the
     profile."""
 
     subject: Subject
     probes: Probes
     units: tuple[Unit, ...]
     candidates: tuple[Candidate, ...]
-    tokens: Tensor
+    rows: Calibration
     points: int
     progress: Progress
     base_loss: float
@@ -80,21 +86,40 @@ def weight_error(bench: Bench) -> Costs:
 
 
 def output_error(bench: Bench) -> Costs:
+    if bench.rows.kinds is not None:
+        return _outputs(bench, alone=True)
     return {(u.key, c.name): bench.probes.output_error(u, c) for u in bench.units for c in bench.quantizing}
 
 
 def output_next(bench: Bench) -> Costs:
+    return _outputs(bench, alone=False)
+
+
+def _outputs(bench: Bench, alone: bool) -> Costs:
     plain = [u for u in bench.units if has_modules(u)]
-    sample = OutputSample(bench.subject, plain, bench.tokens)
-    costs = _each(bench, "output errors", sample.error, plain)
+    sample = OutputSample(bench.subject, plain, bench.rows, ratios=_ratios(bench))
+    costs = _each(bench, "output errors", lambda u, found: sample.error(u, found, alone), plain)
     # Inputs of fused experts are not seen: theirs are the errors that the solver saw.
     rest = [u for u in bench.units if not has_modules(u)]
     costs.update({(u.key, c.name): bench.probes.output_error(u, c) for u in rest for c in bench.quantizing})
     return costs
 
 
+def _ratios(bench: Bench) -> list[dict[str, float]]:
+    """By block and part, of rows with pictures: the gradient at pictures over that at answers, measured once."""
+    if bench.rows.kinds is None:
+        return []
+    found: list[dict[str, float]] | None = bench.ledger.get("ratios")
+    if found is None:
+        bench.progress.start("gradients at pictures and answers", bench.rows.samples)
+        subject = bench.subject
+        found = ratios(gradients(subject.model, subject.outline, bench.rows, bench.progress.step))
+        bench.ledger.put("ratios", found)
+    return found
+
+
 def first_order(bench: Bench) -> Costs:
-    _, g = bench.subject.gradients(bench.tokens, _names(bench))
+    _, g = bench.subject.gradients(bench.rows, _names(bench))
 
     def one(unit: Unit, found: Mapping[str, Replacement]) -> float:
         return abs(sum(float((g[n] * (r.weight - bench.subject.weight(n))).double().sum()) for n, r in found.items()))
@@ -115,8 +140,8 @@ def first_inputs(bench: Bench) -> Costs:
         signed = (torch.stack([input_terms(*seen[n], a) for n, a in acts.items()]).sum(0) for _, _, acts in found)
         return [float(s.abs().sum(dtype=torch.float64)) for s in signed]
 
-    bench.progress.start("first order of inputs", len(bench.subject.chunks(bench.tokens)))
-    for chunk in bench.subject.with_inputs(bench.tokens, [x.name for u in plain for x in u.linears], terms):
+    bench.progress.start("first order of inputs", len(batches(bench.rows)))
+    for chunk in bench.subject.with_inputs(bench.rows, [x.name for u in plain for x in u.linears], terms):
         for (key, name, _), term in zip(found, chunk, strict=True):
             costs[key, name] += term
         bench.progress.step()
@@ -129,7 +154,7 @@ def input_terms(x: Tensor, g: Tensor, activations: Activations) -> Tensor:
 
 
 def fisher(bench: Bench) -> Costs:
-    _, f = bench.subject.gradients(bench.tokens, _names(bench), squares=True)
+    _, f = bench.subject.gradients(bench.rows, _names(bench), squares=True)
 
     def one(unit: Unit, found: Mapping[str, Replacement]) -> float:
         moved = ((f[n], r.weight - bench.subject.weight(n)) for n, r in found.items())
@@ -153,7 +178,7 @@ def _integrate(bench: Bench, candidate: Candidate) -> dict[str, float]:
     """Every unit's cost; the decomposition is on the disk when this returns."""
     targets = {n: r.weight for n, r in bench.whole(candidate).items()}
     bench.progress.start(f"{candidate.name}: PQI", bench.points)
-    gbar = mean_gradients(bench.subject, targets, bench.tokens, bench.points, step=bench.progress.step)
+    gbar = mean_gradients(bench.subject, targets, bench.rows, bench.points, step=bench.progress.step)
 
     def one(name: str) -> tuple[float, dict[str, Tensor]]:
         s = share(bench.subject.weight(name), targets[name], gbar[name])
@@ -228,7 +253,7 @@ def _alone(bench: Bench) -> dict[tuple[str, str], tuple[float, float]]:
             known = bench.ledger.get(key)
             if known is None:
                 with bench.subject.replaced(bench.probes.replacements(unit, candidate)):
-                    known = bench.subject.compare(bench.tokens, bench.reference)
+                    known = bench.subject.compare(bench.rows, bench.reference)
                 bench.ledger.put(key, known)
             found[unit.key, candidate.name] = (known[0], known[1])
             bench.progress.step()

@@ -8,11 +8,18 @@ the linear's input as the candidate quantizes it,
 
 The division of each token by its own norm is left out. Which linears write, and which norm reads next, is what families declare
 for rotations: reads and writes of a block alternate there, in running order.
+
+Of rows with pictures every token's terms have a weight in both sums: an answer's 1, a piece of a picture's r^2, other text's 0,
+with r the gradient at pictures over that at answers, of the block and part that the linear is in (``balance.ratios``, with
+their floor). MBQ (arXiv 2412.19509, eq. 8-13) bounds the loss change by sum g |e| over tokens, g the mean absolute gradient of
+the token's kind, e the error of its output; what bounds the square of that sum, by Cauchy and Schwarz up to a factor that all
+candidates share, is sum g^2 e^2. So squared errors take the square of the ratio, which is our choice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,8 +27,10 @@ from torch.nn.functional import linear as product
 
 from qkit.activations import quantize_activations
 from qkit.families.outline import Outline
+from qkit.sensitivity.batches import Rows, sample
 from qkit.sensitivity.subject import Replacement, Subject
 from qkit.sensitivity.units import Unit
+from qkit.transforms.balance import ANSWER, VISION, part_of
 
 SAMPLE_TOKENS = 512  # our choice
 
@@ -56,35 +65,55 @@ def has_modules(unit: Unit) -> bool:
 class OutputSample:
     """Inputs of linears and of norms in the original model, on tokens spread evenly over all rows.
 
-    units: those with modules; tokens: int64 [rows, length]. Holds float32 [n, width] per unit and norm.
+    units: those with modules; ratios: of rows with pictures, by block and part, as ``balance.ratios`` gives them. Holds
+    float32 [n, width] per unit and norm.
     """
 
-    def __init__(self, subject: Subject, units: Sequence[Unit], tokens: Tensor, count: int = SAMPLE_TOKENS) -> None:
-        self._subject = subject
+    def __init__(
+        self,
+        subject: Subject,
+        units: Sequence[Unit],
+        rows: Rows,
+        count: int = SAMPLE_TOKENS,
+        ratios: Sequence[Mapping[str, float]] = (),
+    ) -> None:
+        self._subject, self._ratios, self._tokens = subject, ratios, sample(rows, count)
         self._norms = next_norms(subject.outline)
         paths = [subject.path(u.linears[0].name) for u in units]  # all linears of such a unit read the same input
         norms = sorted({self._norms[x.name] for u in units for x in u.linears if x.name in self._norms})
-        self._seen = subject.sample_inputs(tokens, [*paths, *norms], count)
+        self._seen = subject.sample_inputs(rows, [*paths, *norms], count)
 
-    def error(self, unit: Unit, found: Mapping[str, Replacement]) -> float:
+    def error(self, unit: Unit, found: Mapping[str, Replacement], alone: bool = False) -> float:
         """Relative squared output error with the replacements in place, mean over the unit's linears.
 
-        Relative to the linear's own output (without its bias) where it does not write to the residual stream.
+        Relative to the linear's own output (without its bias) where it does not write to the residual stream; with ``alone``
+        everywhere, and of the weights alone, activations left as they are.
         """
+        weight = self._weight(unit)
         x = self._seen[self._subject.path(unit.linears[0].name)]
         errors = []
         for linear in unit.linears:
             r, w = found[linear.name], self._subject.weight(linear.name)
+            r = replace(r, activations=None) if alone else r
             y = product(x, w)
             moved = x if r.activations is None else quantize_activations(x, r.activations, r.static)
             error = product(moved, r.weight) - y
-            norm = self._norms.get(linear.name)
+            norm = None if alone else self._norms.get(linear.name)
             if norm is None:
-                errors.append(_energy(error) / max(_energy(y), 1e-30))
+                errors.append(_energy(error, weight) / max(_energy(y, weight), 1e-30))
             else:
                 gain = self._gain(norm)
-                errors.append(_energy(error * gain) / max(_energy(self._seen[norm] * gain), 1e-30))
+                errors.append(_energy(error * gain, weight) / max(_energy(self._seen[norm] * gain, weight), 1e-30))
         return sum(errors) / len(errors)
+
+    def _weight(self, unit: Unit) -> Tensor | None:
+        """Of every token in the sums of squares, float32 [n, 1]; None: all alike."""
+        if self._tokens.kinds is None or self._tokens.stands_for is None:
+            return None
+        r = self._ratios[unit.block][part_of(unit.groups[0])]
+        of_kind = torch.zeros(max(VISION, ANSWER) + 1)
+        of_kind[VISION], of_kind[ANSWER] = r**2, 1.0
+        return (self._tokens.stands_for * of_kind[self._tokens.kinds.long()])[:, None]
 
     def _gain(self, norm: str) -> Tensor:
         """What the norm multiplies each channel by, float32 [hidden]."""
@@ -92,5 +121,6 @@ class OutputSample:
         return weight.detach().float() + self._subject.outline.family.norm_offset
 
 
-def _energy(t: Tensor) -> float:
-    return float(t.square().sum(dtype=torch.float64))
+def _energy(t: Tensor, weight: Tensor | None) -> float:
+    squares = t.square() if weight is None else t.square() * weight
+    return float(squares.sum(dtype=torch.float64))

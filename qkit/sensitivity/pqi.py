@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from qkit.sensitivity.batches import Rows
 from qkit.sensitivity.subject import Subject
 
 RULES: dict[str, Callable[[int, int], float]] = {
@@ -30,7 +31,7 @@ RULES: dict[str, Callable[[int, int], float]] = {
 def mean_gradients(
     subject: Subject,
     targets: Mapping[str, Tensor],
-    tokens: Tensor,
+    rows: Rows,
     points: int = 8,
     rule: str = "midpoint",
     step: Callable[[], None] = lambda: None,
@@ -38,7 +39,7 @@ def mean_gradients(
     """gbar: {linear: float32 [out, in]}, the mean gradient of the loss on the path to ``targets``.
 
     targets: {linear: quantized weight, float32 [out, in]}; linears not named keep their weights
-    tokens:  int64 [rows, length], the same at every point
+    rows:    that the loss is of, the same at every point
     step:    called after every point
     """
     start = {name: subject.weight(name).clone() for name in targets}
@@ -48,7 +49,7 @@ def mean_gradients(
             t = RULES[rule](i, points)
             for name, target in targets.items():
                 subject.weight(name).copy_(torch.lerp(start[name], target, t))
-            _, gradients = subject.gradients(tokens, list(targets))
+            _, gradients = subject.gradients(rows, list(targets))
             for name, gradient in gradients.items():
                 total[name].add_(gradient, alpha=1 / points)
             step()

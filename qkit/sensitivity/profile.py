@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qkit import loading
+from qkit.calibration import Calibration
 from qkit.errors import BadInput, UsageError
 from qkit.families.outline import Outline
 from qkit.parallel import Workers
@@ -121,14 +121,13 @@ class Profile:
         return found
 
 
-def identity(outline: Outline, request: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+def identity(outline: Outline, request: dict[str, Any], rows: Calibration) -> dict[str, Any]:
     """What every measurement depends on, but for the candidate that it is of: by option. rows: that losses are measured on."""
-    digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
     options = {
         f"--{name.replace('_', '-')}": request[name] for name in ("method", "samples", "seqlen", "points", "rows")
     }
     group = {"--group-size": request["group_size"]}
-    return {"--model": outline.checkpoint.fingerprint()[:16], **options, **group, "--calib": f"rows {digest}"}
+    return {"--model": outline.checkpoint.fingerprint()[:16], **options, **group, "--calib": f"rows {rows.digest[:16]}"}
 
 
 def make_profile(
@@ -136,7 +135,7 @@ def make_profile(
     plans: dict[str, Plan],
     candidates: tuple[Candidate, ...],
     measures: tuple[str, ...],
-    rows: torch.Tensor,
+    rows: Calibration,
     points: int,
     request: dict[str, Any],
     folder: Path,
@@ -145,7 +144,7 @@ def make_profile(
 ) -> Profile:
     """Probe every candidate, take every measure, write and return the profile.
 
-    plans: of the probes, by candidate name; rows: int64 [rows, length], what losses are measured on.
+    plans: of the probes, by candidate name; rows: what losses are measured on.
     """
     unknown = next((m for m in measures if m not in MEASURES), None)
     if unknown is not None:
@@ -185,7 +184,7 @@ def make_bench(
     found: Probes,
     units: tuple[Unit, ...],
     candidates: tuple[Candidate, ...],
-    rows: torch.Tensor,
+    rows: Calibration,
     points: int,
     ledger: Ledger,
     folder: Path,
@@ -205,7 +204,7 @@ def _whole(bench: Bench, candidate: Candidate) -> dict[str, float]:
     known = bench.ledger.get(key)
     if known is None:
         with bench.subject.replaced(bench.whole(candidate)):
-            loss, kl = bench.subject.compare(bench.tokens, bench.reference)
+            loss, kl = bench.subject.compare(bench.rows, bench.reference)
         known = {"loss": loss - bench.base_loss, "kl": kl}
         bench.ledger.put(key, known)
     return dict(known)

@@ -37,7 +37,7 @@ def repair(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: Prog
     if not plan.significant or job.stage("repair") is not None:
         return
     assert plan.calibration is not None
-    rows = plan.calibration.tokens[:ROWS]
+    rows = plan.calibration.first(ROWS)
     subject = Subject(original_model(plan, outline, job), outline, pool)
     targets = {name: r.weight for name, r in replacements(plan, outline, job).items()}
     chosen = {name: torch.empty(0, dtype=torch.int64) for name in targets}

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,10 +17,10 @@ from qkit.activations import quantize_activations
 from qkit.families.outline import Outline
 from qkit.formats import Format
 from qkit.parallel import Workers
+from qkit.sensitivity.batches import Batch, Rows, batches, sample
 from qkit.sensitivity.spill import Chunks, Spilled
 
 R = TypeVar("R")
-CHUNK_TOKENS = 1024  # of a forward or backward pass of one worker
 SPILL_BYTES = 1 << 30  # log probabilities that are kept in memory; our choice
 
 
@@ -67,44 +68,41 @@ class Subject:
 
     # ---- passes ----------------------------------------------------------------------------------------------
 
-    def chunks(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """tokens [rows, length] in pieces that one worker takes at a time; they do not depend on the workers."""
-        pieces: tuple[Tensor, ...] = tokens.split(max(1, CHUNK_TOKENS // tokens.shape[1]))
-        return pieces
-
-    def log_probs(self, tokens: Tensor, spill: Path | None = None) -> Chunks:
-        """log p of every next token, float32 [rows, length - 1, vocabulary], chunk by chunk.
+    def log_probs(self, rows: Rows, spill: Path | None = None) -> Chunks:
+        """log p of every scored token, float32 [rows, scored, vocabulary], batch by batch.
 
         spill: where more than SPILL_BYTES of them go, into a file that goes with the result; None: they stay in memory.
         """
-        if spill is None or log_prob_bytes(tokens.shape, self.model.config.vocab_size) <= SPILL_BYTES:
-            return self.pool.map(self._log_probs, self.chunks(tokens))
+        pieces = batches(rows)
+        vocabulary = self.outline.text_config.vocab_size
+        if spill is None or log_prob_bytes(sum(b.targets.numel() for b in pieces), vocabulary) <= SPILL_BYTES:
+            return self.pool.map(self._log_probs, pieces)
         spilled = Spilled(spill)
-        for piece in self.pool.stream(self._log_probs, self.chunks(tokens)):
+        for piece in self.pool.stream(self._log_probs, pieces):
             spilled.append(piece)
         return spilled
 
-    def loss(self, tokens: Tensor) -> float:
-        """Mean negative log likelihood of positions 2.., in nats."""
-        nll = self.pool.map(lambda ids: _nll(self._log_probs(ids), ids), self.chunks(tokens))
+    def loss(self, rows: Rows) -> float:
+        """Mean negative log likelihood of the scored tokens, in nats."""
+        nll = self.pool.map(lambda b: _nll(self._log_probs(b), b).flatten(), batches(rows))
         return float(torch.cat(nll).double().mean())
 
-    def compare(self, tokens: Tensor, reference: Chunks) -> tuple[float, float]:
-        """(loss, mean KL divergence from ``reference``, which ``log_probs`` gave), in nats a token."""
-        pieces = self.chunks(tokens)
+    def compare(self, rows: Rows, reference: Chunks) -> tuple[float, float]:
+        """(loss, mean KL divergence from ``reference``, which ``log_probs`` gave), in nats a scored token."""
+        pieces = batches(rows)
         assert len(pieces) == len(reference)
 
-        def one(item: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
-            index, ids = item
-            q = self._log_probs(ids)
+        def one(item: tuple[int, Batch]) -> tuple[Tensor, Tensor]:
+            index, batch = item
+            q = self._log_probs(batch)
             p = reference[index]  # read here: a map takes all its items at once
-            return _nll(q, ids), (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
+            return _nll(q, batch), (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
 
         found = self.pool.map(one, enumerate(pieces))
         nll, kl = (torch.cat([t[i].flatten() for t in found]).double() for i in (0, 1))
         return float(nll.mean()), float(kl.mean())
 
-    def gradients(self, tokens: Tensor, names: list[str], squares: bool = False) -> tuple[float, dict[str, Tensor]]:
+    def gradients(self, rows: Rows, names: list[str], squares: bool = False) -> tuple[float, dict[str, Tensor]]:
         """(loss, {linear: gradient of the mean loss [out, in]}) over all rows.
 
         squares: instead of the gradient the mean over rows of the squared gradient of a row's mean loss (the diagonal of
@@ -112,41 +110,45 @@ class Subject:
         """
         params = {(self.where[n][0], self.where[n][1].param) for n in names}
         leaves = {key: self.blocks[key[0]].get_parameter(key[1]) for key in sorted(params)}
-        pieces = tokens.split(1) if squares else self.chunks(tokens)
+        pieces = batches(rows, 1) if squares else batches(rows)
+        scored = sum(b.targets.numel() for b in pieces)
         total = {key: torch.zeros_like(leaf) for key, leaf in leaves.items()}
         losses: list[tuple[float, int]] = []
 
-        def one(ids: Tensor) -> tuple[float, int, tuple[Tensor, ...]]:
+        def one(given: Batch) -> tuple[float, int, tuple[Tensor, ...]]:
             with torch.inference_mode(False), torch.enable_grad():
-                nll = _nll(self._log_probs(ids.clone()), ids)
-                return float(nll.detach().mean()), len(ids), torch.autograd.grad(nll.mean(), list(leaves.values()))
+                batch = given.cloned()
+                nll = _nll(self._log_probs(batch), batch)
+                return float(nll.detach().mean()), nll.numel(), torch.autograd.grad(nll.mean(), list(leaves.values()))
 
         for leaf in leaves.values():
             leaf.requires_grad_(True)
         try:
-            for loss, rows, grads in self.pool.stream(one, pieces):
-                losses.append((loss, rows))
+            for loss, count, grads in self.pool.stream(one, pieces):
+                losses.append((loss, count))
+                weight = 1 / len(pieces) if squares else count / scored
                 for sum_, grad in zip(total.values(), grads, strict=True):
-                    sum_.add_(grad.square() if squares else grad, alpha=rows / len(tokens))
+                    sum_.add_(grad.square() if squares else grad, alpha=weight)
         finally:
             for leaf in leaves.values():
                 leaf.requires_grad_(False)
-        mean = sum(loss * rows for loss, rows in losses) / len(tokens)
+        mean = sum(loss * count for loss, count in losses) / scored
         return mean, {n: self.where[n][1].part(total[self.where[n][0], self.where[n][1].param]) for n in names}
 
     def with_inputs(
-        self, tokens: Tensor, names: Sequence[str], use: Callable[[dict[str, tuple[Tensor, Tensor]]], R]
+        self, rows: Rows, names: Sequence[str], use: Callable[[dict[str, tuple[Tensor, Tensor]]], R]
     ) -> Iterator[R]:
-        """What ``use`` makes of {linear: (x, g)}, chunk by chunk, in the order of the rows; nothing else of a chunk is kept.
+        """What ``use`` makes of {linear: (x, g)}, batch by batch, in the order of the rows; nothing else of a batch is kept.
 
         names: linears that are modules (not those of fused experts)
-        x: float32 [rows, length, in] of the chunk, what the linear reads
-        g: the same shape, the gradient of the mean loss over all of ``tokens`` at x, in nats, as far as x works through this
+        x: float32 [rows, length, in] of the batch, what the linear reads
+        g: the same shape, the gradient of the mean loss over all of ``rows`` at x, in nats, as far as x works through this
            linear: W^T of the gradient at its output. Summed over all linears that read x it is what these linears add
            to the gradient at x.
         """
-        local = threading.local()  # chunks run through the same modules at the same time
-        scored = len(tokens) * (tokens.shape[1] - 1)
+        local = threading.local()  # batches run through the same modules at the same time
+        pieces = batches(rows)
+        scored = sum(b.targets.numel() for b in pieces)
 
         def noting(name: str) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -157,11 +159,12 @@ class Subject:
 
             return hook
 
-        def one(ids: Tensor) -> R:
+        def one(given: Batch) -> R:
             local.seen = {}
             try:
                 with torch.inference_mode(False), torch.enable_grad():
-                    loss = _nll(self._log_probs(ids.clone()), ids).sum() / scored
+                    batch = given.cloned()
+                    loss = _nll(self._log_probs(batch), batch).sum() / scored
                     gradients = torch.autograd.grad(loss, list(local.seen.values()))
                 return use({n: (x.detach(), g) for (n, x), g in zip(local.seen.items(), gradients, strict=True)})
             finally:
@@ -169,24 +172,18 @@ class Subject:
 
         handles = [self._module(n).register_forward_pre_hook(noting(n)) for n in names]
         try:
-            yield from self.pool.stream(one, self.chunks(tokens))
+            yield from self.pool.stream(one, pieces)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def sample_inputs(self, tokens: Tensor, modules: Sequence[str], count: int) -> dict[str, Tensor]:
+    def sample_inputs(self, rows: Rows, modules: Sequence[str], count: int) -> dict[str, Tensor]:
         """What these modules (by their path in the model) read: {path: float32 [n, width]}.
 
-        Of n tokens that are spread evenly over all rows, n the smaller of ``count`` and the number of tokens; the same tokens
-        for every module, in the order of the rows.
+        Of the n tokens that ``batches.sample`` takes; the same tokens for every module, in the order of the rows.
         """
-        total = tokens.numel()
-        n = min(count, total)
-        places = torch.arange(n) * total // n
-        pieces = self.chunks(tokens)
-        starts = [0]
-        for piece in pieces:
-            starts.append(starts[-1] + piece.numel())
+        places, pieces = sample(rows, count).places, batches(rows)
+        starts = [0, *accumulate(b.ids.numel() for b in pieces)]
         local = threading.local()
 
         def noting(path: str) -> Any:
@@ -195,11 +192,11 @@ class Subject:
 
             return hook
 
-        def one(item: tuple[Tensor, int]) -> dict[str, Tensor]:
-            ids, start = item
-            inside = (places >= start) & (places < start + ids.numel())
+        def one(item: tuple[Batch, int]) -> dict[str, Tensor]:
+            batch, start = item
+            inside = (places >= start) & (places < start + batch.ids.numel())
             local.seen, local.places = {}, places[inside] - start
-            self.model.base_model(input_ids=ids, use_cache=False)
+            self.model.base_model(**batch.inputs, use_cache=False)
             found: dict[str, Tensor] = local.seen
             return found
 
@@ -221,19 +218,18 @@ class Subject:
         module: nn.Module = self.model.get_submodule(self.path(name))
         return module
 
-    def _log_probs(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return torch.log_softmax(logits[:, :-1].float(), dim=-1)
+    def _log_probs(self, batch: Batch) -> Tensor:
+        logits: Tensor = self.model(**batch.inputs, use_cache=False).logits
+        return torch.log_softmax(batch.before(logits).float(), dim=-1)
 
 
-def log_prob_bytes(shape: Sequence[int], vocabulary: int) -> int:
-    """Bytes of what ``log_probs`` gives for tokens of that shape [rows, length]."""
-    rows, length = shape
-    return rows * (length - 1) * vocabulary * 4
+def log_prob_bytes(scored: int, vocabulary: int) -> int:
+    """Bytes of what ``log_probs`` gives for so many scored tokens."""
+    return scored * vocabulary * 4
 
 
-def _nll(log_probs: Tensor, ids: Tensor) -> Tensor:
-    return -log_probs.gather(-1, ids[:, 1:, None])[..., 0]
+def _nll(log_probs: Tensor, batch: Batch) -> Tensor:
+    return -log_probs.gather(-1, batch.targets[..., None])[..., 0]
 
 
 def _quantizing(r: Replacement) -> Any:
