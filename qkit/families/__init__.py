@@ -87,6 +87,7 @@ class Family:
     norm_offset: float = 0.0  # Gemma multiplies by (1 + weight)
     experts: Experts | None = None
     rotation: Rotation | None = None
+    stream: Rotation | None = None  # the same of a residual stream that cannot be rotated: pictures come into it
     keys: Keys | None = None
     rename: tuple[tuple[str, str], ...] = ()  # (part of a checkpoint name, part of the module name)
     towers: tuple[Tower, ...] = ()  # in the order in which they run

@@ -7,7 +7,7 @@ the linear's input as the candidate quantizes it,
   error = sum |(W~ x~ - W x) g|^2 / sum |r g|^2,     sums over sample tokens and channels.
 
 The division of each token by its own norm is left out. Which linears write, and which norm reads next, is what families declare
-for rotations: reads and writes of a block alternate there, in running order.
+(for rotations first): reads and writes of a block alternate there, in running order.
 
 Of rows with pictures every token's terms have a weight in both sums: an answer's 1, a piece of a picture's r^2, other text's 0,
 with r the gradient at pictures over that at answers, of the block and part that the linear is in (``balance.ratios``, with
@@ -38,15 +38,16 @@ SAMPLE_TOKENS = 512  # our choice
 def next_norms(outline: Outline) -> dict[str, str]:
     """{linear that writes to the residual stream: path in the model of the norm that reads it next}.
 
-    After the last block that is the final norm. Empty for families that declare no rotation.
+    After the last block that is the final norm. Empty for families that declare no stream.
     """
     family = outline.family
-    if family.rotation is None:
+    stream = family.rotation or family.stream
+    if stream is None:
         return {}
-    norms = [norm for norm, _ in family.rotation.reads]
+    norms = [norm for norm, _ in stream.reads]
     found: dict[str, str] = {}
     for i, block in enumerate(outline.blocks):
-        for j, write in enumerate(family.rotation.writes):
+        for j, write in enumerate(stream.writes):
             if j + 1 < len(norms):
                 path = f"{block.path}.{norms[j + 1]}"
             elif i + 1 < len(outline.blocks):
