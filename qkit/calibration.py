@@ -19,6 +19,7 @@ from qkit.errors import BadCalibration, IOFailure
 from qkit.memory import give_back
 
 KINDS = ("padding", "text", "vision", "answer")
+VISION, ANSWER = KINDS.index("vision"), KINDS.index("answer")
 MAX_BAD = 0.01  # share of tokens outside the vocabulary above which a text is refused
 
 

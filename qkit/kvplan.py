@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qkit.allocation.knapsack import Choice, solve
+from qkit.calibration import Calibration
 from qkit.errors import Unsupported, UsageError
 from qkit.families.outline import Outline
 from qkit.kvcache.cache import Heads, make_cache, with_budgets
@@ -17,10 +18,10 @@ from qkit.kvcache.policy import Policy, parse
 from qkit.kvcache.scaling import search
 from qkit.kvcache.sensitivity import divergences, sensitivities
 from qkit.loading import load
-from qkit.pipeline import Request, open_outline, text_rows
+from qkit.pipeline import Request, calibration_of, open_outline
 from qkit.run import Progress
 
-ROWS = 16  # of the calibration text, for the sensitivity of a cache; our choice: the ranking of layers settles early
+ROWS = 16  # of calibration, for the sensitivity of a cache; our choice: the ranking of layers settles early
 STRETCH = 4  # most: positions of rows are stretched up to the length asked for (PM-KVQ: 4 and 16 do alike)
 SCALED = ("progressive", "rtn")  # kinds whose keys share a scale between channels
 
@@ -165,10 +166,10 @@ Measure = Callable[..., Tensor]
 
 
 def _costs(request: Request, open_: CacheChoices, measure: Measure, progress: Progress) -> tuple[dict[int, float], ...]:
-    """{width: cost} of every layer, on the first rows of the calibration text, in float32."""
+    """{width: cost} of every layer, on the first calibration rows, in float32."""
     policy = open_.policy
     model, rows, stretch = _measured_on(request, open_)
-    progress.start("sensitivity of the KV cache", len(rows))
+    progress.start("sensitivity of the KV cache", rows.samples)
     found = measure(model, rows, policy.widths, policy.group, stretch, progress=lambda: progress.step())
     return tuple({w: float(c) for w, c in zip(policy.widths, layer, strict=True)} for layer in found)
 
@@ -180,13 +181,13 @@ def _exponents(request: Request, open_: CacheChoices, progress: Progress) -> tup
     model, rows, stretch = _measured_on(request, open_)
     attentions = [model.get_submodule(f"{b.path}.{keys.attention}") for b in open_.outline.blocks]
     shared = hasattr(attentions[0], keys.key_norm)
-    progress.start("scales of keys", len(rows))
+    progress.start("scales of keys", rows.samples)
     found = search(model, attentions, rows, policy.widths[-1], policy.group, stretch, shared, lambda: progress.step())
     return tuple(tuple(tuple(head) for head in layer.tolist()) for layer in found)
 
 
-def _measured_on(request: Request, open_: CacheChoices) -> tuple[Any, Tensor, int]:
-    """(model in float32, rows, stretch of their positions)"""
-    rows = text_rows(request, open_.outline).tokens[:ROWS]
+def _measured_on(request: Request, open_: CacheChoices) -> tuple[Any, Calibration, int]:
+    """(model in float32, rows, stretch of the positions of those of a text)"""
+    rows = calibration_of(request, open_.outline).first(ROWS)
     model = load(open_.outline.checkpoint.path, dtype=torch.float32)
-    return model, rows, max(1, min(STRETCH, open_.length // rows.shape[1]))
+    return model, rows, max(1, min(STRETCH, open_.length // rows.seqlen))

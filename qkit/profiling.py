@@ -12,6 +12,7 @@ from typing import Any
 import qkit_data
 import torch
 
+from qkit.batches import Extent, extent, text_extent
 from qkit.calibration import Calibration
 from qkit.errors import BadInput, UsageError
 from qkit.families.outline import Outline
@@ -21,7 +22,6 @@ from qkit.pipeline import Request, calibration_of, open_outline, pair_calibratio
 from qkit.plan import Plan
 from qkit.recipe import parse_method
 from qkit.run import Progress
-from qkit.sensitivity.batches import Extent, extent, text_extent
 from qkit.sensitivity.forecast import ProfileForecast, profile_forecast, refuse_what_cannot_fit
 from qkit.sensitivity.ledger import Ledger
 from qkit.sensitivity.measures import MEASURES, Bench

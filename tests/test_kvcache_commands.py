@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import qkit
+from qkit.batches import batches
 from qkit.errors import UsageError
 from qkit.evaluation.decoding import decode_windows
 from qkit.kvcache.cache import PackedCache, with_budgets
@@ -150,7 +151,7 @@ def test_the_integral_is_the_change_of_the_loss(model, bits):
     """Of adding the errors of all layers at once, and its layers' parts add up to it; the error falls as the square."""
     rows = text_rows(2)
     changes = []
-    for row in rows.split(1):
+    for row in batches(rows, 1):
         start = watched(model, row)
         changes.append(watched(model, row, errors=errors_of(start.seen, bits, 128)).loss - start.loss)
     true = sum(changes) / len(changes)

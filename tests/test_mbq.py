@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from qkit.blocks import Group
-from qkit.calibration import KINDS
+from qkit.calibration import ANSWER, KINDS, VISION
 from qkit.capture import Stats
 from qkit.checkpoint import Checkpoint
 from qkit.families.outline import Outline
@@ -21,7 +21,7 @@ from qkit.pairs import rows_of
 from qkit.pipeline import Request, prepare
 from qkit.qtensor import dequantize, find_params, quantize
 from qkit.transforms import BlockState
-from qkit.transforms.balance import ANSWER, RATIOS, VISION, balanced_error, gradients, ratios
+from qkit.transforms.balance import RATIOS, balanced_error, gradients, ratios
 from qkit.transforms.scales import awq_candidates, search
 
 W3 = scheme("w3a16")

@@ -10,23 +10,22 @@ from test_sensitivity import rough
 from torch.nn import functional
 
 from qkit import loading
-from qkit.calibration import KINDS, Calibration, digest_of
+from qkit.batches import batches, extent, sample
+from qkit.calibration import ANSWER, KINDS, VISION, Calibration, digest_of
 from qkit.parallel import workers
 from qkit.pipeline import Request, open_outline, pair_calibration
-from qkit.sensitivity.batches import batches, extent, sample
 from qkit.sensitivity.outputs import OutputSample, next_norms
 from qkit.sensitivity.pqi import mean_gradients, share
 from qkit.sensitivity.subject import Replacement, Subject
 from qkit.sensitivity.units import units_of
-from qkit.transforms.balance import ANSWER, VISION
 
 DOWN, GATE = "layers.0.mlp.down_proj", "layers.1.mlp.gate_proj"
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory):
+def llava(vlm):
     """A tiny model with a processor."""
-    return tiny_vlms.add_processor(tiny_vlms.make("llava", tmp_path_factory.mktemp("vlm") / "llava"))
+    return vlm("llava", processor=True)
 
 
 @pytest.fixture(scope="module")

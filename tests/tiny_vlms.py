@@ -123,20 +123,3 @@ def logits(family: str, model: Any) -> torch.Tensor:
 
 def _cast(given: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in given.items()}
-
-
-def add_processor(path: Path) -> Path:
-    """A processor with a chat template, beside the tiny llava: its pictures become 16 tokens."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    token = tokenizer.convert_ids_to_tokens(IMAGE)
-    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
-    template = (
-        "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}" + token + "{% else %}"
-        "{{ ' ' + c.text + ('?' if m.role == 'user' else '.') }}{% endif %}{% endfor %}{% endfor %}"
-    )
-    made = transformers.LlavaProcessor(
-        transformers.SiglipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer, patch_size=8,
-        vision_feature_select_strategy="full", num_additional_image_tokens=0, image_token=token, chat_template=template,
-    )  # fmt: skip
-    made.save_pretrained(path)
-    return path

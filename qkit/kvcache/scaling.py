@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkit.batches import Rows, batches
 from qkit.kvcache.sensitivity import Handed, forward, rounded
 
 STEPS = 20  # alphas beside 0
@@ -39,17 +40,17 @@ class _Scaled(Handed):
         return rounded(keys / scale, self.bits, self.group) * scale, rounded(values, self.bits, self.group)
 
 
-def maxima(model: Any, rows: Tensor, stretch: int = 1, shared: bool = False) -> list[Tensor]:
+def maxima(model: Any, rows: Rows, stretch: int = 1, shared: bool = False) -> list[Tensor]:
     """By layer, float32 [heads, head_dim / 2]: the largest |K| of every rotary pair (i, i + head_dim / 2), after rotation.
 
-    rows: int64 [samples, length], read at positions 0, stretch, 2 stretch, ..; shared: one maximum for all heads of a
+    rows: of a text, read at positions 0, stretch, 2 stretch, .., or with pictures; shared: one maximum for all heads of a
     layer.
     """
     found: list[Tensor] = []
     with torch.inference_mode():
-        for row in rows.to(model.device).split(1):
+        for batch in batches(rows, 1):
             cache = Handed()
-            forward(model.base_model, row, stretch, cache)
+            forward(model.base_model, batch, stretch, cache)
             now = [k.abs().amax(dim=(0, 2)).float().unflatten(1, (2, -1)).amax(1) for k, _ in cache.seen]
             found = [torch.maximum(a, b) for a, b in zip(found, now, strict=True)] if found else now
     return [m.amax(0, keepdim=True).expand_as(m) if shared else m for m in found]
@@ -62,7 +63,7 @@ def exponents_of(largest: Tensor, alpha: float) -> Tensor:
 
 
 def search(
-    model: Any, attentions: Sequence[Any], rows: Tensor, bits: int, group: int, stretch: int = 1, shared: bool = False,
+    model: Any, attentions: Sequence[Any], rows: Rows, bits: int, group: int, stretch: int = 1, shared: bool = False,
     progress: Callable[[], None] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """By layer, int64 [heads, head_dim / 2]: exponents of the scales of its keys.
@@ -93,8 +94,8 @@ def search(
     handles = [a.register_forward_hook(listen(i), with_kwargs=True) for i, a in enumerate(attentions)]
     try:
         with torch.inference_mode():
-            for row in rows.to(model.device).split(1):
-                forward(model.base_model, row, stretch, cache)
+            for batch in batches(rows, 1):
+                forward(model.base_model, batch, stretch, cache)
                 if progress is not None:
                     progress()
     finally:

@@ -8,7 +8,8 @@ and means over samples and elements. Q_b rounds to 16 bits and halves from there
 without absolute values: the parts of the loss change that each layer brings (PQI, arXiv 2503.01901, carried over from
 weights; our choice). The errors are those of the undisturbed keys and values and stay what they are along the way:
 codes that jump as their inputs move have no derivative to integrate. Rows are read at stretched positions 0, stretch,
-2 stretch, ..: short rows then show keys as turned at long positions (positional interpolation).
+2 stretch, ..: short rows then show keys as turned at long positions (positional interpolation). Rows with pictures are read at
+the positions that the model itself gives them, and what is measured is the loss of their answers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
+from qkit.batches import Batch, Rows, batches
 from qkit.kvcache.layer import channel_group
 from qkit.kvcache.store import narrowed, quantize
 
@@ -82,65 +84,73 @@ class _Rounded(Handed):
 
 
 def divergences(
-    model: Any, rows: Tensor, widths: Sequence[int], group: int = 128, stretch: int = 1,
+    model: Any, rows: Rows, widths: Sequence[int], group: int = 128, stretch: int = 1,
     progress: Callable[[], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """float64 [layers, widths]: KL divergence of the next token, in nats, of the model with that layer's cache at that width
-    from the model without; mean over all tokens of the rows, int64 [samples, length]."""
+    from the model without; mean over all tokens of rows of a text, over the answers of rows with pictures."""
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     total = torch.zeros(layers, len(widths), dtype=torch.float64)
     with torch.inference_mode():
-        for row in rows.to(model.device).split(1):
-            before = forward(model, row, stretch, Handed()).logits.log_softmax(-1, dtype=torch.float32)
+        pieces = batches(rows, 1)
+        for batch in pieces:
+            before = _compared(forward(model, batch, stretch, Handed()).logits, batch)
             for layer in range(layers):
                 for i, bits in enumerate(widths):
-                    now = forward(model, row, stretch, _Rounded(layer, bits, group)).logits
-                    after = now.log_softmax(-1, dtype=torch.float32)
+                    after = _compared(forward(model, batch, stretch, _Rounded(layer, bits, group)).logits, batch)
                     kl = functional.kl_div(after, before, reduction="none", log_target=True).sum(-1)
                     total[layer, i] += kl.double().mean().cpu()
             if progress is not None:
                 progress()
-    return total / len(rows)
+    return total / len(pieces)
 
 
-def forward(model: Any, row: Tensor, stretch: int, cache: Handed) -> Any:
-    """What a model (or its part without the head) gives for a row [1, length] at positions 0, stretch, 2 stretch, .."""
-    position = torch.arange(row.shape[1], device=row.device)[None] * stretch
-    return model(input_ids=row, position_ids=position, past_key_values=cache, use_cache=True)
+def _compared(logits: Tensor, batch: Batch) -> Tensor:
+    """log p at the places that are compared, float32 [1, n, vocabulary]."""
+    return (logits if batch.at is None else batch.before(logits)).log_softmax(-1, dtype=torch.float32)
+
+
+def forward(model: Any, batch: Batch, stretch: int, cache: Handed) -> Any:
+    """What a model (or its part without the head) gives for one row, of a text at positions 0, stretch, 2 stretch, .."""
+    inputs = batch.to(model.device).inputs
+    if batch.at is None:
+        inputs["position_ids"] = torch.arange(batch.ids.shape[1], device=model.device)[None] * stretch
+    return model(**inputs, past_key_values=cache, use_cache=True)
 
 
 def sensitivities(
-    model: Any, rows: Tensor, widths: Sequence[int], group: int = 128, stretch: int = 1, points: int = 0,
+    model: Any, rows: Rows, widths: Sequence[int], group: int = 128, stretch: int = 1, points: int = 0,
     progress: Callable[[], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """float64 [layers, widths]: what each width of each layer's cache costs, in nats per token, by the measure above.
 
-    rows: int64 [samples, length]; points: 0 for the first-order measure. The model's parameters are frozen meanwhile.
+    points: 0 for the first-order measure. The model's parameters are frozen meanwhile.
     """
     for p in model.parameters():
         p.requires_grad_(False)
     total = torch.zeros(0)
-    for row in rows.to(model.device).split(1):
-        start = watched(model, row, stretch)
+    pieces = batches(rows, 1)
+    for batch in pieces:
+        start = watched(model, batch, stretch)
         costs = [
-            _integral(model, row, stretch, start, b, group, points) if points else _first(start, b, group)
+            _integral(model, batch, stretch, start, b, group, points) if points else _first(start, b, group)
             for b in widths
         ]
         found = torch.stack(costs, dim=1)
         total = found if not len(total) else total + found
         if progress is not None:
             progress()
-    return (total / len(rows)).cpu()
+    return (total / len(pieces)).cpu()
 
 
 def watched(
-    model: Any, row: Tensor, stretch: int = 1, errors: Sequence[Pair] | None = None, part: float = 1.0
+    model: Any, batch: Batch, stretch: int = 1, errors: Sequence[Pair] | None = None, part: float = 1.0
 ) -> _Watched:
-    """Forward and backward of a row [1, length], with that part of the errors added: the keys and values that attention saw,
+    """Forward and backward of one row, with that part of the errors added: the keys and values that attention saw,
     with gradients; ``loss``, in nats per token."""
     cache = _Watched(errors, part)
-    logits = forward(model, row, stretch, cache).logits
-    loss = functional.cross_entropy(logits[0, :-1].to(torch.float32), row[0, 1:])
+    logits = batch.before(forward(model, batch, stretch, cache).logits)
+    loss = functional.cross_entropy(logits[0].to(torch.float32), batch.targets[0].to(logits.device))
     loss.backward()
     cache.loss = float(loss.detach())
     return cache
@@ -159,11 +169,11 @@ def _first(start: _Watched, bits: int, group: int) -> Tensor:
     )
 
 
-def _integral(model: Any, row: Tensor, stretch: int, start: _Watched, bits: int, group: int, points: int) -> Tensor:
+def _integral(model: Any, batch: Batch, stretch: int, start: _Watched, bits: int, group: int, points: int) -> Tensor:
     errors = errors_of(start.seen, bits, group)
     found = []
     for i in range(points):
-        seen = watched(model, row, stretch, errors, (i + 0.5) / points).seen
+        seen = watched(model, batch, stretch, errors, (i + 0.5) / points).seen
         found.append(torch.stack([_sum(p.sum() for p in _products(*pair)) for pair in zip(seen, errors, strict=True)]))
     return torch.stack(found).mean(0)
 

@@ -10,12 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qkit.batches import Extent, extent
 from qkit.errors import Unsupported
 from qkit.families.outline import Outline
 from qkit.forecast import ALLOCATOR, LATER
 from qkit.machine import available_memory, process_bytes, resident_bytes
 from qkit.plan import Plan
-from qkit.sensitivity.batches import Extent, extent
 from qkit.sensitivity.outputs import SAMPLE_TOKENS
 from qkit.sensitivity.repair import ROWS
 from qkit.sensitivity.subject import SPILL_BYTES, log_prob_bytes

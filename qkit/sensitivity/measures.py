@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from qkit.activations import quantize_activations
+from qkit.batches import batches
 from qkit.calibration import Calibration
 from qkit.run import Progress
-from qkit.sensitivity.batches import batches
 from qkit.sensitivity.decomposition import decompose, decomposition_file, save_decomposition
 from qkit.sensitivity.ledger import Ledger
 from qkit.sensitivity.outputs import OutputSample, has_modules

@@ -26,11 +26,12 @@ from torch import Tensor
 from torch.nn.functional import linear as product
 
 from qkit.activations import quantize_activations
+from qkit.batches import Rows, sample
+from qkit.calibration import ANSWER, VISION
 from qkit.families.outline import Outline
-from qkit.sensitivity.batches import Rows, sample
 from qkit.sensitivity.subject import Replacement, Subject
 from qkit.sensitivity.units import Unit
-from qkit.transforms.balance import ANSWER, VISION, part_of
+from qkit.transforms.balance import part_of
 
 SAMPLE_TOKENS = 512  # our choice
 

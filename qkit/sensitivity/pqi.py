@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from qkit.sensitivity.batches import Rows
+from qkit.batches import Rows
 from qkit.sensitivity.subject import Subject
 
 RULES: dict[str, Callable[[int, int], float]] = {

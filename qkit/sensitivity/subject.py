@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from qkit.activations import quantize_activations
+from qkit.batches import Batch, Rows, batches, sample
 from qkit.families.outline import Outline
 from qkit.formats import Format
 from qkit.parallel import Workers
-from qkit.sensitivity.batches import Batch, Rows, batches, sample
 from qkit.sensitivity.spill import Chunks, Spilled
 
 R = TypeVar("R")

@@ -25,12 +25,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from qkit.blocks import LinearGroup
-from qkit.calibration import KINDS, Calibration
+from qkit.calibration import ANSWER, KINDS, VISION, Calibration
 from qkit.families.outline import Outline
 from qkit.transforms import BlockState
 from qkit.transforms.scales import Loss
 
-VISION, ANSWER = KINDS.index("vision"), KINDS.index("answer")
 PARTS = ("attention", "mlp")
 INPUTS = ("quantized", "original", "distort")
 RATIOS = ("part", "linear")  # one for each part of a block, or for each linear

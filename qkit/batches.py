@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qkit.calibration import Calibration
-from qkit.transforms.balance import ANSWER, VISION
+from qkit.calibration import ANSWER, VISION, Calibration
 
 CHUNK_TOKENS = 1024  # of a forward or backward pass of one worker
 Rows = Tensor | Calibration  # int64 [rows, length] of a text, or rows of a text or with pictures
@@ -40,6 +39,11 @@ class Batch:
     def before(self, logits: Tensor) -> Tensor:
         """Of what the model gives for every place, [rows, length, vocabulary], that for the scored tokens."""
         return logits[:, :-1] if self.at is None else logits[:, self.at]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        at = None if self.at is None else self.at.to(device)
+        return Batch({k: v.to(device) for k, v in self.inputs.items()}, at)
 
     def cloned(self) -> Batch:
         """The same in tensors that autograd takes, where the original ones were made in inference mode."""
