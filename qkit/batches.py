@@ -36,9 +36,14 @@ class Batch:
         """The scored tokens, int64 [rows, scored]."""
         return self.ids[:, 1:] if self.at is None else self.ids[:, self.at + 1]
 
-    def before(self, logits: Tensor) -> Tensor:
-        """Of what the model gives for every place, [rows, length, vocabulary], that for the scored tokens."""
-        return logits[:, :-1] if self.at is None else logits[:, self.at]
+    @property
+    def options(self) -> dict[str, Tensor]:
+        """What a model with its head is called with beside ``inputs``: with pictures it gives the logits of ``at`` alone."""
+        return {} if self.at is None else {"logits_to_keep": self.at}
+
+    def scored(self, logits: Tensor) -> Tensor:
+        """Of the logits that a model gives, those of the scored tokens, [rows, scored, vocabulary]."""
+        return logits[:, :-1] if self.at is None else logits
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""

@@ -94,10 +94,11 @@ def divergences(
     with torch.inference_mode():
         pieces = batches(rows, 1)
         for batch in pieces:
-            before = _compared(forward(model, batch, stretch, Handed()).logits, batch)
+            before = _logits(model, batch, stretch, Handed()).log_softmax(-1, dtype=torch.float32)
             for layer in range(layers):
                 for i, bits in enumerate(widths):
-                    after = _compared(forward(model, batch, stretch, _Rounded(layer, bits, group)).logits, batch)
+                    now = _logits(model, batch, stretch, _Rounded(layer, bits, group))
+                    after = now.log_softmax(-1, dtype=torch.float32)
                     kl = functional.kl_div(after, before, reduction="none", log_target=True).sum(-1)
                     total[layer, i] += kl.double().mean().cpu()
             if progress is not None:
@@ -105,17 +106,18 @@ def divergences(
     return total / len(pieces)
 
 
-def _compared(logits: Tensor, batch: Batch) -> Tensor:
-    """log p at the places that are compared, float32 [1, n, vocabulary]."""
-    return (logits if batch.at is None else batch.before(logits)).log_softmax(-1, dtype=torch.float32)
-
-
-def forward(model: Any, batch: Batch, stretch: int, cache: Handed) -> Any:
+def forward(model: Any, batch: Batch, stretch: int, cache: Handed, **options: Any) -> Any:
     """What a model (or its part without the head) gives for one row, of a text at positions 0, stretch, 2 stretch, .."""
     inputs = batch.to(model.device).inputs
     if batch.at is None:
         inputs["position_ids"] = torch.arange(batch.ids.shape[1], device=model.device)[None] * stretch
-    return model(**inputs, past_key_values=cache, use_cache=True)
+    return model(**inputs, **options, past_key_values=cache, use_cache=True)
+
+
+def _logits(model: Any, batch: Batch, stretch: int, cache: Handed) -> Tensor:
+    """[1, n, vocabulary], of a text at every place, of a row with pictures at those before its answer."""
+    found: Tensor = forward(model, batch, stretch, cache, **batch.to(model.device).options).logits
+    return found
 
 
 def sensitivities(
@@ -149,7 +151,7 @@ def watched(
     """Forward and backward of one row, with that part of the errors added: the keys and values that attention saw,
     with gradients; ``loss``, in nats per token."""
     cache = _Watched(errors, part)
-    logits = batch.before(forward(model, batch, stretch, cache).logits)
+    logits = batch.scored(_logits(model, batch, stretch, cache))
     loss = functional.cross_entropy(logits[0].to(torch.float32), batch.targets[0].to(logits.device))
     loss.backward()
     cache.loss = float(loss.detach())

@@ -41,13 +41,12 @@ class Subject:
         for p in model.parameters():
             if p.is_inference():  # read as it is, from a float32 checkpoint: autograd refuses it
                 p.data = p.data.clone()
-        self.blocks = {b.index: model.get_submodule(b.path) for b in outline.blocks}
-        self.where = {x.name: (b.index, x) for b in outline.blocks for x in b.linears}
+        self.where = {x.name: (b.path, x) for b in outline.every_block for x in b.linears}
 
     def weight(self, name: str) -> Tensor:
         """The weight in place now, [out, in]; a view."""
         block, linear = self.where[name]
-        return linear.view(self.blocks[block])
+        return linear.view(self.model.get_submodule(block))
 
     @contextmanager
     def replaced(self, replacements: Mapping[str, Replacement]) -> Iterator[None]:
@@ -108,8 +107,8 @@ class Subject:
         squares: instead of the gradient the mean over rows of the squared gradient of a row's mean loss (the diagonal of
         the empirical Fisher matrix).
         """
-        params = {(self.where[n][0], self.where[n][1].param) for n in names}
-        leaves = {key: self.blocks[key[0]].get_parameter(key[1]) for key in sorted(params)}
+        params = {n: f"{block}.{linear.param}" for n, (block, linear) in self.where.items() if n in names}
+        leaves = {path: self.model.get_parameter(path) for path in sorted(set(params.values()))}
         pieces = batches(rows, 1) if squares else batches(rows)
         scored = sum(b.targets.numel() for b in pieces)
         total = {key: torch.zeros_like(leaf) for key, leaf in leaves.items()}
@@ -133,7 +132,7 @@ class Subject:
             for leaf in leaves.values():
                 leaf.requires_grad_(False)
         mean = sum(loss * count for loss, count in losses) / scored
-        return mean, {n: self.where[n][1].part(total[self.where[n][0], self.where[n][1].param]) for n in names}
+        return mean, {n: self.where[n][1].part(total[params[n]]) for n in names}
 
     def with_inputs(
         self, rows: Rows, names: Sequence[str], use: Callable[[dict[str, tuple[Tensor, Tensor]]], R]
@@ -212,15 +211,15 @@ class Subject:
         """The path in the model of the module of a linear that is one (not a fused expert's)."""
         block, linear = self.where[name]
         assert linear.expert is None
-        return f"{self.outline.blocks[block].path}.{linear.param.removesuffix('.weight')}"
+        return f"{block}.{linear.param.removesuffix('.weight')}"
 
     def _module(self, name: str) -> nn.Module:
         module: nn.Module = self.model.get_submodule(self.path(name))
         return module
 
     def _log_probs(self, batch: Batch) -> Tensor:
-        logits: Tensor = self.model(**batch.inputs, use_cache=False).logits
-        return torch.log_softmax(batch.before(logits).float(), dim=-1)
+        logits: Tensor = self.model(**batch.inputs, **batch.options, use_cache=False).logits
+        return torch.log_softmax(batch.scored(logits).float(), dim=-1)
 
 
 def log_prob_bytes(scored: int, vocabulary: int) -> int:

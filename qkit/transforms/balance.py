@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from qkit.blocks import LinearGroup
 from qkit.calibration import ANSWER, KINDS, VISION, Calibration
+from qkit.errors import BadCalibration
 from qkit.families.outline import Outline
 from qkit.transforms import BlockState
 from qkit.transforms.scales import Loss
@@ -69,6 +70,7 @@ def gradients(
 
     model: loaded whole; rows: with kinds; each: of RATIOS; with "linear" by the linear's name in the block instead of by
     part. One forward and one backward pass for each row.
+    Raises BadCalibration where there is no gradient at answers.
     """
     assert rows.inputs is not None and rows.kinds is not None
     places = {
@@ -103,13 +105,19 @@ def gradients(
             for key, output in outputs.items():
                 assert output.grad is not None
                 size = output.grad[0].abs().mean(1)
-                sums[key][0] += float(size[kinds == VISION].mean()) / len(rows.inputs)
-                sums[key][1] += float(size[kinds == ANSWER].mean()) / len(rows.inputs)
+                for i, kind in enumerate((VISION, ANSWER)):
+                    here = size[kinds == kind]
+                    sums[key][i] += float(here.sum()) / max(1, len(here)) / len(rows.inputs)
             outputs.clear()
             step()
     finally:
         for handle in handles:
             handle.remove()
+    if not all(answer for _, answer in sums.values()):
+        raise BadCalibration(
+            f"{rows.source}: answers of one token, of which no other token depends on what the model makes of it: no gradient "
+            "to weigh errors at pictures by: give longer answers, or a chat template that ends them"
+        )
     return [{key: (v, a) for (at, key), (v, a) in sums.items() if at == i} for i in range(len(outline.blocks))]
 
 
