@@ -82,9 +82,9 @@ def open_outline(model: str) -> Outline:
 
 def prepare(request: Request, rows: Calibration | None = None) -> Prepared:
     """Plan a request; reads no weights. rows: those of the request, where they were made before."""
-    recipe = _recipe(request)
+    recipe = recipe_of(request)
     outline = open_outline(request.model)
-    calibration = _calibration(request, outline, recipe, rows)
+    calibration = calibration_asked(request, outline, recipe, rows)
     plan = make_plan(recipe, outline, calibration, request.seed, request.kv)
     _check_pictures(plan, outline)
     plan = replace(plan, key_exponents=request.key_exponents)
@@ -107,7 +107,7 @@ def _check_pictures(plan: Plan, outline: Outline) -> None:
             )
 
 
-def _recipe(request: Request) -> Recipe:
+def recipe_of(request: Request) -> Recipe:
     given = {
         "scheme": request.scheme,
         "method": request.method,
@@ -130,7 +130,9 @@ def _recipe(request: Request) -> Recipe:
     return make_recipe(over, "command line")
 
 
-def _calibration(request: Request, outline: Outline, recipe: Recipe, rows: Calibration | None) -> Calibration | None:
+def calibration_asked(
+    request: Request, outline: Outline, recipe: Recipe, rows: Calibration | None = None
+) -> Calibration | None:
     """The rows of the request, made or at hand, whether or not the plan will turn out to need them (it drops them if not)."""
     _check_shape(request)
     if not (_may_need_rows(recipe) or is_static(request.kv) or request.calib is not None):

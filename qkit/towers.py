@@ -29,6 +29,8 @@ def tower_rules(recipe: Recipe, outline: Outline, measured: Decisions) -> dict[s
         scheme, why = recipe.targets.get(name, AUTO), _SKIPPED
         if scheme == AUTO:
             scheme, why = measured.get(name, (SKIP, _UNMEASURED))
+        scheme, _, reason = scheme.partition(":")  # "skip: why", as a rule gives its reason
+        why = reason.strip() or why
         group = recipe.group_size if scheme == recipe.scheme else None
         skip = why.format(name=name) if scheme == SKIP else None
         found[name] = Rule(match=(name,), skip=skip) if skip else Rule(match=(name,), scheme=scheme, group_size=group)

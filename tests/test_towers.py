@@ -1,11 +1,13 @@
 """Vision towers and projectors: found in every family, quantized by recipe, loaded by both libraries, calibrated."""
 
 import json
+import shutil
 
 import pytest
 import tiny_vlms
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from qkit.calls import enter
 from qkit.checkpoint import Checkpoint
@@ -92,6 +94,23 @@ def test_rows_reach_towers(vlm, tmp_path, quiet):
     pictures = found.plan.calibration.kinds[0] == 2
     change = (before - after).norm(dim=1) / before.norm(dim=1)
     assert bool((change[pictures] > 1e-3).all()) and bool((change[~pictures] == 0).all())
+
+
+def test_measured(run, vlm, tmp_path):
+    """What is left to measuring: the KL figures are those of models rounded by hand, and the cheaper byte decides."""
+    path, rows = vlm("llava", processor=True), ("--method", "gptq", "--samples", 8)
+    loud, quiet_ = tmp_path / "loud", tmp_path / "quiet"
+    for folder, factor in ((loud, 1.0), (quiet_, 1e-3)):  # what is projected reaches the language model, or hardly does
+        shutil.copytree(path, folder)
+        tensors = load_file(path / "model.safetensors")
+        name = "multi_modal_projector.linear_2.weight"
+        save_file({**tensors, name: tensors[name] * factor}, folder / "model.safetensors", {"format": "pt"})
+    for folder, verdict in ((loud, "left as it is"), (quiet_, "quantized too")):
+        code, said, err = run("plan", "--model", folder, "--scheme", "w2a16", *rows)
+        assert code == 0, err
+        line = next(x for x in said.splitlines() if x.startswith("projector: "))
+        assert verdict in line and "nats for" in line, said
+        assert "vision: left as it is" in said and "cannot load a packed SigLIP" in said.replace("\n", " ")
 
 
 class StopAfter:

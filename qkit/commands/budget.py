@@ -23,6 +23,7 @@ from qkit.pipeline import Request
 from qkit.report.allocation import next_larger
 from qkit.requant import is_requant, requanted
 from qkit.sensitivity.profile import FILE, UnitProfile
+from qkit.sensitivity.targets import settled
 
 WAYS = "--bits, --size, --memory or --latency"
 _NAMES = ("bits", "size", "memory", "latency", "profile", "candidates", "measure", "floors", "ceilings", "refine")
@@ -79,6 +80,12 @@ def decided_request(given: dict[str, Any], out: Path, work: Path | None, console
         reporter = Reporter(console, command_line())
         with reporter.running():
             cache = plan_cache(request, wanted, reporter)
+    if budgeted is None:
+        reporter = Reporter(console, command_line())
+        with reporter.running():
+            request, said = settled(request, reporter)
+        for sentence in said:
+            console.print(Text(sentence))
     if cache is not None:
         request = replace(request, kv=cache.policy.to_json(), key_exponents=cache.exponents)
     return Decided(request, budgeted, cache)

@@ -125,6 +125,11 @@ def _held(outline: Outline, measures: Sequence[str], rows: Extent, workers: int)
     return max(moments)
 
 
+def model_memory(outline: Outline) -> int:
+    """Bytes of the whole model in float32, with room to run it."""
+    return int(ALLOCATOR * 4 * _weights(outline)) + resident_bytes() + LATER
+
+
 def _weights(outline: Outline) -> int:
     """Parameters of the model, tied ones once."""
     tensors = outline.checkpoint.tensors
