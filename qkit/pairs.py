@@ -1,8 +1,9 @@
-"""Pictures with a question and an answer: calibration rows of vision-language models.
+"""Pictures with a question and an answer: what vision-language models are calibrated with, and measured on.
 
 A file of JSON lines has on each line ``image`` (a path, or a list of them, seen from the file), ``question`` and
-``answer``. A folder has such a file, pairs.jsonl, or pictures with a text of the same name beside each (a caption,
-then the question is CAPTION). With no data given the project's own drawn scenes are used (``qkit_data.scenes``).
+``answer``, and may have ``kind``, which groups answers. A folder has such a file, pairs.jsonl, or pictures with a text of
+the same name beside each (a caption, then the question is CAPTION). With no data given the project's own drawn scenes are
+used (``qkit_data.scenes``).
 
 The model's own processor and chat template make the rows, so that they are what the model is used with. Every token
 of a row has one of four names: vision (what pictures become), answer (what the loss of training is on, the end of the
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,49 +23,75 @@ import torch
 from torch import Tensor
 
 from qkit.calibration import KINDS, Calibration, digest_of, read_text
-from qkit.errors import BadCalibration, BadCheckpoint
+from qkit.errors import BadCalibration, BadCheckpoint, BadInput
 
+DRAWN = "drawn"  # in the place of a file: the project's scenes
 CAPTION = "Describe the picture."
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """images: of PIL, in RGB; where: for complaints."""
+    """images: of PIL, in RGB; where: for complaints; kind: what the question is about, '' where nobody says."""
 
     images: tuple[Any, ...]
     question: str
     answer: str
     where: str
+    kind: str = ""
 
 
-def drawn(start: int, count: int) -> Iterator[Pair]:
+def drawn(start: int, samples: int) -> Iterator[Pair]:
     """Pairs from the project's scenes, one question of each, from that seed on."""
+    return (next(_asked(seed)) for seed in range(start, start + samples))
+
+
+def _asked(seed: int) -> Iterator[Pair]:
+    """Every question about a scene."""
     from PIL import Image
     from qkit_data.scenes import scene
 
-    for seed in range(start, start + count):
-        made = scene(seed)
-        turn = made.turns[0]
-        yield Pair((Image.fromarray(made.image),), turn.question, turn.answer, f"scene {seed}")
+    made = scene(seed)
+    image = Image.fromarray(made.image)
+    return (Pair((image,), t.question, t.answer, f"scene {seed}", t.kind) for t in made.turns)
 
 
-def read_pairs(path: Path, count: int) -> list[Pair]:
-    """The first ``count`` pairs of a file or a folder. Raises BadCalibration naming the line and what is wrong with it."""
-    found = list(_pairs(path, count))
-    if len(found) < count:
-        raise BadCalibration(f"{path}: {len(found)} pairs, {count} are needed: give more, or fewer --samples")
+def held_out(spec: str | Path, most: int) -> Iterator[Pair]:
+    """At most so many pairs to measure with: DRAWN, all questions about the scenes from seed 0 on, which no training and no
+    calibration sees; or those of a file or a folder. Pictures are read as they are needed.
+
+    Raises BadInput when there is no such file, or not one pair in it, and what ``read_pairs`` raises.
+    """
+    if spec == DRAWN:
+        return islice(chain.from_iterable(map(_asked, count())), most)
+    path = Path(spec)
+    if not path.exists():
+        raise BadInput(f"{path}: no such file or folder; give '{DRAWN}', a file of JSON lines, or a folder of pictures")
+    found = _pairs(path, most)
+    first = next(found, None)
+    if first is None:
+        raise BadInput(
+            f"{path}: there are no pairs in it; write one JSON object with image, question and answer a line"
+        )
+    return chain([first], found)
+
+
+def read_pairs(path: Path, samples: int) -> list[Pair]:
+    """The first ``samples`` pairs of a file or a folder. Raises BadCalibration naming the line and what is wrong with it."""
+    found = list(_pairs(path, samples))
+    if len(found) < samples:
+        raise BadCalibration(f"{path}: {len(found)} pairs, {samples} are needed: give more, or fewer --samples")
     return found
 
 
-def _pairs(path: Path, count: int) -> Iterator[Pair]:
+def _pairs(path: Path, most: int) -> Iterator[Pair]:
     if path.is_dir() and not (path / "pairs.jsonl").is_file():
         pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
         if not pictures:
             raise BadCalibration(
                 f"{path}: neither a file pairs.jsonl nor pictures ({', '.join(PICTURES)}) are in the folder"
             )
-        for picture in pictures[:count]:
+        for picture in pictures[:most]:
             beside = picture.with_suffix(".txt")
             if not beside.is_file():
                 raise BadCalibration(f"{picture}: a pair without an answer: write its text to {beside.name}")
@@ -71,7 +99,7 @@ def _pairs(path: Path, count: int) -> Iterator[Pair]:
         return
     file = path / "pairs.jsonl" if path.is_dir() else path
     lines = [line for line in read_text(file).splitlines() if line.strip()]
-    for number, line in enumerate(lines[:count], 1):
+    for number, line in enumerate(lines[:most], 1):
         where = f"{file}, line {number}"
         try:
             data = json.loads(line)
@@ -80,16 +108,15 @@ def _pairs(path: Path, count: int) -> Iterator[Pair]:
         if not isinstance(data, dict) or not {"image", "question"} <= data.keys():
             raise BadCalibration(f"{where}: expected an object with image, question and answer, found {line[:60]!r}")
         images = data["image"] if isinstance(data["image"], list) else [data["image"]]
-        yield _pair([file.parent / str(i) for i in images], str(data["question"]), str(data.get("answer") or ""), where)
+        texts = (str(data["question"]), str(data.get("answer") or ""), where, str(data.get("kind") or ""))
+        yield _pair([file.parent / str(i) for i in images], *texts)
 
 
-def _pair(files: list[Path], question: str, answer: str, where: str) -> Pair:
+def _pair(files: list[Path], question: str, answer: str, where: str, kind: str = "") -> Pair:
     from PIL import Image, UnidentifiedImageError
 
     if not answer:
-        raise BadCalibration(
-            f"{where}: a pair without an answer: what the model is to say is what calibration measures"
-        )
+        raise BadCalibration(f"{where}: a pair without an answer: what the model is to say is what is measured")
     images = []
     for file in files:
         try:
@@ -97,7 +124,7 @@ def _pair(files: list[Path], question: str, answer: str, where: str) -> Pair:
                 images.append(image.convert("RGB"))
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as e:
             raise BadCalibration(f"{where}: the picture {file} cannot be read: {str(e).splitlines()[0]}") from e
-    return Pair(tuple(images), question, answer, where)
+    return Pair(tuple(images), question, answer, where, kind)
 
 
 def load_processor(folder: Path) -> Any:
@@ -109,7 +136,7 @@ def load_processor(folder: Path) -> Any:
     except (OSError, ValueError, ImportError, KeyError, TypeError) as e:
         raise BadCheckpoint(
             f"{folder}: no processor that transformers can load ({str(e).splitlines()[0]}): copy the processor's files of "
-            "the original model here, or calibrate with a text file (--calib FILE)"
+            "the original model here, or use text without pictures"
         ) from e
     if not hasattr(made, "image_processor") or getattr(made, "chat_template", None) is None:
         raise BadCheckpoint(
@@ -151,21 +178,29 @@ def rows_of(inputs: list[dict[str, Tensor]], prompts: list[int], image_tokens: s
     return Calibration(source, len(inputs), longest, digest_of(tokens, inputs), tokens, tuple(inputs), kinds)
 
 
+def encoded(pair: Pair, processor: Any, answered: bool) -> dict[str, Tensor]:
+    """What the model is called with for a question, as far as its answer begins, or with the answer and its end."""
+    slots = [{"type": "image", "image": i} for i in pair.images]
+    messages = [{"role": "user", "content": [*slots, {"type": "text", "text": pair.question}]}]
+    if answered:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": pair.answer}]})
+    made = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=not answered
+    )
+    return {k: v for k, v in made.items() if isinstance(v, Tensor)}
+
+
 def _row(pair: Pair, processor: Any) -> tuple[dict[str, Tensor], int]:
     """What the model is called with, and how many of its tokens come before the answer."""
-    slots = [{"type": "image", "image": i} for i in pair.images]
-    asked = {"role": "user", "content": [*slots, {"type": "text", "text": pair.question}]}
-    told = {"role": "assistant", "content": [{"type": "text", "text": pair.answer}]}
-
-    def encode(messages: list[Any], prompt: bool) -> dict[str, Tensor]:
-        made = processor.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=prompt
-        )
-        return {k: v for k, v in made.items() if isinstance(v, Tensor)}
-
-    whole, prompt = encode([asked, told], False), encode([asked], True)
+    whole, prompt = encoded(pair, processor, True), encoded(pair, processor, False)
     ids, start = whole["input_ids"][0], prompt["input_ids"][0]
     same = int((ids[: len(start)] == start[: len(ids)]).cumprod(0).sum())
     if bool(whole["attention_mask"].all()):
         del whole["attention_mask"]  # of one row without padding: says nothing, and would make blocks build a mask
     return whole, same
+
+
+def image_tokens(config: Any) -> set[int]:
+    """Ids that stand for pieces of a picture or a video in what a model of that config is called with."""
+    known = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+    return {int(i) for i in known if i is not None}

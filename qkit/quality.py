@@ -27,6 +27,7 @@ BATCH = 8  # most windows per forward pass
 BATCH_BYTES = 512 << 20  # of fp32 logits of a batch; one window is the least
 CHUNK_BYTES = 64 << 20  # of one fp32 temporary over a chunk of positions
 RESAMPLES = 10_000
+Z95 = 1.959963984540054  # half width of a 95 % interval, in standard errors
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Interval:
     mean: float
     low: float
     high: float
+
+    @property
+    def ends(self) -> list[float]:
+        return [self.low, self.high]
 
     def map(self, function: Callable[[float], float]) -> Interval:
         """The interval of a growing function of the mean."""
@@ -95,7 +100,7 @@ def compare_windows(
         rows = []
         for at in _chunks(p_logits):
             p, q = _log_softmax(p_logits, at), _log_softmax(q_logits, at).to(p_logits.device)
-            kl = _kl(p, q)
+            kl = divergence(p, q)
             same = (p.argmax(-1) == q.argmax(-1)) & ~kl.isnan()
             rows.append([_nll(p, ids, at), _nll(q, ids, at), kl, same])
         parts.append([torch.cat(column, dim=1).cpu() for column in zip(*rows, strict=True)])
@@ -165,8 +170,9 @@ def _nll(log_probabilities: Tensor, ids: Tensor, at: slice) -> Tensor:
     return -log_probabilities.gather(-1, targets[..., None])[..., 0].double()
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """Sum over the vocabulary of p (log p - log q), from log probabilities; a token that p excludes adds nothing."""
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) in nats, float64 [...]: the sum over the vocabulary of p (log p - log q), from log probabilities
+    [..., vocabulary]; a token that p excludes adds nothing."""
     terms = torch.where(p == -math.inf, 0.0, p.exp() * (p - q))
     return terms.sum(-1, dtype=torch.float64).clamp_(min=0.0)  # rounding can leave it a little below zero
 
@@ -195,9 +201,38 @@ def bootstrap_ci(values: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> I
     return Interval(mean, low, high)
 
 
+def wilson_ci(right: Tensor) -> Interval:
+    """Share of what is true in bool [n], with Wilson's interval (1927): one that has a width where all or none are true."""
+    n, share = right.numel(), float(right.double().mean())
+    spread = Z95 * math.sqrt(share * (1 - share) / n + (Z95 / (2 * n)) ** 2)
+    middle, scale = share + Z95**2 / (2 * n), 1 + Z95**2 / n
+    return Interval(share, max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale))
+
+
+def ratio_ci(sums: Tensor, counts: Tensor) -> Interval:
+    """Mean over tokens of what has ``sums`` [n] over ``counts`` [n] tokens, one of each per unit, with its interval over units.
+
+    The bootstrap is of the ratio made linear: units of many tokens weigh more, and the mean is the ratio itself.
+    """
+    sums, counts = sums.double(), counts.double()
+    ratio = sums.sum() / counts.sum()
+    if not bool(ratio.isfinite()):
+        return Interval(float(ratio), math.nan, math.nan)
+    return bootstrap_ci(ratio + (sums - ratio * counts) / counts.mean())
+
+
+def quantile(values: Tensor, q: float) -> float:
+    """Nearest-rank quantile: a value that occurred (and no limit on the number of values); NaN if any is."""
+    flat = values.flatten()
+    if bool(flat.isnan().any()):
+        return math.nan
+    rank = max(1, math.ceil(q * flat.numel()))
+    return float(flat.kthvalue(rank).values)
+
+
 def perplexity(nll: Tensor) -> Interval:
     """exp(mean of nll) with its interval over windows; ``nll`` is [windows, tokens] in nats."""
-    return bootstrap_ci(nll.mean(1)).map(_exp)
+    return bootstrap_ci(nll.mean(1)).map(exp)
 
 
 def perplexity_change(reference: Tensor, approx: Tensor) -> Interval:
@@ -206,10 +241,11 @@ def perplexity_change(reference: Tensor, approx: Tensor) -> Interval:
     Both are nll [windows, tokens] of the same windows. The interval of the difference is far narrower than what the
     two intervals on their own suggest.
     """
-    return bootstrap_ci(approx.mean(1) - reference.mean(1)).map(lambda difference: _exp(difference) - 1.0)
+    return bootstrap_ci(approx.mean(1) - reference.mean(1)).map(lambda difference: exp(difference) - 1.0)
 
 
-def _exp(value: float) -> float:
+def exp(value: float) -> float:
+    """The exponential function, with infinity where that is beyond a float."""
     return math.inf if value > 709.0 else math.exp(value)
 
 

@@ -150,7 +150,7 @@ def evaluate_caches(
         half = made.nll[:, : made.nll.shape[1] // 2]
         found[name] = {
             "perplexity": overall.mean,
-            "ci": [overall.low, overall.high],
+            "ci": overall.ends,
             "first_half": math.exp(float(half.mean())) if half.numel() else math.nan,
             "same_greedy": float(
                 (greedy == (greedy if plain is None else wanted)).long().cumprod(1).sum(1).double().mean()
@@ -164,5 +164,5 @@ def evaluate_caches(
             plain, wanted = made.nll, greedy
         else:
             change = perplexity_change(plain, made.nll).map(lambda share: 100 * share)
-            found[name] |= {"change_percent": change.mean, "change_ci": [change.low, change.high]}
+            found[name] |= {"change_percent": change.mean, "change_ci": change.ends}
     return found

@@ -25,9 +25,8 @@ import yaml
 from qkit.errors import BadInput, Unsupported, UsageError
 from qkit.evaluation.taskcode import refuse_task_code
 from qkit.evaluation.text import first_line
-from qkit.quality import BATCH, BATCH_BYTES, bootstrap_ci
+from qkit.quality import BATCH, BATCH_BYTES, Z95, bootstrap_ci
 
-Z95 = 1.959963984540054  # half width of a 95 % interval, in standard errors
 BOOTSTRAP = 1000  # resamples for metrics whose standard error has no closed form
 FEWSHOT_SEED = 1234  # lm-eval's own default
 
@@ -91,7 +90,7 @@ def paired_change(value: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict
     if not ours or not theirs or len(ours) != len(theirs):
         return None
     difference = bootstrap_ci(torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64))
-    return {"change": difference.mean, "change_ci": [difference.low, difference.high]}
+    return {"change": difference.mean, "change_ci": difference.ends}
 
 
 def _lm_eval() -> Any:

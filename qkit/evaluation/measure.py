@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from qkit.checkpoint import Checkpoint
 from qkit.errors import UsageError
 from qkit.evaluation.text import Progress, evaluate_text, read_text, text_name, tokenize
+from qkit.families.discover import DECLARED
 from qkit.kvcache.policy import Policy
+from qkit.pairs import load_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -22,7 +25,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class EvalRequest:
     """What to measure. ``texts`` as for ``evaluate_text``; ``limit``: samples per task, None for all. ``caches``: KV cache
     policies, compared by decoding the texts, ``step`` tokens at a time after a ``prompt`` (None: half a window), or by
-    ``retrieval`` from them, beside a plain cache."""
+    ``retrieval`` from them, beside a plain cache. ``pairs``: questions about pictures, as for ``evaluate_pairs``, so many
+    ``questions`` at most; with ``examples`` of them answered in words."""
 
     texts: Sequence[Path | str] = ()
     window: int = 512
@@ -37,17 +41,20 @@ class EvalRequest:
     prompt: int | None = None
     step: int = 1
     retrieval: bool = False
+    pairs: str | None = None
+    questions: int = 500
+    examples: int = 0
 
 
 def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Progress | None = None) -> dict[str, Any]:
     """Loads the model in the folder ``out`` (packed, when it is quantized), and the baseline, and measures both.
 
-    Returns {"model", "baseline", "dtype", "window", "size", "texts", "caches", "retrieval", "tasks",
+    Returns {"model", "baseline", "dtype", "window", "size", "texts", "caches", "retrieval", "pairs", "tasks",
     "baseline_tasks"}: names of folders without their paths; size in bytes of the weight files; texts as in
     ``evaluate_text``; caches, or with request.retrieval retrieval: for each text what ``evaluate_caches`` or
-    ``evaluate_retrieval`` gives; tasks as in ``run_tasks``, without the values of single samples but with the
-    paired change and change_ci where there is a baseline. Raises what loading, ``evaluate_text`` and ``run_tasks``
-    raise.
+    ``evaluate_retrieval`` gives; pairs: {name: what ``evaluate_pairs`` gives}; tasks as in ``run_tasks``, without the
+    values of single samples but with the paired change and change_ci where there is a baseline. Raises what loading,
+    ``evaluate_text``, ``evaluate_pairs`` and ``run_tasks`` raise.
     """
     from qkit.loading import load, load_tokenizer
 
@@ -58,11 +65,12 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
         "window": request.window,
         "size": sizes(out, baseline),
     }
-    if not request.texts and not request.tasks:
+    if not request.texts and not request.tasks and request.pairs is None:
         return measured
     for spec in request.texts:
         text_name(spec)  # what is wrong with a file is better said before a large model is loaded
     _check_device(request.device)
+    processor = None if request.pairs is None else _processor(out)
     tokenizer = load_tokenizer(out)
     dtype = DTYPES[request.dtype]
     # Texts are read without a cache and --kv compares caches with a plain one; tasks run as the folder is meant to.
@@ -75,6 +83,8 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
         )
     if compared:
         measured["retrieval" if request.retrieval else "caches"] = _caches(model, tokenizer, request, progress)
+    if request.pairs is not None:
+        measured["pairs"] = _pairs(model, original, processor, request, progress)
     if request.tasks:
         measured |= _tasks(model, original, tokenizer, request)
     return measured
@@ -97,6 +107,29 @@ def _caches(model: Any, tokenizer: Any, request: EvalRequest, progress: Progress
             else evaluate_caches(model, tokens, window, limit, prompt, policies, request.step, progress)
         )
     return found
+
+
+def _processor(out: Path) -> Any:
+    kind = Checkpoint.open(out, quantized=True).config.get("model_type")
+    if not any(kind in family.model_types and family.text_types for family in DECLARED):
+        raise UsageError(
+            f"{out}: questions about pictures are for a vision-language model, and this is a {kind}: measure texts or tasks"
+        )
+    return load_processor(out)
+
+
+def _pairs(
+    model: Any, original: Any, processor: Any, request: EvalRequest, progress: Progress | None
+) -> dict[str, Any]:
+    from qkit.evaluation.pictures import evaluate_pairs
+
+    assert request.pairs is not None
+    name = Path(request.pairs).stem
+    report = None if progress is None else partial(progress, name)
+    figures = evaluate_pairs(
+        model, processor, request.pairs, request.questions, original, request.examples, progress=report
+    )
+    return {name: figures}
 
 
 def _check_device(device: str) -> None:

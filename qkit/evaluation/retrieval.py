@@ -273,7 +273,7 @@ def _row(
         "depth": depth,
         "nll": -float(true.mean()),
         "gain": gain.mean,
-        "gain_ci": [gain.low, gain.high],
+        "gain_ci": gain.ends,
         "exact": float(greedy[:, own, own].double().mean()),
         "best": float((likely.argmax(2) == torch.tensor(own)).double().mean()),
         "choices": likely.shape[2],

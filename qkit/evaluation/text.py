@@ -6,7 +6,6 @@ A text is given as a path, as ``NAME=path`` to choose the name it goes by, or as
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qkit.errors import BadInput, Unsupported, UsageError
-from qkit.quality import Interval, bootstrap_ci, compare_windows, nll_windows, perplexity, perplexity_change
+from qkit.quality import bootstrap_ci, compare_windows, nll_windows, perplexity, perplexity_change, quantile
 
 Progress = Callable[[str, int, int], None]  # (text, windows done, windows in all)
 
@@ -78,10 +77,10 @@ def _figures(
     return {
         **_own(both.approx),
         "baseline_perplexity": reference.mean,
-        "baseline_ci": _ends(reference),
+        "baseline_ci": reference.ends,
         "change_percent": 100.0 * change.mean,
-        "change_ci": [100.0 * end for end in _ends(change)],
-        "kl": {"mean": mean_kl.mean, "ci": _ends(mean_kl), "p99": _quantile(kl, 0.99)},
+        "change_ci": [100.0 * end for end in change.ends],
+        "kl": {"mean": mean_kl.mean, "ci": mean_kl.ends, "p99": quantile(kl, 0.99)},
         "same_top1": float(both.same_top1.double().mean()),
     }
 
@@ -90,24 +89,11 @@ def _own(nll: Tensor) -> dict[str, Any]:
     value = perplexity(nll)
     return {
         "perplexity": value.mean,
-        "ci": _ends(value),
+        "ci": value.ends,
         "windows": nll.shape[0],
         "tokens": nll.numel(),
         "nonfinite": int((~nll.isfinite()).sum()),
     }
-
-
-def _ends(interval: Interval) -> list[float]:
-    return [interval.low, interval.high]
-
-
-def _quantile(values: Tensor, q: float) -> float:
-    """Nearest-rank quantile: a value that occurred (and no limit on the number of values); NaN if any is."""
-    flat = values.flatten()
-    if bool(flat.isnan().any()):
-        return math.nan
-    rank = max(1, math.ceil(q * flat.numel()))
-    return float(flat.kthvalue(rank).values)
 
 
 def text_name(spec: Path | str) -> str:
