@@ -19,10 +19,12 @@ from rich.text import Text
 from qkit.errors import UsageError
 from qkit.evaluation import text
 from qkit.evaluation.measure import DTYPES, EvalRequest, jsonable, measure
+from qkit.evaluation.pictures import QUESTIONS
 from qkit.kvcache.policy import parse
 from qkit.safefile import write_atomic
 
 PATIENCE = 2.0  # seconds before a progress bar appears
+EXAMPLES = 12  # pictures of a report
 
 
 @click.command("eval")
@@ -43,6 +45,14 @@ PATIENCE = 2.0  # seconds before a progress bar appears
 @click.option(
     "--retrieval", is_flag=True, help="Compare the caches by what can be retrieved through them, not by decoding."
 )
+@click.option("--pairs", help="Questions about pictures: drawn, a file of JSON lines, or a folder as for --calib.")
+@click.option("--questions", type=click.IntRange(1), help="Questions of --pairs, at most (default: 500).")
+@click.option(
+    "--report",
+    "report_file",
+    type=click.Path(path_type=Path),
+    help="Write a page with pictures and answers to this file.",
+)
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(list(DTYPES)), help="Of arithmetic.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--task-dir", type=click.Path(path_type=Path), help="A folder of further lm-eval task files.")
@@ -60,15 +70,18 @@ def eval_command(
     prompt: int | None,
     kv_step: int,
     retrieval: bool,
+    pairs: str | None,
+    questions: int | None,
+    report_file: Path | None,
     dtype: str,
     device: str,
     task_dir: Path | None,
     allow_task_code: bool,
     json_file: Path | None,
 ) -> None:
-    """Measure the model in the folder OUT: perplexity of texts, accuracy on tasks.
+    """Measure the model in the folder OUT: perplexity of texts, accuracy on tasks, answers about pictures.
 
-    Without --text and --tasks the evaluation text that comes with qkit is used. A quantized folder is loaded packed;
+    Without --text, --tasks and --pairs the evaluation text that comes with qkit is used. A quantized folder is loaded packed;
     every text is tokenised whole and cut into windows, and intervals are 95 %, over windows.
 
     \b
@@ -78,7 +91,7 @@ def eval_command(
     from qkit.locate import find_model
 
     names = split_names(tasks)
-    if not texts and (kv or retrieval or not names):
+    if not texts and (kv or retrieval or not (names or pairs)):
         texts = (str(qkit_data.text_path("evaluation")),)
     if allow_task_code and task_dir is None:
         raise UsageError("--allow-task-code is about the files of --task-dir, and there is none; leave it out")
@@ -87,6 +100,10 @@ def eval_command(
         raise UsageError("--prompt is about the caches of --kv, and there is none; leave it out")
     if retrieval and (prompt is not None or kv_step != 1):
         raise UsageError("--prompt and --kv-step are about decoding, and --retrieval takes its place; leave them out")
+    if pairs is None and (questions is not None or report_file is not None):
+        raise UsageError(
+            "--questions and --report are about the pictures of --pairs, and there are none; add --pairs drawn"
+        )
     request = EvalRequest(
         texts,
         window,
@@ -101,12 +118,20 @@ def eval_command(
         prompt,
         kv_step,
         retrieval,
+        pairs,
+        QUESTIONS if questions is None else questions,
+        0 if report_file is None else EXAMPLES,
     )
     original = None if baseline is None else find_model(baseline)
     with progress_bar(Console(stderr=True)) as progress:
         measured = measure(find_model(out), original, request, progress)
     if json_file is not None:
         write_atomic(json_file, json_bytes(measured))
+    if report_file is not None and pairs is not None:
+        from qkit.report.pairs import pairs_page
+
+        (name,) = measured["pairs"]
+        write_atomic(report_file, pairs_page(measured, name, pairs, request.questions).encode())
     show(measured, Console())
 
 
@@ -144,13 +169,16 @@ def progress_bar(console: Console) -> Iterator[text.Progress | None]:
 
 
 def show(measured: Mapping[str, Any], console: Console) -> None:
-    """Prints the tables of texts and of tasks."""
+    """Prints the tables of what was measured."""
     if measured.get("texts"):
         console.print(texts_table(measured["texts"]))
     for text_, caches in measured.get("caches", {}).items():
         console.print(caches_table(text_, caches))
     for text_, caches in measured.get("retrieval", {}).items():
         console.print(retrieval_table(text_, caches))
+    for name, figures in measured.get("pairs", {}).items():
+        console.print(accuracy_table(name, figures))
+        console.print(answers_table(name, figures))
     if measured.get("tasks"):
         console.print(tasks_table(measured["tasks"], measured.get("baseline_tasks", {})))
 
@@ -180,6 +208,42 @@ def retrieval_table(text: str, caches: Mapping[str, Sequence[Mapping[str, Any]]]
             cells = [name, f"{row['share']:.3f}", row["task"], f"{row['length']:,}", f"{row['depth']:.2f}"]
             cells += [f"{row['nll']:.2f}", gain, f"{100 * row['exact']:.0f}", f"{100 * row['best']:.0f}"]
             table.add_row(*map(Text, cells))
+    return table
+
+
+def accuracy_table(name: str, figures: Mapping[str, Any]) -> Table:
+    """A row per kind of question, and one of all."""
+    paired = "baseline_percent" in figures["accuracy"]
+    extra = ("baseline", "change (95 % ci)") if paired else ()
+    title = f"exactly right answers, {printable(name)}"
+    table = Table("kind", "questions", "right % (95 % ci)", *extra, title=title, title_justify="left")
+    for kind, entry in [*figures["kinds"].items(), ("all", figures)]:
+        found = entry["accuracy"]
+        cells = [printable(kind), str(entry["questions"]), f"{found['percent']:.1f} {_interval(found['ci'], '.1f')}"]
+        if paired:
+            change = f"{found['change']:+.1f} {_interval(found['change_ci'], '+.1f')}"
+            cells += [f"{found['baseline_percent']:.1f}", change]
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def answers_table(name: str, figures: Mapping[str, Any]) -> Table:
+    """What likelihoods of the right answers' tokens say; with a baseline also how far hidden states are from its own."""
+    rows = {"perplexity (95 % ci)": f"{figures['perplexity']:.4f} {_interval(figures['ci'], '.4f')}"}
+    if "kl" in figures:
+        kl = figures["kl"]
+        rows |= {
+            "baseline": f"{figures['baseline_perplexity']:.4f} {_interval(figures['baseline_ci'], '.4f')}",
+            "change %": f"{figures['change_percent']:+.2f} {_interval(figures['change_ci'], '+.2f')}",
+            "KL mean": f"{kl['mean']:.4g} {_interval(kl['ci'], '.4g')}",
+            "KL p99": f"{kl['p99']:.4g}",
+            "same top-1": f"{figures['same_top1']:.4f}",
+        }
+        for kind, error in figures["errors"].items():
+            rows[f"error of hidden states, {kind} tokens"] = f"{error['mean']:.4g} {_interval(error['ci'], '.4g')}"
+    table = Table("answer tokens", str(figures["tokens"]), title=f"answers, {printable(name)}", title_justify="left")
+    for what, value in rows.items():
+        table.add_row(Text(what), Text(value))
     return table
 
 

@@ -16,7 +16,7 @@ from qkit.errors import UsageError
 from qkit.evaluation.text import Progress, evaluate_text, read_text, text_name, tokenize
 from qkit.families.discover import DECLARED
 from qkit.kvcache.policy import Policy
-from qkit.pairs import load_processor
+from qkit.pairs import DRAWN, held_out, load_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -70,7 +70,7 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
     for spec in request.texts:
         text_name(spec)  # what is wrong with a file is better said before a large model is loaded
     _check_device(request.device)
-    processor = None if request.pairs is None else _processor(out)
+    processor = None if request.pairs is None else _processor(out, request.pairs)
     tokenizer = load_tokenizer(out)
     dtype = DTYPES[request.dtype]
     # Texts are read without a cache and --kv compares caches with a plain one; tasks run as the folder is meant to.
@@ -109,12 +109,13 @@ def _caches(model: Any, tokenizer: Any, request: EvalRequest, progress: Progress
     return found
 
 
-def _processor(out: Path) -> Any:
+def _processor(out: Path, pairs: str) -> Any:
     kind = Checkpoint.open(out, quantized=True).config.get("model_type")
     if not any(kind in family.model_types and family.text_types for family in DECLARED):
         raise UsageError(
             f"{out}: questions about pictures are for a vision-language model, and this is a {kind}: measure texts or tasks"
         )
+    held_out(pairs, 1)
     return load_processor(out)
 
 
@@ -124,7 +125,7 @@ def _pairs(
     from qkit.evaluation.pictures import evaluate_pairs
 
     assert request.pairs is not None
-    name = Path(request.pairs).stem
+    name = request.pairs if request.pairs == DRAWN else Path(request.pairs).resolve().stem
     report = None if progress is None else partial(progress, name)
     figures = evaluate_pairs(
         model, processor, request.pairs, request.questions, original, request.examples, progress=report

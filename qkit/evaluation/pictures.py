@@ -24,8 +24,9 @@ from qkit.families.discover import family_of
 from qkit.pairs import Pair, encoded, held_out, image_tokens, pair_rows
 from qkit.quality import BATCH_BYTES, Interval, bootstrap_ci, divergence, exp, quantile, ratio_ci, wilson_ci
 
-PIECE = 128  # questions whose pictures are held in memory at once
-BATCH = 16  # questions per forward pass, at most
+QUESTIONS = 500  # unless more or fewer are asked for
+PIECE = 256  # questions whose pictures are held in memory at once
+BATCH = 32  # questions per forward pass, at most
 MORE = 8  # tokens that a generated answer may be longer than the right one
 
 Progress = Callable[[int, int], None]  # (questions done, questions in all)
@@ -34,11 +35,13 @@ Progress = Callable[[int, int], None]  # (questions done, questions in all)
 @dataclass(frozen=True)
 class Answer:
     """What a model makes of one right answer of ``a`` tokens. nll: float64 [a], in nats; greedy: int64 [a], the most likely
-    token at each place; right: all of them are those of the answer."""
+    token at each place; right: all of them are those of the answer; begins: how the greedy answer begins, as far as its first
+    wrong token."""
 
     nll: Tensor
     greedy: Tensor
     right: bool
+    begins: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Asked:
 
 
 def evaluate_pairs(
-    model: Any, processor: Any, spec: str | Path, count: int = 500, baseline: Any = None, examples: int = 0,
+    model: Any, processor: Any, spec: str | Path, count: int = QUESTIONS, baseline: Any = None, examples: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Figures of at most ``count`` questions of ``spec`` (as for ``held_out``); intervals are 95 %, over questions.
@@ -157,7 +160,9 @@ def _placed(given: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 def _scored(likely: Tensor, ids: Tensor) -> Answer:
     nll = -likely.gather(1, ids[:, None])[:, 0].double()
     greedy = likely.argmax(1)
-    return Answer(nll, greedy, bool((greedy == ids).all() & nll.isfinite().all()))
+    same = greedy == ids
+    begins = tuple(greedy[: int(same.long().cumprod(0).sum()) + 1].tolist())
+    return Answer(nll, greedy, bool(same.all() & nll.isfinite().all()), begins)
 
 
 def _compared(kind: str, ids: Tensor, ours: Tensor, theirs: Tensor, errors: dict[str, float]) -> Asked:
@@ -210,7 +215,7 @@ def _figures(asked: list[Asked]) -> dict[str, Any]:
         "change_ci": change.ends,
         "kl": {"mean": kl.mean, "ci": kl.ends, "p99": quantile(torch.cat(kls), 0.99)},
         "same_top1": float(torch.cat(same).double().mean()),
-        "errors": {kind: _error(asked, kind) for kind in ("vision", "text", "answer")},
+        "errors": {kind: _error(asked, kind) for kind in KINDS if any(kind in (a.errors or {}) for a in asked)},
     }
 
 
@@ -232,11 +237,8 @@ def _accuracy(asked: Sequence[Asked]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _error(asked: Sequence[Asked], kind: str) -> dict[str, Any] | None:
-    """None where no row has such tokens."""
+def _error(asked: Sequence[Asked], kind: str) -> dict[str, Any]:
     values = [a.errors[kind] for a in asked if a.errors and kind in a.errors]
-    if not values:
-        return None
     value = bootstrap_ci(torch.tensor(values, dtype=torch.float64))
     return {"mean": value.mean, "ci": value.ends}
 
@@ -246,7 +248,7 @@ def _telling(asked: Sequence[Asked], count: int) -> list[int]:
     ones; evenly out of each."""
 
     def rank(a: Asked) -> int:
-        if a.theirs is not None and a.theirs.right != a.ours.right:
+        if a.theirs is not None and a.theirs.begins != a.ours.begins:
             return 0
         return 2 if a.ours.right else 1
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 from qkit.allocation.allocate import Allocation
 from qkit.allocation.pareto import Point, cost_of, curve, mean_bits, uniform
 from qkit.report.figures import allocation_bars, heat_map, pareto_plot, png, unit_of
+from qkit.report.page import data_uri, page
 from qkit.sensitivity.profile import Profile, UnitProfile
 
 _NAMED = 12  # linears of a unit that the page names: experts are hundreds
@@ -49,12 +48,8 @@ def _pictures(made: Profile, allocation: Allocation, points: Sequence[Point]) ->
 
 
 def _page(made: Profile, allocation: Allocation, points: Sequence[Point], pictures: Mapping[str, bytes]) -> str:
-    """jinja2 escapes every value: names come from the checkpoint."""
-    from jinja2 import Environment, StrictUndefined
-
-    template = files("qkit.report").joinpath("allocation.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(
+    return page(
+        "allocation",
         measure=allocation.measure,
         cost_unit=unit_of(allocation.measure),
         names=made.candidates,
@@ -62,7 +57,7 @@ def _page(made: Profile, allocation: Allocation, points: Sequence[Point], pictur
         formats=_formats(made, allocation),
         units=[_row(made, u, allocation) for u in made.units],
         points=points,
-        pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
+        pictures={name: data_uri(content) for name, content in pictures.items()},
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a profile and of an allocation.
+"""Pictures of a profile, of an allocation and of accuracies.
 
 Figures are made as objects, without pyplot: nothing is global, no window system is asked for, and the same input gives the
 same bytes. matplotlib takes a second to import, so each function does it when it is called.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qkit.allocation.pareto import Point
 from qkit.report.layout import block_labels, places
@@ -167,6 +167,31 @@ def pareto_plot(
     axes.margins(x=0.12)
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    return figure
+
+
+def accuracy_bars(figures: Mapping[str, Any], model: str, baseline: str | None) -> Figure:
+    """Exactly right answers in % by kind of question and in all, with 95 % intervals of the model's, beside the original's.
+
+    figures: of ``qkit.evaluation.pictures.evaluate_pairs``.
+    """
+    from matplotlib.figure import Figure
+
+    rows = {**{kind: entry["accuracy"] for kind, entry in figures["kinds"].items()}, "all": figures["accuracy"]}
+    figure = Figure(figsize=(2.2 + 0.75 * max(len(rows), 6), 3.6), layout="constrained")
+    axes = figure.subplots()
+    ours = [r["percent"] for r in rows.values()]
+    margins = [[abs(r["percent"] - r["ci"][end]) for r in rows.values()] for end in (0, 1)]
+    width = 0.38 if baseline else 0.6
+    own = [i + (width / 2 if baseline else 0) for i in range(len(rows))]
+    if baseline:
+        before = [r["baseline_percent"] for r in rows.values()]
+        axes.bar([i - width / 2 for i in range(len(rows))], before, width, color=_GREY, label=baseline)
+    axes.bar(own, ours, width, color="C0", label=model, yerr=margins, capsize=3, ecolor="0.3")
+    axes.set_xticks(range(len(rows)), list(rows), fontsize=9)
+    axes.set_ylim(0, 105)
+    axes.set_ylabel("exactly right, %")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 

@@ -1,0 +1,25 @@
+"""Pages from templates: one file that needs nothing beside it and loads nothing."""
+
+from __future__ import annotations
+
+import base64
+from importlib.resources import files
+from typing import Any
+
+
+def page(name: str, **values: Any) -> str:
+    """The template NAME.html.j2 of this folder with those values. jinja2 escapes each: they come from anywhere."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    def source(file: str) -> str:
+        return files("qkit.report").joinpath(file).read_text(encoding="utf-8")
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(source)
+    )
+    return environment.get_template(f"{name}.html.j2").render(**values)
+
+
+def data_uri(picture: bytes) -> str:
+    """A PNG file as the address of a picture."""
+    return "data:image/png;base64," + base64.b64encode(picture).decode()
