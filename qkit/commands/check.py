@@ -76,6 +76,8 @@ def check_command(
         allow_task_code,
         dtype,
         device,
+        pairs=budget.pairs if budget.measures_answers else None,
+        questions=budget.questions,
     )
     with progress_bar(Console(stderr=True)) as progress:
         measured = measure(find_model(out), original, request, progress)

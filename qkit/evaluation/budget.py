@@ -6,13 +6,17 @@
     same_top1: ">=0.95"
     task.qkit_cloze.acc: ">=-1%"     # at most 1 % below the baseline's
     size: 0.3x                       # of the baseline's bytes; or 90MB
+    accuracy: ">=-1%"                # exactly right answers about pictures, in %; accuracy.KIND of one kind of question
+    answer_perplexity: +2%           # of those answers' tokens; also answer_kl.mean and answer_kl.p99
+    pairs: drawn                     # the pictures, or a file of JSON lines or a folder, relative to this file
+    questions: 500
     texts: {wikitext2: wikitext2-test.txt}   # where a named text lies, relative to this file
     window: 512
     windows: 200
     limit: 100                       # samples per task
 
-A bare number is an upper limit, for ``same_top1`` a lower one; tasks always say which (">=" or "<="). What was not
-measured, or is not a number, fails: a budget never passes for want of evidence.
+A bare number is an upper limit, for ``same_top1`` and accuracies a lower one; tasks always say which (">=" or "<="). What was
+not measured, or is not a number, fails: a budget never passes for want of evidence.
 """
 
 from __future__ import annotations
@@ -26,11 +30,15 @@ from typing import Any
 from xml.etree import ElementTree
 
 from qkit.errors import BadRecipe
+from qkit.evaluation.pictures import QUESTIONS
+from qkit.pairs import DRAWN
 from qkit.strictyaml import LineDict, load_yaml, unknown_key
 
 METRICS = ("perplexity", "kl.mean", "kl.p99", "same_top1")  # of a text: plain, or followed by the name of one text
-RELATIVE = ("perplexity", "task", "size")  # may be limited against the baseline
-NUMBERS = {"window": 2, "windows": 1, "limit": 1}  # settings, with the least value of each
+ANSWERS = ("answer_perplexity", "answer_kl.mean", "answer_kl.p99")  # of questions about pictures, and 'accuracy'
+RELATIVE = ("perplexity", "task", "size", "accuracy", "answer_perplexity")  # may be limited against the baseline
+LOWER = {"same_top1": 1.0, "accuracy": 100.0}  # a bare number is the least allowed; with the largest possible value
+NUMBERS = {"window": 2, "windows": 1, "limit": 1, "questions": 1}  # settings, with the least value of each
 EXAMPLES = {
     "perplexity": "+2% or 40.5",
     "kl.mean": "0.02",
@@ -38,6 +46,10 @@ EXAMPLES = {
     "same_top1": '">=0.95"',
     "task": '">=-1%" or ">=0.6"',
     "size": "0.3x or 90MB",
+    "accuracy": '">=-1%" or 85',
+    "answer_perplexity": "+2% or 1.2",
+    "answer_kl.mean": "0.02",
+    "answer_kl.p99": "0.3",
 }
 BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _LIMIT = re.compile(r"(<=|>=)?\s*([-+]?)([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(%|[A-Za-z]*)\Z")
@@ -67,8 +79,8 @@ class Limit:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a budget. ``metric``: one of METRICS, 'task' or 'size'. ``of``: the text or the task, or None for
-    every text. ``part``: of a task, its metric."""
+    """A line of a budget. ``metric``: one of METRICS or ANSWERS, 'accuracy', 'task' or 'size'. ``of``: the text, the task or
+    the kind of question, or None for all. ``part``: of a task, its metric."""
 
     name: str
     metric: str
@@ -79,18 +91,20 @@ class Line:
 
 @dataclass(frozen=True)
 class Budget:
-    """A parsed budget; ``texts`` are absolute paths by name."""
+    """A parsed budget; ``texts`` are absolute paths by name, ``pairs`` is DRAWN or one."""
 
     lines: tuple[Line, ...]
     texts: Mapping[str, Path]
     window: int = 512
     windows: int = 200
     limit: int | None = None
+    pairs: str = DRAWN
+    questions: int = QUESTIONS
 
     @property
     def needs_baseline(self) -> list[str]:
         """Names of the lines that cannot be judged without the original model."""
-        divergence = ("kl.mean", "kl.p99", "same_top1")
+        divergence = ("kl.mean", "kl.p99", "same_top1", "answer_kl.mean", "answer_kl.p99")
         return [line.name for line in self.lines if line.limit.unit or line.metric in divergence]
 
     @property
@@ -106,6 +120,10 @@ class Budget:
     @property
     def measures_text(self) -> bool:
         return any(line.metric in METRICS for line in self.lines)
+
+    @property
+    def measures_answers(self) -> bool:
+        return any(line.metric in (*ANSWERS, "accuracy") for line in self.lines)
 
 
 @dataclass(frozen=True)
@@ -130,6 +148,10 @@ def load_budget(path: Path) -> Budget:
         at = f"{where}, line {content.lines[key]}"
         if key == "texts":
             settings[key] = _texts(value, path.parent, at)
+        elif key == "pairs":
+            if not isinstance(value, str):
+                raise BadRecipe(f"{at}: 'pairs' must be '{DRAWN}', a file or a folder; found {value!r}")
+            settings[key] = value if value == DRAWN else str(path.parent.absolute() / value)
         elif key in NUMBERS:
             if not isinstance(value, int) or isinstance(value, bool) or value < NUMBERS[key]:
                 raise BadRecipe(f"{at}: '{key}' must be a whole number from {NUMBERS[key]} on; found {value!r}")
@@ -156,14 +178,16 @@ def _line(name: str, value: Any, at: str) -> Line:
             return Line(name, metric, None, "", _limit(value, metric, at))
         if name.startswith(metric + "."):
             return Line(name, metric, name[len(metric) + 1 :], "", _limit(value, metric, at))
-    if name == "size":
-        return Line(name, "size", None, "", _limit(value, "size", at))
+    if name in (*ANSWERS, "accuracy", "size"):
+        return Line(name, name, None, "", _limit(value, name, at))
+    if name.startswith("accuracy."):
+        return Line(name, "accuracy", name.removeprefix("accuracy."), "", _limit(value, "accuracy", at))
     if name.startswith("task."):
         task, _, part = name.removeprefix("task.").partition(".")
         if not task or not part:
             raise BadRecipe(f"{at}: {name!r} must name a task and a metric of it, such as 'task.qkit_cloze.acc'")
         return Line(name, "task", task, part, _limit(value, "task", at))
-    raise unknown_key(name, (*METRICS, "task", "size", "texts", *NUMBERS), at)
+    raise unknown_key(name, (*METRICS, "accuracy", *ANSWERS, "task", "size", "texts", "pairs", *NUMBERS), at)
 
 
 def _limit(value: Any, metric: str, at: str) -> Limit:
@@ -180,13 +204,13 @@ def _limit(value: Any, metric: str, at: str) -> Limit:
         raise BadRecipe(f"{at}: unit {unit!r} of {value!r} does not fit '{metric}'; write {EXAMPLES[metric]}")
     if bool(sign) != (unit == "%"):
         raise BadRecipe(f"{at}: {value!r}: a change needs a sign and %, a plain number has neither; write +2% or 2.5")
-    if not math.isfinite(number) or (metric == "same_top1" and number > 1.0):
+    if not math.isfinite(number) or (not unit and number > LOWER.get(metric, math.inf)):
         raise BadRecipe(f"{at}: {value!r} is out of range; write {EXAMPLES[metric]}")
     if metric == "task" and operator is None:
         raise BadRecipe(
             f"{at}: {value!r} does not say on which side of the limit a task must be; write {EXAMPLES['task']}"
         )
-    upper = operator == "<=" if operator else metric != "same_top1"
+    upper = operator == "<=" if operator else metric not in LOWER
     return Limit(upper, number, unit)
 
 
@@ -205,6 +229,9 @@ def judge(budget: Budget, measured: Mapping[str, Any]) -> list[Check]:
         elif line.metric == "task":
             value, baseline = (_task(measured.get(where), line) for where in ("tasks", "baseline_tasks"))
             checks.append(_check(line.name, line.limit, value, baseline))
+        elif line.metric in (*ANSWERS, "accuracy"):
+            value, baseline = _answers(measured.get("pairs"), line)
+            checks.append(_check(line.name, line.limit, value, baseline))
         else:
             for name in [line.of] if line.of else list(texts) or [None]:
                 entry = texts.get(name) or {}
@@ -220,6 +247,17 @@ def _task(results: Mapping[str, Any] | None, line: Line) -> float | None:
     metrics = ((results or {}).get(line.of or "") or {}).get("metrics") or {}
     number: float | None = (metrics.get(line.part) or {}).get("value")
     return number
+
+
+def _answers(results: Mapping[str, Any] | None, line: Line) -> tuple[float | None, float | None]:
+    """Of the model and of the baseline; what is measured has one entry."""
+    entry: Mapping[str, Any] = next(iter((results or {}).values()), {})
+    if line.metric == "accuracy":
+        whole = entry if line.of is None else (entry.get("kinds") or {}).get(line.of) or {}
+        found = whole.get("accuracy") or {}
+        return found.get("percent"), found.get("baseline_percent")
+    metric, _, part = line.metric.removeprefix("answer_").partition(".")
+    return (entry.get(metric) or {}).get(part) if part else entry.get(metric), entry.get(f"baseline_{metric}")
 
 
 def _check(name: str, limit: Limit, value: float | None, baseline: float | None) -> Check:

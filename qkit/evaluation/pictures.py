@@ -72,6 +72,11 @@ def evaluate_pairs(
     Questions of one picture are not quite independent, so intervals are a little too narrow. Raises UsageError for a
     baseline of another shape, BadInput and BadCheckpoint for what is wrong with pairs and processor.
     """
+    if baseline is not None and _shape(model) != _shape(baseline):
+        raise UsageError(
+            f"the two models cannot be compared token by token: the baseline is {_shape(baseline)}, the other one "
+            f"{_shape(model)}; give the model that it was made from"
+        )
     total = sum(1 for _ in held_out(spec, count))  # what is wrong with a picture is better said before the first answer
     ends = _ends(model, processor)
     pairs, asked = held_out(spec, count), list[Asked]()
@@ -85,6 +90,11 @@ def evaluate_pairs(
         shown = [(i, pair) for i, pair in enumerate(held_out(spec, count)) if i in chosen]
         figures["examples"] = _examples(model, baseline, processor, shown, ends)
     return figures
+
+
+def _shape(model: Any) -> str:
+    text = model.config.get_text_config()
+    return f"a {model.config.model_type} with a vocabulary of {text.vocab_size} and {text.hidden_size} hidden values"
 
 
 def _ends(model: Any, processor: Any) -> list[int]:
@@ -104,15 +114,16 @@ def _ask(model: Any, baseline: Any, processor: Any, pairs: list[Pair], ends: lis
         given = {k: torch.cat([rows.inputs[i][k] for i in batch]) for k in rows.inputs[batch[0]]}
         kinds = rows.kinds[batch, : given["input_ids"].shape[1]]
         places = [_answer(ids, kind, ends) for ids, kind in zip(given["input_ids"], kinds, strict=True)]
-        ours, hidden = _run(model, given, places)
-        theirs, wanted = (None, None) if baseline is None else _run(baseline, given, places)
+        ours, hidden = likelihoods(model, given, places)
+        theirs, wanted = (None, None) if baseline is None else likelihoods(baseline, given, places)
         for n, i in enumerate(batch):
-            ids = given["input_ids"][n, places[n]]
-            found[i] = (
-                Asked(pairs[i].kind, _scored(ours[n], ids))
-                if theirs is None or wanted is None
-                else _compared(pairs[i].kind, ids, ours[n], theirs[n], _errors(hidden[n], wanted[n], kinds[n]))
-            )
+            ids, kind = given["input_ids"][n, places[n]], pairs[i].kind
+            mine = _scored(ours[n], ids)
+            if theirs is None or wanted is None:
+                found[i] = Asked(kind, mine)
+                continue
+            errors = _errors(hidden[n], wanted[n], kinds[n])
+            found[i] = Asked(kind, mine, _scored(theirs[n], ids), divergence(theirs[n], ours[n]), errors)
     return [found[i] for i in range(len(pairs))]
 
 
@@ -134,7 +145,7 @@ def _answer(ids: Tensor, kinds: Tensor, ends: list[int]) -> slice:
     return slice(start, start + int(stops[0]) + 1 if len(stops) else len(ids))
 
 
-def _run(model: Any, given: dict[str, Tensor], places: Sequence[slice]) -> tuple[list[Tensor], Tensor]:
+def likelihoods(model: Any, given: dict[str, Tensor], places: Sequence[slice]) -> tuple[list[Tensor], Tensor]:
     """For each row log probabilities float32 [a, vocabulary] of the tokens at its place; and the hidden states that leave the
     last block, [rows, tokens, hidden]. Both on the CPU."""
     seen: list[Tensor] = []
@@ -165,22 +176,8 @@ def _scored(likely: Tensor, ids: Tensor) -> Answer:
     return Answer(nll, greedy, bool(same.all() & nll.isfinite().all()), begins)
 
 
-def _compared(kind: str, ids: Tensor, ours: Tensor, theirs: Tensor, errors: dict[str, float]) -> Asked:
-    if ours.shape != theirs.shape:
-        raise UsageError(
-            f"the two models cannot be compared token by token: the baseline has a vocabulary of {theirs.shape[-1]}, the other "
-            f"one of {ours.shape[-1]}; give the model that it was made from"
-        )
-    return Asked(kind, _scored(ours, ids), _scored(theirs, ids), divergence(theirs, ours), errors)
-
-
 def _errors(hidden: Tensor, wanted: Tensor, kinds: Tensor) -> dict[str, float]:
     """By kind of token, of one row: hidden, wanted [n, hidden]; kinds [n]."""
-    if hidden.shape != wanted.shape:
-        raise UsageError(
-            f"the two models cannot be compared: the baseline has hidden states of {wanted.shape[-1]} values, the other one of "
-            f"{hidden.shape[-1]}; give the model that it was made from"
-        )
     each = (hidden - wanted).square().sum(1).double() / wanted.square().sum(1).double()
     return {KINDS[k]: float(each[kinds == k].mean()) for k in kinds.unique().tolist()}
 

@@ -178,7 +178,7 @@ def accuracy_bars(figures: Mapping[str, Any], model: str, baseline: str | None) 
     from matplotlib.figure import Figure
 
     rows = {**{kind: entry["accuracy"] for kind, entry in figures["kinds"].items()}, "all": figures["accuracy"]}
-    figure = Figure(figsize=(2.2 + 0.75 * max(len(rows), 6), 3.6), layout="constrained")
+    figure = Figure(figsize=(2.2 + 0.75 * min(max(len(rows), 6), 40), 3.6), layout="constrained")
     axes = figure.subplots()
     ours = [r["percent"] for r in rows.values()]
     margins = [[abs(r["percent"] - r["ci"][end]) for r in rows.values()] for end in (0, 1)]
@@ -188,7 +188,8 @@ def accuracy_bars(figures: Mapping[str, Any], model: str, baseline: str | None) 
         before = [r["baseline_percent"] for r in rows.values()]
         axes.bar([i - width / 2 for i in range(len(rows))], before, width, color=_GREY, label=baseline)
     axes.bar(own, ours, width, color="C0", label=model, yerr=margins, capsize=3, ecolor="0.3")
-    axes.set_xticks(range(len(rows)), list(rows), fontsize=9)
+    turn = 30 if max(map(len, rows)) > 9 else 0
+    axes.set_xticks(range(len(rows)), list(rows), fontsize=9, rotation=turn, parse_math=False)
     axes.set_ylim(0, 105)
     axes.set_ylabel("exactly right, %")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
