@@ -26,6 +26,7 @@ from qkit.calibration import KINDS, Calibration, digest_of, read_text
 from qkit.errors import BadCalibration, BadCheckpoint, BadInput
 
 DRAWN = "drawn"  # in the place of a file: the project's scenes
+QUESTIONS = 500  # held-out pairs, unless more or fewer are asked for
 CAPTION = "Describe the picture."
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

@@ -17,7 +17,15 @@ TEXT = {
     "kl": {"mean": 0.015, "p99": 0.25},
     "same_top1": 0.955,
 }
+PAIRS = {
+    "accuracy": {"percent": 88.0, "baseline_percent": 90.0},
+    "kinds": {"count": {"accuracy": {"percent": 70.0, "baseline_percent": 80.0}}},
+    "perplexity": 1.3,
+    "baseline_perplexity": 1.25,
+    "kl": {"mean": 0.015, "p99": 0.25},
+}
 MEASURED = {
+    "pairs": {"drawn": PAIRS},
     "texts": {"wikitext2": TEXT},
     "tasks": {"qkit_cloze": {"samples": 100, "metrics": {"acc": {"value": 0.695}}}},
     "baseline_tasks": {"qkit_cloze": {"samples": 100, "metrics": {"acc": {"value": 0.70}}}},
@@ -68,6 +76,20 @@ def budget(tmp_path):
         ("size: 28MiB", "<= 2.93601e+07", True),
         ("size: 29000000", "<= 2.9e+07", True),
         ("size: 28999999", "<= 2.9e+07", False),
+        ('accuracy: ">=85"', ">= 85", True),
+        ("accuracy: 88", ">= 88", True),
+        ("accuracy: 88.5", ">= 88.5", False),
+        ('accuracy: ">=-3%"', ">= -3% of 90 (87.3)", True),
+        ('accuracy: ">=-2%"', ">= -2% of 90 (88.2)", False),
+        ("accuracy.count: 70", ">= 70", True),
+        ('accuracy.count: ">=-10%"', ">= -10% of 80 (72)", False),
+        ("accuracy.smell: 0", ">= 0", False),
+        ("answer_perplexity: +4%", "<= +4% of 1.25 (1.3)", True),
+        ("answer_perplexity: +3%", "<= +3% of 1.25 (1.2875)", False),
+        ("answer_perplexity: 1.3", "<= 1.3", True),
+        ("answer_kl.mean: 0.02", "<= 0.02", True),
+        ("answer_kl.mean: 0.01", "<= 0.01", False),
+        ("answer_kl.p99: 0.2", "<= 0.2", False),
     ],
 )
 def test_each_form(budget, line, limit, ok):
@@ -101,11 +123,14 @@ def test_all_lines_together(budget):
     assert [check.measured for check in checks] == [39.0, 0.015, 0.25, 0.955, 0.695, 29_000_000]
 
 
-@pytest.mark.parametrize("measured", [{}, {"texts": {}, "tasks": None}, {"texts": {"other": TEXT}}])
+@pytest.mark.parametrize(
+    "measured", [{}, {"texts": {}, "tasks": None, "pairs": None}, {"texts": {"other": TEXT}, "pairs": {"drawn": {}}}]
+)
 def test_what_was_not_measured_fails(budget, measured):
     named = ALL_LINES.replace("kl.mean:", "kl.mean.wikitext2:").replace("kl.p99:", "kl.p99.wikitext2:")
+    named += "accuracy: 0\naccuracy.count: 0\nanswer_perplexity: 9\nanswer_kl.mean: 9\n"
     checks = judge(budget(named.replace("same_top1:", "same_top1.wikitext2:")), measured)
-    assert len(checks) == 6
+    assert len(checks) == 10
     assert all(check.measured is None and not check.ok for check in checks)
 
 
@@ -126,7 +151,12 @@ def test_what_is_not_a_number_fails(budget, bad, where):
 
 
 def test_settings(budget, tmp_path):
-    content = budget("kl.mean: 1\ntexts: {wiki: sub/wiki.txt}\nwindow: 256\nwindows: 3\nlimit: 7\n")
+    content = budget("kl.mean: 1\ntexts: {wiki: sub/wiki.txt}\nwindow: 256\nwindows: 3\nlimit: 7\nquestions: 9\n")
+    assert (content.pairs, content.questions, content.measures_answers) == ("drawn", 9, False)
+    mine = budget("accuracy.count: 50\npairs: sub/mine.jsonl\n")
+    assert (mine.pairs, mine.questions) == (str(tmp_path / "sub" / "mine.jsonl"), 500)
+    assert mine.measures_answers and not mine.measures_text and mine.needs_baseline == []
+    assert budget("answer_kl.mean: 1\naccuracy: '>=-1%'\n").needs_baseline == ["answer_kl.mean", "accuracy"]
     assert (content.window, content.windows, content.limit) == (256, 3, 7)
     assert content.texts == {"wiki": tmp_path / "sub" / "wiki.txt"}
     defaults = budget("perplexity: 40\n")
@@ -174,6 +204,12 @@ def test_what_a_budget_needs(budget):
         ("perplexity: '+2'\n", "needs a sign and %"),
         ("perplexity: lots\n", "not a limit"),
         ("same_top1: 95\n", "out of range"),
+        ("accuracy: 101\n", "out of range"),
+        ("accuracy: 0.9x MB\n", "not a limit"),
+        ("answer_kl.mean: +2%\n", "unit '%'"),
+        ("answer_kl.maen: 1\n", "did you mean 'answer_kl.mean'?"),
+        ("accuracy: 1\npairs: [a]\n", "'pairs' must be 'drawn', a file or a folder; found ['a']"),
+        ("accuracy: 1\nquestions: 0\n", "from 1 on; found 0"),
         ("same_top1: '>=95%'\n", "unit '%'"),
         ("size: 3 apples\n", "unit 'apples'"),
         ("task.arc.acc: 0.5\n", "does not say on which side"),

@@ -265,7 +265,7 @@ def test_shipped_tasks_need_no_network(tokenizer, no_network):
     assert found["qkit_cloze"]["samples"] == found["qkit_text"]["samples"] == 2
     assert 0 <= found["qkit_cloze"]["metrics"]["acc"]["value"] <= 1
     assert found["qkit_text"]["metrics"]["word_perplexity"]["stderr"] is None
-    refuse_task_code(shipped_tasks()["qkit_cloze"].parent, {"acc", "acc_norm", *ROLLING})
+    refuse_task_code(shipped_tasks()["qkit_cloze"].parent, {"acc", "acc_norm", "exact_match", *ROLLING})
 
 
 ROLLING = ("word_perplexity", "byte_perplexity", "bits_per_byte")

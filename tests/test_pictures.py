@@ -185,6 +185,21 @@ def test_eval_with_a_page(run, taught, packed, tmp_path):
     assert run("eval", packed, "--text", taught / "chat_template.jinja", "--window", 8)[0] == 0  # texts are as before
 
 
+def test_the_task_of_lm_eval(run, taught, packed, tiny, tmp_path, no_network):
+    """What lm-eval finds in generated answers is what one forward pass says; beside a task of text."""
+    pytest.importorskip("lm_eval.models.hf_vlms")
+    options = ("--tasks", "qkit_scenes,qkit_cloze", "--limit", COUNT, "--json", tmp_path / "e.json")
+    code, _, err = run("eval", packed, "--baseline", taught, "--pairs", "drawn", "--questions", COUNT, *options)
+    assert code == 0, err
+    found = json.loads((tmp_path / "e.json").read_text())
+    right, said = found["pairs"]["drawn"]["accuracy"], found["tasks"]["qkit_scenes"]["metrics"]["exact_match"]
+    assert found["tasks"]["qkit_scenes"]["samples"] == COUNT and "acc" in found["tasks"]["qkit_cloze"]["metrics"]
+    assert 100 * said["value"] == pytest.approx(right["percent"])
+    assert 100 * said["change"] == pytest.approx(right["change"])
+    code, _, err = run("eval", tiny("llama"), "--tasks", "qkit_scenes", "--limit", 2)
+    assert code == 2 and "tasks with pictures are for a vision-language model" in err
+
+
 def test_check(run, taught, packed, tmp_path):
     (tmp_path / "budget.yaml").write_text(
         "accuracy: 1\naccuracy.color: '<=100'\nanswer_perplexity: +900%\nanswer_kl.mean: 0\naccuracy.smell: 0\nquestions: 24\n"
@@ -204,7 +219,7 @@ def test_refused(run, taught, packed, tiny, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     (tmp_path / "bad.jsonl").write_text('{"image": "bad.png", "question": "What?", "answer": "A"}\n')
     for code, words, *arguments in (
-        (2, "are for a vision-language model, and this is a llama", tiny("llama"), "--pairs", "drawn"),
+        (2, "are for a vision-language model, and this is a llama: measure texts", tiny("llama"), "--pairs", "drawn"),
         (2, "add --pairs drawn", packed, "--questions", 3),
         (2, "add --pairs drawn", packed, "--report", tmp_path / "page.html"),
         (3, "no such file or folder; give 'drawn'", packed, "--pairs", tmp_path / "none"),

@@ -18,9 +18,11 @@ from qkit.quality import (
     nll_windows,
     perplexity,
     perplexity_change,
+    ratio_ci,
     relative_error,
     split_windows,
     sqnr_db,
+    wilson_ci,
 )
 
 VOCABULARY = 23
@@ -223,3 +225,22 @@ def test_errors_of_tensors():
         sqnr_db(a, torch.zeros(4))
     small = a.bfloat16()
     assert relative_error(small, (small + 1e-2).bfloat16()) > 0
+
+
+def test_intervals_of_shares_and_ratios():
+    """Wilson's interval against published figures; a ratio of sums weighs units by their tokens."""
+    few = wilson_ci(torch.tensor([True] * 8 + [False] * 2))
+    assert (few.mean, few.low, few.high) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
+    every = wilson_ci(torch.ones(10, dtype=torch.bool))
+    assert (every.low, every.high) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    chance = torch.Generator().manual_seed(0)
+    counts = torch.randint(1, 9, (200,), generator=chance)
+    values = [torch.randn(int(n), generator=chance, dtype=torch.float64) + 2 for n in counts]
+    found = ratio_ci(torch.stack([v.sum() for v in values]), counts)
+    assert found.mean == pytest.approx(float(torch.cat(values).mean()))
+    spread = float(torch.cat(values).std()) / len(torch.cat(values)) ** 0.5  # tokens are independent here
+    assert (found.high - found.low) / (2 * 1.96 * spread) == pytest.approx(1, abs=0.15)
+    assert ratio_ci(torch.tensor([1.0, 2.0]), torch.tensor([1, 1])) == bootstrap_ci(torch.tensor([1.0, 2.0]))
+    assert math.isnan(ratio_ci(torch.tensor([math.nan, 1.0]), torch.tensor([1, 2])).mean)
+    infinite = ratio_ci(torch.tensor([math.inf, 1.0]), torch.tensor([1, 2]))
+    assert infinite.mean == math.inf and math.isnan(infinite.low)

@@ -19,8 +19,8 @@ from rich.text import Text
 from qkit.errors import UsageError
 from qkit.evaluation import text
 from qkit.evaluation.measure import DTYPES, EvalRequest, jsonable, measure
-from qkit.evaluation.pictures import QUESTIONS
 from qkit.kvcache.policy import parse
+from qkit.pairs import QUESTIONS
 from qkit.safefile import write_atomic
 
 PATIENCE = 2.0  # seconds before a progress bar appears

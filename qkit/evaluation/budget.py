@@ -30,8 +30,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from qkit.errors import BadRecipe
-from qkit.evaluation.pictures import QUESTIONS
-from qkit.pairs import DRAWN
+from qkit.pairs import DRAWN, QUESTIONS
 from qkit.strictyaml import LineDict, load_yaml, unknown_key
 
 METRICS = ("perplexity", "kl.mean", "kl.p99", "same_top1")  # of a text: plain, or followed by the name of one text

@@ -1,7 +1,8 @@
-"""Task suites through lm-eval: its own tasks, those shipped with qkit, and a folder of the user's.
+"""Task suites through lm-eval: its own tasks, those shipped with qkit, and a folder of the user's; with pictures or without.
 
 Shipped tasks are YAML files with their data beside them, so they need no network. The tasks of lm-eval itself are as
-trusted as lm-eval; a folder from elsewhere is read by ``taskcode`` before lm-eval sees it.
+trusted as lm-eval; a folder from elsewhere is read by ``taskcode`` before lm-eval sees it. Tasks with pictures go through
+lm-eval's model for images and the chat template; it knows no likelihoods of them, only what is generated (lm-eval 0.4.13).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import yaml
 from qkit.errors import BadInput, Unsupported, UsageError
 from qkit.evaluation.taskcode import refuse_task_code
 from qkit.evaluation.text import first_line
+from qkit.pairs import DRAWN, QUESTIONS, held_out
 from qkit.quality import BATCH, BATCH_BYTES, Z95, bootstrap_ci
 
 BOOTSTRAP = 1000  # resamples for metrics whose standard error has no closed form
@@ -38,6 +40,7 @@ def run_tasks(
     limit: int | None = None,
     allow_task_code: bool = False,
     include_path: Path | None = None,
+    processor: Callable[[], Any] | None = None,
 ) -> dict[str, Any]:
     """{task: {"samples": n, "metrics": {metric: figures}}} of a transformers model; the first ``limit`` samples.
 
@@ -46,12 +49,12 @@ def run_tasks(
     other than 'none' is called ``metric.filter``.
 
     include_path: a folder of further task files, refused when they could run code unless ``allow_task_code``.
-    Raises Unsupported without lm-eval or for task code, UsageError for names that do not exist, BadInput for a task
-    that cannot be loaded, above all without the network that most tasks of lm-eval need.
+    processor: gives the processor of a vision-language model, for tasks with pictures.
+    Raises Unsupported without lm-eval or for task code, UsageError for names that do not exist and for pictures without a
+    processor, BadInput for a task that cannot be loaded, above all without the network that most tasks of lm-eval need.
     """
     registry = _lm_eval()
     from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
 
     if include_path is not None and not allow_task_code:
         refuse_task_code(include_path, registry.METRIC_REGISTRY)
@@ -61,18 +64,49 @@ def run_tasks(
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        # a copy, because lm-eval gives the tokenizer a padding token
-        lm = HFLM(
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),
-            batch_size=_batch_size(model),
-            softmax_dtype=torch.float32,
-        )
-        try:
-            results = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True)
-        except ValueError as error:
-            raise BadInput(f"lm-eval cannot run {', '.join(tasks)}: {first_line(error)}") from error
-    return _figures(results)
+        kinds = {name: bool(getattr(task, "MULTIMODAL", False)) for name, task in loaded["tasks"].items()}
+        found: dict[str, Any] = {}
+        for pictures in sorted(set(kinds.values())):
+            part = loaded
+            if len(set(kinds.values())) > 1:  # groups may hold both, so that they have no figures of their own here
+                part = {"tasks": {n: task for n, task in loaded["tasks"].items() if kinds[n] == pictures}}
+            lm = _with_pictures(model, processor, tasks) if pictures else _of_text(model, tokenizer)
+            try:
+                results = evaluate(
+                    lm=lm, task_dict=part, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True,
+                    apply_chat_template=pictures,
+                )  # fmt: skip
+            except (ValueError, NotImplementedError) as error:
+                raise BadInput(f"lm-eval cannot run {', '.join(tasks)}: {first_line(error)}") from error
+            found |= _figures(results)
+    return found
+
+
+def _of_text(model: Any, tokenizer: Any) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    # a copy, because lm-eval gives the tokenizer a padding token
+    return HFLM(
+        pretrained=model,
+        tokenizer=copy.deepcopy(tokenizer),
+        batch_size=_batch_size(model),
+        softmax_dtype=torch.float32,
+    )
+
+
+def _with_pictures(model: Any, processor: Callable[[], Any] | None, tasks: Sequence[str]) -> Any:
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+
+    if processor is None:
+        raise UsageError(f"{', '.join(tasks)}: tasks with pictures are for a vision-language model, and this is none")
+
+    class Model(HFMultimodalLM):  # type: ignore[misc]
+        """lm-eval's own loads the processor from where the model came from, which here has no name."""
+
+        def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **kwargs: Any) -> None:
+            self.processor, self.tokenizer = tokenizer, tokenizer.tokenizer
+
+    return Model(pretrained=model, tokenizer=processor(), batch_size=_batch_size(model))
 
 
 def shipped_tasks() -> dict[str, Path]:
@@ -138,10 +172,21 @@ def _load(names: Sequence[str], include_path: Path | None, cache: str) -> Any:
 def _shipped(path: Path, cache: str) -> dict[str, Any]:
     """The configuration of a shipped task, its data file made absolute, its cache where it leaves nothing behind."""
     config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if config["dataset_path"] == DRAWN:
+        return {**config, "custom_dataset": _scenes}
     kwargs = config["dataset_kwargs"]
     kwargs["data_files"] = str(qkit_data.data_path(kwargs["data_files"]))
     kwargs["cache_dir"] = cache
     return config
+
+
+def _scenes(**metadata: Any) -> dict[str, Any]:
+    """The project's held-out scenes, as lm-eval asks for a data set."""
+    import datasets
+
+    pairs = held_out(DRAWN, QUESTIONS)
+    rows = [{"image": p.images[0], "question": p.question, "answer": p.answer, "kind": p.kind} for p in pairs]
+    return {"test": datasets.Dataset.from_list(rows)}
 
 
 def _batch_size(model: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from qkit.errors import UsageError
 from qkit.evaluation.text import Progress, evaluate_text, read_text, text_name, tokenize
 from qkit.families.discover import DECLARED
 from qkit.kvcache.policy import Policy
-from qkit.pairs import DRAWN, held_out, load_processor
+from qkit.pairs import DRAWN, QUESTIONS, held_out, load_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -42,7 +42,7 @@ class EvalRequest:
     step: int = 1
     retrieval: bool = False
     pairs: str | None = None
-    questions: int = 500
+    questions: int = QUESTIONS
     examples: int = 0
 
 
@@ -86,7 +86,7 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
     if request.pairs is not None:
         measured["pairs"] = _pairs(model, original, processor, request, progress)
     if request.tasks:
-        measured |= _tasks(model, original, tokenizer, request)
+        measured |= _tasks(model, original, tokenizer, request, partial(load_processor, out) if _sees(out) else None)
     return measured
 
 
@@ -109,11 +109,21 @@ def _caches(model: Any, tokenizer: Any, request: EvalRequest, progress: Progress
     return found
 
 
+def _sees(out: Path) -> bool:
+    """Whether a model is a vision-language model."""
+    kind = _kind(out)
+    return any(kind in family.model_types and family.text_types for family in DECLARED)
+
+
+def _kind(out: Path) -> Any:
+    return Checkpoint.open(out, quantized=True).config.get("model_type")
+
+
 def _processor(out: Path, pairs: str) -> Any:
-    kind = Checkpoint.open(out, quantized=True).config.get("model_type")
-    if not any(kind in family.model_types and family.text_types for family in DECLARED):
+    if not _sees(out):
         raise UsageError(
-            f"{out}: questions about pictures are for a vision-language model, and this is a {kind}: measure texts or tasks"
+            f"{out}: questions about pictures are for a vision-language model, and this is a {_kind(out)}: measure texts or "
+            "tasks without pictures"
         )
     held_out(pairs, 1)
     return load_processor(out)
@@ -153,10 +163,12 @@ def sizes(out: Path, baseline: Path | None) -> dict[str, int]:
     return {"bytes": files(out)} | ({} if baseline is None else {"baseline_bytes": files(baseline)})
 
 
-def _tasks(model: Any, original: Any, tokenizer: Any, request: EvalRequest) -> dict[str, Any]:
+def _tasks(
+    model: Any, original: Any, tokenizer: Any, request: EvalRequest, processor: Callable[[], Any] | None
+) -> dict[str, Any]:
     from qkit.evaluation.harness import paired_change, run_tasks
 
-    arguments = (tokenizer, request.tasks, request.limit, request.allow_task_code, request.task_dir)
+    arguments = (tokenizer, request.tasks, request.limit, request.allow_task_code, request.task_dir, processor)
     ours = run_tasks(model, *arguments)
     theirs = {} if original is None else run_tasks(original, *arguments)
     for task, entry in ours.items():

@@ -21,10 +21,9 @@ from qkit.calibration import KINDS
 from qkit.errors import UsageError
 from qkit.evaluation.decoding import fresh_cache
 from qkit.families.discover import family_of
-from qkit.pairs import Pair, encoded, held_out, image_tokens, pair_rows
+from qkit.pairs import QUESTIONS, Pair, encoded, held_out, image_tokens, pair_rows
 from qkit.quality import BATCH_BYTES, Interval, bootstrap_ci, divergence, exp, quantile, ratio_ci, wilson_ci
 
-QUESTIONS = 500  # unless more or fewer are asked for
 PIECE = 256  # questions whose pictures are held in memory at once
 BATCH = 32  # questions per forward pass, at most
 MORE = 8  # tokens that a generated answer may be longer than the right one
