@@ -116,10 +116,17 @@ def test_recipe_with_a_wrong_name(name: str, said: str, tmp_path: Path) -> None:
         prepare(Request(model="tiny-llama", recipe=path))
 
 
-def test_budget(tmp_path: Path) -> None:
-    path = tmp_path / "budget.yaml"
-    path.write_text(named_yaml("budget.yaml"), encoding="utf-8")
-    assert [line.name for line in load_budget(path).lines] == ["perplexity", "kl.mean", "same_top1", "size"]
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("budget.yaml", ["perplexity", "kl.mean", "same_top1", "size"]),
+        ("pictures.yaml", ["accuracy", "accuracy.count", "answer_perplexity", "answer_kl.mean"]),
+    ],
+)
+def test_budget(name: str, lines: list[str], tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(named_yaml(name), encoding="utf-8")
+    assert [line.name for line in load_budget(path).lines] == lines
 
 
 def test_workflow() -> None:

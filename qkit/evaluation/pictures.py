@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from qkit.families.discover import family_of
 from qkit.pairs import QUESTIONS, Pair, encoded, held_out, image_tokens, pair_rows
 from qkit.quality import BATCH_BYTES, Interval, bootstrap_ci, divergence, exp, quantile, ratio_ci, wilson_ci
 
-PIECE = 256  # questions whose pictures are held in memory at once
+PIECE = 256  # questions whose pictures are held in memory at once, at most
+PIXELS = 16 << 20  # of these pictures, after which no more are taken up
 BATCH = 32  # questions per forward pass, at most
 MORE = 8  # tokens that a generated answer may be longer than the right one
 
@@ -78,8 +78,8 @@ def evaluate_pairs(
         )
     total = sum(1 for _ in held_out(spec, count))  # what is wrong with a picture is better said before the first answer
     ends = _ends(model, processor)
-    pairs, asked = held_out(spec, count), list[Asked]()
-    while piece := list(islice(pairs, PIECE)):
+    asked = list[Asked]()
+    for piece in _pieces(held_out(spec, count)):
         asked += _ask(model, baseline, processor, piece, ends)
         if progress is not None:
             progress(len(asked), total)
@@ -89,6 +89,18 @@ def evaluate_pairs(
         shown = [(i, pair) for i, pair in enumerate(held_out(spec, count)) if i in chosen]
         figures["examples"] = _examples(model, baseline, processor, shown, ends)
     return figures
+
+
+def _pieces(pairs: Iterator[Pair]) -> Iterator[list[Pair]]:
+    piece, pixels = list[Pair](), 0
+    for pair in pairs:
+        piece.append(pair)
+        pixels += sum(image.width * image.height for image in pair.images)
+        if len(piece) == PIECE or pixels >= PIXELS:
+            yield piece
+            piece, pixels = [], 0
+    if piece:
+        yield piece
 
 
 def _shape(model: Any) -> str:
