@@ -21,7 +21,7 @@ from qkit.kvscales import measure_scales
 from qkit.loading import load_tokenizer
 from qkit.locate import find_model, record_source
 from qkit.machine import available_cores
-from qkit.pairs import drawn, load_processor, pair_rows, read_pairs
+from qkit.pairs import drawn, image_tokens, load_processor, pair_rows, read_pairs
 from qkit.parallel import workers
 from qkit.plan import Plan, is_static, make_plan, why_rows
 from qkit.recipe import Recipe, load_recipe, make_recipe
@@ -172,14 +172,12 @@ def pair_calibration(request: Request, outline: Outline, held_out: bool = False)
     from qkit_data.scenes import CALIBRATION
 
     start = 0 if held_out else CALIBRATION + 1000 * request.seed
-    config: Any = outline.model.config
-    known = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
     if request.calib is None:
         pairs, source = list(drawn(start, request.samples)), "drawn scenes"
     else:
         pairs, source = read_pairs(request.calib, request.samples), request.calib.name
     processor = load_processor(outline.checkpoint.path)
-    return pair_rows(pairs, processor, {int(i) for i in known if i is not None}, source)
+    return pair_rows(pairs, processor, image_tokens(outline.model.config), source)
 
 
 def text_rows(request: Request, outline: Outline) -> Calibration:
