@@ -135,9 +135,10 @@ def load_processor(folder: Path) -> Any:
     try:
         made = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as e:
+        reason = str(e).strip().partition("\n")[0]
         raise BadCheckpoint(
-            f"{folder}: no processor that transformers can load ({str(e).splitlines()[0]}): copy the processor's files of "
-            "the original model here, or use text without pictures"
+            f"{folder}: no processor that transformers can load ({reason}): copy the processor's files of the original model "
+            "here, or use text without pictures"
         ) from e
     if not hasattr(made, "image_processor") or getattr(made, "chat_template", None) is None:
         raise BadCheckpoint(

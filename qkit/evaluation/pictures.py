@@ -283,7 +283,8 @@ def _examples(
                 "baseline_said": said[1],
             }
         )  # fmt: skip
-    return sorted(found, key=lambda e: (e["said"] == (e["baseline_said"] or e["answer"]), e["index"]))
+    other = "answer" if baseline is None else "baseline_said"
+    return sorted(found, key=lambda e: (e["said"] == e[other], e["index"]))
 
 
 def _said(model: Any, processor: Any, pair: Pair, ends: list[int]) -> str:
