@@ -1,11 +1,11 @@
 """Makes tiny-vlm, the vision-language reference model: a LLaVA of 5 million parameters, trained on drawn scenes.
 
-    python calib_data/make_tiny_vlm.py --language DIR --out OUT [--steps 2400]
+    python calib_data/make_tiny_vlm.py --language DIR --out OUT [--steps 2000]
 
 Its language model starts from the first layers of tiny-llama (--language), the projector from nothing, its SigLIP tower
-from learning to tell what is drawn where (with a linear head on all pieces of a picture, which is thrown away). Several
-questions about a picture share one row: each sees the picture and itself, at the positions that it would have alone.
-Loss on answers only; AdamW, cosine schedule with warm-up, float32. Writes OUT in bfloat16 with its processor, and prints
+from learning to tell what is drawn where (with a head on the mean of all pieces, which is thrown away). A caption and
+several questions about a picture share one row: each sees the picture and itself, at the positions that it would have
+alone. Loss on answers only; AdamW, cosine schedule with warm-up, float32. Writes OUT in bfloat16 with its processor, and prints
 exact-match accuracy on pictures that training did not see. A stopped run goes on from OUT.part.
 """
 
@@ -32,7 +32,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-PATCH, LAYERS, ROW = 8, 4, 120
+PATCH, LAYERS, ROW = 8, 4, 144
+CAPTION = "Describe the picture."
 PICTURES = 4_000_000  # seeds of what the tower learns from
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 TEMPLATE = (
@@ -83,10 +84,25 @@ def pixels(images: list[Any]) -> Tensor:
     return torch.stack([torch.from_numpy(i).permute(2, 0, 1) for i in images]).float() / 127.5 - 1
 
 
-def labels_of(seed: int) -> list[int]:
+def drawn_in(seed: int) -> dict[str, str]:
+    """All that can be asked about the picture, by question."""
+    return {t.question: t.answer for t in scene(seed, turns=100).turns}
+
+
+def caption_of(answers: dict[str, str]) -> str:
+    """All that is drawn, in words: more to learn from than single answers."""
+    word = answers.get("What word is written?")
+    if word is not None:
+        return f"{answers['What color is the word?']} {word}"
+    bars = [f"{c} {answers[q]}" for c in COLORS if (q := f"How tall is the {c} bar?") in answers]
+    shapes = {p: answers.get(f"What shape is at the {p}?") for p in PLACES}
+    things = [f"{p} {answers[f'What color is the object at the {p}?']} {x}" for p, x in shapes.items() if x]
+    return ", ".join(bars or things)
+
+
+def labels_of(answers: dict[str, str]) -> list[int]:
     """What is drawn, as classes of LABELS (0: nothing): shape and colour of every place, the height of every colour's bar, and
     the word."""
-    answers = {t.question: t.answer for t in scene(seed, turns=100).turns}
 
     def of(question: str, names: Sequence[str]) -> int:
         answer = answers.get(question)
@@ -103,9 +119,11 @@ LABELS = (*[1 + len(SHAPES)] * len(PLACES), *[1 + len(COLORS)] * len(PLACES), *[
 
 
 def teach_to_see(tower: Any, steps: int, seed: int, batch: int = 64) -> None:
-    """Trains the tower, and a linear head, to tell the labels."""
+    """Trains the tower, and a head on the mean of all pieces, to tell the labels: every piece has to say what it shows and
+    where."""
     torch.manual_seed(seed)
-    head = torch.nn.Linear(IMAGE_TOKENS * tower.config.hidden_size, sum(LABELS))
+    width = tower.config.hidden_size
+    head = torch.nn.Sequential(torch.nn.Linear(width, 512), torch.nn.GELU(), torch.nn.Linear(512, sum(LABELS)))
     params = [*tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
     for step in range(steps):
@@ -113,8 +131,8 @@ def teach_to_see(tower: Any, steps: int, seed: int, batch: int = 64) -> None:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 100) * (0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
         first = PICTURES + step * batch
         seeds = range(first, first + batch)
-        wanted = torch.tensor([labels_of(s) for s in seeds])
-        features = tower(pixels([scene(s).image for s in seeds])).last_hidden_state.flatten(1)
+        wanted = torch.tensor([labels_of(drawn_in(s)) for s in seeds])
+        features = tower(pixels([scene(s).image for s in seeds])).last_hidden_state.mean(1)
         each = head(features).split(LABELS, dim=1)
         loss = torch.stack([functional.cross_entropy(x, wanted[:, i]) for i, x in enumerate(each)]).mean()
         loss.backward()
@@ -140,9 +158,10 @@ def batch_of(seeds: range, tokenizer: Any, image_token: int) -> dict[str, Tensor
     for row, seed in enumerate(seeds):
         drawn, at = scene(seed), IMAGE_TOKENS
         images.append(drawn.image)
-        for number, t in enumerate(drawn.turns, 1):
-            asked = tokenizer(f"\nQ: {t.question}\nA:").input_ids
-            answer = [*tokenizer(f" {t.answer}").input_ids, tokenizer.eos_token_id]
+        pairs = [(CAPTION, caption_of(drawn_in(seed))), *((t.question, t.answer) for t in drawn.turns)]
+        for number, (question, said) in enumerate(pairs, 1):
+            asked = tokenizer(f"\nQ: {question}\nA:").input_ids
+            answer = [*tokenizer(f" {said}").input_ids, tokenizer.eos_token_id]
             end = at + len(asked) + len(answer)
             if end > ROW:
                 break
@@ -184,10 +203,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--language", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--tower-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--tower-steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

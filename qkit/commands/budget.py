@@ -80,12 +80,6 @@ def decided_request(given: dict[str, Any], out: Path, work: Path | None, console
         reporter = Reporter(console, command_line())
         with reporter.running():
             cache = plan_cache(request, wanted, reporter)
-    if budgeted is None:
-        reporter = Reporter(console, command_line())
-        with reporter.running():
-            request, said = settled(request, reporter)
-        for sentence in said:
-            console.print(Text(sentence))
     if cache is not None:
         request = replace(request, kv=cache.policy.to_json(), key_exponents=cache.exponents)
     return Decided(request, budgeted, cache)
@@ -122,6 +116,7 @@ def _decided_weights(
         for name in ("profile", "candidates", "floors", "ceilings", "refine"):
             if asked[name]:
                 raise UsageError(f"--{name.removesuffix('s')} goes with a budget: add {WAYS}")
+        request = _settled(request, console)
         return (_requanted(request, out, work, console) if is_requant(request.method) else request), None
     if is_requant(request.method):
         raise UsageError(
@@ -148,6 +143,17 @@ def _decided_weights(
     with reporter.running():
         found = allocated(request, wanted, reporter)
     return found.request, found
+
+
+def _settled(request: Request, console: Console) -> Request:
+    """With what measuring says of the parts beside the language model; ReQuant searches with these."""
+    reporter = Reporter(console, command_line())
+    with reporter.running():
+        # Any method that runs rows does here.
+        found, said = settled(replace(request, method="gptq") if is_requant(request.method) else request, reporter)
+    for sentence in said:
+        console.print(Text(sentence))
+    return replace(request, targets=found.targets)
 
 
 def _requanted(request: Request, out: Path, work: Path | None, console: Console) -> Request:
