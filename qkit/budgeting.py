@@ -191,9 +191,9 @@ def _header_bytes(made: Profile, outline: Outline) -> int:
 
 
 def _without_transforms(request: Request) -> Request:
-    """What the probes are made with: the solver of the request, on the weights as they are."""
+    """What the probes are made with: the solver of the request, on the weights of the language model as they are."""
     parts = [p for p in (request.method or "gptq").split("+") if p in ("rtn", "gptq")]
-    return replace(request, method=parts[0] if parts else "rtn")
+    return replace(request, method=parts[0] if parts else "rtn", targets=None)
 
 
 def running_bytes(outline: Outline, context: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from qkit.blocks import Group
 from qkit.calibration import ANSWER, KINDS, VISION
 from qkit.capture import Stats
 from qkit.checkpoint import Checkpoint
+from qkit.errors import BadCalibration
 from qkit.families.outline import Outline
 from qkit.formats import scheme
 from qkit.loading import load
@@ -170,3 +171,21 @@ def test_text_alone_is_refused(run, tiny, vlm, tmp_path):
     text = qkit_data.text_path("calibration")
     code, _, err = run(*common, "--model", vlm("llava"), "--calib", text, "--samples", 4, "--seqlen", 32)
     assert code == 2 and "needs pictures with answers" in err
+
+
+def test_answers_without_a_gradient(vlm):
+    """Of one token, which nothing comes after; rows without a picture add nothing at pictures."""
+    path = vlm("llava")
+    model, outline = load(path, dtype=torch.float32), Outline(Checkpoint.open(path))
+    seen = tiny_vlms.inputs("llava", model)
+    ids = seen["input_ids"]
+    with pytest.raises(BadCalibration, match="short ones: answers of one token"):
+        gradients(model, outline, rows_of([seen], [ids.shape[1] - 1], {tiny_vlms.IMAGE}, "short ones"))
+    text = {"input_ids": ids[ids != tiny_vlms.IMAGE][None]}
+    alone, both = (
+        gradients(model, outline, rows_of(x, [len(r["input_ids"][0]) - 4 for r in x], {tiny_vlms.IMAGE}, "rows"))
+        for x in ([seen], [seen, text])
+    )
+    for a, b in zip(alone, both, strict=True):
+        for part, (vision, _) in a.items():
+            assert b[part][0] == pytest.approx(vision / 2) and b[part][1] > 0

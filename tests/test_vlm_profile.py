@@ -273,7 +273,7 @@ def test_a_budget_from_end_to_end(run, llava, tmp_path):
     assert made["whole"]["W2A16"]["kl"] > made["whole"]["W4A16"]["kl"] > 0
     code, said, err = run(
         "quantize", "--model", llava, "--bits", 4.5, "--profile", tmp_path / "p", "--refine", 2, *SMALL[:4], "--method", "rtn",
-        "--out", out,
+        "--target", "vision=w4a16", "--out", out,
     )  # fmt: skip
     assert code == 0 and "refined: " in said, err
     assert run("verify", out)[0] == 0
