@@ -183,7 +183,7 @@ def audit(
     found = _prepare(request)
     try:
         rows = _held_out(replace(request.base, samples=request.measured_rows), found.outline, held_out)
-    except BadInput as e:
+    except (BadInput, UsageError) as e:
         raise type(e)(f"--audit: {e}") from e
     units = units_of(found.outline)
     random_ = random.Random(seed)

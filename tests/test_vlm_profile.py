@@ -125,6 +125,10 @@ def test_every_family(vlm, family):
         found = list(products)
         _, g = subject.gradients(rows, names)
         sampled = subject.sample_inputs(rows, [subject.path(names[0])], 20)[subject.path(names[0])]
+    writers = {"o_proj": "post_attention_layernorm", "down_proj": "norm"}
+    for name, norm in next_norms(subject.outline).items():
+        assert norm.endswith(writers[name.rpartition(".")[2]]) and model.get_submodule(norm).weight.shape == (64,)
+    assert len(next_norms(subject.outline)) == 4
     assert len(found) == 2 and len(sampled) == len(sample(rows, 20).places) and len(names) == 14
     for n in names:
         size = sum(float(x[n].abs().sum()) for x in found)
@@ -271,6 +275,8 @@ def test_a_budget_from_end_to_end(run, llava, tmp_path):
             assert costs["W2A16"][measure] > costs["W4A16"][measure] > 0
         assert costs["W8A8"]["first_x"] > 0 == costs["W2A16"]["first_x"]
     assert made["whole"]["W2A16"]["kl"] > made["whole"]["W4A16"]["kl"] > 0
+    code, _, err = run(*profile, *measures, "--audit", "--audit-text", tmp_path)
+    assert code == 3 and "--audit: " in err and "neither a file pairs.jsonl nor pictures" in err
     code, said, err = run(
         "quantize", "--model", llava, "--bits", 4.5, "--profile", tmp_path / "p", "--refine", 2, *SMALL[:4], "--method", "rtn",
         "--target", "vision=w4a16", "--out", out,
