@@ -71,6 +71,20 @@ def evaluate_pairs(
     Questions of one picture are not quite independent, so intervals are a little too narrow. Raises UsageError for a
     baseline of another shape, BadInput and BadCheckpoint for what is wrong with pairs and processor.
     """
+    asked = ask(model, processor, spec, count, baseline, progress)
+    figures = _figures(asked)
+    if examples:
+        chosen = dict.fromkeys(_telling(asked, examples))
+        shown = [(i, pair) for i, pair in enumerate(held_out(spec, count)) if i in chosen]
+        figures["examples"] = _examples(model, baseline, processor, shown, _ends(model, processor))
+    return figures
+
+
+def ask(
+    model: Any, processor: Any, spec: str | Path, count: int = QUESTIONS, baseline: Any = None,
+    progress: Progress | None = None,
+) -> list[Asked]:  # fmt: skip
+    """Every question by itself; arguments, and what is raised, as for ``evaluate_pairs``."""
     if baseline is not None and _shape(model) != _shape(baseline):
         raise UsageError(
             f"the two models cannot be compared token by token: the baseline is {_shape(baseline)}, the other one "
@@ -83,12 +97,7 @@ def evaluate_pairs(
         asked += _ask(model, baseline, processor, piece, ends)
         if progress is not None:
             progress(len(asked), total)
-    figures = _figures(asked)
-    if examples:
-        chosen = dict.fromkeys(_telling(asked, examples))
-        shown = [(i, pair) for i, pair in enumerate(held_out(spec, count)) if i in chosen]
-        figures["examples"] = _examples(model, baseline, processor, shown, ends)
-    return figures
+    return asked
 
 
 def _pieces(pairs: Iterator[Pair]) -> Iterator[list[Pair]]:
