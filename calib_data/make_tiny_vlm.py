@@ -3,7 +3,7 @@
     python calib_data/make_tiny_vlm.py --language DIR --out OUT [--steps 2000]
 
 Its language model starts from the first layers of tiny-llama (--language), the projector from nothing, its SigLIP tower
-from learning to tell what is drawn where (with a head on the mean of all pieces, which is thrown away). A caption and
+from learning to tell what is drawn where (with a head on every piece, which is thrown away). A caption and
 several questions about a picture share one row: each sees the picture and itself, at the positions that it would have
 alone. Loss on answers only; AdamW, cosine schedule with warm-up, float32. Writes OUT in bfloat16 with its processor, and prints
 exact-match accuracy on pictures that training did not see. A stopped run goes on from OUT.part.
@@ -100,30 +100,30 @@ def caption_of(answers: dict[str, str]) -> str:
     return ", ".join(bars or things)
 
 
-def labels_of(answers: dict[str, str]) -> list[int]:
-    """What is drawn, as classes of LABELS (0: nothing): shape and colour of every place, the height of every colour's bar, and
-    the word."""
+SIDE = SIZE // PATCH
+LABELS = (1 + len(SHAPES), 1 + len(COLORS), IMAGE_TOKENS, *[8] * len(COLORS), 1 + len(WORDS))
+
+
+def labels_of(answers: dict[str, str]) -> list[list[int]]:
+    """What every piece of a picture should say, as classes of LABELS (0: nothing): shape and colour of what is drawn around it,
+    which piece it is, and of the whole picture the height of every colour's bar and the word."""
 
     def of(question: str, names: Sequence[str]) -> int:
         answer = answers.get(question)
         return 0 if answer is None else 1 + names.index(answer)
 
     colors, heights, words = list(COLORS), [str(h) for h in range(1, 8)], [w.lower() for w in WORDS]
-    found = [of(f"What shape is at the {p}?", SHAPES) for p in PLACES]
-    found += [of(f"What color is the object at the {p}?", colors) for p in PLACES]
-    found += [of(f"How tall is the {c} bar?", heights) for c in colors]
-    return [*found, of("What word is written?", words)]
+    shape = [of(f"What shape is at the {p}?", SHAPES) for p in PLACES]
+    color = [of(f"What color is the object at the {p}?", colors) for p in PLACES]
+    whole = [of(f"How tall is the {c} bar?", heights) for c in colors] + [of("What word is written?", words)]
+    cells = [3 * (i // SIDE // 2) + i % SIDE // 2 for i in range(IMAGE_TOKENS)]
+    return [[shape[cell], color[cell], i, *whole] for i, cell in enumerate(cells)]
 
 
-LABELS = (*[1 + len(SHAPES)] * len(PLACES), *[1 + len(COLORS)] * len(PLACES), *[8] * len(COLORS), 1 + len(WORDS))
-
-
-def teach_to_see(tower: Any, steps: int, seed: int, batch: int = 64) -> None:
-    """Trains the tower, and a head on the mean of all pieces, to tell the labels: every piece has to say what it shows and
-    where."""
+def teach_to_see(tower: Any, steps: int, seed: int, batch: int = 48) -> None:
+    """Trains the tower, and a linear head on every piece, to tell the labels."""
     torch.manual_seed(seed)
-    width = tower.config.hidden_size
-    head = torch.nn.Sequential(torch.nn.Linear(width, 512), torch.nn.GELU(), torch.nn.Linear(512, sum(LABELS)))
+    head = torch.nn.Linear(tower.config.hidden_size, sum(LABELS))
     params = [*tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
     for step in range(steps):
@@ -131,18 +131,18 @@ def teach_to_see(tower: Any, steps: int, seed: int, batch: int = 64) -> None:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 100) * (0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
         first = PICTURES + step * batch
         seeds = range(first, first + batch)
-        wanted = torch.tensor([labels_of(drawn_in(s)) for s in seeds])
-        features = tower(pixels([scene(s).image for s in seeds])).last_hidden_state.mean(1)
+        wanted = torch.tensor([labels_of(drawn_in(s)) for s in seeds]).flatten(0, 1)
+        features = tower(pixels([scene(s).image for s in seeds])).last_hidden_state.flatten(0, 1)
         each = head(features).split(LABELS, dim=1)
         loss = torch.stack([functional.cross_entropy(x, wanted[:, i]) for i, x in enumerate(each)]).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 100 == 99:
+        if step % 50 == 49:
             right = torch.stack([x.argmax(1) == wanted[:, i] for i, x in enumerate(each)]).float().mean(1)
-            shape, color, bar, word = right[:9].mean(), right[9:18].mean(), right[18:24].mean(), right[24]
-            print(f"tower {step + 1}: {loss:.4f}, right {shape:.3f} {color:.3f} {bar:.3f} {word:.3f}", flush=True)
+            said = " ".join(f"{x:.3f}" for x in (*right[:3], right[3:-1].mean(), right[-1]))
+            print(f"tower {step + 1}: {loss:.4f}, right {said}", flush=True)
 
 
 def batch_of(seeds: range, tokenizer: Any, image_token: int) -> dict[str, Tensor]:
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--language", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--tower-steps", type=int, default=800)
+    parser.add_argument("--tower-steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,9 +1,9 @@
 """Pictures with a question and an answer: what vision-language models are calibrated with, and measured on.
 
-A file of JSON lines has on each line ``image`` (a path, or a list of them, seen from the file), ``question`` and
-``answer``, and may have ``kind``, which groups answers. A folder has such a file, pairs.jsonl, or pictures with a text of
-the same name beside each (a caption, then the question is CAPTION). With no data given the project's own drawn scenes are
-used (``qkit_data.scenes``).
+A file of JSON lines has on each line ``image`` (a path, or a list of them, seen from the file), or ``video`` (a folder of
+frames, or a list of them), ``question`` and ``answer``, and may have ``kind``, which groups answers. A folder has such
+a file, pairs.jsonl, or pictures with a text of the same name beside each (a caption, then the question is CAPTION).
+With no data given the project's own drawn scenes are used (``qkit_data.scenes``).
 
 The model's own processor and chat template make the rows, so that they are what the model is used with. Every token
 of a row has one of four names: vision (what pictures become), answer (what the loss of training is on, the end of the
@@ -33,13 +33,15 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclass(frozen=True)
 class Pair:
-    """images: of PIL, in RGB; where: for complaints; kind: what the question is about, '' where nobody says."""
+    """images, frames (of a video): of PIL, in RGB; where: for complaints; kind: what the question is about, '' where nobody
+    says."""
 
     images: tuple[Any, ...]
     question: str
     answer: str
     where: str
     kind: str = ""
+    frames: tuple[Any, ...] = ()
 
 
 def drawn(start: int, samples: int) -> Iterator[Pair]:
@@ -96,7 +98,7 @@ def _pairs(path: Path, most: int) -> Iterator[Pair]:
             beside = picture.with_suffix(".txt")
             if not beside.is_file():
                 raise BadCalibration(f"{picture}: a pair without an answer: write its text to {beside.name}")
-            yield _pair([picture], CAPTION, read_text(beside).strip(), str(picture))
+            yield _pair([picture], [], CAPTION, read_text(beside).strip(), str(picture))
         return
     file = path / "pairs.jsonl" if path.is_dir() else path
     lines = [line for line in read_text(file).splitlines() if line.strip()]
@@ -106,26 +108,37 @@ def _pairs(path: Path, most: int) -> Iterator[Pair]:
             data = json.loads(line)
         except ValueError as e:
             raise BadCalibration(f"{where}: not JSON: {e}") from e
-        if not isinstance(data, dict) or not {"image", "question"} <= data.keys():
-            raise BadCalibration(f"{where}: expected an object with image, question and answer, found {line[:60]!r}")
-        images = data["image"] if isinstance(data["image"], list) else [data["image"]]
+        if not isinstance(data, dict) or "question" not in data or not {"image", "video"} & data.keys():
+            raise BadCalibration(
+                f"{where}: expected an object with image (or video), question and answer, found {line[:60]!r}"
+            )
+        images, frames = ([file.parent / name for name in _names(data.get(field))] for field in ("image", "video"))
+        if len(frames) == 1 and frames[0].is_dir():
+            frames = sorted(p for p in frames[0].iterdir() if p.suffix.lower() in PICTURES)
+        if "video" in data and not frames:
+            raise BadCalibration(f"{where}: the video {data['video']!r} has no frames ({', '.join(PICTURES)})")
         texts = (str(data["question"]), str(data.get("answer") or ""), where, str(data.get("kind") or ""))
-        yield _pair([file.parent / str(i) for i in images], *texts)
+        yield _pair(images, frames, *texts)
 
 
-def _pair(files: list[Path], question: str, answer: str, where: str, kind: str = "") -> Pair:
+def _names(value: Any) -> list[str]:
+    """One name, several, or none."""
+    return [] if value is None else [str(v) for v in (value if isinstance(value, list) else [value])]
+
+
+def _pair(files: list[Path], frames: list[Path], question: str, answer: str, where: str, kind: str = "") -> Pair:
     from PIL import Image, UnidentifiedImageError
 
     if not answer:
         raise BadCalibration(f"{where}: a pair without an answer: what the model is to say is what is measured")
     images = []
-    for file in files:
+    for file in (*files, *frames):
         try:
             with Image.open(file) as image:
                 images.append(image.convert("RGB"))
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as e:
             raise BadCalibration(f"{where}: the picture {file} cannot be read: {str(e).splitlines()[0]}") from e
-    return Pair(tuple(images), question, answer, where, kind)
+    return Pair(tuple(images[: len(files)]), question, answer, where, kind, tuple(images[len(files) :]))
 
 
 def load_processor(folder: Path) -> Any:
@@ -156,7 +169,7 @@ def pair_rows(pairs: list[Pair], processor: Any, image_tokens: set[int], source:
     for pair in pairs:
         row, prompt = _row(pair, processor)
         ids = row["input_ids"][0]
-        if pair.images and not any(int(i) in image_tokens for i in ids):
+        if (pair.images or pair.frames) and not any(int(i) in image_tokens for i in ids):
             raise BadCalibration(f"{pair.where}: the chat template of the model has no place for a picture")
         if prompt >= len(ids):
             raise BadCalibration(f"{pair.where}: the chat template of the model leaves the answer out")
@@ -182,12 +195,18 @@ def rows_of(inputs: list[dict[str, Tensor]], prompts: list[int], image_tokens: s
 
 def encoded(pair: Pair, processor: Any, answered: bool) -> dict[str, Tensor]:
     """What the model is called with for a question, as far as its answer begins, or with the answer and its end."""
-    slots = [{"type": "image", "image": i} for i in pair.images]
+    slots: list[dict[str, Any]] = [{"type": "image", "image": i} for i in pair.images]
+    slots += [{"type": "video", "video": list(pair.frames)}] if pair.frames else []
     messages = [{"role": "user", "content": [*slots, {"type": "text", "text": pair.question}]}]
     if answered:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": pair.answer}]})
     made = processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=not answered
+        messages,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=not answered,
+        **({"processor_kwargs": {"do_sample_frames": False}} if pair.frames else {}),
     )
     return {k: v for k, v in made.items() if isinstance(v, Tensor)}
 

@@ -41,9 +41,11 @@ def test_rows_of_several_lengths(vlm, family):
     path = vlm(family)
     model = load(path, dtype=torch.float32)
     each = [tiny_vlms.inputs(family, model, seed, n) for seed, n in enumerate([(5, 9), (2, 4), (7, 3)])]
+    if family in tiny_vlms.VIDEO:
+        each[1] = tiny_vlms.film(family, model, 1, (3, 5))
     for x in each:
         del x["attention_mask"]
-    rows = rows_of(each, [len(x["input_ids"][0]) - 3 for x in each], {tiny_vlms.IMAGE}, "three")
+    rows = rows_of(each, [len(x["input_ids"][0]) - 3 for x in each], {tiny_vlms.IMAGE, tiny_vlms.IMAGE + 1}, "three")
     outline = Outline(Checkpoint.open(path))
     blocks = outline.family.blocks
     entered = list(enter(model, outline.sequences[-1].paths, rows.calls()))
@@ -66,7 +68,8 @@ def test_rows_of_several_lengths(vlm, family):
                         wanted = seen[row][i + 1][0]
                         assert torch.allclose(part[row - start, : lengths[row]], wanted, atol=1e-4)
     for i, x in enumerate(each):
-        at = torch.nn.functional.pad(x["input_ids"][0] == tiny_vlms.IMAGE, (0, rows.seqlen - lengths[i]))
+        seen_at = (x["input_ids"][0] == tiny_vlms.IMAGE) | (x["input_ids"][0] == tiny_vlms.IMAGE + 1)
+        at = torch.nn.functional.pad(seen_at, (0, rows.seqlen - lengths[i]))
         counts = dict(zip(KINDS, rows.kinds[i].bincount(minlength=4).tolist(), strict=True))
         assert torch.equal(rows.kinds[i] == KINDS.index("vision"), at) and counts["answer"] == 3
         assert counts["padding"] == rows.seqlen - lengths[i] and bool((rows.kinds[i, lengths[i] :] == 0).all())
@@ -75,12 +78,15 @@ def test_rows_of_several_lengths(vlm, family):
 def test_what_cannot_be_calibrated(run, vlm, tiny, tmp_path):
     """One sentence for each."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "empty").mkdir()
     (tmp_path / "b.png").write_bytes(b"not a picture")
     for name, lines, words in (
         ("answer", [{"image": "a.png", "question": "What?"}], "line 1: a pair without an answer"),
         ("broken", [{"image": "b.png", "question": "What?", "answer": "A"}], "cannot be read"),
         ("few", [], "0 pairs, 4 are needed"),
-        ("shape", [["a"]], "expected an object with image, question and answer"),
+        ("frames", [{"video": "none", "question": "What?", "answer": "A"}], "none cannot be read"),
+        ("still", [{"video": "empty", "question": "What?", "answer": "A"}], "has no frames"),
+        ("shape", [["a"]], "expected an object with image (or video), question and answer"),
     ):
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -87,6 +87,25 @@ def add_processor(path: Path) -> None:
     ).save_pretrained(path)  # fmt: skip
 
 
+VIDEO = ("qwen2_vl", "qwen2_5_vl", "llava_onevision")  # whose videos are inputs of their own
+
+
+def film(family: str, model: Any, seed: int = 0, lengths: tuple[int, int] = (5, 9)) -> dict[str, torch.Tensor]:
+    """What a processor would give for a video of four frames between two pieces of text of so many tokens."""
+    chance = torch.Generator().manual_seed(seed)
+    before, after = (torch.randint(5, IMAGE, (1, n), generator=chance) for n in lengths)
+    seen: dict[str, torch.Tensor]
+    if family.startswith("qwen"):
+        seen, count = {"pixel_values_videos": torch.randn(32, 3 * 2 * 16, generator=chance)}, 8
+        seen["video_grid_thw"] = torch.tensor([[2, 4, 4]])
+    else:
+        seen, count = {"pixel_values_videos": torch.randn(1, 4, 3, 32, 32, generator=chance)}, 4 * 4 + 1
+    ids = torch.cat([before, torch.full((1, count), IMAGE + 1), after], dim=1)
+    if family.startswith("qwen"):
+        seen["mm_token_type_ids"] = 2 * (ids == IMAGE + 1).long()
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **seen}
+
+
 def inputs(family: str, model: Any, seed: int = 0, lengths: tuple[int, int] = (5, 9)) -> dict[str, torch.Tensor]:
     """What a processor would give for a picture between two pieces of text of so many tokens."""
     chance = torch.Generator().manual_seed(seed)
