@@ -3,7 +3,9 @@
 A file of JSON lines has on each line ``image`` (a path, or a list of them, seen from the file), or ``video`` (a folder of
 frames, or a list of them), ``question`` and ``answer``, and may have ``kind``, which groups answers. A folder has such
 a file, pairs.jsonl, or pictures with a text of the same name beside each (a caption, then the question is CAPTION).
-With no data given the project's own drawn scenes are used (``qkit_data.scenes``).
+``dataset:NAME[:config][:split]`` is a data set of the ``datasets`` package (a hub id or a local folder; split train
+unless it is said) with a column image, or images, and question and answer, or else caption. With no data given the
+project's own drawn scenes are used (``qkit_data.scenes``).
 
 The model's own processor and chat template make the rows, so that they are what the model is used with. Every token
 of a row has one of four names: vision (what pictures become), answer (what the loss of training is on, the end of the
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from qkit.calibration import KINDS, Calibration, digest_of, read_text
-from qkit.errors import BadCalibration, BadCheckpoint, BadInput
+from qkit.errors import BadCalibration, BadCheckpoint, BadInput, Unsupported, UsageError
 
 DRAWN = "drawn"  # in the place of a file: the project's scenes
 QUESTIONS = 500  # held-out pairs, unless more or fewer are asked for
@@ -68,7 +70,7 @@ def held_out(spec: str | Path, most: int) -> Iterator[Pair]:
     if spec == DRAWN:
         return islice(chain.from_iterable(map(_asked, count())), most)
     path = Path(spec)
-    if not path.exists():
+    if not path.exists() and not is_dataset(path):
         raise BadInput(f"{path}: no such file or folder; give '{DRAWN}', a file of JSON lines, or a folder of pictures")
     found = _pairs(path, most)
     first = next(found, None)
@@ -87,7 +89,14 @@ def read_pairs(path: Path, samples: int) -> list[Pair]:
     return found
 
 
+def is_dataset(spec: Path) -> bool:
+    return str(spec).startswith("dataset:")
+
+
 def _pairs(path: Path, most: int) -> Iterator[Pair]:
+    if is_dataset(path):
+        yield from _dataset_pairs(str(path), most)
+        return
     if path.is_dir() and not (path / "pairs.jsonl").is_file():
         pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
         if not pictures:
@@ -119,6 +128,36 @@ def _pairs(path: Path, most: int) -> Iterator[Pair]:
             raise BadCalibration(f"{where}: the video {data['video']!r} has no frames ({', '.join(PICTURES)})")
         texts = (str(data["question"]), str(data.get("answer") or ""), where, str(data.get("kind") or ""))
         yield _pair(images, frames, *texts)
+
+
+def _dataset_pairs(spec: str, most: int) -> Iterator[Pair]:
+    parts = spec.split(":")[1:]
+    if not parts[0] or len(parts) > 3:
+        raise UsageError(f"{spec!r} is not a data set of pictures: write dataset:NAME[:config][:split]")
+    name, config, split = [*parts, "", ""][:3]
+    try:
+        import datasets
+    except ImportError as e:
+        raise Unsupported(f"{spec} needs the datasets package: pip install qkit[eval]") from e
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
+        reason = str(e).strip().partition("\n")[0]
+        raise BadCalibration(f"{spec}: cannot be loaded ({reason}): check the name and the network") from e
+    columns = set(rows.column_names)
+    if not columns & {"image", "images"} or not ({"question", "answer"} <= columns or "caption" in columns):
+        raise BadCalibration(
+            f"{spec}: expected the columns image (or images), question and answer, or caption; found {', '.join(columns)}"
+        )
+    for number in range(min(most, len(rows))):
+        row, where = rows[number], f"{spec}, row {number}"
+        images = row["image"] if "image" in columns else row["images"]
+        found = [i.convert("RGB") for i in (images if isinstance(images, list) else [images]) if i is not None]
+        answer = str((row["answer"] if "answer" in columns else row["caption"]) or "")
+        if not found or not answer:
+            raise BadCalibration(f"{where}: a pair without {'an answer' if found else 'a picture'}")
+        question = str(row["question"]) if "question" in columns else CAPTION
+        yield Pair(tuple(found), question, answer, where, str(row.get("kind") or ""))
 
 
 def _names(value: Any) -> list[str]:

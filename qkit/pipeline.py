@@ -21,7 +21,7 @@ from qkit.kvscales import measure_scales
 from qkit.loading import load_tokenizer
 from qkit.locate import find_model, record_source
 from qkit.machine import available_cores
-from qkit.pairs import drawn, image_tokens, load_processor, pair_rows, read_pairs
+from qkit.pairs import drawn, image_tokens, is_dataset, load_processor, pair_rows, read_pairs
 from qkit.parallel import workers
 from qkit.plan import Plan, is_static, make_plan, why_rows
 from qkit.recipe import Recipe, load_recipe, make_recipe
@@ -156,7 +156,7 @@ def _check_shape(request: Request) -> None:
 def wants_pairs(request: Request, outline: Outline) -> bool:
     """Whether rows have pictures: those of a vision-language model do, unless the user gives a text."""
     given = request.calib
-    pairs = given is not None and (given.is_dir() or given.suffix == ".jsonl")
+    pairs = given is not None and (given.is_dir() or given.suffix == ".jsonl" or is_dataset(given))
     if outline.family.text_types:
         return given is None or pairs
     if pairs:

@@ -1,7 +1,9 @@
 """Vision-language models: named right, packed, loaded by both libraries; rows with pictures run as the model runs them."""
 
 import json
+from pathlib import Path
 
+import datasets
 import pytest
 import tiny_vlms
 import torch
@@ -11,9 +13,10 @@ from PIL import Image
 from qkit.calibration import KINDS
 from qkit.calls import PerRow, enter, merged
 from qkit.checkpoint import Checkpoint
+from qkit.errors import BadCalibration
 from qkit.families.outline import Outline
 from qkit.loading import load
-from qkit.pairs import rows_of
+from qkit.pairs import read_pairs, rows_of
 
 
 @pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
@@ -73,6 +76,32 @@ def test_rows_of_several_lengths(vlm, family):
         counts = dict(zip(KINDS, rows.kinds[i].bincount(minlength=4).tolist(), strict=True))
         assert torch.equal(rows.kinds[i] == KINDS.index("vision"), at) and counts["answer"] == 3
         assert counts["padding"] == rows.seqlen - lengths[i] and bool((rows.kinds[i, lengths[i] :] == 0).all())
+
+
+def test_pairs_of_a_data_set(tmp_path):
+    """Columns by their names, captions without a question, and what is missing in one sentence."""
+    pictures = [Image.new("RGB", (8, 8), (40 * i, 0, 0)) for i in range(3)]
+    columns = {"image": pictures, "question": ["a?", "b?", "c?"], "answer": ["1", "2", ""], "kind": ["x", "y", "z"]}
+    for name, data in (
+        ("asked", columns),
+        ("told", {"images": [[p, p] for p in pictures], "caption": ["red", "dark", "black"]}),
+        ("bare", {"image": pictures}),
+    ):
+        (tmp_path / name).mkdir()
+        datasets.Dataset.from_dict(data).to_parquet(tmp_path / name / "train.parquet")
+    first, second = read_pairs(Path(f"dataset:{tmp_path}/asked"), 2)
+    assert (first.question, first.answer, first.kind) == ("a?", "1", "x") and second.images[0].getpixel((0, 0)) == (
+        40,
+        0,
+        0,
+    )
+    told = read_pairs(Path(f"dataset:{tmp_path}/told::train"), 3)
+    assert [(p.question, p.answer, len(p.images)) for p in told][2] == ("Describe the picture.", "black", 2)
+    for name, words in (("asked", "row 2: a pair without an answer"), ("bare", "expected the columns image")):
+        with pytest.raises(BadCalibration, match=words):
+            read_pairs(Path(f"dataset:{tmp_path}/{name}"), 3)
+    with pytest.raises(BadCalibration, match="cannot be loaded"):
+        read_pairs(Path(f"dataset:{tmp_path}/none"), 3)
 
 
 def test_what_cannot_be_calibrated(run, vlm, tiny, tmp_path):
