@@ -52,7 +52,8 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
         place_packed(outline, dtype)
         _read_plain(outline)
     for p in model.parameters():
-        p.data = p.data.to(dtype)
+        value = p.data.to(dtype)
+        p.data = value.clone() if value.is_inference() else value  # one that is as it was read: autograd refuses it
         p.requires_grad_(False)
     for m in model.modules():
         for name, b in m._buffers.items():

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from qkit.calibration import KINDS, Calibration, digest_of, read_text
@@ -30,6 +31,7 @@ from qkit.errors import BadCalibration, BadCheckpoint, BadInput, Unsupported, Us
 DRAWN = "drawn"  # in the place of a file: the project's scenes
 QUESTIONS = 500  # held-out pairs, unless more or fewer are asked for
 CAPTION = "Describe the picture."
+_NO_PLACE = "the chat template of the model has no place for a picture"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -209,7 +211,7 @@ def pair_rows(pairs: list[Pair], processor: Any, image_tokens: set[int], source:
         row, prompt = _row(pair, processor)
         ids = row["input_ids"][0]
         if (pair.images or pair.frames) and not any(int(i) in image_tokens for i in ids):
-            raise BadCalibration(f"{pair.where}: the chat template of the model has no place for a picture")
+            raise BadCalibration(f"{pair.where}: {_NO_PLACE}")
         if prompt >= len(ids):
             raise BadCalibration(f"{pair.where}: the chat template of the model leaves the answer out")
         inputs.append(row)
@@ -239,15 +241,23 @@ def encoded(pair: Pair, processor: Any, answered: bool) -> dict[str, Tensor]:
     messages = [{"role": "user", "content": [*slots, {"type": "text", "text": pair.question}]}]
     if answered:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": pair.answer}]})
-    made = processor.apply_chat_template(
-        messages,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=not answered,
-        **({"processor_kwargs": {"do_sample_frames": False}} if pair.frames else {}),
-    )
+    more = {"processor_kwargs": {"do_sample_frames": False}} if pair.frames else {}
+    try:
+        made = processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=not answered, **more
+        )
+    except (TemplateError, ValueError, TypeError, ImportError) as e:
+        if not isinstance(e, TemplateError) and not _has_place(processor, messages):
+            raise BadCalibration(f"{pair.where}: {_NO_PLACE}") from e
+        reason = str(e).strip().partition("\n")[0]
+        raise BadCalibration(f"{pair.where}: the model's processor and chat template refuse it: {reason}") from e
     return {k: v for k, v in made.items() if isinstance(v, Tensor)}
+
+
+def _has_place(processor: Any, messages: list[dict[str, Any]]) -> bool:
+    """Whether what the chat template writes has the token of a picture in it, where that is known."""
+    token = getattr(processor, "image_token", None)
+    return token is None or token in processor.apply_chat_template(messages, tokenize=False)
 
 
 def _row(pair: Pair, processor: Any) -> tuple[dict[str, Tensor], int]:

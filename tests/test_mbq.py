@@ -24,6 +24,7 @@ from qkit.qtensor import dequantize, find_params, quantize
 from qkit.transforms import BlockState
 from qkit.transforms.balance import RATIOS, balanced_error, gradients, ratios
 from qkit.transforms.scales import awq_candidates, search
+from qkit.transforms.table import TRANSFORMS
 
 W3 = scheme("w3a16")
 
@@ -157,6 +158,43 @@ def test_ratios_of_every_linear(run, vlm, tmp_path):
         assert any(".layers.1." in n for n in differ) and not any(".layers.0." in n for n in differ), (a, b)
     code, _, err = run(*command, "--option", "ratios=block", "--out", tmp_path / "c")
     assert code == 2 and "expected one of part, linear" in err
+
+
+def test_scales_leave_the_function_as_it_is(vlm, tmp_path):
+    """Logits of a float32 model whose scales are folded and whose weights are not rounded: core of every scale search."""
+    path = tiny_vlms.make("llava", tmp_path / "exact", dtype=torch.float32)
+    tiny_vlms.add_processor(path)
+    found = prepare(Request(str(path), "w3a16", "mbq", samples=4))
+    outline, rows = found.outline, found.plan.calibration
+    model = load(path, dtype=torch.float32)
+    before = tiny_vlms.logits("llava", model)
+    balance = ratios(gradients(model, outline, rows))
+    taken: dict[str, list[torch.Tensor]] = {}
+
+    def keep(name):
+        return lambda module, args: taken.setdefault(name, []).append(args[0][0])
+
+    hooks = {f"{b.path}.{g.hook}": g.key for b in outline.blocks for g in b.groups}
+    handles = [model.get_submodule(n).register_forward_pre_hook(keep(key)) for n, key in hooks.items()]
+    with torch.inference_mode():
+        for row in rows.inputs:
+            model(**row)
+    for handle in handles:
+        handle.remove()
+    kinds = torch.cat([k[: r["input_ids"].shape[1]] for k, r in zip(rows.kinds, rows.inputs, strict=True)])
+    changed = 0
+    for i, block in enumerate(outline.blocks):
+        state = BlockState(outline, block, model.get_submodule(block.path), balance=balance[i])
+        for g in block.groups:
+            x = torch.cat(taken[g.key])
+            state.stats[g.key] = Stats(
+                len(x), x.square().mean(0), x, None, x.abs().amax(0), x.abs().mean(0), kinds, torch.ones(len(x))
+            )
+        TRANSFORMS["mbq"].apply(state, found.plan.schemes, 0)
+        state.write_back()
+        changed += len(state.changed)
+    after = tiny_vlms.logits("llava", model)
+    assert changed >= 8 and (after - before).norm() < 1e-5 * before.norm()
 
 
 def test_ratios_have_a_floor():

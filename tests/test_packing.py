@@ -71,3 +71,13 @@ def test_equals_compressed_tensors(bits, columns):
 )
 def test_any_nibbles_survive(codes):
     assert torch.equal(unpack_nibbles(pack_nibbles(torch.from_numpy(codes))), torch.from_numpy(codes))
+
+
+def test_every_eight_codes_of_three_bits():
+    """8 codes are 3 bytes, 3 n / 8 in all, and all 2^24 words come back."""
+    for start in range(0, 1 << 24, 1 << 21):
+        words = torch.arange(start, start + (1 << 21))
+        codes = torch.stack([(words >> (3 * i)) & 7 for i in range(8)], 1).view(-1, 32) - 4
+        packed = pack_bits(codes.to(torch.int8), 3)
+        assert packed.nbytes == 3 * codes.numel() // 8
+        assert torch.equal(unpack_bits(packed, 3, 32), codes.to(torch.int8))

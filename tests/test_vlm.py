@@ -1,6 +1,7 @@
 """Vision-language models: named right, packed, loaded by both libraries; rows with pictures run as the model runs them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -9,6 +10,7 @@ import tiny_vlms
 import torch
 import transformers
 from PIL import Image
+from transformers import AutoTokenizer
 
 from qkit.calibration import KINDS
 from qkit.calls import PerRow, enter, merged
@@ -124,6 +126,20 @@ def test_what_cannot_be_calibrated(run, vlm, tiny, tmp_path):
         assert code == 3 and words in err and len(err.strip().splitlines()) == 1
         code, _, err = run(*common, "--model", tiny("llama"), "--out", tmp_path / "out")
         assert code == 2 and "are for a vision-language model" in err
+    picture = {"image": "a.png", "question": "What?", "answer": "A"}
+    (tmp_path / "good.jsonl").write_text(f"{json.dumps(picture)}\n" * 4)
+    image = AutoTokenizer.from_pretrained(vlm("llava")).convert_ids_to_tokens(tiny_vlms.IMAGE)
+    for part, other, words in (
+        ("'image'", "'none'", "has no attribute 'text'"),
+        (image, "", "no place for a picture"),
+        ("' ' + c.text + eos_token + '\\n'", "''", "leaves the answer out"),
+    ):
+        path = shutil.copytree(vlm("llava", processor=True), tmp_path / words)
+        template = (path / "chat_template.jinja").read_text()
+        assert template.count(part) == 1
+        (path / "chat_template.jinja").write_text(template.replace(part, other))
+        code, _, err = run(*common[:-1], tmp_path / "good.jsonl", "--model", path, "--out", tmp_path / "out")
+        assert code == 3 and words in err and len(err.strip().splitlines()) == 1, err
     code, _, err = run(
         "quantize", "--scheme", "w4a16", "--method", "gptq", "--model", vlm("llava"), "--out", tmp_path / "out"
     )

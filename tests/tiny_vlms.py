@@ -52,8 +52,8 @@ FAMILIES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def make(family: str, path: Path, seed: int = 0) -> Path:
-    """A model of the family in bfloat16, saved by transformers into ``path`` with a tokenizer."""
+def make(family: str, path: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A model of the family, saved by transformers into ``path`` with a tokenizer."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForImageTextToText.from_config(FAMILIES[family](), dtype=torch.float32)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def make(family: str, path: Path, seed: int = 0) -> Path:
             else:
                 p.normal_(0, p[0].numel() ** -0.5)
     model.tie_weights()
-    model.to(torch.bfloat16).save_pretrained(path)
+    model.to(dtype).save_pretrained(path)
     tiny_models.add_tokenizer(path)
     return path
 

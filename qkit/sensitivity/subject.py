@@ -38,9 +38,6 @@ class Subject:
 
     def __init__(self, model: Any, outline: Outline, pool: Workers) -> None:
         self.model, self.outline, self.pool = model, outline, pool
-        for p in model.parameters():
-            if p.is_inference():  # read as it is, from a float32 checkpoint: autograd refuses it
-                p.data = p.data.clone()
         self.where = {x.name: (b.path, x) for b in outline.every_block for x in b.linears}
 
     def weight(self, name: str) -> Tensor:
