@@ -32,7 +32,7 @@ from qkit.pipeline import Request, open_outline
 from qkit.profiling import ProfileRequest, measured_plans, profile
 from qkit.run import Progress
 from qkit.sensitivity.profile import FILE, Profile
-from qkit.sensitivity.units import parse_candidates, units_of
+from qkit.sensitivity.units import parse_candidates, parts_named, units_of
 
 CANDIDATES = "int2,int3,int4,int8"
 MEASURE = "kl"
@@ -164,7 +164,13 @@ def _shared_memory(
 def _refuse_another(made: Profile, wanted: BudgetRequest, request: Request, outline: Outline) -> None:
     """Raises BadInput or UsageError for a profile of another model, or made with other options than are asked for now."""
     known = {n for u in made.units for n in u.linears}
-    own = {x.name for u in units_of(outline) for x in u.linears}
+    parts = parts_named(made.request)
+    own = {x.name for u in units_of(outline, parts) for x in u.linears}
+    both = next((t for t in request.targets or {} if t in parts), None)
+    if both is not None:
+        raise UsageError(
+            f"--target {both}: the profile in {wanted.profile} is of it too, and the budget decides: leave the option out"
+        )
     if made.fingerprint != outline.checkpoint.fingerprint() or known != own:
         raise BadInput(f"{wanted.profile}: the profile of another model: choose another --profile, or make it again")
     if wanted.candidates is not None:

@@ -13,6 +13,7 @@ import qkit_data
 import torch
 
 from qkit.batches import Extent, extent, text_extent
+from qkit.blocks import LANGUAGE
 from qkit.calibration import Calibration
 from qkit.errors import BadInput, UsageError
 from qkit.families.outline import Outline
@@ -27,7 +28,8 @@ from qkit.sensitivity.ledger import Ledger
 from qkit.sensitivity.measures import MEASURES, Bench
 from qkit.sensitivity.probes import probes
 from qkit.sensitivity.profile import MEASURED, Profile, identity, make_bench, make_profile
-from qkit.sensitivity.units import Candidate, parse_candidates, units_of
+from qkit.sensitivity.units import Candidate, parse_candidates, parts_named, parts_of, units_of
+from qkit.towers import SKIP
 
 ROWS = 32  # that losses are measured on; our choice
 
@@ -83,7 +85,7 @@ def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profil
         measures = tuple(dict.fromkeys((*request.measures, *old.measures)))
         request = replace(request, candidates=",".join([request.candidates, *more]), measures=measures)
         found = _prepare(request)
-    refuse_what_cannot_fit(_forecast(request, found.outline, extent(found.rows)))
+    refuse_what_cannot_fit(_forecast(request, found.outline, extent(found.rows), found.rows.kinds is not None))
     with workers(request.base.threads) as pool:
         return make_profile(
             found.outline,
@@ -103,17 +105,18 @@ def forecast(request: ProfileRequest) -> ProfileForecast:
     """What ``profile`` will take, in seconds and without reading a weight. Raises what the request's names deserve."""
     base, count = request.base, request.measured_rows
     outline = open_outline(base.model)
-    rows = text_extent(count, base.seqlen)
-    if wants_pairs(base, outline):
+    rows, pictures = text_extent(count, base.seqlen), wants_pairs(base, outline)
+    if pictures:
         rows = extent(pair_calibration(replace(base, samples=count), outline))
-    return _forecast(request, outline, rows)
+    return _forecast(request, outline, rows, pictures)
 
 
-def _forecast(request: ProfileRequest, outline: Outline, rows: Extent) -> ProfileForecast:
+def _forecast(request: ProfileRequest, outline: Outline, rows: Extent, pictures: bool) -> ProfileForecast:
     base = request.base
     candidates = parse_candidates(request.candidates, base.group_size)
     threads = base.threads or available_cores()
-    return profile_forecast(outline, candidates, request.measures, rows, request.points, threads)
+    parts = parts_of(outline, pictures)
+    return profile_forecast(outline, candidates, request.measures, rows, request.points, threads, parts)
 
 
 def _prepare(request: ProfileRequest) -> _Prepared:
@@ -130,9 +133,17 @@ def _prepare(request: ProfileRequest) -> _Prepared:
     outline = open_outline(base.model)
     rows = calibration_of(base, outline)
     groups = {c.name: _group(c, base.group_size) for c in candidates}
+    parts = parts_of(outline, rows.kinds is not None)
     plans = {
         c.name: prepare(
-            replace(base, scheme=c.scheme.name, method=solver, group_size=groups[c.name], outliers=c.outliers or None),
+            replace(
+                base,
+                scheme=c.scheme.name,
+                method=solver,
+                group_size=groups[c.name],
+                outliers=c.outliers or None,
+                targets={t.name: c.scheme.name if t.name in parts else SKIP for t in outline.towers},
+            ),
             rows,
         ).plan
         for c in candidates
@@ -147,6 +158,7 @@ def _prepare(request: ProfileRequest) -> _Prepared:
         "seqlen": base.seqlen,
         "rows": count,
         "points": request.points,
+        **({} if parts == (LANGUAGE,) else {"parts": list(parts)}),
         "dtype": str(outline.dtype).removeprefix("torch."),
     }
     return _Prepared(outline, candidates, plans, rows.first(count), described)
@@ -185,7 +197,7 @@ def audit(
         rows = _held_out(replace(request.base, samples=request.measured_rows), found.outline, held_out)
     except (BadInput, UsageError) as e:
         raise type(e)(f"--audit: {e}") from e
-    units = units_of(found.outline)
+    units = units_of(found.outline, parts_named(found.described))
     random_ = random.Random(seed)
     with (
         workers(request.base.threads) as pool,
@@ -251,7 +263,7 @@ def measured_plans(
     base = replace(base, group_size=r["group_size"], method=r["method"], samples=r["samples"], seqlen=r["seqlen"])
     found = _prepare(ProfileRequest(base, names, made.measures, r["rows"], r["points"]))
     with workers(base.threads) as pool, probes(found.plans, found.outline, folder / "probes", pool, progress) as probed:
-        units = units_of(found.outline)
+        units = units_of(found.outline, parts_named(found.described))
         ledger = Ledger(folder / "plans.jsonl", identity(found.outline, found.described, found.rows))
         bench = make_bench(
             found.outline, probed, units, found.candidates, found.rows, 1, ledger, folder, pool, progress

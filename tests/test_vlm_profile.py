@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny_vlms
 import torch
+import transformers
 from PIL import Image
 from test_sensitivity import rough
 from torch.nn import functional
@@ -327,3 +328,39 @@ def test_significant_weights_of_answers(run, llava, tmp_path, options):
     found = [name for name, x in record["linears"].items() if x.get("sparse", 0)]
     assert any("language" in name for name in found)
     assert any("vision" in name for name in found) == ("--target" in options)
+
+
+def test_towers_under_a_budget(run, vlm, tmp_path):
+    """With a CLIP every part is profiled and decided: costs are those of layers replaced by hand, bytes those of the file."""
+    path = vlm("llava_clip", processor=True)
+    profile, out = tmp_path / "profile", tmp_path / "out"
+    code, _, err = run(
+        "profile", "--model", path, "--candidates", "int2,int8,bf16", *SMALL, "--method", "gptq",
+        "--measures", "weight,output,output_norm,first,first_x,pqi,kl", "--points", 2, "--out", profile, "--audit"
+    )  # fmt: skip
+    assert code == 0, err
+    units = json.loads((profile / "profile.json").read_text())["units"]
+    names = [n for u in units for n in u["linears"]]
+    outline = open_outline(str(path))
+    assert names == [x.name for b in outline.every_block for x in b.linears]
+    costs = {u["linears"][0]: u["choices"]["W2A16"]["costs"] for u in units}
+    seen = {n: c for n, c in costs.items() if "language_model" not in n}
+    assert len(seen) == 10 and all(
+        min(c["weight"], c["output"], c["kl"]) > 0 for n, c in seen.items() if ".1." not in n
+    )
+    # The last block of the tower is behind the features that are taken: nothing in it matters.
+    assert all(c["kl"] == 0 and abs(c["pqi"]) == 0 for n, c in seen.items() if "layers.1." in n)
+    whole = run("quantize", "--model", path, "--profile", profile, "--bits", 5, *SMALL, "--refine", 4, "--out", out)
+    assert whole[0] == 0 and run("verify", out)[0] == 0, whole[2]
+    made = json.loads((out / "qkit.json").read_text())
+    given = {n: made["linears"].get(n, {"scheme": "bf16"})["scheme"] for n in names}
+    assert {given[n] for n in names if "encoder.layers.1." in n} == {"W2A16"}  # what costs nothing gets the least
+    assert len(set(given.values())) >= 2
+    own = tiny_vlms.logits("llava_clip", loading.load(out, dtype=torch.float32))
+    stock = transformers.AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
+    assert (own - tiny_vlms.logits("llava_clip", stock)).norm() < 1e-5 * own.norm()
+    code, _, err = run(
+        "quantize", "--model", path, "--profile", profile, "--bits", 5, *SMALL, "--target", "vision=w4a16",
+        "--out", tmp_path / "b",
+    )  # fmt: skip
+    assert code == 2 and "the budget decides" in err

@@ -26,6 +26,10 @@ FAMILIES: dict[str, Any] = {
         **_SIGLIP, text_config={"model_type": "llama", **_TEXT}, image_token_id=IMAGE, vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     ),
+    "llava_clip": lambda: transformers.LlavaConfig(  # as LLaVA 1.5 has it
+        vision_config={"model_type": "clip_vision_model", **_EYES}, text_config={"model_type": "llama", **_TEXT},
+        image_token_id=IMAGE,
+    ),
     "llava_onevision": lambda: transformers.LlavaOnevisionConfig(
         **_SIGLIP, text_config={"model_type": "qwen2", **_TEXT}, image_token_id=IMAGE, video_token_id=IMAGE + 1,
         image_grid_pinpoints=[[32, 32], [32, 64]],
@@ -81,9 +85,11 @@ def add_processor(path: Path) -> None:
         + "{% elif m.role == 'user' %}"
         "{{ '\\nQ: ' + c.text + '\\nA:' }}{% else %}{{ ' ' + c.text + eos_token + '\\n' }}{% endif %}{% endfor %}{% endfor %}"
     )
+    strategy = transformers.AutoConfig.from_pretrained(path).vision_feature_select_strategy
     transformers.LlavaProcessor(
         transformers.SiglipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer, patch_size=8,
-        vision_feature_select_strategy="full", num_additional_image_tokens=0, image_token=image, chat_template=template,
+        vision_feature_select_strategy=strategy, num_additional_image_tokens=int(strategy == "default"), image_token=image,
+        chat_template=template,
     ).save_pretrained(path)  # fmt: skip
 
 
@@ -119,7 +125,7 @@ def inputs(family: str, model: Any, seed: int = 0, lengths: tuple[int, int] = (5
     else:
         shape = {"llava_onevision": (1, 3, 3, 32, 32), "idefics3": (1, 1, 3, 32, 32), "smolvlm": (1, 1, 3, 32, 32)}
         seen = {"pixel_values": torch.randn(shape.get(family, (1, 3, 32, 32)), generator=chance)}
-        count = {"llava": 16, "llava_onevision": 0}.get(family, 4)
+        count = {"llava": 16, "llava_clip": 16, "llava_onevision": 0}.get(family, 4)
         if family == "llava_onevision":
             seen["image_sizes"] = torch.tensor([[32, 64]])
             with torch.inference_mode():

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qkit.batches import Extent, extent
+from qkit.blocks import LANGUAGE
 from qkit.errors import Unsupported
 from qkit.families.outline import Outline
 from qkit.forecast import ALLOCATOR, LATER
@@ -63,13 +64,14 @@ def profile_forecast(
     rows: Extent,
     points: int,
     workers: int,
+    parts: Sequence[str] = (LANGUAGE,),
 ) -> ProfileForecast:
-    """The cost of a profile. rows: that losses are measured on; points: of the path integral.
+    """The cost of a profile. rows: that losses are measured on; points: of the path integral; parts: of the model.
 
     Names that are no measures count nothing: they are refused elsewhere.
     """
     quantizing = sum(c.scheme is not None for c in candidates)
-    units = units_of(outline)
+    units = units_of(outline, parts)
     forward = 2 + quantizing  # the reference, its loss, and every candidate everywhere
     if {"loss", "kl"} & set(measures):
         forward += len(units) * quantizing

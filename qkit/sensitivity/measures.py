@@ -35,6 +35,7 @@ from torch import Tensor
 
 from qkit.activations import quantize_activations
 from qkit.batches import batches
+from qkit.blocks import LANGUAGE
 from qkit.calibration import Calibration
 from qkit.run import Progress
 from qkit.sensitivity.decomposition import decompose, decomposition_file, save_decomposition
@@ -96,11 +97,11 @@ def output_next(bench: Bench) -> Costs:
 
 
 def _outputs(bench: Bench, alone: bool) -> Costs:
-    plain = [u for u in bench.units if has_modules(u)]
+    plain = [u for u in bench.units if has_modules(u) and u.part == LANGUAGE]
     sample = OutputSample(bench.subject, plain, bench.rows, ratios=_ratios(bench))
     costs = _each(bench, "output errors", lambda u, found: sample.error(u, found, alone), plain)
-    # Inputs of fused experts are not seen: theirs are the errors that the solver saw.
-    rest = [u for u in bench.units if not has_modules(u)]
+    # Inputs of fused experts are not seen, and towers have other tokens: theirs are the errors that the solver saw.
+    rest = [u for u in bench.units if u not in plain]
     costs.update({(u.key, c.name): bench.probes.output_error(u, c) for u in rest for c in bench.quantizing})
     return costs
 

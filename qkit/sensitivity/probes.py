@@ -50,7 +50,7 @@ class Probes:
         if candidate.scheme is None:
             return {}
         plan, job = self._jobs[candidate.name]
-        return {x.name: replacement(plan, job, unit.block, x.name) for x in unit.linears}
+        return {x.name: replacement(plan, job, unit.place, x.name) for x in unit.linears}
 
     def activations(self, unit: Unit, candidate: Candidate) -> dict[str, Activations]:
         """{linear: format of its input and its static scale}, for a candidate that quantizes inputs."""
@@ -61,7 +61,7 @@ class Probes:
         """Relative squared output error, mean over the unit's linears, as the solver measured it; 0 for a unit that is kept."""
         if candidate.scheme is None:
             return 0.0
-        entry = self._jobs[candidate.name][1].entries[unit.block]["linears"]
+        entry = self._jobs[candidate.name][1].entries[unit.place]["linears"]
         return float(sum(entry[x.name]["error"] for x in unit.linears) / len(unit.linears))
 
 

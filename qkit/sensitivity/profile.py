@@ -24,7 +24,7 @@ from qkit.sensitivity.ledger import Ledger
 from qkit.sensitivity.measures import MEASURES, Bench, measured
 from qkit.sensitivity.probes import Probes, probes
 from qkit.sensitivity.subject import Subject
-from qkit.sensitivity.units import Candidate, Unit, unit_bytes, units_of
+from qkit.sensitivity.units import Candidate, Unit, parts_named, unit_bytes, units_of
 
 VERSION = 3
 FILE = "profile.json"
@@ -149,7 +149,7 @@ def make_profile(
     unknown = next((m for m in measures if m not in MEASURES), None)
     if unknown is not None:
         raise UsageError(f"--measures: unknown '{unknown}': expected some of {', '.join(MEASURES)}")
-    units = units_of(outline)
+    units = units_of(outline, parts_named(request))
     ledger = Ledger(folder / MEASURED, identity(outline, request, rows))
     with probes(plans, outline, folder / "probes", pool, progress) as found:
         bench = make_bench(outline, found, units, candidates, rows, points, ledger, folder, pool, progress)

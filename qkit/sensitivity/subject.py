@@ -115,7 +115,7 @@ class Subject:
             with torch.inference_mode(False), torch.enable_grad():
                 batch = given.cloned()
                 nll = _nll(self._log_probs(batch), batch)
-                return float(nll.detach().mean()), nll.numel(), torch.autograd.grad(nll.mean(), list(leaves.values()))
+                return float(nll.detach().mean()), nll.numel(), _grad(nll.mean(), list(leaves.values()))
 
         for leaf in leaves.values():
             leaf.requires_grad_(True)
@@ -161,7 +161,7 @@ class Subject:
                 with torch.inference_mode(False), torch.enable_grad():
                     batch = given.cloned()
                     loss = _nll(self._log_probs(batch), batch).sum() / scored
-                    gradients = torch.autograd.grad(loss, list(local.seen.values()))
+                    gradients = _grad(loss, list(local.seen.values()))
                 return use({n: (x.detach(), g) for (n, x), g in zip(local.seen.items(), gradients, strict=True)})
             finally:
                 local.seen = {}
@@ -222,6 +222,11 @@ class Subject:
 def log_prob_bytes(scored: int, vocabulary: int) -> int:
     """Bytes of what ``log_probs`` gives for so many scored tokens."""
     return scored * vocabulary * 4
+
+
+def _grad(value: Tensor, of: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Zeros for what the value does not depend on: blocks of a tower behind the features that are taken."""
+    return torch.autograd.grad(value, of, allow_unused=True, materialize_grads=True)
 
 
 def _nll(log_probs: Tensor, batch: Batch) -> Tensor:

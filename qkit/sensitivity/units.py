@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from qkit.blocks import Linear, LinearGroup
+from qkit.blocks import LANGUAGE, Linear, LinearGroup
 from qkit.errors import Unsupported, UsageError
 from qkit.export.compressed_tensors import stored_bytes
 from qkit.families.outline import Outline
 from qkit.formats import Scheme, did_you_mean, fit_group, scheme
 from qkit.plan import outlier_count
+from qkit.preflight import holds_siglip
 from qkit.recipe import MOST_SPARSE
 from qkit.sparse import sparse_bytes
 
@@ -27,11 +30,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Unit:
-    """Linears of block ``block`` that engines load as one, or that share fused experts: they get one scheme."""
+    """Linears of block ``block`` that engines load as one, or that share fused experts: they get one scheme.
+
+    part: of the model, as ``Outline.sequences`` names it; place: of the block among all that a probe goes through
+    """
 
     key: str
     block: int
     groups: tuple[LinearGroup, ...]
+    part: str
+    place: int
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -85,14 +93,29 @@ def _percent(text: str, item: str, option: str) -> float:
     return value
 
 
-def units_of(outline: Outline) -> tuple[Unit, ...]:
-    """All units in running order. The experts of a block are one: engines run them as one product."""
+def parts_of(outline: Outline, pictures: bool) -> tuple[str, ...]:
+    """The parts of the model that a profile is of: the language model, and with rows of pictures what is before it, but for a
+    SigLIP tower, which transformers cannot load packed."""
+    config = outline.checkpoint.config
+    names = {s.name: [x.name for b in s.blocks for x in b.linears] for s in outline.towers if pictures}
+    return (*(part for part, linears in names.items() if not holds_siglip(config, linears)), LANGUAGE)
+
+
+def parts_named(request: Mapping[str, Any]) -> Sequence[str]:
+    """The same of a profile that was made, by what it says of itself."""
+    found: Sequence[str] = request.get("parts", (LANGUAGE,))
+    return found
+
+
+def units_of(outline: Outline, parts: Sequence[str] = (LANGUAGE,)) -> tuple[Unit, ...]:
+    """All units of these parts in running order. The experts of a block are one: engines run them as one product."""
     units: list[Unit] = []
-    for block in outline.blocks:
+    blocks = [(s.name, block) for s in outline.sequences if s.name in parts for block in s.blocks]
+    for place, (part, block) in enumerate(blocks):
         experts = tuple(g for g in block.groups if g.expert is not None)
         plain = [(g,) for g in block.groups if g.expert is None]
         for groups in [*plain, *([experts] if experts else [])]:
-            units.append(Unit(groups[0].key, block.index, groups))
+            units.append(Unit(groups[0].key, block.index, groups, part, place))
     return tuple(units)
 
 
