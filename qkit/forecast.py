@@ -19,7 +19,7 @@ from qkit.capture import PENDING_BYTES, SAMPLE_TOKENS, piece_tokens
 from qkit.errors import IOFailure, Unsupported
 from qkit.families.outline import Outline
 from qkit.machine import available_memory, process_bytes, resident_bytes
-from qkit.plan import Plan
+from qkit.plan import Plan, parts
 from qkit.solvers.table import SOLVERS
 from qkit.solving import slice_rows
 from qkit.transforms.table import TRANSFORMS
@@ -60,7 +60,7 @@ def forecast(plan: Plan, outline: Outline, workers: int, after: dict[str, int] |
     memory = {"read the outer tensors": (outer if c else 0) + largest}
     ops = {"forward passes": 0.0, "Hessians": 0.0, "factorizations": 0.0, "solving": 0.0, "packing and checking": 0.0}
     part_bytes = 0
-    for block in outline.blocks:
+    for block in parts(plan, outline):
         weights = sum(math.prod(tensors[s].shape) for _, s in block.stored) * item
         size = sum(x.shape[0] * x.shape[1] for x in block.linears)
         memory["one block"] = max(memory.get("one block", 0), _block_memory(plan, block, weights, item, workers))

@@ -67,15 +67,14 @@ def settled(request: Request, progress: Progress) -> tuple[Request, list[str]]:
     costs = measured(recipe, outline, rows.first(ROWS), request.threads or available_cores(), progress)
     own, targets, said = costs[LANGUAGE], dict(recipe.targets), []
     for tower in (t for t in outline.towers if t.name in left):
-        why = f"rounding it to {recipe.scheme} costs {costs[tower.name]}, the language model {own}"
-        keep = costs[tower.name].rate > own.rate
+        # Figures are told, and not kept: the plan must not depend on the last digit of a sum.
+        keep, why = costs[tower.name].rate > own.rate, "a byte saved in it costs more than one in the language model"
         if holds_siglip(outline.checkpoint.config, (x.name for b in tower.blocks for x in b.linears)):
-            keep, why = (
-                True,
-                f"{why}, but transformers cannot load a packed SigLIP (--target {tower.name}={recipe.scheme})",
-            )
+            keep, why = True, f"transformers cannot load a packed SigLIP (--target {tower.name}=SCHEME packs it)"
         targets[tower.name] = f"{SKIP}: {why}" if keep else recipe.scheme
-        said.append(f"{tower.name}: {'left as it is' if keep else 'quantized too'}: {why}")
+        verdict = f"left as it is: {why}" if keep else "quantized too"
+        figures = f"rounding it to {recipe.scheme} costs {costs[tower.name]}, the language model {own}"
+        said.append(f"{tower.name}: {verdict} ({figures})")
     return replace(request, targets=targets), said
 
 
