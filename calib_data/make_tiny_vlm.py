@@ -1,12 +1,13 @@
 """Makes tiny-vlm, the vision-language reference model: a LLaVA of 5 million parameters, trained on drawn scenes.
 
-    python calib_data/make_tiny_vlm.py --language DIR --out OUT [--steps 2000]
+    python calib_data/make_tiny_vlm.py --language DIR --out OUT [--steps 1400]
 
-Its language model starts from the first layers of tiny-llama (--language), the projector from nothing, its SigLIP tower
-from learning to tell what is drawn where (with a head on every piece, which is thrown away). A caption and
-several questions about a picture share one row: each sees the picture and itself, at the positions that it would have
-alone. Loss on answers only; AdamW, cosine schedule with warm-up, float32. Writes OUT in bfloat16 with its processor, and prints
-exact-match accuracy on pictures that training did not see. A stopped run goes on from OUT.part.
+First its SigLIP tower learns to tell what is drawn where, with a linear head on every piece that is thrown away; then it
+stays as it is (training it along with the rest loses shapes and letters), and the projector, from nothing, and the
+language model, from the first layers of tiny-llama (--language), learn to answer. A caption and several questions about
+a picture share one row: each sees the picture and itself, at the positions that it would have alone. Loss on answers
+only; AdamW, cosine schedule with warm-up, float32. Writes OUT in bfloat16 with its processor, and prints exact-match
+accuracy on pictures that training did not see. A stopped run goes on from OUT.part.
 """
 
 from __future__ import annotations
@@ -203,17 +204,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--language", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--tower-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--tower-steps", type=int, default=700)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     made, model = processor(args.language), new_model(args.language, args.seed)
     tokenizer, image_token = made.tokenizer, model.config.image_token_index
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.05)
+    model.model.vision_tower.requires_grad_(False)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.05)
     part, start = args.out.with_name(args.out.name + ".part"), 0
     if part.is_file():
         saved = torch.load(part, weights_only=True)
@@ -221,7 +224,9 @@ def main() -> None:
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
     else:
+        model.model.vision_tower.requires_grad_(True)
         teach_to_see(model.model.vision_tower, args.tower_steps, args.seed)
+        model.model.vision_tower.requires_grad_(False)
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 0}, part)
     began, average = time.monotonic(), 0.0
     for step in range(start, args.steps):
@@ -234,7 +239,7 @@ def main() -> None:
         hidden = model.model(**batch, use_cache=False)[0]
         loss = functional.cross_entropy(model.lm_head(hidden[places[:, 0], places[:, 1]]), targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         average += (float(loss.detach()) - average) * max(0.02, 1 / (step - start + 1))
