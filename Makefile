@@ -22,7 +22,7 @@ test: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # torch goes first and as a CPU build: what pip picks on its own brings gigabytes of CUDA packages. A wheel at hand
 # (pip's find-links) is tried before the network, and the default build is what remains where there is no CPU build.
