@@ -1,6 +1,6 @@
 """Makes tiny-vlm, the vision-language reference model: a LLaVA of 5 million parameters, trained on drawn scenes.
 
-    python calib_data/make_tiny_vlm.py --language DIR --out OUT [--steps 1400]
+    python calib_data/make_tiny_vlm.py --language DIR --out OUT [--steps 2000]
 
 First its SigLIP tower learns to tell what is drawn where, with a linear head on every piece that is thrown away; then it
 stays as it is (training it along with the rest loses shapes and letters), and the projector, from nothing, and the
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qkit_data.scenes import COLORS, PLACES, SHAPES, SIZE, TRAINING, WORDS, scene
+from qkit_data.scenes import COLORS, PLACES, SHAPES, SIZE, TRAINING, scene
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
@@ -102,21 +102,22 @@ def caption_of(answers: dict[str, str]) -> str:
 
 
 SIDE = SIZE // PATCH
-LABELS = (1 + len(SHAPES), 1 + len(COLORS), IMAGE_TOKENS, *[8] * len(COLORS), 1 + len(WORDS))
+LABELS = (1 + len(SHAPES), 1 + len(COLORS), IMAGE_TOKENS, *[8] * len(COLORS), *[27] * 3)
+WEIGHTS = (1.0, 1.0, 0.5, *[1.0] * len(COLORS), *[4.0] * 3)  # one picture in five has letters
 
 
 def labels_of(answers: dict[str, str]) -> list[list[int]]:
     """What every piece of a picture should say, as classes of LABELS (0: nothing): shape and colour of what is drawn around it,
-    which piece it is, and of the whole picture the height of every colour's bar and the word."""
+    which piece it is, and of the whole picture the height of every colour's bar and the letters of the word."""
 
     def of(question: str, names: Sequence[str]) -> int:
         answer = answers.get(question)
         return 0 if answer is None else 1 + names.index(answer)
 
-    colors, heights, words = list(COLORS), [str(h) for h in range(1, 8)], [w.lower() for w in WORDS]
+    colors, heights, word = list(COLORS), [str(h) for h in range(1, 8)], answers.get("What word is written?", "")
     shape = [of(f"What shape is at the {p}?", SHAPES) for p in PLACES]
     color = [of(f"What color is the object at the {p}?", colors) for p in PLACES]
-    whole = [of(f"How tall is the {c} bar?", heights) for c in colors] + [of("What word is written?", words)]
+    whole = [of(f"How tall is the {c} bar?", heights) for c in colors] + [ord(x) - 96 for x in word or "```"]
     cells = [3 * (i // SIDE // 2) + i % SIDE // 2 for i in range(IMAGE_TOKENS)]
     return [[shape[cell], color[cell], i, *whole] for i, cell in enumerate(cells)]
 
@@ -135,14 +136,19 @@ def teach_to_see(tower: Any, steps: int, seed: int, batch: int = 48) -> None:
         wanted = torch.tensor([labels_of(drawn_in(s)) for s in seeds]).flatten(0, 1)
         features = tower(pixels([scene(s).image for s in seeds])).last_hidden_state.flatten(0, 1)
         each = head(features).split(LABELS, dim=1)
-        loss = torch.stack([functional.cross_entropy(x, wanted[:, i]) for i, x in enumerate(each)]).mean()
+        terms = [
+            w * functional.cross_entropy(x, wanted[:, i]) for i, (x, w) in enumerate(zip(each, WEIGHTS, strict=True))
+        ]
+        loss = torch.stack(terms).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 49:
-            right = torch.stack([x.argmax(1) == wanted[:, i] for i, x in enumerate(each)]).float().mean(1)
-            said = " ".join(f"{x:.3f}" for x in (*right[:3], right[3:-1].mean(), right[-1]))
+            told = torch.stack([x.argmax(1) for x in each], 1)
+            there = wanted > 0  # what is drawn, and not what is missing
+            right = ((told == wanted) & there).sum(0) / there.sum(0).clamp_min(1)
+            said = " ".join(f"{x:.3f}" for x in (*right[:3], right[3:9].mean(), right[9:].mean()))
             print(f"tower {step + 1}: {loss:.4f}, right {said}", flush=True)
 
 
@@ -204,8 +210,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--language", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1400)
-    parser.add_argument("--tower-steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--tower-steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
