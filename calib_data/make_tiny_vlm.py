@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--language", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--tower-steps", type=int, default=1500)
+    parser.add_argument("--tower-steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
