@@ -81,7 +81,7 @@ class BlockOutline:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class BlockSequence:
     """Blocks that a stream of rows passes one after another: a tower, or the language model (name LANGUAGE)."""
 
     name: str
@@ -89,6 +89,7 @@ class Sequence:
 
     @property
     def paths(self) -> tuple[str, ...]:
+        """Module paths of the blocks."""
         return tuple(b.path for b in self.blocks)
 
 

@@ -61,6 +61,7 @@ class OneByOne:
     each: tuple[Call, ...]
 
     def to(self, dtype: torch.dtype) -> OneByOne:
+        """The same calls for blocks that run in ``dtype``."""
         return OneByOne(tuple(call.to(dtype) for call in self.each))
 
     def __call__(self, block: nn.Module, hidden: Tensor, rows: slice = slice(None)) -> Tensor:

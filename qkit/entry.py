@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qkit.activations import quantize_activations
-from qkit.blocks import LANGUAGE, Sequence
+from qkit.blocks import LANGUAGE, BlockSequence
 from qkit.calibration import Calibration
 from qkit.calls import Call, OneByOne, enter, merged
 from qkit.capture import Rows
@@ -35,7 +35,7 @@ def embed(
     plan: Plan,
     outline: Outline,
     job: Job,
-    sequence: Sequence,
+    sequence: BlockSequence,
     path: Path,
     step: Callable[[], object],
     cache: Any = None,

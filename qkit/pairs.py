@@ -92,6 +92,7 @@ def read_pairs(path: Path, samples: int) -> list[Pair]:
 
 
 def is_dataset(spec: Path) -> bool:
+    """Whether --calib names a dataset of the datasets library, not a file."""
     return str(spec).startswith("dataset:")
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from qkit.blocks import LANGUAGE, BlockOutline, Linear, Sequence
+from qkit.blocks import LANGUAGE, BlockOutline, BlockSequence, Linear
 from qkit.calibration import Calibration
 from qkit.errors import BadRecipe, Unsupported, UsageError
 from qkit.export.compressed_tensors import stored_bytes
@@ -23,7 +23,7 @@ from qkit.machine import run_dtype
 from qkit.recipe import Recipe, Rule, parse_method
 from qkit.solvers.table import SOLVERS
 from qkit.sparse import sparse_bytes
-from qkit.towers import Decisions, tower_rules
+from qkit.towers import tower_rules
 from qkit.transforms.balance import INPUTS, RATIOS
 from qkit.transforms.rotate import check_rotatable
 from qkit.transforms.table import BALANCED, TRANSFORMS
@@ -89,6 +89,16 @@ class Plan:
     key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
     @property
+    def inputs(self) -> str:
+        """Which inputs the scale searches look at, of INPUTS."""
+        return str(self.recipe["options"].get("inputs", INPUTS[0]))
+
+    @property
+    def ratios(self) -> str:
+        """What shares a weight of pictures against answers, of RATIOS."""
+        return str(self.recipe["options"].get("ratios", RATIOS[0]))
+
+    @property
     def static_cache(self) -> bool:
         """Whether the checkpoint gets scales for an FP8 KV cache."""
         return is_static(self.kv)
@@ -129,9 +139,8 @@ def make_plan(
     calibration: Calibration | None,
     seed: int,
     kv: dict[str, Any] | None = None,
-    towers: Decisions | None = None,
 ) -> Plan:
-    """Decide for every linear of the outline. towers: (scheme or "skip", why) of those that are left to measuring.
+    """Decide for every linear of the outline.
 
     Raises BadRecipe for rules that match nothing or tear fused linears apart, Unsupported for what a format or a
     transform cannot do with this model, UsageError when calibration data is needed and missing.
@@ -155,7 +164,7 @@ def make_plan(
     linears: dict[str, LinearPlan] = {}
     skipped: dict[str, str] = {}
     matched: set[int] = set()
-    targets = tower_rules(recipe, outline, towers or {})
+    targets = tower_rules(recipe, outline)
     for sequence in outline.sequences:
         for linear in (x for b in sequence.blocks for x in b.linears):
             index, rule = _rule_for(linear.name, recipe.rules)
@@ -213,7 +222,7 @@ def make_plan(
     )
 
 
-def sequences(plan: Plan, outline: Outline) -> tuple[Sequence, ...]:
+def sequences(plan: Plan, outline: Outline) -> tuple[BlockSequence, ...]:
     """What a run goes through: the towers in which something is quantized, and the language model."""
     return tuple(
         s

@@ -7,14 +7,14 @@ committed is never computed again; rows carry the error made so far into the nex
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from qkit import sparse
-from qkit.blocks import LANGUAGE, LinearGroup, Sequence
+from qkit.blocks import LANGUAGE, BlockSequence, LinearGroup
 from qkit.calls import Call, OneByOne
 from qkit.capture import Rows, Wanted
 from qkit.entry import Calls, embed, quantizing
@@ -30,7 +30,7 @@ from qkit.qtensor import dequantize
 from qkit.solvers.table import SOLVERS
 from qkit.solving import Result, solve_groups
 from qkit.transforms import BlockState
-from qkit.transforms.balance import INPUTS, RATIOS, gradients, ratios
+from qkit.transforms.balance import INPUTS, gradients, ratios
 from qkit.transforms.keys import scale_keys
 from qkit.transforms.table import BALANCED, TRANSFORMS
 
@@ -44,6 +44,31 @@ class Progress(Protocol):
     def step(self, amount: int = 1) -> None: ...
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What every step of a run needs."""
+
+    plan: Plan
+    outline: Outline
+    job: Job
+    pool: Workers
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One block of it. place: its part of the job; last: of its sequence, so that nothing needs what it gives."""
+
+    state: BlockState
+    name: str
+    place: int
+    last: bool
+
+    def part(self, results: list[Result], significant: int) -> dict[str, Tensor]:
+        """The tensors to commit."""
+        return _part(results, self.state, significant > 0)
+
+
 def run_blocks(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: Progress) -> None:
     """Quantize every block that the job has not committed yet.
 
@@ -52,162 +77,141 @@ def run_blocks(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: 
     if job.finished == 0:
         for _, stored in outline.outer:  # what is only copied at the end is looked at before hours of work
             outline.checkpoint.read_finite(stored)
-    first = 0
+    run, first = _Run(plan, outline, job, pool, progress), 0
     for sequence in sequences(plan, outline):
         if job.finished < first + len(sequence.blocks):
-            _run_sequence(plan, outline, sequence, first, job, pool, progress)
+            _run_sequence(run, sequence, first)
         first += len(sequence.blocks)
     _check_fallbacks(plan, job)
 
 
-def _run_sequence(
-    plan: Plan, outline: Outline, sequence: Sequence, first: int, job: Job, pool: Workers, progress: Progress
-) -> None:
+def _run_sequence(run: _Run, sequence: BlockSequence, first: int) -> None:
     """The blocks of the sequence that are left. first: the place of its first block among all of the run."""
-    schemes, dtype = plan.schemes, getattr(torch, plan.run_dtype if plan.needs_rows else plan.dtype)
+    plan, outline, job = run.plan, run.outline, run.job
+    dtype = getattr(torch, plan.run_dtype if plan.needs_rows else plan.dtype)
     language, rows = sequence.name == LANGUAGE, None
     if plan.needs_rows and (language or (plan.calibration is not None and plan.calibration.kinds is not None)):
-        rows, calls = _rows(plan, outline, sequence, first, job, progress)
-    balance = _balance(plan, outline, progress) if rows is not None and language else []
+        rows, calls = _rows(run, sequence, first)
+    balance = _balance(run) if rows is not None and language else []
     for block in sequence.blocks[job.finished - first :]:
         name = f"{'' if language else sequence.name + ' '}block {block.index + 1}/{len(sequence.blocks)}"
         state = BlockState(outline, block, load_block(outline, block, dtype))
         state.balance = balance[block.index] if balance else {}
-        state.distort = _inputs(plan) == "distort"
+        state.distort = plan.inputs == "distort"
         if language:
             for transform in plan.transforms:
                 if TRANSFORMS[transform].stage == "load":
-                    TRANSFORMS[transform].apply(state, schemes, plan.seed)
+                    TRANSFORMS[transform].apply(state, plan.schemes, plan.seed)
             if plan.key_exponents is not None:
                 scale_keys(state, plan.key_exponents[block.index])
+        step = _Step(state, name, first + block.index, block.index + 1 == len(sequence.blocks))
         if rows is None:
-            progress.start(name, len(block.groups))
-            results: list[Result] = []
-            for group in block.groups:  # one at a time: float32 copies of a whole block would be its largest cost
-                results += solve_groups(state, plan, (group,), {}, pool)
-                progress.step()
-            job.commit(first + block.index, _part(results, state, plan.significant > 0), _entry(results), None)
+            _without_rows(run, step)
         else:
-            last = block.index + 1 == len(sequence.blocks)
-            place = first + block.index
-            rows = _with_rows(state, plan, rows, calls[block.index], job, pool, progress, name, place, last)
+            rows = _with_rows(run, step, rows, calls[block.index])
         release(state.module)
 
 
-def _balance(plan: Plan, outline: Outline, progress: Progress) -> list[dict[str, float]]:
+def _balance(run: _Run) -> list[dict[str, float]]:
     """By block, what errors at pictures weigh, where a transform asks for it; the model is loaded whole, in float32."""
-    if plan.calibration is None or not set(plan.transforms) & set(BALANCED):
+    calibration = run.plan.calibration
+    if calibration is None or not set(run.plan.transforms) & set(BALANCED):
         return []
-    progress.start("gradients at pictures and answers", plan.calibration.samples)
-    model = load(outline.checkpoint.path, dtype=torch.float32)
-    each = plan.recipe["options"].get("ratios", RATIOS[0])
-    return ratios(gradients(model, outline, plan.calibration, progress.step, each))
+    run.progress.start("gradients at pictures and answers", calibration.samples)
+    model = load(run.outline.checkpoint.path, dtype=torch.float32)
+    return ratios(gradients(model, run.outline, calibration, run.progress.step, run.plan.ratios))
 
 
-def _with_rows(
-    state: BlockState,
-    plan: Plan,
-    rows: Rows,
-    call: Call | OneByOne,
-    job: Job,
-    pool: Workers,
-    progress: Progress,
-    name: str,
-    index: int,
-    last: bool,
-) -> Rows:
-    """One block with calibration: transform, solve, run the rows on, commit as part ``index``. Gives the rows that leave it."""
-    schemes = plan.schemes
-    flow = Flow(state.module, state.block, rows, call, pool)
-    handles: list[Any] = []
-    try:
-        record: dict[str, Any] = {}
-        if rows.original is not None:
-            record["original"] = _originals(state, rows, call, job, pool, progress, name, index)
-        for transform in plan.transforms:
-            if TRANSFORMS[transform].stage == "stats":
-                progress.start(f"{name}, {transform}", len(list(rows.pieces())))
-                state.stats = flow.capture(
-                    state.block.groups, Wanted(hessian=False, ranges=True), progress.step, keep=False
-                )
-                TRANSFORMS[transform].apply(state, schemes, plan.seed)
-                state.write_back()
-        results, handles = _solve_with_rows(state, plan, flow, pool, progress, name)
-        if not last:
-            progress.start(f"{name}, rows", len(list(rows.pieces())))
-            before = rows.original
-            rows, digest = flow.leave(job.rows_path(index + 1), progress.step)
-            rows.original = None if before is None else job.rows_path(index + 1, original=True)
-            record |= {"sha256": digest, "good": rows.good}
-        flow.close()
-        job.commit(index, _part(results, state, plan.significant > 0), _entry(results), None if last else record)
-        return rows
-    except OSError as e:
-        raise write_failure(job.rows_path(index + 1), e) from e
-    finally:
-        flow.close()
-        for handle in handles:
-            handle.remove()
-
-
-def _originals(
-    state: BlockState,
-    rows: Rows,
-    call: Call | OneByOne,
-    job: Job,
-    pool: Workers,
-    progress: Progress,
-    name: str,
-    index: int,
-) -> str:
-    """Look at the inputs of the block in a model that is not quantized, and run these rows on; the sha256 of what leaves it."""
-    assert rows.original is not None
-    flow = Flow(state.module, state.block, replace(rows, path=rows.original), call, pool)
-    try:
-        progress.start(f"{name}, original", 2 * len(list(rows.pieces())))
-        wanted = Wanted(hessian=False, ranges=True)
-        state.originals = flow.capture(state.block.groups, wanted, progress.step, keep=False)
-        return flow.leave(job.rows_path(index + 1, original=True), progress.step)[1]
-    finally:
-        flow.close()
-
-
-def _rows(
-    plan: Plan, outline: Outline, sequence: Sequence, first: int, job: Job, progress: Progress
-) -> tuple[Rows, Calls]:
+def _rows(run: _Run, sequence: BlockSequence, first: int) -> tuple[Rows, Calls]:
     """The rows that enter the first open block of the sequence (from the job, or computed), and how blocks are called."""
+    plan, job = run.plan, run.job
     assert plan.calibration is not None
     path = job.rows_path(job.finished)
     record = job.rows_entering(job.finished) if job.finished > first else None
-    progress.start("embed the calibration rows", plan.calibration.samples)
+    run.progress.start("embed the calibration rows", plan.calibration.samples)
     good = None if record is None else [bool(g) for g in record["good"]]
-    rows, calls = embed(plan, outline, job, sequence, path, progress.step, good=good)
-    if _inputs(plan) != INPUTS[0]:
+    rows, calls = embed(plan, run.outline, job, sequence, path, run.progress.step, good=good)
+    if plan.inputs != INPUTS[0]:
         rows.original = job.rows_path(job.finished, original=True)
         if record is None:
             shutil.copyfile(path, rows.original)
     return rows, calls
 
 
-def _inputs(plan: Plan) -> str:
-    """Which inputs the scale searches look at, of INPUTS."""
-    return str(plan.recipe["options"].get("inputs", INPUTS[0]))
-
-
 # ---- one block -------------------------------------------------------------------------------------------------
 
 
-def _solve_with_rows(
-    state: BlockState, plan: Plan, flow: Flow, pool: Workers, progress: Progress, name: str
-) -> tuple[list[Result], list[Any]]:
+def _without_rows(run: _Run, step: _Step) -> None:
+    """From its weights alone, one group at a time: float32 copies of a whole block would be its largest cost."""
+    run.progress.start(step.name, len(step.state.block.groups))
+    results: list[Result] = []
+    for group in step.state.block.groups:
+        results += solve_groups(step.state, run.plan, (group,), {}, run.pool)
+        run.progress.step()
+    run.job.commit(step.place, step.part(results, run.plan.significant), _entry(results), None)
+
+
+def _with_rows(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> Rows:
+    """With calibration: transform, solve, run the rows on, commit. Gives the rows that leave the block."""
+    plan, job, state, progress = run.plan, run.job, step.state, run.progress
+    leaving = job.rows_path(step.place + 1)
+    flow = Flow(state.module, state.block, rows, call, run.pool)
+    handles: list[Any] = []
+    try:
+        record: dict[str, Any] = {}
+        if rows.original is not None:
+            record["original"] = _originals(run, step, rows, call)
+        for transform in plan.transforms:
+            if TRANSFORMS[transform].stage == "stats":
+                progress.start(f"{step.name}, {transform}", len(list(rows.pieces())))
+                state.stats = flow.capture(
+                    state.block.groups, Wanted(hessian=False, ranges=True), progress.step, keep=False
+                )
+                TRANSFORMS[transform].apply(state, plan.schemes, plan.seed)
+                state.write_back()
+        results, handles = _solve_with_rows(run, step, flow)
+        if not step.last:
+            progress.start(f"{step.name}, rows", len(list(rows.pieces())))
+            before = rows.original
+            rows, digest = flow.leave(leaving, progress.step)
+            rows.original = None if before is None else job.rows_path(step.place + 1, original=True)
+            record |= {"sha256": digest, "good": rows.good}
+        flow.close()
+        job.commit(step.place, step.part(results, plan.significant), _entry(results), None if step.last else record)
+        return rows
+    except OSError as e:
+        raise write_failure(leaving, e) from e
+    finally:
+        flow.close()
+        for handle in handles:
+            handle.remove()
+
+
+def _originals(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> str:
+    """Look at the inputs of the block in a model that is not quantized, and run these rows on; the sha256 of what leaves it."""
+    assert rows.original is not None
+    state = step.state
+    flow = Flow(state.module, state.block, replace(rows, path=rows.original), call, run.pool)
+    try:
+        run.progress.start(f"{step.name}, original", 2 * len(list(rows.pieces())))
+        wanted = Wanted(hessian=False, ranges=True)
+        state.originals = flow.capture(state.block.groups, wanted, run.progress.step, keep=False)
+        return flow.leave(run.job.rows_path(step.place + 1, original=True), run.progress.step)[1]
+    finally:
+        flow.close()
+
+
+def _solve_with_rows(run: _Run, step: _Step, flow: Flow) -> tuple[list[Result], list[Any]]:
     """Results of all linears, stage after stage, each put in place before the next stage looks at its inputs.
 
     Also gives the handles of the hooks that quantize activations from here on.
     """
+    plan, state, progress = run.plan, step.state, run.progress
     pieces, results, handles = len(list(flow.rows.pieces())), [], []
     for i, groups in enumerate(flow.stages):
-        progress.start(f"{name}, layers {i + 1} of {len(flow.stages)}", 2 * pieces)
-        found = solve_groups(state, plan, groups, flow.capture(groups, _wanted(plan, groups), progress.step), pool)
+        progress.start(f"{step.name}, layers {i + 1} of {len(flow.stages)}", 2 * pieces)
+        stats = flow.capture(groups, _wanted(plan, groups), progress.step)
+        found = solve_groups(state, plan, groups, stats, run.pool)
         for r in found:
             r.linear.view(state.module).copy_(dequantize(r.qtensor))
             if r.plan.activations is not None and r.linear.expert is None:

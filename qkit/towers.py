@@ -11,13 +11,12 @@ SKIP, AUTO = "skip", "auto"
 _UNMEASURED = "nothing has measured what rounding the {name} costs: --target {name}=SCHEME quantizes it"
 _SKIPPED = "the {name} is left as it is (--target {name}=skip)"
 
-Decisions = dict[str, tuple[str, str]]  # by name of the tower: a scheme or SKIP, and why
 
-
-def tower_rules(recipe: Recipe, outline: Outline, measured: Decisions) -> dict[str, Rule]:
+def tower_rules(recipe: Recipe, outline: Outline) -> dict[str, Rule]:
     """By name of the tower, the rule for its layers where no rule of the recipe says more.
 
-    measured: of towers that the recipe leaves to measuring. Raises UsageError for a target that the model has not.
+    Measuring (``qkit.sensitivity.targets``) has put what it found into the recipe; a tower that is still AUTO was measured by
+    nothing and is left as it is. Raises UsageError for a target that the model has not.
     """
     there = [s.name for s in outline.towers]
     unknown = next((t for t in recipe.targets if t not in there), None)
@@ -26,12 +25,11 @@ def tower_rules(recipe: Recipe, outline: Outline, measured: Decisions) -> dict[s
         raise UsageError(f"no part {unknown!r} for --target, {expected}{did_you_mean(unknown, there)}")
     found = {}
     for name in there:
-        scheme, why = recipe.targets.get(name, AUTO), _SKIPPED
-        if scheme == AUTO:
-            scheme, why = measured.get(name, (SKIP, _UNMEASURED))
-        scheme, _, reason = scheme.partition(":")  # "skip: why", as a rule gives its reason
-        why = reason.strip() or why
+        given = recipe.targets.get(name, AUTO)
+        scheme, _, reason = given.partition(":")  # "skip: why", as a rule gives its reason
         group = recipe.group_size if scheme == recipe.scheme else None
-        skip = why.format(name=name) if scheme == SKIP else None
+        skip = None
+        if scheme in (SKIP, AUTO):
+            skip = reason.strip() or (_SKIPPED if scheme == SKIP else _UNMEASURED).format(name=name)
         found[name] = Rule(match=(name,), skip=skip) if skip else Rule(match=(name,), scheme=scheme, group_size=group)
     return found

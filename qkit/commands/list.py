@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +39,15 @@ def schemes() -> list[dict[str, Any]]:
     ]
 
 
+def _method(name: str, kind: str, what: str, options: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
+    given = ", ".join(f"{k}={default}" for k, (default, _) in options.items())
+    return {"method": name, "kind": kind, "what": what, "options": given}
+
+
 def methods() -> list[dict[str, Any]]:
     """One row per solver and transform."""
-    solvers = [
-        {
-            "method": n,
-            "kind": "solver",
-            "what": s.summary,
-            "options": ", ".join(f"{k}={v[0]}" for k, v in s.options.items()),
-        }
-        for n, s in SOLVERS.items()
-    ]
-    transforms = [
-        {
-            "method": n,
-            "kind": "transform",
-            "what": t.summary,
-            "options": ", ".join(f"{k}={v[0]}" for k, v in t.options.items()),
-        }
-        for n, t in TRANSFORMS.items()
-    ]
+    solvers = [_method(n, "solver", s.summary, s.options) for n, s in SOLVERS.items()]
+    transforms = [_method(n, "transform", t.summary, t.options) for n, t in TRANSFORMS.items()]
     repair = {
         "method": METHOD,
         "kind": "repair",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit.blocks import LANGUAGE, BlockOutline, Group, Linear, LinearGroup, Sequence
+from qkit.blocks import LANGUAGE, BlockOutline, BlockSequence, Group, Linear, LinearGroup
 from qkit.checkpoint import Checkpoint
 from qkit.errors import BadCheckpoint
 from qkit.families import Family
@@ -58,7 +58,7 @@ class Outline:
         owner, _, leaf = name.rpartition(".")
         return f"{self._named[owner]}.{leaf}" if owner in self._named else self.family.stored_name(name)
 
-    def _towers(self) -> Iterator[Sequence]:
+    def _towers(self) -> Iterator[BlockSequence]:
         """Of the family's those that this model has, where there are linears in them."""
         modules = dict(self.model.named_modules())
         for tower in self.family.towers:
@@ -69,12 +69,12 @@ class Outline:
             paths = [f"{path}.{i}" for i, _ in enumerate(modules[path].children())] if listed else [path]
             blocks = tuple(self._block(i, p, tower.groups) for i, p in enumerate(paths))
             if all(b.groups for b in blocks):
-                yield Sequence(tower.name, blocks)
+                yield BlockSequence(tower.name, blocks)
 
     @property
-    def sequences(self) -> tuple[Sequence, ...]:
+    def sequences(self) -> tuple[BlockSequence, ...]:
         """All that can be quantized, in the order in which it runs."""
-        return (*self.towers, Sequence(LANGUAGE, self.blocks))
+        return (*self.towers, BlockSequence(LANGUAGE, self.blocks))
 
     @property
     def every_block(self) -> tuple[BlockOutline, ...]:
