@@ -20,13 +20,14 @@ __all__ = ["load"]
 
 from qkit.hook import after_import
 
-# The one effect of the import: transformers learns of qkit's checkpoints, when and if it is imported. It takes seconds,
-# and 'qkit --help' does not need it.
+# The one effect of the import: transformers and diffusers learn of qkit's checkpoints, when and if they are imported. That
+# takes seconds, and 'qkit --help' does not need it.
 after_import("transformers.quantizers", lambda: import_module("qkit.registration"))
+after_import("diffusers.quantizers.auto", lambda: import_module("qkit.registration_diffusers"))
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", kv: str | None = None) -> Any:
-    """A transformers causal language model in eval mode; quantized linears stay packed in memory.
+    """A transformers language model in eval mode, or a diffusers pipeline; quantized linears stay packed in memory.
 
     path:   a folder that ``qkit quantize`` wrote, any compressed-tensors or full-precision checkpoint of a known kind,
             or the name of a reference model

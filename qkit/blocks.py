@@ -93,4 +93,16 @@ class BlockSequence:
         return tuple(b.path for b in self.blocks)
 
 
+@dataclass(frozen=True)
+class Streams:
+    """What flows from block to block, where blocks are called by name.
+
+    names:   the arguments that are it, in the order in which rows hold them, one behind the other
+    returns: which of them each result of a block is; one alone is not in a tuple
+    """
+
+    names: tuple[str, ...]
+    returns: tuple[str, ...]
+
+
 LANGUAGE = "language"

@@ -29,6 +29,8 @@ class Calibration:
 
     inputs: of rows with pictures, what the model is called with for each, filled up with zeros in ``tokens`` to the longest
     kinds: uint8 [samples, seqlen], of rows with pictures: what each token is, an index of KINDS
+    trajectory: of a diffusion transformer, its calls while its pipeline samples; ``tokens`` is empty then, and seqlen 0, since
+        how many tokens they have is known when they are made
     """
 
     source: str
@@ -38,9 +40,18 @@ class Calibration:
     tokens: Tensor = field(compare=False, repr=False)
     inputs: tuple[dict[str, Tensor], ...] | None = field(default=None, compare=False, repr=False)
     kinds: Tensor | None = field(default=None, compare=False, repr=False)
+    trajectory: Iterable[dict[str, Any]] | None = field(default=None, compare=False, repr=False)
 
-    def calls(self) -> Iterator[dict[str, Tensor]]:
+    @property
+    def beyond_text(self) -> bool:
+        """Whether rows are more than text: they reach parts of a model that texts do not."""
+        return self.kinds is not None or self.trajectory is not None
+
+    def calls(self) -> Iterator[dict[str, Any]]:
         """What the model is called with, row after row."""
+        if self.trajectory is not None:
+            yield from self.trajectory
+            return
         yield from self.inputs if self.inputs is not None else ({"input_ids": row[None]} for row in self.tokens)
 
     def first(self, count: int) -> Calibration:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qkit.blocks import Streams
 from qkit.errors import Unsupported
+from qkit.spill import Spilled
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,24 @@ class PerRow:
 
 
 @dataclass(frozen=True)
+class Shelved:
+    """An argument that lies on the disk: place ``index`` of a file of tensors."""
+
+    shelf: Spilled
+    index: int
+
+
+@dataclass(frozen=True)
 class Call:
-    """How the model calls a block: the arguments after the hidden states, recorded for one row, or for each (PerRow)."""
+    """How the model calls a block: the arguments after the hidden states, recorded for one row, or for each (PerRow).
+
+    streams: where the block is called by name, what of its arguments the hidden states are, and lengths, how many tokens each
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    streams: Streams | None = None
+    lengths: tuple[int, ...] = ()
 
     def to(self, dtype: torch.dtype) -> Call:
         """The same call for a block that runs in ``dtype``: its floating-point arguments are in it too."""
@@ -39,7 +55,7 @@ class Call:
                 return type(value)(cast(v) for v in value)
             return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-        return Call(cast(self.args), {k: cast(v) for k, v in self.kwargs.items()})
+        return replace(self, args=cast(self.args), kwargs={k: cast(v) for k, v in self.kwargs.items()})
 
     def __call__(self, block: nn.Module, hidden: Tensor, rows: slice = slice(None)) -> Tensor:
         """What the block gives for those rows, [n, tokens, hidden]."""
@@ -47,11 +63,19 @@ class Call:
         def of(value: Any) -> Any:
             if isinstance(value, PerRow):
                 return torch.cat(value.each[rows], dim=value.dim)
+            if isinstance(value, Shelved):
+                return value.shelf[value.index]
             return type(value)(of(v) for v in value) if isinstance(value, (tuple, list)) else value
 
-        out = block(hidden, *of(self.args), **{k: of(v) for k, v in self.kwargs.items()})
-        first: Tensor = out[0] if isinstance(out, tuple) else out
-        return first
+        kwargs = {k: of(v) for k, v in self.kwargs.items()}
+        if self.streams is None:
+            out = block(hidden, *of(self.args), **kwargs)
+            first: Tensor = out[0] if isinstance(out, tuple) else out
+            return first
+        parts = dict(zip(self.streams.names, hidden.split(self.lengths, -2), strict=True))
+        out = block(**parts, **kwargs)
+        given = dict(zip(self.streams.returns, out if isinstance(out, tuple) else (out,), strict=True))
+        return torch.cat([given[n] for n in self.streams.names if given[n] is not None], -2)
 
 
 @dataclass(frozen=True)
@@ -60,15 +84,44 @@ class OneByOne:
 
     each: tuple[Call, ...]
 
-    def to(self, dtype: torch.dtype) -> OneByOne:
-        """The same calls for blocks that run in ``dtype``."""
-        return OneByOne(tuple(call.to(dtype) for call in self.each))
-
     def __call__(self, block: nn.Module, hidden: Tensor, rows: slice = slice(None)) -> Tensor:
         """What the block gives for that one row, [.., tokens, hidden]."""
         assert rows.stop - rows.start == 1
         out: Tensor = self.each[rows.start](block, hidden)
         return out
+
+
+def shelved(calls: dict[int, Call], shelf: Spilled, dtype: torch.dtype) -> dict[int, Call]:
+    """The calls of one row, for blocks that run in ``dtype``, their tensors on the disk; what blocks share is there once."""
+    places: dict[int, Shelved] = {}
+
+    def put(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(put(v) for v in value)
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in places:
+            places[id(value)] = Shelved(shelf, len(shelf))
+            shelf.append(value.to(dtype) if value.is_floating_point() else value)
+        return places[id(value)]
+
+    return {
+        i: replace(call, args=put(call.args), kwargs={k: put(v) for k, v in call.kwargs.items()})
+        for i, call in calls.items()
+    }
+
+
+def _by_name(block: nn.Module, streams: Streams, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    """The hidden states of all streams, one behind the other, and the rest of the call."""
+    signature = inspect.signature(block.forward)
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for name, p in signature.parameters.items():
+        if p.kind is p.VAR_POSITIONAL:  # what blocks of other kinds take; nothing reads it
+            given.pop(name, None)
+        elif p.kind is p.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    parts = [given.pop(name) for name in streams.names]
+    return torch.cat(parts, -2), Call((), given, streams, tuple(p.shape[-2] for p in parts))
 
 
 def merged(calls: list[dict[int, Call]], lengths: list[int]) -> dict[int, Call]:
@@ -132,9 +185,9 @@ class _Notes:
     calls: dict[int, Call] = field(default_factory=dict)
     first: Tensor | None = None
 
-    def add(self, index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def add(self, index: int, hidden: Tensor, call: Call) -> None:
         self.first = hidden if index == 0 else self.first
-        self.calls[index] = Call(args, kwargs)
+        self.calls[index] = call
         if index + 1 == self.count:
             raise _Entered
 
@@ -142,40 +195,45 @@ class _Notes:
 class _Recorder(nn.Module):
     """Stands in a block's place: notes how it is called and hands the hidden states on."""
 
-    def __init__(self, block: nn.Module, notes: _Notes, index: int) -> None:
+    def __init__(self, block: nn.Module, notes: _Notes, index: int, streams: Streams | None) -> None:
         super().__init__()
         self.__dict__["_block"] = block
-        self.__dict__["_note"] = (notes, index)
+        self.__dict__["_note"] = (notes, index, streams)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)  # models read attributes such as attention_type from a block
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        notes, index = self.__dict__["_note"]
-        notes.add(index, hidden, args, kwargs)
-        return hidden
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        notes, index, streams = self.__dict__["_note"]
+        if streams is None:
+            notes.add(index, args[0], Call(args[1:], kwargs))
+            return args[0]
+        hidden, call = _by_name(self.__dict__["_block"], streams, args, kwargs)
+        notes.add(index, hidden, call)
+        parts = dict(zip(streams.names, hidden.split(call.lengths, -2), strict=True))
+        return tuple(parts[n] for n in streams.returns) if len(parts) > 1 else hidden
 
 
 def enter(
     model: nn.Module,
     blocks: Sequence[str],
-    samples: Iterable[Mapping[str, Tensor]],
-    cache: Any = None,
+    samples: Iterable[Mapping[str, Any]],
     through: bool = False,
+    streams: Streams | None = None,
 ) -> Generator[tuple[Tensor, dict[int, Call]], None, None]:
     """Hidden states that reach the first of these blocks, [.., tokens, hidden] of a sample at a time, and how each block is
     called. Samples that do not reach it (a text, where the blocks look at pictures) are left out.
 
-    model: everything before the blocks is materialized; samples: what the model is called with for each row; cache: the KV
-    cache of these calls; through: the blocks are materialized too and run, since transformers looks for those of a tower
-    at its first call, to record what they give
+    model: everything before the blocks is materialized; samples: what the model is called with for each row; through: the
+    blocks are materialized too and run, since transformers looks for those of a tower at its first call, to record what
+    they give; streams: of a diffusion transformer
     """
     originals = [model.get_submodule(name) for name in blocks]
     base: Any = getattr(model, "base_model", model)
     notes = _Notes(len(blocks))
 
     def look(index: int) -> Callable[..., None]:
-        return lambda _, args, kwargs: notes.add(index, args[0], args[1:], kwargs)
+        return lambda _, args, kwargs: notes.add(index, args[0], Call(args[1:], kwargs))
 
     handles = []
     try:
@@ -183,11 +241,11 @@ def enter(
             if through:
                 handles.append(block.register_forward_pre_hook(look(i), with_kwargs=True))
             else:
-                model.set_submodule(name, _Recorder(block, notes, i))
+                model.set_submodule(name, _Recorder(block, notes, i, streams))
         for sample in samples:
             notes.first, notes.calls = None, {}
             with torch.inference_mode(), suppress(_Entered):
-                base(**sample, past_key_values=cache, use_cache=cache is not None)
+                base(**sample)
             if notes.first is not None:
                 yield notes.first, notes.calls
     finally:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qkit.activations import quantize_activations
 from qkit.blocks import LANGUAGE, BlockSequence
 from qkit.calibration import Calibration
-from qkit.calls import Call, OneByOne, enter, merged
+from qkit.calls import Call, OneByOne, enter, merged, shelved
 from qkit.capture import Rows
 from qkit.errors import BadCalibration, write_failure
 from qkit.families.materialize import load_outer, release_outer
@@ -26,6 +26,7 @@ from qkit.formats import Format
 from qkit.job import Job
 from qkit.plan import Plan, parts
 from qkit.qtensor import dequantize
+from qkit.spill import Spilled
 from qkit.transforms.rotate import rotate_outer
 
 Calls = dict[int, Call | OneByOne]  # by the index of the block in its sequence
@@ -49,15 +50,20 @@ def embed(
     """
     assert plan.calibration is not None
     calibration, language = plan.calibration, sequence.name == LANGUAGE
+    streams, through = outline.family.streams, sequence.name in {t.name for t in outline.towers}
+    given = {"return_dict": False} if streams else {"past_key_values": cache, "use_cache": cache is not None}
+    samples = ({**sample, **given} for sample in calibration.calls())
+    shelf = Spilled(path.parent)
     count, length = calibration.tokens.shape
     dtype, seen, leads, width = getattr(torch, plan.run_dtype), list[dict[int, Call]](), list[tuple[int, ...]](), 0
     once = language and calibration.inputs is None  # rows of a text are all called alike
     try:
         with _before(plan, outline, job), path.open("ab" if good else "wb") as f:
-            for hidden, calls in enter(outline.model, sequence.paths, calibration.calls(), cache, not language):
+            for hidden, calls in enter(outline.model, sequence.paths, samples, through, streams):
                 width = hidden.shape[-1]
                 leads.append(tuple(hidden.shape[:-1]))
-                seen = [*([] if once else seen), calls]
+                made = calls if language else shelved(calls, shelf, dtype)
+                seen = [*([] if once else seen), made]
                 if good is None:
                     whole = hidden.to(dtype)
                     if language:
@@ -75,7 +81,7 @@ def embed(
         raise BadCalibration(f"no calibration row reaches the {sequence.name}: give rows with pictures, or skip it")
     most = max(torch.Size(lead).numel() for lead in leads)
     rows = Rows(path, len(leads), most, width, dtype, good or [True] * len(leads), None, tuple(leads))
-    return rows, {i: OneByOne(tuple(calls[i] for calls in seen)).to(dtype) for i in range(len(sequence.blocks))}
+    return rows, {i: OneByOne(tuple(calls[i] for calls in seen)) for i in range(len(sequence.blocks))}
 
 
 def _as_one(calibration: Calibration, calls: list[dict[int, Call]]) -> dict[int, Call]:

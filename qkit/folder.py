@@ -64,6 +64,10 @@ CONFIG_LIMIT = 16 << 20
 INDEX_LIMIT = 100 << 20
 MAX_DEPTH = 64
 RECORD = "qkit.json"  # what every folder that qkit exports has
+PIPELINE_INDEX, DENOISER = (
+    "model_index.json",
+    "transformer",
+)  # of a diffusers pipeline, and its component that is quantized
 OLD_PREFIX = ".qkit-old-"
 
 
@@ -88,6 +92,16 @@ def parse_checked(raw: bytes, where: str) -> Any:
 
 def _children(node: Any) -> list[Any]:
     return list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Whether it is a diffusers pipeline, a folder of components."""
+    return (folder / PIPELINE_INDEX).is_file()
+
+
+def weights_folder(folder: Path) -> Path:
+    """Where the config.json and the weights to quantize lie: the folder itself, or a pipeline's transformer."""
+    return folder / DENOISER if is_pipeline(folder) else folder
 
 
 def list_names(folder: Path) -> list[str]:

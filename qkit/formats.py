@@ -128,7 +128,9 @@ SCHEMES: dict[str, Scheme] = {
         _scheme("W4A8", "int4", "int8_token"),
         _scheme("W4A8-FP8", "int4", "fp8_token"),
         _scheme("NVFP4", "nvfp4", "nvfp4_dynamic"),
+        _scheme("NVFP4A8", "nvfp4", "int8_token"),
         _scheme("NVFP4A16", "nvfp4"),
+        _scheme("6BIT", "nvfp4", "nvfp4_dynamic"),  # of diffusion transformers: NVFP4 or INT8 activations, step by step
         _scheme("MXFP4", "mxfp4", "mxfp4_dynamic"),
         _scheme("MXFP4A16", "mxfp4"),
         _scheme("MXFP8", "mxfp8", "mxfp8_dynamic"),

@@ -30,6 +30,8 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", None)
         # Not buffers: loaders that fill in or convert buffers must not touch packed weights. ``_apply`` moves them.
         self.static: Tensor | None = None
+        # Of a diffusion transformer: says at every call how its inputs are quantized, in the place of ``activations``.
+        self.chooser: Callable[[Tensor], Format | None] | None = None
         self.packed: ops.Prepared | None = None
 
     def take(self, tensors: dict[str, Tensor]) -> None:
@@ -58,12 +60,17 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out], in x's dtype."""
+        return self.product(x, self.activations if self.chooser is None else self.chooser(x))
+
+    def product(self, x: Tensor, activations: Format | None) -> Tensor:
+        """x times the weight, plus bias, with x in that format (None: as it is)."""
         assert self.packed is not None, "tensors were never loaded"
-        return ops.linear(x, self.packed, self.bias, self.activations, self.static)
+        return ops.linear(x, self.packed, self.bias, activations, self.static)
 
     def extra_repr(self) -> str:
         op = "empty" if self.packed is None else self.packed.op
         acts = "" if self.activations is None else f", activations={self.activations.name}"
+        acts = acts if self.chooser is None else ", activations by step"
         return f"{self.in_features} -> {self.out_features}, {self.weights.name}{acts}, {op}"
 
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from qkit.blocks import Linear
 from qkit.checkpoint import Checkpoint
-from qkit.errors import BadCheckpoint
+from qkit.errors import BadCheckpoint, UsageError
 from qkit.export.compressed_tensors import formats_of, has_cache_scales, specs
 from qkit.families.discover import build_skeleton
 from qkit.families.materialize import fill_computed_buffers
 from qkit.families.outline import Outline, dtype_of
+from qkit.folder import is_pipeline, weights_folder
 from qkit.formats import Format
 from qkit.kvcache.scales import declare
 from qkit.layers import QuantExperts, QuantLinear
@@ -28,7 +29,7 @@ from qkit.sparse import PIECES
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", kv: str | None = None) -> Any:
-    """A transformers causal language model in eval mode.
+    """A transformers language model in eval mode, or a diffusers pipeline (or its transformer alone).
 
     path:  a folder that ``qkit quantize`` wrote (or any compressed-tensors checkpoint in a format qkit knows), or a
            full-precision one, or the name of a reference model
@@ -40,13 +41,15 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     does not suit the model.
     """
     folder = find_model(str(path))
-    checkpoint = Checkpoint.open(folder, quantized=True)
+    checkpoint = Checkpoint.open(weights_folder(folder), quantized=True)
+    if "_class_name" in checkpoint.config:
+        return _diffusion(folder, checkpoint, dtype, device, kv)
     outline = PackedOutline(checkpoint)
     model: Any = outline.model
     dtype = dtype or outline.dtype
     computed = [m for m in model.modules() if m._non_persistent_buffers_set]
     model.to_empty(device="cpu")
-    fill_computed_buffers(model)
+    fill_computed_buffers(outline)
     rotary = {id(b): b for m in computed for b in m.buffers()}
     with torch.inference_mode():
         place_packed(outline, dtype)
@@ -65,6 +68,19 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     model = model.eval().to(device)
     _cache_policy(model, folder, kv)
     return model
+
+
+def _diffusion(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, device: str, kv: str | None) -> Any:
+    """A pipeline, or a transformer alone, by way of diffusers, which knows qkit's folders (``registration_diffusers``)."""
+    from qkit.diffusion.pipeline import load_denoiser, load_pipeline
+
+    if kv not in (None, "none"):
+        raise UsageError(f"--kv {kv}: a diffusion transformer has no KV cache: leave the option out")
+    outline = PackedOutline(checkpoint)  # refuses what is damaged, in a sentence
+    dtype = dtype or outline.dtype
+    if is_pipeline(folder):
+        return load_pipeline(folder, dtype, device)
+    return load_denoiser(folder, checkpoint.config["_class_name"], dtype, device)
 
 
 class PackedOutline(Outline):

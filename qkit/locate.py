@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qkit.checkpoint import Checkpoint
 from qkit.errors import BadCheckpoint, QkitError
+from qkit.folder import RECORD, weights_folder
 from qkit.safefile import parse_json, write_atomic
 
 SOURCE_FILE = "source"  # in the job folder: where the original was; the output itself names no local path
@@ -51,7 +52,7 @@ def recorded_source(out: Path) -> Path | None:
     """
     import qkit_data
 
-    record = out / "qkit.json"
+    record = weights_folder(out) / RECORD
     if not record.is_file():
         return None
     wanted = parse_json(record.read_bytes(), str(record)).get("source", {}).get("fingerprint")
@@ -60,7 +61,7 @@ def recorded_source(out: Path) -> Path | None:
     candidates += [path for name in qkit_data.models() if (path := qkit_data.model_path(name)) is not None]
     for path in candidates:
         try:
-            if path.is_dir() and Checkpoint.open(path).fingerprint() == wanted:
+            if path.is_dir() and Checkpoint.open(weights_folder(path)).fingerprint() == wanted:
                 return path
         except QkitError:
             continue

@@ -10,11 +10,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qkit.calibration import Calibration, calibration_rows
 from qkit.checkpoint import Checkpoint, check_config, check_output_dir, check_tied, commit_dir
+from qkit.diffusion.pipeline import check_pipeline
+from qkit.diffusion.trajectory import Trajectory, sampling_of
 from qkit.errors import UsageError, VerifyFailure
 from qkit.export.folder import export, is_export_of
+from qkit.families.discover import kind_of
 from qkit.families.outline import Outline
+from qkit.folder import is_pipeline, weights_folder
 from qkit.forecast import Forecast, forecast, refuse_what_cannot_fit
 from qkit.job import Job
 from qkit.kvscales import measure_scales
@@ -28,6 +34,7 @@ from qkit.recipe import Recipe, load_recipe, make_recipe
 from qkit.run import Progress, run_blocks
 from qkit.sensitivity.forecast import repair_memory
 from qkit.sensitivity.repair import repair
+from qkit.steps import decide_steps
 from qkit.verify import Report, verify
 
 
@@ -37,8 +44,10 @@ class Request:
 
     calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method
     needs any. recipe: a YAML file; scheme, method, group_size and options given here go over it. rules: as in a
-    recipe, what an allocation decided. outliers, significant, targets: as in a recipe; None: what the recipe says. kv: the KV
-    cache policy that the result is to be run with, as ``Policy.to_json`` gives it; key_exponents: as in a plan.
+    recipe, what an allocation decided. outliers, significant, targets: as in a recipe; None: what the recipe says. call: of
+    a diffusion pipeline, what it is called with while it is calibrated; its calib are prompts, one a line; policy: as in a
+    recipe. kv: the KV cache policy that the result is to be run with, as ``Policy.to_json`` gives it; key_exponents: as in
+    a plan.
     """
 
     model: str
@@ -51,6 +60,8 @@ class Request:
     significant: float | None = None
     targets: dict[str, str] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+    policy: dict[str, Any] = field(default_factory=dict)
     strict: bool = False
     export: str | None = None
     calib: Path | None = None
@@ -73,10 +84,14 @@ class Prepared:
 
 def open_outline(model: str) -> Outline:
     """Open and check a full-precision checkpoint."""
-    checkpoint = Checkpoint.open(find_model(model))
+    folder = find_model(model)
+    if is_pipeline(folder):
+        check_pipeline(folder)
+    checkpoint = Checkpoint.open(weights_folder(folder))
     check_config(checkpoint.config, checkpoint.tensors)
     outline = Outline(checkpoint)
-    check_tied(checkpoint, bool(outline.tied))
+    if outline.family.streams is None:
+        check_tied(checkpoint, bool(outline.tied))
     return outline
 
 
@@ -119,6 +134,7 @@ def recipe_of(request: Request) -> Recipe:
         "outliers": request.outliers,
         "significant": request.significant,
         "targets": request.targets or None,
+        "policy": request.policy or None,
     }
     over = {k: v for k, v in given.items() if v is not None}
     if request.recipe is not None:
@@ -141,8 +157,10 @@ def calibration_asked(
 
 
 def calibration_of(request: Request, outline: Outline) -> Calibration:
-    """The rows that a request says: pairs of pictures and answers, or rows of a text."""
+    """The rows that a request says: pairs of pictures and answers, rows of a text, or calls along a trajectory."""
     _check_shape(request)
+    if outline.family.streams is not None:
+        return trajectory_rows(request, outline)
     return pair_calibration(request, outline) if wants_pairs(request, outline) else text_rows(request, outline)
 
 
@@ -162,7 +180,7 @@ def wants_pairs(request: Request, outline: Outline) -> bool:
     if pairs:
         raise UsageError(
             f"--calib {given}: pairs of pictures and answers are for a vision-language model, and this is a "
-            f"{outline.checkpoint.config.get('model_type')}: give a text file"
+            f"{kind_of(outline.checkpoint.config)}: give a text file"
         )
     return False
 
@@ -178,6 +196,27 @@ def pair_calibration(request: Request, outline: Outline, held_out: bool = False)
         pairs, source = read_pairs(request.calib, request.samples), request.calib.name
     processor = load_processor(outline.checkpoint.path)
     return pair_rows(pairs, processor, image_tokens(outline.model.config), source)
+
+
+def trajectory_rows(request: Request, outline: Outline) -> Calibration:
+    """Rows of a diffusion transformer, made while the run begins. Raises UsageError for a transformer without its pipeline."""
+    folder = find_model(request.model)
+    if not is_pipeline(folder):
+        raise UsageError(
+            f"{folder}: a transformer without its pipeline cannot be sampled, and this method or scheme is measured on "
+            "samples: give the pipeline's folder, or take another (--method rtn with w8a8, w4a8 or a weight-only scheme)"
+        )
+    sampling = sampling_of(folder, request.calib, request.call)
+    trajectory = Trajectory(folder, sampling, request.samples, request.seed, outline.dtype)
+    source = f"{request.calib.name if request.calib else 'own'} prompts"
+    return Calibration(
+        source,
+        request.samples,
+        0,
+        trajectory.digest,
+        torch.empty(request.samples, 0, dtype=torch.int64),
+        trajectory=trajectory,
+    )
 
 
 def text_rows(request: Request, outline: Outline) -> Calibration:
@@ -228,22 +267,23 @@ def quantize(
     OUT.partial for inspection and OUT untouched.
     """
     found = prepared or prepare(request)
-    plan, outline = found.plan, found.outline
+    plan, outline, source = found.plan, found.outline, find_model(request.model)
     work = work or out.with_name(out.name + ".job")
     if is_export_of(out, plan):
         return verify(out)
-    check_output_dir(out, outline.checkpoint.path, overwrite)
-    if outline.checkpoint.path in (work.resolve(), *work.resolve().parents):
+    check_output_dir(out, source.resolve(), overwrite)
+    if source.resolve() in (work.resolve(), *work.resolve().parents):
         raise UsageError(f"{work}: the job folder lies inside the model folder: choose another with --work")
     refuse_what_cannot_fit(found.forecast, out)
     partial = out.with_name(out.name + ".partial")
     with Job.open(work, plan.identity) as job, workers(request.threads) as pool:
-        record_source(work, outline.checkpoint.path)
+        record_source(work, source)
         run_blocks(plan, outline, job, pool, progress)
         repair(plan, outline, job, pool, progress)
         measure_scales(plan, outline, job, pool, progress)
         progress.start("export and verify", 2)
-        export(plan, outline, job, partial)
+        export(plan, outline, job, partial, source)
+        decide_steps(plan, outline, partial, progress)
         progress.step()
         report = verify(partial, work)
         progress.step()

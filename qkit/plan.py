@@ -12,15 +12,17 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from qkit.blocks import LANGUAGE, BlockOutline, BlockSequence, Linear
+from qkit.blocks import BlockOutline, BlockSequence, Linear
 from qkit.calibration import Calibration
+from qkit.diffusion.policy import BY_STEP, Asked
 from qkit.errors import BadRecipe, Unsupported, UsageError
 from qkit.export.compressed_tensors import stored_bytes
+from qkit.families.discover import kind_of
 from qkit.families.outline import Outline
-from qkit.formats import Format, Scheme, did_you_mean, fit_group
+from qkit.formats import Format, Scheme, fit_group
 from qkit.kvcache.scales import tensor_names
 from qkit.machine import run_dtype
-from qkit.recipe import Recipe, Rule, parse_method
+from qkit.recipe import Recipe, Rule, check_rules, parse_method, rule_for
 from qkit.solvers.table import SOLVERS
 from qkit.sparse import sparse_bytes
 from qkit.towers import tower_rules
@@ -63,6 +65,7 @@ class Plan:
     calibration: the rows that solvers, transforms or the scales of the KV cache are measured on; None where none are
     needs_rows: whether the blocks are solved with these rows
     kv: the KV cache policy (``qkit.kvcache.policy``) that the model is to be run with
+    policy: precision by step that is asked for (``qkit.diffusion.policy.Asked``)
     key_exponents: of the scales of keys (``qkit.transforms.keys``), by block, head and rotary pair
     fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
     """
@@ -86,6 +89,7 @@ class Plan:
     export: str
     recipe: dict[str, Any]
     kv: dict[str, Any] | None = None
+    policy: dict[str, Any] | None = None
     key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
     @property
@@ -152,7 +156,7 @@ def make_plan(
     if balanced is not None and not outline.family.text_types:
         raise Unsupported(
             f"method {balanced} weighs pictures against answers, and this is a language model "
-            f"({outline.checkpoint.config.get('model_type')}): use awq"
+            f"({kind_of(outline.checkpoint.config)}): use awq"
         )
     if balanced is not None and calibration is not None and calibration.kinds is None:
         raise UsageError(
@@ -167,21 +171,27 @@ def make_plan(
     targets = tower_rules(recipe, outline)
     for sequence in outline.sequences:
         for linear in (x for b in sequence.blocks for x in b.linears):
-            index, rule = _rule_for(linear.name, recipe.rules)
-            if sequence.name != LANGUAGE and (rule is None or not (rule.scheme or rule.skip)):
+            index, rule = rule_for(linear.name, recipe.rules)
+            if sequence.name in targets and (rule is None or not (rule.scheme or rule.skip)):
                 rule = targets[sequence.name]
             elif rule is not None:
                 matched.add(index)
             if rule is not None and rule.skip is not None:
                 skipped[linear.name] = rule.skip
                 continue
+            reason = None if rule is not None else outline.default_skip(linear.name)
+            if reason is not None:
+                skipped[linear.name] = reason
+                continue
             linears[linear.name] = _decide(linear, recipe, rule)
+    if not linears:
+        raise UsageError("nothing is left to quantize: every layer is skipped by a rule or by default")
     head = outline.stored_name(outline.family.head)
     if f"{head}.weight" in outline.checkpoint.tensors or f"{head}.weight" in outline.tied:
         skipped[head] = TIED_REASON if f"{head}.weight" in outline.tied else HEAD_REASON
-    skipped.update(_routers(outline))
+    skipped.update(outline.tables)
     skipped.update({name: OUTSIDE_REASON for name in outline.outside if name != head})
-    _check_rules(recipe, matched, [*linears, *skipped])
+    check_rules(recipe, matched, [*linears, *skipped])
     fused = _fused(outline, linears, skipped)
     significant = round(recipe.significant / 100 * sum(p.shape[0] * p.shape[1] for p in linears.values()))
     rows = why_rows(linears, transforms, significant)
@@ -206,7 +216,7 @@ def make_plan(
         significant,
         transforms,
         outline.family.name,
-        str(outline.checkpoint.config.get("model_type")),
+        kind_of(outline.checkpoint.config),
         str(outline.dtype).removeprefix("torch."),
         str(run_dtype(outline.dtype) if measured else outline.dtype).removeprefix("torch."),
         seed,
@@ -219,6 +229,7 @@ def make_plan(
         export,
         recipe.model_dump(),
         kv,
+        _policy(recipe, outline, linears),
     )
 
 
@@ -227,7 +238,7 @@ def sequences(plan: Plan, outline: Outline) -> tuple[BlockSequence, ...]:
     return tuple(
         s
         for s in outline.sequences
-        if s.name == LANGUAGE or any(x.name in plan.linears for b in s.blocks for x in b.linears)
+        if s is outline.sequences[-1] or any(x.name in plan.linears for b in s.blocks for x in b.linears)
     )
 
 
@@ -274,11 +285,19 @@ def why_rows(linears: dict[str, LinearPlan], transforms: tuple[str, ...], signif
     return None
 
 
-def _rule_for(name: str, rules: tuple[Rule, ...]) -> tuple[int, Rule | None]:
-    for i, rule in enumerate(rules):
-        if rule.matches(name):
-            return i, rule
-    return -1, None
+def _policy(recipe: Recipe, outline: Outline, linears: dict[str, LinearPlan]) -> dict[str, Any] | None:
+    """Precision by step, where it is asked for. Raises Unsupported for models and formats that have none."""
+    asked = recipe.policy or (Asked() if recipe.scheme.upper() == BY_STEP else None)
+    if asked is None:
+        return None
+    if outline.family.streams is None:
+        raise Unsupported(
+            f"scheme {recipe.scheme} decides at every step of a diffusion sampler, and this is a "
+            f"{kind_of(outline.checkpoint.config)}: take another, for instance nvfp4"
+        )
+    if not any(p.weights.name == "nvfp4" and p.activations is not None for p in linears.values()):
+        raise Unsupported("a policy by step needs layers with NVFP4 weights and inputs: take --scheme 6bit")
+    return asked.model_dump()
 
 
 def _decide(linear: Linear, recipe: Recipe, rule: Rule | None) -> LinearPlan:
@@ -313,51 +332,6 @@ def _decide(linear: Linear, recipe: Recipe, rule: Rule | None) -> LinearPlan:
     )
 
 
-def _routers(outline: Outline) -> dict[str, str]:
-    """Two-dimensional weights of blocks that are not linears to quantize: routers of experts."""
-    found: dict[str, str] = {}
-    for block in outline.blocks:
-        weights = {f"{x.name}.weight" for x in block.linears}
-        for _, stored in block.stored:
-            if stored not in weights and len(outline.checkpoint.tensors[stored].shape) == 2:
-                found[stored.removesuffix(".weight")] = (
-                    "it routes tokens to experts: small, and an error changes the route"
-                )
-    return found
-
-
-def _check_rules(recipe: Recipe, matched: set[int], names: list[str]) -> None:
-    for i, rule in enumerate(recipe.rules):
-        if i not in matched:
-            if any(rule.matches(n) for n in names):
-                raise BadRecipe(
-                    f"rule {i + 1} ({rule.match!r}) matches only layers that an earlier rule or a default already "
-                    "decides: move it up or remove it"
-                )
-            leaf, leaves = rule.globs[0].rpartition(".")[2], sorted({n.rpartition(".")[2] for n in names})
-            raise BadRecipe(f"rule {i + 1} ({rule.match!r}) matches no layer{did_you_mean(leaf, leaves)}")
-
-
-def _fused(outline: Outline, linears: dict[str, LinearPlan], skipped: dict[str, str]) -> tuple[tuple[str, ...], ...]:
-    fused: list[tuple[str, ...]] = []
-    for block in outline.every_block:
-        for group in block.groups:
-            names = tuple(x.name for x in group.linears)
-            if len(names) < 2:
-                continue
-            kinds = {(linears[n].weights, linears[n].activations) if n in linears else None for n in names}
-            if len(kinds) > 1:
-                said = ", ".join(
-                    f"{n.rsplit('.', 1)[-1]} {linears[n].scheme if n in linears else 'skipped'}" for n in names
-                )
-                raise BadRecipe(
-                    f"{names[0].rsplit('.', 1)[0]}: the rules give {said}, but engines load these layers as one and need "
-                    "one scheme: write a rule that covers all of them"
-                )
-            fused.append(names)
-    return tuple(fused)
-
-
 def _packed_bytes(outline: Outline, linears: dict[str, LinearPlan], significant: int, untied: bool) -> int:
     """Bytes of all tensors of the result, exactly (shard headers apart).
 
@@ -379,3 +353,23 @@ def _packed_bytes(outline: Outline, linears: dict[str, LinearPlan], significant:
         shared = next(iter(outline.tied.values()))
         total += outline.checkpoint.tensors[shared].nbytes
     return total
+
+
+def _fused(outline: Outline, linears: dict[str, LinearPlan], skipped: dict[str, str]) -> tuple[tuple[str, ...], ...]:
+    fused: list[tuple[str, ...]] = []
+    for block in outline.every_block:
+        for group in block.groups:
+            names = tuple(x.name for x in group.linears)
+            if len(names) < 2:
+                continue
+            kinds = {(linears[n].weights, linears[n].activations) if n in linears else None for n in names}
+            if len(kinds) > 1:
+                said = ", ".join(
+                    f"{n.rsplit('.', 1)[-1]} {linears[n].scheme if n in linears else 'skipped'}" for n in names
+                )
+                raise BadRecipe(
+                    f"{names[0].rsplit('.', 1)[0]}: the rules give {said}, but engines load these layers as one and need "
+                    "one scheme: write a rule that covers all of them"
+                )
+            fused.append(names)
+    return tuple(fused)

@@ -174,6 +174,13 @@ def holds_siglip(config: Mapping[str, Any], linears: Iterable[str]) -> bool:
     return siglip and any("vision_tower." in name or "vision_model." in name for name in linears)
 
 
+def of_diffusion(config: Mapping[str, Any]) -> list[EngineFit]:
+    """A diffusion transformer, whatever its formats: diffusers has no compressed-tensors backend of its own. Of any other
+    model nothing."""
+    name, refuses = config.get("_class_name"), "without the import diffusers refuses to load it"
+    return [EngineFit("diffusers", f"{name} after 'import qkit'", (refuses,))] if name else []
+
+
 def preflight(
     weights: Numbers,
     activations: Numbers | None,

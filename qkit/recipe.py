@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from qkit.diffusion.policy import Asked
 from qkit.errors import BadRecipe, UsageError
 from qkit.formats import Scheme, did_you_mean, scheme
 from qkit.solvers.table import SOLVERS
@@ -60,7 +61,8 @@ class Recipe(BaseModel):
     targets: of a model that looks at pictures, what its towers get: {vision: w8a8, projector: skip}; a scheme, "skip", or
     "auto": what measuring says (``qkit.towers``). outliers: percent of a layer's weights, the largest, that are kept in 16
     bits in a sparse part; or {glob: percent}, of which the first that matches decides. significant: percent of all weights
-    that are put back to their values after quantization, those that the loss depends on most.
+    that are put back to their values after quantization, those that the loss depends on most. policy: of a diffusion
+    transformer with NVFP4 weights and inputs, precision by step: {width: 6, skips: 0.25}.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,6 +76,7 @@ class Recipe(BaseModel):
     significant: Annotated[float, Field(ge=0, le=MOST_SPARSE)] = 0.0
     rules: tuple[Rule, ...] = ()
     targets: dict[str, str] = Field(default_factory=dict)
+    policy: Asked | None = None
 
     @model_validator(mode="after")
     def _check_outliers(self) -> Recipe:
@@ -109,6 +112,27 @@ class Recipe(BaseModel):
         if solver not in SOLVERS:
             raise UsageError(f"unknown solver '{solver}'{did_you_mean(solver, list(SOLVERS))}")
         return s, solver, check_options(solver, parse_method(self.method)[0], options)
+
+
+def rule_for(name: str, rules: tuple[Rule, ...]) -> tuple[int, Rule | None]:
+    """The first rule about the layer of that checkpoint name, and its place; (-1, None) if there is none."""
+    for i, rule in enumerate(rules):
+        if rule.matches(name):
+            return i, rule
+    return -1, None
+
+
+def check_rules(recipe: Recipe, matched: set[int], names: list[str]) -> None:
+    """Raises BadRecipe for a rule that decided nothing. matched: places of those that did; names: of all layers."""
+    for i, rule in enumerate(recipe.rules):
+        if i not in matched:
+            if any(rule.matches(n) for n in names):
+                raise BadRecipe(
+                    f"rule {i + 1} ({rule.match!r}) matches only layers that an earlier rule or a default already "
+                    "decides: move it up or remove it"
+                )
+            leaf, leaves = rule.globs[0].rpartition(".")[2], sorted({n.rpartition(".")[2] for n in names})
+            raise BadRecipe(f"rule {i + 1} ({rule.match!r}) matches no layer{did_you_mean(leaf, leaves)}")
 
 
 def parse_method(method: str) -> tuple[tuple[str, ...], str]:

@@ -90,7 +90,7 @@ def _run_sequence(run: _Run, sequence: BlockSequence, first: int) -> None:
     plan, outline, job = run.plan, run.outline, run.job
     dtype = getattr(torch, plan.run_dtype if plan.needs_rows else plan.dtype)
     language, rows = sequence.name == LANGUAGE, None
-    if plan.needs_rows and (language or (plan.calibration is not None and plan.calibration.kinds is not None)):
+    if plan.needs_rows and (language or (plan.calibration is not None and plan.calibration.beyond_text)):
         rows, calls = _rows(run, sequence, first)
     balance = _balance(run) if rows is not None and language else []
     for block in sequence.blocks[job.finished - first :]:

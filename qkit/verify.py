@@ -30,9 +30,10 @@ from qkit.declared import (
 )
 from qkit.declared_cache import check_cache
 from qkit.declared_config import Declared, Group, is_ignored, read_quantization, resolve
+from qkit.declared_pipeline import packed_part
 from qkit.decode import FLOATS, Decoded, Stored, decode, file_sha256, layout, read_header
 from qkit.errors import BadCheckpoint
-from qkit.preflight import EngineFit, holds_siglip, preflight
+from qkit.preflight import holds_siglip, of_diffusion, preflight
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # names a loader looks for without an index
@@ -84,6 +85,9 @@ def verify(out: Path, job: Path | None = None) -> Report:
     if not out.is_dir():
         raise BadCheckpoint(f"{out}: not a folder; give the folder that an export wrote")
     findings = Findings()
+    out = packed_part(out, findings)
+    if not out.is_dir():
+        return Report(findings.problems, checks=dict(findings.checks))
     record, config = read_record(out, findings), read_json(out / "config.json", findings)
     headers = _read_folder(out, record, findings)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
@@ -382,7 +386,7 @@ def _engine_table(
     )
     rows, siglip = [], holds_siglip(config, record.linears)
     for (weights, activations, packing), count in combinations.items():
-        fits: list[EngineFit] = preflight(weights, activations, packing, method, siglip)
+        fits = of_diffusion(config) or preflight(weights, activations, packing, method, siglip)
         said = str(activations) if activations else "as they are"
         rows += [EngineRow(str(weights), said, packing, count, f.engine, f.loads_as, f.limits) for f in fits]
     return rows

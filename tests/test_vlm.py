@@ -52,8 +52,9 @@ def test_rows_of_several_lengths(vlm, family):
         del x["attention_mask"]
     rows = rows_of(each, [len(x["input_ids"][0]) - 3 for x in each], {tiny_vlms.IMAGE, tiny_vlms.IMAGE + 1}, "three")
     outline = Outline(Checkpoint.open(path))
-    blocks = outline.family.blocks
-    entered = list(enter(model, outline.sequences[-1].paths, rows.calls()))
+    (blocks,) = outline.family.blocks
+    samples = ({**x, "use_cache": False} for x in rows.calls())
+    entered = list(enter(model, outline.sequences[-1].paths, samples))
     lengths = [x["input_ids"].shape[1] for x in each]
     calls = merged([c for _, c in entered], lengths)
     differ = any(isinstance(v, PerRow) for c in calls.values() for v in c.kwargs.get("position_embeddings", ()))

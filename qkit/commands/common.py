@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -40,6 +40,20 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--option", "options", multiple=True, metavar="NAME=VALUE", help="Option of the method, repeatable."
         ),
         click.option(
+            "--call",
+            "call",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="What a diffusion pipeline is called with, repeatable: num_inference_steps=20, height=480.",
+        ),
+        click.option(
+            "--policy",
+            "policy",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Of --scheme 6bit, repeatable: width=5 (mean bits of inputs), skips=0.25 (blocks not run), purify=25.",
+        ),
+        click.option(
             "--outliers", type=float, help="Percent of the weights, the largest, kept in 16 bits beside the codes."
         ),
         click.option(
@@ -58,7 +72,11 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["compressed-tensors", "qkit"]),
             help="Name of the method in config.json; qkit needs 'import qkit' to load (default: compressed-tensors).",
         ),
-        click.option("--calib", type=click.Path(path_type=Path), help="Calibration text (default: the embedded one)."),
+        click.option(
+            "--calib",
+            type=click.Path(path_type=Path),
+            help="Text, pairs or prompts to calibrate on.",
+        ),
         click.option("--samples", type=int, default=128, show_default=True, help="Calibration rows."),
         click.option("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration row."),
         click.option("--seed", type=int, default=0, show_default=True, help="For what is random (rotations)."),
@@ -74,12 +92,8 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def make_request(given: dict[str, Any]) -> Request:
     """The Request of parsed options."""
-    options: dict[str, Any] = {}
-    for item in given.pop("options"):
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise UsageError(f"--option {item}: expected NAME=VALUE")
-        options[name] = _literal(value)
+    named = {"option": "options", "call": "call", "policy": "policy"}
+    options, call, policy = (_pairs(f"--{flag}", given.pop(key)) for flag, key in named.items())
     targets = [item.partition("=") for item in given.pop("targets")]
     for name, equals, value in targets:
         if not equals or not value:
@@ -89,7 +103,19 @@ def make_request(given: dict[str, Any]) -> Request:
     for name in ("outliers", "significant"):
         if given[name] is not None and not 0 <= given[name] <= MOST_SPARSE:
             raise UsageError(f"--{name} {given[name]:g}: expected a percentage from 0 to {MOST_SPARSE:g}")
-    return Request(options=options, targets={name: value for name, _, value in targets} or None, **given)
+    parts = {name: value for name, _, value in targets} or None
+    return Request(options=options, call=call, policy=policy, targets=parts, **given)
+
+
+def _pairs(flag: str, items: Sequence[str]) -> dict[str, Any]:
+    """{name: value} of NAME=VALUE."""
+    found: dict[str, Any] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"{flag} {item}: expected NAME=VALUE")
+        found[name] = _literal(value)
+    return found
 
 
 def _literal(text: str) -> Any:

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from qkit import __version__, sparse
+from qkit.diffusion.pipeline import copy_rest
 from qkit.export import compressed_tensors as ct
 from qkit.families.outline import Outline
+from qkit.folder import RECORD, WEIGHT_STEMS, is_pipeline, weights_folder
 from qkit.job import Job
 from qkit.kvcache.scales import FORMAT
 from qkit.plan import LinearPlan, Plan, parts
@@ -30,26 +32,34 @@ FORMAT_VERSION = 1
 SHARD_BYTES = 5 * 10**9
 
 
-def export(plan: Plan, outline: Outline, job: Job, partial: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the whole checkpoint into ``partial`` (emptied first)."""
+def export(
+    plan: Plan, outline: Outline, job: Job, partial: Path, source_folder: Path, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write the whole checkpoint into ``partial`` (emptied first), with the rest of the pipeline where ``source_folder`` is
+    one."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    if is_pipeline(source_folder):
+        copy_rest(source_folder, partial, __version__)
+        partial = weights_folder(partial)
+        partial.mkdir()
     source = _Tensors(plan, outline, job)
     shards = _cut(source.specs, shard_bytes)
     hashes: dict[str, str] = {}
     weight_map: dict[str, str] = {}
+    stem = WEIGHT_STEMS[1] if outline.family.streams else WEIGHT_STEMS[0]
     for i, names in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         hashes[file] = write_safetensors(partial / file, [(n, *source.specs[n]) for n in names], source.load)
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         total = sum(_bytes(s) for s in source.specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_atomic(partial / "model.safetensors.index.json", _json(index))
+        write_atomic(partial / f"{stem}.safetensors.index.json", _json(index))
     write_atomic(partial / "config.json", _json(_config(plan, outline, job)))
     for file_path in outline.checkpoint.side_files():
         write_atomic(partial / file_path.name, file_path.read_bytes())
-    write_atomic(partial / "qkit.json", _json(_record(plan, outline, job, source, hashes)))
+    write_atomic(partial / RECORD, _json(_record(plan, outline, job, source, hashes)))
 
 
 def _json(data: dict[str, Any]) -> bytes:
@@ -227,7 +237,7 @@ _SAFETENSORS = {
 
 def is_export_of(out: Path, plan: Plan) -> bool:
     """Whether ``out`` already holds the finished result of this very plan."""
-    record = out / "qkit.json"
+    record = weights_folder(out) / RECORD
     if not record.is_file():
         return False
     try:
@@ -235,5 +245,6 @@ def is_export_of(out: Path, plan: Plan) -> bool:
     except ValueError:
         return False
     return bool(found.get("plan_hash") == plan.hash) and all(
-        (out / f).is_file() and sha256_file(out / f) == h for f, h in found.get("shards", {}).items()
+        (record.parent / f).is_file() and sha256_file(record.parent / f) == h
+        for f, h in found.get("shards", {}).items()
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qkit.blocks import Group
+from qkit.blocks import Group, Streams
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,14 @@ class Tower:
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of model. Names are module names of transformers unless said otherwise."""
+    """One kind of model. Names are module names of transformers, or diffusers, unless said otherwise.
+
+    model_types: what config.json calls it: its model_type, or the class of a diffusion transformer
+    """
 
     name: str
     model_types: tuple[str, ...]
-    blocks: str
+    blocks: tuple[str, ...]  # lists of blocks, one behind the other
     groups: tuple[Group, ...]
     embeddings: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -94,6 +97,8 @@ class Family:
     text_types: tuple[
         str, ...
     ] = ()  # vision-language: what text_config may be; its checkpoints are named by transformers
+    streams: Streams | None = None  # diffusion transformers
+    skips: tuple[tuple[str, str], ...] = ()  # (glob of layers that stay as they are if no rule says otherwise, why)
     note: str = field(default="", compare=False)
 
     def stored_name(self, name: str) -> str:

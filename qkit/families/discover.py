@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -10,11 +11,17 @@ from torch import nn
 
 from qkit.blocks import Group
 from qkit.errors import BadCheckpoint, Unsupported
-from qkit.families import Family, llm, vlm
+from qkit.families import Family, dit, llm, vlm
 
-DECLARED = (*llm.FAMILIES, *vlm.FAMILIES)
+DECLARED = (*llm.FAMILIES, *vlm.FAMILIES, *dit.FAMILIES)
+_DENOISERS = {name: family for family in dit.FAMILIES for name in family.model_types}
 # Siblings of an undeclared architecture that by these names read one input.
 _SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """What config.json calls the model: its model_type, or the class of a diffusion transformer."""
+    return str(config.get("_class_name", config.get("model_type")))
 
 
 def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn.Module:
@@ -23,6 +30,8 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
     Raises Unsupported for an architecture that transformers does not have built in (no code of a checkpoint is
     ever run), BadCheckpoint for a config that it rejects.
     """
+    if "_class_name" in config:
+        return _denoiser(config, where, dtype)
     from transformers import (  # seconds to import: only when needed
         CONFIG_MAPPING,
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -56,6 +65,36 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
             )
     except (StrictDataclassError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as e:
         raise BadCheckpoint(f"{where}: config.json does not describe a model: {str(e).splitlines()[0]}") from e
+    return cast(nn.Module, model.eval())
+
+
+def _denoiser(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn.Module:
+    """A diffusion transformer on the meta device; its computed buffers (positions) have their values."""
+    name = config["_class_name"]
+    if not isinstance(name, str) or name not in _DENOISERS:
+        unet = isinstance(name, str) and "UNet" in name
+        raise Unsupported(
+            f"{where}: _class_name {name!r} is "
+            + (
+                "a U-Net; qkit quantizes diffusion transformers"
+                if unet
+                else "not a diffusion transformer that qkit knows"
+            )
+            + f": expected one of {', '.join(_DENOISERS)}"
+        )
+    try:
+        import diffusers
+        from accelerate import init_empty_weights
+    except ImportError as e:
+        raise Unsupported(f"{where}: {name} needs diffusers: pip install 'qkit[diffusion]'") from e
+    kept = {k: v for k, v in config.items() if k != "quantization_config"}
+    try:
+        with init_empty_weights():
+            model = getattr(diffusers, name).from_config(kept)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError) as e:
+        raise BadCheckpoint(f"{where}: config.json does not describe a model: {str(e).splitlines()[0]}") from e
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
     return cast(nn.Module, model.eval())
 
 
@@ -94,4 +133,4 @@ def _discover(model: nn.Module, model_type: str) -> Family:
         members = members if all(m in linears for m in members) else (name,)
         if all(name not in g.linears for g in groups):
             groups.append(Group(members))
-    return Family(f"discovered:{model_type}", (model_type,), blocks=path, groups=tuple(groups), embeddings="")
+    return Family(f"discovered:{model_type}", (model_type,), blocks=(path,), groups=tuple(groups), embeddings="")

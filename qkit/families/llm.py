@@ -24,7 +24,7 @@ _LLAMA_ROTATION = Rotation(
 LLAMA = Family(
     "llama",
     ("llama", "mistral", "qwen2", "qwen3"),
-    blocks="model.layers",
+    blocks=("model.layers",),
     groups=(*_ATTENTION, *_GATED_MLP),
     rotation=_LLAMA_ROTATION,
     keys=Keys(),
@@ -33,7 +33,7 @@ LLAMA = Family(
 GEMMA3 = Family(
     "gemma3",
     ("gemma3_text",),
-    blocks="model.layers",
+    blocks=("model.layers",),
     groups=(*_ATTENTION, Group(("mlp.gate_proj", "mlp.up_proj"), source="pre_feedforward_layernorm"), _MLP_DOWN),
     norm_offset=1.0,
     note="Gemma 3 (text)",
@@ -41,7 +41,7 @@ GEMMA3 = Family(
 PHI3 = Family(
     "phi3",
     ("phi3",),
-    blocks="model.layers",
+    blocks=("model.layers",),
     groups=(
         Group(("self_attn.qkv_proj",), source="input_layernorm"),
         Group(("self_attn.o_proj",)),
@@ -54,7 +54,7 @@ _PRE_NORM = ("do_layer_norm_before", True)  # OPT-350m alone norms after the res
 OPT = Family(
     "opt",
     ("opt",),
-    blocks="model.decoder.layers",
+    blocks=("model.decoder.layers",),
     groups=(
         Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn_layer_norm", _PRE_NORM),
         Group(("self_attn.out_proj",), source="self_attn.v_proj"),
@@ -68,7 +68,7 @@ OPT = Family(
 GPT_NEOX = Family(
     "gpt_neox",
     ("gpt_neox",),
-    blocks="gpt_neox.layers",
+    blocks=("gpt_neox.layers",),
     groups=(
         Group(("attention.query_key_value",), source="input_layernorm"),
         Group(("attention.dense",)),
@@ -83,7 +83,7 @@ GPT_NEOX = Family(
 MIXTRAL = Family(
     "mixtral",
     ("mixtral",),
-    blocks="model.layers",
+    blocks=("model.layers",),
     groups=_ATTENTION,
     keys=Keys(),
     experts=Experts("mlp.experts", "block_sparse_moe.experts.{e}.{linear}", gate="w1", up="w3", down="w2"),
@@ -93,7 +93,7 @@ MIXTRAL = Family(
 QWEN3_MOE = Family(
     "qwen3_moe",
     ("qwen3_moe",),
-    blocks="model.layers",
+    blocks=("model.layers",),
     groups=(*_ATTENTION, *_GATED_MLP),
     keys=Keys(),
     experts=Experts("mlp.experts", "mlp.experts.{e}.{linear}"),

@@ -14,10 +14,17 @@ from qkit.families.outline import Outline
 from qkit.memory import give_back
 
 
-def fill_computed_buffers(model: nn.Module, path: str = "", skip: Collection[str] = ()) -> None:
+def fill_computed_buffers(outline: Outline, path: str = "", skip: Collection[str] = ()) -> None:
     """Buffers below ``path`` that no checkpoint holds (rotary frequencies, positions of patches) are computed by the
-    initializer of the model that they are part of: a vision tower is a model inside a model. skip: modules that
-    have no memory."""
+    initializer of the model that they are part of: a vision tower is a model inside a model. Those of a diffusion
+    transformer were computed when its skeleton was made. skip: modules that have no memory."""
+    model = outline.model
+    for name, value in (outline.computed or {}).items():
+        owner = name.rpartition(".")[0]
+        if owner not in skip and (not path or name.startswith(path + ".")):
+            _assign(model, name, value)
+    if outline.computed is not None:
+        return
     models: dict[str, Any] = {n: m for n, m in model.named_modules() if hasattr(m, "_init_weights")}
     for name, module in model.get_submodule(path).named_modules(prefix=path):
         if module._non_persistent_buffers_set and name not in skip:
@@ -41,7 +48,7 @@ def load_block(
     """
     read = read or outline.checkpoint.read_finite
     module = outline.model.get_submodule(block.path).to(dtype).to_empty(device="cpu")
-    fill_computed_buffers(outline.model, block.path)
+    fill_computed_buffers(outline, block.path)
     linears = {f"{linear.name}.weight": linear for linear in block.linears}
     for name, stored in block.stored:
         value = read(stored)
@@ -60,19 +67,18 @@ def load_outer(outline: Outline, read: Callable[[str], Tensor] | None = None) ->
     read = read or outline.checkpoint.read_finite
     model, blocks = outline.model, outline.family.blocks
     base: Any = getattr(model, "base_model", model)
-    inside = {n for n, _ in model.named_modules() if n == blocks or n.startswith(blocks + ".")}
+    inside = {n for n, _ in model.named_modules() if n in blocks or n.startswith(tuple(f"{b}." for b in blocks))}
     prefix = next((n for n, m in model.named_modules() if m is base), "")
     for name, module in model.named_modules():
         if name in inside or not (name == prefix or name.startswith(prefix + ".") or not prefix):
             continue
         for leaf, p in list(module.named_parameters(recurse=False)):
             # A tower that was quantized was in another dtype meanwhile.
-            setattr(
-                module, leaf, nn.Parameter(torch.empty_like(p, device="cpu", dtype=outline.dtype), requires_grad=False)
-            )
+            dtype = outline.loaded_dtype(f"{name}.{leaf}")
+            setattr(module, leaf, nn.Parameter(torch.empty_like(p, device="cpu", dtype=dtype), requires_grad=False))
         for leaf, b in list(module.named_buffers(recurse=False)):
             module._buffers[leaf] = torch.empty_like(b, device="cpu")
-    fill_computed_buffers(model, prefix, inside)
+    fill_computed_buffers(outline, prefix, inside)
     for name, stored in outline.outer:
         if not prefix or name.startswith(prefix + "."):
             _assign(model, name, read(stored))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
@@ -18,9 +19,12 @@ from qkit.blocks import LANGUAGE, BlockOutline, BlockSequence, Group, Linear, Li
 from qkit.checkpoint import Checkpoint
 from qkit.errors import BadCheckpoint
 from qkit.families import Family
-from qkit.families.discover import build_skeleton, family_of
+from qkit.families.discover import build_skeleton, family_of, kind_of
+from qkit.folder import DENOISER
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+ROUTER_REASON = "it routes tokens to experts: small, and an error changes the route"
+TABLE_REASON = "it is a table, or a layer that is not linear"
 # Leftovers of older savers that hold no weights.
 _HARMLESS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "attn.bias", "attn.masked_bias")
 
@@ -33,13 +37,15 @@ class Outline:
         self.checkpoint = checkpoint
         self.dtype = dtype_of(checkpoint)
         self.model = model or build_skeleton(checkpoint.config, str(checkpoint.path), self.dtype)
-        self.family: Family = family_of(self.model, str(checkpoint.config.get("model_type")))
+        self.family: Family = family_of(self.model, kind_of(checkpoint.config))
         config: Any = self.model.config
-        self.text_config: Any = config.get_text_config(decoder=True)
+        self.text_config: Any = config if self.family.streams else config.get_text_config(decoder=True)
+        # Of a diffusion transformer, what no checkpoint holds: to be put back wherever its modules get memory.
+        self.computed = _computed(self.model) if self.family.streams else None
         self._named = _names_of(self.model, checkpoint) if self.family.text_types else {}
         self.tied = self._tied()
-        layers = self.model.get_submodule(self.family.blocks)
-        paths = [f"{self.family.blocks}.{i}" for i, _ in enumerate(layers.children())]
+        lists = [(name, self.model.get_submodule(name)) for name in self.family.blocks]
+        paths = [f"{name}.{i}" for name, layers in lists for i, _ in enumerate(layers.children())]
         self.blocks = tuple(self._block(i, p, self.family.groups) for i, p in enumerate(paths))
         self.towers = tuple(self._towers())
         self._check_coverage()
@@ -58,6 +64,11 @@ class Outline:
         owner, _, leaf = name.rpartition(".")
         return f"{self._named[owner]}.{leaf}" if owner in self._named else self.family.stored_name(name)
 
+    def loaded_dtype(self, name: str) -> torch.dtype:
+        """What a parameter is loaded in: the checkpoint's dtype, but for what diffusers keeps in float32."""
+        kept = getattr(self.model, "_keep_in_fp32_modules", None) or () if self.family.streams else ()
+        return torch.float32 if any(part in kept for part in name.split(".")) else self.dtype
+
     def _towers(self) -> Iterator[BlockSequence]:
         """Of the family's those that this model has, where there are linears in them."""
         modules = dict(self.model.named_modules())
@@ -74,7 +85,7 @@ class Outline:
     @property
     def sequences(self) -> tuple[BlockSequence, ...]:
         """All that can be quantized, in the order in which it runs."""
-        return (*self.towers, BlockSequence(LANGUAGE, self.blocks))
+        return (*self.towers, BlockSequence(DENOISER if self.family.streams else LANGUAGE, self.blocks))
 
     @property
     def every_block(self) -> tuple[BlockOutline, ...]:
@@ -149,6 +160,18 @@ class Outline:
             last = Linear(name(experts.down), f"{experts.module}.down_proj", (down.shape[1], down.shape[2]), expert=e)
             yield LinearGroup((last,), Group(()), "", e)
 
+    def default_skip(self, name: str) -> str | None:
+        """Why the family leaves a layer, by checkpoint name, as it is if no rule says otherwise."""
+        return next((why for glob, why in self.family.skips if fnmatchcase(name, glob)), None)
+
+    @property
+    def tables(self) -> dict[str, str]:
+        """{checkpoint name: why it stays} of matrices of blocks that are no linears: routers of experts, embeddings."""
+        why = ROUTER_REASON if self.family.experts else TABLE_REASON
+        linears = {f"{x.name}.weight" for b in self.blocks for x in b.linears}
+        stored = [s for b in self.blocks for _, s in b.stored if s.endswith(".weight") and s not in linears]
+        return {s.removesuffix(".weight"): why for s in stored if len(self.checkpoint.tensors[s].shape) == 2}
+
     @cached_property
     def outside(self) -> dict[str, str]:
         """{checkpoint name: module} of linears that are in no block, not of a tower either: the output head, ..."""
@@ -161,7 +184,7 @@ class Outline:
     @cached_property
     def outer(self) -> tuple[tuple[str, str], ...]:
         """(parameter, checkpoint tensor) of everything outside the blocks that is stored."""
-        prefix = self.family.blocks + "."
+        prefix = tuple(f"{name}." for name in self.family.blocks)
         names = [n for n, _ in (*self.model.named_parameters(), *_persistent_buffers(self.model))]
         pairs = [(n, self.stored_name(n)) for n in names if not n.startswith(prefix)]
         return tuple((n, s) for n, s in pairs if s not in self.tied)
@@ -209,6 +232,12 @@ def _names_of(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
         if name.rpartition(".")[2] == stored.rpartition(".")[2] and kept:
             found[owner] = kept
     return found
+
+
+def _computed(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are not stored, by name."""
+    stored = {n for n, _ in _persistent_buffers(model)}
+    return {n: b.clone() for n, b in model.named_buffers() if n not in stored and not b.is_meta}
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -50,7 +50,7 @@ TOWERS = (
 LLAVA = Family(
     "llava",
     ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl"),
-    blocks="model.language_model.layers",
+    blocks=("model.language_model.layers",),
     groups=LLAMA.groups,
     embeddings="model.language_model.embed_tokens",
     final_norm="model.language_model.norm",
@@ -63,7 +63,7 @@ LLAVA = Family(
 IDEFICS = Family(
     "idefics",
     ("idefics3", "smolvlm"),
-    blocks="model.text_model.layers",
+    blocks=("model.text_model.layers",),
     groups=LLAMA.groups,
     embeddings="model.text_model.embed_tokens",
     final_norm="model.text_model.norm",

@@ -43,9 +43,9 @@ from qkit.sensitivity.ledger import Ledger
 from qkit.sensitivity.outputs import OutputSample, has_modules
 from qkit.sensitivity.pqi import mean_gradients, share
 from qkit.sensitivity.probes import Activations, Probes
-from qkit.sensitivity.spill import Chunks
 from qkit.sensitivity.subject import Replacement, Subject
 from qkit.sensitivity.units import Candidate, Unit
+from qkit.spill import Chunks
 from qkit.transforms.balance import gradients, ratios
 
 Costs = dict[tuple[str, str], float]

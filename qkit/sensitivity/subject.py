@@ -18,7 +18,7 @@ from qkit.batches import Batch, Rows, batches, sample
 from qkit.families.outline import Outline
 from qkit.formats import Format
 from qkit.parallel import Workers
-from qkit.sensitivity.spill import Chunks, Spilled
+from qkit.spill import Chunks, Spilled
 
 R = TypeVar("R")
 SPILL_BYTES = 1 << 30  # log probabilities that are kept in memory; our choice

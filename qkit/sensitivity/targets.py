@@ -17,8 +17,9 @@ from qkit.blocks import LANGUAGE, Linear
 from qkit.calibration import Calibration
 from qkit.checkpoint import Checkpoint
 from qkit.export.compressed_tensors import stored_bytes
-from qkit.families.discover import DECLARED
+from qkit.families.discover import DECLARED, kind_of
 from qkit.families.outline import Outline
+from qkit.folder import weights_folder
 from qkit.formats import fit_group
 from qkit.loading import load
 from qkit.locate import find_model
@@ -55,7 +56,7 @@ class Cost:
 def settled(request: Request, progress: Progress) -> tuple[Request, list[str]]:
     """The request with a decision for every part that is left to measuring, and what was measured, a sentence each; as it was
     where there is nothing to decide, or no rows with pictures to decide it on, or no memory for the whole model."""
-    kind = Checkpoint.open(find_model(request.model)).config.get("model_type")
+    kind = kind_of(Checkpoint.open(weights_folder(find_model(request.model))).config)
     if not any(kind in family.model_types for family in DECLARED if family.towers):
         return request, []
     recipe, outline = recipe_of(request), open_outline(request.model)

@@ -1,0 +1,1 @@
+"""Diffusion transformers: their pipelines, calibration along a trajectory, and precision by step."""

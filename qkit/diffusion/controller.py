@@ -1,0 +1,228 @@
+"""The controller of one sampler's run: which inputs are NVFP4, which blocks are not run, and a log of both.
+
+It sits inside a transformer, sees its calls, and knows no pipeline. A call at another timestep is the next step; further calls
+at the same one are its guidance branches, each with a state of its own (a batch that holds both is one). A timestep that
+rises again begins a new run; ``reset`` does so explicitly.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qkit.blocks import Streams
+from qkit.diffusion.policy import BITS, NARROW, PURE, WARM_UP, WIDE, Policy, mean_width
+from qkit.errors import BadCheckpoint
+from qkit.families.outline import Outline
+from qkit.folder import RECORD, load_json
+from qkit.formats import ACTIVATION_FORMATS, Format
+
+SKIPPED = "skipped"
+
+
+class Told(Protocol):
+    """A packed linear that can be told at every call how its inputs are quantized (``layers.QuantLinear``)."""
+
+    weights: Format
+    activations: Format | None
+    chooser: Callable[[Tensor], Format | None] | None
+
+    def product(self, x: Tensor, activations: Format | None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided: the inputs of a linear (a key of ``policy.BITS``), or SKIPPED of a whole block (linear '')."""
+
+    step: int
+    branch: int
+    block: int
+    linear: str
+    made: str
+
+
+@dataclass
+class _State:
+    """Of one block and branch. change: relative L1 of the block's last run, None if it was skipped or has not run; deltas: its
+    residual by stream, float32; drift: relative change of the residual between its last two runs; summed, skipped: since
+    the last run."""
+
+    change: float | None = None
+    deltas: dict[str, Tensor] = field(default_factory=dict)
+    drift: float | None = None
+    summed: float = 0.0
+    skipped: int = 0
+
+
+class Controller:
+    """Decides by a ``Policy``. One object for one transformer; not for several threads at once."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the run: the next call is the first step of another."""
+        self.step, self.branch, self.time = -1, 0, None
+        self.states: dict[tuple[int, int], _State] = {}
+        self.computed = 0  # runs of blocks
+        self.log: list[Choice] = []
+
+    # ---- where the run is --------------------------------------------------------------------------------------
+
+    time: float | None
+
+    def enter(self, time: float) -> None:
+        """The transformer is called at this timestep."""
+        if self.time is not None and time > self.time:
+            self.reset()
+        if time == self.time:
+            self.branch += 1
+        else:
+            self.step, self.branch, self.time = self.step + 1, 0, time
+
+    def state(self, block: int, given: dict[str, Tensor]) -> _State:
+        """The state of a block in this branch; a new one where its inputs have other shapes than before."""
+        found = self.states.setdefault((self.branch, block), _State())
+        if any(n in given and given[n].shape != d.shape for n, d in found.deltas.items()):
+            found = self.states[self.branch, block] = _State()
+        return found
+
+    # ---- decisions ---------------------------------------------------------------------------------------------
+
+    def skips(self, block: int, given: dict[str, Tensor]) -> bool:
+        """Whether the block is not run now: its residual is reused."""
+        state, p = self.state(block, given), self.policy
+        if p.tau <= 0 or self.step < WARM_UP or state.drift is None:
+            return False
+        state.summed += state.drift
+        if state.summed < p.tau and state.skipped < p.most:
+            state.skipped += 1
+            state.change = None
+            self.log.append(Choice(self.step, self.branch, block, "", SKIPPED))
+            return True
+        return False
+
+    def ran(self, block: int, given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
+        """The block was run: of its inputs it made these outputs, by stream."""
+        state = self.state(block, given)
+        deltas = {n: y.float() - given[n].float() for n, y in made.items()}
+        moved = sum(float(d.abs().sum()) for d in deltas.values())
+        state.change = moved / max(sum(float(given[n].float().abs().sum()) for n in deltas), 1e-30)
+        if state.deltas:
+            before = sum(float(d.abs().sum()) for d in state.deltas.values())
+            state.drift = sum(float((d - state.deltas[n]).abs().sum()) for n, d in deltas.items()) / max(before, 1e-30)
+        if self.policy.tau > 0 or self.watches:
+            state.deltas = deltas
+        state.summed, state.skipped = 0.0, 0
+        self.computed += 1
+
+    watches = False  # whether residuals are compared though nothing is skipped
+
+    def choose(self, block: int, linear: Told, name: str, x: Tensor) -> str:
+        """How the inputs x [.., in] of a linear are to be quantized, a key of ``policy.BITS``."""
+        p, change = self.policy, self.states[self.branch, block].change
+        if p.tau > 0 and p.purify and float(x.abs().amax()) > p.purify * float(x.abs().mean()):
+            return PURE
+        if p.tau <= 0 and math.isinf(p.threshold):
+            return NARROW if p.threshold > 0 else WIDE
+        if change is None or name not in p.fits:
+            return WIDE
+        slope, offset = p.fits[name]
+        return NARROW if slope * change + offset <= p.threshold else WIDE
+
+    def decide(self, block: int, linear: Told, name: str, x: Tensor) -> Format | None:
+        """``choose``, noted in the log; as a format, None for inputs as they are."""
+        made = self.choose(block, linear, name, x)
+        self.log.append(Choice(self.step, self.branch, block, name, made))
+        return ACTIVATION_FORMATS.get(made)
+
+    # ---- what came of it ---------------------------------------------------------------------------------------
+
+    @property
+    def width(self) -> float:
+        """Mean bits of the inputs of all linears that were computed since the run began."""
+        return mean_width([BITS[c.made] for c in self.log if c.made != SKIPPED])
+
+    @property
+    def skipped(self) -> float:
+        """Share of the blocks' runs that were skipped."""
+        count = sum(c.made == SKIPPED for c in self.log)
+        return count / max(1, count + self.computed)
+
+
+class Stepped(nn.Module):
+    """A block under a controller."""
+
+    def __init__(self, block: nn.Module, controller: Controller, index: int, streams: Streams) -> None:
+        super().__init__()
+        self.block = block
+        self.controller, self.index, self.streams = controller, index, streams
+        self.signature = inspect.signature(block.forward)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)  # pipelines and diffusers' own tools look into blocks
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the block's."""
+        bound = self.signature.bind(*args, **kwargs).arguments
+        given = {name: bound[name] for name in self.streams.names}
+        c, alone = self.controller, len(self.streams.returns) == 1
+        if c.skips(self.index, given):
+            deltas = c.state(self.index, given).deltas
+            made = [
+                (given[n].float() + deltas[n]).to(given[n].dtype) if n in deltas else None for n in self.streams.returns
+            ]
+            return made[0] if alone else tuple(made)
+        out = self.block(*args, **kwargs)
+        results = dict(zip(self.streams.returns, (out,) if alone else out, strict=True))
+        c.ran(self.index, given, {n: y for n, y in results.items() if y is not None})
+        return out
+
+
+def attach(model: Any, controller: Controller, blocks: Sequence[str], streams: Streams) -> Controller:
+    """Put the controller into a packed transformer: around its blocks, and into those of their linears whose weights and
+    inputs are NVFP4."""
+    signature = inspect.signature(model.forward)
+
+    def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        time = signature.bind(*args, **kwargs).arguments["timestep"]
+        controller.enter(float(torch.as_tensor(time).flatten()[0]))
+
+    for index, path in enumerate(blocks):
+        block = model.get_submodule(path)
+        for name, module in block.named_modules():
+            told: Any = module if hasattr(module, "chooser") else None
+            if told is not None and told.weights.name == "nvfp4" and told.activations is not None:
+                told.chooser = _chooser(controller, index, told, f"{path}.{name}")
+        model.set_submodule(path, Stepped(block, controller, index, streams))
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    model.steps = controller
+    return controller
+
+
+def attach_recorded(model: Any, outline: Outline) -> None:
+    """Put a controller into a transformer whose folder has a policy; raises BadCheckpoint for one that cannot be read."""
+    file = outline.checkpoint.path / RECORD
+    recorded = load_json(file, "record", 1 << 28).get("diffusion") if file.is_file() else None
+    if recorded is None:
+        return
+    assert outline.family.streams is not None
+    try:
+        policy = Policy.from_json(recorded)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise BadCheckpoint(f"{file}: the policy by step ('diffusion') cannot be read: {e}: export it again") from e
+    attach(model, Controller(policy), [b.path for b in outline.blocks], outline.family.streams)
+
+
+def _chooser(controller: Controller, index: int, module: Told, name: str) -> Callable[[Tensor], Format | None]:
+    return lambda x: controller.decide(index, module, name, x)

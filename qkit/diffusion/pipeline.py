@@ -1,0 +1,118 @@
+"""Pipelines of diffusers: a folder of components under a model_index.json, of which the transformer is quantized.
+
+The rest (text encoders, VAE, scheduler, tokenizers) is copied byte for byte. Components may come from diffusers and
+transformers only, and no file of code or pickle is copied: a pipeline is read, not believed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from qkit.errors import BadCheckpoint, Unsupported, write_failure
+from qkit.folder import DENOISER, PICKLES, PIPELINE_INDEX, RECORD, contained, list_names, load_json
+from qkit.safefile import sha256_file, shown, sync_dir, write_atomic
+
+LIBRARIES = ("diffusers", "transformers")
+FORMAT_VERSION = 1
+_CODE = (".py", ".so", ".pyc")
+SECOND = "transformer_2"
+SAMPLING = "sampling.json"  # beside the index: how the pipeline is meant to be called, and prompts
+
+
+def check_pipeline(folder: Path) -> dict[str, Any]:
+    """model_index.json, after checks. Raises BadCheckpoint for what would run code or is no pipeline, Unsupported for one
+    without a diffusion transformer."""
+    file = folder / PIPELINE_INDEX
+    index = load_json(contained(folder.resolve(), PIPELINE_INDEX), "pipeline index")
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise BadCheckpoint(f"{file}: _class_name is missing or not a name: get the pipeline again from its source")
+    components = {k: v for k, v in index.items() if not k.startswith("_") and isinstance(v, list)}
+    for name, value in components.items():
+        if value == [None, None]:
+            continue
+        sound = len(value) == 2 and value[0] in LIBRARIES and isinstance(value[1], str) and value[1].isidentifier()
+        if not sound or not re.fullmatch(r"[a-z0-9_]+", name):
+            raise BadCheckpoint(
+                f"{file}: component {shown(name)} is {shown(value)}, expected a class of {' or '.join(LIBRARIES)}: code inside "
+                "a pipeline is never run"
+            )
+    there = {name for name, value in components.items() if value != [None, None]}
+    if DENOISER not in there:
+        unet = "unet" in there
+        raise Unsupported(
+            f"{folder}: a {index['_class_name']} "
+            + ("with a U-Net" if unet else "without a transformer")
+            + f" (its components: {', '.join(sorted(there)) or 'none'}): qkit quantizes pipelines with a diffusion transformer"
+        )
+    if SECOND in there:
+        raise Unsupported(
+            f"{folder}: a pipeline with two transformers ({DENOISER}, {SECOND}): give each by itself, --model "
+            f"{folder}/{DENOISER} and --model {folder}/{SECOND}"
+        )
+    return index
+
+
+def copy_rest(source: Path, out: Path, made: str) -> None:
+    """Copy everything of the pipeline but its transformer to ``out``, and write the record of what was copied.
+
+    Raises BadCheckpoint for a component with weights in a pickle only, IOFailure.
+    """
+    digests: dict[str, str] = {}
+    names = [PIPELINE_INDEX, *(name for name in (SAMPLING,) if (source / name).is_file())]
+    index = check_pipeline(source)
+    root = source.resolve()
+    for component in sorted(k for k, v in index.items() if isinstance(v, list) and k != DENOISER):
+        if not (source / component).is_dir():
+            continue
+        files = _files(source / component)
+        weights = [f for f in files if f.endswith(".safetensors")]
+        pickles = [f for f in files if f.endswith(PICKLES)]
+        if pickles and not weights:
+            raise BadCheckpoint(
+                f"{source / component}: only {shown(pickles[0])}, which can run code when it is read: convert it to safetensors"
+            )
+        names += [f"{component}/{f}" for f in files if not f.endswith((*PICKLES, *_CODE))]
+    try:
+        for name in names:
+            target = out / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(contained(root, name), target)
+            digests[name] = sha256_file(target)
+            sync_dir(target.parent)
+    except OSError as e:
+        raise write_failure(out, e) from e
+    record = {"format_version": FORMAT_VERSION, "qkit_version": made, "pipeline": DENOISER, "files": digests}
+    write_atomic(out / RECORD, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of all files below a folder, relative to it, sorted."""
+    found: list[str] = []
+    for name in list_names(folder):
+        path = folder / name
+        found += [f"{name}/{f}" for f in _files(path)] if path.is_dir() else [name]
+    return found
+
+
+def load_pipeline(folder: Path, dtype: Any, device: str) -> Any:
+    """A diffusers pipeline whose quantized linears stay packed; text encoders and VAE in ``dtype`` too."""
+    from diffusers import DiffusionPipeline
+
+    check_pipeline(folder)
+    try:
+        found = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, ImportError, AttributeError, TypeError) as e:
+        raise BadCheckpoint(f"{folder}: diffusers cannot load it: {str(e).splitlines()[0]}") from e
+    return found.to(device)
+
+
+def load_denoiser(folder: Path, name: str, dtype: Any, device: str) -> Any:
+    """A diffusion transformer in eval mode. name: its class in diffusers."""
+    import diffusers
+
+    found = getattr(diffusers, name).from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    return found.eval().to(device)

@@ -1,0 +1,79 @@
+"""What is decided at every step of a sampler: 6Bit-Diffusion (arXiv 2603.18742) as data.
+
+Dynamic mixed precision (section 4.1, Eq. 3-7): one NVFP4 weight; a linear's inputs are NVFP4 where the error that this would
+cost, predicted from how much its block changed its input one step earlier, is below a threshold, and INT8 elsewhere.
+Temporal delta cache (4.2, Eq. 9-11): a block whose residual has hardly changed is not run. Purified delta refresh (4.3,
+Eq. 12): what writes that cache is not disturbed by inputs with outliers.
+
+The paper leaves open the threshold, tau and what counts as a change (norms, denominators). Ours: relative L1 everywhere, and
+both thresholds from calibration, so that a mean width and a share of skipped blocks come out as asked.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+BY_STEP = "6BIT"  # the scheme that asks for a policy
+NARROW, WIDE, PURE = "nvfp4_dynamic", "int8_token", "as they are"  # inputs of a linear: names of activation formats
+BITS = {NARROW: 4, WIDE: 8, PURE: 16}
+MOST_SKIPS = 2  # in a row: section 4.2
+WARM_UP = 2  # steps at the start of a run that are always computed: our choice
+OUTLIERS = 25.0  # max |x| / mean |x| from which inputs are left as they are on a step that writes the cache: Eq. 12
+
+
+class Asked(BaseModel):
+    """A policy as recipes have it.
+
+    width: mean bits of inputs over all (step, linear) that are computed, 4 (all NVFP4) to 8 (all INT8)
+    skips: share of the runs of blocks that the cache is to save; 0: no cache
+    purify: ratio of Eq. 12; 0: never
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    width: float = Field(default=6.0, ge=4.0, le=8.0)
+    skips: float = Field(default=0.25, ge=0.0, le=0.6)
+    purify: float = Field(default=OUTLIERS, ge=0.0)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a controller runs by.
+
+    fits:      by linear (module name), (slope, offset) of the predicted relative error of its output under NVFP4 inputs against
+               the relative change that its block made one step earlier
+    threshold: of that prediction; above it inputs are INT8. -inf: always INT8, inf: always NVFP4
+    tau:       of the summed relative changes of a block's residual, below which it is not run; 0: it always is
+    most:      skips in a row, at the most
+    purify:    as in ``Asked``
+    """
+
+    fits: dict[str, tuple[float, float]]
+    threshold: float
+    tau: float = 0.0
+    most: int = MOST_SKIPS
+    purify: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary; infinities are words."""
+        return {**asdict(self), "kind": "dmpq", "threshold": _said(self.threshold), "tau": _said(self.tau)}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Policy:
+        """The policy that ``to_json`` described. Raises ValueError."""
+        if data.get("kind") != "dmpq":
+            raise ValueError(f"policy of kind {data.get('kind')!r}")
+        fits = {str(k): (float(a), float(b)) for k, (a, b) in data["fits"].items()}
+        return Policy(fits, float(data["threshold"]), float(data["tau"]), int(data["most"]), float(data["purify"]))
+
+
+def _said(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def mean_width(widths: list[int]) -> float:
+    """Mean bits of inputs; NaN of none."""
+    return sum(widths) / len(widths) if widths else math.nan

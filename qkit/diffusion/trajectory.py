@@ -1,0 +1,158 @@
+"""Calibration along the trajectory: what a transformer is called with while its pipeline samples.
+
+The pipeline's own sampler runs in full precision, prompt by prompt. Of every prompt some steps are kept, one from each of
+STRATA equal parts of the schedule, and another one of a part for the next prompt, so that all timesteps have their
+share; of a kept step, the calls of all guidance branches. Prompts and steps a row: our choice (ViDiT-Q,
+arXiv 2406.02540, takes 10 prompts and every tenth step).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.diffusion.pipeline import SAMPLING, load_pipeline
+from qkit.errors import BadCalibration, UsageError
+from qkit.folder import DENOISER, contained, load_json
+from qkit.safefile import shown
+
+STRATA = 8
+_OWN = ("prompt", "class_labels", "generator", "output_type", "callback_on_step_end", "return_dict")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a pipeline is called: prompts (or classes), and keyword arguments such as num_inference_steps."""
+
+    prompts: tuple[str, ...]
+    call: dict[str, Any]
+
+
+def sampling_of(folder: Path, prompts: Path | None, call: dict[str, Any]) -> Sampling:
+    """What the user says, over what the folder says. prompts: a text file, one a line.
+
+    Raises BadCalibration for a file without prompts, UsageError for arguments that are qkit's to give.
+    """
+    own: Any = load_json(contained(folder.resolve(), SAMPLING), "sampling") if (folder / SAMPLING).is_file() else {}
+    if not isinstance(own, dict) or not isinstance(own.get("call", {}), dict):
+        raise BadCalibration(f"{folder / SAMPLING}: expected an object with 'call' and 'prompts'")
+    taken = next((name for name in call if name in _OWN), None)
+    if taken is not None:
+        raise UsageError(f"--call {taken}: qkit gives this argument itself: leave it out")
+    found = [str(p) for p in own.get("prompts", ())]
+    if prompts is not None:
+        try:
+            found = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as e:
+            raise BadCalibration(f"{prompts}: no such text file of prompts, one a line: {e}") from e
+        if not found:
+            raise BadCalibration(f"{prompts}: no prompt in it, expected one a line")
+    if not found:
+        raise UsageError(f"{folder} comes without prompts: give --calib FILE, a text file with one prompt a line")
+    return Sampling(tuple(found), {**own.get("call", {}), **call})
+
+
+def chosen_steps(count: int, prompt: int, most: int) -> tuple[int, ...]:
+    """The steps of a schedule of ``count`` that are kept of the prompt of that number, at the most ``most``."""
+    parts = min(STRATA, count, most)
+    edges = [count * i // parts for i in range(parts + 1)]
+    return tuple(a + prompt % (b - a) for a, b in pairwise(edges))
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Calls of a pipeline's transformer, made anew each time they are asked for: the same ones.
+
+    samples: how many (prompt, step) pairs; each gives as many rows as the pipeline has guidance branches
+    """
+
+    folder: Path
+    sampling: Sampling
+    samples: int
+    seed: int
+    dtype: torch.dtype
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all that decides what the calls are, but for the pipeline."""
+        made = [self.sampling.prompts, self.sampling.call, self.samples, self.seed, STRATA]
+        return hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        pipeline = load_pipeline(self.folder, self.dtype, "cpu")
+        pipeline.set_progress_bar_config(disable=True)
+        left, number = self.samples, 0
+        while left > 0:
+            prompt = self.sampling.prompts[number % len(self.sampling.prompts)]
+            keep = _Kept(number, left)
+            sample(pipeline, prompt, self.sampling.call, self.seed + number, keep)
+            yield from (call for step in sorted(keep.kept) for call in keep.kept[step])
+            left, number = left - len(keep.kept), number + 1
+
+
+@dataclass
+class _Kept:
+    """The calls of the transformer that one prompt's run is to keep, by step."""
+
+    prompt: int
+    most: int
+    kept: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    steps: tuple[int, ...] = ()
+
+    def add(self, step: int, count: int, call: dict[str, Any]) -> None:
+        self.steps = self.steps or chosen_steps(count, self.prompt, self.most)
+        if step in self.steps:
+            kept = {k: v.clone() if isinstance(v, Tensor) else v for k, v in call.items()}
+            self.kept.setdefault(step, []).append(kept)
+
+
+def sample(pipeline: Any, prompt: str, call: dict[str, Any], seed: int, keep: _Kept | None = None) -> None:
+    """Run the pipeline's own sampler on one prompt, to latents where it can, and keep some calls of its transformer.
+
+    Raises BadCalibration for arguments that the pipeline does not take, and where its scheduler changes the number of
+    steps while it runs: steps could not be told apart then.
+    """
+    model = getattr(pipeline, DENOISER)
+    signature = inspect.signature(model.forward)
+    seen: list[float] = []
+    counts: set[int] = set()
+
+    def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(signature.bind(*args, **kwargs).arguments)
+        given.pop("return_dict", None)
+        time = float(torch.as_tensor(given["timestep"]).flatten()[0])
+        if not seen or seen[-1] != time:
+            seen.append(time)
+        count = len(pipeline.scheduler.timesteps)
+        counts.add(count)
+        if len(counts) > 1 or len(seen) > count:
+            raise BadCalibration(
+                f"the scheduler {type(pipeline.scheduler).__name__} changed its steps in mid-run ({len(seen)} so far, of "
+                f"{' then '.join(map(str, sorted(counts)))}): use one with a fixed schedule"
+            )
+        if keep is not None:
+            keep.add(len(seen) - 1, count, {k: v for k, v in given.items() if v is not None})
+
+    known = inspect.signature(pipeline.__call__).parameters
+    wrong = next((name for name in call if name not in known), None)
+    if wrong is not None:
+        raise UsageError(f"--call {wrong}: {type(pipeline).__name__} takes no such argument")
+    asked: dict[str, Any] = {"prompt": prompt} if "prompt" in known else {"class_labels": [int(prompt)]}
+    output = "np" if "class_labels" in known else "latent"
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with torch.inference_mode():
+            pipeline(**asked, **call, generator=torch.Generator().manual_seed(seed), output_type=output)
+    except (ValueError, TypeError, RuntimeError) as e:
+        raise BadCalibration(f"the pipeline cannot sample {shown(prompt)} with {call}: {str(e).splitlines()[0]}") from e
+    finally:
+        handle.remove()

@@ -1,0 +1,351 @@
+"""Diffusion transformers: every declared class, from a folder to a packed one that diffusers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="needs diffusers: pip install 'qkit[diffusion]'")
+
+import diffusers
+from tiny_dits import CONFIGS, call_of, make, make_pipeline
+from torch import Tensor
+
+import qkit
+from qkit.calibration import Calibration
+from qkit.calls import enter
+from qkit.checkpoint import Checkpoint
+from qkit.diffusion.controller import SKIPPED
+from qkit.diffusion.trajectory import Sampling, Trajectory, chosen_steps, sample
+from qkit.entry import quantizing
+from qkit.errors import BadCalibration, BadCheckpoint, QkitError, Unsupported, UsageError
+from qkit.export.compressed_tensors import read
+from qkit.loading import PackedOutline
+from qkit.pipeline import Request, open_outline, prepare, quantize
+from qkit.qtensor import dequantize
+from qkit.verify import verify
+
+
+class Quiet:
+    def start(self, what: str, total: int) -> None: ...
+    def step(self, amount: int = 1) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("dits")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pipeline(tmp_path_factory.mktemp("pipelines") / "wan", steps=6)
+
+
+def transformer(folders: Path, kind: str) -> Path:
+    path = folders / kind
+    return path if path.is_dir() else make(kind, path)
+
+
+def load(kind: str, path: Path, dtype: torch.dtype) -> Any:
+    return getattr(diffusers, CONFIGS[kind][0]).from_pretrained(path, dtype=dtype).eval()
+
+
+def output(model: Any, kind: str, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    with torch.inference_mode():
+        made: Tensor = model(**call_of(kind, seed, dtype=dtype)).sample.float()
+    return made
+
+
+def hand_made(kind: str) -> Calibration:
+    """Rows of a transformer without a pipeline."""
+    calls = [{**call_of(kind, seed, 900.0 - 200 * seed)} for seed in range(3)]
+    return Calibration("by hand", 3, 0, "0" * 64, torch.empty(3, 0, dtype=torch.int64), trajectory=calls)
+
+
+def reference(kind: str, source: Path, packed: Path, dtype: torch.dtype) -> Any:
+    """The original class with dequantized weights, and hooks that quantize activations."""
+    model, outline = load(kind, source, dtype), PackedOutline(Checkpoint.open(packed, quantized=True))
+    for linear in (x for b in outline.blocks for x in b.linears if x.name in outline.formats):
+        weights, activations = outline.formats[linear.name]
+        stored = {n.rpartition(".")[2]: n for n in outline.checkpoint.tensors if n.rpartition(".")[0] == linear.name}
+        tensors = {leaf: outline.checkpoint.read(n) for leaf, n in stored.items()}
+        module = model.get_submodule(linear.name)
+        module.weight.data = dequantize(read(tensors, weights, linear.shape)).to(dtype)
+        if activations is not None:
+            static = tensors.get("input_global_scale")
+            module.register_forward_pre_hook(quantizing(activations, None if static is None else static.float()))
+    return model
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "nvfp4"])
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_every_class_packs_and_loads(folders: Path, tmp_path: Path, kind: str, scheme: str) -> None:
+    source = transformer(folders, kind)
+    request = Request(model=str(source), scheme=scheme, threads=1)
+    found = prepare(request, hand_made(kind) if scheme == "nvfp4" else None)
+    report = quantize(request, tmp_path / "out", Quiet(), prepared=found)
+    assert report.ok and report.linears == len(found.plan.linears) and report.linears >= 12
+    assert verify(tmp_path / "out").ok
+    packed = output(load(kind, tmp_path / "out", torch.bfloat16), kind, torch.bfloat16)
+    exact = output(reference(kind, source, tmp_path / "out", torch.float32), kind, torch.float32)
+    wide = output(qkit.load(tmp_path / "out", dtype=torch.float32), kind, torch.float32)
+    half = output(reference(kind, source, tmp_path / "out", torch.bfloat16), kind, torch.bfloat16)
+    assert (wide - exact).norm() <= 1e-3 * exact.norm()  # an input between two codes may fall to the other side
+    assert (packed - exact).norm() <= 2 * (half - exact).norm()
+    assert (packed - output(load(kind, source, torch.bfloat16), kind, torch.bfloat16)).norm() > 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_rows_run_through_blocks_as_the_model_runs_them(folders: Path, kind: str) -> None:
+    """What enters and leaves blocks, one after another, by the recorded calls: to the bit what the model computes."""
+    source = transformer(folders, kind)
+    model, outline = load(kind, source, torch.float32), open_outline(str(source))
+    paths = [b.path for b in outline.blocks]
+    seen: dict[str, Any] = {}
+    handles = [
+        model.get_submodule(p).register_forward_hook(lambda _, __, out, p=p: seen.__setitem__(p, out)) for p in paths
+    ]
+    output(model, kind, torch.float32)
+    for handle in handles:
+        handle.remove()
+    sample = {**call_of(kind, dtype=torch.float32), "return_dict": False}
+    (hidden, calls), *_ = enter(model, paths, [sample], streams=outline.family.streams)
+    names = outline.family.streams.returns
+    for i, path in enumerate(paths):
+        with torch.inference_mode():
+            hidden = calls[i](model.get_submodule(path), hidden)
+        made = seen[path] if isinstance(seen[path], tuple) else (seen[path],)
+        by_name = dict(zip(names, made, strict=True))
+        parts = [by_name[n] for n in outline.family.streams.names if by_name[n] is not None]
+        assert torch.equal(hidden, torch.cat(parts, -2)), path
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_modulation_stays_by_default_and_a_rule_takes_it(folders: Path, kind: str) -> None:
+    source = transformer(folders, kind)
+    plan = prepare(Request(model=str(source), scheme="w8a8")).plan
+    assert all("norm" not in name for name in plan.linears)
+    kept = [name for name, why in plan.skipped.items() if "shifts, scales and gates" in why]
+    assert bool(kept) == (kind in ("cogvideox", "hunyuan", "flux", "sd3", "dit"))
+    if kept:
+        rules = ({"match": "*norm1.linear", "scheme": "w8a8"},)
+        taken = prepare(Request(model=str(source), scheme="w8a8", rules=rules)).plan
+        assert any(name.endswith("norm1.linear") for name in taken.linears)
+
+
+# ---- pipelines ---------------------------------------------------------------------------------------------------
+
+
+def latents(pipe: Any, seed: int = 0, **over: Any) -> Tensor:
+    call = {"num_inference_steps": 6, "height": 16, "width": 16, "num_frames": 2, "max_sequence_length": 8, **over}
+    pipe.set_progress_bar_config(disable=True)
+    made = pipe("a red ball moves left", generator=torch.Generator().manual_seed(seed), output_type="latent", **call)
+    found: Tensor = made.frames
+    return found
+
+
+@pytest.fixture(scope="module")
+def packed(pipeline: Path) -> Path:
+    """6bit with half of the inputs in NVFP4, and a cache."""
+    out = pipeline.with_name("packed")
+    policy = {"width": 6.0, "skips": 0.2}
+    report = quantize(Request(model=str(pipeline), scheme="6bit", policy=policy, samples=8), out, Quiet())
+    assert report.ok
+    return out
+
+
+def test_a_packed_pipeline_loads_through_diffusers(packed: Path) -> None:
+    own = latents(qkit.load(packed))
+    stock = latents(diffusers.DiffusionPipeline.from_pretrained(packed, dtype=torch.float32))
+    assert torch.equal(own, stock) and own.isfinite().all()
+
+
+def test_what_is_around_the_transformer_is_copied(pipeline: Path, packed: Path) -> None:
+    files = [p.relative_to(pipeline) for p in pipeline.rglob("*") if p.is_file() and "transformer" not in p.parts]
+    assert len(files) >= 8
+    for name in files:
+        assert (packed / name).read_bytes() == (pipeline / name).read_bytes(), name
+
+
+def test_without_the_import_diffusers_refuses(packed: Path) -> None:
+    code = f"import diffusers; diffusers.DiffusionPipeline.from_pretrained({str(packed)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode and "Unknown quantization type" in done.stderr
+
+
+@pytest.mark.parametrize("damage", ["changed", "added", "missing", "code"])
+def test_verify_sees_damage_around_the_transformer(packed: Path, tmp_path: Path, damage: str) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(packed, out)
+    assert verify(out).ok
+    victim = out / "vae" / "config.json"
+    if damage == "changed":
+        victim.write_text(victim.read_text() + " ")
+    elif damage == "added":
+        (out / "vae" / "more.json").write_text("{}")
+    elif damage == "missing":
+        victim.unlink()
+    else:
+        (out / "vae" / "pipeline.py").write_text("")
+    problems = verify(out).problems
+    assert problems and all(p.where.startswith("vae/") for p in problems)
+
+
+def test_the_same_request_is_done_at_once_and_another_goes_on(pipeline: Path, packed: Path) -> None:
+    before = (packed / "transformer" / "qkit.json").stat().st_mtime_ns
+    policy = {"width": 6.0, "skips": 0.2}
+    quantize(Request(model=str(pipeline), scheme="6bit", policy=policy, samples=8), packed, Quiet())
+    assert (packed / "transformer" / "qkit.json").stat().st_mtime_ns == before
+
+
+class Stop(Exception):
+    pass
+
+
+class Stopping(Quiet):
+    """Stops when the block of that number is to be started."""
+
+    def __init__(self, at: str) -> None:
+        self.at = at
+
+    def start(self, what: str, total: int) -> None:
+        if what.startswith(self.at):
+            raise Stop
+
+
+@pytest.mark.parametrize("at", ["transformer block 2/2", "observe"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(pipeline: Path, packed: Path, tmp_path: Path, at: str) -> None:
+    request = Request(model=str(pipeline), scheme="6bit", policy={"width": 6.0, "skips": 0.2}, samples=8)
+    with pytest.raises(Stop):
+        quantize(request, tmp_path / "out", Stopping(at))
+    assert not (tmp_path / "out").exists()
+    quantize(request, tmp_path / "out", Quiet())
+    for name in ("diffusion_pytorch_model.safetensors", "qkit.json"):
+        assert (tmp_path / "out" / "transformer" / name).read_bytes() == (packed / "transformer" / name).read_bytes()
+
+
+# ---- the trajectory ----------------------------------------------------------------------------------------------
+
+
+def test_steps_are_spread_over_the_schedule() -> None:
+    assert chosen_steps(20, 0, 8) == (0, 2, 5, 7, 10, 12, 15, 17)
+    every = {s for prompt in range(3) for s in chosen_steps(20, prompt, 8)}
+    assert every == set(range(20))
+    assert chosen_steps(4, 5, 8) == (0, 1, 2, 3) and chosen_steps(20, 0, 2) == (0, 10)
+
+
+def test_rows_are_calls_of_the_sampler(pipeline: Path) -> None:
+    call = json.loads((pipeline / "sampling.json").read_text())["call"]
+    made = Trajectory(pipeline, Sampling(("a red ball", "a blue ball"), call), 9, 0, torch.float32)
+    first, second = list(made), list(made)
+    assert len(first) == 18  # two guidance branches
+    times = [float(c["timestep"][0]) for c in first]
+    assert len(set(times[:12])) == 6 and times[0] == times[1] and times == sorted(times[:12], reverse=True) + times[12:]
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a if isinstance(a[k], Tensor))
+    assert not torch.equal(first[0]["encoder_hidden_states"], first[1]["encoder_hidden_states"])
+
+
+def test_gptq_along_the_trajectory_is_better_than_rounding(pipeline: Path, tmp_path: Path) -> None:
+    errors = {}
+    for method in ("rtn", "gptq"):
+        quantize(Request(model=str(pipeline), scheme="w3a16", method=method, samples=16), tmp_path / method, Quiet())
+        record = json.loads((tmp_path / method / "transformer" / "qkit.json").read_text())
+        found = latents(qkit.load(tmp_path / method))
+        original = latents(qkit.load(pipeline))
+        errors[method] = float((found - original).norm() / original.norm())
+        assert record["calibration"] is None or record["calibration"]["samples"] == 16
+    assert errors["gptq"] < errors["rtn"] < 1
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------
+
+
+def index_of(pipeline: Path, tmp_path: Path, **changes: Any) -> Path:
+    out = tmp_path / "pipe"
+    shutil.copytree(pipeline, out)
+    file = out / "model_index.json"
+    data = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({k: v for k, v in data.items() if v != "drop"}))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "said"),
+    [
+        ({"transformer": "drop"}, Unsupported, "without a transformer (its components: scheduler, text_encoder"),
+        ({"transformer": "drop", "unet": ["diffusers", "UNet2DConditionModel"]}, Unsupported, "with a U-Net"),
+        ({"vae": ["os", "system"]}, BadCheckpoint, "component 'vae' is"),
+        ({"vae": ["pipeline", "MyVae"]}, BadCheckpoint, "code inside a pipeline is never run"),
+        ({"../unet": ["diffusers", "UNet2DConditionModel"]}, BadCheckpoint, "component"),
+        ({"_class_name": ["pipeline", "Mine"]}, BadCheckpoint, "_class_name is missing or not a name"),
+        ({"transformer_2": ["diffusers", "WanTransformer3DModel"]}, Unsupported, "two transformers"),
+    ],
+)
+def test_pipelines_that_are_refused(
+    pipeline: Path, tmp_path: Path, changes: dict[str, Any], kind: type[QkitError], said: str
+) -> None:
+    with pytest.raises(kind) as e:
+        open_outline(str(index_of(pipeline, tmp_path, **changes)))
+    assert said in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "MysteryTransformer3DModel", ["a", "b"]])
+def test_unknown_classes_are_refused(folders: Path, tmp_path: Path, name: Any) -> None:
+    shutil.copytree(transformer(folders, "wan"), tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "_class_name": name}))
+    with pytest.raises(Unsupported) as e:
+        open_outline(str(tmp_path / "m"))
+    assert "expected one of WanTransformer3DModel" in str(e.value)
+
+
+def test_a_scheduler_that_changes_its_steps_is_refused(pipeline: Path) -> None:
+    pipe = qkit.load(pipeline)
+    call = json.loads((pipeline / "sampling.json").read_text())["call"]
+    calls = 0
+
+    def shorten(_: Any, __: Any, ___: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            pipe.scheduler.timesteps = pipe.scheduler.timesteps[:-1]
+
+    pipe.transformer.register_forward_pre_hook(shorten, with_kwargs=True)
+    with pytest.raises(BadCalibration) as e:
+        sample(pipe, "a red ball", call, 0)
+    assert "changed its steps in mid-run" in str(e.value)
+
+
+def test_requests_that_make_no_sense(folders: Path, pipeline: Path, tmp_path: Path) -> None:
+    alone = str(transformer(folders, "wan"))
+    with pytest.raises(UsageError, match="without its pipeline"):
+        prepare(Request(model=alone, scheme="w4a16", method="gptq"))
+    with pytest.raises(UsageError, match="takes no such argument"):
+        quantize(Request(model=str(pipeline), scheme="nvfp4", call={"hight": 16}), tmp_path / "o", Quiet())
+    with pytest.raises(UsageError, match="gives this argument itself"):
+        prepare(Request(model=str(pipeline), scheme="nvfp4", call={"generator": 16}))
+    with pytest.raises(Unsupported, match="diffusion sampler"):
+        prepare(Request(model="tiny-llama", scheme="6bit"))
+    (tmp_path / "none.txt").write_text("\n")
+    with pytest.raises(BadCalibration, match="no prompt"):
+        prepare(Request(model=str(pipeline), scheme="nvfp4", calib=tmp_path / "none.txt"))
+
+
+def test_the_log_says_what_was_done(packed: Path) -> None:
+    pipe = qkit.load(packed)
+    latents(pipe)
+    steps = pipe.transformer.steps
+    assert {c.step for c in steps.log} == set(range(6)) and {c.branch for c in steps.log} == {0, 1}
+    assert all(c.made != SKIPPED for c in steps.log if c.step < 2)
+    assert 4 < steps.width < 8 and 0 < steps.skipped < 0.5
+    bits = {"nvfp4_dynamic": 4, "int8_token": 8, "as they are": 16}
+    said = [bits[c.made] for c in steps.log if c.made != SKIPPED]
+    assert steps.width == sum(said) / len(said)

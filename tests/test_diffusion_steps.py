@@ -1,0 +1,343 @@
+"""Precision by step and the delta cache, on toys whose answers are known, and on a small pipeline."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="needs diffusers: pip install 'qkit[diffusion]'")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_dits import make_pipeline
+from torch import Tensor, nn
+
+import qkit
+from qkit.activations import token_scale
+from qkit.blocks import Streams
+from qkit.diffusion.controller import SKIPPED, Controller, attach
+from qkit.diffusion.fitting import Observer, Seen, fit, least_squares, skips_of
+from qkit.diffusion.int8 import exact_product, exact_view, row_view
+from qkit.diffusion.policy import Asked, Policy
+from qkit.errors import BadCheckpoint
+from qkit.formats import ACTIVATION_FORMATS, FORMATS
+from qkit.layers import QuantLinear
+from qkit.pipeline import Request, quantize
+from qkit.qtensor import dequantize, find_params, round_to_grid
+from qkit.qtensor import quantize as to_codes
+
+ONE, TWO = Streams(("hidden_states",), ("hidden_states",)), Streams(("a", "b"), ("b", "a"))
+
+
+class Block(nn.Module):
+    """Adds what a function of the hidden states and the time gives."""
+
+    def __init__(self, change: Any, clock: list[float]) -> None:
+        super().__init__()
+        self.change, self.runs, self.clock = change, 0, clock
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        self.runs += 1
+        out: Tensor = hidden_states + self.change(hidden_states, self.clock[0])
+        return out
+
+
+class Toy(nn.Module):
+    def __init__(self, *changes: Any) -> None:
+        super().__init__()
+        self.clock = [0.0]
+        self.blocks = nn.ModuleList(Block(change, self.clock) for change in changes)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        self.clock[0] = float(timestep)
+        for block in self.blocks:
+            hidden_states = block(hidden_states=hidden_states)
+        return hidden_states
+
+
+def controlled(policy: Policy, *changes: Any) -> tuple[Toy, Controller]:
+    model = Toy(*changes)
+    inner = list(model.blocks)
+    found = attach(model, Controller(policy), [f"blocks.{i}" for i in range(len(changes))], ONE)
+    model.__dict__["inner"] = inner
+    return model, found
+
+
+def run(model: Toy, x: Tensor, times: list[float]) -> list[Tensor]:
+    return [model(x, torch.tensor(t)) for t in times]
+
+
+TIMES = [float(t) for t in range(1000, 0, -50)]
+CACHE = Policy({}, -math.inf, tau=0.1)
+
+
+def test_a_frozen_input_gives_the_computed_output_exactly() -> None:
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    model, controller = controlled(CACHE, lambda h, _: torch.tanh(h), lambda h, _: 0.1 * h)
+    plain = Toy(lambda h, _: torch.tanh(h), lambda h, _: 0.1 * h)
+    cached, computed = run(model, x, TIMES), run(plain, x, TIMES)
+    assert all(torch.equal(a, b) for a, b in zip(cached, computed, strict=True))
+    assert model.inner[0].runs == 2 + 6  # the two first steps, then one of three
+    assert controller.skipped == pytest.approx(24 / 40)
+
+
+@pytest.mark.parametrize("policy", [replace(CACHE, tau=0.0), replace(CACHE, most=0)])
+def test_no_cache_changes_nothing(policy: Policy) -> None:
+    x = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(1))
+    model, controller = controlled(policy, lambda h, t: torch.sin(h * t))
+    plain = run(Toy(lambda h, t: torch.sin(h * t)), x, TIMES)
+    assert all(torch.equal(a, b) for a, b in zip(run(model, x, TIMES), plain, strict=True))
+    assert controller.skipped == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 3), min_size=3, max_size=30), st.floats(0, 2))
+def test_never_more_than_two_skips_in_a_row_and_the_forecast_is_the_run(changes: list[float], tau: float) -> None:
+    """``skips_of`` tells, from the drifts of a full run, what a controller does where skips do not change the drifts."""
+    times = [float(len(changes) - i) for i in range(len(changes))]
+    by_time = dict(zip(times, changes, strict=True))
+    x = torch.ones(1, 1, 4)
+    model, controller = controlled(replace(CACHE, tau=tau), lambda h, t: torch.full_like(h, by_time[t] + 1))
+    run(model, x, times)
+    skipped = [any(c.step == s and c.made == SKIPPED for c in controller.log) for s in range(len(times))]
+    assert not skipped[0] and not any(skipped[:2])
+    assert "111" not in "".join("01"[s] for s in skipped)
+    if len(set(changes)) == 1:
+        drifts = [None, *[0.0] * (len(changes) - 1)]
+        assert skipped == skips_of(drifts, tau)
+
+
+def test_a_drifting_residual_is_computed_again() -> None:
+    x = torch.ones(1, 2, 4)
+    model, controller = controlled(replace(CACHE, tau=0.15), lambda h, t: h * (1 + (1000 - t) / 500))
+    run(model, x, TIMES)
+    assert 0 < controller.skipped < 0.55
+    wild, other = controlled(replace(CACHE, tau=0.3), lambda h, t: h * (-1.0) ** (t // 50))
+    run(wild, x, TIMES)
+    assert other.skipped == 0
+
+
+def test_noise_in_the_cache_grows_with_every_reuse() -> None:
+    """Eq. 12: a residual with noise eta that is reused N times along a chain adds N eta."""
+    x, eta = torch.zeros(1, 1, 4), 2.0**-6
+    model, controller = controlled(CACHE, lambda h, _: torch.ones_like(h))
+    hidden = x
+    for i, t in enumerate(TIMES[:4]):
+        hidden = model(hidden, torch.tensor(t))
+        if i == 1:
+            controller.states[0, 0].deltas["hidden_states"] += eta
+    assert controller.log[-1].made == controller.log[-2].made == SKIPPED
+    assert torch.equal(hidden, torch.full_like(x, 4 + 2 * eta))
+
+
+def test_a_new_run_and_a_reset_forget() -> None:
+    x = torch.ones(1, 2, 4)
+    model, controller = controlled(CACHE, lambda h, _: h)
+    run(model, x, TIMES[:6])
+    assert controller.step == 5 and controller.skipped > 0
+    run(model, x, TIMES[:2])  # the time rises: another run
+    assert controller.step == 1 and controller.skipped == 0 and len(controller.log) == 0
+    run(model, x, TIMES[2:4])
+    controller.reset()
+    assert controller.step == -1 and not controller.states
+
+
+def test_branches_and_shapes_have_states_of_their_own() -> None:
+    model, controller = controlled(CACHE, lambda h, t: h * t)
+    one, two = torch.ones(1, 2, 4), torch.full((1, 2, 4), 7.0)
+    for t in TIMES[:3]:
+        model(one, torch.tensor(t))
+        model(two, torch.tensor(t))
+    assert set(controller.states) == {(0, 0), (1, 0)}
+    first, second = (controller.states[b, 0].deltas["hidden_states"] for b in (0, 1))
+    assert torch.equal(7 * first, second)
+    assert model(torch.ones(1, 3, 4), torch.tensor(TIMES[3])).shape == (1, 3, 4)  # nothing of another shape is reused
+
+
+def test_streams_come_back_in_their_order() -> None:
+    class Two(nn.Module):
+        def forward(self, a: Tensor, b: Tensor, more: int = 0) -> tuple[Tensor, Tensor]:
+            return b + 1, a + 2
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Two()])
+
+        def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+            b, a = self.blocks[0](torch.zeros(1, 2, 4), b=torch.ones(1, 3, 4), more=1)
+            return a, b
+
+    model = Model()
+    controller = attach(model, Controller(CACHE), ["blocks.0"], TWO)
+    for t in TIMES[:4]:
+        a, b = model(torch.tensor(t))
+        assert torch.equal(a, torch.full((1, 2, 4), 2.0)) and torch.equal(b, torch.full((1, 3, 4), 2.0))
+    assert controller.skipped > 0
+
+
+# ---- the fit -----------------------------------------------------------------------------------------------------
+
+
+def test_a_planted_line_is_found() -> None:
+    g = torch.Generator().manual_seed(3)
+    x = torch.rand(500, generator=g, dtype=torch.float64)
+    y = 0.4 * x + 0.07 + 0.01 * torch.randn(500, generator=g, dtype=torch.float64)
+    (slope, offset), r = least_squares(torch.stack([x, y], 1))
+    assert slope == pytest.approx(0.4, rel=0.05) and offset == pytest.approx(0.07, rel=0.05) and r > 0.99
+    (slope, offset), r = least_squares(torch.stack([torch.ones(9), y[:9]], 1))
+    assert slope == 0 and offset == pytest.approx(float(y[:9].mean())) and math.isnan(r)
+
+
+def observed(count: int = 400) -> Observer:
+    """Ten steps, one block, one linear, whose errors follow from changes."""
+    g, seen = torch.Generator().manual_seed(5), Observer()
+    for run_number in range(count // 10):
+        for step in range(10):
+            change = float(torch.rand((), generator=g))
+            drift = float(torch.rand((), generator=g)) / 5
+            seen.drifts[run_number, 0, 0].append(drift if step else None)
+            seen.seen.append(Seen(run_number, step, 0, 0, "x", change if step else None, 0.1 + change / 2))
+    return seen
+
+
+def test_the_width_asked_for_is_the_share_below_the_threshold() -> None:
+    seen = observed()
+    last = math.inf
+    for width in (4.5, 5.0, 6.0, 7.0, 7.9):
+        policy = fit(seen, Asked(width=width, skips=0)).policy
+        narrow = sum(s.change is not None and 0.1 + s.change / 2 <= policy.threshold + 1e-9 for s in seen.seen)
+        assert 8 - 4 * narrow / len(seen.seen) == pytest.approx(width, abs=0.02)
+        assert policy.threshold < last and policy.tau == 0
+        last = policy.threshold
+    assert fit(seen, Asked(width=8, skips=0)).policy.threshold == -math.inf
+    assert fit(seen, Asked(width=4, skips=0)).policy.threshold == math.inf
+
+
+def test_the_share_of_skips_asked_for_is_not_passed() -> None:
+    seen, before = observed(), -1.0
+    for share in (0.05, 0.2, 0.4, 0.6):
+        found = fit(seen, Asked(skips=share))
+        assert before < found.expected["skips"] <= share and found.expected["skips"] > share - 0.06
+        before = found.expected["skips"]
+
+
+def test_a_policy_survives_json() -> None:
+    for policy in (Policy({"a": (0.5, 0.1)}, 0.25, 0.1, 2, 25.0), Policy({}, -math.inf), Policy({}, math.inf)):
+        assert Policy.from_json(json.loads(json.dumps(policy.to_json(), allow_nan=False))) == policy
+
+
+# ---- one weight, two precisions ----------------------------------------------------------------------------------
+
+
+def nvfp4(rows: int = 24, columns: int = 64, seed: int = 0) -> Any:
+    w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    fmt = FORMATS["nvfp4"]
+    return to_codes(w, find_params(w, fmt, torch.float32), fmt)
+
+
+def test_the_exact_int8_view_is_the_nvfp4_weight() -> None:
+    q = nvfp4()
+    codes, scale = exact_view(q)
+    assert codes.dtype == torch.int8 and int(codes.abs().max()) <= 12
+    assert torch.equal((codes.float().unflatten(1, (-1, 16)) * scale[..., None]).flatten(1), dequantize(q))
+    x, fmt = torch.randn(7, 64, generator=torch.Generator().manual_seed(1)), ACTIVATION_FORMATS["int8_token"]
+    s = token_scale(x, fmt)
+    codes_x = round_to_grid(x / s, fmt)
+    expected = (codes_x.double() * s.double()) @ dequantize(q).double().T
+    found = exact_product(codes_x.to(torch.int8), s, codes, scale)
+    assert (found - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_the_view_by_rows_is_within_one_percent() -> None:
+    q = nvfp4(64, 256)
+    codes, scale = row_view(q)
+    error = (codes.float() * scale - dequantize(q)).norm() / dequantize(q).norm()
+    assert 0 < error < 0.01
+
+
+# ---- a pipeline --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pipeline(tmp_path_factory.mktemp("pipelines") / "wan", steps=6)
+
+
+class Quiet:
+    def start(self, what: str, total: int) -> None: ...
+    def step(self, amount: int = 1) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def packed(folder: Path) -> Path:
+    out = folder.with_name("packed")
+    request = Request(model=str(folder), scheme="6bit", method="gptq", policy={"skips": 0.0}, samples=8)
+    assert quantize(request, out, Quiet()).ok
+    return out
+
+
+def latents(path: Path, change: Callable[[Any], None] = lambda _: None) -> tuple[Tensor, Controller | None]:
+    pipe = qkit.load(path)
+    change(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    call = json.loads((path / "sampling.json").read_text())["call"]
+    made = pipe("a red ball moves left", generator=torch.Generator().manual_seed(0), output_type="latent", **call)
+    return made.frames, getattr(pipe.transformer, "steps", None)
+
+
+def with_policy(packed: Path, out: Path, **changes: Any) -> Path:
+    shutil.copytree(packed, out)
+    file = out / "transformer" / "qkit.json"
+    record = json.loads(file.read_text())
+    record["diffusion"].update(changes)
+    file.write_text(json.dumps(record))
+    return out
+
+
+@pytest.mark.parametrize(("threshold", "inputs", "bits"), [("-inf", "int8_token", 8), ("inf", "nvfp4_dynamic", 4)])
+def test_thresholds_without_end_are_static_schemes(
+    packed: Path, tmp_path: Path, threshold: str, inputs: str, bits: int
+) -> None:
+    """The same weights with inputs of one format, to the bit."""
+
+    def static(pipe: Any) -> None:
+        for module in pipe.transformer.modules():
+            if isinstance(module, QuantLinear):
+                module.chooser, module.activations = None, ACTIVATION_FORMATS[inputs]
+
+    folder = with_policy(packed, tmp_path / "stepped", threshold=threshold, tau=0.0)
+    found, steps = latents(folder)
+    expected, unused = latents(folder, static)
+    assert steps is not None and steps.width == bits and unused is not None and not unused.log
+    assert torch.equal(found, expected)
+
+
+def test_width_falls_as_the_threshold_rises(packed: Path, tmp_path: Path) -> None:
+    fits = json.loads((packed / "transformer" / "qkit.json").read_text())["diffusion"]
+    found = []
+    for i, threshold in enumerate(
+        ["-inf", fits["threshold"] * 0.95, fits["threshold"], fits["threshold"] * 1.1, "inf"]
+    ):
+        _, steps = latents(with_policy(packed, tmp_path / str(i), threshold=threshold, tau=0.0))
+        assert steps is not None
+        found.append(steps.width)
+    assert found == sorted(found, reverse=True) and found[0] == 8 and found[-1] == 4 and len(set(found)) > 3
+
+
+def test_the_width_asked_for_is_near(packed: Path) -> None:
+    _, steps = latents(packed)
+    assert steps is not None and 5.5 < steps.width < 6.5 and steps.skipped == 0
+
+
+def test_a_policy_that_cannot_be_read_is_refused(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadCheckpoint, match="cannot be read"):
+        latents(with_policy(packed, tmp_path / "a", kind="other"))
