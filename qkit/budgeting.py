@@ -78,7 +78,7 @@ def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Al
             "a budget chooses the sparse part of every layer too: leave --outliers and --significant out and add candidates "
             "such as int3+0.5%"
         )
-    outline = open_outline(request.model)
+    outline = open_outline(request.model, "a budget")
     table = None if wanted.budget.latency is None else LatencyTable.load(wanted.budget.latency[1])
     if not (wanted.profile / FILE).is_file():
         if wanted.named and wanted.candidates is None:

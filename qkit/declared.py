@@ -235,7 +235,8 @@ class Spec:
 @dataclass(frozen=True)
 class Linear:
     """A quantized linear as qkit.json states it; ``shape`` is (out_features, in_features), ``sparse`` how many values its
-    sparse part has."""
+    sparse part has, ``rotation`` the block of the transform of its inputs, ``scaled``
+    whether their channels are multiplied by a stored scale first."""
 
     name: str
     format: Spec
@@ -243,6 +244,8 @@ class Linear:
     shape: tuple[int, int]
     weight_sha256: str
     sparse: int = 0
+    rotation: int = 0
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -320,7 +323,15 @@ def _read_linear(name: str, data: Any, findings: Findings) -> Linear | None:
     sound = kept == 0 or (is_int(kept, 1) and kept <= rows * columns)
     if not findings.check("record", sound, f"{where}.sparse", f"found {short(kept)}, expected a number of weights"):
         return None
-    return Linear(name, weights, activations, (rows, columns), data["weight_sha256"], kept)
+    turn = data.get("rotation", 0)
+    sound = turn == 0 or (is_int(turn, 2) and turn & (turn - 1) == 0 and columns % turn == 0)
+    if not findings.check(
+        "record", sound, f"{where}.rotation", f"found {short(turn)}, expected a block of the columns"
+    ):
+        return None
+    return Linear(
+        name, weights, activations, (rows, columns), data["weight_sha256"], kept, turn, data.get("scaled") is True
+    )
 
 
 def read_record(out: Path, findings: Findings) -> Record | None:

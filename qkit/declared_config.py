@@ -204,7 +204,14 @@ def _check_top(data: dict[str, Any], record: Record, findings: Findings) -> None
         _read_args(data["kv_cache_scheme"], False, f"{_ROOT}.kv_cache_scheme", findings)
     kept = sorted(linear.name for linear in record.linears.values() if linear.sparse)
     expect("sparse", (data.get("sparse") or []) == kept, f"expected the {len(kept)} linears with a sparse part")
-    expect("quant_method", not kept or data.get("quant_method") == "qkit", "no other loader knows the sparse parts")
+    turned = {linear.name: linear.rotation for linear in record.linears.values() if linear.rotation}
+    expect("rotated", (data.get("rotated") or {}) == turned, f"expected the {len(turned)} linears with turned inputs")
+    scaled = sorted(linear.name for linear in record.linears.values() if linear.scaled)
+    expect("scaled", (data.get("scaled") or []) == scaled, f"expected the {len(scaled)} linears with scaled inputs")
+    alone = bool(kept or turned or scaled)
+    expect(
+        "quant_method", not alone or data.get("quant_method") == "qkit", "no other loader knows what is special here"
+    )
 
 
 def read_quantization(config: dict[str, Any], record: Record, findings: Findings) -> Declared | None:

@@ -23,6 +23,7 @@ from qkit.errors import BadCalibration, write_failure
 from qkit.families.materialize import load_outer, release_outer
 from qkit.families.outline import Outline
 from qkit.formats import Format
+from qkit.inputs import PLAIN, InputTransform
 from qkit.job import Job
 from qkit.plan import Plan, parts
 from qkit.qtensor import dequantize
@@ -125,6 +126,8 @@ def _before(plan: Plan, outline: Outline, job: Job) -> Iterator[None]:
         release_outer(outline)
 
 
-def quantizing(fmt: Format, static: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """A forward pre-hook of linears: their inputs in that activation format."""
-    return lambda _, args: (quantize_activations(args[0], fmt, static), *args[1:])
+def quantizing(
+    fmt: Format, static: Tensor | None, inputs: InputTransform = PLAIN
+) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """A forward pre-hook of linears: their inputs in that activation format, behind a transform and back again."""
+    return lambda _, args: (inputs.back(quantize_activations(inputs(args[0]), fmt, static)), *args[1:])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,11 +97,13 @@ class Flow:
     # ---- capture ---------------------------------------------------------------------------------------------
 
     def capture(
-        self, groups: tuple[LinearGroup, ...], wanted: Wanted, step: Step, keep: bool = True
-    ) -> dict[str, Stats]:
+        self, groups: tuple[LinearGroup, ...], wanted: Wanted, step: Step, keep: bool = True,
+        inputs: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> dict[str, Stats]:  # fmt: skip
         """{group key: Stats} over all good rows. Raises BadCalibration when a group saw no token.
 
-        keep: keep the input of a submodule's last linear, to play the submodule back once it is solved.
+        keep: keep the input of a submodule's last linear, to play the submodule back once it is solved; inputs: by group
+        what is done to its inputs before they are looked at.
         """
         sums = {g.key: Accumulator(g.linears[0].shape[1], wanted, self.rows.dtype) for g in groups}
         stride = max(1, self.rows.total // SAMPLE_TOKENS)
@@ -117,6 +119,7 @@ class Flow:
             seen = self._run(span, hidden, stop=True)
             counted = self.rows.counted(*span)
             found = _group_inputs(seen, self.block, groups, counted)
+            found = {key: inputs[key](x) if inputs and key in inputs else x for key, x in found.items()}
             of = None if kinds is None else kinds[slice(*span)].flatten()
             of = of if of is None or counted is None else of[counted]
             pieces = {

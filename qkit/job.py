@@ -30,6 +30,7 @@ from torch import Tensor
 from qkit import sparse
 from qkit.errors import BadInput, JobConflict, write_failure
 from qkit.formats import Format
+from qkit.inputs import SCALE
 from qkit.qtensor import Params, QTensor
 from qkit.safefile import (
     TensorInfo,
@@ -44,7 +45,7 @@ from qkit.safefile import (
 
 VERSION = 1
 # Of a linear in a part: "<linear>:<piece>". 'original' is a weight that a transform rewrote, before it was quantized.
-PIECES = ("codes", "scale", "zero", "global_scale", "input_scale", "original", *sparse.PIECES)
+PIECES = ("codes", "scale", "zero", "global_scale", "input_scale", "original", SCALE, *sparse.PIECES)
 
 
 class Job:
@@ -201,7 +202,7 @@ class Job:
     def quantized(self, index: int, name: str, fmt: Format) -> tuple[QTensor, Tensor | None]:
         """A linear of block ``index`` as it was solved, and the static scale of its activations, if it has one."""
         part = self.part(index)
-        found = {k: part[f"{name}:{k}"] for k in PIECES if f"{name}:{k}" in part and k != "original"}
+        found = {k: part[f"{name}:{k}"] for k in PIECES if f"{name}:{k}" in part and k not in ("original", SCALE)}
         repaired = self.stage("repair")
         if repaired is not None:
             after = self.part(repaired)

@@ -107,7 +107,7 @@ def _opened(request: Request, wanted: CacheRequest) -> CacheChoices:
     policy = parse(wanted.kv)
     if policy.kind == "fp" and wanted.memory is not None:
         raise UsageError("--kv-memory: fp8 has one width and nothing to choose, so it takes no budget; leave it out")
-    outline = open_outline(request.model)
+    outline = open_outline(request.model, "--kv")
     config: Any = outline.model.config
     heads = Heads.of(config)
     length = wanted.length or getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qkit import ops, sparse
 from qkit.export import compressed_tensors as ct
 from qkit.formats import Format
+from qkit.inputs import PLAIN
 
 
 class QuantLinear(nn.Module):
@@ -32,6 +33,7 @@ class QuantLinear(nn.Module):
         self.static: Tensor | None = None
         # Of a diffusion transformer: says at every call how its inputs are quantized, in the place of ``activations``.
         self.chooser: Callable[[Tensor], Format | None] | None = None
+        self.inputs = PLAIN  # what is done to them before they are quantized
         self.packed: ops.Prepared | None = None
 
     def take(self, tensors: dict[str, Tensor]) -> None:
@@ -50,6 +52,8 @@ class QuantLinear(nn.Module):
         device = fn(torch.empty(0)).device
         if device.type != "meta":
             self.static = None if self.static is None else self.static.to(device)
+            scale = self.inputs.scale
+            self.inputs = replace(self.inputs, scale=None if scale is None else scale.to(device))
             self.packed = None if self.packed is None else self.packed.to(device)
         return self
 
@@ -65,7 +69,7 @@ class QuantLinear(nn.Module):
     def product(self, x: Tensor, activations: Format | None) -> Tensor:
         """x times the weight, plus bias, with x in that format (None: as it is)."""
         assert self.packed is not None, "tensors were never loaded"
-        return ops.linear(x, self.packed, self.bias, activations, self.static)
+        return ops.linear(self.inputs(x), self.packed, self.bias, activations, self.static)
 
     def extra_repr(self) -> str:
         op = "empty" if self.packed is None else self.packed.op

@@ -22,6 +22,7 @@ from qkit.families.materialize import fill_computed_buffers
 from qkit.families.outline import Outline, dtype_of
 from qkit.folder import is_pipeline, weights_folder
 from qkit.formats import Format
+from qkit.inputs import SCALE, InputTransform
 from qkit.kvcache.scales import declare
 from qkit.layers import QuantExperts, QuantLinear
 from qkit.locate import find_model
@@ -102,6 +103,8 @@ class PackedOutline(Outline):
             formats_of(self.quantization, names, where) if self.quantization else {}
         )
         self.sparse = frozenset((self.quantization or {}).get("sparse") or ())
+        self.scaled = frozenset((self.quantization or {}).get("scaled") or ())
+        self.rotated: dict[str, int] = (self.quantization or {}).get("rotated") or {}
         wanted = {stored for block in self.blocks for _, stored in block.stored}
         wanted |= {stored for _, stored in self.outer}
         for block in self.every_block:
@@ -110,6 +113,8 @@ class PackedOutline(Outline):
                     wanted.discard(f"{linear.name}.weight")
                     weights, activations = self.formats[linear.name]
                     wanted |= {f"{linear.name}.{s}" for s in specs(weights, activations, linear.shape, self.dtype)}
+                    if linear.name in self.scaled:
+                        wanted.add(f"{linear.name}.{SCALE}")
                     if linear.name in self.sparse:
                         wanted |= {f"{linear.name}.{s}" for s in PIECES}
         missing = sorted(wanted - self.checkpoint.tensors.keys())
@@ -167,6 +172,8 @@ def place_packed(outline: PackedOutline, dtype: torch.dtype) -> None:
 def _packed(outline: PackedOutline, linear: Linear, dtype: torch.dtype) -> QuantLinear:
     weights, activations = outline.formats[linear.name]
     result = QuantLinear(weights, activations, linear.shape, dtype)
+    scale = outline.checkpoint.read(f"{linear.name}.{SCALE}") if linear.name in outline.scaled else None
+    result.inputs = InputTransform(scale, outline.rotated.get(linear.name, 0))
     wanted = [*specs(weights, activations, linear.shape, outline.dtype), *(["bias"] if linear.bias else [])]
     wanted += PIECES if linear.name in outline.sparse else []
     result.take({suffix: outline.checkpoint.read(f"{linear.name}.{suffix}") for suffix in wanted})

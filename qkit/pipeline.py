@@ -16,7 +16,7 @@ from qkit.calibration import Calibration, calibration_rows
 from qkit.checkpoint import Checkpoint, check_config, check_output_dir, check_tied, commit_dir
 from qkit.diffusion.pipeline import check_pipeline
 from qkit.diffusion.trajectory import Trajectory, sampling_of
-from qkit.errors import UsageError, VerifyFailure
+from qkit.errors import Unsupported, UsageError, VerifyFailure
 from qkit.export.folder import export, is_export_of
 from qkit.families.discover import kind_of
 from qkit.families.outline import Outline
@@ -82,14 +82,19 @@ class Prepared:
     forecast: Forecast
 
 
-def open_outline(model: str) -> Outline:
-    """Open and check a full-precision checkpoint."""
+def open_outline(model: str, language_for: str = "") -> Outline:
+    """Open and check a full-precision checkpoint. language_for: what it is opened for, if that is for language models only;
+    raises Unsupported for others then."""
     folder = find_model(model)
     if is_pipeline(folder):
         check_pipeline(folder)
     checkpoint = Checkpoint.open(weights_folder(folder))
     check_config(checkpoint.config, checkpoint.tensors)
     outline = Outline(checkpoint)
+    if outline.family.streams is not None and language_for:
+        raise Unsupported(
+            f"{folder}: {language_for} is for language models, and this is a {kind_of(checkpoint.config)}"
+        )
     if outline.family.streams is None:
         check_tied(checkpoint, bool(outline.tied))
     return outline

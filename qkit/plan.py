@@ -20,6 +20,7 @@ from qkit.export.compressed_tensors import stored_bytes
 from qkit.families.discover import kind_of
 from qkit.families.outline import Outline
 from qkit.formats import Format, Scheme, fit_group
+from qkit.inputs import block_of
 from qkit.kvcache.scales import tensor_names
 from qkit.machine import run_dtype
 from qkit.recipe import Recipe, Rule, check_rules, parse_method, rule_for
@@ -38,7 +39,8 @@ TIED_REASON = "the output head shares its weight with the embeddings"
 @dataclass(frozen=True)
 class LinearPlan:
     """What happens to one linear. outliers: how many of its weights, the largest, go to a sparse part before it is quantized;
-    note: what is unusual about it (an adapted group size, a rule)."""
+    rotation: block of the Hadamard transform of its inputs, 0: none; note: what is unusual about it (an adapted group
+    size, a rule)."""
 
     name: str
     shape: tuple[int, int]
@@ -48,6 +50,7 @@ class LinearPlan:
     solver: str
     options: dict[str, Any] = field(default_factory=dict)
     outliers: int = 0
+    rotation: int = 0
     note: str = ""
 
     @property
@@ -162,6 +165,12 @@ def make_plan(
         raise UsageError(
             f"method {balanced} needs pictures with answers: give --calib a .jsonl file or a folder, or leave it out"
         )
+    if "hadamard" in transforms and outline.family.streams is None:
+        raise Unsupported("method hadamard transforms inputs at run time, in diffusion transformers: take rotate")
+    if recipe.significant and outline.family.streams is not None:
+        raise Unsupported(
+            "--significant looks at the loss of a language model: leave it out for a diffusion transformer"
+        )
     for option, known in (("ratios", RATIOS), ("inputs", INPUTS)):
         if recipe.options.get(option, known[0]) not in known:
             raise UsageError(f"option '{option}': expected one of {', '.join(known)}, found {recipe.options[option]!r}")
@@ -200,7 +209,7 @@ def make_plan(
             f"{rows}: give calibration text with --calib FILE (or leave --calib out for the built-in text)"
         )
     untied = "rotate" in transforms and bool(outline.tied)
-    export, measured = _export(recipe, linears, significant), rows is not None or is_static(kv)
+    export, measured = _export(recipe, outline, linears, significant), rows is not None or is_static(kv)
     packed_bytes = _packed_bytes(outline, linears, significant, untied)
     if is_static(kv):
         if export != "compressed-tensors":
@@ -257,17 +266,25 @@ def has_static(p: LinearPlan) -> bool:
     return p.activations is not None and (not p.activations.dynamic or p.activations.strategy == "tensor_group")
 
 
-def _export(recipe: Recipe, linears: dict[str, LinearPlan], significant: int) -> str:
+def _export(recipe: Recipe, outline: Outline, linears: dict[str, LinearPlan], significant: int) -> str:
     """The method's name in config.json."""
     sparse = next((p.name for p in linears.values() if p.outliers), "the whole model" if significant else None)
-    if sparse is None:
+    if sparse is None and not _scales_inputs(recipe, outline):
         return recipe.export or "compressed-tensors"
     if recipe.export == "compressed-tensors":
         raise Unsupported(
             f"--export compressed-tensors: that format has no place for the sparse part of {sparse}: leave the option out, "
             "or set outliers and significant to 0"
+            if sparse
+            else "--export compressed-tensors: its loaders do not transform inputs as this method does: leave it out"
         )
     return "qkit"
+
+
+def _scales_inputs(recipe: Recipe, outline: Outline) -> bool:
+    """Whether inputs are transformed at run time, as those of diffusion transformers may be."""
+    own = [TRANSFORMS[t].stage for t in parse_method(recipe.method)[0]]
+    return outline.family.streams is not None and ("inputs" in own or "stats" in own)
 
 
 def why_rows(linears: dict[str, LinearPlan], transforms: tuple[str, ...], significant: int) -> str | None:
@@ -328,6 +345,7 @@ def _decide(linear: Linear, recipe: Recipe, rule: Rule | None) -> LinearPlan:
         solver,
         options,
         outlier_count(recipe.outliers_of(linear.name), linear.shape),
+        block_of(linear.shape[1]) if "hadamard" in parse_method(recipe.method)[0] else 0,
         "; ".join(notes),
     )
 

@@ -104,7 +104,7 @@ def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profil
 def forecast(request: ProfileRequest) -> ProfileForecast:
     """What ``profile`` will take, in seconds and without reading a weight. Raises what the request's names deserve."""
     base, count = request.base, request.measured_rows
-    outline = open_outline(base.model)
+    outline = open_outline(base.model, "a profile")
     rows, pictures = text_extent(count, base.seqlen), wants_pairs(base, outline)
     if pictures:
         rows = extent(pair_calibration(replace(base, samples=count), outline))
@@ -130,7 +130,7 @@ def _prepare(request: ProfileRequest) -> _Prepared:
     candidates = parse_candidates(request.candidates, base.group_size)
     if all(c.scheme is None for c in candidates):
         raise UsageError(f"--candidates {request.candidates}: no format that quantizes: add one, for instance int4")
-    outline = open_outline(base.model)
+    outline = open_outline(base.model, "a profile")
     rows = calibration_of(base, outline)
     groups = {c.name: _group(c, base.group_size) for c in candidates}
     parts = parts_of(outline, rows.kinds is not None)

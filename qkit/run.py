@@ -22,6 +22,7 @@ from qkit.errors import NumericFailure, write_failure
 from qkit.families.materialize import load_block, plain_tensors, release
 from qkit.families.outline import Outline
 from qkit.flow import Flow
+from qkit.inputs import SCALE
 from qkit.job import Job
 from qkit.loading import load
 from qkit.parallel import Workers
@@ -210,13 +211,17 @@ def _solve_with_rows(run: _Run, step: _Step, flow: Flow) -> tuple[list[Result], 
     pieces, results, handles = len(list(flow.rows.pieces())), [], []
     for i, groups in enumerate(flow.stages):
         progress.start(f"{step.name}, layers {i + 1} of {len(flow.stages)}", 2 * pieces)
-        stats = flow.capture(groups, _wanted(plan, groups), progress.step)
+        inputs = {g.key: state.inputs(g, p.rotation) for g in groups if (p := plan.linears.get(g.linears[0].name))}
+        stats = flow.capture(groups, _wanted(plan, groups), progress.step, inputs=inputs)
+        own = {x.name: inputs[g.key] for g in groups if g.key in inputs for x in g.linears}
         found = solve_groups(state, plan, groups, stats, run.pool)
         for r in found:
-            r.linear.view(state.module).copy_(dequantize(r.qtensor))
+            r.linear.view(state.module).copy_(own[r.plan.name].weight_back(dequantize(r.qtensor)))
             if r.plan.activations is not None and r.linear.expert is None:
                 module = state.module.get_submodule(r.linear.param.removesuffix(".weight"))
-                handles.append(module.register_forward_pre_hook(quantizing(r.plan.activations, r.static)))
+                handles.append(
+                    module.register_forward_pre_hook(quantizing(r.plan.activations, r.static, own[r.plan.name]))
+                )
         flow.solved(groups, progress.step)
         results += found
     return results, handles
@@ -244,6 +249,7 @@ def _part(results: list[Result], state: BlockState, originals: bool) -> dict[str
             original = state.outline.checkpoint.read(name)
             changed = state.changed.get(linear.name)
             tensors[name] = original if changed is None else changed.to(original.dtype)
+    scales = {x.name: state.scales[g.key] for g in state.block.groups if g.key in state.scales for x in g.linears}
     for r in results:
         q = r.qtensor
         changed = state.changed.get(r.plan.name) if originals else None
@@ -253,6 +259,7 @@ def _part(results: list[Result], state: BlockState, originals: bool) -> dict[str
             "zero": q.params.zero,
             "global_scale": q.params.global_scale,
             "input_scale": r.static,
+            SCALE: scales.get(r.plan.name),
             "original": None if changed is None else changed.to(state.outline.dtype),
             **({} if q.sparse is None else sparse.write(q.sparse, q.shape)),
         }

@@ -121,7 +121,8 @@ def _work(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats | None
     weights, sparse = [], []
     for x in group.linears:
         count = plan.linears[x.name].outliers
-        dense, taken = split(state.weight(x), count, state.outline.dtype) if count else (state.weight(x), None)
+        weight = state.inputs(group, p.rotation).weight(state.weight(x))
+        dense, taken = split(weight, count, state.outline.dtype) if count else (weight, None)
         weights.append(dense)
         sparse.append(taken)
     shared = None

@@ -339,6 +339,33 @@ def test_requests_that_make_no_sense(folders: Path, pipeline: Path, tmp_path: Pa
         prepare(Request(model=str(pipeline), scheme="nvfp4", calib=tmp_path / "none.txt"))
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("profile", "--candidates", "int4"), "a profile is for language models, and this is a WanTransformer3DModel"),
+        (("quantize", "--bits", "4.5"), "a budget is for language models"),
+        (("quantize", "--scheme", "w4a16", "--kv", "int8"), "--kv is for language models"),
+        (("quantize", "--scheme", "w4a16", "--significant", "0.1"), "--significant looks at the loss"),
+        (("quantize", "--scheme", "w4a16", "--method", "mbq"), "weighs pictures against answers"),
+        (("quantize", "--scheme", "w4a16", "--method", "rotate"), "the family wan is not declared as such"),
+        (("quantize", "--scheme", "6bit", "--policy", "width=9"), "policy.width"),
+        (("quantize", "--scheme", "6bit", "--policy", "wide=6"), "policy.wide"),
+        (("quantize", "--scheme", "w4a8", "--policy", "width=6"), "needs layers with NVFP4 weights"),
+    ],
+)
+def test_what_is_not_for_pipelines(
+    pipeline: Path, tmp_path: Path, run: Any, command: tuple[str, ...], said: str
+) -> None:
+    code, _, err = run(*command, "--model", pipeline, "--out", tmp_path / "out")
+    assert code in (2, 3) and said in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_is_evaluated_by_its_samples(pipeline: Path, run: Any) -> None:
+    code, _, err = run("eval", pipeline)
+    assert code == 2 and "measure it with --videos N" in err
+
+
 def test_the_log_says_what_was_done(packed: Path) -> None:
     pipe = qkit.load(packed)
     latents(pipe)

@@ -386,7 +386,7 @@ def test_command(out, tmp_path):
 
 def test_independent_of_the_writer():
     """The proof imports nothing of qkit but the errors, and neither torch nor compressed-tensors."""
-    parts = ["verify", "decode", "declared", "declared_config", "declared_cache", "preflight"]
+    parts = ["verify", "decode", "declared", "declared_config", "declared_cache", "declared_pipeline", "preflight"]
     folder = Path(qkit.verify.__file__).parent
     for part in parts:
         tree = ast.parse((folder / f"{part}.py").read_text())

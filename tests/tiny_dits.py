@@ -159,6 +159,8 @@ def make_pipeline(path: Path, steps: int = 6, dtype: torch.dtype = torch.float32
         temperal_downsample=[False],
         scale_factor_temporal=1,
         scale_factor_spatial=2,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
     )
     transformer = WanTransformer3DModel.from_pretrained(make("wan", path.with_name("wan-only"), dtype), dtype=dtype)
     made = WanPipeline(

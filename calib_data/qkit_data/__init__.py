@@ -1,4 +1,4 @@
-"""Texts, tasks and a reference model that travel with qkit, so that it works with no network.
+"""Texts, tasks and reference models that travel with qkit, so that it works with no network.
 
 The two task files in `task_dir()` are plain YAML for lm-eval, with no Python tags. Their `dataset_kwargs.data_files` is
 a file name relative to this package (`evaluation.jsonl`, `cloze.jsonl`), because lm-eval wants an absolute path that is
@@ -24,11 +24,12 @@ def text_path(name: str) -> Path:
 
 def models() -> list[str]:
     """Names of the reference models, sorted."""
-    return sorted(config.parent.name for config in (_ROOT / "models").glob("*/config.json"))
+    found = [file for name in ("config.json", "model_index.json") for file in (_ROOT / "models").glob(f"*/{name}")]
+    return sorted(file.parent.name for file in found)
 
 
 def model_path(name: str) -> Path | None:
-    """Folder of a reference model in the Hugging Face layout, or None if there is no model of that name."""
+    """Folder of a reference model, as transformers or diffusers lay it out, or None if there is no model of that name."""
     return _ROOT / "models" / name if name in models() else None
 
 

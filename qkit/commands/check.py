@@ -78,6 +78,7 @@ def check_command(
         device,
         pairs=budget.pairs if budget.measures_answers else None,
         questions=budget.questions,
+        videos=budget.videos if budget.measures_samples else 0,
     )
     with progress_bar(Console(stderr=True)) as progress:
         measured = measure(find_model(out), original, request, progress)

@@ -51,7 +51,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "policy",
             multiple=True,
             metavar="NAME=VALUE",
-            help="Of --scheme 6bit, repeatable: width=5 (mean bits of inputs), skips=0.25 (blocks not run), purify=25.",
+            help="Of --scheme 6bit, repeatable: width=5 (mean bits of inputs), skips=0.25 (blocks not run), kind=static.",
         ),
         click.option(
             "--outliers", type=float, help="Percent of the weights, the largest, kept in 16 bits beside the codes."

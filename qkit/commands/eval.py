@@ -47,6 +47,7 @@ EXAMPLES = 12  # pictures of a report
 )
 @click.option("--pairs", help="Questions about pictures: drawn, a file of JSON lines, or a folder as for --calib.")
 @click.option("--questions", type=click.IntRange(1), help="Questions of --pairs, at most (default: 500).")
+@click.option("--videos", type=click.IntRange(1), help="Of a diffusion pipeline: prompts and seeds to sample.")
 @click.option(
     "--report",
     "report_file",
@@ -72,6 +73,7 @@ def eval_command(
     retrieval: bool,
     pairs: str | None,
     questions: int | None,
+    videos: int | None,
     report_file: Path | None,
     dtype: str,
     device: str,
@@ -79,7 +81,7 @@ def eval_command(
     allow_task_code: bool,
     json_file: Path | None,
 ) -> None:
-    """Measure the model in the folder OUT: perplexity of texts, accuracy on tasks, answers about pictures.
+    """Measure the model in the folder OUT: perplexity of texts, accuracy on tasks, answers about pictures, videos.
 
     Without --text, --tasks and --pairs the evaluation text that comes with qkit is used. A quantized folder is loaded packed;
     every text is tokenised whole and cut into windows, and intervals are 95 %, over windows.
@@ -91,7 +93,9 @@ def eval_command(
     from qkit.locate import find_model
 
     names = split_names(tasks)
-    if not texts and (kv or retrieval or not (names or pairs)):
+    if videos and (texts or names or pairs or kv or retrieval):
+        raise UsageError("--videos is about diffusion pipelines, and the other measurements are not; leave one out")
+    if not texts and not videos and (kv or retrieval or not (names or pairs)):
         texts = (str(qkit_data.text_path("evaluation")),)
     if allow_task_code and task_dir is None:
         raise UsageError("--allow-task-code is about the files of --task-dir, and there is none; leave it out")
@@ -100,9 +104,9 @@ def eval_command(
         raise UsageError("--prompt is about the caches of --kv, and there is none; leave it out")
     if retrieval and (prompt is not None or kv_step != 1):
         raise UsageError("--prompt and --kv-step are about decoding, and --retrieval takes its place; leave them out")
-    if pairs is None and (questions is not None or report_file is not None):
+    if pairs is None and (questions is not None or (report_file is not None and not videos)):
         raise UsageError(
-            "--questions and --report are about the pictures of --pairs, and there are none; add --pairs drawn"
+            "--questions and --report are about --pairs (or --videos), and there are none; add --pairs drawn"
         )
     request = EvalRequest(
         texts,
@@ -121,12 +125,18 @@ def eval_command(
         pairs,
         QUESTIONS if questions is None else questions,
         0 if report_file is None else EXAMPLES,
+        videos or 0,
     )
     original = None if baseline is None else find_model(baseline)
     with progress_bar(Console(stderr=True)) as progress:
         measured = measure(find_model(out), original, request, progress)
+    samples = measured.pop("samples", None)
     if json_file is not None:
         write_atomic(json_file, json_bytes(measured))
+    if report_file is not None and samples is not None:
+        from qkit.report.videos import strips, videos_page
+
+        write_atomic(report_file, videos_page(measured, strips(*samples)).encode())
     if report_file is not None and pairs is not None:
         from qkit.report.pairs import pairs_page
 
@@ -179,6 +189,8 @@ def show(measured: Mapping[str, Any], console: Console) -> None:
     for name, figures in measured.get("pairs", {}).items():
         console.print(accuracy_table(name, figures))
         console.print(answers_table(name, figures))
+    if "videos" in measured:
+        console.print(videos_table(measured["videos"]))
     if measured.get("tasks"):
         console.print(tasks_table(measured["tasks"], measured.get("baseline_tasks", {})))
 
@@ -244,6 +256,24 @@ def answers_table(name: str, figures: Mapping[str, Any]) -> Table:
     table = Table("answer tokens", str(figures["tokens"]), title=f"answers, {printable(name)}", title_justify="left")
     for what, value in rows.items():
         table.add_row(Text(what), Text(value))
+    return table
+
+
+def videos_table(figures: Mapping[str, Any]) -> Table:
+    """A row per figure with its interval."""
+    table = Table("figure", "value (95 % ci)", title=f"{figures['videos']} samples", title_justify="left")
+    units = {
+        "psnr": "PSNR, dB",
+        "ssim": "SSIM",
+        "latent_error": "error of latents, last step",
+        "width": "bits of inputs",
+    }
+    for key, value in figures.items():
+        name = units.get(key, key.replace("_", " "))
+        if isinstance(value, list) and key not in ("latent_errors", "bits", "skips"):
+            table.add_row(name, Text(f"{value[0]:.4g} {_interval(value[1:], '.4g')}"))
+        elif isinstance(value, (int, float)) and key != "videos":
+            table.add_row(name, f"{value:.4g}")
     return table
 
 

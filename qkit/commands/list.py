@@ -104,7 +104,7 @@ def models() -> list[dict[str, Any]]:
     for name in qkit_data.models():
         path = qkit_data.model_path(name)
         assert path is not None
-        size = sum(p.stat().st_size for p in path.glob("*.safetensors"))
+        size = sum(p.stat().st_size for p in path.rglob("*.safetensors"))
         rows.append({"model": name, "bytes": size, "folder": str(path)})
     return rows
 

@@ -132,10 +132,8 @@ class Controller:
             return PURE
         if p.tau <= 0 and math.isinf(p.threshold):
             return NARROW if p.threshold > 0 else WIDE
-        if change is None or name not in p.fits:
-            return WIDE
-        slope, offset = p.fits[name]
-        return NARROW if slope * change + offset <= p.threshold else WIDE
+        expected = p.predicted(name, change)
+        return NARROW if expected is not None and expected <= p.threshold else WIDE
 
     def decide(self, block: int, linear: Told, name: str, x: Tensor) -> Format | None:
         """``choose``, noted in the log; as a format, None for inputs as they are."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -94,10 +94,12 @@ def fit(seen: Observer, asked: Asked) -> Fit:
     fits, pearson = {}, {}
     for name, xy in pairs.items():
         fits[name], pearson[name] = least_squares(torch.tensor(xy, dtype=torch.float64))
+        if asked.kind == "static":
+            fits[name] = 0.0, sum(y for _, y in xy) / len(xy)
     tau = _tau(seen, asked.skips) if asked.skips else 0.0
     skipped = {key: skips_of(drifts, tau) for key, drifts in seen.drifts.items()}
-    threshold = _threshold(seen, fits, skipped, asked.width)
-    policy = Policy(fits, threshold, tau, MOST_SKIPS, asked.purify if tau else 0.0)
+    policy = Policy(fits, math.inf, tau, MOST_SKIPS, asked.purify if tau else 0.0, asked.kind)
+    policy = replace(policy, threshold=_threshold(seen, policy, skipped, asked.width))
     every = [x for xs in skipped.values() for x in xs]
     return Fit(policy, pearson, sum(map(len, pairs.values())), {"skips": round(sum(every) / max(1, len(every)), 4)})
 
@@ -140,9 +142,7 @@ def _tau(seen: Observer, share: float) -> float:
     return low
 
 
-def _threshold(
-    seen: Observer, fits: dict[str, tuple[float, float]], skipped: dict[tuple[int, int, int], list[bool]], width: float
-) -> float:
+def _threshold(seen: Observer, policy: Policy, skipped: dict[tuple[int, int, int], list[bool]], width: float) -> float:
     """Below it lie as many predictions as may be NVFP4 for that mean width; runs that follow a skip are INT8."""
     predicted, count = [], 0
     for s in seen.seen:
@@ -150,9 +150,10 @@ def _threshold(
         if steps[s.step]:
             continue
         count += 1
-        if s.change is not None and not steps[s.step - 1]:
-            slope, offset = fits[s.linear]
-            predicted.append(slope * s.change + offset)
+        after_skip = s.step > 0 and steps[s.step - 1]
+        expected = policy.predicted(s.linear, None if after_skip else s.change)
+        if expected is not None:
+            predicted.append(expected)
     narrow = round(count * (8 - width) / 4)
     predicted.sort()
     if narrow <= 0:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,12 +28,14 @@ OUTLIERS = 25.0  # max |x| / mean |x| from which inputs are left as they are on 
 class Asked(BaseModel):
     """A policy as recipes have it.
 
+    kind: dmpq: precision by step; static: every linear has one for all steps, those with the least error NVFP4
     width: mean bits of inputs over all (step, linear) that are computed, 4 (all NVFP4) to 8 (all INT8)
     skips: share of the runs of blocks that the cache is to save; 0: no cache
     purify: ratio of Eq. 12; 0: never
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["dmpq", "static"] = "dmpq"
     width: float = Field(default=6.0, ge=4.0, le=8.0)
     skips: float = Field(default=0.25, ge=0.0, le=0.6)
     purify: float = Field(default=OUTLIERS, ge=0.0)
@@ -48,7 +50,7 @@ class Policy:
     threshold: of that prediction; above it inputs are INT8. -inf: always INT8, inf: always NVFP4
     tau:       of the summed relative changes of a block's residual, below which it is not run; 0: it always is
     most:      skips in a row, at the most
-    purify:    as in ``Asked``
+    purify, kind: as in ``Asked``
     """
 
     fits: dict[str, tuple[float, float]]
@@ -56,18 +58,28 @@ class Policy:
     tau: float = 0.0
     most: int = MOST_SKIPS
     purify: float = 0.0
+    kind: str = "dmpq"
+
+    def predicted(self, linear: str, change: float | None) -> float | None:
+        """The error that NVFP4 inputs are expected to make; None where nothing is known: the block did not run before."""
+        if linear not in self.fits or (change is None and self.kind != "static"):
+            return None
+        slope, offset = self.fits[linear]
+        return slope * (change or 0.0) + offset
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary; infinities are words."""
-        return {**asdict(self), "kind": "dmpq", "threshold": _said(self.threshold), "tau": _said(self.tau)}
+        return {**asdict(self), "threshold": _said(self.threshold), "tau": _said(self.tau)}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Policy:
         """The policy that ``to_json`` described. Raises ValueError."""
-        if data.get("kind") != "dmpq":
+        if data.get("kind") not in get_args(Asked.model_fields["kind"].annotation):
             raise ValueError(f"policy of kind {data.get('kind')!r}")
         fits = {str(k): (float(a), float(b)) for k, (a, b) in data["fits"].items()}
-        return Policy(fits, float(data["threshold"]), float(data["tau"]), int(data["most"]), float(data["purify"]))
+        return Policy(
+            fits, float(data["threshold"]), float(data["tau"]), int(data["most"]), float(data["purify"]), data["kind"]
+        )
 
 
 def _said(value: float) -> float | str:

@@ -115,6 +115,12 @@ class _Kept:
             self.kept.setdefault(step, []).append(kept)
 
 
+def subject(pipeline: Any, prompt: str) -> dict[str, Any]:
+    """What says what is to be made: a prompt, or of a pipeline that knows classes only the number of one."""
+    takes = "prompt" in inspect.signature(pipeline.__call__).parameters
+    return {"prompt": prompt} if takes else {"class_labels": [int(prompt)]}
+
+
 def sample(pipeline: Any, prompt: str, call: dict[str, Any], seed: int, keep: _Kept | None = None) -> None:
     """Run the pipeline's own sampler on one prompt, to latents where it can, and keep some calls of its transformer.
 
@@ -146,12 +152,13 @@ def sample(pipeline: Any, prompt: str, call: dict[str, Any], seed: int, keep: _K
     wrong = next((name for name in call if name not in known), None)
     if wrong is not None:
         raise UsageError(f"--call {wrong}: {type(pipeline).__name__} takes no such argument")
-    asked: dict[str, Any] = {"prompt": prompt} if "prompt" in known else {"class_labels": [int(prompt)]}
     output = "np" if "class_labels" in known else "latent"
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
     try:
         with torch.inference_mode():
-            pipeline(**asked, **call, generator=torch.Generator().manual_seed(seed), output_type=output)
+            pipeline(
+                **subject(pipeline, prompt), **call, generator=torch.Generator().manual_seed(seed), output_type=output
+            )
     except (ValueError, TypeError, RuntimeError) as e:
         raise BadCalibration(f"the pipeline cannot sample {shown(prompt)} with {call}: {str(e).splitlines()[0]}") from e
     finally:

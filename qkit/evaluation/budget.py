@@ -8,6 +8,9 @@
     size: 0.3x                       # of the baseline's bytes; or 90MB
     accuracy: ">=-1%"                # exactly right answers about pictures, in %; accuracy.KIND of one kind of question
     answer_perplexity: +2%           # of those answers' tokens; also answer_kl.mean and answer_kl.p99
+    psnr: 25                         # of samples of a diffusion pipeline, dB, at least; also ssim, latent_error, flickering,
+    recognised: ">=-2%"              # width (bits of inputs) and, of drawn clips, the share that is recognised
+    videos: 32                       # samples
     pairs: drawn                     # the pictures, or a file of JSON lines or a folder, relative to this file
     questions: 500
     texts: {wikitext2: wikitext2-test.txt}   # where a named text lies, relative to this file
@@ -35,9 +38,19 @@ from qkit.strictyaml import LineDict, load_yaml, unknown_key
 
 METRICS = ("perplexity", "kl.mean", "kl.p99", "same_top1")  # of a text: plain, or followed by the name of one text
 ANSWERS = ("answer_perplexity", "answer_kl.mean", "answer_kl.p99")  # of questions about pictures, and 'accuracy'
-RELATIVE = ("perplexity", "task", "size", "accuracy", "answer_perplexity")  # may be limited against the baseline
-LOWER = {"same_top1": 1.0, "accuracy": 100.0}  # a bare number is the least allowed; with the largest possible value
-NUMBERS = {"window": 2, "windows": 1, "limit": 1, "questions": 1}  # settings, with the least value of each
+SAMPLES = ("psnr", "ssim", "latent_error", "flickering", "recognised", "width")  # of a diffusion pipeline
+RELATIVE = ("perplexity", "task", "size", "accuracy", "answer_perplexity", "flickering", "recognised")  # may be limited
+# against the baseline
+LOWER = {
+    "same_top1": 1.0,
+    "accuracy": 100.0,
+    "psnr": 100.0,
+    "ssim": 1.0,
+    "flickering": 1.0,
+    "recognised": 100.0,
+}  # a bare
+# number is the least allowed; with the largest possible value
+NUMBERS = {"window": 2, "windows": 1, "limit": 1, "questions": 1, "videos": 1}  # settings, with the least value of each
 EXAMPLES = {
     "perplexity": "+2% or 40.5",
     "kl.mean": "0.02",
@@ -49,6 +62,12 @@ EXAMPLES = {
     "answer_perplexity": "+2% or 1.2",
     "answer_kl.mean": "0.02",
     "answer_kl.p99": "0.3",
+    "psnr": "25",
+    "ssim": "0.9",
+    "latent_error": "0.1",
+    "flickering": '">=-1%" or 0.98',
+    "recognised": '">=-2%" or 90',
+    "width": "6.1",
 }
 BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _LIMIT = re.compile(r"(<=|>=)?\s*([-+]?)([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(%|[A-Za-z]*)\Z")
@@ -99,11 +118,12 @@ class Budget:
     limit: int | None = None
     pairs: str = DRAWN
     questions: int = QUESTIONS
+    videos: int = 32
 
     @property
     def needs_baseline(self) -> list[str]:
         """Names of the lines that cannot be judged without the original model."""
-        divergence = ("kl.mean", "kl.p99", "same_top1", "answer_kl.mean", "answer_kl.p99")
+        divergence = ("kl.mean", "kl.p99", "same_top1", "answer_kl.mean", "answer_kl.p99", *SAMPLES[:3])
         return [line.name for line in self.lines if line.limit.unit or line.metric in divergence]
 
     @property
@@ -123,6 +143,10 @@ class Budget:
     @property
     def measures_answers(self) -> bool:
         return any(line.metric in (*ANSWERS, "accuracy") for line in self.lines)
+
+    @property
+    def measures_samples(self) -> bool:
+        return any(line.metric in SAMPLES for line in self.lines)
 
 
 @dataclass(frozen=True)
@@ -177,7 +201,7 @@ def _line(name: str, value: Any, at: str) -> Line:
             return Line(name, metric, None, "", _limit(value, metric, at))
         if name.startswith(metric + "."):
             return Line(name, metric, name[len(metric) + 1 :], "", _limit(value, metric, at))
-    if name in (*ANSWERS, "accuracy", "size"):
+    if name in (*ANSWERS, "accuracy", "size", *SAMPLES):
         return Line(name, name, None, "", _limit(value, name, at))
     if name.startswith("accuracy."):
         return Line(name, "accuracy", name.removeprefix("accuracy."), "", _limit(value, "accuracy", at))
@@ -186,7 +210,7 @@ def _line(name: str, value: Any, at: str) -> Line:
         if not task or not part:
             raise BadRecipe(f"{at}: {name!r} must name a task and a metric of it, such as 'task.qkit_cloze.acc'")
         return Line(name, "task", task, part, _limit(value, "task", at))
-    raise unknown_key(name, (*METRICS, "accuracy", *ANSWERS, "task", "size", "texts", "pairs", *NUMBERS), at)
+    raise unknown_key(name, (*METRICS, "accuracy", *ANSWERS, *SAMPLES, "task", "size", "texts", "pairs", *NUMBERS), at)
 
 
 def _limit(value: Any, metric: str, at: str) -> Limit:
@@ -231,6 +255,9 @@ def judge(budget: Budget, measured: Mapping[str, Any]) -> list[Check]:
         elif line.metric in (*ANSWERS, "accuracy"):
             value, baseline = _answers(measured.get("pairs"), line)
             checks.append(_check(line.name, line.limit, value, baseline))
+        elif line.metric in SAMPLES:
+            value, baseline = _samples(measured.get("videos"), line.metric)
+            checks.append(_check(line.name, line.limit, value, baseline))
         else:
             for name in [line.of] if line.of else list(texts) or [None]:
                 entry = texts.get(name) or {}
@@ -257,6 +284,13 @@ def _answers(results: Mapping[str, Any] | None, line: Line) -> tuple[float | Non
         return found.get("percent"), found.get("baseline_percent")
     metric, _, part = line.metric.removeprefix("answer_").partition(".")
     return (entry.get(metric) or {}).get(part) if part else entry.get(metric), entry.get(f"baseline_{metric}")
+
+
+def _samples(figures: Mapping[str, Any] | None, metric: str) -> tuple[float | None, float | None]:
+    """Of the model and of the baseline, where the figure is one of either alone."""
+    means = {k: v[0] for k, v in (figures or {}).items() if isinstance(v, list) and v and isinstance(v[0], float)}
+    value, change = means.get(metric), means.get(f"{metric}_change")
+    return value, None if value is None or change is None else value - change
 
 
 def _check(name: str, limit: Limit, value: float | None, baseline: float | None) -> Check:

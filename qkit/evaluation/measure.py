@@ -15,6 +15,7 @@ from qkit.checkpoint import Checkpoint
 from qkit.errors import UsageError
 from qkit.evaluation.text import Progress, evaluate_text, read_text, text_name, tokenize
 from qkit.families.discover import DECLARED
+from qkit.folder import PIPELINE_INDEX, is_pipeline, weights_folder
 from qkit.kvcache.policy import Policy
 from qkit.pairs import DRAWN, QUESTIONS, held_out, load_processor
 
@@ -26,7 +27,8 @@ class EvalRequest:
     """What to measure. ``texts`` as for ``evaluate_text``; ``limit``: samples per task, None for all. ``caches``: KV cache
     policies, compared by decoding the texts, ``step`` tokens at a time after a ``prompt`` (None: half a window), or by
     ``retrieval`` from them, beside a plain cache. ``pairs``: questions about pictures, as for ``evaluate_pairs``, so many
-    ``questions`` at most; with ``examples`` of them answered in words."""
+    ``questions`` at most; with ``examples`` of them answered in words. ``videos``: of a diffusion pipeline, how many it is to
+    make."""
 
     texts: Sequence[Path | str] = ()
     window: int = 512
@@ -44,15 +46,17 @@ class EvalRequest:
     pairs: str | None = None
     questions: int = QUESTIONS
     examples: int = 0
+    videos: int = 0
 
 
 def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Progress | None = None) -> dict[str, Any]:
     """Loads the model in the folder ``out`` (packed, when it is quantized), and the baseline, and measures both.
 
-    Returns {"model", "baseline", "dtype", "window", "size", "texts", "caches", "retrieval", "pairs", "tasks",
-    "baseline_tasks"}: names of folders without their paths; size in bytes of the weight files; texts as in
-    ``evaluate_text``; caches, or with request.retrieval retrieval: for each text what ``evaluate_caches`` or
-    ``evaluate_retrieval`` gives; pairs: {name: what ``evaluate_pairs`` gives}; tasks as in ``run_tasks``, without the
+    Returns {"model", "baseline", "dtype", "window", "size", "texts", "caches", "retrieval", "pairs", "videos", "samples",
+    "tasks", "baseline_tasks"}, of what was asked for: names of folders without their paths; size in bytes of the weight
+    files; texts as in ``evaluate_text``; caches, or with request.retrieval retrieval: for each text what
+    ``evaluate_caches`` or ``evaluate_retrieval`` gives; pairs: {name: what ``evaluate_pairs`` gives}; videos: what
+    ``video.figures`` gives, and samples (ours, theirs), request.examples of each; tasks as in ``run_tasks``, without the
     values of single samples but with the paired change and change_ci where there is a baseline. Raises what loading,
     ``evaluate_text``, ``evaluate_pairs`` and ``run_tasks`` raise.
     """
@@ -65,8 +69,12 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
         "window": request.window,
         "size": sizes(out, baseline),
     }
+    if request.videos:
+        return measured | _videos(out, baseline, request, progress)
     if not request.texts and not request.tasks and request.pairs is None:
         return measured
+    if is_pipeline(out):
+        raise UsageError(f"{out}: a diffusion pipeline makes pictures: measure it with --videos N")
     for spec in request.texts:
         text_name(spec)  # what is wrong with a file is better said before a large model is loaded
     _check_device(request.device)
@@ -88,6 +96,25 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
     if request.tasks:
         measured |= _tasks(model, original, tokenizer, request, partial(load_processor, out) if _sees(out) else None)
     return measured
+
+
+def _videos(out: Path, baseline: Path | None, request: EvalRequest, progress: Progress | None) -> dict[str, Any]:
+    """{"videos": figures, "samples": (ours, theirs) of request.examples of them}"""
+    from qkit.evaluation.video import figures, make_videos
+    from qkit.loading import load
+
+    for folder in (out, *([] if baseline is None else [baseline])):
+        if not is_pipeline(folder):
+            raise UsageError(f"{folder}: --videos is for diffusion pipelines, folders with a {PIPELINE_INDEX}")
+    _check_device(request.device)
+    pipes = [
+        None if f is None else load(f, dtype=DTYPES[request.dtype], device=request.device) for f in (out, baseline)
+    ]
+    for pipe in pipes:
+        if pipe is not None:
+            pipe.set_progress_bar_config(disable=True)
+    ours, theirs = make_videos(pipes[0], out, request.videos, pipes[1], progress)
+    return {"videos": figures(ours, theirs), "samples": (ours[: request.examples], theirs[: request.examples])}
 
 
 def _caches(model: Any, tokenizer: Any, request: EvalRequest, progress: Progress | None) -> dict[str, Any]:
@@ -154,10 +181,11 @@ def _check_device(device: str) -> None:
 
 
 def sizes(out: Path, baseline: Path | None) -> dict[str, int]:
-    """Bytes of the weight files of both folders, headers included: what --size of ``qkit quantize`` limits."""
+    """Bytes of the weight files of both folders, headers included: what --size of ``qkit quantize`` limits. Of a pipeline
+    those of its transformer."""
 
     def files(folder: Path) -> int:
-        shards = {info.file for info in Checkpoint.open(folder, quantized=True).tensors.values()}
+        shards = {info.file for info in Checkpoint.open(weights_folder(folder), quantized=True).tensors.values()}
         return sum(shard.stat().st_size for shard in shards)
 
     return {"bytes": files(out)} | ({} if baseline is None else {"baseline_bytes": files(baseline)})

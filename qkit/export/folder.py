@@ -22,6 +22,7 @@ from qkit.diffusion.pipeline import copy_rest
 from qkit.export import compressed_tensors as ct
 from qkit.families.outline import Outline
 from qkit.folder import RECORD, WEIGHT_STEMS, is_pipeline, weights_folder
+from qkit.inputs import SCALE
 from qkit.job import Job
 from qkit.kvcache.scales import FORMAT
 from qkit.plan import LinearPlan, Plan, parts
@@ -56,7 +57,7 @@ def export(
         total = sum(_bytes(s) for s in source.specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_atomic(partial / f"{stem}.safetensors.index.json", _json(index))
-    write_atomic(partial / "config.json", _json(_config(plan, outline, job)))
+    write_atomic(partial / "config.json", _json(_config(plan, outline, job, source)))
     for file_path in outline.checkpoint.side_files():
         write_atomic(partial / file_path.name, file_path.read_bytes())
     write_atomic(partial / RECORD, _json(_record(plan, outline, job, source, hashes)))
@@ -127,10 +128,12 @@ class _Tensors:
     def _linear(self, p: LinearPlan, block: int) -> None:
         kept = int(self.records[p.name].get("sparse", 0))
         dense = ct.specs(p.weights, p.activations, p.shape, self.outline.dtype)
-        for suffix, spec in {**dense, **sparse.specs(p.shape, kept, self.outline.dtype)}.items():
+        scale = self.job.part(block).get(f"{p.name}:{SCALE}")
+        own = {} if scale is None else {SCALE: (scale.torch_dtype, scale.shape)}
+        for suffix, spec in {**dense, **sparse.specs(p.shape, kept, self.outline.dtype), **own}.items():
             name = f"{p.name}.{suffix}"
             self.specs[name] = spec
-            if suffix.startswith("input_") or suffix in sparse.PIECES:
+            if suffix.startswith("input_") or suffix in (SCALE, *sparse.PIECES):
                 # The hash of the weight does not cover it, or not every bit of it: a small value added to a large one.
                 self.plain[name] = ""
             self._get[name] = lambda s=suffix: self._made_for(p, block)[s]  # type: ignore[misc]
@@ -140,6 +143,9 @@ class _Tensors:
         if self._made[0] != p.name:
             q, static = self.job.quantized(block, p.name, p.weights)
             added = {} if q.sparse is None else sparse.write(q.sparse, q.shape)
+            scale = self.job.part(block).get(f"{p.name}:{SCALE}")
+            if scale is not None:
+                added[SCALE] = self.job.read(scale)
             self._made = (p.name, {**ct.write(q, p.activations, static, self.outline.dtype), **added})
         return self._made[1]
 
@@ -155,14 +161,20 @@ def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(data.numpy().data).hexdigest()
 
 
-def _config(plan: Plan, outline: Outline, job: Job) -> dict[str, Any]:
+def _config(plan: Plan, outline: Outline, job: Job, source: _Tensors) -> dict[str, Any]:
     config = dict(outline.checkpoint.config)
     if plan.untied:
         config["tie_word_embeddings"] = False
     config["quantization_config"] = quantization_config(plan, outline)
+    scaled = sorted(name.removesuffix(f".{SCALE}") for name in source.specs if name.endswith(f".{SCALE}"))
+    if scaled:
+        config["quantization_config"]["scaled"] = scaled
     kept = sorted(name for name, record in job.records().items() if record.get("sparse"))
     if kept:
         config["quantization_config"]["sparse"] = kept
+    rotated = {name: p.rotation for name, p in plan.linears.items() if p.rotation}
+    if rotated:
+        config["quantization_config"]["rotated"] = rotated
     return config
 
 
@@ -193,6 +205,8 @@ def _record(plan: Plan, outline: Outline, job: Job, source: _Tensors, hashes: di
             "shape": list(p.shape),
             "scheme": p.scheme,
             "solver": p.solver,
+            **({"rotation": p.rotation} if p.rotation else {}),
+            **({"scaled": True} if f"{p.name}.{SCALE}" in source.specs else {}),
             **source.records[p.name],
         }
         for p in plan.linears.values()

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from qkit.blocks import BlockOutline, Linear
+from qkit.blocks import BlockOutline, Linear, LinearGroup
 from qkit.capture import Stats
 from qkit.families.outline import Outline
+from qkit.inputs import InputTransform
 
 
 @dataclass
@@ -22,6 +23,8 @@ class BlockState:
     module:  the materialized block; transforms change its norms and biases in place
     changed: weights [out, in] in float32 that a transform rewrote, by linear name: they are quantized from
              float32, never rounded to the model's dtype in between
+    scales:  by group, what its inputs are multiplied by at run time, [in] in the checkpoint's dtype; the module's weights stay
+             those for inputs as they are
     originals: what would be seen if nothing before had been quantized, where a transform asks for it; distort: for what
              outputs are to be, and not for what they are made from
     balance: of a vision-language model, by part of the block ('attention', 'mlp'), how much an error at a piece of a picture
@@ -32,6 +35,7 @@ class BlockState:
     block: BlockOutline
     module: nn.Module
     changed: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Stats] = field(default_factory=dict)
     originals: dict[str, Stats] = field(default_factory=dict)
     distort: bool = False
@@ -42,6 +46,10 @@ class BlockState:
         """float32 [out, in], as it stands after the transforms so far; not to be written to."""
         changed = self.changed.get(linear.name)
         return linear.view(self.module).float() if changed is None else changed
+
+    def inputs(self, group: LinearGroup, rotation: int) -> InputTransform:
+        """What is done at run time to the inputs of the group's linears."""
+        return InputTransform(self.scales.get(group.key), rotation)
 
     def rounded(self, value: Tensor) -> Tensor:
         """A norm's weight or a bias as the file will hold it: rounded to the checkpoint's dtype, in that of the module."""

@@ -110,24 +110,31 @@ def smooth_block(
     make: Callable[[list[Tensor], Stats], list[Tensor]],
     loss: Callable[[BlockState, LinearGroup], Loss] = lambda state, group: squared_error,
 ) -> None:
-    """Search and fold a scale for every group of the block that has a source to fold into.
+    """Search and fold a scale for every group of the block that has a source to fold into; in a diffusion transformer inputs of
+    other groups are scaled at run time.
 
     schemes: by linear name; groups that are skipped or mixed are left alone; loss: of a group.
     """
     for group in state.block.groups:
         chosen = {schemes.get(linear.name) for linear in group.linears}
         scheme = chosen.pop()
-        if group.declared.source is None or scheme is None or chosen:
+        explicit = group.declared.source is None and state.outline.family.streams is not None
+        if scheme is None or chosen or (group.declared.source is None and not explicit):
             continue
         stats, original = state.stats[group.key], state.originals.get(group.key)
         seen = stats if original is None or state.distort else original
         weights = [state.weight(linear) for linear in group.linears]
-        candidates = [_shared_heads(state, group, s) for s in make(weights, seen)]
+        candidates = make(weights, seen)
+        if not explicit:
+            candidates = [_shared_heads(state, group, s) for s in candidates]
         wanted = None if original is None else original.sample
         s = search(weights, seen, scheme, candidates, state.outline.dtype, loss(state, group), wanted)
         if bool((s == 1).all()):
             continue
-        fold(state, group, s)
+        if explicit:
+            state.scales[group.key] = (1 / s).to(state.outline.dtype)
+        else:
+            fold(state, group, s)
 
 
 def _shared_heads(state: BlockState, group: LinearGroup, s: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ from qkit.transforms.scales import awq_candidates, smooth_block, smoothquant_can
 
 @dataclass(frozen=True)
 class Transform:
-    """stage: 'load' (before rows run) or 'stats' (after). apply(state, schemes by linear name, seed)"""
+    """stage: 'load' (before rows run), 'stats' (after) or 'inputs' (with each linear, as it is solved).
+
+    apply(state, schemes by linear name, seed)"""
 
     stage: str
     apply: Callable[[BlockState, dict[str, Scheme], int], None]
@@ -34,6 +36,12 @@ TRANSFORMS: dict[str, Transform] = {
         "load",
         lambda state, schemes, seed: rotate_block(state, seed),
         "Hadamard rotation of the residual stream and the value heads, folded into the weights (arXiv 2404.00456)",
+        {},
+    ),
+    "hadamard": Transform(
+        "inputs",
+        lambda state, schemes, seed: None,  # of every linear by itself, when it is solved (``inputs``)
+        "block Hadamard transform of every layer's inputs at run time, of diffusion transformers (arXiv 2603.18742)",
         {},
     ),
     "smoothquant": Transform(

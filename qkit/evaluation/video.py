@@ -1,0 +1,219 @@
+"""What quantization does to what a diffusion pipeline makes: the same prompts and seeds through both models.
+
+Paired with the original: PSNR and SSIM of frames, and how far the latents are from the original's, step by step. Of each
+model by itself: flickering as VBench defines it (arXiv 2311.17982, temporal flickering: mean absolute difference of
+neighbouring frames, from 255), and how much moves. Pictures are clips of one frame.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from qkit.diffusion.controller import SKIPPED, Choice
+from qkit.diffusion.policy import BITS, mean_width
+from qkit.diffusion.trajectory import Sampling, sampling_of, subject
+from qkit.folder import DENOISER
+from qkit.quality import bootstrap_ci
+
+Progress = Callable[[str, int, int], None]  # (what, done, in all)
+PEAK_DB = 100.0  # of frames that are equal
+
+
+@dataclass(frozen=True)
+class Video:
+    """frames: float32 [n, height, width, 3] from 0 to 1; latents: what the transformer was given at each step, first branch;
+    width, skipped, log: of a controller (``diffusion.controller``), if there is one; seconds: of the whole pipeline."""
+
+    frames: Tensor
+    latents: tuple[Tensor, ...]
+    seconds: float
+    width: float = math.nan
+    skipped: float = math.nan
+    prompt: str = ""
+    log: tuple[Choice, ...] = ()
+
+
+def make_video(pipeline: Any, prompt: str, call: dict[str, Any], seed: int) -> Video:
+    """What the pipeline makes of a prompt with that seed."""
+    model = getattr(pipeline, DENOISER)
+    seen: list[tuple[float, Tensor]] = []
+
+    def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        at = float(torch.as_tensor(kwargs["timestep"]).flatten()[0])
+        if not seen or seen[-1][0] != at:
+            seen.append((at, hidden[:1].float().cpu().clone()))
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    began = time.perf_counter()
+    try:
+        with torch.inference_mode():
+            generator = torch.Generator().manual_seed(seed)
+            made = pipeline(**subject(pipeline, prompt), **call, generator=generator, output_type="np")
+    finally:
+        handle.remove()
+    seconds = time.perf_counter() - began
+    frames = made.frames[0] if hasattr(made, "frames") else made.images
+    steps = getattr(model, "steps", None)
+    width, skipped, log = (math.nan, math.nan, ()) if steps is None else (steps.width, steps.skipped, tuple(steps.log))
+    return Video(
+        torch.as_tensor(np.asarray(frames)).float(), tuple(x for _, x in seen), seconds, width, skipped, prompt, log
+    )
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio of frames from 0 to 1, in dB, at most PEAK_DB."""
+    error = float((a.double() - b.double()).square().mean())
+    return PEAK_DB if error <= 0 else min(PEAK_DB, -10 * math.log10(error))
+
+
+def ssim(a: Tensor, b: Tensor) -> float:
+    """Structural similarity (Wang et al. 2004) of frames [n, height, width, 3] from 0 to 1: by frame and channel, windows of a
+    Gaussian of 1.5 pixels cut at 11, K1 = 0.01, K2 = 0.03, mean over all."""
+
+    def blur(x: Any) -> Any:
+        return gaussian_filter(x, sigma=(0, 1.5, 1.5, 0), truncate=3.4)
+
+    x, y = a.double().numpy(), b.double().numpy()
+    mx, my = blur(x), blur(y)
+    vx, vy, both = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    c1, c2 = 0.01**2, 0.03**2
+    return float(np.mean((2 * mx * my + c1) * (2 * both + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))))
+
+
+def flickering(frames: Tensor) -> float:
+    """VBench's temporal flickering, from 0 to 1, the higher the steadier; NaN of one frame."""
+    if len(frames) < 2:
+        return math.nan
+    return 1 - float((frames[1:] - frames[:-1]).abs().mean())
+
+
+def motion(frames: Tensor) -> float:
+    """Share of pixels whose change from first to last frame can be seen, more than a tenth of the range in some channel."""
+    return float(((frames[-1] - frames[0]).abs().amax(-1) > 0.1).float().mean())
+
+
+def latent_errors(ours: Video, theirs: Video) -> list[float]:
+    """Relative L2 error of what the transformer is given, step by step; the first step's is 0."""
+    return [float((a - b).norm() / b.norm()) for a, b in zip(ours.latents, theirs.latents, strict=True)]
+
+
+def make_videos(
+    pipeline: Any, folder: Path, count: int, baseline: Any = None, progress: Progress | None = None
+) -> tuple[list[Video], list[Video]]:
+    """What both make of ``count`` prompts and seeds of the folder's sampling.json; none of a baseline that is not there."""
+    sampling: Sampling = sampling_of(folder, None, {})
+    ours, theirs = list[Video](), list[Video]()
+    for i in range(count):
+        prompt = sampling.prompts[i % len(sampling.prompts)]
+        ours.append(make_video(pipeline, prompt, sampling.call, i))
+        if baseline is not None:
+            theirs.append(make_video(baseline, prompt, sampling.call, i))
+        if progress is not None:
+            progress("videos", i + 1, count)
+    return ours, theirs
+
+
+def figures(ours: list[Video], theirs: list[Video]) -> dict[str, Any]:
+    """Figures of samples; [mean, low, high] with 95 % intervals over them. theirs: the baseline's, by the same prompts and
+    seeds, or none.
+
+    Figures: videos, frames, seconds (median), nonfinite, flickering, motion; with a controller width, skipped and ``by_step``;
+    with a baseline baseline_seconds, psnr, ssim, latent_error (at the last step), latent_errors (mean by step),
+    flickering_change and motion_change; and what ``judged`` gives.
+    """
+    found: dict[str, Any] = {
+        "videos": len(ours),
+        "frames": len(ours[0].frames),
+        "seconds": float(np.median([v.seconds for v in ours])),
+        "nonfinite": sum(not bool(v.frames.isfinite().all()) for v in ours),
+        "flickering": interval([flickering(v.frames) for v in ours]),
+        "motion": interval([motion(v.frames) for v in ours]),
+    }
+    if not math.isnan(ours[0].width):
+        found |= {"width": interval([v.width for v in ours]), "skipped": interval([v.skipped for v in ours])}
+        found |= by_step([v.log for v in ours])
+    if theirs:
+        both = list(zip(ours, theirs, strict=True))
+        errors = [latent_errors(a, b) for a, b in both]
+        found |= {
+            "baseline_seconds": float(np.median([v.seconds for v in theirs])),
+            "psnr": interval([psnr(a.frames, b.frames) for a, b in both]),
+            "ssim": interval([ssim(a.frames, b.frames) for a, b in both]),
+            "latent_error": interval([e[-1] for e in errors]),
+            "latent_errors": [round(float(x), 6) for x in np.mean(errors, 0)],
+            "flickering_change": interval([flickering(a.frames) - flickering(b.frames) for a, b in both]),
+            "motion_change": interval([motion(a.frames) - motion(b.frames) for a, b in both]),
+        }
+    return found | judged(ours, theirs)
+
+
+def by_step(logs: list[tuple[Choice, ...]]) -> dict[str, list[list[float | None]]]:
+    """{"bits": mean bits of inputs by block and step, None where nothing was computed, "skips": share of skipped runs}."""
+    blocks, steps = (1 + max(getattr(c, field) for log in logs for c in log) for field in ("block", "step"))
+    widths: dict[tuple[int, int], list[int]] = {}
+    runs: dict[tuple[int, int], dict[tuple[int, int], bool]] = {}
+    for number, log in enumerate(logs):
+        for c in log:
+            at = (c.block, c.step)
+            runs.setdefault(at, {})[number, c.branch] = c.made == SKIPPED
+            if c.made != SKIPPED:
+                widths.setdefault(at, []).append(BITS[c.made])
+
+    def table(of: Callable[[tuple[int, int]], float | None]) -> list[list[float | None]]:
+        return [[of((b, s)) for s in range(steps)] for b in range(blocks)]
+
+    def share(at: tuple[int, int]) -> float | None:
+        found = runs.get(at)
+        return None if not found else round(sum(found.values()) / len(found), 4)
+
+    return {
+        "bits": table(lambda at: round(mean_width(widths[at]), 4) if at in widths else None),
+        "skips": table(share),
+    }
+
+
+def judged(ours: list[Video], theirs: list[Video]) -> dict[str, Any]:
+    """Where prompts are those of drawn clips: share of samples whose shape, colour and motion the classifier recognises, in
+    percent, and with a baseline the Frechet distance between its features of both; else nothing."""
+    from qkit_data import judge
+
+    labels = [judge.labels_of(v.prompt) for v in ours]
+    known = [x for x in labels if x is not None]
+    if len(known) < len(ours) or not judge.takes(torch.stack([v.frames for v in ours[:1]])):
+        return {}
+    network = judge.load_judge()
+    features, right = judge.recognised(network, torch.stack([v.frames for v in ours]), known)
+    found: dict[str, Any] = {"recognised": interval((100.0 * right.all(1)).tolist())}
+    if theirs:
+        before, expected = judge.recognised(network, torch.stack([v.frames for v in theirs]), known)
+        change = 100.0 * (right.all(1).double() - expected.all(1).double())
+        found["baseline_recognised"] = interval((100.0 * expected.all(1)).tolist())
+        found["recognised_change"] = interval(change.tolist())
+        if len(ours) > 1:
+            found["feature_distance"] = round(frechet(features.double(), before.double()), 6)
+    return found
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Frechet distance between normal distributions fitted to features [n, d] and [m, d] (as in FID, Heusel et al. 2017)."""
+    one, two = (np.cov(x.numpy(), rowvar=False) for x in (a, b))
+    # The trace of the root of a product of covariances is the sum of the roots of its eigenvalues.
+    roots = np.sqrt(np.clip(np.linalg.eigvals(one @ two).real, 0, None)).sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + np.trace(one) + np.trace(two) - 2 * roots)
+
+
+def interval(values: list[float]) -> list[float]:
+    """[mean, low, high]: 95 % by bootstrap over the values; the ends are NaN of one."""
+    found = bootstrap_ci(torch.tensor(values, dtype=torch.float64))
+    return [round(found.mean, 6), *(round(x, 6) for x in found.ends)]

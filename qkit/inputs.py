@@ -1,0 +1,73 @@
+"""What is done to the inputs of a linear at run time, before they are quantized, and beforehand undone in its weight.
+
+Channels are multiplied by a scale (SmoothQuant's, where nothing before the linear can take it: in a diffusion transformer
+inputs are modulated by what all blocks share), and blocks of channels by a Hadamard matrix, which is symmetric and its own
+inverse. x and W become x' and W' with x' W'^T = x W^T, so that nothing changes but what is rounded. 6Bit-Diffusion (arXiv
+2603.18742, section 4.1) takes Hadamard blocks of 128; the two together are ViDiT-Q's static-dynamic balancing (arXiv
+2406.02540).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+WIDEST, NARROWEST = 128, 16
+SCALE = "pre_quant_scale"  # the scale's name in parts and checkpoints
+
+
+def block_of(columns: int) -> int:
+    """The widest block, a power of two up to WIDEST, that divides so many channels; 0 where only narrow ones do."""
+    block = min(WIDEST, columns & -columns)
+    return block if block >= NARROWEST else 0
+
+
+@lru_cache(maxsize=8)
+def matrix(block: int, device: torch.device) -> Tensor:
+    """The normalized Hadamard matrix in Sylvester's order, float32."""
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while len(h) < block:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    scaled: Tensor = (h / block**0.5).to(torch.float32).to(device)
+    return scaled
+
+
+def turned(x: Tensor, block: int) -> Tensor:
+    """x [.., channels] with every block of channels transformed, in its dtype; as it is for block 0."""
+    if not block:
+        return x
+    wide: Tensor = x.float().unflatten(-1, (-1, block)) @ matrix(block, x.device)
+    flat: Tensor = wide.flatten(-2).to(x.dtype)
+    return flat
+
+
+@dataclass(frozen=True)
+class InputTransform:
+    """scale: [in], what channels are multiplied by (None: nothing); block: of the Hadamard transform after it (0: none)."""
+
+    scale: Tensor | None = None
+    block: int = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Inputs [.., in], in their dtype."""
+        return turned(x if self.scale is None else (x * self.scale).to(x.dtype), self.block)
+
+    def back(self, x: Tensor) -> Tensor:
+        """The inverse."""
+        y = turned(x, self.block)
+        return y if self.scale is None else (y / self.scale).to(x.dtype)
+
+    def weight(self, w: Tensor) -> Tensor:
+        """The weight [out, in] for transformed inputs, float32."""
+        return turned(w if self.scale is None else w / self.scale.float(), self.block)
+
+    def weight_back(self, w: Tensor) -> Tensor:
+        """The weight for inputs as they were."""
+        y = turned(w, self.block)
+        return y if self.scale is None else y * self.scale.float()
+
+
+PLAIN = InputTransform()

@@ -1,0 +1,99 @@
+"""Samples of a diffusion pipeline as one page: frames beside the original's, errors along the trajectory, and what was decided
+at every step in every block."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from qkit.report.figures import png
+from qkit.report.page import data_uri, page
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FRAMES, _WIDE = 9, 96  # of a strip: how many, and pixels of each
+
+
+def strip(frames: Tensor) -> str:
+    """Some frames [n, height, width, 3] from 0 to 1 side by side, as the address of a picture."""
+    from PIL import Image
+
+    chosen = sorted({round(i * (len(frames) - 1) / max(1, _FRAMES - 1)) for i in range(_FRAMES)})
+    data = (frames[chosen].clamp(0, 1) * 255).round().byte().numpy()
+    height = max(1, round(_WIDE * data.shape[1] / data.shape[2]))
+    resample = Image.Resampling.NEAREST if data.shape[2] < _WIDE else Image.Resampling.LANCZOS
+    whole = Image.new("RGB", (len(data) * (_WIDE + 2) - 2, height), "white")
+    for i, frame in enumerate(data):
+        whole.paste(Image.fromarray(frame).resize((_WIDE, height), resample), (i * (_WIDE + 2), 0))
+    buffer = io.BytesIO()
+    whole.save(buffer, format="png")
+    return data_uri(buffer.getvalue())
+
+
+def strips(ours: Sequence[Any], theirs: Sequence[Any]) -> list[dict[str, str]]:
+    """Samples (``qkit.evaluation.video.Video``) of the model, and of a baseline if there is one, as pictures."""
+    found = [{"prompt": v.prompt, "ours": strip(v.frames), "theirs": ""} for v in ours]
+    for entry, v in zip(found, theirs, strict=False):
+        entry["theirs"] = strip(v.frames)
+    return found
+
+
+def videos_page(measured: Mapping[str, Any], shown: Sequence[Mapping[str, str]]) -> str:
+    """The page of measured["videos"] (of ``qkit.evaluation.measure``); shown: as ``strips`` gives them."""
+    figures = measured["videos"]
+    pictures = {}
+    if "latent_errors" in figures:
+        pictures["error of latents along the trajectory"] = error_curve(figures["latent_errors"])
+    if "bits" in figures:
+        pictures["mean bits of inputs, by step and block"] = step_map(figures["bits"], "bits", 4, 8)
+        pictures["share of runs that the cache saved"] = step_map(figures["skips"], "share", 0, 1)
+    return page(
+        "videos",
+        model=measured["model"],
+        baseline=measured["baseline"],
+        rows=[(name.replace("_", " "), _said(value)) for name, value in figures.items() if _said(value)],
+        pictures={name: data_uri(png(figure)) for name, figure in pictures.items()},
+        strips=shown,
+    )
+
+
+def _said(value: Any) -> str:
+    """A figure with its interval; nothing of lists by step."""
+    if isinstance(value, (int, float)):
+        return f"{value:.4g}"
+    if isinstance(value, list) and len(value) == 3 and not isinstance(value[0], list):
+        return f"{value[0]:.4g} [{value[1]:.4g}, {value[2]:.4g}]"
+    return ""
+
+
+def error_curve(errors: Sequence[float]) -> Figure:
+    """Mean relative error of what the transformer is given, step by step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, len(errors) + 1), errors, "o-", ms=3, color="C0")
+    axes.set_xlabel("step")
+    axes.set_ylabel("relative L2 error")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def step_map(rows: Sequence[Sequence[float | None]], what: str, low: float, high: float) -> Figure:
+    """A colour for every (step, block); rows: by block, by step; None where nothing was computed."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    cells = np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=float)
+    figure = Figure(figsize=(1.6 + 0.24 * cells.shape[1], 1.3 + 0.2 * cells.shape[0]), layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(cells, aspect="auto", vmin=low, vmax=high, cmap="viridis", interpolation="nearest")
+    axes.set_xlabel("step")
+    axes.set_ylabel("block")
+    figure.colorbar(shown, label=what)
+    return figure

@@ -1,0 +1,97 @@
+"""Samples of a pipeline after quantization: schemes and policies by step, each from its packed folder, beside the original.
+
+    python reports/video/run.py --model tiny-video --lines LINES --name tiny-video [--videos 128]
+
+LINES gets one line per run and runs that are there are left out: a stopped report goes on. Original and quantized samples share
+prompts and seeds; the original's are made once. reports/video/NAME.json gets the table, with 95 % intervals over samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qkit.diffusion.trajectory import sampling_of
+from qkit.evaluation.video import Video, figures, make_video
+from qkit.loading import load
+from qkit.locate import find_model
+from qkit.pipeline import Request, quantize
+
+RUNS: dict[str, dict[str, Any]] = {
+    "W8A8": {"scheme": "w8a8"},
+    "W4A8": {"scheme": "w4a8"},
+    "W4A8, GPTQ": {"scheme": "w4a8", "method": "gptq"},
+    "W4A8, SmoothQuant": {"scheme": "w4a8", "method": "smoothquant"},
+    "W4A8, Hadamard": {"scheme": "w4a8", "method": "hadamard"},
+    "W4A8, SmoothQuant, Hadamard": {"scheme": "w4a8", "method": "smoothquant+hadamard"},
+    "NVFP4 weights, INT8 inputs": {"scheme": "nvfp4a8", "method": "gptq"},
+    "NVFP4": {"scheme": "nvfp4", "method": "gptq"},
+    **{
+        f"{kind}, {width} bits": {"scheme": "6bit", "method": "gptq", "policy": {"kind": kind, "width": width, "skips": 0}}
+        for width in (5, 6, 7)
+        for kind in ("static", "dmpq")
+    },
+    "dmpq, 6 bits, cache": {"scheme": "6bit", "method": "gptq", "policy": {"width": 6, "skips": 0.25}},
+    "dmpq, 6 bits, Hadamard": {"scheme": "6bit", "method": "hadamard+gptq", "policy": {"width": 6, "skips": 0}},
+    "INT8 inputs, cache": {"scheme": "6bit", "method": "gptq", "policy": {"width": 8, "skips": 0.25}},
+}
+
+
+class Silent:
+    """No progress output."""
+
+    def start(self, what: str, total: int) -> None:
+        """A new phase."""
+
+    def step(self, amount: int = 1) -> None:
+        """Part of a phase."""
+
+
+def samples(folder: Path, count: int) -> list[Video]:
+    """What the pipeline makes of its own prompts, in float32."""
+    pipeline = load(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    sampling = sampling_of(folder, None, {})
+    return [make_video(pipeline, sampling.prompts[i % len(sampling.prompts)], sampling.call, i) for i in range(count)]
+
+
+def main() -> None:
+    """All runs that are not there yet, then the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--lines", type=Path, required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--videos", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=64)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model, work = find_model(args.model), Path(tempfile.mkdtemp())
+    lines = [json.loads(x) for x in args.lines.read_text().splitlines()] if args.lines.exists() else []
+    done = {x["run"] for x in lines}
+    original = samples(model, args.videos)
+    for name, given in RUNS.items():
+        if name in done:
+            continue
+        out = work / "out"
+        quantize(Request(str(model), samples=args.samples, **given), out, Silent())
+        record = json.loads((out / "transformer" / "qkit.json").read_text())
+        size = (out / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
+        line = {"run": name, "bytes": size, **figures(samples(out, args.videos), original), "policy": record.get("diffusion")}
+        shutil.rmtree(out)
+        shutil.rmtree(work / "out.job")
+        lines.append(line)
+        with args.lines.open("a") as f:
+            f.write(json.dumps(line) + "\n")
+        print(name, line["latent_error"], line["psnr"], line.get("recognised"), line.get("width"), line.get("skipped"), flush=True)
+    table = {"videos": args.videos, "original": figures(original, []), "rows": lines}
+    Path(__file__).with_name(f"{args.name}.json").write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
