@@ -1,6 +1,6 @@
 """Trains the classifier that judges clips (qkit_data/judge.py) and writes its weights in bfloat16.
 
-    python calib_data/make_judge.py [--steps 800]
+    python calib_data/make_judge.py [--steps 1500]
 
 Drawn clips, half of them with noise, shifted brightness and a little of another clip, as samples of a model may have. Prints
 the share that is right on clips that training did not see.
@@ -29,7 +29,7 @@ def batch(seeds: range) -> tuple[Tensor, Tensor]:
 def main() -> None:
     """Train, save, and say how good it is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=48)
     args = parser.parse_args()
     torch.manual_seed(0)

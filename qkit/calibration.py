@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ from qkit.memory import give_back
 KINDS = ("padding", "text", "vision", "answer")
 VISION, ANSWER = KINDS.index("vision"), KINDS.index("answer")
 MAX_BAD = 0.01  # share of tokens outside the vocabulary above which a text is refused
+
+
+class Calls(Protocol):
+    """Rows that are made anew whenever they are asked for: the same ones."""
+
+    def calls(self, folder: Path) -> Iterator[dict[str, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -40,17 +46,17 @@ class Calibration:
     tokens: Tensor = field(compare=False, repr=False)
     inputs: tuple[dict[str, Tensor], ...] | None = field(default=None, compare=False, repr=False)
     kinds: Tensor | None = field(default=None, compare=False, repr=False)
-    trajectory: Iterable[dict[str, Any]] | None = field(default=None, compare=False, repr=False)
+    trajectory: Calls | None = field(default=None, compare=False, repr=False)
 
     @property
     def beyond_text(self) -> bool:
         """Whether rows are more than text: they reach parts of a model that texts do not."""
         return self.kinds is not None or self.trajectory is not None
 
-    def calls(self) -> Iterator[dict[str, Any]]:
-        """What the model is called with, row after row."""
+    def calls(self, folder: Path) -> Iterator[dict[str, Any]]:
+        """What the model is called with, row after row; ``folder`` takes what would not fit into memory."""
         if self.trajectory is not None:
-            yield from self.trajectory
+            yield from self.trajectory.calls(folder)
             return
         yield from self.inputs if self.inputs is not None else ({"input_ids": row[None]} for row in self.tokens)
 

@@ -53,7 +53,7 @@ def embed(
     calibration, language = plan.calibration, sequence.name == LANGUAGE
     streams, through = outline.family.streams, sequence.name in {t.name for t in outline.towers}
     given = {"return_dict": False} if streams else {"past_key_values": cache, "use_cache": cache is not None}
-    samples = ({**sample, **given} for sample in calibration.calls())
+    samples = ({**sample, **given} for sample in calibration.calls(path.parent))
     shelf = Spilled(path.parent)
     count, length = calibration.tokens.shape
     dtype, seen, leads, width = getattr(torch, plan.run_dtype), list[dict[int, Call]](), list[tuple[int, ...]](), 0

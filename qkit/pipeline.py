@@ -26,7 +26,7 @@ from qkit.job import Job
 from qkit.kvscales import measure_scales
 from qkit.loading import load_tokenizer
 from qkit.locate import find_model, record_source
-from qkit.machine import available_cores
+from qkit.machine import available_cores, available_memory, run_dtype
 from qkit.pairs import drawn, image_tokens, is_dataset, load_processor, pair_rows, read_pairs
 from qkit.parallel import workers
 from qkit.plan import Plan, is_static, make_plan, why_rows
@@ -45,9 +45,9 @@ class Request:
     calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method
     needs any. recipe: a YAML file; scheme, method, group_size and options given here go over it. rules: as in a
     recipe, what an allocation decided. outliers, significant, targets: as in a recipe; None: what the recipe says. call: of
-    a diffusion pipeline, what it is called with while it is calibrated; its calib are prompts, one a line; policy: as in a
-    recipe. kv: the KV cache policy that the result is to be run with, as ``Policy.to_json`` gives it; key_exponents: as in
-    a plan.
+    a diffusion pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and rows_memory
+    the bytes that rows may take in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run
+    with, as ``Policy.to_json`` gives it; key_exponents: as in a plan.
     """
 
     model: str
@@ -62,6 +62,7 @@ class Request:
     options: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
     policy: dict[str, Any] = field(default_factory=dict)
+    rows_memory: int | None = None
     strict: bool = False
     export: str | None = None
     calib: Path | None = None
@@ -212,7 +213,8 @@ def trajectory_rows(request: Request, outline: Outline) -> Calibration:
             "samples: give the pipeline's folder, or take another (--method rtn with w8a8, w4a8 or a weight-only scheme)"
         )
     sampling = sampling_of(folder, request.calib, request.call)
-    trajectory = Trajectory(folder, sampling, request.samples, request.seed, outline.dtype)
+    cap = request.rows_memory or available_memory() or 1 << 40
+    trajectory = Trajectory(folder, sampling, request.samples, request.seed, run_dtype(outline.dtype), cap)
     source = f"{request.calib.name if request.calib else 'own'} prompts"
     return Calibration(
         source,

@@ -38,7 +38,10 @@ class Spilled:
 
     def append(self, tensor: Tensor) -> None:
         """Write a tensor behind the others."""
-        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        flat = tensor.contiguous().reshape(-1)
+        if flat.stride(0) != 1:  # one value that was expanded counts as contiguous
+            flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
+        data = flat.view(torch.uint8).numpy().data
         self._places.append((self._end, tensor.dtype, tensor.shape))
         try:
             while len(data):

@@ -33,7 +33,7 @@ def decide_steps(plan: Plan, outline: Outline, packed: Path, progress: Progress)
     )
     trajectory = plan.calibration.trajectory
     prompts = trajectory.sampling.prompts
-    pipeline = load_pipeline(packed, outline.dtype, "cpu")
+    pipeline = load_pipeline(packed, trajectory.dtype, "cpu")
     pipeline.set_progress_bar_config(disable=True)
     observer = Observer()
     attach(getattr(pipeline, DENOISER), observer, [b.path for b in outline.blocks], outline.family.streams)

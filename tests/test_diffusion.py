@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +65,19 @@ def output(model: Any, kind: str, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return made
 
 
+class ByHand:
+    """Calls of a transformer without a pipeline."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def calls(self, folder: Path) -> Iterator[dict[str, Any]]:
+        yield from (call_of(self.kind, seed, 900.0 - 200 * seed) for seed in range(3))
+
+
 def hand_made(kind: str) -> Calibration:
-    """Rows of a transformer without a pipeline."""
-    calls = [{**call_of(kind, seed, 900.0 - 200 * seed)} for seed in range(3)]
-    return Calibration("by hand", 3, 0, "0" * 64, torch.empty(3, 0, dtype=torch.int64), trajectory=calls)
+    tokens = torch.empty(3, 0, dtype=torch.int64)
+    return Calibration("by hand", 3, 0, "0" * 64, tokens, trajectory=ByHand(kind))
 
 
 def reference(kind: str, source: Path, packed: Path, dtype: torch.dtype) -> Any:
@@ -241,16 +252,33 @@ def test_steps_are_spread_over_the_schedule() -> None:
     assert chosen_steps(4, 5, 8) == (0, 1, 2, 3) and chosen_steps(20, 0, 2) == (0, 10)
 
 
-def test_rows_are_calls_of_the_sampler(pipeline: Path) -> None:
+def test_rows_are_calls_of_the_sampler(pipeline: Path, tmp_path: Path) -> None:
     call = json.loads((pipeline / "sampling.json").read_text())["call"]
     made = Trajectory(pipeline, Sampling(("a red ball", "a blue ball"), call), 9, 0, torch.float32)
-    first, second = list(made), list(made)
+    first, second = list(made.calls(tmp_path)), list(made.calls(tmp_path))
+    assert not list(tmp_path.iterdir())
     assert len(first) == 18  # two guidance branches
     times = [float(c["timestep"][0]) for c in first]
     assert len(set(times[:12])) == 6 and times[0] == times[1] and times == sorted(times[:12], reverse=True) + times[12:]
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a if isinstance(a[k], Tensor))
     assert not torch.equal(first[0]["encoder_hidden_states"], first[1]["encoder_hidden_states"])
+
+
+def test_rows_stay_within_their_memory(pipeline: Path, tmp_path: Path) -> None:
+    """A calibration of all 20 steps holds one call at a time; one that is larger than the cap is refused."""
+    call = {**json.loads((pipeline / "sampling.json").read_text())["call"], "num_inference_steps": 20}
+    sampling = Sampling(("a red ball",), call)
+    sizes, held = [], []
+    for row in Trajectory(pipeline, sampling, 16, 0, torch.float32, 10_000).calls(tmp_path):
+        sizes.append(sum(v.nbytes for v in row.values() if isinstance(v, Tensor)))
+        gc.collect()
+        shapes = {row["hidden_states"].shape}
+        held.append(sum(isinstance(o, Tensor) and o.shape in shapes for o in gc.get_objects()))
+    assert len(sizes) == 32 and max(sizes) <= 10_000 < sum(sizes)
+    assert max(held) < 8  # of 32: this call's, and what the sampler itself keeps
+    with pytest.raises(BadCalibration, match="--rows-memory"):
+        list(Trajectory(pipeline, sampling, 16, 0, torch.float32, 1_000).calls(tmp_path))
 
 
 def test_gptq_along_the_trajectory_is_better_than_rounding(pipeline: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from torch import Tensor, nn
 import qkit
 from qkit.activations import quantize_activations, token_scale
 from qkit.blocks import Streams
-from qkit.diffusion.controller import SKIPPED, Controller, attach
+from qkit.diffusion.controller import SKIPPED, Controller, attach, time_of
 from qkit.diffusion.fitting import Observer, Seen, fit, least_squares, skips_of
 from qkit.diffusion.int8 import exact_product, exact_view, row_view
 from qkit.diffusion.policy import Asked, Policy
+from qkit.diffusion.schedule import best_groups, group_costs
 from qkit.errors import BadCheckpoint, Unsupported, UsageError
 from qkit.formats import ACTIVATION_FORMATS, FORMATS
 from qkit.inputs import InputTransform, block_of, turned
@@ -149,6 +151,11 @@ def test_a_new_run_and_a_reset_forget() -> None:
     run(model, x, TIMES[2:4])
     controller.reset()
     assert controller.step == -1 and not controller.states
+
+
+def test_a_first_frame_at_time_zero_does_not_stop_the_clock() -> None:
+    """Wan 2.2 gives every token a time, and those of a given picture time 0."""
+    assert time_of(torch.tensor([[0.0, 0.0, 700.0]])) == 700 and time_of(3) == 3
 
 
 def test_branches_and_shapes_have_states_of_their_own() -> None:
@@ -286,11 +293,13 @@ def packed(folder: Path) -> Path:
     return out
 
 
-def latents(path: Path, change: Callable[[Any], None] = lambda _: None) -> tuple[Tensor, Controller | None]:
+def latents(
+    path: Path, change: Callable[[Any], None] = lambda _: None, **over: Any
+) -> tuple[Tensor, Controller | None]:
     pipe = qkit.load(path)
     change(pipe)
     pipe.set_progress_bar_config(disable=True)
-    call = json.loads((path / "sampling.json").read_text())["call"]
+    call = {**json.loads((path / "sampling.json").read_text())["call"], **over}
     made = pipe("a red ball moves left", generator=torch.Generator().manual_seed(0), output_type="latent", **call)
     return made.frames, getattr(pipe.transformer, "steps", None)
 
@@ -402,3 +411,35 @@ def test_transformed_inputs_are_for_diffusion_transformers() -> None:
         prepare(Request(model="tiny-llama", scheme="w4a8", method="hadamard"))
     with pytest.raises(UsageError, match="unknown method"):
         prepare(Request(model="tiny-llama", scheme="w4a8", method="hadamar"))
+
+
+# ---- a schedule --------------------------------------------------------------------------------------------------
+
+
+def test_the_best_groups_are_those_of_an_exhaustive_search() -> None:
+    features = torch.randn(12, 40, generator=torch.Generator().manual_seed(7)).cumsum(0)
+    costs = group_costs(features)
+
+    def cost(starts: tuple[int, ...]) -> float:
+        ends = [*starts[1:], 12]
+        return sum(float(costs[a, b - 1]) for a, b in zip(starts, ends, strict=True))
+
+    every = [(0, *rest) for rest in combinations(range(1, 12), 3)]
+    fitting = [s for s in every if all(b - a <= 6 for a, b in zip(s, (*s[1:], 12), strict=True))]
+    best = best_groups(costs, 4, longest=6)
+    assert best in fitting and cost(best) == pytest.approx(min(map(cost, fitting)))
+    assert cost(best) < cost((0, 3, 6, 9)) and best_groups(costs, 12) == tuple(range(12))
+    with pytest.raises(ValueError, match="12 steps in 2 groups"):
+        best_groups(costs, 2)
+
+
+def test_a_schedule_is_followed_and_does_not_stretch(folder: Path, tmp_path: Path) -> None:
+    policy = {"width": 6.0, "skips": 0.34, "cache": "schedule"}
+    assert quantize(Request(model=str(folder), scheme="6bit", policy=policy, samples=8), tmp_path / "out", Quiet()).ok
+    recorded = json.loads((tmp_path / "out" / "transformer" / "qkit.json").read_text())["diffusion"]
+    assert recorded["steps"] == 6 and len(recorded["computed"]) == 4 and recorded["computed"][0] == 0
+    found, steps = latents(tmp_path / "out")
+    assert steps is not None and found.isfinite().all() and steps.skipped == pytest.approx(1 / 3)
+    assert {c.step for c in steps.log if c.made == SKIPPED} == set(range(6)) - set(recorded["computed"])
+    with pytest.raises(Unsupported, match="num_inference_steps=6"):
+        latents(tmp_path / "out", num_inference_steps=7)

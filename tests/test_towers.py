@@ -88,7 +88,7 @@ def test_rows_reach_towers(vlm, tmp_path, quiet):
     with Job.open(tmp_path / "out.job", found.plan.identity):
         pass
     # What enters the language model now is not what entered it in the original.
-    samples = list(found.plan.calibration.calls())[:1]
+    samples = list(found.plan.calibration.calls(tmp_path))[:1]
     paths = found.outline.sequences[-1].paths
     before, after = (next(enter(load(p, dtype=torch.float32), paths, samples))[0][0] for p in (path, tmp_path / "out"))
     pictures = found.plan.calibration.kinds[0] == 2

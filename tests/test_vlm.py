@@ -53,7 +53,7 @@ def test_rows_of_several_lengths(vlm, family):
     rows = rows_of(each, [len(x["input_ids"][0]) - 3 for x in each], {tiny_vlms.IMAGE, tiny_vlms.IMAGE + 1}, "three")
     outline = Outline(Checkpoint.open(path))
     (blocks,) = outline.family.blocks
-    samples = ({**x, "use_cache": False} for x in rows.calls())
+    samples = ({**x, "use_cache": False} for x in rows.calls(path))
     entered = list(enter(model, outline.sequences[-1].paths, samples))
     lengths = [x["input_ids"].shape[1] for x in each]
     calls = merged([c for _, c in entered], lengths)

@@ -23,8 +23,9 @@ class Judge(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv3d(3, 16, 3, stride=(1, 2, 2), padding=1), nn.GELU(),
-            nn.Conv3d(16, 32, 3, stride=2, padding=1), nn.GELU(),
+            nn.Conv3d(3, 12, 3, padding=1), nn.GELU(),
+            nn.Conv3d(12, 24, 3, stride=(1, 2, 2), padding=1), nn.GELU(),
+            nn.Conv3d(24, 32, 3, stride=2, padding=1), nn.GELU(),
             nn.Conv3d(32, 32, 3, stride=2, padding=1), nn.GELU(),
             nn.Flatten(), nn.Linear(32 * 3 * (SIZE // 8) ** 2, FEATURES), nn.GELU(),
         )  # fmt: skip

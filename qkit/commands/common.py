@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
+from qkit.allocation.allocate import parse_bytes
 from qkit.errors import Stopped, UsageError
 from qkit.pipeline import Prepared, Request, coverage
 from qkit.recipe import MOST_SPARSE
@@ -45,6 +46,11 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             multiple=True,
             metavar="NAME=VALUE",
             help="What a diffusion pipeline is called with, repeatable: num_inference_steps=20, height=480.",
+        ),
+        click.option(
+            "--rows-memory",
+            metavar="SIZE",
+            help="Of a diffusion pipeline: memory that calibration rows may take, for instance 500MB.",
         ),
         click.option(
             "--policy",
@@ -104,6 +110,8 @@ def make_request(given: dict[str, Any]) -> Request:
         if given[name] is not None and not 0 <= given[name] <= MOST_SPARSE:
             raise UsageError(f"--{name} {given[name]:g}: expected a percentage from 0 to {MOST_SPARSE:g}")
     parts = {name: value for name, _, value in targets} or None
+    rows = given.pop("rows_memory")
+    given["rows_memory"] = None if rows is None else parse_bytes(rows, "--rows-memory")
     return Request(options=options, call=call, policy=policy, targets=parts, **given)
 
 

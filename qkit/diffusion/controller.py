@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qkit.blocks import Streams
 from qkit.diffusion.policy import BITS, NARROW, PURE, WARM_UP, WIDE, Policy, mean_width
-from qkit.errors import BadCheckpoint
+from qkit.errors import BadCheckpoint, Unsupported
 from qkit.families.outline import Outline
 from qkit.folder import RECORD, load_json
 from qkit.formats import ACTIVATION_FORMATS, Format
@@ -69,14 +69,13 @@ class Controller:
 
     def reset(self) -> None:
         """Forget the run: the next call is the first step of another."""
-        self.step, self.branch, self.time = -1, 0, None
+        self.step, self.branch = -1, 0
+        self.time: float | None = None
         self.states: dict[tuple[int, int], _State] = {}
         self.computed = 0  # runs of blocks
         self.log: list[Choice] = []
 
     # ---- where the run is --------------------------------------------------------------------------------------
-
-    time: float | None
 
     def enter(self, time: float) -> None:
         """The transformer is called at this timestep."""
@@ -99,15 +98,23 @@ class Controller:
     def skips(self, block: int, given: dict[str, Tensor]) -> bool:
         """Whether the block is not run now: its residual is reused."""
         state, p = self.state(block, given), self.policy
+        if p.computed:
+            if self.step >= p.steps:
+                raise Unsupported(
+                    f"the policy decides about {p.steps} steps beforehand, and this run has more: sample with "
+                    f"num_inference_steps={p.steps}, or quantize with --policy cache=delta"
+                )
+            return self.step not in p.computed and bool(state.deltas) and self._skip(block, state)
         if p.tau <= 0 or self.step < WARM_UP or state.drift is None:
             return False
         state.summed += state.drift
-        if state.summed < p.tau and state.skipped < p.most:
-            state.skipped += 1
-            state.change = None
-            self.log.append(Choice(self.step, self.branch, block, "", SKIPPED))
-            return True
-        return False
+        return state.summed < p.tau and state.skipped < p.most and self._skip(block, state)
+
+    def _skip(self, block: int, state: _State) -> bool:
+        state.skipped += 1
+        state.change = None
+        self.log.append(Choice(self.step, self.branch, block, "", SKIPPED))
+        return True
 
     def ran(self, block: int, given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
         """The block was run: of its inputs it made these outputs, by stream."""
@@ -118,7 +125,7 @@ class Controller:
         if state.deltas:
             before = sum(float(d.abs().sum()) for d in state.deltas.values())
             state.drift = sum(float((d - state.deltas[n]).abs().sum()) for n, d in deltas.items()) / max(before, 1e-30)
-        if self.policy.tau > 0 or self.watches:
+        if self.policy.caches or self.watches:
             state.deltas = deltas
         state.summed, state.skipped = 0.0, 0
         self.computed += 1
@@ -128,9 +135,9 @@ class Controller:
     def choose(self, block: int, linear: Told, name: str, x: Tensor) -> str:
         """How the inputs x [.., in] of a linear are to be quantized, a key of ``policy.BITS``."""
         p, change = self.policy, self.states[self.branch, block].change
-        if p.tau > 0 and p.purify and float(x.abs().amax()) > p.purify * float(x.abs().mean()):
+        if p.caches and p.purify and float(x.abs().amax()) > p.purify * float(x.abs().mean()):
             return PURE
-        if p.tau <= 0 and math.isinf(p.threshold):
+        if not p.caches and math.isinf(p.threshold):
             return NARROW if p.threshold > 0 else WIDE
         expected = p.predicted(name, change)
         return NARROW if expected is not None and expected <= p.threshold else WIDE
@@ -153,6 +160,11 @@ class Controller:
         """Share of the blocks' runs that were skipped."""
         count = sum(c.made == SKIPPED for c in self.log)
         return count / max(1, count + self.computed)
+
+
+def time_of(timestep: Any) -> float:
+    """The time of a call: the latest of its batch, or of its tokens, where what is given (a first frame) has time 0."""
+    return float(torch.as_tensor(timestep).max())
 
 
 class Stepped(nn.Module):
@@ -193,8 +205,7 @@ def attach(model: Any, controller: Controller, blocks: Sequence[str], streams: S
     signature = inspect.signature(model.forward)
 
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        time = signature.bind(*args, **kwargs).arguments["timestep"]
-        controller.enter(float(torch.as_tensor(time).flatten()[0]))
+        controller.enter(time_of(signature.bind(*args, **kwargs).arguments["timestep"]))
 
     for index, path in enumerate(blocks):
         block = model.get_submodule(path)

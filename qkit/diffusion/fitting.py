@@ -18,9 +18,11 @@ from torch import Tensor
 
 from qkit.diffusion.controller import Controller, Told
 from qkit.diffusion.policy import MOST_SKIPS, NARROW, PURE, WARM_UP, Asked, Policy
+from qkit.diffusion.schedule import LONGEST, best_groups, group_costs
 from qkit.formats import ACTIVATION_FORMATS
 
 SAMPLE_TOKENS = 256  # of a linear's inputs that errors are measured on
+SAMPLE_VALUES = 1 << 14  # of a block's residual that a schedule goes by
 PROMPTS = 8  # that runs are observed on, if there are as many
 
 
@@ -44,6 +46,7 @@ class Observer(Controller):
 
     def __init__(self) -> None:
         self.run, self.seen = -1, list[Seen]()
+        self.residuals: dict[tuple[int, int, int], list[Tensor]] = defaultdict(list)
         self.drifts: dict[tuple[int, int, int], list[float | None]] = defaultdict(
             list
         )  # by run, branch, block: by step
@@ -67,7 +70,10 @@ class Observer(Controller):
     def ran(self, block: int, given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
         """Note how much the residual drifted, too."""
         super().ran(block, given, made)
-        self.drifts[self.run, self.branch, block].append(self.state(block, given).drift)
+        state, key = self.state(block, given), (self.run, self.branch, block)
+        self.drifts[key].append(state.drift)
+        flat = torch.cat([d.flatten() for d in state.deltas.values()])
+        self.residuals[key].append(flat[:: max(1, len(flat) // SAMPLE_VALUES)].cpu().clone())
 
 
 @dataclass(frozen=True)
@@ -96,9 +102,15 @@ def fit(seen: Observer, asked: Asked) -> Fit:
         fits[name], pearson[name] = least_squares(torch.tensor(xy, dtype=torch.float64))
         if asked.kind == "static":
             fits[name] = 0.0, sum(y for _, y in xy) / len(xy)
-    tau = _tau(seen, asked.skips) if asked.skips else 0.0
-    skipped = {key: skips_of(drifts, tau) for key, drifts in seen.drifts.items()}
-    policy = Policy(fits, math.inf, tau, MOST_SKIPS, asked.purify if tau else 0.0, asked.kind)
+    policy = Policy(fits, math.inf, most=MOST_SKIPS, kind=asked.kind)
+    if asked.skips and asked.cache == "schedule":
+        computed, steps = _schedule(seen, asked.skips)
+        policy = replace(policy, computed=computed, steps=steps, purify=asked.purify)
+        skipped = {key: [s not in computed for s in range(steps)] for key in seen.drifts}
+    else:
+        tau = _tau(seen, asked.skips) if asked.skips else 0.0
+        policy = replace(policy, tau=tau, purify=asked.purify if tau else 0.0)
+        skipped = {key: skips_of(drifts, tau) for key, drifts in seen.drifts.items()}
     policy = replace(policy, threshold=_threshold(seen, policy, skipped, asked.width))
     every = [x for xs in skipped.values() for x in xs]
     return Fit(policy, pearson, sum(map(len, pairs.values())), {"skips": round(sum(every) / max(1, len(every)), 4)})
@@ -128,6 +140,15 @@ def skips_of(drifts: list[float | None], tau: float, most: int = MOST_SKIPS) -> 
         summed, in_a_row, last = 0.0, 0, drift
         found.append(False)
     return found
+
+
+def _schedule(seen: Observer, share: float) -> tuple[tuple[int, ...], int]:
+    """(steps that are computed, steps in all), so that no larger share is skipped."""
+    features = list(seen.residuals.values())
+    steps = len(features[0])
+    costs = torch.stack([group_costs(torch.stack(f)) for f in features]).mean(0)
+    groups = max(math.ceil(steps / LONGEST), steps - int(steps * share))
+    return best_groups(costs, groups), steps
 
 
 def _tau(seen: Observer, share: float) -> float:

@@ -32,6 +32,8 @@ class Asked(BaseModel):
     width: mean bits of inputs over all (step, linear) that are computed, 4 (all NVFP4) to 8 (all INT8)
     skips: share of the runs of blocks that the cache is to save; 0: no cache
     purify: ratio of Eq. 12; 0: never
+    cache: delta: a block is skipped while its residual hardly changes; schedule: all blocks are, at steps decided beforehand
+           (``diffusion.schedule``), for as many steps as calibration has
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +41,7 @@ class Asked(BaseModel):
     width: float = Field(default=6.0, ge=4.0, le=8.0)
     skips: float = Field(default=0.25, ge=0.0, le=0.6)
     purify: float = Field(default=OUTLIERS, ge=0.0)
+    cache: Literal["delta", "schedule"] = "delta"
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Policy:
     tau:       of the summed relative changes of a block's residual, below which it is not run; 0: it always is
     most:      skips in a row, at the most
     purify, kind: as in ``Asked``
+    computed:  steps at which blocks are run, of ``steps`` in all, where that is decided beforehand; else none
     """
 
     fits: dict[str, tuple[float, float]]
@@ -59,6 +63,13 @@ class Policy:
     most: int = MOST_SKIPS
     purify: float = 0.0
     kind: str = "dmpq"
+    computed: tuple[int, ...] = ()
+    steps: int = 0
+
+    @property
+    def caches(self) -> bool:
+        """Whether some runs of blocks may be skipped."""
+        return self.tau > 0 or bool(self.computed)
 
     def predicted(self, linear: str, change: float | None) -> float | None:
         """The error that NVFP4 inputs are expected to make; None where nothing is known: the block did not run before."""
@@ -77,8 +88,10 @@ class Policy:
         if data.get("kind") not in get_args(Asked.model_fields["kind"].annotation):
             raise ValueError(f"policy of kind {data.get('kind')!r}")
         fits = {str(k): (float(a), float(b)) for k, (a, b) in data["fits"].items()}
+        threshold, tau, purify = (float(data[k]) for k in ("threshold", "tau", "purify"))
+        computed = tuple(int(s) for s in data.get("computed", ()))
         return Policy(
-            fits, float(data["threshold"]), float(data["tau"]), int(data["most"]), float(data["purify"]), data["kind"]
+            fits, threshold, tau, int(data["most"]), purify, data["kind"], computed, int(data.get("steps", 0))
         )
 
 

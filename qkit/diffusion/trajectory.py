@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkit.diffusion.controller import time_of
 from qkit.diffusion.pipeline import SAMPLING, load_pipeline
 from qkit.errors import BadCalibration, UsageError
 from qkit.folder import DENOISER, contained, load_json
 from qkit.safefile import shown
+from qkit.spill import Spilled
 
 STRATA = 8
 _OWN = ("prompt", "class_labels", "generator", "output_type", "callback_on_step_end", "return_dict")
@@ -73,6 +75,7 @@ class Trajectory:
     """Calls of a pipeline's transformer, made anew each time they are asked for: the same ones.
 
     samples: how many (prompt, step) pairs; each gives as many rows as the pipeline has guidance branches
+    cap: bytes that one row may take in memory; the others are on the disk meanwhile
     """
 
     folder: Path
@@ -80,6 +83,7 @@ class Trajectory:
     samples: int
     seed: int
     dtype: torch.dtype
+    cap: int = 1 << 30
 
     @property
     def digest(self) -> str:
@@ -87,32 +91,61 @@ class Trajectory:
         made = [self.sampling.prompts, self.sampling.call, self.samples, self.seed, STRATA]
         return hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def calls(self, folder: Path) -> Iterator[dict[str, Any]]:
+        """Keyword arguments of the transformer, call after call, read from a file in ``folder`` that is gone afterwards.
+
+        Raises BadCalibration for a call that takes more memory than the cap, and as ``sample`` does.
+        """
         pipeline = load_pipeline(self.folder, self.dtype, "cpu")
         pipeline.set_progress_bar_config(disable=True)
         left, number = self.samples, 0
         while left > 0:
             prompt = self.sampling.prompts[number % len(self.sampling.prompts)]
-            keep = _Kept(number, left)
+            keep = _Kept(number, left, Spilled(folder), self.cap)
             sample(pipeline, prompt, self.sampling.call, self.seed + number, keep)
-            yield from (call for step in sorted(keep.kept) for call in keep.kept[step])
+            yield from (keep.read(call) for step in sorted(keep.kept) for call in keep.kept[step])
             left, number = left - len(keep.kept), number + 1
 
 
 @dataclass
 class _Kept:
-    """The calls of the transformer that one prompt's run is to keep, by step."""
+    """The calls of the transformer that one prompt's run is to keep, by step: tensors as places in a file."""
 
     prompt: int
     most: int
+    file: Spilled
+    cap: int
     kept: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     steps: tuple[int, ...] = ()
 
     def add(self, step: int, count: int, call: dict[str, Any]) -> None:
         self.steps = self.steps or chosen_steps(count, self.prompt, self.most)
-        if step in self.steps:
-            kept = {k: v.clone() if isinstance(v, Tensor) else v for k, v in call.items()}
-            self.kept.setdefault(step, []).append(kept)
+        if step not in self.steps:
+            return
+        size = sum(v.nbytes for v in call.values() if isinstance(v, Tensor))
+        if size > self.cap:
+            raise BadCalibration(
+                f"one call of the transformer takes {size / 1e6:.1f} MB, and rows may take {self.cap / 1e6:.1f} MB of memory "
+                "(--rows-memory): allow more, or sample smaller pictures (--call)"
+            )
+        self.kept.setdefault(step, []).append({k: self._put(v) for k, v in call.items()})
+
+    def _put(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        self.file.append(value)
+        return _Place(len(self.file) - 1)
+
+    def read(self, call: dict[str, Any]) -> dict[str, Any]:
+        """A call with its tensors."""
+        return {k: self.file[v.index] if isinstance(v, _Place) else v for k, v in call.items()}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in a file of tensors."""
+
+    index: int
 
 
 def subject(pipeline: Any, prompt: str) -> dict[str, Any]:
@@ -135,7 +168,7 @@ def sample(pipeline: Any, prompt: str, call: dict[str, Any], seed: int, keep: _K
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(signature.bind(*args, **kwargs).arguments)
         given.pop("return_dict", None)
-        time = float(torch.as_tensor(given["timestep"]).flatten()[0])
+        time = time_of(given["timestep"])
         if not seen or seen[-1] != time:
             seen.append(time)
         count = len(pipeline.scheduler.timesteps)

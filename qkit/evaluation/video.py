@@ -19,7 +19,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from qkit.diffusion.controller import SKIPPED, Choice
+from qkit.diffusion.controller import SKIPPED, Choice, time_of
 from qkit.diffusion.policy import BITS, mean_width
 from qkit.diffusion.trajectory import Sampling, sampling_of, subject
 from qkit.folder import DENOISER
@@ -50,7 +50,7 @@ def make_video(pipeline: Any, prompt: str, call: dict[str, Any], seed: int) -> V
 
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        at = float(torch.as_tensor(kwargs["timestep"]).flatten()[0])
+        at = time_of(kwargs["timestep"])
         if not seen or seen[-1][0] != at:
             seen.append((at, hidden[:1].float().cpu().clone()))
 
