@@ -33,6 +33,13 @@ class Shelved:
     index: int
 
 
+def mapped(of: Callable[[Any], Any], value: Any) -> Any:
+    """The same arguments with ``of`` of what is inside tuples, lists and dicts."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(mapped(of, v) for v in value)
+    return {k: mapped(of, v) for k, v in value.items()} if isinstance(value, dict) else of(value)
+
+
 @dataclass(frozen=True)
 class Call:
     """How the model calls a block: the arguments after the hidden states, recorded for one row, or for each (PerRow).
@@ -50,12 +57,10 @@ class Call:
 
         def cast(value: Any) -> Any:
             if isinstance(value, PerRow):
-                return PerRow(tuple(cast(v) for v in value.each), value.dim)
-            if isinstance(value, (tuple, list)):
-                return type(value)(cast(v) for v in value)
+                return PerRow(tuple(map(cast, value.each)), value.dim)
             return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-        return replace(self, args=cast(self.args), kwargs={k: cast(v) for k, v in self.kwargs.items()})
+        return replace(self, args=mapped(cast, self.args), kwargs=mapped(cast, self.kwargs))
 
     def __call__(self, block: nn.Module, hidden: Tensor, rows: slice = slice(None)) -> Tensor:
         """What the block gives for those rows, [n, tokens, hidden]."""
@@ -63,13 +68,11 @@ class Call:
         def of(value: Any) -> Any:
             if isinstance(value, PerRow):
                 return torch.cat(value.each[rows], dim=value.dim)
-            if isinstance(value, Shelved):
-                return value.shelf[value.index]
-            return type(value)(of(v) for v in value) if isinstance(value, (tuple, list)) else value
+            return value.shelf[value.index] if isinstance(value, Shelved) else value
 
-        kwargs = {k: of(v) for k, v in self.kwargs.items()}
+        kwargs = mapped(of, self.kwargs)
         if self.streams is None:
-            out = block(hidden, *of(self.args), **kwargs)
+            out = block(hidden, *mapped(of, self.args), **kwargs)
             first: Tensor = out[0] if isinstance(out, tuple) else out
             return first
         parts = dict(zip(self.streams.names, hidden.split(self.lengths, -2), strict=True))
@@ -96,8 +99,6 @@ def shelved(calls: dict[int, Call], shelf: Spilled, dtype: torch.dtype) -> dict[
     places: dict[int, Shelved] = {}
 
     def put(value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return type(value)(put(v) for v in value)
         if not isinstance(value, Tensor):
             return value
         if id(value) not in places:
@@ -105,10 +106,7 @@ def shelved(calls: dict[int, Call], shelf: Spilled, dtype: torch.dtype) -> dict[
             shelf.append(value.to(dtype) if value.is_floating_point() else value)
         return places[id(value)]
 
-    return {
-        i: replace(call, args=put(call.args), kwargs={k: put(v) for k, v in call.kwargs.items()})
-        for i, call in calls.items()
-    }
+    return {i: replace(call, args=mapped(put, call.args), kwargs=mapped(put, call.kwargs)) for i, call in calls.items()}
 
 
 def _by_name(block: nn.Module, streams: Streams, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:

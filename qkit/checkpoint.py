@@ -162,7 +162,7 @@ class Checkpoint:
         for file in self.shards:
             self._check_unchanged(file)
             name, size = file.relative_to(self.path).as_posix(), self._states[file].st_size
-            content = sha256_file(file) if paranoid else _sampled_hash(file, starts[file], size)
+            content = sha256_file(file) if paranoid else sampled_hash(file, starts[file], size)
             digest.update(f"{name}\0{size}\0{content}\0".encode())
             self._check_unchanged(file)
         return digest.hexdigest()
@@ -184,7 +184,7 @@ def _state(file: Path) -> os.stat_result:
         raise BadCheckpoint(f"{file}: changed while reading: {error.strerror}: put the file back") from error
 
 
-def _sampled_hash(file: Path, start: int, size: int) -> str:
+def sampled_hash(file: Path, start: int, size: int) -> str:
     """sha256 of a shard's header, ``start`` bytes, and of pages spread evenly over the rest."""
     page = min(_PAGE, size - start)
     with open_regular(file) as handle:

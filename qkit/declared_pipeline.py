@@ -6,7 +6,9 @@ with its sha256; the transformer's folder has a record of its own.
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,36 @@ _TOP: Fields = {
 }
 
 
+def check_policy(out: Path, linears: Collection[str], findings: Findings) -> None:
+    """What qkit.json says is decided by step, if anything: numbers that can be, and layers that are there."""
+    data = (read_json(out / "qkit.json", findings) or {}).get("diffusion")
+    if data is None or not check_fields(data, _POLICY, "qkit.json: diffusion", findings):
+        return
+    for name, line in data["fits"].items():
+        pair = isinstance(line, list) and len(line) == 2 and all(map(_is_number, line))
+        findings.check("policy", pair, f"qkit.json: diffusion.fits.{name}", "expected a slope and an offset")
+        findings.check("policy", name in linears, f"qkit.json: diffusion.fits.{name}", "is no quantized linear")
+    steps = data.get("steps", 0)
+    fits = all(is_int(s) and s < steps for s in data.get("computed", ()))
+    findings.check("policy", fits, "qkit.json: diffusion.computed", f"expected steps below {steps}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_POLICY: Fields = {
+    "kind": (lambda v: v in ("dmpq", "static"), "dmpq or static"),
+    "fits": (lambda v: isinstance(v, dict), "an object of layers"),
+    "threshold": (lambda v: v in ("inf", "-inf") or _is_number(v), "a number"),
+    "tau": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
+    "purify": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
+    "most": (lambda v: is_int(v) and v <= 2, "0 to 2"),
+    "computed": (lambda v: isinstance(v, list), "a list of steps"),
+    "steps": (is_int, "a number"),
+}
+
+
 def packed_part(out: Path, findings: Findings) -> Path:
     """The folder with the packed weights: ``out``, or the component of a pipeline, whose other files are checked here."""
     if not (out / INDEX).is_file():
@@ -38,6 +70,11 @@ def packed_part(out: Path, findings: Findings) -> Path:
         if part not in (Path(place), *Path(place).parents)
         for name in names
     } - {"qkit.json"}
+    for place, folders, _ in os.walk(out):
+        for name in (n for n in folders if (Path(place) / n).is_symlink()):
+            findings.check(
+                "pipeline", False, str((Path(place) / name).relative_to(out)), "is a link; expected a folder"
+            )
     for name in sorted({*there, *listed}):
         if not findings.check("pipeline", name in listed, name, "is not listed in qkit.json; remove it"):
             continue

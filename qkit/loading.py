@@ -104,7 +104,7 @@ class PackedOutline(Outline):
         )
         self.sparse = frozenset((self.quantization or {}).get("sparse") or ())
         self.scaled = frozenset((self.quantization or {}).get("scaled") or ())
-        self.rotated: dict[str, int] = (self.quantization or {}).get("rotated") or {}
+        self.rotated: dict[str, int] = _rotations((self.quantization or {}).get("rotated") or {}, where)
         wanted = {stored for block in self.blocks for _, stored in block.stored}
         wanted |= {stored for _, stored in self.outer}
         for block in self.every_block:
@@ -122,6 +122,14 @@ class PackedOutline(Outline):
             raise BadCheckpoint(
                 f"{where}: {len(missing)} tensors are missing, the first is {missing[0]!r}: run 'qkit verify {where}'"
             )
+
+
+def _rotations(data: Any, where: str) -> dict[str, int]:
+    """Blocks of the transforms of inputs, by linear. Raises BadCheckpoint for what cannot be one."""
+    sound = isinstance(data, dict) and all(isinstance(b, int) and b >= 2 and b & (b - 1) == 0 for b in data.values())
+    if not sound:
+        raise BadCheckpoint(f"{where}: quantization_config.rotated: expected layers and powers of two: export it again")
+    return dict(data)
 
 
 def _read_plain(outline: PackedOutline) -> None:

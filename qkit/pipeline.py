@@ -14,7 +14,7 @@ import torch
 
 from qkit.calibration import Calibration, calibration_rows
 from qkit.checkpoint import Checkpoint, check_config, check_output_dir, check_tied, commit_dir
-from qkit.diffusion.pipeline import check_pipeline
+from qkit.diffusion.pipeline import check_pipeline, fingerprint_of
 from qkit.diffusion.trajectory import Trajectory, sampling_of
 from qkit.errors import Unsupported, UsageError, VerifyFailure
 from qkit.export.folder import export, is_export_of
@@ -108,7 +108,9 @@ def prepare(request: Request, rows: Calibration | None = None) -> Prepared:
     calibration = calibration_asked(request, outline, recipe, rows)
     plan = make_plan(recipe, outline, calibration, request.seed, request.kv)
     _check_pictures(plan, outline)
-    plan = replace(plan, key_exponents=request.key_exponents)
+    folder = find_model(request.model)
+    around = fingerprint_of(folder) if is_pipeline(folder) else None
+    plan = replace(plan, key_exponents=request.key_exponents, pipeline=around)
     threads = request.threads or available_cores()
     after = {"significant weights": repair_memory(plan, outline, threads)} if plan.significant else {}
     return Prepared(plan, outline, forecast(plan, outline, threads, after))
@@ -277,7 +279,14 @@ def quantize(
     plan, outline, source = found.plan, found.outline, find_model(request.model)
     work = work or out.with_name(out.name + ".job")
     if is_export_of(out, plan):
-        return verify(out)
+        report = verify(out)
+        if report.problems:
+            first = report.problems[0]
+            raise VerifyFailure(
+                f"{out} is the result of this command and was damaged since, in {len(report.problems)} places, first "
+                f"{first.where}: {first.what}: delete it, or move it away, and run the command again"
+            )
+        return report
     check_output_dir(out, source.resolve(), overwrite)
     if source.resolve() in (work.resolve(), *work.resolve().parents):
         raise UsageError(f"{work}: the job folder lies inside the model folder: choose another with --work")

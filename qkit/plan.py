@@ -31,6 +31,7 @@ from qkit.transforms.balance import INPUTS, RATIOS
 from qkit.transforms.rotate import check_rotatable
 from qkit.transforms.table import BALANCED, TRANSFORMS
 
+_VERSIONS = ("qkit", "torch", "transformers", "compressed-tensors")  # what decides the bytes of a result
 HEAD_REASON = "the output head stays in the model's dtype by default"
 OUTSIDE_REASON = "it is in no block of the model"
 TIED_REASON = "the output head shares its weight with the embeddings"
@@ -68,6 +69,7 @@ class Plan:
     calibration: the rows that solvers, transforms or the scales of the KV cache are measured on; None where none are
     needs_rows: whether the blocks are solved with these rows
     kv: the KV cache policy (``qkit.kvcache.policy``) that the model is to be run with
+    pipeline: of a diffusion pipeline, the fingerprint of what is around its transformer
     policy: precision by step that is asked for (``qkit.diffusion.policy.Asked``)
     key_exponents: of the scales of keys (``qkit.transforms.keys``), by block, head and rotary pair
     fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
@@ -93,6 +95,7 @@ class Plan:
     recipe: dict[str, Any]
     kv: dict[str, Any] | None = None
     policy: dict[str, Any] | None = None
+    pipeline: str | None = None
     key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
     @property
@@ -126,7 +129,7 @@ class Plan:
         """What must agree for a job to be the same job."""
         return {
             "plan": self.to_json(),
-            "versions": {p: version(p) for p in ("qkit", "torch", "transformers", "compressed-tensors")},
+            "versions": {p: version(p) for p in (*_VERSIONS, *(["diffusers"] if self.pipeline else []))},
         }
 
     @property

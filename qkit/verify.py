@@ -30,7 +30,7 @@ from qkit.declared import (
 )
 from qkit.declared_cache import check_cache
 from qkit.declared_config import Declared, Group, is_ignored, read_quantization, resolve
-from qkit.declared_pipeline import packed_part
+from qkit.declared_pipeline import check_policy, packed_part
 from qkit.decode import FLOATS, Decoded, Stored, decode, file_sha256, layout, read_header
 from qkit.errors import BadCheckpoint
 from qkit.preflight import holds_siglip, of_diffusion, preflight
@@ -85,8 +85,7 @@ def verify(out: Path, job: Path | None = None) -> Report:
     if not out.is_dir():
         raise BadCheckpoint(f"{out}: not a folder; give the folder that an export wrote")
     findings = Findings()
-    out = packed_part(out, findings)
-    if not out.is_dir():
+    if not (out := packed_part(out, findings)).is_dir():
         return Report(findings.problems, checks=dict(findings.checks))
     record, config = read_record(out, findings), read_json(out / "config.json", findings)
     headers = _read_folder(out, record, findings)
@@ -103,6 +102,7 @@ def verify(out: Path, job: Path | None = None) -> Report:
     _check_fused(record, decoded, findings)
     _check_tied(record, config or {}, store, findings)
     check_cache(record, config or {}, store, findings)
+    check_policy(out, record.linears, findings)
     if job is not None:
         _check_job(record, decoded, job, findings)
     engines = _engine_table(record, groups, config or {}, declared.method) if declared else []

@@ -27,9 +27,10 @@ from qkit.checkpoint import Checkpoint
 from qkit.diffusion.controller import SKIPPED
 from qkit.diffusion.trajectory import Sampling, Trajectory, chosen_steps, sample
 from qkit.entry import quantizing
-from qkit.errors import BadCalibration, BadCheckpoint, QkitError, Unsupported, UsageError
+from qkit.errors import BadCalibration, BadCheckpoint, QkitError, Unsupported, UsageError, VerifyFailure
 from qkit.export.compressed_tensors import read
 from qkit.loading import PackedOutline
+from qkit.machine import run_dtype
 from qkit.pipeline import Request, open_outline, prepare, quantize
 from qkit.qtensor import dequantize
 from qkit.verify import verify
@@ -72,7 +73,8 @@ class ByHand:
         self.kind = kind
 
     def calls(self, folder: Path) -> Iterator[dict[str, Any]]:
-        yield from (call_of(self.kind, seed, 900.0 - 200 * seed) for seed in range(3))
+        dtype = run_dtype(torch.bfloat16)  # as a pipeline of these weights would sample
+        yield from (call_of(self.kind, seed, 900.0 - 200 * seed, dtype) for seed in range(3))
 
 
 def hand_made(kind: str) -> Calibration:
@@ -181,7 +183,9 @@ def test_a_packed_pipeline_loads_through_diffusers(packed: Path) -> None:
 def test_what_is_around_the_transformer_is_copied(pipeline: Path, packed: Path) -> None:
     files = [p.relative_to(pipeline) for p in pipeline.rglob("*") if p.is_file() and "transformer" not in p.parts]
     assert len(files) >= 8
-    for name in files:
+    called = json.loads((packed / "sampling.json").read_text())
+    assert called == json.loads((pipeline / "sampling.json").read_text())
+    for name in (f for f in files if f.name != "sampling.json"):
         assert (packed / name).read_bytes() == (pipeline / name).read_bytes(), name
 
 
@@ -207,6 +211,67 @@ def test_verify_sees_damage_around_the_transformer(packed: Path, tmp_path: Path,
         (out / "vae" / "pipeline.py").write_text("")
     problems = verify(out).problems
     assert problems and all(p.where.startswith("vae/") for p in problems)
+
+
+def test_a_damaged_result_is_not_taken_for_done(pipeline: Path, packed: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path / "out")
+    (tmp_path / "out" / "vae" / "config.json").unlink()
+    request = Request(model=str(pipeline), scheme="6bit", policy={"width": 6.0, "skips": 0.2}, samples=8)
+    with pytest.raises(VerifyFailure, match="was damaged since"):
+        quantize(request, tmp_path / "out", Quiet())
+
+
+def test_the_plan_knows_the_rest_of_the_pipeline(pipeline: Path, tmp_path: Path) -> None:
+    shutil.copytree(pipeline, tmp_path / "p")
+    before = prepare(Request(model=str(tmp_path / "p"), scheme="w8a8")).plan.hash
+    file = tmp_path / "p" / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text().replace("3.0", "5.0"))
+    assert prepare(Request(model=str(tmp_path / "p"), scheme="w8a8")).plan.hash != before
+
+
+def test_half_precision_is_calibrated(tmp_path: Path, run: Any) -> None:
+    """Weights in bfloat16 are sampled in what the machine multiplies fast; prompts and arguments go with the result."""
+    source = make_pipeline(tmp_path / "wan", steps=4, dtype=torch.bfloat16)
+    sampling = json.loads((source / "sampling.json").read_text())
+    (source / "sampling.json").unlink()
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ball\n\na blue square\n")
+    call = [x for k, v in sampling["call"].items() for x in ("--call", f"{k}={v}")]
+    command = ("quantize", "--model", source, "--scheme", "nvfp4", "--samples", 2, "--out", tmp_path / "out")
+    assert run(*command)[0] == 2
+    code, _, err = run(*command, "--calib", prompts, *call)
+    assert code == 0, err
+    kept = json.loads((tmp_path / "out" / "sampling.json").read_text())
+    assert kept == {"call": sampling["call"], "prompts": ["a red ball", "a blue square"]}
+    assert run("eval", tmp_path / "out", "--videos", 1)[0] == 0
+    code, _, err = run(*command[:-1], tmp_path / "none", "--calib", prompts, *call, "--call", "num_inference_steps=0")
+    assert code == 3 and "did not call its transformer" in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tau": -5}, "tau"),
+        ({"threshold": "nan"}, "threshold"),
+        ({"most": 10**9}, "most"),
+        ({"fits": {"nowhere": [0.0, 1.0]}}, "is no quantized linear"),
+        ({"computed": [7], "steps": 6}, "expected steps below 6"),
+    ],
+)
+def test_verify_looks_at_the_policy(packed: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    shutil.copytree(packed, tmp_path / "out")
+    file = tmp_path / "out" / "transformer" / "qkit.json"
+    record = json.loads(file.read_text())
+    record["diffusion"].update(changes)
+    file.write_text(json.dumps(record))
+    problems = verify(tmp_path / "out").problems
+    assert problems and said in str(problems[0])
+
+
+def test_verify_follows_no_links(packed: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path / "out")
+    (tmp_path / "out" / "extra").symlink_to("/tmp")
+    assert any("is a link" in str(p) for p in verify(tmp_path / "out").problems)
 
 
 def test_the_same_request_is_done_at_once_and_another_goes_on(pipeline: Path, packed: Path) -> None:
@@ -311,6 +376,7 @@ def index_of(pipeline: Path, tmp_path: Path, **changes: Any) -> Path:
         ({"transformer": "drop"}, Unsupported, "without a transformer (its components: scheduler, text_encoder"),
         ({"transformer": "drop", "unet": ["diffusers", "UNet2DConditionModel"]}, Unsupported, "with a U-Net"),
         ({"vae": ["os", "system"]}, BadCheckpoint, "component 'vae' is"),
+        ({"vae": {"os": 1, "system": 2}}, BadCheckpoint, "component 'vae' is"),
         ({"vae": ["pipeline", "MyVae"]}, BadCheckpoint, "code inside a pipeline is never run"),
         ({"../unet": ["diffusers", "UNet2DConditionModel"]}, BadCheckpoint, "component"),
         ({"_class_name": ["pipeline", "Mine"]}, BadCheckpoint, "_class_name is missing or not a name"),
@@ -402,5 +468,7 @@ def test_the_log_says_what_was_done(packed: Path) -> None:
     assert all(c.made != SKIPPED for c in steps.log if c.step < 2)
     assert 4 < steps.width < 8 and 0 < steps.skipped < 0.5
     bits = {"nvfp4_dynamic": 4, "int8_token": 8, "as they are": 16}
-    said = [bits[c.made] for c in steps.log if c.made != SKIPPED]
+    said = [bits[c.made] for c in steps.log if c.linear]
     assert steps.width == sum(said) / len(said)
+    runs = [c.made for c in steps.log if not c.linear]
+    assert len(runs) == 2 * 2 * 6 and steps.skipped == runs.count(SKIPPED) / len(runs)

@@ -16,7 +16,7 @@ from tiny_dits import make_pipeline
 
 import qkit
 from qkit.checkpoint import Checkpoint
-from qkit.diffusion.controller import SKIPPED, Choice
+from qkit.diffusion.controller import RAN, SKIPPED, Choice
 from qkit.evaluation.video import PEAK_DB, Video, by_step, figures, flickering, latent_errors, motion, psnr, ssim
 from qkit.loading import PackedOutline
 
@@ -28,6 +28,7 @@ def frames(seed: int, count: int = 4) -> torch.Tensor:
 def test_metrics_of_equal_frames() -> None:
     x = frames(0)
     assert psnr(x, x) == PEAK_DB and ssim(x, x) == pytest.approx(1)
+    assert math.isnan(psnr(x * math.nan, x))
 
 
 def test_psnr_is_the_error_in_decibels() -> None:
@@ -88,8 +89,8 @@ def test_maps_by_step_and_block() -> None:
         for step, choices in made.items():
             for branch in (0, 1):
                 said = choices[run_number]
-                one = [Choice(step, branch, 0, "", SKIPPED)] if said is None else []
-                log += one or [Choice(step, branch, 0, name, said) for name in "xy"]
+                log.append(Choice(step, branch, 0, "", SKIPPED if said is None else RAN))
+                log += [Choice(step, branch, 0, name, said) for name in "xy" if said is not None]
         logs.append(tuple(log))
     assert by_step(logs) == {"bits": [[6.0, 4.0]], "skips": [[0.0, 0.5]]}
 

@@ -1,8 +1,8 @@
 """The controller of one sampler's run: which inputs are NVFP4, which blocks are not run, and a log of both.
 
-It sits inside a transformer, sees its calls, and knows no pipeline. A call at another timestep is the next step; further calls
-at the same one are its guidance branches, each with a state of its own (a batch that holds both is one). A timestep that
-rises again begins a new run; ``reset`` does so explicitly.
+It sits inside a transformer, sees its calls, and knows no pipeline. Steps and guidance branches are told apart by a ``Clock``;
+each branch has a state of its own (a batch that holds both is one). A timestep that rises begins a new run; ``reset`` does
+so explicitly.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from qkit.blocks import Streams
+from qkit.diffusion.clock import Clock
 from qkit.diffusion.policy import BITS, NARROW, PURE, WARM_UP, WIDE, Policy, mean_width
 from qkit.errors import BadCheckpoint, Unsupported
 from qkit.families.outline import Outline
 from qkit.folder import RECORD, load_json
 from qkit.formats import ACTIVATION_FORMATS, Format
 
-SKIPPED = "skipped"
+SKIPPED, RAN = "skipped", "ran"  # of a whole block
 
 
 class Told(Protocol):
@@ -38,7 +38,7 @@ class Told(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """What was decided: the inputs of a linear (a key of ``policy.BITS``), or SKIPPED of a whole block (linear '')."""
+    """What was decided: the inputs of a linear (a key of ``policy.BITS``), or SKIPPED or RAN of a whole block (linear '')."""
 
     step: int
     branch: int
@@ -49,10 +49,10 @@ class Choice:
 
 @dataclass
 class _State:
-    """Of one block and branch. change: relative L1 of the block's last run, None if it was skipped or has not run; deltas: its
-    residual by stream, float32; drift: relative change of the residual between its last two runs; summed, skipped: since
-    the last run."""
+    """Of one block and branch. last: the step of its last run; change: relative L1 of that run; deltas: its residual by stream,
+    float32; drift: relative change of the residual between its last two runs; summed, skipped: since the last run."""
 
+    last: int = -2
     change: float | None = None
     deltas: dict[str, Tensor] = field(default_factory=dict)
     drift: float | None = None
@@ -69,22 +69,27 @@ class Controller:
 
     def reset(self) -> None:
         """Forget the run: the next call is the first step of another."""
-        self.step, self.branch = -1, 0
-        self.time: float | None = None
+        self.clock = Clock()
         self.states: dict[tuple[int, int], _State] = {}
-        self.computed = 0  # runs of blocks
         self.log: list[Choice] = []
 
     # ---- where the run is --------------------------------------------------------------------------------------
 
-    def enter(self, time: float) -> None:
-        """The transformer is called at this timestep."""
-        if self.time is not None and time > self.time:
+    def enter(self, timestep: Any, latents: Tensor) -> None:
+        """The transformer is called."""
+        if self.clock.rises(timestep):
             self.reset()
-        if time == self.time:
-            self.branch += 1
-        else:
-            self.step, self.branch, self.time = self.step + 1, 0, time
+        self.clock.tick(timestep, latents)
+
+    @property
+    def step(self) -> int:
+        """Of the run, from 0 on; -1 before it."""
+        return self.clock.step
+
+    @property
+    def branch(self) -> int:
+        """Of guidance, from 0 on."""
+        return self.clock.branch
 
     def state(self, block: int, given: dict[str, Tensor]) -> _State:
         """The state of a block in this branch; a new one where its inputs have other shapes than before."""
@@ -112,7 +117,6 @@ class Controller:
 
     def _skip(self, block: int, state: _State) -> bool:
         state.skipped += 1
-        state.change = None
         self.log.append(Choice(self.step, self.branch, block, "", SKIPPED))
         return True
 
@@ -127,14 +131,19 @@ class Controller:
             state.drift = sum(float((d - state.deltas[n]).abs().sum()) for n, d in deltas.items()) / max(before, 1e-30)
         if self.policy.caches or self.watches:
             state.deltas = deltas
-        state.summed, state.skipped = 0.0, 0
-        self.computed += 1
+        state.last, state.summed, state.skipped = self.step, 0.0, 0
+        self.log.append(Choice(self.step, self.branch, block, "", RAN))
+
+    def change(self, block: int) -> float | None:
+        """The relative change that the block made one step earlier; None if it was skipped or did not run then."""
+        state = self.states[self.branch, block]
+        return state.change if state.last == self.step - 1 else None
 
     watches = False  # whether residuals are compared though nothing is skipped
 
     def choose(self, block: int, linear: Told, name: str, x: Tensor) -> str:
         """How the inputs x [.., in] of a linear are to be quantized, a key of ``policy.BITS``."""
-        p, change = self.policy, self.states[self.branch, block].change
+        p, change = self.policy, self.change(block)
         if p.caches and p.purify and float(x.abs().amax()) > p.purify * float(x.abs().mean()):
             return PURE
         if not p.caches and math.isinf(p.threshold):
@@ -153,18 +162,13 @@ class Controller:
     @property
     def width(self) -> float:
         """Mean bits of the inputs of all linears that were computed since the run began."""
-        return mean_width([BITS[c.made] for c in self.log if c.made != SKIPPED])
+        return mean_width([BITS[c.made] for c in self.log if c.linear])
 
     @property
     def skipped(self) -> float:
         """Share of the blocks' runs that were skipped."""
-        count = sum(c.made == SKIPPED for c in self.log)
-        return count / max(1, count + self.computed)
-
-
-def time_of(timestep: Any) -> float:
-    """The time of a call: the latest of its batch, or of its tokens, where what is given (a first frame) has time 0."""
-    return float(torch.as_tensor(timestep).max())
+        blocks = [c.made == SKIPPED for c in self.log if not c.linear]
+        return sum(blocks) / max(1, len(blocks))
 
 
 class Stepped(nn.Module):
@@ -205,7 +209,8 @@ def attach(model: Any, controller: Controller, blocks: Sequence[str], streams: S
     signature = inspect.signature(model.forward)
 
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        controller.enter(time_of(signature.bind(*args, **kwargs).arguments["timestep"]))
+        given = signature.bind(*args, **kwargs).arguments
+        controller.enter(given["timestep"], given["hidden_states"])
 
     for index, path in enumerate(blocks):
         block = model.get_submodule(path)

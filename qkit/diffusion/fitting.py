@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qkit.diffusion.controller import Controller, Told
-from qkit.diffusion.policy import MOST_SKIPS, NARROW, PURE, WARM_UP, Asked, Policy
+from qkit.diffusion.policy import BITS, MOST_SKIPS, NARROW, PURE, WARM_UP, WIDE, Asked, Policy
 from qkit.diffusion.schedule import LONGEST, best_groups, group_costs
 from qkit.formats import ACTIVATION_FORMATS
 
@@ -28,7 +28,8 @@ PROMPTS = 8  # that runs are observed on, if there are as many
 
 @dataclass(frozen=True)
 class Seen:
-    """One linear at one step. run: number of the prompt; change: of its block one step earlier (None: the first step)."""
+    """One linear at one step. run: number of the prompt; change: of its block one step earlier (None: it did not run then);
+    error: relative L1 of its output under NVFP4 inputs; peak: max |x| / mean |x| of its inputs."""
 
     run: int
     step: int
@@ -37,6 +38,7 @@ class Seen:
     linear: str
     change: float | None
     error: float
+    peak: float = 0.0
 
 
 class Observer(Controller):
@@ -46,10 +48,8 @@ class Observer(Controller):
 
     def __init__(self) -> None:
         self.run, self.seen = -1, list[Seen]()
-        self.residuals: dict[tuple[int, int, int], list[Tensor]] = defaultdict(list)
-        self.drifts: dict[tuple[int, int, int], list[float | None]] = defaultdict(
-            list
-        )  # by run, branch, block: by step
+        # By run, branch and block, and by step: values of the residual.
+        self.residuals: dict[tuple[int, int, int], dict[int, Tensor]] = defaultdict(dict)
         super().__init__(Policy({}, math.inf))
 
     def reset(self) -> None:
@@ -63,17 +63,16 @@ class Observer(Controller):
         some = flat[:: max(1, len(flat) // SAMPLE_TOKENS)]
         true, rounded = (linear.product(some, f).float() for f in (None, ACTIVATION_FORMATS[NARROW]))
         error = float((rounded - true).abs().sum() / true.abs().sum().clamp_min(1e-30))
-        change = self.states[self.branch, block].change
-        self.seen.append(Seen(self.run, self.step, self.branch, block, name, change, error))
+        peak = float(x.abs().amax() / x.abs().mean().clamp_min(1e-30))
+        self.seen.append(Seen(self.run, self.step, self.branch, block, name, self.change(block), error, peak))
         return PURE
 
     def ran(self, block: int, given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
-        """Note how much the residual drifted, too."""
+        """Keep some of the residual, too."""
         super().ran(block, given, made)
-        state, key = self.state(block, given), (self.run, self.branch, block)
-        self.drifts[key].append(state.drift)
-        flat = torch.cat([d.flatten() for d in state.deltas.values()])
-        self.residuals[key].append(flat[:: max(1, len(flat) // SAMPLE_VALUES)].cpu().clone())
+        flat = torch.cat([d.flatten() for d in self.state(block, given).deltas.values()])
+        kept = flat[:: max(1, len(flat) // SAMPLE_VALUES)].cpu().clone()
+        self.residuals[self.run, self.branch, block][self.step] = kept
 
 
 @dataclass(frozen=True)
@@ -105,15 +104,17 @@ def fit(seen: Observer, asked: Asked) -> Fit:
     policy = Policy(fits, math.inf, most=MOST_SKIPS, kind=asked.kind)
     if asked.skips and asked.cache == "schedule":
         computed, steps = _schedule(seen, asked.skips)
-        policy = replace(policy, computed=computed, steps=steps, purify=asked.purify)
-        skipped = {key: [s not in computed for s in range(steps)] for key in seen.drifts}
+        if len(computed) < steps:
+            policy = replace(policy, computed=computed, steps=steps, purify=asked.purify)
+        skipped = {key: set(r) - set(computed) for key, r in seen.residuals.items()}
     else:
         tau = _tau(seen, asked.skips) if asked.skips else 0.0
         policy = replace(policy, tau=tau, purify=asked.purify if tau else 0.0)
-        skipped = {key: skips_of(drifts, tau) for key, drifts in seen.drifts.items()}
-    policy = replace(policy, threshold=_threshold(seen, policy, skipped, asked.width))
-    every = [x for xs in skipped.values() for x in xs]
-    return Fit(policy, pearson, sum(map(len, pairs.values())), {"skips": round(sum(every) / max(1, len(every)), 4)})
+        skipped = {key: skips_of(r, tau) for key, r in seen.residuals.items()}
+    threshold, width = _threshold(seen, policy, skipped, asked.width)
+    share = sum(map(len, skipped.values())) / max(1, sum(map(len, seen.residuals.values())))
+    expected = {"skips": round(share, 4), "width": round(width, 4)}
+    return Fit(replace(policy, threshold=threshold), pearson, sum(map(len, pairs.values())), expected)
 
 
 def least_squares(xy: Tensor) -> tuple[tuple[float, float], float]:
@@ -127,56 +128,69 @@ def least_squares(xy: Tensor) -> tuple[tuple[float, float], float]:
     return (slope, float(y.mean() - slope * x.mean())), both / math.sqrt(power * other) if other > 1e-24 else math.nan
 
 
-def skips_of(drifts: list[float | None], tau: float, most: int = MOST_SKIPS) -> list[bool]:
-    """By step, whether the cache rule would have skipped a block with these drifts; drifts are those of full runs."""
-    found, summed, in_a_row, last = [], 0.0, 0, None
-    for step, drift in enumerate(drifts):
-        if step >= WARM_UP and last is not None:
-            summed += last
+def skips_of(residuals: dict[int, Tensor], tau: float, most: int = MOST_SKIPS) -> set[int]:
+    """Steps at which the cache rule would have skipped a block with these residuals, by step. What is compared are residuals of
+    steps that would have been computed; that skips change what later blocks see is left out."""
+    found, summed, in_a_row = set[int](), 0.0, 0
+    drift, before = None, None
+    for step, now in sorted(residuals.items()):
+        if step >= WARM_UP and drift is not None:
+            summed += drift
             if summed < tau and in_a_row < most:
                 in_a_row += 1
-                found.append(True)
+                found.add(step)
                 continue
-        summed, in_a_row, last = 0.0, 0, drift
-        found.append(False)
+        if before is not None:
+            drift = float((now - before).abs().sum() / before.abs().sum().clamp_min(1e-30))
+        summed, in_a_row, before = 0.0, 0, now
     return found
 
 
 def _schedule(seen: Observer, share: float) -> tuple[tuple[int, ...], int]:
-    """(steps that are computed, steps in all), so that no larger share is skipped."""
-    features = list(seen.residuals.values())
-    steps = len(features[0])
-    costs = torch.stack([group_costs(torch.stack(f)) for f in features]).mean(0)
-    groups = max(math.ceil(steps / LONGEST), steps - int(steps * share))
+    """(steps that are computed, steps in all), so that no larger share is skipped; branches that do not run at every step have
+    no say."""
+    steps = 1 + max(s.step for s in seen.seen)
+    features = [torch.stack([r[s] for s in range(steps)]) for r in seen.residuals.values() if len(r) == steps]
+    costs = torch.stack([group_costs(f) for f in features]).mean(0)
+    costs[: WARM_UP - 1, WARM_UP - 1 :] = math.inf  # the first steps are computed
+    groups = max(WARM_UP - 1 + math.ceil((steps - WARM_UP + 1) / LONGEST), steps - int(steps * share))
     return best_groups(costs, groups), steps
 
 
 def _tau(seen: Observer, share: float) -> float:
-    """The largest tau, to a thousandth of the largest sum, under which no larger share of block runs would be skipped."""
-    every = list(seen.drifts.values())
+    """The largest tau that was found, by bisection, under which no larger share of block runs would be skipped."""
+    every = list(seen.residuals.values())
     count = sum(map(len, every))
-    low, high = 0.0, (MOST_SKIPS + 1) * max((d for ds in every for d in ds if d is not None), default=0.0)
-    for _ in range(40):
+    low, high = 0.0, 2.0 * (MOST_SKIPS + 1)  # a residual whose sign changes drifts by 2
+    for _ in range(30):
         middle = (low + high) / 2
-        total = sum(sum(skips_of(ds, middle)) for ds in every)
+        total = sum(len(skips_of(r, middle)) for r in every)
         low, high = (middle, high) if total <= share * count else (low, middle)
     return low
 
 
-def _threshold(seen: Observer, policy: Policy, skipped: dict[tuple[int, int, int], list[bool]], width: float) -> float:
-    """Below it lie as many predictions as may be NVFP4 for that mean width; runs that follow a skip are INT8."""
-    predicted, count = [], 0
+def _threshold(
+    seen: Observer, policy: Policy, skipped: dict[tuple[int, int, int], set[int]], width: float
+) -> tuple[float, float]:
+    """(threshold, mean width that it comes to): below it lie as many predictions as may be NVFP4 for that width. Inputs with
+    outliers are in 16 bits where a cache is, and runs that follow a skip in INT8."""
+    predicted, count, pure = [], 0, 0
     for s in seen.seen:
-        steps = skipped[s.run, s.branch, s.block]
-        if steps[s.step]:
+        skips = skipped[s.run, s.branch, s.block]
+        if s.step in skips:
             continue
         count += 1
-        after_skip = s.step > 0 and steps[s.step - 1]
-        expected = policy.predicted(s.linear, None if after_skip else s.change)
+        if policy.caches and policy.purify and s.peak > policy.purify:
+            pure += 1
+            continue
+        expected = policy.predicted(s.linear, None if s.step - 1 in skips else s.change)
         if expected is not None:
             predicted.append(expected)
-    narrow = round(count * (8 - width) / 4)
     predicted.sort()
-    if narrow <= 0:
-        return -math.inf
-    return math.inf if narrow >= len(predicted) else predicted[narrow - 1]
+    narrow = min(
+        max(0, round((BITS[WIDE] * count + (BITS[PURE] - BITS[WIDE]) * pure - width * count) / 4)), len(predicted)
+    )
+    reached = (BITS[WIDE] * (count - pure - narrow) + BITS[PURE] * pure + BITS[NARROW] * narrow) / max(1, count)
+    if narrow == 0:
+        return -math.inf, reached
+    return (math.inf if narrow == count else predicted[narrow - 1]), reached

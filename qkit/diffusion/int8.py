@@ -2,7 +2,8 @@
 
 The paper casts the stored weight to INT8 before the product and does not say how. Twice an E2M1 value is a whole number of
 at most 12, so that the exact view costs nothing but a scale for every group of 16; the view by rows has one scale a
-row, as plain INT8 products want, and rounds once more (0.8 % of a Gaussian weight beside NVFP4's own 9.5 %).
+row, as plain INT8 products want, and rounds once more (0.8 % of a Gaussian weight beside NVFP4's own 9.5 %). Both are for
+engines that multiply in INT8; qkit's own operators take the packed weight, which is the same product.
 """
 
 from __future__ import annotations

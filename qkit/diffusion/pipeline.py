@@ -6,18 +6,23 @@ transformers only, and no file of code or pickle is copied: a pipeline is read, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from qkit.checkpoint import sampled_hash
 from qkit.errors import BadCheckpoint, Unsupported, write_failure
 from qkit.folder import DENOISER, PICKLES, PIPELINE_INDEX, RECORD, contained, list_names, load_json
 from qkit.safefile import sha256_file, shown, sync_dir, write_atomic
 
 LIBRARIES = ("diffusers", "transformers")
 FORMAT_VERSION = 1
+WHOLE = 1 << 20  # bytes of a file up to which a fingerprint reads all of it
 _CODE = (".py", ".so", ".pyc")
 SECOND = "transformer_2"
 SAMPLING = "sampling.json"  # beside the index: how the pipeline is meant to be called, and prompts
@@ -30,11 +35,13 @@ def check_pipeline(folder: Path) -> dict[str, Any]:
     index = load_json(contained(folder.resolve(), PIPELINE_INDEX), "pipeline index")
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise BadCheckpoint(f"{file}: _class_name is missing or not a name: get the pipeline again from its source")
-    components = {k: v for k, v in index.items() if not k.startswith("_") and isinstance(v, list)}
+    settings = (str, int, float, bool, type(None))
+    components = {k: v for k, v in index.items() if not k.startswith("_") and not isinstance(v, settings)}
     for name, value in components.items():
         if value == [None, None]:
             continue
-        sound = len(value) == 2 and value[0] in LIBRARIES and isinstance(value[1], str) and value[1].isidentifier()
+        pair = isinstance(value, list) and len(value) == 2
+        sound = pair and value[0] in LIBRARIES and isinstance(value[1], str) and value[1].isidentifier()
         if not sound or not re.fullmatch(r"[a-z0-9_]+", name):
             raise BadCheckpoint(
                 f"{file}: component {shown(name)} is {shown(value)}, expected a class of {' or '.join(LIBRARIES)}: code inside "
@@ -56,12 +63,11 @@ def check_pipeline(folder: Path) -> dict[str, Any]:
     return index
 
 
-def copy_rest(source: Path, out: Path, made: str) -> None:
-    """Copy everything of the pipeline but its transformer to ``out``, and write the record of what was copied.
+def rest_of(source: Path) -> list[str]:
+    """Files of the pipeline that are copied: its index and its components, but for the transformer, code and pickles.
 
-    Raises BadCheckpoint for a component with weights in a pickle only, IOFailure.
+    Raises BadCheckpoint for a component with weights in a pickle only, or a file that leads out of the folder.
     """
-    digests: dict[str, str] = {}
     names = [PIPELINE_INDEX, *(name for name in (SAMPLING,) if (source / name).is_file())]
     index = check_pipeline(source)
     root = source.resolve()
@@ -76,13 +82,37 @@ def copy_rest(source: Path, out: Path, made: str) -> None:
                 f"{source / component}: only {shown(pickles[0])}, which can run code when it is read: convert it to safetensors"
             )
         names += [f"{component}/{f}" for f in files if not f.endswith((*PICKLES, *_CODE))]
+    for name in names:
+        contained(root, name)
+    return names
+
+
+def fingerprint_of(source: Path) -> str:
+    """sha256 over the files of ``rest_of``, of large ones over samples."""
+    digest = hashlib.sha256()
+    for name in rest_of(source):
+        file = source / name
+        size = file.stat().st_size
+        content = sha256_file(file) if size <= WHOLE else sampled_hash(file, 8, size)
+        digest.update(f"{name}\0{size}\0{content}\0".encode())
+    return digest.hexdigest()
+
+
+def copy_rest(source: Path, out: Path, made: str, sampling: bytes | None = None) -> None:
+    """Copy everything of ``rest_of`` to ``out``, and write the record of what was copied. sampling: what the result's
+    sampling.json says, in the place of the source's. Raises IOFailure, and as ``rest_of``."""
+    digests: dict[str, str] = {}
+    root = source.resolve()
     try:
-        for name in names:
+        for name in rest_of(source):
             target = out / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(contained(root, name), target)
             digests[name] = sha256_file(target)
             sync_dir(target.parent)
+        if sampling is not None:
+            write_atomic(out / SAMPLING, sampling)
+            digests[SAMPLING] = sha256_file(out / SAMPLING)
     except OSError as e:
         raise write_failure(out, e) from e
     record = {"format_version": FORMAT_VERSION, "qkit_version": made, "pipeline": DENOISER, "files": digests}
@@ -98,6 +128,11 @@ def _files(folder: Path) -> list[str]:
     return found
 
 
+def reason(error: Exception) -> str:
+    """The first line of another library's complaint, or its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def load_pipeline(folder: Path, dtype: Any, device: str) -> Any:
     """A diffusers pipeline whose quantized linears stay packed; text encoders and VAE in ``dtype`` too."""
     from diffusers import DiffusionPipeline
@@ -105,8 +140,17 @@ def load_pipeline(folder: Path, dtype: Any, device: str) -> Any:
     check_pipeline(folder)
     try:
         found = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, ImportError, AttributeError, TypeError) as e:
-        raise BadCheckpoint(f"{folder}: diffusers cannot load it: {str(e).splitlines()[0]}") from e
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        AttributeError,
+        TypeError,
+        LookupError,
+        RuntimeError,
+        SafetensorError,
+    ) as e:
+        raise BadCheckpoint(f"{folder}: diffusers cannot load it: {reason(e)}") from e
     return found.to(device)
 
 

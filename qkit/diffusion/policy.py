@@ -88,6 +88,8 @@ class Policy:
         if data.get("kind") not in get_args(Asked.model_fields["kind"].annotation):
             raise ValueError(f"policy of kind {data.get('kind')!r}")
         fits = {str(k): (float(a), float(b)) for k, (a, b) in data["fits"].items()}
+        if any(math.isnan(float(x)) for x in (data["threshold"], data["tau"], data["purify"])):
+            raise ValueError("a threshold is not a number")
         threshold, tau, purify = (float(data[k]) for k in ("threshold", "tau", "purify"))
         computed = tuple(int(s) for s in data.get("computed", ()))
         return Policy(

@@ -12,7 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-LONGEST = 4  # steps of a group, at most
+from qkit.diffusion.policy import MOST_SKIPS
+
+LONGEST = 1 + MOST_SKIPS  # steps of a group, at most
 
 
 def group_costs(features: Tensor) -> Tensor:

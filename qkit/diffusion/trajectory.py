@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit.diffusion.controller import time_of
-from qkit.diffusion.pipeline import SAMPLING, load_pipeline
+from qkit.calls import mapped
+from qkit.diffusion.clock import Clock
+from qkit.diffusion.pipeline import SAMPLING, load_pipeline, reason
 from qkit.errors import BadCalibration, UsageError
 from qkit.folder import DENOISER, contained, load_json
 from qkit.safefile import shown
@@ -45,9 +46,13 @@ def sampling_of(folder: Path, prompts: Path | None, call: dict[str, Any]) -> Sam
     Raises BadCalibration for a file without prompts, UsageError for arguments that are qkit's to give.
     """
     own: Any = load_json(contained(folder.resolve(), SAMPLING), "sampling") if (folder / SAMPLING).is_file() else {}
-    if not isinstance(own, dict) or not isinstance(own.get("call", {}), dict):
-        raise BadCalibration(f"{folder / SAMPLING}: expected an object with 'call' and 'prompts'")
-    taken = next((name for name in call if name in _OWN), None)
+    said: dict[str, Any] = own if isinstance(own, dict) else {"call": None}
+    listed = said.get("prompts", [])
+    if not isinstance(said.get("call", {}), dict) or not isinstance(listed, list) or not all(map(_is_prompt, listed)):
+        raise BadCalibration(
+            f"{folder / SAMPLING}: expected an object with 'call', an object, and 'prompts', a list of texts"
+        )
+    taken = next((name for name in (*said.get("call", {}), *call) if name in _OWN), None)
     if taken is not None:
         raise UsageError(f"--call {taken}: qkit gives this argument itself: leave it out")
     found = [str(p) for p in own.get("prompts", ())]
@@ -61,6 +66,10 @@ def sampling_of(folder: Path, prompts: Path | None, call: dict[str, Any]) -> Sam
     if not found:
         raise UsageError(f"{folder} comes without prompts: give --calib FILE, a text file with one prompt a line")
     return Sampling(tuple(found), {**own.get("call", {}), **call})
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
 
 
 def chosen_steps(count: int, prompt: int, most: int) -> tuple[int, ...]:
@@ -103,6 +112,10 @@ class Trajectory:
             prompt = self.sampling.prompts[number % len(self.sampling.prompts)]
             keep = _Kept(number, left, Spilled(folder), self.cap)
             sample(pipeline, prompt, self.sampling.call, self.seed + number, keep)
+            if not keep.kept:
+                raise BadCalibration(
+                    f"{self.folder}: the pipeline did not call its transformer with {self.sampling.call}"
+                )
             yield from (keep.read(call) for step in sorted(keep.kept) for call in keep.kept[step])
             left, number = left - len(keep.kept), number + 1
 
@@ -122,13 +135,15 @@ class _Kept:
         self.steps = self.steps or chosen_steps(count, self.prompt, self.most)
         if step not in self.steps:
             return
-        size = sum(v.nbytes for v in call.values() if isinstance(v, Tensor))
+        sizes: list[int] = []
+        mapped(lambda v: sizes.append(v.nbytes) if isinstance(v, Tensor) else None, call)
+        size = sum(sizes)
         if size > self.cap:
             raise BadCalibration(
                 f"one call of the transformer takes {size / 1e6:.1f} MB, and rows may take {self.cap / 1e6:.1f} MB of memory "
                 "(--rows-memory): allow more, or sample smaller pictures (--call)"
             )
-        self.kept.setdefault(step, []).append({k: self._put(v) for k, v in call.items()})
+        self.kept.setdefault(step, []).append(mapped(self._put, call))
 
     def _put(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -138,7 +153,8 @@ class _Kept:
 
     def read(self, call: dict[str, Any]) -> dict[str, Any]:
         """A call with its tensors."""
-        return {k: self.file[v.index] if isinstance(v, _Place) else v for k, v in call.items()}
+        found: dict[str, Any] = mapped(lambda v: self.file[v.index] if isinstance(v, _Place) else v, call)
+        return found
 
 
 @dataclass(frozen=True)
@@ -162,24 +178,21 @@ def sample(pipeline: Any, prompt: str, call: dict[str, Any], seed: int, keep: _K
     """
     model = getattr(pipeline, DENOISER)
     signature = inspect.signature(model.forward)
-    seen: list[float] = []
-    counts: set[int] = set()
+    clock, counts = Clock(), set[int]()
 
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(signature.bind(*args, **kwargs).arguments)
         given.pop("return_dict", None)
-        time = time_of(given["timestep"])
-        if not seen or seen[-1] != time:
-            seen.append(time)
+        clock.tick(given["timestep"], given["hidden_states"])
         count = len(pipeline.scheduler.timesteps)
         counts.add(count)
-        if len(counts) > 1 or len(seen) > count:
+        if len(counts) > 1 or clock.step >= count:
             raise BadCalibration(
-                f"the scheduler {type(pipeline.scheduler).__name__} changed its steps in mid-run ({len(seen)} so far, of "
+                f"the scheduler {type(pipeline.scheduler).__name__} changed its steps in mid-run ({clock.step + 1} so far, of "
                 f"{' then '.join(map(str, sorted(counts)))}): use one with a fixed schedule"
             )
         if keep is not None:
-            keep.add(len(seen) - 1, count, {k: v for k, v in given.items() if v is not None})
+            keep.add(clock.step, count, {k: v for k, v in given.items() if v is not None})
 
     known = inspect.signature(pipeline.__call__).parameters
     wrong = next((name for name in call if name not in known), None)
@@ -192,7 +205,7 @@ def sample(pipeline: Any, prompt: str, call: dict[str, Any], seed: int, keep: _K
             pipeline(
                 **subject(pipeline, prompt), **call, generator=torch.Generator().manual_seed(seed), output_type=output
             )
-    except (ValueError, TypeError, RuntimeError) as e:
-        raise BadCalibration(f"the pipeline cannot sample {shown(prompt)} with {call}: {str(e).splitlines()[0]}") from e
+    except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as e:
+        raise BadCalibration(f"the pipeline cannot sample {shown(prompt)} with {call}: {reason(e)}") from e
     finally:
         handle.remove()

@@ -7,6 +7,7 @@ neighbouring frames, from 255), and how much moves. Pictures are clips of one fr
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable
@@ -19,13 +20,15 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from qkit.diffusion.controller import SKIPPED, Choice, time_of
+from qkit.diffusion.clock import Clock
+from qkit.diffusion.controller import SKIPPED, Choice
 from qkit.diffusion.policy import BITS, mean_width
 from qkit.diffusion.trajectory import Sampling, sampling_of, subject
 from qkit.folder import DENOISER
 from qkit.quality import bootstrap_ci
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
+SEEDS = 1_000_000  # from here on: calibration and policies have others
 PEAK_DB = 100.0  # of frames that are equal
 
 
@@ -46,14 +49,18 @@ class Video:
 def make_video(pipeline: Any, prompt: str, call: dict[str, Any], seed: int) -> Video:
     """What the pipeline makes of a prompt with that seed."""
     model = getattr(pipeline, DENOISER)
-    seen: list[tuple[float, Tensor]] = []
+    signature = inspect.signature(model.forward)
+    clock, seen = Clock(), list[Tensor]()
 
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        at = time_of(kwargs["timestep"])
-        if not seen or seen[-1][0] != at:
-            seen.append((at, hidden[:1].float().cpu().clone()))
+        given = signature.bind(*args, **kwargs).arguments
+        clock.tick(given["timestep"], given["hidden_states"])
+        if clock.step == len(seen):
+            seen.append(given["hidden_states"][:1].float().cpu().clone())
 
+    steps = getattr(model, "steps", None)
+    if steps is not None:
+        steps.reset()
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
     began = time.perf_counter()
     try:
@@ -64,16 +71,15 @@ def make_video(pipeline: Any, prompt: str, call: dict[str, Any], seed: int) -> V
         handle.remove()
     seconds = time.perf_counter() - began
     frames = made.frames[0] if hasattr(made, "frames") else made.images
-    steps = getattr(model, "steps", None)
     width, skipped, log = (math.nan, math.nan, ()) if steps is None else (steps.width, steps.skipped, tuple(steps.log))
-    return Video(
-        torch.as_tensor(np.asarray(frames)).float(), tuple(x for _, x in seen), seconds, width, skipped, prompt, log
-    )
+    return Video(torch.as_tensor(np.asarray(frames)).float(), tuple(seen), seconds, width, skipped, prompt, log)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
     """Peak signal-to-noise ratio of frames from 0 to 1, in dB, at most PEAK_DB."""
     error = float((a.double() - b.double()).square().mean())
+    if not math.isfinite(error):
+        return math.nan
     return PEAK_DB if error <= 0 else min(PEAK_DB, -10 * math.log10(error))
 
 
@@ -108,6 +114,11 @@ def latent_errors(ours: Video, theirs: Video) -> list[float]:
     return [float((a - b).norm() / b.norm()) for a, b in zip(ours.latents, theirs.latents, strict=True)]
 
 
+def held_out(sampling: Sampling, index: int) -> tuple[str, int]:
+    """Prompt and seed of that sample: prompts from the last on, calibration takes them from the first, and seeds of its own."""
+    return sampling.prompts[-1 - index % len(sampling.prompts)], SEEDS + index
+
+
 def make_videos(
     pipeline: Any, folder: Path, count: int, baseline: Any = None, progress: Progress | None = None
 ) -> tuple[list[Video], list[Video]]:
@@ -115,10 +126,10 @@ def make_videos(
     sampling: Sampling = sampling_of(folder, None, {})
     ours, theirs = list[Video](), list[Video]()
     for i in range(count):
-        prompt = sampling.prompts[i % len(sampling.prompts)]
-        ours.append(make_video(pipeline, prompt, sampling.call, i))
+        prompt, seed = held_out(sampling, i)
+        ours.append(make_video(pipeline, prompt, sampling.call, seed))
         if baseline is not None:
-            theirs.append(make_video(baseline, prompt, sampling.call, i))
+            theirs.append(make_video(baseline, prompt, sampling.call, seed))
         if progress is not None:
             progress("videos", i + 1, count)
     return ours, theirs
@@ -166,8 +177,9 @@ def by_step(logs: list[tuple[Choice, ...]]) -> dict[str, list[list[float | None]
     for number, log in enumerate(logs):
         for c in log:
             at = (c.block, c.step)
-            runs.setdefault(at, {})[number, c.branch] = c.made == SKIPPED
-            if c.made != SKIPPED:
+            if not c.linear:
+                runs.setdefault(at, {})[number, c.branch] = c.made == SKIPPED
+            else:
                 widths.setdefault(at, []).append(BITS[c.made])
 
     def table(of: Callable[[tuple[int, int]], float | None]) -> list[list[float | None]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qkit import __version__, sparse
 from qkit.diffusion.pipeline import copy_rest
+from qkit.diffusion.trajectory import Trajectory
 from qkit.export import compressed_tensors as ct
 from qkit.families.outline import Outline
 from qkit.folder import RECORD, WEIGHT_STEMS, is_pipeline, weights_folder
@@ -41,7 +42,10 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     if is_pipeline(source_folder):
-        copy_rest(source_folder, partial, __version__)
+        trajectory = None if plan.calibration is None else plan.calibration.trajectory
+        sampling = trajectory.sampling if isinstance(trajectory, Trajectory) else None
+        called = None if sampling is None else _json({"call": sampling.call, "prompts": list(sampling.prompts)})
+        copy_rest(source_folder, partial, __version__, called)
         partial = weights_folder(partial)
         partial.mkdir()
     source = _Tensors(plan, outline, job)

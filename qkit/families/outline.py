@@ -21,6 +21,7 @@ from qkit.errors import BadCheckpoint
 from qkit.families import Family
 from qkit.families.discover import build_skeleton, family_of, kind_of
 from qkit.folder import DENOISER
+from qkit.machine import run_dtype
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 ROUTER_REASON = "it routes tokens to experts: small, and an error changes the route"
@@ -65,9 +66,12 @@ class Outline:
         return f"{self._named[owner]}.{leaf}" if owner in self._named else self.family.stored_name(name)
 
     def loaded_dtype(self, name: str) -> torch.dtype:
-        """What a parameter is loaded in: the checkpoint's dtype, but for what diffusers keeps in float32."""
-        kept = getattr(self.model, "_keep_in_fp32_modules", None) or () if self.family.streams else ()
-        return torch.float32 if any(part in kept for part in name.split(".")) else self.dtype
+        """What a parameter outside the blocks is loaded in: the checkpoint's dtype. Of a diffusion transformer what its
+        pipeline samples in, but for what diffusers keeps in float32."""
+        if self.family.streams is None:
+            return self.dtype
+        kept = getattr(self.model, "_keep_in_fp32_modules", None) or ()
+        return torch.float32 if any(part in kept for part in name.split(".")) else run_dtype(self.dtype)
 
     def _towers(self) -> Iterator[BlockSequence]:
         """Of the family's those that this model has, where there are linears in them."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from qkit.diffusion.trajectory import sampling_of
-from qkit.evaluation.video import Video, figures, make_video
+from qkit.evaluation.video import Video, figures, held_out, make_video
 from qkit.loading import load
 from qkit.locate import find_model
 from qkit.pipeline import Request, quantize
@@ -58,7 +58,8 @@ def samples(folder: Path, count: int) -> list[Video]:
     pipeline = load(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     sampling = sampling_of(folder, None, {})
-    return [make_video(pipeline, sampling.prompts[i % len(sampling.prompts)], sampling.call, i) for i in range(count)]
+    chosen = [held_out(sampling, i) for i in range(count)]
+    return [make_video(pipeline, prompt, sampling.call, seed) for prompt, seed in chosen]
 
 
 def main() -> None:
