@@ -196,13 +196,13 @@ def by_step(logs: list[tuple[Choice, ...]]) -> dict[str, list[list[float | None]
 
 
 def judged(ours: list[Video], theirs: list[Video]) -> dict[str, Any]:
-    """Where prompts are those of drawn clips: share of samples whose shape, colour and motion the classifier recognises, in
-    percent, and with a baseline the Frechet distance between its features of both; else nothing."""
+    """Where prompts are those of drawn clips, and the classifier's weights are there: share of samples whose shape, colour and
+    motion it recognises, in percent, and with a baseline the Frechet distance between its features of both; else nothing."""
     from qkit_data import judge
 
     labels = [judge.labels_of(v.prompt) for v in ours]
     known = [x for x in labels if x is not None]
-    if len(known) < len(ours) or not judge.takes(torch.stack([v.frames for v in ours[:1]])):
+    if not judge.FILE.is_file() or len(known) < len(ours) or not judge.takes(torch.stack([v.frames for v in ours[:1]])):
         return {}
     network = judge.load_judge()
     features, right = judge.recognised(network, torch.stack([v.frames for v in ours]), known)
