@@ -7,7 +7,7 @@ import pytest
 import qkit_data
 import torch
 
-from qkit import loading
+from qkit import loading, spill
 from qkit.calibration import calibration_rows
 from qkit.errors import BadInput, Unsupported
 from qkit.formats import ACTIVATION_FORMATS, FORMATS
@@ -16,7 +16,7 @@ from qkit.parallel import workers
 from qkit.pipeline import Request, open_outline
 from qkit.profiling import ProfileRequest, forecast, profile
 from qkit.qtensor import dequantize, find_params, quantize
-from qkit.sensitivity import measures, spill
+from qkit.sensitivity import measures
 from qkit.sensitivity import subject as subject_module
 from qkit.sensitivity.decomposition import decompose, decomposition_file
 from qkit.sensitivity.measures import input_terms
