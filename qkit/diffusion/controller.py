@@ -63,6 +63,8 @@ class _State:
 class Controller:
     """Decides by a ``Policy``. One object for one transformer; not for several threads at once."""
 
+    watches = False  # whether residuals are kept though nothing is skipped
+
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.reset()
@@ -138,8 +140,6 @@ class Controller:
         """The relative change that the block made one step earlier; None if it was skipped or did not run then."""
         state = self.states[self.branch, block]
         return state.change if state.last == self.step - 1 else None
-
-    watches = False  # whether residuals are compared though nothing is skipped
 
     def choose(self, block: int, linear: Told, name: str, x: Tensor) -> str:
         """How the inputs x [.., in] of a linear are to be quantized, a key of ``policy.BITS``."""

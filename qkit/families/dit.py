@@ -21,6 +21,7 @@ _VIDEO_THEN_TEXT = Streams(("hidden_states", "encoder_hidden_states"), ("hidden_
 _TEXT_THEN_VIDEO = Streams(("hidden_states", "encoder_hidden_states"), ("encoder_hidden_states", "hidden_states"))
 
 _FEED_FORWARD = (Group(("ff.net.0.proj",)), Group(("ff.net.2",)))
+_OF_TEXT = (Group(("ff_context.net.0.proj",)), Group(("ff_context.net.2",)))
 _CROSS = (Group(("attn2.to_q",)), Group(("attn2.to_k", "attn2.to_v")), Group(("attn2.to_out.0",), source="attn2.to_v"))
 _SELF = (Group(("attn1.to_q", "attn1.to_k", "attn1.to_v")), Group(("attn1.to_out.0",), source="attn1.to_v"))
 # Joint attention: queries, keys and values of pictures and of texts come from linears of their own.
@@ -62,7 +63,7 @@ HUNYUAN = Family(
     "hunyuan",
     ("HunyuanVideoTransformer3DModel",),
     blocks=("transformer_blocks", "single_transformer_blocks"),
-    groups=(*_JOINT, *_SINGLE, *_FEED_FORWARD, Group(("ff_context.net.0.proj",)), Group(("ff_context.net.2",))),
+    groups=(*_JOINT, *_SINGLE, *_FEED_FORWARD, *_OF_TEXT),
     streams=_VIDEO_THEN_TEXT,
     skips=_SKIPS,
     note="HunyuanVideo",
@@ -86,8 +87,7 @@ SD3 = Family(
         Group(("attn2.to_q", "attn2.to_k", "attn2.to_v")),
         Group(("attn2.to_out.0",), source="attn2.to_v"),
         *_FEED_FORWARD,
-        Group(("ff_context.net.0.proj",)),
-        Group(("ff_context.net.2",)),
+        *_OF_TEXT,
     ),
     streams=_TEXT_THEN_VIDEO,
     skips=_SKIPS,
