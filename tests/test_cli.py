@@ -25,7 +25,7 @@ FLAGS = {
     "samples seed seqlen threads",
     "verify": "job json",
     "eval": "allow-task-code baseline device dtype json kv kv-step limit pairs prompt questions report retrieval task-dir "
-    "tasks text videos window windows",
+    "tasks text vbench-python videos videos-dir window windows",
     "check": "allow-task-code baseline budget device dtype json junit task-dir text",
     "bench": "baseline device dtype figure formats group-size json m model new-tokens prompt-tokens shapes table threads",
     "list": "json",

@@ -19,6 +19,7 @@ from rich.text import Text
 from qkit.errors import UsageError
 from qkit.evaluation import text
 from qkit.evaluation.measure import DTYPES, EvalRequest, jsonable, measure
+from qkit.evaluation.vbench import dimensions_of
 from qkit.kvcache.policy import parse
 from qkit.pairs import QUESTIONS
 from qkit.safefile import write_atomic
@@ -33,7 +34,7 @@ EXAMPLES = 12  # pictures of a report
 @click.option("--text", "texts", multiple=True, help="FILE, NAME=FILE or dataset:NAME[:config][:split][:column].")
 @click.option("--window", default=512, show_default=True, type=click.IntRange(2), help="Tokens per window.")
 @click.option("--windows", default=200, show_default=True, type=click.IntRange(1), help="Windows per text, at most.")
-@click.option("--tasks", help="Tasks of lm-eval or qkit, separated by commas.")
+@click.option("--tasks", help="Tasks of lm-eval or qkit, separated by commas, or vbench:DIMENSION,...")
 @click.option("--limit", type=click.IntRange(1), help="Samples per task, at most.")
 @click.option(
     "--kv", "kv", multiple=True, metavar="POLICY", help="KV caches to compare by decoding: pm-kvq:2, kivi2, int8, ..."
@@ -48,6 +49,8 @@ EXAMPLES = 12  # pictures of a report
 @click.option("--pairs", help="Questions about pictures: drawn, a file of JSON lines, or a folder as for --calib.")
 @click.option("--questions", type=click.IntRange(1), help="Questions of --pairs, at most (default: 500).")
 @click.option("--videos", type=click.IntRange(1), help="Of a diffusion pipeline: prompts and seeds to sample.")
+@click.option("--vbench-python", type=click.Path(path_type=Path), help="The interpreter that VBench is installed for.")
+@click.option("--videos-dir", type=click.Path(path_type=Path), help="Keep the videos that VBench judges there.")
 @click.option(
     "--report",
     "report_file",
@@ -74,6 +77,8 @@ def eval_command(
     pairs: str | None,
     questions: int | None,
     videos: int | None,
+    vbench_python: Path | None,
+    videos_dir: Path | None,
     report_file: Path | None,
     dtype: str,
     device: str,
@@ -93,8 +98,13 @@ def eval_command(
     from qkit.locate import find_model
 
     names = split_names(tasks)
-    if videos and (texts or names or pairs or kv or retrieval):
+    bench = dimensions_of(names)
+    if (videos or bench) and (texts or pairs or kv or retrieval or len(names) > len(bench)):
         raise UsageError("--videos is about diffusion pipelines, and the other measurements are not; leave one out")
+    if not bench and (vbench_python or videos_dir):
+        raise UsageError(
+            "--vbench-python and --videos-dir are about --tasks vbench:..., and there is none; leave them out"
+        )
     if not texts and not videos and (kv or retrieval or not (names or pairs)):
         texts = (str(qkit_data.text_path("evaluation")),)
     if allow_task_code and task_dir is None:
@@ -104,7 +114,7 @@ def eval_command(
         raise UsageError("--prompt is about the caches of --kv, and there is none; leave it out")
     if retrieval and (prompt is not None or kv_step != 1):
         raise UsageError("--prompt and --kv-step are about decoding, and --retrieval takes its place; leave them out")
-    if pairs is None and (questions is not None or (report_file is not None and not videos)):
+    if pairs is None and (questions is not None or (report_file is not None and (bench or not videos))):
         raise UsageError(
             "--questions and --report are about --pairs (or --videos), and there are none; add --pairs drawn"
         )
@@ -126,6 +136,8 @@ def eval_command(
         QUESTIONS if questions is None else questions,
         0 if report_file is None else EXAMPLES,
         videos or 0,
+        vbench_python,
+        videos_dir,
     )
     original = None if baseline is None else find_model(baseline)
     with progress_bar(Console(stderr=True)) as progress:

@@ -14,6 +14,7 @@ import torch
 from qkit.checkpoint import Checkpoint
 from qkit.errors import UsageError
 from qkit.evaluation.text import Progress, evaluate_text, read_text, text_name, tokenize
+from qkit.evaluation.vbench import Bench, dimensions_of, evaluate_vbench
 from qkit.families.discover import DECLARED
 from qkit.folder import PIPELINE_INDEX, is_pipeline, weights_folder
 from qkit.kvcache.policy import Policy
@@ -28,7 +29,7 @@ class EvalRequest:
     policies, compared by decoding the texts, ``step`` tokens at a time after a ``prompt`` (None: half a window), or by
     ``retrieval`` from them, beside a plain cache. ``pairs``: questions about pictures, as for ``evaluate_pairs``, so many
     ``questions`` at most; with ``examples`` of them answered in words. ``videos``: of a diffusion pipeline, how many it is to
-    make."""
+    make, and with ``vbench_python`` VBench's interpreter for tasks of VBench, whose videos ``videos_dir`` keeps."""
 
     texts: Sequence[Path | str] = ()
     window: int = 512
@@ -47,6 +48,8 @@ class EvalRequest:
     questions: int = QUESTIONS
     examples: int = 0
     videos: int = 0
+    vbench_python: Path | None = None
+    videos_dir: Path | None = None
 
 
 def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Progress | None = None) -> dict[str, Any]:
@@ -69,6 +72,9 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
         "window": request.window,
         "size": sizes(out, baseline),
     }
+    dimensions = dimensions_of(request.tasks)
+    if dimensions:
+        return measured | _vbench(out, baseline, dimensions, request, progress)
     if request.videos:
         return measured | _videos(out, baseline, request, progress)
     if not request.texts and not request.tasks and request.pairs is None:
@@ -101,20 +107,43 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
 def _videos(out: Path, baseline: Path | None, request: EvalRequest, progress: Progress | None) -> dict[str, Any]:
     """{"videos": figures, "samples": (ours, theirs) of request.examples of them}"""
     from qkit.evaluation.video import figures, make_videos
-    from qkit.loading import load
 
-    for folder in (out, *([] if baseline is None else [baseline])):
-        if not is_pipeline(folder):
-            raise UsageError(f"{folder}: --videos is for diffusion pipelines, folders with a {PIPELINE_INDEX}")
-    _check_device(request.device)
-    pipes = [
-        None if f is None else load(f, dtype=DTYPES[request.dtype], device=request.device) for f in (out, baseline)
-    ]
-    for pipe in pipes:
-        if pipe is not None:
-            pipe.set_progress_bar_config(disable=True)
+    _check_pipelines(out, baseline, request)
+    pipes = [None if f is None else _pipeline(f, request) for f in (out, baseline)]
     ours, theirs = make_videos(pipes[0], out, request.videos, pipes[1], progress)
     return {"videos": figures(ours, theirs), "samples": (ours[: request.examples], theirs[: request.examples])}
+
+
+def _vbench(
+    out: Path, baseline: Path | None, dimensions: list[str], request: EvalRequest, progress: Progress | None
+) -> dict[str, Any]:
+    """{"tasks", "baseline_tasks"} as of other tasks."""
+    if request.vbench_python is None:
+        raise UsageError(
+            f"--tasks {request.tasks[0]}: give --vbench-python, an interpreter that VBench is installed for"
+        )
+    _check_pipelines(out, baseline, request)
+    bench = Bench(dimensions, request.vbench_python, request.videos, request.limit, request.videos_dir, request.device)
+    folders = {"model": out} | ({} if baseline is None else {"baseline": baseline})
+    ours, *theirs = evaluate_vbench(
+        [(n, f, partial(_pipeline, f, request)) for n, f in folders.items()], bench, progress
+    )
+    return _compared(ours, theirs[0] if theirs else {})
+
+
+def _check_pipelines(out: Path, baseline: Path | None, request: EvalRequest) -> None:
+    for folder in (out, *([] if baseline is None else [baseline])):
+        if not is_pipeline(folder):
+            raise UsageError(f"{folder}: videos are made by diffusion pipelines, folders with a {PIPELINE_INDEX}")
+    _check_device(request.device)
+
+
+def _pipeline(folder: Path, request: EvalRequest) -> Any:
+    from qkit.loading import load
+
+    pipeline = load(folder, dtype=DTYPES[request.dtype], device=request.device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _caches(model: Any, tokenizer: Any, request: EvalRequest, progress: Progress | None) -> dict[str, Any]:
@@ -194,11 +223,16 @@ def sizes(out: Path, baseline: Path | None) -> dict[str, int]:
 def _tasks(
     model: Any, original: Any, tokenizer: Any, request: EvalRequest, processor: Callable[[], Any] | None
 ) -> dict[str, Any]:
-    from qkit.evaluation.harness import paired_change, run_tasks
+    from qkit.evaluation.harness import run_tasks
 
     arguments = (tokenizer, request.tasks, request.limit, request.allow_task_code, request.task_dir, processor)
-    ours = run_tasks(model, *arguments)
-    theirs = {} if original is None else run_tasks(original, *arguments)
+    return _compared(run_tasks(model, *arguments), {} if original is None else run_tasks(original, *arguments))
+
+
+def _compared(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """{"tasks", "baseline_tasks"} with paired changes in the place of the values of samples."""
+    from qkit.evaluation.harness import paired_change
+
     for task, entry in ours.items():
         for name, figures in entry["metrics"].items():
             before = theirs.get(task, {}).get("metrics", {}).get(name)
