@@ -44,6 +44,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _are_gains(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_number(g) and 0 <= g <= 2 for g in value)
+
+
 _POLICY: Fields = {
     "kind": (lambda v: v in ("dmpq", "static"), "dmpq or static"),
     "fits": (lambda v: isinstance(v, dict), "an object of layers"),
@@ -52,6 +56,7 @@ _POLICY: Fields = {
     "purify": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
     "most": (lambda v: is_int(v) and v <= 2, "0 to 2"),
     "computed": (lambda v: isinstance(v, list), "a list of steps"),
+    "gains": (lambda v: isinstance(v, dict) and all(map(_are_gains, v.values())), "lists of numbers by step"),
     "steps": (is_int, "a number"),
 }
 

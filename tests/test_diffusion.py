@@ -256,6 +256,7 @@ def test_half_precision_is_calibrated(tmp_path: Path, run: Any) -> None:
         ({"most": 10**9}, "most"),
         ({"fits": {"nowhere": [0.0, 1.0]}}, "is no quantized linear"),
         ({"computed": [7], "steps": 6}, "expected steps below 6"),
+        ({"gains": {"3": [1.0, 70.0]}}, "gains"),
     ],
 )
 def test_verify_looks_at_the_policy(packed: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:

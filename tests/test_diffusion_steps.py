@@ -26,7 +26,7 @@ from qkit.activations import quantize_activations, token_scale
 from qkit.blocks import Streams
 from qkit.diffusion.clock import Clock, time_of
 from qkit.diffusion.controller import SKIPPED, Controller, attach
-from qkit.diffusion.fitting import Observer, Seen, fit, least_squares, skips_of
+from qkit.diffusion.fitting import Observer, Seen, fit, least_squares, schedule_gains, skips_of
 from qkit.diffusion.int8 import exact_product, exact_view, row_view
 from qkit.diffusion.policy import Asked, Policy
 from qkit.diffusion.schedule import best_groups, group_costs
@@ -466,11 +466,34 @@ def test_the_best_groups_are_those_of_an_exhaustive_search() -> None:
         best_groups(costs, 2)
 
 
+def test_a_residual_that_only_grows_is_reused_without_error() -> None:
+    """Residuals of two blocks are multiples of the last computed ones: the gains are those multiples, and the run is the full
+    one, where without gains it is not."""
+    growth = [dict(zip(TIMES, [1 + rate * s for s in range(20)], strict=True)) for rate in (0.05, -0.03)]
+    changes = [lambda h, t, g=g: torch.full_like(h, 0.3 * g[t]) for g in growth]
+    computed = tuple(s for s in range(20) if s % 3 == 0)
+    residuals = {
+        (0, 0, b): {s: torch.full((5,), 0.3 * g[t]) for s, t in enumerate(TIMES)} for b, g in enumerate(growth)
+    }
+    gains = schedule_gains(residuals, computed, 20)
+    assert set(gains) == set(range(20)) - set(computed) and gains[4][0] == pytest.approx(1.2 / 1.15, abs=1e-6)
+    policy = Policy({}, -math.inf, computed=computed, steps=20, gains=gains)
+    assert Policy.from_json(json.loads(json.dumps(policy.to_json()))) == policy
+    x, full = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(3)), Toy(*changes)
+    expected = torch.stack(run(full, x, TIMES))
+
+    def error(p: Policy) -> float:
+        return float((torch.stack(run(controlled(p, *changes)[0], x, TIMES)) - expected).abs().max())
+
+    assert error(policy) < 1e-5 < 1e-2 < error(replace(policy, gains={}))
+
+
 def test_a_schedule_is_followed_and_does_not_stretch(folder: Path, tmp_path: Path) -> None:
     policy = {"width": 6.0, "skips": 0.34, "cache": "schedule"}
     assert quantize(Request(model=str(folder), scheme="6bit", policy=policy, samples=8), tmp_path / "out", Quiet()).ok
     recorded = json.loads((tmp_path / "out" / "transformer" / "qkit.json").read_text())["diffusion"]
     assert recorded["steps"] == 6 and len(recorded["computed"]) == 4 and recorded["computed"][0] == 0
+    assert {int(s) for s in recorded["gains"]} == set(range(6)) - set(recorded["computed"])
     found, steps = latents(tmp_path / "out")
     assert steps is not None and found.isfinite().all() and steps.skipped == pytest.approx(1 / 3)
     assert {c.step for c in steps.log if c.made == SKIPPED} == set(range(6)) - set(recorded["computed"])

@@ -122,6 +122,12 @@ class Controller:
         self.log.append(Choice(self.step, self.branch, block, "", SKIPPED))
         return True
 
+    def reused(self, block: int, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The residual of a block that is skipped, by stream, float32."""
+        gains = self.policy.gains.get(self.step, ())
+        gain = gains[block] if block < len(gains) else 1.0
+        return {n: d if gain == 1.0 else gain * d for n, d in self.state(block, given).deltas.items()}
+
     def ran(self, block: int, given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
         """The block was run: of its inputs it made these outputs, by stream."""
         state = self.state(block, given)
@@ -192,7 +198,7 @@ class Stepped(nn.Module):
         given = {name: bound[name] for name in self.streams.names}
         c, alone = self.controller, len(self.streams.returns) == 1
         if c.skips(self.index, given):
-            deltas = c.state(self.index, given).deltas
+            deltas = c.reused(self.index, given)
             made = [
                 (given[n].float() + deltas[n]).to(given[n].dtype) if n in deltas else None for n in self.streams.returns
             ]

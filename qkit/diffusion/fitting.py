@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,7 +106,8 @@ def fit(seen: Observer, asked: Asked) -> Fit:
     if asked.skips and asked.cache == "schedule":
         computed, steps = _schedule(seen, asked.skips)
         if len(computed) < steps:
-            policy = replace(policy, computed=computed, steps=steps, purify=asked.purify)
+            gains = schedule_gains(seen.residuals, computed, steps)
+            policy = replace(policy, computed=computed, steps=steps, purify=asked.purify, gains=gains)
         skipped = {key: set(r) - set(computed) for key, r in seen.residuals.items()}
     else:
         tau = _tau(seen, asked.skips) if asked.skips else 0.0
@@ -155,6 +157,27 @@ def _schedule(seen: Observer, share: float) -> tuple[tuple[int, ...], int]:
     costs[: WARM_UP - 1, WARM_UP - 1 :] = math.inf  # the first steps are computed
     groups = max(WARM_UP - 1 + math.ceil((steps - WARM_UP + 1) / LONGEST), steps - int(steps * share))
     return best_groups(costs, groups), steps
+
+
+def schedule_gains(
+    residuals: Mapping[tuple[int, int, int], Mapping[int, Tensor]], computed: Sequence[int], steps: int
+) -> dict[int, tuple[float, ...]]:
+    """By skipped step, and by block, the least-squares factor from the residual that is reused to the one that would have been
+    computed, over runs and branches.
+
+    CacheQuant (arXiv 2503.01323, decoupled error correction) fits a factor and an offset for every channel; on tiny-video
+    that was no better than one factor for all, which is as small as a number can be.
+    """
+    blocks = 1 + max(block for _, _, block in residuals)
+    sums = torch.zeros(2, steps, blocks, dtype=torch.float64)
+    for (_, _, block), kept in residuals.items():
+        for step in set(kept) - set(computed):
+            reused = kept.get(max(s for s in computed if s < step))
+            if reused is not None:
+                sums[0, step, block] += float((reused.double() * kept[step].double()).sum())
+                sums[1, step, block] += float(reused.double().square().sum())
+    gains = torch.where(sums[1] > 0, sums[0] / sums[1].clamp_min(1e-300), 1.0).clamp(0, 2)
+    return {s: tuple(round(g, 6) for g in gains[s].tolist()) for s in range(steps) if s not in computed}
 
 
 def _tau(seen: Observer, share: float) -> float:

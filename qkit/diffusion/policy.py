@@ -12,7 +12,7 @@ both thresholds from calibration, so that a mean width and a share of skipped bl
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -55,6 +55,7 @@ class Policy:
     most:      skips in a row, at the most
     purify, kind: as in ``Asked``
     computed:  steps at which blocks are run, of ``steps`` in all, where that is decided beforehand; else none
+    gains:     by step that is not computed, and by block, what the residual is multiplied by before it is reused
     """
 
     fits: dict[str, tuple[float, float]]
@@ -65,6 +66,7 @@ class Policy:
     kind: str = "dmpq"
     computed: tuple[int, ...] = ()
     steps: int = 0
+    gains: dict[int, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def caches(self) -> bool:
@@ -80,7 +82,8 @@ class Policy:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary; infinities are words."""
-        return {**asdict(self), "threshold": _said(self.threshold), "tau": _said(self.tau)}
+        gains = {str(step): list(row) for step, row in self.gains.items()}
+        return {**asdict(self), "threshold": _said(self.threshold), "tau": _said(self.tau), "gains": gains}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Policy:
@@ -92,8 +95,9 @@ class Policy:
             raise ValueError("a threshold is not a number")
         threshold, tau, purify = (float(data[k]) for k in ("threshold", "tau", "purify"))
         computed = tuple(int(s) for s in data.get("computed", ()))
+        gains = {int(step): tuple(float(g) for g in row) for step, row in data.get("gains", {}).items()}
         return Policy(
-            fits, threshold, tau, int(data["most"]), purify, data["kind"], computed, int(data.get("steps", 0))
+            fits, threshold, tau, int(data["most"]), purify, data["kind"], computed, int(data.get("steps", 0)), gains
         )
 
 
