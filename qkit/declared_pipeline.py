@@ -49,7 +49,7 @@ def _are_gains(value: Any) -> bool:
 
 
 _POLICY: Fields = {
-    "kind": (lambda v: v in ("dmpq", "static"), "dmpq or static"),
+    "kind": (lambda v: v in ("dmpq", "static", "decoupled"), "dmpq, static or decoupled"),
     "fits": (lambda v: isinstance(v, dict), "an object of layers"),
     "threshold": (lambda v: v in ("inf", "-inf") or _is_number(v), "a number"),
     "tau": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),

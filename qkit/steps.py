@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qkit.allocation.decoupled import PICKED, Fixed, allocate
 from qkit.diffusion.controller import attach
 from qkit.diffusion.fitting import PROMPTS, Observer, fit
 from qkit.diffusion.pipeline import load_pipeline
@@ -43,7 +44,16 @@ def decide_steps(plan: Plan, outline: Outline, packed: Path, progress: Progress)
         observer.reset()
         sample(pipeline, prompts[number % len(prompts)], trajectory.sampling.call, seed)
         progress.step()
-    found = fit(observer, Asked(**plan.policy))
+    asked, chosen = Asked(**plan.policy), None
+    if asked.kind == "decoupled":
+        fixed, again = Fixed(), load_pipeline(packed, trajectory.dtype, "cpu")
+        again.set_progress_bar_config(disable=True)
+        attach(getattr(again, DENOISER), fixed, [b.path for b in outline.blocks], outline.family.streams)
+        linears = list(dict.fromkeys(s.linear for s in observer.seen))
+        further = range(PROMPTS, PROMPTS + PICKED)
+        samples = [(prompts[i % len(prompts)], _SEEDS + trajectory.seed + i) for i in further]
+        chosen = allocate(again, fixed, linears, samples, trajectory.sampling.call, asked.width, progress)
+    found = fit(observer, asked, chosen)
     file = weights_folder(packed) / RECORD
     record: dict[str, Any] = json.loads(file.read_bytes())
     record[ENTRY] = {**found.policy.to_json(), "asked": plan.policy, "fit": found.to_json()}

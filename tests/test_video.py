@@ -113,7 +113,7 @@ def test_eval_of_a_pipeline(run, tmp_path: Path) -> None:
     assert len(found["latent_errors"]) == 4 and found["latent_errors"][0] == 0 and found["nonfinite"] == 0
     assert json.loads(report.read_text())["size"]["bytes"] < json.loads(report.read_text())["size"]["baseline_bytes"]
     code, _, err = run("eval", "tiny-llama", "--videos", 3)
-    assert code == 2 and "is for diffusion pipelines" in err
+    assert code == 2 and "made by diffusion pipelines" in err
     code, _, err = run("eval", tmp_path / "out", "--videos", 3, "--text", "a.txt")
     assert code == 2 and "leave one out" in err
 

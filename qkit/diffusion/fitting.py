@@ -91,8 +91,8 @@ class Fit:
         return {"pearson": rounded, "pairs": self.pairs, "expected": self.expected}
 
 
-def fit(seen: Observer, asked: Asked) -> Fit:
-    """The policy that the observed runs ask for."""
+def fit(seen: Observer, asked: Asked, chosen: Mapping[str, str] | None = None) -> Fit:
+    """The policy that the observed runs ask for. chosen: NARROW or WIDE by linear, where that is decided already."""
     pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for s in seen.seen:
         if s.change is not None:
@@ -113,6 +113,9 @@ def fit(seen: Observer, asked: Asked) -> Fit:
         tau = _tau(seen, asked.skips) if asked.skips else 0.0
         policy = replace(policy, tau=tau, purify=asked.purify if tau else 0.0)
         skipped = {key: skips_of(r, tau) for key, r in seen.residuals.items()}
+    if chosen is not None:
+        fits = {name: (0.0, 0.0 if chosen[name] == NARROW else 1.0) for name in fits}
+        policy = replace(policy, fits=fits, threshold=0.5)
     threshold, width = _threshold(seen, policy, skipped, asked.width)
     share = sum(map(len, skipped.values())) / max(1, sum(map(len, seen.residuals.values())))
     expected = {"skips": round(share, 4), "width": round(width, 4)}
@@ -195,8 +198,9 @@ def _tau(seen: Observer, share: float) -> float:
 def _threshold(
     seen: Observer, policy: Policy, skipped: dict[tuple[int, int, int], set[int]], width: float
 ) -> tuple[float, float]:
-    """(threshold, mean width that it comes to): below it lie as many predictions as may be NVFP4 for that width. Inputs with
-    outliers are in 16 bits where a cache is, and runs that follow a skip in INT8."""
+    """(threshold, mean width that it comes to): the policy's own threshold if it is finite; else below it lie as many
+    predictions as may be NVFP4 for that width. Inputs with outliers are in 16 bits where a cache is, and runs that follow a
+    skip in INT8."""
     predicted, count, pure = [], 0, 0
     for s in seen.seen:
         skips = skipped[s.run, s.branch, s.block]
@@ -210,10 +214,11 @@ def _threshold(
         if expected is not None:
             predicted.append(expected)
     predicted.sort()
-    narrow = min(
-        max(0, round((BITS[WIDE] * count + (BITS[PURE] - BITS[WIDE]) * pure - width * count) / 4)), len(predicted)
-    )
-    reached = (BITS[WIDE] * (count - pure - narrow) + BITS[PURE] * pure + BITS[NARROW] * narrow) / max(1, count)
-    if narrow == 0:
-        return -math.inf, reached
-    return (math.inf if narrow == count else predicted[narrow - 1]), reached
+    threshold = policy.threshold
+    if not math.isfinite(threshold):
+        spare = BITS[WIDE] * count + (BITS[PURE] - BITS[WIDE]) * pure - width * count
+        narrow = min(max(0, round(spare / (BITS[WIDE] - BITS[NARROW]))), len(predicted))
+        threshold = -math.inf if narrow == 0 else math.inf if narrow == count else predicted[narrow - 1]
+    narrow = sum(p <= threshold for p in predicted)
+    reached = BITS[WIDE] * (count - pure - narrow) + BITS[PURE] * pure + BITS[NARROW] * narrow
+    return threshold, reached / max(1, count)

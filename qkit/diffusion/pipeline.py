@@ -10,6 +10,8 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +135,34 @@ def reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What diffusers and transformers say about the ordinary is not said: bars of loading, hints, rounded arguments."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    logs: tuple[Any, ...] = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(log.is_progress_bar_enabled(), log.get_verbosity()) for log in logs]
+    try:
+        for log in logs:
+            log.disable_progress_bar()
+            log.set_verbosity_error()
+        yield
+    finally:
+        for log, (bars, verbosity) in zip(logs, before, strict=True):
+            log.set_verbosity(verbosity)
+            if bars:
+                log.enable_progress_bar()
+
+
 def load_pipeline(folder: Path, dtype: Any, device: str) -> Any:
     """A diffusers pipeline whose quantized linears stay packed; text encoders and VAE in ``dtype`` too."""
     from diffusers import DiffusionPipeline
 
     check_pipeline(folder)
     try:
-        found = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+        with quiet():
+            found = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
     except (
         OSError,
         ValueError,
@@ -158,5 +181,8 @@ def load_denoiser(folder: Path, name: str, dtype: Any, device: str) -> Any:
     """A diffusion transformer in eval mode. name: its class in diffusers."""
     import diffusers
 
-    found = getattr(diffusers, name).from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    with quiet():
+        found = getattr(diffusers, name).from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
     return found.eval().to(device)

@@ -28,7 +28,8 @@ OUTLIERS = 25.0  # max |x| / mean |x| from which inputs are left as they are on 
 class Asked(BaseModel):
     """A policy as recipes have it.
 
-    kind: dmpq: precision by step; static: every linear has one for all steps, those with the least error NVFP4
+    kind: dmpq: precision by step; static: every linear has one for all steps, those with the least error NVFP4; decoupled: one
+          for all steps too, by what each does to samples (``allocation.decoupled``)
     width: mean bits of inputs over all (step, linear) that are computed, 4 (all NVFP4) to 8 (all INT8)
     skips: share of the runs of blocks that the cache is to save; 0: no cache
     purify: ratio of Eq. 12; 0: never
@@ -37,7 +38,7 @@ class Asked(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    kind: Literal["dmpq", "static"] = "dmpq"
+    kind: Literal["dmpq", "static", "decoupled"] = "dmpq"
     width: float = Field(default=6.0, ge=4.0, le=8.0)
     skips: float = Field(default=0.25, ge=0.0, le=0.6)
     purify: float = Field(default=OUTLIERS, ge=0.0)
@@ -75,7 +76,7 @@ class Policy:
 
     def predicted(self, linear: str, change: float | None) -> float | None:
         """The error that NVFP4 inputs are expected to make; None where nothing is known: the block did not run before."""
-        if linear not in self.fits or (change is None and self.kind != "static"):
+        if linear not in self.fits or (change is None and self.kind == "dmpq"):
             return None
         slope, offset = self.fits[linear]
         return slope * (change or 0.0) + offset

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qkit.calls import mapped
 from qkit.diffusion.clock import Clock
-from qkit.diffusion.pipeline import SAMPLING, load_pipeline, reason
+from qkit.diffusion.pipeline import SAMPLING, load_pipeline, quiet, reason
 from qkit.errors import BadCalibration, UsageError
 from qkit.folder import DENOISER, contained, load_json
 from qkit.safefile import shown
@@ -201,7 +201,7 @@ def sample(pipeline: Any, prompt: str, call: dict[str, Any], seed: int, keep: _K
     output = "np" if "class_labels" in known else "latent"
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), quiet():
             pipeline(
                 **subject(pipeline, prompt), **call, generator=torch.Generator().manual_seed(seed), output_type=output
             )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qkit.diffusion.clock import Clock
 from qkit.diffusion.controller import SKIPPED, Choice
+from qkit.diffusion.pipeline import quiet
 from qkit.diffusion.policy import BITS, mean_width
 from qkit.diffusion.trajectory import Sampling, sampling_of, subject
 from qkit.folder import DENOISER
@@ -64,7 +65,7 @@ def make_video(pipeline: Any, prompt: str, call: dict[str, Any], seed: int) -> V
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
     began = time.perf_counter()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), quiet():
             generator = torch.Generator().manual_seed(seed)
             made = pipeline(**subject(pipeline, prompt), **call, generator=generator, output_type="np")
     finally:

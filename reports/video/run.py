@@ -4,6 +4,8 @@
 
 LINES gets one line per run and runs that are there are left out: a stopped report goes on. Original and quantized samples share
 prompts and seeds; the original's are made once. reports/video/NAME.json gets the table, with 95 % intervals over samples.
+Modelled: "operations", multiply-adds of linears in blocks times bits of both sides, and "traffic", bytes of weights that one
+sample reads, both as shares of the original's in 16 bits.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import argparse
 import json
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qkit.diffusion.policy import BITS
 from qkit.diffusion.trajectory import sampling_of
 from qkit.evaluation.video import Video, figures, held_out, make_video
 from qkit.loading import load
@@ -33,11 +37,20 @@ RUNS: dict[str, dict[str, Any]] = {
     "NVFP4 weights, INT8 inputs": {"scheme": "nvfp4a8", "method": "gptq"},
     "NVFP4": {"scheme": "nvfp4", "method": "gptq"},
     **{
-        f"{kind}, {width} bits": {"scheme": "6bit", "method": "gptq", "policy": {"kind": kind, "width": width, "skips": 0}}
+        f"{kind}, {width} bits": {
+            "scheme": "6bit",
+            "method": "gptq",
+            "policy": {"kind": kind, "width": width, "skips": 0},
+        }
         for width in (5, 6, 7)
-        for kind in ("static", "dmpq")
+        for kind in ("static", "decoupled", "dmpq")
     },
     "dmpq, 6 bits, cache": {"scheme": "6bit", "method": "gptq", "policy": {"width": 6, "skips": 0.25}},
+    "dmpq, 6 bits, schedule": {
+        "scheme": "6bit",
+        "method": "gptq",
+        "policy": {"width": 6, "skips": 0.25, "cache": "schedule"},
+    },
     "dmpq, 6 bits, Hadamard": {"scheme": "6bit", "method": "hadamard+gptq", "policy": {"width": 6, "skips": 0}},
     "INT8 inputs, cache": {"scheme": "6bit", "method": "gptq", "policy": {"width": 8, "skips": 0.25}},
 }
@@ -62,6 +75,51 @@ def samples(folder: Path, count: int) -> list[Video]:
     return [make_video(pipeline, prompt, sampling.call, seed) for prompt, seed in chosen]
 
 
+def modelled(model: Path, out: Path, record: dict[str, Any], made: list[Video]) -> dict[str, float]:
+    """{"bytes", "operations", "traffic"}: see above. Multiply-adds by linear are counted in one sample of the original."""
+    sizes = [weights.stat().st_size for weights in map(_weights, (model, out))]
+    bits = {name: _bits(entry) for name, entry in record["linears"].items()}
+    macs = dict.fromkeys(bits, 0)
+    pipeline = load(model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def count(name: str) -> Any:
+        def hook(module: Any, args: Any, _: Any) -> None:
+            macs[name] += args[0].numel() * module.out_features
+
+        return hook
+
+    for name in bits:
+        pipeline.transformer.get_submodule(name).register_forward_hook(count(name))
+    sampling = sampling_of(model, None, {})
+    make_video(pipeline, sampling.prompts[0], sampling.call, 0)
+    whole = 256 * sum(macs.values())
+    calls = sampling.call["num_inference_steps"] * 2  # guidance
+    operations, computed = [], []
+    for video in made:
+        chosen = [(c.linear, BITS[c.made]) for c in video.log if c.linear]
+        if chosen:
+            operations.append(sum(macs[n] / calls * bits[n][0] * b for n, b in chosen) / whole)
+        else:
+            operations.append(sum(macs[n] * w * a for n, (w, a) in bits.items()) / whole)
+        computed.append(1.0 if video.skipped != video.skipped else 1 - video.skipped)
+    return {
+        "bytes": sizes[1],
+        "operations": round(sum(operations) / len(operations), 4),
+        "traffic": round(sizes[1] / sizes[0] * sum(computed) / len(computed), 4),
+    }
+
+
+def _weights(folder: Path) -> Path:
+    return folder / "transformer" / "diffusion_pytorch_model.safetensors"
+
+
+def _bits(entry: dict[str, Any]) -> tuple[int, int]:
+    """(bits of the weight, of the inputs)"""
+    activations = entry["activations"]
+    return entry["format"]["bits"], 16 if activations is None else activations["bits"]
+
+
 def main() -> None:
     """All runs that are not there yet, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,17 +137,28 @@ def main() -> None:
     for name, given in RUNS.items():
         if name in done:
             continue
-        out = work / "out"
+        out, began = work / "out", time.perf_counter()
         quantize(Request(str(model), samples=args.samples, **given), out, Silent())
         record = json.loads((out / "transformer" / "qkit.json").read_text())
-        size = (out / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
-        line = {"run": name, "bytes": size, **figures(samples(out, args.videos), original), "policy": record.get("diffusion")}
+        took, made = time.perf_counter() - began, samples(out, args.videos)
+        line = {
+            "run": name, "quantize_seconds": round(took, 1), **modelled(model, out, record, made),
+            **figures(made, original), "policy": record.get("diffusion"),
+        }  # fmt: skip
         shutil.rmtree(out)
         shutil.rmtree(work / "out.job")
         lines.append(line)
         with args.lines.open("a") as f:
             f.write(json.dumps(line) + "\n")
-        print(name, line["latent_error"], line["psnr"], line.get("recognised"), line.get("width"), line.get("skipped"), flush=True)
+        print(
+            name,
+            line["latent_error"],
+            line["psnr"],
+            line.get("recognised"),
+            line.get("width"),
+            line.get("skipped"),
+            flush=True,
+        )
     table = {"videos": args.videos, "original": figures(original, []), "rows": lines}
     Path(__file__).with_name(f"{args.name}.json").write_text(json.dumps(table, indent=1) + "\n")
 

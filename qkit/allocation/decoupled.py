@@ -1,0 +1,145 @@
+"""Which linears of a diffusion transformer have NVFP4 inputs at all steps: MixDQ (arXiv 2405.17873, sections 3.3 and 3.4).
+
+Linears that shape what a sample shows (feed-forward, cross-attention) are judged by what becomes of the sample, SSIM of its
+frames; all others by the noise in what the transformer gives, SQNR of its outputs for the same inputs. The two are never put on
+one scale: each group has an integer program of its own, for several ways to share the budget out between them, and of the
+resulting configurations that one is taken whose samples are nearest to those of inputs as they are.
+
+Ours: widths are 4 (NVFP4) and 8 (INT8), both measured; two prompts for the scores and PICKED for the pick (MixDQ: 32, and one);
+every linear counts the same in the mean width, as in the log of a run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.allocation.knapsack import Choice, solve
+from qkit.diffusion.controller import Controller, Told
+from qkit.diffusion.policy import BITS, NARROW, PURE, WIDE, Policy
+from qkit.evaluation.video import make_video, ssim
+from qkit.folder import DENOISER
+from qkit.run import Progress
+
+PROMPTS, PICKED = 2, 4
+SPLITS = 10  # ratios of the mean widths of both groups, from 0.46 to 1.36: MixDQ's
+RATIOS = (0.46, 1.36)
+EVERY = 4  # calls of the transformer of which one is kept for its outputs
+_CONTENT = ("ff", "attn2")  # in the name of a linear
+
+
+class Fixed(Controller):
+    """Inputs as ``made`` says of a linear, others as they are."""
+
+    def __init__(self) -> None:
+        self.made: Mapping[str, str] = {}
+        super().__init__(Policy({}, -math.inf))
+
+    def choose(self, block: int, linear: Told, name: str, x: Tensor) -> str:
+        """By name."""
+        return self.made.get(name, PURE)
+
+
+def is_content(name: str) -> bool:
+    """Whether a linear is judged by what samples show."""
+    return any(part in name for part in _CONTENT)
+
+
+def allocate(
+    pipeline: Any,
+    controller: Fixed,
+    linears: Sequence[str],
+    samples: Sequence[tuple[str, int]],
+    call: dict[str, Any],
+    width: float,
+    progress: Progress,
+) -> dict[str, str]:
+    """NARROW or WIDE for every linear, at most ``width`` bits on average.
+
+    pipeline: packed, with ``controller`` attached; samples: (prompt, seed), PICKED or more of them
+    """
+    model = getattr(pipeline, DENOISER)
+    calls: list[dict[str, Any]] = []
+    signature, seen = inspect.signature(model.forward), [0]
+
+    def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if seen[0] % EVERY == 0:
+            calls.append(dict(signature.bind(*args, **kwargs).arguments))
+        seen[0] += 1
+
+    controller.made = {}
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        true = [make_video(pipeline, prompt, call, seed).frames for prompt, seed in samples[:PROMPTS]]
+    finally:
+        handle.remove()
+    outputs = [_output(model, controller, c) for c in calls]
+    progress.start("score inputs of linears", 2 * len(linears))
+    scores: dict[str, dict[str, float]] = {}
+    for name in linears:
+        scores[name] = {}
+        for made in (NARROW, WIDE):
+            controller.made = {name: made}
+            if is_content(name):
+                found = [make_video(pipeline, p, call, s).frames for p, s in samples[:PROMPTS]]
+                scores[name][made] = sum(map(ssim, found, true)) / len(true)
+            else:
+                scores[name][made] = sqnr([_output(model, controller, c) for c in calls], outputs)
+            progress.step()
+    found_splits = splits(scores, width)
+    controller.made = {}
+    best = [make_video(pipeline, p, call, s).frames for p, s in samples[:PICKED]]
+
+    def distance(made: dict[str, str]) -> float:
+        controller.made = made
+        frames = [make_video(pipeline, p, call, s).frames for p, s in samples[:PICKED]]
+        return sum(float((a - b).square().mean()) for a, b in zip(frames, best, strict=True))
+
+    return min(found_splits, key=distance)
+
+
+def splits(scores: Mapping[str, Mapping[str, float]], width: float) -> list[dict[str, str]]:
+    """The configurations of all shares of the budget, each the best of its share, without repetitions.
+
+    scores: by linear and NARROW or WIDE, the higher the better
+    """
+    content = [n for n in scores if is_content(n)]
+    others = [n for n in scores if not is_content(n)]
+    if not content or not others:
+        return [best_of(scores, list(scores), width)]
+    share, found = len(content) / len(others), list[dict[str, str]]()
+    for i in range(SPLITS):
+        ratio = RATIOS[0] + (RATIOS[1] - RATIOS[0]) * i / (SPLITS - 1)
+        quality = width * (1 + share) / (ratio * share + 1)
+        if all(BITS[NARROW] <= w <= BITS[WIDE] for w in (quality, ratio * quality)):
+            made = best_of(scores, content, ratio * quality) | best_of(scores, others, quality)
+            if made not in found:
+                found.append(made)
+    return found or [best_of(scores, content, width) | best_of(scores, others, width)]
+
+
+def best_of(scores: Mapping[str, Mapping[str, float]], names: Sequence[str], width: float) -> dict[str, str]:
+    """The choice for these linears with the highest sum of scores, at most ``width`` bits on average: an integer program."""
+    units = [[Choice(made, -scores[n][made], {"bits": BITS[made]}) for made in (NARROW, WIDE)] for n in names]
+    solution = solve(units, {"bits": int(width * len(names) + 1e-9)})
+    return {name: unit[i].name for name, unit, i in zip(names, units, solution.picks, strict=True)}
+
+
+def sqnr(found: Sequence[Tensor], true: Sequence[Tensor]) -> float:
+    """Signal to quantization noise over all tensors, dB, at most 100."""
+    noise = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, true, strict=True))
+    signal = sum(float(b.double().square().sum()) for b in true)
+    return min(100.0, 10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30)))
+
+
+def _output(model: Any, controller: Controller, call: dict[str, Any]) -> Tensor:
+    controller.reset()
+    with torch.inference_mode():
+        out = model(**{**call, "return_dict": False})[0]
+    made: Tensor = out.float()
+    return made
