@@ -152,13 +152,7 @@ def main() -> None:
                 with args.lines.open("a") as f:
                     f.write(json.dumps(lines[-1]) + "\n")
                 accuracy = 100 * sum(lines[-1]["right"]) / len(lines[-1]["right"])
-                print(
-                    setting,
-                    method,
-                    seed,
-                    f"{accuracy:.2f} %",
-                    f"KL {sum(lines[-1]['kl']) / sum(lines[-1]['tokens']):.4f}",
-                )
+                print(setting, method, seed, f"{accuracy:.2f} %", f"KL {sum(lines[-1]['kl']) / sum(lines[-1]['tokens']):.4f}")
     result = {"questions": args.questions, "imbalance": imbalance(model, args.samples), **table(lines)}
     Path(__file__).with_name(f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
