@@ -6,6 +6,7 @@ report = quantize(Request(model="tiny-llama", scheme="w4a16", method="gptq"), ou
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from qkit.diffusion.trajectory import Trajectory, sampling_of
 from qkit.errors import Unsupported, UsageError, VerifyFailure
 from qkit.export.folder import export, is_export_of
 from qkit.families.discover import kind_of
+from qkit.families.encoder import ENCODERS
 from qkit.families.outline import Outline
 from qkit.folder import is_pipeline, weights_folder
 from qkit.forecast import Forecast, forecast, refuse_what_cannot_fit
+from qkit.formats import did_you_mean
 from qkit.job import Job
 from qkit.kvscales import measure_scales
 from qkit.loading import load_tokenizer
@@ -35,6 +38,7 @@ from qkit.run import Progress, run_blocks
 from qkit.sensitivity.forecast import repair_memory
 from qkit.sensitivity.repair import repair
 from qkit.steps import decide_steps
+from qkit.towers import SKIP
 from qkit.verify import Report, verify
 
 
@@ -74,6 +78,9 @@ class Request:
     key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
 
+COMPONENTS = "components"  # of a job folder: text encoders that are quantized beside the transformer
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A plan with everything it was made from."""
@@ -81,6 +88,9 @@ class Prepared:
     plan: Plan
     outline: Outline
     forecast: Forecast
+    components: dict[str, Request] = field(
+        default_factory=dict
+    )  # of a diffusion pipeline, those that are quantized too
 
 
 def open_outline(model: str, language_for: str = "") -> Outline:
@@ -110,10 +120,34 @@ def prepare(request: Request, rows: Calibration | None = None) -> Prepared:
     _check_pictures(plan, outline)
     folder = find_model(request.model)
     around = fingerprint_of(folder) if is_pipeline(folder) else None
+    components = _components(folder, recipe, request, outline)
     plan = replace(plan, key_exponents=request.key_exponents, pipeline=around)
     threads = request.threads or available_cores()
     after = {"significant weights": repair_memory(plan, outline, threads)} if plan.significant else {}
-    return Prepared(plan, outline, forecast(plan, outline, threads, after))
+    return Prepared(plan, outline, forecast(plan, outline, threads, after), components)
+
+
+def _components(folder: Path, recipe: Recipe, request: Request, outline: Outline) -> dict[str, Request]:
+    """Requests for the text encoders of a pipeline that the recipe has a scheme for: --target text_encoder=w8a16.
+
+    Raises UsageError for targets that are no text encoders of it.
+    """
+    if outline.family.streams is None:
+        return {}
+    index = check_pipeline(folder) if is_pipeline(folder) else {}
+    there = [k for k, v in index.items() if isinstance(v, list) and v[1] in ENCODERS]
+    unknown = next((t for t in recipe.targets if t not in there), None)
+    if unknown is not None:
+        expected = f"expected one of {', '.join(there)}" if there else f"it has no {' or '.join(ENCODERS)}"
+        raise UsageError(
+            f"{folder}: no text encoder {unknown!r} for --target, {expected}{did_you_mean(unknown, there)}"
+        )
+    found = {}
+    for name, given in recipe.targets.items():
+        if given != SKIP:
+            found[name] = Request(str(folder / name), scheme=given, threads=request.threads, strict=request.strict)
+            prepare(found[name])
+    return found
 
 
 def _check_pictures(plan: Plan, outline: Outline) -> None:
@@ -159,8 +193,8 @@ def calibration_asked(
 ) -> Calibration | None:
     """The rows of the request, made or at hand, whether or not the plan will turn out to need them (it drops them if not)."""
     _check_shape(request)
-    if not (_may_need_rows(recipe) or is_static(request.kv) or request.calib is not None):
-        return None
+    if outline.family.encodes or not (_may_need_rows(recipe) or is_static(request.kv) or request.calib is not None):
+        return None  # what a text encoder would need rows for is refused
     return rows or calibration_of(request, outline)
 
 
@@ -294,11 +328,14 @@ def quantize(
     partial = out.with_name(out.name + ".partial")
     with Job.open(work, plan.identity) as job, workers(request.threads) as pool:
         record_source(work, source)
+        replaced = {name: work / COMPONENTS / name for name in found.components}
+        for name, asked in found.components.items():
+            quantize(asked, replaced[name], progress)
         run_blocks(plan, outline, job, pool, progress)
         repair(plan, outline, job, pool, progress)
         measure_scales(plan, outline, job, pool, progress)
         progress.start("export and verify", 2)
-        export(plan, outline, job, partial, source)
+        export(plan, outline, job, partial, source, replaced=replaced)
         decide_steps(plan, outline, partial, progress)
         progress.step()
         report = verify(partial, work)
@@ -312,6 +349,7 @@ def quantize(
         commit_dir(partial, out, overwrite)
         if not keep_job:
             job.remove_bulk()
+            shutil.rmtree(work / COMPONENTS, ignore_errors=True)
     return report
 
 

@@ -207,6 +207,10 @@ def make_plan(
     fused = _fused(outline, linears, skipped)
     significant = round(recipe.significant / 100 * sum(p.shape[0] * p.shape[1] for p in linears.values()))
     rows = why_rows(linears, transforms, significant)
+    if rows and outline.family.encodes:
+        raise Unsupported(
+            f"{rows}, and a text encoder is quantized without calibration: take rtn and w8a16, w8a8 or w4a16"
+        )
     if calibration is None and rows:
         raise UsageError(
             f"{rows}: give calibration text with --calib FILE (or leave --calib out for the built-in text)"
@@ -272,16 +276,17 @@ def has_static(p: LinearPlan) -> bool:
 def _export(recipe: Recipe, outline: Outline, linears: dict[str, LinearPlan], significant: int) -> str:
     """The method's name in config.json."""
     sparse = next((p.name for p in linears.values() if p.outliers), "the whole model" if significant else None)
-    if sparse is None and not _scales_inputs(recipe, outline):
-        return recipe.export or "compressed-tensors"
-    if recipe.export == "compressed-tensors":
-        raise Unsupported(
-            f"--export compressed-tensors: that format has no place for the sparse part of {sparse}: leave the option out, "
-            "or set outliers and significant to 0"
-            if sparse
-            else "--export compressed-tensors: its loaders do not transform inputs as this method does: leave it out"
-        )
-    return "qkit"
+    why = None
+    if sparse is not None:
+        why = f"that format has no place for the sparse part of {sparse}"
+    elif outline.family.encodes:
+        why = "transformers looks for weights of a T5 that are packed"
+    elif _scales_inputs(recipe, outline):
+        why = "its loaders do not transform inputs as this method does"
+    if why is not None and recipe.export == "compressed-tensors":
+        other = ", or set outliers and significant to 0" if sparse else ""
+        raise Unsupported(f"--export compressed-tensors: {why}: leave the option out{other}")
+    return recipe.export or "compressed-tensors" if why is None else "qkit"
 
 
 def _scales_inputs(recipe: Recipe, outline: Outline) -> bool:

@@ -41,15 +41,23 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
         import torch
 
         from qkit.checkpoint import Checkpoint
+        from qkit.layers import QuantLinear
         from qkit.loading import PackedOutline, place_packed
 
         files = kwargs.get("checkpoint_files") or []
         outline = PackedOutline(Checkpoint.open(Path(files[0]).parent, quantized=True), model)
         with torch.inference_mode(), torch.device("cpu"):
             place_packed(outline, model.dtype)
+        # Some models initialize a module through weights of its children, before it is known that all are there (T5).
+        for module in model.modules():
+            if any(isinstance(child, QuantLinear) for child in module.children()):
+                module._is_hf_initialized = True
         # The packed tensors are taken care of: transformers need not report them as unexpected.
         packed = {rf"^{re.escape(name)}\." for name in outline.formats}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | packed
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        return model.requires_grad_(False)  # as in ``qkit.load``: products with packed weights take no gradients
 
     @property
     def is_trainable(self) -> bool:

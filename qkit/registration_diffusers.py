@@ -71,7 +71,7 @@ class QkitQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         from qkit.diffusion.controller import attach_recorded
 
         attach_recorded(model, self.outline)
-        return model
+        return model.requires_grad_(False)  # as in ``qkit.load``: products with packed weights take no gradients
 
     @property
     def is_trainable(self) -> bool:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qkit.allocation.decoupled import PICKED, Fixed, allocate
 from qkit.diffusion.controller import attach
 from qkit.diffusion.fitting import PROMPTS, Observer, fit
 from qkit.diffusion.pipeline import load_pipeline
@@ -17,6 +16,7 @@ from qkit.folder import DENOISER, RECORD, weights_folder
 from qkit.plan import Plan
 from qkit.run import Progress
 from qkit.safefile import write_atomic
+from qkit.sensitivity.decoupled import PICKED, Fixed, allocate
 
 ENTRY = "diffusion"  # of qkit.json
 _SEEDS = 100_000  # away from those of the rows

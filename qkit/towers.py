@@ -18,6 +18,8 @@ def tower_rules(recipe: Recipe, outline: Outline) -> dict[str, Rule]:
     Measuring (``qkit.sensitivity.targets``) has put what it found into the recipe; a tower that is still AUTO was measured by
     nothing and is left as it is. Raises UsageError for a target that the model has not.
     """
+    if outline.family.streams is not None:
+        return {}  # other components of its pipeline are quantized by themselves (``pipeline.prepare``)
     there = [s.name for s in outline.towers]
     unknown = next((t for t in recipe.targets if t not in there), None)
     if unknown is not None:

@@ -343,7 +343,7 @@ def _check_tied(record: Record, config: Mapping[str, Any], store: Mapping[str, S
     quantized = any(name.endswith("lm_head") for name in record.linears)
     findings.check("tied", stored or head or quantized or not (causal and said is True), where, what)
     kind = config.get("model_type")
-    agree = kind in (None, record.model_type)
+    agree = kind in (None, record.model_type) or names == [record.model_type]
     findings.check("config", agree, "config.json: model_type", f"{kind!r}, and qkit.json says '{record.model_type}'")
 
 

@@ -12,10 +12,10 @@ import torch
 pytest.importorskip("diffusers", reason="needs diffusers: pip install 'qkit[diffusion]'")
 from tiny_dits import make_pipeline
 
-from qkit.allocation.decoupled import best_of, is_content, splits, sqnr
 from qkit.diffusion.policy import BITS, NARROW, WIDE
 from qkit.diffusion.trajectory import sampling_of
 from qkit.loading import load
+from qkit.sensitivity.decoupled import best_of, is_content, splits, sqnr
 
 
 def some_scores(count: int) -> dict[str, dict[str, float]]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,16 +100,21 @@ def fingerprint_of(source: Path) -> str:
     return digest.hexdigest()
 
 
-def copy_rest(source: Path, out: Path, made: str, sampling: bytes | None = None) -> None:
+def copy_rest(
+    source: Path, out: Path, made: str, sampling: bytes | None = None, replaced: Mapping[str, Path] | None = None
+) -> None:
     """Copy everything of ``rest_of`` to ``out``, and write the record of what was copied. sampling: what the result's
-    sampling.json says, in the place of the source's. Raises IOFailure, and as ``rest_of``."""
+    sampling.json says, in the place of the source's; replaced: by component, the folder to take in the place of its own.
+    Raises IOFailure, and as ``rest_of``."""
     digests: dict[str, str] = {}
-    root = source.resolve()
+    root, others = source.resolve(), replaced or {}
+    places = {name: contained(root, name) for name in rest_of(source) if name.partition("/")[0] not in others}
+    places |= {f"{name}/{file}": folder / file for name, folder in others.items() for file in _files(folder)}
     try:
-        for name in rest_of(source):
+        for name, place in places.items():
             target = out / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(contained(root, name), target)
+            shutil.copyfile(place, target)
             digests[name] = sha256_file(target)
             sync_dir(target.parent)
         if sampling is not None:

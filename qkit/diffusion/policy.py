@@ -29,7 +29,7 @@ class Asked(BaseModel):
     """A policy as recipes have it.
 
     kind: dmpq: precision by step; static: every linear has one for all steps, those with the least error NVFP4; decoupled: one
-          for all steps too, by what each does to samples (``allocation.decoupled``)
+          for all steps too, by what each does to samples (``sensitivity.decoupled``)
     width: mean bits of inputs over all (step, linear) that are computed, 4 (all NVFP4) to 8 (all INT8)
     skips: share of the runs of blocks that the cache is to save; 0: no cache
     purify: ratio of Eq. 12; 0: never

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,23 @@ SHARD_BYTES = 5 * 10**9
 
 
 def export(
-    plan: Plan, outline: Outline, job: Job, partial: Path, source_folder: Path, shard_bytes: int = SHARD_BYTES
+    plan: Plan,
+    outline: Outline,
+    job: Job,
+    partial: Path,
+    source_folder: Path,
+    shard_bytes: int = SHARD_BYTES,
+    replaced: Mapping[str, Path] | None = None,
 ) -> None:
     """Write the whole checkpoint into ``partial`` (emptied first), with the rest of the pipeline where ``source_folder`` is
-    one."""
+    one. replaced: by component, the folder to take in the place of its own."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     if is_pipeline(source_folder):
         trajectory = None if plan.calibration is None else plan.calibration.trajectory
         sampling = trajectory.sampling if isinstance(trajectory, Trajectory) else None
         called = None if sampling is None else _json({"call": sampling.call, "prompts": list(sampling.prompts)})
-        copy_rest(source_folder, partial, __version__, called)
+        copy_rest(source_folder, partial, __version__, called, replaced or {})
         partial = weights_folder(partial)
         partial.mkdir()
     source = _Tensors(plan, outline, job)

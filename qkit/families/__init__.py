@@ -77,7 +77,7 @@ class Tower:
 class Family:
     """One kind of model. Names are module names of transformers, or diffusers, unless said otherwise.
 
-    model_types: what config.json calls it: its model_type, or the class of a diffusion transformer
+    model_types: what config.json calls it: its model_type, or the class of a diffusion transformer or of a text encoder
     """
 
     name: str
@@ -98,6 +98,7 @@ class Family:
         str, ...
     ] = ()  # vision-language: what text_config may be; its checkpoints are named by transformers
     streams: Streams | None = None  # diffusion transformers
+    encodes: bool = False  # text encoders: no tokens come out of them
     skips: tuple[tuple[str, str], ...] = ()  # (glob of layers that stay as they are if no rule says otherwise, why)
     note: str = field(default="", compare=False)
 

@@ -11,16 +11,19 @@ from torch import nn
 
 from qkit.blocks import Group
 from qkit.errors import BadCheckpoint, Unsupported
-from qkit.families import Family, dit, llm, vlm
+from qkit.families import Family, dit, encoder, llm, vlm
 
-DECLARED = (*llm.FAMILIES, *vlm.FAMILIES, *dit.FAMILIES)
+DECLARED = (*llm.FAMILIES, *vlm.FAMILIES, *dit.FAMILIES, *encoder.FAMILIES)
 _DENOISERS = {name: family for family in dit.FAMILIES for name in family.model_types}
 # Siblings of an undeclared architecture that by these names read one input.
 _SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """What config.json calls the model: its model_type, or the class of a diffusion transformer."""
+    """What config.json calls the model: its model_type, or the class of a diffusion transformer or of a text encoder."""
+    made = config.get("architectures")
+    if isinstance(made, list) and made and made[0] in encoder.ENCODERS:
+        return str(made[0])
     return str(config.get("_class_name", config.get("model_type")))
 
 
@@ -49,6 +52,8 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
         )
     try:
         parsed = AutoConfig.for_model(**config)
+        if kind_of(config) in encoder.ENCODERS:
+            return _encoder(kind_of(config), parsed, dtype)
         declared = next((f for f in vlm.FAMILIES if kind in f.model_types), None)
         text = getattr(getattr(parsed, "text_config", None), "model_type", None)
         if declared is not None and text not in declared.text_types:
@@ -65,6 +70,17 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
             )
     except (StrictDataclassError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as e:
         raise BadCheckpoint(f"{where}: config.json does not describe a model: {str(e).splitlines()[0]}") from e
+    return cast(nn.Module, model.eval())
+
+
+def _encoder(name: str, config: Any, dtype: torch.dtype) -> nn.Module:
+    """A text encoder on the meta device."""
+    import transformers
+
+    with torch.device("meta"):
+        model = getattr(transformers, name)(config)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
     return cast(nn.Module, model.eval())
 
 

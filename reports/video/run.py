@@ -43,8 +43,9 @@ RUNS: dict[str, dict[str, Any]] = {
             "policy": {"kind": kind, "width": width, "skips": 0},
         }
         for width in (5, 6, 7)
-        for kind in ("static", "decoupled", "dmpq")
+        for kind in ("static", "dmpq")
     },
+    "decoupled, 6 bits": {"scheme": "6bit", "method": "gptq", "policy": {"kind": "decoupled", "width": 6, "skips": 0}},
     "dmpq, 6 bits, cache": {"scheme": "6bit", "method": "gptq", "policy": {"width": 6, "skips": 0.25}},
     "dmpq, 6 bits, schedule": {
         "scheme": "6bit",
