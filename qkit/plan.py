@@ -25,7 +25,7 @@ from qkit.kvcache.scales import tensor_names
 from qkit.machine import run_dtype
 from qkit.recipe import Recipe, Rule, check_rules, parse_method, rule_for
 from qkit.solvers.table import SOLVERS
-from qkit.sparse import sparse_bytes
+from qkit.sparse import outlier_count, sparse_bytes
 from qkit.towers import tower_rules
 from qkit.transforms.balance import INPUTS, RATIOS
 from qkit.transforms.rotate import check_rotatable
@@ -261,11 +261,6 @@ def sequences(plan: Plan, outline: Outline) -> tuple[BlockSequence, ...]:
 def parts(plan: Plan, outline: Outline) -> tuple[BlockOutline, ...]:
     """The blocks of a run in order; a job knows them by their places here."""
     return tuple(b for s in sequences(plan, outline) for b in s.blocks)
-
-
-def outlier_count(percent: float, shape: tuple[int, int]) -> int:
-    """How many weights of a linear [out, in] that percentage is."""
-    return round(percent / 100 * shape[0] * shape[1])
 
 
 def has_static(p: LinearPlan) -> bool:

@@ -112,6 +112,11 @@ def merge(below: Sparse | None, above: Sparse, shape: tuple[int, int]) -> Sparse
     return make(flat, torch.cat((below.values[keep], above.values))[order], shape)
 
 
+def outlier_count(percent: float, shape: tuple[int, int]) -> int:
+    """How many weights of a linear [out, in] that percentage is."""
+    return round(percent / 100 * shape[0] * shape[1])
+
+
 def largest(w: Tensor, count: int) -> Tensor:
     """int64 [count], rising: places of the largest magnitudes of w [out, in]; of equal ones the first."""
     order = torch.argsort(w.abs().flatten(), descending=True, stable=True)

@@ -22,9 +22,9 @@ from qkit.activations import quantize_activations, static_scale
 from qkit.errors import Unsupported
 from qkit.export.compressed_tensors import stored_bytes
 from qkit.formats import Format, fit_group
-from qkit.plan import outlier_count
 from qkit.qtensor import Params, QTensor, dequantize, param_shape
 from qkit.sensitivity.units import Candidate
+from qkit.sparse import outlier_count
 
 OWN, BF16, FLOAT32 = "qkit", "dense bf16", "dense float32"
 

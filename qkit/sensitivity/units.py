@@ -11,10 +11,9 @@ from qkit.errors import Unsupported, UsageError
 from qkit.export.compressed_tensors import stored_bytes
 from qkit.families.outline import Outline
 from qkit.formats import Scheme, did_you_mean, fit_group, scheme
-from qkit.plan import outlier_count
 from qkit.preflight import holds_siglip
 from qkit.recipe import MOST_SPARSE
-from qkit.sparse import sparse_bytes
+from qkit.sparse import outlier_count, sparse_bytes
 
 KEEP = ("bf16", "fp16", "keep")  # names for leaving a unit in the checkpoint's dtype
 
