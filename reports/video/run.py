@@ -1,8 +1,9 @@
 """Samples of a pipeline after quantization: schemes and policies by step, each from its packed folder, beside the original.
 
-    python reports/video/run.py --model tiny-video --lines LINES --name tiny-video [--videos 128]
+    python reports/video/run.py --model tiny-video --lines LINES --name tiny-video [--videos 128] [--part 0/2]
 
-LINES gets one line per run and runs that are there are left out: a stopped report goes on. Original and quantized samples share
+LINES gets one line per run and runs that are there are left out: a stopped report goes on; --part takes every second run, say,
+for two processes with LINES of their own (cat both, run without --part for the table). Original and quantized samples share
 prompts and seeds; the original's are made once. reports/video/NAME.json gets the table, with 95 % intervals over samples.
 Modelled: "operations", multiply-adds of linears in blocks times bits of both sides, and "traffic", bytes of weights that one
 sample reads, both as shares of the original's in 16 bits.
@@ -129,13 +130,15 @@ def main() -> None:
     parser.add_argument("--name", required=True)
     parser.add_argument("--videos", type=int, default=128)
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--part", default="0/1")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, work = find_model(args.model), Path(tempfile.mkdtemp())
     lines = [json.loads(x) for x in args.lines.read_text().splitlines()] if args.lines.exists() else []
     done = {x["run"] for x in lines}
     original = samples(model, args.videos)
-    for name, given in RUNS.items():
+    part, parts = map(int, args.part.split("/"))
+    for name, given in list(RUNS.items())[part::parts]:
         if name in done:
             continue
         out, began = work / "out", time.perf_counter()
@@ -160,6 +163,9 @@ def main() -> None:
             line.get("skipped"),
             flush=True,
         )
+    if parts > 1:
+        return
+    lines.sort(key=lambda x: list(RUNS).index(x["run"]))
     table = {"videos": args.videos, "original": figures(original, []), "rows": lines}
     Path(__file__).with_name(f"{args.name}.json").write_text(json.dumps(table, indent=1) + "\n")
 
