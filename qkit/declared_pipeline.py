@@ -44,6 +44,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and value[1] >= 0
+
+
 def _are_gains(value: Any) -> bool:
     return isinstance(value, list) and all(_is_number(g) and 0 <= g <= 2 for g in value)
 
@@ -56,6 +60,11 @@ _POLICY: Fields = {
     "purify": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
     "most": (lambda v: is_int(v) and v <= 2, "0 to 2"),
     "computed": (lambda v: isinstance(v, list), "a list of steps"),
+    "by_block": (lambda v: isinstance(v, list) and all(_is_number(w) and w >= 0 for w in v), "numbers >= 0"),
+    "by_time": (
+        lambda v: isinstance(v, list) and all(map(_is_weight, v)) and v == sorted(v),
+        "times with numbers >= 0",
+    ),
     "gains": (lambda v: isinstance(v, dict) and all(map(_are_gains, v.values())), "lists of numbers by step"),
     "steps": (is_int, "a number"),
 }

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qkit.diffusion.controller import attach
+from qkit.diffusion.controller import Controller, attach
 from qkit.diffusion.fitting import PROMPTS, Observer, fit
+from qkit.diffusion.influence import Influence, Isolated, influence_of
 from qkit.diffusion.pipeline import load_pipeline
 from qkit.diffusion.policy import Asked
 from qkit.diffusion.trajectory import Trajectory, sample
@@ -29,31 +30,36 @@ def decide_steps(plan: Plan, outline: Outline, packed: Path, progress: Progress)
     """
     if plan.policy is None:
         return
-    assert (
-        plan.calibration is not None and isinstance(plan.calibration.trajectory, Trajectory) and outline.family.streams
-    )
-    trajectory = plan.calibration.trajectory
-    prompts = trajectory.sampling.prompts
-    pipeline = load_pipeline(packed, trajectory.dtype, "cpu")
-    pipeline.set_progress_bar_config(disable=True)
+    assert plan.calibration is not None and isinstance(plan.calibration.trajectory, Trajectory)
+    trajectory, asked = plan.calibration.trajectory, Asked(**plan.policy)
+    prompts, call = trajectory.sampling.prompts, trajectory.sampling.call
+    numbered = [(prompts[i % len(prompts)], _SEEDS + trajectory.seed + i) for i in range(PROMPTS + PICKED)]
+    seen, further = numbered[:PROMPTS], numbered[PROMPTS:]
+
+    def under(controller: Controller) -> Any:
+        pipeline = load_pipeline(packed, trajectory.dtype, "cpu")
+        pipeline.set_progress_bar_config(disable=True)
+        assert outline.family.streams is not None
+        attach(getattr(pipeline, DENOISER), controller, [b.path for b in outline.blocks], outline.family.streams)
+        return pipeline
+
     observer = Observer()
-    attach(getattr(pipeline, DENOISER), observer, [b.path for b in outline.blocks], outline.family.streams)
+    pipeline = under(observer)
     progress.start("observe errors and changes by step", PROMPTS)
-    for number in range(PROMPTS):
-        seed = _SEEDS + trajectory.seed + number
+    for prompt, seed in seen:
         observer.reset()
-        sample(pipeline, prompts[number % len(prompts)], trajectory.sampling.call, seed)
+        sample(pipeline, prompt, call, seed)
         progress.step()
-    asked, chosen = Asked(**plan.policy), None
+    chosen: dict[str, str] | None = None
     if asked.kind == "decoupled":
-        fixed, again = Fixed(), load_pipeline(packed, trajectory.dtype, "cpu")
-        again.set_progress_bar_config(disable=True)
-        attach(getattr(again, DENOISER), fixed, [b.path for b in outline.blocks], outline.family.streams)
-        linears = list(dict.fromkeys(s.linear for s in observer.seen))
-        further = range(PROMPTS, PROMPTS + PICKED)
-        samples = [(prompts[i % len(prompts)], _SEEDS + trajectory.seed + i) for i in further]
-        chosen = allocate(again, fixed, linears, samples, trajectory.sampling.call, asked.width, progress)
-    found = fit(observer, asked, chosen)
+        fixed, linears = Fixed(), list(dict.fromkeys(s.linear for s in observer.seen))
+        chosen = allocate(under(fixed), fixed, linears, further, call, asked.width, progress)
+    weights: Influence | None = None
+    if asked.weigh:
+        isolated = Isolated()
+        progress.start("weigh errors by step and block", 1 + max(s.step for s in observer.seen) + len(outline.blocks))
+        weights = influence_of(under(isolated), isolated, observer.seen, further, call, progress.step)
+    found = fit(observer, asked, chosen, weights)
     file = weights_folder(packed) / RECORD
     record: dict[str, Any] = json.loads(file.read_bytes())
     record[ENTRY] = {**found.policy.to_json(), "asked": plan.policy, "fit": found.to_json()}

@@ -7,8 +7,9 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from qkit.blocks import Streams
 from qkit.diffusion.clock import Clock, time_of
 from qkit.diffusion.controller import SKIPPED, Controller, attach
 from qkit.diffusion.fitting import Observer, Seen, fit, least_squares, schedule_gains, skips_of
+from qkit.diffusion.influence import Influence, Isolated, influence_of
 from qkit.diffusion.int8 import exact_product, exact_view, row_view
 from qkit.diffusion.policy import Asked, Policy
 from qkit.diffusion.schedule import best_groups, group_costs
@@ -499,3 +501,95 @@ def test_a_schedule_is_followed_and_does_not_stretch(folder: Path, tmp_path: Pat
     assert {c.step for c in steps.log if c.made == SKIPPED} == set(range(6)) - set(recorded["computed"])
     with pytest.raises(Unsupported, match="num_inference_steps=6"):
         latents(tmp_path / "out", num_inference_steps=7)
+
+
+# ---- what an error is worth ------------------------------------------------------------------------------------------
+
+
+def test_errors_that_count_twice_are_spared() -> None:
+    """Of equal errors, those at steps and in blocks that move the end of a run most are INT8; in between, times interpolate."""
+    seen, uniform = Observer(), 0.1
+    for run_number, step, block in product(range(3), range(8), range(2)):
+        seen.residuals[run_number, 0, block][step] = torch.ones(4)
+        time = 1000.0 - 100 * step
+        seen.seen.append(Seen(run_number, step, 0, block, f"b{block}", 0.5 + 0.01 * step, uniform, 0.0, time))
+    times = tuple((1000.0 - 100 * s, 1.0 + s) for s in reversed(range(8)))
+    found = fit(seen, Asked(width=6, skips=0, weigh=True), None, Influence(times, (1.0, 10.0))).policy
+    assert (
+        found.weight(0, 1000.0) == 1 and found.weight(1, 300.0) == 80 and found.weight(0, 950.0) == pytest.approx(1.5)
+    )
+    assert found.weight(0, 5000.0) == 1 and found.weight(7, None) == 1
+    narrow = {
+        (s.block, s.step) for s in seen.seen if found.predicted(s.linear, s.change, s.block, s.time) <= found.threshold
+    }
+    assert narrow == {(0, s) for s in range(8)}  # half of all
+    assert Policy.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
+    static = fit(seen, Asked(kind="static", width=6, skips=0, weigh=True), None, Influence(times, (1.0, 10.0))).policy
+    assert static.by_time == () and static.predicted("b0", None) <= static.threshold < static.predicted("b1", None)
+    plain = fit(seen, Asked(width=6, skips=0)).policy
+    assert plain.by_time == () and plain.weight(1, 300.0) == 1
+
+
+def test_influence_is_what_a_toy_does() -> None:
+    """Two blocks add c * NVFP4(x) to a latent that does not change: an error in the second counts three times as much, one at a
+    step of twice the length twice."""
+
+    class Line(nn.Module):
+        weights, activations, chooser = SimpleNamespace(name="nvfp4"), object(), None
+
+        def __init__(self, gain: float) -> None:
+            super().__init__()
+            self.gain = gain
+
+        def product(self, x: Tensor, activations: Any) -> Tensor:
+            return x if activations is None else 1.5 * x
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            assert self.chooser is not None
+            return hidden_states + self.gain * self.product(torch.ones_like(hidden_states), self.chooser(hidden_states))
+
+    class Wrapped(nn.Module):
+        def __init__(self, gain: float) -> None:
+            super().__init__()
+            self.line = Line(gain)
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return self.line(hidden_states)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Wrapped(1.0), Wrapped(3.0)])
+
+        def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+            for block in self.blocks:
+                hidden_states = block(hidden_states)
+            return hidden_states
+
+    class Pipe:
+        transformer = Net()
+        scheduler = SimpleNamespace(timesteps=[3.0, 2.0, 1.0])
+
+        def __call__(self, prompt: str, generator: Any, output_type: str) -> Any:
+            x = torch.zeros(1, 4)
+            for t, length in zip(self.scheduler.timesteps, (1.0, 2.0, 1.0), strict=True):
+                x = x + length * self.transformer(hidden_states=torch.zeros(1, 4), timestep=torch.tensor([t]))
+            return SimpleNamespace(frames=x)
+
+    pipe, isolated = Pipe(), Isolated()
+    attach(pipe.transformer, isolated, ["blocks.0", "blocks.1"], ONE)
+    seen = [Seen(0, s, 0, b, f"b{b}", 0.5, 0.5, 0.0, 3.0 - s) for s, b in product(range(3), range(2))]
+    found = influence_of(pipe, isolated, seen, [("a", 0)], {}, lambda: None)
+    assert found.by_block == pytest.approx((0.5, 1.5))
+    assert found.by_time == tuple((t, pytest.approx(w)) for t, w in ((1.0, 0.75), (2.0, 1.5), (3.0, 0.75)))
+
+
+def test_a_weighed_policy_is_followed(folder: Path, tmp_path: Path) -> None:
+    policy = {"width": 6.0, "skips": 0.0, "weigh": True}
+    assert quantize(Request(model=str(folder), scheme="6bit", policy=policy, samples=8), tmp_path / "out", Quiet()).ok
+    recorded = json.loads((tmp_path / "out" / "transformer" / "qkit.json").read_text())["diffusion"]
+    assert len(recorded["by_time"]) == 6 and len(recorded["by_block"]) == 2
+    assert sum(w for _, w in recorded["by_time"]) == pytest.approx(6, abs=1e-4)
+    _, steps = latents(tmp_path / "out")
+    assert steps is not None and 4.5 < steps.width < 7.5
+    assert {c.made for c in steps.log if c.linear} == {"nvfp4_dynamic", "int8_token"}

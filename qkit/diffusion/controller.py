@@ -154,7 +154,7 @@ class Controller:
             return PURE
         if not p.caches and math.isinf(p.threshold):
             return NARROW if p.threshold > 0 else WIDE
-        expected = p.predicted(name, change)
+        expected = p.predicted(name, change, block, self.clock.time)
         return NARROW if expected is not None and expected <= p.threshold else WIDE
 
     def decide(self, block: int, linear: Told, name: str, x: Tensor) -> Format | None:

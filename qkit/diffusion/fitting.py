@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ PROMPTS = 8  # that runs are observed on, if there are as many
 @dataclass(frozen=True)
 class Seen:
     """One linear at one step. run: number of the prompt; change: of its block one step earlier (None: it did not run then);
-    error: relative L1 of its output under NVFP4 inputs; peak: max |x| / mean |x| of its inputs."""
+    error: relative L1 of its output under NVFP4 inputs; peak: max |x| / mean |x| of its inputs; time: the step's."""
 
     run: int
     step: int
@@ -40,6 +40,7 @@ class Seen:
     change: float | None
     error: float
     peak: float = 0.0
+    time: float = 0.0
 
 
 class Observer(Controller):
@@ -65,7 +66,8 @@ class Observer(Controller):
         true, rounded = (linear.product(some, f).float() for f in (None, ACTIVATION_FORMATS[NARROW]))
         error = float((rounded - true).abs().sum() / true.abs().sum().clamp_min(1e-30))
         peak = float(x.abs().amax() / x.abs().mean().clamp_min(1e-30))
-        self.seen.append(Seen(self.run, self.step, self.branch, block, name, self.change(block), error, peak))
+        time = self.clock.time or 0.0
+        self.seen.append(Seen(self.run, self.step, self.branch, block, name, self.change(block), error, peak, time))
         return PURE
 
     def ran(self, block: int, given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
@@ -74,6 +76,15 @@ class Observer(Controller):
         flat = torch.cat([d.flatten() for d in self.state(block, given).deltas.values()])
         kept = flat[:: max(1, len(flat) // SAMPLE_VALUES)].cpu().clone()
         self.residuals[self.run, self.branch, block][self.step] = kept
+
+
+class Weights(Protocol):
+    """``influence.Influence``."""
+
+    @property
+    def by_time(self) -> tuple[tuple[float, float], ...]: ...
+    @property
+    def by_block(self) -> tuple[float, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -91,18 +102,25 @@ class Fit:
         return {"pearson": rounded, "pairs": self.pairs, "expected": self.expected}
 
 
-def fit(seen: Observer, asked: Asked, chosen: Mapping[str, str] | None = None) -> Fit:
-    """The policy that the observed runs ask for. chosen: NARROW or WIDE by linear, where that is decided already."""
-    pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+def fit(seen: Observer, asked: Asked, chosen: Mapping[str, str] | None = None, weights: Weights | None = None) -> Fit:
+    """The policy that the observed runs ask for. chosen: NARROW or WIDE by linear, where that is decided already; weights: what
+    errors are worth."""
+    policy = Policy({}, math.inf, most=MOST_SKIPS, kind=asked.kind)
+    if weights is not None:
+        policy = replace(policy, by_time=weights.by_time, by_block=weights.by_block)
+    pairs, worth = defaultdict[str, list[tuple[float, float]]](list), defaultdict[str, list[float]](list)
     for s in seen.seen:
         if s.change is not None:
             pairs[s.linear].append((s.change, s.error))
+        worth[s.linear].append((s.error * policy.weight(s.block, s.time)) ** 2)
     fits, pearson = {}, {}
     for name, xy in pairs.items():
         fits[name], pearson[name] = least_squares(torch.tensor(xy, dtype=torch.float64))
         if asked.kind == "static":
-            fits[name] = 0.0, sum(y for _, y in xy) / len(xy)
-    policy = Policy(fits, math.inf, most=MOST_SKIPS, kind=asked.kind)
+            fits[name] = 0.0, math.sqrt(sum(worth[name]) / len(worth[name]))
+    policy = replace(policy, fits=fits)
+    if asked.kind != "dmpq":
+        policy = replace(policy, by_time=(), by_block=())  # they are in the fits
     if asked.skips and asked.cache == "schedule":
         computed, steps = _schedule(seen, asked.skips)
         if len(computed) < steps:
@@ -210,7 +228,7 @@ def _threshold(
         if policy.caches and policy.purify and s.peak > policy.purify:
             pure += 1
             continue
-        expected = policy.predicted(s.linear, None if s.step - 1 in skips else s.change)
+        expected = policy.predicted(s.linear, None if s.step - 1 in skips else s.change, s.block, s.time)
         if expected is not None:
             predicted.append(expected)
     predicted.sort()

@@ -15,6 +15,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 BY_STEP = "6BIT"  # the scheme that asks for a policy
@@ -35,6 +36,7 @@ class Asked(BaseModel):
     purify: ratio of Eq. 12; 0: never
     cache: delta: a block is skipped while its residual hardly changes; schedule: all blocks are, at steps decided beforehand
            (``diffusion.schedule``), for as many steps as calibration has
+    weigh: whether predicted errors are weighed by what they do to the end of a run (``diffusion.influence``)
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +45,7 @@ class Asked(BaseModel):
     skips: float = Field(default=0.25, ge=0.0, le=0.6)
     purify: float = Field(default=OUTLIERS, ge=0.0)
     cache: Literal["delta", "schedule"] = "delta"
+    weigh: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Policy:
     purify, kind: as in ``Asked``
     computed:  steps at which blocks are run, of ``steps`` in all, where that is decided beforehand; else none
     gains:     by step that is not computed, and by block, what the residual is multiplied by before it is reused
+    by_time, by_block: what predicted errors are multiplied by: (time, factor) with times ascending, between which it is
+               interpolated, and factors of the blocks; none: 1
     """
 
     fits: dict[str, tuple[float, float]]
@@ -68,18 +73,29 @@ class Policy:
     computed: tuple[int, ...] = ()
     steps: int = 0
     gains: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    by_time: tuple[tuple[float, float], ...] = ()
+    by_block: tuple[float, ...] = ()
 
     @property
     def caches(self) -> bool:
         """Whether some runs of blocks may be skipped."""
         return self.tau > 0 or bool(self.computed)
 
-    def predicted(self, linear: str, change: float | None) -> float | None:
-        """The error that NVFP4 inputs are expected to make; None where nothing is known: the block did not run before."""
+    def predicted(self, linear: str, change: float | None, block: int = 0, time: float | None = None) -> float | None:
+        """The error that NVFP4 inputs are expected to make, weighed; None where nothing is known: the block did not run
+        before."""
         if linear not in self.fits or (change is None and self.kind == "dmpq"):
             return None
         slope, offset = self.fits[linear]
-        return slope * (change or 0.0) + offset
+        return (slope * (change or 0.0) + offset) * self.weight(block, time)
+
+    def weight(self, block: int, time: float | None) -> float:
+        """What an error in that block at that time is worth."""
+        found = self.by_block[block] if block < len(self.by_block) else 1.0
+        if self.by_time and time is not None:
+            times, factors = zip(*self.by_time, strict=True)
+            found *= float(np.interp(time, list(times), list(factors)))
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary; infinities are words."""
@@ -97,9 +113,12 @@ class Policy:
         threshold, tau, purify = (float(data[k]) for k in ("threshold", "tau", "purify"))
         computed = tuple(int(s) for s in data.get("computed", ()))
         gains = {int(step): tuple(float(g) for g in row) for step, row in data.get("gains", {}).items()}
+        by_time = tuple((float(t), float(w)) for t, w in data.get("by_time", ()))
+        by_block = tuple(float(w) for w in data.get("by_block", ()))
         return Policy(
-            fits, threshold, tau, int(data["most"]), purify, data["kind"], computed, int(data.get("steps", 0)), gains
-        )
+            fits, threshold, tau, int(data["most"]), purify, data["kind"], computed, int(data.get("steps", 0)), gains,
+            by_time, by_block,
+        )  # fmt: skip
 
 
 def _said(value: float) -> float | str:

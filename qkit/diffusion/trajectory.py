@@ -170,8 +170,9 @@ def subject(pipeline: Any, prompt: str) -> dict[str, Any]:
     return {"prompt": prompt} if takes else {"class_labels": [int(prompt)]}
 
 
-def sample(pipeline: Any, prompt: str, call: dict[str, Any], seed: int, keep: _Kept | None = None) -> None:
-    """Run the pipeline's own sampler on one prompt, to latents where it can, and keep some calls of its transformer.
+def sample(pipeline: Any, prompt: str, call: dict[str, Any], seed: int, keep: _Kept | None = None) -> Tensor:
+    """Run the pipeline's own sampler on one prompt, to latents where it can, which are returned, and keep some calls of its
+    transformer.
 
     Raises BadCalibration for arguments that the pipeline does not take, and where its scheduler changes the number of
     steps while it runs: steps could not be told apart then.
@@ -202,10 +203,11 @@ def sample(pipeline: Any, prompt: str, call: dict[str, Any], seed: int, keep: _K
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
     try:
         with torch.inference_mode(), quiet():
-            pipeline(
+            made = pipeline(
                 **subject(pipeline, prompt), **call, generator=torch.Generator().manual_seed(seed), output_type=output
             )
     except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as e:
         raise BadCalibration(f"the pipeline cannot sample {shown(prompt)} with {call}: {reason(e)}") from e
     finally:
         handle.remove()
+    return torch.as_tensor(made.frames if hasattr(made, "frames") else made.images).float()

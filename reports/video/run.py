@@ -23,39 +23,45 @@ import torch
 
 from qkit.diffusion.policy import BITS
 from qkit.diffusion.trajectory import sampling_of
-from qkit.evaluation.video import Video, figures, held_out, make_video
+from qkit.evaluation.video import Video, figures, held_out, interval, latent_errors, make_video, psnr
 from qkit.loading import load
 from qkit.locate import find_model
 from qkit.pipeline import Request, quantize
 
+
+def _steps(method: str = "gptq", **policy: Any) -> dict[str, Any]:
+    return {"scheme": "6bit", "method": method, "policy": {"skips": 0, **policy}}
+
+
 RUNS: dict[str, dict[str, Any]] = {
     "W8A8": {"scheme": "w8a8"},
-    "W4A8": {"scheme": "w4a8"},
     "W4A8, GPTQ": {"scheme": "w4a8", "method": "gptq"},
     "W4A8, SmoothQuant": {"scheme": "w4a8", "method": "smoothquant"},
     "W4A8, Hadamard": {"scheme": "w4a8", "method": "hadamard"},
     "W4A8, SmoothQuant, Hadamard": {"scheme": "w4a8", "method": "smoothquant+hadamard"},
     "NVFP4 weights, INT8 inputs": {"scheme": "nvfp4a8", "method": "gptq"},
     "NVFP4": {"scheme": "nvfp4", "method": "gptq"},
-    **{
-        f"{kind}, {width} bits": {
-            "scheme": "6bit",
-            "method": "gptq",
-            "policy": {"kind": kind, "width": width, "skips": 0},
-        }
-        for width in (5, 6, 7)
-        for kind in ("static", "dmpq")
-    },
-    "decoupled, 6 bits": {"scheme": "6bit", "method": "gptq", "policy": {"kind": "decoupled", "width": 6, "skips": 0}},
-    "dmpq, 6 bits, cache": {"scheme": "6bit", "method": "gptq", "policy": {"width": 6, "skips": 0.25}},
-    "dmpq, 6 bits, schedule": {
-        "scheme": "6bit",
-        "method": "gptq",
-        "policy": {"width": 6, "skips": 0.25, "cache": "schedule"},
-    },
-    "dmpq, 6 bits, Hadamard": {"scheme": "6bit", "method": "hadamard+gptq", "policy": {"width": 6, "skips": 0}},
-    "INT8 inputs, cache": {"scheme": "6bit", "method": "gptq", "policy": {"width": 8, "skips": 0.25}},
+    **{f"{kind}, {width} bits": _steps(kind=kind, width=width) for width in (6, 5, 7) for kind in ("static", "dmpq")},
+    "dmpq, weighed, 6 bits": _steps(width=6, weigh=True),
+    "dmpq, 6 bits, cache": _steps(width=6, skips=0.25),
+    "dmpq, 6 bits, schedule": _steps(width=6, skips=0.25, cache="schedule"),
+    "dmpq, weighed, 5 bits": _steps(width=5, weigh=True),
+    "dmpq, 6 bits, Hadamard": _steps("hadamard+gptq", width=6),
+    "W4A8": {"scheme": "w4a8"},
+    "static, weighed, 6 bits": _steps(kind="static", width=6, weigh=True),
+    "decoupled, 6 bits": _steps(kind="decoupled", width=6),
+    "INT8 inputs, schedule": _steps(width=8, skips=0.25, cache="schedule"),
 }
+# Differences sample by sample that a reader asks for: the first less the second.
+PAIRS = (
+    *((f"dmpq, {w} bits", f"static, {w} bits") for w in (5, 6, 7)),
+    *((f"dmpq, weighed, {w} bits", f"static, {w} bits") for w in (5, 6)),
+    ("dmpq, weighed, 6 bits", "dmpq, 6 bits"),
+    ("dmpq, weighed, 6 bits", "static, weighed, 6 bits"),
+    ("decoupled, 6 bits", "static, 6 bits"),
+    ("dmpq, 6 bits", "W4A8, SmoothQuant, Hadamard"),
+    ("dmpq, 6 bits, schedule", "dmpq, 6 bits, cache"),
+)
 
 
 class Silent:
@@ -148,6 +154,10 @@ def main() -> None:
         line = {
             "run": name, "quantize_seconds": round(took, 1), **modelled(model, out, record, made),
             **figures(made, original), "policy": record.get("diffusion"),
+            "each": {
+                "latent_error": [latent_errors(a, b)[-1] for a, b in zip(made, original, strict=True)],
+                "psnr": [psnr(a.frames, b.frames) for a, b in zip(made, original, strict=True)],
+            },
         }  # fmt: skip
         shutil.rmtree(out)
         shutil.rmtree(work / "out.job")
@@ -166,7 +176,13 @@ def main() -> None:
     if parts > 1:
         return
     lines.sort(key=lambda x: list(RUNS).index(x["run"]))
-    table = {"videos": args.videos, "original": figures(original, []), "rows": lines}
+    each = {x["run"]: x.pop("each") for x in lines}
+    pairs = {
+        f"{a} - {b}": {k: interval([x - y for x, y in zip(each[a][k], each[b][k], strict=True)]) for k in each[a]}
+        for a, b in PAIRS
+        if a in each and b in each
+    }
+    table = {"videos": args.videos, "original": figures(original, []), "rows": lines, "pairs": pairs}
     Path(__file__).with_name(f"{args.name}.json").write_text(json.dumps(table, indent=1) + "\n")
 
 

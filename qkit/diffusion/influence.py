@@ -1,0 +1,88 @@
+"""What an error is worth: how far the end of a run moves when inputs are NVFP4 at one step only, or in one block only.
+
+The error that a linear makes is relative to its own output, and says nothing of what becomes of it: a sampler's steps are of
+different lengths, later steps correct earlier ones, and blocks add to their inputs more or less. 6Bit-Diffusion has one
+threshold for all; weighing predicted errors by their influence is ours. It costs runs of the sampler for every step and block.
+
+With D the squared distance of the latents at the end, and E the sum of squares of the errors of linears that are isolated,
+the influence is sqrt(D / E); of a linear at a step it is taken to be the product of the step's and the block's, either
+with mean 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from qkit.diffusion.controller import Controller, Told
+from qkit.diffusion.fitting import Seen
+from qkit.diffusion.policy import NARROW, PURE, Policy
+from qkit.diffusion.trajectory import sample
+
+PROMPTS = 2  # runs for every step and every block
+
+
+@dataclass(frozen=True)
+class Influence:
+    """by_time: (time, influence) of the steps, times ascending; by_block: of the blocks; each with mean 1."""
+
+    by_time: tuple[tuple[float, float], ...]
+    by_block: tuple[float, ...]
+
+
+class Isolated(Controller):
+    """NVFP4 inputs at some steps or in some blocks, others as they are."""
+
+    def __init__(self) -> None:
+        self.steps: tuple[int, ...] = ()
+        self.blocks: tuple[int, ...] = ()
+        super().__init__(Policy({}, -math.inf))
+
+    def choose(self, block: int, linear: Told, name: str, x: Tensor) -> str:
+        """By step and block."""
+        return NARROW if self.step in self.steps or block in self.blocks else PURE
+
+
+def influence_of(
+    pipeline: Any,
+    controller: Isolated,
+    seen: Sequence[Seen],
+    samples: Sequence[tuple[str, int]],
+    call: dict[str, Any],
+    step: Any,
+) -> Influence:
+    """pipeline: packed, with ``controller`` attached; seen: errors of its linears; samples: (prompt, seed); step: called after
+    each step and block."""
+    by_step, by_block, times = defaultdict[int, float](float), defaultdict[int, float](float), dict[int, float]()
+    for s in seen:
+        by_step[s.step] += s.error**2
+        by_block[s.block] += s.error**2
+        times[s.step] = s.time
+
+    def ends(steps: tuple[int, ...], blocks: tuple[int, ...]) -> list[Tensor]:
+        controller.steps, controller.blocks = steps, blocks
+        found = []
+        for prompt, seed in samples[:PROMPTS]:
+            controller.reset()
+            found.append(sample(pipeline, prompt, call, seed))
+        return found
+
+    true = ends((), ())
+
+    def worth(energy: float, found: Iterable[Tensor]) -> float:
+        moved = sum(float((a - b).double().square().sum()) for a, b in zip(found, true, strict=True))
+        step()
+        return math.sqrt(moved / max(energy, 1e-30))
+
+    of_steps = {s: worth(by_step[s], ends((s,), ())) for s in sorted(by_step)}
+    of_blocks = [worth(by_block[b], ends((), (b,))) for b in range(1 + max(by_block))]
+    mean = sum(of_steps.values()) / len(of_steps)
+    return Influence(
+        tuple(sorted((times[s], round(w / max(mean, 1e-30), 6)) for s, w in of_steps.items())),
+        tuple(round(w * len(of_blocks) / max(sum(of_blocks), 1e-30), 6) for w in of_blocks),
+    )
