@@ -42,6 +42,7 @@ class Rows:
     leads: of rows of different shapes, each [*lead, hidden] (the pictures of a sample in a vision tower); they are read one
            by one, and ``tokens`` is what the longest has
     original: a file of the same rows as they would be if nothing were quantized, where a transform asks for them
+    times: of rows of a diffusion transformer, the timestep of each; they have leads
     """
 
     path: Path
@@ -53,6 +54,11 @@ class Rows:
     kinds: Tensor | None = None
     leads: tuple[tuple[int, ...], ...] = ()
     original: Path | None = None
+    times: tuple[float, ...] = ()
+
+    def part_of(self, row: int) -> int:
+        """0 where its timestep is in the lower half of all, else 1."""
+        return int(bool(self.times) and 2 * self.times[row] > max(self.times))
 
     @property
     def total(self) -> int:
@@ -104,6 +110,7 @@ class Stats:
     kinds:       uint8 [n] of the sample, and how many tokens of all each stands for, float32 [n] (None: all are text)
     hessian:     float32 [in, in], mean over tokens of x x^T (None: not asked for)
     absmax, mean_abs: float32 [in] (None: not asked for)
+    by_time:     float32 [2, in], absmax of the lower and of the upper half of timesteps (None: there are none)
     """
 
     tokens: int
@@ -114,6 +121,7 @@ class Stats:
     mean_abs: Tensor | None = None
     kinds: Tensor | None = None
     stands_for: Tensor | None = None
+    by_time: Tensor | None = None
 
     def divided_by(self, scale: Tensor) -> Stats:
         """The statistics of inputs divided per channel by ``scale`` [in]."""
@@ -126,6 +134,7 @@ class Stats:
             None if self.mean_abs is None else self.mean_abs / scale,
             self.kinds,
             self.stands_for,
+            None if self.by_time is None else self.by_time / scale,
         )
 
 
@@ -180,6 +189,7 @@ class Accumulator:
         self.tokens = 0
         self.width = width
         self.sums = [torch.zeros(width) for _ in range(3)] if wanted.ranges else None
+        self.by_time = torch.zeros(2, width) if wanted.ranges else None
         # One block for all samples: small pieces kept between large ones that come and go would tear the heap apart.
         self.sample = torch.empty(2 * SAMPLE_TOKENS, width, dtype=dtype)
         self.kinds = torch.zeros(2 * SAMPLE_TOKENS, dtype=torch.uint8)
@@ -187,8 +197,8 @@ class Accumulator:
         self.pending: list[Tensor] = []
         self.hessian = torch.zeros(width, width) if wanted.hessian else None
 
-    def add(self, p: Piece) -> None:
-        """Add a piece; its share of the Hessian is left to ``jobs``."""
+    def add(self, p: Piece, part: int = 0) -> None:
+        """Add a piece; its share of the Hessian is left to ``jobs``. part: ``Rows.part_of`` of its row."""
         self.tokens += len(p.x)
         room = min(len(p.sample), len(self.sample) - self.sampled)
         self.sample[self.sampled : self.sampled + room] = p.sample[:room]
@@ -197,6 +207,8 @@ class Accumulator:
         self.sampled += room
         if self.sums is not None and p.sums is not None:
             torch.maximum(self.sums[0], p.sums[0], out=self.sums[0])
+            assert self.by_time is not None
+            torch.maximum(self.by_time[part], p.sums[0], out=self.by_time[part])
             self.sums[1] += p.sums[1]
             self.sums[2] += p.sums[2]
         if self.hessian is not None:
@@ -238,7 +250,8 @@ class Accumulator:
             assert self.hessian is not None
             return Stats(self.tokens, self.hessian.diagonal().clone(), sample, self.hessian)
         absmax, total, squares = self.sums
-        return Stats(self.tokens, squares / n, sample, self.hessian, absmax, total / n)
+        by_time = self.by_time if self.by_time is not None and bool(self.by_time.any(1).all()) else None
+        return Stats(self.tokens, squares / n, sample, self.hessian, absmax, total / n, by_time=by_time)
 
 
 def _lower_tiles(start: int, stop: int) -> Iterator[tuple[slice, slice]]:

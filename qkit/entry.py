@@ -19,6 +19,7 @@ from qkit.blocks import LANGUAGE, BlockSequence
 from qkit.calibration import Calibration
 from qkit.calls import Call, OneByOne, enter, merged, shelved
 from qkit.capture import Rows
+from qkit.diffusion.clock import time_of
 from qkit.errors import BadCalibration, write_failure
 from qkit.families.materialize import load_outer, release_outer
 from qkit.families.outline import Outline
@@ -53,14 +54,20 @@ def embed(
     calibration, language = plan.calibration, sequence.name == LANGUAGE
     streams, through = outline.family.streams, sequence.name in {t.name for t in outline.towers}
     given = {"return_dict": False} if streams else {"past_key_values": cache, "use_cache": cache is not None}
-    samples = ({**sample, **given} for sample in calibration.calls(path.parent))
+    times = list[float]()
+
+    def noted() -> Iterator[dict[str, Any]]:
+        for sample in calibration.calls(path.parent):
+            times.extend([time_of(sample["timestep"])] if streams else [])
+            yield {**sample, **given}
+
     shelf = Spilled(path.parent)
     count, length = calibration.tokens.shape
     dtype, seen, leads, width = getattr(torch, plan.run_dtype), list[dict[int, Call]](), list[tuple[int, ...]](), 0
     once = language and calibration.inputs is None  # rows of a text are all called alike
     try:
         with _before(plan, outline, job), path.open("ab" if good else "wb") as f:
-            for hidden, calls in enter(outline.model, sequence.paths, samples, through, streams):
+            for hidden, calls in enter(outline.model, sequence.paths, noted(), through, streams):
                 width = hidden.shape[-1]
                 leads.append(tuple(hidden.shape[:-1]))
                 made = calls if language else shelved(calls, shelf, dtype)
@@ -81,7 +88,8 @@ def embed(
     if not leads:
         raise BadCalibration(f"no calibration row reaches the {sequence.name}: give rows with pictures, or skip it")
     most = max(torch.Size(lead).numel() for lead in leads)
-    rows = Rows(path, len(leads), most, width, dtype, good or [True] * len(leads), None, tuple(leads))
+    good = good or [True] * len(leads)
+    rows = Rows(path, len(leads), most, width, dtype, good, None, tuple(leads), times=tuple(times))
     return rows, {i: OneByOne(tuple(calls[i] for calls in seen)) for i in range(len(sequence.blocks))}
 
 

@@ -130,11 +130,12 @@ class Flow:
             return pieces, None if unit is None else seen[unit.last][0]
 
         try:
-            for pieces, x in self.pool.stream(one, self.rows.pieces()):
+            spans = list(self.rows.pieces())
+            for (start, _), (pieces, x) in zip(spans, self.pool.stream(one, spans), strict=True):
                 if kept is not None and x is not None:
                     kept.write(_bytes(x))
                 for key, piece in pieces.items():
-                    sums[key].add(piece)
+                    sums[key].add(piece, self.rows.part_of(start))
                 run_pending(sums.values(), self.pool, everything=False)
                 step()
             run_pending(sums.values(), self.pool, everything=True)

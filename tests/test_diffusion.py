@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,19 @@ import qkit
 from qkit.activations import quantize_activations, static_scale
 from qkit.calibration import Calibration
 from qkit.calls import enter
+from qkit.capture import Accumulator, Stats, Wanted, piece_of
 from qkit.checkpoint import Checkpoint
 from qkit.diffusion.controller import SKIPPED
 from qkit.diffusion.trajectory import Sampling, Trajectory, chosen_steps, sample
 from qkit.entry import quantizing
 from qkit.errors import BadCalibration, BadCheckpoint, QkitError, Unsupported, UsageError, VerifyFailure
 from qkit.export.compressed_tensors import read
-from qkit.formats import ACTIVATION_FORMATS
+from qkit.formats import ACTIVATION_FORMATS, scheme
 from qkit.loading import PackedOutline
 from qkit.machine import run_dtype
 from qkit.pipeline import Request, open_outline, prepare, quantize
 from qkit.qtensor import dequantize
+from qkit.transforms.scales import search, smoothquant_candidates, squared_error
 from qkit.verify import verify
 
 
@@ -496,3 +499,49 @@ def test_a_loud_first_token_takes_nothing_from_the_others(name: str) -> None:
     scale = loud.abs().max() / 127
     shared = float(((loud / scale).round() * scale - loud)[1:].norm() / loud[1:].norm())
     assert shared > 10 * noise(loud) or name != "int8_token"
+
+
+def test_smoothquant_sees_either_half_of_the_timesteps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges of both halves reach its candidates, and the larger of them is the range of all."""
+    seen: list[Stats] = []
+
+    def spy(weights: list[torch.Tensor], stats: Stats) -> list[torch.Tensor]:
+        seen.append(stats)
+        return smoothquant_candidates(weights, stats)
+
+    monkeypatch.setattr("qkit.transforms.table.smoothquant_candidates", spy)
+    source = make_pipeline(tmp_path / "wan", steps=4)
+    assert quantize(Request(str(source), scheme="w4a8", method="smoothquant", samples=8), tmp_path / "out", Quiet()).ok
+    assert seen and all(s.by_time is not None and torch.equal(s.by_time.amax(0), s.absmax) for s in seen)
+    assert any(not torch.equal(s.by_time[0], s.by_time[1]) for s in seen if s.by_time is not None)
+
+
+def test_an_outlier_of_some_timesteps_counts_half() -> None:
+    """A channel that is loud in one half only: the second set of candidates smooths it less, and the search loses nothing."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 64, generator=g)
+    x[128:, 3] *= 40
+    w, wanted = [torch.randn(32, 64, generator=g)], Wanted(hessian=False, ranges=True)
+    gathered = Accumulator(64, wanted, torch.float32)
+    for part in (0, 1):
+        gathered.add(piece_of(x[128 * part : 128 * part + 128], 1, True), part)
+    stats = gathered.finish()
+    assert stats.by_time is not None and torch.equal(stats.by_time[1], x[128:].abs().amax(0))
+    both, plain = smoothquant_candidates(w, stats), smoothquant_candidates(w, replace(stats, by_time=None))
+    assert len(both) == 2 * len(plain) and all(map(torch.equal, both, plain))
+    assert both[15 + 8][3] < both[8][3]
+    form = scheme("w8a8")
+
+    def loss(s: torch.Tensor) -> float:
+        found = list[float]()
+
+        def note(outputs: list[torch.Tensor], references: list[torch.Tensor]) -> float:
+            found.append(squared_error(outputs, references))
+            return found[-1]
+
+        search(w, stats, form, [s], torch.float32, note)
+        return found[-1]
+
+    chosen = search(w, stats, form, both, torch.float32, squared_error)
+    assert loss(chosen) <= loss(search(w, stats, form, plain, torch.float32, squared_error))
+    assert Accumulator(64, wanted, torch.float32).finish().by_time is None

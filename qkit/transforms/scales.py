@@ -8,7 +8,10 @@ The core (``search``) takes candidate scales and a loss, quantizes the scaled we
 scheme quantizes them), and keeps the candidate with the least loss; s = 1 is always among them, so a search never makes
 its own measure worse.
 
- * SmoothQuant (Xiao et al., arXiv 2211.10438, eq. 4): s_j = max|x_j|^a / max|w_j|^(1-a), a searched per group.
+ * SmoothQuant (Xiao et al., arXiv 2211.10438, eq. 4): s_j = max|x_j|^a / max|w_j|^(1-a), a searched per group. In a diffusion
+   transformer max|x_j| is also taken of either half of the timesteps by itself, and their geometric mean is a second set of
+   candidates: an outlier of some steps then counts half. (ViDiT-Q, arXiv 2406.02540, has scales, and a copy of the weights,
+   for each range; one copy is ours.)
  * AWQ (Lin et al., arXiv 2306.00978, eq. 4-5): s_j = (mean|x_j|)^r, r in {0, 1/20 .. 19/20}, divided by
    sqrt(max s * min s). The loss is the squared error of the group's own outputs on sample tokens (the paper's code
    inspects the output of the attention or MLP module; measuring at the linears is our choice).
@@ -84,9 +87,11 @@ def _activations(x: Tensor, absmax: Tensor | None, scheme: Scheme) -> Tensor:
 def smoothquant_candidates(weights: list[Tensor], stats: Stats) -> list[Tensor]:
     """SmoothQuant's scales for migration strengths 0.2 to 0.9."""
     assert stats.absmax is not None
-    x = stats.absmax.clamp_min(1e-5)
+    seen = [stats.absmax.clamp_min(1e-5)]
+    if stats.by_time is not None:
+        seen.append(stats.by_time.clamp_min(1e-5).log().mean(0).exp())
     w = torch.stack([t.abs().amax(0) for t in weights]).amax(0).clamp_min(1e-5)
-    return [_tame(x.pow(a / 20) / w.pow(1 - a / 20), stats) for a in range(4, 19)]
+    return [_tame(x.pow(a / 20) / w.pow(1 - a / 20), stats) for x in seen for a in range(4, 19)]
 
 
 def awq_candidates(weights: list[Tensor], stats: Stats) -> list[Tensor]:
