@@ -19,7 +19,7 @@ from qkit.evaluation.video import held_out, make_video
 from qkit.loading import load
 
 MODEL = qkit_data.model_path("tiny-video")
-CLIPS = 100
+CLIPS = 60
 
 
 def test_the_judge_knows_drawn_clips() -> None:
@@ -58,7 +58,7 @@ def test_quantized_pipelines_sample(run, tmp_path: Path, scheme: str, options: t
     out, figures = tmp_path / "out", tmp_path / "figures.json"
     code, _, err = run("quantize", "--model", "tiny-video", "--scheme", scheme, *options, "--out", out)
     assert code == 0 and run("verify", out)[0] == 0, err
-    code, _, err = run("eval", out, "--baseline", "tiny-video", "--videos", 4, "--json", figures)
+    code, _, err = run("eval", out, "--baseline", "tiny-video", "--videos", 2, "--json", figures)
     assert code == 0, err
     measured = json.loads(figures.read_text())
     found = measured["videos"]
