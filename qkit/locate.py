@@ -25,7 +25,8 @@ def find_model(model: str) -> Path:
     embedded: Path | None = qkit_data.model_path(model)
     if embedded is not None:
         return embedded
-    if model.count("/") != 1 or model.startswith(("/", ".", "~")) or path.exists():
+    here = model.count("/") == 1 and path.parent.is_dir()  # beside other folders: it was meant to be one
+    if model.count("/") != 1 or here or model.startswith(("/", ".", "~")) or path.exists():
         names = ", ".join(qkit_data.models())
         raise BadCheckpoint(
             f"{model}: no such model folder, and not a reference model ({names}) or a hub id (owner/name)"

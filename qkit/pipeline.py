@@ -16,7 +16,7 @@ import torch
 from qkit.calibration import Calibration, calibration_rows
 from qkit.checkpoint import Checkpoint, check_config, check_output_dir, check_tied, commit_dir
 from qkit.diffusion.pipeline import check_pipeline, fingerprint_of
-from qkit.diffusion.trajectory import Trajectory, sampling_of
+from qkit.diffusion.trajectory import Trajectory, check_call, sampling_of
 from qkit.errors import Unsupported, UsageError, VerifyFailure
 from qkit.export.folder import export, is_export_of
 from qkit.families.discover import kind_of
@@ -115,6 +115,8 @@ def prepare(request: Request, rows: Calibration | None = None) -> Prepared:
     """Plan a request; reads no weights. rows: those of the request, where they were made before."""
     recipe = recipe_of(request)
     outline = open_outline(request.model)
+    if request.call and outline.family.streams is None:
+        raise UsageError("--call is what a diffusion pipeline is called with, and this model is none: leave it out")
     calibration = calibration_asked(request, outline, recipe, rows)
     plan = make_plan(recipe, outline, calibration, request.seed, request.kv)
     _check_pictures(plan, outline)
@@ -242,6 +244,8 @@ def pair_calibration(request: Request, outline: Outline, held_out: bool = False)
 
 def trajectory_rows(request: Request, outline: Outline) -> Calibration:
     """Rows of a diffusion transformer, made while the run begins. Raises UsageError for a transformer without its pipeline."""
+    import diffusers
+
     folder = find_model(request.model)
     if not is_pipeline(folder):
         raise UsageError(
@@ -249,6 +253,9 @@ def trajectory_rows(request: Request, outline: Outline) -> Calibration:
             "samples: give the pipeline's folder, or take another (--method rtn with w8a8, w4a8 or a weight-only scheme)"
         )
     sampling = sampling_of(folder, request.calib, request.call)
+    made = getattr(diffusers, check_pipeline(folder)["_class_name"], None)
+    if made is not None:
+        check_call(made, sampling.call)  # before a job is begun
     cap = request.rows_memory or available_memory() or 1 << 40
     trajectory = Trajectory(folder, sampling, request.samples, request.seed, run_dtype(outline.dtype), cap)
     source = f"{request.calib.name if request.calib else 'own'} prompts"

@@ -161,7 +161,7 @@ def make_plan(
     balanced = next((t for t in transforms if t in BALANCED), None)
     if balanced is not None and not outline.family.text_types:
         raise Unsupported(
-            f"method {balanced} weighs pictures against answers, and this is a language model "
+            f"method {balanced} weighs pictures against answers, and this is no vision-language model "
             f"({kind_of(outline.checkpoint.config)}): use awq"
         )
     if balanced is not None and calibration is not None and calibration.kinds is None:
@@ -312,7 +312,7 @@ def _policy(recipe: Recipe, outline: Outline, linears: dict[str, LinearPlan]) ->
         return None
     if outline.family.streams is None:
         raise Unsupported(
-            f"scheme {recipe.scheme} decides at every step of a diffusion sampler, and this is a "
+            f"scheme {BY_STEP} and --policy decide at every step of a diffusion sampler, and this is a "
             f"{kind_of(outline.checkpoint.config)}: take another, for instance nvfp4"
         )
     if not any(p.weights.name == "nvfp4" and p.activations is not None for p in linears.values()):

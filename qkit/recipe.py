@@ -208,6 +208,11 @@ def make_recipe(data: dict[str, Any], where: str) -> Recipe:
         field = ".".join(str(p) for p in first["loc"])
         if not field:  # of the recipe as a whole
             raise BadRecipe(f"{where}: {first['ctx']['error']}") from e
+        if first["type"] == "extra_forbidden" and first["loc"][0] == "policy":
+            name, known = str(first["loc"][-1]), list(Asked.model_fields)
+            raise BadRecipe(
+                f"{where}: no policy '{name}', expected one of {', '.join(known)}{did_you_mean(name, known)}"
+            ) from e
         raise BadRecipe(f"{where}: field '{field}': {first['msg']} (found {first.get('input')!r})") from e
     except UsageError as e:
         raise type(e)(f"{where}: {e}" if where != "command line" else str(e)) from e

@@ -545,3 +545,25 @@ def test_an_outlier_of_some_timesteps_counts_half() -> None:
     chosen = search(w, stats, form, both, torch.float32, squared_error)
     assert loss(chosen) <= loss(search(w, stats, form, plain, torch.float32, squared_error))
     assert Accumulator(64, wanted, torch.float32).finish().by_time is None
+
+
+def test_what_cannot_be_is_said_before_a_job_begins(run, tmp_path: Path) -> None:
+    """A job that was begun by a mistyped command would refuse the corrected one."""
+    source, out = make_pipeline(tmp_path / "wan", steps=3), tmp_path / "out"
+    for given, code, said in (
+        (("--model", source, "--scheme", "nvfp4", "--call", "hieght=16"), 2, "did you mean height"),
+        (("--model", "tiny-llama", "--scheme", "w4a16", "--call", "height=16"), 2, "this model is none"),
+        (("--model", "tiny-llama", "--scheme", "w4a16", "--policy", "width=5"), 3, "--policy decide at every step"),
+        (("--model", source, "--scheme", "6bit", "--policy", "wdith=5"), 3, "did you mean width"),
+    ):
+        found, _, err = run("quantize", *given, "--out", out)
+        assert found == code and said in err and len(err.strip().splitlines()) == 1, (given, err)
+        assert not out.exists() and not out.with_name("out.job").exists()
+
+
+def test_what_a_policy_comes_to_is_said(run, tmp_path: Path) -> None:
+    source = make_pipeline(tmp_path / "wan", steps=4)
+    code, said, err = run("quantize", "--model", source, "--scheme", "6bit", "--samples", 4, "--out", tmp_path / "out",
+                          "--target", "text_encoder=w8a16", "--policy", "width=7")  # fmt: skip
+    assert code == 0, err
+    assert "text_encoder: W8A16, 0.02 MB before" in said and "bits of inputs (asked 7)" in " ".join(said.split())

@@ -34,7 +34,10 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--model", required=True, help="Model folder, reference model name, or hub id."),
         click.option("--scheme", help="For instance w4a16, w8a8, nvfp4 ('qkit list schemes')."),
-        click.option("--method", help="rtn, gptq, awq, smoothquant, rotate, requant, or a sum of them."),
+        click.option(
+            "--method",
+            help="rtn (the default), gptq, awq, mbq, smoothquant, rotate, hadamard, requant, or a sum of them.",
+        ),
         click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with rules per layer."),
         click.option("--group-size", type=int, help="Weights per scale; -1: one scale per output channel."),
         click.option(
@@ -57,7 +60,8 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "policy",
             multiple=True,
             metavar="NAME=VALUE",
-            help="Of --scheme 6bit, repeatable: width=5 (mean bits of inputs), skips=0.25 (blocks not run), kind=static.",
+            help="Of --scheme 6bit, repeatable: width=5 (mean bits of inputs), skips=0.25 (blocks not run), kind=dmpq, "
+            "static or decoupled, cache=delta or schedule, weigh=true.",
         ),
         click.option(
             "--outliers", type=float, help="Percent of the weights, the largest, kept in 16 bits beside the codes."
@@ -70,7 +74,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "targets",
             multiple=True,
             metavar="PART=SCHEME",
-            help="What a vision model's other parts get: vision=w8a8, projector=skip (default: auto, by measuring).",
+            help="What other parts get: vision=w8a8, projector=skip (default: auto, by measuring); text_encoder=w8a16.",
         ),
         click.option("--strict", is_flag=True, help="Refuse to adapt a group size that does not divide a width."),
         click.option(

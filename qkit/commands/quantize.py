@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from qkit.commands.common import (
     write_json,
 )
 from qkit.commands.plan import plan_json, show_forecast
+from qkit.folder import RECORD, load_json, weights_folder
 from qkit.memory import bound_heap
-from qkit.pipeline import prepare, quantize
+from qkit.pipeline import Prepared, prepare, quantize
+from qkit.steps import ENTRY
 
 
 @click.command("quantize")
@@ -75,6 +78,27 @@ def quantize_command(
             f"{sum(report.checks.values()):,} checks, {time.monotonic() - began:.1f} s"
         )
     )
+    for line in (*_components(found, out), *_policy(out)):
+        console.print(Text(line))
     for engine in sorted({e.engine + ": " + e.loads_as for e in report.engines if e.loads_as}):
         console.print(Text(f"loads in {engine}"))
     write_json(json_file, {**plan_json(found), **decided_json(decided)})
+
+
+def _components(found: Prepared, out: Path) -> Iterator[str]:
+    """What became of a pipeline's text encoders."""
+    for name, asked in found.components.items():
+        before, after = (
+            sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (Path(asked.model), out / name)
+        )
+        yield f"{name}: {str(asked.scheme).upper()}, {megabytes(before)} before, {megabytes(after)} after"
+
+
+def _policy(out: Path) -> Iterator[str]:
+    """What a policy by step is expected to come to, beside what was asked for."""
+    decided = load_json(weights_folder(out) / RECORD, "record", 1 << 28).get(ENTRY)
+    if decided is not None:
+        asked, expected = decided["asked"], decided["fit"]["expected"]
+        skips = f"{100 * expected['skips']:.0f} % of runs of blocks skipped (asked {100 * asked['skips']:.0f} %)"
+        above = ": inputs with outliers stay in 16 bits" if expected["width"] > asked["width"] + 0.05 else ""
+        yield f"expected: {skips}, {expected['width']:.2f} bits of inputs (asked {asked['width']:g}){above}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +25,7 @@ from qkit.diffusion.clock import Clock
 from qkit.diffusion.pipeline import SAMPLING, load_pipeline, quiet, reason
 from qkit.errors import BadCalibration, UsageError
 from qkit.folder import DENOISER, contained, load_json
+from qkit.formats import did_you_mean
 from qkit.safefile import shown
 from qkit.spill import Spilled
 
@@ -140,7 +141,7 @@ class _Kept:
         size = sum(sizes)
         if size > self.cap:
             raise BadCalibration(
-                f"one call of the transformer takes {size / 1e6:.1f} MB, and rows may take {self.cap / 1e6:.1f} MB of memory "
+                f"one call of the transformer takes {size / 1e6:.3f} MB, and rows may take {self.cap / 1e6:.3f} MB of memory "
                 "(--rows-memory): allow more, or sample smaller pictures (--call)"
             )
         self.kept.setdefault(step, []).append(mapped(self._put, call))
@@ -170,6 +171,15 @@ def subject(pipeline: Any, prompt: str) -> dict[str, Any]:
     return {"prompt": prompt} if takes else {"class_labels": [int(prompt)]}
 
 
+def check_call(made: type, call: Iterable[str]) -> Mapping[str, Any]:
+    """The parameters of a pipeline's class. Raises UsageError for arguments that it does not take."""
+    known = inspect.signature(made.__call__).parameters
+    wrong = next((name for name in call if name not in known), None)
+    if wrong is not None:
+        raise UsageError(f"--call {wrong}: {made.__name__} takes no such argument{did_you_mean(wrong, list(known))}")
+    return known
+
+
 def sample(pipeline: Any, prompt: str, call: dict[str, Any], seed: int, keep: _Kept | None = None) -> Tensor:
     """Run the pipeline's own sampler on one prompt, to latents where it can, which are returned, and keep some calls of its
     transformer.
@@ -195,10 +205,7 @@ def sample(pipeline: Any, prompt: str, call: dict[str, Any], seed: int, keep: _K
         if keep is not None:
             keep.add(clock.step, count, {k: v for k, v in given.items() if v is not None})
 
-    known = inspect.signature(pipeline.__call__).parameters
-    wrong = next((name for name in call if name not in known), None)
-    if wrong is not None:
-        raise UsageError(f"--call {wrong}: {type(pipeline).__name__} takes no such argument")
+    known = check_call(type(pipeline), call)
     output = "np" if "class_labels" in known else "latent"
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
     try:
