@@ -449,7 +449,7 @@ def test_requests_that_make_no_sense(folders: Path, pipeline: Path, tmp_path: Pa
         (("quantize", "--scheme", "w4a16", "--method", "mbq"), "weighs pictures against answers"),
         (("quantize", "--scheme", "w4a16", "--method", "rotate"), "the family wan is not declared as such"),
         (("quantize", "--scheme", "6bit", "--policy", "width=9"), "policy.width"),
-        (("quantize", "--scheme", "6bit", "--policy", "wide=6"), "policy.wide"),
+        (("quantize", "--scheme", "6bit", "--policy", "wide=6"), "no policy 'wide'"),
         (("quantize", "--scheme", "w4a8", "--policy", "width=6"), "needs layers with NVFP4 weights"),
     ],
 )

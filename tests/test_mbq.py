@@ -205,7 +205,7 @@ def test_ratios_have_a_floor():
 def test_text_alone_is_refused(run, tiny, vlm, tmp_path):
     common = ("quantize", "--scheme", "w3a16", "--method", "mbq", "--out", tmp_path / "out")
     code, _, err = run(*common, "--model", tiny("llama"), "--seqlen", 32)
-    assert code in (2, 3) and "this is a language model (llama): use awq" in err
+    assert code in (2, 3) and "this is no vision-language model (llama): use awq" in err
     text = qkit_data.text_path("calibration")
     code, _, err = run(*common, "--model", vlm("llava"), "--calib", text, "--samples", 4, "--seqlen", 32)
     assert code == 2 and "needs pictures with answers" in err
