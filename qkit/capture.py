@@ -188,8 +188,8 @@ class Accumulator:
     def __init__(self, width: int, wanted: Wanted, dtype: torch.dtype) -> None:
         self.tokens = 0
         self.width = width
-        self.sums = [torch.zeros(width) for _ in range(3)] if wanted.ranges else None
-        self.by_time = torch.zeros(2, width) if wanted.ranges else None
+        # absmax of either half of the timesteps (without them all is in the first), sum of |x| and of x^2
+        self.sums = [torch.zeros(2, width), torch.zeros(width), torch.zeros(width)] if wanted.ranges else None
         # One block for all samples: small pieces kept between large ones that come and go would tear the heap apart.
         self.sample = torch.empty(2 * SAMPLE_TOKENS, width, dtype=dtype)
         self.kinds = torch.zeros(2 * SAMPLE_TOKENS, dtype=torch.uint8)
@@ -206,9 +206,7 @@ class Accumulator:
             self.kinds[self.sampled : self.sampled + room] = p.kinds[:room]
         self.sampled += room
         if self.sums is not None and p.sums is not None:
-            torch.maximum(self.sums[0], p.sums[0], out=self.sums[0])
-            assert self.by_time is not None
-            torch.maximum(self.by_time[part], p.sums[0], out=self.by_time[part])
+            torch.maximum(self.sums[0][part], p.sums[0], out=self.sums[0][part])
             self.sums[1] += p.sums[1]
             self.sums[2] += p.sums[2]
         if self.hessian is not None:
@@ -249,9 +247,9 @@ class Accumulator:
         if self.sums is None:
             assert self.hessian is not None
             return Stats(self.tokens, self.hessian.diagonal().clone(), sample, self.hessian)
-        absmax, total, squares = self.sums
-        by_time = self.by_time if self.by_time is not None and bool(self.by_time.any(1).all()) else None
-        return Stats(self.tokens, squares / n, sample, self.hessian, absmax, total / n, by_time=by_time)
+        halves, total, squares = self.sums
+        by_time = halves if bool(halves.any(1).all()) else None
+        return Stats(self.tokens, squares / n, sample, self.hessian, halves.amax(0), total / n, by_time=by_time)
 
 
 def _lower_tiles(start: int, stop: int) -> Iterator[tuple[slice, slice]]:

@@ -25,8 +25,7 @@ def find_model(model: str) -> Path:
     embedded: Path | None = qkit_data.model_path(model)
     if embedded is not None:
         return embedded
-    here = model.count("/") == 1 and path.parent.is_dir()  # beside other folders: it was meant to be one
-    if model.count("/") != 1 or here or model.startswith(("/", ".", "~")) or path.exists():
+    if model.count("/") != 1 or model.startswith(("/", ".", "~")) or path.exists():
         names = ", ".join(qkit_data.models())
         raise BadCheckpoint(
             f"{model}: no such model folder, and not a reference model ({names}) or a hub id (owner/name)"
@@ -38,7 +37,9 @@ def find_model(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as e:
-        raise BadCheckpoint(f"{model}: no such folder, and the hub did not give it: {str(e).splitlines()[0]}") from e
+        raise BadCheckpoint(
+            f"{model}: no such folder, and as the id of a model on the hub it was not to be had: {str(e).splitlines()[0]}"
+        ) from e
 
 
 def record_source(job: Path, source: Path) -> None:

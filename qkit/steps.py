@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qkit.diffusion.controller import Controller, attach
+from qkit.diffusion.controller import Controller, Ruled, attach
 from qkit.diffusion.fitting import PROMPTS, Observer, fit
-from qkit.diffusion.influence import Influence, Isolated, influence_of
+from qkit.diffusion.influence import Influence, influence_of
 from qkit.diffusion.pipeline import load_pipeline
 from qkit.diffusion.policy import Asked
 from qkit.diffusion.trajectory import Trajectory, sample
@@ -17,7 +17,7 @@ from qkit.folder import DENOISER, RECORD, weights_folder
 from qkit.plan import Plan
 from qkit.run import Progress
 from qkit.safefile import write_atomic
-from qkit.sensitivity.decoupled import PICKED, Fixed, allocate
+from qkit.sensitivity.decoupled import PICKED, allocate
 
 ENTRY = "diffusion"  # of qkit.json
 _SEEDS = 100_000  # away from those of the rows
@@ -52,13 +52,13 @@ def decide_steps(plan: Plan, outline: Outline, packed: Path, progress: Progress)
         progress.step()
     chosen: dict[str, str] | None = None
     if asked.kind == "decoupled":
-        fixed, linears = Fixed(), list(dict.fromkeys(s.linear for s in observer.seen))
-        chosen = allocate(under(fixed), fixed, linears, further, call, asked.width, progress)
+        ruled, linears = Ruled(), list(dict.fromkeys(s.linear for s in observer.seen))
+        chosen = allocate(under(ruled), ruled, linears, further, call, asked.width, progress)
     weights: Influence | None = None
     if asked.weigh:
-        isolated = Isolated()
+        ruled = Ruled()
         progress.start("weigh errors by step and block", 1 + max(s.step for s in observer.seen) + len(outline.blocks))
-        weights = influence_of(under(isolated), isolated, observer.seen, further, call, progress.step)
+        weights = influence_of(under(ruled), ruled, observer.seen, further, call, progress.step)
     found = fit(observer, asked, chosen, weights)
     file = weights_folder(packed) / RECORD
     record: dict[str, Any] = json.loads(file.read_bytes())

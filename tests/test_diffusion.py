@@ -484,7 +484,7 @@ def test_the_log_says_what_was_done(packed: Path) -> None:
 def test_a_loud_first_token_takes_nothing_from_the_others(name: str) -> None:
     """The first token of a CLIP text is some eighty times as large as the others (MixDQ, arXiv 2405.17873, section 3.2, keeps
     its products in 16 bits). Scales by token, or by block of a token, do not know of it: the other rows are as without it;
-    one scale for all, as W8A8 has in MixDQ, costs them 30 dB."""
+    one scale for all, as W8A8 has in MixDQ, costs them more than 20 dB."""
     x = torch.randn(77, 64, generator=torch.Generator().manual_seed(0))
     loud = x.clone()
     loud[0] *= 80
@@ -496,9 +496,10 @@ def test_a_loud_first_token_takes_nothing_from_the_others(name: str) -> None:
         return float((found - given[1:]).norm() / given[1:].norm())
 
     assert noise(loud) < 1.1 * noise(x)
-    scale = loud.abs().max() / 127
-    shared = float(((loud / scale).round() * scale - loud)[1:].norm() / loud[1:].norm())
-    assert shared > 10 * noise(loud) or name != "int8_token"
+    if name == "int8_token":
+        scale = loud.abs().max() / 127
+        shared = float(((loud / scale).round() * scale - loud)[1:].norm() / loud[1:].norm())
+        assert shared > 10 * noise(loud)
 
 
 def test_smoothquant_sees_either_half_of_the_timesteps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

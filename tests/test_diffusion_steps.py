@@ -26,9 +26,9 @@ import qkit
 from qkit.activations import quantize_activations, token_scale
 from qkit.blocks import Streams
 from qkit.diffusion.clock import Clock, time_of
-from qkit.diffusion.controller import SKIPPED, Controller, attach
+from qkit.diffusion.controller import SKIPPED, Controller, Ruled, attach
 from qkit.diffusion.fitting import Observer, Seen, fit, least_squares, schedule_gains, skips_of
-from qkit.diffusion.influence import Influence, Isolated, influence_of
+from qkit.diffusion.influence import Influence, influence_of
 from qkit.diffusion.int8 import exact_product, exact_view, row_view
 from qkit.diffusion.policy import Asked, Policy
 from qkit.diffusion.schedule import best_groups, group_costs
@@ -576,10 +576,10 @@ def test_influence_is_what_a_toy_does() -> None:
                 x = x + length * self.transformer(hidden_states=torch.zeros(1, 4), timestep=torch.tensor([t]))
             return SimpleNamespace(frames=x)
 
-    pipe, isolated = Pipe(), Isolated()
-    attach(pipe.transformer, isolated, ["blocks.0", "blocks.1"], ONE)
+    pipe, ruled = Pipe(), Ruled()
+    attach(pipe.transformer, ruled, ["blocks.0", "blocks.1"], ONE)
     seen = [Seen(0, s, 0, b, f"b{b}", 0.5, 0.5, 0.0, 3.0 - s) for s, b in product(range(3), range(2))]
-    found = influence_of(pipe, isolated, seen, [("a", 0)], {}, lambda: None)
+    found = influence_of(pipe, ruled, seen, [("a", 0)], {}, lambda: None)
     assert found.by_block == pytest.approx((0.5, 1.5))
     assert found.by_time == tuple((t, pytest.approx(w)) for t, w in ((1.0, 0.75), (2.0, 1.5), (3.0, 0.75)))
 

@@ -106,7 +106,7 @@ def test_eval_of_a_pipeline(run, tmp_path: Path) -> None:
     code, out, err = run(
         "eval", tmp_path / "out", "--baseline", source, "--videos", 3, "--json", report, "--report", page
     )
-    assert code == 0 and "PSNR, dB" in out, err
+    assert code == 0 and "PSNR, dB" in out and not err, err  # what diffusers says of the ordinary is not said
     assert page.read_text().count("data:image/png") == 1 + 2 * 3 and "a red ball moves left" in page.read_text()
     found = json.loads(report.read_text())["videos"]
     assert found["videos"] == 3 and 5 < found["psnr"][0] < 90 and 0 < found["latent_error"][0] < 1

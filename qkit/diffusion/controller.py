@@ -177,6 +177,18 @@ class Controller:
         return sum(blocks) / max(1, len(blocks))
 
 
+class Ruled(Controller):
+    """Inputs as ``rule(step, block, linear)`` says, a key of ``policy.BITS``; no block is skipped."""
+
+    def __init__(self) -> None:
+        self.rule: Callable[[int, int, str], str] = lambda step, block, linear: PURE
+        super().__init__(Policy({}, -math.inf))
+
+    def choose(self, block: int, linear: Told, name: str, x: Tensor) -> str:
+        """By the rule."""
+        return self.rule(self.step, block, name)
+
+
 class Stepped(nn.Module):
     """A block under a controller."""
 

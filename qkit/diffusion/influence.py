@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from qkit.diffusion.controller import Controller, Told
+from qkit.diffusion.controller import Ruled
 from qkit.diffusion.fitting import Seen
-from qkit.diffusion.policy import NARROW, PURE, Policy
+from qkit.diffusion.policy import NARROW, PURE
 from qkit.diffusion.trajectory import sample
 
 PROMPTS = 2  # runs for every step and every block
@@ -35,26 +35,13 @@ class Influence:
     by_block: tuple[float, ...]
 
 
-class Isolated(Controller):
-    """NVFP4 inputs at some steps or in some blocks, others as they are."""
-
-    def __init__(self) -> None:
-        self.steps: tuple[int, ...] = ()
-        self.blocks: tuple[int, ...] = ()
-        super().__init__(Policy({}, -math.inf))
-
-    def choose(self, block: int, linear: Told, name: str, x: Tensor) -> str:
-        """By step and block."""
-        return NARROW if self.step in self.steps or block in self.blocks else PURE
-
-
 def influence_of(
     pipeline: Any,
-    controller: Isolated,
+    controller: Ruled,
     seen: Sequence[Seen],
     samples: Sequence[tuple[str, int]],
     call: dict[str, Any],
-    step: Any,
+    step: Callable[[], object],
 ) -> Influence:
     """pipeline: packed, with ``controller`` attached; seen: errors of its linears; samples: (prompt, seed); step: called after
     each step and block."""
@@ -65,7 +52,7 @@ def influence_of(
         times[s.step] = s.time
 
     def ends(steps: tuple[int, ...], blocks: tuple[int, ...]) -> list[Tensor]:
-        controller.steps, controller.blocks = steps, blocks
+        controller.rule = lambda step, block, linear: NARROW if step in steps or block in blocks else PURE
         found = []
         for prompt, seed in samples[:PROMPTS]:
             controller.reset()

@@ -84,6 +84,14 @@ def evaluate_vbench(
             into = (bench.folder or Path(nowhere)) / name
             write_videos(load, source, wanted, sampling.call, into, progress)
             found.append(judge(bench, info, into, mode))
+    for task, entry in found[0].items():
+        for other in found[1:]:
+            if entry["names"] != other[task]["names"]:
+                raise Unsupported(
+                    f"VBench judged other videos of the baseline than of the model for {task}: it could not read all"
+                )
+    for entry in (e for tasks in found for e in tasks.values()):
+        del entry["names"]
     return found
 
 
@@ -234,7 +242,7 @@ def judge(bench: Bench, info: Path, videos: Path, mode: str) -> dict[str, dict[s
 
 
 def _figures(result: Any, dimension: str) -> dict[str, Any]:
-    """Of [score, [{"video_path", "video_results"}, ...]]."""
+    """Of [score, [{"video_path", "video_results"}, ...]]; "names" of the videos in the order of the values, too."""
     try:
         score, videos = result[dimension]
         by_name = {Path(v["video_path"]).name: float(v["video_results"]) for v in videos}
@@ -243,6 +251,7 @@ def _figures(result: Any, dimension: str) -> dict[str, Any]:
         raise Unsupported(
             f"VBench's result for {dimension} has another form than expected ({e!r}): use vbench 0.1.5"
         ) from e
-    values = [by_name[name] for name in sorted(by_name)]
+    names = sorted(by_name)
+    values = [by_name[name] for name in names]
     ci = bootstrap_ci(torch.tensor(values, dtype=torch.float64)).ends if values else None
-    return {"metrics": {"score": {"value": value, "ci": ci, "values": values}}, "samples": len(values)}
+    return {"metrics": {"score": {"value": value, "ci": ci, "values": values}}, "samples": len(values), "names": names}

@@ -14,13 +14,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkit.diffusion.controller import Controller, Told
-from qkit.diffusion.policy import BITS, NARROW, PURE, WIDE, Policy
+from qkit.diffusion.controller import Controller, Ruled
+from qkit.diffusion.policy import BITS, NARROW, PURE, WIDE
 from qkit.evaluation.video import make_video, ssim
 from qkit.folder import DENOISER
 from qkit.run import Progress
@@ -29,29 +30,17 @@ PROMPTS, PICKED = 2, 4
 SPLITS = 10  # ratios of the mean widths of both groups, from 0.46 to 1.36: MixDQ's
 RATIOS = (0.46, 1.36)
 EVERY = 4  # calls of the transformer of which one is kept for its outputs
-_CONTENT = ("ff", "attn2")  # in the name of a linear
-
-
-class Fixed(Controller):
-    """Inputs as ``made`` says of a linear, others as they are."""
-
-    def __init__(self) -> None:
-        self.made: Mapping[str, str] = {}
-        super().__init__(Policy({}, -math.inf))
-
-    def choose(self, block: int, linear: Told, name: str, x: Tensor) -> str:
-        """By name."""
-        return self.made.get(name, PURE)
+_CONTENT = ("ff", "attn2")  # how a part of the name of a linear begins
 
 
 def is_content(name: str) -> bool:
     """Whether a linear is judged by what samples show."""
-    return any(part in name for part in _CONTENT)
+    return any(part.startswith(_CONTENT) for part in name.split("."))
 
 
 def allocate(
     pipeline: Any,
-    controller: Fixed,
+    controller: Ruled,
     linears: Sequence[str],
     samples: Sequence[tuple[str, int]],
     call: dict[str, Any],
@@ -64,14 +53,16 @@ def allocate(
     """
     model = getattr(pipeline, DENOISER)
     calls: list[dict[str, Any]] = []
-    signature, seen = inspect.signature(model.forward), [0]
+    signature, numbers = inspect.signature(model.forward), count()
 
     def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if seen[0] % EVERY == 0:
+        if next(numbers) % EVERY == 0:
             calls.append(dict(signature.bind(*args, **kwargs).arguments))
-        seen[0] += 1
 
-    controller.made = {}
+    def under(made: Mapping[str, str]) -> None:
+        controller.rule = lambda step, block, linear: made.get(linear, PURE)
+
+    under({})
     handle = model.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         true = [make_video(pipeline, prompt, call, seed).frames for prompt, seed in samples[:PROMPTS]]
@@ -83,7 +74,7 @@ def allocate(
     for name in linears:
         scores[name] = {}
         for made in (NARROW, WIDE):
-            controller.made = {name: made}
+            under({name: made})
             if is_content(name):
                 found = [make_video(pipeline, p, call, s).frames for p, s in samples[:PROMPTS]]
                 scores[name][made] = sum(map(ssim, found, true)) / len(true)
@@ -91,11 +82,11 @@ def allocate(
                 scores[name][made] = sqnr([_output(model, controller, c) for c in calls], outputs)
             progress.step()
     found_splits = splits(scores, width)
-    controller.made = {}
+    under({})
     best = [make_video(pipeline, p, call, s).frames for p, s in samples[:PICKED]]
 
     def distance(made: dict[str, str]) -> float:
-        controller.made = made
+        under(made)
         frames = [make_video(pipeline, p, call, s).frames for p, s in samples[:PICKED]]
         return sum(float((a - b).square().mean()) for a, b in zip(frames, best, strict=True))
 
