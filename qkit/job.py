@@ -8,7 +8,8 @@
 
 A block is committed in this order: its part and the rows after it are on the disk, then its line is appended and synced.
 A torn last line is dropped. The rows that enter a block stay until the block is committed, so a kill at any moment
-leaves a state to go on from. Opening a folder of another job is refused with the field that differs.
+leaves a state to go on from. Opening a folder of another job is refused with the field that differs, unless that
+job committed nothing: whoever corrects a mistyped argument is not kept from it by what the mistake left.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Job:
 
     def _claim(self) -> None:
         file = self.path / "job.json"
-        if not file.exists():
+        if not file.exists() or not self._begun():
             if (self.path / "journal.jsonl").exists():
                 raise BadInput(
                     f"{file}: missing, but a journal is there: the job folder is damaged; delete it to start again"
@@ -100,6 +101,13 @@ class Job:
                 f"{self.path} holds another job: {field} is {there!r} there and {wanted!r} now: run the original command to "
                 "finish it, or choose another --work folder, or delete this one"
             )
+
+    def _begun(self) -> bool:
+        """Whether anything is there that a run could go on from."""
+        committed = any((self.path / "parts").iterdir())
+        return committed or any(
+            p.name not in ("job.json", "lock", "source", "parts", "rows") for p in self.path.iterdir()
+        )
 
     def _read_journal(self) -> None:
         file = self.path / "journal.jsonl"

@@ -275,6 +275,18 @@ def test_another_job_in_the_same_folder_is_refused(change, field, request_, tmp_
     assert contents(work) == before
 
 
+def test_a_job_that_committed_nothing_is_replaced(tmp_path):
+    work = tmp_path / "job"
+    for plan in (1, 2):
+        with Job.open(work, {"plan": plan}) as job:
+            (work / "rows" / "0000.bin").write_bytes(b"rows that no run goes on from")
+    assert json.loads((work / "job.json").read_text())["plan"] == 2
+    with Job.open(work, {"plan": 2}) as job:
+        job.commit(0, {}, {}, None)
+    with pytest.raises(JobConflict, match="plan is 2 there and 3 now"), Job.open(work, {"plan": 3}):
+        pass
+
+
 def test_another_model_or_text_is_refused(request_, tiny, tmp_path):
     work = stopped_in_the_middle(request_, tmp_path / "out")
     text = tmp_path / "text.txt"

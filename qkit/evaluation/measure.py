@@ -80,7 +80,10 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
     if not request.texts and not request.tasks and request.pairs is None:
         return measured
     if is_pipeline(out):
-        raise UsageError(f"{out}: a diffusion pipeline makes pictures: measure it with --videos N")
+        raise UsageError(
+            f"{out}: a diffusion pipeline makes pictures: measure it with --videos N, or by lines of a budget about samples "
+            "(psnr, ssim, latent_error, flickering)"
+        )
     for spec in request.texts:
         text_name(spec)  # what is wrong with a file is better said before a large model is loaded
     _check_device(request.device)

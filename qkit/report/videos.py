@@ -49,7 +49,10 @@ def videos_page(measured: Mapping[str, Any], shown: Sequence[Mapping[str, str]])
     if "latent_errors" in figures:
         pictures["error of latents along the trajectory"] = error_curve(figures["latent_errors"])
     if "bits" in figures:
-        pictures["mean bits of inputs, by step and block"] = step_map(figures["bits"], "bits", 4, 8)
+        most = max(
+            8.0, *(v for row in figures["bits"] for v in row if v is not None)
+        )  # 16 where inputs stay as they are
+        pictures["mean bits of inputs, by step and block"] = step_map(figures["bits"], "bits", 4, most)
         pictures["share of runs that the cache saved"] = step_map(figures["skips"], "share", 0, 1)
     return page(
         "videos",
@@ -92,7 +95,10 @@ def step_map(rows: Sequence[Sequence[float | None]], what: str, low: float, high
     cells = np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=float)
     figure = Figure(figsize=(1.6 + 0.24 * cells.shape[1], 1.3 + 0.2 * cells.shape[0]), layout="constrained")
     axes = figure.subplots()
-    shown = axes.imshow(cells, aspect="auto", vmin=low, vmax=high, cmap="viridis", interpolation="nearest")
+    extent = (0.5, cells.shape[1] + 0.5, cells.shape[0] + 0.5, 0.5)  # steps and blocks count from 1
+    shown = axes.imshow(
+        cells, aspect="auto", vmin=low, vmax=high, cmap="viridis", interpolation="nearest", extent=extent
+    )
     axes.set_xlabel("step")
     axes.set_ylabel("block")
     figure.colorbar(shown, label=what)
