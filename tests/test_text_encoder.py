@@ -58,10 +58,18 @@ def test_a_pipeline_with_its_text_encoder(run, source: Path, tmp_path: Path) -> 
 
 
 def test_a_changed_encoder_is_noticed(run, source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    from transformers import UMT5EncoderModel
+
+    out, sharded = tmp_path / "out", tmp_path / "sharded"
+    shutil.copytree(source, sharded)
+    encoder = UMT5EncoderModel.from_pretrained(source / "text_encoder")
+    (sharded / "text_encoder" / "model.safetensors").unlink()
+    encoder.save_pretrained(sharded / "text_encoder", max_shard_size="8KB")
+    assert len(list((sharded / "text_encoder").glob("model-*.safetensors"))) > 1
     assert (
-        run("quantize", "--model", source, "--scheme", "w8a8", "--target", "text_encoder=w4a16", "--out", out)[0] == 0
+        run("quantize", "--model", sharded, "--scheme", "w8a8", "--target", "text_encoder=w4a16", "--out", out)[0] == 0
     )
+    assert not list((out / "text_encoder").glob("model-*"))  # the packed one takes the place of all files
     shutil.copyfile(source / "text_encoder" / "config.json", out / "text_encoder" / "config.json")
     code, _, err = run("verify", out)
     assert code != 0 and "text_encoder/config.json" in err
