@@ -137,5 +137,11 @@ def _before(plan: Plan, outline: Outline, job: Job) -> Iterator[None]:
 def quantizing(
     fmt: Format, static: Tensor | None, inputs: InputTransform = PLAIN
 ) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """A forward pre-hook of linears: their inputs in that activation format, behind a transform and back again."""
-    return lambda _, args: (inputs.back(quantize_activations(inputs(args[0]), fmt, static)), *args[1:])
+    """A forward pre-hook of linears: their inputs in that activation format, behind a transform and back again. Gradients pass
+    as if nothing were rounded."""
+
+    def rounded(x: Tensor) -> Tensor:
+        made = inputs.back(quantize_activations(inputs(x.detach()), fmt, static))
+        return x + (made - x).detach() if x.requires_grad else made
+
+    return lambda _, args: (rounded(args[0]), *args[1:])

@@ -114,7 +114,18 @@ def _block_memory(plan: Plan, block: BlockOutline, weights: int, item: int, work
         out = max(sum(x.shape[0] for x in g.linears) for g in block.groups)
         outputs = SAMPLE_TOKENS * out * 4 * 3 + 4 * 3 * max(x.shape[0] * x.shape[1] for x in block.linears)
         moments.append(sum(_stats(g, item, False) for g in block.groups) + max(running, outputs))
+    if plan.learns:
+        moments.append(_learning(block, busy, hidden, item, workers))
     return base + max(moments)
+
+
+def _learning(block: BlockOutline, busy: list[LinearGroup], hidden: int, item: int, workers: int) -> int:
+    """Of every weight, in float32, the original, the offset, its first and its best value and the gradient, and per worker
+    another gradient; what one linear's gradient passes through; and what a worker keeps of a piece for the way back."""
+    sizes = [x.shape[0] * x.shape[1] for x in block.linears]
+    widths = sum(g.linears[0].shape[1] + sum(x.shape[0] for x in g.linears) for g in busy) + 8 * hidden
+    kept = piece_tokens(hidden) * widths * item * 2
+    return sum(sizes) * (24 + (workers + 1) * item) + 32 * max(sizes) + workers * kept
 
 
 def _stats(group: LinearGroup, item: int, hessian: bool) -> int:

@@ -23,13 +23,13 @@ from qkit.formats import Format, Scheme, fit_group
 from qkit.inputs import block_of
 from qkit.kvcache.scales import tensor_names
 from qkit.machine import run_dtype
+from qkit.methods import check_method
 from qkit.recipe import Recipe, Rule, check_rules, parse_method, rule_for
 from qkit.solvers.table import SOLVERS
 from qkit.sparse import outlier_count, sparse_bytes
 from qkit.towers import tower_rules
 from qkit.transforms.balance import INPUTS, RATIOS
-from qkit.transforms.rotate import check_rotatable
-from qkit.transforms.table import BALANCED, TRANSFORMS
+from qkit.transforms.table import TRANSFORMS
 
 _VERSIONS = ("qkit", "torch", "transformers", "compressed-tensors")  # what decides the bytes of a result
 HEAD_REASON = "the output head stays in the model's dtype by default"
@@ -104,6 +104,11 @@ class Plan:
         return str(self.recipe["options"].get("inputs", INPUTS[0]))
 
     @property
+    def learns(self) -> bool:
+        """Whether codes are learned once all linears of a block are solved."""
+        return any(TRANSFORMS[t].stage == "block" for t in self.transforms)
+
+    @property
     def ratios(self) -> str:
         """What shares a weight of pictures against answers, of RATIOS."""
         return str(self.recipe["options"].get("ratios", RATIOS[0]))
@@ -156,27 +161,7 @@ def make_plan(
     transform cannot do with this model, UsageError when calibration data is needed and missing.
     """
     transforms, _ = parse_method(recipe.method)
-    if "rotate" in transforms:
-        check_rotatable(outline)
-    balanced = next((t for t in transforms if t in BALANCED), None)
-    if balanced is not None and not outline.family.text_types:
-        raise Unsupported(
-            f"method {balanced} weighs pictures against answers, and this is no vision-language model "
-            f"({kind_of(outline.checkpoint.config)}): use awq"
-        )
-    if balanced is not None and calibration is not None and calibration.kinds is None:
-        raise UsageError(
-            f"method {balanced} needs pictures with answers: give --calib a .jsonl file or a folder, or leave it out"
-        )
-    if "hadamard" in transforms and outline.family.streams is None:
-        raise Unsupported("method hadamard transforms inputs at run time, in diffusion transformers: take rotate")
-    if recipe.significant and outline.family.streams is not None:
-        raise Unsupported(
-            "--significant looks at the loss of a language model: leave it out for a diffusion transformer"
-        )
-    for option, known in (("ratios", RATIOS), ("inputs", INPUTS)):
-        if recipe.options.get(option, known[0]) not in known:
-            raise UsageError(f"option '{option}': expected one of {', '.join(known)}, found {recipe.options[option]!r}")
+    check_method(recipe, transforms, outline, calibration)
     linears: dict[str, LinearPlan] = {}
     skipped: dict[str, str] = {}
     matched: set[int] = set()
@@ -300,8 +285,8 @@ def why_rows(linears: dict[str, LinearPlan], transforms: tuple[str, ...], signif
         if has_static(p):
             return f"scheme {p.scheme} has an activation scale that is measured beforehand"
     for t in transforms:
-        if TRANSFORMS[t].stage == "stats":
-            return f"transform {t} measures the inputs of every layer"
+        if TRANSFORMS[t].stage in ("stats", "block"):
+            return f"{t} measures what calibration rows make of every block"
     return None
 
 

@@ -83,11 +83,21 @@ def round_to_grid_(x: Tensor, fmt: Format) -> Tensor:
         return x.round_()
     if fmt.kind == "fp8":
         return x.copy_(x.to(torch.float8_e4m3fn))
-    # E2M1: the spacing is 0.5 below 2, 1 below 4, 2 above, half of x with its mantissa cleared. Comparisons would say it, too,
-    # and take twenty times as long.
-    exponent = (x.to(torch.float32).view(torch.int32) & 0x7F800000).view(torch.float32)
-    step = exponent.clamp_(min=1.0).mul_(0.5).to(x.dtype)
+    step = grid_spacing(x, fmt)
     return x.div_(step).round_().mul_(step)
+
+
+def grid_spacing(x: Tensor, fmt: Format) -> Tensor:
+    """How far the neighbours of x on the code grid are from each other, in x's dtype; x: within the code range.
+
+    Of floats it is a power of two, x with its mantissa cleared, times what one step of the mantissa is, down to the
+    subnormal numbers (E2M1: 0.5 below 2, 1 below 4, 2 above). Comparisons would say it, too, and take twenty times as long.
+    """
+    if fmt.kind == "int":
+        return torch.ones((), dtype=x.dtype)
+    smallest, step = (1.0, 0.5) if fmt.kind == "fp4" else (2.0**-6, 2.0**-3)
+    exponent = (x.to(torch.float32).view(torch.int32) & 0x7F800000).view(torch.float32)
+    return exponent.clamp_(min=smallest).mul_(step).to(x.dtype)
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------

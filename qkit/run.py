@@ -27,7 +27,8 @@ from qkit.job import Job
 from qkit.loading import load
 from qkit.parallel import Workers
 from qkit.plan import Plan, has_static, sequences
-from qkit.qtensor import dequantize
+from qkit.qtensor import dequantize, weight_sha256
+from qkit.reconstruct import Learner, Settings, reconstruct
 from qkit.solvers.table import SOLVERS
 from qkit.solving import Result, solve_groups
 from qkit.transforms import BlockState
@@ -132,7 +133,7 @@ def _rows(run: _Run, sequence: BlockSequence, first: int) -> tuple[Rows, Calls]:
     run.progress.start("embed the calibration rows", plan.calibration.samples)
     good = None if record is None else [bool(g) for g in record["good"]]
     rows, calls = embed(plan, run.outline, job, sequence, path, run.progress.step, good=good)
-    if plan.inputs != INPUTS[0]:
+    if plan.inputs != INPUTS[0] or plan.learns:
         rows.original = job.rows_path(job.finished, original=True)
         if record is None:
             shutil.copyfile(path, rows.original)
@@ -170,15 +171,21 @@ def _with_rows(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> Row
                 )
                 TRANSFORMS[transform].apply(state, plan.schemes, plan.seed)
                 state.write_back()
+        before = {x.name: state.weight(x).clone() for x in state.block.linears} if plan.learns else {}
         results, handles = _solve_with_rows(run, step, flow)
+        learned: dict[str, Any] = {}
+        if plan.learns:
+            flow.close()
+            results, learned = _learn(run, step, rows, call, results, before)
         if not step.last:
             progress.start(f"{step.name}, rows", len(list(rows.pieces())))
-            before = rows.original
+            original = rows.original
             rows, digest = flow.leave(leaving, progress.step)
-            rows.original = None if before is None else job.rows_path(step.place + 1, original=True)
+            rows.original = None if original is None else job.rows_path(step.place + 1, original=True)
             record |= {"sha256": digest, "good": rows.good}
         flow.close()
-        job.commit(step.place, step.part(results, plan.significant), _entry(results), None if step.last else record)
+        entry = _entry(results) | learned
+        job.commit(step.place, step.part(results, plan.significant), entry, None if step.last else record)
         return rows
     except OSError as e:
         raise write_failure(leaving, e) from e
@@ -194,12 +201,41 @@ def _originals(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> str
     state = step.state
     flow = Flow(state.module, state.block, replace(rows, path=rows.original), call, run.pool)
     try:
-        run.progress.start(f"{step.name}, original", 2 * len(list(rows.pieces())))
-        wanted = Wanted(hessian=False, ranges=True)
-        state.originals = flow.capture(state.block.groups, wanted, run.progress.step, keep=False)
+        searched = run.plan.inputs != INPUTS[0]
+        run.progress.start(f"{step.name}, original", (1 + searched) * len(list(rows.pieces())))
+        if searched:
+            wanted = Wanted(hessian=False, ranges=True)
+            state.originals = flow.capture(state.block.groups, wanted, run.progress.step, keep=False)
         return flow.leave(run.job.rows_path(step.place + 1, original=True), run.progress.step)[1]
     finally:
         flow.close()
+
+
+def _learn(
+    run: _Run, step: _Step, rows: Rows, call: Call | OneByOne, results: list[Result], before: dict[str, Tensor]
+) -> tuple[list[Result], dict[str, Any]]:
+    """The results with codes that are learned for the block as a whole, put in place, and what the journal says of it.
+
+    before: the weights that were solved, float32, by linear; the hooks that quantize inputs are in force.
+    """
+    plan, state = run.plan, step.state
+    options = results[0].plan.options
+    settings = Settings(options["steps"], options["batch"], options["rate"], plan.seed + step.place)
+    run.progress.start(f"{step.name}, learned rounding", settings.steps)
+    group_of = {x.name: g for g in state.block.groups for x in g.linears}
+    learners = []
+    for r in results:
+        inputs = state.inputs(group_of[r.plan.name], r.plan.rotation)
+        learners.append(Learner.of(r.linear, inputs.weight(before[r.plan.name]), r.qtensor, inputs))
+    targets = replace(rows, path=run.job.rows_path(step.place + 1, original=True))
+    learned, first, last = reconstruct(
+        state.module, learners, rows, targets, call, settings, run.pool, run.progress.step
+    )
+    found = []
+    for r, x, q in zip(results, learners, learned, strict=True):
+        r.linear.view(state.module).copy_(x.inputs.weight_back(dequantize(q)))
+        found.append(replace(r, qtensor=q, weight_sha256=weight_sha256([q])))
+    return found, {"block_error": [float(f"{first:.6g}"), float(f"{last:.6g}")]}
 
 
 def _solve_with_rows(run: _Run, step: _Step, flow: Flow) -> tuple[list[Result], list[Any]]:

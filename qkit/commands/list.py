@@ -45,9 +45,12 @@ def _method(name: str, kind: str, what: str, options: Mapping[str, tuple[Any, st
 
 
 def methods() -> list[dict[str, Any]]:
-    """One row per solver and transform."""
+    """One row per solver, transform and what comes behind them."""
     solvers = [_method(n, "solver", s.summary, s.options) for n, s in SOLVERS.items()]
-    transforms = [_method(n, "transform", t.summary, t.options) for n, t in TRANSFORMS.items()]
+    transforms = [
+        _method(n, "finisher" if t.stage == "block" else "transform", t.summary, t.options)
+        for n, t in TRANSFORMS.items()
+    ]
     repair = {
         "method": METHOD,
         "kind": "repair",

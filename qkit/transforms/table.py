@@ -15,7 +15,8 @@ from qkit.transforms.scales import awq_candidates, smooth_block, smoothquant_can
 
 @dataclass(frozen=True)
 class Transform:
-    """stage: 'load' (before rows run), 'stats' (after) or 'inputs' (with each linear, as it is solved).
+    """stage: 'load' (before rows run), 'stats' (after), 'inputs' (with each linear, as it is solved) or 'block' (when all of
+    its linears are solved).
 
     apply(state, schemes by linear name, seed)"""
 
@@ -67,6 +68,16 @@ TRANSFORMS: dict[str, Transform] = {
         lambda state, schemes, seed: smooth_block(state, schemes, awq_candidates, partial(balanced_error, power=2)),
         "mbq with squared errors",
         _OPTIONS,
+    ),
+    "signround": Transform(
+        "block",
+        lambda state, schemes, seed: None,  # of solved linears, in the loop (``reconstruct``)
+        "codes and ranges of a whole block learned together, from those of the solver on (arXiv 2309.05516)",
+        {
+            "steps": (200, "of learned rounding, for every block"),
+            "batch": (8, "rows of one step"),
+            "rate": (0.0, "of the first step, in units of the grid; 0: 1 / steps"),
+        },
     ),
 }
 BALANCED = ("mbq", "mbq-mse")  # those that need pictures and answers

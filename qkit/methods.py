@@ -1,0 +1,49 @@
+"""What a method can do with a model: refused in one sentence before anything is planned."""
+
+from __future__ import annotations
+
+from qkit.calibration import Calibration
+from qkit.errors import Unsupported, UsageError
+from qkit.families.discover import kind_of
+from qkit.families.outline import Outline
+from qkit.recipe import Recipe
+from qkit.transforms.balance import INPUTS, RATIOS
+from qkit.transforms.rotate import check_rotatable
+from qkit.transforms.table import BALANCED, TRANSFORMS
+
+
+def check_method(
+    recipe: Recipe, transforms: tuple[str, ...], outline: Outline, calibration: Calibration | None
+) -> None:
+    """Raises Unsupported for a model that a transform cannot work with, UsageError for rows or options that it cannot use."""
+    if "rotate" in transforms:
+        check_rotatable(outline)
+    balanced = next((t for t in transforms if t in BALANCED), None)
+    if balanced is not None and not outline.family.text_types:
+        raise Unsupported(
+            f"method {balanced} weighs pictures against answers, and this is no vision-language model "
+            f"({kind_of(outline.checkpoint.config)}): use awq"
+        )
+    if balanced is not None and calibration is not None and calibration.kinds is None:
+        raise UsageError(
+            f"method {balanced} needs pictures with answers: give --calib a .jsonl file or a folder, or leave it out"
+        )
+    if "hadamard" in transforms and outline.family.streams is None:
+        raise Unsupported("method hadamard transforms inputs at run time, in diffusion transformers: take rotate")
+    if recipe.significant and outline.family.streams is not None:
+        raise Unsupported(
+            "--significant looks at the loss of a language model: leave it out for a diffusion transformer"
+        )
+    for option, known in (("ratios", RATIOS), ("inputs", INPUTS)):
+        if recipe.options.get(option, known[0]) not in known:
+            raise UsageError(f"option '{option}': expected one of {', '.join(known)}, found {recipe.options[option]!r}")
+    learned = next((t for t in transforms if TRANSFORMS[t].stage == "block"), None)
+    if learned is None:
+        return
+    if any(x.expert is not None for b in outline.blocks for x in b.linears):
+        raise Unsupported(
+            f"method {learned} learns linears that are modules, and this model has fused experts: use gptq"
+        )
+    for option, least in (("steps", 1), ("batch", 1), ("rate", 0)):
+        if recipe.options.get(option, least) < least:
+            raise UsageError(f"option '{option}': expected {least} or more, found {recipe.options[option]}")

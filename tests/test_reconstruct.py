@@ -1,0 +1,200 @@
+"""Learned rounding: where it begins, what it may change, and what it is for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Quiet
+from torch import Tensor, nn
+
+from qkit.blocks import Linear
+from qkit.calls import Call
+from qkit.capture import Rows
+from qkit.errors import Unsupported, UsageError
+from qkit.formats import FORMATS, Format
+from qkit.inputs import PLAIN, InputTransform
+from qkit.loading import load
+from qkit.parallel import Workers, workers
+from qkit.pipeline import Request, prepare, quantize
+from qkit.qtensor import QTensor, codes_to_grid, dequantize, find_params, grid_spacing, grid_to_codes
+from qkit.qtensor import quantize as rounded
+from qkit.reconstruct import Learner, Settings, reconstruct
+
+NAMES = ("int2", "int3", "int4", "int8", "int4_asym", "nvfp4", "mxfp4", "fp8")
+ALL = [FORMATS[n] for n in NAMES if n in FORMATS]
+
+
+def weight(seed: int = 0, shape: tuple[int, int] = (24, 128)) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def moved(q: QTensor, seed: int = 1) -> QTensor:
+    """Every third code is one of the grid's other values next to it, as a solver may choose."""
+    grid = codes_to_grid(torch.arange(16, dtype=torch.uint8), q.format) if q.format.kind == "fp4" else None
+    values = codes_to_grid(q.codes, q.format)
+    chosen = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)) < 0.33
+    if grid is not None:
+        order = grid.unique()
+        at = torch.bucketize(values, order)
+        other = order[(at + 1).clamp_max(len(order) - 1)]
+    elif q.format.kind == "int":
+        low, high = -(2 ** (q.format.bits - 1)), 2 ** (q.format.bits - 1) - 1
+        other = (values + 1).clamp(low, high)
+    else:
+        other = (values * 1.125).to(torch.float8_e4m3fn).float()
+    return QTensor(grid_to_codes(torch.where(chosen, other, values), q.format), q.params, q.format)
+
+
+def solved(fmt: Format, w: Tensor) -> QTensor:
+    return moved(rounded(w, find_params(w, fmt, torch.bfloat16), fmt))
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.name)
+@pytest.mark.parametrize("inputs", [PLAIN, InputTransform(torch.linspace(0.5, 2, 128), 128)], ids=["plain", "turned"])
+def test_it_begins_where_the_solver_ended(fmt: Format, inputs: InputTransform) -> None:
+    q = solved(fmt, inputs.weight(weight()))
+    x = Learner(Linear("a", "a.weight", (24, 128)), inputs.weight(weight()), q, inputs)
+    begun = x.begin()
+    torch.testing.assert_close(x.dense(*begun), inputs.weight_back(dequantize(q)), rtol=1e-5, atol=1e-6)
+    found = x.finish(*begun)
+    assert torch.equal(codes_to_grid(found.codes, fmt), codes_to_grid(q.codes, fmt))
+    assert torch.equal(found.params.scale.view(torch.uint8), q.params.scale.view(torch.uint8))
+    # What rounding alone would give needs no offset.
+    plain = rounded(x.weight, q.params, fmt)
+    offset, _ = Learner(x.linear, x.weight, plain, inputs).begin()
+    assert float(offset.abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "fp8"])
+def test_spacing_is_the_distance_of_neighbours(name: str) -> None:
+    fmt = FORMATS[name]
+    codes = torch.arange(8 if name == "nvfp4" else 127, dtype=torch.uint8)
+    values = codes_to_grid(codes if name == "nvfp4" else codes.view(torch.float8_e4m3fn), fmt)
+    assert torch.equal(grid_spacing(values[:-1], fmt), values.diff())
+
+
+class Toy(nn.Module):
+    """A block: two linears with something between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64, bias=False), nn.Linear(64, 32, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.down(nn.functional.silu(self.up(hidden)))
+
+
+@pytest.mark.parametrize("fmt", [FORMATS["int3"].with_group(32), FORMATS["nvfp4"]], ids=lambda f: f.name)
+def test_a_block_comes_closer_to_what_it_gave(fmt: Format, tmp_path) -> None:
+    """On rows that nothing was learned from; the same again is the same; no step is worse than the solver's result."""
+    torch.manual_seed(0)
+    block = Toy().requires_grad_(False)
+    # Inputs in a few directions: rounding of the others does not matter, and that is what is learned.
+    rows = torch.randn(40, 16, 4) @ torch.randn(4, 32)
+    aims = block(rows)
+    learners = []
+    for name, module in block.named_children():
+        q = rounded(module.weight.data, find_params(module.weight.data, fmt, torch.bfloat16), fmt)
+        learners.append(
+            Learner(Linear(name, f"{name}.weight", tuple(module.weight.shape)), module.weight.data, q, PLAIN)
+        )
+
+    def on_disk(name: str, what: Tensor) -> Rows:
+        (tmp_path / name).write_bytes(what.contiguous().numpy().tobytes())
+        return Rows(tmp_path / name, len(what), 16, 32, torch.float32, [True] * len(what))
+
+    given = on_disk("in", rows[:32]), on_disk("out", aims[:32])
+
+    def learn(steps: int, pool: Workers) -> tuple[list[QTensor], float, float]:
+        return reconstruct(block, learners, *given, Call((), {}), Settings(steps, 4, 0.0, 0), pool, lambda: None)
+
+    with workers(1) as one, workers(3) as three:
+        found, before, after = learn(60, one)
+        again = learn(60, three)[0]
+        unchanged, first, last = learn(0, one)
+    assert after < before / 2
+    assert all(torch.equal(a.codes, b.codes) for a, b in zip(found, again, strict=True))
+
+    def error(made: list[QTensor]) -> float:
+        weights = {x.linear.param: dequantize(q) for x, q in zip(learners, made, strict=True)}
+        return float((torch.func.functional_call(block, weights, (rows[32:],)) - aims[32:]).square().mean())
+
+    assert error(found) < error([x.q for x in learners]) / 2
+    assert first == last == before and all(
+        torch.equal(q.codes, x.q.codes) for q, x in zip(unchanged, learners, strict=True)
+    )
+
+
+# ---- whole runs --------------------------------------------------------------------------------------------------
+
+
+class Stops(Quiet):
+    """Raises KeyboardInterrupt when so many phases have begun."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def start(self, what: str, total: int) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def asked(tiny, tmp_path: Path) -> Request:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"word{i * i % 97} and" for i in range(4000)))
+    return Request(
+        str(tiny("llama", num_hidden_layers=3)), "w3a16", "gptq+signround", 32, calib=text, samples=32, seqlen=32,
+        options={"steps": 24, "batch": 4}, threads=1,
+    )  # fmt: skip
+
+
+def sums(out: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.glob("*.safetensors")}
+
+
+def test_every_block_comes_closer_and_nothing_depends_on_the_workers(asked: Request, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert quantize(asked, out, Quiet()).ok
+    journal = [json.loads(x) for x in (tmp_path / "out.job" / "journal.jsonl").read_text().splitlines()]
+    errors = [entry["block_error"] for entry in journal]
+    assert len(errors) == 3 and all(after <= before for before, after in errors)
+    assert sum(after for _, after in errors) < 0.97 * sum(before for before, _ in errors)
+    other = tmp_path / "other"
+    quantize(replace(asked, threads=3), other, Quiet())
+    assert sums(other) == sums(out)
+    stopped = tmp_path / "stopped"
+    for phases in (9, 4):
+        with pytest.raises(KeyboardInterrupt):
+            quantize(asked, stopped, Stops(phases))
+    quantize(asked, stopped, Quiet())
+    assert sums(stopped) == sums(out)
+
+
+@pytest.mark.parametrize("changes", [{"scheme": "w4a8"}, {"scheme": "nvfp4", "group_size": None}, {"method": "awq+signround"},
+                                     {"method": "signround", "outliers": 1.0}], ids=str)  # fmt: skip
+def test_with_activations_other_transforms_and_sparse_parts(asked: Request, tmp_path: Path, changes) -> None:
+    assert quantize(replace(asked, **changes), tmp_path / "out", Quiet()).ok
+    journal = [json.loads(x) for x in (tmp_path / "out.job" / "journal.jsonl").read_text().splitlines()]
+    before, after = (sum(entry["block_error"][i] for entry in journal) for i in (0, 1))
+    assert after < before
+    model, original = (dict(load(p, dtype=torch.float32).named_modules()) for p in (tmp_path / "out", asked.model))
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.2.self_attn.q_proj"):
+        x = torch.eye(original[name].in_features)
+        true, found = (m[name](x).T for m in (original, model))
+        at = int(true.abs().argmax())  # the largest weight is nearly what it was: no part of it counts twice
+        if "awq" not in str(changes):
+            assert abs(float((found - true).flatten()[at])) < 0.4 * abs(float(true.flatten()[at]))
+
+
+def test_bad_input(asked: Request, tiny) -> None:
+    with pytest.raises(Unsupported, match="fused experts: use gptq"):
+        prepare(replace(asked, model=str(tiny("mixtral"))))
+    with pytest.raises(UsageError, match="option 'steps': expected 1 or more, found 0"):
+        prepare(replace(asked, options={"steps": 0}))
