@@ -45,12 +45,14 @@ _HELD_OUT = 16  # of so many rows one is held out
 _LOOKS = 8  # at the held-out rows, at the most
 _INSIDE = 0.499  # of a cell, where an offset begins that has to reach a solver's code
 _FACTORS = (0.5, 1.5)
+_FASTEST = 0.02
 _PIECE_TOKENS = 512  # that one worker runs through the block at a time
 
 
 @dataclass(frozen=True)
 class Settings:
-    """steps: of the descent; batch: rows of one; rate: of the first step, in units of the grid (0: 1 / steps)"""
+    """steps: of the descent; batch: rows of one; rate: of the first step, in units of the grid (0: 1 / steps, at most 0.02:
+    from a solver's codes on, few long steps end in a worse place than they began)"""
 
     steps: int
     batch: int
@@ -179,7 +181,7 @@ def reconstruct(
         for number in range(settings.steps):
             queue = queue or torch.randperm(len(given), generator=order).tolist()
             slopes = block.gradients(weights(), given[queue.pop()])
-            rate = (settings.rate or 1 / settings.steps) * (1 - number / settings.steps)
+            rate = (settings.rate or min(_FASTEST, 1 / settings.steps)) * (1 - number / settings.steps)
             for x, (offset, factor), first in zip(learners, values, begun, strict=True):
                 slope = slopes.pop(x.linear.param)
                 for v, g in zip((offset, factor), _through(x, offset, factor, slope), strict=True):

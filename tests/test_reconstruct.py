@@ -193,6 +193,19 @@ def test_with_activations_other_transforms_and_sparse_parts(asked: Request, tmp_
             assert abs(float((found - true).flatten()[at])) < 0.4 * abs(float(true.flatten()[at]))
 
 
+def test_rows_of_a_pipeline(tmp_path: Path) -> None:
+    """They are of any shape, and run one by one."""
+    pytest.importorskip("diffusers", reason="needs diffusers: pip install 'qkit[diffusion]'")
+    from tiny_dits import make_pipeline
+
+    source = make_pipeline(tmp_path / "wan", steps=3)
+    request = Request(str(source), "w4a8", "signround", 32, samples=12, options={"steps": 12, "rate": 0.05}, threads=2)
+    assert quantize(request, tmp_path / "out", Quiet()).ok
+    journal = [json.loads(x) for x in (tmp_path / "out.job" / "journal.jsonl").read_text().splitlines()]
+    before, after = (sum(entry["block_error"][i] for entry in journal) for i in (0, 1))
+    assert after < before
+
+
 def test_bad_input(asked: Request, tiny) -> None:
     with pytest.raises(Unsupported, match="fused experts: use gptq"):
         prepare(replace(asked, model=str(tiny("mixtral"))))

@@ -76,7 +76,7 @@ TRANSFORMS: dict[str, Transform] = {
         {
             "steps": (200, "of learned rounding, for every block"),
             "batch": (8, "rows of one step"),
-            "rate": (0.0, "of the first step, in units of the grid; 0: 1 / steps"),
+            "rate": (0.0, "of the first step, in units of the grid; 0: 1 / steps, at most 0.02"),
         },
     ),
 }
