@@ -57,7 +57,8 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("fmt", FORMATS_OF_THE_LEAF, ids=named)
 def test_products(fmt):
-    """Within twice the error of a plain product in that dtype, operator and slices alike; codes come back; runs repeat."""
+    """Within twice the error of a plain product in that dtype, and in bfloat16 one rounding of the scales more, operator and
+    slices alike; codes come back; runs repeat."""
     for shape in SHAPES:
         if shape[1] % (fmt.group or 1):
             continue
@@ -70,7 +71,7 @@ def test_products(fmt):
             for rows in ROWS[:2] if shape[0] > 1000 else ROWS:
                 x = torch.randn(rows, shape[1]).to(dtype)
                 wanted = x.double() @ dense.double().T
-                bound = 2 * error(x @ dense.to(dtype).T, wanted) + 1e-6
+                bound = 2 * error(x @ dense.to(dtype).T, wanted) + (2**-9 if dtype == torch.bfloat16 else 1e-6)
                 for q in (replace(p, rows=1000), replace(p, rows=0)):
                     found = cpu.linear(x, q)
                     assert found.dtype == dtype and error(found, wanted) <= bound, (shape, dtype, rows, q.op)
