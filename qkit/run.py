@@ -59,12 +59,14 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Step:
-    """One block of it. place: its part of the job; last: of its sequence, so that nothing needs what it gives."""
+    """One block of it. place: its part of the job; last: of its sequence, so that nothing needs what it gives; learns: whether
+    its codes are learned together once its linears are solved."""
 
     state: BlockState
     name: str
     place: int
     last: bool
+    learns: bool
 
     def part(self, results: list[Result], significant: int) -> dict[str, Tensor]:
         """The tensors to commit."""
@@ -106,12 +108,18 @@ def _run_sequence(run: _Run, sequence: BlockSequence, first: int) -> None:
                     TRANSFORMS[transform].apply(state, plan.schemes, plan.seed)
             if plan.key_exponents is not None:
                 scale_keys(state, plan.key_exponents[block.index])
-        step = _Step(state, name, first + block.index, block.index + 1 == len(sequence.blocks))
+        last = block.index + 1 == len(sequence.blocks)
+        step = _Step(state, name, first + block.index, last, _learns(run, sequence))
         if rows is None:
             _without_rows(run, step)
         else:
             rows = _with_rows(run, step, rows, calls[block.index])
         release(state.module)
+
+
+def _learns(run: _Run, sequence: BlockSequence) -> bool:
+    """Whether codes of its blocks are learned together. Not in towers: a projector's rows leave it in another shape."""
+    return run.plan.learns and sequence.name not in {t.name for t in run.outline.towers}
 
 
 def _balance(run: _Run) -> list[dict[str, float]]:
@@ -133,7 +141,7 @@ def _rows(run: _Run, sequence: BlockSequence, first: int) -> tuple[Rows, Calls]:
     run.progress.start("embed the calibration rows", plan.calibration.samples)
     good = None if record is None else [bool(g) for g in record["good"]]
     rows, calls = embed(plan, run.outline, job, sequence, path, run.progress.step, good=good)
-    if plan.inputs != INPUTS[0] or plan.learns:
+    if plan.inputs != INPUTS[0] or _learns(run, sequence):
         rows.original = job.rows_path(job.finished, original=True)
         if record is None:
             shutil.copyfile(path, rows.original)
@@ -171,10 +179,10 @@ def _with_rows(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> Row
                 )
                 TRANSFORMS[transform].apply(state, plan.schemes, plan.seed)
                 state.write_back()
-        before = {x.name: state.weight(x).clone() for x in state.block.linears} if plan.learns else {}
+        before = {x.name: state.weight(x).clone() for x in state.block.linears} if step.learns else {}
         results, handles = _solve_with_rows(run, step, flow)
         learned: dict[str, Any] = {}
-        if plan.learns:
+        if step.learns:
             flow.close()
             results, learned = _learn(run, step, rows, call, results, before)
         if not step.last:
@@ -216,8 +224,11 @@ def _learn(
 ) -> tuple[list[Result], dict[str, Any]]:
     """The results with codes that are learned for the block as a whole, put in place, and what the journal says of it.
 
-    before: the weights that were solved, float32, by linear; the hooks that quantize inputs are in force.
+    before: the weights that were solved, float32 [out, in], by linear; the hooks that quantize inputs are in force. Errors of
+    single linears in the results stay those of the solver: that of the block, a mean square per channel, is what was lowered.
     """
+    if not results:  # rules leave the whole block as it is
+        return results, {}
     plan, state = run.plan, step.state
     options = results[0].plan.options
     settings = Settings(options["steps"], options["batch"], options["rate"], plan.seed + step.place)

@@ -214,6 +214,13 @@ def test_with_activations_other_transforms_and_sparse_parts(asked: Request, tmp_
     assert logits_error(tmp_path / "out", made) < logits_error(solved_alone(made, tmp_path), made)
 
 
+def test_a_block_that_a_rule_leaves(asked: Request, tmp_path: Path) -> None:
+    rules = ({"match": "model.layers.1.*", "skip": "asked for"},)
+    assert quantize(replace(asked, method="signround", rules=rules, options={"steps": 2}), tmp_path / "out", Quiet()).ok
+    journal = [json.loads(x) for x in (tmp_path / "out.job" / "journal.jsonl").read_text().splitlines()]
+    assert ["block_error" in entry for entry in journal] == [True, False, True]
+
+
 def test_rows_of_a_pipeline(tmp_path: Path) -> None:
     """They are of any shape, and run one by one."""
     pytest.importorskip("diffusers", reason="needs diffusers: pip install 'qkit[diffusion]'")
@@ -225,6 +232,18 @@ def test_rows_of_a_pipeline(tmp_path: Path) -> None:
     journal = [json.loads(x) for x in (tmp_path / "out.job" / "journal.jsonl").read_text().splitlines()]
     before, after = (sum(entry["block_error"][i] for entry in journal) for i in (0, 1))
     assert after < before
+
+
+def test_towers_keep_what_the_solver_made(vlm, tmp_path: Path) -> None:
+    """A projector gives rows of another shape than it takes; the language model behind it is learned."""
+    request = Request(
+        str(vlm("llava", processor=True)), "w4a16", "signround", samples=6, options={"steps": 2, "batch": 2}, threads=1,
+        targets={"vision": "w4a16", "projector": "w4a16"},
+    )  # fmt: skip
+    assert quantize(request, tmp_path / "out", Quiet()).ok
+    journal = [json.loads(x) for x in (tmp_path / "out.job" / "journal.jsonl").read_text().splitlines()]
+    learned = ["block_error" in entry for entry in journal]
+    assert learned == sorted(learned) and learned[-1] and not learned[0]
 
 
 def test_bad_input(asked: Request, tiny) -> None:
