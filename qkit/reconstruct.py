@@ -44,7 +44,7 @@ Span = tuple[int, int]
 _HELD_OUT = 16  # of so many rows one is held out
 _LOOKS = 8  # at the held-out rows, at the most
 _INSIDE = 0.499  # of a cell, where an offset begins that has to reach a solver's code
-_FACTORS = (0.5, 1.5)
+_FACTORS = (0.5, 1.5)  # of a scale, at the least and at the most
 _FASTEST = 0.02
 _PIECE_TOKENS = 512  # that one worker runs through the block at a time
 
@@ -52,7 +52,7 @@ _PIECE_TOKENS = 512  # that one worker runs through the block at a time
 @dataclass(frozen=True)
 class Settings:
     """steps: of the descent; batch: rows of one; rate: of the first step, in units of the grid (0: 1 / steps, at most 0.02:
-    from a solver's codes on, few long steps end in a worse place than they began)"""
+    from a solver's codes on, few long steps end in a worse place than they began); seed: of the order of batches"""
 
     steps: int
     batch: int

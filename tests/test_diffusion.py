@@ -160,8 +160,10 @@ def test_modulation_stays_by_default_and_a_rule_takes_it(folders: Path, kind: st
 
 @pytest.mark.parametrize("kind", ["sd3", "cogvideox", "dit"])
 def test_the_timesteps_of_calibration_are_a_finite_set(folders: Path, tmp_path: Path, kind: str) -> None:
-    """What makes shifts, scales and gates has one input a step (TFMQ-DM, arXiv 2311.16503, section 4.3): GPTQ, which sees them
-    all, fits INT3 weights to them; rounding does not. Of three steps here a third of the error is left, or less."""
+    """What makes shifts, scales and gates has one input a step (finite set calibration of TFMQ-DM, arXiv 2311.16503).
+
+    GPTQ, which sees them all, fits INT3 weights to them; rounding does not. Of three steps a third of the error is left, or
+    less."""
     source, errors = transformer(folders, kind), {}
     original = load(kind, source, torch.float32)
     rules = ({"match": "*norm1.linear", "scheme": "w3a16", "group_size": 32},)
