@@ -2,7 +2,8 @@
 
 Every contender has as many copies of its weight as it takes to fill the last-level cache three times, and goes on to the
 next copy with each call; where copies of a small weight would be too many, everything else is read in between. The call right
-after, on the same copy, is the warm one. Contenders take turns, so that what else the machine does meets all of them.
+after, on the same copy, is the warm one. Contenders take turns, so that what else the machine does meets all of them, in
+another order each time and with a pause before each: threads of the one before may still be spinning, and take its core.
 
 Before that, outputs are compared with float64 on two inputs, after memory of their size was filled with NaN and given back.
 An error above twice that of a plain bf16 product (or above 2 %, of a contender that rounds activations to 8 bits on its own)
@@ -28,6 +29,7 @@ from qkit.machine import available_memory
 ROUNDING_BOUND = 0.02  # error of a contender that rounds activations to 8 bits
 _MOST_COPIES = 48
 _LEAST, _MOST, _MOST_FLUSHED = 3, 60, 20  # calls of a contender
+_QUIET = 0.02  # seconds until the threads of another library have gone to sleep
 
 
 @dataclass(frozen=True)
@@ -191,16 +193,26 @@ def _take_turns(
         once = timed(lambda e=e, own=own: e.contender.run(e.copies[-1], own))  # type: ignore[misc]
         calls.append(max(_LEAST, min(_MOST_FLUSHED if e.flush else _MOST, int(seconds / once))))
     taken: list[tuple[list[float], list[float]]] = [([], []) for _ in entrants]
+    order = torch.Generator().manual_seed(0)
     for turn in range(max(calls, default=0)):
-        for e, own, most, (cold, warm) in zip(entrants, given, calls, taken, strict=True):
-            if turn >= most:
+        for i in torch.randperm(len(entrants), generator=order).tolist():
+            if turn >= calls[i]:
                 continue
+            e, own, (cold, warm) = entrants[i], given[i], taken[i]
             copy, run = e.copies[turn % len(e.copies)], e.contender.run
             if e.flush:
                 host.flush()
+            _wait(_QUIET)
             cold.append(timed(lambda run=run, copy=copy, own=own: run(copy, own)))  # type: ignore[misc]
             warm.append(timed(lambda run=run, copy=copy, own=own: run(copy, own)))  # type: ignore[misc]
     return taken
+
+
+def _wait(seconds: float) -> None:
+    """Awake: a core that slept would begin with cold code, which no decoding does."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
 
 
 def timed(run: Callable[[], object]) -> float:

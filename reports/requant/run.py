@@ -3,10 +3,11 @@
     python reports/requant/run.py --model DIR --calib FILE --text NAME=FILE .. --lines LINES --name tiny-llama
 
 For each of rtn, awq and gptq: W3A16 in groups of 128; the same with ReQuant (0.45 % outliers, 0.05 % significant); W3A16
-in groups of 64; and, for solvers alone, int3 and int4 mixed at the bytes of the ReQuant file. "rtn with rows": with
-calibration rows, by which it weighs its scale search, as ReQuant has them; one weight is put back. Everything is made by the
-command line, loaded back from disk and measured in 200 windows of 512 tokens. LINES keeps the loss of every window, so that
-a stopped run goes on; reports/requant/NAME.json gets perplexities, bytes, and paired differences with 95 % intervals.
+in groups of 64; and, for solvers alone, int3 and int4 mixed, with no more bytes of tensors than the ReQuant file has. "rtn
+with rows": with calibration rows, by which it weighs its scale search, as ReQuant has them; one weight is put back.
+Everything is made by the command line, loaded back from disk and measured in 200 windows of 512 tokens. LINES keeps the loss
+of every window, so that a stopped run goes on; reports/requant/NAME.json gets perplexities, bytes, and paired differences
+with 95 % intervals.
 """
 
 from __future__ import annotations
@@ -71,8 +72,11 @@ def main() -> None:
                 n: [round(x, 6) for x in nll_windows(model, t, 512, args.windows).mean(1).tolist()]
                 for n, t in texts.items()
             }
-        size = tensor_bytes(out if options else Path(args.model))
-        done[row] = {"row": row, "bytes": size, "seconds": round(seconds, 1), "options": options, "nll": nll}
+        folder = out if options else Path(args.model)
+        size = tensor_bytes(folder)
+        headers = sum(f.stat().st_size for f in folder.glob("*.safetensors")) - size
+        made = {"row": row, "bytes": size, "headers": headers, "seconds": round(seconds, 1), "options": options}
+        done[row] = {**made, "nll": nll}
         with args.lines.open("a") as f:
             f.write(json.dumps(done[row]) + "\n")
         print(row, size, {k: round(float(np.exp(mean(v))), 3) for k, v in nll.items()}, flush=True)
@@ -87,7 +91,7 @@ def main() -> None:
         if method == "rtn":  # which weighs its scale search by activations where rows were run; one weight is put back
             measure("rtn with rows", *w3, "--method", "rtn", "--significant", "0.00001")
         if method != "awq":
-            size = str(done[f"requant+{method}"]["bytes"])
+            size = done[f"requant+{method}"]["bytes"] + done[method]["headers"]  # --size counts headers too
             profile = (
                 "--profile",
                 str(args.work / f"{method}.profile"),
