@@ -254,25 +254,27 @@ class Decoded:
     scalars: dict[str, float] = field(default_factory=dict)
 
 
-def _check_positive(name: str, values: Array, into: Decoded) -> None:
+def _check_scales(name: str, values: Array, into: Decoded, signed: bool = False) -> None:
     bad = int(values.size - np.count_nonzero(np.isfinite(values)))
-    low = int(np.count_nonzero(values <= 0))
+    low = int(np.count_nonzero(values == 0 if signed else values <= 0))
     if bad:
         into.faults.append((name, f"{bad} of {values.size} values are NaN or infinite"))
     if low:
-        into.faults.append((name, f"{low} of {values.size} values are zero or negative, expected scales above 0"))
+        what = "zero, expected scales below or above 0" if signed else "zero or negative, expected scales above 0"
+        into.faults.append((name, f"{low} of {values.size} values are {what}"))
 
 
 def _scales(linear: Linear, tensors: Mapping[str, Stored], into: Decoded) -> Array:
     """float32 [rows or 1, k]: what each code is multiplied by. Checks every scale of the linear on the way."""
     stored = tensors["weight_scale"]
     scale: Array = E8M0[stored.array()] if linear.format.scale == "e8m0" else stored.float32()
-    _check_positive("weight_scale", scale, into)
+    integers = linear.format.kind == "int" and linear.format.symmetric  # a negative scale turns their range round
+    _check_scales("weight_scale", scale, into, signed=integers)
     for name in ("weight_global_scale", "input_global_scale", "input_scale"):
         if name in tensors:
             value = tensors[name].float32()
             into.scalars[name] = float(value[0])
-            _check_positive(name, value, into)
+            _check_scales(name, value, into)
     if "weight_global_scale" in tensors:
         with np.errstate(all="ignore"):
             scale = scale / tensors["weight_global_scale"].float32()

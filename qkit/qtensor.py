@@ -232,6 +232,7 @@ def find_params(
     importance: Tensor | None = None,
     search: bool = False,
     global_scale: Tensor | None = None,
+    signed: bool = False,
 ) -> Params:
     """Scales and zero points for a weight.
 
@@ -241,7 +242,20 @@ def find_params(
     search:       try ranges from 45 % to 110 % of the full one and keep, per tile, that with the least
                   weighted squared error (our choice of grid); the full range is always among them
     global_scale: NVFP4's tensor scale when it is shared with other linears; else taken from this weight
+    signed:       scales of symmetric integers of up to 4 bits may be negative. Their codes reach one step further below
+                  zero than above: a negative scale gives that step to the side where the tile's largest weight is
     """
+    if signed and fmt.kind == "int" and fmt.symmetric and fmt.bits <= 4:
+        t = tiles(w, fmt)
+        sign = torch.where(t.amax(-1) > -t.amin(-1), -1.0, 1.0)
+        turned = t * sign[..., None]
+        if search:
+            whole = untile(turned, fmt, (w.shape[0], w.shape[1]))
+            p = find_params(whole, fmt, dtype, importance=importance, search=True)
+        else:  # the largest weight becomes the lowest code
+            low, high = (x * (1 - 2.0**-fmt.bits) for x in _range(turned))
+            p = params_from_range(low, high, fmt, dtype)
+        return Params(p.scale * sign.to(p.scale.dtype))
     if fmt.scale == "e4m3" and global_scale is None:
         global_scale = nvfp4_global_scale(w.abs().amax())
     if not search or fmt.strategy == "block":

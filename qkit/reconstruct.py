@@ -142,7 +142,7 @@ class Learner:
             return scale
         limits = torch.finfo(scale.dtype)
         wide = scale.float() * factor.detach().expand(*scale.shape, 1)[..., 0]
-        return wide.clamp(limits.tiny, limits.max).to(scale.dtype)
+        return wide.abs().clamp(limits.tiny, limits.max).copysign(wide).to(scale.dtype)
 
 
 def reconstruct(

@@ -46,13 +46,16 @@ class Case:
     method: str
     group: int | None = None
     wide: bool = False
+    signed: bool = False
 
     def __str__(self) -> str:
-        return f"{self.family}-{self.scheme}-{self.method}"
+        return f"{self.family}-{self.scheme}-{self.method}" + "-signed" * self.signed
 
 
 CASES = [Case("llama", name, "rtn", None, True) for name in SCHEMES if name != "6BIT"]
 CASES += [Case(family, *method) for family in FAMILIES for method in METHODS]
+SIGNED = [Case("llama", name, "gptq", None, True, True) for name in ("W2A16", "W3A16", "W4A16", "W4A8")]
+CASES += SIGNED
 
 
 MOE = ("mixtral", "qwen3_moe")
@@ -80,6 +83,8 @@ class Packed:
         if case not in self.made:
             out = self.root / str(case)
             calib = {"calib": self.calib, "samples": 8, "seqlen": 32}
+            if case.signed:
+                calib["options"] = {"signed": True}
             request = Request(str(self.original(case)), case.scheme, case.method, case.group, threads=1, **calib)
             report = quantize(request, out, self.quiet)
             assert report.ok
@@ -119,6 +124,13 @@ def test_packed_model_computes_what_its_file_says(case, packed):
     model = qkit.load(packed.folder(case))
     assert model.dtype == torch.bfloat16
     assert distance(case, logits(model, X), wanted) < packed.tolerance(case)
+
+
+@pytest.mark.parametrize("case", SIGNED, ids=str)
+def test_scales_of_both_signs_are_in_the_file(case, packed):
+    with safe_open(packed.folder(case) / "model.safetensors", "pt") as f:
+        scales = torch.cat([f.get_tensor(k).flatten() for k in f.keys() if k.endswith("weight_scale")])
+    assert 0.2 < float((scales < 0).float().mean()) < 0.8
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -307,6 +307,32 @@ def test_through_a_file_bit_for_bit(fmt, shape, tmp_path):
     assert torch.equal(ct_decompressed(loaded, fmt, None), dequantize(q))
 
 
+@pytest.mark.parametrize("search", (False, True))
+@pytest.mark.parametrize("name", ("int2", "int3", "int4"))
+def test_signed_scales_reach_further_where_the_largest_weight_is(name, search):
+    fmt = FORMATS[name].with_group(32)
+    w = weight((64, 384), seed=3)
+    plain, signed = (
+        quantize(w, find_params(w, fmt, torch.bfloat16, search=search, signed=s), fmt) for s in (False, True)
+    )
+    parts = tiles(w, fmt)
+    assert torch.equal(signed.params.scale < 0, parts.amax(-1) > -parts.amin(-1))
+    errors = [float((dequantize(q) - w).square().sum()) for q in (plain, signed)]
+    assert errors[1] < 0.95 * errors[0]
+    # The mirror image has the mirrored scales and the same codes.
+    mirrored = quantize(-w, find_params(-w, fmt, torch.bfloat16, search=search, signed=True), fmt)
+    assert torch.equal(mirrored.codes, signed.codes) and torch.equal(mirrored.params.scale, -signed.params.scale)
+    assert torch.equal(ct_decompressed(write(signed, None, None, torch.bfloat16), fmt, None), dequantize(signed))
+
+
+@pytest.mark.parametrize("name", ("int8", "int4_asym", "nvfp4"))
+def test_formats_whose_scales_have_no_sign(name):
+    fmt = FORMATS[name]
+    w = weight((8, 256), seed=3)
+    plain, signed = (find_params(w, fmt, torch.bfloat16, signed=s) for s in (False, True))
+    assert torch.equal(plain.scale.view(torch.uint8), signed.scale.view(torch.uint8))
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_schemes_through_compressed_tensors(name):
     s = SCHEMES[name]

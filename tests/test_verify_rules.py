@@ -229,8 +229,7 @@ def forge(sample: Sample, out, changed: dict[str, torch.Tensor]):
 @pytest.mark.parametrize(
     ("name", "suffix", "value", "expected"),
     [
-        ("int4", "weight_scale", lambda t: t * 0, "zero or negative"),
-        ("int4", "weight_scale", lambda t: -t, "zero or negative"),
+        ("int4", "weight_scale", lambda t: t * 0, "zero, expected"),
         ("int4", "weight_scale", lambda t: t * float("nan"), "NaN or infinite"),
         ("int4", "weight_scale", lambda t: torch.full_like(t, 3e38), "decoded weights are NaN or infinite"),
         ("int4", "weight_shape", lambda t: t.flip(0) * 2, "holds [128, 128], expected [64, 64]"),

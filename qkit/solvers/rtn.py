@@ -14,7 +14,7 @@ from qkit.solvers import Solved, Task
 
 
 def rtn(task: Task) -> Solved:
-    """Round each weight. Options: ``search`` ('mse' or 'none')."""
+    """Round each weight. Options: ``search`` ('mse' or 'none'), ``signed``."""
     importance = None if task.stats is None else task.stats.mean_square
     search = task.options.get("search", "mse") == "mse"
     return Solved(
@@ -22,7 +22,13 @@ def rtn(task: Task) -> Solved:
             quantize(
                 w,
                 find_params(
-                    w, task.fmt, task.dtype, importance=importance, search=search, global_scale=task.global_scale
+                    w,
+                    task.fmt,
+                    task.dtype,
+                    importance=importance,
+                    search=search,
+                    global_scale=task.global_scale,
+                    signed=bool(task.options.get("signed", False)),
                 ),
                 task.fmt,
             )

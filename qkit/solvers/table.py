@@ -24,12 +24,17 @@ class Solver:
     prepare: Callable[[Stats, dict[str, Any]], Any] | None = None
 
 
+_SIGNED = (False, "scales of symmetric integers of up to 4 bits may be negative: the larger side gets the extra code")
+
 SOLVERS: dict[str, Solver] = {
     "rtn": Solver(
         rtn,
         False,
         "round to nearest, with a scale search by squared error; needs no data",
-        {"search": ("mse", "'mse' searches the scale of each group, 'none' takes its full range")},
+        {
+            "search": ("mse", "'mse' searches the scale of each group, 'none' takes its full range"),
+            "signed": _SIGNED,
+        },
     ),
     "gptq": Solver(
         gptq,
@@ -38,6 +43,7 @@ SOLVERS: dict[str, Solver] = {
         {
             "damp": (0.01, "damping of the Hessian, as a fraction of its mean diagonal"),
             "order": ("none", "'activation' takes columns by falling activation energy"),
+            "signed": _SIGNED,
         },
         prepare,
     ),
