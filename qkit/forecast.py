@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qkit.blocks import BlockOutline, LinearGroup
+from qkit.calibration import Calibration
 from qkit.capture import PENDING_BYTES, SAMPLE_TOKENS, piece_tokens
 from qkit.errors import IOFailure, Unsupported
 from qkit.families.outline import Outline
@@ -58,7 +59,8 @@ def forecast(plan: Plan, outline: Outline, workers: int, after: dict[str, int] |
     outer = sum(tensors[s].nbytes for _, s in outline.outer)
     largest = max((tensors[s].nbytes for _, s in outline.outer), default=0)
     memory = {"read the outer tensors": (outer if c else 0) + largest}
-    ops = {"forward passes": 0.0, "Hessians": 0.0, "factorizations": 0.0, "solving": 0.0, "packing and checking": 0.0}
+    phases = ("forward passes", "Hessians", "factorizations", "solving", "learned rounding", "packing and checking")
+    ops = dict.fromkeys(phases, 0.0)
     part_bytes = 0
     for block in parts(plan, outline):
         weights = sum(math.prod(tensors[s].shape) for _, s in block.stored) * item
@@ -66,6 +68,8 @@ def forecast(plan: Plan, outline: Outline, workers: int, after: dict[str, int] |
         memory["one block"] = max(memory.get("one block", 0), _block_memory(plan, block, weights, item, workers))
         part_bytes += size + sum(x.shape[0] * x.shape[1] // 8 for x in block.linears)
         ops["forward passes"] += passes * 2.0 * size * tokens
+        if plan.learns and c is not None:
+            ops["learned rounding"] += _descent(plan, block, size, c)
         for group in block.groups:
             p = plan.linears.get(group.linears[0].name)
             if p is None:
@@ -117,6 +121,15 @@ def _block_memory(plan: Plan, block: BlockOutline, weights: int, item: int, work
     if plan.learns:
         moments.append(_learning(block, busy, hidden, item, workers))
     return base + max(moments)
+
+
+def _descent(plan: Plan, block: BlockOutline, size: int, rows: Calibration) -> float:
+    """Every step runs its rows through the block and back, at twice the cost, and makes every weight anew, and its gradient."""
+    planned = next((p for x in block.linears if (p := plan.linears.get(x.name)) is not None), None)
+    if planned is None:
+        return 0.0
+    steps, batch = planned.options["steps"], min(planned.options["batch"], rows.samples)
+    return float(steps * size * (6 * batch * rows.seqlen + 40))
 
 
 def _learning(block: BlockOutline, busy: list[LinearGroup], hidden: int, item: int, workers: int) -> int:

@@ -33,12 +33,13 @@ from qkit.machine import available_cores, available_memory, run_dtype
 from qkit.pairs import drawn, image_tokens, is_dataset, load_processor, pair_rows, read_pairs
 from qkit.parallel import workers
 from qkit.plan import Plan, is_static, make_plan, why_rows
-from qkit.recipe import Recipe, load_recipe, make_recipe
+from qkit.recipe import Recipe, load_recipe, make_recipe, parse_method
 from qkit.run import Progress, run_blocks
 from qkit.sensitivity.forecast import repair_memory
 from qkit.sensitivity.repair import repair
 from qkit.steps import decide_steps
 from qkit.towers import SKIP
+from qkit.transforms.table import EFFORTS, TRANSFORMS
 from qkit.verify import Report, verify
 
 
@@ -48,10 +49,11 @@ class Request:
 
     calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method
     needs any. recipe: a YAML file; scheme, method, group_size and options given here go over it. rules: as in a
-    recipe, what an allocation decided. outliers, significant, targets: as in a recipe; None: what the recipe says. call: of
-    a diffusion pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and rows_memory
-    the bytes that rows may take in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run
-    with, as ``Policy.to_json`` gives it; key_exponents: as in a plan.
+    recipe, what an allocation decided. effort: a name of EFFORTS, options of learned rounding. outliers, significant,
+    targets: as in a recipe; None: what the recipe says. call: of a diffusion pipeline, what it is called with while
+    it is calibrated; its calib are prompts, one a line, and rows_memory the bytes that rows may take in memory;
+    policy: as in a recipe. kv: the KV cache policy that the result is to be run with, as ``Policy.to_json`` gives it;
+    key_exponents: as in a plan.
     """
 
     model: str
@@ -63,6 +65,7 @@ class Request:
     outliers: float | dict[str, float] | None = None
     significant: float | None = None
     targets: dict[str, str] | None = None
+    effort: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
     policy: dict[str, Any] = field(default_factory=dict)
@@ -181,13 +184,19 @@ def recipe_of(request: Request) -> Recipe:
         "policy": request.policy or None,
     }
     over = {k: v for k, v in given.items() if v is not None}
-    if request.recipe is not None:
-        return load_recipe(request.recipe, over)
-    if request.scheme is None:
+    if request.recipe is None and request.scheme is None:
         raise UsageError(
             "no scheme: give --scheme (for instance w4a16) or --recipe FILE ('qkit list schemes' shows all)"
         )
-    return make_recipe(over, "command line")
+    recipe = make_recipe(over, "command line") if request.recipe is None else load_recipe(request.recipe, over)
+    if request.effort is None:
+        return recipe
+    if not any(TRANSFORMS[t].stage == "block" for t in parse_method(recipe.method)[0]):
+        raise UsageError(
+            f"--effort is what learned rounding takes, and method '{recipe.method}' has none: take signround, or "
+            "SOLVER+signround, or leave --effort out"
+        )
+    return recipe.model_copy(update={"options": {**recipe.options, **EFFORTS[request.effort], **request.options}})
 
 
 def calibration_asked(

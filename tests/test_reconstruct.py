@@ -246,6 +246,32 @@ def test_towers_keep_what_the_solver_made(vlm, tmp_path: Path) -> None:
     assert learned == sorted(learned) and learned[-1] and not learned[0]
 
 
+def test_effort_is_a_number_of_steps(asked: Request) -> None:
+    def steps(request: Request) -> int:
+        found = {p.options["steps"] for p in prepare(request).plan.linears.values()}
+        return found.pop() if len(found) == 1 else 0
+
+    bare = replace(asked, options={})
+    fast, default, best = (steps(replace(bare, effort=e)) for e in ("fast", "default", "best"))
+    assert fast < default == steps(bare) < best
+    assert steps(replace(bare, effort="best", options={"steps": 7})) == 7
+    with pytest.raises(UsageError, match="--effort is what learned rounding takes, and method 'gptq' has none"):
+        prepare(replace(bare, method="gptq", effort="fast"))
+
+
+def test_the_forecast_counts_what_learning_takes(asked: Request) -> None:
+    def learning(**options: int) -> float:
+        return prepare(replace(asked, options=options)).forecast.operations["learned rounding"]
+
+    assert learning(steps=40, batch=2) == 4 * learning(steps=10, batch=2)
+    assert 1.8 < learning(steps=10, batch=4) / learning(steps=10, batch=2) < 2
+    # A forward pass is two operations for every weight and token, and the way back takes two more of its kind.
+    forward = prepare(replace(asked, options={"steps": 10, "batch": 2})).forecast.operations["forward passes"]
+    assert (
+        forward > 0 and prepare(replace(asked, method="rtn", options={})).forecast.operations["learned rounding"] == 0
+    )
+
+
 def test_bad_input(asked: Request, tiny) -> None:
     with pytest.raises(Unsupported, match="fused experts: use gptq"):
         prepare(replace(asked, model=str(tiny("mixtral"))))

@@ -23,6 +23,7 @@ from qkit.errors import Stopped, UsageError
 from qkit.pipeline import Prepared, Request, coverage
 from qkit.recipe import MOST_SPARSE
 from qkit.safefile import write_atomic
+from qkit.transforms.table import EFFORTS
 
 _SIGNALS = (
     (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if hasattr(signal, "SIGHUP") else (signal.SIGINT, signal.SIGTERM)
@@ -42,6 +43,13 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--group-size", type=int, help="Weights per scale; -1: one scale per output channel."),
         click.option(
             "--option", "options", multiple=True, metavar="NAME=VALUE", help="Option of the method, repeatable."
+        ),
+        click.option(
+            "--effort",
+            type=click.Choice(list(EFFORTS)),
+            help="Of signround: "
+            + ", ".join(f"{name} ({o['steps']} steps)" for name, o in EFFORTS.items())
+            + "; 'qkit plan' says which share of the time that is.",
         ),
         click.option(
             "--call",

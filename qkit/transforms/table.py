@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from qkit.formats import Scheme
 from qkit.transforms import BlockState
@@ -80,4 +81,6 @@ TRANSFORMS: dict[str, Transform] = {
         },
     ),
 }
+# By name: options of learned rounding. Time grows with the steps.
+EFFORTS: dict[str, dict[str, Any]] = {"fast": {"steps": 50}, "default": {"steps": 200}, "best": {"steps": 800}}
 BALANCED = ("mbq", "mbq-mse")  # those that need pictures and answers
