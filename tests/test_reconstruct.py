@@ -265,11 +265,7 @@ def test_the_forecast_counts_what_learning_takes(asked: Request) -> None:
 
     assert learning(steps=40, batch=2) == 4 * learning(steps=10, batch=2)
     assert 1.8 < learning(steps=10, batch=4) / learning(steps=10, batch=2) < 2
-    # A forward pass is two operations for every weight and token, and the way back takes two more of its kind.
-    forward = prepare(replace(asked, options={"steps": 10, "batch": 2})).forecast.operations["forward passes"]
-    assert (
-        forward > 0 and prepare(replace(asked, method="rtn", options={})).forecast.operations["learned rounding"] == 0
-    )
+    assert prepare(replace(asked, method="rtn", options={})).forecast.operations["learned rounding"] == 0
 
 
 def test_bad_input(asked: Request, tiny) -> None:
