@@ -111,6 +111,7 @@ class Stats:
     hessian:     float32 [in, in], mean over tokens of x x^T (None: not asked for)
     absmax, mean_abs: float32 [in] (None: not asked for)
     by_time:     float32 [2, in], absmax of the lower and of the upper half of timesteps (None: there are none)
+    drift:       float32 [in, in], mean over tokens of (x' - x) x^T, x' being x in the original model (None: not asked for)
     """
 
     tokens: int
@@ -122,6 +123,7 @@ class Stats:
     kinds: Tensor | None = None
     stands_for: Tensor | None = None
     by_time: Tensor | None = None
+    drift: Tensor | None = None
 
     def divided_by(self, scale: Tensor) -> Stats:
         """The statistics of inputs divided per channel by ``scale`` [in]."""
@@ -135,6 +137,7 @@ class Stats:
             self.kinds,
             self.stands_for,
             None if self.by_time is None else self.by_time / scale,
+            None if self.drift is None else self.drift / (scale[:, None] * scale[None, :]),
         )
 
 
@@ -154,12 +157,14 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one worker saw at the input of one group: x float32 [n, in], and absmax, sum of |x| and of x^2 [in]."""
+    """What one worker saw at the input of one group: x float32 [n, in], and absmax, sum of |x| and of x^2 [in]; away: by how
+    much x is less than in the original model, float32 [n, in], or None."""
 
     x: Tensor
     sums: tuple[Tensor, Tensor, Tensor] | None
     sample: Tensor
     kinds: Tensor | None
+    away: Tensor | None = None
 
 
 def strides(kinds: Tensor) -> list[int]:
@@ -196,6 +201,8 @@ class Accumulator:
         self.sampled = 0
         self.pending: list[Tensor] = []
         self.hessian = torch.zeros(width, width) if wanted.hessian else None
+        self.away: list[Tensor] = []  # of the pending inputs
+        self.drift: Tensor | None = None
 
     def add(self, p: Piece, part: int = 0) -> None:
         """Add a piece; its share of the Hessian is left to ``jobs``. part: ``Rows.part_of`` of its row."""
@@ -211,6 +218,8 @@ class Accumulator:
             self.sums[2] += p.sums[2]
         if self.hessian is not None:
             self.pending.append(p.x)
+            if p.away is not None:
+                self.away.append(p.away)
 
     def jobs(self) -> list[Callable[[], object]]:
         """What is left to do for the pieces added so far: independent jobs, one per tile of the Hessian.
@@ -219,9 +228,16 @@ class Accumulator:
         alone is summed: half the work.
         """
         xs, self.pending = self.pending, []
+        away, self.away = self.away, []
         if self.hessian is None or not xs:
             return []
-        return [partial(_add_tile, self.hessian, xs, i, j) for i, j in self._tiles()]
+        found: list[Callable[[], object]] = [partial(_add_tile, self.hessian, xs, xs, i, j) for i, j in self._tiles()]
+        if away:
+            if self.drift is None:
+                self.drift = torch.zeros(self.width, self.width)
+            spans = _spans(0, self.width)
+            found += [partial(_add_tile, self.drift, away, xs, i, j) for i in spans for j in spans]
+        return found
 
     def _tiles(self) -> list[tuple[slice, slice]]:
         """Tiles of the lower triangle, the large ones first; those on the diagonal whole."""
@@ -231,6 +247,8 @@ class Accumulator:
     def finish(self, each: Sequence[int] = ()) -> Stats:
         """each: ``strides``, where tokens are of several kinds."""
         found = self._finish()
+        if self.drift is not None:
+            found = replace(found, drift=self.drift.div_(max(1, self.tokens)))
         if not each:
             return found
         kinds = self.kinds[: self.sampled]
@@ -270,13 +288,13 @@ def _spans(start: int, stop: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(cuts)]
 
 
-def _add_tile(h: Tensor, xs: list[Tensor], i: slice, j: slice) -> None:
-    for x in xs:
-        h[i, j].addmm_(x[:, i].T, x[:, j])
+def _add_tile(total: Tensor, lefts: list[Tensor], rights: list[Tensor], i: slice, j: slice) -> None:
+    for x, y in zip(lefts, rights, strict=True):
+        total[i, j].addmm_(x[:, i].T, y[:, j])
 
 
 def run_pending(sums: Iterable[Accumulator], pool: Workers, everything: bool) -> None:
     """Bring Hessians up to date, once enough inputs wait for it (or ``everything``)."""
     sums = list(sums)
-    if everything or sum(x.nbytes for s in sums for x in s.pending) >= PENDING_BYTES:
+    if everything or sum(x.nbytes for s in sums for x in (*s.pending, *s.away)) >= PENDING_BYTES:
         pool.map(lambda job: job(), [job for s in sums for job in s.jobs()])

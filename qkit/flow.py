@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,12 +98,13 @@ class Flow:
 
     def capture(
         self, groups: tuple[LinearGroup, ...], wanted: Wanted, step: Step, keep: bool = True,
-        inputs: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        inputs: Mapping[str, Callable[[Tensor], Tensor]] | None = None, originals: Mapping[str, Path] | None = None,
     ) -> dict[str, Stats]:  # fmt: skip
         """{group key: Stats} over all good rows. Raises BadCalibration when a group saw no token.
 
         keep: keep the input of a submodule's last linear, to play the submodule back once it is solved; inputs: by group
-        what is done to its inputs before they are looked at.
+        what is done to its inputs before they are looked at; originals: by submodule the file of its inputs in the original
+        model, as ``leave`` saves them, for the drift.
         """
         sums = {g.key: Accumulator(g.linears[0].shape[1], wanted, self.rows.dtype) for g in groups}
         stride = max(1, self.rows.total // SAMPLE_TOKENS)
@@ -120,10 +121,19 @@ class Flow:
             counted = self.rows.counted(*span)
             found = _group_inputs(seen, self.block, groups, counted)
             found = {key: inputs[key](x) if inputs and key in inputs else x for key, x in found.items()}
+            before = {g.key: self._saved(g, originals, span, counted) for g in groups}
+            away = {
+                key: (inputs[key](y) if inputs and key in inputs else y).float() - found[key].float()
+                for key, y in before.items()
+                if y is not None
+            }
             of = None if kinds is None else kinds[slice(*span)].flatten()
             of = of if of is None or counted is None else of[counted]
             pieces = {
-                key: piece_of(t, stride, wanted.ranges, of if of is not None and len(of) == len(t) else None, each)
+                key: replace(
+                    piece_of(t, stride, wanted.ranges, of if of is not None and len(of) == len(t) else None, each),
+                    away=away.get(key),
+                )
                 for key, t in found.items()
                 if len(t)
             }
@@ -168,6 +178,16 @@ class Flow:
         with suppress(_Reached):
             self._local.out = self.call(self.block, hidden, slice(*span))
         return dict(self._local.seen)
+
+    def _saved(
+        self, group: LinearGroup, originals: Mapping[str, Path] | None, span: Span, counted: Tensor | None
+    ) -> Tensor | None:
+        """Inputs of the group in the original model, [counted tokens, in]."""
+        if not originals or group.hook not in originals or group.expert is not None:
+            return None
+        width = group.linears[0].shape[1]
+        x = replace(self.rows, path=originals[group.hook], hidden=width).read(*span).reshape(-1, width)
+        return x if counted is None else x[counted]
 
     # ---- playback --------------------------------------------------------------------------------------------
 
@@ -223,22 +243,32 @@ class Flow:
 
     # ---- leaving the block -----------------------------------------------------------------------------------
 
-    def leave(self, out: Path, step: Step) -> tuple[Rows, str]:
+    def leave(self, out: Path, step: Step, save: Mapping[str, Path] | None = None) -> tuple[Rows, str]:
         """Run the block as solved on all rows and write its outputs to the file ``out``; also gives their sha256.
 
+        save: by submodule a file for what enters it, [tokens, in] row after row.
         Rows that turned non-finite are marked; raises NumericFailure above MAX_BAD_ROWS of them.
         """
         good: list[bool] = []
         digest = hashlib.sha256()
+        save = save or {}
+        handles = self._hooks(set(save))
 
-        def one(span: Span) -> tuple[Tensor, Tensor]:
-            self._run(span, self.rows.read(*span), stop=False)
+        def one(span: Span) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            seen = self._run(span, self.rows.read(*span), stop=False)
             result: Tensor = self._local.out.to(self.rows.dtype)
             finite = result.isfinite()
-            return result, finite.all()[None] if self.rows.leads else finite.flatten(1).all(1)
+            entered = {name: seen[name][0] for name in save}
+            return result, finite.all()[None] if self.rows.leads else finite.flatten(1).all(1), entered
 
-        with out.open("wb") as f:
-            for result, finite in self.pool.stream(one, self.rows.pieces()):
+        with ExitStack() as stack:
+            for handle in handles:
+                stack.callback(handle.remove)
+            files = {name: stack.enter_context(path.open("wb")) for name, path in save.items()}
+            f = stack.enter_context(out.open("wb"))
+            for result, finite, entered in self.pool.stream(one, self.rows.pieces()):
+                for name, x in entered.items():
+                    files[name].write(_bytes(x))
                 good += [g and bool(now) for g, now in zip(self.rows.good[len(good) :], finite, strict=False)]
                 data = _bytes(result)
                 f.write(data)

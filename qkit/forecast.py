@@ -54,7 +54,8 @@ def forecast(plan: Plan, outline: Outline, workers: int, after: dict[str, int] |
     item = getattr(torch, plan.run_dtype).itemsize  # of a weight while its block is at work
     c = plan.calibration
     tokens = 0 if c is None else c.samples * c.seqlen
-    passes = 2 * plan.needs_rows + plan.static_cache  # of all rows, as many as these of a block
+    following = plan.needs_rows and (plan.learns or plan.compensates)  # the original model's rows go along
+    passes = 2 * plan.needs_rows + plan.static_cache + following  # of all rows, as many as these of a block
     hidden = int(getattr(outline.text_config, "hidden_size", 0))
     outer = sum(tensors[s].nbytes for _, s in outline.outer)
     largest = max((tensors[s].nbytes for _, s in outline.outer), default=0)
@@ -77,8 +78,9 @@ def forecast(plan: Plan, outline: Outline, workers: int, after: dict[str, int] |
             out, columns = sum(x.shape[0] for x in group.linears), group.linears[0].shape[1]
             search = 11 * 8
             if SOLVERS[p.solver].needs_hessian:
-                ops["Hessians"] += 1.0 * columns * columns * tokens
-                ops["factorizations"] += columns**3 / 3
+                drift = bool(p.options.get("compensate", 0))
+                ops["Hessians"] += (1.0 + 2 * drift) * columns * columns * tokens
+                ops["factorizations"] += (1 + 7 * drift) * columns**3 / 3
                 ops["solving"] += 1.0 * out * columns * columns
             ops["solving"] += float(search * out * columns)
             ops["packing and checking"] += 20.0 * out * columns
@@ -108,8 +110,8 @@ def _block_memory(plan: Plan, block: BlockOutline, weights: int, item: int, work
     hessian = any(SOLVERS[p.solver].needs_hessian for p in planned)
     search = any(TRANSFORMS[t].stage == "stats" for t in plan.transforms)
     stages = [*([g] for g in block.groups if g.expert is None), *([experts] if experts else [])]
-    stats = [sum(_stats(g, item, hessian) for g in stage) for stage in stages]
-    running = (workers + 1) * piece + (PENDING_BYTES if hessian else 0)
+    stats = [sum(_stats(g, item, hessian) * (1 + plan.compensates) for g in stage) for stage in stages]
+    running = (workers + 1) * piece * (1 + plan.compensates) + (PENDING_BYTES if hessian else 0)
     # Factorizing takes the Hessian twice more, solving once, for as many groups at a time as there are workers.
     squares = sorted((g.linears[0].shape[1] ** 2 * 4 for stage in stages for g in stage), reverse=True)
     factor = sum(squares[: workers if experts else 1]) if hessian else 0

@@ -37,6 +37,11 @@ def check_method(
     for option, known in (("ratios", RATIOS), ("inputs", INPUTS)):
         if recipe.options.get(option, known[0]) not in known:
             raise UsageError(f"option '{option}': expected one of {', '.join(known)}, found {recipe.options[option]!r}")
+    share = recipe.options.get("compensate", 0)
+    if not 0 <= share <= 1:
+        raise UsageError(f"option 'compensate': expected a share, 0 to 1, found {share}")
+    if share and outline.family.streams is not None:
+        raise Unsupported("option 'compensate' needs rows of one shape, and those of a diffusion transformer are not")
     learned = next((t for t in transforms if TRANSFORMS[t].stage == "block"), None)
     if learned is None:
         return

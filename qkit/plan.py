@@ -109,6 +109,11 @@ class Plan:
         return any(TRANSFORMS[t].stage == "block" for t in self.transforms)
 
     @property
+    def compensates(self) -> bool:
+        """Whether solvers look at the inputs of the original model."""
+        return any(p.options.get("compensate", 0) for p in self.linears.values())
+
+    @property
     def ratios(self) -> str:
         """What shares a weight of pictures against answers, of RATIOS."""
         return str(self.recipe["options"].get("ratios", RATIOS[0]))

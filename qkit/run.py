@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -141,7 +142,7 @@ def _rows(run: _Run, sequence: BlockSequence, first: int) -> tuple[Rows, Calls]:
     run.progress.start("embed the calibration rows", plan.calibration.samples)
     good = None if record is None else [bool(g) for g in record["good"]]
     rows, calls = embed(plan, run.outline, job, sequence, path, run.progress.step, good=good)
-    if plan.inputs != INPUTS[0] or _learns(run, sequence):
+    if plan.inputs != INPUTS[0] or plan.compensates or _learns(run, sequence):
         rows.original = job.rows_path(job.finished, original=True)
         if record is None:
             shutil.copyfile(path, rows.original)
@@ -201,6 +202,8 @@ def _with_rows(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> Row
         flow.close()
         for handle in handles:
             handle.remove()
+        for path in _saved_inputs(run, step, rows).values():
+            path.unlink(missing_ok=True)
 
 
 def _originals(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> str:
@@ -214,9 +217,19 @@ def _originals(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> str
         if searched:
             wanted = Wanted(hessian=False, ranges=True)
             state.originals = flow.capture(state.block.groups, wanted, run.progress.step, keep=False)
-        return flow.leave(run.job.rows_path(step.place + 1, original=True), run.progress.step)[1]
+        leaving = run.job.rows_path(step.place + 1, original=True)
+        return flow.leave(leaving, run.progress.step, _saved_inputs(run, step, rows))[1]
     finally:
         flow.close()
+
+
+def _saved_inputs(run: _Run, step: _Step, rows: Rows) -> dict[str, Path]:
+    """By submodule of the block the file of its inputs in the original model, where solvers look at them. Which rows reach an
+    expert may differ between the two, and rows of different shapes are not kept."""
+    if not run.plan.compensates or rows.leads:
+        return {}
+    hooks = {g.hook for g in step.state.block.groups if g.expert is None and g.hook}
+    return {h: rows.path.with_name(f".tmp-{h}.original.bin") for h in sorted(hooks)}
 
 
 def _learn(
@@ -259,7 +272,8 @@ def _solve_with_rows(run: _Run, step: _Step, flow: Flow) -> tuple[list[Result], 
     for i, groups in enumerate(flow.stages):
         progress.start(f"{step.name}, layers {i + 1} of {len(flow.stages)}", 2 * pieces)
         inputs = {g.key: state.inputs(g, p.rotation) for g in groups if (p := plan.linears.get(g.linears[0].name))}
-        stats = flow.capture(groups, _wanted(plan, groups), progress.step, inputs=inputs)
+        saved = _saved_inputs(run, step, flow.rows)
+        stats = flow.capture(groups, _wanted(plan, groups), progress.step, inputs=inputs, originals=saved)
         own = {x.name: inputs[g.key] for g in groups if g.key in inputs for x in g.linears}
         found = solve_groups(state, plan, groups, stats, run.pool)
         for r in found:

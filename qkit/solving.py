@@ -118,20 +118,22 @@ def _static_scales(plan: Plan, groups: list[LinearGroup], stats: dict[str, Stats
 
 def _work(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats | None) -> _Work:
     p = plan.linears[group.linears[0].name]
+    solver = SOLVERS[p.solver]
+    if solver.needs_hessian and group.expert is not None and stats is not None and stats.tokens < FEW_TOKENS:
+        solver = SOLVERS["rtn"]  # the declared policy for starved experts; the token count says so in the record
+    seen = stats if stats is not None and stats.tokens else None
+    aims = [state.inputs(group, p.rotation).weight(state.weight(x)) for x in group.linears]
+    if solver.aim is not None and seen is not None:
+        aims = solver.aim(aims, seen, p.options)
     weights, sparse = [], []
-    for x in group.linears:
+    for x, weight in zip(group.linears, aims, strict=True):
         count = plan.linears[x.name].outliers
-        weight = state.inputs(group, p.rotation).weight(state.weight(x))
         dense, taken = split(weight, count, state.outline.dtype) if count else (weight, None)
         weights.append(dense)
         sparse.append(taken)
     shared = None
     if p.weights.scale == "e4m3":
         shared = nvfp4_global_scale(torch.stack([w.abs().amax() for w in weights]).amax())
-    solver = SOLVERS[p.solver]
-    if solver.needs_hessian and group.expert is not None and stats is not None and stats.tokens < FEW_TOKENS:
-        solver = SOLVERS["rtn"]  # the declared policy for starved experts; the token count says so in the record
-    seen = stats if stats is not None and stats.tokens else None
     prepared = None if solver.prepare is None or seen is None else solver.prepare(seen, p.options)
     tokens = None if stats is None else stats.tokens
     return _Work(

@@ -28,6 +28,18 @@ class Quiet:
     def step(self, amount: int = 1) -> None: ...
 
 
+class Stops(Quiet):
+    """Raises KeyboardInterrupt when so many phases have begun."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def start(self, what: str, total: int) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="session")
 def quiet():
     return Quiet()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Quiet
+from conftest import Quiet, Stops
 from torch import Tensor, nn
 
 from qkit.blocks import Linear
@@ -142,18 +142,6 @@ def test_a_block_comes_closer_to_what_it_gave(fmt: Format, tmp_path) -> None:
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------------
-
-
-class Stops(Quiet):
-    """Raises KeyboardInterrupt when so many phases have begun."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def start(self, what: str, total: int) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture

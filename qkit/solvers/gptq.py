@@ -78,6 +78,26 @@ def prepare(stats: Stats, options: dict[str, Any]) -> Factor:
     return Factor(upper.div_(diagonal), cost, None, order)
 
 
+def compensated(weights: list[Tensor], stats: Stats, options: dict[str, Any]) -> list[Tensor]:
+    """Weights that make up for the change of their inputs. Option: ``compensate`` (float, 0 to 1).
+
+    Linears run on what quantized ones before them give, x, and are to give what W x' gives, x' being the original input.
+    The least squares of that are at W + W E (x' - x) x^T (E x x^T + lambda I)^-1, from where GPTQ goes on as before: the aim
+    of GPTAQ (Li et al., arXiv 2504.02692, equation 4), in closed form. The share is damping of our own, as calibration
+    tokens are few.
+    """
+    share = float(options.get("compensate", 0.0))
+    if stats.drift is None or stats.hessian is None or not share or not _finite(stats.drift):
+        return weights
+    damp = float(options.get("damp", 0.01)) * float(stats.hessian.diagonal().double().mean())
+    lower, info = torch.linalg.cholesky_ex(stats.hessian + damp * torch.eye(len(stats.hessian)))
+    if int(info):
+        return weights
+    change = torch.cholesky_solve(stats.drift.T, lower).T
+    found = [w + share * (w @ change) for w in weights]
+    return found if all(map(_finite, found)) else weights
+
+
 def gptq(task: Task) -> Solved:
     """Solve a group, or a slice of its rows."""
     assert task.stats is not None

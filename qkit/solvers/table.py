@@ -6,22 +6,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from qkit.capture import Stats
 from qkit.solvers import Solved, Task
-from qkit.solvers.gptq import gptq, prepare
+from qkit.solvers.gptq import compensated, gptq, prepare
 from qkit.solvers.rtn import rtn
 
 
 @dataclass(frozen=True)
 class Solver:
     """needs_hessian: calibration rows must be run and the Hessian of every group gathered.
-    options: {name: (default, what it does)}"""
+    options: {name: (default, what it does)}
+    aim: the weights that are solved for, instead of those that are there"""
 
     solve: Callable[[Task], Solved]
     needs_hessian: bool
     summary: str
     options: dict[str, tuple[object, str]]
     prepare: Callable[[Stats, dict[str, Any]], Any] | None = None
+    aim: Callable[[list[Tensor], Stats, dict[str, Any]], list[Tensor]] | None = None
 
 
 _SIGNED = (False, "scales of symmetric integers of up to 4 bits may be negative: the larger side gets the extra code")
@@ -44,7 +48,12 @@ SOLVERS: dict[str, Solver] = {
             "damp": (0.01, "damping of the Hessian, as a fraction of its mean diagonal"),
             "order": ("none", "'activation' takes columns by falling activation energy"),
             "signed": _SIGNED,
+            "compensate": (
+                0.0,
+                "share, 0 to 1, of the change of its inputs that a layer makes up for (arXiv 2504.02692)",
+            ),
         },
         prepare,
+        compensated,
     ),
 }
