@@ -79,12 +79,12 @@ def prepare(stats: Stats, options: dict[str, Any]) -> Factor:
 
 
 def compensated(weights: list[Tensor], stats: Stats, options: dict[str, Any]) -> list[Tensor]:
-    """Weights that make up for the change of their inputs. Option: ``compensate`` (float, 0 to 1).
+    """Weights that make up for the change of their inputs, float32 [out, in] each. Option: ``compensate`` (float, 0 to 1).
 
     Linears run on what quantized ones before them give, x, and are to give what W x' gives, x' being the original input.
     The least squares of that are at W + W E (x' - x) x^T (E x x^T + lambda I)^-1, from where GPTQ goes on as before: the aim
-    of GPTAQ (Li et al., arXiv 2504.02692, equation 4), in closed form. The share is damping of our own, as calibration
-    tokens are few.
+    of GPTAQ (arXiv 2504.02692), in a closed form of ours. The share is damping, ours too, as calibration tokens are few.
+    Weights come back as they are where there is no drift, or it is not finite, or the Hessian has no Cholesky factor.
     """
     share = float(options.get("compensate", 0.0))
     if stats.drift is None or stats.hessian is None or not share or not _finite(stats.drift):
