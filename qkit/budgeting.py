@@ -28,8 +28,9 @@ from qkit.allocation.refine import Refined, refine
 from qkit.errors import BadInput, UsageError
 from qkit.families.outline import Outline
 from qkit.kvplan import CachePlan, CacheRequest, joint_choices, settled
-from qkit.pipeline import Request, open_outline
+from qkit.pipeline import open_outline
 from qkit.profiling import ProfileRequest, measured_plans, profile
+from qkit.request import Request
 from qkit.run import Progress
 from qkit.sensitivity.profile import FILE, Profile
 from qkit.sensitivity.units import parse_candidates, parts_named, units_of

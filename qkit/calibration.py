@@ -37,6 +37,7 @@ class Calibration:
     kinds: uint8 [samples, seqlen], of rows with pictures: what each token is, an index of KINDS
     trajectory: of a diffusion transformer, its calls while its pipeline samples; ``tokens`` is empty then, and seqlen 0, since
         how many tokens they have is known when they are made
+    written: rows that the model is to write itself when the run begins, besides these (``written``)
     """
 
     source: str
@@ -47,6 +48,12 @@ class Calibration:
     inputs: tuple[dict[str, Tensor], ...] | None = field(default=None, compare=False, repr=False)
     kinds: Tensor | None = field(default=None, compare=False, repr=False)
     trajectory: Calls | None = field(default=None, compare=False, repr=False)
+    written: int = 0
+
+    @property
+    def count(self) -> int:
+        """Rows, with those that are yet to be written."""
+        return self.samples + self.written
 
     @property
     def beyond_text(self) -> bool:
@@ -68,7 +75,8 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """All but the tokens themselves."""
-        return {k: getattr(self, k) for k in ("source", "samples", "seqlen", "digest")}
+        told = ("source", "samples", "seqlen", "digest", *(("written",) if self.written else ()))
+        return {k: getattr(self, k) for k in told}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calibration:
         return self  # immutable; dataclasses.asdict would copy the tokens otherwise

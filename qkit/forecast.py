@@ -53,7 +53,7 @@ def forecast(plan: Plan, outline: Outline, workers: int, after: dict[str, int] |
     tensors = outline.checkpoint.tensors
     item = getattr(torch, plan.run_dtype).itemsize  # of a weight while its block is at work
     c = plan.calibration
-    tokens = 0 if c is None else c.samples * c.seqlen
+    tokens = 0 if c is None else c.count * c.seqlen
     following = plan.needs_rows and (plan.learns or plan.compensates)  # the original model's rows go along
     passes = 2 * plan.needs_rows + plan.static_cache + following  # of all rows, as many as these of a block
     hidden = int(getattr(outline.text_config, "hidden_size", 0))
@@ -130,7 +130,7 @@ def _descent(plan: Plan, block: BlockOutline, size: int, rows: Calibration) -> f
     planned = next((p for x in block.linears if (p := plan.linears.get(x.name)) is not None), None)
     if planned is None:
         return 0.0
-    steps, batch = planned.options["steps"], min(planned.options["batch"], rows.samples)
+    steps, batch = planned.options["steps"], min(planned.options["batch"], rows.count)
     return float(steps * size * (6 * batch * rows.seqlen + 40))
 
 

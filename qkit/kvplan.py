@@ -18,7 +18,8 @@ from qkit.kvcache.policy import Policy, parse
 from qkit.kvcache.scaling import search
 from qkit.kvcache.sensitivity import divergences, sensitivities
 from qkit.loading import load
-from qkit.pipeline import Request, calibration_of, open_outline
+from qkit.pipeline import open_outline
+from qkit.request import Request, calibration_of
 from qkit.run import Progress
 
 ROWS = 16  # of calibration, for the sensitivity of a cache; our choice: the ranking of layers settles early

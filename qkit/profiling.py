@@ -19,9 +19,10 @@ from qkit.errors import BadInput, UsageError
 from qkit.families.outline import Outline
 from qkit.machine import available_cores
 from qkit.parallel import workers
-from qkit.pipeline import Request, calibration_of, open_outline, pair_calibration, prepare, wants_pairs
+from qkit.pipeline import open_outline, prepare
 from qkit.plan import Plan
 from qkit.recipe import parse_method
+from qkit.request import Request, calibration_of, pair_calibration, wants_pairs
 from qkit.run import Progress
 from qkit.sensitivity.forecast import ProfileForecast, profile_forecast, refuse_what_cannot_fit
 from qkit.sensitivity.ledger import Ledger

@@ -27,8 +27,9 @@ from qkit.calibration import Calibration
 from qkit.errors import UsageError
 from qkit.job import Job
 from qkit.parallel import Workers, workers
-from qkit.pipeline import Prepared, Request, prepare
+from qkit.pipeline import Prepared, prepare
 from qkit.plan import Plan
+from qkit.request import Request
 from qkit.run import Progress, run_blocks
 from qkit.sensitivity.ledger import Ledger
 from qkit.sensitivity.pqi import mean_gradients, share

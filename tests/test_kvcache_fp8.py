@@ -21,7 +21,8 @@ from qkit.kvcache.cache import Heads, PackedCache, make_cache
 from qkit.kvcache.policy import parse
 from qkit.kvcache.scales import Ranges, tensor_names
 from qkit.kvcache.store import Float8
-from qkit.pipeline import Request, open_outline, prepare, quantize, text_rows
+from qkit.pipeline import Request, open_outline, prepare, quantize
+from qkit.request import text_rows
 from qkit.verify import verify
 
 FP8 = parse("fp8").to_json()

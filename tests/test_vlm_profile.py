@@ -16,7 +16,8 @@ from qkit.calibration import ANSWER, KINDS, VISION, Calibration, digest_of
 from qkit.kvcache.sensitivity import divergences, errors_of, sensitivities, watched
 from qkit.pairs import rows_of
 from qkit.parallel import workers
-from qkit.pipeline import Request, open_outline, pair_calibration
+from qkit.pipeline import Request, open_outline
+from qkit.request import pair_calibration
 from qkit.sensitivity.outputs import OutputSample, next_norms
 from qkit.sensitivity.pqi import mean_gradients, share
 from qkit.sensitivity.subject import Replacement, Subject

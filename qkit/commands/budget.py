@@ -19,9 +19,9 @@ from qkit.commands.cache import cache_request, show_cache
 from qkit.commands.common import Reporter, command_line, make_request, megabytes, print_wide, wide_table
 from qkit.errors import UsageError
 from qkit.kvplan import CachePlan, CacheRequest, plan_cache
-from qkit.pipeline import Request
 from qkit.report.allocation import next_larger
 from qkit.requant import is_requant, requanted
+from qkit.request import Request
 from qkit.sensitivity.profile import FILE, UnitProfile
 from qkit.sensitivity.targets import settled
 

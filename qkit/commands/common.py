@@ -20,8 +20,9 @@ from rich.text import Text
 
 from qkit.allocation.allocate import parse_bytes
 from qkit.errors import Stopped, UsageError
-from qkit.pipeline import Prepared, Request, coverage
+from qkit.pipeline import Prepared, coverage
 from qkit.recipe import MOST_SPARSE
+from qkit.request import Request
 from qkit.safefile import write_atomic
 from qkit.transforms.table import EFFORTS
 
@@ -97,6 +98,12 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--samples", type=int, default=128, show_default=True, help="Calibration rows."),
         click.option("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration row."),
+        click.option(
+            "--written",
+            type=int,
+            default=0,
+            help="Calibration rows that the model writes itself, besides --samples of the text.",
+        ),
         click.option("--seed", type=int, default=0, show_default=True, help="For what is random (rotations)."),
         click.option("--threads", type=int, help="Workers (default: all cores); the result does not depend on it."),
         click.option(

@@ -20,7 +20,8 @@ from qkit.commands.eval import printable, progress_bar
 from qkit.evaluation.measure import EvalRequest, measure
 from qkit.loading import load, load_tokenizer
 from qkit.locate import find_model
-from qkit.pipeline import Request, quantize
+from qkit.pipeline import quantize
+from qkit.request import Request
 
 MODEL = "tiny-llama"
 SCHEMES = ("W4A16", "W4A8")

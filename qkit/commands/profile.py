@@ -13,9 +13,9 @@ from qkit.allocation.pareto import PREFERRED, Point, curve, curve_measure, measu
 from qkit.commands.common import Reporter, command_line, megabytes, print_wide, wide_table, write_json
 from qkit.errors import BadInput, UsageError
 from qkit.memory import bound_heap
-from qkit.pipeline import Request
 from qkit.profiling import ProfileRequest, audit, forecast, measured_plans, profile
 from qkit.report.figures import pareto_plot, png, unit_of
+from qkit.request import Request
 from qkit.safefile import write_atomic
 from qkit.sensitivity.measures import MEASURES
 from qkit.sensitivity.profile import Profile

@@ -6,6 +6,7 @@ nothing else. It is also where a file that does not match its config is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -192,6 +193,12 @@ class Outline:
         names = [n for n, _ in (*self.model.named_parameters(), *_persistent_buffers(self.model))]
         pairs = [(n, self.stored_name(n)) for n in names if not n.startswith(prefix)]
         return tuple((n, s) for n, s in pairs if s not in self.tied)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the model that are stored, tied ones once."""
+        names = {s for _, s in self.outer} | {s for b in self.blocks for _, s in b.stored}
+        return sum(math.prod(self.checkpoint.tensors[n].shape) for n in names)
 
     def _check_coverage(self) -> None:
         tensors, where = self.checkpoint.tensors, self.checkpoint.path

@@ -6,7 +6,6 @@ machine and are not told; a pass with gradients takes about three times the oper
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,7 +80,7 @@ def profile_forecast(
     backward += points * quantizing * ("pqi" in measures)
     log_probs = log_prob_bytes(rows.scored, _vocabulary(outline))
     memory = {
-        "the model in float32": 4 * _weights(outline),
+        "the model in float32": 4 * outline.parameters,
         "reference probabilities": log_probs if log_probs <= SPILL_BYTES else 0,
         "measures": _held(outline, measures, rows, workers),
     }
@@ -93,7 +92,7 @@ def profile_forecast(
 def repair_memory(plan: Plan, outline: Outline, workers: int) -> int:
     """Bytes at the worst moment of ``repair``: the model, its quantized weights, and the path integral."""
     assert plan.calibration is not None
-    return 4 * _weights(outline) + _held(outline, ("pqi",), extent(plan.calibration.first(ROWS)), workers)
+    return 4 * outline.parameters + _held(outline, ("pqi",), extent(plan.calibration.first(ROWS)), workers)
 
 
 def refuse_what_cannot_fit(found: ProfileForecast) -> None:
@@ -129,14 +128,7 @@ def _held(outline: Outline, measures: Sequence[str], rows: Extent, workers: int)
 
 def model_memory(outline: Outline) -> int:
     """Bytes of the whole model in float32, with room to run it."""
-    return int(ALLOCATOR * 4 * _weights(outline)) + resident_bytes() + LATER
-
-
-def _weights(outline: Outline) -> int:
-    """Parameters of the model, tied ones once."""
-    tensors = outline.checkpoint.tensors
-    names = {s for _, s in outline.outer} | {s for b in outline.blocks for _, s in b.stored}
-    return sum(math.prod(tensors[n].shape) for n in names)
+    return int(ALLOCATOR * 4 * outline.parameters) + resident_bytes() + LATER
 
 
 def _vocabulary(outline: Outline) -> int:

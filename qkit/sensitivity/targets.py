@@ -25,10 +25,11 @@ from qkit.loading import load
 from qkit.locate import find_model
 from qkit.machine import available_cores, available_memory
 from qkit.parallel import workers
-from qkit.pipeline import Request, calibration_asked, open_outline, recipe_of
+from qkit.pipeline import open_outline
 from qkit.preflight import holds_siglip
 from qkit.qtensor import dequantize, find_params, nvfp4_global_scale, quantize
 from qkit.recipe import Recipe
+from qkit.request import Request, calibration_asked, recipe_of
 from qkit.run import Progress
 from qkit.sensitivity.forecast import model_memory
 from qkit.sensitivity.subject import Replacement, Subject
