@@ -24,7 +24,7 @@ from qkit.plan import Plan
 from qkit.run import Progress
 from qkit.safefile import read_header, read_tensor, save_tensors
 
-BATCH = 32  # rows that one worker writes side by side
+BATCH = 128  # rows that one worker writes side by side
 
 
 def with_written(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: Progress) -> Plan:

@@ -9,7 +9,6 @@ from typing import Any
 import click
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from qkit.benchmark.contenders import OWN, check_device, problem
@@ -20,7 +19,7 @@ from qkit.benchmark.products import compare, enter
 from qkit.benchmark.products import described as described_product
 from qkit.benchmark.shapes import MODELS, Shape, model_shapes, parse_shapes
 from qkit.benchmark.table import measured_table
-from qkit.commands.common import Reporter, command_line, megabytes, write_json
+from qkit.commands.common import Reporter, command_line, megabytes, print_wide, wide_table, write_json
 from qkit.errors import UsageError
 from qkit.loading import load
 from qkit.report.figures import png
@@ -132,13 +131,13 @@ def write_table(
         given["table"], candidates, shapes, dtype, device, rows[0], host, SECONDS, reporter.step
     )
     made.save()
-    shown = Table("format", *(f"{a}x{b}" for a, b in shapes), title="microseconds", title_justify="left")
+    shown = wide_table("format", *(f"{a}x{b}" for a, b in shapes), title="microseconds", title_justify="left")
     names = {(name, group) for name, group, _ in made.seconds}
     for name, group in sorted(names, key=str):
         times = [made.seconds.get((name, group, shape)) for shape in shapes]
         label = name if group is None else f"{name}, {group}"
         shown.add_row(label, *("-" if t is None else f"{t * 1e6:.1f}" for t in times))
-    console.print(shown)
+    print_wide(console, shown)
     for note in notes:
         console.print(Text(note))
     console.print(Text(f"{made.file}: {len(made.seconds)} times, for --latency TIME@{made.file}"))
@@ -211,7 +210,7 @@ def show_product(product: Mapping[str, Any], console: Console) -> None:
         "x float32",
         "error",
     )
-    table = Table(*columns, title=title, title_justify="left")
+    table = wide_table(*columns, title=title, title_justify="left")
     for r in product["results"]:
         name = r["contender"] + (f" ({r['operator']})" if r["operator"] else "")
         cells = [str(r["rows"]), name]
@@ -230,7 +229,7 @@ def show_product(product: Mapping[str, Any], console: Console) -> None:
             ]
         mark = "" if r["repeats"] else ", varies"
         table.add_row(*map(Text, (*cells, f"{r['error']:.2g}{mark}")), style="bold" if r["contender"] == OWN else "")
-    console.print(table)
+    print_wide(console, table)
     for r in product["results"]:
         if r["refused"]:
             console.print(Text(f"refused: {r['contender']}, {r['rows']} rows: {r['refused']}"))
@@ -239,7 +238,7 @@ def show_product(product: Mapping[str, Any], console: Console) -> None:
 def show_decoded(found: Sequence[Decoded], console: Console) -> None:
     """A line per model."""
     columns = ("model", "tokens/s (p80 to p20 of the time)", "prompt ms", "linears", "of floor", "speed-up")
-    table = Table(*columns, title="decode", title_justify="left")
+    table = wide_table(*columns, title="decode", title_justify="left")
     own = found[0]
     for d in found:
         if d.refused:
@@ -255,7 +254,7 @@ def show_decoded(found: Sequence[Decoded], console: Console) -> None:
             "-" if d.floor is None else f"{d.floor / t.p50:.0%}",
             Text(faster),
         )
-    console.print(table)
+    print_wide(console, table)
     for d in found:
         if d.refused:
             console.print(Text(f"refused: {d.name}: {d.refused}"))

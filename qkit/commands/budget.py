@@ -32,8 +32,15 @@ _NAMES = ("bits", "size", "memory", "latency", "profile", "candidates", "measure
 def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that let a budget choose the formats."""
     options = [
-        click.option("--bits", type=float, help="Budget: mean bits of a weight, scales included."),
-        click.option("--size", help="Budget: bytes of the result, for instance 90MB."),
+        click.option(
+            "--bits",
+            type=float,
+            help="Budget: mean bits of a weight, scales included. One of this, --size and --memory.",
+        ),
+        click.option(
+            "--size",
+            help="Budget: bytes of the weight files, headers included, for instance 90MB (a million bytes each).",
+        ),
         click.option(
             "--memory", help="Budget: weights, activations and KV cache at a context, for instance 6GB@32768."
         ),
@@ -44,11 +51,30 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--profile", type=click.Path(path_type=Path), help="Of 'qkit profile'; made here if it is missing."
         ),
-        click.option("--candidates", help="Formats to choose from when the profile is made here."),
+        click.option(
+            "--candidates", help="Formats to choose from when the profile is made here, as for 'qkit profile'."
+        ),
         click.option("--measure", default=MEASURE, show_default=True, help="Of the profile, to be minimized."),
-        click.option("--floor", "floors", multiple=True, metavar="GLOB=FORMAT", help="At least that, repeatable."),
-        click.option("--ceiling", "ceilings", multiple=True, metavar="GLOB=FORMAT", help="At most that, repeatable."),
-        click.option("--refine", type=click.IntRange(0), default=0, help="Whole plans to measure on the way, at most."),
+        click.option(
+            "--floor",
+            "floors",
+            multiple=True,
+            metavar="GLOB=FORMAT",
+            help="At least the bytes of that candidate, for instance '*.down_proj=int4'; repeatable.",
+        ),
+        click.option(
+            "--ceiling",
+            "ceilings",
+            multiple=True,
+            metavar="GLOB=FORMAT",
+            help="At most the bytes of that candidate; repeatable.",
+        ),
+        click.option(
+            "--refine",
+            type=click.IntRange(0),
+            default=0,
+            help="Whole plans to measure, at most, and keep the best: the sum of single layers is not the whole.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)

@@ -20,7 +20,12 @@ _NAMES = ("kv", "kv_memory", "max_length", "kv_scale_keys")
 def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Which cache, and how large."""
     options = [
-        click.option("--kv", metavar="POLICY", help="KV cache to run with: pm-kvq:4-2, kivi2, int8, fp8 or rotate4."),
+        click.option(
+            "--kv",
+            metavar="POLICY",
+            help="KV cache to run with, a kind and its bits: pm-kvq:4-2, kivi2, int8, rotate4, hierarchical8, xquant4, "
+            "xquant-cl2 or fp8 ('qkit list caches').",
+        ),
         click.option(
             "--kv-memory", help="Budget of the KV cache of a sequence of --max-length tokens, for instance 2GB."
         ),

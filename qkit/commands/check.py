@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qkit.commands.common import print_wide, wide_table
 from qkit.commands.eval import json_bytes, printable, progress_bar, show
 from qkit.errors import BudgetNotMet, UsageError
 from qkit.evaluation.budget import Budget, Check, judge, junit_xml, load_budget
@@ -89,7 +90,7 @@ def check_command(
         write_atomic(junit_file, junit_xml(checks, f"qkit check {measured['model']}").encode())
     console = Console()
     show(measured, console)
-    console.print(checks_table(checks))
+    print_wide(console, checks_table(checks))
     failed = [check.name for check in checks if not check.ok]
     if failed:
         raise BudgetNotMet(
@@ -122,7 +123,7 @@ def choose_texts(budget: Budget, given: Sequence[str], budget_file: Path) -> lis
 
 
 def checks_table(checks: Sequence[Check]) -> Table:
-    table = Table("budget line", "limit", "measured", "", title="budget", title_justify="left")
+    table = wide_table("budget line", "limit", "measured", "", title="budget", title_justify="left")
     for check in checks:
         found = "not measured" if check.measured is None else f"{check.measured:.6g}"
         if check.measured is not None and not math.isfinite(check.measured):

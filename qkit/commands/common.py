@@ -175,10 +175,19 @@ def show_coverage(found: Prepared, console: Console) -> None:
         entry = kinds.setdefault((p.scheme, f"{p.weights.name}, {group}", acts, p.solver), [0, 0])
         entry[0] += 1
         entry[1] += p.shape[0] * p.shape[1]
-    table = Table("scheme", "weights, group", "activations", "solver", "linears", "weights (M)", title="coverage")
+    table = wide_table(
+        "scheme",
+        "weights, group",
+        "activations",
+        "solver",
+        "linears",
+        "weights (M)",
+        title="coverage",
+        title_justify="left",
+    )
     for (scheme, weights, acts, solver), (count, size) in kinds.items():
         table.add_row(scheme, weights, acts, solver, str(count), f"{size / 1e6:.2f}")
-    console.print(table)
+    print_wide(console, table)
     reasons: dict[str, list[str]] = {}
     for name, reason in plan.skipped.items():
         reasons.setdefault(reason, []).append(name)

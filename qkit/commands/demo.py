@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qkit.checkpoint import check_output_dir
-from qkit.commands.common import Reporter, megabytes, write_json
+from qkit.commands.common import Reporter, megabytes, print_wide, wide_table, write_json
 from qkit.commands.eval import printable, progress_bar
 from qkit.evaluation.measure import EvalRequest, measure
 from qkit.loading import load, load_tokenizer
@@ -57,7 +57,7 @@ def demo_command(work: Path, overwrite: bool, json_file: Path | None) -> None:
         console.print(f"{scheme}: quantized and verified with {made['checks']:,} checks, {made['seconds']:.1f} s")
         rows.append(made | _measured(work / scheme, original))
     rows.insert(0, _original(rows[0], original))
-    console.print(_table(rows))
+    print_wide(console, _table(rows))
     for row in rows:
         console.print(Text(f"{row['model']}: {PROMPT}{printable(row['text'])}"), soft_wrap=True)
     console.print(Text(f"{work}: both models, in {time.monotonic() - began:.0f} s"))
@@ -121,7 +121,7 @@ def _continuation(folder: Path) -> str:
 def _table(rows: list[dict[str, Any]]) -> Table:
     columns = ("model", "bytes", "ratio", "perplexity", "change", "KL mean", "same top-1")
     title = f"{MODEL} on the embedded evaluation text, {WINDOWS} windows of 512"
-    table = Table(*columns, title=title, title_justify="left")
+    table = wide_table(*columns, title=title, title_justify="left")
     for row in rows:
         ratio = row["bytes"] / rows[0]["bytes"]
         cells = [row["model"], megabytes(row["bytes"]), f"{ratio:.3f}x", f"{row['perplexity']:.2f}"]

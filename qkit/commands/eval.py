@@ -16,6 +16,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
+from qkit.commands.common import print_wide, wide_table
 from qkit.errors import UsageError
 from qkit.evaluation import text
 from qkit.evaluation.measure import DTYPES, EvalRequest, jsonable, measure
@@ -193,24 +194,24 @@ def progress_bar(console: Console) -> Iterator[text.Progress | None]:
 def show(measured: Mapping[str, Any], console: Console) -> None:
     """Prints the tables of what was measured."""
     if measured.get("texts"):
-        console.print(texts_table(measured["texts"]))
+        print_wide(console, texts_table(measured["texts"]))
     for text_, caches in measured.get("caches", {}).items():
-        console.print(caches_table(text_, caches))
+        print_wide(console, caches_table(text_, caches))
     for text_, caches in measured.get("retrieval", {}).items():
-        console.print(retrieval_table(text_, caches))
+        print_wide(console, retrieval_table(text_, caches))
     for name, figures in measured.get("pairs", {}).items():
-        console.print(accuracy_table(name, figures))
-        console.print(answers_table(name, figures))
+        print_wide(console, accuracy_table(name, figures))
+        print_wide(console, answers_table(name, figures))
     if "videos" in measured:
-        console.print(videos_table(measured["videos"]))
+        print_wide(console, videos_table(measured["videos"]))
     if measured.get("tasks"):
-        console.print(tasks_table(measured["tasks"], measured.get("baseline_tasks", {})))
+        print_wide(console, tasks_table(measured["tasks"], measured.get("baseline_tasks", {})))
 
 
 def caches_table(text: str, caches: Mapping[str, Mapping[str, Any]]) -> Table:
     """A row per cache: perplexity by decoding, and the bytes that a sequence takes in the end."""
     columns = ("KV cache", "perplexity", "change % (95 % ci)", "same greedy", "kB", "of 16 bits")
-    table = Table(*columns, title=f"decoding {printable(text)}", title_justify="left")
+    table = wide_table(*columns, title=f"decoding {printable(text)}", title_justify="left")
     for name, entry in caches.items():
         change = (
             f"{entry['change_percent']:+.2f} {_interval(entry['change_ci'], '+.2f')}" if "change_ci" in entry else ""
@@ -225,7 +226,7 @@ def retrieval_table(text: str, caches: Mapping[str, Sequence[Mapping[str, Any]]]
     choices = next(iter(caches.values()))[0]["choices"]
     best = f"best of {choices} % (chance {100 / choices:.1f})"
     columns = ("KV cache", "of 16 bits", "task", "tokens", "depth", "nats/token", "gain (95 % ci)", "exact %", best)
-    table = Table(*columns, title=f"retrieval from {printable(text)}", title_justify="left")
+    table = wide_table(*columns, title=f"retrieval from {printable(text)}", title_justify="left")
     for name, rows in caches.items():
         for row in rows:
             gain = f"{row['gain']:+.2f} {_interval(row['gain_ci'], '+.2f')}"
@@ -240,7 +241,7 @@ def accuracy_table(name: str, figures: Mapping[str, Any]) -> Table:
     paired = "baseline_percent" in figures["accuracy"]
     extra = ("baseline", "change (95 % ci)") if paired else ()
     title = f"exactly right answers, {printable(name)}"
-    table = Table("kind", "questions", "right % (95 % ci)", *extra, title=title, title_justify="left")
+    table = wide_table("kind", "questions", "right % (95 % ci)", *extra, title=title, title_justify="left")
     for kind, entry in [*figures["kinds"].items(), ("all", figures)]:
         found = entry["accuracy"]
         cells = [printable(kind), str(entry["questions"]), f"{found['percent']:.1f} {_interval(found['ci'], '.1f')}"]
@@ -265,7 +266,9 @@ def answers_table(name: str, figures: Mapping[str, Any]) -> Table:
         }
         for kind, error in figures["errors"].items():
             rows[f"error of hidden states, {kind} tokens"] = f"{error['mean']:.4g} {_interval(error['ci'], '.4g')}"
-    table = Table("answer tokens", str(figures["tokens"]), title=f"answers, {printable(name)}", title_justify="left")
+    table = wide_table(
+        "answer tokens", str(figures["tokens"]), title=f"answers, {printable(name)}", title_justify="left"
+    )
     for what, value in rows.items():
         table.add_row(Text(what), Text(value))
     return table
@@ -273,7 +276,7 @@ def answers_table(name: str, figures: Mapping[str, Any]) -> Table:
 
 def videos_table(figures: Mapping[str, Any]) -> Table:
     """A row per figure with its interval."""
-    table = Table("figure", "value (95 % ci)", title=f"{figures['videos']} samples", title_justify="left")
+    table = wide_table("figure", "value (95 % ci)", title=f"{figures['videos']} samples", title_justify="left")
     units = {
         "psnr": "PSNR, dB",
         "ssim": "SSIM",
@@ -293,7 +296,7 @@ def texts_table(texts: Mapping[str, Mapping[str, Any]]) -> Table:
     """Columns without a baseline: the first three."""
     paired = any("kl" in entry for entry in texts.values())
     extra = ("baseline", "change %", "KL mean", "KL p99", "same top-1") if paired else ()
-    table = Table("text", "perplexity (95 % ci)", "windows", *extra, title="texts", title_justify="left")
+    table = wide_table("text", "perplexity (95 % ci)", "windows", *extra, title="texts", title_justify="left")
     for name, entry in texts.items():
         cells = [printable(name), f"{entry['perplexity']:.2f} {_interval(entry['ci'], '.2f')}", str(entry["windows"])]
         if paired:
@@ -310,7 +313,7 @@ def texts_table(texts: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def tasks_table(tasks: Mapping[str, Any], baseline: Mapping[str, Any]) -> Table:
     extra = ("baseline", "change (95 % ci)") if baseline else ()
-    table = Table("task", "metric", "value (95 % ci)", "samples", *extra, title="tasks", title_justify="left")
+    table = wide_table("task", "metric", "value (95 % ci)", "samples", *extra, title="tasks", title_justify="left")
     for task, entry in tasks.items():
         for metric, figures in entry["metrics"].items():
             value = f"{figures['value']:.4g}" + (f" {_interval(figures['ci'], '.4g')}" if figures["ci"] else "")

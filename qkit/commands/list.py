@@ -8,9 +8,8 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 
-from qkit.commands.common import write_json
+from qkit.commands.common import print_wide, wide_table, write_json
 from qkit.export.compressed_tensors import layout
 from qkit.families.discover import DECLARED
 from qkit.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES, Format
@@ -133,8 +132,8 @@ def list_command(what: str, json_file: Path | None) -> None:
       qkit list schemes
     """
     rows = TABLES[what]()
-    table = Table(*rows[0].keys())
+    table = wide_table(*rows[0].keys())
     for row in rows:
         table.add_row(*(str(v) for v in row.values()))
-    Console().print(table)
+    print_wide(Console(), table)
     write_json(json_file, rows)

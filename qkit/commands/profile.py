@@ -26,16 +26,32 @@ from qkit.sensitivity.profile import Profile
 @click.option(
     "--candidates",
     required=True,
-    help="Formats a layer may get: int2..int8, nvfp4, w8a8, .., int3+0.5% with outliers kept, bf16 to keep it.",
+    help="What a layer may get: int2..int8 (the same as w2a16..w8a16), any scheme (nvfp4, w8a8: activations too), int3+0.5% "
+    "(the largest 0.5 % of its weights kept in 16 bits), bf16 (left as it is).",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the profile.")
-@click.option("--method", default="gptq", show_default=True, help="Solver of the probes: rtn or gptq.")
-@click.option("--group-size", type=int, help="Weights per scale of the integer formats.")
+@click.option(
+    "--method",
+    default="gptq",
+    show_default=True,
+    help="Solver of the probes, rtn or gptq: the one that quantize will use.",
+)
+@click.option(
+    "--group-size",
+    type=int,
+    help="Weights per scale of the integer formats (default: 128); quantize takes it from the profile.",
+)
 @click.option("--calib", type=click.Path(path_type=Path), help="Calibration text, or pairs (default: embedded ones).")
 @click.option("--samples", type=int, default=128, show_default=True, help="Calibration rows of the probes.")
 @click.option("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration row.")
 @click.option("--rows", type=int, help="Rows of them that losses are measured on (default: 32, or all if fewer).")
-@click.option("--measures", default="weight,output,pqi,kl", show_default=True, help=f"Some of {', '.join(MEASURES)}.")
+@click.option(
+    "--measures",
+    default="weight,output,pqi,kl",
+    show_default=True,
+    help=f"Some of {', '.join(MEASURES)}. Cheap: weight, output, "
+    "output_norm; with gradients: first, first_x, fisher, pqi; the model run for every layer and candidate: loss, kl.",
+)
 @click.option("--points", type=click.IntRange(1), default=8, show_default=True, help="Of the path integral (pqi).")
 @click.option("--audit", is_flag=True, help="Compare every measure with the true loss change on held-out rows.")
 @click.option("--audit-text", type=click.Path(path_type=Path), help="Of that text or pairs (default: embedded ones).")

@@ -17,7 +17,7 @@ KINDS = {
     "xquant": "the inputs of attention instead of keys and values, which are made from them again (XQuant)",
     "xquant-cl": "as xquant, of each layer what its input differs by from that of the layer below (XQuant-CL)",
     "fp": "8-bit floats (e4m3), a static scale for a layer's keys and one for its values, as engines keep them",
-    "rotate": "as rtn, behind a Hadamard transform of every head's keys and values",
+    "rotate": "as int, behind a Hadamard transform of every head's keys and values",
 }
 ALIASES = {"pm-kvq": "progressive", "pmkvq": "progressive", "int": "rtn"}
 WIDTHS_OF = {"progressive": (8, 4, 2), "hierarchical": (8,), "fp": (8,)}  # the others: 2, 3, 4 and 8

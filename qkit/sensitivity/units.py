@@ -69,7 +69,10 @@ def parse_candidates(text: str, group_size: int | None, option: str = "--candida
             s = scheme(name)
         except UsageError as e:
             known = [*(f"int{b}" for b in range(2, 9)), "nvfp4", "nvfp4a16", "mxfp4a16", "w8a8", *KEEP]
-            raise UsageError(f"{option}: unknown '{item}'{did_you_mean(item, known)}") from e
+            raise UsageError(
+                f"{option}: unknown '{item}'{did_you_mean(item, known)}: expected int2 to int8, a scheme such as nvfp4 or w8a8 "
+                "('qkit list schemes'), or bf16"
+            ) from e
         if group_size is not None and s.weights.strategy == "group" and s.weights.scale == "model":
             s = Scheme(s.name, s.weights.with_group(group_size), s.activations)
         found.append(Candidate(s.name + (f"+{outliers:g}%" if outliers else ""), s, outliers))
