@@ -49,6 +49,13 @@ def check_method(
         raise Unsupported(
             f"method {learned} learns linears that are modules, and this model has fused experts: use gptq"
         )
+    if recipe.options.get("weigh"):
+        if outline.family.streams is not None or outline.family.encodes:
+            raise Unsupported("option 'weigh' looks at the loss of a language model, and this is none: leave it out")
+        if "rotate" in transforms:
+            raise UsageError(
+                "option 'weigh' and method rotate exclude each other: the loss is looked at before the rotation"
+            )
     for option, least in (("steps", 1), ("batch", 1), ("rate", 0)):
         if recipe.options.get(option, least) < least:
             raise UsageError(f"option '{option}': expected {least} or more, found {recipe.options[option]}")

@@ -27,11 +27,12 @@ from qkit.kvscales import measure_scales
 from qkit.locate import find_model, record_source
 from qkit.machine import available_cores
 from qkit.parallel import workers
-from qkit.plan import Plan, make_plan, why_rows
+from qkit.plan import Plan, make_plan, parts, why_rows
 from qkit.recipe import Recipe
 from qkit.request import Request, calibration_asked, recipe_of
 from qkit.run import Progress, run_blocks
-from qkit.sensitivity.forecast import repair_memory
+from qkit.sensitivity.forecast import repair_memory, weighing_memory
+from qkit.sensitivity.hidden import weighing
 from qkit.sensitivity.repair import repair
 from qkit.steps import decide_steps
 from qkit.towers import SKIP
@@ -91,6 +92,8 @@ def prepare(request: Request, rows: Calibration | None = None) -> Prepared:
     plan = replace(plan, key_exponents=request.key_exponents, pipeline=around)
     threads = request.threads or available_cores()
     after = {"significant weights": repair_memory(plan, outline, threads)} if plan.significant else {}
+    if plan.weighs:
+        after["errors weighed by the loss"] = weighing_memory(plan, outline, threads)
     if plan.calibration is not None and plan.calibration.written:
         after["rows that the model writes"] = written_memory(plan, outline, threads)
     return Prepared(plan, outline, forecast(plan, outline, threads, after), components)
@@ -171,7 +174,12 @@ def quantize(
         for name, asked in found.components.items():
             quantize(asked, replaced[name], progress)
         running = with_written(plan, outline, job, pool, progress)
-        run_blocks(running, outline, job, pool, progress)
+        weigh = (
+            weighing(running, outline, pool, progress)
+            if plan.weighs and job.finished < len(parts(plan, outline))
+            else []
+        )
+        run_blocks(running, outline, job, pool, progress, weigh)
         repair(running, outline, job, pool, progress)
         measure_scales(running, outline, job, pool, progress)
         progress.start("export and verify", 2)

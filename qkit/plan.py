@@ -109,6 +109,11 @@ class Plan:
         return any(TRANSFORMS[t].stage == "block" for t in self.transforms)
 
     @property
+    def weighs(self) -> bool:
+        """Whether errors that codes are learned on are weighed by what the loss makes of them."""
+        return self.learns and any(p.options.get("weigh", False) for p in self.linears.values())
+
+    @property
     def compensates(self) -> bool:
         """Whether solvers look at the inputs of the original model."""
         return any(p.options.get("compensate", 0) for p in self.linears.values())

@@ -154,18 +154,20 @@ def reconstruct(
     settings: Settings,
     pool: Workers,
     step: Callable[[], object],
+    weigh: Tensor | None = None,
 ) -> tuple[list[QTensor], float, float]:
     """Learn the linears of a block together.
 
     module: the block; its weights are not written to, hooks of its linears that quantize their inputs stay in force
     rows, targets: what enters the block as quantized so far, and what leaves it in the original model
+    weigh: float32 [hidden, hidden], what errors are multiplied by before they are squared (``sensitivity.hidden``)
     Gives what was learned, in the order of ``learners``, and the mean squared error of held-out rows before and after.
     """
     first_held = rows.count - max(1, rows.count // _HELD_OUT)
     held = (first_held, rows.count)
     given = list(_spans(0, first_held, settings.batch)) or [held]
     with torch.inference_mode(False):
-        block = _Block(module, rows, targets, _cloned(call), pool)
+        block = _Block(module, rows, targets, _cloned(call), pool, None if weigh is None else weigh.clone())
         learners = [x.cloned() for x in learners]
         values = [x.begin() for x in learners]
         begun = [offset.clone() for offset, _ in values]
@@ -210,8 +212,11 @@ class _Block:
     Pieces of a batch run side by side and are added up in order: what is learned does not depend on the number of workers.
     """
 
-    def __init__(self, module: nn.Module, rows: Rows, targets: Rows, call: Call | OneByOne, pool: Workers) -> None:
+    def __init__(
+        self, module: nn.Module, rows: Rows, targets: Rows, call: Call | OneByOne, pool: Workers, weigh: Tensor | None
+    ) -> None:
         self.module, self.rows, self.targets, self.call, self.pool = module, rows, targets, call, pool
+        self.weigh = weigh
         self.local = threading.local()  # weights are put into a module while it runs: every worker has one of its own
 
     def error(self, weights: dict[str, Tensor], batch: Span) -> float:
@@ -251,7 +256,8 @@ class _Block:
                 self.local.module = copy.deepcopy(self.module)
         rows = self.rows
         made = self.call(_Called(self.local.module, weights), rows.read(*piece), slice(*piece))
-        lost = (made.float() - self.targets.read(*piece).float()).square().mean(-1).flatten()
+        wrong = made.float() - self.targets.read(*piece).float()
+        lost = (wrong if self.weigh is None else wrong @ self.weigh).square().mean(-1).flatten()
         counted = rows.counted(*piece)
         return lost.sum() if counted is None else lost[counted].sum()
 

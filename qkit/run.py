@@ -7,6 +7,7 @@ committed is never computed again; rows carry the error made so far into the nex
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,33 +57,38 @@ class _Run:
     job: Job
     pool: Workers
     progress: Progress
+    weigh: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class _Step:
     """One block of it. place: its part of the job; last: of its sequence, so that nothing needs what it gives; learns: whether
-    its codes are learned together once its linears are solved."""
+    its codes are learned together once its linears are solved; weigh: what errors of what it gives are multiplied by then."""
 
     state: BlockState
     name: str
     place: int
     last: bool
     learns: bool
+    weigh: Tensor | None = None
 
     def part(self, results: list[Result], significant: int) -> dict[str, Tensor]:
         """The tensors to commit."""
         return _part(results, self.state, significant > 0)
 
 
-def run_blocks(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: Progress) -> None:
+def run_blocks(
+    plan: Plan, outline: Outline, job: Job, pool: Workers, progress: Progress, weigh: Sequence[Tensor] = ()
+) -> None:
     """Quantize every block that the job has not committed yet.
 
-    Raises NumericFailure when more than MAX_FALLBACKS of all linears fell back to a simpler method.
+    weigh: by block of the language model, where codes are learned: what errors are multiplied by before they are squared,
+    float32 [hidden, hidden]. Raises NumericFailure when more than MAX_FALLBACKS of all linears fell back to a simpler method.
     """
     if job.finished == 0:
         for _, stored in outline.outer:  # what is only copied at the end is looked at before hours of work
             outline.checkpoint.read_finite(stored)
-    run, first = _Run(plan, outline, job, pool, progress), 0
+    run, first = _Run(plan, outline, job, pool, progress, weigh), 0
     for sequence in sequences(plan, outline):
         if job.finished < first + len(sequence.blocks):
             _run_sequence(run, sequence, first)
@@ -110,7 +116,8 @@ def _run_sequence(run: _Run, sequence: BlockSequence, first: int) -> None:
             if plan.key_exponents is not None:
                 scale_keys(state, plan.key_exponents[block.index])
         last = block.index + 1 == len(sequence.blocks)
-        step = _Step(state, name, first + block.index, last, _learns(run, sequence))
+        weigh = run.weigh[block.index] if run.weigh and language else None
+        step = _Step(state, name, first + block.index, last, _learns(run, sequence), weigh)
         if rows is None:
             _without_rows(run, step)
         else:
@@ -253,7 +260,7 @@ def _learn(
         learners.append(Learner.of(r.linear, inputs.weight(before[r.plan.name]), r.qtensor, inputs))
     targets = replace(rows, path=run.job.rows_path(step.place + 1, original=True))
     learned, first, last = reconstruct(
-        state.module, learners, rows, targets, call, settings, run.pool, run.progress.step
+        state.module, learners, rows, targets, call, settings, run.pool, run.progress.step, step.weigh
     )
     found = []
     for r, x, q in zip(results, learners, learned, strict=True):

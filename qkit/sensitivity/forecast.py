@@ -16,6 +16,7 @@ from qkit.families.outline import Outline
 from qkit.forecast import ALLOCATOR, LATER
 from qkit.machine import available_memory, process_bytes, resident_bytes
 from qkit.plan import Plan
+from qkit.sensitivity import hidden
 from qkit.sensitivity.outputs import SAMPLE_TOKENS
 from qkit.sensitivity.repair import ROWS
 from qkit.sensitivity.subject import SPILL_BYTES, log_prob_bytes
@@ -95,6 +96,14 @@ def repair_memory(plan: Plan, outline: Outline, workers: int) -> int:
     return 4 * outline.parameters + _held(outline, ("pqi",), extent(plan.calibration.first(ROWS)), workers)
 
 
+def weighing_memory(plan: Plan, outline: Outline, workers: int) -> int:
+    """Bytes at the worst moment of ``hidden.roots``: the model, and per worker a batch on its way back."""
+    assert plan.calibration is not None
+    width = int(outline.text_config.hidden_size)
+    rows = extent(plan.calibration.first(hidden.ROWS))
+    return 4 * outline.parameters + _backward(outline, rows, workers) + hidden.held(outline, width)
+
+
 def refuse_what_cannot_fit(found: ProfileForecast) -> None:
     """Raises Unsupported where the memory of this machine is too small."""
     available = available_memory()
@@ -109,12 +118,10 @@ def _held(outline: Outline, measures: Sequence[str], rows: Extent, workers: int)
     """Bytes at the worst moment of the measures asked for, on top of the model and the reference."""
     linears = [x for b in outline.blocks for x in b.linears]
     weights = 4 * sum(x.shape[0] * x.shape[1] for x in linears)
-    chunk, pieces = rows.chunk, -(-rows.rows * rows.length // rows.chunk)
+    chunk, pieces = rows.chunk, _pieces(rows)
     busy = min(workers, pieces)
     logits = 4 * chunk * _vocabulary(outline)
-    # A graph keeps about what every linear reads and gives; experts, who see a share of the tokens each, are left out.
-    graph = 4 * chunk * sum(sum(x.shape) for x in linears if x.expert is None)
-    backward = busy * (_BACKWARD_LOGITS * logits + graph)
+    backward = _backward(outline, rows, workers)
     moments = [2 * weights + busy * _FORWARD_LOGITS * logits]  # all linears replaced, the originals kept
     for name, copies in _COPIES.items():
         if name in measures:
@@ -124,6 +131,17 @@ def _held(outline: Outline, measures: Sequence[str], rows: Extent, workers: int)
     if "output_norm" in measures:
         moments.append(4 * SAMPLE_TOKENS * sum(x.shape[1] for x in linears) + busy * _FORWARD_LOGITS * logits)
     return max(moments)
+
+
+def _backward(outline: Outline, rows: Extent, workers: int) -> int:
+    """Bytes that workers hold of passes with gradients."""
+    # A graph keeps about what every linear reads and gives; experts, who see a share of the tokens each, are left out.
+    graph = 4 * rows.chunk * sum(sum(x.shape) for b in outline.blocks for x in b.linears if x.expert is None)
+    return min(workers, _pieces(rows)) * (_BACKWARD_LOGITS * 4 * rows.chunk * _vocabulary(outline) + graph)
+
+
+def _pieces(rows: Extent) -> int:
+    return -(-rows.rows * rows.length // rows.chunk)
 
 
 def model_memory(outline: Outline) -> int:

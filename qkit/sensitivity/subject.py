@@ -173,6 +173,43 @@ class Subject:
             for handle in handles:
                 handle.remove()
 
+    def output_gradients(self, rows: Rows, paths: Sequence[str], seed: int) -> Iterator[dict[str, Tensor]]:
+        """Batch by batch {path: float32 [tokens, width]}, the gradient of the loss of all scored tokens together at what these
+        modules give, labels being drawn from the model itself.
+
+        seed: of the labels, which do not depend on the number of workers.
+        """
+        local = threading.local()
+
+        def noting(path: str) -> Any:
+            def hook(_: nn.Module, args: Any, output: Any) -> Any:
+                first = output[0] if isinstance(output, tuple) else output
+                branch = first if first.requires_grad else first.detach().requires_grad_(True)
+                local.seen[path] = branch
+                return (branch, *output[1:]) if isinstance(output, tuple) else branch
+
+            return hook
+
+        def one(item: tuple[int, Batch]) -> dict[str, Tensor]:
+            number, given = item
+            local.seen = {}
+            try:
+                with torch.inference_mode(False), torch.enable_grad():
+                    log_probs = self._log_probs(given.cloned()).flatten(0, -2)
+                    drawn = torch.Generator().manual_seed(seed + number)
+                    labels = torch.multinomial(log_probs.detach().exp(), 1, generator=drawn)
+                    gradients = _grad(-log_probs.gather(-1, labels).sum(), list(local.seen.values()))
+                return {path: g.flatten(0, -2) for path, g in zip(local.seen, gradients, strict=True)}
+            finally:
+                local.seen = {}
+
+        handles = [self.model.get_submodule(p).register_forward_hook(noting(p)) for p in paths]
+        try:
+            yield from self.pool.stream(one, enumerate(batches(rows)))
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def sample_inputs(self, rows: Rows, modules: Sequence[str], count: int) -> dict[str, Tensor]:
         """What these modules (by their path in the model) read: {path: float32 [n, width]}.
 
