@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -132,6 +133,18 @@ def test_a_broken_model_is_measured_as_broken(tokenizer, texts, tmp_path):
     assert [check.ok for check in judge(budget, figures)] == [False] * 3
     assert [check.ok for check in judge(budget, written)] == [False] * 3
     show(figures, Console(file=open(os.devnull, "w"), width=200))
+
+
+@pytest.mark.parametrize("screen", [False, True])
+def test_tables_are_never_cut_short(tokenizer, texts, screen):
+    """In a pipe of no width every figure is on one line; on a narrow screen it goes on in the next."""
+    figures = evaluate_text(make_model(0), tokenizer, texts, 32, 5, baseline_model=make_model(1))
+    file = io.StringIO()
+    show(figures, Console(file=file, width=60, force_terminal=screen))
+    shown = file.getvalue()
+    first = figures["texts"]["first"]
+    assert "\u2026" not in shown and (screen or "first" in shown)
+    assert screen or f"{first['change_percent']:+.2f} [{first['change_ci'][0]:+.2f}, " in shown
 
 
 def test_how_texts_are_named_and_refused(tokenizer, texts, tmp_path):
