@@ -238,7 +238,9 @@ _MAKERS = {"cpu": (_own, _dense, _dequantized, _torch_int4, _onnxruntime, _auto_
 def check_device(device: str) -> None:
     """Raises Unsupported for a device that nobody runs on."""
     if device not in _MAKERS:
-        raise Unsupported(f"--device {device}: qkit has operators for the CPU alone: leave --device out")
+        raise Unsupported(
+            f"--device {device}: this bench times the CPU alone, reports/kernels_gpu/run.py a GPU: leave --device out"
+        )
 
 
 def contenders(p: Problem, device: str) -> list[Contender]:

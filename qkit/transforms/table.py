@@ -78,7 +78,10 @@ TRANSFORMS: dict[str, Transform] = {
             "steps": (200, "of learned rounding, for every block"),
             "batch": (8, "rows of one step"),
             "rate": (0.0, "of the first step, in units of the grid; 0: 1 / steps, at most 0.02"),
-            "weigh": (False, "weigh errors of a block by what the loss makes of them; loads the whole model in float32"),
+            "weigh": (
+                False,
+                "weigh errors of a block by what the loss makes of them; loads the whole model in float32",
+            ),
         },
     ),
 }
