@@ -2,7 +2,7 @@
 
 A decode step of a quantized model is hundreds of kernels of a few microseconds; launched one by one from Python they
 cost more than they compute. ``Decoder`` records a step once and replays it. Its tokens are those of transformers'
-``generate``.
+``generate`` with a plain cache, but for ties that floating point decides; a KV cache policy of the model is not looked at.
 """
 
 from __future__ import annotations

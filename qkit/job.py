@@ -49,6 +49,12 @@ VERSION = 1
 PIECES = ("codes", "scale", "zero", "global_scale", "input_scale", "original", SCALE, *sparse.PIECES)
 
 
+def finished_blocks(path: Path) -> int:
+    """How many blocks a run would find in that folder, by its journal; 0 where there is none, or the job is done."""
+    file = path / "journal.jsonl"
+    return file.read_bytes().count(b"\n") if file.is_file() and (path / "parts").is_dir() else 0
+
+
 class Job:
     """An open job folder. Use ``Job.open`` as a context manager."""
 

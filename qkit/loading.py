@@ -6,7 +6,6 @@ reads the shards tensor by tensor. It gives a transformers model: generate, forw
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -217,17 +216,11 @@ def _generation_config(model: Any, folder: Path) -> None:
 
 def _cache_policy(model: Any, folder: Path, kv: str | None) -> None:
     from qkit.kvcache.cache import attach
-    from qkit.kvcache.policy import Policy, parse
+    from qkit.kvcache.policy import parse, stored
 
-    if kv == "none":
-        return
-    if kv is not None:
-        attach(model, parse(kv))
-        return
-    record = folder / "qkit.json"
-    found = json.loads(record.read_bytes()).get("kv") if record.is_file() else None
+    found = stored(folder) if kv is None else None if kv == "none" else parse(str(kv))
     if found is not None:
-        attach(model, Policy.from_json(found))
+        attach(model, found)
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -526,3 +526,4 @@ def test_output_that_is_there(refused, run, tiny, tmp_path):
     assert not (out / "notes.txt").exists()
     options[3] = "w8a16"
     quantized(run, out, *options)  # the finished command again
+    assert f"{out}, there before: " in " ".join(run("quantize", *options, "--out", out)[1].split())

@@ -17,7 +17,7 @@ import torch
 from conftest import Quiet
 
 from qkit.errors import BadInput, JobConflict, UsageError
-from qkit.job import Job
+from qkit.job import Job, finished_blocks
 from qkit.pipeline import Request, quantize
 
 BLOCKS = 4
@@ -238,8 +238,11 @@ def test_sigterm_stops_at_a_safe_place(request_, undisturbed, tmp_path):
     assert process.returncode == 75, said
     assert "stopped by SIGTERM" in said and "go on with: qkit quantize --scheme w4a16" in said
     assert "Traceback" not in said and not out.exists()
+    done = finished_blocks(tmp_path / "out.job")
     again = subprocess.run(command(request_, out), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
+    assert (f"{done} blocks were finished before" in again.stdout) == (done > 0)
+    assert finished_blocks(tmp_path / "out.job") == 0  # it is done, and nothing would be gone on from
     assert contents(out) == undisturbed
 
 

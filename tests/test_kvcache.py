@@ -387,10 +387,10 @@ def test_names_of_policies():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("nonsense", "expected pm-kvq:4-2"),
+        ("nonsense", "expected one kind with its bits, such as pm-kvq:4-2"),
         ("kivi", "kv policy 'kivi'"),
         ("pm-kvq:3", "expected some of 8, 4, 2"),
-        ("int5", "[5] bits"),
+        ("int5", "int5: 5 bits; expected some of"),
         ("int4-2", "only pm-kvq chooses"),
         ("hierarchical4", "write hierarchical8"),
     ],
@@ -421,7 +421,7 @@ def test_what_does_not_suit_a_model_is_refused():
     cache = make_cache(model, replace(parse("pm-kvq:2"), budgets=(20000, 3000), window=8))
     with torch.inference_mode():
         model(tokens(1, 40), past_key_values=cache)
-        with pytest.raises(BudgetNotMet, match="at 2 bits, and its budget is 3000"):
+        with pytest.raises(BudgetNotMet, match="at 2 bits, 1 at a time, and its budget is 3000"):
             model(tokens(1, 300), past_key_values=cache)
     assert [layer.get_seq_length() for layer in cache.layers] == [40, 40]  # the first layer had room
     with pytest.raises(UsageError, match="heads of 20 channels"):

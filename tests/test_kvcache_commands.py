@@ -43,12 +43,28 @@ def test_a_checkpoint_with_its_cache(run, tmp_path):
     assert cache.nbytes == sum(layer.nbytes for layer in cache.layers)
     assert type(generated(qkit.load(out, kv="none"))) is DynamicCache
     code, said, _ = run(
-        "eval", out, "--windows", "1", "--window", "300", "--kv-step", "50", "--kv", "int8", "--json", tmp_path / "e"
+        "eval",
+        out,
+        "--windows",
+        "1",
+        "--window",
+        "300",
+        "--kv-step",
+        "50",
+        "--kv",
+        "stored,none,int8",
+        "--json",
+        tmp_path / "e",
     )
     figures = json.loads((tmp_path / "e").read_text())
+    assert list(figures["caches"]["evaluation"]) == ["none", "pm-kvq:4-2", "int8"]
+    measured = figures["caches"]["evaluation"]["pm-kvq:4-2"]  # of its budgets, which 300 tokens do not fill
+    assert min(measured["widths"]) > 2 and measured["bytes"] <= sum(record["budgets"])
     one = figures["texts"]["evaluation"]["perplexity"], figures["caches"]["evaluation"]["none"]["perplexity"]
     assert code == 0 and one[1] == pytest.approx(one[0], rel=0.5)  # the plain cache is a plain one
     assert generated(qkit.load(out, kv="kivi2")).widths == [2] * 8
+    with pytest.raises(UsageError, match="kv policy '3' is not known: expected one kind with its bits"):
+        qkit.load(out, kv=3)
     own = DynamicCache()
     assert generated(qkit.load(out), past_key_values=own) is own  # a caller's cache is the caller's
     assert run("verify", out)[0] == 0
@@ -124,8 +140,16 @@ def test_eval_compares_caches(run, tmp_path):
     assert found["pm-kvq:2"]["widths"] == [2] * 8
     widths = [w for _, layer, w in found["pm-kvq:2"]["halvings"] if layer == 0]
     assert widths == sorted(widths, reverse=True) and widths[-1] == 2
-    code, _, err = run("eval", "tiny-llama", "--prompt", "9")
-    assert code == 2 and "--prompt is about the caches" in err
+    for options, words in (
+        (("--prompt", "9"), "--prompt is about the caches"),
+        (("--kv-step", "9"), "--kv-step is about the caches"),
+        (("--kv", "stored"), "was quantized without --kv"),
+        (("--kv", "pm-kvq:4-2"), "which layer gets which width is decided by 'qkit quantize --kv pm-kvq:4-2"),
+        (("--kv", "int8", "--json", tmp_path / "no" / "e"), "there is no folder"),
+        (("--kv", "int8", "--json", tmp_path), "that is a folder"),
+    ):
+        code, _, err = run("eval", "tiny-llama", *options)
+        assert code == 2 and words in err and len(err.strip().splitlines()) == 1
     code, _, err = run("eval", "tiny-llama", "--kv", "int8", "--window", "100", "--prompt", "100")
     assert code == 2 and "a prompt of 100 tokens in windows of 100" in err
 

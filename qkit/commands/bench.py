@@ -19,7 +19,7 @@ from qkit.benchmark.products import compare, enter
 from qkit.benchmark.products import described as described_product
 from qkit.benchmark.shapes import MODELS, Shape, model_shapes, parse_shapes
 from qkit.benchmark.table import measured_table
-from qkit.commands.common import Reporter, command_line, megabytes, print_wide, wide_table, write_json
+from qkit.commands.common import OutFile, Reporter, command_line, megabytes, print_wide, wide_table, write_json
 from qkit.errors import UsageError
 from qkit.loading import load
 from qkit.report.figures import png
@@ -46,11 +46,9 @@ _DECODE = ("prompt_tokens", "new_tokens", "baseline")
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Under 'decode' (default: 32).")
 @click.option("--new-tokens", type=click.IntRange(1), help="Under 'decode', after the first one (default: 64).")
 @click.option("--baseline", help="Under 'decode': the original, run in bf16 and in float32.")
-@click.option(
-    "--table", type=click.Path(path_type=Path), help="Write the times of --model for --latency, and nothing else."
-)
-@click.option("--figure", type=click.Path(path_type=Path), help="Write a picture of times against the floor (PNG).")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what is printed to this file.")
+@click.option("--table", type=OutFile(), help="Write the times of --model for --latency, and nothing else.")
+@click.option("--figure", type=OutFile(), help="Not under 'decode': write a picture of times against the floor (PNG).")
+@click.option("--json", "json_file", type=OutFile(), help="Write what is printed to this file.")
 def bench_command(what: str, device: str, threads: int | None, json_file: Path | None, **given: Any) -> None:
     """Measure products of few rows (gemv), of many (gemm), or whole models (decode).
 

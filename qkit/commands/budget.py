@@ -162,7 +162,8 @@ def _decided_weights(
         named is not None,
         cache,
     )
-    if not (wanted.profile / FILE).is_file() and (wanted.candidates or not wanted.named):
+    asked_alone = request.scheme is None and request.recipe is None  # else it is refused, and nothing is made
+    if asked_alone and not (wanted.profile / FILE).is_file() and (wanted.candidates or not wanted.named):
         candidates = wanted.candidates or CANDIDATES
         console.print(Text(f"no profile in {wanted.profile} yet: it is made first, of {candidates}"))
     reporter = Reporter(console, command_line())

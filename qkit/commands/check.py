@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qkit.commands.common import print_wide, wide_table
+from qkit.commands.common import OutFile, print_wide, wide_table
 from qkit.commands.eval import json_bytes, printable, progress_bar, show
 from qkit.errors import BudgetNotMet, UsageError
 from qkit.evaluation.budget import Budget, Check, judge, junit_xml, load_budget
@@ -33,8 +33,8 @@ from qkit.safefile import write_atomic
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--task-dir", type=click.Path(path_type=Path), help="A folder of further lm-eval task files.")
 @click.option("--allow-task-code", is_flag=True, help="Let the task files of --task-dir run code.")
-@click.option("--junit", "junit_file", type=click.Path(path_type=Path), help="Write a JUnit report to this file.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write checks and figures to this file.")
+@click.option("--junit", "junit_file", type=OutFile(), help="Write a JUnit report to this file.")
+@click.option("--json", "json_file", type=OutFile(), help="Write checks and figures to this file.")
 def check_command(
     out: str,
     budget_file: Path,

@@ -24,7 +24,7 @@ from qkit.pipeline import Prepared, coverage
 from qkit.recipe import MOST_SPARSE
 from qkit.request import Request
 from qkit.safefile import write_atomic
-from qkit.transforms.table import EFFORTS
+from qkit.transforms.table import EFFORTS, TRANSFORMS
 
 _SIGNALS = (
     (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if hasattr(signal, "SIGHUP") else (signal.SIGINT, signal.SIGTERM)
@@ -104,11 +104,15 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default=0,
             help="Calibration rows that the model writes itself, besides --samples of the text.",
         ),
-        click.option("--seed", type=int, default=0, show_default=True, help="For what is random (rotations)."),
-        click.option("--threads", type=int, help="Workers (default: all cores); the result does not depend on it."),
         click.option(
-            "--json", "json_file", type=click.Path(path_type=Path), help="Write what is printed to this file."
+            "--seed",
+            type=int,
+            default=0,
+            show_default=True,
+            help="For what is random: rotations, rows that the model writes, the order of learning.",
         ),
+        click.option("--threads", type=int, help="Workers (default: all cores); the result does not depend on it."),
+        click.option("--json", "json_file", type=OutFile(), help="Write what is printed to this file."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -154,6 +158,23 @@ def _literal(text: str) -> Any:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
+class OutFile(click.Path):
+    """A file that will be written: looked at before anything is computed for it."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Raises UsageError where it cannot be written."""
+        file = Path(str(super().convert(value, param, ctx)))
+        name = param.opts[0] if param is not None else "file"
+        if file.is_dir():
+            raise UsageError(f"{name} {file}: that is a folder: name a file")
+        if not file.absolute().parent.is_dir():
+            raise UsageError(f"{name} {file}: there is no folder {file.parent}: make it first")
+        return file
+
+
 def write_json(file: Path | None, data: Any) -> None:
     """The machine's copy of what a command prints."""
     if file is not None:
@@ -172,7 +193,8 @@ def show_coverage(found: Prepared, console: Console) -> None:
     for p in plan.linears.values():
         group = str(p.weights.group or p.weights.strategy)
         acts = "-" if p.activations is None else p.activations.name
-        entry = kinds.setdefault((p.scheme, f"{p.weights.name}, {group}", acts, p.solver), [0, 0])
+        solver = "+".join((p.solver, *(t for t in plan.transforms if TRANSFORMS[t].stage == "block")))
+        entry = kinds.setdefault((p.scheme, f"{p.weights.name}, {group}", acts, solver), [0, 0])
         entry[0] += 1
         entry[1] += p.shape[0] * p.shape[1]
     table = wide_table(
@@ -204,6 +226,9 @@ def show_coverage(found: Prepared, console: Console) -> None:
         )
     if plan.untied:
         console.print("note: rotation gives the head a weight of its own: the embeddings are no longer tied")
+    if plan.calibration is not None and plan.calibration.written:
+        c = plan.calibration
+        console.print(f"calibration: {c.samples} rows, and {c.written} that the model writes, of {c.seqlen} tokens")
     done = coverage(plan)
     console.print(
         f"{done['quantized']} linears quantized, {done['skipped']} skipped; tensors: {megabytes(plan.source_bytes)} before, "
@@ -243,7 +268,7 @@ class Reporter:
     def _check(self) -> None:
         if self._stop is not None:
             name = signal.Signals(self._stop).name
-            raise Stopped(f"stopped by {name}; finished blocks are kept: go on with: {self._resume}")
+            raise Stopped(f"stopped by {name}; what was finished is kept: go on with: {self._resume}")
 
     @contextmanager
     def running(self) -> Iterator[None]:

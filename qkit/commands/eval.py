@@ -16,12 +16,12 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
-from qkit.commands.common import print_wide, wide_table
+from qkit.commands.common import OutFile, print_wide, wide_table
 from qkit.errors import UsageError
 from qkit.evaluation import text
 from qkit.evaluation.measure import DTYPES, EvalRequest, jsonable, measure
 from qkit.evaluation.vbench import dimensions_of
-from qkit.kvcache.policy import parse
+from qkit.kvcache.policy import Policy, parse, stored
 from qkit.pairs import QUESTIONS
 from qkit.safefile import write_atomic
 
@@ -38,7 +38,11 @@ EXAMPLES = 12  # pictures of a report
 @click.option("--tasks", help="Tasks of lm-eval or qkit, separated by commas, or vbench:DIMENSION,...")
 @click.option("--limit", type=click.IntRange(1), help="Samples per task, at most.")
 @click.option(
-    "--kv", "kv", multiple=True, metavar="POLICY", help="KV caches to compare by decoding: pm-kvq:2, kivi2, int8, ..."
+    "--kv",
+    "kv",
+    multiple=True,
+    metavar="POLICY",
+    help="KV caches to compare by decoding: pm-kvq:2, kivi2, int8, ..; stored is that of OUT.",
 )
 @click.option("--prompt", type=click.IntRange(1), help="Tokens of a window before decoding begins (default: half).")
 @click.option(
@@ -55,14 +59,14 @@ EXAMPLES = 12  # pictures of a report
 @click.option(
     "--report",
     "report_file",
-    type=click.Path(path_type=Path),
+    type=OutFile(),
     help="Write a page with pictures and answers to this file.",
 )
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(list(DTYPES)), help="Of arithmetic.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--task-dir", type=click.Path(path_type=Path), help="A folder of further lm-eval task files.")
 @click.option("--allow-task-code", is_flag=True, help="Let the task files of --task-dir run code.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures to this file.")
+@click.option("--json", "json_file", type=OutFile(), help="Write the figures to this file.")
 def eval_command(
     out: str,
     baseline: str | None,
@@ -110,7 +114,9 @@ def eval_command(
         texts = (str(qkit_data.text_path("evaluation")),)
     if allow_task_code and task_dir is None:
         raise UsageError("--allow-task-code is about the files of --task-dir, and there is none; leave it out")
-    caches = [parse(name) for policies in kv for name in split_names(policies)]
+    caches = [_cache(name, find_model(out)) for policies in kv for name in split_names(policies) if name != "none"]
+    if not caches and kv_step != 1 and not retrieval:
+        raise UsageError("--kv-step is about the caches of --kv, and there is none; leave it out")
     if prompt is not None and not caches:
         raise UsageError("--prompt is about the caches of --kv, and there is none; leave it out")
     if retrieval and (prompt is not None or kv_step != 1):
@@ -189,6 +195,22 @@ def progress_bar(console: Console) -> Iterator[text.Progress | None]:
         yield advance
     finally:
         bar.stop()
+
+
+def _cache(name: str, folder: Path) -> Policy:
+    """The policy of that name, or the checkpoint's own. Raises UsageError where widths would have to be chosen first."""
+    if name == "stored":
+        found = stored(folder)
+        if found is None:
+            raise UsageError(f"--kv stored: {folder} was quantized without --kv: name a policy, for instance kivi2")
+        return found
+    found = parse(name)
+    if len(found.widths) > 1:
+        raise UsageError(
+            f"--kv {name}: which layer gets which width is decided by 'qkit quantize --kv {name} --kv-memory ..': then give "
+            "'stored' here, or else one width, as in pm-kvq:2"
+        )
+    return found
 
 
 def show(measured: Mapping[str, Any], console: Console) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from qkit.commands.common import print_wide, wide_table, write_json
+from qkit.commands.common import OutFile, print_wide, wide_table, write_json
 from qkit.export.compressed_tensors import layout
 from qkit.families.discover import DECLARED
 from qkit.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES, Format
@@ -123,7 +123,7 @@ TABLES = {
 
 @click.command("list")
 @click.argument("what", type=click.Choice(list(TABLES)))
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the table to this file.")
+@click.option("--json", "json_file", type=OutFile(), help="Write the table to this file.")
 def list_command(what: str, json_file: Path | None) -> None:
     """Show what there is: schemes, methods, formats, caches, families or models.
 

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from qkit.allocation.pareto import PREFERRED, Point, curve, curve_measure, measure_points, spread, uniform
-from qkit.commands.common import Reporter, command_line, megabytes, print_wide, wide_table, write_json
+from qkit.commands.common import OutFile, Reporter, command_line, megabytes, print_wide, wide_table, write_json
 from qkit.errors import BadInput, UsageError
 from qkit.memory import bound_heap
 from qkit.profiling import ProfileRequest, audit, forecast, measured_plans, profile
@@ -69,7 +69,7 @@ from qkit.sensitivity.profile import Profile
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="For what is random (plans of the audit).")
 @click.option("--threads", type=int, help="Workers (default: all cores); the result does not depend on it.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what is printed to this file.")
+@click.option("--json", "json_file", type=OutFile(), help="Write what is printed to this file.")
 def profile_command(
     out: Path,
     candidates: str,

@@ -22,7 +22,9 @@ from qkit.commands.common import (
     write_json,
 )
 from qkit.commands.plan import plan_json, show_forecast
+from qkit.export.folder import is_export_of
 from qkit.folder import RECORD, load_json, weights_folder
+from qkit.job import finished_blocks
 from qkit.memory import bound_heap
 from qkit.pipeline import Prepared, prepare, quantize
 from qkit.steps import ENTRY
@@ -32,7 +34,12 @@ from qkit.steps import ENTRY
 @request_options
 @budget_options
 @cache_options
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the result; must not exist.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of the result; one that this command made is verified again.",
+)
 @click.option("--work", type=click.Path(path_type=Path), help="Job folder (default: OUT.job).")
 @click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new result is proven.")
 @click.option("--keep-job", is_flag=True, help="Keep the parts in the job folder after success.")
@@ -61,6 +68,10 @@ def quantize_command(
     show_decided(decided, console)
     show_coverage(found, console)
     show_forecast(found, console)
+    there = is_export_of(out, found.plan)
+    finished = 0 if there else finished_blocks(work or out.with_name(out.name + ".job"))
+    if finished:
+        console.print(Text(f"{finished} blocks were finished before"))
     reporter = Reporter(console, command_line())
     with reporter.running():
         report = quantize(
@@ -74,8 +85,8 @@ def quantize_command(
         )
     console.print(
         Text(
-            f"{out}: {report.linears} quantized linears, {megabytes(report.bytes)}, verified with "
-            f"{sum(report.checks.values()):,} checks, {time.monotonic() - began:.1f} s"
+            f"{out}{', there before' if there else ''}: {report.linears} quantized linears, {megabytes(report.bytes)}, "
+            f"verified with {sum(report.checks.values()):,} checks, {time.monotonic() - began:.1f} s"
         )
     )
     for line in (*_components(found, out), *_policy(out)):

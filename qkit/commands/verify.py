@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qkit.commands.common import OutFile
 from qkit.errors import VerifyFailure
 from qkit.safefile import write_atomic
 from qkit.verify import Report, summary, verify
@@ -47,7 +48,7 @@ def show(report: Report, console: Console) -> None:
 @click.command("verify")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--job", type=click.Path(path_type=Path), help="Also compare every weight with this job's journal.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report to this file.")
+@click.option("--json", "json_file", type=OutFile(), help="Write the report to this file.")
 def verify_command(out: Path, job: Path | None, json_file: Path | None) -> None:
     """Prove that the packed checkpoint in OUT holds what it should.
 

@@ -65,8 +65,8 @@ def maker(model: Any, policy: Policy) -> Callable[[], PackedCache]:
     check_head_dim(heads.head_dim, policy)
     if policy.kind == "progressive" and policy.budgets is None:
         raise UsageError(
-            f"kv policy {policy.name} has no budget: its width follows one; give --kv-memory, --max-length or both "
-            "(in Python: with_budgets)"
+            f"kv policy {policy.name} has no budget, which its width follows: quantize with it, --kv-memory and "
+            "--max-length, or give a cache made with qkit.kvcache.cache.with_budgets(policy, model, length)"
         )
     if policy.budgets is not None and len(policy.budgets) != heads.layers:
         raise UsageError(

@@ -252,8 +252,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
             if width not in HALF:
                 raise BudgetNotMet(
                     f"the KV cache of a layer needs {self.bytes_at(width, sink, body, recent)} bytes for "
-                    f"{sink + body + recent} tokens of {self.batch_size} sequences at {width} bits, and its budget is "
-                    f"{limit}: give fewer tokens, or a larger --kv-memory or --max-length"
+                    f"{sink + body + recent} tokens at {width} bits, {self.batch_size} at a time, and its budget is {limit}: "
+                    "give fewer tokens, or quantize for more (--max-length, with the --kv-memory that it takes)"
                 )
             width = HALF[width]
         return width

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from qkit.errors import UsageError
@@ -76,14 +78,21 @@ class Policy:
             raise UsageError(f"kv policy {found}: {e}; it was not written by this version of qkit") from e
 
 
+def stored(folder: Path) -> Policy | None:
+    """The policy that a quantized folder is to be run with."""
+    record = folder / "qkit.json"
+    found = json.loads(record.read_bytes()).get("kv") if record.is_file() else None
+    return None if found is None else Policy.from_json(found)
+
+
 def parse(text: str) -> Policy:
     """A policy by name: pm-kvq:4-2, pm-kvq:2, kivi2, int8, fp8, rotate4. Raises UsageError with the names that there are."""
     match = re.fullmatch(r"([a-z-]+?):?(\d+(?:-\d+)*)", text.strip().lower())
     kind = ALIASES.get(match[1], match[1]) if match else ""
     if match is None or kind not in KINDS:
         raise UsageError(
-            f"kv policy {text!r} is not known: expected pm-kvq:4-2 (final widths), kivi2, int8, fp8 or rotate4: one of "
-            f"{', '.join([*KINDS, *ALIASES])} and bits"
+            f"kv policy {text!r} is not known: expected one kind with its bits, such as pm-kvq:4-2, kivi2, int8, rotate4, "
+            "hierarchical8, xquant4, xquant-cl2 or fp8 ('qkit list caches')"
         )
     widths = tuple(sorted({int(w) for w in match[2].split("-")}, reverse=True))
     defaults: dict[str, dict[str, Any]] = {
@@ -103,7 +112,9 @@ def checked(p: Policy) -> Policy:
     allowed = WIDTHS_OF.get(p.kind, tuple(w for w in WIDTHS if w < 16))
     bad = [w for w in p.widths if w not in allowed]
     if bad or not p.widths:
-        raise UsageError(f"kv policy {p.name}: {bad or 'no'} bits; expected some of {', '.join(map(str, allowed))}")
+        raise UsageError(
+            f"kv policy {p.name}: {', '.join(map(str, bad)) or 'no'} bits; expected some of {', '.join(map(str, allowed))}"
+        )
     if p.kind != "progressive" and len(p.widths) > 1:
         raise UsageError(f"kv policy {p.name}: {len(p.widths)} widths; only pm-kvq chooses between widths, give one")
     if p.group < 8 or p.group % 8 or min(p.sink, p.window, p.keep) < 0:
