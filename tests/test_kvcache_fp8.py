@@ -300,7 +300,7 @@ def test_commands(out, run, tmp_path):
     ("options", "code", "words"),
     [
         (["--kv", "fp8", "--kv-memory", "1MB"], 2, "--kv-memory: fp8 has one width"),
-        (["--kv", "fp4"], 2, "kv policy fp4: [4] bits; expected some of 8"),
+        (["--kv", "fp4"], 2, "kv policy fp4: 4 bits; expected some of 8"),
         (["--kv", "fp8", "--outliers", "0.5"], 2, "quant_method qkit"),
         (["--kv", "fp8", "--export", "qkit"], 2, "quant_method qkit"),
         (["--kv", "fp8", "--seqlen", "100000"], 2, "--seqlen 100000"),
