@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from qkit.attention import LONGEST
 from qkit.blocks import BlockOutline, LinearGroup
 from qkit.calibration import Calibration
 from qkit.capture import PENDING_BYTES, SAMPLE_TOKENS, piece_tokens
@@ -21,8 +22,9 @@ from qkit.errors import IOFailure, Unsupported
 from qkit.families.outline import Outline
 from qkit.machine import available_memory, process_bytes, resident_bytes
 from qkit.plan import Plan, parts
+from qkit.reconstruct import PIECE_TOKENS
 from qkit.solvers.table import SOLVERS
-from qkit.solving import slice_rows
+from qkit.solving import look_at_inputs, slice_rows
 from qkit.transforms.table import TRANSFORMS
 
 LATER = 20 << 20  # libraries that a run loads after it was planned, measured
@@ -55,8 +57,10 @@ def forecast(plan: Plan, outline: Outline, workers: int, after: dict[str, int] |
     c = plan.calibration
     tokens = 0 if c is None else c.count * c.seqlen
     following = plan.needs_rows and (plan.learns or plan.compensates)  # the original model's rows go along
-    passes = 2 * plan.needs_rows + plan.static_cache + following  # of all rows, as many as these of a block
+    looking = look_at_inputs(plan.linears.values(), plan.learns)
+    passes = (1 + looking) * plan.needs_rows + plan.static_cache + following  # of all rows, as many as these of a block
     hidden = int(getattr(outline.text_config, "hidden_size", 0))
+    heads = int(getattr(outline.text_config, "num_attention_heads", 0))
     outer = sum(tensors[s].nbytes for _, s in outline.outer)
     largest = max((tensors[s].nbytes for _, s in outline.outer), default=0)
     memory = {"read the outer tensors": (outer if c else 0) + largest}
@@ -66,7 +70,7 @@ def forecast(plan: Plan, outline: Outline, workers: int, after: dict[str, int] |
     for block in parts(plan, outline):
         weights = sum(math.prod(tensors[s].shape) for _, s in block.stored) * item
         size = sum(x.shape[0] * x.shape[1] for x in block.linears)
-        memory["one block"] = max(memory.get("one block", 0), _block_memory(plan, block, weights, item, workers))
+        memory["one block"] = max(memory.get("one block", 0), _block_memory(plan, block, weights, heads, item, workers))
         part_bytes += size + sum(x.shape[0] * x.shape[1] // 8 for x in block.linears)
         ops["forward passes"] += passes * 2.0 * size * tokens
         if plan.learns and c is not None:
@@ -93,8 +97,8 @@ def forecast(plan: Plan, outline: Outline, workers: int, after: dict[str, int] |
     return Forecast(plan.packed_bytes, plan.source_bytes, part_bytes + 2 * row_bytes, peak, memory, ops)
 
 
-def _block_memory(plan: Plan, block: BlockOutline, weights: int, item: int, workers: int) -> int:
-    """Worst moment of one block, on top of the process. weights: its bytes while it is at work."""
+def _block_memory(plan: Plan, block: BlockOutline, weights: int, heads: int, item: int, workers: int) -> int:
+    """Worst moment of one block, on top of the process. weights: its bytes while it is at work; heads: of its attention."""
     size = sum(x.shape[0] * x.shape[1] for x in block.linears)
     base = weights + size + size // 8  # and codes and scales of finished linears
     base += 4 * size if plan.transforms else 0  # changed weights are kept in float32
@@ -121,7 +125,7 @@ def _block_memory(plan: Plan, block: BlockOutline, weights: int, item: int, work
         outputs = SAMPLE_TOKENS * out * 4 * 3 + 4 * 3 * max(x.shape[0] * x.shape[1] for x in block.linears)
         moments.append(sum(_stats(g, item, False) for g in block.groups) + max(running, outputs))
     if plan.learns:
-        moments.append(_learning(block, busy, hidden, item, workers))
+        moments.append(_learning(plan, block, busy, heads, item, workers))
     return base + max(moments)
 
 
@@ -134,13 +138,18 @@ def _descent(plan: Plan, block: BlockOutline, size: int, rows: Calibration) -> f
     return float(steps * size * (6 * batch * rows.seqlen + 40))
 
 
-def _learning(block: BlockOutline, busy: list[LinearGroup], hidden: int, item: int, workers: int) -> int:
-    """Of every weight, in float32, the original, the offset, its first and its best value and the gradient, and per worker
-    another gradient; what one linear's gradient passes through; and what a worker keeps of a piece for the way back."""
-    sizes = [x.shape[0] * x.shape[1] for x in block.linears]
+def _learning(plan: Plan, block: BlockOutline, busy: list[LinearGroup], heads: int, item: int, workers: int) -> int:
+    """Of every weight, in float32, the original, the offset, its first and its best value, and the gradients of every piece;
+    per worker what one linear's gradient passes through, and what it keeps of a piece for the way back, scores too."""
+    assert plan.calibration is not None
+    sizes, length = [x.shape[0] * x.shape[1] for x in block.linears], plan.calibration.seqlen
+    hidden = block.groups[0].linears[0].shape[1]
     widths = sum(g.linears[0].shape[1] + sum(x.shape[0] for x in g.linears) for g in busy) + 8 * hidden
-    kept = piece_tokens(hidden) * widths * item * 2
-    return sum(sizes) * (24 + (workers + 1) * item) + 32 * max(sizes) + workers * kept
+    scores = 4 * heads * length if length <= LONGEST else 0
+    kept = (max(PIECE_TOKENS, length) if length else piece_tokens(hidden)) * (2 * widths + scores) * item
+    batch = next((p.options["batch"] for x in block.linears if (p := plan.linears.get(x.name))), 0)
+    pieces = -(-batch // max(1, PIECE_TOKENS // max(1, length)))
+    return sum(sizes) * (16 + (pieces + 1) * item) + workers * (32 * max(sizes) + kept)
 
 
 def _stats(group: LinearGroup, item: int, hessian: bool) -> int:

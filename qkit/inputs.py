@@ -69,5 +69,9 @@ class InputTransform:
         y = turned(w, self.block)
         return y if self.scale is None else y * self.scale.float()
 
+    def weight_slope(self, slope: Tensor) -> Tensor:
+        """The gradient by ``weight(w)``, from that by w, float32 [out, in]."""
+        return turned(slope if self.scale is None else slope * self.scale.float(), self.block)
+
 
 PLAIN = InputTransform()

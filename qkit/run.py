@@ -18,7 +18,7 @@ from torch import Tensor
 from qkit import sparse
 from qkit.blocks import LANGUAGE, BlockSequence, LinearGroup
 from qkit.calls import Call, OneByOne
-from qkit.capture import Rows, Wanted
+from qkit.capture import Rows, Stats, Wanted
 from qkit.entry import Calls, embed, quantizing
 from qkit.errors import NumericFailure, write_failure
 from qkit.families.materialize import load_block, plain_tensors, release
@@ -26,13 +26,14 @@ from qkit.families.outline import Outline
 from qkit.flow import Flow
 from qkit.inputs import SCALE
 from qkit.job import Job
+from qkit.learner import Learner
 from qkit.loading import load
 from qkit.parallel import Workers
 from qkit.plan import Plan, has_static, sequences
 from qkit.qtensor import dequantize, weight_sha256
-from qkit.reconstruct import Learner, Settings, reconstruct
+from qkit.reconstruct import Settings, reconstruct
 from qkit.solvers.table import SOLVERS
-from qkit.solving import Result, solve_groups
+from qkit.solving import Result, look_at_inputs, solve_groups
 from qkit.transforms import BlockState
 from qkit.transforms.balance import INPUTS, gradients, ratios
 from qkit.transforms.keys import scale_keys
@@ -276,11 +277,14 @@ def _solve_with_rows(run: _Run, step: _Step, flow: Flow) -> tuple[list[Result], 
     """
     plan, state, progress = run.plan, step.state, run.progress
     pieces, results, handles = len(list(flow.rows.pieces())), [], []
+    planned = [p for x in state.block.linears if (p := plan.linears.get(x.name))]
+    looks = look_at_inputs(planned, step.learns)
     for i, groups in enumerate(flow.stages):
         progress.start(f"{step.name}, layers {i + 1} of {len(flow.stages)}", 2 * pieces)
         inputs = {g.key: state.inputs(g, p.rotation) for g in groups if (p := plan.linears.get(g.linears[0].name))}
-        saved = _saved_inputs(run, step, flow.rows)
-        stats = flow.capture(groups, _wanted(plan, groups), progress.step, inputs=inputs, originals=saved)
+        saved, stats = _saved_inputs(run, step, flow.rows), dict[str, Stats]()
+        if looks:
+            stats = flow.capture(groups, _wanted(plan, groups), progress.step, inputs=inputs, originals=saved)
         own = {x.name: inputs[g.key] for g in groups if g.key in inputs for x in g.linears}
         found = solve_groups(state, plan, groups, stats, run.pool)
         for r in found:
@@ -290,7 +294,8 @@ def _solve_with_rows(run: _Run, step: _Step, flow: Flow) -> tuple[list[Result], 
                 handles.append(
                     module.register_forward_pre_hook(quantizing(r.plan.activations, r.static, own[r.plan.name]))
                 )
-        flow.solved(groups, progress.step)
+        if looks:
+            flow.solved(groups, progress.step)
         results += found
     return results, handles
 

@@ -78,6 +78,12 @@ class _Slice:
     fallback: str | None
 
 
+def look_at_inputs(planned: Iterable[LinearPlan], learns: bool) -> bool:
+    """Whether inputs of linears are captured before these are solved. Not where rounding is only the beginning of learned
+    rounding, which would gain nothing from it."""
+    return not learns or any(SOLVERS[p.solver].needs_hessian or has_static(p) for p in planned)
+
+
 def solve_groups(
     state: BlockState, plan: Plan, groups: Iterable[LinearGroup], stats: dict[str, Stats], pool: Workers
 ) -> list[Result]:

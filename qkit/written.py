@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from qkit import loading
+from qkit.attention import ByProducts
 from qkit.calibration import Calibration, digest_of
 from qkit.families.outline import Outline
-from qkit.generate import Decoder
+from qkit.generate import Decoder, by_sums
 from qkit.job import Job
 from qkit.parallel import Workers
 from qkit.plan import Plan
 from qkit.run import Progress
 from qkit.safefile import read_header, read_tensor, save_tensors
 
-BATCH = 128  # rows that one worker writes side by side
+BATCH = 96  # rows that one worker writes side by side
 
 
 def with_written(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: Progress) -> Plan:
@@ -50,7 +51,11 @@ def write(model: Any, begin: Tensor, length: int, seed: int, pool: Workers, step
     def one(numbered: tuple[int, Tensor]) -> Tensor:
         number, first = numbered
         decoder = Decoder(model, length + 1)
-        return decoder.generate(first[:, None], length, temperature=1.0, seed=seed * len(begin) + number)[:, 1:]
+        with ByProducts():
+            drawn = decoder.generate(
+                first[:, None], length, temperature=1.0, seed=seed * len(begin) + number, draw=by_sums
+            )
+        return drawn[:, 1:]
 
     found = []
     for rows in pool.stream(one, enumerate(begin.split(BATCH))):

@@ -5,7 +5,7 @@ import torch
 
 import qkit
 from qkit.errors import UsageError
-from qkit.generate import Decoder
+from qkit.generate import Decoder, by_sums
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +55,14 @@ def test_a_packed_model(model, tmp_path, run):
 def test_too_many_tokens(model):
     with pytest.raises(UsageError, match="made for 10 in all"):
         Decoder(model, 10).generate(PROMPT, 5)
+
+
+def test_drawing_by_sums():
+    """The chances are kept, and what has none is never drawn, at neither end."""
+    chances = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0]).expand(40_000, -1)
+    drawn = by_sums(chances, torch.Generator().manual_seed(0))
+    shares = drawn.bincount(minlength=6) / len(drawn)
+    assert shares[[0, 2, 5]].sum() == 0
+    torch.testing.assert_close(shares, chances[0], rtol=0, atol=4 * (0.25 / len(drawn)) ** 0.5)
+    assert torch.equal(drawn, by_sums(chances, torch.Generator().manual_seed(0)))
+    assert int(by_sums(torch.tensor([[0.0, 1e-30, 0.0]]), torch.Generator().manual_seed(0))) == 1

@@ -18,12 +18,25 @@ from qkit.capture import Rows
 from qkit.errors import Unsupported, UsageError
 from qkit.formats import FORMATS, Format
 from qkit.inputs import PLAIN, InputTransform
+from qkit.learner import Learner
 from qkit.loading import load, load_tokenizer
 from qkit.parallel import Workers, workers
 from qkit.pipeline import Request, prepare, quantize
-from qkit.qtensor import QTensor, codes_to_grid, dequantize, find_params, grid_spacing, grid_to_codes
+from qkit.qtensor import (
+    QTensor,
+    code_range,
+    codes_to_grid,
+    dequantize,
+    effective_scale,
+    find_params,
+    grid_spacing,
+    grid_to_codes,
+    round_to_grid,
+    tiles,
+    untile,
+)
 from qkit.qtensor import quantize as rounded
-from qkit.reconstruct import Learner, Settings, reconstruct
+from qkit.reconstruct import Settings, reconstruct
 from qkit.sparse import split
 
 NAMES = ("int2", "int3", "int4", "int8", "int4_asym", "nvfp4", "mxfp4", "fp8")
@@ -69,6 +82,41 @@ def test_it_begins_where_the_solver_ended(fmt: Format, inputs: InputTransform) -
     plain = rounded(x.weight, q.params, fmt)
     offset, _ = Learner(x.linear, x.weight, plain, inputs).begin()
     assert float(offset.abs().max()) == 0.0
+
+
+def plainly(x: Learner, offset: Tensor, factor: Tensor) -> Tensor:
+    """``Learner.dense`` with gradients that pass its rounding."""
+    low, high = code_range(x.q.format)
+    base = effective_scale(x.q.params, x.q.format)[..., None]
+    stored = effective_scale(x.finish(offset.detach(), factor.detach()).params, x.q.format)[..., None]
+    scale = base * factor + (stored - base * factor).detach()
+    zero = 0.0 if x.q.params.zero is None else x.q.params.zero.float()[..., None]
+    place = tiles(x.weight, x.q.format) / scale + zero
+    moved = (place + offset * grid_spacing(place.detach().clamp(low, high), x.q.format)).clamp(low, high)
+    grid = moved + (round_to_grid(moved.detach(), x.q.format) - moved).detach() - zero
+    return x.inputs.weight_back(untile(grid * scale, x.q.format, x.q.shape))
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.name)
+@pytest.mark.parametrize("inputs", [PLAIN, InputTransform(torch.linspace(0.5, 2, 128), 128)], ids=["plain", "turned"])
+def test_slopes_are_the_gradients(fmt: Format, inputs: InputTransform) -> None:
+    """Up to what they are multiplied by, which is above zero and the same for a tile."""
+    x = Learner(
+        Linear("a", "a.weight", (24, 128)), inputs.weight(weight()), solved(fmt, inputs.weight(weight())), inputs
+    )
+    offset, factor = x.begin()
+    made = torch.Generator().manual_seed(3)
+    offset += 0.3 * (torch.rand(offset.shape, generator=made) - 0.5)
+    factor *= 1 + 0.2 * (torch.rand(factor.shape, generator=made) - 0.5)
+    slope = torch.randn(24, 128, generator=made)
+    leaves = offset.clone().requires_grad_(), factor.clone().requires_grad_()
+    dense = plainly(x, *leaves)
+    torch.testing.assert_close(x.dense(offset, factor), dense.detach(), rtol=1e-5, atol=1e-6)
+    expected = torch.autograd.grad(dense, leaves, slope)
+    base = effective_scale(x.q.params, fmt)[..., None].abs()
+    found = x.slopes(offset, factor, slope)
+    torch.testing.assert_close(found[1] * base, expected[1], rtol=1e-3, atol=1e-4)
+    assert float((found[0].sign() != expected[0].sign()).float().mean()) < 1e-3
 
 
 def test_a_sparse_part_stays() -> None:

@@ -28,7 +28,7 @@ class Solver:
     aim: Callable[[list[Tensor], Stats, dict[str, Any]], list[Tensor]] | None = None
 
 
-_SIGNED = (False, "scales of symmetric integers of up to 4 bits may be negative: the larger side gets the extra code")
+SIGNED = (False, "scales of symmetric integers of up to 4 bits may be negative: the larger side gets the extra code")
 
 SOLVERS: dict[str, Solver] = {
     "rtn": Solver(
@@ -37,7 +37,7 @@ SOLVERS: dict[str, Solver] = {
         "round to nearest, with a scale search by squared error; needs no data",
         {
             "search": ("mse", "'mse' searches the scale of each group, 'none' takes its full range"),
-            "signed": _SIGNED,
+            "signed": SIGNED,
         },
     ),
     "gptq": Solver(
@@ -47,7 +47,7 @@ SOLVERS: dict[str, Solver] = {
         {
             "damp": (0.01, "damping of the Hessian, as a fraction of its mean diagonal"),
             "order": ("none", "'activation' takes columns by falling activation energy"),
-            "signed": _SIGNED,
+            "signed": SIGNED,
             "compensate": (
                 0.0,
                 "share, 0 to 1, of the change of its inputs that a layer makes up for (arXiv 2504.02692)",

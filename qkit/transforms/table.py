@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from qkit.formats import Scheme
+from qkit.solvers.table import SIGNED
 from qkit.transforms import BlockState
 from qkit.transforms.balance import balanced_error
 from qkit.transforms.rotate import rotate_block
@@ -75,16 +76,17 @@ TRANSFORMS: dict[str, Transform] = {
         lambda state, schemes, seed: None,  # of solved linears, in the loop (``reconstruct``)
         "codes and ranges of a whole block learned together, from those of the solver on (arXiv 2309.05516)",
         {
-            "steps": (200, "of learned rounding, for every block"),
-            "batch": (8, "rows of one step"),
-            "rate": (0.0, "of the first step, in units of the grid; 0: 1 / steps, at most 0.02"),
+            "steps": (128, "of learned rounding, for every block"),
+            "batch": (4, "rows of one step"),
+            "rate": (0.0, "of the first step, in units of the grid; 0: 1.5 / steps, at most 0.02"),
             "weigh": (
                 False,
                 "weigh errors of a block by what the loss makes of them; loads the whole model in float32",
             ),
+            "signed": (True, SIGNED[1]),  # of the solver before it, whose default is otherwise no
         },
     ),
 }
 # By name: options of learned rounding. Time grows with the steps.
-EFFORTS: dict[str, dict[str, Any]] = {"fast": {"steps": 50}, "default": {"steps": 200}, "best": {"steps": 800}}
+EFFORTS: dict[str, dict[str, Any]] = {"fast": {"steps": 32}, "default": {"steps": 128}, "best": {"steps": 512}}
 BALANCED = ("mbq", "mbq-mse")  # those that need pictures and answers

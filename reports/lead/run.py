@@ -1,7 +1,7 @@
 """Who makes the best checkpoint of a size: qkit's methods and rivals, on the same model, calibration rows and machine.
 
     python reports/lead/run.py --model DIR --calib FILE --text NAME=FILE .. --lines LINES --name tiny-llama \\
-        [--autoround PYTHON] [--llmcompressor PYTHON] [--slices 3] [--only SCHEME]
+        [--autoround PYTHON] [--llmcompressor PYTHON] [--slices 3] [--only NAME ..]
 
 Each run is a command in a process of its own, on all cores: its wall-clock seconds (with export and proof, where the tool has
 them) and its peak memory are measured. The calibration text is cut into ``--slices`` parts, and each part is one repetition.
@@ -36,12 +36,13 @@ from qkit.safefile import read_header
 
 HERE = Path(__file__).resolve().parent
 WINDOW, WINDOWS = 512, 200
+LEARNED = ("weigh=true", "--written=192")  # chosen on the texts that are named in the README
 QKIT, AUTOROUND, LLMCOMPRESSOR = "qkit", "AutoRound", "llm-compressor"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One contestant: a tool, a scheme, and how it is asked for it."""
+    """One contestant: a tool, a scheme, and how it is asked for it; options: of the method, or flags."""
 
     tool: str
     scheme: str
@@ -64,12 +65,15 @@ def contestants() -> list[Run]:
     for scheme, group in (("w4a16", None), ("w3a16", None), ("w2a16", 64)):
         found += [
             Run(QKIT, scheme, group, method, options)
-            for method in ("rtn", "gptq", "signround", "gptq+signround")
+            for method in ("rtn", "gptq")
             for options in ((), ("signed=true",))
         ]
+        found += [Run(QKIT, scheme, group, method) for method in ("signround", "gptq+signround")]
+        found.append(Run(QKIT, scheme, group, "signround", LEARNED))
         found += [Run(AUTOROUND, scheme, group, "signround"), Run(LLMCOMPRESSOR, scheme, group, "gptq")]
     for scheme in ("nvfp4", "w4a8", "w8a8"):
         found += [Run(QKIT, scheme, None, method) for method in ("rtn", "gptq", "gptq+signround")]
+        found.append(Run(QKIT, scheme, None, "gptq+signround", LEARNED))
         found.append(Run(LLMCOMPRESSOR, scheme, None, "gptq"))
     return found
 
@@ -79,7 +83,7 @@ def command(run: Run, args: argparse.Namespace, calib: Path, out: Path) -> list[
     given = ["--model", args.model, "--calib", str(calib), "--out", str(out)]
     group = [] if run.group is None else ["--group-size", str(run.group)]
     if run.tool == QKIT:
-        options = [x for o in run.options for x in ("--option", o)]
+        options = [x for o in run.options for x in ([o] if o.startswith("--") else ["--option", o])]
         start = [sys.executable, "-W", "ignore", "-c", "from qkit.commands import main; main()", "quantize"]
         return [*start, *given, "--scheme", run.scheme, "--method", run.method, *group, *options]
     python = args.autoround if run.tool == AUTOROUND else args.llmcompressor
@@ -125,7 +129,7 @@ def main() -> None:
     parser.add_argument("--autoround")
     parser.add_argument("--llmcompressor")
     parser.add_argument("--slices", type=int, default=3)
-    parser.add_argument("--only", help="runs of this scheme")
+    parser.add_argument("--only", action="append", default=[], help="runs whose name begins so, repeatable")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)
     texts = {}
@@ -139,7 +143,7 @@ def main() -> None:
     text = read_text(args.calib)
     for part in range(args.slices):
         for run in contestants():
-            if (str(run), part) in done or (args.only and run.scheme != args.only):
+            if (str(run), part) in done or (args.only and not str(run).startswith(tuple(args.only))):
                 continue
             work = Path(tempfile.mkdtemp())
             calib = work / "calib.txt"

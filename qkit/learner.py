@@ -1,0 +1,132 @@
+"""What is learned of one linear: rounding offsets and factors of its scales, beginning at a solver's codes.
+
+An offset counts in the spacing of the format's grid around a weight (1 for integers), so that E2M1 is learned as integers are.
+Scales are rounded to their dtype on disk whenever they are used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qkit.blocks import Linear
+from qkit.inputs import InputTransform
+from qkit.qtensor import (
+    Params,
+    QTensor,
+    code_range,
+    codes_to_grid,
+    effective_scale,
+    grid_spacing,
+    grid_to_codes,
+    round_to_grid,
+    round_to_grid_,
+    tiles,
+    untile,
+)
+from qkit.sparse import add_
+
+_INSIDE = 0.499  # of a cell, where an offset begins that has to reach a solver's code
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One linear. weight: float32 [out, in], for transformed inputs; q: what the solver made of it; apart: the sparse part,
+    which stays as it is and is no part of weight, float32 [out, in]."""
+
+    linear: Linear
+    weight: Tensor
+    q: QTensor
+    inputs: InputTransform
+    apart: Tensor | None = None
+
+    @staticmethod
+    def of(linear: Linear, weight: Tensor, q: QTensor, inputs: InputTransform) -> Learner:
+        """weight: with the sparse part in it."""
+        if q.sparse is None:
+            return Learner(linear, weight, q, inputs)
+        apart = add_(torch.zeros_like(weight), q.sparse)
+        return Learner(linear, weight - apart, q, inputs, apart)
+
+    def cloned(self) -> Learner:
+        """With tensors that gradients may pass: what was made without them cannot be kept for a backward pass."""
+        p = self.q.params
+        zero, shared = (None if t is None else t.clone() for t in (p.zero, p.global_scale))
+        return replace(
+            self, weight=self.weight.clone(), q=replace(self.q, params=Params(p.scale.clone(), zero, shared))
+        )
+
+    def begin(self) -> tuple[Tensor, Tensor]:
+        """Offsets [R, C, n] and factors [R, C, 1] that give the solver's codes and scales."""
+        factor = torch.ones(*self.q.params.scale.shape, 1)
+        place = self._place(self._scale(factor))
+        target = tiles(codes_to_grid(self.q.codes, self.q.format), self.q.format)
+        spacing = self._spacing(place)
+        away = (target - place) / spacing
+        offset = torch.zeros_like(place)
+        for tried in (
+            away - away.clamp(-_INSIDE, _INSIDE),
+            away,
+        ):  # to the edge of the cell, or, where that fails, into it
+            wrong = round_to_grid(place + offset * spacing, self.q.format) != target
+            offset = torch.where(wrong, tried, offset)
+        return offset, factor
+
+    def dense(self, offset: Tensor, factor: Tensor) -> Tensor:
+        """float32 [out, in] for inputs as they are."""
+        scale = self._scale(factor)
+        grid = round_to_grid_(self._moved(self._place(scale), offset), self.q.format)
+        whole = untile(self._above_zero_(grid).mul_(scale), self.q.format, self.q.shape)
+        return self.inputs.weight_back(whole if self.apart is None else whole + self.apart)
+
+    def slopes(self, offset: Tensor, factor: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients by offset and factor from that by ``dense``, float32 [out, in], each times something above zero: as if
+        nothing inside the range of codes were rounded, nor scales to their dtype."""
+        scale, (low, high) = self._scale(factor), code_range(self.q.format)
+        place, sign = self._place(scale), scale.sign()
+        moved = self._moved(place, offset)
+        by_dense = tiles(self.inputs.weight_slope(slope), self.q.format)
+        by_offset = by_dense.masked_fill(moved.clamp(low, high) != moved, 0.0)
+        # The weight is (grid - zero) * scale, and the place on the grid, w / scale + zero, moves towards zero as scales rise.
+        by_scale = self._above_zero_(round_to_grid_(moved, self.q.format)).mul_(by_dense)
+        by_scale.addcmul_(self._above_zero_(place), by_offset, value=-1)
+        return by_offset.mul_(sign), by_scale.sum(-1, keepdim=True).mul_(sign)
+
+    def finish(self, offset: Tensor, factor: Tensor) -> QTensor:
+        """The codes and scales that were learned."""
+        place = self._place(self._scale(factor))
+        codes = grid_to_codes(round_to_grid_(self._moved(place, offset), self.q.format), self.q.format)
+        params = replace(self.q.params, scale=self._stored(factor))
+        return QTensor(untile(codes, self.q.format, self.q.shape).contiguous(), params, self.q.format, self.q.sparse)
+
+    def _spacing(self, place: Tensor) -> Tensor:
+        return grid_spacing(place.clamp(*code_range(self.q.format)), self.q.format)
+
+    def _place(self, scale: Tensor) -> Tensor:
+        """Where the weights lie on the grid, [R, C, n]."""
+        zero = self.q.params.zero
+        found = tiles(self.weight, self.q.format) / scale
+        return found if zero is None else found.add_(zero.float()[..., None])
+
+    def _moved(self, place: Tensor, offset: Tensor) -> Tensor:
+        """Where they lie with their offsets."""
+        return place + offset if self.q.format.kind == "int" else torch.addcmul(place, offset, self._spacing(place))
+
+    def _above_zero_(self, grid: Tensor) -> Tensor:
+        """In place."""
+        return grid if self.q.params.zero is None else grid.sub_(self.q.params.zero.float()[..., None])
+
+    def _scale(self, factor: Tensor) -> Tensor:
+        """Effective scales [R, C, 1] as the file will hold them."""
+        return effective_scale(replace(self.q.params, scale=self._stored(factor)), self.q.format)[..., None]
+
+    def _stored(self, factor: Tensor) -> Tensor:
+        """Scales in their dtype on disk."""
+        scale = self.q.params.scale
+        if scale.dtype == torch.uint8:  # exponents: a factor cannot reach the next one
+            return scale
+        limits = torch.finfo(scale.dtype)
+        wide = scale.float() * factor[..., 0]
+        return wide.abs().clamp(limits.tiny, limits.max).copysign(wide).to(scale.dtype)
