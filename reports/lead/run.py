@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -38,6 +37,14 @@ HERE = Path(__file__).resolve().parent
 WINDOW, WINDOWS = 512, 200
 LEARNED = ("weigh=true", "--written=192")  # chosen on the texts that are named in the README
 QKIT, AUTOROUND, LLMCOMPRESSOR = "qkit", "AutoRound", "llm-compressor"
+# Between this process and the tool: Linux counts what a process was before it became another program to its peak, and this one
+# holds models.
+STARTER = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(code)
+"""
 
 
 @dataclass(frozen=True)
@@ -99,16 +106,15 @@ def command(run: Run, args: argparse.Namespace, calib: Path, out: Path) -> list[
 
 def started(line: list[str]) -> tuple[float, int]:
     """(seconds, bytes of memory at the peak) of a command. Raises CalledProcessError."""
-    began = time.monotonic()
     # What the tool says is kept for a failure alone.
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(line, stdout=said, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+    with tempfile.TemporaryFile() as said, tempfile.NamedTemporaryFile("r") as peak:
+        began = time.monotonic()
+        code = subprocess.call([sys.executable, "-c", STARTER, peak.name, *line], stdout=said, stderr=subprocess.STDOUT)
+        seconds = time.monotonic() - began
+        if code:
             said.seek(0)
-            raise subprocess.CalledProcessError(process.returncode, line, said.read())
-    return time.monotonic() - began, usage.ru_maxrss * 1024
+            raise subprocess.CalledProcessError(code, line, said.read())
+        return seconds, 1024 * int(peak.read())
 
 
 def model_of(run: Run, folder: Path) -> Any:
@@ -203,7 +209,7 @@ def summary(lines: list[dict[str, Any]], texts: list[str]) -> list[dict[str, Any
         # Of AutoRound, whose weights are written dequantized, those of the same format as qkit packs it.
         row["bytes"] = first["bytes"] or sizes.get((first["scheme"], first["group"]))
         row["seconds"] = round(float(np.mean([x["seconds"] for x in each])), 1)
-        row["memory"] = max(x["memory"] for x in each)
+        row["memory"] = max((x["memory"] for x in each if x["memory"]), default=None)
         for t in texts:
             original = float(np.exp(np.mean(first["original"][t])))
             perplexities = [float(np.exp(np.mean(x["nll"][t]))) for x in each]
@@ -237,6 +243,8 @@ def figure(table: list[dict[str, Any]], text: str, file: Path) -> None:
     for i, (label, points) in enumerate(kinds.items()):
         axes.plot(*zip(*sorted(points), strict=True), "o^sv*Dx+"[i % 8], label=label)
     axes.set(xlabel="MB", ylabel=f"perplexity, {text}", yscale="log")
+    for each in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        each("{x:g}")
     axes.legend(fontsize=7)
     FigureCanvasAgg(drawing).print_png(str(file))
 
