@@ -12,6 +12,8 @@ from torch import Tensor
 from qkit.formats import FP8_MAX, Format
 from qkit.qtensor import Params, effective_scale, half_range, params_from_range, qdq
 
+_LOWER = 4.0  # where Four Over Six may put the largest value of a group, in place of 6
+
 
 def token_scale(x: Tensor, fmt: Format) -> Tensor:
     """float32 [..., 1]: amax of each token / half the code range; a token of zeros gets 1."""
@@ -26,24 +28,48 @@ def static_scale(amax: float, fmt: Format) -> float:
     return FP8_MAX * half_range(fmt) / amax if fmt.strategy == "tensor_group" else amax / half_range(fmt)
 
 
-def quantize_activations(x: Tensor, fmt: Format, static: Tensor | None = None) -> Tensor:
+def quantize_activations(x: Tensor, fmt: Format, static: Tensor | None = None, residual: int = 0) -> Tensor:
     """Quantize and dequantize x [..., channels] in the given activation format.
 
     static: float32 [1], from ``static_scale``: the scale of a static format, the global scale of NVFP4.
+    residual: of formats in groups, how many channels from the first on get a second chance: what is left of them is quantized
+    in the same way and added (ARCQuant, arXiv 2601.07475), a number of whole groups. Where there are such, NVFP4's groups take
+    the better of two scales, with their largest value at 6 or at 4, where the grid is finer (Four Over Six, arXiv 2512.02010).
     """
     wide = x.to(torch.float32)
+    if residual and fmt.group is not None:
+        once = in_groups(wide, fmt, static, either=True)
+        again = in_groups((wide - once)[..., :residual], fmt, static, either=True)
+        once[..., :residual] += again
+        return once.to(x.dtype)
     if fmt.strategy == "token":
         return qdq(wide, token_scale(x, fmt), None, fmt).to(x.dtype)
     if fmt.strategy == "tensor":
         assert static is not None
         return qdq(wide, static.to(torch.float32), None, fmt).to(x.dtype)
+    return in_groups(wide, fmt, static, either=False).to(x.dtype)
+
+
+def in_groups(x: Tensor, fmt: Format, static: Tensor | None, either: bool) -> Tensor:
+    """Quantized once and dequantized, float32 [.., channels]; either: NVFP4's groups take the better of two scales."""
     assert fmt.group is not None
-    grouped = wide.unflatten(-1, (-1, fmt.group))
+    grouped = x.unflatten(-1, (-1, fmt.group))
     amax = grouped.abs().amax(-1)
-    if fmt.scale == "model":  # FP8 in groups: the scale stays in float32, it is never stored
-        scale = amax / half_range(fmt)
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    else:
-        p: Params = params_from_range(-amax, amax, fmt, torch.float32, static)
-        scale = effective_scale(p, fmt)
-    return qdq(grouped, scale[..., None], None, fmt).flatten(-2).to(x.dtype)
+
+    def at(ceiling: float) -> Tensor:
+        """With the largest value of each group there."""
+        if fmt.scale == "model":  # FP8 in groups: the scale stays in float32, it is never stored
+            scale = amax / ceiling
+            scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        else:
+            reach = amax * (half_range(fmt) / ceiling)
+            p: Params = params_from_range(-reach, reach, fmt, torch.float32, static)
+            scale = effective_scale(p, fmt)
+        return qdq(grouped, scale[..., None], None, fmt)
+
+    found = at(half_range(fmt))
+    if either and fmt.scale == "e4m3":
+        other = at(_LOWER)
+        far, farther = ((t - grouped).square().sum(-1, keepdim=True) for t in (other, found))
+        found = torch.where(far < farther, other, found)
+    return found.flatten(-2)

@@ -236,7 +236,7 @@ class Spec:
 class Linear:
     """A quantized linear as qkit.json states it; ``shape`` is (out_features, in_features), ``sparse`` how many values its
     sparse part has, ``rotation`` the block of the transform of its inputs, ``scaled``
-    whether their channels are multiplied by a stored scale first."""
+    whether their channels are multiplied by a stored scale first, ``residual`` how many of them are quantized twice."""
 
     name: str
     format: Spec
@@ -246,6 +246,7 @@ class Linear:
     sparse: int = 0
     rotation: int = 0
     scaled: bool = False
+    residual: int = 0
 
 
 @dataclass(frozen=True)
@@ -329,9 +330,15 @@ def _read_linear(name: str, data: Any, findings: Findings) -> Linear | None:
         "record", sound, f"{where}.rotation", f"found {short(turn)}, expected a block of the columns"
     ):
         return None
-    return Linear(
-        name, weights, activations, (rows, columns), data["weight_sha256"], kept, turn, data.get("scaled") is True
-    )
+    twice = data.get("residual", 0)
+    group = activations.group if activations is not None else None
+    sound = twice == 0 or (is_int(twice, 1) and twice <= columns and group is not None and twice % group == 0)
+    if not findings.check(
+        "record", sound, f"{where}.residual", f"found {short(twice)}, expected a number of groups of input channels"
+    ):
+        return None
+    scaled = data.get("scaled") is True
+    return Linear(name, weights, activations, (rows, columns), data["weight_sha256"], kept, turn, scaled, twice)
 
 
 def read_record(out: Path, findings: Findings) -> Record | None:

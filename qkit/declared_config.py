@@ -208,7 +208,11 @@ def _check_top(data: dict[str, Any], record: Record, findings: Findings) -> None
     expect("rotated", (data.get("rotated") or {}) == turned, f"expected the {len(turned)} linears with turned inputs")
     scaled = sorted(linear.name for linear in record.linears.values() if linear.scaled)
     expect("scaled", (data.get("scaled") or []) == scaled, f"expected the {len(scaled)} linears with scaled inputs")
-    alone = bool(kept or turned or scaled)
+    twice = sorted(linear.name for linear in record.linears.values() if linear.residual)
+    expect(
+        "residual", (data.get("residual") or []) == twice, f"expected the {len(twice)} linears with residual channels"
+    )
+    alone = bool(kept or turned or scaled or twice)
     expect(
         "quant_method", not alone or data.get("quant_method") == "qkit", "no other loader knows what is special here"
     )

@@ -103,7 +103,7 @@ def _as_one(calibration: Calibration, calls: list[dict[int, Call]]) -> dict[int,
 def _before(plan: Plan, outline: Outline, job: Job) -> Iterator[None]:
     """With the weights of everything outside the blocks of the language model; towers as the job has left them."""
     done = {s: i for i, b in list(enumerate(parts(plan, outline)))[: job.finished] for _, s in b.stored}
-    statics: dict[str, Tensor | None] = {}
+    statics, inputs = dict[str, Tensor | None](), dict[str, InputTransform]()
 
     def read(stored: str) -> Tensor:
         place, name = done.get(stored), stored.removesuffix(".weight")
@@ -112,8 +112,10 @@ def _before(plan: Plan, outline: Outline, job: Job) -> Iterator[None]:
         part = job.part(place)
         if stored in part:
             return job.read(part[stored])
-        q, statics[name] = job.quantized(place, name, plan.linears[name].weights)
-        return dequantize(q)
+        p = plan.linears[name]
+        q, statics[name] = job.quantized(place, name, p.weights)
+        inputs[name] = job.inputs(place, name, p.shape[1], p.rotation)
+        return inputs[name].weight_back(dequantize(q))
 
     load_outer(outline, read)
     if "rotate" in plan.transforms:
@@ -125,7 +127,8 @@ def _before(plan: Plan, outline: Outline, job: Job) -> Iterator[None]:
             p = plan.linears.get(linear.name)
             if linear.name in statics and p is not None and p.activations is not None:
                 owner = outline.model.get_submodule(f"{block.path}.{linear.param.removesuffix('.weight')}")
-                handles.append(owner.register_forward_pre_hook(quantizing(p.activations, statics[linear.name])))
+                hook = quantizing(p.activations, statics[linear.name], inputs[linear.name])
+                handles.append(owner.register_forward_pre_hook(hook))
     try:
         yield
     finally:
@@ -141,7 +144,7 @@ def quantizing(
     as if nothing were rounded."""
 
     def rounded(x: Tensor) -> Tensor:
-        made = inputs.back(quantize_activations(inputs(x.detach()), fmt, static))
+        made = inputs.back(quantize_activations(inputs(x.detach()), fmt, static, inputs.residual))
         return x + (made - x).detach() if x.requires_grad else made
 
     return lambda _, args: (rounded(args[0]), *args[1:])

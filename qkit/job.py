@@ -31,7 +31,7 @@ from torch import Tensor
 from qkit import sparse
 from qkit.errors import BadInput, JobConflict, write_failure
 from qkit.formats import Format
-from qkit.inputs import SCALE
+from qkit.inputs import RESIDUAL, SCALE, InputTransform
 from qkit.qtensor import Params, QTensor
 from qkit.safefile import (
     TensorInfo,
@@ -46,7 +46,7 @@ from qkit.safefile import (
 
 VERSION = 1
 # Of a linear in a part: "<linear>:<piece>". 'original' is a weight that a transform rewrote, before it was quantized.
-PIECES = ("codes", "scale", "zero", "global_scale", "input_scale", "original", SCALE, *sparse.PIECES)
+PIECES = ("codes", "scale", "zero", "global_scale", "input_scale", "original", SCALE, RESIDUAL, *sparse.PIECES)
 
 
 def finished_blocks(path: Path) -> int:
@@ -216,7 +216,8 @@ class Job:
     def quantized(self, index: int, name: str, fmt: Format) -> tuple[QTensor, Tensor | None]:
         """A linear of block ``index`` as it was solved, and the static scale of its activations, if it has one."""
         part = self.part(index)
-        found = {k: part[f"{name}:{k}"] for k in PIECES if f"{name}:{k}" in part and k not in ("original", SCALE)}
+        apart = ("original", SCALE, RESIDUAL)
+        found = {k: part[f"{name}:{k}"] for k in PIECES if f"{name}:{k}" in part and k not in apart}
         repaired = self.stage("repair")
         if repaired is not None:
             after = self.part(repaired)
@@ -224,6 +225,12 @@ class Job:
         piece = {k: self.read(info) for k, info in found.items()}
         params = Params(piece["scale"], piece.get("zero"), piece.get("global_scale"))
         return QTensor(piece["codes"], params, fmt, sparse.read(piece)), piece.get("input_scale")
+
+    def inputs(self, index: int, name: str, columns: int, rotation: int) -> InputTransform:
+        """What is done at run time to the inputs of a linear of block ``index`` as it was solved."""
+        part = self.part(index)
+        scale, first = (self.read(part[n]) if (n := f"{name}:{k}") in part else None for k in (SCALE, RESIDUAL))
+        return InputTransform.of(scale, rotation, first, columns)
 
     def stage(self, name: str) -> int | None:
         """Index of the part that a stage after the last block committed: "repair", the sparse parts of all linears; "cache",

@@ -56,14 +56,16 @@ def measure_scales(plan: Plan, outline: Outline, job: Job, pool: Workers, progre
 
 def _solved(plan: Plan, outline: Outline, job: Job, block: BlockOutline, place: int) -> tuple[nn.Module, list[Any]]:
     """The block with the tensors of its part, and the handles of the hooks that quantize activations."""
-    part, statics = job.part(place), {}
+    part, statics, inputs = job.part(place), {}, {}
 
     def read(stored: str) -> Tensor:
         name = stored.removesuffix(".weight")
         if stored in part:
             return job.read(part[stored])
-        q, statics[name] = job.quantized(place, name, plan.linears[name].weights)
-        return dequantize(q)
+        p = plan.linears[name]
+        q, statics[name] = job.quantized(place, name, p.weights)
+        inputs[name] = job.inputs(place, name, p.shape[1], p.rotation)
+        return inputs[name].weight_back(dequantize(q))
 
     module = load_block(outline, block, getattr(torch, plan.run_dtype), read)
     handles = []
@@ -71,5 +73,6 @@ def _solved(plan: Plan, outline: Outline, job: Job, block: BlockOutline, place: 
         p = plan.linears.get(linear.name)
         if p is not None and p.activations is not None and linear.expert is None:
             owner = module.get_submodule(linear.param.removesuffix(".weight"))
-            handles.append(owner.register_forward_pre_hook(quantizing(p.activations, statics[linear.name])))
+            hook = quantizing(p.activations, statics[linear.name], inputs[linear.name])
+            handles.append(owner.register_forward_pre_hook(hook))
     return module, handles

@@ -52,8 +52,7 @@ class QuantLinear(nn.Module):
         device = fn(torch.empty(0)).device
         if device.type != "meta":
             self.static = None if self.static is None else self.static.to(device)
-            scale = self.inputs.scale
-            self.inputs = replace(self.inputs, scale=None if scale is None else scale.to(device))
+            self.inputs = self.inputs.to(device)
             self.packed = None if self.packed is None else self.packed.to(device)
         return self
 
@@ -69,7 +68,7 @@ class QuantLinear(nn.Module):
     def product(self, x: Tensor, activations: Format | None) -> Tensor:
         """x times the weight, plus bias, with x in that format (None: as it is)."""
         assert self.packed is not None, "tensors were never loaded"
-        return ops.linear(self.inputs(x), self.packed, self.bias, activations, self.static)
+        return ops.linear(self.inputs(x), self.packed, self.bias, activations, self.static, self.inputs.residual)
 
     def extra_repr(self) -> str:
         op = "empty" if self.packed is None else self.packed.op

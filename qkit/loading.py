@@ -21,7 +21,7 @@ from qkit.families.materialize import fill_computed_buffers
 from qkit.families.outline import Outline, dtype_of
 from qkit.folder import is_pipeline, weights_folder
 from qkit.formats import Format
-from qkit.inputs import SCALE, InputTransform
+from qkit.inputs import RESIDUAL, SCALE, InputTransform
 from qkit.kvcache.scales import declare
 from qkit.layers import QuantExperts, QuantLinear
 from qkit.locate import find_model
@@ -103,6 +103,7 @@ class PackedOutline(Outline):
         )
         self.sparse = frozenset((self.quantization or {}).get("sparse") or ())
         self.scaled = frozenset((self.quantization or {}).get("scaled") or ())
+        self.residual = frozenset((self.quantization or {}).get("residual") or ())
         self.rotated: dict[str, int] = _rotations((self.quantization or {}).get("rotated") or {}, where)
         wanted = {stored for block in self.blocks for _, stored in block.stored}
         wanted |= {stored for _, stored in self.outer}
@@ -114,6 +115,8 @@ class PackedOutline(Outline):
                     wanted |= {f"{linear.name}.{s}" for s in specs(weights, activations, linear.shape, self.dtype)}
                     if linear.name in self.scaled:
                         wanted.add(f"{linear.name}.{SCALE}")
+                    if linear.name in self.residual:
+                        wanted.add(f"{linear.name}.{RESIDUAL}")
                     if linear.name in self.sparse:
                         wanted |= {f"{linear.name}.{s}" for s in PIECES}
         missing = sorted(wanted - self.checkpoint.tensors.keys())
@@ -180,7 +183,8 @@ def _packed(outline: PackedOutline, linear: Linear, dtype: torch.dtype) -> Quant
     weights, activations = outline.formats[linear.name]
     result = QuantLinear(weights, activations, linear.shape, dtype)
     scale = outline.checkpoint.read(f"{linear.name}.{SCALE}") if linear.name in outline.scaled else None
-    result.inputs = InputTransform(scale, outline.rotated.get(linear.name, 0))
+    first = outline.checkpoint.read(f"{linear.name}.{RESIDUAL}") if linear.name in outline.residual else None
+    result.inputs = InputTransform.of(scale, outline.rotated.get(linear.name, 0), first, linear.shape[1])
     wanted = [*specs(weights, activations, linear.shape, outline.dtype), *(["bias"] if linear.bias else [])]
     wanted += PIECES if linear.name in outline.sparse else []
     result.take({suffix: outline.checkpoint.read(f"{linear.name}.{suffix}") for suffix in wanted})

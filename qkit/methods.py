@@ -8,6 +8,7 @@ from qkit.families.discover import kind_of
 from qkit.families.outline import Outline
 from qkit.recipe import Recipe
 from qkit.transforms.balance import INPUTS, RATIOS
+from qkit.transforms.residual import SHARE
 from qkit.transforms.rotate import check_rotatable
 from qkit.transforms.table import BALANCED, TRANSFORMS
 
@@ -30,6 +31,8 @@ def check_method(
         )
     if "hadamard" in transforms and outline.family.streams is None:
         raise Unsupported("method hadamard transforms inputs at run time, in diffusion transformers: take rotate")
+    if "residual" in transforms:
+        _check_residual(recipe, transforms)
     if recipe.significant and outline.family.streams is not None:
         raise Unsupported(
             "--significant looks at the loss of a language model: leave it out for a diffusion transformer"
@@ -59,3 +62,22 @@ def check_method(
     for option, least in (("steps", 1), ("batch", 1), ("rate", 0)):
         if recipe.options.get(option, least) < least:
             raise UsageError(f"option '{option}': expected {least} or more, found {recipe.options[option]}")
+
+
+def _check_residual(recipe: Recipe, transforms: tuple[str, ...]) -> None:
+    if not 0 < recipe.options.get("share", SHARE) <= 1:
+        raise UsageError(
+            f"option 'share': expected a share of the channels above 0, to 1, found {recipe.options['share']}"
+        )
+    for what, there in (("method hadamard", "hadamard" in transforms), ("--significant", recipe.significant)):
+        if there:
+            raise UsageError(f"method residual and {what} exclude each other: leave one of the two out")
+
+
+def check_doubled(method: str, transforms: tuple[str, ...], doubled: int) -> None:
+    """doubled: how many residual channels all layers have. Raises Unsupported where none is, and they were asked for."""
+    if "residual" in transforms and not doubled:
+        raise Unsupported(
+            f"method {method}: residual channels are for inputs with a scale for every few channels, and no layer has such: "
+            "take scheme nvfp4"
+        )

@@ -113,10 +113,18 @@ def unpacked(w: Prepared) -> QTensor:
     return replace(w.q, codes=codes)
 
 
-def linear(x: Tensor, w: Prepared, bias: Tensor | None, activations: Format | None, static: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor,
+    w: Prepared,
+    bias: Tensor | None,
+    activations: Format | None,
+    static: Tensor | None,
+    residual: int = 0,
+) -> Tensor:
     """x [..., in] times the weight, plus bias; activations are quantized first where the scheme says so.
 
-    static: float32 [1], the activations' stored scale or global scale.
+    static: float32 [1], the activations' stored scale or global scale; residual: how many channels from the first on are
+    residual channels.
     """
     flat = x.reshape(-1, w.shape[1])
     if w.op == "int_mm":
@@ -126,7 +134,7 @@ def linear(x: Tensor, w: Prepared, bias: Tensor | None, activations: Format | No
         y = cpu.linear(round_to_grid(flat / scale, activations).to(torch.int8), w.laid) * scale
         return _finished(y, x, bias)
     if activations is not None and w.op not in gpu.INTEGERS:
-        flat = quantize_activations(flat, activations, static)
+        flat = quantize_activations(flat, activations, static, residual)
     if isinstance(w.laid, gpu.Prepared):
         s = w.q.sparse
         return gpu.linear(

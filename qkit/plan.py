@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+import torch
+
 from qkit.blocks import BlockOutline, BlockSequence, Linear
 from qkit.calibration import Calibration
 from qkit.diffusion.policy import BY_STEP, Asked
@@ -23,12 +25,13 @@ from qkit.formats import Format, Scheme, fit_group
 from qkit.inputs import block_of
 from qkit.kvcache.scales import tensor_names
 from qkit.machine import run_dtype
-from qkit.methods import check_method
+from qkit.methods import check_doubled, check_method
 from qkit.recipe import Recipe, Rule, check_rules, parse_method, rule_for
 from qkit.solvers.table import SOLVERS
 from qkit.sparse import outlier_count, sparse_bytes
 from qkit.towers import tower_rules
 from qkit.transforms.balance import INPUTS, RATIOS
+from qkit.transforms.residual import residual_channels
 from qkit.transforms.table import TRANSFORMS
 
 _VERSIONS = ("qkit", "torch", "transformers", "compressed-tensors")  # what decides the bytes of a result
@@ -40,8 +43,8 @@ TIED_REASON = "the output head shares its weight with the embeddings"
 @dataclass(frozen=True)
 class LinearPlan:
     """What happens to one linear. outliers: how many of its weights, the largest, go to a sparse part before it is quantized;
-    rotation: block of the Hadamard transform of its inputs, 0: none; note: what is unusual about it (an adapted group
-    size, a rule)."""
+    rotation: block of the Hadamard transform of its inputs, 0: none; residual: how many of its input channels are quantized
+    twice; note: what is unusual about it (an adapted group size, a rule)."""
 
     name: str
     shape: tuple[int, int]
@@ -52,6 +55,7 @@ class LinearPlan:
     options: dict[str, Any] = field(default_factory=dict)
     outliers: int = 0
     rotation: int = 0
+    residual: int = 0
     note: str = ""
 
     @property
@@ -193,6 +197,7 @@ def make_plan(
             linears[linear.name] = _decide(linear, recipe, rule)
     if not linears:
         raise UsageError("nothing is left to quantize: every layer is skipped by a rule or by default")
+    check_doubled(recipe.method, transforms, sum(p.residual for p in linears.values()))
     head = outline.stored_name(outline.family.head)
     if f"{head}.weight" in outline.checkpoint.tensors or f"{head}.weight" in outline.tied:
         skipped[head] = TIED_REASON if f"{head}.weight" in outline.tied else HEAD_REASON
@@ -271,7 +276,7 @@ def _export(recipe: Recipe, outline: Outline, linears: dict[str, LinearPlan], si
         why = f"that format has no place for the sparse part of {sparse}"
     elif outline.family.encodes:
         why = "transformers looks for weights of a T5 that are packed"
-    elif _scales_inputs(recipe, outline):
+    elif any(p.residual for p in linears.values()) or _scales_inputs(recipe, outline):
         why = "its loaders do not transform inputs as this method does"
     if why is not None and recipe.export == "compressed-tensors":
         other = ", or set outliers and significant to 0" if sparse else ""
@@ -328,7 +333,7 @@ def _decide(linear: Linear, recipe: Recipe, rule: Rule | None) -> LinearPlan:
                 f"{linear.name}: scheme {scheme.name} quantizes activations in groups of {group}, which do not divide "
                 f"its {linear.shape[1]} input columns: choose another scheme or skip it with a rule"
             )
-    notes = []
+    notes, transforms = [], parse_method(recipe.method)[0]
     if weights.group != scheme.weights.group:
         said = f"group size {weights.group}" if weights.group else "one scale per channel"
         notes.append(f"{said}: {linear.shape[1]} columns are not a multiple of {scheme.weights.group}")
@@ -343,7 +348,8 @@ def _decide(linear: Linear, recipe: Recipe, rule: Rule | None) -> LinearPlan:
         solver,
         options,
         outlier_count(recipe.outliers_of(linear.name), linear.shape),
-        block_of(linear.shape[1]) if "hadamard" in parse_method(recipe.method)[0] else 0,
+        block_of(linear.shape[1]) if "hadamard" in transforms else 0,
+        residual_channels(scheme.activations, linear.shape[1], options["share"]) if "residual" in transforms else 0,
         "; ".join(notes),
     )
 
@@ -364,7 +370,7 @@ def _packed_bytes(outline: Outline, linears: dict[str, LinearPlan], significant:
             continue
         kept = p.outliers + round(significant * p.shape[0] * p.shape[1] / weights)
         total += stored_bytes(p.weights, p.activations, p.shape, outline.dtype)
-        total += sparse_bytes(p.shape, kept, outline.dtype)
+        total += sparse_bytes(p.shape, kept, outline.dtype) + p.residual * torch.int32.itemsize
     if untied:
         shared = next(iter(outline.tied.values()))
         total += outline.checkpoint.tensors[shared].nbytes

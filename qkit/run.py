@@ -24,7 +24,7 @@ from qkit.errors import NumericFailure, write_failure
 from qkit.families.materialize import load_block, plain_tensors, release
 from qkit.families.outline import Outline
 from qkit.flow import Flow
-from qkit.inputs import SCALE
+from qkit.inputs import RESIDUAL, SCALE
 from qkit.job import Job
 from qkit.learner import Learner
 from qkit.loading import load
@@ -110,6 +110,7 @@ def _run_sequence(run: _Run, sequence: BlockSequence, first: int) -> None:
         state = BlockState(outline, block, load_block(outline, block, dtype))
         state.balance = balance[block.index] if balance else {}
         state.distort = plan.inputs == "distort"
+        state.doubled = {x.name: p.residual for x in block.linears if (p := plan.linears.get(x.name))}
         if language:
             for transform in plan.transforms:
                 if TRANSFORMS[transform].stage == "load":
@@ -322,7 +323,7 @@ def _part(results: list[Result], state: BlockState, originals: bool) -> dict[str
             original = state.outline.checkpoint.read(name)
             changed = state.changed.get(linear.name)
             tensors[name] = original if changed is None else changed.to(original.dtype)
-    scales = {x.name: state.scales[g.key] for g in state.block.groups if g.key in state.scales for x in g.linears}
+    group_of = {x.name: g.key for g in state.block.groups for x in g.linears}
     for r in results:
         q = r.qtensor
         changed = state.changed.get(r.plan.name) if originals else None
@@ -332,7 +333,8 @@ def _part(results: list[Result], state: BlockState, originals: bool) -> dict[str
             "zero": q.params.zero,
             "global_scale": q.params.global_scale,
             "input_scale": r.static,
-            SCALE: scales.get(r.plan.name),
+            SCALE: state.scales.get(group_of[r.plan.name]),
+            RESIDUAL: state.residual.get(group_of[r.plan.name]),
             "original": None if changed is None else changed.to(state.outline.dtype),
             **({} if q.sparse is None else sparse.write(q.sparse, q.shape)),
         }

@@ -30,6 +30,7 @@ from qkit.declared import (
 )
 from qkit.declared_cache import check_cache
 from qkit.declared_config import Declared, Group, is_ignored, read_quantization, resolve
+from qkit.declared_inputs import check_inputs
 from qkit.declared_pipeline import check_policy, packed_part
 from qkit.decode import FLOATS, Decoded, Stored, decode, file_sha256, layout, read_header
 from qkit.errors import BadCheckpoint
@@ -102,6 +103,7 @@ def verify(out: Path, job: Path | None = None) -> Report:
     _check_fused(record, decoded, findings)
     _check_tied(record, config or {}, store, findings)
     check_cache(record, config or {}, store, findings)
+    check_inputs(record, store, findings)
     check_policy(out, record.linears, findings)
     if job is not None:
         _check_job(record, decoded, job, findings)
@@ -215,7 +217,8 @@ def _check_linears(
     decoded: dict[str, Decoded] = {}
     known = set(record.plain)
     for linear in record.linears.values():
-        if linear.name not in groups or _misfit(linear, groups[linear.name]):
+        # A packing that cannot hold what the record says is reported with the config.
+        if linear.name not in groups or linear.format != groups[linear.name].weights:
             known |= {name for name in store if name.rpartition(".")[0] == linear.name}
             continue
         expected = layout(linear, groups[linear.name].packing, floats)
@@ -232,11 +235,6 @@ def _check_linears(
         what = "belongs to no linear and is not listed under plain in qkit.json"
         findings.check("coverage", name in known, f"{store[name].path.name}: {name}", what)
     return decoded
-
-
-def _misfit(linear: Linear, group: Group) -> bool:
-    """Whether the config's packing cannot hold what the record says (reported with the config)."""
-    return linear.format != group.weights
 
 
 def _check_stored(

@@ -23,11 +23,11 @@ from qkit.diffusion.trajectory import Trajectory
 from qkit.export import compressed_tensors as ct
 from qkit.families.outline import Outline
 from qkit.folder import RECORD, WEIGHT_STEMS, is_pipeline, weights_folder
-from qkit.inputs import SCALE
+from qkit.inputs import RESIDUAL, SCALE
 from qkit.job import Job
 from qkit.kvcache.scales import FORMAT
 from qkit.plan import LinearPlan, Plan, parts
-from qkit.safefile import sha256_file, write_atomic, write_safetensors
+from qkit.safefile import TensorInfo, sha256_file, write_atomic, write_safetensors
 from qkit.transforms.rotate import rotate_outer
 
 FORMAT_VERSION = 1
@@ -138,8 +138,7 @@ class _Tensors:
     def _linear(self, p: LinearPlan, block: int) -> None:
         kept = int(self.records[p.name].get("sparse", 0))
         dense = ct.specs(p.weights, p.activations, p.shape, self.outline.dtype)
-        scale = self.job.part(block).get(f"{p.name}:{SCALE}")
-        own = {} if scale is None else {SCALE: (scale.torch_dtype, scale.shape)}
+        own = {k: (info.torch_dtype, info.shape) for k, info in self._of_inputs(p.name, block).items()}
         for suffix, spec in {**dense, **sparse.specs(p.shape, kept, self.outline.dtype), **own}.items():
             name = f"{p.name}.{suffix}"
             self.specs[name] = spec
@@ -148,14 +147,17 @@ class _Tensors:
                 self.plain[name] = ""
             self._get[name] = lambda s=suffix: self._made_for(p, block)[s]  # type: ignore[misc]
 
+    def _of_inputs(self, name: str, block: int) -> dict[str, TensorInfo]:
+        """What the part has of the transform of a linear's inputs."""
+        part = self.job.part(block)
+        return {k: part[f"{name}:{k}"] for k in (SCALE, RESIDUAL) if f"{name}:{k}" in part}
+
     def _made_for(self, p: LinearPlan, block: int) -> dict[str, Tensor]:
         """All tensors of a linear; kept until another linear is asked for."""
         if self._made[0] != p.name:
             q, static = self.job.quantized(block, p.name, p.weights)
             added = {} if q.sparse is None else sparse.write(q.sparse, q.shape)
-            scale = self.job.part(block).get(f"{p.name}:{SCALE}")
-            if scale is not None:
-                added[SCALE] = self.job.read(scale)
+            added |= {k: self.job.read(info) for k, info in self._of_inputs(p.name, block).items()}
             self._made = (p.name, {**ct.write(q, p.activations, static, self.outline.dtype), **added})
         return self._made[1]
 
@@ -176,9 +178,10 @@ def _config(plan: Plan, outline: Outline, job: Job, source: _Tensors) -> dict[st
     if plan.untied:
         config["tie_word_embeddings"] = False
     config["quantization_config"] = quantization_config(plan, outline)
-    scaled = sorted(name.removesuffix(f".{SCALE}") for name in source.specs if name.endswith(f".{SCALE}"))
-    if scaled:
-        config["quantization_config"]["scaled"] = scaled
+    for key, suffix in (("scaled", SCALE), ("residual", RESIDUAL)):
+        listed = sorted(name.removesuffix(f".{suffix}") for name in source.specs if name.endswith(f".{suffix}"))
+        if listed:
+            config["quantization_config"][key] = listed
     kept = sorted(name for name, record in job.records().items() if record.get("sparse"))
     if kept:
         config["quantization_config"]["sparse"] = kept
@@ -217,6 +220,7 @@ def _record(plan: Plan, outline: Outline, job: Job, source: _Tensors, hashes: di
             "solver": p.solver,
             **({"rotation": p.rotation} if p.rotation else {}),
             **({"scaled": True} if f"{p.name}.{SCALE}" in source.specs else {}),
+            **({"residual": p.residual} if f"{p.name}.{RESIDUAL}" in source.specs else {}),
             **source.records[p.name],
         }
         for p in plan.linears.values()

@@ -25,6 +25,7 @@ class BlockState:
              float32, never rounded to the model's dtype in between
     scales:  by group, what its inputs are multiplied by at run time, [in] in the checkpoint's dtype; the module's weights stay
              those for inputs as they are
+    doubled: by linear, how many residual channels it is to have; residual: by group, which these are, int32
     originals: what would be seen if nothing before had been quantized, where a transform asks for it; distort: for what
              outputs are to be, and not for what they are made from
     balance: of a vision-language model, by part of the block ('attention', 'mlp'), how much an error at a piece of a picture
@@ -36,6 +37,8 @@ class BlockState:
     module: nn.Module
     changed: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
+    doubled: dict[str, int] = field(default_factory=dict)
+    residual: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Stats] = field(default_factory=dict)
     originals: dict[str, Stats] = field(default_factory=dict)
     distort: bool = False
@@ -49,7 +52,8 @@ class BlockState:
 
     def inputs(self, group: LinearGroup, rotation: int) -> InputTransform:
         """What is done at run time to the inputs of the group's linears."""
-        return InputTransform(self.scales.get(group.key), rotation)
+        columns = group.linears[0].shape[1]
+        return InputTransform.of(self.scales.get(group.key), rotation, self.residual.get(group.key), columns)
 
     def rounded(self, value: Tensor) -> Tensor:
         """A norm's weight or a bias as the file will hold it: rounded to the checkpoint's dtype, in that of the module."""

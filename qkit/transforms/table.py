@@ -11,6 +11,7 @@ from qkit.formats import Scheme
 from qkit.solvers.table import SIGNED
 from qkit.transforms import BlockState
 from qkit.transforms.balance import balanced_error
+from qkit.transforms.residual import SHARE, find_residual
 from qkit.transforms.rotate import rotate_block
 from qkit.transforms.scales import awq_candidates, smooth_block, smoothquant_candidates
 
@@ -70,6 +71,12 @@ TRANSFORMS: dict[str, Transform] = {
         lambda state, schemes, seed: smooth_block(state, schemes, awq_candidates, partial(balanced_error, power=2)),
         "mbq with squared errors",
         _OPTIONS,
+    ),
+    "residual": Transform(
+        "stats",
+        lambda state, schemes, seed: find_residual(state, schemes),
+        "input channels that FP4 serves badly are quantized twice; NVFP4 scales to the better of two (arXiv 2601.07475)",
+        {"share": (SHARE, "of the input channels that are quantized twice, 0 to 1: products grow by as much")},
     ),
     "signround": Transform(
         "block",

@@ -80,6 +80,8 @@ def contestants() -> list[Run]:
         found += [Run(AUTOROUND, scheme, group, "signround"), Run(LLMCOMPRESSOR, scheme, group, "gptq")]
     for scheme in ("nvfp4", "w4a8", "w8a8"):
         found += [Run(QKIT, scheme, None, method) for method in ("rtn", "gptq", "gptq+signround")]
+        if scheme == "nvfp4":
+            found += [Run(QKIT, scheme, None, "residual+gptq", options) for options in ((), ("share=0.5",))]
         found.append(Run(QKIT, scheme, None, "gptq+signround", LEARNED))
         found.append(Run(LLMCOMPRESSOR, scheme, None, "gptq"))
     return found
