@@ -121,7 +121,7 @@ def started(line: list[str]) -> tuple[float, int]:
 
 def model_of(run: Run, folder: Path) -> Any:
     """What was written, in float32."""
-    if run.tool == QKIT:
+    if run.tool != AUTOROUND:  # both write compressed-tensors, which transformers multiplies with in bfloat16 alone
         return load(str(folder), dtype=torch.float32)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
