@@ -130,12 +130,15 @@ def _block_memory(plan: Plan, block: BlockOutline, weights: int, heads: int, ite
 
 
 def _descent(plan: Plan, block: BlockOutline, size: int, rows: Calibration) -> float:
-    """Every step runs its rows through the block and back, at twice the cost, and makes every weight anew, and its gradient."""
+    """Every step runs its rows through the block and back, at twice the cost, and makes every weight anew, and its gradient;
+    those of the whole model run them through the original, too."""
     planned = next((p for x in block.linears if (p := plan.linears.get(x.name)) is not None), None)
     if planned is None:
         return 0.0
     steps, batch = planned.options["steps"], min(planned.options["batch"], rows.count)
-    return float(steps * size * (6 * batch * rows.seqlen + 40))
+    return float(
+        size * (steps * (6 * batch * rows.seqlen + 40) + plan.learning("whole") * (8 * batch * rows.seqlen + 40))
+    )
 
 
 def _learning(plan: Plan, block: BlockOutline, busy: list[LinearGroup], heads: int, item: int, workers: int) -> int:

@@ -45,6 +45,7 @@ from qkit.safefile import (
 )
 
 VERSION = 1
+WHOLE = "whole"  # the stage that learns the codes of all linears together
 # Of a linear in a part: "<linear>:<piece>". 'original' is a weight that a transform rewrote, before it was quantized.
 PIECES = ("codes", "scale", "zero", "global_scale", "input_scale", "original", SCALE, RESIDUAL, *sparse.PIECES)
 
@@ -218,10 +219,10 @@ class Job:
         part = self.part(index)
         apart = ("original", SCALE, RESIDUAL)
         found = {k: part[f"{name}:{k}"] for k in PIECES if f"{name}:{k}" in part and k not in apart}
-        repaired = self.stage("repair")
-        if repaired is not None:
-            after = self.part(repaired)
-            found.update({k: after[f"{name}:{k}"] for k in sparse.PIECES if f"{name}:{k}" in after})
+        for stage, later in ((WHOLE, ("codes",)), ("repair", sparse.PIECES)):
+            place = self.stage(stage)
+            after = {} if place is None else self.part(place)
+            found.update({k: after[f"{name}:{k}"] for k in later if f"{name}:{k}" in after})
         piece = {k: self.read(info) for k, info in found.items()}
         params = Params(piece["scale"], piece.get("zero"), piece.get("global_scale"))
         return QTensor(piece["codes"], params, fmt, sparse.read(piece)), piece.get("input_scale")
@@ -233,8 +234,8 @@ class Job:
         return InputTransform.of(scale, rotation, first, columns)
 
     def stage(self, name: str) -> int | None:
-        """Index of the part that a stage after the last block committed: "repair", the sparse parts of all linears; "cache",
-        the scales of the KV cache."""
+        """Index of the part that a stage after the last block committed: "whole", codes of all linears; "repair", their sparse
+        parts; "cache", the scales of the KV cache."""
         return next((i for i, entry in self.entries.items() if entry.get("stage") == name), None)
 
     def records(self) -> dict[str, dict[str, Any]]:

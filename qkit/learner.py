@@ -6,6 +6,7 @@ Scales are rounded to their dtype on disk whenever they are used.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +29,7 @@ from qkit.qtensor import (
 )
 from qkit.sparse import add_
 
+_FACTORS = (0.5, 1.5)  # of a scale, at the least and at the most
 _INSIDE = 0.499  # of a cell, where an offset begins that has to reach a solver's code
 
 
@@ -81,9 +83,9 @@ class Learner:
         whole = untile(self._above_zero_(grid).mul_(scale), self.q.format, self.q.shape)
         return self.inputs.weight_back(whole if self.apart is None else whole + self.apart)
 
-    def slopes(self, offset: Tensor, factor: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    def slopes(self, offset: Tensor, factor: Tensor, slope: Tensor, sizes: bool = False) -> tuple[Tensor, Tensor]:
         """Gradients by offset and factor from that by ``dense``, float32 [out, in], each times something above zero: as if
-        nothing inside the range of codes were rounded, nor scales to their dtype."""
+        nothing inside the range of codes were rounded, nor scales to their dtype. sizes: those by offsets are what they are."""
         scale, (low, high) = self._scale(factor), code_range(self.q.format)
         place, sign = self._place(scale), scale.sign()
         moved = self._moved(place, offset)
@@ -92,7 +94,8 @@ class Learner:
         # The weight is (grid - zero) * scale, and the place on the grid, w / scale + zero, moves towards zero as scales rise.
         by_scale = self._above_zero_(round_to_grid_(moved, self.q.format)).mul_(by_dense)
         by_scale.addcmul_(self._above_zero_(place), by_offset, value=-1)
-        return by_offset.mul_(sign), by_scale.sum(-1, keepdim=True).mul_(sign)
+        by_factor = by_scale.sum(-1, keepdim=True).mul_(sign)
+        return by_offset.mul_(scale * self._spacing(place) if sizes else sign), by_factor
 
     def finish(self, offset: Tensor, factor: Tensor) -> QTensor:
         """The codes and scales that were learned."""
@@ -130,3 +133,51 @@ class Learner:
         limits = torch.finfo(scale.dtype)
         wide = scale.float() * factor[..., 0]
         return wide.abs().clamp(limits.tiny, limits.max).copysign(wide).to(scale.dtype)
+
+
+class Walk:
+    """One linear on its way down: where it began, where it is, and the best place so far."""
+
+    def __init__(self, learner: Learner, dtype: torch.dtype) -> None:
+        self.learner, self.dtype = learner, dtype
+        self.offset, self.factor = learner.begin()
+        self.first = self.offset.clone() if bool(self.offset.any()) else None  # None: rounding begins at zero
+        self.keep()
+
+    def weight(self) -> Tensor:
+        """[out, in] of where it is, in the dtype of the rows."""
+        with torch.inference_mode(False):
+            return self.learner.dense(self.offset, self.factor).to(self.dtype)
+
+    def step(self, slopes: Sequence[Tensor], rate: float) -> Tensor:
+        """Go down by the signs of the gradients of all pieces, added up in order; the weight of the new place."""
+        with torch.inference_mode(False):
+            by_offset, by_factor = self.learner.slopes(self.offset, self.factor, _sum(slopes))
+            self.factor.sub_(by_factor.sign_(), alpha=rate).clamp_(*_FACTORS)
+            return self._moved_(by_offset.sign_(), rate)
+
+    def nudge(self, slopes: Sequence[Tensor], rate: float) -> Tensor:
+        """The same for offsets alone, by the sizes of their gradients: their root mean square becomes ``rate``."""
+        with torch.inference_mode(False):
+            by_offset, _ = self.learner.slopes(self.offset, self.factor, _sum(slopes), sizes=True)
+            size = by_offset.square().mean().sqrt()
+            return self._moved_(by_offset.div_(size.clamp_min(torch.finfo(size.dtype).tiny)), rate)
+
+    def _moved_(self, down: Tensor, rate: float) -> Tensor:
+        self.offset.sub_(down, alpha=rate)
+        if self.first is None:
+            self.offset.clamp_(-0.5, 0.5)
+        else:  # a cell around the place of the beginning, and one around the weight's own
+            self.offset.clamp_(self.first.clamp_max(0).sub_(0.5), self.first.clamp_min(0).add_(0.5))
+        return self.weight()
+
+    def keep(self) -> None:
+        """The best place is this one."""
+        self.best = self.offset.clone(), self.factor.clone()
+
+
+def _sum(slopes: Sequence[Tensor]) -> Tensor:
+    total = slopes[0].float()
+    for more in slopes[1:]:
+        total += more
+    return total

@@ -13,14 +13,15 @@ _MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # names of glibc's malloc.h
 
 
 def bound_heap() -> None:
-    """For a process of our own (the command line): one heap for all threads, and tensors of 16 MB and more outside it.
+    """For a process of our own (the command line): two heaps for all threads, and tensors of 16 MB and more outside them.
 
-    By default every thread grows a heap of its own and large blocks stay in it. Measured on a Llama with hidden size 1024:
-    peak resident memory 0.94 GB without and 0.87 GB with this, before other savings.
+    By default every thread grows a heap of its own and large blocks stay in it; of a single one threads wait for each other.
+    Measured: peak of gptq on a Llama with hidden size 1024 0.79 GB by default, 0.78 with one, 0.76 with two; learned rounding
+    of tiny-llama on two cores 47 s with one, 45 with two.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(_ARENA_MAX, 1)
+        mallopt(_ARENA_MAX, 2)
         mallopt(_MMAP_THRESHOLD, 16 << 20)
 
 

@@ -59,7 +59,11 @@ def check_method(
             raise UsageError(
                 "option 'weigh' and method rotate exclude each other: the loss is looked at before the rotation"
             )
-    for option, least in (("steps", 1), ("batch", 1), ("rate", 0)):
+    if recipe.options.get("whole") and (outline.towers or outline.family.streams is not None or outline.family.encodes):
+        raise Unsupported(
+            "option 'whole' looks at what a language model expects of a text, and this is none: leave it out"
+        )
+    for option, least in (("steps", 1), ("batch", 1), ("rate", 0), ("whole", 0)):
         if recipe.options.get(option, least) < least:
             raise UsageError(f"option '{option}': expected {least} or more, found {recipe.options[option]}")
 

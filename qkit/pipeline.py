@@ -37,6 +37,7 @@ from qkit.sensitivity.repair import repair
 from qkit.steps import decide_steps
 from qkit.towers import SKIP
 from qkit.verify import Report, verify
+from qkit.whole import learn_whole, whole_memory
 from qkit.written import with_written, written_memory
 
 COMPONENTS = "components"  # of a job folder: text encoders that are quantized beside the transformer
@@ -92,8 +93,10 @@ def prepare(request: Request, rows: Calibration | None = None) -> Prepared:
     plan = replace(plan, key_exponents=request.key_exponents, pipeline=around)
     threads = request.threads or available_cores()
     after = {"significant weights": repair_memory(plan, outline, threads)} if plan.significant else {}
-    if plan.weighs:
+    if plan.learning("weigh"):
         after["errors weighed by the loss"] = weighing_memory(plan, outline, threads)
+    if plan.learning("whole"):
+        after["learned rounding of the whole model"] = whole_memory(plan, outline, threads)
     if plan.calibration is not None and plan.calibration.written:
         after["rows that the model writes"] = written_memory(plan, outline, threads)
     return Prepared(plan, outline, forecast(plan, outline, threads, after), components)
@@ -176,10 +179,11 @@ def quantize(
         running = with_written(plan, outline, job, pool, progress)
         weigh = (
             weighing(running, outline, pool, progress)
-            if plan.weighs and job.finished < len(parts(plan, outline))
+            if plan.learning("weigh") and job.finished < len(parts(plan, outline))
             else []
         )
         run_blocks(running, outline, job, pool, progress, weigh)
+        learn_whole(running, outline, job, pool, progress)
         repair(running, outline, job, pool, progress)
         measure_scales(running, outline, job, pool, progress)
         progress.start("export and verify", 2)

@@ -112,10 +112,9 @@ class Plan:
         """Whether codes are learned once all linears of a block are solved."""
         return any(TRANSFORMS[t].stage == "block" for t in self.transforms)
 
-    @property
-    def weighs(self) -> bool:
-        """Whether errors that codes are learned on are weighed by what the loss makes of them."""
-        return self.learns and any(p.options.get("weigh", False) for p in self.linears.values())
+    def learning(self, option: str) -> int:
+        """What learned rounding is given for 'weigh' or 'whole', the most that any linear has; 0 without it."""
+        return max(int(p.options.get(option, 0)) for p in self.linears.values()) if self.learns else 0
 
     @property
     def compensates(self) -> bool:

@@ -24,14 +24,13 @@ from torch import Tensor, nn
 from qkit.attention import ByProducts
 from qkit.calls import Call, OneByOne, PerRow, mapped
 from qkit.capture import Rows
-from qkit.learner import Learner
+from qkit.learner import Learner, Walk
 from qkit.parallel import Workers
 from qkit.qtensor import QTensor
 
 Span = tuple[int, int]
 _HELD_OUT = 16  # of so many rows one is held out, and so many at the most
-_LOOKS = 4  # at the held-out rows, at the most
-_FACTORS = (0.5, 1.5)  # of a scale, at the least and at the most
+LOOKS = 4  # at the held-out rows, at the most
 _FASTEST = 0.02
 PIECE_TOKENS = 512  # that one worker runs through the block at a time
 
@@ -45,6 +44,11 @@ class Settings:
     batch: int
     rate: float
     seed: int
+
+
+def held_out(rows: int) -> int:
+    """How many of so many rows decide what is kept, and are not learned from."""
+    return min(_HELD_OUT, max(1, rows // _HELD_OUT))
 
 
 def reconstruct(
@@ -65,7 +69,7 @@ def reconstruct(
     weigh: float32 [hidden, hidden], what errors are multiplied by before they are squared (``sensitivity.hidden``)
     Gives what was learned, in the order of ``learners``, and the mean squared error of held-out rows before and after.
     """
-    first_held = rows.count - min(_HELD_OUT, max(1, rows.count // _HELD_OUT))
+    first_held = rows.count - held_out(rows.count)
     held = (first_held, rows.count)
     given = list(_spans(0, first_held, settings.batch)) or [held]
     with torch.inference_mode(False):
@@ -78,8 +82,8 @@ def reconstruct(
             pool,
             weigh,
         )
-        walks = [_Walk(x.cloned(), rows.dtype) for x in learners]
-        weights = pool.map(_Walk.weight, walks)
+        walks = [Walk(x.cloned(), rows.dtype) for x in learners]
+        weights = pool.map(Walk.weight, walks)
         before = least = block.error(weights, held)
         order = torch.Generator().manual_seed(settings.seed)
         queue: list[int] = []
@@ -88,7 +92,7 @@ def reconstruct(
             slopes = block.gradients(weights, given[queue.pop()])
             rate = (settings.rate or min(_FASTEST, 1.5 / settings.steps)) * (1 - number / settings.steps)
             weights = pool.map(lambda pair: pair[0].step(pair[1], rate), zip(walks, slopes, strict=True))  # noqa: B023
-            if (number + 1) % -(-settings.steps // _LOOKS) == 0 or number + 1 == settings.steps:
+            if (number + 1) % -(-settings.steps // LOOKS) == 0 or number + 1 == settings.steps:
                 now = block.error(weights, held)
                 if now < least:
                     least = now
@@ -96,40 +100,6 @@ def reconstruct(
                         walk.keep()
             step()
         return [x.learner.finish(*x.best) for x in walks], before, least
-
-
-class _Walk:
-    """One linear on its way down: where it began, where it is, and the best place so far."""
-
-    def __init__(self, learner: Learner, dtype: torch.dtype) -> None:
-        self.learner, self.dtype = learner, dtype
-        self.offset, self.factor = learner.begin()
-        self.first = self.offset.clone() if bool(self.offset.any()) else None  # None: rounding begins at zero
-        self.keep()
-
-    def weight(self) -> Tensor:
-        """[out, in] of where it is, in the dtype of the rows."""
-        with torch.inference_mode(False):
-            return self.learner.dense(self.offset, self.factor).to(self.dtype)
-
-    def step(self, slopes: Sequence[Tensor], rate: float) -> Tensor:
-        """Go down by the signs of the gradients of all pieces, added up in order; the weight of the new place."""
-        with torch.inference_mode(False):
-            total = slopes[0].float()
-            for more in slopes[1:]:
-                total += more
-            by_offset, by_factor = self.learner.slopes(self.offset, self.factor, total)
-            self.offset.sub_(by_offset.sign_(), alpha=rate)
-            self.factor.sub_(by_factor.sign_(), alpha=rate).clamp_(*_FACTORS)
-            if self.first is None:
-                self.offset.clamp_(-0.5, 0.5)
-            else:  # a cell around the place of the beginning, and one around the weight's own
-                self.offset.clamp_(self.first.clamp_max(0).sub_(0.5), self.first.clamp_min(0).add_(0.5))
-            return self.weight()
-
-    def keep(self) -> None:
-        """The best place is this one."""
-        self.best = self.offset.clone(), self.factor.clone()
 
 
 class _Block:

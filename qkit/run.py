@@ -73,9 +73,9 @@ class _Step:
     learns: bool
     weigh: Tensor | None = None
 
-    def part(self, results: list[Result], significant: int) -> dict[str, Tensor]:
-        """The tensors to commit."""
-        return _part(results, self.state, significant > 0)
+    def part(self, results: list[Result], plan: Plan) -> dict[str, Tensor]:
+        """The tensors to commit, with weights as transforms left them where a later stage looks at these."""
+        return _part(results, self.state, bool(plan.significant or plan.learning("whole")))
 
 
 def run_blocks(
@@ -168,7 +168,7 @@ def _without_rows(run: _Run, step: _Step) -> None:
     for group in step.state.block.groups:
         results += solve_groups(step.state, run.plan, (group,), {}, run.pool)
         run.progress.step()
-    run.job.commit(step.place, step.part(results, run.plan.significant), _entry(results), None)
+    run.job.commit(step.place, step.part(results, run.plan), _entry(results), None)
 
 
 def _with_rows(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> Rows:
@@ -203,7 +203,7 @@ def _with_rows(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> Row
             record |= {"sha256": digest, "good": rows.good}
         flow.close()
         entry = _entry(results) | learned
-        job.commit(step.place, step.part(results, plan.significant), entry, None if step.last else record)
+        job.commit(step.place, step.part(results, plan), entry, None if step.last else record)
         return rows
     except OSError as e:
         raise write_failure(leaving, e) from e

@@ -99,7 +99,7 @@ def _commit(plan: Plan, outline: Outline, job: Job, subject: Subject, chosen: di
         entry[name] = {**records[name], "sparse": repaired.sparse.nnz, "weight_sha256": weight_sha256([repaired])}
         pieces = sparse.write(repaired.sparse, q.shape)
         tensors.update({f"{name}:{k}": v.contiguous() for k, v in pieces.items()})
-    job.commit(len(every), tensors, {"stage": "repair", "linears": entry}, None)
+    job.commit(job.finished, tensors, {"stage": "repair", "linears": entry}, None)
 
 
 def detach(q: QTensor, weight: Tensor, places: Tensor, dtype: torch.dtype) -> QTensor:

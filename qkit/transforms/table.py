@@ -90,6 +90,10 @@ TRANSFORMS: dict[str, Transform] = {
                 False,
                 "weigh errors of a block by what the loss makes of them; loads the whole model in float32",
             ),
+            "whole": (
+                0,
+                "steps for all blocks together after that, on what the model expects; loads it whole in float32",
+            ),
             "signed": (True, SIGNED[1]),  # of the solver before it, whose default is otherwise no
         },
     ),

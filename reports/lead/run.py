@@ -35,7 +35,7 @@ from qkit.safefile import read_header
 
 HERE = Path(__file__).resolve().parent
 WINDOW, WINDOWS = 512, 200
-LEARNED = ("weigh=true", "--written=192")  # chosen on the texts that are named in the README
+LEARNED, WHOLE = ("weigh=true", "--written=192"), "whole=128"  # chosen on the texts that are named in the README
 QKIT, AUTOROUND, LLMCOMPRESSOR = "qkit", "AutoRound", "llm-compressor"
 # Between this process and the tool: Linux counts what a process was before it became another program to its peak, and this one
 # holds models.
@@ -76,7 +76,7 @@ def contestants() -> list[Run]:
             for options in ((), ("signed=true",))
         ]
         found += [Run(QKIT, scheme, group, method) for method in ("signround", "gptq+signround")]
-        found.append(Run(QKIT, scheme, group, "signround", LEARNED))
+        found += [Run(QKIT, scheme, group, "signround", x) for x in (LEARNED, (*LEARNED, WHOLE))]
         found += [Run(AUTOROUND, scheme, group, "signround"), Run(LLMCOMPRESSOR, scheme, group, "gptq")]
     for scheme in ("nvfp4", "w4a8", "w8a8"):
         found += [Run(QKIT, scheme, None, method) for method in ("rtn", "gptq", "gptq+signround")]
