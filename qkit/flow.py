@@ -310,7 +310,8 @@ def _group_inputs(
         if group.hook and group.hook in seen:
             x = seen[group.hook][0]
             x = x.reshape(-1, x.shape[-1])
-            x = x if counted is None else x[counted]
+            if counted is not None:  # a prompt has a length of its own, and counts with its picture or not at all
+                x = x[counted] if len(counted) == len(x) else x[:0]
             if group.expert is not None:
                 routed = (seen[group.hook][1] == group.expert).any(-1).flatten()
                 x = x[routed if counted is None else routed[counted]]

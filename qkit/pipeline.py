@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qkit.auto import forecast_of, plan_of
 from qkit.calibration import Calibration
 from qkit.checkpoint import Checkpoint, check_config, check_output_dir, check_tied, commit_dir
 from qkit.diffusion.pipeline import check_pipeline, fingerprint_of
@@ -20,14 +21,14 @@ from qkit.families.discover import kind_of
 from qkit.families.encoder import ENCODERS
 from qkit.families.outline import Outline
 from qkit.folder import is_pipeline, weights_folder
-from qkit.forecast import Forecast, forecast, refuse_what_cannot_fit
+from qkit.forecast import Forecast, refuse_what_cannot_fit
 from qkit.formats import did_you_mean
 from qkit.job import Job
 from qkit.kvscales import measure_scales
 from qkit.locate import find_model, record_source
 from qkit.machine import available_cores
 from qkit.parallel import workers
-from qkit.plan import Plan, make_plan, parts, why_rows
+from qkit.plan import Plan, parts, why_rows
 from qkit.recipe import Recipe
 from qkit.request import Request, calibration_asked, recipe_of
 from qkit.run import Progress, run_blocks
@@ -80,7 +81,7 @@ def prepare(request: Request, rows: Calibration | None = None) -> Prepared:
     if request.call and outline.family.streams is None:
         raise UsageError("--call is what a diffusion pipeline is called with, and this model is none: leave it out")
     calibration = calibration_asked(request, outline, recipe, rows)
-    plan = make_plan(recipe, outline, calibration, request.seed, request.kv)
+    plan = plan_of(recipe, outline, calibration, request.seed, request.kv)
     if request.written and (plan.calibration is None or not plan.needs_rows):
         raise UsageError(
             f"--written {request.written}: nothing here looks at calibration rows: take another --method (signround, "
@@ -99,7 +100,7 @@ def prepare(request: Request, rows: Calibration | None = None) -> Prepared:
         after["learned rounding of the whole model"] = whole_memory(plan, outline, threads)
     if plan.calibration is not None and plan.calibration.written:
         after["rows that the model writes"] = written_memory(plan, outline, threads)
-    return Prepared(plan, outline, forecast(plan, outline, threads, after), components)
+    return Prepared(plan, outline, forecast_of(plan, outline, threads, after), components)
 
 
 def _components(folder: Path, recipe: Recipe, request: Request, outline: Outline) -> dict[str, Request]:

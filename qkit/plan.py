@@ -26,7 +26,7 @@ from qkit.inputs import block_of
 from qkit.kvcache.scales import tensor_names
 from qkit.machine import run_dtype
 from qkit.methods import check_doubled, check_method
-from qkit.recipe import Recipe, Rule, check_rules, parse_method, rule_for
+from qkit.recipe import Recipe, Rule, Try, check_rules, parse_method, rule_for
 from qkit.solvers.table import SOLVERS
 from qkit.sparse import outlier_count, sparse_bytes
 from qkit.towers import tower_rules
@@ -101,6 +101,7 @@ class Plan:
     policy: dict[str, Any] | None = None
     pipeline: str | None = None
     key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    tries: dict[str, Try] = field(default_factory=dict)
 
     @property
     def inputs(self) -> str:
@@ -119,7 +120,8 @@ class Plan:
     @property
     def compensates(self) -> bool:
         """Whether solvers look at the inputs of the original model."""
-        return any(p.options.get("compensate", 0) for p in self.linears.values())
+        tried = [options for t in self.tries.values() for _, options in t.solvers.values()]
+        return any(o.get("compensate", 0) for o in (*tried, *(p.options for p in self.linears.values())))
 
     @property
     def ratios(self) -> str:

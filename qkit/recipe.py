@@ -17,6 +17,7 @@ Names come from qkit's own tables; nothing in a recipe is ever imported or run.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,6 +33,14 @@ from qkit.transforms.table import TRANSFORMS
 
 Glob = Annotated[str, Field(min_length=1, max_length=200)]
 MOST_SPARSE = 20.0  # percent: beyond it a wider format takes less room
+AUTO = "auto"  # in a method: what comes in its place is found for every block (``qkit.auto``)
+TRIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptq": ("gptq", {}),
+    "gptq, compensate 0.5": ("gptq", {"compensate": 0.5}),
+    "awq+gptq": ("awq+gptq", {}),
+    "smoothquant+gptq": ("smoothquant+gptq", {}),
+    "rtn": ("rtn", {}),
+}
 
 
 class Rule(BaseModel):
@@ -114,6 +123,42 @@ class Recipe(BaseModel):
         return s, solver, check_options(solver, parse_method(self.method)[0], options)
 
 
+@dataclass(frozen=True)
+class Try:
+    """What one recipe for a block has that others have not. solvers: {linear: (solver, its options)}"""
+
+    transforms: tuple[str, ...]
+    solvers: dict[str, tuple[str, dict[str, Any]]]
+
+
+def tries_of(recipe: Recipe, beyond: bool) -> dict[str, Recipe]:
+    """{name: recipe} of those that a method with 'auto' tries, of TRIES what the scheme has a use for; nothing for other
+    methods. Options that are given go over those of the table, to each try those that it has; scales of narrow integers are
+    signed, which costs nothing.
+
+    beyond: a model that is no language model: its inputs would have to be scaled at run time, and its rows are of many shapes.
+    """
+    own, base = recipe.method.lower().split("+"), scheme(recipe.scheme)
+    if AUTO not in own:
+        return {}
+    stages = [TRANSFORMS[part].stage for part in own if part in TRANSFORMS and part != "residual"]
+    narrow = base.weights.kind == "int" and base.weights.symmetric and base.weights.bits <= 4
+    found = {}
+    for name, (method, options) in TRIES.items():
+        moves = bool(parse_method(method)[0])
+        if (moves and (beyond or "stats" in stages)) or ("compensate" in options and beyond):
+            continue
+        if "smoothquant" in method and base.activations is None:
+            continue
+        made = "+".join(method if part == AUTO else part for part in own)
+        parts, solver = parse_method(made)
+        known = _options_of(solver, parts)
+        given = {"signed": True} if narrow else {}
+        given.update(options, **{k: v for k, v in recipe.options.items() if k in known})
+        found[name] = recipe.model_copy(update={"method": made, "options": given})
+    return found
+
+
 def rule_for(name: str, rules: tuple[Rule, ...]) -> tuple[int, Rule | None]:
     """The first rule about the layer of that checkpoint name, and its place; (-1, None) if there is none."""
     for i, rule in enumerate(rules):
@@ -143,8 +188,8 @@ def parse_method(method: str) -> tuple[tuple[str, ...], str]:
     transforms: list[str] = []
     solvers: list[str] = []
     for part in method.lower().split("+"):
-        if part in SOLVERS:
-            solvers.append(part)
+        if part in SOLVERS or part == AUTO:
+            solvers.append(part.replace(AUTO, next(iter(TRIES))))  # the first that is tried stands for all of them
         elif part in TRANSFORMS:
             transforms.append(part)
         elif part == "requant":
@@ -152,7 +197,7 @@ def parse_method(method: str) -> tuple[tuple[str, ...], str]:
                 f"method '{method}': requant searches before anything is planned: give it to 'qkit quantize' with --method"
             )
         else:
-            known = [*SOLVERS, *TRANSFORMS]
+            known = [*SOLVERS, AUTO, *TRANSFORMS]
             raise UsageError(
                 f"unknown method '{part}' in '{method}'{did_you_mean(part, known)} ('qkit list methods' shows all)"
             )
@@ -164,9 +209,7 @@ def parse_method(method: str) -> tuple[tuple[str, ...], str]:
 
 def check_options(solver: str, transforms: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
     """Options with the defaults of the solver and the transforms filled in; UsageError for unknown names or types."""
-    known = dict(SOLVERS[solver].options)
-    for t in transforms:
-        known.update(TRANSFORMS[t].options)
+    known = _options_of(solver, transforms)
     filled = {name: default for name, (default, _) in known.items()}
     for name, value in options.items():
         if name not in known:
@@ -180,6 +223,13 @@ def check_options(solver: str, transforms: tuple[str, ...], options: dict[str, A
             raise UsageError(f"option '{name}': expected {type(default).__name__}, found {value!r}")
         filled[name] = value
     return filled
+
+
+def _options_of(solver: str, transforms: tuple[str, ...]) -> dict[str, tuple[object, str]]:
+    known = dict(SOLVERS[solver].options)
+    for t in transforms:
+        known.update(TRANSFORMS[t].options)
+    return known
 
 
 def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:

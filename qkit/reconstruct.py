@@ -102,6 +102,15 @@ def reconstruct(
         return [x.learner.finish(*x.best) for x in walks], before, least
 
 
+def held_out_error(
+    module: nn.Module, rows: Rows, targets: Rows, call: Call | OneByOne, pool: Workers, weigh: Tensor | None
+) -> float:
+    """Mean squared error of what leaves the block as it is, on held-out rows; arguments as of ``reconstruct``."""
+    with torch.inference_mode(False):
+        block = _Block(module, [], rows, targets, _cloned(call), pool, weigh)
+        return block.error([], (rows.count - held_out(rows.count), rows.count))
+
+
 class _Block:
     """A block, its rows, what they should become, and the names of the weights that it is called with.
 

@@ -15,23 +15,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qkit import sparse
-from qkit.blocks import LANGUAGE, BlockSequence, LinearGroup
+from qkit.auto import attempt
+from qkit.blocks import LANGUAGE, BlockOutline, BlockSequence, LinearGroup
 from qkit.calls import Call, OneByOne
 from qkit.capture import Rows, Stats, Wanted
 from qkit.entry import Calls, embed, quantizing
 from qkit.errors import NumericFailure, write_failure
-from qkit.families.materialize import load_block, plain_tensors, release
+from qkit.families.materialize import load_block, release
 from qkit.families.outline import Outline
 from qkit.flow import Flow
-from qkit.inputs import RESIDUAL, SCALE
 from qkit.job import Job
 from qkit.learner import Learner
 from qkit.loading import load
 from qkit.parallel import Workers
+from qkit.parts import entry_of, part_tensors
 from qkit.plan import Plan, has_static, sequences
 from qkit.qtensor import dequantize, weight_sha256
-from qkit.reconstruct import Settings, reconstruct
+from qkit.reconstruct import Settings, held_out, held_out_error, reconstruct
 from qkit.solvers.table import SOLVERS
 from qkit.solving import Result, look_at_inputs, solve_groups
 from qkit.transforms import BlockState
@@ -64,18 +64,20 @@ class _Run:
 @dataclass(frozen=True)
 class _Step:
     """One block of it. place: its part of the job; last: of its sequence, so that nothing needs what it gives; learns: whether
-    its codes are learned together once its linears are solved; weigh: what errors of what it gives are multiplied by then."""
+    its codes are learned together once its linears are solved; tries: whether several recipes are tried; weigh: what errors of
+    what it gives are multiplied by then."""
 
     state: BlockState
     name: str
     place: int
     last: bool
     learns: bool
+    tries: bool
     weigh: Tensor | None = None
 
     def part(self, results: list[Result], plan: Plan) -> dict[str, Tensor]:
         """The tensors to commit, with weights as transforms left them where a later stage looks at these."""
-        return _part(results, self.state, bool(plan.significant or plan.learning("whole")))
+        return part_tensors(results, self.state, bool(plan.significant or plan.learning("whole")))
 
 
 def run_blocks(
@@ -99,7 +101,7 @@ def run_blocks(
 
 def _run_sequence(run: _Run, sequence: BlockSequence, first: int) -> None:
     """The blocks of the sequence that are left. first: the place of its first block among all of the run."""
-    plan, outline, job = run.plan, run.outline, run.job
+    plan, job = run.plan, run.job
     dtype = getattr(torch, plan.run_dtype if plan.needs_rows else plan.dtype)
     language, rows = sequence.name == LANGUAGE, None
     if plan.needs_rows and (language or (plan.calibration is not None and plan.calibration.beyond_text)):
@@ -107,19 +109,12 @@ def _run_sequence(run: _Run, sequence: BlockSequence, first: int) -> None:
     balance = _balance(run) if rows is not None and language else []
     for block in sequence.blocks[job.finished - first :]:
         name = f"{'' if language else sequence.name + ' '}block {block.index + 1}/{len(sequence.blocks)}"
-        state = BlockState(outline, block, load_block(outline, block, dtype))
+        state = _loaded(run, block, dtype, language)
         state.balance = balance[block.index] if balance else {}
-        state.distort = plan.inputs == "distort"
-        state.doubled = {x.name: p.residual for x in block.linears if (p := plan.linears.get(x.name))}
-        if language:
-            for transform in plan.transforms:
-                if TRANSFORMS[transform].stage == "load":
-                    TRANSFORMS[transform].apply(state, plan.schemes, plan.seed)
-            if plan.key_exponents is not None:
-                scale_keys(state, plan.key_exponents[block.index])
         last = block.index + 1 == len(sequence.blocks)
         weigh = run.weigh[block.index] if run.weigh and language else None
-        step = _Step(state, name, first + block.index, last, _learns(run, sequence), weigh)
+        tries = bool(plan.tries) and not _is_tower(run, sequence)  # these have the first recipe
+        step = _Step(state, name, first + block.index, last, plan.learns and not _is_tower(run, sequence), tries, weigh)
         if rows is None:
             _without_rows(run, step)
         else:
@@ -127,9 +122,24 @@ def _run_sequence(run: _Run, sequence: BlockSequence, first: int) -> None:
         release(state.module)
 
 
-def _learns(run: _Run, sequence: BlockSequence) -> bool:
-    """Whether codes of its blocks are learned together. Not in towers: a projector's rows leave it in another shape."""
-    return run.plan.learns and sequence.name not in {t.name for t in run.outline.towers}
+def _loaded(run: _Run, block: BlockOutline, dtype: torch.dtype, language: bool) -> BlockState:
+    """The block as it is read, with transforms that come before any row."""
+    plan, outline = run.plan, run.outline
+    state = BlockState(outline, block, load_block(outline, block, dtype))
+    state.distort = plan.inputs == "distort"
+    state.doubled = {x.name: p.residual for x in block.linears if (p := plan.linears.get(x.name))}
+    if language:
+        for transform in plan.transforms:
+            if TRANSFORMS[transform].stage == "load":
+                TRANSFORMS[transform].apply(state, plan.schemes, plan.seed)
+        if plan.key_exponents is not None:
+            scale_keys(state, plan.key_exponents[block.index])
+    return state
+
+
+def _is_tower(run: _Run, sequence: BlockSequence) -> bool:
+    """What leaves a block of these is not compared: a projector's rows leave it in another shape."""
+    return sequence.name in {t.name for t in run.outline.towers}
 
 
 def _balance(run: _Run) -> list[dict[str, float]]:
@@ -151,7 +161,7 @@ def _rows(run: _Run, sequence: BlockSequence, first: int) -> tuple[Rows, Calls]:
     run.progress.start("embed the calibration rows", plan.calibration.samples)
     good = None if record is None else [bool(g) for g in record["good"]]
     rows, calls = embed(plan, run.outline, job, sequence, path, run.progress.step, good=good)
-    if plan.inputs != INPUTS[0] or plan.compensates or _learns(run, sequence):
+    if plan.inputs != INPUTS[0] or plan.compensates or plan.tries or (plan.learns and not _is_tower(run, sequence)):
         rows.original = job.rows_path(job.finished, original=True)
         if record is None:
             shutil.copyfile(path, rows.original)
@@ -168,33 +178,22 @@ def _without_rows(run: _Run, step: _Step) -> None:
     for group in step.state.block.groups:
         results += solve_groups(step.state, run.plan, (group,), {}, run.pool)
         run.progress.step()
-    run.job.commit(step.place, step.part(results, run.plan), _entry(results), None)
+    run.job.commit(step.place, step.part(results, run.plan), entry_of(results), None)
 
 
 def _with_rows(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> Rows:
     """With calibration: transform, solve, run the rows on, commit. Gives the rows that leave the block."""
-    plan, job, state, progress = run.plan, run.job, step.state, run.progress
-    leaving = job.rows_path(step.place + 1)
-    flow = Flow(state.module, state.block, rows, call, run.pool)
-    handles: list[Any] = []
+    plan, job, progress = run.plan, run.job, run.progress
+    leaving, flow, solved = job.rows_path(step.place + 1), None, None
     try:
         record: dict[str, Any] = {}
         if rows.original is not None:
             record["original"] = _originals(run, step, rows, call)
-        for transform in plan.transforms:
-            if TRANSFORMS[transform].stage == "stats":
-                progress.start(f"{step.name}, {transform}", len(list(rows.pieces())))
-                state.stats = flow.capture(
-                    state.block.groups, Wanted(hessian=False, ranges=True), progress.step, keep=False
-                )
-                TRANSFORMS[transform].apply(state, plan.schemes, plan.seed)
-                state.write_back()
-        before = {x.name: state.weight(x).clone() for x in state.block.linears} if step.learns else {}
-        results, handles = _solve_with_rows(run, step, flow)
-        learned: dict[str, Any] = {}
-        if step.learns:
-            flow.close()
-            results, learned = _learn(run, step, rows, call, results, before)
+        if step.tries:
+            step, solved = _best(run, step, rows, call)
+        flow = Flow(step.state.module, step.state.block, rows, call, run.pool)
+        if solved is None:
+            solved = _solved(run, step, flow, rows, call)
         if not step.last:
             progress.start(f"{step.name}, rows", len(list(rows.pieces())))
             original = rows.original
@@ -202,17 +201,79 @@ def _with_rows(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> Row
             rows.original = None if original is None else job.rows_path(step.place + 1, original=True)
             record |= {"sha256": digest, "good": rows.good}
         flow.close()
-        entry = _entry(results) | learned
-        job.commit(step.place, step.part(results, plan), entry, None if step.last else record)
+        entry = entry_of(solved.results) | solved.said
+        job.commit(step.place, step.part(solved.results, plan), entry, None if step.last else record)
         return rows
     except OSError as e:
         raise write_failure(leaving, e) from e
     finally:
-        flow.close()
-        for handle in handles:
+        if flow is not None:
+            flow.close()
+        for handle in [] if solved is None else solved.handles:
             handle.remove()
         for path in _saved_inputs(run, step, rows).values():
             path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """A block's linears, put in place; handles: of the hooks that quantize activations from there on; said: what the journal
+    says of the block."""
+
+    results: list[Result]
+    handles: list[Any]
+    said: dict[str, Any]
+
+
+def _solved(run: _Run, step: _Step, flow: Flow, rows: Rows, call: Call | OneByOne) -> _Solved:
+    """One recipe. rows: those of the flow and, of several recipes, those that none is solved with."""
+    plan, state, progress = run.plan, step.state, run.progress
+    for transform in plan.transforms:
+        if TRANSFORMS[transform].stage == "stats":
+            progress.start(f"{step.name}, {transform}", len(list(rows.pieces())))
+            state.stats = flow.capture(
+                state.block.groups, Wanted(hessian=False, ranges=True), progress.step, keep=False
+            )
+            TRANSFORMS[transform].apply(state, plan.schemes, plan.seed)
+            state.write_back()
+    before = {x.name: state.weight(x).clone() for x in state.block.linears} if step.learns else {}
+    results, handles = _solve_with_rows(run, step, flow)
+    if not step.learns:
+        return _Solved(results, handles, {})
+    flow.close()
+    results, learned = _learn(run, step, rows, call, results, before)
+    return _Solved(results, handles, learned)
+
+
+def _best(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> tuple[_Step, _Solved]:
+    """Every recipe of the plan on the block anew, and the one that errs least on held-out rows, put in place again."""
+    first_held = rows.count - held_out(rows.count)
+    given = replace(rows, good=[good and i < first_held for i, good in enumerate(rows.good)])
+    targets = replace(rows, path=run.job.rows_path(step.place + 1, original=True))
+    dtype, errors, best = rows.dtype, dict[str, float](), None
+    for name, tried in run.plan.tries.items():
+        alone = replace(run, plan=attempt(run.plan, tried))
+        state = _loaded(alone, step.state.block, dtype, language=True)
+        state.balance, state.originals = step.state.balance, step.state.originals
+        mine = replace(step, state=state, name=f"{step.name}, {name}")
+        flow = Flow(state.module, state.block, given, call, run.pool)
+        try:
+            solved = _solved(alone, mine, flow, rows, call)
+        finally:
+            flow.close()
+        error = held_out_error(state.module, rows, targets, call, run.pool, step.weigh)
+        for handle in solved.handles:
+            handle.remove()
+        errors[name] = float(f"{error:.6g}")
+        if best is None or error < best[0]:
+            values = {n: t.clone() for n, t in state.module.state_dict().items()}
+            best = error, name, replace(mine, name=step.name), solved, values
+    assert best is not None
+    _, name, mine, solved, values = best
+    mine.state.module.load_state_dict(values)
+    results = [replace(r, recipe=name) for r in solved.results]
+    said = {**solved.said, "recipe": name, "held_out_errors": errors}
+    return mine, _Solved(results, _quantize_inputs(mine.state, results), said)
 
 
 def _originals(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> str:
@@ -290,60 +351,29 @@ def _solve_with_rows(run: _Run, step: _Step, flow: Flow) -> tuple[list[Result], 
         found = solve_groups(state, plan, groups, stats, run.pool)
         for r in found:
             r.linear.view(state.module).copy_(own[r.plan.name].weight_back(dequantize(r.qtensor)))
-            if r.plan.activations is not None and r.linear.expert is None:
-                module = state.module.get_submodule(r.linear.param.removesuffix(".weight"))
-                handles.append(
-                    module.register_forward_pre_hook(quantizing(r.plan.activations, r.static, own[r.plan.name]))
-                )
+        handles += _quantize_inputs(state, found)
         if looks:
             flow.solved(groups, progress.step)
         results += found
     return results, handles
 
 
+def _quantize_inputs(state: BlockState, results: list[Result]) -> list[Any]:
+    """Handles of hooks that do so, of linears that are modules."""
+    group_of = {x.name: g for g in state.block.groups for x in g.linears}
+    handles = []
+    for r in results:
+        if r.plan.activations is not None and r.linear.expert is None:
+            module = state.module.get_submodule(r.linear.param.removesuffix(".weight"))
+            inputs = state.inputs(group_of[r.plan.name], r.plan.rotation)
+            handles.append(module.register_forward_pre_hook(quantizing(r.plan.activations, r.static, inputs)))
+    return handles
+
+
 def _wanted(plan: Plan, groups: tuple[LinearGroup, ...]) -> Wanted:
     planned = [p for g in groups for x in g.linears if (p := plan.linears.get(x.name))]
     hessian = any(SOLVERS[p.solver].needs_hessian for p in planned)
     return Wanted(hessian, not hessian or any(map(has_static, planned)))  # either tells the energy of every channel
-
-
-# ---- what a part and a journal entry hold ----------------------------------------------------------------------
-
-
-def _part(results: list[Result], state: BlockState, originals: bool) -> dict[str, Tensor]:
-    """Tensors of a part: '<linear>:<piece>' of what is quantized, and plain tensors by their names.
-
-    originals: also the weights that a transform rewrote, as they were before they were quantized.
-    """
-    tensors = plain_tensors(state.outline.checkpoint, state.block, state.module)
-    planned = {r.plan.name for r in results}
-    for linear in state.block.linears:
-        if linear.name not in planned:
-            name = f"{linear.name}.weight"
-            original = state.outline.checkpoint.read(name)
-            changed = state.changed.get(linear.name)
-            tensors[name] = original if changed is None else changed.to(original.dtype)
-    group_of = {x.name: g.key for g in state.block.groups for x in g.linears}
-    for r in results:
-        q = r.qtensor
-        changed = state.changed.get(r.plan.name) if originals else None
-        pieces = {
-            "codes": q.codes,
-            "scale": q.params.scale,
-            "zero": q.params.zero,
-            "global_scale": q.params.global_scale,
-            "input_scale": r.static,
-            SCALE: state.scales.get(group_of[r.plan.name]),
-            RESIDUAL: state.residual.get(group_of[r.plan.name]),
-            "original": None if changed is None else changed.to(state.outline.dtype),
-            **({} if q.sparse is None else sparse.write(q.sparse, q.shape)),
-        }
-        tensors.update({f"{r.plan.name}:{k}": v.contiguous() for k, v in pieces.items() if v is not None})
-    return tensors
-
-
-def _entry(results: list[Result]) -> dict[str, Any]:
-    return {"linears": {r.plan.name: r.entry() for r in results}}
 
 
 def _check_fallbacks(plan: Plan, job: Job) -> None:

@@ -32,7 +32,7 @@ class Result:
     """What became of one linear.
 
     Errors are relative squared output errors on sample tokens (of the weights themselves when no rows were run): of the
-    result, and of plain rounding. tokens: how many the group's statistics saw.
+    result, and of plain rounding. tokens: how many the group's statistics saw; recipe: the one of several that was kept.
     """
 
     linear: Linear
@@ -44,12 +44,14 @@ class Result:
     fallback: str | None
     tokens: int | None
     weight_sha256: str
+    recipe: str | None = None
 
     def entry(self) -> dict[str, Any]:
         """The journal's record of it."""
         sparse = self.qtensor.sparse
         return {
             **({} if sparse is None else {"sparse": sparse.nnz}),
+            **({} if self.recipe is None else {"recipe": self.recipe, "solver": self.plan.solver}),
             "weight_sha256": self.weight_sha256,
             "error": float(f"{self.error:.6g}"),
             "baseline_error": float(f"{self.baseline_error:.6g}"),

@@ -38,7 +38,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--scheme", help="For instance w4a16, w8a8, nvfp4 ('qkit list schemes')."),
         click.option(
             "--method",
-            help="rtn (the default), gptq, awq, mbq, smoothquant, rotate, hadamard, residual, signround, requant, or a sum.",
+            help="rtn (default), gptq, awq, mbq, smoothquant, rotate, hadamard, residual, signround, auto, requant or a sum.",
         ),
         click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with rules per layer."),
         click.option("--group-size", type=int, help="Weights per scale; -1: one scale per output channel."),

@@ -14,6 +14,7 @@ from qkit.export.compressed_tensors import layout
 from qkit.families.discover import DECLARED
 from qkit.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES, Format
 from qkit.kvcache.policy import KINDS, SHORT, WIDTHS_OF
+from qkit.recipe import AUTO, TRIES
 from qkit.requant import METHOD, OUTLIERS, SIGNIFICANT
 from qkit.solvers.table import SOLVERS
 from qkit.transforms.table import TRANSFORMS
@@ -56,7 +57,13 @@ def methods() -> list[dict[str, Any]]:
         "what": "finds outliers per layer, solves again without them, puts back what the loss depends on (arXiv 2503.01901)",
         "options": f"--outliers {OUTLIERS}, --significant {SIGNIFICANT}",
     }
-    return [*solvers, *transforms, repair]
+    search = {
+        "method": AUTO,
+        "kind": "search",
+        "what": "on every block tries " + "; ".join(TRIES) + ": the least error on held-out rows is kept",
+        "options": "",
+    }
+    return [*solvers, *transforms, search, repair]
 
 
 def formats() -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def quantize_command(
             f"verified with {sum(report.checks.values()):,} checks, {time.monotonic() - began:.1f} s"
         )
     )
-    for line in (*_components(found, out), *_policy(out)):
+    for line in (*_components(found, out), *_policy(out), *_recipes(out)):
         console.print(Text(line))
     for engine in sorted({e.engine + ": " + e.loads_as for e in report.engines if e.loads_as}):
         console.print(Text(f"loads in {engine}"))
@@ -103,6 +104,16 @@ def _components(found: Prepared, out: Path) -> Iterator[str]:
             sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (Path(asked.model), out / name)
         )
         yield f"{name}: {str(asked.scheme).upper()}, {megabytes(before)} before, {megabytes(after)} after"
+
+
+def _recipes(out: Path) -> Iterator[str]:
+    """What method auto kept."""
+    record = load_json(weights_folder(out) / RECORD, "record", 1 << 28)
+    kept = Counter(x["recipe"] for x in record["linears"].values() if "recipe" in x)
+    if kept:
+        yield "kept, of what was tried on every block: " + "; ".join(
+            f"{r} for {n} linears" for r, n in kept.most_common()
+        )
 
 
 def _policy(out: Path) -> Iterator[str]:

@@ -75,11 +75,12 @@ def contestants() -> list[Run]:
             for method in ("rtn", "gptq")
             for options in ((), ("signed=true",))
         ]
+        found.append(Run(QKIT, scheme, group, "auto"))
         found += [Run(QKIT, scheme, group, method) for method in ("signround", "gptq+signround")]
         found += [Run(QKIT, scheme, group, "signround", x) for x in (LEARNED, (*LEARNED, WHOLE))]
         found += [Run(AUTOROUND, scheme, group, "signround"), Run(LLMCOMPRESSOR, scheme, group, "gptq")]
     for scheme in ("nvfp4", "w4a8", "w8a8"):
-        found += [Run(QKIT, scheme, None, method) for method in ("rtn", "gptq", "gptq+signround")]
+        found += [Run(QKIT, scheme, None, method) for method in ("rtn", "gptq", "auto", "gptq+signround")]
         if scheme == "nvfp4":
             found += [Run(QKIT, scheme, None, "residual+gptq", options) for options in ((), ("share=0.5",))]
         found.append(Run(QKIT, scheme, None, "gptq+signround", LEARNED))
