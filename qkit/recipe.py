@@ -148,8 +148,6 @@ def tries_of(recipe: Recipe, beyond: bool) -> dict[str, Recipe]:
         moves = bool(parse_method(method)[0])
         if (moves and (beyond or "stats" in stages)) or ("compensate" in options and beyond):
             continue
-        if "smoothquant" in method and base.activations is None:
-            continue
         made = "+".join(method if part == AUTO else part for part in own)
         parts, solver = parse_method(made)
         known = _options_of(solver, parts)

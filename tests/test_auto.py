@@ -36,7 +36,7 @@ def sums(out: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("scheme, method, beyond, expected", [
-    ("w4a16", "auto", False, ["gptq", "gptq, compensate 0.5", "awq+gptq", "rtn"]),
+    ("w4a16", "auto", False, ["gptq", "gptq, compensate 0.5", "awq+gptq", "smoothquant+gptq", "rtn"]),
     ("w4a8", "auto", False, ["gptq", "gptq, compensate 0.5", "awq+gptq", "smoothquant+gptq", "rtn"]),
     ("w8a8", "rotate+auto", False, ["gptq", "gptq, compensate 0.5", "awq+gptq", "smoothquant+gptq", "rtn"]),
     ("nvfp4", "residual+auto+signround", False, ["gptq", "gptq, compensate 0.5", "awq+gptq", "smoothquant+gptq", "rtn"]),
@@ -69,7 +69,7 @@ def test_the_best_is_kept_and_nothing_depends_on_the_workers(asked: Request, tmp
     assert quantize(asked, out, Quiet()).ok
     for entry in journal(out):
         errors = entry["held_out_errors"]
-        assert len(errors) == 4 and errors[entry["recipe"]] == min(errors.values()) < max(errors.values())
+        assert len(errors) == 5 and errors[entry["recipe"]] == min(errors.values()) < max(errors.values())
     quantize(replace(asked, threads=3), other, Quiet())
     for phases in (9, 25):
         with pytest.raises(KeyboardInterrupt):

@@ -28,8 +28,15 @@ from qkit.quality import Interval, bootstrap_ci, ratio_ci
 from qkit.transforms.balance import gradients, ratios
 
 SETTINGS = {"W4A8": ("w4a8", None), "W3A16 g64": ("w3a16", 64), "W2A16 g64": ("w2a16", 64), "W2A16 g32": ("w2a16", 32)}
-METHODS = ("rtn", "awq (text)", "awq", "gptq", "mbq-mse", "mbq", "mbq+gptq")
-PAIRS = (("mbq", "awq"), ("mbq-mse", "awq"), ("mbq", "awq (text)"), ("mbq+gptq", "gptq"))
+METHODS = ("rtn", "awq (text)", "awq", "gptq", "mbq-mse", "mbq", "mbq+gptq", "auto", "signround")
+PAIRS = (
+    ("mbq", "awq"),
+    ("mbq-mse", "awq"),
+    ("mbq", "awq (text)"),
+    ("mbq+gptq", "gptq"),
+    ("auto", "gptq"),
+    ("signround", "gptq"),
+)
 
 
 class Silent:
