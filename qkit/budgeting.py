@@ -18,6 +18,7 @@ from qkit.allocation.allocate import (
     choices_of,
     limit_bytes,
     outliers,
+    ranks,
     refuse_too_small,
     rules,
 )
@@ -74,10 +75,10 @@ def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Al
     """Solve the budget. Raises UsageError where request and budget exclude each other, BadInput for another model's profile."""
     if request.scheme is not None or request.recipe is not None:
         raise UsageError("a budget chooses the scheme of every layer: leave --scheme and --recipe out")
-    if request.outliers is not None or request.significant is not None:
+    if request.outliers is not None or request.significant is not None or request.rank is not None:
         raise UsageError(
-            "a budget chooses the sparse part of every layer too: leave --outliers and --significant out and add candidates "
-            "such as int3+0.5%"
+            "a budget chooses the sparse and the low-rank part of every layer too: leave --outliers, --rank and "
+            "--significant out and add candidates such as int3+0.5% or int3+r16"
         )
     outline = open_outline(request.model, "a budget")
     table = None if wanted.budget.latency is None else LatencyTable.load(wanted.budget.latency[1])
@@ -121,7 +122,13 @@ def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Al
     allocation = replace(first, picks=picks, bytes=used, cost=cost_of(made, picks, wanted.measure), time=time)
     method = request.method or made.request["method"]
     decided = replace(
-        request, scheme=scheme, method=method, group_size=None, rules=tuple(chosen), outliers=outliers(made, picks)
+        request,
+        scheme=scheme,
+        method=method,
+        group_size=None,
+        rules=tuple(chosen),
+        outliers=outliers(made, picks),
+        rank=ranks(made, picks),
     )
     return Allocated(
         decided, made, allocation, found, table, running if wanted.budget.memory is not None else None, cache
@@ -192,7 +199,8 @@ def _refuse_another(made: Profile, wanted: BudgetRequest, request: Request, outl
 
 def _header_bytes(made: Profile, outline: Outline) -> int:
     """At most so much of the weight files is not tensors: a line of JSON for each, of a name, a dtype, a shape and a place."""
-    pieces = 7 if any(made.request["outliers"].values()) else 4  # tensors that a quantized weight is stored as
+    pieces = 4 + 3 * any(made.request["outliers"].values())  # tensors that a quantized weight is stored as
+    pieces += 2 * any(made.request.get("ranks", {}).values())
     names = [n for u in made.units for n in u.linears]
     return sum(len(n) + 100 for n in outline.checkpoint.tensors) + pieces * sum(len(n) + 120 for n in names)
 

@@ -235,7 +235,7 @@ class Spec:
 @dataclass(frozen=True)
 class Linear:
     """A quantized linear as qkit.json states it; ``shape`` is (out_features, in_features), ``sparse`` how many values its
-    sparse part has, ``rotation`` the block of the transform of its inputs, ``scaled``
+    sparse part has, ``rank`` that of its low-rank part, ``rotation`` the block of the transform of its inputs, ``scaled``
     whether their channels are multiplied by a stored scale first, ``residual`` how many of them are quantized twice."""
 
     name: str
@@ -247,6 +247,7 @@ class Linear:
     rotation: int = 0
     scaled: bool = False
     residual: int = 0
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -337,8 +338,12 @@ def _read_linear(name: str, data: Any, findings: Findings) -> Linear | None:
         "record", sound, f"{where}.residual", f"found {short(twice)}, expected a number of groups of input channels"
     ):
         return None
+    rank = data.get("rank", 0)
+    sound = rank == 0 or (is_int(rank, 1) and rank <= min(rows, columns))
+    if not findings.check("record", sound, f"{where}.rank", f"found {short(rank)}, expected a rank of the weight"):
+        return None
     scaled = data.get("scaled") is True
-    return Linear(name, weights, activations, (rows, columns), data["weight_sha256"], kept, turn, scaled, twice)
+    return Linear(name, weights, activations, (rows, columns), data["weight_sha256"], kept, turn, scaled, twice, rank)
 
 
 def read_record(out: Path, findings: Findings) -> Record | None:

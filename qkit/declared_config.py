@@ -204,6 +204,8 @@ def _check_top(data: dict[str, Any], record: Record, findings: Findings) -> None
         _read_args(data["kv_cache_scheme"], False, f"{_ROOT}.kv_cache_scheme", findings)
     kept = sorted(linear.name for linear in record.linears.values() if linear.sparse)
     expect("sparse", (data.get("sparse") or []) == kept, f"expected the {len(kept)} linears with a sparse part")
+    thin = sorted(linear.name for linear in record.linears.values() if linear.rank)
+    expect("low_rank", (data.get("low_rank") or []) == thin, f"expected the {len(thin)} linears with a low-rank part")
     turned = {linear.name: linear.rotation for linear in record.linears.values() if linear.rotation}
     expect("rotated", (data.get("rotated") or {}) == turned, f"expected the {len(turned)} linears with turned inputs")
     scaled = sorted(linear.name for linear in record.linears.values() if linear.scaled)
@@ -212,7 +214,7 @@ def _check_top(data: dict[str, Any], record: Record, findings: Findings) -> None
     expect(
         "residual", (data.get("residual") or []) == twice, f"expected the {len(twice)} linears with residual channels"
     )
-    alone = bool(kept or turned or scaled or twice)
+    alone = bool(kept or thin or turned or scaled or twice)
     expect(
         "quant_method", not alone or data.get("quant_method") == "qkit", "no other loader knows what is special here"
     )

@@ -6,6 +6,7 @@ programs written apart have to agree on every weight. Arithmetic is IEEE float32
   FP8, MX    value * scale, an E8M0 scale being 2^(e - 127)
   NVFP4      value * (scale / global_scale)
   sparse     plus, at the places of the sparse part (CSR), a 16-bit value
+The low-rank part is a product that runs beside the weight: its tensors are checked, and are no part of what is decoded.
 """
 
 from __future__ import annotations
@@ -198,6 +199,9 @@ def layout(linear: Linear, packing: str, floats: tuple[str, ...] = FLOATS) -> Ex
         tensors["sparse_rows"] = (("U16" if linear.sparse < 65536 else "I32",), (rows + 1,))
         tensors["sparse_columns"] = ((index,), (linear.sparse,))
         tensors["sparse_values"] = (("BF16", "F16"), (linear.sparse,))
+    if linear.rank:
+        tensors["low_rank_down"] = (("BF16", "F16"), (linear.rank, columns))
+        tensors["low_rank_up"] = (("BF16", "F16"), (rows, linear.rank))
     return tensors
 
 
@@ -361,6 +365,10 @@ def decode(linear: Linear, tensors: Mapping[str, Stored]) -> Decoded:
     zero = None if spec.symmetric else _zeros(linear, tensors, done)
     codes = tensors["weight_packed" if "weight_packed" in tensors else "weight"].array()
     added = _sparse(linear, tensors, done) if linear.sparse else None
+    for name in ("low_rank_down", "low_rank_up") if linear.rank else ():
+        bad = tensors[name].nonfinite()
+        if bad:
+            done.faults.append((name, f"{bad} values are NaN or infinite"))
     tall, width = spec.block or (1, spec.group or columns)
     digest, faults, overflow = hashlib.sha256(), set[tuple[str, str]](), 0
     step = max(1, CHUNK // columns)

@@ -20,11 +20,12 @@ from qkit.calibration import Calibration
 from qkit.capture import PENDING_BYTES, SAMPLE_TOKENS, piece_tokens
 from qkit.errors import IOFailure, Unsupported
 from qkit.families.outline import Outline
+from qkit.lowrank import low_rank_bytes
 from qkit.machine import available_memory, process_bytes, resident_bytes
 from qkit.plan import Plan, parts
 from qkit.reconstruct import PIECE_TOKENS
 from qkit.solvers.table import SOLVERS
-from qkit.solving import look_at_inputs, slice_rows
+from qkit.solving import ROUNDS, look_at_inputs, slice_rows
 from qkit.transforms.table import TRANSFORMS
 
 LATER = 20 << 20  # libraries that a run loads after it was planned, measured
@@ -72,6 +73,7 @@ def forecast(plan: Plan, outline: Outline, workers: int, after: dict[str, int] |
         size = sum(x.shape[0] * x.shape[1] for x in block.linears)
         memory["one block"] = max(memory.get("one block", 0), _block_memory(plan, block, weights, heads, item, workers))
         part_bytes += size + sum(x.shape[0] * x.shape[1] // 8 for x in block.linears)
+        part_bytes += sum(low_rank_bytes(p.shape, p.rank) for x in block.linears if (p := plan.linears.get(x.name)))
         ops["forward passes"] += passes * 2.0 * size * tokens
         if plan.learns and c is not None:
             ops["learned rounding"] += _descent(plan, block, size, c)
@@ -87,6 +89,11 @@ def forecast(plan: Plan, outline: Outline, workers: int, after: dict[str, int] |
                 ops["factorizations"] += (1 + 7 * drift) * columns**3 / 3
                 ops["solving"] += 1.0 * out * columns * columns
             ops["solving"] += float(search * out * columns)
+            if p.rank:  # solved anew in every round; what is left of every linear passes the Hessian and is decomposed
+                again = columns * SOLVERS[p.solver].needs_hessian + search
+                ops["solving"] += float(ROUNDS * again * out * columns)
+                each = (2.0 * math.prod(x.shape) * sum(x.shape) + 9.0 * min(x.shape) ** 3 for x in group.linears)
+                ops["solving"] += (ROUNDS + 2) * sum(each)
             ops["packing and checking"] += 20.0 * out * columns
     linear_bytes = max((p.shape[0] * p.shape[1] for p in plan.linears.values()), default=0)
     memory["export"] = max(largest * 2, int(linear_bytes * 2.5))
@@ -102,7 +109,7 @@ def _block_memory(plan: Plan, block: BlockOutline, weights: int, heads: int, ite
     size = sum(x.shape[0] * x.shape[1] for x in block.linears)
     base = weights + size + size // 8  # and codes and scales of finished linears
     base += 4 * size if plan.transforms else 0  # changed weights are kept in float32
-    solving = max(_solving(g, item, workers) for g in block.groups)
+    solving = max(_solving(g, item, workers) + _branching(plan, g, workers) for g in block.groups)
     experts = [g for g in block.groups if g.expert is not None]
     hidden = block.groups[0].linears[0].shape[1]
     # A worker's run holds its rows on their way through the block: the inputs and outputs of its linears, at most.
@@ -111,7 +118,7 @@ def _block_memory(plan: Plan, block: BlockOutline, weights: int, heads: int, ite
     if not plan.needs_rows:
         return base + max(solving, (workers + 1) * piece if plan.static_cache else 0)
     planned = [p for x in block.linears if (p := plan.linears.get(x.name))]
-    hessian = any(SOLVERS[p.solver].needs_hessian for p in planned)
+    hessian = any(SOLVERS[p.solver].needs_hessian or p.rank for p in planned)
     search = any(TRANSFORMS[t].stage == "stats" for t in plan.transforms)
     stages = [*([g] for g in block.groups if g.expert is None), *([experts] if experts else [])]
     stats = [sum(_stats(g, item, hessian) * (1 + plan.compensates) for g in stage) for stage in stages]
@@ -169,6 +176,18 @@ def _solving(group: LinearGroup, item: int, workers: int) -> int:
     whole = sum(rows) * columns
     piece = min(slice_rows(sum(rows), columns), sum(rows)) * columns
     return whole * (2 + (4 if item < 4 else 0)) + min(workers, -(-whole // piece)) * piece * 20
+
+
+def _branching(plan: Plan, group: LinearGroup, workers: int) -> int:
+    """Of a group with low-rank parts, its weights and codes once more; per worker an error in float64 twice, its product with
+    the Hessian, and an eigendecomposition."""
+    shapes = [x.shape for x in group.linears if (p := plan.linears.get(x.name)) is not None and p.rank]
+    if not shapes:
+        return 0
+    each = max(
+        24 * out * columns + 32 * min(out, columns) ** 2 + 16 * columns**2 * (out > columns) for out, columns in shapes
+    )
+    return 5 * sum(map(math.prod, shapes)) + min(workers, len(shapes)) * each
 
 
 def refuse_what_cannot_fit(found: Forecast, folder: Path) -> None:

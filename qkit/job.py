@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit import sparse
+from qkit import lowrank, sparse
 from qkit.errors import BadInput, JobConflict, write_failure
 from qkit.formats import Format
 from qkit.inputs import RESIDUAL, SCALE, InputTransform
@@ -47,7 +47,8 @@ from qkit.safefile import (
 VERSION = 1
 WHOLE = "whole"  # the stage that learns the codes of all linears together
 # Of a linear in a part: "<linear>:<piece>". 'original' is a weight that a transform rewrote, before it was quantized.
-PIECES = ("codes", "scale", "zero", "global_scale", "input_scale", "original", SCALE, RESIDUAL, *sparse.PIECES)
+_BESIDE = (*sparse.PIECES, *lowrank.PIECES)
+PIECES = ("codes", "scale", "zero", "global_scale", "input_scale", "original", SCALE, RESIDUAL, *_BESIDE)
 
 
 def finished_blocks(path: Path) -> int:
@@ -225,7 +226,9 @@ class Job:
             found.update({k: after[f"{name}:{k}"] for k in later if f"{name}:{k}" in after})
         piece = {k: self.read(info) for k, info in found.items()}
         params = Params(piece["scale"], piece.get("zero"), piece.get("global_scale"))
-        return QTensor(piece["codes"], params, fmt, sparse.read(piece)), piece.get("input_scale")
+        branch = lowrank.read(piece, (piece["codes"].shape[0], piece["codes"].shape[1]))
+        q = QTensor(piece["codes"], params, fmt, sparse.read(piece), branch)
+        return q, piece.get("input_scale")
 
     def inputs(self, index: int, name: str, columns: int, rotation: int) -> InputTransform:
         """What is done at run time to the inputs of a linear of block ``index`` as it was solved."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit import ops, sparse
+from qkit import lowrank, ops, sparse
 from qkit.export import compressed_tensors as ct
 from qkit.formats import Format
 from qkit.inputs import PLAIN
@@ -43,7 +43,9 @@ class QuantLinear(nn.Module):
         self.bias = None if bias is None else bias.to(self.dtype)
         static = tensors.get("input_global_scale", tensors.get("input_scale"))
         self.static = None if static is None else static.to(torch.float32)
-        q = replace(ct.read(tensors, self.weights, shape), sparse=sparse.read(tensors))
+        q = replace(
+            ct.read(tensors, self.weights, shape), sparse=sparse.read(tensors), low_rank=lowrank.read(tensors, shape)
+        )
         self.packed = ops.prepare(q, self.activations, self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qkit import lowrank, sparse
 from qkit.blocks import Linear
 from qkit.inputs import InputTransform
 from qkit.qtensor import (
@@ -27,7 +28,6 @@ from qkit.qtensor import (
     tiles,
     untile,
 )
-from qkit.sparse import add_
 
 _FACTORS = (0.5, 1.5)  # of a scale, at the least and at the most
 _INSIDE = 0.499  # of a cell, where an offset begins that has to reach a solver's code
@@ -35,8 +35,8 @@ _INSIDE = 0.499  # of a cell, where an offset begins that has to reach a solver'
 
 @dataclass(frozen=True)
 class Learner:
-    """One linear. weight: float32 [out, in], for transformed inputs; q: what the solver made of it; apart: the sparse part,
-    which stays as it is and is no part of weight, float32 [out, in]."""
+    """One linear. weight: float32 [out, in], for transformed inputs; q: what the solver made of it; apart: the sparse and the
+    low-rank part, which stay as they are and are no part of weight, float32 [out, in]."""
 
     linear: Linear
     weight: Tensor
@@ -46,10 +46,14 @@ class Learner:
 
     @staticmethod
     def of(linear: Linear, weight: Tensor, q: QTensor, inputs: InputTransform) -> Learner:
-        """weight: with the sparse part in it."""
-        if q.sparse is None:
+        """weight: with the sparse and the low-rank part in it."""
+        if q.sparse is None and q.low_rank is None:
             return Learner(linear, weight, q, inputs)
-        apart = add_(torch.zeros_like(weight), q.sparse)
+        apart = torch.zeros_like(weight)
+        if q.sparse is not None:
+            sparse.add_(apart, q.sparse)
+        if q.low_rank is not None:
+            lowrank.add_(apart, q.low_rank)
         return Learner(linear, weight - apart, q, inputs, apart)
 
     def cloned(self) -> Learner:
@@ -102,7 +106,7 @@ class Learner:
         place = self._place(self._scale(factor))
         codes = grid_to_codes(round_to_grid_(self._moved(place, offset), self.q.format), self.q.format)
         params = replace(self.q.params, scale=self._stored(factor))
-        return QTensor(untile(codes, self.q.format, self.q.shape).contiguous(), params, self.q.format, self.q.sparse)
+        return replace(self.q, codes=untile(codes, self.q.format, self.q.shape).contiguous(), params=params)
 
     def _spacing(self, place: Tensor) -> Tensor:
         return grid_spacing(place.clamp(*code_range(self.q.format)), self.q.format)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkit import lowrank, sparse
 from qkit.blocks import Linear
 from qkit.checkpoint import Checkpoint
 from qkit.errors import BadCheckpoint, UsageError
@@ -25,7 +26,6 @@ from qkit.inputs import RESIDUAL, SCALE, InputTransform
 from qkit.kvcache.scales import declare
 from qkit.layers import QuantExperts, QuantLinear
 from qkit.locate import find_model
-from qkit.sparse import PIECES
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", kv: str | None = None) -> Any:
@@ -102,6 +102,7 @@ class PackedOutline(Outline):
             formats_of(self.quantization, names, where) if self.quantization else {}
         )
         self.sparse = frozenset((self.quantization or {}).get("sparse") or ())
+        self.low_rank = frozenset((self.quantization or {}).get("low_rank") or ())
         self.scaled = frozenset((self.quantization or {}).get("scaled") or ())
         self.residual = frozenset((self.quantization or {}).get("residual") or ())
         self.rotated: dict[str, int] = _rotations((self.quantization or {}).get("rotated") or {}, where)
@@ -117,13 +118,16 @@ class PackedOutline(Outline):
                         wanted.add(f"{linear.name}.{SCALE}")
                     if linear.name in self.residual:
                         wanted.add(f"{linear.name}.{RESIDUAL}")
-                    if linear.name in self.sparse:
-                        wanted |= {f"{linear.name}.{s}" for s in PIECES}
+                    wanted |= {f"{linear.name}.{s}" for s in self.beside(linear.name)}
         missing = sorted(wanted - self.checkpoint.tensors.keys())
         if missing:
             raise BadCheckpoint(
                 f"{where}: {len(missing)} tensors are missing, the first is {missing[0]!r}: run 'qkit verify {where}'"
             )
+
+    def beside(self, name: str) -> tuple[str, ...]:
+        """Suffixes of the tensors of a linear's sparse and low-rank part."""
+        return (sparse.PIECES if name in self.sparse else ()) + (lowrank.PIECES if name in self.low_rank else ())
 
 
 def _rotations(data: Any, where: str) -> dict[str, int]:
@@ -186,7 +190,7 @@ def _packed(outline: PackedOutline, linear: Linear, dtype: torch.dtype) -> Quant
     first = outline.checkpoint.read(f"{linear.name}.{RESIDUAL}") if linear.name in outline.residual else None
     result.inputs = InputTransform.of(scale, outline.rotated.get(linear.name, 0), first, linear.shape[1])
     wanted = [*specs(weights, activations, linear.shape, outline.dtype), *(["bias"] if linear.bias else [])]
-    wanted += PIECES if linear.name in outline.sparse else []
+    wanted += outline.beside(linear.name)
     result.take({suffix: outline.checkpoint.read(f"{linear.name}.{suffix}") for suffix in wanted})
     return result
 

@@ -14,10 +14,10 @@ from qkit_kernels import cpu, gpu
 from qkit_kernels import weight as leaf
 from torch import Tensor
 
+from qkit import lowrank, sparse
 from qkit.activations import quantize_activations, token_scale
 from qkit.formats import Format
 from qkit.qtensor import Params, QTensor, round_to_grid
-from qkit.sparse import product
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Prepared:
     """A weight ready to multiply with.
 
     laid:        the codes in the layout of an operator
-    q:           the parameters, format and sparse part; no codes: they are in ``laid``
+    q:           the parameters, format, sparse and low-rank part; no codes: they are in ``laid``
     activations: their format, None for activations as they are; dtype: what they come in
     """
 
@@ -50,19 +50,21 @@ class Prepared:
             return self
         q = unpacked(self)
         params = Params(*(None if t is None else t.to(device) for t in _tensors(q.params)))  # type: ignore[arg-type]
-        sparse = None if q.sparse is None else q.sparse.to(device)
-        return prepare(QTensor(q.codes.to(device), params, q.format, sparse), self.activations, self.dtype)
+        s = None if q.sparse is None else q.sparse.to(device)
+        low = None if q.low_rank is None else q.low_rank.to(device)
+        return prepare(QTensor(q.codes.to(device), params, q.format, s, low), self.activations, self.dtype)
 
     @property
     def nbytes(self) -> int:
         """Bytes held, scales included."""
-        w, s = self.laid.weight, self.q.sparse
+        w, s, low = self.laid.weight, self.q.sparse, self.q.low_rank
         held = [*_tensors(self.q.params), w.scale, w.zero, w.global_scale]
         if isinstance(self.laid, cpu.Prepared):
             held += [self.laid.data, self.laid.scales]
         else:
             held += [self.laid.laid.words, self.laid.laid.scale, self.laid.laid.zero, self.laid.laid.row]
         held += [] if s is None else [s.rows, s.columns, s.values]
+        held += [] if low is None else [low.down, low.up]
         storages = [t.untyped_storage() for t in held if t is not None]
         return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
 
@@ -82,7 +84,7 @@ def _lay_out(q: QTensor, activations: Format | None, dtype: torch.dtype, device:
     weight = _weight(q)
     fmt, shape = weight.format, q.shape
     integers = activations is not None and activations.kind == "int" and activations.strategy == "token"
-    both = integers and q.sparse is None  # else both parts see the same quantized activations
+    both = integers and q.sparse is None and q.low_rank is None  # else all parts see the same quantized activations
     if device == "cpu":
         return cpu.prepare(weight, torch.int8 if both and cpu.supported("int_mm", fmt, shape, torch.int8) else dtype)
     if device == "cuda":
@@ -135,15 +137,22 @@ def linear(
         return _finished(y, x, bias)
     if activations is not None and w.op not in gpu.INTEGERS:
         flat = quantize_activations(flat, activations, static, residual)
+    beside = _beside(flat, w)
     if isinstance(w.laid, gpu.Prepared):
-        s = w.q.sparse
-        return gpu.linear(
-            flat, w.laid, bias, None if s is None else gpu.sparse(flat, s.rows, s.columns, s.values)
-        ).view(*x.shape[:-1], -1)
+        return gpu.linear(flat, w.laid, bias, beside).view(*x.shape[:-1], -1)
     y = cpu.linear(flat, w.laid)
-    if w.q.sparse is not None:
-        y = y.to(torch.float32) + product(flat, w.q.sparse)
-    return _finished(y, x, bias)
+    return _finished(y if beside is None else y.to(torch.float32) + beside, x, bias)
+
+
+def _beside(flat: Tensor, w: Prepared) -> Tensor | None:
+    """float32 [tokens, out]: flat [tokens, in] times the sparse and the low-rank part; None where there is neither."""
+    s, low, y = w.q.sparse, w.q.low_rank, None
+    if s is not None:
+        on_gpu = isinstance(w.laid, gpu.Prepared)
+        y = gpu.sparse(flat, s.rows, s.columns, s.values) if on_gpu else sparse.product(flat, s)
+    if low is None:
+        return y
+    return lowrank.product(flat, low) if y is None else y + lowrank.product(flat, low)
 
 
 def _finished(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

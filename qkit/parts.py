@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qkit import sparse
+from qkit import lowrank, sparse
 from qkit.families.materialize import plain_tensors
 from qkit.inputs import RESIDUAL, SCALE
 from qkit.solving import Result
@@ -40,6 +40,7 @@ def part_tensors(results: list[Result], state: BlockState, originals: bool) -> d
             RESIDUAL: state.residual.get(group_of[r.plan.name]),
             "original": None if changed is None else changed.to(state.outline.dtype),
             **({} if q.sparse is None else sparse.write(q.sparse, q.shape)),
+            **({} if q.low_rank is None else lowrank.write(q.low_rank)),
         }
         tensors.update({f"{r.plan.name}:{k}": v.contiguous() for k, v in pieces.items() if v is not None})
     return tensors

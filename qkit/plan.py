@@ -12,13 +12,10 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-import torch
-
 from qkit.blocks import BlockOutline, BlockSequence, Linear
 from qkit.calibration import Calibration
 from qkit.diffusion.policy import BY_STEP, Asked
 from qkit.errors import BadRecipe, Unsupported, UsageError
-from qkit.export.compressed_tensors import stored_bytes
 from qkit.families.discover import kind_of
 from qkit.families.outline import Outline
 from qkit.formats import Format, Scheme, fit_group
@@ -27,8 +24,9 @@ from qkit.kvcache.scales import tensor_names
 from qkit.machine import run_dtype
 from qkit.methods import check_doubled, check_method
 from qkit.recipe import Recipe, Rule, Try, check_rules, parse_method, rule_for
+from qkit.sizes import check_rank, packed_bytes
 from qkit.solvers.table import SOLVERS
-from qkit.sparse import outlier_count, sparse_bytes
+from qkit.sparse import outlier_count
 from qkit.towers import tower_rules
 from qkit.transforms.balance import INPUTS, RATIOS
 from qkit.transforms.residual import residual_channels
@@ -43,8 +41,8 @@ TIED_REASON = "the output head shares its weight with the embeddings"
 @dataclass(frozen=True)
 class LinearPlan:
     """What happens to one linear. outliers: how many of its weights, the largest, go to a sparse part before it is quantized;
-    rotation: block of the Hadamard transform of its inputs, 0: none; residual: how many of its input channels are quantized
-    twice; note: what is unusual about it (an adapted group size, a rule)."""
+    rank: of its low-rank part, 0: none; rotation: block of the Hadamard transform of its inputs, 0: none; residual: how many of
+    its input channels are quantized twice; note: what is unusual about it (an adapted group size, a rule)."""
 
     name: str
     shape: tuple[int, int]
@@ -54,6 +52,7 @@ class LinearPlan:
     solver: str
     options: dict[str, Any] = field(default_factory=dict)
     outliers: int = 0
+    rank: int = 0
     rotation: int = 0
     residual: int = 0
     note: str = ""
@@ -196,6 +195,7 @@ def make_plan(
                 skipped[linear.name] = reason
                 continue
             linears[linear.name] = _decide(linear, recipe, rule)
+            check_rank(linears[linear.name], outline.dtype)
     if not linears:
         raise UsageError("nothing is left to quantize: every layer is skipped by a rule or by default")
     check_doubled(recipe.method, transforms, sum(p.residual for p in linears.values()))
@@ -218,14 +218,14 @@ def make_plan(
         )
     untied = "rotate" in transforms and bool(outline.tied)
     export, measured = _export(recipe, outline, linears, significant), rows is not None or is_static(kv)
-    packed_bytes = _packed_bytes(outline, linears, significant, untied)
+    size = packed_bytes(outline, linears, significant, untied)
     if is_static(kv):
         if export != "compressed-tensors":
             raise UsageError(
                 f"--kv fp8: its scales are part of the compressed-tensors format, and this result has quant_method {export} "
-                "(sparse parts, or --export): leave one of the two out"
+                "(sparse or low-rank parts, or --export): leave one of the two out"
             )
-        packed_bytes += sum(map(len, tensor_names(outline))) * outline.dtype.itemsize
+        size += sum(map(len, tensor_names(outline))) * outline.dtype.itemsize
     return Plan(
         linears,
         skipped,
@@ -239,7 +239,7 @@ def make_plan(
         seed,
         outline.checkpoint.fingerprint(),
         outline.checkpoint.nbytes,
-        packed_bytes,
+        size,
         calibration if measured else None,
         rows is not None,
         untied,
@@ -272,15 +272,18 @@ def has_static(p: LinearPlan) -> bool:
 def _export(recipe: Recipe, outline: Outline, linears: dict[str, LinearPlan], significant: int) -> str:
     """The method's name in config.json."""
     sparse = next((p.name for p in linears.values() if p.outliers), "the whole model" if significant else None)
+    branch = next((p.name for p in linears.values() if p.rank), None)
     why = None
-    if sparse is not None:
+    if branch is not None:
+        why = f"that format has no place for the low-rank part of {branch}"
+    elif sparse is not None:
         why = f"that format has no place for the sparse part of {sparse}"
     elif outline.family.encodes:
         why = "transformers looks for weights of a T5 that are packed"
     elif any(p.residual for p in linears.values()) or _scales_inputs(recipe, outline):
         why = "its loaders do not transform inputs as this method does"
     if why is not None and recipe.export == "compressed-tensors":
-        other = ", or set outliers and significant to 0" if sparse else ""
+        other = ", or set rank to 0" if branch else ", or set outliers and significant to 0" if sparse else ""
         raise Unsupported(f"--export compressed-tensors: {why}: leave the option out{other}")
     return recipe.export or "compressed-tensors" if why is None else "qkit"
 
@@ -349,33 +352,11 @@ def _decide(linear: Linear, recipe: Recipe, rule: Rule | None) -> LinearPlan:
         solver,
         options,
         outlier_count(recipe.outliers_of(linear.name), linear.shape),
+        recipe.rank_of(linear.name),
         block_of(linear.shape[1]) if "hadamard" in transforms else 0,
         residual_channels(scheme.activations, linear.shape[1], options["share"]) if "residual" in transforms else 0,
         "; ".join(notes),
     )
-
-
-def _packed_bytes(outline: Outline, linears: dict[str, LinearPlan], significant: int, untied: bool) -> int:
-    """Bytes of all tensors of the result, exactly (shard headers apart).
-
-    Where significant weights will be is not known yet: they are counted as if spread evenly.
-    """
-    total = 0
-    weights = max(1, sum(p.shape[0] * p.shape[1] for p in linears.values()))
-    for name, info in outline.checkpoint.tensors.items():
-        if name in outline.tied:
-            continue
-        p = linears.get(name.removesuffix(".weight"))
-        if p is None:
-            total += info.nbytes
-            continue
-        kept = p.outliers + round(significant * p.shape[0] * p.shape[1] / weights)
-        total += stored_bytes(p.weights, p.activations, p.shape, outline.dtype)
-        total += sparse_bytes(p.shape, kept, outline.dtype) + p.residual * torch.int32.itemsize
-    if untied:
-        shared = next(iter(outline.tied.values()))
-        total += outline.checkpoint.tensors[shared].nbytes
-    return total
 
 
 def _fused(outline: Outline, linears: dict[str, LinearPlan], skipped: dict[str, str]) -> tuple[tuple[str, ...], ...]:

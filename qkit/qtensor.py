@@ -16,14 +16,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from qkit import lowrank, sparse
 from qkit.errors import Unsupported
 from qkit.formats import FP4_MAX, FP8_MAX, NVFP4_RANGE, Format
-from qkit.sparse import Sparse, add_
+from qkit.lowrank import LowRank
+from qkit.sparse import Sparse
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes by code; bit 3 of a code is the sign
 _SEARCH_ELEMENTS = 1 << 16  # of a weight, held by one step of the scale search: its buffers stay in the L2 cache
@@ -43,14 +45,15 @@ class Params:
 class QTensor:
     """A quantized weight [out, in].
 
-    codes: int8 (integers), uint8 (E2M1 codes 0..15) or float8_e4m3fn, [out, in]; sparse: values that are added to what the
-    codes stand for.
+    codes: int8 (integers), uint8 (E2M1 codes 0..15) or float8_e4m3fn, [out, in]; sparse, low_rank: what
+    is added to what the codes stand for, a few values and a product of thin matrices.
     """
 
     codes: Tensor
     params: Params
     format: Format
     sparse: Sparse | None = None
+    low_rank: LowRank | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -353,13 +356,17 @@ def dequantize(q: QTensor) -> Tensor:
     if q.params.zero is not None:
         values = values - q.params.zero.to(torch.float32)[..., None]
     dense = untile(values * effective_scale(q.params, q.format)[..., None], q.format, q.shape)
-    return dense if q.sparse is None else add_(dense, q.sparse)
+    dense = dense if q.sparse is None else sparse.add_(dense, q.sparse)
+    return dense if q.low_rank is None else lowrank.add_(dense, q.low_rank)
 
 
 def weight_sha256(parts: Iterable[QTensor]) -> str:
     """sha256 of the float32 weight, little-endian, row by row. parts: its rows in slices: the whole of it would be the
-    largest tensor of a run."""
+    largest tensor of a run.
+
+    Of codes and sparse part: those of the low-rank part are sums, which no two programs need to round alike.
+    """
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(dequantize(part).contiguous().numpy().astype("<f4", copy=False).data)
+        digest.update(dequantize(replace(part, low_rank=None)).contiguous().numpy().astype("<f4", copy=False).data)
     return digest.hexdigest()

@@ -17,6 +17,7 @@ Names come from qkit's own tables; nothing in a recipe is ever imported or run.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -69,8 +70,9 @@ class Recipe(BaseModel):
 
     targets: of a model that looks at pictures, what its towers get: {vision: w8a8, projector: skip}; a scheme, "skip", or
     "auto": what measuring says (``qkit.towers``). outliers: percent of a layer's weights, the largest, that are kept in 16
-    bits in a sparse part; or {glob: percent}, of which the first that matches decides. significant: percent of all weights
-    that are put back to their values after quantization, those that the loss depends on most. policy: of a diffusion
+    bits in a sparse part; or {glob: percent}, of which the first that matches decides. rank: of the branch in 16 bits that
+    makes up for what rounding took of a layer (``qkit.lowrank``), 0: none; or {glob: rank}. significant: percent of all
+    weights that are put back to their values after quantization, those that the loss depends on most. policy: of a diffusion
     transformer with NVFP4 weights and inputs, precision by step: {width: 6, skips: 0.25}.
     """
 
@@ -82,6 +84,7 @@ class Recipe(BaseModel):
     export: Literal["compressed-tensors", "qkit"] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     outliers: float | dict[Glob, float] = 0.0
+    rank: int | dict[Glob, int] = 0
     significant: Annotated[float, Field(ge=0, le=MOST_SPARSE)] = 0.0
     rules: tuple[Rule, ...] = ()
     targets: dict[str, str] = Field(default_factory=dict)
@@ -93,15 +96,18 @@ class Recipe(BaseModel):
         wrong = next((p for p in given if not 0 <= p <= MOST_SPARSE), None)
         if wrong is not None:
             raise ValueError(f"outliers {wrong:g}: expected a percentage from 0 to {MOST_SPARSE:g}")
+        low = next((r for r in ([self.rank] if isinstance(self.rank, int) else self.rank.values()) if r < 0), None)
+        if low is not None:
+            raise ValueError(f"rank {low}: expected 0, for none, or more")
         return self
 
     def outliers_of(self, name: str) -> float:
         """Percent of outliers of the layer of that checkpoint name."""
-        if isinstance(self.outliers, float):
-            return self.outliers
-        if name in self.outliers:  # an allocation names every layer
-            return self.outliers[name]
-        return next((p for glob, p in self.outliers.items() if fnmatchcase(name, glob)), 0.0)
+        return _for_layer(self.outliers, name)
+
+    def rank_of(self, name: str) -> int:
+        """Rank of the branch of the layer of that checkpoint name."""
+        return int(_for_layer(self.rank, name))
 
     def resolved(self, rule: Rule | None) -> tuple[Scheme, str, dict[str, Any]]:
         """(scheme, solver, solver options) of a layer under its rule.
@@ -121,6 +127,15 @@ class Recipe(BaseModel):
         if solver not in SOLVERS:
             raise UsageError(f"unknown solver '{solver}'{did_you_mean(solver, list(SOLVERS))}")
         return s, solver, check_options(solver, parse_method(self.method)[0], options)
+
+
+def _for_layer(given: float | Mapping[str, float], name: str) -> float:
+    """One value for every layer, or that of the first glob that matches; 0 where none does."""
+    if not isinstance(given, Mapping):
+        return given
+    if name in given:  # an allocation names every layer
+        return given[name]
+    return next((value for glob, value in given.items() if fnmatchcase(name, glob)), 0.0)
 
 
 @dataclass(frozen=True)

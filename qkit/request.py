@@ -31,7 +31,7 @@ class Request:
     calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method
     needs any, and ``written`` rows more, which the model writes itself. recipe: a YAML file; scheme, method, group_size
     and options given here go over it. rules: as in a recipe, what an allocation decided. effort: a name of EFFORTS, options
-    of learned rounding. outliers, significant, targets: as in a recipe; None: what the recipe says. call: of a diffusion
+    of learned rounding. outliers, rank, significant, targets: as in a recipe; None: what the recipe says. call: of a diffusion
     pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and rows_memory the bytes
     that rows may take in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run with, as
     ``Policy.to_json`` gives it; key_exponents: as in a plan.
@@ -44,6 +44,7 @@ class Request:
     recipe: Path | None = None
     rules: tuple[dict[str, Any], ...] = ()
     outliers: float | dict[str, float] | None = None
+    rank: int | dict[str, int] | None = None
     significant: float | None = None
     targets: dict[str, str] | None = None
     effort: str | None = None
@@ -73,6 +74,7 @@ def recipe_of(request: Request) -> Recipe:
         "options": request.options or None,
         "rules": request.rules or None,
         "outliers": request.outliers,
+        "rank": request.rank,
         "significant": request.significant,
         "targets": request.targets or None,
         "policy": request.policy or None,

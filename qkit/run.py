@@ -372,7 +372,7 @@ def _quantize_inputs(state: BlockState, results: list[Result]) -> list[Any]:
 
 def _wanted(plan: Plan, groups: tuple[LinearGroup, ...]) -> Wanted:
     planned = [p for g in groups for x in g.linears if (p := plan.linears.get(x.name))]
-    hessian = any(SOLVERS[p.solver].needs_hessian for p in planned)
+    hessian = any(SOLVERS[p.solver].needs_hessian or p.rank for p in planned)
     return Wanted(hessian, not hessian or any(map(has_static, planned)))  # either tells the energy of every channel
 
 

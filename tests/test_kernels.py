@@ -20,7 +20,7 @@ from qkit_kernels.matmul8 import product8, quantize, takes, view8
 from qkit_kernels.sparse import sparse_product
 from qkit_kernels.weight import E2M1, Format, Weight, dequantize, float_scale
 
-from qkit import formats, ops, qtensor, sparse
+from qkit import formats, lowrank, ops, qtensor, sparse
 
 SMALL = Tile(16, 8, 4, 2, 1)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -249,8 +249,8 @@ def test_sparse_product():
     ("scheme_name", "op"),
     [("W4A16", "product"), ("W8A8", "product8"), ("W4A8", "product8"), ("NVFP4A16", "product"), ("NVFP4A16", "view8")],
 )
-@pytest.mark.parametrize("outliers", (0, 60))
-def test_a_weight_of_a_checkpoint(scheme_name, op, outliers):
+@pytest.mark.parametrize(("outliers", "rank"), [(0, 0), (60, 0), (0, 4), (60, 4)])
+def test_a_weight_of_a_checkpoint(scheme_name, op, outliers, rank):
     """The kernels give what the operators of the CPU give, and hold the weight exactly."""
     torch.manual_seed(0)
     scheme = formats.scheme(scheme_name)
@@ -261,9 +261,10 @@ def test_a_weight_of_a_checkpoint(scheme_name, op, outliers):
     rest, kept = sparse.split(dense, outliers, torch.float16) if outliers else (dense, None)
     amax = dense.abs().amax()
     params = qtensor.find_params(rest, scheme.weights, torch.float16, global_scale=qtensor.nvfp4_global_scale(amax))
-    q = replace(qtensor.quantize(rest, params, scheme.weights), sparse=kept)
+    branch = lowrank.find(torch.randn(40, 256) / 16, None, rank, torch.float16) if rank else None
+    q = replace(qtensor.quantize(rest, params, scheme.weights), sparse=kept, low_rank=branch)
     laid = ops._lay_out(q, scheme.activations, torch.float16, "cuda")
-    if outliers:
+    if outliers or rank:
         op = "product"
     assert isinstance(laid, gpu.Prepared) and laid.op == op
     found = ops.Prepared(laid, replace(q, codes=laid.weight.codes), scheme.activations, torch.float16)

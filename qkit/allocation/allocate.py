@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qkit.allocation import knapsack
 from qkit.allocation.latency import Latency, parse_latency
 from qkit.errors import UsageError
 from qkit.sensitivity.profile import Profile, UnitProfile
 
+T = TypeVar("T")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -202,5 +203,14 @@ def rules(profile: Profile, picks: dict[str, str]) -> list[dict[str, Any]]:
 
 def outliers(profile: Profile, picks: dict[str, str]) -> dict[str, float] | None:
     """{linear: percent of its weights in a sparse part} of those that have one; None where no unit has."""
-    share = profile.request["outliers"]
-    return {n: share[picks[u.key]] for u in profile.units if share[picks[u.key]] for n in u.linears} or None
+    return _beside(profile, picks, profile.request["outliers"])
+
+
+def ranks(profile: Profile, picks: dict[str, str]) -> dict[str, int] | None:
+    """{linear: rank of its low-rank part} of those that have one; None where no unit has."""
+    return _beside(profile, picks, profile.request.get("ranks", {}))
+
+
+def _beside(profile: Profile, picks: dict[str, str], of: Mapping[str, T]) -> dict[str, T] | None:
+    """of: {candidate: what is beside its codes}"""
+    return {n: of[name] for u in profile.units if of.get(name := picks[u.key]) for n in u.linears} or None

@@ -2,7 +2,7 @@
 
 A contender is a name, a function that prepares a weight and one that multiplies with what was prepared. Another one is
 one more function in ``_MAKERS``; each gets its preferred layout and activations in its preferred dtype, and neither
-laying out nor that conversion is timed. What a product needs each time (quantizing activations, sparse parts) is.
+laying out nor that conversion is timed. What a product needs each time (quantizing activations, sparse and low-rank parts) is.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch.nn import functional
 from qkit import ops, sparse
 from qkit.activations import quantize_activations, static_scale
 from qkit.errors import Unsupported
-from qkit.export.compressed_tensors import stored_bytes
 from qkit.formats import Format, fit_group
+from qkit.lowrank import LowRank
 from qkit.qtensor import Params, QTensor, dequantize, param_shape
 from qkit.sensitivity.units import Candidate
+from qkit.sizes import linear_bytes
 from qkit.sparse import outlier_count
 
 OWN, BF16, FLOAT32 = "qkit", "dense bf16", "dense float32"
@@ -75,9 +76,13 @@ def problem(candidate: Candidate, shape: tuple[int, int], dtype: torch.dtype, se
     weights, activations = fit_group(candidate.scheme.weights, shape[1]), candidate.scheme.activations
     kept = outlier_count(candidate.outliers, shape)
     q = random_weight(weights, shape, kept, generator)
+    if candidate.rank:
+        thin = (torch.randn(n, candidate.rank, generator=generator) * 0.02 for n in shape)
+        up, down = (t.to(torch.bfloat16) for t in thin)
+        q = replace(q, low_rank=LowRank(down.T.contiguous(), up))
     if activations is not None and activations.strategy in ("tensor", "tensor_group"):
         static = torch.tensor([static_scale(4.0, activations)])
-    size = stored_bytes(weights, activations, shape, torch.bfloat16) + sparse.sparse_bytes(shape, kept, torch.bfloat16)
+    size = linear_bytes(weights, activations, shape, torch.bfloat16, kept, candidate.rank)
     return Problem(candidate, shape, dtype, q, dequantize(q), static, size)
 
 
@@ -148,7 +153,14 @@ def _plain_int4(p: Problem) -> bool:
     """Whether this is what other libraries call INT4: symmetric, in groups, nothing beside it."""
     q = p.q
     fits = q is not None and q.format.kind == "int" and q.format.bits == 4 and q.format.strategy == "group"
-    return fits and q is not None and q.format.symmetric and q.sparse is None and p.activations is None
+    return (
+        fits
+        and q is not None
+        and q.format.symmetric
+        and q.sparse is None
+        and q.low_rank is None
+        and p.activations is None
+    )
 
 
 def _torch_int4(p: Problem) -> Iterator[Contender]:

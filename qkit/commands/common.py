@@ -76,6 +76,9 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--outliers", type=float, help="Percent of the weights, the largest, kept in 16 bits beside the codes."
         ),
         click.option(
+            "--rank", type=int, help="Of a branch in 16 bits beside the codes, fitted to what rounding took (0: none)."
+        ),
+        click.option(
             "--significant", type=float, help="Percent put back after quantization: what the loss depends on."
         ),
         click.option(
@@ -132,6 +135,8 @@ def make_request(given: dict[str, Any]) -> Request:
     for name in ("outliers", "significant"):
         if given[name] is not None and not 0 <= given[name] <= MOST_SPARSE:
             raise UsageError(f"--{name} {given[name]:g}: expected a percentage from 0 to {MOST_SPARSE:g}")
+    if given["rank"] is not None and given["rank"] < 0:
+        raise UsageError(f"--rank {given['rank']}: expected 0, for none, or more")
     parts = {name: value for name, _, value in targets} or None
     rows = given.pop("rows_memory")
     given["rows_memory"] = None if rows is None else parse_bytes(rows, "--rows-memory")

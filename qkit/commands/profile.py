@@ -27,7 +27,7 @@ from qkit.sensitivity.profile import Profile
     "--candidates",
     required=True,
     help="What a layer may get: int2..int8 (the same as w2a16..w8a16), any scheme (nvfp4, w8a8: activations too), int3+0.5% "
-    "(the largest 0.5 % of its weights kept in 16 bits), bf16 (left as it is).",
+    "(the largest 0.5 % of its weights kept in 16 bits), int3+r16 (a low-rank part of rank 16), bf16 (left as it is).",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the profile.")
 @click.option(

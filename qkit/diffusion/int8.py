@@ -19,7 +19,7 @@ GROUP = 16
 def exact_view(q: QTensor) -> tuple[Tensor, Tensor]:
     """(int8 [out, in], float32 [out, in / 16]): codes times the scale of their group are the dequantized weight.
 
-    q: an NVFP4 weight without a sparse part
+    q: an NVFP4 weight without a sparse or a low-rank part
     """
     _check(q)
     codes = (2 * codes_to_grid(q.codes, q.format)).to(torch.int8)
@@ -46,5 +46,5 @@ def row_view(q: QTensor) -> tuple[Tensor, Tensor]:
 
 
 def _check(q: QTensor) -> None:
-    if q.format.name != "nvfp4" or q.sparse is not None:
+    if q.format.name != "nvfp4" or q.sparse is not None or q.low_rank is not None:
         raise ValueError(f"an INT8 view of {q.format.name}: expected a plain NVFP4 weight")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit import __version__, sparse
+from qkit import __version__, lowrank, sparse
 from qkit.diffusion.pipeline import copy_rest
 from qkit.diffusion.trajectory import Trajectory
 from qkit.export import compressed_tensors as ct
@@ -137,12 +137,13 @@ class _Tensors:
 
     def _linear(self, p: LinearPlan, block: int) -> None:
         kept = int(self.records[p.name].get("sparse", 0))
+        beside = sparse.specs(p.shape, kept, self.outline.dtype) | lowrank.specs(p.shape, p.rank, self.outline.dtype)
         dense = ct.specs(p.weights, p.activations, p.shape, self.outline.dtype)
         own = {k: (info.torch_dtype, info.shape) for k, info in self._of_inputs(p.name, block).items()}
-        for suffix, spec in {**dense, **sparse.specs(p.shape, kept, self.outline.dtype), **own}.items():
+        for suffix, spec in {**dense, **beside, **own}.items():
             name = f"{p.name}.{suffix}"
             self.specs[name] = spec
-            if suffix.startswith("input_") or suffix in (SCALE, *sparse.PIECES):
+            if suffix.startswith("input_") or suffix in (SCALE, *sparse.PIECES, *lowrank.PIECES):
                 # The hash of the weight does not cover it, or not every bit of it: a small value added to a large one.
                 self.plain[name] = ""
             self._get[name] = lambda s=suffix: self._made_for(p, block)[s]  # type: ignore[misc]
@@ -157,6 +158,7 @@ class _Tensors:
         if self._made[0] != p.name:
             q, static = self.job.quantized(block, p.name, p.weights)
             added = {} if q.sparse is None else sparse.write(q.sparse, q.shape)
+            added |= {} if q.low_rank is None else lowrank.write(q.low_rank)
             added |= {k: self.job.read(info) for k, info in self._of_inputs(p.name, block).items()}
             self._made = (p.name, {**ct.write(q, p.activations, static, self.outline.dtype), **added})
         return self._made[1]
@@ -182,9 +184,10 @@ def _config(plan: Plan, outline: Outline, job: Job, source: _Tensors) -> dict[st
         listed = sorted(name.removesuffix(f".{suffix}") for name in source.specs if name.endswith(f".{suffix}"))
         if listed:
             config["quantization_config"][key] = listed
-    kept = sorted(name for name, record in job.records().items() if record.get("sparse"))
-    if kept:
-        config["quantization_config"]["sparse"] = kept
+    for key, count in (("sparse", "sparse"), ("low_rank", "rank")):
+        kept = sorted(name for name, record in job.records().items() if record.get(count))
+        if kept:
+            config["quantization_config"][key] = kept
     rotated = {name: p.rotation for name, p in plan.linears.items() if p.rotation}
     if rotated:
         config["quantization_config"]["rotated"] = rotated

@@ -8,6 +8,7 @@ difference w - w~, rounded to 16 bits (where the weight was taken out before, it
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,8 +107,8 @@ def detach(q: QTensor, weight: Tensor, places: Tensor, dtype: torch.dtype) -> QT
     """q with the weight's own values at ``places`` (int64, flat), by what its sparse part adds to the codes there."""
     if not len(places):
         return q
-    dense = dequantize(QTensor(q.codes, q.params, q.format))
+    dense = dequantize(replace(q, sparse=None))
     values = (weight.flatten()[places] - dense.flatten()[places]).to(sparse.value_dtype(dtype))
     some = values != 0  # nothing to put back
     above = sparse.make(places[some], values[some], q.shape)
-    return QTensor(q.codes, q.params, q.format, sparse.merge(q.sparse, above, q.shape))
+    return replace(q, sparse=sparse.merge(q.sparse, above, q.shape))

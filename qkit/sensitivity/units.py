@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qkit.blocks import LANGUAGE, Linear, LinearGroup
 from qkit.errors import Unsupported, UsageError
-from qkit.export.compressed_tensors import stored_bytes
 from qkit.families.outline import Outline
 from qkit.formats import Scheme, did_you_mean, fit_group, scheme
 from qkit.preflight import holds_siglip
 from qkit.recipe import MOST_SPARSE
-from qkit.sparse import outlier_count, sparse_bytes
+from qkit.sizes import linear_bytes
+from qkit.sparse import outlier_count
 
 KEEP = ("bf16", "fp16", "keep")  # names for leaving a unit in the checkpoint's dtype
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A scheme that units may get; scheme None: they stay as they are. outliers: percent kept in a sparse part."""
+    """A scheme that units may get; scheme None: they stay as they are. outliers: percent kept in a sparse part; rank: of the
+    low-rank part."""
 
     name: str
     scheme: Scheme | None
     outliers: float = 0.0
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,18 +54,18 @@ class Unit:
 
 
 def parse_candidates(text: str, group_size: int | None, option: str = "--candidates") -> tuple[Candidate, ...]:
-    """'int4,int3+0.5%,nvfp4,bf16' -> candidates: schemes by name, intN for WNA16, bf16 for leaving a unit as it is.
+    """'int4,int3+0.5%,int3+r16,nvfp4,bf16' -> candidates: schemes by name, intN for WNA16, bf16 for leaving a unit as it is.
 
-    A percentage is that of the outliers of a sparse part; group_size goes to the integer formats with groups; option: that
-    the text was given to. Raises UsageError for unknown names and repetitions.
+    A percentage is that of the outliers of a sparse part, r16 a low-rank part of rank 16; group_size goes to the integer
+    formats with groups; option: that the text was given to. Raises UsageError for unknown names and repetitions.
     """
     found: list[Candidate] = []
     for item in (part.strip().lower() for part in text.split(",")):
         if item in KEEP:
             found.append(Candidate("keep", None))
             continue
-        plain, plus, percent = item.removesuffix("%").partition("+")
-        outliers = _percent(percent, item, option) if plus else 0.0
+        plain, *beside = item.split("+")
+        outliers, rank = _beside(beside, item, option)
         bits = plain.removeprefix("int")
         name = f"W{bits}A16" if plain.startswith("int") and bits.isdigit() else plain
         try:
@@ -75,7 +78,8 @@ def parse_candidates(text: str, group_size: int | None, option: str = "--candida
             ) from e
         if group_size is not None and s.weights.strategy == "group" and s.weights.scale == "model":
             s = Scheme(s.name, s.weights.with_group(group_size), s.activations)
-        found.append(Candidate(s.name + (f"+{outliers:g}%" if outliers else ""), s, outliers))
+        name = s.name + (f"+{outliers:g}%" if outliers else "") + (f"+r{rank}" if rank else "")
+        found.append(Candidate(name, s, outliers, rank))
     names = [c.name for c in found]
     repeated = next((n for n in names if names.count(n) > 1), None)
     if repeated is not None:
@@ -83,16 +87,22 @@ def parse_candidates(text: str, group_size: int | None, option: str = "--candida
     return tuple(found)
 
 
-def _percent(text: str, item: str, option: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= MOST_SPARSE:
-        raise UsageError(
-            f"{option}: '{item}': expected a percentage of outliers above 0 and up to {MOST_SPARSE:g}, as in int3+0.5%"
-        )
-    return value
+def _beside(parts: list[str], item: str, option: str) -> tuple[float, int]:
+    """(percent of outliers, rank) of what stands behind a scheme; at most one of each."""
+    outliers, rank = 0.0, 0
+    for part in parts:
+        if re.fullmatch(r"r[1-9][0-9]{0,5}", part) and not rank:
+            rank = int(part[1:])
+            continue
+        share = re.fullmatch(r"([0-9]*\.?[0-9]+)%?", part)
+        value = float(share[1]) if share and not outliers else 0.0
+        if not 0 < value <= MOST_SPARSE:
+            raise UsageError(
+                f"{option}: '{item}': expected a percentage of outliers above 0 and up to {MOST_SPARSE:g}, as in int3+0.5%, "
+                "or a rank, as in int3+r16"
+            )
+        outliers = value
+    return outliers, rank
 
 
 def parts_of(outline: Outline, pictures: bool) -> tuple[str, ...]:
@@ -131,7 +141,6 @@ def unit_bytes(unit: Unit, candidate: Candidate, outline: Outline) -> int | None
             weights = fit_group(candidate.scheme.weights, linear.shape[1])
         except Unsupported:
             return None
-        total += stored_bytes(weights, candidate.scheme.activations, linear.shape, outline.dtype)
         kept = outlier_count(candidate.outliers, linear.shape)
-        total += sparse_bytes(linear.shape, kept, outline.dtype)
+        total += linear_bytes(weights, candidate.scheme.activations, linear.shape, outline.dtype, kept, candidate.rank)
     return total
