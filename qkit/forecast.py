@@ -87,7 +87,7 @@ def forecast(plan: Plan, outline: Outline, workers: int, after: dict[str, int] |
                 drift = bool(p.options.get("compensate", 0))
                 ops["Hessians"] += (1.0 + 2 * drift) * columns * columns * tokens
                 ops["factorizations"] += (1 + 7 * drift) * columns**3 / 3
-                ops["solving"] += 1.0 * out * columns * columns
+                ops["solving"] += (1.0 + 4 * p.options.get("sweeps", 0)) * out * columns * columns
             ops["solving"] += float(search * out * columns)
             if p.rank:  # solved anew in every round; what is left of every linear passes the Hessian and is decomposed
                 again = columns * SOLVERS[p.solver].needs_hessian + search
@@ -109,7 +109,8 @@ def _block_memory(plan: Plan, block: BlockOutline, weights: int, heads: int, ite
     size = sum(x.shape[0] * x.shape[1] for x in block.linears)
     base = weights + size + size // 8  # and codes and scales of finished linears
     base += 4 * size if plan.transforms else 0  # changed weights are kept in float32
-    solving = max(_solving(g, item, workers) + _branching(plan, g, workers) for g in block.groups)
+    sweeps = any(p.options.get("sweeps") for x in block.linears if (p := plan.linears.get(x.name)))
+    solving = max(_solving(g, item, workers, sweeps) + _branching(plan, g, workers) for g in block.groups)
     experts = [g for g in block.groups if g.expert is not None]
     hidden = block.groups[0].linears[0].shape[1]
     # A worker's run holds its rows on their way through the block: the inputs and outputs of its linears, at most.
@@ -123,10 +124,11 @@ def _block_memory(plan: Plan, block: BlockOutline, weights: int, heads: int, ite
     stages = [*([g] for g in block.groups if g.expert is None), *([experts] if experts else [])]
     stats = [sum(_stats(g, item, hessian) * (1 + plan.compensates) for g in stage) for stage in stages]
     running = (workers + 1) * piece * (1 + plan.compensates) + (PENDING_BYTES if hessian else 0)
-    # Factorizing takes the Hessian twice more, solving once, for as many groups at a time as there are workers.
+    # Factorizing takes the Hessian twice more, solving once, for as many groups at a time as there are workers; sweeps take
+    # it once more each time.
     squares = sorted((g.linears[0].shape[1] ** 2 * 4 for stage in stages for g in stage), reverse=True)
     factor = sum(squares[: workers if experts else 1]) if hessian else 0
-    moments = [s + max(running, 2 * factor, factor + solving) for s in stats]
+    moments = [s + max(running, (2 + sweeps) * factor, (1 + sweeps) * factor + solving) for s in stats]
     if search:
         out = max(sum(x.shape[0] for x in g.linears) for g in block.groups)
         outputs = SAMPLE_TOKENS * out * 4 * 3 + 4 * 3 * max(x.shape[0] * x.shape[1] for x in block.linears)
@@ -168,14 +170,15 @@ def _stats(group: LinearGroup, item: int, hessian: bool) -> int:
     return 2 * SAMPLE_TOKENS * width * item + (4 * width * width if hessian else 0)
 
 
-def _solving(group: LinearGroup, item: int, workers: int) -> int:
+def _solving(group: LinearGroup, item: int, workers: int, sweeps: bool) -> int:
     """The group's float32 weights (where the block is not in float32 itself), its codes in slices and put together; per worker
-    a slice in float32, its errors, what it is dequantized from and to, and sample outputs."""
+    a slice in float32, its errors, what it is dequantized from and to, and sample outputs; with sweeps also the slice as it
+    was, and the scale of every weight twice."""
     rows = [x.shape[0] for x in group.linears]
     columns = group.linears[0].shape[1]
     whole = sum(rows) * columns
     piece = min(slice_rows(sum(rows), columns), sum(rows)) * columns
-    return whole * (2 + (4 if item < 4 else 0)) + min(workers, -(-whole // piece)) * piece * 20
+    return whole * (2 + (4 if item < 4 else 0)) + min(workers, -(-whole // piece)) * piece * (20 + 12 * sweeps)
 
 
 def _branching(plan: Plan, group: LinearGroup, workers: int) -> int:

@@ -45,6 +45,8 @@ def check_method(
         raise UsageError(f"option 'compensate': expected a share, 0 to 1, found {share}")
     if share and outline.family.streams is not None:
         raise Unsupported("option 'compensate' needs rows of one shape, and those of a diffusion transformer are not")
+    if recipe.options.get("sweeps", 0) < 0:
+        raise UsageError(f"option 'sweeps': expected 0 or more, found {recipe.options['sweeps']}")
     learned = next((t for t in transforms if TRANSFORMS[t].stage == "block"), None)
     if learned is None:
         return

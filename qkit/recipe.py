@@ -36,10 +36,10 @@ Glob = Annotated[str, Field(min_length=1, max_length=200)]
 MOST_SPARSE = 20.0  # percent: beyond it a wider format takes less room
 AUTO = "auto"  # in a method: what comes in its place is found for every block (``qkit.auto``)
 TRIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gptq": ("gptq", {}),
-    "gptq, compensate 0.5": ("gptq", {"compensate": 0.5}),
-    "awq+gptq": ("awq+gptq", {}),
-    "smoothquant+gptq": ("smoothquant+gptq", {}),
+    "gptq": ("gptq", {"sweeps": 4}),
+    "gptq, compensate 0.5": ("gptq", {"sweeps": 4, "compensate": 0.5}),
+    "awq+gptq": ("awq+gptq", {"sweeps": 4}),
+    "smoothquant+gptq": ("smoothquant+gptq", {"sweeps": 4}),
     "rtn": ("rtn", {}),
 }
 

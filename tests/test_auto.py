@@ -56,7 +56,7 @@ def test_what_is_tried(scheme: str, method: str, beyond: bool, expected: list[st
 def test_options_go_to_those_that_have_them() -> None:
     given = {"damp": 0.02, "signed": False, "steps": 3}
     found = tries_of(make_recipe({"scheme": "w4a16", "method": "auto+signround", "options": given}, "test"), False)
-    assert found["gptq, compensate 0.5"].options == {**given, "compensate": 0.5}
+    assert found["gptq, compensate 0.5"].options == {**given, "sweeps": 4, "compensate": 0.5}
     assert found["rtn"].options == {"signed": False, "steps": 3}
     with pytest.raises(UsageError, match="unknown option 'dump'"):
         make_recipe({"scheme": "w4a16", "method": "auto", "options": {"dump": 0.02}}, "command line")

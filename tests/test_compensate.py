@@ -138,6 +138,8 @@ def test_rows_with_pictures(vlm, tmp_path: Path) -> None:
 def test_bad_input(asked: Request, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"option 'compensate': expected a share, 0 to 1, found 1\.5"):
         prepare(replace(asked, options={"compensate": 1.5}))
+    with pytest.raises(UsageError, match=r"option 'sweeps': expected 0 or more, found -1"):
+        prepare(replace(asked, options={"sweeps": -1}))
     pytest.importorskip("diffusers", reason="needs diffusers: pip install 'qkit[diffusion]'")
     from tiny_dits import make_pipeline
 

@@ -1,6 +1,7 @@
 """Solvers against a slow reference in float64, against each other, and on hostile statistics."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -111,6 +112,70 @@ def test_activation_order_helps_where_channels_differ():
     assert layer_error(w, ordered, stats.hessian) < layer_error(w, natural, stats.hessian)
 
 
+# ---- coordinate descent behind it ------------------------------------------------------------------------------
+
+
+def damped(hessian: torch.Tensor, damp: float = 0.01) -> torch.Tensor:
+    return hessian.double() + damp * hessian.double().diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("order", ["none", "activation"])
+@pytest.mark.parametrize("fmt", SMALL.values(), ids=SMALL)
+def test_no_sweep_makes_the_error_larger(fmt, order):
+    found = [gptq(task(fmt, sweeps=n, order=order)) for n in (0, 1, 2, 5)]
+    h = damped(stats_of(inputs()).hessian)
+    errors = [layer_error(weights(), solved, h) for solved in found]
+    assert all(b <= a * (1 + 1e-6) for a, b in pairwise(errors)) and errors[-1] < errors[0]
+
+
+@pytest.mark.parametrize("order", ["none", "activation"])
+@pytest.mark.parametrize("name", ["int2", "int4", "int3_asym", "int4_channel", "nvfp4"])
+def test_sweeps_end_where_no_code_and_no_scale_alone_can_be_better(name, order):
+    fmt = SMALL[name]
+    t = task(fmt, sweeps=60, order=order, damp=0.02)
+    h = damped(t.stats.hessian, 0.02)
+    lowest, highest = (-(2 ** (fmt.bits - 1)), 2 ** (fmt.bits - 1) - 1) if fmt.kind == "int" else (-6, 6)
+    for w, q in zip(t.weights, gptq(t).qtensors, strict=True):
+        scale = expand(effective_scale(q.params, fmt), fmt, q.shape).expand(q.shape).double()
+        zero = 0 if q.params.zero is None else expand(q.params.zero, fmt, q.shape).expand(q.shape).double()
+        e = w.double() - dequantize(q).double()
+        slope, curve = e @ h, h.diagonal()
+        least = float((e @ h * e).sum()) / e.numel()
+        if fmt.kind == "int":  # of a code by one, up and down, where there is one
+            for step in (-1, 1):
+                change = curve * scale.square() - 2 * step * scale * slope
+                there = (lowest <= q.codes + step) & (q.codes + step <= highest)
+                assert float(change[there].min()) > -1e-3 * least
+        if fmt.scale != "model":
+            continue
+        v, stored = q.codes.double() - zero, q.params.scale
+        for other in (stored.float() * (1 + 2**-7), stored.float() * (1 - 2**-7)):  # a neighbour in bf16
+            moved = expand(other.to(torch.bfloat16).float(), fmt, q.shape).expand(q.shape).double()
+            for group in torch.arange(COLUMNS).split(fmt.group or COLUMNS):
+                d = torch.zeros_like(e)
+                d[:, group] = v[:, group] * (moved - scale)[:, group]
+                change = (d @ h * d).sum(1) - 2 * (slope * d).sum(1)
+                assert float(change.min()) > -1e-3 * least * COLUMNS
+
+
+def test_sweeps_do_not_look_at_channels_that_are_never_active():
+    x = inputs()
+    x[:, 10:20] = 0
+    loud = [t.clone() for t in weights()]
+    for t in loud:
+        t[:, 10:20] *= 1.5
+    fmt = FORMATS["int4_channel"]  # one scale a row
+    for t in loud:
+        t[:, 0] = 0.5
+    quiet = [t.clone() for t in loud]
+    for t in quiet:
+        t[:, 10:20] = 0
+    a, b = (gptq(task(fmt, v, stats_of(x), sweeps=3)) for v in (quiet, loud))
+    live = [i for i in range(COLUMNS) if not 10 <= i < 20]
+    for p, q in zip(a.qtensors, b.qtensors, strict=True):
+        assert torch.equal(p.params.scale, q.params.scale) and torch.equal(p.codes[:, live], q.codes[:, live])
+
+
 # ---- every solver, every format --------------------------------------------------------------------------------
 
 
@@ -144,9 +209,10 @@ def test_what_every_solver_owes(solver, fmt):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_rows_do_not_depend_on_their_company(solver):
+@pytest.mark.parametrize("sweeps", [0, 3])
+def test_rows_do_not_depend_on_their_company(solver, sweeps):
     """Linears of a group are solved as one, or in slices of rows: the codes are the same."""
-    t = task(SMALL["int4"])
+    t = task(SMALL["int4"], sweeps=sweeps)
     together = SOLVERS[solver].solve(t).qtensors
     apart = [SOLVERS[solver].solve(replace(t, weights=[w])).qtensors[0] for w in t.weights]
     for a, b in zip(together, apart, strict=True):

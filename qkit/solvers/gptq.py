@@ -19,7 +19,11 @@ How it is arranged here (our choices):
  * ``order: activation`` takes the columns by falling diagonal of H. Scales then come from the original weights,
    so the file needs no permutation;
  * the damping lambda is ``damp`` times the mean diagonal; if the factorization fails it is raised tenfold up to 1,
-   then the group is rounded to nearest and the fallback recorded.
+   then the group is rounded to nearest and the fallback recorded;
+ * ``sweeps`` of coordinate descent may follow. First each scale in the model's dtype goes to its least squares, with
+   everything else as it is, then every column is rounded once more, with all others as they are (QuantEase, arXiv
+   2309.01885, algorithm 1): the same loop, in which a column receives later errors, too. Neither step makes tr(E^T H E)
+   larger, E being the errors, but for the order in which float32 adds.
 """
 
 from __future__ import annotations
@@ -55,16 +59,21 @@ class Factor:
     cost:   float32 [in], the diagonal of D; 0 for inputs that were never active
     reason: why there is no factor
     order:  of the columns; None for the natural one
+    own:    float32 [in], H_kk, 0 for inputs that were never active; None without sweeps
+    pull:   float32 [in, in], H_jk / H_kk, 0 for j = k: how much of the error of column j column k takes on while all others
+            stay; None without sweeps
     """
 
     spread: Tensor | None
     cost: Tensor | None = None
     reason: str | None = None
     order: Tensor | None = None
+    own: Tensor | None = None
+    pull: Tensor | None = None
 
 
 def prepare(stats: Stats, options: dict[str, Any]) -> Factor:
-    """Factorize the Hessian of a group. Options: ``damp`` (float), ``order`` ('none' or 'activation')."""
+    """Factorize the Hessian of a group. Options: ``damp`` (float), ``order`` ('none' or 'activation'), ``sweeps`` (int)."""
     assert stats.hessian is not None
     hessian, order = stats.hessian, None
     if options.get("order", "none") == "activation" and _finite(hessian):
@@ -73,9 +82,14 @@ def prepare(stats: Stats, options: dict[str, Any]) -> Factor:
     upper, reason = factorize(hessian, float(options.get("damp", 0.01)))
     if upper is None:
         return Factor(None, reason=reason)
+    own = pull = None
+    if options.get("sweeps", 0):
+        own = upper.square().sum(1)  # the damped diagonal, in the units of the factor
+        pull = hessian.div(float(hessian.diagonal().double().mean())).div_(own).fill_diagonal_(0)
+        own *= hessian.diagonal() != 0  # scales are not for inputs that were never active
     diagonal = upper.diagonal().clone()
     cost = diagonal.square().mul_(hessian.diagonal() != 0)  # whatever an input that was never active is multiplied with
-    return Factor(upper.div_(diagonal), cost, None, order)
+    return Factor(upper.div_(diagonal), cost, None, order, own, pull)
 
 
 def compensated(weights: list[Tensor], stats: Stats, options: dict[str, Any]) -> list[Tensor]:
@@ -137,24 +151,49 @@ def factorize(hessian: Tensor, damp: float) -> tuple[Tensor | None, str | None]:
 def _solve(task: Task, factor: Factor) -> list[QTensor]:
     fmt, spread, cost, order = task.fmt, factor.spread, factor.cost, factor.order
     assert spread is not None and cost is not None
-    columns = len(spread)
     w = torch.cat(task.weights).T.contiguous()  # [in, out]; becomes the errors, column by column
     scales = _Scales(task, cost, order)
     if order is not None:
         w = w[order]
     codes = torch.empty(w.shape, dtype=_code_dtype(fmt))
-    panel, sub = _panels(fmt, order is not None)
+    panels = _panels(fmt, order is not None)
+    if factor.pull is None:
+        _pass(w, w, spread, scales, codes, panels, fmt, again=False)
+    else:
+        original = w.clone()
+        _pass(original, w, spread, scales, codes, panels, fmt, again=False)
+        for _ in range(int(task.options["sweeps"])):
+            scales.refit(original, w, factor)
+            _pass(original, w, factor.pull, scales, codes, panels, fmt, again=True)
+    codes = codes if order is None else codes[torch.argsort(order)]
+    per_weight = codes.T.split([len(x) for x in task.weights])
+    return [QTensor(c.contiguous(), p, fmt) for c, p in zip(per_weight, scales.params(), strict=True)]
+
+
+def _pass(
+    original: Tensor,
+    w: Tensor,
+    spread: Tensor,
+    scales: _Scales,
+    codes: Tensor,
+    panels: tuple[int, int],
+    fmt: Format,
+    *,
+    again: bool,
+) -> None:
+    """Quantize all columns: w [in, out] becomes their errors, codes is filled. again: w holds those of a pass before."""
+    columns, (panel, sub) = len(w), panels
     for p0 in range(0, columns, panel):
         p1 = min(p0 + panel, columns)
-        now = torch.addmm(w[p0:p1], spread[:p0, p0:p1].T, w[:p0])  # the weights, corrected by the errors so far
+        now = torch.addmm(original[p0:p1], spread[:p0, p0:p1].T, w[:p0])  # the weights, corrected by the errors so far
+        if again:  # and by those that are later
+            now.addmm_(spread[p1:, p0:p1].T, w[p1:]).addmm_(spread[p0:p1, p0:p1].tril(-1).T, w[p0:p1])
+            w[p0:p1] = original[p0:p1]
         for s0 in range(p0, p1, sub):
             s1 = min(s0 + sub, p1)
             now[s0 - p0 : s1 - p0].addmm_(spread[p0:s0, s0:s1].T, w[p0:s0])
             scale, zero = scales.columns(now[s0 - p0 :], s0, s1)
             _sub_panel(now[s0 - p0 : s1 - p0], w[s0:s1], spread[s0:s1, s0:s1], scale, zero, codes[s0:s1], fmt)
-    codes = codes if order is None else codes[torch.argsort(order)]
-    per_weight = codes.T.split([len(x) for x in task.weights])
-    return [QTensor(c.contiguous(), p, fmt) for c, p in zip(per_weight, scales.params(), strict=True)]
 
 
 def _sub_panel(
@@ -243,6 +282,41 @@ class _Scales:
         assert self.now is not None
         scale, zero = self.now
         return scale.expand(s1 - s0, -1), None if zero is None else zero.expand(s1 - s0, -1)
+
+    def refit(self, original: Tensor, errors: Tensor, factor: Factor) -> None:
+        """Each scale at its least squares, rounded to the model's dtype, one group of columns after another; errors [in, out]
+        follow. From then on scales are these. Those in 8 bits stay: their grid is too coarse for it.
+
+        Let v be the codes of a group in one row of the weight, less their zero, e the errors of the row and H_g the rows of H
+        that are the group's: (e - d v)^T H (e - d v) is least at d = v^T H_g e / v^T H_gg v.
+        """
+        assert factor.own is not None and factor.pull is not None
+        params = self.params()
+        if self.fixed is None:
+            self.fixed = self._wide(params, [(len(x), x.shape[1]) for x in self.task.weights])
+        fmt = self.task.fmt
+        if fmt.scale == "model" and fmt.strategy in ("group", "channel"):
+            natural = torch.arange(len(errors)) if factor.order is None else torch.argsort(factor.order)
+            wide, found = self.fixed[0].clone(), []
+            for group in natural.split(fmt.group or len(errors)):
+                own, pull = factor.own[group, None], factor.pull[:, group]
+                scale, e = wide[group[0]], errors[group]
+                v = (original[group] - e) / scale
+                slope = (v * own * (pull.T @ errors + e)).sum(0)
+                curve = (v * own * (pull[group].T @ v + v)).sum(0)
+                moved = (
+                    (scale + slope / curve.clamp_min(torch.finfo(torch.float32).tiny))
+                    .to(self.task.dtype)
+                    .to(torch.float32)
+                )
+                moved = torch.where(moved.isfinite() & (moved * scale > 0), moved, scale)
+                errors[group] = e - v * (moved - scale)
+                wide[group] = moved
+                found.append(moved)
+            own_scales = torch.stack(found, dim=1).to(self.task.dtype).split(self.sizes)
+            params = [replace(p, scale=s.contiguous()) for p, s in zip(params, own_scales, strict=True)]
+            self.fixed = wide, self.fixed[1]
+        self.found = [[p] for p in params]
 
     def params(self) -> list[Params]:
         """The params of each weight, groups side by side."""

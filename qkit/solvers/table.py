@@ -48,6 +48,10 @@ SOLVERS: dict[str, Solver] = {
             "damp": (0.01, "damping of the Hessian, as a fraction of its mean diagonal"),
             "order": ("none", "'activation' takes columns by falling activation energy"),
             "signed": SIGNED,
+            "sweeps": (
+                0,
+                "passes of coordinate descent behind it: scales, then every code once more (arXiv 2309.01885)",
+            ),
             "compensate": (
                 0.0,
                 "share, 0 to 1, of the change of its inputs that a layer makes up for (arXiv 2504.02692)",
