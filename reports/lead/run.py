@@ -1,7 +1,7 @@
 """Who makes the best checkpoint of a size: qkit's methods and rivals, on the same model, calibration rows and machine.
 
     python reports/lead/run.py --model DIR --calib FILE --text NAME=FILE .. --lines LINES --name tiny-llama \\
-        [--autoround PYTHON] [--llmcompressor PYTHON] [--slices 3] [--only NAME ..]
+        [--autoround PYTHON] [--llmcompressor PYTHON] [--slices 3] [--first N] [--only NAME ..]
 
 Each run is a command in a process of its own, on all cores: its wall-clock seconds (with export and proof, where the tool has
 them) and its peak memory are measured. The calibration text is cut into ``--slices`` parts, and each part is one repetition.
@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--autoround")
     parser.add_argument("--llmcompressor")
     parser.add_argument("--slices", type=int, default=3)
+    parser.add_argument("--first", type=int, help="so many of the slices (default: all)")
     parser.add_argument("--only", action="append", default=[], help="runs whose name begins so, repeatable")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)
@@ -170,7 +171,7 @@ def main() -> None:
     done = {(x["run"], x["slice"]) for x in lines}
     original = Remembered(load(args.model, dtype=torch.float32))
     text = read_text(args.calib)
-    for part in range(args.slices):
+    for part in range(args.slices if args.first is None else args.first):
         for run in contestants():
             if (str(run), part) in done or (args.only and not str(run).startswith(tuple(args.only))):
                 continue
