@@ -80,6 +80,7 @@ def contestants() -> list[Run]:
         found.append(Run(QKIT, scheme, group, "auto"))
         found += [Run(QKIT, scheme, group, method) for method in ("signround", "gptq+signround")]
         found += [Run(QKIT, scheme, group, "signround", x) for x in (LEARNED, (*LEARNED, WHOLE))]
+        found.append(Run(QKIT, scheme, group, "smoothquant+signround", LEARNED))  # for models with outliers
         found += [Run(AUTOROUND, scheme, group, "signround"), Run(LLMCOMPRESSOR, scheme, group, "gptq")]
     for scheme in ("nvfp4", "w4a8", "w8a8"):
         found += [Run(QKIT, scheme, None, method) for method in ("rtn", "gptq", "auto", "gptq+signround")]
