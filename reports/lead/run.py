@@ -1,7 +1,7 @@
 """Who makes the best checkpoint of a size: qkit's methods and rivals, on the same model, calibration rows and machine.
 
     python reports/lead/run.py --model DIR --calib FILE --text NAME=FILE .. --lines LINES --name tiny-llama \\
-        [--autoround PYTHON] [--llmcompressor PYTHON] [--slices 3] [--first N] [--only NAME ..]
+        [--autoround PYTHON] [--llmcompressor PYTHON] [--slices 3] [--first N] [--only NAME ..] [--busy]
 
 Each run is a command in a process of its own, on all cores: its wall-clock seconds (with export and proof, where the tool has
 them) and its peak memory are measured. The calibration text is cut into ``--slices`` parts, and each part is one repetition.
@@ -86,6 +86,7 @@ def contestants() -> list[Run]:
         found += [Run(QKIT, scheme, None, method) for method in ("rtn", "gptq", "auto", "gptq+signround")]
         if scheme == "nvfp4":
             found += [Run(QKIT, scheme, None, "residual+gptq", x) for x in ((), SWEPT, ("share=0.5",), (*SWEPT, "share=0.5"))]
+            found += [Run(QKIT, scheme, None, "residual+auto", ("share=0.5",))]
         else:
             found += [Run(QKIT, scheme, None, "gptq", x) for x in (SWEPT, (*SWEPT, "compensate=0.5"))]
         found.append(Run(QKIT, scheme, None, "gptq+signround", LEARNED))
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--llmcompressor")
     parser.add_argument("--slices", type=int, default=3)
     parser.add_argument("--first", type=int, help="so many of the slices (default: all)")
+    parser.add_argument("--busy", action="store_true", help="other work runs on the machine: the table has no seconds")
     parser.add_argument("--only", action="append", default=[], help="runs whose name begins so, repeatable")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)
@@ -201,6 +203,9 @@ def main() -> None:
             shown = {n: round(float(np.exp(np.mean(x))), 3) for n, x in entry["nll"].items()}
             print(run, f"slice {part}", f"{seconds:.0f} s", shown, flush=True)
     table = summary(lines, list(texts))
+    if args.busy:
+        for row in table:
+            del row["seconds"]
     (HERE / f"{args.name}.json").write_text(json.dumps(table, indent=1) + "\n")
     figure(table, next(iter(texts)), HERE / f"{args.name}.png")
 
