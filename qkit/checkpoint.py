@@ -20,8 +20,6 @@ import torch
 from qkit.errors import BadCheckpoint, NumericFailure
 from qkit.folder import (
     CONFIG_LIMIT,
-    check_output_dir,
-    commit_dir,
     contained,
     find_weights,
     list_names,
@@ -48,9 +46,7 @@ from qkit.safefile import (
 __all__ = [
     "Checkpoint",
     "check_config",
-    "check_output_dir",
     "check_tied",
-    "commit_dir",
     "load_json",
     "strip_code_keys",
 ]

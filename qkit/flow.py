@@ -40,6 +40,7 @@ from qkit.capture import (
 )
 from qkit.errors import BadCalibration, NumericFailure
 from qkit.memory import give_back
+from qkit.owned import temp_path
 from qkit.parallel import Workers
 
 Span = tuple[int, int]
@@ -239,7 +240,7 @@ class Flow:
         self.block.set_submodule(unit.path, _Playback(lambda: played.read(*self._local.span), unit.rest))
 
     def _file(self, name: str) -> Path:
-        return self.rows.path.with_name(f".tmp-{name}.bin")
+        return temp_path(self.rows.path.parent, name)
 
     # ---- leaving the block -----------------------------------------------------------------------------------
 

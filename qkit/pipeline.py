@@ -6,17 +6,18 @@ report = quantize(Request(model="tiny-llama", scheme="w4a16", method="gptq"), ou
 
 from __future__ import annotations
 
-import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qkit.auto import forecast_of, plan_of
 from qkit.calibration import Calibration
-from qkit.checkpoint import Checkpoint, check_config, check_output_dir, check_tied, commit_dir
+from qkit.checkpoint import Checkpoint, check_config, check_tied
 from qkit.diffusion.pipeline import check_pipeline, fingerprint_of
 from qkit.errors import Unsupported, UsageError, VerifyFailure
 from qkit.export.folder import export, is_export_of
+from qkit.export.partial import Partial
 from qkit.families.discover import kind_of
 from qkit.families.encoder import ENCODERS
 from qkit.families.outline import Outline
@@ -24,9 +25,11 @@ from qkit.folder import is_pipeline, weights_folder
 from qkit.forecast import Forecast, refuse_what_cannot_fit
 from qkit.formats import did_you_mean
 from qkit.job import Job
+from qkit.job_folder import refuse_foreign, remove_job
 from qkit.kvscales import measure_scales
 from qkit.locate import find_model, record_source
 from qkit.machine import available_cores
+from qkit.output import check_output_dir, commit_dir, remove_result
 from qkit.parallel import workers
 from qkit.plan import Plan, parts, why_rows
 from qkit.recipe import Recipe
@@ -170,9 +173,14 @@ def quantize(
     check_output_dir(out, source.resolve(), overwrite)
     if source.resolve() in (work.resolve(), *work.resolve().parents):
         raise UsageError(f"{work}: the job folder lies inside the model folder: choose another with --work")
-    refuse_what_cannot_fit(found.forecast, out)
-    partial = out.with_name(out.name + ".partial")
-    with Job.open(work, plan.identity) as job, workers(request.threads) as pool:
+    refuse_foreign(work)
+    refuse_what_cannot_fit(found.forecast, out, work)
+    with (
+        Job.open(work, plan.identity) as job,
+        Partial.claim(out, work) as partial,
+        workers(request.threads) as pool,
+    ):
+        check_output_dir(out, source.resolve(), overwrite)  # once more, now that no other command writes there
         record_source(work, source)
         replaced = {name: work / COMPONENTS / name for name in found.components}
         for name, asked in found.components.items():
@@ -189,20 +197,24 @@ def quantize(
         measure_scales(running, outline, job, pool, progress)
         progress.start("export and verify", 2)
         export(plan, outline, job, partial, source, replaced=replaced)
-        decide_steps(plan, outline, partial, progress)
+        decide_steps(plan, outline, partial.path, progress)
         progress.step()
-        report = verify(partial, work)
+        report = verify(partial.path, work)
         progress.step()
         if report.problems:
             first = report.problems[0]
             raise VerifyFailure(
-                f"{partial}: the export failed its own proof in {len(report.problems)} places, first {first.where}: "
+                f"{partial.path}: the export failed its own proof in {len(report.problems)} places, first {first.where}: "
                 f"{first.what}: this is a fault of qkit; please report it with the job folder {work}"
             )
-        commit_dir(partial, out, overwrite)
+        commit_dir(partial.path, out, overwrite)
         if not keep_job:
             job.remove_bulk()
-            shutil.rmtree(work / COMPONENTS, ignore_errors=True)
+            for folder in replaced.values():
+                remove_result(folder)
+                remove_job(folder.with_name(folder.name + ".job"))
+            with suppress(OSError):  # where something else is in it
+                (work / COMPONENTS).rmdir()
     return report
 
 

@@ -17,6 +17,7 @@ from qkit.blocks import LANGUAGE
 from qkit.calibration import Calibration
 from qkit.errors import BadInput, UsageError
 from qkit.families.outline import Outline
+from qkit.folder import list_names
 from qkit.machine import available_cores
 from qkit.parallel import workers
 from qkit.pipeline import open_outline, prepare
@@ -74,6 +75,7 @@ def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profil
     where memory is too small for it."""
     if not request.measures:
         raise UsageError(f"--measures: none is given: expected some of {', '.join(MEASURES)}")
+    _refuse_foreign(folder)
     found = _prepare(request)
     if (folder / MEASURED).exists():
         Ledger(
@@ -100,6 +102,16 @@ def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profil
             pool,
             progress,
         )
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raises UsageError for a folder with something in it that is not a profile's: measurements are its first file."""
+    if folder.is_dir() and list_names(folder) and not (folder / MEASURED).is_file():
+        raise UsageError(
+            f"{folder}: it is not empty and holds no {MEASURED}, so it is not a profile: choose another folder"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: a profile is a folder, and this is a file: choose another name")
 
 
 def forecast(request: ProfileRequest) -> ProfileForecast:

@@ -26,6 +26,7 @@ from qkit import loading
 from qkit.calibration import Calibration
 from qkit.errors import UsageError
 from qkit.job import Job
+from qkit.job_folder import remove_job
 from qkit.parallel import Workers, workers
 from qkit.pipeline import Prepared, prepare
 from qkit.plan import Plan
@@ -99,7 +100,7 @@ def requanted(request: Request, folder: Path, work: Path, progress: Progress) ->
         work.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(chosen, work)
     for name in ("base", *(f"t{t:g}" for t in EXPONENTS)):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        remove_job(folder / name)
     return Searched(found[best][0], best, {t: kl for t, (_, kl) in found.items()})
 
 

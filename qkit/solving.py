@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from qkit import lowrank
-from qkit.activations import static_scale
+from qkit.activations import static_scale, storable_scale
 from qkit.blocks import Linear, LinearGroup
 from qkit.capture import Stats
+from qkit.errors import NumericFailure
 from qkit.formats import Format
 from qkit.lowrank import LowRank
 from qkit.parallel import Workers
@@ -27,6 +28,7 @@ from qkit.transforms import BlockState
 FEW_TOKENS = 32  # an expert that saw fewer is rounded to nearest: its Hessian would be noise
 _SLICE_ROWS = 1024  # output rows that are solved as one, at the most; does not depend on the number of workers
 _SLICE_VALUES = 3 << 20  # or as many as have this many weights: few long columns cost less than many short ones
+LARGEST = 1e18  # magnitude of a weight: sums of squares of float32 end at 3e38
 ROUNDS = 2  # of solving codes for what a branch leaves; our choice
 _ENERGY_TOKENS = 256  # of the sample, to measure errors on
 
@@ -96,7 +98,7 @@ def solve_groups(
 ) -> list[Result]:
     """Results of the planned linears of the groups, in order."""
     planned = [g for g in groups if g.linears[0].name in plan.linears]
-    static = _static_scales(plan, planned, stats)
+    static = _static_scales(plan, planned, stats, state.outline.dtype)
     works = pool.map(lambda g: _work(state, plan, g, stats.get(g.key)), planned)
     results = _results(plan, planned, works, static, pool)
     with_rank = [i for i, own in enumerate(results) if any(r.plan.rank for r in own)]
@@ -188,9 +190,11 @@ def _better(first: list[Result], second: list[Result]) -> list[Result]:
     return [replace(b, baseline_error=a.baseline_error) for a, b in zip(first, second, strict=True)]
 
 
-def _static_scales(plan: Plan, groups: list[LinearGroup], stats: dict[str, Stats]) -> dict[str, Tensor]:
+def _static_scales(
+    plan: Plan, groups: list[LinearGroup], stats: dict[str, Stats], dtype: torch.dtype
+) -> dict[str, Tensor]:
     """{group key: float32 [1]} of groups whose activation format stores a scale. Experts of a layer share one, as
-    engines run them as one product."""
+    engines run them as one product. dtype: of the model, which scales are stored in."""
     peak: dict[str, float] = {}
     share: dict[str, list[str]] = {}
     for g in groups:
@@ -203,7 +207,7 @@ def _static_scales(plan: Plan, groups: list[LinearGroup], stats: dict[str, Stats
     for keys in share.values():
         acts = plan.linears[keys[0]].activations
         assert acts is not None
-        scale = torch.tensor([static_scale(max(peak[k] for k in keys), acts)])
+        scale = torch.tensor([storable_scale(static_scale(max(peak[k] for k in keys), acts), dtype)])
         result.update(dict.fromkeys(keys, scale))
     return result
 
@@ -215,6 +219,8 @@ def _work(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats | None
         solver = SOLVERS["rtn"]  # the declared policy for starved experts; the token count says so in the record
     seen = stats if stats is not None and stats.tokens else None
     aims = [state.inputs(group, p.rotation).weight(state.weight(x)) for x in group.linears]
+    for x, weight in zip(group.linears, aims, strict=True):
+        _refuse_huge(x.name, weight)
     if solver.aim is not None and seen is not None:
         aims = solver.aim(aims, seen, p.options)
     weights, sparse = [], []
@@ -229,6 +235,16 @@ def _work(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats | None
     return _Work(
         solver, Task(weights, p.weights, state.outline.dtype, seen, shared, p.options, prepared, tokens), sparse
     )
+
+
+def _refuse_huge(name: str, weight: Tensor) -> None:
+    """Raises NumericFailure for weights whose squared errors would leave the range of float32."""
+    largest = float(weight.abs().amax()) if weight.numel() else 0.0
+    if not largest <= LARGEST:
+        raise NumericFailure(
+            f"{name}: its largest weight is {largest:.3g}, expected at most {LARGEST:g}: repair the weight, or keep this layer "
+            "in full precision with a rule that skips it"
+        )
 
 
 def _shared_scale(weights: list[Tensor], fmt: Format) -> Tensor | None:

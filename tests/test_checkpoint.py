@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from qkit import folder as folder_module
-from qkit.checkpoint import Checkpoint, check_config, check_output_dir, check_tied, commit_dir, load_json
+from qkit import output as output_module
+from qkit.checkpoint import Checkpoint, check_config, check_tied, load_json
 from qkit.errors import BadCheckpoint, IOFailure, NumericFailure, Unsupported, UsageError
+from qkit.output import check_output_dir, commit_dir
 from qkit.safefile import save_tensors
 
 INDEX = "model.safetensors.index.json"
@@ -543,6 +544,9 @@ def test_output_dir(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         check_output_dir(full, single, True)
     check_output_dir(full, single, True, whole=False)
     (full / "qkit.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"'x' is not on the list"):
+        check_output_dir(full, single, True)
+    record(full)
     check_output_dir(full, single, True)
     never = [single, single / "out", single / ".." / "model", tmp_path, tmp_path / "alias" / "sub"]
     never += [tmp_path / "link", tmp_path / "dangling", tmp_path / "alias", tmp_path / "file"]
@@ -553,6 +557,11 @@ def test_output_dir(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(full)
     with pytest.raises(UsageError, match="working directory"):
         check_output_dir(full, single, True)
+
+
+def record(folder: Path) -> None:
+    """Have the folder say that qkit wrote all that is in it."""
+    (folder / "qkit.json").write_text(json.dumps({"files": dict.fromkeys(content(folder), "0" * 64)}))
 
 
 @pytest.fixture
@@ -577,7 +586,10 @@ def test_commit(partial: Path, tmp_path: Path, there: str) -> None:
         (out / "old").write_text("old")
         with pytest.raises(UsageError, match="--overwrite"):
             commit_dir(partial, out, False)
+        with pytest.raises(UsageError, match="--overwrite"):
+            commit_dir(partial, out, True)
         assert content(out) == {"old": "old"} and partial.exists()
+        record(out)
     commit_dir(partial, out, there == "full")
     assert content(out) == {"a": "new", "sub/b": "new"}
     assert os.listdir(tmp_path) == ["out"]
@@ -596,12 +608,14 @@ def test_commit_refuses_links_files_and_other_parents(partial: Path, tmp_path: P
 def test_commit_at_every_failure_shows_the_old_or_the_new(
     partial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    out, old, new = tmp_path / "out", {"old": "old"}, {"a": "new", "sub/b": "new"}
+    out, new = tmp_path / "out", {"a": "new", "sub/b": "new"}
     real = getattr(os, call)
     for nth in range(20):
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         (out / "old").write_text("old")
+        record(out)
+        old = content(out)
         saved = Path(shutil.copytree(partial, tmp_path / "saved"))
         calls = 0
 
@@ -613,7 +627,7 @@ def test_commit_at_every_failure_shows_the_old_or_the_new(
             return real(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(folder_module.os, call, failing)
+            patch.setattr(output_module.os, call, failing)
             try:
                 commit_dir(partial, out, True)
                 assert content(out) == new

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qkit.checkpoint import check_output_dir
 from qkit.commands.common import OutFile, Reporter, megabytes, print_wide, wide_table, write_json
 from qkit.commands.eval import printable, progress_bar
 from qkit.evaluation.measure import EvalRequest, measure
+from qkit.job_folder import remove_job
 from qkit.loading import load, load_tokenizer
 from qkit.locate import find_model
+from qkit.output import check_output_dir, remove_result
 from qkit.pipeline import quantize
 from qkit.request import Request
 
@@ -68,8 +68,8 @@ def _make(scheme: str, out: Path, reporter: Reporter) -> dict[str, Any]:
     """Quantize and verify; what a stopped demo left in the job folder is used, a finished result is made again."""
     job = out.with_name(out.name + ".job")
     if out.exists():
-        for old in (out, job):
-            shutil.rmtree(old, ignore_errors=True)
+        remove_result(out)
+        remove_job(job)
     began = time.monotonic()
     report = quantize(Request(model=MODEL, scheme=scheme, method=METHOD), out, reporter, work=job)
     return {"model": scheme, "checks": sum(report.checks.values()), "seconds": time.monotonic() - began}

@@ -100,16 +100,18 @@ def fingerprint_of(source: Path) -> str:
     return digest.hexdigest()
 
 
-def copy_rest(
-    source: Path, out: Path, made: str, sampling: bytes | None = None, replaced: Mapping[str, Path] | None = None
-) -> None:
-    """Copy everything of ``rest_of`` to ``out``, and write the record of what was copied. sampling: what the result's
-    sampling.json says, in the place of the source's; replaced: by component, the folder to take in the place of its own.
-    Raises IOFailure, and as ``rest_of``."""
+def rest_places(source: Path, replaced: Mapping[str, Path]) -> dict[str, Path]:
+    """{name in the output: file} of everything of ``rest_of``. replaced: by component, the folder to take in the place of its
+    own. Raises as ``rest_of``."""
+    root = source.resolve()
+    places = {name: contained(root, name) for name in rest_of(source) if name.partition("/")[0] not in replaced}
+    return places | {f"{name}/{file}": folder / file for name, folder in replaced.items() for file in _files(folder)}
+
+
+def copy_rest(places: Mapping[str, Path], out: Path, made: str, sampling: bytes | None = None) -> None:
+    """Copy files to ``out``, and write the record of what was copied. places: of ``rest_places``; sampling: what the result's
+    sampling.json says, in the place of the source's. Raises IOFailure."""
     digests: dict[str, str] = {}
-    root, others = source.resolve(), replaced or {}
-    places = {name: contained(root, name) for name in rest_of(source) if name.partition("/")[0] not in others}
-    places |= {f"{name}/{file}": folder / file for name, folder in others.items() for file in _files(folder)}
     try:
         for name, place in places.items():
             target = out / name

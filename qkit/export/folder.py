@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -18,11 +17,12 @@ import torch
 from torch import Tensor
 
 from qkit import __version__, lowrank, sparse
-from qkit.diffusion.pipeline import copy_rest
+from qkit.diffusion.pipeline import SAMPLING, copy_rest, rest_places
 from qkit.diffusion.trajectory import Trajectory
 from qkit.export import compressed_tensors as ct
+from qkit.export.partial import Partial
 from qkit.families.outline import Outline
-from qkit.folder import RECORD, WEIGHT_STEMS, is_pipeline, weights_folder
+from qkit.folder import DENOISER, RECORD, WEIGHT_STEMS, is_pipeline, weights_folder
 from qkit.inputs import RESIDUAL, SCALE
 from qkit.job import Job
 from qkit.kvcache.scales import FORMAT
@@ -38,39 +38,48 @@ def export(
     plan: Plan,
     outline: Outline,
     job: Job,
-    partial: Path,
+    partial: Partial,
     source_folder: Path,
     shard_bytes: int = SHARD_BYTES,
     replaced: Mapping[str, Path] | None = None,
 ) -> None:
     """Write the whole checkpoint into ``partial`` (emptied first), with the rest of the pipeline where ``source_folder`` is
     one. replaced: by component, the folder to take in the place of its own."""
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if is_pipeline(source_folder):
+    pipeline = is_pipeline(source_folder)
+    folder = partial.path / DENOISER if pipeline else partial.path
+    source = _Tensors(plan, outline, job)
+    stem = WEIGHT_STEMS[1] if outline.family.streams else WEIGHT_STEMS[0]
+    cut = _cut(source.specs, shard_bytes)
+    shards = {_shard_name(stem, i, len(cut)): names for i, names in enumerate(cut)}
+    index_name = f"{stem}.safetensors.index.json"
+    side_files = outline.checkpoint.side_files()
+    names = [*shards, index_name, "config.json", *(file.name for file in side_files), RECORD]
+    rest = rest_places(source_folder, replaced or {}) if pipeline else {}
+    beside = (*rest, SAMPLING, RECORD) if pipeline else ()
+    partial.begin([*beside, *(str((folder / name).relative_to(partial.path)) for name in names)])
+    if pipeline:
         trajectory = None if plan.calibration is None else plan.calibration.trajectory
         sampling = trajectory.sampling if isinstance(trajectory, Trajectory) else None
         called = None if sampling is None else _json({"call": sampling.call, "prompts": list(sampling.prompts)})
-        copy_rest(source_folder, partial, __version__, called, replaced or {})
-        partial = weights_folder(partial)
-        partial.mkdir()
-    source = _Tensors(plan, outline, job)
-    shards = _cut(source.specs, shard_bytes)
-    hashes: dict[str, str] = {}
-    weight_map: dict[str, str] = {}
-    stem = WEIGHT_STEMS[1] if outline.family.streams else WEIGHT_STEMS[0]
-    for i, names in enumerate(shards):
-        file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        hashes[file] = write_safetensors(partial / file, [(n, *source.specs[n]) for n in names], source.load)
-        weight_map.update(dict.fromkeys(names, file))
+        copy_rest(rest, partial.path, __version__, called)
+        folder.mkdir()
+    hashes = {
+        file: write_safetensors(folder / file, [(n, *source.specs[n]) for n in inside], source.load)
+        for file, inside in shards.items()
+    }
     if len(shards) > 1:
         total = sum(_bytes(s) for s in source.specs.values())
+        weight_map = {name: file for file, inside in shards.items() for name in inside}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_atomic(partial / f"{stem}.safetensors.index.json", _json(index))
-    write_atomic(partial / "config.json", _json(_config(plan, outline, job, source)))
-    for file_path in outline.checkpoint.side_files():
-        write_atomic(partial / file_path.name, file_path.read_bytes())
-    write_atomic(partial / RECORD, _json(_record(plan, outline, job, source, hashes)))
+        write_atomic(folder / index_name, _json(index))
+    write_atomic(folder / "config.json", _json(_config(plan, outline, job, source)))
+    for file_path in side_files:
+        write_atomic(folder / file_path.name, file_path.read_bytes())
+    write_atomic(folder / RECORD, _json(_record(plan, outline, job, source, hashes)))
+
+
+def _shard_name(stem: str, index: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _json(data: dict[str, Any]) -> bytes:
