@@ -147,7 +147,7 @@ def _swapped_ids(name: str) -> Change:
     def make(out: Path) -> None:
         data = json.loads((out / name).read_bytes())
         vocabulary = data["model"]["vocab"]
-        first, second = list(vocabulary)[40:42]
+        first, second = list(vocabulary)[-2:] if isinstance(vocabulary, dict) else (-2, -1)
         vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
         (out / name).write_text(json.dumps(data, ensure_ascii=False))
 
