@@ -18,21 +18,6 @@ from qkit.errors import BadCheckpoint, IOFailure, Unsupported
 from qkit.safefile import parse_json, read_bytes, shown
 
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")  # transformers and diffusers
-SIDE_FILES = (
-    "tokenizer*.json",
-    "*.model",  # sentencepiece
-    "*.tiktoken",
-    "tekken.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template*.json",
-    "chat_template*.jinja",
-    "generation_config.json",
-    "*processor_config.json",
-)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".7z", ".tar", ".npz", ".joblib")
 # The end of a tensor's name that only a quantized checkpoint has, and the method that writes it.
 QUANTIZED_NAMES = {
@@ -108,17 +93,12 @@ def list_names(folder: Path) -> list[str]:
         raise IOFailure(f"cannot list {folder}: {error.strerror}: check the permissions") from error
 
 
-def side_file_names(folder: Path) -> list[str]:
-    """Names of the tokenizer, processor and generation files in a folder, sorted."""
-    return [name for name in list_names(folder) if _matches(name, SIDE_FILES)]
-
-
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def strip_code_keys(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A copy without the keys that choose code (CODE_KEYS), at any depth, and their dotted names."""
+def strip_code_keys(data: Any) -> tuple[Any, list[str]]:
+    """A copy of a JSON value without the keys that choose code (CODE_KEYS), at any depth, and their dotted names."""
     dropped: list[str] = []
 
     def clean(node: Any, at: str) -> Any:
@@ -129,8 +109,22 @@ def strip_code_keys(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         dropped.extend(at + key for key in node if _matches(key, CODE_KEYS))
         return {key: clean(item, f"{at}{key}.") for key, item in node.items() if not _matches(key, CODE_KEYS)}
 
-    result: dict[str, Any] = clean(data, "")
-    return result, dropped
+    return clean(data, ""), dropped
+
+
+def snapshot_of(folder: Path) -> Path | None:
+    """The folder itself or the one around it that is a snapshot in a Hugging Face cache, if any is."""
+    return next((place for place in (folder, *folder.parents) if place.parent.name == "snapshots"), None)
+
+
+def hub_source(folder: Path) -> dict[str, str]:
+    """The repository and the commit (40 hexadecimal digits) of a folder in a Hugging Face cache, as its path has them; else
+    nothing."""
+    snapshot = snapshot_of(folder)
+    if snapshot is None or not re.fullmatch(r"[0-9a-f]{40}", snapshot.name):
+        return {}
+    kind, *parts = snapshot.parent.parent.name.split("--")
+    return {**({"repository": "/".join(parts)} if kind == "models" else {}), "revision": snapshot.name}
 
 
 def contained(folder: Path, name: str, source: str = "the model") -> Path:
@@ -141,15 +135,19 @@ def contained(folder: Path, name: str, source: str = "the model") -> Path:
     relative = Path(name)
     if not re.fullmatch(r"[\w.+=@-][\w.+=@/ -]*", name, re.ASCII) or ".." in relative.parts or str(relative) != name:
         raise BadCheckpoint(f"{folder}: {source} names the file {shown(name)}, expected one inside the model folder")
+    return inside(folder, name, source)
+
+
+def inside(folder: Path, name: str, source: str = "the model") -> Path:
+    """folder / name, where a listing found that name; checked and refused as ``contained`` does for its real path."""
+    if not name.isprintable():
+        raise BadCheckpoint(f"{folder}: the file {shown(name)} has a name that cannot be printed: rename or remove it")
     try:
         real = (folder / name).resolve(strict=True)
     except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
         raise BadCheckpoint(f"{folder / name}: no such file, which {source} needs: get the complete folder") from None
-    roots = [folder]
-    for snapshot in (folder, *folder.parents):
-        if snapshot.parent.name == "snapshots":
-            roots.append(snapshot.parent.parent / "blobs")
-            break
+    snapshot = snapshot_of(folder)
+    roots = [folder] if snapshot is None else [folder, snapshot.parent.parent / "blobs"]
     if not any(real.is_relative_to(root) for root in roots):
         raise BadCheckpoint(f"{folder / name}: leads out of the model folder, to {real}: copy the file into the folder")
     return folder / name

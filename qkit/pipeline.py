@@ -14,9 +14,9 @@ from typing import Any
 from qkit.auto import forecast_of, plan_of
 from qkit.calibration import Calibration
 from qkit.checkpoint import Checkpoint, check_config, check_tied
-from qkit.diffusion.pipeline import check_pipeline, fingerprint_of
+from qkit.diffusion.pipeline import check_pipeline, rest_of
 from qkit.errors import Unsupported, UsageError, VerifyFailure
-from qkit.export.folder import export, is_export_of
+from qkit.export.folder import export, is_export_of, source_hashes
 from qkit.export.partial import Partial
 from qkit.families.discover import kind_of
 from qkit.families.encoder import ENCODERS
@@ -83,6 +83,7 @@ def prepare(request: Request, rows: Calibration | None = None) -> Prepared:
     outline = open_outline(request.model)
     if request.call and outline.family.streams is None:
         raise UsageError("--call is what a diffusion pipeline is called with, and this model is none: leave it out")
+    _ = outline.checkpoint.side_files  # read and checked before anything is made of the tokenizer
     calibration = calibration_asked(request, outline, recipe, rows)
     plan = plan_of(recipe, outline, calibration, request.seed, request.kv)
     if request.written and (plan.calibration is None or not plan.needs_rows):
@@ -92,7 +93,7 @@ def prepare(request: Request, rows: Calibration | None = None) -> Prepared:
         )
     _check_pictures(plan, outline)
     folder = find_model(request.model)
-    around = fingerprint_of(folder) if is_pipeline(folder) else None
+    around = rest_of(folder) if is_pipeline(folder) else None
     components = _components(folder, recipe, request, outline)
     plan = replace(plan, key_exponents=request.key_exponents, pipeline=around)
     threads = request.threads or available_cores()
@@ -161,22 +162,24 @@ def quantize(
     found = prepared or prepare(request)
     plan, outline, source = found.plan, found.outline, find_model(request.model)
     work = work or out.with_name(out.name + ".job")
-    if is_export_of(out, plan):
+    hashed = source_hashes(plan, outline, source)
+    if is_export_of(out, plan, hashed):
         report = verify(out)
-        if report.problems:
-            first = report.problems[0]
+        if report.ok:
+            return report
+        first = report.problems[0]
+        if not overwrite:
             raise VerifyFailure(
                 f"{out} is the result of this command and was damaged since, in {len(report.problems)} places, first "
-                f"{first.where}: {first.what}: delete it, or move it away, and run the command again"
+                f"{first.where}: {first.what}: pass --overwrite to make it again"
             )
-        return report
     check_output_dir(out, source.resolve(), overwrite)
     if source.resolve() in (work.resolve(), *work.resolve().parents):
         raise UsageError(f"{work}: the job folder lies inside the model folder: choose another with --work")
     refuse_foreign(work)
     refuse_what_cannot_fit(found.forecast, out, work)
     with (
-        Job.open(work, plan.identity) as job,
+        Job.open(work, {**plan.identity, "source_weights": hashed}) as job,
         Partial.claim(out, work) as partial,
         workers(request.threads) as pool,
     ):
@@ -196,7 +199,7 @@ def quantize(
         repair(running, outline, job, pool, progress)
         measure_scales(running, outline, job, pool, progress)
         progress.start("export and verify", 2)
-        export(plan, outline, job, partial, source, replaced=replaced)
+        export(plan, outline, job, partial, source, hashed, replaced=replaced)
         decide_steps(plan, outline, partial.path, progress)
         progress.step()
         report = verify(partial.path, work)

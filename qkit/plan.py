@@ -72,7 +72,8 @@ class Plan:
     calibration: the rows that solvers, transforms or the scales of the KV cache are measured on; None where none are
     needs_rows: whether the blocks are solved with these rows
     kv: the KV cache policy (``qkit.kvcache.policy``) that the model is to be run with
-    pipeline: of a diffusion pipeline, the fingerprint of what is around its transformer
+    pipeline: of a diffusion pipeline, {name: digest} of what is around its transformer; side_files: of what lies beside the
+    weights and goes with them (``sidefiles``)
     policy: precision by step that is asked for (``qkit.diffusion.policy.Asked``)
     key_exponents: of the scales of keys (``qkit.transforms.keys``), by block, head and rotary pair
     fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
@@ -98,7 +99,8 @@ class Plan:
     recipe: dict[str, Any]
     kv: dict[str, Any] | None = None
     policy: dict[str, Any] | None = None
-    pipeline: str | None = None
+    pipeline: dict[str, str] | None = None
+    side_files: dict[str, str] = field(default_factory=dict)
     key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
     tries: dict[str, Try] = field(default_factory=dict)
 
@@ -247,6 +249,7 @@ def make_plan(
         recipe.model_dump(),
         kv,
         _policy(recipe, outline, linears),
+        side_files=outline.checkpoint.side_files,
     )
 
 

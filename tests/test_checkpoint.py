@@ -108,8 +108,8 @@ def test_diffusers_names(single: Path) -> None:
 def test_fingerprint(single: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(single, tmp_path / "copy"))
     one, two = Checkpoint.open(single), Checkpoint.open(copy)
-    assert one.fingerprint() == two.fingerprint() != one.fingerprint(paranoid=True)
-    assert one.fingerprint(paranoid=True) == two.fingerprint(paranoid=True)
+    assert one.fingerprint() == two.fingerprint() != one.sha256()
+    assert one.sha256() == two.sha256()
     write_json(copy / "config.json", {**CONFIG, "rope_theta": 5})
     assert Checkpoint.open(copy).fingerprint() != one.fingerprint()
     shutil.copy(single / "config.json", copy)
@@ -117,27 +117,35 @@ def test_fingerprint(single: Path, tmp_path: Path) -> None:
     assert Checkpoint.open(copy).fingerprint() != one.fingerprint()
 
 
-def test_paranoid_fingerprint_sees_one_value(tmp_path: Path) -> None:
+def test_the_full_hash_sees_one_value(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {})
     prints = set()
     for value in (0, 1):
         tensor = torch.zeros(4_000_000, dtype=torch.int8)
         tensor[2_345_678] = value
         save_tensors(tmp_path / "model.safetensors", {"a": tensor})
-        prints.add(Checkpoint.open(tmp_path).fingerprint(paranoid=True))
+        prints.add(Checkpoint.open(tmp_path).sha256())
     assert len(prints) == 2
 
 
 def test_side_files(single: Path) -> None:
     wanted = ["chat_template.jinja", "generation_config.json", "merges.txt", "preprocessor_config.json"]
     wanted += ["special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
-    for name in [*wanted, "modeling_evil.py", "tokenizer.pkl", "README.md", "training_args.bin", "tokenization_x.py"]:
-        (single / name).write_text("x")
-    assert [path.name for path in Checkpoint.open(single).side_files()] == wanted
+    wanted = ["LICENSE", "README.md", *wanted]
+    for name in [
+        *wanted,
+        "modeling_evil.py",
+        "tokenizer.pkl",
+        "training_args.bin",
+        "tokenization_x.py",
+        ".gitattributes",
+    ]:
+        (single / name).write_text("{}")
+    assert list(Checkpoint.open(single).side_files) == wanted
     (single / "tokenizer.json").unlink()
     (single / "tokenizer.json").symlink_to("/etc/hostname")
     with pytest.raises(BadCheckpoint, match="leads out"):
-        Checkpoint.open(single).side_files()
+        _ = Checkpoint.open(single).side_files
 
 
 # A7, A11, A12, A20: index and shards

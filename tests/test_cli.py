@@ -18,11 +18,13 @@ from qkit.commands import VERBS, cli, main
 BUDGET = "bits candidates ceiling floor latency measure memory profile refine size"
 FLAGS = {
     "quantize": "calib call effort export group-size json keep-job kv kv-memory kv-scale-keys max-length method model "
-    "option out outliers overwrite policy rank recipe rows-memory samples scheme seed seqlen significant strict target threads "
-    f"work written {BUDGET}",
+    "option out outliers overwrite policy rank recipe "
+    "require-revision revision rows-memory samples scheme seed seqlen significant strict target "
+    f"threads work written {BUDGET}",
     "plan": "calib call effort explain export figures group-size json kv kv-memory kv-scale-keys max-length method model "
-    f"option out outliers policy rank recipe rows-memory samples scheme seed seqlen significant strict target threads "
-    f"written {BUDGET}",
+    f"option out outliers policy rank recipe "
+    "require-revision revision rows-memory samples scheme seed seqlen significant strict target "
+    f"threads written {BUDGET}",
     "profile": "audit audit-text calib candidates group-size json measures method model out pareto pareto-measure points rows "
     "samples seed seqlen threads",
     "verify": "job json",

@@ -70,6 +70,7 @@ def quantize_command(
     show_coverage(found, console)
     show_forecast(found, console)
     there = is_export_of(out, found.plan)
+    before = _written(out)
     finished = 0 if there else finished_blocks(work or out.with_name(out.name + ".job"))
     if finished:
         console.print(Text(f"{finished} blocks were finished before"))
@@ -84,9 +85,10 @@ def quantize_command(
             keep_job=keep_job,
             prepared=found,
         )
+    kept = ", there before" if _written(out) == before else ""
     console.print(
         Text(
-            f"{out}{', there before' if there else ''}: {report.linears} quantized linears, {megabytes(report.bytes)}, "
+            f"{out}{kept}: {report.linears} quantized linears, {megabytes(report.bytes)}, "
             f"verified with {sum(report.checks.values()):,} checks, {time.monotonic() - began:.1f} s"
         )
     )
@@ -95,6 +97,13 @@ def quantize_command(
     for engine in sorted({e.engine + ": " + e.loads_as for e in report.engines if e.loads_as}):
         console.print(Text(f"loads in {engine}"))
     write_json(json_file, {**plan_json(found), **decided_json(decided)})
+
+
+def _written(out: Path) -> tuple[int, int] | None:
+    """What tells a result from the one that takes its place."""
+    file = weights_folder(out) / RECORD
+    state = file.stat() if file.is_file() else None
+    return None if state is None else (state.st_ino, state.st_mtime_ns)
 
 
 def _components(found: Prepared, out: Path) -> Iterator[str]:
