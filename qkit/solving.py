@@ -189,20 +189,19 @@ def _better(first: list[Result], second: list[Result]) -> list[Result]:
 
 
 def _static_scales(plan: Plan, groups: list[LinearGroup], stats: dict[str, Stats]) -> dict[str, Tensor]:
-    """{group key: float32 [1]} of groups whose activation format stores a scale. Experts of a layer share one, as
-    engines run them as one product."""
+    """{group key: float32 [1]} of groups whose activation format stores a scale. Experts of a layer that have the same one
+    share it, as engines run them as one product."""
     peak: dict[str, float] = {}
-    share: dict[str, list[str]] = {}
+    share: dict[tuple[str, Format], list[str]] = {}
     for g in groups:
-        absmax = stats[g.key].absmax if has_static(plan.linears[g.linears[0].name]) else None
-        if absmax is None:
+        p = plan.linears[g.linears[0].name]
+        absmax = stats[g.key].absmax if has_static(p) else None
+        if absmax is None or p.activations is None:
             continue
         peak[g.key] = float(absmax.max())
-        share.setdefault(g.key if g.expert is None else g.linears[0].param, []).append(g.key)
+        share.setdefault((g.key if g.expert is None else g.linears[0].param, p.activations), []).append(g.key)
     result: dict[str, Tensor] = {}
-    for keys in share.values():
-        acts = plan.linears[keys[0]].activations
-        assert acts is not None
+    for (_, acts), keys in share.items():
         scale = torch.tensor([static_scale(max(peak[k] for k in keys), acts)])
         result.update(dict.fromkeys(keys, scale))
     return result

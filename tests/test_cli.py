@@ -293,11 +293,11 @@ def test_group_that_does_not_divide_gets_its_own_config_group(run, refused, tiny
     options = ["--model", source, "--scheme", "w4a16", "--group-size", 64]
     refused(3, ("down_proj", "96 input columns", "64", "--strict"), "plan", *options, "--strict")
     code, out, _ = run("plan", *options)
-    assert code == 0 and "group size 48: 96 columns are not a multiple of 64" in out
+    assert code == 0 and "group size 32: 96 columns are not a multiple of 64" in out
     record, config, _ = quantized(run, tmp_path / "out", *options)
     groups = config["quantization_config"]["config_groups"].values()
-    assert {g["weights"]["group_size"] for g in groups} == {64, 48}
-    assert record["linears"]["model.layers.1.mlp.down_proj"]["format"]["group"] == 48
+    assert {g["weights"]["group_size"] for g in groups} == {64, 32}
+    assert record["linears"]["model.layers.1.mlp.down_proj"]["format"]["group"] == 32
 
 
 def test_prime_width(run, tiny, tmp_path, small):

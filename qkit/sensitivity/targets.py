@@ -20,7 +20,7 @@ from qkit.export.compressed_tensors import stored_bytes
 from qkit.families.discover import DECLARED, kind_of
 from qkit.families.outline import Outline
 from qkit.folder import weights_folder
-from qkit.formats import fit_group
+from qkit.formats import Format, Scheme, fit_group
 from qkit.loading import load
 from qkit.locate import find_model
 from qkit.machine import available_cores, available_memory
@@ -89,18 +89,28 @@ def measured(recipe: Recipe, outline: Outline, rows: Calibration, threads: int, 
         reference = subject.log_probs(rows)
         progress.step()
         for sequence in outline.sequences:
-            linears = [x for block in sequence.blocks for x in block.linears]
-            rounded = {x.name: _rounded(recipe, subject, x) for x in linears}
+            scheme, _, _ = recipe.resolved(None)
+            formats = {
+                x: fit_group(scheme.weights, *(y.shape[1] for g in groups for y in g.linears))
+                for block in sequence.blocks
+                for groups in block.units
+                for g in groups
+                for x in g.linears
+            }
+            rounded = {
+                x.name: _rounded(Scheme(scheme.name, fmt, scheme.activations), subject, x) for x, fmt in formats.items()
+            }
             with subject.replaced(rounded):
                 _, kl = subject.compare(rows, reference)
-            found[sequence.name] = Cost(kl, sum(_saved(recipe, outline, x) for x in linears))
+            found[sequence.name] = Cost(
+                kl, sum(_saved(fmt, scheme.activations, outline, x) for x, fmt in formats.items())
+            )
             progress.step()
     return found
 
 
-def _rounded(recipe: Recipe, subject: Subject, linear: Linear) -> Replacement:
-    scheme, _, _ = recipe.resolved(None)
-    weight, fmt = subject.weight(linear.name), fit_group(scheme.weights, linear.shape[1])
+def _rounded(scheme: Scheme, subject: Subject, linear: Linear) -> Replacement:
+    weight, fmt = subject.weight(linear.name), scheme.weights
     shared = nvfp4_global_scale(weight.abs().amax()) if fmt.scale == "e4m3" else None
     params = find_params(weight, fmt, subject.outline.dtype, global_scale=shared)
     acts = scheme.activations
@@ -108,8 +118,6 @@ def _rounded(recipe: Recipe, subject: Subject, linear: Linear) -> Replacement:
     return Replacement(dequantize(quantize(weight, params, fmt)), plain)
 
 
-def _saved(recipe: Recipe, outline: Outline, linear: Linear) -> int:
-    scheme, _, _ = recipe.resolved(None)
-    fmt = fit_group(scheme.weights, linear.shape[1])
+def _saved(weights: Format, activations: Format | None, outline: Outline, linear: Linear) -> int:
     before = outline.checkpoint.tensors[f"{linear.name}.weight"].nbytes
-    return before - stored_bytes(fmt, scheme.activations, linear.shape, outline.dtype)
+    return before - stored_bytes(weights, activations, linear.shape, outline.dtype)
