@@ -9,9 +9,8 @@ stored number is possible, every decoded weight is, bit for bit, the one that wa
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from qkit.declared import (
 )
 from qkit.declared_cache import check_cache
 from qkit.declared_config import Declared, Group, is_ignored, read_quantization, resolve
+from qkit.declared_fused import check_fused
 from qkit.declared_inputs import check_inputs
 from qkit.declared_pipeline import check_policy, packed_part
 from qkit.decode import FLOATS, Decoded, Stored, decode, file_sha256, layout, read_header
@@ -39,9 +39,6 @@ from qkit.preflight import holds_siglip, of_diffusion, preflight
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # names a loader looks for without an index
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
-# Linears that engines fuse into one; encoder-decoder attention has another input for k and v than for q.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-_CROSS = re.compile(r"(cross|encoder)_attn")
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def verify(out: Path, job: Path | None = None) -> Report:
     _check_plain(record, store, findings)
     if declared is not None:
         _check_uncovered(record, declared, store, findings)
-    _check_fused(record, decoded, findings)
+    check_fused(record, decoded, findings)
     _check_tied(record, config or {}, store, findings)
     check_cache(record, config or {}, store, findings)
     check_inputs(record, store, findings)
@@ -290,38 +287,6 @@ def _check_uncovered(record: Record, declared: Declared, store: Mapping[str, Sto
 
 
 # --- relations ----------------------------------------------------------------------------------------------------
-
-
-def fused_groups(names: Iterable[str]) -> list[list[str]]:
-    """The groups of linears, by name, that engines load as one: q/k/v, gate/up, w1/w3."""
-    there, groups = set(names), []
-    for parent in sorted({name.rpartition(".")[0] for name in there}):
-        for suffixes in _FUSED:
-            group = [f"{parent}.{suffix}" for suffix in suffixes if f"{parent}.{suffix}" in there]
-            if len(group) > 1 and not _CROSS.search(parent):
-                groups.append(group)
-    return groups
-
-
-def _check_fused(record: Record, decoded: Mapping[str, Decoded], findings: Findings) -> None:
-    """Fused linears need one format, one activation format and, under NVFP4, one value of each global scale."""
-    derived = fused_groups({*record.linears, *record.skipped})
-    for group in derived:
-        listed = any(set(group) <= set(said) for said in record.fused) or not set(group) & set(record.linears)
-        findings.check("fused", listed, "qkit.json: fused", f"does not list {', '.join(group)} as one group")
-    for group in [*record.fused, *derived]:
-        where = ", ".join(group)
-        unknown = [name for name in group if name not in record.linears and name not in record.skipped]
-        findings.check("fused", not unknown, where, f"{', '.join(unknown)} is neither quantized nor skipped")
-        members = [record.linears[name] for name in group if name in record.linears]
-        some = 0 < len(members) < len(group) - len(unknown)
-        findings.check("fused", not some, where, "only some of a fused group are quantized; engines need all or none")
-        findings.check("fused", len({m.format for m in members}) <= 1, where, "the weight formats differ")
-        findings.check("fused", len({m.activations for m in members}) <= 1, where, "the activation formats differ")
-        for scalar in ("weight_global_scale", "input_global_scale"):
-            values = {decoded[name].scalars.get(scalar) for name in group if name in decoded}
-            what = f"{scalar} differs within a fused group: {', '.join(map(str, sorted(map(str, values))))}"
-            findings.check("fused", len(values) <= 1, where, what)
 
 
 def _check_tied(record: Record, config: Mapping[str, Any], store: Mapping[str, Stored], findings: Findings) -> None:

@@ -12,9 +12,10 @@ from packed_samples import GLOBAL, Sample, make, raw, sha
 import qkit.verify
 from qkit.commands.verify import verify_command
 from qkit.declared import Findings, read_record
+from qkit.declared_fused import fused_groups
 from qkit.decode import decode, read_header
 from qkit.errors import BadCheckpoint, VerifyFailure
-from qkit.verify import fused_groups, summary, verify
+from qkit.verify import summary, verify
 
 Q0 = "model.layers.0.self_attn.q_proj"
 FILE = "model.safetensors"
@@ -389,7 +390,7 @@ def test_independent_of_the_writer():
         "verify",
         "decode",
         "preflight",
-        *(f"declared{x}" for x in ("", "_config", "_cache", "_inputs", "_pipeline")),
+        *(f"declared{x}" for x in ("", "_config", "_cache", "_fused", "_inputs", "_pipeline")),
     ]
     folder = Path(qkit.verify.__file__).parent
     for part in parts:

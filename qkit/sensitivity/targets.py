@@ -27,7 +27,7 @@ from qkit.machine import available_cores, available_memory
 from qkit.parallel import workers
 from qkit.pipeline import open_outline
 from qkit.preflight import holds_siglip
-from qkit.qtensor import dequantize, find_params, nvfp4_global_scale, quantize
+from qkit.qtensor import dequantize, find_params, quantize
 from qkit.recipe import Recipe
 from qkit.request import Request, calibration_asked, recipe_of
 from qkit.run import Progress
@@ -111,8 +111,7 @@ def measured(recipe: Recipe, outline: Outline, rows: Calibration, threads: int, 
 
 def _rounded(scheme: Scheme, subject: Subject, linear: Linear) -> Replacement:
     weight, fmt = subject.weight(linear.name), scheme.weights
-    shared = nvfp4_global_scale(weight.abs().amax()) if fmt.scale == "e4m3" else None
-    params = find_params(weight, fmt, subject.outline.dtype, global_scale=shared)
+    params = find_params(weight, fmt, subject.outline.dtype)
     acts = scheme.activations
     plain = acts if acts is not None and acts.dynamic and acts.strategy != "tensor_group" else None
     return Replacement(dequantize(quantize(weight, params, fmt)), plain)

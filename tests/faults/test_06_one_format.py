@@ -1,14 +1,20 @@
 """Point 6: layers that engines load as one get one format and one group, and what no engine loads is refused at plan time."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from conftest import Quiet
+from packed_samples import make, raw, sha
+from safetensors import safe_open
 
 from qkit.errors import BadRecipe, Unsupported, UsageError
 from qkit.families.outline import Outline
-from qkit.pipeline import Request, open_outline, prepare
+from qkit.pipeline import Request, open_outline, prepare, quantize
 from qkit.recipe import make_recipe
 from qkit.sensitivity.units import parse_candidates, unit_bytes, units_of
 from qkit.sizes import linear_bytes
+from qkit.verify import verify
 
 
 def plan(model, **asked):
@@ -130,3 +136,57 @@ def test_fp8_has_no_groups():
     for scheme in ("fp8", "fp8_dynamic"):
         with pytest.raises(UsageError, match="fixed scale layout"):
             make_recipe({"scheme": scheme, "group_size": 64}, "command line")
+
+
+# ---- scales that fused parts share -------------------------------------------------------------------------------
+
+GROUPS = (
+    [f"self_attn.{part}_proj" for part in "qkv"],
+    ["mlp.gate_proj", "mlp.up_proj"],
+    ["block_sparse_moe.experts.2.w1", "block_sparse_moe.experts.2.w3"],
+)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "smoothquant+gptq", "signround"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_fp8_of_one_scale_a_tensor_shares_it(tiny, tmp_path, calib, family, method):
+    if (family, method) == ("mixtral", "signround"):
+        pytest.skip("learned rounding is refused for experts")
+    out = tmp_path / "out"
+    asked = Request(str(tiny(family)), "fp8", method, calib=calib, samples=4, seqlen=32, threads=1)
+    report = quantize(asked, out, Quiet())
+    assert report.problems == [] and report.checks["fused"] > 0
+    with safe_open(out / "model.safetensors", "pt") as f:
+        names = set(f.keys())
+        for parts in GROUPS:
+            for kind in ("weight_scale", "input_scale"):
+                stored = [f"model.layers.1.{part}.{kind}" for part in parts]
+                values = [f.get_tensor(name) for name in stored if name in names]
+                assert len(values) in (0, len(parts)) and all(torch.equal(a, b) for a, b in pairwise(values))
+
+
+def test_shared_scale_covers_every_member(tiny, tmp_path, calib):
+    """The largest weight of the group is the largest code of one member, and no member saturates."""
+    model = tiny("llama")
+    quantize(Request(str(model), "fp8", calib=calib, samples=4, seqlen=32, threads=1), tmp_path / "out", Quiet())
+    with (
+        safe_open(tmp_path / "out" / "model.safetensors", "pt") as f,
+        safe_open(model / "model.safetensors", "pt") as g,
+    ):
+        names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+        codes = [float(f.get_tensor(f"{name}.weight").float().abs().max()) for name in names]
+        peaks = [float(g.get_tensor(f"{name}.weight").float().abs().max()) for name in names]
+    assert max(codes) == 448.0 and codes.index(448.0) == peaks.index(max(peaks))
+
+
+@pytest.mark.parametrize("scalar", ["weight_scale", "input_scale"])
+def test_verify_names_scales_that_differ_within_a_fused_group(tmp_path, scalar):
+    sample, name = make("fp8-static"), "model.layers.0.self_attn.k_proj"
+    tensors = sample.shards["model.safetensors"]
+    tensors[f"{name}.{scalar}"] = tensors[f"{name}.{scalar}"] * 2
+    weight = tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"].float()
+    sample.record["linears"][name]["weight_sha256"] = sha(raw(weight))  # so that nothing else is wrong
+    sample.record["plain"][f"{name}.input_scale"]["sha256"] = sha(raw(tensors[f"{name}.input_scale"]))
+    sample.write(tmp_path / "out")
+    said = {problem.what.partition(":")[0] for problem in verify(tmp_path / "out").problems}
+    assert said == {f"{scalar} differs within a fused group"}
