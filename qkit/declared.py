@@ -257,7 +257,7 @@ class Linear:
 @dataclass(frozen=True)
 class Record:
     """The checked content of qkit.json. Entries that could not be understood are left out; ``cache`` is what it says of
-    the KV cache, as it is there."""
+    the KV cache, as it is there; ``engine`` what its recipe says of engines."""
 
     qkit_version: str
     model_type: str
@@ -269,6 +269,7 @@ class Record:
     plain: dict[str, tuple[str, tuple[int, ...], str]]
     shards: dict[str, str]
     cache: Any = None
+    engine: str = "default"
 
 
 def spec_fault(spec: Spec, weight: bool) -> str | None:
@@ -388,4 +389,5 @@ def read_record(out: Path, findings: Findings) -> Record | None:
         plain=plain,
         shards=data["shards"],
         cache=data.get("kv"),
+        engine=str(data["recipe"].get("engine", "default")),
     )

@@ -1,12 +1,11 @@
-"""What the linears of a packed folder have to have in common, and that it is what a job committed.
+"""Weights that are tied, and what a job committed, held against a packed folder.
 
 Part of the independent proof (see ``verify.py``).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +13,11 @@ from qkit.declared import Findings, Record, is_hash, parse_json
 from qkit.decode import Decoded, Stored
 from qkit.errors import BadCheckpoint
 
-# Linears that engines fuse into one; encoder-decoder attention has another input for k and v than for q.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-_CROSS = re.compile(r"(cross|encoder)_attn")
-
 
 def config_value(config: Mapping[str, Any], key: str) -> Any:
     """A field of config.json, from the top or from the part that describes the language model."""
     text = config.get("text_config")
     return config.get(key, text.get(key) if isinstance(text, dict) else None)
-
-
-def fused_groups(names: Iterable[str]) -> list[list[str]]:
-    """The groups of linears, by name, that engines load as one: q/k/v, gate/up, w1/w3."""
-    there, groups = set(names), []
-    for parent in sorted({name.rpartition(".")[0] for name in there}):
-        for suffixes in _FUSED:
-            group = [f"{parent}.{suffix}" for suffix in suffixes if f"{parent}.{suffix}" in there]
-            if len(group) > 1 and not _CROSS.search(parent):
-                groups.append(group)
-    return groups
-
-
-def check_fused(record: Record, decoded: Mapping[str, Decoded], findings: Findings) -> None:
-    """Fused linears need one format, one activation format and, under NVFP4, one value of each global scale."""
-    derived = fused_groups({*record.linears, *record.skipped})
-    for group in derived:
-        listed = any(set(group) <= set(said) for said in record.fused) or not set(group) & set(record.linears)
-        findings.check("fused", listed, "qkit.json: fused", f"does not list {', '.join(group)} as one group")
-    for group in [*record.fused, *derived]:
-        where = ", ".join(group)
-        unknown = [name for name in group if name not in record.linears and name not in record.skipped]
-        findings.check("fused", not unknown, where, f"{', '.join(unknown)} is neither quantized nor skipped")
-        members = [record.linears[name] for name in group if name in record.linears]
-        some = 0 < len(members) < len(group) - len(unknown)
-        findings.check("fused", not some, where, "only some of a fused group are quantized; engines need all or none")
-        findings.check("fused", len({m.format for m in members}) <= 1, where, "the weight formats differ")
-        findings.check("fused", len({m.activations for m in members}) <= 1, where, "the activation formats differ")
-        for scalar in ("weight_global_scale", "input_global_scale"):
-            values = {decoded[name].scalars.get(scalar) for name in group if name in decoded}
-            what = f"{scalar} differs within a fused group: {', '.join(map(str, sorted(map(str, values))))}"
-            findings.check("fused", len(values) <= 1, where, what)
 
 
 def check_tied(record: Record, config: Mapping[str, Any], store: Mapping[str, Stored], findings: Findings) -> None:

@@ -41,6 +41,7 @@ from qkit.transforms.balance import INPUTS, gradients, ratios
 from qkit.transforms.keys import scale_keys
 from qkit.transforms.table import BALANCED, TRANSFORMS
 
+MAX_SILENT = 0.5  # share of linears that may see nothing but zeros: a single one is a property of the model
 MAX_FALLBACKS = 0.05  # share of linears that may fall back before the run counts as failed
 
 
@@ -380,6 +381,12 @@ def _wanted(plan: Plan, groups: tuple[LinearGroup, ...]) -> Wanted:
 
 def _check_fallbacks(plan: Plan, job: Job) -> None:
     reasons = {name: record["fallback"] for name, record in job.records().items()}
+    silent = [name for name, why in reasons.items() if why == ZERO_INPUTS]
+    if len(silent) > MAX_SILENT * len(plan.linears):
+        raise NumericFailure(
+            f"{len(silent)} of {len(plan.linears)} linears saw nothing but zeros, the first is {silent[0]}; the parts are kept "
+            f"in {job.path}: look at the weights of the layers before it, or use --method rtn"
+        )
     fell = [(name, why) for name, why in reasons.items() if why and why != ZERO_INPUTS]
     if len(fell) > MAX_FALLBACKS * len(plan.linears):
         listed = "; ".join(f"{n} ({why})" for n, why in fell[:5])

@@ -20,9 +20,10 @@ from qkit.declared import Findings, Linear, Problem, Record, printable, read_jso
 from qkit.declared_cache import check_cache
 from qkit.declared_config import Declared, Group, is_ignored, read_quantization, resolve
 from qkit.declared_files import REJECTED, check_config, check_files, check_sum, has_sums, is_summed
+from qkit.declared_fused import check_fused
 from qkit.declared_inputs import check_inputs
 from qkit.declared_pipeline import check_around, check_policy, packed_part
-from qkit.declared_relations import check_fused, check_job, check_tied, config_value
+from qkit.declared_relations import check_job, check_tied, config_value
 from qkit.declared_shards import read_folder
 from qkit.decode import FLOATS, Decoded, Stored, decode, layout
 from qkit.errors import BadCheckpoint

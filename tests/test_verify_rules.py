@@ -12,7 +12,7 @@ from packed_samples import GLOBAL, Sample, make, raw, sha
 import qkit.verify
 from qkit.commands.verify import verify_command
 from qkit.declared import Findings, read_record
-from qkit.declared_relations import fused_groups
+from qkit.declared_fused import fused_groups
 from qkit.decode import decode, read_header
 from qkit.errors import BadCheckpoint, VerifyFailure
 from qkit.verify import summary, verify

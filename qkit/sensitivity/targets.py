@@ -20,14 +20,14 @@ from qkit.export.compressed_tensors import stored_bytes
 from qkit.families.discover import DECLARED, kind_of
 from qkit.families.outline import Outline
 from qkit.folder import weights_folder
-from qkit.formats import fit_group
+from qkit.formats import Format, Scheme, fit_group
 from qkit.loading import load
 from qkit.locate import find_model
 from qkit.machine import available_cores, available_memory
 from qkit.parallel import workers
 from qkit.pipeline import open_outline
 from qkit.preflight import holds_siglip
-from qkit.qtensor import dequantize, find_params, nvfp4_global_scale, quantize
+from qkit.qtensor import dequantize, find_params, quantize
 from qkit.recipe import Recipe
 from qkit.request import Request, calibration_asked, recipe_of
 from qkit.run import Progress
@@ -89,27 +89,34 @@ def measured(recipe: Recipe, outline: Outline, rows: Calibration, threads: int, 
         reference = subject.log_probs(rows)
         progress.step()
         for sequence in outline.sequences:
-            linears = [x for block in sequence.blocks for x in block.linears]
-            rounded = {x.name: _rounded(recipe, subject, x) for x in linears}
+            scheme, _, _ = recipe.resolved(None)
+            formats = {
+                x: fit_group(scheme.weights, *(y.shape[1] for g in groups for y in g.linears))
+                for block in sequence.blocks
+                for groups in block.units
+                for g in groups
+                for x in g.linears
+            }
+            rounded = {
+                x.name: _rounded(Scheme(scheme.name, fmt, scheme.activations), subject, x) for x, fmt in formats.items()
+            }
             with subject.replaced(rounded):
                 _, kl = subject.compare(rows, reference)
-            found[sequence.name] = Cost(kl, sum(_saved(recipe, outline, x) for x in linears))
+            found[sequence.name] = Cost(
+                kl, sum(_saved(fmt, scheme.activations, outline, x) for x, fmt in formats.items())
+            )
             progress.step()
     return found
 
 
-def _rounded(recipe: Recipe, subject: Subject, linear: Linear) -> Replacement:
-    scheme, _, _ = recipe.resolved(None)
-    weight, fmt = subject.weight(linear.name), fit_group(scheme.weights, linear.shape[1])
-    shared = nvfp4_global_scale(weight.abs().amax()) if fmt.scale == "e4m3" else None
-    params = find_params(weight, fmt, subject.outline.dtype, global_scale=shared)
+def _rounded(scheme: Scheme, subject: Subject, linear: Linear) -> Replacement:
+    weight, fmt = subject.weight(linear.name), scheme.weights
+    params = find_params(weight, fmt, subject.outline.dtype)
     acts = scheme.activations
     plain = acts if acts is not None and acts.dynamic and acts.strategy != "tensor_group" else None
     return Replacement(dequantize(quantize(weight, params, fmt)), plain)
 
 
-def _saved(recipe: Recipe, outline: Outline, linear: Linear) -> int:
-    scheme, _, _ = recipe.resolved(None)
-    fmt = fit_group(scheme.weights, linear.shape[1])
+def _saved(weights: Format, activations: Format | None, outline: Outline, linear: Linear) -> int:
     before = outline.checkpoint.tensors[f"{linear.name}.weight"].nbytes
-    return before - stored_bytes(fmt, scheme.activations, linear.shape, outline.dtype)
+    return before - stored_bytes(weights, activations, linear.shape, outline.dtype)

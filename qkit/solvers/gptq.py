@@ -251,7 +251,7 @@ class _Scales:
     def _find(self, w: Tensor, cost: Tensor) -> Params:
         t = self.task
         signed = bool(t.options.get("signed", False))
-        return find_params(w, t.fmt, t.dtype, importance=cost, search=True, global_scale=t.global_scale, signed=signed)
+        return find_params(w, t.fmt, t.dtype, importance=cost, search=True, amax=t.amax, signed=signed)
 
     def _wide(self, params: list[Params], shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
         """Scale and zero of every element, [in, out], float32."""

@@ -9,6 +9,7 @@ import torch
 from conftest import Quiet
 from safetensors.torch import load_file, save_file
 
+import qkit.solvers.gptq
 from qkit.errors import NumericFailure
 from qkit.job import Job
 from qkit.pipeline import Request, quantize
@@ -113,3 +114,16 @@ def test_static_scales_do_not_underflow_in_fp16(changed, tmp_path):
     assert scale.dtype == torch.float16 and scale.item() == 2**-24  # the least that is above 0
     record = json.loads((tmp_path / "out" / "qkit.json").read_text())["linears"][DOWN]
     assert record["error"] < 0.01
+
+
+def test_too_many_fallbacks_end_the_run(changed, tmp_path, monkeypatch):
+    """2 of 14 linears are more than may be rounded instead of solved."""
+    real = qkit.solvers.gptq.factorize
+
+    def factorize(hessian, damp):
+        return (None, "the Hessian is not finite") if len(hessian) == 128 else real(hessian, damp)
+
+    monkeypatch.setattr(qkit.solvers.gptq, "factorize", factorize)
+    with pytest.raises(NumericFailure, match=r"2 of 14 linears fell back.*down_proj \(the Hessian is not finite.*"):
+        quantize(changed(put(0.5), "w4a16", "gptq"), tmp_path / "out", Quiet())
+    assert not (tmp_path / "out").exists() and len(list((tmp_path / "out.job" / "parts").iterdir())) == 2
