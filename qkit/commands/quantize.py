@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from qkit.commands.budget import budget_options, decided_json, decided_request, show_decided
+from qkit.commands.budget import budget_options
 from qkit.commands.cache import cache_options
 from qkit.commands.common import (
     Reporter,
@@ -22,6 +22,7 @@ from qkit.commands.common import (
     show_coverage,
     write_json,
 )
+from qkit.commands.decide import decided_json, decided_request, show_decided
 from qkit.commands.plan import plan_json, show_forecast
 from qkit.export.folder import is_export_of
 from qkit.folder import RECORD, load_json, weights_folder
