@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from qkit.advice import times
 from qkit.batches import extent
 from qkit.calibration import Calibration
 from qkit.families.outline import Outline
@@ -33,11 +34,6 @@ class Ahead:
     def __str__(self) -> str:
         """A line for a person."""
         return f"{self.what}: {self.passes}; about {times(self.ratio)} the operations of the quantization itself"
-
-
-def times(ratio: float) -> str:
-    """'3.2 times', '1,400 times': two digits, since operations are not seconds."""
-    return f"{float(f'{ratio:.2g}'):,g} times"
 
 
 def run_operations(request: Request) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from qkit.advice import on_method
 from qkit.budgeting import Allocated
 from qkit.commands.budget import WAYS, budget_options, explain, explanation
 from qkit.commands.cache import cache_options
@@ -18,6 +20,7 @@ from qkit.errors import UsageError, write_failure
 from qkit.forecast import refuse_what_cannot_fit
 from qkit.pipeline import Prepared, coverage, prepare
 from qkit.report.allocation import allocation_files
+from qkit.request import Request
 from qkit.safefile import write_atomic
 
 
@@ -46,6 +49,15 @@ def show_forecast(found: Prepared, console: Console) -> None:
         f"forecast: output {megabytes(f.packed_bytes)}, job folder {megabytes(f.job_bytes)}, peak memory "
         f"{megabytes(f.peak_memory)}; {runs}time goes to: {phases}"
     )
+
+
+def show_method(request: Request, found: Prepared, console: Console) -> dict[str, Any]:
+    """The method where nobody chose one, and what a better one costs; gives the machine's copy."""
+    advice = on_method(request, found)
+    if advice is None:
+        return {}
+    console.print(Text(str(advice)))
+    return {"method": asdict(advice)}
 
 
 def write_figures(found: Allocated, folder: Path, console: Console) -> None:
@@ -102,6 +114,7 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
         if figures is not None:
             write_figures(budgeted, figures, console)
     show_coverage(found, console)
+    data |= show_method(decided.request, found, console)
     show_forecast(found, console)
     write_json(json_file, data)
     refuse_what_cannot_fit(found.forecast, out or Path.cwd())
