@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,17 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from qkit.advice import on_method
 from qkit.budgeting import Allocated
-from qkit.commands.budget import (
-    WAYS,
-    budget_options,
-    decided_json,
-    decided_request,
-    explain,
-    explanation,
-    show_decided,
-)
+from qkit.commands.budget import WAYS, budget_options, explain, explanation
 from qkit.commands.cache import cache_options
 from qkit.commands.common import megabytes, request_options, show_coverage, write_json
+from qkit.commands.decide import decided_json, planned_request, show_ahead, show_decided
 from qkit.errors import UsageError, write_failure
 from qkit.forecast import refuse_what_cannot_fit
 from qkit.pipeline import Prepared, coverage, prepare
 from qkit.report.allocation import allocation_files
+from qkit.request import Request
 from qkit.safefile import write_atomic
 
 
@@ -55,6 +51,15 @@ def show_forecast(found: Prepared, console: Console) -> None:
     )
 
 
+def show_method(request: Request, found: Prepared, console: Console) -> dict[str, Any]:
+    """The method where nobody chose one, and what a better one costs; gives the machine's copy."""
+    advice = on_method(request, found)
+    if advice is None:
+        return {}
+    console.print(Text(str(advice)))
+    return {"method": asdict(advice)}
+
+
 def write_figures(found: Allocated, folder: Path, console: Console) -> None:
     """The pictures and the page of an allocation."""
     files = allocation_files(found.profile, found.allocation)
@@ -77,17 +82,29 @@ def write_figures(found: Allocated, folder: Path, console: Console) -> None:
 def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: Path | None, **given: Any) -> None:
     """Say what quantize would do: coverage, exact bytes, peak memory, and where the time goes.
 
-    Refuses what cannot fit.
+    Reads no weights. Says what quantize has to measure first, and refuses what cannot fit or cannot be met.
 
     \b
     Example:
       qkit plan --model tiny-llama --scheme w4a16 --method gptq --json plan.json
     """
     console = Console()
-    decided = decided_request(given, out or Path(Path(given["model"]).name), None, console)
-    found, budgeted = prepare(decided.request), decided.budgeted
-    data = {**plan_json(found), **decided_json(decided)}
+    decided = planned_request(given, out or Path(Path(given["model"]).name))
+    budgeted = decided.budgeted
+    if (why or figures is not None) and budgeted is None:
+        option = "--explain" if why else "--figures"
+        if decided.open:
+            raise UsageError(f"{option} is about what was measured, and nothing is yet: run 'qkit profile' first")
+        raise UsageError(f"{option} goes with a budget: add {WAYS}")
     show_decided(decided, console)
+    show_ahead(decided, "measured when quantize runs", console)
+    if decided.open:
+        write_json(json_file, decided_json(decided))
+        return
+    found = prepare(decided.request)
+    data = {**plan_json(found), **decided_json(decided)}
+    if decided.first:
+        data["hash"] = None  # what is measured is part of it
     if budgeted is not None:
         data["allocation"]["layers"] = explanation(budgeted)
         if budgeted.table is not None:
@@ -96,9 +113,8 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
             explain(budgeted, console)
         if figures is not None:
             write_figures(budgeted, figures, console)
-    elif why or figures is not None:
-        raise UsageError(f"{'--explain' if why else '--figures'} goes with a budget: add {WAYS}")
     show_coverage(found, console)
+    data |= show_method(decided.request, found, console)
     show_forecast(found, console)
     write_json(json_file, data)
     refuse_what_cannot_fit(found.forecast, out or Path.cwd())

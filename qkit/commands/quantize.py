@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from qkit.commands.budget import budget_options, decided_json, decided_request, show_decided
+from qkit.commands.budget import budget_options
 from qkit.commands.cache import cache_options
 from qkit.commands.common import (
     Reporter,
@@ -22,7 +22,8 @@ from qkit.commands.common import (
     show_coverage,
     write_json,
 )
-from qkit.commands.plan import plan_json, show_forecast
+from qkit.commands.decide import decided_json, decided_request, show_decided
+from qkit.commands.plan import plan_json, show_forecast, show_method
 from qkit.export.folder import is_export_of
 from qkit.folder import RECORD, load_json, weights_folder
 from qkit.job import finished_blocks
@@ -68,6 +69,7 @@ def quantize_command(
     found = prepare(request)
     show_decided(decided, console)
     show_coverage(found, console)
+    advice = show_method(request, found, console)
     show_forecast(found, console)
     there = is_export_of(out, found.plan)
     before = _written(out)
@@ -96,7 +98,7 @@ def quantize_command(
         console.print(Text(line))
     for engine in sorted({e.engine + ": " + e.loads_as for e in report.engines if e.loads_as}):
         console.print(Text(f"loads in {engine}"))
-    write_json(json_file, {**plan_json(found), **decided_json(decided)})
+    write_json(json_file, {**plan_json(found), **decided_json(decided), **advice})
 
 
 def _written(out: Path) -> tuple[int, int] | None:
