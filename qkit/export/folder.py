@@ -314,3 +314,8 @@ def source_hashes(plan: Plan, outline: Outline, source_folder: Path) -> dict[str
     quick where they were read before (``hashcache``)."""
     found = {"sha256": outline.checkpoint.sha256()}
     return found if plan.pipeline is None else {**found, "around": weights_of_rest(source_folder, plan.pipeline)}
+
+
+def job_identity(plan: Plan, hashed: Mapping[str, str]) -> dict[str, Any]:
+    """What must agree for a job to be the same job. hashed: ``source_hashes``"""
+    return {**plan.identity, "source_weights": dict(hashed)}
