@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from qkit.checkpoint import Checkpoint
 from qkit.errors import BadCheckpoint, QkitError
-from qkit.folder import RECORD, weights_folder
-from qkit.safefile import parse_json, write_atomic
+from qkit.folder import read_record, refuse_gguf, weights_folder
+from qkit.safefile import write_atomic
+from qkit.schema import foreign
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 SOURCE_FILE = "source"  # in the job folder: where the original was; the output itself names no local path
 
 
@@ -22,24 +25,23 @@ def find_model(model: str) -> Path:
     path = Path(model)
     if path.is_dir():
         return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            refuse_gguf(path)
+        raise BadCheckpoint(f"{path}: a file, expected the folder of a model: give the folder that it lies in")
     embedded: Path | None = qkit_data.model_path(model)
     if embedded is not None:
         return embedded
-    if model.count("/") != 1 or model.startswith(("/", ".", "~")) or path.exists():
+    if not HUB_ID.fullmatch(model) or ".." in model or path.exists():
         names = ", ".join(qkit_data.models())
         raise BadCheckpoint(
             f"{model}: no such model folder, and not a reference model ({names}) or a hub id (owner/name)"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
     wanted = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "*.jinja"]
-    try:
+    fault = f"{model}: no such folder, and as the id of a model on the hub it was not to be had"
+    with foreign(fault, "check the name and the network"):
         return Path(snapshot_download(model, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as e:
-        raise BadCheckpoint(
-            f"{model}: no such folder, and as the id of a model on the hub it was not to be had: {str(e).splitlines()[0]}"
-        ) from e
 
 
 def record_source(job: Path, source: Path) -> None:
@@ -54,10 +56,10 @@ def recorded_source(out: Path) -> Path | None:
     """
     import qkit_data
 
-    record = weights_folder(out) / RECORD
-    if not record.is_file():
+    record = read_record(weights_folder(out))
+    if record is None:
         return None
-    wanted = parse_json(record.read_bytes(), str(record)).get("source", {}).get("fingerprint")
+    wanted = record.get("source", {}).get("fingerprint")
     note = out.with_name(out.name + ".job") / SOURCE_FILE
     candidates = [Path(note.read_text())] if note.is_file() else []
     candidates += [path for name in qkit_data.models() if (path := qkit_data.model_path(name)) is not None]

@@ -20,9 +20,10 @@ from torch import Tensor
 from qkit import __version__, lowrank, sparse
 from qkit.diffusion.pipeline import copy_rest
 from qkit.diffusion.trajectory import Trajectory
+from qkit.errors import BadInput
 from qkit.export import compressed_tensors as ct
 from qkit.families.outline import Outline
-from qkit.folder import RECORD, WEIGHT_STEMS, is_pipeline, weights_folder
+from qkit.folder import RECORD, WEIGHT_STEMS, is_pipeline, read_record, weights_folder
 from qkit.inputs import RESIDUAL, SCALE
 from qkit.job import Job
 from qkit.kvcache.scales import FORMAT
@@ -269,11 +270,11 @@ _SAFETENSORS = {
 def is_export_of(out: Path, plan: Plan) -> bool:
     """Whether ``out`` already holds the finished result of this very plan."""
     record = weights_folder(out) / RECORD
-    if not record.is_file():
-        return False
     try:
-        found = json.loads(record.read_bytes())
-    except ValueError:
+        found = read_record(record.parent)
+    except BadInput:  # one that is damaged is replaced, or refused, as any other folder
+        return False
+    if found is None:
         return False
     return bool(found.get("plan_hash") == plan.hash) and all(
         (record.parent / f).is_file() and sha256_file(record.parent / f) == h
