@@ -21,7 +21,7 @@ from qkit.export.compressed_tensors import formats_of, has_cache_scales, specs
 from qkit.families.discover import build_skeleton
 from qkit.families.materialize import fill_computed_buffers
 from qkit.families.outline import DTYPES, Outline, dtype_of
-from qkit.folder import is_pipeline, load_json, strip_code_keys, weights_folder
+from qkit.folder import is_pipeline, load_json, weights_folder
 from qkit.formats import Format
 from qkit.inputs import RESIDUAL, SCALE, InputTransform
 from qkit.kvcache.scales import declare
@@ -244,11 +244,9 @@ def _generation_config(model: Any, folder: Path) -> None:
 
     file = folder / "generation_config.json"
     if file.is_file():
-        read = load_json(file, "generation config")
-        checked(schema.GenerationConfig, read, str(file))
-        clean, _ = strip_code_keys(read)
+        checked(schema.GenerationConfig, load_json(file, "generation config"), str(file))
         with foreign(f"{file}: transformers cannot read it"):
-            model.generation_config = GenerationConfig.from_dict(clean)
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def _cache_policy(model: Any, folder: Path, kv: str | None) -> None:

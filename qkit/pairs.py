@@ -186,7 +186,7 @@ def _pair(files: list[Path], frames: list[Path], question: str, answer: str, whe
     images = []
     for file in (*files, *frames):
         if not file.is_file():  # a pipe would block
-            raise BadCalibration(f"{where}: the picture {file} is not a file: correct its name")
+            raise BadCalibration(f"{where}: the picture {file} cannot be read: there is no such file: correct its name")
         with foreign(f"{where}: the picture {file} cannot be read", "save it again", BadCalibration):
             with Image.open(file) as image:
                 images.append(image.convert("RGB"))
