@@ -38,6 +38,7 @@ def find_model(model: str) -> Path:
             f"{model}: no such model folder, and not a reference model ({names}) or a hub id (owner/name)"
         )
     from huggingface_hub import snapshot_download
+
     wanted = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "*.jinja"]
     fault = f"{model}: no such folder, and as the id of a model on the hub it was not to be had"
     with foreign(fault, "check the name and the network"):

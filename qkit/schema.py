@@ -186,7 +186,9 @@ class _Args(_Open):
     type: str = "int"
     strategy: str | None = None
     group_size: Annotated[int, Field(ge=-1, le=MAX_ID)] | None = None
-    block_structure: Annotated[list[Annotated[int, Field(ge=1, le=MAX_ID)]], Field(min_length=2, max_length=2)] | None = None
+    block_structure: (
+        Annotated[list[Annotated[int, Field(ge=1, le=MAX_ID)]], Field(min_length=2, max_length=2)] | None
+    ) = None
     symmetric: bool = True
     dynamic: bool | Literal["local"] = False
     scale_dtype: str | None = None

@@ -134,7 +134,9 @@ def serve(target: fuzz_targets.Target, seed: int, numbers: range, write: int) ->
     try:
         for number in numbers:
             found = attempt(target, seed, number)
-            os.write(write, json.dumps([found.kind, found.number, found.what, found.text, found.place]).encode() + b"\n")
+            os.write(
+                write, json.dumps([found.kind, found.number, found.what, found.text, found.place]).encode() + b"\n"
+            )
     except BaseException:
         code = 1
     os._exit(code)

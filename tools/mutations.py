@@ -23,6 +23,8 @@ _SHAPES: tuple[Any, ...] = (
     {"__float__": "Infinity"}, {"__float__": "x"}, {"model_type": "llama"}, {"rope_type": "yarn"}, {"quant_method": "gptq"},
 )  # fmt: skip
 
+_PIECES = (b"\xff\xfe", b"\n", b"{", b"[" * 2000, b'"', b"\xed\xa0\x80", b"- ", b": ", b"&a ", b"*a")
+
 
 def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The places of all values in a JSON document, the document itself first."""
@@ -45,10 +47,13 @@ def other(value: Any, rng: random.Random) -> Any:
         if isinstance(value, bool):
             return not value
         if isinstance(value, (int, float)):
-            return rng.choice((value + 1, value - 1, value * 2, -value, value // 2, value * 1000, float(value), str(value)))
+            return rng.choice(
+                (value + 1, value - 1, value * 2, -value, value // 2, value * 1000, float(value), str(value))
+            )
         if isinstance(value, str) and value:
             cut = rng.randrange(len(value))
-            return rng.choice((value[:cut], value[cut:], value.upper(), value + value, value + "x", [value], value[:cut] + "\n"))
+            near = (value[:cut], value[cut:], value.upper(), value + value, value + "x", [value], value[:cut] + "\n")
+            return rng.choice(near)
         if isinstance(value, list) and value:
             return rng.choice((value[1:], value * 2, value[::-1], value[0], dict(enumerate(map(str, value)))))
         if isinstance(value, dict) and value:
@@ -114,7 +119,7 @@ def mutated_bytes(data: bytes, rng: random.Random) -> bytes:
         elif action == 5:
             found[place : place + length] = b"\0" * length
         elif action == 6:
-            found[place:place] = rng.choice((b"\xff\xfe", b"\n", b"{", b"[" * 2000, b'"', b"\xed\xa0\x80", b"- ", b": ", b"&a ", b"*a"))
+            found[place:place] = rng.choice(_PIECES)
         elif action == 7 and size:
             found[place % size] = rng.randrange(256)
     return bytes(found)

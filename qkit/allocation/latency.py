@@ -94,9 +94,7 @@ class LatencyTable:
         seconds: dict[Key, float] = {
             (e["format"], e["group"], (e["out"], e["in"])): float(e["seconds"]) for e in data["entries"]
         }
-        return LatencyTable(
-            file, data["machine"], data["device"], data["dtype"], data["m"], data["threads"], seconds
-        )
+        return LatencyTable(file, data["machine"], data["device"], data["dtype"], data["m"], data["threads"], seconds)
 
 
 @dataclass(frozen=True)

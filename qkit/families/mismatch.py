@@ -56,7 +56,7 @@ def other_storage(model: nn.Module, checkpoint: Checkpoint, tied: Collection[str
     stored, name = next((s, n) for s, n in names.items() if s != n)
     changed = sum(s != n for s, n in names.items())
     return (
-        f"the checkpoint is complete, but qkit does not know how this kind of model is stored: {changed} tensors are renamed or "
-        f"joined when they are loaded, the first is {shown(stored)}, which becomes {shown(name)}: such a model has to be declared "
-        "('qkit list families')"
+        f"the checkpoint is complete, but qkit does not know how this kind of model is stored: {changed} tensors are renamed "
+        f"or joined when they are loaded, the first is {shown(stored)}, which becomes {shown(name)}: use a model of a family "
+        "that qkit knows ('qkit list families')"
     )
