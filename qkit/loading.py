@@ -27,6 +27,7 @@ from qkit.inputs import RESIDUAL, SCALE, InputTransform
 from qkit.kvcache.scales import declare
 from qkit.layers import QuantExperts, QuantLinear
 from qkit.locate import find_model
+from qkit.safefile import shown
 from qkit.schema import checked, foreign
 
 
@@ -85,6 +86,7 @@ def _diffusion(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, 
     return load_denoiser(folder, checkpoint.config["_class_name"], dtype, device)
 
 
+METHODS = ("compressed-tensors", "qkit")
 PLAIN = tuple(DTYPES.values())  # dtypes of scales that any reader takes for each other
 
 
@@ -94,7 +96,14 @@ class PackedOutline(Outline):
     def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> None:
         self.quantization = checkpoint.config.get("quantization_config")
         if self.quantization is not None:
-            where = f"{checkpoint.path / 'config.json'}: quantization_config"
+            where, method = (
+                f"{checkpoint.path / 'config.json'}: quantization_config",
+                self.quantization.get("quant_method"),
+            )
+            if isinstance(method, str) and method not in METHODS:
+                raise Unsupported(
+                    f"{where}: quantized by {shown(method)}, and qkit loads {' and '.join(METHODS)}: load it with transformers"
+                )
             checked(schema.Quantization, self.quantization, where, "run 'qkit verify' on the folder", Unsupported)
         if has_cache_scales(self.quantization):
             dtype = dtype_of(checkpoint)

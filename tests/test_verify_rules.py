@@ -389,6 +389,8 @@ def test_independent_of_the_writer():
         "verify",
         "decode",
         "preflight",
+        "confined",
+        "patterns",
         *(f"declared{x}" for x in ("", "_config", "_cache", "_inputs", "_pipeline")),
     ]
     folder = Path(qkit.verify.__file__).parent
