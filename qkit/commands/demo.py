@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qkit.commands.common import OutFile, Reporter, megabytes, print_wide, wide_table, write_json
+from qkit.commands.common import OutFile, OutFolder, Reporter, megabytes, print_wide, wide_table, write_json
 from qkit.commands.eval import printable, progress_bar
 from qkit.evaluation.measure import EvalRequest, measure
 from qkit.job_folder import remove_job
@@ -31,7 +31,7 @@ PROMPT = "When she came home in the evening,"
 
 
 @click.command("demo")
-@click.option("--work", type=click.Path(path_type=Path), default="qkit-demo", show_default=True, help="Its folder.")
+@click.option("--work", type=OutFolder(), default="qkit-demo", show_default=True, help="Its folder.")
 @click.option("--overwrite", is_flag=True, help="Replace the results of an earlier demo in this folder.")
 @click.option("--json", "json_file", type=OutFile(), help="Write the figures to this file.")
 def demo_command(work: Path, overwrite: bool, json_file: Path | None) -> None:

@@ -10,7 +10,16 @@ import click
 from rich.console import Console
 
 from qkit.allocation.pareto import PREFERRED, Point, curve, curve_measure, measure_points, spread, uniform
-from qkit.commands.common import OutFile, Reporter, command_line, megabytes, print_wide, wide_table, write_json
+from qkit.commands.common import (
+    OutFile,
+    OutFolder,
+    Reporter,
+    command_line,
+    megabytes,
+    print_wide,
+    wide_table,
+    write_json,
+)
 from qkit.errors import BadInput, UsageError
 from qkit.memory import bound_heap
 from qkit.profiling import ProfileRequest, audit, forecast, measured_plans, profile
@@ -29,7 +38,7 @@ from qkit.sensitivity.profile import Profile
     help="What a layer may get: int2..int8 (the same as w2a16..w8a16), any scheme (nvfp4, w8a8: activations too), int3+0.5% "
     "(the largest 0.5 % of its weights kept in 16 bits), int3+r16 (a low-rank part of rank 16), bf16 (left as it is).",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the profile.")
+@click.option("--out", type=OutFolder(), required=True, help="Folder of the profile.")
 @click.option(
     "--method",
     default="gptq",

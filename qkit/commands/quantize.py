@@ -15,6 +15,7 @@ from rich.text import Text
 from qkit.commands.budget import budget_options
 from qkit.commands.cache import cache_options
 from qkit.commands.common import (
+    OutFolder,
     Reporter,
     command_line,
     megabytes,
@@ -38,11 +39,11 @@ from qkit.steps import ENTRY
 @cache_options
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=OutFolder(),
     required=True,
     help="Folder of the result; one that this command made is verified again.",
 )
-@click.option("--work", type=click.Path(path_type=Path), help="Job folder (default: OUT.job).")
+@click.option("--work", type=OutFolder(), help="Job folder (default: OUT.job).")
 @click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new result is proven.")
 @click.option("--keep-job", is_flag=True, help="Keep the parts in the job folder after success.")
 def quantize_command(
