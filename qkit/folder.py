@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from qkit.errors import BadCheckpoint, IOFailure, Unsupported, UsageError
 from qkit.safefile import parse_json, read_bytes, shown, sync_dir
-from qkit.schema import RecordFile, checked
+from qkit.schema import AGAIN, RecordFile, checked
 
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")  # transformers and diffusers
 SIDE_FILES = (
@@ -64,6 +64,7 @@ CODE_KEYS = (
 CONFIG_LIMIT = 16 << 20
 INDEX_LIMIT = 100 << 20
 RECORD_LIMIT = 1 << 28
+SIDE_LIMIT = 1 << 28
 MAX_DEPTH = 64
 MISTRAL = "consolidated"  # begins the names of Mistral's own files: the same weights once more
 _SHARD = re.compile(rf"(?!{MISTRAL}).+-\d+-of-\d+\.safetensors")
@@ -130,6 +131,16 @@ def list_names(folder: Path) -> list[str]:
 def side_file_names(folder: Path) -> list[str]:
     """Names of the tokenizer, processor and generation files in a folder, sorted."""
     return [name for name in list_names(folder) if _matches(name, SIDE_FILES)]
+
+
+def check_side_files(folder: Path) -> None:
+    """Before another library opens them: raises BadCheckpoint for one that is a pipe, a device, or far too large."""
+    for name in side_file_names(folder):
+        file = folder / name
+        if file.exists() and not file.is_dir() and not file.is_file():
+            raise BadCheckpoint(f"{file}: found a pipe or a device, expected a file: get it again from its source")
+        if file.is_file() and file.stat().st_size > SIDE_LIMIT:
+            raise BadCheckpoint(f"{file}: {file.stat().st_size} bytes, expected at most {SIDE_LIMIT}: {AGAIN}")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

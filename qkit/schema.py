@@ -116,7 +116,6 @@ class ModelConfig(_Open):
     """config.json, and each config inside it (text_config, vision_config, ..)."""
 
     model_type: str | None = None
-    class_name: Annotated[str | None, Field(alias="_class_name")] = None
     architectures: list[str] | None = None
     dtype: Dtype | Object | None = None
     torch_dtype: Dtype | Object | None = None

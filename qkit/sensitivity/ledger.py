@@ -20,7 +20,7 @@ class Ledger:
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self._path = path
-        raw = path.read_bytes() if path.exists() else b""
+        raw = path.read_bytes() if path.is_file() else b""
         whole = raw.rpartition(b"\n")[0]
         found, self._known = _read(whole, path) if whole else (identity, {})
         differing = next((k for k in dict.fromkeys((*identity, *found)) if found.get(k) != identity.get(k)), None)
