@@ -167,6 +167,11 @@ class GenerationConfig(_Open):
     min_new_tokens: Count | None = None
     do_sample: bool | None = None
     use_cache: bool | None = None
+    output_attentions: bool | None = None
+    output_hidden_states: bool | None = None
+    output_scores: bool | None = None
+    output_logits: bool | None = None
+    return_dict_in_generate: bool | None = None
     temperature: Number | None = None
     top_k: Count | None = None
     top_p: Number | None = None
