@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def recorded_source(out: Path) -> Path | None:
         return None
     wanted = record.get("source", {})
     note = out.with_name(out.name + ".job") / SOURCE_FILE
-    candidates = [Path(note.read_text())] if note.is_file() else []
+    candidates = [Path(os.fsdecode(note.read_bytes()))] if note.is_file() else []
     candidates += [path for name in qkit_data.models() if (path := qkit_data.model_path(name)) is not None]
     for path in candidates:
         try:

@@ -18,7 +18,7 @@ from qkit.folder import is_pipeline
 from qkit.loading import load_tokenizer
 from qkit.locate import find_model
 from qkit.machine import available_memory, run_dtype
-from qkit.pairs import drawn, image_tokens, is_dataset, load_processor, pair_rows, read_pairs
+from qkit.pairs import drawn, image_tokens, is_dataset, load_processor, pair_rows, read_pairs, refuse_chat
 from qkit.plan import LinearPlan, is_static, why_rows
 from qkit.recipe import Recipe, load_recipe, make_recipe, parse_method
 from qkit.transforms.table import EFFORTS, TRANSFORMS
@@ -134,6 +134,8 @@ def wants_pairs(request: Request, outline: Outline) -> bool:
     pairs = given is not None and (given.is_dir() or given.suffix == ".jsonl" or is_dataset(given))
     if outline.family.text_types:
         return given is None or pairs
+    if pairs and given is not None and given.is_file():
+        refuse_chat(given)
     if pairs:
         raise UsageError(
             f"--calib {given}: pairs of pictures and answers are for a vision-language model, and this is a "

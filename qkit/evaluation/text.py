@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qkit.errors import BadInput, Unsupported, UsageError
 from qkit.quality import bootstrap_ci, compare_windows, nll_windows, perplexity, perplexity_change, quantile
+from qkit.textfile import TextFile
 
 Progress = Callable[[str, int, int], None]  # (text, windows done, windows in all)
 
@@ -31,8 +32,8 @@ def evaluate_text(
 ) -> dict[str, Any]:
     """{"texts": {name: figures}}; the name of a text is its file's name without the suffix.
 
-    Each text is tokenised whole by ``tokenizer`` without special tokens, cut into consecutive windows of ``window``
-    tokens, of which the first ``limit`` are used, and scored at positions 2 to ``window`` with an fp32 log-softmax.
+    Each text is tokenised by ``tokenizer`` as far as it is needed, without special tokens, cut into consecutive windows of
+    ``window`` tokens, of which the first ``limit`` are used, and scored at positions 2 to ``window`` with an fp32 log-softmax.
     Figures: perplexity, ci (95 %, over windows), windows, tokens (scored), nonfinite (scored tokens without a finite
     likelihood); with a baseline also baseline_perplexity, baseline_ci, change_percent, change_ci (paired), kl (mean,
     ci, p99; nats per token, KL(baseline || model)) and same_top1 (fraction of tokens). Figures that are not finite
@@ -45,7 +46,7 @@ def evaluate_text(
         name = text_name(spec)
         if name in texts:
             raise UsageError(f"two texts are called '{name}'; name one of them: --text OTHER=FILE")
-        tokens = tokenize(tokenizer, read_text(spec))
+        tokens = first_tokens(tokenizer, spec, None if limit is None else limit * window)
         report = None if progress is None else partial(progress, name)
         try:
             texts[name] = _figures(model, baseline_model, tokens, window, limit, report)
@@ -58,6 +59,18 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
     """int64 [n]: the whole text as it stands, no special tokens."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def first_tokens(tokenizer: Any, spec: Path | str, needed: int | None) -> Tensor:
+    """int64 [n]: at least ``needed`` tokens of a text if it has so many (None: all), as ``tokenize`` gives them."""
+    if _is_dataset(spec):
+        return tokenize(tokenizer, read_text(spec))
+    ids = _text_file(spec).first_tokens(lambda text: tokenize(tokenizer, text).tolist(), needed)
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _text_file(spec: Path | str) -> TextFile:
+    return TextFile(_named_file(spec)[1], "text")
 
 
 def _figures(
@@ -108,13 +121,7 @@ def read_text(spec: Path | str) -> str:
     """The content of a text. Raises BadInput when it cannot be read, Unsupported without the datasets package."""
     if _is_dataset(spec):
         return _read_dataset(str(spec))
-    path = _named_file(spec)[1]
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise BadInput(f"text {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(f"text {path}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from error
+    return _text_file(spec).text()[0]
 
 
 def _named_file(spec: Path | str) -> tuple[str, Path]:
