@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from qkit.errors import BadCheckpoint, write_failure
-from qkit.folder import PICKLES, RECORD, inside, list_names, parse_checked, strip_code_keys
+from qkit.folder import PICKLES, RECORD, inside, list_names, matches, parse_checked, strip_code_keys
 from qkit.safefile import open_regular, read_bytes, read_range, sha256_file, shown, sync_dir, write_atomic
 
 WEIGHTS = (
@@ -49,7 +49,9 @@ STAYS = (*WEIGHTS, *CODE, *ARCHIVES)  # ends of the names, in small letters, of 
 CACHES = ("__pycache__", "__MACOSX")
 OWN = ("config.json", RECORD, "qkit-rejected.json")  # at the top: written for the result, not copied
 # What these map are tokens, and a token may be called 'kernels' or 'auto_map'.
-VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tekken.json", "encoder.json")
+VOCABULARIES = ("tokenizer.json", "*vocab*.json", "added_tokens.json", "tekken.json", "encoder.json", "dict*.json")
+# What loaders take for an object without a look.
+OBJECTS = ("*config.json", "tokenizer.json", "special_tokens_map.json", "chat_template.json")
 MODULES = "modules.json"  # of sentence-transformers: the folders of what follows the transformer
 
 MOST_FILES = 2000
@@ -85,7 +87,11 @@ def digest(folder: Path, name: str, parse: bool = False) -> str:
         return sha256_file(file) if size <= WHOLE else sampled_hash(file, 8, size)
     raw = read_bytes(file, MOST_BYTES)
     if parse and name.lower().endswith(".json"):
-        parse_checked(raw, str(file))
+        data = parse_checked(raw, str(file))
+        if not isinstance(data, dict) and matches(Path(name).name, OBJECTS):
+            raise BadCheckpoint(
+                f"{file}: found {shown(data)}, expected a JSON object: get the file again from its source"
+            )
     return sha256(raw).hexdigest()
 
 
@@ -135,10 +141,29 @@ def copy(folder: Path, out: Path, wanted: Mapping[str, str]) -> dict[str, str]:
 
 def without_code(name: str, raw: bytes) -> bytes:
     """The content of a file, without keys that choose code where it is JSON that has any."""
-    if not name.lower().endswith(".json") or Path(name).name in VOCABULARIES:
-        return raw
-    cleaned, dropped = strip_code_keys(parse_checked(raw, name))
+    cleaned, dropped = _stripped(name, raw)
     return (json.dumps(cleaned, indent=2) + "\n").encode() if dropped else raw
+
+
+def code_keys(folder: Path, names: Iterable[str]) -> dict[str, list[str]]:
+    """{name: dotted keys} of what ``without_code`` leaves out of the files of a folder."""
+    found = {n: _stripped(n, read_bytes(inside(folder, n), MOST_BYTES))[1] for n in names if _is_settings(n)}
+    return {name: keys for name, keys in found.items() if keys}
+
+
+def _stripped(name: str, raw: bytes) -> tuple[Any, list[str]]:
+    return strip_code_keys(parse_checked(raw, name)) if _is_settings(name) else (None, [])
+
+
+def _is_settings(name: str) -> bool:
+    """Whether a file is JSON in which keys have the meanings that loaders give them."""
+    return name.lower().endswith(".json") and not matches(Path(name).name.lower(), VOCABULARIES)
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Names of files at the top of a model's folder that are neither read nor copied: code, pickles, other weights."""
+    seen = [n for n in list_names(folder) if not n.startswith(".") and n not in CACHES]
+    return [n for n in seen if n.lower().endswith(STAYS) and not n.endswith(KEPT)]
 
 
 def _walk(folder: Path, below: str, apart: Collection[str], weights: Collection[str]) -> list[str]:

@@ -33,6 +33,7 @@ def plan_json(found: Prepared) -> dict[str, Any]:
     plan = found.plan.to_json()
     return {
         "hash": found.plan.hash,
+        "source": {"fingerprint": found.plan.source_fingerprint, "sampled": True},
         "coverage": coverage(found.plan),
         "forecast": found.forecast.to_json(),
         "linears": plan["linears"],
@@ -77,7 +78,7 @@ def write_figures(found: Allocated, folder: Path, console: Console) -> None:
 def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: Path | None, **given: Any) -> None:
     """Say what quantize would do: coverage, exact bytes, peak memory, and where the time goes.
 
-    Refuses what cannot fit.
+    Refuses what cannot fit. Knows the model's weights by samples of them; quantize reads every byte.
 
     \b
     Example:
