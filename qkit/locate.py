@@ -7,12 +7,11 @@ from pathlib import Path
 from qkit.checkpoint import Checkpoint
 from qkit.errors import BadCheckpoint, QkitError, UsageError
 from qkit.folder import RECORD, weights_folder
-from qkit.safefile import parse_json, write_atomic
+from qkit.record import read_record, source_of
+from qkit.safefile import write_atomic
 from qkit.sidefiles import STAYS
 
 SOURCE_FILE = "source"  # in the job folder: where the original was; the output itself names no local path
-
-
 # Of a repository on the hub: what is neither read nor copied to a result.
 UNWANTED = (
     *(f"*{end}" for end in STAYS if end not in (".safetensors", ".index.json")),
@@ -72,10 +71,9 @@ def recorded_source(out: Path) -> Path | None:
     """
     import qkit_data
 
-    record = weights_folder(out) / RECORD
-    if not record.is_file():
+    if not (weights_folder(out) / RECORD).is_file():
         return None
-    wanted = parse_json(record.read_bytes(), str(record)).get("source", {})
+    wanted = source_of(read_record(out))
     note = out.with_name(out.name + ".job") / SOURCE_FILE
     candidates = [Path(note.read_text())] if note.is_file() else []
     candidates += [path for name in qkit_data.models() if (path := qkit_data.model_path(name)) is not None]

@@ -161,8 +161,8 @@ def quantize(
     plan, outline, source = found.plan, found.outline, find_model(request.model)
     work = work or out.with_name(out.name + ".job")
     if outline.checkpoint.nbytes > LARGE:
-        progress.start("read the source", 1)
-    hashed = source_hashes(plan, outline, source)
+        progress.start("read the source", len(outline.checkpoint.shards))
+    hashed = source_hashes(plan, outline, source, progress.step)
     if is_export_of(out, plan, hashed):
         report = verify(out)
         if report.ok:

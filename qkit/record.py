@@ -12,8 +12,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from qkit.errors import BadCheckpoint
 from qkit.folder import DENOISER, RECORD, is_pipeline, load_json, weights_folder
-from qkit.safefile import write_atomic
+from qkit.safefile import shown, write_atomic
 
 FORMAT_VERSION = 2  # 1: without files, config and sum
 RECORD_LIMIT = 1 << 28
@@ -35,7 +36,19 @@ def write_record(folder: Path, record: dict[str, Any]) -> str:
 
 def read_record(out: Path) -> dict[str, Any]:
     """qkit.json of the packed weights in ``out``, which may be a pipeline. Raises BadCheckpoint, IOFailure."""
-    found: dict[str, Any] = load_json(weights_folder(out) / RECORD, "record", RECORD_LIMIT)
+    return _object(weights_folder(out) / RECORD)
+
+
+def source_of(record: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of the model that the folder was made from."""
+    said = record.get("source")
+    return said if isinstance(said, dict) else {}
+
+
+def _object(file: Path) -> dict[str, Any]:
+    found = load_json(file, "record", RECORD_LIMIT)
+    if not isinstance(found, dict):
+        raise BadCheckpoint(f"{file}: found {shown(found)}, expected a JSON object: quantize the model again")
     return found
 
 
@@ -43,5 +56,5 @@ def add_to_record(out: Path, key: str, value: Any) -> None:
     """Set an entry of the record of the packed weights in ``out``, and the sum of that record in the one around it."""
     digest = write_record(weights_folder(out), {**read_record(out), key: value})
     if is_pipeline(out):
-        around = load_json(out / RECORD, "record", RECORD_LIMIT)
+        around = _object(out / RECORD)
         write_record(out, {**around, "files": {**around["files"], f"{DENOISER}/{RECORD}": digest}})

@@ -57,6 +57,7 @@ MODULES = "modules.json"  # of sentence-transformers: the folders of what follow
 MOST_FILES = 2000
 MOST_DEPTH = 8
 MOST_BYTES = 512 << 20  # of one file; the largest tokenizers have some 50 MB
+MOST_TOGETHER = 4 << 30  # of all that are no weights
 WHOLE = 1 << 20  # bytes of weights up to which a digest covers all of them
 _PAGE, _SAMPLES = 4096, 256
 
@@ -73,6 +74,12 @@ def travelling(folder: Path, whole: Collection[str] = (), apart: Collection[str]
     if len(names) > MOST_FILES:
         raise BadCheckpoint(
             f"{folder}: {len(names)} files beside the weights, expected at most {MOST_FILES}: move what is not part of "
+            "the model to another folder"
+        )
+    size = sum((folder / name).stat().st_size for name in names if not name.endswith(".safetensors"))
+    if size > MOST_TOGETHER:
+        raise BadCheckpoint(
+            f"{folder}: {size} bytes of files beside the weights, expected at most {MOST_TOGETHER}: move what is not part of "
             "the model to another folder"
         )
     return {name: digest(folder, name, parse=True) for name in names}
@@ -112,7 +119,7 @@ def _refuse(folder: Path, name: str, what: str) -> None:
 
 
 def copy(folder: Path, out: Path, wanted: Mapping[str, str]) -> dict[str, str]:
-    """Copy the files of ``wanted`` ({name: digest}) to ``out``; {name: sha256} of what was written there.
+    """Copy the files of ``wanted`` ({name: digest}) to ``out``; {name: sha256} of what has to be there then.
 
     JSON loses the keys that choose code to run (CODE_KEYS) and is written anew where it has any. Raises BadCheckpoint for a
     file that is not what it was, IOFailure.
@@ -126,15 +133,17 @@ def copy(folder: Path, out: Path, wanted: Mapping[str, str]) -> dict[str, str]:
             if name.endswith(".safetensors"):
                 shutil.copyfile(place, target)
                 sync_dir(target.parent)
+                written[name] = sha256_file(place)
+                same = digest(folder, name) == known
             else:
                 raw = read_bytes(place, MOST_BYTES)
-                if sha256(raw).hexdigest() != known:
-                    _refuse(folder, name, "was changed")
-                write_atomic(target, without_code(name, raw))
+                data = without_code(name, raw)
+                write_atomic(target, data)
+                written[name] = sha256(data).hexdigest()
+                same = sha256(raw).hexdigest() == known
         except OSError as e:
             raise write_failure(target, e) from e
-        written[name] = sha256_file(target)
-        if name.endswith(".safetensors") and digest(out, name) != known:
+        if not same:
             _refuse(folder, name, "was changed")
     return written
 

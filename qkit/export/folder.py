@@ -27,8 +27,8 @@ from qkit.inputs import RESIDUAL, SCALE
 from qkit.job import Job
 from qkit.kvcache.scales import FORMAT
 from qkit.plan import LinearPlan, Plan, parts
-from qkit.record import FORMAT_VERSION, read_record, to_bytes, write_record
-from qkit.safefile import TensorInfo, sha256_file, write_atomic, write_safetensors
+from qkit.record import FORMAT_VERSION, read_record, source_of, to_bytes, write_record
+from qkit.safefile import TensorInfo, write_atomic, write_safetensors
 from qkit.sidefiles import check_unchanged, copy
 from qkit.transforms.rotate import rotate_outer
 
@@ -65,6 +65,7 @@ def export(
     shards = _cut(source.specs, shard_bytes)
     hashes: dict[str, str] = {}
     weight_map: dict[str, str] = {}
+    documents: dict[str, bytes] = {}
     stem = WEIGHT_STEMS[1] if outline.family.streams else WEIGHT_STEMS[0]
     for i, names in enumerate(shards):
         file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -73,11 +74,12 @@ def export(
     if len(shards) > 1:
         total = sum(_bytes(s) for s in source.specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_atomic(partial / f"{stem}.safetensors.index.json", to_bytes(index))
+        documents[f"{stem}.safetensors.index.json"] = to_bytes(index)
     config = _config(plan, outline, job, source)
-    write_atomic(partial / "config.json", to_bytes(config))
-    made = (path for path in partial.iterdir() if path.name not in hashes)
-    files = {**hashes, **{path.name: sha256_file(path) for path in made}}
+    documents["config.json"] = to_bytes(config)
+    for name, data in documents.items():
+        write_atomic(partial / name, data)
+    files = {**hashes, **{name: hashlib.sha256(data).hexdigest() for name, data in documents.items()}}
     files |= copy(outline.checkpoint.path, partial, plan.side_files)
     record = _record(plan, outline, source, hashes, hashed) | {"files": files, "config": without_quantization(config)}
     digest = write_record(partial, record)
@@ -298,13 +300,12 @@ def is_export_of(out: Path, plan: Plan, source: Mapping[str, str] | None = None)
         found = read_record(out)
     except QkitError:
         return False
-    said = found.get("source") if isinstance(found, dict) else None
-    same = isinstance(said, dict) and all(said.get(key) == digest for key, digest in (source or {}).items())
-    return same and bool(found.get("plan_hash") == plan.hash)
+    same = all(source_of(found).get(key) == digest for key, digest in (source or {}).items())
+    return same and found.get("plan_hash") == plan.hash
 
 
-def source_hashes(plan: Plan, outline: Outline, source_folder: Path) -> dict[str, str]:
+def source_hashes(plan: Plan, outline: Outline, source_folder: Path, step: Callable[[], object]) -> dict[str, str]:
     """sha256 over every byte of the weights that the result is made from, and of those around the transformer of a pipeline;
-    quick where they were read before (``hashcache``)."""
-    found = {"sha256": outline.checkpoint.sha256()}
+    quick where they were read before (``hashcache``). step: called for every shard."""
+    found = {"sha256": outline.checkpoint.sha256(step)}
     return found if plan.pipeline is None else {**found, "around": weights_of_rest(source_folder, plan.pipeline)}

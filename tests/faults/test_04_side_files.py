@@ -189,6 +189,9 @@ def test_limits(model, monkeypatch):
     monkeypatch.setattr("qkit.sidefiles.MOST_BYTES", 100)
     with pytest.raises(BadCheckpoint, match=r"\.json: \d+ bytes, expected at most 100"):
         travelling(model)
+    monkeypatch.setattr("qkit.sidefiles.MOST_TOGETHER", 1000)
+    with pytest.raises(BadCheckpoint, match="bytes of files beside the weights, expected at most 1000"):
+        travelling(model)
     deep = model / "/".join("abcdefghijkl")
     deep.mkdir(parents=True)
     monkeypatch.undo()
