@@ -85,7 +85,8 @@ def test_rows_reach_towers(vlm, tmp_path, quiet):
     assert len(seen) == 14 and set(seen.values()) == {8 * 16}
     assert sum(r["error"] for n, r in made.items() if n in seen) < sum(made[n]["baseline_error"] for n in seen)
     found = prepare(request(path))
-    with Job.open(tmp_path / "out.job", found.plan.identity):
+    hashed = {"sha256": found.outline.checkpoint.sha256()}
+    with Job.open(tmp_path / "out.job", {**found.plan.identity, "source_weights": hashed}):
         pass
     # What enters the language model now is not what entered it in the original.
     samples = list(found.plan.calibration.calls(tmp_path))[:1]
