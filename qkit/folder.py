@@ -120,7 +120,8 @@ def check_side_files(folder: Path) -> None:
             raise BadCheckpoint(f"{file}: {file.stat().st_size} bytes, expected at most {SIDE_LIMIT}: {AGAIN}")
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether one of the glob patterns fits a name."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -133,8 +134,8 @@ def strip_code_keys(data: Any) -> tuple[Any, list[str]]:
             return [clean(item, f"{at}{index}.") for index, item in enumerate(node)]
         if not isinstance(node, dict):
             return node
-        dropped.extend(at + key for key in node if _matches(key, CODE_KEYS))
-        return {key: clean(item, f"{at}{key}.") for key, item in node.items() if not _matches(key, CODE_KEYS)}
+        dropped.extend(at + key for key in node if matches(key, CODE_KEYS))
+        return {key: clean(item, f"{at}{key}.") for key, item in node.items() if not matches(key, CODE_KEYS)}
 
     return clean(data, ""), dropped
 

@@ -15,8 +15,6 @@ from qkit.sidefiles import STAYS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 SOURCE_FILE = "source"  # in the job folder: where the original was; the output itself names no local path
-
-
 # Of a repository on the hub: what is neither read nor copied to a result.
 UNWANTED = (
     *(f"*{end}" for end in STAYS if end not in (".safetensors", ".index.json")),

@@ -26,10 +26,11 @@ from qkit.commands.common import (
 from qkit.commands.decide import decided_json, decided_request, show_decided
 from qkit.commands.plan import plan_json, show_forecast, show_method
 from qkit.export.folder import is_export_of
-from qkit.folder import RECORD, load_json, weights_folder
+from qkit.folder import RECORD, weights_folder
 from qkit.job import finished_blocks
 from qkit.memory import bound_heap
 from qkit.pipeline import Prepared, prepare, quantize
+from qkit.record import packed_record
 from qkit.steps import ENTRY
 
 
@@ -120,7 +121,7 @@ def _components(found: Prepared, out: Path) -> Iterator[str]:
 
 def _recipes(out: Path) -> Iterator[str]:
     """What method auto kept."""
-    record = load_json(weights_folder(out) / RECORD, "record", 1 << 28)
+    record = packed_record(out)
     kept = Counter(x["recipe"] for x in record["linears"].values() if "recipe" in x)
     if kept:
         yield "kept, of what was tried on every block: " + "; ".join(
@@ -130,7 +131,7 @@ def _recipes(out: Path) -> Iterator[str]:
 
 def _policy(out: Path) -> Iterator[str]:
     """What a policy by step is expected to come to, beside what was asked for."""
-    decided = load_json(weights_folder(out) / RECORD, "record", 1 << 28).get(ENTRY)
+    decided = packed_record(out).get(ENTRY)
     if decided is not None:
         asked, expected = decided["asked"], decided["fit"]["expected"]
         skips = f"{100 * expected['skips']:.0f} % of runs of blocks skipped (asked {100 * asked['skips']:.0f} %)"
