@@ -11,11 +11,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qkit.blocks import BlockOutline, Group, LinearGroup
+from qkit.engines import EngineLine, Part, engine_lines, engine_rows
 from qkit.errors import BadRecipe, Unsupported
+from qkit.export.compressed_tensors import layout
 from qkit.families.outline import Outline
 
 if TYPE_CHECKING:
-    from qkit.plan import LinearPlan
+    from qkit.plan import LinearPlan, Plan
 
 ANY = "any"  # in a recipe: the result is for whatever engine loads it
 LIFT = "or write 'engine: any' at the top of a recipe, for engines that load every layer by itself"
@@ -64,6 +66,14 @@ def check_shapes(outline: Outline, linears: Mapping[str, LinearPlan], engine: st
                         f"{group.linears[-1].name.rpartition('.')[2]} in blocks of {rows} rows: use fp8_dynamic for these "
                         f"layers, {LIFT}"
                     )
+
+
+def engines_of(plan: Plan, outline: Outline) -> list[EngineLine]:
+    """Which engines will load the result of a plan, a line for each."""
+    own = {
+        n: Part(p.weights, p.activations, layout(p.weights, p.activations), p.shape) for n, p in plan.linears.items()
+    }
+    return engine_lines(engine_rows(own, plan.skipped, outline.checkpoint.config, plan.export))
 
 
 def split_apart(block: BlockOutline, linears: Mapping[str, LinearPlan]) -> BlockOutline:

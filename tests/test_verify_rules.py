@@ -390,6 +390,7 @@ def test_independent_of_the_writer():
         "verify",
         "decode",
         "preflight",
+        "engines",
         *(f"declared{x}" for x in ("", "_config", "_cache", "_fused", "_inputs", "_pipeline")),
     ]
     folder = Path(qkit.verify.__file__).parent

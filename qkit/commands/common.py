@@ -20,6 +20,7 @@ from rich.text import Text
 
 from qkit.allocation.allocate import parse_bytes
 from qkit.errors import Stopped, UsageError
+from qkit.fusing import engines_of
 from qkit.pipeline import Prepared, coverage
 from qkit.recipe import MOST_SPARSE
 from qkit.request import Request
@@ -239,6 +240,8 @@ def show_coverage(found: Prepared, console: Console) -> None:
         f"{done['quantized']} linears quantized, {done['skipped']} skipped; tensors: {megabytes(plan.source_bytes)} before, "
         f"{megabytes(plan.packed_bytes)} after ({plan.packed_bytes / plan.source_bytes:.3f}x)"
     )
+    for line in engines_of(plan, found.outline):
+        console.print(Text(str(line)))
 
 
 class Reporter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from qkit.commands.cache import cache_options
 from qkit.commands.common import megabytes, request_options, show_coverage, write_json
 from qkit.errors import UsageError, write_failure
 from qkit.forecast import refuse_what_cannot_fit
+from qkit.fusing import engines_of
 from qkit.pipeline import Prepared, coverage, prepare
 from qkit.report.allocation import allocation_files
 from qkit.safefile import write_atomic
@@ -34,6 +36,7 @@ def plan_json(found: Prepared) -> dict[str, Any]:
     return {
         "hash": found.plan.hash,
         "coverage": coverage(found.plan),
+        "engines": [asdict(line) for line in engines_of(found.plan, found.outline)],
         "forecast": found.forecast.to_json(),
         "linears": plan["linears"],
         "skipped": plan["skipped"],

@@ -29,7 +29,9 @@ def test_a_result_for_any_engine_computes_what_its_file_says(case, tiny, tmp_pat
     family, method, rules = CASES[case]
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     listed = "".join(f"  - {rule}\n" for rule in rules)
-    recipe.write_text(f"scheme: w4a16\ngroup_size: 32\nmethod: {method}\nengine: any\nrules:\n{listed}", encoding="utf-8")
+    recipe.write_text(
+        f"scheme: w4a16\ngroup_size: 32\nmethod: {method}\nengine: any\nrules:\n{listed}", encoding="utf-8"
+    )
     asked = Request(str(tiny(family)), recipe=recipe, calib=calib, samples=8, seqlen=32, threads=1)
     assert quantize(asked, out, Quiet()).problems == []
     x, original = tokens(2, 24), tiny(family)
