@@ -52,8 +52,8 @@ def check_shapes(outline: Outline, linears: Mapping[str, LinearPlan], engine: st
         if acts is not None and acts.kind == "fp8" and p.weights.kind == "int" and p.weights.group != _FP8_GROUP:
             found = f"groups of {p.weights.group}" if p.weights.group else "one scale per channel"
             raise Unsupported(
-                f"{p.name}: scheme {p.scheme} would get {found} for its {p.shape[1]} input columns, and vLLM, the only "
-                f"engine that runs it, loads groups of {_FP8_GROUP} alone: use w4a16 or fp8_dynamic for this layer, {LIFT}"
+                f"{p.name}: scheme {p.scheme} would get {found} for its {p.shape[1]} input columns, and vLLM, whose "
+                f"kernel it is for, loads groups of {_FP8_GROUP} alone: use w4a16 or fp8_dynamic for this layer, {LIFT}"
             )
     for block in outline.every_block:
         for group in block.groups:

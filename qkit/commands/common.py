@@ -20,7 +20,6 @@ from rich.text import Text
 
 from qkit.allocation.allocate import parse_bytes
 from qkit.errors import Stopped, UsageError
-from qkit.fusing import engines_of
 from qkit.pipeline import Prepared, coverage
 from qkit.recipe import MOST_SPARSE
 from qkit.request import Request
@@ -193,7 +192,9 @@ def megabytes(n: float) -> str:
 
 
 def show_coverage(found: Prepared, console: Console) -> None:
-    """What is quantized, what is not and why, and the bytes."""
+    """What is quantized, what is not and why, the bytes, and which engines will load the result."""
+    from qkit.fusing import engines_of
+
     plan = found.plan
     kinds: dict[tuple[str, str, str, str], list[int]] = {}
     for p in plan.linears.values():

@@ -24,7 +24,6 @@ from qkit.commands.cache import cache_options
 from qkit.commands.common import megabytes, request_options, show_coverage, write_json
 from qkit.errors import UsageError, write_failure
 from qkit.forecast import refuse_what_cannot_fit
-from qkit.fusing import engines_of
 from qkit.pipeline import Prepared, coverage, prepare
 from qkit.report.allocation import allocation_files
 from qkit.safefile import write_atomic
@@ -32,6 +31,8 @@ from qkit.safefile import write_atomic
 
 def plan_json(found: Prepared) -> dict[str, Any]:
     """The machine's copy of a plan."""
+    from qkit.fusing import engines_of
+
     plan = found.plan.to_json()
     return {
         "hash": found.plan.hash,

@@ -157,7 +157,11 @@ def test_limits_are_printed_before_the_work(run, tiny, tmp_path):
         f"the result loads in {STOCK}",
         "the result loads in qkit",
     ]
-    assert "with Humming" in lines[0] and "no kernel for CPUs" in lines[0] and "compressed-tensors release newer" in lines[1]
+    assert (
+        "with Humming" in lines[0]
+        and "no kernel for CPUs" in lines[0]
+        and "compressed-tensors release newer" in lines[1]
+    )
     engines = json.loads((tmp_path / "plan.json").read_text())["engines"]
     assert [(e["engine"], e["loads"]) for e in engines] == [("vLLM", True), (STOCK, True), ("qkit", True)]
     code, out, _ = run("quantize", *options, "--out", tmp_path / "out")

@@ -95,3 +95,11 @@ def test_any_engine_lifts_them(planned):
 def test_an_unknown_engine_is_refused():
     with pytest.raises(BadRecipe, match="engine"):
         make_recipe({"scheme": "w4a16", "engine": "tensorrt"}, "command line")
+
+
+def test_group_size_of_the_top_reaches_the_schemes_of_towers(vlm, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("scheme: w4a16\ngroup_size: 16\ntargets: {vision: w8a16, projector: w8a8}\n", encoding="utf-8")
+    linears = prepare(Request(str(vlm("llava")), recipe=path)).plan.linears
+    found = {(p.scheme, p.weights.group) for p in linears.values()}
+    assert found == {("W4A16", 16), ("W8A16", 16), ("W8A8", None)}
