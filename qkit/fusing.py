@@ -40,7 +40,20 @@ def fused_linears(outline: Outline, linears: Mapping[str, LinearPlan], engine: s
                 raise BadRecipe(_torn_apart(names, linears, experts, engine))
             pairs = [tuple(x.name for x in g.linears) for g in groups if len(g.linears) > 1]
             fused += [pair for pair in pairs if len({_kind(linears.get(name)) for name in pair}) == 1]
+    for names in fused:
+        _check_solved_together(names, [linears[name] for name in names if name in linears])
     return tuple(fused)
+
+
+def _check_solved_together(names: tuple[str, ...], planned: list[LinearPlan]) -> None:
+    """Raises BadRecipe for linears with a scale in common that rules give several solvers, or options of one."""
+    shares = any(p.weights.scale == "e4m3" or p.weights.strategy == "tensor" for p in planned)
+    if shares and any(_task(p) != _task(planned[0]) for p in planned):
+        given = ", ".join(f"{p.name.rpartition('.')[2]} {p.solver}" for p in planned)
+        raise BadRecipe(
+            f"{names[0].rpartition('.')[0]}: the rules give {given}, or options that differ, but these layers share a scale of "
+            f"{planned[0].scheme} and are solved together: write a rule that covers all of them"
+        )
 
 
 def check_shapes(outline: Outline, linears: Mapping[str, LinearPlan], engine: str) -> None:
@@ -77,18 +90,19 @@ def engines_of(plan: Plan, outline: Outline) -> list[EngineLine]:
 
 
 def split_apart(block: BlockOutline, linears: Mapping[str, LinearPlan]) -> BlockOutline:
-    """The block with one group for each format, where a group has linears of several: a solver sees one format at a time.
+    """The block with one group for each format, solver and set of its options, where a group has linears of several: they are
+    solved one after the other.
 
     Nothing can be folded into what such linears read: a scale for one of them would be another's too.
     """
     groups: list[LinearGroup] = []
     for group in block.groups:
-        kinds = list(dict.fromkeys(_kind(linears.get(x.name)) for x in group.linears))
-        if len(kinds) == 1:
+        tasks = list(dict.fromkeys(_task(linears.get(x.name)) for x in group.linears))
+        if len(tasks) == 1:
             groups.append(group)
             continue
-        for kind in kinds:
-            own = tuple(x for x in group.linears if _kind(linears.get(x.name)) == kind)
+        for task in tasks:
+            own = tuple(x for x in group.linears if _task(linears.get(x.name)) == task)
             hook = group.hook if group.expert is not None else own[0].param.removesuffix(".weight")
             groups.append(replace(group, linears=own, declared=Group(()), hook=hook))
     return replace(block, groups=tuple(groups))
@@ -96,6 +110,10 @@ def split_apart(block: BlockOutline, linears: Mapping[str, LinearPlan]) -> Block
 
 def _kind(p: LinearPlan | None) -> object:
     return None if p is None else (p.weights, p.activations)
+
+
+def _task(p: LinearPlan | None) -> object:
+    return None if p is None else (_kind(p), p.solver, tuple(sorted(p.options.items())))
 
 
 def _torn_apart(names: list[str], linears: Mapping[str, LinearPlan], experts: bool, engine: str) -> str:
