@@ -223,7 +223,9 @@ def megabytes(n: float) -> str:
 
 
 def show_coverage(found: Prepared, console: Console) -> None:
-    """What is quantized, what is not and why, and the bytes."""
+    """What is quantized, what is not and why, the bytes, and which engines will load the result."""
+    from qkit.fusing import engines_of
+
     plan = found.plan
     kinds: dict[tuple[str, str, str, str], list[int]] = {}
     for p in plan.linears.values():
@@ -271,6 +273,8 @@ def show_coverage(found: Prepared, console: Console) -> None:
         f"{done['quantized']} linears quantized, {done['skipped']} skipped; tensors: {megabytes(plan.source_bytes)} before, "
         f"{megabytes(plan.packed_bytes)} after ({plan.packed_bytes / plan.source_bytes:.3f}x)"
     )
+    for line in engines_of(plan, found.outline):
+        console.print(Text(str(line)))
 
 
 def _show_copied(found: Prepared, console: Console) -> None:

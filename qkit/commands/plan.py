@@ -26,11 +26,14 @@ from qkit.safefile import write_atomic
 
 def plan_json(found: Prepared) -> dict[str, Any]:
     """The machine's copy of a plan."""
+    from qkit.fusing import engines_of
+
     plan = found.plan.to_json()
     return {
         "hash": found.plan.hash,
         "source": {"fingerprint": found.plan.source_fingerprint, "sampled": True},
         "coverage": coverage(found.plan),
+        "engines": [asdict(line) for line in engines_of(found.plan, found.outline)],
         "forecast": found.forecast.to_json(),
         "linears": plan["linears"],
         "skipped": plan["skipped"],

@@ -25,6 +25,7 @@ from qkit.commands.common import (
 )
 from qkit.commands.decide import decided_json, decided_request, show_decided
 from qkit.commands.plan import plan_json, show_forecast, show_method
+from qkit.engines import engine_lines
 from qkit.export.folder import is_export_of
 from qkit.folder import RECORD, weights_folder
 from qkit.job import finished_blocks
@@ -98,8 +99,9 @@ def quantize_command(
     )
     for line in (*_components(found, out), *_policy(out), *_recipes(out)):
         console.print(Text(line))
-    for engine in sorted({e.engine + ": " + e.loads_as for e in report.engines if e.loads_as}):
-        console.print(Text(f"loads in {engine}"))
+    for engine in engine_lines(report.engines):
+        if engine.loads:
+            console.print(Text(f"loads in {engine.engine}: {', '.join(engine.classes)}"))
     write_json(json_file, {**plan_json(found), **decided_json(decided), **advice})
 
 
