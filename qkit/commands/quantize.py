@@ -28,7 +28,9 @@ from qkit.export.folder import is_export_of
 from qkit.folder import RECORD, load_json, weights_folder
 from qkit.job import finished_blocks
 from qkit.memory import bound_heap
+from qkit.parts import notices
 from qkit.pipeline import Prepared, prepare, quantize
+from qkit.safefile import parse_json
 from qkit.steps import ENTRY
 
 
@@ -92,7 +94,7 @@ def quantize_command(
             f"verified with {sum(report.checks.values()):,} checks, {time.monotonic() - began:.1f} s"
         )
     )
-    for line in (*_components(found, out), *_policy(out), *_recipes(out)):
+    for line in (*_components(found, out), *_policy(out), *_recipes(out), *_rows(found, work, out)):
         console.print(Text(line))
     for engine in sorted({e.engine + ": " + e.loads_as for e in report.engines if e.loads_as}):
         console.print(Text(f"loads in {engine}"))
@@ -116,6 +118,13 @@ def _recipes(out: Path) -> Iterator[str]:
         yield "kept, of what was tried on every block: " + "; ".join(
             f"{r} for {n} linears" for r, n in kept.most_common()
         )
+
+
+def _rows(found: Prepared, work: Path | None, out: Path) -> list[str]:
+    """What was the matter with calibration rows, by the journal of the job."""
+    file = (work or out.with_name(out.name + ".job")) / "journal.jsonl"
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    return notices((parse_json(line, str(file)) for line in lines), found.plan.dtype)
 
 
 def _policy(out: Path) -> Iterator[str]:
