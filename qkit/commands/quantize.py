@@ -30,8 +30,10 @@ from qkit.export.folder import is_export_of
 from qkit.folder import RECORD, weights_folder
 from qkit.job import finished_blocks
 from qkit.memory import bound_heap
+from qkit.parts import notices
 from qkit.pipeline import Prepared, prepare, quantize
 from qkit.record import packed_record
+from qkit.safefile import parse_json
 from qkit.steps import ENTRY
 
 
@@ -97,7 +99,7 @@ def quantize_command(
             f"verified with {sum(report.checks.values()):,} checks, {time.monotonic() - began:.1f} s"
         )
     )
-    for line in (*_components(found, out), *_policy(out), *_recipes(out)):
+    for line in (*_components(found, out), *_policy(out), *_recipes(out), *_rows(found, work, out)):
         console.print(Text(line))
     for engine in engine_lines(report.engines):
         if engine.loads:
@@ -129,6 +131,13 @@ def _recipes(out: Path) -> Iterator[str]:
         yield "kept, of what was tried on every block: " + "; ".join(
             f"{r} for {n} linears" for r, n in kept.most_common()
         )
+
+
+def _rows(found: Prepared, work: Path | None, out: Path) -> list[str]:
+    """What was the matter with calibration rows, by the journal of the job."""
+    file = (work or out.with_name(out.name + ".job")) / "journal.jsonl"
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    return notices((parse_json(line, str(file)) for line in lines), found.plan.dtype)
 
 
 def _policy(out: Path) -> Iterator[str]:

@@ -18,6 +18,7 @@ The configuration is built with the library's own classes, so that what is writt
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
