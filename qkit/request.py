@@ -11,8 +11,8 @@ import torch
 from qkit.calibration import Calibration, calibration_rows
 from qkit.diffusion.pipeline import check_pipeline
 from qkit.diffusion.trajectory import Trajectory, check_call, sampling_of
-from qkit.errors import UsageError
-from qkit.families.discover import kind_of
+from qkit.errors import Unsupported, UsageError
+from qkit.families.discover import BY_BATCH, kind_of
 from qkit.families.outline import Outline
 from qkit.folder import is_pipeline
 from qkit.loading import load_tokenizer
@@ -187,6 +187,12 @@ def trajectory_rows(request: Request, outline: Outline) -> Calibration:
 def text_rows(request: Request, outline: Outline) -> Calibration:
     """The calibration rows of a request. Raises UsageError for rows that are longer than the model's positions."""
     path = request.calib or embedded_text()
+    kind = kind_of(outline.checkpoint.config)
+    if kind in BY_BATCH:
+        raise Unsupported(
+            f"{outline.checkpoint.path}: a {kind} calls its blocks with positions of a whole batch, and qkit runs rows "
+            "through blocks by themselves: use --method rtn without --calib"
+        )
     config: Any = outline.text_config
     limit = getattr(config, "max_position_embeddings", None)
     if limit and request.seqlen > limit:
