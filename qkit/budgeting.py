@@ -12,7 +12,6 @@ from typing import Any
 
 from qkit.allocation.allocate import (
     Allocation,
-    Budget,
     allocate,
     bounded,
     choices_of,
@@ -24,20 +23,20 @@ from qkit.allocation.allocate import (
 )
 from qkit.allocation.knapsack import solve
 from qkit.allocation.latency import Latency, LatencyTable, unit_times
+from qkit.allocation.limits import CANDIDATES, MEASURE, Budget
 from qkit.allocation.pareto import cost_of
 from qkit.allocation.refine import Refined, refine
 from qkit.errors import BadInput, UsageError
 from qkit.families.outline import Outline
-from qkit.kvplan import CachePlan, CacheRequest, joint_choices, settled
+from qkit.kvcache.policy import CacheRequest
+from qkit.kvplan import CachePlan, joint_choices, settled
 from qkit.pipeline import open_outline
 from qkit.profiling import ProfileRequest, measured_plans, profile
 from qkit.request import Request
 from qkit.run import Progress
+from qkit.sensitivity.candidates import parse_candidates
 from qkit.sensitivity.profile import FILE, Profile
-from qkit.sensitivity.units import parse_candidates, parts_named, units_of
-
-CANDIDATES = "int2,int3,int4,int8"
-MEASURE = "kl"
+from qkit.sensitivity.units import parts_named, units_of
 
 
 @dataclass(frozen=True)

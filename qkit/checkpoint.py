@@ -13,9 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qkit.errors import BadCheckpoint, NumericFailure
 from qkit.folder import (
@@ -44,6 +42,9 @@ from qkit.safefile import (
     sha256_file,
     shown,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "Checkpoint",
@@ -303,7 +304,7 @@ def check_tied(checkpoint: Checkpoint, tied: bool) -> tuple[str, str] | None:
     shape = checkpoint.tensors[head].shape
     embedding = next((name for name in embeddings if checkpoint.tensors[name].shape == shape), embeddings[0])
     first, second = checkpoint.read(embedding), checkpoint.read(head)
-    if first.dtype != second.dtype or not torch.equal(first, second):
+    if first.dtype != second.dtype or not first.equal(second):
         raise BadCheckpoint(
             f"{where}, but {shown(embedding)} and {shown(head)} differ, expected equal: "
             "set tie_word_embeddings to false if both are meant"

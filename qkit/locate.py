@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qkit.checkpoint import Checkpoint
 from qkit.errors import BadCheckpoint, QkitError
 from qkit.folder import RECORD, weights_folder
 from qkit.safefile import parse_json, write_atomic
@@ -53,6 +52,8 @@ def recorded_source(out: Path) -> Path | None:
     Believed only if its fingerprint is the one that qkit.json records.
     """
     import qkit_data
+
+    from qkit.checkpoint import Checkpoint  # brings torch, which finding a folder does not need
 
     record = weights_folder(out) / RECORD
     if not record.is_file():

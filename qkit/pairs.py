@@ -26,10 +26,9 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from qkit.calibration import KINDS, Calibration, digest_of, read_text
+from qkit.catalog import DRAWN
 from qkit.errors import BadCalibration, BadCheckpoint, BadInput, Unsupported, UsageError
 
-DRAWN = "drawn"  # in the place of a file: the project's scenes
-QUESTIONS = 500  # held-out pairs, unless more or fewer are asked for
 CAPTION = "Describe the picture."
 _NO_PLACE = "the chat template of the model has no place for a picture"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -24,6 +24,7 @@ import torch
 
 from qkit import loading
 from qkit.calibration import Calibration
+from qkit.catalog import REQUANT, REQUANT_OUTLIERS, REQUANT_SIGNIFICANT
 from qkit.errors import UsageError
 from qkit.job import Job
 from qkit.parallel import Workers, workers
@@ -37,8 +38,6 @@ from qkit.sensitivity.probes import replacements
 from qkit.sensitivity.repair import POINTS, original_model
 from qkit.sensitivity.subject import Subject
 
-METHOD = "requant"
-OUTLIERS, SIGNIFICANT = 0.45, 0.05  # percent, of the paper's SqueezeLLM runs
 EXPONENTS = (0.0, 0.5, 1.0, 2.0)
 MOST = 10.0  # percent of a layer
 ROWS = 32  # calibration rows that trials are compared on: means over a layer or the model have little noise
@@ -53,11 +52,6 @@ class Searched:
     divergence: dict[float, float]
 
 
-def is_requant(method: str | None) -> bool:
-    """Whether a method string asks for ReQuant."""
-    return METHOD in (method or "").lower().split("+")
-
-
 def requanted(request: Request, folder: Path, work: Path, progress: Progress) -> Searched:
     """Find the ratios of a request whose method holds 'requant'.
 
@@ -65,12 +59,12 @@ def requanted(request: Request, folder: Path, work: Path, progress: Progress) ->
     Raises UsageError for ratios per layer, which are what is searched here.
     """
     if isinstance(request.outliers, dict):
-        raise UsageError(f"method {METHOD} finds the share of outliers of every layer: give one percentage")
-    parts = [p for p in (request.method or "").lower().split("+") if p != METHOD]
-    percent = OUTLIERS if request.outliers is None else request.outliers
-    significant = SIGNIFICANT if request.significant is None else request.significant
+        raise UsageError(f"method {REQUANT} finds the share of outliers of every layer: give one percentage")
+    parts = [p for p in (request.method or "").lower().split("+") if p != REQUANT]
+    percent = REQUANT_OUTLIERS if request.outliers is None else request.outliers
+    significant = REQUANT_SIGNIFICANT if request.significant is None else request.significant
     if not 0 <= percent <= MOST:
-        raise UsageError(f"--outliers {percent:g}: method {METHOD} expects a percentage from 0 to {MOST:g}")
+        raise UsageError(f"--outliers {percent:g}: method {REQUANT} expects a percentage from 0 to {MOST:g}")
     base = replace(request, method="+".join(parts) or "rtn", outliers=0.0, significant=significant)
     first = prepare(base)
     if first.plan.transforms and not significant:
@@ -79,7 +73,7 @@ def requanted(request: Request, folder: Path, work: Path, progress: Progress) ->
             "made for those alone: give --significant a share above 0, or a solver without transforms"
         )
     if not percent and not significant:
-        raise UsageError(f"method {METHOD} with neither outliers nor significant weights: leave '{METHOD}' out")
+        raise UsageError(f"method {REQUANT} with neither outliers nor significant weights: leave '{REQUANT}' out")
     with Job.open(
         folder / "base", first.plan.identity
     ):  # trials of another request are refused before their results are lost
@@ -167,7 +161,7 @@ class _Trials:
 
 def _rows(plan: Plan) -> Calibration:
     if plan.calibration is None:  # rounding without significant weights runs no rows by itself
-        raise UsageError(f"method {METHOD} with rtn needs a share of significant weights above 0: give --significant")
+        raise UsageError(f"method {REQUANT} with rtn needs a share of significant weights above 0: give --significant")
     return plan.calibration.first(ROWS)
 
 

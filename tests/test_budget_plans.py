@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import qkit
 from qkit import sparse
-from qkit.allocation.allocate import Budget, allocate, bounded, limit_bytes
+from qkit.allocation.allocate import allocate, bounded, limit_bytes
+from qkit.allocation.limits import Budget
 from qkit.allocation.refine import refine
 from qkit.budgeting import running_bytes
 from qkit.pipeline import open_outline

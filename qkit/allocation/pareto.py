@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qkit.allocation.allocate import allocate
+from qkit.catalog import PREFERRED
 from qkit.errors import UsageError
 from qkit.sensitivity.profile import Profile
-
-PREFERRED = ("kl", "pqi", "loss", "output", "weight")
 
 
 @dataclass(frozen=True)

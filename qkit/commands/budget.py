@@ -6,27 +6,30 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.text import Text
 
-from qkit.allocation.allocate import Budget, parse_budget
-from qkit.allocation.pareto import mean_bits
-from qkit.budgeting import CANDIDATES, MEASURE, Allocated, BudgetRequest, allocated
+from qkit.allocation.limits import CANDIDATES, MEASURE, Budget, parse_budget
+from qkit.catalog import REQUANT, is_requant
 from qkit.commands.cache import cache_request, show_cache
-from qkit.commands.common import Reporter, command_line, make_request, megabytes, print_wide, wide_table
+from qkit.commands.common import Reporter, announce, command_line, make_request, megabytes, print_wide, wide_table
 from qkit.errors import UsageError
-from qkit.kvplan import CachePlan, CacheRequest, plan_cache
-from qkit.report.allocation import next_larger
-from qkit.requant import is_requant, requanted
-from qkit.request import Request
-from qkit.sensitivity.profile import FILE, UnitProfile
-from qkit.sensitivity.targets import settled
+from qkit.kvcache.policy import CacheRequest
+from qkit.locate import find_model
+from qkit.request import Request, recipe_of
+from qkit.sensitivity.candidates import parse_candidates
+
+if TYPE_CHECKING:
+    from qkit.budgeting import Allocated
+    from qkit.kvplan import CachePlan
+    from qkit.sensitivity.profile import UnitProfile
 
 WAYS = "--bits, --size, --memory or --latency"
-_NAMES = ("bits", "size", "memory", "latency", "profile", "candidates", "measure", "floors", "ceilings", "refine")
+BUDGETS = ("bits", "size", "memory", "latency")
+_NAMES = (*BUDGETS, "profile", "candidates", "measure", "floors", "ceilings", "refine")
 
 
 def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,15 +103,32 @@ def decided_request(given: dict[str, Any], out: Path, work: Path | None, console
     wanted = cache_request(given)
     budget = parse_budget(asked["bits"], asked["size"], asked["memory"], asked["latency"])
     shared = wanted if budget is not None and budget.memory is not None else None
-    request, budgeted = _decided_weights(make_request(given), asked, budget, shared, out, work, console)
+    request = make_request(given)
+    _check_words(request, asked, budget)
+    announce(console, f"reading {request.model}")
+    find_model(request.model)
+    request, budgeted = _decided_weights(request, asked, budget, shared, out, work, console)
     cache = None if budgeted is None else budgeted.cache
     if wanted is not None and cache is None:
+        from qkit.kvplan import plan_cache
+
         reporter = Reporter(console, command_line())
         with reporter.running():
             cache = plan_cache(request, wanted, reporter)
     if cache is not None:
         request = replace(request, kv=cache.policy.to_json(), key_exponents=cache.exponents)
     return Decided(request, budgeted, cache)
+
+
+def _check_words(request: Request, asked: dict[str, Any], budget: Budget | None) -> None:
+    """Raises what is wrong with names and numbers alone, before any file of the model is read."""
+    if budget is None or request.scheme or request.recipe:
+        parts = [p for p in (request.method or "").lower().split("+") if p and p != REQUANT]
+        recipe_of(replace(request, method="+".join(parts) or ("rtn" if is_requant(request.method) else None)))
+    if asked["candidates"]:
+        parse_candidates(asked["candidates"], request.group_size)
+    for name in ("floors", "ceilings"):
+        _bounds(f"--{name.removesuffix('s')}", asked[name])
 
 
 def show_decided(found: Decided, console: Console) -> None:
@@ -148,6 +168,9 @@ def _decided_weights(
         raise UsageError(
             "method requant and a budget exclude each other: add sparse formats to --candidates (int3+0.5%)"
         )
+    from qkit.budgeting import BudgetRequest, allocated
+    from qkit.sensitivity.profile import FILE
+
     named: Path | None = asked["profile"]
     if named is not None and named.name == FILE and named.is_file():
         named = named.parent
@@ -174,6 +197,8 @@ def _decided_weights(
 
 def _settled(request: Request, console: Console) -> Request:
     """With what measuring says of the parts beside the language model; ReQuant searches with these."""
+    from qkit.sensitivity.targets import settled
+
     reporter = Reporter(console, command_line())
     with reporter.running():
         # Any method that runs rows does here.
@@ -184,6 +209,8 @@ def _settled(request: Request, console: Console) -> Request:
 
 
 def _requanted(request: Request, out: Path, work: Path | None, console: Console) -> Request:
+    from qkit.requant import requanted
+
     reporter = Reporter(console, command_line())
     with reporter.running():
         found = requanted(
@@ -195,8 +222,6 @@ def _requanted(request: Request, out: Path, work: Path | None, console: Console)
 
 
 def _bounds(option: str, items: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    from qkit.sensitivity.units import parse_candidates
-
     found = []
     for item in items:
         glob, equals, name = item.rpartition("=")
@@ -208,8 +233,10 @@ def _bounds(option: str, items: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
 
 def show_allocation(found: Allocated, console: Console) -> None:
     """What was chosen, and what it is predicted to cost."""
+    from qkit.allocation.pareto import mean_bits
+
     made, a = found.profile, found.allocation
-    table = wide_table("format", "layers", "weights (M)", "bytes", title="allocation", title_justify="left")
+    table = wide_table("format", "layers", "weights (M)", "bytes", title="allocation")
     for name in made.candidates:
         units = [u for u in made.units if a.picks[u.key] == name]
         if units:
@@ -254,7 +281,7 @@ def explain(found: Allocated, console: Console) -> None:
     made, a = found.profile, found.allocation
     shared = _shared_prefix([u.key for u in made.units])
     title = f"why: {a.measure} of each format, * chosen" + (f" (layers of {shared.rstrip('.')})" if shared else "")
-    table = wide_table("layers", "format", *made.candidates, "next: gain / kB", title=title, title_justify="left")
+    table = wide_table("layers", "format", *made.candidates, "next: gain / kB", title=title)
     for unit in made.units:
         pick = a.picks[unit.key]
         costs = [_cost(unit, n, a.measure, n == pick) for n in made.candidates]
@@ -289,5 +316,7 @@ def _cost(unit: UnitProfile, name: str, measure: str, chosen: bool) -> str:
 
 
 def _gain(unit: UnitProfile, pick: str, measure: str) -> str:
+    from qkit.report.allocation import next_larger
+
     found = next_larger(unit, pick, measure)
     return "-" if found is None else f"{found[0]}: {found[1]:.3g}"

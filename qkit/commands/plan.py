@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.text import Text
 
-from qkit.budgeting import Allocated
 from qkit.commands.budget import (
+    BUDGETS,
     WAYS,
     budget_options,
     decided_json,
@@ -22,14 +22,17 @@ from qkit.commands.budget import (
 from qkit.commands.cache import cache_options
 from qkit.commands.common import megabytes, request_options, show_coverage, write_json
 from qkit.errors import UsageError, write_failure
-from qkit.forecast import refuse_what_cannot_fit
-from qkit.pipeline import Prepared, coverage, prepare
-from qkit.report.allocation import allocation_files
 from qkit.safefile import write_atomic
+
+if TYPE_CHECKING:
+    from qkit.budgeting import Allocated
+    from qkit.pipeline import Prepared
 
 
 def plan_json(found: Prepared) -> dict[str, Any]:
     """The machine's copy of a plan."""
+    from qkit.pipeline import coverage
+
     plan = found.plan.to_json()
     return {
         "hash": found.plan.hash,
@@ -57,6 +60,8 @@ def show_forecast(found: Prepared, console: Console) -> None:
 
 def write_figures(found: Allocated, folder: Path, console: Console) -> None:
     """The pictures and the page of an allocation."""
+    from qkit.report.allocation import allocation_files
+
     files = allocation_files(found.profile, found.allocation)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +89,13 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
       qkit plan --model tiny-llama --scheme w4a16 --method gptq --json plan.json
     """
     console = Console()
+    if (why or figures is not None) and all(given[name] is None for name in BUDGETS):
+        raise UsageError(f"{'--explain' if why else '--figures'} goes with a budget: add {WAYS}")
     decided = decided_request(given, out or Path(Path(given["model"]).name), None, console)
+
+    from qkit.forecast import refuse_what_cannot_fit
+    from qkit.pipeline import prepare
+
     found, budgeted = prepare(decided.request), decided.budgeted
     data = {**plan_json(found), **decided_json(decided)}
     show_decided(decided, console)
@@ -96,8 +107,6 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
             explain(budgeted, console)
         if figures is not None:
             write_figures(budgeted, figures, console)
-    elif why or figures is not None:
-        raise UsageError(f"{'--explain' if why else '--figures'} goes with a budget: add {WAYS}")
     show_coverage(found, console)
     show_forecast(found, console)
     write_json(json_file, data)

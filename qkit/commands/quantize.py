@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -23,12 +23,11 @@ from qkit.commands.common import (
     write_json,
 )
 from qkit.commands.plan import plan_json, show_forecast
-from qkit.export.folder import is_export_of
 from qkit.folder import RECORD, load_json, weights_folder
-from qkit.job import finished_blocks
 from qkit.memory import bound_heap
-from qkit.pipeline import Prepared, prepare, quantize
-from qkit.steps import ENTRY
+
+if TYPE_CHECKING:
+    from qkit.pipeline import Prepared
 
 
 @click.command("quantize")
@@ -64,6 +63,11 @@ def quantize_command(
     console = Console()
     began = time.monotonic()
     decided = decided_request(given, out, work, console)
+
+    from qkit.export.folder import is_export_of
+    from qkit.job import finished_blocks
+    from qkit.pipeline import prepare, quantize
+
     request = decided.request
     found = prepare(request)
     show_decided(decided, console)
@@ -74,6 +78,7 @@ def quantize_command(
     if finished:
         console.print(Text(f"{finished} blocks were finished before"))
     reporter = Reporter(console, command_line())
+    reporter.expect(stages(found), finished)
     with reporter.running():
         report = quantize(
             request,
@@ -97,6 +102,20 @@ def quantize_command(
     write_json(json_file, {**plan_json(found), **decided_json(decided)})
 
 
+def stages(found: Prepared) -> list[tuple[str, list[float]]]:
+    """The blocks that a run goes through, as ``Reporter.expect`` takes them, by how many weights are in each."""
+    from qkit.blocks import LANGUAGE
+    from qkit.plan import sequences
+
+    return [
+        (
+            "" if s.name == LANGUAGE else s.name,
+            [float(sum(x.shape[0] * x.shape[1] for x in block.linears)) for block in s.blocks],
+        )
+        for s in sequences(found.plan, found.outline)
+    ]
+
+
 def _components(found: Prepared, out: Path) -> Iterator[str]:
     """What became of a pipeline's text encoders."""
     for name, asked in found.components.items():
@@ -118,6 +137,8 @@ def _recipes(out: Path) -> Iterator[str]:
 
 def _policy(out: Path) -> Iterator[str]:
     """What a policy by step is expected to come to, beside what was asked for."""
+    from qkit.steps import ENTRY
+
     decided = load_json(weights_folder(out) / RECORD, "record", 1 << 28).get(ENTRY)
     if decided is not None:
         asked, expected = decided["asked"], decided["fit"]["expected"]

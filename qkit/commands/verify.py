@@ -19,7 +19,7 @@ _SHOWN = 20  # problems listed on the terminal; --json has them all
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    table = Table(title=Text(title), title_justify="left")
+    table = Table(title=Text(title))
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:

@@ -23,10 +23,11 @@ import qkit_data
 import torch
 import yaml
 
+from qkit.catalog import DRAWN, QUESTIONS
 from qkit.errors import BadInput, Unsupported, UsageError
+from qkit.evaluation.sources import first_line
 from qkit.evaluation.taskcode import refuse_task_code
-from qkit.evaluation.text import first_line
-from qkit.pairs import DRAWN, QUESTIONS, held_out
+from qkit.pairs import held_out
 from qkit.quality import BATCH, BATCH_BYTES, Z95, bootstrap_ci
 
 BOOTSTRAP = 1000  # resamples for metrics whose standard error has no closed form

@@ -11,9 +11,9 @@ from torch import nn
 
 from qkit.blocks import Group
 from qkit.errors import BadCheckpoint, Unsupported
-from qkit.families import Family, dit, encoder, llm, vlm
+from qkit.families import Family, dit, encoder, vlm
+from qkit.families.declared import DECLARED
 
-DECLARED = (*llm.FAMILIES, *vlm.FAMILIES, *dit.FAMILIES, *encoder.FAMILIES)
 _DENOISERS = {name: family for family in dit.FAMILIES for name in family.model_types}
 # Siblings of an undeclared architecture that by these names read one input.
 _SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
