@@ -65,7 +65,8 @@ def _refuse_repeats(command: click.Command, ctx: click.Context, arguments: list[
         given = values.get(str(option.name)) or ()
         if len(given) > 1:
             named = "" if option.is_flag else f", with {' and '.join(shlex.quote(str(v)) for v in given)}"
-            raise UsageError(f"{max(option.opts, key=len)} is given {len(given)} times{named}: give it once")
+            times = "twice" if len(given) == 2 else f"{len(given)} times"
+            raise UsageError(f"{max(option.opts, key=len)} is given {times}{named}: give it once")
 
 
 class _Verbs(click.Group):

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 Cell = str | Text
+_FEW = 12  # rows that are worth a line for each cell
 
 
 @dataclass
@@ -18,6 +19,7 @@ class Grid:
 
     columns: tuple[str, ...]
     title: str | None = None
+    prose: bool = False
     rows: list[tuple[Cell, ...]] = field(default_factory=list)
     styles: list[str] = field(default_factory=list)
 
@@ -43,12 +45,22 @@ class Grid:
             table.add_row(column, *(cells[i] for cells in self.rows))
         return table
 
+    def stacked(self) -> Table:
+        """Row below row, a line for each column."""
+        table = self._empty(self.columns[0], "")
+        for cells in self.rows:
+            table.add_row(cells[0], "", style="bold")
+            for column, cell in zip(self.columns[1:], cells[1:], strict=True):
+                if _plain(cell):
+                    table.add_row(Text(f"  {column}"), cell)
+        return table
+
     def plain(self) -> list[list[str]]:
         """The rows without markup, for a page."""
         return [[_plain(cell) for cell in cells] for cells in self.rows]
 
     def _empty(self, *columns: str) -> Table:
-        title = None if self.title is None else Text(self.title)
+        title = None if self.title is None else Text(self.title, justify="left")
         table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for column in columns:
             table.add_column(Text(column), overflow="fold")
@@ -59,19 +71,22 @@ def _plain(cell: Cell) -> str:
     return cell.plain if isinstance(cell, Text) else Text.from_markup(cell).plain
 
 
-def wide_table(*columns: str, title: str | None = None) -> Grid:
-    """A table in which what does not fit goes on in the next line: numbers cut short would be other numbers."""
-    return Grid(columns, title)
+def wide_table(*columns: str, title: str | None = None, prose: bool = False) -> Grid:
+    """A table in which what does not fit goes on in the next line: numbers cut short would be other numbers. prose: cells hold
+    sentences, which are made to go on there."""
+    return Grid(columns, title, prose)
 
 
 def print_wide(console: Console, grid: Grid) -> None:
-    """On a screen within its width, turned where that fits and the table does not; in a file or a pipe, which have no width, as
-    wide as the table is."""
-    table, widest = grid.table(), _width(console, grid.table())
+    """On a screen within its width: where the table does not fit turned or row below row, and long tables with cells that go
+    on in the next line. In a file or a pipe, which have no width, as wide as the table is."""
+    table = grid.table()
+    widest = _width(console, table)
     if not console.is_terminal:
         console = Console(file=console.file, width=widest)
-    elif widest > console.width and _width(console, grid.turned()) <= console.width:
-        table = grid.turned()
+    elif widest > console.width and not grid.prose and len(grid.rows) <= _FEW:
+        fitting = (form for form in (grid.turned(), grid.stacked()) if _width(console, form) <= console.width)
+        table = next(fitting, table)
     console.print(table)
 
 

@@ -136,7 +136,7 @@ def list_command(what: str, json_file: Path | None) -> None:
       qkit list schemes
     """
     rows = TABLES[what]()
-    table = wide_table(*rows[0].keys())
+    table = wide_table(*rows[0].keys(), prose=True)
     for row in rows:
         table.add_row(*(str(v) for v in row.values()))
     print_wide(Console(), table)
