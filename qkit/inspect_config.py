@@ -106,7 +106,8 @@ def made_by(
         return f"AutoRound {word(said['autoround_version'], 20)}"
     meta = said.get("meta")
     if isinstance(meta, Mapping) and meta.get("quantizer"):
-        return word(meta["quantizer"], 60)
+        tools = meta["quantizer"]
+        return word(", ".join(map(str, tools)) if isinstance(tools, list) else tools, 60)
     if said.get("quant_method") == "compressed-tensors" and "recipe.yaml" in names:
         return f"llm-compressor (compressed-tensors {word(said.get('version'), 20)})"
     producer = said.get("producer", _read(folder / _MODELOPT).get("producer"))
