@@ -198,7 +198,7 @@ def _elements(
     """How many weights of the unquantized model a tensor stands for; None: not known."""
     owner, _, leaf = info.name.rpartition(".")
     stored = math.prod(info.shape)
-    if leaf in _BESIDE or "quant_state" in leaf:
+    if leaf in _BESIDE or ".quant_state." in info.name or (leaf.endswith("_scales") and info.dtype == "U8"):
         return 0
     if leaf == "weight_packed":
         linears = record.get("linears")
@@ -212,8 +212,8 @@ def _elements(
     if leaf == "qweight":
         bits = _bits(config)
         return None if bits is None else stored * 8 * DTYPES[info.dtype][1] // bits
-    if leaf == "weight" and info.dtype == "U8":
-        return 2 * stored  # two 4-bit codes in a byte (bitsandbytes, ModelOpt)
+    if info.dtype == "U8" and (leaf == "weight" or leaf.endswith("_blocks")):
+        return 2 * stored  # two 4-bit codes in a byte (bitsandbytes, ModelOpt, MXFP4 of gpt-oss)
     return stored
 
 
