@@ -23,9 +23,20 @@ def token_scale(x: Tensor, fmt: Format) -> Tensor:
 
 def static_scale(amax: float, fmt: Format) -> float:
     """What a static activation format stores: the tensor scale (FP8: amax / 448), or NVFP4's global scale
-    (2688 / amax, a multiplier)."""
+    (2688 / amax, a multiplier). 1 where calibration saw nothing but zeros (our choice): other inputs would saturate."""
+    if amax == 0:
+        return 1.0
     amax = max(amax, 1e-12)
     return FP8_MAX * half_range(fmt) / amax if fmt.strategy == "tensor_group" else amax / half_range(fmt)
+
+
+def storable_scale(scale: float, dtype: torch.dtype) -> float:
+    """A scale that is above 0 once it is stored in ``dtype``: float16 ends at 6e-8, and a scale of 0 divides nothing.
+
+    Inputs whose scale is raised use less of the grid, which costs them nothing: FP8 is a floating-point grid.
+    """
+    info = torch.finfo(dtype)
+    return max(scale, info.tiny * info.eps)
 
 
 def quantize_activations(x: Tensor, fmt: Format, static: Tensor | None = None, residual: int = 0) -> Tensor:

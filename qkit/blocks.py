@@ -81,6 +81,13 @@ class BlockOutline:
     def linears(self) -> tuple[Linear, ...]:
         return tuple(linear for g in self.groups for linear in g.linears)
 
+    @property
+    def units(self) -> tuple[tuple[LinearGroup, ...], ...]:
+        """Groups whose linears engines want in one format: each group, and all experts, which run as one product; the experts
+        come last."""
+        experts = tuple(g for g in self.groups if g.expert is not None)
+        return (*((g,) for g in self.groups if g.expert is None), *([experts] if experts else []))
+
 
 @dataclass(frozen=True)
 class BlockSequence:

@@ -7,53 +7,40 @@ gives the request back with one rule per candidate in use.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from qkit import kvplan
 from qkit.allocation.allocate import (
     Allocation,
+    Reach,
     allocate,
     bounded,
     choices_of,
     limit_bytes,
     outliers,
     ranks,
+    reach,
     refuse_too_small,
     rules,
 )
 from qkit.allocation.knapsack import solve
 from qkit.allocation.latency import Latency, LatencyTable, unit_times
-from qkit.allocation.limits import CANDIDATES, MEASURE, Budget
+from qkit.allocation.limits import CANDIDATES, MEASURE, BudgetRequest
 from qkit.allocation.pareto import cost_of
 from qkit.allocation.refine import Refined, refine
 from qkit.errors import BadInput, UsageError
 from qkit.families.outline import Outline
 from qkit.kvcache.policy import CacheRequest
-from qkit.kvplan import CachePlan, joint_choices, settled
+from qkit.kvplan import CacheChoices, CachePlan, joint_choices
 from qkit.pipeline import open_outline
-from qkit.profiling import ProfileRequest, measured_plans, profile
+from qkit.profiling import ProfileRequest, measured_plans, of_shapes, profile
 from qkit.request import Request
 from qkit.run import Progress
 from qkit.sensitivity.candidates import parse_candidates
 from qkit.sensitivity.profile import FILE, Profile
 from qkit.sensitivity.units import parts_named, units_of
 
-
-@dataclass(frozen=True)
-class BudgetRequest:
-    """floors, ceilings: (glob, candidate); evaluations: of whole plans, 0 for the solved plan as it is;
-    candidates: of a profile that is still to be made; named: whether the user said where the profile is; cache: the KV cache
-    that a memory budget is shared with."""
-
-    budget: Budget
-    profile: Path
-    candidates: str | None = None
-    measure: str = MEASURE
-    floors: tuple[tuple[str, str], ...] = ()
-    ceilings: tuple[tuple[str, str], ...] = ()
-    evaluations: int = 0
-    named: bool = False
-    cache: CacheRequest | None = None
+NOTHING = "the budget lets every layer stay as it is: nothing to quantize; lower it"
 
 
 @dataclass(frozen=True)
@@ -70,8 +57,35 @@ class Allocated:
     cache: CachePlan | None = None
 
 
-def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Allocated:
-    """Solve the budget. Raises UsageError where request and budget exclude each other, BadInput for another model's profile."""
+@dataclass(frozen=True)
+class Opened:
+    """A budget held against shapes and, where there is one, the profile: it can be met.
+
+    made: the profile, or the same with costs of 0; ask: what the profile is to be made of, None where it is there; choices:
+    made, within floors and ceilings; running: bytes of a plain KV cache and of activations, under a memory budget; cache: what
+    the cache that shares the memory offers; beside: bytes that are not the layers' own, at the least and at the most
+    """
+
+    outline: Outline
+    made: Profile
+    ask: ProfileRequest | None
+    choices: Profile
+    table: LatencyTable | None
+    latency: Latency | None
+    running: tuple[int, int]
+    cache: CacheChoices | None
+    beside: tuple[int, int]
+    reach: Reach | None
+
+    @property
+    def solvable(self) -> bool:
+        """Whether the plan of least cost can be told without measuring."""
+        return self.ask is None and not (self.cache is not None and self.cache.chooses)
+
+
+def opened(request: Request, wanted: BudgetRequest) -> Opened:
+    """Look at a budget; reads no weight and measures nothing. Raises UsageError where request and budget exclude each other,
+    Unsupported for a budget that no choice meets, BadInput for another model's profile."""
     if request.scheme is not None or request.recipe is not None:
         raise UsageError("a budget chooses the scheme of every layer: leave --scheme and --recipe out")
     if request.outliers is not None or request.significant is not None or request.rank is not None:
@@ -81,91 +95,133 @@ def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Al
         )
     outline = open_outline(request.model, "a budget")
     table = None if wanted.budget.latency is None else LatencyTable.load(wanted.budget.latency[1])
-    if not (wanted.profile / FILE).is_file():
-        if wanted.named and wanted.candidates is None:
-            raise UsageError(
-                f"{wanted.profile}: no profile there: make it with 'qkit profile --out {wanted.profile} ..', or add "
-                "--candidates to have it made here"
-            )
-        asked = ProfileRequest(_without_transforms(request), wanted.candidates or CANDIDATES)
-        profile(asked, wanted.profile, progress)
-    made = Profile.load(wanted.profile)
+    ask = _unmade(request, wanted)
+    made = Profile.load(wanted.profile) if ask is None else of_shapes(ask)
     _refuse_another(made, wanted, request, outline)
     latency = None
     if table is not None and wanted.budget.latency is not None:
         latency = Latency(wanted.budget.latency[0], unit_times(made, outline, table, request.model))
-    running = running_bytes(outline, wanted.budget.context)
-    open_ = bounded(made, wanted.floors, wanted.ceilings)
-    cache = None
-    if wanted.cache is not None:
-        cache = _shared_memory(request, wanted, wanted.cache, open_, latency, running[1], progress)
-        running = (cache.bytes, running[1])
-    beside = _header_bytes(made, outline) if wanted.budget.size is not None else sum(running)
-    refuse_too_small(open_, wanted.budget, beside, bool(wanted.floors))
-    limit = limit_bytes(made, wanted.budget, beside)
-    first = allocate(open_, limit, wanted.measure, latency)
-    found: Refined | None = None
-    picks = first.picks
-    if wanted.evaluations:
-        others = [m for m in made.measures if m != wanted.measure]
-        starts = [first, *(allocate(open_, limit, m, latency) for m in others)]
-        with measured_plans(_without_transforms(request), made, wanted.profile, progress) as measured:
-            found = refine(open_, starts, measured, wanted.evaluations, latency)
-        picks = found.picks
+    choices = bounded(made, wanted.floors, wanted.ceilings)
+    running, cache = running_bytes(outline, wanted.budget.context), _shared_cache(request, wanted)
+    kept = (running[0], running[0]) if cache is None else (cache.least, cache.most)
+    headers = _header_bytes(made, outline)
+    beside = (kept[0] + running[1], kept[1] + running[1]) if wanted.budget.size is None else (headers, headers)
+    refuse_too_small(choices, wanted.budget, beside[0], bool(wanted.floors), measured=ask is None)
+    if ask is not None:  # what solving will refuse is refused before hours of measuring
+        limit = limit_bytes(made, wanted.budget, beside[0])
+        allocate(choices, limit, wanted.measure, latency)
+        kept_whole = [u.choices["keep"].bytes for u in choices.units if "keep" in u.choices]
+        if latency is None and len(kept_whole) == len(choices.units) and sum(kept_whole) <= (limit or 0):
+            raise UsageError(NOTHING)
+    return Opened(
+        outline, made, ask, choices, table, latency, running, cache, beside, reach(choices, wanted.budget, beside)
+    )
+
+
+def _unmade(request: Request, wanted: BudgetRequest) -> ProfileRequest | None:
+    """What the profile is to be made of; None where there is one. Raises UsageError for one that was named and is not there."""
+    if (wanted.profile / FILE).is_file():
+        return None
+    if wanted.named and wanted.candidates is None:
+        raise UsageError(
+            f"{wanted.profile}: no profile there: make it with 'qkit profile --out {wanted.profile} ..', or add "
+            "--candidates to have it made here"
+        )
+    return ProfileRequest(_without_transforms(request), wanted.candidates or CANDIDATES)
+
+
+def allocated(request: Request, wanted: BudgetRequest, progress: Progress) -> Allocated:
+    """Measure what there is to measure and solve the budget. Raises as ``opened``."""
+    found = opened(request, wanted)
+    if found.ask is not None:
+        profile(found.ask, wanted.profile, progress)
+        found = opened(request, wanted)
+    cache = None if wanted.cache is None else _settled_cache(request, wanted, wanted.cache, found, progress)
+    first = solved(request, wanted, found, cache)
+    if not wanted.evaluations:
+        return first
+    others = [m for m in found.made.measures if m != wanted.measure]
+    limit, latency = first.allocation.limit, found.latency
+    starts = [first.allocation, *(allocate(found.choices, limit, m, latency) for m in others)]
+    with measured_plans(_without_transforms(request), found.made, wanted.profile, progress) as measured:
+        refined = refine(found.choices, starts, measured, wanted.evaluations, latency)
+    return _with_picks(request, wanted, found, first.allocation, refined.picks, cache, refined)
+
+
+def solved(request: Request, wanted: BudgetRequest, found: Opened, cache: CachePlan | None = None) -> Allocated:
+    """The plan of least predicted cost. cache: of a memory that is shared with it; None: a plain one."""
+    beside = found.beside[0]
+    if cache is not None and found.cache is not None:
+        beside += cache.bytes - found.cache.least
+    limit = limit_bytes(found.made, wanted.budget, beside)
+    first = allocate(found.choices, limit, wanted.measure, found.latency)
+    return _with_picks(request, wanted, found, first, first.picks, cache, None)
+
+
+def _with_picks(
+    request: Request,
+    wanted: BudgetRequest,
+    found: Opened,
+    first: Allocation,
+    picks: dict[str, str],
+    cache: CachePlan | None,
+    refined: Refined | None,
+) -> Allocated:
+    made, latency = found.made, found.latency
     chosen = rules(made, picks)
     scheme = next((r["scheme"] for r in chosen if "scheme" in r), None)
     if scheme is None:
-        raise UsageError("the budget lets every layer stay as it is: nothing to quantize; lower it")
+        raise UsageError(NOTHING)
     used = sum(u.choices[picks[u.key]].bytes for u in made.units)
     time = None if latency is None else latency.of(picks)
     allocation = replace(first, picks=picks, bytes=used, cost=cost_of(made, picks, wanted.measure), time=time)
-    method = request.method or made.request["method"]
     decided = replace(
         request,
         scheme=scheme,
-        method=method,
+        method=request.method or made.request["method"],
         group_size=None,
         rules=tuple(chosen),
         outliers=outliers(made, picks),
         rank=ranks(made, picks),
     )
-    return Allocated(
-        decided, made, allocation, found, table, running if wanted.budget.memory is not None else None, cache
-    )
+    running = None
+    if wanted.budget.memory is not None:
+        running = (found.running[0] if cache is None else cache.bytes, found.running[1])
+    return Allocated(decided, made, allocation, refined, found.table, running, cache)
 
 
-def _shared_memory(
-    request: Request,
-    wanted: BudgetRequest,
-    asked: CacheRequest,
-    made: Profile,
-    latency: Latency | None,
-    activations: int,
-    progress: Progress,
-) -> CachePlan:
-    """The cache of the plan of least cost for weights and cache together: with its bytes set aside, the weights' own optimum
-    within the rest is that plan's."""
-    context = wanted.budget.context
+def _shared_cache(request: Request, wanted: BudgetRequest) -> CacheChoices | None:
+    """What the cache that shares a memory budget offers, without its costs."""
+    asked, context = wanted.cache, wanted.budget.context
+    if asked is None:
+        return None
     if asked.length not in (None, context):
         raise UsageError(
             f"--max-length {asked.length}: --memory counts the cache at {context} tokens: leave one of them out"
         )
-    open_ = joint_choices(request, replace(asked, length=context), progress)
-    widths = open_.policy.widths
-    refuse_too_small(made, wanted.budget, activations + open_.least, bool(wanted.floors))
-    finals = open_.policy.widths_of(open_.heads.layers)
-    if len(widths) > 1:
-        if wanted.measure != MEASURE:
-            raise UsageError(
-                f"--measure {wanted.measure}: layers are weighed against the cache of --kv {asked.kv} by their KL divergence: "
-                "leave the option out, or give one width"
-            )
-        limits = {"bytes": limit_bytes(made, wanted.budget, activations) or 0}
-        limits |= {} if latency is None else {"nanoseconds": latency.limit}
-        weights = choices_of(made, wanted.measure, latency)
+    found = kvplan.opened(request, replace(asked, length=context), joint=True)
+    if found.chooses and wanted.measure != MEASURE:
+        raise UsageError(
+            f"--measure {wanted.measure}: layers are weighed against the cache of --kv {asked.kv} by their KL divergence: "
+            "leave the option out, or give one width"
+        )
+    return found
+
+
+def _settled_cache(
+    request: Request, wanted: BudgetRequest, asked: CacheRequest, found: Opened, progress: Progress
+) -> CachePlan:
+    """The cache of the plan of least cost for weights and cache together: with its bytes set aside, the weights' own optimum
+    within the rest is that plan's."""
+    open_ = joint_choices(request, replace(asked, length=wanted.budget.context), progress)
+    widths, finals = open_.policy.widths, open_.policy.widths_of(open_.heads.layers)
+    if open_.chooses:
+        limits = {"bytes": limit_bytes(found.made, wanted.budget, found.running[1]) or 0}
+        limits |= {} if found.latency is None else {"nanoseconds": found.latency.limit}
+        weights = choices_of(found.choices, wanted.measure, found.latency)
         picks = solve([*weights, *open_.units], limits).picks[len(weights) :]
         finals = tuple(widths[i] for i in picks)
-    return settled(request, open_, asked, finals, progress)
+    return kvplan.settled(request, open_, asked, finals, progress)
 
 
 def _refuse_another(made: Profile, wanted: BudgetRequest, request: Request, outline: Outline) -> None:

@@ -126,6 +126,7 @@ TRANSFORMS: dict[str, TransformInfo] = {
 EFFORTS: dict[str, dict[str, Any]] = {"fast": {"steps": 32}, "default": {"steps": 128}, "best": {"steps": 512}}
 BALANCED = ("mbq", "mbq-mse")  # those that need pictures and answers
 
+PROFILE = "profile.json"  # in the folder of a profile
 REQUANT = "requant"  # a method that searches before anything is planned
 REQUANT_OUTLIERS, REQUANT_SIGNIFICANT = 0.45, 0.05  # percent, of the paper's SqueezeLLM runs
 

@@ -10,16 +10,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qkit.errors import BadCheckpoint, NumericFailure
 from qkit.folder import (
     CONFIG_LIMIT,
-    check_output_dir,
-    commit_dir,
     contained,
     find_weights,
     list_names,
@@ -28,20 +27,18 @@ from qkit.folder import (
     refuse_quantized,
     refuse_quantized_names,
     require_safetensors,
-    side_file_names,
     strip_code_keys,
 )
+from qkit.hashcache import full_hash
 from qkit.safefile import (
     TensorInfo,
     count_nonfinite,
-    open_regular,
     read_bytes,
     read_header,
-    read_range,
     read_tensor,
-    sha256_file,
     shown,
 )
+from qkit.sidefiles import sampled_hash, travelling
 
 if TYPE_CHECKING:
     import torch
@@ -49,9 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "check_config",
-    "check_output_dir",
     "check_tied",
-    "commit_dir",
     "load_json",
     "strip_code_keys",
 ]
@@ -70,9 +65,6 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-
-_SAMPLES = 256  # pages of each shard that enter the fingerprint
-_PAGE = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,27 +142,34 @@ class Checkpoint:
         """Bytes of all tensors together."""
         return sum(info.nbytes for info in self.tensors.values())
 
-    def fingerprint(self, paranoid: bool = False) -> str:
-        """sha256 over the config, and name, size, header and content of every shard, in hex.
+    def fingerprint(self) -> str:
+        """sha256 over the config, and name, size, header and samples of the content of every shard, in hex.
 
         Of the content, 256 pages spread over the shard enter, which tells a fine-tune from its base in an
-        instant; ``paranoid`` reads everything, which also sees a single changed value.
+        instant, and does not see every changed value: that takes ``sha256``.
         """
-        digest = hashlib.sha256(self._config_hash.encode())
         starts: dict[Path, int] = {}
         for info in self.tensors.values():
             starts[info.file] = min(info.begin, starts.get(info.file, info.begin))
+        return self._digest(lambda file: sampled_hash(file, starts[file], self._states[file].st_size))
+
+    def sha256(self) -> str:
+        """As ``fingerprint``, over every byte of the shards; quick where they were read before (``hashcache``)."""
+        return self._digest(full_hash)
+
+    def _digest(self, content: Callable[[Path], str]) -> str:
+        digest = hashlib.sha256(self._config_hash.encode())
         for file in self.shards:
             self._check_unchanged(file)
             name, size = file.relative_to(self.path).as_posix(), self._states[file].st_size
-            content = sha256_file(file) if paranoid else sampled_hash(file, starts[file], size)
-            digest.update(f"{name}\0{size}\0{content}\0".encode())
+            digest.update(f"{name}\0{size}\0{content(file)}\0".encode())
             self._check_unchanged(file)
         return digest.hexdigest()
 
-    def side_files(self) -> list[Path]:
-        """Tokenizer, processor and generation files: all that a loader needs besides config and weights."""
-        return [contained(self.path, name) for name in side_file_names(self.path)]
+    @cached_property
+    def side_files(self) -> dict[str, str]:
+        """{name: sha256} of the tokenizer and all else that goes with the model (``sidefiles.travelling``)."""
+        return travelling(self.path)
 
     def _check_unchanged(self, file: Path) -> None:
         now, then = _state(file), self._states[file]
@@ -183,17 +182,6 @@ def _state(file: Path) -> os.stat_result:
         return os.stat(file)
     except OSError as error:
         raise BadCheckpoint(f"{file}: changed while reading: {error.strerror}: put the file back") from error
-
-
-def sampled_hash(file: Path, start: int, size: int) -> str:
-    """sha256 of a shard's header, ``start`` bytes, and of pages spread evenly over the rest."""
-    page = min(_PAGE, size - start)
-    with open_regular(file) as handle:
-        digest = hashlib.sha256(read_range(file, handle, 0, start, "the header"))
-        for index in range(_SAMPLES):
-            at = start + (size - start - page) * index // (_SAMPLES - 1)
-            digest.update(read_range(file, handle, at, page, "the data"))
-    return digest.hexdigest()
 
 
 def _merge(files: list[Path], folder: Path, weight_map: dict[str, str] | None) -> dict[str, TensorInfo]:

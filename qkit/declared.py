@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMAT_VERSION = 1  # of qkit.json; a reader refuses a newer one
+FORMAT_VERSION = 2  # of qkit.json; a reader refuses a newer one
 MAX_JSON_BYTES = 1 << 28
 
 
@@ -90,7 +91,10 @@ def as_object(value: Any, topic: str, where: str, findings: Findings) -> dict[st
 def read_json(path: Path, findings: Findings) -> dict[str, Any] | None:
     """The JSON object in ``path``; None, with a problem recorded, where there is none."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        state = path.lstat()
+        if not stat.S_ISREG(state.st_mode):
+            raise ValueError("found a link, a folder or a device, expected a regular file")
+        if state.st_size > MAX_JSON_BYTES:
             raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
         data = parse_json(path.read_bytes())
         if not isinstance(data, dict):
@@ -253,7 +257,7 @@ class Linear:
 @dataclass(frozen=True)
 class Record:
     """The checked content of qkit.json. Entries that could not be understood are left out; ``cache`` is what it says of
-    the KV cache, as it is there."""
+    the KV cache, as it is there; ``engine`` what its recipe says of engines."""
 
     qkit_version: str
     model_type: str
@@ -265,6 +269,7 @@ class Record:
     plain: dict[str, tuple[str, tuple[int, ...], str]]
     shards: dict[str, str]
     cache: Any = None
+    engine: str = "default"
 
 
 def spec_fault(spec: Spec, weight: bool) -> str | None:
@@ -384,4 +389,5 @@ def read_record(out: Path, findings: Findings) -> Record | None:
         plain=plain,
         shards=data["shards"],
         cache=data.get("kv"),
+        engine=str(data["recipe"].get("engine", "default")),
     )

@@ -1,19 +1,18 @@
 """What a packed pipeline says of the files around its transformer, checked against the folder.
 
 Part of the independent proof (see ``verify.py``): a pipeline's own qkit.json lists every file beside the transformer's folder
-with its sha256; the transformer's folder has a record of its own.
+with its sha256; the transformer's folder has a record of its own, which since format version 2 is in that list.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from qkit.declared import FORMAT_VERSION, Fields, Findings, check_fields, is_hash, is_int, is_text, read_json
-from qkit.decode import file_sha256
+from qkit.declared_files import check_files, check_sum, has_sums, is_summed
 
 INDEX = "model_index.json"
 _RUNS_CODE = (".py", ".so", ".pyc", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -71,32 +70,26 @@ _POLICY: Fields = {
 
 
 def packed_part(out: Path, findings: Findings) -> Path:
-    """The folder with the packed weights: ``out``, or the component of a pipeline, whose other files are checked here."""
+    """The folder with the packed weights: ``out``, or the component of a pipeline that its record names."""
     if not (out / INDEX).is_file():
         return out
-    record: dict[str, Any] | None = read_json(out / "qkit.json", findings)
-    if record is None or not check_fields(record, _TOP, "qkit.json", findings):
-        return out / "transformer"
-    part, listed = out / str(record["pipeline"]), record["files"]
-    there = {
-        str((Path(place) / name).relative_to(out))
-        for place, _, names in os.walk(out)
-        if part not in (Path(place), *Path(place).parents)
-        for name in names
-    } - {"qkit.json"}
-    for place, folders, _ in os.walk(out):
-        for name in (n for n in folders if (Path(place) / n).is_symlink()):
-            findings.check(
-                "pipeline", False, str((Path(place) / name).relative_to(out)), "is a link; expected a folder"
-            )
-    for name in sorted({*there, *listed}):
-        if not findings.check("pipeline", name in listed, name, "is not listed in qkit.json; remove it"):
-            continue
-        path = out / name
-        sound = name in there and path.is_file() and not path.is_symlink()
-        if findings.check("pipeline", sound, name, "is listed in qkit.json and is not a file of the folder"):
-            what = "its sha256 is not the one in qkit.json: the file changed after the export"
-            findings.check("pipeline", file_sha256(path) == listed[name], name, what)
+    record = _record(out, findings)
+    return out / (str(record["pipeline"]) if record else "transformer")
+
+
+def check_around(out: Path, part: Path, findings: Findings) -> None:
+    """The files of a pipeline around the packed component ``part``; nothing for a folder that is none."""
+    record = None if part == out else _record(out, Findings())
+    if record is None:
+        return
+    if is_summed(record) and has_sums(record, findings, top=True):
+        check_sum(out, record, findings)
+    check_files(out, record["files"], [part.name], "pipeline", findings)
+    for name in sorted(record["files"]):
         findings.check("pipeline", not name.endswith(_RUNS_CODE), name, "can run code when it is read; remove it")
     findings.check("pipeline", part.is_dir(), part.name, "the folder of the packed component is missing")
-    return part
+
+
+def _record(out: Path, findings: Findings) -> dict[str, Any] | None:
+    record = read_json(out / "qkit.json", findings)
+    return record if record is not None and check_fields(record, _TOP, "qkit.json", findings) else None

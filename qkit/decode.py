@@ -279,6 +279,8 @@ def _scales(linear: Linear, tensors: Mapping[str, Stored], into: Decoded) -> Arr
             value = tensors[name].float32()
             into.scalars[name] = float(value[0])
             _check_scales(name, value, into)
+    if linear.format.strategy == "tensor":
+        into.scalars["weight_scale"] = float(scale[0])
     if "weight_global_scale" in tensors:
         with np.errstate(all="ignore"):
             scale = scale / tensors["weight_global_scale"].float32()

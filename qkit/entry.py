@@ -26,6 +26,7 @@ from qkit.families.outline import Outline
 from qkit.formats import Format
 from qkit.inputs import PLAIN, InputTransform
 from qkit.job import Job
+from qkit.kvcache.argument import with_cache
 from qkit.plan import Plan, parts
 from qkit.qtensor import dequantize
 from qkit.spill import Spilled
@@ -53,7 +54,7 @@ def embed(
     assert plan.calibration is not None
     calibration, language = plan.calibration, sequence.name == LANGUAGE
     streams, through = outline.family.streams, sequence.name in {t.name for t in outline.towers}
-    given = {"return_dict": False} if streams else {"past_key_values": cache, "use_cache": cache is not None}
+    given = {"return_dict": False} if streams else {**with_cache(outline.model, cache), "use_cache": cache is not None}
     times = list[float]()
 
     def noted() -> Iterator[dict[str, Any]]:

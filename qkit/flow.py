@@ -40,6 +40,7 @@ from qkit.capture import (
 )
 from qkit.errors import BadCalibration, NumericFailure
 from qkit.memory import give_back
+from qkit.owned import temp_path
 from qkit.parallel import Workers
 
 Span = tuple[int, int]
@@ -87,9 +88,7 @@ class Flow:
         self, block: nn.Module, outline: BlockOutline, rows: Rows, call: Call | OneByOne, pool: Workers
     ) -> None:
         self.block, self.outline, self.rows, self.call, self.pool = block, outline, rows, call, pool
-        plain = [(g,) for g in outline.groups if g.expert is None]
-        experts = tuple(g for g in outline.groups if g.expert is not None)
-        self.stages: list[tuple[LinearGroup, ...]] = [*plain, *([experts] if experts else [])]
+        self.stages = outline.units
         self._local = threading.local()
         self._units = self._find_units()
         self._replaced: dict[str, nn.Module] = {}
@@ -239,7 +238,7 @@ class Flow:
         self.block.set_submodule(unit.path, _Playback(lambda: played.read(*self._local.span), unit.rest))
 
     def _file(self, name: str) -> Path:
-        return self.rows.path.with_name(f".tmp-{name}.bin")
+        return temp_path(self.rows.path.parent, name)
 
     # ---- leaving the block -----------------------------------------------------------------------------------
 
@@ -320,7 +319,8 @@ def _group_inputs(
             pair = next(g for g in groups if g.expert == group.expert and g.hook)
             if pair.key in result:
                 experts = block.get_submodule(pair.hook)
-                x, (gate, up) = result[pair.key], (linear.view(block) for linear in pair.linears)
+                both = replace(pair.linears[0], rows=None).view(block)  # gate and up, whichever of them the group has
+                x, (gate, up) = result[pair.key], both.chunk(2)
                 act: Any = experts.act_fn
                 result[group.key] = act(nn.functional.linear(x, gate)) * nn.functional.linear(x, up)
     return result

@@ -1,9 +1,8 @@
-"""Folders of models: which files of one may be read, and how a finished one gets its name.
+"""Folders of models: which files of one may be read.
 
-Reading: everything lies inside the folder, or in the blobs of the Hugging Face cache that the folder is a
+Everything lies inside the folder, or in the blobs of the Hugging Face cache that the folder is a
 snapshot of. The check is made on real paths, so that neither a name nor a link leads out. Where two sets of
-weights lie side by side, neither is picked. Writing: a model is built in a folder of another name and
-renamed as the last step, so that a reader sees all of it or nothing.
+weights lie side by side, neither is picked.
 """
 
 from __future__ import annotations
@@ -11,31 +10,14 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qkit.errors import BadCheckpoint, IOFailure, Unsupported, UsageError
-from qkit.safefile import parse_json, read_bytes, shown, sync_dir
+from qkit.errors import BadCheckpoint, IOFailure, Unsupported
+from qkit.safefile import parse_json, read_bytes, shown
 
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")  # transformers and diffusers
-SIDE_FILES = (
-    "tokenizer*.json",
-    "*.model",  # sentencepiece
-    "*.tiktoken",
-    "tekken.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template*.json",
-    "chat_template*.jinja",
-    "generation_config.json",
-    "*processor_config.json",
-)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".7z", ".tar", ".npz", ".joblib")
 # The end of a tensor's name that only a quantized checkpoint has, and the method that writes it.
 QUANTIZED_NAMES = {
@@ -68,7 +50,6 @@ PIPELINE_INDEX, DENOISER = (
     "model_index.json",
     "transformer",
 )  # of a diffusers pipeline, and its component that is quantized
-OLD_PREFIX = ".qkit-old-"
 
 
 def load_json(path: Path, what: str, limit: int = 1 << 20) -> Any:
@@ -112,17 +93,12 @@ def list_names(folder: Path) -> list[str]:
         raise IOFailure(f"cannot list {folder}: {error.strerror}: check the permissions") from error
 
 
-def side_file_names(folder: Path) -> list[str]:
-    """Names of the tokenizer, processor and generation files in a folder, sorted."""
-    return [name for name in list_names(folder) if _matches(name, SIDE_FILES)]
-
-
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def strip_code_keys(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A copy without the keys that choose code (CODE_KEYS), at any depth, and their dotted names."""
+def strip_code_keys(data: Any) -> tuple[Any, list[str]]:
+    """A copy of a JSON value without the keys that choose code (CODE_KEYS), at any depth, and their dotted names."""
     dropped: list[str] = []
 
     def clean(node: Any, at: str) -> Any:
@@ -133,8 +109,22 @@ def strip_code_keys(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         dropped.extend(at + key for key in node if _matches(key, CODE_KEYS))
         return {key: clean(item, f"{at}{key}.") for key, item in node.items() if not _matches(key, CODE_KEYS)}
 
-    result: dict[str, Any] = clean(data, "")
-    return result, dropped
+    return clean(data, ""), dropped
+
+
+def snapshot_of(folder: Path) -> Path | None:
+    """The folder itself or the one around it that is a snapshot in a Hugging Face cache, if any is."""
+    return next((place for place in (folder, *folder.parents) if place.parent.name == "snapshots"), None)
+
+
+def hub_source(folder: Path) -> dict[str, str]:
+    """The repository and the commit (40 hexadecimal digits) of a folder in a Hugging Face cache, as its path has them; else
+    nothing."""
+    snapshot = snapshot_of(folder)
+    if snapshot is None or not re.fullmatch(r"[0-9a-f]{40}", snapshot.name):
+        return {}
+    kind, *parts = snapshot.parent.parent.name.split("--")
+    return {**({"repository": "/".join(parts)} if kind == "models" else {}), "revision": snapshot.name}
 
 
 def contained(folder: Path, name: str, source: str = "the model") -> Path:
@@ -145,15 +135,19 @@ def contained(folder: Path, name: str, source: str = "the model") -> Path:
     relative = Path(name)
     if not re.fullmatch(r"[\w.+=@-][\w.+=@/ -]*", name, re.ASCII) or ".." in relative.parts or str(relative) != name:
         raise BadCheckpoint(f"{folder}: {source} names the file {shown(name)}, expected one inside the model folder")
+    return inside(folder, name, source)
+
+
+def inside(folder: Path, name: str, source: str = "the model") -> Path:
+    """folder / name, where a listing found that name; checked and refused as ``contained`` does for its real path."""
+    if not name.isprintable():
+        raise BadCheckpoint(f"{folder}: the file {shown(name)} has a name that cannot be printed: rename or remove it")
     try:
         real = (folder / name).resolve(strict=True)
     except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
         raise BadCheckpoint(f"{folder / name}: no such file, which {source} needs: get the complete folder") from None
-    roots = [folder]
-    for snapshot in (folder, *folder.parents):
-        if snapshot.parent.name == "snapshots":
-            roots.append(snapshot.parent.parent / "blobs")
-            break
+    snapshot = snapshot_of(folder)
+    roots = [folder] if snapshot is None else [folder, snapshot.parent.parent / "blobs"]
     if not any(real.is_relative_to(root) for root in roots):
         raise BadCheckpoint(f"{folder / name}: leads out of the model folder, to {real}: copy the file into the folder")
     return folder / name
@@ -237,86 +231,3 @@ def _weight_map(index: Path) -> dict[str, str]:
                 f"{index}: weight_map[{shown(name)}] is {shown(file)}, expected a safetensors file name"
             )
     return weight_map
-
-
-def check_output_dir(out: Path, source: Path, overwrite: bool, whole: bool = True) -> None:
-    """Refuses an output folder that would cost the user something.
-
-    Never allowed: a link, something that is no folder, a folder that is, holds or lies in the input model, and
-    one that holds the working or the home directory. A folder with content needs ``overwrite``, and where it will be
-    replaced as a ``whole`` it has to be one that qkit made. Raises UsageError.
-    """
-    if os.path.islink(out):
-        raise UsageError(
-            f"{out}: the output folder is a symbolic link, expected a folder or a new name: choose another"
-        )
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise UsageError(f"{out}: the output exists and is not a folder: choose another name")
-    for fault, inner, outer in (
-        ("is or lies in the input model", out, source),
-        ("holds the input model", source, out),
-        ("holds the working directory", Path.cwd(), out),
-        ("holds the home directory", Path("~").expanduser(), out),
-    ):
-        if _lies_in(inner, outer):
-            raise UsageError(f"{out}: the output folder {fault}: choose another folder")
-    filled = os.path.exists(out) and bool(list_names(out))
-    if filled and not overwrite:
-        raise UsageError(f"{out}: the output folder is not empty: choose another, or pass --overwrite to replace it")
-    if filled and whole and not os.path.isfile(out / RECORD):
-        raise UsageError(
-            f"{out}: --overwrite replaces what qkit made, and there is no {RECORD} in it: choose another folder"
-        )
-
-
-def _lies_in(inner: Path, outer: Path) -> bool:
-    """Whether inner is outer or below it, also through links and on a file system that ignores case."""
-    real = Path(os.path.realpath(inner))
-    places = (place for place in (real, *real.parents) if os.path.exists(place))
-    return os.path.exists(outer) and any(os.path.samefile(place, outer) for place in places)
-
-
-def commit_dir(partial: Path, out: Path, overwrite: bool) -> None:
-    """Gives the finished folder ``partial`` its name ``out``, in the same parent, as one durable step.
-
-    With ``overwrite`` a folder that is there is first renamed aside, and removed at the end; a crash in
-    between leaves the old one under a name that starts with ``.qkit-old-``.
-    Raises UsageError when ``out`` has content and may not be replaced, IOFailure.
-    """
-    if os.path.realpath(partial.parent) != os.path.realpath(out.parent):
-        raise UsageError(f"{partial} and {out} are in different folders: build the output beside its final place")
-    replaced = os.path.lexists(out)
-    if replaced and (os.path.islink(out) or not os.path.isdir(out) or (list_names(out) and not overwrite)):
-        raise UsageError(f"{out}: exists and is not an empty folder: choose another, or pass --overwrite to replace it")
-    aside = out.with_name(OLD_PREFIX + secrets.token_hex(8))
-    try:
-        _sync_tree(partial)
-        if replaced:
-            os.rename(out, aside)
-        try:
-            os.rename(partial, out)
-        except OSError:
-            if replaced:
-                os.rename(aside, out)
-            raise
-        sync_dir(out.parent)
-    except OSError as error:
-        raise IOFailure(
-            f"cannot rename {partial} to {out}: {error.strerror}: the finished model is in {partial}"
-        ) from error
-    try:
-        if replaced:
-            shutil.rmtree(aside)
-    except OSError as error:
-        raise IOFailure(f"{out} is complete, but {aside} could not be removed: {error.strerror}: remove it") from error
-
-
-def _sync_tree(folder: Path) -> None:
-    for place, _, names in os.walk(folder):
-        for name in names:
-            handle = os.open(os.path.join(place, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        sync_dir(Path(place))

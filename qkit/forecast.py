@@ -7,6 +7,7 @@ Time is given as operations per phase and their shares, since seconds depend on 
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +20,11 @@ from qkit.blocks import BlockOutline, LinearGroup
 from qkit.calibration import Calibration
 from qkit.capture import PENDING_BYTES, SAMPLE_TOKENS, piece_tokens
 from qkit.errors import IOFailure, Unsupported
+from qkit.export.partial import partial_path
 from qkit.families.outline import Outline
 from qkit.lowrank import low_rank_bytes
 from qkit.machine import available_memory, process_bytes, resident_bytes
+from qkit.owned import files_below
 from qkit.plan import Plan, parts
 from qkit.reconstruct import PIECE_TOKENS
 from qkit.solvers.table import SOLVERS
@@ -193,21 +196,42 @@ def _branching(plan: Plan, group: LinearGroup, workers: int) -> int:
     return 5 * sum(map(math.prod, shapes)) + min(workers, len(shapes)) * each
 
 
-def refuse_what_cannot_fit(found: Forecast, folder: Path) -> None:
-    """Raises Unsupported for memory, IOFailure for disk, with needed and available bytes."""
+def refuse_what_cannot_fit(found: Forecast, folder: Path, work: Path | None = None) -> None:
+    """Raises Unsupported for memory, IOFailure for disk, with needed and available bytes.
+
+    folder: where the result goes; work: the job folder, if there is to be one
+    """
     available = available_memory()
     if available is not None and found.peak_memory > available:
         raise Unsupported(
             f"the run needs about {_gb(found.peak_memory)} of memory and {_gb(available)} are available: use fewer "
             "--threads, shorter rows (--seqlen), or a larger machine"
         )
-    there = next(p for p in (folder, *folder.resolve().parents) if p.exists())
-    free = shutil.disk_usage(there).free
-    needed = int(1.1 * (found.packed_bytes + found.job_bytes))
-    if needed > free:
-        raise IOFailure(
-            f"{there}: the run needs about {_gb(needed)} of disk and {_gb(free)} are free: make room or use --out"
-        )
+    # What an earlier run of the same command left is used again, or removed before it is written anew.
+    if work is None:
+        needs = {folder: 1.1 * (found.packed_bytes + found.job_bytes)}
+    else:
+        needs = {
+            folder: 1.1 * found.packed_bytes - _bytes_below(partial_path(folder)),
+            work: 1.1 * found.job_bytes - _bytes_below(work),
+        }
+    by_disk: dict[int, tuple[Path, float]] = {}
+    for place, need in needs.items():
+        there = next(p for p in (place, *place.resolve().parents) if p.exists())
+        disk = there.stat().st_dev
+        by_disk[disk] = (there, max(0.0, need) + by_disk.get(disk, (there, 0.0))[1])
+    for there, needed in by_disk.values():
+        free = shutil.disk_usage(there).free
+        if needed > free:
+            raise IOFailure(
+                f"{there}: the run needs about {_gb(int(needed))} more of disk and {_gb(free)} are free: make room, or use "
+                "another --out or --work"
+            )
+
+
+def _bytes_below(folder: Path) -> int:
+    """Bytes of the files below a folder; 0 where there is none."""
+    return sum(os.lstat(folder / name).st_size for name in files_below(folder)) if folder.is_dir() else 0
 
 
 def _gb(n: int) -> str:

@@ -16,6 +16,7 @@ Rounding is to nearest, ties to even.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -24,6 +25,7 @@ from qkit.errors import Unsupported, UsageError
 
 FP4_MAX = 6.0  # largest E2M1 magnitude
 FP8_MAX = 448.0  # largest E4M3 (fn) magnitude
+COMMON_GROUPS = (64, 32)  # tried in this order where a group does not divide a width
 NVFP4_RANGE = FP4_MAX * FP8_MAX  # 2688: global_scale = 2688 / amax
 
 
@@ -54,9 +56,14 @@ class Format:
     scale: str = "model"
     dynamic: bool = False
 
+    @property
+    def regroups(self) -> bool:
+        """Whether it has groups of weights whose size is free."""
+        return self.strategy == "group" and self.scale == "model"
+
     def with_group(self, group: int) -> Format:
         """The same format with another group length; -1 means one scale per output channel."""
-        if self.strategy not in ("group", "channel", "tensor") or self.scale != "model":
+        if self.kind != "int":
             raise UsageError(
                 f"format {self.name} has a fixed scale layout; --group-size cannot change it: leave the option out"
             )
@@ -175,20 +182,21 @@ def layout(weights: Format, activations: Format | None) -> str:
     return "naive-quantized" if activations is None else "float-quantized"
 
 
-def fit_group(fmt: Format, columns: int, strict: bool = False) -> Format:
-    """The format as it can be applied to rows of ``columns`` elements.
+def fit_group(fmt: Format, *widths: int, strict: bool = False) -> Format:
+    """The format as it can be applied to rows of so many elements; several widths: of linears that have to share a group.
 
-    A group that does not divide the row is replaced by the nearest smaller one that does (of at least
-    8 elements: below that the scales outweigh the codes), else by one scale per channel.
-    Formats whose group is fixed by definition (NVFP4, MX) cannot be adapted.
+    A group that does not divide all of them is replaced by 64, else by 32, else by one scale per channel: engines have
+    kernels for these and not for other numbers. Formats whose group is fixed by definition (NVFP4, MX) cannot be adapted.
     Raises Unsupported under ``strict`` and for the fixed formats.
     """
-    if fmt.strategy not in ("group", "tensor_group") or fmt.group is None or columns % fmt.group == 0:
+    if fmt.strategy not in ("group", "tensor_group") or fmt.group is None:
         return fmt
-    said = f"{columns} input columns are not a multiple of the group size {fmt.group} of {fmt.name}"
+    odd = next((w for w in widths if w % fmt.group), None)
+    if odd is None:
+        return fmt
+    said = f"{odd} input columns are not a multiple of the group size {fmt.group} of {fmt.name}"
     if fmt.scale != "model":
         raise Unsupported(f"{said}, which the format fixes: choose another format for this layer or skip it")
     if strict:
-        raise Unsupported(f"{said}, and --strict forbids a smaller group: choose a group size that divides it")
-    divisor = next((d for d in range(min(fmt.group, columns + 1) - 1, 7, -1) if columns % d == 0), None)
-    return fmt.with_group(divisor if divisor and divisor < columns else -1)
+        raise Unsupported(f"{said}, and --strict forbids another group: choose a group size that divides it")
+    return fmt.with_group(next((g for g in COMMON_GROUPS if not math.gcd(*widths) % g), -1))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qkit.errors import UsageError
+from qkit.kvcache.argument import with_cache
 
 Draw = Callable[[Tensor, torch.Generator], Tensor]  # of chances [batch, vocabulary], int64 [batch]
 _GROWTH = 64  # tokens
@@ -110,7 +111,7 @@ class Decoder:
         """float32 [batch, vocabulary]: logits after the last of the tokens, which go into the cache."""
         self._filled += tokens.shape[1]
         self._make_room(self._filled)
-        out = self.model(input_ids=tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        out = self.model(input_ids=tokens, **with_cache(self.model, self._cache), use_cache=True, logits_to_keep=1)
         logits: Tensor = out.logits[:, -1].to(torch.float32)
         return logits
 

@@ -1,10 +1,12 @@
 """The job folder: what makes a run durable.
 
-    job.json            the identity of the job (plan, versions, source), written once
+    job.json            says that the folder is a job's, and the identity of the job (plan, versions, source)
     journal.jsonl       one line per finished block; the line is the commit
     parts/NNNN.safetensors   a block's quantized and rewritten tensors
     rows/NNNN.bin       hidden states that enter block NNNN
     lock                held while a process works here
+
+What a job folder is, and what of it may be removed, says ``job_folder``.
 
 A block is committed in this order: its part and the rows after it are on the disk, then its line is appended and synced.
 A torn last line is dropped. The rows that enter a block stay until the block is committed, so a kill at any moment
@@ -14,12 +16,10 @@ job committed nothing: whoever corrects a mistyped argument is not kept from it 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+import math
 import os
-import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,9 +29,11 @@ import torch
 from torch import Tensor
 
 from qkit import lowrank, sparse
-from qkit.errors import BadInput, JobConflict, write_failure
+from qkit.errors import BadInput, JobConflict, NumericFailure, write_failure
 from qkit.formats import Format
 from qkit.inputs import RESIDUAL, SCALE, InputTransform
+from qkit.job_folder import KIND, VERSION, locked, parts_in, read_job, refuse_foreign, remove_bulk
+from qkit.owned import is_temp
 from qkit.qtensor import Params, QTensor
 from qkit.safefile import (
     TensorInfo,
@@ -44,7 +46,6 @@ from qkit.safefile import (
     write_atomic,
 )
 
-VERSION = 1
 WHOLE = "whole"  # the stage that learns the codes of all linears together
 # Of a linear in a part: "<linear>:<piece>". 'original' is a weight that a transform rewrote, before it was quantized.
 _BESIDE = (*sparse.PIECES, *lowrank.PIECES)
@@ -54,7 +55,7 @@ PIECES = ("codes", "scale", "zero", "global_scale", "input_scale", "original", S
 def finished_blocks(path: Path) -> int:
     """How many blocks a run would find in that folder, by its journal; 0 where there is none, or the job is done."""
     file = path / "journal.jsonl"
-    return file.read_bytes().count(b"\n") if file.is_file() and (path / "parts").is_dir() else 0
+    return file.read_bytes().count(b"\n") if file.is_file() and parts_in(path) else 0
 
 
 class Job:
@@ -70,52 +71,50 @@ class Job:
     def open(cls, path: Path, identity: dict[str, Any]) -> Iterator[Job]:
         """Create the folder, or go on in it when it belongs to the same job.
 
-        Raises JobConflict when another process holds it or another job owns it, BadInput when it is damaged.
+        Raises UsageError for a folder that is no job's, JobConflict when another process holds it or another job owns it,
+        BadInput when it is damaged or has links in it.
         """
+        refuse_foreign(path)
         try:
-            # A journal without parts is the record of a finished job (``remove_bulk``): its output was made, and whoever
-            # asks again wants it made again.
-            finished = (path / "journal.jsonl").exists() and not (path / "parts").exists()
-            (path / "parts").mkdir(parents=True, exist_ok=True)
-            (path / "rows").mkdir(exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise write_failure(path, e) from e
-        with _lock(path):
+        with locked(path):
+            refuse_foreign(path)  # once more, now that no other run of qkit changes it
             job = cls(path, json.loads(json.dumps(identity)))
-            if finished:
-                (path / "journal.jsonl").unlink()
-                (path / "job.json").unlink(missing_ok=True)
-            job._claim()
+            try:
+                job._claim()
+                for folder in ("parts", "rows"):
+                    (path / folder).mkdir(exist_ok=True)
+            except OSError as e:
+                raise write_failure(path, e) from e
             job._read_journal()
             job._clean()
             yield job
 
     def _claim(self) -> None:
-        file = self.path / "job.json"
-        if not file.exists() or not self._begun():
-            if (self.path / "journal.jsonl").exists():
-                raise BadInput(
-                    f"{file}: missing, but a journal is there: the job folder is damaged; delete it to start again"
+        """Make job.json that of this job, unless another job owns the folder and has committed something."""
+        file, journal = self.path / "job.json", self.path / "journal.jsonl"
+        stored = read_job(file) if file.exists() else None
+        if stored is not None and stored.pop("finished", False):
+            # The record of a job whose output was made, and whoever asks again wants it made again.
+            remove_bulk(self.path)
+            journal.unlink(missing_ok=True)
+            stored = None
+        if stored is not None and (parts_in(self.path) or journal.exists()):
+            different = _first_difference(self.identity, stored)
+            if different is not None:
+                field, wanted, there = different
+                raise JobConflict(
+                    f"{self.path} holds another job: {field} is {there!r} there and {wanted!r} now: run the original command "
+                    "to finish it, or choose another --work folder, or delete this one"
                 )
-            write_atomic(file, json.dumps({"version": VERSION, **self.identity}, indent=1, sort_keys=True).encode())
             return
-        found = parse_json(file.read_bytes(), str(file))
-        if not isinstance(found, dict) or found.pop("version", None) != VERSION:
-            raise BadInput(f"{file}: not a job of this version of qkit: delete {self.path} to start again")
-        different = _first_difference(self.identity, found)
-        if different is not None:
-            field, wanted, there = different
-            raise JobConflict(
-                f"{self.path} holds another job: {field} is {there!r} there and {wanted!r} now: run the original command to "
-                "finish it, or choose another --work folder, or delete this one"
-            )
+        self._write({})
 
-    def _begun(self) -> bool:
-        """Whether anything is there that a run could go on from."""
-        committed = any((self.path / "parts").iterdir())
-        return committed or any(
-            p.name not in ("job.json", "lock", "source", "parts", "rows") for p in self.path.iterdir()
-        )
+    def _write(self, more: dict[str, Any]) -> None:
+        content = {"kind": KIND, "version": VERSION, **self.identity, **more}
+        write_atomic(self.path / "job.json", json.dumps(content, indent=1, sort_keys=True).encode())
 
     def _read_journal(self) -> None:
         file = self.path / "journal.jsonl"
@@ -141,10 +140,11 @@ class Job:
                 os.fsync(f.fileno())
 
     def _clean(self) -> None:
-        """Remove what a killed run left behind, and undo blocks whose files no longer hold what was committed."""
+        """Remove what a killed run left unfinished, and refuse blocks whose files no longer hold what was committed."""
         for folder in ("parts", "rows", "."):
-            for orphan in (self.path / folder).glob(".*tmp*"):
-                orphan.unlink()
+            for orphan in (self.path / folder).iterdir():
+                if is_temp(orphan.name) and orphan.is_file() and not orphan.is_symlink():
+                    orphan.unlink()
         for index in sorted(self.entries):
             entry, part = self.entries[index], self.part_path(index)
             if part.exists() and sha256_file(part) == entry["part"]:
@@ -185,6 +185,7 @@ class Job:
         rows: {'sha256', 'good'} of the rows that leave it, already written to ``rows_path(index + 1)``, and 'original' of
         those beside them, if there are such; None without rows.
         """
+        _refuse_not_finite({"block": index, **entry})
         record = {"block": index, "part": save_tensors(self.part_path(index), tensors), **entry}
         if rows is not None:
             for original in (False, True)[: 1 + ("original" in rows)]:
@@ -247,31 +248,30 @@ class Job:
 
     def remove_bulk(self) -> None:
         """After a proven export: the tensors are in the output, the journal stays as the record of the run."""
-        for folder in ("parts", "rows"):
-            shutil.rmtree(self.path / folder, ignore_errors=True)
+        self._write({"finished": True})
+        remove_bulk(self.path)
+
+
+def _refuse_not_finite(entry: dict[str, Any]) -> None:
+    """Raises NumericFailure for an entry with a NaN or an infinity, which could never be read back."""
+    for name, record in entry.get("linears", {}).items():
+        for field in ("error", "baseline_error"):
+            if not math.isfinite(record.get(field, 0.0)):
+                raise NumericFailure(
+                    f"{name}: its {field} is {record[field]}, expected a finite number: look for very large weights or inputs "
+                    "of this layer, or keep it in full precision with a rule that skips it"
+                )
+    try:
+        json.dumps(entry, allow_nan=False)
+    except ValueError as e:
+        raise NumericFailure(
+            f"block {entry.get('block')}: an error of this block is not finite: use other calibration text, or another --method"
+        ) from e
 
 
 def _sum(record: dict[str, Any]) -> str:
     """sha256 of a journal entry: tells a changed line from a written one."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held until the process ends, however it ends: the kernel releases it."""
-    with (path / "lock").open("a+") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            f.seek(0)
-            raise JobConflict(
-                f"{path} is in use by another process ({f.read().strip() or 'unknown'}): wait for it"
-            ) from e
-        f.seek(0)
-        f.truncate()
-        f.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        f.flush()
-        yield
 
 
 def _first_difference(wanted: Any, found: Any, path: str = "") -> tuple[str, Any, Any] | None:

@@ -48,6 +48,16 @@ class CacheChoices:
         return sum(self.sizes[w] for w in self.policy.widths_of(self.heads.layers))
 
     @property
+    def most(self) -> int:
+        """Bytes of a cache whose layers all end at their largest widths."""
+        return self.heads.layers * max(self.sizes[w] for w in self.policy.widths) if self.chooses else self.least
+
+    @property
+    def chooses(self) -> bool:
+        """Whether layers may end at different widths, which is decided by measuring."""
+        return len(self.policy.widths) > 1
+
+    @property
     def units(self) -> list[list[Choice]]:
         """For the knapsack: each layer's widths."""
         return [
@@ -68,33 +78,42 @@ class CachePlan:
 
 
 def plan_cache(request: Request, wanted: CacheRequest, progress: Progress) -> CachePlan:
-    """The cache within ``wanted.memory``. Raises UsageError for a policy or a memory that cannot be, Unsupported for attention
-    that no policy serves."""
+    """The cache within ``wanted.memory``. Raises as ``opened``."""
+    open_ = opened(request, wanted)
+    finals = open_.policy.widths_of(open_.heads.layers)
+    if open_.chooses and wanted.memory is not None:
+        open_ = replace(open_, costs=_costs(request, open_, sensitivities, progress))
+        picks = solve(open_.units, {"bytes": wanted.memory}).picks
+        finals = tuple(open_.policy.widths[i] for i in picks)
+    return settled(request, open_, wanted, finals, progress)
+
+
+def opened(request: Request, wanted: CacheRequest, joint: bool = False) -> CacheChoices:
+    """The request looked at as far as config and headers allow. joint: whether its bytes are part of a budget of all.
+
+    Raises UsageError for a policy that cannot be, Unsupported for attention that no policy serves and for too little memory.
+    """
+    if joint and wanted.memory is not None:
+        raise UsageError("--memory counts the KV cache too: leave --kv-memory out")
     open_ = _opened(request, wanted)
-    _refuse_too_little(wanted.memory, open_.least, open_)
-    if len(open_.policy.widths) == 1:
-        return settled(request, open_, wanted, open_.policy.widths_of(open_.heads.layers), progress)
-    if wanted.memory is None:
-        raise UsageError(
-            f"--kv {open_.policy.name} chooses between widths by memory: give --kv-memory (or --memory for all), or one width"
-        )
-    open_ = replace(open_, costs=_costs(request, open_, sensitivities, progress))
-    picks = solve(open_.units, {"bytes": wanted.memory}).picks
-    return settled(request, open_, wanted, tuple(open_.policy.widths[i] for i in picks), progress)
+    if not joint:
+        _refuse_too_little(wanted.memory, open_.least, open_)
+        if open_.chooses and wanted.memory is None:
+            raise UsageError(
+                f"--kv {open_.policy.name} chooses between widths by memory: give --kv-memory (or --memory for all), or one "
+                "width"
+            )
+    return open_
 
 
 def joint_choices(request: Request, wanted: CacheRequest, progress: Progress) -> CacheChoices:
     """What the cache offers a budget that it shares with the weights: costs, where there is a choice, are KL divergences, in
-    the unit of the weights' own. Raises as ``plan_cache``."""
-    if wanted.memory is not None:
-        raise UsageError("--memory counts the KV cache too: leave --kv-memory out")
-    open_ = _opened(request, wanted)
-    costs = _costs(request, open_, divergences, progress) if len(open_.policy.widths) > 1 else None
-    return replace(open_, costs=costs)
+    the unit of the weights' own. Raises as ``opened``."""
+    open_ = opened(request, wanted, joint=True)
+    return replace(open_, costs=_costs(request, open_, divergences, progress) if open_.chooses else None)
 
 
 def _opened(request: Request, wanted: CacheRequest) -> CacheChoices:
-    """The request looked at as far as config and headers allow."""
     policy = parse(wanted.kv)
     if policy.kind == "fp" and wanted.memory is not None:
         raise UsageError("--kv-memory: fp8 has one width and nothing to choose, so it takes no budget; leave it out")
@@ -115,19 +134,24 @@ def settled(
     request: Request, open_: CacheChoices, wanted: CacheRequest, finals: tuple[int, ...], progress: Progress
 ) -> CachePlan:
     """The plan with these final widths, by layer."""
+    found = with_widths(open_, finals)
+    return replace(found, exponents=_exponents(request, open_, progress)) if wanted.scale_keys else found
+
+
+def with_widths(open_: CacheChoices, finals: tuple[int, ...]) -> CachePlan:
+    """The same, before scales of keys are searched."""
     config: Any = open_.outline.model.config
     policy, heads = open_.policy, open_.heads
     if policy.kind == "progressive":
         policy = with_budgets(replace(policy, finals=finals), config, open_.length)
     make_cache(config, policy)
     used = sum(open_.sizes[w] for w in finals)
-    plain = heads.layers * 2 * heads.heads * heads.head_dim * 2 * open_.length
-    return CachePlan(policy, used, plain, _exponents(request, open_, progress) if wanted.scale_keys else None)
+    return CachePlan(policy, used, heads.layers * 2 * heads.heads * heads.head_dim * 2 * open_.length)
 
 
 def _refuse_too_little(memory: int | None, needed: int, open_: CacheChoices) -> None:
     if memory is not None and needed > memory:
-        raise UsageError(
+        raise Unsupported(
             f"--kv-memory {memory / 1e6:.2f}MB: a cache {open_.policy.name} of {open_.length} tokens takes "
             f"{needed / 1e6:.2f}MB at its least width: give more memory, a smaller --max-length or fewer bits"
         )
@@ -179,6 +203,11 @@ def _exponents(request: Request, open_: CacheChoices, progress: Progress) -> tup
 
 def _measured_on(request: Request, open_: CacheChoices) -> tuple[Any, Calibration, int]:
     """(model in float32, rows, stretch of the positions of those of a text)"""
-    rows = calibration_of(request, open_.outline).first(ROWS)
+    rows = measured_rows(request, open_)
     model = load(open_.outline.checkpoint.path, dtype=torch.float32)
     return model, rows, max(1, min(STRETCH, open_.length // rows.seqlen))
+
+
+def measured_rows(request: Request, open_: CacheChoices) -> Calibration:
+    """What a cache is measured on."""
+    return calibration_of(request, open_.outline).first(ROWS)

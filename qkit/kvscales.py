@@ -18,6 +18,7 @@ from qkit.families.outline import Outline
 from qkit.flow import Flow
 from qkit.job import Job
 from qkit.kvcache.scales import Ranges, tensor_names
+from qkit.owned import temp_path
 from qkit.parallel import Workers
 from qkit.plan import Plan, parts
 from qkit.qtensor import dequantize
@@ -33,7 +34,7 @@ def measure_scales(plan: Plan, outline: Outline, job: Job, pool: Workers, progre
     cache = Ranges()
     assert plan.calibration is not None
     progress.start("embed the calibration rows", plan.calibration.samples)
-    path = job.path / "rows" / ".tmp-cache-0.bin"
+    path = temp_path(job.path / "rows", "cache 0")
     rows, calls = embed(plan, outline, job, outline.sequences[-1], path, progress.step, cache)
     first = len(parts(plan, outline)) - len(outline.blocks)
     tensors: dict[str, Tensor] = {}
@@ -42,7 +43,7 @@ def measure_scales(plan: Plan, outline: Outline, job: Job, pool: Workers, progre
         module, handles = _solved(plan, outline, job, block, first + block.index)
         flow = Flow(module, block, rows, calls[block.index], pool)
         try:
-            after, _ = flow.leave(job.path / "rows" / f".tmp-cache-{block.index + 1}.bin", progress.step)
+            after, _ = flow.leave(temp_path(job.path / "rows", f"cache {block.index + 1}"), progress.step)
         finally:
             for handle in handles:
                 handle.remove()

@@ -157,7 +157,10 @@ class Walk:
         """Go down by the signs of the gradients of all pieces, added up in order; the weight of the new place."""
         with torch.inference_mode(False):
             by_offset, by_factor = self.learner.slopes(self.offset, self.factor, _sum(slopes))
-            self.factor.sub_(by_factor.sign_(), alpha=rate).clamp_(*_FACTORS)
+            if (
+                self.learner.q.format.strategy != "tensor"
+            ):  # the only scale may be shared with linears that engines fuse
+                self.factor.sub_(by_factor.sign_(), alpha=rate).clamp_(*_FACTORS)
             return self._moved_(by_offset.sign_(), rate)
 
     def nudge(self, slopes: Sequence[Tensor], rate: float) -> Tensor:

@@ -4,40 +4,58 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qkit.errors import BadCheckpoint, QkitError
+from qkit.errors import BadCheckpoint, QkitError, UsageError
 from qkit.folder import RECORD, weights_folder
 from qkit.safefile import parse_json, write_atomic
+from qkit.sidefiles import STAYS
 
 SOURCE_FILE = "source"  # in the job folder: where the original was; the output itself names no local path
 
 
-def find_model(model: str) -> Path:
-    """A folder, the name of a reference model, or a hub id (downloaded, safetensors and JSON only).
+# Of a repository on the hub: what is neither read nor copied to a result.
+UNWANTED = (
+    *(f"*{end}" for end in STAYS if end not in (".safetensors", ".index.json")),
+    "*.bin.index.json",
+    ".*",
+    "*/.*",
+)
 
-    Raises BadCheckpoint when it is none of them.
+
+def find_model(model: str, revision: str | None = None, require_revision: bool = False) -> Path:
+    """A folder, the name of a reference model, or a hub id (downloaded, without code, pickles and other weights).
+
+    revision: of a hub id, its branch, tag or commit; require_revision: a hub id without one is refused.
+    Raises BadCheckpoint when it is none of them, UsageError for a revision of something else or a missing one.
     """
     import qkit_data
 
     path = Path(model)
-    if path.is_dir():
-        return path
-    embedded: Path | None = qkit_data.model_path(model)
+    embedded: Path | None = path if path.is_dir() else qkit_data.model_path(model)
     if embedded is not None:
+        if revision is not None:
+            raise UsageError(
+                f"--revision {revision}: {model} is a folder, and a revision is of a model on the hub: leave it out"
+            )
         return embedded
     if model.count("/") != 1 or model.startswith(("/", ".", "~")) or path.exists():
         names = ", ".join(qkit_data.models())
         raise BadCheckpoint(
             f"{model}: no such model folder, and not a reference model ({names}) or a hub id (owner/name)"
         )
+    if require_revision and not revision:
+        raise UsageError(
+            f"--require-revision: the hub model {model} is asked for without a revision: add --revision COMMIT, or download it "
+            "and give the folder"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    wanted = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=list(UNWANTED)))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as e:
         raise BadCheckpoint(
-            f"{model}: no such folder, and as the id of a model on the hub it was not to be had: {str(e).splitlines()[0]}"
+            f"{model}{f' at revision {revision}' if revision else ''}: no such folder, and as the id of a model on the hub it "
+            f"was not to be had: {str(e).splitlines()[0]}"
         ) from e
 
 
@@ -58,14 +76,16 @@ def recorded_source(out: Path) -> Path | None:
     record = weights_folder(out) / RECORD
     if not record.is_file():
         return None
-    wanted = parse_json(record.read_bytes(), str(record)).get("source", {}).get("fingerprint")
+    wanted = parse_json(record.read_bytes(), str(record)).get("source", {})
     note = out.with_name(out.name + ".job") / SOURCE_FILE
     candidates = [Path(note.read_text())] if note.is_file() else []
     candidates += [path for name in qkit_data.models() if (path := qkit_data.model_path(name)) is not None]
     for path in candidates:
         try:
-            if path.is_dir() and Checkpoint.open(weights_folder(path)).fingerprint() == wanted:
-                return path
+            found = Checkpoint.open(weights_folder(path)) if path.is_dir() else None
+            if found is not None and found.fingerprint() == wanted.get("fingerprint"):
+                if wanted.get("sha256") in (None, found.sha256()):  # None: written before qkit read all of the source
+                    return path
         except QkitError:
             continue
     return None

@@ -6,7 +6,7 @@ report = quantize(Request(model="tiny-llama", scheme="w4a16", method="gptq"), ou
 
 from __future__ import annotations
 
-import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 from qkit.auto import forecast_of, plan_of
 from qkit.calibrating import calibration_asked
 from qkit.calibration import Calibration
-from qkit.checkpoint import Checkpoint, check_config, check_output_dir, check_tied, commit_dir
-from qkit.diffusion.pipeline import check_pipeline, fingerprint_of
+from qkit.checkpoint import Checkpoint, check_config, check_tied
+from qkit.diffusion.pipeline import check_pipeline, rest_of
 from qkit.errors import Unsupported, UsageError, VerifyFailure
-from qkit.export.folder import export, is_export_of
+from qkit.export.folder import export, is_export_of, source_hashes
+from qkit.export.partial import Partial
 from qkit.families.discover import kind_of
 from qkit.families.encoder import ENCODERS
 from qkit.families.outline import Outline
@@ -25,9 +26,11 @@ from qkit.folder import is_pipeline, weights_folder
 from qkit.forecast import Forecast, refuse_what_cannot_fit
 from qkit.formats import did_you_mean
 from qkit.job import Job
+from qkit.job_folder import refuse_foreign, remove_job
 from qkit.kvscales import measure_scales
 from qkit.locate import find_model, record_source
 from qkit.machine import available_cores
+from qkit.output import check_output_dir, commit_dir, remove_result
 from qkit.parallel import workers
 from qkit.plan import Plan, parts, why_rows
 from qkit.recipe import Recipe
@@ -81,6 +84,7 @@ def prepare(request: Request, rows: Calibration | None = None) -> Prepared:
     outline = open_outline(request.model)
     if request.call and outline.family.streams is None:
         raise UsageError("--call is what a diffusion pipeline is called with, and this model is none: leave it out")
+    _ = outline.checkpoint.side_files  # read and checked before anything is made of the tokenizer
     calibration = calibration_asked(request, outline, recipe, rows)
     plan = plan_of(recipe, outline, calibration, request.seed, request.kv)
     if request.written and (plan.calibration is None or not plan.needs_rows):
@@ -90,7 +94,7 @@ def prepare(request: Request, rows: Calibration | None = None) -> Prepared:
         )
     _check_pictures(plan, outline)
     folder = find_model(request.model)
-    around = fingerprint_of(folder) if is_pipeline(folder) else None
+    around = rest_of(folder) if is_pipeline(folder) else None
     components = _components(folder, recipe, request, outline)
     plan = replace(plan, key_exponents=request.key_exponents, pipeline=around)
     threads = request.threads or available_cores()
@@ -159,21 +163,28 @@ def quantize(
     found = prepared or prepare(request)
     plan, outline, source = found.plan, found.outline, find_model(request.model)
     work = work or out.with_name(out.name + ".job")
-    if is_export_of(out, plan):
+    hashed = source_hashes(plan, outline, source)
+    if is_export_of(out, plan, hashed):
         report = verify(out)
-        if report.problems:
-            first = report.problems[0]
+        if report.ok:
+            return report
+        first = report.problems[0]
+        if not overwrite:
             raise VerifyFailure(
                 f"{out} is the result of this command and was damaged since, in {len(report.problems)} places, first "
-                f"{first.where}: {first.what}: delete it, or move it away, and run the command again"
+                f"{first.where}: {first.what}: pass --overwrite to make it again"
             )
-        return report
     check_output_dir(out, source.resolve(), overwrite)
     if source.resolve() in (work.resolve(), *work.resolve().parents):
         raise UsageError(f"{work}: the job folder lies inside the model folder: choose another with --work")
-    refuse_what_cannot_fit(found.forecast, out)
-    partial = out.with_name(out.name + ".partial")
-    with Job.open(work, plan.identity) as job, workers(request.threads) as pool:
+    refuse_foreign(work)
+    refuse_what_cannot_fit(found.forecast, out, work)
+    with (
+        Job.open(work, {**plan.identity, "source_weights": hashed}) as job,
+        Partial.claim(out, work) as partial,
+        workers(request.threads) as pool,
+    ):
+        check_output_dir(out, source.resolve(), overwrite)  # once more, now that no other command writes there
         record_source(work, source)
         replaced = {name: work / COMPONENTS / name for name in found.components}
         for name, asked in found.components.items():
@@ -189,21 +200,25 @@ def quantize(
         repair(running, outline, job, pool, progress)
         measure_scales(running, outline, job, pool, progress)
         progress.start("export and verify", 2)
-        export(plan, outline, job, partial, source, replaced=replaced)
-        decide_steps(plan, outline, partial, progress)
+        export(plan, outline, job, partial, source, hashed, replaced=replaced)
+        decide_steps(plan, outline, partial.path, progress)
         progress.step()
-        report = verify(partial, work)
+        report = verify(partial.path, work)
         progress.step()
         if report.problems:
             first = report.problems[0]
             raise VerifyFailure(
-                f"{partial}: the export failed its own proof in {len(report.problems)} places, first {first.where}: "
+                f"{partial.path}: the export failed its own proof in {len(report.problems)} places, first {first.where}: "
                 f"{first.what}: this is a fault of qkit; please report it with the job folder {work}"
             )
-        commit_dir(partial, out, overwrite)
+        commit_dir(partial.path, out, overwrite)
         if not keep_job:
             job.remove_bulk()
-            shutil.rmtree(work / COMPONENTS, ignore_errors=True)
+            for folder in replaced.values():
+                remove_result(folder)
+                remove_job(folder.with_name(folder.name + ".job"))
+            with suppress(OSError):  # where something else is in it
+                (work / COMPONENTS).rmdir()
     return report
 
 

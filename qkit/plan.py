@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -16,10 +17,11 @@ from qkit.blocks import BlockOutline, BlockSequence, Linear
 from qkit.calibration import Calibration
 from qkit.catalog import INPUTS, RATIOS
 from qkit.diffusion.policy import BY_STEP, Asked
-from qkit.errors import BadRecipe, Unsupported, UsageError
+from qkit.errors import Unsupported, UsageError
 from qkit.families.discover import kind_of
 from qkit.families.outline import Outline
 from qkit.formats import Format, Scheme, fit_group
+from qkit.fusing import check_shapes, fused_linears, split_apart
 from qkit.inputs import block_of
 from qkit.kvcache.scales import tensor_names
 from qkit.machine import run_dtype
@@ -72,7 +74,8 @@ class Plan:
     calibration: the rows that solvers, transforms or the scales of the KV cache are measured on; None where none are
     needs_rows: whether the blocks are solved with these rows
     kv: the KV cache policy (``qkit.kvcache.policy``) that the model is to be run with
-    pipeline: of a diffusion pipeline, the fingerprint of what is around its transformer
+    pipeline: of a diffusion pipeline, {name: digest} of what is around its transformer; side_files: of what lies beside the
+    weights and goes with them (``sidefiles``)
     policy: precision by step that is asked for (``qkit.diffusion.policy.Asked``)
     key_exponents: of the scales of keys (``qkit.transforms.keys``), by block, head and rotary pair
     fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
@@ -98,7 +101,8 @@ class Plan:
     recipe: dict[str, Any]
     kv: dict[str, Any] | None = None
     policy: dict[str, Any] | None = None
-    pipeline: str | None = None
+    pipeline: dict[str, str] | None = None
+    side_files: dict[str, str] = field(default_factory=dict)
     key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
     tries: dict[str, Try] = field(default_factory=dict)
 
@@ -181,7 +185,7 @@ def make_plan(
     matched: set[int] = set()
     targets = tower_rules(recipe, outline)
     for sequence in outline.sequences:
-        for linear in (x for b in sequence.blocks for x in b.linears):
+        for linear, widths in _with_widths(sequence):
             index, rule = rule_for(linear.name, recipe.rules)
             if sequence.name in targets and (rule is None or not (rule.scheme or rule.skip)):
                 rule = targets[sequence.name]
@@ -194,7 +198,7 @@ def make_plan(
             if reason is not None:
                 skipped[linear.name] = reason
                 continue
-            linears[linear.name] = _decide(linear, recipe, rule)
+            linears[linear.name] = _decide(linear, widths, recipe, rule)
             check_rank(linears[linear.name], outline.dtype)
     if not linears:
         raise UsageError("nothing is left to quantize: every layer is skipped by a rule or by default")
@@ -205,7 +209,7 @@ def make_plan(
     skipped.update(outline.tables)
     skipped.update({name: OUTSIDE_REASON for name in outline.outside if name != head})
     check_rules(recipe, matched, [*linears, *skipped])
-    fused = _fused(outline, linears, skipped)
+    fused = fused_linears(outline, linears, recipe.engine)
     significant = round(recipe.significant / 100 * sum(p.shape[0] * p.shape[1] for p in linears.values()))
     rows = why_rows(linears, transforms, significant)
     if rows and outline.family.encodes:
@@ -218,6 +222,8 @@ def make_plan(
         )
     untied = "rotate" in transforms and bool(outline.tied)
     export, measured = _export(recipe, outline, linears, significant), rows is not None or is_static(kv)
+    if export == "compressed-tensors" and outline.family.streams is None:
+        check_shapes(outline, linears, recipe.engine)
     size = packed_bytes(outline, linears, significant, untied)
     if is_static(kv):
         if export != "compressed-tensors":
@@ -247,13 +253,14 @@ def make_plan(
         recipe.model_dump(),
         kv,
         _policy(recipe, outline, linears),
+        side_files=outline.checkpoint.side_files,
     )
 
 
 def sequences(plan: Plan, outline: Outline) -> tuple[BlockSequence, ...]:
     """What a run goes through: the towers in which something is quantized, and the language model."""
     return tuple(
-        s
+        BlockSequence(s.name, tuple(split_apart(b, plan.linears) for b in s.blocks))
         for s in outline.sequences
         if s is outline.sequences[-1] or any(x.name in plan.linears for b in s.blocks for x in b.linears)
     )
@@ -324,12 +331,23 @@ def _policy(recipe: Recipe, outline: Outline, linears: dict[str, LinearPlan]) ->
     return asked.model_dump()
 
 
-def _decide(linear: Linear, recipe: Recipe, rule: Rule | None) -> LinearPlan:
+def _with_widths(sequence: BlockSequence) -> Iterator[tuple[Linear, set[int]]]:
+    """Every linear, in file order, with the input widths of those that have to share its group size."""
+    for block in sequence.blocks:
+        for groups in block.units:
+            widths = {x.shape[1] for g in groups for x in g.linears}
+            yield from ((x, widths) for g in groups for x in g.linears)
+
+
+def _decide(linear: Linear, widths: set[int], recipe: Recipe, rule: Rule | None) -> LinearPlan:
+    """widths: of inputs of all linears that share its group size"""
     scheme, solver, options = recipe.resolved(rule)
     try:
-        weights = fit_group(scheme.weights, linear.shape[1], recipe.strict)
+        weights = fit_group(scheme.weights, linear.shape[1], strict=recipe.strict)
     except Unsupported as e:
         raise Unsupported(f"{linear.name}: {e}") from e
+    if weights.scale == "model":
+        weights = fit_group(scheme.weights, *sorted(widths))
     if scheme.activations is not None:
         group = scheme.activations.group
         if group is not None and linear.shape[1] % group:
@@ -340,7 +358,9 @@ def _decide(linear: Linear, recipe: Recipe, rule: Rule | None) -> LinearPlan:
     notes, transforms = [], parse_method(recipe.method)[0]
     if weights.group != scheme.weights.group:
         said = f"group size {weights.group}" if weights.group else "one scale per channel"
-        notes.append(f"{said}: {linear.shape[1]} columns are not a multiple of {scheme.weights.group}")
+        odd = next(w for w in sorted(widths) if w % (scheme.weights.group or 1))
+        other = "" if odd == linear.shape[1] else " of another projection of the experts"
+        notes.append(f"{said}: {odd} columns{other} are not a multiple of {scheme.weights.group}")
     if rule is not None and isinstance(rule.match, str):  # one that names its layers says nothing more
         notes.append(f"rule {rule.match!r}")
     return LinearPlan(
@@ -357,23 +377,3 @@ def _decide(linear: Linear, recipe: Recipe, rule: Rule | None) -> LinearPlan:
         residual_channels(scheme.activations, linear.shape[1], options["share"]) if "residual" in transforms else 0,
         "; ".join(notes),
     )
-
-
-def _fused(outline: Outline, linears: dict[str, LinearPlan], skipped: dict[str, str]) -> tuple[tuple[str, ...], ...]:
-    fused: list[tuple[str, ...]] = []
-    for block in outline.every_block:
-        for group in block.groups:
-            names = tuple(x.name for x in group.linears)
-            if len(names) < 2:
-                continue
-            kinds = {(linears[n].weights, linears[n].activations) if n in linears else None for n in names}
-            if len(kinds) > 1:
-                said = ", ".join(
-                    f"{n.rsplit('.', 1)[-1]} {linears[n].scheme if n in linears else 'skipped'}" for n in names
-                )
-                raise BadRecipe(
-                    f"{names[0].rsplit('.', 1)[0]}: the rules give {said}, but engines load these layers as one and need "
-                    "one scheme: write a rule that covers all of them"
-                )
-            fused.append(names)
-    return tuple(fused)

@@ -19,6 +19,7 @@ from qkit.calibration import Calibration
 from qkit.catalog import check_measures
 from qkit.errors import BadInput, UsageError
 from qkit.families.outline import Outline
+from qkit.folder import list_names
 from qkit.machine import available_cores
 from qkit.parallel import workers
 from qkit.pipeline import open_outline, prepare
@@ -31,7 +32,7 @@ from qkit.sensitivity.forecast import ProfileForecast, profile_forecast, refuse_
 from qkit.sensitivity.ledger import Ledger
 from qkit.sensitivity.measures import Bench
 from qkit.sensitivity.probes import probes
-from qkit.sensitivity.profile import MEASURED, Profile, identity, make_bench, make_profile
+from qkit.sensitivity.profile import MEASURED, Profile, identity, make_bench, make_profile, profile_of_shapes
 from qkit.sensitivity.units import parts_named, parts_of, units_of
 from qkit.towers import SKIP
 
@@ -64,18 +65,30 @@ class ProfileRequest:
 
 
 @dataclass(frozen=True)
+class _Asked:
+    """A request as far as names and shapes go. described: what a profile says of how it was made."""
+
+    outline: Outline
+    candidates: tuple[Candidate, ...]
+    parts: tuple[str, ...]
+    described: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class _Prepared:
     outline: Outline
     candidates: tuple[Candidate, ...]
     plans: dict[str, Plan]
     rows: Calibration
     described: dict[str, Any]
+    operations: float  # of all probes
 
 
 def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profile:
     """Make the profile in ``folder``, or go on with it. Raises UsageError for methods that rewrite the weights, Unsupported
     where memory is too small for it."""
     check_measures(request.measures)
+    _refuse_foreign(folder)
     found = _prepare(request)
     if (folder / MEASURED).exists():
         Ledger(
@@ -104,6 +117,16 @@ def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profil
         )
 
 
+def _refuse_foreign(folder: Path) -> None:
+    """Raises UsageError for a folder with something in it that is not a profile's: measurements are its first file."""
+    if folder.is_dir() and list_names(folder) and not (folder / MEASURED).is_file():
+        raise UsageError(
+            f"{folder}: it is not empty and holds no {MEASURED}, so it is not a profile: choose another folder"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: a profile is a folder, and this is a file: choose another name")
+
+
 def forecast(request: ProfileRequest) -> ProfileForecast:
     """What ``profile`` will take, in seconds and without reading a weight. Raises what the request's names deserve."""
     base, count = request.base, request.measured_rows
@@ -122,51 +145,75 @@ def _forecast(request: ProfileRequest, outline: Outline, rows: Extent, pictures:
     return profile_forecast(outline, candidates, request.measures, rows, request.points, threads, parts)
 
 
-def _prepare(request: ProfileRequest) -> _Prepared:
+def of_shapes(request: ProfileRequest) -> Profile:
+    """What ``profile`` will say, before anything is measured: all costs are 0. Raises what the request's names deserve."""
+    base = request.base
+    outline = open_outline(base.model, "a profile")
+    found = _asked(request, outline, wants_pairs(base, outline))
+    return profile_of_shapes(outline, found.candidates, request.measures, found.described)
+
+
+def foreseen(request: ProfileRequest) -> tuple[ProfileForecast, float, float]:
+    """(what ``profile`` will take, all of its operations, those of one run of its solver); reads no weight. Raises as
+    ``profile`` does before it begins."""
+    found = _prepare(request)
+    passes = _forecast(request, found.outline, extent(found.rows), found.rows.kinds is not None)
+    refuse_what_cannot_fit(passes)
+    return passes, found.operations + passes.operations(found.outline), found.operations / len(found.plans)
+
+
+def _asked(request: ProfileRequest, outline: Outline, pictures: bool) -> _Asked:
     base = request.base
     transforms, solver = parse_method(base.method or "gptq")
     if transforms:
         raise UsageError(
             f"--method {base.method}: a profile compares formats of one set of weights: give a solver alone ({solver})"
         )
-    count = request.measured_rows
     candidates = parse_candidates(request.candidates, base.group_size)
     if all(c.scheme is None for c in candidates):
         raise UsageError(f"--candidates {request.candidates}: no format that quantizes: add one, for instance int4")
-    outline = open_outline(base.model, "a profile")
-    rows = calibration_of(base, outline)
-    groups = {c.name: _group(c, base.group_size) for c in candidates}
-    parts = parts_of(outline, rows.kinds is not None)
-    plans = {
-        c.name: prepare(
-            replace(
-                base,
-                scheme=c.scheme.name,
-                method=solver,
-                group_size=groups[c.name],
-                outliers=c.outliers or None,
-                rank=c.rank or None,
-                targets={t.name: c.scheme.name if t.name in parts else SKIP for t in outline.towers},
-            ),
-            rows,
-        ).plan
-        for c in candidates
-        if c.scheme is not None
-    }
+    parts = parts_of(outline, pictures)
     described = {
         "method": solver,
         "group_size": base.group_size,
-        "group_sizes": groups,
+        "group_sizes": {c.name: _group(c, base.group_size) for c in candidates},
         "outliers": {c.name: c.outliers for c in candidates},
         "ranks": {c.name: c.rank for c in candidates},
         "samples": base.samples,
         "seqlen": base.seqlen,
-        "rows": count,
+        "rows": request.measured_rows,
         "points": request.points,
         **({} if parts == (LANGUAGE,) else {"parts": list(parts)}),
         "dtype": str(outline.dtype).removeprefix("torch."),
     }
-    return _Prepared(outline, candidates, plans, rows.first(count), described)
+    return _Asked(outline, candidates, parts, described)
+
+
+def _prepare(request: ProfileRequest) -> _Prepared:
+    base = request.base
+    outline = open_outline(base.model, "a profile")
+    _asked(request, outline, False)  # refuses names before rows are made
+    rows = calibration_of(base, outline)
+    found = _asked(request, outline, rows.kinds is not None)
+    probes_ = {
+        c.name: prepare(
+            replace(
+                base,
+                scheme=c.scheme.name,
+                method=found.described["method"],
+                group_size=found.described["group_sizes"][c.name],
+                outliers=c.outliers or None,
+                rank=c.rank or None,
+                targets={t.name: c.scheme.name if t.name in found.parts else SKIP for t in outline.towers},
+            ),
+            rows,
+        )
+        for c in found.candidates
+        if c.scheme is not None
+    }
+    plans = {name: p.plan for name, p in probes_.items()}
+    total = sum(sum(p.forecast.operations.values()) for p in probes_.values())
+    return _Prepared(outline, found.candidates, plans, rows.first(request.measured_rows), found.described, total)
 
 
 def _group(candidate: Candidate, group_size: int | None) -> int | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -179,6 +179,15 @@ def nvfp4_global_scale(amax: Tensor) -> Tensor:
     )
 
 
+def shared_amax(weights: Sequence[Tensor], fmt: Format) -> Tensor | None:
+    """float32 [1]: the largest magnitude of weights that engines load as one, where the format has something of which such
+    weights have one in common: NVFP4's global scale, or the only scale of a tensor. None for other formats, and for one weight
+    whose only scale is its own affair."""
+    if fmt.scale != "e4m3" and (fmt.strategy != "tensor" or len(weights) == 1):
+        return None
+    return torch.stack([w.abs().amax() for w in weights]).amax().reshape(1)
+
+
 def _store_scale(scale: Tensor, dtype: torch.dtype, largest: float) -> Tensor:
     """Round to the dtype on disk; a scale of zero (all-zero tile) becomes 1, an underflow the smallest normal.
 
@@ -234,7 +243,7 @@ def find_params(
     *,
     importance: Tensor | None = None,
     search: bool = False,
-    global_scale: Tensor | None = None,
+    amax: Tensor | None = None,
     signed: bool = False,
 ) -> Params:
     """Scales and zero points for a weight.
@@ -244,7 +253,8 @@ def find_params(
     importance:   float32 [in], weight of each input column's squared error (mean x^2 is the natural choice)
     search:       try ranges from 45 % to 110 % of the full one and keep, per tile, that with the least
                   weighted squared error (our choice of grid); the full range is always among them
-    global_scale: NVFP4's tensor scale when it is shared with other linears; else taken from this weight
+    amax:         float32 [1], largest magnitude of all linears that share what a tensor has one of: NVFP4's global scale,
+                  or the only scale, which is then not searched for; None: of this weight
     signed:       scales of symmetric integers of up to 4 bits may be negative. Their codes reach one step further below
                   zero than above: a negative scale gives that step to the side where the tile's largest weight is
     """
@@ -259,8 +269,10 @@ def find_params(
             low, high = (x * (1 - 2.0**-fmt.bits) for x in _range(turned))
             p = params_from_range(low, high, fmt, dtype)
         return Params(p.scale * sign.to(p.scale.dtype))
-    if fmt.scale == "e4m3" and global_scale is None:
-        global_scale = nvfp4_global_scale(w.abs().amax())
+    if fmt.strategy == "tensor" and amax is not None:
+        whole_range = amax.reshape(1, 1)
+        return params_from_range(-whole_range, whole_range, fmt, dtype)
+    global_scale = nvfp4_global_scale(w.abs().amax() if amax is None else amax) if fmt.scale == "e4m3" else None
     if not search or fmt.strategy == "block":
         return params_from_range(*_range(tiles(w, fmt)), fmt, dtype, global_scale)
     if fmt.strategy == "tensor":

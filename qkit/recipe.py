@@ -72,7 +72,8 @@ class Recipe(BaseModel):
     bits in a sparse part; or {glob: percent}, of which the first that matches decides. rank: of the branch in 16 bits that
     makes up for what rounding took of a layer (``qkit.lowrank``), 0: none; or {glob: rank}. significant: percent of all
     weights that are put back to their values after quantization, those that the loss depends on most. policy: of a diffusion
-    transformer with NVFP4 weights and inputs, precision by step: {width: 6, skips: 0.25}.
+    transformer with NVFP4 weights and inputs, precision by step: {width: 6, skips: 0.25}. engine: "any" lifts the rules of
+    engines that load several layers as one (``qkit.fusing``); the plan then says which of them will not load the result.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,6 +82,7 @@ class Recipe(BaseModel):
     group_size: int | None = None
     strict: bool = False
     export: Literal["compressed-tensors", "qkit"] | None = None
+    engine: Literal["default", "any"] = "default"
     options: dict[str, Any] = Field(default_factory=dict)
     outliers: float | dict[Glob, float] = 0.0
     rank: int | dict[Glob, int] = 0
@@ -111,21 +113,32 @@ class Recipe(BaseModel):
     def resolved(self, rule: Rule | None) -> tuple[Scheme, str, dict[str, Any]]:
         """(scheme, solver, solver options) of a layer under its rule.
 
-        Raises UsageError for unknown names.
+        What the top says holds wherever the rule says nothing else: its group size for every scheme that has groups of a
+        free size, its options for every solver that has them. Raises UsageError for unknown names.
         """
-        _, solver = parse_method(self.method)
-        name, group, options = self.scheme, self.group_size, dict(self.options)
+        transforms, solver = parse_method(self.method)
+        s, group = scheme(self.scheme), self.group_size
         if rule is not None:
-            name = rule.scheme or name
-            group = rule.group_size if rule.group_size is not None else (None if rule.scheme else group)
+            s = scheme(rule.scheme) if rule.scheme else s
+            if rule.group_size is not None:
+                group = rule.group_size
+            elif rule.scheme and not s.weights.regroups:
+                group = None
             solver = rule.solver or solver
-            options.update(rule.options)
-        s = scheme(name)
         if group is not None and group != s.weights.group:
             s = Scheme(s.name, s.weights.with_group(group), s.activations)
         if solver not in SOLVERS:
             raise UsageError(f"unknown solver '{solver}'{did_you_mean(solver, list(SOLVERS))}")
-        return s, solver, check_options(solver, parse_method(self.method)[0], options)
+        elsewhere = {o for name in self._solvers - {solver} for o in _options_of(name, ())}
+        known = _options_of(solver, transforms)
+        options = {k: v for k, v in self.options.items() if k in known or k not in elsewhere}
+        return s, solver, check_options(solver, transforms, {**options, **(rule.options if rule else {})})
+
+    @property
+    def _solvers(self) -> set[str]:
+        """All that layers may get, by the method and the rules."""
+        named = {parse_method(self.method)[1], *(rule.solver for rule in self.rules if rule.solver)}
+        return named & SOLVERS.keys()
 
 
 def _for_layer(given: float | Mapping[str, float], name: str) -> float:

@@ -27,6 +27,7 @@ from qkit.calibration import Calibration
 from qkit.catalog import REQUANT, REQUANT_OUTLIERS, REQUANT_SIGNIFICANT
 from qkit.errors import UsageError
 from qkit.job import Job
+from qkit.job_folder import remove_job
 from qkit.parallel import Workers, workers
 from qkit.pipeline import Prepared, prepare
 from qkit.plan import Plan
@@ -52,12 +53,28 @@ class Searched:
     divergence: dict[float, float]
 
 
-def requanted(request: Request, folder: Path, work: Path, progress: Progress) -> Searched:
-    """Find the ratios of a request whose method holds 'requant'.
+@dataclass(frozen=True)
+class Begun:
+    """A search as far as it goes without measuring. base: the request of the method by itself, without outliers; first: its
+    plan; percent: of outliers, of all weights."""
 
-    folder: of the trials and their results; work: the job folder of the run to come, which the chosen trial becomes.
-    Raises UsageError for ratios per layer, which are what is searched here.
-    """
+    base: Request
+    first: Prepared
+    percent: float
+
+    @property
+    def exponents(self) -> tuple[float, ...]:
+        """Those that are tried."""
+        return EXPONENTS if self.percent else EXPONENTS[:1]
+
+    @property
+    def even(self) -> Request:
+        """The request with the same share of outliers in every layer: of the same size as what is found, or nearly."""
+        return replace(self.base, outliers=self.percent)
+
+
+def begin(request: Request) -> Begun:
+    """Look at a request whose method holds 'requant'; measures nothing. Raises UsageError for what cannot be searched."""
     if isinstance(request.outliers, dict):
         raise UsageError(f"method {REQUANT} finds the share of outliers of every layer: give one percentage")
     parts = [p for p in (request.method or "").lower().split("+") if p != REQUANT]
@@ -74,6 +91,18 @@ def requanted(request: Request, folder: Path, work: Path, progress: Progress) ->
         )
     if not percent and not significant:
         raise UsageError(f"method {REQUANT} with neither outliers nor significant weights: leave '{REQUANT}' out")
+    compared_rows(first.plan)
+    return Begun(base, first, percent)
+
+
+def requanted(request: Request, folder: Path, work: Path, progress: Progress) -> Searched:
+    """Find the ratios of a request whose method holds 'requant'.
+
+    folder: of the trials and their results; work: the job folder of the run to come, which the chosen trial becomes.
+    Raises UsageError for ratios per layer, which are what is searched here.
+    """
+    begun = begin(request)
+    base, first, percent = begun.base, begun.first, begun.percent
     with Job.open(
         folder / "base", first.plan.identity
     ):  # trials of another request are refused before their results are lost
@@ -83,7 +112,7 @@ def requanted(request: Request, folder: Path, work: Path, progress: Progress) ->
         sensitivity = trials.known("sensitivity", lambda: trials.sensitivity(first))
         sizes = {name: p.shape[0] * p.shape[1] for name, p in first.plan.linears.items()}
         found: dict[float, tuple[Request, float]] = {}
-        for t in EXPONENTS if percent else EXPONENTS[:1]:
+        for t in begun.exponents:
             asked = replace(base, outliers=ratios(sensitivity, sizes, percent, t))
             kl = trials.known(f"exponent {t:g}", lambda r=asked, t=t: trials.divergence(prepare(r), f"t{t:g}"))  # type: ignore[misc]
             found[t] = (asked, float(kl))
@@ -93,7 +122,7 @@ def requanted(request: Request, folder: Path, work: Path, progress: Progress) ->
         work.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(chosen, work)
     for name in ("base", *(f"t{t:g}" for t in EXPONENTS)):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        remove_job(folder / name)
     return Searched(found[best][0], best, {t: kl for t, (_, kl) in found.items()})
 
 
@@ -132,7 +161,7 @@ class _Trials:
 
     def sensitivity(self, asked: Prepared) -> dict[str, float]:
         """{layer: mean |gbar_j (w~_j - w_j)|} of the base method."""
-        plan, outline, rows = asked.plan, asked.outline, _rows(asked.plan)
+        plan, outline, rows = asked.plan, asked.outline, compared_rows(asked.plan)
         with Job.open(self.folder / "base", plan.identity) as job:
             run_blocks(plan, outline, job, self.pool, self.progress)
             subject = Subject(original_model(plan, outline, job), outline, self.pool)
@@ -144,7 +173,7 @@ class _Trials:
 
     def divergence(self, asked: Prepared, name: str) -> float:
         """KL divergence from the original model on calibration rows of the trial's weights."""
-        plan, outline, rows = asked.plan, asked.outline, _rows(asked.plan)
+        plan, outline, rows = asked.plan, asked.outline, compared_rows(asked.plan)
         with Job.open(self.folder / name, plan.identity) as job:
             run_blocks(plan, outline, job, self.pool, self.progress)
             model, moved = original_model(plan, outline, job), replacements(plan, outline, job)
@@ -159,7 +188,8 @@ class _Trials:
         return kl
 
 
-def _rows(plan: Plan) -> Calibration:
+def compared_rows(plan: Plan) -> Calibration:
+    """Those that sensitivity and trials are measured on. Raises UsageError where the base method runs none."""
     if plan.calibration is None:  # rounding without significant weights runs no rows by itself
         raise UsageError(f"method {REQUANT} with rtn needs a share of significant weights above 0: give --significant")
     return plan.calibration.first(ROWS)

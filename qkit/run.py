@@ -28,11 +28,13 @@ from qkit.flow import Flow
 from qkit.job import Job
 from qkit.learner import Learner
 from qkit.loading import load
+from qkit.owned import temp_path
 from qkit.parallel import Workers
 from qkit.parts import entry_of, part_tensors
 from qkit.plan import Plan, has_static, sequences
 from qkit.qtensor import dequantize, weight_sha256
 from qkit.reconstruct import Settings, held_out, held_out_error, reconstruct
+from qkit.solvers import ZERO_INPUTS
 from qkit.solvers.table import SOLVERS
 from qkit.solving import Result, look_at_inputs, solve_groups
 from qkit.transforms import BlockState
@@ -40,6 +42,7 @@ from qkit.transforms.balance import gradients, ratios
 from qkit.transforms.keys import scale_keys
 from qkit.transforms.table import TRANSFORMS
 
+MAX_SILENT = 0.5  # share of linears that may see nothing but zeros: a single one is a property of the model
 MAX_FALLBACKS = 0.05  # share of linears that may fall back before the run counts as failed
 
 
@@ -300,7 +303,7 @@ def _saved_inputs(run: _Run, step: _Step, rows: Rows) -> dict[str, Path]:
     if not run.plan.compensates or rows.leads:
         return {}
     hooks = {g.hook for g in step.state.block.groups if g.expert is None and g.hook}
-    return {h: rows.path.with_name(f".tmp-{h}.original.bin") for h in sorted(hooks)}
+    return {h: temp_path(rows.path.parent, f"{h}.original") for h in sorted(hooks)}
 
 
 def _learn(
@@ -378,7 +381,14 @@ def _wanted(plan: Plan, groups: tuple[LinearGroup, ...]) -> Wanted:
 
 
 def _check_fallbacks(plan: Plan, job: Job) -> None:
-    fell = [(name, record["fallback"]) for name, record in job.records().items() if record["fallback"]]
+    reasons = {name: record["fallback"] for name, record in job.records().items()}
+    silent = [name for name, why in reasons.items() if why == ZERO_INPUTS]
+    if len(silent) > MAX_SILENT * len(plan.linears):
+        raise NumericFailure(
+            f"{len(silent)} of {len(plan.linears)} linears saw nothing but zeros, the first is {silent[0]}; the parts are kept "
+            f"in {job.path}: look at the weights of the layers before it, or use --method rtn"
+        )
+    fell = [(name, why) for name, why in reasons.items() if why and why != ZERO_INPUTS]
     if len(fell) > MAX_FALLBACKS * len(plan.linears):
         listed = "; ".join(f"{n} ({why})" for n, why in fell[:5])
         raise NumericFailure(

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from qkit import lowrank
-from qkit.activations import static_scale
+from qkit.activations import static_scale, storable_scale
 from qkit.blocks import Linear, LinearGroup
 from qkit.capture import Stats
+from qkit.errors import NumericFailure
 from qkit.formats import Format
 from qkit.lowrank import LowRank
 from qkit.parallel import Workers
 from qkit.plan import LinearPlan, Plan, has_static
-from qkit.qtensor import Params, QTensor, dequantize, find_params, nvfp4_global_scale, quantize, weight_sha256
+from qkit.qtensor import Params, QTensor, dequantize, find_params, quantize, shared_amax, weight_sha256
 from qkit.solvers import Task
 from qkit.solvers.table import SOLVERS, Solver
 from qkit.sparse import Sparse, add_, split
@@ -27,6 +28,7 @@ from qkit.transforms import BlockState
 FEW_TOKENS = 32  # an expert that saw fewer is rounded to nearest: its Hessian would be noise
 _SLICE_ROWS = 1024  # output rows that are solved as one, at the most; does not depend on the number of workers
 _SLICE_VALUES = 3 << 20  # or as many as have this many weights: few long columns cost less than many short ones
+LARGEST = 1e18  # magnitude of a weight: sums of squares of float32 end at 3e38
 ROUNDS = 2  # of solving codes for what a branch leaves; our choice
 _ENERGY_TOKENS = 256  # of the sample, to measure errors on
 
@@ -96,7 +98,7 @@ def solve_groups(
 ) -> list[Result]:
     """Results of the planned linears of the groups, in order."""
     planned = [g for g in groups if g.linears[0].name in plan.linears]
-    static = _static_scales(plan, planned, stats)
+    static = _static_scales(plan, planned, stats, state.outline.dtype)
     works = pool.map(lambda g: _work(state, plan, g, stats.get(g.key)), planned)
     results = _results(plan, planned, works, static, pool)
     with_rank = [i for i, own in enumerate(results) if any(r.plan.rank for r in own)]
@@ -151,7 +153,7 @@ def _without(work: _Work, branches: _Branches) -> _Work:
     """The group with these branches taken out of its weights."""
     pairs = zip(work.task.weights, branches, strict=True)
     weights = [w if b is None else w - lowrank.add_(torch.zeros_like(w), b) for w, b in pairs]
-    return replace(work, task=replace(work.task, weights=weights, global_scale=_shared_scale(weights, work.task.fmt)))
+    return replace(work, task=replace(work.task, weights=weights, amax=shared_amax(weights, work.task.fmt)))
 
 
 def _fitted(results: list[list[Result]], works: list[_Work], pool: Workers) -> list[list[Result]]:
@@ -188,22 +190,23 @@ def _better(first: list[Result], second: list[Result]) -> list[Result]:
     return [replace(b, baseline_error=a.baseline_error) for a, b in zip(first, second, strict=True)]
 
 
-def _static_scales(plan: Plan, groups: list[LinearGroup], stats: dict[str, Stats]) -> dict[str, Tensor]:
-    """{group key: float32 [1]} of groups whose activation format stores a scale. Experts of a layer share one, as
-    engines run them as one product."""
+def _static_scales(
+    plan: Plan, groups: list[LinearGroup], stats: dict[str, Stats], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """{group key: float32 [1]} of groups whose activation format stores a scale. Experts of a layer that have the same one
+    share it, as engines run them as one product. dtype: of the model, which scales are stored in."""
     peak: dict[str, float] = {}
-    share: dict[str, list[str]] = {}
+    share: dict[tuple[str, Format], list[str]] = {}
     for g in groups:
-        absmax = stats[g.key].absmax if has_static(plan.linears[g.linears[0].name]) else None
-        if absmax is None:
+        p = plan.linears[g.linears[0].name]
+        absmax = stats[g.key].absmax if has_static(p) else None
+        if absmax is None or p.activations is None:
             continue
         peak[g.key] = float(absmax.max())
-        share.setdefault(g.key if g.expert is None else g.linears[0].param, []).append(g.key)
+        share.setdefault((g.key if g.expert is None else g.linears[0].param, p.activations), []).append(g.key)
     result: dict[str, Tensor] = {}
-    for keys in share.values():
-        acts = plan.linears[keys[0]].activations
-        assert acts is not None
-        scale = torch.tensor([static_scale(max(peak[k] for k in keys), acts)])
+    for (_, acts), keys in share.items():
+        scale = torch.tensor([storable_scale(static_scale(max(peak[k] for k in keys), acts), dtype)])
         result.update(dict.fromkeys(keys, scale))
     return result
 
@@ -215,6 +218,8 @@ def _work(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats | None
         solver = SOLVERS["rtn"]  # the declared policy for starved experts; the token count says so in the record
     seen = stats if stats is not None and stats.tokens else None
     aims = [state.inputs(group, p.rotation).weight(state.weight(x)) for x in group.linears]
+    for x, weight in zip(group.linears, aims, strict=True):
+        _refuse_huge(x.name, weight)
     if solver.aim is not None and seen is not None:
         aims = solver.aim(aims, seen, p.options)
     weights, sparse = [], []
@@ -223,7 +228,7 @@ def _work(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats | None
         dense, taken = split(weight, count, state.outline.dtype) if count else (weight, None)
         weights.append(dense)
         sparse.append(taken)
-    shared = _shared_scale(weights, p.weights)
+    shared = shared_amax(weights, p.weights)
     prepared = None if solver.prepare is None or seen is None else solver.prepare(seen, p.options)
     tokens = None if stats is None else stats.tokens
     return _Work(
@@ -231,11 +236,14 @@ def _work(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats | None
     )
 
 
-def _shared_scale(weights: list[Tensor], fmt: Format) -> Tensor | None:
-    """float32 [1]: NVFP4's global scale, common to a group; of other formats None."""
-    if fmt.scale != "e4m3":
-        return None
-    return nvfp4_global_scale(torch.stack([w.abs().amax() for w in weights]).amax())
+def _refuse_huge(name: str, weight: Tensor) -> None:
+    """Raises NumericFailure for weights whose squared errors would leave the range of float32."""
+    largest = float(weight.abs().amax()) if weight.numel() else 0.0
+    if not largest <= LARGEST:
+        raise NumericFailure(
+            f"{name}: its largest weight is {largest:.3g}, expected at most {LARGEST:g}: repair the weight, or keep this layer "
+            "in full precision with a rule that skips it"
+        )
 
 
 Piece = tuple[tuple[int, int] | None, ...]  # rows of each weight of the group; None: not in this piece
@@ -282,7 +290,7 @@ def _solve(work: _Work, piece: Piece) -> list[_Slice | None]:
 
 def _plain(w: Tensor, task: Task) -> QTensor:
     """Plain rounding over the full range, what every solver is measured against."""
-    return quantize(w, find_params(w, task.fmt, task.dtype, global_scale=task.global_scale), task.fmt)
+    return quantize(w, find_params(w, task.fmt, task.dtype, amax=task.amax), task.fmt)
 
 
 def _thin(sample: Tensor) -> Tensor:

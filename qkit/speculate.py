@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qkit.errors import UsageError
+from qkit.kvcache.argument import with_cache
 from qkit.kvcache.cache import PackedCache, make_cache
 from qkit.kvcache.policy import Policy, parse
 
@@ -71,6 +72,6 @@ def speculate(
 
 def _next(model: Any, ids: Tensor, cache: PackedCache, keep: int = 0) -> Tensor:
     """int64 [1, n]: the most likely token after each of them (of the last ``keep``, if given); they go into the cache."""
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+    logits = model(input_ids=ids, **with_cache(model, cache), use_cache=True, logits_to_keep=keep).logits
     picked: Tensor = logits.argmax(-1)
     return picked

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from qkit.diffusion.pipeline import load_pipeline
 from qkit.diffusion.policy import Asked
 from qkit.diffusion.trajectory import Trajectory, sample
 from qkit.families.outline import Outline
-from qkit.folder import DENOISER, RECORD, weights_folder
+from qkit.folder import DENOISER
 from qkit.plan import Plan
+from qkit.record import add_to_record
 from qkit.run import Progress
-from qkit.safefile import write_atomic
 from qkit.sensitivity.decoupled import PICKED, allocate
 
 ENTRY = "diffusion"  # of qkit.json
@@ -60,7 +59,4 @@ def decide_steps(plan: Plan, outline: Outline, packed: Path, progress: Progress)
         progress.start("weigh errors by step and block", 1 + max(s.step for s in observer.seen) + len(outline.blocks))
         weights = influence_of(under(ruled), ruled, observer.seen, further, call, progress.step)
     found = fit(observer, asked, chosen, weights)
-    file = weights_folder(packed) / RECORD
-    record: dict[str, Any] = json.loads(file.read_bytes())
-    record[ENTRY] = {**found.policy.to_json(), "asked": plan.policy, "fit": found.to_json()}
-    write_atomic(file, (json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+    add_to_record(packed, ENTRY, {**found.policy.to_json(), "asked": plan.policy, "fit": found.to_json()})

@@ -29,9 +29,8 @@ def tower_rules(recipe: Recipe, outline: Outline) -> dict[str, Rule]:
     for name in there:
         given = recipe.targets.get(name, AUTO)
         scheme, _, reason = given.partition(":")  # "skip: why", as a rule gives its reason
-        group = recipe.group_size if scheme == recipe.scheme else None
         skip = None
         if scheme in (SKIP, AUTO):
             skip = reason.strip() or (_SKIPPED if scheme == SKIP else _UNMEASURED).format(name=name)
-        found[name] = Rule(match=(name,), skip=skip) if skip else Rule(match=(name,), scheme=scheme, group_size=group)
+        found[name] = Rule(match=(name,), skip=skip) if skip else Rule(match=(name,), scheme=scheme)
     return found

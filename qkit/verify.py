@@ -3,45 +3,38 @@
 This program shares no code with the one that writes checkpoints: its own reading of the layouts (``decode``), of the
 quantization config (``declared_config``) and of qkit.json (``declared``), on numpy and the safetensors library alone.
 A packed checkpoint passes when every linear of the record is there with exactly the tensors its format needs, every
-stored number is possible, every decoded weight is, bit for bit, the one that was intended, and the config says so.
+stored number is possible, every decoded weight is, bit for bit, the one that was intended, the config says so, and every
+other file of the folder is the one that was written (``declared_files``).
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qkit.declared import (
-    Findings,
-    Linear,
-    Problem,
-    Record,
-    as_object,
-    is_hash,
-    parse_json,
-    printable,
-    read_json,
-    read_record,
-)
+from qkit.declared import Findings, Linear, Problem, Record, printable, read_json, read_record
 from qkit.declared_cache import check_cache
 from qkit.declared_config import Declared, Group, is_ignored, read_quantization, resolve
+from qkit.declared_files import REJECTED, check_config, check_files, check_sum, has_sums, is_summed
+from qkit.declared_fused import check_fused
 from qkit.declared_inputs import check_inputs
-from qkit.declared_pipeline import check_policy, packed_part
-from qkit.decode import FLOATS, Decoded, Stored, decode, file_sha256, layout, read_header
+from qkit.declared_pipeline import check_around, check_policy, packed_part
+from qkit.declared_relations import check_job, check_tied, config_value
+from qkit.declared_shards import read_folder
+from qkit.decode import FLOATS, Decoded, Stored, decode, layout
 from qkit.errors import BadCheckpoint
 from qkit.preflight import holds_siglip, of_diffusion, preflight
 
+REJECTED_NOTE = "'qkit check' rejected this result: a limit of its budget was not kept"
+UNSUMMED_NOTE = (
+    "written before qkit kept the sha256 of every file: the tokenizer, other files beside the weights and most fields of "
+    "config.json are not covered; quantize again to have them"
+)
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
-_SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # names a loader looks for without an index
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
-# Linears that engines fuse into one; encoder-decoder attention has another input for k and v than for q.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-_CROSS = re.compile(r"(cross|encoder)_attn")
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,8 @@ class EngineRow:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``verify`` found. ``bytes``: of all shards; ``checks``: how many were made under each topic."""
+    """What ``verify`` found. ``bytes``: of all shards; ``checks``: how many were made under each topic; ``notes``: what else
+    there is to know."""
 
     problems: list[Problem] = field(default_factory=list)
     linears: int = 0
@@ -67,6 +61,7 @@ class Report:
     bytes: int = 0
     engines: list[EngineRow] = field(default_factory=list)
     checks: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -86,13 +81,45 @@ def verify(out: Path, job: Path | None = None) -> Report:
     if not out.is_dir():
         raise BadCheckpoint(f"{out}: not a folder; give the folder that an export wrote")
     findings = Findings()
-    if not (out := packed_part(out, findings)).is_dir():
-        return Report(findings.problems, checks=dict(findings.checks))
+    part = packed_part(out, findings)
+    report = _packed(part, job, findings) if part.is_dir() else Report()
+    check_around(out, part, findings)
+    notes = [*report.notes, *([REJECTED_NOTE] if (out / REJECTED).is_file() else [])]
+    return replace(report, problems=findings.problems, checks=dict(findings.checks), notes=notes)
+
+
+def _packed(out: Path, job: Path | None, findings: Findings) -> Report:
+    """The folder with the packed weights. What says most of a fault is looked at first, sums of whole files last."""
     record, config = read_record(out, findings), read_json(out / "config.json", findings)
-    headers = _read_folder(out, record, findings)
-    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    if record is None:
-        return Report(findings.problems, bytes=size, checks=dict(findings.checks))
+    data = read_json(out / "qkit.json", Findings()) or {}
+    summed = is_summed(data) and has_sums(data, findings)
+    if summed and config is not None:
+        check_config(data["config"], config, findings)
+    headers = read_folder(out, record, findings)
+    engines: list[EngineRow] = []
+    if record is not None:
+        engines = _check_record(out, record, config, headers, job, findings)
+    if summed:
+        check_sum(out, data, findings)
+        check_files(out, data["files"], [path.name for path in out.glob("*.safetensors")], "files", findings)
+    return Report(
+        linears=len(record.linears) if record else 0,
+        skipped=len(record.skipped) if record else 0,
+        bytes=sum(path.stat().st_size for path in out.glob("*.safetensors")),
+        engines=engines,
+        notes=[] if is_summed(data) else [UNSUMMED_NOTE],
+    )
+
+
+def _check_record(
+    out: Path,
+    record: Record,
+    config: dict[str, Any] | None,
+    headers: Mapping[str, Mapping[str, Stored]],
+    job: Path | None,
+    findings: Findings,
+) -> list[EngineRow]:
+    """Tensors and config against the record and the job; returns the engine table."""
     store = {name: stored for tensors in headers.values() for name, stored in tensors.items()}
     declared = read_quantization(config, record, findings) if config is not None else None
     groups = resolve(declared, record, findings) if declared else {}
@@ -100,86 +127,14 @@ def verify(out: Path, job: Path | None = None) -> Report:
     _check_plain(record, store, findings)
     if declared is not None:
         _check_uncovered(record, declared, store, findings)
-    _check_fused(record, decoded, findings)
-    _check_tied(record, config or {}, store, findings)
+    check_fused(record, decoded, findings)
+    check_tied(record, config or {}, store, findings)
     check_cache(record, config or {}, store, findings)
     check_inputs(record, store, findings)
     check_policy(out, record.linears, findings)
     if job is not None:
-        _check_job(record, decoded, job, findings)
-    engines = _engine_table(record, groups, config or {}, declared.method) if declared else []
-    return Report(findings.problems, len(record.linears), len(record.skipped), size, engines, dict(findings.checks))
-
-
-# --- the folder ---------------------------------------------------------------------------------------------------
-
-
-def _read_folder(out: Path, record: Record | None, findings: Findings) -> dict[str, dict[str, Stored]]:
-    """The tensors of every shard that can be read, after checks of the set of files."""
-    headers: dict[str, dict[str, Stored]] = {}
-    for path in sorted(out.iterdir()):
-        stale = path.suffix in _PICKLES
-        findings.check(
-            "folder", not stale, path.name, "weights in a pickle format do not belong in a packed checkpoint"
-        )
-        if path.suffix != ".safetensors":
-            continue
-        if not findings.check("folder", path.is_file() and not path.is_symlink(), path.name, "expected a regular file"):
-            continue
-        if record is not None:
-            said = record.shards.get(path.name)
-            if findings.check("folder", said is not None, path.name, "is not listed in qkit.json; remove it"):
-                what = "its sha256 is not the one in qkit.json: the file changed after the export"
-                findings.check("folder", file_sha256(path) == said, path.name, what)
-        try:
-            headers[path.name] = read_header(path)
-        except BadCheckpoint as error:
-            where, _, what = str(error).partition(": ")
-            findings.check("folder", False, where, what)
-    for name in record.shards if record else ():
-        there = name in headers or (Path(name).name == name and (out / name).is_file())
-        findings.check("folder", there, name, "is listed in qkit.json and not in the folder")
-    _check_twice(headers, findings)
-    _check_index(out, headers, findings)
-    return headers
-
-
-def _check_twice(headers: Mapping[str, Mapping[str, Stored]], findings: Findings) -> None:
-    seen: dict[str, str] = {}
-    for shard, tensors in headers.items():
-        for name in tensors:
-            first = seen.setdefault(name, shard)
-            findings.check("folder", first == shard, f"{shard}: {name}", f"is also in {first}")
-
-
-def _check_index(out: Path, headers: Mapping[str, Mapping[str, Stored]], findings: Findings) -> None:
-    indexes = sorted(out.glob("*.safetensors.index.json"))
-    files = sorted(path.name for path in out.glob("*.safetensors"))
-    findings.check("folder", len(files) > 0, out.name, "holds no .safetensors file")
-    if not indexes:
-        lone = len(files) > 1 or all(name in _SINGLE for name in files)
-        findings.check("folder", len(files) <= 1, out.name, f"holds {len(files)} shards and no index")
-        findings.check("folder", lone, ", ".join(files), f"loaders look for {' or '.join(_SINGLE)}")
-        return
-    findings.check("folder", len(indexes) == 1, out.name, f"holds {len(indexes)} index files, expected one")
-    for path in indexes:
-        data = read_json(path, findings)
-        if data is None:
-            continue
-        metadata = data.get("metadata")
-        weights = as_object(data.get("weight_map"), "folder", f"{path.name}: weight_map", findings)
-        if weights is None:
-            continue
-        there = {name: shard for shard, tensors in headers.items() for name in tensors}
-        for name in sorted({*there, *weights}):
-            what = f"the index says {weights.get(name)!r}, the shards say {there.get(name)!r}"
-            findings.check("folder", there.get(name) == weights.get(name), f"{path.name}: {name}", what)
-        for name in files:
-            findings.check("folder", name in weights.values(), name, f"is not listed in {path.name}; remove it")
-        size = sum(stored.size for tensors in headers.values() for stored in tensors.values())
-        said = metadata.get("total_size") if isinstance(metadata, dict) else None
-        what = f"says {said}, the tensors take {size} bytes"
-        findings.check("folder", said == size, f"{path.name}: metadata.total_size", what)
+        check_job(record, decoded, job, findings)
+    return _engine_table(record, groups, config or {}, declared.method) if declared else []
 
 
 # --- tensors ------------------------------------------------------------------------------------------------------
@@ -189,7 +144,7 @@ def _model_floats(config: Mapping[str, Any], record: Record, findings: Findings)
     """The dtypes allowed for scales in the model's type: what config.json states, and what most plain bytes are."""
     stated = set()
     for key in ("torch_dtype", "dtype"):
-        said = _config_value(config, key)
+        said = config_value(config, key)
         known = _DTYPES.get(str(said).removeprefix("torch."))
         findings.check("config", said is None or known is not None, f"config.json: {key}", f"found {said!r}")
         stated.add(known)
@@ -198,12 +153,6 @@ def _model_floats(config: Mapping[str, Any], record: Record, findings: Findings)
         sizes[dtype] += math.prod(shape) * (4 if dtype == "F32" else 2)
     stated |= {dtype for dtype, _ in sizes.most_common(1)}
     return tuple(dtype for dtype in FLOATS if dtype in stated) or FLOATS
-
-
-def _config_value(config: Mapping[str, Any], key: str) -> Any:
-    """A field of config.json, from the top or from the part that describes the language model."""
-    text = config.get("text_config")
-    return config.get(key, text.get(key) if isinstance(text, dict) else None)
 
 
 def _check_linears(
@@ -287,88 +236,6 @@ def _check_uncovered(record: Record, declared: Declared, store: Mapping[str, Sto
         kept = f"{module}.weight" in tied or any(name.startswith(f"{module}.") for name in record.plain)
         what = "qkit.json lists it as skipped, and its weight is neither under plain nor tied"
         findings.check("coverage", kept and module not in record.linears, module, what)
-
-
-# --- relations ----------------------------------------------------------------------------------------------------
-
-
-def fused_groups(names: Iterable[str]) -> list[list[str]]:
-    """The groups of linears, by name, that engines load as one: q/k/v, gate/up, w1/w3."""
-    there, groups = set(names), []
-    for parent in sorted({name.rpartition(".")[0] for name in there}):
-        for suffixes in _FUSED:
-            group = [f"{parent}.{suffix}" for suffix in suffixes if f"{parent}.{suffix}" in there]
-            if len(group) > 1 and not _CROSS.search(parent):
-                groups.append(group)
-    return groups
-
-
-def _check_fused(record: Record, decoded: Mapping[str, Decoded], findings: Findings) -> None:
-    """Fused linears need one format, one activation format and, under NVFP4, one value of each global scale."""
-    derived = fused_groups({*record.linears, *record.skipped})
-    for group in derived:
-        listed = any(set(group) <= set(said) for said in record.fused) or not set(group) & set(record.linears)
-        findings.check("fused", listed, "qkit.json: fused", f"does not list {', '.join(group)} as one group")
-    for group in [*record.fused, *derived]:
-        where = ", ".join(group)
-        unknown = [name for name in group if name not in record.linears and name not in record.skipped]
-        findings.check("fused", not unknown, where, f"{', '.join(unknown)} is neither quantized nor skipped")
-        members = [record.linears[name] for name in group if name in record.linears]
-        some = 0 < len(members) < len(group) - len(unknown)
-        findings.check("fused", not some, where, "only some of a fused group are quantized; engines need all or none")
-        findings.check("fused", len({m.format for m in members}) <= 1, where, "the weight formats differ")
-        findings.check("fused", len({m.activations for m in members}) <= 1, where, "the activation formats differ")
-        for scalar in ("weight_global_scale", "input_global_scale"):
-            values = {decoded[name].scalars.get(scalar) for name in group if name in decoded}
-            what = f"{scalar} differs within a fused group: {', '.join(map(str, sorted(map(str, values))))}"
-            findings.check("fused", len(values) <= 1, where, what)
-
-
-def _check_tied(record: Record, config: Mapping[str, Any], store: Mapping[str, Stored], findings: Findings) -> None:
-    for first, second in record.tied:
-        findings.check("tied", first not in store, first, f"is stored although it is tied to {second}")
-        findings.check("tied", second in store, second, f"is missing although {first} is tied to it")
-    said = _config_value(config, "tie_word_embeddings")
-    head = any(first.endswith("lm_head.weight") for first, _ in record.tied)
-    where = "config.json: tie_word_embeddings"
-    findings.check("tied", said in (None, True, False), where, f"found {said!r}, expected true or false")
-    findings.check("tied", not (head and said is False), where, "false, and qkit.json ties the output head")
-    stored = any(name.endswith("lm_head.weight") for name in store)
-    findings.check("tied", not (said is True and stored), where, "true, and an output head is stored")
-    names = config.get("architectures")
-    causal = isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)
-    what = "the output head is neither stored, nor quantized, nor tied in qkit.json"
-    quantized = any(name.endswith("lm_head") for name in record.linears)
-    findings.check("tied", stored or head or quantized or not (causal and said is True), where, what)
-    kind = config.get("model_type")
-    agree = kind in (None, record.model_type) or names == [record.model_type]
-    findings.check("config", agree, "config.json: model_type", f"{kind!r}, and qkit.json says '{record.model_type}'")
-
-
-def _check_job(record: Record, decoded: Mapping[str, Decoded], job: Path, findings: Findings) -> None:
-    """The decoded weights against the journal of the job: the last committed line about a linear counts."""
-    path = job / "journal.jsonl"
-    if not path.is_file():
-        raise BadCheckpoint(f"{path}: no such journal; give the folder of the job that made the checkpoint")
-    intended: dict[str, str] = {}
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline was never committed
-        try:
-            entry = parse_json(line)
-            linears = entry.get("linears", {})
-            found = {name: linear["weight_sha256"] for name, linear in linears.items()}
-        except (ValueError, AttributeError, KeyError, TypeError):
-            findings.check("job", False, f"journal.jsonl: line {number}", "is damaged")
-            continue
-        findings.check("job", all(map(is_hash, found.values())), f"journal.jsonl: line {number}", "a hash is malformed")
-        intended.update(found)
-    for name in sorted({*intended, *record.linears}):
-        both = name in intended and name in record.linears
-        where = "qkit.json" if name in intended else "journal.jsonl"
-        if findings.check("job", both, name, f"is in only one of the checkpoint and the job: missing from {where}"):
-            done = decoded[name].sha256 if name in decoded else None
-            what = "the decoded weight is not the one that the job committed (sha256)"
-            findings.check("job", done == intended[name], name, what)
 
 
 # --- engines ------------------------------------------------------------------------------------------------------

@@ -96,6 +96,8 @@ def pack(case: Case, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], tor
     blocks = blocks.unfold(0, tall, tall).unfold(1, wide, wide).flatten(2)
     low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
     amax, state = torch.maximum(-low, high).clamp(min=1e-4), {"weight": weight}
+    if case.strategy == "tensor":  # one scale for all parts of what engines fuse
+        amax = torch.full_like(amax, 4.0)
     top, half = {"fp4": 6.0, "fp8": 448.0}.get(case.kind, (2**case.bits - 1) / 2), 2 ** (case.bits - 1)
     scale = (amax / top).to(torch.bfloat16)
     if case.scale == "e8m0":

@@ -87,12 +87,14 @@ def test_refinement_measures_whole_plans(run, tiny, tmp_path, small):
     model, folder = tiny("llama"), tmp_path / "profile"
     profiled(run, model, folder, small)
     common = ("--model", model, "--method", "gptq", "--profile", folder, *small)
-    code, out, err = run("plan", *common, "--bits", 4, "--refine", 8, "--json", tmp_path / "a.json")
-    assert code == 0 and "8 plans measured" in out, err
-    code, _, _ = run("plan", *common, "--bits", 4, "--refine", 8, "--json", tmp_path / "b.json")
+    said = {}
+    for n in "ab":
+        more = ("--refine", 8, "--json", tmp_path / f"{n}.json", "--out", tmp_path / n)
+        code, said[n], err = run("quantize", *common, "--bits", 4, *more)
+        assert code == 0 and "8 plans measured" in said[n], err
     one, two = (json.loads((tmp_path / f"{n}.json").read_text())["allocation"] for n in "ab")
     assert one == two
-    start, end = (float(x) for x in out.partition("divergence ")[2].split()[0:3:2])
+    start, end = (float(x) for x in said["a"].partition("KL divergence ")[2].split()[0:3:2])
     assert end <= start
 
 
@@ -140,7 +142,9 @@ def test_bounds_and_other_budgets(run, tiny, tmp_path, small):
         assert obeys == all(v in ("W8A16", "keep") for k, v in found.items() if "down_proj" in k)
         assert obeys == all(v == "W2A16" for k, v in found.items() if "o_proj" in k)
     bounds = ("--floor", "*.down_proj=int8", "--ceiling", "*.o_proj=int2")
+    common = ("quantize", *common[1:], "--out", tmp_path / "out")
     assert all(v == "W2A16" for k, v in picks("--bits", 5, "--refine", 5, *bounds).items() if "o_proj" in k)
+    common = ("plan", *common[1:-2])
     size = made.fixed_bytes + int(5 * sum(u.weights for u in made.units) / 8)
     running = sum(running_bytes(open_outline(str(model)), 100))
     assert picks("--memory", f"{size + running}B@100") == picks("--bits", 5)
@@ -156,7 +160,7 @@ def test_a_size_holds_for_the_files(run, tiny, tmp_path, small):
     assert 0.7 * size < sum(f.stat().st_size for f in out.glob("*.safetensors")) <= size
     assert json.loads((tmp_path / "q.json").read_text())["allocation"]["bytes"] < size
     code, _, err = run("plan", *common, "--size", "20KB")
-    assert code == 2 and "--size 0.02MB: the smallest formats of the profile need --size " in err
+    assert code == 3 and "--size 0.02MB: the smallest formats of the profile need --size " in err
     needed = err.partition("need --size ")[2].partition("MB")[0]
     assert run("plan", *common, "--size", f"{needed}MB")[0] == 0
 
@@ -224,7 +228,7 @@ def made_with(folder: Path) -> str:
     [
         (("--bits", 3, "--size", "1MB"), 2, "exclude each other"),
         (("--bits", 0.5), 2, "--bits 0.5: expected"),
-        (("--bits", 1.1), 2, "--bits 1.1: the smallest formats of the profile need --bits 2."),
+        (("--bits", 1.1), 3, "--bits 1.1: the smallest formats of the profile need --bits 2."),
         (("--size", "much"), 2, "--size much: expected a number"),
         (("--memory", "6GB"), 2, "6GB@32768"),
         (("--bits", 4, "--measure", "taste"), 2, "the profile has weight"),
@@ -297,11 +301,13 @@ def test_a_profile_of_other_candidates_keeps_what_was_measured(run, tiny, tmp_pa
     profiled(run, model, folder, small, "int4,int8")
     measured = (folder / "measured.jsonl").read_bytes()
     other = [*small[:2], "--samples", 6, *small[4:]]
-    arguments = ("--candidates", "int4,int8", "--group-size", 32, "--rows", 4, "--points", 2, "--out", folder)
+    given = {"--candidates": "int4,int8", "--group-size": 32, "--rows": 4, "--points": 2, "--out": folder}
+    arguments = tuple(x for pair in given.items() for x in pair)
     code, _, err = run("profile", "--model", model, *arguments, *other)
     assert code == 6 and "--samples: 8 there, 6 now" in err
     for option, value in (("--rows", 3), ("--points", 3), ("--group-size", 16)):
-        code, _, err = run("profile", "--model", model, *arguments, *small, option, value)
+        changed = [x for pair in (given | {option: value}).items() for x in pair]
+        code, _, err = run("profile", "--model", model, *changed, *small)
         assert code == 6 and f"another {option}" in err and f"{value} now" in err, err
     assert (folder / "measured.jsonl").read_bytes() == measured
     before = Profile.load(folder)

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from qkit import folder as folder_module
-from qkit.checkpoint import Checkpoint, check_config, check_output_dir, check_tied, commit_dir, load_json
+from qkit import output as output_module
+from qkit.checkpoint import Checkpoint, check_config, check_tied, load_json
 from qkit.errors import BadCheckpoint, IOFailure, NumericFailure, Unsupported, UsageError
+from qkit.output import check_output_dir, commit_dir
 from qkit.safefile import save_tensors
 
 INDEX = "model.safetensors.index.json"
@@ -107,8 +108,8 @@ def test_diffusers_names(single: Path) -> None:
 def test_fingerprint(single: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(single, tmp_path / "copy"))
     one, two = Checkpoint.open(single), Checkpoint.open(copy)
-    assert one.fingerprint() == two.fingerprint() != one.fingerprint(paranoid=True)
-    assert one.fingerprint(paranoid=True) == two.fingerprint(paranoid=True)
+    assert one.fingerprint() == two.fingerprint() != one.sha256()
+    assert one.sha256() == two.sha256()
     write_json(copy / "config.json", {**CONFIG, "rope_theta": 5})
     assert Checkpoint.open(copy).fingerprint() != one.fingerprint()
     shutil.copy(single / "config.json", copy)
@@ -116,27 +117,35 @@ def test_fingerprint(single: Path, tmp_path: Path) -> None:
     assert Checkpoint.open(copy).fingerprint() != one.fingerprint()
 
 
-def test_paranoid_fingerprint_sees_one_value(tmp_path: Path) -> None:
+def test_the_full_hash_sees_one_value(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {})
     prints = set()
     for value in (0, 1):
         tensor = torch.zeros(4_000_000, dtype=torch.int8)
         tensor[2_345_678] = value
         save_tensors(tmp_path / "model.safetensors", {"a": tensor})
-        prints.add(Checkpoint.open(tmp_path).fingerprint(paranoid=True))
+        prints.add(Checkpoint.open(tmp_path).sha256())
     assert len(prints) == 2
 
 
 def test_side_files(single: Path) -> None:
     wanted = ["chat_template.jinja", "generation_config.json", "merges.txt", "preprocessor_config.json"]
     wanted += ["special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
-    for name in [*wanted, "modeling_evil.py", "tokenizer.pkl", "README.md", "training_args.bin", "tokenization_x.py"]:
-        (single / name).write_text("x")
-    assert [path.name for path in Checkpoint.open(single).side_files()] == wanted
+    wanted = ["LICENSE", "README.md", *wanted]
+    for name in [
+        *wanted,
+        "modeling_evil.py",
+        "tokenizer.pkl",
+        "training_args.bin",
+        "tokenization_x.py",
+        ".gitattributes",
+    ]:
+        (single / name).write_text("{}")
+    assert list(Checkpoint.open(single).side_files) == wanted
     (single / "tokenizer.json").unlink()
     (single / "tokenizer.json").symlink_to("/etc/hostname")
     with pytest.raises(BadCheckpoint, match="leads out"):
-        Checkpoint.open(single).side_files()
+        _ = Checkpoint.open(single).side_files
 
 
 # A7, A11, A12, A20: index and shards
@@ -543,6 +552,9 @@ def test_output_dir(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         check_output_dir(full, single, True)
     check_output_dir(full, single, True, whole=False)
     (full / "qkit.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"'x' is not on the list"):
+        check_output_dir(full, single, True)
+    record(full)
     check_output_dir(full, single, True)
     never = [single, single / "out", single / ".." / "model", tmp_path, tmp_path / "alias" / "sub"]
     never += [tmp_path / "link", tmp_path / "dangling", tmp_path / "alias", tmp_path / "file"]
@@ -553,6 +565,11 @@ def test_output_dir(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(full)
     with pytest.raises(UsageError, match="working directory"):
         check_output_dir(full, single, True)
+
+
+def record(folder: Path) -> None:
+    """Have the folder say that qkit wrote all that is in it."""
+    (folder / "qkit.json").write_text(json.dumps({"files": dict.fromkeys(content(folder), "0" * 64)}))
 
 
 @pytest.fixture
@@ -577,7 +594,10 @@ def test_commit(partial: Path, tmp_path: Path, there: str) -> None:
         (out / "old").write_text("old")
         with pytest.raises(UsageError, match="--overwrite"):
             commit_dir(partial, out, False)
+        with pytest.raises(UsageError, match="--overwrite"):
+            commit_dir(partial, out, True)
         assert content(out) == {"old": "old"} and partial.exists()
+        record(out)
     commit_dir(partial, out, there == "full")
     assert content(out) == {"a": "new", "sub/b": "new"}
     assert os.listdir(tmp_path) == ["out"]
@@ -596,12 +616,14 @@ def test_commit_refuses_links_files_and_other_parents(partial: Path, tmp_path: P
 def test_commit_at_every_failure_shows_the_old_or_the_new(
     partial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    out, old, new = tmp_path / "out", {"old": "old"}, {"a": "new", "sub/b": "new"}
+    out, new = tmp_path / "out", {"a": "new", "sub/b": "new"}
     real = getattr(os, call)
     for nth in range(20):
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         (out / "old").write_text("old")
+        record(out)
+        old = content(out)
         saved = Path(shutil.copytree(partial, tmp_path / "saved"))
         calls = 0
 
@@ -613,7 +635,7 @@ def test_commit_at_every_failure_shows_the_old_or_the_new(
             return real(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(folder_module.os, call, failing)
+            patch.setattr(output_module.os, call, failing)
             try:
                 commit_dir(partial, out, True)
                 assert content(out) == new

@@ -27,8 +27,8 @@ from qkit.pipeline import Request, quantize
 from qkit.verify import verify
 
 X = tokens(2, 24)
-# FP8_BLOCK rounds activations in groups of 128 channels: the model must be that wide.
-WIDE = {"hidden_size": 128, "intermediate_size": 256}
+# FP8_BLOCK rounds activations in groups of 128 channels, and 128 rows have one scale: the model must be that wide.
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
 METHODS = [
     ("w4a16", "gptq", 32),
     ("w8a8", "smoothquant+gptq", None),

@@ -45,30 +45,37 @@ def test_group_size_option():
     for bad in (0, -2):
         with pytest.raises(UsageError, match="group size"):
             FORMATS["int4"].with_group(bad)
-    for fixed in ("nvfp4", "mxfp4", "mxfp8", "fp8_block"):
+    for fixed in ("nvfp4", "mxfp4", "mxfp8", "fp8", "fp8_channel", "fp8_block"):
         with pytest.raises(UsageError, match="fixed scale layout"):
             FORMATS[fixed].with_group(64)
 
 
 @pytest.mark.parametrize(
-    ("columns", "group"), [(256, 128), (128, 128), (192, 96), (96, None), (320, 80), (8, None), (97, None), (1, None)]
+    ("columns", "group"),
+    [(256, 128), (128, 128), (192, 64), (64, 64), (96, 32), (320, 64), (4304, None), (8, None), (97, None), (1, None)],
 )
-def test_nearest_smaller_group(columns, group):
+def test_common_groups(columns, group):
     fitted = fit_group(FORMATS["int4"], columns)
     assert fitted.group == group
     assert fitted.strategy == ("group" if group else "channel")
 
 
-@given(columns=st.integers(1, 5000), group=st.sampled_from([16, 32, 64, 100, 128, 256]))
-def test_a_fitted_group_divides_and_is_the_largest(columns, group):
+@given(columns=st.integers(1, 5000), group=st.sampled_from([16, 32, 64, 96, 100, 128, 256]))
+def test_a_fitted_group_divides_and_is_common(columns, group):
     fitted = fit_group(FORMATS["int4"].with_group(group), columns)
-    divisors = [d for d in range(8, group + 1) if columns % d == 0]
     if columns % group == 0:
         assert fitted.group == group
-    elif not divisors or columns in divisors:  # one group is the whole row
-        assert (fitted.group, fitted.strategy) == (None, "channel")
     else:
-        assert (fitted.group, fitted.strategy) == (max(divisors), "group")
+        expected = next((g for g in (64, 32) if columns % g == 0), None)
+        assert (fitted.group, fitted.strategy) == (expected, "group" if expected else "channel")
+
+
+@given(widths=st.lists(st.integers(1, 100).map(lambda n: 16 * n), min_size=2, max_size=4))
+def test_widths_that_share_a_group(widths):
+    fitted = fit_group(FORMATS["int4"], *widths)
+    assert fitted.group in (128, 64, 32, None)
+    assert all(w % (fitted.group or 1) == 0 for w in widths)
+    assert fitted.group is not None or any(w % 32 for w in widths)
 
 
 def test_strict_and_fixed_groups_refuse():

@@ -399,7 +399,7 @@ def test_overwrite_replaces_once_the_new_result_is_proven(request_, undisturbed,
     out = tmp_path / "out"
     out.mkdir()
     (out / "old.txt").write_text("old")
-    (out / "qkit.json").write_text("{}")  # something that was made before
+    (out / "qkit.json").write_text('{"files": {"old.txt": ""}}')  # something that was made before
     assert killed_after(request_, tmp_path / "elsewhere", 5)
     pid_status = in_child(lambda: quantize(request_, out, Bomb(20), overwrite=True))
     assert killed(pid_status) and (out / "old.txt").exists()

@@ -260,7 +260,7 @@ def test_a_weight_of_a_checkpoint(scheme_name, op, outliers, rank):
     dense[0, :4] = 3.0
     rest, kept = sparse.split(dense, outliers, torch.float16) if outliers else (dense, None)
     amax = dense.abs().amax()
-    params = qtensor.find_params(rest, scheme.weights, torch.float16, global_scale=qtensor.nvfp4_global_scale(amax))
+    params = qtensor.find_params(rest, scheme.weights, torch.float16, amax=amax.reshape(1))
     branch = lowrank.find(torch.randn(40, 256) / 16, None, rank, torch.float16) if rank else None
     q = replace(qtensor.quantize(rest, params, scheme.weights), sparse=kept, low_rank=branch)
     laid = ops._lay_out(q, scheme.activations, torch.float16, "cuda")

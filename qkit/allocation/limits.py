@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qkit.errors import UsageError
+from qkit.kvcache.policy import CacheRequest
 
 CANDIDATES = "int2,int3,int4,int8"  # of a profile that a budget makes first, unless others are named
 MEASURE = "kl"  # of the profile, that a budget makes small
@@ -25,6 +26,23 @@ class Budget:
     memory: int | None = None
     context: int = 0
     latency: tuple[int, Path] | None = None
+
+
+@dataclass(frozen=True)
+class BudgetRequest:
+    """floors, ceilings: (glob, candidate); evaluations: of whole plans, 0 for the solved plan as it is;
+    candidates: of a profile that is still to be made; named: whether the user said where the profile is; cache: the KV cache
+    that a memory budget is shared with."""
+
+    budget: Budget
+    profile: Path
+    candidates: str | None = None
+    measure: str = MEASURE
+    floors: tuple[tuple[str, str], ...] = ()
+    ceilings: tuple[tuple[str, str], ...] = ()
+    evaluations: int = 0
+    named: bool = False
+    cache: CacheRequest | None = None
 
 
 def parse_budget(bits: float | None, size: str | None, memory: str | None, latency: str | None = None) -> Budget | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,24 +11,16 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from qkit.allocation.limits import CANDIDATES, MEASURE, Budget, parse_budget
-from qkit.catalog import REQUANT, is_requant
-from qkit.commands.cache import cache_request, show_cache
-from qkit.commands.common import Reporter, announce, command_line, make_request, megabytes, print_wide, wide_table
-from qkit.errors import UsageError
-from qkit.kvcache.policy import CacheRequest
-from qkit.locate import find_model
-from qkit.request import Request, recipe_of
-from qkit.sensitivity.candidates import parse_candidates
+from qkit.allocation.limits import MEASURE
+from qkit.commands.common import megabytes, print_wide, wide_table
 
 if TYPE_CHECKING:
     from qkit.budgeting import Allocated
-    from qkit.kvplan import CachePlan
     from qkit.sensitivity.profile import UnitProfile
 
 WAYS = "--bits, --size, --memory or --latency"
 BUDGETS = ("bits", "size", "memory", "latency")
-_NAMES = (*BUDGETS, "profile", "candidates", "measure", "floors", "ceilings", "refine")
+NAMES = (*BUDGETS, "profile", "candidates", "measure", "floors", "ceilings", "refine")
 
 
 def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,153 +73,6 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         command = option(command)
     return command
-
-
-@dataclass(frozen=True)
-class Decided:
-    """request: with all that was measured for it; budgeted, cache: the allocation and the KV cache, where there are any."""
-
-    request: Request
-    budgeted: Allocated | None = None
-    cache: CachePlan | None = None
-
-
-def decided_request(given: dict[str, Any], out: Path, work: Path | None, console: Console) -> Decided:
-    """The request of parsed options, with what has to be measured first: the rules of an allocation where a budget is given,
-    the outliers of every layer under ReQuant, the KV cache.
-
-    out: beside it go the profile, where --profile is not given, and the trials; work: the job folder, if not beside it too.
-    """
-    asked = {name: given.pop(name) for name in _NAMES}
-    wanted = cache_request(given)
-    budget = parse_budget(asked["bits"], asked["size"], asked["memory"], asked["latency"])
-    shared = wanted if budget is not None and budget.memory is not None else None
-    request = make_request(given)
-    _check_words(request, asked, budget)
-    announce(console, f"reading {request.model}")
-    find_model(request.model)
-    request, budgeted = _decided_weights(request, asked, budget, shared, out, work, console)
-    cache = None if budgeted is None else budgeted.cache
-    if wanted is not None and cache is None:
-        from qkit.kvplan import plan_cache
-
-        reporter = Reporter(console, command_line())
-        with reporter.running():
-            cache = plan_cache(request, wanted, reporter)
-    if cache is not None:
-        request = replace(request, kv=cache.policy.to_json(), key_exponents=cache.exponents)
-    return Decided(request, budgeted, cache)
-
-
-def _check_words(request: Request, asked: dict[str, Any], budget: Budget | None) -> None:
-    """Raises what is wrong with names and numbers alone, before any file of the model is read."""
-    if budget is None or request.scheme or request.recipe:
-        parts = [p for p in (request.method or "").lower().split("+") if p and p != REQUANT]
-        recipe_of(replace(request, method="+".join(parts) or ("rtn" if is_requant(request.method) else None)))
-    if asked["candidates"]:
-        parse_candidates(asked["candidates"], request.group_size)
-    for name in ("floors", "ceilings"):
-        _bounds(f"--{name.removesuffix('s')}", asked[name])
-
-
-def show_decided(found: Decided, console: Console) -> None:
-    """The allocation and the cache, where there are any."""
-    if found.budgeted is not None:
-        show_allocation(found.budgeted, console)
-    if found.cache is not None:
-        show_cache(found.cache, console)
-
-
-def decided_json(found: Decided) -> dict[str, Any]:
-    """The machine's copy of ``show_decided``."""
-    data: dict[str, Any] = {}
-    if found.budgeted is not None:
-        data["allocation"] = asdict(found.budgeted.allocation)
-    if found.cache is not None:
-        data["kv"] = {"policy": found.cache.policy.to_json(), "bytes": found.cache.bytes}
-    return data
-
-
-def _decided_weights(
-    request: Request,
-    asked: dict[str, Any],
-    budget: Budget | None,
-    cache: CacheRequest | None,
-    out: Path,
-    work: Path | None,
-    console: Console,
-) -> tuple[Request, Allocated | None]:
-    if budget is None:
-        for name in ("profile", "candidates", "floors", "ceilings", "refine"):
-            if asked[name]:
-                raise UsageError(f"--{name.removesuffix('s')} goes with a budget: add {WAYS}")
-        request = _settled(request, console)
-        return (_requanted(request, out, work, console) if is_requant(request.method) else request), None
-    if is_requant(request.method):
-        raise UsageError(
-            "method requant and a budget exclude each other: add sparse formats to --candidates (int3+0.5%)"
-        )
-    from qkit.budgeting import BudgetRequest, allocated
-    from qkit.sensitivity.profile import FILE
-
-    named: Path | None = asked["profile"]
-    if named is not None and named.name == FILE and named.is_file():
-        named = named.parent
-    wanted = BudgetRequest(
-        budget,
-        named or out.with_name(out.name + ".profile"),
-        asked["candidates"],
-        asked["measure"],
-        _bounds("--floor", asked["floors"]),
-        _bounds("--ceiling", asked["ceilings"]),
-        asked["refine"],
-        named is not None,
-        cache,
-    )
-    asked_alone = request.scheme is None and request.recipe is None  # else it is refused, and nothing is made
-    if asked_alone and not (wanted.profile / FILE).is_file() and (wanted.candidates or not wanted.named):
-        candidates = wanted.candidates or CANDIDATES
-        console.print(Text(f"no profile in {wanted.profile} yet: it is made first, of {candidates}"))
-    reporter = Reporter(console, command_line())
-    with reporter.running():
-        found = allocated(request, wanted, reporter)
-    return found.request, found
-
-
-def _settled(request: Request, console: Console) -> Request:
-    """With what measuring says of the parts beside the language model; ReQuant searches with these."""
-    from qkit.sensitivity.targets import settled
-
-    reporter = Reporter(console, command_line())
-    with reporter.running():
-        # Any method that runs rows does here.
-        found, said = settled(replace(request, method="gptq") if is_requant(request.method) else request, reporter)
-    for sentence in said:
-        console.print(Text(sentence))
-    return replace(request, targets=found.targets)
-
-
-def _requanted(request: Request, out: Path, work: Path | None, console: Console) -> Request:
-    from qkit.requant import requanted
-
-    reporter = Reporter(console, command_line())
-    with reporter.running():
-        found = requanted(
-            request, out.with_name(out.name + ".requant"), work or out.with_name(out.name + ".job"), reporter
-        )
-    tried = ", ".join(f"{t:g}: {kl:.5f}" for t, kl in found.divergence.items())
-    console.print(f"outliers by sensitivity to the power {found.exponent:g} (KL divergence of each: {tried})")
-    return found.request
-
-
-def _bounds(option: str, items: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    found = []
-    for item in items:
-        glob, equals, name = item.rpartition("=")
-        if not equals or not glob:
-            raise UsageError(f"{option} {item}: expected GLOB=FORMAT, for instance '*.down_proj=int4'")
-        found.append((glob, parse_candidates(name, None, option)[0].name))
-    return tuple(found)
 
 
 def show_allocation(found: Allocated, console: Console) -> None:

@@ -24,6 +24,7 @@ from qkit.commands.bars import Bar, Share
 from qkit.commands.grid import print_wide as print_wide
 from qkit.commands.grid import wide_table as wide_table
 from qkit.errors import Stopped, UsageError
+from qkit.locate import find_model
 from qkit.recipe import MOST_SPARSE
 from qkit.request import Request
 from qkit.safefile import write_atomic
@@ -41,6 +42,8 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that describe what to quantize and how."""
     options = [
         click.option("--model", required=True, help="Model folder, reference model name, or hub id."),
+        click.option("--revision", help="Branch, tag or commit of a model on the hub; the record has its commit."),
+        click.option("--require-revision", is_flag=True, help="Refuse a model on the hub without --revision."),
         click.option("--scheme", help="For instance w4a16, w8a8, nvfp4 ('qkit list schemes')."),
         click.option(
             "--method",
@@ -144,6 +147,9 @@ def make_request(given: dict[str, Any]) -> Request:
     if given["rank"] is not None and given["rank"] < 0:
         raise UsageError(f"--rank {given['rank']}: expected 0, for none, or more")
     parts = {name: value for name, _, value in targets} or None
+    revision, required = given.pop("revision"), given.pop("require_revision")
+    if revision is not None or required:
+        given["model"] = str(find_model(given["model"], revision, required))
     rows = given.pop("rows_memory")
     given["rows_memory"] = None if rows is None else parse_bytes(rows, "--rows-memory")
     return Request(options=options, call=call, policy=policy, targets=parts, **given)

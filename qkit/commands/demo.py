@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from qkit.commands.common import OutFile, Reporter, announce, megabytes, print_w
 from qkit.commands.grid import Grid
 from qkit.commands.measured import printable, progress_bar
 from qkit.evaluation.request import EvalRequest
-from qkit.folder import check_output_dir
 from qkit.locate import find_model
+from qkit.output import check_output_dir, remove_result
 from qkit.request import Request
 
 MODEL = "tiny-llama"
@@ -64,12 +63,13 @@ def demo_command(work: Path, overwrite: bool, json_file: Path | None) -> None:
 
 def _make(scheme: str, out: Path, reporter: Reporter) -> dict[str, Any]:
     """Quantize and verify; what a stopped demo left in the job folder is used, a finished result is made again."""
+    from qkit.job_folder import remove_job
     from qkit.pipeline import quantize
 
     job = out.with_name(out.name + ".job")
     if out.exists():
-        for old in (out, job):
-            shutil.rmtree(old, ignore_errors=True)
+        remove_result(out)
+        remove_job(job)
     began = time.monotonic()
     report = quantize(Request(model=MODEL, scheme=scheme, method=METHOD), out, reporter, work=job)
     return {"model": scheme, "checks": sum(report.checks.values()), "seconds": time.monotonic() - began}

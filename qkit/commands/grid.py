@@ -61,7 +61,7 @@ class Grid:
 
     def _empty(self, *columns: str) -> Table:
         title = None if self.title is None else Text(self.title, justify="left")
-        table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False)
         for column in columns:
             table.add_column(Text(column), overflow="fold")
         return table

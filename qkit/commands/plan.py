@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,16 +10,8 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from qkit.commands.budget import (
-    BUDGETS,
-    WAYS,
-    budget_options,
-    decided_json,
-    decided_request,
-    explain,
-    explanation,
-    show_decided,
-)
+from qkit.commands.asked import asked_of
+from qkit.commands.budget import BUDGETS, WAYS, budget_options, explain, explanation
 from qkit.commands.cache import cache_options
 from qkit.commands.common import megabytes, request_options, show_coverage, write_json
 from qkit.errors import UsageError, write_failure
@@ -27,6 +20,7 @@ from qkit.safefile import write_atomic
 if TYPE_CHECKING:
     from qkit.budgeting import Allocated
     from qkit.pipeline import Prepared
+    from qkit.request import Request
 
 
 def plan_json(found: Prepared) -> dict[str, Any]:
@@ -58,6 +52,17 @@ def show_forecast(found: Prepared, console: Console) -> None:
     )
 
 
+def show_method(request: Request, found: Prepared, console: Console) -> dict[str, Any]:
+    """The method where nobody chose one, and what a better one costs; gives the machine's copy."""
+    from qkit.advice import on_method
+
+    advice = on_method(request, found)
+    if advice is None:
+        return {}
+    console.print(Text(str(advice)))
+    return {"method": asdict(advice)}
+
+
 def write_figures(found: Allocated, folder: Path, console: Console) -> None:
     """The pictures and the page of an allocation."""
     from qkit.report.allocation import allocation_files
@@ -82,7 +87,7 @@ def write_figures(found: Allocated, folder: Path, console: Console) -> None:
 def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: Path | None, **given: Any) -> None:
     """Say what quantize would do: coverage, exact bytes, peak memory, and where the time goes.
 
-    Refuses what cannot fit.
+    Reads no weights. Says what quantize has to measure first, and refuses what cannot fit or cannot be met.
 
     \b
     Example:
@@ -91,14 +96,26 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
     console = Console()
     if (why or figures is not None) and all(given[name] is None for name in BUDGETS):
         raise UsageError(f"{'--explain' if why else '--figures'} goes with a budget: add {WAYS}")
-    decided = decided_request(given, out or Path(Path(given["model"]).name), None, console)
+    asked = asked_of(given, out or Path(Path(given["model"]).name), console)
 
+    from qkit.commands.decide import decided_json, planned_request, show_ahead, show_decided
     from qkit.forecast import refuse_what_cannot_fit
     from qkit.pipeline import prepare
 
-    found, budgeted = prepare(decided.request), decided.budgeted
-    data = {**plan_json(found), **decided_json(decided)}
+    decided = planned_request(asked)
+    budgeted = decided.budgeted
+    if (why or figures is not None) and budgeted is None:
+        option = "--explain" if why else "--figures"
+        raise UsageError(f"{option} is about what was measured, and nothing is yet: run 'qkit profile' first")
     show_decided(decided, console)
+    show_ahead(decided, "measured when quantize runs", console)
+    if decided.open:
+        write_json(json_file, decided_json(decided))
+        return
+    found = prepare(decided.request)
+    data = {**plan_json(found), **decided_json(decided)}
+    if decided.first:
+        data["hash"] = None  # what is measured is part of it
     if budgeted is not None:
         data["allocation"]["layers"] = explanation(budgeted)
         if budgeted.table is not None:
@@ -108,6 +125,7 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
         if figures is not None:
             write_figures(budgeted, figures, console)
     show_coverage(found, console)
+    data |= show_method(decided.request, found, console)
     show_forecast(found, console)
     write_json(json_file, data)
     refuse_what_cannot_fit(found.forecast, out or Path.cwd())

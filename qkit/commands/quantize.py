@@ -12,7 +12,8 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from qkit.commands.budget import budget_options, decided_json, decided_request, show_decided
+from qkit.commands.asked import asked_of
+from qkit.commands.budget import budget_options
 from qkit.commands.cache import cache_options
 from qkit.commands.common import (
     Reporter,
@@ -22,7 +23,7 @@ from qkit.commands.common import (
     show_coverage,
     write_json,
 )
-from qkit.commands.plan import plan_json, show_forecast
+from qkit.commands.plan import plan_json, show_forecast, show_method
 from qkit.folder import RECORD, load_json, weights_folder
 from qkit.memory import bound_heap
 
@@ -62,18 +63,22 @@ def quantize_command(
     bound_heap()
     console = Console()
     began = time.monotonic()
-    decided = decided_request(given, out, work, console)
+    asked = asked_of(given, out, console)
 
+    from qkit.commands.decide import decided_json, decided_request, show_decided
     from qkit.export.folder import is_export_of
     from qkit.job import finished_blocks
     from qkit.pipeline import prepare, quantize
 
+    decided = decided_request(asked, out, work, console)
     request = decided.request
     found = prepare(request)
     show_decided(decided, console)
     show_coverage(found, console)
+    advice = show_method(request, found, console)
     show_forecast(found, console)
     there = is_export_of(out, found.plan)
+    before = _written(out)
     finished = 0 if there else finished_blocks(work or out.with_name(out.name + ".job"))
     if finished:
         console.print(Text(f"{finished} blocks were finished before"))
@@ -89,9 +94,10 @@ def quantize_command(
             keep_job=keep_job,
             prepared=found,
         )
+    kept = ", there before" if _written(out) == before else ""
     console.print(
         Text(
-            f"{out}{', there before' if there else ''}: {report.linears} quantized linears, {megabytes(report.bytes)}, "
+            f"{out}{kept}: {report.linears} quantized linears, {megabytes(report.bytes)}, "
             f"verified with {sum(report.checks.values()):,} checks, {time.monotonic() - began:.1f} s"
         )
     )
@@ -99,7 +105,14 @@ def quantize_command(
         console.print(Text(line))
     for engine in sorted({e.engine + ": " + e.loads_as for e in report.engines if e.loads_as}):
         console.print(Text(f"loads in {engine}"))
-    write_json(json_file, {**plan_json(found), **decided_json(decided)})
+    write_json(json_file, {**plan_json(found), **decided_json(decided), **advice})
+
+
+def _written(out: Path) -> tuple[int, int] | None:
+    """What tells a result from the one that takes its place."""
+    file = weights_folder(out) / RECORD
+    state = file.stat() if file.is_file() else None
+    return None if state is None else (state.st_ino, state.st_mtime_ns)
 
 
 def stages(found: Prepared) -> list[tuple[str, list[float]]]:

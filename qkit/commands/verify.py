@@ -19,7 +19,7 @@ _SHOWN = 20  # problems listed on the terminal; --json has them all
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    table = Table(title=Text(title))
+    table = Table(title=Text(title), title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
@@ -37,6 +37,8 @@ def show(report: Report, console: Console) -> None:
         fits = [e for e in report.engines if (e.weights, e.activations, e.packing) == (weights, activations, packing)]
         rows = [[e.engine, e.loads_as or "no", "; ".join(e.limits)] for e in fits]
         console.print(_table(title, ["engine", "loads as", "to know"], rows))
+    for note in report.notes:
+        console.print(Text(f"note: {note}"))
     for problem in report.problems[:_SHOWN]:
         console.print(Text(f"problem: {problem}"), soft_wrap=True)
     if len(report.problems) > _SHOWN:

@@ -1,31 +1,28 @@
 """Pipelines of diffusers: a folder of components under a model_index.json, of which the transformer is quantized.
 
-The rest (text encoders, VAE, scheduler, tokenizers) is copied byte for byte. Components may come from diffusers and
-transformers only, and no file of code or pickle is copied: a pipeline is read, not believed.
+The rest (text encoders, VAE, scheduler, tokenizers) is copied as it is. Components may come from diffusers and transformers
+only, and no file of code or pickle is copied: a pipeline is read, not believed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from qkit.checkpoint import sampled_hash
 from qkit.errors import BadCheckpoint, Unsupported, write_failure
-from qkit.folder import DENOISER, PICKLES, PIPELINE_INDEX, RECORD, contained, list_names, load_json
-from qkit.safefile import sha256_file, shown, sync_dir, write_atomic
+from qkit.folder import DENOISER, PIPELINE_INDEX, contained, list_names, load_json
+from qkit.hashcache import full_hash
+from qkit.safefile import sha256_file, shown, write_atomic
+from qkit.sidefiles import copy, refuse_pickles, travelling
 
 LIBRARIES = ("diffusers", "transformers")
-FORMAT_VERSION = 1
-WHOLE = 1 << 20  # bytes of a file up to which a fingerprint reads all of it
-_CODE = (".py", ".so", ".pyc")
 SECOND = "transformer_2"
 SAMPLING = "sampling.json"  # beside the index: how the pipeline is meant to be called, and prompts
 
@@ -65,65 +62,60 @@ def check_pipeline(folder: Path) -> dict[str, Any]:
     return index
 
 
-def rest_of(source: Path) -> list[str]:
-    """Files of the pipeline that are copied: its index and its components, but for the transformer, code and pickles.
+def rest_of(source: Path) -> dict[str, str]:
+    """{name: digest} of the files of the pipeline that are copied: all but the transformer, code, pickles and, outside the
+    components, weights (``sidefiles.travelling``).
 
-    Raises BadCheckpoint for a component with weights in a pickle only, or a file that leads out of the folder.
+    Raises BadCheckpoint for a component with weights in a pickle only, and as ``travelling``.
     """
-    names = [PIPELINE_INDEX, *(name for name in (SAMPLING,) if (source / name).is_file())]
     index = check_pipeline(source)
-    root = source.resolve()
-    for component in sorted(k for k, v in index.items() if isinstance(v, list) and k != DENOISER):
-        if not (source / component).is_dir():
-            continue
-        files = _files(source / component)
-        weights = [f for f in files if f.endswith(".safetensors")]
-        pickles = [f for f in files if f.endswith(PICKLES)]
-        if pickles and not weights:
-            raise BadCheckpoint(
-                f"{source / component}: only {shown(pickles[0])}, which can run code when it is read: convert it to safetensors"
-            )
-        names += [f"{component}/{f}" for f in files if not f.endswith((*PICKLES, *_CODE))]
-    for name in names:
-        contained(root, name)
-    return names
+    components = sorted(k for k, v in index.items() if isinstance(v, list) and k != DENOISER)
+    for component in components:
+        if (source / component).is_dir():
+            refuse_pickles(source / component)
+    return travelling(source.resolve(), components, (DENOISER,))
 
 
-def fingerprint_of(source: Path) -> str:
-    """sha256 over the files of ``rest_of``, of large ones over samples."""
-    digest = hashlib.sha256()
-    for name in rest_of(source):
-        file = source / name
-        size = file.stat().st_size
-        content = sha256_file(file) if size <= WHOLE else sampled_hash(file, 8, size)
-        digest.update(f"{name}\0{size}\0{content}\0".encode())
-    return digest.hexdigest()
+def weights_of_rest(source: Path, rest: Iterable[str]) -> str:
+    """sha256 over every byte of the weights among the files of ``rest_of``, in hex (``hashcache``)."""
+    names = sorted(name for name in rest if name.endswith(".safetensors"))
+    return hashlib.sha256("".join(f"{name}\0{full_hash(source / name)}\0" for name in names).encode()).hexdigest()
+
+
+def rest_names(wanted: Mapping[str, str], replaced: Mapping[str, Path]) -> list[str]:
+    """Names of the files that ``copy_rest`` writes."""
+    own = [name for name in wanted if name.partition("/")[0] not in replaced]
+    return [*own, *(f"{name}/{file}" for name, folder in replaced.items() for file in _files(folder)), SAMPLING]
 
 
 def copy_rest(
-    source: Path, out: Path, made: str, sampling: bytes | None = None, replaced: Mapping[str, Path] | None = None
-) -> None:
-    """Copy everything of ``rest_of`` to ``out``, and write the record of what was copied. sampling: what the result's
-    sampling.json says, in the place of the source's; replaced: by component, the folder to take in the place of its own.
-    Raises IOFailure, and as ``rest_of``."""
-    digests: dict[str, str] = {}
-    root, others = source.resolve(), replaced or {}
-    places = {name: contained(root, name) for name in rest_of(source) if name.partition("/")[0] not in others}
-    places |= {f"{name}/{file}": folder / file for name, folder in others.items() for file in _files(folder)}
+    source: Path,
+    out: Path,
+    wanted: Mapping[str, str],
+    sampling: bytes | None = None,
+    replaced: Mapping[str, Path] | None = None,
+) -> dict[str, str]:
+    """Copy the files of ``wanted``, which ``rest_of`` gave, to ``out``; {name: sha256} of what is there then.
+
+    sampling: what the result's sampling.json says, in the place of the source's; replaced: by component, the folder to take in
+    the place of its own. Raises IOFailure, and BadCheckpoint for a file that changed.
+    """
+    others = replaced or {}
+    mine = {name: known for name, known in wanted.items() if name.partition("/")[0] not in others}
+    written = copy(source.resolve(), out, mine)
     try:
-        for name, place in places.items():
-            target = out / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(place, target)
-            digests[name] = sha256_file(target)
-            sync_dir(target.parent)
-        if sampling is not None:
-            write_atomic(out / SAMPLING, sampling)
-            digests[SAMPLING] = sha256_file(out / SAMPLING)
+        for component, folder in others.items():
+            for file in _files(folder):
+                target = out / component / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / file, target)
+                written[f"{component}/{file}"] = sha256_file(target)
     except OSError as e:
         raise write_failure(out, e) from e
-    record = {"format_version": FORMAT_VERSION, "qkit_version": made, "pipeline": DENOISER, "files": digests}
-    write_atomic(out / RECORD, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
+    if sampling is not None:
+        write_atomic(out / SAMPLING, sampling)
+        written[SAMPLING] = sha256_file(out / SAMPLING)
+    return written
 
 
 def _files(folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qkit.errors import UsageError
+from qkit.kvcache.argument import with_cache
 from qkit.kvcache.cache import Heads, PackedCache, make_cache, with_budgets
 from qkit.kvcache.policy import Policy
 from qkit.kvcache.store import Plain
@@ -55,7 +56,7 @@ def decode_windows(
         before: list[int] = []
         for i, piece in enumerate(pieces):
             keep = 1 if i == 0 else piece.shape[1]  # of the prompt only the last token's are of use
-            logits = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+            logits = model(input_ids=piece, **with_cache(model, cache), use_cache=True, logits_to_keep=keep).logits
             parts.append(_nll(logits, ids, cache.get_seq_length()))
             if at == 0 and isinstance(cache, PackedCache):
                 now = cache.widths
@@ -79,7 +80,7 @@ def greedy_tokens(model: Any, windows: Tensor, prompt: int, policy: Policy | Non
         cache = fresh_cache(model, policy, windows.shape[1])
         token, found = ids.to(model.device), []
         for _ in range(count):
-            logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(input_ids=token, **with_cache(model, cache), use_cache=True, logits_to_keep=1).logits
             token = logits[:, -1:].argmax(-1)
             found.append(token)
         rows.append(torch.cat(found, dim=1))

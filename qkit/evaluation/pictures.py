@@ -21,6 +21,7 @@ from qkit.catalog import QUESTIONS
 from qkit.errors import UsageError
 from qkit.evaluation.decoding import fresh_cache
 from qkit.families.discover import family_of
+from qkit.kvcache.argument import with_cache
 from qkit.pairs import Pair, encoded, held_out, image_tokens, pair_rows
 from qkit.quality import BATCH_BYTES, Interval, bootstrap_ci, divergence, exp, quantile, ratio_ci, wilson_ci
 
@@ -302,8 +303,8 @@ def _said(model: Any, processor: Any, pair: Pair, ends: list[int]) -> str:
     length = given["input_ids"].shape[1]
     room = len(processor.tokenizer(pair.answer)["input_ids"]) + MORE
     made = model.generate(
-        **_placed(given, model), past_key_values=fresh_cache(model, None, length + room), max_new_tokens=room, do_sample=False,
-        eos_token_id=ends, pad_token_id=ends[0] if ends else None,
+        **_placed(given, model), **with_cache(model, fresh_cache(model, None, length + room)), max_new_tokens=room,
+        do_sample=False, eos_token_id=ends, pad_token_id=ends[0] if ends else None,
     )  # fmt: skip
     text: str = processor.tokenizer.decode(made[0, length:], skip_special_tokens=True)
     return text.strip()

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from qkit.errors import BadInput
 from qkit.evaluation.decoding import fresh_cache, sizes
+from qkit.kvcache.argument import with_cache
 from qkit.kvcache.policy import Policy
 from qkit.quality import bootstrap_ci, check_window, split_windows
 
@@ -187,7 +188,7 @@ def ask(model: Any, trial: Trial, policy: Policy | None) -> tuple[list[tuple[Ten
         count, tokens = q.answers.shape
         rows = torch.cat([q.tokens.expand(count, -1), q.answers], dim=1).repeat(twins, 1).to(model.device)
         logits = model(
-            input_ids=rows, past_key_values=_branched(cache, count), use_cache=True, logits_to_keep=tokens + 1
+            input_ids=rows, **with_cache(model, _branched(cache, count)), use_cache=True, logits_to_keep=tokens + 1
         ).logits[:, :-1]
         wanted = rows[:, -tokens:]
         likely = logits.to(torch.float32).log_softmax(-1).gather(2, wanted[..., None]).to(torch.float64).sum((1, 2))
@@ -199,7 +200,7 @@ def ask(model: Any, trial: Trial, policy: Policy | None) -> tuple[list[tuple[Ten
 def fill(model: Any, contexts: Tensor, cache: Any) -> None:
     """Put contexts [sequences, n] into a cache, CHUNK tokens at a time: what follows reads what was packed."""
     for piece in contexts.to(model.device).split(CHUNK, dim=1):
-        model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=piece, **with_cache(model, cache), use_cache=True, logits_to_keep=1)
 
 
 def _branched(cache: Any, count: int) -> Any:

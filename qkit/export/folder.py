@@ -7,8 +7,6 @@ needed, so an export can be repeated.
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -18,19 +16,22 @@ import torch
 from torch import Tensor
 
 from qkit import __version__, lowrank, sparse
-from qkit.diffusion.pipeline import copy_rest
+from qkit.diffusion.pipeline import copy_rest, rest_names, weights_of_rest
 from qkit.diffusion.trajectory import Trajectory
+from qkit.errors import QkitError
 from qkit.export import compressed_tensors as ct
+from qkit.export.partial import Partial
 from qkit.families.outline import Outline
-from qkit.folder import RECORD, WEIGHT_STEMS, is_pipeline, weights_folder
+from qkit.folder import DENOISER, RECORD, WEIGHT_STEMS, hub_source, weights_folder
 from qkit.inputs import RESIDUAL, SCALE
 from qkit.job import Job
 from qkit.kvcache.scales import FORMAT
 from qkit.plan import LinearPlan, Plan, parts
+from qkit.record import FORMAT_VERSION, read_record, to_bytes, write_record
 from qkit.safefile import TensorInfo, sha256_file, write_atomic, write_safetensors
+from qkit.sidefiles import check_unchanged, copy
 from qkit.transforms.rotate import rotate_outer
 
-FORMAT_VERSION = 1
 SHARD_BYTES = 5 * 10**9
 
 
@@ -38,43 +39,63 @@ def export(
     plan: Plan,
     outline: Outline,
     job: Job,
-    partial: Path,
+    partial: Partial,
     source_folder: Path,
+    hashed: Mapping[str, str],
     shard_bytes: int = SHARD_BYTES,
     replaced: Mapping[str, Path] | None = None,
 ) -> None:
     """Write the whole checkpoint into ``partial`` (emptied first), with the rest of the pipeline where ``source_folder`` is
-    one. replaced: by component, the folder to take in the place of its own."""
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if is_pipeline(source_folder):
+    one. hashed: ``source_hashes``; replaced: by component, the folder to take in the place of its own. Raises BadCheckpoint
+    for a file that goes along and is not what it was when the plan was made, with nothing written."""
+    check_unchanged(outline.checkpoint.path, plan.side_files)
+    if plan.pipeline is not None:
+        check_unchanged(source_folder.resolve(), plan.pipeline)
+    folder = partial.path if plan.pipeline is None else partial.path / DENOISER
+    source = _Tensors(plan, outline, job)
+    stem = WEIGHT_STEMS[1] if outline.family.streams else WEIGHT_STEMS[0]
+    cut = _cut(source.specs, shard_bytes)
+    shards = {_shard_name(stem, i, len(cut)): names for i, names in enumerate(cut)}
+    index_name = f"{stem}.safetensors.index.json"
+    names = [*shards, index_name, "config.json", RECORD, *plan.side_files]
+    around = [] if plan.pipeline is None else [*rest_names(plan.pipeline, replaced or {}), RECORD]
+    partial.begin([*around, *(str((folder / name).relative_to(partial.path)) for name in names)])
+    copied: dict[str, str] = {}
+    if plan.pipeline is not None:
         trajectory = None if plan.calibration is None else plan.calibration.trajectory
         sampling = trajectory.sampling if isinstance(trajectory, Trajectory) else None
-        called = None if sampling is None else _json({"call": sampling.call, "prompts": list(sampling.prompts)})
-        copy_rest(source_folder, partial, __version__, called, replaced or {})
-        partial = weights_folder(partial)
-        partial.mkdir()
-    source = _Tensors(plan, outline, job)
-    shards = _cut(source.specs, shard_bytes)
-    hashes: dict[str, str] = {}
-    weight_map: dict[str, str] = {}
-    stem = WEIGHT_STEMS[1] if outline.family.streams else WEIGHT_STEMS[0]
-    for i, names in enumerate(shards):
-        file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        hashes[file] = write_safetensors(partial / file, [(n, *source.specs[n]) for n in names], source.load)
-        weight_map.update(dict.fromkeys(names, file))
+        called = None if sampling is None else to_bytes({"call": sampling.call, "prompts": list(sampling.prompts)})
+        copied = copy_rest(source_folder, partial.path, plan.pipeline, called, replaced)
+        folder.mkdir()
+    hashes = {
+        file: write_safetensors(folder / file, [(n, *source.specs[n]) for n in inside], source.load)
+        for file, inside in shards.items()
+    }
     if len(shards) > 1:
         total = sum(_bytes(s) for s in source.specs.values())
+        weight_map = {name: file for file, inside in shards.items() for name in inside}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_atomic(partial / f"{stem}.safetensors.index.json", _json(index))
-    write_atomic(partial / "config.json", _json(_config(plan, outline, job, source)))
-    for file_path in outline.checkpoint.side_files():
-        write_atomic(partial / file_path.name, file_path.read_bytes())
-    write_atomic(partial / RECORD, _json(_record(plan, outline, job, source, hashes)))
+        write_atomic(folder / index_name, to_bytes(index))
+    config = _config(plan, outline, job, source)
+    write_atomic(folder / "config.json", to_bytes(config))
+    written = (path for path in folder.iterdir() if path.name not in hashes)
+    files = {**hashes, **{path.name: sha256_file(path) for path in written}}
+    files |= copy(outline.checkpoint.path, folder, plan.side_files)
+    record = _record(plan, outline, source, hashes, hashed) | {"files": files, "config": without_quantization(config)}
+    digest = write_record(folder, record)
+    if plan.pipeline is not None:
+        files = {**copied, f"{DENOISER}/{RECORD}": digest}
+        top = {"format_version": FORMAT_VERSION, "qkit_version": __version__, "pipeline": DENOISER, "files": files}
+        write_record(partial.path, top)
 
 
-def _json(data: dict[str, Any]) -> bytes:
-    return (json.dumps(data, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()
+def _shard_name(stem: str, index: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """What the record keeps of config.json."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def _bytes(spec: tuple[torch.dtype, tuple[int, ...]]) -> int:
@@ -212,7 +233,9 @@ def module_names(outline: Outline) -> dict[str, str]:
     return names
 
 
-def _record(plan: Plan, outline: Outline, job: Job, source: _Tensors, hashes: dict[str, str]) -> dict[str, Any]:
+def _record(
+    plan: Plan, outline: Outline, source: _Tensors, hashes: dict[str, str], hashed: Mapping[str, str]
+) -> dict[str, Any]:
     """qkit.json: what was done, and what every tensor must be."""
     linears = {
         p.name: {
@@ -236,7 +259,13 @@ def _record(plan: Plan, outline: Outline, job: Job, source: _Tensors, hashes: di
         "format_version": FORMAT_VERSION,
         "qkit_version": __version__,
         "compressed_tensors": version("compressed-tensors"),
-        "source": {"fingerprint": plan.source_fingerprint, "model_type": plan.model_type, "bytes": plan.source_bytes},
+        "source": {
+            "fingerprint": plan.source_fingerprint,
+            **hashed,
+            "model_type": plan.model_type,
+            "bytes": plan.source_bytes,
+            **hub_source(outline.checkpoint.path),
+        },
         "plan_hash": plan.hash,
         "recipe": plan.recipe,
         "seed": plan.seed,
@@ -266,16 +295,22 @@ _SAFETENSORS = {
 }
 
 
-def is_export_of(out: Path, plan: Plan) -> bool:
-    """Whether ``out`` already holds the finished result of this very plan."""
-    record = weights_folder(out) / RECORD
-    if not record.is_file():
+def is_export_of(out: Path, plan: Plan, source: Mapping[str, str] | None = None) -> bool:
+    """Whether ``out`` says that it holds the finished result of this very plan, made from the source with these
+    ``source_hashes`` (None: not asked). Whether it still holds it is for ``verify`` to say."""
+    if not (weights_folder(out) / RECORD).is_file():
         return False
     try:
-        found = json.loads(record.read_bytes())
-    except ValueError:
+        found = read_record(out)
+    except QkitError:
         return False
-    return bool(found.get("plan_hash") == plan.hash) and all(
-        (record.parent / f).is_file() and sha256_file(record.parent / f) == h
-        for f, h in found.get("shards", {}).items()
-    )
+    said = found.get("source") if isinstance(found, dict) else None
+    same = isinstance(said, dict) and all(said.get(key) == digest for key, digest in (source or {}).items())
+    return same and bool(found.get("plan_hash") == plan.hash)
+
+
+def source_hashes(plan: Plan, outline: Outline, source_folder: Path) -> dict[str, str]:
+    """sha256 over every byte of the weights that the result is made from, and of those around the transformer of a pipeline;
+    quick where they were read before (``hashcache``)."""
+    found = {"sha256": outline.checkpoint.sha256()}
+    return found if plan.pipeline is None else {**found, "around": weights_of_rest(source_folder, plan.pipeline)}

@@ -1,7 +1,7 @@
 """A packed cache for a model of transformers, by policy.
 
 cache = make_cache(model, parse("kivi2"))
-model.generate(ids, past_key_values=cache)
+model.generate(ids, cache=cache)
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from qkit.errors import Unsupported, UsageError
+from qkit.kvcache.argument import cache_argument
 from qkit.kvcache.attention import NAME
 from qkit.kvcache.crosslayer import cross_layers
 from qkit.kvcache.layer import PackedLayer, channel_group, check_head_dim
@@ -176,7 +177,7 @@ def attach(model: Any, policy: Policy) -> None:
 
     Raises what ``make_cache`` raises.
     """
-    make = maker(model, policy)
+    make, name = maker(model, policy), cache_argument(model)
     if _attention(model) == "sdpa":  # another was asked for by name
         model.set_attn_implementation(NAME)
     detach(model)
@@ -186,9 +187,9 @@ def attach(model: Any, policy: Policy) -> None:
         """The model's own class; ``generate`` asks it for a cache."""
 
         def _prepare_cache_for_generation(self, config: Any, given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            asked = given.get("past_key_values") is not None or config.cache_implementation is not None
+            asked = given.get(name) is not None or config.cache_implementation is not None
             if not asked and config.use_cache is not False:
-                given["past_key_values"] = make()
+                given[name] = make()
             return super()._prepare_cache_for_generation(config, given, *args, **kwargs)
 
     Cached.__name__, Cached.__qualname__, Cached.__module__ = (

@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from qkit.batches import Batch, Rows, batches
+from qkit.kvcache.argument import with_cache
 from qkit.kvcache.layer import channel_group
 from qkit.kvcache.store import narrowed, quantize
 
@@ -111,7 +112,7 @@ def forward(model: Any, batch: Batch, stretch: int, cache: Handed, **options: An
     inputs = batch.to(model.device).inputs
     if batch.at is None:
         inputs["position_ids"] = torch.arange(batch.ids.shape[1], device=model.device)[None] * stretch
-    return model(**inputs, **options, past_key_values=cache, use_cache=True)
+    return model(**inputs, **options, **with_cache(model, cache), use_cache=True)
 
 
 def _logits(model: Any, batch: Batch, stretch: int, cache: Handed) -> Tensor:

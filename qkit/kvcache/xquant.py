@@ -176,7 +176,7 @@ class InputLayer(PackedLayer):
 
 def capture(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """A forward pre-hook of attention modules: inputs go to the cache layer that keeps them."""
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
     layers = getattr(cache, "layers", ())
     layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
     if isinstance(layer, InputLayer):

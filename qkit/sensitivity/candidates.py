@@ -46,7 +46,7 @@ def parse_candidates(text: str, group_size: int | None, option: str = "--candida
                 f"{option}: unknown '{item}'{did_you_mean(item, known)}: expected int2 to int8, a scheme such as nvfp4 or w8a8 "
                 "('qkit list schemes'), or bf16"
             ) from e
-        if group_size is not None and s.weights.strategy == "group" and s.weights.scale == "model":
+        if group_size is not None and s.weights.regroups:
             s = Scheme(s.name, s.weights.with_group(group_size), s.activations)
         name = s.name + (f"+{outliers:g}%" if outliers else "") + (f"+r{rank}" if rank else "")
         found.append(Candidate(name, s, outliers, rank))

@@ -30,6 +30,15 @@ _BACKWARD_LOGITS = 4  # logits, log probabilities and their gradients
 _COPIES = {"first": 1, "fisher": 2, "pqi": 4}  # pqi: the original weights, the quantized ones, two sums of gradients
 
 
+GRADIENTS = 3  # operations of a pass with gradients, in passes without
+
+
+def pass_operations(outline: Outline, tokens: int) -> float:
+    """Of so many tokens through the whole model, multiply-adds counted twice: its linears and its head."""
+    linears = sum(x.shape[0] * x.shape[1] for b in outline.every_block for x in b.linears)
+    return 2.0 * tokens * (linears + _vocabulary(outline) * int(getattr(outline.text_config, "hidden_size", 0)))
+
+
 @dataclass(frozen=True)
 class ProfileForecast:
     """solver_runs: probes of the whole model; passes: through the whole model, over all rows [rows, length] each.
@@ -48,13 +57,22 @@ class ProfileForecast:
     peak_memory: int
     spilled: int
 
+    def operations(self, outline: Outline) -> float:
+        """Of all passes; multiply-adds count twice."""
+        return (self.forward + GRADIENTS * self.backward) * pass_operations(outline, self.rows * self.length)
+
     def line(self) -> str:
         """One line for a person."""
         parts = ", ".join(f"{k} {_gb(v)}" for k, v in self.memory.items() if v)
         disk = f"; {_gb(self.spilled)} of disk for reference probabilities" if self.spilled else ""
+        return f"forecast: {self.work}, about {_gb(self.peak_memory)} of memory ({parts}){disk}"
+
+    @property
+    def work(self) -> str:
+        """What is run."""
         return (
-            f"forecast: {self.solver_runs} solver runs, {self.forward} forward and {self.backward} forward and backward "
-            f"passes over {self.rows * self.length} tokens, about {_gb(self.peak_memory)} of memory ({parts}){disk}"
+            f"{self.solver_runs} solver runs, {self.forward} forward and {self.backward} forward and backward "
+            f"passes over {self.rows * self.length} tokens"
         )
 
 

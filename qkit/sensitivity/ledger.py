@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.errors import BadCheckpoint, BadInput, JobConflict, write_failure
+from qkit.owned import check_file
 from qkit.safefile import parse_json
 
 
@@ -20,8 +21,11 @@ class Ledger:
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self._path = path
+        check_file(path)
         raw = path.read_bytes() if path.exists() else b""
         whole = raw.rpartition(b"\n")[0]
+        if not whole and not _line({"identity": identity}).startswith(raw):
+            raise BadInput(f"{path}: not a file of measurements of qkit: choose another folder, or move the file away")
         found, self._known = _read(whole, path) if whole else (identity, {})
         differing = next((k for k in dict.fromkeys((*identity, *found)) if found.get(k) != identity.get(k)), None)
         if differing is not None:

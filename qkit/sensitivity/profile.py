@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from qkit import loading
 from qkit.calibration import Calibration
-from qkit.catalog import check_measures
+from qkit.catalog import PROFILE, check_measures
 from qkit.errors import BadInput
 from qkit.families.outline import Outline
 from qkit.parallel import Workers
@@ -29,7 +30,7 @@ from qkit.sensitivity.subject import Subject
 from qkit.sensitivity.units import Unit, parts_named, unit_bytes, units_of
 
 VERSION = 3
-FILE = "profile.json"
+FILE = PROFILE
 MEASURED = "measured.jsonl"
 
 
@@ -132,6 +133,30 @@ def identity(outline: Outline, request: dict[str, Any], rows: Calibration) -> di
     return {"--model": outline.checkpoint.fingerprint()[:16], **options, **group, "--calib": f"rows {rows.digest[:16]}"}
 
 
+def profile_of_shapes(
+    outline: Outline, candidates: tuple[Candidate, ...], measures: tuple[str, ...], request: dict[str, Any]
+) -> Profile:
+    """What is known of a profile before anything is measured: its units and the bytes of their choices. Every cost is 0."""
+    profiles = []
+    for unit in units_of(outline, parts_named(request)):
+        sizes = {c.name: size for c in candidates if (size := unit_bytes(unit, c, outline)) is not None}
+        choices = {name: Choice(size, dict.fromkeys(measures, 0.0)) for name, size in sizes.items()}
+        profiles.append(UnitProfile(unit.key, tuple(x.name for x in unit.linears), unit.weights, choices))
+    inside = {f"{n}.weight" for u in profiles for n in u.linears}
+    fixed = sum(t.nbytes for n, t in outline.checkpoint.tensors.items() if n not in inside and n not in outline.tied)
+    names = tuple(c.name for c in candidates)
+    return Profile(outline.checkpoint.fingerprint(), request, names, measures, 0.0, fixed, tuple(profiles), {})
+
+
+def _with_costs(unit: UnitProfile, costs: Mapping[str, Mapping[tuple[str, str], float]]) -> UnitProfile:
+    """costs: {measure: {(unit, candidate): cost}}; one that a measure says nothing of stays 0."""
+    choices = {
+        name: Choice(c.bytes, {m: costs[m].get((unit.key, name), 0.0) for m in c.costs})
+        for name, c in unit.choices.items()
+    }
+    return replace(unit, choices=choices)
+
+
 def make_profile(
     outline: Outline,
     plans: dict[str, Plan],
@@ -155,25 +180,9 @@ def make_profile(
         bench = make_bench(outline, found, units, candidates, rows, points, ledger, folder, pool, progress)
         costs = {name: measured(bench, name) for name in measures}
         whole = {c.name: _whole(bench, c) for c in bench.quantizing}
-    profiles = []
-    for unit in units:
-        choices = {}
-        for c in candidates:
-            size = unit_bytes(unit, c, outline)
-            if size is not None:
-                choices[c.name] = Choice(size, {m: costs[m].get((unit.key, c.name), 0.0) for m in measures})
-        profiles.append(UnitProfile(unit.key, tuple(x.name for x in unit.linears), unit.weights, choices))
-    inside = {f"{n}.weight" for u in profiles for n in u.linears}
-    fixed = sum(t.nbytes for n, t in outline.checkpoint.tensors.items() if n not in inside and n not in outline.tied)
-    profile = Profile(
-        outline.checkpoint.fingerprint(),
-        request,
-        tuple(c.name for c in candidates),
-        measures,
-        bench.base_loss,
-        fixed,
-        tuple(profiles),
-        whole,
+    blank = profile_of_shapes(outline, candidates, measures, request)
+    profile = replace(
+        blank, base_loss=bench.base_loss, units=tuple(_with_costs(u, costs) for u in blank.units), whole=whole
     )
     profile.save(folder)
     return profile

@@ -22,14 +22,14 @@ from qkit.families.declared import DECLARED
 from qkit.families.discover import kind_of
 from qkit.families.outline import Outline
 from qkit.folder import weights_folder
-from qkit.formats import fit_group
+from qkit.formats import Format, Scheme, fit_group
 from qkit.loading import load
 from qkit.locate import find_model
 from qkit.machine import available_cores, available_memory
 from qkit.parallel import workers
 from qkit.pipeline import open_outline
 from qkit.preflight import holds_siglip
-from qkit.qtensor import dequantize, find_params, nvfp4_global_scale, quantize
+from qkit.qtensor import dequantize, find_params, quantize
 from qkit.recipe import Recipe
 from qkit.request import Request, recipe_of
 from qkit.run import Progress
@@ -56,30 +56,65 @@ class Cost:
         return f"{self.kl:.3g} nats for {self.saved / 1e6:.2f} MB"
 
 
-def settled(request: Request, progress: Progress) -> tuple[Request, list[str]]:
-    """The request with a decision for every part that is left to measuring, and what was measured, a sentence each; as it was
-    where there is nothing to decide, or no rows with pictures to decide it on, or no memory for the whole model."""
+@dataclass(frozen=True)
+class Open:
+    """What a request leaves open of the parts beside the language model. request: with those decided that need no measuring,
+    said: what was decided, a sentence each; left: parts to be measured, on ``rows``."""
+
+    request: Request
+    said: tuple[str, ...] = ()
+    recipe: Recipe | None = None
+    outline: Outline | None = None
+    left: tuple[str, ...] = ()
+    rows: Calibration | None = None
+
+
+def opened(request: Request) -> Open:
+    """Look at a request without measuring. Nothing is left where there are no rows with pictures to decide it on, or no memory
+    for the whole model: such parts stay as they are."""
     kind = kind_of(Checkpoint.open(weights_folder(find_model(request.model))).config)
     if not any(kind in family.model_types for family in DECLARED if family.towers):
-        return request, []
+        return Open(request)
     recipe, outline = recipe_of(request), open_outline(request.model)
-    left = [t.name for t in outline.towers if recipe.targets.get(t.name, AUTO) == AUTO]
-    rows = calibration_asked(request, outline, recipe) if left else None
+    open_ = [t for t in outline.towers if recipe.targets.get(t.name, AUTO) == AUTO]
+    rows = calibration_asked(request, outline, recipe) if open_ else None
     available = available_memory()
     if rows is None or rows.kinds is None or (available is not None and model_memory(outline) > available):
-        return request, []
-    costs = measured(recipe, outline, rows.first(ROWS), request.threads or available_cores(), progress)
-    own, targets, said = costs[LANGUAGE], dict(recipe.targets), []
-    for tower in (t for t in outline.towers if t.name in left):
+        return Open(request)
+    targets, said, left = dict(recipe.targets), list[str](), list[str]()
+    for t in open_:
+        if holds_siglip(outline.checkpoint.config, (x.name for b in t.blocks for x in b.linears)):
+            why = f"transformers cannot load a packed SigLIP (--target {t.name}=SCHEME packs it)"
+            targets[t.name] = f"{SKIP}: {why}"
+            said.append(f"{t.name}: left as it is: {why}")
+        else:
+            left.append(t.name)
+    return Open(replace(request, targets=targets), tuple(said), recipe, outline, tuple(left), rows.first(ROWS))
+
+
+def settled(request: Request, progress: Progress) -> tuple[Request, list[str]]:
+    """The request with a decision for every part that is left to measuring, and what was decided, a sentence each."""
+    found = opened(request)
+    decided, said = settle(found, progress)
+    return decided, [*found.said, *said]
+
+
+def settle(found: Open, progress: Progress) -> tuple[Request, list[str]]:
+    """The same of what was left open, and what measuring says of it."""
+    if not found.left:
+        return found.request, []
+    recipe, outline, rows = found.recipe, found.outline, found.rows
+    assert recipe is not None and outline is not None and rows is not None
+    costs = measured(recipe, outline, rows, found.request.threads or available_cores(), progress)
+    own, targets, said = costs[LANGUAGE], dict(found.request.targets or {}), list[str]()
+    for name in found.left:
         # Figures are told, and not kept: the plan must not depend on the last digit of a sum.
-        keep, why = costs[tower.name].rate > own.rate, "a byte saved in it costs more than one in the language model"
-        if holds_siglip(outline.checkpoint.config, (x.name for b in tower.blocks for x in b.linears)):
-            keep, why = True, f"transformers cannot load a packed SigLIP (--target {tower.name}=SCHEME packs it)"
-        targets[tower.name] = f"{SKIP}: {why}" if keep else recipe.scheme
+        keep, why = costs[name].rate > own.rate, "a byte saved in it costs more than one in the language model"
+        targets[name] = f"{SKIP}: {why}" if keep else recipe.scheme
         verdict = f"left as it is: {why}" if keep else "quantized too"
-        figures = f"rounding it to {recipe.scheme} costs {costs[tower.name]}, the language model {own}"
-        said.append(f"{tower.name}: {verdict} ({figures})")
-    return replace(request, targets=targets), said
+        figures = f"rounding it to {recipe.scheme} costs {costs[name]}, the language model {own}"
+        said.append(f"{name}: {verdict} ({figures})")
+    return replace(found.request, targets=targets), said
 
 
 def measured(recipe: Recipe, outline: Outline, rows: Calibration, threads: int, progress: Progress) -> dict[str, Cost]:
@@ -91,27 +126,34 @@ def measured(recipe: Recipe, outline: Outline, rows: Calibration, threads: int, 
         reference = subject.log_probs(rows)
         progress.step()
         for sequence in outline.sequences:
-            linears = [x for block in sequence.blocks for x in block.linears]
-            rounded = {x.name: _rounded(recipe, subject, x) for x in linears}
+            scheme, _, _ = recipe.resolved(None)
+            formats = {
+                x: fit_group(scheme.weights, *(y.shape[1] for g in groups for y in g.linears))
+                for block in sequence.blocks
+                for groups in block.units
+                for g in groups
+                for x in g.linears
+            }
+            rounded = {
+                x.name: _rounded(Scheme(scheme.name, fmt, scheme.activations), subject, x) for x, fmt in formats.items()
+            }
             with subject.replaced(rounded):
                 _, kl = subject.compare(rows, reference)
-            found[sequence.name] = Cost(kl, sum(_saved(recipe, outline, x) for x in linears))
+            found[sequence.name] = Cost(
+                kl, sum(_saved(fmt, scheme.activations, outline, x) for x, fmt in formats.items())
+            )
             progress.step()
     return found
 
 
-def _rounded(recipe: Recipe, subject: Subject, linear: Linear) -> Replacement:
-    scheme, _, _ = recipe.resolved(None)
-    weight, fmt = subject.weight(linear.name), fit_group(scheme.weights, linear.shape[1])
-    shared = nvfp4_global_scale(weight.abs().amax()) if fmt.scale == "e4m3" else None
-    params = find_params(weight, fmt, subject.outline.dtype, global_scale=shared)
+def _rounded(scheme: Scheme, subject: Subject, linear: Linear) -> Replacement:
+    weight, fmt = subject.weight(linear.name), scheme.weights
+    params = find_params(weight, fmt, subject.outline.dtype)
     acts = scheme.activations
     plain = acts if acts is not None and acts.dynamic and acts.strategy != "tensor_group" else None
     return Replacement(dequantize(quantize(weight, params, fmt)), plain)
 
 
-def _saved(recipe: Recipe, outline: Outline, linear: Linear) -> int:
-    scheme, _, _ = recipe.resolved(None)
-    fmt = fit_group(scheme.weights, linear.shape[1])
+def _saved(weights: Format, activations: Format | None, outline: Outline, linear: Linear) -> int:
     before = outline.checkpoint.tensors[f"{linear.name}.weight"].nbytes
-    return before - stored_bytes(fmt, scheme.activations, linear.shape, outline.dtype)
+    return before - stored_bytes(weights, activations, linear.shape, outline.dtype)

@@ -58,9 +58,7 @@ def units_of(outline: Outline, parts: Sequence[str] = (LANGUAGE,)) -> tuple[Unit
     units: list[Unit] = []
     blocks = [(s.name, block) for s in outline.sequences if s.name in parts for block in s.blocks]
     for place, (part, block) in enumerate(blocks):
-        experts = tuple(g for g in block.groups if g.expert is not None)
-        plain = [(g,) for g in block.groups if g.expert is None]
-        for groups in [*plain, *([experts] if experts else [])]:
+        for groups in block.units:
             units.append(Unit(groups[0].key, block.index, groups, part, place))
     return tuple(units)
 
@@ -69,12 +67,12 @@ def unit_bytes(unit: Unit, candidate: Candidate, outline: Outline) -> int | None
     """Bytes of the unit's weights as that candidate stores them, scales included; None where it does not apply."""
     if candidate.scheme is None:
         return sum(outline.checkpoint.tensors[f"{x.name}.weight"].nbytes for x in unit.linears)
+    try:
+        weights = fit_group(candidate.scheme.weights, *(x.shape[1] for x in unit.linears))
+    except Unsupported:
+        return None
     total = 0
     for linear in unit.linears:
-        try:
-            weights = fit_group(candidate.scheme.weights, linear.shape[1])
-        except Unsupported:
-            return None
         kept = outlier_count(candidate.outliers, linear.shape)
         total += linear_bytes(weights, candidate.scheme.activations, linear.shape, outline.dtype, kept, candidate.rank)
     return total

@@ -18,6 +18,9 @@ from qkit.capture import Stats
 from qkit.formats import Format
 from qkit.qtensor import QTensor
 
+# A reason to round that is no failure: whatever the weights are, the outputs are the same.
+ZERO_INPUTS = "its inputs are all zero"
+
 
 @dataclass(frozen=True)
 class Task:
@@ -27,7 +30,7 @@ class Task:
     fmt:          the format of all of them
     dtype:        the model's dtype, in which scales are stored
     stats:        of their common input; None for solvers that need none
-    global_scale: float32 [1], NVFP4's tensor scale, common to the group; else None
+    amax:         float32 [1], largest magnitude in the group, of formats with something that all its weights share; else None
     options:      of this solver, as validated by its recipe entry
     prepared:     what the solver's ``prepare`` made of the stats: computed once for a group whose rows are then solved in
                   slices, side by side
@@ -38,7 +41,7 @@ class Task:
     fmt: Format
     dtype: torch.dtype
     stats: Stats | None = None
-    global_scale: Tensor | None = None
+    amax: Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)
     prepared: Any = None
     tokens: int | None = None

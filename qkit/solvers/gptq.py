@@ -45,7 +45,7 @@ from qkit.qtensor import (
     grid_to_codes,
     round_to_grid_,
 )
-from qkit.solvers import Solved, Task
+from qkit.solvers import ZERO_INPUTS, Solved, Task
 from qkit.solvers.rtn import rtn
 
 _SUB = 32  # columns of a sub-panel
@@ -133,7 +133,7 @@ def factorize(hessian: Tensor, damp: float) -> tuple[Tensor | None, str | None]:
     diagonal = hessian.diagonal()
     mean = float(diagonal.double().mean())  # the sum of large float32 values may leave their range
     if mean <= 0 or float(diagonal.min()) < 0:
-        return None, "the Hessian has no positive diagonal (inputs are all zero)"
+        return None, ZERO_INPUTS if mean == 0 else "the Hessian has a negative diagonal"
     dead = diagonal.flip(0) == 0  # an input that was never active: no correction goes through it
     while damp <= 1.0:
         # Cholesky gives a lower triangle; with the channels in reverse it is the upper one. Scaled to a mean diagonal of 1,
@@ -251,7 +251,7 @@ class _Scales:
     def _find(self, w: Tensor, cost: Tensor) -> Params:
         t = self.task
         signed = bool(t.options.get("signed", False))
-        return find_params(w, t.fmt, t.dtype, importance=cost, search=True, global_scale=t.global_scale, signed=signed)
+        return find_params(w, t.fmt, t.dtype, importance=cost, search=True, amax=t.amax, signed=signed)
 
     def _wide(self, params: list[Params], shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
         """Scale and zero of every element, [in, out], float32."""

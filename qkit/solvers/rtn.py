@@ -27,7 +27,7 @@ def rtn(task: Task) -> Solved:
                     task.dtype,
                     importance=importance,
                     search=search,
-                    global_scale=task.global_scale,
+                    amax=task.amax,
                     signed=bool(task.options.get("signed", False)),
                 ),
                 task.fmt,

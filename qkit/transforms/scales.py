@@ -29,7 +29,7 @@ from qkit.activations import quantize_activations, static_scale
 from qkit.blocks import LinearGroup
 from qkit.capture import Stats
 from qkit.formats import Scheme
-from qkit.qtensor import dequantize, find_params, nvfp4_global_scale, quantize
+from qkit.qtensor import dequantize, find_params, quantize, shared_amax
 from qkit.transforms import BlockState
 
 Loss = Callable[[list[Tensor], list[Tensor]], float]
@@ -63,12 +63,10 @@ def search(
             continue
         y = _activations(x / s, stats.divided_by(s).absmax, scheme)
         scaled = [w * s for w in weights]
-        shared = None
-        if scheme.weights.scale == "e4m3":
-            shared = nvfp4_global_scale(torch.stack([w.abs().amax() for w in scaled]).amax())
+        shared = shared_amax(scaled, scheme.weights)
         outputs = []
         for w in scaled:
-            p = find_params(w, scheme.weights, dtype, importance=importance / s.square(), global_scale=shared)
+            p = find_params(w, scheme.weights, dtype, importance=importance / s.square(), amax=shared)
             outputs.append(y @ dequantize(quantize(w, p, scheme.weights)).T)
         found = loss(outputs, references)
         if found < best_loss:

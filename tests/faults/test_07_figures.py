@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import qkit
 from qkit.commands.measured import unfinite
+from qkit.errors import IOFailure
 from qkit.rejected import NAME, RejectedWarning
 
 WINDOWS = ["--window", 32, "--windows", 2]
@@ -129,8 +130,12 @@ def test_a_file_of_the_user_with_that_name_stays(content, run, out, calib, tmp_p
         assert (out / NAME).read_text() == content
 
 
-def test_a_mark_that_cannot_be_written_does_not_hide_the_verdict(run, out, calib, tmp_path):
+def test_a_mark_that_cannot_be_written_does_not_hide_the_verdict(run, out, calib, tmp_path, monkeypatch):
     (tmp_path / "b.yaml").write_text("perplexity: 1\nwindow: 32\nwindows: 2\n")
-    (out / NAME).mkdir()
+
+    def full(path, data):
+        raise IOFailure(f"cannot write {path}: no space")
+
+    monkeypatch.setattr("qkit.rejected.write_atomic", full)
     code, _, err = run("check", out, "--budget", tmp_path / "b.yaml", "--text", f"evaluation={calib}")
-    assert code == 4 and "1 of 1 limits" in err
+    assert code == 4 and "1 of 1 limits" in err and "no space" in err

@@ -1,0 +1,199 @@
+"""From what is asked to a request: what names and shapes decide, what has to be measured first, and the measuring itself.
+
+``plan`` stops before the measuring, ``quantize`` goes on with it; both refuse the same things at the same place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from qkit import ahead, kvplan
+from qkit.ahead import Ahead
+from qkit.allocation.allocate import Reach
+from qkit.allocation.limits import BudgetRequest
+from qkit.budgeting import Allocated, allocated, opened, solved
+from qkit.catalog import is_requant
+from qkit.commands.asked import Asked
+from qkit.commands.budget import show_allocation
+from qkit.commands.cache import show_cache
+from qkit.commands.common import Reporter, command_line
+from qkit.kvcache.policy import CacheRequest
+from qkit.kvplan import CacheChoices, CachePlan, plan_cache
+from qkit.requant import begin, requanted
+from qkit.request import Request
+from qkit.sensitivity import targets
+
+
+@dataclass(frozen=True)
+class Decided:
+    """request: with all that is known; budgeted, cache: the allocation and the KV cache, where they are known; said: decisions
+    that nobody asked for, a sentence each.
+
+    Of a plan also: first, what quantize has to measure before it is decided; open: whether that leaves the schemes of the
+    layers open; reach: what the formats of a budget of bytes come to, where they are not chosen yet
+    """
+
+    request: Request
+    budgeted: Allocated | None = None
+    cache: CachePlan | None = None
+    said: tuple[str, ...] = ()
+    first: tuple[Ahead, ...] = ()
+    open: bool = False
+    reach: Reach | None = None
+
+
+@dataclass
+class _Look:
+    """What is seen of a command line before anything is measured. run: operations of the quantization, where something is
+    held against them"""
+
+    decided: Decided
+    parts: targets.Open | None = None
+    first: list[Ahead] = field(default_factory=list)
+    run: float = 0.0
+
+
+def planned_request(asked: Asked) -> Decided:
+    """What can be said of a command without reading a weight, and what is left to be measured. Raises what ``decided_request``
+    raises before it measures."""
+    return _looked(asked).decided
+
+
+def decided_request(asked: Asked, out: Path, work: Path | None, console: Console) -> Decided:
+    """The request of a command, with what has to be measured first: the rules of an allocation where a budget is given,
+    the outliers of every layer under ReQuant, the KV cache. What cannot be met is refused before anything is measured.
+
+    out: beside it go the trials; work: the job folder, if not beside it too.
+    """
+    look = _looked(asked)
+    show_ahead(look.decided, "measured first", console)
+    if not look.decided.first:
+        return look.decided
+    request, budgeted, cache = asked.request, None, look.decided.cache
+    reporter = Reporter(console, command_line())
+    with reporter.running():
+        if asked.budget is not None:
+            budgeted = allocated(request, asked.budget, reporter)
+            request, cache = budgeted.request, budgeted.cache
+        if look.parts is not None:
+            found, said = targets.settle(look.parts, reporter)
+            request = replace(request, targets=found.targets)
+            for sentence in said:
+                console.print(Text(sentence))
+        if is_requant(request.method):
+            request = _searched(request, out, work, console, reporter)
+        if asked.cache is not None:
+            cache = plan_cache(request, asked.cache, reporter)
+    return Decided(_with_cache(request, cache), budgeted, cache, look.decided.said)
+
+
+def show_ahead(found: Decided, when: str, console: Console) -> None:
+    """What was decided without asking, whether a budget can be met, and what is measured. when: the words before it."""
+    for sentence in (*found.said, *([] if found.reach is None else [str(found.reach)])):
+        console.print(Text(sentence))
+    for each in found.first:
+        console.print(Text(f"{when}: {each}"))
+
+
+def show_decided(found: Decided, console: Console) -> None:
+    """The allocation and the cache, where there are any."""
+    if found.budgeted is not None:
+        show_allocation(found.budgeted, console)
+    if found.cache is not None:
+        show_cache(found.cache, console)
+
+
+def decided_json(found: Decided) -> dict[str, Any]:
+    """The machine's copy of ``show_decided`` and ``show_ahead``."""
+    data: dict[str, Any] = {}
+    if found.budgeted is not None:
+        data["allocation"] = asdict(found.budgeted.allocation)
+    if found.cache is not None:
+        data["kv"] = {"policy": found.cache.policy.to_json(), "bytes": found.cache.bytes}
+    if found.reach is not None:
+        data["budget"] = asdict(found.reach)
+    if found.first:
+        data["measured_first"] = [asdict(each) for each in found.first]
+    return data
+
+
+def _looked(asked: Asked) -> _Look:
+    """Everything that can be refused is refused here."""
+    if asked.budget is not None:
+        look = _of_budget(asked.request, asked.budget)
+    else:
+        look = _of_request(asked.request)
+    if asked.cache is not None:
+        _add_cache(look, asked.cache)
+    look.decided = replace(look.decided, first=tuple(look.first))
+    return look
+
+
+def _of_budget(request: Request, wanted: BudgetRequest) -> _Look:
+    found = opened(request, wanted)
+    kv, look = found.cache, _Look(Decided(request, open=True, reach=found.reach))
+    if found.ask is not None:
+        profile, look.run = ahead.of_profile(found.ask, wanted.profile)
+        look.first.append(profile)
+    else:
+        cache = None if kv is None else kvplan.with_widths(kv, kv.policy.widths_of(kv.heads.layers))
+        budgeted = solved(request, wanted, found, cache)
+        if found.solvable:
+            look.decided = Decided(_with_cache(budgeted.request, cache), budgeted, cache)
+        if wanted.evaluations or not found.solvable or (wanted.cache is not None and wanted.cache.scale_keys):
+            look.run = ahead.run_operations(budgeted.request)
+    if wanted.cache is not None and kv is not None:
+        look.first += _of_cache(look, request, kv, wanted.cache, joint=True)
+    if wanted.evaluations:
+        rows = found.made.request["rows"]
+        look.first.append(ahead.of_refinement(request, found.outline, wanted.evaluations, rows, look.run))
+    return look
+
+
+def _of_request(request: Request) -> _Look:
+    searching = is_requant(request.method)
+    # Any method that runs rows does to look at the parts beside a language model.
+    parts = targets.opened(replace(request, method="gptq") if searching else request)
+    request = replace(request, targets=parts.request.targets)
+    look = _Look(Decided(request, said=parts.said), parts)
+    if parts.left:
+        look.first.append(ahead.of_parts(parts))
+    if searching:
+        begun = begin(request)
+        look.first.append(ahead.of_search(begun))
+        look.decided = replace(look.decided, request=begun.even)
+    return look
+
+
+def _add_cache(look: _Look, wanted: CacheRequest) -> None:
+    """A cache with a memory of its own."""
+    request = look.decided.request
+    open_ = kvplan.opened(request, wanted)
+    if not look.run and (open_.chooses or wanted.scale_keys):
+        look.run = ahead.run_operations(request)
+    look.first += _of_cache(look, request, open_, wanted, joint=False)
+    if not open_.chooses:
+        cache = kvplan.with_widths(open_, open_.policy.widths_of(open_.heads.layers))
+        look.decided = replace(look.decided, request=_with_cache(request, cache), cache=cache)
+
+
+def _of_cache(look: _Look, request: Request, open_: CacheChoices, wanted: CacheRequest, joint: bool) -> list[Ahead]:
+    found = [ahead.of_cache(request, open_, joint, look.run)] if open_.chooses else []
+    return [*found, ahead.of_keys(request, open_, look.run)] if wanted.scale_keys else found
+
+
+def _with_cache(request: Request, cache: CachePlan | None) -> Request:
+    return request if cache is None else replace(request, kv=cache.policy.to_json(), key_exponents=cache.exponents)
+
+
+def _searched(request: Request, out: Path, work: Path | None, console: Console, reporter: Reporter) -> Request:
+    folder, job = out.with_name(out.name + ".requant"), work or out.with_name(out.name + ".job")
+    found = requanted(request, folder, job, reporter)
+    tried = ", ".join(f"{t:g}: {kl:.5f}" for t, kl in found.divergence.items())
+    console.print(f"outliers by sensitivity to the power {found.exponent:g} (KL divergence of each: {tried})")
+    return found.request

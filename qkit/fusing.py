@@ -1,0 +1,113 @@
+"""What engines ask of layers that they load as one: one format, one group size, and shapes that their kernels take.
+
+These are rules of engines and not of the formats: qkit runs such layers one by one. A recipe with ``engine: any`` lifts
+them, and the plan then says which engines will not load the result (``qkit.preflight``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qkit.blocks import BlockOutline, Group, LinearGroup
+from qkit.errors import BadRecipe, Unsupported
+from qkit.families.outline import Outline
+
+if TYPE_CHECKING:
+    from qkit.plan import LinearPlan
+
+ANY = "any"  # in a recipe: the result is for whatever engine loads it
+LIFT = "or write 'engine: any' at the top of a recipe, for engines that load every layer by itself"
+_FP8_GROUP = 128  # of integers of 4 bits with FP8 inputs: vLLM 0.32 refuses every other
+
+
+def fused_linears(outline: Outline, linears: Mapping[str, LinearPlan], engine: str) -> tuple[tuple[str, ...], ...]:
+    """Names of the linears that engines load as one and that have one format, group after group.
+
+    Raises BadRecipe where rules give such linears two formats, or the experts of a layer, unless ``engine`` is ANY; and, in
+    any case, where only some linears of the experts of a layer are quantized.
+    """
+    fused: list[tuple[str, ...]] = []
+    for block in outline.every_block:
+        for groups in block.units:
+            names = [x.name for g in groups for x in g.linears]
+            torn = len({_kind(linears.get(name)) for name in names}) > 1
+            experts = groups[0].expert is not None
+            if torn and (engine != ANY or (experts and not all(name in linears for name in names))):
+                raise BadRecipe(_torn_apart(names, linears, experts, engine))
+            pairs = [tuple(x.name for x in g.linears) for g in groups if len(g.linears) > 1]
+            fused += [pair for pair in pairs if len({_kind(linears.get(name)) for name in pair}) == 1]
+    return tuple(fused)
+
+
+def check_shapes(outline: Outline, linears: Mapping[str, LinearPlan], engine: str) -> None:
+    """Raises Unsupported for formats that no kernel of vLLM takes in these shapes, unless ``engine`` is ANY."""
+    if engine == ANY:
+        return
+    for p in linears.values():
+        acts = p.activations
+        if acts is not None and acts.kind == "fp8" and p.weights.kind == "int" and p.weights.group != _FP8_GROUP:
+            found = f"groups of {p.weights.group}" if p.weights.group else "one scale per channel"
+            raise Unsupported(
+                f"{p.name}: scheme {p.scheme} would get {found} for its {p.shape[1]} input columns, and vLLM, the only "
+                f"engine that runs it, loads groups of {_FP8_GROUP} alone: use w4a16 or fp8_dynamic for this layer, {LIFT}"
+            )
+    for block in outline.every_block:
+        for group in block.groups:
+            for x in group.linears[:-1]:  # the last part may end within a block
+                planned = linears.get(x.name)
+                rows = planned.weights.block[0] if planned is not None and planned.weights.block else 1
+                if x.shape[0] % rows:
+                    raise Unsupported(
+                        f"{x.name}: its {x.shape[0]} output rows are not a multiple of {rows}, and vLLM loads it as one with "
+                        f"{group.linears[-1].name.rpartition('.')[2]} in blocks of {rows} rows: use fp8_dynamic for these "
+                        f"layers, {LIFT}"
+                    )
+
+
+def split_apart(block: BlockOutline, linears: Mapping[str, LinearPlan]) -> BlockOutline:
+    """The block with one group for each format, where a group has linears of several: a solver sees one format at a time.
+
+    Nothing can be folded into what such linears read: a scale for one of them would be another's too.
+    """
+    groups: list[LinearGroup] = []
+    for group in block.groups:
+        kinds = list(dict.fromkeys(_kind(linears.get(x.name)) for x in group.linears))
+        if len(kinds) == 1:
+            groups.append(group)
+            continue
+        for kind in kinds:
+            own = tuple(x for x in group.linears if _kind(linears.get(x.name)) == kind)
+            hook = group.hook if group.expert is not None else own[0].param.removesuffix(".weight")
+            groups.append(replace(group, linears=own, declared=Group(()), hook=hook))
+    return replace(block, groups=tuple(groups))
+
+
+def _kind(p: LinearPlan | None) -> object:
+    return None if p is None else (p.weights, p.activations)
+
+
+def _torn_apart(names: list[str], linears: Mapping[str, LinearPlan], experts: bool, engine: str) -> str:
+    """Which layer, what its parts were given, and what to do, in a sentence."""
+    by_leaf: dict[str, dict[str, None]] = {}
+    for name in names:
+        by_leaf.setdefault(name.rpartition(".")[2], {})[_described(linears.get(name))] = None
+    given = ", ".join(f"{leaf} {' and '.join(kinds)}" for leaf, kinds in by_leaf.items())
+    layer = names[0].rpartition(".experts.")[0] + ".experts" if experts else names[0].rpartition(".")[0]
+    if experts and engine == ANY:
+        return (
+            f"{layer}: the rules give {given}, and no engine loads experts of which some are skipped: write a rule that covers "
+            "all of them"
+        )
+    why = "engines run all experts of a layer as one product" if experts else "engines load these layers as one"
+    return (
+        f"{layer}: the rules give {given}, but {why} and need one scheme and one group size: write a rule that covers all of "
+        f"them, {LIFT}"
+    )
+
+
+def _described(p: LinearPlan | None) -> str:
+    if p is None:
+        return "skipped"
+    return p.scheme if p.weights.group is None else f"{p.scheme} (group {p.weights.group})"

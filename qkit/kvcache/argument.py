@@ -1,0 +1,16 @@
+"""The name of the argument that a model takes its KV cache by: transformers 5.24 renamed it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+
+def cache_argument(model: Any) -> str:
+    """'cache' where the model's forward has it, else 'past_key_values'."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """What to call the model with for that cache."""
+    return {cache_argument(model): cache}

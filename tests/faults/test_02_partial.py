@@ -1,0 +1,162 @@
+"""OUT.partial and other names beside OUT: only what this job listed is removed, and one process works there at a time."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import Quiet, Stops
+
+from qkit.errors import BadInput, JobConflict
+from qkit.export.partial import Partial, partial_path
+from qkit.pipeline import Request, quantize
+
+
+@pytest.fixture
+def request_(tiny) -> Request:
+    return Request(str(tiny("llama")), "w4a16", "rtn", 32, threads=1)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "model.safetensors", "deep/er/file", ".qkit-tmp-" + "0" * 16])
+def test_a_partial_folder_of_the_user_is_refused(name, request_, tmp_path):
+    out, file = tmp_path / "out", tmp_path / "out.partial" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(JobConflict, match=r"out\.partial: it holds"):
+        quantize(request_, out, Quiet())
+    assert file.read_text() == "mine" and not out.exists()
+
+
+def test_a_link_in_the_place_of_the_partial_folder_is_refused(request_, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("mine")
+    (tmp_path / "out.partial").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BadInput, match="symbolic link"):
+        quantize(request_, tmp_path / "out", Quiet())
+    assert contents(tmp_path / "elsewhere") == {"file": b"mine"}
+
+
+def test_what_the_same_job_left_is_used_again(request_, tmp_path):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(replace(request_), out, _StopsAtVerify())
+    assert (partial / "model.safetensors").exists() and not out.exists()
+    (partial / (".qkit-tmp-" + "c" * 16)).write_text("half a file")
+    assert quantize(request_, out, Quiet()).ok
+    assert not partial.exists()
+
+
+def test_a_file_of_the_user_in_what_the_same_job_left_is_kept(request_, tmp_path):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(request_, out, _StopsAtVerify())
+    (partial / "notes.txt").write_text("mine")
+    with pytest.raises(JobConflict, match=r"notes\.txt"):
+        quantize(request_, out, Quiet())
+    assert (partial / "notes.txt").read_text() == "mine"
+    (partial / "notes.txt").unlink()
+    assert quantize(request_, out, Quiet()).ok
+
+
+def test_what_another_job_left_is_refused(request_, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(request_, out, _StopsAtVerify(), work=tmp_path / "first")
+    before = contents(tmp_path / "out.partial")
+    with pytest.raises(JobConflict, match="another run left it"):
+        quantize(request_, out, Quiet(), work=tmp_path / "second")
+    assert contents(tmp_path / "out.partial") == before
+    assert quantize(request_, out, Quiet(), work=tmp_path / "first").ok
+
+
+def test_a_copy_of_the_partial_folder_is_not_taken_for_it(request_, tmp_path):
+    """The list names the folder by its inode: another folder of that name is somebody else's."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(request_, out, _StopsAtVerify())
+    shutil.copytree(partial, tmp_path / "copy")
+    partial.rename(tmp_path / "moved")
+    (tmp_path / "copy").rename(partial)
+    with pytest.raises(JobConflict):
+        quantize(request_, out, Quiet())
+
+
+def test_nothing_is_left_of_a_run_that_stops_before_the_export(request_, calib, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        quantize(replace(request_, method="gptq", calib=calib, samples=8, seqlen=32), tmp_path / "out", Stops(3))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.job"]
+
+
+class _StopsAtVerify(Quiet):
+    """Raises KeyboardInterrupt when the export is complete and not yet verified."""
+
+    def __init__(self) -> None:
+        self.exporting = False
+
+    def start(self, what: str, total: int) -> None:
+        self.exporting = what.startswith("export")
+
+    def step(self, amount: int = 1) -> None:
+        if self.exporting:
+            raise KeyboardInterrupt
+
+
+# ---- 3: two commands ----------------------------------------------------------------------------------------------
+
+
+def test_two_commands_with_one_out_and_two_job_folders(request_, tmp_path):
+    out = tmp_path / "out"
+    with Partial.claim(out, tmp_path / "first") as held:
+        assert held.path == partial_path(out)
+        with pytest.raises(JobConflict, match="in use by another process that writes to"):
+            quantize(request_, out, Quiet(), work=tmp_path / "second")
+    assert quantize(request_, out, Quiet(), work=tmp_path / "second").ok
+
+
+def test_a_claim_of_a_folder_that_got_its_final_name_is_made_anew(request_, tmp_path, monkeypatch):
+    """The other process renames its folder between our open and our lock."""
+    out, real = tmp_path / "out", fcntl.flock
+    renamed = []
+
+    def flock(handle, operation):
+        if not renamed and Path(f"/proc/self/fd/{handle}").resolve().name == "out.partial":
+            renamed.append(os.rename(tmp_path / "out.partial", tmp_path / "theirs"))
+        return real(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert quantize(request_, out, Quiet()).ok
+    assert renamed and list((tmp_path / "theirs").iterdir()) == []
+
+
+def test_races_of_two_processes(request_, tmp_path):
+    """Each ends well, or with one sentence and exit code 6 (or 2, where the other was done before)."""
+    for number in range(2):
+        out = tmp_path / f"out{number}"
+        command = [
+            sys.executable,
+            "-c",
+            "from qkit.commands import main; main()",
+            "quantize",
+            "--model",
+            request_.model,
+        ]
+        command += ["--scheme", "w4a16", "--group-size", "32", "--threads", "1", "--out", str(out)]
+        running = [
+            subprocess.Popen(
+                [*command, "--work", f"{out}.job{i}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            for i in range(2)
+        ]
+        ended = [(process.communicate()[1], process.returncode) for process in running]
+        assert 0 in [code for _, code in ended]
+        for said, code in ended:
+            assert code in (0, 2, 6) and "fault of qkit" not in said and "Traceback" not in said, said
+        assert (out / "qkit.json").exists() and not partial_path(out).exists()
