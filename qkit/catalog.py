@@ -149,3 +149,11 @@ def check_measures(names: tuple[str, ...]) -> None:
     unknown = next((m for m in names if m not in MEASURES), None)
     if unknown is not None:
         raise UsageError(f"--measures: unknown '{unknown}': expected some of {', '.join(MEASURES)}")
+
+
+def curve_measure(measures: tuple[str, ...]) -> str:
+    """What a curve is of when nobody says: the measure that is nearest to a whole plan's KL divergence."""
+    found = next((m for m in (*PREFERRED, *measures) if m in measures), None)
+    if found is None:
+        raise UsageError("--pareto: the profile has no measure: give --measures at least one")
+    return found

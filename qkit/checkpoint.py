@@ -24,6 +24,7 @@ from qkit.folder import (
     list_names,
     load_json,
     parse_checked,
+    refuse_adapter,
     refuse_quantized,
     refuse_quantized_names,
     require_safetensors,
@@ -38,6 +39,7 @@ from qkit.safefile import (
     read_tensor,
     shown,
 )
+from qkit.schema import model_config
 from qkit.sidefiles import sampled_hash, travelling
 
 if TYPE_CHECKING:
@@ -99,11 +101,13 @@ class Checkpoint:
             raise BadCheckpoint(f"{path}: no such folder: give the folder of a model with config.json and safetensors")
         folder = Path(path).resolve()
         names = list_names(folder)
+        refuse_adapter(folder, names)
         require_safetensors(folder, names)
         raw = read_bytes(contained(folder, "config.json"), CONFIG_LIMIT)
         config = parse_checked(raw, f"{folder / 'config.json'}")
         if not isinstance(config, dict):
             raise BadCheckpoint(f"{folder / 'config.json'}: found a {type(config).__name__}, expected a JSON object")
+        model_config(config, str(folder / "config.json"))
         if not quantized:
             refuse_quantized(folder, names, config)
         files, weight_map = find_weights(folder, names)

@@ -7,11 +7,12 @@ Current loaders accept most wrong values in silence, which is why each one is ch
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qkit.declared import Findings, Linear, Record, Spec, as_object, is_int, is_text, is_version, spec_fault
+from qkit.patterns import is_pattern, matched
 
 METHODS = ("compressed-tensors", "qkit")
 HIGHEST_MAJOR = 0  # of compressed-tensors releases so far
@@ -46,16 +47,18 @@ _ARGS_OPTIONAL = (
 
 class Patterns:
     """A list of targets or of names to ignore, under compressed-tensors' rule: the exact name of a module, 're:' and a
-    regex matched from the start of the name, or a class name, of which only 'Linear' can match here."""
+    regex matched from the start of the name, or a class name, of which only 'Linear' can match here.
 
-    def __init__(self, patterns: list[str]) -> None:
+    modules: all names that will be asked about. Raises ValueError for patterns that take too long to match."""
+
+    def __init__(self, patterns: list[str], modules: Sequence[str]) -> None:
         self.exact = frozenset(p for p in patterns if not p.startswith("re:"))
-        self.regexes = tuple(re.compile(p[3:]) for p in patterns if p.startswith("re:"))
+        self.hits = frozenset[str]().union(*matched(patterns, modules).values())
         self.by_class = "Linear" in self.exact
 
     def name(self, module: str) -> bool:
         """Whether one of them names the module ``module``, other than by its class."""
-        return module in self.exact or any(regex.match(module) for regex in self.regexes)
+        return module in self.exact or module in self.hits
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,16 @@ def _read_args(args: Any, weight: bool, where: str, findings: Findings) -> Spec 
     return spec if findings.check("config", fault is None, where, str(fault)) else None
 
 
-def _read_group(name: str, data: Any, top: Any, findings: Findings) -> Group | None:
+def _patterns(patterns: list[str], modules: Sequence[str], where: str, findings: Findings) -> Patterns:
+    """With none of them where they take too long to match."""
+    try:
+        return Patterns(patterns, modules)
+    except ValueError as error:
+        findings.check("config", False, where, str(error))
+        return Patterns([p for p in patterns if not p.startswith("re:")], modules)
+
+
+def _read_group(name: str, data: Any, top: Any, modules: Sequence[str], findings: Findings) -> Group | None:
     where = f"{_ROOT}.config_groups.{name}"
     if as_object(data, "config", where, findings) is None:
         return None
@@ -152,7 +164,7 @@ def _read_group(name: str, data: Any, top: Any, findings: Findings) -> Group | N
     output = data.get("output_activations")
     findings.check("config", output is None, f"{where}.output_activations", "qkit quantizes no outputs: expected null")
     said = data.get("targets")
-    targets = said if isinstance(said, list) and said and all(map(_is_pattern, said)) else None
+    targets = said if isinstance(said, list) and said and all(map(is_pattern, said)) else None
     what = "expected a list of names, 're:' patterns or class names"
     findings.check("config", targets is not None, f"{where}.targets", what)
     said = data.get("format") or (top if top != "mixed-precision" else None)
@@ -171,16 +183,7 @@ def _read_group(name: str, data: Any, top: Any, findings: Findings) -> Group | N
     wasteful = packing == "int-quantized" and weights.bits < 8 and activations is not None and activations.kind == "int"
     what = f"int-quantized stores a byte per {weights.bits}-bit weight and takes the legacy path: use pack-quantized"
     findings.check("config", not wasteful, f"{where}.format", what)
-    return Group(name, packing, Patterns(targets), weights, activations)
-
-
-def _is_pattern(target: Any) -> bool:
-    if not isinstance(target, str) or target in ("", "re:"):
-        return False
-    try:
-        return not target.startswith("re:") or bool(re.compile(target[3:]))
-    except re.error:
-        return False
+    return Group(name, packing, _patterns(targets, modules, f"{where}.targets", findings), weights, activations)
 
 
 def _check_top(data: dict[str, Any], record: Record, findings: Findings) -> None:
@@ -195,7 +198,7 @@ def _check_top(data: dict[str, Any], record: Record, findings: Findings) -> None
     stated = record.compressed_tensors
     expect("version", not known or stated in (None, version), f"{version!r}, and qkit.json says {stated}")
     ignore = data.get("ignore")
-    expect("ignore", isinstance(ignore, list) and all(map(_is_pattern, ignore)), "expected a list of names")
+    expect("ignore", isinstance(ignore, list) and all(map(is_pattern, ignore)), "expected a list of names")
     ratio = data.get("global_compression_ratio")
     expect("global_compression_ratio", ratio is None or isinstance(ratio, (int, float)), "expected a number or null")
     for key in ("sparsity_config", "transform_config"):
@@ -232,13 +235,16 @@ def read_quantization(config: dict[str, Any], record: Record, findings: Findings
     groups = as_object(data.get("config_groups"), "config", f"{_ROOT}.config_groups", findings)
     if groups is None:
         return None
-    read = [_read_group(name, group, top, findings) for name, group in groups.items()]
+    plain = (name.rpartition(".")[0] for name in record.plain)
+    modules = sorted({*record.linears, *record.skipped, *plain})
+    read = [_read_group(name, group, top, modules, findings) for name, group in groups.items()]
     packings = {group.packing for group in read if group}
     expected = "mixed-precision" if len(packings) > 1 else next(iter(packings), top)
     findings.check("config", top == expected, f"{_ROOT}.format", f"found {top!r}, the groups make it {expected!r}")
     ignore = data.get("ignore")
-    patterns = [p for p in ignore if _is_pattern(p)] if isinstance(ignore, list) else []
-    return Declared(str(data.get("quant_method")), tuple(g for g in read if g), Patterns(patterns))
+    patterns = [p for p in ignore if is_pattern(p)] if isinstance(ignore, list) else []
+    ignored = _patterns(patterns, modules, f"{_ROOT}.ignore", findings)
+    return Declared(str(data.get("quant_method")), tuple(g for g in read if g), ignored)
 
 
 # --- against the record -------------------------------------------------------------------------------------------

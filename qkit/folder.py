@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from qkit.errors import BadCheckpoint, IOFailure, Unsupported
 from qkit.safefile import parse_json, read_bytes, shown
+from qkit.schema import RecordFile, checked
 
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")  # transformers and diffusers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".7z", ".tar", ".npz", ".joblib")
@@ -44,7 +45,10 @@ CODE_KEYS = (
 )
 CONFIG_LIMIT = 16 << 20
 INDEX_LIMIT = 100 << 20
+RECORD_LIMIT = 1 << 28
 MAX_DEPTH = 64
+MISTRAL = "consolidated"  # begins the names of Mistral's own files: the same weights once more
+_SHARD = re.compile(rf"(?!{MISTRAL}).+-\d+-of-\d+\.safetensors")
 RECORD = "qkit.json"  # what every folder that qkit exports has
 PIPELINE_INDEX, DENOISER = (
     "model_index.json",
@@ -73,6 +77,17 @@ def parse_checked(raw: bytes, where: str) -> Any:
 
 def _children(node: Any) -> list[Any]:
     return list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """qkit.json of a packed folder; None where there is none. Raises BadCheckpoint for one that is no record."""
+    file = folder / RECORD
+    if not os.path.lexists(file):
+        return None
+    record: dict[str, Any] = checked(
+        RecordFile, load_json(file, "record", RECORD_LIMIT), str(file), "run 'qkit verify' on the folder"
+    )
+    return record
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -153,17 +168,34 @@ def inside(folder: Path, name: str, source: str = "the model") -> Path:
     return folder / name
 
 
+def refuse_adapter(folder: Path, names: list[str]) -> None:
+    """Refuses a folder with what was trained beside a model: it is no model, and would be lost beside one."""
+    if name := next((n for n in ("adapter_config.json", "adapter_model.safetensors") if n in names), None):
+        raise Unsupported(
+            f"{folder}: {name} says that this is an adapter (LoRA), and qkit quantizes whole models: merge it into its base "
+            "model (peft: merge_and_unload), save that, and give the new folder"
+        )
+
+
 def require_safetensors(folder: Path, names: list[str]) -> None:
     """Refuses a folder that holds weights only in a form that qkit does not read."""
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return
     if gguf := [name for name in names if name.endswith(".gguf")]:
-        raise Unsupported(f"{folder}: the model is GGUF ({shown(gguf[0])}): dequantize it to safetensors first")
+        refuse_gguf(folder / gguf[0])
     if pickles := [name for name in names if name.endswith(PICKLES)]:
         raise BadCheckpoint(
             f"{folder}: only {shown(pickles[0])}, which can run code when it is read: convert to safetensors first"
         )
     raise BadCheckpoint(f"{folder}: no weights, expected model.safetensors or model.safetensors.index.json")
+
+
+def refuse_gguf(file: Path) -> NoReturn:
+    """A model in llama.cpp's own format."""
+    raise Unsupported(
+        f"{file}: a model in GGUF, the format of llama.cpp, and qkit reads safetensors: use the original model, or dequantize "
+        "this one to safetensors first"
+    )
 
 
 def refuse_quantized(folder: Path, names: list[str], config: dict[str, Any]) -> None:
@@ -203,11 +235,16 @@ def find_weights(folder: Path, names: list[str]) -> tuple[list[Path], dict[str, 
     found = singles + indices
     if len(found) > 1:
         raise BadCheckpoint(f"{folder}: ambiguous: {' and '.join(found)} are both there: remove the one that is stale")
+    if not found and any(name.startswith(MISTRAL) for name in names):
+        raise Unsupported(
+            f"{folder}: {MISTRAL}*.safetensors alone, Mistral's own names of tensors: use the folder with model*.safetensors "
+            "of the same model"
+        )
     if not found:
         raise BadCheckpoint(f"{folder}: no model.safetensors and no model.safetensors.index.json: get the missing file")
     weight_map = _weight_map(contained(folder, indices[0])) if indices else None
     listed = sorted(set(weight_map.values())) if weight_map else singles
-    stray = [name for name in names if re.fullmatch(r".+-\d+-of-\d+\.safetensors", name) and name not in listed]
+    stray = [name for name in names if _SHARD.fullmatch(name) and name not in listed]
     if stray:
         raise BadCheckpoint(
             f"{folder}: ambiguous: {shown(stray[0])} is there beside {found[0]}, which does not list it"

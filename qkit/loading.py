@@ -6,6 +6,7 @@ reads the shards tensor by tensor. It gives a transformers model: generate, forw
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit import lowrank, sparse
+from qkit import lowrank, schema, sparse
 from qkit.blocks import Linear
 from qkit.checkpoint import Checkpoint
-from qkit.errors import BadCheckpoint, UsageError
+from qkit.errors import BadCheckpoint, Unsupported, UsageError
 from qkit.export.compressed_tensors import formats_of, has_cache_scales, specs
 from qkit.families.discover import build_skeleton
 from qkit.families.materialize import fill_computed_buffers
-from qkit.families.outline import Outline, dtype_of
-from qkit.folder import is_pipeline, weights_folder
+from qkit.families.outline import DTYPES, Outline, dtype_of
+from qkit.folder import is_pipeline, load_json, weights_folder
 from qkit.formats import Format
 from qkit.inputs import RESIDUAL, SCALE, InputTransform
 from qkit.kvcache.scales import declare
 from qkit.layers import QuantExperts, QuantLinear
 from qkit.locate import find_model
 from qkit.rejected import RejectedWarning, described, read_mark
+from qkit.safefile import shown
+from qkit.schema import checked, foreign
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", kv: str | None = None) -> Any:
@@ -88,11 +91,25 @@ def _diffusion(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, 
     return load_denoiser(folder, checkpoint.config["_class_name"], dtype, device)
 
 
+METHODS = ("compressed-tensors", "qkit")
+PLAIN = tuple(DTYPES.values())  # dtypes of scales that any reader takes for each other
+
+
 class PackedOutline(Outline):
     """The outline of a checkpoint that may be quantized already."""
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> None:
         self.quantization = checkpoint.config.get("quantization_config")
+        if self.quantization is not None:
+            where, method = (
+                f"{checkpoint.path / 'config.json'}: quantization_config",
+                self.quantization.get("quant_method"),
+            )
+            if isinstance(method, str) and method not in METHODS:
+                raise Unsupported(
+                    f"{where}: quantized by {shown(method)}, and qkit loads {' and '.join(METHODS)}: load it with transformers"
+                )
+            checked(schema.Quantization, self.quantization, where, "run 'qkit verify' on the folder", Unsupported)
         if has_cache_scales(self.quantization):
             dtype = dtype_of(checkpoint)
             model = model or build_skeleton(checkpoint.config, str(checkpoint.path), dtype)
@@ -118,6 +135,7 @@ class PackedOutline(Outline):
                 if linear.name in self.formats:
                     wanted.discard(f"{linear.name}.weight")
                     weights, activations = self.formats[linear.name]
+                    self._check_packed(linear, specs(weights, activations, linear.shape, self.dtype))
                     wanted |= {f"{linear.name}.{s}" for s in specs(weights, activations, linear.shape, self.dtype)}
                     if linear.name in self.scaled:
                         wanted.add(f"{linear.name}.{SCALE}")
@@ -129,6 +147,19 @@ class PackedOutline(Outline):
             raise BadCheckpoint(
                 f"{where}: {len(missing)} tensors are missing, the first is {missing[0]!r}: run 'qkit verify {where}'"
             )
+
+    def _check_packed(self, linear: Linear, wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        """Raises BadCheckpoint for a tensor of another shape, or of numbers of another kind, than the format has."""
+        for suffix, (dtype, shape) in wanted.items():
+            info = self.checkpoint.tensors.get(f"{linear.name}.{suffix}")
+            if info is None:  # reported with all that are missing
+                continue
+            plain = dtype in PLAIN and info.torch_dtype in PLAIN
+            if math.prod(info.shape) != math.prod(shape) or not (plain or info.torch_dtype == dtype):
+                raise BadCheckpoint(
+                    f"{info.file}: tensor {info.name} is {info.dtype} {list(info.shape)}, and config.json implies {dtype} "
+                    f"{list(shape)}: run 'qkit verify {self.checkpoint.path}'"
+                )
 
     def beside(self, name: str) -> tuple[str, ...]:
         """Suffixes of the tensors of a linear's sparse and low-rank part."""
@@ -169,6 +200,8 @@ def _assign(owner: nn.Module, name: str, value: Tensor) -> None:
     target = getattr(owner.get_submodule(path), leaf)
     if tuple(target.shape) != tuple(value.shape):
         raise BadCheckpoint(f"{name}: the file has shape {list(value.shape)}, the config implies {list(target.shape)}")
+    if value.is_floating_point() != target.is_floating_point():
+        raise BadCheckpoint(f"{name}: the file has {value.dtype}, the config implies {target.dtype}: run 'qkit verify'")
     target.data = value
 
 
@@ -223,8 +256,11 @@ def _place_experts(
 def _generation_config(model: Any, folder: Path) -> None:
     from transformers import GenerationConfig
 
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    file = folder / "generation_config.json"
+    if file.is_file():
+        checked(schema.GenerationConfig, load_json(file, "generation config"), str(file))
+        with foreign(f"{file}: transformers cannot read it"):
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def _cache_policy(model: Any, folder: Path, kv: str | None) -> None:
@@ -241,7 +277,6 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     folder = find_model(str(path))
-    try:
+    advice = "copy the tokenizer's files of the original model here"
+    with foreign(f"{folder}: no tokenizer that transformers can load", advice):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as e:
-        raise BadCheckpoint(f"{folder}: no tokenizer that transformers can load: {str(e).splitlines()[0]}") from e

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from qkit.errors import BadCheckpoint, QkitError, UsageError
-from qkit.folder import RECORD, weights_folder
-from qkit.safefile import parse_json, write_atomic
+from qkit.folder import read_record, refuse_gguf, weights_folder
+from qkit.safefile import write_atomic
+from qkit.schema import foreign
 from qkit.sidefiles import STAYS
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 SOURCE_FILE = "source"  # in the job folder: where the original was; the output itself names no local path
 
 
@@ -30,6 +33,10 @@ def find_model(model: str, revision: str | None = None, require_revision: bool =
     import qkit_data
 
     path = Path(model)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            refuse_gguf(path)
+        raise BadCheckpoint(f"{path}: a file, expected the folder of a model: give the folder that it lies in")
     embedded: Path | None = path if path.is_dir() else qkit_data.model_path(model)
     if embedded is not None:
         if revision is not None:
@@ -37,7 +44,7 @@ def find_model(model: str, revision: str | None = None, require_revision: bool =
                 f"--revision {revision}: {model} is a folder, and a revision is of a model on the hub: leave it out"
             )
         return embedded
-    if model.count("/") != 1 or model.startswith(("/", ".", "~")) or path.exists():
+    if not HUB_ID.fullmatch(model) or ".." in model or path.exists():
         names = ", ".join(qkit_data.models())
         raise BadCheckpoint(
             f"{model}: no such model folder, and not a reference model ({names}) or a hub id (owner/name)"
@@ -48,15 +55,11 @@ def find_model(model: str, revision: str | None = None, require_revision: bool =
             "and give the folder"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    try:
+    at = f" at revision {revision}" if revision else ""
+    fault = f"{model}{at}: no such folder, and as the id of a model on the hub it was not to be had"
+    with foreign(fault, "check the name and the network"):
         return Path(snapshot_download(model, revision=revision, ignore_patterns=list(UNWANTED)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as e:
-        raise BadCheckpoint(
-            f"{model}{f' at revision {revision}' if revision else ''}: no such folder, and as the id of a model on the hub it "
-            f"was not to be had: {str(e).splitlines()[0]}"
-        ) from e
 
 
 def record_source(job: Path, source: Path) -> None:
@@ -71,12 +74,12 @@ def recorded_source(out: Path) -> Path | None:
     """
     import qkit_data
 
-    from qkit.checkpoint import Checkpoint  # brings torch, which finding a folder does not need
+    from qkit.checkpoint import Checkpoint  # finding a folder does not need it
 
-    record = weights_folder(out) / RECORD
-    if not record.is_file():
+    record = read_record(weights_folder(out))
+    if record is None:
         return None
-    wanted = parse_json(record.read_bytes(), str(record)).get("source", {})
+    wanted = record.get("source", {})
     note = out.with_name(out.name + ".job") / SOURCE_FILE
     candidates = [Path(note.read_text())] if note.is_file() else []
     candidates += [path for name in qkit_data.models() if (path := qkit_data.model_path(name)) is not None]

@@ -14,7 +14,6 @@ answer included), text (the rest of the prompt) and padding.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, count, islice
@@ -28,6 +27,9 @@ from torch import Tensor
 from qkit.calibration import KINDS, Calibration, digest_of, read_text
 from qkit.catalog import DRAWN
 from qkit.errors import BadCalibration, BadCheckpoint, BadInput, Unsupported, UsageError
+from qkit.folder import parse_checked
+from qkit.safefile import shown
+from qkit.schema import PairLine, checked, foreign
 
 CAPTION = "Describe the picture."
 _NO_PLACE = "the chat template of the model has no place for a picture"
@@ -114,22 +116,30 @@ def _pairs(path: Path, most: int) -> Iterator[Pair]:
     file = path / "pairs.jsonl" if path.is_dir() else path
     lines = [line for line in read_text(file).splitlines() if line.strip()]
     for number, line in enumerate(lines[:most], 1):
-        where = f"{file}, line {number}"
-        try:
-            data = json.loads(line)
-        except ValueError as e:
-            raise BadCalibration(f"{where}: not JSON: {e}") from e
-        if not isinstance(data, dict) or "question" not in data or not {"image", "video"} & data.keys():
-            raise BadCalibration(
-                f"{where}: expected an object with image (or video), question and answer, found {line[:60]!r}"
-            )
-        images, frames = ([file.parent / name for name in _names(data.get(field))] for field in ("image", "video"))
-        if len(frames) == 1 and frames[0].is_dir():
-            frames = sorted(p for p in frames[0].iterdir() if p.suffix.lower() in PICTURES)
-        if "video" in data and not frames:
-            raise BadCalibration(f"{where}: the video {data['video']!r} has no frames ({', '.join(PICTURES)})")
-        texts = (str(data["question"]), str(data.get("answer") or ""), where, str(data.get("kind") or ""))
-        yield _pair(images, frames, *texts)
+        yield _of_line(line, file, f"{file}, line {number}")
+
+
+def _of_line(line: str, file: Path, where: str) -> Pair:
+    """One object of JSON."""
+    try:
+        data = parse_checked(line.encode("utf-8", "surrogatepass"), where)
+    except BadCheckpoint as e:
+        raise BadCalibration(str(e)) from e
+    if not isinstance(data, dict) or "question" not in data or not {"image", "video"} & data.keys():
+        raise BadCalibration(
+            f"{where}: expected an object with image (or video), question and answer, found {shown(line, 60)}"
+        )
+    checked(PairLine, data, where, "correct the line", BadCalibration)
+    images, frames = ([file.parent / name for name in _names(data.get(field))] for field in ("image", "video"))
+    if len(frames) == 1 and frames[0].is_dir():
+        frames = sorted(p for p in frames[0].iterdir() if p.suffix.lower() in PICTURES)
+    if "video" in data and not frames:
+        raise BadCalibration(f"{where}: the video {shown(data['video'])} has no frames ({', '.join(PICTURES)})")
+    if not images and not frames:
+        raise BadCalibration(f"{where}: a pair without a picture: name it in 'image' or 'video'")
+    answer = data.get("answer")
+    texts = (data["question"], "" if answer is None else str(answer), where, data.get("kind") or "")
+    return _pair(images, frames, *texts)
 
 
 def _dataset_pairs(spec: str, most: int) -> Iterator[Pair]:
@@ -168,17 +178,17 @@ def _names(value: Any) -> list[str]:
 
 
 def _pair(files: list[Path], frames: list[Path], question: str, answer: str, where: str, kind: str = "") -> Pair:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if not answer:
         raise BadCalibration(f"{where}: a pair without an answer: what the model is to say is what is measured")
     images = []
     for file in (*files, *frames):
-        try:
+        if not file.is_file():  # a pipe would block
+            raise BadCalibration(f"{where}: the picture {file} cannot be read: there is no such file: correct its name")
+        with foreign(f"{where}: the picture {file} cannot be read", "save it again", BadCalibration):
             with Image.open(file) as image:
                 images.append(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as e:
-            raise BadCalibration(f"{where}: the picture {file} cannot be read: {str(e).splitlines()[0]}") from e
     return Pair(tuple(images[: len(files)]), question, answer, where, kind, tuple(images[len(files) :]))
 
 
@@ -186,14 +196,9 @@ def load_processor(folder: Path) -> Any:
     """The processor of a model folder; no code of the folder is run. Raises BadCheckpoint when there is none."""
     from transformers import AutoProcessor
 
-    try:
+    advice = "copy the processor's files of the original model here, or use text without pictures"
+    with foreign(f"{folder}: no processor that transformers can load", advice):
         made = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as e:
-        reason = str(e).strip().partition("\n")[0]
-        raise BadCheckpoint(
-            f"{folder}: no processor that transformers can load ({reason}): copy the processor's files of the original model "
-            "here, or use text without pictures"
-        ) from e
     if not hasattr(made, "image_processor") or getattr(made, "chat_template", None) is None:
         raise BadCheckpoint(
             f"{folder}: its processor has no image processor or no chat template: copy the original's files"

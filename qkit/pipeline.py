@@ -17,7 +17,7 @@ from qkit.calibration import Calibration
 from qkit.checkpoint import Checkpoint, check_config, check_tied
 from qkit.diffusion.pipeline import check_pipeline, rest_of
 from qkit.errors import Unsupported, UsageError, VerifyFailure
-from qkit.export.folder import export, is_export_of, source_hashes
+from qkit.export.folder import export, is_export_of, job_identity, source_hashes
 from qkit.export.partial import Partial
 from qkit.families.discover import kind_of
 from qkit.families.encoder import ENCODERS
@@ -180,7 +180,7 @@ def quantize(
     refuse_foreign(work)
     refuse_what_cannot_fit(found.forecast, out, work)
     with (
-        Job.open(work, {**plan.identity, "source_weights": hashed}) as job,
+        Job.open(work, job_identity(plan, hashed)) as job,
         Partial.claim(out, work) as partial,
         workers(request.threads) as pool,
     ):

@@ -312,6 +312,9 @@ def measured_plans(
     """A function that gives a plan's KL divergence from the original on the profile's rows, from the weights of the probes."""
     names = ",".join("bf16" if n == "keep" else n for n in made.candidates)
     r = made.request
+    lacking = next((k for k in ("group_size", "samples", "seqlen", "rows", "points") if k not in r), None)
+    if lacking is not None:
+        raise BadInput(f"{folder}: the profile does not say with which {lacking} it was made: make it again")
     base = replace(base, group_size=r["group_size"], method=r["method"], samples=r["samples"], seqlen=r["seqlen"])
     found = _prepare(ProfileRequest(base, names, made.measures, r["rows"], r["points"]))
     with workers(base.threads) as pool, probes(found.plans, found.outline, folder / "probes", pool, progress) as probed:

@@ -265,7 +265,8 @@ def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
             f"{path}: expected a mapping with 'scheme' and 'method' at the top, found {type(data).__name__}"
         )
     check_keys(data, list(Recipe.model_fields), str(path))
-    for rule in data.get("rules") or []:
+    rules = data.get("rules")
+    for rule in rules if isinstance(rules, list) else []:  # anything else is refused with the other fields
         if isinstance(rule, LineDict):
             check_keys(rule, list(Rule.model_fields), str(path))
     return make_recipe({**data, **overrides}, str(path))

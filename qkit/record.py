@@ -12,11 +12,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from qkit.folder import DENOISER, RECORD, is_pipeline, load_json, weights_folder
+from qkit.errors import BadCheckpoint
+from qkit.folder import DENOISER, RECORD, RECORD_LIMIT, is_pipeline, load_json, read_record, weights_folder
 from qkit.safefile import write_atomic
 
 FORMAT_VERSION = 2  # 1: without files, config and sum
-RECORD_LIMIT = 1 << 28
 
 
 def to_bytes(data: dict[str, Any]) -> bytes:
@@ -33,15 +33,17 @@ def write_record(folder: Path, record: dict[str, Any]) -> str:
     return sha256(data).hexdigest()
 
 
-def read_record(out: Path) -> dict[str, Any]:
-    """qkit.json of the packed weights in ``out``, which may be a pipeline. Raises BadCheckpoint, IOFailure."""
-    found: dict[str, Any] = load_json(weights_folder(out) / RECORD, "record", RECORD_LIMIT)
-    return found
+def packed_record(out: Path) -> dict[str, Any]:
+    """qkit.json of the packed weights in ``out``, which may be a pipeline. Raises BadCheckpoint where there is none."""
+    record = read_record(weights_folder(out))
+    if record is None:
+        raise BadCheckpoint(f"{weights_folder(out) / RECORD}: no such file: this folder is not a result of qkit")
+    return record
 
 
 def add_to_record(out: Path, key: str, value: Any) -> None:
     """Set an entry of the record of the packed weights in ``out``, and the sum of that record in the one around it."""
-    digest = write_record(weights_folder(out), {**read_record(out), key: value})
+    digest = write_record(weights_folder(out), {**packed_record(out), key: value})
     if is_pipeline(out):
         around = load_json(out / RECORD, "record", RECORD_LIMIT)
         write_record(out, {**around, "files": {**around["files"], f"{DENOISER}/{RECORD}": digest}})

@@ -26,6 +26,7 @@ from qkit import loading
 from qkit.calibration import Calibration
 from qkit.catalog import REQUANT, REQUANT_OUTLIERS, REQUANT_SIGNIFICANT
 from qkit.errors import UsageError
+from qkit.export.folder import job_identity, source_hashes
 from qkit.job import Job
 from qkit.job_folder import remove_job
 from qkit.parallel import Workers, workers
@@ -104,7 +105,7 @@ def requanted(request: Request, folder: Path, work: Path, progress: Progress) ->
     begun = begin(request)
     base, first, percent = begun.base, begun.first, begun.percent
     with Job.open(
-        folder / "base", first.plan.identity
+        folder / "base", _identity_of_job(first)
     ):  # trials of another request are refused before their results are lost
         ledger = Ledger(folder / "measured.jsonl", _identity(first.plan, percent))
     with workers(request.threads) as pool:
@@ -142,6 +143,12 @@ def ratios(sensitivity: dict[str, float], sizes: dict[str, int], percent: float,
             left -= MOST * sizes[n]
 
 
+def _identity_of_job(asked: Prepared) -> dict[str, Any]:
+    """As of the run to come, whose job a trial may become."""
+    outline = asked.outline
+    return job_identity(asked.plan, source_hashes(asked.plan, outline, outline.checkpoint.path))
+
+
 @dataclass(frozen=True)
 class _Trials:
     """Runs of the solver whose weights are looked at, and what was found, so that a stopped search goes on."""
@@ -162,7 +169,7 @@ class _Trials:
     def sensitivity(self, asked: Prepared) -> dict[str, float]:
         """{layer: mean |gbar_j (w~_j - w_j)|} of the base method."""
         plan, outline, rows = asked.plan, asked.outline, compared_rows(asked.plan)
-        with Job.open(self.folder / "base", plan.identity) as job:
+        with Job.open(self.folder / "base", _identity_of_job(asked)) as job:
             run_blocks(plan, outline, job, self.pool, self.progress)
             subject = Subject(original_model(plan, outline, job), outline, self.pool)
             targets = {n: r.weight for n, r in replacements(plan, outline, job).items()}
@@ -174,7 +181,7 @@ class _Trials:
     def divergence(self, asked: Prepared, name: str) -> float:
         """KL divergence from the original model on calibration rows of the trial's weights."""
         plan, outline, rows = asked.plan, asked.outline, compared_rows(asked.plan)
-        with Job.open(self.folder / name, plan.identity) as job:
+        with Job.open(self.folder / name, _identity_of_job(asked)) as job:
             run_blocks(plan, outline, job, self.pool, self.progress)
             model, moved = original_model(plan, outline, job), replacements(plan, outline, job)
         self.progress.start(f"trial {name}", 1)

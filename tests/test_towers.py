@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from qkit.calls import enter
 from qkit.checkpoint import Checkpoint
+from qkit.export.folder import job_identity, source_hashes
 from qkit.families.outline import Outline
 from qkit.job import Job
 from qkit.loading import load
@@ -85,7 +86,8 @@ def test_rows_reach_towers(vlm, tmp_path, quiet):
     assert len(seen) == 14 and set(seen.values()) == {8 * 16}
     assert sum(r["error"] for n, r in made.items() if n in seen) < sum(made[n]["baseline_error"] for n in seen)
     found = prepare(request(path))
-    with Job.open(tmp_path / "out.job", found.plan.identity):
+    hashed = source_hashes(found.plan, found.outline, path)
+    with Job.open(tmp_path / "out.job", job_identity(found.plan, hashed)):
         pass
     # What enters the language model now is not what entered it in the original.
     samples = list(found.plan.calibration.calls(tmp_path))[:1]

@@ -387,7 +387,14 @@ def test_command(out, tmp_path):
 def test_independent_of_the_writer():
     """The proof imports nothing of qkit but the errors, and neither torch nor compressed-tensors."""
     folder = Path(qkit.verify.__file__).parent
-    parts = ["verify", "decode", "preflight", *sorted(path.stem for path in folder.glob("declared*.py"))]
+    parts = [
+        "verify",
+        "decode",
+        "preflight",
+        "confined",
+        "patterns",
+        *sorted(path.stem for path in folder.glob("declared*.py")),
+    ]
     assert len(parts) >= 11
     for part in parts:
         tree = ast.parse((folder / f"{part}.py").read_text())

@@ -15,8 +15,10 @@ from typing import Any
 
 from qkit.errors import BadInput, UsageError
 from qkit.families.outline import Outline
+from qkit.folder import load_json
 from qkit.formats import scheme
-from qkit.safefile import parse_json, write_atomic
+from qkit.safefile import write_atomic
+from qkit.schema import LatencyFile, checked
 from qkit.sensitivity.profile import Profile
 
 VERSION = 1
@@ -82,21 +84,15 @@ class LatencyTable:
         """Raises BadInput for a file that is missing, damaged or of another version."""
         if not file.is_file():
             raise BadInput(f"{file}: no such latency table: make it with 'qkit bench gemv --model .. --table {file}'")
-        data = parse_json(file.read_bytes(), str(file))
+        data = load_json(file, "latency table", 1 << 26)
+        again = "make it again with 'qkit bench gemv --table'"
         if not isinstance(data, dict) or data.get("version") != VERSION:
-            raise BadInput(
-                f"{file}: not a latency table of this version of qkit: make it with 'qkit bench gemv --table'"
-            )
-        try:
-            seconds: dict[Key, float] = {}
-            for e in data["entries"]:
-                seconds[str(e["format"]), e["group"], (int(e["out"]), int(e["in"]))] = float(e["seconds"])
-            if not all(0 < s < 1e6 for s in seconds.values()):
-                raise ValueError("a time is not a positive number of seconds")
-            texts = (str(data["machine"]), str(data["device"]), str(data["dtype"]))
-            return LatencyTable(file, *texts, int(data["m"]), int(data["threads"]), seconds)
-        except (KeyError, TypeError, ValueError) as e:
-            raise BadInput(f"{file}: damaged latency table: {e}: make it again with 'qkit bench gemv --table'") from e
+            raise BadInput(f"{file}: not a latency table of this version of qkit: {again}")
+        checked(LatencyFile, data, f"{file}: damaged latency table", again, BadInput)
+        seconds: dict[Key, float] = {
+            (e["format"], e["group"], (e["out"], e["in"])): float(e["seconds"]) for e in data["entries"]
+        }
+        return LatencyTable(file, data["machine"], data["device"], data["dtype"], data["m"], data["threads"], seconds)
 
 
 @dataclass(frozen=True)

@@ -140,3 +140,17 @@ def _run(arguments: list[str]) -> None:
             raise
         click.echo(f"qkit: {e.filename or 'input/output'}: {e.strerror or e}", err=True)
         sys.exit(5)
+    except MemoryError:
+        if "--debug" in arguments:
+            raise
+        click.echo("qkit: the memory that this process may use is too small: raise its limit", err=True)
+        sys.exit(5)
+    except Exception as e:  # the last place: what comes here should have been an error of qkit
+        if "--debug" in arguments:
+            raise
+        said = (str(e).strip().splitlines() or [""])[0]
+        click.echo(
+            f"qkit: {type(e).__name__}: {said}: this is a fault of qkit: please report it with what --debug shows",
+            err=True,
+        )
+        sys.exit(1)

@@ -6,6 +6,7 @@ The files of this folder import no torch at the top: what is wrong with a comman
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -196,6 +197,28 @@ def announce(console: Console, what: str) -> None:
     """The first line of a command: its options are sound, and what takes seconds begins."""
     context = click.get_current_context(silent=True)
     console.print(Text(f"qkit {context.info_name}: {what}" if context else what), soft_wrap=True)
+
+
+class OutFolder(click.Path):
+    """A folder that will be made: '.' is the folder that it means, and what can have no neighbours is refused."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Raises UsageError for a name that no folder can have, or that other programs could not write."""
+        name, text = param.opts[0] if param is not None else "folder", os.fsdecode(super().convert(value, param, ctx))
+        if not text or "\0" in text:
+            raise UsageError(f"{name} {text!a}: that is no name of a folder: give another")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UsageError(f"{name} {text!a}: the name is not UTF-8: give another") from None
+        folder = Path(text)
+        folder = folder if folder.name not in ("", "..") else Path(os.path.abspath(text))
+        if not folder.name:
+            raise UsageError(f"{name} {text}: that is the root of the file system: name a folder in it")
+        return folder
 
 
 def write_json(file: Path | None, data: Any) -> None:

@@ -11,7 +11,7 @@ import qkit_data
 from rich.console import Console
 from rich.text import Text
 
-from qkit.commands.common import OutFile, Reporter, announce, megabytes, print_wide, wide_table, write_json
+from qkit.commands.common import OutFile, OutFolder, Reporter, announce, megabytes, print_wide, wide_table, write_json
 from qkit.commands.grid import Grid
 from qkit.commands.measured import printable, progress_bar
 from qkit.evaluation.request import EvalRequest
@@ -27,7 +27,7 @@ PROMPT = "When she came home in the evening,"
 
 
 @click.command("demo")
-@click.option("--work", type=click.Path(path_type=Path), default="qkit-demo", show_default=True, help="Its folder.")
+@click.option("--work", type=OutFolder(), default="qkit-demo", show_default=True, help="Its folder.")
 @click.option("--overwrite", is_flag=True, help="Replace the results of an earlier demo in this folder.")
 @click.option("--json", "json_file", type=OutFile(), help="Write the figures to this file.")
 def demo_command(work: Path, overwrite: bool, json_file: Path | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 import qkit_data
 from rich.console import Console
+from rich.text import Text
 
 from qkit.catalog import QUESTIONS
 from qkit.commands.common import OutFile, announce
@@ -157,7 +158,7 @@ def eval_command(
     for out, folder in zip(outs, folders, strict=True):
         mark = read_mark(folder)
         if mark is not None:
-            click.echo(f"{printable(out)}: {described(mark)}", err=True)
+            console.print(Text(f"{printable(out)}: {described(mark)}"), soft_wrap=True)
 
     from qkit.evaluation.measure import measure_all
 

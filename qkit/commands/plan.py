@@ -13,7 +13,7 @@ from rich.text import Text
 from qkit.commands.asked import asked_of
 from qkit.commands.budget import BUDGETS, WAYS, budget_options, explain, explanation
 from qkit.commands.cache import cache_options
-from qkit.commands.common import megabytes, request_options, show_coverage, write_json
+from qkit.commands.common import OutFolder, megabytes, request_options, show_coverage, write_json
 from qkit.errors import UsageError, write_failure
 from qkit.safefile import write_atomic
 
@@ -83,7 +83,7 @@ def write_figures(found: Allocated, folder: Path, console: Console) -> None:
 @cache_options
 @click.option("--explain", "why", is_flag=True, help="Every layer of a budget: the alternatives and what they cost.")
 @click.option("--figures", type=click.Path(path_type=Path), help="Folder for pictures and a page of the allocation.")
-@click.option("--out", type=click.Path(path_type=Path), help="Where the result would go (its disk is checked).")
+@click.option("--out", type=OutFolder(), help="Where the result would go (its disk is checked).")
 def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: Path | None, **given: Any) -> None:
     """Say what quantize would do: coverage, exact bytes, peak memory, and where the time goes.
 

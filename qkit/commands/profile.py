@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from qkit.catalog import MEASURES, PREFERRED, check_measures
+from qkit.catalog import MEASURES, PREFERRED, check_measures, curve_measure
 from qkit.commands.common import (
     OutFile,
+    OutFolder,
     Reporter,
     announce,
     command_line,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     help="What a layer may get: int2..int8 (the same as w2a16..w8a16), any scheme (nvfp4, w8a8: activations too), int3+0.5% "
     "(the largest 0.5 % of its weights kept in 16 bits), int3+r16 (a low-rank part of rank 16), bf16 (left as it is).",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the profile.")
+@click.option("--out", type=OutFolder(), required=True, help="Folder of the profile.")
 @click.option(
     "--method",
     default="gptq",
@@ -113,6 +114,7 @@ def profile_command(
         raise UsageError("--audit-text goes with --audit: add it")
     if audit_text is not None and not audit_text.exists():
         raise BadInput(f"{audit_text}: no such text or folder for --audit-text")
+    of = curve_measure(wanted) if pareto else None
     check_measures(wanted)
     base = Request(**given)
     recipe_of(replace(base, scheme="w4a16"))  # the method, before what takes seconds
@@ -120,11 +122,10 @@ def profile_command(
     announce(console, f"reading {base.model}")
     find_model(base.model)
 
-    from qkit.allocation.pareto import curve_measure, uniform
+    from qkit.allocation.pareto import uniform
     from qkit.profiling import ProfileRequest, audit, forecast, profile
     from qkit.report.figures import pareto_plot, png
 
-    of = curve_measure(wanted) if pareto else None
     request = ProfileRequest(base, candidates, wanted, rows, points)
     reporter = Reporter(console, command_line())
     with reporter.running():

@@ -16,6 +16,7 @@ from qkit.commands.asked import asked_of
 from qkit.commands.budget import budget_options
 from qkit.commands.cache import cache_options
 from qkit.commands.common import (
+    OutFolder,
     Reporter,
     command_line,
     megabytes,
@@ -37,11 +38,11 @@ if TYPE_CHECKING:
 @cache_options
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=OutFolder(),
     required=True,
     help="Folder of the result; one that this command made is verified again.",
 )
-@click.option("--work", type=click.Path(path_type=Path), help="Job folder (default: OUT.job).")
+@click.option("--work", type=OutFolder(), help="Job folder (default: OUT.job).")
 @click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new result is proven.")
 @click.option("--keep-job", is_flag=True, help="Keep the parts in the job folder after success.")
 def quantize_command(

@@ -18,7 +18,6 @@ The configuration is built with the library's own classes, so that what is writt
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import torch
@@ -27,9 +26,12 @@ from torch import Tensor
 from qkit.errors import Unsupported
 from qkit.formats import FORMATS, Format, layout
 from qkit.packing import pack_bits, pack_nibbles, packed_words, unpack_bits, unpack_nibbles
+from qkit.patterns import is_pattern, matched
 from qkit.qtensor import Params, QTensor, param_shape
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
+
+CLASS = "Linear"  # the one name of a class that a target can have here
 
 
 def specs(weights: Format, activations: Format | None, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Spec]:
@@ -232,33 +234,37 @@ def _name_of(fmt: Format) -> str:
     return f"{fmt.kind}{fmt.bits}_{fmt.strategy}"
 
 
-def matches(target: str, name: str, kind: str = "Linear") -> bool:
-    """Whether a config target (class name, exact name or 're:' pattern) means this linear."""
-    if target.startswith("re:"):
-        return re.match(target[3:], name) is not None
-    return target in (name, kind)
-
-
 def formats_of(quantization: dict[str, Any], names: list[str], where: str) -> dict[str, tuple[Format, Format | None]]:
-    """{linear: (weights, activations)} of the linears in ``names`` that the config quantizes."""
-    groups = quantization.get("config_groups") or {}
-    ignore = quantization.get("ignore") or []
+    """{linear: (weights, activations)} of the linears in ``names`` that the config quantizes.
+
+    A target is the name of a class, an exact name, or a pattern. Raises Unsupported for what qkit cannot run, and for patterns
+    that take too long to match.
+    """
+    groups, ignore = quantization.get("config_groups") or {}, quantization.get("ignore") or []
     parsed = []
     for label, group in groups.items():
         weights = parse_args(group["weights"], f"{where}: {label}")
         acts = group.get("input_activations")
         parsed.append((group["targets"], weights, None if acts is None else parse_args(acts, f"{where}: {label}")))
+    every = [*ignore, *(t for targets, _, _ in parsed for t in targets)]
+    if (wrong := next((t for t in every if not is_pattern(t)), None)) is not None:
+        raise Unsupported(
+            f"{where}: {wrong[:80]!a} is no name and no pattern of layers: run 'qkit verify' on the folder"
+        )
+    try:
+        hits = matched(every, names)
+    except ValueError as e:
+        raise Unsupported(f"{where}: quantization_config: {e}: list the layers by name") from e
+
+    def named(targets: list[str]) -> set[str]:
+        return {n for t in targets for n in hits.get(t, (t,))}
+
+    ignored, specific = named(ignore), [(named(ts), w, a) for ts, w, a in parsed]
+    by_class = next(((w, a) for ts, w, a in parsed if CLASS in ts), None)
     result: dict[str, tuple[Format, Format | None]] = {}
-    for name in names:
-        if any(matches(t, name) for t in ignore):
-            continue
+    for name in names if CLASS not in ignore else ():
         # Exact names and patterns go before class names, whatever the order in the file.
-        for specific in (True, False):
-            hit = next(
-                ((w, a) for ts, w, a in parsed if any(matches(t, name) and (t != "Linear") is specific for t in ts)),
-                None,
-            )
-            if hit is not None:
-                result[name] = hit
-                break
+        hit = next(((w, a) for members, w, a in specific if name in members), by_class)
+        if hit is not None and name not in ignored:
+            result[name] = hit
     return result

@@ -22,12 +22,12 @@ from qkit.errors import QkitError
 from qkit.export import compressed_tensors as ct
 from qkit.export.partial import Partial
 from qkit.families.outline import Outline
-from qkit.folder import DENOISER, RECORD, WEIGHT_STEMS, hub_source, weights_folder
+from qkit.folder import DENOISER, RECORD, WEIGHT_STEMS, hub_source, read_record, weights_folder
 from qkit.inputs import RESIDUAL, SCALE
 from qkit.job import Job
 from qkit.kvcache.scales import FORMAT
 from qkit.plan import LinearPlan, Plan, parts
-from qkit.record import FORMAT_VERSION, read_record, to_bytes, write_record
+from qkit.record import FORMAT_VERSION, to_bytes, write_record
 from qkit.safefile import TensorInfo, sha256_file, write_atomic, write_safetensors
 from qkit.sidefiles import check_unchanged, copy
 from qkit.transforms.rotate import rotate_outer
@@ -298,14 +298,14 @@ _SAFETENSORS = {
 def is_export_of(out: Path, plan: Plan, source: Mapping[str, str] | None = None) -> bool:
     """Whether ``out`` says that it holds the finished result of this very plan, made from the source with these
     ``source_hashes`` (None: not asked). Whether it still holds it is for ``verify`` to say."""
-    if not (weights_folder(out) / RECORD).is_file():
-        return False
     try:
-        found = read_record(out)
-    except QkitError:
+        found = read_record(weights_folder(out))
+    except QkitError:  # one that is damaged is replaced, or refused, as any other folder
         return False
-    said = found.get("source") if isinstance(found, dict) else None
-    same = isinstance(said, dict) and all(said.get(key) == digest for key, digest in (source or {}).items())
+    if found is None:
+        return False
+    recorded = found.get("source", {})
+    same = all(recorded.get(key) == digest for key, digest in (source or {}).items())
     return same and bool(found.get("plan_hash") == plan.hash)
 
 
@@ -314,3 +314,8 @@ def source_hashes(plan: Plan, outline: Outline, source_folder: Path) -> dict[str
     quick where they were read before (``hashcache``)."""
     found = {"sha256": outline.checkpoint.sha256()}
     return found if plan.pipeline is None else {**found, "around": weights_of_rest(source_folder, plan.pipeline)}
+
+
+def job_identity(plan: Plan, hashed: Mapping[str, str]) -> dict[str, Any]:
+    """What must agree for a job to be the same job. hashed: ``source_hashes``"""
+    return {**plan.identity, "source_weights": dict(hashed)}

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from qkit.blocks import LANGUAGE, BlockOutline, BlockSequence, Group, Linear, LinearGroup
 from qkit.checkpoint import Checkpoint
-from qkit.errors import BadCheckpoint
+from qkit.errors import BadCheckpoint, Unsupported
 from qkit.families import Family
 from qkit.families.discover import build_skeleton, family_of, kind_of
+from qkit.families.mismatch import another_class, other_storage
 from qkit.folder import DENOISER
 from qkit.machine import run_dtype
 
@@ -42,6 +43,11 @@ class Outline:
         self.family: Family = family_of(self.model, kind_of(checkpoint.config))
         config: Any = self.model.config
         self.text_config: Any = config if self.family.streams else config.get_text_config(decoder=True)
+        if isinstance(self.text_config, dict):
+            raise BadCheckpoint(
+                f"{checkpoint.path}: config.json: text_config is there, and a model of type {kind_of(checkpoint.config)!r} has "
+                "none: get the config of this model"
+            )
         # Of a diffusion transformer, what no checkpoint holds: to be put back wherever its modules get memory.
         self.computed = _computed(self.model) if self.family.streams else None
         self._named = _names_of(self.model, checkpoint) if self.family.text_types else {}
@@ -211,6 +217,9 @@ class Outline:
         shapes.update({stored: tuple(_get(self.model, name).shape) for name, stored in self.outer})
         missing = [n for n in shapes if n not in tensors]
         if missing:
+            stated = another_class(self.model, self.checkpoint) or other_storage(self.model, self.checkpoint, self.tied)
+            if stated:
+                raise Unsupported(f"{where}: {stated}")
             raise BadCheckpoint(
                 f"{where}: {len(missing)} tensors that config.json asks for are not in the file, the first is "
                 f"{missing[0]!r}: the checkpoint is incomplete or its config belongs to another model"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qkit.errors import UsageError
+from qkit.folder import RECORD, read_record
+from qkit.schema import KvPolicy
+from qkit.schema import checked as checked_file
 
 WIDTHS = (2, 3, 4, 8, 16)
 KINDS = {
@@ -91,9 +93,12 @@ class CacheRequest:
 
 def stored(folder: Path) -> Policy | None:
     """The policy that a quantized folder is to be run with."""
-    record = folder / "qkit.json"
-    found = json.loads(record.read_bytes()).get("kv") if record.is_file() else None
-    return None if found is None else Policy.from_json(found)
+    record = read_record(folder)
+    found = None if record is None else record.get("kv")
+    if found is None:
+        return None
+    checked_file(KvPolicy, found, f"{folder / RECORD}: kv", "run 'qkit verify' on the folder")
+    return Policy.from_json(found)
 
 
 def parse(text: str) -> Policy:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from qkit.export.folder import job_identity
 from qkit.families.outline import Outline
 from qkit.formats import Format
 from qkit.job import Job
@@ -73,8 +74,9 @@ def probes(
     """Run what is missing of every candidate's probe and open them all. plans: by candidate name."""
     with ExitStack() as stack:
         jobs: dict[str, tuple[Plan, Job]] = {}
+        hashed = {"sha256": outline.checkpoint.sha256()}
         for name, plan in plans.items():
-            job = stack.enter_context(Job.open(folder / name.lower(), plan.identity))
+            job = stack.enter_context(Job.open(folder / name.lower(), job_identity(plan, hashed)))
             run_blocks(plan, outline, job, pool, _Named(progress, name))
             jobs[name] = (plan, job)
         yield Probes(jobs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,12 @@ from qkit.calibration import Calibration
 from qkit.catalog import PROFILE, check_measures
 from qkit.errors import BadInput
 from qkit.families.outline import Outline
+from qkit.folder import load_json
 from qkit.parallel import Workers
 from qkit.plan import Plan
 from qkit.run import Progress
-from qkit.safefile import parse_json, write_atomic
+from qkit.safefile import write_atomic
+from qkit.schema import ProfileFile, checked
 from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.decomposition import decomposition_file, load_decomposition
 from qkit.sensitivity.ledger import Ledger
@@ -32,6 +33,8 @@ from qkit.sensitivity.units import Unit, parts_named, unit_bytes, units_of
 VERSION = 3
 FILE = PROFILE
 MEASURED = "measured.jsonl"
+KEPT = "keep"  # the candidate that leaves weights as they are
+LIMIT = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -83,25 +86,34 @@ class Profile:
             raise BadInput(
                 f"{file}: no such profile: make it with 'qkit profile --model .. --candidates .. --out {folder}'"
             )
-        data = parse_json(file.read_bytes(), str(file))
+        data = load_json(file, "profile", LIMIT)
         if not isinstance(data, dict) or data.pop("version", None) != VERSION:
             raise BadInput(f"{file}: not a profile of this version of qkit: make it again")
-        try:
-            units = tuple(
-                UnitProfile(
-                    u["key"], tuple(u["linears"]), u["weights"], {k: Choice(**c) for k, c in u["choices"].items()}
-                )
-                for u in data.pop("units")
-            )
-            for u in units:
-                for name, choice in u.choices.items():
-                    numbers = [choice.bytes, *(choice.costs[m] for m in data["measures"])]
-                    if not all(type(x) in (int, float) and isfinite(x) for x in numbers) or choice.bytes <= 0:
-                        raise TypeError(f"{u.key}, {name}: bytes and costs have to be numbers, and bytes more than 0")
-            data = {**data, "candidates": tuple(data["candidates"]), "measures": tuple(data["measures"])}
-            return Profile(units=units, **data)
-        except (KeyError, TypeError) as e:
-            raise BadInput(f"{file}: damaged: {e}: make it again") from e
+        checked(ProfileFile, data, f"{file}: damaged", "make it again", BadInput)
+        units = tuple(
+            UnitProfile(u["key"], tuple(u["linears"]), u["weights"], {k: Choice(**c) for k, c in u["choices"].items()})
+            for u in data.pop("units")
+        )
+        data = {**data, "candidates": tuple(data["candidates"]), "measures": tuple(data["measures"])}
+        made = Profile(units=units, **data)
+        if fault := made._fault():
+            raise BadInput(f"{file}: damaged: {fault}: make it again")
+        return made
+
+    def _fault(self) -> str | None:
+        """What names something that is not there."""
+        known = set(self.candidates)
+        sizes = self.request["group_sizes"].keys(), self.request["outliers"].keys()
+        for unit in self.units:
+            if unknown := unit.choices.keys() - known:
+                return f"{unit.key} has a choice {min(unknown)} that is no candidate"
+            lacking = next((n for n, c in unit.choices.items() if not c.costs.keys() >= set(self.measures)), None)
+            if lacking is not None:
+                return f"{unit.key}, {lacking}: not every measure has a cost"
+        if len({u.key for u in self.units}) < len(self.units):
+            return "two units have one key"
+        lost = next((n for n in self.candidates if n != KEPT and not all(n in names for names in sizes)), None)
+        return None if lost is None else f"nothing says how {lost} was made"
 
     @staticmethod
     def decomposition(folder: Path, candidate: str) -> dict[str, Tensor]:

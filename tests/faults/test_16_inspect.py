@@ -196,7 +196,6 @@ def test_results_of_other_tools(run, tmp_path):
              "weights": {"num_bits": 4, "type": "int", "strategy": "channel", "symmetric": False}}}},
             ("compressed-tensors: weights INT4 by channel, asymmetric", "a tool that writes compressed-tensors 0.12", 1024),
         ),
-        "odd": (gptq, [1], ("quantization_config is a list", None, None)),
     }  # fmt: skip
     for case, (tensors, said, (line, maker, weights)) in cases.items():
         folder = foreign(tmp_path / case, tensors, said)
@@ -206,6 +205,12 @@ def test_results_of_other_tools(run, tmp_path):
         assert found["quantization"][0].startswith(line), (case, found["quantization"])
         assert found["weights"] == weights, case
         assert maker is None or found["made_by"] == maker, case
+
+
+def test_a_quantization_config_of_another_type(run, tmp_path):
+    folder = foreign(tmp_path / "m", {"a.qweight": torch.zeros(8, 16, dtype=torch.int32)}, [1])
+    code, said, err = run("inspect", folder)
+    assert code == 3 and "quantization_config is a list" in said and err.count("\n") == 1
 
 
 def test_a_config_that_says_nothing(run, tmp_path):

@@ -36,7 +36,7 @@ def test_two_models_against_one_baseline(packed, tiny, run, calib, tmp_path, mon
     assert loaded == ["w4a16", "w8a16", "llama"]  # the baseline once
     both = json.loads(file.read_text())
     assert list(both) == ["models"] and [m["model"] for m in both["models"]] == ["w4a16", "w8a16"]
-    rows = [line.split() for line in said.splitlines() if line.startswith(("llama", "w4a16", "w8a16"))]
+    rows = [line.split() for line in said.splitlines() if line.startswith((" llama", " w4a16", " w8a16"))]
     assert [row[0] for row in rows] == ["llama", "w4a16", "w8a16"] and said.count("perplexity") == 1
     for name, found in zip(("w4a16", "w8a16"), both["models"], strict=True):
         code, _, err = run("eval", packed / name, *arguments)
