@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qkit.advice import times
 from qkit.batches import extent
+from qkit.calibrating import calibration_of
 from qkit.calibration import Calibration
 from qkit.families.outline import Outline
 from qkit.kvcache.scaling import STEPS
@@ -17,7 +18,7 @@ from qkit.kvplan import CacheChoices, measured_rows
 from qkit.pipeline import prepare
 from qkit.profiling import ProfileRequest, foreseen
 from qkit.requant import Begun, compared_rows
-from qkit.request import Request, calibration_of
+from qkit.request import Request
 from qkit.sensitivity.forecast import GRADIENTS, pass_operations
 from qkit.sensitivity.repair import POINTS
 from qkit.sensitivity.targets import Open

@@ -7,13 +7,11 @@ gives the request back with one rule per candidate in use.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from qkit import kvplan
 from qkit.allocation.allocate import (
     Allocation,
-    Budget,
     Reach,
     allocate,
     bounded,
@@ -27,38 +25,22 @@ from qkit.allocation.allocate import (
 )
 from qkit.allocation.knapsack import solve
 from qkit.allocation.latency import Latency, LatencyTable, unit_times
+from qkit.allocation.limits import CANDIDATES, MEASURE, BudgetRequest
 from qkit.allocation.pareto import cost_of
 from qkit.allocation.refine import Refined, refine
 from qkit.errors import BadInput, UsageError
 from qkit.families.outline import Outline
-from qkit.kvplan import CacheChoices, CachePlan, CacheRequest, joint_choices
+from qkit.kvcache.policy import CacheRequest
+from qkit.kvplan import CacheChoices, CachePlan, joint_choices
 from qkit.pipeline import open_outline
 from qkit.profiling import ProfileRequest, measured_plans, of_shapes, profile
 from qkit.request import Request
 from qkit.run import Progress
+from qkit.sensitivity.candidates import parse_candidates
 from qkit.sensitivity.profile import FILE, Profile
-from qkit.sensitivity.units import parse_candidates, parts_named, units_of
+from qkit.sensitivity.units import parts_named, units_of
 
-CANDIDATES = "int2,int3,int4,int8"
-MEASURE = "kl"
 NOTHING = "the budget lets every layer stay as it is: nothing to quantize; lower it"
-
-
-@dataclass(frozen=True)
-class BudgetRequest:
-    """floors, ceilings: (glob, candidate); evaluations: of whole plans, 0 for the solved plan as it is;
-    candidates: of a profile that is still to be made; named: whether the user said where the profile is; cache: the KV cache
-    that a memory budget is shared with."""
-
-    budget: Budget
-    profile: Path
-    candidates: str | None = None
-    measure: str = MEASURE
-    floors: tuple[tuple[str, str], ...] = ()
-    ceilings: tuple[tuple[str, str], ...] = ()
-    evaluations: int = 0
-    named: bool = False
-    cache: CacheRequest | None = None
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qkit.errors import BadCheckpoint, NumericFailure
 from qkit.folder import (
@@ -43,6 +41,9 @@ from qkit.safefile import (
 )
 from qkit.schema import model_config
 from qkit.sidefiles import sampled_hash, travelling
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "Checkpoint",
@@ -301,7 +302,7 @@ def check_tied(checkpoint: Checkpoint, tied: bool) -> tuple[str, str] | None:
     shape = checkpoint.tensors[head].shape
     embedding = next((name for name in embeddings if checkpoint.tensors[name].shape == shape), embeddings[0])
     first, second = checkpoint.read(embedding), checkpoint.read(head)
-    if first.dtype != second.dtype or not torch.equal(first, second):
+    if first.dtype != second.dtype or not first.equal(second):
         raise BadCheckpoint(
             f"{where}, but {shown(embedding)} and {shown(head)} differ, expected equal: "
             "set tie_word_embeddings to false if both are meant"

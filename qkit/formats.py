@@ -173,6 +173,18 @@ def scheme(name: str) -> Scheme:
     return SCHEMES[key]
 
 
+def layout(weights: Format, activations: Format | None) -> str:
+    """The compressed-tensors format name of a weight and activation pair."""
+    if weights.kind == "int":
+        plain = weights.bits == 8 and activations is not None and weights.strategy in ("channel", "tensor")
+        return "int-quantized" if plain else "pack-quantized"
+    if weights.scale == "e4m3":
+        return "nvfp4-pack-quantized"
+    if weights.scale == "e8m0":
+        return "mxfp4-pack-quantized" if weights.kind == "fp4" else "mxfp8-quantized"
+    return "naive-quantized" if activations is None else "float-quantized"
+
+
 def fit_group(fmt: Format, *widths: int, strict: bool = False) -> Format:
     """The format as it can be applied to rows of so many elements; several widths: of linears that have to share a group.
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from qkit.blocks import BlockOutline, Group, LinearGroup
 from qkit.engines import EngineLine, Part, engine_lines, engine_rows
 from qkit.errors import BadRecipe, Unsupported
-from qkit.export.compressed_tensors import layout
 from qkit.families.outline import Outline
+from qkit.formats import layout
 
 if TYPE_CHECKING:
     from qkit.plan import LinearPlan, Plan

@@ -10,32 +10,22 @@ import torch
 from torch import Tensor
 
 from qkit.allocation.knapsack import Choice, solve
+from qkit.calibrating import calibration_of
 from qkit.calibration import Calibration
 from qkit.errors import Unsupported, UsageError
 from qkit.families.outline import Outline
 from qkit.kvcache.cache import Heads, make_cache, with_budgets
-from qkit.kvcache.policy import Policy, parse
+from qkit.kvcache.policy import CacheRequest, Policy, parse
 from qkit.kvcache.scaling import search
 from qkit.kvcache.sensitivity import divergences, sensitivities
 from qkit.loading import load
 from qkit.pipeline import open_outline
-from qkit.request import Request, calibration_of
+from qkit.request import Request
 from qkit.run import Progress
 
 ROWS = 16  # of calibration, for the sensitivity of a cache; our choice: the ranking of layers settles early
 STRETCH = 4  # most: positions of rows are stretched up to the length asked for (PM-KVQ: 4 and 16 do alike)
 SCALED = ("progressive", "rtn")  # kinds whose keys share a scale between channels
-
-
-@dataclass(frozen=True)
-class CacheRequest:
-    """kv: a policy by name; memory: bytes for the cache of one sequence of ``length`` tokens (None: the model's longest);
-    scale_keys: whether scales of keys are searched and folded into the projections."""
-
-    kv: str
-    memory: int | None = None
-    length: int | None = None
-    scale_keys: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ reads the shards tensor by tensor. It gives a transformers model: generate, forw
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from qkit.inputs import RESIDUAL, SCALE, InputTransform
 from qkit.kvcache.scales import declare
 from qkit.layers import QuantExperts, QuantLinear
 from qkit.locate import find_model
+from qkit.rejected import RejectedWarning, described, read_mark
 from qkit.safefile import shown
 from qkit.schema import checked, foreign
 
@@ -44,6 +46,9 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     does not suit the model.
     """
     folder = find_model(str(path))
+    mark = read_mark(folder)
+    if mark is not None:
+        warnings.warn(f"{folder}: {described(mark)}", RejectedWarning, stacklevel=3)
     checkpoint = Checkpoint.open(weights_folder(folder), quantized=True)
     if "_class_name" in checkpoint.config:
         return _diffusion(folder, checkpoint, dtype, device, kv)

@@ -6,7 +6,6 @@ import os
 import re
 from pathlib import Path
 
-from qkit.checkpoint import Checkpoint
 from qkit.errors import BadCheckpoint, QkitError, UsageError
 from qkit.folder import read_record, refuse_gguf, weights_folder
 from qkit.safefile import write_atomic
@@ -73,6 +72,8 @@ def recorded_source(out: Path) -> Path | None:
     Believed only if its fingerprint is the one that qkit.json records.
     """
     import qkit_data
+
+    from qkit.checkpoint import Checkpoint  # finding a folder does not need it
 
     record = read_record(weights_folder(out))
     if record is None:

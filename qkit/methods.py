@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from qkit.calibration import Calibration
+from qkit.catalog import BALANCED, INPUTS, RATIOS, SHARE, TRANSFORMS
 from qkit.errors import Unsupported, UsageError
 from qkit.families.discover import kind_of
 from qkit.families.outline import Outline
 from qkit.recipe import Recipe
-from qkit.transforms.balance import INPUTS, RATIOS
-from qkit.transforms.residual import SHARE
 from qkit.transforms.rotate import check_rotatable
-from qkit.transforms.table import BALANCED, TRANSFORMS
 
 
 def check_method(

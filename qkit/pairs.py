@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from qkit.calibration import KINDS, Calibration, digest_of, read_text
+from qkit.catalog import DRAWN
 from qkit.confined import Exceeded
 from qkit.errors import BadCalibration, BadCheckpoint, BadInput, Unsupported, UsageError
 from qkit.folder import check_side_files, parse_checked
@@ -32,8 +33,6 @@ from qkit.schema import PairLine, checked, foreign
 from qkit.templates import TemplateFailure, rendered, written
 from qkit.textfile import TextFile, is_chat
 
-DRAWN = "drawn"  # in the place of a file: the project's scenes
-QUESTIONS = 500  # held-out pairs, unless more or fewer are asked for
 CAPTION = "Describe the picture."
 _NO_PLACE = "the chat template of the model has no place for a picture"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.auto import forecast_of, plan_of
+from qkit.calibrating import calibration_asked
 from qkit.calibration import Calibration
 from qkit.checkpoint import Checkpoint, check_config, check_tied
 from qkit.diffusion.pipeline import check_pipeline, rest_of
@@ -33,7 +34,7 @@ from qkit.output import check_output_dir, commit_dir, remove_result
 from qkit.parallel import workers
 from qkit.plan import Plan, parts, why_rows
 from qkit.recipe import Recipe
-from qkit.request import Request, calibration_asked, recipe_of
+from qkit.request import Request, recipe_of
 from qkit.run import Progress, run_blocks
 from qkit.sensitivity.forecast import repair_memory, weighing_memory
 from qkit.sensitivity.hidden import weighing

@@ -15,6 +15,7 @@ from typing import Any
 
 from qkit.blocks import BlockOutline, BlockSequence, Linear
 from qkit.calibration import Calibration
+from qkit.catalog import INPUTS, RATIOS
 from qkit.diffusion.policy import BY_STEP, Asked
 from qkit.errors import Unsupported, UsageError
 from qkit.families.discover import kind_of
@@ -30,7 +31,6 @@ from qkit.sizes import check_rank, packed_bytes
 from qkit.solvers.table import SOLVERS
 from qkit.sparse import outlier_count
 from qkit.towers import tower_rules
-from qkit.transforms.balance import INPUTS, RATIOS
 from qkit.transforms.residual import residual_channels
 from qkit.transforms.table import TRANSFORMS
 

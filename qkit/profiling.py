@@ -14,7 +14,9 @@ import torch
 
 from qkit.batches import Extent, extent, text_extent
 from qkit.blocks import LANGUAGE
+from qkit.calibrating import calibration_of, pair_calibration, wants_pairs
 from qkit.calibration import Calibration
+from qkit.catalog import check_measures
 from qkit.errors import BadInput, UsageError
 from qkit.families.outline import Outline
 from qkit.folder import list_names
@@ -23,14 +25,15 @@ from qkit.parallel import workers
 from qkit.pipeline import open_outline, prepare
 from qkit.plan import Plan
 from qkit.recipe import parse_method
-from qkit.request import Request, calibration_of, pair_calibration, wants_pairs
+from qkit.request import Request
 from qkit.run import Progress
+from qkit.sensitivity.candidates import Candidate, parse_candidates
 from qkit.sensitivity.forecast import ProfileForecast, profile_forecast, refuse_what_cannot_fit
 from qkit.sensitivity.ledger import Ledger
-from qkit.sensitivity.measures import MEASURES, Bench
+from qkit.sensitivity.measures import Bench
 from qkit.sensitivity.probes import probes
 from qkit.sensitivity.profile import MEASURED, Profile, identity, make_bench, make_profile, profile_of_shapes
-from qkit.sensitivity.units import Candidate, parse_candidates, parts_named, parts_of, units_of
+from qkit.sensitivity.units import parts_named, parts_of, units_of
 from qkit.towers import SKIP
 
 ROWS = 32  # that losses are measured on; our choice
@@ -84,8 +87,7 @@ class _Prepared:
 def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profile:
     """Make the profile in ``folder``, or go on with it. Raises UsageError for methods that rewrite the weights, Unsupported
     where memory is too small for it."""
-    if not request.measures:
-        raise UsageError(f"--measures: none is given: expected some of {', '.join(MEASURES)}")
+    check_measures(request.measures)
     _refuse_foreign(folder)
     found = _prepare(request)
     if (folder / MEASURED).exists():

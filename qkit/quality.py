@@ -11,7 +11,7 @@ positions; nothing grows with the text but a few numbers per token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -88,24 +88,41 @@ def compare_windows(
 
     Arguments and errors as for ``nll_windows``; further a UsageError when the vocabularies differ in size.
     """
+    return compare_all(reference, [approx], tokens, window, limit, progress)[0]
+
+
+def compare_all(
+    reference: Any,
+    models: Sequence[Any],
+    tokens: Tensor,
+    window: int,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> list[Comparison]:
+    """``compare_windows`` of several models with one reference, which runs once."""
     windows = split_windows(tokens, window, limit)
-    parts: list[list[Tensor]] = []
-    for ids in _batches([reference, approx], windows, progress):
-        p_logits, q_logits = _logits(reference, ids), _logits(approx, ids)
-        if p_logits.shape != q_logits.shape:
-            raise UsageError(
-                f"the two models cannot be compared token by token: the reference has a vocabulary of "
-                f"{p_logits.shape[-1]}, the other one of {q_logits.shape[-1]}; give the model that it was made from"
-            )
-        rows = []
-        for at in _chunks(p_logits):
-            p, q = _log_softmax(p_logits, at), _log_softmax(q_logits, at).to(p_logits.device)
-            kl = divergence(p, q)
-            same = (p.argmax(-1) == q.argmax(-1)) & ~kl.isnan()
-            rows.append([_nll(p, ids, at), _nll(q, ids, at), kl, same])
-        parts.append([torch.cat(column, dim=1).cpu() for column in zip(*rows, strict=True)])
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    return Comparison(*columns)
+    parts: list[list[list[Tensor]]] = [[] for _ in models]
+    for ids in _batches([reference, *models], windows, progress):
+        p_logits = _logits(reference, ids)
+        for found, approx in zip(parts, models, strict=True):
+            found.append(_compared(p_logits, _logits(approx, ids), ids))
+    return [Comparison(*(torch.cat(column) for column in zip(*found, strict=True))) for found in parts]
+
+
+def _compared(p_logits: Tensor, q_logits: Tensor, ids: Tensor) -> list[Tensor]:
+    """The fields of a Comparison, of some windows."""
+    if p_logits.shape != q_logits.shape:
+        raise UsageError(
+            f"the two models cannot be compared token by token: the reference has a vocabulary of "
+            f"{p_logits.shape[-1]}, the other one of {q_logits.shape[-1]}; give the model that it was made from"
+        )
+    rows = []
+    for at in _chunks(p_logits):
+        p, q = _log_softmax(p_logits, at), _log_softmax(q_logits, at).to(p_logits.device)
+        kl = divergence(p, q)
+        same = (p.argmax(-1) == q.argmax(-1)) & ~kl.isnan()
+        rows.append([_nll(p, ids, at), _nll(q, ids, at), kl, same])
+    return [torch.cat(column, dim=1).cpu() for column in zip(*rows, strict=True)]
 
 
 def split_windows(tokens: Tensor, window: int, limit: int | None = None) -> Tensor:

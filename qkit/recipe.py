@@ -25,12 +25,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from qkit.catalog import SOLVERS, TRANSFORMS
 from qkit.diffusion.policy import Asked
 from qkit.errors import BadRecipe, UsageError
 from qkit.formats import Scheme, did_you_mean, scheme
-from qkit.solvers.table import SOLVERS
 from qkit.strictyaml import LineDict, check_keys, load_yaml
-from qkit.transforms.table import TRANSFORMS
 
 Glob = Annotated[str, Field(min_length=1, max_length=200)]
 MOST_SPARSE = 20.0  # percent: beyond it a wider format takes less room

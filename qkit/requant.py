@@ -24,6 +24,7 @@ import torch
 
 from qkit import loading
 from qkit.calibration import Calibration
+from qkit.catalog import REQUANT, REQUANT_OUTLIERS, REQUANT_SIGNIFICANT
 from qkit.errors import UsageError
 from qkit.export.folder import job_identity, source_hashes
 from qkit.job import Job
@@ -39,8 +40,6 @@ from qkit.sensitivity.probes import replacements
 from qkit.sensitivity.repair import POINTS, original_model
 from qkit.sensitivity.subject import Subject
 
-METHOD = "requant"
-OUTLIERS, SIGNIFICANT = 0.45, 0.05  # percent, of the paper's SqueezeLLM runs
 EXPONENTS = (0.0, 0.5, 1.0, 2.0)
 MOST = 10.0  # percent of a layer
 ROWS = 32  # calibration rows that trials are compared on: means over a layer or the model have little noise
@@ -53,11 +52,6 @@ class Searched:
     request: Request
     exponent: float
     divergence: dict[float, float]
-
-
-def is_requant(method: str | None) -> bool:
-    """Whether a method string asks for ReQuant."""
-    return METHOD in (method or "").lower().split("+")
 
 
 @dataclass(frozen=True)
@@ -83,12 +77,12 @@ class Begun:
 def begin(request: Request) -> Begun:
     """Look at a request whose method holds 'requant'; measures nothing. Raises UsageError for what cannot be searched."""
     if isinstance(request.outliers, dict):
-        raise UsageError(f"method {METHOD} finds the share of outliers of every layer: give one percentage")
-    parts = [p for p in (request.method or "").lower().split("+") if p != METHOD]
-    percent = OUTLIERS if request.outliers is None else request.outliers
-    significant = SIGNIFICANT if request.significant is None else request.significant
+        raise UsageError(f"method {REQUANT} finds the share of outliers of every layer: give one percentage")
+    parts = [p for p in (request.method or "").lower().split("+") if p != REQUANT]
+    percent = REQUANT_OUTLIERS if request.outliers is None else request.outliers
+    significant = REQUANT_SIGNIFICANT if request.significant is None else request.significant
     if not 0 <= percent <= MOST:
-        raise UsageError(f"--outliers {percent:g}: method {METHOD} expects a percentage from 0 to {MOST:g}")
+        raise UsageError(f"--outliers {percent:g}: method {REQUANT} expects a percentage from 0 to {MOST:g}")
     base = replace(request, method="+".join(parts) or "rtn", outliers=0.0, significant=significant)
     first = prepare(base)
     if first.plan.transforms and not significant:
@@ -97,7 +91,7 @@ def begin(request: Request) -> Begun:
             "made for those alone: give --significant a share above 0, or a solver without transforms"
         )
     if not percent and not significant:
-        raise UsageError(f"method {METHOD} with neither outliers nor significant weights: leave '{METHOD}' out")
+        raise UsageError(f"method {REQUANT} with neither outliers nor significant weights: leave '{REQUANT}' out")
     compared_rows(first.plan)
     return Begun(base, first, percent)
 
@@ -204,7 +198,7 @@ class _Trials:
 def compared_rows(plan: Plan) -> Calibration:
     """Those that sensitivity and trials are measured on. Raises UsageError where the base method runs none."""
     if plan.calibration is None:  # rounding without significant weights runs no rows by itself
-        raise UsageError(f"method {METHOD} with rtn needs a share of significant weights above 0: give --significant")
+        raise UsageError(f"method {REQUANT} with rtn needs a share of significant weights above 0: give --significant")
     return plan.calibration.first(ROWS)
 
 

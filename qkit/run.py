@@ -19,6 +19,7 @@ from qkit.auto import attempt
 from qkit.blocks import LANGUAGE, BlockOutline, BlockSequence, LinearGroup
 from qkit.calls import Call, OneByOne
 from qkit.capture import Rows, Stats, Wanted
+from qkit.catalog import BALANCED, INPUTS
 from qkit.entry import Calls, embed, quantizing
 from qkit.errors import NumericFailure, write_failure
 from qkit.families.materialize import load_block, release
@@ -37,9 +38,9 @@ from qkit.solvers import ZERO_INPUTS
 from qkit.solvers.table import SOLVERS
 from qkit.solving import Result, look_at_inputs, solve_groups
 from qkit.transforms import BlockState
-from qkit.transforms.balance import INPUTS, gradients, ratios
+from qkit.transforms.balance import gradients, ratios
 from qkit.transforms.keys import scale_keys
-from qkit.transforms.table import BALANCED, TRANSFORMS
+from qkit.transforms.table import TRANSFORMS
 
 MAX_SILENT = 0.5  # share of linears that may see nothing but zeros: a single one is a property of the model
 MAX_FALLBACKS = 0.05  # share of linears that may fall back before the run counts as failed

@@ -24,31 +24,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qkit.errors import BadCheckpoint, IOFailure, VerifyFailure, write_failure
 
-DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F64": torch.float64,
-}
-DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+if TYPE_CHECKING:
+    import torch
+
+# As the format names them, with torch's name and the bytes of an element. torch itself is imported where tensors are.
+DTYPES: dict[str, tuple[str, int]] = {
+    "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1), "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1), "F8_E8M0": ("float8_e8m0fnu", 1), "I16": ("int16", 2), "U16": ("uint16", 2),
+    "F16": ("float16", 2), "BF16": ("bfloat16", 2), "I32": ("int32", 4), "U32": ("uint32", 4), "F32": ("float32", 4),
+    "I64": ("int64", 8), "U64": ("uint64", 8), "F64": ("float64", 8),
+}  # fmt: skip
+DTYPE_NAMES = {f"torch.{name}": stored for stored, (name, _) in DTYPES.items()}
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_TENSORS = 200_000  # in one file; the largest published mixture-of-experts models stay below
@@ -81,7 +71,10 @@ class TensorInfo:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch names it."""
-        return DTYPES[self.dtype]
+        import torch
+
+        found: torch.dtype = getattr(torch, DTYPES[self.dtype][0])
+        return found
 
 
 def shown(text: object, limit: int = 80) -> str:
@@ -202,7 +195,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data: int, size: int) -> Ten
     if not _are_counts(offsets, 2, size - data) or len(offsets) != 2:
         _refuse(path, f"{where}: data_offsets {shown(offsets)}, expected two places in the {size - data} bytes of data")
     begin, end = offsets
-    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    expected = math.prod(shape) * DTYPES[dtype][1]
     if end - begin != expected:
         _refuse(path, f"{where}: {end - begin} bytes of data, expected {expected} for {dtype} {shown(shape)}")
     return TensorInfo(name, dtype, tuple(shape), path, data + begin, data + end)
@@ -219,6 +212,8 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
 
     Raises BadCheckpoint when the file ends too soon or a BOOL holds more than 0 and 1; IOFailure.
     """
+    import torch
+
     where = f"tensor {shown(info.name)}"
     try:
         flat = torch.empty(info.nbytes, dtype=torch.uint8)
@@ -287,10 +282,10 @@ def write_safetensors(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, dtype, shape in ordered:
-        if name in header or not is_safe_name(name) or dtype not in DTYPE_NAMES:
+        if name in header or not is_safe_name(name) or str(dtype) not in DTYPE_NAMES:
             raise VerifyFailure(f"{path}: tensor {shown(name)} of {dtype}: cannot be written under this name and dtype")
         end = at + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        header[name] = {"dtype": DTYPE_NAMES[str(dtype)], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
@@ -310,6 +305,8 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _tensor_bytes(path: Path, spec: tuple[str, torch.dtype, tuple[int, ...]], tensor: torch.Tensor) -> memoryview:
+    import torch
+
     name, dtype, shape = spec
     if tensor.dtype != dtype or tensor.shape != tuple(shape):
         found = f"{tensor.dtype} {tuple(tensor.shape)}"
@@ -380,6 +377,8 @@ def sha256_file(path: Path) -> str:
 
 def count_nonfinite(t: torch.Tensor) -> int:
     """How many elements are NaN or infinite; 0 for integers. Extra memory is bounded for contiguous tensors."""
+    import torch
+
     if not t.is_floating_point():
         return 0
     count = 0

@@ -11,7 +11,7 @@ from qkit.benchmark.host import Host, cache_bytes, measured_host
 from qkit.benchmark.products import Entrant, Timing, compare, described, enter
 from qkit.benchmark.shapes import MODELS, model_shapes, parse_shapes
 from qkit.errors import Unsupported, UsageError
-from qkit.sensitivity.units import parse_candidates
+from qkit.sensitivity.candidates import parse_candidates
 
 HOST = Host(copy=1e12, read=1e12, flops=1e15, cache=1 << 16, buffer=torch.ones(1 << 14))  # nothing is too fast for it
 INT4 = parse_candidates("int4", 32)[0]
@@ -137,7 +137,7 @@ def test_shapes(tiny):
 )
 def test_refused(options, code, said, run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qkit.commands.bench.measured_host", lambda: HOST)
+    monkeypatch.setattr("qkit.benchmark.host.measured_host", lambda: HOST)
     found, _, err = run("bench", *options)
     assert found == code and said in err and len(err.strip().splitlines()) == 1, err
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import qkit
 from qkit import sparse
-from qkit.allocation.allocate import Budget, allocate, bounded, limit_bytes
+from qkit.allocation.allocate import allocate, bounded, limit_bytes
+from qkit.allocation.limits import Budget
 from qkit.allocation.refine import refine
 from qkit.budgeting import running_bytes
 from qkit.pipeline import open_outline
@@ -300,11 +301,13 @@ def test_a_profile_of_other_candidates_keeps_what_was_measured(run, tiny, tmp_pa
     profiled(run, model, folder, small, "int4,int8")
     measured = (folder / "measured.jsonl").read_bytes()
     other = [*small[:2], "--samples", 6, *small[4:]]
-    arguments = ("--candidates", "int4,int8", "--group-size", 32, "--rows", 4, "--points", 2, "--out", folder)
+    given = {"--candidates": "int4,int8", "--group-size": 32, "--rows": 4, "--points": 2, "--out": folder}
+    arguments = tuple(x for pair in given.items() for x in pair)
     code, _, err = run("profile", "--model", model, *arguments, *other)
     assert code == 6 and "--samples: 8 there, 6 now" in err
     for option, value in (("--rows", 3), ("--points", 3), ("--group-size", 16)):
-        code, _, err = run("profile", "--model", model, *arguments, *small, option, value)
+        changed = [x for pair in (given | {option: value}).items() for x in pair]
+        code, _, err = run("profile", "--model", model, *changed, *small)
         assert code == 6 and f"another {option}" in err and f"{value} now" in err, err
     assert (folder / "measured.jsonl").read_bytes() == measured
     before = Profile.load(folder)

@@ -32,6 +32,7 @@ FLAGS = {
     "tasks text vbench-python videos videos-dir window windows",
     "check": "allow-task-code baseline budget device dtype json junit task-dir text",
     "bench": "baseline device dtype figure formats group-size json m model new-tokens prompt-tokens shapes table threads",
+    "inspect": "json",
     "list": "json",
     "demo": "json overwrite work",
 }

@@ -19,12 +19,14 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from qkit.commands.check import check_command, checks_table, choose_texts
-from qkit.commands.eval import eval_command, json_bytes, show, split_names
+from qkit.commands.eval import eval_command, split_names
+from qkit.commands.measured import json_bytes, show
 from qkit.errors import BadInput, BudgetNotMet, QkitError, Unsupported, UsageError
 from qkit.evaluation.budget import Check, judge, load_budget
-from qkit.evaluation.measure import jsonable
+from qkit.evaluation.request import jsonable
+from qkit.evaluation.sources import read_text, text_name
 from qkit.evaluation.taskcode import refuse_task_code
-from qkit.evaluation.text import evaluate_text, read_text, text_name
+from qkit.evaluation.text import evaluate_text
 
 WORDS = "the a cat dog tree runs sleeps over under quick and slow house garden river stone".split()
 

@@ -16,6 +16,7 @@ from test_job import contents, killed_after
 from transformers import DynamicCache
 
 import qkit
+from qkit.calibrating import text_rows
 from qkit.errors import BadCheckpoint, Unsupported
 from qkit.evaluation.decoding import decode_windows
 from qkit.kvcache.cache import Heads, PackedCache, make_cache
@@ -23,7 +24,6 @@ from qkit.kvcache.policy import parse
 from qkit.kvcache.scales import Ranges, tensor_names
 from qkit.kvcache.store import Float8
 from qkit.pipeline import Request, open_outline, prepare, quantize
-from qkit.request import text_rows
 from qkit.verify import verify
 
 FP8 = parse("fp8").to_json()

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qkit.kvcache.store import HALF, WIDTHS, Packed, Plain, halve_codes, narrowed, pack, quantize, unpack
+from qkit.kvcache.policy import WIDTHS
+from qkit.kvcache.store import HALF, Packed, Plain, halve_codes, narrowed, pack, quantize, unpack
 
 
 @pytest.mark.parametrize("bits", (16, 8, 4))

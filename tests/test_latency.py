@@ -6,13 +6,15 @@ import random
 
 import pytest
 
-from qkit.allocation.allocate import allocate, parse_budget
-from qkit.allocation.latency import Latency, LatencyTable, parse_latency, unit_times
+from qkit.allocation.allocate import allocate
+from qkit.allocation.latency import Latency, LatencyTable, unit_times
+from qkit.allocation.limits import parse_budget, parse_latency
 from qkit.allocation.refine import refine
 from qkit.errors import BadInput, Unsupported
 from qkit.pipeline import open_outline
+from qkit.sensitivity.candidates import parse_candidates
 from qkit.sensitivity.profile import Choice, Profile, UnitProfile
-from qkit.sensitivity.units import parse_candidates, unit_bytes, units_of
+from qkit.sensitivity.units import unit_bytes, units_of
 
 NAMES = ("W2A16", "W4A16", "W8A16", "keep")
 
@@ -148,7 +150,7 @@ def test_a_measured_table_answers(run, tiny, tmp_path, small, monkeypatch):
     """What bench writes of a model, full precision or packed, is all that a plan asks for."""
     from test_bench import HOST
 
-    monkeypatch.setattr("qkit.commands.bench.measured_host", lambda: HOST)
+    monkeypatch.setattr("qkit.benchmark.host.measured_host", lambda: HOST)
     monkeypatch.setattr("qkit.commands.bench.SECONDS", 0.001)
     model, folder, file = tiny("llama"), tmp_path / "profile", tmp_path / "t.json"
     made = made_profile(open_outline(str(model)))

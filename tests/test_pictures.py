@@ -221,7 +221,7 @@ def test_refused(run, taught, packed, tiny, tmp_path):
     for code, words, *arguments in (
         (2, "are for a vision-language model, and this is a llama: measure texts", tiny("llama"), "--pairs", "drawn"),
         (2, "add --pairs drawn", packed, "--questions", 3),
-        (2, "add --pairs drawn", packed, "--report", tmp_path / "page.html"),
+        (2, "--report is about texts", packed, "--kv", "int8", "--report", tmp_path / "page.html"),
         (3, "no such file or folder; give 'drawn'", packed, "--pairs", tmp_path / "none"),
         (3, "there are no pairs in it", packed, "--pairs", tmp_path / "empty.jsonl"),
         (3, "line 1: the picture", packed, "--pairs", tmp_path / "bad.jsonl"),

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from qkit.export.compressed_tensors import config, formats_of, layout, read, specs, write
-from qkit.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES, Format
+from qkit.export.compressed_tensors import config, formats_of, read, specs, write
+from qkit.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES, Format, layout
 from qkit.qtensor import (
     code_range,
     codes_to_grid,

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkit.allocation.allocate import allocate
-from qkit.allocation.pareto import cost_of, curve, curve_measure, mean_bits, measure_points, spread, uniform
+from qkit.allocation.pareto import cost_of, curve, mean_bits, measure_points, spread, uniform
+from qkit.catalog import curve_measure
 from qkit.errors import UsageError
 from qkit.report.allocation import allocation_files, allocation_html, next_larger
 from qkit.report.figures import allocation_bars, heat_map, pareto_plot, png
@@ -277,7 +278,8 @@ def test_commands(run, tiny, tmp_path, small):
     assert {n: (folder / n).read_bytes() for n in before} == before
     assert before["plans.jsonl"].count(b"\n") == 3  # the identity and two plans
 
-    plan = ("plan", "--model", model, "--profile", folder, "--bits", 5, "--figures", figures, *small)
+    bare = ("plan", "--model", model, "--profile", folder, "--bits", 5, *small)
+    plan = (*bare, "--figures", figures)
     code, out, err = run(*plan)
     assert code == 0 and "allocation.html" in out, err
     names = {"heat_map.png", "allocation.png", "pareto.png", "allocation.html"}
@@ -288,7 +290,7 @@ def test_commands(run, tiny, tmp_path, small):
     assert run(*plan)[0] == 0
     assert {n: (figures / n).read_bytes() for n in names} == first
     (tmp_path / "file").write_text("")
-    code, _, err = run(*plan, "--figures", tmp_path / "file" / "x")
+    code, _, err = run(*bare, "--figures", tmp_path / "file" / "x")
     assert code == 5 and len(err.strip().splitlines()) == 1, err
 
 

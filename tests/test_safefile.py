@@ -203,11 +203,11 @@ def sample() -> dict[str, torch.Tensor]:
     """Every dtype, odd sizes, no elements, rank 0."""
     random = torch.Generator().manual_seed(0)
     tensors = {
-        f"t.{name}": torch.randint(0, 2 if name == "BOOL" else 256, (15 * dtype.itemsize,), generator=random)
+        f"t.{name}": torch.randint(0, 2 if name == "BOOL" else 256, (15 * size,), generator=random)
         .to(torch.uint8)
-        .view(dtype)
+        .view(getattr(torch, dtype))
         .reshape(3, 5)
-        for name, dtype in DTYPES.items()
+        for name, (dtype, size) in DTYPES.items()
     }
     return {**tensors, "empty": torch.empty(0, 3), "scalar": torch.tensor(2.5), "strided": torch.randn(4, 6).T}
 

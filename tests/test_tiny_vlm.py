@@ -6,9 +6,10 @@ import pytest
 import qkit_data
 import torch
 
+from qkit.catalog import DRAWN
 from qkit.evaluation.pictures import evaluate_pairs
 from qkit.loading import load
-from qkit.pairs import DRAWN, load_processor
+from qkit.pairs import load_processor
 
 MODEL = qkit_data.model_path("tiny-vlm")
 QUESTIONS = 120

@@ -17,7 +17,8 @@ from tiny_dits import make_pipeline
 
 from qkit.diffusion.trajectory import Sampling
 from qkit.errors import UsageError
-from qkit.evaluation.vbench import PER_PROMPT, check_dimensions, dimensions_of, mp4, own, standard
+from qkit.evaluation.request import dimensions_of
+from qkit.evaluation.vbench import PER_PROMPT, check_dimensions, mp4, own, standard
 
 pytest.importorskip("diffusers")
 imageio = pytest.importorskip("imageio.v3", reason="videos need qkit[video]")

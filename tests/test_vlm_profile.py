@@ -12,12 +12,12 @@ from torch.nn import functional
 
 from qkit import loading
 from qkit.batches import batches, extent, sample
+from qkit.calibrating import pair_calibration
 from qkit.calibration import ANSWER, KINDS, VISION, Calibration, digest_of
 from qkit.kvcache.sensitivity import divergences, errors_of, sensitivities, watched
 from qkit.pairs import rows_of
 from qkit.parallel import workers
 from qkit.pipeline import Request, open_outline
-from qkit.request import pair_calibration
 from qkit.sensitivity.outputs import OutputSample, next_norms
 from qkit.sensitivity.pqi import mean_gradients, share
 from qkit.sensitivity.subject import Replacement, Subject

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.commands import list as listing
-from qkit.export.compressed_tensors import layout
-from qkit.formats import SCHEMES, Format, Scheme
+from qkit.formats import SCHEMES, Format, Scheme, layout
 from qkit.preflight import preflight
 
 README = Path(__file__).parents[1] / "README.md"

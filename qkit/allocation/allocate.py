@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import ceil
-from pathlib import Path
 from typing import Any, TypeVar
 
 from qkit.allocation import knapsack
-from qkit.allocation.latency import Latency, parse_latency
+from qkit.allocation.latency import Latency
+from qkit.allocation.limits import Budget
 from qkit.errors import Unsupported, UsageError
 from qkit.sensitivity.profile import Profile, UnitProfile
 
 T = TypeVar("T")
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """bits: mean stored bits of a quantized weight, scales included; size: bytes of the result's weight files; memory: bytes
-    while running at ``context`` tokens; at most one of the three is given. latency: nanoseconds, and the file of the table that
-    they are counted with; beside one of the three, or alone."""
-
-    bits: float | None = None
-    size: int | None = None
-    memory: int | None = None
-    context: int = 0
-    latency: tuple[int, Path] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,36 +30,6 @@ class Allocation:
     measure: str
     time: int | None = None
     time_limit: int | None = None
-
-
-def parse_budget(bits: float | None, size: str | None, memory: str | None, latency: str | None = None) -> Budget | None:
-    """The budget of the command line; None when there is none. Raises UsageError for two limits of bytes or what cannot be
-    read."""
-    given = [x for x in (bits, size, memory) if x is not None]
-    time = None if latency is None else parse_latency(latency)
-    if not given:
-        return None if time is None else Budget(latency=time)
-    if len(given) > 1:
-        raise UsageError("--bits, --size and --memory exclude each other: give one budget")
-    if bits is not None:
-        if not 1 <= bits <= 32:
-            raise UsageError(f"--bits {bits}: expected a number from 1 to 32, the mean bits of a weight")
-        return Budget(bits=bits, latency=time)
-    if size is not None:
-        return Budget(size=parse_bytes(size, "--size"), latency=time)
-    assert memory is not None
-    amount, at, context = memory.partition("@")
-    if not at or not context.isdigit():
-        raise UsageError(f"--memory {memory}: expected an amount and a context length, for instance 6GB@32768")
-    return Budget(memory=parse_bytes(amount, "--memory"), context=int(context), latency=time)
-
-
-def parse_bytes(text: str, option: str) -> int:
-    """'90MB' -> 90_000_000. Raises UsageError naming the option."""
-    found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
-    if not found or found[2].upper() not in _UNITS or found[1].count(".") > 1:
-        raise UsageError(f"{option} {text}: expected a number with B, KB, MB, GB, MiB or GiB, for instance 90MB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def limit_bytes(profile: Profile, budget: Budget, beside: int) -> int | None:

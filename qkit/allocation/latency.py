@@ -7,7 +7,6 @@ other; of the experts of a block, the share that a token visits. What is not in 
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +22,6 @@ from qkit.schema import LatencyFile, checked
 from qkit.sensitivity.profile import Profile
 
 VERSION = 1
-_UNITS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 Key = tuple[str, int | None, tuple[int, int]]  # candidate, group size, (out, in)
 
 
@@ -107,17 +105,6 @@ class Latency:
     def of(self, picks: Mapping[str, str]) -> int:
         """Nanoseconds of a plan."""
         return sum(self.times[unit, name] for unit, name in picks.items())
-
-
-def parse_latency(text: str) -> tuple[int, Path]:
-    """'12ms@table.json' -> (nanoseconds, file). Raises UsageError."""
-    amount, at, file = text.partition("@")
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(ns|us|ms|s)", amount.strip().lower())
-    if not at or not file or not found or not float(found[1]):
-        raise UsageError(
-            f"--latency {text}: expected a time and a table of 'qkit bench gemv --table', for instance 12ms@table.json"
-        )
-    return int(float(found[1]) * _UNITS[found[2]]), Path(file)
 
 
 def unit_times(made: Profile, outline: Outline, table: LatencyTable, model: str) -> dict[tuple[str, str], int]:

@@ -6,10 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qkit.allocation.allocate import allocate
-from qkit.errors import UsageError
 from qkit.sensitivity.profile import Profile
-
-PREFERRED = ("kl", "pqi", "loss", "output", "weight")
 
 
 @dataclass(frozen=True)
@@ -26,14 +23,6 @@ class Point:
     cost: float
     picks: dict[str, str]
     measured: float | None
-
-
-def curve_measure(measures: tuple[str, ...]) -> str:
-    """What a curve is of when nobody says: the measure that is nearest to a whole plan's KL divergence."""
-    found = next((m for m in (*PREFERRED, *measures) if m in measures), None)
-    if found is None:
-        raise UsageError("--pareto: the profile has no measure: give --measures at least one")
-    return found
 
 
 def curve(made: Profile, measure: str, points: int = 40) -> list[Point]:

@@ -23,7 +23,7 @@ from qkit.errors import Unsupported
 from qkit.formats import Format, fit_group
 from qkit.lowrank import LowRank
 from qkit.qtensor import Params, QTensor, dequantize, param_shape
-from qkit.sensitivity.units import Candidate
+from qkit.sensitivity.candidates import Candidate
 from qkit.sizes import linear_bytes
 from qkit.sparse import outlier_count
 

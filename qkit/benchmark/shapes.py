@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 
-from qkit.checkpoint import Checkpoint
 from qkit.errors import UsageError
 from qkit.folder import weights_folder
 from qkit.formats import did_you_mean
-from qkit.loading import PackedOutline
 from qkit.locate import find_model
 
 Shape = tuple[int, int]  # (out, in)
@@ -38,5 +36,8 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 
 def model_shapes(model: str) -> tuple[Shape, ...]:
     """Shapes of the linears inside the blocks of a model, packed or not, each once."""
+    from qkit.checkpoint import Checkpoint  # these bring torch, which reading a list of shapes does not need
+    from qkit.loading import PackedOutline
+
     outline = PackedOutline(Checkpoint.open(weights_folder(find_model(model)), quantized=True))
     return tuple(dict.fromkeys(linear.shape for block in outline.blocks for linear in block.linears))

@@ -15,7 +15,7 @@ from qkit.benchmark.host import Host
 from qkit.benchmark.products import compare, enter
 from qkit.benchmark.shapes import Shape
 from qkit.errors import NumericFailure, Unsupported
-from qkit.sensitivity.units import Candidate
+from qkit.sensitivity.candidates import Candidate
 
 Step = Callable[[], None]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+import warnings
+from typing import Any
 
 import click
 
 from qkit import __version__
-from qkit.errors import QkitError
+from qkit.errors import QkitError, UsageError
 
 VERBS = {
     "quantize": "quantize a model into a packed checkpoint and prove it",
@@ -17,13 +20,14 @@ VERBS = {
     "eval": "measure a packed checkpoint: perplexity, KL divergence, lm-eval tasks",
     "check": "hold a packed checkpoint against a budget (for CI)",
     "bench": "measure products and models against what the machine could do",
+    "inspect": "say what is in a folder or a file: formats, sizes, who quantized it",
     "list": "what there is: schemes, methods, formats, families, models",
     "demo": "quantize the reference model two ways and compare",
 }
 
 
 def _command(name: str) -> click.Command:
-    """Imports one verb: torch and transformers are loaded only by the verbs that need them."""
+    """Imports one verb, without torch: its options are read and checked first."""
     if name == "quantize":
         from qkit.commands.quantize import quantize_command as command
     elif name == "plan":
@@ -38,11 +42,31 @@ def _command(name: str) -> click.Command:
         from qkit.commands.check import check_command as command
     elif name == "bench":
         from qkit.commands.bench import bench_command as command
+    elif name == "inspect":
+        from qkit.commands.inspect import inspect_command as command
     elif name == "list":
         from qkit.commands.list import list_command as command
     else:
         from qkit.commands.demo import demo_command as command
     return command
+
+
+def _refuse_repeats(command: click.Command, ctx: click.Context, arguments: list[str]) -> None:
+    """Raises UsageError for an option that is given twice and has one value: the first would be ignored without a word."""
+    parser = command.make_parser(ctx)
+    once = [p for p in command.get_params(ctx) if isinstance(p, click.Option) and not p.multiple and not p.count]
+    for option in once:
+        how: dict[str, Any] = (
+            {"action": "append_const", "const": "", "nargs": 0} if option.is_flag else {"action": "append"}
+        )
+        parser.add_option(option, opts=option.opts, dest=option.name, **how)
+    values, _, _ = parser.parse_args(args=[*arguments])
+    for option in once:
+        given = values.get(str(option.name)) or ()
+        if len(given) > 1:
+            named = "" if option.is_flag else f", with {' and '.join(shlex.quote(str(v)) for v in given)}"
+            times = "twice" if len(given) == 2 else f"{len(given)} times"
+            raise UsageError(f"{max(option.opts, key=len)} is given {times}{named}: give it once")
 
 
 class _Verbs(click.Group):
@@ -55,6 +79,18 @@ class _Verbs(click.Group):
         if name not in VERBS:
             return None
         return _command(name)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _refuse_repeats(self, ctx, args)
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            _refuse_repeats(command, click.Context(command, info_name=name, parent=ctx), rest)
+        return name, command, rest
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -71,6 +107,19 @@ def cli(debug: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs the command line and turns an error into one line and its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    with warnings.catch_warnings():
+        if "--debug" not in arguments and not sys.warnoptions:
+            _hide_warnings()
+        _run(arguments)
+
+
+def _hide_warnings() -> None:
+    """What libraries say to programmers (of deprecated names, of flags that do nothing here) is nothing a user can act on."""
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.simplefilter("ignore", category)
+
+
+def _run(arguments: list[str]) -> None:
     try:
         cli.main(arguments, prog_name="qkit", standalone_mode=False)
     except click.exceptions.Exit as e:

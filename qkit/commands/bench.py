@@ -4,31 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 from rich.console import Console
 from rich.text import Text
 
-from qkit.benchmark.contenders import OWN, check_device, problem
-from qkit.benchmark.decode import Decoded, decode
-from qkit.benchmark.figure import time_figure
-from qkit.benchmark.host import Host, described, measured_host
-from qkit.benchmark.products import compare, enter
-from qkit.benchmark.products import described as described_product
 from qkit.benchmark.shapes import MODELS, Shape, model_shapes, parse_shapes
-from qkit.benchmark.table import measured_table
-from qkit.commands.common import OutFile, Reporter, command_line, megabytes, print_wide, wide_table, write_json
+from qkit.commands.common import (
+    OutFile,
+    Reporter,
+    announce,
+    command_line,
+    megabytes,
+    print_wide,
+    wide_table,
+    write_json,
+)
 from qkit.errors import UsageError
-from qkit.loading import load
-from qkit.report.figures import png
 from qkit.safefile import write_atomic
-from qkit.sensitivity.units import Candidate, parse_candidates
+from qkit.sensitivity.candidates import Candidate, parse_candidates
+
+if TYPE_CHECKING:
+    import torch
+
+    from qkit.benchmark.decode import Decoded
+    from qkit.benchmark.host import Host
 
 SECONDS = 0.5  # that a contender may take at a number of rows, cold, and again warm
 ROUNDS = 5  # of each model in 'decode'
-_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = {"bf16": "bfloat16", "float32": "float32"}  # as torch names them
 _PRODUCTS = ("shapes", "formats", "group_size", "rows", "table", "figure")
 _DECODE = ("prompt_tokens", "new_tokens", "baseline")
 
@@ -67,6 +72,22 @@ def bench_command(what: str, device: str, threads: int | None, json_file: Path |
     if wrong is not None:
         option = {"rows": "m"}.get(wrong, wrong.replace("_", "-"))
         raise UsageError(f"--{option} does not go with 'bench {what}': leave it out")
+    if what == "decode" and given["model"] is None:
+        raise UsageError("'bench decode' needs a model: give --model")
+    if what != "decode":
+        parse_candidates(given["formats"] or "int4", given["group_size"], "--formats")
+        _rows(given["rows"] or "1")
+        if (given["shapes"] is None) == (given["model"] is None):
+            raise UsageError("which products: give --shapes or --model")
+        if given["shapes"] is not None:
+            parse_shapes(given["shapes"])
+    announce(console, "measuring the memory of this machine first")
+
+    import torch
+
+    from qkit.benchmark.contenders import check_device
+    from qkit.benchmark.host import described, measured_host
+
     check_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -86,8 +107,16 @@ def products(
     what: str, device: str, given: Mapping[str, Any], host: Host, reporter: Reporter, console: Console
 ) -> dict[str, Any]:
     """gemv and gemm: one table per product, or the latency table."""
+    import torch
+
+    from qkit.benchmark.contenders import problem
+    from qkit.benchmark.figure import time_figure
+    from qkit.benchmark.products import compare, described, enter
+    from qkit.report.figures import png
+
     candidates = parse_candidates(given["formats"] or "int4", given["group_size"], "--formats")
-    dtype, rows = _DTYPES[given["dtype"] or "bf16"], _rows(given["rows"] or ("64,256" if what == "gemm" else "1,4,16"))
+    dtype: torch.dtype = getattr(torch, _DTYPES[given["dtype"] or "bf16"])
+    rows = _rows(given["rows"] or ("64,256" if what == "gemm" else "1,4,16"))
     shapes = _shapes(given)
     if given["table"] is not None:
         return write_table(given, candidates, shapes, dtype, device, host, reporter, console)
@@ -102,7 +131,7 @@ def products(
                 results += compare(p, entrants, count, host, SECONDS)
                 reporter.step()
             del entrants
-            found.append(described_product(p, results))
+            found.append(described(p, results))
             show_product(found[-1], console)
     if given["figure"] is not None:
         write_atomic(given["figure"], png(time_figure(found)))
@@ -121,6 +150,8 @@ def write_table(
     console: Console,
 ) -> dict[str, Any]:
     """The table of ``--latency``."""
+    from qkit.benchmark.table import measured_table
+
     rows = _rows(given["rows"] or "1")
     if len(rows) > 1 or given["figure"] is not None:
         raise UsageError("--table is of one number of rows, without --figure: give --m one number, or leave it out")
@@ -129,7 +160,7 @@ def write_table(
         given["table"], candidates, shapes, dtype, device, rows[0], host, SECONDS, reporter.step
     )
     made.save()
-    shown = wide_table("format", *(f"{a}x{b}" for a, b in shapes), title="microseconds", title_justify="left")
+    shown = wide_table("format", *(f"{a}x{b}" for a, b in shapes), title="microseconds")
     names = {(name, group) for name, group, _ in made.seconds}
     for name, group in sorted(names, key=str):
         times = [made.seconds.get((name, group, shape)) for shape in shapes]
@@ -146,12 +177,18 @@ def decode_models(
     what: str, device: str, given: Mapping[str, Any], host: Host, reporter: Reporter, console: Console
 ) -> dict[str, Any]:
     """decode: tokens a second of a model, and of its original."""
-    if given["model"] is None:
-        raise UsageError("'bench decode' needs a model: give --model")
-    dtype = _DTYPES[given["dtype"] or "bf16"]
+    import torch
+
+    from qkit.benchmark.decode import decode
+    from qkit.loading import load
+
+    dtype: torch.dtype = getattr(torch, _DTYPES[given["dtype"] or "bf16"])
     models = [(given["model"], load(given["model"], dtype, device))]
     if given["baseline"] is not None:
-        models += [(f"{given['baseline']}, {n}", load(given["baseline"], d, device)) for n, d in _DTYPES.items()]
+        models += [
+            (f"{given['baseline']}, {n}", load(given["baseline"], getattr(torch, d), device))
+            for n, d in _DTYPES.items()
+        ]
     reporter.start("decode", ROUNDS * len(models))
     prompt, new = given["prompt_tokens"] or 32, given["new_tokens"] or 64
     found = decode(models, prompt, new, ROUNDS, host, reporter.step)
@@ -166,8 +203,6 @@ def decode_models(
 
 
 def _shapes(given: Mapping[str, Any]) -> tuple[Shape, ...]:
-    if (given["shapes"] is None) == (given["model"] is None):
-        raise UsageError("which products: give --shapes or --model")
     return parse_shapes(given["shapes"]) if given["shapes"] is not None else model_shapes(given["model"])
 
 
@@ -196,6 +231,8 @@ def show_host(data: Mapping[str, Any], console: Console) -> None:
 
 def show_product(product: Mapping[str, Any], console: Console) -> None:
     """One product: a line per number of rows and contender."""
+    from qkit.benchmark.contenders import OWN
+
     group = "" if product["group"] is None else f", groups of {product['group']}"
     title = f"{product['format']}{group}, {product['out']} x {product['in']}, {megabytes(product['bytes'])}"
     columns = (
@@ -208,7 +245,7 @@ def show_product(product: Mapping[str, Any], console: Console) -> None:
         "x float32",
         "error",
     )
-    table = wide_table(*columns, title=title, title_justify="left")
+    table = wide_table(*columns, title=title)
     for r in product["results"]:
         name = r["contender"] + (f" ({r['operator']})" if r["operator"] else "")
         cells = [str(r["rows"]), name]
@@ -236,7 +273,7 @@ def show_product(product: Mapping[str, Any], console: Console) -> None:
 def show_decoded(found: Sequence[Decoded], console: Console) -> None:
     """A line per model."""
     columns = ("model", "tokens/s (p80 to p20 of the time)", "prompt ms", "linears", "of floor", "speed-up")
-    table = wide_table(*columns, title="decode", title_justify="left")
+    table = wide_table(*columns, title="decode")
     own = found[0]
     for d in found:
         if d.refused:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.text import Text
 
-from qkit.allocation.pareto import mean_bits
-from qkit.budgeting import MEASURE, Allocated
+from qkit.allocation.limits import MEASURE
 from qkit.commands.common import megabytes, print_wide, wide_table
-from qkit.report.allocation import next_larger
-from qkit.sensitivity.profile import UnitProfile
+
+if TYPE_CHECKING:
+    from qkit.budgeting import Allocated
+    from qkit.sensitivity.profile import UnitProfile
 
 WAYS = "--bits, --size, --memory or --latency"
-NAMES = ("bits", "size", "memory", "latency", "profile", "candidates", "measure", "floors", "ceilings", "refine")
+BUDGETS = ("bits", "size", "memory", "latency")
+NAMES = (*BUDGETS, "profile", "candidates", "measure", "floors", "ceilings", "refine")
 
 
 def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,8 +77,10 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def show_allocation(found: Allocated, console: Console) -> None:
     """What was chosen, and what it is predicted to cost."""
+    from qkit.allocation.pareto import mean_bits
+
     made, a = found.profile, found.allocation
-    table = wide_table("format", "layers", "weights (M)", "bytes", title="allocation", title_justify="left")
+    table = wide_table("format", "layers", "weights (M)", "bytes", title="allocation")
     for name in made.candidates:
         units = [u for u in made.units if a.picks[u.key] == name]
         if units:
@@ -121,7 +125,7 @@ def explain(found: Allocated, console: Console) -> None:
     made, a = found.profile, found.allocation
     shared = _shared_prefix([u.key for u in made.units])
     title = f"why: {a.measure} of each format, * chosen" + (f" (layers of {shared.rstrip('.')})" if shared else "")
-    table = wide_table("layers", "format", *made.candidates, "next: gain / kB", title=title, title_justify="left")
+    table = wide_table("layers", "format", *made.candidates, "next: gain / kB", title=title)
     for unit in made.units:
         pick = a.picks[unit.key]
         costs = [_cost(unit, n, a.measure, n == pick) for n in made.candidates]
@@ -156,5 +160,7 @@ def _cost(unit: UnitProfile, name: str, measure: str, chosen: bool) -> str:
 
 
 def _gain(unit: UnitProfile, pick: str, measure: str) -> str:
+    from qkit.report.allocation import next_larger
+
     found = next_larger(unit, pick, measure)
     return "-" if found is None else f"{found[0]}: {found[1]:.3g}"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.text import Text
 
-from qkit.allocation.allocate import parse_bytes
+from qkit.allocation.limits import parse_bytes
 from qkit.commands.common import megabytes
 from qkit.errors import UsageError
-from qkit.kvplan import CachePlan, CacheRequest
+from qkit.kvcache.policy import CacheRequest, parse
+
+if TYPE_CHECKING:
+    from qkit.kvplan import CachePlan
 
 _NAMES = ("kv", "kv_memory", "max_length", "kv_scale_keys")
 
@@ -49,6 +52,7 @@ def cache_request(given: dict[str, Any]) -> CacheRequest | None:
         if lost is not None:
             raise UsageError(f"--{lost.replace('_', '-')} is about the cache of --kv, and there is none: leave it out")
         return None
+    parse(asked["kv"])
     memory = None if asked["kv_memory"] is None else parse_bytes(asked["kv_memory"], "--kv-memory")
     return CacheRequest(asked["kv"], memory, asked["max_length"], asked["kv_scale_keys"])
 

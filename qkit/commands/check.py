@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 import qkit_data
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from qkit.commands.common import OutFile, print_wide, wide_table
-from qkit.commands.eval import json_bytes, printable, progress_bar, show
-from qkit.errors import BudgetNotMet, UsageError
+from qkit import __version__
+from qkit.commands.common import OutFile, announce, print_wide, wide_table
+from qkit.commands.grid import Grid
+from qkit.commands.measured import json_bytes, printable, progress_bar, show
+from qkit.errors import BudgetNotMet, IOFailure, UsageError, VerifyFailure
 from qkit.evaluation.budget import Budget, Check, judge, junit_xml, load_budget
-from qkit.evaluation.measure import DTYPES, EvalRequest, measure
-from qkit.evaluation.text import text_name
+from qkit.evaluation.request import DTYPES, EvalRequest, jsonable
+from qkit.evaluation.sources import text_name
+from qkit.folder import RECORD
+from qkit.locate import find_model, recorded_source
+from qkit.rejected import NAME, clear_mark, write_mark
 from qkit.safefile import write_atomic
+from qkit.verify import summary, verify
 
 
 @click.command("check")
@@ -49,6 +54,9 @@ def check_command(
 ) -> None:
     """Measure the model in the folder OUT and hold it against a budget. Exit code 4 if a limit is not kept.
 
+    A folder that qkit wrote is verified first. If a limit is not kept, the folder is marked as rejected (qkit-rejected.json);
+    a check that passes takes the mark away.
+
     \b
     Example:
       qkit check out/tiny-llama-w4a16 --budget budget.yaml --baseline tiny-llama --junit check.xml
@@ -58,10 +66,17 @@ def check_command(
       same_top1: ">=0.95"
       size: 0.3x
     """
-    from qkit.locate import find_model, recorded_source
-
     budget = load_budget(budget_file)
-    original = recorded_source(find_model(out)) if baseline is None else find_model(baseline)
+    for spec in texts:
+        text_name(spec)
+    console = Console()
+    announce(console, f"verifying {out}")
+    folder = find_model(out)
+    if (folder / RECORD).is_file():
+        report = verify(folder)
+        if not report.ok:
+            raise VerifyFailure(f"{summary(report)}; nothing was measured")
+    original = recorded_source(folder) if baseline is None else find_model(baseline)
     if original is None and budget.needs_baseline:
         raise UsageError(
             f"budget {budget_file}: {', '.join(budget.needs_baseline)} cannot be judged without the original model; "
@@ -81,22 +96,36 @@ def check_command(
         questions=budget.questions,
         videos=budget.videos if budget.measures_samples else 0,
     )
-    with progress_bar(Console(stderr=True)) as progress:
-        measured = measure(find_model(out), original, request, progress)
+    from qkit.evaluation.measure import measure
+
+    with progress_bar(Console(stderr=True), max(1, len(request.texts))) as progress:
+        measured = measure(folder, original, request, progress)
     checks = judge(budget, measured)
     if json_file is not None:
         write_atomic(json_file, json_bytes({"checks": [asdict(check) for check in checks], **measured}))
     if junit_file is not None:
         write_atomic(junit_file, junit_xml(checks, f"qkit check {measured['model']}").encode())
-    console = Console()
     show(measured, console)
     print_wide(console, checks_table(checks))
     failed = [check.name for check in checks if not check.ok]
+    _mark(folder, budget_file, measured, checks)
     if failed:
         raise BudgetNotMet(
             f"{out}: {len(failed)} of {len(checks)} limits of {budget_file} not kept: {printable(', '.join(failed))}; "
             "quantize with more bits or another method, or change the budget"
         )
+
+
+def _mark(folder: Path, budget_file: Path, measured: Mapping[str, Any], checks: Sequence[Check]) -> None:
+    """Leaves the mark of a rejected result in a folder that qkit wrote, or takes it away."""
+    failed = [asdict(check) for check in checks if not check.ok]
+    try:
+        if not failed:
+            clear_mark(folder)
+        elif write_mark(folder, __version__, budget_file.name, measured["baseline"], jsonable(failed)):
+            click.echo(f"{folder / NAME}: marks the result as rejected", err=True)
+    except (IOFailure, OSError) as e:  # the verdict counts, and is given all the same
+        click.echo(f"qkit: the mark {folder / NAME} could not be changed: {e}", err=True)
 
 
 def choose_texts(budget: Budget, given: Sequence[str], budget_file: Path) -> list[str]:
@@ -122,11 +151,8 @@ def choose_texts(budget: Budget, given: Sequence[str], budget_file: Path) -> lis
     return texts
 
 
-def checks_table(checks: Sequence[Check]) -> Table:
-    table = wide_table("budget line", "limit", "measured", "", title="budget", title_justify="left")
+def checks_table(checks: Sequence[Check]) -> Grid:
+    table = wide_table("budget line", "limit", "measured", "", title="budget")
     for check in checks:
-        found = "not measured" if check.measured is None else f"{check.measured:.6g}"
-        if check.measured is not None and not math.isfinite(check.measured):
-            found = "not a finite number"
-        table.add_row(*map(Text, (printable(check.name), check.limit, found, "ok" if check.ok else "FAILED")))
+        table.add_row(*map(Text, (printable(check.name), check.limit, check.shown, "ok" if check.ok else "FAILED")))
     return table

@@ -1,4 +1,7 @@
-"""What several verbs share: the options of a request, progress, signals, tables."""
+"""What several verbs share: the options of a request, progress, signals, tables.
+
+The files of this folder import no torch at the top: what is wrong with a command is said before that takes its seconds.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,32 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
-from qkit.allocation.allocate import parse_bytes
+from qkit.allocation.limits import parse_bytes
+from qkit.catalog import EFFORTS, TRANSFORMS
+from qkit.commands.bars import Bar, Share
+from qkit.commands.grid import print_wide as print_wide
+from qkit.commands.grid import wide_table as wide_table
 from qkit.declared import printable
 from qkit.errors import Stopped, UsageError
 from qkit.locate import find_model
-from qkit.pipeline import Prepared, coverage
 from qkit.recipe import MOST_SPARSE
 from qkit.request import Request
 from qkit.safefile import write_atomic
 from qkit.sidefiles import code_keys, left_behind
-from qkit.transforms.table import EFFORTS, TRANSFORMS
+from qkit.words import megabytes as megabytes
+
+if TYPE_CHECKING:
+    from qkit.pipeline import Prepared
 
 _SIGNALS = (
     (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if hasattr(signal, "SIGHUP") else (signal.SIGINT, signal.SIGTERM)
@@ -189,6 +195,12 @@ class OutFile(click.Path):
         return file
 
 
+def announce(console: Console, what: str) -> None:
+    """The first line of a command: its options are sound, and what takes seconds begins."""
+    context = click.get_current_context(silent=True)
+    console.print(Text(f"qkit {context.info_name}: {what}" if context else what), soft_wrap=True)
+
+
 class OutFolder(click.Path):
     """A folder that will be made: '.' is the folder that it means, and what can have no neighbours is refused."""
 
@@ -217,14 +229,10 @@ def write_json(file: Path | None, data: Any) -> None:
         write_atomic(file, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
 
 
-def megabytes(n: float) -> str:
-    """10^6 bytes, or 10^9 from 1 GB up."""
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
-
-
 def show_coverage(found: Prepared, console: Console) -> None:
     """What is quantized, what is not and why, the bytes, and which engines will load the result."""
     from qkit.fusing import engines_of
+    from qkit.pipeline import coverage
 
     plan = found.plan
     kinds: dict[tuple[str, str, str, str], list[int]] = {}
@@ -243,7 +251,6 @@ def show_coverage(found: Prepared, console: Console) -> None:
         "linears",
         "weights (M)",
         title="coverage",
-        title_justify="left",
     )
     for (scheme, weights, acts, solver), (count, size) in kinds.items():
         table.add_row(scheme, weights, acts, solver, str(count), f"{size / 1e6:.2f}")
@@ -295,33 +302,28 @@ def _show_copied(found: Prepared, console: Console) -> None:
 
 
 class Reporter:
-    """Progress on a terminal, plain lines elsewhere; also where a signal stops the run."""
+    """How far a run is, on the console; also where a signal stops the run."""
 
     def __init__(self, console: Console, resume: str) -> None:
         self._resume = resume
         self._stop: int | None = None
-        self._live = console.is_terminal
-        self._console = console
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=console, transient=True, disable=not self._live)
-        self._task: TaskID | None = None
-        self._last = time.monotonic()
+        self._bar, self._share = Bar(console), Share()
+        self._what = ""
+
+    def expect(self, stages: Sequence[tuple[str, Sequence[float]]], finished: int = 0) -> None:
+        """What the run will go through, as ``Share`` takes it: from here on the bar is that of the whole run."""
+        self._share = Share(stages, finished)
 
     def start(self, what: str, total: int) -> None:
         """A new phase."""
         self._check()
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(what, total=total)
-        if not self._live and time.monotonic() - self._last > 2:
-            self._last = time.monotonic()
-            self._console.print(Text(what))
+        self._what = what
+        self._bar.show(self._share.start(what, total), what)
 
     def step(self, amount: int = 1) -> None:
         """Some of the phase is done; a signal that came in takes effect here."""
         self._check()
-        if self._task is not None:
-            self._progress.advance(self._task, amount)
+        self._bar.show(self._share.step(amount), self._what)
 
     def _check(self) -> None:
         if self._stop is not None:
@@ -339,27 +341,11 @@ class Reporter:
 
         before = {s: signal.signal(s, note) for s in _SIGNALS}
         try:
-            with self._progress:
-                yield
+            yield
         finally:
+            self._bar.stop()
             for s, handler in before.items():
                 signal.signal(s, handler)
-
-
-def wide_table(*columns: str, **options: Any) -> Table:
-    """A table in which what does not fit goes on in the next line: numbers cut short would be other numbers."""
-    table = Table(**options)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def print_wide(console: Console, table: Table) -> None:
-    """On a screen within its width; in a file or a pipe, which have none, as wide as the table is."""
-    if not console.is_terminal:
-        widest = console.measure(table, options=console.options.update(max_width=10_000)).maximum
-        console = Console(file=console.file, width=widest)
-    console.print(table)
 
 
 def command_line() -> str:

@@ -1,4 +1,4 @@
-"""From parsed options to a request: what names and shapes decide, what has to be measured first, and the measuring itself.
+"""From what is asked to a request: what names and shapes decide, what has to be measured first, and the measuring itself.
 
 ``plan`` stops before the measuring, ``quantize`` goes on with it; both refuse the same things at the same place.
 """
@@ -14,18 +14,19 @@ from rich.text import Text
 
 from qkit import ahead, kvplan
 from qkit.ahead import Ahead
-from qkit.allocation.allocate import Reach, parse_budget
-from qkit.budgeting import Allocated, BudgetRequest, allocated, opened, solved
-from qkit.commands.budget import NAMES, WAYS, show_allocation
-from qkit.commands.cache import cache_request, show_cache
-from qkit.commands.common import Reporter, command_line, make_request
-from qkit.errors import UsageError
-from qkit.kvplan import CacheChoices, CachePlan, CacheRequest, plan_cache
-from qkit.requant import begin, is_requant, requanted
+from qkit.allocation.allocate import Reach
+from qkit.allocation.limits import BudgetRequest
+from qkit.budgeting import Allocated, allocated, opened, solved
+from qkit.catalog import is_requant
+from qkit.commands.asked import Asked
+from qkit.commands.budget import show_allocation
+from qkit.commands.cache import show_cache
+from qkit.commands.common import Reporter, command_line
+from qkit.kvcache.policy import CacheRequest
+from qkit.kvplan import CacheChoices, CachePlan, plan_cache
+from qkit.requant import begin, requanted
 from qkit.request import Request
 from qkit.sensitivity import targets
-from qkit.sensitivity.profile import FILE
-from qkit.sensitivity.units import parse_candidates
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,6 @@ class Decided:
     reach: Reach | None = None
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A command line, read. budget, cache: where they are asked for; a cache that shares the budget is in the budget."""
-
-    request: Request
-    budget: BudgetRequest | None
-    cache: CacheRequest | None
-
-
 @dataclass
 class _Look:
     """What is seen of a command line before anything is measured. run: operations of the quantization, where something is
@@ -66,21 +58,18 @@ class _Look:
     run: float = 0.0
 
 
-def planned_request(given: dict[str, Any], out: Path) -> Decided:
-    """What can be said of parsed options without reading a weight, and what is left to be measured.
-
-    out: beside it goes the profile, where --profile is not given. Raises what ``decided_request`` raises before it measures.
-    """
-    return _looked(_asked(given, out)).decided
+def planned_request(asked: Asked) -> Decided:
+    """What can be said of a command without reading a weight, and what is left to be measured. Raises what ``decided_request``
+    raises before it measures."""
+    return _looked(asked).decided
 
 
-def decided_request(given: dict[str, Any], out: Path, work: Path | None, console: Console) -> Decided:
-    """The request of parsed options, with what has to be measured first: the rules of an allocation where a budget is given,
+def decided_request(asked: Asked, out: Path, work: Path | None, console: Console) -> Decided:
+    """The request of a command, with what has to be measured first: the rules of an allocation where a budget is given,
     the outliers of every layer under ReQuant, the KV cache. What cannot be met is refused before anything is measured.
 
-    out: beside it go the profile, where --profile is not given, and the trials; work: the job folder, if not beside it too.
+    out: beside it go the trials; work: the job folder, if not beside it too.
     """
-    asked = _asked(given, out)
     look = _looked(asked)
     show_ahead(look.decided, "measured first", console)
     if not look.decided.first:
@@ -133,39 +122,7 @@ def decided_json(found: Decided) -> dict[str, Any]:
     return data
 
 
-def _asked(given: dict[str, Any], out: Path) -> _Asked:
-    asked = {name: given.pop(name) for name in NAMES}
-    cache = cache_request(given)
-    budget = parse_budget(asked["bits"], asked["size"], asked["memory"], asked["latency"])
-    request = make_request(given)
-    if budget is None:
-        for name in ("profile", "candidates", "floors", "ceilings", "refine"):
-            if asked[name]:
-                raise UsageError(f"--{name.removesuffix('s')} goes with a budget: add {WAYS}")
-        return _Asked(request, None, cache)
-    if is_requant(request.method):
-        raise UsageError(
-            "method requant and a budget exclude each other: add sparse formats to --candidates (int3+0.5%)"
-        )
-    named: Path | None = asked["profile"]
-    if named is not None and named.name == FILE and named.is_file():
-        named = named.parent
-    shared = budget.memory is not None
-    wanted = BudgetRequest(
-        budget,
-        named or out.with_name(out.name + ".profile"),
-        asked["candidates"],
-        asked["measure"],
-        _bounds("--floor", asked["floors"]),
-        _bounds("--ceiling", asked["ceilings"]),
-        asked["refine"],
-        named is not None,
-        cache if shared else None,
-    )
-    return _Asked(request, wanted, None if shared else cache)
-
-
-def _looked(asked: _Asked) -> _Look:
+def _looked(asked: Asked) -> _Look:
     """Everything that can be refused is refused here."""
     if asked.budget is not None:
         look = _of_budget(asked.request, asked.budget)
@@ -240,13 +197,3 @@ def _searched(request: Request, out: Path, work: Path | None, console: Console, 
     tried = ", ".join(f"{t:g}: {kl:.5f}" for t, kl in found.divergence.items())
     console.print(f"outliers by sensitivity to the power {found.exponent:g} (KL divergence of each: {tried})")
     return found.request
-
-
-def _bounds(option: str, items: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    found = []
-    for item in items:
-        glob, equals, name = item.rpartition("=")
-        if not equals or not glob:
-            raise UsageError(f"{option} {item}: expected GLOB=FORMAT, for instance '*.down_proj=int4'")
-        found.append((glob, parse_candidates(name, None, option)[0].name))
-    return tuple(found)

@@ -8,19 +8,15 @@ from typing import Any
 
 import click
 import qkit_data
-import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from qkit.commands.common import OutFile, OutFolder, Reporter, megabytes, print_wide, wide_table, write_json
-from qkit.commands.eval import printable, progress_bar
-from qkit.evaluation.measure import EvalRequest, measure
-from qkit.job_folder import remove_job
-from qkit.loading import load, load_tokenizer
+from qkit.commands.common import OutFile, OutFolder, Reporter, announce, megabytes, print_wide, wide_table, write_json
+from qkit.commands.grid import Grid
+from qkit.commands.measured import printable, progress_bar
+from qkit.evaluation.request import EvalRequest
 from qkit.locate import find_model
 from qkit.output import check_output_dir, remove_result
-from qkit.pipeline import quantize
 from qkit.request import Request
 
 MODEL = "tiny-llama"
@@ -48,6 +44,7 @@ def demo_command(work: Path, overwrite: bool, json_file: Path | None) -> None:
     original = find_model(MODEL)
     check_output_dir(work, original, overwrite, whole=False)
     work.mkdir(parents=True, exist_ok=True)
+    announce(console, f"quantizing {MODEL} in {work}")
     reporter = Reporter(console, f"qkit demo --work {work} --overwrite")
     rows = []
     for scheme in SCHEMES:
@@ -66,6 +63,9 @@ def demo_command(work: Path, overwrite: bool, json_file: Path | None) -> None:
 
 def _make(scheme: str, out: Path, reporter: Reporter) -> dict[str, Any]:
     """Quantize and verify; what a stopped demo left in the job folder is used, a finished result is made again."""
+    from qkit.job_folder import remove_job
+    from qkit.pipeline import quantize
+
     job = out.with_name(out.name + ".job")
     if out.exists():
         remove_result(out)
@@ -77,6 +77,8 @@ def _make(scheme: str, out: Path, reporter: Reporter) -> dict[str, Any]:
 
 def _measured(out: Path, original: Path) -> dict[str, Any]:
     """Figures of the packed model, loaded from disk, against the original."""
+    from qkit.evaluation.measure import measure
+
     text = qkit_data.text_path("evaluation")
     with progress_bar(Console(stderr=True)) as progress:
         found = measure(out, original, EvalRequest([text], windows=WINDOWS), progress)
@@ -105,6 +107,10 @@ def _original(row: dict[str, Any], original: Path) -> dict[str, Any]:
 
 def _continuation(folder: Path) -> str:
     """What the model makes of the prompt, greedily, on one line."""
+    import torch
+
+    from qkit.loading import load, load_tokenizer
+
     tokenizer, model = load_tokenizer(folder), load(folder, dtype=torch.float32)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     out = model.generate(
@@ -118,10 +124,10 @@ def _continuation(folder: Path) -> str:
     return " " + " ".join(text.split())
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _table(rows: list[dict[str, Any]]) -> Grid:
     columns = ("model", "bytes", "ratio", "perplexity", "change", "KL mean", "same top-1")
     title = f"{MODEL} on the embedded evaluation text, {WINDOWS} windows of 512"
-    table = wide_table(*columns, title=title, title_justify="left")
+    table = wide_table(*columns, title=title)
     for row in rows:
         ratio = row["bytes"] / rows[0]["bytes"]
         cells = [row["model"], megabytes(row["bytes"]), f"{ratio:.3f}x", f"{row['perplexity']:.2f}"]

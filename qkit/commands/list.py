@@ -9,15 +9,12 @@ from typing import Any
 import click
 from rich.console import Console
 
+from qkit.catalog import REQUANT, REQUANT_OUTLIERS, REQUANT_SIGNIFICANT, SOLVERS, TRANSFORMS
 from qkit.commands.common import OutFile, print_wide, wide_table, write_json
-from qkit.export.compressed_tensors import layout
-from qkit.families.discover import DECLARED
-from qkit.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES, Format
+from qkit.families.declared import DECLARED
+from qkit.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES, Format, layout
 from qkit.kvcache.policy import KINDS, SHORT, WIDTHS_OF
 from qkit.recipe import AUTO, TRIES
-from qkit.requant import METHOD, OUTLIERS, SIGNIFICANT
-from qkit.solvers.table import SOLVERS
-from qkit.transforms.table import TRANSFORMS
 
 
 def _scale(f: Format) -> str:
@@ -52,10 +49,10 @@ def methods() -> list[dict[str, Any]]:
         for n, t in TRANSFORMS.items()
     ]
     repair = {
-        "method": METHOD,
+        "method": REQUANT,
         "kind": "repair",
         "what": "finds outliers per layer, solves again without them, puts back what the loss depends on (arXiv 2503.01901)",
-        "options": f"--outliers {OUTLIERS}, --significant {SIGNIFICANT}",
+        "options": f"--outliers {REQUANT_OUTLIERS}, --significant {REQUANT_SIGNIFICANT}",
     }
     search = {
         "method": AUTO,
@@ -139,7 +136,7 @@ def list_command(what: str, json_file: Path | None) -> None:
       qkit list schemes
     """
     rows = TABLES[what]()
-    table = wide_table(*rows[0].keys())
+    table = wide_table(*rows[0].keys(), prose=True)
     for row in rows:
         table.add_row(*(str(v) for v in row.values()))
     print_wide(Console(), table)

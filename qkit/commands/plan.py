@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.text import Text
 
-from qkit.advice import on_method
-from qkit.budgeting import Allocated
-from qkit.commands.budget import WAYS, budget_options, explain, explanation
+from qkit.commands.asked import asked_of
+from qkit.commands.budget import BUDGETS, WAYS, budget_options, explain, explanation
 from qkit.commands.cache import cache_options
 from qkit.commands.common import OutFolder, megabytes, request_options, show_coverage, write_json
-from qkit.commands.decide import decided_json, planned_request, show_ahead, show_decided
 from qkit.errors import UsageError, write_failure
-from qkit.forecast import refuse_what_cannot_fit
-from qkit.pipeline import Prepared, coverage, prepare
-from qkit.report.allocation import allocation_files
-from qkit.request import Request
 from qkit.safefile import write_atomic
+
+if TYPE_CHECKING:
+    from qkit.budgeting import Allocated
+    from qkit.pipeline import Prepared
+    from qkit.request import Request
 
 
 def plan_json(found: Prepared) -> dict[str, Any]:
     """The machine's copy of a plan."""
     from qkit.fusing import engines_of
+    from qkit.pipeline import coverage
 
     plan = found.plan.to_json()
     return {
@@ -57,6 +57,8 @@ def show_forecast(found: Prepared, console: Console) -> None:
 
 def show_method(request: Request, found: Prepared, console: Console) -> dict[str, Any]:
     """The method where nobody chose one, and what a better one costs; gives the machine's copy."""
+    from qkit.advice import on_method
+
     advice = on_method(request, found)
     if advice is None:
         return {}
@@ -66,6 +68,8 @@ def show_method(request: Request, found: Prepared, console: Console) -> dict[str
 
 def write_figures(found: Allocated, folder: Path, console: Console) -> None:
     """The pictures and the page of an allocation."""
+    from qkit.report.allocation import allocation_files
+
     files = allocation_files(found.profile, found.allocation)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,13 +98,19 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
       qkit plan --model tiny-llama --scheme w4a16 --method gptq --json plan.json
     """
     console = Console()
-    decided = planned_request(given, out or Path(Path(given["model"]).name))
+    if (why or figures is not None) and all(given[name] is None for name in BUDGETS):
+        raise UsageError(f"{'--explain' if why else '--figures'} goes with a budget: add {WAYS}")
+    asked = asked_of(given, out or Path(Path(given["model"]).name), console)
+
+    from qkit.commands.decide import decided_json, planned_request, show_ahead, show_decided
+    from qkit.forecast import refuse_what_cannot_fit
+    from qkit.pipeline import prepare
+
+    decided = planned_request(asked)
     budgeted = decided.budgeted
     if (why or figures is not None) and budgeted is None:
         option = "--explain" if why else "--figures"
-        if decided.open:
-            raise UsageError(f"{option} is about what was measured, and nothing is yet: run 'qkit profile' first")
-        raise UsageError(f"{option} goes with a budget: add {WAYS}")
+        raise UsageError(f"{option} is about what was measured, and nothing is yet: run 'qkit profile' first")
     show_decided(decided, console)
     show_ahead(decided, "measured when quantize runs", console)
     if decided.open:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
-from qkit.allocation.pareto import PREFERRED, Point, curve, curve_measure, measure_points, spread, uniform
+from qkit.catalog import MEASURES, PREFERRED, check_measures, curve_measure
 from qkit.commands.common import (
     OutFile,
     OutFolder,
     Reporter,
+    announce,
     command_line,
     megabytes,
     print_wide,
@@ -21,13 +22,15 @@ from qkit.commands.common import (
     write_json,
 )
 from qkit.errors import BadInput, UsageError
+from qkit.locate import find_model
 from qkit.memory import bound_heap
-from qkit.profiling import ProfileRequest, audit, forecast, measured_plans, profile
-from qkit.report.figures import pareto_plot, png, unit_of
-from qkit.request import Request
+from qkit.request import Request, recipe_of
 from qkit.safefile import write_atomic
-from qkit.sensitivity.measures import MEASURES
-from qkit.sensitivity.profile import Profile
+from qkit.sensitivity.candidates import parse_candidates
+
+if TYPE_CHECKING:
+    from qkit.allocation.pareto import Point
+    from qkit.sensitivity.profile import Profile
 
 
 @click.command("profile")
@@ -112,7 +115,18 @@ def profile_command(
     if audit_text is not None and not audit_text.exists():
         raise BadInput(f"{audit_text}: no such text or folder for --audit-text")
     of = curve_measure(wanted) if pareto else None
-    request = ProfileRequest(Request(**given), candidates, wanted, rows, points)
+    check_measures(wanted)
+    base = Request(**given)
+    recipe_of(replace(base, scheme="w4a16"))  # the method, before what takes seconds
+    parse_candidates(candidates, base.group_size)
+    announce(console, f"reading {base.model}")
+    find_model(base.model)
+
+    from qkit.allocation.pareto import uniform
+    from qkit.profiling import ProfileRequest, audit, forecast, profile
+    from qkit.report.figures import pareto_plot, png
+
+    request = ProfileRequest(base, candidates, wanted, rows, points)
     reporter = Reporter(console, command_line())
     with reporter.running():
         console.print(forecast(request).line())
@@ -135,6 +149,9 @@ def pareto_curve(
     base: Request, made: Profile, measure: str, wanted: int, folder: Path, reporter: Reporter
 ) -> list[Point]:
     """The curve, ``wanted`` of its points measured with the weights of the probes."""
+    from qkit.allocation.pareto import curve, measure_points
+    from qkit.profiling import measured_plans
+
     reporter.start("Pareto curve", 1)
     points = curve(made, measure)
     if not wanted:
@@ -146,6 +163,8 @@ def pareto_curve(
 
 def pareto_json(points: list[Point], measure: str) -> dict[str, Any]:
     """What pareto.json holds: costs in the measure's unit, measured KL divergences in nats a token."""
+    from qkit.report.figures import unit_of
+
     return {"measure": measure, "unit": unit_of(measure), "points": [asdict(p) for p in points]}
 
 
@@ -164,8 +183,10 @@ def show_profile(made: Profile, console: Console) -> None:
 
 def show_pareto(points: list[Point], measure: str, made: Profile, console: Console) -> None:
     """Some points along the curve, and all that were measured."""
+    from qkit.allocation.pareto import spread
+
     shown = {*spread(len(points), 8), *(i for i, p in enumerate(points) if p.measured is not None)}
-    table = wide_table("bits", "bytes", measure, "measured KL", "layers", title="Pareto curve", title_justify="left")
+    table = wide_table("bits", "bytes", measure, "measured KL", "layers", title="Pareto curve")
     for i in sorted(shown):
         p = points[i]
         counts = {n: sum(len(u.linears) for u in made.units if p.picks[u.key] == n) for n in made.candidates}

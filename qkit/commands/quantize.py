@@ -6,12 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.text import Text
 
+from qkit.commands.asked import asked_of
 from qkit.commands.budget import budget_options
 from qkit.commands.cache import cache_options
 from qkit.commands.common import (
@@ -23,18 +24,14 @@ from qkit.commands.common import (
     show_coverage,
     write_json,
 )
-from qkit.commands.decide import decided_json, decided_request, show_decided
 from qkit.commands.plan import plan_json, show_forecast, show_method
 from qkit.engines import engine_lines
-from qkit.export.folder import is_export_of
 from qkit.folder import RECORD, weights_folder
-from qkit.job import finished_blocks
 from qkit.memory import bound_heap
-from qkit.parts import notices
-from qkit.pipeline import Prepared, prepare, quantize
 from qkit.record import packed_record
-from qkit.safefile import parse_json
-from qkit.steps import ENTRY
+
+if TYPE_CHECKING:
+    from qkit.pipeline import Prepared
 
 
 @click.command("quantize")
@@ -69,7 +66,14 @@ def quantize_command(
     bound_heap()
     console = Console()
     began = time.monotonic()
-    decided = decided_request(given, out, work, console)
+    asked = asked_of(given, out, console)
+
+    from qkit.commands.decide import decided_json, decided_request, show_decided
+    from qkit.export.folder import is_export_of
+    from qkit.job import finished_blocks
+    from qkit.pipeline import prepare, quantize
+
+    decided = decided_request(asked, out, work, console)
     request = decided.request
     found = prepare(request)
     show_decided(decided, console)
@@ -82,6 +86,7 @@ def quantize_command(
     if finished:
         console.print(Text(f"{finished} blocks were finished before"))
     reporter = Reporter(console, command_line())
+    reporter.expect(stages(found), finished)
     with reporter.running():
         report = quantize(
             request,
@@ -114,6 +119,20 @@ def _written(out: Path) -> tuple[int, int] | None:
     return None if state is None else (state.st_ino, state.st_mtime_ns)
 
 
+def stages(found: Prepared) -> list[tuple[str, list[float]]]:
+    """The blocks that a run goes through, as ``Reporter.expect`` takes them, by how many weights are in each."""
+    from qkit.blocks import LANGUAGE
+    from qkit.plan import sequences
+
+    return [
+        (
+            "" if s.name == LANGUAGE else s.name,
+            [float(sum(x.shape[0] * x.shape[1] for x in block.linears)) for block in s.blocks],
+        )
+        for s in sequences(found.plan, found.outline)
+    ]
+
+
 def _components(found: Prepared, out: Path) -> Iterator[str]:
     """What became of a pipeline's text encoders."""
     for name, asked in found.components.items():
@@ -135,6 +154,9 @@ def _recipes(out: Path) -> Iterator[str]:
 
 def _rows(found: Prepared, work: Path | None, out: Path) -> list[str]:
     """What was the matter with calibration rows, by the journal of the job."""
+    from qkit.parts import notices
+    from qkit.safefile import parse_json
+
     file = (work or out.with_name(out.name + ".job")) / "journal.jsonl"
     lines = file.read_bytes().splitlines() if file.is_file() else []
     return notices((parse_json(line, str(file)) for line in lines), found.plan.dtype)
@@ -142,6 +164,8 @@ def _rows(found: Prepared, work: Path | None, out: Path) -> list[str]:
 
 def _policy(out: Path) -> Iterator[str]:
     """What a policy by step is expected to come to, beside what was asked for."""
+    from qkit.steps import ENTRY
+
     decided = packed_record(out).get(ENTRY)
     if decided is not None:
         asked, expected = decided["asked"], decided["fit"]["expected"]

@@ -26,16 +26,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from qkit.catalog import DRAWN, QUESTIONS
 from qkit.errors import BadRecipe
-from qkit.pairs import DRAWN, QUESTIONS
 from qkit.strictyaml import LineDict, load_yaml, unknown_key
+from qkit.words import exact_megabytes
 
+SIZE = "size"  # of all weight files
 METRICS = ("perplexity", "kl.mean", "kl.p99", "same_top1")  # of a text: plain, or followed by the name of one text
 ANSWERS = ("answer_perplexity", "answer_kl.mean", "answer_kl.p99")  # of questions about pictures, and 'accuracy'
 SAMPLES = ("psnr", "ssim", "latent_error", "flickering", "recognised", "width")  # of a diffusion pipeline
@@ -158,6 +160,15 @@ class Check:
     measured: float | None
     ok: bool
 
+    @property
+    def shown(self) -> str:
+        """What was measured, as a person reads it."""
+        if self.measured is None:
+            return "not measured"
+        if not math.isfinite(self.measured):
+            return "not a finite number"
+        return exact_megabytes(self.measured) if self.name == SIZE else f"{self.measured:.6g}"
+
 
 def load_budget(path: Path) -> Budget:
     """Reads a budget file. Raises BadRecipe with file and line for anything that is not as this page describes."""
@@ -246,9 +257,9 @@ def judge(budget: Budget, measured: Mapping[str, Any]) -> list[Check]:
     texts = measured.get("texts") or {}
     checks = []
     for line in budget.lines:
-        if line.metric == "size":
+        if line.metric == SIZE:
             size = measured.get("size") or {}
-            checks.append(_check(line.name, line.limit, size.get("bytes"), size.get("baseline_bytes")))
+            checks.append(_check(line.name, line.limit, size.get("bytes"), size.get("baseline_bytes"), exact_megabytes))
         elif line.metric == "task":
             value, baseline = (_task(measured.get(where), line) for where in ("tasks", "baseline_tasks"))
             checks.append(_check(line.name, line.limit, value, baseline))
@@ -293,11 +304,22 @@ def _samples(figures: Mapping[str, Any] | None, metric: str) -> tuple[float | No
     return value, None if value is None or change is None else value - change
 
 
-def _check(name: str, limit: Limit, value: float | None, baseline: float | None) -> Check:
+def _number(value: float) -> str:
+    return f"{value:.6g}"
+
+
+def _check(
+    name: str,
+    limit: Limit,
+    value: float | None,
+    baseline: float | None,
+    said: Callable[[float], str] = _number,
+) -> Check:
     bound = limit.bound(baseline)
-    text = str(limit)
+    text = str(limit) if limit.unit else f"{'<=' if limit.upper else '>='} {said(limit.value)}"
     if limit.unit:
-        text += f" of {baseline:.6g} ({bound:.6g})" if baseline is not None else " of a baseline that was not measured"
+        known = " of a baseline that was not measured" if baseline is None else f" of {said(baseline)} ({said(bound)})"
+        text += known
     finite = value is not None and math.isfinite(value) and math.isfinite(bound)
     ok = finite and value is not None and (value <= bound if limit.upper else value >= bound)
     return Check(name, text, value, ok)
@@ -312,8 +334,7 @@ def junit_xml(checks: Sequence[Check], suite: str) -> str:
     for check in checks:
         case = ElementTree.SubElement(group, "testcase", {"classname": "qkit.budget", "name": _xml(check.name)})
         if not check.ok:
-            found = "not measured" if check.measured is None else f"{check.measured:.6g}"
-            message = _xml(f"{check.name}: {found}, budget {check.limit}")
+            message = _xml(f"{check.name}: {check.shown}, budget {check.limit}")
             ElementTree.SubElement(case, "failure", {"type": "BudgetNotMet", "message": message}).text = message
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"

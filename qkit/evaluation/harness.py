@@ -23,11 +23,12 @@ import qkit_data
 import torch
 import yaml
 
+from qkit.catalog import DRAWN, QUESTIONS
 from qkit.confined import Exceeded
 from qkit.errors import BadInput, Unsupported, UsageError
+from qkit.evaluation.sources import first_line
 from qkit.evaluation.taskcode import refuse_task_code
-from qkit.evaluation.text import first_line
-from qkit.pairs import DRAWN, QUESTIONS, held_out
+from qkit.pairs import held_out
 from qkit.quality import BATCH, BATCH_BYTES, Z95, bootstrap_ci
 from qkit.templates import Confined, TemplateFailure
 

@@ -2,54 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qkit.catalog import DRAWN
 from qkit.checkpoint import Checkpoint
 from qkit.errors import UsageError
-from qkit.evaluation.text import Progress, evaluate_text, read_text, text_name, tokenize
-from qkit.evaluation.vbench import Bench, dimensions_of, evaluate_vbench
-from qkit.families.discover import DECLARED
+from qkit.evaluation.request import EvalRequest, dimensions_of
+from qkit.evaluation.sources import read_text, text_name
+from qkit.evaluation.text import Progress, evaluate_texts, tokenize
+from qkit.evaluation.vbench import Bench, evaluate_vbench
+from qkit.families.declared import DECLARED
 from qkit.folder import PIPELINE_INDEX, is_pipeline, weights_folder
-from qkit.kvcache.policy import Policy
-from qkit.pairs import DRAWN, QUESTIONS, held_out, load_processor
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class EvalRequest:
-    """What to measure. ``texts`` as for ``evaluate_text``; ``limit``: samples per task, None for all. ``caches``: KV cache
-    policies, compared by decoding the texts, ``step`` tokens at a time after a ``prompt`` (None: half a window), or by
-    ``retrieval`` from them, beside a plain cache. ``pairs``: questions about pictures, as for ``evaluate_pairs``, so many
-    ``questions`` at most; with ``examples`` of them answered in words. ``videos``: of a diffusion pipeline, how many it is to
-    make, and with ``vbench_python`` VBench's interpreter for tasks of VBench, whose videos ``videos_dir`` keeps."""
-
-    texts: Sequence[Path | str] = ()
-    window: int = 512
-    windows: int | None = 200
-    tasks: Sequence[str] = ()
-    limit: int | None = None
-    task_dir: Path | None = None
-    allow_task_code: bool = False
-    dtype: str = "float32"
-    device: str = "cpu"
-    caches: Sequence[Policy] = ()
-    prompt: int | None = None
-    step: int = 1
-    retrieval: bool = False
-    pairs: str | None = None
-    questions: int = QUESTIONS
-    examples: int = 0
-    videos: int = 0
-    vbench_python: Path | None = None
-    videos_dir: Path | None = None
+from qkit.pairs import held_out, load_processor
 
 
 def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Progress | None = None) -> dict[str, Any]:
@@ -63,48 +33,90 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
     values of single samples but with the paired change and change_ci where there is a baseline. Raises what loading,
     ``evaluate_text``, ``evaluate_pairs`` and ``run_tasks`` raise.
     """
+    return measure_all([out], baseline, request, progress)[0]
+
+
+def measure_all(
+    outs: Sequence[Path], baseline: Path | None, request: EvalRequest, progress: Progress | None = None
+) -> list[dict[str, Any]]:
+    """What ``measure`` gives, of several models: the same texts and tasks, and the baseline measured once for all of them.
+
+    Raises UsageError for what is measured of one model alone (caches, pairs, videos), and for models that split a text in
+    different ways.
+    """
     from qkit.loading import load, load_tokenizer
 
-    measured: dict[str, Any] = {
-        "model": out.resolve().name,
-        "baseline": None if baseline is None else baseline.resolve().name,
-        "dtype": request.dtype,
-        "window": request.window,
-        "size": sizes(out, baseline),
-    }
+    found: list[dict[str, Any]] = [
+        {
+            "model": out.resolve().name,
+            "baseline": None if baseline is None else baseline.resolve().name,
+            "dtype": request.dtype,
+            "window": request.window,
+            "size": sizes(out, baseline),
+        }
+        for out in outs
+    ]
+    alone = request.alone
+    if alone and len(outs) > 1:
+        raise UsageError(f"{alone}: is measured of one model at a time, and there are {len(outs)}: give one OUT")
     dimensions = dimensions_of(request.tasks)
     if dimensions:
-        return measured | _vbench(out, baseline, dimensions, request, progress)
+        return [found[0] | _vbench(outs[0], baseline, dimensions, request, progress)]
     if request.videos:
-        return measured | _videos(out, baseline, request, progress)
+        return [found[0] | _videos(outs[0], baseline, request, progress)]
     if not request.texts and not request.tasks and request.pairs is None:
-        return measured
-    if is_pipeline(out):
-        raise UsageError(
-            f"{out}: a diffusion pipeline makes pictures: measure it with --videos N, or by lines of a budget about samples "
-            "(psnr, ssim, latent_error, flickering)"
-        )
+        return found
+    for out in outs:
+        if is_pipeline(out):
+            raise UsageError(
+                f"{out}: a diffusion pipeline makes pictures: measure it with --videos N, or by lines of a budget about "
+                "samples (psnr, ssim, latent_error, flickering)"
+            )
     for spec in request.texts:
         text_name(spec)  # what is wrong with a file is better said before a large model is loaded
     _check_device(request.device)
-    processor = None if request.pairs is None else _processor(out, request.pairs)
-    tokenizer = load_tokenizer(out)
-    dtype = DTYPES[request.dtype]
+    processor = None if request.pairs is None else _processor(outs[0], request.pairs)
+    tokenizers = [load_tokenizer(out) for out in outs]
+    _check_alike(outs, tokenizers, request)
+    dtype = getattr(torch, request.dtype)
     # Texts are read without a cache and --kv compares caches with a plain one; tasks run as the folder is meant to.
     compared = request.retrieval or bool(request.caches)
-    model = load(out, dtype=dtype, device=request.device, kv="none" if compared else None)
+    models = [load(out, dtype=dtype, device=request.device, kv="none" if compared else None) for out in outs]
     original = None if baseline is None else load(baseline, dtype=dtype, device=request.device)
     if request.texts:
-        measured |= evaluate_text(
-            model, tokenizer, request.texts, request.window, request.windows, original, progress=progress
+        texts = evaluate_texts(
+            models, tokenizers[0], request.texts, request.window, request.windows, original, progress=progress
         )
+        found = [own | figures for own, figures in zip(found, texts, strict=True)]
     if compared:
-        measured["retrieval" if request.retrieval else "caches"] = _caches(model, tokenizer, request, progress)
+        caches = _caches(models[0], tokenizers[0], request, progress)
+        found[0]["retrieval" if request.retrieval else "caches"] = caches
     if request.pairs is not None:
-        measured["pairs"] = _pairs(model, original, processor, request, progress)
+        found[0]["pairs"] = _pairs(models[0], original, processor, request, progress)
+    if request.prompts:
+        from qkit.evaluation.continuations import continuations
+
+        for own, model in zip(found, models, strict=True):
+            own["continuations"] = continuations(model, original, tokenizers[0])
     if request.tasks:
-        measured |= _tasks(model, original, tokenizer, request, partial(load_processor, out) if _sees(out) else None)
-    return measured
+        processors = [partial(load_processor, out) if _sees(out) else None for out in outs]
+        tasks = _tasks(models, original, tokenizers, request, processors)
+        found = [own | figures for own, figures in zip(found, tasks, strict=True)]
+    return found
+
+
+def _check_alike(outs: Sequence[Path], tokenizers: Sequence[Any], request: EvalRequest) -> None:
+    """Raises UsageError where models would be measured on different tokens."""
+    if len(outs) == 1:
+        return
+    for spec in request.texts:
+        text = read_text(spec)
+        first = tokenize(tokenizers[0], text)
+        for out, tokenizer in zip(outs[1:], tokenizers[1:], strict=True):
+            if not first.equal(tokenize(tokenizer, text)):
+                raise UsageError(
+                    f"{outs[0]} and {out} split text '{text_name(spec)}' into different tokens: measure them one by one"
+                )
 
 
 def _videos(out: Path, baseline: Path | None, request: EvalRequest, progress: Progress | None) -> dict[str, Any]:
@@ -144,7 +156,7 @@ def _check_pipelines(out: Path, baseline: Path | None, request: EvalRequest) -> 
 def _pipeline(folder: Path, request: EvalRequest) -> Any:
     from qkit.loading import load
 
-    pipeline = load(folder, dtype=DTYPES[request.dtype], device=request.device)
+    pipeline = load(folder, dtype=getattr(torch, request.dtype), device=request.device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -224,12 +236,22 @@ def sizes(out: Path, baseline: Path | None) -> dict[str, int]:
 
 
 def _tasks(
-    model: Any, original: Any, tokenizer: Any, request: EvalRequest, processor: Callable[[], Any] | None
-) -> dict[str, Any]:
+    models: Sequence[Any],
+    original: Any,
+    tokenizers: Sequence[Any],
+    request: EvalRequest,
+    processors: Sequence[Callable[[], Any] | None],
+) -> list[dict[str, Any]]:
     from qkit.evaluation.harness import run_tasks
 
-    arguments = (tokenizer, request.tasks, request.limit, request.allow_task_code, request.task_dir, processor)
-    return _compared(run_tasks(model, *arguments), {} if original is None else run_tasks(original, *arguments))
+    def run(model: Any, tokenizer: Any, processor: Callable[[], Any] | None) -> dict[str, Any]:
+        return run_tasks(
+            model, tokenizer, request.tasks, request.limit, request.allow_task_code, request.task_dir, processor
+        )
+
+    ours = [run(*each) for each in zip(models, tokenizers, processors, strict=True)]
+    theirs = {} if original is None else run(original, tokenizers[0], processors[0])
+    return [_compared(own, deepcopy(theirs)) for own in ours]
 
 
 def _compared(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
@@ -245,12 +267,3 @@ def _compared(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
         for figures in entry["metrics"].values():
             del figures["values"]
     return {"tasks": ours, "baseline_tasks": theirs} if theirs else {"tasks": ours}
-
-
-def jsonable(value: Any) -> Any:
-    """The same with None in place of NaN and infinity, which JSON cannot say."""
-    if isinstance(value, dict):
-        return {key: jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

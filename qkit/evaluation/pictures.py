@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from qkit.calibration import KINDS
+from qkit.catalog import QUESTIONS
 from qkit.errors import UsageError
 from qkit.evaluation.decoding import fresh_cache
 from qkit.families.discover import family_of
 from qkit.kvcache.argument import with_cache
-from qkit.pairs import QUESTIONS, Pair, encoded, held_out, image_tokens, pair_rows
+from qkit.pairs import Pair, encoded, held_out, image_tokens, pair_rows
 from qkit.quality import BATCH_BYTES, Interval, bootstrap_ci, divergence, exp, quantile, ratio_ci, wilson_ci
 
 PIECE = 256  # questions whose pictures are held in memory at once, at most

@@ -1,7 +1,6 @@
 """Perplexity of texts, and the divergence from the original model on them.
 
-A text is given as a path, as ``NAME=path`` to choose the name it goes by, or as ``dataset:NAME[:config][:split]
-[:column]`` for a data set of the ``datasets`` package (a hub id or a local folder; its rows are joined by blank lines).
+Where a text comes from: ``evaluation.sources``.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit.errors import BadInput, Unsupported, UsageError
-from qkit.quality import bootstrap_ci, compare_windows, nll_windows, perplexity, perplexity_change, quantile
-from qkit.textfile import TextFile
+from qkit.errors import BadInput, UsageError
+from qkit.evaluation.sources import is_dataset, read_text, text_file, text_name
+from qkit.quality import Comparison, bootstrap_ci, compare_all, nll_windows, perplexity, perplexity_change, quantile
 
 Progress = Callable[[str, int, int], None]  # (text, windows done, windows in all)
 
@@ -41,7 +40,20 @@ def evaluate_text(
 
     Raises BadInput for a text that is unreadable or shorter than one window, UsageError for a bad specification.
     """
-    texts: dict[str, dict[str, Any]] = {}
+    return evaluate_texts([model], tokenizer, files, window, limit, baseline_model, progress)[0]
+
+
+def evaluate_texts(
+    models: Sequence[Any],
+    tokenizer: Any,
+    files: Sequence[Path | str],
+    window: int = 512,
+    limit: int | None = 200,
+    baseline_model: Any = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """What ``evaluate_text`` gives, of several models on the same windows; the baseline runs once for all of them."""
+    texts: dict[str, list[dict[str, Any]]] = {}
     for spec in files:
         name = text_name(spec)
         if name in texts:
@@ -49,10 +61,10 @@ def evaluate_text(
         tokens = first_tokens(tokenizer, spec, None if limit is None else limit * window)
         report = None if progress is None else partial(progress, name)
         try:
-            texts[name] = _figures(model, baseline_model, tokens, window, limit, report)
+            texts[name] = _figures(models, baseline_model, tokens, window, limit, report)
         except BadInput as error:
             raise BadInput(f"text '{name}': {error}") from error
-    return {"texts": texts}
+    return [{"texts": {name: found[i] for name, found in texts.items()}} for i in range(len(models))]
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
@@ -63,28 +75,34 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
 
 def first_tokens(tokenizer: Any, spec: Path | str, needed: int | None) -> Tensor:
     """int64 [n]: at least ``needed`` tokens of a text if it has so many (None: all), as ``tokenize`` gives them."""
-    if _is_dataset(spec):
+    if is_dataset(spec):
         return tokenize(tokenizer, read_text(spec))
-    ids = _text_file(spec).first_tokens(lambda text: tokenize(tokenizer, text).tolist(), needed)
+    ids = text_file(spec).first_tokens(lambda text: tokenize(tokenizer, text).tolist(), needed)
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _text_file(spec: Path | str) -> TextFile:
-    return TextFile(_named_file(spec)[1], "text")
-
-
 def _figures(
-    model: Any,
+    models: Sequence[Any],
     baseline: Any,
     tokens: Tensor,
     window: int,
     limit: int | None,
     progress: Callable[[int, int], None] | None,
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     if baseline is None:
-        nll = nll_windows(model, tokens, window, limit, progress)
-        return _own(nll)
-    both = compare_windows(baseline, model, tokens, window, limit, progress)
+        return [
+            _own(nll_windows(model, tokens, window, limit, _share(progress, i, len(models))))
+            for i, model in enumerate(models)
+        ]
+    return [_paired(both) for both in compare_all(baseline, models, tokens, window, limit, progress)]
+
+
+def _share(progress: Callable[[int, int], None] | None, place: int, parts: int) -> Callable[[int, int], None] | None:
+    """Progress of one part of several of the same length."""
+    return None if progress is None else lambda done, total: progress(place * total + done, parts * total)
+
+
+def _paired(both: Comparison) -> dict[str, Any]:
     reference, change, kl = perplexity(both.reference), perplexity_change(both.reference, both.approx), both.kl
     mean_kl = bootstrap_ci(kl.mean(1))
     return {
@@ -107,66 +125,3 @@ def _own(nll: Tensor) -> dict[str, Any]:
         "tokens": nll.numel(),
         "nonfinite": int((~nll.isfinite()).sum()),
     }
-
-
-def text_name(spec: Path | str) -> str:
-    """The name a text goes by. Raises BadInput for a file that is not there, UsageError for a bad data set."""
-    if _is_dataset(spec):
-        name, config, _, _ = _dataset_parts(str(spec))
-        return Path(name).name if config is None else f"{Path(name).name}-{config}"
-    return _named_file(spec)[0]
-
-
-def read_text(spec: Path | str) -> str:
-    """The content of a text. Raises BadInput when it cannot be read, Unsupported without the datasets package."""
-    if _is_dataset(spec):
-        return _read_dataset(str(spec))
-    return _text_file(spec).text()[0]
-
-
-def _named_file(spec: Path | str) -> tuple[str, Path]:
-    path = Path(spec)
-    name = path.stem
-    if isinstance(spec, str) and "=" in spec and not path.exists():
-        name, _, rest = spec.partition("=")
-        path = Path(rest)
-    if not path.is_file():
-        raise BadInput(f"text {path}: there is no such file; give the path of a text file")
-    return name, path
-
-
-def _is_dataset(spec: Path | str) -> bool:
-    return isinstance(spec, str) and spec.startswith("dataset:")
-
-
-def _dataset_parts(spec: str) -> tuple[str, str | None, str, str]:
-    """(name, config, split, column)"""
-    parts = spec.split(":")[1:]
-    if not parts[0] or len(parts) > 4:
-        raise UsageError(f"{spec!r} is not a data set; write dataset:NAME[:config][:split][:column]")
-    name, config, split, column = [*parts, "", "", ""][:4]
-    return name, config or None, split or "test", column or "text"
-
-
-def _read_dataset(spec: str) -> str:
-    name, config, split, column = _dataset_parts(spec)
-    try:
-        import datasets
-    except ImportError as error:
-        raise Unsupported(f"{spec} needs the datasets package: pip install qkit[eval]") from error
-    try:
-        rows = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise BadInput(
-            f"data set {name!r} (config {config}, split {split}) cannot be loaded: {first_line(error)}; "
-            "check its name and the network, or give a text file"
-        ) from error
-    if column not in rows.column_names:
-        raise BadInput(f"data set {name!r} has no column {column!r}; it has {', '.join(rows.column_names)}")
-    return "\n\n".join(str(row) for row in rows[column])
-
-
-def first_line(error: Exception) -> str:
-    """What another library had to say, as a part of a sentence."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

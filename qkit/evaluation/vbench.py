@@ -21,13 +21,13 @@ import torch
 from qkit.checkpoint import Checkpoint
 from qkit.diffusion.trajectory import Sampling, sampling_of
 from qkit.errors import BadInput, Unsupported, UsageError, write_failure
+from qkit.evaluation.request import PREFIX
 from qkit.evaluation.video import SEEDS, Progress, held_out, make_video
 from qkit.folder import RECORD, load_json, weights_folder
 from qkit.formats import did_you_mean
 from qkit.quality import bootstrap_ci
 from qkit.safefile import sha256_file, shown, write_atomic
 
-PREFIX = "vbench:"
 PER_PROMPT = 5  # videos of each of VBench's own prompts: its rule
 INDEX = "videos.json"  # beside the videos: whose they are
 LONGEST = 200  # bytes of a prompt in the name of a file
@@ -93,15 +93,6 @@ def evaluate_vbench(
     for entry in (e for tasks in found for e in tasks.values()):
         del entry["names"]
     return found
-
-
-def dimensions_of(tasks: Sequence[str]) -> list[str]:
-    """Those of 'vbench:a,b' among --tasks; none where there is no vbench. Raises UsageError for other tasks beside them."""
-    if not any(t.startswith(PREFIX) for t in tasks):
-        return []
-    if not tasks[0].startswith(PREFIX):
-        raise UsageError(f"--tasks {tasks[0]}: tasks of VBench and others are not measured in one go; leave one out")
-    return [t.removeprefix(PREFIX) for t in tasks]
 
 
 def find_vbench(python: Path) -> tuple[Path, list[dict[str, Any]]]:

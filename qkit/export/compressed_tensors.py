@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from qkit.errors import Unsupported
-from qkit.formats import FORMATS, Format
+from qkit.formats import FORMATS, Format, layout
 from qkit.packing import pack_bits, pack_nibbles, packed_words, unpack_bits, unpack_nibbles
 from qkit.patterns import is_pattern, matched
 from qkit.qtensor import Params, QTensor, param_shape
@@ -34,18 +34,6 @@ Spec = tuple[torch.dtype, tuple[int, ...]]
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 CLASS = "Linear"  # the one name of a class that a target can have here
-
-
-def layout(weights: Format, activations: Format | None) -> str:
-    """The compressed-tensors format name of a weight and activation pair."""
-    if weights.kind == "int":
-        plain = weights.bits == 8 and activations is not None and weights.strategy in ("channel", "tensor")
-        return "int-quantized" if plain else "pack-quantized"
-    if weights.scale == "e4m3":
-        return "nvfp4-pack-quantized"
-    if weights.scale == "e8m0":
-        return "mxfp4-pack-quantized" if weights.kind == "fp4" else "mxfp8-quantized"
-    return "naive-quantized" if activations is None else "float-quantized"
 
 
 def specs(weights: Format, activations: Format | None, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Spec]:

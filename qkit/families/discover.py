@@ -10,10 +10,10 @@ from torch import nn
 
 from qkit.blocks import Group
 from qkit.errors import Unsupported
-from qkit.families import Family, dit, encoder, llm, vlm
+from qkit.families import Family, dit, encoder, vlm
+from qkit.families.declared import DECLARED
 from qkit.schema import foreign
 
-DECLARED = (*llm.FAMILIES, *vlm.FAMILIES, *dit.FAMILIES, *encoder.FAMILIES)
 _DENOISERS = {name: family for family in dit.FAMILIES for name in family.model_types}
 _FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 _ADVICE = "get the config of this model"

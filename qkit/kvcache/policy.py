@@ -9,10 +9,10 @@ from typing import Any
 
 from qkit.errors import UsageError
 from qkit.folder import RECORD, read_record
-from qkit.kvcache.store import WIDTHS
 from qkit.schema import KvPolicy
 from qkit.schema import checked as checked_file
 
+WIDTHS = (2, 3, 4, 8, 16)
 KINDS = {
     "progressive": "sink and newest tokens at 16 bits, the rest halved in width whenever the budget is reached (PM-KVQ)",
     "kivi": "keys by channel, values by token, the newest tokens as they came (KIVI)",
@@ -78,6 +78,17 @@ class Policy:
             return checked(Policy(**lists))
         except TypeError as e:
             raise UsageError(f"kv policy {found}: {e}; it was not written by this version of qkit") from e
+
+
+@dataclass(frozen=True)
+class CacheRequest:
+    """kv: a policy by name; memory: bytes for the cache of one sequence of ``length`` tokens (None: the model's longest);
+    scale_keys: whether scales of keys are searched and folded into the projections."""
+
+    kv: str
+    memory: int | None = None
+    length: int | None = None
+    scale_keys: bool = False
 
 
 def stored(folder: Path) -> Policy | None:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from qkit.formats import FP8_MAX
 
-WIDTHS = (2, 3, 4, 8, 16)
 HALF = {16: 8, 8: 4, 4: 2}  # the width that follows in halving
 WORD = 16
 LARGEST = 65504.0  # of float16: numbers may be half as large, for a range has to fit too

@@ -17,10 +17,11 @@ from qkit.forecast import ALLOCATOR, LATER
 from qkit.machine import available_memory, process_bytes, resident_bytes
 from qkit.plan import Plan
 from qkit.sensitivity import hidden
+from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.outputs import SAMPLE_TOKENS
 from qkit.sensitivity.repair import ROWS
 from qkit.sensitivity.subject import SPILL_BYTES, log_prob_bytes
-from qkit.sensitivity.units import Candidate, units_of
+from qkit.sensitivity.units import units_of
 
 # Tensors of the size of a chunk's logits that one worker holds at the worst moment.
 _FORWARD_LOGITS = 5  # of a comparison: log probabilities of both models, and what KL is computed from

@@ -38,13 +38,14 @@ from qkit.batches import batches
 from qkit.blocks import LANGUAGE
 from qkit.calibration import Calibration
 from qkit.run import Progress
+from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.decomposition import decompose, decomposition_file, save_decomposition
 from qkit.sensitivity.ledger import Ledger
 from qkit.sensitivity.outputs import OutputSample, has_modules
 from qkit.sensitivity.pqi import mean_gradients, share
 from qkit.sensitivity.probes import Activations, Probes
 from qkit.sensitivity.subject import Replacement, Subject
-from qkit.sensitivity.units import Candidate, Unit
+from qkit.sensitivity.units import Unit
 from qkit.spill import Chunks
 from qkit.transforms.balance import gradients, ratios
 

@@ -20,8 +20,9 @@ from qkit.parallel import Workers
 from qkit.plan import Plan, parts
 from qkit.qtensor import dequantize
 from qkit.run import Progress, run_blocks
+from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.subject import Replacement
-from qkit.sensitivity.units import Candidate, Unit
+from qkit.sensitivity.units import Unit
 
 Activations = tuple[Format, Tensor | None]  # the format of a linear's input, and its static scale
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qkit import loading
 from qkit.calibration import Calibration
-from qkit.errors import BadInput, UsageError
+from qkit.catalog import PROFILE, check_measures
+from qkit.errors import BadInput
 from qkit.families.outline import Outline
 from qkit.folder import load_json
 from qkit.parallel import Workers
@@ -21,15 +22,16 @@ from qkit.plan import Plan
 from qkit.run import Progress
 from qkit.safefile import write_atomic
 from qkit.schema import ProfileFile, checked
+from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.decomposition import decomposition_file, load_decomposition
 from qkit.sensitivity.ledger import Ledger
-from qkit.sensitivity.measures import MEASURES, Bench, measured
+from qkit.sensitivity.measures import Bench, measured
 from qkit.sensitivity.probes import Probes, probes
 from qkit.sensitivity.subject import Subject
-from qkit.sensitivity.units import Candidate, Unit, parts_named, unit_bytes, units_of
+from qkit.sensitivity.units import Unit, parts_named, unit_bytes, units_of
 
 VERSION = 3
-FILE = "profile.json"
+FILE = PROFILE
 MEASURED = "measured.jsonl"
 KEPT = "keep"  # the candidate that leaves weights as they are
 LIMIT = 1 << 28
@@ -183,9 +185,7 @@ def make_profile(
 
     plans: of the probes, by candidate name; rows: what losses are measured on.
     """
-    unknown = next((m for m in measures if m not in MEASURES), None)
-    if unknown is not None:
-        raise UsageError(f"--measures: unknown '{unknown}': expected some of {', '.join(MEASURES)}")
+    check_measures(measures)
     units = units_of(outline, parts_named(request))
     ledger = Ledger(folder / MEASURED, identity(outline, request, rows))
     with probes(plans, outline, folder / "probes", pool, progress) as found:

@@ -14,10 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from qkit.blocks import LANGUAGE, Linear
+from qkit.calibrating import calibration_asked
 from qkit.calibration import Calibration
 from qkit.checkpoint import Checkpoint
 from qkit.export.compressed_tensors import stored_bytes
-from qkit.families.discover import DECLARED, kind_of
+from qkit.families.declared import DECLARED
+from qkit.families.discover import kind_of
 from qkit.families.outline import Outline
 from qkit.folder import weights_folder
 from qkit.formats import Format, Scheme, fit_group
@@ -29,7 +31,7 @@ from qkit.pipeline import open_outline
 from qkit.preflight import holds_siglip
 from qkit.qtensor import dequantize, find_params, quantize
 from qkit.recipe import Recipe
-from qkit.request import Request, calibration_asked, recipe_of
+from qkit.request import Request, recipe_of
 from qkit.run import Progress
 from qkit.sensitivity.forecast import model_memory
 from qkit.sensitivity.subject import Replacement, Subject

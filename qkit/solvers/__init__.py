@@ -3,7 +3,7 @@
 A solver is a function ``(Task) -> Solved``, with an optional ``(Stats, options) -> prepared`` before it. It
 sees linears that share one input, one format and one Hessian;
 it knows no model, no file and no other solver. To add one: copy ``rtn.py``, write the equation in its docstring,
-add a line to the table in ``table.py``.
+describe it in ``qkit.catalog``, and add a line to the table in ``table.py``.
 """
 
 from __future__ import annotations

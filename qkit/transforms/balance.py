@@ -26,14 +26,13 @@ from torch.nn import functional
 
 from qkit.blocks import LinearGroup
 from qkit.calibration import ANSWER, KINDS, VISION, Calibration
+from qkit.catalog import RATIOS
 from qkit.errors import BadCalibration
 from qkit.families.outline import Outline
 from qkit.transforms import BlockState
 from qkit.transforms.scales import Loss
 
 PARTS = ("attention", "mlp")
-INPUTS = ("quantized", "original", "distort")
-RATIOS = ("part", "linear")  # one for each part of a block, or for each linear
 
 
 def part_of(group: LinearGroup) -> str:

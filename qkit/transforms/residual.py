@@ -16,8 +16,6 @@ from qkit.blocks import LinearGroup
 from qkit.formats import Format, Scheme
 from qkit.transforms import BlockState
 
-SHARE = 0.25  # of the channels, by default
-
 
 def residual_channels(fmt: Format | None, columns: int, share: float) -> int:
     """How many channels of so many: a number of whole groups, at least one of them; none where inputs are not in groups."""

@@ -23,7 +23,8 @@ import torch
 
 from qkit.evaluation.decoding import fresh_cache, sizes
 from qkit.evaluation.retrieval import fill
-from qkit.evaluation.text import read_text, tokenize
+from qkit.evaluation.sources import read_text
+from qkit.evaluation.text import tokenize
 from qkit.kvcache.attention import NAME
 from qkit.kvcache.policy import parse
 from qkit.loading import load, load_tokenizer

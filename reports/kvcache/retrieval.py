@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from qkit.evaluation.retrieval import evaluate_retrieval
-from qkit.evaluation.text import read_text, tokenize
+from qkit.evaluation.sources import read_text
+from qkit.evaluation.text import tokenize
 from qkit.kvcache.policy import parse
 from qkit.loading import load, load_tokenizer
 

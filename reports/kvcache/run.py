@@ -22,7 +22,8 @@ import torch
 from qkit.allocation.knapsack import Choice, solve
 from qkit.calibration import calibration_rows
 from qkit.evaluation.decoding import evaluate_caches
-from qkit.evaluation.text import read_text, tokenize
+from qkit.evaluation.sources import read_text
+from qkit.evaluation.text import tokenize
 from qkit.kvcache.cache import Heads, with_budgets
 from qkit.kvcache.policy import Policy, parse
 from qkit.kvcache.sensitivity import sensitivities

@@ -12,7 +12,8 @@ from qkit.errors import BadRecipe, Unsupported, UsageError
 from qkit.families.outline import Outline
 from qkit.pipeline import Request, open_outline, prepare, quantize
 from qkit.recipe import make_recipe
-from qkit.sensitivity.units import parse_candidates, unit_bytes, units_of
+from qkit.sensitivity.candidates import parse_candidates
+from qkit.sensitivity.units import unit_bytes, units_of
 from qkit.sizes import linear_bytes
 from qkit.verify import verify
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.llama import modeling_llama
 
+from qkit.calibrating import calibration_of
 from qkit.pipeline import open_outline
-from qkit.request import Request, calibration_of
+from qkit.request import Request
 from qkit.solving import FEW_TOKENS
 
 COUNT, LENGTH = 64, 16

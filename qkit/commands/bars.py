@@ -1,0 +1,133 @@
+"""How far a run is: one bar for the whole of it on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+_PATIENCE = 2.0  # seconds before the first sign, and between lines
+_QUIET = 30.0  # seconds after which a line comes though nothing changed by a percent
+_TAIL = 0.05  # share of a run that comes after its blocks: export and proof
+_BLOCK = re.compile(
+    r"(?P<sequence>.*?)block (?P<at>\d+)/\d+(, (?P<phase>.*))?"
+)  # how ``run`` names the phases of a block
+
+
+class Bar:
+    """Shows a share of the whole, from 0 to 1, with the time that it took and the time that is left at this speed."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._live = console, console.is_terminal
+        columns = (
+            TextColumn("{task.fields[percent]}"),
+            BarColumn(20),
+            TextColumn("{task.fields[times]}"),
+            TextColumn("{task.description}"),
+        )
+        self._progress = Progress(*columns, console=console, transient=True, disable=not self._live)
+        self._task = self._progress.add_task("", total=1.0, visible=False, times="", percent="")
+        self._began = self._last = time.monotonic()
+        self._first: float | None = None
+        self._percent = "-"
+
+    def show(self, share: float | None, what: str) -> None:
+        """What is being done now, and how much of the whole is done, if that is known. The first share is where the run goes on
+        from."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = share
+        elapsed = now - self._began
+        if elapsed < _PATIENCE:
+            return
+        moved = 0.0 if share is None or self._first is None else share - self._first
+        left = f", {_clock(elapsed * (1 - share) / moved)} left" if share is not None and moved > 0.005 else ""
+        times = f"{_clock(elapsed)}{left}"
+        if self._live:
+            self._progress.start()
+            known = {"total": None} if share is None else {"total": 1.0, "completed": share}
+            percent = "" if share is None else f"{100 * share:3.0f} %"
+            text = escape(what)
+            self._progress.update(self._task, description=text, times=times, percent=percent, visible=True, **known)
+            return
+        percent = "" if share is None else f"{100 * share:.0f} %, "
+        if now - self._last > (_PATIENCE if percent != self._percent else _QUIET):
+            self._last, self._percent = now, percent
+            self._console.print(Text(f"{percent}{times}: {what}"))
+
+    def stop(self) -> None:
+        """Takes the bar away."""
+        self._progress.stop()
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+class Share:
+    """From the phases of a run to the share of the whole that is done.
+
+    stages: (name, weight of each of its blocks) of every sequence of blocks, in order; none: a run of phases that nobody
+    counted, whose share is not known. finished: blocks that were done before.
+    """
+
+    def __init__(self, stages: Sequence[tuple[str, Sequence[float]]] = (), finished: int = 0) -> None:
+        weights = {(name, i + 1): w for name, blocks in stages for i, w in enumerate(blocks)}
+        total, before = sum(weights.values()) or 1.0, 0.0
+        self._spans = dict[tuple[str, int], tuple[float, float]]()  # by block, the share before it, and its own
+        for key, weight in weights.items():
+            self._spans[key] = (before, (1 - _TAIL) * weight / total)
+            before += self._spans[key][1]
+        self._value = sum(own for _, own in [*self._spans.values()][:finished])
+        self._after = finished >= len(self._spans)  # whether all blocks are done
+        self._at: tuple[str, int] | None = None
+        self._phase, self._steps, self._done = "", 0, 0
+        self._ended = 0  # phases of this block, or of what comes after the blocks
+        self._took, self._now = (
+            dict[str, float](),
+            dict[str, float](),
+        )  # seconds by phase, of the block before and of this one
+        self._began = time.monotonic()
+
+    def start(self, what: str, total: int) -> float | None:
+        """A phase begins; the share of the whole that is done."""
+        now = time.monotonic()
+        self._now[self._phase] = now - self._began
+        found = _BLOCK.fullmatch(what)
+        at = (found["sequence"].strip(), int(found["at"])) if found else None
+        if at == self._at:
+            self._ended += 1
+        else:
+            self._after = self._after or (at is None and bool(self._spans) and self._at == [*self._spans][-1])
+            self._at, self._took, self._now, self._ended = at, self._now, {}, 0
+        self._phase, self._began = (found["phase"] or "") if found else what, now
+        self._steps, self._done = total, 0
+        return self.step(0)
+
+    def step(self, amount: int) -> float | None:
+        """Some of the phase is done; the share of the whole that is."""
+        self._done += amount
+        if not self._spans:
+            return None
+        inner = min(1.0, self._done / self._steps) if self._steps else 1.0
+        if self._at in self._spans:
+            before, own = self._spans[self._at]
+            self._value = max(self._value, before + own * self._in_block(inner))
+        elif self._at is None and self._after:
+            self._value = max(self._value, 1 - _TAIL * 0.5 ** (self._ended + inner))
+        return self._value
+
+    def _in_block(self, inner: float) -> float:
+        """Phases of the block before say how long those of this one take; of the first block, nobody knows how many follow."""
+        if not self._phase:
+            return inner
+        if self._phase not in self._took:
+            return float(1 - 0.5 ** (self._ended + inner))
+        past = sum(seconds for name, seconds in self._took.items() if name in self._now)
+        return (past + inner * self._took[self._phase]) / (sum(self._took.values()) or 1.0)

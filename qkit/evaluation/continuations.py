@@ -1,0 +1,58 @@
+"""A few fixed prompts, continued by a model and by its original: what a person would see of a difference.
+
+Perplexity is a mean, and a model can keep it and still say something else in a few places; this shows the first tokens of
+the same short prompts side by side. It is no defence against weights that were made to change when they are rounded
+(arXiv 2606.29239): whoever knows the prompts can spare them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, there was a little girl who",
+    "In one sentence: water boils because",
+    "2 + 2 =",
+    "def add(a, b):\n    return",
+    "The opposite of hot is",
+    "To be safe on the internet, you should never",
+    "When she came home in the evening,",
+)
+NEW_TOKENS = 24
+
+
+@torch.no_grad()
+def continuations(model: Any, baseline: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """Of each prompt {"prompt", "said"}, and with a baseline also {"baseline_said", "same"}: greedy, NEW_TOKENS tokens; same:
+    how many of them are the same before the first that differs."""
+    found = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        own = _continued(model, ids)
+        entry: dict[str, Any] = {"prompt": prompt, "said": tokenizer.decode(own)}
+        if baseline is not None:
+            other = _continued(baseline, ids)
+            pairs = zip(own.tolist(), other.tolist(), strict=False)
+            same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(own), len(other)))
+            entry |= {"baseline_said": tokenizer.decode(other), "same": same}
+        found.append(entry)
+    return found
+
+
+def _continued(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    ids = ids.to(model.device)
+    ends = model.config.get_text_config().eos_token_id
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        pad_token_id=ends[0] if isinstance(ends, list) else ends,
+    )
+    tokens: torch.Tensor = out[0, ids.shape[1] :].cpu()
+    return tokens

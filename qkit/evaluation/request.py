@@ -1,0 +1,77 @@
+"""What ``qkit eval`` and ``qkit check`` are asked to measure; read before torch is imported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qkit.catalog import QUESTIONS
+from qkit.errors import UsageError
+from qkit.kvcache.policy import Policy
+
+DTYPES = ("float32", "bfloat16")  # of arithmetic
+PREFIX = "vbench:"
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to measure. ``texts`` as for ``evaluate_text``; ``limit``: samples per task, None for all. ``caches``: KV cache
+    policies, compared by decoding the texts, ``step`` tokens at a time after a ``prompt`` (None: half a window), or by
+    ``retrieval`` from them, beside a plain cache. ``pairs``: questions about pictures, as for ``evaluate_pairs``, so many
+    ``questions`` at most; with ``examples`` of them answered in words. ``videos``: of a diffusion pipeline, how many it is to
+    make, and with ``vbench_python`` VBench's interpreter for tasks of VBench, whose videos ``videos_dir`` keeps. ``prompts``:
+    whether the model, and the baseline, continue a few prompts (``evaluation.continuations``)."""
+
+    texts: Sequence[Path | str] = ()
+    window: int = 512
+    windows: int | None = 200
+    tasks: Sequence[str] = ()
+    limit: int | None = None
+    task_dir: Path | None = None
+    allow_task_code: bool = False
+    dtype: str = "float32"
+    device: str = "cpu"
+    caches: Sequence[Policy] = ()
+    prompt: int | None = None
+    step: int = 1
+    retrieval: bool = False
+    pairs: str | None = None
+    questions: int = QUESTIONS
+    examples: int = 0
+    videos: int = 0
+    vbench_python: Path | None = None
+    videos_dir: Path | None = None
+    prompts: bool = False
+
+    @property
+    def alone(self) -> str | None:
+        """The option of what is measured of one model at a time, where one is asked for."""
+        options = {
+            "--kv": self.caches,
+            "--retrieval": self.retrieval,
+            "--pairs": self.pairs is not None,
+            "--videos": self.videos,
+            "--tasks vbench:": dimensions_of(self.tasks),
+        }
+        return next((option for option, given in options.items() if given), None)
+
+
+def dimensions_of(tasks: Sequence[str]) -> list[str]:
+    """Those of 'vbench:a,b' among --tasks; none where there is no vbench. Raises UsageError for other tasks beside them."""
+    if not any(t.startswith(PREFIX) for t in tasks):
+        return []
+    if not tasks[0].startswith(PREFIX):
+        raise UsageError(f"--tasks {tasks[0]}: tasks of VBench and others are not measured in one go; leave one out")
+    return [t.removeprefix(PREFIX) for t in tasks]
+
+
+def jsonable(value: Any) -> Any:
+    """The same with None in place of NaN and infinity, which JSON cannot say."""
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
