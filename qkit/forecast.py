@@ -38,7 +38,8 @@ ALLOCATOR = 1.1  # resident memory over live bytes, measured: freed blocks that 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes, and operations (multiply-adds count twice) by phase."""
+    """Bytes, and operations (multiply-adds count twice) by phase. copied_bytes: of what goes to the output as it is, besides
+    the tensors of ``packed_bytes``."""
 
     packed_bytes: int
     source_bytes: int
@@ -46,6 +47,7 @@ class Forecast:
     peak_memory: int
     memory: dict[str, int]
     operations: dict[str, float]
+    copied_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """All figures, and the phases with their shares of the operations, largest first."""
@@ -104,7 +106,16 @@ def forecast(plan: Plan, outline: Outline, workers: int, after: dict[str, int] |
     memory.update(after or {})
     row_bytes = tokens * hidden * item
     peak = max(process_bytes(), resident_bytes() + LATER + int(ALLOCATOR * max(memory.values())))
-    return Forecast(plan.packed_bytes, plan.source_bytes, part_bytes + 2 * row_bytes, peak, memory, ops)
+    return Forecast(
+        plan.packed_bytes, plan.source_bytes, part_bytes + 2 * row_bytes, peak, memory, ops, _copied(plan, outline)
+    )
+
+
+def _copied(plan: Plan, outline: Outline) -> int:
+    """Bytes of the files that go along, those around the transformer of a pipeline too."""
+    folder = outline.checkpoint.path
+    files = [folder / name for name in plan.side_files] + [folder.parent / name for name in plan.pipeline or ()]
+    return sum(file.stat().st_size for file in files if file.exists())
 
 
 def _block_memory(plan: Plan, block: BlockOutline, weights: int, heads: int, item: int, workers: int) -> int:
@@ -209,10 +220,10 @@ def refuse_what_cannot_fit(found: Forecast, folder: Path, work: Path | None = No
         )
     # What an earlier run of the same command left is used again, or removed before it is written anew.
     if work is None:
-        needs = {folder: 1.1 * (found.packed_bytes + found.job_bytes)}
+        needs = {folder: 1.1 * (found.packed_bytes + found.copied_bytes + found.job_bytes)}
     else:
         needs = {
-            folder: 1.1 * found.packed_bytes - _bytes_below(partial_path(folder)),
+            folder: 1.1 * (found.packed_bytes + found.copied_bytes) - _bytes_below(partial_path(folder)),
             work: 1.1 * found.job_bytes - _bytes_below(work),
         }
     by_disk: dict[int, tuple[Path, float]] = {}

@@ -211,8 +211,18 @@ def test_a_snapshot_of_a_cache_travels(model, tmp_path):
     assert Checkpoint.open(snapshot).side_files == Checkpoint.open(model).side_files
 
 
+def test_room_for_what_travels_is_asked_for(model, tmp_path, run):
+    (model / "large.txt").write_bytes(b"x" * 1_000_000)
+    run("plan", "--model", model, "--scheme", "w4a16", "--group-size", 32, "--json", tmp_path / "plan.json")
+    side = sum((model / name).stat().st_size for name in Checkpoint.open(model).side_files)
+    assert json.loads((tmp_path / "plan.json").read_text())["forecast"]["copied_bytes"] == side > 1_000_000
+
+
 def test_pipelines(tmp_path):
     source = make_pipeline(tmp_path / "pipe")
+    around = [p for p in source.rglob("*") if p.is_file() and p.parent.name != "transformer"]
+    copied = prepare(Request(str(source), "w8a8", threads=1)).forecast.copied_bytes
+    assert copied == sum(p.stat().st_size for p in around)
     (source / "LICENSE").write_text("as is")
     (source / "assets").mkdir()
     (source / "assets" / "a.png").write_bytes(b"\x89PNG")
