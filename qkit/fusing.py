@@ -40,8 +40,8 @@ def fused_linears(outline: Outline, linears: Mapping[str, LinearPlan], engine: s
                 raise BadRecipe(_torn_apart(names, linears, experts, engine))
             pairs = [tuple(x.name for x in g.linears) for g in groups if len(g.linears) > 1]
             fused += [pair for pair in pairs if len({_kind(linears.get(name)) for name in pair}) == 1]
-    for names in fused:
-        _check_solved_together(names, [linears[name] for name in names if name in linears])
+    for pair in fused:
+        _check_solved_together(pair, [linears[name] for name in pair if name in linears])
     return tuple(fused)
 
 
