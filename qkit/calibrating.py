@@ -11,14 +11,14 @@ import torch
 from qkit.calibration import Calibration, calibration_rows
 from qkit.diffusion.pipeline import check_pipeline
 from qkit.diffusion.trajectory import Trajectory, check_call, sampling_of
-from qkit.errors import UsageError
-from qkit.families.discover import kind_of
+from qkit.errors import Unsupported, UsageError
+from qkit.families.discover import BY_BATCH, kind_of
 from qkit.families.outline import Outline
 from qkit.folder import is_pipeline
 from qkit.loading import load_tokenizer
 from qkit.locate import find_model
 from qkit.machine import available_memory, run_dtype
-from qkit.pairs import drawn, image_tokens, is_dataset, load_processor, pair_rows, read_pairs
+from qkit.pairs import drawn, image_tokens, is_dataset, load_processor, pair_rows, read_pairs, refuse_chat
 from qkit.plan import LinearPlan, is_static, why_rows
 from qkit.recipe import Recipe, parse_method
 from qkit.request import Request, check_rows
@@ -54,6 +54,8 @@ def wants_pairs(request: Request, outline: Outline) -> bool:
     pairs = given is not None and (given.is_dir() or given.suffix == ".jsonl" or is_dataset(given))
     if outline.family.text_types:
         return given is None or pairs
+    if pairs and given is not None and given.is_file():
+        refuse_chat(given)
     if pairs:
         raise UsageError(
             f"--calib {given}: pairs of pictures and answers are for a vision-language model, and this is a "
@@ -105,6 +107,12 @@ def trajectory_rows(request: Request, outline: Outline) -> Calibration:
 def text_rows(request: Request, outline: Outline) -> Calibration:
     """The calibration rows of a request. Raises UsageError for rows that are longer than the model's positions."""
     path = request.calib or embedded_text()
+    kind = kind_of(outline.checkpoint.config)
+    if kind in BY_BATCH:
+        raise Unsupported(
+            f"{outline.checkpoint.path}: a {kind} calls its blocks with positions of a whole batch, and qkit runs rows "
+            "through blocks by themselves: use --method rtn without --calib"
+        )
     config: Any = outline.text_config
     limit = getattr(config, "max_position_embeddings", None)
     if limit and request.seqlen > limit:

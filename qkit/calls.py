@@ -177,16 +177,26 @@ class _Entered(Exception):
 
 @dataclass
 class _Notes:
-    """What is seen of one sample: the hidden states that enter the first block, and how each block is called."""
+    """What is seen of one sample: the hidden states that enter the first block, and how each block is called.
+
+    whole: the sample goes on behind the last block, to see whether blocks are called again
+    """
 
     count: int
     calls: dict[int, Call] = field(default_factory=dict)
     first: Tensor | None = None
+    whole: bool = False
 
     def add(self, index: int, hidden: Tensor, call: Call) -> None:
+        """Raises Unsupported for a block that is called twice."""
+        if index in self.calls:
+            raise Unsupported(
+                f"block {index + 1} of {self.count} runs more than once in a pass of the model: its weights have several "
+                "inputs, and qkit quantizes a block for one: use a method that runs no rows (rtn with a weight-only scheme)"
+            )
         self.first = hidden if index == 0 else self.first
         self.calls[index] = call
-        if index + 1 == self.count:
+        if index + 1 == self.count and not self.whole:
             raise _Entered
 
 
@@ -240,8 +250,8 @@ def enter(
                 handles.append(block.register_forward_pre_hook(look(i), with_kwargs=True))
             else:
                 model.set_submodule(name, _Recorder(block, notes, i, streams))
-        for sample in samples:
-            notes.first, notes.calls = None, {}
+        for i, sample in enumerate(samples):
+            notes.first, notes.calls, notes.whole = None, {}, i == 0 and not through and streams is None
             with torch.inference_mode(), suppress(_Entered):
                 base(**sample)
             if notes.first is not None:

@@ -43,6 +43,7 @@ class Rows:
            by one, and ``tokens`` is what the longest has
     original: a file of the same rows as they would be if nothing were quantized, where a transform asks for them
     times: of rows of a diffusion transformer, the timestep of each; they have leads
+    largest: what the checkpoint's dtype holds at the most; rows that go beyond in the wider dtype of a run are counted
     """
 
     path: Path
@@ -55,6 +56,12 @@ class Rows:
     leads: tuple[tuple[int, ...], ...] = ()
     original: Path | None = None
     times: tuple[float, ...] = ()
+    largest: float = torch.finfo(torch.float32).max
+
+    def without(self, bad: Iterable[int]) -> Rows:
+        """The rows with these left out."""
+        out = set(bad)
+        return replace(self, good=[g and i not in out for i, g in enumerate(self.good)]) if out else self
 
     def part_of(self, row: int) -> int:
         """0 where its timestep is in the lower half of all, else 1."""

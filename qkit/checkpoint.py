@@ -157,9 +157,15 @@ class Checkpoint:
             starts[info.file] = min(info.begin, starts.get(info.file, info.begin))
         return self._digest(lambda file: sampled_hash(file, starts[file], self._states[file].st_size))
 
-    def sha256(self) -> str:
-        """As ``fingerprint``, over every byte of the shards; quick where they were read before (``hashcache``)."""
-        return self._digest(full_hash)
+    def sha256(self, step: Callable[[], object] = lambda: None) -> str:
+        """As ``fingerprint``, over every byte of the shards; quick where they were read before (``hashcache``). step: called
+        for every shard."""
+
+        def content(file: Path) -> str:
+            step()
+            return full_hash(file)
+
+        return self._digest(content)
 
     def _digest(self, content: Callable[[Path], str]) -> str:
         digest = hashlib.sha256(self._config_hash.encode())

@@ -71,7 +71,7 @@ _POLICY: Fields = {
 
 def packed_part(out: Path, findings: Findings) -> Path:
     """The folder with the packed weights: ``out``, or the component of a pipeline that its record names."""
-    if not (out / INDEX).is_file():
+    if not (out / INDEX).is_file() and "pipeline" not in (read_json(out / "qkit.json", Findings()) or {}):
         return out
     record = _record(out, findings)
     return out / (str(record["pipeline"]) if record else "transformer")

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qkit.declared import Findings, Record, as_object, read_json
-from qkit.decode import Stored, file_sha256, read_header
+from qkit.declared_files import sha256_of
+from qkit.decode import Stored, read_header
 from qkit.errors import BadCheckpoint
 
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # names a loader looks for without an index
@@ -32,7 +33,7 @@ def read_folder(out: Path, record: Record | None, findings: Findings) -> dict[st
             said = record.shards.get(path.name)
             if findings.check("folder", said is not None, path.name, "is not listed in qkit.json; remove it"):
                 what = "its sha256 is not the one in qkit.json: the file changed after the export"
-                findings.check("folder", file_sha256(path) == said, path.name, what)
+                findings.check("folder", sha256_of(path) == said, path.name, what)
         try:
             headers[path.name] = read_header(path)
         except BadCheckpoint as error:

@@ -84,7 +84,9 @@ def embed(
     except OSError as e:
         raise write_failure(path, e) from e
     if language:
-        rows = Rows(path, count, length, width, dtype, good or [True] * count, calibration.kinds)
+        # Blocks of a float16 model run in float32: what would have overflowed is seen.
+        largest = torch.finfo(torch.float16 if outline.dtype == torch.float16 else torch.float32).max
+        rows = Rows(path, count, length, width, dtype, good or [True] * count, calibration.kinds, largest=largest)
         return rows, {i: call.to(dtype) for i, call in _as_one(calibration, seen).items()}
     if not leads:
         raise BadCalibration(f"no calibration row reaches the {sequence.name}: give rows with pictures, or skip it")

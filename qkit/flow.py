@@ -14,8 +14,10 @@ cache, and resident memory does not grow with the number of rows.
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +40,7 @@ from qkit.capture import (
     run_pending,
     strides,
 )
-from qkit.errors import BadCalibration, NumericFailure
+from qkit.errors import BadCalibration, NumericFailure, Unsupported
 from qkit.memory import give_back
 from qkit.owned import temp_path
 from qkit.parallel import Workers
@@ -89,6 +91,7 @@ class Flow:
     ) -> None:
         self.block, self.outline, self.rows, self.call, self.pool = block, outline, rows, call, pool
         self.stages = outline.units
+        self.beyond: set[int] = set()  # rows with finite values above ``Rows.largest``
         self._local = threading.local()
         self._units = self._find_units()
         self._replaced: dict[str, nn.Module] = {}
@@ -114,11 +117,15 @@ class Flow:
         kept = None if unit is None else self._file(f"{unit.path}.in").open("wb")
         handles = self._hooks({g.hook for g in groups if g.hook})
 
-        def one(span: Span) -> tuple[dict[str, Piece], Tensor | None]:
+        def one(span: Span) -> tuple[dict[str, Piece], Tensor | None, list[int], list[int]]:
             hidden = self.rows.read(*span)
             seen = self._run(span, hidden, stop=True)
             counted = self.rows.counted(*span)
             found = _group_inputs(seen, self.block, groups, counted)
+            bad, beyond = self._apart(span, groups) if _peak(found.values()) > self.rows.largest else ([], [])
+            if bad:
+                counted = self.rows.without(bad).counted(*span)
+                found = _group_inputs(seen, self.block, groups, counted)
             found = {key: inputs[key](x) if inputs and key in inputs else x for key, x in found.items()}
             before = {g.key: self._saved(g, originals, span, counted) for g in groups}
             away = {
@@ -136,11 +143,14 @@ class Flow:
                 for key, t in found.items()
                 if len(t)
             }
-            return pieces, None if unit is None else seen[unit.last][0]
+            return pieces, None if unit is None else seen[unit.last][0], bad, beyond
 
+        left_out: list[int] = []
         try:
             spans = list(self.rows.pieces())
-            for (start, _), (pieces, x) in zip(spans, self.pool.stream(one, spans), strict=True):
+            for (start, _), (pieces, x, bad, beyond) in zip(spans, self.pool.stream(one, spans), strict=True):
+                left_out += bad
+                self.beyond.update(beyond)
                 if kept is not None and x is not None:
                     kept.write(_bytes(x))
                 for key, piece in pieces.items():
@@ -153,12 +163,32 @@ class Flow:
                 handle.remove()
             if kept is not None:
                 kept.close()
+        self.rows = self.rows.without(left_out)
+        self._refuse_too_many(len(left_out))
         if max(total.width for total in sums.values()) >= 1024:
             give_back()  # what the runs left free is not what the solver is about to ask for
         for g in groups:
             if sums[g.key].tokens == 0 and g.expert is None:
-                raise BadCalibration(f"no calibration row reached {g.key}: its block runs without calling this linear")
+                raise _unreached(g.key)
         return {key: total.finish(each) for key, total in sums.items()}
+
+    def _apart(self, span: Span, groups: tuple[LinearGroup, ...]) -> tuple[list[int], list[int]]:
+        """Of the good rows of a piece, looked at one by one: those with inputs that are not finite, and those with finite ones
+        beyond ``Rows.largest``."""
+        peaks = {}
+        for i in (i for i in range(*span) if self.rows.good[i]):
+            seen = self._run((i, i + 1), self.rows.read(i, i + 1), stop=True)
+            peaks[i] = _peak(_group_inputs(seen, self.block, groups, self.rows.counted(i, i + 1)).values())
+        bad = [i for i, peak in peaks.items() if peak == math.inf]
+        return bad, [i for i, peak in peaks.items() if self.rows.largest < peak < math.inf]
+
+    def _refuse_too_many(self, bad: int) -> None:
+        """Raises NumericFailure where more than MAX_BAD_ROWS of the rows have values that are not finite."""
+        if bad > MAX_BAD_ROWS * self.rows.count:
+            raise NumericFailure(
+                f"{bad} of {self.rows.count} calibration rows have non-finite activations in {self.outline.path}, more "
+                f"than {MAX_BAD_ROWS:.0%}: use other calibration text, or a checkpoint in bf16 if this one is fp16"
+            )
 
     def _hooks(self, names: set[str]) -> list[Any]:
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -202,13 +232,26 @@ class Flow:
         def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
             return lambda module, args, out: outputs.__setitem__(name, out)
 
+        calls = Counter[str]()
+
+        def count(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            return lambda module, args: calls.update((name,))
+
         names = {n for u in candidates.values() for n in (u.path, u.last)}
         handles = [self.block.get_submodule(n).register_forward_hook(note(n)) for n in sorted(names)]
+        hooks = {g.hook for g in self.outline.groups if g.hook}
+        handles += [self.block.get_submodule(n).register_forward_pre_hook(count(n)) for n in sorted(hooks)]
         with torch.inference_mode():
             entered = self.rows.read(0, 1)
             self.call(self.block, entered, slice(0, 1))
         for handle in handles:
             handle.remove()
+        again = next((n for n, k in calls.items() if k > 1), None)
+        if again is not None:
+            raise Unsupported(
+                f"{self.outline.path}.{again} runs {calls[again]} times in one pass of its block: its weights have several "
+                "inputs, and a layer is quantized for one: skip it with a rule, or use a method that runs no rows (rtn)"
+            )
         units = []
         for unit in candidates.values():
             returned, last = outputs.get(unit.path), outputs.get(unit.last)
@@ -253,19 +296,27 @@ class Flow:
         save = save or {}
         handles = self._hooks(set(save))
 
-        def one(span: Span) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        def one(span: Span) -> tuple[Tensor, Tensor, dict[str, Tensor], list[int]]:
             seen = self._run(span, self.rows.read(*span), stop=False)
             result: Tensor = self._local.out.to(self.rows.dtype)
             finite = result.isfinite()
+            unreached = next((name for name in save if name not in seen), None)
+            if unreached is not None:
+                raise _unreached(f"{self.outline.path}.{unreached}")
             entered = {name: seen[name][0] for name in save}
-            return result, finite.all()[None] if self.rows.leads else finite.flatten(1).all(1), entered
+            if self.rows.leads:
+                return result, finite.all()[None], entered, []
+            peaks = result.abs().flatten(1).amax(1) if self.rows.dtype != torch.bfloat16 else torch.zeros(len(result))
+            over = ((peaks > self.rows.largest) & peaks.isfinite()).nonzero()[:, 0]
+            return result, finite.flatten(1).all(1), entered, [span[0] + int(i) for i in over]
 
         with ExitStack() as stack:
             for handle in handles:
                 stack.callback(handle.remove)
             files = {name: stack.enter_context(path.open("wb")) for name, path in save.items()}
             f = stack.enter_context(out.open("wb"))
-            for result, finite, entered in self.pool.stream(one, self.rows.pieces()):
+            for result, finite, entered, beyond in self.pool.stream(one, self.rows.pieces()):
+                self.beyond.update(beyond)
                 for name, x in entered.items():
                     files[name].write(_bytes(x))
                 good += [g and bool(now) for g, now in zip(self.rows.good[len(good) :], finite, strict=False)]
@@ -273,12 +324,7 @@ class Flow:
                 f.write(data)
                 digest.update(data)
                 step()
-        bad = good.count(False)
-        if bad > MAX_BAD_ROWS * self.rows.count:
-            raise NumericFailure(
-                f"{bad} of {self.rows.count} calibration rows have non-finite activations after {self.outline.path}, more "
-                f"than {MAX_BAD_ROWS:.0%}: use other calibration text, or a checkpoint in bf16 if this one is fp16"
-            )
+        self._refuse_too_many(good.count(False))
         return replace(self.rows, path=out, good=good), digest.hexdigest()
 
     def close(self) -> None:
@@ -289,6 +335,16 @@ class Flow:
         for unit in self._units:
             for end in ("in", "out"):
                 self._file(f"{unit.path}.{end}").unlink(missing_ok=True)
+
+
+def _unreached(name: str) -> BadCalibration:
+    return BadCalibration(f"no calibration row reached {name}: its block runs without calling this linear")
+
+
+def _peak(inputs: Iterable[Tensor]) -> float:
+    """The largest magnitude; infinite where a value is not finite."""
+    ends = [end for x in inputs if len(x) for end in x.aminmax()]
+    return max((float(e.abs()) if bool(e.isfinite()) else math.inf for e in ends), default=0.0)
 
 
 def _width(linear: nn.Module, unit: _Unit) -> int:

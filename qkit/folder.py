@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from qkit.errors import BadCheckpoint, IOFailure, Unsupported
 from qkit.safefile import parse_json, read_bytes, shown
-from qkit.schema import RecordFile, checked
+from qkit.schema import AGAIN, RecordFile, checked
 
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")  # transformers and diffusers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".7z", ".tar", ".npz", ".joblib")
@@ -46,6 +46,8 @@ CODE_KEYS = (
 CONFIG_LIMIT = 16 << 20
 INDEX_LIMIT = 100 << 20
 RECORD_LIMIT = 1 << 28
+SIDE_LIMIT = 1 << 28
+_READ = (".json", ".txt", ".jinja", ".model", ".tiktoken")  # ends of files that tokenizers and processors are read from
 MAX_DEPTH = 64
 MISTRAL = "consolidated"  # begins the names of Mistral's own files: the same weights once more
 _SHARD = re.compile(rf"(?!{MISTRAL}).+-\d+-of-\d+\.safetensors")
@@ -108,7 +110,18 @@ def list_names(folder: Path) -> list[str]:
         raise IOFailure(f"cannot list {folder}: {error.strerror}: check the permissions") from error
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def check_side_files(folder: Path) -> None:
+    """Before another library opens side files: raises BadCheckpoint for a pipe, a device, or one that is far too large."""
+    for name in list_names(folder):
+        file = folder / name
+        if file.exists() and not file.is_dir() and not file.is_file():
+            raise BadCheckpoint(f"{file}: found a pipe or a device, expected a file: get it again from its source")
+        if name.endswith(_READ) and file.is_file() and file.stat().st_size > SIDE_LIMIT:
+            raise BadCheckpoint(f"{file}: {file.stat().st_size} bytes, expected at most {SIDE_LIMIT}: {AGAIN}")
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether one of the glob patterns fits a name."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -121,8 +134,8 @@ def strip_code_keys(data: Any) -> tuple[Any, list[str]]:
             return [clean(item, f"{at}{index}.") for index, item in enumerate(node)]
         if not isinstance(node, dict):
             return node
-        dropped.extend(at + key for key in node if _matches(key, CODE_KEYS))
-        return {key: clean(item, f"{at}{key}.") for key, item in node.items() if not _matches(key, CODE_KEYS)}
+        dropped.extend(at + key for key in node if matches(key, CODE_KEYS))
+        return {key: clean(item, f"{at}{key}.") for key, item in node.items() if not matches(key, CODE_KEYS)}
 
     return clean(data, ""), dropped
 

@@ -56,6 +56,9 @@ class Format:
     scale: str = "model"
     dynamic: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.name}, group {self.group}" if self.group and self.scale == "model" else self.name
+
     @property
     def regroups(self) -> bool:
         """Whether it has groups of weights whose size is free."""

@@ -11,11 +11,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qkit.blocks import BlockOutline, Group, LinearGroup
+from qkit.engines import EngineLine, Part, engine_lines, engine_rows
 from qkit.errors import BadRecipe, Unsupported
 from qkit.families.outline import Outline
+from qkit.formats import layout
 
 if TYPE_CHECKING:
-    from qkit.plan import LinearPlan
+    from qkit.plan import LinearPlan, Plan
 
 ANY = "any"  # in a recipe: the result is for whatever engine loads it
 LIFT = "or write 'engine: any' at the top of a recipe, for engines that load every layer by itself"
@@ -38,7 +40,20 @@ def fused_linears(outline: Outline, linears: Mapping[str, LinearPlan], engine: s
                 raise BadRecipe(_torn_apart(names, linears, experts, engine))
             pairs = [tuple(x.name for x in g.linears) for g in groups if len(g.linears) > 1]
             fused += [pair for pair in pairs if len({_kind(linears.get(name)) for name in pair}) == 1]
+    for group in fused:
+        _check_solved_together(group, [linears[name] for name in group if name in linears])
     return tuple(fused)
+
+
+def _check_solved_together(names: tuple[str, ...], planned: list[LinearPlan]) -> None:
+    """Raises BadRecipe for linears with a scale in common that rules give several solvers, or options of one."""
+    shares = any(p.weights.scale == "e4m3" or p.weights.strategy == "tensor" for p in planned)
+    if shares and any(_task(p) != _task(planned[0]) for p in planned):
+        given = ", ".join(f"{p.name.rpartition('.')[2]} {p.solver}" for p in planned)
+        raise BadRecipe(
+            f"{names[0].rpartition('.')[0]}: the rules give {given}, or options that differ, but these layers share a scale of "
+            f"{planned[0].scheme} and are solved together: write a rule that covers all of them"
+        )
 
 
 def check_shapes(outline: Outline, linears: Mapping[str, LinearPlan], engine: str) -> None:
@@ -50,8 +65,8 @@ def check_shapes(outline: Outline, linears: Mapping[str, LinearPlan], engine: st
         if acts is not None and acts.kind == "fp8" and p.weights.kind == "int" and p.weights.group != _FP8_GROUP:
             found = f"groups of {p.weights.group}" if p.weights.group else "one scale per channel"
             raise Unsupported(
-                f"{p.name}: scheme {p.scheme} would get {found} for its {p.shape[1]} input columns, and vLLM, the only "
-                f"engine that runs it, loads groups of {_FP8_GROUP} alone: use w4a16 or fp8_dynamic for this layer, {LIFT}"
+                f"{p.name}: scheme {p.scheme} would get {found} for its {p.shape[1]} input columns, and vLLM, whose "
+                f"kernel it is for, loads groups of {_FP8_GROUP} alone: use w4a16 or fp8_dynamic for this layer, {LIFT}"
             )
     for block in outline.every_block:
         for group in block.groups:
@@ -66,19 +81,28 @@ def check_shapes(outline: Outline, linears: Mapping[str, LinearPlan], engine: st
                     )
 
 
+def engines_of(plan: Plan, outline: Outline) -> list[EngineLine]:
+    """Which engines will load the result of a plan, a line for each."""
+    own = {
+        n: Part(p.weights, p.activations, layout(p.weights, p.activations), p.shape) for n, p in plan.linears.items()
+    }
+    return engine_lines(engine_rows(own, plan.skipped, outline.checkpoint.config, plan.export))
+
+
 def split_apart(block: BlockOutline, linears: Mapping[str, LinearPlan]) -> BlockOutline:
-    """The block with one group for each format, where a group has linears of several: a solver sees one format at a time.
+    """The block with one group for each format, solver and set of its options, where a group has linears of several: they are
+    solved one after the other.
 
     Nothing can be folded into what such linears read: a scale for one of them would be another's too.
     """
     groups: list[LinearGroup] = []
     for group in block.groups:
-        kinds = list(dict.fromkeys(_kind(linears.get(x.name)) for x in group.linears))
-        if len(kinds) == 1:
+        tasks = list(dict.fromkeys(_task(linears.get(x.name)) for x in group.linears))
+        if len(tasks) == 1:
             groups.append(group)
             continue
-        for kind in kinds:
-            own = tuple(x for x in group.linears if _kind(linears.get(x.name)) == kind)
+        for task in tasks:
+            own = tuple(x for x in group.linears if _task(linears.get(x.name)) == task)
             hook = group.hook if group.expert is not None else own[0].param.removesuffix(".weight")
             groups.append(replace(group, linears=own, declared=Group(()), hook=hook))
     return replace(block, groups=tuple(groups))
@@ -86,6 +110,10 @@ def split_apart(block: BlockOutline, linears: Mapping[str, LinearPlan]) -> Block
 
 def _kind(p: LinearPlan | None) -> object:
     return None if p is None else (p.weights, p.activations)
+
+
+def _task(p: LinearPlan | None) -> object:
+    return None if p is None else (_kind(p), p.solver, tuple(sorted(p.options.items())))
 
 
 def _torn_apart(names: list[str], linears: Mapping[str, LinearPlan], experts: bool, engine: str) -> str:

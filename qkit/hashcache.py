@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from qkit.errors import QkitError
+from qkit.errors import BadCheckpoint, QkitError
 from qkit.safefile import read_bytes, sha256_file, write_atomic
 
 SETTLED = 100_000_000  # ns; a file changed this short before it was read could change again and keep its times
@@ -46,8 +46,11 @@ def _entry(path: str) -> Path:
 
 
 def _state(file: Path) -> dict[str, Any]:
-    real = file.resolve()
-    found = os.stat(real)
+    try:
+        real = file.resolve(strict=True)
+        found = os.stat(real)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise BadCheckpoint(f"{file}: cannot be read ({error}): check that the model folder is complete") from error
     return {
         "path": os.fsencode(real).hex(),
         "size": found.st_size,

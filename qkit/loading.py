@@ -22,7 +22,7 @@ from qkit.export.compressed_tensors import formats_of, has_cache_scales, specs
 from qkit.families.discover import build_skeleton
 from qkit.families.materialize import fill_computed_buffers
 from qkit.families.outline import DTYPES, Outline, dtype_of
-from qkit.folder import is_pipeline, load_json, weights_folder
+from qkit.folder import check_side_files, is_pipeline, load_json, weights_folder
 from qkit.formats import Format
 from qkit.inputs import RESIDUAL, SCALE, InputTransform
 from qkit.kvcache.scales import declare
@@ -277,6 +277,7 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     folder = find_model(str(path))
+    check_side_files(folder)
     advice = "copy the tokenizer's files of the original model here"
     with foreign(f"{folder}: no tokenizer that transformers can load", advice):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -13,8 +14,6 @@ from qkit.sidefiles import STAYS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 SOURCE_FILE = "source"  # in the job folder: where the original was; the output itself names no local path
-
-
 # Of a repository on the hub: what is neither read nor copied to a result.
 UNWANTED = (
     *(f"*{end}" for end in STAYS if end not in (".safetensors", ".index.json")),
@@ -81,7 +80,7 @@ def recorded_source(out: Path) -> Path | None:
         return None
     wanted = record.get("source", {})
     note = out.with_name(out.name + ".job") / SOURCE_FILE
-    candidates = [Path(note.read_text())] if note.is_file() else []
+    candidates = [Path(os.fsdecode(note.read_bytes()))] if note.is_file() else []
     candidates += [path for name in qkit_data.models() if (path := qkit_data.model_path(name)) is not None]
     for path in candidates:
         try:

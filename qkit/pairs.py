@@ -21,15 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from qkit.calibration import KINDS, Calibration, digest_of, read_text
 from qkit.catalog import DRAWN
+from qkit.confined import Exceeded
 from qkit.errors import BadCalibration, BadCheckpoint, BadInput, Unsupported, UsageError
-from qkit.folder import parse_checked
+from qkit.folder import check_side_files, parse_checked
 from qkit.safefile import shown
 from qkit.schema import PairLine, checked, foreign
+from qkit.templates import TemplateFailure, rendered, written
+from qkit.textfile import TextFile, is_chat
 
 CAPTION = "Describe the picture."
 _NO_PLACE = "the chat template of the model has no place for a picture"
@@ -97,6 +99,15 @@ def is_dataset(spec: Path) -> bool:
     return str(spec).startswith("dataset:")
 
 
+def refuse_chat(path: Path) -> None:
+    """Raises BadCalibration for a file that is, by its start, a chat."""
+    head, _ = TextFile(path, "calibration text", BadCalibration).text(1 << 16)
+    if is_chat(head):
+        raise BadCalibration(
+            f"{path}: found a chat, expected plain text: write what is said in it to a .txt file, one turn after the other"
+        )
+
+
 def _pairs(path: Path, most: int) -> Iterator[Pair]:
     if is_dataset(path):
         yield from _dataset_pairs(str(path), most)
@@ -125,6 +136,10 @@ def _of_line(line: str, file: Path, where: str) -> Pair:
         data = parse_checked(line.encode("utf-8", "surrogatepass"), where)
     except BadCheckpoint as e:
         raise BadCalibration(str(e)) from e
+    if isinstance(data, dict) and is_chat(line):
+        raise BadCalibration(
+            f"{where}: found a chat, expected image (or video), question and answer: write its turns so, or give a text file"
+        )
     if not isinstance(data, dict) or "question" not in data or not {"image", "video"} & data.keys():
         raise BadCalibration(
             f"{where}: expected an object with image (or video), question and answer, found {shown(line, 60)}"
@@ -196,6 +211,7 @@ def load_processor(folder: Path) -> Any:
     """The processor of a model folder; no code of the folder is run. Raises BadCheckpoint when there is none."""
     from transformers import AutoProcessor
 
+    check_side_files(folder)
     advice = "copy the processor's files of the original model here, or use text without pictures"
     with foreign(f"{folder}: no processor that transformers can load", advice):
         made = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -248,21 +264,26 @@ def encoded(pair: Pair, processor: Any, answered: bool) -> dict[str, Tensor]:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": pair.answer}]})
     more = {"processor_kwargs": {"do_sample_frames": False}} if pair.frames else {}
     try:
+        constant = rendered(processor, messages, not answered)
         made = processor.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=not answered, **more
+            messages, chat_template=constant, tokenize=True, return_dict=True, return_tensors="pt", **more
         )
-    except (TemplateError, ValueError, TypeError, ImportError) as e:
-        if not isinstance(e, TemplateError) and not _has_place(processor, messages):
+    except Exceeded as e:
+        raise BadCalibration(
+            f"{pair.where}: the chat template of the model takes {e} to write this pair: get the template again from its source"
+        ) from e
+    except (TemplateFailure, ValueError, TypeError, ImportError) as e:
+        if not isinstance(e, TemplateFailure) and not _has_place(processor, constant):
             raise BadCalibration(f"{pair.where}: {_NO_PLACE}") from e
         reason = str(e).strip().partition("\n")[0]
         raise BadCalibration(f"{pair.where}: the model's processor and chat template refuse it: {reason}") from e
     return {k: v for k, v in made.items() if isinstance(v, Tensor)}
 
 
-def _has_place(processor: Any, messages: list[dict[str, Any]]) -> bool:
+def _has_place(processor: Any, constant: str) -> bool:
     """Whether what the chat template writes has the token of a picture in it, where that is known."""
     token = getattr(processor, "image_token", None)
-    return token is None or token in processor.apply_chat_template(messages, tokenize=False)
+    return token is None or token in written(constant)
 
 
 def _row(pair: Pair, processor: Any) -> tuple[dict[str, Tensor], int]:

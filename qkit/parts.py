@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,8 @@ from qkit.families.materialize import plain_tensors
 from qkit.inputs import RESIDUAL, SCALE
 from qkit.solving import Result
 from qkit.transforms import BlockState
+
+NOTICED = "calibration"  # in an entry of the journal
 
 
 def part_tensors(results: list[Result], state: BlockState, originals: bool) -> dict[str, Tensor]:
@@ -49,3 +52,30 @@ def part_tensors(results: list[Result], state: BlockState, originals: bool) -> d
 def entry_of(results: list[Result]) -> dict[str, Any]:
     """The records of all linears."""
     return {"linears": {r.plan.name: r.entry() for r in results}}
+
+
+def noticed(inside: list[bool], after: list[bool], beyond: set[int]) -> dict[str, Any]:
+    """What the journal says of the rows of a block, where something is to be said: how many there are, how many of them are
+    left out for values that are not finite, and how many have finite ones beyond what the checkpoint's dtype holds.
+
+    inside, after: which rows are good at the inputs of the block's linears, and behind the block
+    """
+    bad = [a and b for a, b in zip(inside, after, strict=True)].count(False)
+    told = {"rows": len(after), "not_finite": bad, "beyond_dtype": len(beyond)}
+    return {NOTICED: told} if bad or beyond else {}
+
+
+def notices(journal: Iterable[dict[str, Any]], dtype: str) -> list[str]:
+    """The same of all blocks for a person, a sentence each. journal: its entries; dtype: of the checkpoint."""
+    told = [entry[NOTICED] for entry in journal if NOTICED in entry]
+    bad, beyond = (max((t[name] for t in told), default=0) for name in ("not_finite", "beyond_dtype"))
+    count = told[0]["rows"] if told else 0
+    said = []
+    if bad:
+        said.append(f"{bad} of {count} calibration rows were left out: their activations are not finite")
+    if beyond:
+        said.append(
+            f"{beyond} of {count} calibration rows have activations that {dtype} cannot hold: they were measured in float32, "
+            f"and a model in {dtype} overflows there: run the result in bfloat16, or quantize a bfloat16 checkpoint"
+        )
+    return said

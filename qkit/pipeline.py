@@ -45,6 +45,7 @@ from qkit.verify import Report, verify
 from qkit.whole import learn_whole, whole_memory
 from qkit.written import with_written, written_memory
 
+LARGE = 1 << 30  # bytes of weights whose hash takes long enough to be a phase
 COMPONENTS = "components"  # of a job folder: text encoders that are quantized beside the transformer
 
 
@@ -163,7 +164,9 @@ def quantize(
     found = prepared or prepare(request)
     plan, outline, source = found.plan, found.outline, find_model(request.model)
     work = work or out.with_name(out.name + ".job")
-    hashed = source_hashes(plan, outline, source)
+    if outline.checkpoint.nbytes > LARGE:
+        progress.start("read the source", len(outline.checkpoint.shards))
+    hashed = source_hashes(plan, outline, source, progress.step)
     if is_export_of(out, plan, hashed):
         report = verify(out)
         if report.ok:

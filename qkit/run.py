@@ -30,7 +30,7 @@ from qkit.learner import Learner
 from qkit.loading import load
 from qkit.owned import temp_path
 from qkit.parallel import Workers
-from qkit.parts import entry_of, part_tensors
+from qkit.parts import entry_of, noticed, part_tensors
 from qkit.plan import Plan, has_static, sequences
 from qkit.qtensor import dequantize, weight_sha256
 from qkit.reconstruct import Settings, held_out, held_out_error, reconstruct
@@ -192,7 +192,7 @@ def _with_rows(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> Row
     try:
         record: dict[str, Any] = {}
         if rows.original is not None:
-            record["original"] = _originals(run, step, rows, call)
+            record["original"], rows = _originals(run, step, rows, call)
         if step.tries:
             step, solved = _best(run, step, rows, call)
         flow = Flow(step.state.module, step.state.block, rows, call, run.pool)
@@ -205,7 +205,7 @@ def _with_rows(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> Row
             rows.original = None if original is None else job.rows_path(step.place + 1, original=True)
             record |= {"sha256": digest, "good": rows.good}
         flow.close()
-        entry = entry_of(solved.results) | solved.said
+        entry = entry_of(solved.results) | solved.said | noticed(flow.rows.good, rows.good, flow.beyond)
         job.commit(step.place, step.part(solved.results, plan), entry, None if step.last else record)
         return rows
     except OSError as e:
@@ -245,7 +245,7 @@ def _solved(run: _Run, step: _Step, flow: Flow, rows: Rows, call: Call | OneByOn
     if not step.learns:
         return _Solved(results, handles, {})
     flow.close()
-    results, learned = _learn(run, step, rows, call, results, before)
+    results, learned = _learn(run, step, flow.rows, call, results, before)
     return _Solved(results, handles, learned)
 
 
@@ -280,8 +280,9 @@ def _best(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> tuple[_S
     return mine, _Solved(results, _quantize_inputs(mine.state, results), said)
 
 
-def _originals(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> str:
-    """Look at the inputs of the block in a model that is not quantized, and run these rows on; the sha256 of what leaves it."""
+def _originals(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> tuple[str, Rows]:
+    """Look at the inputs of the block in a model that is not quantized, and run these rows on: the sha256 of what leaves it,
+    and the rows without those that turned non-finite there."""
     assert rows.original is not None
     state = step.state
     flow = Flow(state.module, state.block, replace(rows, path=rows.original), call, run.pool)
@@ -292,7 +293,8 @@ def _originals(run: _Run, step: _Step, rows: Rows, call: Call | OneByOne) -> str
             wanted = Wanted(hessian=False, ranges=True)
             state.originals = flow.capture(state.block.groups, wanted, run.progress.step, keep=False)
         leaving = run.job.rows_path(step.place + 1, original=True)
-        return flow.leave(leaving, run.progress.step, _saved_inputs(run, step, rows))[1]
+        left, digest = flow.leave(leaving, run.progress.step, _saved_inputs(run, step, rows))
+        return digest, replace(rows, good=left.good)
     finally:
         flow.close()
 

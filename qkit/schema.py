@@ -116,7 +116,6 @@ class ModelConfig(_Open):
     """config.json, and each config inside it (text_config, vision_config, ..)."""
 
     model_type: str | None = None
-    class_name: Annotated[str | None, Field(alias="_class_name")] = None
     architectures: list[str] | None = None
     dtype: Dtype | Object | None = None
     torch_dtype: Dtype | Object | None = None
@@ -168,6 +167,11 @@ class GenerationConfig(_Open):
     min_new_tokens: Count | None = None
     do_sample: bool | None = None
     use_cache: bool | None = None
+    output_attentions: bool | None = None
+    output_hidden_states: bool | None = None
+    output_scores: bool | None = None
+    output_logits: bool | None = None
+    return_dict_in_generate: bool | None = None
     temperature: Number | None = None
     top_k: Count | None = None
     top_p: Number | None = None

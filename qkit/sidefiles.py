@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from qkit.errors import BadCheckpoint, write_failure
-from qkit.folder import PICKLES, RECORD, inside, list_names, parse_checked, strip_code_keys
+from qkit.folder import PICKLES, RECORD, inside, list_names, matches, parse_checked, strip_code_keys
 from qkit.safefile import open_regular, read_bytes, read_range, sha256_file, shown, sync_dir, write_atomic
 
 WEIGHTS = (
@@ -49,12 +49,15 @@ STAYS = (*WEIGHTS, *CODE, *ARCHIVES)  # ends of the names, in small letters, of 
 CACHES = ("__pycache__", "__MACOSX")
 OWN = ("config.json", RECORD, "qkit-rejected.json")  # at the top: written for the result, not copied
 # What these map are tokens, and a token may be called 'kernels' or 'auto_map'.
-VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tekken.json", "encoder.json")
+VOCABULARIES = ("tokenizer.json", "*vocab*.json", "added_tokens.json", "tekken.json", "encoder.json", "dict*.json")
+# What loaders take for an object without a look.
+OBJECTS = ("*config.json", "tokenizer.json", "special_tokens_map.json", "chat_template.json")
 MODULES = "modules.json"  # of sentence-transformers: the folders of what follows the transformer
 
 MOST_FILES = 2000
 MOST_DEPTH = 8
 MOST_BYTES = 512 << 20  # of one file; the largest tokenizers have some 50 MB
+MOST_TOGETHER = 4 << 30  # of all that are no weights
 WHOLE = 1 << 20  # bytes of weights up to which a digest covers all of them
 _PAGE, _SAMPLES = 4096, 256
 
@@ -73,6 +76,12 @@ def travelling(folder: Path, whole: Collection[str] = (), apart: Collection[str]
             f"{folder}: {len(names)} files beside the weights, expected at most {MOST_FILES}: move what is not part of "
             "the model to another folder"
         )
+    size = sum((folder / name).stat().st_size for name in names if not name.endswith(".safetensors"))
+    if size > MOST_TOGETHER:
+        raise BadCheckpoint(
+            f"{folder}: {size} bytes of files beside the weights, expected at most {MOST_TOGETHER}: move what is not part of "
+            "the model to another folder"
+        )
     return {name: digest(folder, name, parse=True) for name in names}
 
 
@@ -85,7 +94,11 @@ def digest(folder: Path, name: str, parse: bool = False) -> str:
         return sha256_file(file) if size <= WHOLE else sampled_hash(file, 8, size)
     raw = read_bytes(file, MOST_BYTES)
     if parse and name.lower().endswith(".json"):
-        parse_checked(raw, str(file))
+        data = parse_checked(raw, str(file))
+        if not isinstance(data, dict) and matches(Path(name).name, OBJECTS):
+            raise BadCheckpoint(
+                f"{file}: found {shown(data)}, expected a JSON object: get the file again from its source"
+            )
     return sha256(raw).hexdigest()
 
 
@@ -106,7 +119,7 @@ def _refuse(folder: Path, name: str, what: str) -> None:
 
 
 def copy(folder: Path, out: Path, wanted: Mapping[str, str]) -> dict[str, str]:
-    """Copy the files of ``wanted`` ({name: digest}) to ``out``; {name: sha256} of what was written there.
+    """Copy the files of ``wanted`` ({name: digest}) to ``out``; {name: sha256} of what has to be there then.
 
     JSON loses the keys that choose code to run (CODE_KEYS) and is written anew where it has any. Raises BadCheckpoint for a
     file that is not what it was, IOFailure.
@@ -120,25 +133,46 @@ def copy(folder: Path, out: Path, wanted: Mapping[str, str]) -> dict[str, str]:
             if name.endswith(".safetensors"):
                 shutil.copyfile(place, target)
                 sync_dir(target.parent)
+                written[name] = sha256_file(place)
+                same = digest(folder, name) == known
             else:
                 raw = read_bytes(place, MOST_BYTES)
-                if sha256(raw).hexdigest() != known:
-                    _refuse(folder, name, "was changed")
-                write_atomic(target, without_code(name, raw))
+                data = without_code(name, raw)
+                write_atomic(target, data)
+                written[name] = sha256(data).hexdigest()
+                same = sha256(raw).hexdigest() == known
         except OSError as e:
             raise write_failure(target, e) from e
-        written[name] = sha256_file(target)
-        if name.endswith(".safetensors") and digest(out, name) != known:
+        if not same:
             _refuse(folder, name, "was changed")
     return written
 
 
 def without_code(name: str, raw: bytes) -> bytes:
     """The content of a file, without keys that choose code where it is JSON that has any."""
-    if not name.lower().endswith(".json") or Path(name).name in VOCABULARIES:
-        return raw
-    cleaned, dropped = strip_code_keys(parse_checked(raw, name))
+    cleaned, dropped = _stripped(name, raw)
     return (json.dumps(cleaned, indent=2) + "\n").encode() if dropped else raw
+
+
+def code_keys(folder: Path, names: Iterable[str]) -> dict[str, list[str]]:
+    """{name: dotted keys} of what ``without_code`` leaves out of the files of a folder."""
+    found = {n: _stripped(n, read_bytes(inside(folder, n), MOST_BYTES))[1] for n in names if _is_settings(n)}
+    return {name: keys for name, keys in found.items() if keys}
+
+
+def _stripped(name: str, raw: bytes) -> tuple[Any, list[str]]:
+    return strip_code_keys(parse_checked(raw, name)) if _is_settings(name) else (None, [])
+
+
+def _is_settings(name: str) -> bool:
+    """Whether a file is JSON in which keys have the meanings that loaders give them."""
+    return name.lower().endswith(".json") and not matches(Path(name).name.lower(), VOCABULARIES)
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Names of files at the top of a model's folder that are neither read nor copied: code, pickles, other weights."""
+    seen = [n for n in list_names(folder) if not n.startswith(".") and n not in CACHES]
+    return [n for n in seen if n.lower().endswith(STAYS) and not n.endswith(KEPT)]
 
 
 def _walk(folder: Path, below: str, apart: Collection[str], weights: Collection[str]) -> list[str]:

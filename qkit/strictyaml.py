@@ -50,6 +50,8 @@ def load_yaml(path: Path, what: str) -> Any:
     keys, keys that are not text, anchors, aliases, tags, nesting deeper than 20, integers outside 64 bits, NaN and
     infinity. Raises IOFailure when the file cannot be read.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():  # reading could last for ever
+        raise BadRecipe(f"{what} {path} is a pipe or a device; give the path of a YAML file")
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)

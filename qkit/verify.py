@@ -26,8 +26,8 @@ from qkit.declared_pipeline import check_around, check_policy, packed_part
 from qkit.declared_relations import check_job, check_tied, config_value
 from qkit.declared_shards import read_folder
 from qkit.decode import FLOATS, Decoded, Stored, decode, layout
+from qkit.engines import EngineRow, Part, engine_rows
 from qkit.errors import BadCheckpoint
-from qkit.preflight import holds_siglip, of_diffusion, preflight
 
 REJECTED_NOTE = "'qkit check' rejected this result: a limit of its budget was not kept"
 UNSUMMED_NOTE = (
@@ -35,19 +35,6 @@ UNSUMMED_NOTE = (
     "config.json are not covered; quantize again to have them"
 )
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
-
-
-@dataclass(frozen=True)
-class EngineRow:
-    """One line of the engine table: the linears of one combination, and how one engine takes it."""
-
-    weights: str
-    activations: str
-    packing: str
-    linears: int
-    engine: str
-    loads_as: str | None
-    limits: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -244,17 +231,12 @@ def _check_uncovered(record: Record, declared: Declared, store: Mapping[str, Sto
 def _engine_table(
     record: Record, groups: Mapping[str, Group], config: Mapping[str, Any], method: str
 ) -> list[EngineRow]:
-    combinations = Counter(
-        (linear.format, linear.activations, groups[linear.name].packing)
-        for linear in record.linears.values()
-        if linear.name in groups
-    )
-    rows, siglip = [], holds_siglip(config, record.linears)
-    for (weights, activations, packing), count in combinations.items():
-        fits = of_diffusion(config) or preflight(weights, activations, packing, method, siglip)
-        said = str(activations) if activations else "as they are"
-        rows += [EngineRow(str(weights), said, packing, count, f.engine, f.loads_as, f.limits) for f in fits]
-    return rows
+    parts = {
+        name: Part(linear.format, linear.activations, groups[name].packing, linear.shape)
+        for name, linear in record.linears.items()
+        if name in groups
+    }
+    return engine_rows(parts, record.skipped, config, method)
 
 
 def summary(report: Report) -> str:

@@ -2,6 +2,7 @@
 and activations rounded as the formats define it. Shares no code with qkit."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -143,5 +144,5 @@ def reference_model(packed: Path, original: Path):
 
 def _scheme_of(name: str, written: QuantizationConfig) -> QuantizationScheme:
     groups = list(written.config_groups.values())
-    exact = [g for g in groups if name in g.targets]
+    exact = [g for g in groups if any(name == t or (t[:3] == "re:" and re.match(t[3:], name)) for t in g.targets)]
     return (exact or [g for g in groups if "Linear" in g.targets])[0]

@@ -83,12 +83,13 @@ def _of_bytes(name: str, size: int) -> Iterator[Change]:
 
 def _of_fields(name: str, document: dict[str, Any]) -> Iterator[Change]:
     """Every field deleted and given other values; fields added to every object of the two upper levels."""
+    packed = name in ("config.json", "transformer/config.json")  # of which the record has every field
     for path in _leaves(document):
         node = document
         for key in path:
             node = node[key]
         place = ".".join(map(str, path))
-        expected = f"{name}: {place}" if name.endswith("config.json") and path[0] != "quantization_config" else name
+        expected = f"{name}: {place}" if packed and path[0] != "quantization_config" else name
         for kind, new in _edits(node):
             yield Change(f"{name}: {place} {kind}", expected, _write(name, document, path, new))
         yield Change(
@@ -97,9 +98,7 @@ def _of_fields(name: str, document: dict[str, Any]) -> Iterator[Change]:
     for path in [(), *(p for p in _leaves(document) if len(p) == 1 and isinstance(document[p[0]], dict))]:
         for key, value in (("auto_map", {"AutoModel": "evil.Evil"}), ("trust_remote_code", True), ("extra", 0)):
             place = ".".join([*map(str, path), key])
-            expected = (
-                f"{name}: {place}" if name.endswith("config.json") and "quantization_config" not in path else name
-            )
+            expected = f"{name}: {place}" if packed and "quantization_config" not in path else name
             yield Change(f"{name}: {place} added", expected, _write(name, document, (*path, key), value))
 
 

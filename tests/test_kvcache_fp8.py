@@ -385,6 +385,6 @@ def test_a_forged_record_does_not_help(out, tmp_path):
     """A scale that is gone from the record as well is still missed."""
     bad = changed_copy(out, tmp_path / "bad", lambda t: t.pop(NAME))
     edit_json(bad / "qkit.json", lambda r: r["plain"].pop(NAME))
-    assert problems(bad) == [f"{NAME}: is missing: engines take 1 for it"]
+    assert f"{NAME}: is missing: engines take 1 for it" in problems(bad)
     with pytest.raises(BadCheckpoint, match="v_scale"):
         qkit.load(bad)

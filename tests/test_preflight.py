@@ -19,7 +19,12 @@ def vllm(scheme: str, packing: str, **changes: object) -> EngineFit:
         ("W4A16", "pack-quantized", "WNA16", "tensor-parallel"),
         ("W3A16", "pack-quantized", "WNA16", "tensor-parallel"),
         ("W8A16_ASYM", "pack-quantized", "WNA16", "tensor-parallel"),
+        ("W8A16_ASYM", "pack-quantized", "WNA16", "Humming (sm90: Machete)"),
+        ("W4A16_ASYM", "pack-quantized", "WNA16", "Marlin (sm90: Machete)"),
+        ("W3A16_ASYM", "pack-quantized", "WNA16", "Humming"),
+        ("W3A16", "pack-quantized", "WNA16", "no kernel for CPUs"),
         ("W4A8", "pack-quantized", "WNA8Int", "sm75"),
+        ("W4A8", "pack-quantized", "WNA8Int", "on CPUs inputs stay in 16 bits"),
         ("W4A8", "int-quantized", "W4A8Int", "legacy"),
         ("W4A8-FP8", "pack-quantized", "W4A8Fp8", "sm90 only"),
         ("W8A8", "int-quantized", "W8A8Int8", ""),
@@ -29,7 +34,8 @@ def vllm(scheme: str, packing: str, **changes: object) -> EngineFit:
         ("NVFP4", "nvfp4-pack-quantized", "W4A4Fp4", "Blackwell"),
         ("NVFP4A16", "nvfp4-pack-quantized", "use_a16", ""),
         ("MXFP4", "mxfp4-pack-quantized", "W4A4Mxfp4", ""),
-        ("MXFP8A16", "mxfp8-quantized", "W8A8Mxfp8", ""),
+        ("MXFP8A16", "mxfp8-quantized", "W8A8Mxfp8", "quantizes them too on Blackwell"),
+        ("MXFP4A16", "mxfp4-pack-quantized", "W4A4Mxfp4", "quantizes them too on Blackwell"),
     ],
 )
 def test_vllm_takes(scheme, packing, loads_as, limit):
@@ -42,8 +48,9 @@ def test_vllm_takes(scheme, packing, loads_as, limit):
     ("scheme", "packing", "changes", "why"),
     [
         ("W4A16", "int-quantized", {}, "only as pack-quantized"),
-        ("W3A16_ASYM", "pack-quantized", {}, "no scheme"),
-        ("W8A8", "int-quantized", {"symmetric": False}, "no scheme"),
+        ("W4A8-FP8", "pack-quantized", {"group": 64}, "groups of 128 alone"),
+        ("W4A8-FP8", "pack-quantized", {"strategy": "channel", "group": None}, "groups of 128 alone"),
+        ("W8A8", "int-quantized", {"symmetric": False}, "only as pack-quantized"),
         ("W4A16", "pack-quantized", {"strategy": "tensor", "group": None}, "no scheme"),
         ("W3A16", "pack-quantized", {"bits": 1}, "no scheme"),
     ],
@@ -60,13 +67,28 @@ def test_asymmetric_activations_are_refused():
     assert fit.loads_as is None
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_asymmetric_weights_with_int8_inputs_load(symmetric):
+    assert "WNA8Int" in str(vllm("W4A8", "pack-quantized", symmetric=symmetric).loads_as)
+
+
 @pytest.mark.parametrize(
-    ("group", "warned"), [(32, False), (64, False), (128, False), (-1, False), (48, True), (256, True)]
+    ("group", "kernel", "wrong"),
+    [
+        (32, "Marlin (sm90: Humming)", False),
+        (64, "Marlin (sm90: Machete)", False),
+        (128, "Marlin (sm90: Machete)", False),
+        (-1, "Marlin (sm90: Machete)", False),
+        (16, "Humming alone", False),
+        (48, "Humming alone", True),
+        (96, "Humming alone", True),
+        (256, "TritonW4A16 (sm90: Humming)", False),
+    ],
 )
-def test_warns_of_unusual_groups(group, warned):
-    made = SCHEMES["W4A16"]
-    fit = preflight(made.weights.with_group(group), None, "pack-quantized")[0]
-    assert fit.loads_as and any("group size" in limit and "outside" in limit for limit in fit.limits) == warned
+def test_kernels_by_group(group, kernel, wrong):
+    fit = preflight(SCHEMES["W4A16"].weights.with_group(group), None, "pack-quantized")[0]
+    assert fit.loads_as and f"runs on GPUs with {kernel}" in fit.limits
+    assert any("may be wrong" in limit for limit in fit.limits) == wrong
 
 
 def test_dense_packings_ask_for_a_newer_transformers_stack():
@@ -77,7 +99,7 @@ def test_dense_packings_ask_for_a_newer_transformers_stack():
 
 def test_own_method_is_for_qkit_alone():
     fits = {fit.engine: fit.loads_as for fit in preflight(SCHEMES["W3A16"].weights, None, "pack-quantized", "qkit")}
-    assert fits["vLLM"] is None and fits["transformers"] is None and fits["qkit"]
+    assert fits["vLLM"] is None and fits["transformers + compressed-tensors"] is None and fits["qkit"]
 
 
 def test_every_scheme_of_qkit_has_an_engine_and_every_row_a_user():
@@ -86,7 +108,6 @@ def test_every_scheme_of_qkit_has_an_engine_and_every_row_a_user():
     for made in (s for s in SCHEMES.values() if s.name != "NVFP4A8"):  # of diffusion transformers
         fits = [preflight(made.weights, made.activations, packing)[0].loads_as for packing in sorted(packings)]
         used |= {fit for fit in fits if fit}
-        odd = not made.weights.symmetric and made.weights.bits not in (4, 8)
-        assert any(fits) != odd, made.name
-    rare = {"CompressedTensorsWNA4Int (Humming)", "CompressedTensorsW8A16Fp8"}  # W4A4, and FP8 weights alone
+        assert any(fits), made.name
+    rare = {"CompressedTensorsWNA4Int", "CompressedTensorsW8A16Fp8"}  # W4A4, and FP8 weights alone
     assert {row.loads_as for row in VLLM} - used == rare

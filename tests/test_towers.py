@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from qkit.calls import enter
 from qkit.checkpoint import Checkpoint
-from qkit.export.folder import job_identity, source_hashes
+from qkit.export.folder import job_identity
 from qkit.families.outline import Outline
 from qkit.job import Job
 from qkit.loading import load
@@ -86,7 +86,7 @@ def test_rows_reach_towers(vlm, tmp_path, quiet):
     assert len(seen) == 14 and set(seen.values()) == {8 * 16}
     assert sum(r["error"] for n, r in made.items() if n in seen) < sum(made[n]["baseline_error"] for n in seen)
     found = prepare(request(path))
-    hashed = source_hashes(found.plan, found.outline, path)
+    hashed = {"sha256": found.outline.checkpoint.sha256()}
     with Job.open(tmp_path / "out.job", job_identity(found.plan, hashed)):
         pass
     # What enters the language model now is not what entered it in the original.

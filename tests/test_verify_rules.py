@@ -393,6 +393,7 @@ def test_independent_of_the_writer():
         "preflight",
         "confined",
         "patterns",
+        "engines",
         *sorted(path.stem for path in folder.glob("declared*.py")),
     ]
     assert len(parts) >= 11

@@ -22,7 +22,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,6 @@ from qkit.export.partial import partial_path
 from qkit.pipeline import Request, quantize
 
 FILE_OPERATIONS = ("fsync", "rename", "replace", "unlink", "mkdir", "rmdir", "open")
-FP8_CACHE = {"kind": "fp", "name": "fp8"}
 
 
 def cases(folder: Path) -> dict[str, Request]:
@@ -82,40 +82,47 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def in_child(action: Callable[[], object]) -> tuple[int, str]:
-    """(wait status, what an error said) of a forked child."""
+    """(wait status, message of the error) of a forked child."""
+    return end(*begin(action))
+
+
+def begin(action: Callable[[], object]) -> tuple[int, int]:
+    """(pid, end of a pipe for the message) of a forked child."""
     reader, writer = os.pipe()
     pid = os.fork()
-    if pid == 0:
-        os.close(reader)
-        code, said = 1, ""
-        try:
-            action()
-            code = 0
-        except QkitError as e:
-            code, said = e.exit_code, str(e)
-        except BaseException as e:
-            code, said = 99, f"{type(e).__name__}: {e}"
-        os.write(writer, said.encode()[:4000])
-        os._exit(code)
-    os.close(writer)
-    said = b""
-    while piece := os.read(reader, 4096):
-        said += piece
+    if pid:
+        os.close(writer)
+        return pid, reader
     os.close(reader)
-    return os.waitpid(pid, 0)[1], said.decode(errors="replace")
+    code, message = 99, ""
+    try:
+        action()
+        code = 0
+    except QkitError as e:
+        code, message = e.exit_code, str(e)
+    except BaseException as e:
+        message = f"{type(e).__name__}: {e}"
+    os.write(writer, message.encode()[:4000])
+    os._exit(code)
 
 
-def counting(request: Request, out: Path, number: int, counted: Any = None) -> None:
-    """Quantize; end as by kill -9 right before the ``number``-th file operation that changes something."""
+def end(pid: int, reader: int) -> tuple[int, str]:
+    """Wait for a child."""
+    with os.fdopen(reader, "rb") as pipe:
+        message = pipe.read().decode(errors="replace")
+    return os.waitpid(pid, 0)[1], message
+
+
+def counting(request: Request, out: Path, number: int, counted: int | None = None) -> None:
+    """Quantize; end as by kill -9 right before the ``number``-th file operation that changes something. counted: where to write
+    how many there were."""
     left = number
 
     def wrapped(real: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal left
-            writes = name != "open" or (
-                len(args) > 1 and isinstance(args[1], int) and args[1] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            )
-            if writes:
+            flags = args[1] if len(args) > 1 and isinstance(args[1], int) else 0
+            if name != "open" or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 left -= 1
                 if left == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -134,111 +141,117 @@ def killed(status: int) -> bool:
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
+@dataclass(frozen=True)
+class Clean:
+    """An undisturbed run: {file: sha256} of its result, file operations, seconds."""
+
+    files: dict[str, str]
+    operations: int
+    seconds: float
+
+
+def undisturbed(request: Request, out: Path) -> Clean:
+    reader, writer = os.pipe()
+    began = time.monotonic()
+    status, message = in_child(lambda: counting(request, out, 10**9, writer))
+    assert status == 0, message
+    return Clean(contents(out), int(os.read(reader, 20)), time.monotonic() - began)
+
+
+def kill_at_operation(request: Request, out: Path, clean: Clean, chance: random.Random) -> bool:
+    return killed(in_child(lambda: counting(request, out, chance.randint(1, clean.operations)))[0])
+
+
+def kill_at_moment(request: Request, out: Path, clean: Clean, chance: random.Random) -> bool:
+    pid = os.fork()
+    if pid == 0:
+        quantize(request, out, Quiet())
+        os._exit(0)
+    time.sleep(clean.seconds * chance.uniform(0.05, 0.95))
+    os.kill(pid, signal.SIGKILL)
+    return killed(os.waitpid(pid, 0)[1])
+
+
 def kills(folder: Path, requests: dict[str, Request], count: int, chance: random.Random) -> dict[str, Any]:
     """``count`` kills, spread over the requests in turn."""
-    known: dict[str, tuple[dict[str, str], int, float]] = {}
+    known: dict[str, Clean] = {}
     hits, wrong, rows = 0, [], Counter[str]()
     for number in range(count):
         name = list(requests)[number % len(requests)]
-        request = requests[name]
+        request, out = requests[name], folder / "killed" / str(number)
         if name not in known:
-            reader, writer = os.pipe()
-            began = time.monotonic()
-            status, said = in_child(
-                lambda r=request: counting(r, folder / "clean" / name.replace(" ", "-"), 10**9, writer)
-            )
-            assert status == 0, (name, said)
-            known[name] = (
-                contents(folder / "clean" / name.replace(" ", "-")),
-                int(os.read(reader, 20)),
-                time.monotonic() - began,
-            )
-        expected, operations, seconds = known[name]
-        out = folder / "killed" / f"{number}"
-        if number % 2:
-            status, said = in_child(lambda: counting(request, out, chance.randint(1, operations)))
-        else:
-            pid = os.fork()
-            if pid == 0:
-                quantize(request, out, Quiet())
-                os._exit(0)
-            time.sleep(seconds * chance.uniform(0.05, 0.95))
-            os.kill(pid, signal.SIGKILL)
-            status, said = os.waitpid(pid, 0)[1], ""
-        hits += killed(status)
-        before = out.exists() and contents(out) != expected
-        status, said = in_child(lambda: quantize(request, out, Quiet()))
-        if status or before or contents(out) != expected or partial_path(out).exists():
-            wrong.append({"case": name, "number": number, "said": said})
+            known[name] = undisturbed(request, folder / "clean" / name.replace(" ", "-"))
+        clean = known[name]
+        hits += (kill_at_operation if number % 2 else kill_at_moment)(request, out, clean, chance)
+        half_written = out.exists() and contents(out) != clean.files
+        status, message = in_child(partial(quantize, request, out, Quiet()))
+        sound = not status and not half_written and contents(out) == clean.files and not partial_path(out).exists()
+        if not sound:
+            wrong.append({"case": name, "number": number, "message": message})
         rows[name] += 1
-        print(
-            f"kill {number + 1}/{count}: {name}: {'ok' if not wrong or wrong[-1]['number'] != number else wrong[-1]}",
-            flush=True,
-        )
+        print(f"kill {number + 1}/{count}: {name}: {'ok' if sound else message}", flush=True)
     return {"kills": count, "hit a live run": hits, "cases": dict(rows), "wrong": wrong}
 
 
 def races(folder: Path, request: Request, count: int, chance: random.Random) -> dict[str, Any]:
     """Two children with one OUT and two job folders, begun up to half a run apart."""
-    began = time.monotonic()
-    assert in_child(lambda: quantize(request, folder / "race-clean", Quiet()))[0] == 0
-    expected, seconds = contents(folder / "race-clean"), time.monotonic() - began
+    clean = undisturbed(request, folder / "race-clean")
     ends, wrong = Counter[str](), []
     for number in range(count):
-        out, files, pids = folder / "races" / str(number), [], []
+        out, codes, messages = folder / "races" / str(number), [], []
+        running = []
         for i in range(2):
-            files.append(folder / f"race-{number}-{i}.txt")
-            pid = os.fork()
-            if pid == 0:
-                code, said = 0, ""
-                try:
-                    quantize(request, out, Quiet(), work=Path(f"{out}.job{i}"))
-                except QkitError as e:
-                    code, said = e.exit_code, str(e)
-                except BaseException as e:
-                    code, said = 99, f"{type(e).__name__}: {e}"
-                files[i].write_text(said)
-                os._exit(code)
-            pids.append(pid)
-            time.sleep(chance.uniform(0, seconds / 2) if number % 4 else 0)
-        codes = sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
-        ends[str(codes)] += 1
-        said = [f.read_text() for f in files]
-        sound = codes[0] == 0 and codes[1] in (0, 2, 6) and contents(out) == expected and not partial_path(out).exists()
-        if not sound or any("fault of qkit" in s for s in said):
-            wrong.append({"number": number, "codes": codes, "said": said})
-        print(f"race {number + 1}/{count}: exit codes {codes}", flush=True)
+            running.append(begin(partial(quantize, request, out, Quiet(), work=Path(f"{out}.job{i}"))))
+            time.sleep(chance.uniform(0, clean.seconds / 2) if number % 4 else 0)
+        for child in running:
+            status, message = end(*child)
+            codes.append(os.waitstatus_to_exitcode(status))
+            messages.append(message)
+        sound = min(codes) == 0 and max(codes) in (0, 2, 6) and contents(out) == clean.files
+        ends[str(sorted(codes))] += 1
+        if not sound or partial_path(out).exists() or any("fault of qkit" in m for m in messages):
+            wrong.append({"number": number, "codes": codes, "messages": messages})
+        print(f"race {number + 1}/{count}: exit codes {sorted(codes)}", flush=True)
     return {"races": count, "exit codes": dict(ends), "wrong": wrong}
 
 
 def full_disks(folder: Path, requests: dict[str, Request], count: int) -> dict[str, Any]:
     """Runs on a disk of ``count`` sizes between nothing and enough, and the same command once there is room."""
-    wrong, said_by = [], Counter[str]()
+    wrong, ends, known = [], Counter[str](), {}
     for number in range(count):
         name = list(requests)[number % 3]
         request, place = requests[name], folder / f"disk{number}"
-        clean = folder / "clean-disk" / name.replace(" ", "-")
-        if not clean.exists():
-            assert in_child(lambda r=request, c=clean: quantize(r, c, Quiet(), keep_job=True))[0] == 0
-        needed = sum(p.stat().st_size for p in (*clean.rglob("*"), *Path(f"{clean}.job").rglob("*")) if p.is_file())
-        place.mkdir()
+        if name not in known:
+            clean = folder / "clean-disk" / name.replace(" ", "-")
+            assert in_child(partial(quantize, request, clean, Quiet(), keep_job=True))[0] == 0
+            written = [p for p in (*clean.rglob("*"), *Path(f"{clean}.job").rglob("*")) if p.is_file()]
+            known[name] = contents(clean), sum(p.stat().st_size for p in written)
+        files, needed = known[name]
         size = 64 * 1024 + int(needed * number / (count - 1))
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
-        try:
-            unchecked = lambda r=request: _without_forecast(r, place / "out")  # noqa: E731
-            status, said = in_child(unchecked)
-            code = os.waitstatus_to_exitcode(status)
-            done = code == 0 and contents(place / "out") == contents(clean)
-            sentence = code == 5 and ("room" in said or "space" in said.lower()) and not (place / "out").exists()
-            subprocess.run(["mount", "-o", "remount,size=256m", place], check=True)
-            again, last = in_child(lambda: quantize(request, place / "out", Quiet()))
-            if not (done or sentence) or again or contents(place / "out") != contents(clean):
-                wrong.append({"case": name, "size": size, "code": code, "said": said, "again": last})
-            said_by[f"exit {code}"] += 1
-            print(f"disk {number + 1}/{count}: {size} bytes, exit {code}: {said[:100]}", flush=True)
-        finally:
-            subprocess.run(["umount", place], check=False)
-    return {"disks": count, "ends": dict(said_by), "wrong": wrong}
+        row = _on_a_disk(request, place, files, size)
+        ends[f"exit {row['code']}"] += 1
+        if not row["sound"]:
+            wrong.append({"case": name, **row})
+        print(f"disk {number + 1}/{count}: {size} bytes, exit {row['code']}: {row['message'][:100]}", flush=True)
+    return {"disks": count, "ends": dict(ends), "wrong": wrong}
+
+
+def _on_a_disk(request: Request, place: Path, files: dict[str, str], size: int) -> dict[str, Any]:
+    """What came of a run on a disk of so many bytes, and then on a larger one."""
+    out = place / "out"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
+    try:
+        status, message = in_child(partial(_without_forecast, request, out))
+        code = os.waitstatus_to_exitcode(status)
+        done = code == 0 and contents(out) == files
+        sentence = code == 5 and ("room" in message or "space" in message.lower()) and not out.exists()
+        subprocess.run(["mount", "-o", "remount,size=256m", place], check=True)
+        again, last = in_child(partial(quantize, request, out, Quiet()))
+        sound = (done or sentence) and again == 0 and contents(out) == files
+        return {"size": size, "code": code, "message": message, "again": last, "sound": sound}
+    finally:
+        subprocess.run(["umount", place], check=False)
 
 
 def _without_forecast(request: Request, out: Path) -> None:

@@ -24,11 +24,13 @@ from qkit.catalog import EFFORTS, TRANSFORMS
 from qkit.commands.bars import Bar, Share
 from qkit.commands.grid import print_wide as print_wide
 from qkit.commands.grid import wide_table as wide_table
+from qkit.declared import printable
 from qkit.errors import Stopped, UsageError
 from qkit.locate import find_model
 from qkit.recipe import MOST_SPARSE
 from qkit.request import Request
 from qkit.safefile import write_atomic
+from qkit.sidefiles import code_keys, left_behind
 from qkit.words import megabytes as megabytes
 
 if TYPE_CHECKING:
@@ -228,7 +230,8 @@ def write_json(file: Path | None, data: Any) -> None:
 
 
 def show_coverage(found: Prepared, console: Console) -> None:
-    """What is quantized, what is not and why, and the bytes."""
+    """What is quantized, what is not and why, the bytes, and which engines will load the result."""
+    from qkit.fusing import engines_of
     from qkit.pipeline import coverage
 
     plan = found.plan
@@ -271,11 +274,31 @@ def show_coverage(found: Prepared, console: Console) -> None:
     if plan.calibration is not None and plan.calibration.written:
         c = plan.calibration
         console.print(f"calibration: {c.samples} rows, and {c.written} that the model writes, of {c.seqlen} tokens")
+    _show_copied(found, console)
     done = coverage(plan)
     console.print(
         f"{done['quantized']} linears quantized, {done['skipped']} skipped; tensors: {megabytes(plan.source_bytes)} before, "
         f"{megabytes(plan.packed_bytes)} after ({plan.packed_bytes / plan.source_bytes:.3f}x)"
     )
+    for line in engines_of(plan, found.outline):
+        console.print(Text(str(line)))
+
+
+def _show_copied(found: Prepared, console: Console) -> None:
+    """What does not go with the model: files, and keys of its settings."""
+    folder = found.outline.checkpoint.path
+    behind = left_behind(folder)
+    if behind:
+        more = f" and {len(behind) - 1} more" if len(behind) > 1 else ""
+        console.print(
+            Text(f"not copied: {printable(behind[0])}{more}: code, pickles, archives and weights in other formats")
+        )
+    dropped = {"config.json": list(found.outline.checkpoint.dropped), **code_keys(folder, found.plan.side_files)}
+    for name, keys in dropped.items():
+        if keys:
+            console.print(
+                Text(f"left out of {printable(name)}: {printable(', '.join(keys))}: keys that choose code to run")
+            )
 
 
 class Reporter:

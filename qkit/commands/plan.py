@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 
 def plan_json(found: Prepared) -> dict[str, Any]:
     """The machine's copy of a plan."""
+    from qkit.fusing import engines_of
     from qkit.pipeline import coverage
 
     plan = found.plan.to_json()
     return {
         "hash": found.plan.hash,
+        "source": {"fingerprint": found.plan.source_fingerprint, "sampled": True},
         "coverage": coverage(found.plan),
+        "engines": [asdict(line) for line in engines_of(found.plan, found.outline)],
         "forecast": found.forecast.to_json(),
         "linears": plan["linears"],
         "skipped": plan["skipped"],
@@ -87,7 +90,8 @@ def write_figures(found: Allocated, folder: Path, console: Console) -> None:
 def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: Path | None, **given: Any) -> None:
     """Say what quantize would do: coverage, exact bytes, peak memory, and where the time goes.
 
-    Reads no weights. Says what quantize has to measure first, and refuses what cannot fit or cannot be met.
+    Says what quantize has to measure first, and refuses what cannot fit or cannot be met. Reads no weights: it knows those of
+    the model by samples, and quantize reads every byte.
 
     \b
     Example:

@@ -25,8 +25,11 @@ from qkit.commands.common import (
     write_json,
 )
 from qkit.commands.plan import plan_json, show_forecast, show_method
-from qkit.folder import RECORD, load_json, weights_folder
+from qkit.engines import engine_lines
+from qkit.folder import RECORD, weights_folder
 from qkit.memory import bound_heap
+from qkit.record import packed_record
+from qkit.safefile import parse_json
 
 if TYPE_CHECKING:
     from qkit.pipeline import Prepared
@@ -102,10 +105,11 @@ def quantize_command(
             f"verified with {sum(report.checks.values()):,} checks, {time.monotonic() - began:.1f} s"
         )
     )
-    for line in (*_components(found, out), *_policy(out), *_recipes(out)):
+    for line in (*_components(found, out), *_policy(out), *_recipes(out), *_rows(found, work, out)):
         console.print(Text(line))
-    for engine in sorted({e.engine + ": " + e.loads_as for e in report.engines if e.loads_as}):
-        console.print(Text(f"loads in {engine}"))
+    for engine in engine_lines(report.engines):
+        if engine.loads:
+            console.print(Text(f"loads in {engine.engine}: {', '.join(engine.classes)}"))
     write_json(json_file, {**plan_json(found), **decided_json(decided), **advice})
 
 
@@ -141,7 +145,7 @@ def _components(found: Prepared, out: Path) -> Iterator[str]:
 
 def _recipes(out: Path) -> Iterator[str]:
     """What method auto kept."""
-    record = load_json(weights_folder(out) / RECORD, "record", 1 << 28)
+    record = packed_record(out)
     kept = Counter(x["recipe"] for x in record["linears"].values() if "recipe" in x)
     if kept:
         yield "kept, of what was tried on every block: " + "; ".join(
@@ -149,11 +153,20 @@ def _recipes(out: Path) -> Iterator[str]:
         )
 
 
+def _rows(found: Prepared, work: Path | None, out: Path) -> list[str]:
+    """What was the matter with calibration rows, by the journal of the job."""
+    from qkit.parts import notices
+
+    file = (work or out.with_name(out.name + ".job")) / "journal.jsonl"
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    return notices((parse_json(line, str(file)) for line in lines), found.plan.dtype)
+
+
 def _policy(out: Path) -> Iterator[str]:
     """What a policy by step is expected to come to, beside what was asked for."""
     from qkit.steps import ENTRY
 
-    decided = load_json(weights_folder(out) / RECORD, "record", 1 << 28).get(ENTRY)
+    decided = packed_record(out).get(ENTRY)
     if decided is not None:
         asked, expected = decided["asked"], decided["fit"]["expected"]
         skips = f"{100 * expected['skips']:.0f} % of runs of blocks skipped (asked {100 * asked['skips']:.0f} %)"

@@ -95,7 +95,7 @@ def copy_rest(
     sampling: bytes | None = None,
     replaced: Mapping[str, Path] | None = None,
 ) -> dict[str, str]:
-    """Copy the files of ``wanted``, which ``rest_of`` gave, to ``out``; {name: sha256} of what is there then.
+    """Copy the files of ``wanted``, which ``rest_of`` gave, to ``out``; {name: sha256} of what has to be there then.
 
     sampling: what the result's sampling.json says, in the place of the source's; replaced: by component, the folder to take in
     the place of its own. Raises IOFailure, and BadCheckpoint for a file that changed.
@@ -109,12 +109,12 @@ def copy_rest(
                 target = out / component / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / file, target)
-                written[f"{component}/{file}"] = sha256_file(target)
+                written[f"{component}/{file}"] = sha256_file(folder / file)
     except OSError as e:
         raise write_failure(out, e) from e
     if sampling is not None:
         write_atomic(out / SAMPLING, sampling)
-        written[SAMPLING] = sha256_file(out / SAMPLING)
+        written[SAMPLING] = hashlib.sha256(sampling).hexdigest()
     return written
 
 

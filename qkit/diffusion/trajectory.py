@@ -28,6 +28,7 @@ from qkit.folder import DENOISER, contained, load_json
 from qkit.formats import did_you_mean
 from qkit.safefile import shown
 from qkit.spill import Spilled
+from qkit.textfile import TextFile
 
 STRATA = 8
 _OWN = ("prompt", "class_labels", "generator", "output_type", "callback_on_step_end", "return_dict")
@@ -58,10 +59,8 @@ def sampling_of(folder: Path, prompts: Path | None, call: dict[str, Any]) -> Sam
         raise UsageError(f"--call {taken}: qkit gives this argument itself: leave it out")
     found = [str(p) for p in own.get("prompts", ())]
     if prompts is not None:
-        try:
-            found = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as e:
-            raise BadCalibration(f"{prompts}: no such text file of prompts, one a line: {e}") from e
+        text, _ = TextFile(prompts, "prompts", BadCalibration).text()
+        found = [line.strip() for line in text.splitlines() if line.strip()]
         if not found:
             raise BadCalibration(f"{prompts}: no prompt in it, expected one a line")
     if not found:

@@ -24,11 +24,13 @@ import torch
 import yaml
 
 from qkit.catalog import DRAWN, QUESTIONS
+from qkit.confined import Exceeded
 from qkit.errors import BadInput, Unsupported, UsageError
 from qkit.evaluation.sources import first_line
 from qkit.evaluation.taskcode import refuse_task_code
 from qkit.pairs import held_out
 from qkit.quality import BATCH, BATCH_BYTES, Z95, bootstrap_ci
+from qkit.templates import Confined, TemplateFailure
 
 BOOTSTRAP = 1000  # resamples for metrics whose standard error has no closed form
 FEWSHOT_SEED = 1234  # lm-eval's own default
@@ -77,7 +79,11 @@ def run_tasks(
                     lm=lm, task_dict=part, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True,
                     apply_chat_template=pictures,
                 )  # fmt: skip
-            except (ValueError, NotImplementedError) as error:
+            except Exceeded as error:
+                raise BadInput(
+                    f"{', '.join(tasks)}: the chat template of the model takes {error}: get it again"
+                ) from error
+            except (ValueError, NotImplementedError, TemplateFailure) as error:
                 raise BadInput(f"lm-eval cannot run {', '.join(tasks)}: {first_line(error)}") from error
             found |= _figures(results)
     return found
@@ -105,7 +111,7 @@ def _with_pictures(model: Any, processor: Callable[[], Any] | None, tasks: Seque
         """lm-eval's own loads the processor from where the model came from, which here has no name."""
 
         def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **kwargs: Any) -> None:
-            self.processor, self.tokenizer = tokenizer, tokenizer.tokenizer
+            self.processor, self.tokenizer = Confined(tokenizer), tokenizer.tokenizer
 
     return Model(pretrained=model, tokenizer=processor(), batch_size=_batch_size(model))
 

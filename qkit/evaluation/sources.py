@@ -9,11 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from qkit.errors import BadInput, Unsupported, UsageError
+from qkit.textfile import TextFile
 
 
 def text_name(spec: Path | str) -> str:
     """The name a text goes by. Raises BadInput for a file that is not there, UsageError for a bad data set."""
-    if _is_dataset(spec):
+    if is_dataset(spec):
         name, config, _, _ = _dataset_parts(str(spec))
         return Path(name).name if config is None else f"{Path(name).name}-{config}"
     return _named_file(spec)[0]
@@ -21,15 +22,14 @@ def text_name(spec: Path | str) -> str:
 
 def read_text(spec: Path | str) -> str:
     """The content of a text. Raises BadInput when it cannot be read, Unsupported without the datasets package."""
-    if _is_dataset(spec):
+    if is_dataset(spec):
         return _read_dataset(str(spec))
-    path = _named_file(spec)[1]
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise BadInput(f"text {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(f"text {path}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from error
+    return text_file(spec).text()[0]
+
+
+def text_file(spec: Path | str) -> TextFile:
+    """The file of a text that is no data set."""
+    return TextFile(_named_file(spec)[1], "text")
 
 
 def _named_file(spec: Path | str) -> tuple[str, Path]:
@@ -43,7 +43,8 @@ def _named_file(spec: Path | str) -> tuple[str, Path]:
     return name, path
 
 
-def _is_dataset(spec: Path | str) -> bool:
+def is_dataset(spec: Path | str) -> bool:
+    """Whether a text is one of the ``datasets`` package."""
     return isinstance(spec, str) and spec.startswith("dataset:")
 
 

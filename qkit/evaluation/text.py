@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qkit.errors import BadInput, UsageError
-from qkit.evaluation.sources import read_text, text_name
+from qkit.evaluation.sources import is_dataset, read_text, text_file, text_name
 from qkit.quality import Comparison, bootstrap_ci, compare_all, nll_windows, perplexity, perplexity_change, quantile
 
 Progress = Callable[[str, int, int], None]  # (text, windows done, windows in all)
@@ -31,8 +31,8 @@ def evaluate_text(
 ) -> dict[str, Any]:
     """{"texts": {name: figures}}; the name of a text is its file's name without the suffix.
 
-    Each text is tokenised whole by ``tokenizer`` without special tokens, cut into consecutive windows of ``window``
-    tokens, of which the first ``limit`` are used, and scored at positions 2 to ``window`` with an fp32 log-softmax.
+    Each text is tokenised by ``tokenizer`` as far as it is needed, without special tokens, cut into consecutive windows of
+    ``window`` tokens, of which the first ``limit`` are used, and scored at positions 2 to ``window`` with an fp32 log-softmax.
     Figures: perplexity, ci (95 %, over windows), windows, tokens (scored), nonfinite (scored tokens without a finite
     likelihood); with a baseline also baseline_perplexity, baseline_ci, change_percent, change_ci (paired), kl (mean,
     ci, p99; nats per token, KL(baseline || model)) and same_top1 (fraction of tokens). Figures that are not finite
@@ -58,7 +58,7 @@ def evaluate_texts(
         name = text_name(spec)
         if name in texts:
             raise UsageError(f"two texts are called '{name}'; name one of them: --text OTHER=FILE")
-        tokens = tokenize(tokenizer, read_text(spec))
+        tokens = first_tokens(tokenizer, spec, None if limit is None else limit * window)
         report = None if progress is None else partial(progress, name)
         try:
             texts[name] = _figures(models, baseline_model, tokens, window, limit, report)
@@ -70,6 +70,14 @@ def evaluate_texts(
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """int64 [n]: the whole text as it stands, no special tokens."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def first_tokens(tokenizer: Any, spec: Path | str, needed: int | None) -> Tensor:
+    """int64 [n]: at least ``needed`` tokens of a text if it has so many (None: all), as ``tokenize`` gives them."""
+    if is_dataset(spec):
+        return tokenize(tokenizer, read_text(spec))
+    ids = text_file(spec).first_tokens(lambda text: tokenize(tokenizer, text).tolist(), needed)
     return torch.tensor(ids, dtype=torch.int64)
 
 

@@ -18,6 +18,7 @@ The configuration is built with the library's own classes, so that what is writt
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from qkit.patterns import is_pattern, matched
 from qkit.qtensor import Params, QTensor, param_shape
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 CLASS = "Linear"  # the one name of a class that a target can have here
 
@@ -131,7 +133,8 @@ def config(
     module_name: {checkpoint name: module name} where they differ; both are listed, since loaders match either
     cache:       of keys and values, for engines that keep them in it
     Groups of linears with equal formats become one config group. The most common one targets the class
-    ``Linear`` and the others exact names, listed first.
+    ``Linear`` and the others exact names, listed first. Where there are several, experts of one format are named by a pattern:
+    transformers looks for their group by such a target, and takes the first group where there is none.
     """
     import compressed_tensors
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
@@ -140,12 +143,15 @@ def config(
     for name, pair in pairs.items():
         kinds.setdefault(pair, []).append(name)
     ordered = sorted(kinds.items(), key=lambda item: (len(item[1]), item[1]))
+    experts = {pair for pair, names in kinds.items() if any(map(_EXPERT.search, names))}
     groups: dict[str, Any] = {}
     for i, ((weights, activations), names) in enumerate(ordered):
         last = i == len(ordered) - 1
-        both = sorted({*names, *(module_name[n] for n in names if n in module_name)})
+        pattern = [f"re:.*{_EXPERT.pattern}.*"] if experts == {(weights, activations)} and len(kinds) > 1 else []
+        exact = [n for n in names if not (pattern and _EXPERT.search(n))]
+        both = sorted({*exact, *(module_name[n] for n in exact if n in module_name)})
         groups[f"group_{i}"] = QuantizationScheme(
-            targets=["Linear"] if last else both,
+            targets=[*pattern, *(["Linear"] if last else both)],
             weights=_args(weights, activations=False),
             input_activations=None if activations is None else _args(activations, activations=True),
             format=layout(weights, activations),

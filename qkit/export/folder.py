@@ -28,7 +28,7 @@ from qkit.job import Job
 from qkit.kvcache.scales import FORMAT
 from qkit.plan import LinearPlan, Plan, parts
 from qkit.record import FORMAT_VERSION, to_bytes, write_record
-from qkit.safefile import TensorInfo, sha256_file, write_atomic, write_safetensors
+from qkit.safefile import TensorInfo, write_atomic, write_safetensors
 from qkit.sidefiles import check_unchanged, copy
 from qkit.transforms.rotate import rotate_outer
 
@@ -67,6 +67,7 @@ def export(
         called = None if sampling is None else to_bytes({"call": sampling.call, "prompts": list(sampling.prompts)})
         copied = copy_rest(source_folder, partial.path, plan.pipeline, called, replaced)
         folder.mkdir()
+    documents: dict[str, bytes] = {}
     hashes = {
         file: write_safetensors(folder / file, [(n, *source.specs[n]) for n in inside], source.load)
         for file, inside in shards.items()
@@ -75,11 +76,12 @@ def export(
         total = sum(_bytes(s) for s in source.specs.values())
         weight_map = {name: file for file, inside in shards.items() for name in inside}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_atomic(folder / index_name, to_bytes(index))
+        documents[index_name] = to_bytes(index)
     config = _config(plan, outline, job, source)
-    write_atomic(folder / "config.json", to_bytes(config))
-    written = (path for path in folder.iterdir() if path.name not in hashes)
-    files = {**hashes, **{path.name: sha256_file(path) for path in written}}
+    documents["config.json"] = to_bytes(config)
+    for name, data in documents.items():
+        write_atomic(folder / name, data)
+    files = {**hashes, **{name: hashlib.sha256(data).hexdigest() for name, data in documents.items()}}
     files |= copy(outline.checkpoint.path, folder, plan.side_files)
     record = _record(plan, outline, source, hashes, hashed) | {"files": files, "config": without_quantization(config)}
     digest = write_record(folder, record)
@@ -309,10 +311,12 @@ def is_export_of(out: Path, plan: Plan, source: Mapping[str, str] | None = None)
     return same and bool(found.get("plan_hash") == plan.hash)
 
 
-def source_hashes(plan: Plan, outline: Outline, source_folder: Path) -> dict[str, str]:
+def source_hashes(
+    plan: Plan, outline: Outline, source_folder: Path, step: Callable[[], object] = lambda: None
+) -> dict[str, str]:
     """sha256 over every byte of the weights that the result is made from, and of those around the transformer of a pipeline;
-    quick where they were read before (``hashcache``)."""
-    found = {"sha256": outline.checkpoint.sha256()}
+    quick where they were read before (``hashcache``). step: called for every shard."""
+    found = {"sha256": outline.checkpoint.sha256(step)}
     return found if plan.pipeline is None else {**found, "around": weights_of_rest(source_folder, plan.pipeline)}
 
 

@@ -17,6 +17,8 @@ from qkit.schema import foreign
 _DENOISERS = {name: family for family in dit.FAMILIES for name in family.model_types}
 _FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 _ADVICE = "get the config of this model"
+# Models whose blocks are called with numbers of a whole batch (positions of every head), which are recorded of one row.
+BY_BATCH = ("bloom",)
 # Siblings of an undeclared architecture that by these names read one input.
 _SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
 

@@ -30,7 +30,8 @@ def another_class(model: nn.Module, checkpoint: Checkpoint) -> str | None:
 
     stated, built = checkpoint.config.get("architectures"), type(model).__name__
     made = stated[0] if isinstance(stated, list) and stated else built
-    if made == built or not isinstance(made, str) or not hasattr(transformers, made):
+    cls = getattr(transformers, made, None) if isinstance(made, str) else None
+    if made == built or getattr(cls, "config_class", None) is not type(model.config):
         return None
     what = next((f", {kind}" for end, kind in _KINDS.items() if made.endswith(end)), "")
     return (

@@ -43,7 +43,7 @@ class Outline:
         self.family: Family = family_of(self.model, kind_of(checkpoint.config))
         config: Any = self.model.config
         self.text_config: Any = config if self.family.streams else config.get_text_config(decoder=True)
-        if isinstance(self.text_config, dict):
+        if not self.family.streams and isinstance(self.text_config, dict):
             raise BadCheckpoint(
                 f"{checkpoint.path}: config.json: text_config is there, and a model of type {kind_of(checkpoint.config)!r} has "
                 "none: get the config of this model"

@@ -22,7 +22,7 @@ class Ledger:
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self._path = path
         check_file(path)
-        raw = path.read_bytes() if path.exists() else b""
+        raw = path.read_bytes() if path.is_file() else b""
         whole = raw.rpartition(b"\n")[0]
         if not whole and not _line({"identity": identity}).startswith(raw):
             raise BadInput(f"{path}: not a file of measurements of qkit: choose another folder, or move the file away")

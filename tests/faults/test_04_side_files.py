@@ -100,6 +100,24 @@ def test_keys_that_choose_code_are_left_out(model, tmp_path):
     }
 
 
+def test_what_stays_behind_is_said(model, tmp_path, run):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "auto_map": {"a": "b"}}))
+    (model / "generation_config.json").write_text('{"custom_generate": "x", "\\u001b_attn_implementation": 1}')
+    code, said, _ = run("plan", "--model", model, "--scheme", "w4a16", "--group-size", 32)
+    assert code == 0 and "not copied: MODEL.BIN and 12 more: code, pickles" in said
+    assert "left out of config.json: auto_map: keys that choose code to run" in said
+    assert "left out of generation_config.json: custom_generate, \\x1b_attn_implementation:" in said
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "1_Pooling/config.json"])
+@pytest.mark.parametrize("text", ["[]", "null", '"x"', "7"])
+def test_settings_that_are_no_object_are_refused(model, name, text):
+    (model / name).write_text(text)
+    with pytest.raises(BadCheckpoint, match=f"{name}: found .*, expected a JSON object"):
+        prepare(request_for(model))
+
+
 class Meddles(Quiet):
     """Does something to the model when a phase begins."""
 
@@ -170,6 +188,9 @@ def test_limits(model, monkeypatch):
     monkeypatch.setattr("qkit.sidefiles.MOST_FILES", 100)
     monkeypatch.setattr("qkit.sidefiles.MOST_BYTES", 100)
     with pytest.raises(BadCheckpoint, match=r"\.json: \d+ bytes, expected at most 100"):
+        travelling(model)
+    monkeypatch.setattr("qkit.sidefiles.MOST_TOGETHER", 1000)
+    with pytest.raises(BadCheckpoint, match="bytes of files beside the weights, expected at most 1000"):
         travelling(model)
     deep = model / "/".join("abcdefghijkl")
     deep.mkdir(parents=True)

@@ -1,9 +1,11 @@
 """Point 17: what a recipe says at its top holds wherever a rule says nothing else, and 'engine: any' lifts rules of engines."""
 
 import pytest
+from conftest import Quiet
+from safetensors.torch import load_file
 
 from qkit.errors import BadRecipe, UsageError
-from qkit.pipeline import Request, prepare
+from qkit.pipeline import Request, prepare, quantize
 from qkit.recipe import make_recipe
 
 
@@ -95,3 +97,32 @@ def test_any_engine_lifts_them(planned):
 def test_an_unknown_engine_is_refused():
     with pytest.raises(BadRecipe, match="engine"):
         make_recipe({"scheme": "w4a16", "engine": "tensorrt"}, "command line")
+
+
+def test_group_size_of_the_top_reaches_the_schemes_of_towers(vlm, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("scheme: w4a16\ngroup_size: 16\ntargets: {vision: w8a16, projector: w8a8}\n", encoding="utf-8")
+    linears = prepare(Request(str(vlm("llava")), recipe=path)).plan.linears
+    found = {(p.scheme, p.weights.group) for p in linears.values()}
+    assert found == {("W4A16", 16), ("W8A16", 16), ("W8A8", None)}
+
+
+@pytest.mark.parametrize("rule", ["solver: rtn", "options: {damp: 0.5}"])
+def test_a_rule_about_one_of_several_layers_that_share_an_input_is_followed(rule, tiny, tmp_path, calib):
+    """They were solved together, all as the first of them was."""
+    made = {}
+    for name, rules in {"plain": "", "rule": f"rules: [{{match: '*.k_proj', {rule}}}]"}.items():
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(f"scheme: w4a16\nmethod: gptq\ngroup_size: 32\n{rules}\n", encoding="utf-8")
+        request = Request(str(tiny("llama")), recipe=recipe, calib=calib, samples=8, seqlen=32, threads=1)
+        assert quantize(request, tmp_path / name, Quiet()).problems == []
+        made[name] = load_file(tmp_path / name / "model.safetensors")
+    first = "model.layers.0.self_attn"
+    assert made["plain"][f"{first}.q_proj.weight_packed"].equal(made["rule"][f"{first}.q_proj.weight_packed"])
+    assert not made["plain"][f"{first}.k_proj.weight_packed"].equal(made["rule"][f"{first}.k_proj.weight_packed"])
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4a16", "fp8"])
+def test_layers_that_share_a_scale_have_one_solver(planned, scheme):
+    with pytest.raises(BadRecipe, match=r"q_proj gptq, k_proj rtn, v_proj gptq.* share a scale"):
+        planned(f"scheme: {scheme}\nmethod: gptq\nrules: [{{match: '*.k_proj', solver: rtn}}]\n")
