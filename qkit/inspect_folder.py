@@ -70,8 +70,9 @@ def inspect(path: Path) -> Found:
         _look_at_gguf([path], found)
     elif path.suffix == ".safetensors":
         found.kind = "safetensors file"
-        header = _try(found, lambda: read_header(path))
-        _count(found, header or {}, [path], {}, {})
+        header = _try(found, lambda: read_header(path)) or {}
+        found.quantization = described_quantization({}, path, header)
+        _count(found, header, [path], {}, {})
     elif path.exists():
         raise BadCheckpoint(f"{path}: is no folder, no safetensors and no GGUF file: give one of these")
     else:

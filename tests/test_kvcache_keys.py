@@ -14,9 +14,9 @@ from qkit.checkpoint import Checkpoint
 from qkit.families.materialize import load_block
 from qkit.families.outline import Outline
 from qkit.kvcache.cache import make_cache
-from qkit.kvcache.policy import parse
+from qkit.kvcache.policy import CacheRequest, parse
 from qkit.kvcache.scaling import exponents_of, maxima, search
-from qkit.kvplan import CacheRequest, joint_choices
+from qkit.kvplan import joint_choices
 from qkit.loading import load
 from qkit.pipeline import Request, open_outline
 from qkit.sensitivity.profile import Profile

@@ -13,6 +13,7 @@ from torch.nn import functional
 from qkit.blocks import Group
 from qkit.calibration import ANSWER, KINDS, VISION
 from qkit.capture import Stats
+from qkit.catalog import RATIOS
 from qkit.checkpoint import Checkpoint
 from qkit.errors import BadCalibration
 from qkit.families.outline import Outline
@@ -22,7 +23,7 @@ from qkit.pairs import rows_of
 from qkit.pipeline import Request, prepare
 from qkit.qtensor import dequantize, find_params, quantize
 from qkit.transforms import BlockState
-from qkit.transforms.balance import RATIOS, balanced_error, gradients, ratios
+from qkit.transforms.balance import balanced_error, gradients, ratios
 from qkit.transforms.scales import awq_candidates, search
 from qkit.transforms.table import TRANSFORMS
 

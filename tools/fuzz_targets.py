@@ -16,8 +16,8 @@ import qkit_data
 import torch
 import transformers
 
-from qkit.allocation.allocate import Budget
-from qkit.budgeting import BudgetRequest, allocated
+from qkit.allocation.limits import Budget, BudgetRequest
+from qkit.budgeting import allocated
 from qkit.calibration import calibration_rows
 from qkit.checkpoint import Checkpoint
 from qkit.evaluation.budget import judge, junit_xml, load_budget

@@ -29,6 +29,7 @@ from qkit.engines import engine_lines
 from qkit.folder import RECORD, weights_folder
 from qkit.memory import bound_heap
 from qkit.record import packed_record
+from qkit.safefile import parse_json
 
 if TYPE_CHECKING:
     from qkit.pipeline import Prepared
@@ -155,7 +156,6 @@ def _recipes(out: Path) -> Iterator[str]:
 def _rows(found: Prepared, work: Path | None, out: Path) -> list[str]:
     """What was the matter with calibration rows, by the journal of the job."""
     from qkit.parts import notices
-    from qkit.safefile import parse_json
 
     file = (work or out.with_name(out.name + ".job")) / "journal.jsonl"
     lines = file.read_bytes().splitlines() if file.is_file() else []

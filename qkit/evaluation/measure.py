@@ -15,7 +15,7 @@ from qkit.checkpoint import Checkpoint
 from qkit.errors import UsageError
 from qkit.evaluation.request import EvalRequest, dimensions_of
 from qkit.evaluation.sources import read_text, text_name
-from qkit.evaluation.text import Progress, evaluate_texts, tokenize
+from qkit.evaluation.text import Progress, evaluate_texts, first_tokens, tokenize
 from qkit.evaluation.vbench import Bench, evaluate_vbench
 from qkit.families.declared import DECLARED
 from qkit.folder import PIPELINE_INDEX, is_pipeline, weights_folder
@@ -110,10 +110,10 @@ def _check_alike(outs: Sequence[Path], tokenizers: Sequence[Any], request: EvalR
     if len(outs) == 1:
         return
     for spec in request.texts:
-        text = read_text(spec)
-        first = tokenize(tokenizers[0], text)
+        needed = None if request.windows is None else request.windows * request.window
+        first = first_tokens(tokenizers[0], spec, needed)
         for out, tokenizer in zip(outs[1:], tokenizers[1:], strict=True):
-            if not first.equal(tokenize(tokenizer, text)):
+            if not first.equal(first_tokens(tokenizer, spec, needed)):
                 raise UsageError(
                     f"{outs[0]} and {out} split text '{text_name(spec)}' into different tokens: measure them one by one"
                 )

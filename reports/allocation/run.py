@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qkit.allocation.allocate import Budget, allocate, limit_bytes, outliers, rules
+from qkit.allocation.limits import Budget
+from qkit.allocation.allocate import allocate, limit_bytes, outliers, rules
 from qkit.budgeting import BudgetRequest, allocated
 from qkit.calibration import read_text
 from qkit.loading import load, load_tokenizer

@@ -28,7 +28,7 @@ from qkit.benchmark.products import described as described_product
 from qkit.loading import load
 from qkit.pipeline import Request, quantize
 from qkit.safefile import write_atomic
-from qkit.sensitivity.units import parse_candidates
+from qkit.sensitivity.candidates import parse_candidates
 
 SHAPES = ((4096, 4096), (14336, 4096))
 ROWS = (1, 4, 16, 64, 256)

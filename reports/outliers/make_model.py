@@ -159,7 +159,7 @@ def main() -> None:
     make(args.model, args.out, args.seed)
     from qkit.calibration import read_text
     from qkit.loading import load, load_tokenizer
-    from qkit.request import embedded_text
+    from qkit.calibrating import embedded_text
 
     text = read_text(embedded_text())[:8000]
     ids = torch.tensor([load_tokenizer(args.model)(text, add_special_tokens=False, verbose=False)["input_ids"][:512]])

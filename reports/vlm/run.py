@@ -22,7 +22,8 @@ from qkit.calibration import KINDS
 from qkit.evaluation.pictures import ask
 from qkit.loading import load
 from qkit.locate import find_model
-from qkit.pairs import DRAWN, load_processor
+from qkit.catalog import DRAWN
+from qkit.pairs import load_processor
 from qkit.pipeline import Request, prepare, quantize
 from qkit.quality import Interval, bootstrap_ci, ratio_ci
 from qkit.transforms.balance import gradients, ratios

@@ -109,6 +109,8 @@ def test_the_mark_of_a_rejected_result(run, out, calib, tmp_path):
         code == 0
         and "REJECTED: rejected by 'qkit check' with the budget b.yaml: not kept: perplexity.evaluation" in said
     )
+    code, said, err = run("verify", out)
+    assert code == 0 and "rejected" in said, err
     with pytest.warns(RejectedWarning, match=r"not kept: perplexity\.evaluation"):
         qkit.load(out)
     code, said, err = run("eval", out, "--text", calib, *WINDOWS)
