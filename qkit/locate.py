@@ -24,6 +24,8 @@ def find_model(model: str) -> Path:
     import qkit_data
 
     path = Path(model)
+    if not model:
+        raise BadCheckpoint("'': that names no model: give a model folder, a reference model or a hub id")
     if path.is_dir():
         return path
     if path.is_file():
