@@ -189,7 +189,7 @@ class OutFolder(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Raises UsageError for a name that no folder can have, or that other programs could not write."""
-        name, text = param.opts[0] if param is not None else "folder", os.fspath(super().convert(value, param, ctx))
+        name, text = param.opts[0] if param is not None else "folder", os.fsdecode(super().convert(value, param, ctx))
         if not text or "\0" in text:
             raise UsageError(f"{name} {text!a}: that is no name of a folder: give another")
         try:

@@ -153,13 +153,13 @@ def _discover(model: nn.Module, model_type: str) -> Family:
                 f"model_type {model_type!r} is not declared, and its blocks ({path}) hold weights that are not plain "
                 f"linears, first in block {index}: {seen}; quantizing only a part of them is refused"
             )
-    linears = dict.fromkeys(n for block in blocks for n, m in block.named_modules() if isinstance(m, nn.Linear))
+    every = dict.fromkeys(n for block in blocks for n, m in block.named_modules() if isinstance(m, nn.Linear))
     groups: list[Group] = []
-    for name in linears:
+    for name in every:
         parent, _, leaf = name.rpartition(".")
         shared = next((s for s in _SHARED if leaf in s), (leaf,))
         members = tuple(f"{parent}.{s}" if parent else s for s in shared)
-        members = members if all(m in linears for m in members) else (name,)
+        members = members if all(m in every for m in members) else (name,)
         if all(name not in g.linears for g in groups):
             groups.append(Group(members))
     return Family(f"discovered:{model_type}", (model_type,), blocks=(path,), groups=tuple(groups), embeddings="")
