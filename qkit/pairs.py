@@ -36,6 +36,7 @@ DRAWN = "drawn"  # in the place of a file: the project's scenes
 QUESTIONS = 500  # held-out pairs, unless more or fewer are asked for
 CAPTION = "Describe the picture."
 _NO_PLACE = "the chat template of the model has no place for a picture"
+MOST_PIXELS = 1 << 26  # of a picture: what holds one takes three bytes for each, and models see far fewer
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -204,6 +205,11 @@ def _pair(files: list[Path], frames: list[Path], question: str, answer: str, whe
             raise BadCalibration(f"{where}: the picture {file} cannot be read: there is no such file: correct its name")
         with foreign(f"{where}: the picture {file} cannot be read", "save it again", BadCalibration):
             with Image.open(file) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise BadCalibration(
+                        f"{where}: the picture {file} has {image.width} x {image.height} pixels, expected at most {MOST_PIXELS}: "
+                        "scale it down"
+                    )
                 images.append(image.convert("RGB"))
     return Pair(tuple(images[: len(files)]), question, answer, where, kind, tuple(images[len(files) :]))
 

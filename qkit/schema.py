@@ -320,7 +320,7 @@ class LatencyFile(_Open):
 
 
 def _file_name(name: str) -> str:
-    if not name or "\0" in name or len(name) > 4096 or not name.isprintable():
+    if not name or not name.isprintable() or len(name) > 1000 or any(len(p.encode()) > 255 for p in name.split("/")):
         raise ValueError("expected the name of a file")
     return name
 

@@ -145,7 +145,7 @@ def test_generation_config(packed, tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    "rules", ["true", "5", "x", "{a: 1}", "[5]", "[[a]]", "[{match: 5}]", "[{match: a, options: 3}]"]
+    "rules", ["true", "5", "x", "{a: 1}", "[5]", "[[a]]", "[{match: 5}]", "[{match: []}]", "[{match: a, options: 3}]"]
 )
 def test_recipe_rules(tmp_path, rules):
     file = tmp_path / "r.yaml"
@@ -194,6 +194,7 @@ def test_profile(tmp_path, field, value):
         '{"image": "a\\u0000b.png", "question": "q", "answer": "a"}',
         '{"image": 5, "question": "q", "answer": "a"}',
         '{"image": "", "question": "q", "answer": "a"}',
+        '{"image": "' + "a" * 300 + '", "question": "q", "answer": "a"}',
         '{"image": [], "question": "q", "answer": "a"}',
         '{"image": "a.png", "question": null, "answer": "a"}',
         '{"image": "a.png", "question": "q", "question": "r", "answer": "a"}',
@@ -201,6 +202,7 @@ def test_profile(tmp_path, field, value):
     ],
 )
 def test_pairs(tmp_path, line):
+    """Of a line, one complaint."""
     from PIL import Image
 
     from qkit.errors import BadCalibration
@@ -209,6 +211,18 @@ def test_pairs(tmp_path, line):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "p.jsonl").write_text(line + "\n")
     with pytest.raises(BadCalibration, match="line 1"):
+        read_pairs(tmp_path / "p.jsonl", 1)
+
+
+def test_a_picture_that_fills_the_memory(tmp_path):
+    from PIL import Image
+
+    from qkit.errors import BadCalibration
+    from qkit.pairs import read_pairs
+
+    Image.new("1", (12_000, 12_000)).save(tmp_path / "a.png")
+    (tmp_path / "p.jsonl").write_text('{"image": "a.png", "question": "q", "answer": "a"}')
+    with pytest.raises(BadCalibration, match="12000 x 12000 pixels"):
         read_pairs(tmp_path / "p.jsonl", 1)
 
 
