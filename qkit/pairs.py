@@ -207,8 +207,8 @@ def _pair(files: list[Path], frames: list[Path], question: str, answer: str, whe
             with Image.open(file) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise BadCalibration(
-                        f"{where}: the picture {file} has {image.width} x {image.height} pixels, expected at most {MOST_PIXELS}: "
-                        "scale it down"
+                        f"{where}: the picture {file} has {image.width} x {image.height} pixels, expected at most "
+                        f"{MOST_PIXELS}: scale it down"
                     )
                 images.append(image.convert("RGB"))
     return Pair(tuple(images[: len(files)]), question, answer, where, kind, tuple(images[len(files) :]))
