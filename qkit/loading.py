@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from qkit import lowrank, schema, sparse
 from qkit.blocks import Linear
-from qkit.checkpoint import Checkpoint
-from qkit.errors import BadCheckpoint, Unsupported, UsageError
+from qkit.checkpoint import Checkpoint, check_config
+from qkit.errors import BadCheckpoint, IOFailure, Unsupported, UsageError
 from qkit.export.compressed_tensors import formats_of, has_cache_scales, specs
 from qkit.families.discover import build_skeleton
 from qkit.families.materialize import fill_computed_buffers
@@ -52,11 +52,13 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     checkpoint = Checkpoint.open(weights_folder(folder), quantized=True)
     if "_class_name" in checkpoint.config:
         return _diffusion(folder, checkpoint, dtype, device, kv)
+    check_config(checkpoint.config, checkpoint.tensors)
     outline = PackedOutline(checkpoint)
     model: Any = outline.model
     dtype = dtype or outline.dtype
     computed = [m for m in model.modules() if m._non_persistent_buffers_set]
-    model.to_empty(device="cpu")
+    with foreign(f"{folder}: no memory for this model", "close other programs, or use a larger machine", IOFailure):
+        model.to_empty(device="cpu")
     fill_computed_buffers(outline)
     rotary = {id(b): b for m in computed for b in m.buffers()}
     with torch.inference_mode():

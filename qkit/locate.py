@@ -32,6 +32,8 @@ def find_model(model: str, revision: str | None = None, require_revision: bool =
     import qkit_data
 
     path = Path(model)
+    if not model:
+        raise BadCheckpoint("'': that names no model: give a model folder, a reference model or a hub id")
     if path.is_file():
         if path.suffix == ".gguf":
             refuse_gguf(path)

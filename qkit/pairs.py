@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,15 @@ from qkit.catalog import DRAWN
 from qkit.confined import Exceeded
 from qkit.errors import BadCalibration, BadCheckpoint, BadInput, Unsupported, UsageError
 from qkit.folder import check_side_files, parse_checked
-from qkit.safefile import shown
+from qkit.safefile import read_bytes, shown
 from qkit.schema import PairLine, checked, foreign
 from qkit.templates import TemplateFailure, rendered, written
 from qkit.textfile import TextFile, is_chat
 
 CAPTION = "Describe the picture."
 _NO_PLACE = "the chat template of the model has no place for a picture"
+MOST_BYTES = 1 << 28  # of a picture's file
+MOST_PIXELS = 1 << 26  # of a picture: what holds one takes three bytes for each, and models see far fewer
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -202,7 +205,13 @@ def _pair(files: list[Path], frames: list[Path], question: str, answer: str, whe
         if not file.is_file():  # a pipe would block
             raise BadCalibration(f"{where}: the picture {file} cannot be read: there is no such file: correct its name")
         with foreign(f"{where}: the picture {file} cannot be read", "save it again", BadCalibration):
-            with Image.open(file) as image:
+            # From memory: out of a file, a chunk that claims four gigabytes takes them.
+            with Image.open(BytesIO(read_bytes(file, MOST_BYTES))) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise BadCalibration(
+                        f"{where}: the picture {file} has {image.width} x {image.height} pixels, expected at most "
+                        f"{MOST_PIXELS}: scale it down"
+                    )
                 images.append(image.convert("RGB"))
     return Pair(tuple(images[: len(files)]), question, answer, where, kind, tuple(images[len(files) :]))
 

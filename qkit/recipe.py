@@ -47,7 +47,7 @@ class Rule(BaseModel):
     """Layers by glob or by a list of globs (fnmatch on the checkpoint name), and what is different for them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    match: Glob | tuple[Glob, ...]
+    match: Glob | Annotated[tuple[Glob, ...], Field(min_length=1)]
     scheme: str | None = None
     solver: str | None = None
     group_size: int | None = None

@@ -97,7 +97,7 @@ def reason(failure: BaseException) -> str:
 
 MAX_ID = 2**31 - 1
 Count = Annotated[int, Field(ge=0, le=2**40)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(ge=-1e30, le=1e30)]
 Token = Annotated[int, Field(ge=-1, le=MAX_ID)]  # -1: none, in some configs
 Tokens = Token | list[Token] | None
 Dtype = Annotated[
@@ -320,7 +320,7 @@ class LatencyFile(_Open):
 
 
 def _file_name(name: str) -> str:
-    if not name or "\0" in name or len(name) > 4096 or not name.isprintable():
+    if not name or not name.isprintable() or len(name) > 1000 or any(len(p.encode()) > 255 for p in name.split("/")):
         raise ValueError("expected the name of a file")
     return name
 

@@ -20,7 +20,7 @@ from qkit.blocks import LANGUAGE, BlockOutline, BlockSequence, Group, Linear, Li
 from qkit.checkpoint import Checkpoint
 from qkit.errors import BadCheckpoint, Unsupported
 from qkit.families import Family
-from qkit.families.discover import build_skeleton, family_of, kind_of
+from qkit.families.discover import DECLARED, build_skeleton, family_of, kind_of
 from qkit.families.mismatch import another_class, other_storage
 from qkit.folder import DENOISER
 from qkit.machine import run_dtype
@@ -156,6 +156,11 @@ class Outline:
         gate_up = module.get_parameter(f"{experts.module}.gate_up_proj")
         down = module.get_parameter(f"{experts.module}.down_proj")
         inner = gate_up.shape[1] // 2
+        if gate_up.shape[0] > len(self.checkpoint.tensors):  # before there is a name for each
+            raise BadCheckpoint(
+                f"{self.checkpoint.path}: config.json implies {gate_up.shape[0]} experts a block, and the file has "
+                f"{len(self.checkpoint.tensors)} tensors in all: get the config of this model"
+            )
         for e in range(gate_up.shape[0]):
 
             def name(linear: str, e: int = e) -> str:
@@ -217,8 +222,10 @@ class Outline:
         shapes.update({stored: tuple(_get(self.model, name).shape) for name, stored in self.outer})
         missing = [n for n in shapes if n not in tensors]
         if missing:
-            stated = another_class(self.model, self.checkpoint) or other_storage(self.model, self.checkpoint, self.tied)
-            if stated:
+            stated = another_class(self.model, self.checkpoint)
+            if stated is None and self.family not in DECLARED:
+                stated = other_storage(self.model, self.checkpoint, self.tied)
+            if stated is not None:
                 raise Unsupported(f"{where}: {stated}")
             raise BadCheckpoint(
                 f"{where}: {len(missing)} tensors that config.json asks for are not in the file, the first is "

@@ -91,7 +91,12 @@ class Profile:
             raise BadInput(f"{file}: not a profile of this version of qkit: make it again")
         checked(ProfileFile, data, f"{file}: damaged", "make it again", BadInput)
         units = tuple(
-            UnitProfile(u["key"], tuple(u["linears"]), u["weights"], {k: Choice(**c) for k, c in u["choices"].items()})
+            UnitProfile(
+                u["key"],
+                tuple(u["linears"]),
+                u["weights"],
+                {k: Choice(c["bytes"], {m: float(x) for m, x in c["costs"].items()}) for k, c in u["choices"].items()},
+            )
             for u in data.pop("units")
         )
         data = {**data, "candidates": tuple(data["candidates"]), "measures": tuple(data["measures"])}

@@ -1,0 +1,96 @@
+"""Point 9, second half: calibration files that are no plain text are refused, under any name, with what to do."""
+
+import gzip
+import json
+
+import pytest
+import qkit_data
+
+from qkit.calibration import calibration_rows
+from qkit.errors import BadCalibration
+from qkit.loading import load_tokenizer
+from qkit.textfile import data_in
+
+TEXT = qkit_data.text_path("calibration").read_text(encoding="utf-8")[:6000]
+CHAT = [{"role": "user", "content": TEXT[:900]}, {"role": "assistant", "content": TEXT[900:2000]}]
+ROWS = "".join(f"what is {i},it is {i} and no other number\n" for i in range(400))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(qkit_data.model_path("tiny-llama"))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl", ""])
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        (json.dumps({"messages": CHAT}), "a chat file"),
+        (json.dumps([{"conversations": [{"from": "human", "value": TEXT}]}] * 9, indent=1), "a chat file"),
+        ("\n".join(json.dumps({"messages": CHAT}) for _ in range(200)), "a chat file"),
+        ("\n".join(json.dumps({"text": TEXT[:300]}) for _ in range(90)), "lines of JSON"),
+        (json.dumps([TEXT[i : i + 90] for i in range(0, 5000, 90)]), "JSON"),
+        (json.dumps({"text": TEXT * 40}), "JSON"),
+        ("\ufeff" + json.dumps({"text": TEXT}), "JSON"),
+        ("question,answer\n" + ROWS, r"a table \(CSV\)"),
+        ("id\ttext\n" + ROWS.replace(",", "\t"), r"a table \(CSV\)"),
+    ],
+)
+def test_json_chats_and_tables(tmp_path, tokenizer, suffix, content, found):
+    file = tmp_path / f"calib{suffix}"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(BadCalibration, match=f"found {found}.*write the texts in it to a .txt file"):
+        calibration_rows(file, tokenizer, 4, 32, 4096)
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        (b"PAR1" + bytes(range(256)) * 40, "a Parquet table"),
+        (gzip.compress(TEXT.encode()), "packed by gzip"),
+        (b"PK\x03\x04" + b"x" * 9000, "a ZIP archive"),
+        (b"%PDF-1.7\n" + b"text " * 2000, "a PDF document"),
+        (b"some text " * 900 + b"\0\1\2", "binary data"),
+    ],
+)
+def test_binary_files(tmp_path, tokenizer, content, found):
+    file = tmp_path / "calib.txt"
+    file.write_bytes(content)
+    with pytest.raises(BadCalibration, match=f"found {found}"):
+        calibration_rows(file, tokenizer, 4, 32, 4096)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TEXT,
+        "[1] Introduction\n\nThe first words, and more.\n" * 40,
+        "[1]\nA footnote stands here, alone.\n",
+        "{note} In braces begins a text, and goes on.\n" * 9,
+        "Hello, world\n\nThis is a text, with commas, and more, here.\nAnd no table\n",
+        "Dear Sir,\nthank you.\nYours,\nA. B.\n",
+        '"Quoted," she said, and went on.\nThen he spoke, too.\n',
+        "def f(a, b):\n    return [a, b]\n",
+        "[Scene: a room]\nANNA: Where is it?\n",
+        "Name, Place\n",
+    ],
+)
+def test_prose_is_read(text):
+    assert data_in(text) is None
+
+
+def test_a_chat_for_a_language_model(run, tiny, tmp_path):
+    """Not 'pairs of pictures'."""
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": CHAT}) for _ in range(9)))
+    common = ("plan", "--scheme", "w4a16", "--method", "gptq", "--samples", 2, "--seqlen", 16)
+    code, _, err = run(*common, "--calib", file, "--model", tiny("llama"))
+    assert code == 3 and "found a chat" in err and "pictures" not in err
+
+
+def test_a_chat_for_a_model_with_pictures(run, vlm, tmp_path):
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": CHAT}))
+    common = ("plan", "--scheme", "w4a16", "--method", "gptq", "--samples", 1)
+    code, _, err = run(*common, "--calib", file, "--model", vlm("llava", processor=True))
+    assert code == 3 and "line 1: found a chat" in err
