@@ -20,7 +20,8 @@ from qkit.blocks import LANGUAGE, BlockOutline, BlockSequence, Group, Linear, Li
 from qkit.checkpoint import Checkpoint
 from qkit.errors import BadCheckpoint, Unsupported
 from qkit.families import Family
-from qkit.families.discover import DECLARED, build_skeleton, family_of, kind_of
+from qkit.families.declared import DECLARED
+from qkit.families.discover import build_skeleton, family_of, kind_of
 from qkit.families.mismatch import another_class, other_storage
 from qkit.folder import DENOISER
 from qkit.machine import run_dtype
