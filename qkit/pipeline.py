@@ -22,7 +22,7 @@ from qkit.export.partial import Partial
 from qkit.families.discover import kind_of
 from qkit.families.encoder import ENCODERS
 from qkit.families.outline import Outline
-from qkit.folder import is_pipeline, weights_folder
+from qkit.folder import RECORD, is_pipeline, weights_folder
 from qkit.forecast import Forecast, refuse_what_cannot_fit
 from qkit.formats import did_you_mean
 from qkit.job import Job
@@ -146,6 +146,21 @@ def _check_pictures(plan: Plan, outline: Outline) -> None:
             )
 
 
+def check_places(model: str, out: Path, work: Path | None, overwrite: bool) -> None:
+    """Refuse folders that a run could not use, before anything is measured for it.
+
+    A result of qkit in OUT passes: whether it is that of the same command is known later. Raises as ``check_output_dir`` and
+    ``refuse_foreign``.
+    """
+    source = find_model(model).resolve()
+    if overwrite or not (weights_folder(out) / RECORD).is_file():
+        check_output_dir(out, source, overwrite)
+    work = work or out.with_name(out.name + ".job")
+    if source in (work.resolve(), *work.resolve().parents):
+        raise UsageError(f"{work}: the job folder lies inside the model folder: choose another with --work")
+    refuse_foreign(work)
+
+
 def quantize(
     request: Request,
     out: Path,
@@ -178,9 +193,7 @@ def quantize(
                 f"{first.where}: {first.what}: pass --overwrite to make it again"
             )
     check_output_dir(out, source.resolve(), overwrite)
-    if source.resolve() in (work.resolve(), *work.resolve().parents):
-        raise UsageError(f"{work}: the job folder lies inside the model folder: choose another with --work")
-    refuse_foreign(work)
+    check_places(request.model, out, work, overwrite)
     refuse_what_cannot_fit(found.forecast, out, work)
     with (
         Job.open(work, job_identity(plan, hashed)) as job,

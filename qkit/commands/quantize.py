@@ -72,8 +72,9 @@ def quantize_command(
     from qkit.commands.decide import decided_json, decided_request, show_decided
     from qkit.export.folder import is_export_of
     from qkit.job import finished_blocks
-    from qkit.pipeline import prepare, quantize
+    from qkit.pipeline import check_places, prepare, quantize
 
+    check_places(asked.request.model, out, work, overwrite)
     decided = decided_request(asked, out, work, console)
     request = decided.request
     found = prepare(request)

@@ -73,6 +73,17 @@ def test_the_command_of_the_report_is_refused(run, tiny, small, tmp_path):
     assert contents(work) == before
 
 
+def test_folders_are_refused_before_anything_is_measured(run, tiny, small, tmp_path):
+    """A profile would take minutes."""
+    work = project(tmp_path / "project")
+    budget = ["--model", tiny("llama"), "--bits", 4, *small]
+    code, _, err = run("quantize", *budget, "--out", tmp_path / "o", "--work", work)
+    assert code in (2, 3) and str(work) in err
+    code, _, err = run("quantize", *budget, "--out", work)
+    assert code == 2 and "not empty" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["project"]  # no profile beside it
+
+
 def test_an_empty_folder_is_used(request_, tmp_path):
     (tmp_path / "job").mkdir()
     assert quantize(request_, tmp_path / "out", Quiet(), work=tmp_path / "job").ok
