@@ -50,6 +50,8 @@ CACHES = ("__pycache__", "__MACOSX")
 OWN = ("config.json", RECORD, "qkit-rejected.json")  # at the top: written for the result, not copied
 # What these map are tokens, and a token may be called 'kernels' or 'auto_map'.
 VOCABULARIES = ("tokenizer.json", "*vocab*.json", "added_tokens.json", "tekken.json", "encoder.json", "dict*.json")
+# Figures of a training run: no loader reads them, and they may hold NaN, which is no JSON. They are copied as they are.
+FIGURES = ("trainer_state.json", "*results.json", "*metrics.json")
 # What loaders take for an object without a look.
 OBJECTS = ("*config.json", "tokenizer.json", "special_tokens_map.json", "chat_template.json")
 MODULES = "modules.json"  # of sentence-transformers: the folders of what follows the transformer
@@ -93,7 +95,7 @@ def digest(folder: Path, name: str, parse: bool = False) -> str:
         size = file.stat().st_size
         return sha256_file(file) if size <= WHOLE else sampled_hash(file, 8, size)
     raw = read_bytes(file, MOST_BYTES)
-    if parse and name.lower().endswith(".json"):
+    if parse and name.lower().endswith(".json") and not matches(Path(name).name, FIGURES):
         data = parse_checked(raw, str(file))
         if not isinstance(data, dict) and matches(Path(name).name, OBJECTS):
             raise BadCheckpoint(
@@ -166,7 +168,7 @@ def _stripped(name: str, raw: bytes) -> tuple[Any, list[str]]:
 
 def _is_settings(name: str) -> bool:
     """Whether a file is JSON in which keys have the meanings that loaders give them."""
-    return name.lower().endswith(".json") and not matches(Path(name).name.lower(), VOCABULARIES)
+    return name.lower().endswith(".json") and not matches(Path(name).name.lower(), (*VOCABULARIES, *FIGURES))
 
 
 def left_behind(folder: Path) -> list[str]:

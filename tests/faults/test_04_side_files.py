@@ -30,6 +30,7 @@ TRAVELS = {
     "additional_chat_templates/tools.jinja": "{{ messages }}",
     "chat_template.jinja": "{{ messages }}",
     "original/params.json": "{}",
+    "trainer_state.json": '{"best_metric": NaN, "log_history": []}',
 }
 STAYS = (
     *("modeling_x.py", "lib.so", "run.sh", "optimizer.pt", "consolidated.00.pth", "model.gguf", "flax_model.msgpack"),
