@@ -11,6 +11,9 @@ import sys
 
 _MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # names of glibc's malloc.h
 
+# What torch says of memory that it did not get, by device.
+_ALLOCATORS = ("DefaultCPUAllocator: ", "not enough memory", "can't start new thread", "CUDA out of memory")
+
 
 def bound_heap() -> None:
     """For a process of our own (the command line): two heaps for all threads, and tensors of 16 MB and more outside them.
@@ -32,3 +35,10 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had: Python's own, or one of torch's allocators."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATORS)

@@ -6,7 +6,8 @@ report = quantize(Request(model="tiny-llama", scheme="w4a16", method="gptq"), ou
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from qkit.calibrating import calibration_asked
 from qkit.calibration import Calibration
 from qkit.checkpoint import Checkpoint, check_config, check_tied
 from qkit.diffusion.pipeline import check_pipeline, rest_of
-from qkit.errors import Unsupported, UsageError, VerifyFailure
+from qkit.errors import IOFailure, Unsupported, UsageError, VerifyFailure
 from qkit.export.folder import export, is_export_of, job_identity, source_hashes
 from qkit.export.partial import Partial
 from qkit.families.discover import kind_of
@@ -30,6 +31,7 @@ from qkit.job_folder import refuse_foreign, remove_job
 from qkit.kvscales import measure_scales
 from qkit.locate import find_model, record_source
 from qkit.machine import available_cores
+from qkit.memory import ran_out
 from qkit.output import check_output_dir, commit_dir, remove_result
 from qkit.parallel import workers
 from qkit.plan import Plan, parts, why_rows
@@ -196,6 +198,7 @@ def quantize(
     check_places(request.model, out, work, overwrite)
     refuse_what_cannot_fit(found.forecast, out, work)
     with (
+        _told_of_memory(work),
         Job.open(work, job_identity(plan, hashed)) as job,
         Partial.claim(out, work) as partial,
         workers(request.threads) as pool,
@@ -236,6 +239,20 @@ def quantize(
             with suppress(OSError):  # where something else is in it
                 (work / COMPONENTS).rmdir()
     return report
+
+
+@contextmanager
+def _told_of_memory(work: Path) -> Iterator[None]:
+    """Raises IOFailure where memory runs out; what the job committed stays."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if not ran_out(e):
+            raise
+        raise IOFailure(
+            f"memory ran out; what was finished is kept in {work}: close other programs, then run the same command again, with "
+            "fewer --threads if that is not enough"
+        ) from e
 
 
 def coverage(plan: Plan) -> dict[str, Any]:

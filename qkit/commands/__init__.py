@@ -11,6 +11,7 @@ import click
 
 from qkit import __version__
 from qkit.errors import QkitError, UsageError
+from qkit.memory import ran_out
 
 VERBS = {
     "quantize": "quantize a model into a packed checkpoint and prove it",
@@ -140,14 +141,12 @@ def _run(arguments: list[str]) -> None:
             raise
         click.echo(f"qkit: {e.filename or 'input/output'}: {e.strerror or e}", err=True)
         sys.exit(5)
-    except MemoryError:
-        if "--debug" in arguments:
-            raise
-        click.echo("qkit: the memory that this process may use is too small: raise its limit", err=True)
-        sys.exit(5)
     except Exception as e:  # the last place: what comes here should have been an error of qkit
         if "--debug" in arguments:
             raise
+        if ran_out(e):
+            click.echo("qkit: memory ran out: close other programs, or raise the limit of this process", err=True)
+            sys.exit(5)
         said = (str(e).strip().splitlines() or [""])[0]
         click.echo(
             f"qkit: {type(e).__name__}: {said}: this is a fault of qkit: please report it with what --debug shows",
