@@ -90,6 +90,8 @@ def as_object(value: Any, topic: str, where: str, findings: Findings) -> dict[st
 def read_json(path: Path, findings: Findings) -> dict[str, Any] | None:
     """The JSON object in ``path``; None, with a problem recorded, where there is none."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would block
+            raise ValueError("expected a regular file")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
         data = parse_json(path.read_bytes())
