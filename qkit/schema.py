@@ -99,7 +99,7 @@ MAX_ID = 2**31 - 1
 Count = Annotated[int, Field(ge=0, le=2**40)]
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
 Token = Annotated[int, Field(ge=-1, le=MAX_ID)]  # -1: none, in some configs
-Tokens = Token | list[Token] | None
+Tokens = Token | Annotated[list[Token], Field(min_length=1)] | None
 Dtype = Annotated[
     str, Field(pattern=r"^(torch\.)?(auto|half|float|double|bfloat16|float(16|32|64)|float8_e4m3fn|float8_e5m2)$")
 ]

@@ -53,6 +53,8 @@ def refuse_task_code(folder: Path, metrics: Container[str]) -> None:
 
 def _nodes(path: Path) -> Iterator[tuple[str, yaml.Node]]:
     """Every node of a file, each with the key of the mapping that it is under ('' at the top)."""
+    if path.exists() and not path.is_file():  # a pipe would block
+        raise BadInput(f"task file {path} is not a file; take it out of the folder")
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)

@@ -70,6 +70,24 @@ def test_pipes_in_a_model_folder(tiny, tmp_path, name, run):
     assert code == 3 and name in err and len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["config.json", "qkit.json", "generation_config.json"])
+def test_pipes_in_a_packed_folder(tiny, tmp_path, quiet, name):
+    from qkit.pipeline import Request, quantize
+
+    out = tmp_path / "out"
+    quantize(Request(str(tiny("llama")), scheme="w4a16", group_size=32, threads=1), out, quiet)
+    (out / name).unlink()
+    os.mkfifo(out / name)
+    start = time.monotonic()
+    if name != "generation_config.json":
+        assert any(name in p.where for p in verify(out).problems)
+        with pytest.raises(BadCheckpoint):
+            load(out)
+    else:
+        load(out)
+    assert time.monotonic() - start < 10
+
+
 # ---- patterns ----------------------------------------------------------------------------------------------------
 
 
