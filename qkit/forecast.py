@@ -30,6 +30,7 @@ from qkit.reconstruct import PIECE_TOKENS
 from qkit.solvers.table import SOLVERS
 from qkit.solving import ROUNDS, look_at_inputs, slice_rows
 from qkit.transforms.table import TRANSFORMS
+from qkit.words import megabytes
 
 LATER = 20 << 20  # libraries that a run loads after it was planned, measured
 _BUSY_EXPERTS = 16  # groups of experts (two each) that a token's run holds inputs of, at the most in common models
@@ -215,7 +216,7 @@ def refuse_what_cannot_fit(found: Forecast, folder: Path, work: Path | None = No
     available = available_memory()
     if available is not None and found.peak_memory > available:
         raise Unsupported(
-            f"the run needs about {_gb(found.peak_memory)} of memory and {_gb(available)} are available: use fewer "
+            f"the run needs about {megabytes(found.peak_memory)} of memory and {megabytes(available)} are available: use fewer "
             "--threads, shorter rows (--seqlen), or a larger machine"
         )
     # What an earlier run of the same command left is used again, or removed before it is written anew.
@@ -235,15 +236,11 @@ def refuse_what_cannot_fit(found: Forecast, folder: Path, work: Path | None = No
         free = shutil.disk_usage(there).free
         if needed > free:
             raise IOFailure(
-                f"{there}: the run needs about {_gb(int(needed))} more of disk and {_gb(free)} are free: make room, or use "
-                "another --out or --work"
+                f"{there}: the run needs about {megabytes(needed)} more of disk and {megabytes(free)} are free: make room, or "
+                "use another --out or --work"
             )
 
 
 def _bytes_below(folder: Path) -> int:
     """Bytes of the files below a folder; 0 where there is none."""
     return sum(os.lstat(folder / name).st_size for name in files_below(folder)) if folder.is_dir() else 0
-
-
-def _gb(n: int) -> str:
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"

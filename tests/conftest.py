@@ -52,6 +52,20 @@ def own_cache(tmp_path_factory):
         os.environ["XDG_CACHE_HOME"] = before
 
 
+class StopsAtVerify(Quiet):
+    """Raises KeyboardInterrupt when the export is complete and not yet verified."""
+
+    def __init__(self) -> None:
+        self.exporting = False
+
+    def start(self, what: str, total: int) -> None:
+        self.exporting = what.startswith("export")
+
+    def step(self, amount: int = 1) -> None:
+        if self.exporting:
+            raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="session")
 def quiet():
     return Quiet()

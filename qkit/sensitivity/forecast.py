@@ -22,6 +22,7 @@ from qkit.sensitivity.outputs import SAMPLE_TOKENS
 from qkit.sensitivity.repair import ROWS
 from qkit.sensitivity.subject import SPILL_BYTES, log_prob_bytes
 from qkit.sensitivity.units import units_of
+from qkit.words import megabytes
 
 # Tensors of the size of a chunk's logits that one worker holds at the worst moment.
 _FORWARD_LOGITS = 5  # of a comparison: log probabilities of both models, and what KL is computed from
@@ -63,9 +64,9 @@ class ProfileForecast:
 
     def line(self) -> str:
         """One line for a person."""
-        parts = ", ".join(f"{k} {_gb(v)}" for k, v in self.memory.items() if v)
-        disk = f"; {_gb(self.spilled)} of disk for reference probabilities" if self.spilled else ""
-        return f"forecast: {self.work}, about {_gb(self.peak_memory)} of memory ({parts}){disk}"
+        parts = ", ".join(f"{k} {megabytes(v)}" for k, v in self.memory.items() if v)
+        disk = f"; {megabytes(self.spilled)} of disk for reference probabilities" if self.spilled else ""
+        return f"forecast: {self.work}, about {megabytes(self.peak_memory)} of memory ({parts}){disk}"
 
     @property
     def work(self) -> str:
@@ -128,8 +129,8 @@ def refuse_what_cannot_fit(found: ProfileForecast) -> None:
     available = available_memory()
     if available is not None and found.peak_memory > available:
         raise Unsupported(
-            f"the profile needs about {_gb(found.peak_memory)} of memory and {_gb(available)} are available: use fewer --rows, "
-            "--threads or --measures (pqi, first and fisher hold gradients of all weights), or a larger machine"
+            f"the profile needs about {megabytes(found.peak_memory)} of memory and {megabytes(available)} are available: use "
+            "fewer --rows, --threads or --measures (pqi, first and fisher hold gradients of all weights), or a larger machine"
         )
 
 
@@ -170,7 +171,3 @@ def model_memory(outline: Outline) -> int:
 
 def _vocabulary(outline: Outline) -> int:
     return int(getattr(outline.text_config, "vocab_size", 0))
-
-
-def _gb(n: int) -> str:
-    return f"{n / 1e9:.2f} GB" if n >= 1e7 else f"{n / 1e6:.2f} MB"

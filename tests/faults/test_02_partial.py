@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Quiet, Stops
+from conftest import Quiet, Stops, StopsAtVerify
 
 from qkit.errors import BadInput, JobConflict
 from qkit.pipeline import Request, quantize
@@ -42,7 +42,7 @@ def test_a_link_in_the_place_of_the_partial_folder_is_refused(request_, tmp_path
 def test_what_the_same_job_left_is_used_again(request_, tmp_path):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     with pytest.raises(KeyboardInterrupt):
-        quantize(replace(request_), out, _StopsAtVerify())
+        quantize(replace(request_), out, StopsAtVerify())
     assert (partial / "model.safetensors").exists() and not out.exists()
     (partial / (".qkit-tmp-" + "c" * 16)).write_text("half a file")
     assert quantize(request_, out, Quiet()).ok
@@ -52,7 +52,7 @@ def test_what_the_same_job_left_is_used_again(request_, tmp_path):
 def test_a_file_of_the_user_in_what_the_same_job_left_is_kept(request_, tmp_path):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     with pytest.raises(KeyboardInterrupt):
-        quantize(request_, out, _StopsAtVerify())
+        quantize(request_, out, StopsAtVerify())
     (partial / "notes.txt").write_text("mine")
     with pytest.raises(JobConflict, match=r"notes\.txt"):
         quantize(request_, out, Quiet())
@@ -64,7 +64,7 @@ def test_a_file_of_the_user_in_what_the_same_job_left_is_kept(request_, tmp_path
 def test_what_another_job_left_is_refused(request_, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        quantize(request_, out, _StopsAtVerify(), work=tmp_path / "first")
+        quantize(request_, out, StopsAtVerify(), work=tmp_path / "first")
     before = contents(tmp_path / "out.partial")
     with pytest.raises(JobConflict, match="another run left it"):
         quantize(request_, out, Quiet(), work=tmp_path / "second")
@@ -76,7 +76,7 @@ def test_a_copy_of_the_partial_folder_is_not_taken_for_it(request_, tmp_path):
     """The list names the folder by its inode: another folder of that name is somebody else's."""
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     with pytest.raises(KeyboardInterrupt):
-        quantize(request_, out, _StopsAtVerify())
+        quantize(request_, out, StopsAtVerify())
     shutil.copytree(partial, tmp_path / "copy")
     partial.rename(tmp_path / "moved")
     (tmp_path / "copy").rename(partial)
@@ -88,17 +88,3 @@ def test_nothing_is_left_of_a_run_that_stops_before_the_export(request_, calib, 
     with pytest.raises(KeyboardInterrupt):
         quantize(replace(request_, method="gptq", calib=calib, samples=8, seqlen=32), tmp_path / "out", Stops(3))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.job"]
-
-
-class _StopsAtVerify(Quiet):
-    """Raises KeyboardInterrupt when the export is complete and not yet verified."""
-
-    def __init__(self) -> None:
-        self.exporting = False
-
-    def start(self, what: str, total: int) -> None:
-        self.exporting = what.startswith("export")
-
-    def step(self, amount: int = 1) -> None:
-        if self.exporting:
-            raise KeyboardInterrupt

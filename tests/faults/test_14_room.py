@@ -5,7 +5,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from conftest import Quiet
+from conftest import Quiet, StopsAtVerify
 
 from qkit.errors import IOFailure
 from qkit.pipeline import Request, prepare, quantize
@@ -18,20 +18,6 @@ def request_(tiny, calib) -> Request:
     return Request(str(tiny("llama")), "w4a16", "gptq", 32, calib=calib, samples=8, seqlen=32, threads=1)
 
 
-class StopsAtVerify(Quiet):
-    """Raises KeyboardInterrupt when the export is complete and not yet verified."""
-
-    def __init__(self) -> None:
-        self.exporting = False
-
-    def start(self, what: str, total: int) -> None:
-        self.exporting = what.startswith("export")
-
-    def step(self, amount: int = 1) -> None:
-        if self.exporting:
-            raise KeyboardInterrupt
-
-
 def size_of(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
@@ -42,8 +28,10 @@ def test_what_a_stopped_run_left_is_not_needed_once_more(request_, tmp_path, mon
         quantize(request_, out, StopsAtVerify())
     forecast = prepare(request_).forecast
     partial, job = size_of(tmp_path / "out.partial"), size_of(tmp_path / "out.job")
-    needed = max(0, 1.1 * forecast.packed_bytes - partial) + max(0, 1.1 * forecast.job_bytes - job)
-    assert needed < 1.1 * (forecast.packed_bytes + forecast.job_bytes) / 2
+    needed = max(0, 1.1 * (forecast.packed_bytes + forecast.copied_bytes) - partial) + max(
+        0, 1.1 * forecast.job_bytes - job
+    )
+    assert needed < 1.1 * (forecast.packed_bytes + forecast.copied_bytes + forecast.job_bytes) / 2
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, needed - 1))
     with pytest.raises(IOFailure, match=r"more of disk and .* are free: make room"):
         quantize(request_, out, Quiet())
@@ -53,7 +41,7 @@ def test_what_a_stopped_run_left_is_not_needed_once_more(request_, tmp_path, mon
 
 def test_a_run_from_nothing_needs_all_of_it(request_, tmp_path, monkeypatch):
     forecast = prepare(request_).forecast
-    whole = int(1.1 * (forecast.packed_bytes + forecast.job_bytes))
+    whole = int(1.1 * (forecast.packed_bytes + forecast.copied_bytes + forecast.job_bytes))
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(whole, 0, whole - 1))
     with pytest.raises(IOFailure, match="make room, or use another --out or --work"):
         quantize(request_, tmp_path / "out", Quiet())
@@ -66,7 +54,10 @@ def test_a_job_folder_on_another_disk_has_room_of_its_own(request_, tmp_path, mo
     if not work.is_dir() or work.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("there is no second file system here")
     forecast = prepare(request_).forecast
-    free = {tmp_path: int(1.1 * forecast.packed_bytes) + 1, work: int(1.1 * forecast.job_bytes) + 1}
+    free = {
+        tmp_path: int(1.1 * (forecast.packed_bytes + forecast.copied_bytes)) + 1,
+        work: int(1.1 * forecast.job_bytes) + 1,
+    }
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, free[work if place == work else tmp_path]))
     job = work / f"qkit-test-{tmp_path.name}"
     try:
