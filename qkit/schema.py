@@ -41,7 +41,7 @@ def complaint(failure: ValidationError, data: Any) -> str:
     if any(e["type"] == "missing" for e in here):
         missing = next(str(e["loc"][-1]) for e in here if e["type"] == "missing")
         return f"{missing} is missing" if not places[0] else f"{field}.{missing} is missing"
-    wanted = dict.fromkeys(_wanted(e["msg"]) for e in here)
+    wanted = dict.fromkeys("one that is not empty" if e["type"] == "too_short" else _wanted(e["msg"]) for e in here)
     return f"{field} is {shown(here[0]['input'])}, expected {' or '.join(wanted)}"
 
 
