@@ -29,6 +29,7 @@ from qkit.catalog import SOLVERS, TRANSFORMS
 from qkit.diffusion.policy import Asked
 from qkit.errors import BadRecipe, UsageError
 from qkit.formats import Scheme, did_you_mean, scheme
+from qkit.schema import field_path
 from qkit.strictyaml import LineDict, check_keys, load_yaml
 
 Glob = Annotated[str, Field(min_length=1, max_length=200)]
@@ -281,8 +282,8 @@ def make_recipe(data: dict[str, Any], where: str) -> Recipe:
             recipe.resolved(rule)
     except ValidationError as e:
         first = e.errors()[0]
-        field = ".".join(str(p) for p in first["loc"])
-        if not field:  # of the recipe as a whole
+        field = ".".join(map(str, field_path(first["loc"], data) or first["loc"]))
+        if not first["loc"]:  # of the recipe as a whole
             raise BadRecipe(f"{where}: {first['ctx']['error']}") from e
         if first["type"] == "extra_forbidden" and first["loc"][0] == "policy":
             name, known = str(first["loc"][-1]), list(Asked.model_fields)

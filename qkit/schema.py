@@ -35,7 +35,7 @@ def checked(
 def complaint(failure: ValidationError, data: Any) -> str:
     """'field is VALUE, expected a valid string or null': the first field that is wrong, and all that it might have been."""
     errors = failure.errors(include_url=False)
-    places = [_path(e["loc"], data) for e in errors]
+    places = [field_path(e["loc"], data) for e in errors]
     here = [e for e, place in zip(errors, places, strict=True) if place == places[0]]
     field = ".".join(shown(str(p), 60)[1:-1] for p in places[0]) or "the content"
     if any(e["type"] == "missing" for e in here):
@@ -51,8 +51,8 @@ def _wanted(message: str) -> str:
     return message.replace("a valid ", "a ").replace("a integer", "a whole number").replace("a dictionary", "an object")
 
 
-def _path(location: tuple[int | str, ...], data: Any) -> tuple[int | str, ...]:
-    """The part of pydantic's location that is in the data: it also names the members of unions."""
+def field_path(location: tuple[int | str, ...], data: Any) -> tuple[int | str, ...]:
+    """The part of pydantic's location of an error that is in the data: the location also names the members of unions."""
     path: list[int | str] = []
     for key in location:
         if isinstance(data, Mapping) and key in data:
