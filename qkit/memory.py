@@ -11,8 +11,11 @@ import sys
 
 _MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # names of glibc's malloc.h
 
-# What torch says of memory that it did not get, by device.
-_ALLOCATORS = ("DefaultCPUAllocator: ", "not enough memory", "can't start new thread", "CUDA out of memory")
+# What torch, threads and the loader of libraries say of memory that they did not get.
+_ALLOCATORS = (
+    *("DefaultCPUAllocator: ", "not enough memory", "CUDA out of memory", "can't start new thread"),
+    *("failed to map segment", "annot allocate memory"),
+)
 
 
 def bound_heap() -> None:
@@ -38,7 +41,7 @@ def give_back() -> None:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had: Python's own, or one of torch's allocators."""
+    """Whether an error says that memory could not be had: Python's own, one of torch's allocators, or of a library to load."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATORS)
+    return isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in _ALLOCATORS)
