@@ -181,9 +181,10 @@ def quantize(
     found = prepared or prepare(request)
     plan, outline, source = found.plan, found.outline, find_model(request.model)
     work = work or out.with_name(out.name + ".job")
-    if outline.checkpoint.nbytes > LARGE:
+    large = outline.checkpoint.nbytes > LARGE
+    if large:
         progress.start("read the source", len(outline.checkpoint.shards))
-    hashed = source_hashes(plan, outline, source, progress.step)
+    hashed = source_hashes(plan, outline, source, progress.step if large else lambda: None)
     if is_export_of(out, plan, hashed):
         report = verify(out)
         if report.ok:
