@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from qkit.declared import Fields, Findings, check_fields, is_hash, is_int, short
+from qkit.declared import Fields, Findings, check_fields, is_hash, is_int, read_json, short
 from qkit.decode import file_sha256
 
 RECORD = "qkit.json"
@@ -39,6 +39,15 @@ def has_sums(record: Mapping[str, Any], findings: Findings, top: bool = False) -
     """Whether the record has the fields of its sums. top: that of what is around the transformer of a pipeline, which has no
     config."""
     return check_fields(record, _SEALED if top else {**_SEALED, **_CONFIG}, RECORD, findings)
+
+
+def has_mark(folder: Path, findings: Findings) -> bool:
+    """Whether 'qkit check' rejected the folder; any other file of that name is a problem."""
+    if not os.path.lexists(folder / REJECTED):
+        return False
+    mark = read_json(folder / REJECTED, findings)
+    made = mark is not None and mark.get("made_by") == "qkit check"
+    return findings.check("folder", made, REJECTED, "is not the mark that 'qkit check' writes; remove it")
 
 
 def check_sum(folder: Path, record: Mapping[str, Any], findings: Findings) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from qkit.declared import Findings, Linear, Problem, Record, printable, read_json, read_record
 from qkit.declared_cache import check_cache
 from qkit.declared_config import Declared, Group, is_ignored, read_quantization, resolve
-from qkit.declared_files import REJECTED, check_config, check_files, check_sum, has_sums, is_summed
+from qkit.declared_files import check_config, check_files, check_sum, has_mark, has_sums, is_summed
 from qkit.declared_fused import check_fused
 from qkit.declared_inputs import check_inputs
 from qkit.declared_pipeline import check_around, check_policy, packed_part
@@ -71,7 +71,7 @@ def verify(out: Path, job: Path | None = None) -> Report:
     part = packed_part(out, findings)
     report = _packed(part, job, findings) if part.is_dir() else Report()
     check_around(out, part, findings)
-    notes = [*report.notes, *([REJECTED_NOTE] if (out / REJECTED).is_file() else [])]
+    notes = [*report.notes, *([REJECTED_NOTE] if has_mark(out, findings) else [])]
     return replace(report, problems=findings.problems, checks=dict(findings.checks), notes=notes)
 
 

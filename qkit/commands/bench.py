@@ -21,6 +21,7 @@ from qkit.commands.common import (
     wide_table,
     write_json,
 )
+from qkit.commands.verb import Verb
 from qkit.errors import UsageError
 from qkit.safefile import write_atomic
 from qkit.sensitivity.candidates import Candidate, parse_candidates
@@ -38,7 +39,7 @@ _PRODUCTS = ("shapes", "formats", "group_size", "rows", "table", "figure")
 _DECODE = ("prompt_tokens", "new_tokens", "baseline")
 
 
-@click.command("bench")
+@click.command("bench", cls=Verb)
 @click.argument("what", type=click.Choice(["gemv", "gemm", "decode"]))
 @click.option("--shapes", help=f"Of the weights: {', '.join(MODELS)} or OUTxIN, several with commas.")
 @click.option("--model", help="Model, packed or not: its own shapes; under 'decode' what is run.")

@@ -16,6 +16,7 @@ from qkit import __version__
 from qkit.commands.common import OutFile, announce, print_wide, wide_table
 from qkit.commands.grid import Grid
 from qkit.commands.measured import json_bytes, printable, progress_bar, show
+from qkit.commands.verb import Verb
 from qkit.errors import BudgetNotMet, IOFailure, UsageError, VerifyFailure
 from qkit.evaluation.budget import Budget, Check, judge, junit_xml, load_budget
 from qkit.evaluation.request import DTYPES, EvalRequest, jsonable
@@ -27,7 +28,7 @@ from qkit.safefile import write_atomic
 from qkit.verify import summary, verify
 
 
-@click.command("check")
+@click.command("check", cls=Verb)
 @click.argument("out")
 @click.option("--budget", "budget_file", required=True, type=click.Path(path_type=Path), help="A YAML file of limits.")
 @click.option(

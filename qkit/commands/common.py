@@ -24,6 +24,7 @@ from qkit.catalog import EFFORTS, TRANSFORMS
 from qkit.commands.bars import Bar, Share
 from qkit.commands.grid import print_wide as print_wide
 from qkit.commands.grid import wide_table as wide_table
+from qkit.commands.verb import OutPath
 from qkit.declared import printable
 from qkit.errors import Stopped, UsageError
 from qkit.locate import find_model
@@ -178,7 +179,7 @@ def _literal(text: str) -> Any:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-class OutFile(click.Path):
+class OutFile(OutPath):
     """A file that will be written: looked at before anything is computed for it."""
 
     def __init__(self) -> None:
@@ -209,7 +210,8 @@ class OutFolder(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Raises UsageError for a name that no folder can have, or that other programs could not write."""
-        name, text = param.opts[0] if param is not None else "folder", os.fsdecode(super().convert(value, param, ctx))
+        name = param.opts[0] if param is not None else "folder"
+        text = os.fsdecode(super().convert(value, param, ctx)) if value != "" else ""
         if not text or "\0" in text:
             raise UsageError(f"{name} {text!a}: that is no name of a folder: give another")
         try:

@@ -14,6 +14,7 @@ from rich.text import Text
 from qkit.commands.common import OutFile, OutFolder, Reporter, announce, megabytes, print_wide, wide_table, write_json
 from qkit.commands.grid import Grid
 from qkit.commands.measured import printable, progress_bar
+from qkit.commands.verb import Verb
 from qkit.evaluation.request import EvalRequest
 from qkit.locate import find_model
 from qkit.output import check_output_dir, remove_result
@@ -26,7 +27,7 @@ WINDOWS = 24  # of 512 tokens: enough for the differences to show, seconds on tw
 PROMPT = "When she came home in the evening,"
 
 
-@click.command("demo")
+@click.command("demo", cls=Verb)
 @click.option("--work", type=OutFolder(), default="qkit-demo", show_default=True, help="Its folder.")
 @click.option("--overwrite", is_flag=True, help="Replace the results of an earlier demo in this folder.")
 @click.option("--json", "json_file", type=OutFile(), help="Write the figures to this file.")

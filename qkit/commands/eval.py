@@ -14,6 +14,7 @@ from rich.text import Text
 from qkit.catalog import QUESTIONS
 from qkit.commands.common import OutFile, announce
 from qkit.commands.measured import grids, json_bytes, printable, progress_bar, refuse_unmeasured, show, show_all
+from qkit.commands.verb import Verb
 from qkit.errors import UsageError
 from qkit.evaluation.request import DTYPES, EvalRequest, dimensions_of
 from qkit.evaluation.sources import text_name
@@ -25,7 +26,7 @@ from qkit.safefile import write_atomic
 EXAMPLES = 12  # pictures of a report
 
 
-@click.command("eval")
+@click.command("eval", cls=Verb)
 @click.argument("outs", metavar="OUT...", nargs=-1, required=True)
 @click.option("--baseline", help="The original model: adds its perplexity, the change, KL divergence, same top-1.")
 @click.option("--text", "texts", multiple=True, help="FILE, NAME=FILE or dataset:NAME[:config][:split][:column].")

@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.text import Text
 
 from qkit.commands.common import OutFile, print_wide, wide_table, write_json
+from qkit.commands.verb import Verb
 from qkit.errors import BadCheckpoint
 from qkit.inspect_folder import Found, inspect
 from qkit.words import megabytes
 
 
-@click.command("inspect")
+@click.command("inspect", cls=Verb)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "json_file", type=OutFile(), help="Write what is printed to this file.")
 def inspect_command(path: Path, json_file: Path | None) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from qkit.catalog import REQUANT, REQUANT_OUTLIERS, REQUANT_SIGNIFICANT, SOLVERS, TRANSFORMS
 from qkit.commands.common import OutFile, print_wide, wide_table, write_json
+from qkit.commands.verb import Verb
 from qkit.families.declared import DECLARED
 from qkit.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES, Format, layout
 from qkit.kvcache.policy import KINDS, SHORT, WIDTHS_OF
@@ -125,7 +126,7 @@ TABLES = {
 }
 
 
-@click.command("list")
+@click.command("list", cls=Verb)
 @click.argument("what", type=click.Choice(list(TABLES)))
 @click.option("--json", "json_file", type=OutFile(), help="Write the table to this file.")
 def list_command(what: str, json_file: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from qkit.commands.asked import asked_of
 from qkit.commands.budget import BUDGETS, WAYS, budget_options, explain, explanation
 from qkit.commands.cache import cache_options
 from qkit.commands.common import OutFolder, megabytes, request_options, show_coverage, write_json
+from qkit.commands.verb import Verb
 from qkit.errors import UsageError, write_failure
 from qkit.safefile import write_atomic
 
@@ -67,10 +69,13 @@ def show_method(request: Request, found: Prepared, console: Console) -> dict[str
 
 
 def write_figures(found: Allocated, folder: Path, console: Console) -> None:
-    """The pictures and the page of an allocation."""
+    """The pictures and the page of an allocation. Raises UsageError where a file of that name is there already."""
     from qkit.report.allocation import allocation_files
 
     files = allocation_files(found.profile, found.allocation)
+    there = next((name for name in files if os.path.lexists(folder / name)), None)
+    if there is not None:
+        raise UsageError(f"--figures {folder}: {there} is there already: name a new folder, or move that file away")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -80,7 +85,7 @@ def write_figures(found: Allocated, folder: Path, console: Console) -> None:
     console.print(Text(f"figures: {folder}: {', '.join(files)}"))
 
 
-@click.command("plan")
+@click.command("plan", cls=Verb)
 @request_options
 @budget_options
 @cache_options

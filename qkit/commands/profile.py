@@ -21,6 +21,7 @@ from qkit.commands.common import (
     wide_table,
     write_json,
 )
+from qkit.commands.verb import Verb
 from qkit.errors import BadInput, UsageError
 from qkit.locate import find_model
 from qkit.memory import bound_heap
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from qkit.sensitivity.profile import Profile
 
 
-@click.command("profile")
+@click.command("profile", cls=Verb)
 @click.option("--model", required=True, help="Model folder, reference model name, or hub id.")
 @click.option(
     "--candidates",

@@ -25,6 +25,7 @@ from qkit.commands.common import (
     write_json,
 )
 from qkit.commands.plan import plan_json, show_forecast, show_method
+from qkit.commands.verb import Verb
 from qkit.engines import engine_lines
 from qkit.folder import RECORD, weights_folder
 from qkit.memory import bound_heap
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from qkit.pipeline import Prepared
 
 
-@click.command("quantize")
+@click.command("quantize", cls=Verb)
 @request_options
 @budget_options
 @cache_options

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qkit.commands.common import OutFile
+from qkit.commands.verb import Verb
 from qkit.errors import VerifyFailure
 from qkit.safefile import write_atomic
 from qkit.verify import Report, summary, verify
@@ -47,7 +48,7 @@ def show(report: Report, console: Console) -> None:
     console.print(Text(f"{'sound' if report.ok else 'NOT sound'}: {size}, {sum(report.checks.values()):,} checks"))
 
 
-@click.command("verify")
+@click.command("verify", cls=Verb)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--job", type=click.Path(path_type=Path), help="Also compare every weight with this job's journal.")
 @click.option("--json", "json_file", type=OutFile(), help="Write the report to this file.")
