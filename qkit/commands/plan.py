@@ -69,13 +69,16 @@ def show_method(request: Request, found: Prepared, console: Console) -> dict[str
 
 
 def write_figures(found: Allocated, folder: Path, console: Console) -> None:
-    """The pictures and the page of an allocation. Raises UsageError where a file of that name is there already."""
+    """The pictures and the page of an allocation. Raises UsageError where another file of that name is there already."""
     from qkit.report.allocation import allocation_files
 
     files = allocation_files(found.profile, found.allocation)
-    there = next((name for name in files if os.path.lexists(folder / name)), None)
-    if there is not None:
-        raise UsageError(f"--figures {folder}: {there} is there already: name a new folder, or move that file away")
+    for name, content in files.items():
+        file = folder / name
+        if os.path.lexists(file) and not (file.is_file() and file.read_bytes() == content):
+            raise UsageError(
+                f"--figures {folder}: another {name} is there already: name a new folder, or move that file away"
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -86,10 +86,11 @@ def test_figures_replace_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr("qkit.report.allocation.allocation_files", lambda *_: {"allocation.png": b"new"})
     allocated = SimpleNamespace(profile=None, allocation=None)
     (tmp_path / "allocation.png").write_bytes(b"mine")
-    with pytest.raises(UsageError, match=r"allocation\.png is there already"):
+    with pytest.raises(UsageError, match=r"another allocation\.png is there already"):
         write_figures(allocated, tmp_path, Console())
     assert (tmp_path / "allocation.png").read_bytes() == b"mine"
     write_figures(allocated, tmp_path / "new", Console())
+    write_figures(allocated, tmp_path / "new", Console())  # the same ones again
     assert (tmp_path / "new" / "allocation.png").read_bytes() == b"new"
 
 

@@ -77,6 +77,6 @@ def test_a_record_without_its_sums_is_not_taken_for_an_old_one(out, tmp_path):
 
 def test_the_mark_of_a_rejected_result_is_no_unknown_file(out, tmp_path, run):
     shutil.copytree(out, tmp_path / "out")
-    (tmp_path / "out" / "qkit-rejected.json").write_text("{}")
+    (tmp_path / "out" / "qkit-rejected.json").write_text('{"made_by": "qkit check"}')
     code, said, _ = run("verify", tmp_path / "out")
     assert code == 0 and "rejected this result" in said
