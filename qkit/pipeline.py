@@ -158,6 +158,8 @@ def check_places(model: str, out: Path, work: Path | None, overwrite: bool) -> N
     if overwrite or not (weights_folder(out) / RECORD).is_file():
         check_output_dir(out, source, overwrite)
     work = work or out.with_name(out.name + ".job")
+    if work.resolve() == out.resolve():
+        raise UsageError(f"{work}: the job folder is the output folder: choose another with --work")
     if source in (work.resolve(), *work.resolve().parents):
         raise UsageError(f"{work}: the job folder lies inside the model folder: choose another with --work")
     refuse_foreign(work)
@@ -195,6 +197,11 @@ def quantize(
                 f"{out} is the result of this command and was damaged since, in {len(report.problems)} places, first "
                 f"{first.where}: {first.what}: pass --overwrite to make it again"
             )
+    if not overwrite and is_export_of(out, plan):
+        raise UsageError(
+            f"{out}: it is the result of this command for other weights, and those of {source} have changed since: choose "
+            "another folder, or pass --overwrite to make it again"
+        )
     check_output_dir(out, source.resolve(), overwrite)
     check_places(request.model, out, work, overwrite)
     refuse_what_cannot_fit(found.forecast, out, work)

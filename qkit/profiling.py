@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -123,8 +124,8 @@ def _refuse_foreign(folder: Path) -> None:
         raise UsageError(
             f"{folder}: it is not empty and holds no {MEASURED}, so it is not a profile: choose another folder"
         )
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder}: a profile is a folder, and this is a file: choose another name")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UsageError(f"{folder}: a profile is a folder, and this is a file or a link: choose another name")
 
 
 def forecast(request: ProfileRequest) -> ProfileForecast:

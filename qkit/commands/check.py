@@ -15,17 +15,15 @@ from rich.text import Text
 from qkit import __version__
 from qkit.commands.common import OutFile, announce, print_wide, wide_table
 from qkit.commands.grid import Grid
-from qkit.commands.measured import json_bytes, printable, progress_bar, show
+from qkit.commands.measured import json_bytes, printable, progress_bar, refuse_unsound, show
 from qkit.commands.verb import Verb
-from qkit.errors import BudgetNotMet, IOFailure, UsageError, VerifyFailure
+from qkit.errors import BudgetNotMet, IOFailure, UsageError
 from qkit.evaluation.budget import Budget, Check, judge, junit_xml, load_budget
 from qkit.evaluation.request import DTYPES, EvalRequest, jsonable
 from qkit.evaluation.sources import text_name
-from qkit.folder import RECORD
 from qkit.locate import find_model, recorded_source
 from qkit.rejected import NAME, clear_mark, write_mark
 from qkit.safefile import write_atomic
-from qkit.verify import summary, verify
 
 
 @click.command("check", cls=Verb)
@@ -73,10 +71,7 @@ def check_command(
     console = Console()
     announce(console, f"verifying {out}")
     folder = find_model(out)
-    if (folder / RECORD).is_file():
-        report = verify(folder)
-        if not report.ok:
-            raise VerifyFailure(f"{summary(report)}; nothing was measured")
+    refuse_unsound(folder)
     original = recorded_source(folder) if baseline is None else find_model(baseline)
     if original is None and budget.needs_baseline:
         raise UsageError(

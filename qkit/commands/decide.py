@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from qkit.commands.asked import Asked
 from qkit.commands.budget import show_allocation
 from qkit.commands.cache import show_cache
 from qkit.commands.common import Reporter, command_line
+from qkit.errors import UsageError
 from qkit.kvcache.policy import CacheRequest
 from qkit.kvplan import CacheChoices, CachePlan, plan_cache
 from qkit.requant import begin, requanted
@@ -193,6 +195,8 @@ def _with_cache(request: Request, cache: CachePlan | None) -> Request:
 
 def _searched(request: Request, out: Path, work: Path | None, console: Console, reporter: Reporter) -> Request:
     folder, job = out.with_name(out.name + ".requant"), work or out.with_name(out.name + ".job")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UsageError(f"{folder}: the trials of requant need a folder of this name: move what is there away")
     found = requanted(request, folder, job, reporter)
     tried = ", ".join(f"{t:g}: {kl:.5f}" for t, kl in found.divergence.items())
     console.print(f"outliers by sensitivity to the power {found.exponent:g} (KL divergence of each: {tried})")

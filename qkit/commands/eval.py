@@ -13,7 +13,16 @@ from rich.text import Text
 
 from qkit.catalog import QUESTIONS
 from qkit.commands.common import OutFile, announce
-from qkit.commands.measured import grids, json_bytes, printable, progress_bar, refuse_unmeasured, show, show_all
+from qkit.commands.measured import (
+    grids,
+    json_bytes,
+    printable,
+    progress_bar,
+    refuse_unmeasured,
+    refuse_unsound,
+    show,
+    show_all,
+)
 from qkit.commands.verb import Verb
 from qkit.errors import UsageError
 from qkit.evaluation.request import DTYPES, EvalRequest, dimensions_of
@@ -91,7 +100,8 @@ def eval_command(
     """Measure the model in the folder OUT: perplexity of texts, accuracy on tasks, answers about pictures, videos.
 
     Several folders are measured on the same texts and tasks and shown in one table; --baseline runs once for all of them.
-    Exit code 4 if a figure is not a finite number.
+    Folders that qkit wrote are verified first.
+    Exit code 4 if one is not sound, or a figure is not a finite number.
 
     Without --text, --tasks and --pairs the evaluation text that comes with qkit is used. A quantized folder is loaded packed;
     every text is tokenised whole and cut into windows, and intervals are 95 %, over windows.
@@ -155,6 +165,8 @@ def eval_command(
     console = Console()
     announce(console, f"reading {' '.join(outs)}")
     folders = [find_model(out) for out in outs]
+    for folder in folders:
+        refuse_unsound(folder)
     original = None if baseline is None else find_model(baseline)
     for out, folder in zip(outs, folders, strict=True):
         mark = read_mark(folder)

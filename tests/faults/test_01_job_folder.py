@@ -84,6 +84,21 @@ def test_folders_are_refused_before_anything_is_measured(run, tiny, small, tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["project"]  # no profile beside it
 
 
+def test_the_job_folder_is_not_the_output(run, tiny, small, tmp_path):
+    out = tmp_path / "o"
+    code, _, err = run("quantize", "--model", tiny("llama"), "--scheme", "w4a16", *small, "--out", out, "--work", out)
+    assert code == 2 and "the job folder is the output folder" in err and not out.exists()
+
+
+@pytest.mark.parametrize(("name", "asked"), [("requant", ["--method", "requant+rtn"]), ("profile", ["--bits", 4])])
+def test_a_dangling_link_beside_the_output(name, asked, run, tiny, small, tmp_path):
+    (tmp_path / f"o.{name}").symlink_to(tmp_path / "nowhere")
+    scheme = [] if name == "profile" else ["--scheme", "w4a16"]
+    code, _, err = run("quantize", "--model", tiny("llama"), *scheme, *asked, *small, "--out", tmp_path / "o")
+    assert code == 2 and f"o.{name}" in err and "folder" in err
+    assert [p.name for p in tmp_path.iterdir()] == [f"o.{name}"]
+
+
 def test_an_empty_folder_is_used(request_, tmp_path):
     (tmp_path / "job").mkdir()
     assert quantize(request_, tmp_path / "out", Quiet(), work=tmp_path / "job").ok

@@ -70,7 +70,7 @@ def test_one_bit_of_the_source_is_another_source(model, tmp_path):
     assert Checkpoint.open(model).fingerprint() == known["fingerprint"]  # samples do not see it
     assert prepare(request).plan.hash == record["plan_hash"]
     assert recorded_source(tmp_path / "out") is None
-    with pytest.raises(UsageError, match="not empty"):
+    with pytest.raises(UsageError, match="have changed since"):
         quantize(request, tmp_path / "out", Quiet())
     quantize(request, tmp_path / "out", Quiet(), overwrite=True)
     made = json.loads((tmp_path / "out" / "qkit.json").read_text())

@@ -87,6 +87,13 @@ def test_check_verifies_first(run, out, tiny, calib, tmp_path):
     assert err.count("\n") == 1 and "perplexity" not in said
 
 
+def test_eval_verifies_first(run, out, calib, tmp_path):
+    changed(out, "model.layers.0.mlp.down_proj.weight_scale", lambda t: -t)
+    code, said, err = run("eval", out, "--text", calib, *WINDOWS, "--json", tmp_path / "e.json")
+    assert code == 4 and "model.safetensors" in err and "nothing was measured" in err
+    assert err.count("\n") == 1 and "perplexity" not in said and not (tmp_path / "e.json").exists()
+
+
 def test_a_model_that_qkit_did_not_write_is_checked_as_it_is(run, tiny, calib, tmp_path):
     (tmp_path / "b.yaml").write_text("perplexity: 1\nwindow: 32\nwindows: 2\n")
     folder = shutil.copytree(tiny("llama"), tmp_path / "plain")
