@@ -38,8 +38,10 @@ def _named_file(spec: Path | str) -> tuple[str, Path]:
     if isinstance(spec, str) and "=" in spec and not path.exists():
         name, _, rest = spec.partition("=")
         path = Path(rest)
-    if not path.is_file():
+    if not path.exists():
         raise BadInput(f"text {path}: there is no such file; give the path of a text file")
+    if not path.is_file():
+        raise BadInput(f"text {path}: found a folder, a pipe or a device; give the path of a text file")
     return name, path
 
 

@@ -49,7 +49,7 @@ def test_what_never_ends_is_refused(pipe, tmp_path, tokenizer, kind):
         (BadInput, lambda: first_tokens(tokenizer, place, 10)),
         (BadCalibration, lambda: read_pairs(place, 1)),
     ):
-        with pytest.raises(error):
+        with pytest.raises(error, match="a pipe or a device"):
             use()
     line = {"image": place.name, "question": "q", "answer": "a"}
     (tmp_path / "p.jsonl").write_text(json.dumps(line))
