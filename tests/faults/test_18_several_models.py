@@ -57,8 +57,8 @@ def test_what_is_measured_of_one_model(options, packed, run):
     assert code == 2 and options[0] in err and "give one OUT" in err
 
 
-def test_models_that_split_a_text_in_different_ways(packed, run, calib, tmp_path):
-    other = shutil.copytree(packed / "w8a16", tmp_path / "other")
+def test_models_that_split_a_text_in_different_ways(packed, tiny, run, calib, tmp_path):
+    other = shutil.copytree(tiny("llama"), tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:100]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
