@@ -3,7 +3,8 @@
     import qkit
     model = qkit.load("out")  # a transformers model that runs on the packed weights
 
-Quantizing from Python: ``qkit.pipeline`` (Request, prepare, quantize). Proof: ``qkit.verify``. Errors: ``qkit.errors``.
+Quantizing from Python: ``qkit.workflows.quantize`` (Request, prepare, quantize). Proof: ``qkit.verification.verify``.
+Errors: ``qkit.errors``.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["load"]
 
-from qkit.hook import after_import
+from qkit.system.import_hook import after_import
 
 # The one effect of the import: transformers and diffusers learn of qkit's checkpoints, when and if they are imported. That
 # takes seconds, and 'qkit --help' does not need it.
-after_import("transformers.quantizers", lambda: import_module("qkit.registration"))
-after_import("diffusers.quantizers.auto", lambda: import_module("qkit.registration_diffusers"))
+after_import("transformers.quantizers", lambda: import_module("qkit.runtime.transformers_plugin"))
+after_import("diffusers.quantizers.auto", lambda: import_module("qkit.runtime.diffusers_plugin"))
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", kv: str | None = None) -> Any:
@@ -39,6 +40,6 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     Raises BadCheckpoint for a damaged folder, Unsupported for formats that qkit cannot run, UsageError for a policy that
     does not suit the model (``qkit.errors``).
     """
-    from qkit import loading  # not before it is needed: it brings the whole way from file to model
+    from qkit.runtime import loading  # not before it is needed: it brings the whole way from file to model
 
     return loading.load(path, dtype, device, kv)

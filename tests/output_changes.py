@@ -172,7 +172,7 @@ def _added(out: Path, folder: str) -> Iterator[Change]:
 def survivors(out: Path, work: Path, every: int = 1, first: int = 0) -> tuple[int, list[str], list[str]]:
     """Every ``every``-th change from ``first`` made on copies in ``work``: how many were made, those that verify calls sound
     (but for HARMLESS), and those that it finds and names elsewhere."""
-    from qkit.verify import verify
+    from qkit.verification.verify import verify
 
     tried, sound, elsewhere = 0, list[str](), list[str]()
     for number, change in enumerate(changes(out)):

@@ -10,8 +10,8 @@ import tiny_vlms
 from conftest import Quiet
 
 from qkit.kvcache.policy import parse
-from qkit.pipeline import quantize
-from qkit.request import Request
+from qkit.planning.request import Request
+from qkit.workflows.quantize import quantize
 
 SMALL = dict(num_hidden_layers=1, vocab_size=256)
 
@@ -27,7 +27,7 @@ def _w4a16(work: Path) -> Request:
     (model / "LICENSE").write_text("as is\n")
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}\n")
-    return Request(str(model), "w4a16", group_size=32, threads=1, kv=parse("kivi2").to_json())
+    return Request(model=str(model), scheme="w4a16", group_size=32, threads=1, kv=parse("kivi2").to_json())
 
 
 def _calibrated(scheme: str, kv: str | None = None) -> Callable[[Path], Request]:
@@ -35,7 +35,7 @@ def _calibrated(scheme: str, kv: str | None = None) -> Callable[[Path], Request]
         model = tiny_models.make("llama", work / "model", num_hidden_layers=1)
         cache = None if kv is None else parse(kv).to_json()
         rows = dict(calib=_text(work), samples=4, seqlen=32)
-        return Request(str(model), scheme, threads=1, kv=cache, **rows)
+        return Request(model=str(model), scheme=scheme, threads=1, kv=cache, **rows)
 
     return make
 
@@ -43,11 +43,11 @@ def _calibrated(scheme: str, kv: str | None = None) -> Callable[[Path], Request]
 def _vlm(work: Path) -> Request:
     model = tiny_vlms.make("llava", work / "model")
     tiny_vlms.add_processor(model)
-    return Request(str(model), "w8a8", targets={"vision": "skip"}, threads=1)
+    return Request(model=str(model), scheme="w8a8", targets={"vision": "skip"}, threads=1)
 
 
 def _pipeline(work: Path) -> Request:
-    return Request(str(tiny_dits.make_pipeline(work / "model")), "w8a8", threads=1)
+    return Request(model=str(tiny_dits.make_pipeline(work / "model")), scheme="w8a8", threads=1)
 
 
 KINDS: dict[str, Callable[[Path], Request]] = {

@@ -37,9 +37,9 @@ import tiny_vlms
 import torch
 from conftest import Quiet
 
+from qkit.engine.partial_output import partial_path
 from qkit.errors import QkitError
-from qkit.export.partial import partial_path
-from qkit.pipeline import Request, quantize
+from qkit.workflows.quantize import Request, quantize
 
 FILE_OPERATIONS = ("fsync", "rename", "replace", "unlink", "mkdir", "rmdir", "open")
 
@@ -68,8 +68,13 @@ def cases(folder: Path) -> dict[str, Request]:
         ("opt", "fp8", "awq", None, {}),
         ("gpt_neox", "w4a16_asym", "rtn", 32, {}),
     ]
-    found = {f"{m} {s} {x}": Request(models[m], s, x, g, **{**text, **more}) for m, s, x, g, more in wanted}
-    found["llava w4a16 gptq"] = Request(str(vlm), "w4a16", "gptq", 32, samples=4, threads=1)
+    found = {
+        f"{m} {s} {x}": Request(model=models[m], scheme=s, method=x, group_size=g, **{**text, **more})
+        for m, s, x, g, more in wanted
+    }
+    found["llava w4a16 gptq"] = Request(
+        model=str(vlm), scheme="w4a16", method="gptq", group_size=32, samples=4, threads=1
+    )
     return found
 
 
@@ -256,9 +261,9 @@ def _on_a_disk(request: Request, place: Path, files: dict[str, str], size: int) 
 
 def _without_forecast(request: Request, out: Path) -> None:
     """A run whose disk fills up while it works: the check beforehand would refuse it."""
-    import qkit.pipeline
+    import qkit.workflows.quantize
 
-    qkit.pipeline.refuse_what_cannot_fit = lambda *_: None  # in this child alone
+    qkit.workflows.quantize.refuse_what_cannot_fit = lambda *_: None  # in this child alone
     quantize(request, out, Quiet())
 
 

@@ -17,18 +17,18 @@ import torch
 import transformers
 
 from qkit.allocation.limits import Budget, BudgetRequest
-from qkit.budgeting import allocated
-from qkit.calibration import calibration_rows
-from qkit.checkpoint import Checkpoint
-from qkit.evaluation.budget import judge, junit_xml, load_budget
-from qkit.loading import PackedOutline, load, load_tokenizer
-from qkit.locate import recorded_source
-from qkit.pairs import read_pairs
-from qkit.pipeline import prepare, quantize
-from qkit.profiling import ProfileRequest, profile
-from qkit.request import Request
+from qkit.calibration.dataset import calibration_rows
+from qkit.calibration.image_text import read_pairs
+from qkit.evaluation.budget import check_budget, junit_xml, load_budget
+from qkit.files.checkpoint import Checkpoint
+from qkit.files.locate import recorded_source
+from qkit.planning.request import Request
+from qkit.runtime.loading import PackedStructure, load, load_tokenizer
 from qkit.sensitivity.profile import Profile
-from qkit.verify import verify
+from qkit.verification.verify import verify
+from qkit.workflows.budget import allocate_budget
+from qkit.workflows.profile import ProfileRequest, profile
+from qkit.workflows.quantize import prepare, quantize
 
 KINDS = ("config", "headers", "index", "recipe", "budget", "calibration", "pairs", "profile", "output")
 Mutant = tuple[Path, bytes, Callable[[], str | None]]  # the file, what it becomes, and what is run then
@@ -107,7 +107,7 @@ def _model(folder: Path, family: str = "llama", shard: str = "5GB", **changes: A
 
 
 def _planned(folder: Path) -> tuple[int, int, int]:
-    plan = prepare(Request(str(folder), scheme="w4a16", threads=1)).plan
+    plan = prepare(Request(model=str(folder), scheme="w4a16", threads=1)).plan
     weights = sum(p.shape[0] * p.shape[1] for p in plan.linears.values())
     return len(plan.linears) + len(plan.skipped), plan.source_bytes, weights
 
@@ -244,7 +244,7 @@ def _recipe(folder: Path) -> Target:
     every = _planned(place)[0]
 
     def run() -> str | None:
-        plan = prepare(Request(str(place), recipe=file, calib=calib, samples=2, seqlen=16, threads=1)).plan
+        plan = prepare(Request(model=str(place), recipe=file, calib=calib, samples=2, seqlen=16, threads=1)).plan
         found = len(plan.linears) + len(plan.skipped)
         return None if found == every else f"planned {found} layers of {every}"
 
@@ -259,7 +259,7 @@ def _budget(folder: Path) -> Target:
 
     def run() -> str | None:
         budget = load_budget(file)
-        checks = judge(budget, MEASURED)
+        checks = check_budget(budget, MEASURED)
         junit_xml(checks, "fuzz")
         return None if len(checks) >= len(budget.lines) else "lines without a check"
 
@@ -344,24 +344,24 @@ def _profile(folder: Path) -> Target:
     place = _model(folder / "model", num_hidden_layers=1)
     calib = folder / "calib.txt"
     calib.write_bytes(qkit_data.text_path("calibration").read_bytes()[:3000])
-    base = Request(str(place), calib=calib, samples=2, seqlen=16, threads=1)
+    base = Request(model=str(place), calib=calib, samples=2, seqlen=16, threads=1)
     profile(ProfileRequest(base, "int4,int8,bf16", ("weight", "kl")), folder / "profile", Quiet())
     for extra in ("probes",):
         shutil.rmtree(folder / "profile" / extra, ignore_errors=True)
     file, table = folder / "profile" / "profile.json", folder / "table.json"
     made = Profile.load(folder / "profile")
-    outline_shapes = {"q": (64, 64), "k": (32, 64), "g": (96, 64), "d": (64, 96)}
+    structure_shapes = {"q": (64, 64), "k": (32, 64), "g": (96, 64), "d": (64, 96)}
     entries = [
         {"format": name, "group": group, "out": out, "in": columns, "seconds": 1e-5}
         for name, group in (*((n, 32) for n in made.candidates), *((n, 128) for n in made.candidates), ("keep", None))
-        for out, columns in outline_shapes.values()
+        for out, columns in structure_shapes.values()
     ]
     about = {"machine": "m", "device": "cpu", "dtype": "float32", "m": 1, "threads": 1}
     table.write_text(json.dumps({"version": 1, **about, "entries": entries}))
 
     def run(latency: bool) -> str | None:
         budget = Budget(bits=6.0, latency=(10**9, table) if latency else None)
-        found = allocated(base, BudgetRequest(budget, folder / "profile", named=True), Quiet())
+        found = allocate_budget(base, BudgetRequest(budget=budget, profile=folder / "profile", named=True), Quiet())
         prepare(found.request)
         unknown = [u for u in found.allocation.picks if u not in {u.key for u in found.profile.units}]
         return f"units {unknown}" if unknown else None
@@ -379,7 +379,7 @@ def _output(folder: Path) -> Target:
     calib = folder / "calib.txt"
     calib.write_bytes(qkit_data.text_path("calibration").read_bytes()[:3000])
     out = folder / "packed"
-    quantize(Request(str(source), scheme="w8a8", method="rtn", threads=1), out, Quiet())
+    quantize(Request(model=str(source), scheme="w8a8", method="rtn", threads=1), out, Quiet())
     shutil.rmtree(folder / "packed.job", ignore_errors=True)
     ids = torch.arange(24)[None] * 31
     with torch.inference_mode():
@@ -390,7 +390,7 @@ def _output(folder: Path) -> Target:
         sound = verify(out).ok
         recorded_source(out)
         if not sound and file.name == "model.safetensors":
-            PackedOutline(Checkpoint.open(out, quantized=True))
+            PackedStructure(Checkpoint.open(out, quantized=True))
             return None
         if not sound:
             load(out)

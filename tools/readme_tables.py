@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qkit.commands import list as listing
-from qkit.formats import SCHEMES, Format, Scheme, layout
-from qkit.preflight import preflight
+from qkit.tensor.formats import SCHEMES, Format, Scheme, layout
+from qkit.verification.engines import preflight
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- tables:begin -->", "<!-- tables:end -->"

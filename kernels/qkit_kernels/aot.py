@@ -44,7 +44,7 @@ TABLE = Path(__file__).parent / "tables" / "compiled.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compiled:
     """registers: of a thread; spilled: bytes; shared: bytes; wide_loads: of 16 bytes, in the loop; exchanged: stores to
     shared memory in the loop; instructions: of the loop, of a warp's lane, to a weight of it (None: a kernel that

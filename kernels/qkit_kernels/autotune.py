@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from qkit_kernels.gpu import to
-from qkit_kernels.layout import Laid, lay_out
+from qkit_kernels.layout import KernelWeight, lay_out
 from qkit_kernels.matmul import Tile, product
 from qkit_kernels.tiles import FORMATS, TABLES, key
 from qkit_kernels.weight import Format, Weight
@@ -51,13 +51,13 @@ def random_weight(fmt: Format, shape: tuple[int, int], dtype: torch.dtype, devic
     return Weight(fmt, codes, scale.to(dtype), zero)
 
 
-def copies(laid: Laid, device: torch.device, times: int = 3) -> list[Laid]:
+def copies(laid: KernelWeight, device: torch.device, times: int = 3) -> list[KernelWeight]:
     """As many of the weight as hold ``times`` the L2 cache."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return [laid, *(to_new(laid) for _ in range(-(-times * cache // laid.nbytes)))]
 
 
-def to_new(laid: Laid) -> Laid:
+def to_new(laid: KernelWeight) -> KernelWeight:
     """The same in other memory."""
     host = to(laid, torch.device("cpu"))
     return to(host, laid.words.device)
@@ -88,7 +88,7 @@ def seconds(calls: list[Callable[[], Any]], rounds: int = 7) -> list[float]:
     return sorted(found)
 
 
-def candidates(laid: Laid, tokens: int) -> Iterator[Tile]:
+def candidates(laid: KernelWeight, tokens: int) -> Iterator[Tile]:
     """Tiles worth a try."""
     blocks, processors = laid.words.shape[1], torch.cuda.get_device_properties(laid.words.device).multi_processor_count
     for (rows, warps), stages, split in every(
@@ -118,7 +118,7 @@ def tune(name: str, shape: tuple[int, int], tokens: int, device: torch.device) -
     return best
 
 
-def _call(x: Tensor, laid: Laid, tile: Tile) -> Callable[[], Tensor]:
+def _call(x: Tensor, laid: KernelWeight, tile: Tile) -> Callable[[], Tensor]:
     return lambda: product(x, laid, tile)
 
 

@@ -45,7 +45,7 @@ _FLOATS = {
 }  # to float16: shift, bits to clear, bias
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
     """A weight laid out for one operator.
 
@@ -166,7 +166,7 @@ def lay_out(op: str, weight: Weight, rows: int) -> Prepared:
     bare = replace(weight, codes=weight.codes.new_empty(0))
     if op in ("int8pack", "int_mm"):
         scales = weight.scale[:, 0].to(torch.bfloat16 if op == "int8pack" else torch.float32)
-        return Prepared(op, bare, shape, weight.codes, 8, scales, rows)
+        return Prepared(op=op, weight=bare, shape=shape, data=weight.codes, bits=8, scales=scales, rows=rows)
     if op == "int4pack":
         scale = float_scale(weight)
         zero = torch.zeros_like(scale) if weight.zero is None else scale * -weight.zero.to(torch.float32)
@@ -175,17 +175,27 @@ def lay_out(op: str, weight: Weight, rows: int) -> Prepared:
             bare = replace(bare, scale=scales[..., 0].T)
         tile = int4_tile()
         assert tile is not None
-        return Prepared(op, bare, shape, _tiled(_unsigned(weight.codes, 4), tile, 4), 4, scales, rows)
+        return Prepared(
+            op=op,
+            weight=bare,
+            shape=shape,
+            data=_tiled(_unsigned(weight.codes, 4), tile, 4),
+            bits=4,
+            scales=scales,
+            rows=rows,
+        )
     bits = next(b for b in (2, 4, 8) if fmt.bits <= b)
     if op == "bag":
         tile = next(t for t in (256, 128, 64) if shape[0] % t == 0)
         packed = _tiled(_unsigned(weight.codes, bits), tile, bits)
         ends = torch.tensor([1.0, -(2.0 ** (bits - 1))], dtype=torch.float32 if bits == 8 else torch.float16)
         tail = ends.view(torch.uint8).expand(*packed.shape[:2], -1)  # scale and bias of a row
-        return Prepared(op, bare, shape, torch.cat((packed, tail), dim=2), bits, None, rows)
+        return Prepared(
+            op=op, weight=bare, shape=shape, data=torch.cat((packed, tail), dim=2), bits=bits, scales=None, rows=rows
+        )
     bits = 8 if shape[1] % (8 // bits) else bits
     data = _joined(weight.codes.view(torch.uint8).unflatten(1, (8 // bits, -1)), bits)
-    return Prepared(op, bare, shape, data, bits, None, rows)
+    return Prepared(op=op, weight=bare, shape=shape, data=data, bits=bits, scales=None, rows=rows)
 
 
 def _unsigned(codes: Tensor, bits: int) -> Tensor:

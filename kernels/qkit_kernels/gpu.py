@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qkit_kernels.layout import Laid, block_columns, codes_of, lay_out, why_not
+from qkit_kernels.layout import KernelWeight, block_columns, codes_of, lay_out, why_not
 from qkit_kernels.weight import Format, Weight
 
 OPS = ("product8", "view8", "product")
@@ -25,7 +25,7 @@ class Prepared:
 
     op: str
     weight: Weight
-    laid: Laid
+    laid: KernelWeight
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -86,7 +86,7 @@ def codes(p: Prepared) -> Tensor:
     return stored.to(torch.uint8).view(p.weight.codes.dtype)
 
 
-def to(laid: Laid, device: torch.device) -> Laid:
+def to(laid: KernelWeight, device: torch.device) -> KernelWeight:
     """The same on another device."""
     moved = {
         n: t.to(device) for n in ("words", "scale", "zero", "row", "counts") if (t := getattr(laid, n)) is not None

@@ -52,8 +52,8 @@ PAIRS = {2: 8, 3: 16, 4: 4, 8: 2}  # J, by bits
 E4M3_FACTOR = 2.0**7  # decode.scales_of_bytes leaves this to the factor of the row
 
 
-@dataclass(frozen=True)
-class Laid:
+@dataclass(frozen=True, kw_only=True)
+class KernelWeight:
     """A weight in this layout.
 
     words:  int32 [rows / 8, blocks, 1 or 3, 8, 4, 4]
@@ -104,7 +104,7 @@ def _divides(group: int, unit: int) -> bool:
     return group % 8 == 0 and (unit % group == 0 or group in (unit, 2 * unit, 4 * unit))
 
 
-def lay_out(weight: Weight, dtype: torch.dtype) -> Laid:
+def lay_out(weight: Weight, dtype: torch.dtype) -> KernelWeight:
     """Rearrange a weight for activations in ``dtype`` (float16 or bfloat16).
 
     Raises ValueError for what ``why_not`` names.
@@ -122,10 +122,19 @@ def lay_out(weight: Weight, dtype: torch.dtype) -> Laid:
     scale, zero, row = _scales(weight, dtype, codes.shape[1] // block)
     row = functional.pad(row, (0, down))
     counts = torch.zeros(len(row) // ROWS, dtype=torch.int32, device=row.device)
-    return Laid(fmt, shape, dtype, _words(codes, fmt.bits), _by_eight(scale, down), _by_eight(zero, down), row, counts)
+    return KernelWeight(
+        format=fmt,
+        shape=shape,
+        dtype=dtype,
+        words=_words(codes, fmt.bits),
+        scale=_by_eight(scale, down),
+        zero=_by_eight(zero, down),
+        row=row,
+        counts=counts,
+    )
 
 
-def lay_out_gated(gate: Weight, up: Weight, dtype: torch.dtype) -> Laid:
+def lay_out_gated(gate: Weight, up: Weight, dtype: torch.dtype) -> KernelWeight:
     """Two weights of one format and shape, one below the other, for silu(gate x) * (up x) in one product."""
     halves = [lay_out(w, dtype) for w in (gate, up)]
     if gate.format != up.format or gate.shape != up.shape:
@@ -133,7 +142,7 @@ def lay_out_gated(gate: Weight, up: Weight, dtype: torch.dtype) -> Laid:
     shape = (2 * gate.shape[0], gate.shape[1])
     joined = {n: [getattr(h, n) for h in halves] for n in ("words", "scale", "zero", "row", "counts")}
     tensors: dict[str, Any] = {n: None if p[0] is None else torch.cat(p) for n, p in joined.items()}
-    return Laid(gate.format, shape, dtype, **tensors)
+    return KernelWeight(format=gate.format, shape=shape, dtype=dtype, **tensors)
 
 
 def _words(codes: Tensor, bits: int) -> Tensor:
@@ -158,7 +167,7 @@ def _packed(places: list[Tensor], bits: int) -> Tensor:
     return word
 
 
-def codes_of(laid: Laid) -> Tensor:
+def codes_of(laid: KernelWeight) -> Tensor:
     """The inverse, for tests: int32 [out, in], as stored (integers with 2^(bits - 1) added)."""
     bits, pairs = laid.format.bits, PAIRS[laid.format.bits]
     words, mask = laid.words, ((1 << laid.format.bits) - 1) * 0x00010001

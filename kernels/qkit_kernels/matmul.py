@@ -30,7 +30,7 @@ from qkit_kernels.decode import (
     unscaled,
     wide,
 )
-from qkit_kernels.layout import PAIRS, Laid
+from qkit_kernels.layout import PAIRS, KernelWeight
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _finish(
 INTERPRETED = not isinstance(product_kernel, triton.JITFunction)  # TRITON_INTERPRET=1
 
 
-def constants(laid: Laid) -> dict[str, object]:
+def constants(laid: KernelWeight) -> dict[str, object]:
     """What the kernel is compiled for, of a weight."""
     fmt, half = laid.format, laid.dtype == torch.float16
     magic = 1024 if half else 8388608 if fmt.bits == 8 else 128
@@ -259,7 +259,7 @@ def constants(laid: Laid) -> dict[str, object]:
 
 def product(
     x: Tensor,
-    laid: Laid,
+    laid: KernelWeight,
     tile: Tile,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
@@ -303,7 +303,7 @@ def product(
     return y
 
 
-def stored_scales(laid: Laid) -> Tensor | None:
+def stored_scales(laid: KernelWeight) -> Tensor | None:
     """Scales as the kernel loads them: bytes four at a time."""
     return laid.scale if laid.scale is None or laid.format.scale == "float" else laid.scale.view(torch.int32)
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkit_kernels.decode import narrow, wide
-from qkit_kernels.layout import PAIRS, Laid, block_columns
+from qkit_kernels.layout import PAIRS, KernelWeight, block_columns
 from qkit_kernels.matmul import INTERPRETED, Tile, product
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and taking it away rounds a float32 to the nearest integer
@@ -153,7 +153,7 @@ def _finish8(acc, token_ptr, row_ptr, bias_ptr, y_ptr, n, m, M, N, BIAS: tl.cons
     tl.store(y_ptr + at, narrow(acc, y_ptr.dtype.element_ty, PLAIN), mask=live[None, :] & inside[:, None])
 
 
-def takes(laid: Laid) -> bool:
+def takes(laid: KernelWeight) -> bool:
     """Whether ``product8`` can run a weight: 4- or 8-bit integers whose scales are a block's or coarser."""
     one = laid.scale is None or laid.scale.shape[3] == 1
     return laid.format.kind == "int" and laid.format.bits in (4, 8) and one
@@ -192,7 +192,9 @@ def _quantized(x: Tensor, codes: Tensor, sums: Tensor, bits: int, ordered: bool)
     return scale
 
 
-def view8(x: Tensor, laid: Laid, tile: Tile, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def view8(
+    x: Tensor, laid: KernelWeight, tile: Tile, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
     """x [M, in] in laid.dtype, rows contiguous, rounded to INT8 token by token, times an E2M1 weight: [M, out], what the
     integers and their scales give, but for the order of float32 sums.
 
@@ -205,7 +207,7 @@ def view8(x: Tensor, laid: Laid, tile: Tile, bias: Tensor | None = None, residua
     return product(codes, laid, tile, bias, residual, token=scale)
 
 
-def product8(x: Tensor, laid: Laid, tile: Tile, bias: Tensor | None = None) -> Tensor:
+def product8(x: Tensor, laid: KernelWeight, tile: Tile, bias: Tensor | None = None) -> Tensor:
     """x [M, in] in laid.dtype, rounded to INT8 token by token, times the weight: [M, out].
 
     Raises ValueError for a weight that ``takes`` refuses.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from qkit_kernels.layout import Laid
+from qkit_kernels.layout import KernelWeight
 from qkit_kernels.matmul import Tile
 from qkit_kernels.weight import Format
 
@@ -65,7 +65,7 @@ def bucket(m: int) -> int:
     return next((b for b in BUCKETS if m <= b), WIDEST)
 
 
-def choose(laid: Laid, m: int, device: torch.device) -> Tile:
+def choose(laid: KernelWeight, m: int, device: torch.device) -> Tile:
     """The tile for m rows of x."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -76,7 +76,7 @@ def choose(laid: Laid, m: int, device: torch.device) -> Tile:
     return tuned if tuned is not None else rule(laid, m, processors)
 
 
-def rule(laid: Laid, m: int, processors: int) -> Tile:
+def rule(laid: KernelWeight, m: int, processors: int) -> Tile:
     """The tile where no table says one."""
     tokens = bucket(m)
     rows, warps = {8: (32, 2), 16: (64, 2)}.get(tokens, (64, 4))
@@ -98,7 +98,7 @@ def _table(name: str) -> dict[str, list[int]]:
     return found
 
 
-def _nearest(name: str, laid: Laid, tokens: int) -> Tile | None:
+def _nearest(name: str, laid: KernelWeight, tokens: int) -> Tile | None:
     entries = [(k.split(), v) for k, v in _table(name).items()]
     near = [
         (abs(log(int(n) * int(c)) - log(laid.shape[0] * laid.shape[1])) + abs(log(int(n)) - log(laid.shape[0])), v)

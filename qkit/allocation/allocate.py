@@ -17,7 +17,7 @@ from qkit.sensitivity.profile import Profile, UnitProfile
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Allocation:
     """picks: {unit: candidate}; bytes: of the units; limit: what they may take, None: any number; cost: predicted, in the unit
     of ``measure``; gap: to the proven bound; time, time_limit: nanoseconds, where there is a latency budget."""
@@ -146,8 +146,17 @@ def allocate(profile: Profile, limit: int | None, measure: str, latency: Latency
     chosen = [unit[i] for unit, i in zip(units, found.picks, strict=True)]
     picks = {u.key: c.name for u, c in zip(profile.units, chosen, strict=True)}
     size = sum(c.uses["bytes"] for c in chosen)
-    times = (None, None) if latency is None else (found.used["nanoseconds"], latency.limit)
-    return Allocation(picks, size, limit, found.cost, found.gap, measure, *times)
+    time, time_limit = (None, None) if latency is None else (found.used["nanoseconds"], latency.limit)
+    return Allocation(
+        picks=picks,
+        bytes=size,
+        limit=limit,
+        cost=found.cost,
+        gap=found.gap,
+        measure=measure,
+        time=time,
+        time_limit=time_limit,
+    )
 
 
 def choices_of(profile: Profile, measure: str, latency: Latency | None) -> list[list[knapsack.Choice]]:

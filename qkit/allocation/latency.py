@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from qkit.errors import BadInput, UsageError
-from qkit.families.outline import Outline
-from qkit.folder import load_json
-from qkit.formats import scheme
-from qkit.safefile import write_atomic
-from qkit.schema import LatencyFile, checked
+from qkit.families.structure import ModelStructure
+from qkit.files.folder import load_json
+from qkit.files.safefile import write_atomic
+from qkit.files.schema import LatencyFile, checked
 from qkit.sensitivity.profile import Profile
+from qkit.tensor.formats import scheme
 
 VERSION = 1
 Key = tuple[str, int | None, tuple[int, int]]  # candidate, group size, (out, in)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LatencyTable:
     """seconds: median of a product with weights from memory; machine, device, dtype (of activations), rows and threads: where
     and of what it was measured."""
@@ -92,7 +92,15 @@ class LatencyTable:
         seconds: dict[Key, float] = {
             (e["format"], e["group"], (e["out"], e["in"])): float(e["seconds"]) for e in data["entries"]
         }
-        return LatencyTable(file, data["machine"], data["device"], data["dtype"], data["m"], data["threads"], seconds)
+        return LatencyTable(
+            file=file,
+            machine=data["machine"],
+            device=data["device"],
+            dtype=data["dtype"],
+            rows=data["m"],
+            threads=data["threads"],
+            seconds=seconds,
+        )
 
 
 @dataclass(frozen=True)
@@ -107,13 +115,13 @@ class Latency:
         return sum(self.times[unit, name] for unit, name in picks.items())
 
 
-def unit_times(made: Profile, outline: Outline, table: LatencyTable, model: str) -> dict[tuple[str, str], int]:
+def unit_times(made: Profile, structure: ModelStructure, table: LatencyTable, model: str) -> dict[tuple[str, str], int]:
     """{(unit, candidate): nanoseconds} of all choices of the profile.
 
     model: as it was named, for the message. Raises BadInput for what the table lacks.
     """
-    linears = {x.name: x for block in outline.blocks for x in block.linears}
-    visited = _visited(outline)
+    linears = {x.name: x for block in structure.blocks for x in block.linears}
+    visited = _visited(structure)
     found = {}
     for unit in made.units:
         for name in unit.choices:
@@ -138,10 +146,10 @@ def asked_group(made: Profile, name: str) -> int | None:
     return group if group > 0 else None
 
 
-def _visited(outline: Outline) -> float:
+def _visited(structure: ModelStructure) -> float:
     """Share of the experts that a token visits."""
-    config: Any = outline.text_config
-    each: Iterable[int] = (x.expert + 1 for b in outline.blocks for x in b.linears if x.expert is not None)
+    config: Any = structure.text_config
+    each: Iterable[int] = (x.expert + 1 for b in structure.blocks for x in b.linears if x.expert is not None)
     count = max(each, default=1)
     return float(min(1.0, getattr(config, "num_experts_per_tok", count) / count))
 

@@ -28,7 +28,7 @@ class Budget:
     latency: tuple[int, Path] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BudgetRequest:
     """floors, ceilings: (glob, candidate); evaluations: of whole plans, 0 for the solved plan as it is;
     candidates: of a profile that is still to be made; named: whether the user said where the profile is; cache: the KV cache

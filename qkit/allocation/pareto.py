@@ -9,7 +9,7 @@ from qkit.allocation.allocate import allocate
 from qkit.sensitivity.profile import Profile
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Point:
     """The plan of least predicted cost within ``limit`` bytes.
 
@@ -38,7 +38,11 @@ def curve(made: Profile, measure: str, points: int = 40) -> list[Point]:
     found: list[Point] = []
     for limit, a in sorted(solved, key=lambda pair: (pair[1].bytes, pair[1].cost, pair[0])):
         if not found or a.cost < found[-1].cost:
-            found.append(Point(limit, a.bytes, mean_bits(made, a.bytes), a.cost, a.picks, None))
+            found.append(
+                Point(
+                    limit=limit, bytes=a.bytes, bits=mean_bits(made, a.bytes), cost=a.cost, picks=a.picks, measured=None
+                )
+            )
     return found
 
 

@@ -17,21 +17,22 @@ from qkit_kernels import cpu
 from torch import Tensor
 from torch.nn import functional
 
-from qkit import ops, sparse
-from qkit.activations import quantize_activations, static_scale
 from qkit.errors import Unsupported
-from qkit.formats import Format, fit_group
-from qkit.lowrank import LowRank
-from qkit.qtensor import Params, QTensor, dequantize, param_shape
+from qkit.nn import ops
+from qkit.planning.sizes import linear_bytes
 from qkit.sensitivity.candidates import Candidate
-from qkit.sizes import linear_bytes
-from qkit.sparse import outlier_count
+from qkit.tensor import sparse
+from qkit.tensor.activations import quantize_activations, static_scale
+from qkit.tensor.formats import Format, fit_group
+from qkit.tensor.lowrank import LowRank
+from qkit.tensor.qtensor import Params, QTensor, dequantize, param_shape
+from qkit.tensor.sparse import outlier_count
 
 OWN, BF16, FLOAT32 = "qkit", "dense bf16", "dense float32"
 
 
-@dataclass(frozen=True)
-class Problem:
+@dataclass(frozen=True, kw_only=True)
+class Product:
     """One product. dtype: of activations; q: None for a weight that is kept; exact: float32, what the weight stands for;
     static: float32 [1], the scale of static activation formats; size: bytes of the weight as a checkpoint stores it."""
 
@@ -53,7 +54,7 @@ class Problem:
         return x if self.activations is None else quantize_activations(x, self.activations, self.static)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Contender:
     """size: bytes of the weight as it is read; dtype: of the activations it gets; rounds: whether it rounds activations to 8
     bits on its own, which is then part of its error."""
@@ -66,13 +67,21 @@ class Contender:
     rounds: bool = False
 
 
-def problem(candidate: Candidate, shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> Problem:
+def problem(candidate: Candidate, shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> Product:
     """A random weight in a candidate's format. Raises Unsupported where the format cannot have that shape."""
     generator = torch.Generator().manual_seed(seed)
     static = torch.ones(1)
     if candidate.scheme is None:
         kept_weight = (torch.randn(shape, generator=generator) * 0.02).to(dtype)
-        return Problem(candidate, shape, dtype, None, kept_weight.to(torch.float32), static, kept_weight.nbytes)
+        return Product(
+            candidate=candidate,
+            shape=shape,
+            dtype=dtype,
+            q=None,
+            exact=kept_weight.to(torch.float32),
+            static=static,
+            size=kept_weight.nbytes,
+        )
     weights, activations = fit_group(candidate.scheme.weights, shape[1]), candidate.scheme.activations
     kept = outlier_count(candidate.outliers, shape)
     q = random_weight(weights, shape, kept, generator)
@@ -83,7 +92,7 @@ def problem(candidate: Candidate, shape: tuple[int, int], dtype: torch.dtype, se
     if activations is not None and activations.strategy in ("tensor", "tensor_group"):
         static = torch.tensor([static_scale(4.0, activations)])
     size = linear_bytes(weights, activations, shape, torch.bfloat16, kept, candidate.rank)
-    return Problem(candidate, shape, dtype, q, dequantize(q), static, size)
+    return Product(candidate=candidate, shape=shape, dtype=dtype, q=q, exact=dequantize(q), static=static, size=size)
 
 
 def random_weight(fmt: Format, shape: tuple[int, int], kept: int, generator: torch.Generator) -> QTensor:
@@ -112,44 +121,50 @@ def random_weight(fmt: Format, shape: tuple[int, int], kept: int, generator: tor
     return QTensor(codes, Params(scale, zero, global_scale), fmt, part)
 
 
-def _own(p: Problem) -> Iterator[Contender]:
+def _own(p: Product) -> Iterator[Contender]:
     q = p.q
     if q is None:
         yield _product(OWN, p, p.dtype)
         return
 
-    def prepare() -> ops.Prepared:
+    def prepare() -> ops.PreparedWeight:
         return ops.prepare(replace(q, codes=q.codes.clone()), p.activations, p.dtype)
 
-    def run(w: ops.Prepared, x: Tensor) -> Tensor:
+    def run(w: ops.PreparedWeight, x: Tensor) -> Tensor:
         return ops.linear(x, w, None, p.activations, p.static)
 
-    yield Contender(OWN, p.size, p.dtype, prepare, run)
+    yield Contender(name=OWN, size=p.size, dtype=p.dtype, prepare=prepare, run=run)
 
 
-def _dense(p: Problem) -> Iterator[Contender]:
+def _dense(p: Product) -> Iterator[Contender]:
     yield _product(BF16, p, torch.bfloat16)
     yield _product(FLOAT32, p, torch.float32)
 
 
-def _product(name: str, p: Problem, dtype: torch.dtype) -> Contender:
+def _product(name: str, p: Product, dtype: torch.dtype) -> Contender:
     size = p.exact.numel() * dtype.itemsize
-    return Contender(name, size, dtype, lambda: p.exact.to(dtype, copy=True), lambda w, x: functional.linear(x, w))
+    return Contender(
+        name=name,
+        size=size,
+        dtype=dtype,
+        prepare=lambda: p.exact.to(dtype, copy=True),
+        run=lambda w, x: functional.linear(x, w),
+    )
 
 
-def _dequantized(p: Problem) -> Iterator[Contender]:
+def _dequantized(p: Product) -> Iterator[Contender]:
     q = p.q
     if q is not None:
         yield Contender(
-            "dequantize, dense bf16",
-            p.size,
-            torch.bfloat16,
-            lambda: replace(q, codes=q.codes.clone()),
-            lambda w, x: functional.linear(x, dequantize(w).to(torch.bfloat16)),
+            name="dequantize, dense bf16",
+            size=p.size,
+            dtype=torch.bfloat16,
+            prepare=lambda: replace(q, codes=q.codes.clone()),
+            run=lambda w, x: functional.linear(x, dequantize(w).to(torch.bfloat16)),
         )
 
 
-def _plain_int4(p: Problem) -> bool:
+def _plain_int4(p: Product) -> bool:
     """Whether this is what other libraries call INT4: symmetric, in groups, nothing beside it."""
     q = p.q
     fits = q is not None and q.format.kind == "int" and q.format.bits == 4 and q.format.strategy == "group"
@@ -163,7 +178,7 @@ def _plain_int4(p: Problem) -> bool:
     )
 
 
-def _torch_int4(p: Problem) -> Iterator[Contender]:
+def _torch_int4(p: Product) -> Iterator[Contender]:
     q = p.q
     if q is None or not _plain_int4(p) or q.format.group not in (32, 64, 128, 256) or p.shape[0] % 16:
         return
@@ -177,16 +192,23 @@ def _torch_int4(p: Problem) -> Iterator[Contender]:
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, w[0], q.format.group, w[1])
         return y
 
-    yield Contender("torch int4pack", p.size, torch.bfloat16, prepare, run)
+    yield Contender(name="torch int4pack", size=p.size, dtype=torch.bfloat16, prepare=prepare, run=run)
 
 
-def _onnxruntime(p: Problem) -> Iterator[Contender]:
+def _onnxruntime(p: Product) -> Iterator[Contender]:
     q = p.q
     if q is None or not _plain_int4(p) or find_spec("onnxruntime") is None or find_spec("onnx") is None:
         return
     for level, rounds in ((4, True), (0, False)):
         name = f"onnxruntime MatMulNBits, accuracy_level {level}"
-        yield Contender(name, p.size, torch.float32, lambda n=level: _session(q, n), _in_session, rounds)  # type: ignore[misc]
+        yield Contender(
+            name=name,
+            size=p.size,
+            dtype=torch.float32,
+            prepare=lambda n=level: _session(q, n),  # type: ignore[misc]
+            run=_in_session,
+            rounds=rounds,
+        )
 
 
 def _session(q: QTensor, level: int) -> Any:
@@ -222,7 +244,7 @@ def _in_session(session: Any, x: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 
-def _auto_round(p: Problem) -> Iterator[Contender]:
+def _auto_round(p: Product) -> Iterator[Contender]:
     q = p.q
     if q is None or not _plain_int4(p) or find_spec("auto_round_kernel") is None:
         return
@@ -241,7 +263,7 @@ def _auto_round(p: Problem) -> Iterator[Contender]:
         y: Tensor = ark.woqgemm(x, w, none, out, columns, group, "auto", "int4", "fp32", False)
         return y
 
-    yield Contender("auto-round-lib", p.size, torch.float32, prepare, run, rounds=True)
+    yield Contender(name="auto-round-lib", size=p.size, dtype=torch.float32, prepare=prepare, run=run, rounds=True)
 
 
 _MAKERS = {"cpu": (_own, _dense, _dequantized, _torch_int4, _onnxruntime, _auto_round)}  # by device
@@ -255,7 +277,7 @@ def check_device(device: str) -> None:
         )
 
 
-def contenders(p: Problem, device: str) -> list[Contender]:
+def contenders(p: Product, device: str) -> list[Contender]:
     """Everybody who can take part, qkit first."""
     check_device(device)
     return [contender for maker in _MAKERS[device] for contender in maker(p)]
@@ -263,7 +285,7 @@ def contenders(p: Problem, device: str) -> list[Contender]:
 
 def operator_of(prepared: Any) -> str | None:
     """Which of ``qkit_kernels``' operators was chosen, and up to how many rows it runs."""
-    if not isinstance(prepared, ops.Prepared):
+    if not isinstance(prepared, ops.PreparedWeight):
         return None
     laid = prepared.laid
     if isinstance(laid, cpu.Prepared) and laid.op not in ("dequantize", "int_mm"):

@@ -1,4 +1,4 @@
-"""Tokens a second of whole models: greedy decoding of one sequence by ``qkit.generate``, models in turn."""
+"""Tokens a second of whole models: greedy decoding of one sequence by ``qkit.runtime.generate``, models in turn."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from qkit.benchmark.host import Host
 from qkit.benchmark.products import Timing
 from qkit.errors import UsageError
-from qkit.generate import Decoder
-from qkit.layers import QuantExperts, QuantLinear
+from qkit.nn.layers import QuantExperts, QuantLinear
+from qkit.runtime.generate import Decoder
 
 
-@dataclass(frozen=True)
-class Decoded:
+@dataclass(frozen=True, kw_only=True)
+class DecodeTiming:
     """prompt: seconds of the prompt and its first token, of the best round; token: seconds of every further token, mean of a
     round; size: bytes of the weights of all linears, as they are held; floor: seconds that reading them takes, None where a
     token does not visit all of them."""
@@ -46,7 +46,7 @@ class Round:
 
 def decode(
     models: Sequence[tuple[str, Any]], prompt: int, new: int, rounds: int, host: Host, step: Callable[[], None]
-) -> list[Decoded]:
+) -> list[DecodeTiming]:
     """Each model ``rounds`` times in turn, on the same random prompt, after a round that does not count.
 
     new: tokens after the first one. Raises UsageError where the positions of a model do not suffice. A model whose tokens
@@ -71,7 +71,7 @@ def decode(
     return [_judged(name, model, mine, host) for (name, model), mine in zip(models, found, strict=True)]
 
 
-def _judged(name: str, model: nn.Module, rounds: Sequence[Round], host: Host) -> Decoded:
+def _judged(name: str, model: nn.Module, rounds: Sequence[Round], host: Host) -> DecodeTiming:
     size, whole = linear_bytes(model)
     token = Timing.of([r.token for r in rounds])
     if any(r.tokens != rounds[0].tokens for r in rounds):
@@ -79,7 +79,14 @@ def _judged(name: str, model: nn.Module, rounds: Sequence[Round], host: Host) ->
     else:
         read = size if whole and size > host.cache else 0
         refused = host.refusal(token.p50, read, 0) and host.remeasured().refusal(token.p50, read, 0)
-    return Decoded(name, min(r.prompt for r in rounds), token, size, host.floor(size) if whole else None, refused)
+    return DecodeTiming(
+        name=name,
+        prompt=min(r.prompt for r in rounds),
+        token=token,
+        size=size,
+        floor=host.floor(size) if whole else None,
+        refused=refused,
+    )
 
 
 def _round(decoder: Decoder, ids: Tensor, new: int) -> Round:

@@ -16,7 +16,7 @@ import torch
 from qkit_kernels import cores
 from torch import Tensor
 
-from qkit.machine import available_cores, available_memory
+from qkit.system.machine import available_cores, available_memory
 
 TIMES_CACHE = 3  # cold: what was read in between is that many times the last-level cache
 _ASSUMED_CACHE = 64 << 20

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qkit.benchmark.contenders import BF16, FLOAT32, OWN, Contender, Problem, contenders, operator_of
+from qkit.benchmark.contenders import BF16, FLOAT32, OWN, Contender, Product, contenders, operator_of
 from qkit.benchmark.host import TIMES_CACHE, Host
-from qkit.machine import available_memory
+from qkit.system.machine import available_memory
 
 ROUNDING_BOUND = 0.02  # error of a contender that rounds activations to 8 bits
 _MOST_COPIES = 48
@@ -47,8 +47,8 @@ class Timing:
         return Timing(*(ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8)))
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, kw_only=True)
+class ProductTiming:
     """One contender at one number of rows.
 
     error:  relative to float64 (norm over norm); repeats: whether a second run gave the same bits
@@ -81,7 +81,7 @@ class Entrant:
     flush: bool
 
 
-def enter(p: Problem, device: str, host: Host, only: Sequence[str] = ()) -> list[Entrant]:
+def enter(p: Product, device: str, host: Host, only: Sequence[str] = ()) -> list[Entrant]:
     """Everybody's copies, in half of the memory that there is. only: names, all if empty."""
     found = [c for c in contenders(p, device) if not only or c.name in only]
     room = (available_memory() or 4 << 30) // 2 // len(found)
@@ -93,7 +93,7 @@ def enter(p: Problem, device: str, host: Host, only: Sequence[str] = ()) -> list
     return entrants
 
 
-def compare(p: Problem, entrants: Sequence[Entrant], rows: int, host: Host, seconds: float) -> list[Result]:
+def compare(p: Product, entrants: Sequence[Entrant], rows: int, host: Host, seconds: float) -> list[ProductTiming]:
     """All entrants at ``rows`` rows. seconds: that each may take for cold calls, and again for warm ones."""
     with torch.inference_mode():
         checks = [_check(p, e, rows) for e in entrants]
@@ -107,7 +107,7 @@ def compare(p: Problem, entrants: Sequence[Entrant], rows: int, host: Host, seco
         x = _activations(p, rows, seed=0)
         times = dict(zip(map(id, sound), _take_turns(sound, x, host, seconds), strict=True))
 
-    def judged(host: Host) -> list[Result]:
+    def judged(host: Host) -> list[ProductTiming]:
         return [
             _result(p, e, rows, host, error, repeats, times.get(id(e)), reason)
             for e, (error, repeats), reason in zip(entrants, checks, wrong, strict=True)
@@ -120,7 +120,7 @@ def compare(p: Problem, entrants: Sequence[Entrant], rows: int, host: Host, seco
 
 
 def _result(
-    p: Problem,
+    p: Product,
     e: Entrant,
     rows: int,
     host: Host,
@@ -128,7 +128,7 @@ def _result(
     repeats: bool,
     times: tuple[list[float], list[float]] | None,
     reason: str | None,
-) -> Result:
+) -> ProductTiming:
     (out, columns), c = p.shape, e.contender
     moved = c.size + rows * (out + columns) * c.dtype.itemsize
     cold = warm = None
@@ -138,15 +138,25 @@ def _result(
         reason = host.refusal(cold.p50, moved, operations) or host.refusal(warm.p50, 0, operations)
         if reason is not None:
             cold = warm = None
-    return Result(c.name, rows, operator_of(e.copies[0]), error, repeats, host.floor(moved), cold, warm, reason)
+    return ProductTiming(
+        contender=c.name,
+        rows=rows,
+        operator=operator_of(e.copies[0]),
+        error=error,
+        repeats=repeats,
+        floor=host.floor(moved),
+        cold=cold,
+        warm=warm,
+        refused=reason,
+    )
 
 
-def _activations(p: Problem, rows: int, seed: int) -> Tensor:
+def _activations(p: Product, rows: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, p.shape[1], generator=generator).to(p.dtype)
 
 
-def _check(p: Problem, e: Entrant, rows: int) -> tuple[float, bool]:
+def _check(p: Product, e: Entrant, rows: int) -> tuple[float, bool]:
     """(largest error on two inputs, whether runs repeat to the bit)."""
     worst, repeats = 0.0, True
     for seed in (1, 2):
@@ -163,7 +173,7 @@ def _check(p: Problem, e: Entrant, rows: int) -> tuple[float, bool]:
     return worst, repeats
 
 
-def _plain_error(p: Problem, rows: int) -> float:
+def _plain_error(p: Product, rows: int) -> float:
     """Of a dense bf16 product, on the first of the inputs."""
     x = _activations(p, rows, seed=1)
     y = functional.linear(p.rounded(x).to(torch.bfloat16), p.exact.to(torch.bfloat16))
@@ -171,7 +181,7 @@ def _plain_error(p: Problem, rows: int) -> float:
     return float((y.double() - wanted).norm() / wanted.norm())
 
 
-def _reference(p: Problem, x: Tensor) -> Tensor:
+def _reference(p: Product, x: Tensor) -> Tensor:
     """float64: activations as the scheme rounds them, times what the weight stands for."""
     wide = p.rounded(x.to(torch.float32)).double()
     return torch.cat([wide @ part.double().T for part in p.exact.split(1024)], dim=1)
@@ -222,7 +232,7 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def described(p: Problem, results: Sequence[Result]) -> dict[str, Any]:
+def described(p: Product, results: Sequence[ProductTiming]) -> dict[str, Any]:
     """The machine's copy of what was found for one product: times in seconds, speed-ups of the cold times, and what they
     would be if only bytes counted."""
     by_name = {(r.contender, r.rows): r for r in results}

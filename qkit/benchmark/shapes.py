@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 from qkit.errors import UsageError
-from qkit.folder import weights_folder
-from qkit.formats import did_you_mean
-from qkit.locate import find_model
+from qkit.files.folder import weights_folder
+from qkit.files.locate import find_model
+from qkit.tensor.formats import did_you_mean
 
 Shape = tuple[int, int]  # (out, in)
 
@@ -36,8 +36,8 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 
 def model_shapes(model: str) -> tuple[Shape, ...]:
     """Shapes of the linears inside the blocks of a model, packed or not, each once."""
-    from qkit.checkpoint import Checkpoint  # these bring torch, which reading a list of shapes does not need
-    from qkit.loading import PackedOutline
+    from qkit.files.checkpoint import Checkpoint  # these bring torch, which reading a list of shapes does not need
+    from qkit.runtime.loading import PackedStructure
 
-    outline = PackedOutline(Checkpoint.open(weights_folder(find_model(model)), quantized=True))
-    return tuple(dict.fromkeys(linear.shape for block in outline.blocks for linear in block.linears))
+    structure = PackedStructure(Checkpoint.open(weights_folder(find_model(model)), quantized=True))
+    return tuple(dict.fromkeys(linear.shape for block in structure.blocks for linear in block.linears))

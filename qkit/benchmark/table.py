@@ -36,7 +36,15 @@ def measured_table(
     Raises NumericFailure for a result that is wrong or cannot be, UsageError for a file that is something else.
     """
     name = str(dtype).removeprefix("torch.")
-    table = LatencyTable(file, cores.name(), device, name, rows, torch.get_num_threads(), {})
+    table = LatencyTable(
+        file=file,
+        machine=cores.name(),
+        device=device,
+        dtype=name,
+        rows=rows,
+        threads=torch.get_num_threads(),
+        seconds={},
+    )
     table.joined()  # refuses a file that it must not replace before anything is measured
     found: dict[Key, float] = {}
     notes = []

@@ -11,7 +11,7 @@ import click
 
 from qkit import __version__
 from qkit.errors import QkitError, UsageError
-from qkit.memory import ran_out
+from qkit.system.memory import ran_out
 
 VERBS = {
     "quantize": "quantize a model into a packed checkpoint and prove it",

@@ -9,19 +9,19 @@ from typing import Any
 from rich.console import Console
 
 from qkit.allocation.limits import BudgetRequest, parse_budget
-from qkit.catalog import PROFILE, REQUANT, is_requant
 from qkit.commands.budget import NAMES, WAYS
 from qkit.commands.cache import cache_request
 from qkit.commands.common import announce, make_request
 from qkit.errors import UsageError
+from qkit.files.locate import find_model
 from qkit.kvcache.policy import CacheRequest
-from qkit.locate import find_model
-from qkit.request import Request, recipe_of
+from qkit.planning.request import REQUANT, Request, is_requant, recipe_of
 from qkit.sensitivity.candidates import parse_candidates
+from qkit.sensitivity.names import PROFILE
 
 
 @dataclass(frozen=True)
-class Asked:
+class QuantizeOptions:
     """A command line, read. budget, cache: where they are asked for; a cache that shares the budget is in the budget."""
 
     request: Request
@@ -29,7 +29,7 @@ class Asked:
     cache: CacheRequest | None
 
 
-def asked_of(given: dict[str, Any], out: Path, console: Console) -> Asked:
+def options_of(given: dict[str, Any], out: Path, console: Console) -> QuantizeOptions:
     """The request of parsed options, and the first line of the command.
 
     out: beside it goes the profile, where --profile is not given. Raises UsageError and BadRecipe for what is wrong with names
@@ -47,7 +47,7 @@ def asked_of(given: dict[str, Any], out: Path, console: Console) -> Asked:
     return asked
 
 
-def _asked(given: dict[str, Any], out: Path) -> Asked:
+def _asked(given: dict[str, Any], out: Path) -> QuantizeOptions:
     asked = {name: given.pop(name) for name in NAMES}
     cache = cache_request(given)
     budget = parse_budget(asked["bits"], asked["size"], asked["memory"], asked["latency"])
@@ -56,7 +56,7 @@ def _asked(given: dict[str, Any], out: Path) -> Asked:
         for name in ("profile", "candidates", "floors", "ceilings", "refine"):
             if asked[name]:
                 raise UsageError(f"--{name.removesuffix('s')} goes with a budget: add {WAYS}")
-        return Asked(request, None, cache)
+        return QuantizeOptions(request, None, cache)
     if is_requant(request.method):
         raise UsageError(
             "method requant and a budget exclude each other: add sparse formats to --candidates (int3+0.5%)"
@@ -66,17 +66,17 @@ def _asked(given: dict[str, Any], out: Path) -> Asked:
         named = named.parent
     shared = budget.memory is not None
     wanted = BudgetRequest(
-        budget,
-        named or out.with_name(out.name + ".profile"),
-        asked["candidates"],
-        asked["measure"],
-        _bounds("--floor", asked["floors"]),
-        _bounds("--ceiling", asked["ceilings"]),
-        asked["refine"],
-        named is not None,
-        cache if shared else None,
+        budget=budget,
+        profile=named or out.with_name(out.name + ".profile"),
+        candidates=asked["candidates"],
+        measure=asked["measure"],
+        floors=_bounds("--floor", asked["floors"]),
+        ceilings=_bounds("--ceiling", asked["ceilings"]),
+        evaluations=asked["refine"],
+        named=named is not None,
+        cache=cache if shared else None,
     )
-    return Asked(request, wanted, None if shared else cache)
+    return QuantizeOptions(request, wanted, None if shared else cache)
 
 
 def _bounds(option: str, items: tuple[str, ...]) -> tuple[tuple[str, str], ...]:

@@ -23,13 +23,13 @@ from qkit.commands.common import (
 )
 from qkit.commands.verb import Verb
 from qkit.errors import UsageError
-from qkit.safefile import write_atomic
+from qkit.files.safefile import write_atomic
 from qkit.sensitivity.candidates import Candidate, parse_candidates
 
 if TYPE_CHECKING:
     import torch
 
-    from qkit.benchmark.decode import Decoded
+    from qkit.benchmark.decode import DecodeTiming
     from qkit.benchmark.host import Host
 
 SECONDS = 0.5  # that a contender may take at a number of rows, cold, and again warm
@@ -181,7 +181,7 @@ def decode_models(
     import torch
 
     from qkit.benchmark.decode import decode
-    from qkit.loading import load
+    from qkit.runtime.loading import load
 
     dtype: torch.dtype = getattr(torch, _DTYPES[given["dtype"] or "bf16"])
     models = [(given["model"], load(given["model"], dtype, device))]
@@ -271,7 +271,7 @@ def show_product(product: Mapping[str, Any], console: Console) -> None:
             console.print(Text(f"refused: {r['contender']}, {r['rows']} rows: {r['refused']}"))
 
 
-def show_decoded(found: Sequence[Decoded], console: Console) -> None:
+def show_decoded(found: Sequence[DecodeTiming], console: Console) -> None:
     """A line per model."""
     columns = ("model", "tokens/s (p80 to p20 of the time)", "prompt ms", "linears", "of floor", "speed-up")
     table = wide_table(*columns, title="decode")

@@ -15,8 +15,8 @@ from qkit.allocation.limits import MEASURE
 from qkit.commands.common import megabytes, print_wide, wide_table
 
 if TYPE_CHECKING:
-    from qkit.budgeting import Allocated
     from qkit.sensitivity.profile import UnitProfile
+    from qkit.workflows.budget import BudgetAllocation
 
 WAYS = "--bits, --size, --memory or --latency"
 BUDGETS = ("bits", "size", "memory", "latency")
@@ -75,7 +75,7 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def show_allocation(found: Allocated, console: Console) -> None:
+def show_allocation(found: BudgetAllocation, console: Console) -> None:
     """What was chosen, and what it is predicted to cost."""
     from qkit.allocation.pareto import mean_bits
 
@@ -120,7 +120,7 @@ def show_allocation(found: Allocated, console: Console) -> None:
         )
 
 
-def explain(found: Allocated, console: Console) -> None:
+def explain(found: BudgetAllocation, console: Console) -> None:
     """Every unit: its format, what the others would have cost, and what the next larger one would bring per kilobyte."""
     made, a = found.profile, found.allocation
     shared = _shared_prefix([u.key for u in made.units])
@@ -140,7 +140,7 @@ def _shared_prefix(names: list[str]) -> str:
     return "".join(f"{column[0]}." for column in parts) if len(names) > 1 else ""
 
 
-def explanation(found: Allocated) -> list[dict[str, Any]]:
+def explanation(found: BudgetAllocation) -> list[dict[str, Any]]:
     """The machine's copy of ``explain``."""
     a = found.allocation
     return [

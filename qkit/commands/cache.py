@@ -15,7 +15,7 @@ from qkit.errors import UsageError
 from qkit.kvcache.policy import CacheRequest, parse
 
 if TYPE_CHECKING:
-    from qkit.kvplan import CachePlan
+    from qkit.workflows.kv_cache import CachePlan
 
 _NAMES = ("kv", "kv_memory", "max_length", "kv_scale_keys")
 

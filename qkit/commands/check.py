@@ -18,12 +18,12 @@ from qkit.commands.grid import Grid
 from qkit.commands.measured import json_bytes, printable, progress_bar, refuse_unsound, show
 from qkit.commands.verb import Verb
 from qkit.errors import BudgetNotMet, IOFailure, UsageError
-from qkit.evaluation.budget import Budget, Check, judge, junit_xml, load_budget
+from qkit.evaluation.budget import Check, QualityBudget, check_budget, junit_xml, load_budget
 from qkit.evaluation.request import DTYPES, EvalRequest, jsonable
 from qkit.evaluation.sources import text_name
-from qkit.locate import find_model, recorded_source
-from qkit.rejected import NAME, clear_mark, write_mark
-from qkit.safefile import write_atomic
+from qkit.files.locate import find_model, recorded_source
+from qkit.files.rejected import NAME, clear_mark, write_mark
+from qkit.files.safefile import write_atomic
 
 
 @click.command("check", cls=Verb)
@@ -79,15 +79,15 @@ def check_command(
             "add --baseline PATH"
         )
     request = EvalRequest(
-        choose_texts(budget, texts, budget_file),
-        budget.window,
-        budget.windows,
-        budget.tasks,
-        budget.limit,
-        task_dir,
-        allow_task_code,
-        dtype,
-        device,
+        texts=choose_texts(budget, texts, budget_file),
+        window=budget.window,
+        windows=budget.windows,
+        tasks=budget.tasks,
+        limit=budget.limit,
+        task_dir=task_dir,
+        allow_task_code=allow_task_code,
+        dtype=dtype,
+        device=device,
         pairs=budget.pairs if budget.measures_answers else None,
         questions=budget.questions,
         videos=budget.videos if budget.measures_samples else 0,
@@ -96,7 +96,7 @@ def check_command(
 
     with progress_bar(Console(stderr=True), max(1, len(request.texts))) as progress:
         measured = measure(folder, original, request, progress)
-    checks = judge(budget, measured)
+    checks = check_budget(budget, measured)
     if json_file is not None:
         write_atomic(json_file, json_bytes({"checks": [asdict(check) for check in checks], **measured}))
     if junit_file is not None:
@@ -124,7 +124,7 @@ def _mark(folder: Path, budget_file: Path, measured: Mapping[str, Any], checks: 
         click.echo(f"qkit: the mark {folder / NAME} could not be changed: {e}", err=True)
 
 
-def choose_texts(budget: Budget, given: Sequence[str], budget_file: Path) -> list[str]:
+def choose_texts(budget: QualityBudget, given: Sequence[str], budget_file: Path) -> list[str]:
     """What to measure: the texts given and those of the budget; the embedded one if there are none or a line names it.
 
     Nothing when no line is about text. Raises UsageError for a line about a text that is nowhere to be found.

@@ -20,22 +20,22 @@ from rich.console import Console
 from rich.text import Text
 
 from qkit.allocation.limits import parse_bytes
-from qkit.catalog import EFFORTS, TRANSFORMS
 from qkit.commands.bars import Bar, Share
 from qkit.commands.grid import print_wide as print_wide
 from qkit.commands.grid import wide_table as wide_table
 from qkit.commands.verb import OutPath
-from qkit.declared import printable
 from qkit.errors import Stopped, UsageError
-from qkit.locate import find_model
-from qkit.recipe import MOST_SPARSE
-from qkit.request import Request
-from qkit.safefile import write_atomic
-from qkit.sidefiles import code_keys, left_behind
-from qkit.words import megabytes as megabytes
+from qkit.files.locate import find_model
+from qkit.files.safefile import write_atomic
+from qkit.files.side_files import code_keys, left_behind
+from qkit.planning.recipe import MOST_SPARSE
+from qkit.planning.request import Request
+from qkit.system.words import megabytes as megabytes
+from qkit.transforms.table import EFFORTS, TRANSFORMS
+from qkit.verification.record import printable
 
 if TYPE_CHECKING:
-    from qkit.pipeline import Prepared
+    from qkit.workflows.quantize import PreparedRequest
 
 _SIGNALS = (
     (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if hasattr(signal, "SIGHUP") else (signal.SIGINT, signal.SIGTERM)
@@ -231,10 +231,10 @@ def write_json(file: Path | None, data: Any) -> None:
         write_atomic(file, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
 
 
-def show_coverage(found: Prepared, console: Console) -> None:
+def show_coverage(found: PreparedRequest, console: Console) -> None:
     """What is quantized, what is not and why, the bytes, and which engines will load the result."""
-    from qkit.fusing import engines_of
-    from qkit.pipeline import coverage
+    from qkit.planning.fused_layers import engines_of
+    from qkit.workflows.quantize import coverage
 
     plan = found.plan
     kinds: dict[tuple[str, str, str, str], list[int]] = {}
@@ -282,20 +282,20 @@ def show_coverage(found: Prepared, console: Console) -> None:
         f"{done['quantized']} linears quantized, {done['skipped']} skipped; tensors: {megabytes(plan.source_bytes)} before, "
         f"{megabytes(plan.packed_bytes)} after ({plan.packed_bytes / plan.source_bytes:.3f}x)"
     )
-    for line in engines_of(plan, found.outline):
+    for line in engines_of(plan, found.structure):
         console.print(Text(str(line)))
 
 
-def _show_copied(found: Prepared, console: Console) -> None:
+def _show_copied(found: PreparedRequest, console: Console) -> None:
     """What does not go with the model: files, and keys of its settings."""
-    folder = found.outline.checkpoint.path
+    folder = found.structure.checkpoint.path
     behind = left_behind(folder)
     if behind:
         more = f" and {len(behind) - 1} more" if len(behind) > 1 else ""
         console.print(
             Text(f"not copied: {printable(behind[0])}{more}: code, pickles, archives and weights in other formats")
         )
-    dropped = {"config.json": list(found.outline.checkpoint.dropped), **code_keys(folder, found.plan.side_files)}
+    dropped = {"config.json": list(found.structure.checkpoint.dropped), **code_keys(folder, found.plan.side_files)}
     for name, keys in dropped.items():
         if keys:
             console.print(

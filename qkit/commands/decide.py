@@ -13,26 +13,24 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from qkit import ahead, kvplan
-from qkit.ahead import Ahead
 from qkit.allocation.allocate import Reach
 from qkit.allocation.limits import BudgetRequest
-from qkit.budgeting import Allocated, allocated, opened, solved
-from qkit.catalog import is_requant
-from qkit.commands.asked import Asked
+from qkit.commands.asked import QuantizeOptions
 from qkit.commands.budget import show_allocation
 from qkit.commands.cache import show_cache
 from qkit.commands.common import Reporter, command_line
 from qkit.errors import UsageError
 from qkit.kvcache.policy import CacheRequest
-from qkit.kvplan import CacheChoices, CachePlan, plan_cache
-from qkit.requant import begin, requanted
-from qkit.request import Request
-from qkit.sensitivity import targets
+from qkit.planning.request import Request, is_requant
+from qkit.workflows import kv_cache, measurements_ahead, towers
+from qkit.workflows.budget import BudgetAllocation, allocate_budget, opened, solved
+from qkit.workflows.kv_cache import CacheChoices, CachePlan, plan_cache
+from qkit.workflows.measurements_ahead import Ahead
+from qkit.workflows.requant import begin, search_outliers
 
 
-@dataclass(frozen=True)
-class Decided:
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRequest:
     """request: with all that is known; budgeted, cache: the allocation and the KV cache, where they are known; said: decisions
     that nobody asked for, a sentence each.
 
@@ -41,7 +39,7 @@ class Decided:
     """
 
     request: Request
-    budgeted: Allocated | None = None
+    budgeted: BudgetAllocation | None = None
     cache: CachePlan | None = None
     said: tuple[str, ...] = ()
     first: tuple[Ahead, ...] = ()
@@ -54,19 +52,19 @@ class _Look:
     """What is seen of a command line before anything is measured. run: operations of the quantization, where something is
     held against them"""
 
-    decided: Decided
-    parts: targets.Open | None = None
+    decided: ResolvedRequest
+    parts: towers.Open | None = None
     first: list[Ahead] = field(default_factory=list)
     run: float = 0.0
 
 
-def planned_request(asked: Asked) -> Decided:
-    """What can be said of a command without reading a weight, and what is left to be measured. Raises what ``decided_request``
+def planned_request(asked: QuantizeOptions) -> ResolvedRequest:
+    """What can be said of a command without reading a weight, and what is left to be measured. Raises what ``resolve_request``
     raises before it measures."""
     return _looked(asked).decided
 
 
-def decided_request(asked: Asked, out: Path, work: Path | None, console: Console) -> Decided:
+def resolve_request(asked: QuantizeOptions, out: Path, work: Path | None, console: Console) -> ResolvedRequest:
     """The request of a command, with what has to be measured first: the rules of an allocation where a budget is given,
     the outliers of every layer under ReQuant, the KV cache. What cannot be met is refused before anything is measured.
 
@@ -80,10 +78,10 @@ def decided_request(asked: Asked, out: Path, work: Path | None, console: Console
     reporter = Reporter(console, command_line())
     with reporter.running():
         if asked.budget is not None:
-            budgeted = allocated(request, asked.budget, reporter)
+            budgeted = allocate_budget(request, asked.budget, reporter)
             request, cache = budgeted.request, budgeted.cache
         if look.parts is not None:
-            found, said = targets.settle(look.parts, reporter)
+            found, said = towers.settle(look.parts, reporter)
             request = replace(request, targets=found.targets)
             for sentence in said:
                 console.print(Text(sentence))
@@ -91,10 +89,10 @@ def decided_request(asked: Asked, out: Path, work: Path | None, console: Console
             request = _searched(request, out, work, console, reporter)
         if asked.cache is not None:
             cache = plan_cache(request, asked.cache, reporter)
-    return Decided(_with_cache(request, cache), budgeted, cache, look.decided.said)
+    return ResolvedRequest(request=_with_cache(request, cache), budgeted=budgeted, cache=cache, said=look.decided.said)
 
 
-def show_ahead(found: Decided, when: str, console: Console) -> None:
+def show_ahead(found: ResolvedRequest, when: str, console: Console) -> None:
     """What was decided without asking, whether a budget can be met, and what is measured. when: the words before it."""
     for sentence in (*found.said, *([] if found.reach is None else [str(found.reach)])):
         console.print(Text(sentence))
@@ -102,7 +100,7 @@ def show_ahead(found: Decided, when: str, console: Console) -> None:
         console.print(Text(f"{when}: {each}"))
 
 
-def show_decided(found: Decided, console: Console) -> None:
+def show_decided(found: ResolvedRequest, console: Console) -> None:
     """The allocation and the cache, where there are any."""
     if found.budgeted is not None:
         show_allocation(found.budgeted, console)
@@ -110,7 +108,7 @@ def show_decided(found: Decided, console: Console) -> None:
         show_cache(found.cache, console)
 
 
-def decided_json(found: Decided) -> dict[str, Any]:
+def decided_json(found: ResolvedRequest) -> dict[str, Any]:
     """The machine's copy of ``show_decided`` and ``show_ahead``."""
     data: dict[str, Any] = {}
     if found.budgeted is not None:
@@ -124,7 +122,7 @@ def decided_json(found: Decided) -> dict[str, Any]:
     return data
 
 
-def _looked(asked: Asked) -> _Look:
+def _looked(asked: QuantizeOptions) -> _Look:
     """Everything that can be refused is refused here."""
     if asked.budget is not None:
         look = _of_budget(asked.request, asked.budget)
@@ -138,36 +136,38 @@ def _looked(asked: Asked) -> _Look:
 
 def _of_budget(request: Request, wanted: BudgetRequest) -> _Look:
     found = opened(request, wanted)
-    kv, look = found.cache, _Look(Decided(request, open=True, reach=found.reach))
+    kv, look = found.cache, _Look(ResolvedRequest(request=request, open=True, reach=found.reach))
     if found.ask is not None:
-        profile, look.run = ahead.of_profile(found.ask, wanted.profile)
+        profile, look.run = measurements_ahead.of_profile(found.ask, wanted.profile)
         look.first.append(profile)
     else:
-        cache = None if kv is None else kvplan.with_widths(kv, kv.policy.widths_of(kv.heads.layers))
+        cache = None if kv is None else kv_cache.with_widths(kv, kv.policy.widths_of(kv.heads.layers))
         budgeted = solved(request, wanted, found, cache)
         if found.solvable:
-            look.decided = Decided(_with_cache(budgeted.request, cache), budgeted, cache)
+            look.decided = ResolvedRequest(request=_with_cache(budgeted.request, cache), budgeted=budgeted, cache=cache)
         if wanted.evaluations or not found.solvable or (wanted.cache is not None and wanted.cache.scale_keys):
-            look.run = ahead.run_operations(budgeted.request)
+            look.run = measurements_ahead.run_operations(budgeted.request)
     if wanted.cache is not None and kv is not None:
         look.first += _of_cache(look, request, kv, wanted.cache, joint=True)
     if wanted.evaluations:
         rows = found.made.request["rows"]
-        look.first.append(ahead.of_refinement(request, found.outline, wanted.evaluations, rows, look.run))
+        look.first.append(
+            measurements_ahead.of_refinement(request, found.structure, wanted.evaluations, rows, look.run)
+        )
     return look
 
 
 def _of_request(request: Request) -> _Look:
     searching = is_requant(request.method)
     # Any method that runs rows does to look at the parts beside a language model.
-    parts = targets.opened(replace(request, method="gptq") if searching else request)
+    parts = towers.opened(replace(request, method="gptq") if searching else request)
     request = replace(request, targets=parts.request.targets)
-    look = _Look(Decided(request, said=parts.said), parts)
+    look = _Look(ResolvedRequest(request=request, said=parts.said), parts)
     if parts.left:
-        look.first.append(ahead.of_parts(parts))
+        look.first.append(measurements_ahead.of_parts(parts))
     if searching:
         begun = begin(request)
-        look.first.append(ahead.of_search(begun))
+        look.first.append(measurements_ahead.of_search(begun))
         look.decided = replace(look.decided, request=begun.even)
     return look
 
@@ -175,18 +175,18 @@ def _of_request(request: Request) -> _Look:
 def _add_cache(look: _Look, wanted: CacheRequest) -> None:
     """A cache with a memory of its own."""
     request = look.decided.request
-    open_ = kvplan.opened(request, wanted)
+    open_ = kv_cache.opened(request, wanted)
     if not look.run and (open_.chooses or wanted.scale_keys):
-        look.run = ahead.run_operations(request)
+        look.run = measurements_ahead.run_operations(request)
     look.first += _of_cache(look, request, open_, wanted, joint=False)
     if not open_.chooses:
-        cache = kvplan.with_widths(open_, open_.policy.widths_of(open_.heads.layers))
+        cache = kv_cache.with_widths(open_, open_.policy.widths_of(open_.heads.layers))
         look.decided = replace(look.decided, request=_with_cache(request, cache), cache=cache)
 
 
 def _of_cache(look: _Look, request: Request, open_: CacheChoices, wanted: CacheRequest, joint: bool) -> list[Ahead]:
-    found = [ahead.of_cache(request, open_, joint, look.run)] if open_.chooses else []
-    return [*found, ahead.of_keys(request, open_, look.run)] if wanted.scale_keys else found
+    found = [measurements_ahead.of_cache(request, open_, joint, look.run)] if open_.chooses else []
+    return [*found, measurements_ahead.of_keys(request, open_, look.run)] if wanted.scale_keys else found
 
 
 def _with_cache(request: Request, cache: CachePlan | None) -> Request:
@@ -197,7 +197,7 @@ def _searched(request: Request, out: Path, work: Path | None, console: Console, 
     folder, job = out.with_name(out.name + ".requant"), work or out.with_name(out.name + ".job")
     if os.path.lexists(folder) and not folder.is_dir():
         raise UsageError(f"{folder}: the trials of requant need a folder of this name: move what is there away")
-    found = requanted(request, folder, job, reporter)
+    found = search_outliers(request, folder, job, reporter)
     tried = ", ".join(f"{t:g}: {kl:.5f}" for t, kl in found.divergence.items())
     console.print(f"outliers by sensitivity to the power {found.exponent:g} (KL divergence of each: {tried})")
     return found.request

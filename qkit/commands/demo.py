@@ -16,9 +16,9 @@ from qkit.commands.grid import Grid
 from qkit.commands.measured import printable, progress_bar
 from qkit.commands.verb import Verb
 from qkit.evaluation.request import EvalRequest
-from qkit.locate import find_model
-from qkit.output import check_output_dir, remove_result
-from qkit.request import Request
+from qkit.files.locate import find_model
+from qkit.files.output import check_output_dir, remove_result
+from qkit.planning.request import Request
 
 MODEL = "tiny-llama"
 SCHEMES = ("W4A16", "W4A8")
@@ -64,8 +64,8 @@ def demo_command(work: Path, overwrite: bool, json_file: Path | None) -> None:
 
 def _make(scheme: str, out: Path, reporter: Reporter) -> dict[str, Any]:
     """Quantize and verify; what a stopped demo left in the job folder is used, a finished result is made again."""
-    from qkit.job_folder import remove_job
-    from qkit.pipeline import quantize
+    from qkit.files.job_folder import remove_job
+    from qkit.workflows.quantize import quantize
 
     job = out.with_name(out.name + ".job")
     if out.exists():
@@ -82,7 +82,7 @@ def _measured(out: Path, original: Path) -> dict[str, Any]:
 
     text = qkit_data.text_path("evaluation")
     with progress_bar(Console(stderr=True)) as progress:
-        found = measure(out, original, EvalRequest([text], windows=WINDOWS), progress)
+        found = measure(out, original, EvalRequest(texts=[text], windows=WINDOWS), progress)
     (figures,) = found["texts"].values()
     return {
         "bytes": found["size"]["bytes"],
@@ -110,7 +110,7 @@ def _continuation(folder: Path) -> str:
     """What the model makes of the prompt, greedily, on one line."""
     import torch
 
-    from qkit.loading import load, load_tokenizer
+    from qkit.runtime.loading import load, load_tokenizer
 
     tokenizer, model = load_tokenizer(folder), load(folder, dtype=torch.float32)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]

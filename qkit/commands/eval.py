@@ -11,7 +11,7 @@ import qkit_data
 from rich.console import Console
 from rich.text import Text
 
-from qkit.catalog import QUESTIONS
+from qkit.calibration.options import QUESTIONS
 from qkit.commands.common import OutFile, announce
 from qkit.commands.measured import (
     grids,
@@ -27,10 +27,10 @@ from qkit.commands.verb import Verb
 from qkit.errors import UsageError
 from qkit.evaluation.request import DTYPES, EvalRequest, dimensions_of
 from qkit.evaluation.sources import text_name
-from qkit.kvcache.policy import Policy, parse, stored
-from qkit.locate import find_model
-from qkit.rejected import described, read_mark
-from qkit.safefile import write_atomic
+from qkit.files.locate import find_model
+from qkit.files.rejected import described, read_mark
+from qkit.files.safefile import write_atomic
+from qkit.kvcache.policy import CachePolicy, parse, stored
 
 EXAMPLES = 12  # pictures of a report
 
@@ -139,25 +139,25 @@ def eval_command(
     for spec in texts:
         text_name(spec)
     request = EvalRequest(
-        texts,
-        window,
-        windows,
-        names,
-        limit,
-        task_dir,
-        allow_task_code,
-        dtype,
-        device,
-        caches,
-        prompt,
-        kv_step,
-        retrieval,
-        pairs,
-        QUESTIONS if questions is None else questions,
-        0 if report_file is None else EXAMPLES,
-        videos or 0,
-        vbench_python,
-        videos_dir,
+        texts=texts,
+        window=window,
+        windows=windows,
+        tasks=names,
+        limit=limit,
+        task_dir=task_dir,
+        allow_task_code=allow_task_code,
+        dtype=dtype,
+        device=device,
+        caches=caches,
+        prompt=prompt,
+        step=kv_step,
+        retrieval=retrieval,
+        pairs=pairs,
+        questions=QUESTIONS if questions is None else questions,
+        examples=0 if report_file is None else EXAMPLES,
+        videos=videos or 0,
+        vbench_python=vbench_python,
+        videos_dir=videos_dir,
         prompts=report_file is not None and pairs is None and not videos,
     )
     if request.alone and len(outs) > 1:
@@ -196,7 +196,7 @@ def _page(found: Sequence[Mapping[str, Any]], folders: Sequence[Path], request: 
 
         return videos_page(found[0], strips(*samples))
     if request.pairs is not None:
-        from qkit.report.pairs import pairs_page
+        from qkit.report.image_text import pairs_page
 
         (name,) = found[0]["pairs"]
         return pairs_page(found[0], name, request.pairs, request.questions)
@@ -211,7 +211,7 @@ def split_names(tasks: str | None) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in (tasks or "").split(",") if name.strip()))
 
 
-def _cache(name: str, out: str) -> Policy:
+def _cache(name: str, out: str) -> CachePolicy:
     """The policy of that name, or the checkpoint's own. Raises UsageError where widths would have to be chosen first."""
     if name == "stored":
         folder = find_model(out)

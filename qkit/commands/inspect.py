@@ -11,8 +11,8 @@ from rich.text import Text
 from qkit.commands.common import OutFile, print_wide, wide_table, write_json
 from qkit.commands.verb import Verb
 from qkit.errors import BadCheckpoint
-from qkit.inspect_folder import Found, inspect
-from qkit.words import megabytes
+from qkit.files.inspect import Found, inspect
+from qkit.system.words import megabytes
 
 
 @click.command("inspect", cls=Verb)

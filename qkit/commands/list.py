@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
-from qkit.catalog import REQUANT, REQUANT_OUTLIERS, REQUANT_SIGNIFICANT, SOLVERS, TRANSFORMS
 from qkit.commands.common import OutFile, print_wide, wide_table, write_json
 from qkit.commands.verb import Verb
 from qkit.families.declared import DECLARED
-from qkit.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES, Format, layout
 from qkit.kvcache.policy import KINDS, SHORT, WIDTHS_OF
-from qkit.recipe import AUTO, TRIES
+from qkit.planning.recipe import AUTO, TRIES
+from qkit.planning.request import REQUANT, REQUANT_OUTLIERS, REQUANT_SIGNIFICANT
+from qkit.solvers.table import SOLVERS
+from qkit.system.option import Options
+from qkit.tensor.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES, Format, layout
+from qkit.transforms.table import TRANSFORMS
 
 
 def _scale(f: Format) -> str:
@@ -37,8 +39,8 @@ def schemes() -> list[dict[str, Any]]:
     ]
 
 
-def _method(name: str, kind: str, what: str, options: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
-    given = ", ".join(f"{k}={default}" for k, (default, _) in options.items())
+def _method(name: str, kind: str, what: str, options: Options) -> dict[str, Any]:
+    given = ", ".join(f"{k}={option.default}" for k, option in options.items())
     return {"method": name, "kind": kind, "what": what, "options": given}
 
 

@@ -17,8 +17,8 @@ from qkit.commands.common import megabytes
 from qkit.commands.grid import Grid, print_wide, wide_table
 from qkit.errors import NumericFailure, VerifyFailure
 from qkit.evaluation.request import jsonable
-from qkit.folder import RECORD
-from qkit.verify import summary, verify
+from qkit.files.folder import RECORD
+from qkit.verification.verify import summary, verify
 
 
 def json_bytes(value: Any) -> bytes:

@@ -11,31 +11,31 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from qkit.commands.asked import asked_of
+from qkit.commands.asked import options_of
 from qkit.commands.budget import BUDGETS, WAYS, budget_options, explain, explanation
 from qkit.commands.cache import cache_options
 from qkit.commands.common import OutFolder, megabytes, request_options, show_coverage, write_json
 from qkit.commands.verb import Verb
 from qkit.errors import UsageError, write_failure
-from qkit.safefile import write_atomic
+from qkit.files.safefile import write_atomic
 
 if TYPE_CHECKING:
-    from qkit.budgeting import Allocated
-    from qkit.pipeline import Prepared
-    from qkit.request import Request
+    from qkit.planning.request import Request
+    from qkit.workflows.budget import BudgetAllocation
+    from qkit.workflows.quantize import PreparedRequest
 
 
-def plan_json(found: Prepared) -> dict[str, Any]:
+def plan_json(found: PreparedRequest) -> dict[str, Any]:
     """The machine's copy of a plan."""
-    from qkit.fusing import engines_of
-    from qkit.pipeline import coverage
+    from qkit.planning.fused_layers import engines_of
+    from qkit.workflows.quantize import coverage
 
     plan = found.plan.to_json()
     return {
         "hash": found.plan.hash,
         "source": {"fingerprint": found.plan.source_fingerprint, "sampled": True},
         "coverage": coverage(found.plan),
-        "engines": [asdict(line) for line in engines_of(found.plan, found.outline)],
+        "engines": [asdict(line) for line in engines_of(found.plan, found.structure)],
         "forecast": found.forecast.to_json(),
         "linears": plan["linears"],
         "skipped": plan["skipped"],
@@ -46,7 +46,7 @@ def plan_json(found: Prepared) -> dict[str, Any]:
     }
 
 
-def show_forecast(found: Prepared, console: Console) -> None:
+def show_forecast(found: PreparedRequest, console: Console) -> None:
     """Bytes, memory, and the phases that take the time."""
     f = found.forecast
     runs = f"blocks run in {found.plan.run_dtype}; " if found.plan.calibration else ""
@@ -57,9 +57,9 @@ def show_forecast(found: Prepared, console: Console) -> None:
     )
 
 
-def show_method(request: Request, found: Prepared, console: Console) -> dict[str, Any]:
+def show_method(request: Request, found: PreparedRequest, console: Console) -> dict[str, Any]:
     """The method where nobody chose one, and what a better one costs; gives the machine's copy."""
-    from qkit.advice import on_method
+    from qkit.workflows.advice import on_method
 
     advice = on_method(request, found)
     if advice is None:
@@ -68,7 +68,7 @@ def show_method(request: Request, found: Prepared, console: Console) -> dict[str
     return {"method": asdict(advice)}
 
 
-def write_figures(found: Allocated, folder: Path, console: Console) -> None:
+def write_figures(found: BudgetAllocation, folder: Path, console: Console) -> None:
     """The pictures and the page of an allocation. Raises UsageError where another file of that name is there already."""
     from qkit.report.allocation import allocation_files
 
@@ -108,11 +108,11 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
     console = Console()
     if (why or figures is not None) and all(given[name] is None for name in BUDGETS):
         raise UsageError(f"{'--explain' if why else '--figures'} goes with a budget: add {WAYS}")
-    asked = asked_of(given, out or Path(Path(given["model"]).name), console)
+    asked = options_of(given, out or Path(Path(given["model"]).name), console)
 
     from qkit.commands.decide import decided_json, planned_request, show_ahead, show_decided
-    from qkit.forecast import refuse_what_cannot_fit
-    from qkit.pipeline import prepare
+    from qkit.engine.forecast import refuse_what_cannot_fit
+    from qkit.workflows.quantize import prepare
 
     decided = planned_request(asked)
     budgeted = decided.budgeted

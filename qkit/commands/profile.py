@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from qkit.catalog import MEASURES, PREFERRED, check_measures, curve_measure
 from qkit.commands.common import (
     OutFile,
     OutFolder,
@@ -23,11 +22,12 @@ from qkit.commands.common import (
 )
 from qkit.commands.verb import Verb
 from qkit.errors import BadInput, UsageError
-from qkit.locate import find_model
-from qkit.memory import bound_heap
-from qkit.request import Request, recipe_of
-from qkit.safefile import write_atomic
+from qkit.files.locate import find_model
+from qkit.files.safefile import write_atomic
+from qkit.planning.request import Request, recipe_of
 from qkit.sensitivity.candidates import parse_candidates
+from qkit.sensitivity.names import MEASURES, PREFERRED, check_measures, curve_measure
+from qkit.system.memory import bound_heap
 
 if TYPE_CHECKING:
     from qkit.allocation.pareto import Point
@@ -124,8 +124,8 @@ def profile_command(
     find_model(base.model)
 
     from qkit.allocation.pareto import uniform
-    from qkit.profiling import ProfileRequest, audit, forecast, profile
     from qkit.report.figures import pareto_plot, png
+    from qkit.workflows.profile import ProfileRequest, audit, forecast, profile
 
     request = ProfileRequest(base, candidates, wanted, rows, points)
     reporter = Reporter(console, command_line())
@@ -151,7 +151,7 @@ def pareto_curve(
 ) -> list[Point]:
     """The curve, ``wanted`` of its points measured with the weights of the probes."""
     from qkit.allocation.pareto import curve, measure_points
-    from qkit.profiling import measured_plans
+    from qkit.workflows.profile import measured_plans
 
     reporter.start("Pareto curve", 1)
     points = curve(made, measure)

@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from qkit.commands.asked import asked_of
+from qkit.commands.asked import options_of
 from qkit.commands.budget import budget_options
 from qkit.commands.cache import cache_options
 from qkit.commands.common import (
@@ -26,14 +26,14 @@ from qkit.commands.common import (
 )
 from qkit.commands.plan import plan_json, show_forecast, show_method
 from qkit.commands.verb import Verb
-from qkit.engines import engine_lines
-from qkit.folder import RECORD, weights_folder
-from qkit.memory import bound_heap
-from qkit.record import packed_record
-from qkit.safefile import parse_json
+from qkit.files.folder import RECORD, weights_folder
+from qkit.files.record import packed_record
+from qkit.files.safefile import parse_json
+from qkit.system.memory import bound_heap
+from qkit.verification.model_engines import engine_lines
 
 if TYPE_CHECKING:
-    from qkit.pipeline import Prepared
+    from qkit.workflows.quantize import PreparedRequest
 
 
 @click.command("quantize", cls=Verb)
@@ -68,15 +68,15 @@ def quantize_command(
     bound_heap()
     console = Console()
     began = time.monotonic()
-    asked = asked_of(given, out, console)
+    asked = options_of(given, out, console)
 
-    from qkit.commands.decide import decided_json, decided_request, show_decided
-    from qkit.export.folder import is_export_of
-    from qkit.job import finished_blocks
-    from qkit.pipeline import check_places, prepare, quantize
+    from qkit.commands.decide import decided_json, resolve_request, show_decided
+    from qkit.engine.export import is_export_of
+    from qkit.engine.job import finished_blocks
+    from qkit.workflows.quantize import check_places, prepare, quantize
 
     check_places(asked.request.model, out, work, overwrite)
-    decided = decided_request(asked, out, work, console)
+    decided = resolve_request(asked, out, work, console)
     request = decided.request
     found = prepare(request)
     show_decided(decided, console)
@@ -122,21 +122,21 @@ def _written(out: Path) -> tuple[int, int] | None:
     return None if state is None else (state.st_ino, state.st_mtime_ns)
 
 
-def stages(found: Prepared) -> list[tuple[str, list[float]]]:
+def stages(found: PreparedRequest) -> list[tuple[str, list[float]]]:
     """The blocks that a run goes through, as ``Reporter.expect`` takes them, by how many weights are in each."""
-    from qkit.blocks import LANGUAGE
-    from qkit.plan import sequences
+    from qkit.families.blocks import LANGUAGE
+    from qkit.planning.plan import sequences
 
     return [
         (
             "" if s.name == LANGUAGE else s.name,
             [float(sum(x.shape[0] * x.shape[1] for x in block.linears)) for block in s.blocks],
         )
-        for s in sequences(found.plan, found.outline)
+        for s in sequences(found.plan, found.structure)
     ]
 
 
-def _components(found: Prepared, out: Path) -> Iterator[str]:
+def _components(found: PreparedRequest, out: Path) -> Iterator[str]:
     """What became of a pipeline's text encoders."""
     for name, asked in found.components.items():
         before, after = (
@@ -155,9 +155,9 @@ def _recipes(out: Path) -> Iterator[str]:
         )
 
 
-def _rows(found: Prepared, work: Path | None, out: Path) -> list[str]:
+def _rows(found: PreparedRequest, work: Path | None, out: Path) -> list[str]:
     """What was the matter with calibration rows, by the journal of the job."""
-    from qkit.parts import notices
+    from qkit.engine.parts import notices
 
     file = (work or out.with_name(out.name + ".job")) / "journal.jsonl"
     lines = file.read_bytes().splitlines() if file.is_file() else []
@@ -166,7 +166,7 @@ def _rows(found: Prepared, work: Path | None, out: Path) -> list[str]:
 
 def _policy(out: Path) -> Iterator[str]:
     """What a policy by step is expected to come to, beside what was asked for."""
-    from qkit.steps import ENTRY
+    from qkit.workflows.diffusion_policy import ENTRY
 
     decided = packed_record(out).get(ENTRY)
     if decided is not None:

@@ -13,8 +13,8 @@ from rich.text import Text
 from qkit.commands.common import OutFile
 from qkit.commands.verb import Verb
 from qkit.errors import VerifyFailure
-from qkit.safefile import write_atomic
-from qkit.verify import Report, summary, verify
+from qkit.files.safefile import write_atomic
+from qkit.verification.verify import Report, summary, verify
 
 _SHOWN = 20  # problems listed on the terminal; --json has them all
 

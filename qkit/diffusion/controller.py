@@ -15,18 +15,18 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from qkit.blocks import Streams
 from qkit.diffusion.clock import Clock
-from qkit.diffusion.policy import BITS, NARROW, PURE, WARM_UP, WIDE, Policy, mean_width
+from qkit.diffusion.policy import BITS, NARROW, PURE, WARM_UP, WIDE, StepPolicy, mean_width
 from qkit.errors import BadCheckpoint, Unsupported
-from qkit.families.outline import Outline
-from qkit.folder import RECORD, load_json
-from qkit.formats import ACTIVATION_FORMATS, Format
+from qkit.families.blocks import Streams
+from qkit.families.structure import ModelStructure
+from qkit.files.folder import RECORD, load_json
+from qkit.tensor.formats import ACTIVATION_FORMATS, Format
 
 SKIPPED, RAN = "skipped", "ran"  # of a whole block
 
 
-class Told(Protocol):
+class StepQuantizable(Protocol):
     """A packed linear that can be told at every call how its inputs are quantized (``layers.QuantLinear``)."""
 
     weights: Format
@@ -37,7 +37,7 @@ class Told(Protocol):
 
 
 @dataclass(frozen=True)
-class Choice:
+class StepChoice:
     """What was decided: the inputs of a linear (a key of ``policy.BITS``), or SKIPPED or RAN of a whole block (linear '')."""
 
     step: int
@@ -47,7 +47,7 @@ class Choice:
     made: str
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _State:
     """Of one block and branch. last: the step of its last run; change: relative L1 of that run; deltas: its residual by stream,
     float32; drift: relative change of the residual between its last two runs; summed, skipped: since the last run."""
@@ -61,11 +61,11 @@ class _State:
 
 
 class Controller:
-    """Decides by a ``Policy``. One object for one transformer; not for several threads at once."""
+    """Decides by a ``StepPolicy``. One object for one transformer; not for several threads at once."""
 
     watches = False  # whether residuals are kept though nothing is skipped
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: StepPolicy) -> None:
         self.policy = policy
         self.reset()
 
@@ -73,7 +73,7 @@ class Controller:
         """Forget the run: the next call is the first step of another."""
         self.clock = Clock()
         self.states: dict[tuple[int, int], _State] = {}
-        self.log: list[Choice] = []
+        self.log: list[StepChoice] = []
 
     # ---- where the run is --------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ class Controller:
 
     def _skip(self, block: int, state: _State) -> bool:
         state.skipped += 1
-        self.log.append(Choice(self.step, self.branch, block, "", SKIPPED))
+        self.log.append(StepChoice(self.step, self.branch, block, "", SKIPPED))
         return True
 
     def reused(self, block: int, given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -140,14 +140,14 @@ class Controller:
         if self.policy.caches or self.watches:
             state.deltas = deltas
         state.last, state.summed, state.skipped = self.step, 0.0, 0
-        self.log.append(Choice(self.step, self.branch, block, "", RAN))
+        self.log.append(StepChoice(self.step, self.branch, block, "", RAN))
 
     def change(self, block: int) -> float | None:
         """The relative change that the block made one step earlier; None if it was skipped or did not run then."""
         state = self.states[self.branch, block]
         return state.change if state.last == self.step - 1 else None
 
-    def choose(self, block: int, linear: Told, name: str, x: Tensor) -> str:
+    def choose(self, block: int, linear: StepQuantizable, name: str, x: Tensor) -> str:
         """How the inputs x [.., in] of a linear are to be quantized, a key of ``policy.BITS``."""
         p, change = self.policy, self.change(block)
         if p.caches and p.purify and float(x.abs().amax()) > p.purify * float(x.abs().mean()):
@@ -157,10 +157,10 @@ class Controller:
         expected = p.predicted(name, change, block, self.clock.time)
         return NARROW if expected is not None and expected <= p.threshold else WIDE
 
-    def decide(self, block: int, linear: Told, name: str, x: Tensor) -> Format | None:
+    def decide(self, block: int, linear: StepQuantizable, name: str, x: Tensor) -> Format | None:
         """``choose``, noted in the log; as a format, None for inputs as they are."""
         made = self.choose(block, linear, name, x)
-        self.log.append(Choice(self.step, self.branch, block, name, made))
+        self.log.append(StepChoice(self.step, self.branch, block, name, made))
         return ACTIVATION_FORMATS.get(made)
 
     # ---- what came of it ---------------------------------------------------------------------------------------
@@ -177,19 +177,19 @@ class Controller:
         return sum(blocks) / max(1, len(blocks))
 
 
-class Ruled(Controller):
+class RuleController(Controller):
     """Inputs as ``rule(step, block, linear)`` says, a key of ``policy.BITS``; no block is skipped."""
 
     def __init__(self) -> None:
         self.rule: Callable[[int, int, str], str] = lambda step, block, linear: PURE
-        super().__init__(Policy({}, -math.inf))
+        super().__init__(StepPolicy(fits={}, threshold=-math.inf))
 
-    def choose(self, block: int, linear: Told, name: str, x: Tensor) -> str:
+    def choose(self, block: int, linear: StepQuantizable, name: str, x: Tensor) -> str:
         """By the rule."""
         return self.rule(self.step, block, name)
 
 
-class Stepped(nn.Module):
+class ControlledBlock(nn.Module):
     """A block under a controller."""
 
     def __init__(self, block: nn.Module, controller: Controller, index: int, streams: Streams) -> None:
@@ -236,25 +236,27 @@ def attach(model: Any, controller: Controller, blocks: Sequence[str], streams: S
             told: Any = module if hasattr(module, "chooser") else None
             if told is not None and told.weights.name == "nvfp4" and told.activations is not None:
                 told.chooser = _chooser(controller, index, told, f"{path}.{name}")
-        model.set_submodule(path, Stepped(block, controller, index, streams))
+        model.set_submodule(path, ControlledBlock(block, controller, index, streams))
     model.register_forward_pre_hook(look, with_kwargs=True)
     model.steps = controller
     return controller
 
 
-def attach_recorded(model: Any, outline: Outline) -> None:
+def attach_recorded(model: Any, structure: ModelStructure) -> None:
     """Put a controller into a transformer whose folder has a policy; raises BadCheckpoint for one that cannot be read."""
-    file = outline.checkpoint.path / RECORD
+    file = structure.checkpoint.path / RECORD
     recorded = load_json(file, "record", 1 << 28).get("diffusion") if file.is_file() else None
     if recorded is None:
         return
-    assert outline.family.streams is not None
+    assert structure.family.streams is not None
     try:
-        policy = Policy.from_json(recorded)
+        policy = StepPolicy.from_json(recorded)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise BadCheckpoint(f"{file}: the policy by step ('diffusion') cannot be read: {e}: export it again") from e
-    attach(model, Controller(policy), [b.path for b in outline.blocks], outline.family.streams)
+    attach(model, Controller(policy), [b.path for b in structure.blocks], structure.family.streams)
 
 
-def _chooser(controller: Controller, index: int, module: Told, name: str) -> Callable[[Tensor], Format | None]:
+def _chooser(
+    controller: Controller, index: int, module: StepQuantizable, name: str
+) -> Callable[[Tensor], Format | None]:
     return lambda x: controller.decide(index, module, name, x)

@@ -17,18 +17,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qkit.diffusion.controller import Controller, Told
-from qkit.diffusion.policy import BITS, MOST_SKIPS, NARROW, PURE, WARM_UP, WIDE, Asked, Policy
+from qkit.diffusion.controller import Controller, StepQuantizable
+from qkit.diffusion.policy import BITS, MOST_SKIPS, NARROW, PURE, WARM_UP, WIDE, PolicyConfig, StepPolicy
 from qkit.diffusion.schedule import LONGEST, best_groups, group_costs
-from qkit.formats import ACTIVATION_FORMATS
+from qkit.tensor.formats import ACTIVATION_FORMATS
 
 SAMPLE_TOKENS = 256  # of a linear's inputs that errors are measured on
 SAMPLE_VALUES = 1 << 14  # of a block's residual that a schedule goes by
 PROMPTS = 8  # that runs are observed on, if there are as many
 
 
-@dataclass(frozen=True)
-class Seen:
+@dataclass(frozen=True, kw_only=True)
+class Observation:
     """One linear at one step. run: number of the prompt; change: of its block one step earlier (None: it did not run then);
     error: relative L1 of its output under NVFP4 inputs; peak: max |x| / mean |x| of its inputs; time: the step's."""
 
@@ -49,17 +49,17 @@ class Observer(Controller):
     watches = True
 
     def __init__(self) -> None:
-        self.run, self.seen = -1, list[Seen]()
+        self.run, self.seen = -1, list[Observation]()
         # By run, branch and block, and by step: values of the residual.
         self.residuals: dict[tuple[int, int, int], dict[int, Tensor]] = defaultdict(dict)
-        super().__init__(Policy({}, math.inf))
+        super().__init__(StepPolicy(fits={}, threshold=math.inf))
 
     def reset(self) -> None:
         """A new run begins."""
         super().reset()
         self.run += 1
 
-    def choose(self, block: int, linear: Told, name: str, x: Tensor) -> str:
+    def choose(self, block: int, linear: StepQuantizable, name: str, x: Tensor) -> str:
         """Note the error that NVFP4 inputs would make; inputs stay as they are."""
         flat = x.reshape(-1, x.shape[-1])
         some = flat[:: max(1, len(flat) // SAMPLE_TOKENS)]
@@ -67,7 +67,19 @@ class Observer(Controller):
         error = float((rounded - true).abs().sum() / true.abs().sum().clamp_min(1e-30))
         peak = float(x.abs().amax() / x.abs().mean().clamp_min(1e-30))
         time = self.clock.time or 0.0
-        self.seen.append(Seen(self.run, self.step, self.branch, block, name, self.change(block), error, peak, time))
+        self.seen.append(
+            Observation(
+                run=self.run,
+                step=self.step,
+                branch=self.branch,
+                block=block,
+                linear=name,
+                change=self.change(block),
+                error=error,
+                peak=peak,
+                time=time,
+            )
+        )
         return PURE
 
     def ran(self, block: int, given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
@@ -91,7 +103,7 @@ class Weights(Protocol):
 class Fit:
     """A policy, and what is known of it. pearson: by linear, correlation of error and change (NaN where one is constant)."""
 
-    policy: Policy
+    policy: StepPolicy
     pearson: dict[str, float]
     pairs: int
     expected: dict[str, float] = field(default_factory=dict)
@@ -102,10 +114,12 @@ class Fit:
         return {"pearson": rounded, "pairs": self.pairs, "expected": self.expected}
 
 
-def fit(seen: Observer, asked: Asked, chosen: Mapping[str, str] | None = None, weights: Weights | None = None) -> Fit:
+def fit(
+    seen: Observer, asked: PolicyConfig, chosen: Mapping[str, str] | None = None, weights: Weights | None = None
+) -> Fit:
     """The policy that the observed runs ask for. chosen: NARROW or WIDE by linear, where that is decided already; weights: what
     errors are worth."""
-    policy = Policy({}, math.inf, most=MOST_SKIPS, kind=asked.kind)
+    policy = StepPolicy(fits={}, threshold=math.inf, most=MOST_SKIPS, kind=asked.kind)
     if weights is not None:
         policy = replace(policy, by_time=weights.by_time, by_block=weights.by_block)
     pairs, worth = defaultdict[str, list[tuple[float, float]]](list), defaultdict[str, list[float]](list)
@@ -214,7 +228,7 @@ def _tau(seen: Observer, share: float) -> float:
 
 
 def _threshold(
-    seen: Observer, policy: Policy, skipped: dict[tuple[int, int, int], set[int]], width: float
+    seen: Observer, policy: StepPolicy, skipped: dict[tuple[int, int, int], set[int]], width: float
 ) -> tuple[float, float]:
     """(threshold, mean width that it comes to): the policy's own threshold if it is finite; else below it lie as many
     predictions as may be NVFP4 for that width. Inputs with outliers are in 16 bits where a cache is, and runs that follow a

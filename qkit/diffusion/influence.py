@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from qkit.diffusion.controller import Ruled
-from qkit.diffusion.fitting import Seen
+from qkit.diffusion.controller import RuleController
+from qkit.diffusion.fitting import Observation
 from qkit.diffusion.policy import NARROW, PURE
 from qkit.diffusion.trajectory import sample
 
@@ -37,8 +37,8 @@ class Influence:
 
 def influence_of(
     pipeline: Any,
-    controller: Ruled,
-    seen: Sequence[Seen],
+    controller: RuleController,
+    seen: Sequence[Observation],
     samples: Sequence[tuple[str, int]],
     call: dict[str, Any],
     step: Callable[[], object],

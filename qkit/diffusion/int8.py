@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qkit.qtensor import QTensor, codes_to_grid, dequantize, effective_scale
+from qkit.tensor.qtensor import QTensor, codes_to_grid, dequantize, effective_scale
 
 GROUP = 16
 

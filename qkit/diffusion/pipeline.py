@@ -17,10 +17,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from qkit.errors import BadCheckpoint, Unsupported, write_failure
-from qkit.folder import DENOISER, PIPELINE_INDEX, contained, list_names, load_json
-from qkit.hashcache import full_hash
-from qkit.safefile import sha256_file, shown, write_atomic
-from qkit.sidefiles import copy, refuse_pickles, travelling
+from qkit.files.folder import DENOISER, PIPELINE_INDEX, contained, list_names, load_json
+from qkit.files.hash_cache import full_hash
+from qkit.files.safefile import sha256_file, shown, write_atomic
+from qkit.files.side_files import copy, refuse_pickles, travelling
 
 LIBRARIES = ("diffusers", "transformers")
 SECOND = "transformer_2"

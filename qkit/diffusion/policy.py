@@ -26,7 +26,7 @@ WARM_UP = 2  # steps at the start of a run that are always computed: our choice
 OUTLIERS = 25.0  # max |x| / mean |x| from which inputs are left as they are on a step that writes the cache: Eq. 12
 
 
-class Asked(BaseModel):
+class PolicyConfig(BaseModel):
     """A policy as recipes have it.
 
     kind: dmpq: precision by step; static: every linear has one for all steps, those with the least error NVFP4; decoupled: one
@@ -48,8 +48,8 @@ class Asked(BaseModel):
     weigh: bool = False
 
 
-@dataclass(frozen=True)
-class Policy:
+@dataclass(frozen=True, kw_only=True)
+class StepPolicy:
     """What a controller runs by.
 
     fits:      by linear (module name), (slope, offset) of the predicted relative error of its output under NVFP4 inputs against
@@ -57,7 +57,7 @@ class Policy:
     threshold: of that prediction; above it inputs are INT8. -inf: always INT8, inf: always NVFP4
     tau:       of the summed relative changes of a block's residual, below which it is not run; 0: it always is
     most:      skips in a row, at the most
-    purify, kind: as in ``Asked``
+    purify, kind: as in ``PolicyConfig``
     computed:  steps at which blocks are run, of ``steps`` in all, where that is decided beforehand; else none
     gains:     by step that is not computed, and by block, what the residual is multiplied by before it is reused
     by_time, by_block: what predicted errors are multiplied by: (time, factor) with times ascending, between which it is
@@ -103,9 +103,9 @@ class Policy:
         return {**asdict(self), "threshold": _said(self.threshold), "tau": _said(self.tau), "gains": gains}
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> Policy:
+    def from_json(data: dict[str, Any]) -> StepPolicy:
         """The policy that ``to_json`` described. Raises ValueError."""
-        if data.get("kind") not in get_args(Asked.model_fields["kind"].annotation):
+        if data.get("kind") not in get_args(PolicyConfig.model_fields["kind"].annotation):
             raise ValueError(f"policy of kind {data.get('kind')!r}")
         fits = {str(k): (float(a), float(b)) for k, (a, b) in data["fits"].items()}
         if any(math.isnan(float(x)) for x in (data["threshold"], data["tau"], data["purify"])):
@@ -115,10 +115,19 @@ class Policy:
         gains = {int(step): tuple(float(g) for g in row) for step, row in data.get("gains", {}).items()}
         by_time = tuple((float(t), float(w)) for t, w in data.get("by_time", ()))
         by_block = tuple(float(w) for w in data.get("by_block", ()))
-        return Policy(
-            fits, threshold, tau, int(data["most"]), purify, data["kind"], computed, int(data.get("steps", 0)), gains,
-            by_time, by_block,
-        )  # fmt: skip
+        return StepPolicy(
+            fits=fits,
+            threshold=threshold,
+            tau=tau,
+            most=int(data["most"]),
+            purify=purify,
+            kind=data["kind"],
+            computed=computed,
+            steps=int(data.get("steps", 0)),
+            gains=gains,
+            by_time=by_time,
+            by_block=by_block,
+        )
 
 
 def _said(value: float) -> float | str:

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit.calls import mapped
+from qkit.calibration.block_calls import mapped
 from qkit.diffusion.clock import Clock
 from qkit.diffusion.pipeline import SAMPLING, load_pipeline, quiet, reason
 from qkit.errors import BadCalibration, UsageError
-from qkit.folder import DENOISER, contained, load_json
-from qkit.formats import did_you_mean
-from qkit.safefile import shown
-from qkit.spill import Spilled
-from qkit.textfile import TextFile
+from qkit.files.folder import DENOISER, contained, load_json
+from qkit.files.offload import OffloadedTensors
+from qkit.files.safefile import shown
+from qkit.files.text_file import TextFile
+from qkit.tensor.formats import did_you_mean
 
 STRATA = 8
 _OWN = ("prompt", "class_labels", "generator", "output_type", "callback_on_step_end", "return_dict")
@@ -79,7 +79,7 @@ def chosen_steps(count: int, prompt: int, most: int) -> tuple[int, ...]:
     return tuple(a + prompt % (b - a) for a, b in pairwise(edges))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trajectory:
     """Calls of a pipeline's transformer, made anew each time they are asked for: the same ones.
 
@@ -110,7 +110,7 @@ class Trajectory:
         left, number = self.samples, 0
         while left > 0:
             prompt = self.sampling.prompts[number % len(self.sampling.prompts)]
-            keep = _Kept(number, left, Spilled(folder), self.cap)
+            keep = _Kept(prompt=number, most=left, file=OffloadedTensors(folder), cap=self.cap)
             sample(pipeline, prompt, self.sampling.call, self.seed + number, keep)
             if not keep.kept:
                 raise BadCalibration(
@@ -120,13 +120,13 @@ class Trajectory:
             left, number = left - len(keep.kept), number + 1
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Kept:
     """The calls of the transformer that one prompt's run is to keep, by step: tensors as places in a file."""
 
     prompt: int
     most: int
-    file: Spilled
+    file: OffloadedTensors
     cap: int
     kept: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     steps: tuple[int, ...] = ()

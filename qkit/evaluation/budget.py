@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from qkit.catalog import DRAWN, QUESTIONS
+from qkit.calibration.options import DRAWN, QUESTIONS
 from qkit.errors import BadRecipe
-from qkit.strictyaml import LineDict, load_yaml, unknown_key
-from qkit.words import exact_megabytes
+from qkit.files.strictyaml import LineDict, load_yaml, unknown_key
+from qkit.system.words import exact_megabytes
 
 SIZE = "size"  # of all weight files
 METRICS = ("perplexity", "kl.mean", "kl.p99", "same_top1")  # of a text: plain, or followed by the name of one text
@@ -109,8 +109,8 @@ class Line:
     limit: Limit
 
 
-@dataclass(frozen=True)
-class Budget:
+@dataclass(frozen=True, kw_only=True)
+class QualityBudget:
     """A parsed budget; ``texts`` are absolute paths by name, ``pairs`` is DRAWN or one."""
 
     lines: tuple[Line, ...]
@@ -170,7 +170,7 @@ class Check:
         return exact_megabytes(self.measured) if self.name == SIZE else f"{self.measured:.6g}"
 
 
-def load_budget(path: Path) -> Budget:
+def load_budget(path: Path) -> QualityBudget:
     """Reads a budget file. Raises BadRecipe with file and line for anything that is not as this page describes."""
     content = load_yaml(path, "budget")
     where = f"budget {path}"
@@ -194,7 +194,7 @@ def load_budget(path: Path) -> Budget:
             lines.append(_line(key, value, at))
     if not lines:
         raise BadRecipe(f"{where} sets no limit; add a line such as 'kl.mean: 0.02'")
-    return Budget(tuple(lines), **settings)
+    return QualityBudget(lines=tuple(lines), **settings)
 
 
 def _texts(value: Any, folder: Path, at: str) -> dict[str, Path]:
@@ -248,7 +248,7 @@ def _limit(value: Any, metric: str, at: str) -> Limit:
     return Limit(upper, number, unit)
 
 
-def judge(budget: Budget, measured: Mapping[str, Any]) -> list[Check]:
+def check_budget(budget: QualityBudget, measured: Mapping[str, Any]) -> list[Check]:
     """Each line against what was measured (the dict of ``qkit.evaluation.measure``), in the order of the file.
 
     A line without the name of a text gives one check per text. A value or a baseline that is missing or not finite

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from qkit.errors import UsageError
+from qkit.evaluation.metrics import check_window, perplexity, perplexity_change, split_windows
 from qkit.kvcache.argument import with_cache
 from qkit.kvcache.cache import Heads, PackedCache, make_cache, with_budgets
-from qkit.kvcache.policy import Policy
+from qkit.kvcache.policy import CachePolicy
 from qkit.kvcache.store import Plain
-from qkit.quality import check_window, perplexity, perplexity_change, split_windows
 
 BATCH = 8  # windows that are decoded together
 GREEDY = 32  # tokens of a greedy continuation; our choice
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodingResult:
     """nll: float64 [windows, window - prompt], in nats, of the tokens after the prompt; bytes: of the cache in the end, of
     one sequence; plain_bytes: of keys and values as they come; widths: bits of each layer's body in the end; halvings:
     [(tokens, layer, bits)] of the first batch, every change of a width."""
@@ -41,9 +41,9 @@ class Decoded:
 
 @torch.inference_mode()
 def decode_windows(
-    model: Any, windows: Tensor, prompt: int, policy: Policy | None, step: int = 1,
+    model: Any, windows: Tensor, prompt: int, policy: CachePolicy | None, step: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> Decoded:  # fmt: skip
+) -> DecodingResult:  # fmt: skip
     """Feed each window [windows, length] through a cache (None: a plain one): ``prompt`` tokens at once, then ``step``
     at a time. A progressive policy without budgets gets those of windows of this length; budgets are of one sequence."""
     count, length = windows.shape
@@ -69,11 +69,11 @@ def decode_windows(
     rows = [torch.cat(parts[i : i + per_batch], dim=1) for i in range(0, len(parts), per_batch)]
     size, plain = sizes(model, cache, len(ids))
     widths = cache.widths if isinstance(cache, PackedCache) else []
-    return Decoded(torch.cat(rows).cpu(), size, plain, tuple(widths), tuple(halvings))
+    return DecodingResult(torch.cat(rows).cpu(), size, plain, tuple(widths), tuple(halvings))
 
 
 @torch.inference_mode()
-def greedy_tokens(model: Any, windows: Tensor, prompt: int, policy: Policy | None, count: int) -> Tensor:
+def greedy_tokens(model: Any, windows: Tensor, prompt: int, policy: CachePolicy | None, count: int) -> Tensor:
     """int64 [windows, count]: the most likely continuation of each window's first ``prompt`` tokens, through such a cache."""
     rows = []
     for ids in windows[:, :prompt].split(BATCH):
@@ -87,7 +87,7 @@ def greedy_tokens(model: Any, windows: Tensor, prompt: int, policy: Policy | Non
     return torch.cat(rows).cpu()
 
 
-def fresh_cache(model: Any, policy: Policy | None, length: int) -> Any:
+def fresh_cache(model: Any, policy: CachePolicy | None, length: int) -> Any:
     """An empty cache, a plain one for None. A progressive policy without budgets gets those of ``length`` tokens."""
     from transformers import DynamicCache
 
@@ -125,7 +125,7 @@ def _nll(logits: Tensor, ids: Tensor, filled: int) -> Tensor:
 
 
 def evaluate_caches(
-    model: Any, tokens: Tensor, window: int, limit: int | None, prompt: int, policies: Mapping[str, Policy],
+    model: Any, tokens: Tensor, window: int, limit: int | None, prompt: int, policies: Mapping[str, CachePolicy],
     step: int = 1, progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """{name: figures} of a text and policies by name, the plain cache first, under 'none'.

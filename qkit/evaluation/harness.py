@@ -23,14 +23,14 @@ import qkit_data
 import torch
 import yaml
 
-from qkit.catalog import DRAWN, QUESTIONS
-from qkit.confined import Exceeded
+from qkit.calibration.chat_templates import Confined, TemplateFailure
+from qkit.calibration.image_text import held_out
+from qkit.calibration.options import DRAWN, QUESTIONS
 from qkit.errors import BadInput, Unsupported, UsageError
+from qkit.evaluation.metrics import BATCH, BATCH_BYTES, Z95, bootstrap_ci
 from qkit.evaluation.sources import first_line
 from qkit.evaluation.taskcode import refuse_task_code
-from qkit.pairs import held_out
-from qkit.quality import BATCH, BATCH_BYTES, Z95, bootstrap_ci
-from qkit.templates import Confined, TemplateFailure
+from qkit.system.confined import Exceeded
 
 BOOTSTRAP = 1000  # resamples for metrics whose standard error has no closed form
 FEWSHOT_SEED = 1234  # lm-eval's own default

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from qkit.catalog import DRAWN
-from qkit.checkpoint import Checkpoint
+from qkit.calibration.image_text import held_out, load_processor
+from qkit.calibration.options import DRAWN
 from qkit.errors import UsageError
 from qkit.evaluation.request import EvalRequest, dimensions_of
 from qkit.evaluation.sources import read_text, text_name
 from qkit.evaluation.text import Progress, evaluate_texts, first_tokens, tokenize
 from qkit.evaluation.vbench import Bench, evaluate_vbench
 from qkit.families.declared import DECLARED
-from qkit.folder import PIPELINE_INDEX, is_pipeline, weights_folder
-from qkit.pairs import held_out, load_processor
+from qkit.files.checkpoint import Checkpoint
+from qkit.files.folder import PIPELINE_INDEX, is_pipeline, weights_folder
 
 
 def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Progress | None = None) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def measure_all(
     Raises UsageError for what is measured of one model alone (caches, pairs, videos), and for models that split a text in
     different ways.
     """
-    from qkit.loading import load, load_tokenizer
+    from qkit.runtime.loading import load, load_tokenizer
 
     found: list[dict[str, Any]] = [
         {
@@ -138,7 +138,14 @@ def _vbench(
             f"--tasks {request.tasks[0]}: give --vbench-python, an interpreter that VBench is installed for"
         )
     _check_pipelines(out, baseline, request)
-    bench = Bench(dimensions, request.vbench_python, request.videos, request.limit, request.videos_dir, request.device)
+    bench = Bench(
+        dimensions=dimensions,
+        python=request.vbench_python,
+        videos=request.videos,
+        limit=request.limit,
+        folder=request.videos_dir,
+        device=request.device,
+    )
     folders = {"model": out} | ({} if baseline is None else {"baseline": baseline})
     ours, *theirs = evaluate_vbench(
         [(n, f, partial(_pipeline, f, request)) for n, f in folders.items()], bench, progress
@@ -154,7 +161,7 @@ def _check_pipelines(out: Path, baseline: Path | None, request: EvalRequest) -> 
 
 
 def _pipeline(folder: Path, request: EvalRequest) -> Any:
-    from qkit.loading import load
+    from qkit.runtime.loading import load
 
     pipeline = load(folder, dtype=getattr(torch, request.dtype), device=request.device)
     pipeline.set_progress_bar_config(disable=True)
@@ -203,7 +210,7 @@ def _processor(out: Path, pairs: str) -> Any:
 def _pairs(
     model: Any, original: Any, processor: Any, request: EvalRequest, progress: Progress | None
 ) -> dict[str, Any]:
-    from qkit.evaluation.pictures import evaluate_pairs
+    from qkit.evaluation.image_text import evaluate_pairs
 
     assert request.pairs is not None
     name = request.pairs if request.pairs == DRAWN else Path(request.pairs).resolve().stem

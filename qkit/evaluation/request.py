@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qkit.catalog import QUESTIONS
+from qkit.calibration.options import QUESTIONS
 from qkit.errors import UsageError
-from qkit.kvcache.policy import Policy
+from qkit.kvcache.policy import CachePolicy
 
 DTYPES = ("float32", "bfloat16")  # of arithmetic
 PREFIX = "vbench:"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalRequest:
     """What to measure. ``texts`` as for ``evaluate_text``; ``limit``: samples per task, None for all. ``caches``: KV cache
     policies, compared by decoding the texts, ``step`` tokens at a time after a ``prompt`` (None: half a window), or by
@@ -34,7 +34,7 @@ class EvalRequest:
     allow_task_code: bool = False
     dtype: str = "float32"
     device: str = "cpu"
-    caches: Sequence[Policy] = ()
+    caches: Sequence[CachePolicy] = ()
     prompt: int | None = None
     step: int = 1
     retrieval: bool = False

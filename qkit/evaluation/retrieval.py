@@ -25,9 +25,9 @@ from torch import Tensor
 
 from qkit.errors import BadInput
 from qkit.evaluation.decoding import fresh_cache, sizes
+from qkit.evaluation.metrics import bootstrap_ci, check_window, split_windows
 from qkit.kvcache.argument import with_cache
-from qkit.kvcache.policy import Policy
-from qkit.quality import bootstrap_ci, check_window, split_windows
+from qkit.kvcache.policy import CachePolicy
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of what is asked for: 0 is the beginning of the context, 1 its end
 CHOICES = 8  # answers that are compared, the true one among them
@@ -174,7 +174,9 @@ def _too_short(found: int, needed: int) -> BadInput:
 
 
 @torch.inference_mode()
-def ask(model: Any, trial: Trial, policy: Policy | None) -> tuple[list[tuple[Tensor, Tensor]], tuple[float, float]]:
+def ask(
+    model: Any, trial: Trial, policy: CachePolicy | None
+) -> tuple[list[tuple[Tensor, Tensor]], tuple[float, float]]:
     """For each question (log-likelihoods float64 [2, CHOICES], in nats of whole answers after each of the twins; whether each
     is the greedy continuation, bool [2, CHOICES]), and bytes as ``sizes`` gives them when the contexts are in the cache.
 
@@ -229,7 +231,7 @@ def lengths_of(window: int) -> list[int]:
 
 
 def evaluate_retrieval(
-    model: Any, tokenizer: Any, text: str, tokens: Tensor, window: int, limit: int | None, policies: Mapping[str, Policy],
+    model: Any, tokenizer: Any, text: str, tokens: Tensor, window: int, limit: int | None, policies: Mapping[str, CachePolicy],
     seed: int = 0, progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
     """{name: rows} of a text (and its tokens, int64 [n]) and policies by name, the plain cache first, under 'none'.

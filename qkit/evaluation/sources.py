@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qkit.errors import BadInput, Unsupported, UsageError
-from qkit.textfile import TextFile
+from qkit.files.text_file import TextFile
 
 
 def text_name(spec: Path | str) -> str:

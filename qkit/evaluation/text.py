@@ -14,8 +14,16 @@ import torch
 from torch import Tensor
 
 from qkit.errors import BadInput, UsageError
+from qkit.evaluation.metrics import (
+    Comparison,
+    bootstrap_ci,
+    compare_all,
+    nll_windows,
+    perplexity,
+    perplexity_change,
+    quantile,
+)
 from qkit.evaluation.sources import is_dataset, read_text, text_file, text_name
-from qkit.quality import Comparison, bootstrap_ci, compare_all, nll_windows, perplexity, perplexity_change, quantile
 
 Progress = Callable[[str, int, int], None]  # (text, windows done, windows in all)
 

@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-from qkit.checkpoint import Checkpoint
 from qkit.diffusion.trajectory import Sampling, sampling_of
 from qkit.errors import BadInput, Unsupported, UsageError, write_failure
+from qkit.evaluation.metrics import bootstrap_ci
 from qkit.evaluation.request import PREFIX
 from qkit.evaluation.video import SEEDS, Progress, held_out, make_video
-from qkit.folder import RECORD, load_json, weights_folder
-from qkit.formats import did_you_mean
-from qkit.quality import bootstrap_ci
-from qkit.safefile import sha256_file, shown, write_atomic
+from qkit.files.checkpoint import Checkpoint
+from qkit.files.folder import RECORD, load_json, weights_folder
+from qkit.files.safefile import sha256_file, shown, write_atomic
+from qkit.tensor.formats import did_you_mean
 
 PER_PROMPT = 5  # videos of each of VBench's own prompts: its rule
 INDEX = "videos.json"  # beside the videos: whose they are
@@ -44,7 +44,7 @@ _MORE = {"imaging_quality_preprocessing_mode": "longer"}  # the default of VBenc
 
 
 @dataclass(frozen=True)
-class Wanted:
+class VideoRequest:
     """A video: its name without ending, and what it is made of."""
 
     name: str
@@ -52,7 +52,7 @@ class Wanted:
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """A request. python: VBench's interpreter; videos: of the pipeline's own prompts (0: VBench's prompts); limit: of VBench's
     prompts for a dimension, None for all; folder: where videos are kept, None for nowhere."""
@@ -83,7 +83,7 @@ def evaluate_vbench(
         for name, source, load in pipelines:
             into = (bench.folder or Path(nowhere)) / name
             write_videos(load, source, wanted, sampling.call, into, progress)
-            found.append(judge(bench, info, into, mode))
+            found.append(score_videos(bench, info, into, mode))
     for task, entry in found[0].items():
         for other in found[1:]:
             if entry["names"] != other[task]["names"]:
@@ -122,7 +122,7 @@ def check_dimensions(dimensions: Sequence[str], entries: Iterable[dict[str, Any]
         raise UsageError(f"--tasks {PREFIX}{wrong}: VBench has no such dimension{did_you_mean(wrong, known)}")
 
 
-def standard(dimensions: Sequence[str], entries: Iterable[dict[str, Any]], limit: int | None) -> list[Wanted]:
+def standard(dimensions: Sequence[str], entries: Iterable[dict[str, Any]], limit: int | None) -> list[VideoRequest]:
     """VBench's own prompts for these dimensions, the first ``limit`` of each, PER_PROMPT videos of every one."""
     counts, prompts = Counter[str](), list[str]()
     for entry in entries:
@@ -131,19 +131,19 @@ def standard(dimensions: Sequence[str], entries: Iterable[dict[str, Any]], limit
         if due:
             prompts.append(str(entry["prompt_en"]))
     return [
-        Wanted(f"{prompt}-{i}", prompt, SEEDS + PER_PROMPT * number + i)
+        VideoRequest(f"{prompt}-{i}", prompt, SEEDS + PER_PROMPT * number + i)
         for number, prompt in enumerate(dict.fromkeys(prompts))
         for i in range(PER_PROMPT)
     ]
 
 
-def own(sampling: Sampling, count: int) -> list[Wanted]:
+def own(sampling: Sampling, count: int) -> list[VideoRequest]:
     """A pipeline's own prompts, as ``video.held_out`` gives them."""
-    counts, found = Counter[str](), list[Wanted]()
+    counts, found = Counter[str](), list[VideoRequest]()
     for i in range(count):
         prompt, seed = held_out(sampling, i)
         name = prompt.replace("/", " ").encode()[:LONGEST].decode(errors="ignore")
-        found.append(Wanted(f"{name}-{counts[name]}", prompt, seed))
+        found.append(VideoRequest(f"{name}-{counts[name]}", prompt, seed))
         counts[name] += 1
     return found
 
@@ -151,7 +151,7 @@ def own(sampling: Sampling, count: int) -> list[Wanted]:
 def write_videos(
     load: Callable[[], Any],
     source: Path,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[VideoRequest],
     call: dict[str, Any],
     into: Path,
     progress: Progress | None,
@@ -212,7 +212,7 @@ def mp4(frames: torch.Tensor, rate: int = 8) -> bytes:
     return made
 
 
-def judge(bench: Bench, info: Path, videos: Path, mode: str) -> dict[str, dict[str, Any]]:
+def score_videos(bench: Bench, info: Path, videos: Path, mode: str) -> dict[str, dict[str, Any]]:
     """What VBench says of the videos in a folder. Raises Unsupported where it fails."""
     found = {}
     for dimension in bench.dimensions:  # one by one: a dimension whose model cannot be fetched takes no other with it

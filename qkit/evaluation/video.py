@@ -21,19 +21,19 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from qkit.diffusion.clock import Clock
-from qkit.diffusion.controller import SKIPPED, Choice
+from qkit.diffusion.controller import SKIPPED, StepChoice
 from qkit.diffusion.pipeline import quiet
 from qkit.diffusion.policy import BITS, mean_width
 from qkit.diffusion.trajectory import Sampling, sampling_of, subject
-from qkit.folder import DENOISER
-from qkit.quality import bootstrap_ci
+from qkit.evaluation.metrics import bootstrap_ci
+from qkit.files.folder import DENOISER
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
 SEEDS = 1_000_000  # from here on: calibration and policies have others
 PEAK_DB = 100.0  # of frames that are equal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Video:
     """frames: float32 [n, height, width, 3] from 0 to 1; latents: what the transformer was given at each step, first branch;
     width, skipped, log: of a controller (``diffusion.controller``), if there is one; seconds: of the whole pipeline."""
@@ -44,7 +44,7 @@ class Video:
     width: float = math.nan
     skipped: float = math.nan
     prompt: str = ""
-    log: tuple[Choice, ...] = ()
+    log: tuple[StepChoice, ...] = ()
 
 
 def make_video(pipeline: Any, prompt: str, call: dict[str, Any], seed: int) -> Video:
@@ -73,7 +73,15 @@ def make_video(pipeline: Any, prompt: str, call: dict[str, Any], seed: int) -> V
     seconds = time.perf_counter() - began
     frames = made.frames[0] if hasattr(made, "frames") else made.images
     width, skipped, log = (math.nan, math.nan, ()) if steps is None else (steps.width, steps.skipped, tuple(steps.log))
-    return Video(torch.as_tensor(np.asarray(frames)).float(), tuple(seen), seconds, width, skipped, prompt, log)
+    return Video(
+        frames=torch.as_tensor(np.asarray(frames)).float(),
+        latents=tuple(seen),
+        seconds=seconds,
+        width=width,
+        skipped=skipped,
+        prompt=prompt,
+        log=log,
+    )
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -170,7 +178,7 @@ def figures(ours: list[Video], theirs: list[Video]) -> dict[str, Any]:
     return found | judged(ours, theirs)
 
 
-def by_step(logs: list[tuple[Choice, ...]]) -> dict[str, list[list[float | None]]]:
+def by_step(logs: list[tuple[StepChoice, ...]]) -> dict[str, list[list[float | None]]]:
     """{"bits": mean bits of inputs by block and step, None where nothing was computed, "skips": share of skipped runs}."""
     blocks, steps = (1 + max(getattr(c, field) for log in logs for c in log) for field in ("block", "step"))
     widths: dict[tuple[int, int], list[int]] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qkit.blocks import Group, Streams
+from qkit.families.blocks import Group, Streams
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Tower:
     groups: tuple[Group, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One kind of model. Names are module names of transformers, or diffusers, unless said otherwise.
 

@@ -8,11 +8,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from qkit.blocks import Group
 from qkit.errors import Unsupported
 from qkit.families import Family, dit, encoder, vlm
+from qkit.families.blocks import Group
 from qkit.families.declared import DECLARED
-from qkit.schema import foreign
+from qkit.files.schema import foreign
 
 _DENOISERS = {name: family for family in dit.FAMILIES for name in family.model_types}
 _FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
@@ -162,4 +162,6 @@ def _discover(model: nn.Module, model_type: str) -> Family:
         members = members if all(m in names for m in members) else (name,)
         if all(name not in g.linears for g in groups):
             groups.append(Group(members))
-    return Family(f"discovered:{model_type}", (model_type,), blocks=(path,), groups=tuple(groups), embeddings="")
+    return Family(
+        name=f"discovered:{model_type}", model_types=(model_type,), blocks=(path,), groups=tuple(groups), embeddings=""
+    )

@@ -10,8 +10,8 @@ them; of its values one can, into the linear that made them.
 
 from __future__ import annotations
 
-from qkit.blocks import Group, Streams
 from qkit.families import Family
+from qkit.families.blocks import Group, Streams
 
 MODULATION = "it makes shifts, scales and gates from the timestep: small, and an error reaches every token"
 _SKIPS = tuple((glob, MODULATION) for glob in ("*.norm*.linear", "*.norm*.emb.*"))
@@ -34,8 +34,8 @@ _JOINT = (
 _SINGLE = (Group(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")), Group(("proj_out",)))
 
 WAN = Family(
-    "wan",
-    ("WanTransformer3DModel",),
+    name="wan",
+    model_types=("WanTransformer3DModel",),
     blocks=("blocks",),
     groups=(
         *_SELF,
@@ -51,8 +51,8 @@ WAN = Family(
     note="Wan 2.1",
 )
 COGVIDEOX = Family(
-    "cogvideox",
-    ("CogVideoXTransformer3DModel",),
+    name="cogvideox",
+    model_types=("CogVideoXTransformer3DModel",),
     blocks=("transformer_blocks",),
     groups=(*_SELF, *_FEED_FORWARD),
     streams=_VIDEO_THEN_TEXT,
@@ -60,8 +60,8 @@ COGVIDEOX = Family(
     note="CogVideoX",
 )
 HUNYUAN = Family(
-    "hunyuan",
-    ("HunyuanVideoTransformer3DModel",),
+    name="hunyuan",
+    model_types=("HunyuanVideoTransformer3DModel",),
     blocks=("transformer_blocks", "single_transformer_blocks"),
     groups=(*_JOINT, *_SINGLE, *_FEED_FORWARD, *_OF_TEXT),
     streams=_VIDEO_THEN_TEXT,
@@ -69,8 +69,8 @@ HUNYUAN = Family(
     note="HunyuanVideo",
 )
 FLUX = Family(
-    "flux",
-    ("FluxTransformer2DModel",),
+    name="flux",
+    model_types=("FluxTransformer2DModel",),
     blocks=("transformer_blocks", "single_transformer_blocks"),
     groups=HUNYUAN.groups,
     streams=_TEXT_THEN_VIDEO,
@@ -78,8 +78,8 @@ FLUX = Family(
     note="FLUX.1",
 )
 SD3 = Family(
-    "sd3",
-    ("SD3Transformer2DModel",),
+    name="sd3",
+    model_types=("SD3Transformer2DModel",),
     blocks=("transformer_blocks",),
     groups=(
         *_JOINT,
@@ -94,8 +94,13 @@ SD3 = Family(
     note="Stable Diffusion 3, 3.5",
 )
 CROSS = Family(
-    "cross",
-    ("LTXVideoTransformer3DModel", "PixArtTransformer2DModel", "SanaTransformer2DModel", "DiTTransformer2DModel"),
+    name="cross",
+    model_types=(
+        "LTXVideoTransformer3DModel",
+        "PixArtTransformer2DModel",
+        "SanaTransformer2DModel",
+        "DiTTransformer2DModel",
+    ),
     blocks=("transformer_blocks",),
     groups=(*_SELF, *_CROSS, *_FEED_FORWARD),
     streams=_HIDDEN,

@@ -5,14 +5,14 @@ Nothing generates with them and nothing measures them: they are quantized by sch
 
 from __future__ import annotations
 
-from qkit.blocks import Group
 from qkit.families import Family
+from qkit.families.blocks import Group
 
 _WO = "transformers keeps it in float32 and looks at its weight before it runs it"
 
 T5 = Family(
-    "t5",
-    ("T5EncoderModel", "UMT5EncoderModel"),
+    name="t5",
+    model_types=("T5EncoderModel", "UMT5EncoderModel"),
     blocks=("encoder.block",),
     groups=(
         Group(("layer.0.SelfAttention.q", "layer.0.SelfAttention.k", "layer.0.SelfAttention.v")),

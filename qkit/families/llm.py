@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from qkit.blocks import Group
 from qkit.families import Experts, Family, Keys, Rotation
+from qkit.families.blocks import Group
 
 _ATTENTION = (
     Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), source="input_layernorm"),
@@ -22,8 +22,8 @@ _LLAMA_ROTATION = Rotation(
 )
 
 LLAMA = Family(
-    "llama",
-    ("llama", "mistral", "qwen2", "qwen3"),
+    name="llama",
+    model_types=("llama", "mistral", "qwen2", "qwen3"),
     blocks=("model.layers",),
     groups=(*_ATTENTION, *_GATED_MLP),
     rotation=_LLAMA_ROTATION,
@@ -31,16 +31,16 @@ LLAMA = Family(
     note="Llama, Mistral, Qwen2, Qwen3",
 )
 GEMMA3 = Family(
-    "gemma3",
-    ("gemma3_text",),
+    name="gemma3",
+    model_types=("gemma3_text",),
     blocks=("model.layers",),
     groups=(*_ATTENTION, Group(("mlp.gate_proj", "mlp.up_proj"), source="pre_feedforward_layernorm"), _MLP_DOWN),
     norm_offset=1.0,
     note="Gemma 3 (text)",
 )
 PHI3 = Family(
-    "phi3",
-    ("phi3",),
+    name="phi3",
+    model_types=("phi3",),
     blocks=("model.layers",),
     groups=(
         Group(("self_attn.qkv_proj",), source="input_layernorm"),
@@ -52,8 +52,8 @@ PHI3 = Family(
 )
 _PRE_NORM = ("do_layer_norm_before", True)  # OPT-350m alone norms after the residual sum
 OPT = Family(
-    "opt",
-    ("opt",),
+    name="opt",
+    model_types=("opt",),
     blocks=("model.decoder.layers",),
     groups=(
         Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn_layer_norm", _PRE_NORM),
@@ -66,8 +66,8 @@ OPT = Family(
     note="OPT (biases, LayerNorm)",
 )
 GPT_NEOX = Family(
-    "gpt_neox",
-    ("gpt_neox",),
+    name="gpt_neox",
+    model_types=("gpt_neox",),
     blocks=("gpt_neox.layers",),
     groups=(
         Group(("attention.query_key_value",), source="input_layernorm"),
@@ -81,8 +81,8 @@ GPT_NEOX = Family(
     note="GPT-NeoX, Pythia (biases, LayerNorm)",
 )
 MIXTRAL = Family(
-    "mixtral",
-    ("mixtral",),
+    name="mixtral",
+    model_types=("mixtral",),
     blocks=("model.layers",),
     groups=_ATTENTION,
     keys=Keys(),
@@ -91,8 +91,8 @@ MIXTRAL = Family(
     note="Mixtral (fused 3-D experts)",
 )
 QWEN3_MOE = Family(
-    "qwen3_moe",
-    ("qwen3_moe",),
+    name="qwen3_moe",
+    model_types=("qwen3_moe",),
     blocks=("model.layers",),
     groups=(*_ATTENTION, *_GATED_MLP),
     keys=Keys(),

@@ -8,22 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit.blocks import BlockOutline
-from qkit.checkpoint import Checkpoint
-from qkit.families.outline import Outline
-from qkit.memory import give_back
+from qkit.families.blocks import BlockStructure
+from qkit.families.structure import ModelStructure
+from qkit.files.checkpoint import Checkpoint
+from qkit.system.memory import give_back
 
 
-def fill_computed_buffers(outline: Outline, path: str = "", skip: Collection[str] = ()) -> None:
+def fill_computed_buffers(structure: ModelStructure, path: str = "", skip: Collection[str] = ()) -> None:
     """Buffers below ``path`` that no checkpoint holds (rotary frequencies, positions of patches) are computed by the
     initializer of the model that they are part of: a vision tower is a model inside a model. Those of a diffusion
     transformer were computed when its skeleton was made. skip: modules that have no memory."""
-    model = outline.model
-    for name, value in (outline.computed or {}).items():
+    model = structure.model
+    for name, value in (structure.computed or {}).items():
         owner = name.rpartition(".")[0]
         if owner not in skip and (not path or name.startswith(path + ".")):
             _assign(model, name, value)
-    if outline.computed is not None:
+    if structure.computed is not None:
         return
     models: dict[str, Any] = {n: m for n, m in model.named_modules() if hasattr(m, "_init_weights")}
     for name, module in model.get_submodule(path).named_modules(prefix=path):
@@ -39,16 +39,16 @@ def _assign(owner: nn.Module, name: str, value: Tensor) -> None:
 
 
 def load_block(
-    outline: Outline, block: BlockOutline, dtype: torch.dtype, read: Callable[[str], Tensor] | None = None
+    structure: ModelStructure, block: BlockStructure, dtype: torch.dtype, read: Callable[[str], Tensor] | None = None
 ) -> nn.Module:
     """The block's module with its weights in ``dtype``, read tensor by tensor; ``release`` gives the memory back.
 
     read: a tensor by its name in the checkpoint; None: the checkpoint's, which raises NumericFailure for a weight that is
     not finite
     """
-    read = read or outline.checkpoint.read_finite
-    module = outline.model.get_submodule(block.path).to(dtype).to_empty(device="cpu")
-    fill_computed_buffers(outline, block.path)
+    read = read or structure.checkpoint.read_finite
+    module = structure.model.get_submodule(block.path).to(dtype).to_empty(device="cpu")
+    fill_computed_buffers(structure, block.path)
     linears = {f"{linear.name}.weight": linear for linear in block.linears}
     for name, stored in block.stored:
         value = read(stored)
@@ -59,13 +59,13 @@ def load_block(
     return module.requires_grad_(False)
 
 
-def load_outer(outline: Outline, read: Callable[[str], Tensor] | None = None) -> None:
+def load_outer(structure: ModelStructure, read: Callable[[str], Tensor] | None = None) -> None:
     """Everything outside the blocks that the way into the first block needs (embeddings, positions, norms, towers).
 
     read: as of ``load_block``
     """
-    read = read or outline.checkpoint.read_finite
-    model, blocks = outline.model, outline.family.blocks
+    read = read or structure.checkpoint.read_finite
+    model, blocks = structure.model, structure.family.blocks
     base: Any = getattr(model, "base_model", model)
     inside = {n for n, _ in model.named_modules() if n in blocks or n.startswith(tuple(f"{b}." for b in blocks))}
     prefix = next((n for n, m in model.named_modules() if m is base), "")
@@ -74,12 +74,12 @@ def load_outer(outline: Outline, read: Callable[[str], Tensor] | None = None) ->
             continue
         for leaf, p in list(module.named_parameters(recurse=False)):
             # A tower that was quantized was in another dtype meanwhile.
-            dtype = outline.loaded_dtype(f"{name}.{leaf}")
+            dtype = structure.loaded_dtype(f"{name}.{leaf}")
             setattr(module, leaf, nn.Parameter(torch.empty_like(p, device="cpu", dtype=dtype), requires_grad=False))
         for leaf, b in list(module.named_buffers(recurse=False)):
             module._buffers[leaf] = torch.empty_like(b, device="cpu")
-    fill_computed_buffers(outline, prefix, inside)
-    for name, stored in outline.outer:
+    fill_computed_buffers(structure, prefix, inside)
+    for name, stored in structure.outer:
         if not prefix or name.startswith(prefix + "."):
             _assign(model, name, read(stored))
 
@@ -90,13 +90,13 @@ def release(part: nn.Module) -> None:
     give_back()
 
 
-def release_outer(outline: Outline) -> None:
+def release_outer(structure: ModelStructure) -> None:
     """Give back what ``load_outer`` took."""
-    outline.model.to("meta")
+    structure.model.to("meta")
     give_back()
 
 
-def plain_tensors(checkpoint: Checkpoint, block: BlockOutline, module: nn.Module) -> dict[str, Tensor]:
+def plain_tensors(checkpoint: Checkpoint, block: BlockStructure, module: nn.Module) -> dict[str, Tensor]:
     """Stored tensors of the block that are not quantized, by checkpoint name, in the dtype of the checkpoint.
 
     A tensor that no transform changed is the original to the bit.

@@ -9,9 +9,9 @@ from collections.abc import Collection
 
 from torch import nn
 
-from qkit.checkpoint import Checkpoint
-from qkit.safefile import shown
-from qkit.schema import foreign
+from qkit.files.checkpoint import Checkpoint
+from qkit.files.safefile import shown
+from qkit.files.schema import foreign
 
 # Ends of the names of transformers' classes, and what such a model is.
 _KINDS = {

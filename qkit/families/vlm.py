@@ -6,8 +6,8 @@ families name their tensors in several ways; transformers' own renaming says whi
 
 from __future__ import annotations
 
-from qkit.blocks import Group
 from qkit.families import Family, Keys, Tower
+from qkit.families.blocks import Group
 from qkit.families.llm import LLAMA
 
 # Language models whose blocks are those of a Llama, by the model_type of text_config.
@@ -48,8 +48,8 @@ TOWERS = (
 )
 
 LLAVA = Family(
-    "llava",
-    ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl"),
+    name="llava",
+    model_types=("llava", "llava_next", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl"),
     blocks=("model.language_model.layers",),
     groups=LLAMA.groups,
     embeddings="model.language_model.embed_tokens",
@@ -61,8 +61,8 @@ LLAVA = Family(
     note="LLaVA 1.5, LLaVA-NeXT, LLaVA-OneVision, InternVL, Qwen2-VL, Qwen2.5-VL",
 )
 IDEFICS = Family(
-    "idefics",
-    ("idefics3", "smolvlm"),
+    name="idefics",
+    model_types=("idefics3", "smolvlm"),
     blocks=("model.text_model.layers",),
     groups=LLAMA.groups,
     embeddings="model.text_model.embed_tokens",

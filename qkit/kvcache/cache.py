@@ -18,7 +18,7 @@ from qkit.kvcache.argument import cache_argument
 from qkit.kvcache.attention import NAME
 from qkit.kvcache.crosslayer import cross_layers
 from qkit.kvcache.layer import PackedLayer, channel_group, check_head_dim
-from qkit.kvcache.policy import Policy
+from qkit.kvcache.policy import CachePolicy
 from qkit.kvcache.scales import scales_of
 from qkit.kvcache.xquant import InputLayer, sources
 
@@ -26,7 +26,7 @@ from qkit.kvcache.xquant import InputLayer, sources
 class PackedCache(Cache):  # type: ignore[misc]
     """A PackedLayer for every layer of a model; made by ``make_cache``. Works as any cache of transformers does."""
 
-    def __init__(self, policy: Policy, layers: list[PackedLayer]) -> None:
+    def __init__(self, policy: CachePolicy, layers: list[PackedLayer]) -> None:
         super().__init__(layers=layers)
         self.policy = policy
 
@@ -54,13 +54,13 @@ class PackedCache(Cache):  # type: ignore[misc]
         return [layer.width for layer in self.layers]
 
 
-def make_cache(model: Any, policy: Policy) -> PackedCache:
+def make_cache(model: Any, policy: CachePolicy) -> PackedCache:
     """An empty cache for a model (or its config). Raises Unsupported for attention that it cannot serve, UsageError for a
     policy that does not suit the model."""
     return maker(model, policy)()
 
 
-def maker(model: Any, policy: Policy) -> Callable[[], PackedCache]:
+def maker(model: Any, policy: CachePolicy) -> Callable[[], PackedCache]:
     """What makes empty caches for a model, with all that is checked and computed but once. Raises as ``make_cache``."""
     heads = Heads.of(model)
     check_head_dim(heads.head_dim, policy)
@@ -123,7 +123,7 @@ class Heads:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         return Heads(config.num_hidden_layers, kept, head_dim, config.hidden_size)
 
-    def bytes_at(self, policy: Policy, width: int, tokens: int) -> int:
+    def bytes_at(self, policy: CachePolicy, width: int, tokens: int) -> int:
         """The most bytes that a layer occupies on the way to so many tokens of one sequence, at that final width. Raises
         UsageError for heads that cannot be packed."""
         check_head_dim(self.head_dim, policy)
@@ -151,7 +151,7 @@ class Heads:
         return max(at(tokens), at(min(before, tokens)))
 
 
-def with_budgets(policy: Policy, model: Any, length: int) -> Policy:
+def with_budgets(policy: CachePolicy, model: Any, length: int) -> CachePolicy:
     """The policy with a budget for every layer: what it takes to hold ``length`` tokens of a sequence at the layer's final
     width (policy.finals; without them the least of policy.widths). Other kinds come back as they are.
 
@@ -170,7 +170,7 @@ def with_budgets(policy: Policy, model: Any, length: int) -> Policy:
     return replace(policy, finals=finals, budgets=budgets, length=length)
 
 
-def attach(model: Any, policy: Policy) -> None:
+def attach(model: Any, policy: CachePolicy) -> None:
     """From now on ``model.generate`` makes a packed cache where it would make a plain one; a cache that the caller gives,
     and one that is asked for by name, stay what they are. Attention reads the past packed (attention.py) where the
     model ran the library's default. Attached again, the last policy counts.

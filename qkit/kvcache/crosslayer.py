@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from qkit.kvcache.layer import PackedLayer, Pair, Tensors
-from qkit.kvcache.policy import Policy
+from qkit.kvcache.policy import CachePolicy
 from qkit.kvcache.store import Plain
 from qkit.kvcache.xquant import InputLayer, Source
 
@@ -45,7 +45,7 @@ class CrossLayer(InputLayer):
     of a token, so that a body can be cut anywhere without the layers below.
     """
 
-    def __init__(self, policy: Policy, source: Source, below: Below, first: bool, last: bool) -> None:
+    def __init__(self, policy: CachePolicy, source: Source, below: Below, first: bool, last: bool) -> None:
         super().__init__(policy, source)
         self.by_token = False
         self.below, self.first, self.last = below, first, last
@@ -86,7 +86,7 @@ def _dequantized(pair: Pair, dtype: torch.dtype) -> Tensors:
     return pair[0].dequantize(dtype), pair[1].dequantize(dtype)
 
 
-def cross_layers(policy: Policy, made: Sequence[Source]) -> list[PackedLayer]:
+def cross_layers(policy: CachePolicy, made: Sequence[Source]) -> list[PackedLayer]:
     """The empty layers of a cache, in order."""
     below, last = Below(), len(made) - 1
     widths = policy.widths_of(len(made))

@@ -20,7 +20,7 @@ from transformers.cache_utils import CacheLayerMixin
 from qkit.errors import BudgetNotMet, Unsupported, UsageError
 from qkit.kvcache.attention import QUERIES, Past
 from qkit.kvcache.nested import Nested, nested
-from qkit.kvcache.policy import Policy
+from qkit.kvcache.policy import CachePolicy
 from qkit.kvcache.store import HALF, Float8, Packed, Plain, narrowed, quantize, token_bytes
 from qkit.transforms.rotate import orthogonal
 
@@ -36,7 +36,7 @@ def channel_group(head_dim: int, most: int) -> int:
     return max(n for n in range(8, min(head_dim, most) + 1, 8) if head_dim % n == 0)
 
 
-def check_head_dim(head_dim: int, policy: Policy) -> None:
+def check_head_dim(head_dim: int, policy: CachePolicy) -> None:
     """Raises UsageError for heads whose codes do not fill 16-bit words."""
     step = 16 if 3 in policy.widths else 8
     if head_dim % step:
@@ -90,7 +90,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(
         self,
-        policy: Policy,
+        policy: CachePolicy,
         budget: int | None = None,
         packed: bool = False,
         scales: tuple[float, float] = (1.0, 1.0),

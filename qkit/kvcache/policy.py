@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qkit.errors import UsageError
-from qkit.folder import RECORD, read_record
-from qkit.schema import KvPolicy
-from qkit.schema import checked as checked_file
+from qkit.files.folder import RECORD, read_record
+from qkit.files.schema import KvPolicy
+from qkit.files.schema import checked as checked_file
 
 WIDTHS = (2, 3, 4, 8, 16)
 KINDS = {
@@ -29,8 +29,8 @@ ANCHORS, ANCHOR_BITS = 3, 4  # xquant-cl: layers that have at least so many bits
 SHORT = {"progressive": "pm-kvq:", "rtn": "int"}  # how users write them
 
 
-@dataclass(frozen=True)
-class Policy:
+@dataclass(frozen=True, kw_only=True)
+class CachePolicy:
     """How keys and values are kept.
 
     kind:   of KINDS
@@ -71,11 +71,11 @@ class Policy:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if v is not None}
 
     @staticmethod
-    def from_json(found: dict[str, Any]) -> Policy:
+    def from_json(found: dict[str, Any]) -> CachePolicy:
         """The inverse of ``to_json``. Raises UsageError for anything else."""
         try:
             lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
-            return checked(Policy(**lists))
+            return checked(CachePolicy(**lists))
         except TypeError as e:
             raise UsageError(f"kv policy {found}: {e}; it was not written by this version of qkit") from e
 
@@ -91,17 +91,17 @@ class CacheRequest:
     scale_keys: bool = False
 
 
-def stored(folder: Path) -> Policy | None:
+def stored(folder: Path) -> CachePolicy | None:
     """The policy that a quantized folder is to be run with."""
     record = read_record(folder)
     found = None if record is None else record.get("kv")
     if found is None:
         return None
     checked_file(KvPolicy, found, f"{folder / RECORD}: kv", "run 'qkit verify' on the folder")
-    return Policy.from_json(found)
+    return CachePolicy.from_json(found)
 
 
-def parse(text: str) -> Policy:
+def parse(text: str) -> CachePolicy:
     """A policy by name: pm-kvq:4-2, pm-kvq:2, kivi2, int8, fp8, rotate4. Raises UsageError with the names that there are."""
     match = re.fullmatch(r"([a-z-]+?):?(\d+(?:-\d+)*)", text.strip().lower())
     kind = ALIASES.get(match[1], match[1]) if match else ""
@@ -118,10 +118,10 @@ def parse(text: str) -> Policy:
         "xquant-cl": {"group": 32, "window": 128},
         "hierarchical": {"window": 128, "keep": 128},
     }
-    return checked(replace(Policy(kind, widths), **defaults.get(kind, {})))
+    return checked(replace(CachePolicy(kind=kind, widths=widths), **defaults.get(kind, {})))
 
 
-def checked(p: Policy) -> Policy:
+def checked(p: CachePolicy) -> CachePolicy:
     """The policy, if it can be. Raises UsageError in one sentence."""
     if p.kind == "hierarchical" and p.widths != (8,):
         raise UsageError(f"kv policy {p.name}: it has 4 and 4 bits, read as 4 or as 8: write hierarchical8")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from qkit.activations import static_scale
 from qkit.errors import Unsupported
-from qkit.families.outline import Outline
-from qkit.formats import ACTIVATION_FORMATS
+from qkit.families.structure import ModelStructure
+from qkit.tensor.activations import static_scale
+from qkit.tensor.formats import ACTIVATION_FORMATS
 
 NAMES = ("k_scale", "v_scale")
 PROJECTIONS = ("k_proj", "v_proj", "qkv_proj")  # compressed-tensors 0.20 looks for one of them in the attention module
@@ -42,21 +42,21 @@ def scales_of(model: nn.Module, layers: int) -> list[tuple[float, float]]:
     return [(float(b.get(NAMES[0], 1.0)), float(b.get(NAMES[1], 1.0))) for b in buffers]
 
 
-def tensor_names(outline: Outline) -> list[tuple[str, str]]:
+def tensor_names(structure: ModelStructure) -> list[tuple[str, str]]:
     """The names in a checkpoint of the scales of every block. Raises Unsupported for attention in which compressed-tensors
     finds no keys and values, and for a config that does not tell it how many heads they have."""
-    config: Any = outline.model.config
+    config: Any = structure.model.config
     if not hasattr(config.get_text_config(decoder=True), "num_key_value_heads"):
         raise Unsupported(
-            f"--kv fp8 for a {outline.family.name} model: compressed-tensors needs num_key_value_heads, which its config does "
-            "not have: leave --kv out"
+            f"--kv fp8 for a {structure.family.name} model: compressed-tensors needs num_key_value_heads, which its config "
+            "does not have: leave --kv out"
         )
     found = []
-    for block in outline.blocks:
+    for block in structure.blocks:
         parents = {x.name.rpartition(".")[0] for x in block.linears if x.name.rpartition(".")[2] in PROJECTIONS}
         if len(parents) != 1:
             raise Unsupported(
-                f"--kv fp8 for a {outline.family.name} model: {outline.stored_name(block.path)} has no attention "
+                f"--kv fp8 for a {structure.family.name} model: {structure.stored_name(block.path)} has no attention "
                 f"module with k_proj and v_proj, or qkv_proj, where engines look for scales: leave --kv out"
             )
         (parent,) = parents

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit.batches import Rows, batches
+from qkit.calibration.batches import Rows, batches
 from qkit.kvcache.sensitivity import Handed, forward, rounded
 
 STEPS = 20  # alphas beside 0

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
-from qkit.batches import Batch, Rows, batches
+from qkit.calibration.batches import Batch, Rows, batches
 from qkit.kvcache.argument import with_cache
 from qkit.kvcache.layer import channel_group
 from qkit.kvcache.store import narrowed, quantize

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qkit.formats import FP8_MAX
+from qkit.tensor.formats import FP8_MAX
 
 HALF = {16: 8, 8: 4, 4: 2}  # the width that follows in halving
 WORD = 16
@@ -60,7 +60,7 @@ def halve_codes(codes: Tensor, bits: int) -> Tensor:
     return (((x << (2 * b)) - (x << b) + x) >> (3 * b)) & ((1 << b) - 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Packed:
     """Codes of [batch, heads, tokens, head_dim].
 
@@ -206,8 +206,10 @@ def quantize(x: Tensor, bits: int, group: int, axis: str = "channel") -> Packed:
     codes = (shifted * factor.unsqueeze(dim + 1)).round_().clamp_(0, (1 << bits) - 1).flatten(dim, dim + 1)
     whole = codes.to(torch.int32)
     if bits == 3:
-        return Packed(pack(whole & 3, 2), low, span, bits, group, axis, pack(whole >> 2, 1))
-    return Packed(pack(whole, bits), low, span, bits, group, axis)
+        return Packed(
+            words=pack(whole & 3, 2), low=low, span=span, bits=bits, group=group, axis=axis, high=pack(whole >> 2, 1)
+        )
+    return Packed(words=pack(whole, bits), low=low, span=span, bits=bits, group=group, axis=axis)
 
 
 def _outwards(x: Tensor, sign: float) -> Tensor:

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit import ops
 from qkit.errors import Unsupported, UsageError
 from qkit.kvcache.layer import ROTATION_SEED, PackedLayer, Tensors
-from qkit.kvcache.policy import Policy
+from qkit.kvcache.policy import CachePolicy
 from qkit.kvcache.scales import attentions
-from qkit.qtensor import dequantize
+from qkit.nn import ops
+from qkit.tensor.qtensor import dequantize
 from qkit.transforms.rotate import orthogonal
 
 
@@ -128,7 +128,7 @@ def _factors(weight: Tensor) -> Tensors:
 class InputLayer(PackedLayer):
     """A cache layer that keeps inputs of attention. ``capture`` hands them over before attention runs."""
 
-    def __init__(self, policy: Policy, source: Source) -> None:
+    def __init__(self, policy: CachePolicy, source: Source) -> None:
         super().__init__(policy)
         self.source = source
         self.by_token = source.latent is not None

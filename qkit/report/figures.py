@@ -173,7 +173,7 @@ def pareto_plot(
 def accuracy_bars(figures: Mapping[str, Any], model: str, baseline: str | None) -> Figure:
     """Exactly right answers in % by kind of question and in all, with 95 % intervals of the model's, beside the original's.
 
-    figures: of ``qkit.evaluation.pictures.evaluate_pairs``.
+    figures: of ``qkit.evaluation.image_text.evaluate_pairs``.
     """
     from matplotlib.figure import Figure
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.errors import QkitError
-from qkit.folder import RECORD, load_json
+from qkit.files.folder import RECORD, load_json
 from qkit.report.page import page
 
 _LAYERS = 20  # with the largest errors, that the page names

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 
 from qkit.errors import UsageError
-from qkit.formats import Scheme, did_you_mean, scheme
-from qkit.recipe import MOST_SPARSE
+from qkit.planning.recipe import MOST_SPARSE
+from qkit.tensor.formats import Scheme, did_you_mean, scheme
 
 KEEP = ("bf16", "fp16", "keep")  # names for leaving a unit in the checkpoint's dtype
 

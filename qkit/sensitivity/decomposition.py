@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qkit.errors import BadInput
-from qkit.safefile import read_header, read_tensor, save_tensors
+from qkit.files.safefile import read_header, read_tensor, save_tensors
 
 PER_MILLE = (1, 5, 10, 50)  # of the weights, where coverage is told
 

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit.diffusion.controller import Controller, Ruled
+from qkit.diffusion.controller import Controller, RuleController
 from qkit.diffusion.policy import BITS, NARROW, PURE, WIDE
 from qkit.evaluation.video import make_video, ssim
-from qkit.folder import DENOISER
-from qkit.run import Progress
+from qkit.files.folder import DENOISER
+from qkit.system.progress import Progress
 
 PROMPTS, PICKED = 2, 4
 SPLITS = 10  # ratios of the mean widths of both groups, from 0.46 to 1.36: MixDQ's
@@ -40,7 +40,7 @@ def is_content(name: str) -> bool:
 
 def allocate(
     pipeline: Any,
-    controller: Ruled,
+    controller: RuleController,
     linears: Sequence[str],
     samples: Sequence[tuple[str, int]],
     call: dict[str, Any],

@@ -9,20 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qkit.batches import Extent, extent
-from qkit.blocks import LANGUAGE
+from qkit.calibration.batches import Extent, extent
+from qkit.engine.forecast import ALLOCATOR, LATER
 from qkit.errors import Unsupported
-from qkit.families.outline import Outline
-from qkit.forecast import ALLOCATOR, LATER
-from qkit.machine import available_memory, process_bytes, resident_bytes
-from qkit.plan import Plan
+from qkit.families.blocks import LANGUAGE
+from qkit.families.structure import ModelStructure
+from qkit.planning.plan import Plan
 from qkit.sensitivity import hidden
 from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.outputs import SAMPLE_TOKENS
+from qkit.sensitivity.reference_model import SPILL_BYTES, log_prob_bytes
 from qkit.sensitivity.repair import ROWS
-from qkit.sensitivity.subject import SPILL_BYTES, log_prob_bytes
 from qkit.sensitivity.units import units_of
-from qkit.words import megabytes
+from qkit.system.machine import available_memory, process_bytes, resident_bytes
+from qkit.system.words import megabytes
 
 # Tensors of the size of a chunk's logits that one worker holds at the worst moment.
 _FORWARD_LOGITS = 5  # of a comparison: log probabilities of both models, and what KL is computed from
@@ -34,13 +34,13 @@ _COPIES = {"first": 1, "fisher": 2, "pqi": 4}  # pqi: the original weights, the 
 GRADIENTS = 3  # operations of a pass with gradients, in passes without
 
 
-def pass_operations(outline: Outline, tokens: int) -> float:
+def pass_operations(structure: ModelStructure, tokens: int) -> float:
     """Of so many tokens through the whole model, multiply-adds counted twice: its linears and its head."""
-    linears = sum(x.shape[0] * x.shape[1] for b in outline.every_block for x in b.linears)
-    return 2.0 * tokens * (linears + _vocabulary(outline) * int(getattr(outline.text_config, "hidden_size", 0)))
+    linears = sum(x.shape[0] * x.shape[1] for b in structure.every_block for x in b.linears)
+    return 2.0 * tokens * (linears + _vocabulary(structure) * int(getattr(structure.text_config, "hidden_size", 0)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProfileForecast:
     """solver_runs: probes of the whole model; passes: through the whole model, over all rows [rows, length] each.
 
@@ -58,9 +58,9 @@ class ProfileForecast:
     peak_memory: int
     spilled: int
 
-    def operations(self, outline: Outline) -> float:
+    def operations(self, structure: ModelStructure) -> float:
         """Of all passes; multiply-adds count twice."""
-        return (self.forward + GRADIENTS * self.backward) * pass_operations(outline, self.rows * self.length)
+        return (self.forward + GRADIENTS * self.backward) * pass_operations(structure, self.rows * self.length)
 
     def line(self) -> str:
         """One line for a person."""
@@ -78,7 +78,7 @@ class ProfileForecast:
 
 
 def profile_forecast(
-    outline: Outline,
+    structure: ModelStructure,
     candidates: Sequence[Candidate],
     measures: Sequence[str],
     rows: Extent,
@@ -91,7 +91,7 @@ def profile_forecast(
     Names that are no measures count nothing: they are refused elsewhere.
     """
     quantizing = sum(c.scheme is not None for c in candidates)
-    units = units_of(outline, parts)
+    units = units_of(structure, parts)
     forward = 2 + quantizing  # the reference, its loss, and every candidate everywhere
     if {"loss", "kl"} & set(measures):
         forward += len(units) * quantizing
@@ -99,29 +99,38 @@ def profile_forecast(
     moves = any(c.scheme is not None and c.scheme.activations is not None for c in candidates)
     backward = sum(m in measures for m in ("first", "fisher")) + ("first_x" in measures and moves)
     backward += points * quantizing * ("pqi" in measures)
-    log_probs = log_prob_bytes(rows.scored, _vocabulary(outline))
+    log_probs = log_prob_bytes(rows.scored, _vocabulary(structure))
     memory = {
-        "the model in float32": 4 * outline.parameters,
+        "the model in float32": 4 * structure.parameters,
         "reference probabilities": log_probs if log_probs <= SPILL_BYTES else 0,
-        "measures": _held(outline, measures, rows, workers),
+        "measures": _held(structure, measures, rows, workers),
     }
     peak = max(process_bytes(), resident_bytes() + LATER + int(ALLOCATOR * sum(memory.values())))
     spilled = log_probs if log_probs > SPILL_BYTES else 0
-    return ProfileForecast(quantizing, forward, backward, rows.rows, rows.length, memory, peak, spilled)
+    return ProfileForecast(
+        solver_runs=quantizing,
+        forward=forward,
+        backward=backward,
+        rows=rows.rows,
+        length=rows.length,
+        memory=memory,
+        peak_memory=peak,
+        spilled=spilled,
+    )
 
 
-def repair_memory(plan: Plan, outline: Outline, workers: int) -> int:
+def repair_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
     """Bytes at the worst moment of ``repair``: the model, its quantized weights, and the path integral."""
     assert plan.calibration is not None
-    return 4 * outline.parameters + _held(outline, ("pqi",), extent(plan.calibration.first(ROWS)), workers)
+    return 4 * structure.parameters + _held(structure, ("pqi",), extent(plan.calibration.first(ROWS)), workers)
 
 
-def weighing_memory(plan: Plan, outline: Outline, workers: int) -> int:
+def weighing_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
     """Bytes at the worst moment of ``hidden.roots``: the model, and per worker a batch on its way back."""
     assert plan.calibration is not None
-    width = int(outline.text_config.hidden_size)
+    width = int(structure.text_config.hidden_size)
     rows = extent(plan.calibration.first(hidden.ROWS))
-    return 4 * outline.parameters + _backward(outline, rows, workers) + hidden.held(outline, width)
+    return 4 * structure.parameters + _backward(structure, rows, workers) + hidden.held(structure, width)
 
 
 def refuse_what_cannot_fit(found: ProfileForecast) -> None:
@@ -134,14 +143,14 @@ def refuse_what_cannot_fit(found: ProfileForecast) -> None:
         )
 
 
-def _held(outline: Outline, measures: Sequence[str], rows: Extent, workers: int) -> int:
+def _held(structure: ModelStructure, measures: Sequence[str], rows: Extent, workers: int) -> int:
     """Bytes at the worst moment of the measures asked for, on top of the model and the reference."""
-    linears = [x for b in outline.blocks for x in b.linears]
+    linears = [x for b in structure.blocks for x in b.linears]
     weights = 4 * sum(x.shape[0] * x.shape[1] for x in linears)
     chunk, pieces = rows.chunk, _pieces(rows)
     busy = min(workers, pieces)
-    logits = 4 * chunk * _vocabulary(outline)
-    backward = _backward(outline, rows, workers)
+    logits = 4 * chunk * _vocabulary(structure)
+    backward = _backward(structure, rows, workers)
     moments = [2 * weights + busy * _FORWARD_LOGITS * logits]  # all linears replaced, the originals kept
     for name, copies in _COPIES.items():
         if name in measures:
@@ -153,21 +162,21 @@ def _held(outline: Outline, measures: Sequence[str], rows: Extent, workers: int)
     return max(moments)
 
 
-def _backward(outline: Outline, rows: Extent, workers: int) -> int:
+def _backward(structure: ModelStructure, rows: Extent, workers: int) -> int:
     """Bytes that workers hold of passes with gradients."""
     # A graph keeps about what every linear reads and gives; experts, who see a share of the tokens each, are left out.
-    graph = 4 * rows.chunk * sum(sum(x.shape) for b in outline.blocks for x in b.linears if x.expert is None)
-    return min(workers, _pieces(rows)) * (_BACKWARD_LOGITS * 4 * rows.chunk * _vocabulary(outline) + graph)
+    graph = 4 * rows.chunk * sum(sum(x.shape) for b in structure.blocks for x in b.linears if x.expert is None)
+    return min(workers, _pieces(rows)) * (_BACKWARD_LOGITS * 4 * rows.chunk * _vocabulary(structure) + graph)
 
 
 def _pieces(rows: Extent) -> int:
     return -(-rows.rows * rows.length // rows.chunk)
 
 
-def model_memory(outline: Outline) -> int:
+def model_memory(structure: ModelStructure) -> int:
     """Bytes of the whole model in float32, with room to run it."""
-    return int(ALLOCATOR * 4 * outline.parameters) + resident_bytes() + LATER
+    return int(ALLOCATOR * 4 * structure.parameters) + resident_bytes() + LATER
 
 
-def _vocabulary(outline: Outline) -> int:
-    return int(getattr(outline.text_config, "vocab_size", 0))
+def _vocabulary(structure: ModelStructure) -> int:
+    return int(getattr(structure.text_config, "vocab_size", 0))

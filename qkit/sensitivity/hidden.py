@@ -16,34 +16,34 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qkit.batches import Rows, batches
-from qkit.families.outline import Outline
-from qkit.loading import load
-from qkit.parallel import Workers
-from qkit.plan import Plan
-from qkit.run import Progress
-from qkit.sensitivity.subject import Subject
+from qkit.calibration.batches import Rows, batches
+from qkit.families.structure import ModelStructure
+from qkit.planning.plan import Plan
+from qkit.runtime.loading import load
+from qkit.sensitivity.reference_model import ReferenceModel
+from qkit.system.parallel import Workers
+from qkit.system.progress import Progress
 
 ROWS = 32  # calibration rows that the gradients are taken on, at the most
 PLAIN = 0.1  # share of the identity
 
 
-def weighing(plan: Plan, outline: Outline, pool: Workers, progress: Progress) -> list[Tensor]:
+def weighing(plan: Plan, structure: ModelStructure, pool: Workers, progress: Progress) -> list[Tensor]:
     """``roots`` of the original model, on the first of the calibration rows; the model is loaded whole, in float32."""
     assert plan.calibration is not None
     rows = plan.calibration.first(ROWS)
     progress.start("gradients behind every block", len(batches(rows)))
-    model = load(outline.checkpoint.path, dtype=torch.float32)
-    return roots(Subject(model, outline, pool), rows, plan.seed, progress.step)
+    model = load(structure.checkpoint.path, dtype=torch.float32)
+    return roots(ReferenceModel(model, structure, pool), rows, plan.seed, progress.step)
 
 
-def roots(subject: Subject, rows: Rows, seed: int, step: Callable[[], object] = lambda: None) -> list[Tensor]:
+def roots(subject: ReferenceModel, rows: Rows, seed: int, step: Callable[[], object] = lambda: None) -> list[Tensor]:
     """For each block of the language model R, float32 [hidden, hidden], with R R^T = (1 - PLAIN) F + PLAIN I.
 
     F is scaled to a mean diagonal of one, so that ``d R`` has squares of the size of those of d. seed: of the labels. One pass
     with gradients over all rows.
     """
-    paths = [b.path for b in subject.outline.blocks]
+    paths = [b.path for b in subject.structure.blocks]
     sums = dict.fromkeys(paths, torch.zeros((), dtype=torch.float64))
     for found in subject.output_gradients(rows, paths, seed):
         for path, g in found.items():
@@ -60,6 +60,6 @@ def _root(f: Tensor) -> Tensor:
     return root
 
 
-def held(outline: Outline, hidden: int) -> int:
+def held(structure: ModelStructure, hidden: int) -> int:
     """Bytes of the sums and of the result."""
-    return (8 + 8 + 4) * hidden * hidden * len(outline.blocks)
+    return (8 + 8 + 4) * hidden * hidden * len(structure.blocks)

@@ -33,31 +33,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qkit.activations import quantize_activations
-from qkit.batches import batches
-from qkit.blocks import LANGUAGE
-from qkit.calibration import Calibration
-from qkit.run import Progress
+from qkit.calibration.batches import batches
+from qkit.calibration.dataset import Calibration
+from qkit.families.blocks import LANGUAGE
+from qkit.files.offload import Chunks
 from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.decomposition import decompose, decomposition_file, save_decomposition
-from qkit.sensitivity.ledger import Ledger
 from qkit.sensitivity.outputs import OutputSample, has_modules
 from qkit.sensitivity.pqi import mean_gradients, share
 from qkit.sensitivity.probes import Activations, Probes
-from qkit.sensitivity.subject import Replacement, Subject
+from qkit.sensitivity.reference_model import ReferenceModel, Replacement
+from qkit.sensitivity.result_cache import ResultCache
 from qkit.sensitivity.units import Unit
-from qkit.spill import Chunks
+from qkit.system.progress import Progress
+from qkit.tensor.activations import quantize_activations
 from qkit.transforms.balance import gradients, ratios
 
 Costs = dict[tuple[str, str], float]
 
 
-@dataclass
-class Bench:
+@dataclass(kw_only=True)
+class MeasureContext:
     """What a measure works on. reference: log probabilities of the original on ``rows``, batch by batch; folder: of the
     profile."""
 
-    subject: Subject
+    subject: ReferenceModel
     probes: Probes
     units: tuple[Unit, ...]
     candidates: tuple[Candidate, ...]
@@ -66,7 +66,7 @@ class Bench:
     progress: Progress
     base_loss: float
     reference: Chunks
-    ledger: Ledger
+    result_cache: ResultCache
     folder: Path
 
     @property
@@ -78,7 +78,7 @@ class Bench:
         return {n: r for u in self.units for n, r in self.probes.replacements(u, candidate).items()}
 
 
-def weight_error(bench: Bench) -> Costs:
+def weight_error(bench: MeasureContext) -> Costs:
     def one(unit: Unit, found: Mapping[str, Replacement]) -> float:
         original = {n: bench.subject.weight(n) for n in found}
         error = sum(float((r.weight - original[n]).double().square().sum()) for n, r in found.items())
@@ -87,17 +87,17 @@ def weight_error(bench: Bench) -> Costs:
     return _each(bench, "weight errors", one)
 
 
-def output_error(bench: Bench) -> Costs:
+def output_error(bench: MeasureContext) -> Costs:
     if bench.rows.kinds is not None:
         return _outputs(bench, alone=True)
     return {(u.key, c.name): bench.probes.output_error(u, c) for u in bench.units for c in bench.quantizing}
 
 
-def output_next(bench: Bench) -> Costs:
+def output_next(bench: MeasureContext) -> Costs:
     return _outputs(bench, alone=False)
 
 
-def _outputs(bench: Bench, alone: bool) -> Costs:
+def _outputs(bench: MeasureContext, alone: bool) -> Costs:
     plain = [u for u in bench.units if has_modules(u) and u.part == LANGUAGE]
     sample = OutputSample(bench.subject, plain, bench.rows, ratios=_ratios(bench))
     costs = _each(bench, "output errors", lambda u, found: sample.error(u, found, alone), plain)
@@ -107,20 +107,20 @@ def _outputs(bench: Bench, alone: bool) -> Costs:
     return costs
 
 
-def _ratios(bench: Bench) -> list[dict[str, float]]:
+def _ratios(bench: MeasureContext) -> list[dict[str, float]]:
     """By block and part, of rows with pictures: the gradient at pictures over that at answers, measured once."""
     if bench.rows.kinds is None:
         return []
-    found: list[dict[str, float]] | None = bench.ledger.get("ratios")
+    found: list[dict[str, float]] | None = bench.result_cache.get("ratios")
     if found is None:
         bench.progress.start("gradients at pictures and answers", bench.rows.samples)
         subject = bench.subject
-        found = ratios(gradients(subject.model, subject.outline, bench.rows, bench.progress.step))
-        bench.ledger.put("ratios", found)
+        found = ratios(gradients(subject.model, subject.structure, bench.rows, bench.progress.step))
+        bench.result_cache.put("ratios", found)
     return found
 
 
-def first_order(bench: Bench) -> Costs:
+def first_order(bench: MeasureContext) -> Costs:
     _, g = bench.subject.gradients(bench.rows, _names(bench))
 
     def one(unit: Unit, found: Mapping[str, Replacement]) -> float:
@@ -129,8 +129,8 @@ def first_order(bench: Bench) -> Costs:
     return _each(bench, "first order", one)
 
 
-def first_inputs(bench: Bench) -> Costs:
-    # Fused experts are no modules: their inputs are not quantized in Subject.replaced either, and cost nothing here.
+def first_inputs(bench: MeasureContext) -> Costs:
+    # Fused experts are no modules: their inputs are not quantized in ReferenceModel.replaced either, and cost nothing here.
     plain = [u for u in bench.units if has_modules(u)]
     moved = [c for c in bench.quantizing if c.scheme is not None and c.scheme.activations is not None]
     costs: Costs = {(u.key, c.name): 0.0 for u in bench.units for c in bench.quantizing}
@@ -155,7 +155,7 @@ def input_terms(x: Tensor, g: Tensor, activations: Activations) -> Tensor:
     return (g * (quantize_activations(x, *activations) - x)).sum(-1)
 
 
-def fisher(bench: Bench) -> Costs:
+def fisher(bench: MeasureContext) -> Costs:
     _, f = bench.subject.gradients(bench.rows, _names(bench), squares=True)
 
     def one(unit: Unit, found: Mapping[str, Replacement]) -> float:
@@ -165,18 +165,18 @@ def fisher(bench: Bench) -> Costs:
     return _each(bench, "Fisher", one)
 
 
-def pqi(bench: Bench) -> Costs:
+def pqi(bench: MeasureContext) -> Costs:
     costs: Costs = {}
     for candidate in bench.quantizing:
-        known = bench.ledger.get(f"pqi {candidate.name}")
+        known = bench.result_cache.get(f"pqi {candidate.name}")
         if known is None or not decomposition_file(bench.folder, candidate.name).is_file():
             known = _integrate(bench, candidate)
-            bench.ledger.put(f"pqi {candidate.name}", known)
+            bench.result_cache.put(f"pqi {candidate.name}", known)
         costs.update({(u.key, candidate.name): known[u.key] for u in bench.units})
     return costs
 
 
-def _integrate(bench: Bench, candidate: Candidate) -> dict[str, float]:
+def _integrate(bench: MeasureContext, candidate: Candidate) -> dict[str, float]:
     """Every unit's cost; the decomposition is on the disk when this returns."""
     targets = {n: r.weight for n, r in bench.whole(candidate).items()}
     bench.progress.start(f"{candidate.name}: PQI", bench.points)
@@ -192,15 +192,15 @@ def _integrate(bench: Bench, candidate: Candidate) -> dict[str, float]:
     return {u.key: sum(found[x.name][0] for x in u.linears) for u in bench.units}
 
 
-def loss_change(bench: Bench) -> Costs:
+def loss_change(bench: MeasureContext) -> Costs:
     return {k: loss - bench.base_loss for k, (loss, _) in _alone(bench).items()}
 
 
-def divergence(bench: Bench) -> Costs:
+def divergence(bench: MeasureContext) -> Costs:
     return {k: kl for k, (_, kl) in _alone(bench).items()}
 
 
-MEASURES: dict[str, Callable[[Bench], Costs]] = {
+MEASURES: dict[str, Callable[[MeasureContext], Costs]] = {
     "weight": weight_error,
     "output": output_error,
     "output_norm": output_next,
@@ -213,23 +213,27 @@ MEASURES: dict[str, Callable[[Bench], Costs]] = {
 }
 
 
-def measured(bench: Bench, name: str) -> Costs:
+def measured(bench: MeasureContext, name: str) -> Costs:
     """A measure's costs, from the ledger where a stopped run left them. (What takes longest keeps its own parts there.)"""
     if name in ("pqi", "loss", "kl"):
         return MEASURES[name](bench)
-    missing = tuple(c for c in bench.quantizing if bench.ledger.get(f"{name} {c.name}") is None)
+    missing = tuple(c for c in bench.quantizing if bench.result_cache.get(f"{name} {c.name}") is None)
     costs = MEASURES[name](replace(bench, candidates=missing)) if missing else {}
     for c in missing:
-        bench.ledger.put(f"{name} {c.name}", {u: cost for (u, candidate), cost in costs.items() if candidate == c.name})
-    return {(u, c.name): cost for c in bench.quantizing for u, cost in bench.ledger.get(f"{name} {c.name}").items()}
+        bench.result_cache.put(
+            f"{name} {c.name}", {u: cost for (u, candidate), cost in costs.items() if candidate == c.name}
+        )
+    return {
+        (u, c.name): cost for c in bench.quantizing for u, cost in bench.result_cache.get(f"{name} {c.name}").items()
+    }
 
 
-def _names(bench: Bench) -> list[str]:
+def _names(bench: MeasureContext) -> list[str]:
     return [x.name for u in bench.units for x in u.linears]
 
 
 def _each(
-    bench: Bench,
+    bench: MeasureContext,
     what: str,
     one: Callable[[Unit, Mapping[str, Replacement]], float],
     units: Sequence[Unit] | None = None,
@@ -245,18 +249,18 @@ def _each(
     return costs
 
 
-def _alone(bench: Bench) -> dict[tuple[str, str], tuple[float, float]]:
+def _alone(bench: MeasureContext) -> dict[tuple[str, str], tuple[float, float]]:
     """(loss, KL) with one unit replaced at a time; each is measured once, whichever measure asks first."""
     found: dict[tuple[str, str], tuple[float, float]] = {}
     bench.progress.start("one unit at a time", len(bench.units) * len(bench.quantizing))
     for unit in bench.units:
         for candidate in bench.quantizing:
             key = f"alone {unit.key} {candidate.name}"
-            known = bench.ledger.get(key)
+            known = bench.result_cache.get(key)
             if known is None:
                 with bench.subject.replaced(bench.probes.replacements(unit, candidate)):
                     known = bench.subject.compare(bench.rows, bench.reference)
-                bench.ledger.put(key, known)
+                bench.result_cache.put(key, known)
             found[unit.key, candidate.name] = (known[0], known[1])
             bench.progress.step()
     return found

@@ -25,37 +25,37 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as product
 
-from qkit.activations import quantize_activations
-from qkit.batches import Rows, sample
-from qkit.calibration import ANSWER, VISION
-from qkit.families.outline import Outline
-from qkit.sensitivity.subject import Replacement, Subject
+from qkit.calibration.batches import Rows, sample
+from qkit.calibration.dataset import ANSWER, VISION
+from qkit.families.structure import ModelStructure
+from qkit.sensitivity.reference_model import ReferenceModel, Replacement
 from qkit.sensitivity.units import Unit
+from qkit.tensor.activations import quantize_activations
 from qkit.transforms.balance import part_of
 
 SAMPLE_TOKENS = 512  # our choice
 
 
-def next_norms(outline: Outline) -> dict[str, str]:
+def next_norms(structure: ModelStructure) -> dict[str, str]:
     """{linear that writes to the residual stream: path in the model of the norm that reads it next}.
 
     After the last block that is the final norm. Empty for families that declare no stream.
     """
-    family = outline.family
+    family = structure.family
     stream = family.rotation or family.stream
     if stream is None:
         return {}
     norms = [norm for norm, _ in stream.reads]
     found: dict[str, str] = {}
-    for i, block in enumerate(outline.blocks):
+    for i, block in enumerate(structure.blocks):
         for j, write in enumerate(stream.writes):
             if j + 1 < len(norms):
                 path = f"{block.path}.{norms[j + 1]}"
-            elif i + 1 < len(outline.blocks):
-                path = f"{outline.blocks[i + 1].path}.{norms[0]}"
+            elif i + 1 < len(structure.blocks):
+                path = f"{structure.blocks[i + 1].path}.{norms[0]}"
             else:
                 path = family.final_norm
-            found[outline.stored_name(f"{block.path}.{write}")] = path
+            found[structure.stored_name(f"{block.path}.{write}")] = path
     return found
 
 
@@ -73,14 +73,14 @@ class OutputSample:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: ReferenceModel,
         units: Sequence[Unit],
         rows: Rows,
         count: int = SAMPLE_TOKENS,
         ratios: Sequence[Mapping[str, float]] = (),
     ) -> None:
         self._subject, self._ratios, self._tokens = subject, ratios, sample(rows, count)
-        self._norms = next_norms(subject.outline)
+        self._norms = next_norms(subject.structure)
         paths = [subject.path(u.linears[0].name) for u in units]  # all linears of such a unit read the same input
         norms = sorted({self._norms[x.name] for u in units for x in u.linears if x.name in self._norms})
         self._seen = subject.sample_inputs(rows, [*paths, *norms], count)
@@ -110,17 +110,17 @@ class OutputSample:
 
     def _weight(self, unit: Unit) -> Tensor | None:
         """Of every token in the sums of squares, float32 [n, 1]; None: all alike."""
-        if self._tokens.kinds is None or self._tokens.stands_for is None:
+        if self._tokens.kinds is None or self._tokens.sample_weight is None:
             return None
         r = self._ratios[unit.block][part_of(unit.groups[0])]
         of_kind = torch.zeros(max(VISION, ANSWER) + 1)
         of_kind[VISION], of_kind[ANSWER] = r**2, 1.0
-        return (self._tokens.stands_for * of_kind[self._tokens.kinds.long()])[:, None]
+        return (self._tokens.sample_weight * of_kind[self._tokens.kinds.long()])[:, None]
 
     def _gain(self, norm: str) -> Tensor:
         """What the norm multiplies each channel by, float32 [hidden]."""
         weight: Tensor = self._subject.model.get_submodule(norm).weight
-        return weight.detach().float() + self._subject.outline.family.norm_offset
+        return weight.detach().float() + self._subject.structure.family.norm_offset
 
 
 def _energy(t: Tensor, weight: Tensor | None) -> float:

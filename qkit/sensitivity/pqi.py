@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from qkit.batches import Rows
-from qkit.sensitivity.subject import Subject
+from qkit.calibration.batches import Rows
+from qkit.sensitivity.reference_model import ReferenceModel
 
 RULES: dict[str, Callable[[int, int], float]] = {
     "midpoint": lambda i, n: (i + 0.5) / n,
@@ -29,7 +29,7 @@ RULES: dict[str, Callable[[int, int], float]] = {
 
 
 def mean_gradients(
-    subject: Subject,
+    subject: ReferenceModel,
     targets: Mapping[str, Tensor],
     rows: Rows,
     points: int = 8,

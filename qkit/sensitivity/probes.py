@@ -12,17 +12,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qkit.export.folder import job_identity
-from qkit.families.outline import Outline
-from qkit.formats import Format
-from qkit.job import Job
-from qkit.parallel import Workers
-from qkit.plan import Plan, parts
-from qkit.qtensor import dequantize
-from qkit.run import Progress, run_blocks
+from qkit.engine.export import job_identity
+from qkit.engine.job import Job
+from qkit.engine.run import run_blocks
+from qkit.families.structure import ModelStructure
+from qkit.planning.plan import Plan, parts
 from qkit.sensitivity.candidates import Candidate
-from qkit.sensitivity.subject import Replacement
+from qkit.sensitivity.reference_model import Replacement
 from qkit.sensitivity.units import Unit
+from qkit.system.parallel import Workers
+from qkit.system.progress import Progress
+from qkit.tensor.formats import Format
+from qkit.tensor.qtensor import dequantize
 
 Activations = tuple[Format, Tensor | None]  # the format of a linear's input, and its static scale
 
@@ -34,9 +35,9 @@ def replacement(plan: Plan, job: Job, block: int, name: str) -> Replacement:
     return Replacement(dequantize(q), p.activations, static)
 
 
-def replacements(plan: Plan, outline: Outline, job: Job) -> dict[str, Replacement]:
+def replacements(plan: Plan, structure: ModelStructure, job: Job) -> dict[str, Replacement]:
     """{linear: what a finished job puts in its place}, in the order of the blocks."""
-    every = enumerate(parts(plan, outline))
+    every = enumerate(parts(plan, structure))
     linears = [(i, x.name) for i, b in every for x in b.linears if x.name in plan.linears]
     return {name: replacement(plan, job, block, name) for block, name in linears}
 
@@ -69,15 +70,15 @@ class Probes:
 
 @contextmanager
 def probes(
-    plans: dict[str, Plan], outline: Outline, folder: Path, pool: Workers, progress: Progress
+    plans: dict[str, Plan], structure: ModelStructure, folder: Path, pool: Workers, progress: Progress
 ) -> Iterator[Probes]:
     """Run what is missing of every candidate's probe and open them all. plans: by candidate name."""
     with ExitStack() as stack:
         jobs: dict[str, tuple[Plan, Job]] = {}
-        hashed = {"sha256": outline.checkpoint.sha256()}
+        hashed = {"sha256": structure.checkpoint.sha256()}
         for name, plan in plans.items():
             job = stack.enter_context(Job.open(folder / name.lower(), job_identity(plan, hashed)))
-            run_blocks(plan, outline, job, pool, _Named(progress, name))
+            run_blocks(plan, structure, job, pool, _Named(progress, name))
             jobs[name] = (plan, job)
         yield Probes(jobs)
 

@@ -11,24 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit import loading
-from qkit.calibration import Calibration
-from qkit.catalog import PROFILE, check_measures
+from qkit.calibration.dataset import Calibration
 from qkit.errors import BadInput
-from qkit.families.outline import Outline
-from qkit.folder import load_json
-from qkit.parallel import Workers
-from qkit.plan import Plan
-from qkit.run import Progress
-from qkit.safefile import write_atomic
-from qkit.schema import ProfileFile, checked
+from qkit.families.structure import ModelStructure
+from qkit.files.folder import load_json
+from qkit.files.safefile import write_atomic
+from qkit.files.schema import ProfileFile, checked
+from qkit.planning.plan import Plan
+from qkit.runtime import loading
 from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.decomposition import decomposition_file, load_decomposition
-from qkit.sensitivity.ledger import Ledger
-from qkit.sensitivity.measures import Bench, measured
+from qkit.sensitivity.measures import MeasureContext, measured
+from qkit.sensitivity.names import PROFILE, check_measures
 from qkit.sensitivity.probes import Probes, probes
-from qkit.sensitivity.subject import Subject
+from qkit.sensitivity.reference_model import ReferenceModel
+from qkit.sensitivity.result_cache import ResultCache
 from qkit.sensitivity.units import Unit, parts_named, unit_bytes, units_of
+from qkit.system.parallel import Workers
+from qkit.system.progress import Progress
 
 VERSION = 3
 FILE = PROFILE
@@ -38,7 +38,7 @@ LIMIT = 1 << 28
 
 
 @dataclass(frozen=True)
-class Choice:
+class CandidateCost:
     """bytes of the unit as stored; costs by measure, in the measure's unit (0 for a unit that is kept)."""
 
     bytes: int
@@ -52,10 +52,10 @@ class UnitProfile:
     key: str
     linears: tuple[str, ...]
     weights: int
-    choices: dict[str, Choice]
+    choices: dict[str, CandidateCost]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Profile:
     """What was measured, of which model, and how.
 
@@ -95,7 +95,10 @@ class Profile:
                 u["key"],
                 tuple(u["linears"]),
                 u["weights"],
-                {k: Choice(c["bytes"], {m: float(x) for m, x in c["costs"].items()}) for k, c in u["choices"].items()},
+                {
+                    k: CandidateCost(c["bytes"], {m: float(x) for m, x in c["costs"].items()})
+                    for k, c in u["choices"].items()
+                },
             )
             for u in data.pop("units")
         )
@@ -141,41 +144,57 @@ class Profile:
         return found
 
 
-def identity(outline: Outline, request: dict[str, Any], rows: Calibration) -> dict[str, Any]:
+def identity(structure: ModelStructure, request: dict[str, Any], rows: Calibration) -> dict[str, Any]:
     """What every measurement depends on, but for the candidate that it is of: by option. rows: that losses are measured on."""
     options = {
         f"--{name.replace('_', '-')}": request[name] for name in ("method", "samples", "seqlen", "points", "rows")
     }
     group = {"--group-size": request["group_size"]}
-    return {"--model": outline.checkpoint.fingerprint()[:16], **options, **group, "--calib": f"rows {rows.digest[:16]}"}
+    return {
+        "--model": structure.checkpoint.fingerprint()[:16],
+        **options,
+        **group,
+        "--calib": f"rows {rows.digest[:16]}",
+    }
 
 
 def profile_of_shapes(
-    outline: Outline, candidates: tuple[Candidate, ...], measures: tuple[str, ...], request: dict[str, Any]
+    structure: ModelStructure, candidates: tuple[Candidate, ...], measures: tuple[str, ...], request: dict[str, Any]
 ) -> Profile:
     """What is known of a profile before anything is measured: its units and the bytes of their choices. Every cost is 0."""
     profiles = []
-    for unit in units_of(outline, parts_named(request)):
-        sizes = {c.name: size for c in candidates if (size := unit_bytes(unit, c, outline)) is not None}
-        choices = {name: Choice(size, dict.fromkeys(measures, 0.0)) for name, size in sizes.items()}
+    for unit in units_of(structure, parts_named(request)):
+        sizes = {c.name: size for c in candidates if (size := unit_bytes(unit, c, structure)) is not None}
+        choices = {name: CandidateCost(size, dict.fromkeys(measures, 0.0)) for name, size in sizes.items()}
         profiles.append(UnitProfile(unit.key, tuple(x.name for x in unit.linears), unit.weights, choices))
     inside = {f"{n}.weight" for u in profiles for n in u.linears}
-    fixed = sum(t.nbytes for n, t in outline.checkpoint.tensors.items() if n not in inside and n not in outline.tied)
+    fixed = sum(
+        t.nbytes for n, t in structure.checkpoint.tensors.items() if n not in inside and n not in structure.tied
+    )
     names = tuple(c.name for c in candidates)
-    return Profile(outline.checkpoint.fingerprint(), request, names, measures, 0.0, fixed, tuple(profiles), {})
+    return Profile(
+        fingerprint=structure.checkpoint.fingerprint(),
+        request=request,
+        candidates=names,
+        measures=measures,
+        base_loss=0.0,
+        fixed_bytes=fixed,
+        units=tuple(profiles),
+        whole={},
+    )
 
 
 def _with_costs(unit: UnitProfile, costs: Mapping[str, Mapping[tuple[str, str], float]]) -> UnitProfile:
     """costs: {measure: {(unit, candidate): cost}}; one that a measure says nothing of stays 0."""
     choices = {
-        name: Choice(c.bytes, {m: costs[m].get((unit.key, name), 0.0) for m in c.costs})
+        name: CandidateCost(c.bytes, {m: costs[m].get((unit.key, name), 0.0) for m in c.costs})
         for name, c in unit.choices.items()
     }
     return replace(unit, choices=choices)
 
 
 def make_profile(
-    outline: Outline,
+    structure: ModelStructure,
     plans: dict[str, Plan],
     candidates: tuple[Candidate, ...],
     measures: tuple[str, ...],
@@ -191,13 +210,13 @@ def make_profile(
     plans: of the probes, by candidate name; rows: what losses are measured on.
     """
     check_measures(measures)
-    units = units_of(outline, parts_named(request))
-    ledger = Ledger(folder / MEASURED, identity(outline, request, rows))
-    with probes(plans, outline, folder / "probes", pool, progress) as found:
-        bench = make_bench(outline, found, units, candidates, rows, points, ledger, folder, pool, progress)
+    units = units_of(structure, parts_named(request))
+    result_cache = ResultCache(folder / MEASURED, identity(structure, request, rows))
+    with probes(plans, structure, folder / "probes", pool, progress) as found:
+        bench = make_bench(structure, found, units, candidates, rows, points, result_cache, folder, pool, progress)
         costs = {name: measured(bench, name) for name in measures}
         whole = {c.name: _whole(bench, c) for c in bench.quantizing}
-    blank = profile_of_shapes(outline, candidates, measures, request)
+    blank = profile_of_shapes(structure, candidates, measures, request)
     profile = replace(
         blank, base_loss=bench.base_loss, units=tuple(_with_costs(u, costs) for u in blank.units), whole=whole
     )
@@ -206,31 +225,43 @@ def make_profile(
 
 
 def make_bench(
-    outline: Outline,
+    structure: ModelStructure,
     found: Probes,
     units: tuple[Unit, ...],
     candidates: tuple[Candidate, ...],
     rows: Calibration,
     points: int,
-    ledger: Ledger,
+    result_cache: ResultCache,
     folder: Path,
     pool: Workers,
     progress: Progress,
-) -> Bench:
+) -> MeasureContext:
     """The original in memory, and its loss and log probabilities on ``rows``. folder: of the profile."""
-    model = loading.load(outline.checkpoint.path, dtype=torch.float32)
-    subject = Subject(model, outline, pool)
+    model = loading.load(structure.checkpoint.path, dtype=torch.float32)
+    subject = ReferenceModel(model, structure, pool)
     reference = subject.log_probs(rows, folder)
     loss, _ = subject.compare(rows, reference)
-    return Bench(subject, found, units, candidates, rows, points, progress, loss, reference, ledger, folder)
+    return MeasureContext(
+        subject=subject,
+        probes=found,
+        units=units,
+        candidates=candidates,
+        rows=rows,
+        points=points,
+        progress=progress,
+        base_loss=loss,
+        reference=reference,
+        result_cache=result_cache,
+        folder=folder,
+    )
 
 
-def _whole(bench: Bench, candidate: Candidate) -> dict[str, float]:
+def _whole(bench: MeasureContext, candidate: Candidate) -> dict[str, float]:
     key = f"whole {candidate.name}"
-    known = bench.ledger.get(key)
+    known = bench.result_cache.get(key)
     if known is None:
         with bench.subject.replaced(bench.whole(candidate)):
             loss, kl = bench.subject.compare(bench.rows, bench.reference)
         known = {"loss": loss - bench.base_loss, "kl": kl}
-        bench.ledger.put(key, known)
+        bench.result_cache.put(key, known)
     return dict(known)

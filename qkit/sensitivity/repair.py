@@ -12,19 +12,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qkit import loading, sparse
-from qkit.families.outline import Outline
-from qkit.job import Job
-from qkit.parallel import Workers
-from qkit.plan import Plan, parts
-from qkit.qtensor import QTensor, dequantize, weight_sha256
-from qkit.run import Progress
+from qkit.engine.job import Job
+from qkit.engine.original_model import original_model
+from qkit.families.structure import ModelStructure
+from qkit.planning.plan import Plan, parts
 from qkit.sensitivity.pqi import mean_gradients, share
 from qkit.sensitivity.probes import replacements
-from qkit.sensitivity.subject import Subject
-from qkit.transforms.rotate import rotate_outer
+from qkit.sensitivity.reference_model import ReferenceModel
+from qkit.system.parallel import Workers
+from qkit.system.progress import Progress
+from qkit.tensor import sparse
+from qkit.tensor.qtensor import QTensor, dequantize, weight_sha256
 
 ROUNDS = 2  # K of the paper, in all its runs
 # What limits the ranking is the noise of few tokens, not the rule: on tiny-llama at 3 bits, held-out loss change, 0.05 % of the
@@ -33,14 +33,14 @@ ROWS = 128  # calibration rows that the integral is taken over, at the most
 POINTS = 2  # of the integral
 
 
-def repair(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: Progress) -> None:
+def repair(plan: Plan, structure: ModelStructure, job: Job, pool: Workers, progress: Progress) -> None:
     """Find ``plan.significant`` weights and commit the sparse parts of all blocks; nothing when that is done already."""
     if not plan.significant or job.stage("repair") is not None:
         return
     assert plan.calibration is not None
     rows = plan.calibration.first(ROWS)
-    subject = Subject(original_model(plan, outline, job), outline, pool)
-    targets = {name: r.weight for name, r in replacements(plan, outline, job).items()}
+    subject = ReferenceModel(original_model(plan, structure, job), structure, pool)
+    targets = {name: r.weight for name, r in replacements(plan, structure, job).items()}
     chosen = {name: torch.empty(0, dtype=torch.int64) for name in targets}
     for k in range(ROUNDS):
         progress.start(f"significant weights, round {k + 1} of {ROUNDS}", POINTS)
@@ -52,30 +52,7 @@ def repair(plan: Plan, outline: Outline, job: Job, pool: Workers, progress: Prog
         for name, places in most(scores, count).items():
             chosen[name] = torch.cat((chosen[name], places)).sort().values
             targets[name].view(-1)[places] = subject.weight(name).flatten()[places]
-    _commit(plan, outline, job, subject, chosen)
-
-
-def original_model(plan: Plan, outline: Outline, job: Job) -> Any:
-    """The model in float32 as the transforms of the job left it, before it was quantized."""
-    model = loading.load(outline.checkpoint.path, dtype=torch.float32)
-    if not plan.transforms and plan.key_exponents is None:
-        return model
-    if "rotate" in plan.transforms:
-        rotated = rotate_outer(outline, plan.seed)
-        for module in (outline.family.embeddings, outline.family.final_norm, outline.family.head):
-            value = rotated[outline.stored_name(f"{module}.weight")].float()
-            model.get_submodule(module).weight = nn.Parameter(value, requires_grad=False)
-    for place, block in enumerate(parts(plan, outline)):
-        module, part = model.get_submodule(block.path), job.part(place)
-        weights = {f"{x.name}.weight": x for x in block.linears}
-        for name, stored in block.stored:
-            if stored in part and stored not in weights:
-                module.get_parameter(name).data.copy_(job.read(part[stored]))
-        for stored, linear in weights.items():
-            found = part.get(f"{linear.name}:original", part.get(stored))
-            if found is not None:
-                linear.view(module).copy_(job.read(found))
-    return model
+    _commit(plan, structure, job, subject, chosen)
 
 
 def most(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
@@ -87,14 +64,16 @@ def most(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     return {n: places[order][owner[order] == i] for i, n in enumerate(scores)}
 
 
-def _commit(plan: Plan, outline: Outline, job: Job, subject: Subject, chosen: dict[str, Tensor]) -> None:
+def _commit(
+    plan: Plan, structure: ModelStructure, job: Job, subject: ReferenceModel, chosen: dict[str, Tensor]
+) -> None:
     tensors: dict[str, Tensor] = {}
     entry: dict[str, Any] = {}
     records = job.records()
-    every = parts(plan, outline)
+    every = parts(plan, structure)
     for place, name in [(i, x.name) for i, b in enumerate(every) for x in b.linears if x.name in plan.linears]:
         q, _ = job.quantized(place, name, plan.linears[name].weights)
-        repaired = detach(q, subject.weight(name), chosen[name], outline.dtype)
+        repaired = detach(q, subject.weight(name), chosen[name], structure.dtype)
         if repaired.sparse is None:
             continue
         entry[name] = {**records[name], "sparse": repaired.sparse.nnz, "weight_sha256": weight_sha256([repaired])}

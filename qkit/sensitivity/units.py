@@ -6,21 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qkit.blocks import LANGUAGE, Linear, LinearGroup
 from qkit.errors import Unsupported
-from qkit.families.outline import Outline
-from qkit.formats import fit_group
-from qkit.preflight import holds_siglip
+from qkit.families.blocks import LANGUAGE, Linear, LinearGroup
+from qkit.families.structure import ModelStructure
+from qkit.planning.sizes import linear_bytes
 from qkit.sensitivity.candidates import Candidate
-from qkit.sizes import linear_bytes
-from qkit.sparse import outlier_count
+from qkit.tensor.formats import fit_group
+from qkit.tensor.sparse import outlier_count
+from qkit.verification.engines import holds_siglip
 
 
 @dataclass(frozen=True)
 class Unit:
     """Linears of block ``block`` that engines load as one, or that share fused experts: they get one scheme.
 
-    part: of the model, as ``Outline.sequences`` names it; place: of the block among all that a probe goes through
+    part: of the model, as ``ModelStructure.sequences`` names it; place: of the block among all that a probe goes through
     """
 
     key: str
@@ -39,11 +39,11 @@ class Unit:
         return sum(x.shape[0] * x.shape[1] for x in self.linears)
 
 
-def parts_of(outline: Outline, pictures: bool) -> tuple[str, ...]:
+def parts_of(structure: ModelStructure, pictures: bool) -> tuple[str, ...]:
     """The parts of the model that a profile is of: the language model, and with rows of pictures what is before it, but for a
     SigLIP tower, which transformers cannot load packed."""
-    config = outline.checkpoint.config
-    names = {s.name: [x.name for b in s.blocks for x in b.linears] for s in outline.towers if pictures}
+    config = structure.checkpoint.config
+    names = {s.name: [x.name for b in s.blocks for x in b.linears] for s in structure.towers if pictures}
     return (*(part for part, linears in names.items() if not holds_siglip(config, linears)), LANGUAGE)
 
 
@@ -53,20 +53,20 @@ def parts_named(request: Mapping[str, Any]) -> Sequence[str]:
     return found
 
 
-def units_of(outline: Outline, parts: Sequence[str] = (LANGUAGE,)) -> tuple[Unit, ...]:
+def units_of(structure: ModelStructure, parts: Sequence[str] = (LANGUAGE,)) -> tuple[Unit, ...]:
     """All units of these parts in running order. The experts of a block are one: engines run them as one product."""
     units: list[Unit] = []
-    blocks = [(s.name, block) for s in outline.sequences if s.name in parts for block in s.blocks]
+    blocks = [(s.name, block) for s in structure.sequences if s.name in parts for block in s.blocks]
     for place, (part, block) in enumerate(blocks):
         for groups in block.units:
             units.append(Unit(groups[0].key, block.index, groups, part, place))
     return tuple(units)
 
 
-def unit_bytes(unit: Unit, candidate: Candidate, outline: Outline) -> int | None:
+def unit_bytes(unit: Unit, candidate: Candidate, structure: ModelStructure) -> int | None:
     """Bytes of the unit's weights as that candidate stores them, scales included; None where it does not apply."""
     if candidate.scheme is None:
-        return sum(outline.checkpoint.tensors[f"{x.name}.weight"].nbytes for x in unit.linears)
+        return sum(structure.checkpoint.tensors[f"{x.name}.weight"].nbytes for x in unit.linears)
     try:
         weights = fit_group(candidate.scheme.weights, *(x.shape[1] for x in unit.linears))
     except Unsupported:
@@ -74,5 +74,7 @@ def unit_bytes(unit: Unit, candidate: Candidate, outline: Outline) -> int | None
     total = 0
     for linear in unit.linears:
         kept = outlier_count(candidate.outliers, linear.shape)
-        total += linear_bytes(weights, candidate.scheme.activations, linear.shape, outline.dtype, kept, candidate.rank)
+        total += linear_bytes(
+            weights, candidate.scheme.activations, linear.shape, structure.dtype, kept, candidate.rank
+        )
     return total

@@ -1,55 +1,5 @@
 """Solvers: from the weights of a group of linears to their codes.
 
-A solver is a function ``(Task) -> Solved``, with an optional ``(Stats, options) -> prepared`` before it. It
-sees linears that share one input, one format and one Hessian;
-it knows no model, no file and no other solver. To add one: copy ``rtn.py``, write the equation in its docstring,
-describe it in ``qkit.catalog``, and add a line to the table in ``table.py``.
+A solver is a function ``(Task) -> Solved``, with an optional ``(Stats, options) -> prepared`` before it. It sees linears that
+share one input, one format and one Hessian; it knows no model, no file and no other solver. ``table`` says how to add one.
 """
-
-from __future__ import annotations
-
-from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from qkit.capture import Stats
-from qkit.formats import Format
-from qkit.qtensor import QTensor
-
-# A reason to round that is no failure: whatever the weights are, the outputs are the same.
-ZERO_INPUTS = "its inputs are all zero"
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a solver works on.
-
-    weights:      float32 [out_i, in] each, finite
-    fmt:          the format of all of them
-    dtype:        the model's dtype, in which scales are stored
-    stats:        of their common input; None for solvers that need none
-    amax:         float32 [1], largest magnitude in the group, of formats with something that all its weights share; else None
-    options:      of this solver, as validated by its recipe entry
-    prepared:     what the solver's ``prepare`` made of the stats: computed once for a group whose rows are then solved in
-                  slices, side by side
-    tokens:       how many tokens reached the group (None: no rows were run)
-    """
-
-    weights: list[Tensor]
-    fmt: Format
-    dtype: torch.dtype
-    stats: Stats | None = None
-    amax: Tensor | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    prepared: Any = None
-    tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class Solved:
-    """qtensors: one per weight, in order; fallback: why a simpler method was used, or None."""
-
-    qtensors: list[QTensor]
-    fallback: str | None = None

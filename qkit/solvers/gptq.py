@@ -34,9 +34,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit.capture import Stats
-from qkit.formats import Format
-from qkit.qtensor import (
+from qkit.calibration.statistics import Stats
+from qkit.solvers import rtn
+from qkit.solvers.task import ZERO_INPUTS, Solved, Task
+from qkit.tensor.formats import Format
+from qkit.tensor.qtensor import (
     Params,
     QTensor,
     effective_scale,
@@ -45,13 +47,11 @@ from qkit.qtensor import (
     grid_to_codes,
     round_to_grid_,
 )
-from qkit.solvers import ZERO_INPUTS, Solved, Task
-from qkit.solvers.rtn import rtn
 
 _SUB = 32  # columns of a sub-panel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Factor:
     """A factorized Hessian, columns in the order in which they are taken.
 
@@ -81,7 +81,7 @@ def prepare(stats: Stats, options: dict[str, Any]) -> Factor:
         hessian = hessian[order][:, order]
     upper, reason = factorize(hessian, float(options.get("damp", 0.01)))
     if upper is None:
-        return Factor(None, reason=reason)
+        return Factor(spread=None, reason=reason)
     own = pull = None
     if options.get("sweeps", 0):
         own = upper.square().sum(1)  # the damped diagonal, in the units of the factor
@@ -89,10 +89,10 @@ def prepare(stats: Stats, options: dict[str, Any]) -> Factor:
         own *= hessian.diagonal() != 0  # scales are not for inputs that were never active
     diagonal = upper.diagonal().clone()
     cost = diagonal.square().mul_(hessian.diagonal() != 0)  # whatever an input that was never active is multiplied with
-    return Factor(upper.div_(diagonal), cost, None, order, own, pull)
+    return Factor(spread=upper.div_(diagonal), cost=cost, reason=None, order=order, own=own, pull=pull)
 
 
-def compensated(weights: list[Tensor], stats: Stats, options: dict[str, Any]) -> list[Tensor]:
+def aim(weights: list[Tensor], stats: Stats, options: dict[str, Any]) -> list[Tensor]:
     """Weights that make up for the change of their inputs, float32 [out, in] each. Option: ``compensate`` (float, 0 to 1).
 
     Linears run on what quantized ones before them give, x, and are to give what W x' gives, x' being the original input.
@@ -112,12 +112,12 @@ def compensated(weights: list[Tensor], stats: Stats, options: dict[str, Any]) ->
     return found if all(map(_finite, found)) else weights
 
 
-def gptq(task: Task) -> Solved:
+def solve(task: Task) -> Solved:
     """Solve a group, or a slice of its rows."""
     assert task.stats is not None
     factor = task.prepared if task.prepared is not None else prepare(task.stats, task.options)
     if factor.spread is None:
-        return Solved(rtn(replace(task, stats=None)).qtensors, fallback=factor.reason)
+        return Solved(rtn.solve(replace(task, stats=None)).qtensors, fallback=factor.reason)
     return Solved(_solve(task, factor))
 
 

@@ -9,11 +9,11 @@ through at reading speed.
 
 from __future__ import annotations
 
-from qkit.qtensor import find_params, quantize
-from qkit.solvers import Solved, Task
+from qkit.solvers.task import Solved, Task
+from qkit.tensor.qtensor import find_params, quantize
 
 
-def rtn(task: Task) -> Solved:
+def solve(task: Task) -> Solved:
     """Round each weight. Options: ``search`` ('mse' or 'none'), ``signed``."""
     importance = None if task.stats is None else task.stats.mean_square
     search = task.options.get("search", "mse") == "mse"

@@ -1,30 +1,99 @@
-"""The table of solvers: what each name of ``catalog.SOLVERS`` runs."""
+"""The table of solvers. It imports no torch, so that a command can be checked before that is loaded.
+
+A solver is a module with a function ``solve(task) -> Solved``. It may have ``prepare(stats, options)``, computed once for a
+group whose rows are then solved in slices, and ``aim(weights, stats, options)``: the weights that are solved for, instead of
+those that are there. To add one: write the module (``rtn.py`` is the shortest), and add a line here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from qkit.system.option import SIGNED, Option, Options, needs_of_options
 
-from qkit import catalog
-from qkit.capture import Stats
-from qkit.solvers import Solved, Task
-from qkit.solvers.gptq import compensated, gptq, prepare
-from qkit.solvers.rtn import rtn
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qkit.calibration.statistics import Stats
+    from qkit.solvers.task import Solved, Task
 
 
-@dataclass(frozen=True)
-class Solver(catalog.SolverInfo):
-    """aim: the weights that are solved for, instead of those that are there"""
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    """needs: what it needs of calibration; option_needs: the same of an option that has not its default: see
+    ``transforms.table.NEEDS``. module: loads the solver"""
 
-    solve: Callable[[Task], Solved]
-    prepare: Callable[[Stats, dict[str, Any]], Any] | None = None
-    aim: Callable[[list[Tensor], Stats, dict[str, Any]], list[Tensor]] | None = None
+    summary: str
+    options: Options
+    module: Callable[[], Any]
+    needs: frozenset[str] = frozenset()
+    option_needs: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether calibration rows must be run and the Hessian of every group gathered."""
+        return "hessian" in self.needs
+
+    def needs_with(self, options: dict[str, Any]) -> frozenset[str]:
+        """What a solver with these options needs."""
+        return self.needs | needs_of_options(self.option_needs, self.options, options)
+
+    @property
+    def solve(self) -> Callable[[Task], Solved]:
+        """From a task to codes."""
+        return self.module().solve  # type: ignore[no-any-return]
+
+    @property
+    def prepare(self) -> Callable[[Stats, dict[str, Any]], Any] | None:
+        """What is computed once for a group, if anything is."""
+        return getattr(self.module(), "prepare", None)
+
+    @property
+    def aim(self) -> Callable[[list[Tensor], Stats, dict[str, Any]], list[Tensor]] | None:
+        """What is solved for instead of the weights, if anything is."""
+        return getattr(self.module(), "aim", None)
 
 
 SOLVERS: dict[str, Solver] = {
-    "rtn": Solver(**vars(catalog.SOLVERS["rtn"]), solve=rtn),
-    "gptq": Solver(**vars(catalog.SOLVERS["gptq"]), solve=gptq, prepare=prepare, aim=compensated),
+    "rtn": Solver(
+        summary="round to nearest, with a scale search by squared error; needs no data",
+        options={
+            "search": Option(
+                default="mse",
+                summary="'mse' searches the scale of each group, 'none' takes its full range",
+                choices=("mse", "none"),
+            ),
+            "signed": SIGNED,
+        },
+        module=lambda: import_module("qkit.solvers.rtn"),
+    ),
+    "gptq": Solver(
+        summary="column by column, later columns absorb the error (arXiv 2210.17323)",
+        options={
+            "damp": Option(default=0.01, summary="damping of the Hessian, as a fraction of its mean diagonal"),
+            "order": Option(
+                default="none",
+                summary="'activation' takes columns by falling activation energy",
+                choices=("none", "activation"),
+            ),
+            "signed": SIGNED,
+            "sweeps": Option(
+                default=0,
+                summary="passes of coordinate descent behind it: scales, then every code once more (arXiv 2309.01885)",
+                least=0,
+            ),
+            "compensate": Option(
+                default=0.0,
+                summary="share, 0 to 1, of the change of its inputs that a layer makes up for (arXiv 2504.02692)",
+                least=0,
+                most=1,
+            ),
+        },
+        needs=frozenset({"hessian"}),
+        option_needs=(("compensate", "original_inputs"),),
+        module=lambda: import_module("qkit.solvers.gptq"),
+    ),
 }

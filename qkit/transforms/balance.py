@@ -17,6 +17,7 @@ what they are made from (the paper's option of that name).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -24,20 +25,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qkit.blocks import LinearGroup
-from qkit.calibration import ANSWER, KINDS, VISION, Calibration
-from qkit.catalog import RATIOS
+from qkit.calibration.dataset import ANSWER, KINDS, VISION, Calibration
 from qkit.errors import BadCalibration
-from qkit.families.outline import Outline
-from qkit.transforms import BlockState
-from qkit.transforms.scales import Loss
+from qkit.families.blocks import LinearGroup
+from qkit.families.structure import ModelStructure
+from qkit.tensor.formats import Scheme
+from qkit.transforms.scales import Loss, awq_candidates, smooth_block
+from qkit.transforms.state import BlockState
+from qkit.transforms.table import RATIOS
 
 PARTS = ("attention", "mlp")
+# A need: for each block {part, or linear: how much an error at a piece of an image weighs beside one at an answer}.
+MODALITY_WEIGHTS = "modality_weights"
 
 
 def part_of(group: LinearGroup) -> str:
     """Of PARTS: where in the block the group is."""
     return PARTS[0] if "att" in group.hook else PARTS[1]
+
+
+def mbq(state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
+    """AWQ of a block with absolute errors, balanced."""
+    smooth_block(state, schemes, awq_candidates, balanced_error)
+
+
+def mbq_mse(state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
+    """AWQ of a block with squared errors, balanced."""
+    smooth_block(state, schemes, awq_candidates, partial(balanced_error, power=2))
 
 
 def balanced_error(state: BlockState, group: LinearGroup, power: int = 1) -> Loss:
@@ -48,12 +62,13 @@ def balanced_error(state: BlockState, group: LinearGroup, power: int = 1) -> Los
         return lambda outputs, references: float(
             sum((o - x).abs().pow(power).sum().double() for o, x in zip(outputs, references, strict=True))
         )
-    assert stats.stands_for is not None
+    assert stats.sample_weight is not None
+    balance = state.given[MODALITY_WEIGHTS]
     weights = []
     for name in group.declared.linears:
         counted = torch.zeros(len(KINDS))
-        counted[VISION], counted[ANSWER] = state.balance.get(name) or state.balance[part_of(group)], 1.0
-        weights.append(stats.stands_for * counted[stats.kinds.long()])
+        counted[VISION], counted[ANSWER] = balance.get(name) or balance[part_of(group)], 1.0
+        weights.append(stats.sample_weight * counted[stats.kinds.long()])
 
     def loss(outputs: list[Tensor], references: list[Tensor]) -> float:
         each = [(o - x).abs().pow(power).sum(1) for o, x in zip(outputs, references, strict=True)]
@@ -63,7 +78,11 @@ def balanced_error(state: BlockState, group: LinearGroup, power: int = 1) -> Los
 
 
 def gradients(
-    model: Any, outline: Outline, rows: Calibration, step: Callable[[], object] = lambda: None, each: str = RATIOS[0]
+    model: Any,
+    structure: ModelStructure,
+    rows: Calibration,
+    step: Callable[[], object] = lambda: None,
+    each: str = RATIOS[0],
 ) -> list[dict[str, tuple[float, float]]]:
     """By block and part, (vision, answer): mean absolute gradient of the mean loss of answers at the part's output.
 
@@ -74,7 +93,7 @@ def gradients(
     assert rows.inputs is not None and rows.kinds is not None
     places = {
         (i, name if each == "linear" else part_of(g)): f"{block.path}.{name}"
-        for i, block in enumerate(outline.blocks)
+        for i, block in enumerate(structure.blocks)
         for g in block.groups
         for name in g.declared.linears
         if each == "linear" or len(g.declared.linears) == 1
@@ -92,7 +111,7 @@ def gradients(
 
         return hook
 
-    handles = [model.get_submodule(outline.blocks[0].path).register_forward_pre_hook(enter, with_kwargs=True)]
+    handles = [model.get_submodule(structure.blocks[0].path).register_forward_pre_hook(enter, with_kwargs=True)]
     handles += [model.get_submodule(name).register_forward_hook(keep(key)) for key, name in places.items()]
     try:
         for row, kinds in zip(rows.inputs, rows.kinds, strict=True):
@@ -117,7 +136,7 @@ def gradients(
             f"{rows.source}: answers of one token, of which no other token depends on what the model makes of it: no gradient "
             "to weigh errors at pictures by: give longer answers, or a chat template that ends them"
         )
-    return [{key: (v, a) for (at, key), (v, a) in sums.items() if at == i} for i in range(len(outline.blocks))]
+    return [{key: (v, a) for (at, key), (v, a) in sums.items() if at == i} for i in range(len(structure.blocks))]
 
 
 def ratios(found: list[dict[str, tuple[float, float]]]) -> list[dict[str, float]]:

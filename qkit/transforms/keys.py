@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit.transforms import BlockState
+from qkit.transforms.state import BlockState
 
 
 def scale_keys(state: BlockState, exponents: Sequence[Sequence[int]]) -> None:
     """Rewrite queries and keys of a block. exponents: [key heads, head_dim / 2]."""
-    keys = state.outline.family.keys
+    keys = state.structure.family.keys
     assert keys is not None
     attention: Any = state.module.get_submodule(keys.attention)
     scale = torch.exp2(torch.tensor(exponents, dtype=torch.float32)).repeat(1, 2)  # [key heads, head_dim]

@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qkit.activations import quantize_activations, static_scale
-from qkit.blocks import LinearGroup
-from qkit.formats import Format, Scheme
-from qkit.transforms import BlockState
+from qkit.families.blocks import LinearGroup
+from qkit.tensor.activations import quantize_activations, static_scale
+from qkit.tensor.formats import Format, Scheme
+from qkit.transforms.state import BlockState
 
 
 def residual_channels(fmt: Format | None, columns: int, share: float) -> int:
@@ -24,7 +24,7 @@ def residual_channels(fmt: Format | None, columns: int, share: float) -> int:
     return max(1, round(share * columns / fmt.group)) * fmt.group
 
 
-def find_residual(state: BlockState, schemes: dict[str, Scheme]) -> None:
+def residual(state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
     """Choose the residual channels of every group of the block, the largest first, so that outliers share their scales."""
     for group in state.block.groups:
         name = group.linears[0].name

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from qkit.errors import Unsupported
-from qkit.families.outline import Outline
-from qkit.transforms import BlockState
+from qkit.families.structure import ModelStructure
+from qkit.tensor.formats import Scheme
+from qkit.transforms.state import BlockState
 
 
 def orthogonal(n: int, seed: int) -> Tensor:
@@ -38,20 +39,20 @@ def orthogonal(n: int, seed: int) -> Tensor:
     return signed
 
 
-def check_rotatable(outline: Outline) -> None:
+def check_rotatable(structure: ModelStructure) -> None:
     """Raises Unsupported where the rotation would change the function."""
-    if outline.family.rotation is None:
+    if structure.family.rotation is None:
         raise Unsupported(
             f"method rotate needs a model whose blocks read and write one residual stream through RMSNorm; the family "
-            f"{outline.family.name} is not declared as such: use smoothquant or awq"
+            f"{structure.family.name} is not declared as such: use smoothquant or awq"
         )
 
 
-def rotate_block(state: BlockState, seed: int) -> None:
+def rotate(state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
     """Rewrite the weights of a block (float32) and set its two norms to 1."""
-    rotation = state.outline.family.rotation
+    rotation = state.structure.family.rotation
     assert rotation is not None
-    config: Any = state.outline.text_config
+    config: Any = state.structure.text_config
     linears = {x.param.removesuffix(".weight"): x for x in state.block.linears}
     q = orthogonal(config.hidden_size, seed)
     for norm_name, readers in rotation.reads:
@@ -78,17 +79,17 @@ def rotate_block(state: BlockState, seed: int) -> None:
     state.write_back()
 
 
-def rotate_outer(outline: Outline, seed: int) -> dict[str, Tensor]:
+def rotate_outer(structure: ModelStructure, seed: int) -> dict[str, Tensor]:
     """{checkpoint name: rotated tensor} of embeddings, final norm and head, in the checkpoint's dtypes.
 
     For a tied model the head is a tensor of its own in the result.
     """
-    family, read = outline.family, outline.checkpoint.read_finite
+    family, read = structure.family, structure.checkpoint.read_finite
     embeddings, norm, head = (
-        outline.stored_name(f"{n}.weight") for n in (family.embeddings, family.final_norm, family.head)
+        structure.stored_name(f"{n}.weight") for n in (family.embeddings, family.final_norm, family.head)
     )
     table, gain = read(embeddings), read(norm)
-    projection = table if head in outline.tied else read(head)
+    projection = table if head in structure.tied else read(head)
     q = orthogonal(table.shape[1], seed)
     return {
         embeddings: (table.float() @ q).to(table.dtype),

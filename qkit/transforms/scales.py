@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit.activations import quantize_activations, static_scale
-from qkit.blocks import LinearGroup
-from qkit.capture import Stats
-from qkit.formats import Scheme
-from qkit.qtensor import dequantize, find_params, quantize, shared_amax
-from qkit.transforms import BlockState
+from qkit.calibration.statistics import Stats
+from qkit.families.blocks import LinearGroup
+from qkit.tensor.activations import quantize_activations, static_scale
+from qkit.tensor.formats import Scheme
+from qkit.tensor.qtensor import dequantize, find_params, quantize, shared_amax
+from qkit.transforms.state import BlockState
 
 Loss = Callable[[list[Tensor], list[Tensor]], float]
 
@@ -107,6 +107,16 @@ def _tame(s: Tensor, stats: Stats) -> Tensor:
     return torch.where(live, s.clamp(1e-3, 1e3), torch.ones_like(s))
 
 
+def smoothquant(state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
+    """SmoothQuant of a block."""
+    smooth_block(state, schemes, smoothquant_candidates)
+
+
+def awq(state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
+    """AWQ of a block."""
+    smooth_block(state, schemes, awq_candidates)
+
+
 def smooth_block(
     state: BlockState,
     schemes: dict[str, Scheme],
@@ -121,7 +131,7 @@ def smooth_block(
     for group in state.block.groups:
         chosen = {schemes.get(linear.name) for linear in group.linears}
         scheme = chosen.pop()
-        explicit = group.declared.source is None and state.outline.family.streams is not None
+        explicit = group.declared.source is None and state.structure.family.streams is not None
         if scheme is None or chosen or (group.declared.source is None and not explicit):
             continue
         stats, original = state.stats[group.key], state.originals.get(group.key)
@@ -131,11 +141,11 @@ def smooth_block(
         if not explicit:
             candidates = [_shared_heads(state, group, s) for s in candidates]
         wanted = None if original is None else original.sample
-        s = search(weights, seen, scheme, candidates, state.outline.dtype, loss(state, group), wanted)
+        s = search(weights, seen, scheme, candidates, state.structure.dtype, loss(state, group), wanted)
         if bool((s == 1).all()):
             continue
         if explicit:
-            state.scales[group.key] = (1 / s).to(state.outline.dtype)
+            state.scales[group.key] = (1 / s).to(state.structure.dtype)
         else:
             fold(state, group, s)
 
@@ -146,7 +156,7 @@ def _shared_heads(state: BlockState, group: LinearGroup, s: Tensor) -> Tensor:
     if not isinstance(source, nn.Linear) or source.out_features == len(s):
         return s
     repeat = len(s) // source.out_features
-    config: Any = state.outline.text_config
+    config: Any = state.structure.text_config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     grouped = s.view(-1, repeat, head)
     return grouped.log().mean(1, keepdim=True).exp().expand_as(grouped).reshape(-1)
@@ -185,7 +195,7 @@ def fold(state: BlockState, group: LinearGroup, s: Tensor) -> None:
 
 def _fold_norm(state: BlockState, norm: nn.Module, s: Tensor) -> Tensor:
     weight: Any = norm.weight
-    offset = state.outline.family.norm_offset
+    offset = state.structure.family.norm_offset
     before = weight.data.float() + offset
     weight.data = state.rounded(before / s - offset)
     after = weight.data.float() + offset
@@ -197,6 +207,6 @@ def _fold_norm(state: BlockState, norm: nn.Module, s: Tensor) -> Tensor:
 
 
 def _first_of_each(state: BlockState, s: Tensor, out: int) -> Tensor:
-    config: Any = state.outline.text_config
+    config: Any = state.structure.text_config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return s.view(-1, len(s) // out, head)[:, 0].reshape(-1)

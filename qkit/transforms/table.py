@@ -1,41 +1,150 @@
-"""The table of transforms, in the order in which they are applied: what each name of ``catalog.TRANSFORMS`` runs."""
+"""The table of transforms, in the order in which they are applied. It imports no torch, so that a command can be checked before
+that is loaded.
+
+A transform is a function ``(state, schemes by linear name, seed)`` that rewrites a block. To add one: write it, and add a line
+here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from qkit import catalog
-from qkit.formats import Scheme
-from qkit.transforms import BlockState
-from qkit.transforms.balance import balanced_error
-from qkit.transforms.residual import find_residual
-from qkit.transforms.rotate import rotate_block
-from qkit.transforms.scales import awq_candidates, smooth_block, smoothquant_candidates
+from qkit.system.option import SIGNED, Option, Options, needs_of_options
 
-Apply = Callable[[BlockState, dict[str, Scheme], int], None]
+if TYPE_CHECKING:
+    from qkit.tensor.formats import Scheme
+    from qkit.transforms.state import BlockState
+
+# What a transform or a solver can need of calibration, beside the inputs of quantized blocks.
+NEEDS = {
+    "hessian": "the Hessian of the inputs of every group",
+    "original_inputs": "these inputs in the original model, token by token",
+    "original_statistics": "statistics of these inputs in the original model",
+    "original_outputs": "what leaves the block in the original model",
+    "modality_weights": "what errors at images weigh against errors at answers, by a pass of the original model",
+    "loss_weights": "what the loss makes of errors of a block, by a pass of the original model",
+}
+INPUTS = ("quantized", "original", "distort")
+RATIOS = ("part", "linear")
+SHARE = 0.25  # of the input channels that residual quantization doubles
 
 
-@dataclass(frozen=True)
-class Transform(catalog.TransformInfo):
-    """apply(state, schemes by linear name, seed)"""
+@dataclass(frozen=True, kw_only=True)
+class Transform:
+    """stage: 'load' (before rows run), 'stats' (after), 'inputs' (with each linear, as it is solved) or 'block' (when all of
+    its linears are solved). needs: what it needs beyond that; option_needs: the same of an option that has not its default:
+    see NEEDS. function: loads it; None: it is no rewriting of a block"""
 
-    apply: Apply
+    stage: str
+    summary: str
+    options: Options
+    needs: frozenset[str] = frozenset()
+    option_needs: tuple[tuple[str, str], ...] = ()
+    function: Callable[[], Any] | None = None
+
+    def needs_with(self, options: dict[str, Any]) -> frozenset[str]:
+        """What the transform needs with these options."""
+        return self.needs | needs_of_options(self.option_needs, self.options, options)
+
+    def apply(self, state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
+        """Rewrite the block; schemes: by linear name."""
+        if self.function is not None:
+            self.function()(state, schemes, seed)
 
 
-_APPLY: dict[str, Apply] = {
-    "rotate": lambda state, schemes, seed: rotate_block(state, seed),
-    "hadamard": lambda state, schemes, seed: None,  # of every linear by itself, when it is solved (``inputs``)
-    "smoothquant": lambda state, schemes, seed: smooth_block(state, schemes, smoothquant_candidates),
-    "awq": lambda state, schemes, seed: smooth_block(state, schemes, awq_candidates),
-    "mbq": lambda state, schemes, seed: smooth_block(state, schemes, awq_candidates, balanced_error),
-    "mbq-mse": lambda state, schemes, seed: smooth_block(
-        state, schemes, awq_candidates, partial(balanced_error, power=2)
+_BALANCE: Options = {
+    "inputs": Option(
+        default=INPUTS[0],
+        summary="of the search: behind quantized blocks, original, or distort: both, as the paper says",
+        choices=INPUTS,
     ),
-    "residual": lambda state, schemes, seed: find_residual(state, schemes),
-    "signround": lambda state, schemes, seed: None,  # of solved linears, in the loop (``reconstruct``)
+    "ratios": Option(
+        default=RATIOS[0],
+        summary="what errors at pictures weigh: one ratio for each part of a block, or for each linear",
+        choices=RATIOS,
+    ),
 }
+
 TRANSFORMS: dict[str, Transform] = {
-    name: Transform(**vars(info), apply=_APPLY[name]) for name, info in catalog.TRANSFORMS.items()
+    "rotate": Transform(
+        stage="load",
+        summary="Hadamard rotation of the residual stream and the value heads, folded into the weights (arXiv 2404.00456)",
+        options={},
+        function=lambda: import_module("qkit.transforms.rotate").rotate,
+    ),
+    "hadamard": Transform(  # of every linear by itself, when it is solved (``input_transform``)
+        stage="inputs",
+        summary="block Hadamard transform of every layer's inputs at run time, of diffusion transformers (arXiv 2603.18742)",
+        options={},
+    ),
+    "smoothquant": Transform(
+        stage="stats",
+        summary="moves outliers from activations to weights, strength searched per group (arXiv 2211.10438)",
+        options={},
+        function=lambda: import_module("qkit.transforms.scales").smoothquant,
+    ),
+    "awq": Transform(
+        stage="stats",
+        summary="scales salient channels up before rounding, exponent searched per group (arXiv 2306.00978)",
+        options={},
+        function=lambda: import_module("qkit.transforms.scales").awq,
+    ),
+    "mbq": Transform(
+        stage="stats",
+        summary="awq for vision-language models: errors at pictures weighed against errors at answers (arXiv 2412.19509)",
+        options=_BALANCE,
+        needs=frozenset({"modality_weights"}),
+        option_needs=(("inputs", "original_statistics"),),
+        function=lambda: import_module("qkit.transforms.balance").mbq,
+    ),
+    "mbq-mse": Transform(
+        stage="stats",
+        summary="mbq with squared errors",
+        options=_BALANCE,
+        needs=frozenset({"modality_weights"}),
+        option_needs=(("inputs", "original_statistics"),),
+        function=lambda: import_module("qkit.transforms.balance").mbq_mse,
+    ),
+    "residual": Transform(
+        stage="stats",
+        summary="input channels that FP4 serves badly are quantized twice; NVFP4 scales to the better of two "
+        "(arXiv 2601.07475)",
+        options={
+            "share": Option(
+                default=SHARE,
+                summary="of the input channels that are quantized twice, 0 to 1: products grow by as much",
+                above=0,
+                most=1,
+            )
+        },
+        function=lambda: import_module("qkit.transforms.residual").residual,
+    ),
+    "signround": Transform(  # of solved linears, in the loop (``rounding.block``)
+        stage="block",
+        summary="codes and ranges of a whole block learned together, from those of the solver on (arXiv 2309.05516)",
+        options={
+            "steps": Option(default=128, summary="of learned rounding, for every block", least=1),
+            "batch": Option(default=4, summary="rows of one step", least=1),
+            "rate": Option(
+                default=0.0, summary="of the first step, in units of the grid; 0: 1.5 / steps, at most 0.02", least=0
+            ),
+            "weigh": Option(
+                default=False,
+                summary="weigh errors of a block by what the loss makes of them; loads the whole model in float32",
+            ),
+            "whole": Option(
+                default=0,
+                summary="steps for all blocks together after that, on what the model expects; loads it whole in float32",
+                least=0,
+            ),
+            "signed": Option(default=True, summary=SIGNED.summary),  # of the solver before it, whose default is no
+        },
+        needs=frozenset({"original_outputs"}),
+        option_needs=(("weigh", "loss_weights"),),
+    ),
 }
+# By name: options of learned rounding. Time grows with the steps.
+EFFORTS: dict[str, dict[str, Any]] = {"fast": {"steps": 32}, "default": {"steps": 128}, "best": {"steps": 512}}

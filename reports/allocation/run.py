@@ -27,11 +27,11 @@ import torch
 
 from qkit.allocation.limits import Budget
 from qkit.allocation.allocate import allocate, limit_bytes, outliers, rules
-from qkit.budgeting import BudgetRequest, allocated
-from qkit.calibration import read_text
-from qkit.loading import load, load_tokenizer
-from qkit.pipeline import Request, quantize
-from qkit.quality import nll_windows
+from qkit.workflows.budget import BudgetRequest, allocate_budget
+from qkit.calibration.dataset import read_text
+from qkit.runtime.loading import load, load_tokenizer
+from qkit.workflows.quantize import Request, quantize
+from qkit.evaluation.metrics import nll_windows
 from qkit.sensitivity.profile import Profile
 
 
@@ -95,7 +95,7 @@ def main() -> None:
         scheme = next((r["scheme"] for r in chosen if "scheme" in r), None)
         if scheme is not None:
             kept = outliers(made, picks)
-            request = Request(args.model, scheme, made.request["method"], calib=args.calib, rules=chosen, outliers=kept)
+            request = Request(model=args.model, scheme=scheme, method=made.request["method"], calib=args.calib, rules=chosen, outliers=kept)
             quantize(request, work / "out", Silent())
         model = load(str(work / "out") if scheme else args.model, dtype=torch.float32)
         nll = {}
@@ -118,9 +118,9 @@ def main() -> None:
             found = allocate(made, limit, name)
             measure(f"{bits} {name}", found.picks, {name: found.cost})
         if args.refine and f"{bits} refined" not in done:
-            base = Request(args.model, method=made.request["method"], calib=args.calib)
-            wanted = BudgetRequest(Budget(bits=bits), args.profile, measure="kl", evaluations=args.refine)
-            best = allocated(base, wanted, Silent())
+            base = Request(model=args.model, method=made.request["method"], calib=args.calib)
+            wanted = BudgetRequest(budget=Budget(bits=bits), profile=args.profile, measure="kl", evaluations=args.refine)
+            best = allocate_budget(base, wanted, Silent())
             assert best.refined is not None
             measure(f"{bits} refined", best.allocation.picks, {"kl, measured": best.refined.end})
         for seed in range(args.seeds):

@@ -36,12 +36,12 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=256)
     args = parser.parse_args()
 
-    from qkit.memory import bound_heap
+    from qkit.system.memory import bound_heap
 
     bound_heap()
     import torch
 
-    from qkit.pipeline import Request, prepare, quantize
+    from qkit.workflows.quantize import Request, prepare, quantize
 
     imported = time.monotonic()
     request = Request(

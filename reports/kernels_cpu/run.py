@@ -25,9 +25,9 @@ from qkit.benchmark.decode import decode
 from qkit.benchmark.host import described, measured_host
 from qkit.benchmark.products import compare, enter
 from qkit.benchmark.products import described as described_product
-from qkit.loading import load
-from qkit.pipeline import Request, quantize
-from qkit.safefile import write_atomic
+from qkit.runtime.loading import load
+from qkit.workflows.quantize import Request, quantize
+from qkit.files.safefile import write_atomic
 from qkit.sensitivity.candidates import parse_candidates
 
 SHAPES = ((4096, 4096), (14336, 4096))
@@ -63,7 +63,7 @@ def models(work: Path) -> tuple[Path, Path]:
         assert source is not None
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (model / name).write_bytes((source / name).read_bytes())
-        quantize(Request(str(model), "w4a16", "rtn"), packed, Quiet())
+        quantize(Request(model=str(model), scheme="w4a16", method="rtn"), packed, Quiet())
     return model, packed
 
 

@@ -198,7 +198,7 @@ def decode() -> dict[str, Any]:
     """Tokens a second of a random Llama-3-8B."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from qkit.generate import Decoder
+    from qkit.runtime.generate import Decoder
 
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,

@@ -27,7 +27,7 @@ from qkit.evaluation.sources import read_text
 from qkit.evaluation.text import tokenize
 from qkit.kvcache.attention import NAME
 from qkit.kvcache.policy import parse
-from qkit.loading import load, load_tokenizer
+from qkit.runtime.loading import load, load_tokenizer
 
 CACHES = "int8,pm-kvq:2,kivi2,int2,xquant4"
 TOKENS = 2  # decoded in a round

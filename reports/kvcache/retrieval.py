@@ -22,7 +22,7 @@ from qkit.evaluation.retrieval import evaluate_retrieval
 from qkit.evaluation.sources import read_text
 from qkit.evaluation.text import tokenize
 from qkit.kvcache.policy import parse
-from qkit.loading import load, load_tokenizer
+from qkit.runtime.loading import load, load_tokenizer
 
 CACHES = "int8,pm-kvq:2,kivi2,int2"
 

@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 
 from qkit.allocation.knapsack import Choice, solve
-from qkit.calibration import calibration_rows
+from qkit.calibration.dataset import calibration_rows
 from qkit.evaluation.decoding import evaluate_caches
 from qkit.evaluation.sources import read_text
 from qkit.evaluation.text import tokenize
 from qkit.kvcache.cache import Heads, with_budgets
-from qkit.kvcache.policy import Policy, parse
+from qkit.kvcache.policy import CachePolicy, parse
 from qkit.kvcache.sensitivity import sensitivities
-from qkit.loading import load, load_tokenizer
+from qkit.runtime.loading import load, load_tokenizer
 
 WINDOW, PROMPT, ROWS, SEQLEN = 2048, 1024, 16, 512
 PLAIN = (
@@ -51,7 +51,7 @@ PLAIN = (
 )
 
 
-def allocated(model: object, costs: torch.Tensor, memory: int, widths: tuple[int, ...]) -> Policy:
+def allocated(model: object, costs: torch.Tensor, memory: int, widths: tuple[int, ...]) -> CachePolicy:
     """The policy that shares the memory out by these costs [layers, widths]."""
     policy, heads = parse("pm-kvq:" + "-".join(map(str, widths))), Heads.of(model)
     sizes = [heads.bytes_at(policy, w, WINDOW) for w in widths]

@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from qkit.calibration import read_text
-from qkit.loading import load, load_tokenizer
-from qkit.quality import compare_windows
-from qkit.safefile import read_header
+from qkit.calibration.dataset import read_text
+from qkit.runtime.loading import load, load_tokenizer
+from qkit.evaluation.metrics import compare_windows
+from qkit.files.safefile import read_header
 
 HERE = Path(__file__).resolve().parent
 WINDOW, WINDOWS = 512, 200

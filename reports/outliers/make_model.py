@@ -157,9 +157,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     make(args.model, args.out, args.seed)
-    from qkit.calibration import read_text
-    from qkit.loading import load, load_tokenizer
-    from qkit.calibrating import embedded_text
+    from qkit.calibration.dataset import read_text
+    from qkit.runtime.loading import load, load_tokenizer
+    from qkit.workflows.calibration_rows import embedded_text
 
     text = read_text(embedded_text())[:8000]
     ids = torch.tensor([load_tokenizer(args.model)(text, add_special_tokens=False, verbose=False)["input_ids"][:512]])

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from qkit.calibration import read_text
-from qkit.loading import load, load_tokenizer
-from qkit.quality import nll_windows
+from qkit.calibration.dataset import read_text
+from qkit.runtime.loading import load, load_tokenizer
+from qkit.evaluation.metrics import nll_windows
 
 METHODS = ("rtn", "smoothquant", "awq", "rotate", "gptq")
 ROWS = tuple(

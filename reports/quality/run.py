@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from qkit.calibration import read_text
-from qkit.loading import load, load_tokenizer
-from qkit.pipeline import Request, quantize
-from qkit.quality import nll_windows
+from qkit.calibration.dataset import read_text
+from qkit.runtime.loading import load, load_tokenizer
+from qkit.workflows.quantize import Request, quantize
+from qkit.evaluation.metrics import nll_windows
 
 ROWS = (  # scheme, method, group size, llm-compressor 0.14
     ("w4a16", "rtn", None, 38.93),
@@ -67,7 +67,7 @@ def main() -> None:
     for scheme, method, group, rival in ROWS:
         work = Path(tempfile.mkdtemp())
         report = quantize(
-            Request(args.model, scheme, method, group_size=group, calib=args.calib), work / "out", Silent()
+            Request(model=args.model, scheme=scheme, method=method, group_size=group, calib=args.calib), work / "out", Silent()
         )
         row = {"scheme": scheme, "method": method, "group": group, "perplexity": perplexity(work / "out")}
         table.append({**row, "llm-compressor": rival, "bytes": report.bytes})

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from qkit.calibration import read_text
-from qkit.loading import load, load_tokenizer
-from qkit.quality import nll_windows
-from qkit.safefile import read_header
+from qkit.calibration.dataset import read_text
+from qkit.runtime.loading import load, load_tokenizer
+from qkit.evaluation.metrics import nll_windows
+from qkit.files.safefile import read_header
 
 COMMAND = [sys.executable, "-c", "from qkit.commands import main; main()"]
 

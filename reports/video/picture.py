@@ -16,8 +16,8 @@ from PIL import Image
 
 from qkit.diffusion.trajectory import sampling_of
 from qkit.evaluation.video import held_out, make_video
-from qkit.loading import load
-from qkit.locate import find_model
+from qkit.runtime.loading import load
+from qkit.files.locate import find_model
 
 SCALE, GAP = 2, 6
 

@@ -24,9 +24,9 @@ import torch
 from qkit.diffusion.policy import BITS
 from qkit.diffusion.trajectory import sampling_of
 from qkit.evaluation.video import Video, figures, held_out, interval, latent_errors, make_video, psnr
-from qkit.loading import load
-from qkit.locate import find_model
-from qkit.pipeline import Request, quantize
+from qkit.runtime.loading import load
+from qkit.files.locate import find_model
+from qkit.workflows.quantize import Request, quantize
 
 
 def _steps(method: str = "gptq", **policy: Any) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def main() -> None:
         if name in done:
             continue
         out, began = work / "out", time.perf_counter()
-        quantize(Request(str(model), samples=args.samples, **given), out, Silent())
+        quantize(Request(model=str(model), samples=args.samples, **given), out, Silent())
         record = json.loads((out / "transformer" / "qkit.json").read_text())
         took, made = time.perf_counter() - began, samples(out, args.videos)
         line = {

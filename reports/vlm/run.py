@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from qkit.calibration import KINDS
-from qkit.evaluation.pictures import ask
-from qkit.loading import load
-from qkit.locate import find_model
-from qkit.catalog import DRAWN
-from qkit.pairs import load_processor
-from qkit.pipeline import Request, prepare, quantize
-from qkit.quality import Interval, bootstrap_ci, ratio_ci
+from qkit.calibration.dataset import KINDS
+from qkit.evaluation.image_text import ask
+from qkit.runtime.loading import load
+from qkit.files.locate import find_model
+from qkit.calibration.options import DRAWN
+from qkit.calibration.image_text import load_processor
+from qkit.workflows.quantize import Request, prepare, quantize
+from qkit.evaluation.metrics import Interval, bootstrap_ci, ratio_ci
 from qkit.transforms.balance import gradients, ratios
 
 SETTINGS = {"W4A8": ("w4a8", None), "W3A16 g64": ("w3a16", 64), "W2A16 g64": ("w2a16", 64), "W2A16 g32": ("w2a16", 32)}
@@ -60,7 +60,7 @@ def one(model: Path, setting: str, method: str, seed: int, args: argparse.Namesp
         whole = args.text.read_text(encoding="utf-8")
         calib = Path(args.work) / f"text{seed}.txt"
         calib.write_text(whole[seed * len(whole) // args.seeds :], encoding="utf-8")
-    request = Request(str(model), scheme, asked, group, calib=calib, samples=args.samples, seqlen=128, seed=seed)
+    request = Request(model=str(model), scheme=scheme, method=asked, group_size=group, calib=calib, samples=args.samples, seqlen=128, seed=seed)
     out = Path(tempfile.mkdtemp(dir=args.work)) / "out"
     quantize(request, out, Silent())
     found = ask(
@@ -124,9 +124,9 @@ def table(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def imbalance(model: Path, samples: int) -> list[dict[str, Any]]:
     """By block and part: mean absolute gradients at pictures and at answers, their ratio, and with the floor."""
-    found = prepare(Request(str(model), "w4a16", "mbq", samples=samples))
+    found = prepare(Request(model=str(model), scheme="w4a16", method="mbq", samples=samples))
     assert found.plan.calibration is not None
-    each = gradients(load(model, dtype=torch.float32), found.outline, found.plan.calibration)
+    each = gradients(load(model, dtype=torch.float32), found.structure, found.plan.calibration)
     return [
         {"block": i, "part": part, "vision": v, "answer": a, "ratio": round(v / a, 4), "used": round(r[part], 4)}
         for i, (block, r) in enumerate(zip(each, ratios(each), strict=True))

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from conftest import Quiet
 
+from qkit.engine.job import Job
 from qkit.errors import BadInput, QkitError, UsageError
-from qkit.job import Job
-from qkit.job_folder import remove_job
-from qkit.pipeline import Request, quantize
-from qkit.sensitivity.ledger import Ledger
+from qkit.files.job_folder import remove_job
+from qkit.sensitivity.result_cache import ResultCache
+from qkit.workflows.quantize import Request, quantize
 
 
 @pytest.fixture
 def request_(tiny) -> Request:
-    return Request(str(tiny("llama")), "w4a16", "rtn", 32, threads=1)
+    return Request(model=str(tiny("llama")), scheme="w4a16", method="rtn", group_size=32, threads=1)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -192,7 +192,12 @@ def test_overwrite_leaves_files_of_the_user(request_, tmp_path):
     (out / "notes.txt").write_text("mine")
     before = contents(out)
     with pytest.raises(UsageError, match=r"'notes\.txt' is not on the list"):
-        quantize(Request(request_.model, "w8a16", "rtn", 32, threads=1), out, Quiet(), overwrite=True)
+        quantize(
+            Request(model=request_.model, scheme="w8a16", method="rtn", group_size=32, threads=1),
+            out,
+            Quiet(),
+            overwrite=True,
+        )
     assert contents(out) == before
 
 
@@ -221,5 +226,5 @@ def test_a_link_in_the_place_of_a_ledger_is_refused(tmp_path):
     target.write_text("")
     (tmp_path / "measured.jsonl").symlink_to(target)
     with pytest.raises(BadInput, match="symbolic link"):
-        Ledger(tmp_path / "measured.jsonl", {"model": "x"})
+        ResultCache(tmp_path / "measured.jsonl", {"model": "x"})
     assert target.read_text() == ""

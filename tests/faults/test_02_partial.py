@@ -8,12 +8,12 @@ import pytest
 from conftest import Quiet, Stops, StopsAtVerify
 
 from qkit.errors import BadInput, JobConflict
-from qkit.pipeline import Request, quantize
+from qkit.workflows.quantize import Request, quantize
 
 
 @pytest.fixture
 def request_(tiny) -> Request:
-    return Request(str(tiny("llama")), "w4a16", "rtn", 32, threads=1)
+    return Request(model=str(tiny("llama")), scheme="w4a16", method="rtn", group_size=32, threads=1)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from conftest import Quiet
 
+from qkit.engine.partial_output import Partial, partial_path
 from qkit.errors import JobConflict
-from qkit.export.partial import Partial, partial_path
-from qkit.pipeline import Request, quantize
+from qkit.workflows.quantize import Request, quantize
 
 
 @pytest.fixture
 def request_(tiny) -> Request:
-    return Request(str(tiny("llama")), "w4a16", "rtn", 32, threads=1)
+    return Request(model=str(tiny("llama")), scheme="w4a16", method="rtn", group_size=32, threads=1)
 
 
 def test_two_commands_with_one_out_and_two_job_folders(request_, tmp_path):

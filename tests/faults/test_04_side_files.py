@@ -10,12 +10,12 @@ import torch
 from conftest import Quiet, Stops
 from tiny_dits import make_pipeline
 
-from qkit.checkpoint import Checkpoint
 from qkit.errors import BadCheckpoint, JobConflict
-from qkit.pipeline import prepare, quantize
-from qkit.request import Request
-from qkit.safefile import save_tensors
-from qkit.sidefiles import travelling
+from qkit.files.checkpoint import Checkpoint
+from qkit.files.safefile import save_tensors
+from qkit.files.side_files import travelling
+from qkit.planning.request import Request
+from qkit.workflows.quantize import prepare, quantize
 
 TRAVELS = {
     "LICENSE": "as is",
@@ -52,7 +52,7 @@ def model(tiny, tmp_path) -> Path:
 
 
 def request_for(model: Path, **more) -> Request:
-    return Request(str(model), "w4a16", group_size=32, threads=1, **more)
+    return Request(model=str(model), scheme="w4a16", group_size=32, threads=1, **more)
 
 
 def test_everything_travels_but_weights_code_and_pickles(model, tmp_path, run):
@@ -183,14 +183,14 @@ def test_what_may_not_travel_is_refused(model, tmp_path):
 
 
 def test_limits(model, monkeypatch):
-    monkeypatch.setattr("qkit.sidefiles.MOST_FILES", 5)
+    monkeypatch.setattr("qkit.files.side_files.MOST_FILES", 5)
     with pytest.raises(BadCheckpoint, match="files beside the weights, expected at most 5"):
         travelling(model)
-    monkeypatch.setattr("qkit.sidefiles.MOST_FILES", 100)
-    monkeypatch.setattr("qkit.sidefiles.MOST_BYTES", 100)
+    monkeypatch.setattr("qkit.files.side_files.MOST_FILES", 100)
+    monkeypatch.setattr("qkit.files.side_files.MOST_BYTES", 100)
     with pytest.raises(BadCheckpoint, match=r"\.json: \d+ bytes, expected at most 100"):
         travelling(model)
-    monkeypatch.setattr("qkit.sidefiles.MOST_TOGETHER", 1000)
+    monkeypatch.setattr("qkit.files.side_files.MOST_TOGETHER", 1000)
     with pytest.raises(BadCheckpoint, match="bytes of files beside the weights, expected at most 1000"):
         travelling(model)
     deep = model / "/".join("abcdefghijkl")
@@ -222,7 +222,7 @@ def test_room_for_what_travels_is_asked_for(model, tmp_path, run):
 def test_pipelines(tmp_path):
     source = make_pipeline(tmp_path / "pipe")
     around = [p for p in source.rglob("*") if p.is_file() and p.parent.name != "transformer"]
-    copied = prepare(Request(str(source), "w8a8", threads=1)).forecast.copied_bytes
+    copied = prepare(Request(model=str(source), scheme="w8a8", threads=1)).forecast.copied_bytes
     assert copied == sum(p.stat().st_size for p in around)
     (source / "LICENSE").write_text("as is")
     (source / "assets").mkdir()
@@ -231,7 +231,7 @@ def test_pipelines(tmp_path):
     (source / "loose.safetensors").write_text("x")
     config = json.loads((source / "vae" / "config.json").read_text())
     (source / "vae" / "config.json").write_text(json.dumps({**config, "auto_map": {"a": "b"}}))
-    request = Request(str(source), "w8a8", threads=1)
+    request = Request(model=str(source), scheme="w8a8", threads=1)
     quantize(request, tmp_path / "out", Quiet())
     there = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert {"LICENSE", "assets/a.png", "sampling.json", "transformer/qkit.json"} <= there

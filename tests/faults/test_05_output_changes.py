@@ -7,7 +7,7 @@ import pytest
 from output_changes import survivors
 from output_kinds import KINDS, make
 
-from qkit.verify import verify
+from qkit.verification.verify import verify
 
 
 @pytest.fixture(scope="module")

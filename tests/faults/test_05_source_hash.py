@@ -11,14 +11,14 @@ import torch
 from conftest import Quiet, Stops
 from tiny_dits import make_pipeline
 
-from qkit import hashcache
-from qkit.checkpoint import Checkpoint
 from qkit.errors import JobConflict, UsageError, VerifyFailure
-from qkit.hashcache import full_hash
-from qkit.locate import recorded_source
-from qkit.pipeline import prepare, quantize
-from qkit.request import Request
-from qkit.safefile import read_header, read_tensor, save_tensors, sha256_file
+from qkit.files import hash_cache
+from qkit.files.checkpoint import Checkpoint
+from qkit.files.hash_cache import full_hash
+from qkit.files.locate import recorded_source
+from qkit.files.safefile import read_header, read_tensor, save_tensors, sha256_file
+from qkit.planning.request import Request
+from qkit.workflows.quantize import prepare, quantize
 
 
 def unsampled(file: Path) -> int:
@@ -52,7 +52,7 @@ def model(large, tmp_path) -> Path:
 
 
 def request_for(model: Path) -> Request:
-    return Request(str(model), "w4a16", group_size=32, threads=1)
+    return Request(model=str(model), scheme="w4a16", group_size=32, threads=1)
 
 
 def test_one_bit_of_the_source_is_another_source(model, tmp_path):
@@ -91,7 +91,7 @@ def test_a_job_of_the_other_source_is_a_conflict(model, tmp_path):
 
 def test_weights_around_a_transformer_count(tmp_path):
     source = make_pipeline(tmp_path / "pipe")
-    request = Request(str(source), "w8a8", threads=1)
+    request = Request(model=str(source), scheme="w8a8", threads=1)
     quantize(request, tmp_path / "out", Quiet())
     around = json.loads((tmp_path / "out" / "transformer" / "qkit.json").read_text())["source"]["around"]
     file = next((source / "text_encoder").glob("*.safetensors"))
@@ -127,7 +127,7 @@ def test_a_damaged_result_is_named_and_made_again_where_asked(model, tmp_path, r
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(hashcache, "SETTLED", 0)
+    monkeypatch.setattr(hash_cache, "SETTLED", 0)
     return tmp_path / "cache" / "qkit" / "sha256"
 
 
@@ -135,7 +135,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 def counted(monkeypatch) -> list[Path]:
     """Files that are read in full."""
     read: list[Path] = []
-    monkeypatch.setattr(hashcache, "sha256_file", lambda file: read.append(file) or sha256_file(file))
+    monkeypatch.setattr(hash_cache, "sha256_file", lambda file: read.append(file) or sha256_file(file))
     return read
 
 
@@ -179,7 +179,7 @@ def test_a_cache_that_cannot_be_written_is_none(tmp_path, cache, counted):
 
 
 def test_a_file_that_has_just_changed_is_not_kept(tmp_path, cache, counted, monkeypatch):
-    monkeypatch.setattr(hashcache, "SETTLED", 10**12)
+    monkeypatch.setattr(hash_cache, "SETTLED", 10**12)
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"one")
     full_hash(file)

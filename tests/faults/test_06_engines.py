@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from tiny_models import FAMILIES, logits, relative, tokens
 
 import qkit
-from qkit.engines import engine_lines
-from qkit.fusing import engines_of
-from qkit.pipeline import Request, prepare, quantize
-from qkit.verify import verify
+from qkit.planning.fused_layers import engines_of
+from qkit.verification.model_engines import engine_lines
+from qkit.verification.verify import verify
+from qkit.workflows.quantize import Request, prepare, quantize
 
 STOCK = "transformers + compressed-tensors"
 X = tokens(2, 24)
@@ -84,12 +84,12 @@ def made(tmp_path_factory, tiny):
             if "rules" in asked:
                 recipe = root / "recipe.yaml"
                 recipe.write_text(f"scheme: w4a16\ngroup_size: 32\n{asked}\n", encoding="utf-8")
-                request = Request(str(model), recipe=recipe, threads=1)
+                request = Request(model=str(model), recipe=recipe, threads=1)
             else:
-                request = Request(str(model), asked, threads=1)
+                request = Request(model=str(model), scheme=asked, threads=1)
             prepared = prepare(request)
             assert quantize(request, out, Quiet(), prepared=prepared).problems == []
-            found[name] = Made(out, engines_of(prepared.plan, prepared.outline))
+            found[name] = Made(out, engines_of(prepared.plan, prepared.structure))
     jobs = root / "jobs.json"
     loads = [[str(x.folder), "bfloat16"] for x in found.values()]
     jobs.write_text(json.dumps({"tokens": X.tolist(), "loads": loads}))
@@ -143,8 +143,8 @@ def test_what_is_said_of_vllm(name, loads, note, made):
 def test_fp8_blocks_that_end_within_a_fused_part(tiny, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("scheme: fp8_block\nengine: any\n", encoding="utf-8")
-    found = prepare(Request(str(tiny("llama", hidden_size=128, intermediate_size=256)), recipe=recipe))
-    line = next(x for x in engines_of(found.plan, found.outline) if x.engine == "vLLM")
+    found = prepare(Request(model=str(tiny("llama", hidden_size=128, intermediate_size=256)), recipe=recipe))
+    line = next(x for x in engines_of(found.plan, found.structure) if x.engine == "vLLM")
     assert not line.loads and "k_proj as one with v_proj" in str(line)
 
 

@@ -9,18 +9,18 @@ from packed_samples import make, raw, sha
 from safetensors import safe_open
 
 from qkit.errors import BadRecipe, Unsupported, UsageError
-from qkit.families.outline import Outline
-from qkit.pipeline import Request, open_outline, prepare, quantize
-from qkit.recipe import make_recipe
+from qkit.families.structure import ModelStructure
+from qkit.planning.recipe import make_recipe
+from qkit.planning.sizes import linear_bytes
 from qkit.sensitivity.candidates import parse_candidates
 from qkit.sensitivity.units import unit_bytes, units_of
-from qkit.sizes import linear_bytes
-from qkit.verify import verify
+from qkit.verification.verify import verify
+from qkit.workflows.quantize import Request, open_structure, prepare, quantize
 
 
 def plan(model, **asked):
     """{linear: its plan} of a request that needs no rows."""
-    return prepare(Request(str(model), **asked)).plan.linears
+    return prepare(Request(model=str(model), **asked)).plan.linears
 
 
 def recipe_file(tmp_path, text):
@@ -100,12 +100,12 @@ def test_skipping_some_experts_is_refused_for_any_engine(tiny, tmp_path):
 
 
 def test_units_of_a_budget_are_counted_with_the_group_that_they_share(tiny):
-    outline: Outline = open_outline(str(tiny("qwen3_moe", hidden_size=128, moe_intermediate_size=320)))
-    (unit,) = [u for u in units_of(outline) if u.block == 0 and u.groups[0].expert is not None]
+    structure: ModelStructure = open_structure(str(tiny("qwen3_moe", hidden_size=128, moe_intermediate_size=320)))
+    (unit,) = [u for u in units_of(structure) if u.block == 0 and u.groups[0].expert is not None]
     (candidate,) = parse_candidates("int4", None)
-    linears = plan(outline.checkpoint.path, scheme="w4a16")
+    linears = plan(structure.checkpoint.path, scheme="w4a16")
     planned = [linears[x.name] for x in unit.linears]
-    assert unit_bytes(unit, candidate, outline) == sum(
+    assert unit_bytes(unit, candidate, structure) == sum(
         linear_bytes(p.weights, p.activations, p.shape, torch.bfloat16) for p in planned
     )
 
@@ -154,7 +154,7 @@ def test_fp8_of_one_scale_a_tensor_shares_it(tiny, tmp_path, calib, family, meth
     if (family, method) == ("mixtral", "signround"):
         pytest.skip("learned rounding is refused for experts")
     out = tmp_path / "out"
-    asked = Request(str(tiny(family)), "fp8", method, calib=calib, samples=4, seqlen=32, threads=1)
+    asked = Request(model=str(tiny(family)), scheme="fp8", method=method, calib=calib, samples=4, seqlen=32, threads=1)
     report = quantize(asked, out, Quiet())
     assert report.problems == [] and report.checks["fused"] > 0
     with safe_open(out / "model.safetensors", "pt") as f:
@@ -169,7 +169,9 @@ def test_fp8_of_one_scale_a_tensor_shares_it(tiny, tmp_path, calib, family, meth
 def test_shared_scale_covers_every_member(tiny, tmp_path, calib):
     """The largest weight of the group is the largest code of one member, and no member saturates."""
     model = tiny("llama")
-    quantize(Request(str(model), "fp8", calib=calib, samples=4, seqlen=32, threads=1), tmp_path / "out", Quiet())
+    quantize(
+        Request(model=str(model), scheme="fp8", calib=calib, samples=4, seqlen=32, threads=1), tmp_path / "out", Quiet()
+    )
     with (
         safe_open(tmp_path / "out" / "model.safetensors", "pt") as f,
         safe_open(model / "model.safetensors", "pt") as g,

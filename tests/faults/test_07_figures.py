@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import qkit
 from qkit.commands.measured import unfinite
 from qkit.errors import IOFailure
-from qkit.rejected import NAME, RejectedWarning
+from qkit.files.rejected import NAME, RejectedWarning
 
 WINDOWS = ["--window", 32, "--windows", 2]
 
@@ -21,7 +21,7 @@ WINDOWS = ["--window", 32, "--windows", 2]
 def packed(tmp_path_factory, tiny):
     from conftest import Quiet
 
-    from qkit.pipeline import Request, quantize
+    from qkit.workflows.quantize import Request, quantize
 
     out = tmp_path_factory.mktemp("packed") / "out"
     quantize(Request(model=str(tiny("llama")), scheme="w4a16", group_size=32), out, Quiet())
@@ -147,6 +147,6 @@ def test_a_mark_that_cannot_be_written_does_not_hide_the_verdict(run, out, calib
     def full(path, data):
         raise IOFailure(f"cannot write {path}: no space")
 
-    monkeypatch.setattr("qkit.rejected.write_atomic", full)
+    monkeypatch.setattr("qkit.files.rejected.write_atomic", full)
     code, _, err = run("check", out, "--budget", tmp_path / "b.yaml", "--text", f"evaluation={calib}")
     assert code == 4 and "1 of 1 limits" in err and "no space" in err

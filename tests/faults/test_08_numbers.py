@@ -10,9 +10,9 @@ from conftest import Quiet
 from safetensors.torch import load_file, save_file
 
 import qkit.solvers.gptq
+from qkit.engine.job import Job
 from qkit.errors import NumericFailure
-from qkit.job import Job
-from qkit.pipeline import Request, quantize
+from qkit.workflows.quantize import Request, quantize
 
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -28,7 +28,16 @@ def changed(tiny, calib, tmp_path):
         edit(tensors)
         save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
         group = 32 if scheme.startswith("w4") else None
-        return Request(str(model), scheme, method, group, calib=calib, samples=8, seqlen=32, threads=1)
+        return Request(
+            model=str(model),
+            scheme=scheme,
+            method=method,
+            group_size=group,
+            calib=calib,
+            samples=8,
+            seqlen=32,
+            threads=1,
+        )
 
     return make
 

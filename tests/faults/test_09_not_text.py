@@ -6,10 +6,10 @@ import json
 import pytest
 import qkit_data
 
-from qkit.calibration import calibration_rows
+from qkit.calibration.dataset import calibration_rows
 from qkit.errors import BadCalibration
-from qkit.loading import load_tokenizer
-from qkit.textfile import data_in
+from qkit.files.text_file import data_in
+from qkit.runtime.loading import load_tokenizer
 
 TEXT = qkit_data.text_path("calibration").read_text(encoding="utf-8")[:6000]
 CHAT = [{"role": "user", "content": TEXT[:900]}, {"role": "assistant", "content": TEXT[900:2000]}]

@@ -11,12 +11,12 @@ import pytest
 import qkit_data
 
 from qkit.errors import BadCheckpoint, BadRecipe, QkitError, Unsupported
-from qkit.loading import load, load_tokenizer
-from qkit.locate import find_model, recorded_source
-from qkit.pipeline import open_outline
-from qkit.recipe import load_recipe
-from qkit.schema import foreign
+from qkit.files.locate import find_model, recorded_source
+from qkit.files.schema import foreign
+from qkit.planning.recipe import load_recipe
+from qkit.runtime.loading import load, load_tokenizer
 from qkit.sensitivity.profile import Profile
+from qkit.workflows.quantize import open_structure
 
 DEEP = "[" * 100_000 + "]" * 100_000
 
@@ -52,7 +52,7 @@ def changed(source, folder, name, **fields):
 def test_config_json(tiny, tmp_path, field, value):
     folder = changed(tiny("llama"), tmp_path / "m", "config.json", **{field: value})
     with pytest.raises(QkitError) as e:
-        open_outline(str(folder))
+        open_structure(str(folder))
     assert "config.json" in str(e.value) and len(str(e.value)) < 700
 
 
@@ -60,7 +60,7 @@ def test_config_json(tiny, tmp_path, field, value):
 def test_the_field_is_named(tiny, tmp_path, field):
     folder = changed(tiny("llama"), tmp_path / "m", "config.json", **{field: "wrong"})
     with pytest.raises(BadCheckpoint, match=f"{field} is 'wrong', expected "):
-        open_outline(str(folder))
+        open_structure(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -76,10 +76,10 @@ def test_tokenizer_json(tiny, tmp_path, text):
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory, tiny, calib, quiet):
-    from qkit.pipeline import Request, quantize
+    from qkit.workflows.quantize import Request, quantize
 
     out = tmp_path_factory.mktemp("packed") / "out"
-    quantize(Request(str(tiny("llama")), scheme="w4a16", group_size=32, threads=1), out, quiet)
+    quantize(Request(model=str(tiny("llama")), scheme="w4a16", group_size=32, threads=1), out, quiet)
     return out
 
 
@@ -205,8 +205,8 @@ def test_pairs(tmp_path, line):
     """Of a line, one complaint."""
     from PIL import Image
 
+    from qkit.calibration.image_text import read_pairs
     from qkit.errors import BadCalibration
-    from qkit.pairs import read_pairs
 
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "p.jsonl").write_text(line + "\n")
@@ -217,8 +217,8 @@ def test_pairs(tmp_path, line):
 def test_a_picture_that_fills_the_memory(tmp_path):
     from PIL import Image
 
+    from qkit.calibration.image_text import read_pairs
     from qkit.errors import BadCalibration
-    from qkit.pairs import read_pairs
 
     Image.new("1", (12_000, 12_000)).save(tmp_path / "a.png")
     (tmp_path / "p.jsonl").write_text('{"image": "a.png", "question": "q", "answer": "a"}')
@@ -251,7 +251,11 @@ def test_a_limit_of_memory_is_one_sentence(tmp_path):
         "main(['quantize', '--model', 'tiny-llama', '--scheme', 'w4a16', '--threads', '1', '--out', sys.argv[2]])\n"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for extra, loaded in ((60, "qkit.commands.quantize"), (8, "qkit.pipeline"), (60, "qkit.pipeline")):
+    for extra, loaded in (
+        (60, "qkit.commands.quantize"),
+        (8, "qkit.workflows.quantize"),
+        (60, "qkit.workflows.quantize"),
+    ):
         command = [sys.executable, "-c", code, str(extra), str(tmp_path / "out"), loaded]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert "Traceback" not in done.stderr and done.returncode in (0, 3, 5), done.stderr

@@ -9,17 +9,17 @@ from functools import partial
 import pytest
 import qkit_data
 
-from qkit.calibration import calibration_rows, token_ids
-from qkit.confined import Exceeded, Failed, confined
+from qkit.calibration.chat_templates import Confined, rendered, written
+from qkit.calibration.dataset import calibration_rows, token_ids
+from qkit.calibration.image_text import Pair, encoded, load_processor, read_pairs
 from qkit.errors import BadCalibration, BadCheckpoint, BadInput, BadRecipe, QkitError, Unsupported
 from qkit.evaluation.budget import load_budget
 from qkit.evaluation.text import first_tokens, tokenize
-from qkit.loading import load, load_tokenizer
-from qkit.pairs import Pair, encoded, load_processor, read_pairs
-from qkit.recipe import Recipe, load_recipe, rule_for
-from qkit.templates import Confined, rendered, written
-from qkit.textfile import TextFile
-from qkit.verify import verify
+from qkit.files.text_file import TextFile
+from qkit.planning.recipe import Recipe, load_recipe, rule_for
+from qkit.runtime.loading import load, load_tokenizer
+from qkit.system.confined import Exceeded, Failed, confined
+from qkit.verification.verify import verify
 
 EVIL = "re:(([a-z._0-9])+)+$"
 
@@ -72,10 +72,10 @@ def test_pipes_in_a_model_folder(tiny, tmp_path, name, run):
 
 @pytest.mark.parametrize("name", ["config.json", "qkit.json", "generation_config.json"])
 def test_pipes_in_a_packed_folder(tiny, tmp_path, quiet, name):
-    from qkit.pipeline import Request, quantize
+    from qkit.workflows.quantize import Request, quantize
 
     out = tmp_path / "out"
-    quantize(Request(str(tiny("llama")), scheme="w4a16", group_size=32, threads=1), out, quiet)
+    quantize(Request(model=str(tiny("llama")), scheme="w4a16", group_size=32, threads=1), out, quiet)
     (out / name).unlink()
     os.mkfifo(out / name)
     start = time.monotonic()
@@ -93,11 +93,11 @@ def test_pipes_in_a_packed_folder(tiny, tmp_path, quiet, name):
 
 def test_a_pattern_that_takes_for_ever(tiny, tmp_path, quiet, monkeypatch):
     """The limit is 5 s; here it is 1 s."""
-    monkeypatch.setattr("qkit.patterns.confined", partial(confined, seconds=1.0))
-    from qkit.pipeline import Request, quantize
+    monkeypatch.setattr("qkit.system.patterns.confined", partial(confined, seconds=1.0))
+    from qkit.workflows.quantize import Request, quantize
 
     out = tmp_path / "out"
-    quantize(Request(str(tiny("llama")), scheme="w4a16", group_size=32, threads=1), out, quiet)
+    quantize(Request(model=str(tiny("llama")), scheme="w4a16", group_size=32, threads=1), out, quiet)
     config = json.loads((out / "config.json").read_text())
     for place in ("ignore", "targets"):
         changed = json.loads(json.dumps(config))
@@ -115,7 +115,7 @@ def test_a_pattern_that_takes_for_ever(tiny, tmp_path, quiet, monkeypatch):
 
 
 def test_patterns_that_are_in_use_match(tiny):
-    from qkit.patterns import is_pattern, matched
+    from qkit.system.patterns import is_pattern, matched
 
     names = ["model.layers.0.mlp.gate", "model.layers.0.mlp.gate_proj", "lm_head"]
     found = matched(["re:.*mlp.gate$", "re:^lm_.*", "lm_head"], names)
@@ -148,7 +148,7 @@ def test_b5_a_hostile_chat_template(vlm, tmp_path, name):
     (folder / "chat_template.jinja").write_text(TEMPLATES[name])
     start = time.monotonic()
     with pytest.raises(BadCalibration, match="chat template") as e:
-        encoded(Pair((), "q", "a", "line 1"), load_processor(folder), True)
+        encoded(Pair(images=(), question="q", answer="a", where="line 1"), load_processor(folder), True)
     assert "\n" not in str(e.value) and time.monotonic() - start < 12
 
 
@@ -156,7 +156,7 @@ def test_b5_the_sandbox_holds(vlm, tmp_path):
     folder = shutil.copytree(vlm("llava", processor=True), tmp_path / "m")
     (folder / "chat_template.jinja").write_text("{{ messages.__class__.__base__.__subclasses__() }}")
     with pytest.raises(BadCalibration, match="refuse"):
-        encoded(Pair((), "q", "a", "line 1"), load_processor(folder), True)
+        encoded(Pair(images=(), question="q", answer="a", where="line 1"), load_processor(folder), True)
 
 
 def test_a_confined_template_writes_what_the_own_does(vlm):

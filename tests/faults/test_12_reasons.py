@@ -11,7 +11,7 @@ import transformers
 
 import qkit
 from qkit.errors import QkitError, Unsupported
-from qkit.pipeline import Request, prepare, quantize
+from qkit.workflows.quantize import Request, prepare, quantize
 
 SIZES = {**tiny_models._SIZES, "hidden_size": 32, "intermediate_size": 48}
 MOE = dict(
@@ -46,7 +46,7 @@ def made(folder, name, kind, **fields):
 
 
 def plan(folder, **fields):
-    return prepare(Request(str(folder), **{"scheme": "w4a16", "group_size": 16, "threads": 1, **fields})).plan
+    return prepare(Request(model=str(folder), **{"scheme": "w4a16", "group_size": 16, "threads": 1, **fields})).plan
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,9 @@ def test_classes_without_sdpa_work(tmp_path, calib, quiet, name, kind, fields, m
     """Attention that such a class has; the result is what stock transformers loads."""
     folder, out = made(tmp_path, name, kind, **fields), tmp_path / "out"
     rows = {} if method == "rtn" else {"calib": calib, "samples": 2, "seqlen": 16}
-    assert quantize(Request(str(folder), "w8a16", method, group_size=16, threads=1, **rows), out, quiet).ok
+    assert quantize(
+        Request(model=str(folder), scheme="w8a16", method=method, group_size=16, threads=1, **rows), out, quiet
+    ).ok
     tokens = tiny_models.tokens(2, 12)
     stock = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     original = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

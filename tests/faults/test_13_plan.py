@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from qkit.safefile import read_header
+from qkit.files.safefile import read_header
 
 BUDGETS = [("--bits", "5"), ("--size", "1.2MB"), ("--memory", "1.3MB@100")]
 FORMATS = ("--candidates", "int2,int4,int8", "--group-size", 32)

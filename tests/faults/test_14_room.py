@@ -8,14 +8,23 @@ import pytest
 from conftest import Quiet, StopsAtVerify
 
 from qkit.errors import IOFailure
-from qkit.pipeline import Request, prepare, quantize
+from qkit.workflows.quantize import Request, prepare, quantize
 
 Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.fixture
 def request_(tiny, calib) -> Request:
-    return Request(str(tiny("llama")), "w4a16", "gptq", 32, calib=calib, samples=8, seqlen=32, threads=1)
+    return Request(
+        model=str(tiny("llama")),
+        scheme="w4a16",
+        method="gptq",
+        group_size=32,
+        calib=calib,
+        samples=8,
+        seqlen=32,
+        threads=1,
+    )
 
 
 def size_of(folder: Path) -> int:

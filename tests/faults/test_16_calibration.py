@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.llama import modeling_llama
 
-from qkit.calibrating import calibration_of
-from qkit.pipeline import open_outline
-from qkit.request import Request
-from qkit.solving import FEW_TOKENS
+from qkit.engine.solving import FEW_TOKENS
+from qkit.planning.request import Request
+from qkit.workflows.calibration_rows import calibration_of
+from qkit.workflows.quantize import open_structure
 
 COUNT, LENGTH = 64, 16
 
@@ -28,7 +28,9 @@ def token_in(calib):
     """``token_in(model, share)``: a token id that is in so many of the rows, or as near as there is one."""
 
     def find(model, wanted: int) -> tuple[int, int]:
-        made = calibration_of(Request(str(model), calib=calib, samples=COUNT, seqlen=LENGTH), open_outline(str(model)))
+        made = calibration_of(
+            Request(model=str(model), calib=calib, samples=COUNT, seqlen=LENGTH), open_structure(str(model))
+        )
         held = {int(t): int((made.tokens == t).any(1).sum()) for t in made.tokens.unique()}
         token = min(held, key=lambda t: (abs(held[t] - wanted), t))
         return token, held[token]
@@ -130,7 +132,9 @@ def test_a_layer_that_no_row_reaches(run, tiny, rows, tmp_path, monkeypatch, met
 def test_experts_that_few_tokens_reach(run, tiny, calib, tmp_path, tokens, method):
     """They are rounded to nearest, the declared policy, and the record counts their tokens exactly."""
     model = tiny("mixtral")
-    made = calibration_of(Request(str(model), calib=calib, samples=COUNT, seqlen=LENGTH), open_outline(str(model)))
+    made = calibration_of(
+        Request(model=str(model), calib=calib, samples=COUNT, seqlen=LENGTH), open_structure(str(model))
+    )
     ids, counts = made.tokens.unique(return_counts=True)
     rare = int(ids[counts == tokens][0]) if tokens else next(t for t in range(5, 4096) if t not in ids)
 

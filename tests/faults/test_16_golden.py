@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qkit
-from qkit.verify import verify
+from qkit.verification.verify import verify
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())

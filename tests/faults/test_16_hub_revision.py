@@ -8,8 +8,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from qkit.folder import hub_source
-from qkit.locate import UNWANTED, find_model
+from qkit.files.folder import hub_source
+from qkit.files.locate import UNWANTED, find_model
 
 COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from qkit.errors import QkitError
-from qkit.gguf import read_gguf
-from qkit.inspect_folder import inspect
+from qkit.files.gguf import read_gguf
+from qkit.files.inspect import inspect
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 def packed(tmp_path_factory, tiny):
     from conftest import Quiet
 
-    from qkit.pipeline import Request, quantize
+    from qkit.workflows.quantize import Request, quantize
 
     out = tmp_path_factory.mktemp("packed") / "out"
     quantize(Request(model=str(tiny("llama")), scheme="w4a16", group_size=32), out, Quiet())

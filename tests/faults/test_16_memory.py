@@ -10,7 +10,7 @@ import torch
 from conftest import Quiet
 
 from qkit.errors import IOFailure
-from qkit.pipeline import Request, quantize
+from qkit.workflows.quantize import Request, quantize
 
 SAID = (
     "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 68 bytes."
@@ -19,7 +19,16 @@ SAID = (
 
 @pytest.fixture
 def request_(tiny, calib) -> Request:
-    return Request(str(tiny("llama")), "w4a16", "gptq", 32, calib=calib, samples=8, seqlen=32, threads=1)
+    return Request(
+        model=str(tiny("llama")),
+        scheme="w4a16",
+        method="gptq",
+        group_size=32,
+        calib=calib,
+        samples=8,
+        seqlen=32,
+        threads=1,
+    )
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -58,7 +67,13 @@ def test_other_errors_of_torch_are_not_called_memory(request_, tmp_path, monkeyp
 
 def test_a_limit_of_the_system(tiny, tmp_path):
     """A child whose address space ends a little above what it has."""
-    request = Request(str(tiny("llama", hidden_size=512, intermediate_size=4096)), "w4a16", "rtn", 32, threads=1)
+    request = Request(
+        model=str(tiny("llama", hidden_size=512, intermediate_size=4096)),
+        scheme="w4a16",
+        method="rtn",
+        group_size=32,
+        threads=1,
+    )
     assert quantize(request, tmp_path / "clean", Quiet()).ok
     reader, writer = os.pipe()
     pid = os.fork()

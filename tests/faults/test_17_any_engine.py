@@ -9,8 +9,8 @@ from decompressed import reference_model
 from tiny_models import logits, relative, tokens
 
 import qkit
-from qkit.pipeline import Request, quantize
-from qkit.verify import verify
+from qkit.verification.verify import verify
+from qkit.workflows.quantize import Request, quantize
 
 ATTENTION = "{match: '*.k_proj', scheme: w8a16}"
 CASES = {
@@ -32,7 +32,7 @@ def test_a_result_for_any_engine_computes_what_its_file_says(case, tiny, tmp_pat
     recipe.write_text(
         f"scheme: w4a16\ngroup_size: 32\nmethod: {method}\nengine: any\nrules:\n{listed}", encoding="utf-8"
     )
-    asked = Request(str(tiny(family)), recipe=recipe, calib=calib, samples=8, seqlen=32, threads=1)
+    asked = Request(model=str(tiny(family)), recipe=recipe, calib=calib, samples=8, seqlen=32, threads=1)
     assert quantize(asked, out, Quiet()).problems == []
     x, original = tokens(2, 24), tiny(family)
     wanted = logits(reference_model(out, original), x)
@@ -48,7 +48,7 @@ def test_a_result_for_any_engine_computes_what_its_file_says(case, tiny, tmp_pat
 def test_verify_knows_that_it_was_asked_for(tiny, tmp_path):
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(f"scheme: w4a16\ngroup_size: 32\nengine: any\nrules: [{ATTENTION}]\n", encoding="utf-8")
-    quantize(Request(str(tiny("llama")), recipe=recipe), out, Quiet())
+    quantize(Request(model=str(tiny("llama")), recipe=recipe), out, Quiet())
     assert verify(out).problems == []
     record = json.loads((out / "qkit.json").read_text())
     assert not any(name.endswith("k_proj") for group in record["fused"] for name in group)

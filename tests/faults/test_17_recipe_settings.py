@@ -5,8 +5,8 @@ from conftest import Quiet
 from safetensors.torch import load_file
 
 from qkit.errors import BadRecipe, UsageError
-from qkit.pipeline import Request, prepare, quantize
-from qkit.recipe import make_recipe
+from qkit.planning.recipe import make_recipe
+from qkit.workflows.quantize import Request, prepare, quantize
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def planned(tiny, tmp_path):
     def plan(text, family="llama"):
         path = tmp_path / "recipe.yaml"
         path.write_text(text, encoding="utf-8")
-        linears = prepare(Request(str(tiny(family)), recipe=path, samples=8, seqlen=32)).plan.linears
+        linears = prepare(Request(model=str(tiny(family)), recipe=path, samples=8, seqlen=32)).plan.linears
         return {name.rpartition(".")[2]: p for name, p in linears.items() if ".layers.0." in name}
 
     return plan
@@ -102,7 +102,7 @@ def test_an_unknown_engine_is_refused():
 def test_group_size_of_the_top_reaches_the_schemes_of_towers(vlm, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("scheme: w4a16\ngroup_size: 16\ntargets: {vision: w8a16, projector: w8a8}\n", encoding="utf-8")
-    linears = prepare(Request(str(vlm("llava")), recipe=path)).plan.linears
+    linears = prepare(Request(model=str(vlm("llava")), recipe=path)).plan.linears
     found = {(p.scheme, p.weights.group) for p in linears.values()}
     assert found == {("W4A16", 16), ("W8A16", 16), ("W8A8", None)}
 
@@ -114,7 +114,7 @@ def test_a_rule_about_one_of_several_layers_that_share_an_input_is_followed(rule
     for name, rules in {"plain": "", "rule": f"rules: [{{match: '*.k_proj', {rule}}}]"}.items():
         recipe = tmp_path / f"{name}.yaml"
         recipe.write_text(f"scheme: w4a16\nmethod: gptq\ngroup_size: 32\n{rules}\n", encoding="utf-8")
-        request = Request(str(tiny("llama")), recipe=recipe, calib=calib, samples=8, seqlen=32, threads=1)
+        request = Request(model=str(tiny("llama")), recipe=recipe, calib=calib, samples=8, seqlen=32, threads=1)
         assert quantize(request, tmp_path / name, Quiet()).problems == []
         made[name] = load_file(tmp_path / name / "model.safetensors")
     first = "model.layers.0.self_attn"

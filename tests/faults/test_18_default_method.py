@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from qkit.advice import BETTER, times
-from qkit.formats import SCHEMES
-from qkit.pipeline import prepare
-from qkit.recipe import parse_method
-from qkit.request import Request
+from qkit.planning.recipe import parse_method
+from qkit.planning.request import Request
+from qkit.tensor.formats import SCHEMES
+from qkit.workflows.advice import BETTER, times
+from qkit.workflows.quantize import prepare
 
 GROUP = ("--group-size", 32)
 
@@ -24,7 +24,10 @@ def test_the_plan_says_it(run, tiny, small, calib, tmp_path, scheme, better, mor
     assert code == 0, err
     group = more[1] if more else None
     asked = [
-        Request(str(model), scheme, m, group, calib=calib, samples=8, seqlen=32, threads=1) for m in (None, better)
+        Request(
+            model=str(model), scheme=scheme, method=m, group_size=group, calib=calib, samples=8, seqlen=32, threads=1
+        )
+        for m in (None, better)
     ]
     one, two = (sum(prepare(r).forecast.operations.values()) for r in asked)
     wanted = f"method: rtn (no --method is given): {better} is more accurate and takes about {times(two / one)} the operations"

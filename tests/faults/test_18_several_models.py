@@ -16,7 +16,7 @@ def packed(tmp_path_factory, tiny):
     """{name: folder} of two results of one model."""
     from conftest import Quiet
 
-    from qkit.pipeline import Request, quantize
+    from qkit.workflows.quantize import Request, quantize
 
     folder = tmp_path_factory.mktemp("packed")
     for name in ("w4a16", "w8a16"):
@@ -25,7 +25,7 @@ def packed(tmp_path_factory, tiny):
 
 
 def test_two_models_against_one_baseline(packed, tiny, run, calib, tmp_path, monkeypatch):
-    from qkit import loading
+    from qkit.runtime import loading
 
     loaded, real = [], loading.load
     monkeypatch.setattr(loading, "load", lambda path, *a, **k: loaded.append(path.name) or real(path, *a, **k))

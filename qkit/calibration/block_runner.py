@@ -1,0 +1,382 @@
+"""A block taken through its linears in the order in which they run, every product computed once.
+
+Later linears of a block see the error of earlier ones, so the block runs again after each group is solved. What would make
+this expensive is avoided: a run ends at the group in question (``_Reached``), and a submodule whose linears are all solved is
+replaced by what it returned. An attention or MLP module returns the output of its last linear; its input there is kept
+in a file while it is captured, multiplied once the linear is solved, and played back in later runs (``_Playback``).
+Whether a submodule really returns its last linear's output is looked at in a run, not assumed; where it does not, the
+module simply runs again.
+
+Files, not memory, hold these intermediates: they are read right after they are written and mostly never leave the page
+cache, and resident memory does not grow with the number of rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qkit.calibration.block_calls import Call, OneByOne
+from qkit.calibration.statistics import (
+    MAX_BAD_ROWS,
+    SAMPLE_TOKENS,
+    Accumulator,
+    Piece,
+    Rows,
+    Stats,
+    StatsRequest,
+    piece_of,
+    run_pending,
+    strides,
+)
+from qkit.errors import BadCalibration, NumericFailure, Unsupported
+from qkit.families.blocks import BlockStructure, LinearGroup
+from qkit.files.owned import temp_path
+from qkit.system.memory import give_back
+from qkit.system.parallel import Workers
+
+Span = tuple[int, int]
+
+
+class Step(Protocol):
+    """Told of every piece that is done; may raise to stop the run."""
+
+    def __call__(self, amount: int = 1) -> None: ...
+
+
+class _Reached(Exception):
+    """Raised by a hook to end a run whose remaining work nobody needs."""
+
+
+@dataclass
+class _Unit:
+    """A submodule that returns the output of its last linear, and how: alone, or first in a tuple with Nones."""
+
+    path: str
+    last: str
+    width: int
+    rest: int | None = None  # Nones after the output; None: a bare tensor
+
+
+class _Playback(nn.Module):
+    """Stands in a solved submodule's place and returns what it returned."""
+
+    def __init__(self, fetch: Callable[[], Tensor], rest: int | None) -> None:
+        super().__init__()
+        self._fetch, self._rest = fetch, rest
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        out = self._fetch()
+        return out if self._rest is None else (out, *[None] * self._rest)
+
+
+class Flow:
+    """One block, its rows, and how far it has come.
+
+    stages: groups to capture and solve together, in running order (experts are one stage)
+    """
+
+    def __init__(
+        self, block: nn.Module, structure: BlockStructure, rows: Rows, call: Call | OneByOne, pool: Workers
+    ) -> None:
+        self.block, self.structure, self.rows, self.call, self.pool = block, structure, rows, call, pool
+        self.stages = structure.units
+        self.beyond: set[int] = set()  # rows with finite values above ``Rows.largest``
+        self._local = threading.local()
+        self._units = self._find_units()
+        self._replaced: dict[str, nn.Module] = {}
+
+    # ---- capture ---------------------------------------------------------------------------------------------
+
+    def capture(
+        self, groups: tuple[LinearGroup, ...], wanted: StatsRequest, step: Step, keep: bool = True,
+        inputs: Mapping[str, Callable[[Tensor], Tensor]] | None = None, originals: Mapping[str, Path] | None = None,
+    ) -> dict[str, Stats]:  # fmt: skip
+        """{group key: Stats} over all good rows. Raises BadCalibration when a group saw no token.
+
+        keep: keep the input of a submodule's last linear, to play the submodule back once it is solved; inputs: by group
+        what is done to its inputs before they are looked at; originals: by submodule the file of its inputs in the original
+        model, as ``leave`` saves them, for the drift.
+        """
+        sums = {g.key: Accumulator(g.linears[0].shape[1], wanted, self.rows.dtype) for g in groups}
+        stride = max(1, self.rows.total // SAMPLE_TOKENS)
+        kinds = self.rows.kinds
+        each = [] if kinds is None else strides(kinds)
+        ends = {g.hook for g in groups} if keep else set()
+        unit = next((u for u in self._units if u.last in ends), None)
+        kept = None if unit is None else self._file(f"{unit.path}.in").open("wb")
+        handles = self._hooks({g.hook for g in groups if g.hook})
+
+        def one(span: Span) -> tuple[dict[str, Piece], Tensor | None, list[int], list[int]]:
+            hidden = self.rows.read(*span)
+            seen = self._run(span, hidden, stop=True)
+            valid = self.rows.valid(*span)
+            found = _group_inputs(seen, self.block, groups, valid)
+            bad, beyond = self._apart(span, groups) if _peak(found.values()) > self.rows.largest else ([], [])
+            if bad:
+                valid = self.rows.without(bad).valid(*span)
+                found = _group_inputs(seen, self.block, groups, valid)
+            found = {key: inputs[key](x) if inputs and key in inputs else x for key, x in found.items()}
+            before = {g.key: self._saved(g, originals, span, valid) for g in groups}
+            away = {
+                key: (inputs[key](y) if inputs and key in inputs else y).float() - found[key].float()
+                for key, y in before.items()
+                if y is not None
+            }
+            of = None if kinds is None else kinds[slice(*span)].flatten()
+            of = of if of is None or valid is None else of[valid]
+            pieces = {
+                key: replace(
+                    piece_of(t, stride, wanted.ranges, of if of is not None and len(of) == len(t) else None, each),
+                    away=away.get(key),
+                )
+                for key, t in found.items()
+                if len(t)
+            }
+            return pieces, None if unit is None else seen[unit.last][0], bad, beyond
+
+        left_out: list[int] = []
+        try:
+            spans = list(self.rows.pieces())
+            for (start, _), (pieces, x, bad, beyond) in zip(spans, self.pool.stream(one, spans), strict=True):
+                left_out += bad
+                self.beyond.update(beyond)
+                if kept is not None and x is not None:
+                    kept.write(_bytes(x))
+                for key, piece in pieces.items():
+                    sums[key].add(piece, self.rows.part_of(start))
+                run_pending(sums.values(), self.pool, everything=False)
+                step()
+            run_pending(sums.values(), self.pool, everything=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+            if kept is not None:
+                kept.close()
+        self.rows = self.rows.without(left_out)
+        self._refuse_too_many(len(left_out))
+        if max(total.width for total in sums.values()) >= 1024:
+            give_back()  # what the runs left free is not what the solver is about to ask for
+        for g in groups:
+            if sums[g.key].tokens == 0 and g.expert is None:
+                raise _unreached(g.key)
+        return {key: total.finish(each) for key, total in sums.items()}
+
+    def _apart(self, span: Span, groups: tuple[LinearGroup, ...]) -> tuple[list[int], list[int]]:
+        """Of the good rows of a piece, looked at one by one: those with inputs that are not finite, and those with finite ones
+        beyond ``Rows.largest``."""
+        peaks = {}
+        for i in (i for i in range(*span) if self.rows.good[i]):
+            seen = self._run((i, i + 1), self.rows.read(i, i + 1), stop=True)
+            peaks[i] = _peak(_group_inputs(seen, self.block, groups, self.rows.valid(i, i + 1)).values())
+        bad = [i for i, peak in peaks.items() if peak == math.inf]
+        return bad, [i for i, peak in peaks.items() if self.rows.largest < peak < math.inf]
+
+    def _refuse_too_many(self, bad: int) -> None:
+        """Raises NumericFailure where more than MAX_BAD_ROWS of the rows have values that are not finite."""
+        if bad > MAX_BAD_ROWS * self.rows.count:
+            raise NumericFailure(
+                f"{bad} of {self.rows.count} calibration rows have non-finite activations in {self.structure.path}, more "
+                f"than {MAX_BAD_ROWS:.0%}: use other calibration text, or a checkpoint in bf16 if this one is fp16"
+            )
+
+    def _hooks(self, names: set[str]) -> list[Any]:
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+                self._local.seen[name] = args
+                if self._local.stop and len(self._local.seen) == len(names):
+                    raise _Reached
+
+            return keep
+
+        # Kept before any other hook: what is captured is the input before its activations are quantized.
+        return [self.block.get_submodule(n).register_forward_pre_hook(hook(n), prepend=True) for n in sorted(names)]
+
+    def _run(self, span: Span, hidden: Tensor, stop: bool) -> dict[str, tuple[Any, ...]]:
+        self._local.seen, self._local.stop, self._local.span = {}, stop, span
+        with suppress(_Reached):
+            self._local.out = self.call(self.block, hidden, slice(*span))
+        return dict(self._local.seen)
+
+    def _saved(
+        self, group: LinearGroup, originals: Mapping[str, Path] | None, span: Span, valid: Tensor | None
+    ) -> Tensor | None:
+        """Inputs of the group in the original model, [counted tokens, in]."""
+        if not originals or group.hook not in originals or group.expert is not None:
+            return None
+        width = group.linears[0].shape[1]
+        x = replace(self.rows, path=originals[group.hook], hidden=width).read(*span).reshape(-1, width)
+        return x if valid is None else x[valid]
+
+    # ---- playback --------------------------------------------------------------------------------------------
+
+    def _find_units(self) -> list[_Unit]:
+        """Submodules that return the output of their last linear, seen on one row."""
+        candidates: dict[str, _Unit] = {}
+        for group in self.structure.groups:
+            path = group.hook.rpartition(".")[0]
+            if group.expert is None and path and len(group.linears) == 1:
+                candidates[path] = _Unit(path, group.hook, group.linears[0].shape[0])
+        outputs: dict[str, Any] = {}
+
+        def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+            return lambda module, args, out: outputs.__setitem__(name, out)
+
+        calls = Counter[str]()
+
+        def count(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            return lambda module, args: calls.update((name,))
+
+        names = {n for u in candidates.values() for n in (u.path, u.last)}
+        handles = [self.block.get_submodule(n).register_forward_hook(note(n)) for n in sorted(names)]
+        hooks = {g.hook for g in self.structure.groups if g.hook}
+        handles += [self.block.get_submodule(n).register_forward_pre_hook(count(n)) for n in sorted(hooks)]
+        with torch.inference_mode():
+            entered = self.rows.read(0, 1)
+            self.call(self.block, entered, slice(0, 1))
+        for handle in handles:
+            handle.remove()
+        again = next((n for n, k in calls.items() if k > 1), None)
+        if again is not None:
+            raise Unsupported(
+                f"{self.structure.path}.{again} runs {calls[again]} times in one pass of its block: its weights have several "
+                "inputs, and a layer is quantized for one: skip it with a rule, or use a method that runs no rows (rtn)"
+            )
+        units = []
+        for unit in candidates.values():
+            returned, last = outputs.get(unit.path), outputs.get(unit.last)
+            first, rest = (returned[0], returned[1:]) if isinstance(returned, tuple) else (returned, None)
+            if first is None or last is None or first is not last or last.shape[:-1] != entered.shape[:-1]:
+                continue
+            if all(r is None for r in rest or ()):
+                units.append(replace(unit, rest=None if rest is None else len(rest)))
+        return units
+
+    def solved(self, groups: tuple[LinearGroup, ...], step: Step) -> None:
+        """To be called when the weights of ``groups`` in the block are the quantized ones."""
+        for unit in self._units:
+            if any(g.hook == unit.last for g in groups):
+                self._play(unit, step)
+
+    def _play(self, unit: _Unit, step: Step) -> None:
+        linear = self.block.get_submodule(unit.last)
+        config = replace(self.rows, path=self._file(f"{unit.path}.in"), hidden=_width(linear, unit))
+        with self._file(f"{unit.path}.out").open("wb") as f:
+            for out in self.pool.stream(lambda span: linear(config.read(*span)), self.rows.pieces()):
+                f.write(_bytes(out))
+                step()
+        config.path.unlink()
+        played = replace(self.rows, path=self._file(f"{unit.path}.out"), hidden=unit.width)
+        self._replaced[unit.path] = self.block.get_submodule(unit.path)
+        self.block.set_submodule(unit.path, _Playback(lambda: played.read(*self._local.span), unit.rest))
+
+    def _file(self, name: str) -> Path:
+        return temp_path(self.rows.path.parent, name)
+
+    # ---- leaving the block -----------------------------------------------------------------------------------
+
+    def leave(self, out: Path, step: Step, save: Mapping[str, Path] | None = None) -> tuple[Rows, str]:
+        """Run the block as solved on all rows and write its outputs to the file ``out``; also gives their sha256.
+
+        save: by submodule a file for what enters it, [tokens, in] row after row.
+        Rows that turned non-finite are marked; raises NumericFailure above MAX_BAD_ROWS of them.
+        """
+        good: list[bool] = []
+        digest = hashlib.sha256()
+        save = save or {}
+        handles = self._hooks(set(save))
+
+        def one(span: Span) -> tuple[Tensor, Tensor, dict[str, Tensor], list[int]]:
+            seen = self._run(span, self.rows.read(*span), stop=False)
+            result: Tensor = self._local.out.to(self.rows.dtype)
+            finite = result.isfinite()
+            unreached = next((name for name in save if name not in seen), None)
+            if unreached is not None:
+                raise _unreached(f"{self.structure.path}.{unreached}")
+            entered = {name: seen[name][0] for name in save}
+            if self.rows.lead_shapes:
+                return result, finite.all()[None], entered, []
+            peaks = result.abs().flatten(1).amax(1) if self.rows.dtype != torch.bfloat16 else torch.zeros(len(result))
+            over = ((peaks > self.rows.largest) & peaks.isfinite()).nonzero()[:, 0]
+            return result, finite.flatten(1).all(1), entered, [span[0] + int(i) for i in over]
+
+        with ExitStack() as stack:
+            for handle in handles:
+                stack.callback(handle.remove)
+            files = {name: stack.enter_context(path.open("wb")) for name, path in save.items()}
+            f = stack.enter_context(out.open("wb"))
+            for result, finite, entered, beyond in self.pool.stream(one, self.rows.pieces()):
+                self.beyond.update(beyond)
+                for name, x in entered.items():
+                    files[name].write(_bytes(x))
+                good += [g and bool(now) for g, now in zip(self.rows.good[len(good) :], finite, strict=False)]
+                data = _bytes(result)
+                f.write(data)
+                digest.update(data)
+                step()
+        self._refuse_too_many(good.count(False))
+        return replace(self.rows, path=out, good=good), digest.hexdigest()
+
+    def close(self) -> None:
+        """Put every module back and remove the intermediates."""
+        for path, module in self._replaced.items():
+            self.block.set_submodule(path, module)
+        self._replaced = {}
+        for unit in self._units:
+            for end in ("in", "out"):
+                self._file(f"{unit.path}.{end}").unlink(missing_ok=True)
+
+
+def _unreached(name: str) -> BadCalibration:
+    return BadCalibration(f"no calibration row reached {name}: its block runs without calling this linear")
+
+
+def _peak(inputs: Iterable[Tensor]) -> float:
+    """The largest magnitude; infinite where a value is not finite."""
+    ends = [end for x in inputs if len(x) for end in x.aminmax()]
+    return max((float(e.abs()) if bool(e.isfinite()) else math.inf for e in ends), default=0.0)
+
+
+def _width(linear: nn.Module, unit: _Unit) -> int:
+    assert isinstance(linear, nn.Linear), unit.last
+    return linear.in_features
+
+
+def _bytes(t: Tensor) -> Any:
+    return t.contiguous().view(torch.uint8).numpy().reshape(-1).data
+
+
+def _group_inputs(
+    seen: dict[str, tuple[Any, ...]], block: nn.Module, groups: tuple[LinearGroup, ...], valid: Tensor | None
+) -> dict[str, Tensor]:
+    """{group key: inputs [tokens, in] of the counted tokens} from the arguments of the hooked modules."""
+    result: dict[str, Tensor] = {}
+    for group in groups:
+        if group.hook and group.hook in seen:
+            x = seen[group.hook][0]
+            x = x.reshape(-1, x.shape[-1])
+            if valid is not None:  # a prompt has a length of its own, and counts with its picture or not at all
+                x = x[valid] if len(valid) == len(x) else x[:0]
+            if group.expert is not None:
+                routed = (seen[group.hook][1] == group.expert).any(-1).flatten()
+                x = x[routed if valid is None else routed[valid]]
+            result[group.key] = x
+        elif group.expert is not None:  # the expert's down projection: its input is computed here
+            pair = next(g for g in groups if g.expert == group.expert and g.hook)
+            if pair.key in result:
+                experts = block.get_submodule(pair.hook)
+                both = replace(pair.linears[0], rows=None).view(block)  # gate and up, whichever of them the group has
+                x, (gate, up) = result[pair.key], both.chunk(2)
+                act: Any = experts.act_fn
+                result[group.key] = act(nn.functional.linear(x, gate)) * nn.functional.linear(x, up)
+    return result

@@ -1,0 +1,148 @@
+"""Calibration rows: from a text file to token rows.
+
+A text is tokenised as far as it is needed (no special tokens added) and cut into consecutive rows of ``seqlen`` tokens, of
+which the first ``samples`` are used. The same text, tokenizer and numbers give the same rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qkit.errors import BadCalibration
+from qkit.files.schema import foreign
+from qkit.files.text_file import TextFile
+from qkit.system.memory import give_back
+
+KINDS = ("padding", "text", "vision", "answer")
+VISION, ANSWER = KINDS.index("vision"), KINDS.index("answer")
+MAX_BAD = 0.01  # share of tokens outside the vocabulary above which a text is refused
+
+
+class Calls(Protocol):
+    """Rows that are made anew whenever they are asked for: the same ones."""
+
+    def calls(self, folder: Path) -> Iterator[dict[str, Any]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """samples rows of seqlen tokens, int64 [samples, seqlen]; ``digest``: sha256 of all that the rows are made of.
+
+    inputs: of rows with pictures, what the model is called with for each, filled up with zeros in ``tokens`` to the longest
+    kinds: uint8 [samples, seqlen], of rows with pictures: what each token is, an index of KINDS
+    trajectory: of a diffusion transformer, its calls while its pipeline samples; ``tokens`` is empty then, and seqlen 0, since
+        how many tokens they have is known when they are made
+    written: rows that the model is to write itself when the run begins, besides these (``written``)
+    """
+
+    source: str
+    samples: int
+    seqlen: int
+    digest: str
+    tokens: Tensor = field(compare=False, repr=False)
+    inputs: tuple[dict[str, Tensor], ...] | None = field(default=None, compare=False, repr=False)
+    kinds: Tensor | None = field(default=None, compare=False, repr=False)
+    trajectory: Calls | None = field(default=None, compare=False, repr=False)
+    written: int = 0
+
+    @property
+    def count(self) -> int:
+        """Rows, with those that are yet to be written."""
+        return self.samples + self.written
+
+    @property
+    def beyond_text(self) -> bool:
+        """Whether rows are more than text: they reach parts of a model that texts do not."""
+        return self.kinds is not None or self.trajectory is not None
+
+    def calls(self, folder: Path) -> Iterator[dict[str, Any]]:
+        """What the model is called with, row after row; ``folder`` takes what would not fit into memory."""
+        if self.trajectory is not None:
+            yield from self.trajectory.calls(folder)
+            return
+        yield from self.inputs if self.inputs is not None else ({"input_ids": row[None]} for row in self.tokens)
+
+    def first(self, count: int) -> Calibration:
+        """The first ``count`` rows (all, if there are fewer), of the same width."""
+        tokens, kinds = self.tokens[:count], None if self.kinds is None else self.kinds[:count]
+        inputs = None if self.inputs is None else self.inputs[:count]
+        return Calibration(
+            source=self.source,
+            samples=len(tokens),
+            seqlen=self.seqlen,
+            digest=digest_of(tokens, inputs),
+            tokens=tokens,
+            inputs=inputs,
+            kinds=kinds,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the tokens themselves."""
+        told = ("source", "samples", "seqlen", "digest", *(("written",) if self.written else ()))
+        return {k: getattr(self, k) for k in told}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Calibration:
+        return self  # immutable; dataclasses.asdict would copy the tokens otherwise
+
+
+def digest_of(tokens: Tensor, inputs: Iterable[dict[str, Tensor]] | None = None) -> str:
+    """sha256 of all that rows are made of: ``inputs`` of rows with pictures, else ``tokens``."""
+    if inputs is None:
+        return hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
+    digest = hashlib.sha256()
+    for row in inputs:
+        for name in sorted(row):
+            digest.update(name.encode() + row[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file. Raises BadCalibration for what is none, naming the byte that is not UTF-8; IOFailure."""
+    return TextFile(path, "calibration text", BadCalibration).text()[0]
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """A text as token ids; through the Rust tokenizer where there is one, without offsets: a quarter less memory."""
+    with foreign("the tokenizer of the model cannot read the text", "use the tokenizer's files of the original model"):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return list(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+
+def calibration_rows(
+    path: Path, tokenizer: Any, samples: int, seqlen: int, vocabulary: int, source: str = ""
+) -> Calibration:
+    """Rows of a text file.
+
+    vocabulary: rows of the embedding table; max context is the caller's matter.
+    Raises BadCalibration when the text is too short, when all rows are equal, or when token ids leave the vocabulary.
+    """
+    text = TextFile(path, "calibration text", BadCalibration, prose=True)
+    ids = text.first_tokens(partial(token_ids, tokenizer), samples * seqlen)
+    give_back()  # tokenising leaves several times the text behind
+    available = len(ids) // seqlen
+    if available < samples:
+        raise BadCalibration(
+            f"{path}: {len(ids)} tokens give {available} rows of {seqlen}, {samples} are needed "
+            f"({samples * seqlen} tokens): use a longer text, or fewer --samples or a shorter --seqlen"
+        )
+    rows = torch.tensor(ids[: samples * seqlen], dtype=torch.int64).view(samples, seqlen)
+    outside = int((rows >= vocabulary).sum())
+    if outside:
+        row = int((rows >= vocabulary).any(1).nonzero()[0])
+        raise BadCalibration(
+            f"{path}: row {row} has a token id of at least {vocabulary}, the size of the model's vocabulary "
+            f"({outside} tokens in all): the tokenizer does not belong to this model"
+        )
+    if samples > 1 and bool((rows == rows[0]).all()):
+        raise BadCalibration(f"{path}: all {samples} rows are the same: the text repeats itself and teaches nothing")
+    return Calibration(source=source or path.name, samples=samples, seqlen=seqlen, digest=digest_of(rows), tokens=rows)

@@ -1,0 +1,317 @@
+"""Calibration rows, and what is gathered of them.
+
+Rows live in a file of the job folder, one hidden state [tokens, hidden] a row, and are read and written in
+pieces: resident memory does not grow with their number (the page cache keeps them at hand), and the file is
+what a resumed run goes on from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qkit.errors import BadCalibration
+from qkit.system.parallel import Workers
+
+_PIECE_TOKENS = 512  # tokens, at the least, that one worker runs through the block at a time
+_PIECE_VALUES = 1 << 19  # or as many as have this many hidden values: narrow models go in longer pieces
+PENDING_BYTES = 16 << 20  # inputs that wait for the Hessian
+SAMPLE_TOKENS = 512  # tokens kept per group for scale searches and error figures
+_TILE, _DIAGONAL_TILE = 704, 192  # columns of one Hessian tile at most; on the diagonal, where half of a tile is wasted
+MAX_BAD_ROWS = 0.1  # share of rows with non-finite activations above which a run is given up
+
+
+def piece_tokens(hidden: int) -> int:
+    """Tokens of one piece, if rows are short enough."""
+    return max(_PIECE_TOKENS, _PIECE_VALUES // hidden)
+
+
+@dataclass(kw_only=True)
+class Rows:
+    """Hidden states that enter a block: a file of ``count`` rows [tokens, hidden] in ``dtype``.
+
+    good: rows without a non-finite value so far; the others are left out and counted
+    kinds: uint8 [count, tokens], indices of ``calibration.KINDS``; 0 where a shorter row was filled up; None: all is text
+    lead_shapes: of rows of different shapes, each [*lead, hidden] (the images of a sample in a vision tower); they are read
+           one by one, and ``tokens`` is what the longest has
+    original: a file of the same rows as they would be if nothing were quantized, where a transform asks for them
+    times: of rows of a diffusion transformer, the timestep of each; they have leads
+    largest: what the checkpoint's dtype holds at the most; rows that go beyond in the wider dtype of a run are counted
+    """
+
+    path: Path
+    count: int
+    tokens: int
+    hidden: int
+    dtype: torch.dtype
+    good: list[bool] = field(default_factory=list)
+    kinds: Tensor | None = None
+    lead_shapes: tuple[tuple[int, ...], ...] = ()
+    original: Path | None = None
+    times: tuple[float, ...] = ()
+    largest: float = torch.finfo(torch.float32).max
+
+    def without(self, bad: Iterable[int]) -> Rows:
+        """The rows with these left out."""
+        out = set(bad)
+        return replace(self, good=[g and i not in out for i, g in enumerate(self.good)]) if out else self
+
+    def part_of(self, row: int) -> int:
+        """0 where its timestep is in the lower half of all, else 1."""
+        return int(bool(self.times) and 2 * self.times[row] > max(self.times))
+
+    @property
+    def total(self) -> int:
+        """Tokens of all rows."""
+        return sum(map(math.prod, self.lead_shapes)) if self.lead_shapes else self.count * self.tokens
+
+    def valid(self, start: int, stop: int) -> Tensor | None:
+        """bool [(stop - start) * tokens]: tokens that statistics are taken of; None: all of them."""
+        good = torch.tensor(self.good[start:stop])
+        if self.lead_shapes:
+            return None if bool(good.all()) else good.expand(math.prod(self.lead_shapes[start]))
+        if self.kinds is None:
+            return None if bool(good.all()) else good.repeat_interleave(self.tokens)
+        mask = ((self.kinds[start:stop] > 0) & good[:, None]).flatten()
+        return None if bool(mask.all()) else mask
+
+    @property
+    def row_bytes(self) -> int:
+        return self.tokens * self.hidden * self.dtype.itemsize
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """[stop - start, tokens, hidden]; of rows of different shapes the one at ``start``, [*lead, hidden]"""
+        first = start * self.row_bytes
+        shape: tuple[int, ...] = (stop - start, self.tokens)
+        if self.lead_shapes:
+            shape = self.lead_shapes[start]
+            first = sum(map(math.prod, self.lead_shapes[:start])) * self.hidden * self.dtype.itemsize
+        rows = torch.empty(*shape, self.hidden, dtype=self.dtype)
+        buffer = rows.view(torch.uint8).numpy().reshape(-1).data
+        with self.path.open("rb", buffering=0) as f:
+            f.seek(first)
+            if f.readinto(buffer) != len(buffer):
+                raise BadCalibration(f"{self.path}: shorter than {self.count} rows: delete the job folder, start again")
+        return rows
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of the rows that are worked on as one. Pieces do not depend on the number of workers."""
+        step = 1 if self.lead_shapes else max(1, piece_tokens(self.hidden) // self.tokens)
+        for start in range(0, self.count, step):
+            yield start, min(start + step, self.count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What was seen at the input of a group of linears, over ``tokens`` tokens.
+
+    mean_square: float32 [in]
+    sample:      [n, in] inputs spread evenly over the rows, n at most about SAMPLE_TOKENS
+    kinds:       uint8 [n] of the sample, and how many tokens of all each stands for, float32 [n] (None: all are text)
+    hessian:     float32 [in, in], mean over tokens of x x^T (None: not asked for)
+    absmax, mean_abs: float32 [in] (None: not asked for)
+    by_time:     float32 [2, in], absmax of the lower and of the upper half of timesteps (None: there are none)
+    drift:       float32 [in, in], mean over tokens of (x' - x) x^T, x' being x in the original model (None: not asked for)
+    """
+
+    tokens: int
+    mean_square: Tensor
+    sample: Tensor
+    hessian: Tensor | None = None
+    absmax: Tensor | None = None
+    mean_abs: Tensor | None = None
+    kinds: Tensor | None = None
+    sample_weight: Tensor | None = None
+    by_time: Tensor | None = None
+    drift: Tensor | None = None
+
+    def divided_by(self, scale: Tensor) -> Stats:
+        """The statistics of inputs divided per channel by ``scale`` [in]."""
+        return Stats(
+            tokens=self.tokens,
+            mean_square=self.mean_square / scale.square(),
+            sample=(self.sample.float() / scale).to(self.sample.dtype),
+            hessian=None if self.hessian is None else self.hessian / (scale[:, None] * scale[None, :]),
+            absmax=None if self.absmax is None else self.absmax / scale,
+            mean_abs=None if self.mean_abs is None else self.mean_abs / scale,
+            kinds=self.kinds,
+            sample_weight=self.sample_weight,
+            by_time=None if self.by_time is None else self.by_time / scale,
+            drift=None if self.drift is None else self.drift / (scale[:, None] * scale[None, :]),
+        )
+
+
+@dataclass(frozen=True)
+class StatsRequest:
+    """What a run needs to know of inputs. Ranges cost as much as a small product, so they are taken on request.
+
+    One of the two is always wanted: the energy of every channel comes from the Hessian's diagonal or with the ranges.
+    """
+
+    hessian: bool
+    ranges: bool
+
+    def __post_init__(self) -> None:
+        assert self.hessian or self.ranges
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one worker saw at the input of one group: x float32 [n, in], and absmax, sum of |x| and of x^2 [in]; away: by how
+    much x is less than in the original model, float32 [n, in], or None."""
+
+    x: Tensor
+    sums: tuple[Tensor, Tensor, Tensor] | None
+    sample: Tensor
+    kinds: Tensor | None
+    away: Tensor | None = None
+
+
+def strides(kinds: Tensor) -> list[int]:
+    """By kind, how many tokens one of the sample stands for: few answers are not lost among many pieces of pictures."""
+    share = SAMPLE_TOKENS // (int(kinds.max()) + 1)
+    return [max(1, int(n) // share) for n in kinds.flatten().bincount()]
+
+
+def piece_of(x: Tensor, stride: int, ranges: bool, kinds: Tensor | None = None, each: Sequence[int] = ()) -> Piece:
+    """kinds: uint8 [n] of the inputs; each: ``strides`` of them."""
+    wide = x.to(torch.float32)
+    if kinds is None:
+        sample, of = x[::stride].clone(), None
+    else:
+        chosen = torch.cat([(kinds == k).nonzero()[::n, 0] for k, n in enumerate(each)]).sort().values
+        sample, of = x[chosen], kinds[chosen]
+    if not ranges:
+        return Piece(wide, None, sample, of)
+    magnitude = wide.abs()
+    return Piece(wide, (magnitude.amax(0), magnitude.sum(0), magnitude.square_().sum(0)), sample, of)
+
+
+class Accumulator:
+    """Gathers Stats of one group from pieces, always in the order of the rows."""
+
+    def __init__(self, width: int, wanted: StatsRequest, dtype: torch.dtype) -> None:
+        self.tokens = 0
+        self.width = width
+        # absmax of either half of the timesteps (without them all is in the first), sum of |x| and of x^2
+        self.sums = [torch.zeros(2, width), torch.zeros(width), torch.zeros(width)] if wanted.ranges else None
+        # One block for all samples: small pieces kept between large ones that come and go would tear the heap apart.
+        self.sample = torch.empty(2 * SAMPLE_TOKENS, width, dtype=dtype)
+        self.kinds = torch.zeros(2 * SAMPLE_TOKENS, dtype=torch.uint8)
+        self.sampled = 0
+        self.pending: list[Tensor] = []
+        self.hessian = torch.zeros(width, width) if wanted.hessian else None
+        self.away: list[Tensor] = []  # of the pending inputs
+        self.drift: Tensor | None = None
+
+    def add(self, p: Piece, part: int = 0) -> None:
+        """Add a piece; its share of the Hessian is left to ``jobs``. part: ``Rows.part_of`` of its row."""
+        self.tokens += len(p.x)
+        room = min(len(p.sample), len(self.sample) - self.sampled)
+        self.sample[self.sampled : self.sampled + room] = p.sample[:room]
+        if p.kinds is not None:
+            self.kinds[self.sampled : self.sampled + room] = p.kinds[:room]
+        self.sampled += room
+        if self.sums is not None and p.sums is not None:
+            torch.maximum(self.sums[0][part], p.sums[0], out=self.sums[0][part])
+            self.sums[1] += p.sums[1]
+            self.sums[2] += p.sums[2]
+        if self.hessian is not None:
+            self.pending.append(p.x)
+            if p.away is not None:
+                self.away.append(p.away)
+
+    def jobs(self) -> list[Callable[[], object]]:
+        """What is left to do for the pieces added so far: independent jobs, one per tile of the Hessian.
+
+        Inputs in bf16 are exact in float32, so only the order of additions rounds, and that is fixed. The lower triangle
+        alone is summed: half the work.
+        """
+        xs, self.pending = self.pending, []
+        away, self.away = self.away, []
+        if self.hessian is None or not xs:
+            return []
+        found: list[Callable[[], object]] = [partial(_add_tile, self.hessian, xs, xs, i, j) for i, j in self._tiles()]
+        if away:
+            if self.drift is None:
+                self.drift = torch.zeros(self.width, self.width)
+            spans = _spans(0, self.width)
+            found += [partial(_add_tile, self.drift, away, xs, i, j) for i in spans for j in spans]
+        return found
+
+    def _tiles(self) -> list[tuple[slice, slice]]:
+        """Tiles of the lower triangle, the large ones first; those on the diagonal whole."""
+        found = list(_lower_tiles(0, self.width))
+        return sorted(found, key=lambda t: (t[1].start - t[1].stop, t[0].start, t[1].start))
+
+    def finish(self, each: Sequence[int] = ()) -> Stats:
+        """each: ``strides``, where tokens are of several kinds."""
+        found = self._finish()
+        if self.drift is not None:
+            found = replace(found, drift=self.drift.div_(max(1, self.tokens)))
+        if not each:
+            return found
+        kinds = self.kinds[: self.sampled]
+        return replace(found, kinds=kinds, sample_weight=torch.tensor(each, dtype=torch.float32)[kinds.long()])
+
+    def _finish(self) -> Stats:
+        n = max(1, self.tokens)
+        if self.hessian is not None:
+            self.hessian.div_(n)
+            for i, j in self._tiles():  # the upper triangle, in place: a copy would double the largest matrix there is
+                if i != j:
+                    self.hessian[j, i] = self.hessian[i, j].T
+        sample = self.sample[: self.sampled]
+        if self.sums is None:
+            assert self.hessian is not None
+            return Stats(
+                tokens=self.tokens, mean_square=self.hessian.diagonal().clone(), sample=sample, hessian=self.hessian
+            )
+        halves, total, squares = self.sums
+        by_time = halves if bool(halves.any(1).all()) else None
+        return Stats(
+            tokens=self.tokens,
+            mean_square=squares / n,
+            sample=sample,
+            hessian=self.hessian,
+            absmax=halves.amax(0),
+            mean_abs=total / n,
+            by_time=by_time,
+        )
+
+
+def _lower_tiles(start: int, stop: int) -> Iterator[tuple[slice, slice]]:
+    """Tiles of the lower triangle of the square [start, stop), by halves."""
+    if stop - start <= _DIAGONAL_TILE:
+        yield slice(start, stop), slice(start, stop)
+        return
+    half = (start + stop) // 2
+    yield from _lower_tiles(start, half)
+    yield from _lower_tiles(half, stop)
+    yield from ((i, j) for i in _spans(half, stop) for j in _spans(start, half))
+
+
+def _spans(start: int, stop: int) -> list[slice]:
+    """[start, stop) in equal parts of at most _TILE."""
+    count = -(-(stop - start) // _TILE)
+    cuts = [start + (stop - start) * i // count for i in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(cuts)]
+
+
+def _add_tile(total: Tensor, lefts: list[Tensor], rights: list[Tensor], i: slice, j: slice) -> None:
+    for x, y in zip(lefts, rights, strict=True):
+        total[i, j].addmm_(x[:, i].T, y[:, j])
+
+
+def run_pending(sums: Iterable[Accumulator], pool: Workers, everything: bool) -> None:
+    """Bring Hessians up to date, once enough inputs wait for it (or ``everything``)."""
+    sums = list(sums)
+    if everything or sum(x.nbytes for s in sums for x in (*s.pending, *s.away)) >= PENDING_BYTES:
+        pool.map(lambda job: job(), [job for s in sums for job in s.jobs()])

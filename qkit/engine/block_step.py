@@ -1,0 +1,168 @@
+"""One block of a run: read from the shards, transformed, solved on calibration rows, put in place.
+
+Nothing here knows a format, a method or a model by name: solvers and transforms say in their tables what they need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.calibration.block_calls import Call, OneByOne
+from qkit.calibration.block_runner import Flow
+from qkit.calibration.statistics import Rows, Stats, StatsRequest
+from qkit.engine.entry import quantizing
+from qkit.engine.job import Job
+from qkit.engine.learning import learn_block
+from qkit.engine.parts import part_tensors
+from qkit.engine.solving import LinearResult, look_at_inputs, solve_groups
+from qkit.families.blocks import BlockStructure, LinearGroup
+from qkit.families.materialize import load_block
+from qkit.families.structure import ModelStructure
+from qkit.files.owned import temp_path
+from qkit.planning.plan import Plan, has_static
+from qkit.solvers.table import SOLVERS
+from qkit.system.parallel import Workers
+from qkit.system.progress import Progress
+from qkit.tensor.qtensor import dequantize
+from qkit.transforms.keys import scale_keys
+from qkit.transforms.state import BlockState
+from qkit.transforms.table import TRANSFORMS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What every step of a run has. given: by need, for each block of the language model, what a pass of the original model
+    gave for it (``workflows.original_passes``)."""
+
+    plan: Plan
+    structure: ModelStructure
+    job: Job
+    pool: Workers
+    progress: Progress
+    given: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One block of a run. place: its part of the job; last: of its sequence, so that nothing needs what it gives; learns:
+    whether its codes are learned together once its linears are solved; tries: whether several recipes are tried."""
+
+    state: BlockState
+    name: str
+    place: int
+    last: bool
+    learns: bool
+    tries: bool
+
+    def part(self, results: list[LinearResult], plan: Plan) -> dict[str, Tensor]:
+        """The tensors to commit, with weights as transforms left them where a later stage looks at these."""
+        return part_tensors(results, self.state, bool(plan.significant or plan.learning("whole")))
+
+
+@dataclass(frozen=True)
+class SolvedBlock:
+    """A block's linears, put in place; handles: of the hooks that quantize activations from there on; noted: what the journal
+    says of the block."""
+
+    results: list[LinearResult]
+    handles: list[Any]
+    noted: dict[str, Any]
+
+
+def load_state(run: Run, block: BlockStructure, language: bool) -> BlockState:
+    """The block as it is read, with transforms that come before any row. language: it is one of the language model."""
+    plan, structure = run.plan, run.structure
+    dtype = getattr(torch, plan.run_dtype if plan.needs_rows else plan.dtype)
+    state = BlockState(structure=structure, block=block, module=load_block(structure, block, dtype))
+    state.distort = plan.inputs == "distort"
+    state.doubled = {x.name: p.residual for x in block.linears if (p := plan.linears.get(x.name))}
+    if language:
+        state.given = {need: values[block.index] for need, values in run.given.items()}
+        for transform in plan.transforms:
+            if TRANSFORMS[transform].stage == "load":
+                TRANSFORMS[transform].apply(state, plan.schemes, plan.seed)
+        if plan.key_exponents is not None:
+            scale_keys(state, plan.key_exponents[block.index])
+    return state
+
+
+def solve_block(run: Run, step: Step, flow: Flow, rows: Rows, call: Call | OneByOne) -> SolvedBlock:
+    """One recipe: transforms, solvers, learned rounding. rows: those of the flow and, of several recipes, those that none is
+    solved with."""
+    plan, state, progress = run.plan, step.state, run.progress
+    for transform in plan.transforms:
+        if TRANSFORMS[transform].stage == "stats":
+            progress.start(f"{step.name}, {transform}", len(list(rows.pieces())))
+            request = StatsRequest(hessian=False, ranges=True)
+            state.stats = flow.capture(state.block.groups, request, progress.step, keep=False)
+            TRANSFORMS[transform].apply(state, plan.schemes, plan.seed)
+            state.write_back()
+    before = {x.name: state.weight(x).clone() for x in state.block.linears} if step.learns else {}
+    results, handles = _solve_stages(run, step, flow)
+    if not step.learns or not results:  # none: rules leave the whole block as it is
+        return SolvedBlock(results, handles, {})
+    flow.close()
+    targets = run.job.rows_path(step.place + 1, original=True)
+    seed = plan.seed + step.place
+    learned, noted = learn_block(state, step.name, results, before, flow.rows, targets, call, seed, run.pool, progress)
+    return SolvedBlock(learned, handles, noted)
+
+
+def _solve_stages(run: Run, step: Step, flow: Flow) -> tuple[list[LinearResult], list[Any]]:
+    """Results of all linears, stage after stage, each put in place before the next stage looks at its inputs.
+
+    Also gives the handles of the hooks that quantize activations from here on.
+    """
+    plan, state, progress = run.plan, step.state, run.progress
+    pieces, results, handles = len(list(flow.rows.pieces())), [], []
+    planned = [p for x in state.block.linears if (p := plan.linears.get(x.name))]
+    looks = look_at_inputs(planned, step.learns)
+    for i, groups in enumerate(flow.stages):
+        progress.start(f"{step.name}, layers {i + 1} of {len(flow.stages)}", 2 * pieces)
+        inputs = {g.key: state.inputs(g, p.rotation) for g in groups if (p := plan.linears.get(g.linears[0].name))}
+        saved, stats = saved_inputs(run, step, flow.rows), dict[str, Stats]()
+        if looks:
+            stats = flow.capture(groups, _stats_request(plan, groups), progress.step, inputs=inputs, originals=saved)
+        by_linear = {x.name: inputs[g.key] for g in groups if g.key in inputs for x in g.linears}
+        solved = solve_groups(state, plan, groups, stats, run.pool)
+        for r in solved:
+            r.linear.view(state.module).copy_(by_linear[r.plan.name].weight_back(dequantize(r.qtensor)))
+        handles += quantize_inputs(state, solved)
+        if looks:
+            flow.solved(groups, progress.step)
+        results += solved
+    return results, handles
+
+
+def quantize_inputs(state: BlockState, results: list[LinearResult]) -> list[Any]:
+    """Handles of hooks that do so, of linears that are modules."""
+    group_of = {x.name: g for g in state.block.groups for x in g.linears}
+    handles = []
+    for r in results:
+        if r.plan.activations is not None and r.linear.expert is None:
+            module = state.module.get_submodule(r.linear.param.removesuffix(".weight"))
+            inputs = state.inputs(group_of[r.plan.name], r.plan.rotation)
+            handles.append(module.register_forward_pre_hook(quantizing(r.plan.activations, r.static, inputs)))
+    return handles
+
+
+def _stats_request(plan: Plan, groups: tuple[LinearGroup, ...]) -> StatsRequest:
+    planned = [p for g in groups for x in g.linears if (p := plan.linears.get(x.name))]
+    hessian = any(SOLVERS[p.solver].needs_hessian or p.rank for p in planned)
+    ranges = not hessian or any(map(has_static, planned))  # either tells the energy of every channel
+    return StatsRequest(hessian, ranges)
+
+
+def saved_inputs(run: Run, step: Step, rows: Rows) -> dict[str, Path]:
+    """By submodule of the block the file of its inputs in the original model, where solvers look at them. Which rows reach an
+    expert may differ between the two, and rows of different shapes are not kept."""
+    if "original_inputs" not in run.plan.needs or rows.lead_shapes:
+        return {}
+    hooks = {g.hook for g in step.state.block.groups if g.expert is None and g.hook}
+    return {h: temp_path(rows.path.parent, f"{h}.original") for h in sorted(hooks)}

@@ -1,0 +1,328 @@
+"""From a finished job to a checkpoint folder: OUT.partial, proven, then renamed to OUT.
+
+Tensors stream one at a time from the job's parts and the source shards into new shards. Nothing else of the run is
+needed, so an export can be repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit import __version__
+from qkit.diffusion.pipeline import copy_rest, rest_names, weights_of_rest
+from qkit.diffusion.trajectory import Trajectory
+from qkit.engine.job import Job
+from qkit.engine.partial_output import Partial
+from qkit.errors import QkitError
+from qkit.families.structure import ModelStructure
+from qkit.files.folder import DENOISER, RECORD, WEIGHT_STEMS, hub_source, read_record, weights_folder
+from qkit.files.record import FORMAT_VERSION, to_bytes, write_record
+from qkit.files.safefile import TensorInfo, write_atomic, write_safetensors
+from qkit.files.side_files import check_unchanged, copy
+from qkit.kvcache.scales import FORMAT
+from qkit.planning.plan import LinearPlan, Plan, parts
+from qkit.tensor import compressed_tensors as ct
+from qkit.tensor import lowrank, sparse
+from qkit.tensor.input_transform import RESIDUAL, SCALE
+from qkit.transforms.rotate import rotate_outer
+
+SHARD_BYTES = 5 * 10**9
+
+
+def export(
+    plan: Plan,
+    structure: ModelStructure,
+    job: Job,
+    partial: Partial,
+    source_folder: Path,
+    hashed: Mapping[str, str],
+    shard_bytes: int = SHARD_BYTES,
+    replaced: Mapping[str, Path] | None = None,
+) -> None:
+    """Write the whole checkpoint into ``partial`` (emptied first), with the rest of the pipeline where ``source_folder`` is
+    one. hashed: ``source_hashes``; replaced: by component, the folder to take in the place of its own. Raises BadCheckpoint
+    for a file that goes along and is not what it was when the plan was made, with nothing written."""
+    check_unchanged(structure.checkpoint.path, plan.side_files)
+    if plan.pipeline is not None:
+        check_unchanged(source_folder.resolve(), plan.pipeline)
+    folder = partial.path if plan.pipeline is None else partial.path / DENOISER
+    source = _Tensors(plan, structure, job)
+    stem = WEIGHT_STEMS[1] if structure.family.streams else WEIGHT_STEMS[0]
+    cut = _cut(source.specs, shard_bytes)
+    shards = {_shard_name(stem, i, len(cut)): names for i, names in enumerate(cut)}
+    index_name = f"{stem}.safetensors.index.json"
+    names = [*shards, index_name, "config.json", RECORD, *plan.side_files]
+    around = [] if plan.pipeline is None else [*rest_names(plan.pipeline, replaced or {}), RECORD]
+    partial.begin([*around, *(str((folder / name).relative_to(partial.path)) for name in names)])
+    copied: dict[str, str] = {}
+    if plan.pipeline is not None:
+        trajectory = None if plan.calibration is None else plan.calibration.trajectory
+        sampling = trajectory.sampling if isinstance(trajectory, Trajectory) else None
+        called = None if sampling is None else to_bytes({"call": sampling.call, "prompts": list(sampling.prompts)})
+        copied = copy_rest(source_folder, partial.path, plan.pipeline, called, replaced)
+        folder.mkdir()
+    documents: dict[str, bytes] = {}
+    hashes = {
+        file: write_safetensors(folder / file, [(n, *source.specs[n]) for n in inside], source.load)
+        for file, inside in shards.items()
+    }
+    if len(shards) > 1:
+        total = sum(_bytes(s) for s in source.specs.values())
+        weight_map = {name: file for file, inside in shards.items() for name in inside}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        documents[index_name] = to_bytes(index)
+    config = _config(plan, structure, job, source)
+    documents["config.json"] = to_bytes(config)
+    for name, data in documents.items():
+        write_atomic(folder / name, data)
+    files = {**hashes, **{name: hashlib.sha256(data).hexdigest() for name, data in documents.items()}}
+    files |= copy(structure.checkpoint.path, folder, plan.side_files)
+    record = _record(plan, structure, source, hashes, hashed) | {"files": files, "config": without_quantization(config)}
+    digest = write_record(folder, record)
+    if plan.pipeline is not None:
+        files = {**copied, f"{DENOISER}/{RECORD}": digest}
+        top = {"format_version": FORMAT_VERSION, "qkit_version": __version__, "pipeline": DENOISER, "files": files}
+        write_record(partial.path, top)
+
+
+def _shard_name(stem: str, index: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """What the record keeps of config.json."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+def _bytes(spec: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    dtype, shape = spec
+    return int(torch.Size(shape).numel()) * dtype.itemsize
+
+
+def _cut(specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + _bytes(spec) > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += _bytes(spec)
+    return shards
+
+
+class _Tensors:
+    """Every tensor of the output by name: its spec, and how to get it."""
+
+    def __init__(self, plan: Plan, structure: ModelStructure, job: Job) -> None:
+        self.plan, self.structure, self.job = plan, structure, job
+        self.records = job.records()
+        self.specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self.plain: dict[
+            str, str
+        ] = {}  # sha256 of tensors that are not quantized, filled while they are written; static activation scales too
+        self._get: dict[str, Callable[[], Tensor]] = {}
+        self._made: tuple[str, dict[str, Tensor]] = ("", {})
+        rotated = rotate_outer(structure, plan.seed) if "rotate" in plan.transforms else {}
+        for stored, tensor in rotated.items():
+            self._plain(stored, tensor.dtype, tuple(tensor.shape), lambda t=tensor: t)  # type: ignore[misc]
+        every = parts(plan, structure)
+        made = {*rotated, *(stored for block in every for _, stored in block.stored)}
+        for _, stored in structure.outer:
+            if stored not in made:
+                info = structure.checkpoint.tensors[stored]
+                self._plain(stored, info.torch_dtype, info.shape, lambda s=stored: structure.checkpoint.read_finite(s))  # type: ignore[misc]
+        for place, block in enumerate(every):
+            self._part(place)
+            for linear in block.linears:
+                if linear.name in plan.linears:
+                    self._linear(plan.linears[linear.name], place)
+        scales = job.stage("cache")
+        if scales is not None:
+            self._part(scales)
+
+    def _part(self, index: int) -> None:
+        """What a part has under the names of the checkpoint."""
+        for name, info in self.job.part(index).items():
+            if ":" not in name:
+                self._plain(name, info.torch_dtype, info.shape, lambda i=info: self.job.read(i))  # type: ignore[misc]
+
+    def _plain(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], get: Callable[[], Tensor]) -> None:
+        self.specs[name] = (dtype, shape)
+        self.plain[name] = ""
+        self._get[name] = get
+
+    def _linear(self, p: LinearPlan, block: int) -> None:
+        kept = int(self.records[p.name].get("sparse", 0))
+        beside = sparse.specs(p.shape, kept, self.structure.dtype) | lowrank.specs(
+            p.shape, p.rank, self.structure.dtype
+        )
+        dense = ct.specs(p.weights, p.activations, p.shape, self.structure.dtype)
+        own = {k: (info.torch_dtype, info.shape) for k, info in self._of_inputs(p.name, block).items()}
+        for suffix, spec in {**dense, **beside, **own}.items():
+            name = f"{p.name}.{suffix}"
+            self.specs[name] = spec
+            if suffix.startswith("input_") or suffix in (SCALE, *sparse.PIECES, *lowrank.PIECES):
+                # The hash of the weight does not cover it, or not every bit of it: a small value added to a large one.
+                self.plain[name] = ""
+            self._get[name] = lambda s=suffix: self._made_for(p, block)[s]  # type: ignore[misc]
+
+    def _of_inputs(self, name: str, block: int) -> dict[str, TensorInfo]:
+        """What the part has of the transform of a linear's inputs."""
+        part = self.job.part(block)
+        return {k: part[f"{name}:{k}"] for k in (SCALE, RESIDUAL) if f"{name}:{k}" in part}
+
+    def _made_for(self, p: LinearPlan, block: int) -> dict[str, Tensor]:
+        """All tensors of a linear; kept until another linear is asked for."""
+        if self._made[0] != p.name:
+            q, static = self.job.quantized(block, p.name, p.weights)
+            added = {} if q.sparse is None else sparse.write(q.sparse, q.shape)
+            added |= {} if q.low_rank is None else lowrank.write(q.low_rank)
+            added |= {k: self.job.read(info) for k, info in self._of_inputs(p.name, block).items()}
+            self._made = (p.name, {**ct.write(q, p.activations, static, self.structure.dtype), **added})
+        return self._made[1]
+
+    def load(self, name: str) -> Tensor:
+        tensor = self._get[name]()
+        if name in self.plain:
+            self.plain[name] = _sha256(tensor)
+        return tensor
+
+
+def _sha256(tensor: Tensor) -> str:
+    data = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(data.numpy().data).hexdigest()
+
+
+def _config(plan: Plan, structure: ModelStructure, job: Job, source: _Tensors) -> dict[str, Any]:
+    config = dict(structure.checkpoint.config)
+    if plan.untied:
+        config["tie_word_embeddings"] = False
+    config["quantization_config"] = quantization_config(plan, structure)
+    for key, suffix in (("scaled", SCALE), ("residual", RESIDUAL)):
+        listed = sorted(name.removesuffix(f".{suffix}") for name in source.specs if name.endswith(f".{suffix}"))
+        if listed:
+            config["quantization_config"][key] = listed
+    for key, count in (("sparse", "sparse"), ("low_rank", "rank")):
+        kept = sorted(name for name, record in job.records().items() if record.get(count))
+        if kept:
+            config["quantization_config"][key] = kept
+    rotated = {name: p.rotation for name, p in plan.linears.items() if p.rotation}
+    if rotated:
+        config["quantization_config"]["rotated"] = rotated
+    return config
+
+
+def quantization_config(plan: Plan, structure: ModelStructure) -> dict[str, Any]:
+    """The compressed-tensors configuration of a plan."""
+    renamed = {stored: module for stored, module in module_names(structure).items() if stored != module}
+    pairs = {name: (p.weights, p.activations) for name, p in plan.linears.items()}
+    built = ct.config(pairs, list(plan.skipped), renamed, FORMAT if plan.static_cache else None)
+    return {**built, "quant_method": plan.export}
+
+
+def module_names(structure: ModelStructure) -> dict[str, str]:
+    """{checkpoint name: module name} of linears, heads and routers."""
+    names = {structure.stored_name(structure.family.head): structure.family.head, **structure.outside}
+    for block in structure.every_block:
+        for name, stored in block.stored:
+            if name.endswith(".weight"):
+                names[stored.removesuffix(".weight")] = f"{block.path}.{name}".removesuffix(".weight")
+    return names
+
+
+def _record(
+    plan: Plan, structure: ModelStructure, source: _Tensors, hashes: dict[str, str], hashed: Mapping[str, str]
+) -> dict[str, Any]:
+    """qkit.json: what was done, and what every tensor must be."""
+    linears = {
+        p.name: {
+            "format": p.weights.to_json(),
+            "activations": None if p.activations is None else p.activations.to_json(),
+            "shape": list(p.shape),
+            "scheme": p.scheme,
+            "solver": p.solver,
+            **({"rotation": p.rotation} if p.rotation else {}),
+            **({"scaled": True} if f"{p.name}.{SCALE}" in source.specs else {}),
+            **({"residual": p.residual} if f"{p.name}.{RESIDUAL}" in source.specs else {}),
+            **source.records[p.name],
+        }
+        for p in plan.linears.values()
+    }
+    plain = {
+        name: {"dtype": _SAFETENSORS[source.specs[name][0]], "shape": list(source.specs[name][1]), "sha256": digest}
+        for name, digest in sorted(source.plain.items())
+    }
+    return {
+        "format_version": FORMAT_VERSION,
+        "qkit_version": __version__,
+        "compressed_tensors": version("compressed-tensors"),
+        "source": {
+            "fingerprint": plan.source_fingerprint,
+            **hashed,
+            "model_type": plan.model_type,
+            "bytes": plan.source_bytes,
+            **hub_source(structure.checkpoint.path),
+        },
+        "plan_hash": plan.hash,
+        "recipe": plan.recipe,
+        "seed": plan.seed,
+        "transforms": list(plan.transforms),
+        "calibration": None if plan.calibration is None else plan.calibration.to_json(),
+        "linears": linears,
+        "skipped": plan.skipped,
+        "fused": [list(f) for f in plan.fused],
+        "tied": [] if plan.untied else [list(pair) for pair in structure.tied.items()],
+        "plain": plain,
+        "shards": hashes,
+        **({} if plan.kv is None else {"kv": plan.kv}),
+        **({} if plan.key_exponents is None else {"key_exponents": plan.key_exponents}),
+    }
+
+
+_SAFETENSORS = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def is_export_of(out: Path, plan: Plan, source: Mapping[str, str] | None = None) -> bool:
+    """Whether ``out`` says that it holds the finished result of this very plan, made from the source with these
+    ``source_hashes`` (None: not asked). Whether it still holds it is for ``verify`` to say."""
+    try:
+        found = read_record(weights_folder(out))
+    except QkitError:  # one that is damaged is replaced, or refused, as any other folder
+        return False
+    if found is None:
+        return False
+    recorded = found.get("source", {})
+    same = all(recorded.get(key) == digest for key, digest in (source or {}).items())
+    return same and bool(found.get("plan_hash") == plan.hash)
+
+
+def source_hashes(
+    plan: Plan, structure: ModelStructure, source_folder: Path, step: Callable[[], object] = lambda: None
+) -> dict[str, str]:
+    """sha256 over every byte of the weights that the result is made from, and of those around the transformer of a pipeline;
+    quick where they were read before (``hashcache``). step: called for every shard."""
+    found = {"sha256": structure.checkpoint.sha256(step)}
+    return found if plan.pipeline is None else {**found, "around": weights_of_rest(source_folder, plan.pipeline)}
+
+
+def job_identity(plan: Plan, hashed: Mapping[str, str]) -> dict[str, Any]:
+    """What must agree for a job to be the same job. hashed: ``source_hashes``"""
+    return {**plan.identity, "source_weights": dict(hashed)}

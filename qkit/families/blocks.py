@@ -1,0 +1,117 @@
+"""What a block is to capture, solvers and transforms: its linears, which of them share an input, and their names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears of a block that read the same input.
+
+    linears: module names inside the block
+    source:  the norm or linear of the block whose output channels are that input, when a per-channel scale
+             can be folded into it without changing the function; None when it cannot
+    source_if: (config field, value) that the model must have for ``source`` to be true of it; None: always
+    also:    modules with a ``weight`` [.., in] that read the same input and stay unquantized (a router)
+    """
+
+    linears: tuple[str, ...]
+    source: str | None = None
+    source_if: tuple[str, object] | None = None
+    also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A weight matrix [out, in] of a block, wherever the module keeps it.
+
+    name:   checkpoint name without '.weight'
+    param:  the module parameter that holds it, relative to the block
+    expert, rows: for fused experts, the index and the row range inside ``param``
+    """
+
+    name: str
+    param: str
+    shape: tuple[int, int]
+    bias: bool = False
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+    def view(self, block: nn.Module) -> Tensor:
+        """The weight inside a materialized block, [out, in]; writing to it changes the block."""
+        return self.part(block.get_parameter(self.param).data)
+
+    def part(self, param: Tensor) -> Tensor:
+        """The share of this linear in a tensor shaped as its parameter."""
+        if self.expert is not None:
+            param = param[self.expert]
+        return param if self.rows is None else param[self.rows[0] : self.rows[1]]
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears that read the same input; ``hook`` is the module whose input it is ('' for an expert's own)."""
+
+    linears: tuple[Linear, ...]
+    declared: Group
+    hook: str
+    expert: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Identifies the group inside its block."""
+        return self.linears[0].name
+
+
+@dataclass(frozen=True)
+class BlockStructure:
+    """One block: its module path, the groups of its linears, and the stored name of every parameter."""
+
+    index: int
+    path: str
+    groups: tuple[LinearGroup, ...]
+    stored: tuple[tuple[str, str], ...]  # (parameter or buffer inside the block, checkpoint tensor name)
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return tuple(linear for g in self.groups for linear in g.linears)
+
+    @property
+    def units(self) -> tuple[tuple[LinearGroup, ...], ...]:
+        """Groups whose linears engines want in one format: each group, and all experts, which run as one product; the experts
+        come last."""
+        experts = tuple(g for g in self.groups if g.expert is not None)
+        return (*((g,) for g in self.groups if g.expert is None), *([experts] if experts else []))
+
+
+@dataclass(frozen=True)
+class BlockSequence:
+    """Blocks that a stream of rows passes one after another: a tower, or the language model (name LANGUAGE)."""
+
+    name: str
+    blocks: tuple[BlockStructure, ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Module paths of the blocks."""
+        return tuple(b.path for b in self.blocks)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What flows from block to block, where blocks are called by name.
+
+    names:   the arguments that are it, in the order in which rows hold them, one behind the other
+    returns: which of them each result of a block is; one alone is not in a tuple
+    """
+
+    names: tuple[str, ...]
+    returns: tuple[str, ...]
+
+
+LANGUAGE = "language"

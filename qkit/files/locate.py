@@ -1,0 +1,95 @@
+"""Where a model is: a folder, a reference model that travels with qkit, or the hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from qkit.errors import BadCheckpoint, QkitError, UsageError
+from qkit.files.folder import read_record, refuse_gguf, weights_folder
+from qkit.files.safefile import write_atomic
+from qkit.files.schema import foreign
+from qkit.files.side_files import STAYS
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+SOURCE_FILE = "source"  # in the job folder: where the original was; the output itself names no local path
+# Of a repository on the hub: what is neither read nor copied to a result.
+UNWANTED = (
+    *(f"*{end}" for end in STAYS if end not in (".safetensors", ".index.json")),
+    "*.bin.index.json",
+    ".*",
+    "*/.*",
+)
+
+
+def find_model(model: str, revision: str | None = None, require_revision: bool = False) -> Path:
+    """A folder, the name of a reference model, or a hub id (downloaded, without code, pickles and other weights).
+
+    revision: of a hub id, its branch, tag or commit; require_revision: a hub id without one is refused.
+    Raises BadCheckpoint when it is none of them, UsageError for a revision of something else or a missing one.
+    """
+    import qkit_data
+
+    path = Path(model)
+    if not model:
+        raise BadCheckpoint("'': that names no model: give a model folder, a reference model or a hub id")
+    if path.is_file():
+        if path.suffix == ".gguf":
+            refuse_gguf(path)
+        raise BadCheckpoint(f"{path}: a file, expected the folder of a model: give the folder that it lies in")
+    embedded: Path | None = path if path.is_dir() else qkit_data.model_path(model)
+    if embedded is not None:
+        if revision is not None:
+            raise UsageError(
+                f"--revision {revision}: {model} is a folder, and a revision is of a model on the hub: leave it out"
+            )
+        return embedded
+    if not HUB_ID.fullmatch(model) or ".." in model or path.exists():
+        names = ", ".join(qkit_data.models())
+        raise BadCheckpoint(
+            f"{model}: no such model folder, and not a reference model ({names}) or a hub id (owner/name)"
+        )
+    if require_revision and not revision:
+        raise UsageError(
+            f"--require-revision: the hub model {model} is asked for without a revision: add --revision COMMIT, or download it "
+            "and give the folder"
+        )
+    from huggingface_hub import snapshot_download
+
+    at = f" at revision {revision}" if revision else ""
+    fault = f"{model}{at}: no such folder, and as the id of a model on the hub it was not to be had"
+    with foreign(fault, "check the name and the network"):
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=list(UNWANTED)))
+
+
+def record_source(job: Path, source: Path) -> None:
+    """Note in a job folder where its model came from."""
+    write_atomic(job / SOURCE_FILE, str(source.resolve()).encode())
+
+
+def recorded_source(out: Path) -> Path | None:
+    """The original of a packed folder, if it is where the job beside it says, or is a reference model; else None.
+
+    Believed only if its fingerprint is the one that qkit.json records.
+    """
+    import qkit_data
+
+    from qkit.files.checkpoint import Checkpoint  # finding a folder does not need it
+
+    record = read_record(weights_folder(out))
+    if record is None:
+        return None
+    wanted = record.get("source", {})
+    note = out.with_name(out.name + ".job") / SOURCE_FILE
+    candidates = [Path(os.fsdecode(note.read_bytes()))] if note.is_file() else []
+    candidates += [path for name in qkit_data.models() if (path := qkit_data.model_path(name)) is not None]
+    for path in candidates:
+        try:
+            found = Checkpoint.open(weights_folder(path)) if path.is_dir() else None
+            if found is not None and found.fingerprint() == wanted.get("fingerprint"):
+                if wanted.get("sha256") in (None, found.sha256()):  # None: written before qkit read all of the source
+                    return path
+        except QkitError:
+            continue
+    return None

@@ -1,0 +1,68 @@
+"""A list of tensors that lies on the disk: what is too large for memory and is read again and again, piece by piece."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qkit.errors import IOFailure, write_failure
+
+
+class Chunks(Protocol):
+    """What a list of tensors and ``OffloadedTensors`` have in common."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
+
+class OffloadedTensors:
+    """Tensors in a file without a name in ``folder``: it is gone with this object, or with the process, however that ends.
+
+    The file is read, not mapped: a disk that fills up is then an error that can be reported, and not a signal that kills the
+    process, and resident memory is what the readers hold. Any number of threads may read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._places: list[tuple[int, torch.dtype, torch.Size]] = []
+        self._end = 0
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
+        except OSError as e:
+            raise write_failure(folder, e) from e
+
+    def append(self, tensor: Tensor) -> None:
+        """Write a tensor behind the others."""
+        flat = tensor.contiguous().reshape(-1)
+        if flat.stride(0) != 1:  # one value that was expanded counts as contiguous
+            flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
+        data = flat.view(torch.uint8).numpy().data
+        self._places.append((self._end, tensor.dtype, tensor.shape))
+        try:
+            while len(data):
+                count = os.pwrite(self._file.fileno(), data, self._end)
+                data, self._end = data[count:], self._end + count
+        except OSError as e:
+            raise write_failure(self._folder, e) from e
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        at, dtype, shape = self._places[index]
+        tensor = torch.empty(shape, dtype=dtype)
+        buffer = tensor.reshape(-1).view(torch.uint8).numpy().data
+        try:
+            while len(buffer):
+                count = os.preadv(self._file.fileno(), [buffer], at)
+                if not count:
+                    raise IOFailure(f"{self._folder}: a temporary file lost its end: run the same command again")
+                buffer, at = buffer[count:], at + count
+        except OSError as e:
+            raise IOFailure(f"cannot read in {self._folder}: {e.strerror or e}: check the disk") from e
+        return tensor

@@ -1,0 +1,160 @@
+"""Products with packed weights, in between qkit's QTensor and ``qkit_kernels``, which multiplies.
+
+``prepare`` brings a QTensor into the layout of the operator that suits its format, its shape and the activations, once, at
+load time; ``linear`` multiplies. What is kept in memory is packed in every case.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from qkit_kernels import cpu, gpu
+from qkit_kernels import weight as leaf
+from torch import Tensor
+
+from qkit.tensor import lowrank, sparse
+from qkit.tensor.activations import quantize_activations, token_scale
+from qkit.tensor.formats import Format
+from qkit.tensor.qtensor import Params, QTensor, round_to_grid
+
+
+@dataclass(frozen=True)
+class PreparedWeight:
+    """A weight ready to multiply with.
+
+    laid:        the codes in the layout of an operator
+    q:           the parameters, format, sparse and low-rank part; no codes: they are in ``laid``
+    activations: their format, None for activations as they are; dtype: what they come in
+    """
+
+    laid: cpu.Prepared | gpu.Prepared
+    q: QTensor
+    activations: Format | None
+    dtype: torch.dtype
+
+    @property
+    def op(self) -> str:
+        """The operator that was chosen."""
+        return self.laid.op
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.laid.shape
+
+    def to(self, device: torch.device) -> PreparedWeight:
+        """The same weight on another device, laid out anew for the operators there."""
+        if device == self.q.params.scale.device:
+            return self
+        q = unpacked(self)
+        params = Params(*(None if t is None else t.to(device) for t in _tensors(q.params)))  # type: ignore[arg-type]
+        s = None if q.sparse is None else q.sparse.to(device)
+        low = None if q.low_rank is None else q.low_rank.to(device)
+        return prepare(QTensor(q.codes.to(device), params, q.format, s, low), self.activations, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, scales included."""
+        w, s, low = self.laid.weight, self.q.sparse, self.q.low_rank
+        held = [*_tensors(self.q.params), w.scale, w.zero, w.global_scale]
+        if isinstance(self.laid, cpu.Prepared):
+            held += [self.laid.data, self.laid.scales]
+        else:
+            held += [self.laid.laid.words, self.laid.laid.scale, self.laid.laid.zero, self.laid.laid.row]
+        held += [] if s is None else [s.rows, s.columns, s.values]
+        held += [] if low is None else [low.down, low.up]
+        storages = [t.untyped_storage() for t in held if t is not None]
+        return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
+
+
+def _tensors(p: Params) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return p.scale, p.zero, p.global_scale
+
+
+def prepare(q: QTensor, activations: Format | None, dtype: torch.dtype) -> PreparedWeight:
+    """Choose the operator for activations of ``dtype`` and lay the codes out for it."""
+    laid = _lay_out(q, activations, dtype, q.codes.device.type)
+    params = q.params if laid.weight.scale.shape != q.params.scale.shape else replace(q.params, scale=laid.weight.scale)
+    return PreparedWeight(laid, replace(q, codes=laid.weight.codes, params=params), activations, dtype)
+
+
+def _lay_out(q: QTensor, activations: Format | None, dtype: torch.dtype, device: str) -> cpu.Prepared | gpu.Prepared:
+    weight = _weight(q)
+    fmt, shape = weight.format, q.shape
+    integers = activations is not None and activations.kind == "int" and activations.strategy == "token"
+    both = integers and q.sparse is None and q.low_rank is None  # else all parts see the same quantized activations
+    if device == "cpu":
+        return cpu.prepare(weight, torch.int8 if both and cpu.supported("int_mm", fmt, shape, torch.int8) else dtype)
+    if device == "cuda":
+        for op in gpu.OPS if both else ("product",):
+            if gpu.supported(op, fmt, shape, dtype):
+                return gpu.prepare(weight, dtype, op)
+    return cpu.lay_out("dequantize", weight, rows=0)  # in plain torch, on any device
+
+
+def _weight(q: QTensor) -> leaf.Weight:
+    """The weight as the operators know it: scales by row and group, whatever shares them."""
+    fmt, p, (out, columns) = q.format, q.params, q.shape
+    scale, zero, group = p.scale, p.zero, fmt.group
+    if fmt.strategy == "tensor":
+        scale = scale.expand(out, 1).contiguous()
+        zero = None if zero is None else zero.expand(out, 1).contiguous()
+    elif fmt.block is not None:
+        group = math.gcd(columns, fmt.block[1])
+        index = torch.arange(columns // group, device=scale.device) * group // fmt.block[1]
+        scale = scale.repeat_interleave(fmt.block[0], dim=0)[:out, index].contiguous()
+    kind = leaf.Format(fmt.kind, fmt.bits, group, fmt.symmetric, "float" if fmt.scale == "model" else fmt.scale)
+    return leaf.Weight(kind, q.codes, scale, zero, p.global_scale)
+
+
+def unpacked(w: PreparedWeight) -> QTensor:
+    """The QTensor that was prepared."""
+    codes = cpu.codes(w.laid) if isinstance(w.laid, cpu.Prepared) else gpu.codes(w.laid)
+    return replace(w.q, codes=codes)
+
+
+def linear(
+    x: Tensor,
+    w: PreparedWeight,
+    bias: Tensor | None,
+    activations: Format | None,
+    static: Tensor | None,
+    residual: int = 0,
+) -> Tensor:
+    """x [..., in] times the weight, plus bias; activations are quantized first where the scheme says so.
+
+    static: float32 [1], the activations' stored scale or global scale; residual: how many channels from the first on are
+    residual channels.
+    """
+    flat = x.reshape(-1, w.shape[1])
+    if w.op == "int_mm":
+        assert activations is not None and isinstance(w.laid, cpu.Prepared)
+        flat = flat.to(torch.float32)
+        scale = token_scale(flat, activations)
+        y = cpu.linear(round_to_grid(flat / scale, activations).to(torch.int8), w.laid) * scale
+        return _finished(y, x, bias)
+    if activations is not None and w.op not in gpu.INTEGERS:
+        flat = quantize_activations(flat, activations, static, residual)
+    beside = _beside(flat, w)
+    if isinstance(w.laid, gpu.Prepared):
+        return gpu.linear(flat, w.laid, bias, beside).view(*x.shape[:-1], -1)
+    y = cpu.linear(flat, w.laid)
+    return _finished(y if beside is None else y.to(torch.float32) + beside, x, bias)
+
+
+def _beside(flat: Tensor, w: PreparedWeight) -> Tensor | None:
+    """float32 [tokens, out]: flat [tokens, in] times the sparse and the low-rank part; None where there is neither."""
+    s, low, y = w.q.sparse, w.q.low_rank, None
+    if s is not None:
+        on_gpu = isinstance(w.laid, gpu.Prepared)
+        y = gpu.sparse(flat, s.rows, s.columns, s.values) if on_gpu else sparse.product(flat, s)
+    if low is None:
+        return y
+    return lowrank.product(flat, low) if y is None else y + lowrank.product(flat, low)
+
+
+def _finished(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    y = y.to(x.dtype).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias

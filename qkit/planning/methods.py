@@ -1,0 +1,75 @@
+"""What a method can do with a model: refused in one sentence before anything is planned."""
+
+from __future__ import annotations
+
+from qkit.calibration.dataset import Calibration
+from qkit.errors import Unsupported, UsageError
+from qkit.families.discover import kind_of
+from qkit.families.structure import ModelStructure
+from qkit.planning.recipe import Recipe
+from qkit.transforms.rotate import check_rotatable
+from qkit.transforms.table import TRANSFORMS
+
+
+def check_method(
+    recipe: Recipe, transforms: tuple[str, ...], structure: ModelStructure, calibration: Calibration | None
+) -> None:
+    """Raises Unsupported for a model that a transform cannot work with, UsageError for rows or options that it cannot use."""
+    if "rotate" in transforms:
+        check_rotatable(structure)
+    balanced = next((t for t in transforms if "modality_weights" in TRANSFORMS[t].needs), None)
+    if balanced is not None and not structure.family.text_types:
+        raise Unsupported(
+            f"method {balanced} weighs pictures against answers, and this is no vision-language model "
+            f"({kind_of(structure.checkpoint.config)}): use awq"
+        )
+    if balanced is not None and calibration is not None and calibration.kinds is None:
+        raise UsageError(
+            f"method {balanced} needs pictures with answers: give --calib a .jsonl file or a folder, or leave it out"
+        )
+    if "hadamard" in transforms and structure.family.streams is None:
+        raise Unsupported("method hadamard transforms inputs at run time, in diffusion transformers: take rotate")
+    if "residual" in transforms:
+        _check_residual(recipe, transforms)
+    if recipe.significant and structure.family.streams is not None:
+        raise Unsupported(
+            "--significant looks at the loss of a language model: leave it out for a diffusion transformer"
+        )
+    share = recipe.options.get("compensate", 0)
+    if share and structure.family.streams is not None:
+        raise Unsupported("option 'compensate' needs rows of one shape, and those of a diffusion transformer are not")
+    learned = next((t for t in transforms if TRANSFORMS[t].stage == "block"), None)
+    if learned is None:
+        return
+    if any(x.expert is not None for b in structure.blocks for x in b.linears):
+        raise Unsupported(
+            f"method {learned} learns linears that are modules, and this model has fused experts: use gptq"
+        )
+    if recipe.options.get("weigh"):
+        if structure.family.streams is not None or structure.family.encodes:
+            raise Unsupported("option 'weigh' looks at the loss of a language model, and this is none: leave it out")
+        if "rotate" in transforms:
+            raise UsageError(
+                "option 'weigh' and method rotate exclude each other: the loss is looked at before the rotation"
+            )
+    if recipe.options.get("whole") and (
+        structure.towers or structure.family.streams is not None or structure.family.encodes
+    ):
+        raise Unsupported(
+            "option 'whole' looks at what a language model expects of a text, and this is none: leave it out"
+        )
+
+
+def _check_residual(recipe: Recipe, transforms: tuple[str, ...]) -> None:
+    for what, there in (("method hadamard", "hadamard" in transforms), ("--significant", recipe.significant)):
+        if there:
+            raise UsageError(f"method residual and {what} exclude each other: leave one of the two out")
+
+
+def check_doubled(method: str, transforms: tuple[str, ...], doubled: int) -> None:
+    """doubled: how many residual channels all layers have. Raises Unsupported where none is, and they were asked for."""
+    if "residual" in transforms and not doubled:
+        raise Unsupported(
+            f"method {method}: residual channels are for inputs with a scale for every few channels, and no layer has such: "
+            "take scheme nvfp4"
+        )

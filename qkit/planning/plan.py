@@ -1,0 +1,389 @@
+"""recipe x checkpoint -> Plan: one decision per linear, with its reason, before any weight is read.
+
+The plan is pure: the same recipe, checkpoint and calibration give the same plan and the same ``identity``, which is what
+a job resumes by. It also says what the run will cost (``forecast``) and refuses what cannot fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+from qkit.calibration.dataset import Calibration
+from qkit.diffusion.policy import BY_STEP, PolicyConfig
+from qkit.errors import Unsupported, UsageError
+from qkit.families.blocks import BlockSequence, BlockStructure, Linear
+from qkit.families.discover import kind_of
+from qkit.families.structure import ModelStructure
+from qkit.kvcache.scales import tensor_names
+from qkit.planning.fused_layers import check_shapes, fused_linears, split_apart
+from qkit.planning.methods import check_doubled, check_method
+from qkit.planning.recipe import Recipe, Rule, Try, check_rules, parse_method, rule_for
+from qkit.planning.sizes import check_rank, packed_bytes
+from qkit.planning.towers import tower_rules
+from qkit.solvers.table import SOLVERS
+from qkit.system.machine import run_dtype
+from qkit.tensor.formats import Format, Scheme, fit_group
+from qkit.tensor.input_transform import hadamard_block
+from qkit.tensor.sparse import outlier_count
+from qkit.transforms.residual import residual_channels
+from qkit.transforms.table import INPUTS, RATIOS, TRANSFORMS
+
+_VERSIONS = ("qkit", "torch", "transformers", "compressed-tensors")  # what decides the bytes of a result
+HEAD_REASON = "the output head stays in the model's dtype by default"
+OUTSIDE_REASON = "it is in no block of the model"
+TIED_REASON = "the output head shares its weight with the embeddings"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearPlan:
+    """What happens to one linear. outliers: how many of its weights, the largest, go to a sparse part before it is quantized;
+    rank: of its low-rank part, 0: none; rotation: block of the Hadamard transform of its inputs, 0: none; residual: how many of
+    its input channels are quantized twice; note: what is unusual about it (an adapted group size, a rule)."""
+
+    name: str
+    shape: tuple[int, int]
+    scheme: str
+    weights: Format
+    activations: Format | None
+    solver: str
+    options: dict[str, Any] = field(default_factory=dict)
+    outliers: int = 0
+    rank: int = 0
+    rotation: int = 0
+    residual: int = 0
+    note: str = ""
+
+    @property
+    def pair(self) -> Scheme:
+        """Weight and activation format together."""
+        return Scheme(self.scheme, self.weights, self.activations)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The whole run. linears and skipped: by checkpoint name (without '.weight'), in file order.
+
+    run_dtype: what blocks are run in where there are calibration rows (``machine.run_dtype``); dtype: the checkpoint's
+    significant: how many weights of the whole model go to sparse parts after it is quantized
+    calibration: the rows that solvers, transforms or the scales of the KV cache are measured on; None where none are
+    needs_rows: whether the blocks are solved with these rows
+    kv: the KV cache policy (``qkit.kvcache.policy``) that the model is to be run with
+    pipeline: of a diffusion pipeline, {name: digest} of what is around its transformer; side_files: of what lies beside the
+    weights and goes with them (``sidefiles``)
+    policy: precision by step that is asked for (``qkit.diffusion.policy.PolicyConfig``)
+    key_exponents: of the scales of keys (``qkit.transforms.keys``), by block, head and rotary pair
+    fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
+    """
+
+    linears: dict[str, LinearPlan]
+    skipped: dict[str, str]
+    fused: tuple[tuple[str, ...], ...]
+    significant: int
+    transforms: tuple[str, ...]
+    family: str
+    model_type: str
+    dtype: str
+    run_dtype: str
+    seed: int
+    source_fingerprint: str
+    source_bytes: int
+    packed_bytes: int
+    calibration: Calibration | None
+    needs_rows: bool
+    untied: bool
+    export: str
+    recipe: dict[str, Any]
+    kv: dict[str, Any] | None = None
+    policy: dict[str, Any] | None = None
+    pipeline: dict[str, str] | None = None
+    side_files: dict[str, str] = field(default_factory=dict)
+    key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    tries: dict[str, Try] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> str:
+        """Which inputs the scale searches look at, of INPUTS."""
+        return str(self.recipe["options"].get("inputs", INPUTS[0]))
+
+    @property
+    def learns(self) -> bool:
+        """Whether codes are learned once all linears of a block are solved."""
+        return any(TRANSFORMS[t].stage == "block" for t in self.transforms)
+
+    def learning(self, option: str) -> int:
+        """What learned rounding is given for 'weigh' or 'whole', the most that any linear has; 0 without it."""
+        return max(int(p.options.get(option, 0)) for p in self.linears.values()) if self.learns else 0
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """What solvers and transforms need beside the inputs of quantized blocks, by the names in their tables."""
+        solvers = [(p.solver, p.options) for p in self.linears.values()]
+        solvers += [pair for tried in self.tries.values() for pair in tried.solvers.values()]
+        found = {need for name, options in solvers for need in SOLVERS[name].needs_with(options)}
+        found |= {need for t in self.transforms for _, options in solvers for need in TRANSFORMS[t].needs_with(options)}
+        return frozenset(found | ({"original_outputs"} if self.tries else set()))
+
+    @property
+    def compensates(self) -> bool:
+        """Whether solvers look at the inputs of the original model."""
+        return "original_inputs" in self.needs
+
+    @property
+    def ratios(self) -> str:
+        """What shares a weight of pictures against answers, of RATIOS."""
+        return str(self.recipe["options"].get("ratios", RATIOS[0]))
+
+    @property
+    def static_cache(self) -> bool:
+        """Whether the checkpoint gets scales for an FP8 KV cache."""
+        return is_static(self.kv)
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """{linear: weight and activation format}"""
+        return {name: p.pair for name, p in self.linears.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
+        data = asdict(self)
+        data["calibration"] = None if self.calibration is None else self.calibration.to_json()
+        return data
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must agree for a job to be the same job."""
+        return {
+            "plan": self.to_json(),
+            "versions": {p: version(p) for p in (*_VERSIONS, *(["diffusers"] if self.pipeline else []))},
+        }
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the identity."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+
+def is_static(kv: dict[str, Any] | None) -> bool:
+    """Whether that KV cache policy has scales that are measured beforehand."""
+    return kv is not None and kv["kind"] == "fp"
+
+
+def make_plan(
+    recipe: Recipe,
+    structure: ModelStructure,
+    calibration: Calibration | None,
+    seed: int,
+    kv: dict[str, Any] | None = None,
+) -> Plan:
+    """Decide for every linear of the outline.
+
+    Raises BadRecipe for rules that match nothing or tear fused linears apart, Unsupported for what a format or a
+    transform cannot do with this model, UsageError when calibration data is needed and missing.
+    """
+    transforms, _ = parse_method(recipe.method)
+    check_method(recipe, transforms, structure, calibration)
+    linears: dict[str, LinearPlan] = {}
+    skipped: dict[str, str] = {}
+    matched: set[int] = set()
+    targets = tower_rules(recipe, structure)
+    for sequence in structure.sequences:
+        for linear, widths in _with_widths(sequence):
+            index, rule = rule_for(linear.name, recipe.rules)
+            if sequence.name in targets and (rule is None or not (rule.scheme or rule.skip)):
+                rule = targets[sequence.name]
+            elif rule is not None:
+                matched.add(index)
+            if rule is not None and rule.skip is not None:
+                skipped[linear.name] = rule.skip
+                continue
+            reason = None if rule is not None else structure.default_skip(linear.name)
+            if reason is not None:
+                skipped[linear.name] = reason
+                continue
+            linears[linear.name] = _decide(linear, widths, recipe, rule)
+            check_rank(linears[linear.name], structure.dtype)
+    if not linears:
+        raise UsageError("nothing is left to quantize: every layer is skipped by a rule or by default")
+    check_doubled(recipe.method, transforms, sum(p.residual for p in linears.values()))
+    head = structure.stored_name(structure.family.head)
+    if f"{head}.weight" in structure.checkpoint.tensors or f"{head}.weight" in structure.tied:
+        skipped[head] = TIED_REASON if f"{head}.weight" in structure.tied else HEAD_REASON
+    skipped.update(structure.tables)
+    skipped.update({name: OUTSIDE_REASON for name in structure.outside if name != head})
+    check_rules(recipe, matched, [*linears, *skipped])
+    fused = fused_linears(structure, linears, recipe.engine)
+    significant = round(recipe.significant / 100 * sum(p.shape[0] * p.shape[1] for p in linears.values()))
+    rows = why_rows(linears, transforms, significant)
+    if rows and structure.family.encodes:
+        raise Unsupported(
+            f"{rows}, and a text encoder is quantized without calibration: take rtn and w8a16, w8a8 or w4a16"
+        )
+    if calibration is None and rows:
+        raise UsageError(
+            f"{rows}: give calibration text with --calib FILE (or leave --calib out for the built-in text)"
+        )
+    untied = "rotate" in transforms and bool(structure.tied)
+    export, measured = _export(recipe, structure, linears, significant), rows is not None or is_static(kv)
+    if export == "compressed-tensors" and structure.family.streams is None:
+        check_shapes(structure, linears, recipe.engine)
+    size = packed_bytes(structure, linears, significant, untied)
+    if is_static(kv):
+        if export != "compressed-tensors":
+            raise UsageError(
+                f"--kv fp8: its scales are part of the compressed-tensors format, and this result has quant_method {export} "
+                "(sparse or low-rank parts, or --export): leave one of the two out"
+            )
+        size += sum(map(len, tensor_names(structure))) * structure.dtype.itemsize
+    return Plan(
+        linears=linears,
+        skipped=skipped,
+        fused=fused,
+        significant=significant,
+        transforms=transforms,
+        family=structure.family.name,
+        model_type=kind_of(structure.checkpoint.config),
+        dtype=str(structure.dtype).removeprefix("torch."),
+        run_dtype=str(run_dtype(structure.dtype) if measured else structure.dtype).removeprefix("torch."),
+        seed=seed,
+        source_fingerprint=structure.checkpoint.fingerprint(),
+        source_bytes=structure.checkpoint.nbytes,
+        packed_bytes=size,
+        calibration=calibration if measured else None,
+        needs_rows=rows is not None,
+        untied=untied,
+        export=export,
+        recipe=recipe.model_dump(),
+        kv=kv,
+        policy=_policy(recipe, structure, linears),
+        side_files=structure.checkpoint.side_files,
+    )
+
+
+def sequences(plan: Plan, structure: ModelStructure) -> tuple[BlockSequence, ...]:
+    """What a run goes through: the towers in which something is quantized, and the language model."""
+    return tuple(
+        BlockSequence(s.name, tuple(split_apart(b, plan.linears) for b in s.blocks))
+        for s in structure.sequences
+        if s is structure.sequences[-1] or any(x.name in plan.linears for b in s.blocks for x in b.linears)
+    )
+
+
+def parts(plan: Plan, structure: ModelStructure) -> tuple[BlockStructure, ...]:
+    """The blocks of a run in order; a job knows them by their places here."""
+    return tuple(b for s in sequences(plan, structure) for b in s.blocks)
+
+
+def has_static(p: LinearPlan) -> bool:
+    """Whether an activation scale is measured beforehand and stored: a static one, or NVFP4's global scale."""
+    return p.activations is not None and (not p.activations.dynamic or p.activations.strategy == "tensor_group")
+
+
+def _export(recipe: Recipe, structure: ModelStructure, linears: dict[str, LinearPlan], significant: int) -> str:
+    """The method's name in config.json."""
+    sparse = next((p.name for p in linears.values() if p.outliers), "the whole model" if significant else None)
+    branch = next((p.name for p in linears.values() if p.rank), None)
+    why = None
+    if branch is not None:
+        why = f"that format has no place for the low-rank part of {branch}"
+    elif sparse is not None:
+        why = f"that format has no place for the sparse part of {sparse}"
+    elif structure.family.encodes:
+        why = "transformers looks for weights of a T5 that are packed"
+    elif any(p.residual for p in linears.values()) or _scales_inputs(recipe, structure):
+        why = "its loaders do not transform inputs as this method does"
+    if why is not None and recipe.export == "compressed-tensors":
+        other = ", or set rank to 0" if branch else ", or set outliers and significant to 0" if sparse else ""
+        raise Unsupported(f"--export compressed-tensors: {why}: leave the option out{other}")
+    return recipe.export or "compressed-tensors" if why is None else "qkit"
+
+
+def _scales_inputs(recipe: Recipe, structure: ModelStructure) -> bool:
+    """Whether inputs are transformed at run time, as those of diffusion transformers may be."""
+    own = [TRANSFORMS[t].stage for t in parse_method(recipe.method)[0]]
+    return structure.family.streams is not None and ("inputs" in own or "stats" in own)
+
+
+def why_rows(linears: dict[str, LinearPlan], transforms: tuple[str, ...], significant: int) -> str | None:
+    """Why calibration rows must be run, or None when the weights alone decide."""
+    if significant:
+        return "significant weights are found by what they do to the loss"
+    for p in linears.values():
+        if SOLVERS[p.solver].needs_hessian:
+            return f"solver {p.solver} measures the inputs of every layer"
+        if has_static(p):
+            return f"scheme {p.scheme} has an activation scale that is measured beforehand"
+    for t in transforms:
+        if TRANSFORMS[t].stage in ("stats", "block"):
+            return f"{t} measures what calibration rows make of every block"
+    return None
+
+
+def _policy(recipe: Recipe, structure: ModelStructure, linears: dict[str, LinearPlan]) -> dict[str, Any] | None:
+    """Precision by step, where it is asked for. Raises Unsupported for models and formats that have none."""
+    asked = recipe.policy or (PolicyConfig() if recipe.scheme.upper() == BY_STEP else None)
+    if asked is None:
+        return None
+    if structure.family.streams is None:
+        raise Unsupported(
+            f"scheme {BY_STEP} and --policy decide at every step of a diffusion sampler, and this is a "
+            f"{kind_of(structure.checkpoint.config)}: take another, for instance nvfp4"
+        )
+    if not any(p.weights.name == "nvfp4" and p.activations is not None for p in linears.values()):
+        raise Unsupported("a policy by step needs layers with NVFP4 weights and inputs: take --scheme 6bit")
+    return asked.model_dump()
+
+
+def _with_widths(sequence: BlockSequence) -> Iterator[tuple[Linear, set[int]]]:
+    """Every linear, in file order, with the input widths of those that have to share its group size."""
+    for block in sequence.blocks:
+        for groups in block.units:
+            widths = {x.shape[1] for g in groups for x in g.linears}
+            yield from ((x, widths) for g in groups for x in g.linears)
+
+
+def _decide(linear: Linear, widths: set[int], recipe: Recipe, rule: Rule | None) -> LinearPlan:
+    """widths: of inputs of all linears that share its group size"""
+    scheme, solver, options = recipe.resolved(rule)
+    try:
+        weights = fit_group(scheme.weights, linear.shape[1], strict=recipe.strict)
+    except Unsupported as e:
+        raise Unsupported(f"{linear.name}: {e}") from e
+    if weights.scale == "model":
+        weights = fit_group(scheme.weights, *sorted(widths))
+    if scheme.activations is not None:
+        group = scheme.activations.group
+        if group is not None and linear.shape[1] % group:
+            raise Unsupported(
+                f"{linear.name}: scheme {scheme.name} quantizes activations in groups of {group}, which do not divide "
+                f"its {linear.shape[1]} input columns: choose another scheme or skip it with a rule"
+            )
+    notes, transforms = [], parse_method(recipe.method)[0]
+    if weights.group != scheme.weights.group:
+        said = f"group size {weights.group}" if weights.group else "one scale per channel"
+        odd = next(w for w in sorted(widths) if w % (scheme.weights.group or 1))
+        other = "" if odd == linear.shape[1] else " of another projection of the experts"
+        notes.append(f"{said}: {odd} columns{other} are not a multiple of {scheme.weights.group}")
+    if rule is not None and isinstance(rule.match, str):  # one that names its layers says nothing more
+        notes.append(f"rule {rule.match!r}")
+    return LinearPlan(
+        name=linear.name,
+        shape=linear.shape,
+        scheme=scheme.name,
+        weights=weights,
+        activations=scheme.activations,
+        solver=solver,
+        options=options,
+        outliers=outlier_count(recipe.outliers_of(linear.name), linear.shape),
+        rank=recipe.rank_of(linear.name),
+        rotation=hadamard_block(linear.shape[1]) if "hadamard" in transforms else 0,
+        residual=residual_channels(scheme.activations, linear.shape[1], options["share"])
+        if "residual" in transforms
+        else 0,
+        note="; ".join(notes),
+    )

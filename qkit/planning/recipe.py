@@ -1,0 +1,294 @@
+"""What the user asks for: a scheme, a method, and rules for the layers that differ.
+
+A recipe file is YAML:
+
+    scheme: w4a16
+    method: gptq
+    group_size: 64
+    options: {damp: 0.02}
+    rules:                       # the first rule whose glob matches a layer decides
+      - match: "*.down_proj"
+        scheme: w8a16
+      - match: "model.layers.0.*"
+        skip: the first block reacts strongly
+
+Names come from qkit's own tables; nothing in a recipe is ever imported or run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qkit.diffusion.policy import PolicyConfig
+from qkit.errors import BadRecipe, UsageError
+from qkit.files.schema import field_path
+from qkit.files.strictyaml import LineDict, check_keys, load_yaml
+from qkit.solvers.table import SOLVERS
+from qkit.system.option import Options
+from qkit.tensor.formats import Scheme, did_you_mean, scheme
+from qkit.transforms.table import TRANSFORMS
+
+Glob = Annotated[str, Field(min_length=1, max_length=200)]
+MOST_SPARSE = 20.0  # percent: beyond it a wider format takes less room
+AUTO = "auto"  # in a method: what comes in its place is found for every block (``qkit.engine.auto``)
+TRIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptq": ("gptq", {"sweeps": 4}),
+    "gptq, compensate 0.5": ("gptq", {"sweeps": 4, "compensate": 0.5}),
+    "awq+gptq": ("awq+gptq", {"sweeps": 4}),
+    "smoothquant+gptq": ("smoothquant+gptq", {"sweeps": 4}),
+    "rtn": ("rtn", {}),
+}
+
+
+class Rule(BaseModel):
+    """Layers by glob or by a list of globs (fnmatch on the checkpoint name), and what is different for them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    match: Glob | Annotated[tuple[Glob, ...], Field(min_length=1)]
+    scheme: str | None = None
+    solver: str | None = None
+    group_size: int | None = None
+    skip: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def globs(self) -> tuple[str, ...]:
+        """``match`` as a list."""
+        return (self.match,) if isinstance(self.match, str) else self.match
+
+    def matches(self, name: str) -> bool:
+        """Whether the rule is about the layer of that checkpoint name."""
+        return any(fnmatchcase(name, glob) for glob in self.globs)
+
+
+class Recipe(BaseModel):
+    """A whole request. ``method`` is a solver, a transform, or a sum such as smoothquant+gptq.
+
+    targets: of a model that looks at pictures, what its towers get: {vision: w8a8, projector: skip}; a scheme, "skip", or
+    "auto": what measuring says (``planning.towers``). outliers: percent of a layer's weights, the largest, that are kept in 16
+    bits in a sparse part; or {glob: percent}, of which the first that matches decides. rank: of the branch in 16 bits that
+    makes up for what rounding took of a layer (``qkit.tensor.lowrank``), 0: none; or {glob: rank}. significant: percent of all
+    weights that are put back to their values after quantization, those that the loss depends on most. policy: of a diffusion
+    transformer with NVFP4 weights and inputs, precision by step: {width: 6, skips: 0.25}. engine: "any" lifts the rules of
+    engines that load several layers as one (``planning.fused_layers``); the plan then says which will not load the result.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    scheme: str
+    method: str = "rtn"
+    group_size: int | None = None
+    strict: bool = False
+    export: Literal["compressed-tensors", "qkit"] | None = None
+    engine: Literal["default", "any"] = "default"
+    options: dict[str, Any] = Field(default_factory=dict)
+    outliers: float | dict[Glob, float] = 0.0
+    rank: int | dict[Glob, int] = 0
+    significant: Annotated[float, Field(ge=0, le=MOST_SPARSE)] = 0.0
+    rules: tuple[Rule, ...] = ()
+    targets: dict[str, str] = Field(default_factory=dict)
+    policy: PolicyConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_outliers(self) -> Recipe:
+        given = [self.outliers] if isinstance(self.outliers, float) else self.outliers.values()
+        wrong = next((p for p in given if not 0 <= p <= MOST_SPARSE), None)
+        if wrong is not None:
+            raise ValueError(f"outliers {wrong:g}: expected a percentage from 0 to {MOST_SPARSE:g}")
+        low = next((r for r in ([self.rank] if isinstance(self.rank, int) else self.rank.values()) if r < 0), None)
+        if low is not None:
+            raise ValueError(f"rank {low}: expected 0, for none, or more")
+        return self
+
+    def outliers_of(self, name: str) -> float:
+        """Percent of outliers of the layer of that checkpoint name."""
+        return _for_layer(self.outliers, name)
+
+    def rank_of(self, name: str) -> int:
+        """Rank of the branch of the layer of that checkpoint name."""
+        return int(_for_layer(self.rank, name))
+
+    def resolved(self, rule: Rule | None) -> tuple[Scheme, str, dict[str, Any]]:
+        """(scheme, solver, solver options) of a layer under its rule.
+
+        What the top says holds wherever the rule says nothing else: its group size for every scheme that has groups of a
+        free size, its options for every solver that has them. Raises UsageError for unknown names.
+        """
+        transforms, solver = parse_method(self.method)
+        s, group = scheme(self.scheme), self.group_size
+        if rule is not None:
+            s = scheme(rule.scheme) if rule.scheme else s
+            if rule.group_size is not None:
+                group = rule.group_size
+            elif rule.scheme and not s.weights.regroups:
+                group = None
+            solver = rule.solver or solver
+        if group is not None and group != s.weights.group:
+            s = Scheme(s.name, s.weights.with_group(group), s.activations)
+        if solver not in SOLVERS:
+            raise UsageError(f"unknown solver '{solver}'{did_you_mean(solver, list(SOLVERS))}")
+        elsewhere = {o for name in self._solvers - {solver} for o in _options_of(name, ())}
+        known = _options_of(solver, transforms)
+        options = {k: v for k, v in self.options.items() if k in known or k not in elsewhere}
+        return s, solver, check_options(solver, transforms, {**options, **(rule.options if rule else {})})
+
+    @property
+    def _solvers(self) -> set[str]:
+        """All that layers may get, by the method and the rules."""
+        named = {parse_method(self.method)[1], *(rule.solver for rule in self.rules if rule.solver)}
+        return named & SOLVERS.keys()
+
+
+def _for_layer(given: float | Mapping[str, float], name: str) -> float:
+    """One value for every layer, or that of the first glob that matches; 0 where none does."""
+    if not isinstance(given, Mapping):
+        return given
+    if name in given:  # an allocation names every layer
+        return given[name]
+    return next((value for glob, value in given.items() if fnmatchcase(name, glob)), 0.0)
+
+
+@dataclass(frozen=True)
+class Try:
+    """What one recipe for a block has that others have not. solvers: {linear: (solver, its options)}"""
+
+    transforms: tuple[str, ...]
+    solvers: dict[str, tuple[str, dict[str, Any]]]
+
+
+def tries_of(recipe: Recipe, beyond: bool) -> dict[str, Recipe]:
+    """{name: recipe} of those that a method with 'auto' tries, of TRIES what the scheme has a use for; nothing for other
+    methods. Options that are given go over those of the table, to each try those that it has; scales of narrow integers are
+    signed, which costs nothing.
+
+    beyond: a model that is no language model: its inputs would have to be scaled at run time, and its rows are of many shapes.
+    """
+    own, base = recipe.method.lower().split("+"), scheme(recipe.scheme)
+    if AUTO not in own:
+        return {}
+    stages = [TRANSFORMS[part].stage for part in own if part in TRANSFORMS and part != "residual"]
+    narrow = base.weights.kind == "int" and base.weights.symmetric and base.weights.bits <= 4
+    found = {}
+    for name, (method, options) in TRIES.items():
+        moves = bool(parse_method(method)[0])
+        if (moves and (beyond or "stats" in stages)) or ("compensate" in options and beyond):
+            continue
+        made = "+".join(method if part == AUTO else part for part in own)
+        parts, solver = parse_method(made)
+        known = _options_of(solver, parts)
+        given = {"signed": True} if narrow else {}
+        given.update(options, **{k: v for k, v in recipe.options.items() if k in known})
+        found[name] = recipe.model_copy(update={"method": made, "options": given})
+    return found
+
+
+def rule_for(name: str, rules: tuple[Rule, ...]) -> tuple[int, Rule | None]:
+    """The first rule about the layer of that checkpoint name, and its place; (-1, None) if there is none."""
+    for i, rule in enumerate(rules):
+        if rule.matches(name):
+            return i, rule
+    return -1, None
+
+
+def check_rules(recipe: Recipe, matched: set[int], names: list[str]) -> None:
+    """Raises BadRecipe for a rule that decided nothing. matched: places of those that did; names: of all layers."""
+    for i, rule in enumerate(recipe.rules):
+        if i not in matched:
+            if any(rule.matches(n) for n in names):
+                raise BadRecipe(
+                    f"rule {i + 1} ({rule.match!r}) matches only layers that an earlier rule or a default already "
+                    "decides: move it up or remove it"
+                )
+            leaf, leaves = rule.globs[0].rpartition(".")[2], sorted({n.rpartition(".")[2] for n in names})
+            raise BadRecipe(f"rule {i + 1} ({rule.match!r}) matches no layer{did_you_mean(leaf, leaves)}")
+
+
+def parse_method(method: str) -> tuple[tuple[str, ...], str]:
+    """'smoothquant+gptq' -> (('smoothquant',), 'gptq'); the solver defaults to rtn.
+
+    Raises UsageError for an unknown part or for two solvers.
+    """
+    transforms: list[str] = []
+    solvers: list[str] = []
+    for part in method.lower().split("+"):
+        if part in SOLVERS or part == AUTO:
+            solvers.append(part.replace(AUTO, next(iter(TRIES))))  # the first that is tried stands for all of them
+        elif part in TRANSFORMS:
+            transforms.append(part)
+        elif part == "requant":
+            raise UsageError(
+                f"method '{method}': requant searches before anything is planned: give it to 'qkit quantize' with --method"
+            )
+        else:
+            known = [*SOLVERS, AUTO, *TRANSFORMS]
+            raise UsageError(
+                f"unknown method '{part}' in '{method}'{did_you_mean(part, known)} ('qkit list methods' shows all)"
+            )
+    if len(solvers) > 1 or len(set(transforms)) < len(transforms):
+        raise UsageError(f"method '{method}': expected at most one solver ({', '.join(SOLVERS)}) and no repetition")
+    ordered = tuple(t for t in TRANSFORMS if t in transforms)
+    return ordered, solvers[0] if solvers else "rtn"
+
+
+def check_options(solver: str, transforms: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Options with the defaults of the solver and the transforms filled in. Raises UsageError for unknown names and for values
+    of another type or out of range."""
+    known = _options_of(solver, transforms)
+    filled = {name: option.default for name, option in known.items()}
+    for name, value in options.items():
+        if name not in known:
+            raise UsageError(
+                f"unknown option '{name}' for {'+'.join((*transforms, solver))}{did_you_mean(name, list(known))}"
+            )
+        filled[name] = known[name].checked(name, value)
+    return filled
+
+
+def _options_of(solver: str, transforms: tuple[str, ...]) -> Options:
+    known = dict(SOLVERS[solver].options)
+    for t in transforms:
+        known.update(TRANSFORMS[t].options)
+    return known
+
+
+def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
+    """A recipe file with command-line values put over it. Raises BadRecipe naming file, line and key."""
+    data = load_yaml(path, "recipe")
+    if not isinstance(data, LineDict):
+        raise BadRecipe(
+            f"{path}: expected a mapping with 'scheme' and 'method' at the top, found {type(data).__name__}"
+        )
+    check_keys(data, list(Recipe.model_fields), str(path))
+    rules = data.get("rules")
+    for rule in rules if isinstance(rules, list) else []:  # anything else is refused with the other fields
+        if isinstance(rule, LineDict):
+            check_keys(rule, list(Rule.model_fields), str(path))
+    return make_recipe({**data, **overrides}, str(path))
+
+
+def make_recipe(data: dict[str, Any], where: str) -> Recipe:
+    """Validate; every complaint is one sentence with the field."""
+    try:
+        recipe = Recipe.model_validate(data)
+        parse_method(recipe.method)
+        for rule in (None, *recipe.rules):
+            recipe.resolved(rule)
+    except ValidationError as e:
+        first = e.errors()[0]
+        field = ".".join(map(str, field_path(first["loc"], data) or first["loc"]))
+        if not first["loc"]:  # of the recipe as a whole
+            raise BadRecipe(f"{where}: {first['ctx']['error']}") from e
+        if first["type"] == "extra_forbidden" and first["loc"][0] == "policy":
+            name, known = str(first["loc"][-1]), list(PolicyConfig.model_fields)
+            raise BadRecipe(
+                f"{where}: no policy '{name}', expected one of {', '.join(known)}{did_you_mean(name, known)}"
+            ) from e
+        raise BadRecipe(f"{where}: field '{field}': {first['msg']} (found {first.get('input')!r})") from e
+    except UsageError as e:
+        raise type(e)(f"{where}: {e}" if where != "command line" else str(e)) from e
+    return recipe

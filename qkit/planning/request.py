@@ -1,0 +1,99 @@
+"""What ``qkit quantize`` is asked for. Reads no model and imports no torch: what is wrong with a command is said at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qkit.errors import UsageError
+from qkit.planning.recipe import Recipe, load_recipe, make_recipe, parse_method
+from qkit.transforms.table import EFFORTS, TRANSFORMS
+
+REQUANT = "requant"  # a method that searches before anything is planned
+REQUANT_OUTLIERS, REQUANT_SIGNIFICANT = 0.45, 0.05  # percent, of the paper's SqueezeLLM runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What ``qkit quantize`` is asked for.
+
+    calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method
+    needs any, and ``written`` rows more, which the model writes itself. recipe: a YAML file; scheme, method, group_size
+    and options given here go over it. rules: as in a recipe, what an allocation decided. effort: a name of EFFORTS, options
+    of learned rounding. outliers, rank, significant, targets: as in a recipe; None: what the recipe says. call: of a diffusion
+    pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and rows_memory the bytes
+    that rows may take in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run with, as
+    ``Policy.to_json`` gives it; key_exponents: as in a plan.
+    """
+
+    model: str
+    scheme: str | None = None
+    method: str | None = None
+    group_size: int | None = None
+    recipe: Path | None = None
+    rules: tuple[dict[str, Any], ...] = ()
+    outliers: float | dict[str, float] | None = None
+    rank: int | dict[str, int] | None = None
+    significant: float | None = None
+    targets: dict[str, str] | None = None
+    effort: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+    policy: dict[str, Any] = field(default_factory=dict)
+    rows_memory: int | None = None
+    strict: bool = False
+    export: str | None = None
+    calib: Path | None = None
+    samples: int = 128
+    seqlen: int = 256
+    written: int = 0
+    seed: int = 0
+    threads: int | None = None
+    kv: dict[str, Any] | None = None
+    key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+
+
+def recipe_of(request: Request) -> Recipe:
+    given = {
+        "scheme": request.scheme,
+        "method": request.method,
+        "group_size": request.group_size,
+        "strict": request.strict or None,
+        "export": request.export,
+        "options": request.options or None,
+        "rules": request.rules or None,
+        "outliers": request.outliers,
+        "rank": request.rank,
+        "significant": request.significant,
+        "targets": request.targets or None,
+        "policy": request.policy or None,
+    }
+    over = {k: v for k, v in given.items() if v is not None}
+    if request.recipe is None and request.scheme is None:
+        raise UsageError(
+            "no scheme: give --scheme (for instance w4a16) or --recipe FILE ('qkit list schemes' shows all)"
+        )
+    recipe = make_recipe(over, "command line") if request.recipe is None else load_recipe(request.recipe, over)
+    if request.effort is None:
+        return recipe
+    if not any(TRANSFORMS[t].stage == "block" for t in parse_method(recipe.method)[0]):
+        raise UsageError(
+            f"--effort is what learned rounding takes, and method '{recipe.method}' has none: take signround, or "
+            "SOLVER+signround, or leave --effort out"
+        )
+    return recipe.model_copy(update={"options": {**recipe.options, **EFFORTS[request.effort], **request.options}})
+
+
+def check_rows(request: Request) -> None:
+    if request.samples < 1 or request.seqlen < 2:
+        raise UsageError(
+            f"--samples {request.samples} --seqlen {request.seqlen}: expected at least 1 row of at least 2 tokens"
+        )
+    if request.written < 0:
+        raise UsageError(f"--written {request.written}: expected a number of rows")
+
+
+def is_requant(method: str | None) -> bool:
+    """Whether a method string asks for ReQuant."""
+    return REQUANT in (method or "").lower().split("+")

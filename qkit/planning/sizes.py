@@ -1,0 +1,68 @@
+"""Bytes of quantized weights, exactly, before any is made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qkit.errors import UsageError
+from qkit.families.structure import ModelStructure
+from qkit.tensor.compressed_tensors import stored_bytes
+from qkit.tensor.formats import Format
+from qkit.tensor.lowrank import low_rank_bytes
+from qkit.tensor.sparse import sparse_bytes
+
+if TYPE_CHECKING:
+    from qkit.planning.plan import LinearPlan
+
+
+def linear_bytes(
+    weights: Format,
+    activations: Format | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    outliers: int = 0,
+    rank: int = 0,
+) -> int:
+    """Bytes of a quantized weight [out, in] of a ``dtype`` model: codes, scales, and beside them a sparse part of
+    so many values and a branch of that rank."""
+    beside = sparse_bytes(shape, outliers, dtype) + low_rank_bytes(shape, rank)
+    return stored_bytes(weights, activations, shape, dtype) + beside
+
+
+def check_rank(p: LinearPlan, dtype: torch.dtype) -> None:
+    """Raises UsageError for a rank at which the quantized weight is no smaller than in 16 bits."""
+    if not p.rank:
+        return
+    whole = 2 * p.shape[0] * p.shape[1]
+    rest = linear_bytes(p.weights, p.activations, p.shape, dtype, p.outliers)
+    if rest + low_rank_bytes(p.shape, p.rank) >= whole:
+        most = max(0, (whole - rest - 1) // low_rank_bytes(p.shape, 1))
+        raise UsageError(
+            f"{p.name}: a branch of rank {p.rank} beside {p.scheme} takes no less room than its {p.shape[0]}x{p.shape[1]} "
+            f"weights in 16 bits: take a rank of at most {most}"
+        )
+
+
+def packed_bytes(structure: ModelStructure, linears: dict[str, LinearPlan], significant: int, untied: bool) -> int:
+    """Bytes of all tensors of a result, exactly (shard headers apart).
+
+    Where significant weights will be is not known yet: they are counted as if spread evenly.
+    """
+    total = 0
+    weights = max(1, sum(p.shape[0] * p.shape[1] for p in linears.values()))
+    for name, info in structure.checkpoint.tensors.items():
+        if name in structure.tied:
+            continue
+        p = linears.get(name.removesuffix(".weight"))
+        if p is None:
+            total += info.nbytes
+            continue
+        kept = p.outliers + round(significant * p.shape[0] * p.shape[1] / weights)
+        total += linear_bytes(p.weights, p.activations, p.shape, structure.dtype, kept, p.rank)
+        total += p.residual * torch.int32.itemsize
+    if untied:
+        shared = next(iter(structure.tied.values()))
+        total += structure.checkpoint.tensors[shared].nbytes
+    return total

@@ -1,0 +1,194 @@
+"""What is learned of one linear: rounding offsets and factors of its scales, beginning at a solver's codes.
+
+An offset counts in the spacing of the format's grid around a weight (1 for integers), so that E2M1 is learned as integers are.
+Scales are rounded to their dtype on disk whenever they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qkit.families.blocks import Linear
+from qkit.tensor import lowrank, sparse
+from qkit.tensor.input_transform import InputTransform
+from qkit.tensor.qtensor import (
+    Params,
+    QTensor,
+    code_range,
+    codes_to_grid,
+    effective_scale,
+    grid_spacing,
+    grid_to_codes,
+    round_to_grid,
+    round_to_grid_,
+    tiles,
+    untile,
+)
+
+_FACTORS = (0.5, 1.5)  # of a scale, at the least and at the most
+_INSIDE = 0.499  # of a cell, where an offset begins that has to reach a solver's code
+
+
+@dataclass(frozen=True)
+class LearnedWeight:
+    """One linear. weight: float32 [out, in], for transformed inputs; q: what the solver made of it; apart: the sparse and the
+    low-rank part, which stay as they are and are no part of weight, float32 [out, in]."""
+
+    linear: Linear
+    weight: Tensor
+    q: QTensor
+    inputs: InputTransform
+    apart: Tensor | None = None
+
+    @staticmethod
+    def of(linear: Linear, weight: Tensor, q: QTensor, inputs: InputTransform) -> LearnedWeight:
+        """weight: with the sparse and the low-rank part in it."""
+        if q.sparse is None and q.low_rank is None:
+            return LearnedWeight(linear, weight, q, inputs)
+        apart = torch.zeros_like(weight)
+        if q.sparse is not None:
+            sparse.add_(apart, q.sparse)
+        if q.low_rank is not None:
+            lowrank.add_(apart, q.low_rank)
+        return LearnedWeight(linear, weight - apart, q, inputs, apart)
+
+    def cloned(self) -> LearnedWeight:
+        """With tensors that gradients may pass: what was made without them cannot be kept for a backward pass."""
+        p = self.q.params
+        zero, shared = (None if t is None else t.clone() for t in (p.zero, p.global_scale))
+        return replace(
+            self, weight=self.weight.clone(), q=replace(self.q, params=Params(p.scale.clone(), zero, shared))
+        )
+
+    def begin(self) -> tuple[Tensor, Tensor]:
+        """Offsets [R, C, n] and factors [R, C, 1] that give the solver's codes and scales."""
+        factor = torch.ones(*self.q.params.scale.shape, 1)
+        grid_position = self._grid_position(self._scale(factor))
+        target = tiles(codes_to_grid(self.q.codes, self.q.format), self.q.format)
+        spacing = self._spacing(grid_position)
+        away = (target - grid_position) / spacing
+        offset = torch.zeros_like(grid_position)
+        for tried in (
+            away - away.clamp(-_INSIDE, _INSIDE),
+            away,
+        ):  # to the edge of the cell, or, where that fails, into it
+            wrong = round_to_grid(grid_position + offset * spacing, self.q.format) != target
+            offset = torch.where(wrong, tried, offset)
+        return offset, factor
+
+    def dense(self, offset: Tensor, factor: Tensor) -> Tensor:
+        """float32 [out, in] for inputs as they are."""
+        scale = self._scale(factor)
+        grid = round_to_grid_(self._moved(self._grid_position(scale), offset), self.q.format)
+        whole = untile(self._above_zero_(grid).mul_(scale), self.q.format, self.q.shape)
+        return self.inputs.weight_back(whole if self.apart is None else whole + self.apart)
+
+    def gradients(self, offset: Tensor, factor: Tensor, slope: Tensor, sizes: bool = False) -> tuple[Tensor, Tensor]:
+        """Gradients by offset and factor from that by ``dense``, float32 [out, in], each times something above zero: as if
+        nothing inside the range of codes were rounded, nor scales to their dtype. sizes: those by offsets are what they are."""
+        scale, (low, high) = self._scale(factor), code_range(self.q.format)
+        grid_position, sign = self._grid_position(scale), scale.sign()
+        moved = self._moved(grid_position, offset)
+        by_dense = tiles(self.inputs.weight_slope(slope), self.q.format)
+        by_offset = by_dense.masked_fill(moved.clamp(low, high) != moved, 0.0)
+        # The weight is (grid - zero) * scale, and the place on the grid, w / scale + zero, moves towards zero as scales rise.
+        by_scale = self._above_zero_(round_to_grid_(moved, self.q.format)).mul_(by_dense)
+        by_scale.addcmul_(self._above_zero_(grid_position), by_offset, value=-1)
+        by_factor = by_scale.sum(-1, keepdim=True).mul_(sign)
+        return by_offset.mul_(scale * self._spacing(grid_position) if sizes else sign), by_factor
+
+    def finish(self, offset: Tensor, factor: Tensor) -> QTensor:
+        """The codes and scales that were learned."""
+        grid_position = self._grid_position(self._scale(factor))
+        codes = grid_to_codes(round_to_grid_(self._moved(grid_position, offset), self.q.format), self.q.format)
+        params = replace(self.q.params, scale=self._stored(factor))
+        return replace(self.q, codes=untile(codes, self.q.format, self.q.shape).contiguous(), params=params)
+
+    def _spacing(self, grid_position: Tensor) -> Tensor:
+        return grid_spacing(grid_position.clamp(*code_range(self.q.format)), self.q.format)
+
+    def _grid_position(self, scale: Tensor) -> Tensor:
+        """Where the weights lie on the grid, [R, C, n]."""
+        zero = self.q.params.zero
+        found = tiles(self.weight, self.q.format) / scale
+        return found if zero is None else found.add_(zero.float()[..., None])
+
+    def _moved(self, grid_position: Tensor, offset: Tensor) -> Tensor:
+        """Where they lie with their offsets."""
+        return (
+            grid_position + offset
+            if self.q.format.kind == "int"
+            else torch.addcmul(grid_position, offset, self._spacing(grid_position))
+        )
+
+    def _above_zero_(self, grid: Tensor) -> Tensor:
+        """In place."""
+        return grid if self.q.params.zero is None else grid.sub_(self.q.params.zero.float()[..., None])
+
+    def _scale(self, factor: Tensor) -> Tensor:
+        """Effective scales [R, C, 1] as the file will hold them."""
+        return effective_scale(replace(self.q.params, scale=self._stored(factor)), self.q.format)[..., None]
+
+    def _stored(self, factor: Tensor) -> Tensor:
+        """Scales in their dtype on disk."""
+        scale = self.q.params.scale
+        if scale.dtype == torch.uint8:  # exponents: a factor cannot reach the next one
+            return scale
+        limits = torch.finfo(scale.dtype)
+        wide = scale.float() * factor[..., 0]
+        return wide.abs().clamp(limits.tiny, limits.max).copysign(wide).to(scale.dtype)
+
+
+class LearningState:
+    """One linear on its way down: where it began, where it is, and the best place so far."""
+
+    def __init__(self, learner: LearnedWeight, dtype: torch.dtype) -> None:
+        self.learner, self.dtype = learner, dtype
+        self.offset, self.factor = learner.begin()
+        self.first = self.offset.clone() if bool(self.offset.any()) else None  # None: rounding begins at zero
+        self.save_best()
+
+    def weight(self) -> Tensor:
+        """[out, in] of where it is, in the dtype of the rows."""
+        with torch.inference_mode(False):
+            return self.learner.dense(self.offset, self.factor).to(self.dtype)
+
+    def step(self, gradients: Sequence[Tensor], rate: float) -> Tensor:
+        """Go down by the signs of the gradients of all pieces, added up in order; the weight of the new place."""
+        with torch.inference_mode(False):
+            by_offset, by_factor = self.learner.gradients(self.offset, self.factor, _sum(gradients))
+            if (
+                self.learner.q.format.strategy != "tensor"
+            ):  # the only scale may be shared with linears that engines fuse
+                self.factor.sub_(by_factor.sign_(), alpha=rate).clamp_(*_FACTORS)
+            return self._moved_(by_offset.sign_(), rate)
+
+    def step_offsets(self, gradients: Sequence[Tensor], rate: float) -> Tensor:
+        """The same for offsets alone, by the sizes of their gradients: their root mean square becomes ``rate``."""
+        with torch.inference_mode(False):
+            by_offset, _ = self.learner.gradients(self.offset, self.factor, _sum(gradients), sizes=True)
+            size = by_offset.square().mean().sqrt()
+            return self._moved_(by_offset.div_(size.clamp_min(torch.finfo(size.dtype).tiny)), rate)
+
+    def _moved_(self, down: Tensor, rate: float) -> Tensor:
+        self.offset.sub_(down, alpha=rate)
+        if self.first is None:
+            self.offset.clamp_(-0.5, 0.5)
+        else:  # a cell around the place of the beginning, and one around the weight's own
+            self.offset.clamp_(self.first.clamp_max(0).sub_(0.5), self.first.clamp_min(0).add_(0.5))
+        return self.weight()
+
+    def save_best(self) -> None:
+        """The best place is this one."""
+        self.best = self.offset.clone(), self.factor.clone()
+
+
+def _sum(gradients: Sequence[Tensor]) -> Tensor:
+    total = gradients[0].float()
+    for more in gradients[1:]:
+        total += more
+    return total

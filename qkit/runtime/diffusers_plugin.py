@@ -1,0 +1,89 @@
+"""qkit as a quantization method of diffusers, which has no function to register one: its two tables are extended.
+
+With ``import qkit``, ``DiffusionPipeline.from_pretrained(folder)`` and the transformer classes' own ``from_pretrained`` load
+what qkit packed, in compressed-tensors' layout, and it runs packed. Without it diffusers refuses: it knows no such method.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+
+class Method(str, Enum):
+    """Names in config.json. diffusers asks a method for its ``.value``."""
+
+    QKIT = "qkit"
+    COMPRESSED_TENSORS = "compressed-tensors"
+
+
+class QkitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of a config.json, kept as it is."""
+
+    def __init__(self, **config: Any) -> None:
+        self.quant_method = Method(config.pop("quant_method", Method.QKIT.value))
+        self.config = config
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into config.json."""
+        return {"quant_method": self.quant_method.value, **self.config}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What diffusers prints."""
+        return self.to_dict()
+
+
+class QkitQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+    """Puts packed modules in place before diffusers loads the other weights."""
+
+    requires_calibration = True
+    use_keep_in_fp32_modules = True  # as in the unquantized model
+
+    def update_torch_dtype(self, torch_dtype: Any) -> Any:
+        """Of activations and unquantized weights; None: the checkpoint's, known once its files are."""
+        self.dtype = torch_dtype
+        return torch_dtype
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """All tensors but the packed ones: these are read here."""
+        from qkit.files.checkpoint import Checkpoint
+        from qkit.runtime.loading import PackedStructure
+
+        self.checkpoint = Checkpoint.open(Path(checkpoint_files[0]).parent, quantized=True)
+        packed = PackedStructure(self.checkpoint).formats
+        return [k for k in loaded_keys if k.rpartition(".")[0] not in packed or k.endswith(".bias")]
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        import torch
+
+        from qkit.runtime.loading import PackedStructure, place_packed
+
+        self.structure = structure = PackedStructure(self.checkpoint, model)
+        with torch.inference_mode(), torch.device("cpu"):
+            place_packed(structure, self.dtype or structure.dtype)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from qkit.diffusion.controller import attach_recorded
+
+        attach_recorded(model, self.structure)
+        return model.requires_grad_(False)  # as in ``qkit.load``: products with packed weights take no gradients
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights take no gradients."""
+        return False
+
+    @property
+    def is_serializable(self) -> bool:
+        """A packed folder is copied, not saved again."""
+        return False
+
+
+for method in Method:
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(method.value, QkitConfig)
+    auto.AUTO_QUANTIZER_MAPPING.setdefault(method.value, QkitQuantizer)

@@ -1,0 +1,288 @@
+"""From a packed folder to a model that runs packed.
+
+``load(path)`` builds the architecture without memory, puts packed modules in the place of the quantized linears, and
+reads the shards tensor by tensor. It gives a transformers model: generate, forward and everything else work as usual.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkit.errors import BadCheckpoint, IOFailure, Unsupported, UsageError
+from qkit.families.blocks import Linear
+from qkit.families.discover import build_skeleton
+from qkit.families.materialize import fill_computed_buffers
+from qkit.families.structure import DTYPES, ModelStructure, dtype_of
+from qkit.files import schema
+from qkit.files.checkpoint import Checkpoint, check_config
+from qkit.files.folder import check_side_files, is_pipeline, load_json, weights_folder
+from qkit.files.locate import find_model
+from qkit.files.rejected import RejectedWarning, described, read_mark
+from qkit.files.safefile import shown
+from qkit.files.schema import checked, foreign
+from qkit.kvcache.scales import declare
+from qkit.nn.layers import QuantExperts, QuantLinear
+from qkit.tensor import lowrank, sparse
+from qkit.tensor.compressed_tensors import formats_of, has_cache_scales, specs
+from qkit.tensor.formats import Format
+from qkit.tensor.input_transform import RESIDUAL, SCALE, InputTransform
+
+
+def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", kv: str | None = None) -> Any:
+    """A transformers language model in eval mode, or a diffusers pipeline (or its transformer alone).
+
+    path:  a folder that ``qkit quantize`` wrote (or any compressed-tensors checkpoint in a format qkit knows), or a
+           full-precision one, or the name of a reference model
+    dtype: of activations and unquantized weights; default: the checkpoint's. float32 computes on exactly the decompressed
+           weights.
+    kv:    the KV cache that ``generate`` uses, a policy such as 'kivi2' ('none': a plain one); default: what the folder was
+           made for, if it was
+    Raises BadCheckpoint for a damaged folder, Unsupported for formats that qkit cannot run, UsageError for a policy that
+    does not suit the model.
+    """
+    folder = find_model(str(path))
+    mark = read_mark(folder)
+    if mark is not None:
+        warnings.warn(f"{folder}: {described(mark)}", RejectedWarning, stacklevel=3)
+    checkpoint = Checkpoint.open(weights_folder(folder), quantized=True)
+    if "_class_name" in checkpoint.config:
+        return _diffusion(folder, checkpoint, dtype, device, kv)
+    check_config(checkpoint.config, checkpoint.tensors)
+    structure = PackedStructure(checkpoint)
+    model: Any = structure.model
+    dtype = dtype or structure.dtype
+    computed = [m for m in model.modules() if m._non_persistent_buffers_set]
+    with foreign(f"{folder}: no memory for this model", "close other programs, or use a larger machine", IOFailure):
+        model.to_empty(device="cpu")
+    fill_computed_buffers(structure)
+    rotary = {id(b): b for m in computed for b in m.buffers()}
+    with torch.inference_mode():
+        place_packed(structure, dtype)
+        _read_plain(structure)
+    for p in model.parameters():
+        value = p.data.to(dtype)
+        p.data = value.clone() if value.is_inference() else value  # one that is as it was read: autograd refuses it
+        p.requires_grad_(False)
+    for m in model.modules():
+        for name, b in m._buffers.items():
+            if b is not None and b.is_floating_point() and id(b) not in rotary and not isinstance(m, QuantLinear):
+                m._buffers[name] = b.to(dtype)
+    model.config.dtype = dtype
+    model.tie_weights()
+    _generation_config(model, folder)
+    model = model.eval().to(device)
+    _cache_policy(model, folder, kv)
+    return model
+
+
+def _diffusion(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, device: str, kv: str | None) -> Any:
+    """A pipeline, or a transformer alone, by way of diffusers, which knows qkit's folders (``registration_diffusers``)."""
+    from qkit.diffusion.pipeline import load_denoiser, load_pipeline
+
+    if kv not in (None, "none"):
+        raise UsageError(f"--kv {kv}: a diffusion transformer has no KV cache: leave the option out")
+    structure = PackedStructure(checkpoint)  # refuses what is damaged, in a sentence
+    dtype = dtype or structure.dtype
+    if is_pipeline(folder):
+        return load_pipeline(folder, dtype, device)
+    return load_denoiser(folder, checkpoint.config["_class_name"], dtype, device)
+
+
+METHODS = ("compressed-tensors", "qkit")
+PLAIN = tuple(DTYPES.values())  # dtypes of scales that any reader takes for each other
+
+
+class PackedStructure(ModelStructure):
+    """The outline of a checkpoint that may be quantized already."""
+
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> None:
+        self.quantization = checkpoint.config.get("quantization_config")
+        if self.quantization is not None:
+            where, method = (
+                f"{checkpoint.path / 'config.json'}: quantization_config",
+                self.quantization.get("quant_method"),
+            )
+            if isinstance(method, str) and method not in METHODS:
+                raise Unsupported(
+                    f"{where}: quantized by {shown(method)}, and qkit loads {' and '.join(METHODS)}: load it with transformers"
+                )
+            checked(schema.Quantization, self.quantization, where, "run 'qkit verify' on the folder", Unsupported)
+        if has_cache_scales(self.quantization):
+            dtype = dtype_of(checkpoint)
+            model = model or build_skeleton(checkpoint.config, str(checkpoint.path), dtype)
+            declare(model, dtype)
+        super().__init__(checkpoint, model)
+
+    def _check_coverage(self) -> None:
+        """Every tensor that the config asks for, packed or plain, and no other."""
+        names = [linear.name for block in self.every_block for linear in block.linears]
+        where = str(self.checkpoint.path)
+        self.formats: dict[str, tuple[Format, Format | None]] = (
+            formats_of(self.quantization, names, where) if self.quantization else {}
+        )
+        self.sparse = frozenset((self.quantization or {}).get("sparse") or ())
+        self.low_rank = frozenset((self.quantization or {}).get("low_rank") or ())
+        self.scaled = frozenset((self.quantization or {}).get("scaled") or ())
+        self.residual = frozenset((self.quantization or {}).get("residual") or ())
+        self.rotated: dict[str, int] = _rotations((self.quantization or {}).get("rotated") or {}, where)
+        wanted = {stored for block in self.blocks for _, stored in block.stored}
+        wanted |= {stored for _, stored in self.outer}
+        for block in self.every_block:
+            for linear in block.linears:
+                if linear.name in self.formats:
+                    wanted.discard(f"{linear.name}.weight")
+                    weights, activations = self.formats[linear.name]
+                    self._check_packed(linear, specs(weights, activations, linear.shape, self.dtype))
+                    wanted |= {f"{linear.name}.{s}" for s in specs(weights, activations, linear.shape, self.dtype)}
+                    if linear.name in self.scaled:
+                        wanted.add(f"{linear.name}.{SCALE}")
+                    if linear.name in self.residual:
+                        wanted.add(f"{linear.name}.{RESIDUAL}")
+                    wanted |= {f"{linear.name}.{s}" for s in self.beside(linear.name)}
+        missing = sorted(wanted - self.checkpoint.tensors.keys())
+        if missing:
+            raise BadCheckpoint(
+                f"{where}: {len(missing)} tensors are missing, the first is {missing[0]!r}: run 'qkit verify {where}'"
+            )
+
+    def _check_packed(self, linear: Linear, wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        """Raises BadCheckpoint for a tensor of another shape, or of numbers of another kind, than the format has."""
+        for suffix, (dtype, shape) in wanted.items():
+            info = self.checkpoint.tensors.get(f"{linear.name}.{suffix}")
+            if info is None:  # reported with all that are missing
+                continue
+            plain = dtype in PLAIN and info.torch_dtype in PLAIN
+            if math.prod(info.shape) != math.prod(shape) or not (plain or info.torch_dtype == dtype):
+                raise BadCheckpoint(
+                    f"{info.file}: tensor {info.name} is {info.dtype} {list(info.shape)}, and config.json implies {dtype} "
+                    f"{list(shape)}: run 'qkit verify {self.checkpoint.path}'"
+                )
+
+    def beside(self, name: str) -> tuple[str, ...]:
+        """Suffixes of the tensors of a linear's sparse and low-rank part."""
+        return (sparse.PIECES if name in self.sparse else ()) + (lowrank.PIECES if name in self.low_rank else ())
+
+
+def _rotations(data: Any, where: str) -> dict[str, int]:
+    """Blocks of the transforms of inputs, by linear. Raises BadCheckpoint for what cannot be one."""
+    sound = isinstance(data, dict) and all(isinstance(b, int) and b >= 2 and b & (b - 1) == 0 for b in data.values())
+    if not sound:
+        raise BadCheckpoint(f"{where}: quantization_config.rotated: expected layers and powers of two: export it again")
+    return dict(data)
+
+
+def _read_plain(structure: PackedStructure) -> None:
+    """Everything that is not packed."""
+    read = structure.checkpoint.read
+    inside = {stored for block in structure.every_block for _, stored in block.stored}
+    for name, stored in structure.outer:
+        if stored not in inside:
+            _assign(structure.model, name, read(stored))
+    for block in structure.every_block:
+        module = structure.model.get_submodule(block.path)
+        packed = {
+            f"{x.name}.{leaf}" for x in block.linears if x.name in structure.formats for leaf in ("weight", "bias")
+        }
+        views = {f"{x.name}.weight": x for x in block.linears}
+        for name, stored in block.stored:
+            if stored in packed:
+                continue
+            if stored in views and views[stored].expert is not None:
+                views[stored].view(module).copy_(read(stored))
+            else:
+                _assign(module, name, read(stored))
+
+
+def _assign(owner: nn.Module, name: str, value: Tensor) -> None:
+    """Give a parameter its value in the dtype of the file: nothing is rounded on the way."""
+    path, _, leaf = name.rpartition(".")
+    target = getattr(owner.get_submodule(path), leaf)
+    if tuple(target.shape) != tuple(value.shape):
+        raise BadCheckpoint(f"{name}: the file has shape {list(value.shape)}, the config implies {list(target.shape)}")
+    if value.is_floating_point() != target.is_floating_point():
+        raise BadCheckpoint(f"{name}: the file has {value.dtype}, the config implies {target.dtype}: run 'qkit verify'")
+    target.data = value
+
+
+def place_packed(structure: PackedStructure, dtype: torch.dtype) -> None:
+    """Put a packed module in the place of every quantized linear."""
+    for block in structure.every_block:
+        module = structure.model.get_submodule(block.path)
+        experts: dict[tuple[int, str], nn.Module] = {}
+        for linear in block.linears:
+            packed = linear.name in structure.formats
+            if linear.expert is not None:
+                if packed:
+                    experts[linear.expert, _part_of(linear, structure)] = _packed(structure, linear, dtype)
+            elif packed:
+                module.set_submodule(linear.param.removesuffix(".weight"), _packed(structure, linear, dtype))
+        if experts:
+            _place_experts(structure, module, experts, block.path)
+
+
+def _packed(structure: PackedStructure, linear: Linear, dtype: torch.dtype) -> QuantLinear:
+    weights, activations = structure.formats[linear.name]
+    result = QuantLinear(weights, activations, linear.shape, dtype)
+    scale = structure.checkpoint.read(f"{linear.name}.{SCALE}") if linear.name in structure.scaled else None
+    first = structure.checkpoint.read(f"{linear.name}.{RESIDUAL}") if linear.name in structure.residual else None
+    result.inputs = InputTransform.of(scale, structure.rotated.get(linear.name, 0), first, linear.shape[1])
+    wanted = [*specs(weights, activations, linear.shape, structure.dtype), *(["bias"] if linear.bias else [])]
+    wanted += structure.beside(linear.name)
+    result.take({suffix: structure.checkpoint.read(f"{linear.name}.{suffix}") for suffix in wanted})
+    return result
+
+
+def _part_of(linear: Linear, structure: ModelStructure) -> str:
+    if linear.rows is None:
+        return "down"
+    return "gate" if linear.rows[0] == 0 else "up"
+
+
+def _place_experts(
+    structure: PackedStructure, module: nn.Module, linears: dict[tuple[int, str], nn.Module], path: str
+) -> None:
+    declared = structure.family.experts
+    assert declared is not None
+    fused: Any = module.get_submodule(declared.module)
+    count = len(fused.gate_up_proj)
+    if len(linears) != 3 * count:
+        raise BadCheckpoint(
+            f"{path}: {len(linears)} of {3 * count} expert linears are quantized: all or none can be loaded"
+        )
+    module.set_submodule(declared.module, QuantExperts(linears, fused.act_fn, count))
+
+
+def _generation_config(model: Any, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    if file.is_file():
+        checked(schema.GenerationConfig, load_json(file, "generation config"), str(file))
+        with foreign(f"{file}: transformers cannot read it"):
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _cache_policy(model: Any, folder: Path, kv: str | None) -> None:
+    from qkit.kvcache.cache import attach
+    from qkit.kvcache.policy import parse, stored
+
+    found = stored(folder) if kv is None else None if kv == "none" else parse(str(kv))
+    if found is not None:
+        attach(model, found)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model folder; no code of the folder is run. Raises BadCheckpoint when there is none."""
+    from transformers import AutoTokenizer
+
+    folder = find_model(str(path))
+    check_side_files(folder)
+    advice = "copy the tokenizer's files of the original model here"
+    with foreign(f"{folder}: no tokenizer that transformers can load", advice):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -1,0 +1,69 @@
+"""qkit as a quantization method of transformers: ``quant_method: qkit`` in a config.json.
+
+Checkpoints in the compressed-tensors format need none of this, transformers loads them by itself. A checkpoint exported with
+``--export qkit`` holds the same tensors under qkit's own method name; with ``import qkit``,
+``AutoModelForCausalLM.from_pretrained(folder)`` then gives a model that runs packed, for every scheme. The packed
+tensors are read here; transformers loads the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+METHOD = "qkit"
+
+
+@register_quantization_config(METHOD)
+class QkitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of a config.json, kept as it is."""
+
+    def __init__(self, **config: Any) -> None:
+        self.quant_method = METHOD
+        self.config = {k: v for k, v in config.items() if k != "quant_method"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into config.json."""
+        return {"quant_method": METHOD, **self.config}
+
+
+@register_quantizer(METHOD)
+class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts packed modules in place before transformers loads the other weights."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        import torch
+
+        from qkit.files.checkpoint import Checkpoint
+        from qkit.nn.layers import QuantLinear
+        from qkit.runtime.loading import PackedStructure, place_packed
+
+        files = kwargs.get("checkpoint_files") or []
+        structure = PackedStructure(Checkpoint.open(Path(files[0]).parent, quantized=True), model)
+        with torch.inference_mode(), torch.device("cpu"):
+            place_packed(structure, model.dtype)
+        # Some models initialize a module through weights of its children, before it is known that all are there (T5).
+        for module in model.modules():
+            if any(isinstance(child, QuantLinear) for child in module.children()):
+                module._is_hf_initialized = True
+        # The packed tensors are taken care of: transformers need not report them as unexpected.
+        packed = {rf"^{re.escape(name)}\." for name in structure.formats}
+        model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | packed
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        return model.requires_grad_(False)  # as in ``qkit.load``: products with packed weights take no gradients
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights take no gradients."""
+        return False
+
+    def is_serializable(self) -> bool:
+        """A packed folder is copied, not saved again."""
+        return False

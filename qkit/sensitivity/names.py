@@ -1,0 +1,26 @@
+"""The measures of a profile by name, and its file: imports no torch, so that a command can be checked before that is loaded."""
+
+from __future__ import annotations
+
+from qkit.errors import UsageError
+
+PROFILE = "profile.json"  # in the folder of a profile
+MEASURES = ("weight", "output", "output_norm", "first", "first_x", "fisher", "pqi", "loss", "kl")
+PREFERRED = ("kl", "pqi", "loss", "output", "weight")  # for the curve, the first that was measured
+
+
+def check_measures(names: tuple[str, ...]) -> None:
+    """Raises UsageError for measures that there are not, or none at all."""
+    if not names:
+        raise UsageError(f"--measures: none is given: expected some of {', '.join(MEASURES)}")
+    unknown = next((m for m in names if m not in MEASURES), None)
+    if unknown is not None:
+        raise UsageError(f"--measures: unknown '{unknown}': expected some of {', '.join(MEASURES)}")
+
+
+def curve_measure(measures: tuple[str, ...]) -> str:
+    """What a curve is of when nobody says: the measure that is nearest to a whole plan's KL divergence."""
+    found = next((m for m in (*PREFERRED, *measures) if m in measures), None)
+    if found is None:
+        raise UsageError("--pareto: the profile has no measure: give --measures at least one")
+    return found

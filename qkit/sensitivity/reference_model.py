@@ -1,0 +1,280 @@
+"""A full-precision model in memory whose units can be replaced, for a while, by what a candidate makes of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qkit.calibration.batches import Batch, Rows, batches, sample
+from qkit.families.structure import ModelStructure
+from qkit.files.offload import Chunks, OffloadedTensors
+from qkit.system.parallel import Workers
+from qkit.tensor.activations import quantize_activations
+from qkit.tensor.formats import Format
+
+R = TypeVar("R")
+SPILL_BYTES = 1 << 30  # log probabilities that are kept in memory; our choice
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """weight: float32 [out, in]; activations: the format of the linear's input and its static scale, or None."""
+
+    weight: Tensor
+    activations: Format | None = None
+    static: Tensor | None = None
+
+
+class ReferenceModel:
+    """model: in float32, eval mode. Every linear is found by its checkpoint name."""
+
+    def __init__(self, model: Any, structure: ModelStructure, pool: Workers) -> None:
+        self.model, self.structure, self.pool = model, structure, pool
+        self.where = {x.name: (b.path, x) for b in structure.every_block for x in b.linears}
+
+    def weight(self, name: str) -> Tensor:
+        """The weight in place now, [out, in]; a view."""
+        block, linear = self.where[name]
+        return linear.view(self.model.get_submodule(block))
+
+    @contextmanager
+    def replaced(self, replacements: Mapping[str, Replacement]) -> Iterator[None]:
+        """With these linears (by name) replaced; the originals are put back."""
+        originals = {name: self.weight(name).clone() for name in replacements}
+        handles = []
+        try:
+            for name, r in replacements.items():
+                self.weight(name).copy_(r.weight)
+                if r.activations is not None and self.where[name][1].expert is None:
+                    handles.append(self._module(name).register_forward_pre_hook(_quantizing(r)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, weight in originals.items():
+                self.weight(name).copy_(weight)
+
+    # ---- passes ----------------------------------------------------------------------------------------------
+
+    def log_probs(self, rows: Rows, spill: Path | None = None) -> Chunks:
+        """log p of every scored token, float32 [rows, scored, vocabulary], batch by batch.
+
+        spill: where more than SPILL_BYTES of them go, into a file that goes with the result; None: they stay in memory.
+        """
+        pieces = batches(rows)
+        vocabulary = self.structure.text_config.vocab_size
+        if spill is None or log_prob_bytes(sum(b.targets.numel() for b in pieces), vocabulary) <= SPILL_BYTES:
+            return self.pool.map(self._log_probs, pieces)
+        spilled = OffloadedTensors(spill)
+        for piece in self.pool.stream(self._log_probs, pieces):
+            spilled.append(piece)
+        return spilled
+
+    def loss(self, rows: Rows) -> float:
+        """Mean negative log likelihood of the scored tokens, in nats."""
+        nll = self.pool.map(lambda b: _nll(self._log_probs(b), b).flatten(), batches(rows))
+        return float(torch.cat(nll).double().mean())
+
+    def compare(self, rows: Rows, reference: Chunks) -> tuple[float, float]:
+        """(loss, mean KL divergence from ``reference``, which ``log_probs`` gave), in nats a scored token."""
+        pieces = batches(rows)
+        assert len(pieces) == len(reference)
+
+        def one(item: tuple[int, Batch]) -> tuple[Tensor, Tensor]:
+            index, batch = item
+            q = self._log_probs(batch)
+            p = reference[index]  # read here: a map takes all its items at once
+            return _nll(q, batch), (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
+
+        found = self.pool.map(one, enumerate(pieces))
+        nll, kl = (torch.cat([t[i].flatten() for t in found]).double() for i in (0, 1))
+        return float(nll.mean()), float(kl.mean())
+
+    def gradients(self, rows: Rows, names: list[str], squares: bool = False) -> tuple[float, dict[str, Tensor]]:
+        """(loss, {linear: gradient of the mean loss [out, in]}) over all rows.
+
+        squares: instead of the gradient the mean over rows of the squared gradient of a row's mean loss (the diagonal of
+        the empirical Fisher matrix).
+        """
+        params = {n: f"{block}.{linear.param}" for n, (block, linear) in self.where.items() if n in names}
+        leaves = {path: self.model.get_parameter(path) for path in sorted(set(params.values()))}
+        pieces = batches(rows, 1) if squares else batches(rows)
+        scored = sum(b.targets.numel() for b in pieces)
+        total = {key: torch.zeros_like(leaf) for key, leaf in leaves.items()}
+        losses: list[tuple[float, int]] = []
+
+        def one(given: Batch) -> tuple[float, int, tuple[Tensor, ...]]:
+            with torch.inference_mode(False), torch.enable_grad():
+                batch = given.cloned()
+                nll = _nll(self._log_probs(batch), batch)
+                return float(nll.detach().mean()), nll.numel(), _grad(nll.mean(), list(leaves.values()))
+
+        for leaf in leaves.values():
+            leaf.requires_grad_(True)
+        try:
+            for loss, count, grads in self.pool.stream(one, pieces):
+                losses.append((loss, count))
+                weight = 1 / len(pieces) if squares else count / scored
+                for sum_, grad in zip(total.values(), grads, strict=True):
+                    sum_.add_(grad.square() if squares else grad, alpha=weight)
+        finally:
+            for leaf in leaves.values():
+                leaf.requires_grad_(False)
+        mean = sum(loss * count for loss, count in losses) / scored
+        return mean, {n: self.where[n][1].part(total[params[n]]) for n in names}
+
+    def with_inputs(
+        self, rows: Rows, names: Sequence[str], use: Callable[[dict[str, tuple[Tensor, Tensor]]], R]
+    ) -> Iterator[R]:
+        """What ``use`` makes of {linear: (x, g)}, batch by batch, in the order of the rows; nothing else of a batch is kept.
+
+        names: linears that are modules (not those of fused experts)
+        x: float32 [rows, length, in] of the batch, what the linear reads
+        g: the same shape, the gradient of the mean loss over all of ``rows`` at x, in nats, as far as x works through this
+           linear: W^T of the gradient at its output. Summed over all linears that read x it is what these linears add
+           to the gradient at x.
+        """
+        local = threading.local()  # batches run through the same modules at the same time
+        pieces = batches(rows)
+        scored = sum(b.targets.numel() for b in pieces)
+
+        def noting(name: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+                x = args[0]
+                branch = x.view_as(x) if x.requires_grad else x.detach().requires_grad_(True)
+                local.seen[name] = branch
+                return (branch, *args[1:])
+
+            return hook
+
+        def one(given: Batch) -> R:
+            local.seen = {}
+            try:
+                with torch.inference_mode(False), torch.enable_grad():
+                    batch = given.cloned()
+                    loss = _nll(self._log_probs(batch), batch).sum() / scored
+                    gradients = _grad(loss, list(local.seen.values()))
+                return use({n: (x.detach(), g) for (n, x), g in zip(local.seen.items(), gradients, strict=True)})
+            finally:
+                local.seen = {}
+
+        handles = [self._module(n).register_forward_pre_hook(noting(n)) for n in names]
+        try:
+            yield from self.pool.stream(one, pieces)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def output_gradients(self, rows: Rows, paths: Sequence[str], seed: int) -> Iterator[dict[str, Tensor]]:
+        """Batch by batch {path: float32 [tokens, width]}, the gradient of the loss of all scored tokens together at what these
+        modules give, labels being drawn from the model itself.
+
+        seed: of the labels, which do not depend on the number of workers.
+        """
+        local = threading.local()
+
+        def noting(path: str) -> Any:
+            def hook(_: nn.Module, args: Any, output: Any) -> Any:
+                first = output[0] if isinstance(output, tuple) else output
+                branch = first if first.requires_grad else first.detach().requires_grad_(True)
+                local.seen[path] = branch
+                return (branch, *output[1:]) if isinstance(output, tuple) else branch
+
+            return hook
+
+        def one(item: tuple[int, Batch]) -> dict[str, Tensor]:
+            number, given = item
+            local.seen = {}
+            try:
+                with torch.inference_mode(False), torch.enable_grad():
+                    log_probs = self._log_probs(given.cloned()).flatten(0, -2)
+                    drawn = torch.Generator().manual_seed(seed + number)
+                    labels = torch.multinomial(log_probs.detach().exp(), 1, generator=drawn)
+                    gradients = _grad(-log_probs.gather(-1, labels).sum(), list(local.seen.values()))
+                return {path: g.flatten(0, -2) for path, g in zip(local.seen, gradients, strict=True)}
+            finally:
+                local.seen = {}
+
+        handles = [self.model.get_submodule(p).register_forward_hook(noting(p)) for p in paths]
+        try:
+            yield from self.pool.stream(one, enumerate(batches(rows)))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def sample_inputs(self, rows: Rows, modules: Sequence[str], count: int) -> dict[str, Tensor]:
+        """What these modules (by their path in the model) read: {path: float32 [n, width]}.
+
+        Of the n tokens that ``batches.sample`` takes; the same tokens for every module, in the order of the rows.
+        """
+        places, pieces = sample(rows, count).places, batches(rows)
+        starts = [0, *accumulate(b.ids.numel() for b in pieces)]
+        local = threading.local()
+
+        def noting(path: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                local.seen[path] = args[0].flatten(0, -2)[local.places].float()
+
+            return hook
+
+        def one(item: tuple[Batch, int]) -> dict[str, Tensor]:
+            batch, start = item
+            inside = (places >= start) & (places < start + batch.ids.numel())
+            local.seen, local.places = {}, places[inside] - start
+            self.model.base_model(**batch.inputs, use_cache=False)
+            found: dict[str, Tensor] = local.seen
+            return found
+
+        handles = [self.model.get_submodule(p).register_forward_pre_hook(noting(p)) for p in modules]
+        try:
+            found = self.pool.map(one, list(zip(pieces, starts, strict=False)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {path: torch.cat([seen[path] for seen in found]) for path in modules}
+
+    def path(self, name: str) -> str:
+        """The path in the model of the module of a linear that is one (not a fused expert's)."""
+        block, linear = self.where[name]
+        assert linear.expert is None
+        return f"{block}.{linear.param.removesuffix('.weight')}"
+
+    def _module(self, name: str) -> nn.Module:
+        module: nn.Module = self.model.get_submodule(self.path(name))
+        return module
+
+    def _log_probs(self, batch: Batch) -> Tensor:
+        logits: Tensor = self.model(**batch.inputs, **batch.options, use_cache=False).logits
+        return torch.log_softmax(batch.scored(logits).float(), dim=-1)
+
+
+def log_prob_bytes(scored: int, vocabulary: int) -> int:
+    """Bytes of what ``log_probs`` gives for so many scored tokens."""
+    return scored * vocabulary * 4
+
+
+def _grad(value: Tensor, of: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Zeros for what the value does not depend on: blocks of a tower behind the features that are taken."""
+    return torch.autograd.grad(value, of, allow_unused=True, materialize_grads=True)
+
+
+def _nll(log_probs: Tensor, batch: Batch) -> Tensor:
+    return -log_probs.gather(-1, batch.targets[..., None])[..., 0]
+
+
+def _quantizing(r: Replacement) -> Any:
+    fmt = r.activations
+    assert fmt is not None
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (quantize_activations(args[0], fmt, r.static), *args[1:])
+
+    return hook

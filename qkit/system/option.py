@@ -1,0 +1,60 @@
+"""An option of a solver or a transform: its default, what it does, and the values that it may have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qkit.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """The type of a value is that of the default; a whole number is also one with a fraction.
+
+    least, most: the range of a number, both ends included; above: what it has to be larger than; choices: of a name
+    """
+
+    default: Any
+    summary: str
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def checked(self, name: str, value: Any) -> Any:
+        """The value in the type of the default. Raises UsageError for another type, or a value out of range."""
+        if isinstance(self.default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not type(self.default):
+            raise UsageError(f"option '{name}': expected {type(self.default).__name__}, found {value!r}")
+        if self.choices and value not in self.choices:
+            raise UsageError(f"option '{name}': expected one of {', '.join(self.choices)}, found {value!r}")
+        if (
+            (self.least is not None and not value >= self.least)
+            or (self.above is not None and not value > self.above)
+            or (self.most is not None and not value <= self.most)
+        ):
+            raise UsageError(f"option '{name}': expected {self._range}, found {value}")
+        return value
+
+    @property
+    def _range(self) -> str:
+        low = f"more than {self.above:g}" if self.above is not None else f"{self.least or 0:g} or more"
+        if self.most is None:
+            return low
+        return f"{low}, to {self.most:g}" if self.above is not None else f"{self.least or 0:g} to {self.most:g}"
+
+
+Options = dict[str, Option]
+
+
+def needs_of_options(needs: tuple[tuple[str, str], ...], options: Options, values: dict[str, Any]) -> frozenset[str]:
+    """Of pairs (option, need) the needs of those options that have another value than their default."""
+    return frozenset(need for name, need in needs if values.get(name, options[name].default) != options[name].default)
+
+
+SIGNED = Option(
+    default=False,
+    summary="scales of symmetric integers of up to 4 bits may be negative: the larger side gets the extra code",
+)

@@ -1,0 +1,86 @@
+"""Quantization of activations at run time, the same in calibration, in evaluation and in the packed model.
+
+Computed in float32 and returned in the dtype of the input. Follows compressed-tensors 0.20: symmetric, amax
+over a token (or a group of its channels), divided by half the code range.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qkit.tensor.formats import FP8_MAX, Format
+from qkit.tensor.qtensor import Params, effective_scale, half_range, params_from_range, qdq
+
+_LOWER = 4.0  # where Four Over Six may put the largest value of a group, in place of 6
+
+
+def token_scale(x: Tensor, fmt: Format) -> Tensor:
+    """float32 [..., 1]: amax of each token / half the code range; a token of zeros gets 1."""
+    scale = x.abs().amax(-1, keepdim=True).to(torch.float32) / half_range(fmt)
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def static_scale(amax: float, fmt: Format) -> float:
+    """What a static activation format stores: the tensor scale (FP8: amax / 448), or NVFP4's global scale
+    (2688 / amax, a multiplier). 1 where calibration saw nothing but zeros (our choice): other inputs would saturate."""
+    if amax == 0:
+        return 1.0
+    amax = max(amax, 1e-12)
+    return FP8_MAX * half_range(fmt) / amax if fmt.strategy == "tensor_group" else amax / half_range(fmt)
+
+
+def storable_scale(scale: float, dtype: torch.dtype) -> float:
+    """A scale that is above 0 once it is stored in ``dtype``: float16 ends at 6e-8, and a scale of 0 divides nothing.
+
+    Inputs whose scale is raised use less of the grid, which costs them nothing: FP8 is a floating-point grid.
+    """
+    info = torch.finfo(dtype)
+    return max(scale, info.tiny * info.eps)
+
+
+def quantize_activations(x: Tensor, fmt: Format, static: Tensor | None = None, residual: int = 0) -> Tensor:
+    """Quantize and dequantize x [..., channels] in the given activation format.
+
+    static: float32 [1], from ``static_scale``: the scale of a static format, the global scale of NVFP4.
+    residual: of formats in groups, how many channels from the first on get a second chance: what is left of them is quantized
+    in the same way and added (ARCQuant, arXiv 2601.07475), a number of whole groups. Where there are such, NVFP4's groups take
+    the better of two scales, with their largest value at 6 or at 4, where the grid is finer (Four Over Six, arXiv 2512.02010).
+    """
+    wide = x.to(torch.float32)
+    if residual and fmt.group is not None:
+        once = in_groups(wide, fmt, static, either=True)
+        again = in_groups((wide - once)[..., :residual], fmt, static, either=True)
+        once[..., :residual] += again
+        return once.to(x.dtype)
+    if fmt.strategy == "token":
+        return qdq(wide, token_scale(x, fmt), None, fmt).to(x.dtype)
+    if fmt.strategy == "tensor":
+        assert static is not None
+        return qdq(wide, static.to(torch.float32), None, fmt).to(x.dtype)
+    return in_groups(wide, fmt, static, either=False).to(x.dtype)
+
+
+def in_groups(x: Tensor, fmt: Format, static: Tensor | None, either: bool) -> Tensor:
+    """Quantized once and dequantized, float32 [.., channels]; either: NVFP4's groups take the better of two scales."""
+    assert fmt.group is not None
+    grouped = x.unflatten(-1, (-1, fmt.group))
+    amax = grouped.abs().amax(-1)
+
+    def at(ceiling: float) -> Tensor:
+        """With the largest value of each group there."""
+        if fmt.scale == "model":  # FP8 in groups: the scale stays in float32, it is never stored
+            scale = amax / ceiling
+            scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        else:
+            reach = amax * (half_range(fmt) / ceiling)
+            p: Params = params_from_range(-reach, reach, fmt, torch.float32, static)
+            scale = effective_scale(p, fmt)
+        return qdq(grouped, scale[..., None], None, fmt)
+
+    found = at(half_range(fmt))
+    if either and fmt.scale == "e4m3":
+        other = at(_LOWER)
+        far, farther = ((t - grouped).square().sum(-1, keepdim=True) for t in (other, found))
+        found = torch.where(far < farther, other, found)
+    return found.flatten(-2)

@@ -1,0 +1,276 @@
+"""The compressed-tensors format (0.20): write and read side by side.
+
+Per linear, next to ``bias``:
+  pack-quantized         weight_packed int32, weight_scale, weight_shape int64 [2], weight_zero_point (asymmetric,
+                         packed along the output dimension)
+  int-quantized          weight int8, weight_scale, weight_zero_point int8 (asymmetric)
+  float-quantized        weight float8_e4m3fn, weight_scale; naive-quantized where activations stay as they are
+  nvfp4-pack-quantized   weight_packed uint8, weight_scale float8_e4m3fn, weight_global_scale float32 [1]
+  mxfp4-pack-quantized   weight_packed uint8, weight_scale uint8;   mxfp8-quantized  weight float8, weight_scale uint8
+  activations            input_scale [1] (static), input_global_scale float32 [1] (NVFP4)
+Per attention module     k_scale, v_scale [1], with a kv_cache_scheme
+
+INT8 weights with INT8 activations are int-quantized; every other integer is pack-quantized, W4A8 among them: that is
+the form for which engines have 4-bit kernels (the library by itself would choose one byte per weight).
+The configuration is built with the library's own classes, so that what is written is what it accepts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.errors import Unsupported
+from qkit.system.patterns import is_pattern, matched
+from qkit.tensor.formats import FORMATS, Format, layout
+from qkit.tensor.packing import pack_bits, pack_nibbles, packed_words, unpack_bits, unpack_nibbles
+from qkit.tensor.qtensor import Params, QTensor, param_shape
+
+Spec = tuple[torch.dtype, tuple[int, ...]]
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+CLASS = "Linear"  # the one name of a class that a target can have here
+
+
+def specs(weights: Format, activations: Format | None, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Spec]:
+    """{suffix: (dtype, shape)} of the tensors that stand for a linear's weight [out, in]."""
+    out, columns = shape
+    r, c = param_shape(weights, shape)
+    scale_shape: tuple[int, ...] = (1,) if weights.strategy == "tensor" else (r, c)
+    scale_dtype = {"model": dtype, "e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}[weights.scale]
+    name = layout(weights, activations)
+    result: dict[str, Spec] = {"weight_scale": (scale_dtype, scale_shape)}
+    if name == "pack-quantized":
+        result["weight_packed"] = (torch.int32, (out, packed_words(columns, weights.bits)))
+        result["weight_shape"] = (torch.int64, (2,))
+        if not weights.symmetric:
+            packed = weights.strategy != "tensor"
+            result["weight_zero_point"] = (
+                (torch.int32, (packed_words(r, weights.bits), c)) if packed else (torch.int8, (1,))
+            )
+    elif name == "int-quantized":
+        result["weight"] = (torch.int8, shape)
+        if not weights.symmetric:
+            result["weight_zero_point"] = (torch.int8, scale_shape)
+    elif weights.kind == "fp4":
+        result["weight_packed"] = (torch.uint8, (out, columns // 2))
+    else:
+        result["weight"] = (torch.float8_e4m3fn, shape)
+    if weights.scale == "e4m3":
+        result["weight_global_scale"] = (torch.float32, (1,))
+    if activations is not None and activations.strategy == "tensor_group":
+        result["input_global_scale"] = (torch.float32, (1,))
+    elif activations is not None and not activations.dynamic:
+        result["input_scale"] = (dtype, (1,))
+    return dict(sorted(result.items()))
+
+
+def stored_bytes(weights: Format, activations: Format | None, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Bytes that the tensors of a linear take."""
+    return sum(math.prod(s) * d.itemsize for d, s in specs(weights, activations, shape, dtype).values())
+
+
+def write(q: QTensor, activations: Format | None, static: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a linear, by suffix. static: float32 [1], the activations' scale or global scale."""
+    fmt, p = q.format, q.params
+    wanted = specs(fmt, activations, q.shape, dtype)
+    result: dict[str, Tensor] = {"weight_scale": p.scale.reshape(wanted["weight_scale"][1])}
+    if "weight_packed" in wanted:
+        result["weight_packed"] = pack_nibbles(q.codes) if fmt.kind == "fp4" else pack_bits(q.codes, fmt.bits)
+    else:
+        result["weight"] = q.codes
+    if "weight_shape" in wanted:
+        result["weight_shape"] = torch.tensor(q.shape, dtype=torch.int64)
+    if p.zero is not None:
+        packed = wanted["weight_zero_point"][0] == torch.int32
+        result["weight_zero_point"] = (
+            pack_bits(p.zero.T.contiguous(), fmt.bits).T.contiguous() if packed else p.zero.reshape(-1)
+        )
+        if not packed:
+            result["weight_zero_point"] = p.zero.reshape(wanted["weight_zero_point"][1])
+    if p.global_scale is not None:
+        result["weight_global_scale"] = p.global_scale
+    for name in ("input_scale", "input_global_scale"):
+        if name in wanted:
+            assert static is not None
+            result[name] = static.to(wanted[name][0]).reshape(1)
+    return result
+
+
+def read(tensors: dict[str, Tensor], fmt: Format, shape: tuple[int, int]) -> QTensor:
+    """The inverse of ``write`` for the weight: tensors by suffix to a QTensor."""
+    scale = tensors["weight_scale"].reshape(param_shape(fmt, shape))
+    zero = tensors.get("weight_zero_point")
+    if zero is not None and zero.dtype == torch.int32:
+        zero = unpack_bits(zero.T.contiguous(), fmt.bits, scale.shape[0]).T.contiguous()
+    if "weight" in tensors:
+        codes = tensors["weight"]
+    elif fmt.kind == "fp4":
+        codes = unpack_nibbles(tensors["weight_packed"])
+    else:
+        codes = unpack_bits(tensors["weight_packed"], fmt.bits, shape[1])
+    zero = None if zero is None else zero.reshape(scale.shape)
+    return QTensor(codes, Params(scale, zero, tensors.get("weight_global_scale")), fmt)
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------
+
+
+def config(
+    pairs: dict[str, tuple[Format, Format | None]],
+    skipped: list[str],
+    module_name: dict[str, str],
+    cache: Format | None = None,
+) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json.
+
+    pairs:       {linear: (weights, activations)} by checkpoint name
+    skipped:     linears that stay as they are, by checkpoint name
+    module_name: {checkpoint name: module name} where they differ; both are listed, since loaders match either
+    cache:       of keys and values, for engines that keep them in it
+    Groups of linears with equal formats become one config group. The most common one targets the class
+    ``Linear`` and the others exact names, listed first. Where there are several, experts of one format are named by a pattern:
+    transformers looks for their group by such a target, and takes the first group where there is none.
+    """
+    import compressed_tensors
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+
+    kinds: dict[tuple[Format, Format | None], list[str]] = {}
+    for name, pair in pairs.items():
+        kinds.setdefault(pair, []).append(name)
+    ordered = sorted(kinds.items(), key=lambda item: (len(item[1]), item[1]))
+    experts = {pair for pair, names in kinds.items() if any(map(_EXPERT.search, names))}
+    groups: dict[str, Any] = {}
+    for i, ((weights, activations), names) in enumerate(ordered):
+        last = i == len(ordered) - 1
+        pattern = [f"re:.*{_EXPERT.pattern}.*"] if experts == {(weights, activations)} and len(kinds) > 1 else []
+        exact = [n for n in names if not (pattern and _EXPERT.search(n))]
+        both = sorted({*exact, *(module_name[n] for n in exact if n in module_name)})
+        groups[f"group_{i}"] = QuantizationScheme(
+            targets=[*pattern, *(["Linear"] if last else both)],
+            weights=_args(weights, activations=False),
+            input_activations=None if activations is None else _args(activations, activations=True),
+            format=layout(weights, activations),
+        )
+    formats = {layout(w, a) for w, a in kinds}
+    ignore = sorted({*skipped, *(module_name[n] for n in skipped if n in module_name)})
+    built = QuantizationConfig(
+        config_groups=groups,
+        format=formats.pop() if len(formats) == 1 else "mixed-precision",
+        quantization_status="compressed",
+        ignore=ignore,
+        kv_cache_scheme=None if cache is None else _args(cache, activations=True),
+    )
+    return {
+        "version": compressed_tensors.__version__,
+        "sparsity_config": {},
+        "transform_config": {},
+        **built.model_dump(mode="json"),
+    }
+
+
+def has_cache_scales(quantization: dict[str, Any] | None) -> bool:
+    """Whether a config says that keys and values have a static FP8 scale each, k_scale and v_scale [1]."""
+    scheme = (quantization or {}).get("kv_cache_scheme")
+    wanted = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    return isinstance(scheme, dict) and not scheme.get("dynamic") and wanted.items() <= scheme.items()
+
+
+def _args(fmt: Format, activations: bool) -> Any:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    extra: dict[str, Any] = {}
+    if fmt.scale == "e4m3":
+        extra["scale_dtype"] = torch.float8_e4m3fn
+    elif fmt.scale == "e8m0":
+        extra["scale_dtype"] = torch.uint8
+    if activations and fmt.strategy == "tensor_group":
+        extra["observer"] = "static_minmax"
+    dynamic: Any = "local" if activations and fmt.strategy == "tensor_group" else fmt.dynamic
+    return QuantizationArgs(
+        num_bits=fmt.bits,
+        type="int" if fmt.kind == "int" else "float",
+        strategy=fmt.strategy,
+        group_size=fmt.group,
+        block_structure=list(fmt.block) if fmt.block else None,
+        symmetric=fmt.symmetric,
+        dynamic=dynamic,
+        **extra,
+    )
+
+
+def parse_args(data: dict[str, Any], where: str) -> Format:
+    """A config's weights or activations entry as a Format. Raises Unsupported for what qkit cannot run."""
+    kind = {("int", b): "int" for b in range(1, 9)} | {("float", 4): "fp4", ("float", 8): "fp8"}
+    key = (str(data.get("type", "int")), int(data.get("num_bits", 8)))
+    strategy, group = data.get("strategy"), data.get("group_size")
+    scale_dtype = str(data.get("scale_dtype") or "")
+    if key not in kind or strategy is None:
+        raise Unsupported(f"{where}: {key[1]}-bit {key[0]} with strategy {strategy!r} is not a format that qkit runs")
+    mx = kind[key] != "int" and strategy == "group" and group == 32 and "uint8" in scale_dtype
+    scale = "e8m0" if mx else "e4m3" if strategy == "tensor_group" else "model"
+    block = data.get("block_structure")
+    found = Format(
+        name="",
+        kind=kind[key],
+        bits=key[1],
+        strategy=str(strategy),
+        group=group if strategy in ("group", "tensor_group") else None,
+        block=(block[0], block[1]) if block else None,
+        symmetric=bool(data.get("symmetric", True)),
+        scale=scale,
+        dynamic=bool(data.get("dynamic", False)),
+    )
+    return Format(**{**found.__dict__, "name": _name_of(found)})
+
+
+def _name_of(fmt: Format) -> str:
+    for known in FORMATS.values():
+        if (known.kind, known.bits, known.scale, known.symmetric) == (
+            fmt.kind,
+            fmt.bits,
+            fmt.scale,
+            fmt.symmetric,
+        ) and (known.strategy == fmt.strategy):
+            return known.name
+    return f"{fmt.kind}{fmt.bits}_{fmt.strategy}"
+
+
+def formats_of(quantization: dict[str, Any], names: list[str], where: str) -> dict[str, tuple[Format, Format | None]]:
+    """{linear: (weights, activations)} of the linears in ``names`` that the config quantizes.
+
+    A target is the name of a class, an exact name, or a pattern. Raises Unsupported for what qkit cannot run, and for patterns
+    that take too long to match.
+    """
+    groups, ignore = quantization.get("config_groups") or {}, quantization.get("ignore") or []
+    parsed = []
+    for label, group in groups.items():
+        weights = parse_args(group["weights"], f"{where}: {label}")
+        acts = group.get("input_activations")
+        parsed.append((group["targets"], weights, None if acts is None else parse_args(acts, f"{where}: {label}")))
+    every = [*ignore, *(t for targets, _, _ in parsed for t in targets)]
+    if (wrong := next((t for t in every if not is_pattern(t)), None)) is not None:
+        raise Unsupported(
+            f"{where}: {wrong[:80]!a} is no name and no pattern of layers: run 'qkit verify' on the folder"
+        )
+    try:
+        hits = matched(every, names)
+    except ValueError as e:
+        raise Unsupported(f"{where}: quantization_config: {e}: list the layers by name") from e
+
+    def named(targets: list[str]) -> set[str]:
+        return {n for t in targets for n in hits.get(t, (t,))}
+
+    ignored, specific = named(ignore), [(named(ts), w, a) for ts, w, a in parsed]
+    by_class = next(((w, a) for ts, w, a in parsed if CLASS in ts), None)
+    result: dict[str, tuple[Format, Format | None]] = {}
+    for name in names if CLASS not in ignore else ():
+        # Exact names and patterns go before class names, whatever the order in the file.
+        hit = next(((w, a) for members, w, a in specific if name in members), by_class)
+        if hit is not None and name not in ignored:
+            result[name] = hit
+    return result

@@ -1,0 +1,212 @@
+"""Number formats and schemes, as data.
+
+A ``Format`` says how a tensor of numbers becomes codes and scales: the grid of the codes, which
+elements share a scale, and the type of that scale. A ``Scheme`` pairs a weight format with an
+activation format (or none). Everything else in qkit (quantizers, packers, exporters, the verifier's
+expectations, the tables in the README) reads these two tables; adding a format adds one line here.
+
+Conventions, the same for every format (compressed-tensors 0.20 computes the same way):
+  dequantized = (code - zero) * scale                 for integers, codes in [-2^(b-1), 2^(b-1)-1]
+  dequantized = code * scale                          for FP8 and MX formats
+  dequantized = code * (scale / global_scale)         for NVFP4
+Symmetric integer scale = amax / ((2^b - 1) / 2); FP8 scale = amax / 448; E2M1 scale = amax / 6.
+Rounding is to nearest, ties to even.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from qkit.errors import Unsupported, UsageError
+
+FP4_MAX = 6.0  # largest E2M1 magnitude
+FP8_MAX = 448.0  # largest E4M3 (fn) magnitude
+COMMON_GROUPS = (64, 32)  # tried in this order where a group does not divide a width
+NVFP4_RANGE = FP4_MAX * FP8_MAX  # 2688: global_scale = 2688 / amax
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How numbers are stored.
+
+    name:       canonical name, as it appears in recipes and reports
+    kind:       'int', 'fp4' (E2M1) or 'fp8' (E4M3, finite)
+    bits:       bits per code
+    strategy:   which elements share a scale: 'group' (``group`` consecutive elements of a row),
+                'channel' (a row of a weight), 'token' (a row of an activation), 'tensor', 'block'
+                (``block`` = rows x columns), 'tensor_group' (NVFP4: groups under one tensor scale)
+    group:      group length along the input dimension, where the strategy has one
+    block:      (rows, columns) of a block, for 'block'
+    symmetric:  True: no zero point
+    scale:      type of the stored scale: 'model' (the dtype of the model), 'e4m3' or 'e8m0'
+    dynamic:    activations only: scales are computed from the live values
+    """
+
+    name: str
+    kind: str
+    bits: int
+    strategy: str
+    group: int | None = None
+    block: tuple[int, int] | None = None
+    symmetric: bool = True
+    scale: str = "model"
+    dynamic: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}, group {self.group}" if self.group and self.scale == "model" else self.name
+
+    @property
+    def regroups(self) -> bool:
+        """Whether it has groups of weights whose size is free."""
+        return self.strategy == "group" and self.scale == "model"
+
+    def with_group(self, group: int) -> Format:
+        """The same format with another group length; -1 means one scale per output channel."""
+        if self.kind != "int":
+            raise UsageError(
+                f"format {self.name} has a fixed scale layout; --group-size cannot change it: leave the option out"
+            )
+        if group == -1:
+            return dataclasses.replace(self, strategy="channel", group=None)
+        if group < 1:
+            raise UsageError(f"group size {group}: expected a positive number, or -1 for one scale per channel")
+        return dataclasses.replace(self, strategy="group", group=group)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary; ``Format.from_json`` is the inverse."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Format:
+        """The format that ``to_json`` described."""
+        block = data.get("block")
+        return Format(**{**data, "block": tuple(block) if block else None})
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A weight format with an activation format (None: activations stay as they are)."""
+
+    name: str
+    weights: Format
+    activations: Format | None = None
+
+
+def _int(bits: int, symmetric: bool = True, strategy: str = "group") -> Format:
+    name = f"int{bits}" + ("" if symmetric else "_asym")
+    if strategy != "group":
+        name += f"_{strategy}"
+    return Format(
+        name=name,
+        kind="int",
+        bits=bits,
+        strategy=strategy,
+        group=128 if strategy == "group" else None,
+        symmetric=symmetric,
+    )
+
+
+_WEIGHTS = [
+    *(_int(b, s, k) for b in range(2, 9) for s in (True, False) for k in ("group", "channel", "tensor")),
+    Format(name="nvfp4", kind="fp4", bits=4, strategy="tensor_group", group=16, scale="e4m3"),
+    Format(name="mxfp4", kind="fp4", bits=4, strategy="group", group=32, scale="e8m0"),
+    Format(name="mxfp8", kind="fp8", bits=8, strategy="group", group=32, scale="e8m0"),
+    Format(name="fp8", kind="fp8", bits=8, strategy="tensor"),
+    Format(name="fp8_channel", kind="fp8", bits=8, strategy="channel"),
+    Format(name="fp8_block", kind="fp8", bits=8, strategy="block", block=(128, 128)),
+]
+_ACTIVATIONS = [
+    Format(name="int8_token", kind="int", bits=8, strategy="token", dynamic=True),
+    Format(name="fp8_token", kind="fp8", bits=8, strategy="token", dynamic=True),
+    Format(name="fp8_static", kind="fp8", bits=8, strategy="tensor"),
+    Format(name="fp8_group", kind="fp8", bits=8, strategy="group", group=128, dynamic=True),
+    Format(name="nvfp4_dynamic", kind="fp4", bits=4, strategy="tensor_group", group=16, scale="e4m3", dynamic=True),
+    Format(name="mxfp4_dynamic", kind="fp4", bits=4, strategy="group", group=32, scale="e8m0", dynamic=True),
+    Format(name="mxfp8_dynamic", kind="fp8", bits=8, strategy="group", group=32, scale="e8m0", dynamic=True),
+]
+FORMATS: dict[str, Format] = {f.name: f for f in _WEIGHTS}
+ACTIVATION_FORMATS: dict[str, Format] = {f.name: f for f in _ACTIVATIONS}
+
+
+def _scheme(name: str, weights: str, activations: str | None = None) -> Scheme:
+    return Scheme(name, FORMATS[weights], ACTIVATION_FORMATS[activations] if activations else None)
+
+
+SCHEMES: dict[str, Scheme] = {
+    s.name: s
+    for s in (
+        *(_scheme(f"W{b}A16", f"int{b}") for b in range(2, 9)),
+        *(_scheme(f"W{b}A16_ASYM", f"int{b}_asym") for b in range(2, 9)),
+        _scheme("W8A8", "int8_channel", "int8_token"),
+        _scheme("W4A8", "int4", "int8_token"),
+        _scheme("W4A8-FP8", "int4", "fp8_token"),
+        _scheme("NVFP4", "nvfp4", "nvfp4_dynamic"),
+        _scheme("NVFP4A8", "nvfp4", "int8_token"),
+        _scheme("NVFP4A16", "nvfp4"),
+        _scheme("6BIT", "nvfp4", "nvfp4_dynamic"),  # of diffusion transformers: NVFP4 or INT8 activations, step by step
+        _scheme("MXFP4", "mxfp4", "mxfp4_dynamic"),
+        _scheme("MXFP4A16", "mxfp4"),
+        _scheme("MXFP8", "mxfp8", "mxfp8_dynamic"),
+        _scheme("MXFP8A16", "mxfp8"),
+        _scheme("FP8", "fp8", "fp8_static"),
+        _scheme("FP8_DYNAMIC", "fp8_channel", "fp8_token"),
+        _scheme("FP8_BLOCK", "fp8_block", "fp8_group"),
+    )
+}
+# Names other tools use for the same thing.
+ALIASES = {"INT8": "W8A8", "W4AFP8": "W4A8-FP8", "W4A8_FP8": "W4A8-FP8", "FP8_STATIC": "FP8"}
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """'; did you mean X?' for the nearest known name, or the empty string."""
+    near = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def scheme(name: str) -> Scheme:
+    """The scheme of that name, in any case and under the aliases in use.
+
+    Raises UsageError with the nearest known name.
+    """
+    key = ALIASES.get(name.upper(), name.upper())
+    if key not in SCHEMES:
+        raise UsageError(
+            f"unknown scheme '{name}'{did_you_mean(key, [*SCHEMES, *ALIASES])} ('qkit list schemes' shows all)"
+        )
+    return SCHEMES[key]
+
+
+def layout(weights: Format, activations: Format | None) -> str:
+    """The compressed-tensors format name of a weight and activation pair."""
+    if weights.kind == "int":
+        plain = weights.bits == 8 and activations is not None and weights.strategy in ("channel", "tensor")
+        return "int-quantized" if plain else "pack-quantized"
+    if weights.scale == "e4m3":
+        return "nvfp4-pack-quantized"
+    if weights.scale == "e8m0":
+        return "mxfp4-pack-quantized" if weights.kind == "fp4" else "mxfp8-quantized"
+    return "naive-quantized" if activations is None else "float-quantized"
+
+
+def fit_group(fmt: Format, *widths: int, strict: bool = False) -> Format:
+    """The format as it can be applied to rows of so many elements; several widths: of linears that have to share a group.
+
+    A group that does not divide all of them is replaced by 64, else by 32, else by one scale per channel: engines have
+    kernels for these and not for other numbers. Formats whose group is fixed by definition (NVFP4, MX) cannot be adapted.
+    Raises Unsupported under ``strict`` and for the fixed formats.
+    """
+    if fmt.strategy not in ("group", "tensor_group") or fmt.group is None:
+        return fmt
+    odd = next((w for w in widths if w % fmt.group), None)
+    if odd is None:
+        return fmt
+    said = f"{odd} input columns are not a multiple of the group size {fmt.group} of {fmt.name}"
+    if fmt.scale != "model":
+        raise Unsupported(f"{said}, which the format fixes: choose another format for this layer or skip it")
+    if strict:
+        raise Unsupported(f"{said}, and --strict forbids another group: choose a group size that divides it")
+    return fmt.with_group(next((g for g in COMMON_GROUPS if not math.gcd(*widths) % g), -1))

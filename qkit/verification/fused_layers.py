@@ -1,0 +1,78 @@
+"""Linears that engines load as one, by their names, and whether a packed folder keeps to what that asks.
+
+Part of the independent proof of a packed checkpoint (see ``verify.py``); ``preflight`` looks at the same groups.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from qkit.verification.decode import Decoded
+from qkit.verification.record import Findings, Record
+
+# Linears that engines fuse into one; encoder-decoder attention has another input for k and v than for q.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_CROSS = re.compile(r"(cross|encoder)_attn")
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\.\w+")
+_SHARED = ("weight_global_scale", "input_global_scale", "weight_scale", "input_scale")
+
+
+def fused_groups(names: Iterable[str]) -> list[list[str]]:
+    """The groups of linears, by name, that engines load as one: q/k/v, gate/up, w1/w3."""
+    there, groups = set(names), []
+    for parent in sorted({name.rpartition(".")[0] for name in there}):
+        for suffixes in _FUSED:
+            group = [f"{parent}.{suffix}" for suffix in suffixes if f"{parent}.{suffix}" in there]
+            if len(group) > 1 and not _CROSS.search(parent):
+                groups.append(group)
+    return groups
+
+
+def expert_groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """{layer of experts: all their linears}, by name: engines run them as one product."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if expert := _EXPERT.fullmatch(name):
+            found.setdefault(expert[1], []).append(name)
+    return found
+
+
+def check_fused(record: Record, decoded: Mapping[str, Decoded], findings: Findings) -> None:
+    """Fused linears need one format, one activation format and one value of what they share: NVFP4's global scales, the only
+    scale of a tensor, scales of static inputs. Experts of a layer need one format too, and all of them to be quantized.
+
+    Formats may differ where the recipe asks for it (``engine: any``); ``preflight`` says which engines load the result.
+    """
+    names = {*record.linears, *record.skipped}
+    derived = [group for group in fused_groups(names) if not _is_torn(record, group)]
+    for group in derived:
+        listed = any(set(group) <= set(said) for said in record.fused) or not set(group) & set(record.linears)
+        findings.check("fused", listed, "qkit.json: fused", f"does not list {', '.join(group)} as one group")
+    for group in [*record.fused, *derived]:
+        where = ", ".join(group)
+        unknown = [name for name in group if name not in names]
+        findings.check("fused", not unknown, where, f"{', '.join(unknown)} is neither quantized nor skipped")
+        members = [record.linears[name] for name in group if name in record.linears]
+        some = 0 < len(members) < len(group) - len(unknown)
+        findings.check("fused", not some, where, "only some of a fused group are quantized; engines need all or none")
+        findings.check("fused", len({m.format for m in members}) <= 1, where, "the weight formats differ")
+        findings.check("fused", len({m.activations for m in members}) <= 1, where, "the activation formats differ")
+        for scalar in _SHARED:
+            values = {decoded[name].scalars.get(scalar) for name in group if name in decoded}
+            what = f"{scalar} differs within a fused group: {', '.join(map(str, sorted(map(str, values))))}"
+            findings.check("fused", len(values) <= 1, where, what)
+    for where, group in expert_groups(names).items():
+        members = [record.linears[name] for name in group if name in record.linears]
+        findings.check(
+            "fused", len(members) in (0, len(group)), where, "only some linears of its experts are quantized"
+        )
+        kinds = {(m.format, m.activations) for m in members}
+        what = "the formats of its experts differ, and engines run them as one product"
+        findings.check("fused", len(kinds) <= 1 or record.engine == "any", where, what)
+
+
+def _is_torn(record: Record, group: list[str]) -> bool:
+    """Whether a group has several formats because the recipe lifts the rules of engines."""
+    linears = [record.linears.get(name) for name in group]
+    return record.engine == "any" and len({x and (x.format, x.activations) for x in linears}) > 1

@@ -1,0 +1,400 @@
+"""What a packed folder says about itself: ``qkit.json``, read without trust.
+
+Part of the independent proof of a packed checkpoint (see ``verify.py``): nothing here comes from the
+code that writes checkpoints. Every fault becomes a ``Problem``; reading goes on as far as it can, so
+that one look shows everything that is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 2  # of qkit.json; a reader refuses a newer one
+MAX_JSON_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: ``where`` (file and tensor or field) and ``what`` (found against expected)."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+def printable(text: str) -> str:
+    """``text`` with everything that could steer a terminal escaped (names come from files)."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+@dataclass
+class Findings:
+    """Problems found so far, and how many checks were made under each topic."""
+
+    problems: list[Problem] = field(default_factory=list)
+    checks: Counter[str] = field(default_factory=Counter)
+
+    def check(self, topic: str, ok: bool, where: str, what: str) -> bool:
+        """Counts one check; records a problem unless ``ok``, which it returns."""
+        self.checks[topic] += 1
+        if not ok:
+            self.problems.append(Problem(printable(where), printable(what)))
+        return ok
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [k for k, _ in pairs]
+    if len(set(keys)) != len(keys):
+        twice = next(k for k, n in Counter(keys).items() if n > 1)
+        raise ValueError(f"the key '{twice}' is given twice")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text} is out of range")
+    return value
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON by the letter: no duplicate keys, no NaN or Infinity, UTF-8. Raises ValueError."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8")
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("the nesting is too deep") from None
+
+
+def as_object(value: Any, topic: str, where: str, findings: Findings) -> dict[str, Any] | None:
+    """``value`` when it is a JSON object with something in it; else None, with a problem recorded."""
+    found = value if isinstance(value, dict) and value else None
+    findings.check(topic, found is not None, where, "expected an object that is not empty")
+    return found
+
+
+def read_json(path: Path, findings: Findings) -> dict[str, Any] | None:
+    """The JSON object in ``path``; None, with a problem recorded, where there is none."""
+    try:
+        state = path.lstat()
+        if not stat.S_ISREG(state.st_mode):
+            raise ValueError("found a link, a folder or a device, expected a regular file")
+        if state.st_size > MAX_JSON_BYTES:
+            raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
+        data = parse_json(path.read_bytes())
+        if not isinstance(data, dict):
+            raise ValueError("expected a JSON object")
+    except OSError as error:
+        findings.check("folder", False, path.name, f"cannot be read ({error.strerror}); export the checkpoint again")
+        return None
+    except ValueError as error:
+        findings.check("folder", False, path.name, f"not sound JSON: {error}; export the checkpoint again")
+        return None
+    findings.check("folder", True, path.name, "")
+    return data
+
+
+# --- fields -------------------------------------------------------------------------------------------------------
+
+
+def is_int(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(is_int(n) for n in value)
+
+
+def is_version(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"\d{1,4}(\.\d{1,8}){1,2}[0-9A-Za-z.+-]{0,40}", value) is not None
+
+
+def _is_error(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0)
+
+
+Fields = dict[str, tuple[Callable[[Any], bool], str]]
+_HASH = (is_hash, "64 hexadecimal digits")
+_OBJECT = (lambda v: isinstance(v, dict), "an object")
+_SHAPE2 = (lambda v: is_shape(v) and len(v) == 2 and min(v) > 0, "[out_features, in_features]")
+_TEXTS = (lambda v: isinstance(v, list) and len(v) > 0 and all(map(is_text, v)), "a list of names")
+
+_TOP: Fields = {
+    "qkit_version": (is_version, "a version"),
+    "source": _OBJECT,
+    "plan_hash": _HASH,
+    "recipe": _OBJECT,
+    "calibration": (lambda v: v is None or isinstance(v, dict), "an object or null"),
+    "linears": (lambda v: isinstance(v, dict) and len(v) > 0, "an object with at least one linear"),
+    "skipped": (lambda v: isinstance(v, dict) and all(map(is_text, v.values())), "an object of name: reason"),
+    "fused": (lambda v: isinstance(v, list) and all(_TEXTS[0](g) for g in v), "a list of lists of names"),
+    "tied": (
+        lambda v: isinstance(v, list) and all(_TEXTS[0](p) and len(p) == 2 for p in v),
+        "a list of pairs of tensor names",
+    ),
+    "plain": _OBJECT,
+    "shards": (lambda v: isinstance(v, dict) and len(v) > 0 and all(map(is_hash, v.values())), "file: sha256"),
+}
+_SOURCE: Fields = {
+    "fingerprint": _HASH,
+    "model_type": (is_text, "a name"),
+    "bytes": (lambda v: is_int(v, 1), "a positive number"),
+}
+_LINEAR: Fields = {
+    "format": _OBJECT,
+    "activations": (lambda v: v is None or isinstance(v, dict), "an object or null"),
+    "shape": _SHAPE2,
+    "solver": (is_text, "a name"),
+    "error": (_is_error, "a number >= 0 or null"),
+    "baseline_error": (_is_error, "a number >= 0 or null"),
+    "fallback": (lambda v: v is None or is_text(v), "a reason or null"),
+    "weight_sha256": _HASH,
+}
+_PLAIN: Fields = {"dtype": (is_text, "a dtype"), "shape": (is_shape, "a list of sizes"), "sha256": _HASH}
+_FORMAT: Fields = {
+    "name": (is_text, "a name"),
+    "kind": (lambda v: v in ("int", "fp4", "fp8"), "int, fp4 or fp8"),
+    "bits": (lambda v: is_int(v, 1) and v <= 8, "1 to 8"),
+    "strategy": (is_text, "a name"),
+    "symmetric": (lambda v: isinstance(v, bool), "true or false"),
+    "scale": (lambda v: v in ("model", "e4m3", "e8m0"), "model, e4m3 or e8m0"),
+    "dynamic": (lambda v: isinstance(v, bool), "true or false"),
+    "group": (lambda v: v is None or is_int(v, 1), "a positive number or null"),
+    "block": (lambda v: v is None or _SHAPE2[0](v), "[rows, columns] or null"),
+}
+
+
+def check_fields(data: Any, fields: Fields, where: str, findings: Findings) -> bool:
+    """True when ``data`` has every one of ``fields`` in its expected form."""
+    if not findings.check("record", isinstance(data, dict), where, "expected an object"):
+        return False
+    sound = True
+    for key, (accepts, expected) in fields.items():
+        fine = key in data and accepts(data[key])
+        found = "" if fine else f"found {short(data[key]) if key in data else 'nothing'}, expected {expected}"
+        sound &= findings.check("record", fine, f"{where}.{key}", found)
+    return sound
+
+
+def short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# --- the record ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """How numbers are stored: the fields of a format in qkit.json, without its name."""
+
+    kind: str
+    bits: int
+    strategy: str
+    group: int | None
+    block: tuple[int, int] | None
+    symmetric: bool
+    scale: str
+    dynamic: bool
+
+    def __str__(self) -> str:
+        if self.scale != "model":  # these formats fix their groups
+            return self.stem + (" dynamic" if self.dynamic else "")
+        parts = [self.stem, "dynamic " + self.strategy if self.dynamic else self.strategy]
+        parts += [str(self.group)] if self.group else []
+        parts += ["x".join(map(str, self.block))] if self.block else []
+        return " ".join([*parts, *([] if self.symmetric else ["asymmetric"])])
+
+    @property
+    def stem(self) -> str:
+        """What the names of such formats begin with."""
+        return {"e4m3": "nvfp4", "e8m0": f"mx{self.kind}"}.get(self.scale) or (
+            f"int{self.bits}" if self.kind == "int" else self.kind
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedLinear:
+    """A quantized linear as qkit.json states it; ``shape`` is (out_features, in_features), ``sparse`` how many values its
+    sparse part has, ``rank`` that of its low-rank part, ``rotation`` the block of the transform of its inputs, ``scaled``
+    whether their channels are multiplied by a stored scale first, ``residual`` how many of them are quantized twice."""
+
+    name: str
+    format: Spec
+    activations: Spec | None
+    shape: tuple[int, int]
+    weight_sha256: str
+    sparse: int = 0
+    rotation: int = 0
+    scaled: bool = False
+    residual: int = 0
+    rank: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """The checked content of qkit.json. Entries that could not be understood are left out; ``cache`` is what it says of
+    the KV cache, as it is there; ``engine`` what its recipe says of engines."""
+
+    qkit_version: str
+    model_type: str
+    compressed_tensors: str | None
+    linears: dict[str, RecordedLinear]
+    skipped: dict[str, str]
+    fused: list[list[str]]
+    tied: list[tuple[str, str]]
+    plain: dict[str, tuple[str, tuple[int, ...], str]]
+    shards: dict[str, str]
+    cache: Any = None
+    engine: str = "default"
+
+
+def spec_fault(spec: Spec, weight: bool) -> str | None:
+    """What makes ``spec`` impossible, or None."""
+    strategies = ["tensor", "group", "tensor_group", *(["channel", "block"] if weight else ["token"])]
+    wide = {"fp4": 4, "fp8": 8}.get(spec.kind, spec.bits)
+    faults = {
+        f"strategy {spec.strategy} is none of {', '.join(strategies)}": spec.strategy not in strategies,
+        f"{spec.bits} bits of kind {spec.kind}, expected {wide}": spec.bits != wide,
+        f"strategy {spec.strategy} with group {spec.group}": (spec.group is None)
+        == (spec.strategy in ("group", "tensor_group")),
+        f"strategy {spec.strategy} with block {spec.block}": (spec.block is None) == (spec.strategy == "block"),
+        f"a float format ({spec.kind}) cannot be asymmetric": spec.kind != "int" and not spec.symmetric,
+        "a weight cannot be dynamic": weight and spec.dynamic,
+        "strategy token has to be dynamic": spec.strategy == "token" and not spec.dynamic,
+        f"scale {spec.scale} with strategy {spec.strategy}, group {spec.group}": _scale_fault(spec),
+    }
+    return next((what for what, wrong in faults.items() if wrong), None)
+
+
+def _scale_fault(spec: Spec) -> bool:
+    if spec.scale == "e4m3" or spec.strategy == "tensor_group":
+        return (spec.scale, spec.strategy, spec.group, spec.kind) != ("e4m3", "tensor_group", 16, "fp4")
+    if spec.scale == "e8m0":
+        return spec.kind == "int" or (spec.strategy, spec.group) != ("group", 32)
+    return spec.kind == "fp4"
+
+
+def _read_spec(data: Any, weight: bool, where: str, findings: Findings) -> Spec | None:
+    if not check_fields(data, _FORMAT, where, findings):
+        return None
+    rows_columns = data["block"]
+    block = (rows_columns[0], rows_columns[1]) if rows_columns else None
+    spec = Spec(**{key: data[key] for key in _FORMAT if key not in ("name", "block")}, block=block)
+    fault = spec_fault(spec, weight)
+    findings.check(
+        "record", data["name"].startswith(spec.stem), f"{where}.name", f"'{data['name']}' is not a {spec.stem} format"
+    )
+    return spec if findings.check("record", fault is None, where, str(fault)) else None
+
+
+def _read_linear(name: str, data: Any, findings: Findings) -> RecordedLinear | None:
+    where = f"qkit.json: linears.{name}"
+    if not check_fields(data, _LINEAR, where, findings):
+        return None
+    weights = _read_spec(data["format"], True, f"{where}.format", findings)
+    acts = data["activations"]
+    activations = _read_spec(acts, False, f"{where}.activations", findings) if acts is not None else None
+    if weights is None or (acts is not None and activations is None):
+        return None
+    rows, columns = data["shape"]
+    step = weights.group or (2 if weights.kind == "fp4" else 1)
+    if not findings.check(
+        "record", columns % step == 0, f"{where}.shape", f"{columns} input columns are not a multiple of {step}"
+    ):
+        return None
+    kept = data.get("sparse", 0)
+    sound = kept == 0 or (is_int(kept, 1) and kept <= rows * columns)
+    if not findings.check("record", sound, f"{where}.sparse", f"found {short(kept)}, expected a number of weights"):
+        return None
+    turn = data.get("rotation", 0)
+    sound = turn == 0 or (is_int(turn, 2) and turn & (turn - 1) == 0 and columns % turn == 0)
+    what = f"found {short(turn)}, expected a block of the columns"
+    if not findings.check("record", sound, f"{where}.rotation", what):
+        return None
+    twice = data.get("residual", 0)
+    group = activations.group if activations is not None else None
+    sound = twice == 0 or (is_int(twice, 1) and twice <= columns and group is not None and twice % group == 0)
+    what = f"found {short(twice)}, expected a number of groups of input channels"
+    if not findings.check("record", sound, f"{where}.residual", what):
+        return None
+    rank = data.get("rank", 0)
+    sound = rank == 0 or (is_int(rank, 1) and rank <= min(rows, columns))
+    if not findings.check("record", sound, f"{where}.rank", f"found {short(rank)}, expected a rank of the weight"):
+        return None
+    return RecordedLinear(
+        name=name,
+        format=weights,
+        activations=activations,
+        shape=(rows, columns),
+        weight_sha256=data["weight_sha256"],
+        sparse=kept,
+        rotation=turn,
+        scaled=data.get("scaled") is True,
+        residual=twice,
+        rank=rank,
+    )
+
+
+def read_record(out: Path, findings: Findings) -> Record | None:
+    """qkit.json of the folder ``out``; None, with problems recorded, when it cannot serve as a record."""
+    data = read_json(out / "qkit.json", findings)
+    if data is None:
+        return None
+    version = data.get("format_version")
+    newer, writer = is_int(version, FORMAT_VERSION + 1), short(data.get("qkit_version"))
+    what = (
+        f"format version {version} was written by qkit {writer} and this one reads up to {FORMAT_VERSION}: "
+        f"verify with qkit {writer} or newer"
+        if newer
+        else f"found {short(version)}, expected {FORMAT_VERSION}"
+    )
+    known = findings.check("record", not newer and is_int(version, 1), "qkit.json: format_version", what)
+    if not known or not check_fields(data, _TOP, "qkit.json", findings):
+        return None
+    if not check_fields(data["source"], _SOURCE, "qkit.json: source", findings):
+        return None
+    linears = {name: _read_linear(name, entry, findings) for name, entry in data["linears"].items()}
+    plain = {
+        name: (entry["dtype"], tuple(entry["shape"]), entry["sha256"])
+        for name, entry in data["plain"].items()
+        if check_fields(entry, _PLAIN, f"qkit.json: plain.{name}", findings)
+    }
+    stated = data.get("compressed_tensors")
+    findings.check("record", stated is None or is_version(stated), "qkit.json: compressed_tensors", "not a version")
+    return Record(
+        qkit_version=data["qkit_version"],
+        model_type=data["source"]["model_type"],
+        compressed_tensors=stated if is_version(stated) else None,
+        linears={name: linear for name, linear in linears.items() if linear},
+        skipped=data["skipped"],
+        fused=data["fused"],
+        tied=[(first, second) for first, second in data["tied"]],
+        plain=plain,
+        shards=data["shards"],
+        cache=data.get("kv"),
+        engine=str(data["recipe"].get("engine", "default")),
+    )

@@ -1,0 +1,246 @@
+"""The independent proof of a packed checkpoint: everything is read back from disk and nothing is believed.
+
+This program shares no code with the one that writes checkpoints: its own reading of the layouts (``decode``), of the
+quantization config (``declared_config``) and of qkit.json (``declared``), on numpy and the safetensors library alone.
+A packed checkpoint passes when every linear of the record is there with exactly the tensors its format needs, every
+stored number is possible, every decoded weight is, bit for bit, the one that was intended, the config says so, and every
+other file of the folder is the one that was written (``declared_files``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from qkit.errors import BadCheckpoint
+from qkit.verification.decode import FLOATS, Decoded, Stored, decode, layout
+from qkit.verification.files import check_config, check_files, check_sum, has_mark, has_sums, is_summed
+from qkit.verification.fused_layers import check_fused
+from qkit.verification.inputs import check_inputs
+from qkit.verification.kv_cache import check_cache
+from qkit.verification.model_engines import EngineRow, Part, engine_rows
+from qkit.verification.pipeline import check_around, check_policy, packed_part
+from qkit.verification.quantization_config import ConfigGroup, Declared, is_ignored, read_quantization, resolve
+from qkit.verification.record import Findings, Problem, Record, RecordedLinear, printable, read_json, read_record
+from qkit.verification.relations import check_job, check_tied, config_value
+from qkit.verification.shards import read_folder
+
+REJECTED_NOTE = "'qkit check' rejected this result: a limit of its budget was not kept"
+UNSUMMED_NOTE = (
+    "written before qkit kept the sha256 of every file: the tokenizer, other files beside the weights and most fields of "
+    "config.json are not covered; quantize again to have them"
+)
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What ``verify`` found. ``bytes``: of all shards; ``checks``: how many were made under each topic; ``notes``: what else
+    there is to know."""
+
+    problems: list[Problem] = field(default_factory=list)
+    linears: int = 0
+    skipped: int = 0
+    bytes: int = 0
+    engines: list[EngineRow] = field(default_factory=list)
+    checks: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+def verify(out: Path, job: Path | None = None) -> Report:
+    """Checks the packed checkpoint in the folder ``out``; with ``job``, also against that job's journal.
+
+    All problems are reported, not only the first; a missing or damaged file is a problem like any other.
+    Raises BadCheckpoint when ``out`` is not a folder, or ``job`` holds no journal.
+    """
+    if not out.is_dir():
+        raise BadCheckpoint(f"{out}: not a folder; give the folder that an export wrote")
+    findings = Findings()
+    part = packed_part(out, findings)
+    report = _packed(part, job, findings) if part.is_dir() else Report()
+    check_around(out, part, findings)
+    notes = [*report.notes, *([REJECTED_NOTE] if has_mark(out, findings) else [])]
+    return replace(report, problems=findings.problems, checks=dict(findings.checks), notes=notes)
+
+
+def _packed(out: Path, job: Path | None, findings: Findings) -> Report:
+    """The folder with the packed weights. What says most of a fault is looked at first, sums of whole files last."""
+    record, config = read_record(out, findings), read_json(out / "config.json", findings)
+    data = read_json(out / "qkit.json", Findings()) or {}
+    summed = is_summed(data) and has_sums(data, findings)
+    if summed and config is not None:
+        check_config(data["config"], config, findings)
+    headers = read_folder(out, record, findings)
+    engines: list[EngineRow] = []
+    if record is not None:
+        engines = _check_record(out, record, config, headers, job, findings)
+    if summed:
+        check_sum(out, data, findings)
+        check_files(out, data["files"], [path.name for path in out.glob("*.safetensors")], "files", findings)
+    return Report(
+        linears=len(record.linears) if record else 0,
+        skipped=len(record.skipped) if record else 0,
+        bytes=sum(path.stat().st_size for path in out.glob("*.safetensors")),
+        engines=engines,
+        notes=[] if is_summed(data) else [UNSUMMED_NOTE],
+    )
+
+
+def _check_record(
+    out: Path,
+    record: Record,
+    config: dict[str, Any] | None,
+    headers: Mapping[str, Mapping[str, Stored]],
+    job: Path | None,
+    findings: Findings,
+) -> list[EngineRow]:
+    """Tensors and config against the record and the job; returns the engine table."""
+    store = {name: stored for tensors in headers.values() for name, stored in tensors.items()}
+    declared = read_quantization(config, record, findings) if config is not None else None
+    groups = resolve(declared, record, findings) if declared else {}
+    decoded = _check_linears(record, groups, store, _model_floats(config or {}, record, findings), findings)
+    _check_plain(record, store, findings)
+    if declared is not None:
+        _check_uncovered(record, declared, store, findings)
+    check_fused(record, decoded, findings)
+    check_tied(record, config or {}, store, findings)
+    check_cache(record, config or {}, store, findings)
+    check_inputs(record, store, findings)
+    check_policy(out, record.linears, findings)
+    if job is not None:
+        check_job(record, decoded, job, findings)
+    return _engine_table(record, groups, config or {}, declared.method) if declared else []
+
+
+# --- tensors ------------------------------------------------------------------------------------------------------
+
+
+def _model_floats(config: Mapping[str, Any], record: Record, findings: Findings) -> tuple[str, ...]:
+    """The dtypes allowed for scales in the model's type: what config.json states, and what most plain bytes are."""
+    stated = set()
+    for key in ("torch_dtype", "dtype"):
+        said = config_value(config, key)
+        known = _DTYPES.get(str(said).removeprefix("torch."))
+        findings.check("config", said is None or known is not None, f"config.json: {key}", f"found {said!r}")
+        stated.add(known)
+    sizes: Counter[str] = Counter()
+    for dtype, shape, _ in record.plain.values():
+        sizes[dtype] += math.prod(shape) * (4 if dtype == "F32" else 2)
+    stated |= {dtype for dtype, _ in sizes.most_common(1)}
+    return tuple(dtype for dtype in FLOATS if dtype in stated) or FLOATS
+
+
+def _check_linears(
+    record: Record,
+    groups: Mapping[str, ConfigGroup],
+    store: Mapping[str, Stored],
+    floats: tuple[str, ...],
+    findings: Findings,
+) -> dict[str, Decoded]:
+    """Presence, dtypes, shapes, values and intended weights of every linear; one linear in memory at a time."""
+    decoded: dict[str, Decoded] = {}
+    known = set(record.plain)
+    for linear in record.linears.values():
+        # A packing that cannot hold what the record says is reported with the config.
+        if linear.name not in groups or linear.format != groups[linear.name].weights:
+            known |= {name for name in store if name.rpartition(".")[0] == linear.name}
+            continue
+        expected = layout(linear, groups[linear.name].packing, floats)
+        known |= {f"{linear.name}.{suffix}" for suffix in expected}
+        tensors = {suffix: store.get(f"{linear.name}.{suffix}") for suffix in expected}
+        present = {suffix: stored for suffix, stored in tensors.items() if stored}
+        fits = [
+            _check_stored(f"{linear.name}.{suffix}", stored, *expected[suffix], findings)
+            for suffix, stored in tensors.items()
+        ]
+        if all(fits):
+            decoded[linear.name] = _check_values(linear, present, findings)
+    for name in sorted(store):
+        what = "belongs to no linear and is not listed under plain in qkit.json"
+        findings.check("coverage", name in known, f"{store[name].path.name}: {name}", what)
+    return decoded
+
+
+def _check_stored(
+    name: str, stored: Stored | None, dtypes: tuple[str, ...], shape: tuple[int, ...], findings: Findings
+) -> bool:
+    wanted = f"{' or '.join(dtypes)} {list(shape)}"
+    if stored is None:
+        return findings.check("coverage", False, name, f"is missing, expected {wanted}")
+    right = stored.dtype in dtypes and stored.shape == shape
+    found = f"found {stored.dtype} {list(stored.shape)}, expected {wanted}"
+    return findings.check("coverage", right, f"{stored.path.name}: {name}", found)
+
+
+def _check_values(linear: RecordedLinear, tensors: Mapping[str, Stored], findings: Findings) -> Decoded:
+    done = decode(linear, tensors)
+    faults = dict(done.faults)
+    for suffix, stored in tensors.items():
+        where = f"{stored.path.name}: {linear.name}.{suffix}"
+        findings.check("values", suffix not in faults, where, faults.get(suffix, ""))
+    what = "the decoded weight is not the one that was intended (sha256 in qkit.json)"
+    findings.check("weights", done.sha256 == linear.weight_sha256, linear.name, what)
+    return done
+
+
+def _check_plain(record: Record, store: Mapping[str, Stored], findings: Findings) -> None:
+    for name, (dtype, shape, digest) in record.plain.items():
+        stored = store.get(name)
+        if not _check_stored(name, stored, (dtype,), shape, findings) or stored is None:
+            continue
+        where = f"{stored.path.name}: {name}"
+        findings.check("plain", stored.sha256() == digest, where, "its bytes are not those that were copied (sha256)")
+        bad = stored.nonfinite()
+        findings.check("plain", bad == 0, where, f"holds {bad} values that are NaN or infinite")
+
+
+def _check_uncovered(record: Record, declared: Declared, store: Mapping[str, Stored], findings: Findings) -> None:
+    """Weights left in full precision: those of a block have to be skips of the record, and no group may claim them."""
+    for name in record.plain:
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or name not in store or len(store[name].shape) != 2:
+            continue
+        in_block = any(part.isdigit() for part in module.split("."))
+        what = "is a matrix of a block that is neither quantized nor among the skipped of qkit.json"
+        findings.check("coverage", not in_block or module in record.skipped, name, what)
+        named = [g.name for g in declared.groups if g.targets.name(module)]
+        claimed = bool(named) and not is_ignored(module, declared)
+        findings.check("config", not claimed, name, f"is stored unquantized and claimed by {', '.join(named)}")
+    tied = {first for first, _ in record.tied}
+    for module in record.skipped:
+        kept = f"{module}.weight" in tied or any(name.startswith(f"{module}.") for name in record.plain)
+        what = "qkit.json lists it as skipped, and its weight is neither under plain nor tied"
+        findings.check("coverage", kept and module not in record.linears, module, what)
+
+
+# --- engines ------------------------------------------------------------------------------------------------------
+
+
+def _engine_table(
+    record: Record, groups: Mapping[str, ConfigGroup], config: Mapping[str, Any], method: str
+) -> list[EngineRow]:
+    parts = {
+        name: Part(linear.format, linear.activations, groups[name].packing, linear.shape)
+        for name, linear in record.linears.items()
+        if name in groups
+    }
+    return engine_rows(parts, record.skipped, config, method)
+
+
+def summary(report: Report) -> str:
+    """The first problem and how many there are, in one sentence."""
+    first = printable(str(report.problems[0]))
+    more = len(report.problems) - 1
+    return first + (f" (and {more} more)" if more else "")

@@ -1,0 +1,62 @@
+"""The policy of a packed pipeline: observed, fitted and written to the record in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qkit.diffusion.controller import Controller, RuleController, attach
+from qkit.diffusion.fitting import PROMPTS, Observer, fit
+from qkit.diffusion.influence import Influence, influence_of
+from qkit.diffusion.pipeline import load_pipeline
+from qkit.diffusion.policy import PolicyConfig
+from qkit.diffusion.trajectory import Trajectory, sample
+from qkit.families.structure import ModelStructure
+from qkit.files.folder import DENOISER
+from qkit.files.record import add_to_record
+from qkit.planning.plan import Plan
+from qkit.sensitivity.decoupled import PICKED, allocate
+from qkit.system.progress import Progress
+
+ENTRY = "diffusion"  # of qkit.json
+_SEEDS = 100_000  # away from those of the rows
+
+
+def decide_steps(plan: Plan, structure: ModelStructure, packed: Path, progress: Progress) -> None:
+    """Observe the packed pipeline in ``packed`` and write its policy into its qkit.json; nothing if none is asked for.
+
+    Raises BadCalibration as sampling does.
+    """
+    if plan.policy is None:
+        return
+    assert plan.calibration is not None and isinstance(plan.calibration.trajectory, Trajectory)
+    trajectory, asked = plan.calibration.trajectory, PolicyConfig(**plan.policy)
+    prompts, call = trajectory.sampling.prompts, trajectory.sampling.call
+    numbered = [(prompts[i % len(prompts)], _SEEDS + trajectory.seed + i) for i in range(PROMPTS + PICKED)]
+    seen, further = numbered[:PROMPTS], numbered[PROMPTS:]
+
+    def under(controller: Controller) -> Any:
+        pipeline = load_pipeline(packed, trajectory.dtype, "cpu")
+        pipeline.set_progress_bar_config(disable=True)
+        assert structure.family.streams is not None
+        attach(getattr(pipeline, DENOISER), controller, [b.path for b in structure.blocks], structure.family.streams)
+        return pipeline
+
+    observer = Observer()
+    pipeline = under(observer)
+    progress.start("observe errors and changes by step", PROMPTS)
+    for prompt, seed in seen:
+        observer.reset()
+        sample(pipeline, prompt, call, seed)
+        progress.step()
+    chosen: dict[str, str] | None = None
+    if asked.kind == "decoupled":
+        ruled, linears = RuleController(), list(dict.fromkeys(s.linear for s in observer.seen))
+        chosen = allocate(under(ruled), ruled, linears, further, call, asked.width, progress)
+    weights: Influence | None = None
+    if asked.weigh:
+        ruled = RuleController()
+        progress.start("weigh errors by step and block", 1 + max(s.step for s in observer.seen) + len(structure.blocks))
+        weights = influence_of(under(ruled), ruled, observer.seen, further, call, progress.step)
+    found = fit(observer, asked, chosen, weights)
+    add_to_record(packed, ENTRY, {**found.policy.to_json(), "asked": plan.policy, "fit": found.to_json()})

@@ -1,0 +1,281 @@
+"""The whole job as library calls: what ``qkit plan`` and ``qkit quantize`` run.
+
+from qkit.workflows.quantize import Request, prepare, quantize
+report = quantize(Request(model="tiny-llama", scheme="w4a16", method="gptq"), out=Path("out"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from qkit.calibration.dataset import Calibration
+from qkit.diffusion.pipeline import check_pipeline, rest_of
+from qkit.engine.auto import forecast_of, plan_of
+from qkit.engine.end_to_end import learn_whole, whole_memory
+from qkit.engine.export import export, is_export_of, job_identity, source_hashes
+from qkit.engine.forecast import Forecast, refuse_what_cannot_fit
+from qkit.engine.job import Job
+from qkit.engine.kv_scales import measure_scales
+from qkit.engine.partial_output import Partial
+from qkit.engine.run import run_blocks
+from qkit.engine.synthetic_rows import with_written, written_memory
+from qkit.errors import IOFailure, Unsupported, UsageError, VerifyFailure
+from qkit.families.discover import kind_of
+from qkit.families.encoder import ENCODERS
+from qkit.families.structure import ModelStructure
+from qkit.files.checkpoint import Checkpoint, check_config, check_tied
+from qkit.files.folder import RECORD, is_pipeline, weights_folder
+from qkit.files.job_folder import refuse_foreign, remove_job
+from qkit.files.locate import find_model, record_source
+from qkit.files.output import check_output_dir, commit_dir, remove_result
+from qkit.planning.plan import Plan, why_rows
+from qkit.planning.recipe import Recipe
+from qkit.planning.request import Request, recipe_of
+from qkit.planning.towers import SKIP
+from qkit.sensitivity.forecast import repair_memory, weighing_memory
+from qkit.sensitivity.repair import repair
+from qkit.system.machine import available_cores
+from qkit.system.memory import ran_out
+from qkit.system.parallel import workers
+from qkit.system.progress import Progress
+from qkit.tensor.formats import did_you_mean
+from qkit.verification.verify import Report, verify
+from qkit.workflows.calibration_rows import calibration_asked
+from qkit.workflows.diffusion_policy import decide_steps
+from qkit.workflows.original_passes import original_passes
+
+LARGE = 1 << 30  # bytes of weights whose hash takes long enough to be a phase
+COMPONENTS = "components"  # of a job folder: text encoders that are quantized beside the transformer
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A plan with everything it was made from."""
+
+    plan: Plan
+    structure: ModelStructure
+    forecast: Forecast
+    components: dict[str, Request] = field(
+        default_factory=dict
+    )  # of a diffusion pipeline, those that are quantized too
+
+
+def open_structure(model: str, language_for: str = "") -> ModelStructure:
+    """Open and check a full-precision checkpoint. language_for: what it is opened for, if that is for language models only;
+    raises Unsupported for others then."""
+    folder = find_model(model)
+    if is_pipeline(folder):
+        check_pipeline(folder)
+    checkpoint = Checkpoint.open(weights_folder(folder))
+    check_config(checkpoint.config, checkpoint.tensors)
+    structure = ModelStructure(checkpoint)
+    if structure.family.streams is not None and language_for:
+        raise Unsupported(
+            f"{folder}: {language_for} is for language models, and this is a {kind_of(checkpoint.config)}"
+        )
+    if structure.family.streams is None:
+        check_tied(checkpoint, bool(structure.tied))
+    return structure
+
+
+def prepare(request: Request, rows: Calibration | None = None) -> PreparedRequest:
+    """Plan a request; reads no weights. rows: those of the request, where they were made before."""
+    recipe = recipe_of(request)
+    structure = open_structure(request.model)
+    if request.call and structure.family.streams is None:
+        raise UsageError("--call is what a diffusion pipeline is called with, and this model is none: leave it out")
+    _ = structure.checkpoint.side_files  # read and checked before anything is made of the tokenizer
+    calibration = calibration_asked(request, structure, recipe, rows)
+    plan = plan_of(recipe, structure, calibration, request.seed, request.kv)
+    if request.written and (plan.calibration is None or not plan.needs_rows):
+        raise UsageError(
+            f"--written {request.written}: nothing here looks at calibration rows: take another --method (signround, "
+            "gptq, ...), or leave it out"
+        )
+    _check_pictures(plan, structure)
+    folder = find_model(request.model)
+    around = rest_of(folder) if is_pipeline(folder) else None
+    components = _components(folder, recipe, request, structure)
+    plan = replace(plan, key_exponents=request.key_exponents, pipeline=around)
+    threads = request.threads or available_cores()
+    after = {"significant weights": repair_memory(plan, structure, threads)} if plan.significant else {}
+    if plan.learning("weigh"):
+        after["errors weighed by the loss"] = weighing_memory(plan, structure, threads)
+    if plan.learning("whole"):
+        after["learned rounding of the whole model"] = whole_memory(plan, structure, threads)
+    if plan.calibration is not None and plan.calibration.written:
+        after["rows that the model writes"] = written_memory(plan, structure, threads)
+    return PreparedRequest(plan, structure, forecast_of(plan, structure, threads, after), components)
+
+
+def _components(folder: Path, recipe: Recipe, request: Request, structure: ModelStructure) -> dict[str, Request]:
+    """Requests for the text encoders of a pipeline that the recipe has a scheme for: --target text_encoder=w8a16.
+
+    Raises UsageError for targets that are no text encoders of it.
+    """
+    if structure.family.streams is None:
+        return {}
+    index = check_pipeline(folder) if is_pipeline(folder) else {}
+    there = [k for k, v in index.items() if isinstance(v, list) and v[1] in ENCODERS]
+    unknown = next((t for t in recipe.targets if t not in there), None)
+    if unknown is not None:
+        expected = f"expected one of {', '.join(there)}" if there else f"it has no {' or '.join(ENCODERS)}"
+        raise UsageError(
+            f"{folder}: no text encoder {unknown!r} for --target, {expected}{did_you_mean(unknown, there)}"
+        )
+    found = {}
+    for name, given in recipe.targets.items():
+        if given != SKIP:
+            found[name] = Request(
+                model=str(folder / name), scheme=given, threads=request.threads, strict=request.strict
+            )
+            prepare(found[name])
+    return found
+
+
+def _check_pictures(plan: Plan, structure: ModelStructure) -> None:
+    """Raises UsageError where a tower is to be calibrated with rows that have no picture."""
+    if plan.calibration is None or plan.calibration.kinds is not None:
+        return
+    for tower in structure.towers:
+        mine = {x.name: plan.linears[x.name] for b in tower.blocks for x in b.linears if x.name in plan.linears}
+        rows = why_rows(mine, plan.transforms, 0) if mine else None
+        if rows:
+            raise UsageError(
+                f"the {tower.name} is to be quantized, {rows}, and --calib is a text without pictures: give a .jsonl file or a "
+                f"folder, leave --calib out, or give --target {tower.name}=skip"
+            )
+
+
+def check_places(model: str, out: Path, work: Path | None, overwrite: bool) -> None:
+    """Refuse folders that a run could not use, before anything is measured for it.
+
+    A result of qkit in OUT passes: whether it is that of the same command is known later. Raises as ``check_output_dir`` and
+    ``refuse_foreign``.
+    """
+    source = find_model(model).resolve()
+    if overwrite or not (weights_folder(out) / RECORD).is_file():
+        check_output_dir(out, source, overwrite)
+    work = work or out.with_name(out.name + ".job")
+    if work.resolve() == out.resolve():
+        raise UsageError(f"{work}: the job folder is the output folder: choose another with --work")
+    if source in (work.resolve(), *work.resolve().parents):
+        raise UsageError(f"{work}: the job folder lies inside the model folder: choose another with --work")
+    refuse_foreign(work)
+
+
+def quantize(
+    request: Request,
+    out: Path,
+    progress: Progress,
+    *,
+    work: Path | None = None,
+    overwrite: bool = False,
+    keep_job: bool = False,
+    prepared: PreparedRequest | None = None,
+) -> Report:
+    """Plan, run, export, verify. The same call goes on where a killed one stopped.
+
+    work: the job folder (default: OUT.job, beside OUT). Raises the errors of every stage; VerifyFailure leaves
+    OUT.partial for inspection and OUT untouched.
+    """
+    found = prepared or prepare(request)
+    plan, structure, source = found.plan, found.structure, find_model(request.model)
+    work = work or out.with_name(out.name + ".job")
+    large = structure.checkpoint.nbytes > LARGE
+    if large:
+        progress.start("read the source", len(structure.checkpoint.shards))
+    hashed = source_hashes(plan, structure, source, progress.step if large else lambda: None)
+    if is_export_of(out, plan, hashed):
+        report = verify(out)
+        if report.ok:
+            return report
+        first = report.problems[0]
+        if not overwrite:
+            raise VerifyFailure(
+                f"{out} is the result of this command and was damaged since, in {len(report.problems)} places, first "
+                f"{first.where}: {first.what}: pass --overwrite to make it again"
+            )
+    if not overwrite and is_export_of(out, plan):
+        raise UsageError(
+            f"{out}: it is the result of this command for other weights, and those of {source} have changed since: choose "
+            "another folder, or pass --overwrite to make it again"
+        )
+    check_output_dir(out, source.resolve(), overwrite)
+    check_places(request.model, out, work, overwrite)
+    refuse_what_cannot_fit(found.forecast, out, work)
+    with (
+        _told_of_memory(work),
+        Job.open(work, job_identity(plan, hashed)) as job,
+        Partial.claim(out, work) as partial,
+        workers(request.threads) as pool,
+    ):
+        check_output_dir(out, source.resolve(), overwrite)  # once more, now that no other command writes there
+        record_source(work, source)
+        replaced = {name: work / COMPONENTS / name for name in found.components}
+        for name, asked in found.components.items():
+            quantize(asked, replaced[name], progress)
+        running = with_written(plan, structure, job, pool, progress)
+        given = original_passes(running, structure, job, pool, progress)
+        run_blocks(running, structure, job, pool, progress, given)
+        learn_whole(running, structure, job, pool, progress)
+        repair(running, structure, job, pool, progress)
+        measure_scales(running, structure, job, pool, progress)
+        progress.start("export and verify", 2)
+        export(plan, structure, job, partial, source, hashed, replaced=replaced)
+        decide_steps(plan, structure, partial.path, progress)
+        progress.step()
+        report = verify(partial.path, work)
+        progress.step()
+        if report.problems:
+            first = report.problems[0]
+            raise VerifyFailure(
+                f"{partial.path}: the export failed its own proof in {len(report.problems)} places, first {first.where}: "
+                f"{first.what}: this is a fault of qkit; please report it with the job folder {work}"
+            )
+        commit_dir(partial.path, out, overwrite)
+        if not keep_job:
+            job.remove_bulk()
+            for folder in replaced.values():
+                remove_result(folder)
+                remove_job(folder.with_name(folder.name + ".job"))
+            with suppress(OSError):  # where something else is in it
+                (work / COMPONENTS).rmdir()
+    return report
+
+
+@contextmanager
+def _told_of_memory(work: Path) -> Iterator[None]:
+    """Raises IOFailure where memory runs out; what the job committed stays."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if not ran_out(e):
+            raise
+        raise IOFailure(
+            f"memory ran out; what was finished is kept in {work}: close other programs, then run the same command again, with "
+            "fewer --threads if that is not enough"
+        ) from e
+
+
+def coverage(plan: Plan) -> dict[str, Any]:
+    """What is quantized and what is not, in numbers."""
+    schemes: dict[str, int] = {}
+    for p in plan.linears.values():
+        schemes[p.scheme] = schemes.get(p.scheme, 0) + 1
+    weights = sum(p.shape[0] * p.shape[1] for p in plan.linears.values())
+    return {
+        "quantized": len(plan.linears),
+        "skipped": len(plan.skipped),
+        "schemes": schemes,
+        "weights": weights,
+        "bytes_before": plan.source_bytes,
+        "bytes_after": plan.packed_bytes,
+    }
+
+
+__all__ = ["PreparedRequest", "Request", "coverage", "open_structure", "prepare", "quantize"]

@@ -1,0 +1,113 @@
+"""The static engine table: what it promises for the schemes that qkit can write, and what it refuses."""
+
+from dataclasses import replace
+
+import pytest
+
+from qkit.tensor.formats import SCHEMES
+from qkit.verification.engines import VLLM, EngineFit, preflight
+
+
+def vllm(scheme: str, packing: str, **changes: object) -> EngineFit:
+    made = SCHEMES[scheme]
+    return preflight(replace(made.weights, **changes), made.activations, packing)[0]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "packing", "loads_as", "limit"),
+    [
+        ("W4A16", "pack-quantized", "WNA16", "tensor-parallel"),
+        ("W3A16", "pack-quantized", "WNA16", "tensor-parallel"),
+        ("W8A16_ASYM", "pack-quantized", "WNA16", "tensor-parallel"),
+        ("W8A16_ASYM", "pack-quantized", "WNA16", "Humming (sm90: Machete)"),
+        ("W4A16_ASYM", "pack-quantized", "WNA16", "Marlin (sm90: Machete)"),
+        ("W3A16_ASYM", "pack-quantized", "WNA16", "Humming"),
+        ("W3A16", "pack-quantized", "WNA16", "no kernel for CPUs"),
+        ("W4A8", "pack-quantized", "WNA8Int", "sm75"),
+        ("W4A8", "pack-quantized", "WNA8Int", "on CPUs inputs stay in 16 bits"),
+        ("W4A8", "int-quantized", "W4A8Int", "legacy"),
+        ("W4A8-FP8", "pack-quantized", "W4A8Fp8", "sm90 only"),
+        ("W8A8", "int-quantized", "W8A8Int8", ""),
+        ("FP8", "float-quantized", "W8A8Fp8", "sm89"),
+        ("FP8_DYNAMIC", "float-quantized", "W8A8Fp8", "sm89"),
+        ("FP8_BLOCK", "float-quantized", "W8A8Fp8", "sm89"),
+        ("NVFP4", "nvfp4-pack-quantized", "W4A4Fp4", "Blackwell"),
+        ("NVFP4A16", "nvfp4-pack-quantized", "use_a16", ""),
+        ("MXFP4", "mxfp4-pack-quantized", "W4A4Mxfp4", ""),
+        ("MXFP8A16", "mxfp8-quantized", "W8A8Mxfp8", "quantizes them too on Blackwell"),
+        ("MXFP4A16", "mxfp4-pack-quantized", "W4A4Mxfp4", "quantizes them too on Blackwell"),
+    ],
+)
+def test_vllm_takes(scheme, packing, loads_as, limit):
+    fit = vllm(scheme, packing)
+    assert fit.loads_as is not None and loads_as in fit.loads_as
+    assert limit in " ".join(fit.limits)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "packing", "changes", "why"),
+    [
+        ("W4A16", "int-quantized", {}, "only as pack-quantized"),
+        ("W4A8-FP8", "pack-quantized", {"group": 64}, "groups of 128 alone"),
+        ("W4A8-FP8", "pack-quantized", {"strategy": "channel", "group": None}, "groups of 128 alone"),
+        ("W8A8", "int-quantized", {"symmetric": False}, "only as pack-quantized"),
+        ("W4A16", "pack-quantized", {"strategy": "tensor", "group": None}, "no scheme"),
+        ("W3A16", "pack-quantized", {"bits": 1}, "no scheme"),
+    ],
+)
+def test_vllm_refuses(scheme, packing, changes, why):
+    fit = vllm(scheme, packing, **changes)
+    assert fit.loads_as is None and why in fit.limits[0]
+
+
+def test_asymmetric_activations_are_refused():
+    made = SCHEMES["W4A8"]
+    assert made.activations
+    fit = preflight(made.weights, replace(made.activations, symmetric=False), "pack-quantized")[0]
+    assert fit.loads_as is None
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_asymmetric_weights_with_int8_inputs_load(symmetric):
+    assert "WNA8Int" in str(vllm("W4A8", "pack-quantized", symmetric=symmetric).loads_as)
+
+
+@pytest.mark.parametrize(
+    ("group", "kernel", "wrong"),
+    [
+        (32, "Marlin (sm90: Humming)", False),
+        (64, "Marlin (sm90: Machete)", False),
+        (128, "Marlin (sm90: Machete)", False),
+        (-1, "Marlin (sm90: Machete)", False),
+        (16, "Humming alone", False),
+        (48, "Humming alone", True),
+        (96, "Humming alone", True),
+        (256, "TritonW4A16 (sm90: Humming)", False),
+    ],
+)
+def test_kernels_by_group(group, kernel, wrong):
+    fit = preflight(SCHEMES["W4A16"].weights.with_group(group), None, "pack-quantized")[0]
+    assert fit.loads_as and f"runs on GPUs with {kernel}" in fit.limits
+    assert any("may be wrong" in limit for limit in fit.limits) == wrong
+
+
+def test_dense_packings_ask_for_a_newer_transformers_stack():
+    for scheme, newer in (("W3A16", True), ("W4A16", False), ("W5A16", True), ("NVFP4", False)):
+        fit = preflight(SCHEMES[scheme].weights, None, "pack-quantized")[1]
+        assert any("May 2026" in limit for limit in fit.limits) == newer
+
+
+def test_own_method_is_for_qkit_alone():
+    fits = {fit.engine: fit.loads_as for fit in preflight(SCHEMES["W3A16"].weights, None, "pack-quantized", "qkit")}
+    assert fits["vLLM"] is None and fits["transformers + compressed-tensors"] is None and fits["qkit"]
+
+
+def test_every_scheme_of_qkit_has_an_engine_and_every_row_a_user():
+    packings = {p for row in VLLM for p in row.packings}
+    used = set()
+    for made in (s for s in SCHEMES.values() if s.name != "NVFP4A8"):  # of diffusion transformers
+        fits = [preflight(made.weights, made.activations, packing)[0].loads_as for packing in sorted(packings)]
+        used |= {fit for fit in fits if fit}
+        assert any(fits), made.name
+    rare = {"CompressedTensorsWNA4Int", "CompressedTensorsW8A16Fp8"}  # W4A4, and FP8 weights alone
+    assert {row.loads_as for row in VLLM} - used == rare
