@@ -1,25 +1,23 @@
 """qkit: post-training quantization, from a full-precision checkpoint to a packed, proven and loadable one.
 
     import qkit
+    qkit.quantize("tiny-llama", scheme="w4a16", method="gptq", out="out")
     model = qkit.load("out")  # a transformers model that runs on the packed weights
 
-Quantizing from Python: ``qkit.workflows.quantize`` (Request, prepare, quantize). Proof: ``qkit.verification.verify``.
+There is a function for each verb of the command line, with the same options: quantize, plan, profile, verify, evaluate, check.
 Errors: ``qkit.errors``.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
-
-__version__ = "0.1.0"
-__all__ = ["load"]
+from typing import Any
 
 from qkit.system.import_hook import after_import
+from qkit.system.version import __version__
+from qkit.workflows.api import check, evaluate, load, plan, profile, quantize, verify
+
+__all__ = ["__version__", "check", "evaluate", "load", "plan", "profile", "quantize", "verify"]
 
 # The one effect of the import: transformers and diffusers learn of qkit's checkpoints, when and if they are imported. That
 # takes seconds, and 'qkit --help' does not need it.
@@ -27,19 +25,10 @@ after_import("transformers.quantizers", lambda: import_module("qkit.runtime.tran
 after_import("diffusers.quantizers.auto", lambda: import_module("qkit.runtime.diffusers_plugin"))
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", kv: str | None = None) -> Any:
-    """A transformers language model in eval mode, or a diffusers pipeline; quantized linears stay packed in memory.
-
-    path:   a folder that ``qkit quantize`` wrote, any compressed-tensors or full-precision checkpoint of a known kind,
-            or the name of a reference model
-    dtype:  of activations and unquantized weights; default: the checkpoint's. float32 computes on exactly the
-            decompressed weights.
-    device: where the model goes, as torch names it
-    kv:     the KV cache that ``generate`` uses, for instance 'kivi2' or 'int8' ('none': a plain one); default: what the
-            folder was made for, if it was
-    Raises BadCheckpoint for a damaged folder, Unsupported for formats that qkit cannot run, UsageError for a policy that
-    does not suit the model (``qkit.errors``).
-    """
-    from qkit.runtime import loading  # not before it is needed: it brings the whole way from file to model
-
-    return loading.load(path, dtype, device, kv)
+def __getattr__(name: str) -> Any:
+    """Names of modules as they were before they moved: ``qkit.generate``, ``qkit.speculate``."""
+    if name == "generate":
+        return import_module("qkit.runtime.generate")
+    if name == "speculate":
+        return import_module("qkit.runtime.speculate")
+    raise AttributeError(f"module 'qkit' has no attribute '{name}'")

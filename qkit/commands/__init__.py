@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from qkit import __version__
 from qkit.errors import QkitError, UsageError
 from qkit.system.memory import ran_out
+from qkit.system.version import __version__
 
 VERBS = {
     "quantize": "quantize a model into a packed checkpoint and prove it",

@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from qkit.sensitivity.profile import UnitProfile
     from qkit.workflows.budget import BudgetAllocation
 
-WAYS = "--bits, --size, --memory or --latency"
-BUDGETS = ("bits", "size", "memory", "latency")
-NAMES = (*BUDGETS, "profile", "candidates", "measure", "floors", "ceilings", "refine")
-
 
 def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that let a budget choose the formats."""

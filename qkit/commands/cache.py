@@ -9,15 +9,10 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from qkit.allocation.limits import parse_bytes
 from qkit.commands.common import megabytes
-from qkit.errors import UsageError
-from qkit.kvcache.policy import CacheRequest, parse
 
 if TYPE_CHECKING:
     from qkit.workflows.kv_cache import CachePlan
-
-_NAMES = ("kv", "kv_memory", "max_length", "kv_scale_keys")
 
 
 def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,19 +37,6 @@ def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         command = option(command)
     return command
-
-
-def cache_request(given: dict[str, Any]) -> CacheRequest | None:
-    """The cache of parsed options, which are taken out of ``given``; None: a plain one."""
-    asked = {name: given.pop(name) for name in _NAMES}
-    if asked["kv"] is None:
-        lost = next((n for n in _NAMES if asked[n]), None)
-        if lost is not None:
-            raise UsageError(f"--{lost.replace('_', '-')} is about the cache of --kv, and there is none: leave it out")
-        return None
-    parse(asked["kv"])
-    memory = None if asked["kv_memory"] is None else parse_bytes(asked["kv_memory"], "--kv-memory")
-    return CacheRequest(asked["kv"], memory, asked["max_length"], asked["kv_scale_keys"])
 
 
 def show_cache(found: CachePlan, console: Console) -> None:

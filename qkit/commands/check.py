@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
-import qkit_data
 from rich.console import Console
 from rich.text import Text
 
-from qkit import __version__
 from qkit.commands.common import OutFile, announce, print_wide, wide_table
 from qkit.commands.grid import Grid
-from qkit.commands.measured import json_bytes, printable, progress_bar, refuse_unsound, show
+from qkit.commands.measured import json_bytes, printable, progress_bar, show
 from qkit.commands.verb import Verb
-from qkit.errors import BudgetNotMet, IOFailure, UsageError
-from qkit.evaluation.budget import Check, QualityBudget, check_budget, junit_xml, load_budget
-from qkit.evaluation.request import DTYPES, EvalRequest, jsonable
+from qkit.errors import BudgetNotMet
+from qkit.evaluation.budget import Check, junit_xml, load_budget
+from qkit.evaluation.request import DTYPES
 from qkit.evaluation.sources import text_name
-from qkit.files.locate import find_model, recorded_source
-from qkit.files.rejected import NAME, clear_mark, write_mark
+from qkit.files.locate import find_model
 from qkit.files.safefile import write_atomic
+from qkit.workflows.check import baseline_of, check_model, check_request, mark, require_sound
 
 
 @click.command("check", cls=Verb)
@@ -71,80 +68,24 @@ def check_command(
     console = Console()
     announce(console, f"verifying {out}")
     folder = find_model(out)
-    refuse_unsound(folder)
-    original = recorded_source(folder) if baseline is None else find_model(baseline)
-    if original is None and budget.needs_baseline:
-        raise UsageError(
-            f"budget {budget_file}: {', '.join(budget.needs_baseline)} cannot be judged without the original model; "
-            "add --baseline PATH"
-        )
-    request = EvalRequest(
-        texts=choose_texts(budget, texts, budget_file),
-        window=budget.window,
-        windows=budget.windows,
-        tasks=budget.tasks,
-        limit=budget.limit,
-        task_dir=task_dir,
-        allow_task_code=allow_task_code,
-        dtype=dtype,
-        device=device,
-        pairs=budget.pairs if budget.measures_answers else None,
-        questions=budget.questions,
-        videos=budget.videos if budget.measures_samples else 0,
-    )
-    from qkit.evaluation.measure import measure
-
+    require_sound(folder)
+    original = baseline_of(folder, baseline, budget, budget_file)
+    request = check_request(budget, budget_file, texts, dtype, device, task_dir, allow_task_code)
     with progress_bar(Console(stderr=True), max(1, len(request.texts))) as progress:
-        measured = measure(folder, original, request, progress)
-    checks = check_budget(budget, measured)
+        report = check_model(folder, original, budget, request, progress)
+    measured, checks = report.measured, report.checks
     if json_file is not None:
         write_atomic(json_file, json_bytes({"checks": [asdict(check) for check in checks], **measured}))
     if junit_file is not None:
         write_atomic(junit_file, junit_xml(checks, f"qkit check {measured['model']}").encode())
     show(measured, console)
     print_wide(console, checks_table(checks))
-    failed = [check.name for check in checks if not check.ok]
-    _mark(folder, budget_file, measured, checks)
-    if failed:
+    mark(folder, budget_file, measured, checks, lambda sentence: click.echo(sentence, err=True))
+    if report.failed:
         raise BudgetNotMet(
-            f"{out}: {len(failed)} of {len(checks)} limits of {budget_file} not kept: {printable(', '.join(failed))}; "
-            "quantize with more bits or another method, or change the budget"
+            f"{out}: {len(report.failed)} of {len(checks)} limits of {budget_file} not kept: "
+            f"{printable(', '.join(report.failed))}; quantize with more bits or another method, or change the budget"
         )
-
-
-def _mark(folder: Path, budget_file: Path, measured: Mapping[str, Any], checks: Sequence[Check]) -> None:
-    """Leaves the mark of a rejected result in a folder that qkit wrote, or takes it away."""
-    failed = [asdict(check) for check in checks if not check.ok]
-    try:
-        if not failed:
-            clear_mark(folder)
-        elif write_mark(folder, __version__, budget_file.name, measured["baseline"], jsonable(failed)):
-            click.echo(f"{folder / NAME}: marks the result as rejected", err=True)
-    except (IOFailure, OSError) as e:  # the verdict counts, and is given all the same
-        click.echo(f"qkit: the mark {folder / NAME} could not be changed: {e}", err=True)
-
-
-def choose_texts(budget: QualityBudget, given: Sequence[str], budget_file: Path) -> list[str]:
-    """What to measure: the texts given and those of the budget; the embedded one if there are none or a line names it.
-
-    Nothing when no line is about text. Raises UsageError for a line about a text that is nowhere to be found.
-    """
-    if not budget.measures_text:
-        return []
-    texts, names = list(given), [text_name(spec) for spec in given]
-    for name, path in budget.texts.items():
-        if name not in names:
-            texts.append(f"{name}={path}")
-            names.append(name)
-    if "evaluation" not in names and (not texts or "evaluation" in budget.named_texts):
-        texts.append(str(qkit_data.text_path("evaluation")))
-        names.append("evaluation")
-    for name in budget.named_texts:
-        if name not in names:
-            raise UsageError(
-                f"budget {budget_file}: no text is called '{name}'; add it under texts:, or --text {name}=FILE"
-            )
-    return texts
 
 
 def checks_table(checks: Sequence[Check]) -> Grid:

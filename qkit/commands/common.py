@@ -19,17 +19,13 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from qkit.allocation.limits import parse_bytes
 from qkit.commands.bars import Bar, Share
 from qkit.commands.grid import print_wide as print_wide
 from qkit.commands.grid import wide_table as wide_table
 from qkit.commands.verb import OutPath
 from qkit.errors import Stopped, UsageError
-from qkit.files.locate import find_model
 from qkit.files.safefile import write_atomic
 from qkit.files.side_files import code_keys, left_behind
-from qkit.planning.recipe import MOST_SPARSE
-from qkit.planning.request import Request
 from qkit.system.words import megabytes as megabytes
 from qkit.transforms.table import EFFORTS, TRANSFORMS
 from qkit.verification.record import printable
@@ -133,50 +129,6 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         command = option(command)
     return command
-
-
-def make_request(given: dict[str, Any]) -> Request:
-    """The Request of parsed options."""
-    named = {"option": "options", "call": "call", "policy": "policy"}
-    options, call, policy = (_pairs(f"--{flag}", given.pop(key)) for flag, key in named.items())
-    targets = [item.partition("=") for item in given.pop("targets")]
-    for name, equals, value in targets:
-        if not equals or not value:
-            raise UsageError(f"--target {name}: expected PART=SCHEME, for instance vision=w8a8")
-    if given["threads"] is not None and given["threads"] < 1:
-        raise UsageError(f"--threads {given['threads']}: expected at least 1")
-    for name in ("outliers", "significant"):
-        if given[name] is not None and not 0 <= given[name] <= MOST_SPARSE:
-            raise UsageError(f"--{name} {given[name]:g}: expected a percentage from 0 to {MOST_SPARSE:g}")
-    if given["rank"] is not None and given["rank"] < 0:
-        raise UsageError(f"--rank {given['rank']}: expected 0, for none, or more")
-    parts = {name: value for name, _, value in targets} or None
-    revision, required = given.pop("revision"), given.pop("require_revision")
-    if revision is not None or required:
-        given["model"] = str(find_model(given["model"], revision, required))
-    rows = given.pop("rows_memory")
-    given["rows_memory"] = None if rows is None else parse_bytes(rows, "--rows-memory")
-    return Request(options=options, call=call, policy=policy, targets=parts, **given)
-
-
-def _pairs(flag: str, items: Sequence[str]) -> dict[str, Any]:
-    """{name: value} of NAME=VALUE."""
-    found: dict[str, Any] = {}
-    for item in items:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise UsageError(f"{flag} {item}: expected NAME=VALUE")
-        found[name] = _literal(value)
-    return found
-
-
-def _literal(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 class OutFile(OutPath):

@@ -19,7 +19,6 @@ from qkit.commands.measured import (
     printable,
     progress_bar,
     refuse_unmeasured,
-    refuse_unsound,
     show,
     show_all,
 )
@@ -31,6 +30,7 @@ from qkit.files.locate import find_model
 from qkit.files.rejected import described, read_mark
 from qkit.files.safefile import write_atomic
 from qkit.kvcache.policy import CachePolicy, parse, stored
+from qkit.workflows.check import require_sound
 
 EXAMPLES = 12  # pictures of a report
 
@@ -166,7 +166,7 @@ def eval_command(
     announce(console, f"reading {' '.join(outs)}")
     folders = [find_model(out) for out in outs]
     for folder in folders:
-        refuse_unsound(folder)
+        require_sound(folder)
     original = None if baseline is None else find_model(baseline)
     for out, folder in zip(outs, folders, strict=True):
         mark = read_mark(folder)

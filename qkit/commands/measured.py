@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,10 +14,8 @@ from rich.text import Text
 from qkit.commands.bars import Bar
 from qkit.commands.common import megabytes
 from qkit.commands.grid import Grid, print_wide, wide_table
-from qkit.errors import NumericFailure, VerifyFailure
+from qkit.errors import NumericFailure
 from qkit.evaluation.request import jsonable
-from qkit.files.folder import RECORD
-from qkit.verification.verify import summary, verify
 
 
 def json_bytes(value: Any) -> bytes:
@@ -79,14 +76,6 @@ def _grids(measured: Mapping[str, Any]) -> list[Grid]:
     if measured.get("tasks"):
         made.append(tasks_table(measured["tasks"], measured.get("baseline_tasks", {})))
     return made
-
-
-def refuse_unsound(folder: Path) -> None:
-    """Verify a folder that qkit wrote, before anything is measured of it. Raises VerifyFailure."""
-    if (folder / RECORD).is_file():
-        report = verify(folder)
-        if not report.ok:
-            raise VerifyFailure(f"{summary(report)}; nothing was measured")
 
 
 def refuse_unmeasured(outs: Sequence[str], found: Sequence[Mapping[str, Any]]) -> None:

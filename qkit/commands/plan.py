@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.text import Text
 
 from qkit.commands.asked import options_of
-from qkit.commands.budget import BUDGETS, WAYS, budget_options, explain, explanation
+from qkit.commands.budget import budget_options, explain, explanation
 from qkit.commands.cache import cache_options
 from qkit.commands.common import OutFolder, megabytes, request_options, show_coverage, write_json
 from qkit.commands.verb import Verb
 from qkit.errors import UsageError, write_failure
 from qkit.files.safefile import write_atomic
+from qkit.workflows.options import BUDGETS, WAYS
 
 if TYPE_CHECKING:
     from qkit.planning.request import Request
@@ -110,11 +111,12 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
         raise UsageError(f"{'--explain' if why else '--figures'} goes with a budget: add {WAYS}")
     asked = options_of(given, out or Path(Path(given["model"]).name), console)
 
-    from qkit.commands.decide import decided_json, planned_request, show_ahead, show_decided
+    from qkit.commands.decide import decided_json, show_ahead, show_decided
     from qkit.engine.forecast import refuse_what_cannot_fit
     from qkit.workflows.quantize import prepare
+    from qkit.workflows.resolve import look_ahead
 
-    decided = planned_request(asked)
+    decided = look_ahead(asked).decided
     budgeted = decided.budgeted
     if (why or figures is not None) and budgeted is None:
         option = "--explain" if why else "--figures"

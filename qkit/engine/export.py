@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit import __version__
 from qkit.diffusion.pipeline import copy_rest, rest_names, weights_of_rest
 from qkit.diffusion.trajectory import Trajectory
 from qkit.engine.job import Job
@@ -28,6 +27,7 @@ from qkit.files.safefile import TensorInfo, write_atomic, write_safetensors
 from qkit.files.side_files import check_unchanged, copy
 from qkit.kvcache.scales import FORMAT
 from qkit.planning.plan import LinearPlan, Plan, parts
+from qkit.system.version import __version__
 from qkit.tensor import compressed_tensors as ct
 from qkit.tensor import lowrank, sparse
 from qkit.tensor.input_transform import RESIDUAL, SCALE

@@ -335,8 +335,7 @@ def _read_linear(name: str, data: Any, findings: Findings) -> RecordedLinear | N
     what = f"found {short(turn)}, expected a block of the columns"
     if not findings.check("record", sound, f"{where}.rotation", what):
         return None
-    twice = data.get("residual", 0)
-    group = activations.group if activations is not None else None
+    twice, group = data.get("residual", 0), activations.group if activations is not None else None
     sound = twice == 0 or (is_int(twice, 1) and twice <= columns and group is not None and twice % group == 0)
     what = f"found {short(twice)}, expected a number of groups of input channels"
     if not findings.check("record", sound, f"{where}.residual", what):

@@ -1,0 +1,1 @@
+"""Modules and operators of a packed model."""

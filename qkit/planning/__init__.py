@@ -1,0 +1,1 @@
+"""Recipe and model to one decision per linear, before any weight is read."""

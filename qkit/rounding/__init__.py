@@ -1,0 +1,1 @@
+"""Learned rounding of the weights of a block."""

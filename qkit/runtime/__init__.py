@@ -1,0 +1,1 @@
+"""A packed model that runs: loading, plugins of transformers and diffusers, generation."""

@@ -1,0 +1,1 @@
+"""The machine: cores, memory, workers, processes of their own, progress."""

@@ -1,0 +1,1 @@
+"""Numbers and how they are stored: formats, codes, packing, sparse and low-rank parts."""

@@ -1,0 +1,182 @@
+"""The options of quantize and plan, read: names and numbers are checked here, before torch is imported.
+
+The command line and ``qkit.quantize`` have the same options by the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qkit.allocation.limits import MEASURE, BudgetRequest, parse_budget, parse_bytes
+from qkit.errors import UsageError
+from qkit.files.locate import find_model
+from qkit.kvcache.policy import CacheRequest, parse
+from qkit.planning.recipe import MOST_SPARSE
+from qkit.planning.request import REQUANT, Request, is_requant, recipe_of
+from qkit.sensitivity.candidates import parse_candidates
+from qkit.sensitivity.names import PROFILE
+
+BUDGETS = ("bits", "size", "memory", "latency")
+WAYS = "--bits, --size, --memory or --latency"
+_OF_BUDGETS = (*BUDGETS, "profile", "candidates", "measure", "floors", "ceilings", "refine")
+_OF_CACHES = ("kv", "kv_memory", "max_length", "kv_scale_keys")
+DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys((*BUDGETS, "profile", "candidates")),
+    "measure": MEASURE,
+    "floors": (),
+    "ceilings": (),
+    "refine": 0,
+    **dict.fromkeys(("kv", "kv_memory", "max_length")),
+    "kv_scale_keys": False,
+    "revision": None,
+    "require_revision": False,
+    **dict.fromkeys(
+        ("scheme", "method", "group_size", "recipe", "outliers", "rank", "significant", "effort", "export")
+    ),
+    "options": (),
+    "call": (),
+    "policy": (),
+    "targets": (),
+    "rows_memory": None,
+    "strict": False,
+    "calib": None,
+    "samples": 128,
+    "seqlen": 256,
+    "written": 0,
+    "seed": 0,
+    "threads": None,
+}
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Options that were read. budget, cache: where they are given; a cache that shares the budget is in the budget."""
+
+    request: Request
+    budget: BudgetRequest | None
+    cache: CacheRequest | None
+
+
+def read_options(values: Mapping[str, Any], out: Path) -> QuantizeOptions:
+    """The request of options by name; ``model`` and all of DEFAULTS.
+
+    out: beside it goes the profile, where no profile is given. Raises UsageError and BadRecipe for what is wrong with names and
+    numbers alone.
+    """
+    read = _read(dict(values), out)
+    request = read.request
+    if read.budget is None or request.scheme or request.recipe:
+        parts = [p for p in (request.method or "").lower().split("+") if p and p != REQUANT]
+        recipe_of(replace(request, method="+".join(parts) or ("rtn" if is_requant(request.method) else None)))
+    if read.budget is not None and read.budget.candidates:
+        parse_candidates(read.budget.candidates, request.group_size)
+    return read
+
+
+def _read(values: dict[str, Any], out: Path) -> QuantizeOptions:
+    asked = {name: values.pop(name) for name in _OF_BUDGETS}
+    cache = cache_request({name: values.pop(name) for name in _OF_CACHES})
+    budget = parse_budget(asked["bits"], asked["size"], asked["memory"], asked["latency"])
+    request = make_request(values)
+    if budget is None:
+        for name in ("profile", "candidates", "floors", "ceilings", "refine"):
+            if asked[name]:
+                raise UsageError(f"--{name.removesuffix('s')} goes with a budget: add {WAYS}")
+        return QuantizeOptions(request, None, cache)
+    if is_requant(request.method):
+        raise UsageError(
+            "method requant and a budget exclude each other: add sparse formats to --candidates (int3+0.5%)"
+        )
+    profile: Path | None = asked["profile"]
+    if profile is not None and profile.name == PROFILE and profile.is_file():
+        profile = profile.parent
+    shared = budget.memory is not None
+    budget_request = BudgetRequest(
+        budget=budget,
+        profile=profile or out.with_name(out.name + ".profile"),
+        candidates=asked["candidates"],
+        measure=asked["measure"],
+        floors=_bounds("--floor", asked["floors"]),
+        ceilings=_bounds("--ceiling", asked["ceilings"]),
+        evaluations=asked["refine"],
+        named=profile is not None,
+        cache=cache if shared else None,
+    )
+    return QuantizeOptions(request, budget_request, None if shared else cache)
+
+
+def cache_request(options: Mapping[str, Any]) -> CacheRequest | None:
+    """The KV cache of options; None: a plain one. Raises UsageError for options of a cache that is not there."""
+    if options["kv"] is None:
+        lost = next((n for n in _OF_CACHES if options[n]), None)
+        if lost is not None:
+            raise UsageError(f"--{lost.replace('_', '-')} is about the cache of --kv, and there is none: leave it out")
+        return None
+    parse(options["kv"])
+    memory = None if options["kv_memory"] is None else parse_bytes(options["kv_memory"], "--kv-memory")
+    return CacheRequest(options["kv"], memory, options["max_length"], options["kv_scale_keys"])
+
+
+def make_request(options: dict[str, Any]) -> Request:
+    """The Request of options. Raises UsageError for values out of range."""
+    flags = {"option": "options", "call": "call", "policy": "policy"}
+    method_options, call, policy = (_by_name(f"--{flag}", options.pop(key)) for flag, key in flags.items())
+    targets = _targets(options.pop("targets"))
+    if options["threads"] is not None and options["threads"] < 1:
+        raise UsageError(f"--threads {options['threads']}: expected at least 1")
+    for name in ("outliers", "significant"):
+        if options[name] is not None and not 0 <= options[name] <= MOST_SPARSE:
+            raise UsageError(f"--{name} {options[name]:g}: expected a percentage from 0 to {MOST_SPARSE:g}")
+    if options["rank"] is not None and options["rank"] < 0:
+        raise UsageError(f"--rank {options['rank']}: expected 0, for none, or more")
+    revision, required = options.pop("revision"), options.pop("require_revision")
+    if revision is not None or required:
+        options["model"] = str(find_model(options["model"], revision, required))
+    rows = options.pop("rows_memory")
+    options["rows_memory"] = None if rows is None else parse_bytes(rows, "--rows-memory")
+    return Request(options=method_options, call=call, policy=policy, targets=targets, **options)
+
+
+def _targets(items: Mapping[str, str] | Sequence[str]) -> dict[str, str] | None:
+    if isinstance(items, Mapping):
+        return dict(items) or None
+    targets = [item.partition("=") for item in items]
+    for name, equals, value in targets:
+        if not equals or not value:
+            raise UsageError(f"--target {name}: expected PART=SCHEME, for instance vision=w8a8")
+    return {name: value for name, _, value in targets} or None
+
+
+def _by_name(flag: str, items: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    """{name: value} of NAME=VALUE; from Python also as it is."""
+    if isinstance(items, Mapping):
+        return dict(items)
+    values: dict[str, Any] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"{flag} {item}: expected NAME=VALUE")
+        values[name] = _literal(value)
+    return values
+
+
+def _literal(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _bounds(option: str, items: Mapping[str, str] | Sequence[str]) -> tuple[tuple[str, str], ...]:
+    bounds = []
+    for item in [f"{k}={v}" for k, v in items.items()] if isinstance(items, Mapping) else items:
+        glob, equals, name = item.rpartition("=")
+        if not equals or not glob:
+            raise UsageError(f"{option} {item}: expected GLOB=FORMAT, for instance '*.down_proj=int4'")
+        bounds.append((glob, parse_candidates(name, None, option)[0].name))
+    return tuple(bounds)

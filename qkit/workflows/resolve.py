@@ -1,0 +1,168 @@
+"""From options to a request: what names and shapes decide, what has to be measured first, and the measuring itself.
+
+``look_ahead`` measures nothing and refuses everything that can be refused; ``measure_first`` goes on from there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from qkit.allocation.allocate import Reach
+from qkit.allocation.limits import BudgetRequest
+from qkit.errors import UsageError
+from qkit.kvcache.policy import CacheRequest
+from qkit.planning.request import Request, is_requant
+from qkit.system.progress import Progress
+from qkit.workflows import kv_cache, measurements_ahead, towers
+from qkit.workflows.budget import BudgetAllocation, allocate_budget, opened, solved
+from qkit.workflows.kv_cache import CacheChoices, CachePlan, plan_cache
+from qkit.workflows.measurements_ahead import Ahead
+from qkit.workflows.options import QuantizeOptions
+from qkit.workflows.requant import begin, search_outliers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRequest:
+    """request: with all that is known; budgeted, cache: the allocation and the KV cache, where they are known; said: decisions
+    that nobody asked for, a sentence each.
+
+    Of a plan also: first, what quantize has to measure before it is decided; open: whether that leaves the schemes of the
+    layers open; reach: what the formats of a budget of bytes come to, where they are not chosen yet
+    """
+
+    request: Request
+    budgeted: BudgetAllocation | None = None
+    cache: CachePlan | None = None
+    said: tuple[str, ...] = ()
+    first: tuple[Ahead, ...] = ()
+    open: bool = False
+    reach: Reach | None = None
+
+
+@dataclass
+class Look:
+    """What is seen of a command line before anything is measured. run: operations of the quantization, where something is
+    held against them"""
+
+    decided: ResolvedRequest
+    parts: towers.Open | None = None
+    first: list[Ahead] = field(default_factory=list)
+    run: float = 0.0
+
+
+def look_ahead(options: QuantizeOptions) -> Look:
+    """What can be said of options without reading a weight, and what is left to be measured. Everything that can be refused is
+    refused here."""
+    if options.budget is not None:
+        look = _of_budget(options.request, options.budget)
+    else:
+        look = _of_request(options.request)
+    if options.cache is not None:
+        _add_cache(look, options.cache)
+    look.decided = replace(look.decided, first=tuple(look.first))
+    return look
+
+
+def measure_first(
+    look: Look,
+    options: QuantizeOptions,
+    out: Path,
+    work: Path | None,
+    progress: Progress,
+    say: Callable[[str], object] = lambda sentence: None,
+) -> ResolvedRequest:
+    """The request with what has to be measured before it can be planned: the rules of an allocation where a budget is given,
+    the outliers of every layer under ReQuant, the KV cache.
+
+    out: beside it go the trials; work: the job folder, if not beside it too; say: gets a sentence for each decision
+    """
+    if not look.decided.first:
+        return look.decided
+    request, budgeted, cache = options.request, None, look.decided.cache
+    if options.budget is not None:
+        budgeted = allocate_budget(request, options.budget, progress)
+        request, cache = budgeted.request, budgeted.cache
+    if look.parts is not None:
+        settled, sentences = towers.settle(look.parts, progress)
+        request = replace(request, targets=settled.targets)
+        for sentence in sentences:
+            say(sentence)
+    if is_requant(request.method):
+        request = _searched(request, out, work, progress, say)
+    if options.cache is not None:
+        cache = plan_cache(request, options.cache, progress)
+    return ResolvedRequest(request=_with_cache(request, cache), budgeted=budgeted, cache=cache, said=look.decided.said)
+
+
+def _of_budget(request: Request, wanted: BudgetRequest) -> Look:
+    found = opened(request, wanted)
+    kv, look = found.cache, Look(ResolvedRequest(request=request, open=True, reach=found.reach))
+    if found.ask is not None:
+        profile, look.run = measurements_ahead.of_profile(found.ask, wanted.profile)
+        look.first.append(profile)
+    else:
+        cache = None if kv is None else kv_cache.with_widths(kv, kv.policy.widths_of(kv.heads.layers))
+        budgeted = solved(request, wanted, found, cache)
+        if found.solvable:
+            look.decided = ResolvedRequest(request=_with_cache(budgeted.request, cache), budgeted=budgeted, cache=cache)
+        if wanted.evaluations or not found.solvable or (wanted.cache is not None and wanted.cache.scale_keys):
+            look.run = measurements_ahead.run_operations(budgeted.request)
+    if wanted.cache is not None and kv is not None:
+        look.first += _of_cache(look, request, kv, wanted.cache, joint=True)
+    if wanted.evaluations:
+        rows = found.made.request["rows"]
+        look.first.append(
+            measurements_ahead.of_refinement(request, found.structure, wanted.evaluations, rows, look.run)
+        )
+    return look
+
+
+def _of_request(request: Request) -> Look:
+    searching = is_requant(request.method)
+    # Any method that runs rows does to look at the parts beside a language model.
+    parts = towers.opened(replace(request, method="gptq") if searching else request)
+    request = replace(request, targets=parts.request.targets)
+    look = Look(ResolvedRequest(request=request, said=parts.said), parts)
+    if parts.left:
+        look.first.append(measurements_ahead.of_parts(parts))
+    if searching:
+        begun = begin(request)
+        look.first.append(measurements_ahead.of_search(begun))
+        look.decided = replace(look.decided, request=begun.even)
+    return look
+
+
+def _add_cache(look: Look, wanted: CacheRequest) -> None:
+    """A cache with a memory of its own."""
+    request = look.decided.request
+    open_ = kv_cache.opened(request, wanted)
+    if not look.run and (open_.chooses or wanted.scale_keys):
+        look.run = measurements_ahead.run_operations(request)
+    look.first += _of_cache(look, request, open_, wanted, joint=False)
+    if not open_.chooses:
+        cache = kv_cache.with_widths(open_, open_.policy.widths_of(open_.heads.layers))
+        look.decided = replace(look.decided, request=_with_cache(request, cache), cache=cache)
+
+
+def _of_cache(look: Look, request: Request, open_: CacheChoices, wanted: CacheRequest, joint: bool) -> list[Ahead]:
+    found = [measurements_ahead.of_cache(request, open_, joint, look.run)] if open_.chooses else []
+    return [*found, measurements_ahead.of_keys(request, open_, look.run)] if wanted.scale_keys else found
+
+
+def _with_cache(request: Request, cache: CachePlan | None) -> Request:
+    return request if cache is None else replace(request, kv=cache.policy.to_json(), key_exponents=cache.exponents)
+
+
+def _searched(
+    request: Request, out: Path, work: Path | None, progress: Progress, say: Callable[[str], object]
+) -> Request:
+    folder, job = out.with_name(out.name + ".requant"), work or out.with_name(out.name + ".job")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UsageError(f"{folder}: the trials of requant need a folder of this name: move what is there away")
+    found = search_outliers(request, folder, job, progress)
+    tried = ", ".join(f"{t:g}: {kl:.5f}" for t, kl in found.divergence.items())
+    say(f"outliers by sensitivity to the power {found.exponent:g} (KL divergence of each: {tried})")
+    return found.request
