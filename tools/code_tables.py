@@ -111,9 +111,7 @@ class Shape:
 
 
 SHAPES = (
-    Shape(
-        name="Llama 3.2 1B", width=2048, layers=16, mlp=8192, heads=32, kv_heads=8, head=64, vocab=128256, tied=True
-    ),
+    Shape(name="Llama 3.2 1B", width=2048, layers=16, mlp=8192, heads=32, kv_heads=8, head=64, vocab=128256, tied=True),
     Shape(
         name="Llama 3.2 3B", width=3072, layers=28, mlp=8192, heads=24, kv_heads=8, head=128, vocab=128256, tied=True
     ),
@@ -121,9 +119,7 @@ SHAPES = (
         name="Llama 3.1 8B", width=4096, layers=32, mlp=14336, heads=32, kv_heads=8, head=128, vocab=128256, tied=False
     ),
     Shape(name="Qwen3 8B", width=4096, layers=36, mlp=12288, heads=32, kv_heads=8, head=128, vocab=151936, tied=False),
-    Shape(
-        name="Qwen3 14B", width=5120, layers=40, mlp=17408, heads=40, kv_heads=8, head=128, vocab=151936, tied=False
-    ),
+    Shape(name="Qwen3 14B", width=5120, layers=40, mlp=17408, heads=40, kv_heads=8, head=128, vocab=151936, tied=False),
 )
 TOKENS, MEMORY = 8192, 8_000_000_000
 

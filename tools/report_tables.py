@@ -118,7 +118,12 @@ def choices() -> str:
             "--method gptq --option signed=true --option sweeps=4 --option compensate=0.5",
         ),
         ("a good 4-bit file, without knowing the model", "w4a16", "auto", "--method auto"),
-        ("the best 4-bit file", "w4a16", BEST[1], "--method signround {written} --option {weigh}=true --option {whole}=128"),
+        (
+            "the best 4-bit file",
+            "w4a16",
+            BEST[1],
+            "--method signround {written} --option {weigh}=true --option {whole}=128",
+        ),
         ("the best 3-bit file", "w3a16", BEST[1], "the same"),
         ("the best 2-bit file", "w2a16", BEST[1], "the same, with --group-size 64"),
         ("INT8 weights and inputs", "w8a8", "auto", "--method auto"),
@@ -242,7 +247,10 @@ def budgets(name: str) -> str:
         [
             {
                 "mean bits": bits,
-                **{c: " / ".join(f"{found[bits, t][k]:.2f}" for t in ("wikitext2", "heldout")) for k, c in columns.items()},
+                **{
+                    c: " / ".join(f"{found[bits, t][k]:.2f}" for t in ("wikitext2", "heldout"))
+                    for k, c in columns.items()
+                },
             }
             for bits in dict.fromkeys(bits for bits, _ in found)
         ]
@@ -267,6 +275,17 @@ def requant() -> str:
             texts = [f"{found['perplexity'][t]:.2f}" for t in ("wikitext2", "heldout")] if found else []
             row[f"{column}, {size} MB"] = " / ".join(texts)
         table.append(row)
+    return markdown(table)
+
+
+def requant_differences() -> str:
+    """ReQuant less int3 and int4 mixed in no more bytes."""
+    rows = {r["row"]: r for r in report("requant/tiny-llama")}
+    table = []
+    for method in ("rtn", "gptq"):
+        found = rows[f"requant+{method}"][f"against {method} int3/int4"]
+        shown = {"WikiText-2": interval(found["wikitext2"], 2), "held-out text": interval(found["heldout"], 2)}
+        table.append({"method": f"`{method}`", **shown})
     return markdown(table)
 
 
@@ -297,5 +316,6 @@ TABLES = {
     "budgets-weights": lambda: budgets("tiny-llama"),
     "budgets-inputs": lambda: budgets("tiny-llama-nvfp4"),
     "requant": requant,
+    "requant-differences": requant_differences,
     "rank": rank,
 }

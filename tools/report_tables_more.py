@@ -84,7 +84,9 @@ def retrieval() -> str:
     rows = []
     for cache, asked in report("kvcache/retrieval")["caches"].items():
         found = {a["depth"]: a for a in asked if a["task"] == "needle" and a["length"] == 512}
-        gains = {f"gain at depth {d:g}": interval([found[d]["gain"], *found[d]["gain_ci"]], 2) for d in (0.5, 0.75, 1.0)}
+        gains = {
+            f"gain at depth {d:g}": interval([found[d]["gain"], *found[d]["gain_ci"]], 2) for d in (0.5, 0.75, 1.0)
+        }
         label = "plain" if cache == "none" else f"`{cache}`"
         rows.append({"cache": label, "of 16 bits": f"{found[1.0]['share']:.3f}", **gains})
     return markdown(rows)
