@@ -21,8 +21,8 @@ import report_tables
 import report_tables_more
 
 TABLES = {**code_tables.TABLES, **report_tables.TABLES, **report_tables_more.TABLES}
-REGION = re.compile(r"(<!-- generated:(\S+) -->\n).*?(<!-- /generated:\2 -->)", re.DOTALL)
-MARK = re.compile(r"<!-- /?generated:")
+REGION = re.compile(r"^(<!-- generated:(\S+) -->\n).*?^(<!-- /generated:\2 -->)$", re.DOTALL | re.MULTILINE)
+MARK = re.compile(r"^<!-- /?generated:", re.MULTILINE)  # a sentence may speak of a mark
 # docs/ is built by itself and cannot show a file outside: these are copies, by name in docs/figures.
 FIGURES = {
     "comparison.png": "reports/lead/tiny-llama.png",
