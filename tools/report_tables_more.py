@@ -145,6 +145,27 @@ def videos() -> str:
     return markdown(rows)
 
 
+def vision_differences() -> str:
+    """Paired differences of methods on the small vision-language model."""
+    settings = {"W4A8": "W4A8", "W3A16 g64": "W3, g64", "W2A16 g32": "W2, g32", "W2A16 g64": "W2, g64"}
+    rows = []
+    for d in sorted(report("vlm/tiny-vlm")["differences"], key=lambda d: (d["of"], d["against"])):
+        names = [n.replace("awq (text)", "awq, text alone") for n in (d["of"], d["against"])]
+        row: Row = {"method": names[0], "less": names[1], "setting": settings[d["setting"]]}
+        rows.append({**row, "right answers, points": interval(d["accuracy"], 1), "KL": interval(d["kl"], 4)})
+    return markdown(rows)
+
+
+def video_differences() -> str:
+    """Paired differences of schemes on the small video model."""
+    rows = []
+    for pair, d in report("video/tiny-video")["pairs"].items():
+        left, right = (VIDEOS.get(n, f"{n}, rounded") for n in pair.split(" - "))
+        latents, psnr = interval(d["latent_error"], 3), interval(d["psnr"], 2)
+        rows.append({"scheme": left, "less": right, "error of latents": latents, "PSNR, dB": psnr})
+    return markdown(rows)
+
+
 def products() -> str:
     """Times of W4A16 products, weights from memory."""
     found = report("kernels_cpu/avx512-bf16")["products"]
@@ -191,7 +212,9 @@ TABLES = {
     "kv-retrieval": retrieval,
     "kv-lengths": lengths,
     "vision": vision,
+    "vision-differences": vision_differences,
     "videos": videos,
+    "video-differences": video_differences,
     "products": products,
     "decoding": decoding,
     "reliability": reliability,
