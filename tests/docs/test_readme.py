@@ -14,8 +14,14 @@ from doc_pages import NOT_RUN, PAGES, ROOT, USER_PAGES, Block, Page, commands, p
 
 import qkit
 from qkit.commands import VERBS, cli
+from qkit.diffusion.policy import PolicyConfig
 from qkit.errors import QkitError
 from qkit.evaluation.budget import load_budget
+from qkit.planning.recipe import AUTO
+from qkit.planning.request import REQUANT
+from qkit.solvers.table import SOLVERS
+from qkit.tensor.formats import SCHEMES
+from qkit.transforms.table import TRANSFORMS
 from qkit.workflows.quantize import Request, prepare, quantize
 
 TOOL = runpy.run_path(str(ROOT / "tools" / "docs_tables.py"))
@@ -103,6 +109,37 @@ def test_sizes_of_known_models() -> None:
 @pytest.mark.parametrize(("where", "line"), COMMANDS, ids=[f"{where}: {line}" for where, line in COMMANDS])
 def test_command(where: str, line: str) -> None:
     parse(line)
+
+
+def unknown_names(line: str) -> list[str]:
+    """Schemes, methods, options of methods and policies of a command line that no table of qkit has."""
+    given = parse(line).params
+    found = [] if given.get("scheme") in (None, *map(str.lower, SCHEMES)) else [given["scheme"]]
+    parts = (given.get("method") or "").split("+")
+    tables = {**SOLVERS, **TRANSFORMS}
+    found += [part for part in parts if part and part not in (*tables, AUTO, REQUANT)]
+    known = {name for part in parts if part in tables for name in tables[part].options}
+    found += [option for option in given.get("options") or () if option.partition("=")[0] not in known]
+    return found + [p for p in given.get("policy") or () if p.partition("=")[0] not in PolicyConfig.model_fields]
+
+
+@pytest.mark.parametrize("page", USER_PAGES, ids=lambda page: page.name)
+def test_names_in_commands_exist(page: Page) -> None:
+    assert [name for line in page.commands for name in unknown_names(line)] == []
+
+
+@pytest.mark.parametrize(
+    ("end", "name"),
+    [
+        ("--scheme w4a17", "w4a17"),
+        ("--method gptq+awk", "awk"),
+        ("--method gptq --option sweep=4", "sweep=4"),
+        ("--method awq --option sweeps=4", "sweeps=4"),
+        ("--policy widths=6", "widths=6"),
+    ],
+)
+def test_names_that_do_not_exist_are_noticed(end: str, name: str) -> None:
+    assert unknown_names(f"qkit quantize --model M --out OUT {end}") == [name]
 
 
 def test_the_main_verbs_are_shown() -> None:
