@@ -1,0 +1,221 @@
+"""Tables of measured figures of KV caches, vision-language models, videos, kernels and reliability."""
+
+from __future__ import annotations
+
+from markdown_table import Row, markdown
+from report_tables import interval, mb, report
+
+CACHES = {
+    "int8": "`int8`",
+    "fp8": "`fp8`, scale 1",
+    "hierarchical8": "`hierarchical8`",
+    "kivi4": "`kivi4`",
+    "xquant4": "`xquant4`",
+    "xquant-cl4": "`xquant-cl4`",
+    "xquant-cl3": "`xquant-cl3`",
+    "xquant-cl2": "`xquant-cl2`",
+    "pm-kvq:4": "`pm-kvq:4`",
+    "rotate4": "`rotate4`",
+    "int4": "`int4`",
+    "int3": "`int3`",
+    "kivi2": "`kivi2`",
+    "xquant2": "`xquant2`",
+    "pm-kvq:2": "`pm-kvq:2`",
+    "int2": "`int2`",
+    "rotate2": "`rotate2`",
+    "direct 2": "layout of `pm-kvq:2`, 2 bits from the first token",
+    "pm-kvq:4-2": "`pm-kvq:4-2`, between the two, by sensitivity",
+    "equal budgets": "the same memory, equal for all layers",
+    "least sensitive first": "the same memory, least sensitive layers first",
+}
+VIDEOS = {
+    "W8A8": "W8A8, rounded",
+    "W4A8": "W4A8, rounded",
+    "W4A8, SmoothQuant": "W4A8, SmoothQuant, rounded",
+    "W4A8, Hadamard": "W4A8, Hadamard, rounded",
+    "W4A8, SmoothQuant, Hadamard": "W4A8, SmoothQuant and Hadamard, rounded",
+    "W4A8, GPTQ": "W4A8",
+    "NVFP4 weights, INT8 inputs": "NVFP4 weights, INT8 inputs",
+    "NVFP4": "NVFP4",
+    "static, 5 bits": "`6bit`, kind=static, width=5",
+    "dmpq, 5 bits": "`6bit`, width=5",
+    "dmpq, weighed, 5 bits": "`6bit`, width=5, weigh=true",
+    "static, 6 bits": "`6bit`, kind=static, width=6",
+    "static, weighed, 6 bits": "`6bit`, kind=static, width=6, weigh=true",
+    "decoupled, 6 bits": "`6bit`, kind=decoupled, width=6",
+    "dmpq, 6 bits": "`6bit`, width=6",
+    "dmpq, weighed, 6 bits": "`6bit`, width=6, weigh=true",
+    "dmpq, 6 bits, Hadamard": "`6bit`, width=6, Hadamard",
+    "static, 7 bits": "`6bit`, kind=static, width=7",
+    "dmpq, 7 bits": "`6bit`, width=7",
+    "dmpq, 6 bits, cache": "`6bit`, width=6, skips=0.25",
+    "dmpq, 6 bits, schedule": "`6bit`, width=6, skips=0.25, cache=schedule",
+    "INT8 inputs, schedule": "`6bit`, width=8, skips=0.25, cache=schedule",
+}
+
+
+def caches() -> str:
+    """What packed caches cost, by decoding two texts."""
+    heldout = report("kvcache/tiny-llama-long")["texts"]["heldout"]
+    other = report("kvcache/tiny-llama-long-wikitext2")["texts"]["wikitext2"]
+
+    def change(found: Row) -> str:
+        low, high = found["change_ci"]
+        return f"{found['change_percent']:+.2f} % [{low:+.2f}, {high:+.2f}]"
+
+    return markdown(
+        [
+            {
+                "cache": label,
+                "of 16 bits": f"{heldout[name]['share']:.3f}",
+                "perplexity": f"{heldout[name]['perplexity']:.2f}",
+                "change (95 % interval)": change(heldout[name]),
+                "WikiText-2": f"{other[name]['perplexity']:.2f}",
+                "change": change(other[name]),
+                "same greedy": f"{heldout[name]['same_greedy']:.1f} of 32",
+            }
+            for name, label in CACHES.items()
+        ]
+    )
+
+
+def retrieval() -> str:
+    """Needles in 512 tokens."""
+    rows = []
+    for cache, asked in report("kvcache/retrieval")["caches"].items():
+        found = {a["depth"]: a for a in asked if a["task"] == "needle" and a["length"] == 512}
+        gains = {
+            f"gain at depth {d:g}": interval([found[d]["gain"], *found[d]["gain_ci"]], 2) for d in (0.5, 0.75, 1.0)
+        }
+        label = "plain" if cache == "none" else f"`{cache}`"
+        rows.append({"cache": label, "of 16 bits": f"{found[1.0]['share']:.3f}", **gains})
+    return markdown(rows)
+
+
+def lengths() -> str:
+    """MB of caches against the length of the context."""
+    found = report("kvcache/length")["lengths"]
+    names = ("none", "int8", "xquant4", "pm-kvq:2", "kivi2", "int2")
+    return markdown(
+        [
+            {
+                "tokens": f"{int(tokens):,}",
+                **{"plain" if n == "none" else f"`{n}`": mb(found[tokens][n]["bytes"]) for n in names},
+            }
+            for tokens in ("256", "1024", "4096")
+        ]
+    )
+
+
+def vision() -> str:
+    """Right answers and divergence of the small vision-language model."""
+    settings = {"W4A8": "W4A8", "W3A16 g64": "W3, g64", "W2A16 g32": "W2, g32", "W2A16 g64": "W2, g64"}
+    found = {(r["setting"], r["method"]): r for r in report("vlm/tiny-vlm")["rows"]}
+    methods = ("rtn", "awq (text)", "awq", "gptq", "mbq-mse", "mbq", "mbq+gptq", "signround", "auto")
+    rows = []
+    for method in methods:
+        row: Row = {"method": "awq, text alone" if method == "awq (text)" else method}
+        for setting, label in settings.items():
+            figures = found[setting, method]
+            row[label] = f"{figures['accuracy'][0]:.1f} / {figures['kl'][0]:.4f}"
+        rows.append(row)
+    return markdown(rows)
+
+
+def videos() -> str:
+    """The small video model in all schemes, against samples of the original."""
+    found = {r["run"]: r for r in report("video/tiny-video")["rows"]}
+    rows = []
+    for run, label in VIDEOS.items():
+        r = found[run]
+        whole = {"NVFP4": "4"}.get(run, "8")
+        rows.append(
+            {
+                "scheme": label,
+                "bits of inputs": f"{r['width'][0]:.2f}" if r.get("width") else whole,
+                "skipped": f"{100 * r['skipped'][0]:.0f} %" if r.get("skipped") and r["skipped"][0] else "",
+                "error of latents": interval(r["latent_error"], 3, signed=False),
+                "PSNR, dB": f"{r['psnr'][0]:.1f}",
+                "recognised, change in points": interval(r["recognised_change"], 1),
+                "flickering, change": f"{r['flickering_change'][0]:+.4f}",
+                "reads": f"{r['traffic']:.2f}",
+                "operations": f"{r['operations']:.3f}",
+            }
+        )
+    return markdown(rows)
+
+
+def vision_differences() -> str:
+    """Paired differences of methods on the small vision-language model."""
+    settings = {"W4A8": "W4A8", "W3A16 g64": "W3, g64", "W2A16 g32": "W2, g32", "W2A16 g64": "W2, g64"}
+    rows = []
+    for d in sorted(report("vlm/tiny-vlm")["differences"], key=lambda d: (d["of"], d["against"])):
+        names = [n.replace("awq (text)", "awq, text alone") for n in (d["of"], d["against"])]
+        row: Row = {"method": names[0], "less": names[1], "setting": settings[d["setting"]]}
+        rows.append({**row, "right answers, points": interval(d["accuracy"], 1), "KL": interval(d["kl"], 4)})
+    return markdown(rows)
+
+
+def video_differences() -> str:
+    """Paired differences of schemes on the small video model."""
+    rows = []
+    for pair, d in report("video/tiny-video")["pairs"].items():
+        left, right = (VIDEOS.get(n, f"{n}, rounded") for n in pair.split(" - "))
+        latents, psnr = interval(d["latent_error"], 3), interval(d["psnr"], 2)
+        rows.append({"scheme": left, "less": right, "error of latents": latents, "PSNR, dB": psnr})
+    return markdown(rows)
+
+
+def products() -> str:
+    """Times of W4A16 products, weights from memory."""
+    found = report("kernels_cpu/avx512-bf16")["products"]
+    rows = []
+    for threads, measured in found.items():
+        for product in measured["products"]:
+            cold = {(r["contender"], r["rows"]): 1e3 * r["cold"]["p50"] for r in product["results"] if r["cold"]}
+            row: Row = {"weight": f"{product['out']}x{product['in']}", "threads": threads}
+            for count in (1, 4, 16, 64, 256):
+                ours, dense = cold["qkit", count], cold["dense bf16", count]
+                row[f"{count} row" + ("s" if count > 1 else "")] = f"{ours:.2f} ms, {dense / ours:.1f}x"
+            rows.append(row)
+    return markdown(rows)
+
+
+def decoding() -> str:
+    """Tokens per second of a Llama of 300 million parameters."""
+    found = report("kernels_cpu/avx512-bf16")["decode"]
+    return markdown(
+        [
+            {"threads": threads, **{m["name"]: f"{m['tokens_per_second']:.0f} tokens/s" for m in measured["models"]}}
+            for threads, measured in found.items()
+        ]
+    )
+
+
+def reliability() -> str:
+    """Faults that were provoked, and how many of them ended wrongly."""
+    ends, fuzz = report("reliability/durability"), report("reliability/fuzz")
+    changes = report("reliability/output_changes")
+    missed = sum(len(kind["called sound"]) for kind in changes["kinds"].values())
+    rows = [
+        ("a run killed at a random moment", ends["kills"]["kills"], len(ends["kills"]["wrong"])),
+        ("two commands with the same output", ends["races"]["races"], len(ends["races"]["wrong"])),
+        ("a full disk", ends["full disks"]["disks"], len(ends["full disks"]["wrong"])),
+        ("a mutated input file", fuzz["inputs"], fuzz["failures"]),
+        ("one change in an output folder", changes["changes"], missed),
+    ]
+    return markdown([{"fault": f, "times": f"{n:,}", "ended wrongly": wrong} for f, n, wrong in rows])
+
+
+TABLES = {
+    "kv-caches": caches,
+    "kv-retrieval": retrieval,
+    "kv-lengths": lengths,
+    "vision": vision,
+    "vision-differences": vision_differences,
+    "videos": videos,
+    "video-differences": video_differences,
+    "products": products,
+    "decoding": decoding,
+    "reliability": reliability,
+}
