@@ -38,7 +38,7 @@ class LatencyTable:
     threads: int
     seconds: Mapping[Key, float]
 
-    def described(self) -> dict[str, Any]:
+    def origin(self) -> dict[str, Any]:
         """Where the times come from."""
         return {
             "file": str(self.file),
@@ -49,25 +49,25 @@ class LatencyTable:
             "threads": self.threads,
         }
 
-    def joined(self) -> LatencyTable:
+    def merged(self) -> LatencyTable:
         """With the times that the file has of other products. Raises UsageError for a file that is something else, or was
         measured elsewhere or otherwise: it stays what it is."""
         if not self.file.exists():
             return self
         try:
-            there = LatencyTable.load(self.file)
+            stored = LatencyTable.load(self.file)
         except BadInput as e:
             raise UsageError(
                 f"--table {self.file}: the file exists and is no latency table: choose another name"
             ) from e
-        mine, other = self.described(), there.described()
-        differing = next((k for k in mine if mine[k] != other[k]), None)
+        description, stored_description = self.origin(), stored.origin()
+        differing = next((k for k in description if description[k] != stored_description[k]), None)
         if differing is not None:
             raise UsageError(
-                f"--table {self.file}: the file has times of another {differing}: {other[differing]} there, "
-                f"{mine[differing]} now: choose another name"
+                f"--table {self.file}: the file has times of another {differing}: {stored_description[differing]} there, "
+                f"{description[differing]} now: choose another name"
             )
-        return replace(self, seconds={**there.seconds, **self.seconds})
+        return replace(self, seconds={**stored.seconds, **self.seconds})
 
     def save(self) -> None:
         """Write the file."""
@@ -75,7 +75,7 @@ class LatencyTable:
             {"format": name, "group": group, "out": out, "in": columns, "seconds": seconds}
             for (name, group, (out, columns)), seconds in self.seconds.items()
         ]
-        data = {"version": VERSION, **self.described(), "entries": entries}
+        data = {"version": VERSION, **self.origin(), "entries": entries}
         del data["file"]
         write_atomic(self.file, (json.dumps(data, indent=1) + "\n").encode())
 
@@ -115,32 +115,34 @@ class Latency:
         return sum(self.times[unit, name] for unit, name in picks.items())
 
 
-def unit_times(made: Profile, structure: ModelStructure, table: LatencyTable, model: str) -> dict[tuple[str, str], int]:
+def unit_times(
+    profile: Profile, structure: ModelStructure, table: LatencyTable, model: str
+) -> dict[tuple[str, str], int]:
     """{(unit, candidate): nanoseconds} of all choices of the profile.
 
     model: as it was named, for the message. Raises BadInput for what the table lacks.
     """
     linears = {x.name: x for block in structure.blocks for x in block.linears}
     visited = _visited(structure)
-    found = {}
-    for unit in made.units:
+    times = {}
+    for unit in profile.units:
         for name in unit.choices:
-            group = asked_group(made, name)
+            group = requested_group(profile, name)
             total = 0.0
             for x in (linears[n] for n in unit.linears):
                 seconds = table.seconds.get((name, group, x.shape))
                 if seconds is None:
-                    raise BadInput(_missing(table, made, (name, group, x.shape), model))
+                    raise BadInput(_missing(table, profile, (name, group, x.shape), model))
                 total += seconds * (visited if x.expert is not None else 1.0)
-            found[unit.key, name] = round(total * 1e9)
-    return found
+            times[unit.key, name] = round(total * 1e9)
+    return times
 
 
-def asked_group(made: Profile, name: str) -> int | None:
+def requested_group(profile: Profile, name: str) -> int | None:
     """The group size that a candidate of a profile asks for; None: the format has none, or keeps the weight."""
     if name == "keep":
         return None
-    group: int | None = made.request["group_sizes"][name]
+    group: int | None = profile.request["group_sizes"][name]
     if group is None:
         return scheme(name.partition("+")[0]).weights.group
     return group if group > 0 else None
@@ -149,18 +151,20 @@ def asked_group(made: Profile, name: str) -> int | None:
 def _visited(structure: ModelStructure) -> float:
     """Share of the experts that a token visits."""
     config: Any = structure.text_config
-    each: Iterable[int] = (x.expert + 1 for b in structure.blocks for x in b.linears if x.expert is not None)
-    count = max(each, default=1)
+    expert_numbers: Iterable[int] = (x.expert + 1 for b in structure.blocks for x in b.linears if x.expert is not None)
+    count = max(expert_numbers, default=1)
     return float(min(1.0, getattr(config, "num_experts_per_tok", count) / count))
 
 
-def _missing(table: LatencyTable, made: Profile, key: Key, model: str) -> str:
+def _missing(table: LatencyTable, profile: Profile, key: Key, model: str) -> str:
     name, group, (out, columns) = key
-    sizes = {asked_group(made, n) for n in made.candidates if made.request["group_sizes"].get(n) is not None}
-    own = f" --group-size {sizes.pop() or -1}" if sizes else ""
-    formats = ",".join("bf16" if n == "keep" else n.lower() for n in made.candidates)
+    sizes = {
+        requested_group(profile, n) for n in profile.candidates if profile.request["group_sizes"].get(n) is not None
+    }
+    group_option = f" --group-size {sizes.pop() or -1}" if sizes else ""
+    formats = ",".join("bf16" if n == "keep" else n.lower() for n in profile.candidates)
     in_groups = "" if group is None else f" in groups of {group}"
     return (
         f"{table.file}: no time for format {name}{in_groups} at {out}x{columns}: measure it with 'qkit bench gemv --model "
-        f"{shlex.quote(model)} --formats {formats}{own} --table {shlex.quote(str(table.file))}'"
+        f"{shlex.quote(model)} --formats {formats}{group_option} --table {shlex.quote(str(table.file))}'"
     )

@@ -48,11 +48,11 @@ class BudgetRequest:
 def parse_budget(bits: float | None, size: str | None, memory: str | None, latency: str | None = None) -> Budget | None:
     """The budget of the command line; None when there is none. Raises UsageError for two limits of bytes or what cannot be
     read."""
-    given = [x for x in (bits, size, memory) if x is not None]
+    byte_limits = [x for x in (bits, size, memory) if x is not None]
     time = None if latency is None else parse_latency(latency)
-    if not given:
+    if not byte_limits:
         return None if time is None else Budget(latency=time)
-    if len(given) > 1:
+    if len(byte_limits) > 1:
         raise UsageError("--bits, --size and --memory exclude each other: give one budget")
     if bits is not None:
         if not 1 <= bits <= 32:
@@ -69,18 +69,18 @@ def parse_budget(bits: float | None, size: str | None, memory: str | None, laten
 
 def parse_bytes(text: str, option: str) -> int:
     """'90MB' -> 90_000_000. Raises UsageError naming the option."""
-    found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
-    if not found or found[2].upper() not in _UNITS or found[1].count(".") > 1:
+    match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in _UNITS or match[1].count(".") > 1:
         raise UsageError(f"{option} {text}: expected a number with B, KB, MB, GB, MiB or GiB, for instance 90MB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def parse_latency(text: str) -> tuple[int, Path]:
     """'12ms@table.json' -> (nanoseconds, file). Raises UsageError."""
     amount, at, file = text.partition("@")
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(ns|us|ms|s)", amount.strip().lower())
-    if not at or not file or not found or not float(found[1]):
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(ns|us|ms|s)", amount.strip().lower())
+    if not at or not file or not match or not float(match[1]):
         raise UsageError(
             f"--latency {text}: expected a time and a table of 'qkit bench gemv --table', for instance 12ms@table.json"
         )
-    return int(float(found[1]) * _TIMES[found[2]]), Path(file)
+    return int(float(match[1]) * _TIMES[match[2]]), Path(file)

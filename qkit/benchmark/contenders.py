@@ -67,7 +67,7 @@ class Contender:
     rounds: bool = False
 
 
-def problem(candidate: Candidate, shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> Product:
+def random_product(candidate: Candidate, shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> Product:
     """A random weight in a candidate's format. Raises Unsupported where the format cannot have that shape."""
     generator = torch.Generator().manual_seed(seed)
     static = torch.ones(1)
@@ -83,20 +83,21 @@ def problem(candidate: Candidate, shape: tuple[int, int], dtype: torch.dtype, se
             size=kept_weight.nbytes,
         )
     weights, activations = fit_group(candidate.scheme.weights, shape[1]), candidate.scheme.activations
-    kept = outlier_count(candidate.outliers, shape)
-    q = random_weight(weights, shape, kept, generator)
+    sparse_count = outlier_count(candidate.outliers, shape)
+    q = random_weight(weights, shape, sparse_count, generator)
     if candidate.rank:
-        thin = (torch.randn(n, candidate.rank, generator=generator) * 0.02 for n in shape)
-        up, down = (t.to(torch.bfloat16) for t in thin)
+        factors = (torch.randn(n, candidate.rank, generator=generator) * 0.02 for n in shape)
+        up, down = (t.to(torch.bfloat16) for t in factors)
         q = replace(q, low_rank=LowRank(down.T.contiguous(), up))
     if activations is not None and activations.strategy in ("tensor", "tensor_group"):
         static = torch.tensor([static_scale(4.0, activations)])
-    size = linear_bytes(weights, activations, shape, torch.bfloat16, kept, candidate.rank)
+    size = linear_bytes(weights, activations, shape, torch.bfloat16, sparse_count, candidate.rank)
     return Product(candidate=candidate, shape=shape, dtype=dtype, q=q, exact=dequantize(q), static=static, size=size)
 
 
-def random_weight(fmt: Format, shape: tuple[int, int], kept: int, generator: torch.Generator) -> QTensor:
-    """Random codes over the whole range, random scales, zero points where the format has them, ``kept`` values beside."""
+def random_weight(fmt: Format, shape: tuple[int, int], sparse_count: int, generator: torch.Generator) -> QTensor:
+    """Random codes over the whole range, random scales, zero points where the format has them, ``sparse_count`` values
+    beside."""
     low, high = -(1 << (fmt.bits - 1)), 1 << (fmt.bits - 1)
     per_tile = param_shape(fmt, shape)
     scale, zero, global_scale = torch.rand(per_tile, generator=generator) + 0.5, None, None
@@ -115,9 +116,9 @@ def random_weight(fmt: Format, shape: tuple[int, int], kept: int, generator: tor
     else:
         scale = (scale * 0.02).to(torch.bfloat16)
     part = None
-    if kept:
-        places = torch.randperm(shape[0] * shape[1], generator=generator)[:kept].sort().values
-        part = sparse.make(places, torch.randn(kept, generator=generator).to(torch.bfloat16), shape)
+    if sparse_count:
+        places = torch.randperm(shape[0] * shape[1], generator=generator)[:sparse_count].sort().values
+        part = sparse.make(places, torch.randn(sparse_count, generator=generator).to(torch.bfloat16), shape)
     return QTensor(codes, Params(scale, zero, global_scale), fmt, part)
 
 

@@ -53,38 +53,41 @@ def decode(
     differ between rounds is refused.
     """
     for name, model in models:
-        most = getattr(model.config, "max_position_embeddings", None)
-        if most is not None and prompt + new + 1 > most:
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and prompt + new + 1 > positions:
             raise UsageError(
-                f"{name}: {most} positions for {prompt} + {new + 1} tokens: lower --prompt-tokens or --new-tokens"
+                f"{name}: {positions} positions for {prompt} + {new + 1} tokens: lower --prompt-tokens or --new-tokens"
             )
     vocabulary = min(model.config.vocab_size for _, model in models)
     ids = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
     decoders = [Decoder(model, prompt + new + 1) for _, model in models]
     for decoder in decoders:
         decoder.generate(ids, 2)
-    found: list[list[Round]] = [[] for _ in models]
+    rounds_of_model: list[list[Round]] = [[] for _ in models]
     for _ in range(rounds):
-        for decoder, mine in zip(decoders, found, strict=True):
-            mine.append(_round(decoder, ids, new))
+        for decoder, model_rounds in zip(decoders, rounds_of_model, strict=True):
+            model_rounds.append(_round(decoder, ids, new))
             step()
-    return [_judged(name, model, mine, host) for (name, model), mine in zip(models, found, strict=True)]
+    return [
+        _timing(name, model, model_rounds, host)
+        for (name, model), model_rounds in zip(models, rounds_of_model, strict=True)
+    ]
 
 
-def _judged(name: str, model: nn.Module, rounds: Sequence[Round], host: Host) -> DecodeTiming:
-    size, whole = linear_bytes(model)
+def _timing(name: str, model: nn.Module, rounds: Sequence[Round], host: Host) -> DecodeTiming:
+    size, reads_all = linear_bytes(model)
     token = Timing.of([r.token for r in rounds])
     if any(r.tokens != rounds[0].tokens for r in rounds):
         refused: str | None = "the same prompt gave different tokens"
     else:
-        read = size if whole and size > host.cache else 0
-        refused = host.refusal(token.p50, read, 0) and host.remeasured().refusal(token.p50, read, 0)
+        bytes_read = size if reads_all and size > host.cache else 0
+        refused = host.refusal(token.p50, bytes_read, 0) and host.remeasured().refusal(token.p50, bytes_read, 0)
     return DecodeTiming(
         name=name,
         prompt=min(r.prompt for r in rounds),
         token=token,
         size=size,
-        floor=host.floor(size) if whole else None,
+        floor=host.floor(size) if reads_all else None,
         refused=refused,
     )
 
@@ -100,12 +103,12 @@ def _round(decoder: Decoder, ids: Tensor, new: int) -> Round:
 
 def linear_bytes(model: nn.Module) -> tuple[int, bool]:
     """(bytes of the weights of all linears as they are held, whether a token reads all of them)."""
-    size, whole = 0, True
+    size, reads_all = 0, True
     for module in model.modules():
         if isinstance(module, QuantLinear):
             size += module.nbytes
         elif isinstance(module, nn.Linear):
             size += module.weight.nbytes
         elif isinstance(module, QuantExperts) or isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
-            whole = False  # fused experts, of which a token visits some
-    return size, whole
+            reads_all = False  # fused experts, of which a token visits some
+    return size, reads_all

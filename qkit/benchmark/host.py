@@ -51,8 +51,8 @@ class Host:
 
     def remeasured(self) -> Host:
         """The better of this and another measurement: something else may have been at the memory before."""
-        now = measured_host(self.cache)
-        best_of = {name: max(getattr(self, name), getattr(now, name)) for name in ("copy", "read", "flops")}
+        again = measure_host(self.cache)
+        best_of = {name: max(getattr(self, name), getattr(again, name)) for name in ("copy", "read", "flops")}
         return replace(self, **best_of)
 
     def refusal(self, seconds: float, size: int, operations: int) -> str | None:
@@ -85,11 +85,11 @@ def cache_bytes() -> int:
     return max(sizes) or _ASSUMED_CACHE
 
 
-def measured_host(cache: int | None = None) -> Host:
+def measure_host(cache: int | None = None) -> Host:
     """Measure memory and arithmetic; the best of some runs counts. cache: bytes, where the system's word is not to be taken."""
     cache = cache or cache_bytes()
-    most = (available_memory() or 4 << 30) // 8
-    buffer = torch.ones(max(1 << 16, min(TIMES_CACHE * cache, most) // 4 // 4096 * 4096))
+    largest_buffer = (available_memory() or 4 << 30) // 8
+    buffer = torch.ones(max(1 << 16, min(TIMES_CACHE * cache, largest_buffer) // 4 // 4096 * 4096))
     target, matrix, vector = torch.empty_like(buffer), buffer.view(-1, 4096), torch.ones(4096)
     square = torch.ones(512, 512)
     with torch.inference_mode():
@@ -101,15 +101,15 @@ def measured_host(cache: int | None = None) -> Host:
 
 def best(run: Callable[[], object], times: int = 15) -> float:
     """Seconds of the fastest of some runs."""
-    found = []
+    seconds = []
     for _ in range(times):
         start = time.perf_counter()
         run()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
-def described() -> dict[str, Any]:
+def describe_host() -> dict[str, Any]:
     """The machine, the versions in use, and what else it is doing."""
     return {
         "processor": cores.name(),
@@ -119,7 +119,7 @@ def described() -> dict[str, Any]:
         "memory": available_memory(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        "versions": {name: installed for name in _PACKAGES if (installed := _version(name)) is not None},
         "clock_mhz": clock_mhz(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }

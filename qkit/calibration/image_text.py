@@ -30,7 +30,7 @@ from qkit.calibration.options import DRAWN
 from qkit.errors import BadCalibration, BadCheckpoint, BadInput, Unsupported, UsageError
 from qkit.files.folder import check_side_files, parse_checked
 from qkit.files.safefile import read_bytes, shown
-from qkit.files.schema import PairLine, checked, foreign
+from qkit.files.schema import ImageTextLine, checked, foreign
 from qkit.files.text_file import TextFile, is_chat
 from qkit.system.confined import Exceeded
 
@@ -150,7 +150,7 @@ def _of_line(line: str, file: Path, where: str) -> Pair:
         raise BadCalibration(
             f"{where}: expected an object with image (or video), question and answer, found {shown(line, 60)}"
         )
-    checked(PairLine, data, where, "correct the line", BadCalibration)
+    checked(ImageTextLine, data, where, "correct the line", BadCalibration)
     images, frames = ([file.parent / name for name in _names(data.get(field))] for field in ("image", "video"))
     if len(frames) == 1 and frames[0].is_dir():
         frames = sorted(p for p in frames[0].iterdir() if p.suffix.lower() in PICTURES)

@@ -23,10 +23,10 @@ from qkit.errors import UsageError
 from qkit.kvcache.policy import CacheRequest
 from qkit.planning.request import Request, is_requant
 from qkit.workflows import kv_cache, measurements_ahead, towers
-from qkit.workflows.budget import BudgetAllocation, allocate_budget, opened, solved
+from qkit.workflows.budget import BudgetAllocation, allocate_budget, allocation_problem, solve_budget
 from qkit.workflows.kv_cache import CacheChoices, CachePlan, plan_cache
-from qkit.workflows.measurements_ahead import Ahead
-from qkit.workflows.requant import begin, search_outliers
+from qkit.workflows.measurements_ahead import UpcomingMeasurement
+from qkit.workflows.requant import search_outliers, start_search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class ResolvedRequest:
     budgeted: BudgetAllocation | None = None
     cache: CachePlan | None = None
     said: tuple[str, ...] = ()
-    first: tuple[Ahead, ...] = ()
+    first: tuple[UpcomingMeasurement, ...] = ()
     open: bool = False
     reach: Reach | None = None
 
@@ -53,8 +53,8 @@ class _Look:
     held against them"""
 
     decided: ResolvedRequest
-    parts: towers.Open | None = None
-    first: list[Ahead] = field(default_factory=list)
+    parts: towers.OpenTowers | None = None
+    first: list[UpcomingMeasurement] = field(default_factory=list)
     run: float = 0.0
 
 
@@ -81,7 +81,7 @@ def resolve_request(asked: QuantizeOptions, out: Path, work: Path | None, consol
             budgeted = allocate_budget(request, asked.budget, reporter)
             request, cache = budgeted.request, budgeted.cache
         if look.parts is not None:
-            found, said = towers.settle(look.parts, reporter)
+            found, said = towers.decide_towers(look.parts, reporter)
             request = replace(request, targets=found.targets)
             for sentence in said:
                 console.print(Text(sentence))
@@ -135,14 +135,14 @@ def _looked(asked: QuantizeOptions) -> _Look:
 
 
 def _of_budget(request: Request, wanted: BudgetRequest) -> _Look:
-    found = opened(request, wanted)
+    found = allocation_problem(request, wanted)
     kv, look = found.cache, _Look(ResolvedRequest(request=request, open=True, reach=found.reach))
-    if found.ask is not None:
-        profile, look.run = measurements_ahead.of_profile(found.ask, wanted.profile)
+    if found.profile_request is not None:
+        profile, look.run = measurements_ahead.profile_ahead(found.profile_request, wanted.profile)
         look.first.append(profile)
     else:
-        cache = None if kv is None else kv_cache.with_widths(kv, kv.policy.widths_of(kv.heads.layers))
-        budgeted = solved(request, wanted, found, cache)
+        cache = None if kv is None else kv_cache.cache_of_widths(kv, kv.policy.widths_of(kv.heads.layers))
+        budgeted = solve_budget(request, wanted, found, cache)
         if found.solvable:
             look.decided = ResolvedRequest(request=_with_cache(budgeted.request, cache), budgeted=budgeted, cache=cache)
         if wanted.evaluations or not found.solvable or (wanted.cache is not None and wanted.cache.scale_keys):
@@ -150,9 +150,9 @@ def _of_budget(request: Request, wanted: BudgetRequest) -> _Look:
     if wanted.cache is not None and kv is not None:
         look.first += _of_cache(look, request, kv, wanted.cache, joint=True)
     if wanted.evaluations:
-        rows = found.made.request["rows"]
+        rows = found.profile.request["rows"]
         look.first.append(
-            measurements_ahead.of_refinement(request, found.structure, wanted.evaluations, rows, look.run)
+            measurements_ahead.refinement_ahead(request, found.structure, wanted.evaluations, rows, look.run)
         )
     return look
 
@@ -160,14 +160,14 @@ def _of_budget(request: Request, wanted: BudgetRequest) -> _Look:
 def _of_request(request: Request) -> _Look:
     searching = is_requant(request.method)
     # Any method that runs rows does to look at the parts beside a language model.
-    parts = towers.opened(replace(request, method="gptq") if searching else request)
+    parts = towers.open_towers(replace(request, method="gptq") if searching else request)
     request = replace(request, targets=parts.request.targets)
-    look = _Look(ResolvedRequest(request=request, said=parts.said), parts)
-    if parts.left:
-        look.first.append(measurements_ahead.of_parts(parts))
+    look = _Look(ResolvedRequest(request=request, said=parts.notes), parts)
+    if parts.undecided:
+        look.first.append(measurements_ahead.towers_ahead(parts))
     if searching:
-        begun = begin(request)
-        look.first.append(measurements_ahead.of_search(begun))
+        begun = start_search(request)
+        look.first.append(measurements_ahead.search_ahead(begun))
         look.decided = replace(look.decided, request=begun.even)
     return look
 
@@ -175,18 +175,20 @@ def _of_request(request: Request) -> _Look:
 def _add_cache(look: _Look, wanted: CacheRequest) -> None:
     """A cache with a memory of its own."""
     request = look.decided.request
-    open_ = kv_cache.opened(request, wanted)
+    open_ = kv_cache.cache_choices(request, wanted)
     if not look.run and (open_.chooses or wanted.scale_keys):
         look.run = measurements_ahead.run_operations(request)
     look.first += _of_cache(look, request, open_, wanted, joint=False)
     if not open_.chooses:
-        cache = kv_cache.with_widths(open_, open_.policy.widths_of(open_.heads.layers))
+        cache = kv_cache.cache_of_widths(open_, open_.policy.widths_of(open_.heads.layers))
         look.decided = replace(look.decided, request=_with_cache(request, cache), cache=cache)
 
 
-def _of_cache(look: _Look, request: Request, open_: CacheChoices, wanted: CacheRequest, joint: bool) -> list[Ahead]:
-    found = [measurements_ahead.of_cache(request, open_, joint, look.run)] if open_.chooses else []
-    return [*found, measurements_ahead.of_keys(request, open_, look.run)] if wanted.scale_keys else found
+def _of_cache(
+    look: _Look, request: Request, open_: CacheChoices, wanted: CacheRequest, joint: bool
+) -> list[UpcomingMeasurement]:
+    found = [measurements_ahead.cache_ahead(request, open_, joint, look.run)] if open_.chooses else []
+    return [*found, measurements_ahead.keys_ahead(request, open_, look.run)] if wanted.scale_keys else found
 
 
 def _with_cache(request: Request, cache: CachePlan | None) -> Request:

@@ -28,7 +28,7 @@ from qkit.errors import UsageError
 from qkit.evaluation.request import DTYPES, EvalRequest, dimensions_of
 from qkit.evaluation.sources import text_name
 from qkit.files.locate import find_model
-from qkit.files.rejected import described, read_mark
+from qkit.files.rejected import describe_mark, read_mark
 from qkit.files.safefile import write_atomic
 from qkit.kvcache.policy import CachePolicy, parse, stored
 
@@ -171,7 +171,7 @@ def eval_command(
     for out, folder in zip(outs, folders, strict=True):
         mark = read_mark(folder)
         if mark is not None:
-            console.print(Text(f"{printable(out)}: {described(mark)}"), soft_wrap=True)
+            console.print(Text(f"{printable(out)}: {describe_mark(mark)}"), soft_wrap=True)
 
     from qkit.evaluation.measure import measure_all
 
@@ -196,10 +196,10 @@ def _page(found: Sequence[Mapping[str, Any]], folders: Sequence[Path], request: 
 
         return videos_page(found[0], strips(*samples))
     if request.pairs is not None:
-        from qkit.report.image_text import pairs_page
+        from qkit.report.image_text import image_text_page
 
         (name,) = found[0]["pairs"]
-        return pairs_page(found[0], name, request.pairs, request.questions)
+        return image_text_page(found[0], name, request.pairs, request.questions)
     from qkit.report.text import text_page
 
     tables = [{"title": g.title, "columns": g.columns, "rows": g.plain()} for g in grids(found)]

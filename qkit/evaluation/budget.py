@@ -290,9 +290,9 @@ def _answers(results: Mapping[str, Any] | None, line: Line) -> tuple[float | Non
     """Of the model and of the baseline; what is measured has one entry."""
     entry: Mapping[str, Any] = next(iter((results or {}).values()), {})
     if line.metric == "accuracy":
-        whole = entry if line.of is None else (entry.get("kinds") or {}).get(line.of) or {}
-        found = whole.get("accuracy") or {}
-        return found.get("percent"), found.get("baseline_percent")
+        entries = entry if line.of is None else (entry.get("kinds") or {}).get(line.of) or {}
+        accuracy = entries.get("accuracy") or {}
+        return accuracy.get("percent"), accuracy.get("baseline_percent")
     metric, _, part = line.metric.removeprefix("answer_").partition(".")
     return (entry.get(metric) or {}).get(part) if part else entry.get(metric), entry.get(f"baseline_{metric}")
 
@@ -313,13 +313,17 @@ def _check(
     limit: Limit,
     value: float | None,
     baseline: float | None,
-    said: Callable[[float], str] = _number,
+    format_value: Callable[[float], str] = _number,
 ) -> Check:
     bound = limit.bound(baseline)
-    text = str(limit) if limit.unit else f"{'<=' if limit.upper else '>='} {said(limit.value)}"
+    text = str(limit) if limit.unit else f"{'<=' if limit.upper else '>='} {format_value(limit.value)}"
     if limit.unit:
-        known = " of a baseline that was not measured" if baseline is None else f" of {said(baseline)} ({said(bound)})"
-        text += known
+        reference = (
+            " of a baseline that was not measured"
+            if baseline is None
+            else f" of {format_value(baseline)} ({format_value(bound)})"
+        )
+        text += reference
     finite = value is not None and math.isfinite(value) and math.isfinite(bound)
     ok = finite and value is not None and (value <= bound if limit.upper else value >= bound)
     return Check(name, text, value, ok)

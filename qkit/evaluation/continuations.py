@@ -28,18 +28,20 @@ NEW_TOKENS = 24
 def continuations(model: Any, baseline: Any, tokenizer: Any) -> list[dict[str, Any]]:
     """Of each prompt {"prompt", "said"}, and with a baseline also {"baseline_said", "same"}: greedy, NEW_TOKENS tokens; same:
     how many of them are the same before the first that differs."""
-    found = []
+    entries = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        own = _continued(model, ids)
-        entry: dict[str, Any] = {"prompt": prompt, "said": tokenizer.decode(own)}
+        tokens = _continued(model, ids)
+        entry: dict[str, Any] = {"prompt": prompt, "said": tokenizer.decode(tokens)}
         if baseline is not None:
-            other = _continued(baseline, ids)
-            pairs = zip(own.tolist(), other.tolist(), strict=False)
-            same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(own), len(other)))
-            entry |= {"baseline_said": tokenizer.decode(other), "same": same}
-        found.append(entry)
-    return found
+            baseline_tokens = _continued(baseline, ids)
+            tokens_of_both = zip(tokens.tolist(), baseline_tokens.tolist(), strict=False)
+            equal_count = next(
+                (i for i, (a, b) in enumerate(tokens_of_both) if a != b), min(len(tokens), len(baseline_tokens))
+            )
+            entry |= {"baseline_said": tokenizer.decode(baseline_tokens), "same": equal_count}
+        entries.append(entry)
+    return entries
 
 
 def _continued(model: Any, ids: torch.Tensor) -> torch.Tensor:

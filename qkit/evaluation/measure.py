@@ -16,7 +16,7 @@ from qkit.errors import UsageError
 from qkit.evaluation.request import EvalRequest, dimensions_of
 from qkit.evaluation.sources import read_text, text_name
 from qkit.evaluation.text import Progress, evaluate_texts, first_tokens, tokenize
-from qkit.evaluation.vbench import Bench, evaluate_vbench
+from qkit.evaluation.vbench import VBenchRequest, evaluate_vbench
 from qkit.families.declared import DECLARED
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import PIPELINE_INDEX, is_pipeline, weights_folder
@@ -46,7 +46,7 @@ def measure_all(
     """
     from qkit.runtime.loading import load, load_tokenizer
 
-    found: list[dict[str, Any]] = [
+    results: list[dict[str, Any]] = [
         {
             "model": out.resolve().name,
             "baseline": None if baseline is None else baseline.resolve().name,
@@ -56,16 +56,16 @@ def measure_all(
         }
         for out in outs
     ]
-    alone = request.alone
-    if alone and len(outs) > 1:
-        raise UsageError(f"{alone}: is measured of one model at a time, and there are {len(outs)}: give one OUT")
+    single_only = request.alone
+    if single_only and len(outs) > 1:
+        raise UsageError(f"{single_only}: is measured of one model at a time, and there are {len(outs)}: give one OUT")
     dimensions = dimensions_of(request.tasks)
     if dimensions:
-        return [found[0] | _vbench(outs[0], baseline, dimensions, request, progress)]
+        return [results[0] | _vbench(outs[0], baseline, dimensions, request, progress)]
     if request.videos:
-        return [found[0] | _videos(outs[0], baseline, request, progress)]
+        return [results[0] | _videos(outs[0], baseline, request, progress)]
     if not request.texts and not request.tasks and request.pairs is None:
-        return found
+        return results
     for out in outs:
         if is_pipeline(out):
             raise UsageError(
@@ -80,29 +80,29 @@ def measure_all(
     _check_alike(outs, tokenizers, request)
     dtype = getattr(torch, request.dtype)
     # Texts are read without a cache and --kv compares caches with a plain one; tasks run as the folder is meant to.
-    compared = request.retrieval or bool(request.caches)
-    models = [load(out, dtype=dtype, device=request.device, kv="none" if compared else None) for out in outs]
+    caches_compared = request.retrieval or bool(request.caches)
+    models = [load(out, dtype=dtype, device=request.device, kv="none" if caches_compared else None) for out in outs]
     original = None if baseline is None else load(baseline, dtype=dtype, device=request.device)
     if request.texts:
         texts = evaluate_texts(
             models, tokenizers[0], request.texts, request.window, request.windows, original, progress=progress
         )
-        found = [own | figures for own, figures in zip(found, texts, strict=True)]
-    if compared:
+        results = [result | figures for result, figures in zip(results, texts, strict=True)]
+    if caches_compared:
         caches = _caches(models[0], tokenizers[0], request, progress)
-        found[0]["retrieval" if request.retrieval else "caches"] = caches
+        results[0]["retrieval" if request.retrieval else "caches"] = caches
     if request.pairs is not None:
-        found[0]["pairs"] = _pairs(models[0], original, processor, request, progress)
+        results[0]["pairs"] = _pairs(models[0], original, processor, request, progress)
     if request.prompts:
         from qkit.evaluation.continuations import continuations
 
-        for own, model in zip(found, models, strict=True):
-            own["continuations"] = continuations(model, original, tokenizers[0])
+        for result, model in zip(results, models, strict=True):
+            result["continuations"] = continuations(model, original, tokenizers[0])
     if request.tasks:
         processors = [partial(load_processor, out) if _sees(out) else None for out in outs]
         tasks = _tasks(models, original, tokenizers, request, processors)
-        found = [own | figures for own, figures in zip(found, tasks, strict=True)]
-    return found
+        results = [result | figures for result, figures in zip(results, tasks, strict=True)]
+    return results
 
 
 def _check_alike(outs: Sequence[Path], tokenizers: Sequence[Any], request: EvalRequest) -> None:
@@ -125,8 +125,11 @@ def _videos(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
 
     _check_pipelines(out, baseline, request)
     pipes = [None if f is None else _pipeline(f, request) for f in (out, baseline)]
-    ours, theirs = make_videos(pipes[0], out, request.videos, pipes[1], progress)
-    return {"videos": figures(ours, theirs), "samples": (ours[: request.examples], theirs[: request.examples])}
+    videos, baseline_videos = make_videos(pipes[0], out, request.videos, pipes[1], progress)
+    return {
+        "videos": figures(videos, baseline_videos),
+        "samples": (videos[: request.examples], baseline_videos[: request.examples]),
+    }
 
 
 def _vbench(
@@ -138,7 +141,7 @@ def _vbench(
             f"--tasks {request.tasks[0]}: give --vbench-python, an interpreter that VBench is installed for"
         )
     _check_pipelines(out, baseline, request)
-    bench = Bench(
+    bench = VBenchRequest(
         dimensions=dimensions,
         python=request.vbench_python,
         videos=request.videos,
@@ -147,10 +150,10 @@ def _vbench(
         device=request.device,
     )
     folders = {"model": out} | ({} if baseline is None else {"baseline": baseline})
-    ours, *theirs = evaluate_vbench(
+    figures, *baseline_figures = evaluate_vbench(
         [(n, f, partial(_pipeline, f, request)) for n, f in folders.items()], bench, progress
     )
-    return _compared(ours, theirs[0] if theirs else {})
+    return _compared(figures, baseline_figures[0] if baseline_figures else {})
 
 
 def _check_pipelines(out: Path, baseline: Path | None, request: EvalRequest) -> None:
@@ -175,16 +178,16 @@ def _caches(model: Any, tokenizer: Any, request: EvalRequest, progress: Progress
     policies = {p.name: p for p in request.caches}
     window, limit = request.window, request.windows
     prompt = window // 2 if request.prompt is None else request.prompt
-    found: dict[str, Any] = {}
+    by_text: dict[str, Any] = {}
     for spec in request.texts:
         text = read_text(spec)
         tokens = tokenize(tokenizer, text)
-        found[text_name(spec)] = (
+        by_text[text_name(spec)] = (
             evaluate_retrieval(model, tokenizer, text, tokens, window, limit, policies, progress=progress)
             if request.retrieval
             else evaluate_caches(model, tokens, window, limit, prompt, policies, request.step, progress)
         )
-    return found
+    return by_text
 
 
 def _sees(out: Path) -> bool:
@@ -210,12 +213,12 @@ def _processor(out: Path, pairs: str) -> Any:
 def _pairs(
     model: Any, original: Any, processor: Any, request: EvalRequest, progress: Progress | None
 ) -> dict[str, Any]:
-    from qkit.evaluation.image_text import evaluate_pairs
+    from qkit.evaluation.image_text import evaluate_image_text
 
     assert request.pairs is not None
     name = request.pairs if request.pairs == DRAWN else Path(request.pairs).resolve().stem
     report = None if progress is None else partial(progress, name)
-    figures = evaluate_pairs(
+    figures = evaluate_image_text(
         model, processor, request.pairs, request.questions, original, request.examples, progress=report
     )
     return {name: figures}
@@ -256,21 +259,25 @@ def _tasks(
             model, tokenizer, request.tasks, request.limit, request.allow_task_code, request.task_dir, processor
         )
 
-    ours = [run(*each) for each in zip(models, tokenizers, processors, strict=True)]
-    theirs = {} if original is None else run(original, tokenizers[0], processors[0])
-    return [_compared(own, deepcopy(theirs)) for own in ours]
+    figures = [run(*model_parts) for model_parts in zip(models, tokenizers, processors, strict=True)]
+    baseline_figures = {} if original is None else run(original, tokenizers[0], processors[0])
+    return [_compared(model_figures, deepcopy(baseline_figures)) for model_figures in figures]
 
 
-def _compared(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+def _compared(figures_by_task: dict[str, Any], baseline_by_task: dict[str, Any]) -> dict[str, Any]:
     """{"tasks", "baseline_tasks"} with paired changes in the place of the values of samples."""
     from qkit.evaluation.harness import paired_change
 
-    for task, entry in ours.items():
+    for task, entry in figures_by_task.items():
         for name, figures in entry["metrics"].items():
-            before = theirs.get(task, {}).get("metrics", {}).get(name)
+            before = baseline_by_task.get(task, {}).get("metrics", {}).get(name)
             if before is not None:
                 figures.update(paired_change(figures, before) or {})
-    for entry in (*ours.values(), *theirs.values()):
+    for entry in (*figures_by_task.values(), *baseline_by_task.values()):
         for figures in entry["metrics"].values():
             del figures["values"]
-    return {"tasks": ours, "baseline_tasks": theirs} if theirs else {"tasks": ours}
+    return (
+        {"tasks": figures_by_task, "baseline_tasks": baseline_by_task}
+        if baseline_by_task
+        else {"tasks": figures_by_task}
+    )

@@ -104,9 +104,9 @@ def compare_all(
     parts: list[list[list[Tensor]]] = [[] for _ in models]
     for ids in _batches([reference, *models], windows, progress):
         p_logits = _logits(reference, ids)
-        for found, approx in zip(parts, models, strict=True):
-            found.append(_compared(p_logits, _logits(approx, ids), ids))
-    return [Comparison(*(torch.cat(column) for column in zip(*found, strict=True))) for found in parts]
+        for model_parts, approx in zip(parts, models, strict=True):
+            model_parts.append(_compared(p_logits, _logits(approx, ids), ids))
+    return [Comparison(*(torch.cat(column) for column in zip(*model_parts, strict=True))) for model_parts in parts]
 
 
 def _compared(p_logits: Tensor, q_logits: Tensor, ids: Tensor) -> list[Tensor]:
@@ -120,8 +120,8 @@ def _compared(p_logits: Tensor, q_logits: Tensor, ids: Tensor) -> list[Tensor]:
     for at in _chunks(p_logits):
         p, q = _log_softmax(p_logits, at), _log_softmax(q_logits, at).to(p_logits.device)
         kl = divergence(p, q)
-        same = (p.argmax(-1) == q.argmax(-1)) & ~kl.isnan()
-        rows.append([_nll(p, ids, at), _nll(q, ids, at), kl, same])
+        same_top1 = (p.argmax(-1) == q.argmax(-1)) & ~kl.isnan()
+        rows.append([_nll(p, ids, at), _nll(q, ids, at), kl, same_top1])
     return [torch.cat(column, dim=1).cpu() for column in zip(*rows, strict=True)]
 
 

@@ -56,7 +56,7 @@ class EvalRequest:
             "--videos": self.videos,
             "--tasks vbench:": dimensions_of(self.tasks),
         }
-        return next((option for option, given in options.items() if given), None)
+        return next((option for option, is_given in options.items() if is_given), None)
 
 
 def dimensions_of(tasks: Sequence[str]) -> list[str]:

@@ -36,8 +36,8 @@ def _named_file(spec: Path | str) -> tuple[str, Path]:
     path = Path(spec)
     name = path.stem
     if isinstance(spec, str) and "=" in spec and not path.exists():
-        name, _, rest = spec.partition("=")
-        path = Path(rest)
+        name, _, file = spec.partition("=")
+        path = Path(file)
     if not path.exists():
         raise BadInput(f"text {path}: there is no such file; give the path of a text file")
     if not path.is_file():

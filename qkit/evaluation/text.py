@@ -72,7 +72,7 @@ def evaluate_texts(
             texts[name] = _figures(models, baseline_model, tokens, window, limit, report)
         except BadInput as error:
             raise BadInput(f"text '{name}': {error}") from error
-    return [{"texts": {name: found[i] for name, found in texts.items()}} for i in range(len(models))]
+    return [{"texts": {name: model_figures[i] for name, model_figures in texts.items()}} for i in range(len(models))]
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
@@ -102,7 +102,7 @@ def _figures(
             _own(nll_windows(model, tokens, window, limit, _share(progress, i, len(models))))
             for i, model in enumerate(models)
         ]
-    return [_paired(both) for both in compare_all(baseline, models, tokens, window, limit, progress)]
+    return [_paired(comparison) for comparison in compare_all(baseline, models, tokens, window, limit, progress)]
 
 
 def _share(progress: Callable[[int, int], None] | None, place: int, parts: int) -> Callable[[int, int], None] | None:
@@ -110,17 +110,21 @@ def _share(progress: Callable[[int, int], None] | None, place: int, parts: int) 
     return None if progress is None else lambda done, total: progress(place * total + done, parts * total)
 
 
-def _paired(both: Comparison) -> dict[str, Any]:
-    reference, change, kl = perplexity(both.reference), perplexity_change(both.reference, both.approx), both.kl
+def _paired(comparison: Comparison) -> dict[str, Any]:
+    reference, change, kl = (
+        perplexity(comparison.reference),
+        perplexity_change(comparison.reference, comparison.approx),
+        comparison.kl,
+    )
     mean_kl = bootstrap_ci(kl.mean(1))
     return {
-        **_own(both.approx),
+        **_own(comparison.approx),
         "baseline_perplexity": reference.mean,
         "baseline_ci": reference.ends,
         "change_percent": 100.0 * change.mean,
         "change_ci": [100.0 * end for end in change.ends],
         "kl": {"mean": mean_kl.mean, "ci": mean_kl.ends, "p99": quantile(kl, 0.99)},
-        "same_top1": float(both.same_top1.double().mean()),
+        "same_top1": float(comparison.same_top1.double().mean()),
     }
 
 

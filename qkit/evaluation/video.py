@@ -51,31 +51,31 @@ def make_video(pipeline: Any, prompt: str, call: dict[str, Any], seed: int) -> V
     """What the pipeline makes of a prompt with that seed."""
     model = getattr(pipeline, DENOISER)
     signature = inspect.signature(model.forward)
-    clock, seen = Clock(), list[Tensor]()
+    clock, latents = Clock(), list[Tensor]()
 
-    def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = signature.bind(*args, **kwargs).arguments
-        clock.tick(given["timestep"], given["hidden_states"])
-        if clock.step == len(seen):
-            seen.append(given["hidden_states"][:1].float().cpu().clone())
+    def note_latents(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = signature.bind(*args, **kwargs).arguments
+        clock.tick(arguments["timestep"], arguments["hidden_states"])
+        if clock.step == len(latents):
+            latents.append(arguments["hidden_states"][:1].float().cpu().clone())
 
     steps = getattr(model, "steps", None)
     if steps is not None:
         steps.reset()
-    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    handle = model.register_forward_pre_hook(note_latents, with_kwargs=True)
     began = time.perf_counter()
     try:
         with torch.inference_mode(), quiet():
             generator = torch.Generator().manual_seed(seed)
-            made = pipeline(**subject(pipeline, prompt), **call, generator=generator, output_type="np")
+            output = pipeline(**subject(pipeline, prompt), **call, generator=generator, output_type="np")
     finally:
         handle.remove()
     seconds = time.perf_counter() - began
-    frames = made.frames[0] if hasattr(made, "frames") else made.images
+    frames = output.frames[0] if hasattr(output, "frames") else output.images
     width, skipped, log = (math.nan, math.nan, ()) if steps is None else (steps.width, steps.skipped, tuple(steps.log))
     return Video(
         frames=torch.as_tensor(np.asarray(frames)).float(),
-        latents=tuple(seen),
+        latents=tuple(latents),
         seconds=seconds,
         width=width,
         skipped=skipped,
@@ -101,9 +101,9 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
     x, y = a.double().numpy(), b.double().numpy()
     mx, my = blur(x), blur(y)
-    vx, vy, both = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    vx, vy, covariance = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
     c1, c2 = 0.01**2, 0.03**2
-    return float(np.mean((2 * mx * my + c1) * (2 * both + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))))
+    return float(np.mean((2 * mx * my + c1) * (2 * covariance + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))))
 
 
 def flickering(frames: Tensor) -> float:
@@ -118,9 +118,9 @@ def motion(frames: Tensor) -> float:
     return float(((frames[-1] - frames[0]).abs().amax(-1) > 0.1).float().mean())
 
 
-def latent_errors(ours: Video, theirs: Video) -> list[float]:
+def latent_errors(video: Video, baseline_video: Video) -> list[float]:
     """Relative L2 error of what the transformer is given, step by step; the first step's is 0."""
-    return [float((a - b).norm() / b.norm()) for a, b in zip(ours.latents, theirs.latents, strict=True)]
+    return [float((a - b).norm() / b.norm()) for a, b in zip(video.latents, baseline_video.latents, strict=True)]
 
 
 def held_out(sampling: Sampling, index: int) -> tuple[str, int]:
@@ -133,49 +133,49 @@ def make_videos(
 ) -> tuple[list[Video], list[Video]]:
     """What both make of ``count`` prompts and seeds of the folder's sampling.json; none of a baseline that is not there."""
     sampling: Sampling = sampling_of(folder, None, {})
-    ours, theirs = list[Video](), list[Video]()
+    videos, baseline_videos = list[Video](), list[Video]()
     for i in range(count):
         prompt, seed = held_out(sampling, i)
-        ours.append(make_video(pipeline, prompt, sampling.call, seed))
+        videos.append(make_video(pipeline, prompt, sampling.call, seed))
         if baseline is not None:
-            theirs.append(make_video(baseline, prompt, sampling.call, seed))
+            baseline_videos.append(make_video(baseline, prompt, sampling.call, seed))
         if progress is not None:
             progress("videos", i + 1, count)
-    return ours, theirs
+    return videos, baseline_videos
 
 
-def figures(ours: list[Video], theirs: list[Video]) -> dict[str, Any]:
-    """Figures of samples; [mean, low, high] with 95 % intervals over them. theirs: the baseline's, by the same prompts and
-    seeds, or none.
+def figures(videos: list[Video], baseline_videos: list[Video]) -> dict[str, Any]:
+    """Figures of samples; [mean, low, high] with 95 % intervals over them. baseline_videos: the baseline's, by the same
+    prompts and seeds, or none.
 
     Figures: videos, frames, seconds (median), nonfinite, flickering, motion; with a controller width, skipped and ``by_step``;
     with a baseline baseline_seconds, psnr, ssim, latent_error (at the last step), latent_errors (mean by step),
-    flickering_change and motion_change; and what ``judged`` gives.
+    flickering_change and motion_change; and what ``recognition`` gives.
     """
-    found: dict[str, Any] = {
-        "videos": len(ours),
-        "frames": len(ours[0].frames),
-        "seconds": float(np.median([v.seconds for v in ours])),
-        "nonfinite": sum(not bool(v.frames.isfinite().all()) for v in ours),
-        "flickering": interval([flickering(v.frames) for v in ours]),
-        "motion": interval([motion(v.frames) for v in ours]),
+    values: dict[str, Any] = {
+        "videos": len(videos),
+        "frames": len(videos[0].frames),
+        "seconds": float(np.median([v.seconds for v in videos])),
+        "nonfinite": sum(not bool(v.frames.isfinite().all()) for v in videos),
+        "flickering": interval([flickering(v.frames) for v in videos]),
+        "motion": interval([motion(v.frames) for v in videos]),
     }
-    if not math.isnan(ours[0].width):
-        found |= {"width": interval([v.width for v in ours]), "skipped": interval([v.skipped for v in ours])}
-        found |= by_step([v.log for v in ours])
-    if theirs:
-        both = list(zip(ours, theirs, strict=True))
-        errors = [latent_errors(a, b) for a, b in both]
-        found |= {
-            "baseline_seconds": float(np.median([v.seconds for v in theirs])),
-            "psnr": interval([psnr(a.frames, b.frames) for a, b in both]),
-            "ssim": interval([ssim(a.frames, b.frames) for a, b in both]),
+    if not math.isnan(videos[0].width):
+        values |= {"width": interval([v.width for v in videos]), "skipped": interval([v.skipped for v in videos])}
+        values |= by_step([v.log for v in videos])
+    if baseline_videos:
+        pairs_of_videos = list(zip(videos, baseline_videos, strict=True))
+        errors = [latent_errors(a, b) for a, b in pairs_of_videos]
+        values |= {
+            "baseline_seconds": float(np.median([v.seconds for v in baseline_videos])),
+            "psnr": interval([psnr(a.frames, b.frames) for a, b in pairs_of_videos]),
+            "ssim": interval([ssim(a.frames, b.frames) for a, b in pairs_of_videos]),
             "latent_error": interval([e[-1] for e in errors]),
             "latent_errors": [round(float(x), 6) for x in np.mean(errors, 0)],
-            "flickering_change": interval([flickering(a.frames) - flickering(b.frames) for a, b in both]),
-            "motion_change": interval([motion(a.frames) - motion(b.frames) for a, b in both]),
+            "flickering_change": interval([flickering(a.frames) - flickering(b.frames) for a, b in pairs_of_videos]),
+            "motion_change": interval([motion(a.frames) - motion(b.frames) for a, b in pairs_of_videos]),
         }
-    return found | judged(ours, theirs)
+    return values | recognition(videos, baseline_videos)
 
 
 def by_step(logs: list[tuple[StepChoice, ...]]) -> dict[str, list[list[float | None]]]:
@@ -185,56 +185,62 @@ def by_step(logs: list[tuple[StepChoice, ...]]) -> dict[str, list[list[float | N
     runs: dict[tuple[int, int], dict[tuple[int, int], bool]] = {}
     for number, log in enumerate(logs):
         for c in log:
-            at = (c.block, c.step)
+            cell = (c.block, c.step)
             if not c.linear:
-                runs.setdefault(at, {})[number, c.branch] = c.made == SKIPPED
+                runs.setdefault(cell, {})[number, c.branch] = c.made == SKIPPED
             else:
-                widths.setdefault(at, []).append(BITS[c.made])
+                widths.setdefault(cell, []).append(BITS[c.made])
 
     def table(of: Callable[[tuple[int, int]], float | None]) -> list[list[float | None]]:
         return [[of((b, s)) for s in range(steps)] for b in range(blocks)]
 
-    def share(at: tuple[int, int]) -> float | None:
-        found = runs.get(at)
+    def share(cell: tuple[int, int]) -> float | None:
+        found = runs.get(cell)
         return None if not found else round(sum(found.values()) / len(found), 4)
 
     return {
-        "bits": table(lambda at: round(mean_width(widths[at]), 4) if at in widths else None),
+        "bits": table(lambda cell: round(mean_width(widths[cell]), 4) if cell in widths else None),
         "skips": table(share),
     }
 
 
-def judged(ours: list[Video], theirs: list[Video]) -> dict[str, Any]:
+def recognition(videos: list[Video], baseline_videos: list[Video]) -> dict[str, Any]:
     """Where prompts are those of drawn clips, and the classifier's weights are there: share of samples whose shape, colour and
     motion it recognises, in percent, and with a baseline the Frechet distance between its features of both; else nothing."""
-    from qkit_data import judge
+    from qkit_data import clip_classifier
 
-    labels = [judge.labels_of(v.prompt) for v in ours]
-    known = [x for x in labels if x is not None]
-    if not judge.FILE.is_file() or len(known) < len(ours) or not judge.takes(torch.stack([v.frames for v in ours[:1]])):
+    labels = [clip_classifier.labels_of(v.prompt) for v in videos]
+    valid_labels = [x for x in labels if x is not None]
+    if (
+        not clip_classifier.FILE.is_file()
+        or len(valid_labels) < len(videos)
+        or not clip_classifier.fits(torch.stack([v.frames for v in videos[:1]]))
+    ):
         return {}
-    network = judge.load_judge()
-    features, right = judge.recognised(network, torch.stack([v.frames for v in ours]), known)
-    found: dict[str, Any] = {"recognised": interval((100.0 * right.all(1)).tolist())}
-    if theirs:
-        before, expected = judge.recognised(network, torch.stack([v.frames for v in theirs]), known)
+    network = clip_classifier.load_classifier()
+    features, right = clip_classifier.recognised(network, torch.stack([v.frames for v in videos]), valid_labels)
+    shares: dict[str, Any] = {"recognised": interval((100.0 * right.all(1)).tolist())}
+    if baseline_videos:
+        before, expected = clip_classifier.recognised(
+            network, torch.stack([v.frames for v in baseline_videos]), valid_labels
+        )
         change = 100.0 * (right.all(1).double() - expected.all(1).double())
-        found["baseline_recognised"] = interval((100.0 * expected.all(1)).tolist())
-        found["recognised_change"] = interval(change.tolist())
-        if len(ours) > 1:
-            found["feature_distance"] = round(frechet(features.double(), before.double()), 6)
-    return found
+        shares["baseline_recognised"] = interval((100.0 * expected.all(1)).tolist())
+        shares["recognised_change"] = interval(change.tolist())
+        if len(videos) > 1:
+            shares["feature_distance"] = round(frechet(features.double(), before.double()), 6)
+    return shares
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
     """Frechet distance between normal distributions fitted to features [n, d] and [m, d] (as in FID, Heusel et al. 2017)."""
-    one, two = (np.cov(x.numpy(), rowvar=False) for x in (a, b))
+    covariance_a, covariance_b = (np.cov(x.numpy(), rowvar=False) for x in (a, b))
     # The trace of the root of a product of covariances is the sum of the roots of its eigenvalues.
-    roots = np.sqrt(np.clip(np.linalg.eigvals(one @ two).real, 0, None)).sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + np.trace(one) + np.trace(two) - 2 * roots)
+    roots = np.sqrt(np.clip(np.linalg.eigvals(covariance_a @ covariance_b).real, 0, None)).sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + np.trace(covariance_a) + np.trace(covariance_b) - 2 * roots)
 
 
 def interval(values: list[float]) -> list[float]:
     """[mean, low, high]: 95 % by bootstrap over the values; the ends are NaN of one."""
-    found = bootstrap_ci(torch.tensor(values, dtype=torch.float64))
-    return [round(found.mean, 6), *(round(x, 6) for x in found.ends)]
+    mean_interval = bootstrap_ci(torch.tensor(values, dtype=torch.float64))
+    return [round(mean_interval.mean, 6), *(round(x, 6) for x in mean_interval.ends)]

@@ -82,7 +82,8 @@ def _children(node: Any) -> list[Any]:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """qkit.json of a packed folder; None where there is none. Raises BadCheckpoint for one that is no record."""
+    """The content of qkit.json of a packed folder; None where there is none. Raises BadCheckpoint for a file that is no
+    record."""
     file = folder / RECORD
     if not os.path.lexists(file):
         return None
@@ -111,7 +112,8 @@ def list_names(folder: Path) -> list[str]:
 
 
 def check_side_files(folder: Path) -> None:
-    """Before another library opens side files: raises BadCheckpoint for a pipe, a device, or one that is far too large."""
+    """Raises BadCheckpoint for side files that another library must not open: a pipe, a device, or a file that is far too
+    large."""
     for name in list_names(folder):
         file = folder / name
         if file.exists() and not file.is_dir() and not file.is_file():
@@ -156,7 +158,7 @@ def hub_source(folder: Path) -> dict[str, str]:
 
 
 def contained(folder: Path, name: str, source: str = "the model") -> Path:
-    """folder / name, after a check that its real path is in the folder or in the blobs of its cache.
+    """The path folder / name, after a check that its real path is in the folder or in the blobs of its cache.
 
     folder: a real path. source: who asks for the file, for messages. Raises BadCheckpoint.
     """
@@ -167,7 +169,7 @@ def contained(folder: Path, name: str, source: str = "the model") -> Path:
 
 
 def inside(folder: Path, name: str, source: str = "the model") -> Path:
-    """folder / name, where a listing found that name; checked and refused as ``contained`` does for its real path."""
+    """The path folder / name, where a listing found that name; its real path is checked as ``contained`` does."""
     if not name.isprintable():
         raise BadCheckpoint(f"{folder}: the file {shown(name)} has a name that cannot be printed: rename or remove it")
     try:
@@ -204,7 +206,7 @@ def require_safetensors(folder: Path, names: list[str]) -> None:
 
 
 def refuse_gguf(file: Path) -> NoReturn:
-    """A model in llama.cpp's own format."""
+    """Raises Unsupported for a model in llama.cpp's own format."""
     raise Unsupported(
         f"{file}: a model in GGUF, the format of llama.cpp, and qkit reads safetensors: use the original model, or dequantize "
         "this one to safetensors first"
@@ -216,9 +218,11 @@ def refuse_quantized(folder: Path, names: list[str], config: dict[str, Any]) -> 
     nodes: list[Any] = [config]
     while nodes:
         node = nodes.pop()
-        found = isinstance(node, dict) and (node.get("quantization_config") or node.get("compression_config"))
-        if found:
-            method = found.get("quant_method", "unknown method") if isinstance(found, dict) else found
+        quantization = isinstance(node, dict) and (node.get("quantization_config") or node.get("compression_config"))
+        if quantization:
+            method = (
+                quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
+            )
             _say_quantized(folder, "config.json: quantization_config", shown(method))
         nodes.extend(_children(node))
     for name, method in {"quantize_config.json": "gptq", "hf_quant_config.json": "modelopt"}.items():
@@ -245,22 +249,24 @@ def find_weights(folder: Path, names: list[str]) -> tuple[list[Path], dict[str, 
     """The weight files, sorted, and the index's map of tensor names to files (None for a single file)."""
     singles = [name for stem in WEIGHT_STEMS if (name := f"{stem}.safetensors") in names]
     indices = [name for stem in WEIGHT_STEMS if (name := f"{stem}.safetensors.index.json") in names]
-    found = singles + indices
-    if len(found) > 1:
-        raise BadCheckpoint(f"{folder}: ambiguous: {' and '.join(found)} are both there: remove the one that is stale")
-    if not found and any(name.startswith(MISTRAL) for name in names):
+    entry_files = singles + indices
+    if len(entry_files) > 1:
+        raise BadCheckpoint(
+            f"{folder}: ambiguous: {' and '.join(entry_files)} are both there: remove the one that is stale"
+        )
+    if not entry_files and any(name.startswith(MISTRAL) for name in names):
         raise Unsupported(
             f"{folder}: {MISTRAL}*.safetensors alone, Mistral's own names of tensors: use the folder with model*.safetensors "
             "of the same model"
         )
-    if not found:
+    if not entry_files:
         raise BadCheckpoint(f"{folder}: no model.safetensors and no model.safetensors.index.json: get the missing file")
     weight_map = _weight_map(contained(folder, indices[0])) if indices else None
     listed = sorted(set(weight_map.values())) if weight_map else singles
     stray = [name for name in names if _SHARD.fullmatch(name) and name not in listed]
     if stray:
         raise BadCheckpoint(
-            f"{folder}: ambiguous: {shown(stray[0])} is there beside {found[0]}, which does not list it"
+            f"{folder}: ambiguous: {shown(stray[0])} is there beside {entry_files[0]}, which does not list it"
         )
     return [contained(folder, name, _asker(weight_map, name)) for name in listed], weight_map
 

@@ -24,7 +24,8 @@ UNWANTED = (
 
 
 def find_model(model: str, revision: str | None = None, require_revision: bool = False) -> Path:
-    """A folder, the name of a reference model, or a hub id (downloaded, without code, pickles and other weights).
+    """The folder of a model, given as a folder, the name of a reference model or a hub id (downloaded without code, pickles
+    and other weights).
 
     revision: of a hub id, its branch, tag or commit; require_revision: a hub id without one is refused.
     Raises BadCheckpoint when it is none of them, UsageError for a revision of something else or a missing one.
@@ -69,7 +70,7 @@ def record_source(job: Path, source: Path) -> None:
 
 
 def recorded_source(out: Path) -> Path | None:
-    """The original of a packed folder, if it is where the job beside it says, or is a reference model; else None.
+    """The folder of a packed model's original: where the job beside it says, or a reference model; else None.
 
     Believed only if its fingerprint is the one that qkit.json records.
     """
@@ -80,15 +81,18 @@ def recorded_source(out: Path) -> Path | None:
     record = read_record(weights_folder(out))
     if record is None:
         return None
-    wanted = record.get("source", {})
+    recorded = record.get("source", {})
     note = out.with_name(out.name + ".job") / SOURCE_FILE
     candidates = [Path(os.fsdecode(note.read_bytes()))] if note.is_file() else []
     candidates += [path for name in qkit_data.models() if (path := qkit_data.model_path(name)) is not None]
     for path in candidates:
         try:
-            found = Checkpoint.open(weights_folder(path)) if path.is_dir() else None
-            if found is not None and found.fingerprint() == wanted.get("fingerprint"):
-                if wanted.get("sha256") in (None, found.sha256()):  # None: written before qkit read all of the source
+            checkpoint = Checkpoint.open(weights_folder(path)) if path.is_dir() else None
+            if checkpoint is not None and checkpoint.fingerprint() == recorded.get("fingerprint"):
+                if recorded.get("sha256") in (
+                    None,
+                    checkpoint.sha256(),
+                ):  # None: written before qkit read all of the source
                     return path
         except QkitError:
             continue

@@ -14,7 +14,7 @@ from qkit.errors import IOFailure, write_failure
 
 
 class Chunks(Protocol):
-    """What a list of tensors and ``OffloadedTensors`` have in common."""
+    """The interface that a list of tensors and ``OffloadedTensors`` share."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Tensor: ...

@@ -71,7 +71,7 @@ def parse_yaml(data: bytes, what: str, source: str) -> Any:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadRecipe(f"{where}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from error
-    reader = _Reader(where)
+    reader = _YamlReader(where)
     try:
         return reader.document(iter(yaml.parse(text, Loader=yaml.SafeLoader)))
     except yaml.MarkedYAMLError as error:
@@ -93,12 +93,12 @@ def check_keys(mapping: LineDict, known: Iterable[str], where: str) -> None:
 
 def unknown_key(key: str, known: Sequence[str], where: str) -> BadRecipe:
     """The error for a key that nothing here understands; of a dotted key the first part is compared as well."""
-    near = get_close_matches(key, known, n=1) or get_close_matches(key.partition(".")[0], known, n=1)
-    advice = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+    nearest = get_close_matches(key, known, n=1) or get_close_matches(key.partition(".")[0], known, n=1)
+    advice = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(known)}"
     return BadRecipe(f"{where}: unknown key {key!r}; {advice}")
 
 
-class _Reader:
+class _YamlReader:
     """Builds values from parse events; one instance per file."""
 
     def __init__(self, where: str) -> None:

@@ -61,9 +61,9 @@ def check_method(
 
 
 def _check_residual(recipe: Recipe, transforms: tuple[str, ...]) -> None:
-    for what, there in (("method hadamard", "hadamard" in transforms), ("--significant", recipe.significant)):
-        if there:
-            raise UsageError(f"method residual and {what} exclude each other: leave one of the two out")
+    for option, in_use in (("method hadamard", "hadamard" in transforms), ("--significant", recipe.significant)):
+        if in_use:
+            raise UsageError(f"method residual and {option} exclude each other: leave one of the two out")
 
 
 def check_doubled(method: str, transforms: tuple[str, ...], doubled: int) -> None:

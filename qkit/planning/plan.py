@@ -23,7 +23,7 @@ from qkit.families.structure import ModelStructure
 from qkit.kvcache.scales import tensor_names
 from qkit.planning.fused_layers import check_shapes, fused_linears, split_apart
 from qkit.planning.methods import check_doubled, check_method
-from qkit.planning.recipe import Recipe, Rule, Try, check_rules, parse_method, rule_for
+from qkit.planning.recipe import Recipe, RecipeTrial, Rule, check_rules, parse_method, rule_for
 from qkit.planning.sizes import check_rank, packed_bytes
 from qkit.planning.towers import tower_rules
 from qkit.solvers.table import SOLVERS
@@ -104,7 +104,7 @@ class Plan:
     pipeline: dict[str, str] | None = None
     side_files: dict[str, str] = field(default_factory=dict)
     key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
-    tries: dict[str, Try] = field(default_factory=dict)
+    tries: dict[str, RecipeTrial] = field(default_factory=dict)
 
     @property
     def inputs(self) -> str:
@@ -125,9 +125,9 @@ class Plan:
         """What solvers and transforms need beside the inputs of quantized blocks, by the names in their tables."""
         solvers = [(p.solver, p.options) for p in self.linears.values()]
         solvers += [pair for tried in self.tries.values() for pair in tried.solvers.values()]
-        found = {need for name, options in solvers for need in SOLVERS[name].needs_with(options)}
-        found |= {need for t in self.transforms for _, options in solvers for need in TRANSFORMS[t].needs_with(options)}
-        return frozenset(found | ({"original_outputs"} if self.tries else set()))
+        needs = {need for name, options in solvers for need in SOLVERS[name].needs_with(options)}
+        needs |= {need for t in self.transforms for _, options in solvers for need in TRANSFORMS[t].needs_with(options)}
+        return frozenset(needs | ({"original_outputs"} if self.tries else set()))
 
     @property
     def compensates(self) -> bool:
@@ -219,7 +219,7 @@ def make_plan(
     check_rules(recipe, matched, [*linears, *skipped])
     fused = fused_linears(structure, linears, recipe.engine)
     significant = round(recipe.significant / 100 * sum(p.shape[0] * p.shape[1] for p in linears.values()))
-    rows = why_rows(linears, transforms, significant)
+    rows = rows_reason(linears, transforms, significant)
     if rows and structure.family.encodes:
         raise Unsupported(
             f"{rows}, and a text encoder is quantized without calibration: take rtn and w8a16, w8a8 or w4a16"
@@ -288,28 +288,28 @@ def _export(recipe: Recipe, structure: ModelStructure, linears: dict[str, Linear
     """The method's name in config.json."""
     sparse = next((p.name for p in linears.values() if p.outliers), "the whole model" if significant else None)
     branch = next((p.name for p in linears.values() if p.rank), None)
-    why = None
+    reason = None
     if branch is not None:
-        why = f"that format has no place for the low-rank part of {branch}"
+        reason = f"that format has no place for the low-rank part of {branch}"
     elif sparse is not None:
-        why = f"that format has no place for the sparse part of {sparse}"
+        reason = f"that format has no place for the sparse part of {sparse}"
     elif structure.family.encodes:
-        why = "transformers looks for weights of a T5 that are packed"
+        reason = "transformers looks for weights of a T5 that are packed"
     elif any(p.residual for p in linears.values()) or _scales_inputs(recipe, structure):
-        why = "its loaders do not transform inputs as this method does"
-    if why is not None and recipe.export == "compressed-tensors":
-        other = ", or set rank to 0" if branch else ", or set outliers and significant to 0" if sparse else ""
-        raise Unsupported(f"--export compressed-tensors: {why}: leave the option out{other}")
-    return recipe.export or "compressed-tensors" if why is None else "qkit"
+        reason = "its loaders do not transform inputs as this method does"
+    if reason is not None and recipe.export == "compressed-tensors":
+        advice = ", or set rank to 0" if branch else ", or set outliers and significant to 0" if sparse else ""
+        raise Unsupported(f"--export compressed-tensors: {reason}: leave the option out{advice}")
+    return recipe.export or "compressed-tensors" if reason is None else "qkit"
 
 
 def _scales_inputs(recipe: Recipe, structure: ModelStructure) -> bool:
     """Whether inputs are transformed at run time, as those of diffusion transformers may be."""
-    own = [TRANSFORMS[t].stage for t in parse_method(recipe.method)[0]]
-    return structure.family.streams is not None and ("inputs" in own or "stats" in own)
+    stages = [TRANSFORMS[t].stage for t in parse_method(recipe.method)[0]]
+    return structure.family.streams is not None and ("inputs" in stages or "stats" in stages)
 
 
-def why_rows(linears: dict[str, LinearPlan], transforms: tuple[str, ...], significant: int) -> str | None:
+def rows_reason(linears: dict[str, LinearPlan], transforms: tuple[str, ...], significant: int) -> str | None:
     """Why calibration rows must be run, or None when the weights alone decide."""
     if significant:
         return "significant weights are found by what they do to the loss"
@@ -326,8 +326,8 @@ def why_rows(linears: dict[str, LinearPlan], transforms: tuple[str, ...], signif
 
 def _policy(recipe: Recipe, structure: ModelStructure, linears: dict[str, LinearPlan]) -> dict[str, Any] | None:
     """Precision by step, where it is asked for. Raises Unsupported for models and formats that have none."""
-    asked = recipe.policy or (PolicyConfig() if recipe.scheme.upper() == BY_STEP else None)
-    if asked is None:
+    config = recipe.policy or (PolicyConfig() if recipe.scheme.upper() == BY_STEP else None)
+    if config is None:
         return None
     if structure.family.streams is None:
         raise Unsupported(
@@ -336,7 +336,7 @@ def _policy(recipe: Recipe, structure: ModelStructure, linears: dict[str, Linear
         )
     if not any(p.weights.name == "nvfp4" and p.activations is not None for p in linears.values()):
         raise Unsupported("a policy by step needs layers with NVFP4 weights and inputs: take --scheme 6bit")
-    return asked.model_dump()
+    return config.model_dump()
 
 
 def _with_widths(sequence: BlockSequence) -> Iterator[tuple[Linear, set[int]]]:
@@ -365,10 +365,10 @@ def _decide(linear: Linear, widths: set[int], recipe: Recipe, rule: Rule | None)
             )
     notes, transforms = [], parse_method(recipe.method)[0]
     if weights.group != scheme.weights.group:
-        said = f"group size {weights.group}" if weights.group else "one scale per channel"
+        grouping = f"group size {weights.group}" if weights.group else "one scale per channel"
         odd = next(w for w in sorted(widths) if w % (scheme.weights.group or 1))
-        other = "" if odd == linear.shape[1] else " of another projection of the experts"
-        notes.append(f"{said}: {odd} columns{other} are not a multiple of {scheme.weights.group}")
+        owner = "" if odd == linear.shape[1] else " of another projection of the experts"
+        notes.append(f"{grouping}: {odd} columns{owner} are not a multiple of {scheme.weights.group}")
     if rule is not None and isinstance(rule.match, str):  # one that names its layers says nothing more
         notes.append(f"rule {rule.match!r}")
     return LinearPlan(

@@ -96,13 +96,13 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _check_outliers(self) -> Recipe:
-        given = [self.outliers] if isinstance(self.outliers, float) else self.outliers.values()
-        wrong = next((p for p in given if not 0 <= p <= MOST_SPARSE), None)
-        if wrong is not None:
-            raise ValueError(f"outliers {wrong:g}: expected a percentage from 0 to {MOST_SPARSE:g}")
-        low = next((r for r in ([self.rank] if isinstance(self.rank, int) else self.rank.values()) if r < 0), None)
-        if low is not None:
-            raise ValueError(f"rank {low}: expected 0, for none, or more")
+        percentages = [self.outliers] if isinstance(self.outliers, float) else self.outliers.values()
+        invalid = next((p for p in percentages if not 0 <= p <= MOST_SPARSE), None)
+        if invalid is not None:
+            raise ValueError(f"outliers {invalid:g}: expected a percentage from 0 to {MOST_SPARSE:g}")
+        negative = next((r for r in ([self.rank] if isinstance(self.rank, int) else self.rank.values()) if r < 0), None)
+        if negative is not None:
+            raise ValueError(f"rank {negative}: expected 0, for none, or more")
         return self
 
     def outliers_of(self, name: str) -> float:
@@ -133,8 +133,8 @@ class Recipe(BaseModel):
         if solver not in SOLVERS:
             raise UsageError(f"unknown solver '{solver}'{did_you_mean(solver, list(SOLVERS))}")
         elsewhere = {o for name in self._solvers - {solver} for o in _options_of(name, ())}
-        known = _options_of(solver, transforms)
-        options = {k: v for k, v in self.options.items() if k in known or k not in elsewhere}
+        options_known = _options_of(solver, transforms)
+        options = {k: v for k, v in self.options.items() if k in options_known or k not in elsewhere}
         return s, solver, check_options(solver, transforms, {**options, **(rule.options if rule else {})})
 
     @property
@@ -144,47 +144,48 @@ class Recipe(BaseModel):
         return named & SOLVERS.keys()
 
 
-def _for_layer(given: float | Mapping[str, float], name: str) -> float:
+def _for_layer(values: float | Mapping[str, float], name: str) -> float:
     """One value for every layer, or that of the first glob that matches; 0 where none does."""
-    if not isinstance(given, Mapping):
-        return given
-    if name in given:  # an allocation names every layer
-        return given[name]
-    return next((value for glob, value in given.items() if fnmatchcase(name, glob)), 0.0)
+    if not isinstance(values, Mapping):
+        return values
+    if name in values:  # an allocation names every layer
+        return values[name]
+    return next((value for glob, value in values.items() if fnmatchcase(name, glob)), 0.0)
 
 
 @dataclass(frozen=True)
-class Try:
+class RecipeTrial:
     """What one recipe for a block has that others have not. solvers: {linear: (solver, its options)}"""
 
     transforms: tuple[str, ...]
     solvers: dict[str, tuple[str, dict[str, Any]]]
 
 
-def tries_of(recipe: Recipe, beyond: bool) -> dict[str, Recipe]:
+def trial_recipes(recipe: Recipe, not_language: bool) -> dict[str, Recipe]:
     """{name: recipe} of those that a method with 'auto' tries, of TRIES what the scheme has a use for; nothing for other
     methods. Options that are given go over those of the table, to each try those that it has; scales of narrow integers are
     signed, which costs nothing.
 
-    beyond: a model that is no language model: its inputs would have to be scaled at run time, and its rows are of many shapes.
+    not_language: a model that is no language model: its inputs would have to be scaled at run time, and its rows are of
+    many shapes.
     """
-    own, base = recipe.method.lower().split("+"), scheme(recipe.scheme)
-    if AUTO not in own:
+    method_parts, base = recipe.method.lower().split("+"), scheme(recipe.scheme)
+    if AUTO not in method_parts:
         return {}
-    stages = [TRANSFORMS[part].stage for part in own if part in TRANSFORMS and part != "residual"]
+    stages = [TRANSFORMS[part].stage for part in method_parts if part in TRANSFORMS and part != "residual"]
     narrow = base.weights.kind == "int" and base.weights.symmetric and base.weights.bits <= 4
-    found = {}
+    recipes = {}
     for name, (method, options) in TRIES.items():
-        moves = bool(parse_method(method)[0])
-        if (moves and (beyond or "stats" in stages)) or ("compensate" in options and beyond):
+        has_transforms = bool(parse_method(method)[0])
+        if (has_transforms and (not_language or "stats" in stages)) or ("compensate" in options and not_language):
             continue
-        made = "+".join(method if part == AUTO else part for part in own)
-        parts, solver = parse_method(made)
-        known = _options_of(solver, parts)
-        given = {"signed": True} if narrow else {}
-        given.update(options, **{k: v for k, v in recipe.options.items() if k in known})
-        found[name] = recipe.model_copy(update={"method": made, "options": given})
-    return found
+        trial_method = "+".join(method if part == AUTO else part for part in method_parts)
+        parts, solver = parse_method(trial_method)
+        accepted = _options_of(solver, parts)
+        trial_options = {"signed": True} if narrow else {}
+        trial_options.update(options, **{k: v for k, v in recipe.options.items() if k in accepted})
+        recipes[name] = recipe.model_copy(update={"method": trial_method, "options": trial_options})
+    return recipes
 
 
 def rule_for(name: str, rules: tuple[Rule, ...]) -> tuple[int, Rule | None]:
@@ -225,9 +226,9 @@ def parse_method(method: str) -> tuple[tuple[str, ...], str]:
                 f"method '{method}': requant searches before anything is planned: give it to 'qkit quantize' with --method"
             )
         else:
-            known = [*SOLVERS, AUTO, *TRANSFORMS]
+            names = [*SOLVERS, AUTO, *TRANSFORMS]
             raise UsageError(
-                f"unknown method '{part}' in '{method}'{did_you_mean(part, known)} ('qkit list methods' shows all)"
+                f"unknown method '{part}' in '{method}'{did_you_mean(part, names)} ('qkit list methods' shows all)"
             )
     if len(solvers) > 1 or len(set(transforms)) < len(transforms):
         raise UsageError(f"method '{method}': expected at most one solver ({', '.join(SOLVERS)}) and no repetition")
@@ -238,22 +239,22 @@ def parse_method(method: str) -> tuple[tuple[str, ...], str]:
 def check_options(solver: str, transforms: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
     """Options with the defaults of the solver and the transforms filled in. Raises UsageError for unknown names and for values
     of another type or out of range."""
-    known = _options_of(solver, transforms)
-    filled = {name: option.default for name, option in known.items()}
+    table = _options_of(solver, transforms)
+    filled = {name: option.default for name, option in table.items()}
     for name, value in options.items():
-        if name not in known:
+        if name not in table:
             raise UsageError(
-                f"unknown option '{name}' for {'+'.join((*transforms, solver))}{did_you_mean(name, list(known))}"
+                f"unknown option '{name}' for {'+'.join((*transforms, solver))}{did_you_mean(name, list(table))}"
             )
-        filled[name] = known[name].checked(name, value)
+        filled[name] = table[name].checked(name, value)
     return filled
 
 
 def _options_of(solver: str, transforms: tuple[str, ...]) -> Options:
-    known = dict(SOLVERS[solver].options)
+    table = dict(SOLVERS[solver].options)
     for t in transforms:
-        known.update(TRANSFORMS[t].options)
-    return known
+        table.update(TRANSFORMS[t].options)
+    return table
 
 
 def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
@@ -284,9 +285,9 @@ def make_recipe(data: dict[str, Any], where: str) -> Recipe:
         if not first["loc"]:  # of the recipe as a whole
             raise BadRecipe(f"{where}: {first['ctx']['error']}") from e
         if first["type"] == "extra_forbidden" and first["loc"][0] == "policy":
-            name, known = str(first["loc"][-1]), list(PolicyConfig.model_fields)
+            name, fields = str(first["loc"][-1]), list(PolicyConfig.model_fields)
             raise BadRecipe(
-                f"{where}: no policy '{name}', expected one of {', '.join(known)}{did_you_mean(name, known)}"
+                f"{where}: no policy '{name}', expected one of {', '.join(fields)}{did_you_mean(name, fields)}"
             ) from e
         raise BadRecipe(f"{where}: field '{field}': {first['msg']} (found {first.get('input')!r})") from e
     except UsageError as e:

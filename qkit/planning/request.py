@@ -55,7 +55,7 @@ class Request:
 
 
 def recipe_of(request: Request) -> Recipe:
-    given = {
+    settings = {
         "scheme": request.scheme,
         "method": request.method,
         "group_size": request.group_size,
@@ -69,12 +69,14 @@ def recipe_of(request: Request) -> Recipe:
         "targets": request.targets or None,
         "policy": request.policy or None,
     }
-    over = {k: v for k, v in given.items() if v is not None}
+    overrides = {k: v for k, v in settings.items() if v is not None}
     if request.recipe is None and request.scheme is None:
         raise UsageError(
             "no scheme: give --scheme (for instance w4a16) or --recipe FILE ('qkit list schemes' shows all)"
         )
-    recipe = make_recipe(over, "command line") if request.recipe is None else load_recipe(request.recipe, over)
+    recipe = (
+        make_recipe(overrides, "command line") if request.recipe is None else load_recipe(request.recipe, overrides)
+    )
     if request.effort is None:
         return recipe
     if not any(TRANSFORMS[t].stage == "block" for t in parse_method(recipe.method)[0]):

@@ -23,7 +23,7 @@ from qkit.files import schema
 from qkit.files.checkpoint import Checkpoint, check_config
 from qkit.files.folder import check_side_files, is_pipeline, load_json, weights_folder
 from qkit.files.locate import find_model
-from qkit.files.rejected import RejectedWarning, described, read_mark
+from qkit.files.rejected import RejectedWarning, describe_mark, read_mark
 from qkit.files.safefile import shown
 from qkit.files.schema import checked, foreign
 from qkit.kvcache.scales import declare
@@ -49,7 +49,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     folder = find_model(str(path))
     mark = read_mark(folder)
     if mark is not None:
-        warnings.warn(f"{folder}: {described(mark)}", RejectedWarning, stacklevel=3)
+        warnings.warn(f"{folder}: {describe_mark(mark)}", RejectedWarning, stacklevel=3)
     checkpoint = Checkpoint.open(weights_folder(folder), quantized=True)
     if "_class_name" in checkpoint.config:
         return _diffusion(folder, checkpoint, dtype, device, kv)

@@ -29,32 +29,32 @@ def parse_candidates(text: str, group_size: int | None, option: str = "--candida
     A percentage is that of the outliers of a sparse part, r16 a low-rank part of rank 16; group_size goes to the integer
     formats with groups; option: that the text was given to. Raises UsageError for unknown names and repetitions.
     """
-    found: list[Candidate] = []
+    candidates: list[Candidate] = []
     for item in (part.strip().lower() for part in text.split(",")):
         if item in KEEP:
-            found.append(Candidate("keep", None))
+            candidates.append(Candidate("keep", None))
             continue
-        plain, *beside = item.split("+")
-        outliers, rank = _beside(beside, item, option)
-        bits = plain.removeprefix("int")
-        name = f"W{bits}A16" if plain.startswith("int") and bits.isdigit() else plain
+        base, *extras = item.split("+")
+        outliers, rank = _beside(extras, item, option)
+        bits = base.removeprefix("int")
+        name = f"W{bits}A16" if base.startswith("int") and bits.isdigit() else base
         try:
             s = scheme(name)
         except UsageError as e:
-            known = [*(f"int{b}" for b in range(2, 9)), "nvfp4", "nvfp4a16", "mxfp4a16", "w8a8", *KEEP]
+            names_known = [*(f"int{b}" for b in range(2, 9)), "nvfp4", "nvfp4a16", "mxfp4a16", "w8a8", *KEEP]
             raise UsageError(
-                f"{option}: unknown '{item}'{did_you_mean(item, known)}: expected int2 to int8, a scheme such as nvfp4 or w8a8 "
-                "('qkit list schemes'), or bf16"
+                f"{option}: unknown '{item}'{did_you_mean(item, names_known)}: expected int2 to int8, a scheme such as nvfp4 "
+                "or w8a8 ('qkit list schemes'), or bf16"
             ) from e
         if group_size is not None and s.weights.regroups:
             s = Scheme(s.name, s.weights.with_group(group_size), s.activations)
         name = s.name + (f"+{outliers:g}%" if outliers else "") + (f"+r{rank}" if rank else "")
-        found.append(Candidate(name, s, outliers, rank))
-    names = [c.name for c in found]
+        candidates.append(Candidate(name, s, outliers, rank))
+    names = [c.name for c in candidates]
     repeated = next((n for n in names if names.count(n) > 1), None)
     if repeated is not None:
         raise UsageError(f"{option} {text}: {repeated} is named twice")
-    return tuple(found)
+    return tuple(candidates)
 
 
 def _beside(parts: list[str], item: str, option: str) -> tuple[float, int]:

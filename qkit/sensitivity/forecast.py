@@ -130,16 +130,17 @@ def weighing_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
     assert plan.calibration is not None
     width = int(structure.text_config.hidden_size)
     rows = extent(plan.calibration.first(hidden.ROWS))
-    return 4 * structure.parameters + _backward(structure, rows, workers) + hidden.held(structure, width)
+    return 4 * structure.parameters + _backward(structure, rows, workers) + hidden.held_bytes(structure, width)
 
 
-def refuse_what_cannot_fit(found: ProfileForecast) -> None:
+def refuse_what_cannot_fit(forecast: ProfileForecast) -> None:
     """Raises Unsupported where the memory of this machine is too small."""
     available = available_memory()
-    if available is not None and found.peak_memory > available:
+    if available is not None and forecast.peak_memory > available:
         raise Unsupported(
-            f"the profile needs about {megabytes(found.peak_memory)} of memory and {megabytes(available)} are available: use "
-            "fewer --rows, --threads or --measures (pqi, first and fisher hold gradients of all weights), or a larger machine"
+            f"the profile needs about {megabytes(forecast.peak_memory)} of memory and {megabytes(available)} are available: "
+            "use fewer --rows, --threads or --measures (pqi, first and fisher hold gradients of all weights), or a larger "
+            "machine"
         )
 
 

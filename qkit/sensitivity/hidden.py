@@ -37,29 +37,29 @@ def weighing(plan: Plan, structure: ModelStructure, pool: Workers, progress: Pro
     return roots(ReferenceModel(model, structure, pool), rows, plan.seed, progress.step)
 
 
-def roots(subject: ReferenceModel, rows: Rows, seed: int, step: Callable[[], object] = lambda: None) -> list[Tensor]:
+def roots(model: ReferenceModel, rows: Rows, seed: int, step: Callable[[], object] = lambda: None) -> list[Tensor]:
     """For each block of the language model R, float32 [hidden, hidden], with R R^T = (1 - PLAIN) F + PLAIN I.
 
     F is scaled to a mean diagonal of one, so that ``d R`` has squares of the size of those of d. seed: of the labels. One pass
     with gradients over all rows.
     """
-    paths = [b.path for b in subject.structure.blocks]
+    paths = [b.path for b in model.structure.blocks]
     sums = dict.fromkeys(paths, torch.zeros((), dtype=torch.float64))
-    for found in subject.output_gradients(rows, paths, seed):
-        for path, g in found.items():
+    for gradients in model.output_gradients(rows, paths, seed):
+        for path, g in gradients.items():
             sums[path] = sums[path] + (g.T @ g).double()
         step()
     return [_root(sums[path]) for path in paths]
 
 
 def _root(f: Tensor) -> Tensor:
-    plain = torch.eye(len(f), dtype=f.dtype)
+    identity = torch.eye(len(f), dtype=f.dtype)
     scale = float(f.diagonal().mean())
-    mixed = plain if scale == 0.0 else (1 - PLAIN) * f / scale + PLAIN * plain
+    mixed = identity if scale == 0.0 else (1 - PLAIN) * f / scale + PLAIN * identity
     root: Tensor = torch.linalg.cholesky(mixed).float()
     return root
 
 
-def held(structure: ModelStructure, hidden: int) -> int:
+def held_bytes(structure: ModelStructure, hidden: int) -> int:
     """Bytes of the sums and of the result."""
     return (8 + 8 + 4) * hidden * hidden * len(structure.blocks)

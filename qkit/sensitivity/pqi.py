@@ -29,7 +29,7 @@ RULES: dict[str, Callable[[int, int], float]] = {
 
 
 def mean_gradients(
-    subject: ReferenceModel,
+    model: ReferenceModel,
     targets: Mapping[str, Tensor],
     rows: Rows,
     points: int = 8,
@@ -42,24 +42,24 @@ def mean_gradients(
     rows:    that the loss is of, the same at every point
     step:    called after every point
     """
-    start = {name: subject.weight(name).clone() for name in targets}
+    start = {name: model.weight(name).clone() for name in targets}
     total = {name: torch.zeros_like(w) for name, w in start.items()}
     try:
         for i in range(points):
             t = RULES[rule](i, points)
             for name, target in targets.items():
-                subject.weight(name).copy_(torch.lerp(start[name], target, t))
-            _, gradients = subject.gradients(rows, list(targets))
+                model.weight(name).copy_(torch.lerp(start[name], target, t))
+            _, gradients = model.gradients(rows, list(targets))
             for name, gradient in gradients.items():
                 total[name].add_(gradient, alpha=1 / points)
             step()
     finally:
         for name, weight in start.items():
-            subject.weight(name).copy_(weight)
+            model.weight(name).copy_(weight)
     return total
 
 
-def share(weight: Tensor, target: Tensor, gradient: Tensor) -> Tensor:
+def weight_shares(weight: Tensor, target: Tensor, gradient: Tensor) -> Tensor:
     """gbar_j (w~_j - w_j), of one linear: what each weight adds to the predicted loss change, signed, in nats a token.
 
     weight, target, gradient: float32 [out, in], w, w~ and gbar; the result has their shape.

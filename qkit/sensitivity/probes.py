@@ -57,8 +57,8 @@ class Probes:
 
     def activations(self, unit: Unit, candidate: Candidate) -> dict[str, Activations]:
         """{linear: format of its input and its static scale}, for a candidate that quantizes inputs."""
-        found = self.replacements(unit, candidate).items()
-        return {name: (r.activations, r.static) for name, r in found if r.activations is not None}
+        replaced = self.replacements(unit, candidate).items()
+        return {name: (r.activations, r.static) for name, r in replaced if r.activations is not None}
 
     def output_error(self, unit: Unit, candidate: Candidate) -> float:
         """Relative squared output error, mean over the unit's linears, as the solver measured it; 0 for a unit that is kept."""
@@ -75,9 +75,9 @@ def probes(
     """Run what is missing of every candidate's probe and open them all. plans: by candidate name."""
     with ExitStack() as stack:
         jobs: dict[str, tuple[Plan, Job]] = {}
-        hashed = {"sha256": structure.checkpoint.sha256()}
+        source_hash = {"sha256": structure.checkpoint.sha256()}
         for name, plan in plans.items():
-            job = stack.enter_context(Job.open(folder / name.lower(), job_identity(plan, hashed)))
+            job = stack.enter_context(Job.open(folder / name.lower(), job_identity(plan, source_hash)))
             run_blocks(plan, structure, job, pool, _Named(progress, name))
             jobs[name] = (plan, job)
         yield Probes(jobs)

@@ -21,7 +21,7 @@ from qkit.planning.plan import Plan
 from qkit.runtime import loading
 from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.decomposition import decomposition_file, load_decomposition
-from qkit.sensitivity.measures import MeasureContext, measured
+from qkit.sensitivity.measures import MeasureContext, run_measure
 from qkit.sensitivity.names import PROFILE, check_measures
 from qkit.sensitivity.probes import Probes, probes
 from qkit.sensitivity.reference_model import ReferenceModel
@@ -103,17 +103,17 @@ class Profile:
             for u in data.pop("units")
         )
         data = {**data, "candidates": tuple(data["candidates"]), "measures": tuple(data["measures"])}
-        made = Profile(units=units, **data)
-        if fault := made._fault():
+        profile = Profile(units=units, **data)
+        if fault := profile._fault():
             raise BadInput(f"{file}: damaged: {fault}: make it again")
-        return made
+        return profile
 
     def _fault(self) -> str | None:
         """What names something that is not there."""
-        known = set(self.candidates)
+        candidates = set(self.candidates)
         sizes = self.request["group_sizes"].keys(), self.request["outliers"].keys()
         for unit in self.units:
-            if unknown := unit.choices.keys() - known:
+            if unknown := unit.choices.keys() - candidates:
                 return f"{unit.key} has a choice {min(unknown)} that is no candidate"
             lacking = next((n for n, c in unit.choices.items() if not c.costs.keys() >= set(self.measures)), None)
             if lacking is not None:
@@ -130,10 +130,10 @@ class Profile:
         {"<candidate>:<linear>:<part>": tensor}; parts and dtypes are those of ``decomposition.py``. Raises BadInput where
         there is none, or one of another profile.
         """
-        made, found = Profile.load(folder), load_decomposition(folder, candidate)
-        for unit in made.units:
+        profile, tensors = Profile.load(folder), load_decomposition(folder, candidate)
+        for unit in profile.units:
             cost = unit.choices[candidate].costs.get("pqi") if candidate in unit.choices else None
-            rows = [found.get(f"{candidate}:{n}:rows", torch.full((1,), torch.nan)) for n in unit.linears]
+            rows = [tensors.get(f"{candidate}:{n}:rows", torch.full((1,), torch.nan)) for n in unit.linears]
             total = sum(float(r.sum(dtype=torch.float64)) for r in rows)
             size = sum(float(r.abs().sum(dtype=torch.float64)) for r in rows)
             if cost is None or not abs(total - cost) <= 1e-4 * size:
@@ -141,7 +141,7 @@ class Profile:
                     f"{decomposition_file(folder, candidate)}: not the decomposition of {FILE} beside it ({unit.key}): delete "
                     "it and run 'qkit profile' of this folder again with --measures pqi"
                 )
-        return found
+        return tensors
 
 
 def identity(structure: ModelStructure, request: dict[str, Any], rows: Calibration) -> dict[str, Any]:
@@ -212,21 +212,23 @@ def make_profile(
     check_measures(measures)
     units = units_of(structure, parts_named(request))
     result_cache = ResultCache(folder / MEASURED, identity(structure, request, rows))
-    with probes(plans, structure, folder / "probes", pool, progress) as found:
-        bench = make_bench(structure, found, units, candidates, rows, points, result_cache, folder, pool, progress)
-        costs = {name: measured(bench, name) for name in measures}
-        whole = {c.name: _whole(bench, c) for c in bench.quantizing}
+    with probes(plans, structure, folder / "probes", pool, progress) as opened_probes:
+        context = make_context(
+            structure, opened_probes, units, candidates, rows, points, result_cache, folder, pool, progress
+        )
+        costs = {name: run_measure(context, name) for name in measures}
+        uniform = {c.name: _whole(context, c) for c in context.quantizing}
     blank = profile_of_shapes(structure, candidates, measures, request)
     profile = replace(
-        blank, base_loss=bench.base_loss, units=tuple(_with_costs(u, costs) for u in blank.units), whole=whole
+        blank, base_loss=context.base_loss, units=tuple(_with_costs(u, costs) for u in blank.units), whole=uniform
     )
     profile.save(folder)
     return profile
 
 
-def make_bench(
+def make_context(
     structure: ModelStructure,
-    found: Probes,
+    opened_probes: Probes,
     units: tuple[Unit, ...],
     candidates: tuple[Candidate, ...],
     rows: Calibration,
@@ -238,12 +240,12 @@ def make_bench(
 ) -> MeasureContext:
     """The original in memory, and its loss and log probabilities on ``rows``. folder: of the profile."""
     model = loading.load(structure.checkpoint.path, dtype=torch.float32)
-    subject = ReferenceModel(model, structure, pool)
-    reference = subject.log_probs(rows, folder)
-    loss, _ = subject.compare(rows, reference)
+    reference_model = ReferenceModel(model, structure, pool)
+    reference = reference_model.log_probs(rows, folder)
+    loss, _ = reference_model.compare(rows, reference)
     return MeasureContext(
-        subject=subject,
-        probes=found,
+        reference_model=reference_model,
+        probes=opened_probes,
         units=units,
         candidates=candidates,
         rows=rows,
@@ -256,12 +258,12 @@ def make_bench(
     )
 
 
-def _whole(bench: MeasureContext, candidate: Candidate) -> dict[str, float]:
+def _whole(context: MeasureContext, candidate: Candidate) -> dict[str, float]:
     key = f"whole {candidate.name}"
-    known = bench.result_cache.get(key)
-    if known is None:
-        with bench.subject.replaced(bench.whole(candidate)):
-            loss, kl = bench.subject.compare(bench.rows, bench.reference)
-        known = {"loss": loss - bench.base_loss, "kl": kl}
-        bench.result_cache.put(key, known)
-    return dict(known)
+    measurement = context.result_cache.get(key)
+    if measurement is None:
+        with context.reference_model.replaced(context.replace_all(candidate)):
+            loss, kl = context.reference_model.compare(context.rows, context.reference)
+        measurement = {"loss": loss - context.base_loss, "kl": kl}
+        context.result_cache.put(key, measurement)
+    return dict(measurement)

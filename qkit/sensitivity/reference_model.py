@@ -88,14 +88,14 @@ class ReferenceModel:
         pieces = batches(rows)
         assert len(pieces) == len(reference)
 
-        def one(item: tuple[int, Batch]) -> tuple[Tensor, Tensor]:
+        def score(item: tuple[int, Batch]) -> tuple[Tensor, Tensor]:
             index, batch = item
             q = self._log_probs(batch)
             p = reference[index]  # read here: a map takes all its items at once
             return _nll(q, batch), (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
 
-        found = self.pool.map(one, enumerate(pieces))
-        nll, kl = (torch.cat([t[i].flatten() for t in found]).double() for i in (0, 1))
+        scores = self.pool.map(score, enumerate(pieces))
+        nll, kl = (torch.cat([t[i].flatten() for t in scores]).double() for i in (0, 1))
         return float(nll.mean()), float(kl.mean())
 
     def gradients(self, rows: Rows, names: list[str], squares: bool = False) -> tuple[float, dict[str, Tensor]]:
@@ -111,16 +111,16 @@ class ReferenceModel:
         total = {key: torch.zeros_like(leaf) for key, leaf in leaves.items()}
         losses: list[tuple[float, int]] = []
 
-        def one(given: Batch) -> tuple[float, int, tuple[Tensor, ...]]:
+        def batch_gradients(shared_batch: Batch) -> tuple[float, int, tuple[Tensor, ...]]:
             with torch.inference_mode(False), torch.enable_grad():
-                batch = given.cloned()
+                batch = shared_batch.cloned()
                 nll = _nll(self._log_probs(batch), batch)
                 return float(nll.detach().mean()), nll.numel(), _grad(nll.mean(), list(leaves.values()))
 
         for leaf in leaves.values():
             leaf.requires_grad_(True)
         try:
-            for loss, count, grads in self.pool.stream(one, pieces):
+            for loss, count, grads in self.pool.stream(batch_gradients, pieces):
                 losses.append((loss, count))
                 weight = 1 / len(pieces) if squares else count / scored
                 for sum_, grad in zip(total.values(), grads, strict=True):
@@ -150,25 +150,25 @@ class ReferenceModel:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
                 x = args[0]
                 branch = x.view_as(x) if x.requires_grad else x.detach().requires_grad_(True)
-                local.seen[name] = branch
+                local.inputs[name] = branch
                 return (branch, *args[1:])
 
             return hook
 
-        def one(given: Batch) -> R:
-            local.seen = {}
+        def run_batch(shared_batch: Batch) -> R:
+            local.inputs = {}
             try:
                 with torch.inference_mode(False), torch.enable_grad():
-                    batch = given.cloned()
+                    batch = shared_batch.cloned()
                     loss = _nll(self._log_probs(batch), batch).sum() / scored
-                    gradients = _grad(loss, list(local.seen.values()))
-                return use({n: (x.detach(), g) for (n, x), g in zip(local.seen.items(), gradients, strict=True)})
+                    gradients = _grad(loss, list(local.inputs.values()))
+                return use({n: (x.detach(), g) for (n, x), g in zip(local.inputs.items(), gradients, strict=True)})
             finally:
-                local.seen = {}
+                local.inputs = {}
 
         handles = [self._module(n).register_forward_pre_hook(noting(n)) for n in names]
         try:
-            yield from self.pool.stream(one, pieces)
+            yield from self.pool.stream(run_batch, pieces)
         finally:
             for handle in handles:
                 handle.remove()
@@ -185,27 +185,27 @@ class ReferenceModel:
             def hook(_: nn.Module, args: Any, output: Any) -> Any:
                 first = output[0] if isinstance(output, tuple) else output
                 branch = first if first.requires_grad else first.detach().requires_grad_(True)
-                local.seen[path] = branch
+                local.inputs[path] = branch
                 return (branch, *output[1:]) if isinstance(output, tuple) else branch
 
             return hook
 
-        def one(item: tuple[int, Batch]) -> dict[str, Tensor]:
-            number, given = item
-            local.seen = {}
+        def batch_gradients(item: tuple[int, Batch]) -> dict[str, Tensor]:
+            number, shared_batch = item
+            local.inputs = {}
             try:
                 with torch.inference_mode(False), torch.enable_grad():
-                    log_probs = self._log_probs(given.cloned()).flatten(0, -2)
+                    log_probs = self._log_probs(shared_batch.cloned()).flatten(0, -2)
                     drawn = torch.Generator().manual_seed(seed + number)
                     labels = torch.multinomial(log_probs.detach().exp(), 1, generator=drawn)
-                    gradients = _grad(-log_probs.gather(-1, labels).sum(), list(local.seen.values()))
-                return {path: g.flatten(0, -2) for path, g in zip(local.seen, gradients, strict=True)}
+                    gradients = _grad(-log_probs.gather(-1, labels).sum(), list(local.inputs.values()))
+                return {path: g.flatten(0, -2) for path, g in zip(local.inputs, gradients, strict=True)}
             finally:
-                local.seen = {}
+                local.inputs = {}
 
         handles = [self.model.get_submodule(p).register_forward_hook(noting(p)) for p in paths]
         try:
-            yield from self.pool.stream(one, enumerate(batches(rows)))
+            yield from self.pool.stream(batch_gradients, enumerate(batches(rows)))
         finally:
             for handle in handles:
                 handle.remove()
@@ -221,25 +221,25 @@ class ReferenceModel:
 
         def noting(path: str) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                local.seen[path] = args[0].flatten(0, -2)[local.places].float()
+                local.inputs[path] = args[0].flatten(0, -2)[local.places].float()
 
             return hook
 
-        def one(item: tuple[Batch, int]) -> dict[str, Tensor]:
+        def sample_batch(item: tuple[Batch, int]) -> dict[str, Tensor]:
             batch, start = item
             inside = (places >= start) & (places < start + batch.ids.numel())
-            local.seen, local.places = {}, places[inside] - start
+            local.inputs, local.places = {}, places[inside] - start
             self.model.base_model(**batch.inputs, use_cache=False)
-            found: dict[str, Tensor] = local.seen
-            return found
+            samples: dict[str, Tensor] = local.inputs
+            return samples
 
         handles = [self.model.get_submodule(p).register_forward_pre_hook(noting(p)) for p in modules]
         try:
-            found = self.pool.map(one, list(zip(pieces, starts, strict=False)))
+            samples = self.pool.map(sample_batch, list(zip(pieces, starts, strict=False)))
         finally:
             for handle in handles:
                 handle.remove()
-        return {path: torch.cat([seen[path] for seen in found]) for path in modules}
+        return {path: torch.cat([inputs[path] for inputs in samples]) for path in modules}
 
     def path(self, name: str) -> str:
         """The path in the model of the module of a linear that is one (not a fused expert's)."""

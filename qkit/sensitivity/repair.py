@@ -18,7 +18,7 @@ from qkit.engine.job import Job
 from qkit.engine.original_model import original_model
 from qkit.families.structure import ModelStructure
 from qkit.planning.plan import Plan, parts
-from qkit.sensitivity.pqi import mean_gradients, share
+from qkit.sensitivity.pqi import mean_gradients, weight_shares
 from qkit.sensitivity.probes import replacements
 from qkit.sensitivity.reference_model import ReferenceModel
 from qkit.system.parallel import Workers
@@ -39,23 +39,23 @@ def repair(plan: Plan, structure: ModelStructure, job: Job, pool: Workers, progr
         return
     assert plan.calibration is not None
     rows = plan.calibration.first(ROWS)
-    subject = ReferenceModel(original_model(plan, structure, job), structure, pool)
+    original = ReferenceModel(original_model(plan, structure, job), structure, pool)
     targets = {name: r.weight for name, r in replacements(plan, structure, job).items()}
     chosen = {name: torch.empty(0, dtype=torch.int64) for name in targets}
     for k in range(ROUNDS):
         progress.start(f"significant weights, round {k + 1} of {ROUNDS}", POINTS)
-        gbar = mean_gradients(subject, targets, rows, POINTS, step=progress.step)
+        gbar = mean_gradients(original, targets, rows, POINTS, step=progress.step)
         count = plan.significant * (k + 1) // ROUNDS - plan.significant * k // ROUNDS
-        scores = {n: share(subject.weight(n), w, gbar.pop(n)).abs_().flatten() for n, w in targets.items()}
+        scores = {n: weight_shares(original.weight(n), w, gbar.pop(n)).abs_().flatten() for n, w in targets.items()}
         for name, places in chosen.items():
             scores[name][places] = -1.0
-        for name, places in most(scores, count).items():
+        for name, places in largest_scores(scores, count).items():
             chosen[name] = torch.cat((chosen[name], places)).sort().values
-            targets[name].view(-1)[places] = subject.weight(name).flatten()[places]
-    _commit(plan, structure, job, subject, chosen)
+            targets[name].view(-1)[places] = original.weight(name).flatten()[places]
+    _commit(plan, structure, job, original, chosen)
 
 
-def most(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+def largest_scores(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     """{name: int64 places} of the ``count`` largest of all scores together; of equal ones the first."""
     best = {n: s.topk(min(count, len(s))) for n, s in scores.items()}
     owner = torch.cat([torch.full((len(b.values),), i) for i, b in enumerate(best.values())])
@@ -65,7 +65,7 @@ def most(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 def _commit(
-    plan: Plan, structure: ModelStructure, job: Job, subject: ReferenceModel, chosen: dict[str, Tensor]
+    plan: Plan, structure: ModelStructure, job: Job, original: ReferenceModel, chosen: dict[str, Tensor]
 ) -> None:
     tensors: dict[str, Tensor] = {}
     entry: dict[str, Any] = {}
@@ -73,7 +73,7 @@ def _commit(
     every = parts(plan, structure)
     for place, name in [(i, x.name) for i, b in enumerate(every) for x in b.linears if x.name in plan.linears]:
         q, _ = job.quantized(place, name, plan.linears[name].weights)
-        repaired = detach(q, subject.weight(name), chosen[name], structure.dtype)
+        repaired = detach(q, original.weight(name), chosen[name], structure.dtype)
         if repaired.sparse is None:
             continue
         entry[name] = {**records[name], "sparse": repaired.sparse.nnz, "weight_sha256": weight_sha256([repaired])}
@@ -88,6 +88,6 @@ def detach(q: QTensor, weight: Tensor, places: Tensor, dtype: torch.dtype) -> QT
         return q
     dense = dequantize(replace(q, sparse=None))
     values = (weight.flatten()[places] - dense.flatten()[places]).to(sparse.value_dtype(dtype))
-    some = values != 0  # nothing to put back
-    above = sparse.make(places[some], values[some], q.shape)
-    return replace(q, sparse=sparse.merge(q.sparse, above, q.shape))
+    differing = values != 0  # nothing to put back
+    difference = sparse.make(places[differing], values[differing], q.shape)
+    return replace(q, sparse=sparse.merge(q.sparse, difference, q.shape))

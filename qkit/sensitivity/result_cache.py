@@ -23,17 +23,17 @@ class ResultCache:
         self._path = path
         check_file(path)
         raw = path.read_bytes() if path.is_file() else b""
-        whole = raw.rpartition(b"\n")[0]
-        if not whole and not _line({"identity": identity}).startswith(raw):
+        complete = raw.rpartition(b"\n")[0]
+        if not complete and not _line({"identity": identity}).startswith(raw):
             raise BadInput(f"{path}: not a file of measurements of qkit: choose another folder, or move the file away")
-        found, self._known = _read(whole, path) if whole else (identity, {})
-        differing = next((k for k in dict.fromkeys((*identity, *found)) if found.get(k) != identity.get(k)), None)
+        recorded, self._known = _read(complete, path) if complete else (identity, {})
+        differing = next((k for k in dict.fromkeys((*identity, *recorded)) if recorded.get(k) != identity.get(k)), None)
         if differing is not None:
             raise JobConflict(
-                f"{path.parent}: what is there was measured with another {differing}: {found.get(differing)} there, "
+                f"{path.parent}: what is there was measured with another {differing}: {recorded.get(differing)} there, "
                 f"{identity.get(differing)} now: choose another folder, or delete this one"
             )
-        content = whole + b"\n" if whole else _line({"identity": identity})
+        content = complete + b"\n" if complete else _line({"identity": identity})
         if content != raw:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,11 +57,11 @@ class ResultCache:
         self._known[key] = value
 
 
-def _read(whole: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(complete: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(identity, values)."""
     try:
-        first, *rest = (parse_json(line, str(path)) for line in whole.split(b"\n"))
-        return dict(first["identity"]), {line["key"]: line["value"] for line in rest}
+        first, *entries = (parse_json(line, str(path)) for line in complete.split(b"\n"))
+        return dict(first["identity"]), {line["key"]: line["value"] for line in entries}
     except (BadCheckpoint, KeyError, TypeError, ValueError) as e:
         raise BadInput(f"{path}: damaged: {e}: delete this file, and run the command again") from e
 

@@ -49,8 +49,8 @@ def parts_of(structure: ModelStructure, pictures: bool) -> tuple[str, ...]:
 
 def parts_named(request: Mapping[str, Any]) -> Sequence[str]:
     """The same of a profile that was made, by what it says of itself."""
-    found: Sequence[str] = request.get("parts", (LANGUAGE,))
-    return found
+    parts: Sequence[str] = request.get("parts", (LANGUAGE,))
+    return parts
 
 
 def units_of(structure: ModelStructure, parts: Sequence[str] = (LANGUAGE,)) -> tuple[Unit, ...]:
@@ -73,8 +73,8 @@ def unit_bytes(unit: Unit, candidate: Candidate, structure: ModelStructure) -> i
         return None
     total = 0
     for linear in unit.linears:
-        kept = outlier_count(candidate.outliers, linear.shape)
+        sparse_count = outlier_count(candidate.outliers, linear.shape)
         total += linear_bytes(
-            weights, candidate.scheme.activations, linear.shape, structure.dtype, kept, candidate.rank
+            weights, candidate.scheme.activations, linear.shape, structure.dtype, sparse_count, candidate.rank
         )
     return total

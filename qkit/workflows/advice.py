@@ -27,16 +27,16 @@ class Advice:
 
     def __str__(self) -> str:
         """One line for a person."""
-        said = f"method: {self.chosen} (no --method is given)"
+        choice = f"method: {self.chosen} (no --method is given)"
         if self.better is None:
-            return f"{said}: it rounds to nearest"
+            return f"{choice}: it rounds to nearest"
         cost = (
             "and runs calibration samples"
             if self.ratio is None
             else f"and takes about {times(self.ratio)} the operations"
         )
         loads = "" if self.export is None else " (its result then loads only where qkit is imported)"
-        return f"{said}: {self.better} is more accurate {cost}: add --method {self.better}{loads}"
+        return f"{choice}: {self.better} is more accurate {cost}: add --method {self.better}{loads}"
 
 
 def times(ratio: float) -> str:
@@ -44,18 +44,18 @@ def times(ratio: float) -> str:
     return f"{float(f'{ratio:.2g}'):,g} times"
 
 
-def on_method(request: Request, found: PreparedRequest) -> Advice | None:
-    """What to say of the method of a request; None: the request or its recipe names it. found: the request, prepared."""
+def advise_method(request: Request, prepared: PreparedRequest) -> Advice | None:
+    """What to say of the method of a request; None: the request or its recipe names it. prepared: the request, prepared."""
     recipe = recipe_of(request)
     if "method" in recipe.model_fields_set:
         return None
-    now = sum(found.forecast.operations.values())
+    operations = sum(prepared.forecast.operations.values())
     for method in _better(recipe):
         with suppress(QkitError):  # what this model cannot have is no advice
-            other = prepare(replace(request, method=method), found.plan.calibration)
-            known = other.plan.calibration is None or other.plan.calibration.trajectory is None
-            ratio = sum(other.forecast.operations.values()) / now if known and now else None
-            export = other.plan.export if other.plan.export != found.plan.export else None
+            better = prepare(replace(request, method=method), prepared.plan.calibration)
+            is_known = better.plan.calibration is None or better.plan.calibration.trajectory is None
+            ratio = sum(better.forecast.operations.values()) / operations if is_known and operations else None
+            export = better.plan.export if better.plan.export != prepared.plan.export else None
             return Advice(recipe.method, method, ratio, export)
     return Advice(recipe.method)
 

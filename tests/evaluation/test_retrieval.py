@@ -11,12 +11,12 @@ from qkit.errors import BadInput, UsageError
 from qkit.evaluation.retrieval import (
     CHOICES,
     DEPTHS,
-    ask,
     evaluate_retrieval,
     facts,
     lengths_of,
     needle,
     recall,
+    score_trial,
     trials,
 )
 from qkit.evaluation.text import tokenize
@@ -88,7 +88,7 @@ def test_a_list_has_each_key_once_and_its_twin_differs_where_it_is_asked(tokeniz
 @torch.inference_mode()
 def test_the_likelihood_of_a_plain_cache_is_that_of_one_pass(model, tokenizer, text, tokens):
     for trial in trials(tokenizer, text, tokens[None, :LENGTH], [LENGTH]):
-        found, (size, plain) = ask(model, trial, None)
+        found, (size, plain) = score_trial(model, trial, None)
         assert size == plain == 2 * 2 * 2 * 16 * 2 * trial.contexts.shape[1]  # layers, sides, heads, channels, 16 bits
         for question, (likely, greedy) in zip(trial.questions, found, strict=True):
             count, n = question.answers.shape
@@ -112,7 +112,7 @@ def test_what_is_greedy_is_what_decoding_gives(model, tokenizer, text, tokens):
         prompt, max_new_tokens=question.answers.shape[1], do_sample=False, pad_token_id=0, eos_token_id=[]
     )
     question.answers[2] = ids[0, prompt.shape[1] :]
-    ((_, greedy),), _ = ask(model, made, None)
+    ((_, greedy),), _ = score_trial(model, made, None)
     assert greedy[0].nonzero().flatten().tolist() == [2]
 
 

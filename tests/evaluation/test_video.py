@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="needs diffusers: pip install 'qkit[diffusion]'")
 
-from qkit_data import judge
+from qkit_data import clip_classifier
 from qkit_data.clips import COLORS, FRAMES, MOTIONS, SHAPES, SIZE, WORDS, clip
 from safetensors.torch import save_file
 from tiny_dits import make_pipeline
@@ -172,7 +172,7 @@ def test_smoothquant_in_a_pipeline(run, tmp_path: Path) -> None:
     assert 0 < (a - b).norm() < 0.03 * b.norm()
 
 
-def test_samples_of_drawn_clips_are_judged_where_the_classifier_is(
+def test_samples_of_drawn_clips_are_classified_where_the_classifier_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An untrained classifier still gives figures; without its weights there are none."""
@@ -181,9 +181,11 @@ def test_samples_of_drawn_clips_are_judged_where_the_classifier_is(
         Video(frames=torch.from_numpy(c.frames).float() / 255, latents=(torch.ones(1),), seconds=1.0, prompt=c.prompt)
         for c in clips
     ]
-    monkeypatch.setattr(judge, "FILE", tmp_path / "judge.safetensors")
+    monkeypatch.setattr(clip_classifier, "FILE", tmp_path / "clip_classifier.safetensors")
     assert "recognised" not in figures(made, made)
-    save_file(judge.Judge().state_dict(), judge.FILE)
+    save_file(clip_classifier.ClipClassifier().state_dict(), clip_classifier.FILE)
     found = figures(made, made)
     assert found["recognised"][0] == found["baseline_recognised"][0] and found["feature_distance"] < 1e-3
-    assert [judge.labels_of(c.prompt) for c in clips] == [c.labels for c in clips] and judge.labels_of("a cat") is None
+    assert [clip_classifier.labels_of(c.prompt) for c in clips] == [
+        c.labels for c in clips
+    ] and clip_classifier.labels_of("a cat") is None

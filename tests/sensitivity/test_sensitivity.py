@@ -17,7 +17,7 @@ from qkit.sensitivity import subject as subject_module
 from qkit.sensitivity.decomposition import decompose, decomposition_file
 from qkit.sensitivity.measures import input_terms
 from qkit.sensitivity.outputs import OutputSample, next_norms
-from qkit.sensitivity.pqi import mean_gradients, share
+from qkit.sensitivity.pqi import mean_gradients, weight_shares
 from qkit.sensitivity.profile import Profile
 from qkit.sensitivity.reference_model import ReferenceModel, Replacement
 from qkit.sensitivity.units import units_of
@@ -64,7 +64,7 @@ def test_the_integral_is_the_loss_change(subject, rows, bits):
     start = {n: subject.weight(n).clone() for n in targets}
     true = true_change(subject, targets, rows)
     gbar = mean_gradients(subject, targets, rows, 8)
-    parts = {n: share(start[n], targets[n], gbar[n]) for n in targets}
+    parts = {n: weight_shares(start[n], targets[n], gbar[n]) for n in targets}
     predicted = sum(float(s.double().sum()) for s in parts.values())
     assert true > 0
     assert predicted == pytest.approx(true, rel=0.02)
@@ -84,7 +84,7 @@ def test_the_error_of_the_rule(subject, rows):
 
     def error(points: int, rule: str) -> float:
         gbar = mean_gradients(subject, targets, rows, points, rule)
-        return abs(sum(float(share(start[n], targets[n], gbar[n]).double().sum()) for n in targets) - true)
+        return abs(sum(float(weight_shares(start[n], targets[n], gbar[n]).double().sum()) for n in targets) - true)
 
     assert 2.8 < error(2, "midpoint") / error(4, "midpoint") < 5.5
     assert 1.6 < error(2, "right") / error(4, "right") < 2.5

@@ -16,11 +16,11 @@ from qkit.calibration.image_text import rows_of
 from qkit.kvcache.sensitivity import divergences, errors_of, sensitivities, watched
 from qkit.runtime import loading
 from qkit.sensitivity.outputs import OutputSample, next_norms
-from qkit.sensitivity.pqi import mean_gradients, share
+from qkit.sensitivity.pqi import mean_gradients, weight_shares
 from qkit.sensitivity.reference_model import ReferenceModel, Replacement
 from qkit.sensitivity.units import units_of
 from qkit.system.parallel import workers
-from qkit.workflows.calibration_rows import pair_calibration
+from qkit.workflows.calibration_rows import image_text_rows
 from qkit.workflows.quantize import Request, open_structure
 
 DOWN, GATE = "layers.0.mlp.down_proj", "layers.1.mlp.gate_proj"
@@ -35,7 +35,7 @@ def llava(vlm):
 @pytest.fixture(scope="module")
 def rows(llava):
     """Drawn scenes, of several lengths."""
-    made = pair_calibration(Request(model=str(llava), samples=6), open_structure(str(llava)))
+    made = image_text_rows(Request(model=str(llava), samples=6), open_structure(str(llava)))
     assert len({x["input_ids"].shape[1] for x in made.inputs}) > 1
     return made
 
@@ -107,7 +107,7 @@ def test_the_integral_is_the_loss_change(subject, rows):
     with subject.replaced({n: Replacement(w) for n, w in targets.items()}):
         true = subject.loss(rows) - before
     gbar = mean_gradients(subject, targets, rows, 8)
-    predicted = sum(float(share(start[n], targets[n], gbar[n]).double().sum()) for n in targets)
+    predicted = sum(float(weight_shares(start[n], targets[n], gbar[n]).double().sum()) for n in targets)
     assert predicted == pytest.approx(true, rel=0.05) and abs(true) > 1e-3
 
 
@@ -247,7 +247,7 @@ def test_the_cache_of_pictures(subject, rows):
 
 def test_the_first_rows(llava, rows, calib):
     """Are those of a request for so few, whatever their kind."""
-    few = pair_calibration(Request(model=str(llava), samples=3), open_structure(str(llava)))
+    few = image_text_rows(Request(model=str(llava), samples=3), open_structure(str(llava)))
     assert rows.first(3).digest == few.digest != rows.digest and rows.first(6) == rows
     assert len(batches(rows.first(3))) == 3
     ids = torch.arange(200).view(10, 20)
