@@ -19,8 +19,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """picks: {unit: candidate}; bytes: of the units; limit: what they may take, None: any number; cost: predicted, in the unit
-    of ``measure``; gap: to the proven bound; time, time_limit: nanoseconds, where there is a latency budget."""
+    """A format for every unit, with its bytes and its predicted cost.
+
+    picks: {unit: candidate}; bytes: of the units; limit: what they may take, None: any number; cost: predicted, in the unit
+    of ``measure``; gap: to the proven bound; time, time_limit: nanoseconds, where there is a latency budget.
+    """
 
     picks: dict[str, str]
     bytes: int
@@ -33,8 +36,8 @@ class Allocation:
 
 
 def limit_bytes(profile: Profile, budget: Budget, beside: int) -> int | None:
-    """Bytes that the units may take; None: any number. beside: what else a size (headers of the files) or a memory (activations
-    and KV cache at the budget's context) has to hold."""
+    """The bytes that the units may use; None: any number. beside: the bytes of everything else that a size (headers of the
+    files) or a memory (activations and KV cache at the budget's context) has to hold."""
     if budget.bits is not None:
         return int(budget.bits * sum(u.weights for u in profile.units) / 8)
     total = budget.memory if budget.size is None else budget.size
@@ -72,8 +75,8 @@ def apply_bounds(
 
 @dataclass(frozen=True)
 class Reach:
-    """What the choices of a profile come to, from the smallest everywhere to the largest everywhere, beside what a budget asks
-    for: all three in bits of a weight (option --bits) or in bytes of the whole."""
+    """The range of sizes that the choices of a profile reach, beside the budget: all three in bits of a weight (option
+    --bits) or in bytes of the whole."""
 
     option: str
     asked: float
@@ -91,7 +94,7 @@ class Reach:
 
 
 def reach(profile: Profile, budget: Budget, beside: tuple[int, int]) -> Reach | None:
-    """What the choices come to under a budget; None: it is of time alone. beside: at the least and at the most, as for
+    """The range of sizes beside a budget; None for a budget of time alone. beside: bytes at the least and at the most, as for
     ``limit_bytes``."""
     sizes = [[c.bytes for c in u.choices.values()] for u in profile.units]
     smallest, largest = sum(map(min, sizes)), sum(map(max, sizes))
@@ -106,7 +109,7 @@ def reach(profile: Profile, budget: Budget, beside: tuple[int, int]) -> Reach | 
 
 
 def refuse_too_small(profile: Profile, budget: Budget, beside: int, floor: bool = False, measured: bool = True) -> None:
-    """Raises Unsupported where the smallest choices are too large for the budget. floor: whether a --floor left some out;
+    """Raises Unsupported where the smallest choices are too large for the budget. floor: whether a --floor excluded some;
     measured: whether the profile is there, or only what shapes say of it."""
     limit, reached = limit_bytes(profile, budget, beside), reach(profile, budget, (beside, beside))
     smallest = sum(min(c.bytes for c in u.choices.values()) for u in profile.units)
@@ -163,7 +166,7 @@ def allocate(profile: Profile, limit: int | None, measure: str, latency: Latency
 
 
 def choices_of(profile: Profile, measure: str, latency: Latency | None) -> list[list[knapsack.Choice]]:
-    """Every unit's choices for the knapsack; one that seems to gain by rounding costs nothing."""
+    """The choices of every unit for the knapsack; one that seems to gain by rounding costs nothing."""
 
     def choice(unit: UnitProfile, name: str) -> knapsack.Choice:
         size, cost = unit.choices[name].bytes, unit.choices[name].costs[measure]
@@ -197,12 +200,12 @@ def rules(profile: Profile, picks: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def outliers(profile: Profile, picks: dict[str, str]) -> dict[str, float] | None:
-    """{linear: percent of its weights in a sparse part} of those that have one; None where no unit has."""
+    """The percent of weights in a sparse part, {linear: percent}, of those that have one; None where no unit has."""
     return _beside(profile, picks, profile.request["outliers"])
 
 
 def ranks(profile: Profile, picks: dict[str, str]) -> dict[str, int] | None:
-    """{linear: rank of its low-rank part} of those that have one; None where no unit has."""
+    """The rank of the low-rank part, {linear: rank}, of those that have one; None where no unit has."""
     return _beside(profile, picks, profile.request.get("ranks", {}))
 
 

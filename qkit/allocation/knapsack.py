@@ -20,7 +20,7 @@ from qkit.errors import NumericFailure, UsageError
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store a unit: what it costs, and what it uses of each resource (bytes, nanoseconds, ..)."""
+    """One way to store a unit: its cost, and its use of each resource (bytes, nanoseconds, ..)."""
 
     name: str
     cost: float
@@ -29,7 +29,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Solution:
-    """picks: the index of the choice of every unit; cost and used: their sums; gap: cost over its proven lower bound, less 1"""
+    """The solution of a knapsack. picks: the index of the choice of every unit; cost and used: their sums; gap: cost over
+    its proven lower bound, less 1"""
 
     picks: tuple[int, ...]
     cost: float
@@ -42,7 +43,8 @@ class Solution:
 
 
 class Infeasible(UsageError):
-    """Limits that no choice keeps together. resource: the last of them; least: what it needs at least within the others."""
+    """The error for limits that no choice keeps together. resource: the last of them; least: the smallest amount of it
+    within the others."""
 
     def __init__(self, message: str, resource: str, needed: int) -> None:
         super().__init__(message)

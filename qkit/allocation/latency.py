@@ -27,8 +27,11 @@ Key = tuple[str, int | None, tuple[int, int]]  # candidate, group size, (out, in
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyTable:
-    """seconds: median of a product with weights from memory; machine, device, dtype (of activations), rows and threads: where
-    and of what it was measured."""
+    """Measured times of products on one machine.
+
+    seconds: median of a product with weights from memory; machine, device, dtype (of activations), rows and threads: where
+    and of what it was measured.
+    """
 
     file: Path
     machine: str
@@ -39,7 +42,7 @@ class LatencyTable:
     seconds: Mapping[Key, float]
 
     def origin(self) -> dict[str, Any]:
-        """Where the times come from."""
+        """The file and the machine that the times come from, JSON-able."""
         return {
             "file": str(self.file),
             "machine": self.machine,
@@ -50,8 +53,8 @@ class LatencyTable:
         }
 
     def merged(self) -> LatencyTable:
-        """With the times that the file has of other products. Raises UsageError for a file that is something else, or was
-        measured elsewhere or otherwise: it stays what it is."""
+        """The table with the times of other products that the file has. Raises UsageError for a file that is something else,
+        or was measured elsewhere or otherwise: it stays what it is."""
         if not self.file.exists():
             return self
         try:
@@ -70,7 +73,7 @@ class LatencyTable:
         return replace(self, seconds={**stored.seconds, **self.seconds})
 
     def save(self) -> None:
-        """Write the file."""
+        """Writes the file."""
         entries = [
             {"format": name, "group": group, "out": out, "in": columns, "seconds": seconds}
             for (name, group, (out, columns)), seconds in self.seconds.items()
@@ -81,7 +84,7 @@ class LatencyTable:
 
     @staticmethod
     def load(file: Path) -> LatencyTable:
-        """Raises BadInput for a file that is missing, damaged or of another version."""
+        """The table in a file. Raises BadInput for a file that is missing, damaged or of another version."""
         if not file.is_file():
             raise BadInput(f"{file}: no such latency table: make it with 'qkit bench gemv --model .. --table {file}'")
         data = load_json(file, "latency table", 1 << 26)
@@ -105,20 +108,20 @@ class LatencyTable:
 
 @dataclass(frozen=True)
 class Latency:
-    """limit: nanoseconds that the units may take together; times: nanoseconds by (unit, candidate)."""
+    """A latency budget. limit: nanoseconds that the units may use together; times: nanoseconds by (unit, candidate)."""
 
     limit: int
     times: Mapping[tuple[str, str], int]
 
     def of(self, picks: Mapping[str, str]) -> int:
-        """Nanoseconds of a plan."""
+        """The nanoseconds of a plan."""
         return sum(self.times[unit, name] for unit, name in picks.items())
 
 
 def unit_times(
     profile: Profile, structure: ModelStructure, table: LatencyTable, model: str
 ) -> dict[tuple[str, str], int]:
-    """{(unit, candidate): nanoseconds} of all choices of the profile.
+    """The time of every choice of a profile, {(unit, candidate): nanoseconds}.
 
     model: as it was named, for the message. Raises BadInput for what the table lacks.
     """

@@ -80,7 +80,7 @@ def cost_of(profile: Profile, picks: dict[str, str], measure: str) -> float:
 
 
 def uniform(profile: Profile, measure: str) -> dict[str, tuple[float, float]]:
-    """{candidate: (bits, cost)} of all units at one candidate, for those that every unit can get."""
+    """The bits and the cost of all units at one candidate, {candidate: (bits, cost)}, for those that every unit can get."""
     costs = {}
     for name in profile.candidates:
         if all(name in u.choices for u in profile.units):

@@ -21,8 +21,11 @@ Measured = Callable[[Picks], float]  # KL divergence of a whole plan, in nats a 
 
 @dataclass(frozen=True)
 class Refinement:
-    """start, end: measured divergence of the first plan and of the best; history: (what was tried, measured, whether it was
-    kept) of every plan that was measured."""
+    """The result of a search near the solved plan.
+
+    start, end: measured divergence of the first plan and of the best; history: (what was tried, measured, whether it was
+    kept) of every plan that was measured.
+    """
 
     picks: Picks
     start: float

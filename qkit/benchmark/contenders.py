@@ -33,8 +33,8 @@ OWN, BF16, FLOAT32 = "qkit", "dense bf16", "dense float32"
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """One product. dtype: of activations; q: None for a weight that is kept; exact: float32, what the weight stands for;
-    static: float32 [1], the scale of static activation formats; size: bytes of the weight as a checkpoint stores it."""
+    """One product to time. dtype: of activations; q: None for a weight that is kept; exact: float32, what the weight stands
+    for; static: float32 [1], the scale of static activation formats; size: bytes of the weight as a checkpoint stores it."""
 
     candidate: Candidate
     shape: tuple[int, int]
@@ -46,7 +46,7 @@ class Product:
 
     @property
     def activations(self) -> Format | None:
-        """What activations are rounded to."""
+        """The format of the activations."""
         return None if self.candidate.scheme is None else self.candidate.scheme.activations
 
     def rounded(self, x: Tensor) -> Tensor:
@@ -56,8 +56,8 @@ class Product:
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """size: bytes of the weight as it is read; dtype: of the activations it gets; rounds: whether it rounds activations to 8
-    bits on its own, which is then part of its error."""
+    """One implementation of a product. size: bytes of the weight as it is read; dtype: of the activations it gets; rounds:
+    whether it rounds activations to 8 bits on its own, which is then part of its error."""
 
     name: str
     size: int
@@ -68,7 +68,7 @@ class Contender:
 
 
 def random_product(candidate: Candidate, shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> Product:
-    """A random weight in a candidate's format. Raises Unsupported where the format cannot have that shape."""
+    """A product of a random weight in a candidate's format. Raises Unsupported where the format cannot have that shape."""
     generator = torch.Generator().manual_seed(seed)
     static = torch.ones(1)
     if candidate.scheme is None:
@@ -96,8 +96,8 @@ def random_product(candidate: Candidate, shape: tuple[int, int], dtype: torch.dt
 
 
 def random_weight(fmt: Format, shape: tuple[int, int], sparse_count: int, generator: torch.Generator) -> QTensor:
-    """Random codes over the whole range, random scales, zero points where the format has them, ``sparse_count`` values
-    beside."""
+    """A weight of random codes over the whole range, with random scales, zero points where the format has them, and
+    ``sparse_count`` values beside."""
     low, high = -(1 << (fmt.bits - 1)), 1 << (fmt.bits - 1)
     per_tile = param_shape(fmt, shape)
     scale, zero, global_scale = torch.rand(per_tile, generator=generator) + 0.5, None, None
@@ -279,13 +279,13 @@ def check_device(device: str) -> None:
 
 
 def contenders(p: Product, device: str) -> list[Contender]:
-    """Everybody who can take part, qkit first."""
+    """The contenders that can take part, qkit first."""
     check_device(device)
     return [contender for maker in _MAKERS[device] for contender in maker(p)]
 
 
 def operator_of(prepared: Any) -> str | None:
-    """Which of ``qkit_kernels``' operators was chosen, and up to how many rows it runs."""
+    """The operator of ``qkit_kernels`` that was chosen, and up to how many rows it runs."""
     if not isinstance(prepared, ops.PreparedWeight):
         return None
     laid = prepared.laid

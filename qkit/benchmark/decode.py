@@ -19,9 +19,12 @@ from qkit.runtime.generate import Decoder
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeTiming:
-    """prompt: seconds of the prompt and its first token, of the best round; token: seconds of every further token, mean of a
+    """The times of greedy decoding of one model.
+
+    prompt: seconds of the prompt and its first token, of the best round; token: seconds of every further token, mean of a
     round; size: bytes of the weights of all linears, as they are held; floor: seconds that reading them takes, None where a
-    token does not visit all of them."""
+    token does not visit all of them.
+    """
 
     name: str
     prompt: float
@@ -31,7 +34,7 @@ class DecodeTiming:
     refused: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """With tokens a second."""
+        """All fields as a JSON-able dictionary, with tokens a second."""
         return {**asdict(self), "tokens_per_second": None if self.refused else 1 / self.token.p50}
 
 
@@ -47,7 +50,7 @@ class Round:
 def decode(
     models: Sequence[tuple[str, Any]], prompt: int, new: int, rounds: int, host: Host, step: Callable[[], None]
 ) -> list[DecodeTiming]:
-    """Each model ``rounds`` times in turn, on the same random prompt, after a round that does not count.
+    """The times of each model, ``rounds`` times in turn, on the same random prompt, after a round that does not count.
 
     new: tokens after the first one. Raises UsageError where the positions of a model do not suffice. A model whose tokens
     differ between rounds is refused.
@@ -102,7 +105,7 @@ def _round(decoder: Decoder, ids: Tensor, new: int) -> Round:
 
 
 def linear_bytes(model: nn.Module) -> tuple[int, bool]:
-    """(bytes of the weights of all linears as they are held, whether a token reads all of them)."""
+    """The bytes of the weights of all linears as they are held, and whether a token reads all of them."""
     size, reads_all = 0, True
     for module in model.modules():
         if isinstance(module, QuantLinear):

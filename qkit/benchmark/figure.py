@@ -1,4 +1,4 @@
-"""A picture of times against the floor."""
+"""The figure of times against the floor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _MOST_PANELS = 24
 
 
 def time_figure(products: Sequence[Mapping[str, Any]]) -> Figure:
-    """A panel per product (format and shape): cold times against rows, a line per contender, and the floor of qkit's.
+    """The figure with a panel per product (format and shape): cold times against rows, a line per contender, and the floor
+    of qkit's.
 
     products: of ``products.product_record``. Whiskers go from p20 to p80; what was refused has no point.
     """

@@ -27,8 +27,11 @@ _PACKAGES = ("qkit", "torch", "transformers", "onnxruntime", "auto-round-lib", "
 
 @dataclass(frozen=True)
 class Host:
-    """copy, read: bytes a second of memory that is not in a cache (a copy counts both ways); flops: float32 operations a
-    second; cache: bytes of the last-level cache; buffer: float32, TIMES_CACHE times as large."""
+    """The speed of a machine's memory and arithmetic.
+
+    copy, read: bytes a second of memory that is not in a cache (a copy counts both ways); flops: float32 operations a
+    second; cache: bytes of the last-level cache; buffer: float32, TIMES_CACHE times as large.
+    """
 
     copy: float
     read: float
@@ -42,11 +45,11 @@ class Host:
         return max(self.copy, self.read)
 
     def floor(self, size: int) -> float:
-        """Seconds that moving ``size`` bytes takes at least."""
+        """The least seconds that moving ``size`` bytes takes."""
         return size / self.bandwidth
 
     def flush(self) -> None:
-        """Read so much that nothing else is left in the caches."""
+        """Reads so much that nothing else is left in the caches."""
         self.buffer.sum()
 
     def remeasured(self) -> Host:
@@ -56,7 +59,8 @@ class Host:
         return replace(self, **best_of)
 
     def refusal(self, seconds: float, size: int, operations: int) -> str | None:
-        """Why a time cannot be true; None where it can. size: bytes that were moved from memory, 0 for what is in a cache."""
+        """The reason why a time cannot be true; None where it can. size: bytes that were moved from memory, 0 for what is
+        in a cache."""
         if seconds <= 0:
             return "took no time at all"
         if seconds * self.bandwidth * _TOLERANCE < size:
@@ -72,7 +76,7 @@ class Host:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        """Bytes and operations a second, bytes of the cache."""
+        """The measured figures as a JSON-able dictionary: bytes and operations a second, bytes of the cache."""
         return {"copy": self.copy, "read": self.read, "flops": self.flops, "cache": self.cache}
 
 
@@ -86,7 +90,8 @@ def cache_bytes() -> int:
 
 
 def measure_host(cache: int | None = None) -> Host:
-    """Measure memory and arithmetic; the best of some runs counts. cache: bytes, where the system's word is not to be taken."""
+    """The measured memory and arithmetic of this machine; the best of some runs counts. cache: bytes, in place of what the
+    system says."""
     cache = cache or cache_bytes()
     largest_buffer = (available_memory() or 4 << 30) // 8
     buffer = torch.ones(max(1 << 16, min(TIMES_CACHE * cache, largest_buffer) // 4 // 4096 * 4096))
@@ -133,7 +138,7 @@ def _version(package: str) -> str | None:
 
 
 def clock_mhz() -> float | None:
-    """What the system says of the first core's clock; it is read, never set."""
+    """The clock of the first core as the system tells it; it is read, never set."""
     try:
         return int(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq").read_text()) / 1000
     except (OSError, ValueError):

@@ -34,7 +34,7 @@ _QUIET = 0.02  # seconds until the threads of another library have gone to sleep
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a call."""
+    """The seconds of a call, at three quantiles."""
 
     p20: float
     p50: float
@@ -42,14 +42,14 @@ class Timing:
 
     @staticmethod
     def of(seconds: Sequence[float]) -> Timing:
-        """Of at least one time."""
+        """The quantiles of at least one time."""
         ordered = sorted(seconds)
         return Timing(*(ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProductTiming:
-    """One contender at one number of rows.
+    """The result of one contender at one number of rows.
 
     error:  relative to float64 (norm over norm); repeats: whether a second run gave the same bits
     floor:  seconds that reading the weight and the activations and writing the product take at least
@@ -68,7 +68,7 @@ class ProductTiming:
 
     @property
     def share(self) -> float | None:
-        """Of the floor in the cold time."""
+        """The share of the floor in the cold time."""
         return None if self.cold is None else self.floor / self.cold.p50
 
 
@@ -82,7 +82,7 @@ class Entrant:
 
 
 def make_entrants(p: Product, device: str, host: Host, only: Sequence[str] = ()) -> list[Entrant]:
-    """Everybody's copies, in half of the memory that there is. only: names, all if empty."""
+    """The copies of every contender, in half of the memory that there is. only: names, all if empty."""
     entering = [c for c in contenders(p, device) if not only or c.name in only]
     room = (available_memory() or 4 << 30) // 2 // len(entering)
     entrants = []
@@ -94,7 +94,7 @@ def make_entrants(p: Product, device: str, host: Host, only: Sequence[str] = ())
 
 
 def compare(p: Product, entrants: Sequence[Entrant], rows: int, host: Host, seconds: float) -> list[ProductTiming]:
-    """All entrants at ``rows`` rows. seconds: that each may take for cold calls, and again for warm ones."""
+    """The results of all entrants at ``rows`` rows. seconds: that each may use for cold calls, and again for warm ones."""
     with torch.inference_mode():
         checks = [_check(p, e, rows) for e in entrants]
         dense_error = _plain_error(p, rows)
@@ -188,7 +188,7 @@ def _reference(p: Product, x: Tensor) -> Tensor:
 
 
 def poison(size: int) -> None:
-    """Fill memory of that size with NaN and give it back: who hands out an output without writing it hands out NaN."""
+    """Fills memory of that size with NaN and gives it back: who hands out an output without writing it hands out NaN."""
     blocks = [torch.full((max(1, size // 4),), torch.nan) for _ in range(4)]
     blocks.clear()
 
@@ -233,7 +233,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def product_record(p: Product, results: Sequence[ProductTiming]) -> dict[str, Any]:
-    """The machine's copy of what was found for one product: times in seconds, speed-ups of the cold times, and what they
+    """The results for one product as a JSON-able dictionary: times in seconds, speed-ups of the cold times, and what they
     would be if only bytes counted."""
     by_name = {(r.contender, r.rows): r for r in results}
     rows = []

@@ -18,7 +18,7 @@ MODELS: dict[str, tuple[Shape, ...]] = {
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """'llama-3-8b,4096x4096' -> shapes, each once. Raises UsageError for what is neither."""
+    """The shapes of 'llama-3-8b,4096x4096', each once. Raises UsageError for what is neither."""
     shapes: list[Shape] = []
     for item in (part.strip().lower() for part in text.split(",")):
         numbers = re.fullmatch(r"(\d+)x(\d+)", item)
@@ -35,7 +35,7 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 
 
 def model_shapes(model: str) -> tuple[Shape, ...]:
-    """Shapes of the linears inside the blocks of a model, packed or not, each once."""
+    """The shapes of the linears inside the blocks of a model, packed or not, each once."""
     from qkit.files.checkpoint import Checkpoint  # these bring torch, which reading a list of shapes does not need
     from qkit.runtime.loading import PackedStructure
 

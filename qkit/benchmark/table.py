@@ -31,7 +31,7 @@ def measure_table(
     seconds: float,
     step: Step,
 ) -> tuple[LatencyTable, list[str]]:
-    """(the table, still to be saved; a note for each format that a shape cannot have). step: called after each entry.
+    """The table, still to be saved, and a note for each format that a shape cannot have. step: called after each entry.
 
     Raises NumericFailure for a result that is wrong or cannot be, UsageError for a file that is something else.
     """

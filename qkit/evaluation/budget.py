@@ -77,7 +77,7 @@ _LIMIT = re.compile(r"(<=|>=)?\s*([-+]?)([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*
 
 @dataclass(frozen=True)
 class Limit:
-    """One bound. ``unit`` '' compares the value itself; '%' the relative change, in percent, against the baseline;
+    """One limit of a budget. ``unit`` '' compares the value itself; '%' the relative change, in percent, against the baseline;
     'x' the ratio to the baseline."""
 
     upper: bool
@@ -140,14 +140,17 @@ class QualityBudget:
 
     @property
     def measures_text(self) -> bool:
+        """Whether a line limits a figure of texts."""
         return any(line.metric in METRICS for line in self.lines)
 
     @property
     def measures_answers(self) -> bool:
+        """Whether a line limits answers to questions about images."""
         return any(line.metric in (*ANSWERS, "accuracy") for line in self.lines)
 
     @property
     def measures_samples(self) -> bool:
+        """Whether a line limits samples of a diffusion pipeline."""
         return any(line.metric in SAMPLES for line in self.lines)
 
 
@@ -162,7 +165,7 @@ class Check:
 
     @property
     def shown(self) -> str:
-        """What was measured, as a person reads it."""
+        """The measured value as a person reads it."""
         if self.measured is None:
             return "not measured"
         if not math.isfinite(self.measured):
@@ -171,7 +174,7 @@ class Check:
 
 
 def load_budget(path: Path) -> QualityBudget:
-    """Reads a budget file. Raises BadRecipe with file and line for anything that is not as this page describes."""
+    """The budget in a file. Raises BadRecipe with file and line for anything that is not as this page describes."""
     content = load_yaml(path, "budget")
     where = f"budget {path}"
     if not isinstance(content, LineDict):
@@ -249,7 +252,7 @@ def _limit(value: Any, metric: str, at: str) -> Limit:
 
 
 def check_budget(budget: QualityBudget, measured: Mapping[str, Any]) -> list[Check]:
-    """Each line against what was measured (the dict of ``qkit.evaluation.measure``), in the order of the file.
+    """The result of each line against a measurement (the dict of ``qkit.evaluation.measure``), in the order of the file.
 
     A line without the name of a text gives one check per text. A value or a baseline that is missing or not finite
     fails the check.

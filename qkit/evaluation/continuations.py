@@ -26,8 +26,8 @@ NEW_TOKENS = 24
 
 @torch.no_grad()
 def continuations(model: Any, baseline: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    """Of each prompt {"prompt", "said"}, and with a baseline also {"baseline_said", "same"}: greedy, NEW_TOKENS tokens; same:
-    how many of them are the same before the first that differs."""
+    """The greedy continuation of each prompt, {"prompt", "said"}, and with a baseline also {"baseline_said", "same"};
+    NEW_TOKENS tokens. same: how many tokens agree before the first that differs."""
     entries = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]

@@ -28,9 +28,12 @@ GREEDY = 32  # tokens of a greedy continuation; our choice
 
 @dataclass(frozen=True)
 class DecodingResult:
-    """nll: float64 [windows, window - prompt], in nats, of the tokens after the prompt; bytes: of the cache in the end, of
+    """The likelihoods of decoded windows, and the size of their cache.
+
+    nll: float64 [windows, window - prompt], in nats, of the tokens after the prompt; bytes: of the cache in the end, of
     one sequence; plain_bytes: of keys and values as they come; widths: bits of each layer's body in the end; halvings:
-    [(tokens, layer, bits)] of the first batch, every change of a width."""
+    [(tokens, layer, bits)] of the first batch, every change of a width.
+    """
 
     nll: Tensor
     bytes: float
@@ -44,8 +47,9 @@ def decode_windows(
     model: Any, windows: Tensor, prompt: int, policy: CachePolicy | None, step: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> DecodingResult:  # fmt: skip
-    """Feed each window [windows, length] through a cache (None: a plain one): ``prompt`` tokens at once, then ``step``
-    at a time. A progressive policy without budgets gets those of windows of this length; budgets are of one sequence."""
+    """The likelihoods of windows that are decoded through a cache. Each window [windows, length] goes through it (None: a
+    plain one): ``prompt`` tokens at once, then ``step`` at a time. A progressive policy without budgets gets those of
+    windows of this length; budgets are of one sequence."""
     count, length = windows.shape
     _check_prompt(prompt, length)
     parts, halvings, cache = [], [], None
@@ -76,7 +80,7 @@ def decode_windows(
 
 @torch.inference_mode()
 def greedy_tokens(model: Any, windows: Tensor, prompt: int, policy: CachePolicy | None, count: int) -> Tensor:
-    """int64 [windows, count]: the most likely continuation of each window's first ``prompt`` tokens, through such a cache."""
+    """The most likely continuation of each window's first ``prompt`` tokens through such a cache, int64 [windows, count]."""
     rows = []
     for ids in windows[:, :prompt].split(BATCH):
         cache = fresh_cache(model, policy, windows.shape[1])
@@ -130,7 +134,7 @@ def evaluate_caches(
     model: Any, tokens: Tensor, window: int, limit: int | None, prompt: int, policies: Mapping[str, CachePolicy],
     step: int = 1, progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """{name: figures} of a text and policies by name, the plain cache first, under 'none'.
+    """The figures of a text for each policy, {name: figures}; the plain cache comes first, under 'none'.
 
     Figures: perplexity and ci (95 %, over windows), first_half (perplexity of the first half of what is decoded),
     change_percent and change_ci (of the perplexity, against the plain cache, paired), same_greedy (of GREEDY tokens

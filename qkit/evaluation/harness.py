@@ -45,7 +45,8 @@ def run_tasks(
     include_path: Path | None = None,
     processor: Callable[[], Any] | None = None,
 ) -> dict[str, Any]:
-    """{task: {"samples": n, "metrics": {metric: figures}}} of a transformers model; the first ``limit`` samples.
+    """The figures of tasks for a transformers model, {task: {"samples": n, "metrics": {metric: figures}}}, on the first
+    ``limit`` samples.
 
     Figures: value, stderr and ci (95 %, normal; both None where lm-eval gives no standard error), higher_is_better, and
     values: the metric of each sample, where it is a number, for ``paired_change``. A metric under a filter of lm-eval

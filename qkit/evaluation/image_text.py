@@ -35,9 +35,9 @@ Progress = Callable[[int, int], None]  # (questions done, questions in all)
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model makes of one right answer of ``a`` tokens. nll: float64 [a], in nats; greedy: int64 [a], the most likely
-    token at each place; right: all of them are those of the answer; begins: how the greedy answer begins, as far as its first
-    wrong token."""
+    """A model's likelihoods of one right answer of ``a`` tokens. nll: float64 [a], in nats; greedy: int64 [a], the most likely
+    token at each place; right: all of them are those of the answer; begins: how the greedy answer begins, as far as its
+    first wrong token."""
 
     nll: Tensor
     greedy: Tensor
@@ -61,7 +61,7 @@ def evaluate_image_text(
     model: Any, processor: Any, spec: str | Path, count: int = QUESTIONS, baseline: Any = None, examples: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Figures of at most ``count`` questions of ``spec`` (as for ``held_out``); intervals are 95 %, over questions.
+    """The figures of at most ``count`` questions of ``spec`` (as for ``held_out``); intervals are 95 %, over questions.
 
     Figures: questions, tokens (of answers), nonfinite (of them); accuracy {percent, ci (Wilson)}, kinds {kind: {questions,
     accuracy}} where questions have kinds; perplexity and ci (of answer tokens). With a baseline accuracy further has
@@ -86,7 +86,7 @@ def score_questions(
     model: Any, processor: Any, spec: str | Path, count: int = QUESTIONS, baseline: Any = None,
     progress: Progress | None = None,
 ) -> list[ScoredQuestion]:  # fmt: skip
-    """Every question by itself; arguments, and what is raised, as for ``evaluate_image_text``."""
+    """The score of every question; arguments, and what is raised, as for ``evaluate_image_text``."""
     if baseline is not None and _shape(model) != _shape(baseline):
         raise UsageError(
             f"the two models cannot be compared token by token: the baseline is {_shape(baseline)}, the other one "
@@ -176,7 +176,7 @@ def _answer(ids: Tensor, kinds: Tensor, ends: list[int]) -> slice:
 
 
 def likelihoods(model: Any, batch_inputs: dict[str, Tensor], places: Sequence[slice]) -> tuple[list[Tensor], Tensor]:
-    """For each row log probabilities float32 [a, vocabulary] of the tokens at its place; and the hidden states that leave the
+    """The log probabilities of each row's tokens at its place, float32 [a, vocabulary], and the hidden states that leave the
     last block, [rows, tokens, hidden]. Both on the CPU."""
     hidden: list[Tensor] = []
     norm = model.get_submodule(family_of(model, model.config.model_type).final_norm)

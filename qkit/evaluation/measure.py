@@ -23,7 +23,7 @@ from qkit.files.folder import PIPELINE_INDEX, is_pipeline, weights_folder
 
 
 def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Progress | None = None) -> dict[str, Any]:
-    """Loads the model in the folder ``out`` (packed, when it is quantized), and the baseline, and measures both.
+    """The figures of the model in the folder ``out`` (packed, when it is quantized), beside those of the baseline.
 
     Returns {"model", "baseline", "dtype", "window", "size", "texts", "caches", "retrieval", "pairs", "videos", "samples",
     "tasks", "baseline_tasks"}, of what was asked for: names of folders without their paths; size in bytes of the weight
@@ -39,7 +39,7 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
 def measure_all(
     outs: Sequence[Path], baseline: Path | None, request: EvalRequest, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
-    """What ``measure`` gives, of several models: the same texts and tasks, and the baseline measured once for all of them.
+    """The figures of several models: the same texts and tasks for all, and the baseline measured once.
 
     Raises UsageError for what is measured of one model alone (caches, pairs, videos), and for models that split a text in
     different ways.
@@ -235,7 +235,7 @@ def _check_device(device: str) -> None:
 
 
 def sizes(out: Path, baseline: Path | None) -> dict[str, int]:
-    """Bytes of the weight files of both folders, headers included: what --size of ``qkit quantize`` limits. Of a pipeline
+    """Bytes of the weight files of both folders, headers included: what --size of ``qkit quantize`` limits. Of a pipeline:
     those of its transformer."""
 
     def files(folder: Path) -> int:

@@ -18,12 +18,13 @@ PREFIX = "vbench:"
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRequest:
-    """What to measure. ``texts`` as for ``evaluate_text``; ``limit``: samples per task, None for all. ``caches``: KV cache
-    policies, compared by decoding the texts, ``step`` tokens at a time after a ``prompt`` (None: half a window), or by
-    ``retrieval`` from them, beside a plain cache. ``pairs``: questions about pictures, as for ``evaluate_pairs``, so many
-    ``questions`` at most; with ``examples`` of them answered in words. ``videos``: of a diffusion pipeline, how many it is to
-    make, and with ``vbench_python`` VBench's interpreter for tasks of VBench, whose videos ``videos_dir`` keeps. ``prompts``:
-    whether the model, and the baseline, continue a few prompts (``evaluation.continuations``)."""
+    """The request of ``qkit eval`` and ``qkit check``. ``texts`` as for ``evaluate_text``; ``limit``: samples per task, None
+    for all. ``caches``: KV cache policies, compared by decoding the texts, ``step`` tokens at a time after a ``prompt``
+    (None: half a window), or by ``retrieval`` from them, beside a plain cache. ``pairs``: questions about pictures, as for
+    ``evaluate_pairs``, so many ``questions`` at most; with ``examples`` of them answered in words. ``videos``: of a
+    diffusion pipeline, how many it is to make, and with ``vbench_python`` VBench's interpreter for tasks of VBench, whose
+    videos ``videos_dir`` keeps. ``prompts``: whether the model, and the baseline, continue a few prompts
+    (``evaluation.continuations``)."""
 
     texts: Sequence[Path | str] = ()
     window: int = 512
@@ -48,7 +49,7 @@ class EvalRequest:
 
     @property
     def alone(self) -> str | None:
-        """The option of what is measured of one model at a time, where one is asked for."""
+        """The option for a measurement of one model at a time, where one is asked for."""
         options = {
             "--kv": self.caches,
             "--retrieval": self.retrieval,
@@ -60,7 +61,8 @@ class EvalRequest:
 
 
 def dimensions_of(tasks: Sequence[str]) -> list[str]:
-    """Those of 'vbench:a,b' among --tasks; none where there is no vbench. Raises UsageError for other tasks beside them."""
+    """The VBench dimensions of 'vbench:a,b' among --tasks; none where there is no vbench. Raises UsageError for other tasks
+    beside them."""
     if not any(t.startswith(PREFIX) for t in tasks):
         return []
     if not tasks[0].startswith(PREFIX):
@@ -69,7 +71,7 @@ def dimensions_of(tasks: Sequence[str]) -> list[str]:
 
 
 def jsonable(value: Any) -> Any:
-    """The same with None in place of NaN and infinity, which JSON cannot say."""
+    """The value with None in place of NaN and infinity, which JSON cannot say."""
     if isinstance(value, dict):
         return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -49,17 +49,20 @@ class Facts:
 
     @property
     def asking(self) -> int:
-        """Tokens of a question with its answer."""
+        """The tokens of a question with its answer."""
         return self.questions.shape[1] + self.answers.shape[1]
 
     def statement(self, key: int, value: int) -> Tensor:
-        """int64 [q + a + e]"""
+        """The tokens of a statement, int64 [q + a + e]."""
         return torch.cat([self.questions[key], self.answers[value], self.end])
 
 
 @dataclass(frozen=True)
 class Question:
-    """tokens: int64 [q]; answers: int64 [CHOICES, a], the first one true of the first context, the second of its twin."""
+    """A question about a context, with several answers.
+
+    tokens: int64 [q]; answers: int64 [CHOICES, a], the first one true of the first context, the second of its twin.
+    """
 
     depth: float
     tokens: Tensor
@@ -68,7 +71,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Trial:
-    """Of a task; contexts: int64 [2, n], the twins; length: their tokens, with those of a question and its answer."""
+    """One pair of contexts with its questions. contexts: int64 [2, n], the twins; length: their tokens, with those of a
+    question and its answer."""
 
     task: str
     length: int
@@ -116,8 +120,8 @@ def _too_few(count: int, needed: int) -> BadInput:
 
 
 def needle(fact_words: Facts, window: Tensor, text: str, depth: float, chance: torch.Generator) -> Trial:
-    """One statement in the window [length], whose text is given: it begins at token ``depth`` of the way to the last place
-    that it can have. Question and answer make up the rest of the length."""
+    """The trial with one statement in the window [length], whose text is given. The statement begins at token ``depth`` of the
+    way to the last place that it can have. Question and answer make up the rest of the length."""
     words_in_window = set(WORD.findall(text))
     picks = [i for i in _shuffled(fact_words, chance) if fact_words.words[i] not in words_in_window][: CHOICES + 1]
     room = len(window) - fact_words.asking - fact_words.asking - len(fact_words.end)
@@ -131,8 +135,8 @@ def needle(fact_words: Facts, window: Tensor, text: str, depth: float, chance: t
 
 
 def recall(fact_words: Facts, window: Tensor, depths: Sequence[float], chance: torch.Generator) -> Trial:
-    """Statements one after another, of different keys, and questions for those at the depths; wrong answers are those of
-    other lines. What does not make up a whole line is text of the window [length], before the first one."""
+    """The trial of statements one after another, of different keys, with questions for those at the depths; wrong answers are
+    those of other lines. What does not make up a whole line is text of the window [length], before the first one."""
     line = fact_words.asking + len(fact_words.end)
     room = len(window) - fact_words.asking
     lines = room // line
@@ -208,7 +212,7 @@ def score_trial(
 
 
 def fill(model: Any, contexts: Tensor, cache: Any) -> None:
-    """Put contexts [sequences, n] into a cache, CHUNK tokens at a time: what follows reads what was packed."""
+    """Puts contexts [sequences, n] into a cache, CHUNK tokens at a time: what follows reads what was packed."""
     for piece in contexts.to(model.device).split(CHUNK, dim=1):
         model(input_ids=piece, **with_cache(model, cache), use_cache=True, logits_to_keep=1)
 
@@ -222,7 +226,7 @@ def _branched(cache: Any, count: int) -> Any:
 
 
 def trials(tokenizer: Any, text: str, windows: Tensor, lengths: Sequence[int], seed: int = 0) -> Iterator[Trial]:
-    """Those of the windows [count, longest length] of a text; the same seed gives the same ones."""
+    """The trials of the windows [count, longest length] of a text; the same seed gives the same ones."""
     facts_by_task = {task: facts(tokenizer, text, task) for task in FORMS}
     for length in lengths:
         chance = torch.Generator().manual_seed(seed)
@@ -234,7 +238,8 @@ def trials(tokenizer: Any, text: str, windows: Tensor, lengths: Sequence[int], s
 
 
 def lengths_of(window: int) -> list[int]:
-    """Of contexts, question and answer included: a quarter and a half of the window, where that is not too short, and all."""
+    """The lengths of contexts, question and answer included: a quarter and a half of the window, where that is not too
+    short, and all."""
     return [n for n in (window // 4, window // 2) if n >= SHORTEST] + [window]
 
 
@@ -242,11 +247,12 @@ def evaluate_retrieval(
     model: Any, tokenizer: Any, text: str, tokens: Tensor, window: int, limit: int | None, policies: Mapping[str, CachePolicy],
     seed: int = 0, progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
-    """{name: rows} of a text (and its tokens, int64 [n]) and policies by name, the plain cache first, under 'none'.
+    """The rows of figures of a text (and its tokens, int64 [n]) for each policy, {name: rows}; the plain cache comes first,
+    under 'none'.
 
-    A row: task, length and depth (of what is asked for); nll (nats a token of the true answer), gain and gain_ci (nats a token
-    that it is less likely after the twin, whose answer is another; 95 %, over windows), exact (share of true answers that
-    are the greedy continuation), best (share that are the likeliest of ``choices``; 1 / choices is chance), asked (how
+    A row: task, length and depth (of what is asked for); nll (nats a token of the true answer), gain and gain_ci (nats a
+    token that it is less likely after the twin, whose answer is another; 95 %, over windows), exact (share of true answers
+    that are the greedy continuation), best (share that are the likeliest of ``choices``; 1 / choices is chance), asked (how
     often), bytes and share (of the cache with one context, and of 16 bits). Raises BadInput for a text or a length without
     room for what is asked for, UsageError for a window that the model cannot take, what ``make_cache`` raises.
     """

@@ -28,7 +28,7 @@ def read_text(spec: Path | str) -> str:
 
 
 def text_file(spec: Path | str) -> TextFile:
-    """A text that is a file. Raises BadInput for one that is not there."""
+    """The text file of a specification. Raises BadInput for one that is not there."""
     return TextFile(_named_file(spec)[1], "text")
 
 
@@ -78,6 +78,6 @@ def _read_dataset(spec: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What another library had to say, as a part of a sentence."""
+    """The first line of another library's message, as a part of a sentence."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

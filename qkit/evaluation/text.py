@@ -37,14 +37,14 @@ def evaluate_text(
     baseline_model: Any = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """{"texts": {name: figures}}; the name of a text is its file's name without the suffix.
+    """The figures of texts, {"texts": {name: figures}}; the name of a text is its file's name without the suffix.
 
     Each text is tokenised by ``tokenizer`` as far as it is needed, without special tokens, cut into consecutive windows of
-    ``window`` tokens, of which the first ``limit`` are used, and scored at positions 2 to ``window`` with an fp32 log-softmax.
-    Figures: perplexity, ci (95 %, over windows), windows, tokens (scored), nonfinite (scored tokens without a finite
-    likelihood); with a baseline also baseline_perplexity, baseline_ci, change_percent, change_ci (paired), kl (mean,
-    ci, p99; nats per token, KL(baseline || model)) and same_top1 (fraction of tokens). Figures that are not finite
-    come out as NaN or infinity, not as an error.
+    ``window`` tokens, of which the first ``limit`` are used, and scored at positions 2 to ``window`` with an fp32
+    log-softmax. Figures: perplexity, ci (95 %, over windows), windows, tokens (scored), nonfinite (scored tokens without a
+    finite likelihood); with a baseline also baseline_perplexity, baseline_ci, change_percent, change_ci (paired), kl (mean,
+    ci, p99; nats per token, KL(baseline || model)) and same_top1 (fraction of tokens). Figures that are not finite come out
+    as NaN or infinity, not as an error.
 
     Raises BadInput for a text that is unreadable or shorter than one window, UsageError for a bad specification.
     """
@@ -60,7 +60,7 @@ def evaluate_texts(
     baseline_model: Any = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """What ``evaluate_text`` gives, of several models on the same windows; the baseline runs once for all of them."""
+    """The figures of several models on the same windows, as ``evaluate_text`` gives them; the baseline runs once for all."""
     texts: dict[str, list[dict[str, Any]]] = {}
     for spec in files:
         name = text_name(spec)
@@ -76,13 +76,13 @@ def evaluate_texts(
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """int64 [n]: the whole text as it stands, no special tokens."""
+    """The tokens of the whole text as it stands, int64 [n], without special tokens."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 
 def first_tokens(tokenizer: Any, spec: Path | str, needed: int | None) -> Tensor:
-    """int64 [n]: at least ``needed`` tokens of a text if it has so many (None: all), as ``tokenize`` gives them."""
+    """The first tokens of a text, int64 [n]: at least ``needed`` if it has so many (None: all), as ``tokenize`` gives them."""
     if is_dataset(spec):
         return tokenize(tokenizer, read_text(spec))
     ids = text_file(spec).first_tokens(lambda text: tokenize(tokenizer, text).tolist(), needed)

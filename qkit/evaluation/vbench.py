@@ -45,7 +45,7 @@ _MORE = {"imaging_quality_preprocessing_mode": "longer"}  # the default of VBenc
 
 @dataclass(frozen=True)
 class VideoRequest:
-    """A video: its name without ending, and what it is made of."""
+    """A video to make: its name without ending, its prompt and its seed."""
 
     name: str
     prompt: str
@@ -54,8 +54,8 @@ class VideoRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class VBenchRequest:
-    """A request. python: VBench's interpreter; videos: of the pipeline's own prompts (0: VBench's prompts); limit: of VBench's
-    prompts for a dimension, None for all; folder: where videos are kept, None for nowhere."""
+    """A request of VBench scores. python: VBench's interpreter; videos: of the pipeline's own prompts (0: VBench's prompts);
+    limit: of VBench's prompts for a dimension, None for all; folder: where videos are kept, None for nowhere."""
 
     dimensions: Sequence[str]
     python: Path
@@ -68,8 +68,9 @@ class VBenchRequest:
 def evaluate_vbench(
     pipelines: Sequence[tuple[str, Path, Callable[[], Any]]], bench: VBenchRequest, progress: Progress | None = None
 ) -> list[dict[str, dict[str, Any]]]:
-    """What VBench says of each pipeline (name of a folder for its videos, source, loader), as ``harness.run_tasks`` gives
-    figures: {"vbench:DIMENSION": {"metrics": {"score": {"value", "ci", "values"}}, "samples"}}; values in the order of names.
+    """The VBench scores of each pipeline (name of a folder for its videos, source, loader), as ``harness.run_tasks`` gives
+    figures: {"vbench:DIMENSION": {"metrics": {"score": {"value", "ci", "values"}}, "samples"}}; values in the order of
+    names.
 
     All sample the same prompts with the first one's call. Raises UsageError, BadInput, Unsupported where VBench fails.
     """
@@ -100,7 +101,8 @@ def evaluate_vbench(
 
 
 def find_vbench(python: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """(VBench_full_info.json, its entries) of the VBench that this interpreter has. Raises UsageError, BadInput."""
+    """The path of VBench_full_info.json and its entries, of the VBench that this interpreter has. Raises UsageError,
+    BadInput."""
     try:
         search = subprocess.run([python, "-E", "-c", _FIND], capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as e:
@@ -119,7 +121,7 @@ def find_vbench(python: Path) -> tuple[Path, list[dict[str, Any]]]:
 
 
 def check_dimensions(dimensions: Sequence[str], entries: Iterable[dict[str, Any]]) -> None:
-    """Raises UsageError for one that VBench does not have."""
+    """Raises UsageError for a dimension that VBench does not have."""
     dimensions_known = sorted({d for e in entries for d in e["dimension"]})
     unknown = next((d for d in dimensions if d not in dimensions_known), None)
     if unknown is not None:
@@ -131,7 +133,7 @@ def check_dimensions(dimensions: Sequence[str], entries: Iterable[dict[str, Any]
 def standard_prompts(
     dimensions: Sequence[str], entries: Iterable[dict[str, Any]], limit: int | None
 ) -> list[VideoRequest]:
-    """VBench's own prompts for these dimensions, the first ``limit`` of each, PER_PROMPT videos of every one."""
+    """The videos of VBench's own prompts for these dimensions: the first ``limit`` of each, PER_PROMPT videos of every one."""
     counts, prompts = Counter[str](), list[str]()
     for entry in entries:
         due = [d for d in dimensions if d in entry["dimension"] and (limit is None or counts[d] < limit)]
@@ -146,7 +148,7 @@ def standard_prompts(
 
 
 def own_prompts(sampling: Sampling, count: int) -> list[VideoRequest]:
-    """A pipeline's own prompts, as ``video.held_out`` gives them."""
+    """The videos of a pipeline's own prompts, as ``video.held_out`` gives them."""
     counts, requests = Counter[str](), list[VideoRequest]()
     for i in range(count):
         prompt, seed = held_out(sampling, i)
@@ -164,7 +166,7 @@ def write_videos(
     folder: Path,
     progress: Progress | None,
 ) -> None:
-    """The videos, as mp4 files in ``folder``; those that are there are not made again. load: gives the pipeline.
+    """Writes the videos as mp4 files to ``folder``; those that are there are not made again. load: gives the pipeline.
 
     Raises UsageError for a folder with videos of another model or call, IOFailure.
     """
@@ -204,7 +206,7 @@ def write_videos(
 
 
 def mp4(frames: torch.Tensor, rate: int = 8) -> bytes:
-    """Frames [n, height, width, 3] from 0 to 1 as H.264, close to lossless. Raises Unsupported."""
+    """The H.264 file of frames [n, height, width, 3] from 0 to 1, close to lossless. Raises Unsupported."""
     try:
         import imageio.v3
 
@@ -221,7 +223,7 @@ def mp4(frames: torch.Tensor, rate: int = 8) -> bytes:
 
 
 def score_videos(bench: VBenchRequest, info: Path, videos: Path, mode: str) -> dict[str, dict[str, Any]]:
-    """What VBench says of the videos in a folder. Raises Unsupported where it fails."""
+    """The VBench scores of the videos in a folder. Raises Unsupported where VBench fails."""
     scores = {}
     for dimension in bench.dimensions:  # one by one: a dimension whose model cannot be fetched takes no other with it
         with tempfile.TemporaryDirectory(prefix="qkit-vbench-") as work:

@@ -35,8 +35,11 @@ PEAK_DB = 100.0  # of frames that are equal
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
-    """frames: float32 [n, height, width, 3] from 0 to 1; latents: what the transformer was given at each step, first branch;
-    width, skipped, log: of a controller (``diffusion.controller``), if there is one; seconds: of the whole pipeline."""
+    """A sample of a diffusion pipeline.
+
+    frames: float32 [n, height, width, 3] from 0 to 1; latents: what the transformer was given at each step, first branch;
+    width, skipped, log: of a controller (``diffusion.controller``), if there is one; seconds: of the whole pipeline.
+    """
 
     frames: Tensor
     latents: tuple[Tensor, ...]
@@ -48,7 +51,7 @@ class Video:
 
 
 def make_video(pipeline: Any, prompt: str, call: dict[str, Any], seed: int) -> Video:
-    """What the pipeline makes of a prompt with that seed."""
+    """The sample of a pipeline for a prompt and a seed."""
     model = getattr(pipeline, DENOISER)
     signature = inspect.signature(model.forward)
     clock, latents = Clock(), list[Tensor]()
@@ -85,7 +88,7 @@ def make_video(pipeline: Any, prompt: str, call: dict[str, Any], seed: int) -> V
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio of frames from 0 to 1, in dB, at most PEAK_DB."""
+    """The peak signal-to-noise ratio of frames from 0 to 1, in dB, at most PEAK_DB."""
     error = float((a.double() - b.double()).square().mean())
     if not math.isfinite(error):
         return math.nan
@@ -119,19 +122,20 @@ def motion(frames: Tensor) -> float:
 
 
 def latent_errors(video: Video, baseline_video: Video) -> list[float]:
-    """Relative L2 error of what the transformer is given, step by step; the first step's is 0."""
+    """The relative L2 error of the transformer's input, step by step; the first step's is 0."""
     return [float((a - b).norm() / b.norm()) for a, b in zip(video.latents, baseline_video.latents, strict=True)]
 
 
 def held_out(sampling: Sampling, index: int) -> tuple[str, int]:
-    """Prompt and seed of that sample: prompts from the last on, calibration takes them from the first, and seeds of its own."""
+    """The prompt and the seed of a held-out sample: prompts from the last on (calibration uses the first), and seeds of its
+    own."""
     return sampling.prompts[-1 - index % len(sampling.prompts)], SEEDS + index
 
 
 def make_videos(
     pipeline: Any, folder: Path, count: int, baseline: Any = None, progress: Progress | None = None
 ) -> tuple[list[Video], list[Video]]:
-    """What both make of ``count`` prompts and seeds of the folder's sampling.json; none of a baseline that is not there."""
+    """The samples of both models for ``count`` prompts and seeds of the folder's sampling.json; none of a missing baseline."""
     sampling: Sampling = sampling_of(folder, None, {})
     videos, baseline_videos = list[Video](), list[Video]()
     for i in range(count):
@@ -145,12 +149,12 @@ def make_videos(
 
 
 def figures(videos: list[Video], baseline_videos: list[Video]) -> dict[str, Any]:
-    """Figures of samples; [mean, low, high] with 95 % intervals over them. baseline_videos: the baseline's, by the same
+    """The figures of samples, [mean, low, high] with 95 % intervals over them. baseline_videos: the baseline's, by the same
     prompts and seeds, or none.
 
-    Figures: videos, frames, seconds (median), nonfinite, flickering, motion; with a controller width, skipped and ``by_step``;
-    with a baseline baseline_seconds, psnr, ssim, latent_error (at the last step), latent_errors (mean by step),
-    flickering_change and motion_change; and what ``recognition`` gives.
+    Figures: videos, frames, seconds (median), nonfinite, flickering, motion; with a controller width, skipped and
+    ``by_step``; with a baseline baseline_seconds, psnr, ssim, latent_error (at the last step), latent_errors (mean by
+    step), flickering_change and motion_change; and what ``recognition`` gives.
     """
     values: dict[str, Any] = {
         "videos": len(videos),
@@ -179,7 +183,8 @@ def figures(videos: list[Video], baseline_videos: list[Video]) -> dict[str, Any]
 
 
 def by_step(logs: list[tuple[StepChoice, ...]]) -> dict[str, list[list[float | None]]]:
-    """{"bits": mean bits of inputs by block and step, None where nothing was computed, "skips": share of skipped runs}."""
+    """The decisions by block and step: {"bits": mean bits of inputs, None where nothing was computed, "skips": share of
+    skipped runs}."""
     blocks, steps = (1 + max(getattr(c, field) for log in logs for c in log) for field in ("block", "step"))
     widths: dict[tuple[int, int], list[int]] = {}
     runs: dict[tuple[int, int], dict[tuple[int, int], bool]] = {}
@@ -205,8 +210,9 @@ def by_step(logs: list[tuple[StepChoice, ...]]) -> dict[str, list[list[float | N
 
 
 def recognition(videos: list[Video], baseline_videos: list[Video]) -> dict[str, Any]:
-    """Where prompts are those of drawn clips, and the classifier's weights are there: share of samples whose shape, colour and
-    motion it recognises, in percent, and with a baseline the Frechet distance between its features of both; else nothing."""
+    """The share of samples whose shape, colour and motion the classifier recognises, where prompts are those of drawn clips
+    and its weights are there; in percent, and with a baseline the Frechet distance between its features of both; else
+    nothing."""
     from qkit_data import clip_classifier
 
     labels = [clip_classifier.labels_of(v.prompt) for v in videos]
@@ -233,7 +239,8 @@ def recognition(videos: list[Video], baseline_videos: list[Video]) -> dict[str, 
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance between normal distributions fitted to features [n, d] and [m, d] (as in FID, Heusel et al. 2017)."""
+    """The Frechet distance between normal distributions fitted to features [n, d] and [m, d] (as in FID, Heusel et al.
+    2017)."""
     covariance_a, covariance_b = (np.cov(x.numpy(), rowvar=False) for x in (a, b))
     # The trace of the root of a product of covariances is the sum of the roots of its eigenvalues.
     roots = np.sqrt(np.clip(np.linalg.eigvals(covariance_a @ covariance_b).real, 0, None)).sum()
@@ -241,6 +248,6 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 
 def interval(values: list[float]) -> list[float]:
-    """[mean, low, high]: 95 % by bootstrap over the values; the ends are NaN of one."""
+    """The mean with its 95 % bootstrap interval, [mean, low, high]; the ends are NaN of one value."""
     mean_interval = bootstrap_ci(torch.tensor(values, dtype=torch.float64))
     return [round(mean_interval.mean, 6), *(round(x, 6) for x in mean_interval.ends)]

@@ -84,7 +84,7 @@ def check_shapes(structure: ModelStructure, linears: Mapping[str, LinearPlan], e
 
 
 def engine_lines_of(plan: Plan, structure: ModelStructure) -> list[EngineLine]:
-    """Which engines will load the result of a plan, a line for each."""
+    """One line for every engine: whether it will load the result of a plan."""
     storage = {
         n: LinearStorage(p.weights, p.activations, layout(p.weights, p.activations), p.shape)
         for n, p in plan.linears.items()

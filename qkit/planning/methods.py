@@ -67,7 +67,8 @@ def _check_residual(recipe: Recipe, transforms: tuple[str, ...]) -> None:
 
 
 def check_doubled(method: str, transforms: tuple[str, ...], doubled: int) -> None:
-    """doubled: how many residual channels all layers have. Raises Unsupported where none is, and they were asked for."""
+    """Raises Unsupported where residual channels are asked for and no layer has any. doubled: how many of them all layers
+    have."""
     if "residual" in transforms and not doubled:
         raise Unsupported(
             f"method {method}: residual channels are for inputs with a scale for every few channels, and no layer has such: "

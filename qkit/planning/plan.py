@@ -42,9 +42,10 @@ TIED_REASON = "the output head shares its weight with the embeddings"
 
 @dataclass(frozen=True, kw_only=True)
 class LinearPlan:
-    """What happens to one linear. outliers: how many of its weights, the largest, go to a sparse part before it is quantized;
-    rank: of its low-rank part, 0: none; rotation: block of the Hadamard transform of its inputs, 0: none; residual: how many of
-    its input channels are quantized twice; note: what is unusual about it (an adapted group size, a rule)."""
+    """The decisions for one linear. outliers: how many of its weights, the largest, go to a sparse part before it is
+    quantized; rank: of its low-rank part, 0: none; rotation: block of the Hadamard transform of its inputs, 0: none;
+    residual: how many of its input channels are quantized twice; note: what is unusual about it (an adapted group size,
+    a rule)."""
 
     name: str
     shape: tuple[int, int]
@@ -61,24 +62,22 @@ class LinearPlan:
 
     @property
     def pair(self) -> Scheme:
-        """Weight and activation format together."""
+        """The format of the weight and that of its inputs."""
         return Scheme(self.scheme, self.weights, self.activations)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The whole run. linears and skipped: by checkpoint name (without '.weight'), in file order.
+    """The decisions for a whole run. linears and skipped: by checkpoint name (without '.weight'), in file order.
 
     run_dtype: what blocks are run in where there are calibration rows (``machine.run_dtype``); dtype: the checkpoint's
-    significant: how many weights of the whole model go to sparse parts after it is quantized
-    calibration: the rows that solvers, transforms or the scales of the KV cache are measured on; None where none are
-    needs_rows: whether the blocks are solved with these rows
-    kv: the KV cache policy (``qkit.kvcache.policy``) that the model is to be run with
-    pipeline: of a diffusion pipeline, {name: digest} of what is around its transformer; side_files: of what lies beside the
-    weights and goes with them (``sidefiles``)
-    policy: precision by step that is asked for (``qkit.diffusion.policy.PolicyConfig``)
-    key_exponents: of the scales of keys (``qkit.transforms.keys``), by block, head and rotary pair
-    fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
+    significant: how many weights of the whole model go to sparse parts after it is quantized calibration: the rows that
+    solvers, transforms or the scales of the KV cache are measured on; None where none are needs_rows: whether the blocks
+    are solved with these rows kv: the KV cache policy (``qkit.kvcache.policy``) that the model is to be run with pipeline:
+    of a diffusion pipeline, {name: digest} of what is around its transformer; side_files: of what lies beside the weights
+    and goes with them (``files.side_files``) policy: precision by step that is asked for
+    (``qkit.diffusion.policy.PolicyConfig``) key_exponents: of the scales of keys (``qkit.transforms.keys``), by block, head
+    and rotary pair fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
     """
 
     linears: dict[str, LinearPlan]
@@ -108,12 +107,12 @@ class Plan:
 
     @property
     def inputs(self) -> str:
-        """Which inputs the scale searches look at, of INPUTS."""
+        """The inputs that scale searches look at, of INPUTS."""
         return str(self.recipe["options"].get("inputs", INPUTS[0]))
 
     @property
     def learns(self) -> bool:
-        """Whether codes are learned once all linears of a block are solved."""
+        """Whether codes are learned after all linears of a block are solved."""
         return any(TRANSFORMS[t].stage == "block" for t in self.transforms)
 
     def learning(self, option: str) -> int:
@@ -122,7 +121,7 @@ class Plan:
 
     @cached_property
     def needs(self) -> frozenset[str]:
-        """What solvers and transforms need beside the inputs of quantized blocks, by the names in their tables."""
+        """The needs of solvers and transforms beside the inputs of quantized blocks, by the names in their tables."""
         solvers = [(p.solver, p.options) for p in self.linears.values()]
         solvers += [pair for tried in self.tries.values() for pair in tried.solvers.values()]
         needs = {need for name, options in solvers for need in SOLVERS[name].needs_with(options)}
@@ -136,7 +135,7 @@ class Plan:
 
     @property
     def ratios(self) -> str:
-        """What shares a weight of pictures against answers, of RATIOS."""
+        """The scope of one weight of images against answers, of RATIOS."""
         return str(self.recipe["options"].get("ratios", RATIOS[0]))
 
     @property
@@ -146,18 +145,18 @@ class Plan:
 
     @property
     def schemes(self) -> dict[str, Scheme]:
-        """{linear: weight and activation format}"""
+        """The weight and activation formats, {linear: scheme}."""
         return {name: p.pair for name, p in self.linears.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, JSON-able."""
+        """All fields as a JSON-able dictionary."""
         data = asdict(self)
         data["calibration"] = None if self.calibration is None else self.calibration.to_json()
         return data
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must agree for a job to be the same job."""
+        """The properties by which a job knows its plan again."""
         return {
             "plan": self.to_json(),
             "versions": {p: version(p) for p in (*_VERSIONS, *(["diffusers"] if self.pipeline else []))},
@@ -165,7 +164,7 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """sha256 of the identity."""
+        """The sha256 of the identity, in hex."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -181,7 +180,7 @@ def make_plan(
     seed: int,
     kv: dict[str, Any] | None = None,
 ) -> Plan:
-    """Decide for every linear of the outline.
+    """The plan: one decision for every linear of the model.
 
     Raises BadRecipe for rules that match nothing or tear fused linears apart, Unsupported for what a format or a
     transform cannot do with this model, UsageError when calibration data is needed and missing.
@@ -266,7 +265,7 @@ def make_plan(
 
 
 def sequences(plan: Plan, structure: ModelStructure) -> tuple[BlockSequence, ...]:
-    """What a run goes through: the towers in which something is quantized, and the language model."""
+    """The block sequences of a run: the towers in which something is quantized, and the language model."""
     return tuple(
         BlockSequence(s.name, tuple(split_apart(b, plan.linears) for b in s.blocks))
         for s in structure.sequences
@@ -310,7 +309,7 @@ def _scales_inputs(recipe: Recipe, structure: ModelStructure) -> bool:
 
 
 def rows_reason(linears: dict[str, LinearPlan], transforms: tuple[str, ...], significant: int) -> str | None:
-    """Why calibration rows must be run, or None when the weights alone decide."""
+    """The reason why calibration rows must be run, or None when the weights alone decide."""
     if significant:
         return "significant weights are found by what they do to the loss"
     for p in linears.values():

@@ -47,7 +47,7 @@ TRIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Rule(BaseModel):
-    """Layers by glob or by a list of globs (fnmatch on the checkpoint name), and what is different for them."""
+    """A choice for some layers, by a glob or a list of globs (fnmatch on the checkpoint name)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     match: Glob | Annotated[tuple[Glob, ...], Field(min_length=1)]
@@ -68,15 +68,16 @@ class Rule(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A whole request. ``method`` is a solver, a transform, or a sum such as smoothquant+gptq.
+    """A whole request, as a recipe file states it. ``method`` is a solver, a transform, or a sum such as smoothquant+gptq.
 
-    targets: of a model that looks at pictures, what its towers get: {vision: w8a8, projector: skip}; a scheme, "skip", or
-    "auto": what measuring says (``planning.towers``). outliers: percent of a layer's weights, the largest, that are kept in 16
-    bits in a sparse part; or {glob: percent}, of which the first that matches decides. rank: of the branch in 16 bits that
-    makes up for what rounding took of a layer (``qkit.tensor.lowrank``), 0: none; or {glob: rank}. significant: percent of all
-    weights that are put back to their values after quantization, those that the loss depends on most. policy: of a diffusion
-    transformer with NVFP4 weights and inputs, precision by step: {width: 6, skips: 0.25}. engine: "any" lifts the rules of
-    engines that load several layers as one (``planning.fused_layers``); the plan then says which will not load the result.
+    targets: of a vision-language model, the choice for its towers: {vision: w8a8, projector: skip}; a scheme, "skip", or
+    "auto": what measuring says (``planning.towers``). outliers: percent of a layer's weights, the largest, that are kept in
+    16 bits in a sparse part; or {glob: percent}, of which the first that matches decides. rank: of the branch in 16 bits
+    that makes up for what rounding took of a layer (``qkit.tensor.lowrank``), 0: none; or {glob: rank}. significant:
+    percent of all weights that are put back to their values after quantization, those that the loss depends on most.
+    policy: of a diffusion transformer with NVFP4 weights and inputs, precision by step: {width: 6, skips: 0.25}. engine:
+    "any" lifts the rules of engines that load several layers as one (``planning.fused_layers``); the plan then says which
+    will not load the result.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -114,7 +115,7 @@ class Recipe(BaseModel):
         return int(_for_layer(self.rank, name))
 
     def resolved(self, rule: Rule | None) -> tuple[Scheme, str, dict[str, Any]]:
-        """(scheme, solver, solver options) of a layer under its rule.
+        """The scheme, the solver and the solver's options of a layer under its rule.
 
         What the top says holds wherever the rule says nothing else: its group size for every scheme that has groups of a
         free size, its options for every solver that has them. Raises UsageError for unknown names.
@@ -155,14 +156,14 @@ def _for_layer(values: float | Mapping[str, float], name: str) -> float:
 
 @dataclass(frozen=True)
 class RecipeTrial:
-    """What one recipe for a block has that others have not. solvers: {linear: (solver, its options)}"""
+    """One recipe that is tried on a block. solvers: {linear: (solver, its options)}"""
 
     transforms: tuple[str, ...]
     solvers: dict[str, tuple[str, dict[str, Any]]]
 
 
 def trial_recipes(recipe: Recipe, not_language: bool) -> dict[str, Recipe]:
-    """{name: recipe} of those that a method with 'auto' tries, of TRIES what the scheme has a use for; nothing for other
+    """The recipes that a method with 'auto' tries, {name: recipe}: those of TRIES that suit the scheme; empty for other
     methods. Options that are given go over those of the table, to each try those that it has; scales of narrow integers are
     signed, which costs nothing.
 
@@ -189,7 +190,7 @@ def trial_recipes(recipe: Recipe, not_language: bool) -> dict[str, Recipe]:
 
 
 def rule_for(name: str, rules: tuple[Rule, ...]) -> tuple[int, Rule | None]:
-    """The first rule about the layer of that checkpoint name, and its place; (-1, None) if there is none."""
+    """The place of the first rule about the layer of that checkpoint name, and the rule; (-1, None) if there is none."""
     for i, rule in enumerate(rules):
         if rule.matches(name):
             return i, rule
@@ -210,7 +211,8 @@ def check_rules(recipe: Recipe, matched: set[int], names: list[str]) -> None:
 
 
 def parse_method(method: str) -> tuple[tuple[str, ...], str]:
-    """'smoothquant+gptq' -> (('smoothquant',), 'gptq'); the solver defaults to rtn.
+    """The transforms and the solver of a method: 'smoothquant+gptq' -> (('smoothquant',), 'gptq'). The solver defaults to
+    rtn.
 
     Raises UsageError for an unknown part or for two solvers.
     """
@@ -237,8 +239,8 @@ def parse_method(method: str) -> tuple[tuple[str, ...], str]:
 
 
 def check_options(solver: str, transforms: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """Options with the defaults of the solver and the transforms filled in. Raises UsageError for unknown names and for values
-    of another type or out of range."""
+    """The options with the defaults of the solver and the transforms filled in. Raises UsageError for unknown names and for
+    values of another type or out of range."""
     table = _options_of(solver, transforms)
     filled = {name: option.default for name, option in table.items()}
     for name, value in options.items():
@@ -273,7 +275,7 @@ def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
 
 
 def make_recipe(data: dict[str, Any], where: str) -> Recipe:
-    """Validate; every complaint is one sentence with the field."""
+    """A validated recipe. Raises BadRecipe with the field, in one sentence."""
     try:
         recipe = Recipe.model_validate(data)
         parse_method(recipe.method)

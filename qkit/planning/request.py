@@ -16,12 +16,12 @@ REQUANT_OUTLIERS, REQUANT_SIGNIFICANT = 0.45, 0.05  # percent, of the paper's Sq
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What ``qkit quantize`` is asked for.
+    """The options of ``qkit quantize``.
 
-    calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method
-    needs any, and ``written`` rows more, which the model writes itself. recipe: a YAML file; scheme, method, group_size
-    and options given here go over it. rules: as in a recipe, what an allocation decided. effort: a name of EFFORTS, options
-    of learned rounding. outliers, rank, significant, targets: as in a recipe; None: what the recipe says. call: of a diffusion
+    calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method needs
+    any, and ``written`` rows more, which the model writes itself. recipe: a YAML file; scheme, method, group_size and
+    options given here go over it. rules: as in a recipe, what an allocation decided. effort: a name of EFFORTS, options of
+    learned rounding. outliers, rank, significant, targets: as in a recipe; None: what the recipe says. call: of a diffusion
     pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and rows_memory the bytes
     that rows may take in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run with, as
     ``Policy.to_json`` gives it; key_exponents: as in a plan.
@@ -55,6 +55,7 @@ class Request:
 
 
 def recipe_of(request: Request) -> Recipe:
+    """The recipe of a request: its file, if there is one, with the options of the request over it."""
     settings = {
         "scheme": request.scheme,
         "method": request.method,
@@ -88,6 +89,7 @@ def recipe_of(request: Request) -> Recipe:
 
 
 def check_rows(request: Request) -> None:
+    """Raises UsageError for numbers of calibration rows that are out of range."""
     if request.samples < 1 or request.seqlen < 2:
         raise UsageError(
             f"--samples {request.samples} --seqlen {request.seqlen}: expected at least 1 row of at least 2 tokens"

@@ -46,7 +46,7 @@ def check_rank(p: LinearPlan, dtype: torch.dtype) -> None:
 
 
 def packed_bytes(structure: ModelStructure, linears: dict[str, LinearPlan], significant: int, untied: bool) -> int:
-    """Bytes of all tensors of a result, exactly (shard headers apart).
+    """The exact bytes of all tensors of a result (shard headers apart).
 
     Where significant weights will be is not known yet: they are counted as if spread evenly.
     """

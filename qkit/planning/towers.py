@@ -13,7 +13,7 @@ _SKIPPED = "the {name} is left as it is (--target {name}=skip)"
 
 
 def tower_rules(recipe: Recipe, structure: ModelStructure) -> dict[str, Rule]:
-    """By name of the tower, the rule for its layers where no rule of the recipe says more.
+    """The rule for the layers of each tower where no rule of the recipe says more, {tower: rule}.
 
     Measuring (``qkit.workflows.towers``) has put what it found into the recipe; a tower that is still AUTO was measured by
     nothing and is left as it is. Raises UsageError for a target that the model has not.

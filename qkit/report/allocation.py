@@ -15,7 +15,7 @@ _NAMED = 12  # linears of a unit that the page names: experts are hundreds
 
 
 def allocation_files(profile: Profile, allocation: Allocation) -> dict[str, bytes]:
-    """{file name: content}: the pictures and the page, which needs none of them beside it."""
+    """The images and the page of an allocation, {file name: content}; the page needs none of the images beside it."""
     points = curve(profile, allocation.measure)
     images = _images(profile, allocation, points)
     page = _page(profile, allocation, points, images)
@@ -23,12 +23,12 @@ def allocation_files(profile: Profile, allocation: Allocation) -> dict[str, byte
 
 
 def allocation_html(profile: Profile, allocation: Allocation, points: Sequence[Point]) -> str:
-    """The page. points: of the Pareto curve; it may be empty."""
+    """The page of an allocation. points: of the Pareto curve; it may be empty."""
     return _page(profile, allocation, points, _images(profile, allocation, points))
 
 
 def next_larger(unit: UnitProfile, pick: str, measure: str) -> tuple[str, float] | None:
-    """(the unit's next larger candidate, cost that it takes away per 1000 bytes); None for the largest."""
+    """The unit's next larger candidate, and the cost that it saves per 1000 bytes; None for the largest."""
     now = unit.choices[pick]
     larger = min(((c.bytes, n) for n, c in unit.choices.items() if c.bytes > now.bytes), default=None)
     if larger is None:

@@ -24,7 +24,7 @@ _GREY = "0.6"
 
 
 def unit_of(measure: str) -> str:
-    """What a measure's costs are in."""
+    """The unit of a measure's costs."""
     return "relative squared error" if measure in _RELATIVE else "nats a token"
 
 
@@ -36,10 +36,10 @@ def png(figure: Figure) -> bytes:
 
 
 def heat_map(profile: Profile, measure: str) -> Figure:
-    """Cost of every unit in every candidate: a row per block, a column per kind of unit and candidate, log colours.
+    """The cost of every unit in every candidate: a row per block, a column per kind of unit and candidate, log colours.
 
-    Cells of what a unit cannot get are blank; costs of zero and below have a colour of their own, below the scale. What keeps
-    a unit as it is costs nothing by definition and has no column.
+    Cells of what a unit cannot get are blank; costs of zero and below have a colour of their own, below the scale. What
+    keeps a unit as it is costs nothing by definition and has no column.
     """
     import numpy as np
     from matplotlib import colormaps
@@ -82,7 +82,8 @@ def heat_map(profile: Profile, measure: str) -> Figure:
 
 
 def allocation_bars(profile: Profile, picks: Mapping[str, str]) -> Figure:
-    """A bar per block, stacked by format: bytes with the block's mean bits on top, and below it the share of weights."""
+    """The bytes of each block as a bar, stacked by format, with the block's mean bits on top; below it the share of
+    weights."""
     from matplotlib.figure import Figure
 
     unit_places, labels = places(profile), block_labels(profile)
@@ -180,7 +181,7 @@ def pareto_plot(
 
 
 def accuracy_bars(figures: Mapping[str, Any], model: str, baseline: str | None) -> Figure:
-    """Exactly right answers in % by kind of question and in all, with 95 % intervals of the model's, beside the original's.
+    """The exactly right answers in %, by kind of question and in all, with 95 % intervals, beside the original's.
 
     figures: of ``qkit.evaluation.image_text.evaluate_image_text``.
     """

@@ -11,15 +11,16 @@ from qkit.sensitivity.profile import Profile, UnitProfile
 
 @dataclass(frozen=True)
 class Place:
-    """block: the path of the unit's block, for instance model.layers.3, empty where names have no number; kind: the
-    linears in it, for instance q,k,v."""
+    """The place of a unit. block: the path of its block, for instance model.layers.3, empty where names have no number;
+    kind: the linears in it, for instance q,k,v."""
 
     block: str
     kind: str
 
 
 def places(profile: Profile) -> dict[str, Place]:
-    """{unit key: place}. Kinds are leaf names; with their parents where two units of a block have the same leaves."""
+    """The place of each unit, {unit key: place}. Kinds are leaf names; with their parents where two units of a block have
+    the same leaves."""
     leaves = {u.key: Place(_block(u), _leaves(u)) for u in profile.units}
     repeated = {p.kind for p, count in Counter(leaves.values()).items() if count > 1}
     with_parents = {u.key: Place(_block(u), _paths(u)) for u in profile.units}
@@ -29,7 +30,7 @@ def places(profile: Profile) -> dict[str, Place]:
 
 
 def block_labels(profile: Profile) -> dict[str, str]:
-    """{block: label}, in running order: its number, with the list's name where the model has several lists."""
+    """The label of each block, in running order: its number, with the list's name where the model has several lists."""
     blocks = list(dict.fromkeys(_block(u) for u in profile.units))
     lists = {b.rpartition(".")[0] for b in blocks if b}
     if len(lists) < 2:

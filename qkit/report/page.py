@@ -8,7 +8,7 @@ from typing import Any
 
 
 def page(name: str, **values: Any) -> str:
-    """The template NAME.html.j2 of this folder with those values. jinja2 escapes each: they come from anywhere."""
+    """The filled template NAME.html.j2 of this folder. jinja2 escapes every value: they come from anywhere."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     def source(file: str) -> str:
@@ -21,5 +21,5 @@ def page(name: str, **values: Any) -> str:
 
 
 def data_uri(picture: bytes) -> str:
-    """A PNG file as the address of a picture."""
+    """The data address of a PNG file."""
     return "data:image/png;base64," + base64.b64encode(picture).decode()

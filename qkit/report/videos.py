@@ -19,7 +19,7 @@ _FRAMES, _WIDE = 9, 96  # of a strip: how many, and pixels of each
 
 
 def strip(frames: Tensor) -> str:
-    """Some frames [n, height, width, 3] from 0 to 1 side by side, as the address of a picture."""
+    """The data address of an image of some frames [n, height, width, 3] from 0 to 1, side by side."""
     from PIL import Image
 
     chosen = sorted({round(i * (len(frames) - 1) / max(1, _FRAMES - 1)) for i in range(_FRAMES)})
@@ -35,7 +35,7 @@ def strip(frames: Tensor) -> str:
 
 
 def strips(samples: Sequence[Any], baseline_samples: Sequence[Any]) -> list[dict[str, str]]:
-    """Samples (``qkit.evaluation.video.Video``) of the model, and of a baseline if there is one, as pictures."""
+    """The strips of the model's samples (``qkit.evaluation.video.Video``), and of a baseline's if there is one."""
     rows = [{"prompt": v.prompt, "ours": strip(v.frames), "theirs": ""} for v in samples]
     for entry, v in zip(rows, baseline_samples, strict=False):
         entry["theirs"] = strip(v.frames)
@@ -76,7 +76,7 @@ def _format_figure(value: Any) -> str:
 
 
 def error_curve(errors: Sequence[float]) -> Figure:
-    """Mean relative error of what the transformer is given, step by step."""
+    """The figure of the mean relative error of the transformer's input, step by step."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 2.6), layout="constrained")
@@ -90,7 +90,7 @@ def error_curve(errors: Sequence[float]) -> Figure:
 
 
 def step_map(rows: Sequence[Sequence[float | None]], label: str, low: float, high: float) -> Figure:
-    """A colour for every (step, block); rows: by block, by step; None where nothing was computed."""
+    """The figure with a colour for every (step, block); rows: by block, by step; None where nothing was computed."""
     import numpy as np
     from matplotlib.figure import Figure
 

@@ -14,8 +14,8 @@ KEEP = ("bf16", "fp16", "keep")  # names for leaving a unit in the checkpoint's 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A scheme that units may get; scheme None: they stay as they are. outliers: percent kept in a sparse part; rank: of the
-    low-rank part."""
+    """A format that units may get. scheme None: they stay as they are; outliers: percent kept in a sparse part; rank: of
+    the low-rank part."""
 
     name: str
     scheme: Scheme | None
@@ -24,7 +24,8 @@ class Candidate:
 
 
 def parse_candidates(text: str, group_size: int | None, option: str = "--candidates") -> tuple[Candidate, ...]:
-    """'int4,int3+0.5%,int3+r16,nvfp4,bf16' -> candidates: schemes by name, intN for WNA16, bf16 for leaving a unit as it is.
+    """The candidates of 'int4,int3+0.5%,int3+r16,nvfp4,bf16': schemes by name, intN for WNA16, bf16 for leaving a unit as
+    it is.
 
     A percentage is that of the outliers of a sparse part, r16 a low-rank part of rank 16; group_size goes to the integer
     formats with groups; option: that the text was given to. Raises UsageError for unknown names and repetitions.

@@ -26,12 +26,12 @@ PER_MILLE = (1, 5, 10, 50)  # of the weights, where coverage is told
 
 
 def decomposition_file(folder: Path, candidate: str) -> Path:
-    """Where the decomposition of a candidate lies in a profile's folder."""
+    """The path of a candidate's decomposition in a profile's folder."""
     return folder / f"decomposition-{candidate.lower()}.safetensors"
 
 
 def decompose(s: Tensor) -> dict[str, Tensor]:
-    """The parts of one linear. s: float32 [out, in]."""
+    """The parts of one linear, as the file has them. s: float32 [out, in]."""
     size = s.abs().flatten()
     counts = [max(1, s.numel() * m // 1000) for m in PER_MILLE]
     order = _largest(size, counts[-1])
@@ -57,7 +57,7 @@ def _largest(size: Tensor, count: int) -> Tensor:
 
 
 def save_decomposition(folder: Path, candidate: str, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write a candidate's file, whole or not at all. parts: {linear: what ``decompose`` gave}."""
+    """Writes a candidate's file, all of it or nothing. parts: {linear: what ``decompose`` gave}."""
     flat = {f"{candidate}:{name}:{part}": t for name, tensors in parts.items() for part, t in tensors.items()}
     save_tensors(decomposition_file(folder, candidate), flat)
 

@@ -34,7 +34,7 @@ _CONTENT = ("ff", "attn2")  # how a part of the name of a linear begins
 
 
 def is_content(name: str) -> bool:
-    """Whether a linear is judged by what samples show."""
+    """Whether samples decide the width of a linear, and not the noise in outputs."""
     return any(part.startswith(_CONTENT) for part in name.split("."))
 
 
@@ -47,7 +47,7 @@ def allocate(
     width: float,
     progress: Progress,
 ) -> dict[str, str]:
-    """NARROW or WIDE for every linear, at most ``width`` bits on average.
+    """The input width of every linear, NARROW or WIDE, at most ``width`` bits on average.
 
     pipeline: packed, with ``controller`` attached; samples: (prompt, seed), PICKED or more of them
     """

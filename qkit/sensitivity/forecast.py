@@ -35,14 +35,16 @@ GRADIENTS = 3  # operations of a pass with gradients, in passes without
 
 
 def pass_operations(structure: ModelStructure, tokens: int) -> float:
-    """Of so many tokens through the whole model, multiply-adds counted twice: its linears and its head."""
+    """The operations of a pass of ``tokens`` tokens through the linears and the head; multiply-adds count twice."""
     linears = sum(x.shape[0] * x.shape[1] for b in structure.every_block for x in b.linears)
     return 2.0 * tokens * (linears + _vocabulary(structure) * int(getattr(structure.text_config, "hidden_size", 0)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileForecast:
-    """solver_runs: probes of the whole model; passes: through the whole model, over all rows [rows, length] each.
+    """The work and the memory that a profile takes.
+
+    solver_runs: probes of the whole model; passes: through the whole model, over all rows [rows, length] each.
 
     forward, backward: passes without and with gradients
     memory: bytes by what holds them, at the worst moment; peak_memory: of the process
@@ -59,18 +61,18 @@ class ProfileForecast:
     spilled: int
 
     def operations(self, structure: ModelStructure) -> float:
-        """Of all passes; multiply-adds count twice."""
+        """The operations of all passes; multiply-adds count twice."""
         return (self.forward + GRADIENTS * self.backward) * pass_operations(structure, self.rows * self.length)
 
     def line(self) -> str:
-        """One line for a person."""
+        """The forecast in one line for a person."""
         parts = ", ".join(f"{k} {megabytes(v)}" for k, v in self.memory.items() if v)
         disk = f"; {megabytes(self.spilled)} of disk for reference probabilities" if self.spilled else ""
         return f"forecast: {self.work}, about {megabytes(self.peak_memory)} of memory ({parts}){disk}"
 
     @property
     def work(self) -> str:
-        """What is run."""
+        """The solver runs and passes, in words."""
         return (
             f"{self.solver_runs} solver runs, {self.forward} forward and {self.backward} forward and backward "
             f"passes over {self.rows * self.length} tokens"

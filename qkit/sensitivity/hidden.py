@@ -29,7 +29,7 @@ PLAIN = 0.1  # share of the identity
 
 
 def weighing(plan: Plan, structure: ModelStructure, pool: Workers, progress: Progress) -> list[Tensor]:
-    """``roots`` of the original model, on the first of the calibration rows; the model is loaded whole, in float32."""
+    """The ``roots`` of the original model on the first calibration rows; the model is loaded whole, in float32."""
     assert plan.calibration is not None
     rows = plan.calibration.first(ROWS)
     progress.start("gradients behind every block", len(batches(rows)))
@@ -38,10 +38,10 @@ def weighing(plan: Plan, structure: ModelStructure, pool: Workers, progress: Pro
 
 
 def roots(model: ReferenceModel, rows: Rows, seed: int, step: Callable[[], object] = lambda: None) -> list[Tensor]:
-    """For each block of the language model R, float32 [hidden, hidden], with R R^T = (1 - PLAIN) F + PLAIN I.
+    """The matrix R of each block of the language model, float32 [hidden, hidden], with R R^T = (1 - PLAIN) F + PLAIN I.
 
-    F is scaled to a mean diagonal of one, so that ``d R`` has squares of the size of those of d. seed: of the labels. One pass
-    with gradients over all rows.
+    F is scaled to a mean diagonal of one, so that ``d R`` has squares of the size of those of d. seed: of the labels. One
+    pass with gradients over all rows.
     """
     paths = [b.path for b in model.structure.blocks]
     sums = dict.fromkeys(paths, torch.zeros((), dtype=torch.float64))

@@ -54,7 +54,7 @@ Costs = dict[tuple[str, str], float]
 
 @dataclass(kw_only=True)
 class MeasureContext:
-    """What a measure works on. reference: log probabilities of the original on ``rows``, batch by batch; folder: of the
+    """The inputs of a measure. reference: log probabilities of the original on ``rows``, batch by batch; folder: of the
     profile."""
 
     reference_model: ReferenceModel
@@ -71,14 +71,17 @@ class MeasureContext:
 
     @property
     def quantizing(self) -> list[Candidate]:
+        """The candidates that quantize."""
         return [c for c in self.candidates if c.scheme is not None]
 
     def replace_all(self, candidate: Candidate) -> dict[str, Replacement]:
-        """Every unit at one candidate."""
+        """The replacements of all units at one candidate, {linear: replacement}."""
         return {n: r for u in self.units for n, r in self.probes.replacements(u, candidate).items()}
 
 
 def weight_error(context: MeasureContext) -> Costs:
+    """The relative squared error of the weights of every unit and candidate."""
+
     def relative_error(unit: Unit, replacements: Mapping[str, Replacement]) -> float:
         original = {n: context.reference_model.weight(n) for n in replacements}
         error = sum(float((r.weight - original[n]).double().square().sum()) for n, r in replacements.items())
@@ -88,12 +91,14 @@ def weight_error(context: MeasureContext) -> Costs:
 
 
 def output_error(context: MeasureContext) -> Costs:
+    """The relative squared error of outputs, as the solver measured it; with images as ``_outputs``."""
     if context.rows.kinds is not None:
         return _outputs(context, alone=True)
     return {(u.key, c.name): context.probes.output_error(u, c) for u in context.units for c in context.quantizing}
 
 
 def output_norm_error(context: MeasureContext) -> Costs:
+    """The relative squared error of outputs as the next norm reads them (``outputs.py``)."""
     return _outputs(context, alone=False)
 
 
@@ -121,6 +126,7 @@ def _ratios(context: MeasureContext) -> list[dict[str, float]]:
 
 
 def first_order(context: MeasureContext) -> Costs:
+    """The first-order loss change by weights, |g . (w~ - w)|, in nats a token."""
     _, g = context.reference_model.gradients(context.rows, _names(context))
 
     def cost_of(unit: Unit, replacements: Mapping[str, Replacement]) -> float:
@@ -136,6 +142,7 @@ def first_order(context: MeasureContext) -> Costs:
 
 def first_order_inputs(context: MeasureContext) -> Costs:
     # Fused experts are no modules: their inputs are not quantized in ReferenceModel.replaced either, and cost nothing here.
+    """The first-order loss change by quantized inputs, in nats a token."""
     module_units = [u for u in context.units if has_modules(u)]
     quantizing_inputs = [c for c in context.quantizing if c.scheme is not None and c.scheme.activations is not None]
     costs: Costs = {(u.key, c.name): 0.0 for u in context.units for c in context.quantizing}
@@ -165,6 +172,7 @@ def input_terms(x: Tensor, g: Tensor, activations: Activations) -> Tensor:
 
 
 def fisher(context: MeasureContext) -> Costs:
+    """Half the Fisher-weighted squared error of the weights, in nats a token."""
     _, f = context.reference_model.gradients(context.rows, _names(context), squares=True)
 
     def cost_of(unit: Unit, replacements: Mapping[str, Replacement]) -> float:
@@ -175,6 +183,7 @@ def fisher(context: MeasureContext) -> Costs:
 
 
 def pqi(context: MeasureContext) -> Costs:
+    """Each unit's share of the post-quantization integral, in nats a token."""
     costs: Costs = {}
     for candidate in context.quantizing:
         shares = context.result_cache.get(f"pqi {candidate.name}")
@@ -202,10 +211,12 @@ def _integrate(context: MeasureContext, candidate: Candidate) -> dict[str, float
 
 
 def loss_change(context: MeasureContext) -> Costs:
+    """The measured loss change with one unit replaced, in nats a token."""
     return {k: loss - context.base_loss for k, (loss, _) in _one_at_a_time(context).items()}
 
 
 def divergence(context: MeasureContext) -> Costs:
+    """The measured KL divergence with one unit replaced, in nats a token."""
     return {k: kl for k, (_, kl) in _one_at_a_time(context).items()}
 
 
@@ -223,7 +234,8 @@ MEASURES: dict[str, Callable[[MeasureContext], Costs]] = {
 
 
 def run_measure(context: MeasureContext, name: str) -> Costs:
-    """A measure's costs, from the ledger where a stopped run left them. (What takes longest keeps its own parts there.)"""
+    """The costs of a measure, from the result cache where a stopped run left them. (The slowest measures keep their own
+    parts there.)"""
     if name in ("pqi", "loss", "kl"):
         return MEASURES[name](context)
     missing = tuple(c for c in context.quantizing if context.result_cache.get(f"{name} {c.name}") is None)

@@ -37,7 +37,7 @@ SAMPLE_TOKENS = 512  # our choice
 
 
 def next_norms(structure: ModelStructure) -> dict[str, str]:
-    """{linear that writes to the residual stream: path in the model of the norm that reads it next}.
+    """The norm that reads the residual stream after each linear that writes to it, {linear: path in the model}.
 
     After the last block that is the final norm. Empty for families that declare no stream.
     """

@@ -36,7 +36,7 @@ def mean_gradients(
     rule: str = "midpoint",
     step: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """gbar: {linear: float32 [out, in]}, the mean gradient of the loss on the path to ``targets``.
+    """The mean gradient of the loss on the path to ``targets``, gbar: {linear: float32 [out, in]}.
 
     targets: {linear: quantized weight, float32 [out, in]}; linears not named keep their weights
     rows:    that the loss is of, the same at every point
@@ -60,7 +60,8 @@ def mean_gradients(
 
 
 def weight_shares(weight: Tensor, target: Tensor, gradient: Tensor) -> Tensor:
-    """gbar_j (w~_j - w_j), of one linear: what each weight adds to the predicted loss change, signed, in nats a token.
+    """The contribution of each weight of a linear to the predicted loss change, gbar_j (w~_j - w_j), signed, in nats a
+    token.
 
     weight, target, gradient: float32 [out, in], w, w~ and gbar; the result has their shape.
     """

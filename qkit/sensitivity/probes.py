@@ -29,21 +29,21 @@ Activations = tuple[Format, Tensor | None]  # the format of a linear's input, an
 
 
 def replacement(plan: Plan, job: Job, block: int, name: str) -> Replacement:
-    """What a job puts in the place of a planned linear of a finished block."""
+    """The replacement of a planned linear of a finished block, from a job."""
     p = plan.linears[name]
     q, static = job.quantized(block, name, p.weights)
     return Replacement(dequantize(q), p.activations, static)
 
 
 def replacements(plan: Plan, structure: ModelStructure, job: Job) -> dict[str, Replacement]:
-    """{linear: what a finished job puts in its place}, in the order of the blocks."""
+    """The replacements of all linears of a finished job, {linear: replacement}, in the order of the blocks."""
     every = enumerate(parts(plan, structure))
     linears = [(i, x.name) for i, b in every for x in b.linears if x.name in plan.linears]
     return {name: replacement(plan, job, block, name) for block, name in linears}
 
 
 class Probes:
-    """Reads what the jobs of all candidates hold."""
+    """The results of the jobs of all candidates."""
 
     def __init__(self, jobs: dict[str, tuple[Plan, Job]]) -> None:
         self._jobs = jobs
@@ -72,7 +72,7 @@ class Probes:
 def probes(
     plans: dict[str, Plan], structure: ModelStructure, folder: Path, pool: Workers, progress: Progress
 ) -> Iterator[Probes]:
-    """Run what is missing of every candidate's probe and open them all. plans: by candidate name."""
+    """The open probes of every candidate; runs what is missing of them. plans: by candidate name."""
     with ExitStack() as stack:
         jobs: dict[str, tuple[Plan, Job]] = {}
         source_hash = {"sha256": structure.checkpoint.sha256()}

@@ -39,7 +39,7 @@ LIMIT = 1 << 28
 
 @dataclass(frozen=True)
 class CandidateCost:
-    """bytes of the unit as stored; costs by measure, in the measure's unit (0 for a unit that is kept)."""
+    """The cost of one candidate for a unit. bytes: as stored; costs: by measure, in its unit (0 for a unit that is kept)."""
 
     bytes: int
     costs: dict[str, float]
@@ -47,7 +47,8 @@ class CandidateCost:
 
 @dataclass(frozen=True)
 class UnitProfile:
-    """linears: checkpoint names; weights: how many; choices: by candidate name, only those that can be applied."""
+    """One unit of a profile. linears: checkpoint names; weights: how many; choices: by candidate name, only those that can
+    be applied."""
 
     key: str
     linears: tuple[str, ...]
@@ -57,7 +58,7 @@ class UnitProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What was measured, of which model, and how.
+    """The measured costs of a model's units, with the model and the request that they are of.
 
     fingerprint: of the checkpoint; fixed_bytes: of all tensors that no unit holds
     whole:       by candidate, the measured loss change and KL divergence with all units at it
@@ -74,13 +75,13 @@ class Profile:
     whole: dict[str, dict[str, float]]
 
     def save(self, folder: Path) -> None:
-        """Write profile.json."""
+        """Writes profile.json."""
         data = {"version": VERSION, **asdict(self)}
         write_atomic(folder / FILE, (json.dumps(data, indent=1, sort_keys=True) + "\n").encode())
 
     @staticmethod
     def load(folder: Path) -> Profile:
-        """Raises BadInput for a folder without a profile of this version."""
+        """The profile in a folder. Raises BadInput for a folder without a profile of this version."""
         file = folder / FILE
         if not file.is_file():
             raise BadInput(
@@ -125,7 +126,7 @@ class Profile:
 
     @staticmethod
     def decomposition(folder: Path, candidate: str) -> dict[str, Tensor]:
-        """What rows, columns and single weights add to ``pqi`` costs, where that measure was taken of this candidate.
+        """The contributions of rows, columns and single weights to ``pqi`` costs of a candidate.
 
         {"<candidate>:<linear>:<part>": tensor}; parts and dtypes are those of ``decomposition.py``. Raises BadInput where
         there is none, or one of another profile.
@@ -145,7 +146,7 @@ class Profile:
 
 
 def identity(structure: ModelStructure, request: dict[str, Any], rows: Calibration) -> dict[str, Any]:
-    """What every measurement depends on, but for the candidate that it is of: by option. rows: that losses are measured on."""
+    """The settings that every measurement depends on, by option, but for the candidate. rows: that losses are measured on."""
     options = {
         f"--{name.replace('_', '-')}": request[name] for name in ("method", "samples", "seqlen", "points", "rows")
     }
@@ -161,7 +162,7 @@ def identity(structure: ModelStructure, request: dict[str, Any], rows: Calibrati
 def profile_of_shapes(
     structure: ModelStructure, candidates: tuple[Candidate, ...], measures: tuple[str, ...], request: dict[str, Any]
 ) -> Profile:
-    """What is known of a profile before anything is measured: its units and the bytes of their choices. Every cost is 0."""
+    """The profile as shapes alone tell it: units and the bytes of their choices. Every cost is 0."""
     profiles = []
     for unit in units_of(structure, parts_named(request)):
         sizes = {c.name: size for c in candidates if (size := unit_bytes(unit, c, structure)) is not None}
@@ -205,7 +206,7 @@ def make_profile(
     pool: Workers,
     progress: Progress,
 ) -> Profile:
-    """Probe every candidate, take every measure, write and return the profile.
+    """The profile: probes every candidate, runs every measure, writes the file.
 
     plans: of the probes, by candidate name; rows: what losses are measured on.
     """
@@ -238,7 +239,8 @@ def make_context(
     pool: Workers,
     progress: Progress,
 ) -> MeasureContext:
-    """The original in memory, and its loss and log probabilities on ``rows``. folder: of the profile."""
+    """The context of measures: the original in memory, its loss and its log probabilities on ``rows``. folder: of the
+    profile."""
     model = loading.load(structure.checkpoint.path, dtype=torch.float32)
     reference_model = ReferenceModel(model, structure, pool)
     reference = reference_model.log_probs(rows, folder)

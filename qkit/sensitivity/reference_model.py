@@ -26,7 +26,7 @@ SPILL_BYTES = 1 << 30  # log probabilities that are kept in memory; our choice
 
 @dataclass(frozen=True)
 class Replacement:
-    """weight: float32 [out, in]; activations: the format of the linear's input and its static scale, or None."""
+    """A linear's stand-in. weight: float32 [out, in]; activations: the format of its input and its static scale, or None."""
 
     weight: Tensor
     activations: Format | None = None
@@ -34,20 +34,20 @@ class Replacement:
 
 
 class ReferenceModel:
-    """model: in float32, eval mode. Every linear is found by its checkpoint name."""
+    """A full-precision model with replaceable linears, found by checkpoint name. model: in float32, eval mode."""
 
     def __init__(self, model: Any, structure: ModelStructure, pool: Workers) -> None:
         self.model, self.structure, self.pool = model, structure, pool
         self.where = {x.name: (b.path, x) for b in structure.every_block for x in b.linears}
 
     def weight(self, name: str) -> Tensor:
-        """The weight in place now, [out, in]; a view."""
+        """The current weight of a linear, [out, in]; a view."""
         block, linear = self.where[name]
         return linear.view(self.model.get_submodule(block))
 
     @contextmanager
     def replaced(self, replacements: Mapping[str, Replacement]) -> Iterator[None]:
-        """With these linears (by name) replaced; the originals are put back."""
+        """The context in which these linears (by name) are replaced; the originals are put back after it."""
         originals = {name: self.weight(name).clone() for name in replacements}
         handles = []
         try:
@@ -65,7 +65,7 @@ class ReferenceModel:
     # ---- passes ----------------------------------------------------------------------------------------------
 
     def log_probs(self, rows: Rows, spill: Path | None = None) -> Chunks:
-        """log p of every scored token, float32 [rows, scored, vocabulary], batch by batch.
+        """The log probabilities of every scored token, float32 [rows, scored, vocabulary], batch by batch.
 
         spill: where more than SPILL_BYTES of them go, into a file that goes with the result; None: they stay in memory.
         """
@@ -84,7 +84,7 @@ class ReferenceModel:
         return float(torch.cat(nll).double().mean())
 
     def compare(self, rows: Rows, reference: Chunks) -> tuple[float, float]:
-        """(loss, mean KL divergence from ``reference``, which ``log_probs`` gave), in nats a scored token."""
+        """The loss and the mean KL divergence from ``reference``, which ``log_probs`` gave; both in nats a scored token."""
         pieces = batches(rows)
         assert len(pieces) == len(reference)
 
@@ -99,7 +99,7 @@ class ReferenceModel:
         return float(nll.mean()), float(kl.mean())
 
     def gradients(self, rows: Rows, names: list[str], squares: bool = False) -> tuple[float, dict[str, Tensor]]:
-        """(loss, {linear: gradient of the mean loss [out, in]}) over all rows.
+        """The loss and {linear: gradient of the mean loss [out, in]} over all rows.
 
         squares: instead of the gradient the mean over rows of the squared gradient of a row's mean loss (the diagonal of
         the empirical Fisher matrix).
@@ -134,7 +134,8 @@ class ReferenceModel:
     def with_inputs(
         self, rows: Rows, names: Sequence[str], use: Callable[[dict[str, tuple[Tensor, Tensor]]], R]
     ) -> Iterator[R]:
-        """What ``use`` makes of {linear: (x, g)}, batch by batch, in the order of the rows; nothing else of a batch is kept.
+        """The results of ``use`` on {linear: (x, g)}, batch by batch, in the order of the rows; nothing else of a batch is
+        kept.
 
         names: linears that are modules (not those of fused experts)
         x: float32 [rows, length, in] of the batch, what the linear reads
@@ -174,8 +175,8 @@ class ReferenceModel:
                 handle.remove()
 
     def output_gradients(self, rows: Rows, paths: Sequence[str], seed: int) -> Iterator[dict[str, Tensor]]:
-        """Batch by batch {path: float32 [tokens, width]}, the gradient of the loss of all scored tokens together at what these
-        modules give, labels being drawn from the model itself.
+        """The gradient of the summed loss of all scored tokens at the outputs of these modules, {path: float32 [tokens,
+        width]}, batch by batch; labels are drawn from the model itself.
 
         seed: of the labels, which do not depend on the number of workers.
         """
@@ -211,7 +212,7 @@ class ReferenceModel:
                 handle.remove()
 
     def sample_inputs(self, rows: Rows, modules: Sequence[str], count: int) -> dict[str, Tensor]:
-        """What these modules (by their path in the model) read: {path: float32 [n, width]}.
+        """The inputs of these modules (by their path in the model), {path: float32 [n, width]}.
 
         Of the n tokens that ``batches.sample`` takes; the same tokens for every module, in the order of the rows.
         """
@@ -257,7 +258,7 @@ class ReferenceModel:
 
 
 def log_prob_bytes(scored: int, vocabulary: int) -> int:
-    """Bytes of what ``log_probs`` gives for so many scored tokens."""
+    """The bytes of the result of ``log_probs`` for ``scored`` tokens."""
     return scored * vocabulary * 4
 
 

@@ -34,7 +34,8 @@ POINTS = 2  # of the integral
 
 
 def repair(plan: Plan, structure: ModelStructure, job: Job, pool: Workers, progress: Progress) -> None:
-    """Find ``plan.significant`` weights and commit the sparse parts of all blocks; nothing when that is done already."""
+    """Finds ``plan.significant`` weights and commits the sparse parts of all blocks; does nothing when that is done
+    already."""
     if not plan.significant or job.stage("repair") is not None:
         return
     assert plan.calibration is not None
@@ -56,7 +57,7 @@ def repair(plan: Plan, structure: ModelStructure, job: Job, pool: Workers, progr
 
 
 def largest_scores(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """{name: int64 places} of the ``count`` largest of all scores together; of equal ones the first."""
+    """The places of the ``count`` largest of all scores together, {name: int64}; of equal ones the first."""
     best = {n: s.topk(min(count, len(s))) for n, s in scores.items()}
     owner = torch.cat([torch.full((len(b.values),), i) for i, b in enumerate(best.values())])
     order = torch.cat([b.values for b in best.values()]).argsort(descending=True, stable=True)[:count]
@@ -83,7 +84,7 @@ def _commit(
 
 
 def detach(q: QTensor, weight: Tensor, places: Tensor, dtype: torch.dtype) -> QTensor:
-    """q with the weight's own values at ``places`` (int64, flat), by what its sparse part adds to the codes there."""
+    """The quantized weight with the original values at ``places`` (int64, flat), which its sparse part adds to the codes."""
     if not len(places):
         return q
     dense = dequantize(replace(q, sparse=None))

@@ -13,7 +13,7 @@ from qkit.files.safefile import parse_json
 
 
 class ResultCache:
-    """{key: JSON value} in a file of lines, appended and synced one by one; a torn last line is dropped.
+    """Measured values by key, in a file of JSON lines that are appended and synced one by one; a torn last line is dropped.
 
     identity: what all values depend on, by the name that a user knows it by. Raises JobConflict for a file of another
     identity, BadInput for one that is damaged; neither is touched.
@@ -42,11 +42,11 @@ class ResultCache:
                 raise write_failure(path, e) from e
 
     def get(self, key: str) -> Any:
-        """The value, or None."""
+        """The value of a key, or None."""
         return self._known.get(key)
 
     def put(self, key: str, value: Any) -> None:
-        """Durable when this returns."""
+        """Adds a value; it is durable when this returns."""
         try:
             with self._path.open("ab") as f:
                 f.write(_line({"key": key, "value": value}))

@@ -31,16 +31,17 @@ class Unit:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
+        """The linears of all groups, in order."""
         return tuple(linear for g in self.groups for linear in g.linears)
 
     @property
     def weights(self) -> int:
-        """How many weights."""
+        """The number of weights."""
         return sum(x.shape[0] * x.shape[1] for x in self.linears)
 
 
 def parts_of(structure: ModelStructure, pictures: bool) -> tuple[str, ...]:
-    """The parts of the model that a profile is of: the language model, and with rows of pictures what is before it, but for a
+    """The parts of the model that a profile covers: the language model and, with images, the towers before it, but for a
     SigLIP tower, which transformers cannot load packed."""
     config = structure.checkpoint.config
     names = {s.name: [x.name for b in s.blocks for x in b.linears] for s in structure.towers if pictures}
@@ -48,7 +49,7 @@ def parts_of(structure: ModelStructure, pictures: bool) -> tuple[str, ...]:
 
 
 def parts_named(request: Mapping[str, Any]) -> Sequence[str]:
-    """The same of a profile that was made, by what it says of itself."""
+    """The parts that an existing profile covers, from its request."""
     parts: Sequence[str] = request.get("parts", (LANGUAGE,))
     return parts
 

@@ -16,9 +16,12 @@ BETTER: dict[str | None, str] = {None: "gptq", "int": "smoothquant+gptq", "fp4":
 
 @dataclass(frozen=True)
 class Advice:
-    """chosen: the default; better: a method that this request can have, None: none; ratio: its operations in those of
-    the default, None: they are not known before it runs; export: the name that its result then has in config.json, where it is
-    another one."""
+    """The method of a request that names none, with a better one.
+
+    chosen: the default; better: a method that this request can have, None: none; ratio: its operations in those of the
+    default, None: they are not known before it runs; export: the name that its result then has in config.json, where it is
+    another one.
+    """
 
     chosen: str
     better: str | None = None
@@ -40,12 +43,12 @@ class Advice:
 
 
 def times(ratio: float) -> str:
-    """'3.2 times', '1,400 times': two digits, since operations are not seconds."""
+    """The ratio in words, '3.2 times', '1,400 times': two digits, since operations are not seconds."""
     return f"{float(f'{ratio:.2g}'):,g} times"
 
 
 def advise_method(request: Request, prepared: PreparedRequest) -> Advice | None:
-    """What to say of the method of a request; None: the request or its recipe names it. prepared: the request, prepared."""
+    """The advice on the method of a request; None: the request or its recipe names it. prepared: the request, prepared."""
     recipe = recipe_of(request)
     if "method" in recipe.model_fields_set:
         return None

@@ -45,8 +45,11 @@ NOTHING = "the budget lets every layer stay as it is: nothing to quantize; lower
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetAllocation:
-    """request: with the rules of the allocation; table: what its time was counted with, under a latency budget;
-    running, cache: bytes of KV cache and of activations, and the cache, under a memory budget."""
+    """A request with a format for every layer.
+
+    request: with the rules of the allocation; table: what its time was counted with, under a latency budget;
+    running, cache: bytes of KV cache and of activations, and the cache, under a memory budget.
+    """
 
     request: Request
     profile: Profile
@@ -59,7 +62,7 @@ class BudgetAllocation:
 
 @dataclass(frozen=True, kw_only=True)
 class AllocationProblem:
-    """A budget held against shapes and, where there is one, the profile: it can be met.
+    """A budget with everything that its solution needs; it is known that it can be met.
 
     profile: what was measured, or the same with costs of 0
     profile_request: what the profile is to be made of, None where it is there
@@ -87,8 +90,8 @@ class AllocationProblem:
 
 
 def allocation_problem(request: Request, budget_request: BudgetRequest) -> AllocationProblem:
-    """Look at a budget; reads no weight and measures nothing. Raises UsageError where request and budget exclude each other,
-    Unsupported for a budget that no choice meets, BadInput for another model's profile."""
+    """The problem that a budget poses; reads no weight and measures nothing. Raises UsageError where request and budget
+    exclude each other, Unsupported for a budget that no choice meets, BadInput for another model's profile."""
     if request.scheme is not None or request.recipe is not None:
         raise UsageError("a budget chooses the scheme of every layer: leave --scheme and --recipe out")
     if request.outliers is not None or request.significant is not None or request.rank is not None:
@@ -151,7 +154,7 @@ def _missing_profile(request: Request, budget_request: BudgetRequest) -> Profile
 
 
 def allocate_budget(request: Request, budget_request: BudgetRequest, progress: Progress) -> BudgetAllocation:
-    """Measure what there is to measure and solve the budget. Raises as ``allocation_problem``."""
+    """The solution of a budget; measures what there is to measure. Raises as ``allocation_problem``."""
     problem = allocation_problem(request, budget_request)
     if problem.profile_request is not None:
         profile(problem.profile_request, budget_request.profile, progress)
@@ -175,7 +178,7 @@ def allocate_budget(request: Request, budget_request: BudgetRequest, progress: P
 def solve_budget(
     request: Request, budget_request: BudgetRequest, problem: AllocationProblem, cache: CachePlan | None = None
 ) -> BudgetAllocation:
-    """The plan of least predicted cost. cache: of a memory that is shared with it; None: a plain one."""
+    """The allocation of least predicted cost. cache: of a memory that is shared with it; None: a plain one."""
     beside = problem.beside[0]
     if cache is not None and problem.cache is not None:
         beside += cache.bytes - problem.cache.least
@@ -312,7 +315,8 @@ def _without_transforms(request: Request) -> Request:
 
 
 def running_bytes(structure: ModelStructure, context: int) -> tuple[int, int]:
-    """(KV cache, activations): bytes at a context of so many tokens of one sequence, in the checkpoint's dtype.
+    """The bytes of the KV cache and of activations at a context of ``context`` tokens of one sequence, in the checkpoint's
+    dtype.
 
     Keys and values of all blocks; of one block the hidden states, attention inputs and MLP intermediates of a prefill (our
     count: engines add buffers of their own).

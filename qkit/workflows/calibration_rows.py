@@ -35,7 +35,7 @@ from qkit.system.machine import available_memory, run_dtype
 def calibration_asked(
     request: Request, structure: ModelStructure, recipe: Recipe, rows: Calibration | None = None
 ) -> Calibration | None:
-    """The rows of the request, made or at hand, whether or not the plan will turn out to need them (it drops them if not)."""
+    """The rows of the request, made or at hand, before the plan tells whether it needs them (it drops them if not)."""
     check_rows(request)
     if structure.family.encodes or not (_may_need_rows(recipe) or is_static(request.kv) or request.calib is not None):
         return None  # what a text encoder would need rows for is refused
@@ -43,7 +43,7 @@ def calibration_asked(
 
 
 def calibration_of(request: Request, structure: ModelStructure) -> Calibration:
-    """The rows that a request says: pairs of pictures and answers, rows of a text, or calls along a trajectory."""
+    """The rows of a request: image-text data, rows of a text, or calls along a trajectory."""
     check_rows(request)
     is_text = structure.family.streams is None and not wants_image_text(request, structure)
     if request.written and not is_text:
@@ -57,7 +57,7 @@ def calibration_of(request: Request, structure: ModelStructure) -> Calibration:
 
 
 def wants_image_text(request: Request, structure: ModelStructure) -> bool:
-    """Whether rows have pictures: those of a vision-language model do, unless the user gives a text."""
+    """Whether rows have images: those of a vision-language model do, unless the user gives a text."""
     calib = request.calib
     is_image_text = calib is not None and (calib.is_dir() or calib.suffix == ".jsonl" or is_dataset(calib))
     if structure.family.text_types:
@@ -73,7 +73,7 @@ def wants_image_text(request: Request, structure: ModelStructure) -> bool:
 
 
 def image_text_rows(request: Request, structure: ModelStructure, held_out: bool = False) -> Calibration:
-    """Rows of pictures, questions and answers: the user's, or drawn scenes; held_out: scenes that calibration does not use."""
+    """Rows of images, questions and answers: the user's, or drawn scenes; held_out: scenes that calibration does not use."""
     from qkit_data.scenes import CALIBRATION
 
     start = 0 if held_out else CALIBRATION + 1000 * request.seed

@@ -23,7 +23,8 @@ _SEEDS = 100_000  # away from those of the rows
 
 
 def decide_steps(plan: Plan, structure: ModelStructure, packed: Path, progress: Progress) -> None:
-    """Observe the packed pipeline in ``packed`` and write its policy into its qkit.json; nothing if none is asked for.
+    """Observes the packed pipeline in ``packed`` and writes its policy into its qkit.json; does nothing if none is asked
+    for.
 
     Raises BadCalibration as sampling does.
     """

@@ -30,7 +30,8 @@ SCALED = ("progressive", "rtn")  # kinds whose keys share a scale between channe
 
 @dataclass(frozen=True, kw_only=True)
 class CacheChoices:
-    """What can be chosen: policy without budgets, the model's heads, tokens, and bytes of a layer at each width it can end at.
+    """The choices of a KV cache: policy without budgets, the model's heads, tokens, and bytes of a layer at each final
+    width.
 
     costs: by layer, {width: nats a token}, where there is more than one width
     """
@@ -44,12 +45,12 @@ class CacheChoices:
 
     @property
     def least(self) -> int:
-        """Bytes of a cache whose layers all end at their least widths."""
+        """The bytes of a cache whose layers all end at their smallest widths."""
         return sum(self.sizes[w] for w in self.policy.widths_of(self.heads.layers))
 
     @property
     def most(self) -> int:
-        """Bytes of a cache whose layers all end at their largest widths."""
+        """The bytes of a cache whose layers all end at their largest widths."""
         return self.heads.layers * max(self.sizes[w] for w in self.policy.widths) if self.chooses else self.least
 
     @property
@@ -59,7 +60,7 @@ class CacheChoices:
 
     @property
     def units(self) -> list[list[Choice]]:
-        """For the knapsack: each layer's widths."""
+        """The widths of each layer as choices for the knapsack."""
         return [
             [Choice(str(w), max(c[w], 0.0), {"bytes": self.sizes[w], "nanoseconds": 0}) for w in self.policy.widths]
             for c in self.costs or ()
@@ -68,8 +69,11 @@ class CacheChoices:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """policy: with budgets; bytes: of the cache at its full length; plain_bytes: of keys and values in 16 bits; exponents: of
-    the scales of keys (``qkit.transforms.keys``), by layer, head and rotary pair."""
+    """A KV cache that fits its budget.
+
+    policy: with budgets; bytes: of the cache at its full length; plain_bytes: of keys and values in 16 bits; exponents: of
+    the scales of keys (``qkit.transforms.keys``), by layer, head and rotary pair.
+    """
 
     policy: CachePolicy
     bytes: int
@@ -89,9 +93,10 @@ def plan_cache(request: Request, cache_request: CacheRequest, progress: Progress
 
 
 def cache_choices(request: Request, cache_request: CacheRequest, joint: bool = False) -> CacheChoices:
-    """The request looked at as far as config and headers allow. joint: whether its bytes are part of a budget of all.
+    """The choices of a cache, as far as config and headers tell. joint: whether its bytes are part of a budget of all.
 
-    Raises UsageError for a policy that cannot be, Unsupported for attention that no policy serves and for too little memory.
+    Raises UsageError for a policy that cannot be, Unsupported for attention that no policy serves and for too little
+    memory.
     """
     if joint and cache_request.memory is not None:
         raise UsageError("--memory counts the KV cache too: leave --kv-memory out")
@@ -107,8 +112,8 @@ def cache_choices(request: Request, cache_request: CacheRequest, joint: bool = F
 
 
 def joint_choices(request: Request, cache_request: CacheRequest, progress: Progress) -> CacheChoices:
-    """What the cache offers a budget that it shares with the weights: costs, where there is a choice, are KL divergences, in
-    the unit of the weights' own. Raises as ``cache_choices``."""
+    """The choices of a cache that shares a budget with the weights: costs, where there is a choice, are KL divergences, in the
+    unit of the weights' own. Raises as ``cache_choices``."""
     choices = cache_choices(request, cache_request, joint=True)
     return replace(choices, costs=_costs(request, choices, divergences, progress) if choices.chooses else None)
 
@@ -133,13 +138,13 @@ def _read_choices(request: Request, cache_request: CacheRequest) -> CacheChoices
 def resolve_cache(
     request: Request, choices: CacheChoices, cache_request: CacheRequest, finals: tuple[int, ...], progress: Progress
 ) -> CachePlan:
-    """The plan with these final widths, by layer."""
+    """The cache with these final widths, by layer, and with scales of keys where they are asked for."""
     cache = cache_of_widths(choices, finals)
     return replace(cache, exponents=_exponents(request, choices, progress)) if cache_request.scale_keys else cache
 
 
 def cache_of_widths(choices: CacheChoices, finals: tuple[int, ...]) -> CachePlan:
-    """The same, before scales of keys are searched."""
+    """The cache with these final widths, by layer, before scales of keys are searched."""
     config: Any = choices.structure.model.config
     policy, heads = choices.policy, choices.heads
     if policy.kind == "progressive":
@@ -213,5 +218,5 @@ def _measured_on(request: Request, choices: CacheChoices) -> tuple[Any, Calibrat
 
 
 def measurement_rows(request: Request, choices: CacheChoices) -> Calibration:
-    """What a cache is measured on."""
+    """The calibration rows that a cache is measured on."""
     return calibration_of(request, choices.structure).first(ROWS)

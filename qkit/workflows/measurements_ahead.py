@@ -26,7 +26,8 @@ from qkit.workflows.towers import OpenTowers
 
 @dataclass(frozen=True)
 class UpcomingMeasurement:
-    """what: is measured; passes: of the model, in words; ratio: its operations in those of the quantization itself"""
+    """A measurement that comes before the run. what: is measured; passes: of the model, in words; ratio: its operations in
+    those of the quantization itself"""
 
     what: str
     passes: str
@@ -38,12 +39,12 @@ class UpcomingMeasurement:
 
 
 def run_operations(request: Request) -> float:
-    """Of the quantization itself, multiply-adds counted twice."""
+    """The operations of the quantization itself; multiply-adds count twice."""
     return sum(prepare(request).forecast.operations.values())
 
 
 def profile_ahead(ask: ProfileRequest, folder: Path) -> tuple[UpcomingMeasurement, float]:
-    """(the profile of a budget, operations of the quantization behind it)"""
+    """The profile of a budget, and the operations of the quantization behind it."""
     passes, total, run = forecast_operations(ask)
     return UpcomingMeasurement(f"a profile of {ask.candidates} in {folder}", passes.work, total / run), run
 
@@ -51,7 +52,7 @@ def profile_ahead(ask: ProfileRequest, folder: Path) -> tuple[UpcomingMeasuremen
 def refinement_ahead(
     request: Request, structure: ModelStructure, evaluations: int, rows: int, run: float
 ) -> UpcomingMeasurement:
-    """Whole plans of a budget, and the original. rows: that a profile is measured on"""
+    """The measurement of whole plans of a budget, and of the original. rows: that a profile is measured on"""
     tokens = _tokens(calibration_of(request, structure).first(rows))
     passes = f"{evaluations} plans at the most, {evaluations + 2} forward passes over {tokens} tokens"
     return UpcomingMeasurement(
@@ -74,7 +75,7 @@ def search_ahead(search: StartedSearch) -> UpcomingMeasurement:
 
 
 def towers_ahead(towers: OpenTowers) -> UpcomingMeasurement:
-    """The parts beside a language model whose scheme is left to measuring."""
+    """The measurement of the parts beside a language model whose scheme is left open."""
     assert towers.structure is not None and towers.rows is not None
     count, tokens = 1 + len(towers.structure.sequences), _tokens(towers.rows)
     work = count * pass_operations(towers.structure, tokens)
@@ -85,8 +86,8 @@ def towers_ahead(towers: OpenTowers) -> UpcomingMeasurement:
 
 
 def cache_ahead(request: Request, choices: CacheChoices, joint: bool, run: float) -> UpcomingMeasurement:
-    """What each width costs in every layer: by KL divergence where the memory is shared with the weights (joint), else by
-    gradients."""
+    """The measurement of what each width costs in every layer: by KL divergence where the memory is shared with the weights
+    (joint), else by gradients."""
     tokens = _tokens(measurement_rows(request, choices))
     count = 1 + choices.heads.layers * len(choices.policy.widths) if joint else 1
     passes = f"{count} forward {'' if joint else 'and backward '}pass{'es' if count > 1 else ''} over {tokens} tokens"

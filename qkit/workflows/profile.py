@@ -42,7 +42,9 @@ ROWS = 32  # that losses are measured on; our choice
 
 @dataclass(frozen=True)
 class ProfileRequest:
-    """base: model, method (a solver), group size and calibration of the probes; its scheme is not used.
+    """The request of ``qkit profile``.
+
+    base: model, method (a solver), group size and calibration of the probes; its scheme is not used.
 
     rows: calibration rows that losses are measured on (None: 32, or all if there are fewer); points: of the path integral.
     """
@@ -86,8 +88,8 @@ class _PreparedProbes:
 
 
 def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profile:
-    """Make the profile in ``folder``, or go on with it. Raises UsageError for methods that rewrite the weights, Unsupported
-    where memory is too small for it."""
+    """The profile in ``folder``, made or continued. Raises UsageError for methods that rewrite the weights, Unsupported where
+    memory is too small for it."""
     check_measures(request.measures)
     _refuse_foreign(folder)
     prepared = _prepare(request)
@@ -131,7 +133,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def forecast(request: ProfileRequest) -> ProfileForecast:
-    """What ``profile`` will take, in seconds and without reading a weight. Raises what the request's names deserve."""
+    """The forecast of ``profile``, in seconds and without reading a weight. Raises what the request's names deserve."""
     base, count = request.base, request.measured_rows
     structure = open_structure(base.model, "a profile")
     rows, pictures = text_extent(count, base.seqlen), wants_image_text(base, structure)
@@ -149,7 +151,7 @@ def _forecast(request: ProfileRequest, structure: ModelStructure, rows: Extent, 
 
 
 def profile_from_shapes(request: ProfileRequest) -> Profile:
-    """What ``profile`` will say, before anything is measured: all costs are 0. Raises what the request's names deserve."""
+    """The profile before anything is measured: all costs are 0. Raises what the request's names deserve."""
     base = request.base
     structure = open_structure(base.model, "a profile")
     probes_asked = _probe_request(request, structure, wants_image_text(base, structure))
@@ -157,7 +159,7 @@ def profile_from_shapes(request: ProfileRequest) -> Profile:
 
 
 def forecast_operations(request: ProfileRequest) -> tuple[ProfileForecast, float, float]:
-    """(what ``profile`` will take, all of its operations, those of one run of its solver); reads no weight. Raises as
+    """The forecast of ``profile``, all of its operations, and those of one run of its solver; reads no weight. Raises as
     ``profile`` does before it begins."""
     prepared = _prepare(request)
     passes = _forecast(request, prepared.structure, extent(prepared.rows), prepared.rows.kinds is not None)
@@ -253,10 +255,12 @@ def audit(
     plans: int = 6,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """How far each measure's prediction is from the true loss change on held-out text or pairs (None: embedded or drawn ones).
+    """The distance of each measure's prediction from the true loss change on held-out text or image-text data (None: embedded
+    or drawn ones).
 
-    Of single units: every unit at every candidate. Of whole plans: each candidate everywhere, and ``plans`` random mixtures.
-    Gives, by measure, the rank correlation with the truth and, for measures in nats, the median of predicted / true.
+    Of single units: every unit at every candidate. Of whole plans: each candidate everywhere, and ``plans`` random
+    mixtures. Gives, by measure, the rank correlation with the truth and, for measures in nats, the median of predicted /
+    true.
     """
     prepared = _prepare(request)
     try:
@@ -334,7 +338,8 @@ def _agreement(predicted: Sequence[float], true: Sequence[float]) -> dict[str, f
 def plan_measurement(
     base: Request, known_profile: Profile, folder: Path, progress: Progress
 ) -> Iterator[Callable[[dict[str, str]], float]]:
-    """A function that gives a plan's KL divergence from the original on the profile's rows, from the weights of the probes."""
+    """The context of a function that gives a plan's KL divergence from the original on the profile's rows, from the weights
+    of the probes."""
     names = ",".join("bf16" if n == "keep" else n for n in known_profile.candidates)
     r = known_profile.request
     lacking = next((k for k in ("group_size", "samples", "seqlen", "rows", "points") if k not in r), None)
@@ -366,7 +371,7 @@ def plan_measurement(
 
 
 def measure_plan(context: MeasureContext, picks: dict[str, str]) -> tuple[float, float]:
-    """Measured (loss change, KL divergence) with these units at these candidates."""
+    """The measured loss change and KL divergence with these units at these candidates."""
     key = "plan " + " ".join(f"{k}={v}" for k, v in sorted(picks.items()))
     measurement = context.result_cache.get(key)
     if measurement is None:

@@ -49,7 +49,8 @@ ROWS = 32  # calibration rows that trials are compared on: means over a layer or
 
 @dataclass(frozen=True)
 class OutlierSearch:
-    """request: with the ratios of the chosen exponent, ready to run; divergence: {exponent: KL, nats a token}."""
+    """The result of a search. request: with the ratios of the chosen exponent, ready to run; divergence: {exponent: KL,
+    nats a token}."""
 
     request: Request
     exponent: float
@@ -67,7 +68,7 @@ class StartedSearch:
 
     @property
     def exponents(self) -> tuple[float, ...]:
-        """Those that are tried."""
+        """The exponents that are tried."""
         return EXPONENTS if self.percent else EXPONENTS[:1]
 
     @property
@@ -77,7 +78,8 @@ class StartedSearch:
 
 
 def start_search(request: Request) -> StartedSearch:
-    """Look at a request whose method holds 'requant'; measures nothing. Raises UsageError for what cannot be searched."""
+    """The start of a search, for a request whose method holds 'requant'; measures nothing. Raises UsageError for what
+    cannot be searched."""
     if isinstance(request.outliers, dict):
         raise UsageError(f"method {REQUANT} finds the share of outliers of every layer: give one percentage")
     parts = [p for p in (request.method or "").lower().split("+") if p != REQUANT]
@@ -99,7 +101,7 @@ def start_search(request: Request) -> StartedSearch:
 
 
 def search_outliers(request: Request, folder: Path, work: Path, progress: Progress) -> OutlierSearch:
-    """Find the ratios of a request whose method holds 'requant'.
+    """The best ratios for a request whose method holds 'requant'.
 
     folder: of the trials and their results; work: the job folder of the run to come, which the chosen trial becomes.
     Raises UsageError for ratios per layer, which are what is searched here.
@@ -130,7 +132,8 @@ def search_outliers(request: Request, folder: Path, work: Path, progress: Progre
 
 
 def ratios(sensitivity: dict[str, float], sizes: dict[str, int], percent: float, t: float) -> dict[str, float]:
-    """{layer: percent of its weights}: proportional to sensitivity^t, ``percent`` of all weights together, at most MOST."""
+    """The percent of outliers of each layer, {layer: percent}: proportional to sensitivity^t, ``percent`` of all weights
+    together, at most MOST."""
     shares = {n: 1.0 if t == 0 else max(m, 0.0) ** t for n, m in sensitivity.items()}
     fixed: dict[str, float] = {}
     remaining = percent * sum(sizes.values())
@@ -161,7 +164,7 @@ class _Trials:
     result_cache: ResultCache
 
     def known(self, key: str, find: Callable[[], Any]) -> Any:
-        """What the ledger holds under ``key``, else what ``find`` gives, which is kept there."""
+        """The value of ``key`` in the result cache, else what ``find`` gives, which is stored there."""
         value = self.result_cache.get(key)
         if value is None:
             value = find()
@@ -169,7 +172,7 @@ class _Trials:
         return value
 
     def sensitivity(self, prepared: PreparedRequest) -> dict[str, float]:
-        """{layer: mean |gbar_j (w~_j - w_j)|} of the base method."""
+        """The mean sensitivity of each layer, {layer: mean |gbar_j (w~_j - w_j)|}, of the base method."""
         plan, structure, rows = prepared.plan, prepared.structure, comparison_rows(prepared.plan)
         with Job.open(self.folder / "base", _identity_of_job(prepared)) as job:
             passes = original_passes(plan, structure, job, self.pool, self.progress)
@@ -200,7 +203,7 @@ class _Trials:
 
 
 def comparison_rows(plan: Plan) -> Calibration:
-    """Those that sensitivity and trials are measured on. Raises UsageError where the base method runs none."""
+    """The rows that sensitivity and trials are measured on. Raises UsageError where the base method runs none."""
     if plan.calibration is None:  # rounding without significant weights runs no rows by itself
         raise UsageError(f"method {REQUANT} with rtn needs a share of significant weights above 0: give --significant")
     return plan.calibration.first(ROWS)

@@ -42,14 +42,14 @@ ROWS = 32  # of calibration, at the most; our choice
 
 @dataclass(frozen=True)
 class TowerCost:
-    """What rounding one part brings. kl: nats an answer token; saved: bytes"""
+    """The cost of rounding one part. kl: nats an answer token; saved: bytes"""
 
     kl: float
     saved: int
 
     @property
     def rate(self) -> float:
-        """Nats a byte."""
+        """The nats per saved byte."""
         return self.kl / max(1, self.saved)
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class TowerCost:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenTowers:
-    """What a request leaves open of the parts beside the language model. request: with those decided that need no measuring,
+    """The parts beside the language model that a request leaves open. request: with those decided that need no measuring,
     notes: what was decided, a sentence each; undecided: parts to be measured, on ``rows``."""
 
     request: Request
@@ -70,8 +70,8 @@ class OpenTowers:
 
 
 def open_towers(request: Request) -> OpenTowers:
-    """Look at a request without measuring. Nothing is left where there are no rows with pictures to decide it on, or no memory
-    for the whole model: such parts stay as they are."""
+    """The parts that a request leaves open, found without measuring. There are none where there are no rows with images to
+    decide on, or no memory for the whole model: such parts stay as they are."""
     kind = kind_of(Checkpoint.open(weights_folder(find_model(request.model))).config)
     if not any(kind in family.model_types for family in DECLARED if family.towers):
         return OpenTowers(request=request)
@@ -100,14 +100,14 @@ def open_towers(request: Request) -> OpenTowers:
 
 
 def resolve_towers(request: Request, progress: Progress) -> tuple[Request, list[str]]:
-    """The request with a decision for every part that is left to measuring, and what was decided, a sentence each."""
+    """The request with a decision for every part that is left to measuring, and the decisions in words, a sentence each."""
     towers = open_towers(request)
     decided, notes = decide_towers(towers, progress)
     return decided, [*towers.notes, *notes]
 
 
 def decide_towers(towers: OpenTowers, progress: Progress) -> tuple[Request, list[str]]:
-    """The same of what was left open, and what measuring says of it."""
+    """The request with a decision, by measuring, for every open part, and the decisions in words."""
     if not towers.undecided:
         return towers.request, []
     recipe, structure, rows = towers.recipe, towers.structure, towers.rows
@@ -130,7 +130,7 @@ def decide_towers(towers: OpenTowers, progress: Progress) -> tuple[Request, list
 def measure_towers(
     recipe: Recipe, structure: ModelStructure, rows: Calibration, threads: int, progress: Progress
 ) -> dict[str, TowerCost]:
-    """By name of the part."""
+    """The cost of rounding each part, {part: cost}."""
     progress.start("what rounding each part costs", 1 + len(structure.sequences))
     costs = {}
     with workers(threads) as pool:
