@@ -13,7 +13,7 @@ from typing import Any
 
 from qkit.commands import list as listing
 from qkit.tensor.formats import SCHEMES, Format, Scheme, layout
-from qkit.verification.engines import preflight
+from qkit.verification.engines import engine_fits
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- tables:begin -->", "<!-- tables:end -->"
@@ -39,7 +39,7 @@ def scheme_row(scheme: Scheme) -> Row:
 
 
 def vllm(weights: Format, activations: Format | None) -> str:
-    fits = preflight(weights, activations, layout(weights, activations))
+    fits = engine_fits(weights, activations, layout(weights, activations))
     return next(fit.loads_as for fit in fits if fit.engine == "vLLM") or "-"
 
 

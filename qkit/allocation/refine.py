@@ -16,7 +16,7 @@ from qkit.allocation.latency import Latency
 from qkit.sensitivity.profile import Profile
 
 Picks = dict[str, str]
-Measured = Callable[[Picks], float]  # KL divergence of a whole plan, in nats a token
+MeasurePlan = Callable[[Picks], float]  # KL divergence of a whole plan, in nats a token
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,11 @@ class Refinement:
 
 
 def refine(
-    profile: Profile, starts: list[Allocation], measure_plan: Measured, evaluations: int, latency: Latency | None = None
+    profile: Profile,
+    starts: list[Allocation],
+    measure_plan: MeasurePlan,
+    evaluations: int,
+    latency: Latency | None = None,
 ) -> Refinement:
     """The best plan found. starts: solutions under one budget, by measure; the first names the measure that ranks swaps."""
     limit, measure = starts[0].limit, starts[0].measure

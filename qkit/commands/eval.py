@@ -152,7 +152,7 @@ def eval_command(
         prompt=prompt,
         step=kv_step,
         retrieval=retrieval,
-        pairs=pairs,
+        image_text=pairs,
         questions=QUESTIONS if questions is None else questions,
         examples=0 if report_file is None else EXAMPLES,
         videos=videos or 0,
@@ -195,11 +195,11 @@ def _page(found: Sequence[Mapping[str, Any]], folders: Sequence[Path], request: 
         from qkit.report.videos import strips, videos_page
 
         return videos_page(found[0], strips(*samples))
-    if request.pairs is not None:
+    if request.image_text is not None:
         from qkit.report.image_text import image_text_page
 
         (name,) = found[0]["pairs"]
-        return image_text_page(found[0], name, request.pairs, request.questions)
+        return image_text_page(found[0], name, request.image_text, request.questions)
     from qkit.report.text import text_page
 
     tables = [{"title": g.title, "columns": g.columns, "rows": g.plain()} for g in grids(found)]

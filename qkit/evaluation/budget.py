@@ -6,12 +6,12 @@
     same_top1: ">=0.95"
     task.qkit_cloze.acc: ">=-1%"     # at most 1 % below the baseline's
     size: 0.3x                       # of the baseline's bytes; or 90MB
-    accuracy: ">=-1%"                # exactly right answers about pictures, in %; accuracy.KIND of one kind of question
+    accuracy: ">=-1%"                # exactly right answers about images, in %; accuracy.KIND of one kind of question
     answer_perplexity: +2%           # of those answers' tokens; also answer_kl.mean and answer_kl.p99
     psnr: 25                         # of samples of a diffusion pipeline, dB, at least; also ssim, latent_error, flickering,
     recognised: ">=-2%"              # width (bits of inputs) and, of drawn clips, the share that is recognised
     videos: 32                       # samples
-    pairs: drawn                     # the pictures, or a file of JSON lines or a folder, relative to this file
+    pairs: drawn                     # the images, or a file of JSON lines or a folder, relative to this file
     questions: 500
     texts: {wikitext2: wikitext2-test.txt}   # where a named text lies, relative to this file
     window: 512
@@ -39,7 +39,7 @@ from qkit.system.words import exact_megabytes
 
 SIZE = "size"  # of all weight files
 METRICS = ("perplexity", "kl.mean", "kl.p99", "same_top1")  # of a text: plain, or followed by the name of one text
-ANSWERS = ("answer_perplexity", "answer_kl.mean", "answer_kl.p99")  # of questions about pictures, and 'accuracy'
+ANSWERS = ("answer_perplexity", "answer_kl.mean", "answer_kl.p99")  # of questions about images, and 'accuracy'
 SAMPLES = ("psnr", "ssim", "latent_error", "flickering", "recognised", "width")  # of a diffusion pipeline
 RELATIVE = ("perplexity", "task", "size", "accuracy", "answer_perplexity", "flickering", "recognised")  # may be limited
 # against the baseline

@@ -1,7 +1,7 @@
-"""Task suites through lm-eval: its own tasks, those shipped with qkit, and a folder of the user's; with pictures or without.
+"""Task suites through lm-eval: its own tasks, those shipped with qkit, and a folder of the user's; with images or without.
 
 Shipped tasks are YAML files with their data beside them, so they need no network. The tasks of lm-eval itself are as
-trusted as lm-eval; a folder from elsewhere is read by ``taskcode`` before lm-eval sees it. Tasks with pictures go through
+trusted as lm-eval; a folder from elsewhere is read by ``taskcode`` before lm-eval sees it. Tasks with images go through
 lm-eval's model for images and the chat template; it knows no likelihoods of them, only what is generated (lm-eval 0.4.13).
 """
 
@@ -53,8 +53,8 @@ def run_tasks(
     other than 'none' is called ``metric.filter``.
 
     include_path: a folder of further task files, refused when they could run code unless ``allow_task_code``.
-    processor: gives the processor of a vision-language model, for tasks with pictures.
-    Raises Unsupported without lm-eval or for task code, UsageError for names that do not exist and for pictures without a
+    processor: gives the processor of a vision-language model, for tasks with images.
+    Raises Unsupported without lm-eval or for task code, UsageError for names that do not exist and for images without a
     processor, BadInput for a task that cannot be loaded, above all without the network that most tasks of lm-eval need.
     """
     registry = _lm_eval()
@@ -74,7 +74,7 @@ def run_tasks(
             group = loaded
             if len(set(kinds.values())) > 1:  # groups may hold both, so that they have no figures of their own here
                 group = {"tasks": {n: task for n, task in loaded["tasks"].items() if kinds[n] == with_images}}
-            lm = _with_pictures(model, processor, tasks) if with_images else _of_text(model, tokenizer)
+            lm = _with_images(model, processor, tasks) if with_images else _of_text(model, tokenizer)
             try:
                 results = evaluate(
                     lm=lm, task_dict=group, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True,
@@ -102,7 +102,7 @@ def _of_text(model: Any, tokenizer: Any) -> Any:
     )
 
 
-def _with_pictures(model: Any, processor: Callable[[], Any] | None, tasks: Sequence[str]) -> Any:
+def _with_images(model: Any, processor: Callable[[], Any] | None, tasks: Sequence[str]) -> Any:
     from lm_eval.models.hf_vlms import HFMultimodalLM
 
     if processor is None:

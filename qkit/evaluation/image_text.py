@@ -1,4 +1,4 @@
-"""What quantization cost a vision-language model: answers to questions about pictures.
+"""What quantization cost a vision-language model: answers to questions about images.
 
 A row is a question with its right answer, made by the model's processor and chat template, and one forward pass says all of
 it. An answer is right when each of its tokens, the end included, is the most likely one after those before it: then, and
@@ -25,8 +25,8 @@ from qkit.evaluation.metrics import BATCH_BYTES, Interval, bootstrap_ci, diverge
 from qkit.families.discover import family_of
 from qkit.kvcache.argument import with_cache
 
-PIECE = 256  # questions whose pictures are held in memory at once, at most
-PIXELS = 16 << 20  # of these pictures, after which no more are taken up
+PIECE = 256  # questions whose images are held in memory at once, at most
+PIXELS = 16 << 20  # of these images, after which no more are taken up
 BATCH = 32  # questions per forward pass, at most
 MORE = 8  # tokens that a generated answer may be longer than the right one
 
@@ -70,15 +70,15 @@ def evaluate_image_text(
     errors {kind of token: {mean, ci}}: |h - h0|^2 / |h0|^2 of the hidden states that leave the last block of the language
     model, before the final norm, mean over tokens. With ``examples`` also that many of the questions, as ``_examples``.
 
-    Questions of one picture are not quite independent, so intervals are a little too narrow. Raises UsageError for a
+    Questions of one image are not quite independent, so intervals are a little too narrow. Raises UsageError for a
     baseline of another shape, BadInput and BadCheckpoint for what is wrong with pairs and processor.
     """
     questions = score_questions(model, processor, spec, count, baseline, progress)
     figures = _figures(questions)
     if examples:
         chosen = dict.fromkeys(_choose_examples(questions, examples))
-        example_pairs = [(i, pair) for i, pair in enumerate(held_out(spec, count)) if i in chosen]
-        figures["examples"] = _examples(model, baseline, processor, example_pairs, _ends(model, processor))
+        shown_examples = [(i, pair) for i, pair in enumerate(held_out(spec, count)) if i in chosen]
+        figures["examples"] = _examples(model, baseline, processor, shown_examples, _ends(model, processor))
     return figures
 
 
@@ -92,7 +92,7 @@ def score_questions(
             f"the two models cannot be compared token by token: the baseline is {_shape(baseline)}, the other one "
             f"{_shape(model)}; give the model that it was made from"
         )
-    total = sum(1 for _ in held_out(spec, count))  # what is wrong with a picture is better said before the first answer
+    total = sum(1 for _ in held_out(spec, count))  # what is wrong with an image is better said before the first answer
     ends = _ends(model, processor)
     questions = list[ScoredQuestion]()
     for piece in _pieces(held_out(spec, count)):
@@ -102,9 +102,9 @@ def score_questions(
     return questions
 
 
-def _pieces(pairs: Iterator[Pair]) -> Iterator[list[Pair]]:
+def _pieces(image_text: Iterator[Pair]) -> Iterator[list[Pair]]:
     piece, pixels = list[Pair](), 0
-    for pair in pairs:
+    for pair in image_text:
         piece.append(pair)
         pixels += sum(image.width * image.height for image in pair.images)
         if len(piece) == PIECE or pixels >= PIXELS:
@@ -127,8 +127,10 @@ def _ends(model: Any, processor: Any) -> list[int]:
 
 
 @torch.inference_mode()
-def _score(model: Any, baseline: Any, processor: Any, pairs: list[Pair], ends: list[int]) -> list[ScoredQuestion]:
-    rows = pair_rows(pairs, processor, image_tokens(model.config), "pairs")
+def _score(
+    model: Any, baseline: Any, processor: Any, questions_asked: list[Pair], ends: list[int]
+) -> list[ScoredQuestion]:
+    rows = pair_rows(questions_asked, processor, image_tokens(model.config), "pairs")
     assert rows.inputs is not None and rows.kinds is not None
     questions: dict[int, ScoredQuestion] = {}
     vocabulary = model.config.get_text_config().vocab_size
@@ -141,7 +143,7 @@ def _score(model: Any, baseline: Any, processor: Any, pairs: list[Pair], ends: l
             (None, None) if baseline is None else likelihoods(baseline, batch_inputs, places)
         )
         for n, i in enumerate(batch):
-            ids, kind = batch_inputs["input_ids"][n, places[n]], pairs[i].kind
+            ids, kind = batch_inputs["input_ids"][n, places[n]], questions_asked[i].kind
             answer = _answer_of(log_probs[n], ids)
             if baseline_log_probs is None or baseline_hidden is None:
                 questions[i] = ScoredQuestion(kind, answer)
@@ -154,7 +156,7 @@ def _score(model: Any, baseline: Any, processor: Any, pairs: list[Pair], ends: l
                 divergence(baseline_log_probs[n], log_probs[n]),
                 errors,
             )
-    return [questions[i] for i in range(len(pairs))]
+    return [questions[i] for i in range(len(questions_asked))]
 
 
 def _batches(inputs: Sequence[dict[str, Tensor]], vocabulary: int) -> Iterator[list[int]]:
@@ -291,12 +293,12 @@ def _choose_examples(questions: Sequence[ScoredQuestion], count: int) -> list[in
 
 @torch.inference_mode()
 def _examples(
-    model: Any, baseline: Any, processor: Any, example_pairs: Sequence[tuple[int, Pair]], ends: list[int]
+    model: Any, baseline: Any, processor: Any, shown_examples: Sequence[tuple[int, Pair]], ends: list[int]
 ) -> list[dict[str, Any]]:
     """{index (of the question), kind, question, answer, said (what the model really generates, greedily, with a plain cache),
     baseline_said (None without a baseline)}; questions that are answered differently first."""
     examples = []
-    for index, pair in example_pairs:
+    for index, pair in shown_examples:
         answers = [None if m is None else _generate(m, processor, pair, ends) for m in (model, baseline)]
         examples.append(
             {

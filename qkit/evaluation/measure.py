@@ -64,7 +64,7 @@ def measure_all(
         return [results[0] | _vbench(outs[0], baseline, dimensions, request, progress)]
     if request.videos:
         return [results[0] | _videos(outs[0], baseline, request, progress)]
-    if not request.texts and not request.tasks and request.pairs is None:
+    if not request.texts and not request.tasks and request.image_text is None:
         return results
     for out in outs:
         if is_pipeline(out):
@@ -75,7 +75,7 @@ def measure_all(
     for spec in request.texts:
         text_name(spec)  # what is wrong with a file is better said before a large model is loaded
     _check_device(request.device)
-    processor = None if request.pairs is None else _processor(outs[0], request.pairs)
+    processor = None if request.image_text is None else _processor(outs[0], request.image_text)
     tokenizers = [load_tokenizer(out) for out in outs]
     _check_alike(outs, tokenizers, request)
     dtype = getattr(torch, request.dtype)
@@ -91,8 +91,8 @@ def measure_all(
     if caches_compared:
         caches = _caches(models[0], tokenizers[0], request, progress)
         results[0]["retrieval" if request.retrieval else "caches"] = caches
-    if request.pairs is not None:
-        results[0]["pairs"] = _pairs(models[0], original, processor, request, progress)
+    if request.image_text is not None:
+        results[0]["pairs"] = _image_text(models[0], original, processor, request, progress)
     if request.prompts:
         from qkit.evaluation.continuations import continuations
 
@@ -200,26 +200,26 @@ def _kind(out: Path) -> Any:
     return Checkpoint.open(out, quantized=True).config.get("model_type")
 
 
-def _processor(out: Path, pairs: str) -> Any:
+def _processor(out: Path, image_text: str) -> Any:
     if not _sees(out):
         raise UsageError(
             f"{out}: questions about pictures are for a vision-language model, and this is a {_kind(out)}: measure texts or "
             "tasks without pictures"
         )
-    held_out(pairs, 1)
+    held_out(image_text, 1)
     return load_processor(out)
 
 
-def _pairs(
+def _image_text(
     model: Any, original: Any, processor: Any, request: EvalRequest, progress: Progress | None
 ) -> dict[str, Any]:
     from qkit.evaluation.image_text import evaluate_image_text
 
-    assert request.pairs is not None
-    name = request.pairs if request.pairs == DRAWN else Path(request.pairs).resolve().stem
+    assert request.image_text is not None
+    name = request.image_text if request.image_text == DRAWN else Path(request.image_text).resolve().stem
     report = None if progress is None else partial(progress, name)
     figures = evaluate_image_text(
-        model, processor, request.pairs, request.questions, original, request.examples, progress=report
+        model, processor, request.image_text, request.questions, original, request.examples, progress=report
     )
     return {name: figures}
 

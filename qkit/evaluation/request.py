@@ -20,8 +20,8 @@ PREFIX = "vbench:"
 class EvalRequest:
     """The request of ``qkit eval`` and ``qkit check``. ``texts`` as for ``evaluate_text``; ``limit``: samples per task, None
     for all. ``caches``: KV cache policies, compared by decoding the texts, ``step`` tokens at a time after a ``prompt``
-    (None: half a window), or by ``retrieval`` from them, beside a plain cache. ``pairs``: questions about pictures, as for
-    ``evaluate_pairs``, so many ``questions`` at most; with ``examples`` of them answered in words. ``videos``: of a
+    (None: half a window), or by ``retrieval`` from them, beside a plain cache. ``image_text``: questions about images, as for
+    ``evaluate_image_text``, so many ``questions`` at most; with ``examples`` of them answered in words. ``videos``: of a
     diffusion pipeline, how many it is to make, and with ``vbench_python`` VBench's interpreter for tasks of VBench, whose
     videos ``videos_dir`` keeps. ``prompts``: whether the model, and the baseline, continue a few prompts
     (``evaluation.continuations``)."""
@@ -39,7 +39,7 @@ class EvalRequest:
     prompt: int | None = None
     step: int = 1
     retrieval: bool = False
-    pairs: str | None = None
+    image_text: str | None = None
     questions: int = QUESTIONS
     examples: int = 0
     videos: int = 0
@@ -53,7 +53,7 @@ class EvalRequest:
         options = {
             "--kv": self.caches,
             "--retrieval": self.retrieval,
-            "--pairs": self.pairs is not None,
+            "--pairs": self.image_text is not None,
             "--videos": self.videos,
             "--tasks vbench:": dimensions_of(self.tasks),
         }

@@ -2,7 +2,7 @@
 
 Paired with the original: PSNR and SSIM of frames, and how far the latents are from the original's, step by step. Of each
 model by itself: flickering as VBench defines it (arXiv 2311.17982, temporal flickering: mean absolute difference of
-neighbouring frames, from 255), and how much moves. Pictures are clips of one frame.
+neighbouring frames, from 255), and how much moves. Images are clips of one frame.
 """
 
 from __future__ import annotations

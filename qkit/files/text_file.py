@@ -39,7 +39,7 @@ _MAGIC = {
     b"\xff\xd8\xff": "a picture",
 }
 _CHAT = re.compile(r'"(messages|conversations?|role|from|prompt|completion|instruction)"\s*:')
-_PICTURES = re.compile(r'"(images?|video)"\s*:')
+_IMAGES = re.compile(r'"(images?|video)"\s*:')
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _COLUMN = re.compile(r"[A-Za-z_][\w .-]{0,40}")
 
@@ -128,7 +128,7 @@ class TextFile:
 
 def is_chat(text: str) -> bool:
     """Whether JSON has the fields of a chat, and none of images."""
-    return text.lstrip()[:1] in ("{", "[") and bool(_CHAT.search(text)) and not _PICTURES.search(text)
+    return text.lstrip()[:1] in ("{", "[") and bool(_CHAT.search(text)) and not _IMAGES.search(text)
 
 
 def data_in(head: str, suffix: str = "") -> str | None:

@@ -40,8 +40,12 @@ def fused_linears(
             experts = groups[0].expert is not None
             if torn and (engine != ANY or (experts and not all(name in linears for name in names))):
                 raise BadRecipe(_torn_message(names, linears, experts, engine))
-            pairs = [tuple(x.name for x in g.linears) for g in groups if len(g.linears) > 1]
-            fused += [pair for pair in pairs if len({_kind(linears.get(name)) for name in pair}) == 1]
+            named_groups = [tuple(x.name for x in g.linears) for g in groups if len(g.linears) > 1]
+            fused += [
+                names_of_group
+                for names_of_group in named_groups
+                if len({_kind(linears.get(name)) for name in names_of_group}) == 1
+            ]
     for group in fused:
         _check_solved_together(group, [linears[name] for name in group if name in linears])
     return tuple(fused)

@@ -1,4 +1,4 @@
-"""Answers about pictures as one page: accuracy by kind of question, and pictures beside what the two models say."""
+"""Answers about images as one page: accuracy by kind of question, and images beside what the two models say."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qkit.calibration.image_text import held_out
 from qkit.report.figures import accuracy_bars, png
 from qkit.report.page import data_uri, page
 
-_WIDEST = 384  # pixels of a picture on the page, either way
+_WIDEST = 384  # pixels of an image on the page, either way
 
 
 def image_text_page(measured: Mapping[str, Any], name: str, spec: str, count: int) -> str:
@@ -40,7 +40,7 @@ def _row(example: Mapping[str, Any], has_baseline: bool) -> dict[str, Any]:
 
 
 def _thumbnail(image: Any) -> bytes:
-    """A PNG file of a picture, no larger than the page needs."""
+    """A PNG file of an image, no larger than the page needs."""
     thumbnail = image.copy()
     thumbnail.thumbnail((_WIDEST, _WIDEST))
     buffer = io.BytesIO()

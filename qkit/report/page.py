@@ -20,6 +20,6 @@ def page(name: str, **values: Any) -> str:
     return environment.get_template(f"{name}.html.j2").render(**values)
 
 
-def data_uri(picture: bytes) -> str:
+def data_uri(image: bytes) -> str:
     """The data address of a PNG file."""
-    return "data:image/png;base64," + base64.b64encode(picture).decode()
+    return "data:image/png;base64," + base64.b64encode(image).decode()

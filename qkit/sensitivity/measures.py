@@ -1,13 +1,13 @@
 """The measures of a decision's cost, one function each: (context) -> {(unit key, candidate): cost}.
 
 Costs of ``loss``, ``kl``, ``pqi``, ``first``, ``first_x`` and ``fisher`` are in nats a token; ``weight``, ``output`` and
-``output_norm`` are relative squared errors. Tokens are those that the loss is of, with pictures those of the answers; errors of
+``output_norm`` are relative squared errors. Tokens are those that the loss is of, with images those of the answers; errors of
 outputs then weigh tokens by their kind (``outputs.py``). To add a measure: write it, add a line to the table and to
 ``forecast.py`` what it takes.
 
   weight       sum |w~ - w|^2 / sum |w|^2
   output       relative squared error of the linears' outputs on sample tokens, as the solver saw them (mean over the unit); of
-               rows with pictures, in the original model
+               rows with images, in the original model
   output_norm  that error in the original model, activations quantized too, and for linears that write to the residual
                stream relative to that stream, each channel times the gain of the norm that reads it next (``outputs.py``)
   first        |g . (w~ - w)|, g the gradient of the loss at w
@@ -113,7 +113,7 @@ def _outputs(context: MeasureContext, alone: bool) -> Costs:
 
 
 def _ratios(context: MeasureContext) -> list[dict[str, float]]:
-    """By block and part, of rows with pictures: the gradient at pictures over that at answers, measured once."""
+    """By block and part, of rows with images: the gradient at images over that at answers, measured once."""
     if context.rows.kinds is None:
         return []
     kind_ratios: list[dict[str, float]] | None = context.result_cache.get("ratios")

@@ -9,8 +9,8 @@ the linear's input as the candidate quantizes it,
 The division of each token by its own norm is left out. Which linears write, and which norm reads next, is what families declare
 (for rotations first): reads and writes of a block alternate there, in running order.
 
-Of rows with pictures every token's terms have a weight in both sums: an answer's 1, a piece of a picture's r^2, other text's 0,
-with r the gradient at pictures over that at answers, of the block and part that the linear is in (``balance.ratios``, with
+Of rows with images every token's terms have a weight in both sums: an answer's 1, a piece of an image's r^2, other text's 0,
+with r the gradient at images over that at answers, of the block and part that the linear is in (``balance.ratios``, with
 their floor). MBQ (arXiv 2412.19509, eq. 8-13) bounds the loss change by sum g |e| over tokens, g the mean absolute gradient of
 the token's kind, e the error of its output; what bounds the square of that sum, by Cauchy and Schwarz up to a factor that all
 candidates share, is sum g^2 e^2. So squared errors take the square of the ratio, which is our choice.
@@ -67,7 +67,7 @@ def has_modules(unit: Unit) -> bool:
 class OutputSample:
     """Inputs of linears and of norms in the original model, on tokens spread evenly over all rows.
 
-    units: those with modules; ratios: of rows with pictures, by block and part, as ``balance.ratios`` gives them. Holds
+    units: those with modules; ratios: of rows with images, by block and part, as ``balance.ratios`` gives them. Holds
     float32 [n, width] per unit and norm.
     """
 

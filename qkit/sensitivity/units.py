@@ -40,11 +40,11 @@ class Unit:
         return sum(x.shape[0] * x.shape[1] for x in self.linears)
 
 
-def parts_of(structure: ModelStructure, pictures: bool) -> tuple[str, ...]:
+def parts_of(structure: ModelStructure, images: bool) -> tuple[str, ...]:
     """The parts of the model that a profile covers: the language model and, with images, the towers before it, but for a
     SigLIP tower, which transformers cannot load packed."""
     config = structure.checkpoint.config
-    names = {s.name: [x.name for b in s.blocks for x in b.linears] for s in structure.towers if pictures}
+    names = {s.name: [x.name for b in s.blocks for x in b.linears] for s in structure.towers if images}
     return (*(part for part, linears in names.items() if not holds_siglip(config, linears)), LANGUAGE)
 
 

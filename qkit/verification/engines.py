@@ -293,7 +293,7 @@ def diffusion_fit(config: Mapping[str, Any]) -> list[EngineFit]:
     return [EngineFit("diffusers", f"{name} after 'import qkit'", (refuses,))] if name else []
 
 
-def preflight(
+def engine_fits(
     weights: NumberFormat,
     activations: NumberFormat | None,
     packing: str,

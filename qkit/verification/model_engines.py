@@ -1,4 +1,4 @@
-"""Which engines load a model as a whole: what ``preflight`` says of every combination of formats in it, put together.
+"""Which engines load a model as a whole: what ``engine_fits`` says of every combination of formats in it, put together.
 
 ``verify`` asks it of what it read back, ``plan`` of what it is about to make.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from qkit.verification.engines import ModelFacts, NumberFormat, diffusion_fit, holds_siglip, preflight
+from qkit.verification.engines import ModelFacts, NumberFormat, diffusion_fit, engine_fits, holds_siglip
 from qkit.verification.fused_layers import expert_groups, fused_groups
 
 
@@ -71,7 +71,7 @@ def engine_rows(
     model_facts, rows = _about(parts, skipped, config), []
     for (weights, activations, packing), members in names.items():
         facts = replace(model_facts, experts=bool(expert_groups(members)))
-        fits = diffusion_fit(config) or preflight(weights, activations, packing, method, facts)
+        fits = diffusion_fit(config) or engine_fits(weights, activations, packing, method, facts)
         inputs = str(activations) if activations else "as they are"
         rows += [
             EngineRow(

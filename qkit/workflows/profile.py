@@ -136,17 +136,17 @@ def forecast(request: ProfileRequest) -> ProfileForecast:
     """The forecast of ``profile``, in seconds and without reading a weight. Raises what the request's names deserve."""
     base, count = request.base, request.measured_rows
     structure = open_structure(base.model, "a profile")
-    rows, pictures = text_extent(count, base.seqlen), wants_image_text(base, structure)
-    if pictures:
+    rows, has_images = text_extent(count, base.seqlen), wants_image_text(base, structure)
+    if has_images:
         rows = extent(image_text_rows(replace(base, samples=count), structure))
-    return _forecast(request, structure, rows, pictures)
+    return _forecast(request, structure, rows, has_images)
 
 
-def _forecast(request: ProfileRequest, structure: ModelStructure, rows: Extent, pictures: bool) -> ProfileForecast:
+def _forecast(request: ProfileRequest, structure: ModelStructure, rows: Extent, has_images: bool) -> ProfileForecast:
     base = request.base
     candidates = parse_candidates(request.candidates, base.group_size)
     threads = base.threads or available_cores()
-    parts = parts_of(structure, pictures)
+    parts = parts_of(structure, has_images)
     return profile_forecast(structure, candidates, request.measures, rows, request.points, threads, parts)
 
 
@@ -171,7 +171,7 @@ def forecast_operations(request: ProfileRequest) -> tuple[ProfileForecast, float
     )
 
 
-def _probe_request(request: ProfileRequest, structure: ModelStructure, pictures: bool) -> _ProbeRequest:
+def _probe_request(request: ProfileRequest, structure: ModelStructure, has_images: bool) -> _ProbeRequest:
     base = request.base
     transforms, solver = parse_method(base.method or "gptq")
     if transforms:
@@ -181,7 +181,7 @@ def _probe_request(request: ProfileRequest, structure: ModelStructure, pictures:
     candidates = parse_candidates(request.candidates, base.group_size)
     if all(c.scheme is None for c in candidates):
         raise UsageError(f"--candidates {request.candidates}: no format that quantizes: add one, for instance int4")
-    parts = parts_of(structure, pictures)
+    parts = parts_of(structure, has_images)
     settings = {
         "method": solver,
         "group_size": base.group_size,
@@ -240,7 +240,7 @@ def _group(candidate: Candidate, group_size: int | None) -> int | None:
 
 
 def _held_out(base: Request, structure: ModelStructure, text: Path | None) -> Calibration:
-    """Rows of ``text``, else of the embedded evaluation text, or of drawn scenes where calibration has pictures."""
+    """Rows of ``text``, else of the embedded evaluation text, or of drawn scenes where calibration has images."""
     if text is None and wants_image_text(base, structure):
         return image_text_rows(replace(base, calib=None), structure, held_out=True)
     return calibration_of(replace(base, calib=text or Path(str(qkit_data.text_path("evaluation")))), structure)
