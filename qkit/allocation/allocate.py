@@ -35,13 +35,13 @@ class Allocation:
     time_limit: int | None = None
 
 
-def limit_bytes(profile: Profile, budget: Budget, beside: int) -> int | None:
-    """The bytes that the units may use; None: any number. beside: the bytes of everything else that a size (headers of the
+def limit_bytes(profile: Profile, budget: Budget, other_bytes: int) -> int | None:
+    """The bytes that the units may use; None: any number. other_bytes: the bytes of everything else that a size (headers of the
     files) or a memory (activations and KV cache at the budget's context) has to hold."""
     if budget.bits is not None:
         return int(budget.bits * sum(u.weights for u in profile.units) / 8)
     total = budget.memory if budget.size is None else budget.size
-    return None if total is None else total - beside - profile.fixed_bytes
+    return None if total is None else total - other_bytes - profile.fixed_bytes
 
 
 def apply_bounds(
@@ -93,9 +93,9 @@ class Reach:
         return f"{self.option} {budget} can be met: the formats to choose from reach {smallest} to {largest}{note}"
 
 
-def reach(profile: Profile, budget: Budget, beside: tuple[int, int]) -> Reach | None:
-    """The range of sizes beside a budget; None for a budget of time alone. beside: bytes at the least and at the most, as for
-    ``limit_bytes``."""
+def reach(profile: Profile, budget: Budget, other_bytes: tuple[int, int]) -> Reach | None:
+    """The range of sizes beside a budget; None for a budget of time alone. other_bytes: bytes at the least and at the most,
+    as for ``limit_bytes``."""
     sizes = [[c.bytes for c in u.choices.values()] for u in profile.units]
     smallest, largest = sum(map(min, sizes)), sum(map(max, sizes))
     if budget.bits is not None:
@@ -104,14 +104,16 @@ def reach(profile: Profile, budget: Budget, beside: tuple[int, int]) -> Reach | 
     budget_bytes = budget.memory if budget.size is None else budget.size
     if budget_bytes is None:
         return None
-    low, high = (n + extra + profile.fixed_bytes for n, extra in zip((smallest, largest), beside, strict=True))
+    low, high = (n + extra + profile.fixed_bytes for n, extra in zip((smallest, largest), other_bytes, strict=True))
     return Reach("--memory" if budget.size is None else "--size", budget_bytes, low, high)
 
 
-def refuse_too_small(profile: Profile, budget: Budget, beside: int, floor: bool = False, measured: bool = True) -> None:
+def refuse_too_small(
+    profile: Profile, budget: Budget, other_bytes: int, floor: bool = False, measured: bool = True
+) -> None:
     """Raises Unsupported where the smallest choices are too large for the budget. floor: whether a --floor excluded some;
     measured: whether the profile is there, or only what shapes say of it."""
-    limit, reached = limit_bytes(profile, budget, beside), reach(profile, budget, (beside, beside))
+    limit, reached = limit_bytes(profile, budget, other_bytes), reach(profile, budget, (other_bytes, other_bytes))
     smallest = sum(min(c.bytes for c in u.choices.values()) for u in profile.units)
     if limit is None or reached is None or smallest <= limit:
         return

@@ -51,19 +51,19 @@ def curve(profile: Profile, measure: str, points: int = 40) -> list[Point]:
     return points_kept
 
 
-def spread(count: int, most: int) -> list[int]:
-    """Indices of at most ``most`` of ``count`` things, evenly and with both ends; of one, the middle."""
-    if most <= 1:
-        return [count // 2] * min(most, count)
-    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)}) if count > most else [*range(count)]
+def spread(count: int, limit: int) -> list[int]:
+    """Indices of at most ``limit`` of ``count`` things, evenly and with both ends; of one, the middle."""
+    if limit <= 1:
+        return [count // 2] * min(limit, count)
+    return sorted({round(i * (count - 1) / (limit - 1)) for i in range(limit)}) if count > limit else [*range(count)]
 
 
 def measure_points(
-    points: list[Point], most: int, measure: Callable[[dict[str, str]], float], step: Callable[[], None]
+    points: list[Point], measured_count: int, measure: Callable[[dict[str, str]], float], step: Callable[[], None]
 ) -> list[Point]:
-    """The curve with ``most`` of its points measured, spread along it. measure: picks -> KL; step: after each."""
+    """The curve with ``measured_count`` of its points measured, spread along it. measure: picks -> KL; step: after each."""
     curve_points = list(points)
-    for i in spread(len(points), most):
+    for i in spread(len(points), measured_count):
         curve_points[i] = replace(points[i], measured=measure(points[i].picks))
         step()
     return curve_points

@@ -96,11 +96,11 @@ def _swaps(profile: Profile, picks: Picks, limit: int | None, latency: Latency |
 
     moves = []  # (unit, candidate, more of each resource, predicted cost more)
     for u in profile.units:
-        now = u.choices[picks[u.key]]
+        current = u.choices[picks[u.key]]
         for name, choice in u.choices.items():
             if name != picks[u.key]:
-                increase = increase_of(u.key, name, choice.bytes - now.bytes)
-                moves.append((u.key, name, increase, choice.costs[measure] - now.costs[measure]))
+                increase = increase_of(u.key, name, choice.bytes - current.bytes)
+                moves.append((u.key, name, increase, choice.costs[measure] - current.costs[measure]))
     ups = [m for m in moves if any(x > 0 for x in m[2])]
     downs = [m for m in moves if any(x < 0 for x in m[2])]
     swaps = [(cost, {key: name}) for key, name, increase, cost in ups if _fits(increase, room)]

@@ -251,17 +251,17 @@ def _auto_round(p: Product) -> Iterator[Contender]:
         return
     import auto_round_kernel as ark
 
-    (out, columns), group, none = p.shape, q.format.group, torch.empty(0)
+    (out, columns), group, empty = p.shape, q.format.group, torch.empty(0)
 
     def prepare() -> Tensor:
         codes, scale = q.codes.T.contiguous(), q.params.scale.to(torch.float32).T.contiguous()
         blob: Tensor = ark.repack_quantized_weight(
-            codes, scale, none.to(torch.int8), group, "auto", "int4", "fp32", False
+            codes, scale, empty.to(torch.int8), group, "auto", "int4", "fp32", False
         )
         return blob
 
     def run(w: Tensor, x: Tensor) -> Tensor:
-        y: Tensor = ark.woqgemm(x, w, none, out, columns, group, "auto", "int4", "fp32", False)
+        y: Tensor = ark.woqgemm(x, w, empty, out, columns, group, "auto", "int4", "fp32", False)
         return y
 
     yield Contender(name="auto-round-lib", size=p.size, dtype=torch.float32, prepare=prepare, run=run, rounds=True)

@@ -81,9 +81,9 @@ class Entrant:
     flush: bool
 
 
-def make_entrants(p: Product, device: str, host: Host, only: Sequence[str] = ()) -> list[Entrant]:
-    """The copies of every contender, in half of the memory that there is. only: names, all if empty."""
-    entering = [c for c in contenders(p, device) if not only or c.name in only]
+def make_entrants(p: Product, device: str, host: Host, names: Sequence[str] = ()) -> list[Entrant]:
+    """The copies of every contender, in half of the memory that there is. names: names, all if empty."""
+    entering = [c for c in contenders(p, device) if not names or c.name in names]
     room = (available_memory() or 4 << 30) // 2 // len(entering)
     entrants = []
     for c in entering:
@@ -103,9 +103,9 @@ def compare(p: Product, entrants: Sequence[Entrant], rows: int, host: Host, seco
             None if error <= bound else f"wrong result: error {error:.2g} against float64, expected at most {bound:.2g}"
             for (error, _), bound in zip(checks, bounds, strict=True)
         ]
-        sound = [e for e, reason in zip(entrants, faults, strict=True) if reason is None]
+        sound_entrants = [e for e, reason in zip(entrants, faults, strict=True) if reason is None]
         x = _activations(p, rows, seed=0)
-        times = dict(zip(map(id, sound), _take_turns(sound, x, host, seconds), strict=True))
+        times = dict(zip(map(id, sound_entrants), _take_turns(sound_entrants, x, host, seconds), strict=True))
 
     def timings(host: Host) -> list[ProductTiming]:
         return [
@@ -114,7 +114,7 @@ def compare(p: Product, entrants: Sequence[Entrant], rows: int, host: Host, seco
         ]
 
     results = timings(host)
-    if any(r.refused is not None and r.contender in {e.contender.name for e in sound} for r in results):
+    if any(r.refused is not None and r.contender in {e.contender.name for e in sound_entrants} for r in results):
         return timings(host.remeasured())  # before a time is refused, the memory gets a second chance
     return results
 
@@ -130,12 +130,12 @@ def _result(
     reason: str | None,
 ) -> ProductTiming:
     (out, columns), c = p.shape, e.contender
-    moved = c.size + rows * (out + columns) * c.dtype.itemsize
+    bytes_moved = c.size + rows * (out + columns) * c.dtype.itemsize
     cold = warm = None
     if times is not None:
         cold, warm = Timing.of(times[0]), Timing.of(times[1])
         operations = 2 * rows * out * columns
-        reason = host.refusal(cold.p50, moved, operations) or host.refusal(warm.p50, 0, operations)
+        reason = host.refusal(cold.p50, bytes_moved, operations) or host.refusal(warm.p50, 0, operations)
         if reason is not None:
             cold = warm = None
     return ProductTiming(
@@ -144,7 +144,7 @@ def _result(
         operator=operator_of(e.copies[0]),
         error=error,
         repeats=repeats,
-        floor=host.floor(moved),
+        floor=host.floor(bytes_moved),
         cold=cold,
         warm=warm,
         refused=reason,

@@ -58,7 +58,7 @@ def measure_table(
                 continue
             finally:
                 step()
-            (result,) = compare(p, make_entrants(p, device, host, only=(OWN,)), rows, host, seconds)
+            (result,) = compare(p, make_entrants(p, device, host, names=(OWN,)), rows, host, seconds)
             if result.cold is None:
                 raise NumericFailure(
                     f"{candidate.name} at {shape[0]}x{shape[1]}: {result.refused}: no table is written: try again on an idle "

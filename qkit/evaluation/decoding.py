@@ -84,12 +84,12 @@ def greedy_tokens(model: Any, windows: Tensor, prompt: int, policy: CachePolicy 
     rows = []
     for ids in windows[:, :prompt].split(BATCH):
         cache = fresh_cache(model, policy, windows.shape[1])
-        token, found = ids.to(model.device), []
+        token, tokens = ids.to(model.device), []
         for _ in range(count):
             logits = model(input_ids=token, **with_cache(model, cache), use_cache=True, logits_to_keep=1).logits
             token = logits[:, -1:].argmax(-1)
-            found.append(token)
-        rows.append(torch.cat(found, dim=1))
+            tokens.append(token)
+        rows.append(torch.cat(tokens, dim=1))
     return torch.cat(rows).cpu()
 
 

@@ -280,9 +280,9 @@ def _row(
 ) -> dict[str, Any]:
     """Of likelihoods in nats a token."""
     task, length, depth = key
-    likely, greedy = (torch.stack(parts) for parts in zip(*answers, strict=True))  # [windows, 2, CHOICES]
+    log_likelihoods, greedy = (torch.stack(parts) for parts in zip(*answers, strict=True))  # [windows, 2, CHOICES]
     sides, twins = [0, 1], [1, 0]  # of each of the two answers: the context that it is true of, and the other
-    true, twin = (likely[:, side, sides] for side in (sides, twins))
+    true, twin = (log_likelihoods[:, side, sides] for side in (sides, twins))
     gain = bootstrap_ci((true - twin).mean(1))
     return {
         "task": task,
@@ -292,8 +292,8 @@ def _row(
         "gain": gain.mean,
         "gain_ci": gain.ends,
         "exact": float(greedy[:, sides, sides].double().mean()),
-        "best": float((likely.argmax(2) == torch.tensor(sides)).double().mean()),
-        "choices": likely.shape[2],
+        "best": float((log_likelihoods.argmax(2) == torch.tensor(sides)).double().mean()),
+        "choices": log_likelihoods.shape[2],
         "asked": true.numel(),
         "bytes": cache_size[0],
         "share": cache_size[0] / cache_size[1],

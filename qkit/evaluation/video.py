@@ -196,12 +196,12 @@ def by_step(logs: list[tuple[StepChoice, ...]]) -> dict[str, list[list[float | N
             else:
                 widths.setdefault(cell, []).append(BITS[c.made])
 
-    def table(of: Callable[[tuple[int, int]], float | None]) -> list[list[float | None]]:
-        return [[of((b, s)) for s in range(steps)] for b in range(blocks)]
+    def table(cell_value: Callable[[tuple[int, int]], float | None]) -> list[list[float | None]]:
+        return [[cell_value((b, s)) for s in range(steps)] for b in range(blocks)]
 
     def share(cell: tuple[int, int]) -> float | None:
-        found = runs.get(cell)
-        return None if not found else round(sum(found.values()) / len(found), 4)
+        skips = runs.get(cell)
+        return None if not skips else round(sum(skips.values()) / len(skips), 4)
 
     return {
         "bits": table(lambda cell: round(mean_width(widths[cell]), 4) if cell in widths else None),

@@ -58,12 +58,12 @@ PIPELINE_INDEX, DENOISER = (
 )  # of a diffusers pipeline, and its component that is quantized
 
 
-def load_json(path: Path, what: str, limit: int = 1 << 20) -> Any:
+def load_json(path: Path, label: str, limit: int = 1 << 20) -> Any:
     """A JSON file, strictly: see ``parse_json``; also refuses nesting deeper than 64.
 
-    what: what the file is, for messages ("model config"). Raises BadCheckpoint, IOFailure.
+    label: what the file is, for messages ("model config"). Raises BadCheckpoint, IOFailure.
     """
-    return parse_checked(read_bytes(path, limit), f"{path} ({what})")
+    return parse_checked(read_bytes(path, limit), f"{path} ({label})")
 
 
 def parse_checked(raw: bytes, where: str) -> Any:

@@ -150,31 +150,31 @@ class _GgufReader:
                 elements.append(value)
         return elements
 
-    def _string(self, what: str, longest: int) -> str:
-        length = self._number("<Q", f"the length of {what}")
+    def _string(self, label: str, longest: int) -> str:
+        length = self._number("<Q", f"the length of {label}")
         if length > longest:
-            self._refuse(f"{what} has {length} bytes, expected at most {longest}")
+            self._refuse(f"{label} has {length} bytes, expected at most {longest}")
         try:
-            return self._take(length, what).decode("utf-8")
+            return self._take(length, label).decode("utf-8")
         except UnicodeDecodeError:
-            self._refuse(f"{what} is not UTF-8")
+            self._refuse(f"{label} is not UTF-8")
 
-    def _number(self, form: str, what: str) -> Any:
-        (value,) = struct.unpack(form, self._take(struct.calcsize(form), what))
+    def _number(self, form: str, label: str) -> Any:
+        (value,) = struct.unpack(form, self._take(struct.calcsize(form), label))
         return value
 
-    def _take(self, count: int, what: str) -> bytes:
+    def _take(self, count: int, label: str) -> bytes:
         if count > self._size - self._at:
-            self._refuse(f"ends within {what}: {count} bytes are missing from byte {self._at} of {self._size} on")
+            self._refuse(f"ends within {label}: {count} bytes are missing from byte {self._at} of {self._size} on")
         data = self._file.read(count)
         self._at += count
         if len(data) != count:
-            self._refuse(f"ended within {what} while it was read")
+            self._refuse(f"ended within {label} while it was read")
         return data
 
-    def _skip(self, count: int, what: str) -> None:
+    def _skip(self, count: int, label: str) -> None:
         if count > self._size - self._at:
-            self._refuse(f"ends within {what}")
+            self._refuse(f"ends within {label}")
         self._file.seek(count, os.SEEK_CUR)
         self._at += count
 

@@ -24,13 +24,13 @@ _LIMIT = 1 << 16
 
 def cached_sha256(file: Path) -> str:
     """The sha256 of every byte of a file, in hex, read now or kept from before. Raises BadCheckpoint, IOFailure."""
-    state, now = _state(file), time.time_ns()
+    state, read_at = _state(file), time.time_ns()
     entry = _entry(state["path"])
     cached = _read(entry)
     if cached is not None and {**cached, "sha256": None} == {**state, "sha256": None}:
         return str(cached["sha256"])
     digest = sha256_file(file)
-    settled = now - max(state["mtime_ns"], state["ctime_ns"]) > SETTLED
+    settled = read_at - max(state["mtime_ns"], state["ctime_ns"]) > SETTLED
     if settled and _state(file) == state:
         with suppress(OSError, QkitError):  # a cache that cannot be written is none
             entry.parent.mkdir(parents=True, exist_ok=True)

@@ -90,10 +90,10 @@ def _magic(path: Path) -> bytes:
         return b""
 
 
-def _try(inspection: Inspection, read: Callable[[], T]) -> T | None:
+def _try(inspection: Inspection, reader: Callable[[], T]) -> T | None:
     """What was read, or None and its fault in the list."""
     try:
-        return read()
+        return reader()
     except QkitError as error:
         text = " ".join(str(error).split())
         if text not in inspection.damaged:
@@ -122,21 +122,23 @@ def _look_at_folder(folder: Path, inspection: Inspection) -> None:
     if ggufs and not any(n.endswith(".safetensors") for n in names):
         _look_at_gguf(ggufs, inspection)
         return
-    inside = names if model == folder else _try(inspection, lambda: list_names(model)) or []
-    shards = [model / n for n in inside if n.endswith(".safetensors")]
-    config = _object(inspection, model / "config.json", "model config", CONFIG_LIMIT) if "config.json" in inside else {}
-    record = _object(inspection, model / RECORD, "record", 1 << 28) if RECORD in inside else {}
+    model_names = names if model == folder else _try(inspection, lambda: list_names(model)) or []
+    shards = [model / n for n in model_names if n.endswith(".safetensors")]
+    config = (
+        _object(inspection, model / "config.json", "model config", CONFIG_LIMIT) if "config.json" in model_names else {}
+    )
+    record = _object(inspection, model / RECORD, "record", 1 << 28) if RECORD in model_names else {}
     if config or shards:
         inspection.kind = "model folder" if inspection.kind == "folder" else inspection.kind
     _name_model(inspection, config)
-    pickles = [n for n in inside if n.endswith(PICKLES)]
+    pickles = [n for n in model_names if n.endswith(PICKLES)]
     if pickles:
         inspection.notes.append(
             f"{len(pickles)} files that may hold pickles, which are not read: {one_line(pickles[0])}"
         )
     tensors = _tensors(inspection, model, shards, bool(config))
     inspection.quantization = describe_quantization(config, model, tensors)
-    inspection.made_by = find_quantizer(config, record, model, set(inside), bool(inspection.quantization))
+    inspection.made_by = find_quantizer(config, record, model, set(model_names), bool(inspection.quantization))
     _count(inspection, tensors, shards, config, record)
     sizes = {n: _size(folder / n) for n in names if not n.endswith((".safetensors", ".gguf"))}
     inspection.side_files = {n: size for n, size in [*sizes.items()][:_SIDE] if size is not None}
@@ -152,8 +154,8 @@ def _tensors(inspection: Inspection, model: Path, shards: list[Path], is_model: 
     return {name: info for header in headers.values() for name, info in (header or {}).items()}
 
 
-def _object(inspection: Inspection, path: Path, what: str, limit: int) -> dict[str, Any]:
-    value = _try(inspection, lambda: load_json(path, what, limit))
+def _object(inspection: Inspection, path: Path, label: str, limit: int) -> dict[str, Any]:
+    value = _try(inspection, lambda: load_json(path, label, limit))
     if value is not None and not isinstance(value, dict):
         inspection.damaged.append(f"{path}: found a {type(value).__name__}, expected a JSON object")
     return value if isinstance(value, dict) else {}

@@ -42,7 +42,7 @@ def describe_quantization(config: Mapping[str, Any], folder: Path, tensors: Mapp
         return [f"quantization_config is a {type(quantization).__name__}, which no tool writes"]
     if quantization is None:
         leaves = {name.rpartition(".")[2] for name in tensors}
-        traces = [what for leaf, what in _TRACES.items() if leaf in leaves]
+        traces = [tool for leaf, tool in _TRACES.items() if leaf in leaves]
         return [f"the config says nothing, and the tensors look like {' and '.join(traces)}"] if traces else []
     method = quantization.get("quant_method", quantization.get("quant_algo"))
     name = one_line(method) if isinstance(method, str) else "a method without a name"

@@ -229,14 +229,14 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
     return flat.view(info.torch_dtype).reshape(info.shape)
 
 
-def read_range(path: Path, file: FileIO, offset: int, count: int, what: str) -> bytes:
+def read_range(path: Path, file: FileIO, offset: int, count: int, label: str) -> bytes:
     """``count`` bytes of an open file. Raises BadCheckpoint when it ends before them, IOFailure."""
     buffer = bytearray(count)
-    _fill(path, file, memoryview(buffer), offset, what)
+    _fill(path, file, memoryview(buffer), offset, label)
     return bytes(buffer)
 
 
-def _fill(path: Path, file: FileIO, buffer: memoryview, offset: int, what: str) -> None:
+def _fill(path: Path, file: FileIO, buffer: memoryview, offset: int, label: str) -> None:
     """Reads len(into) bytes from ``offset``; a short read is an error, for the file was long enough before."""
     filled = 0
     try:
@@ -244,7 +244,7 @@ def _fill(path: Path, file: FileIO, buffer: memoryview, offset: int, what: str) 
         while filled < len(buffer):
             count = file.readinto(buffer[filled:])
             if not count:
-                _refuse(path, f"{what}: the file ends after {filled} bytes, expected {len(buffer)}")
+                _refuse(path, f"{label}: the file ends after {filled} bytes, expected {len(buffer)}")
             filled += count
     except OSError as error:
         raise _read_failure(path, error) from error

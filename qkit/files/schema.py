@@ -68,8 +68,8 @@ def field_path(location: tuple[int | str, ...], data: Any) -> tuple[int | str, .
 
 
 @contextmanager
-def foreign(what: str, advice: str = AGAIN, error: type[QkitError] = BadCheckpoint) -> Iterator[None]:
-    """The context for calls of another library on file content: its errors become errors of qkit. what: file and fault, for
+def foreign(label: str, advice: str = AGAIN, error: type[QkitError] = BadCheckpoint) -> Iterator[None]:
+    """The context for calls of another library on file content: its errors become errors of qkit. label: file and fault, for
     the message.
 
     Such libraries raise anything at all for a hostile file, a full memory and too deep a recursion included, and panics of
@@ -81,7 +81,7 @@ def foreign(what: str, advice: str = AGAIN, error: type[QkitError] = BadCheckpoi
     except (QkitError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as e:
-        raise error(f"{what}: {reason(e)}: {advice}") from e
+        raise error(f"{label}: {reason(e)}: {advice}") from e
 
 
 def reason(failure: BaseException) -> str:

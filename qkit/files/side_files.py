@@ -116,9 +116,9 @@ def check_unchanged(folder: Path, digests: Mapping[str, str]) -> None:
             _refuse(folder, name, "was changed")
 
 
-def _refuse(folder: Path, name: str, what: str) -> None:
+def _refuse(folder: Path, name: str, change: str) -> None:
     raise BadCheckpoint(
-        f"{folder / name}: this file {what} while the model was being quantized: put it back as it was and run the same "
+        f"{folder / name}: this file {change} while the model was being quantized: put it back as it was and run the same "
         "command again"
     )
 

@@ -119,7 +119,7 @@ class TextFile:
             os.close(handle)
 
     def _refuse_binary(self, raw: bytes) -> None:
-        kind = next((what for magic, what in _MAGIC.items() if raw.startswith(magic)), None)
+        kind = next((kind_name for magic, kind_name in _MAGIC.items() if raw.startswith(magic)), None)
         if kind is None and b"\0" in raw[:_HEAD]:
             kind = "binary data"
         if kind is not None:

@@ -29,12 +29,12 @@ def allocation_html(profile: Profile, allocation: Allocation, points: Sequence[P
 
 def next_larger(unit: UnitProfile, pick: str, measure: str) -> tuple[str, float] | None:
     """The unit's next larger candidate, and the cost that it saves per 1000 bytes; None for the largest."""
-    now = unit.choices[pick]
-    larger = min(((c.bytes, n) for n, c in unit.choices.items() if c.bytes > now.bytes), default=None)
+    current = unit.choices[pick]
+    larger = min(((c.bytes, n) for n, c in unit.choices.items() if c.bytes > current.bytes), default=None)
     if larger is None:
         return None
     size, name = larger
-    return name, (now.costs[measure] - unit.choices[name].costs[measure]) / ((size - now.bytes) / 1000)
+    return name, (current.costs[measure] - unit.choices[name].costs[measure]) / ((size - current.bytes) / 1000)
 
 
 def _images(profile: Profile, allocation: Allocation, points: Sequence[Point]) -> dict[str, bytes]:

@@ -88,7 +88,7 @@ def allocation_bars(profile: Profile, picks: Mapping[str, str]) -> Figure:
 
     unit_places, labels = places(profile), block_labels(profile)
     colours = _colours(profile)
-    used = [n for n in profile.candidates if n in picks.values()]
+    used_names = [n for n in profile.candidates if n in picks.values()]
     x = range(len(labels))
     units = [[u for u in profile.units if unit_places[u.key].block == b] for b in labels]
     sizes = [sum(u.choices[picks[u.key]].bytes for u in block) for block in units]
@@ -96,20 +96,20 @@ def allocation_bars(profile: Profile, picks: Mapping[str, str]) -> Figure:
     scale, unit = (1e6, "MB") if max(sizes) >= 1e6 else (1e3, "kB")
     figure = Figure(figsize=(2.2 + 0.32 * max(len(labels), 14), 5.6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    under = [0.0] * len(labels)
+    bar_bottoms = [0.0] * len(labels)
     share = [0.0] * len(labels)
-    for name in used:
+    for name in used_names:
         block_units = [[u for u in block if picks[u.key] == name] for block in units]
         block_sizes = [sum(u.choices[name].bytes for u in block) / scale for block in block_units]
         part = [100 * sum(u.weights for u in block) / total for block, total in zip(block_units, weights, strict=True)]
-        top.bar(x, block_sizes, 0.8, bottom=under, color=colours[name], label=name)
+        top.bar(x, block_sizes, 0.8, bottom=bar_bottoms, color=colours[name], label=name)
         bottom.bar(x, part, 0.8, bottom=share, color=colours[name])
-        under = [a + b for a, b in zip(under, block_sizes, strict=True)]
+        bar_bottoms = [a + b for a, b in zip(bar_bottoms, block_sizes, strict=True)]
         share = [a + b for a, b in zip(share, part, strict=True)]
     for i, (size, total) in enumerate(zip(sizes, weights, strict=True)):
         top.annotate(
             f"{8 * size / total:.2f}",
-            (i, under[i]),
+            (i, bar_bottoms[i]),
             (0, 3),
             textcoords="offset points",
             ha="center",
@@ -125,7 +125,7 @@ def allocation_bars(profile: Profile, picks: Mapping[str, str]) -> Figure:
     bottom.set_xticks(x[::step], list(labels.values())[::step], fontsize=8, rotation=90 if long else 0)
     bottom.set_xlim(-0.6, len(labels) - 0.4)
     bottom.set_xlabel("block")
-    figure.legend(loc="outside upper center", ncols=min(len(used), 6), frameon=False)
+    figure.legend(loc="outside upper center", ncols=min(len(used_names), 6), frameon=False)
     return figure
 
 

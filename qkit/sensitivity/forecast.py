@@ -151,17 +151,17 @@ def _held(structure: ModelStructure, measures: Sequence[str], rows: Extent, work
     linears = [x for b in structure.blocks for x in b.linears]
     weights = 4 * sum(x.shape[0] * x.shape[1] for x in linears)
     chunk, pieces = rows.chunk, _pieces(rows)
-    busy = min(workers, pieces)
+    active_workers = min(workers, pieces)
     logits = 4 * chunk * _vocabulary(structure)
     backward = _backward(structure, rows, workers)
-    moments = [2 * weights + busy * _FORWARD_LOGITS * logits]  # all linears replaced, the originals kept
+    moments = [2 * weights + active_workers * _FORWARD_LOGITS * logits]  # all linears replaced, the originals kept
     for name, copies in _COPIES.items():
         if name in measures:
             moments.append((copies + min(workers + 2, pieces)) * weights + backward)
     if "first_x" in measures:
-        moments.append(backward + busy * 4 * chunk * sum(x.shape[1] for x in linears if x.expert is None))
+        moments.append(backward + active_workers * 4 * chunk * sum(x.shape[1] for x in linears if x.expert is None))
     if "output_norm" in measures:
-        moments.append(4 * SAMPLE_TOKENS * sum(x.shape[1] for x in linears) + busy * _FORWARD_LOGITS * logits)
+        moments.append(4 * SAMPLE_TOKENS * sum(x.shape[1] for x in linears) + active_workers * _FORWARD_LOGITS * logits)
     return max(moments)
 
 

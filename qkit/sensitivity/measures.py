@@ -93,19 +93,21 @@ def weight_error(context: MeasureContext) -> Costs:
 def output_error(context: MeasureContext) -> Costs:
     """The relative squared error of outputs, as the solver measured it; with images as ``_outputs``."""
     if context.rows.kinds is not None:
-        return _outputs(context, alone=True)
+        return _outputs(context, weights_only=True)
     return {(u.key, c.name): context.probes.output_error(u, c) for u in context.units for c in context.quantizing}
 
 
 def output_norm_error(context: MeasureContext) -> Costs:
     """The relative squared error of outputs as the next norm reads them (``outputs.py``)."""
-    return _outputs(context, alone=False)
+    return _outputs(context, weights_only=False)
 
 
-def _outputs(context: MeasureContext, alone: bool) -> Costs:
+def _outputs(context: MeasureContext, weights_only: bool) -> Costs:
     language_units = [u for u in context.units if has_modules(u) and u.part == LANGUAGE]
     sample = OutputSample(context.reference_model, language_units, context.rows, ratios=_ratios(context))
-    costs = _cost_each(context, "output errors", lambda u, found: sample.error(u, found, alone), language_units)
+    costs = _cost_each(
+        context, "output errors", lambda u, replacements: sample.error(u, replacements, weights_only), language_units
+    )
     # Inputs of fused experts are not seen, and towers have other tokens: theirs are the errors that the solver saw.
     other_units = [u for u in context.units if u not in language_units]
     costs.update({(u.key, c.name): context.probes.output_error(u, c) for u in other_units for c in context.quantizing})

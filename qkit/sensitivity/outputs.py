@@ -85,22 +85,22 @@ class OutputSample:
         norms = sorted({self._norms[x.name] for u in units for x in u.linears if x.name in self._norms})
         self._inputs = model.sample_inputs(rows, [*paths, *norms], count)
 
-    def error(self, unit: Unit, replacements: Mapping[str, Replacement], alone: bool = False) -> float:
+    def error(self, unit: Unit, replacements: Mapping[str, Replacement], weights_only: bool = False) -> float:
         """Relative squared output error with the replacements in place, mean over the unit's linears.
 
-        Relative to the linear's own output (without its bias) where it does not write to the residual stream; with ``alone``
-        everywhere, and of the weights alone, activations left as they are.
+        Relative to the linear's own output (without its bias) where it does not write to the residual stream; with
+        ``weights_only`` everywhere, and of the weights alone, activations left as they are.
         """
         weight = self._weight(unit)
         x = self._inputs[self._model.path(unit.linears[0].name)]
         errors = []
         for linear in unit.linears:
             r, w = replacements[linear.name], self._model.weight(linear.name)
-            r = replace(r, activations=None) if alone else r
+            r = replace(r, activations=None) if weights_only else r
             y = product(x, w)
             quantized = x if r.activations is None else quantize_activations(x, r.activations, r.static)
             error = product(quantized, r.weight) - y
-            norm = None if alone else self._norms.get(linear.name)
+            norm = None if weights_only else self._norms.get(linear.name)
             if norm is None:
                 errors.append(_energy(error, weight) / max(_energy(y, weight), 1e-30))
             else:

@@ -375,13 +375,13 @@ def decode(linear: RecordedLinear, tensors: Mapping[str, StoredTensor]) -> Decod
         bad = tensors[name].nonfinite()
         if bad:
             result.faults.append((name, f"{bad} values are NaN or infinite"))
-    tall, width = spec.block or (1, spec.group or columns)
+    height, width = spec.block or (1, spec.group or columns)
     digest, faults, overflow = hashlib.sha256(), set[tuple[str, str]](), 0
     step = max(1, CHUNK // columns)
     with np.errstate(all="ignore"):
         for first in range(0, rows, step):
             part = codes[first : first + step]
-            scale_rows = np.arange(first, first + part.shape[0]) // tall if scale.shape[0] > 1 else slice(None)
+            scale_rows = np.arange(first, first + part.shape[0]) // height if scale.shape[0] > 1 else slice(None)
             values = _values(spec, part, columns, faults)
             if zero is not None:
                 _spread(np.subtract, values, zero[scale_rows], width)

@@ -175,9 +175,9 @@ def _takes(alternatives: tuple[Pattern | None, ...], activations: NumberFormat |
     return any(pattern is not None and _matches(pattern, activations) for pattern in alternatives)
 
 
-def _vllm(weights: NumberFormat, activations: NumberFormat | None, packing: str, about: ModelFacts) -> EngineFit:
+def _vllm(weights: NumberFormat, activations: NumberFormat | None, packing: str, facts: ModelFacts) -> EngineFit:
     """vLLM 0.32, as seen on CPUs; for GPUs what its own code selects."""
-    refusal = _vllm_refuses(weights, activations, about)
+    refusal = _vllm_refuses(weights, activations, facts)
     fitting = [row for row in VLLM if _matches(row.weights, weights) and _takes(row.activations, activations)]
     row = next((row for row in fitting if packing in row.packings), None)
     if refusal is None and row is None:
@@ -197,23 +197,23 @@ def _vllm(weights: NumberFormat, activations: NumberFormat | None, packing: str,
             limits.append("on CPUs it needs AMX")
     if weights.scale == "e8m0" and activations is None:
         limits.append(_A16_IGNORED)
-    if about.experts and _NO_CPU not in limits:
+    if facts.experts and _NO_CPU not in limits:
         limits.append("experts have no kernel for CPUs")
     return EngineFit(_VLLM, row.loads_as, tuple(limits))
 
 
-def _vllm_refuses(weights: NumberFormat, activations: NumberFormat | None, about: ModelFacts) -> str | None:
+def _vllm_refuses(weights: NumberFormat, activations: NumberFormat | None, facts: ModelFacts) -> str | None:
     """Why vLLM does not load a file for what is beside the formats that it has schemes for."""
-    if about.torn_experts:
-        return f"it runs the experts of a layer as one product, and those of {about.torn_experts} have several formats"
-    if about.torn:
-        return f"it loads {about.torn} as one, and their formats differ"
-    if about.uneven:
-        return f"it loads {about.uneven}, and a block of rows would belong to both"
+    if facts.torn_experts:
+        return f"it runs the experts of a layer as one product, and those of {facts.torn_experts} have several formats"
+    if facts.torn:
+        return f"it loads {facts.torn} as one, and their formats differ"
+    if facts.uneven:
+        return f"it loads {facts.uneven}, and a block of rows would belong to both"
     if activations is not None and weights.kind == "int" and weights.bits < 8:
         if activations.kind == "fp8" and weights.group != 128:
             return "it loads INT4 weights with FP8 inputs in groups of 128 alone"
-        if activations.kind == "int" and about.experts:
+        if activations.kind == "int" and facts.experts:
             return "it expects experts of this scheme with one byte for each weight"
     return None
 
@@ -241,10 +241,10 @@ _READS_WEIGHTS = ("falcon", "gpt_bigcode", "nanochat")
 
 
 def _transformers(
-    weights: NumberFormat, activations: NumberFormat | None, packing: str, about: ModelFacts
+    weights: NumberFormat, activations: NumberFormat | None, packing: str, facts: ModelFacts
 ) -> EngineFit:
     """transformers 5.24 with compressed-tensors 0.20, as seen by loading checkpoints of both writers."""
-    refusal = _transformers_refuses(weights, activations, packing, about)
+    refusal = _transformers_refuses(weights, activations, packing, facts)
     if refusal is not None:
         return EngineFit(_STOCK, None, (refusal,))
     limits = ["decompressed on the first forward pass: correct, at the memory and speed of the full-precision model"]
@@ -252,30 +252,30 @@ def _transformers(
         limits.append("needs a compressed-tensors release newer than May 2026, when this packing changed")
     if weights.scale in ("e4m3", "e8m0"):
         limits.append("in bfloat16 only")
-    if about.model_type == "ctrl":
+    if facts.model_type == "ctrl":
         limits.append("in float32 only")
-    if activations is not None and about.experts:
+    if activations is not None and facts.experts:
         limits.append("inputs of experts are not rounded")
-    if activations is not None and activations.strategy == "token" and about.model_type == "opt":
+    if activations is not None and activations.strategy == "token" and facts.model_type == "opt":
         limits.append("rounds all tokens with one scale, less exactly than the file says: OPT flattens its inputs")
     return EngineFit(_STOCK, "compressed-tensors quantizer", tuple(limits))
 
 
 def _transformers_refuses(
-    weights: NumberFormat, activations: NumberFormat | None, packing: str, about: ModelFacts
+    weights: NumberFormat, activations: NumberFormat | None, packing: str, facts: ModelFacts
 ) -> str | None:
-    if about.siglip:
+    if facts.siglip:
         return "its SigLIP asks every linear of the tower for a plain weight: use qkit.load, or --target vision=skip"
     if packing == "pack-quantized" and not weights.symmetric:
         return "its loader expects unpacked zero points, for files of any writer: use qkit.load, or --export qkit"
-    if about.several_experts:
+    if facts.several_experts:
         return "it loads all experts in one format, and these have several, which fails or gives wrong weights: use qkit.load"
-    if about.experts and weights.scale == "e4m3":
+    if facts.experts and weights.scale == "e4m3":
         return "it loads NVFP4 experts without their global scales, which makes them wrong: use qkit.load"
-    if about.experts and (packing in ("int-quantized", "mxfp8-quantized") or weights.strategy == "block"):
+    if facts.experts and (packing in ("int-quantized", "mxfp8-quantized") or weights.strategy == "block"):
         return "it has no loader for experts of this scheme: use qkit.load"
-    if about.model_type in _READS_WEIGHTS and packing.endswith("pack-quantized"):
-        return f"its {about.model_type} reads the plain weight of a linear, which a packed one has not: use qkit.load"
+    if facts.model_type in _READS_WEIGHTS and packing.endswith("pack-quantized"):
+        return f"its {facts.model_type} reads the plain weight of a linear, which a packed one has not: use qkit.load"
     return None
 
 
@@ -298,7 +298,7 @@ def engine_fits(
     activations: NumberFormat | None,
     packing: str,
     method: str = "compressed-tensors",
-    about: ModelFacts = _NOTHING,
+    facts: ModelFacts = _NOTHING,
 ) -> list[EngineFit]:
     """How each engine takes linears of these formats, stored in ``packing`` under ``quant_method`` ``method``."""
     qkit_fit = EngineFit("qkit", "qkit.load", ())
@@ -309,4 +309,4 @@ def engine_fits(
             EngineFit(_STOCK, None, (*unknown_method, "'import qkit' teaches it to transformers")),
             qkit_fit,
         ]
-    return [_vllm(weights, activations, packing, about), _transformers(weights, activations, packing, about), qkit_fit]
+    return [_vllm(weights, activations, packing, facts), _transformers(weights, activations, packing, facts), qkit_fit]

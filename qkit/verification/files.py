@@ -86,11 +86,13 @@ def _compare(expected: Any, found: Any, where: str, findings: Findings) -> None:
         findings.check("config", equal, where.rstrip("."), fault)
 
 
-def check_files(out: Path, listed: Mapping[str, str], apart: Collection[str], topic: str, findings: Findings) -> None:
-    """Compares every file below ``out`` with ``listed``, {name: sha256}. apart: names, of folders too, that other checks
+def check_files(
+    out: Path, listed: Mapping[str, str], excluded: Collection[str], topic: str, findings: Findings
+) -> None:
+    """Compares every file below ``out`` with ``listed``, {name: sha256}. excluded: names, of folders too, that other checks
     look at, except those of them that are listed."""
-    present, folders = _walk(out, apart)
-    present |= {name for name in listed if name.partition("/")[0] in apart and _is_file(out / name)}
+    present, folders = _walk(out, excluded)
+    present |= {name for name in listed if name.partition("/")[0] in excluded and _is_file(out / name)}
     parents = {str(parent) for name in listed for parent in Path(name).parents}
     for name in sorted(folders):
         path = out / name
@@ -99,7 +101,7 @@ def check_files(out: Path, listed: Mapping[str, str], apart: Collection[str], to
         else:
             findings.check(topic, name in parents, name, "is a folder that is not listed in qkit.json; remove it")
     for name in sorted({*present, *listed}):
-        if name in apart:
+        if name in excluded:
             continue
         if not findings.check(topic, name in listed, name, "is not listed in qkit.json; remove it"):
             continue
@@ -110,16 +112,16 @@ def check_files(out: Path, listed: Mapping[str, str], apart: Collection[str], to
             findings.check(topic, sha256_of(out / name) == listed[name], name, fault)
 
 
-def _walk(out: Path, apart: Collection[str]) -> tuple[set[str], set[str]]:
-    """Names, relative to ``out``, of what is there besides ``apart`` and the record: files and links, and folders."""
+def _walk(out: Path, excluded: Collection[str]) -> tuple[set[str], set[str]]:
+    """Names, relative to ``out``, of what is there besides ``excluded`` and the record: files and links, and folders."""
     files: set[str] = set()
     folders: set[str] = set()
-    for directory, below, names in os.walk(out):
+    for directory, subfolders, names in os.walk(out):
         root = Path(directory).relative_to(out)
-        below[:] = [name for name in below if str(root / name) not in apart]
-        folders |= {str(root / name) for name in below}
+        subfolders[:] = [name for name in subfolders if str(root / name) not in excluded]
+        folders |= {str(root / name) for name in subfolders}
         files |= {str(root / name) for name in names}
-    return files - {RECORD, REJECTED, *apart}, folders
+    return files - {RECORD, REJECTED, *excluded}, folders
 
 
 def sha256_of(path: Path) -> str | None:

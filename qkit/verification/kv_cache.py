@@ -48,8 +48,10 @@ def check_cache(
     findings.check("cache", has_scales == (scheme is not None), where, fault)
     if isinstance(scheme, dict):
         for key, value in _SCHEME.items():
-            found = scheme.get(key)
-            findings.check("cache", found == value, f"{where}.{key}", f"found {short(found)}, expected {short(value)}")
+            mismatch = scheme.get(key)
+            findings.check(
+                "cache", mismatch == value, f"{where}.{key}", f"found {short(mismatch)}, expected {short(value)}"
+            )
     linears = [name.rpartition(".") for name in (*record.linears, *record.skipped)]
     modules = sorted({parent for parent, _, leaf in linears if leaf in _PROJECTIONS}) if scheme is not None else []
     scale_names = {f"{module}.{scale}" for module in modules for scale in _SCALES}
@@ -62,8 +64,8 @@ def check_cache(
             "cache", name in scale_names, where, "is a scale of a KV cache that config.json does not ask for"
         )
         shaped = stored.dtype in FLOATS and stored.shape == (1,)
-        found = f"found {stored.dtype} {list(stored.shape)}, expected {' or '.join(FLOATS)} [1]"
-        if findings.check("cache", shaped, where, found):
+        mismatch = f"found {stored.dtype} {list(stored.shape)}, expected {' or '.join(FLOATS)} [1]"
+        if findings.check("cache", shaped, where, mismatch):
             value = float(stored.float32()[0])
             findings.check("cache", 0 < value < float("inf"), where, f"is {value}, expected a positive number")
 

@@ -110,14 +110,16 @@ def _about(parts: Mapping[str, LinearStorage], skipped: Iterable[str], config: M
     """What of the whole model decides."""
     names = [*parts, *skipped]
     fused, experts = fused_groups(names), expert_groups(names)
-    torn = next((g for g in fused if len(_kinds(parts, g)) > 1), None)
+    mixed_group = next((g for g in fused if len(_kinds(parts, g)) > 1), None)
     uneven = next((u for g in fused for u in pairwise(g) if _ends_within(parts.get(u[0]))), None)
     inner = config.get("text_config")
     text = inner if isinstance(inner, Mapping) else config
     return ModelFacts(
         model_type=str(text.get("model_type")),
         siglip=holds_siglip(config, parts),
-        torn=f"{', '.join(_leaf(n) for n in torn)} of {torn[0].rpartition('.')[0]}" if torn else "",
+        torn=f"{', '.join(_leaf(n) for n in mixed_group)} of {mixed_group[0].rpartition('.')[0]}"
+        if mixed_group
+        else "",
         uneven=f"{uneven[0]} as one with {_leaf(uneven[1])}" if uneven else "",
         torn_experts=next((layer for layer, g in experts.items() if len(_kinds(parts, g)) > 1), ""),
         several_experts=len(_kinds(parts, [n for g in experts.values() for n in g])) > 1,

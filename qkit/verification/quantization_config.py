@@ -197,8 +197,8 @@ def _read_group(name: str, data: Any, top: Any, modules: Sequence[str], findings
 
 
 def _check_top(data: dict[str, Any], record: Record, findings: Findings) -> None:
-    def expect(key: str, ok: bool, what: str) -> None:
-        findings.check("config", ok, f"{_ROOT}.{key}", what)
+    def expect(key: str, ok: bool, fault: str) -> None:
+        findings.check("config", ok, f"{_ROOT}.{key}", fault)
 
     version, status = data.get("version"), data.get("quantization_status")
     expect("quant_method", data.get("quant_method") in METHODS, f"found {data.get('quant_method')!r}")

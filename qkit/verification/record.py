@@ -45,11 +45,11 @@ class Findings:
     problems: list[Problem] = field(default_factory=list)
     checks: Counter[str] = field(default_factory=Counter)
 
-    def check(self, topic: str, ok: bool, where: str, what: str) -> bool:
+    def check(self, topic: str, ok: bool, where: str, fault: str) -> bool:
         """Counts one check; records a problem unless ``ok``, which it returns."""
         self.checks[topic] += 1
         if not ok:
-            self.problems.append(Problem(printable(where), printable(what)))
+            self.problems.append(Problem(printable(where), printable(fault)))
         return ok
 
 
@@ -168,12 +168,12 @@ def check_fields(data: Any, fields: Fields, where: str, findings: Findings) -> b
     """True when ``data`` has every one of ``fields`` in its expected form."""
     if not findings.check("record", isinstance(data, dict), where, "expected an object"):
         return False
-    sound = True
+    valid = True
     for key, (accepts, expected) in fields.items():
         accepted = key in data and accepts(data[key])
         mismatch = "" if accepted else f"found {short(data[key]) if key in data else 'nothing'}, expected {expected}"
-        sound &= findings.check("record", accepted, f"{where}.{key}", mismatch)
-    return sound
+        valid &= findings.check("record", accepted, f"{where}.{key}", mismatch)
+    return valid
 
 
 def short(value: Any) -> str:
@@ -304,24 +304,24 @@ def _read_linear(name: str, data: Any, findings: Findings) -> RecordedLinear | N
     ):
         return None
     sparse = data.get("sparse", 0)
-    sound = sparse == 0 or (is_int(sparse, 1) and sparse <= rows * columns)
-    if not findings.check("record", sound, f"{where}.sparse", f"found {short(sparse)}, expected a number of weights"):
+    valid = sparse == 0 or (is_int(sparse, 1) and sparse <= rows * columns)
+    if not findings.check("record", valid, f"{where}.sparse", f"found {short(sparse)}, expected a number of weights"):
         return None
     rotation = data.get("rotation", 0)
-    sound = rotation == 0 or (is_int(rotation, 2) and rotation & (rotation - 1) == 0 and columns % rotation == 0)
+    valid = rotation == 0 or (is_int(rotation, 2) and rotation & (rotation - 1) == 0 and columns % rotation == 0)
     mismatch = f"found {short(rotation)}, expected a block of the columns"
-    if not findings.check("record", sound, f"{where}.rotation", mismatch):
+    if not findings.check("record", valid, f"{where}.rotation", mismatch):
         return None
     residual = data.get("residual", 0)
     group = activations.group if activations is not None else None
     divides = group is not None and is_int(residual, 1) and residual % group == 0
-    sound = residual == 0 or (divides and residual <= columns)
+    valid = residual == 0 or (divides and residual <= columns)
     mismatch = f"found {short(residual)}, expected a number of groups of input channels"
-    if not findings.check("record", sound, f"{where}.residual", mismatch):
+    if not findings.check("record", valid, f"{where}.residual", mismatch):
         return None
     rank = data.get("rank", 0)
-    sound = rank == 0 or (is_int(rank, 1) and rank <= min(rows, columns))
-    if not findings.check("record", sound, f"{where}.rank", f"found {short(rank)}, expected a rank of the weight"):
+    valid = rank == 0 or (is_int(rank, 1) and rank <= min(rows, columns))
+    if not findings.check("record", valid, f"{where}.rank", f"found {short(rank)}, expected a rank of the weight"):
         return None
     return RecordedLinear(
         name=name,
@@ -356,7 +356,7 @@ def read_record(out: Path, findings: Findings) -> Record | None:
     if not check_fields(data["source"], _SOURCE, "qkit.json: source", findings):
         return None
     linears = {name: _read_linear(name, entry, findings) for name, entry in data["linears"].items()}
-    plain = {
+    plain_tensors = {
         name: (entry["dtype"], tuple(entry["shape"]), entry["sha256"])
         for name, entry in data["plain"].items()
         if check_fields(entry, _PLAIN, f"qkit.json: plain.{name}", findings)
@@ -371,7 +371,7 @@ def read_record(out: Path, findings: Findings) -> Record | None:
         skipped=data["skipped"],
         fused=data["fused"],
         tied=[(first, second) for first, second in data["tied"]],
-        plain=plain,
+        plain=plain_tensors,
         shards=data["shards"],
         cache=data.get("kv"),
         engine=str(data["recipe"].get("engine", "default")),

@@ -113,16 +113,16 @@ def allocation_problem(request: Request, budget_request: BudgetRequest) -> Alloc
     running, cache = running_bytes(structure, budget_request.budget.context), _shared_cache(request, budget_request)
     cache_bytes = (running[0], running[0]) if cache is None else (cache.least, cache.most)
     headers = _header_bytes(known_profile, structure)
-    beside = (
+    other_bytes = (
         (cache_bytes[0] + running[1], cache_bytes[1] + running[1])
         if budget_request.budget.size is None
         else (headers, headers)
     )
     refuse_too_small(
-        choices, budget_request.budget, beside[0], bool(budget_request.floors), measured=profile_request is None
+        choices, budget_request.budget, other_bytes[0], bool(budget_request.floors), measured=profile_request is None
     )
     if profile_request is not None:  # what solving will refuse is refused before hours of measuring
-        limit = limit_bytes(known_profile, budget_request.budget, beside[0])
+        limit = limit_bytes(known_profile, budget_request.budget, other_bytes[0])
         allocate(choices, limit, budget_request.measure, latency)
         unquantized_bytes = [u.choices["keep"].bytes for u in choices.units if "keep" in u.choices]
         if latency is None and len(unquantized_bytes) == len(choices.units) and sum(unquantized_bytes) <= (limit or 0):
@@ -136,8 +136,8 @@ def allocation_problem(request: Request, budget_request: BudgetRequest) -> Alloc
         latency=latency,
         running=running,
         cache=cache,
-        beside=beside,
-        reach=reach(choices, budget_request.budget, beside),
+        beside=other_bytes,
+        reach=reach(choices, budget_request.budget, other_bytes),
     )
 
 
@@ -179,10 +179,10 @@ def solve_budget(
     request: Request, budget_request: BudgetRequest, problem: AllocationProblem, cache: CachePlan | None = None
 ) -> BudgetAllocation:
     """The allocation of least predicted cost. cache: of a memory that is shared with it; None: a plain one."""
-    beside = problem.beside[0]
+    other_bytes = problem.beside[0]
     if cache is not None and problem.cache is not None:
-        beside += cache.bytes - problem.cache.least
-    limit = limit_bytes(problem.profile, budget_request.budget, beside)
+        other_bytes += cache.bytes - problem.cache.least
+    limit = limit_bytes(problem.profile, budget_request.budget, other_bytes)
     first = allocate(problem.choices, limit, budget_request.measure, problem.latency)
     return _with_picks(request, budget_request, problem, first, first.picks, cache, None)
 
