@@ -343,7 +343,7 @@ def test_floats_integers_and_original_layers_in_one_file(run, tiny, tmp_path, sm
     ids = tiny_models.tokens()
     jobs = tmp_path / "jobs.json"
     jobs.write_text(json.dumps({"tokens": ids.tolist(), "loads": [[str(out), "bfloat16"]]}))
-    script = Path(__file__).with_name("stock_load.py")
+    script = Path(__file__).parents[1] / "stock_load.py"
     subprocess.run([sys.executable, str(script), str(jobs)], check=True, capture_output=True)
     assert json.loads(Path(f"{jobs}.out").read_text()) == {f"{out}|bfloat16": None}
     theirs = load_file(f"{out}.bfloat16.safetensors")["logits"]
