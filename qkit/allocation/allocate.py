@@ -203,14 +203,14 @@ def rules(profile: Profile, picks: dict[str, str]) -> list[dict[str, Any]]:
 
 def outliers(profile: Profile, picks: dict[str, str]) -> dict[str, float] | None:
     """The percent of weights in a sparse part, {linear: percent}, of those that have one; None where no unit has."""
-    return _beside(profile, picks, profile.request["outliers"])
+    return _by_linear(profile, picks, profile.request["outliers"])
 
 
 def ranks(profile: Profile, picks: dict[str, str]) -> dict[str, int] | None:
     """The rank of the low-rank part, {linear: rank}, of those that have one; None where no unit has."""
-    return _beside(profile, picks, profile.request.get("ranks", {}))
+    return _by_linear(profile, picks, profile.request.get("ranks", {}))
 
 
-def _beside(profile: Profile, picks: dict[str, str], of: Mapping[str, T]) -> dict[str, T] | None:
+def _by_linear(profile: Profile, picks: dict[str, str], of: Mapping[str, T]) -> dict[str, T] | None:
     """of: {candidate: what is beside its codes}"""
     return {n: of[name] for u in profile.units if of.get(name := picks[u.key]) for n in u.linears} or None

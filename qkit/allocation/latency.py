@@ -17,7 +17,7 @@ from qkit.errors import BadInput, UsageError
 from qkit.families.structure import ModelStructure
 from qkit.files.folder import load_json
 from qkit.files.safefile import write_atomic
-from qkit.files.schema import LatencyFile, checked
+from qkit.files.schema import LatencyFile, validate
 from qkit.sensitivity.profile import Profile
 from qkit.tensor.formats import scheme
 
@@ -52,7 +52,7 @@ class LatencyTable:
             "threads": self.threads,
         }
 
-    def merged(self) -> LatencyTable:
+    def merge(self) -> LatencyTable:
         """The table with the times of other products that the file has. Raises UsageError for a file that is something else,
         or was measured elsewhere or otherwise: it stays what it is."""
         if not self.file.exists():
@@ -91,7 +91,7 @@ class LatencyTable:
         again = "make it again with 'qkit bench gemv --table'"
         if not isinstance(data, dict) or data.get("version") != VERSION:
             raise BadInput(f"{file}: not a latency table of this version of qkit: {again}")
-        checked(LatencyFile, data, f"{file}: damaged latency table", again, BadInput)
+        validate(LatencyFile, data, f"{file}: damaged latency table", again, BadInput)
         seconds: dict[Key, float] = {
             (e["format"], e["group"], (e["out"], e["in"])): float(e["seconds"]) for e in data["entries"]
         }

@@ -122,7 +122,7 @@ def random_weight(fmt: Format, shape: tuple[int, int], sparse_count: int, genera
     return QTensor(codes, Params(scale, zero, global_scale), fmt, part)
 
 
-def _own(p: Product) -> Iterator[Contender]:
+def _qkit(p: Product) -> Iterator[Contender]:
     q = p.q
     if q is None:
         yield _product(OWN, p, p.dtype)
@@ -267,7 +267,7 @@ def _auto_round(p: Product) -> Iterator[Contender]:
     yield Contender(name="auto-round-lib", size=p.size, dtype=torch.float32, prepare=prepare, run=run, rounds=True)
 
 
-_MAKERS = {"cpu": (_own, _dense, _dequantized, _torch_int4, _onnxruntime, _auto_round)}  # by device
+_MAKERS = {"cpu": (_qkit, _dense, _dequantized, _torch_int4, _onnxruntime, _auto_round)}  # by device
 
 
 def check_device(device: str) -> None:

@@ -84,7 +84,7 @@ def _timing(name: str, model: nn.Module, rounds: Sequence[Round], host: Host) ->
         refused: str | None = "the same prompt gave different tokens"
     else:
         bytes_read = size if reads_all and size > host.cache else 0
-        refused = host.refusal(token.p50, bytes_read, 0) and host.remeasured().refusal(token.p50, bytes_read, 0)
+        refused = host.refusal(token.p50, bytes_read, 0) and host.remeasure().refusal(token.p50, bytes_read, 0)
     return DecodeTiming(
         name=name,
         prompt=min(r.prompt for r in rounds),

@@ -52,7 +52,7 @@ class Host:
         """Reads so much that nothing else is left in the caches."""
         self.buffer.sum()
 
-    def remeasured(self) -> Host:
+    def remeasure(self) -> Host:
         """The better of this and another measurement: something else may have been at the memory before."""
         again = measure_host(self.cache)
         best_of = {name: max(getattr(self, name), getattr(again, name)) for name in ("copy", "read", "flops")}
@@ -98,13 +98,13 @@ def measure_host(cache: int | None = None) -> Host:
     target, matrix, vector = torch.empty_like(buffer), buffer.view(-1, 4096), torch.ones(4096)
     square = torch.ones(512, 512)
     with torch.inference_mode():
-        copy = 2 * buffer.nbytes / best(lambda: target.copy_(buffer))
-        read = buffer.nbytes / min(best(buffer.sum), best(lambda: torch.mv(matrix, vector)))
-        flops = 2 * math.prod((512, 512, 512)) / best(lambda: torch.mm(square, square))
+        copy = 2 * buffer.nbytes / fastest_run(lambda: target.copy_(buffer))
+        read = buffer.nbytes / min(fastest_run(buffer.sum), fastest_run(lambda: torch.mv(matrix, vector)))
+        flops = 2 * math.prod((512, 512, 512)) / fastest_run(lambda: torch.mm(square, square))
     return Host(copy, read, flops, cache, buffer)
 
 
-def best(run: Callable[[], object], times: int = 15) -> float:
+def fastest_run(run: Callable[[], object], times: int = 15) -> float:
     """Seconds of the fastest of some runs."""
     seconds = []
     for _ in range(times):

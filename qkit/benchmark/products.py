@@ -115,7 +115,7 @@ def compare(p: Product, entrants: Sequence[Entrant], rows: int, host: Host, seco
 
     results = timings(host)
     if any(r.refused is not None and r.contender in {e.contender.name for e in sound_entrants} for r in results):
-        return timings(host.remeasured())  # before a time is refused, the memory gets a second chance
+        return timings(host.remeasure())  # before a time is refused, the memory gets a second chance
     return results
 
 
@@ -200,7 +200,7 @@ def _take_turns(
     inputs = [x.to(e.contender.dtype) for e in entrants]
     calls = []
     for e, activations in zip(entrants, inputs, strict=True):
-        one_call = timed(lambda e=e, activations=activations: e.contender.run(e.copies[-1], activations))  # type: ignore[misc]
+        one_call = time_call(lambda e=e, activations=activations: e.contender.run(e.copies[-1], activations))  # type: ignore[misc]
         calls.append(max(_LEAST, min(_MOST_FLUSHED if e.flush else _MOST, int(seconds / one_call))))
     turn_times: list[tuple[list[float], list[float]]] = [([], []) for _ in entrants]
     order = torch.Generator().manual_seed(0)
@@ -213,8 +213,8 @@ def _take_turns(
             if e.flush:
                 host.flush()
             _wait(_QUIET)
-            cold.append(timed(lambda run=run, copy=copy, activations=activations: run(copy, activations)))  # type: ignore[misc]
-            warm.append(timed(lambda run=run, copy=copy, activations=activations: run(copy, activations)))  # type: ignore[misc]
+            cold.append(time_call(lambda run=run, copy=copy, activations=activations: run(copy, activations)))  # type: ignore[misc]
+            warm.append(time_call(lambda run=run, copy=copy, activations=activations: run(copy, activations)))  # type: ignore[misc]
     return turn_times
 
 
@@ -225,7 +225,7 @@ def _wait(seconds: float) -> None:
         pass
 
 
-def timed(run: Callable[[], object]) -> float:
+def time_call(run: Callable[[], object]) -> float:
     """Seconds of one call."""
     start = time.perf_counter()
     run()

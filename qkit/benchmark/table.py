@@ -45,7 +45,7 @@ def measure_table(
         threads=torch.get_num_threads(),
         seconds={},
     )
-    table.merged()  # refuses a file that it must not replace before anything is measured
+    table.merge()  # refuses a file that it must not replace before anything is measured
     seconds_by_key: dict[Key, float] = {}
     notes = []
     for candidate in candidates:
@@ -65,4 +65,4 @@ def measure_table(
                     "machine"
                 )
             seconds_by_key[candidate.name, group, shape] = result.cold.p50
-    return replace(table, seconds=seconds_by_key).merged(), notes
+    return replace(table, seconds=seconds_by_key).merge(), notes

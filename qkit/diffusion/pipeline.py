@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from qkit.errors import BadCheckpoint, Unsupported, write_failure
-from qkit.files.folder import DENOISER, PIPELINE_INDEX, contained, list_names, load_json
+from qkit.files.folder import DENOISER, PIPELINE_INDEX, checked_path, list_names, load_json
 from qkit.files.hash_cache import cached_sha256
 from qkit.files.safefile import sha256_file, shown, write_atomic
 from qkit.files.side_files import copy_side_files, hash_side_files, refuse_pickles
@@ -31,7 +31,7 @@ def check_pipeline(folder: Path) -> dict[str, Any]:
     """model_index.json, after checks. Raises BadCheckpoint for what would run code or is no pipeline, Unsupported for one
     without a diffusion transformer."""
     file = folder / PIPELINE_INDEX
-    index = load_json(contained(folder.resolve(), PIPELINE_INDEX), "pipeline index")
+    index = load_json(checked_path(folder.resolve(), PIPELINE_INDEX), "pipeline index")
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise BadCheckpoint(f"{file}: _class_name is missing or not a name: get the pipeline again from its source")
     settings = (str, int, float, bool, type(None))

@@ -31,10 +31,10 @@ def continuations(model: Any, baseline: Any, tokenizer: Any) -> list[dict[str, A
     entries = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        tokens = _continued(model, ids)
+        tokens = _continue(model, ids)
         entry: dict[str, Any] = {"prompt": prompt, "said": tokenizer.decode(tokens)}
         if baseline is not None:
-            baseline_tokens = _continued(baseline, ids)
+            baseline_tokens = _continue(baseline, ids)
             tokens_of_both = zip(tokens.tolist(), baseline_tokens.tolist(), strict=False)
             equal_count = next(
                 (i for i, (a, b) in enumerate(tokens_of_both) if a != b), min(len(tokens), len(baseline_tokens))
@@ -44,7 +44,7 @@ def continuations(model: Any, baseline: Any, tokenizer: Any) -> list[dict[str, A
     return entries
 
 
-def _continued(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def _continue(model: Any, ids: torch.Tensor) -> torch.Tensor:
     ids = ids.to(model.device)
     ends = model.config.get_text_config().eos_token_id
     out = model.generate(

@@ -29,7 +29,7 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
     "tasks", "baseline_tasks"}, of what was asked for: names of folders without their paths; size in bytes of the weight
     files; texts as in ``evaluate_text``; caches, or with request.retrieval retrieval: for each text what
     ``evaluate_caches`` or ``evaluate_retrieval`` gives; pairs: {name: what ``evaluate_pairs`` gives}; videos: what
-    ``video.figures`` gives, and samples (ours, theirs), request.examples of each; tasks as in ``run_tasks``, without the
+    ``video.sample_figures`` gives, and samples (ours, theirs), request.examples of each; tasks as in ``run_tasks``, without the
     values of single samples but with the paired change and change_ci where there is a baseline. Raises what loading,
     ``evaluate_text``, ``evaluate_pairs`` and ``run_tasks`` raise.
     """
@@ -121,13 +121,13 @@ def _check_alike(outs: Sequence[Path], tokenizers: Sequence[Any], request: EvalR
 
 def _videos(out: Path, baseline: Path | None, request: EvalRequest, progress: Progress | None) -> dict[str, Any]:
     """{"videos": figures, "samples": (ours, theirs) of request.examples of them}"""
-    from qkit.evaluation.video import figures, make_videos
+    from qkit.evaluation.video import make_videos, sample_figures
 
     _check_pipelines(out, baseline, request)
     pipes = [None if f is None else _pipeline(f, request) for f in (out, baseline)]
     videos, baseline_videos = make_videos(pipes[0], out, request.videos, pipes[1], progress)
     return {
-        "videos": figures(videos, baseline_videos),
+        "videos": sample_figures(videos, baseline_videos),
         "samples": (videos[: request.examples], baseline_videos[: request.examples]),
     }
 
@@ -153,7 +153,7 @@ def _vbench(
     figures, *baseline_figures = evaluate_vbench(
         [(n, f, partial(_pipeline, f, request)) for n, f in folders.items()], bench, progress
     )
-    return _compared(figures, baseline_figures[0] if baseline_figures else {})
+    return _add_changes(figures, baseline_figures[0] if baseline_figures else {})
 
 
 def _check_pipelines(out: Path, baseline: Path | None, request: EvalRequest) -> None:
@@ -261,10 +261,10 @@ def _tasks(
 
     figures = [run(*model_parts) for model_parts in zip(models, tokenizers, processors, strict=True)]
     baseline_figures = {} if original is None else run(original, tokenizers[0], processors[0])
-    return [_compared(model_figures, deepcopy(baseline_figures)) for model_figures in figures]
+    return [_add_changes(model_figures, deepcopy(baseline_figures)) for model_figures in figures]
 
 
-def _compared(figures_by_task: dict[str, Any], baseline_by_task: dict[str, Any]) -> dict[str, Any]:
+def _add_changes(figures_by_task: dict[str, Any], baseline_by_task: dict[str, Any]) -> dict[str, Any]:
     """{"tasks", "baseline_tasks"} with paired changes in the place of the values of samples."""
     from qkit.evaluation.harness import paired_change
 

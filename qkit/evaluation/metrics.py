@@ -106,11 +106,11 @@ def compare_all(
     for ids in _batches([reference, *models], windows, progress):
         p_logits = _logits(reference, ids)
         for model_parts, approx in zip(parts, models, strict=True):
-            model_parts.append(_compared(p_logits, _logits(approx, ids), ids))
+            model_parts.append(_compare_batch(p_logits, _logits(approx, ids), ids))
     return [Comparison(*(torch.cat(column) for column in zip(*model_parts, strict=True))) for model_parts in parts]
 
 
-def _compared(p_logits: Tensor, q_logits: Tensor, ids: Tensor) -> list[Tensor]:
+def _compare_batch(p_logits: Tensor, q_logits: Tensor, ids: Tensor) -> list[Tensor]:
     """The fields of a Comparison, of some windows."""
     if p_logits.shape != q_logits.shape:
         raise UsageError(

@@ -80,7 +80,7 @@ class Trial:
     questions: tuple[Question, ...]
 
 
-def facts(tokenizer: Any, text: str, task: str) -> Facts:
+def find_facts(tokenizer: Any, text: str, task: str) -> Facts:
     """The words of a text, in small letters, for the task 'needle' or 'recall': those of the most common number of tokens.
     Raises BadInput for a text without enough of them."""
     form, end = FORMS[task]
@@ -119,7 +119,7 @@ def _too_few(count: int, needed: int) -> BadInput:
     )
 
 
-def needle(fact_words: Facts, window: Tensor, text: str, depth: float, chance: torch.Generator) -> Trial:
+def needle_trial(fact_words: Facts, window: Tensor, text: str, depth: float, chance: torch.Generator) -> Trial:
     """The trial with one statement in the window [length], whose text is given. The statement begins at token ``depth`` of the
     way to the last place that it can have. Question and answer make up the rest of the length."""
     words_in_window = set(WORD.findall(text))
@@ -134,7 +134,7 @@ def needle(fact_words: Facts, window: Tensor, text: str, depth: float, chance: t
     return Trial("needle", len(window), torch.stack(twins), (question,))
 
 
-def recall(fact_words: Facts, window: Tensor, depths: Sequence[float], chance: torch.Generator) -> Trial:
+def recall_trial(fact_words: Facts, window: Tensor, depths: Sequence[float], chance: torch.Generator) -> Trial:
     """The trial of statements one after another, of different keys, with questions for those at the depths; wrong answers are
     those of other lines. What does not make up a whole line is text of the window [length], before the first one."""
     line = fact_words.asking + len(fact_words.end)
@@ -227,14 +227,14 @@ def _branched(cache: Any, count: int) -> Any:
 
 def trials(tokenizer: Any, text: str, windows: Tensor, lengths: Sequence[int], seed: int = 0) -> Iterator[Trial]:
     """The trials of the windows [count, longest length] of a text; the same seed gives the same ones."""
-    facts_by_task = {task: facts(tokenizer, text, task) for task in FORMS}
+    facts_by_task = {task: find_facts(tokenizer, text, task) for task in FORMS}
     for length in lengths:
         chance = torch.Generator().manual_seed(seed)
         for window in windows[:, :length]:
             window_text = tokenizer.decode(window)
             for depth in DEPTHS:
-                yield needle(facts_by_task["needle"], window, window_text, depth, chance)
-            yield recall(facts_by_task["recall"], window, DEPTHS, chance)
+                yield needle_trial(facts_by_task["needle"], window, window_text, depth, chance)
+            yield recall_trial(facts_by_task["recall"], window, DEPTHS, chance)
 
 
 def lengths_of(window: int) -> list[int]:

@@ -99,10 +99,12 @@ def _figures(
 ) -> list[dict[str, Any]]:
     if baseline is None:
         return [
-            _own(nll_windows(model, tokens, window, limit, _share(progress, i, len(models))))
+            _model_figures(nll_windows(model, tokens, window, limit, _share(progress, i, len(models))))
             for i, model in enumerate(models)
         ]
-    return [_paired(comparison) for comparison in compare_all(baseline, models, tokens, window, limit, progress)]
+    return [
+        _paired_figures(comparison) for comparison in compare_all(baseline, models, tokens, window, limit, progress)
+    ]
 
 
 def _share(progress: Callable[[int, int], None] | None, place: int, parts: int) -> Callable[[int, int], None] | None:
@@ -110,7 +112,7 @@ def _share(progress: Callable[[int, int], None] | None, place: int, parts: int) 
     return None if progress is None else lambda done, total: progress(place * total + done, parts * total)
 
 
-def _paired(comparison: Comparison) -> dict[str, Any]:
+def _paired_figures(comparison: Comparison) -> dict[str, Any]:
     reference, change, kl = (
         perplexity(comparison.reference),
         perplexity_change(comparison.reference, comparison.approx),
@@ -118,7 +120,7 @@ def _paired(comparison: Comparison) -> dict[str, Any]:
     )
     mean_kl = bootstrap_ci(kl.mean(1))
     return {
-        **_own(comparison.approx),
+        **_model_figures(comparison.approx),
         "baseline_perplexity": reference.mean,
         "baseline_ci": reference.ends,
         "change_percent": 100.0 * change.mean,
@@ -128,7 +130,7 @@ def _paired(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _own(nll: Tensor) -> dict[str, Any]:
+def _model_figures(nll: Tensor) -> dict[str, Any]:
     value = perplexity(nll)
     return {
         "perplexity": value.mean,

@@ -148,12 +148,12 @@ def make_videos(
     return videos, baseline_videos
 
 
-def figures(videos: list[Video], baseline_videos: list[Video]) -> dict[str, Any]:
+def sample_figures(videos: list[Video], baseline_videos: list[Video]) -> dict[str, Any]:
     """The figures of samples, [mean, low, high] with 95 % intervals over them. baseline_videos: the baseline's, by the same
     prompts and seeds, or none.
 
     Figures: videos, frames, seconds (median), nonfinite, flickering, motion; with a controller width, skipped and
-    ``by_step``; with a baseline baseline_seconds, psnr, ssim, latent_error (at the last step), latent_errors (mean by
+    ``figures_by_step``; with a baseline baseline_seconds, psnr, ssim, latent_error (at the last step), latent_errors (mean by
     step), flickering_change and motion_change; and what ``recognition`` gives.
     """
     values: dict[str, Any] = {
@@ -166,7 +166,7 @@ def figures(videos: list[Video], baseline_videos: list[Video]) -> dict[str, Any]
     }
     if not math.isnan(videos[0].width):
         values |= {"width": interval([v.width for v in videos]), "skipped": interval([v.skipped for v in videos])}
-        values |= by_step([v.log for v in videos])
+        values |= figures_by_step([v.log for v in videos])
     if baseline_videos:
         pairs_of_videos = list(zip(videos, baseline_videos, strict=True))
         errors = [latent_errors(a, b) for a, b in pairs_of_videos]
@@ -182,7 +182,7 @@ def figures(videos: list[Video], baseline_videos: list[Video]) -> dict[str, Any]
     return values | recognition(videos, baseline_videos)
 
 
-def by_step(logs: list[tuple[StepChoice, ...]]) -> dict[str, list[list[float | None]]]:
+def figures_by_step(logs: list[tuple[StepChoice, ...]]) -> dict[str, list[list[float | None]]]:
     """The decisions by block and step: {"bits": mean bits of inputs, None where nothing was computed, "skips": share of
     skipped runs}."""
     blocks, steps = (1 + max(getattr(c, field) for log in logs for c in log) for field in ("block", "step"))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from qkit.errors import BadCheckpoint, NumericFailure
 from qkit.files.folder import (
     CONFIG_LIMIT,
-    contained,
+    checked_path,
     find_weights,
     list_names,
     load_json,
@@ -103,7 +103,7 @@ class Checkpoint:
         names = list_names(folder)
         refuse_adapter(folder, names)
         require_safetensors(folder, names)
-        raw = read_bytes(contained(folder, "config.json"), CONFIG_LIMIT)
+        raw = read_bytes(checked_path(folder, "config.json"), CONFIG_LIMIT)
         config = parse_checked(raw, f"{folder / 'config.json'}")
         if not isinstance(config, dict):
             raise BadCheckpoint(f"{folder / 'config.json'}: found a {type(config).__name__}, expected a JSON object")

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from qkit.errors import BadCheckpoint, IOFailure, Unsupported
 from qkit.files.safefile import parse_json, read_bytes, shown
-from qkit.files.schema import AGAIN, RecordFile, checked
+from qkit.files.schema import AGAIN, RecordFile, validate
 
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")  # transformers and diffusers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".7z", ".tar", ".npz", ".joblib")
@@ -87,7 +87,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     file = folder / RECORD
     if not os.path.lexists(file):
         return None
-    record: dict[str, Any] = checked(
+    record: dict[str, Any] = validate(
         RecordFile, load_json(file, "record", RECORD_LIMIT), str(file), "run 'qkit verify' on the folder"
     )
     return record
@@ -157,7 +157,7 @@ def hub_source(folder: Path) -> dict[str, str]:
     return {**({"repository": "/".join(parts)} if kind == "models" else {}), "revision": snapshot.name}
 
 
-def contained(folder: Path, name: str, source: str = "the model") -> Path:
+def checked_path(folder: Path, name: str, source: str = "the model") -> Path:
     """The path folder / name, after a check that its real path is in the folder or in the blobs of its cache.
 
     folder: a real path. source: who asks for the file, for messages. Raises BadCheckpoint.
@@ -165,11 +165,11 @@ def contained(folder: Path, name: str, source: str = "the model") -> Path:
     relative = Path(name)
     if not re.fullmatch(r"[\w.+=@-][\w.+=@/ -]*", name, re.ASCII) or ".." in relative.parts or str(relative) != name:
         raise BadCheckpoint(f"{folder}: {source} names the file {shown(name)}, expected one inside the model folder")
-    return inside(folder, name, source)
+    return listed_path(folder, name, source)
 
 
-def inside(folder: Path, name: str, source: str = "the model") -> Path:
-    """The path folder / name, where a listing found that name; its real path is checked as ``contained`` does."""
+def listed_path(folder: Path, name: str, source: str = "the model") -> Path:
+    """The path folder / name, where a listing found that name; its real path is checked as ``checked_path`` does."""
     if not name.isprintable():
         raise BadCheckpoint(f"{folder}: the file {shown(name)} has a name that cannot be printed: rename or remove it")
     try:
@@ -261,14 +261,14 @@ def find_weights(folder: Path, names: list[str]) -> tuple[list[Path], dict[str, 
         )
     if not entry_files:
         raise BadCheckpoint(f"{folder}: no model.safetensors and no model.safetensors.index.json: get the missing file")
-    weight_map = _weight_map(contained(folder, indices[0])) if indices else None
+    weight_map = _weight_map(checked_path(folder, indices[0])) if indices else None
     listed = sorted(set(weight_map.values())) if weight_map else singles
     stray = [name for name in names if _SHARD.fullmatch(name) and name not in listed]
     if stray:
         raise BadCheckpoint(
             f"{folder}: ambiguous: {shown(stray[0])} is there beside {entry_files[0]}, which does not list it"
         )
-    return [contained(folder, name, _asker(weight_map, name)) for name in listed], weight_map
+    return [checked_path(folder, name, _asker(weight_map, name)) for name in listed], weight_map
 
 
 def _asker(weight_map: dict[str, str] | None, file: str) -> str:

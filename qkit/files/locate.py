@@ -9,7 +9,7 @@ from pathlib import Path
 from qkit.errors import BadCheckpoint, QkitError, UsageError
 from qkit.files.folder import read_record, refuse_gguf, weights_folder
 from qkit.files.safefile import write_atomic
-from qkit.files.schema import foreign
+from qkit.files.schema import foreign_errors
 from qkit.files.side_files import STAYS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -60,7 +60,7 @@ def find_model(model: str, revision: str | None = None, require_revision: bool =
 
     at = f" at revision {revision}" if revision else ""
     fault = f"{model}{at}: no such folder, and as the id of a model on the hub it was not to be had"
-    with foreign(fault, "check the name and the network"):
+    with foreign_errors(fault, "check the name and the network"):
         return Path(snapshot_download(model, revision=revision, ignore_patterns=list(UNWANTED)))
 
 

@@ -1,8 +1,8 @@
 """The one place where what was read from a file is held against what it has to be.
 
-A file of JSON or YAML can hold any value at any place. ``checked`` compares it with a model of pydantic and complains in one
+A file of JSON or YAML can hold any value at any place. ``validate`` compares it with a model of pydantic and complains in one
 sentence that names the field; fields that qkit does not use are not looked at. What only another library can judge (a config
-for transformers, a tokenizer) goes through ``foreign``, which turns whatever that library raises into an error of qkit.
+for transformers, a tokenizer) goes through ``foreign_errors``, which turns whatever that library raises into an error of qkit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qkit.files.safefile import shown
 AGAIN = "get the file again from its source"
 
 
-def checked(
+def validate(
     model: type[BaseModel], data: Any, where: str, advice: str = AGAIN, error: type[QkitError] = BadCheckpoint
 ) -> Any:
     """``data`` as it is, if it fits the model. where: the file, for the message. Raises ``error`` naming the field."""
@@ -42,12 +42,12 @@ def complaint(failure: ValidationError, data: Any) -> str:
         missing = next(str(e["loc"][-1]) for e in first_errors if e["type"] == "missing")
         return f"{missing} is missing" if not places[0] else f"{field}.{missing} is missing"
     expectations = dict.fromkeys(
-        "one that is not empty" if e["type"] == "too_short" else _wanted(e["msg"]) for e in first_errors
+        "one that is not empty" if e["type"] == "too_short" else _expectation(e["msg"]) for e in first_errors
     )
     return f"{field} is {shown(first_errors[0]['input'])}, expected {' or '.join(expectations)}"
 
 
-def _wanted(message: str) -> str:
+def _expectation(message: str) -> str:
     for start in ("Input should be ", "Value error, expected ", "Input should have "):
         message = message.removeprefix(start)
     return message.replace("a valid ", "a ").replace("a integer", "a whole number").replace("a dictionary", "an object")
@@ -68,7 +68,7 @@ def field_path(location: tuple[int | str, ...], data: Any) -> tuple[int | str, .
 
 
 @contextmanager
-def foreign(label: str, advice: str = AGAIN, error: type[QkitError] = BadCheckpoint) -> Iterator[None]:
+def foreign_errors(label: str, advice: str = AGAIN, error: type[QkitError] = BadCheckpoint) -> Iterator[None]:
     """The context for calls of another library on file content: its errors become errors of qkit. label: file and fault, for
     the message.
 
@@ -151,7 +151,7 @@ def model_config(config: Object, where: str) -> None:
     parts = [(where, config)]
     while parts:
         label, part = parts.pop()
-        checked(ModelConfig, part, label, advice)
+        validate(ModelConfig, part, label, advice)
         for name, value in part.items():
             if name.endswith("_config") and name != "quantization_config" and isinstance(value, dict):
                 parts.append((f"{label}: {name}", value))

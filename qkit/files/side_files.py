@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.errors import BadCheckpoint, write_failure
-from qkit.files.folder import PICKLES, RECORD, inside, list_names, matches, parse_checked, strip_code_keys
+from qkit.files.folder import PICKLES, RECORD, list_names, listed_path, matches, parse_checked, strip_code_keys
 from qkit.files.safefile import open_regular, read_bytes, read_range, sha256_file, shown, sync_dir, write_atomic
 
 WEIGHTS = (
@@ -93,7 +93,7 @@ def hash_side_files(
 def file_digest(folder: Path, name: str, parse: bool = False) -> str:
     """The sha256 of a file, in hex; of large weights that of samples. parse: whether JSON has to be sound. Raises BadCheckpoint
     as ``hash_side_files``, IOFailure."""
-    file = inside(folder, name)
+    file = listed_path(folder, name)
     if name.endswith(".safetensors"):
         size = file.stat().st_size
         return sha256_file(file) if size <= WHOLE else sampled_hash(file, 8, size)
@@ -132,7 +132,7 @@ def copy_side_files(folder: Path, out: Path, digests: Mapping[str, str]) -> dict
     written: dict[str, str] = {}
     check_unchanged(folder, digests)
     for name, expected in digests.items():
-        place, target = inside(folder, name), out / name
+        place, target = listed_path(folder, name), out / name
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             if name.endswith(".safetensors"):
@@ -155,17 +155,19 @@ def copy_side_files(folder: Path, out: Path, digests: Mapping[str, str]) -> dict
 
 def without_code(name: str, raw: bytes) -> bytes:
     """The content of a file, without keys that choose code where it is JSON that has any."""
-    cleaned, dropped = _stripped(name, raw)
+    cleaned, dropped = _strip_settings(name, raw)
     return (json.dumps(cleaned, indent=2) + "\n").encode() if dropped else raw
 
 
 def code_keys(folder: Path, names: Iterable[str]) -> dict[str, list[str]]:
     """{name: dotted keys} of what ``without_code`` leaves out of the files of a folder."""
-    dropped = {n: _stripped(n, read_bytes(inside(folder, n), MOST_BYTES))[1] for n in names if _is_settings(n)}
+    dropped = {
+        n: _strip_settings(n, read_bytes(listed_path(folder, n), MOST_BYTES))[1] for n in names if _is_settings(n)
+    }
     return {name: keys for name, keys in dropped.items() if keys}
 
 
-def _stripped(name: str, raw: bytes) -> tuple[Any, list[str]]:
+def _strip_settings(name: str, raw: bytes) -> tuple[Any, list[str]]:
     return strip_code_keys(parse_checked(raw, name)) if _is_settings(name) else (None, [])
 
 
@@ -196,7 +198,7 @@ def _walk(folder: Path, prefix: str, left_out: Collection[str], weights: Collect
                 )
             names += [] if name in left_out else _walk(folder, f"{name}/", left_out, weights)
         elif not leaf.lower().endswith(STAYS) or (leaf.endswith(KEPT) and prefix.partition("/")[0] in weights):
-            inside(folder, name)
+            listed_path(folder, name)
             names.append(name)
     return names
 
@@ -209,7 +211,7 @@ def _modules(folder: Path) -> set[str]:
     file = folder / MODULES
     if not file.is_file():
         return set()
-    listed: Any = parse_checked(read_bytes(inside(folder, MODULES), MOST_BYTES), str(file))
+    listed: Any = parse_checked(read_bytes(listed_path(folder, MODULES), MOST_BYTES), str(file))
     entries = listed if isinstance(listed, list) else []
     paths = {str(e["path"]).partition("/")[0] for e in entries if isinstance(e, dict) and e.get("path")}
     for path in sorted(p for p in paths if (folder / p).is_dir() and not p.startswith(".")):

@@ -348,7 +348,7 @@ def _with_widths(sequence: BlockSequence) -> Iterator[tuple[Linear, set[int]]]:
 
 def _decide(linear: Linear, widths: set[int], recipe: Recipe, rule: Rule | None) -> LinearPlan:
     """widths: of inputs of all linears that share its group size"""
-    scheme, solver, options = recipe.resolved(rule)
+    scheme, solver, options = recipe.resolve(rule)
     try:
         weights = fit_group(scheme.weights, linear.shape[1], strict=recipe.strict)
     except Unsupported as e:

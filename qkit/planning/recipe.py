@@ -114,7 +114,7 @@ class Recipe(BaseModel):
         """Rank of the branch of the layer of that checkpoint name."""
         return int(_for_layer(self.rank, name))
 
-    def resolved(self, rule: Rule | None) -> tuple[Scheme, str, dict[str, Any]]:
+    def resolve(self, rule: Rule | None) -> tuple[Scheme, str, dict[str, Any]]:
         """The scheme, the solver and the solver's options of a layer under its rule.
 
         What the top says holds wherever the rule says nothing else: its group size for every scheme that has groups of a
@@ -280,7 +280,7 @@ def make_recipe(data: dict[str, Any], where: str) -> Recipe:
         recipe = Recipe.model_validate(data)
         parse_method(recipe.method)
         for rule in (None, *recipe.rules):
-            recipe.resolved(rule)
+            recipe.resolve(rule)
     except ValidationError as e:
         first = e.errors()[0]
         field = ".".join(map(str, field_path(first["loc"], data) or first["loc"]))

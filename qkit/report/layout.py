@@ -43,7 +43,7 @@ def _block(unit: UnitProfile) -> str:
     return match[0] if match else ""
 
 
-def _inside(unit: UnitProfile) -> list[tuple[str, str]]:
+def _leaf_names(unit: UnitProfile) -> list[tuple[str, str]]:
     """(parents inside the block, leaf) of every linear; _proj is in most names and tells nothing."""
     block = _block(unit)
     parts = []
@@ -54,9 +54,9 @@ def _inside(unit: UnitProfile) -> list[tuple[str, str]]:
 
 
 def _leaves(unit: UnitProfile) -> str:
-    return ",".join(dict.fromkeys(leaf for _, leaf in _inside(unit)))
+    return ",".join(dict.fromkeys(leaf for _, leaf in _leaf_names(unit)))
 
 
 def _paths(unit: UnitProfile) -> str:
-    parent = _inside(unit)[0][0]
+    parent = _leaf_names(unit)[0][0]
     return f"{parent}.{_leaves(unit)}" if parent else _leaves(unit)

@@ -36,7 +36,7 @@ def parse_candidates(text: str, group_size: int | None, option: str = "--candida
             candidates.append(Candidate("keep", None))
             continue
         base, *extras = item.split("+")
-        outliers, rank = _beside(extras, item, option)
+        outliers, rank = _parse_extras(extras, item, option)
         bits = base.removeprefix("int")
         name = f"W{bits}A16" if base.startswith("int") and bits.isdigit() else base
         try:
@@ -58,7 +58,7 @@ def parse_candidates(text: str, group_size: int | None, option: str = "--candida
     return tuple(candidates)
 
 
-def _beside(parts: list[str], item: str, option: str) -> tuple[float, int]:
+def _parse_extras(parts: list[str], item: str, option: str) -> tuple[float, int]:
     """(percent of outliers, rank) of what stands behind a scheme; at most one of each."""
     outliers, rank = 0.0, 0
     for part in parts:

@@ -105,7 +105,7 @@ def profile_forecast(
     memory = {
         "the model in float32": 4 * structure.parameters,
         "reference probabilities": log_probs if log_probs <= SPILL_BYTES else 0,
-        "measures": _held(structure, measures, rows, workers),
+        "measures": _measure_memory(structure, measures, rows, workers),
     }
     peak = max(process_bytes(), resident_bytes() + LATER + int(ALLOCATOR * sum(memory.values())))
     spilled = log_probs if log_probs > SPILL_BYTES else 0
@@ -124,7 +124,9 @@ def profile_forecast(
 def repair_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
     """Bytes at the worst moment of ``repair``: the model, its quantized weights, and the path integral."""
     assert plan.calibration is not None
-    return 4 * structure.parameters + _held(structure, ("pqi",), extent(plan.calibration.first(ROWS)), workers)
+    return 4 * structure.parameters + _measure_memory(
+        structure, ("pqi",), extent(plan.calibration.first(ROWS)), workers
+    )
 
 
 def weighing_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
@@ -146,7 +148,7 @@ def refuse_what_cannot_fit(forecast: ProfileForecast) -> None:
         )
 
 
-def _held(structure: ModelStructure, measures: Sequence[str], rows: Extent, workers: int) -> int:
+def _measure_memory(structure: ModelStructure, measures: Sequence[str], rows: Extent, workers: int) -> int:
     """Bytes at the worst moment of the measures asked for, on top of the model and the reference."""
     linears = [x for b in structure.blocks for x in b.linears]
     weights = 4 * sum(x.shape[0] * x.shape[1] for x in linears)

@@ -16,7 +16,7 @@ from qkit.errors import BadInput
 from qkit.families.structure import ModelStructure
 from qkit.files.folder import load_json
 from qkit.files.safefile import write_atomic
-from qkit.files.schema import ProfileFile, checked
+from qkit.files.schema import ProfileFile, validate
 from qkit.planning.plan import Plan
 from qkit.runtime import loading
 from qkit.sensitivity.candidates import Candidate
@@ -26,7 +26,7 @@ from qkit.sensitivity.names import PROFILE, check_measures
 from qkit.sensitivity.probes import Probes, probes
 from qkit.sensitivity.reference_model import ReferenceModel
 from qkit.sensitivity.result_cache import ResultCache
-from qkit.sensitivity.units import Unit, parts_named, unit_bytes, units_of
+from qkit.sensitivity.units import Unit, recorded_parts, unit_bytes, units_of
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
 
@@ -90,7 +90,7 @@ class Profile:
         data = load_json(file, "profile", LIMIT)
         if not isinstance(data, dict) or data.pop("version", None) != VERSION:
             raise BadInput(f"{file}: not a profile of this version of qkit: make it again")
-        checked(ProfileFile, data, f"{file}: damaged", "make it again", BadInput)
+        validate(ProfileFile, data, f"{file}: damaged", "make it again", BadInput)
         units = tuple(
             UnitProfile(
                 u["key"],
@@ -164,7 +164,7 @@ def profile_of_shapes(
 ) -> Profile:
     """The profile as shapes alone tell it: units and the bytes of their choices. Every cost is 0."""
     profiles = []
-    for unit in units_of(structure, parts_named(request)):
+    for unit in units_of(structure, recorded_parts(request)):
         sizes = {c.name: size for c in candidates if (size := unit_bytes(unit, c, structure)) is not None}
         choices = {name: CandidateCost(size, dict.fromkeys(measures, 0.0)) for name, size in sizes.items()}
         profiles.append(UnitProfile(unit.key, tuple(x.name for x in unit.linears), unit.weights, choices))
@@ -211,7 +211,7 @@ def make_profile(
     plans: of the probes, by candidate name; rows: what losses are measured on.
     """
     check_measures(measures)
-    units = units_of(structure, parts_named(request))
+    units = units_of(structure, recorded_parts(request))
     result_cache = ResultCache(folder / MEASURED, identity(structure, request, rows))
     with probes(plans, structure, folder / "probes", pool, progress) as opened_probes:
         context = make_context(

@@ -48,7 +48,7 @@ def parts_of(structure: ModelStructure, images: bool) -> tuple[str, ...]:
     return (*(part for part, linears in names.items() if not holds_siglip(config, linears)), LANGUAGE)
 
 
-def parts_named(request: Mapping[str, Any]) -> Sequence[str]:
+def recorded_parts(request: Mapping[str, Any]) -> Sequence[str]:
     """The parts that an existing profile covers, from its request."""
     parts: Sequence[str] = request.get("parts", (LANGUAGE,))
     return parts

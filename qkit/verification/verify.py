@@ -76,13 +76,13 @@ def verify(out: Path, job: Path | None = None) -> Report:
         raise BadCheckpoint(f"{out}: not a folder; give the folder that an export wrote")
     findings = Findings()
     part = packed_part(out, findings)
-    report = _packed(part, job, findings) if part.is_dir() else Report()
+    report = _check_packed(part, job, findings) if part.is_dir() else Report()
     check_around(out, part, findings)
     notes = [*report.notes, *([REJECTED_NOTE] if has_mark(out, findings) else [])]
     return replace(report, problems=findings.problems, checks=dict(findings.checks), notes=notes)
 
 
-def _packed(out: Path, job: Path | None, findings: Findings) -> Report:
+def _check_packed(out: Path, job: Path | None, findings: Findings) -> Report:
     """The folder with the packed weights. What says most of a fault is looked at first, sums of whole files last."""
     record, config = read_record(out, findings), read_json(out / "config.json", findings)
     data = read_json(out / "qkit.json", Findings()) or {}

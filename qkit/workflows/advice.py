@@ -65,6 +65,6 @@ def advise_method(request: Request, prepared: PreparedRequest) -> Advice | None:
 
 def _better(recipe: Recipe) -> tuple[str, ...]:
     """Methods in the order of preference."""
-    scheme, _, _ = recipe.resolved(None)
+    scheme, _, _ = recipe.resolve(None)
     inputs = scheme.activations
     return tuple(dict.fromkeys((BETTER[None if inputs is None else inputs.kind], BETTER[None])))

@@ -33,7 +33,7 @@ from qkit.kvcache.policy import CacheRequest
 from qkit.planning.request import Request
 from qkit.sensitivity.candidates import parse_candidates
 from qkit.sensitivity.profile import FILE, Profile
-from qkit.sensitivity.units import parts_named, units_of
+from qkit.sensitivity.units import recorded_parts, units_of
 from qkit.system.progress import Progress
 from qkit.workflows import kv_cache
 from qkit.workflows.kv_cache import CacheChoices, CachePlan, joint_choices
@@ -272,7 +272,7 @@ def _refuse_another(
 ) -> None:
     """Raises BadInput or UsageError for a profile of another model, or made with other options than are asked for now."""
     profiled = {n for u in known_profile.units for n in u.linears}
-    parts = parts_named(known_profile.request)
+    parts = recorded_parts(known_profile.request)
     expected = {x.name for u in units_of(structure, parts) for x in u.linears}
     decided_tower = next((t for t in request.targets or {} if t in parts), None)
     if decided_tower is not None:

@@ -146,7 +146,7 @@ def embedded_text() -> Path:
 
 def _may_need_rows(recipe: Recipe) -> bool:
     transforms, _ = parse_method(recipe.method)
-    resolved = [recipe.resolved(r) for r in (None, *recipe.rules)]
+    resolved = [recipe.resolve(r) for r in (None, *recipe.rules)]
     probe = {
         str(i): LinearPlan(
             name=str(i), shape=(1, 1), scheme=s.name, weights=s.weights, activations=s.activations, solver=solver

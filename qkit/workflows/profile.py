@@ -30,7 +30,7 @@ from qkit.sensitivity.names import check_measures
 from qkit.sensitivity.probes import probes
 from qkit.sensitivity.profile import MEASURED, Profile, identity, make_context, make_profile, profile_of_shapes
 from qkit.sensitivity.result_cache import ResultCache
-from qkit.sensitivity.units import parts_named, parts_of, units_of
+from qkit.sensitivity.units import parts_of, recorded_parts, units_of
 from qkit.system.machine import available_cores
 from qkit.system.parallel import workers
 from qkit.system.progress import Progress
@@ -267,7 +267,7 @@ def audit(
         rows = _held_out(replace(request.base, samples=request.measured_rows), prepared.structure, held_out)
     except (BadInput, UsageError) as e:
         raise type(e)(f"--audit: {e}") from e
-    units = units_of(prepared.structure, parts_named(prepared.settings))
+    units = units_of(prepared.structure, recorded_parts(prepared.settings))
     random_ = random.Random(seed)
     with (
         workers(request.base.threads) as pool,
@@ -299,14 +299,14 @@ def audit(
             progress.step()
     result: dict[str, Any] = {"text": rows.source, "rows": rows.samples, "measures": {}}
     for measure in audited.measures:
-        predicted = [_predicted(audited, picks, measure) for picks in (*single, *uniform, *mixed)]
+        predicted = [_predict(audited, picks, measure) for picks in (*single, *uniform, *mixed)]
         cut = len(single)
         result["measures"][measure] = {
             "single": _agreement(predicted[:cut], true[:cut]),
             "plans": _agreement(predicted[cut:], true[cut:]),
         }
     result["plans"] = [
-        {"name": name, "true": t, **{m: _predicted(audited, picks, m) for m in audited.measures}}
+        {"name": name, "true": t, **{m: _predict(audited, picks, m) for m in audited.measures}}
         for name, picks, t in zip(
             [*(f"all {n}" for n in names), *(f"mixture {i + 1}" for i in range(plans))],
             [*uniform, *mixed],
@@ -317,7 +317,7 @@ def audit(
     return result
 
 
-def _predicted(audited: Profile, picks: dict[str, str], measure: str) -> float:
+def _predict(audited: Profile, picks: dict[str, str], measure: str) -> float:
     return sum(u.choices[picks[u.key]].costs[measure] for u in audited.units if u.key in picks)
 
 
@@ -351,7 +351,7 @@ def plan_measurement(
         workers(base.threads) as pool,
         probes(prepared.plans, prepared.structure, folder / "probes", pool, progress) as probed,
     ):
-        units = units_of(prepared.structure, parts_named(prepared.settings))
+        units = units_of(prepared.structure, recorded_parts(prepared.settings))
         result_cache = ResultCache(
             folder / "plans.jsonl", identity(prepared.structure, prepared.settings, prepared.rows)
         )

@@ -138,7 +138,7 @@ def measure_towers(
         reference = original.log_probs(rows)
         progress.step()
         for sequence in structure.sequences:
-            scheme, _, _ = recipe.resolved(None)
+            scheme, _, _ = recipe.resolve(None)
             formats = {
                 x: fit_group(scheme.weights, *(y.shape[1] for g in groups for y in g.linears))
                 for block in sequence.blocks
@@ -147,19 +147,19 @@ def measure_towers(
                 for x in g.linears
             }
             rounded = {
-                x.name: _rounded(Scheme(scheme.name, fmt, scheme.activations), original, x)
+                x.name: _round_linear(Scheme(scheme.name, fmt, scheme.activations), original, x)
                 for x, fmt in formats.items()
             }
             with original.replaced(rounded):
                 _, kl = original.compare(rows, reference)
             costs[sequence.name] = TowerCost(
-                kl, sum(_saved(fmt, scheme.activations, structure, x) for x, fmt in formats.items())
+                kl, sum(_saved_bytes(fmt, scheme.activations, structure, x) for x, fmt in formats.items())
             )
             progress.step()
     return costs
 
 
-def _rounded(scheme: Scheme, original: ReferenceModel, linear: Linear) -> Replacement:
+def _round_linear(scheme: Scheme, original: ReferenceModel, linear: Linear) -> Replacement:
     weight, fmt = original.weight(linear.name), scheme.weights
     params = find_params(weight, fmt, original.structure.dtype)
     acts = scheme.activations
@@ -167,6 +167,6 @@ def _rounded(scheme: Scheme, original: ReferenceModel, linear: Linear) -> Replac
     return Replacement(dequantize(quantize(weight, params, fmt)), input_format)
 
 
-def _saved(weights: Format, activations: Format | None, structure: ModelStructure, linear: Linear) -> int:
+def _saved_bytes(weights: Format, activations: Format | None, structure: ModelStructure, linear: Linear) -> int:
     before = structure.checkpoint.tensors[f"{linear.name}.weight"].nbytes
     return before - stored_bytes(weights, activations, linear.shape, structure.dtype)
