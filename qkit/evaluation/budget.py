@@ -41,8 +41,9 @@ SIZE = "size"  # of all weight files
 METRICS = ("perplexity", "kl.mean", "kl.p99", "same_top1")  # of a text: plain, or followed by the name of one text
 ANSWERS = ("answer_perplexity", "answer_kl.mean", "answer_kl.p99")  # of questions about images, and 'accuracy'
 SAMPLES = ("psnr", "ssim", "latent_error", "flickering", "recognised", "width")  # of a diffusion pipeline
-RELATIVE = ("perplexity", "task", "size", "accuracy", "answer_perplexity", "flickering", "recognised")  # may be limited
-# against the baseline
+# Figures that may be limited against the baseline.
+RELATIVE = ("perplexity", "task", "size", "accuracy", "answer_perplexity", "flickering", "recognised")
+# Figures of which a bare number is the least allowed, with the largest possible value.
 LOWER = {
     "same_top1": 1.0,
     "accuracy": 100.0,
@@ -50,8 +51,7 @@ LOWER = {
     "ssim": 1.0,
     "flickering": 1.0,
     "recognised": 100.0,
-}  # a bare
-# number is the least allowed; with the largest possible value
+}
 NUMBERS = {"window": 2, "windows": 1, "limit": 1, "questions": 1, "videos": 1}  # settings, with the least value of each
 EXAMPLES = {
     "perplexity": "+2% or 40.5",

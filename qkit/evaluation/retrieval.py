@@ -147,11 +147,9 @@ def recall_trial(fact_words: Facts, window: Tensor, depths: Sequence[float], cha
     if len(picks) < lines + single_use:
         raise _too_few(len(picks), lines + single_use)
     keys, values_left = picks[:lines], picks[lines:]
-    true, wrong_values, filler_values = (
-        values_left[: 2 * len(depths)],
-        values_left[2 * len(depths) : single_use],
-        values_left[2 * len(depths) :],
-    )
+    true = values_left[: 2 * len(depths)]
+    wrong_values = values_left[2 * len(depths) : single_use]
+    filler_values = values_left[2 * len(depths) :]
     places = [round(d * (lines - 1)) for d in depths]
     # Lines that nobody asks for share what values are left, those of the wrong answers come first.
     free = [i for i in range(lines) if i not in places]

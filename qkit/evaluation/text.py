@@ -113,11 +113,9 @@ def _share(progress: Callable[[int, int], None] | None, place: int, parts: int) 
 
 
 def _paired_figures(comparison: Comparison) -> dict[str, Any]:
-    reference, change, kl = (
-        perplexity(comparison.reference),
-        perplexity_change(comparison.reference, comparison.approx),
-        comparison.kl,
-    )
+    reference = perplexity(comparison.reference)
+    change = perplexity_change(comparison.reference, comparison.approx)
+    kl = comparison.kl
     mean_kl = bootstrap_ci(kl.mean(1))
     return {
         **_model_figures(comparison.approx),

@@ -52,10 +52,8 @@ MAX_DEPTH = 64
 MISTRAL = "consolidated"  # begins the names of Mistral's own files: the same weights once more
 _SHARD = re.compile(rf"(?!{MISTRAL}).+-\d+-of-\d+\.safetensors")
 RECORD = "qkit.json"  # what every folder that qkit exports has
-PIPELINE_INDEX, DENOISER = (
-    "model_index.json",
-    "transformer",
-)  # of a diffusers pipeline, and its component that is quantized
+PIPELINE_INDEX = "model_index.json"  # of a diffusers pipeline
+DENOISER = "transformer"  # its component that is quantized
 
 
 def load_json(path: Path, label: str, limit: int = 1 << 20) -> Any:

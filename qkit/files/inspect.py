@@ -1,6 +1,6 @@
 """What is in a folder or a file: a model, quantized how and by whom, from headers and configs alone. Imports no torch.
 
-Nothing here raises for what is damaged: it is named in ``Found.damaged``, and the rest is said all the same.
+Nothing here raises for what is damaged: it is named in ``Inspection.damaged``, and the rest is said all the same.
 """
 
 from __future__ import annotations

@@ -116,10 +116,8 @@ def decide_towers(towers: OpenTowers, progress: Progress) -> tuple[Request, list
     language_cost, targets, notes = costs[LANGUAGE], dict(towers.request.targets or {}), list[str]()
     for name in towers.undecided:
         # Figures are told, and not kept: the plan must not depend on the last digit of a sum.
-        keep, reason = (
-            costs[name].rate > language_cost.rate,
-            "a byte saved in it costs more than one in the language model",
-        )
+        keep = costs[name].rate > language_cost.rate
+        reason = "a byte saved in it costs more than one in the language model"
         targets[name] = f"{SKIP}: {reason}" if keep else recipe.scheme
         verdict = f"left as it is: {reason}" if keep else "quantized too"
         figures = f"rounding it to {recipe.scheme} costs {costs[name]}, the language model {language_cost}"
