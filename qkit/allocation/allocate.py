@@ -1,4 +1,4 @@
-"""A profile and a budget -> which unit gets which candidate, and the recipe that says so."""
+"""The allocation of a budget: a candidate for every unit, from a profile, and the recipe that states it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Measured times of products as a resource: what ``--latency 12ms@table.json`` allocates under.
+"""Measured times of products as a resource: the table of ``--latency 12ms@table.json``.
 
-The table is one that ``qkit bench gemv --table`` wrote on the target machine. A unit costs what its linears cost, one after the
-other; of the experts of a block, the share that a token visits. What is not in it (attention, norms, the head) is not counted.
+The table is one that ``qkit bench gemv --table`` wrote on the target machine. A unit costs what its linears cost, one after
+the other; of the experts of a block, the share that a token visits. What is not in it (attention, norms, the head) is not
+counted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a user may ask an allocation to keep to: bits, bytes, time; from the words of the command line."""
+"""The limits of an allocation (bits, bytes, time), as the command line states them."""
 
 from __future__ import annotations
 

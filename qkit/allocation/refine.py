@@ -1,4 +1,5 @@
-"""Whole plans, measured: costs of single layers do not add up at low bits, so the solved plan is a place to start from.
+"""A search among whole plans, by measuring: costs of single layers do not add up at low bits, so it starts from the solved
+plan.
 
 Two steps, within a stated number of evaluations (our choice throughout):
  1. the exact solutions under every measure of the profile are measured; the best is where the search starts;

@@ -1,8 +1,8 @@
-"""Who takes part: qkit's own product, dense ones, and other libraries where they are installed.
+"""The contenders of a benchmark: qkit's own product, dense ones, and other libraries where they are installed.
 
-A contender is a name, a function that prepares a weight and one that multiplies with what was prepared. Another one is
-one more function in ``_MAKERS``; each gets its preferred layout and activations in its preferred dtype, and neither
-laying out nor that conversion is timed. What a product needs each time (quantizing activations, sparse and low-rank parts) is.
+A contender is a name, a function that prepares a weight and one that multiplies with what was prepared. Another one is one
+more function in ``_MAKERS``; each gets its preferred layout and activations in its preferred dtype, and neither laying out
+nor that conversion is timed. What a product needs each time (quantizing activations, sparse and low-rank parts) is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tokens a second of whole models: greedy decoding of one sequence by ``qkit.runtime.generate``, models in turn."""
+"""The tokens per second of whole models: greedy decoding of one sequence by ``qkit.runtime.generate``, models in turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The machine that a benchmark runs on: what it is, how fast its memory is, and which times it could not reach."""
+"""The machine of a benchmark: its kind, the speed of its memory, and the times that it cannot reach."""
 
 from __future__ import annotations
 

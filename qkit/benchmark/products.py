@@ -1,13 +1,13 @@
-"""Products against each other: checked first, then timed in turn, with weights from memory (cold) and from the cache (warm).
+"""The comparison of products: checked first, then timed in turn, with weights from memory (cold) and from the cache (warm).
 
 Every contender has as many copies of its weight as it takes to fill the last-level cache three times, and goes on to the
-next copy with each call; where copies of a small weight would be too many, everything else is read in between. The call right
-after, on the same copy, is the warm one. Contenders take turns, so that what else the machine does meets all of them, in
-another order each time and with a pause before each: threads of the one before may still be spinning, and take its core.
+next copy with each call; where copies of a small weight would be too many, everything else is read in between. The call
+right after, on the same copy, is the warm one. Contenders take turns, so that what else the machine does meets all of them,
+in another order each time and with a pause before each: threads of the one before may still be spinning, and take its core.
 
 Before that, outputs are compared with float64 on two inputs, after memory of their size was filled with NaN and given back.
-An error above twice that of a plain bf16 product (or above 2 %, of a contender that rounds activations to 8 bits on its own)
-is no result; nor is a time that the machine could not reach.
+An error above twice that of a plain bf16 product (or above 2 %, of a contender that rounds activations to 8 bits on its
+own) is no result; nor is a time that the machine could not reach.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which products are measured: shapes by model name, by numbers, or those of a checkpoint."""
+"""The shapes of measured products: by model name, by numbers, or those of a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A few fixed prompts, continued by a model and by its original: what a person would see of a difference.
+"""The continuations of a few fixed prompts by a model and by its original, to show a difference to a person.
 
 Perplexity is a mean, and a model can keep it and still say something else in a few places; this shows the first tokens of
 the same short prompts side by side. It is no defence against weights that were made to change when they are rounded

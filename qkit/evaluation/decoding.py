@@ -1,4 +1,4 @@
-"""What a quantized KV cache costs: perplexity by decoding, through the cache, and the bytes that it takes.
+"""The cost of a quantized KV cache: perplexity by decoding, through the cache, and the bytes of the cache.
 
 A forward pass over a whole text never reads keys and values back from the cache, so it says nothing about it. Here the
 first part of a window is the prompt and the rest is fed a step at a time: every likelihood is of a token whose past was

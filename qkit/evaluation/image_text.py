@@ -1,9 +1,9 @@
-"""What quantization cost a vision-language model: answers to questions about images.
+"""The cost of quantizing a vision-language model, measured by answers to questions about images.
 
 A row is a question with its right answer, made by the model's processor and chat template, and one forward pass says all of
 it. An answer is right when each of its tokens, the end included, is the most likely one after those before it: then, and
-only then, greedy decoding says exactly this answer and stops. (Where a template does not end answers with a token that stops
-generation, right means that the greedy answer begins with it.) Rows of one shape go through the model together.
+only then, greedy decoding says exactly this answer and stops. (Where a template does not end answers with a token that
+stops generation, right means that the greedy answer begins with it.) Rows of one shape go through the model together.
 """
 
 from __future__ import annotations

@@ -28,10 +28,10 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
     Returns {"model", "baseline", "dtype", "window", "size", "texts", "caches", "retrieval", "pairs", "videos", "samples",
     "tasks", "baseline_tasks"}, of what was asked for: names of folders without their paths; size in bytes of the weight
     files; texts as in ``evaluate_text``; caches, or with request.retrieval retrieval: for each text what
-    ``evaluate_caches`` or ``evaluate_retrieval`` gives; pairs: {name: what ``evaluate_pairs`` gives}; videos: what
+    ``evaluate_caches`` or ``evaluate_retrieval`` gives; pairs: {name: what ``evaluate_image_text`` gives}; videos: what
     ``video.sample_figures`` gives, and samples (ours, theirs), request.examples of each; tasks as in ``run_tasks``, without the
     values of single samples but with the paired change and change_ci where there is a baseline. Raises what loading,
-    ``evaluate_text``, ``evaluate_pairs`` and ``run_tasks`` raise.
+    ``evaluate_text``, ``evaluate_image_text`` and ``run_tasks`` raise.
     """
     return measure_all([out], baseline, request, progress)[0]
 

@@ -1,4 +1,4 @@
-"""What quantization cost, as numbers: perplexity, divergence from the original, error of a tensor.
+"""The metrics of quantization: perplexity, divergence from the original, error of a tensor.
 
 The text metric of this project: a text is tokenised whole (no special tokens added) and cut into consecutive windows
 that do not overlap; positions 2 to ``window`` of each are scored. A window is the unit of every interval here, because

@@ -1,4 +1,4 @@
-"""What ``qkit eval`` and ``qkit check`` are asked to measure; read before torch is imported."""
+"""The request of ``qkit eval`` and ``qkit check``; it is read before torch is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a quantized KV cache still knows of a long context: facts hidden in text, and asked for after it.
+"""Retrieval through a quantized KV cache: facts are hidden in a long context and asked for after it.
 
 Two tasks, made from a text and its own words (the ideas: needle in a haystack, Kamradt 2023; key-value retrieval, Liu et
 al., arXiv 2307.03172; what exactly is written here is our choice):

@@ -1,4 +1,4 @@
-"""Where the texts of a measurement come from.
+"""The sources of texts for a measurement.
 
 A text is given as a path, as ``NAME=path`` to choose the name it goes by, or as ``dataset:NAME[:config][:split]
 [:column]`` for a data set of the ``datasets`` package (a hub id or a local folder; its rows are joined by blank lines).

@@ -1,4 +1,4 @@
-"""Does a folder of lm-eval tasks hold code? Found out by reading, before anything of it is loaded.
+"""The search for code in a folder of lm-eval tasks, by reading, before anything of it is loaded.
 
 A task file is YAML, and yet it can run code: ``!function`` imports a Python file, other tags build objects, some keys
 ask for scripts, a metric that lm-eval does not know is looked up as a script, and templates are rendered without a

@@ -1,4 +1,4 @@
-"""Perplexity of texts, and the divergence from the original model on them.
+"""The perplexity of texts, and the divergence from the original model on them.
 
 Where a text comes from: ``evaluation.sources``.
 """

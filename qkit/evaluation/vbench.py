@@ -1,8 +1,9 @@
-"""VBench (arXiv 2311.17982) on what a pipeline makes: videos under the names it expects, judged by an installed VBench.
+"""VBench scores (arXiv 2311.17982) of a pipeline: qkit makes videos under the names that VBench expects, and an installed
+VBench scores them.
 
 VBench pins libraries that are older than qkit's, so it keeps an interpreter of its own: qkit writes the videos, runs VBench
-in that interpreter and reads the scores that it leaves. Its own prompts give five videos each, as its rules say; or those of a
-pipeline are taken, and judged by the dimensions that need no more than a prompt (VBench's ``custom_input``).
+in that interpreter and reads the scores that it leaves. Its own prompts give five videos each, as its rules say; or those
+of a pipeline are taken, and judged by the dimensions that need no more than a prompt (VBench's ``custom_input``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What quantization does to what a diffusion pipeline makes: the same prompts and seeds through both models.
+"""The cost of quantizing a diffusion pipeline: samples of both models for the same prompts and seeds.
 
 Paired with the original: PSNR and SSIM of frames, and how far the latents are from the original's, step by step. Of each
 model by itself: flickering as VBench defines it (arXiv 2311.17982, temporal flickering: mean absolute difference of

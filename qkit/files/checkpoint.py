@@ -1,4 +1,4 @@
-"""A model that was checked before it is believed: its config, where its tensors are, and reading them.
+"""A checked model folder: its config, the places of its tensors, and how they are read.
 
 A folder is a model when it has a config.json and one set of safetensors files: a single file, or shards
 under an index. ``folder.py`` says which files may be read, ``safefile.py`` reads them; here they are put

@@ -1,4 +1,4 @@
-"""Folders of models: which files of one may be read.
+"""The rules for model folders: which of their files may be read.
 
 Everything lies inside the folder, or in the blobs of the Hugging Face cache that the folder is a
 snapshot of. The check is made on real paths, so that neither a name nor a link leads out. Where two sets of

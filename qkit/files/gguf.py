@@ -1,4 +1,4 @@
-"""The header of a GGUF file, strictly: what it says of the model, and where its tensors lie. No weight is read.
+"""A strict reader of GGUF headers: what the model is, and where its tensors lie. No weight is read.
 
 Layout (the GGUF specification of llama.cpp, versions 2 and 3, little-endian): magic, version, number of tensors, number of
 keys; every key with a typed value; every tensor with name, shape (the fastest axis first), type and offset; then, aligned,

@@ -1,8 +1,8 @@
-"""The sha256 of large files, kept from one run to the next.
+"""A cache of the sha256 of large files, kept from one run to the next.
 
-What is kept is a file in the user's cache folder (XDG_CACHE_HOME/qkit/sha256), one for each file that was read. It is believed
-while path, size, device, inode and both times of the file are what they were; anything else, damage included, means that the
-file is read again. Nothing depends on the cache but time.
+What is kept is a file in the user's cache folder (XDG_CACHE_HOME/qkit/sha256), one for each file that was read. It is
+believed while path, size, device, inode and both times of the file are what they were; anything else, damage included,
+means that the file is read again. Nothing depends on the cache but time.
 """
 
 from __future__ import annotations

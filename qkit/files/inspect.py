@@ -1,4 +1,5 @@
-"""What is in a folder or a file: a model, quantized how and by whom, from headers and configs alone. Imports no torch.
+"""The content of a folder or a file: the model, its quantization and the tool that made it, from headers and configs alone.
+Imports no torch.
 
 Nothing here raises for what is damaged: it is named in ``Inspection.damaged``, and the rest is said all the same.
 """

@@ -1,4 +1,5 @@
-"""How a model is quantized, and by whom, as its config and its tensors say: the ways of other tools, too."""
+"""The quantization of a model and the tool that made it, read from config and tensor names. Other tools' ways are known,
+too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job folder is: how it says so itself, who may work in it, and what of it is removed.
+"""The rules for job folders: how one is recognised, who may work in it, and which of its files are removed.
 
 A folder is used when it is empty or its job.json says that it is a job folder. Any other is refused untouched, and so are
 links in a job folder. Only files with the names below are ever removed.

@@ -1,4 +1,4 @@
-"""Where a model is: a folder, a reference model that travels with qkit, or the hub."""
+"""The search for a model: a folder, a reference model that comes with qkit, or the hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A list of tensors that lies on the disk: what is too large for memory and is read again and again, piece by piece."""
+"""A list of tensors on the disk, for what is too large for memory and is read again and again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of results: where one may go, which files of one qkit wrote, and how a finished one gets its name.
+"""The rules for output folders: where one may be, which of its files qkit wrote, and how a finished one gets its name.
 
 A model is built in a folder of another name and renamed as the last step, so that a reader sees all of it or nothing. What
 a folder holds beside the files that its own record lists is the user's, and is never removed.

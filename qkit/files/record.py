@@ -1,8 +1,8 @@
-"""qkit.json, the record in every folder that qkit writes, and the sums by which a change of anything in the folder shows.
+"""The record qkit.json in every folder that qkit writes, with the sums that show any change in the folder.
 
 ``files`` has the sha256 of every other file of the folder, ``config`` what config.json was written with besides its
-quantization_config, and ``sum`` is the sha256 of the record itself, as JSON without the sum. A pipeline has one record in the
-folder of its transformer and one at its top, for all other files, which has the first record among them.
+quantization_config, and ``sum`` is the sha256 of the record itself, as JSON without the sum. A pipeline has one record in
+the folder of its transformer and one at its top, for all other files, which has the first record among them.
 """
 
 from __future__ import annotations

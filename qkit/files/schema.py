@@ -1,8 +1,9 @@
-"""The one place where what was read from a file is held against what it has to be.
+"""The checks of file content: every value read from a file is compared here with the type and range that it must have.
 
-A file of JSON or YAML can hold any value at any place. ``validate`` compares it with a model of pydantic and complains in one
-sentence that names the field; fields that qkit does not use are not looked at. What only another library can judge (a config
-for transformers, a tokenizer) goes through ``foreign_errors``, which turns whatever that library raises into an error of qkit.
+A file of JSON or YAML can hold any value at any place. ``validate`` compares it with a model of pydantic and complains in
+one sentence that names the field; fields that qkit does not use are not looked at. What only another library can judge (a
+config for transformers, a tokenizer) goes through ``foreign_errors``, which turns whatever that library raises into an
+error of qkit.
 """
 
 from __future__ import annotations

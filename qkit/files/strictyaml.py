@@ -1,4 +1,4 @@
-"""YAML for files that people write by hand: small, plain and refused as soon as it could mean two things.
+"""A YAML reader for files that people write by hand: small, plain, and strict about anything with two meanings.
 
 Recipes and budgets decide what happens to a model, so a key given twice, an alias or a tag is an error here and not a
 rule of precedence to know by heart. The text is read as a stream of events and never reaches a constructor of the YAML

@@ -1,9 +1,9 @@
-"""Texts that people give: opened only where they are files, read as far as they are needed, and refused where they are none.
+"""Text files from users: opened only if they are files, read only as far as needed, and refused if they are no text.
 
 The first tokens of a text are wanted, and a text can be much longer than what holds them. A piece of its start is tokenised
 instead, which has to give the tokens that the whole text would: words are tokenised by themselves, or depend on their
-neighbours alone, so that the end of the piece changes a few tokens before it. Tokens near the end are not used, and a second
-piece that ends elsewhere has to give the same ones; where it does not, the whole text is tokenised.
+neighbours alone, so that the end of the piece changes a few tokens before it. Tokens near the end are not used, and a
+second piece that ends elsewhere has to give the same ones; where it does not, the whole text is tokenised.
 """
 
 from __future__ import annotations

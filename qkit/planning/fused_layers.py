@@ -1,4 +1,4 @@
-"""What engines ask of layers that they load as one: one format, one group size, and shapes that their kernels take.
+"""The rules of engines for layers that they load as one: one format, one group size, and shapes that their kernels support.
 
 These are rules of engines and not of the formats: qkit runs such layers one by one. A recipe with ``engine: any`` lifts
 them, and the plan then says which engines will not load the result (``qkit.verification.engines``).

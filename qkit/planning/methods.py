@@ -1,4 +1,4 @@
-"""What a method can do with a model: refused in one sentence before anything is planned."""
+"""The check that a method suits a model: what cannot work is refused in one sentence before anything is planned."""
 
 from __future__ import annotations
 

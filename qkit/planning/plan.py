@@ -1,4 +1,4 @@
-"""recipe x checkpoint -> Plan: one decision per linear, with its reason, before any weight is read.
+"""The plan of a run, from recipe and checkpoint: one decision per linear, with its reason, before any weight is read.
 
 The plan is pure: the same recipe, checkpoint and calibration give the same plan and the same ``identity``, which is what
 a job resumes by. It also says what the run will cost (``forecast``) and refuses what cannot fit.

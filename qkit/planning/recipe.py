@@ -1,4 +1,4 @@
-"""What the user asks for: a scheme, a method, and rules for the layers that differ.
+"""The recipe of a user: a scheme, a method, and rules for the layers that differ.
 
 A recipe file is YAML:
 

@@ -1,4 +1,4 @@
-"""What ``qkit quantize`` is asked for. Reads no model and imports no torch: what is wrong with a command is said at once."""
+"""The request of ``qkit quantize``. This file reads no model and imports no torch, so that a wrong command fails at once."""
 
 from __future__ import annotations
 

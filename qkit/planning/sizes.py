@@ -1,4 +1,4 @@
-"""Bytes of quantized weights, exactly, before any is made."""
+"""The exact bytes of quantized weights, before any is made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to the parts of a model that are not its language model: a recipe says it, or measuring does."""
+"""The rules for the parts of a model that are not its language model: a recipe states them, or measuring decides."""
 
 from __future__ import annotations
 

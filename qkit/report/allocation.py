@@ -1,4 +1,4 @@
-"""An allocation as one page: what was chosen for every unit, and what the alternatives would have cost."""
+"""The page of an allocation: the choice for every unit, and the cost of the alternatives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images of a profile, of an allocation and of accuracies.
+"""Figures of a profile, of an allocation and of accuracies.
 
 Figures are made as objects, without pyplot: nothing is global, no window system is asked for, and the same input gives the
 same bytes. matplotlib takes a second to import, so each function does it when it is called.

@@ -1,4 +1,4 @@
-"""Answers about images as one page: accuracy by kind of question, and images beside what the two models say."""
+"""The page of answers about images: accuracy by kind of question, and images beside the answers of the two models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a unit of a profile sits: its block and its kind, read from its names."""
+"""The place of a profile's unit: its block and its kind, read from its names."""
 
 from __future__ import annotations
 

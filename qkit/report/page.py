@@ -1,4 +1,4 @@
-"""Pages from templates: one file that needs nothing beside it and loads nothing."""
+"""The templates of pages: each page is one file that needs nothing beside it and loads nothing."""
 
 from __future__ import annotations
 

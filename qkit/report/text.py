@@ -1,4 +1,4 @@
-"""Language models as one page: the figures, the layers that rounding changed most, and what the models say to fixed prompts."""
+"""The page of language models: the figures, the layers that rounding changed most, and the answers to fixed prompts."""
 
 from __future__ import annotations
 

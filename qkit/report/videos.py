@@ -1,4 +1,4 @@
-"""Samples of a diffusion pipeline as one page: frames beside the original's, errors along the trajectory, and what was decided
+"""The page of samples of a diffusion pipeline: frames beside the original's, errors along the trajectory, and the decisions
 at every step in every block."""
 
 from __future__ import annotations

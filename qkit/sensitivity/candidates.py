@@ -1,4 +1,4 @@
-"""What a layer may get: formats by name, with what is kept beside their codes."""
+"""The formats that a layer may get, by name, with what is kept beside their codes."""
 
 from __future__ import annotations
 

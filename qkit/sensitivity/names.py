@@ -1,4 +1,5 @@
-"""The measures of a profile by name, and its file: imports no torch, so that a command can be checked before that is loaded."""
+"""The names of measures and of a profile's file. This file imports no torch, so that a command is checked before torch is
+loaded."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
-"""Errors of outputs as their reader sees them: on the residual stream that is the norm that reads it next.
+"""Output errors as their reader sees them: on the residual stream, the reader is the norm that comes next.
 
 A linear that writes to the residual stream adds its error to something much larger than its own output, and the next norm
-multiplies every channel by its gain. Our choice: with g the gains of that norm, r what it reads in the original model, and x~
-the linear's input as the candidate quantizes it,
+multiplies every channel by its gain. Our choice: with g the gains of that norm, r what it reads in the original model, and
+x~ the linear's input as the candidate quantizes it,
 
   error = sum |(W~ x~ - W x) g|^2 / sum |r g|^2,     sums over sample tokens and channels.
 
-The division of each token by its own norm is left out. Which linears write, and which norm reads next, is what families declare
-(for rotations first): reads and writes of a block alternate there, in running order.
+The division of each token by its own norm is left out. Which linears write, and which norm reads next, is what families
+declare (for rotations first): reads and writes of a block alternate there, in running order.
 
-Of rows with images every token's terms have a weight in both sums: an answer's 1, a piece of an image's r^2, other text's 0,
-with r the gradient at images over that at answers, of the block and part that the linear is in (``balance.ratios``, with
-their floor). MBQ (arXiv 2412.19509, eq. 8-13) bounds the loss change by sum g |e| over tokens, g the mean absolute gradient of
-the token's kind, e the error of its output; what bounds the square of that sum, by Cauchy and Schwarz up to a factor that all
-candidates share, is sum g^2 e^2. So squared errors take the square of the ratio, which is our choice.
+Of rows with images every token's terms have a weight in both sums: an answer's 1, a piece of an image's r^2, other text's
+0, with r the gradient at images over that at answers, of the block and part that the linear is in (``balance.ratios``, with
+their floor). MBQ (arXiv 2412.19509, eq. 8-13) bounds the loss change by sum g |e| over tokens, g the mean absolute gradient
+of the token's kind, e the error of its output; what bounds the square of that sum, by Cauchy and Schwarz up to a factor
+that all candidates share, is sum g^2 e^2. So squared errors take the square of the ratio, which is our choice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Post-quantization integral: how much of a loss change each quantized weight is answerable for.
+"""The post-quantization integral: each quantized weight's share of a loss change.
 
 Hu et al., "Identifying Sensitive Weights via Post-quantization Integral", arXiv 2503.01901. For weights w and their
 quantized values w~ the fundamental theorem of calculus gives, exactly,

@@ -1,4 +1,4 @@
-"""What every candidate makes of every linear: the whole model quantized at that candidate, in a job folder of its own.
+"""The probes: the whole model quantized at one candidate, for every candidate, in a job folder of its own.
 
 A probe is an ordinary run without an export: it resumes where it was stopped, and the weights that a decision is judged by
 are those that the solver really gives, not a stand-in for them.

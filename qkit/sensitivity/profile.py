@@ -1,4 +1,5 @@
-"""A profile: what every unit costs in every candidate, in nats and in bytes. Made once, read by every later command."""
+"""The profile of a model: the cost of every unit in every candidate, in nats and in bytes. It is made once and read by
+later commands."""
 
 from __future__ import annotations
 

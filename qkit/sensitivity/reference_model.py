@@ -1,4 +1,4 @@
-"""A full-precision model in memory whose units can be replaced, for a while, by what a candidate makes of them."""
+"""A full-precision model in memory whose linears can be replaced, for a while, by quantized ones."""
 
 from __future__ import annotations
 

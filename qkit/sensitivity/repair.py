@@ -1,9 +1,9 @@
-"""Step-wise detachment: the weights that the loss depends on most are put back to their values after quantization.
+"""Step-wise detachment: the weights that the loss depends on most get their original values back after quantization.
 
-ReQuant, algorithm 2 (Hu et al., arXiv 2503.01901, section 4): in each of K rounds the post-quantization integral of the current
-weights is computed anew, and of the whole model those with the largest |gbar_j (w~_j - w_j)| go to the sparse part, the codes
-being left as they are. Its listing leaves open, and our choices are: one ranking over the whole model; what is kept is the
-difference w - w~, rounded to 16 bits (where the weight was taken out before, its whole value is replaced).
+ReQuant, algorithm 2 (Hu et al., arXiv 2503.01901, section 4): in each of K rounds the post-quantization integral of the
+current weights is computed anew, and of the whole model those with the largest |gbar_j (w~_j - w_j)| go to the sparse part,
+the codes being left as they are. Its listing leaves open, and our choices are: one ranking over the whole model; what is
+kept is the difference w - w~, rounded to 16 bits (where the weight was taken out before, its whole value is replaced).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measurements that took time, kept as they are made: a stopped command goes on where it was."""
+"""A cache of slow measurements, written as they are made, so that a stopped command continues where it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is decided about: units (linears that must agree on a format) and candidates (what they may become)."""
+"""The units of a decision: linears that must agree on a format."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Which engine loads what: a static table, so that the answer costs nothing and needs no engine.
+"""A static table of which engine loads which format: the answer needs no engine and takes no time.
 
-The vLLM rows restate the compressed-tensors dispatcher of vLLM 0.32, which was run on CPUs and whose selection of kernels was
-asked for GPUs; what is said of transformers was seen by loading files. ``engines`` puts these rows together for a whole model.
+The vLLM rows restate the compressed-tensors dispatcher of vLLM 0.32, which was run on CPUs and whose selection of kernels
+was asked for GPUs; what is said of transformers was seen by loading files. ``engines`` puts these rows together for a whole
+model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""That a packed folder holds the files that were written, all of them and no other, by the sums in its qkit.json.
+"""The check that a packed folder holds the files that were written, all of them and no other, by the sums in its qkit.json.
 
 Part of the independent proof (see ``verify.py``). Since format version 2 a record has ``files``, {name: sha256} of
-everything else in the folder, ``config``, what config.json was written with besides its quantization_config, and ``sum``, the
-sha256 of the record without it. A record of version 1 has none of them: then only what the other checks look at is proven.
+everything else in the folder, ``config``, what config.json was written with besides its quantization_config, and ``sum``,
+the sha256 of the record without it. A record of version 1 has none of them: then only what the other checks look at is
+proven.
 """
 
 from __future__ import annotations

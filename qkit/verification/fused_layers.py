@@ -1,6 +1,6 @@
-"""Linears that engines load as one, by their names, and whether a packed folder keeps to what that asks.
+"""The linears that engines load as one, by their names, and the check that a packed folder treats them alike.
 
-Part of the independent proof of a packed checkpoint (see ``verify.py``); ``preflight`` looks at the same groups.
+Part of the independent proof of a packed checkpoint (see ``verify.py``); ``engine_fits`` looks at the same groups.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def check_fused(record: Record, decoded: Mapping[str, DecodedLinear], findings: 
     NVFP4's global scales, the only scale of a tensor, scales of static inputs. Experts of a layer need one format too, and
     all of them to be quantized.
 
-    Formats may differ where the recipe asks for it (``engine: any``); ``preflight`` says which engines load the result.
+    Formats may differ where the recipe asks for it (``engine: any``); ``engine_fits`` says which engines load the result.
     """
     names = {*record.linears, *record.skipped}
     derived = [group for group in fused_groups(names) if not _is_torn(record, group)]

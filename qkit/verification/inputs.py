@@ -1,4 +1,4 @@
-"""What is done to the inputs of linears at run time: that its tensors are there, and can be what the record says.
+"""The check of what is done to inputs of linears at run time: its tensors are there and agree with the record.
 
 Part of the independent proof (see ``verify.py``). A loader that misses a transform multiplies inputs with a weight that was
 made for others, so a tensor that belongs to none is a problem, too.

@@ -1,4 +1,4 @@
-"""Which engines load a model as a whole: what ``engine_fits`` says of every combination of formats in it, put together.
+"""The engines that load a whole model: the answers of ``engine_fits`` for all combinations of formats in it, put together.
 
 ``verify`` asks it of what it read back, ``plan`` of what it is about to make.
 """

@@ -1,7 +1,7 @@
-"""What a packed pipeline says of the files around its transformer, checked against the folder.
+"""The check of a packed pipeline: the files around its transformer, and its policy by step.
 
-Part of the independent proof (see ``verify.py``): a pipeline's own qkit.json lists every file beside the transformer's folder
-with its sha256; the transformer's folder has a record of its own, which since format version 2 is in that list.
+Part of the independent proof (see ``verify.py``): a pipeline's own qkit.json lists every file beside the transformer's
+folder with its sha256; the transformer's folder has a record of its own, which since format version 2 is in that list.
 """
 
 from __future__ import annotations

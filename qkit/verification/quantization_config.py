@@ -1,4 +1,4 @@
-"""What ``quantization_config`` promises to an engine, checked against what qkit.json says was done.
+"""The check of ``quantization_config``: what it promises to an engine must agree with qkit.json.
 
 Part of the independent proof (see ``verify.py``). The layout and its rules are those of compressed-tensors 0.20:
 ``QuantizationConfig``, ``QuantizationScheme`` and ``QuantizationArgs``, of which the last two forbid unknown keys.

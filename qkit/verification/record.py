@@ -1,4 +1,4 @@
-"""What a packed folder says about itself: ``qkit.json``, read without trust.
+"""A reader of ``qkit.json`` that trusts nothing.
 
 Part of the independent proof of a packed checkpoint (see ``verify.py``): nothing here comes from the
 code that writes checkpoints. Every fault becomes a ``Problem``; reading goes on as far as it can, so

@@ -1,4 +1,4 @@
-"""Weights that are tied, and what a job committed, held against a packed folder.
+"""The checks of tied weights, and of a packed folder against the journal of its job.
 
 Part of the independent proof (see ``verify.py``).
 """

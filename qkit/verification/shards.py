@@ -1,4 +1,4 @@
-"""The set of files with the packed weights of a folder: shards and their index, and the tensors in them.
+"""The check of the weight files of a folder: the shards, their index, and the tensors in them.
 
 Part of the independent proof (see ``verify.py``).
 """

@@ -1,4 +1,4 @@
-"""JSON read strictly: what two readers could understand in two ways is refused.
+"""A strict JSON reader: text that two readers could understand in two ways is refused.
 
 Part of the independent proof of a packed checkpoint (see ``verify.py``).
 """

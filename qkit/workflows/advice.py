@@ -1,4 +1,4 @@
-"""The method that a request gets where it names none, beside a better one and what that costs."""
+"""The default method of a request that names none, beside a better one and its cost."""
 
 from __future__ import annotations
 

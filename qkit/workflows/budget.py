@@ -1,4 +1,4 @@
-"""From a budget to rules: what ``qkit quantize --bits 3.5`` does before it plans.
+"""The work behind ``qkit quantize --bits 3.5``: from a budget to rules, before anything is planned.
 
 Reads a profile (or makes it first), solves for the plan of least predicted cost, measures whole plans if asked to, and
 gives the request back with one rule per candidate in use.

@@ -1,4 +1,4 @@
-"""From what a user asks of the KV cache (--kv, --kv-memory, --max-length) to the policy that goes into the checkpoint."""
+"""The work behind --kv, --kv-memory and --max-length: from the request to the policy that goes into the checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has to be measured before a request is decided, told from names and shapes: no weight is read for it.
+"""The measurements that come before a request is decided, forecast from names and shapes: no weight is read.
 
 Seconds depend on the machine, so what measuring takes is held against the operations of the quantization itself.
 """

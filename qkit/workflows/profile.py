@@ -1,4 +1,4 @@
-"""The work behind ``qkit profile``: from a request to a profile, and how far its predictions were from the truth."""
+"""The work behind ``qkit profile``: from a request to a profile, and the distance of its predictions from the truth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ReQuant: how many outliers each layer keeps, found by what the post-quantization integral says of the base method.
+"""ReQuant: the number of outliers of each layer, by the post-quantization integral of the base method.
 
 Hu et al., arXiv 2503.01901, section 4, figure 1 and algorithm 1:
  1. quantize with the base method; the mean sensitivity of an element of layer l is m_l = mean_j |gbar_j (w~_j - w_j)|;
@@ -6,9 +6,9 @@ Hu et al., arXiv 2503.01901, section 4, figure 1 and algorithm 1:
     quantized anew, and the t of the least loss is kept;
  3. significant weights are then detached step by step (``sensitivity.repair``), in the run that follows.
 
-The listing is not in the paper's text. Our choices: t in 0, 0.5, 1, 2 (0 is the same ratio everywhere); no layer takes out more
-than 10 % of its weights; what is compared is the KL divergence from the original on calibration rows. Every trial is a job
-that resumes; that of the chosen t becomes the job of the run, so nothing is solved twice.
+The listing is not in the paper's text. Our choices: t in 0, 0.5, 1, 2 (0 is the same ratio everywhere); no layer takes out
+more than 10 % of its weights; what is compared is the KL divergence from the original on calibration rows. Every trial is a
+job that resumes; that of the chosen t becomes the job of the run, so nothing is solved twice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether the parts of a model beside its language model are quantized, where the user leaves it open: by measuring.
+"""The decision to quantize the parts beside a language model, by measuring, where the user leaves it open.
 
 Each part is rounded to the scheme asked for, alone, and the divergence of the answers that this brings (KL from the
 original, nats a token) is held against the bytes that it saves. A vision tower or a projector is quantized where a byte
