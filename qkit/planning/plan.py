@@ -71,13 +71,15 @@ class Plan:
     """The decisions for a whole run. linears and skipped: by checkpoint name (without '.weight'), in file order.
 
     run_dtype: what blocks are run in where there are calibration rows (``machine.run_dtype``); dtype: the checkpoint's
-    significant: how many weights of the whole model go to sparse parts after it is quantized calibration: the rows that
-    solvers, transforms or the scales of the KV cache are measured on; None where none are needs_rows: whether the blocks
-    are solved with these rows kv: the KV cache policy (``qkit.kvcache.policy``) that the model is to be run with pipeline:
-    of a diffusion pipeline, {name: digest} of what is around its transformer; side_files: of what lies beside the weights
-    and goes with them (``files.side_files``) policy: precision by step that is asked for
-    (``qkit.diffusion.policy.PolicyConfig``) key_exponents: of the scales of keys (``qkit.transforms.keys``), by block, head
-    and rotary pair fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
+    significant: how many weights of the whole model go to sparse parts after it is quantized
+    calibration: the rows that solvers, transforms or the scales of the KV cache are measured on; None where none are
+    needs_rows: whether the blocks are solved with these rows
+    kv: the KV cache policy (``qkit.kvcache.policy``) that the model is to be run with
+    pipeline: of a diffusion pipeline, {name: digest} of what is around its transformer; side_files: of what lies beside the
+    weights and goes with them (``files.side_files``)
+    policy: precision by step that is asked for (``qkit.diffusion.policy.PolicyConfig``)
+    key_exponents: of the scales of keys (``qkit.transforms.keys``), by block, head and rotary pair
+    fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
     """
 
     linears: dict[str, LinearPlan]

@@ -5,9 +5,11 @@ One safetensors file per candidate. A map of every weight would be as large as t
 "<candidate>:<linear>:<part>", with s_j = gbar_j (w~_j - w_j), signed, in nats a token:
 
   rows       float32 [out], the sum of s over each row; all rows of all linears of a unit add up to the unit's ``pqi`` cost
-columns    float32 [in], the sum over each column coverage   float32 [4], the share of sum |s| that the 0.1 %, 0.5 %, 1 %
-and 5 % of the weights with the largest |s| hold (at least one weight each; 0 where all s are 0) top_index  int64 [k], those
-0.1 %: places in the weight row by row, by falling |s|, equal ones by place top_value  float32 [k], their s
+  columns    float32 [in], the sum over each column
+  coverage   float32 [4], the share of sum |s| that the 0.1 %, 0.5 %, 1 % and 5 % of the weights with the largest |s| hold (at
+             least one weight each; 0 where all s are 0)
+  top_index  int64 [k], those 0.1 %: places in the weight row by row, by falling |s|, equal ones by place
+  top_value  float32 [k], their s
 """
 
 from __future__ import annotations
