@@ -21,8 +21,8 @@ T = TypeVar("T")
 class Allocation:
     """A format for every unit, with its bytes and its predicted cost.
 
-    picks: {unit: candidate}; bytes: of the units; limit: what they may take, None: any number; cost: predicted, in the unit
-    of ``measure``; gap: to the proven bound; time, time_limit: nanoseconds, where there is a latency budget.
+    picks: {unit: candidate}; bytes: of the units; limit: the most bytes, None: any number; cost: predicted, in the unit of
+    ``measure``; gap: to the proven bound; time, time_limit: nanoseconds, where there is a latency budget.
     """
 
     picks: dict[str, str]

@@ -70,7 +70,7 @@ def measure_points(
 
 
 def mean_bits(profile: Profile, size: int) -> float:
-    """Bits of a weight when all units together take ``size`` bytes."""
+    """The mean bits of a weight when all units together have ``size`` bytes."""
     return 8 * size / sum(u.weights for u in profile.units)
 
 

@@ -91,7 +91,7 @@ def _swaps(profile: Profile, picks: Picks, limit: int | None, latency: Latency |
     room += [] if latency is None else [latency.limit - latency.of(picks)]
 
     def increase_of(key: str, name: str, size: int) -> list[int]:
-        """What a change takes beyond the present choice, by limited resource."""
+        """The increase of each limited resource by a change."""
         time = [] if latency is None else [latency.times[key, name] - latency.times[key, picks[key]]]
         return ([] if limit is None else [size]) + time
 

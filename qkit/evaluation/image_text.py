@@ -26,7 +26,7 @@ from qkit.families.discover import family_of
 from qkit.kvcache.argument import with_cache
 
 PIECE = 256  # questions whose images are held in memory at once, at most
-PIXELS = 16 << 20  # of these images, after which no more are taken up
+PIXELS = 16 << 20  # of these images, after which a new piece begins
 BATCH = 32  # questions per forward pass, at most
 MORE = 8  # tokens that a generated answer may be longer than the right one
 

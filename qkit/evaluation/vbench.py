@@ -3,7 +3,7 @@ VBench scores them.
 
 VBench pins libraries that are older than qkit's, so it keeps an interpreter of its own: qkit writes the videos, runs VBench
 in that interpreter and reads the scores that it leaves. Its own prompts give five videos each, as its rules say; or those
-of a pipeline are taken, and judged by the dimensions that need no more than a prompt (VBench's ``custom_input``).
+of a pipeline are used, and scored by the dimensions that need no more than a prompt (VBench's ``custom_input``).
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ OWN = ("config.json", RECORD, "qkit-rejected.json")  # at the top: written for t
 VOCABULARIES = ("tokenizer.json", "*vocab*.json", "added_tokens.json", "tekken.json", "encoder.json", "dict*.json")
 # Figures of a training run: no loader reads them, and they may hold NaN, which is no JSON. They are copied as they are.
 FIGURES = ("trainer_state.json", "*results.json", "*metrics.json")
-# What loaders take for an object without a look.
+# Files that loaders use as a JSON object without a check.
 OBJECTS = ("*config.json", "tokenizer.json", "special_tokens_map.json", "chat_template.json")
 MODULES = "modules.json"  # of sentence-transformers: the folders of what follows the transformer
 

@@ -63,7 +63,7 @@ def _check_solved_together(names: tuple[str, ...], planned: list[LinearPlan]) ->
 
 
 def check_shapes(structure: ModelStructure, linears: Mapping[str, LinearPlan], engine: str) -> None:
-    """Raises Unsupported for formats that no kernel of vLLM takes in these shapes, unless ``engine`` is ANY."""
+    """Raises Unsupported for formats that no kernel of vLLM supports in these shapes, unless ``engine`` is ANY."""
     if engine == ANY:
         return
     for p in linears.values():

@@ -23,7 +23,7 @@ class Request:
     options given here go over it. rules: as in a recipe, what an allocation decided. effort: a name of EFFORTS, options of
     learned rounding. outliers, rank, significant, targets: as in a recipe; None: what the recipe says. call: of a diffusion
     pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and rows_memory the bytes
-    that rows may take in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run with, as
+    that rows may use in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run with, as
     ``Policy.to_json`` gives it; key_exponents: as in a plan.
     """
 

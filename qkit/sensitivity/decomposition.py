@@ -23,7 +23,7 @@ from torch import Tensor
 from qkit.errors import BadInput
 from qkit.files.safefile import read_header, read_tensor, save_tensors
 
-PER_MILLE = (1, 5, 10, 50)  # of the weights, where coverage is told
+PER_MILLE = (1, 5, 10, 50)  # of the weights, at which coverage is stored
 
 
 def decomposition_file(folder: Path, candidate: str) -> Path:

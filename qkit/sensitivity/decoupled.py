@@ -1,10 +1,10 @@
 """The input width of each linear of a diffusion transformer, the same at all steps: MixDQ (arXiv 2405.17873, sections 3.3
 and 3.4).
 
-Linears that shape what a sample shows (feed-forward, cross-attention) are judged by what becomes of the sample, SSIM of its
-frames; all others by the noise in what the transformer gives, SQNR of its outputs for the same inputs. The two are never
-put on one scale: each group is solved by itself, for several ways to share the budget out between them, and of the
-resulting configurations that one is taken whose samples are nearest to those of inputs as they are.
+Linears that shape the content of a sample (feed-forward, cross-attention) are scored by SSIM of the sample's frames, all
+others by SQNR of the transformer's outputs for the same inputs. The two scores are never put on one scale: each group is
+solved by itself, for several ways to share the budget out between them, and of the resulting configurations the one is used
+whose samples are nearest to those of inputs as they are.
 
 Ours: widths are 4 (NVFP4) and 8 (INT8), both measured; PROMPTS for the scores and PICKED for the pick (MixDQ: 32, and one);
 every linear counts the same in the mean width, as in the log of a run, so that MixDQ's integer program is solved by

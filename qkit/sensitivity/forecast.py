@@ -1,7 +1,7 @@
 """The forecast of a profile, from shapes alone: solver runs, passes through the model, and peak memory.
 
-Counts are of a profile that starts from nothing; what an earlier run left behind is not taken off. Seconds depend on the
-machine and are not told; a pass with gradients takes about three times the operations of one without.
+Counts are of a profile that starts from nothing; results of an earlier run are not subtracted. Seconds depend on the
+machine and are not given; a pass with gradients takes about three times the operations of one without.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Where the labels of a token are drawn from the model, its expected loss changes by d^T F d / 2, to second order, as the
 hidden state behind a block changes by d; F = E[g g^T], g the gradient of the loss there, is the Fisher matrix of the hidden
-state (Martens & Grosse, arXiv 1503.05671, section 3, where it is one of a layer's two factors). An error is then worth what
-the rest of the model makes of it, and not its squares.
+state (Martens & Grosse, arXiv 1503.05671, section 3, where it is one of a layer's two factors). An error then counts by its
+effect on the loss, and not by its squares.
 
 Ours: one F for all tokens of a block, of few rows, and a share of the identity in it, since directions that these rows
 never needed are not free of charge.

@@ -301,7 +301,7 @@ def engine_fits(
     method: str = "compressed-tensors",
     facts: ModelFacts = _NOTHING,
 ) -> list[EngineFit]:
-    """How each engine takes linears of these formats, stored in ``packing`` under ``quant_method`` ``method``."""
+    """The answer of each engine for linears of these formats, stored in ``packing`` under ``quant_method`` ``method``."""
     qkit_fit = EngineFit("qkit", "qkit.load", ())
     if method != "compressed-tensors":
         unknown_method = (f"it does not know quant_method '{method}'",)

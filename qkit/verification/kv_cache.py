@@ -1,7 +1,7 @@
 """The check of the KV cache of a packed folder: its policy in qkit.json, and the static scales that engines read.
 
-Part of the independent proof (see ``verify.py``). An engine that finds no scale for a layer takes 1, with one warning at
-the most, so each is looked for here: under ``kv_cache_scheme`` every attention module has to have its ``k_scale`` and its
+Part of the independent proof (see ``verify.py``). An engine that finds no scale for a layer uses 1, with one warning at the
+most, so each is looked for here: under ``kv_cache_scheme`` every attention module has to have its ``k_scale`` and its
 ``v_scale``, and no other tensor may be called that.
 """
 

@@ -85,7 +85,7 @@ class AllocationProblem:
 
     @property
     def solvable(self) -> bool:
-        """Whether the plan of least cost can be told without measuring."""
+        """Whether the plan of least cost can be found without measuring."""
         return self.profile_request is None and not (self.cache is not None and self.cache.chooses)
 
 

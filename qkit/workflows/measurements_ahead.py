@@ -1,6 +1,6 @@
 """The measurements that come before a request is decided, forecast from names and shapes: no weight is read.
 
-Seconds depend on the machine, so what measuring takes is held against the operations of the quantization itself.
+Seconds depend on the machine, so the cost of measuring is given in operations of the quantization itself.
 """
 
 from __future__ import annotations

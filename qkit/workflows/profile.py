@@ -233,7 +233,7 @@ def _prepare(request: ProfileRequest) -> _PreparedProbes:
 
 
 def _group(candidate: Candidate, group_size: int | None) -> int | None:
-    """The group size to ask for: only integer formats in groups take one."""
+    """The group size to ask for: only integer formats in groups have a free one."""
     s = candidate.scheme
     free = s is not None and s.weights.kind == "int" and s.weights.strategy == "group"
     return group_size if free else None

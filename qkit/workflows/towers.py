@@ -115,7 +115,7 @@ def decide_towers(towers: OpenTowers, progress: Progress) -> tuple[Request, list
     costs = measure_towers(recipe, structure, rows, towers.request.threads or available_cores(), progress)
     language_cost, targets, notes = costs[LANGUAGE], dict(towers.request.targets or {}), list[str]()
     for name in towers.undecided:
-        # Figures are told, and not kept: the plan must not depend on the last digit of a sum.
+        # Figures are printed, and not stored: the plan must not depend on the last digit of a sum.
         keep = costs[name].rate > language_cost.rate
         reason = "a byte saved in it costs more than one in the language model"
         targets[name] = f"{SKIP}: {reason}" if keep else recipe.scheme
