@@ -25,8 +25,8 @@ REGION = re.compile(r"^(<!-- generated:(\S+) -->\n).*?^(<!-- /generated:\2 -->)$
 MARK = re.compile(r"^<!-- /?generated:", re.MULTILINE)  # a sentence may speak of a mark
 # docs/ is built by itself and cannot show a file outside: these are copies, by name in docs/figures.
 FIGURES = {
-    "comparison.png": "reports/lead/tiny-llama.png",
-    "outliers.png": "reports/lead/outliers.png",
+    "comparison.png": "reports/comparison/tiny-llama.png",
+    "outliers.png": "reports/comparison/outliers.png",
     "kv-cache.png": "reports/kvcache/tiny-llama-long.png",
     "kv-length.png": "reports/kvcache/length.png",
     "video.png": "reports/video/tiny-video.png",

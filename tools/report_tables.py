@@ -55,7 +55,7 @@ def cell(row: Row, text: str, rival: Row | None) -> str:
 
 def comparison(*schemes: str) -> str:
     """All runs of these schemes, the largest divergence first."""
-    everything = report("lead/tiny-llama")
+    everything = report("comparison/tiny-llama")
     rows = []
     for scheme in schemes:
         runs = [r for r in everything if r["scheme"] == scheme]
@@ -80,7 +80,7 @@ def comparison(*schemes: str) -> str:
 
 def summary() -> str:
     """One row per scheme: the run of qkit with the smallest divergence beside that of the best rival."""
-    everything = report("lead/tiny-llama")
+    everything = report("comparison/tiny-llama")
     original = report("quality/tiny-llama")["reference"]
     rows = []
     for scheme in ("w4a16", "w3a16", "w2a16", "nvfp4", "w8a8"):
@@ -143,7 +143,7 @@ def choices() -> str:
     ]
     names = {"written": NEW_NAMES.get("--written", "--written") + " 192"}
     names |= {old: NEW_NAMES.get(old, old) for old in ("weigh", "whole")}
-    everything = {(r["scheme"], r["kind"]): r for r in report("lead/tiny-llama")}
+    everything = {(r["scheme"], r["kind"]): r for r in report("comparison/tiny-llama")}
     rows = []
     for need, scheme, kind, arguments in wanted:
         run = everything[scheme, f"qkit {kind}"]
@@ -166,7 +166,7 @@ def choices() -> str:
 def outliers_rivals() -> str:
     """The model with outliers beside rivals."""
     order = {"w4a16": 0, "w3a16": 1, "nvfp4": 2, "w8a8": 3}
-    runs = sorted(report("lead/outliers"), key=lambda r: (order[r["scheme"]], -r["wikitext2"]["kl"]))
+    runs = sorted(report("comparison/outliers"), key=lambda r: (order[r["scheme"]], -r["wikitext2"]["kl"]))
     return markdown(
         [
             {

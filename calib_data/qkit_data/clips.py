@@ -1,4 +1,4 @@
-"""Short clips of moving shapes with the words that describe them: what tiny-video learns, and is judged by.
+"""Short clips of moving shapes with the words that describe them: what tiny-video learns, and is measured by.
 
 A clip is FRAMES pictures of SIZE x SIZE with one shape, or two that hit each other, on a dark ground. The same seed gives the
 same clip; seeds from TRAINING on are for training, below for evaluation.

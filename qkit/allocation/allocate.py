@@ -1,4 +1,4 @@
-"""A profile and a budget -> which unit gets which candidate, and the recipe that says so."""
+"""The allocation of a budget: a candidate for every unit, from a profile, and the recipe that states it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """picks: {unit: candidate}; bytes: of the units; limit: what they may take, None: any number; cost: predicted, in the unit
-    of ``measure``; gap: to the proven bound; time, time_limit: nanoseconds, where there is a latency budget."""
+    """A format for every unit, with its bytes and its predicted cost.
+
+    picks: {unit: candidate}; bytes: of the units; limit: the most bytes, None: any number; cost: predicted, in the unit of
+    ``measure``; gap: to the proven bound; time, time_limit: nanoseconds, where there is a latency budget.
+    """
 
     picks: dict[str, str]
     bytes: int
@@ -32,16 +35,16 @@ class Allocation:
     time_limit: int | None = None
 
 
-def limit_bytes(profile: Profile, budget: Budget, beside: int) -> int | None:
-    """Bytes that the units may take; None: any number. beside: what else a size (headers of the files) or a memory (activations
-    and KV cache at the budget's context) has to hold."""
+def limit_bytes(profile: Profile, budget: Budget, other_bytes: int) -> int | None:
+    """The bytes that the units may use; None: any number. other_bytes: the bytes of everything else that a size (headers of the
+    files) or a memory (activations and KV cache at the budget's context) has to hold."""
     if budget.bits is not None:
         return int(budget.bits * sum(u.weights for u in profile.units) / 8)
     total = budget.memory if budget.size is None else budget.size
-    return None if total is None else total - beside - profile.fixed_bytes
+    return None if total is None else total - other_bytes - profile.fixed_bytes
 
 
-def bounded(
+def apply_bounds(
     profile: Profile, floors: Sequence[tuple[str, str]] = (), ceilings: Sequence[tuple[str, str]] = ()
 ) -> Profile:
     """The profile without the choices that the bounds exclude.
@@ -57,21 +60,23 @@ def bounded(
                 raise UsageError(f"{option} {glob}: matches no layer of the profile")
     units = []
     for u in profile.units:
-        least = max((u.choices[c].bytes for g, c in floors if _matches(u, g) and c in u.choices), default=0)
-        most = min((u.choices[c].bytes for g, c in ceilings if _matches(u, g) and c in u.choices), default=None)
-        open_ = {n: c for n, c in u.choices.items() if c.bytes >= least and (most is None or c.bytes <= most)}
-        if not open_:
+        smallest = max((u.choices[c].bytes for g, c in floors if _matches(u, g) and c in u.choices), default=0)
+        largest = min((u.choices[c].bytes for g, c in ceilings if _matches(u, g) and c in u.choices), default=None)
+        allowed = {
+            n: c for n, c in u.choices.items() if c.bytes >= smallest and (largest is None or c.bytes <= largest)
+        }
+        if not allowed:
             raise UsageError(
                 f"{u.linears[0]}: no format is left between its --floor and its --ceiling: change one of them"
             )
-        units.append(replace(u, choices=open_))
+        units.append(replace(u, choices=allowed))
     return replace(profile, units=tuple(units))
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What the choices of a profile come to, from the smallest everywhere to the largest everywhere, beside what a budget asks
-    for: all three in bits of a weight (option --bits) or in bytes of the whole."""
+    """The range of sizes that the choices of a profile reach, beside the budget: all three in bits of a weight (option
+    --bits) or in bytes of the whole."""
 
     option: str
     asked: float
@@ -81,45 +86,48 @@ class Reach:
     def __str__(self) -> str:
         """A line for a person, of a budget that can be met."""
         bits = self.option == "--bits"
-        asked, least, most = (
+        budget, smallest, largest = (
             f"{x:.3f} bits a weight" if bits else f"{x / 1e6:.2f} MB" for x in (self.asked, self.least, self.most)
         )
-        beyond = ", and even the largest formats fit" if self.most <= self.asked else ""
-        return f"{self.option} {asked} can be met: the formats to choose from reach {least} to {most}{beyond}"
+        note = ", and even the largest formats fit" if self.most <= self.asked else ""
+        return f"{self.option} {budget} can be met: the formats to choose from reach {smallest} to {largest}{note}"
 
 
-def reach(profile: Profile, budget: Budget, beside: tuple[int, int]) -> Reach | None:
-    """What the choices come to under a budget; None: it is of time alone. beside: at the least and at the most, as for
-    ``limit_bytes``."""
+def reach(profile: Profile, budget: Budget, other_bytes: tuple[int, int]) -> Reach | None:
+    """The range of sizes beside a budget; None for a budget of time alone. other_bytes: bytes at the least and at the most,
+    as for ``limit_bytes``."""
     sizes = [[c.bytes for c in u.choices.values()] for u in profile.units]
-    least, most = sum(map(min, sizes)), sum(map(max, sizes))
+    smallest, largest = sum(map(min, sizes)), sum(map(max, sizes))
     if budget.bits is not None:
         weights = sum(u.weights for u in profile.units)
-        return Reach("--bits", budget.bits, 8 * least / weights, 8 * most / weights)
-    asked = budget.memory if budget.size is None else budget.size
-    if asked is None:
+        return Reach("--bits", budget.bits, 8 * smallest / weights, 8 * largest / weights)
+    budget_bytes = budget.memory if budget.size is None else budget.size
+    if budget_bytes is None:
         return None
-    low, high = (n + other + profile.fixed_bytes for n, other in zip((least, most), beside, strict=True))
-    return Reach("--memory" if budget.size is None else "--size", asked, low, high)
+    low, high = (n + extra + profile.fixed_bytes for n, extra in zip((smallest, largest), other_bytes, strict=True))
+    return Reach("--memory" if budget.size is None else "--size", budget_bytes, low, high)
 
 
-def refuse_too_small(profile: Profile, budget: Budget, beside: int, floor: bool = False, measured: bool = True) -> None:
-    """Raises Unsupported where the smallest choices are too large for the budget. floor: whether a --floor left some out;
+def refuse_too_small(
+    profile: Profile, budget: Budget, other_bytes: int, floor: bool = False, measured: bool = True
+) -> None:
+    """Raises Unsupported where the smallest choices are too large for the budget. floor: whether a --floor excluded some;
     measured: whether the profile is there, or only what shapes say of it."""
-    limit, found = limit_bytes(profile, budget, beside), reach(profile, budget, (beside, beside))
-    least = sum(min(c.bytes for c in u.choices.values()) for u in profile.units)
-    if limit is None or found is None or least <= limit:
+    limit, reached = limit_bytes(profile, budget, other_bytes), reach(profile, budget, (other_bytes, other_bytes))
+    smallest = sum(min(c.bytes for c in u.choices.values()) for u in profile.units)
+    if limit is None or reached is None or smallest <= limit:
         return
-    if found.option == "--bits":
-        given, needed = f"{found.asked:g}", f"{ceil(1000 * found.least) / 1000}"
+    if reached.option == "--bits":
+        stated_budget, needed = f"{reached.asked:g}", f"{ceil(1000 * reached.least) / 1000}"
     else:
-        at = f"@{budget.context}" if found.option == "--memory" else ""
-        given, needed = f"{found.asked / 1e6:.2f}MB{at}", f"{ceil(found.least / 1e4) / 100}MB{at}"
+        at = f"@{budget.context}" if reached.option == "--memory" else ""
+        stated_budget, needed = f"{reached.asked / 1e6:.2f}MB{at}", f"{ceil(reached.least / 1e4) / 100}MB{at}"
     lower = ", lower --floor" if floor else ""
-    of = "formats of the profile" if measured else f"of {', '.join(profile.candidates)}"
+    formats = "formats of the profile" if measured else f"of {', '.join(profile.candidates)}"
     smaller = "profile smaller ones" if measured else "name smaller ones with --candidates"
     raise Unsupported(
-        f"{found.option} {given}: the smallest {of} need {found.option} {needed}: raise the budget{lower} or {smaller}"
+        f"{reached.option} {stated_budget}: the smallest {formats} need {reached.option} {needed}: "
+        f"raise the budget{lower} or {smaller}"
     )
 
 
@@ -134,8 +142,8 @@ def allocate(profile: Profile, limit: int | None, measure: str, latency: Latency
     limits |= {} if latency is None else {"nanoseconds": latency.limit}
     units = choices_of(profile, measure, latency)
     try:
-        found = knapsack.solve(units, limits)
-    except knapsack.Excluded as e:
+        solution = knapsack.solve(units, limits)
+    except knapsack.Infeasible as e:
         if e.resource != "nanoseconds" or latency is None:
             raise
         within = "" if limit is None else " within the budget of bytes"
@@ -143,16 +151,16 @@ def allocate(profile: Profile, limit: int | None, measure: str, latency: Latency
             f"--latency {latency.limit / 1e6:.3f}ms: the fastest formats of the profile take {e.least / 1e6:.3f}ms{within}: "
             "raise one of the budgets, or profile faster formats"
         ) from e
-    chosen = [unit[i] for unit, i in zip(units, found.picks, strict=True)]
+    chosen = [unit[i] for unit, i in zip(units, solution.picks, strict=True)]
     picks = {u.key: c.name for u, c in zip(profile.units, chosen, strict=True)}
     size = sum(c.uses["bytes"] for c in chosen)
-    time, time_limit = (None, None) if latency is None else (found.used["nanoseconds"], latency.limit)
+    time, time_limit = (None, None) if latency is None else (solution.used["nanoseconds"], latency.limit)
     return Allocation(
         picks=picks,
         bytes=size,
         limit=limit,
-        cost=found.cost,
-        gap=found.gap,
+        cost=solution.cost,
+        gap=solution.gap,
         measure=measure,
         time=time,
         time_limit=time_limit,
@@ -160,7 +168,7 @@ def allocate(profile: Profile, limit: int | None, measure: str, latency: Latency
 
 
 def choices_of(profile: Profile, measure: str, latency: Latency | None) -> list[list[knapsack.Choice]]:
-    """Every unit's choices for the knapsack; one that seems to gain by rounding costs nothing."""
+    """The choices of every unit for the knapsack; one that seems to gain by rounding costs nothing."""
 
     def choice(unit: UnitProfile, name: str) -> knapsack.Choice:
         size, cost = unit.choices[name].bytes, unit.choices[name].costs[measure]
@@ -179,30 +187,30 @@ def rules(profile: Profile, picks: dict[str, str]) -> list[dict[str, Any]]:
 
     A group size that the profile was made with applies to the schemes that have one.
     """
-    found: list[dict[str, Any]] = []
+    recipe_rules: list[dict[str, Any]] = []
     for candidate in profile.candidates:
         names = [n for u in profile.units if picks[u.key] == candidate for n in u.linears]
         if not names:
             continue
         if candidate == "keep":
-            found.append({"match": names, "skip": "the budget allows it to stay as it is"})
+            recipe_rules.append({"match": names, "skip": "the budget allows it to stay as it is"})
             continue
         group = profile.request["group_sizes"][candidate]
         scheme = candidate.partition("+")[0]
-        found.append({"match": names, "scheme": scheme, **({} if group is None else {"group_size": group})})
-    return found
+        recipe_rules.append({"match": names, "scheme": scheme, **({} if group is None else {"group_size": group})})
+    return recipe_rules
 
 
 def outliers(profile: Profile, picks: dict[str, str]) -> dict[str, float] | None:
-    """{linear: percent of its weights in a sparse part} of those that have one; None where no unit has."""
-    return _beside(profile, picks, profile.request["outliers"])
+    """The percent of weights in a sparse part, {linear: percent}, of those that have one; None where no unit has."""
+    return _by_linear(profile, picks, profile.request["outliers"])
 
 
 def ranks(profile: Profile, picks: dict[str, str]) -> dict[str, int] | None:
-    """{linear: rank of its low-rank part} of those that have one; None where no unit has."""
-    return _beside(profile, picks, profile.request.get("ranks", {}))
+    """The rank of the low-rank part, {linear: rank}, of those that have one; None where no unit has."""
+    return _by_linear(profile, picks, profile.request.get("ranks", {}))
 
 
-def _beside(profile: Profile, picks: dict[str, str], of: Mapping[str, T]) -> dict[str, T] | None:
+def _by_linear(profile: Profile, picks: dict[str, str], of: Mapping[str, T]) -> dict[str, T] | None:
     """of: {candidate: what is beside its codes}"""
     return {n: of[name] for u in profile.units if of.get(name := picks[u.key]) for n in u.linears} or None

@@ -20,7 +20,7 @@ from qkit.errors import NumericFailure, UsageError
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store a unit: what it costs, and what it uses of each resource (bytes, nanoseconds, ..)."""
+    """One way to store a unit: its cost, and its use of each resource (bytes, nanoseconds, ..)."""
 
     name: str
     cost: float
@@ -29,7 +29,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Solution:
-    """picks: the index of the choice of every unit; cost and used: their sums; gap: cost over its proven lower bound, less 1"""
+    """The solution of a knapsack. picks: the index of the choice of every unit; cost and used: their sums; gap: cost over
+    its proven lower bound, less 1"""
 
     picks: tuple[int, ...]
     cost: float
@@ -41,12 +42,13 @@ class Solution:
         return sum(unit[i].uses[resource] for unit, i in zip(units, self.picks, strict=True))
 
 
-class Excluded(UsageError):
-    """Limits that no choice keeps together. resource: the last of them; least: what it needs at least within the others."""
+class Infeasible(UsageError):
+    """The error for limits that no choice keeps together. resource: the last of them; least: the smallest amount of it
+    within the others."""
 
-    def __init__(self, message: str, resource: str, least: int) -> None:
+    def __init__(self, message: str, resource: str, needed: int) -> None:
         super().__init__(message)
-        self.resource, self.least = resource, least
+        self.resource, self.least = resource, needed
 
 
 def solve(units: Sequence[Sequence[Choice]], limits: Mapping[str, int]) -> Solution:
@@ -60,13 +62,13 @@ def solve(units: Sequence[Sequence[Choice]], limits: Mapping[str, int]) -> Solut
             "a unit without choices cannot be allocated: widen --candidates or the rules that exclude them"
         )
     for name, limit in limits.items():
-        least = sum(min(c.uses[name] for c in unit) for unit in units)
-        if least > limit:
-            raise Excluded(
-                f"budget of {limit} {name}: the least of every layer together is {least}: raise the budget, or add other "
+        smallest = sum(min(c.uses[name] for c in unit) for unit in units)
+        if smallest > limit:
+            raise Infeasible(
+                f"budget of {limit} {name}: the least of every layer together is {smallest}: raise the budget, or add other "
                 "formats to --candidates",
                 name,
-                least,
+                smallest,
             )
     costs = np.array([c.cost for unit in units for c in unit])
     if not np.isfinite(costs).all():
@@ -102,33 +104,33 @@ def _milp(
     upper = np.ones(total)
     for name, limit in limits.items():
         # Above the least of each unit and relative to the room there is: what the solver's tolerance is then relative to.
-        least = [min(c.uses[name] for c in unit) for unit in units]
-        room = limit - sum(least)
-        above = np.array([c.uses[name] - m for unit, m in zip(units, least, strict=True) for c in unit], dtype=float)
+        smallest = [min(c.uses[name] for c in unit) for unit in units]
+        room = limit - sum(smallest)
+        above = np.array([c.uses[name] - m for unit, m in zip(units, smallest, strict=True) for c in unit], dtype=float)
         upper[above > room] = 0
         constraints.append(LinearConstraint((above / max(room, 1))[None], -np.inf, 1.0))
     for picks in refused:
         row = np.zeros((1, total))
         row[0, starts[:-1] + np.array(picks)] = 1
         constraints.append(LinearConstraint(row, -np.inf, len(units) - 1))
-    found = milp(
+    result = milp(
         costs / max(float(np.abs(costs).max()), 1e-300),
         constraints=constraints,
         integrality=np.ones(total),
         bounds=Bounds(0, upper),
         options={"mip_rel_gap": 0.0, "time_limit": 60.0},
     )
-    if found.x is None and found.status == 2 and len(limits) > 1 and not refused:
-        *others, last = limits
+    if result.x is None and result.status == 2 and len(limits) > 1 and not refused:
+        *other_limits, last = limits
         by_last = [[Choice(c.name, float(c.uses[last]), c.uses) for c in unit] for unit in units]
-        fewest = solve(by_last, {k: limits[k] for k in others}).used_of(by_last, last)
-        raise Excluded(
-            f"budgets of {', '.join(f'{v} {k}' for k, v in limits.items())}: within the others {last} are at least {fewest}: "
-            "raise one of them",
+        smallest_total = solve(by_last, {k: limits[k] for k in other_limits}).used_of(by_last, last)
+        raise Infeasible(
+            f"budgets of {', '.join(f'{v} {k}' for k, v in limits.items())}: within the others {last} are at least "
+            f"{smallest_total}: raise one of them",
             last,
-            fewest,
+            smallest_total,
         )
-    if found.x is None:
-        raise NumericFailure(f"the allocation was not solved: {found.message}: raise the budget a little")
-    picks = tuple(int(np.argmax(found.x[a:b])) for a, b in pairwise(starts))
-    return picks, float(found.mip_gap or 0.0)
+    if result.x is None:
+        raise NumericFailure(f"the allocation was not solved: {result.message}: raise the budget a little")
+    picks = tuple(int(np.argmax(result.x[a:b])) for a, b in pairwise(starts))
+    return picks, float(result.mip_gap or 0.0)

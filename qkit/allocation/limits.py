@@ -1,4 +1,4 @@
-"""What a user may ask an allocation to keep to: bits, bytes, time; from the words of the command line."""
+"""The limits of an allocation (bits, bytes, time), as the command line states them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ _TIMES = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 
 @dataclass(frozen=True)
 class Budget:
-    """bits: mean stored bits of a quantized weight, scales included; size: bytes of the result's weight files; memory: bytes
-    while running at ``context`` tokens; at most one of the three is given. latency: nanoseconds, and the file of the table that
-    they are counted with; beside one of the three, or alone."""
+    """The limits of an allocation.
+
+    bits: mean stored bits of a quantized weight, scales included; size: bytes of the result's weight files; memory: bytes
+    while running at ``context`` tokens; at most one of the three is given. latency: nanoseconds, and the file of the table
+    that they are counted with; beside one of the three, or alone.
+    """
 
     bits: float | None = None
     size: int | None = None
@@ -30,9 +33,12 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetRequest:
-    """floors, ceilings: (glob, candidate); evaluations: of whole plans, 0 for the solved plan as it is;
-    candidates: of a profile that is still to be made; named: whether the user said where the profile is; cache: the KV cache
-    that a memory budget is shared with."""
+    """The budget of ``qkit quantize``, with the profile and the search that it uses.
+
+    floors, ceilings: (glob, candidate); evaluations: of whole plans, 0 for the solved plan as it is; candidates: of a
+    profile that is still to be made; named: whether the user said where the profile is; cache: the KV cache that a memory
+    budget is shared with.
+    """
 
     budget: Budget
     profile: Path
@@ -48,11 +54,11 @@ class BudgetRequest:
 def parse_budget(bits: float | None, size: str | None, memory: str | None, latency: str | None = None) -> Budget | None:
     """The budget of the command line; None when there is none. Raises UsageError for two limits of bytes or what cannot be
     read."""
-    given = [x for x in (bits, size, memory) if x is not None]
+    byte_limits = [x for x in (bits, size, memory) if x is not None]
     time = None if latency is None else parse_latency(latency)
-    if not given:
+    if not byte_limits:
         return None if time is None else Budget(latency=time)
-    if len(given) > 1:
+    if len(byte_limits) > 1:
         raise UsageError("--bits, --size and --memory exclude each other: give one budget")
     if bits is not None:
         if not 1 <= bits <= 32:
@@ -68,19 +74,19 @@ def parse_budget(bits: float | None, size: str | None, memory: str | None, laten
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """'90MB' -> 90_000_000. Raises UsageError naming the option."""
-    found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
-    if not found or found[2].upper() not in _UNITS or found[1].count(".") > 1:
+    """The number of bytes of a text: '90MB' -> 90_000_000. Raises UsageError naming the option."""
+    match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in _UNITS or match[1].count(".") > 1:
         raise UsageError(f"{option} {text}: expected a number with B, KB, MB, GB, MiB or GiB, for instance 90MB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def parse_latency(text: str) -> tuple[int, Path]:
-    """'12ms@table.json' -> (nanoseconds, file). Raises UsageError."""
+    """The nanoseconds and the file of '12ms@table.json'. Raises UsageError."""
     amount, at, file = text.partition("@")
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(ns|us|ms|s)", amount.strip().lower())
-    if not at or not file or not found or not float(found[1]):
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(ns|us|ms|s)", amount.strip().lower())
+    if not at or not file or not match or not float(match[1]):
         raise UsageError(
             f"--latency {text}: expected a time and a table of 'qkit bench gemv --table', for instance 12ms@table.json"
         )
-    return int(float(found[1]) * _TIMES[found[2]]), Path(file)
+    return int(float(match[1]) * _TIMES[match[2]]), Path(file)

@@ -1,8 +1,8 @@
-"""Who takes part: qkit's own product, dense ones, and other libraries where they are installed.
+"""The contenders of a benchmark: qkit's own product, dense ones, and other libraries where they are installed.
 
-A contender is a name, a function that prepares a weight and one that multiplies with what was prepared. Another one is
-one more function in ``_MAKERS``; each gets its preferred layout and activations in its preferred dtype, and neither
-laying out nor that conversion is timed. What a product needs each time (quantizing activations, sparse and low-rank parts) is.
+A contender is a name, a function that prepares a weight and one that multiplies with what was prepared. Another one is one
+more function in ``_MAKERS``; each gets its preferred layout and activations in its preferred dtype, and neither laying out
+nor that conversion is timed. What a product needs each time (quantizing activations, sparse and low-rank parts) is.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ OWN, BF16, FLOAT32 = "qkit", "dense bf16", "dense float32"
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """One product. dtype: of activations; q: None for a weight that is kept; exact: float32, what the weight stands for;
-    static: float32 [1], the scale of static activation formats; size: bytes of the weight as a checkpoint stores it."""
+    """One product to time. dtype: of activations; q: None for a weight that is kept; exact: float32, what the weight stands
+    for; static: float32 [1], the scale of static activation formats; size: bytes of the weight as a checkpoint stores it."""
 
     candidate: Candidate
     shape: tuple[int, int]
@@ -46,7 +46,7 @@ class Product:
 
     @property
     def activations(self) -> Format | None:
-        """What activations are rounded to."""
+        """The format of the activations."""
         return None if self.candidate.scheme is None else self.candidate.scheme.activations
 
     def rounded(self, x: Tensor) -> Tensor:
@@ -56,8 +56,8 @@ class Product:
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """size: bytes of the weight as it is read; dtype: of the activations it gets; rounds: whether it rounds activations to 8
-    bits on its own, which is then part of its error."""
+    """One implementation of a product. size: bytes of the weight as it is read; dtype: of the activations it gets; rounds:
+    whether it rounds activations to 8 bits on its own, which is then part of its error."""
 
     name: str
     size: int
@@ -67,8 +67,8 @@ class Contender:
     rounds: bool = False
 
 
-def problem(candidate: Candidate, shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> Product:
-    """A random weight in a candidate's format. Raises Unsupported where the format cannot have that shape."""
+def random_product(candidate: Candidate, shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> Product:
+    """A product of a random weight in a candidate's format. Raises Unsupported where the format cannot have that shape."""
     generator = torch.Generator().manual_seed(seed)
     static = torch.ones(1)
     if candidate.scheme is None:
@@ -83,20 +83,21 @@ def problem(candidate: Candidate, shape: tuple[int, int], dtype: torch.dtype, se
             size=kept_weight.nbytes,
         )
     weights, activations = fit_group(candidate.scheme.weights, shape[1]), candidate.scheme.activations
-    kept = outlier_count(candidate.outliers, shape)
-    q = random_weight(weights, shape, kept, generator)
+    sparse_count = outlier_count(candidate.outliers, shape)
+    q = random_weight(weights, shape, sparse_count, generator)
     if candidate.rank:
-        thin = (torch.randn(n, candidate.rank, generator=generator) * 0.02 for n in shape)
-        up, down = (t.to(torch.bfloat16) for t in thin)
+        factors = (torch.randn(n, candidate.rank, generator=generator) * 0.02 for n in shape)
+        up, down = (t.to(torch.bfloat16) for t in factors)
         q = replace(q, low_rank=LowRank(down.T.contiguous(), up))
     if activations is not None and activations.strategy in ("tensor", "tensor_group"):
         static = torch.tensor([static_scale(4.0, activations)])
-    size = linear_bytes(weights, activations, shape, torch.bfloat16, kept, candidate.rank)
+    size = linear_bytes(weights, activations, shape, torch.bfloat16, sparse_count, candidate.rank)
     return Product(candidate=candidate, shape=shape, dtype=dtype, q=q, exact=dequantize(q), static=static, size=size)
 
 
-def random_weight(fmt: Format, shape: tuple[int, int], kept: int, generator: torch.Generator) -> QTensor:
-    """Random codes over the whole range, random scales, zero points where the format has them, ``kept`` values beside."""
+def random_weight(fmt: Format, shape: tuple[int, int], sparse_count: int, generator: torch.Generator) -> QTensor:
+    """A weight of random codes over the whole range, with random scales, zero points where the format has them, and
+    ``sparse_count`` values beside."""
     low, high = -(1 << (fmt.bits - 1)), 1 << (fmt.bits - 1)
     per_tile = param_shape(fmt, shape)
     scale, zero, global_scale = torch.rand(per_tile, generator=generator) + 0.5, None, None
@@ -115,13 +116,13 @@ def random_weight(fmt: Format, shape: tuple[int, int], kept: int, generator: tor
     else:
         scale = (scale * 0.02).to(torch.bfloat16)
     part = None
-    if kept:
-        places = torch.randperm(shape[0] * shape[1], generator=generator)[:kept].sort().values
-        part = sparse.make(places, torch.randn(kept, generator=generator).to(torch.bfloat16), shape)
+    if sparse_count:
+        places = torch.randperm(shape[0] * shape[1], generator=generator)[:sparse_count].sort().values
+        part = sparse.make(places, torch.randn(sparse_count, generator=generator).to(torch.bfloat16), shape)
     return QTensor(codes, Params(scale, zero, global_scale), fmt, part)
 
 
-def _own(p: Product) -> Iterator[Contender]:
+def _qkit(p: Product) -> Iterator[Contender]:
     q = p.q
     if q is None:
         yield _product(OWN, p, p.dtype)
@@ -250,23 +251,23 @@ def _auto_round(p: Product) -> Iterator[Contender]:
         return
     import auto_round_kernel as ark
 
-    (out, columns), group, none = p.shape, q.format.group, torch.empty(0)
+    (out, columns), group, empty = p.shape, q.format.group, torch.empty(0)
 
     def prepare() -> Tensor:
         codes, scale = q.codes.T.contiguous(), q.params.scale.to(torch.float32).T.contiguous()
         blob: Tensor = ark.repack_quantized_weight(
-            codes, scale, none.to(torch.int8), group, "auto", "int4", "fp32", False
+            codes, scale, empty.to(torch.int8), group, "auto", "int4", "fp32", False
         )
         return blob
 
     def run(w: Tensor, x: Tensor) -> Tensor:
-        y: Tensor = ark.woqgemm(x, w, none, out, columns, group, "auto", "int4", "fp32", False)
+        y: Tensor = ark.woqgemm(x, w, empty, out, columns, group, "auto", "int4", "fp32", False)
         return y
 
     yield Contender(name="auto-round-lib", size=p.size, dtype=torch.float32, prepare=prepare, run=run, rounds=True)
 
 
-_MAKERS = {"cpu": (_own, _dense, _dequantized, _torch_int4, _onnxruntime, _auto_round)}  # by device
+_MAKERS = {"cpu": (_qkit, _dense, _dequantized, _torch_int4, _onnxruntime, _auto_round)}  # by device
 
 
 def check_device(device: str) -> None:
@@ -278,13 +279,13 @@ def check_device(device: str) -> None:
 
 
 def contenders(p: Product, device: str) -> list[Contender]:
-    """Everybody who can take part, qkit first."""
+    """The contenders that can take part, qkit first."""
     check_device(device)
     return [contender for maker in _MAKERS[device] for contender in maker(p)]
 
 
 def operator_of(prepared: Any) -> str | None:
-    """Which of ``qkit_kernels``' operators was chosen, and up to how many rows it runs."""
+    """The operator of ``qkit_kernels`` that was chosen, and up to how many rows it runs."""
     if not isinstance(prepared, ops.PreparedWeight):
         return None
     laid = prepared.laid

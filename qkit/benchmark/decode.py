@@ -1,4 +1,4 @@
-"""Tokens a second of whole models: greedy decoding of one sequence by ``qkit.runtime.generate``, models in turn."""
+"""The tokens per second of whole models: greedy decoding of one sequence by ``qkit.runtime.generate``, models in turn."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from qkit.runtime.generate import Decoder
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeTiming:
-    """prompt: seconds of the prompt and its first token, of the best round; token: seconds of every further token, mean of a
+    """The times of greedy decoding of one model.
+
+    prompt: seconds of the prompt and its first token, of the best round; token: seconds of every further token, mean of a
     round; size: bytes of the weights of all linears, as they are held; floor: seconds that reading them takes, None where a
-    token does not visit all of them."""
+    token does not visit all of them.
+    """
 
     name: str
     prompt: float
@@ -31,7 +34,7 @@ class DecodeTiming:
     refused: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """With tokens a second."""
+        """All fields as a JSON-able dictionary, with tokens a second."""
         return {**asdict(self), "tokens_per_second": None if self.refused else 1 / self.token.p50}
 
 
@@ -47,44 +50,47 @@ class Round:
 def decode(
     models: Sequence[tuple[str, Any]], prompt: int, new: int, rounds: int, host: Host, step: Callable[[], None]
 ) -> list[DecodeTiming]:
-    """Each model ``rounds`` times in turn, on the same random prompt, after a round that does not count.
+    """The times of each model, ``rounds`` times in turn, on the same random prompt, after a round that does not count.
 
     new: tokens after the first one. Raises UsageError where the positions of a model do not suffice. A model whose tokens
     differ between rounds is refused.
     """
     for name, model in models:
-        most = getattr(model.config, "max_position_embeddings", None)
-        if most is not None and prompt + new + 1 > most:
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and prompt + new + 1 > positions:
             raise UsageError(
-                f"{name}: {most} positions for {prompt} + {new + 1} tokens: lower --prompt-tokens or --new-tokens"
+                f"{name}: {positions} positions for {prompt} + {new + 1} tokens: lower --prompt-tokens or --new-tokens"
             )
     vocabulary = min(model.config.vocab_size for _, model in models)
     ids = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
     decoders = [Decoder(model, prompt + new + 1) for _, model in models]
     for decoder in decoders:
         decoder.generate(ids, 2)
-    found: list[list[Round]] = [[] for _ in models]
+    rounds_of_model: list[list[Round]] = [[] for _ in models]
     for _ in range(rounds):
-        for decoder, mine in zip(decoders, found, strict=True):
-            mine.append(_round(decoder, ids, new))
+        for decoder, model_rounds in zip(decoders, rounds_of_model, strict=True):
+            model_rounds.append(_round(decoder, ids, new))
             step()
-    return [_judged(name, model, mine, host) for (name, model), mine in zip(models, found, strict=True)]
+    return [
+        _timing(name, model, model_rounds, host)
+        for (name, model), model_rounds in zip(models, rounds_of_model, strict=True)
+    ]
 
 
-def _judged(name: str, model: nn.Module, rounds: Sequence[Round], host: Host) -> DecodeTiming:
-    size, whole = linear_bytes(model)
+def _timing(name: str, model: nn.Module, rounds: Sequence[Round], host: Host) -> DecodeTiming:
+    size, reads_all = linear_bytes(model)
     token = Timing.of([r.token for r in rounds])
     if any(r.tokens != rounds[0].tokens for r in rounds):
         refused: str | None = "the same prompt gave different tokens"
     else:
-        read = size if whole and size > host.cache else 0
-        refused = host.refusal(token.p50, read, 0) and host.remeasured().refusal(token.p50, read, 0)
+        bytes_read = size if reads_all and size > host.cache else 0
+        refused = host.refusal(token.p50, bytes_read, 0) and host.remeasure().refusal(token.p50, bytes_read, 0)
     return DecodeTiming(
         name=name,
         prompt=min(r.prompt for r in rounds),
         token=token,
         size=size,
-        floor=host.floor(size) if whole else None,
+        floor=host.floor(size) if reads_all else None,
         refused=refused,
     )
 
@@ -99,13 +105,13 @@ def _round(decoder: Decoder, ids: Tensor, new: int) -> Round:
 
 
 def linear_bytes(model: nn.Module) -> tuple[int, bool]:
-    """(bytes of the weights of all linears as they are held, whether a token reads all of them)."""
-    size, whole = 0, True
+    """The bytes of the weights of all linears as they are held, and whether a token reads all of them."""
+    size, reads_all = 0, True
     for module in model.modules():
         if isinstance(module, QuantLinear):
             size += module.nbytes
         elif isinstance(module, nn.Linear):
             size += module.weight.nbytes
         elif isinstance(module, QuantExperts) or isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
-            whole = False  # fused experts, of which a token visits some
-    return size, whole
+            reads_all = False  # fused experts, of which a token visits some
+    return size, reads_all

@@ -1,4 +1,4 @@
-"""A picture of times against the floor."""
+"""The figure of times against the floor."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ _MOST_PANELS = 24
 
 
 def time_figure(products: Sequence[Mapping[str, Any]]) -> Figure:
-    """A panel per product (format and shape): cold times against rows, a line per contender, and the floor of qkit's.
+    """The figure with a panel per product (format and shape): cold times against rows, a line per contender, and the floor
+    of qkit's.
 
-    products: of ``products.described``. Whiskers go from p20 to p80; what was refused has no point.
+    products: of ``products.product_record``. Whiskers go from p20 to p80; what was refused has no point.
     """
     from matplotlib.figure import Figure
 
@@ -26,12 +27,12 @@ def time_figure(products: Sequence[Mapping[str, Any]]) -> Figure:
     names = list(dict.fromkeys(r["contender"] for p in shown for r in p["results"]))
     for axes, product in zip(panels, shown, strict=False):
         for i, name in enumerate(names):
-            mine = [r for r in product["results"] if r["contender"] == name and r["cold"] is not None]
-            rows = [r["rows"] for r in mine]
-            middle = [1e3 * r["cold"]["p50"] for r in mine]
+            timed = [r for r in product["results"] if r["contender"] == name and r["cold"] is not None]
+            rows = [r["rows"] for r in timed]
+            middle = [1e3 * r["cold"]["p50"] for r in timed]
             ends = [
-                [1e3 * (r["cold"]["p50"] - r["cold"]["p20"]) for r in mine],
-                [1e3 * (r["cold"]["p80"] - r["cold"]["p50"]) for r in mine],
+                [1e3 * (r["cold"]["p50"] - r["cold"]["p20"]) for r in timed],
+                [1e3 * (r["cold"]["p80"] - r["cold"]["p50"]) for r in timed],
             ]
             style = {"linewidth": 2.2, "zorder": 3} if i == 0 else {"linewidth": 1.2}
             axes.errorbar(rows, middle, yerr=ends, marker="o", ms=3.5, color=f"C{i % 10}", **style)

@@ -1,4 +1,4 @@
-"""The machine that a benchmark runs on: what it is, how fast its memory is, and which times it could not reach."""
+"""The machine of a benchmark: its kind, the speed of its memory, and the times that it cannot reach."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ _PACKAGES = ("qkit", "torch", "transformers", "onnxruntime", "auto-round-lib", "
 
 @dataclass(frozen=True)
 class Host:
-    """copy, read: bytes a second of memory that is not in a cache (a copy counts both ways); flops: float32 operations a
-    second; cache: bytes of the last-level cache; buffer: float32, TIMES_CACHE times as large."""
+    """The speed of a machine's memory and arithmetic.
+
+    copy, read: bytes a second of memory that is not in a cache (a copy counts both ways); flops: float32 operations a
+    second; cache: bytes of the last-level cache; buffer: float32, TIMES_CACHE times as large.
+    """
 
     copy: float
     read: float
@@ -42,21 +45,22 @@ class Host:
         return max(self.copy, self.read)
 
     def floor(self, size: int) -> float:
-        """Seconds that moving ``size`` bytes takes at least."""
+        """The least seconds that moving ``size`` bytes takes."""
         return size / self.bandwidth
 
     def flush(self) -> None:
-        """Read so much that nothing else is left in the caches."""
+        """Reads so much that nothing else is left in the caches."""
         self.buffer.sum()
 
-    def remeasured(self) -> Host:
+    def remeasure(self) -> Host:
         """The better of this and another measurement: something else may have been at the memory before."""
-        now = measured_host(self.cache)
-        best_of = {name: max(getattr(self, name), getattr(now, name)) for name in ("copy", "read", "flops")}
+        again = measure_host(self.cache)
+        best_of = {name: max(getattr(self, name), getattr(again, name)) for name in ("copy", "read", "flops")}
         return replace(self, **best_of)
 
     def refusal(self, seconds: float, size: int, operations: int) -> str | None:
-        """Why a time cannot be true; None where it can. size: bytes that were moved from memory, 0 for what is in a cache."""
+        """The reason why a time cannot be true; None where it can. size: bytes that were moved from memory, 0 for what is
+        in a cache."""
         if seconds <= 0:
             return "took no time at all"
         if seconds * self.bandwidth * _TOLERANCE < size:
@@ -72,7 +76,7 @@ class Host:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        """Bytes and operations a second, bytes of the cache."""
+        """The measured figures as a JSON-able dictionary: bytes and operations a second, bytes of the cache."""
         return {"copy": self.copy, "read": self.read, "flops": self.flops, "cache": self.cache}
 
 
@@ -85,31 +89,32 @@ def cache_bytes() -> int:
     return max(sizes) or _ASSUMED_CACHE
 
 
-def measured_host(cache: int | None = None) -> Host:
-    """Measure memory and arithmetic; the best of some runs counts. cache: bytes, where the system's word is not to be taken."""
+def measure_host(cache: int | None = None) -> Host:
+    """The measured memory and arithmetic of this machine; the best of some runs counts. cache: bytes, in place of what the
+    system says."""
     cache = cache or cache_bytes()
-    most = (available_memory() or 4 << 30) // 8
-    buffer = torch.ones(max(1 << 16, min(TIMES_CACHE * cache, most) // 4 // 4096 * 4096))
+    largest_buffer = (available_memory() or 4 << 30) // 8
+    buffer = torch.ones(max(1 << 16, min(TIMES_CACHE * cache, largest_buffer) // 4 // 4096 * 4096))
     target, matrix, vector = torch.empty_like(buffer), buffer.view(-1, 4096), torch.ones(4096)
     square = torch.ones(512, 512)
     with torch.inference_mode():
-        copy = 2 * buffer.nbytes / best(lambda: target.copy_(buffer))
-        read = buffer.nbytes / min(best(buffer.sum), best(lambda: torch.mv(matrix, vector)))
-        flops = 2 * math.prod((512, 512, 512)) / best(lambda: torch.mm(square, square))
+        copy = 2 * buffer.nbytes / fastest_run(lambda: target.copy_(buffer))
+        read = buffer.nbytes / min(fastest_run(buffer.sum), fastest_run(lambda: torch.mv(matrix, vector)))
+        flops = 2 * math.prod((512, 512, 512)) / fastest_run(lambda: torch.mm(square, square))
     return Host(copy, read, flops, cache, buffer)
 
 
-def best(run: Callable[[], object], times: int = 15) -> float:
+def fastest_run(run: Callable[[], object], times: int = 15) -> float:
     """Seconds of the fastest of some runs."""
-    found = []
+    seconds = []
     for _ in range(times):
         start = time.perf_counter()
         run()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
-def described() -> dict[str, Any]:
+def describe_host() -> dict[str, Any]:
     """The machine, the versions in use, and what else it is doing."""
     return {
         "processor": cores.name(),
@@ -119,7 +124,7 @@ def described() -> dict[str, Any]:
         "memory": available_memory(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        "versions": {name: installed for name in _PACKAGES if (installed := _version(name)) is not None},
         "clock_mhz": clock_mhz(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
@@ -133,7 +138,7 @@ def _version(package: str) -> str | None:
 
 
 def clock_mhz() -> float | None:
-    """What the system says of the first core's clock; it is read, never set."""
+    """The clock of the first core as the system tells it; it is read, never set."""
     try:
         return int(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq").read_text()) / 1000
     except (OSError, ValueError):

@@ -1,13 +1,13 @@
-"""Products against each other: checked first, then timed in turn, with weights from memory (cold) and from the cache (warm).
+"""The comparison of products: checked first, then timed in turn, with weights from memory (cold) and from the cache (warm).
 
 Every contender has as many copies of its weight as it takes to fill the last-level cache three times, and goes on to the
-next copy with each call; where copies of a small weight would be too many, everything else is read in between. The call right
-after, on the same copy, is the warm one. Contenders take turns, so that what else the machine does meets all of them, in
-another order each time and with a pause before each: threads of the one before may still be spinning, and take its core.
+next copy with each call; where copies of a small weight would be too many, everything else is read in between. The call
+right after, on the same copy, is the warm one. Contenders take turns, so that what else the machine does meets all of them,
+in another order each time and with a pause before each: threads of the one before may still be spinning, and take its core.
 
 Before that, outputs are compared with float64 on two inputs, after memory of their size was filled with NaN and given back.
-An error above twice that of a plain bf16 product (or above 2 %, of a contender that rounds activations to 8 bits on its own)
-is no result; nor is a time that the machine could not reach.
+An error above twice that of a plain bf16 product (or above 2 %, of a contender that rounds activations to 8 bits on its
+own) is no result; nor is a time that the machine could not reach.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _QUIET = 0.02  # seconds until the threads of another library have gone to sleep
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a call."""
+    """The seconds of a call, at three quantiles."""
 
     p20: float
     p50: float
@@ -42,14 +42,14 @@ class Timing:
 
     @staticmethod
     def of(seconds: Sequence[float]) -> Timing:
-        """Of at least one time."""
+        """The quantiles of at least one time."""
         ordered = sorted(seconds)
         return Timing(*(ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProductTiming:
-    """One contender at one number of rows.
+    """The result of one contender at one number of rows.
 
     error:  relative to float64 (norm over norm); repeats: whether a second run gave the same bits
     floor:  seconds that reading the weight and the activations and writing the product take at least
@@ -68,7 +68,7 @@ class ProductTiming:
 
     @property
     def share(self) -> float | None:
-        """Of the floor in the cold time."""
+        """The share of the floor in the cold time."""
         return None if self.cold is None else self.floor / self.cold.p50
 
 
@@ -81,42 +81,42 @@ class Entrant:
     flush: bool
 
 
-def enter(p: Product, device: str, host: Host, only: Sequence[str] = ()) -> list[Entrant]:
-    """Everybody's copies, in half of the memory that there is. only: names, all if empty."""
-    found = [c for c in contenders(p, device) if not only or c.name in only]
-    room = (available_memory() or 4 << 30) // 2 // len(found)
+def make_entrants(p: Product, device: str, host: Host, names: Sequence[str] = ()) -> list[Entrant]:
+    """The copies of every contender, in half of the memory that there is. names: names, all if empty."""
+    entering = [c for c in contenders(p, device) if not names or c.name in names]
+    room = (available_memory() or 4 << 30) // 2 // len(entering)
     entrants = []
-    for c in found:
-        wanted = math.ceil(TIMES_CACHE * host.cache / c.size)
-        count = max(1, min(wanted, _MOST_COPIES, room // (2 * c.size)))
-        entrants.append(Entrant(c, [c.prepare() for _ in range(count)], count < wanted))
+    for c in entering:
+        wanted_copies = math.ceil(TIMES_CACHE * host.cache / c.size)
+        count = max(1, min(wanted_copies, _MOST_COPIES, room // (2 * c.size)))
+        entrants.append(Entrant(c, [c.prepare() for _ in range(count)], count < wanted_copies))
     return entrants
 
 
 def compare(p: Product, entrants: Sequence[Entrant], rows: int, host: Host, seconds: float) -> list[ProductTiming]:
-    """All entrants at ``rows`` rows. seconds: that each may take for cold calls, and again for warm ones."""
+    """The results of all entrants at ``rows`` rows. seconds: that each may use for cold calls, and again for warm ones."""
     with torch.inference_mode():
         checks = [_check(p, e, rows) for e in entrants]
-        plain = _plain_error(p, rows)
-        bounds = [max(2 * plain + 1e-6, ROUNDING_BOUND if e.contender.rounds else 0.0) for e in entrants]
-        wrong = [
+        dense_error = _plain_error(p, rows)
+        bounds = [max(2 * dense_error + 1e-6, ROUNDING_BOUND if e.contender.rounds else 0.0) for e in entrants]
+        faults = [
             None if error <= bound else f"wrong result: error {error:.2g} against float64, expected at most {bound:.2g}"
             for (error, _), bound in zip(checks, bounds, strict=True)
         ]
-        sound = [e for e, reason in zip(entrants, wrong, strict=True) if reason is None]
+        sound_entrants = [e for e, reason in zip(entrants, faults, strict=True) if reason is None]
         x = _activations(p, rows, seed=0)
-        times = dict(zip(map(id, sound), _take_turns(sound, x, host, seconds), strict=True))
+        times = dict(zip(map(id, sound_entrants), _take_turns(sound_entrants, x, host, seconds), strict=True))
 
-    def judged(host: Host) -> list[ProductTiming]:
+    def timings(host: Host) -> list[ProductTiming]:
         return [
             _result(p, e, rows, host, error, repeats, times.get(id(e)), reason)
-            for e, (error, repeats), reason in zip(entrants, checks, wrong, strict=True)
+            for e, (error, repeats), reason in zip(entrants, checks, faults, strict=True)
         ]
 
-    found = judged(host)
-    if any(r.refused is not None and r.contender in {e.contender.name for e in sound} for r in found):
-        return judged(host.remeasured())  # before a time is refused, the memory gets a second chance
-    return found
+    results = timings(host)
+    if any(r.refused is not None and r.contender in {e.contender.name for e in sound_entrants} for r in results):
+        return timings(host.remeasure())  # before a time is refused, the memory gets a second chance
+    return results
 
 
 def _result(
@@ -130,12 +130,12 @@ def _result(
     reason: str | None,
 ) -> ProductTiming:
     (out, columns), c = p.shape, e.contender
-    moved = c.size + rows * (out + columns) * c.dtype.itemsize
+    bytes_moved = c.size + rows * (out + columns) * c.dtype.itemsize
     cold = warm = None
     if times is not None:
         cold, warm = Timing.of(times[0]), Timing.of(times[1])
         operations = 2 * rows * out * columns
-        reason = host.refusal(cold.p50, moved, operations) or host.refusal(warm.p50, 0, operations)
+        reason = host.refusal(cold.p50, bytes_moved, operations) or host.refusal(warm.p50, 0, operations)
         if reason is not None:
             cold = warm = None
     return ProductTiming(
@@ -144,7 +144,7 @@ def _result(
         operator=operator_of(e.copies[0]),
         error=error,
         repeats=repeats,
-        floor=host.floor(moved),
+        floor=host.floor(bytes_moved),
         cold=cold,
         warm=warm,
         refused=reason,
@@ -161,13 +161,13 @@ def _check(p: Product, e: Entrant, rows: int) -> tuple[float, bool]:
     worst, repeats = 0.0, True
     for seed in (1, 2):
         x = _activations(p, rows, seed)
-        wanted = _reference(p, x)
-        given = (x if e.contender.name == OWN else p.rounded(x)).to(e.contender.dtype)
+        expected = _reference(p, x)
+        inputs = (x if e.contender.name == OWN else p.rounded(x)).to(e.contender.dtype)
         runs = []
         for _ in range(2):
             poison(rows * p.shape[0] * e.contender.dtype.itemsize)
-            runs.append(e.contender.run(e.copies[0], given))
-        error = float((runs[0].double() - wanted).norm() / wanted.norm())
+            runs.append(e.contender.run(e.copies[0], inputs))
+        error = float((runs[0].double() - expected).norm() / expected.norm())
         worst = max(worst, error if math.isfinite(error) else math.inf)
         repeats = repeats and torch.equal(runs[0], runs[1])
     return worst, repeats
@@ -177,8 +177,8 @@ def _plain_error(p: Product, rows: int) -> float:
     """Of a dense bf16 product, on the first of the inputs."""
     x = _activations(p, rows, seed=1)
     y = functional.linear(p.rounded(x).to(torch.bfloat16), p.exact.to(torch.bfloat16))
-    wanted = _reference(p, x)
-    return float((y.double() - wanted).norm() / wanted.norm())
+    expected = _reference(p, x)
+    return float((y.double() - expected).norm() / expected.norm())
 
 
 def _reference(p: Product, x: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def _reference(p: Product, x: Tensor) -> Tensor:
 
 
 def poison(size: int) -> None:
-    """Fill memory of that size with NaN and give it back: who hands out an output without writing it hands out NaN."""
+    """Fills memory of that size with NaN and gives it back: who hands out an output without writing it hands out NaN."""
     blocks = [torch.full((max(1, size // 4),), torch.nan) for _ in range(4)]
     blocks.clear()
 
@@ -197,25 +197,25 @@ def _take_turns(
     entrants: Sequence[Entrant], x: Tensor, host: Host, seconds: float
 ) -> list[tuple[list[float], list[float]]]:
     """(cold, warm) times of each."""
-    given = [x.to(e.contender.dtype) for e in entrants]
+    inputs = [x.to(e.contender.dtype) for e in entrants]
     calls = []
-    for e, own in zip(entrants, given, strict=True):
-        once = timed(lambda e=e, own=own: e.contender.run(e.copies[-1], own))  # type: ignore[misc]
-        calls.append(max(_LEAST, min(_MOST_FLUSHED if e.flush else _MOST, int(seconds / once))))
-    taken: list[tuple[list[float], list[float]]] = [([], []) for _ in entrants]
+    for e, activations in zip(entrants, inputs, strict=True):
+        one_call = time_call(lambda e=e, activations=activations: e.contender.run(e.copies[-1], activations))  # type: ignore[misc]
+        calls.append(max(_LEAST, min(_MOST_FLUSHED if e.flush else _MOST, int(seconds / one_call))))
+    turn_times: list[tuple[list[float], list[float]]] = [([], []) for _ in entrants]
     order = torch.Generator().manual_seed(0)
     for turn in range(max(calls, default=0)):
         for i in torch.randperm(len(entrants), generator=order).tolist():
             if turn >= calls[i]:
                 continue
-            e, own, (cold, warm) = entrants[i], given[i], taken[i]
+            e, activations, (cold, warm) = entrants[i], inputs[i], turn_times[i]
             copy, run = e.copies[turn % len(e.copies)], e.contender.run
             if e.flush:
                 host.flush()
             _wait(_QUIET)
-            cold.append(timed(lambda run=run, copy=copy, own=own: run(copy, own)))  # type: ignore[misc]
-            warm.append(timed(lambda run=run, copy=copy, own=own: run(copy, own)))  # type: ignore[misc]
-    return taken
+            cold.append(time_call(lambda run=run, copy=copy, activations=activations: run(copy, activations)))  # type: ignore[misc]
+            warm.append(time_call(lambda run=run, copy=copy, activations=activations: run(copy, activations)))  # type: ignore[misc]
+    return turn_times
 
 
 def _wait(seconds: float) -> None:
@@ -225,24 +225,24 @@ def _wait(seconds: float) -> None:
         pass
 
 
-def timed(run: Callable[[], object]) -> float:
+def time_call(run: Callable[[], object]) -> float:
     """Seconds of one call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def described(p: Product, results: Sequence[ProductTiming]) -> dict[str, Any]:
-    """The machine's copy of what was found for one product: times in seconds, speed-ups of the cold times, and what they
+def product_record(p: Product, results: Sequence[ProductTiming]) -> dict[str, Any]:
+    """The results for one product as a JSON-able dictionary: times in seconds, speed-ups of the cold times, and what they
     would be if only bytes counted."""
     by_name = {(r.contender, r.rows): r for r in results}
     rows = []
     for r in results:
         entry = {**asdict(r), "share": r.share, "speedup": {}}
         for name in (BF16, FLOAT32):
-            other = by_name.get((name, r.rows))
-            if r.cold is not None and other is not None and other.cold is not None:
-                entry["speedup"][name] = {"cold": other.cold.p50 / r.cold.p50, "ideal": other.floor / r.floor}
+            dense = by_name.get((name, r.rows))
+            if r.cold is not None and dense is not None and dense.cold is not None:
+                entry["speedup"][name] = {"cold": dense.cold.p50 / r.cold.p50, "ideal": dense.floor / r.floor}
         rows.append(entry)
     weights = None if p.q is None else p.q.format
     return {

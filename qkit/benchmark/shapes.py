@@ -1,4 +1,4 @@
-"""Which products are measured: shapes by model name, by numbers, or those of a checkpoint."""
+"""The shapes of measured products: by model name, by numbers, or those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ MODELS: dict[str, tuple[Shape, ...]] = {
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """'llama-3-8b,4096x4096' -> shapes, each once. Raises UsageError for what is neither."""
-    found: list[Shape] = []
+    """The shapes of 'llama-3-8b,4096x4096', each once. Raises UsageError for what is neither."""
+    shapes: list[Shape] = []
     for item in (part.strip().lower() for part in text.split(",")):
         numbers = re.fullmatch(r"(\d+)x(\d+)", item)
         if item in MODELS:
-            found += MODELS[item]
+            shapes += MODELS[item]
         elif numbers and int(numbers[1]) and int(numbers[2]):
-            found.append((int(numbers[1]), int(numbers[2])))
+            shapes.append((int(numbers[1]), int(numbers[2])))
         else:
             raise UsageError(
                 f"--shapes: unknown '{item}'{did_you_mean(item, [*MODELS])}: expected {', '.join(MODELS)} or OUTxIN, for "
                 "instance 4096x4096"
             )
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(shapes))
 
 
 def model_shapes(model: str) -> tuple[Shape, ...]:
-    """Shapes of the linears inside the blocks of a model, packed or not, each once."""
+    """The shapes of the linears inside the blocks of a model, packed or not, each once."""
     from qkit.files.checkpoint import Checkpoint  # these bring torch, which reading a list of shapes does not need
     from qkit.runtime.loading import PackedStructure
 

@@ -10,9 +10,9 @@ import torch
 from qkit_kernels import cores
 
 from qkit.allocation.latency import Key, LatencyTable
-from qkit.benchmark.contenders import OWN, problem
+from qkit.benchmark.contenders import OWN, random_product
 from qkit.benchmark.host import Host
-from qkit.benchmark.products import compare, enter
+from qkit.benchmark.products import compare, make_entrants
 from qkit.benchmark.shapes import Shape
 from qkit.errors import NumericFailure, Unsupported
 from qkit.sensitivity.candidates import Candidate
@@ -20,7 +20,7 @@ from qkit.sensitivity.candidates import Candidate
 Step = Callable[[], None]
 
 
-def measured_table(
+def measure_table(
     file: Path,
     candidates: Sequence[Candidate],
     shapes: Sequence[Shape],
@@ -31,7 +31,7 @@ def measured_table(
     seconds: float,
     step: Step,
 ) -> tuple[LatencyTable, list[str]]:
-    """(the table, still to be saved; a note for each format that a shape cannot have). step: called after each entry.
+    """The table, still to be saved, and a note for each format that a shape cannot have. step: called after each entry.
 
     Raises NumericFailure for a result that is wrong or cannot be, UsageError for a file that is something else.
     """
@@ -45,24 +45,24 @@ def measured_table(
         threads=torch.get_num_threads(),
         seconds={},
     )
-    table.joined()  # refuses a file that it must not replace before anything is measured
-    found: dict[Key, float] = {}
+    table.merge()  # refuses a file that it must not replace before anything is measured
+    seconds_by_key: dict[Key, float] = {}
     notes = []
     for candidate in candidates:
         group = None if candidate.scheme is None else candidate.scheme.weights.group
         for shape in shapes:
             try:
-                p = problem(candidate, shape, dtype)
+                p = random_product(candidate, shape, dtype)
             except Unsupported as e:
                 notes.append(f"left out: {candidate.name} at {shape[0]}x{shape[1]}: {e}")
                 continue
             finally:
                 step()
-            (result,) = compare(p, enter(p, device, host, only=(OWN,)), rows, host, seconds)
+            (result,) = compare(p, make_entrants(p, device, host, names=(OWN,)), rows, host, seconds)
             if result.cold is None:
                 raise NumericFailure(
                     f"{candidate.name} at {shape[0]}x{shape[1]}: {result.refused}: no table is written: try again on an idle "
                     "machine"
                 )
-            found[candidate.name, group, shape] = result.cold.p50
-    return replace(table, seconds=found).joined(), notes
+            seconds_by_key[candidate.name, group, shape] = result.cold.p50
+    return replace(table, seconds=seconds_by_key).merge(), notes

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qkit.errors import BadCalibration
-from qkit.files.schema import foreign
+from qkit.files.schema import foreign_errors
 from qkit.files.text_file import TextFile
 from qkit.system.memory import give_back
 
@@ -111,7 +111,9 @@ def read_text(path: Path) -> str:
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
     """A text as token ids; through the Rust tokenizer where there is one, without offsets: a quarter less memory."""
-    with foreign("the tokenizer of the model cannot read the text", "use the tokenizer's files of the original model"):
+    with foreign_errors(
+        "the tokenizer of the model cannot read the text", "use the tokenizer's files of the original model"
+    ):
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -30,7 +30,7 @@ from qkit.calibration.options import DRAWN
 from qkit.errors import BadCalibration, BadCheckpoint, BadInput, Unsupported, UsageError
 from qkit.files.folder import check_side_files, parse_checked
 from qkit.files.safefile import read_bytes, shown
-from qkit.files.schema import PairLine, checked, foreign
+from qkit.files.schema import ImageTextLine, foreign_errors, validate
 from qkit.files.text_file import TextFile, is_chat
 from qkit.system.confined import Exceeded
 
@@ -150,7 +150,7 @@ def _of_line(line: str, file: Path, where: str) -> Pair:
         raise BadCalibration(
             f"{where}: expected an object with image (or video), question and answer, found {shown(line, 60)}"
         )
-    checked(PairLine, data, where, "correct the line", BadCalibration)
+    validate(ImageTextLine, data, where, "correct the line", BadCalibration)
     images, frames = ([file.parent / name for name in _names(data.get(field))] for field in ("image", "video"))
     if len(frames) == 1 and frames[0].is_dir():
         frames = sorted(p for p in frames[0].iterdir() if p.suffix.lower() in PICTURES)
@@ -207,7 +207,7 @@ def _pair(files: list[Path], frames: list[Path], question: str, answer: str, whe
     for file in (*files, *frames):
         if not file.is_file():  # a pipe would block
             raise BadCalibration(f"{where}: the picture {file} cannot be read: there is no such file: correct its name")
-        with foreign(f"{where}: the picture {file} cannot be read", "save it again", BadCalibration):
+        with foreign_errors(f"{where}: the picture {file} cannot be read", "save it again", BadCalibration):
             # From memory: out of a file, a chunk that claims four gigabytes takes them.
             with Image.open(BytesIO(read_bytes(file, MOST_BYTES))) as image:
                 if image.width * image.height > MOST_PIXELS:
@@ -232,7 +232,7 @@ def load_processor(folder: Path) -> Any:
 
     check_side_files(folder)
     advice = "copy the processor's files of the original model here, or use text without pictures"
-    with foreign(f"{folder}: no processor that transformers can load", advice):
+    with foreign_errors(f"{folder}: no processor that transformers can load", advice):
         made = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not hasattr(made, "image_processor") or getattr(made, "chat_template", None) is None:
         raise BadCheckpoint(

@@ -87,7 +87,7 @@ def bench_command(what: str, device: str, threads: int | None, json_file: Path |
     import torch
 
     from qkit.benchmark.contenders import check_device
-    from qkit.benchmark.host import described, measured_host
+    from qkit.benchmark.host import describe_host, measure_host
 
     check_device(device)
     if threads is not None:
@@ -95,12 +95,12 @@ def bench_command(what: str, device: str, threads: int | None, json_file: Path |
     reporter = Reporter(console, command_line())
     with reporter.running():
         reporter.start("memory", 1)
-        host = measured_host()
-        data: dict[str, Any] = {"machine": described(), "bandwidth": host.to_json(), "device": device}
+        host = measure_host()
+        data: dict[str, Any] = {"machine": describe_host(), "bandwidth": host.to_json(), "device": device}
         show_host(data, console)
         measured = decode_models if what == "decode" else products
         data.update(measured(what, device, given, host, reporter, console))
-    data["clock_mhz_after"] = described()["clock_mhz"]
+    data["clock_mhz_after"] = describe_host()["clock_mhz"]
     write_json(json_file, data)
 
 
@@ -110,9 +110,9 @@ def products(
     """gemv and gemm: one table per product, or the latency table."""
     import torch
 
-    from qkit.benchmark.contenders import problem
+    from qkit.benchmark.contenders import random_product
     from qkit.benchmark.figure import time_figure
-    from qkit.benchmark.products import compare, described, enter
+    from qkit.benchmark.products import compare, make_entrants, product_record
     from qkit.report.figures import png
 
     candidates = parse_candidates(given["formats"] or "int4", given["group_size"], "--formats")
@@ -125,14 +125,14 @@ def products(
     reporter.start("products", len(candidates) * len(shapes) * len(rows))
     for candidate in candidates:
         for shape in shapes:
-            p = problem(candidate, shape, dtype)
-            entrants = enter(p, device, host)
+            p = random_product(candidate, shape, dtype)
+            entrants = make_entrants(p, device, host)
             results = []
             for count in rows:
                 results += compare(p, entrants, count, host, SECONDS)
                 reporter.step()
             del entrants
-            found.append(described(p, results))
+            found.append(product_record(p, results))
             show_product(found[-1], console)
     if given["figure"] is not None:
         write_atomic(given["figure"], png(time_figure(found)))
@@ -151,13 +151,13 @@ def write_table(
     console: Console,
 ) -> dict[str, Any]:
     """The table of ``--latency``."""
-    from qkit.benchmark.table import measured_table
+    from qkit.benchmark.table import measure_table
 
     rows = _rows(given["rows"] or "1")
     if len(rows) > 1 or given["figure"] is not None:
         raise UsageError("--table is of one number of rows, without --figure: give --m one number, or leave it out")
     reporter.start("table", len(candidates) * len(shapes))
-    made, notes = measured_table(
+    made, notes = measure_table(
         given["table"], candidates, shapes, dtype, device, rows[0], host, SECONDS, reporter.step
     )
     made.save()

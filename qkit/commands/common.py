@@ -25,7 +25,7 @@ from qkit.commands.grid import wide_table as wide_table
 from qkit.commands.verb import OutPath
 from qkit.errors import Stopped, UsageError
 from qkit.files.safefile import write_atomic
-from qkit.files.side_files import code_keys, left_behind
+from qkit.files.side_files import code_keys, unread_files
 from qkit.system.words import megabytes as megabytes
 from qkit.transforms.table import EFFORTS, TRANSFORMS
 from qkit.verification.record import printable
@@ -185,7 +185,7 @@ def write_json(file: Path | None, data: Any) -> None:
 
 def show_coverage(found: PreparedRequest, console: Console) -> None:
     """What is quantized, what is not and why, the bytes, and which engines will load the result."""
-    from qkit.planning.fused_layers import engines_of
+    from qkit.planning.fused_layers import engine_lines_of
     from qkit.workflows.quantize import coverage
 
     plan = found.plan
@@ -234,14 +234,14 @@ def show_coverage(found: PreparedRequest, console: Console) -> None:
         f"{done['quantized']} linears quantized, {done['skipped']} skipped; tensors: {megabytes(plan.source_bytes)} before, "
         f"{megabytes(plan.packed_bytes)} after ({plan.packed_bytes / plan.source_bytes:.3f}x)"
     )
-    for line in engines_of(plan, found.structure):
+    for line in engine_lines_of(plan, found.structure):
         console.print(Text(str(line)))
 
 
 def _show_copied(found: PreparedRequest, console: Console) -> None:
     """What does not go with the model: files, and keys of its settings."""
     folder = found.structure.checkpoint.path
-    behind = left_behind(folder)
+    behind = unread_files(folder)
     if behind:
         more = f" and {len(behind) - 1} more" if len(behind) > 1 else ""
         console.print(

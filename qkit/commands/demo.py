@@ -43,7 +43,7 @@ def demo_command(work: Path, overwrite: bool, json_file: Path | None) -> None:
     console = Console()
     began = time.monotonic()
     original = find_model(MODEL)
-    check_output_dir(work, original, overwrite, whole=False)
+    check_output_dir(work, original, overwrite, replace=False)
     work.mkdir(parents=True, exist_ok=True)
     announce(console, f"quantizing {MODEL} in {work}")
     reporter = Reporter(console, f"qkit demo --work {work} --overwrite")

@@ -27,7 +27,7 @@ from qkit.errors import UsageError
 from qkit.evaluation.request import DTYPES, EvalRequest, dimensions_of
 from qkit.evaluation.sources import text_name
 from qkit.files.locate import find_model
-from qkit.files.rejected import described, read_mark
+from qkit.files.rejected import describe_mark, read_mark
 from qkit.files.safefile import write_atomic
 from qkit.kvcache.policy import CachePolicy, parse, stored
 from qkit.workflows.check import require_sound
@@ -152,7 +152,7 @@ def eval_command(
         prompt=prompt,
         step=kv_step,
         retrieval=retrieval,
-        pairs=pairs,
+        image_text=pairs,
         questions=QUESTIONS if questions is None else questions,
         examples=0 if report_file is None else EXAMPLES,
         videos=videos or 0,
@@ -171,7 +171,7 @@ def eval_command(
     for out, folder in zip(outs, folders, strict=True):
         mark = read_mark(folder)
         if mark is not None:
-            console.print(Text(f"{printable(out)}: {described(mark)}"), soft_wrap=True)
+            console.print(Text(f"{printable(out)}: {describe_mark(mark)}"), soft_wrap=True)
 
     from qkit.evaluation.measure import measure_all
 
@@ -195,11 +195,11 @@ def _page(found: Sequence[Mapping[str, Any]], folders: Sequence[Path], request: 
         from qkit.report.videos import strips, videos_page
 
         return videos_page(found[0], strips(*samples))
-    if request.pairs is not None:
-        from qkit.report.image_text import pairs_page
+    if request.image_text is not None:
+        from qkit.report.image_text import image_text_page
 
         (name,) = found[0]["pairs"]
-        return pairs_page(found[0], name, request.pairs, request.questions)
+        return image_text_page(found[0], name, request.image_text, request.questions)
     from qkit.report.text import text_page
 
     tables = [{"title": g.title, "columns": g.columns, "rows": g.plain()} for g in grids(found)]

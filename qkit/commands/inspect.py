@@ -11,7 +11,7 @@ from rich.text import Text
 from qkit.commands.common import OutFile, print_wide, wide_table, write_json
 from qkit.commands.verb import Verb
 from qkit.errors import BadCheckpoint
-from qkit.files.inspect import Found, inspect
+from qkit.files.inspect import Inspection, inspect
 from qkit.system.words import megabytes
 
 
@@ -36,7 +36,7 @@ def inspect_command(path: Path, json_file: Path | None) -> None:
         raise BadCheckpoint(f"{path}: damaged: {found.damaged[0]}{more}")
 
 
-def show(found: Found, console: Console) -> None:
+def show(found: Inspection, console: Console) -> None:
     """Prints all of it; names from files were made printable where they were read."""
 
     def say(text: str) -> None:

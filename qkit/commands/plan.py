@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def plan_json(found: PreparedRequest) -> dict[str, Any]:
     """The machine's copy of a plan."""
-    from qkit.planning.fused_layers import engines_of
+    from qkit.planning.fused_layers import engine_lines_of
     from qkit.workflows.quantize import coverage
 
     plan = found.plan.to_json()
@@ -36,7 +36,7 @@ def plan_json(found: PreparedRequest) -> dict[str, Any]:
         "hash": found.plan.hash,
         "source": {"fingerprint": found.plan.source_fingerprint, "sampled": True},
         "coverage": coverage(found.plan),
-        "engines": [asdict(line) for line in engines_of(found.plan, found.structure)],
+        "engines": [asdict(line) for line in engine_lines_of(found.plan, found.structure)],
         "forecast": found.forecast.to_json(),
         "linears": plan["linears"],
         "skipped": plan["skipped"],
@@ -60,9 +60,9 @@ def show_forecast(found: PreparedRequest, console: Console) -> None:
 
 def show_method(request: Request, found: PreparedRequest, console: Console) -> dict[str, Any]:
     """The method where nobody chose one, and what a better one costs; gives the machine's copy."""
-    from qkit.workflows.advice import on_method
+    from qkit.workflows.advice import advise_method
 
-    advice = on_method(request, found)
+    advice = advise_method(request, found)
     if advice is None:
         return {}
     console.print(Text(str(advice)))
@@ -133,7 +133,7 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
     if budgeted is not None:
         data["allocation"]["layers"] = explanation(budgeted)
         if budgeted.table is not None:
-            data["allocation"]["table"] = budgeted.table.described()
+            data["allocation"]["table"] = budgeted.table.origin()
         if why:
             explain(budgeted, console)
         if figures is not None:

@@ -151,13 +151,13 @@ def pareto_curve(
 ) -> list[Point]:
     """The curve, ``wanted`` of its points measured with the weights of the probes."""
     from qkit.allocation.pareto import curve, measure_points
-    from qkit.workflows.profile import measured_plans
+    from qkit.workflows.profile import plan_measurement
 
     reporter.start("Pareto curve", 1)
     points = curve(made, measure)
     if not wanted:
         return points
-    with measured_plans(base, made, folder, reporter) as measured:
+    with plan_measurement(base, made, folder, reporter) as measured:
         reporter.start("plans of the curve", min(wanted, len(points)))
         return measure_points(points, wanted, measured, reporter.step)
 

@@ -17,10 +17,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from qkit.errors import BadCheckpoint, Unsupported, write_failure
-from qkit.files.folder import DENOISER, PIPELINE_INDEX, contained, list_names, load_json
-from qkit.files.hash_cache import full_hash
+from qkit.files.folder import DENOISER, PIPELINE_INDEX, checked_path, list_names, load_json
+from qkit.files.hash_cache import cached_sha256
 from qkit.files.safefile import sha256_file, shown, write_atomic
-from qkit.files.side_files import copy, refuse_pickles, travelling
+from qkit.files.side_files import copy_side_files, hash_side_files, refuse_pickles
 
 LIBRARIES = ("diffusers", "transformers")
 SECOND = "transformer_2"
@@ -31,7 +31,7 @@ def check_pipeline(folder: Path) -> dict[str, Any]:
     """model_index.json, after checks. Raises BadCheckpoint for what would run code or is no pipeline, Unsupported for one
     without a diffusion transformer."""
     file = folder / PIPELINE_INDEX
-    index = load_json(contained(folder.resolve(), PIPELINE_INDEX), "pipeline index")
+    index = load_json(checked_path(folder.resolve(), PIPELINE_INDEX), "pipeline index")
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise BadCheckpoint(f"{file}: _class_name is missing or not a name: get the pipeline again from its source")
     settings = (str, int, float, bool, type(None))
@@ -66,20 +66,20 @@ def rest_of(source: Path) -> dict[str, str]:
     """{name: digest} of the files of the pipeline that are copied: all but the transformer, code, pickles and, outside the
     components, weights (``sidefiles.travelling``).
 
-    Raises BadCheckpoint for a component with weights in a pickle only, and as ``travelling``.
+    Raises BadCheckpoint for a component with weights in a pickle only, and as ``hash_side_files``.
     """
     index = check_pipeline(source)
     components = sorted(k for k, v in index.items() if isinstance(v, list) and k != DENOISER)
     for component in components:
         if (source / component).is_dir():
             refuse_pickles(source / component)
-    return travelling(source.resolve(), components, (DENOISER,))
+    return hash_side_files(source.resolve(), components, (DENOISER,))
 
 
 def weights_of_rest(source: Path, rest: Iterable[str]) -> str:
     """sha256 over every byte of the weights among the files of ``rest_of``, in hex (``hashcache``)."""
     names = sorted(name for name in rest if name.endswith(".safetensors"))
-    return hashlib.sha256("".join(f"{name}\0{full_hash(source / name)}\0" for name in names).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{name}\0{cached_sha256(source / name)}\0" for name in names).encode()).hexdigest()
 
 
 def rest_names(wanted: Mapping[str, str], replaced: Mapping[str, Path]) -> list[str]:
@@ -102,7 +102,7 @@ def copy_rest(
     """
     others = replaced or {}
     mine = {name: known for name, known in wanted.items() if name.partition("/")[0] not in others}
-    written = copy(source.resolve(), out, mine)
+    written = copy_side_files(source.resolve(), out, mine)
     try:
         for component, folder in others.items():
             for file in _files(folder):

@@ -24,7 +24,7 @@ from qkit.calibration.block_calls import mapped
 from qkit.diffusion.clock import Clock
 from qkit.diffusion.pipeline import SAMPLING, load_pipeline, quiet, reason
 from qkit.errors import BadCalibration, UsageError
-from qkit.files.folder import DENOISER, contained, load_json
+from qkit.files.folder import DENOISER, checked_path, load_json
 from qkit.files.offload import OffloadedTensors
 from qkit.files.safefile import shown
 from qkit.files.text_file import TextFile
@@ -47,7 +47,7 @@ def sampling_of(folder: Path, prompts: Path | None, call: dict[str, Any]) -> Sam
 
     Raises BadCalibration for a file without prompts, UsageError for arguments that are qkit's to give.
     """
-    own: Any = load_json(contained(folder.resolve(), SAMPLING), "sampling") if (folder / SAMPLING).is_file() else {}
+    own: Any = load_json(checked_path(folder.resolve(), SAMPLING), "sampling") if (folder / SAMPLING).is_file() else {}
     said: dict[str, Any] = own if isinstance(own, dict) else {"call": None}
     listed = said.get("prompts", [])
     if not isinstance(said.get("call", {}), dict) or not isinstance(listed, list) or not all(map(_is_prompt, listed)):

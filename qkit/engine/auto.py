@@ -23,7 +23,7 @@ from qkit.engine.forecast import Forecast, forecast
 from qkit.engine.learning import LOSS_WEIGHTS
 from qkit.families.structure import ModelStructure
 from qkit.planning.plan import Plan, make_plan
-from qkit.planning.recipe import Recipe, Try, tries_of
+from qkit.planning.recipe import Recipe, RecipeTrial, trial_recipes
 from qkit.rounding.block import held_out, held_out_error
 from qkit.transforms.table import TRANSFORMS
 
@@ -33,11 +33,11 @@ def plan_of(
 ) -> Plan:
     """The plan of a recipe, as ``make_plan``; of a method with 'auto' that of the first recipe, with all of them in it."""
     beyond = structure.family.streams is not None
-    plans = {name: make_plan(r, structure, calibration, seed, kv) for name, r in tries_of(recipe, beyond).items()}
+    plans = {name: make_plan(r, structure, calibration, seed, kv) for name, r in trial_recipes(recipe, beyond).items()}
     if not plans:
         return make_plan(recipe, structure, calibration, seed, kv)
     tries = {
-        name: Try(p.transforms, {x.name: (x.solver, x.options) for x in p.linears.values()})
+        name: RecipeTrial(p.transforms, {x.name: (x.solver, x.options) for x in p.linears.values()})
         for name, p in plans.items()
     }
     used = {t for p in plans.values() for t in p.transforms}
@@ -45,7 +45,7 @@ def plan_of(
     return replace(first, transforms=tuple(t for t in TRANSFORMS if t in used), recipe=recipe.model_dump(), tries=tries)
 
 
-def attempt(plan: Plan, tried: Try) -> Plan:
+def attempt(plan: Plan, tried: RecipeTrial) -> Plan:
     """The plan with one of its recipes alone."""
     linears = {
         name: replace(p, solver=tried.solvers[name][0], options=tried.solvers[name][1])

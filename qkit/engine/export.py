@@ -24,7 +24,7 @@ from qkit.families.structure import ModelStructure
 from qkit.files.folder import DENOISER, RECORD, WEIGHT_STEMS, hub_source, read_record, weights_folder
 from qkit.files.record import FORMAT_VERSION, to_bytes, write_record
 from qkit.files.safefile import TensorInfo, write_atomic, write_safetensors
-from qkit.files.side_files import check_unchanged, copy
+from qkit.files.side_files import check_unchanged, copy_side_files
 from qkit.kvcache.scales import FORMAT
 from qkit.planning.plan import LinearPlan, Plan, parts
 from qkit.system.version import __version__
@@ -83,7 +83,7 @@ def export(
     for name, data in documents.items():
         write_atomic(folder / name, data)
     files = {**hashes, **{name: hashlib.sha256(data).hexdigest() for name, data in documents.items()}}
-    files |= copy(structure.checkpoint.path, folder, plan.side_files)
+    files |= copy_side_files(structure.checkpoint.path, folder, plan.side_files)
     record = _record(plan, structure, source, hashes, hashed) | {"files": files, "config": without_quantization(config)}
     digest = write_record(folder, record)
     if plan.pipeline is not None:

@@ -6,12 +6,12 @@
     same_top1: ">=0.95"
     task.qkit_cloze.acc: ">=-1%"     # at most 1 % below the baseline's
     size: 0.3x                       # of the baseline's bytes; or 90MB
-    accuracy: ">=-1%"                # exactly right answers about pictures, in %; accuracy.KIND of one kind of question
+    accuracy: ">=-1%"                # exactly right answers about images, in %; accuracy.KIND of one kind of question
     answer_perplexity: +2%           # of those answers' tokens; also answer_kl.mean and answer_kl.p99
     psnr: 25                         # of samples of a diffusion pipeline, dB, at least; also ssim, latent_error, flickering,
     recognised: ">=-2%"              # width (bits of inputs) and, of drawn clips, the share that is recognised
     videos: 32                       # samples
-    pairs: drawn                     # the pictures, or a file of JSON lines or a folder, relative to this file
+    pairs: drawn                     # the images, or a file of JSON lines or a folder, relative to this file
     questions: 500
     texts: {wikitext2: wikitext2-test.txt}   # where a named text lies, relative to this file
     window: 512
@@ -39,10 +39,11 @@ from qkit.system.words import exact_megabytes
 
 SIZE = "size"  # of all weight files
 METRICS = ("perplexity", "kl.mean", "kl.p99", "same_top1")  # of a text: plain, or followed by the name of one text
-ANSWERS = ("answer_perplexity", "answer_kl.mean", "answer_kl.p99")  # of questions about pictures, and 'accuracy'
+ANSWERS = ("answer_perplexity", "answer_kl.mean", "answer_kl.p99")  # of questions about images, and 'accuracy'
 SAMPLES = ("psnr", "ssim", "latent_error", "flickering", "recognised", "width")  # of a diffusion pipeline
-RELATIVE = ("perplexity", "task", "size", "accuracy", "answer_perplexity", "flickering", "recognised")  # may be limited
-# against the baseline
+# Figures that may be limited against the baseline.
+RELATIVE = ("perplexity", "task", "size", "accuracy", "answer_perplexity", "flickering", "recognised")
+# Figures of which a bare number is the least allowed, with the largest possible value.
 LOWER = {
     "same_top1": 1.0,
     "accuracy": 100.0,
@@ -50,8 +51,7 @@ LOWER = {
     "ssim": 1.0,
     "flickering": 1.0,
     "recognised": 100.0,
-}  # a bare
-# number is the least allowed; with the largest possible value
+}
 NUMBERS = {"window": 2, "windows": 1, "limit": 1, "questions": 1, "videos": 1}  # settings, with the least value of each
 EXAMPLES = {
     "perplexity": "+2% or 40.5",
@@ -77,7 +77,7 @@ _LIMIT = re.compile(r"(<=|>=)?\s*([-+]?)([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*
 
 @dataclass(frozen=True)
 class Limit:
-    """One bound. ``unit`` '' compares the value itself; '%' the relative change, in percent, against the baseline;
+    """One limit of a budget. ``unit`` '' compares the value itself; '%' the relative change, in percent, against the baseline;
     'x' the ratio to the baseline."""
 
     upper: bool
@@ -140,14 +140,17 @@ class QualityBudget:
 
     @property
     def measures_text(self) -> bool:
+        """Whether a line limits a figure of texts."""
         return any(line.metric in METRICS for line in self.lines)
 
     @property
     def measures_answers(self) -> bool:
+        """Whether a line limits answers to questions about images."""
         return any(line.metric in (*ANSWERS, "accuracy") for line in self.lines)
 
     @property
     def measures_samples(self) -> bool:
+        """Whether a line limits samples of a diffusion pipeline."""
         return any(line.metric in SAMPLES for line in self.lines)
 
 
@@ -162,7 +165,7 @@ class Check:
 
     @property
     def shown(self) -> str:
-        """What was measured, as a person reads it."""
+        """The measured value as a person reads it."""
         if self.measured is None:
             return "not measured"
         if not math.isfinite(self.measured):
@@ -171,7 +174,7 @@ class Check:
 
 
 def load_budget(path: Path) -> QualityBudget:
-    """Reads a budget file. Raises BadRecipe with file and line for anything that is not as this page describes."""
+    """The budget in a file. Raises BadRecipe with file and line for anything that is not as this page describes."""
     content = load_yaml(path, "budget")
     where = f"budget {path}"
     if not isinstance(content, LineDict):
@@ -249,7 +252,7 @@ def _limit(value: Any, metric: str, at: str) -> Limit:
 
 
 def check_budget(budget: QualityBudget, measured: Mapping[str, Any]) -> list[Check]:
-    """Each line against what was measured (the dict of ``qkit.evaluation.measure``), in the order of the file.
+    """The result of each line against a measurement (the dict of ``qkit.evaluation.measure``), in the order of the file.
 
     A line without the name of a text gives one check per text. A value or a baseline that is missing or not finite
     fails the check.
@@ -290,9 +293,9 @@ def _answers(results: Mapping[str, Any] | None, line: Line) -> tuple[float | Non
     """Of the model and of the baseline; what is measured has one entry."""
     entry: Mapping[str, Any] = next(iter((results or {}).values()), {})
     if line.metric == "accuracy":
-        whole = entry if line.of is None else (entry.get("kinds") or {}).get(line.of) or {}
-        found = whole.get("accuracy") or {}
-        return found.get("percent"), found.get("baseline_percent")
+        entries = entry if line.of is None else (entry.get("kinds") or {}).get(line.of) or {}
+        accuracy = entries.get("accuracy") or {}
+        return accuracy.get("percent"), accuracy.get("baseline_percent")
     metric, _, part = line.metric.removeprefix("answer_").partition(".")
     return (entry.get(metric) or {}).get(part) if part else entry.get(metric), entry.get(f"baseline_{metric}")
 
@@ -313,13 +316,17 @@ def _check(
     limit: Limit,
     value: float | None,
     baseline: float | None,
-    said: Callable[[float], str] = _number,
+    format_value: Callable[[float], str] = _number,
 ) -> Check:
     bound = limit.bound(baseline)
-    text = str(limit) if limit.unit else f"{'<=' if limit.upper else '>='} {said(limit.value)}"
+    text = str(limit) if limit.unit else f"{'<=' if limit.upper else '>='} {format_value(limit.value)}"
     if limit.unit:
-        known = " of a baseline that was not measured" if baseline is None else f" of {said(baseline)} ({said(bound)})"
-        text += known
+        reference = (
+            " of a baseline that was not measured"
+            if baseline is None
+            else f" of {format_value(baseline)} ({format_value(bound)})"
+        )
+        text += reference
     finite = value is not None and math.isfinite(value) and math.isfinite(bound)
     ok = finite and value is not None and (value <= bound if limit.upper else value >= bound)
     return Check(name, text, value, ok)

@@ -1,4 +1,4 @@
-"""A few fixed prompts, continued by a model and by its original: what a person would see of a difference.
+"""The continuations of a few fixed prompts by a model and by its original, to show a difference to a person.
 
 Perplexity is a mean, and a model can keep it and still say something else in a few places; this shows the first tokens of
 the same short prompts side by side. It is no defence against weights that were made to change when they are rounded
@@ -26,23 +26,25 @@ NEW_TOKENS = 24
 
 @torch.no_grad()
 def continuations(model: Any, baseline: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    """Of each prompt {"prompt", "said"}, and with a baseline also {"baseline_said", "same"}: greedy, NEW_TOKENS tokens; same:
-    how many of them are the same before the first that differs."""
-    found = []
+    """The greedy continuation of each prompt, {"prompt", "said"}, and with a baseline also {"baseline_said", "same"};
+    NEW_TOKENS tokens. same: how many tokens agree before the first that differs."""
+    entries = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        own = _continued(model, ids)
-        entry: dict[str, Any] = {"prompt": prompt, "said": tokenizer.decode(own)}
+        tokens = _continue(model, ids)
+        entry: dict[str, Any] = {"prompt": prompt, "said": tokenizer.decode(tokens)}
         if baseline is not None:
-            other = _continued(baseline, ids)
-            pairs = zip(own.tolist(), other.tolist(), strict=False)
-            same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(own), len(other)))
-            entry |= {"baseline_said": tokenizer.decode(other), "same": same}
-        found.append(entry)
-    return found
+            baseline_tokens = _continue(baseline, ids)
+            tokens_of_both = zip(tokens.tolist(), baseline_tokens.tolist(), strict=False)
+            equal_count = next(
+                (i for i, (a, b) in enumerate(tokens_of_both) if a != b), min(len(tokens), len(baseline_tokens))
+            )
+            entry |= {"baseline_said": tokenizer.decode(baseline_tokens), "same": equal_count}
+        entries.append(entry)
+    return entries
 
 
-def _continued(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def _continue(model: Any, ids: torch.Tensor) -> torch.Tensor:
     ids = ids.to(model.device)
     ends = model.config.get_text_config().eos_token_id
     out = model.generate(

@@ -1,7 +1,7 @@
-"""Task suites through lm-eval: its own tasks, those shipped with qkit, and a folder of the user's; with pictures or without.
+"""Task suites through lm-eval: its own tasks, those shipped with qkit, and a folder of the user's; with images or without.
 
 Shipped tasks are YAML files with their data beside them, so they need no network. The tasks of lm-eval itself are as
-trusted as lm-eval; a folder from elsewhere is read by ``taskcode`` before lm-eval sees it. Tasks with pictures go through
+trusted as lm-eval; a folder from elsewhere is read by ``taskcode`` before lm-eval sees it. Tasks with images go through
 lm-eval's model for images and the chat template; it knows no likelihoods of them, only what is generated (lm-eval 0.4.13).
 """
 
@@ -45,15 +45,16 @@ def run_tasks(
     include_path: Path | None = None,
     processor: Callable[[], Any] | None = None,
 ) -> dict[str, Any]:
-    """{task: {"samples": n, "metrics": {metric: figures}}} of a transformers model; the first ``limit`` samples.
+    """The figures of tasks for a transformers model, {task: {"samples": n, "metrics": {metric: figures}}}, on the first
+    ``limit`` samples.
 
     Figures: value, stderr and ci (95 %, normal; both None where lm-eval gives no standard error), higher_is_better, and
     values: the metric of each sample, where it is a number, for ``paired_change``. A metric under a filter of lm-eval
     other than 'none' is called ``metric.filter``.
 
     include_path: a folder of further task files, refused when they could run code unless ``allow_task_code``.
-    processor: gives the processor of a vision-language model, for tasks with pictures.
-    Raises Unsupported without lm-eval or for task code, UsageError for names that do not exist and for pictures without a
+    processor: gives the processor of a vision-language model, for tasks with images.
+    Raises Unsupported without lm-eval or for task code, UsageError for names that do not exist and for images without a
     processor, BadInput for a task that cannot be loaded, above all without the network that most tasks of lm-eval need.
     """
     registry = _lm_eval()
@@ -68,16 +69,16 @@ def run_tasks(
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
         kinds = {name: bool(getattr(task, "MULTIMODAL", False)) for name, task in loaded["tasks"].items()}
-        found: dict[str, Any] = {}
-        for pictures in sorted(set(kinds.values())):
-            part = loaded
+        task_figures: dict[str, Any] = {}
+        for with_images in sorted(set(kinds.values())):
+            group = loaded
             if len(set(kinds.values())) > 1:  # groups may hold both, so that they have no figures of their own here
-                part = {"tasks": {n: task for n, task in loaded["tasks"].items() if kinds[n] == pictures}}
-            lm = _with_pictures(model, processor, tasks) if pictures else _of_text(model, tokenizer)
+                group = {"tasks": {n: task for n, task in loaded["tasks"].items() if kinds[n] == with_images}}
+            lm = _with_images(model, processor, tasks) if with_images else _of_text(model, tokenizer)
             try:
                 results = evaluate(
-                    lm=lm, task_dict=part, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True,
-                    apply_chat_template=pictures,
+                    lm=lm, task_dict=group, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True,
+                    apply_chat_template=with_images,
                 )  # fmt: skip
             except Exceeded as error:
                 raise BadInput(
@@ -85,8 +86,8 @@ def run_tasks(
                 ) from error
             except (ValueError, NotImplementedError, TemplateFailure) as error:
                 raise BadInput(f"lm-eval cannot run {', '.join(tasks)}: {first_line(error)}") from error
-            found |= _figures(results)
-    return found
+            task_figures |= _figures(results)
+    return task_figures
 
 
 def _of_text(model: Any, tokenizer: Any) -> Any:
@@ -101,7 +102,7 @@ def _of_text(model: Any, tokenizer: Any) -> Any:
     )
 
 
-def _with_pictures(model: Any, processor: Callable[[], Any] | None, tasks: Sequence[str]) -> Any:
+def _with_images(model: Any, processor: Callable[[], Any] | None, tasks: Sequence[str]) -> Any:
     from lm_eval.models.hf_vlms import HFMultimodalLM
 
     if processor is None:
@@ -127,10 +128,12 @@ def paired_change(value: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict
     Both are figures of ``run_tasks`` of the same task. Two models mostly agree, so the paired interval is much narrower
     than the two intervals suggest.
     """
-    ours, theirs = value.get("values"), baseline.get("values")
-    if not ours or not theirs or len(ours) != len(theirs):
+    values, baseline_values = value.get("values"), baseline.get("values")
+    if not values or not baseline_values or len(values) != len(baseline_values):
         return None
-    difference = bootstrap_ci(torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64))
+    difference = bootstrap_ci(
+        torch.tensor(values, dtype=torch.float64) - torch.tensor(baseline_values, dtype=torch.float64)
+    )
     return {"change": difference.mean, "change_ci": difference.ends}
 
 
@@ -155,14 +158,14 @@ def _load(names: Sequence[str], include_path: Path | None, cache: str) -> Any:
     manager = TaskManager(include_path=include, include_defaults=False)
     for name in set(shipped).intersection(manager.all_tasks):
         raise UsageError(f"{include_path} has a task called '{name}', and so has qkit; rename yours")
-    known = {*shipped, *manager.all_tasks}
-    if not known.issuperset(names):
+    known_names = {*shipped, *manager.all_tasks}
+    if not known_names.issuperset(names):
         manager = TaskManager(include_path=include)
-        known.update(manager.all_tasks)
+        known_names.update(manager.all_tasks)
     for name in names:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            advice = f"did you mean '{near[0]}'?" if near else f"shipped with qkit: {', '.join(shipped)}"
+        if name not in known_names:
+            nearest = get_close_matches(name, known_names, n=1)
+            advice = f"did you mean '{nearest[0]}'?" if nearest else f"shipped with qkit: {', '.join(shipped)}"
             raise UsageError(f"there is no task called '{name}'; {advice}")
     try:
         return manager.load([_shipped(shipped[name], cache) if name in shipped else name for name in names])
@@ -191,8 +194,8 @@ def _scenes(**metadata: Any) -> dict[str, Any]:
     """The project's held-out scenes, as lm-eval asks for a data set."""
     import datasets
 
-    pairs = held_out(DRAWN, QUESTIONS)
-    rows = [{"image": p.images[0], "question": p.question, "answer": p.answer, "kind": p.kind} for p in pairs]
+    scenes = held_out(DRAWN, QUESTIONS)
+    rows = [{"image": p.images[0], "question": p.question, "answer": p.answer, "kind": p.kind} for p in scenes]
     return {"test": datasets.Dataset.from_list(rows)}
 
 

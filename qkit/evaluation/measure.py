@@ -16,22 +16,22 @@ from qkit.errors import UsageError
 from qkit.evaluation.request import EvalRequest, dimensions_of
 from qkit.evaluation.sources import read_text, text_name
 from qkit.evaluation.text import Progress, evaluate_texts, first_tokens, tokenize
-from qkit.evaluation.vbench import Bench, evaluate_vbench
+from qkit.evaluation.vbench import VBenchRequest, evaluate_vbench
 from qkit.families.declared import DECLARED
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import PIPELINE_INDEX, is_pipeline, weights_folder
 
 
 def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Progress | None = None) -> dict[str, Any]:
-    """Loads the model in the folder ``out`` (packed, when it is quantized), and the baseline, and measures both.
+    """The figures of the model in the folder ``out`` (packed, when it is quantized), beside those of the baseline.
 
     Returns {"model", "baseline", "dtype", "window", "size", "texts", "caches", "retrieval", "pairs", "videos", "samples",
     "tasks", "baseline_tasks"}, of what was asked for: names of folders without their paths; size in bytes of the weight
     files; texts as in ``evaluate_text``; caches, or with request.retrieval retrieval: for each text what
-    ``evaluate_caches`` or ``evaluate_retrieval`` gives; pairs: {name: what ``evaluate_pairs`` gives}; videos: what
-    ``video.figures`` gives, and samples (ours, theirs), request.examples of each; tasks as in ``run_tasks``, without the
+    ``evaluate_caches`` or ``evaluate_retrieval`` gives; pairs: {name: what ``evaluate_image_text`` gives}; videos: what
+    ``video.sample_figures`` gives, and samples (ours, theirs), request.examples of each; tasks as in ``run_tasks``, without the
     values of single samples but with the paired change and change_ci where there is a baseline. Raises what loading,
-    ``evaluate_text``, ``evaluate_pairs`` and ``run_tasks`` raise.
+    ``evaluate_text``, ``evaluate_image_text`` and ``run_tasks`` raise.
     """
     return measure_all([out], baseline, request, progress)[0]
 
@@ -39,14 +39,14 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
 def measure_all(
     outs: Sequence[Path], baseline: Path | None, request: EvalRequest, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
-    """What ``measure`` gives, of several models: the same texts and tasks, and the baseline measured once for all of them.
+    """The figures of several models: the same texts and tasks for all, and the baseline measured once.
 
     Raises UsageError for what is measured of one model alone (caches, pairs, videos), and for models that split a text in
     different ways.
     """
     from qkit.runtime.loading import load, load_tokenizer
 
-    found: list[dict[str, Any]] = [
+    results: list[dict[str, Any]] = [
         {
             "model": out.resolve().name,
             "baseline": None if baseline is None else baseline.resolve().name,
@@ -56,16 +56,16 @@ def measure_all(
         }
         for out in outs
     ]
-    alone = request.alone
-    if alone and len(outs) > 1:
-        raise UsageError(f"{alone}: is measured of one model at a time, and there are {len(outs)}: give one OUT")
+    single_only = request.alone
+    if single_only and len(outs) > 1:
+        raise UsageError(f"{single_only}: is measured of one model at a time, and there are {len(outs)}: give one OUT")
     dimensions = dimensions_of(request.tasks)
     if dimensions:
-        return [found[0] | _vbench(outs[0], baseline, dimensions, request, progress)]
+        return [results[0] | _vbench(outs[0], baseline, dimensions, request, progress)]
     if request.videos:
-        return [found[0] | _videos(outs[0], baseline, request, progress)]
-    if not request.texts and not request.tasks and request.pairs is None:
-        return found
+        return [results[0] | _videos(outs[0], baseline, request, progress)]
+    if not request.texts and not request.tasks and request.image_text is None:
+        return results
     for out in outs:
         if is_pipeline(out):
             raise UsageError(
@@ -75,34 +75,34 @@ def measure_all(
     for spec in request.texts:
         text_name(spec)  # what is wrong with a file is better said before a large model is loaded
     _check_device(request.device)
-    processor = None if request.pairs is None else _processor(outs[0], request.pairs)
+    processor = None if request.image_text is None else _processor(outs[0], request.image_text)
     tokenizers = [load_tokenizer(out) for out in outs]
     _check_alike(outs, tokenizers, request)
     dtype = getattr(torch, request.dtype)
     # Texts are read without a cache and --kv compares caches with a plain one; tasks run as the folder is meant to.
-    compared = request.retrieval or bool(request.caches)
-    models = [load(out, dtype=dtype, device=request.device, kv="none" if compared else None) for out in outs]
+    caches_compared = request.retrieval or bool(request.caches)
+    models = [load(out, dtype=dtype, device=request.device, kv="none" if caches_compared else None) for out in outs]
     original = None if baseline is None else load(baseline, dtype=dtype, device=request.device)
     if request.texts:
         texts = evaluate_texts(
             models, tokenizers[0], request.texts, request.window, request.windows, original, progress=progress
         )
-        found = [own | figures for own, figures in zip(found, texts, strict=True)]
-    if compared:
+        results = [result | figures for result, figures in zip(results, texts, strict=True)]
+    if caches_compared:
         caches = _caches(models[0], tokenizers[0], request, progress)
-        found[0]["retrieval" if request.retrieval else "caches"] = caches
-    if request.pairs is not None:
-        found[0]["pairs"] = _pairs(models[0], original, processor, request, progress)
+        results[0]["retrieval" if request.retrieval else "caches"] = caches
+    if request.image_text is not None:
+        results[0]["pairs"] = _image_text(models[0], original, processor, request, progress)
     if request.prompts:
         from qkit.evaluation.continuations import continuations
 
-        for own, model in zip(found, models, strict=True):
-            own["continuations"] = continuations(model, original, tokenizers[0])
+        for result, model in zip(results, models, strict=True):
+            result["continuations"] = continuations(model, original, tokenizers[0])
     if request.tasks:
         processors = [partial(load_processor, out) if _sees(out) else None for out in outs]
         tasks = _tasks(models, original, tokenizers, request, processors)
-        found = [own | figures for own, figures in zip(found, tasks, strict=True)]
-    return found
+        results = [result | figures for result, figures in zip(results, tasks, strict=True)]
+    return results
 
 
 def _check_alike(outs: Sequence[Path], tokenizers: Sequence[Any], request: EvalRequest) -> None:
@@ -121,12 +121,15 @@ def _check_alike(outs: Sequence[Path], tokenizers: Sequence[Any], request: EvalR
 
 def _videos(out: Path, baseline: Path | None, request: EvalRequest, progress: Progress | None) -> dict[str, Any]:
     """{"videos": figures, "samples": (ours, theirs) of request.examples of them}"""
-    from qkit.evaluation.video import figures, make_videos
+    from qkit.evaluation.video import make_videos, sample_figures
 
     _check_pipelines(out, baseline, request)
     pipes = [None if f is None else _pipeline(f, request) for f in (out, baseline)]
-    ours, theirs = make_videos(pipes[0], out, request.videos, pipes[1], progress)
-    return {"videos": figures(ours, theirs), "samples": (ours[: request.examples], theirs[: request.examples])}
+    videos, baseline_videos = make_videos(pipes[0], out, request.videos, pipes[1], progress)
+    return {
+        "videos": sample_figures(videos, baseline_videos),
+        "samples": (videos[: request.examples], baseline_videos[: request.examples]),
+    }
 
 
 def _vbench(
@@ -138,7 +141,7 @@ def _vbench(
             f"--tasks {request.tasks[0]}: give --vbench-python, an interpreter that VBench is installed for"
         )
     _check_pipelines(out, baseline, request)
-    bench = Bench(
+    bench = VBenchRequest(
         dimensions=dimensions,
         python=request.vbench_python,
         videos=request.videos,
@@ -147,10 +150,10 @@ def _vbench(
         device=request.device,
     )
     folders = {"model": out} | ({} if baseline is None else {"baseline": baseline})
-    ours, *theirs = evaluate_vbench(
+    figures, *baseline_figures = evaluate_vbench(
         [(n, f, partial(_pipeline, f, request)) for n, f in folders.items()], bench, progress
     )
-    return _compared(ours, theirs[0] if theirs else {})
+    return _add_changes(figures, baseline_figures[0] if baseline_figures else {})
 
 
 def _check_pipelines(out: Path, baseline: Path | None, request: EvalRequest) -> None:
@@ -175,16 +178,16 @@ def _caches(model: Any, tokenizer: Any, request: EvalRequest, progress: Progress
     policies = {p.name: p for p in request.caches}
     window, limit = request.window, request.windows
     prompt = window // 2 if request.prompt is None else request.prompt
-    found: dict[str, Any] = {}
+    by_text: dict[str, Any] = {}
     for spec in request.texts:
         text = read_text(spec)
         tokens = tokenize(tokenizer, text)
-        found[text_name(spec)] = (
+        by_text[text_name(spec)] = (
             evaluate_retrieval(model, tokenizer, text, tokens, window, limit, policies, progress=progress)
             if request.retrieval
             else evaluate_caches(model, tokens, window, limit, prompt, policies, request.step, progress)
         )
-    return found
+    return by_text
 
 
 def _sees(out: Path) -> bool:
@@ -197,26 +200,26 @@ def _kind(out: Path) -> Any:
     return Checkpoint.open(out, quantized=True).config.get("model_type")
 
 
-def _processor(out: Path, pairs: str) -> Any:
+def _processor(out: Path, image_text: str) -> Any:
     if not _sees(out):
         raise UsageError(
             f"{out}: questions about pictures are for a vision-language model, and this is a {_kind(out)}: measure texts or "
             "tasks without pictures"
         )
-    held_out(pairs, 1)
+    held_out(image_text, 1)
     return load_processor(out)
 
 
-def _pairs(
+def _image_text(
     model: Any, original: Any, processor: Any, request: EvalRequest, progress: Progress | None
 ) -> dict[str, Any]:
-    from qkit.evaluation.image_text import evaluate_pairs
+    from qkit.evaluation.image_text import evaluate_image_text
 
-    assert request.pairs is not None
-    name = request.pairs if request.pairs == DRAWN else Path(request.pairs).resolve().stem
+    assert request.image_text is not None
+    name = request.image_text if request.image_text == DRAWN else Path(request.image_text).resolve().stem
     report = None if progress is None else partial(progress, name)
-    figures = evaluate_pairs(
-        model, processor, request.pairs, request.questions, original, request.examples, progress=report
+    figures = evaluate_image_text(
+        model, processor, request.image_text, request.questions, original, request.examples, progress=report
     )
     return {name: figures}
 
@@ -232,7 +235,7 @@ def _check_device(device: str) -> None:
 
 
 def sizes(out: Path, baseline: Path | None) -> dict[str, int]:
-    """Bytes of the weight files of both folders, headers included: what --size of ``qkit quantize`` limits. Of a pipeline
+    """Bytes of the weight files of both folders, headers included: what --size of ``qkit quantize`` limits. Of a pipeline:
     those of its transformer."""
 
     def files(folder: Path) -> int:
@@ -256,21 +259,25 @@ def _tasks(
             model, tokenizer, request.tasks, request.limit, request.allow_task_code, request.task_dir, processor
         )
 
-    ours = [run(*each) for each in zip(models, tokenizers, processors, strict=True)]
-    theirs = {} if original is None else run(original, tokenizers[0], processors[0])
-    return [_compared(own, deepcopy(theirs)) for own in ours]
+    figures = [run(*model_parts) for model_parts in zip(models, tokenizers, processors, strict=True)]
+    baseline_figures = {} if original is None else run(original, tokenizers[0], processors[0])
+    return [_add_changes(model_figures, deepcopy(baseline_figures)) for model_figures in figures]
 
 
-def _compared(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+def _add_changes(figures_by_task: dict[str, Any], baseline_by_task: dict[str, Any]) -> dict[str, Any]:
     """{"tasks", "baseline_tasks"} with paired changes in the place of the values of samples."""
     from qkit.evaluation.harness import paired_change
 
-    for task, entry in ours.items():
+    for task, entry in figures_by_task.items():
         for name, figures in entry["metrics"].items():
-            before = theirs.get(task, {}).get("metrics", {}).get(name)
+            before = baseline_by_task.get(task, {}).get("metrics", {}).get(name)
             if before is not None:
                 figures.update(paired_change(figures, before) or {})
-    for entry in (*ours.values(), *theirs.values()):
+    for entry in (*figures_by_task.values(), *baseline_by_task.values()):
         for figures in entry["metrics"].values():
             del figures["values"]
-    return {"tasks": ours, "baseline_tasks": theirs} if theirs else {"tasks": ours}
+    return (
+        {"tasks": figures_by_task, "baseline_tasks": baseline_by_task}
+        if baseline_by_task
+        else {"tasks": figures_by_task}
+    )

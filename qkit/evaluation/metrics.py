@@ -1,4 +1,4 @@
-"""What quantization cost, as numbers: perplexity, divergence from the original, error of a tensor.
+"""The metrics of quantization: perplexity, divergence from the original, error of a tensor.
 
 The text metric of this project: a text is tokenised whole (no special tokens added) and cut into consecutive windows
 that do not overlap; positions 2 to ``window`` of each are scored. A window is the unit of every interval here, because
@@ -40,6 +40,7 @@ class Interval:
 
     @property
     def ends(self) -> list[float]:
+        """The interval as [low, high]."""
         return [self.low, self.high]
 
     def map(self, function: Callable[[float], float]) -> Interval:
@@ -84,7 +85,7 @@ def nll_windows(
 def compare_windows(
     reference: Any, approx: Any, tokens: Tensor, window: int, limit: int | None = None, progress: Progress | None = None
 ) -> Comparison:
-    """Both models over the same windows in one pass: likelihoods, KL(reference || approx) and same top-1 per token.
+    """The comparison of both models over the same windows: likelihoods, KL(reference || approx) and same top-1 per token.
 
     Arguments and errors as for ``nll_windows``; further a UsageError when the vocabularies differ in size.
     """
@@ -99,17 +100,17 @@ def compare_all(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> list[Comparison]:
-    """``compare_windows`` of several models with one reference, which runs once."""
+    """The comparisons of several models with one reference, which runs once (``compare_windows``)."""
     windows = split_windows(tokens, window, limit)
     parts: list[list[list[Tensor]]] = [[] for _ in models]
     for ids in _batches([reference, *models], windows, progress):
         p_logits = _logits(reference, ids)
-        for found, approx in zip(parts, models, strict=True):
-            found.append(_compared(p_logits, _logits(approx, ids), ids))
-    return [Comparison(*(torch.cat(column) for column in zip(*found, strict=True))) for found in parts]
+        for model_parts, approx in zip(parts, models, strict=True):
+            model_parts.append(_compare_batch(p_logits, _logits(approx, ids), ids))
+    return [Comparison(*(torch.cat(column) for column in zip(*model_parts, strict=True))) for model_parts in parts]
 
 
-def _compared(p_logits: Tensor, q_logits: Tensor, ids: Tensor) -> list[Tensor]:
+def _compare_batch(p_logits: Tensor, q_logits: Tensor, ids: Tensor) -> list[Tensor]:
     """The fields of a Comparison, of some windows."""
     if p_logits.shape != q_logits.shape:
         raise UsageError(
@@ -120,13 +121,13 @@ def _compared(p_logits: Tensor, q_logits: Tensor, ids: Tensor) -> list[Tensor]:
     for at in _chunks(p_logits):
         p, q = _log_softmax(p_logits, at), _log_softmax(q_logits, at).to(p_logits.device)
         kl = divergence(p, q)
-        same = (p.argmax(-1) == q.argmax(-1)) & ~kl.isnan()
-        rows.append([_nll(p, ids, at), _nll(q, ids, at), kl, same])
+        same_top1 = (p.argmax(-1) == q.argmax(-1)) & ~kl.isnan()
+        rows.append([_nll(p, ids, at), _nll(q, ids, at), kl, same_top1])
     return [torch.cat(column, dim=1).cpu() for column in zip(*rows, strict=True)]
 
 
 def split_windows(tokens: Tensor, window: int, limit: int | None = None) -> Tensor:
-    """int64 [n] -> [windows, window]: consecutive, not overlapping, the first ``limit``; a shorter rest is left out."""
+    """The consecutive windows of a text, int64 [n] -> [windows, window], the first ``limit``; a shorter rest is left out."""
     if window < 2 or (limit is not None and limit < 1):
         raise UsageError(f"a window needs at least 2 tokens and a limit at least 1 window; found {window} and {limit}")
     count = tokens.numel() // window
@@ -188,14 +189,14 @@ def _nll(log_probabilities: Tensor, ids: Tensor, at: slice) -> Tensor:
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) in nats, float64 [...]: the sum over the vocabulary of p (log p - log q), from log probabilities
-    [..., vocabulary]; a token that p excludes adds nothing."""
+    """The KL divergence KL(p || q) in nats, float64 [...]: the sum over the vocabulary of p (log p - log q), from log
+    probabilities [..., vocabulary]; a token that p excludes adds nothing."""
     terms = torch.where(p == -math.inf, 0.0, p.exp() * (p - q))
     return terms.sum(-1, dtype=torch.float64).clamp_(min=0.0)  # rounding can leave it a little below zero
 
 
 def bootstrap_ci(values: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Mean of ``values`` [n], one per independent unit, with the percentile bootstrap interval (Efron 1979).
+    """The mean of ``values`` [n], one per independent unit, with the percentile bootstrap interval (Efron 1979).
 
     The same values and seed give the same interval. Neighbouring windows of one text are not quite independent, so the
     interval of a short text is a little too narrow.
@@ -219,7 +220,7 @@ def bootstrap_ci(values: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> I
 
 
 def wilson_ci(right: Tensor) -> Interval:
-    """Share of what is true in bool [n], with Wilson's interval (1927): one that has a width where all or none are true."""
+    """The share of true values in bool [n], with Wilson's interval (1927), which has a width where all or none are true."""
     n, share = right.numel(), float(right.double().mean())
     spread = Z95 * math.sqrt(share * (1 - share) / n + (Z95 / (2 * n)) ** 2)
     middle, scale = share + Z95**2 / (2 * n), 1 + Z95**2 / n
@@ -227,7 +228,7 @@ def wilson_ci(right: Tensor) -> Interval:
 
 
 def ratio_ci(sums: Tensor, counts: Tensor) -> Interval:
-    """Mean over tokens of what has ``sums`` [n] over ``counts`` [n] tokens, one of each per unit, with its interval over units.
+    """The mean over tokens, ``sums`` [n] over ``counts`` [n] with one of each per unit, and its interval over units.
 
     The bootstrap is of the ratio made linear: units of many tokens weigh more, and the mean is the ratio itself.
     """
@@ -239,7 +240,7 @@ def ratio_ci(sums: Tensor, counts: Tensor) -> Interval:
 
 
 def quantile(values: Tensor, q: float) -> float:
-    """Nearest-rank quantile: a value that occurred (and no limit on the number of values); NaN if any is."""
+    """The nearest-rank quantile: a value that occurred (and no limit on the number of values); NaN if any is."""
     flat = values.flatten()
     if bool(flat.isnan().any()):
         return math.nan
@@ -248,12 +249,12 @@ def quantile(values: Tensor, q: float) -> float:
 
 
 def perplexity(nll: Tensor) -> Interval:
-    """exp(mean of nll) with its interval over windows; ``nll`` is [windows, tokens] in nats."""
+    """The perplexity exp(mean of nll) with its interval over windows; ``nll`` is [windows, tokens] in nats."""
     return bootstrap_ci(nll.mean(1)).map(exp)
 
 
 def perplexity_change(reference: Tensor, approx: Tensor) -> Interval:
-    """Relative change of perplexity, 0.02 for +2 %, paired: the windows that are hard for one are hard for the other.
+    """The relative change of perplexity, 0.02 for +2 %, paired: the windows that are hard for one are hard for the other.
 
     Both are nll [windows, tokens] of the same windows. The interval of the difference is far narrower than what the
     two intervals on their own suggest.
@@ -267,7 +268,7 @@ def exp(value: float) -> float:
 
 
 def sqnr_db(reference: Tensor, approx: Tensor) -> float:
-    """Signal to quantization noise in decibels: 10 log10(sum ref^2 / sum (ref - approx)^2); inf when they are equal."""
+    """The signal to quantization noise in decibels: 10 log10(sum ref^2 / sum (ref - approx)^2); inf when they are equal."""
     signal, noise = _energies(reference, approx)
     if noise == 0.0:
         return math.inf
@@ -277,7 +278,7 @@ def sqnr_db(reference: Tensor, approx: Tensor) -> float:
 
 
 def relative_error(reference: Tensor, approx: Tensor) -> float:
-    """Norm of the difference over the norm of the reference (Frobenius); 0 when they are equal."""
+    """The norm of the difference over the norm of the reference (Frobenius); 0 when they are equal."""
     signal, noise = _energies(reference, approx)
     if noise == 0.0:
         return 0.0
@@ -285,7 +286,7 @@ def relative_error(reference: Tensor, approx: Tensor) -> float:
 
 
 def cosine(reference: Tensor, approx: Tensor) -> float:
-    """Cosine of the angle between the two tensors taken as vectors; two zero tensors agree: 1."""
+    """The cosine of the angle between the two tensors as vectors; two zero tensors agree: 1."""
     a, b = reference.double().flatten(), approx.double().flatten()
     norms = float(a.norm()) * float(b.norm())
     if norms == 0.0:

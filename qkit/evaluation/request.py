@@ -1,4 +1,4 @@
-"""What ``qkit eval`` and ``qkit check`` are asked to measure; read before torch is imported."""
+"""The request of ``qkit eval`` and ``qkit check``; it is read before torch is imported."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ PREFIX = "vbench:"
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRequest:
-    """What to measure. ``texts`` as for ``evaluate_text``; ``limit``: samples per task, None for all. ``caches``: KV cache
-    policies, compared by decoding the texts, ``step`` tokens at a time after a ``prompt`` (None: half a window), or by
-    ``retrieval`` from them, beside a plain cache. ``pairs``: questions about pictures, as for ``evaluate_pairs``, so many
-    ``questions`` at most; with ``examples`` of them answered in words. ``videos``: of a diffusion pipeline, how many it is to
-    make, and with ``vbench_python`` VBench's interpreter for tasks of VBench, whose videos ``videos_dir`` keeps. ``prompts``:
-    whether the model, and the baseline, continue a few prompts (``evaluation.continuations``)."""
+    """The request of ``qkit eval`` and ``qkit check``. ``texts`` as for ``evaluate_text``; ``limit``: samples per task, None
+    for all. ``caches``: KV cache policies, compared by decoding the texts, ``step`` tokens at a time after a ``prompt``
+    (None: half a window), or by ``retrieval`` from them, beside a plain cache. ``image_text``: questions about images, as for
+    ``evaluate_image_text``, so many ``questions`` at most; with ``examples`` of them answered in words. ``videos``: of a
+    diffusion pipeline, how many it is to make, and with ``vbench_python`` VBench's interpreter for tasks of VBench, whose
+    videos ``videos_dir`` keeps. ``prompts``: whether the model, and the baseline, continue a few prompts
+    (``evaluation.continuations``)."""
 
     texts: Sequence[Path | str] = ()
     window: int = 512
@@ -38,7 +39,7 @@ class EvalRequest:
     prompt: int | None = None
     step: int = 1
     retrieval: bool = False
-    pairs: str | None = None
+    image_text: str | None = None
     questions: int = QUESTIONS
     examples: int = 0
     videos: int = 0
@@ -48,19 +49,20 @@ class EvalRequest:
 
     @property
     def alone(self) -> str | None:
-        """The option of what is measured of one model at a time, where one is asked for."""
+        """The option for a measurement of one model at a time, where one is asked for."""
         options = {
             "--kv": self.caches,
             "--retrieval": self.retrieval,
-            "--pairs": self.pairs is not None,
+            "--pairs": self.image_text is not None,
             "--videos": self.videos,
             "--tasks vbench:": dimensions_of(self.tasks),
         }
-        return next((option for option, given in options.items() if given), None)
+        return next((option for option, is_given in options.items() if is_given), None)
 
 
 def dimensions_of(tasks: Sequence[str]) -> list[str]:
-    """Those of 'vbench:a,b' among --tasks; none where there is no vbench. Raises UsageError for other tasks beside them."""
+    """The VBench dimensions of 'vbench:a,b' among --tasks; none where there is no vbench. Raises UsageError for other tasks
+    beside them."""
     if not any(t.startswith(PREFIX) for t in tasks):
         return []
     if not tasks[0].startswith(PREFIX):
@@ -69,7 +71,7 @@ def dimensions_of(tasks: Sequence[str]) -> list[str]:
 
 
 def jsonable(value: Any) -> Any:
-    """The same with None in place of NaN and infinity, which JSON cannot say."""
+    """The value with None in place of NaN and infinity, which JSON cannot say."""
     if isinstance(value, dict):
         return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

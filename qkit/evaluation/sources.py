@@ -1,4 +1,4 @@
-"""Where the texts of a measurement come from.
+"""The sources of texts for a measurement.
 
 A text is given as a path, as ``NAME=path`` to choose the name it goes by, or as ``dataset:NAME[:config][:split]
 [:column]`` for a data set of the ``datasets`` package (a hub id or a local folder; its rows are joined by blank lines).
@@ -28,7 +28,7 @@ def read_text(spec: Path | str) -> str:
 
 
 def text_file(spec: Path | str) -> TextFile:
-    """A text that is a file. Raises BadInput for one that is not there."""
+    """The text file of a specification. Raises BadInput for one that is not there."""
     return TextFile(_named_file(spec)[1], "text")
 
 
@@ -36,8 +36,8 @@ def _named_file(spec: Path | str) -> tuple[str, Path]:
     path = Path(spec)
     name = path.stem
     if isinstance(spec, str) and "=" in spec and not path.exists():
-        name, _, rest = spec.partition("=")
-        path = Path(rest)
+        name, _, file = spec.partition("=")
+        path = Path(file)
     if not path.exists():
         raise BadInput(f"text {path}: there is no such file; give the path of a text file")
     if not path.is_file():
@@ -78,6 +78,6 @@ def _read_dataset(spec: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What another library had to say, as a part of a sentence."""
+    """The first line of another library's message, as a part of a sentence."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Does a folder of lm-eval tasks hold code? Found out by reading, before anything of it is loaded.
+"""The search for code in a folder of lm-eval tasks, by reading, before anything of it is loaded.
 
 A task file is YAML, and yet it can run code: ``!function`` imports a Python file, other tags build objects, some keys
 ask for scripts, a metric that lm-eval does not know is looked up as a script, and templates are rendered without a
@@ -34,12 +34,12 @@ def refuse_task_code(folder: Path, metrics: Container[str]) -> None:
     code; BadInput when the folder or a file cannot be read. ``metrics``: the names of metrics that lm-eval has."""
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; --task-dir takes a folder of lm-eval task files")
-    waiting, seen = sorted(folder.glob("**/*.yaml")), set[Path]()
+    waiting, visited = sorted(folder.glob("**/*.yaml")), set[Path]()
     while waiting:
         path = waiting.pop().resolve()
-        if path in seen:
+        if path in visited:
             continue
-        seen.add(path)
+        visited.add(path)
         for key, node in _nodes(path):
             reason = _reason(key, node, metrics)
             if reason is not None:
@@ -67,13 +67,13 @@ def _nodes(path: Path) -> Iterator[tuple[str, yaml.Node]]:
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise BadInput(f"task file {path} is not valid YAML: {' '.join(str(error).split())}") from error
     waiting = [("", root)] if root is not None else []
-    seen = set[int]()
+    visited = set[int]()
     while waiting:
         key, node = waiting.pop()
         yield key, node
-        if id(node) in seen:  # an alias may lead back to where it stands
+        if id(node) in visited:  # an alias may lead back to where it stands
             continue
-        seen.add(id(node))
+        visited.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             waiting += [(key, item) for item in node.value]
         elif isinstance(node, yaml.MappingNode):

@@ -1,4 +1,4 @@
-"""Perplexity of texts, and the divergence from the original model on them.
+"""The perplexity of texts, and the divergence from the original model on them.
 
 Where a text comes from: ``evaluation.sources``.
 """
@@ -37,14 +37,14 @@ def evaluate_text(
     baseline_model: Any = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """{"texts": {name: figures}}; the name of a text is its file's name without the suffix.
+    """The figures of texts, {"texts": {name: figures}}; the name of a text is its file's name without the suffix.
 
     Each text is tokenised by ``tokenizer`` as far as it is needed, without special tokens, cut into consecutive windows of
-    ``window`` tokens, of which the first ``limit`` are used, and scored at positions 2 to ``window`` with an fp32 log-softmax.
-    Figures: perplexity, ci (95 %, over windows), windows, tokens (scored), nonfinite (scored tokens without a finite
-    likelihood); with a baseline also baseline_perplexity, baseline_ci, change_percent, change_ci (paired), kl (mean,
-    ci, p99; nats per token, KL(baseline || model)) and same_top1 (fraction of tokens). Figures that are not finite
-    come out as NaN or infinity, not as an error.
+    ``window`` tokens, of which the first ``limit`` are used, and scored at positions 2 to ``window`` with an fp32
+    log-softmax. Figures: perplexity, ci (95 %, over windows), windows, tokens (scored), nonfinite (scored tokens without a
+    finite likelihood); with a baseline also baseline_perplexity, baseline_ci, change_percent, change_ci (paired), kl (mean,
+    ci, p99; nats per token, KL(baseline || model)) and same_top1 (fraction of tokens). Figures that are not finite come out
+    as NaN or infinity, not as an error.
 
     Raises BadInput for a text that is unreadable or shorter than one window, UsageError for a bad specification.
     """
@@ -60,7 +60,7 @@ def evaluate_texts(
     baseline_model: Any = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """What ``evaluate_text`` gives, of several models on the same windows; the baseline runs once for all of them."""
+    """The figures of several models on the same windows, as ``evaluate_text`` gives them; the baseline runs once for all."""
     texts: dict[str, list[dict[str, Any]]] = {}
     for spec in files:
         name = text_name(spec)
@@ -72,17 +72,17 @@ def evaluate_texts(
             texts[name] = _figures(models, baseline_model, tokens, window, limit, report)
         except BadInput as error:
             raise BadInput(f"text '{name}': {error}") from error
-    return [{"texts": {name: found[i] for name, found in texts.items()}} for i in range(len(models))]
+    return [{"texts": {name: model_figures[i] for name, model_figures in texts.items()}} for i in range(len(models))]
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """int64 [n]: the whole text as it stands, no special tokens."""
+    """The tokens of the whole text as it stands, int64 [n], without special tokens."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 
 def first_tokens(tokenizer: Any, spec: Path | str, needed: int | None) -> Tensor:
-    """int64 [n]: at least ``needed`` tokens of a text if it has so many (None: all), as ``tokenize`` gives them."""
+    """The first tokens of a text, int64 [n]: at least ``needed`` if it has so many (None: all), as ``tokenize`` gives them."""
     if is_dataset(spec):
         return tokenize(tokenizer, read_text(spec))
     ids = text_file(spec).first_tokens(lambda text: tokenize(tokenizer, text).tolist(), needed)
@@ -99,10 +99,12 @@ def _figures(
 ) -> list[dict[str, Any]]:
     if baseline is None:
         return [
-            _own(nll_windows(model, tokens, window, limit, _share(progress, i, len(models))))
+            _model_figures(nll_windows(model, tokens, window, limit, _share(progress, i, len(models))))
             for i, model in enumerate(models)
         ]
-    return [_paired(both) for both in compare_all(baseline, models, tokens, window, limit, progress)]
+    return [
+        _paired_figures(comparison) for comparison in compare_all(baseline, models, tokens, window, limit, progress)
+    ]
 
 
 def _share(progress: Callable[[int, int], None] | None, place: int, parts: int) -> Callable[[int, int], None] | None:
@@ -110,21 +112,23 @@ def _share(progress: Callable[[int, int], None] | None, place: int, parts: int) 
     return None if progress is None else lambda done, total: progress(place * total + done, parts * total)
 
 
-def _paired(both: Comparison) -> dict[str, Any]:
-    reference, change, kl = perplexity(both.reference), perplexity_change(both.reference, both.approx), both.kl
+def _paired_figures(comparison: Comparison) -> dict[str, Any]:
+    reference = perplexity(comparison.reference)
+    change = perplexity_change(comparison.reference, comparison.approx)
+    kl = comparison.kl
     mean_kl = bootstrap_ci(kl.mean(1))
     return {
-        **_own(both.approx),
+        **_model_figures(comparison.approx),
         "baseline_perplexity": reference.mean,
         "baseline_ci": reference.ends,
         "change_percent": 100.0 * change.mean,
         "change_ci": [100.0 * end for end in change.ends],
         "kl": {"mean": mean_kl.mean, "ci": mean_kl.ends, "p99": quantile(kl, 0.99)},
-        "same_top1": float(both.same_top1.double().mean()),
+        "same_top1": float(comparison.same_top1.double().mean()),
     }
 
 
-def _own(nll: Tensor) -> dict[str, Any]:
+def _model_figures(nll: Tensor) -> dict[str, Any]:
     value = perplexity(nll)
     return {
         "perplexity": value.mean,

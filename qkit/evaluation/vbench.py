@@ -1,8 +1,9 @@
-"""VBench (arXiv 2311.17982) on what a pipeline makes: videos under the names it expects, judged by an installed VBench.
+"""VBench scores (arXiv 2311.17982) of a pipeline: qkit makes videos under the names that VBench expects, and an installed
+VBench scores them.
 
 VBench pins libraries that are older than qkit's, so it keeps an interpreter of its own: qkit writes the videos, runs VBench
-in that interpreter and reads the scores that it leaves. Its own prompts give five videos each, as its rules say; or those of a
-pipeline are taken, and judged by the dimensions that need no more than a prompt (VBench's ``custom_input``).
+in that interpreter and reads the scores that it leaves. Its own prompts give five videos each, as its rules say; or those
+of a pipeline are used, and scored by the dimensions that need no more than a prompt (VBench's ``custom_input``).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _MORE = {"imaging_quality_preprocessing_mode": "longer"}  # the default of VBenc
 
 @dataclass(frozen=True)
 class VideoRequest:
-    """A video: its name without ending, and what it is made of."""
+    """A video to make: its name without ending, its prompt and its seed."""
 
     name: str
     prompt: str
@@ -53,9 +54,9 @@ class VideoRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
-    """A request. python: VBench's interpreter; videos: of the pipeline's own prompts (0: VBench's prompts); limit: of VBench's
-    prompts for a dimension, None for all; folder: where videos are kept, None for nowhere."""
+class VBenchRequest:
+    """A request of VBench scores. python: VBench's interpreter; videos: of the pipeline's own prompts (0: VBench's prompts);
+    limit: of VBench's prompts for a dimension, None for all; folder: where videos are kept, None for nowhere."""
 
     dimensions: Sequence[str]
     python: Path
@@ -66,43 +67,49 @@ class Bench:
 
 
 def evaluate_vbench(
-    pipelines: Sequence[tuple[str, Path, Callable[[], Any]]], bench: Bench, progress: Progress | None = None
+    pipelines: Sequence[tuple[str, Path, Callable[[], Any]]], bench: VBenchRequest, progress: Progress | None = None
 ) -> list[dict[str, dict[str, Any]]]:
-    """What VBench says of each pipeline (name of a folder for its videos, source, loader), as ``harness.run_tasks`` gives
-    figures: {"vbench:DIMENSION": {"metrics": {"score": {"value", "ci", "values"}}, "samples"}}; values in the order of names.
+    """The VBench scores of each pipeline (name of a folder for its videos, source, loader), as ``harness.run_tasks`` gives
+    figures: {"vbench:DIMENSION": {"metrics": {"score": {"value", "ci", "values"}}, "samples"}}; values in the order of
+    names.
 
     All sample the same prompts with the first one's call. Raises UsageError, BadInput, Unsupported where VBench fails.
     """
     info, entries = find_vbench(bench.python)
     check_dimensions(bench.dimensions, entries)
     sampling = sampling_of(pipelines[0][1], None, {})
-    wanted = own(sampling, bench.videos) if bench.videos else standard(bench.dimensions, entries, bench.limit)
+    video_requests = (
+        own_prompts(sampling, bench.videos)
+        if bench.videos
+        else standard_prompts(bench.dimensions, entries, bench.limit)
+    )
     mode = "custom_input" if bench.videos else "vbench_standard"
-    found = []
+    scores = []
     with tempfile.TemporaryDirectory(prefix="qkit-videos-") as nowhere:
         for name, source, load in pipelines:
-            into = (bench.folder or Path(nowhere)) / name
-            write_videos(load, source, wanted, sampling.call, into, progress)
-            found.append(score_videos(bench, info, into, mode))
-    for task, entry in found[0].items():
-        for other in found[1:]:
-            if entry["names"] != other[task]["names"]:
+            folder = (bench.folder or Path(nowhere)) / name
+            write_videos(load, source, video_requests, sampling.call, folder, progress)
+            scores.append(score_videos(bench, info, folder, mode))
+    for task, entry in scores[0].items():
+        for baseline_scores in scores[1:]:
+            if entry["names"] != baseline_scores[task]["names"]:
                 raise Unsupported(
                     f"VBench judged other videos of the baseline than of the model for {task}: it could not read all"
                 )
-    for entry in (e for tasks in found for e in tasks.values()):
+    for entry in (e for tasks in scores for e in tasks.values()):
         del entry["names"]
-    return found
+    return scores
 
 
 def find_vbench(python: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """(VBench_full_info.json, its entries) of the VBench that this interpreter has. Raises UsageError, BadInput."""
+    """The path of VBench_full_info.json and its entries, of the VBench that this interpreter has. Raises UsageError,
+    BadInput."""
     try:
-        found = subprocess.run([python, "-E", "-c", _FIND], capture_output=True, text=True, timeout=120)
+        search = subprocess.run([python, "-E", "-c", _FIND], capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as e:
         raise UsageError(f"--vbench-python {python}: cannot be run: {e}") from e
-    lines = found.stdout.splitlines()
-    if found.returncode or not lines or not lines[-1]:
+    lines = search.stdout.splitlines()
+    if search.returncode or not lines or not lines[-1]:
         raise UsageError(f"--vbench-python {python}: no VBench there: {python} -m pip install vbench")
     file = Path(lines[-1]) / "VBench_full_info.json"
     entries = load_json(file, "VBench's list of prompts", 1 << 26)
@@ -115,15 +122,19 @@ def find_vbench(python: Path) -> tuple[Path, list[dict[str, Any]]]:
 
 
 def check_dimensions(dimensions: Sequence[str], entries: Iterable[dict[str, Any]]) -> None:
-    """Raises UsageError for one that VBench does not have."""
-    known = sorted({d for e in entries for d in e["dimension"]})
-    wrong = next((d for d in dimensions if d not in known), None)
-    if wrong is not None:
-        raise UsageError(f"--tasks {PREFIX}{wrong}: VBench has no such dimension{did_you_mean(wrong, known)}")
+    """Raises UsageError for a dimension that VBench does not have."""
+    dimensions_known = sorted({d for e in entries for d in e["dimension"]})
+    unknown = next((d for d in dimensions if d not in dimensions_known), None)
+    if unknown is not None:
+        raise UsageError(
+            f"--tasks {PREFIX}{unknown}: VBench has no such dimension{did_you_mean(unknown, dimensions_known)}"
+        )
 
 
-def standard(dimensions: Sequence[str], entries: Iterable[dict[str, Any]], limit: int | None) -> list[VideoRequest]:
-    """VBench's own prompts for these dimensions, the first ``limit`` of each, PER_PROMPT videos of every one."""
+def standard_prompts(
+    dimensions: Sequence[str], entries: Iterable[dict[str, Any]], limit: int | None
+) -> list[VideoRequest]:
+    """The videos of VBench's own prompts for these dimensions: the first ``limit`` of each, PER_PROMPT videos of every one."""
     counts, prompts = Counter[str](), list[str]()
     for entry in entries:
         due = [d for d in dimensions if d in entry["dimension"] and (limit is None or counts[d] < limit)]
@@ -137,66 +148,66 @@ def standard(dimensions: Sequence[str], entries: Iterable[dict[str, Any]], limit
     ]
 
 
-def own(sampling: Sampling, count: int) -> list[VideoRequest]:
-    """A pipeline's own prompts, as ``video.held_out`` gives them."""
-    counts, found = Counter[str](), list[VideoRequest]()
+def own_prompts(sampling: Sampling, count: int) -> list[VideoRequest]:
+    """The videos of a pipeline's own prompts, as ``video.held_out`` gives them."""
+    counts, requests = Counter[str](), list[VideoRequest]()
     for i in range(count):
         prompt, seed = held_out(sampling, i)
         name = prompt.replace("/", " ").encode()[:LONGEST].decode(errors="ignore")
-        found.append(VideoRequest(f"{name}-{counts[name]}", prompt, seed))
+        requests.append(VideoRequest(f"{name}-{counts[name]}", prompt, seed))
         counts[name] += 1
-    return found
+    return requests
 
 
 def write_videos(
     load: Callable[[], Any],
     source: Path,
-    wanted: Sequence[VideoRequest],
+    video_requests: Sequence[VideoRequest],
     call: dict[str, Any],
-    into: Path,
+    folder: Path,
     progress: Progress | None,
 ) -> None:
-    """The videos, as mp4 files in ``into``; those that are there are not made again. load: gives the pipeline.
+    """Writes the videos as mp4 files to ``folder``; those that are there are not made again. load: gives the pipeline.
 
     Raises UsageError for a folder with videos of another model or call, IOFailure.
     """
     weights = weights_folder(source)
     record = weights / RECORD  # what is decided by step is there
-    made = Checkpoint.open(weights, quantized=True).fingerprint()
-    about = {
-        "model": made,
+    fingerprint = Checkpoint.open(weights, quantized=True).fingerprint()
+    content = {
+        "model": fingerprint,
         "record": sha256_file(record) if record.is_file() else None,
         "call": call,
-        "videos": {w.name: [w.prompt, w.seed] for w in wanted},
+        "videos": {w.name: [w.prompt, w.seed] for w in video_requests},
     }
-    file = into / INDEX
+    file = folder / INDEX
     if file.is_file():
-        before = load_json(file, "list of videos")
-        if before != json.loads(json.dumps(about)):
+        existing = load_json(file, "list of videos")
+        if existing != json.loads(json.dumps(content)):
             raise UsageError(
-                f"{into}: there are videos of another model, call or prompts in it: choose another --videos-dir"
+                f"{folder}: there are videos of another model, call or prompts in it: choose another --videos-dir"
             )
-    elif into.is_dir() and any(into.iterdir()):
-        raise UsageError(f"{into}: there are files in it that qkit did not make: choose another --videos-dir")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"{folder}: there are files in it that qkit did not make: choose another --videos-dir")
     try:
-        into.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, (json.dumps(about, indent=1) + "\n").encode())
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, (json.dumps(content, indent=1) + "\n").encode())
         pipeline = None
-        for number, w in enumerate(wanted):
-            target = into / f"{w.name}.mp4"
+        for number, w in enumerate(video_requests):
+            target = folder / f"{w.name}.mp4"
             if not target.is_file():
                 pipeline = pipeline or load()
-                part = into / f".{w.seed}.part.mp4"
+                part = folder / f".{w.seed}.part.mp4"
                 part.write_bytes(mp4(make_video(pipeline, w.prompt, call, w.seed).frames))
                 part.replace(target)
             if progress is not None:
-                progress("videos", number + 1, len(wanted))
+                progress("videos", number + 1, len(video_requests))
     except OSError as e:
-        raise write_failure(into, e) from e
+        raise write_failure(folder, e) from e
 
 
 def mp4(frames: torch.Tensor, rate: int = 8) -> bytes:
-    """Frames [n, height, width, 3] from 0 to 1 as H.264, close to lossless. Raises Unsupported."""
+    """The H.264 file of frames [n, height, width, 3] from 0 to 1, close to lossless. Raises Unsupported."""
     try:
         import imageio.v3
 
@@ -205,31 +216,31 @@ def mp4(frames: torch.Tensor, rate: int = 8) -> bytes:
     except ImportError as e:
         raise Unsupported(f"writing videos needs imageio and ffmpeg ({e.msg}): pip install qkit[video]") from e
     data = (frames.clamp(0, 1) * 255).round().byte().numpy()
-    made: bytes = imageio.v3.imwrite(
+    encoded: bytes = imageio.v3.imwrite(
         "<bytes>", data, extension=".mp4", plugin="FFMPEG", fps=rate, codec="libx264", macro_block_size=2,
         ffmpeg_log_level="error", output_params=["-crf", "6", "-threads", "1"],
     )  # fmt: skip
-    return made
+    return encoded
 
 
-def score_videos(bench: Bench, info: Path, videos: Path, mode: str) -> dict[str, dict[str, Any]]:
-    """What VBench says of the videos in a folder. Raises Unsupported where it fails."""
-    found = {}
+def score_videos(bench: VBenchRequest, info: Path, videos: Path, mode: str) -> dict[str, dict[str, Any]]:
+    """The VBench scores of the videos in a folder. Raises Unsupported where VBench fails."""
+    scores = {}
     for dimension in bench.dimensions:  # one by one: a dimension whose model cannot be fetched takes no other with it
         with tempfile.TemporaryDirectory(prefix="qkit-vbench-") as work:
-            said = {
+            job = {
                 "device": bench.device, "info": str(info), "out": work, "videos": str(videos.resolve()), "mode": mode,
                 "dimensions": [dimension], "more": _MORE,
             }  # fmt: skip
             run = subprocess.run(
-                [bench.python, "-E", "-c", _JUDGE], input=json.dumps(said), capture_output=True, text=True, cwd=work
+                [bench.python, "-E", "-c", _JUDGE], input=json.dumps(job), capture_output=True, text=True, cwd=work
             )
             file = Path(work) / "qkit_eval_results.json"
             if run.returncode or not file.is_file():
                 last = next((x for x in reversed(run.stderr.strip().splitlines()) if x.strip()), "no reason given")
                 raise Unsupported(f"VBench could not judge {dimension}: {shown(last.strip())}")
-            found[f"{PREFIX}{dimension}"] = _figures(load_json(file, "VBench's result", 1 << 28), dimension)
-    return found
+            scores[f"{PREFIX}{dimension}"] = _figures(load_json(file, "VBench's result", 1 << 28), dimension)
+    return scores
 
 
 def _figures(result: Any, dimension: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""What quantization does to what a diffusion pipeline makes: the same prompts and seeds through both models.
+"""The cost of quantizing a diffusion pipeline: samples of both models for the same prompts and seeds.
 
 Paired with the original: PSNR and SSIM of frames, and how far the latents are from the original's, step by step. Of each
 model by itself: flickering as VBench defines it (arXiv 2311.17982, temporal flickering: mean absolute difference of
-neighbouring frames, from 255), and how much moves. Pictures are clips of one frame.
+neighbouring frames, from 255), and how much moves. Images are clips of one frame.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ PEAK_DB = 100.0  # of frames that are equal
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
-    """frames: float32 [n, height, width, 3] from 0 to 1; latents: what the transformer was given at each step, first branch;
-    width, skipped, log: of a controller (``diffusion.controller``), if there is one; seconds: of the whole pipeline."""
+    """A sample of a diffusion pipeline.
+
+    frames: float32 [n, height, width, 3] from 0 to 1; latents: what the transformer was given at each step, first branch;
+    width, skipped, log: of a controller (``diffusion.controller``), if there is one; seconds: of the whole pipeline.
+    """
 
     frames: Tensor
     latents: tuple[Tensor, ...]
@@ -48,34 +51,34 @@ class Video:
 
 
 def make_video(pipeline: Any, prompt: str, call: dict[str, Any], seed: int) -> Video:
-    """What the pipeline makes of a prompt with that seed."""
+    """The sample of a pipeline for a prompt and a seed."""
     model = getattr(pipeline, DENOISER)
     signature = inspect.signature(model.forward)
-    clock, seen = Clock(), list[Tensor]()
+    clock, latents = Clock(), list[Tensor]()
 
-    def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = signature.bind(*args, **kwargs).arguments
-        clock.tick(given["timestep"], given["hidden_states"])
-        if clock.step == len(seen):
-            seen.append(given["hidden_states"][:1].float().cpu().clone())
+    def note_latents(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = signature.bind(*args, **kwargs).arguments
+        clock.tick(arguments["timestep"], arguments["hidden_states"])
+        if clock.step == len(latents):
+            latents.append(arguments["hidden_states"][:1].float().cpu().clone())
 
     steps = getattr(model, "steps", None)
     if steps is not None:
         steps.reset()
-    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    handle = model.register_forward_pre_hook(note_latents, with_kwargs=True)
     began = time.perf_counter()
     try:
         with torch.inference_mode(), quiet():
             generator = torch.Generator().manual_seed(seed)
-            made = pipeline(**subject(pipeline, prompt), **call, generator=generator, output_type="np")
+            output = pipeline(**subject(pipeline, prompt), **call, generator=generator, output_type="np")
     finally:
         handle.remove()
     seconds = time.perf_counter() - began
-    frames = made.frames[0] if hasattr(made, "frames") else made.images
+    frames = output.frames[0] if hasattr(output, "frames") else output.images
     width, skipped, log = (math.nan, math.nan, ()) if steps is None else (steps.width, steps.skipped, tuple(steps.log))
     return Video(
         frames=torch.as_tensor(np.asarray(frames)).float(),
-        latents=tuple(seen),
+        latents=tuple(latents),
         seconds=seconds,
         width=width,
         skipped=skipped,
@@ -85,7 +88,7 @@ def make_video(pipeline: Any, prompt: str, call: dict[str, Any], seed: int) -> V
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio of frames from 0 to 1, in dB, at most PEAK_DB."""
+    """The peak signal-to-noise ratio of frames from 0 to 1, in dB, at most PEAK_DB."""
     error = float((a.double() - b.double()).square().mean())
     if not math.isfinite(error):
         return math.nan
@@ -101,9 +104,9 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
     x, y = a.double().numpy(), b.double().numpy()
     mx, my = blur(x), blur(y)
-    vx, vy, both = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    vx, vy, covariance = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
     c1, c2 = 0.01**2, 0.03**2
-    return float(np.mean((2 * mx * my + c1) * (2 * both + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))))
+    return float(np.mean((2 * mx * my + c1) * (2 * covariance + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))))
 
 
 def flickering(frames: Tensor) -> float:
@@ -118,123 +121,133 @@ def motion(frames: Tensor) -> float:
     return float(((frames[-1] - frames[0]).abs().amax(-1) > 0.1).float().mean())
 
 
-def latent_errors(ours: Video, theirs: Video) -> list[float]:
-    """Relative L2 error of what the transformer is given, step by step; the first step's is 0."""
-    return [float((a - b).norm() / b.norm()) for a, b in zip(ours.latents, theirs.latents, strict=True)]
+def latent_errors(video: Video, baseline_video: Video) -> list[float]:
+    """The relative L2 error of the transformer's input, step by step; the first step's is 0."""
+    return [float((a - b).norm() / b.norm()) for a, b in zip(video.latents, baseline_video.latents, strict=True)]
 
 
 def held_out(sampling: Sampling, index: int) -> tuple[str, int]:
-    """Prompt and seed of that sample: prompts from the last on, calibration takes them from the first, and seeds of its own."""
+    """The prompt and the seed of a held-out sample: prompts from the last on (calibration uses the first), and seeds of its
+    own."""
     return sampling.prompts[-1 - index % len(sampling.prompts)], SEEDS + index
 
 
 def make_videos(
     pipeline: Any, folder: Path, count: int, baseline: Any = None, progress: Progress | None = None
 ) -> tuple[list[Video], list[Video]]:
-    """What both make of ``count`` prompts and seeds of the folder's sampling.json; none of a baseline that is not there."""
+    """The samples of both models for ``count`` prompts and seeds of the folder's sampling.json; none of a missing baseline."""
     sampling: Sampling = sampling_of(folder, None, {})
-    ours, theirs = list[Video](), list[Video]()
+    videos, baseline_videos = list[Video](), list[Video]()
     for i in range(count):
         prompt, seed = held_out(sampling, i)
-        ours.append(make_video(pipeline, prompt, sampling.call, seed))
+        videos.append(make_video(pipeline, prompt, sampling.call, seed))
         if baseline is not None:
-            theirs.append(make_video(baseline, prompt, sampling.call, seed))
+            baseline_videos.append(make_video(baseline, prompt, sampling.call, seed))
         if progress is not None:
             progress("videos", i + 1, count)
-    return ours, theirs
+    return videos, baseline_videos
 
 
-def figures(ours: list[Video], theirs: list[Video]) -> dict[str, Any]:
-    """Figures of samples; [mean, low, high] with 95 % intervals over them. theirs: the baseline's, by the same prompts and
-    seeds, or none.
+def sample_figures(videos: list[Video], baseline_videos: list[Video]) -> dict[str, Any]:
+    """The figures of samples, [mean, low, high] with 95 % intervals over them. baseline_videos: the baseline's, by the same
+    prompts and seeds, or none.
 
-    Figures: videos, frames, seconds (median), nonfinite, flickering, motion; with a controller width, skipped and ``by_step``;
-    with a baseline baseline_seconds, psnr, ssim, latent_error (at the last step), latent_errors (mean by step),
-    flickering_change and motion_change; and what ``judged`` gives.
+    Figures: videos, frames, seconds (median), nonfinite, flickering, motion; with a controller width, skipped and
+    ``figures_by_step``; with a baseline baseline_seconds, psnr, ssim, latent_error (at the last step), latent_errors (mean by
+    step), flickering_change and motion_change; and what ``recognition`` gives.
     """
-    found: dict[str, Any] = {
-        "videos": len(ours),
-        "frames": len(ours[0].frames),
-        "seconds": float(np.median([v.seconds for v in ours])),
-        "nonfinite": sum(not bool(v.frames.isfinite().all()) for v in ours),
-        "flickering": interval([flickering(v.frames) for v in ours]),
-        "motion": interval([motion(v.frames) for v in ours]),
+    values: dict[str, Any] = {
+        "videos": len(videos),
+        "frames": len(videos[0].frames),
+        "seconds": float(np.median([v.seconds for v in videos])),
+        "nonfinite": sum(not bool(v.frames.isfinite().all()) for v in videos),
+        "flickering": interval([flickering(v.frames) for v in videos]),
+        "motion": interval([motion(v.frames) for v in videos]),
     }
-    if not math.isnan(ours[0].width):
-        found |= {"width": interval([v.width for v in ours]), "skipped": interval([v.skipped for v in ours])}
-        found |= by_step([v.log for v in ours])
-    if theirs:
-        both = list(zip(ours, theirs, strict=True))
-        errors = [latent_errors(a, b) for a, b in both]
-        found |= {
-            "baseline_seconds": float(np.median([v.seconds for v in theirs])),
-            "psnr": interval([psnr(a.frames, b.frames) for a, b in both]),
-            "ssim": interval([ssim(a.frames, b.frames) for a, b in both]),
+    if not math.isnan(videos[0].width):
+        values |= {"width": interval([v.width for v in videos]), "skipped": interval([v.skipped for v in videos])}
+        values |= figures_by_step([v.log for v in videos])
+    if baseline_videos:
+        pairs_of_videos = list(zip(videos, baseline_videos, strict=True))
+        errors = [latent_errors(a, b) for a, b in pairs_of_videos]
+        values |= {
+            "baseline_seconds": float(np.median([v.seconds for v in baseline_videos])),
+            "psnr": interval([psnr(a.frames, b.frames) for a, b in pairs_of_videos]),
+            "ssim": interval([ssim(a.frames, b.frames) for a, b in pairs_of_videos]),
             "latent_error": interval([e[-1] for e in errors]),
             "latent_errors": [round(float(x), 6) for x in np.mean(errors, 0)],
-            "flickering_change": interval([flickering(a.frames) - flickering(b.frames) for a, b in both]),
-            "motion_change": interval([motion(a.frames) - motion(b.frames) for a, b in both]),
+            "flickering_change": interval([flickering(a.frames) - flickering(b.frames) for a, b in pairs_of_videos]),
+            "motion_change": interval([motion(a.frames) - motion(b.frames) for a, b in pairs_of_videos]),
         }
-    return found | judged(ours, theirs)
+    return values | recognition(videos, baseline_videos)
 
 
-def by_step(logs: list[tuple[StepChoice, ...]]) -> dict[str, list[list[float | None]]]:
-    """{"bits": mean bits of inputs by block and step, None where nothing was computed, "skips": share of skipped runs}."""
+def figures_by_step(logs: list[tuple[StepChoice, ...]]) -> dict[str, list[list[float | None]]]:
+    """The decisions by block and step: {"bits": mean bits of inputs, None where nothing was computed, "skips": share of
+    skipped runs}."""
     blocks, steps = (1 + max(getattr(c, field) for log in logs for c in log) for field in ("block", "step"))
     widths: dict[tuple[int, int], list[int]] = {}
     runs: dict[tuple[int, int], dict[tuple[int, int], bool]] = {}
     for number, log in enumerate(logs):
         for c in log:
-            at = (c.block, c.step)
+            cell = (c.block, c.step)
             if not c.linear:
-                runs.setdefault(at, {})[number, c.branch] = c.made == SKIPPED
+                runs.setdefault(cell, {})[number, c.branch] = c.made == SKIPPED
             else:
-                widths.setdefault(at, []).append(BITS[c.made])
+                widths.setdefault(cell, []).append(BITS[c.made])
 
-    def table(of: Callable[[tuple[int, int]], float | None]) -> list[list[float | None]]:
-        return [[of((b, s)) for s in range(steps)] for b in range(blocks)]
+    def table(cell_value: Callable[[tuple[int, int]], float | None]) -> list[list[float | None]]:
+        return [[cell_value((b, s)) for s in range(steps)] for b in range(blocks)]
 
-    def share(at: tuple[int, int]) -> float | None:
-        found = runs.get(at)
-        return None if not found else round(sum(found.values()) / len(found), 4)
+    def share(cell: tuple[int, int]) -> float | None:
+        skips = runs.get(cell)
+        return None if not skips else round(sum(skips.values()) / len(skips), 4)
 
     return {
-        "bits": table(lambda at: round(mean_width(widths[at]), 4) if at in widths else None),
+        "bits": table(lambda cell: round(mean_width(widths[cell]), 4) if cell in widths else None),
         "skips": table(share),
     }
 
 
-def judged(ours: list[Video], theirs: list[Video]) -> dict[str, Any]:
-    """Where prompts are those of drawn clips, and the classifier's weights are there: share of samples whose shape, colour and
-    motion it recognises, in percent, and with a baseline the Frechet distance between its features of both; else nothing."""
-    from qkit_data import judge
+def recognition(videos: list[Video], baseline_videos: list[Video]) -> dict[str, Any]:
+    """The share of samples whose shape, colour and motion the classifier recognises, where prompts are those of drawn clips
+    and its weights are there; in percent, and with a baseline the Frechet distance between its features of both; else
+    nothing."""
+    from qkit_data import clip_classifier
 
-    labels = [judge.labels_of(v.prompt) for v in ours]
-    known = [x for x in labels if x is not None]
-    if not judge.FILE.is_file() or len(known) < len(ours) or not judge.takes(torch.stack([v.frames for v in ours[:1]])):
+    labels = [clip_classifier.labels_of(v.prompt) for v in videos]
+    valid_labels = [x for x in labels if x is not None]
+    if (
+        not clip_classifier.FILE.is_file()
+        or len(valid_labels) < len(videos)
+        or not clip_classifier.fits(torch.stack([v.frames for v in videos[:1]]))
+    ):
         return {}
-    network = judge.load_judge()
-    features, right = judge.recognised(network, torch.stack([v.frames for v in ours]), known)
-    found: dict[str, Any] = {"recognised": interval((100.0 * right.all(1)).tolist())}
-    if theirs:
-        before, expected = judge.recognised(network, torch.stack([v.frames for v in theirs]), known)
+    network = clip_classifier.load_classifier()
+    features, right = clip_classifier.recognised(network, torch.stack([v.frames for v in videos]), valid_labels)
+    shares: dict[str, Any] = {"recognised": interval((100.0 * right.all(1)).tolist())}
+    if baseline_videos:
+        before, expected = clip_classifier.recognised(
+            network, torch.stack([v.frames for v in baseline_videos]), valid_labels
+        )
         change = 100.0 * (right.all(1).double() - expected.all(1).double())
-        found["baseline_recognised"] = interval((100.0 * expected.all(1)).tolist())
-        found["recognised_change"] = interval(change.tolist())
-        if len(ours) > 1:
-            found["feature_distance"] = round(frechet(features.double(), before.double()), 6)
-    return found
+        shares["baseline_recognised"] = interval((100.0 * expected.all(1)).tolist())
+        shares["recognised_change"] = interval(change.tolist())
+        if len(videos) > 1:
+            shares["feature_distance"] = round(frechet(features.double(), before.double()), 6)
+    return shares
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance between normal distributions fitted to features [n, d] and [m, d] (as in FID, Heusel et al. 2017)."""
-    one, two = (np.cov(x.numpy(), rowvar=False) for x in (a, b))
+    """The Frechet distance between normal distributions fitted to features [n, d] and [m, d] (as in FID, Heusel et al.
+    2017)."""
+    covariance_a, covariance_b = (np.cov(x.numpy(), rowvar=False) for x in (a, b))
     # The trace of the root of a product of covariances is the sum of the roots of its eigenvalues.
-    roots = np.sqrt(np.clip(np.linalg.eigvals(one @ two).real, 0, None)).sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + np.trace(one) + np.trace(two) - 2 * roots)
+    roots = np.sqrt(np.clip(np.linalg.eigvals(covariance_a @ covariance_b).real, 0, None)).sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + np.trace(covariance_a) + np.trace(covariance_b) - 2 * roots)
 
 
 def interval(values: list[float]) -> list[float]:
-    """[mean, low, high]: 95 % by bootstrap over the values; the ends are NaN of one."""
-    found = bootstrap_ci(torch.tensor(values, dtype=torch.float64))
-    return [round(found.mean, 6), *(round(x, 6) for x in found.ends)]
+    """The mean with its 95 % bootstrap interval, [mean, low, high]; the ends are NaN of one value."""
+    mean_interval = bootstrap_ci(torch.tensor(values, dtype=torch.float64))
+    return [round(mean_interval.mean, 6), *(round(x, 6) for x in mean_interval.ends)]

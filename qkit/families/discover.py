@@ -12,7 +12,7 @@ from qkit.errors import Unsupported
 from qkit.families import Family, dit, encoder, vlm
 from qkit.families.blocks import Group
 from qkit.families.declared import DECLARED
-from qkit.files.schema import foreign
+from qkit.files.schema import foreign_errors
 
 _DENOISERS = {name: family for family in dit.FAMILIES for name in family.model_types}
 _FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
@@ -55,10 +55,10 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
             "never run: convert the model to a built-in architecture"
         )
     fault = f"{where}: config.json does not describe a model"
-    with foreign(fault, _ADVICE):
+    with foreign_errors(fault, _ADVICE):
         parsed = AutoConfig.for_model(**_decoded(config))
     if kind_of(config) in encoder.ENCODERS:
-        with foreign(fault, _ADVICE):
+        with foreign_errors(fault, _ADVICE):
             return _encoder(kind_of(config), parsed, dtype)
     declared = next((f for f in vlm.FAMILIES if kind in f.model_types), None)
     text = getattr(getattr(parsed, "text_config", None), "model_type", None)
@@ -72,7 +72,7 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
     # Asked for by name, sdpa is refused by a class that has none.
     attention = "sdpa" if getattr(known[type(parsed)], "_supports_sdpa", False) else "eager"
     auto = AutoModelForCausalLM if declared is None else AutoModelForImageTextToText
-    with foreign(fault, _ADVICE), torch.device("meta"):
+    with foreign_errors(fault, _ADVICE), torch.device("meta"):
         model = auto.from_config(parsed, attn_implementation=attention, dtype=dtype)
     return cast(nn.Module, model.eval())
 
@@ -119,7 +119,7 @@ def _denoiser(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn.Modu
     except ImportError as e:
         raise Unsupported(f"{where}: {name} needs diffusers: pip install 'qkit[diffusion]'") from e
     kept = {k: v for k, v in config.items() if k != "quantization_config"}
-    with foreign(f"{where}: config.json does not describe a model", _ADVICE), init_empty_weights():
+    with foreign_errors(f"{where}: config.json does not describe a model", _ADVICE), init_empty_weights():
         model = getattr(diffusers, name).from_config(kept)
     for p in model.parameters():
         p.data = p.data.to(dtype)

@@ -11,7 +11,7 @@ from torch import nn
 
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.safefile import shown
-from qkit.files.schema import foreign
+from qkit.files.schema import foreign_errors
 
 # Ends of the names of transformers' classes, and what such a model is.
 _KINDS = {
@@ -45,7 +45,7 @@ def other_storage(model: nn.Module, checkpoint: Checkpoint, tied: Collection[str
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    with foreign(f"{checkpoint.path}: transformers cannot tell how this model is stored"):
+    with foreign_errors(f"{checkpoint.path}: transformers cannot tell how this model is stored"):
         mapping = get_model_conversion_mapping(model)
         renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
         converters = [x for x in mapping if isinstance(x, WeightConverter)]

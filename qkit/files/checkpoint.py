@@ -1,4 +1,4 @@
-"""A model that was checked before it is believed: its config, where its tensors are, and reading them.
+"""A checked model folder: its config, the places of its tensors, and how they are read.
 
 A folder is a model when it has a config.json and one set of safetensors files: a single file, or shards
 under an index. ``folder.py`` says which files may be read, ``safefile.py`` reads them; here they are put
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from qkit.errors import BadCheckpoint, NumericFailure
 from qkit.files.folder import (
     CONFIG_LIMIT,
-    contained,
+    checked_path,
     find_weights,
     list_names,
     load_json,
@@ -30,7 +30,7 @@ from qkit.files.folder import (
     require_safetensors,
     strip_code_keys,
 )
-from qkit.files.hash_cache import full_hash
+from qkit.files.hash_cache import cached_sha256
 from qkit.files.safefile import (
     TensorInfo,
     count_nonfinite,
@@ -40,7 +40,7 @@ from qkit.files.safefile import (
     shown,
 )
 from qkit.files.schema import model_config
-from qkit.files.side_files import sampled_hash, travelling
+from qkit.files.side_files import hash_side_files, sampled_hash
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path, *, quantized: bool = False) -> Checkpoint:
-        """Opens a folder; reads config, index and headers, no values.
+        """The model in a folder; reads config, index and headers, no values.
 
         Raises Unsupported for a model that is quantized already (unless ``quantized``) or GGUF; BadCheckpoint
         for everything damaged, incomplete, ambiguous or leading out of the folder; IOFailure.
@@ -103,7 +103,7 @@ class Checkpoint:
         names = list_names(folder)
         refuse_adapter(folder, names)
         require_safetensors(folder, names)
-        raw = read_bytes(contained(folder, "config.json"), CONFIG_LIMIT)
+        raw = read_bytes(checked_path(folder, "config.json"), CONFIG_LIMIT)
         config = parse_checked(raw, f"{folder / 'config.json'}")
         if not isinstance(config, dict):
             raise BadCheckpoint(f"{folder / 'config.json'}: found a {type(config).__name__}, expected a JSON object")
@@ -167,12 +167,12 @@ class Checkpoint:
         return self._digest(lambda file: sampled_hash(file, starts[file], self._states[file].st_size))
 
     def sha256(self, step: Callable[[], object] = lambda: None) -> str:
-        """As ``fingerprint``, over every byte of the shards; quick where they were read before (``hashcache``). step: called
-        for every shard."""
+        """The sha256 as ``fingerprint`` forms it, but over every byte of the shards. It is quick where they were read
+        before (``files.hash_cache``). step: called for every shard."""
 
         def content(file: Path) -> str:
             step()
-            return full_hash(file)
+            return cached_sha256(file)
 
         return self._digest(content)
 
@@ -187,12 +187,12 @@ class Checkpoint:
 
     @cached_property
     def side_files(self) -> dict[str, str]:
-        """{name: sha256} of the tokenizer and all else that goes with the model (``sidefiles.travelling``)."""
-        return travelling(self.path)
+        """{name: sha256} of the tokenizer and all else that goes with the model (``side_files.hash_side_files``)."""
+        return hash_side_files(self.path)
 
     def _check_unchanged(self, file: Path) -> None:
-        now, then = _state(file), self._states[file]
-        if (now.st_size, now.st_mtime_ns, now.st_ino) != (then.st_size, then.st_mtime_ns, then.st_ino):
+        now, opened = _state(file), self._states[file]
+        if (now.st_size, now.st_mtime_ns, now.st_ino) != (opened.st_size, opened.st_mtime_ns, opened.st_ino):
             raise BadCheckpoint(f"{file}: changed while reading: let the other program finish, then start again")
 
 
@@ -209,8 +209,8 @@ def _merge(files: list[Path], folder: Path, weight_map: dict[str, str] | None) -
     for file in files:
         for name, info in read_header(file).items():
             if name in tensors:
-                both = f"{tensors[name].file.name} and {file.name}"
-                raise BadCheckpoint(f"{folder}: tensor {shown(name)} is in both {both}: remove the stale file")
+                files_of_name = f"{tensors[name].file.name} and {file.name}"
+                raise BadCheckpoint(f"{folder}: tensor {shown(name)} is in both {files_of_name}: remove the stale file")
             tensors[name] = info
     if not tensors:
         raise BadCheckpoint(f"{folder}: {', '.join(file.name for file in files)}: no tensors: get the model again")
@@ -227,7 +227,7 @@ def _merge(files: list[Path], folder: Path, weight_map: dict[str, str] | None) -
 
 
 def check_config(config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
-    """Holds the sizes that a config claims against reason and against the tensors.
+    """Compares the sizes that a config claims with limits of reason and with the tensors.
 
     Only fields that are there are judged, in the text config where one is nested. Raises BadCheckpoint with
     the field, found and expected.
@@ -240,19 +240,19 @@ def check_config(config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> N
     _check_embedding(text, tensors)
 
 
-def _wrong(field: str, found: object, expected: str) -> NoReturn:
-    raise BadCheckpoint(f"config.json: {field} is {shown(found)}, expected {expected}: get the config of this model")
+def _wrong(field: str, value: object, expected: str) -> NoReturn:
+    raise BadCheckpoint(f"config.json: {field} is {shown(value)}, expected {expected}: get the config of this model")
 
 
 def _check_counts(config: dict[str, Any]) -> None:
-    for field, most in LIMITS.items():
+    for field, largest in LIMITS.items():
         value = config.get(field, 1)
         if value is None and field in OPTIONAL:
             continue
         # Some models give a size per layer as a list.
         for number in value if isinstance(value, list) and value else [value]:
-            if type(number) is not int or not 1 <= number <= most:
-                _wrong(field, value, f"a whole number from 1 to {most}")
+            if type(number) is not int or not 1 <= number <= largest:
+                _wrong(field, value, f"a whole number from 1 to {largest}")
     heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
         _wrong("num_key_value_heads", shared, f"a divisor of num_attention_heads, {heads}")
@@ -273,8 +273,8 @@ def _check_layers(config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> 
     lengths = {stack: max(indices) + 1 for stack, indices in stacks.items()}
     fitting = [stack for stack, length in lengths.items() if length in counts]
     if stacks and not fitting:
-        found = ", ".join(f"{length} in {shown(stack)}" for stack, length in sorted(lengths.items())[:4])
-        _wrong(field, config[field], f"the number of layers in the file ({found})")
+        lengths_found = ", ".join(f"{length} in {shown(stack)}" for stack, length in sorted(lengths.items())[:4])
+        _wrong(field, config[field], f"the number of layers in the file ({lengths_found})")
     if fitting and not any(len(stacks[stack]) == lengths[stack] for stack in fitting):
         gap = min(set(range(lengths[fitting[0]])) - stacks[fitting[0]])
         _wrong(field, config[field], f"all layers in the file, but {shown(f'{fitting[0]}.{gap}')} has no tensors")
@@ -282,12 +282,14 @@ def _check_layers(config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> 
 
 def _check_embedding(config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
     """Refuses a vocabulary or a width that no embedding matrix in the file has."""
-    found = [tensors[name].shape for name in _ending(tensors, EMBEDDINGS) if len(tensors[name].shape) == 2]
+    embedding_shapes = [tensors[name].shape for name in _ending(tensors, EMBEDDINGS) if len(tensors[name].shape) == 2]
     for fields, axis in ((("vocab_size",), 0), (WIDTHS, 1)):
         claims = {field: config[field] for field in fields if isinstance(config.get(field), int)}
-        if found and claims and not any(shape[axis] in claims.values() for shape in found):
+        if embedding_shapes and claims and not any(shape[axis] in claims.values() for shape in embedding_shapes):
             field, value = next(iter(claims.items()))
-            _wrong(field, value, f"{found[0][axis]}, {('rows', 'columns')[axis]} of the embedding in the file")
+            _wrong(
+                field, value, f"{embedding_shapes[0][axis]}, {('rows', 'columns')[axis]} of the embedding in the file"
+            )
 
 
 def _ending(tensors: Mapping[str, TensorInfo], suffixes: tuple[str, ...]) -> list[str]:
@@ -295,7 +297,7 @@ def _ending(tensors: Mapping[str, TensorInfo], suffixes: tuple[str, ...]) -> lis
 
 
 def check_tied(checkpoint: Checkpoint, tied: bool) -> tuple[str, str] | None:
-    """Holds the tying of input and output embeddings against the bytes.
+    """The names of tied input and output embeddings, after a comparison of their bytes.
 
     tied: what the config says, with the default of its model type. Returns the names (embedding, head) when
     they are tied and the file holds both, equal; None when there is nothing to share. Raises BadCheckpoint

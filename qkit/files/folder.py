@@ -1,4 +1,4 @@
-"""Folders of models: which files of one may be read.
+"""The rules for model folders: which of their files may be read.
 
 Everything lies inside the folder, or in the blobs of the Hugging Face cache that the folder is a
 snapshot of. The check is made on real paths, so that neither a name nor a link leads out. Where two sets of
@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from qkit.errors import BadCheckpoint, IOFailure, Unsupported
 from qkit.files.safefile import parse_json, read_bytes, shown
-from qkit.files.schema import AGAIN, RecordFile, checked
+from qkit.files.schema import AGAIN, RecordFile, validate
 
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")  # transformers and diffusers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".7z", ".tar", ".npz", ".joblib")
@@ -52,18 +52,16 @@ MAX_DEPTH = 64
 MISTRAL = "consolidated"  # begins the names of Mistral's own files: the same weights once more
 _SHARD = re.compile(rf"(?!{MISTRAL}).+-\d+-of-\d+\.safetensors")
 RECORD = "qkit.json"  # what every folder that qkit exports has
-PIPELINE_INDEX, DENOISER = (
-    "model_index.json",
-    "transformer",
-)  # of a diffusers pipeline, and its component that is quantized
+PIPELINE_INDEX = "model_index.json"  # of a diffusers pipeline
+DENOISER = "transformer"  # its component that is quantized
 
 
-def load_json(path: Path, what: str, limit: int = 1 << 20) -> Any:
+def load_json(path: Path, label: str, limit: int = 1 << 20) -> Any:
     """A JSON file, strictly: see ``parse_json``; also refuses nesting deeper than 64.
 
-    what: what the file is, for messages ("model config"). Raises BadCheckpoint, IOFailure.
+    label: what the file is, for messages ("model config"). Raises BadCheckpoint, IOFailure.
     """
-    return parse_checked(read_bytes(path, limit), f"{path} ({what})")
+    return parse_checked(read_bytes(path, limit), f"{path} ({label})")
 
 
 def parse_checked(raw: bytes, where: str) -> Any:
@@ -82,11 +80,12 @@ def _children(node: Any) -> list[Any]:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """qkit.json of a packed folder; None where there is none. Raises BadCheckpoint for one that is no record."""
+    """The content of qkit.json of a packed folder; None where there is none. Raises BadCheckpoint for a file that is no
+    record."""
     file = folder / RECORD
     if not os.path.lexists(file):
         return None
-    record: dict[str, Any] = checked(
+    record: dict[str, Any] = validate(
         RecordFile, load_json(file, "record", RECORD_LIMIT), str(file), "run 'qkit verify' on the folder"
     )
     return record
@@ -111,7 +110,8 @@ def list_names(folder: Path) -> list[str]:
 
 
 def check_side_files(folder: Path) -> None:
-    """Before another library opens side files: raises BadCheckpoint for a pipe, a device, or one that is far too large."""
+    """Raises BadCheckpoint for side files that another library must not open: a pipe, a device, or a file that is far too
+    large."""
     for name in list_names(folder):
         file = folder / name
         if file.exists() and not file.is_dir() and not file.is_file():
@@ -155,19 +155,19 @@ def hub_source(folder: Path) -> dict[str, str]:
     return {**({"repository": "/".join(parts)} if kind == "models" else {}), "revision": snapshot.name}
 
 
-def contained(folder: Path, name: str, source: str = "the model") -> Path:
-    """folder / name, after a check that its real path is in the folder or in the blobs of its cache.
+def checked_path(folder: Path, name: str, source: str = "the model") -> Path:
+    """The path folder / name, after a check that its real path is in the folder or in the blobs of its cache.
 
     folder: a real path. source: who asks for the file, for messages. Raises BadCheckpoint.
     """
     relative = Path(name)
     if not re.fullmatch(r"[\w.+=@-][\w.+=@/ -]*", name, re.ASCII) or ".." in relative.parts or str(relative) != name:
         raise BadCheckpoint(f"{folder}: {source} names the file {shown(name)}, expected one inside the model folder")
-    return inside(folder, name, source)
+    return listed_path(folder, name, source)
 
 
-def inside(folder: Path, name: str, source: str = "the model") -> Path:
-    """folder / name, where a listing found that name; checked and refused as ``contained`` does for its real path."""
+def listed_path(folder: Path, name: str, source: str = "the model") -> Path:
+    """The path folder / name, where a listing found that name; its real path is checked as ``checked_path`` does."""
     if not name.isprintable():
         raise BadCheckpoint(f"{folder}: the file {shown(name)} has a name that cannot be printed: rename or remove it")
     try:
@@ -204,7 +204,7 @@ def require_safetensors(folder: Path, names: list[str]) -> None:
 
 
 def refuse_gguf(file: Path) -> NoReturn:
-    """A model in llama.cpp's own format."""
+    """Raises Unsupported for a model in llama.cpp's own format."""
     raise Unsupported(
         f"{file}: a model in GGUF, the format of llama.cpp, and qkit reads safetensors: use the original model, or dequantize "
         "this one to safetensors first"
@@ -216,9 +216,11 @@ def refuse_quantized(folder: Path, names: list[str], config: dict[str, Any]) -> 
     nodes: list[Any] = [config]
     while nodes:
         node = nodes.pop()
-        found = isinstance(node, dict) and (node.get("quantization_config") or node.get("compression_config"))
-        if found:
-            method = found.get("quant_method", "unknown method") if isinstance(found, dict) else found
+        quantization = isinstance(node, dict) and (node.get("quantization_config") or node.get("compression_config"))
+        if quantization:
+            method = (
+                quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
+            )
             _say_quantized(folder, "config.json: quantization_config", shown(method))
         nodes.extend(_children(node))
     for name, method in {"quantize_config.json": "gptq", "hf_quant_config.json": "modelopt"}.items():
@@ -245,24 +247,26 @@ def find_weights(folder: Path, names: list[str]) -> tuple[list[Path], dict[str, 
     """The weight files, sorted, and the index's map of tensor names to files (None for a single file)."""
     singles = [name for stem in WEIGHT_STEMS if (name := f"{stem}.safetensors") in names]
     indices = [name for stem in WEIGHT_STEMS if (name := f"{stem}.safetensors.index.json") in names]
-    found = singles + indices
-    if len(found) > 1:
-        raise BadCheckpoint(f"{folder}: ambiguous: {' and '.join(found)} are both there: remove the one that is stale")
-    if not found and any(name.startswith(MISTRAL) for name in names):
+    entry_files = singles + indices
+    if len(entry_files) > 1:
+        raise BadCheckpoint(
+            f"{folder}: ambiguous: {' and '.join(entry_files)} are both there: remove the one that is stale"
+        )
+    if not entry_files and any(name.startswith(MISTRAL) for name in names):
         raise Unsupported(
             f"{folder}: {MISTRAL}*.safetensors alone, Mistral's own names of tensors: use the folder with model*.safetensors "
             "of the same model"
         )
-    if not found:
+    if not entry_files:
         raise BadCheckpoint(f"{folder}: no model.safetensors and no model.safetensors.index.json: get the missing file")
-    weight_map = _weight_map(contained(folder, indices[0])) if indices else None
+    weight_map = _weight_map(checked_path(folder, indices[0])) if indices else None
     listed = sorted(set(weight_map.values())) if weight_map else singles
     stray = [name for name in names if _SHARD.fullmatch(name) and name not in listed]
     if stray:
         raise BadCheckpoint(
-            f"{folder}: ambiguous: {shown(stray[0])} is there beside {found[0]}, which does not list it"
+            f"{folder}: ambiguous: {shown(stray[0])} is there beside {entry_files[0]}, which does not list it"
         )
-    return [contained(folder, name, _asker(weight_map, name)) for name in listed], weight_map
+    return [checked_path(folder, name, _asker(weight_map, name)) for name in listed], weight_map
 
 
 def _asker(weight_map: dict[str, str] | None, file: str) -> str:

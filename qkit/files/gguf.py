@@ -1,4 +1,4 @@
-"""The header of a GGUF file, strictly: what it says of the model, and where its tensors lie. No weight is read.
+"""A strict reader of GGUF headers: what the model is, and where its tensors lie. No weight is read.
 
 Layout (the GGUF specification of llama.cpp, versions 2 and 3, little-endian): magic, version, number of tensors, number of
 keys; every key with a typed value; every tensor with name, shape (the fastest axis first), type and offset; then, aligned,
@@ -40,7 +40,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """nbytes: None for a type that is not known here."""
+    """One tensor of a GGUF file. nbytes: None for a type that is not known here."""
 
     name: str
     dtype: str
@@ -49,13 +49,13 @@ class GgufTensor:
 
     @property
     def count(self) -> int:
-        """Elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """values: by key; of long lists the first elements."""
+    """The header of a GGUF file. values: by key; of long lists the first elements."""
 
     version: int
     values: dict[str, Any]
@@ -67,10 +67,10 @@ def read_gguf(path: Path) -> GgufHeader:
     with open_regular(path) as raw:
         size = os.fstat(raw.fileno()).st_size
         with BufferedReader(raw, 1 << 16) as file:
-            return _Reader(path, file, size).header()
+            return _GgufReader(path, file, size).header()
 
 
-class _Reader:
+class _GgufReader:
     def __init__(self, path: Path, file: BufferedReader[FileIO], size: int) -> None:
         self._path, self._file, self._size = path, file, size
         self._at = 0
@@ -92,21 +92,21 @@ class _Reader:
             if key in values:
                 self._refuse(f"key {shown(key)} is there twice")
             values[key] = self._value(self._number("<I", f"the type of {shown(key)}"), shown(key), 0)
-        found = [self._tensor() for _ in range(tensors)]
-        names = {t.name for t, _ in found}
-        if len(names) < len(found):
+        entries = [self._tensor() for _ in range(tensors)]
+        names = {t.name for t, _ in entries}
+        if len(names) < len(entries):
             self._refuse("two tensors have the same name")
         alignment = values.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
             self._refuse(f"general.alignment is {shown(alignment)}, expected a small number")
         start = self._at + -self._at % alignment
-        for tensor, offset in found:
+        for tensor, offset in entries:
             if offset % alignment or start + offset + (tensor.nbytes or 0) > self._size:
                 self._refuse(
                     f"tensor {shown(tensor.name)} lies at byte {start + offset} and the file has {self._size} bytes: "
                     "the file is cut short, or damaged"
                 )
-        return GgufHeader(version, values, tuple(t for t, _ in found))
+        return GgufHeader(version, values, tuple(t for t, _ in entries))
 
     def _tensor(self) -> tuple[GgufTensor, int]:
         name = self._string("the name of a tensor", 512)
@@ -120,10 +120,12 @@ class _Reader:
             self._refuse(f"tensor {shown(name)}: shape {shown(shape)} is too large")
         if kind not in TYPES:
             return GgufTensor(name, f"type {kind}", shape, None), offset
-        known, block, size = TYPES[kind]
+        type_name, block, size = TYPES[kind]
         if shape and shape[0] % block:
-            self._refuse(f"tensor {shown(name)}: rows of {shape[0]} elements are no whole blocks of {block} ({known})")
-        return GgufTensor(name, known, shape, math.prod(shape) // block * size), offset
+            self._refuse(
+                f"tensor {shown(name)}: rows of {shape[0]} elements are no whole blocks of {block} ({type_name})"
+            )
+        return GgufTensor(name, type_name, shape, math.prod(shape) // block * size), offset
 
     def _value(self, kind: int, where: str, depth: int) -> Any:
         if kind == _STRING:
@@ -135,44 +137,44 @@ class _Reader:
         inner, count = self._number("<I", f"the list of {where}"), self._number("<Q", f"the list of {where}")
         if inner in _NUMBERS:
             width = struct.calcsize(_NUMBERS[inner])
-            kept = [self._number(_NUMBERS[inner], f"the list of {where}") for _ in range(min(count, _SHORT))]
-            self._skip((count - len(kept)) * width, f"the list of {where}")
-            return kept
+            elements = [self._number(_NUMBERS[inner], f"the list of {where}") for _ in range(min(count, _SHORT))]
+            self._skip((count - len(elements)) * width, f"the list of {where}")
+            return elements
         self._strings += count
         if self._strings > MAX_STRINGS:
             self._refuse(f"the list of {where} has {count} elements, expected at most {MAX_STRINGS} in all")
-        kept = []
+        elements = []
         for i in range(count):
             value = self._value(inner, where, depth + 1)
             if i < _SHORT:
-                kept.append(value)
-        return kept
+                elements.append(value)
+        return elements
 
-    def _string(self, what: str, longest: int) -> str:
-        length = self._number("<Q", f"the length of {what}")
+    def _string(self, label: str, longest: int) -> str:
+        length = self._number("<Q", f"the length of {label}")
         if length > longest:
-            self._refuse(f"{what} has {length} bytes, expected at most {longest}")
+            self._refuse(f"{label} has {length} bytes, expected at most {longest}")
         try:
-            return self._take(length, what).decode("utf-8")
+            return self._take(length, label).decode("utf-8")
         except UnicodeDecodeError:
-            self._refuse(f"{what} is not UTF-8")
+            self._refuse(f"{label} is not UTF-8")
 
-    def _number(self, form: str, what: str) -> Any:
-        (value,) = struct.unpack(form, self._take(struct.calcsize(form), what))
+    def _number(self, form: str, label: str) -> Any:
+        (value,) = struct.unpack(form, self._take(struct.calcsize(form), label))
         return value
 
-    def _take(self, count: int, what: str) -> bytes:
+    def _take(self, count: int, label: str) -> bytes:
         if count > self._size - self._at:
-            self._refuse(f"ends within {what}: {count} bytes are missing from byte {self._at} of {self._size} on")
+            self._refuse(f"ends within {label}: {count} bytes are missing from byte {self._at} of {self._size} on")
         data = self._file.read(count)
         self._at += count
         if len(data) != count:
-            self._refuse(f"ended within {what} while it was read")
+            self._refuse(f"ended within {label} while it was read")
         return data
 
-    def _skip(self, count: int, what: str) -> None:
+    def _skip(self, count: int, label: str) -> None:
         if count > self._size - self._at:
-            self._refuse(f"ends within {what}")
+            self._refuse(f"ends within {label}")
         self._file.seek(count, os.SEEK_CUR)
         self._at += count
 

@@ -1,6 +1,7 @@
-"""What is in a folder or a file: a model, quantized how and by whom, from headers and configs alone. Imports no torch.
+"""The content of a folder or a file: the model, its quantization and the tool that made it, from headers and configs alone.
+Imports no torch.
 
-Nothing here raises for what is damaged: it is named in ``Found.damaged``, and the rest is said all the same.
+Nothing here raises for what is damaged: it is named in ``Inspection.damaged``, and the rest is said all the same.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from qkit.errors import BadCheckpoint, QkitError
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import CONFIG_LIMIT, PICKLES, PIPELINE_INDEX, RECORD, list_names, load_json, weights_folder
 from qkit.files.gguf import GgufHeader, read_gguf
-from qkit.files.inspect_config import described_quantization, made_by, word
+from qkit.files.inspect_config import describe_quantization, find_quantizer, one_line
 from qkit.files.rejected import NAME as REJECTED
-from qkit.files.rejected import described, read_mark
+from qkit.files.rejected import describe_mark, read_mark
 from qkit.files.safefile import DTYPES, TensorInfo, open_regular, read_header, read_range
 
 T = TypeVar("T")
@@ -32,11 +33,12 @@ _BESIDE = (
 
 
 @dataclass(kw_only=True)
-class Found:
-    """What an inspection found.
+class Inspection:
+    """What a path holds, as far as headers and configs tell.
 
-    kind: what the path is; by_dtype: {dtype: [tensors, bytes]}; weights: elements of the unquantized model, as far as shapes
-    tell; bits: bytes of all tensors over these, in bits; side_files: {name: bytes}; rejected: the line of a failed check
+    kind: what the path is; by_dtype: {dtype: [tensors, bytes]}; weights: elements of the unquantized model, as far as
+    shapes tell; bits: bytes of all tensors over these, in bits; side_files: {name: bytes}; rejected: the line of a failed
+    check
     """
 
     path: str
@@ -57,27 +59,28 @@ class Found:
     damaged: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dictionary."""
+        """All fields as a JSON-able dictionary."""
         return asdict(self)
 
 
-def inspect(path: Path) -> Found:
-    """Looks at a folder, a safetensors file or a GGUF file. Raises BadCheckpoint where there is nothing at all, or neither."""
-    found = Found(path=str(path))
+def inspect(path: Path) -> Inspection:
+    """The content of a folder, a safetensors file or a GGUF file. Raises BadCheckpoint where there is nothing, or another
+    file."""
+    inspection = Inspection(path=str(path))
     if path.is_dir():
-        _look_at_folder(path, found)
+        _look_at_folder(path, inspection)
     elif path.suffix == ".gguf" or _magic(path) == b"GGUF":
-        _look_at_gguf([path], found)
+        _look_at_gguf([path], inspection)
     elif path.suffix == ".safetensors":
-        found.kind = "safetensors file"
-        header = _try(found, lambda: read_header(path)) or {}
-        found.quantization = described_quantization({}, path, header)
-        _count(found, header, [path], {}, {})
+        inspection.kind = "safetensors file"
+        header = _try(inspection, lambda: read_header(path)) or {}
+        inspection.quantization = describe_quantization({}, path, header)
+        _count(inspection, header, [path], {}, {})
     elif path.exists():
         raise BadCheckpoint(f"{path}: is no folder, no safetensors and no GGUF file: give one of these")
     else:
         raise BadCheckpoint(f"{path}: there is no such file or folder: check the path")
-    return found
+    return inspection
 
 
 def _magic(path: Path) -> bytes:
@@ -88,78 +91,82 @@ def _magic(path: Path) -> bytes:
         return b""
 
 
-def _try(found: Found, read: Callable[[], T]) -> T | None:
+def _try(inspection: Inspection, reader: Callable[[], T]) -> T | None:
     """What was read, or None and its fault in the list."""
     try:
-        return read()
+        return reader()
     except QkitError as error:
         text = " ".join(str(error).split())
-        if text not in found.damaged:
-            found.damaged.append(text)
+        if text not in inspection.damaged:
+            inspection.damaged.append(text)
         return None
 
 
-def _look_at_folder(folder: Path, found: Found) -> None:
-    names = _try(found, lambda: list_names(folder)) or []
+def _look_at_folder(folder: Path, inspection: Inspection) -> None:
+    names = _try(inspection, lambda: list_names(folder)) or []
     if "job.json" in names and "journal.jsonl" in names:
-        found.kind = "job folder of qkit"
-        found.notes.append("a run keeps its parts here; the command that made it goes on from them")
+        inspection.kind = "job folder of qkit"
+        inspection.notes.append("a run keeps its parts here; the command that made it goes on from them")
     elif "profile.json" in names or "measured.jsonl" in names:
-        found.kind = "profile folder of qkit"
+        inspection.kind = "profile folder of qkit"
     elif PIPELINE_INDEX in names:
-        found.kind = "diffusion pipeline"
+        inspection.kind = "diffusion pipeline"
     elif "adapter_config.json" in names:
-        found.kind = "adapter (LoRA): no model by itself"
+        inspection.kind = "adapter (LoRA): no model by itself"
     mark = read_mark(folder)
     if mark is not None:
-        found.rejected = described(mark)
+        inspection.rejected = describe_mark(mark)
     elif REJECTED in names:
-        found.damaged.append(f"{folder / REJECTED}: cannot be read, and says that a check of this model failed")
+        inspection.damaged.append(f"{folder / REJECTED}: cannot be read, and says that a check of this model failed")
     model = weights_folder(folder)
     ggufs = [model / n for n in names if n.endswith(".gguf")]
     if ggufs and not any(n.endswith(".safetensors") for n in names):
-        _look_at_gguf(ggufs, found)
+        _look_at_gguf(ggufs, inspection)
         return
-    inside = names if model == folder else _try(found, lambda: list_names(model)) or []
-    shards = [model / n for n in inside if n.endswith(".safetensors")]
-    config = _object(found, model / "config.json", "model config", CONFIG_LIMIT) if "config.json" in inside else {}
-    record = _object(found, model / RECORD, "record", 1 << 28) if RECORD in inside else {}
+    model_names = names if model == folder else _try(inspection, lambda: list_names(model)) or []
+    shards = [model / n for n in model_names if n.endswith(".safetensors")]
+    config = (
+        _object(inspection, model / "config.json", "model config", CONFIG_LIMIT) if "config.json" in model_names else {}
+    )
+    record = _object(inspection, model / RECORD, "record", 1 << 28) if RECORD in model_names else {}
     if config or shards:
-        found.kind = "model folder" if found.kind == "folder" else found.kind
-    _name_model(found, config)
-    pickles = [n for n in inside if n.endswith(PICKLES)]
+        inspection.kind = "model folder" if inspection.kind == "folder" else inspection.kind
+    _name_model(inspection, config)
+    pickles = [n for n in model_names if n.endswith(PICKLES)]
     if pickles:
-        found.notes.append(f"{len(pickles)} files that may hold pickles, which are not read: {word(pickles[0])}")
-    tensors = _tensors(found, model, shards, bool(config))
-    found.quantization = described_quantization(config, model, tensors)
-    found.made_by = made_by(config, record, model, set(inside), bool(found.quantization))
-    _count(found, tensors, shards, config, record)
+        inspection.notes.append(
+            f"{len(pickles)} files that may hold pickles, which are not read: {one_line(pickles[0])}"
+        )
+    tensors = _tensors(inspection, model, shards, bool(config))
+    inspection.quantization = describe_quantization(config, model, tensors)
+    inspection.made_by = find_quantizer(config, record, model, set(model_names), bool(inspection.quantization))
+    _count(inspection, tensors, shards, config, record)
     sizes = {n: _size(folder / n) for n in names if not n.endswith((".safetensors", ".gguf"))}
-    found.side_files = {n: size for n, size in [*sizes.items()][:_SIDE] if size is not None}
+    inspection.side_files = {n: size for n, size in [*sizes.items()][:_SIDE] if size is not None}
     if len(sizes) > _SIDE:
-        found.notes.append(f"{len(sizes) - _SIDE} more files")
+        inspection.notes.append(f"{len(sizes) - _SIDE} more files")
 
 
-def _tensors(found: Found, model: Path, shards: list[Path], is_model: bool) -> dict[str, TensorInfo]:
+def _tensors(inspection: Inspection, model: Path, shards: list[Path], is_model: bool) -> dict[str, TensorInfo]:
     """Of all shards that can be read; faults of each, and of what they are together, go to the list."""
-    headers = {shard: _try(found, lambda shard=shard: read_header(shard)) for shard in shards}  # type: ignore[misc]
+    headers = {shard: _try(inspection, lambda shard=shard: read_header(shard)) for shard in shards}  # type: ignore[misc]
     if is_model and all(header is not None for header in headers.values()):
-        _try(found, lambda: Checkpoint.open(model, quantized=True))
+        _try(inspection, lambda: Checkpoint.open(model, quantized=True))
     return {name: info for header in headers.values() for name, info in (header or {}).items()}
 
 
-def _object(found: Found, path: Path, what: str, limit: int) -> dict[str, Any]:
-    value = _try(found, lambda: load_json(path, what, limit))
+def _object(inspection: Inspection, path: Path, label: str, limit: int) -> dict[str, Any]:
+    value = _try(inspection, lambda: load_json(path, label, limit))
     if value is not None and not isinstance(value, dict):
-        found.damaged.append(f"{path}: found a {type(value).__name__}, expected a JSON object")
+        inspection.damaged.append(f"{path}: found a {type(value).__name__}, expected a JSON object")
     return value if isinstance(value, dict) else {}
 
 
-def _name_model(found: Found, config: Mapping[str, Any]) -> None:
-    kind, made = config.get("model_type", config.get("_class_name")), config.get("architectures")
-    found.model_type = word(kind) if isinstance(kind, str) else None
-    if isinstance(made, list) and made and isinstance(made[0], str):
-        found.architecture = word(made[0])
+def _name_model(inspection: Inspection, config: Mapping[str, Any]) -> None:
+    kind, architectures = config.get("model_type", config.get("_class_name")), config.get("architectures")
+    inspection.model_type = one_line(kind) if isinstance(kind, str) else None
+    if isinstance(architectures, list) and architectures and isinstance(architectures[0], str):
+        inspection.architecture = one_line(architectures[0])
 
 
 def _size(path: Path) -> int | None:
@@ -170,27 +177,31 @@ def _size(path: Path) -> int | None:
 
 
 def _count(
-    found: Found,
+    inspection: Inspection,
     tensors: Mapping[str, TensorInfo],
     files: list[Path],
     config: Mapping[str, Any],
     record: Mapping[str, Any],
 ) -> None:
-    found.weight_files = len(files)
-    found.bytes = sum(_size(file) or 0 for file in files)
-    found.tensors = len(tensors)
+    inspection.weight_files = len(files)
+    inspection.bytes = sum(_size(file) or 0 for file in files)
+    inspection.tensors = len(tensors)
     for info in tensors.values():
-        entry = found.by_dtype.setdefault(info.dtype, [0, 0])
+        entry = inspection.by_dtype.setdefault(info.dtype, [0, 0])
         entry[0], entry[1] = entry[0] + 1, entry[1] + info.nbytes
     if not tensors:
         return
     counts = [_elements(info, tensors, config, record) for info in tensors.values()]
-    known = [n for n in counts if n is not None]
-    if len(known) < len(counts):
-        found.notes.append(f"{len(counts) - len(known)} tensors hold codes of a width that nothing here says")
+    known_counts = [n for n in counts if n is not None]
+    if len(known_counts) < len(counts):
+        inspection.notes.append(
+            f"{len(counts) - len(known_counts)} tensors hold codes of a width that nothing here says"
+        )
         return
-    found.weights = sum(known)
-    found.bits = 8 * sum(info.nbytes for info in tensors.values()) / found.weights if found.weights else None
+    inspection.weights = sum(known_counts)
+    inspection.bits = (
+        8 * sum(info.nbytes for info in tensors.values()) / inspection.weights if inspection.weights else None
+    )
 
 
 def _elements(
@@ -233,39 +244,39 @@ def _stated_shape(info: TensorInfo | None) -> int | None:
 
 
 def _bits(config: Mapping[str, Any]) -> int | None:
-    said = config.get("quantization_config")
-    said = said if isinstance(said, Mapping) else {}
-    bits = next((said[k] for k in ("bits", "w_bit", "num_bits", "weight_bits") if k in said), None)
+    quantization = config.get("quantization_config")
+    quantization = quantization if isinstance(quantization, Mapping) else {}
+    bits = next((quantization[k] for k in ("bits", "w_bit", "num_bits", "weight_bits") if k in quantization), None)
     return bits if type(bits) is int and 0 < bits <= 32 else None
 
 
-def _look_at_gguf(files: list[Path], found: Found) -> None:
-    found.kind = "GGUF file" if len(files) == 1 else f"{len(files)} GGUF files"
-    headers = [h for f in files if (h := _try(found, lambda f=f: read_gguf(f))) is not None]  # type: ignore[misc]
-    found.weight_files, found.bytes = len(files), sum(_size(file) or 0 for file in files)
+def _look_at_gguf(files: list[Path], inspection: Inspection) -> None:
+    inspection.kind = "GGUF file" if len(files) == 1 else f"{len(files)} GGUF files"
+    headers = [h for f in files if (h := _try(inspection, lambda f=f: read_gguf(f))) is not None]  # type: ignore[misc]
+    inspection.weight_files, inspection.bytes = len(files), sum(_size(file) or 0 for file in files)
     for header in headers:
-        _add_gguf(header, found)
+        _add_gguf(header, inspection)
     tensors = [t for h in headers for t in h.tensors]
     if any(t.nbytes is None for t in tensors):
-        found.notes.append("some tensors have a type that is not known here: bits per weight are not given")
+        inspection.notes.append("some tensors have a type that is not known here: bits per weight are not given")
     elif tensors:
-        found.weights = sum(t.count for t in tensors)
-        found.bits = 8 * sum(t.nbytes or 0 for t in tensors) / found.weights if found.weights else None
+        inspection.weights = sum(t.count for t in tensors)
+        inspection.bits = 8 * sum(t.nbytes or 0 for t in tensors) / inspection.weights if inspection.weights else None
 
 
-def _add_gguf(header: GgufHeader, found: Found) -> None:
+def _add_gguf(header: GgufHeader, inspection: Inspection) -> None:
     kind = header.values.get("general.architecture")
-    found.model_type = word(kind) if isinstance(kind, str) else found.model_type
+    inspection.model_type = one_line(kind) if isinstance(kind, str) else inspection.model_type
     name = header.values.get("general.name")
     if isinstance(name, str):
-        found.notes.append(f"it calls itself {word(name)}")
-    by = header.values.get("general.quantized_by")
-    found.made_by = word(by) if isinstance(by, str) else found.made_by
-    found.tensors += len(header.tensors)
+        inspection.notes.append(f"it calls itself {one_line(name)}")
+    quantizer = header.values.get("general.quantized_by")
+    inspection.made_by = one_line(quantizer) if isinstance(quantizer, str) else inspection.made_by
+    inspection.tensors += len(header.tensors)
     for t in header.tensors:
-        entry = found.by_dtype.setdefault(t.dtype, [0, 0])
+        entry = inspection.by_dtype.setdefault(t.dtype, [0, 0])
         entry[0], entry[1] = entry[0] + 1, entry[1] + (t.nbytes or 0)
     kinds = {t.dtype for t in header.tensors} - {"F32", "F16", "BF16", "F64"}
     line = f"GGUF version {header.version}" + (f", types {', '.join(sorted(kinds))}" if kinds else ", not quantized")
-    if line not in found.quantization:
-        found.quantization.append(line)
+    if line not in inspection.quantization:
+        inspection.quantization.append(line)

@@ -1,4 +1,5 @@
-"""How a model is quantized, and by whom, as its config and its tensors say: the ways of other tools, too."""
+"""The quantization of a model and the tool that made it, read from config and tensor names. Other tools' ways are known,
+too."""
 
 from __future__ import annotations
 
@@ -27,32 +28,32 @@ _TRACES = {
 }
 
 
-def word(value: object, limit: int = 80) -> str:
-    """What a file says, on one line and no longer than that."""
+def one_line(value: object, limit: int = 80) -> str:
+    """Text from a file on one line, at most ``limit`` characters long."""
     text = "".join(c if c.isprintable() else "?" for c in str(value)[: limit + 1])
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def described_quantization(config: Mapping[str, Any], folder: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Lines about formats; none for a model that is not quantized."""
-    said = config.get("quantization_config", config.get("compression_config"))
-    if said is None:
-        said = _modelopt(folder)
-    if said is not None and not isinstance(said, Mapping):
-        return [f"quantization_config is a {type(said).__name__}, which no tool writes"]
-    if said is None:
+def describe_quantization(config: Mapping[str, Any], folder: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """One line for each number format; none for a model that is not quantized."""
+    quantization = config.get("quantization_config", config.get("compression_config"))
+    if quantization is None:
+        quantization = _modelopt(folder)
+    if quantization is not None and not isinstance(quantization, Mapping):
+        return [f"quantization_config is a {type(quantization).__name__}, which no tool writes"]
+    if quantization is None:
         leaves = {name.rpartition(".")[2] for name in tensors}
-        traces = [what for leaf, what in _TRACES.items() if leaf in leaves]
+        traces = [tool for leaf, tool in _TRACES.items() if leaf in leaves]
         return [f"the config says nothing, and the tensors look like {' and '.join(traces)}"] if traces else []
-    method = said.get("quant_method", said.get("quant_algo"))
-    name = word(method) if isinstance(method, str) else "a method without a name"
-    groups = said.get("config_groups")
+    method = quantization.get("quant_method", quantization.get("quant_algo"))
+    name = one_line(method) if isinstance(method, str) else "a method without a name"
+    groups = quantization.get("config_groups")
     if isinstance(groups, Mapping):
         lines = [f"{name}: {_group(group)}" for group in groups.values()]
         if len(lines) > _LINES:
             lines = [*lines[:_LINES], f"{name}: and {len(lines) - _LINES} more groups"]
         return list(dict.fromkeys(lines)) or [name]
-    parts = [f"{key} {word(said[key], 40)}" for key in _KEYS if said.get(key) not in (None, False)]
+    parts = [f"{key} {one_line(quantization[key], 40)}" for key in _KEYS if quantization.get(key) not in (None, False)]
     return [f"{name}: {', '.join(parts)}" if parts else name]
 
 
@@ -61,7 +62,7 @@ def _group(group: Any) -> str:
         return "a group that is no object"
     weights, inputs = _numbers(group.get("weights")), _numbers(group.get("input_activations"))
     form = group.get("format")
-    stored = f", stored as {word(form, 40)}" if isinstance(form, str) else ""
+    stored = f", stored as {one_line(form, 40)}" if isinstance(form, str) else ""
     return f"weights {weights}, activations {inputs}{stored}"
 
 
@@ -69,50 +70,50 @@ def _numbers(args: Any) -> str:
     if not isinstance(args, Mapping):
         return "as they are"
     size = args.get("group_size", args.get("block_structure"))
-    group = f" of {word(size, 20)}" if size is not None else ""
+    group = f" of {one_line(size, 20)}" if size is not None else ""
     zero = "" if args.get("symmetric", True) else ", asymmetric"
     live = ", dynamic" if args.get("dynamic") else ""
-    kind = {"int": "INT", "float": "FP"}.get(str(args.get("type")), word(args.get("type"), 12))
-    return f"{kind}{word(args.get('num_bits'), 12)} by {word(args.get('strategy'), 20)}{group}{zero}{live}"
+    kind = {"int": "INT", "float": "FP"}.get(str(args.get("type")), one_line(args.get("type"), 12))
+    return f"{kind}{one_line(args.get('num_bits'), 12)} by {one_line(args.get('strategy'), 20)}{group}{zero}{live}"
 
 
 def _modelopt(folder: Path) -> Any:
     """What NVIDIA's ModelOpt keeps in a file of its own."""
-    found = _read(folder / _MODELOPT)
-    said = found.get("quantization")
-    return {"quant_method": "modelopt", **said} if isinstance(said, Mapping) else None
+    content = _read(folder / _MODELOPT)
+    quantization = content.get("quantization")
+    return {"quant_method": "modelopt", **quantization} if isinstance(quantization, Mapping) else None
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = load_json(path, "config") if path.is_file() else {}
+        content = load_json(path, "config") if path.is_file() else {}
     except QkitError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def made_by(
+def find_quantizer(
     config: Mapping[str, Any], record: Mapping[str, Any], folder: Path, names: Collection[str], quantized: bool
 ) -> str | None:
-    """The tool that quantized a model, as far as its files say."""
+    """The name of the tool that quantized a model, as far as its files say."""
     if record:
         recipe = record.get("recipe")
         recipe = recipe if isinstance(recipe, Mapping) else {}
-        how = ", ".join(word(recipe[k], 60) for k in ("scheme", "method") if isinstance(recipe.get(k), str))
-        return f"qkit {word(record.get('qkit_version'), 20)}" + (f" ({how})" if how else "")
-    said = config.get("quantization_config")
-    said = said if isinstance(said, Mapping) else {}
-    if "autoround_version" in said:
-        return f"AutoRound {word(said['autoround_version'], 20)}"
-    meta = said.get("meta")
+        how = ", ".join(one_line(recipe[k], 60) for k in ("scheme", "method") if isinstance(recipe.get(k), str))
+        return f"qkit {one_line(record.get('qkit_version'), 20)}" + (f" ({how})" if how else "")
+    quantization = config.get("quantization_config")
+    quantization = quantization if isinstance(quantization, Mapping) else {}
+    if "autoround_version" in quantization:
+        return f"AutoRound {one_line(quantization['autoround_version'], 20)}"
+    meta = quantization.get("meta")
     if isinstance(meta, Mapping) and meta.get("quantizer"):
         tools = meta["quantizer"]
-        return word(", ".join(map(str, tools)) if isinstance(tools, list) else tools, 60)
-    if said.get("quant_method") == "compressed-tensors" and "recipe.yaml" in names:
-        return f"llm-compressor (compressed-tensors {word(said.get('version'), 20)})"
-    producer = said.get("producer", _read(folder / _MODELOPT).get("producer"))
+        return one_line(", ".join(map(str, tools)) if isinstance(tools, list) else tools, 60)
+    if quantization.get("quant_method") == "compressed-tensors" and "recipe.yaml" in names:
+        return f"llm-compressor (compressed-tensors {one_line(quantization.get('version'), 20)})"
+    producer = quantization.get("producer", _read(folder / _MODELOPT).get("producer"))
     if isinstance(producer, Mapping):
-        return " ".join(word(producer[k], 30) for k in ("name", "version") if k in producer)
-    if said.get("quant_method") == "compressed-tensors":
-        return f"a tool that writes compressed-tensors {word(said.get('version'), 20)}"
+        return " ".join(one_line(producer[k], 30) for k in ("name", "version") if k in producer)
+    if quantization.get("quant_method") == "compressed-tensors":
+        return f"a tool that writes compressed-tensors {one_line(quantization.get('version'), 20)}"
     return "nobody says" if quantized else None

@@ -1,4 +1,4 @@
-"""What a job folder is: how it says so itself, who may work in it, and what of it is removed.
+"""The rules for job folders: how one is recognised, who may work in it, and which of its files are removed.
 
 A folder is used when it is empty or its job.json says that it is a job folder. Any other is refused untouched, and so are
 links in a job folder. Only files with the names below are ever removed.
@@ -50,10 +50,14 @@ def refuse_foreign(path: Path) -> None:
     if not path.is_dir():
         raise UsageError(f"{path}: the job folder is not a folder: choose another with --work")
     names = list_names(path)
-    ours = {n for n in names if n == "lock" or is_temp(n)}  # all that a run that was killed at its very start leaves
-    starting = "lock" not in ours or _is_lock(path / "lock")
-    if "job.json" not in names and (set(names) - ours or not starting or (ours and "lock" not in ours)):
-        stranger = next((n for n in names if n not in ours), names[0])
+    own_names = {
+        n for n in names if n == "lock" or is_temp(n)
+    }  # all that a run that was killed at its very start leaves
+    is_starting = "lock" not in own_names or _is_lock(path / "lock")
+    if "job.json" not in names and (
+        set(names) - own_names or not is_starting or (own_names and "lock" not in own_names)
+    ):
+        stranger = next((n for n in names if n not in own_names), names[0])
         raise UsageError(
             f"{path}: it holds {shown(stranger)} and no job.json, so it is not a job folder of qkit: choose another with "
             "--work, or move it away"
@@ -89,7 +93,7 @@ def read_job(file: Path) -> dict[str, Any]:
 
 
 def parts_in(path: Path) -> list[Path]:
-    """The parts in a job folder."""
+    """The files with finished parts in a job folder."""
     folder = path / "parts"
     return [folder / n for n in list_names(folder) if _PART.fullmatch(n)] if folder.is_dir() else []
 
@@ -104,7 +108,7 @@ def remove_bulk(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Held until the process ends, however it ends: the kernel releases it."""
+    """The lock of a job folder, held until the process ends, however it ends: the kernel releases it."""
     file = path / "lock"
     check_file(file)
     try:

@@ -1,4 +1,4 @@
-"""Where a model is: a folder, a reference model that travels with qkit, or the hub."""
+"""The search for a model: a folder, a reference model that comes with qkit, or the hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from qkit.errors import BadCheckpoint, QkitError, UsageError
 from qkit.files.folder import read_record, refuse_gguf, weights_folder
 from qkit.files.safefile import write_atomic
-from qkit.files.schema import foreign
+from qkit.files.schema import foreign_errors
 from qkit.files.side_files import STAYS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -24,7 +24,8 @@ UNWANTED = (
 
 
 def find_model(model: str, revision: str | None = None, require_revision: bool = False) -> Path:
-    """A folder, the name of a reference model, or a hub id (downloaded, without code, pickles and other weights).
+    """The folder of a model, given as a folder, the name of a reference model or a hub id (downloaded without code, pickles
+    and other weights).
 
     revision: of a hub id, its branch, tag or commit; require_revision: a hub id without one is refused.
     Raises BadCheckpoint when it is none of them, UsageError for a revision of something else or a missing one.
@@ -59,7 +60,7 @@ def find_model(model: str, revision: str | None = None, require_revision: bool =
 
     at = f" at revision {revision}" if revision else ""
     fault = f"{model}{at}: no such folder, and as the id of a model on the hub it was not to be had"
-    with foreign(fault, "check the name and the network"):
+    with foreign_errors(fault, "check the name and the network"):
         return Path(snapshot_download(model, revision=revision, ignore_patterns=list(UNWANTED)))
 
 
@@ -69,7 +70,7 @@ def record_source(job: Path, source: Path) -> None:
 
 
 def recorded_source(out: Path) -> Path | None:
-    """The original of a packed folder, if it is where the job beside it says, or is a reference model; else None.
+    """The folder of a packed model's original: where the job beside it says, or a reference model; else None.
 
     Believed only if its fingerprint is the one that qkit.json records.
     """
@@ -80,15 +81,18 @@ def recorded_source(out: Path) -> Path | None:
     record = read_record(weights_folder(out))
     if record is None:
         return None
-    wanted = record.get("source", {})
+    recorded = record.get("source", {})
     note = out.with_name(out.name + ".job") / SOURCE_FILE
     candidates = [Path(os.fsdecode(note.read_bytes()))] if note.is_file() else []
     candidates += [path for name in qkit_data.models() if (path := qkit_data.model_path(name)) is not None]
     for path in candidates:
         try:
-            found = Checkpoint.open(weights_folder(path)) if path.is_dir() else None
-            if found is not None and found.fingerprint() == wanted.get("fingerprint"):
-                if wanted.get("sha256") in (None, found.sha256()):  # None: written before qkit read all of the source
+            checkpoint = Checkpoint.open(weights_folder(path)) if path.is_dir() else None
+            if checkpoint is not None and checkpoint.fingerprint() == recorded.get("fingerprint"):
+                if recorded.get("sha256") in (
+                    None,
+                    checkpoint.sha256(),
+                ):  # None: written before qkit read all of the source
                     return path
         except QkitError:
             continue

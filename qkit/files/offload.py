@@ -1,4 +1,4 @@
-"""A list of tensors that lies on the disk: what is too large for memory and is read again and again, piece by piece."""
+"""A list of tensors on the disk, for what is too large for memory and is read again and again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qkit.errors import IOFailure, write_failure
 
 
 class Chunks(Protocol):
-    """What a list of tensors and ``OffloadedTensors`` have in common."""
+    """The interface that a list of tensors and ``OffloadedTensors`` share."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Tensor: ...

@@ -1,4 +1,4 @@
-"""Folders of results: where one may go, which files of one qkit wrote, and how a finished one gets its name.
+"""The rules for output folders: where one may be, which of its files qkit wrote, and how a finished one gets its name.
 
 A model is built in a folder of another name and renamed as the last step, so that a reader sees all of it or nothing. What
 a folder holds beside the files that its own record lists is the user's, and is never removed.
@@ -56,12 +56,12 @@ def remove_result(out: Path) -> None:
     remove_files(out, result_files(out))
 
 
-def check_output_dir(out: Path, source: Path, overwrite: bool, whole: bool = True) -> None:
+def check_output_dir(out: Path, source: Path, overwrite: bool, replace: bool = True) -> None:
     """Refuses an output folder that would cost the user something.
 
     Never allowed: a link, something that is no folder, a folder that is, holds or lies in the input model, and
     one that holds the working or the home directory. A folder with content needs ``overwrite``, and where it will be
-    replaced as a ``whole`` it has to be one that qkit made. Raises UsageError.
+    replaced as a ``replace`` it has to be one that qkit made. Raises UsageError.
     """
     if os.path.islink(out):
         raise UsageError(
@@ -80,7 +80,7 @@ def check_output_dir(out: Path, source: Path, overwrite: bool, whole: bool = Tru
     filled = os.path.exists(out) and bool(list_names(out))
     if filled and not overwrite:
         raise UsageError(f"{out}: the output folder is not empty: choose another, or pass --overwrite to replace it")
-    if filled and whole:
+    if filled and replace:
         _refuse_strangers(out)
 
 
@@ -120,7 +120,7 @@ def commit_dir(partial: Path, out: Path, overwrite: bool) -> None:
         raise UsageError(f"{out}: exists and is not an empty folder: choose another, or pass --overwrite to replace it")
     if replaced and list_names(out):
         _refuse_strangers(out)
-    own: Collection[str] = result_files(out) if replaced else ()
+    old_files: Collection[str] = result_files(out) if replaced else ()
     aside = out.with_name(OLD_PREFIX + secrets.token_hex(8))
     try:
         _sync_tree(partial)
@@ -139,7 +139,7 @@ def commit_dir(partial: Path, out: Path, overwrite: bool) -> None:
         ) from error
     try:
         if replaced:
-            remove_files(aside, own)
+            remove_files(aside, old_files)
         if os.path.lexists(aside):
             raise OSError(ENOTEMPTY, "it holds files that qkit did not write")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which files are qkit's own. In a folder that a user can name, no other file is opened for writing or removed.
+"""The rule for qkit's own files: in a folder that a user can name, no other file is opened for writing or removed.
 
 A folder of qkit says so itself, in a file of JSON, and lists or names by a fixed rule what belongs to it. What is not on
 the list stays where it is, and a link is never followed on the way to a file that is written.

@@ -1,8 +1,8 @@
-"""qkit.json, the record in every folder that qkit writes, and the sums by which a change of anything in the folder shows.
+"""The record qkit.json in every folder that qkit writes, with the sums that show any change in the folder.
 
 ``files`` has the sha256 of every other file of the folder, ``config`` what config.json was written with besides its
-quantization_config, and ``sum`` is the sha256 of the record itself, as JSON without the sum. A pipeline has one record in the
-folder of its transformer and one at its top, for all other files, which has the first record among them.
+quantization_config, and ``sum`` is the sha256 of the record itself, as JSON without the sum. A pipeline has one record in
+the folder of its transformer and one at its top, for all other files, which has the first record among them.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ FORMAT_VERSION = 2  # 1: without files, config and sum
 
 
 def to_bytes(data: dict[str, Any]) -> bytes:
-    """JSON as qkit writes it: the same bytes for equal values."""
+    """The JSON text as qkit writes it: the same bytes for equal values."""
     return (json.dumps(data, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> str:
     """Write qkit.json with its sum; returns the sha256 of the file. Raises IOFailure."""
-    bare = {key: value for key, value in record.items() if key != "sum"}
-    digest = sha256(json.dumps(bare, sort_keys=True, ensure_ascii=True, allow_nan=False).encode()).hexdigest()
-    data = to_bytes({**bare, "sum": digest})
+    unsummed = {key: value for key, value in record.items() if key != "sum"}
+    digest = sha256(json.dumps(unsummed, sort_keys=True, ensure_ascii=True, allow_nan=False).encode()).hexdigest()
+    data = to_bytes({**unsummed, "sum": digest})
     write_atomic(folder / RECORD, data)
     return sha256(data).hexdigest()
 

@@ -16,24 +16,24 @@ _MADE_BY = "qkit check"
 
 
 class RejectedWarning(UserWarning):
-    """A model is loaded that failed its budget."""
+    """The warning for a loaded model that failed its budget."""
 
 
 def read_mark(folder: Path) -> dict[str, Any] | None:
-    """What the last ``qkit check`` of the folder found too large or too small; None where it passed, or there was none.
+    """The mark of the last failed ``qkit check`` of the folder; None where the check passed, or there was none.
 
     {"budget": file name, "baseline": folder name or None, "failed": [{"name", "limit", "measured"}], ...}
     """
     if not (folder / NAME).is_file():
         return None
     try:
-        found = load_json(folder / NAME, "mark")
+        mark = load_json(folder / NAME, "mark")
     except QkitError:
         return None
-    return found if isinstance(found, dict) and found.get("made_by") == _MADE_BY else None
+    return mark if isinstance(mark, dict) and mark.get("made_by") == _MADE_BY else None
 
 
-def described(mark: dict[str, Any]) -> str:
+def describe_mark(mark: dict[str, Any]) -> str:
     """The mark in one line; what was read from the file is shown without control characters."""
     failed = mark.get("failed")
     names = [str(f.get("name")) for f in failed if isinstance(f, dict)] if isinstance(failed, list) else []

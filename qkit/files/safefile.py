@@ -73,8 +73,8 @@ class TensorInfo:
         """The dtype as torch names it."""
         import torch
 
-        found: torch.dtype = getattr(torch, DTYPES[self.dtype][0])
-        return found
+        dtype: torch.dtype = getattr(torch, DTYPES[self.dtype][0])
+        return dtype
 
 
 def shown(text: object, limit: int = 80) -> str:
@@ -169,14 +169,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     data = _PREFIX_BYTES + length
     infos = [_tensor_info(path, name, entry, data, size) for name, entry in entries.items()]
     infos.sort(key=lambda info: (info.begin, info.end))
-    at = data
+    position = data
     for info in infos:  # the data must be covered exactly once
-        if info.begin != at:
-            fault = "overlaps the one before it" if info.begin < at else "leaves a hole before it"
-            _refuse(path, f"tensor {shown(info.name)} {fault}: it starts at byte {info.begin}, expected {at}")
-        at = info.end
-    if at != size:
-        _refuse(path, f"the tensors end at byte {at}, but the file has {size}")
+        if info.begin != position:
+            fault = "overlaps the one before it" if info.begin < position else "leaves a hole before it"
+            _refuse(path, f"tensor {shown(info.name)} {fault}: it starts at byte {info.begin}, expected {position}")
+        position = info.end
+    if position != size:
+        _refuse(path, f"the tensors end at byte {position}, but the file has {size}")
     return {info.name: info for info in infos}
 
 
@@ -229,23 +229,23 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
     return flat.view(info.torch_dtype).reshape(info.shape)
 
 
-def read_range(path: Path, file: FileIO, offset: int, count: int, what: str) -> bytes:
+def read_range(path: Path, file: FileIO, offset: int, count: int, label: str) -> bytes:
     """``count`` bytes of an open file. Raises BadCheckpoint when it ends before them, IOFailure."""
     buffer = bytearray(count)
-    _fill(path, file, memoryview(buffer), offset, what)
+    _fill(path, file, memoryview(buffer), offset, label)
     return bytes(buffer)
 
 
-def _fill(path: Path, file: FileIO, into: memoryview, offset: int, what: str) -> None:
+def _fill(path: Path, file: FileIO, buffer: memoryview, offset: int, label: str) -> None:
     """Reads len(into) bytes from ``offset``; a short read is an error, for the file was long enough before."""
-    done = 0
+    filled = 0
     try:
         file.seek(offset)
-        while done < len(into):
-            count = file.readinto(into[done:])
+        while filled < len(buffer):
+            count = file.readinto(buffer[filled:])
             if not count:
-                _refuse(path, f"{what}: the file ends after {done} bytes, expected {len(into)}")
-            done += count
+                _refuse(path, f"{label}: the file ends after {filled} bytes, expected {len(buffer)}")
+            filled += count
     except OSError as error:
         raise _read_failure(path, error) from error
 
@@ -309,8 +309,8 @@ def _tensor_bytes(path: Path, spec: tuple[str, torch.dtype, tuple[int, ...]], te
 
     name, dtype, shape = spec
     if tensor.dtype != dtype or tensor.shape != tuple(shape):
-        found = f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise VerifyFailure(f"{path}: tensor {shown(name)} is {found}, expected {dtype} {tuple(shape)}")
+        actual = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise VerifyFailure(f"{path}: tensor {shown(name)} is {actual}, expected {dtype} {tuple(shape)}")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 

@@ -1,8 +1,9 @@
-"""The one place where what was read from a file is held against what it has to be.
+"""The checks of file content: every value read from a file is compared here with the type and range that it must have.
 
-A file of JSON or YAML can hold any value at any place. ``checked`` compares it with a model of pydantic and complains in one
-sentence that names the field; fields that qkit does not use are not looked at. What only another library can judge (a config
-for transformers, a tokenizer) goes through ``foreign``, which turns whatever that library raises into an error of qkit.
+A file of JSON or YAML can hold any value at any place. ``validate`` compares it with a model of pydantic and complains in
+one sentence that names the field; fields that qkit does not use are not looked at. What only another library can judge (a
+config for transformers, a tokenizer) goes through ``foreign_errors``, which turns whatever that library raises into an
+error of qkit.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from qkit.files.safefile import shown
 AGAIN = "get the file again from its source"
 
 
-def checked(
+def validate(
     model: type[BaseModel], data: Any, where: str, advice: str = AGAIN, error: type[QkitError] = BadCheckpoint
 ) -> Any:
     """``data`` as it is, if it fits the model. where: the file, for the message. Raises ``error`` naming the field."""
@@ -36,16 +37,18 @@ def complaint(failure: ValidationError, data: Any) -> str:
     """'field is VALUE, expected a valid string or null': the first field that is wrong, and all that it might have been."""
     errors = failure.errors(include_url=False)
     places = [field_path(e["loc"], data) for e in errors]
-    here = [e for e, place in zip(errors, places, strict=True) if place == places[0]]
+    first_errors = [e for e, place in zip(errors, places, strict=True) if place == places[0]]
     field = ".".join(shown(str(p), 60)[1:-1] for p in places[0]) or "the content"
-    if any(e["type"] == "missing" for e in here):
-        missing = next(str(e["loc"][-1]) for e in here if e["type"] == "missing")
+    if any(e["type"] == "missing" for e in first_errors):
+        missing = next(str(e["loc"][-1]) for e in first_errors if e["type"] == "missing")
         return f"{missing} is missing" if not places[0] else f"{field}.{missing} is missing"
-    wanted = dict.fromkeys("one that is not empty" if e["type"] == "too_short" else _wanted(e["msg"]) for e in here)
-    return f"{field} is {shown(here[0]['input'])}, expected {' or '.join(wanted)}"
+    expectations = dict.fromkeys(
+        "one that is not empty" if e["type"] == "too_short" else _expectation(e["msg"]) for e in first_errors
+    )
+    return f"{field} is {shown(first_errors[0]['input'])}, expected {' or '.join(expectations)}"
 
 
-def _wanted(message: str) -> str:
+def _expectation(message: str) -> str:
     for start in ("Input should be ", "Value error, expected ", "Input should have "):
         message = message.removeprefix(start)
     return message.replace("a valid ", "a ").replace("a integer", "a whole number").replace("a dictionary", "an object")
@@ -66,23 +69,24 @@ def field_path(location: tuple[int | str, ...], data: Any) -> tuple[int | str, .
 
 
 @contextmanager
-def foreign(what: str, advice: str = AGAIN, error: type[QkitError] = BadCheckpoint) -> Iterator[None]:
-    """Around calls of another library on what was read from a file. what: file and fault, for the message.
+def foreign_errors(label: str, advice: str = AGAIN, error: type[QkitError] = BadCheckpoint) -> Iterator[None]:
+    """The context for calls of another library on file content: its errors become errors of qkit. label: file and fault, for
+    the message.
 
     Such libraries raise anything at all for a hostile file, a full memory and too deep a recursion included, and panics of
-    Rust, which are no Exceptions: all of it means that the file cannot be used. Errors of qkit pass. No code of qkit belongs
-    in here, for its faults would be called the file's.
+    Rust, which are no Exceptions: all of it means that the file cannot be used. Errors of qkit pass. No code of qkit
+    belongs in here, for its faults would be called the file's.
     """
     try:
         yield
     except (QkitError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as e:
-        raise error(f"{what}: {reason(e)}: {advice}") from e
+        raise error(f"{label}: {reason(e)}: {advice}") from e
 
 
 def reason(failure: BaseException) -> str:
-    """What another library had to say, in one short line."""
+    """The message of another library's exception, in one short line."""
     if isinstance(failure, MemoryError):
         return "it needs more memory than there is"
     if isinstance(failure, RecursionError):
@@ -113,7 +117,7 @@ class _Open(BaseModel):
 
 
 class ModelConfig(_Open):
-    """config.json, and each config inside it (text_config, vision_config, ..)."""
+    """The fields of config.json, and of each config inside it (text_config, vision_config, ..)."""
 
     model_type: str | None = None
     architectures: list[str] | None = None
@@ -143,19 +147,19 @@ class ModelConfig(_Open):
 
 
 def model_config(config: Object, where: str) -> None:
-    """Raises BadCheckpoint for a field of config.json, at any depth, that is not what such a field can be."""
+    """Raises BadCheckpoint for a field of config.json, at any depth, with a value that such a field cannot have."""
     advice = "get the config of this model"
     parts = [(where, config)]
     while parts:
-        at, part = parts.pop()
-        checked(ModelConfig, part, at, advice)
+        label, part = parts.pop()
+        validate(ModelConfig, part, label, advice)
         for name, value in part.items():
             if name.endswith("_config") and name != "quantization_config" and isinstance(value, dict):
-                parts.append((f"{at}: {name}", value))
+                parts.append((f"{label}: {name}", value))
 
 
 class GenerationConfig(_Open):
-    """generation_config.json."""
+    """The fields of generation_config.json."""
 
     bos_token_id: Tokens = None
     eos_token_id: Tokens = None
@@ -227,7 +231,7 @@ class _Source(_Open):
 
 
 class RecordFile(_Open):
-    """What the loader and the commands use of qkit.json; ``verify`` has a reading of its own."""
+    """The fields of qkit.json that the loader and the commands use; ``verify`` has a reading of its own."""
 
     source: _Source = _Source()
     plan_hash: str | None = None
@@ -237,7 +241,7 @@ class RecordFile(_Open):
 
 
 class KvPolicy(_Open):
-    """The KV cache policy in it."""
+    """The KV cache policy in qkit.json."""
 
     kind: str
     widths: Annotated[list[Annotated[int, Field(ge=1, le=16)]], Field(min_length=1)]
@@ -251,18 +255,18 @@ class KvPolicy(_Open):
     length: Count | None = None
 
 
-class _Choice(BaseModel):
+class _ChoiceEntry(BaseModel):
     model_config = ConfigDict(extra="forbid")
     bytes: Annotated[int, Field(gt=0, le=2**60)]
     costs: dict[str, Number]
 
 
-class _Unit(BaseModel):
+class _UnitEntry(BaseModel):
     model_config = ConfigDict(extra="forbid")
     key: str
     linears: Annotated[list[str], Field(min_length=1)]
     weights: Annotated[int, Field(gt=0, le=2**60)]
-    choices: Annotated[dict[str, _Choice], Field(min_length=1)]
+    choices: Annotated[dict[str, _ChoiceEntry], Field(min_length=1)]
 
 
 class _ProfileRequest(_Open):
@@ -278,13 +282,13 @@ class _ProfileRequest(_Open):
     points: Count = 0
 
 
-class _Whole(BaseModel):
+class _UniformEntry(BaseModel):
     loss: Number
     kl: Number
 
 
 class ProfileFile(BaseModel):
-    """profile.json, but for its version."""
+    """The fields of profile.json, but for its version."""
 
     model_config = ConfigDict(extra="forbid")
     fingerprint: str
@@ -293,8 +297,8 @@ class ProfileFile(BaseModel):
     measures: Annotated[list[str], Field(min_length=1)]
     base_loss: Number
     fixed_bytes: Annotated[int, Field(ge=0, le=2**60)]
-    units: Annotated[list[_Unit], Field(min_length=1)]
-    whole: dict[str, _Whole]
+    units: Annotated[list[_UnitEntry], Field(min_length=1)]
+    whole: dict[str, _UniformEntry]
 
 
 class _Time(_Open):
@@ -306,7 +310,7 @@ class _Time(_Open):
 
 
 class LatencyFile(_Open):
-    """A table of ``qkit bench gemv --table``, but for its version."""
+    """The fields of a table of ``qkit bench gemv --table``, but for its version."""
 
     machine: str
     device: str
@@ -329,8 +333,8 @@ FileName = Annotated[str, AfterValidator(_file_name)]
 FileNames = FileName | list[FileName] | None
 
 
-class PairLine(_Open):
-    """A line of a file of pairs."""
+class ImageTextLine(_Open):
+    """One line of a file of image-text data."""
 
     image: FileNames = None
     video: FileNames = None

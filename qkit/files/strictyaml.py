@@ -1,4 +1,4 @@
-"""YAML for files that people write by hand: small, plain and refused as soon as it could mean two things.
+"""A YAML reader for files that people write by hand: small, plain, and strict about anything with two meanings.
 
 Recipes and budgets decide what happens to a model, so a key given twice, an alias or a tag is an error here and not a
 rule of precedence to know by heart. The text is read as a stream of events and never reaches a constructor of the YAML
@@ -42,36 +42,36 @@ class LineDict(dict[str, Any]):
     lines: dict[str, int]
 
 
-def load_yaml(path: Path, what: str) -> Any:
+def load_yaml(path: Path, label: str) -> Any:
     """The content of a YAML file as plain values; mappings are ``LineDict``. An empty file gives None.
 
-    what: what the file is, for messages: 'recipe', 'budget'.
+    label: what the file is, for messages: 'recipe', 'budget'.
     Raises BadRecipe, with file and line, for: more than 1 MB, not UTF-8, not YAML, more than one document, duplicate
     keys, keys that are not text, anchors, aliases, tags, nesting deeper than 20, integers outside 64 bits, NaN and
     infinity. Raises IOFailure when the file cannot be read.
     """
     if path.exists() and not path.is_file() and not path.is_dir():  # reading could last for ever
-        raise BadRecipe(f"{what} {path} is a pipe or a device; give the path of a YAML file")
+        raise BadRecipe(f"{label} {path} is a pipe or a device; give the path of a YAML file")
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise BadRecipe(f"{what} {path}: there is no such file; give the path of a YAML file") from error
+        raise BadRecipe(f"{label} {path}: there is no such file; give the path of a YAML file") from error
     except OSError as error:
-        raise IOFailure(f"{what} {path} cannot be read: {error.strerror}") from error
-    return parse_yaml(data, what, str(path))
+        raise IOFailure(f"{label} {path} cannot be read: {error.strerror}") from error
+    return parse_yaml(data, label, str(path))
 
 
-def parse_yaml(data: bytes, what: str, source: str) -> Any:
+def parse_yaml(data: bytes, label: str, source: str) -> Any:
     """``load_yaml`` of bytes in memory; ``source`` names them in messages."""
-    where = f"{what} {source}"
+    where = f"{label} {source}"
     if len(data) > MAX_BYTES:
-        raise BadRecipe(f"{where} is larger than {MAX_BYTES} bytes; this cannot be a {what} written by hand")
+        raise BadRecipe(f"{where} is larger than {MAX_BYTES} bytes; this cannot be a {label} written by hand")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadRecipe(f"{where}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from error
-    reader = _Reader(where)
+    reader = _YamlReader(where)
     try:
         return reader.document(iter(yaml.parse(text, Loader=yaml.SafeLoader)))
     except yaml.MarkedYAMLError as error:
@@ -83,22 +83,22 @@ def parse_yaml(data: bytes, what: str, source: str) -> Any:
         raise BadRecipe(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def check_keys(mapping: LineDict, known: Iterable[str], where: str) -> None:
-    """Raises BadRecipe for the first key that is not ``known``, with its line and the nearest known one."""
-    known = list(known)
+def check_keys(mapping: LineDict, keys: Iterable[str], where: str) -> None:
+    """Raises BadRecipe for the first key that is not ``keys``, with its line and the nearest known one."""
+    keys = list(keys)
     for key in mapping:
-        if key not in known:
-            raise unknown_key(key, known, f"{where}, line {mapping.lines[key]}")
+        if key not in keys:
+            raise unknown_key(key, keys, f"{where}, line {mapping.lines[key]}")
 
 
-def unknown_key(key: str, known: Sequence[str], where: str) -> BadRecipe:
+def unknown_key(key: str, keys: Sequence[str], where: str) -> BadRecipe:
     """The error for a key that nothing here understands; of a dotted key the first part is compared as well."""
-    near = get_close_matches(key, known, n=1) or get_close_matches(key.partition(".")[0], known, n=1)
-    advice = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+    nearest = get_close_matches(key, keys, n=1) or get_close_matches(key.partition(".")[0], keys, n=1)
+    advice = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(keys)}"
     return BadRecipe(f"{where}: unknown key {key!r}; {advice}")
 
 
-class _Reader:
+class _YamlReader:
     """Builds values from parse events; one instance per file."""
 
     def __init__(self, where: str) -> None:

@@ -1,9 +1,9 @@
-"""Texts that people give: opened only where they are files, read as far as they are needed, and refused where they are none.
+"""Text files from users: opened only if they are files, read only as far as needed, and refused if they are no text.
 
 The first tokens of a text are wanted, and a text can be much longer than what holds them. A piece of its start is tokenised
 instead, which has to give the tokens that the whole text would: words are tokenised by themselves, or depend on their
-neighbours alone, so that the end of the piece changes a few tokens before it. Tokens near the end are not used, and a second
-piece that ends elsewhere has to give the same ones; where it does not, the whole text is tokenised.
+neighbours alone, so that the end of the piece changes a few tokens before it. Tokens near the end are not used, and a
+second piece that ends elsewhere has to give the same ones; where it does not, the whole text is tokenised.
 """
 
 from __future__ import annotations
@@ -39,15 +39,18 @@ _MAGIC = {
     b"\xff\xd8\xff": "a picture",
 }
 _CHAT = re.compile(r'"(messages|conversations?|role|from|prompt|completion|instruction)"\s*:')
-_PICTURES = re.compile(r'"(images?|video)"\s*:')
+_IMAGES = re.compile(r'"(images?|video)"\s*:')
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _COLUMN = re.compile(r"[A-Za-z_][\w .-]{0,40}")
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """path: the file; what: what it is for, for messages ('calibration text'); error: what is raised for one that is none;
-    prose: refuses JSON, chats and tables, too, whose syntax is no language."""
+    """A text file, read as far as it is needed.
+
+    path: the file; what: what it is for, for messages ('calibration text'); error: what is raised for one that is none;
+    prose: refuses JSON, chats and tables, too, whose syntax is no language.
+    """
 
     path: Path
     what: str
@@ -59,12 +62,12 @@ class TextFile:
 
         Raises ``error`` for what is no file or no text, IOFailure for one that cannot be read.
         """
-        raw, whole = self._bytes(limit)
+        raw, is_all = self._bytes(limit)
         self._refuse_binary(raw)
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as e:
-            if whole or e.start < len(raw) - 3:  # else the piece ends within a character
+            if is_all or e.start < len(raw) - 3:  # else the piece ends within a character
                 raise self.error(f"{self.path}: byte {e.start} is not UTF-8: save the {self.what} as UTF-8 text") from e
             text = raw[: e.start].decode("utf-8")
         if self.prose and (data := data_in(text[:_HEAD], self.path.suffix.lower())):
@@ -72,19 +75,19 @@ class TextFile:
                 f"{self.path}: found {data}, expected plain text: its syntax is no language; write the texts in it to a "
                 ".txt file, one after the other"
             )
-        return text, whole
+        return text, is_all
 
     def first_tokens(self, encode: Callable[[str], Sequence[int]], needed: int | None) -> list[int]:
         """At least ``needed`` tokens of the text if it has so many, else all; they are those of the whole text."""
         size = None if needed is None else max(_LEAST, _PER_TOKEN * needed)
         while size is not None and needed is not None:
-            text, whole = self.text(size)
-            if whole:
+            text, is_all = self.text(size)
+            if is_all:
                 return list(encode(text))
             ids = encode(text)
             if len(ids) >= needed + MARGIN:
-                other = encode(self.text(size + _STEP)[0])
-                if list(other[:needed]) == list(ids[:needed]):
+                longer_ids = encode(self.text(size + _STEP)[0])
+                if list(longer_ids[:needed]) == list(ids[:needed]):
                     return list(ids[:needed])
                 break
             size *= 2
@@ -107,33 +110,34 @@ class TextFile:
                 )
             if limit is None and state.st_size > LIMIT:
                 raise self.error(f"{self.path}: {state.st_size} bytes, expected at most {LIMIT}: use a part of it")
-            wanted = state.st_size if limit is None else min(limit, state.st_size)
+            count = state.st_size if limit is None else min(limit, state.st_size)
             with os.fdopen(handle, "rb", closefd=False) as file:
-                return file.read(wanted), wanted >= state.st_size
+                return file.read(count), count >= state.st_size
         except OSError as e:
             raise IOFailure(f"{self.path}: cannot be read: {e.strerror}") from e
         finally:
             os.close(handle)
 
     def _refuse_binary(self, raw: bytes) -> None:
-        found = next((what for magic, what in _MAGIC.items() if raw.startswith(magic)), None)
-        if found is None and b"\0" in raw[:_HEAD]:
-            found = "binary data"
-        if found is not None:
-            raise self.error(f"{self.path}: found {found}, expected plain text: write the {self.what} to a .txt file")
+        kind = next((kind_name for magic, kind_name in _MAGIC.items() if raw.startswith(magic)), None)
+        if kind is None and b"\0" in raw[:_HEAD]:
+            kind = "binary data"
+        if kind is not None:
+            raise self.error(f"{self.path}: found {kind}, expected plain text: write the {self.what} to a .txt file")
 
 
 def is_chat(text: str) -> bool:
-    """Whether JSON has the fields of a chat, and none of pictures."""
-    return text.lstrip()[:1] in ("{", "[") and bool(_CHAT.search(text)) and not _PICTURES.search(text)
+    """Whether JSON has the fields of a chat, and none of images."""
+    return text.lstrip()[:1] in ("{", "[") and bool(_CHAT.search(text)) and not _IMAGES.search(text)
 
 
 def data_in(head: str, suffix: str = "") -> str | None:
-    """What the start of a file is, where it is no language: a chat, JSON, a table. suffix: of the file's name."""
+    """The kind of data at the start of a file that is no language: a chat, JSON, a table. None for plain text. suffix: of
+    the file's name."""
     text = head.lstrip("\ufeff \t\r\n")
-    found = _json_in(text) if text[:1] in ("{", "[") else None
-    if found is not None:
-        return f"a chat file ({found})" if is_chat(text) else found
+    json_kind = _json_in(text) if text[:1] in ("{", "[") else None
+    if json_kind is not None:
+        return f"a chat file ({json_kind})" if is_chat(text) else json_kind
     if suffix in _TABLES or _is_table(text):
         return "a table (CSV)"
     return None
@@ -150,10 +154,10 @@ def _json_in(text: str) -> str | None:
         return "JSON" if re.match(r'(\[\s*)*(\{\s*"[^"\n]{1,200}"\s*:|\[\s*"[^"\n]*"\s*,)', text) else None
     if not isinstance(first, (dict, list)) or (isinstance(first, list) and not any(map(_is_rich, first))):
         return None
-    rest = text[end:].lstrip()
-    if not rest:
+    remainder = text[end:].lstrip()
+    if not remainder:
         return "JSON"
-    return "lines of JSON" if len(lines) > 1 and rest[0] in "{[" else None
+    return "lines of JSON" if len(lines) > 1 and remainder[0] in "{[" else None
 
 
 def _is_rich(value: object) -> bool:

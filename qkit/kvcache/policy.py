@@ -10,7 +10,7 @@ from typing import Any
 from qkit.errors import UsageError
 from qkit.files.folder import RECORD, read_record
 from qkit.files.schema import KvPolicy
-from qkit.files.schema import checked as checked_file
+from qkit.files.schema import validate as checked_file
 
 WIDTHS = (2, 3, 4, 8, 16)
 KINDS = {

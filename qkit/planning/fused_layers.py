@@ -1,4 +1,4 @@
-"""What engines ask of layers that they load as one: one format, one group size, and shapes that their kernels take.
+"""The rules of engines for layers that they load as one: one format, one group size, and shapes that their kernels support.
 
 These are rules of engines and not of the formats: qkit runs such layers one by one. A recipe with ``engine: any`` lifts
 them, and the plan then says which engines will not load the result (``qkit.verification.engines``).
@@ -14,7 +14,7 @@ from qkit.errors import BadRecipe, Unsupported
 from qkit.families.blocks import BlockStructure, Group, LinearGroup
 from qkit.families.structure import ModelStructure
 from qkit.tensor.formats import layout
-from qkit.verification.model_engines import EngineLine, Part, engine_lines, engine_rows
+from qkit.verification.model_engines import EngineLine, LinearStorage, engine_lines, engine_rows
 
 if TYPE_CHECKING:
     from qkit.planning.plan import LinearPlan, Plan
@@ -39,9 +39,13 @@ def fused_linears(
             torn = len({_kind(linears.get(name)) for name in names}) > 1
             experts = groups[0].expert is not None
             if torn and (engine != ANY or (experts and not all(name in linears for name in names))):
-                raise BadRecipe(_torn_apart(names, linears, experts, engine))
-            pairs = [tuple(x.name for x in g.linears) for g in groups if len(g.linears) > 1]
-            fused += [pair for pair in pairs if len({_kind(linears.get(name)) for name in pair}) == 1]
+                raise BadRecipe(_torn_message(names, linears, experts, engine))
+            named_groups = [tuple(x.name for x in g.linears) for g in groups if len(g.linears) > 1]
+            fused += [
+                names_of_group
+                for names_of_group in named_groups
+                if len({_kind(linears.get(name)) for name in names_of_group}) == 1
+            ]
     for group in fused:
         _check_solved_together(group, [linears[name] for name in group if name in linears])
     return tuple(fused)
@@ -51,23 +55,23 @@ def _check_solved_together(names: tuple[str, ...], planned: list[LinearPlan]) ->
     """Raises BadRecipe for linears with a scale in common that rules give several solvers, or options of one."""
     shares = any(p.weights.scale == "e4m3" or p.weights.strategy == "tensor" for p in planned)
     if shares and any(_task(p) != _task(planned[0]) for p in planned):
-        given = ", ".join(f"{p.name.rpartition('.')[2]} {p.solver}" for p in planned)
+        solvers = ", ".join(f"{p.name.rpartition('.')[2]} {p.solver}" for p in planned)
         raise BadRecipe(
-            f"{names[0].rpartition('.')[0]}: the rules give {given}, or options that differ, but these layers share a scale of "
-            f"{planned[0].scheme} and are solved together: write a rule that covers all of them"
+            f"{names[0].rpartition('.')[0]}: the rules give {solvers}, or options that differ, but these layers share a "
+            f"scale of {planned[0].scheme} and are solved together: write a rule that covers all of them"
         )
 
 
 def check_shapes(structure: ModelStructure, linears: Mapping[str, LinearPlan], engine: str) -> None:
-    """Raises Unsupported for formats that no kernel of vLLM takes in these shapes, unless ``engine`` is ANY."""
+    """Raises Unsupported for formats that no kernel of vLLM supports in these shapes, unless ``engine`` is ANY."""
     if engine == ANY:
         return
     for p in linears.values():
         acts = p.activations
         if acts is not None and acts.kind == "fp8" and p.weights.kind == "int" and p.weights.group != _FP8_GROUP:
-            found = f"groups of {p.weights.group}" if p.weights.group else "one scale per channel"
+            grouping = f"groups of {p.weights.group}" if p.weights.group else "one scale per channel"
             raise Unsupported(
-                f"{p.name}: scheme {p.scheme} would get {found} for its {p.shape[1]} input columns, and vLLM, whose "
+                f"{p.name}: scheme {p.scheme} would get {grouping} for its {p.shape[1]} input columns, and vLLM, whose "
                 f"kernel it is for, loads groups of {_FP8_GROUP} alone: use w4a16 or fp8_dynamic for this layer, {LIFT}"
             )
     for block in structure.every_block:
@@ -83,12 +87,13 @@ def check_shapes(structure: ModelStructure, linears: Mapping[str, LinearPlan], e
                     )
 
 
-def engines_of(plan: Plan, structure: ModelStructure) -> list[EngineLine]:
-    """Which engines will load the result of a plan, a line for each."""
-    own = {
-        n: Part(p.weights, p.activations, layout(p.weights, p.activations), p.shape) for n, p in plan.linears.items()
+def engine_lines_of(plan: Plan, structure: ModelStructure) -> list[EngineLine]:
+    """One line for every engine: whether it will load the result of a plan."""
+    storage = {
+        n: LinearStorage(p.weights, p.activations, layout(p.weights, p.activations), p.shape)
+        for n, p in plan.linears.items()
     }
-    return engine_lines(engine_rows(own, plan.skipped, structure.checkpoint.config, plan.export))
+    return engine_lines(engine_rows(storage, plan.skipped, structure.checkpoint.config, plan.export))
 
 
 def split_apart(block: BlockStructure, linears: Mapping[str, LinearPlan]) -> BlockStructure:
@@ -104,9 +109,9 @@ def split_apart(block: BlockStructure, linears: Mapping[str, LinearPlan]) -> Blo
             groups.append(group)
             continue
         for task in tasks:
-            own = tuple(x for x in group.linears if _task(linears.get(x.name)) == task)
-            hook = group.hook if group.expert is not None else own[0].param.removesuffix(".weight")
-            groups.append(replace(group, linears=own, declared=Group(()), hook=hook))
+            members = tuple(x for x in group.linears if _task(linears.get(x.name)) == task)
+            hook = group.hook if group.expert is not None else members[0].param.removesuffix(".weight")
+            groups.append(replace(group, linears=members, declared=Group(()), hook=hook))
     return replace(block, groups=tuple(groups))
 
 
@@ -118,26 +123,26 @@ def _task(p: LinearPlan | None) -> object:
     return None if p is None else (_kind(p), p.solver, tuple(sorted(p.options.items())))
 
 
-def _torn_apart(names: list[str], linears: Mapping[str, LinearPlan], experts: bool, engine: str) -> str:
+def _torn_message(names: list[str], linears: Mapping[str, LinearPlan], experts: bool, engine: str) -> str:
     """Which layer, what its parts were given, and what to do, in a sentence."""
     by_leaf: dict[str, dict[str, None]] = {}
     for name in names:
-        by_leaf.setdefault(name.rpartition(".")[2], {})[_described(linears.get(name))] = None
-    given = ", ".join(f"{leaf} {' and '.join(kinds)}" for leaf, kinds in by_leaf.items())
+        by_leaf.setdefault(name.rpartition(".")[2], {})[_describe(linears.get(name))] = None
+    schemes = ", ".join(f"{leaf} {' and '.join(kinds)}" for leaf, kinds in by_leaf.items())
     layer = names[0].rpartition(".experts.")[0] + ".experts" if experts else names[0].rpartition(".")[0]
     if experts and engine == ANY:
         return (
-            f"{layer}: the rules give {given}, and no engine loads experts of which some are skipped: write a rule that covers "
-            "all of them"
+            f"{layer}: the rules give {schemes}, and no engine loads experts of which some are skipped: write a rule that "
+            "covers all of them"
         )
-    why = "engines run all experts of a layer as one product" if experts else "engines load these layers as one"
+    reason = "engines run all experts of a layer as one product" if experts else "engines load these layers as one"
     return (
-        f"{layer}: the rules give {given}, but {why} and need one scheme and one group size: write a rule that covers all of "
-        f"them, {LIFT}"
+        f"{layer}: the rules give {schemes}, but {reason} and need one scheme and one group size: write a rule that covers "
+        f"all of them, {LIFT}"
     )
 
 
-def _described(p: LinearPlan | None) -> str:
+def _describe(p: LinearPlan | None) -> str:
     if p is None:
         return "skipped"
     return p.scheme if p.weights.group is None else f"{p.scheme} (group {p.weights.group})"

@@ -1,4 +1,4 @@
-"""What a method can do with a model: refused in one sentence before anything is planned."""
+"""The check that a method suits a model: what cannot work is refused in one sentence before anything is planned."""
 
 from __future__ import annotations
 
@@ -61,13 +61,14 @@ def check_method(
 
 
 def _check_residual(recipe: Recipe, transforms: tuple[str, ...]) -> None:
-    for what, there in (("method hadamard", "hadamard" in transforms), ("--significant", recipe.significant)):
-        if there:
-            raise UsageError(f"method residual and {what} exclude each other: leave one of the two out")
+    for option, in_use in (("method hadamard", "hadamard" in transforms), ("--significant", recipe.significant)):
+        if in_use:
+            raise UsageError(f"method residual and {option} exclude each other: leave one of the two out")
 
 
 def check_doubled(method: str, transforms: tuple[str, ...], doubled: int) -> None:
-    """doubled: how many residual channels all layers have. Raises Unsupported where none is, and they were asked for."""
+    """Raises Unsupported where residual channels are asked for and no layer has any. doubled: how many of them all layers
+    have."""
     if "residual" in transforms and not doubled:
         raise Unsupported(
             f"method {method}: residual channels are for inputs with a scale for every few channels, and no layer has such: "

@@ -1,4 +1,4 @@
-"""recipe x checkpoint -> Plan: one decision per linear, with its reason, before any weight is read.
+"""The plan of a run, from recipe and checkpoint: one decision per linear, with its reason, before any weight is read.
 
 The plan is pure: the same recipe, checkpoint and calibration give the same plan and the same ``identity``, which is what
 a job resumes by. It also says what the run will cost (``forecast``) and refuses what cannot fit.
@@ -23,7 +23,7 @@ from qkit.families.structure import ModelStructure
 from qkit.kvcache.scales import tensor_names
 from qkit.planning.fused_layers import check_shapes, fused_linears, split_apart
 from qkit.planning.methods import check_doubled, check_method
-from qkit.planning.recipe import Recipe, Rule, Try, check_rules, parse_method, rule_for
+from qkit.planning.recipe import Recipe, RecipeTrial, Rule, check_rules, parse_method, rule_for
 from qkit.planning.sizes import check_rank, packed_bytes
 from qkit.planning.towers import tower_rules
 from qkit.solvers.table import SOLVERS
@@ -42,9 +42,10 @@ TIED_REASON = "the output head shares its weight with the embeddings"
 
 @dataclass(frozen=True, kw_only=True)
 class LinearPlan:
-    """What happens to one linear. outliers: how many of its weights, the largest, go to a sparse part before it is quantized;
-    rank: of its low-rank part, 0: none; rotation: block of the Hadamard transform of its inputs, 0: none; residual: how many of
-    its input channels are quantized twice; note: what is unusual about it (an adapted group size, a rule)."""
+    """The decisions for one linear. outliers: how many of its weights, the largest, go to a sparse part before it is
+    quantized; rank: of its low-rank part, 0: none; rotation: block of the Hadamard transform of its inputs, 0: none;
+    residual: how many of its input channels are quantized twice; note: what is unusual about it (an adapted group size,
+    a rule)."""
 
     name: str
     shape: tuple[int, int]
@@ -61,13 +62,13 @@ class LinearPlan:
 
     @property
     def pair(self) -> Scheme:
-        """Weight and activation format together."""
+        """The format of the weight and that of its inputs."""
         return Scheme(self.scheme, self.weights, self.activations)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The whole run. linears and skipped: by checkpoint name (without '.weight'), in file order.
+    """The decisions for a whole run. linears and skipped: by checkpoint name (without '.weight'), in file order.
 
     run_dtype: what blocks are run in where there are calibration rows (``machine.run_dtype``); dtype: the checkpoint's
     significant: how many weights of the whole model go to sparse parts after it is quantized
@@ -75,7 +76,7 @@ class Plan:
     needs_rows: whether the blocks are solved with these rows
     kv: the KV cache policy (``qkit.kvcache.policy``) that the model is to be run with
     pipeline: of a diffusion pipeline, {name: digest} of what is around its transformer; side_files: of what lies beside the
-    weights and goes with them (``sidefiles``)
+    weights and goes with them (``files.side_files``)
     policy: precision by step that is asked for (``qkit.diffusion.policy.PolicyConfig``)
     key_exponents: of the scales of keys (``qkit.transforms.keys``), by block, head and rotary pair
     fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
@@ -104,16 +105,16 @@ class Plan:
     pipeline: dict[str, str] | None = None
     side_files: dict[str, str] = field(default_factory=dict)
     key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
-    tries: dict[str, Try] = field(default_factory=dict)
+    tries: dict[str, RecipeTrial] = field(default_factory=dict)
 
     @property
     def inputs(self) -> str:
-        """Which inputs the scale searches look at, of INPUTS."""
+        """The inputs that scale searches look at, of INPUTS."""
         return str(self.recipe["options"].get("inputs", INPUTS[0]))
 
     @property
     def learns(self) -> bool:
-        """Whether codes are learned once all linears of a block are solved."""
+        """Whether codes are learned after all linears of a block are solved."""
         return any(TRANSFORMS[t].stage == "block" for t in self.transforms)
 
     def learning(self, option: str) -> int:
@@ -122,12 +123,12 @@ class Plan:
 
     @cached_property
     def needs(self) -> frozenset[str]:
-        """What solvers and transforms need beside the inputs of quantized blocks, by the names in their tables."""
+        """The needs of solvers and transforms beside the inputs of quantized blocks, by the names in their tables."""
         solvers = [(p.solver, p.options) for p in self.linears.values()]
         solvers += [pair for tried in self.tries.values() for pair in tried.solvers.values()]
-        found = {need for name, options in solvers for need in SOLVERS[name].needs_with(options)}
-        found |= {need for t in self.transforms for _, options in solvers for need in TRANSFORMS[t].needs_with(options)}
-        return frozenset(found | ({"original_outputs"} if self.tries else set()))
+        needs = {need for name, options in solvers for need in SOLVERS[name].needs_with(options)}
+        needs |= {need for t in self.transforms for _, options in solvers for need in TRANSFORMS[t].needs_with(options)}
+        return frozenset(needs | ({"original_outputs"} if self.tries else set()))
 
     @property
     def compensates(self) -> bool:
@@ -136,7 +137,7 @@ class Plan:
 
     @property
     def ratios(self) -> str:
-        """What shares a weight of pictures against answers, of RATIOS."""
+        """The scope of one weight of images against answers, of RATIOS."""
         return str(self.recipe["options"].get("ratios", RATIOS[0]))
 
     @property
@@ -146,18 +147,18 @@ class Plan:
 
     @property
     def schemes(self) -> dict[str, Scheme]:
-        """{linear: weight and activation format}"""
+        """The weight and activation formats, {linear: scheme}."""
         return {name: p.pair for name, p in self.linears.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, JSON-able."""
+        """All fields as a JSON-able dictionary."""
         data = asdict(self)
         data["calibration"] = None if self.calibration is None else self.calibration.to_json()
         return data
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must agree for a job to be the same job."""
+        """The properties by which a job knows its plan again."""
         return {
             "plan": self.to_json(),
             "versions": {p: version(p) for p in (*_VERSIONS, *(["diffusers"] if self.pipeline else []))},
@@ -165,7 +166,7 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """sha256 of the identity."""
+        """The sha256 of the identity, in hex."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -181,7 +182,7 @@ def make_plan(
     seed: int,
     kv: dict[str, Any] | None = None,
 ) -> Plan:
-    """Decide for every linear of the outline.
+    """The plan: one decision for every linear of the model.
 
     Raises BadRecipe for rules that match nothing or tear fused linears apart, Unsupported for what a format or a
     transform cannot do with this model, UsageError when calibration data is needed and missing.
@@ -219,7 +220,7 @@ def make_plan(
     check_rules(recipe, matched, [*linears, *skipped])
     fused = fused_linears(structure, linears, recipe.engine)
     significant = round(recipe.significant / 100 * sum(p.shape[0] * p.shape[1] for p in linears.values()))
-    rows = why_rows(linears, transforms, significant)
+    rows = rows_reason(linears, transforms, significant)
     if rows and structure.family.encodes:
         raise Unsupported(
             f"{rows}, and a text encoder is quantized without calibration: take rtn and w8a16, w8a8 or w4a16"
@@ -266,7 +267,7 @@ def make_plan(
 
 
 def sequences(plan: Plan, structure: ModelStructure) -> tuple[BlockSequence, ...]:
-    """What a run goes through: the towers in which something is quantized, and the language model."""
+    """The block sequences of a run: the towers in which something is quantized, and the language model."""
     return tuple(
         BlockSequence(s.name, tuple(split_apart(b, plan.linears) for b in s.blocks))
         for s in structure.sequences
@@ -288,29 +289,29 @@ def _export(recipe: Recipe, structure: ModelStructure, linears: dict[str, Linear
     """The method's name in config.json."""
     sparse = next((p.name for p in linears.values() if p.outliers), "the whole model" if significant else None)
     branch = next((p.name for p in linears.values() if p.rank), None)
-    why = None
+    reason = None
     if branch is not None:
-        why = f"that format has no place for the low-rank part of {branch}"
+        reason = f"that format has no place for the low-rank part of {branch}"
     elif sparse is not None:
-        why = f"that format has no place for the sparse part of {sparse}"
+        reason = f"that format has no place for the sparse part of {sparse}"
     elif structure.family.encodes:
-        why = "transformers looks for weights of a T5 that are packed"
+        reason = "transformers looks for weights of a T5 that are packed"
     elif any(p.residual for p in linears.values()) or _scales_inputs(recipe, structure):
-        why = "its loaders do not transform inputs as this method does"
-    if why is not None and recipe.export == "compressed-tensors":
-        other = ", or set rank to 0" if branch else ", or set outliers and significant to 0" if sparse else ""
-        raise Unsupported(f"--export compressed-tensors: {why}: leave the option out{other}")
-    return recipe.export or "compressed-tensors" if why is None else "qkit"
+        reason = "its loaders do not transform inputs as this method does"
+    if reason is not None and recipe.export == "compressed-tensors":
+        advice = ", or set rank to 0" if branch else ", or set outliers and significant to 0" if sparse else ""
+        raise Unsupported(f"--export compressed-tensors: {reason}: leave the option out{advice}")
+    return recipe.export or "compressed-tensors" if reason is None else "qkit"
 
 
 def _scales_inputs(recipe: Recipe, structure: ModelStructure) -> bool:
     """Whether inputs are transformed at run time, as those of diffusion transformers may be."""
-    own = [TRANSFORMS[t].stage for t in parse_method(recipe.method)[0]]
-    return structure.family.streams is not None and ("inputs" in own or "stats" in own)
+    stages = [TRANSFORMS[t].stage for t in parse_method(recipe.method)[0]]
+    return structure.family.streams is not None and ("inputs" in stages or "stats" in stages)
 
 
-def why_rows(linears: dict[str, LinearPlan], transforms: tuple[str, ...], significant: int) -> str | None:
-    """Why calibration rows must be run, or None when the weights alone decide."""
+def rows_reason(linears: dict[str, LinearPlan], transforms: tuple[str, ...], significant: int) -> str | None:
+    """The reason why calibration rows must be run, or None when the weights alone decide."""
     if significant:
         return "significant weights are found by what they do to the loss"
     for p in linears.values():
@@ -326,8 +327,8 @@ def why_rows(linears: dict[str, LinearPlan], transforms: tuple[str, ...], signif
 
 def _policy(recipe: Recipe, structure: ModelStructure, linears: dict[str, LinearPlan]) -> dict[str, Any] | None:
     """Precision by step, where it is asked for. Raises Unsupported for models and formats that have none."""
-    asked = recipe.policy or (PolicyConfig() if recipe.scheme.upper() == BY_STEP else None)
-    if asked is None:
+    config = recipe.policy or (PolicyConfig() if recipe.scheme.upper() == BY_STEP else None)
+    if config is None:
         return None
     if structure.family.streams is None:
         raise Unsupported(
@@ -336,7 +337,7 @@ def _policy(recipe: Recipe, structure: ModelStructure, linears: dict[str, Linear
         )
     if not any(p.weights.name == "nvfp4" and p.activations is not None for p in linears.values()):
         raise Unsupported("a policy by step needs layers with NVFP4 weights and inputs: take --scheme 6bit")
-    return asked.model_dump()
+    return config.model_dump()
 
 
 def _with_widths(sequence: BlockSequence) -> Iterator[tuple[Linear, set[int]]]:
@@ -349,7 +350,7 @@ def _with_widths(sequence: BlockSequence) -> Iterator[tuple[Linear, set[int]]]:
 
 def _decide(linear: Linear, widths: set[int], recipe: Recipe, rule: Rule | None) -> LinearPlan:
     """widths: of inputs of all linears that share its group size"""
-    scheme, solver, options = recipe.resolved(rule)
+    scheme, solver, options = recipe.resolve(rule)
     try:
         weights = fit_group(scheme.weights, linear.shape[1], strict=recipe.strict)
     except Unsupported as e:
@@ -365,10 +366,10 @@ def _decide(linear: Linear, widths: set[int], recipe: Recipe, rule: Rule | None)
             )
     notes, transforms = [], parse_method(recipe.method)[0]
     if weights.group != scheme.weights.group:
-        said = f"group size {weights.group}" if weights.group else "one scale per channel"
+        grouping = f"group size {weights.group}" if weights.group else "one scale per channel"
         odd = next(w for w in sorted(widths) if w % (scheme.weights.group or 1))
-        other = "" if odd == linear.shape[1] else " of another projection of the experts"
-        notes.append(f"{said}: {odd} columns{other} are not a multiple of {scheme.weights.group}")
+        owner = "" if odd == linear.shape[1] else " of another projection of the experts"
+        notes.append(f"{grouping}: {odd} columns{owner} are not a multiple of {scheme.weights.group}")
     if rule is not None and isinstance(rule.match, str):  # one that names its layers says nothing more
         notes.append(f"rule {rule.match!r}")
     return LinearPlan(

@@ -1,4 +1,4 @@
-"""What the user asks for: a scheme, a method, and rules for the layers that differ.
+"""The recipe of a user: a scheme, a method, and rules for the layers that differ.
 
 A recipe file is YAML:
 
@@ -47,7 +47,7 @@ TRIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Rule(BaseModel):
-    """Layers by glob or by a list of globs (fnmatch on the checkpoint name), and what is different for them."""
+    """A choice for some layers, by a glob or a list of globs (fnmatch on the checkpoint name)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     match: Glob | Annotated[tuple[Glob, ...], Field(min_length=1)]
@@ -68,15 +68,16 @@ class Rule(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A whole request. ``method`` is a solver, a transform, or a sum such as smoothquant+gptq.
+    """A whole request, as a recipe file states it. ``method`` is a solver, a transform, or a sum such as smoothquant+gptq.
 
-    targets: of a model that looks at pictures, what its towers get: {vision: w8a8, projector: skip}; a scheme, "skip", or
-    "auto": what measuring says (``planning.towers``). outliers: percent of a layer's weights, the largest, that are kept in 16
-    bits in a sparse part; or {glob: percent}, of which the first that matches decides. rank: of the branch in 16 bits that
-    makes up for what rounding took of a layer (``qkit.tensor.lowrank``), 0: none; or {glob: rank}. significant: percent of all
-    weights that are put back to their values after quantization, those that the loss depends on most. policy: of a diffusion
-    transformer with NVFP4 weights and inputs, precision by step: {width: 6, skips: 0.25}. engine: "any" lifts the rules of
-    engines that load several layers as one (``planning.fused_layers``); the plan then says which will not load the result.
+    targets: of a vision-language model, the choice for its towers: {vision: w8a8, projector: skip}; a scheme, "skip", or
+    "auto": what measuring says (``planning.towers``). outliers: percent of a layer's weights, the largest, that are kept in
+    16 bits in a sparse part; or {glob: percent}, of which the first that matches decides. rank: of the branch in 16 bits
+    that makes up for what rounding took of a layer (``qkit.tensor.lowrank``), 0: none; or {glob: rank}. significant:
+    percent of all weights that are put back to their values after quantization, those that the loss depends on most.
+    policy: of a diffusion transformer with NVFP4 weights and inputs, precision by step: {width: 6, skips: 0.25}. engine:
+    "any" lifts the rules of engines that load several layers as one (``planning.fused_layers``); the plan then says which
+    will not load the result.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -96,13 +97,13 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _check_outliers(self) -> Recipe:
-        given = [self.outliers] if isinstance(self.outliers, float) else self.outliers.values()
-        wrong = next((p for p in given if not 0 <= p <= MOST_SPARSE), None)
-        if wrong is not None:
-            raise ValueError(f"outliers {wrong:g}: expected a percentage from 0 to {MOST_SPARSE:g}")
-        low = next((r for r in ([self.rank] if isinstance(self.rank, int) else self.rank.values()) if r < 0), None)
-        if low is not None:
-            raise ValueError(f"rank {low}: expected 0, for none, or more")
+        percentages = [self.outliers] if isinstance(self.outliers, float) else self.outliers.values()
+        invalid = next((p for p in percentages if not 0 <= p <= MOST_SPARSE), None)
+        if invalid is not None:
+            raise ValueError(f"outliers {invalid:g}: expected a percentage from 0 to {MOST_SPARSE:g}")
+        negative = next((r for r in ([self.rank] if isinstance(self.rank, int) else self.rank.values()) if r < 0), None)
+        if negative is not None:
+            raise ValueError(f"rank {negative}: expected 0, for none, or more")
         return self
 
     def outliers_of(self, name: str) -> float:
@@ -113,8 +114,8 @@ class Recipe(BaseModel):
         """Rank of the branch of the layer of that checkpoint name."""
         return int(_for_layer(self.rank, name))
 
-    def resolved(self, rule: Rule | None) -> tuple[Scheme, str, dict[str, Any]]:
-        """(scheme, solver, solver options) of a layer under its rule.
+    def resolve(self, rule: Rule | None) -> tuple[Scheme, str, dict[str, Any]]:
+        """The scheme, the solver and the solver's options of a layer under its rule.
 
         What the top says holds wherever the rule says nothing else: its group size for every scheme that has groups of a
         free size, its options for every solver that has them. Raises UsageError for unknown names.
@@ -133,8 +134,8 @@ class Recipe(BaseModel):
         if solver not in SOLVERS:
             raise UsageError(f"unknown solver '{solver}'{did_you_mean(solver, list(SOLVERS))}")
         elsewhere = {o for name in self._solvers - {solver} for o in _options_of(name, ())}
-        known = _options_of(solver, transforms)
-        options = {k: v for k, v in self.options.items() if k in known or k not in elsewhere}
+        options_known = _options_of(solver, transforms)
+        options = {k: v for k, v in self.options.items() if k in options_known or k not in elsewhere}
         return s, solver, check_options(solver, transforms, {**options, **(rule.options if rule else {})})
 
     @property
@@ -144,51 +145,52 @@ class Recipe(BaseModel):
         return named & SOLVERS.keys()
 
 
-def _for_layer(given: float | Mapping[str, float], name: str) -> float:
+def _for_layer(values: float | Mapping[str, float], name: str) -> float:
     """One value for every layer, or that of the first glob that matches; 0 where none does."""
-    if not isinstance(given, Mapping):
-        return given
-    if name in given:  # an allocation names every layer
-        return given[name]
-    return next((value for glob, value in given.items() if fnmatchcase(name, glob)), 0.0)
+    if not isinstance(values, Mapping):
+        return values
+    if name in values:  # an allocation names every layer
+        return values[name]
+    return next((value for glob, value in values.items() if fnmatchcase(name, glob)), 0.0)
 
 
 @dataclass(frozen=True)
-class Try:
-    """What one recipe for a block has that others have not. solvers: {linear: (solver, its options)}"""
+class RecipeTrial:
+    """One recipe that is tried on a block. solvers: {linear: (solver, its options)}"""
 
     transforms: tuple[str, ...]
     solvers: dict[str, tuple[str, dict[str, Any]]]
 
 
-def tries_of(recipe: Recipe, beyond: bool) -> dict[str, Recipe]:
-    """{name: recipe} of those that a method with 'auto' tries, of TRIES what the scheme has a use for; nothing for other
+def trial_recipes(recipe: Recipe, not_language: bool) -> dict[str, Recipe]:
+    """The recipes that a method with 'auto' tries, {name: recipe}: those of TRIES that suit the scheme; empty for other
     methods. Options that are given go over those of the table, to each try those that it has; scales of narrow integers are
     signed, which costs nothing.
 
-    beyond: a model that is no language model: its inputs would have to be scaled at run time, and its rows are of many shapes.
+    not_language: a model that is no language model: its inputs would have to be scaled at run time, and its rows are of
+    many shapes.
     """
-    own, base = recipe.method.lower().split("+"), scheme(recipe.scheme)
-    if AUTO not in own:
+    method_parts, base = recipe.method.lower().split("+"), scheme(recipe.scheme)
+    if AUTO not in method_parts:
         return {}
-    stages = [TRANSFORMS[part].stage for part in own if part in TRANSFORMS and part != "residual"]
+    stages = [TRANSFORMS[part].stage for part in method_parts if part in TRANSFORMS and part != "residual"]
     narrow = base.weights.kind == "int" and base.weights.symmetric and base.weights.bits <= 4
-    found = {}
+    recipes = {}
     for name, (method, options) in TRIES.items():
-        moves = bool(parse_method(method)[0])
-        if (moves and (beyond or "stats" in stages)) or ("compensate" in options and beyond):
+        has_transforms = bool(parse_method(method)[0])
+        if (has_transforms and (not_language or "stats" in stages)) or ("compensate" in options and not_language):
             continue
-        made = "+".join(method if part == AUTO else part for part in own)
-        parts, solver = parse_method(made)
-        known = _options_of(solver, parts)
-        given = {"signed": True} if narrow else {}
-        given.update(options, **{k: v for k, v in recipe.options.items() if k in known})
-        found[name] = recipe.model_copy(update={"method": made, "options": given})
-    return found
+        trial_method = "+".join(method if part == AUTO else part for part in method_parts)
+        parts, solver = parse_method(trial_method)
+        accepted = _options_of(solver, parts)
+        trial_options = {"signed": True} if narrow else {}
+        trial_options.update(options, **{k: v for k, v in recipe.options.items() if k in accepted})
+        recipes[name] = recipe.model_copy(update={"method": trial_method, "options": trial_options})
+    return recipes
 
 
 def rule_for(name: str, rules: tuple[Rule, ...]) -> tuple[int, Rule | None]:
-    """The first rule about the layer of that checkpoint name, and its place; (-1, None) if there is none."""
+    """The place of the first rule about the layer of that checkpoint name, and the rule; (-1, None) if there is none."""
     for i, rule in enumerate(rules):
         if rule.matches(name):
             return i, rule
@@ -209,7 +211,8 @@ def check_rules(recipe: Recipe, matched: set[int], names: list[str]) -> None:
 
 
 def parse_method(method: str) -> tuple[tuple[str, ...], str]:
-    """'smoothquant+gptq' -> (('smoothquant',), 'gptq'); the solver defaults to rtn.
+    """The transforms and the solver of a method: 'smoothquant+gptq' -> (('smoothquant',), 'gptq'). The solver defaults to
+    rtn.
 
     Raises UsageError for an unknown part or for two solvers.
     """
@@ -225,9 +228,9 @@ def parse_method(method: str) -> tuple[tuple[str, ...], str]:
                 f"method '{method}': requant searches before anything is planned: give it to 'qkit quantize' with --method"
             )
         else:
-            known = [*SOLVERS, AUTO, *TRANSFORMS]
+            names = [*SOLVERS, AUTO, *TRANSFORMS]
             raise UsageError(
-                f"unknown method '{part}' in '{method}'{did_you_mean(part, known)} ('qkit list methods' shows all)"
+                f"unknown method '{part}' in '{method}'{did_you_mean(part, names)} ('qkit list methods' shows all)"
             )
     if len(solvers) > 1 or len(set(transforms)) < len(transforms):
         raise UsageError(f"method '{method}': expected at most one solver ({', '.join(SOLVERS)}) and no repetition")
@@ -236,24 +239,24 @@ def parse_method(method: str) -> tuple[tuple[str, ...], str]:
 
 
 def check_options(solver: str, transforms: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """Options with the defaults of the solver and the transforms filled in. Raises UsageError for unknown names and for values
-    of another type or out of range."""
-    known = _options_of(solver, transforms)
-    filled = {name: option.default for name, option in known.items()}
+    """The options with the defaults of the solver and the transforms filled in. Raises UsageError for unknown names and for
+    values of another type or out of range."""
+    table = _options_of(solver, transforms)
+    filled = {name: option.default for name, option in table.items()}
     for name, value in options.items():
-        if name not in known:
+        if name not in table:
             raise UsageError(
-                f"unknown option '{name}' for {'+'.join((*transforms, solver))}{did_you_mean(name, list(known))}"
+                f"unknown option '{name}' for {'+'.join((*transforms, solver))}{did_you_mean(name, list(table))}"
             )
-        filled[name] = known[name].checked(name, value)
+        filled[name] = table[name].checked(name, value)
     return filled
 
 
 def _options_of(solver: str, transforms: tuple[str, ...]) -> Options:
-    known = dict(SOLVERS[solver].options)
+    table = dict(SOLVERS[solver].options)
     for t in transforms:
-        known.update(TRANSFORMS[t].options)
-    return known
+        table.update(TRANSFORMS[t].options)
+    return table
 
 
 def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
@@ -272,21 +275,21 @@ def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
 
 
 def make_recipe(data: dict[str, Any], where: str) -> Recipe:
-    """Validate; every complaint is one sentence with the field."""
+    """A validated recipe. Raises BadRecipe with the field, in one sentence."""
     try:
         recipe = Recipe.model_validate(data)
         parse_method(recipe.method)
         for rule in (None, *recipe.rules):
-            recipe.resolved(rule)
+            recipe.resolve(rule)
     except ValidationError as e:
         first = e.errors()[0]
         field = ".".join(map(str, field_path(first["loc"], data) or first["loc"]))
         if not first["loc"]:  # of the recipe as a whole
             raise BadRecipe(f"{where}: {first['ctx']['error']}") from e
         if first["type"] == "extra_forbidden" and first["loc"][0] == "policy":
-            name, known = str(first["loc"][-1]), list(PolicyConfig.model_fields)
+            name, fields = str(first["loc"][-1]), list(PolicyConfig.model_fields)
             raise BadRecipe(
-                f"{where}: no policy '{name}', expected one of {', '.join(known)}{did_you_mean(name, known)}"
+                f"{where}: no policy '{name}', expected one of {', '.join(fields)}{did_you_mean(name, fields)}"
             ) from e
         raise BadRecipe(f"{where}: field '{field}': {first['msg']} (found {first.get('input')!r})") from e
     except UsageError as e:

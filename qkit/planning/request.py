@@ -1,4 +1,4 @@
-"""What ``qkit quantize`` is asked for. Reads no model and imports no torch: what is wrong with a command is said at once."""
+"""The request of ``qkit quantize``. This file reads no model and imports no torch, so that a wrong command fails at once."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ REQUANT_OUTLIERS, REQUANT_SIGNIFICANT = 0.45, 0.05  # percent, of the paper's Sq
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What ``qkit quantize`` is asked for.
+    """The options of ``qkit quantize``.
 
-    calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method
-    needs any, and ``written`` rows more, which the model writes itself. recipe: a YAML file; scheme, method, group_size
-    and options given here go over it. rules: as in a recipe, what an allocation decided. effort: a name of EFFORTS, options
-    of learned rounding. outliers, rank, significant, targets: as in a recipe; None: what the recipe says. call: of a diffusion
+    calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method needs
+    any, and ``written`` rows more, which the model writes itself. recipe: a YAML file; scheme, method, group_size and
+    options given here go over it. rules: as in a recipe, what an allocation decided. effort: a name of EFFORTS, options of
+    learned rounding. outliers, rank, significant, targets: as in a recipe; None: what the recipe says. call: of a diffusion
     pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and rows_memory the bytes
-    that rows may take in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run with, as
+    that rows may use in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run with, as
     ``Policy.to_json`` gives it; key_exponents: as in a plan.
     """
 
@@ -55,7 +55,8 @@ class Request:
 
 
 def recipe_of(request: Request) -> Recipe:
-    given = {
+    """The recipe of a request: its file, if there is one, with the options of the request over it."""
+    settings = {
         "scheme": request.scheme,
         "method": request.method,
         "group_size": request.group_size,
@@ -69,12 +70,14 @@ def recipe_of(request: Request) -> Recipe:
         "targets": request.targets or None,
         "policy": request.policy or None,
     }
-    over = {k: v for k, v in given.items() if v is not None}
+    overrides = {k: v for k, v in settings.items() if v is not None}
     if request.recipe is None and request.scheme is None:
         raise UsageError(
             "no scheme: give --scheme (for instance w4a16) or --recipe FILE ('qkit list schemes' shows all)"
         )
-    recipe = make_recipe(over, "command line") if request.recipe is None else load_recipe(request.recipe, over)
+    recipe = (
+        make_recipe(overrides, "command line") if request.recipe is None else load_recipe(request.recipe, overrides)
+    )
     if request.effort is None:
         return recipe
     if not any(TRANSFORMS[t].stage == "block" for t in parse_method(recipe.method)[0]):
@@ -86,6 +89,7 @@ def recipe_of(request: Request) -> Recipe:
 
 
 def check_rows(request: Request) -> None:
+    """Raises UsageError for numbers of calibration rows that are out of range."""
     if request.samples < 1 or request.seqlen < 2:
         raise UsageError(
             f"--samples {request.samples} --seqlen {request.seqlen}: expected at least 1 row of at least 2 tokens"

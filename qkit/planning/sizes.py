@@ -1,4 +1,4 @@
-"""Bytes of quantized weights, exactly, before any is made."""
+"""The exact bytes of quantized weights, before any is made."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ def linear_bytes(
 ) -> int:
     """Bytes of a quantized weight [out, in] of a ``dtype`` model: codes, scales, and beside them a sparse part of
     so many values and a branch of that rank."""
-    beside = sparse_bytes(shape, outliers, dtype) + low_rank_bytes(shape, rank)
-    return stored_bytes(weights, activations, shape, dtype) + beside
+    parts_bytes = sparse_bytes(shape, outliers, dtype) + low_rank_bytes(shape, rank)
+    return stored_bytes(weights, activations, shape, dtype) + parts_bytes
 
 
 def check_rank(p: LinearPlan, dtype: torch.dtype) -> None:
     """Raises UsageError for a rank at which the quantized weight is no smaller than in 16 bits."""
     if not p.rank:
         return
-    whole = 2 * p.shape[0] * p.shape[1]
-    rest = linear_bytes(p.weights, p.activations, p.shape, dtype, p.outliers)
-    if rest + low_rank_bytes(p.shape, p.rank) >= whole:
-        most = max(0, (whole - rest - 1) // low_rank_bytes(p.shape, 1))
+    unquantized = 2 * p.shape[0] * p.shape[1]
+    quantized = linear_bytes(p.weights, p.activations, p.shape, dtype, p.outliers)
+    if quantized + low_rank_bytes(p.shape, p.rank) >= unquantized:
+        largest_rank = max(0, (unquantized - quantized - 1) // low_rank_bytes(p.shape, 1))
         raise UsageError(
             f"{p.name}: a branch of rank {p.rank} beside {p.scheme} takes no less room than its {p.shape[0]}x{p.shape[1]} "
-            f"weights in 16 bits: take a rank of at most {most}"
+            f"weights in 16 bits: take a rank of at most {largest_rank}"
         )
 
 
 def packed_bytes(structure: ModelStructure, linears: dict[str, LinearPlan], significant: int, untied: bool) -> int:
-    """Bytes of all tensors of a result, exactly (shard headers apart).
+    """The exact bytes of all tensors of a result (shard headers apart).
 
     Where significant weights will be is not known yet: they are counted as if spread evenly.
     """
@@ -59,8 +59,8 @@ def packed_bytes(structure: ModelStructure, linears: dict[str, LinearPlan], sign
         if p is None:
             total += info.nbytes
             continue
-        kept = p.outliers + round(significant * p.shape[0] * p.shape[1] / weights)
-        total += linear_bytes(p.weights, p.activations, p.shape, structure.dtype, kept, p.rank)
+        sparse_count = p.outliers + round(significant * p.shape[0] * p.shape[1] / weights)
+        total += linear_bytes(p.weights, p.activations, p.shape, structure.dtype, sparse_count, p.rank)
         total += p.residual * torch.int32.itemsize
     if untied:
         shared = next(iter(structure.tied.values()))

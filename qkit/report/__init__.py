@@ -1,1 +1,1 @@
-"""What was decided, as pictures and as pages that need nothing beside them."""
+"""What was decided, as images and as pages that need nothing beside them."""

@@ -1,4 +1,4 @@
-"""Pictures of a profile, of an allocation and of accuracies.
+"""Figures of a profile, of an allocation and of accuracies.
 
 Figures are made as objects, without pyplot: nothing is global, no window system is asked for, and the same input gives the
 same bytes. matplotlib takes a second to import, so each function does it when it is called.
@@ -24,7 +24,7 @@ _GREY = "0.6"
 
 
 def unit_of(measure: str) -> str:
-    """What a measure's costs are in."""
+    """The unit of a measure's costs."""
     return "relative squared error" if measure in _RELATIVE else "nats a token"
 
 
@@ -35,24 +35,24 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def heat_map(made: Profile, measure: str) -> Figure:
-    """Cost of every unit in every candidate: a row per block, a column per kind of unit and candidate, log colours.
+def heat_map(profile: Profile, measure: str) -> Figure:
+    """The cost of every unit in every candidate: a row per block, a column per kind of unit and candidate, log colours.
 
-    Cells of what a unit cannot get are blank; costs of zero and below have a colour of their own, below the scale. What keeps
-    a unit as it is costs nothing by definition and has no column.
+    Cells of what a unit cannot get are blank; costs of zero and below have a colour of their own, below the scale. What
+    keeps a unit as it is costs nothing by definition and has no column.
     """
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    at, labels = places(made), block_labels(made)
-    kinds = list(dict.fromkeys(p.kind for p in at.values()))
-    names = [n for n in made.candidates if n != "keep"]
+    unit_places, labels = places(profile), block_labels(profile)
+    kinds = list(dict.fromkeys(p.kind for p in unit_places.values()))
+    names = [n for n in profile.candidates if n != "keep"]
     rows, columns = {b: i for i, b in enumerate(labels)}, {k: i * len(names) for i, k in enumerate(kinds)}
     cells = np.full((len(rows), len(kinds) * len(names)), np.nan)
-    for unit in made.units:
-        place = at[unit.key]
+    for unit in profile.units:
+        place = unit_places[unit.key]
         for j, name in enumerate(names):
             if name in unit.choices:
                 cells[rows[place.block], columns[place.kind] + j] = unit.choices[name].costs[measure]
@@ -60,7 +60,7 @@ def heat_map(made: Profile, measure: str) -> Figure:
     low, high = (float(positive.min()), float(positive.max())) if positive.size else (1e-9, 1.0)
     if not low < high:  # a scale needs two ends
         high = low * 10
-    none = bool((cells <= 0).any())
+    has_zeros = bool((cells <= 0).any())
     cells[cells <= 0] = low / 10
     figure = Figure(figsize=(2.6 + 0.3 * max(cells.shape[1], 12), 1.9 + 0.24 * max(len(rows), 8)), layout="constrained")
     axes = figure.subplots()
@@ -76,39 +76,40 @@ def heat_map(made: Profile, measure: str) -> Figure:
     for start in list(columns.values())[1:]:
         axes.axvline(start - 0.5, color="white", linewidth=3)
     axes.set_ylabel("block")
-    bar = figure.colorbar(drawn, ax=axes, extend="min" if none else "neither", pad=0.02)
-    bar.set_label(f"{measure} ({unit_of(measure)})" + ("; grey: zero or less" if none else ""))
+    bar = figure.colorbar(drawn, ax=axes, extend="min" if has_zeros else "neither", pad=0.02)
+    bar.set_label(f"{measure} ({unit_of(measure)})" + ("; grey: zero or less" if has_zeros else ""))
     return figure
 
 
-def allocation_bars(made: Profile, picks: Mapping[str, str]) -> Figure:
-    """A bar per block, stacked by format: bytes with the block's mean bits on top, and below it the share of weights."""
+def allocation_bars(profile: Profile, picks: Mapping[str, str]) -> Figure:
+    """The bytes of each block as a bar, stacked by format, with the block's mean bits on top; below it the share of
+    weights."""
     from matplotlib.figure import Figure
 
-    at, labels = places(made), block_labels(made)
-    colours = _colours(made)
-    used = [n for n in made.candidates if n in picks.values()]
+    unit_places, labels = places(profile), block_labels(profile)
+    colours = _colours(profile)
+    used_names = [n for n in profile.candidates if n in picks.values()]
     x = range(len(labels))
-    units = [[u for u in made.units if at[u.key].block == b] for b in labels]
+    units = [[u for u in profile.units if unit_places[u.key].block == b] for b in labels]
     sizes = [sum(u.choices[picks[u.key]].bytes for u in block) for block in units]
     weights = [sum(u.weights for u in block) for block in units]
     scale, unit = (1e6, "MB") if max(sizes) >= 1e6 else (1e3, "kB")
     figure = Figure(figsize=(2.2 + 0.32 * max(len(labels), 14), 5.6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    under = [0.0] * len(labels)
+    bar_bottoms = [0.0] * len(labels)
     share = [0.0] * len(labels)
-    for name in used:
-        mine = [[u for u in block if picks[u.key] == name] for block in units]
-        more = [sum(u.choices[name].bytes for u in block) / scale for block in mine]
-        part = [100 * sum(u.weights for u in block) / total for block, total in zip(mine, weights, strict=True)]
-        top.bar(x, more, 0.8, bottom=under, color=colours[name], label=name)
+    for name in used_names:
+        block_units = [[u for u in block if picks[u.key] == name] for block in units]
+        block_sizes = [sum(u.choices[name].bytes for u in block) / scale for block in block_units]
+        part = [100 * sum(u.weights for u in block) / total for block, total in zip(block_units, weights, strict=True)]
+        top.bar(x, block_sizes, 0.8, bottom=bar_bottoms, color=colours[name], label=name)
         bottom.bar(x, part, 0.8, bottom=share, color=colours[name])
-        under = [a + b for a, b in zip(under, more, strict=True)]
+        bar_bottoms = [a + b for a, b in zip(bar_bottoms, block_sizes, strict=True)]
         share = [a + b for a, b in zip(share, part, strict=True)]
     for i, (size, total) in enumerate(zip(sizes, weights, strict=True)):
         top.annotate(
             f"{8 * size / total:.2f}",
-            (i, under[i]),
+            (i, bar_bottoms[i]),
             (0, 3),
             textcoords="offset points",
             ha="center",
@@ -124,7 +125,7 @@ def allocation_bars(made: Profile, picks: Mapping[str, str]) -> Figure:
     bottom.set_xticks(x[::step], list(labels.values())[::step], fontsize=8, rotation=90 if long else 0)
     bottom.set_xlim(-0.6, len(labels) - 0.4)
     bottom.set_xlabel("block")
-    figure.legend(loc="outside upper center", ncols=min(len(used), 6), frameon=False)
+    figure.legend(loc="outside upper center", ncols=min(len(used_names), 6), frameon=False)
     return figure
 
 
@@ -152,13 +153,22 @@ def pareto_plot(
     costs = [p.cost for p in points] + [c for _, c in uniform.values()] + ([] if chosen is None else [chosen[1]])
     measured = [(p.bits, p.measured) for p in points if p.measured is not None]
     if measured:
-        own = unit_of(measure) != unit_of("kl")
-        beside = axes.twinx() if own else axes
-        beside.plot(*zip(*measured, strict=True), "D", ms=6, mfc="none", color="C1", mew=1.6)
-        axes.plot([], [], "D", ms=6, mfc="none", color="C1", mew=1.6, label="measured KL" + (" (right)" if own else ""))
-        if own:
-            _log(beside, [m for _, m in measured])
-            beside.set_ylabel("measured KL (nats a token)")
+        separate_axis = unit_of(measure) != unit_of("kl")
+        measured_axes = axes.twinx() if separate_axis else axes
+        measured_axes.plot(*zip(*measured, strict=True), "D", ms=6, mfc="none", color="C1", mew=1.6)
+        axes.plot(
+            [],
+            [],
+            "D",
+            ms=6,
+            mfc="none",
+            color="C1",
+            mew=1.6,
+            label="measured KL" + (" (right)" if separate_axis else ""),
+        )
+        if separate_axis:
+            _log(measured_axes, [m for _, m in measured])
+            measured_axes.set_ylabel("measured KL (nats a token)")
         else:
             costs += [m for _, m in measured]
     _log(axes, costs)
@@ -171,23 +181,23 @@ def pareto_plot(
 
 
 def accuracy_bars(figures: Mapping[str, Any], model: str, baseline: str | None) -> Figure:
-    """Exactly right answers in % by kind of question and in all, with 95 % intervals of the model's, beside the original's.
+    """The exactly right answers in %, by kind of question and in all, with 95 % intervals, beside the original's.
 
-    figures: of ``qkit.evaluation.image_text.evaluate_pairs``.
+    figures: of ``qkit.evaluation.image_text.evaluate_image_text``.
     """
     from matplotlib.figure import Figure
 
     rows = {**{kind: entry["accuracy"] for kind, entry in figures["kinds"].items()}, "all": figures["accuracy"]}
     figure = Figure(figsize=(2.2 + 0.75 * min(max(len(rows), 6), 40), 3.6), layout="constrained")
     axes = figure.subplots()
-    ours = [r["percent"] for r in rows.values()]
+    percents = [r["percent"] for r in rows.values()]
     margins = [[abs(r["percent"] - r["ci"][end]) for r in rows.values()] for end in (0, 1)]
     width = 0.38 if baseline else 0.6
-    own = [i + (width / 2 if baseline else 0) for i in range(len(rows))]
+    positions = [i + (width / 2 if baseline else 0) for i in range(len(rows))]
     if baseline:
         before = [r["baseline_percent"] for r in rows.values()]
         axes.bar([i - width / 2 for i in range(len(rows))], before, width, color=_GREY, label=baseline)
-    axes.bar(own, ours, width, color="C0", label=model, yerr=margins, capsize=3, ecolor="0.3")
+    axes.bar(positions, percents, width, color="C0", label=model, yerr=margins, capsize=3, ecolor="0.3")
     turn = 30 if max(map(len, rows)) > 9 else 0
     axes.set_xticks(range(len(rows)), list(rows), fontsize=9, rotation=turn, parse_math=False)
     axes.set_ylim(0, 105)
@@ -208,15 +218,15 @@ def _log(axes: Axes, values: Sequence[float]) -> None:
         axes.set_ylim(bottom=-0.3 * min(positive))  # room for the markers at zero
 
 
-def _colours(made: Profile) -> dict[str, tuple[float, float, float, float]]:
+def _colours(profile: Profile) -> dict[str, tuple[float, float, float, float]]:
     """By candidate: the fewer bytes the brighter; grey for what stays as it is."""
     from matplotlib import colormaps
 
     def size(name: str) -> float:
-        having: list[UnitProfile] = [u for u in made.units if name in u.choices]
+        having: list[UnitProfile] = [u for u in profile.units if name in u.choices]
         return sum(u.choices[name].bytes for u in having) / max(sum(u.weights for u in having), 1)
 
-    names = sorted((n for n in made.candidates if n != "keep"), key=size, reverse=True)
+    names = sorted((n for n in profile.candidates if n != "keep"), key=size, reverse=True)
     step = 0.9 / max(len(names) - 1, 1)
-    found = {n: colormaps["viridis"](i * step) for i, n in enumerate(names)}
-    return {**found, "keep": (0.6, 0.6, 0.6, 1.0)}
+    colours = {n: colormaps["viridis"](i * step) for i, n in enumerate(names)}
+    return {**colours, "keep": (0.6, 0.6, 0.6, 1.0)}

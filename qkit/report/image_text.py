@@ -1,4 +1,4 @@
-"""Answers about pictures as one page: accuracy by kind of question, and pictures beside what the two models say."""
+"""The page of answers about images: accuracy by kind of question, and images beside the answers of the two models."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from qkit.calibration.image_text import held_out
 from qkit.report.figures import accuracy_bars, png
 from qkit.report.page import data_uri, page
 
-_WIDEST = 384  # pixels of a picture on the page, either way
+_WIDEST = 384  # pixels of an image on the page, either way
 
 
-def pairs_page(measured: Mapping[str, Any], name: str, spec: str, count: int) -> str:
+def image_text_page(measured: Mapping[str, Any], name: str, spec: str, count: int) -> str:
     """The page of measured["pairs"][name] (of ``qkit.evaluation.measure``), whose questions, at most ``count``, are those of
     ``spec``."""
     figures = measured["pairs"][name]
@@ -21,8 +21,8 @@ def pairs_page(measured: Mapping[str, Any], name: str, spec: str, count: int) ->
     examples = {e["index"]: e for e in figures["examples"]}
     for index, pair in enumerate(held_out(spec, count)):
         if index in examples:
-            pictures = [data_uri(_picture(image)) for image in pair.images]
-            examples[index] = {**examples[index], "pictures": pictures}
+            images = [data_uri(_thumbnail(image)) for image in pair.images]
+            examples[index] = {**examples[index], "pictures": images}
     return page(
         "pairs",
         model=model,
@@ -33,34 +33,34 @@ def pairs_page(measured: Mapping[str, Any], name: str, spec: str, count: int) ->
     )
 
 
-def _row(example: Mapping[str, Any], paired: bool) -> dict[str, Any]:
+def _row(example: Mapping[str, Any], has_baseline: bool) -> dict[str, Any]:
     """said: the right answer, what the original says where there is one, what the model says."""
-    said = [example["answer"], *([example["baseline_said"]] if paired else []), example["said"]]
-    return {**example, "said": said}
+    answers = [example["answer"], *([example["baseline_said"]] if has_baseline else []), example["said"]]
+    return {**example, "said": answers}
 
 
-def _picture(image: Any) -> bytes:
-    """A PNG file of a picture, no larger than the page needs."""
-    small = image.copy()
-    small.thumbnail((_WIDEST, _WIDEST))
+def _thumbnail(image: Any) -> bytes:
+    """A PNG file of an image, no larger than the page needs."""
+    thumbnail = image.copy()
+    thumbnail.thumbnail((_WIDEST, _WIDEST))
     buffer = io.BytesIO()
-    small.save(buffer, format="png")
+    thumbnail.save(buffer, format="png")
     return buffer.getvalue()
 
 
 def _summary(figures: Mapping[str, Any]) -> dict[str, str]:
-    right = figures["accuracy"]
-    found = {
+    accuracy = figures["accuracy"]
+    summary = {
         "questions": f"{figures['questions']:,}, answers of {figures['tokens']:,} tokens",
-        "exactly right": f"{right['percent']:.1f} % {_between(right['ci'], '.1f')}",
+        "exactly right": f"{accuracy['percent']:.1f} % {_between(accuracy['ci'], '.1f')}",
         "perplexity of answers": f"{figures['perplexity']:.4f} {_between(figures['ci'], '.4f')}",
     }
     if "kl" not in figures:
-        return found
-    change = f"{right['change']:+.1f} points {_between(right['change_ci'], '+.1f')}"
+        return summary
+    change = f"{accuracy['change']:+.1f} points {_between(accuracy['change_ci'], '+.1f')}"
     kl = figures["kl"]
-    return found | {
-        "exactly right, original": f"{right['baseline_percent']:.1f} %; change {change}",
+    return summary | {
+        "exactly right, original": f"{accuracy['baseline_percent']:.1f} %; change {change}",
         "perplexity of answers, original": f"{figures['baseline_perplexity']:.4f}; change "
         f"{figures['change_percent']:+.2f} % {_between(figures['change_ci'], '+.2f')}",
         "KL on answer tokens": f"{kl['mean']:.4g} nats {_between(kl['ci'], '.4g')}, 99th percentile {kl['p99']:.4g}",

@@ -1,4 +1,4 @@
-"""Where a unit of a profile sits: its block and its kind, read from its names."""
+"""The place of a profile's unit: its block and its kind, read from its names."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from qkit.sensitivity.profile import Profile, UnitProfile
 
 @dataclass(frozen=True)
 class Place:
-    """block: the path of the unit's block, for instance model.layers.3, empty where names have no number; kind: the
-    linears in it, for instance q,k,v."""
+    """The place of a unit. block: the path of its block, for instance model.layers.3, empty where names have no number;
+    kind: the linears in it, for instance q,k,v."""
 
     block: str
     kind: str
 
 
-def places(made: Profile) -> dict[str, Place]:
-    """{unit key: place}. Kinds are leaf names; with their parents where two units of a block have the same leaves."""
-    leaves = {u.key: Place(_block(u), _leaves(u)) for u in made.units}
-    double = {p.kind for p, count in Counter(leaves.values()).items() if count > 1}
-    longer = {u.key: Place(_block(u), _paths(u)) for u in made.units}
-    found = {k: longer[k] if p.kind in double else p for k, p in leaves.items()}
-    still = {p for p, count in Counter(found.values()).items() if count > 1}
-    return {k: Place(p.block, k) if p in still else p for k, p in found.items()}
+def places(profile: Profile) -> dict[str, Place]:
+    """The place of each unit, {unit key: place}. Kinds are leaf names; with their parents where two units of a block have
+    the same leaves."""
+    leaves = {u.key: Place(_block(u), _leaves(u)) for u in profile.units}
+    repeated = {p.kind for p, count in Counter(leaves.values()).items() if count > 1}
+    with_parents = {u.key: Place(_block(u), _paths(u)) for u in profile.units}
+    unit_places = {k: with_parents[k] if p.kind in repeated else p for k, p in leaves.items()}
+    ambiguous = {p for p, count in Counter(unit_places.values()).items() if count > 1}
+    return {k: Place(p.block, k) if p in ambiguous else p for k, p in unit_places.items()}
 
 
-def block_labels(made: Profile) -> dict[str, str]:
-    """{block: label}, in running order: its number, with the list's name where the model has several lists."""
-    blocks = list(dict.fromkeys(_block(u) for u in made.units))
+def block_labels(profile: Profile) -> dict[str, str]:
+    """The label of each block, in running order: its number, with the list's name where the model has several lists."""
+    blocks = list(dict.fromkeys(_block(u) for u in profile.units))
     lists = {b.rpartition(".")[0] for b in blocks if b}
     if len(lists) < 2:
         return {b: b.rpartition(".")[2] or "-" for b in blocks}
@@ -38,24 +39,24 @@ def block_labels(made: Profile) -> dict[str, str]:
 
 
 def _block(unit: UnitProfile) -> str:
-    found = re.match(r"(.*?\.)?\d+(?=\.)", unit.linears[0])  # the first number: experts are numbered within a block
-    return found[0] if found else ""
+    match = re.match(r"(.*?\.)?\d+(?=\.)", unit.linears[0])  # the first number: experts are numbered within a block
+    return match[0] if match else ""
 
 
-def _inside(unit: UnitProfile) -> list[tuple[str, str]]:
+def _leaf_names(unit: UnitProfile) -> list[tuple[str, str]]:
     """(parents inside the block, leaf) of every linear; _proj is in most names and tells nothing."""
     block = _block(unit)
-    found = []
+    parts = []
     for name in unit.linears:
         parent, _, leaf = name.removeprefix(f"{block}.").rpartition(".")
-        found.append((parent, leaf.removesuffix("_proj")))
-    return found
+        parts.append((parent, leaf.removesuffix("_proj")))
+    return parts
 
 
 def _leaves(unit: UnitProfile) -> str:
-    return ",".join(dict.fromkeys(leaf for _, leaf in _inside(unit)))
+    return ",".join(dict.fromkeys(leaf for _, leaf in _leaf_names(unit)))
 
 
 def _paths(unit: UnitProfile) -> str:
-    parent = _inside(unit)[0][0]
+    parent = _leaf_names(unit)[0][0]
     return f"{parent}.{_leaves(unit)}" if parent else _leaves(unit)

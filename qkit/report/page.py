@@ -1,4 +1,4 @@
-"""Pages from templates: one file that needs nothing beside it and loads nothing."""
+"""The templates of pages: each page is one file that needs nothing beside it and loads nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def page(name: str, **values: Any) -> str:
-    """The template NAME.html.j2 of this folder with those values. jinja2 escapes each: they come from anywhere."""
+    """The filled template NAME.html.j2 of this folder. jinja2 escapes every value: they come from anywhere."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     def source(file: str) -> str:
@@ -20,6 +20,6 @@ def page(name: str, **values: Any) -> str:
     return environment.get_template(f"{name}.html.j2").render(**values)
 
 
-def data_uri(picture: bytes) -> str:
-    """A PNG file as the address of a picture."""
-    return "data:image/png;base64," + base64.b64encode(picture).decode()
+def data_uri(image: bytes) -> str:
+    """The data address of a PNG file."""
+    return "data:image/png;base64," + base64.b64encode(image).decode()

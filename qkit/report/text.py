@@ -1,4 +1,4 @@
-"""Language models as one page: the figures, the layers that rounding changed most, and what the models say to fixed prompts."""
+"""The page of language models: the figures, the layers that rounding changed most, and the answers to fixed prompts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ def text_page(measured: Sequence[Mapping[str, Any]], folders: Sequence[Path], ta
     qkit.json; a folder without one has no such table.
     """
     layers = [
-        {"model": found["model"], "rows": top_layers(folder)} for found, folder in zip(measured, folders, strict=True)
+        {"model": figures["model"], "rows": top_layers(folder)}
+        for figures, folder in zip(measured, folders, strict=True)
     ]
     prompts = [p["prompt"] for p in measured[0].get("continuations", [])]
     baseline = measured[0]["baseline"]
-    said = []
+    continuations = []
     for i, prompt in enumerate(prompts):
-        entries = [found["continuations"][i] for found in measured]
-        said.append(
+        entries = [figures["continuations"][i] for figures in measured]
+        continuations.append(
             {
                 "prompt": prompt,
                 "baseline": entries[0].get("baseline_said"),
@@ -37,15 +38,15 @@ def text_page(measured: Sequence[Mapping[str, Any]], folders: Sequence[Path], ta
                 ],
             }
         )
-    said.sort(key=lambda row: not any(x["differs"] for x in row["said"]))
+    continuations.sort(key=lambda row: not any(x["differs"] for x in row["said"]))
     return page(
         "text",
-        models=[found["model"] for found in measured],
+        models=[figures["model"] for figures in measured],
         baseline=baseline,
         tables=list(tables),
         layers=[entry for entry in layers if entry["rows"]],
-        said=said,
-        differing=sum(any(x["differs"] for x in row["said"]) for row in said),
+        said=continuations,
+        differing=sum(any(x["differs"] for x in row["said"]) for row in continuations),
     )
 
 
@@ -59,7 +60,7 @@ def top_layers(folder: Path, count: int = _LAYERS) -> list[dict[str, Any]]:
     linears = record.get("linears") if isinstance(record, dict) else None
     if not isinstance(linears, dict):
         return []
-    found: list[dict[str, Any]] = [
+    layers: list[dict[str, Any]] = [
         {
             "name": str(name),
             "scheme": str(entry.get("scheme")),
@@ -70,4 +71,4 @@ def top_layers(folder: Path, count: int = _LAYERS) -> list[dict[str, Any]]:
         for name, entry in linears.items()
         if isinstance(entry, dict) and isinstance(entry.get("error"), (int, float))
     ]
-    return sorted(found, key=lambda x: (-x["error"], x["name"]))[:count]
+    return sorted(layers, key=lambda x: (-x["error"], x["name"]))[:count]

@@ -1,4 +1,4 @@
-"""Samples of a diffusion pipeline as one page: frames beside the original's, errors along the trajectory, and what was decided
+"""The page of samples of a diffusion pipeline: frames beside the original's, errors along the trajectory, and the decisions
 at every step in every block."""
 
 from __future__ import annotations
@@ -19,52 +19,54 @@ _FRAMES, _WIDE = 9, 96  # of a strip: how many, and pixels of each
 
 
 def strip(frames: Tensor) -> str:
-    """Some frames [n, height, width, 3] from 0 to 1 side by side, as the address of a picture."""
+    """The data address of an image of some frames [n, height, width, 3] from 0 to 1, side by side."""
     from PIL import Image
 
     chosen = sorted({round(i * (len(frames) - 1) / max(1, _FRAMES - 1)) for i in range(_FRAMES)})
     data = (frames[chosen].clamp(0, 1) * 255).round().byte().numpy()
     height = max(1, round(_WIDE * data.shape[1] / data.shape[2]))
     resample = Image.Resampling.NEAREST if data.shape[2] < _WIDE else Image.Resampling.LANCZOS
-    whole = Image.new("RGB", (len(data) * (_WIDE + 2) - 2, height), "white")
+    canvas = Image.new("RGB", (len(data) * (_WIDE + 2) - 2, height), "white")
     for i, frame in enumerate(data):
-        whole.paste(Image.fromarray(frame).resize((_WIDE, height), resample), (i * (_WIDE + 2), 0))
+        canvas.paste(Image.fromarray(frame).resize((_WIDE, height), resample), (i * (_WIDE + 2), 0))
     buffer = io.BytesIO()
-    whole.save(buffer, format="png")
+    canvas.save(buffer, format="png")
     return data_uri(buffer.getvalue())
 
 
-def strips(ours: Sequence[Any], theirs: Sequence[Any]) -> list[dict[str, str]]:
-    """Samples (``qkit.evaluation.video.Video``) of the model, and of a baseline if there is one, as pictures."""
-    found = [{"prompt": v.prompt, "ours": strip(v.frames), "theirs": ""} for v in ours]
-    for entry, v in zip(found, theirs, strict=False):
+def strips(samples: Sequence[Any], baseline_samples: Sequence[Any]) -> list[dict[str, str]]:
+    """The strips of the model's samples (``qkit.evaluation.video.Video``), and of a baseline's if there is one."""
+    rows = [{"prompt": v.prompt, "ours": strip(v.frames), "theirs": ""} for v in samples]
+    for entry, v in zip(rows, baseline_samples, strict=False):
         entry["theirs"] = strip(v.frames)
-    return found
+    return rows
 
 
 def videos_page(measured: Mapping[str, Any], shown: Sequence[Mapping[str, str]]) -> str:
     """The page of measured["videos"] (of ``qkit.evaluation.measure``); shown: as ``strips`` gives them."""
     figures = measured["videos"]
-    pictures = {}
+    images = {}
     if "latent_errors" in figures:
-        pictures["error of latents along the trajectory"] = error_curve(figures["latent_errors"])
+        images["error of latents along the trajectory"] = error_curve(figures["latent_errors"])
     if "bits" in figures:
-        most = max(
+        widest = max(
             8.0, *(v for row in figures["bits"] for v in row if v is not None)
         )  # 16 where inputs stay as they are
-        pictures["mean bits of inputs, by step and block"] = step_map(figures["bits"], "bits", 4, most)
-        pictures["share of runs that the cache saved"] = step_map(figures["skips"], "share", 0, 1)
+        images["mean bits of inputs, by step and block"] = step_map(figures["bits"], "bits", 4, widest)
+        images["share of runs that the cache saved"] = step_map(figures["skips"], "share", 0, 1)
     return page(
         "videos",
         model=measured["model"],
         baseline=measured["baseline"],
-        rows=[(name.replace("_", " "), _said(value)) for name, value in figures.items() if _said(value)],
-        pictures={name: data_uri(png(figure)) for name, figure in pictures.items()},
+        rows=[
+            (name.replace("_", " "), _format_figure(value)) for name, value in figures.items() if _format_figure(value)
+        ],
+        pictures={name: data_uri(png(figure)) for name, figure in images.items()},
         strips=shown,
     )
 
 
-def _said(value: Any) -> str:
+def _format_figure(value: Any) -> str:
     """A figure with its interval; nothing of lists by step."""
     if isinstance(value, (int, float)):
         return f"{value:.4g}"
@@ -74,7 +76,7 @@ def _said(value: Any) -> str:
 
 
 def error_curve(errors: Sequence[float]) -> Figure:
-    """Mean relative error of what the transformer is given, step by step."""
+    """The figure of the mean relative error of the transformer's input, step by step."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 2.6), layout="constrained")
@@ -87,8 +89,8 @@ def error_curve(errors: Sequence[float]) -> Figure:
     return figure
 
 
-def step_map(rows: Sequence[Sequence[float | None]], what: str, low: float, high: float) -> Figure:
-    """A colour for every (step, block); rows: by block, by step; None where nothing was computed."""
+def step_map(rows: Sequence[Sequence[float | None]], label: str, low: float, high: float) -> Figure:
+    """The figure with a colour for every (step, block); rows: by block, by step; None where nothing was computed."""
     import numpy as np
     from matplotlib.figure import Figure
 
@@ -96,10 +98,10 @@ def step_map(rows: Sequence[Sequence[float | None]], what: str, low: float, high
     figure = Figure(figsize=(1.6 + 0.24 * cells.shape[1], 1.3 + 0.2 * cells.shape[0]), layout="constrained")
     axes = figure.subplots()
     extent = (0.5, cells.shape[1] + 0.5, cells.shape[0] + 0.5, 0.5)  # steps and blocks count from 1
-    shown = axes.imshow(
+    image = axes.imshow(
         cells, aspect="auto", vmin=low, vmax=high, cmap="viridis", interpolation="nearest", extent=extent
     )
     axes.set_xlabel("step")
     axes.set_ylabel("block")
-    figure.colorbar(shown, label=what)
+    figure.colorbar(image, label=label)
     return figure

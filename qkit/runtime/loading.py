@@ -23,9 +23,9 @@ from qkit.files import schema
 from qkit.files.checkpoint import Checkpoint, check_config
 from qkit.files.folder import check_side_files, is_pipeline, load_json, weights_folder
 from qkit.files.locate import find_model
-from qkit.files.rejected import RejectedWarning, described, read_mark
+from qkit.files.rejected import RejectedWarning, describe_mark, read_mark
 from qkit.files.safefile import shown
-from qkit.files.schema import checked, foreign
+from qkit.files.schema import foreign_errors, validate
 from qkit.kvcache.scales import declare
 from qkit.nn.layers import QuantExperts, QuantLinear
 from qkit.tensor import lowrank, sparse
@@ -49,7 +49,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     folder = find_model(str(path))
     mark = read_mark(folder)
     if mark is not None:
-        warnings.warn(f"{folder}: {described(mark)}", RejectedWarning, stacklevel=3)
+        warnings.warn(f"{folder}: {describe_mark(mark)}", RejectedWarning, stacklevel=3)
     checkpoint = Checkpoint.open(weights_folder(folder), quantized=True)
     if "_class_name" in checkpoint.config:
         return _diffusion(folder, checkpoint, dtype, device, kv)
@@ -58,7 +58,9 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     model: Any = structure.model
     dtype = dtype or structure.dtype
     computed = [m for m in model.modules() if m._non_persistent_buffers_set]
-    with foreign(f"{folder}: no memory for this model", "close other programs, or use a larger machine", IOFailure):
+    with foreign_errors(
+        f"{folder}: no memory for this model", "close other programs, or use a larger machine", IOFailure
+    ):
         model.to_empty(device="cpu")
     fill_computed_buffers(structure)
     rotary = {id(b): b for m in computed for b in m.buffers()}
@@ -112,7 +114,7 @@ class PackedStructure(ModelStructure):
                 raise Unsupported(
                     f"{where}: quantized by {shown(method)}, and qkit loads {' and '.join(METHODS)}: load it with transformers"
                 )
-            checked(schema.Quantization, self.quantization, where, "run 'qkit verify' on the folder", Unsupported)
+            validate(schema.Quantization, self.quantization, where, "run 'qkit verify' on the folder", Unsupported)
         if has_cache_scales(self.quantization):
             dtype = dtype_of(checkpoint)
             model = model or build_skeleton(checkpoint.config, str(checkpoint.path), dtype)
@@ -263,8 +265,8 @@ def _generation_config(model: Any, folder: Path) -> None:
 
     file = folder / "generation_config.json"
     if file.is_file():
-        checked(schema.GenerationConfig, load_json(file, "generation config"), str(file))
-        with foreign(f"{file}: transformers cannot read it"):
+        validate(schema.GenerationConfig, load_json(file, "generation config"), str(file))
+        with foreign_errors(f"{file}: transformers cannot read it"):
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
@@ -284,5 +286,5 @@ def load_tokenizer(path: str | Path) -> Any:
     folder = find_model(str(path))
     check_side_files(folder)
     advice = "copy the tokenizer's files of the original model here"
-    with foreign(f"{folder}: no tokenizer that transformers can load", advice):
+    with foreign_errors(f"{folder}: no tokenizer that transformers can load", advice):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

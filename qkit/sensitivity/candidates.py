@@ -1,4 +1,4 @@
-"""What a layer may get: formats by name, with what is kept beside their codes."""
+"""The formats that a layer may get, by name, with what is kept beside their codes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ KEEP = ("bf16", "fp16", "keep")  # names for leaving a unit in the checkpoint's 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A scheme that units may get; scheme None: they stay as they are. outliers: percent kept in a sparse part; rank: of the
-    low-rank part."""
+    """A format that units may get. scheme None: they stay as they are; outliers: percent kept in a sparse part; rank: of
+    the low-rank part."""
 
     name: str
     scheme: Scheme | None
@@ -24,40 +24,41 @@ class Candidate:
 
 
 def parse_candidates(text: str, group_size: int | None, option: str = "--candidates") -> tuple[Candidate, ...]:
-    """'int4,int3+0.5%,int3+r16,nvfp4,bf16' -> candidates: schemes by name, intN for WNA16, bf16 for leaving a unit as it is.
+    """The candidates of 'int4,int3+0.5%,int3+r16,nvfp4,bf16': schemes by name, intN for WNA16, bf16 for leaving a unit as
+    it is.
 
     A percentage is that of the outliers of a sparse part, r16 a low-rank part of rank 16; group_size goes to the integer
     formats with groups; option: that the text was given to. Raises UsageError for unknown names and repetitions.
     """
-    found: list[Candidate] = []
+    candidates: list[Candidate] = []
     for item in (part.strip().lower() for part in text.split(",")):
         if item in KEEP:
-            found.append(Candidate("keep", None))
+            candidates.append(Candidate("keep", None))
             continue
-        plain, *beside = item.split("+")
-        outliers, rank = _beside(beside, item, option)
-        bits = plain.removeprefix("int")
-        name = f"W{bits}A16" if plain.startswith("int") and bits.isdigit() else plain
+        base, *extras = item.split("+")
+        outliers, rank = _parse_extras(extras, item, option)
+        bits = base.removeprefix("int")
+        name = f"W{bits}A16" if base.startswith("int") and bits.isdigit() else base
         try:
             s = scheme(name)
         except UsageError as e:
-            known = [*(f"int{b}" for b in range(2, 9)), "nvfp4", "nvfp4a16", "mxfp4a16", "w8a8", *KEEP]
+            names_known = [*(f"int{b}" for b in range(2, 9)), "nvfp4", "nvfp4a16", "mxfp4a16", "w8a8", *KEEP]
             raise UsageError(
-                f"{option}: unknown '{item}'{did_you_mean(item, known)}: expected int2 to int8, a scheme such as nvfp4 or w8a8 "
-                "('qkit list schemes'), or bf16"
+                f"{option}: unknown '{item}'{did_you_mean(item, names_known)}: expected int2 to int8, a scheme such as nvfp4 "
+                "or w8a8 ('qkit list schemes'), or bf16"
             ) from e
         if group_size is not None and s.weights.regroups:
             s = Scheme(s.name, s.weights.with_group(group_size), s.activations)
         name = s.name + (f"+{outliers:g}%" if outliers else "") + (f"+r{rank}" if rank else "")
-        found.append(Candidate(name, s, outliers, rank))
-    names = [c.name for c in found]
+        candidates.append(Candidate(name, s, outliers, rank))
+    names = [c.name for c in candidates]
     repeated = next((n for n in names if names.count(n) > 1), None)
     if repeated is not None:
         raise UsageError(f"{option} {text}: {repeated} is named twice")
-    return tuple(found)
+    return tuple(candidates)
 
 
-def _beside(parts: list[str], item: str, option: str) -> tuple[float, int]:
+def _parse_extras(parts: list[str], item: str, option: str) -> tuple[float, int]:
     """(percent of outliers, rank) of what stands behind a scheme; at most one of each."""
     outliers, rank = 0.0, 0
     for part in parts:

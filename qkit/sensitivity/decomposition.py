@@ -1,4 +1,5 @@
-"""What single rows, columns and weights add to the loss change that the path integral predicts, kept beside the profile.
+"""The contributions of single rows, columns and weights to the loss change that the path integral predicts, kept beside the
+profile.
 
 One safetensors file per candidate. A map of every weight would be as large as the model, so that each linear has, under
 "<candidate>:<linear>:<part>", with s_j = gbar_j (w~_j - w_j), signed, in nats a token:
@@ -22,22 +23,22 @@ from torch import Tensor
 from qkit.errors import BadInput
 from qkit.files.safefile import read_header, read_tensor, save_tensors
 
-PER_MILLE = (1, 5, 10, 50)  # of the weights, where coverage is told
+PER_MILLE = (1, 5, 10, 50)  # of the weights, at which coverage is stored
 
 
 def decomposition_file(folder: Path, candidate: str) -> Path:
-    """Where the decomposition of a candidate lies in a profile's folder."""
+    """The path of a candidate's decomposition in a profile's folder."""
     return folder / f"decomposition-{candidate.lower()}.safetensors"
 
 
 def decompose(s: Tensor) -> dict[str, Tensor]:
-    """The parts of one linear. s: float32 [out, in]."""
+    """The parts of one linear, as the file has them. s: float32 [out, in]."""
     size = s.abs().flatten()
     counts = [max(1, s.numel() * m // 1000) for m in PER_MILLE]
     order = _largest(size, counts[-1])
-    held = size[order].cumsum(0, dtype=torch.float64)
+    covered = size[order].cumsum(0, dtype=torch.float64)
     total = float(size.sum(dtype=torch.float64))
-    coverage = torch.stack([held[n - 1] for n in counts]) / total if total else torch.zeros(len(counts))
+    coverage = torch.stack([covered[n - 1] for n in counts]) / total if total else torch.zeros(len(counts))
     top = order[: counts[0]]
     return {
         "rows": s.sum(1, dtype=torch.float64).float(),
@@ -50,15 +51,15 @@ def decompose(s: Tensor) -> dict[str, Tensor]:
 
 def _largest(size: Tensor, count: int) -> Tensor:
     """Places of the ``count`` largest values of ``size`` [n], by falling value, equal ones by place; int64 [count]."""
-    least = size.topk(count, sorted=False).values.min()
-    above = (size > least).nonzero()[:, 0]
-    equal = (size == least).nonzero()[: count - len(above), 0]
+    threshold = size.topk(count, sorted=False).values.min()
+    above = (size > threshold).nonzero()[:, 0]
+    equal = (size == threshold).nonzero()[: count - len(above), 0]
     return torch.cat([above[size[above].argsort(descending=True, stable=True)], equal])
 
 
 def save_decomposition(folder: Path, candidate: str, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write a candidate's file, whole or not at all. parts: {linear: what ``decompose`` gave}."""
-    flat = {f"{candidate}:{name}:{part}": t for name, found in parts.items() for part, t in found.items()}
+    """Writes a candidate's file, all of it or nothing. parts: {linear: what ``decompose`` gave}."""
+    flat = {f"{candidate}:{name}:{part}": t for name, tensors in parts.items() for part, t in tensors.items()}
     save_tensors(decomposition_file(folder, candidate), flat)
 
 

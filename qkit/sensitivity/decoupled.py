@@ -1,12 +1,14 @@
-"""Which linears of a diffusion transformer have NVFP4 inputs at all steps: MixDQ (arXiv 2405.17873, sections 3.3 and 3.4).
+"""The input width of each linear of a diffusion transformer, the same at all steps: MixDQ (arXiv 2405.17873, sections 3.3
+and 3.4).
 
-Linears that shape what a sample shows (feed-forward, cross-attention) are judged by what becomes of the sample, SSIM of its
-frames; all others by the noise in what the transformer gives, SQNR of its outputs for the same inputs. The two are never put on
-one scale: each group is solved by itself, for several ways to share the budget out between them, and of the resulting
-configurations that one is taken whose samples are nearest to those of inputs as they are.
+Linears that shape the content of a sample (feed-forward, cross-attention) are scored by SSIM of the sample's frames, all
+others by SQNR of the transformer's outputs for the same inputs. The two scores are never put on one scale: each group is
+solved by itself, for several ways to share the budget out between them, and of the resulting configurations the one is used
+whose samples are nearest to those of inputs as they are.
 
 Ours: widths are 4 (NVFP4) and 8 (INT8), both measured; PROMPTS for the scores and PICKED for the pick (MixDQ: 32, and one);
-every linear counts the same in the mean width, as in the log of a run, so that MixDQ's integer program is solved by sorting.
+every linear counts the same in the mean width, as in the log of a run, so that MixDQ's integer program is solved by
+sorting.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _CONTENT = ("ff", "attn2")  # how a part of the name of a linear begins
 
 
 def is_content(name: str) -> bool:
-    """Whether a linear is judged by what samples show."""
+    """Whether samples decide the width of a linear, and not the noise in outputs."""
     return any(part.startswith(_CONTENT) for part in name.split("."))
 
 
@@ -47,7 +49,7 @@ def allocate(
     width: float,
     progress: Progress,
 ) -> dict[str, str]:
-    """NARROW or WIDE for every linear, at most ``width`` bits on average.
+    """The input width of every linear, NARROW or WIDE, at most ``width`` bits on average.
 
     pipeline: packed, with ``controller`` attached; samples: (prompt, seed), PICKED or more of them
     """
@@ -59,10 +61,10 @@ def allocate(
         if next(numbers) % EVERY == 0:
             calls.append(dict(signature.bind(*args, **kwargs).arguments))
 
-    def under(made: Mapping[str, str]) -> None:
-        controller.rule = lambda step, block, linear: made.get(linear, PURE)
+    def use_widths(widths: Mapping[str, str]) -> None:
+        controller.rule = lambda step, block, linear: widths.get(linear, PURE)
 
-    under({})
+    use_widths({})
     handle = model.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         true = [make_video(pipeline, prompt, call, seed).frames for prompt, seed in samples[:PROMPTS]]
@@ -73,24 +75,24 @@ def allocate(
     scores: dict[str, dict[str, float]] = {}
     for name in linears:
         scores[name] = {}
-        for made in (NARROW, WIDE):
-            under({name: made})
+        for choice in (NARROW, WIDE):
+            use_widths({name: choice})
             if is_content(name):
-                found = [make_video(pipeline, p, call, s).frames for p, s in samples[:PROMPTS]]
-                scores[name][made] = sum(map(ssim, found, true)) / len(true)
+                videos = [make_video(pipeline, p, call, s).frames for p, s in samples[:PROMPTS]]
+                scores[name][choice] = sum(map(ssim, videos, true)) / len(true)
             else:
-                scores[name][made] = sqnr([_output(model, controller, c) for c in calls], outputs)
+                scores[name][choice] = sqnr([_output(model, controller, c) for c in calls], outputs)
             progress.step()
-    found_splits = splits(scores, width)
-    under({})
+    configurations = splits(scores, width)
+    use_widths({})
     best = [make_video(pipeline, p, call, s).frames for p, s in samples[:PICKED]]
 
-    def distance(made: dict[str, str]) -> float:
-        under(made)
+    def distance(widths: dict[str, str]) -> float:
+        use_widths(widths)
         frames = [make_video(pipeline, p, call, s).frames for p, s in samples[:PICKED]]
         return sum(float((a - b).square().mean()) for a, b in zip(frames, best, strict=True))
 
-    return min(found_splits, key=distance)
+    return min(configurations, key=distance)
 
 
 def splits(scores: Mapping[str, Mapping[str, float]], width: float) -> list[dict[str, str]]:
@@ -99,18 +101,18 @@ def splits(scores: Mapping[str, Mapping[str, float]], width: float) -> list[dict
     scores: by linear and NARROW or WIDE, the higher the better
     """
     content = [n for n in scores if is_content(n)]
-    others = [n for n in scores if not is_content(n)]
-    if not content or not others:
+    other_linears = [n for n in scores if not is_content(n)]
+    if not content or not other_linears:
         return [best_of(scores, list(scores), width)]
-    share, found = len(content) / len(others), list[dict[str, str]]()
+    share, configurations = len(content) / len(other_linears), list[dict[str, str]]()
     for i in range(SPLITS):
         ratio = RATIOS[0] + (RATIOS[1] - RATIOS[0]) * i / (SPLITS - 1)
         quality = width * (1 + share) / (ratio * share + 1)
         if all(BITS[NARROW] <= w <= BITS[WIDE] for w in (quality, ratio * quality)):
-            made = best_of(scores, content, ratio * quality) | best_of(scores, others, quality)
-            if made not in found:
-                found.append(made)
-    return found or [best_of(scores, content, width) | best_of(scores, others, width)]
+            configuration = best_of(scores, content, ratio * quality) | best_of(scores, other_linears, quality)
+            if configuration not in configurations:
+                configurations.append(configuration)
+    return configurations or [best_of(scores, content, width) | best_of(scores, other_linears, width)]
 
 
 def best_of(scores: Mapping[str, Mapping[str, float]], names: Sequence[str], width: float) -> dict[str, str]:
@@ -120,9 +122,9 @@ def best_of(scores: Mapping[str, Mapping[str, float]], names: Sequence[str], wid
     return {n: WIDE if n in gains[:wide] else NARROW for n in names}
 
 
-def sqnr(found: Sequence[Tensor], true: Sequence[Tensor]) -> float:
+def sqnr(outputs: Sequence[Tensor], true: Sequence[Tensor]) -> float:
     """Signal to quantization noise over all tensors, dB, at most 100."""
-    noise = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, true, strict=True))
+    noise = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(outputs, true, strict=True))
     signal = sum(float(b.double().square().sum()) for b in true)
     return min(100.0, 10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30)))
 
@@ -131,5 +133,5 @@ def _output(model: Any, controller: Controller, call: dict[str, Any]) -> Tensor:
     controller.reset()
     with torch.inference_mode():
         out = model(**{**call, "return_dict": False})[0]
-    made: Tensor = out.float()
-    return made
+    result: Tensor = out.float()
+    return result

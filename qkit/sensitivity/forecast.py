@@ -1,7 +1,7 @@
-"""What a profile will take, from shapes alone: solver runs, passes through the model, and peak memory.
+"""The forecast of a profile, from shapes alone: solver runs, passes through the model, and peak memory.
 
-Counts are of a profile that starts from nothing; what an earlier run left behind is not taken off. Seconds depend on the
-machine and are not told; a pass with gradients takes about three times the operations of one without.
+Counts are of a profile that starts from nothing; results of an earlier run are not subtracted. Seconds depend on the
+machine and are not given; a pass with gradients takes about three times the operations of one without.
 """
 
 from __future__ import annotations
@@ -35,14 +35,16 @@ GRADIENTS = 3  # operations of a pass with gradients, in passes without
 
 
 def pass_operations(structure: ModelStructure, tokens: int) -> float:
-    """Of so many tokens through the whole model, multiply-adds counted twice: its linears and its head."""
+    """The operations of a pass of ``tokens`` tokens through the linears and the head; multiply-adds count twice."""
     linears = sum(x.shape[0] * x.shape[1] for b in structure.every_block for x in b.linears)
     return 2.0 * tokens * (linears + _vocabulary(structure) * int(getattr(structure.text_config, "hidden_size", 0)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileForecast:
-    """solver_runs: probes of the whole model; passes: through the whole model, over all rows [rows, length] each.
+    """The work and the memory that a profile takes.
+
+    solver_runs: probes of the whole model; passes: through the whole model, over all rows [rows, length] each.
 
     forward, backward: passes without and with gradients
     memory: bytes by what holds them, at the worst moment; peak_memory: of the process
@@ -59,18 +61,18 @@ class ProfileForecast:
     spilled: int
 
     def operations(self, structure: ModelStructure) -> float:
-        """Of all passes; multiply-adds count twice."""
+        """The operations of all passes; multiply-adds count twice."""
         return (self.forward + GRADIENTS * self.backward) * pass_operations(structure, self.rows * self.length)
 
     def line(self) -> str:
-        """One line for a person."""
+        """The forecast in one line for a person."""
         parts = ", ".join(f"{k} {megabytes(v)}" for k, v in self.memory.items() if v)
         disk = f"; {megabytes(self.spilled)} of disk for reference probabilities" if self.spilled else ""
         return f"forecast: {self.work}, about {megabytes(self.peak_memory)} of memory ({parts}){disk}"
 
     @property
     def work(self) -> str:
-        """What is run."""
+        """The solver runs and passes, in words."""
         return (
             f"{self.solver_runs} solver runs, {self.forward} forward and {self.backward} forward and backward "
             f"passes over {self.rows * self.length} tokens"
@@ -103,7 +105,7 @@ def profile_forecast(
     memory = {
         "the model in float32": 4 * structure.parameters,
         "reference probabilities": log_probs if log_probs <= SPILL_BYTES else 0,
-        "measures": _held(structure, measures, rows, workers),
+        "measures": _measure_memory(structure, measures, rows, workers),
     }
     peak = max(process_bytes(), resident_bytes() + LATER + int(ALLOCATOR * sum(memory.values())))
     spilled = log_probs if log_probs > SPILL_BYTES else 0
@@ -122,7 +124,9 @@ def profile_forecast(
 def repair_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
     """Bytes at the worst moment of ``repair``: the model, its quantized weights, and the path integral."""
     assert plan.calibration is not None
-    return 4 * structure.parameters + _held(structure, ("pqi",), extent(plan.calibration.first(ROWS)), workers)
+    return 4 * structure.parameters + _measure_memory(
+        structure, ("pqi",), extent(plan.calibration.first(ROWS)), workers
+    )
 
 
 def weighing_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
@@ -130,35 +134,36 @@ def weighing_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
     assert plan.calibration is not None
     width = int(structure.text_config.hidden_size)
     rows = extent(plan.calibration.first(hidden.ROWS))
-    return 4 * structure.parameters + _backward(structure, rows, workers) + hidden.held(structure, width)
+    return 4 * structure.parameters + _backward(structure, rows, workers) + hidden.held_bytes(structure, width)
 
 
-def refuse_what_cannot_fit(found: ProfileForecast) -> None:
+def refuse_what_cannot_fit(forecast: ProfileForecast) -> None:
     """Raises Unsupported where the memory of this machine is too small."""
     available = available_memory()
-    if available is not None and found.peak_memory > available:
+    if available is not None and forecast.peak_memory > available:
         raise Unsupported(
-            f"the profile needs about {megabytes(found.peak_memory)} of memory and {megabytes(available)} are available: use "
-            "fewer --rows, --threads or --measures (pqi, first and fisher hold gradients of all weights), or a larger machine"
+            f"the profile needs about {megabytes(forecast.peak_memory)} of memory and {megabytes(available)} are available: "
+            "use fewer --rows, --threads or --measures (pqi, first and fisher hold gradients of all weights), or a larger "
+            "machine"
         )
 
 
-def _held(structure: ModelStructure, measures: Sequence[str], rows: Extent, workers: int) -> int:
+def _measure_memory(structure: ModelStructure, measures: Sequence[str], rows: Extent, workers: int) -> int:
     """Bytes at the worst moment of the measures asked for, on top of the model and the reference."""
     linears = [x for b in structure.blocks for x in b.linears]
     weights = 4 * sum(x.shape[0] * x.shape[1] for x in linears)
     chunk, pieces = rows.chunk, _pieces(rows)
-    busy = min(workers, pieces)
+    active_workers = min(workers, pieces)
     logits = 4 * chunk * _vocabulary(structure)
     backward = _backward(structure, rows, workers)
-    moments = [2 * weights + busy * _FORWARD_LOGITS * logits]  # all linears replaced, the originals kept
+    moments = [2 * weights + active_workers * _FORWARD_LOGITS * logits]  # all linears replaced, the originals kept
     for name, copies in _COPIES.items():
         if name in measures:
             moments.append((copies + min(workers + 2, pieces)) * weights + backward)
     if "first_x" in measures:
-        moments.append(backward + busy * 4 * chunk * sum(x.shape[1] for x in linears if x.expert is None))
+        moments.append(backward + active_workers * 4 * chunk * sum(x.shape[1] for x in linears if x.expert is None))
     if "output_norm" in measures:
-        moments.append(4 * SAMPLE_TOKENS * sum(x.shape[1] for x in linears) + busy * _FORWARD_LOGITS * logits)
+        moments.append(4 * SAMPLE_TOKENS * sum(x.shape[1] for x in linears) + active_workers * _FORWARD_LOGITS * logits)
     return max(moments)
 
 

@@ -1,13 +1,13 @@
-"""The measures of a decision's cost, one function each: (bench) -> {(unit key, candidate): cost}.
+"""The measures of a decision's cost, one function each: (context) -> {(unit key, candidate): cost}.
 
 Costs of ``loss``, ``kl``, ``pqi``, ``first``, ``first_x`` and ``fisher`` are in nats a token; ``weight``, ``output`` and
-``output_norm`` are relative squared errors. Tokens are those that the loss is of, with pictures those of the answers; errors of
+``output_norm`` are relative squared errors. Tokens are those that the loss is of, with images those of the answers; errors of
 outputs then weigh tokens by their kind (``outputs.py``). To add a measure: write it, add a line to the table and to
 ``forecast.py`` what it takes.
 
   weight       sum |w~ - w|^2 / sum |w|^2
   output       relative squared error of the linears' outputs on sample tokens, as the solver saw them (mean over the unit); of
-               rows with pictures, in the original model
+               rows with images, in the original model
   output_norm  that error in the original model, activations quantized too, and for linears that write to the residual
                stream relative to that stream, each channel times the gain of the norm that reads it next (``outputs.py``)
   first        |g . (w~ - w)|, g the gradient of the loss at w
@@ -40,7 +40,7 @@ from qkit.files.offload import Chunks
 from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.decomposition import decompose, decomposition_file, save_decomposition
 from qkit.sensitivity.outputs import OutputSample, has_modules
-from qkit.sensitivity.pqi import mean_gradients, share
+from qkit.sensitivity.pqi import mean_gradients, weight_shares
 from qkit.sensitivity.probes import Activations, Probes
 from qkit.sensitivity.reference_model import ReferenceModel, Replacement
 from qkit.sensitivity.result_cache import ResultCache
@@ -54,10 +54,10 @@ Costs = dict[tuple[str, str], float]
 
 @dataclass(kw_only=True)
 class MeasureContext:
-    """What a measure works on. reference: log probabilities of the original on ``rows``, batch by batch; folder: of the
+    """The inputs of a measure. reference: log probabilities of the original on ``rows``, batch by batch; folder: of the
     profile."""
 
-    subject: ReferenceModel
+    reference_model: ReferenceModel
     probes: Probes
     units: tuple[Unit, ...]
     candidates: tuple[Candidate, ...]
@@ -71,82 +71,100 @@ class MeasureContext:
 
     @property
     def quantizing(self) -> list[Candidate]:
+        """The candidates that quantize."""
         return [c for c in self.candidates if c.scheme is not None]
 
-    def whole(self, candidate: Candidate) -> dict[str, Replacement]:
-        """Every unit at one candidate."""
+    def replace_all(self, candidate: Candidate) -> dict[str, Replacement]:
+        """The replacements of all units at one candidate, {linear: replacement}."""
         return {n: r for u in self.units for n, r in self.probes.replacements(u, candidate).items()}
 
 
-def weight_error(bench: MeasureContext) -> Costs:
-    def one(unit: Unit, found: Mapping[str, Replacement]) -> float:
-        original = {n: bench.subject.weight(n) for n in found}
-        error = sum(float((r.weight - original[n]).double().square().sum()) for n, r in found.items())
+def weight_error(context: MeasureContext) -> Costs:
+    """The relative squared error of the weights of every unit and candidate."""
+
+    def relative_error(unit: Unit, replacements: Mapping[str, Replacement]) -> float:
+        original = {n: context.reference_model.weight(n) for n in replacements}
+        error = sum(float((r.weight - original[n]).double().square().sum()) for n, r in replacements.items())
         return error / max(sum(float(w.double().square().sum()) for w in original.values()), 1e-30)
 
-    return _each(bench, "weight errors", one)
+    return _cost_each(context, "weight errors", relative_error)
 
 
-def output_error(bench: MeasureContext) -> Costs:
-    if bench.rows.kinds is not None:
-        return _outputs(bench, alone=True)
-    return {(u.key, c.name): bench.probes.output_error(u, c) for u in bench.units for c in bench.quantizing}
+def output_error(context: MeasureContext) -> Costs:
+    """The relative squared error of outputs, as the solver measured it; with images as ``_outputs``."""
+    if context.rows.kinds is not None:
+        return _outputs(context, weights_only=True)
+    return {(u.key, c.name): context.probes.output_error(u, c) for u in context.units for c in context.quantizing}
 
 
-def output_next(bench: MeasureContext) -> Costs:
-    return _outputs(bench, alone=False)
+def output_norm_error(context: MeasureContext) -> Costs:
+    """The relative squared error of outputs as the next norm reads them (``outputs.py``)."""
+    return _outputs(context, weights_only=False)
 
 
-def _outputs(bench: MeasureContext, alone: bool) -> Costs:
-    plain = [u for u in bench.units if has_modules(u) and u.part == LANGUAGE]
-    sample = OutputSample(bench.subject, plain, bench.rows, ratios=_ratios(bench))
-    costs = _each(bench, "output errors", lambda u, found: sample.error(u, found, alone), plain)
+def _outputs(context: MeasureContext, weights_only: bool) -> Costs:
+    language_units = [u for u in context.units if has_modules(u) and u.part == LANGUAGE]
+    sample = OutputSample(context.reference_model, language_units, context.rows, ratios=_ratios(context))
+    costs = _cost_each(
+        context, "output errors", lambda u, replacements: sample.error(u, replacements, weights_only), language_units
+    )
     # Inputs of fused experts are not seen, and towers have other tokens: theirs are the errors that the solver saw.
-    rest = [u for u in bench.units if u not in plain]
-    costs.update({(u.key, c.name): bench.probes.output_error(u, c) for u in rest for c in bench.quantizing})
+    other_units = [u for u in context.units if u not in language_units]
+    costs.update({(u.key, c.name): context.probes.output_error(u, c) for u in other_units for c in context.quantizing})
     return costs
 
 
-def _ratios(bench: MeasureContext) -> list[dict[str, float]]:
-    """By block and part, of rows with pictures: the gradient at pictures over that at answers, measured once."""
-    if bench.rows.kinds is None:
+def _ratios(context: MeasureContext) -> list[dict[str, float]]:
+    """By block and part, of rows with images: the gradient at images over that at answers, measured once."""
+    if context.rows.kinds is None:
         return []
-    found: list[dict[str, float]] | None = bench.result_cache.get("ratios")
-    if found is None:
-        bench.progress.start("gradients at pictures and answers", bench.rows.samples)
-        subject = bench.subject
-        found = ratios(gradients(subject.model, subject.structure, bench.rows, bench.progress.step))
-        bench.result_cache.put("ratios", found)
-    return found
+    kind_ratios: list[dict[str, float]] | None = context.result_cache.get("ratios")
+    if kind_ratios is None:
+        context.progress.start("gradients at pictures and answers", context.rows.samples)
+        original = context.reference_model
+        kind_ratios = ratios(gradients(original.model, original.structure, context.rows, context.progress.step))
+        context.result_cache.put("ratios", kind_ratios)
+    return kind_ratios
 
 
-def first_order(bench: MeasureContext) -> Costs:
-    _, g = bench.subject.gradients(bench.rows, _names(bench))
+def first_order(context: MeasureContext) -> Costs:
+    """The first-order loss change by weights, |g . (w~ - w)|, in nats a token."""
+    _, g = context.reference_model.gradients(context.rows, _names(context))
 
-    def one(unit: Unit, found: Mapping[str, Replacement]) -> float:
-        return abs(sum(float((g[n] * (r.weight - bench.subject.weight(n))).double().sum()) for n, r in found.items()))
+    def cost_of(unit: Unit, replacements: Mapping[str, Replacement]) -> float:
+        return abs(
+            sum(
+                float((g[n] * (r.weight - context.reference_model.weight(n))).double().sum())
+                for n, r in replacements.items()
+            )
+        )
 
-    return _each(bench, "first order", one)
+    return _cost_each(context, "first order", cost_of)
 
 
-def first_inputs(bench: MeasureContext) -> Costs:
+def first_order_inputs(context: MeasureContext) -> Costs:
     # Fused experts are no modules: their inputs are not quantized in ReferenceModel.replaced either, and cost nothing here.
-    plain = [u for u in bench.units if has_modules(u)]
-    moved = [c for c in bench.quantizing if c.scheme is not None and c.scheme.activations is not None]
-    costs: Costs = {(u.key, c.name): 0.0 for u in bench.units for c in bench.quantizing}
-    if not moved:
+    """The first-order loss change by quantized inputs, in nats a token."""
+    module_units = [u for u in context.units if has_modules(u)]
+    quantizing_inputs = [c for c in context.quantizing if c.scheme is not None and c.scheme.activations is not None]
+    costs: Costs = {(u.key, c.name): 0.0 for u in context.units for c in context.quantizing}
+    if not quantizing_inputs:
         return costs
-    found = [(u.key, c.name, bench.probes.activations(u, c)) for u in plain for c in moved]
+    quantizers = [(u.key, c.name, context.probes.activations(u, c)) for u in module_units for c in quantizing_inputs]
 
-    def terms(seen: dict[str, tuple[Tensor, Tensor]]) -> list[float]:
-        signed = (torch.stack([input_terms(*seen[n], a) for n, a in acts.items()]).sum(0) for _, _, acts in found)
+    def terms(inputs: dict[str, tuple[Tensor, Tensor]]) -> list[float]:
+        signed = (
+            torch.stack([input_terms(*inputs[n], a) for n, a in acts.items()]).sum(0) for _, _, acts in quantizers
+        )
         return [float(s.abs().sum(dtype=torch.float64)) for s in signed]
 
-    bench.progress.start("first order of inputs", len(batches(bench.rows)))
-    for chunk in bench.subject.with_inputs(bench.rows, [x.name for u in plain for x in u.linears], terms):
-        for (key, name, _), term in zip(found, chunk, strict=True):
+    context.progress.start("first order of inputs", len(batches(context.rows)))
+    for chunk in context.reference_model.with_inputs(
+        context.rows, [x.name for u in module_units for x in u.linears], terms
+    ):
+        for (key, name, _), term in zip(quantizers, chunk, strict=True):
             costs[key, name] += term
-        bench.progress.step()
+        context.progress.step()
     return costs
 
 
@@ -155,57 +173,61 @@ def input_terms(x: Tensor, g: Tensor, activations: Activations) -> Tensor:
     return (g * (quantize_activations(x, *activations) - x)).sum(-1)
 
 
-def fisher(bench: MeasureContext) -> Costs:
-    _, f = bench.subject.gradients(bench.rows, _names(bench), squares=True)
+def fisher(context: MeasureContext) -> Costs:
+    """Half the Fisher-weighted squared error of the weights, in nats a token."""
+    _, f = context.reference_model.gradients(context.rows, _names(context), squares=True)
 
-    def one(unit: Unit, found: Mapping[str, Replacement]) -> float:
-        moved = ((f[n], r.weight - bench.subject.weight(n)) for n, r in found.items())
+    def cost_of(unit: Unit, replacements: Mapping[str, Replacement]) -> float:
+        moved = ((f[n], r.weight - context.reference_model.weight(n)) for n, r in replacements.items())
         return 0.5 * sum(float((fisher * d.square()).double().sum()) for fisher, d in moved)
 
-    return _each(bench, "Fisher", one)
+    return _cost_each(context, "Fisher", cost_of)
 
 
-def pqi(bench: MeasureContext) -> Costs:
+def pqi(context: MeasureContext) -> Costs:
+    """Each unit's share of the post-quantization integral, in nats a token."""
     costs: Costs = {}
-    for candidate in bench.quantizing:
-        known = bench.result_cache.get(f"pqi {candidate.name}")
-        if known is None or not decomposition_file(bench.folder, candidate.name).is_file():
-            known = _integrate(bench, candidate)
-            bench.result_cache.put(f"pqi {candidate.name}", known)
-        costs.update({(u.key, candidate.name): known[u.key] for u in bench.units})
+    for candidate in context.quantizing:
+        shares = context.result_cache.get(f"pqi {candidate.name}")
+        if shares is None or not decomposition_file(context.folder, candidate.name).is_file():
+            shares = _integrate(context, candidate)
+            context.result_cache.put(f"pqi {candidate.name}", shares)
+        costs.update({(u.key, candidate.name): shares[u.key] for u in context.units})
     return costs
 
 
-def _integrate(bench: MeasureContext, candidate: Candidate) -> dict[str, float]:
+def _integrate(context: MeasureContext, candidate: Candidate) -> dict[str, float]:
     """Every unit's cost; the decomposition is on the disk when this returns."""
-    targets = {n: r.weight for n, r in bench.whole(candidate).items()}
-    bench.progress.start(f"{candidate.name}: PQI", bench.points)
-    gbar = mean_gradients(bench.subject, targets, bench.rows, bench.points, step=bench.progress.step)
+    targets = {n: r.weight for n, r in context.replace_all(candidate).items()}
+    context.progress.start(f"{candidate.name}: PQI", context.points)
+    gbar = mean_gradients(context.reference_model, targets, context.rows, context.points, step=context.progress.step)
 
-    def one(name: str) -> tuple[float, dict[str, Tensor]]:
-        s = share(bench.subject.weight(name), targets[name], gbar[name])
+    def decomposed(name: str) -> tuple[float, dict[str, Tensor]]:
+        s = weight_shares(context.reference_model.weight(name), targets[name], gbar[name])
         return float(s.sum(dtype=torch.float64)), decompose(s)
 
-    names = _names(bench)
-    found = dict(zip(names, bench.subject.pool.map(one, names), strict=True))
-    save_decomposition(bench.folder, candidate.name, {n: parts for n, (_, parts) in found.items()})
-    return {u.key: sum(found[x.name][0] for x in u.linears) for u in bench.units}
+    names = _names(context)
+    decomposed_linears = dict(zip(names, context.reference_model.pool.map(decomposed, names), strict=True))
+    save_decomposition(context.folder, candidate.name, {n: parts for n, (_, parts) in decomposed_linears.items()})
+    return {u.key: sum(decomposed_linears[x.name][0] for x in u.linears) for u in context.units}
 
 
-def loss_change(bench: MeasureContext) -> Costs:
-    return {k: loss - bench.base_loss for k, (loss, _) in _alone(bench).items()}
+def loss_change(context: MeasureContext) -> Costs:
+    """The measured loss change with one unit replaced, in nats a token."""
+    return {k: loss - context.base_loss for k, (loss, _) in _one_at_a_time(context).items()}
 
 
-def divergence(bench: MeasureContext) -> Costs:
-    return {k: kl for k, (_, kl) in _alone(bench).items()}
+def divergence(context: MeasureContext) -> Costs:
+    """The measured KL divergence with one unit replaced, in nats a token."""
+    return {k: kl for k, (_, kl) in _one_at_a_time(context).items()}
 
 
 MEASURES: dict[str, Callable[[MeasureContext], Costs]] = {
     "weight": weight_error,
     "output": output_error,
-    "output_norm": output_next,
+    "output_norm": output_norm_error,
     "first": first_order,
-    "first_x": first_inputs,
+    "first_x": first_order_inputs,
     "fisher": fisher,
     "pqi": pqi,
     "loss": loss_change,
@@ -213,54 +235,57 @@ MEASURES: dict[str, Callable[[MeasureContext], Costs]] = {
 }
 
 
-def measured(bench: MeasureContext, name: str) -> Costs:
-    """A measure's costs, from the ledger where a stopped run left them. (What takes longest keeps its own parts there.)"""
+def run_measure(context: MeasureContext, name: str) -> Costs:
+    """The costs of a measure, from the result cache where a stopped run left them. (The slowest measures keep their own
+    parts there.)"""
     if name in ("pqi", "loss", "kl"):
-        return MEASURES[name](bench)
-    missing = tuple(c for c in bench.quantizing if bench.result_cache.get(f"{name} {c.name}") is None)
-    costs = MEASURES[name](replace(bench, candidates=missing)) if missing else {}
+        return MEASURES[name](context)
+    missing = tuple(c for c in context.quantizing if context.result_cache.get(f"{name} {c.name}") is None)
+    costs = MEASURES[name](replace(context, candidates=missing)) if missing else {}
     for c in missing:
-        bench.result_cache.put(
+        context.result_cache.put(
             f"{name} {c.name}", {u: cost for (u, candidate), cost in costs.items() if candidate == c.name}
         )
     return {
-        (u, c.name): cost for c in bench.quantizing for u, cost in bench.result_cache.get(f"{name} {c.name}").items()
+        (u, c.name): cost
+        for c in context.quantizing
+        for u, cost in context.result_cache.get(f"{name} {c.name}").items()
     }
 
 
-def _names(bench: MeasureContext) -> list[str]:
-    return [x.name for u in bench.units for x in u.linears]
+def _names(context: MeasureContext) -> list[str]:
+    return [x.name for u in context.units for x in u.linears]
 
 
-def _each(
-    bench: MeasureContext,
-    what: str,
-    one: Callable[[Unit, Mapping[str, Replacement]], float],
+def _cost_each(
+    context: MeasureContext,
+    task: str,
+    cost_of: Callable[[Unit, Mapping[str, Replacement]], float],
     units: Sequence[Unit] | None = None,
 ) -> Costs:
-    """``one`` of every unit (of ``units``) and candidate that quantizes it."""
+    """``cost_of`` of every unit (of ``units``) and candidate that quantizes it."""
     costs: Costs = {}
-    units = bench.units if units is None else units
-    bench.progress.start(what, len(units) * len(bench.quantizing))
+    units = context.units if units is None else units
+    context.progress.start(task, len(units) * len(context.quantizing))
     for unit in units:
-        for candidate in bench.quantizing:
-            costs[unit.key, candidate.name] = one(unit, bench.probes.replacements(unit, candidate))
-            bench.progress.step()
+        for candidate in context.quantizing:
+            costs[unit.key, candidate.name] = cost_of(unit, context.probes.replacements(unit, candidate))
+            context.progress.step()
     return costs
 
 
-def _alone(bench: MeasureContext) -> dict[tuple[str, str], tuple[float, float]]:
+def _one_at_a_time(context: MeasureContext) -> dict[tuple[str, str], tuple[float, float]]:
     """(loss, KL) with one unit replaced at a time; each is measured once, whichever measure asks first."""
-    found: dict[tuple[str, str], tuple[float, float]] = {}
-    bench.progress.start("one unit at a time", len(bench.units) * len(bench.quantizing))
-    for unit in bench.units:
-        for candidate in bench.quantizing:
+    divergences: dict[tuple[str, str], tuple[float, float]] = {}
+    context.progress.start("one unit at a time", len(context.units) * len(context.quantizing))
+    for unit in context.units:
+        for candidate in context.quantizing:
             key = f"alone {unit.key} {candidate.name}"
-            known = bench.result_cache.get(key)
-            if known is None:
-                with bench.subject.replaced(bench.probes.replacements(unit, candidate)):
-                    known = bench.subject.compare(bench.rows, bench.reference)
-                bench.result_cache.put(key, known)
-            found[unit.key, candidate.name] = (known[0], known[1])
-            bench.progress.step()
-    return found
+            measurement = context.result_cache.get(key)
+            if measurement is None:
+                with context.reference_model.replaced(context.probes.replacements(unit, candidate)):
+                    measurement = context.reference_model.compare(context.rows, context.reference)
+                context.result_cache.put(key, measurement)
+            divergences[unit.key, candidate.name] = (measurement[0], measurement[1])
+            context.progress.step()
+    return divergences

@@ -1,4 +1,5 @@
-"""The measures of a profile by name, and its file: imports no torch, so that a command can be checked before that is loaded."""
+"""The names of measures and of a profile's file. This file imports no torch, so that a command is checked before torch is
+loaded."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ def check_measures(names: tuple[str, ...]) -> None:
 
 
 def curve_measure(measures: tuple[str, ...]) -> str:
-    """What a curve is of when nobody says: the measure that is nearest to a whole plan's KL divergence."""
-    found = next((m for m in (*PREFERRED, *measures) if m in measures), None)
-    if found is None:
+    """The default measure of a curve: the one that is nearest to a whole plan's KL divergence."""
+    measure = next((m for m in (*PREFERRED, *measures) if m in measures), None)
+    if measure is None:
         raise UsageError("--pareto: the profile has no measure: give --measures at least one")
-    return found
+    return measure

@@ -1,19 +1,19 @@
-"""Errors of outputs as their reader sees them: on the residual stream that is the norm that reads it next.
+"""Output errors as their reader sees them: on the residual stream, the reader is the norm that comes next.
 
 A linear that writes to the residual stream adds its error to something much larger than its own output, and the next norm
-multiplies every channel by its gain. Our choice: with g the gains of that norm, r what it reads in the original model, and x~
-the linear's input as the candidate quantizes it,
+multiplies every channel by its gain. Our choice: with g the gains of that norm, r what it reads in the original model, and
+x~ the linear's input as the candidate quantizes it,
 
   error = sum |(W~ x~ - W x) g|^2 / sum |r g|^2,     sums over sample tokens and channels.
 
-The division of each token by its own norm is left out. Which linears write, and which norm reads next, is what families declare
-(for rotations first): reads and writes of a block alternate there, in running order.
+The division of each token by its own norm is left out. Which linears write, and which norm reads next, is what families
+declare (for rotations first): reads and writes of a block alternate there, in running order.
 
-Of rows with pictures every token's terms have a weight in both sums: an answer's 1, a piece of a picture's r^2, other text's 0,
-with r the gradient at pictures over that at answers, of the block and part that the linear is in (``balance.ratios``, with
-their floor). MBQ (arXiv 2412.19509, eq. 8-13) bounds the loss change by sum g |e| over tokens, g the mean absolute gradient of
-the token's kind, e the error of its output; what bounds the square of that sum, by Cauchy and Schwarz up to a factor that all
-candidates share, is sum g^2 e^2. So squared errors take the square of the ratio, which is our choice.
+Of rows with images every token's terms have a weight in both sums: an answer's 1, a piece of an image's r^2, other text's
+0, with r the gradient at images over that at answers, of the block and part that the linear is in (``balance.ratios``, with
+their floor). MBQ (arXiv 2412.19509, eq. 8-13) bounds the loss change by sum g |e| over tokens, g the mean absolute gradient
+of the token's kind, e the error of its output; what bounds the square of that sum, by Cauchy and Schwarz up to a factor
+that all candidates share, is sum g^2 e^2. So squared errors take the square of the ratio, which is our choice.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SAMPLE_TOKENS = 512  # our choice
 
 
 def next_norms(structure: ModelStructure) -> dict[str, str]:
-    """{linear that writes to the residual stream: path in the model of the norm that reads it next}.
+    """The norm that reads the residual stream after each linear that writes to it, {linear: path in the model}.
 
     After the last block that is the final norm. Empty for families that declare no stream.
     """
@@ -46,7 +46,7 @@ def next_norms(structure: ModelStructure) -> dict[str, str]:
     if stream is None:
         return {}
     norms = [norm for norm, _ in stream.reads]
-    found: dict[str, str] = {}
+    norm_paths: dict[str, str] = {}
     for i, block in enumerate(structure.blocks):
         for j, write in enumerate(stream.writes):
             if j + 1 < len(norms):
@@ -55,8 +55,8 @@ def next_norms(structure: ModelStructure) -> dict[str, str]:
                 path = f"{structure.blocks[i + 1].path}.{norms[0]}"
             else:
                 path = family.final_norm
-            found[structure.stored_name(f"{block.path}.{write}")] = path
-    return found
+            norm_paths[structure.stored_name(f"{block.path}.{write}")] = path
+    return norm_paths
 
 
 def has_modules(unit: Unit) -> bool:
@@ -67,45 +67,45 @@ def has_modules(unit: Unit) -> bool:
 class OutputSample:
     """Inputs of linears and of norms in the original model, on tokens spread evenly over all rows.
 
-    units: those with modules; ratios: of rows with pictures, by block and part, as ``balance.ratios`` gives them. Holds
+    units: those with modules; ratios: of rows with images, by block and part, as ``balance.ratios`` gives them. Holds
     float32 [n, width] per unit and norm.
     """
 
     def __init__(
         self,
-        subject: ReferenceModel,
+        model: ReferenceModel,
         units: Sequence[Unit],
         rows: Rows,
         count: int = SAMPLE_TOKENS,
         ratios: Sequence[Mapping[str, float]] = (),
     ) -> None:
-        self._subject, self._ratios, self._tokens = subject, ratios, sample(rows, count)
-        self._norms = next_norms(subject.structure)
-        paths = [subject.path(u.linears[0].name) for u in units]  # all linears of such a unit read the same input
+        self._model, self._ratios, self._tokens = model, ratios, sample(rows, count)
+        self._norms = next_norms(model.structure)
+        paths = [model.path(u.linears[0].name) for u in units]  # all linears of such a unit read the same input
         norms = sorted({self._norms[x.name] for u in units for x in u.linears if x.name in self._norms})
-        self._seen = subject.sample_inputs(rows, [*paths, *norms], count)
+        self._inputs = model.sample_inputs(rows, [*paths, *norms], count)
 
-    def error(self, unit: Unit, found: Mapping[str, Replacement], alone: bool = False) -> float:
+    def error(self, unit: Unit, replacements: Mapping[str, Replacement], weights_only: bool = False) -> float:
         """Relative squared output error with the replacements in place, mean over the unit's linears.
 
-        Relative to the linear's own output (without its bias) where it does not write to the residual stream; with ``alone``
-        everywhere, and of the weights alone, activations left as they are.
+        Relative to the linear's own output (without its bias) where it does not write to the residual stream; with
+        ``weights_only`` everywhere, and of the weights alone, activations left as they are.
         """
         weight = self._weight(unit)
-        x = self._seen[self._subject.path(unit.linears[0].name)]
+        x = self._inputs[self._model.path(unit.linears[0].name)]
         errors = []
         for linear in unit.linears:
-            r, w = found[linear.name], self._subject.weight(linear.name)
-            r = replace(r, activations=None) if alone else r
+            r, w = replacements[linear.name], self._model.weight(linear.name)
+            r = replace(r, activations=None) if weights_only else r
             y = product(x, w)
-            moved = x if r.activations is None else quantize_activations(x, r.activations, r.static)
-            error = product(moved, r.weight) - y
-            norm = None if alone else self._norms.get(linear.name)
+            quantized = x if r.activations is None else quantize_activations(x, r.activations, r.static)
+            error = product(quantized, r.weight) - y
+            norm = None if weights_only else self._norms.get(linear.name)
             if norm is None:
                 errors.append(_energy(error, weight) / max(_energy(y, weight), 1e-30))
             else:
                 gain = self._gain(norm)
-                errors.append(_energy(error * gain, weight) / max(_energy(self._seen[norm] * gain, weight), 1e-30))
+                errors.append(_energy(error * gain, weight) / max(_energy(self._inputs[norm] * gain, weight), 1e-30))
         return sum(errors) / len(errors)
 
     def _weight(self, unit: Unit) -> Tensor | None:
@@ -119,8 +119,8 @@ class OutputSample:
 
     def _gain(self, norm: str) -> Tensor:
         """What the norm multiplies each channel by, float32 [hidden]."""
-        weight: Tensor = self._subject.model.get_submodule(norm).weight
-        return weight.detach().float() + self._subject.structure.family.norm_offset
+        weight: Tensor = self._model.model.get_submodule(norm).weight
+        return weight.detach().float() + self._model.structure.family.norm_offset
 
 
 def _energy(t: Tensor, weight: Tensor | None) -> float:

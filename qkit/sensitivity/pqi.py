@@ -1,4 +1,4 @@
-"""Post-quantization integral: how much of a loss change each quantized weight is answerable for.
+"""The post-quantization integral: each quantized weight's share of a loss change.
 
 Hu et al., "Identifying Sensitive Weights via Post-quantization Integral", arXiv 2503.01901. For weights w and their
 quantized values w~ the fundamental theorem of calculus gives, exactly,
@@ -29,38 +29,39 @@ RULES: dict[str, Callable[[int, int], float]] = {
 
 
 def mean_gradients(
-    subject: ReferenceModel,
+    model: ReferenceModel,
     targets: Mapping[str, Tensor],
     rows: Rows,
     points: int = 8,
     rule: str = "midpoint",
     step: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """gbar: {linear: float32 [out, in]}, the mean gradient of the loss on the path to ``targets``.
+    """The mean gradient of the loss on the path to ``targets``, gbar: {linear: float32 [out, in]}.
 
     targets: {linear: quantized weight, float32 [out, in]}; linears not named keep their weights
     rows:    that the loss is of, the same at every point
     step:    called after every point
     """
-    start = {name: subject.weight(name).clone() for name in targets}
+    start = {name: model.weight(name).clone() for name in targets}
     total = {name: torch.zeros_like(w) for name, w in start.items()}
     try:
         for i in range(points):
             t = RULES[rule](i, points)
             for name, target in targets.items():
-                subject.weight(name).copy_(torch.lerp(start[name], target, t))
-            _, gradients = subject.gradients(rows, list(targets))
+                model.weight(name).copy_(torch.lerp(start[name], target, t))
+            _, gradients = model.gradients(rows, list(targets))
             for name, gradient in gradients.items():
                 total[name].add_(gradient, alpha=1 / points)
             step()
     finally:
         for name, weight in start.items():
-            subject.weight(name).copy_(weight)
+            model.weight(name).copy_(weight)
     return total
 
 
-def share(weight: Tensor, target: Tensor, gradient: Tensor) -> Tensor:
-    """gbar_j (w~_j - w_j), of one linear: what each weight adds to the predicted loss change, signed, in nats a token.
+def weight_shares(weight: Tensor, target: Tensor, gradient: Tensor) -> Tensor:
+    """The contribution of each weight of a linear to the predicted loss change, gbar_j (w~_j - w_j), signed, in nats a
+    token.
 
     weight, target, gradient: float32 [out, in], w, w~ and gbar; the result has their shape.
     """

@@ -1,4 +1,4 @@
-"""What every candidate makes of every linear: the whole model quantized at that candidate, in a job folder of its own.
+"""The probes: the whole model quantized at one candidate, for every candidate, in a job folder of its own.
 
 A probe is an ordinary run without an export: it resumes where it was stopped, and the weights that a decision is judged by
 are those that the solver really gives, not a stand-in for them.
@@ -29,21 +29,21 @@ Activations = tuple[Format, Tensor | None]  # the format of a linear's input, an
 
 
 def replacement(plan: Plan, job: Job, block: int, name: str) -> Replacement:
-    """What a job puts in the place of a planned linear of a finished block."""
+    """The replacement of a planned linear of a finished block, from a job."""
     p = plan.linears[name]
     q, static = job.quantized(block, name, p.weights)
     return Replacement(dequantize(q), p.activations, static)
 
 
 def replacements(plan: Plan, structure: ModelStructure, job: Job) -> dict[str, Replacement]:
-    """{linear: what a finished job puts in its place}, in the order of the blocks."""
+    """The replacements of all linears of a finished job, {linear: replacement}, in the order of the blocks."""
     every = enumerate(parts(plan, structure))
     linears = [(i, x.name) for i, b in every for x in b.linears if x.name in plan.linears]
     return {name: replacement(plan, job, block, name) for block, name in linears}
 
 
 class Probes:
-    """Reads what the jobs of all candidates hold."""
+    """The results of the jobs of all candidates."""
 
     def __init__(self, jobs: dict[str, tuple[Plan, Job]]) -> None:
         self._jobs = jobs
@@ -57,8 +57,8 @@ class Probes:
 
     def activations(self, unit: Unit, candidate: Candidate) -> dict[str, Activations]:
         """{linear: format of its input and its static scale}, for a candidate that quantizes inputs."""
-        found = self.replacements(unit, candidate).items()
-        return {name: (r.activations, r.static) for name, r in found if r.activations is not None}
+        replaced = self.replacements(unit, candidate).items()
+        return {name: (r.activations, r.static) for name, r in replaced if r.activations is not None}
 
     def output_error(self, unit: Unit, candidate: Candidate) -> float:
         """Relative squared output error, mean over the unit's linears, as the solver measured it; 0 for a unit that is kept."""
@@ -72,12 +72,12 @@ class Probes:
 def probes(
     plans: dict[str, Plan], structure: ModelStructure, folder: Path, pool: Workers, progress: Progress
 ) -> Iterator[Probes]:
-    """Run what is missing of every candidate's probe and open them all. plans: by candidate name."""
+    """The open probes of every candidate; runs what is missing of them. plans: by candidate name."""
     with ExitStack() as stack:
         jobs: dict[str, tuple[Plan, Job]] = {}
-        hashed = {"sha256": structure.checkpoint.sha256()}
+        source_hash = {"sha256": structure.checkpoint.sha256()}
         for name, plan in plans.items():
-            job = stack.enter_context(Job.open(folder / name.lower(), job_identity(plan, hashed)))
+            job = stack.enter_context(Job.open(folder / name.lower(), job_identity(plan, source_hash)))
             run_blocks(plan, structure, job, pool, _Named(progress, name))
             jobs[name] = (plan, job)
         yield Probes(jobs)

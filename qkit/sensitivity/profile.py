@@ -1,4 +1,5 @@
-"""A profile: what every unit costs in every candidate, in nats and in bytes. Made once, read by every later command."""
+"""The profile of a model: the cost of every unit in every candidate, in nats and in bytes. It is made once and read by
+later commands."""
 
 from __future__ import annotations
 
@@ -16,17 +17,17 @@ from qkit.errors import BadInput
 from qkit.families.structure import ModelStructure
 from qkit.files.folder import load_json
 from qkit.files.safefile import write_atomic
-from qkit.files.schema import ProfileFile, checked
+from qkit.files.schema import ProfileFile, validate
 from qkit.planning.plan import Plan
 from qkit.runtime import loading
 from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.decomposition import decomposition_file, load_decomposition
-from qkit.sensitivity.measures import MeasureContext, measured
+from qkit.sensitivity.measures import MeasureContext, run_measure
 from qkit.sensitivity.names import PROFILE, check_measures
 from qkit.sensitivity.probes import Probes, probes
 from qkit.sensitivity.reference_model import ReferenceModel
 from qkit.sensitivity.result_cache import ResultCache
-from qkit.sensitivity.units import Unit, parts_named, unit_bytes, units_of
+from qkit.sensitivity.units import Unit, recorded_parts, unit_bytes, units_of
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
 
@@ -39,7 +40,7 @@ LIMIT = 1 << 28
 
 @dataclass(frozen=True)
 class CandidateCost:
-    """bytes of the unit as stored; costs by measure, in the measure's unit (0 for a unit that is kept)."""
+    """The cost of one candidate for a unit. bytes: as stored; costs: by measure, in its unit (0 for a unit that is kept)."""
 
     bytes: int
     costs: dict[str, float]
@@ -47,7 +48,8 @@ class CandidateCost:
 
 @dataclass(frozen=True)
 class UnitProfile:
-    """linears: checkpoint names; weights: how many; choices: by candidate name, only those that can be applied."""
+    """One unit of a profile. linears: checkpoint names; weights: how many; choices: by candidate name, only those that can
+    be applied."""
 
     key: str
     linears: tuple[str, ...]
@@ -57,7 +59,7 @@ class UnitProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What was measured, of which model, and how.
+    """The measured costs of a model's units, with the model and the request that they are of.
 
     fingerprint: of the checkpoint; fixed_bytes: of all tensors that no unit holds
     whole:       by candidate, the measured loss change and KL divergence with all units at it
@@ -74,13 +76,13 @@ class Profile:
     whole: dict[str, dict[str, float]]
 
     def save(self, folder: Path) -> None:
-        """Write profile.json."""
+        """Writes profile.json."""
         data = {"version": VERSION, **asdict(self)}
         write_atomic(folder / FILE, (json.dumps(data, indent=1, sort_keys=True) + "\n").encode())
 
     @staticmethod
     def load(folder: Path) -> Profile:
-        """Raises BadInput for a folder without a profile of this version."""
+        """The profile in a folder. Raises BadInput for a folder without a profile of this version."""
         file = folder / FILE
         if not file.is_file():
             raise BadInput(
@@ -89,7 +91,7 @@ class Profile:
         data = load_json(file, "profile", LIMIT)
         if not isinstance(data, dict) or data.pop("version", None) != VERSION:
             raise BadInput(f"{file}: not a profile of this version of qkit: make it again")
-        checked(ProfileFile, data, f"{file}: damaged", "make it again", BadInput)
+        validate(ProfileFile, data, f"{file}: damaged", "make it again", BadInput)
         units = tuple(
             UnitProfile(
                 u["key"],
@@ -103,17 +105,17 @@ class Profile:
             for u in data.pop("units")
         )
         data = {**data, "candidates": tuple(data["candidates"]), "measures": tuple(data["measures"])}
-        made = Profile(units=units, **data)
-        if fault := made._fault():
+        profile = Profile(units=units, **data)
+        if fault := profile._fault():
             raise BadInput(f"{file}: damaged: {fault}: make it again")
-        return made
+        return profile
 
     def _fault(self) -> str | None:
         """What names something that is not there."""
-        known = set(self.candidates)
+        candidates = set(self.candidates)
         sizes = self.request["group_sizes"].keys(), self.request["outliers"].keys()
         for unit in self.units:
-            if unknown := unit.choices.keys() - known:
+            if unknown := unit.choices.keys() - candidates:
                 return f"{unit.key} has a choice {min(unknown)} that is no candidate"
             lacking = next((n for n, c in unit.choices.items() if not c.costs.keys() >= set(self.measures)), None)
             if lacking is not None:
@@ -125,15 +127,15 @@ class Profile:
 
     @staticmethod
     def decomposition(folder: Path, candidate: str) -> dict[str, Tensor]:
-        """What rows, columns and single weights add to ``pqi`` costs, where that measure was taken of this candidate.
+        """The contributions of rows, columns and single weights to ``pqi`` costs of a candidate.
 
         {"<candidate>:<linear>:<part>": tensor}; parts and dtypes are those of ``decomposition.py``. Raises BadInput where
         there is none, or one of another profile.
         """
-        made, found = Profile.load(folder), load_decomposition(folder, candidate)
-        for unit in made.units:
+        profile, tensors = Profile.load(folder), load_decomposition(folder, candidate)
+        for unit in profile.units:
             cost = unit.choices[candidate].costs.get("pqi") if candidate in unit.choices else None
-            rows = [found.get(f"{candidate}:{n}:rows", torch.full((1,), torch.nan)) for n in unit.linears]
+            rows = [tensors.get(f"{candidate}:{n}:rows", torch.full((1,), torch.nan)) for n in unit.linears]
             total = sum(float(r.sum(dtype=torch.float64)) for r in rows)
             size = sum(float(r.abs().sum(dtype=torch.float64)) for r in rows)
             if cost is None or not abs(total - cost) <= 1e-4 * size:
@@ -141,11 +143,11 @@ class Profile:
                     f"{decomposition_file(folder, candidate)}: not the decomposition of {FILE} beside it ({unit.key}): delete "
                     "it and run 'qkit profile' of this folder again with --measures pqi"
                 )
-        return found
+        return tensors
 
 
 def identity(structure: ModelStructure, request: dict[str, Any], rows: Calibration) -> dict[str, Any]:
-    """What every measurement depends on, but for the candidate that it is of: by option. rows: that losses are measured on."""
+    """The settings that every measurement depends on, by option, but for the candidate. rows: that losses are measured on."""
     options = {
         f"--{name.replace('_', '-')}": request[name] for name in ("method", "samples", "seqlen", "points", "rows")
     }
@@ -161,9 +163,9 @@ def identity(structure: ModelStructure, request: dict[str, Any], rows: Calibrati
 def profile_of_shapes(
     structure: ModelStructure, candidates: tuple[Candidate, ...], measures: tuple[str, ...], request: dict[str, Any]
 ) -> Profile:
-    """What is known of a profile before anything is measured: its units and the bytes of their choices. Every cost is 0."""
+    """The profile as shapes alone tell it: units and the bytes of their choices. Every cost is 0."""
     profiles = []
-    for unit in units_of(structure, parts_named(request)):
+    for unit in units_of(structure, recorded_parts(request)):
         sizes = {c.name: size for c in candidates if (size := unit_bytes(unit, c, structure)) is not None}
         choices = {name: CandidateCost(size, dict.fromkeys(measures, 0.0)) for name, size in sizes.items()}
         profiles.append(UnitProfile(unit.key, tuple(x.name for x in unit.linears), unit.weights, choices))
@@ -205,28 +207,30 @@ def make_profile(
     pool: Workers,
     progress: Progress,
 ) -> Profile:
-    """Probe every candidate, take every measure, write and return the profile.
+    """The profile: probes every candidate, runs every measure, writes the file.
 
     plans: of the probes, by candidate name; rows: what losses are measured on.
     """
     check_measures(measures)
-    units = units_of(structure, parts_named(request))
+    units = units_of(structure, recorded_parts(request))
     result_cache = ResultCache(folder / MEASURED, identity(structure, request, rows))
-    with probes(plans, structure, folder / "probes", pool, progress) as found:
-        bench = make_bench(structure, found, units, candidates, rows, points, result_cache, folder, pool, progress)
-        costs = {name: measured(bench, name) for name in measures}
-        whole = {c.name: _whole(bench, c) for c in bench.quantizing}
+    with probes(plans, structure, folder / "probes", pool, progress) as opened_probes:
+        context = make_context(
+            structure, opened_probes, units, candidates, rows, points, result_cache, folder, pool, progress
+        )
+        costs = {name: run_measure(context, name) for name in measures}
+        uniform = {c.name: _whole(context, c) for c in context.quantizing}
     blank = profile_of_shapes(structure, candidates, measures, request)
     profile = replace(
-        blank, base_loss=bench.base_loss, units=tuple(_with_costs(u, costs) for u in blank.units), whole=whole
+        blank, base_loss=context.base_loss, units=tuple(_with_costs(u, costs) for u in blank.units), whole=uniform
     )
     profile.save(folder)
     return profile
 
 
-def make_bench(
+def make_context(
     structure: ModelStructure,
-    found: Probes,
+    opened_probes: Probes,
     units: tuple[Unit, ...],
     candidates: tuple[Candidate, ...],
     rows: Calibration,
@@ -236,14 +240,15 @@ def make_bench(
     pool: Workers,
     progress: Progress,
 ) -> MeasureContext:
-    """The original in memory, and its loss and log probabilities on ``rows``. folder: of the profile."""
+    """The context of measures: the original in memory, its loss and its log probabilities on ``rows``. folder: of the
+    profile."""
     model = loading.load(structure.checkpoint.path, dtype=torch.float32)
-    subject = ReferenceModel(model, structure, pool)
-    reference = subject.log_probs(rows, folder)
-    loss, _ = subject.compare(rows, reference)
+    reference_model = ReferenceModel(model, structure, pool)
+    reference = reference_model.log_probs(rows, folder)
+    loss, _ = reference_model.compare(rows, reference)
     return MeasureContext(
-        subject=subject,
-        probes=found,
+        reference_model=reference_model,
+        probes=opened_probes,
         units=units,
         candidates=candidates,
         rows=rows,
@@ -256,12 +261,12 @@ def make_bench(
     )
 
 
-def _whole(bench: MeasureContext, candidate: Candidate) -> dict[str, float]:
+def _whole(context: MeasureContext, candidate: Candidate) -> dict[str, float]:
     key = f"whole {candidate.name}"
-    known = bench.result_cache.get(key)
-    if known is None:
-        with bench.subject.replaced(bench.whole(candidate)):
-            loss, kl = bench.subject.compare(bench.rows, bench.reference)
-        known = {"loss": loss - bench.base_loss, "kl": kl}
-        bench.result_cache.put(key, known)
-    return dict(known)
+    measurement = context.result_cache.get(key)
+    if measurement is None:
+        with context.reference_model.replaced(context.replace_all(candidate)):
+            loss, kl = context.reference_model.compare(context.rows, context.reference)
+        measurement = {"loss": loss - context.base_loss, "kl": kl}
+        context.result_cache.put(key, measurement)
+    return dict(measurement)

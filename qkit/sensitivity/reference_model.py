@@ -1,4 +1,4 @@
-"""A full-precision model in memory whose units can be replaced, for a while, by what a candidate makes of them."""
+"""A full-precision model in memory whose linears can be replaced, for a while, by quantized ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPILL_BYTES = 1 << 30  # log probabilities that are kept in memory; our choice
 
 @dataclass(frozen=True)
 class Replacement:
-    """weight: float32 [out, in]; activations: the format of the linear's input and its static scale, or None."""
+    """A linear's stand-in. weight: float32 [out, in]; activations: the format of its input and its static scale, or None."""
 
     weight: Tensor
     activations: Format | None = None
@@ -34,20 +34,20 @@ class Replacement:
 
 
 class ReferenceModel:
-    """model: in float32, eval mode. Every linear is found by its checkpoint name."""
+    """A full-precision model with replaceable linears, found by checkpoint name. model: in float32, eval mode."""
 
     def __init__(self, model: Any, structure: ModelStructure, pool: Workers) -> None:
         self.model, self.structure, self.pool = model, structure, pool
         self.where = {x.name: (b.path, x) for b in structure.every_block for x in b.linears}
 
     def weight(self, name: str) -> Tensor:
-        """The weight in place now, [out, in]; a view."""
+        """The current weight of a linear, [out, in]; a view."""
         block, linear = self.where[name]
         return linear.view(self.model.get_submodule(block))
 
     @contextmanager
     def replaced(self, replacements: Mapping[str, Replacement]) -> Iterator[None]:
-        """With these linears (by name) replaced; the originals are put back."""
+        """The context in which these linears (by name) are replaced; the originals are put back after it."""
         originals = {name: self.weight(name).clone() for name in replacements}
         handles = []
         try:
@@ -65,7 +65,7 @@ class ReferenceModel:
     # ---- passes ----------------------------------------------------------------------------------------------
 
     def log_probs(self, rows: Rows, spill: Path | None = None) -> Chunks:
-        """log p of every scored token, float32 [rows, scored, vocabulary], batch by batch.
+        """The log probabilities of every scored token, float32 [rows, scored, vocabulary], batch by batch.
 
         spill: where more than SPILL_BYTES of them go, into a file that goes with the result; None: they stay in memory.
         """
@@ -84,22 +84,22 @@ class ReferenceModel:
         return float(torch.cat(nll).double().mean())
 
     def compare(self, rows: Rows, reference: Chunks) -> tuple[float, float]:
-        """(loss, mean KL divergence from ``reference``, which ``log_probs`` gave), in nats a scored token."""
+        """The loss and the mean KL divergence from ``reference``, which ``log_probs`` gave; both in nats a scored token."""
         pieces = batches(rows)
         assert len(pieces) == len(reference)
 
-        def one(item: tuple[int, Batch]) -> tuple[Tensor, Tensor]:
+        def score(item: tuple[int, Batch]) -> tuple[Tensor, Tensor]:
             index, batch = item
             q = self._log_probs(batch)
             p = reference[index]  # read here: a map takes all its items at once
             return _nll(q, batch), (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
 
-        found = self.pool.map(one, enumerate(pieces))
-        nll, kl = (torch.cat([t[i].flatten() for t in found]).double() for i in (0, 1))
+        scores = self.pool.map(score, enumerate(pieces))
+        nll, kl = (torch.cat([t[i].flatten() for t in scores]).double() for i in (0, 1))
         return float(nll.mean()), float(kl.mean())
 
     def gradients(self, rows: Rows, names: list[str], squares: bool = False) -> tuple[float, dict[str, Tensor]]:
-        """(loss, {linear: gradient of the mean loss [out, in]}) over all rows.
+        """The loss and {linear: gradient of the mean loss [out, in]} over all rows.
 
         squares: instead of the gradient the mean over rows of the squared gradient of a row's mean loss (the diagonal of
         the empirical Fisher matrix).
@@ -111,16 +111,16 @@ class ReferenceModel:
         total = {key: torch.zeros_like(leaf) for key, leaf in leaves.items()}
         losses: list[tuple[float, int]] = []
 
-        def one(given: Batch) -> tuple[float, int, tuple[Tensor, ...]]:
+        def batch_gradients(shared_batch: Batch) -> tuple[float, int, tuple[Tensor, ...]]:
             with torch.inference_mode(False), torch.enable_grad():
-                batch = given.cloned()
+                batch = shared_batch.cloned()
                 nll = _nll(self._log_probs(batch), batch)
                 return float(nll.detach().mean()), nll.numel(), _grad(nll.mean(), list(leaves.values()))
 
         for leaf in leaves.values():
             leaf.requires_grad_(True)
         try:
-            for loss, count, grads in self.pool.stream(one, pieces):
+            for loss, count, grads in self.pool.stream(batch_gradients, pieces):
                 losses.append((loss, count))
                 weight = 1 / len(pieces) if squares else count / scored
                 for sum_, grad in zip(total.values(), grads, strict=True):
@@ -134,7 +134,8 @@ class ReferenceModel:
     def with_inputs(
         self, rows: Rows, names: Sequence[str], use: Callable[[dict[str, tuple[Tensor, Tensor]]], R]
     ) -> Iterator[R]:
-        """What ``use`` makes of {linear: (x, g)}, batch by batch, in the order of the rows; nothing else of a batch is kept.
+        """The results of ``use`` on {linear: (x, g)}, batch by batch, in the order of the rows; nothing else of a batch is
+        kept.
 
         names: linears that are modules (not those of fused experts)
         x: float32 [rows, length, in] of the batch, what the linear reads
@@ -150,32 +151,32 @@ class ReferenceModel:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
                 x = args[0]
                 branch = x.view_as(x) if x.requires_grad else x.detach().requires_grad_(True)
-                local.seen[name] = branch
+                local.inputs[name] = branch
                 return (branch, *args[1:])
 
             return hook
 
-        def one(given: Batch) -> R:
-            local.seen = {}
+        def run_batch(shared_batch: Batch) -> R:
+            local.inputs = {}
             try:
                 with torch.inference_mode(False), torch.enable_grad():
-                    batch = given.cloned()
+                    batch = shared_batch.cloned()
                     loss = _nll(self._log_probs(batch), batch).sum() / scored
-                    gradients = _grad(loss, list(local.seen.values()))
-                return use({n: (x.detach(), g) for (n, x), g in zip(local.seen.items(), gradients, strict=True)})
+                    gradients = _grad(loss, list(local.inputs.values()))
+                return use({n: (x.detach(), g) for (n, x), g in zip(local.inputs.items(), gradients, strict=True)})
             finally:
-                local.seen = {}
+                local.inputs = {}
 
         handles = [self._module(n).register_forward_pre_hook(noting(n)) for n in names]
         try:
-            yield from self.pool.stream(one, pieces)
+            yield from self.pool.stream(run_batch, pieces)
         finally:
             for handle in handles:
                 handle.remove()
 
     def output_gradients(self, rows: Rows, paths: Sequence[str], seed: int) -> Iterator[dict[str, Tensor]]:
-        """Batch by batch {path: float32 [tokens, width]}, the gradient of the loss of all scored tokens together at what these
-        modules give, labels being drawn from the model itself.
+        """The gradient of the summed loss of all scored tokens at the outputs of these modules, {path: float32 [tokens,
+        width]}, batch by batch; labels are drawn from the model itself.
 
         seed: of the labels, which do not depend on the number of workers.
         """
@@ -185,33 +186,33 @@ class ReferenceModel:
             def hook(_: nn.Module, args: Any, output: Any) -> Any:
                 first = output[0] if isinstance(output, tuple) else output
                 branch = first if first.requires_grad else first.detach().requires_grad_(True)
-                local.seen[path] = branch
+                local.inputs[path] = branch
                 return (branch, *output[1:]) if isinstance(output, tuple) else branch
 
             return hook
 
-        def one(item: tuple[int, Batch]) -> dict[str, Tensor]:
-            number, given = item
-            local.seen = {}
+        def batch_gradients(item: tuple[int, Batch]) -> dict[str, Tensor]:
+            number, shared_batch = item
+            local.inputs = {}
             try:
                 with torch.inference_mode(False), torch.enable_grad():
-                    log_probs = self._log_probs(given.cloned()).flatten(0, -2)
+                    log_probs = self._log_probs(shared_batch.cloned()).flatten(0, -2)
                     drawn = torch.Generator().manual_seed(seed + number)
                     labels = torch.multinomial(log_probs.detach().exp(), 1, generator=drawn)
-                    gradients = _grad(-log_probs.gather(-1, labels).sum(), list(local.seen.values()))
-                return {path: g.flatten(0, -2) for path, g in zip(local.seen, gradients, strict=True)}
+                    gradients = _grad(-log_probs.gather(-1, labels).sum(), list(local.inputs.values()))
+                return {path: g.flatten(0, -2) for path, g in zip(local.inputs, gradients, strict=True)}
             finally:
-                local.seen = {}
+                local.inputs = {}
 
         handles = [self.model.get_submodule(p).register_forward_hook(noting(p)) for p in paths]
         try:
-            yield from self.pool.stream(one, enumerate(batches(rows)))
+            yield from self.pool.stream(batch_gradients, enumerate(batches(rows)))
         finally:
             for handle in handles:
                 handle.remove()
 
     def sample_inputs(self, rows: Rows, modules: Sequence[str], count: int) -> dict[str, Tensor]:
-        """What these modules (by their path in the model) read: {path: float32 [n, width]}.
+        """The inputs of these modules (by their path in the model), {path: float32 [n, width]}.
 
         Of the n tokens that ``batches.sample`` takes; the same tokens for every module, in the order of the rows.
         """
@@ -221,25 +222,25 @@ class ReferenceModel:
 
         def noting(path: str) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                local.seen[path] = args[0].flatten(0, -2)[local.places].float()
+                local.inputs[path] = args[0].flatten(0, -2)[local.places].float()
 
             return hook
 
-        def one(item: tuple[Batch, int]) -> dict[str, Tensor]:
+        def sample_batch(item: tuple[Batch, int]) -> dict[str, Tensor]:
             batch, start = item
             inside = (places >= start) & (places < start + batch.ids.numel())
-            local.seen, local.places = {}, places[inside] - start
+            local.inputs, local.places = {}, places[inside] - start
             self.model.base_model(**batch.inputs, use_cache=False)
-            found: dict[str, Tensor] = local.seen
-            return found
+            samples: dict[str, Tensor] = local.inputs
+            return samples
 
         handles = [self.model.get_submodule(p).register_forward_pre_hook(noting(p)) for p in modules]
         try:
-            found = self.pool.map(one, list(zip(pieces, starts, strict=False)))
+            samples = self.pool.map(sample_batch, list(zip(pieces, starts, strict=False)))
         finally:
             for handle in handles:
                 handle.remove()
-        return {path: torch.cat([seen[path] for seen in found]) for path in modules}
+        return {path: torch.cat([inputs[path] for inputs in samples]) for path in modules}
 
     def path(self, name: str) -> str:
         """The path in the model of the module of a linear that is one (not a fused expert's)."""
@@ -257,7 +258,7 @@ class ReferenceModel:
 
 
 def log_prob_bytes(scored: int, vocabulary: int) -> int:
-    """Bytes of what ``log_probs`` gives for so many scored tokens."""
+    """The bytes of the result of ``log_probs`` for ``scored`` tokens."""
     return scored * vocabulary * 4
 
 

@@ -1,4 +1,4 @@
-"""Measurements that took time, kept as they are made: a stopped command goes on where it was."""
+"""A cache of slow measurements, written as they are made, so that a stopped command continues where it was."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qkit.files.safefile import parse_json
 
 
 class ResultCache:
-    """{key: JSON value} in a file of lines, appended and synced one by one; a torn last line is dropped.
+    """Measured values by key, in a file of JSON lines that are appended and synced one by one; a torn last line is dropped.
 
     identity: what all values depend on, by the name that a user knows it by. Raises JobConflict for a file of another
     identity, BadInput for one that is damaged; neither is touched.
@@ -23,17 +23,17 @@ class ResultCache:
         self._path = path
         check_file(path)
         raw = path.read_bytes() if path.is_file() else b""
-        whole = raw.rpartition(b"\n")[0]
-        if not whole and not _line({"identity": identity}).startswith(raw):
+        complete = raw.rpartition(b"\n")[0]
+        if not complete and not _line({"identity": identity}).startswith(raw):
             raise BadInput(f"{path}: not a file of measurements of qkit: choose another folder, or move the file away")
-        found, self._known = _read(whole, path) if whole else (identity, {})
-        differing = next((k for k in dict.fromkeys((*identity, *found)) if found.get(k) != identity.get(k)), None)
+        recorded, self._known = _read(complete, path) if complete else (identity, {})
+        differing = next((k for k in dict.fromkeys((*identity, *recorded)) if recorded.get(k) != identity.get(k)), None)
         if differing is not None:
             raise JobConflict(
-                f"{path.parent}: what is there was measured with another {differing}: {found.get(differing)} there, "
+                f"{path.parent}: what is there was measured with another {differing}: {recorded.get(differing)} there, "
                 f"{identity.get(differing)} now: choose another folder, or delete this one"
             )
-        content = whole + b"\n" if whole else _line({"identity": identity})
+        content = complete + b"\n" if complete else _line({"identity": identity})
         if content != raw:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,11 +42,11 @@ class ResultCache:
                 raise write_failure(path, e) from e
 
     def get(self, key: str) -> Any:
-        """The value, or None."""
+        """The value of a key, or None."""
         return self._known.get(key)
 
     def put(self, key: str, value: Any) -> None:
-        """Durable when this returns."""
+        """Adds a value; it is durable when this returns."""
         try:
             with self._path.open("ab") as f:
                 f.write(_line({"key": key, "value": value}))
@@ -57,11 +57,11 @@ class ResultCache:
         self._known[key] = value
 
 
-def _read(whole: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(complete: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(identity, values)."""
     try:
-        first, *rest = (parse_json(line, str(path)) for line in whole.split(b"\n"))
-        return dict(first["identity"]), {line["key"]: line["value"] for line in rest}
+        first, *entries = (parse_json(line, str(path)) for line in complete.split(b"\n"))
+        return dict(first["identity"]), {line["key"]: line["value"] for line in entries}
     except (BadCheckpoint, KeyError, TypeError, ValueError) as e:
         raise BadInput(f"{path}: damaged: {e}: delete this file, and run the command again") from e
 

@@ -1,4 +1,4 @@
-"""What is decided about: units (linears that must agree on a format) and candidates (what they may become)."""
+"""The units of a decision: linears that must agree on a format."""
 
 from __future__ import annotations
 
@@ -31,26 +31,27 @@ class Unit:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
+        """The linears of all groups, in order."""
         return tuple(linear for g in self.groups for linear in g.linears)
 
     @property
     def weights(self) -> int:
-        """How many weights."""
+        """The number of weights."""
         return sum(x.shape[0] * x.shape[1] for x in self.linears)
 
 
-def parts_of(structure: ModelStructure, pictures: bool) -> tuple[str, ...]:
-    """The parts of the model that a profile is of: the language model, and with rows of pictures what is before it, but for a
+def parts_of(structure: ModelStructure, images: bool) -> tuple[str, ...]:
+    """The parts of the model that a profile covers: the language model and, with images, the towers before it, but for a
     SigLIP tower, which transformers cannot load packed."""
     config = structure.checkpoint.config
-    names = {s.name: [x.name for b in s.blocks for x in b.linears] for s in structure.towers if pictures}
+    names = {s.name: [x.name for b in s.blocks for x in b.linears] for s in structure.towers if images}
     return (*(part for part, linears in names.items() if not holds_siglip(config, linears)), LANGUAGE)
 
 
-def parts_named(request: Mapping[str, Any]) -> Sequence[str]:
-    """The same of a profile that was made, by what it says of itself."""
-    found: Sequence[str] = request.get("parts", (LANGUAGE,))
-    return found
+def recorded_parts(request: Mapping[str, Any]) -> Sequence[str]:
+    """The parts that an existing profile covers, from its request."""
+    parts: Sequence[str] = request.get("parts", (LANGUAGE,))
+    return parts
 
 
 def units_of(structure: ModelStructure, parts: Sequence[str] = (LANGUAGE,)) -> tuple[Unit, ...]:
@@ -73,8 +74,8 @@ def unit_bytes(unit: Unit, candidate: Candidate, structure: ModelStructure) -> i
         return None
     total = 0
     for linear in unit.linears:
-        kept = outlier_count(candidate.outliers, linear.shape)
+        sparse_count = outlier_count(candidate.outliers, linear.shape)
         total += linear_bytes(
-            weights, candidate.scheme.activations, linear.shape, structure.dtype, kept, candidate.rank
+            weights, candidate.scheme.activations, linear.shape, structure.dtype, sparse_count, candidate.rank
         )
     return total

@@ -23,7 +23,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from qkit.errors import BadCheckpoint
-from qkit.verification.record import RecordedLinear, Spec, parse_json
+from qkit.verification.record import RecordedLinear, Spec
+from qkit.verification.strict_json import parse_json
 
 Array = npt.NDArray[Any]
 CHUNK = 1 << 22  # elements decoded at a time
@@ -64,7 +65,7 @@ E8M0 = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.nan).astype(n
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a safetensors file: ``start`` and ``size`` are in bytes from the start of the file."""
 
     path: Path
@@ -77,12 +78,12 @@ class Stored:
         """The bytes, a few MB at a time. Raises BadCheckpoint when the file ends early."""
         with self.path.open("rb") as file:
             file.seek(self.start)
-            left = self.size
-            while left:
-                block = file.read(min(left, _BLOCK))
+            remaining = self.size
+            while remaining:
+                block = file.read(min(remaining, _BLOCK))
                 if not block:
-                    raise BadCheckpoint(f"{self.path.name}: ends {left} bytes early; export the checkpoint again")
-                left -= len(block)
+                    raise BadCheckpoint(f"{self.path.name}: ends {remaining} bytes early; export the checkpoint again")
+                remaining -= len(block)
                 yield block
 
     def array(self) -> Array:
@@ -97,13 +98,14 @@ class Stored:
         return E4M3[raw] if self.dtype == "F8_E4M3" else raw.astype(np.float32)
 
     def sha256(self) -> str:
+        """The sha256 of the bytes, in hex."""
         digest = hashlib.sha256()
         for block in self.chunks():
             digest.update(block)
         return digest.hexdigest()
 
     def nonfinite(self) -> int:
-        """How many values are NaN or infinite (0 for integers)."""
+        """The number of values that are NaN or infinite (0 for integers)."""
         if self.dtype not in _EXPONENT:
             return 0
         view, mask = _EXPONENT[self.dtype]
@@ -111,7 +113,7 @@ class Stored:
         return sum(int(np.count_nonzero((a & a.dtype.type(mask)) == mask)) for a in arrays)
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file.
 
     The library checks offsets, sizes and dtypes against the file; this adds its two blind spots, duplicate names and
@@ -135,7 +137,9 @@ def read_header(path: Path) -> dict[str, Stored]:
     if unread is not None:
         raise BadCheckpoint(f"{path.name}: {unread} has the dtype {header[unread]['dtype']}, which qkit never writes")
     return {
-        name: Stored(path, e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0], _span(e["data_offsets"]))
+        name: StoredTensor(
+            path, e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0], _span(e["data_offsets"])
+        )
         for name, e in header.items()
     }
 
@@ -146,7 +150,7 @@ def _span(offsets: list[int]) -> int:
 
 def file_sha256(path: Path) -> str:
     """sha256 of a whole file."""
-    return Stored(path, "U8", (), 0, path.stat().st_size).sha256()
+    return StoredTensor(path, "U8", (), 0, path.stat().st_size).sha256()
 
 
 # --- layout -------------------------------------------------------------------------------------------------------
@@ -250,73 +254,73 @@ def _spread(operation: Callable[..., Any], values: Array, grid: Array, width: in
 
 
 @dataclass
-class Decoded:
-    """What decoding one linear showed. ``faults``: (tensor suffix, what); ``scalars``: values of one-element scales."""
+class DecodedLinear:
+    """The result of decoding one linear. ``faults``: (tensor suffix, message); ``scalars``: values of one-element scales."""
 
     sha256: str = ""
     faults: list[tuple[str, str]] = field(default_factory=list)
     scalars: dict[str, float] = field(default_factory=dict)
 
 
-def _check_scales(name: str, values: Array, into: Decoded, signed: bool = False) -> None:
+def _check_scales(name: str, values: Array, result: DecodedLinear, signed: bool = False) -> None:
     bad = int(values.size - np.count_nonzero(np.isfinite(values)))
     low = int(np.count_nonzero(values == 0 if signed else values <= 0))
     if bad:
-        into.faults.append((name, f"{bad} of {values.size} values are NaN or infinite"))
+        result.faults.append((name, f"{bad} of {values.size} values are NaN or infinite"))
     if low:
-        what = "zero, expected scales below or above 0" if signed else "zero or negative, expected scales above 0"
-        into.faults.append((name, f"{low} of {values.size} values are {what}"))
+        fault = "zero, expected scales below or above 0" if signed else "zero or negative, expected scales above 0"
+        result.faults.append((name, f"{low} of {values.size} values are {fault}"))
 
 
-def _scales(linear: RecordedLinear, tensors: Mapping[str, Stored], into: Decoded) -> Array:
+def _scales(linear: RecordedLinear, tensors: Mapping[str, StoredTensor], result: DecodedLinear) -> Array:
     """float32 [rows or 1, k]: what each code is multiplied by. Checks every scale of the linear on the way."""
     stored = tensors["weight_scale"]
     scale: Array = E8M0[stored.array()] if linear.format.scale == "e8m0" else stored.float32()
     integers = linear.format.kind == "int" and linear.format.symmetric  # a negative scale turns their range round
-    _check_scales("weight_scale", scale, into, signed=integers)
+    _check_scales("weight_scale", scale, result, signed=integers)
     for name in ("weight_global_scale", "input_global_scale", "input_scale"):
         if name in tensors:
             value = tensors[name].float32()
-            into.scalars[name] = float(value[0])
-            _check_scales(name, value, into)
+            result.scalars[name] = float(value[0])
+            _check_scales(name, value, result)
     if linear.format.strategy == "tensor":
-        into.scalars["weight_scale"] = float(scale[0])
+        result.scalars["weight_scale"] = float(scale[0])
     if "weight_global_scale" in tensors:
         with np.errstate(all="ignore"):
             scale = scale / tensors["weight_global_scale"].float32()
     return scale.reshape(1, 1) if scale.ndim == 1 else scale
 
 
-def _zeros(linear: RecordedLinear, tensors: Mapping[str, Stored], into: Decoded) -> Array:
+def _zeros(linear: RecordedLinear, tensors: Mapping[str, StoredTensor], result: DecodedLinear) -> Array:
     """float32 zero points in the shape of the scales."""
     spec, stored = linear.format, tensors["weight_zero_point"]
     raw, half = stored.array(), 1 << (spec.bits - 1)
     if stored.dtype == "I32":
         words = np.ascontiguousarray(raw.T)
         if padding_used(words, spec.bits, linear.shape[0]):
-            into.faults.append(("weight_zero_point", "bits after the last zero point are set, expected 0"))
+            result.faults.append(("weight_zero_point", "bits after the last zero point are set, expected 0"))
         return unpack_words(words, spec.bits, linear.shape[0]).T.astype(np.float32) - np.float32(half)
     if raw.size and (raw.min() < -half or raw.max() >= half):
-        into.faults.append(("weight_zero_point", f"outside [{-half}, {half - 1}]"))
+        result.faults.append(("weight_zero_point", f"outside [{-half}, {half - 1}]"))
     return raw.astype(np.float32).reshape(1, 1) if raw.ndim == 1 else raw.astype(np.float32)
 
 
-def _values(spec: Spec, packed: Array, columns: int, into: set[tuple[str, str]]) -> Array:
+def _values(spec: Spec, packed: Array, columns: int, faults: set[tuple[str, str]]) -> Array:
     """float32 [rows, columns]: the numbers that the codes of some rows stand for, before zero point and scale."""
     half = 1 << (spec.bits - 1)
     if spec.kind == "fp4":
-        both = np.stack((packed & 15, packed >> 4), axis=-1)  # the even column is the low nibble
-        return E2M1[both.reshape(packed.shape[0], columns)]
+        nibbles = np.stack((packed & 15, packed >> 4), axis=-1)  # the even column is the low nibble
+        return E2M1[nibbles.reshape(packed.shape[0], columns)]
     if spec.kind == "fp8":
         if np.any((packed & 0x7F) == 0x7F):
-            into.add(("weight", "holds NaN codes"))
+            faults.add(("weight", "holds NaN codes"))
         return E4M3[packed]
     if packed.dtype == np.int8:
         if packed.min() < -half or packed.max() >= half:
-            into.add(("weight", f"codes are outside [{-half}, {half - 1}] of {spec.bits} bits"))
+            faults.add(("weight", f"codes are outside [{-half}, {half - 1}] of {spec.bits} bits"))
         return packed.astype(np.float32)
     if padding_used(packed, spec.bits, columns):
-        into.add(("weight_packed", "bits after the last code of a row are set, expected 0"))
+        faults.add(("weight_packed", "bits after the last code of a row are set, expected 0"))
     values: Array = unpack_words(packed, spec.bits, columns).astype(np.float32)
     values -= np.float32(half)
     return values
@@ -331,63 +335,63 @@ class _Sparse:
     values: Array
 
     def add(self, values: Array, first: int) -> None:
-        """To rows ``first`` and on of the weight, in place, in float32."""
+        """Adds the sparse part to rows ``first`` and on of the weight, in place, in float32."""
         rows = np.repeat(np.arange(len(values)), np.diff(self.starts[first : first + len(values) + 1]))
-        here = slice(self.starts[first], self.starts[first + len(values)])
-        values[rows, self.columns[here]] += self.values[here]
+        span = slice(self.starts[first], self.starts[first + len(values)])
+        values[rows, self.columns[span]] += self.values[span]
 
 
-def _sparse(linear: RecordedLinear, tensors: Mapping[str, Stored], into: Decoded) -> _Sparse | None:
+def _sparse(linear: RecordedLinear, tensors: Mapping[str, StoredTensor], result: DecodedLinear) -> _Sparse | None:
     """The sparse part; None, with faults, where it is not a sound CSR matrix."""
     starts, columns = (tensors[f"sparse_{name}"].array().astype(np.int64) for name in ("rows", "columns"))
-    values, found = tensors["sparse_values"].float32(), len(into.faults)
+    values, faults_before = tensors["sparse_values"].float32(), len(result.faults)
     if starts[0] != 0 or starts[-1] != len(columns) or np.any(np.diff(starts) < 0):
-        into.faults.append(("sparse_rows", f"expected pointers that rise from 0 to {len(columns)}"))
+        result.faults.append(("sparse_rows", f"expected pointers that rise from 0 to {len(columns)}"))
         return None
     inside = np.ones(len(columns), dtype=bool)
     inside[starts[:-1][starts[:-1] < len(columns)]] = False  # the first of a row may be smaller than the one before
     if np.any(columns < 0) or np.any(columns >= linear.shape[1]) or np.any(np.diff(columns)[inside[1:]] <= 0):
-        into.faults.append(("sparse_columns", f"expected numbers below {linear.shape[1]} that rise within a row"))
+        result.faults.append(("sparse_columns", f"expected numbers below {linear.shape[1]} that rise within a row"))
     bad = int(values.size - np.count_nonzero(np.isfinite(values) & (values != 0)))
     if bad:
-        into.faults.append(("sparse_values", f"{bad} of {values.size} values are zero, NaN or infinite"))
-    return _Sparse(starts, columns, values) if len(into.faults) == found else None
+        result.faults.append(("sparse_values", f"{bad} of {values.size} values are zero, NaN or infinite"))
+    return _Sparse(starts, columns, values) if len(result.faults) == faults_before else None
 
 
-def decode(linear: RecordedLinear, tensors: Mapping[str, Stored]) -> Decoded:
-    """Decodes a linear whose ``tensors`` have the dtypes and shapes of ``layout``, a few rows at a time.
+def decode(linear: RecordedLinear, tensors: Mapping[str, StoredTensor]) -> DecodedLinear:
+    """The decoded weight of a linear whose ``tensors`` have the dtypes and shapes of ``layout``; a few rows at a time.
 
     The hash is of the float32 weight, little-endian, row-major [out, in].
     """
-    done, spec, (rows, columns) = Decoded(), linear.format, linear.shape
+    result, spec, (rows, columns) = DecodedLinear(), linear.format, linear.shape
     if "weight_shape" in tensors and tuple(tensors["weight_shape"].array().tolist()) != linear.shape:
-        said = tensors["weight_shape"].array().tolist()
-        done.faults.append(("weight_shape", f"holds {said}, expected {list(linear.shape)}"))
-    scale = _scales(linear, tensors, done)
-    zero = None if spec.symmetric else _zeros(linear, tensors, done)
+        stored_shape = tensors["weight_shape"].array().tolist()
+        result.faults.append(("weight_shape", f"holds {stored_shape}, expected {list(linear.shape)}"))
+    scale = _scales(linear, tensors, result)
+    zero = None if spec.symmetric else _zeros(linear, tensors, result)
     codes = tensors["weight_packed" if "weight_packed" in tensors else "weight"].array()
-    added = _sparse(linear, tensors, done) if linear.sparse else None
+    added = _sparse(linear, tensors, result) if linear.sparse else None
     for name in ("low_rank_down", "low_rank_up") if linear.rank else ():
         bad = tensors[name].nonfinite()
         if bad:
-            done.faults.append((name, f"{bad} values are NaN or infinite"))
-    tall, width = spec.block or (1, spec.group or columns)
+            result.faults.append((name, f"{bad} values are NaN or infinite"))
+    height, width = spec.block or (1, spec.group or columns)
     digest, faults, overflow = hashlib.sha256(), set[tuple[str, str]](), 0
     step = max(1, CHUNK // columns)
     with np.errstate(all="ignore"):
         for first in range(0, rows, step):
             part = codes[first : first + step]
-            here = np.arange(first, first + part.shape[0]) // tall if scale.shape[0] > 1 else slice(None)
+            scale_rows = np.arange(first, first + part.shape[0]) // height if scale.shape[0] > 1 else slice(None)
             values = _values(spec, part, columns, faults)
             if zero is not None:
-                _spread(np.subtract, values, zero[here], width)
-            _spread(np.multiply, values, scale[here], width)
+                _spread(np.subtract, values, zero[scale_rows], width)
+            _spread(np.multiply, values, scale[scale_rows], width)
             if added is not None:
                 added.add(values, first)
             overflow += values.size - int(np.count_nonzero(np.isfinite(values)))
             digest.update(np.ascontiguousarray(values, dtype="<f4").data)
-    done.faults.extend(sorted(faults))
-    if overflow and not done.faults:
-        done.faults.append(("weight_scale", f"{overflow} decoded weights are NaN or infinite"))
-    done.sha256 = digest.hexdigest()
-    return done
+    result.faults.extend(sorted(faults))
+    if overflow and not result.faults:
+        result.faults.append(("weight_scale", f"{overflow} decoded weights are NaN or infinite"))
+    result.sha256 = digest.hexdigest()
+    return result

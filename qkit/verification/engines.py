@@ -1,7 +1,8 @@
-"""Which engine loads what: a static table, so that the answer costs nothing and needs no engine.
+"""A static table of which engine loads which format: the answer needs no engine and takes no time.
 
-The vLLM rows restate the compressed-tensors dispatcher of vLLM 0.32, which was run on CPUs and whose selection of kernels was
-asked for GPUs; what is said of transformers was seen by loading files. ``engines`` puts these rows together for a whole model.
+The vLLM rows restate the compressed-tensors dispatcher of vLLM 0.32, which was run on CPUs and whose selection of kernels
+was asked for GPUs; what is said of transformers was seen by loading files. ``engines`` puts these rows together for a whole
+model.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 _VLLM, _STOCK = "vLLM", "transformers + compressed-tensors"
 
 
-class Numbers(Protocol):
+class NumberFormat(Protocol):
     """The fields of a number format that decide which kernel can read it."""
 
     @property
@@ -36,7 +37,8 @@ class Numbers(Protocol):
 
 @dataclass(frozen=True)
 class EngineFit:
-    """How one engine takes a combination. ``loads_as`` None: it does not; ``limits`` says why or what to know."""
+    """How one engine loads a combination of formats. ``loads_as`` None: it does not; ``limits``: the reason, or limits to
+    know."""
 
     engine: str
     loads_as: str | None
@@ -60,8 +62,8 @@ def _int(bits: tuple[int, ...], *strategies: str, symmetric: tuple[bool, ...] = 
 
 
 def _dynamic(kind: str, bits: int, *strategies: str) -> Pattern:
-    wanted = {"kind": (kind,), "bits": (bits,), "strategy": strategies, "symmetric": (True,), "dynamic": (True,)}
-    return {**wanted, "scale": ("model",)}
+    pattern = {"kind": (kind,), "bits": (bits,), "strategy": strategies, "symmetric": (True,), "dynamic": (True,)}
+    return {**pattern, "scale": ("model",)}
 
 
 _2_TO_8 = (2, 3, 4, 5, 6, 7, 8)
@@ -142,8 +144,8 @@ VLLM = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
-    """What, beside the formats of some linears, decides which engine loads them.
+class ModelFacts:
+    """Properties of a model, beside the formats of some linears, that decide which engine loads them.
 
     model_type: of config.json, or of the language model inside; experts: whether some of the linears are experts; siglip:
     whether a SigLIP tower of the model is packed
@@ -161,29 +163,29 @@ class About:
     several_experts: bool = False
 
 
-_NOTHING = About()
+_NOTHING = ModelFacts()
 
 
-def _matches(pattern: Pattern, numbers: Numbers) -> bool:
-    return all(getattr(numbers, name) in wanted for name, wanted in pattern.items())
+def _matches(pattern: Pattern, numbers: NumberFormat) -> bool:
+    return all(getattr(numbers, name) in allowed for name, allowed in pattern.items())
 
 
-def _takes(alternatives: tuple[Pattern | None, ...], activations: Numbers | None) -> bool:
+def _takes(alternatives: tuple[Pattern | None, ...], activations: NumberFormat | None) -> bool:
     if activations is None:
         return None in alternatives
     return any(pattern is not None and _matches(pattern, activations) for pattern in alternatives)
 
 
-def _vllm(weights: Numbers, activations: Numbers | None, packing: str, about: About) -> EngineFit:
+def _vllm(weights: NumberFormat, activations: NumberFormat | None, packing: str, facts: ModelFacts) -> EngineFit:
     """vLLM 0.32, as seen on CPUs; for GPUs what its own code selects."""
-    why = _vllm_refuses(weights, activations, about)
+    refusal = _vllm_refuses(weights, activations, facts)
     fitting = [row for row in VLLM if _matches(row.weights, weights) and _takes(row.activations, activations)]
     row = next((row for row in fitting if packing in row.packings), None)
-    if why is None and row is None:
+    if refusal is None and row is None:
         stored = ", ".join(sorted({p for r in fitting for p in r.packings}))
-        why = f"it takes this combination only as {stored}" if stored else "it has no scheme for this combination"
-    if why is not None or row is None:
-        return EngineFit(_VLLM, None, (str(why),))
+        refusal = f"it takes this combination only as {stored}" if stored else "it has no scheme for this combination"
+    if refusal is not None or row is None:
+        return EngineFit(_VLLM, None, (str(refusal),))
     limits = [*row.limits]
     if row.loads_as == "CompressedTensorsWNA16":
         limits += _kernel(weights)
@@ -196,28 +198,28 @@ def _vllm(weights: Numbers, activations: Numbers | None, packing: str, about: Ab
             limits.append("on CPUs it needs AMX")
     if weights.scale == "e8m0" and activations is None:
         limits.append(_A16_IGNORED)
-    if about.experts and _NO_CPU not in limits:
+    if facts.experts and _NO_CPU not in limits:
         limits.append("experts have no kernel for CPUs")
     return EngineFit(_VLLM, row.loads_as, tuple(limits))
 
 
-def _vllm_refuses(weights: Numbers, activations: Numbers | None, about: About) -> str | None:
+def _vllm_refuses(weights: NumberFormat, activations: NumberFormat | None, facts: ModelFacts) -> str | None:
     """Why vLLM does not load a file for what is beside the formats that it has schemes for."""
-    if about.torn_experts:
-        return f"it runs the experts of a layer as one product, and those of {about.torn_experts} have several formats"
-    if about.torn:
-        return f"it loads {about.torn} as one, and their formats differ"
-    if about.uneven:
-        return f"it loads {about.uneven}, and a block of rows would belong to both"
+    if facts.torn_experts:
+        return f"it runs the experts of a layer as one product, and those of {facts.torn_experts} have several formats"
+    if facts.torn:
+        return f"it loads {facts.torn} as one, and their formats differ"
+    if facts.uneven:
+        return f"it loads {facts.uneven}, and a block of rows would belong to both"
     if activations is not None and weights.kind == "int" and weights.bits < 8:
         if activations.kind == "fp8" and weights.group != 128:
             return "it loads INT4 weights with FP8 inputs in groups of 128 alone"
-        if activations.kind == "int" and about.experts:
+        if activations.kind == "int" and facts.experts:
             return "it expects experts of this scheme with one byte for each weight"
     return None
 
 
-def _kernel(weights: Numbers) -> Iterator[str]:
+def _kernel(weights: NumberFormat) -> Iterator[str]:
     """What runs integers with inputs in 16 bits, as vLLM's own function chooses it."""
     group, common = weights.group, (32, 64, 128, None)
     if weights.bits not in (4, 8):
@@ -239,38 +241,42 @@ def _kernel(weights: Numbers) -> Iterator[str]:
 _READS_WEIGHTS = ("falcon", "gpt_bigcode", "nanochat")
 
 
-def _transformers(weights: Numbers, activations: Numbers | None, packing: str, about: About) -> EngineFit:
+def _transformers(
+    weights: NumberFormat, activations: NumberFormat | None, packing: str, facts: ModelFacts
+) -> EngineFit:
     """transformers 5.24 with compressed-tensors 0.20, as seen by loading checkpoints of both writers."""
-    why = _transformers_refuses(weights, activations, packing, about)
-    if why is not None:
-        return EngineFit(_STOCK, None, (why,))
+    refusal = _transformers_refuses(weights, activations, packing, facts)
+    if refusal is not None:
+        return EngineFit(_STOCK, None, (refusal,))
     limits = ["decompressed on the first forward pass: correct, at the memory and speed of the full-precision model"]
     if weights.kind == "int" and weights.bits in (3, 5, 6, 7):
         limits.append("needs a compressed-tensors release newer than May 2026, when this packing changed")
     if weights.scale in ("e4m3", "e8m0"):
         limits.append("in bfloat16 only")
-    if about.model_type == "ctrl":
+    if facts.model_type == "ctrl":
         limits.append("in float32 only")
-    if activations is not None and about.experts:
+    if activations is not None and facts.experts:
         limits.append("inputs of experts are not rounded")
-    if activations is not None and activations.strategy == "token" and about.model_type == "opt":
+    if activations is not None and activations.strategy == "token" and facts.model_type == "opt":
         limits.append("rounds all tokens with one scale, less exactly than the file says: OPT flattens its inputs")
     return EngineFit(_STOCK, "compressed-tensors quantizer", tuple(limits))
 
 
-def _transformers_refuses(weights: Numbers, activations: Numbers | None, packing: str, about: About) -> str | None:
-    if about.siglip:
+def _transformers_refuses(
+    weights: NumberFormat, activations: NumberFormat | None, packing: str, facts: ModelFacts
+) -> str | None:
+    if facts.siglip:
         return "its SigLIP asks every linear of the tower for a plain weight: use qkit.load, or --target vision=skip"
     if packing == "pack-quantized" and not weights.symmetric:
         return "its loader expects unpacked zero points, for files of any writer: use qkit.load, or --export qkit"
-    if about.several_experts:
+    if facts.several_experts:
         return "it loads all experts in one format, and these have several, which fails or gives wrong weights: use qkit.load"
-    if about.experts and weights.scale == "e4m3":
+    if facts.experts and weights.scale == "e4m3":
         return "it loads NVFP4 experts without their global scales, which makes them wrong: use qkit.load"
-    if about.experts and (packing in ("int-quantized", "mxfp8-quantized") or weights.strategy == "block"):
+    if facts.experts and (packing in ("int-quantized", "mxfp8-quantized") or weights.strategy == "block"):
         return "it has no loader for experts of this scheme: use qkit.load"
-    if about.model_type in _READS_WEIGHTS and packing.endswith("pack-quantized"):
-        return f"its {about.model_type} reads the plain weight of a linear, which a packed one has not: use qkit.load"
+    if facts.model_type in _READS_WEIGHTS and packing.endswith("pack-quantized"):
+        return f"its {facts.model_type} reads the plain weight of a linear, which a packed one has not: use qkit.load"
     return None
 
 
@@ -281,27 +287,27 @@ def holds_siglip(config: Mapping[str, Any], linears: Iterable[str]) -> bool:
     return siglip and any("vision_tower." in name or "vision_model." in name for name in linears)
 
 
-def of_diffusion(config: Mapping[str, Any]) -> list[EngineFit]:
-    """A diffusion transformer, whatever its formats: diffusers has no compressed-tensors backend of its own. Of any other
-    model nothing."""
+def diffusion_fit(config: Mapping[str, Any]) -> list[EngineFit]:
+    """The engine line of a diffusion transformer, whatever its formats: diffusers has no compressed-tensors backend of its
+    own. Empty for any other model."""
     name, refuses = config.get("_class_name"), "without the import diffusers refuses to load it"
     return [EngineFit("diffusers", f"{name} after 'import qkit'", (refuses,))] if name else []
 
 
-def preflight(
-    weights: Numbers,
-    activations: Numbers | None,
+def engine_fits(
+    weights: NumberFormat,
+    activations: NumberFormat | None,
     packing: str,
     method: str = "compressed-tensors",
-    about: About = _NOTHING,
+    facts: ModelFacts = _NOTHING,
 ) -> list[EngineFit]:
-    """How each engine takes linears of these formats, stored in ``packing`` under ``quant_method`` ``method``."""
-    own = EngineFit("qkit", "qkit.load", ())
+    """The answer of each engine for linears of these formats, stored in ``packing`` under ``quant_method`` ``method``."""
+    qkit_fit = EngineFit("qkit", "qkit.load", ())
     if method != "compressed-tensors":
-        why = (f"it does not know quant_method '{method}'",)
+        unknown_method = (f"it does not know quant_method '{method}'",)
         return [
-            EngineFit(_VLLM, None, why),
-            EngineFit(_STOCK, None, (*why, "'import qkit' teaches it to transformers")),
-            own,
+            EngineFit(_VLLM, None, unknown_method),
+            EngineFit(_STOCK, None, (*unknown_method, "'import qkit' teaches it to transformers")),
+            qkit_fit,
         ]
-    return [_vllm(weights, activations, packing, about), _transformers(weights, activations, packing, about), own]
+    return [_vllm(weights, activations, packing, facts), _transformers(weights, activations, packing, facts), qkit_fit]

@@ -1,8 +1,9 @@
-"""That a packed folder holds the files that were written, all of them and no other, by the sums in its qkit.json.
+"""The check that a packed folder holds the files that were written, all of them and no other, by the sums in its qkit.json.
 
 Part of the independent proof (see ``verify.py``). Since format version 2 a record has ``files``, {name: sha256} of
-everything else in the folder, ``config``, what config.json was written with besides its quantization_config, and ``sum``, the
-sha256 of the record without it. A record of version 1 has none of them: then only what the other checks look at is proven.
+everything else in the folder, ``config``, what config.json was written with besides its quantization_config, and ``sum``,
+the sha256 of the record without it. A record of version 1 has none of them: then only what the other checks look at is
+proven.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def is_summed(record: Mapping[str, Any]) -> bool:
 
 
 def has_sums(record: Mapping[str, Any], findings: Findings, top: bool = False) -> bool:
-    """Whether the record has the fields of its sums. top: that of what is around the transformer of a pipeline, which has no
-    config."""
+    """Whether the record has the fields of its sums. top: whether it is the record around the transformer of a pipeline,
+    which has no config."""
     return check_fields(record, _SEALED if top else {**_SEALED, **_CONFIG}, RECORD, findings)
 
 
@@ -46,51 +47,53 @@ def has_mark(folder: Path, findings: Findings) -> bool:
     if not os.path.lexists(folder / REJECTED):
         return False
     mark = read_json(folder / REJECTED, findings)
-    made = mark is not None and mark.get("made_by") == "qkit check"
-    return findings.check("folder", made, REJECTED, "is not the mark that 'qkit check' writes; remove it")
+    is_mark = mark is not None and mark.get("made_by") == "qkit check"
+    return findings.check("folder", is_mark, REJECTED, "is not the mark that 'qkit check' writes; remove it")
 
 
 def check_sum(folder: Path, record: Mapping[str, Any], findings: Findings) -> None:
-    """A record that is not what was written is a problem."""
-    bare = {key: value for key, value in record.items() if key != "sum"}
-    found = hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
-    what = f"{short(record['sum'])} is not the sha256 of the rest: qkit.json changed after the export"
-    findings.check("record", found == record["sum"], f"{RECORD}: sum", what)
+    """Records a problem for a record that changed after the export."""
+    unsummed = {key: value for key, value in record.items() if key != "sum"}
+    digest = hashlib.sha256(json.dumps(unsummed, sort_keys=True).encode()).hexdigest()
+    fault = f"{short(record['sum'])} is not the sha256 of the rest: qkit.json changed after the export"
+    findings.check("record", digest == record["sum"], f"{RECORD}: sum", fault)
     raw = (folder / RECORD).read_bytes()
     laid_out = raw == (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
     findings.check("record", laid_out, RECORD, "is not laid out as the export writes it: it changed after the export")
 
 
-def check_config(wanted: Mapping[str, Any], config: Mapping[str, Any], findings: Findings) -> None:
-    """Every field of config.json besides its quantization_config, against what the record says it was written with."""
-    found = {key: value for key, value in config.items() if key != "quantization_config"}
-    _compare(wanted, found, "config.json: ", findings)
+def check_config(recorded: Mapping[str, Any], config: Mapping[str, Any], findings: Findings) -> None:
+    """Compares every field of config.json, besides its quantization_config, with the record."""
+    present = {key: value for key, value in config.items() if key != "quantization_config"}
+    _compare(recorded, present, "config.json: ", findings)
 
 
-def _compare(wanted: Any, found: Any, where: str, findings: Findings) -> None:
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        for key in sorted({*wanted, *found}):
-            place = f"{where}{key}"
-            if key not in wanted:
-                findings.check("config", False, place, f"found {short(found[key])}, expected no such field")
+def _compare(expected: Any, found: Any, where: str, findings: Findings) -> None:
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in sorted({*expected, *found}):
+            field = f"{where}{key}"
+            if key not in expected:
+                findings.check("config", False, field, f"found {short(found[key])}, expected no such field")
             elif key not in found:
-                findings.check("config", False, place, f"is missing, expected {short(wanted[key])}")
+                findings.check("config", False, field, f"is missing, expected {short(expected[key])}")
             else:
-                _compare(wanted[key], found[key], f"{place}.", findings)
-    elif isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
-        for index, pair in enumerate(zip(wanted, found, strict=True)):
+                _compare(expected[key], found[key], f"{field}.", findings)
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        for index, pair in enumerate(zip(expected, found, strict=True)):
             _compare(*pair, f"{where}{index}.", findings)
     else:
-        same = json.dumps(wanted) == json.dumps(found)  # which tells true from 1, and 1 from 1.0
-        what = f"found {short(found)}, expected {short(wanted)}"
-        findings.check("config", same, where.rstrip("."), what)
+        equal = json.dumps(expected) == json.dumps(found)  # which tells true from 1, and 1 from 1.0
+        fault = f"found {short(found)}, expected {short(expected)}"
+        findings.check("config", equal, where.rstrip("."), fault)
 
 
-def check_files(out: Path, listed: Mapping[str, str], apart: Collection[str], topic: str, findings: Findings) -> None:
-    """Every file below ``out`` against ``listed``, {name: sha256}. apart: names, of folders too, that others look at, but for
-    those of them that are listed."""
-    there, folders = _walk(out, apart)
-    there |= {name for name in listed if name.partition("/")[0] in apart and _is_file(out / name)}
+def check_files(
+    out: Path, listed: Mapping[str, str], excluded: Collection[str], topic: str, findings: Findings
+) -> None:
+    """Compares every file below ``out`` with ``listed``, {name: sha256}. excluded: names, of folders too, that other checks
+    look at, except those of them that are listed."""
+    present, folders = _walk(out, excluded)
+    present |= {name for name in listed if name.partition("/")[0] in excluded and _is_file(out / name)}
     parents = {str(parent) for name in listed for parent in Path(name).parents}
     for name in sorted(folders):
         path = out / name
@@ -98,28 +101,28 @@ def check_files(out: Path, listed: Mapping[str, str], apart: Collection[str], to
             findings.check(topic, False, name, "is a link; expected a folder")
         else:
             findings.check(topic, name in parents, name, "is a folder that is not listed in qkit.json; remove it")
-    for name in sorted({*there, *listed}):
-        if name in apart:
+    for name in sorted({*present, *listed}):
+        if name in excluded:
             continue
         if not findings.check(topic, name in listed, name, "is not listed in qkit.json; remove it"):
             continue
-        if not findings.check(topic, name in there, name, "is listed in qkit.json and is not in the folder"):
+        if not findings.check(topic, name in present, name, "is listed in qkit.json and is not in the folder"):
             continue
         if findings.check(topic, _is_file(out / name), name, "expected a regular file"):
-            what = "its sha256 is not the one in qkit.json: the file changed after the export"
-            findings.check(topic, sha256_of(out / name) == listed[name], name, what)
+            fault = "its sha256 is not the one in qkit.json: the file changed after the export"
+            findings.check(topic, sha256_of(out / name) == listed[name], name, fault)
 
 
-def _walk(out: Path, apart: Collection[str]) -> tuple[set[str], set[str]]:
-    """Names, relative to ``out``, of what is there besides ``apart`` and the record: files and links, and folders."""
+def _walk(out: Path, excluded: Collection[str]) -> tuple[set[str], set[str]]:
+    """Names, relative to ``out``, of what is there besides ``excluded`` and the record: files and links, and folders."""
     files: set[str] = set()
     folders: set[str] = set()
-    for place, below, names in os.walk(out):
-        root = Path(place).relative_to(out)
-        below[:] = [name for name in below if str(root / name) not in apart]
-        folders |= {str(root / name) for name in below}
+    for directory, subfolders, names in os.walk(out):
+        root = Path(directory).relative_to(out)
+        subfolders[:] = [name for name in subfolders if str(root / name) not in excluded]
+        folders |= {str(root / name) for name in subfolders}
         files |= {str(root / name) for name in names}
-    return files - {RECORD, REJECTED, *apart}, folders
+    return files - {RECORD, REJECTED, *excluded}, folders
 
 
 def sha256_of(path: Path) -> str | None:

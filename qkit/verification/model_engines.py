@@ -1,4 +1,4 @@
-"""Which engines load a model as a whole: what ``preflight`` says of every combination of formats in it, put together.
+"""The engines that load a whole model: the answers of ``engine_fits`` for all combinations of formats in it, put together.
 
 ``verify`` asks it of what it read back, ``plan`` of what it is about to make.
 """
@@ -10,28 +10,28 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from qkit.verification.engines import About, Numbers, holds_siglip, of_diffusion, preflight
+from qkit.verification.engines import ModelFacts, NumberFormat, diffusion_fit, engine_fits, holds_siglip
 from qkit.verification.fused_layers import expert_groups, fused_groups
 
 
 @dataclass(frozen=True)
-class Part:
-    """How one linear [out, in] is stored. packing: the name of its layout in compressed-tensors"""
+class LinearStorage:
+    """The storage of one linear [out, in]. packing: the name of its layout in compressed-tensors"""
 
-    weights: Numbers
-    activations: Numbers | None
+    weights: NumberFormat
+    activations: NumberFormat | None
     packing: str
     shape: tuple[int, int]
 
     @property
-    def kind(self) -> tuple[Numbers, Numbers | None, str]:
-        """What linears of one combination have in common."""
+    def kind(self) -> tuple[NumberFormat, NumberFormat | None, str]:
+        """The combination of formats and layout that groups linears into one row."""
         return self.weights, self.activations, self.packing
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRow:
-    """One line of the engine table: the linears of one combination, and how one engine takes it."""
+    """One row of the engine table: the linears of one combination, and how one engine loads it."""
 
     weights: str
     activations: str
@@ -44,7 +44,8 @@ class EngineRow:
 
 @dataclass(frozen=True)
 class EngineLine:
-    """What one engine makes of the whole model. classes: what it loads linears as; notes: limits, or why it does not load"""
+    """The answer of one engine for the whole model. classes: the classes that load its linears; notes: limits, or why it
+    does not load"""
 
     engine: str
     loads: bool
@@ -58,26 +59,26 @@ class EngineLine:
 
 
 def engine_rows(
-    parts: Mapping[str, Part], skipped: Iterable[str], config: Mapping[str, Any], method: str
+    parts: Mapping[str, LinearStorage], skipped: Iterable[str], config: Mapping[str, Any], method: str
 ) -> list[EngineRow]:
     """One row for every combination of formats and every engine.
 
     parts: the quantized linears by checkpoint name; skipped: the others; config: config.json; method: its quant_method
     """
-    names: dict[tuple[Numbers, Numbers | None, str], list[str]] = {}
+    names: dict[tuple[NumberFormat, NumberFormat | None, str], list[str]] = {}
     for name, part in parts.items():
         names.setdefault(part.kind, []).append(name)
-    whole, rows = _about(parts, skipped, config), []
-    for (weights, activations, packing), own in names.items():
-        about = replace(whole, experts=bool(expert_groups(own)))
-        fits = of_diffusion(config) or preflight(weights, activations, packing, method, about)
-        said = str(activations) if activations else "as they are"
+    model_facts, rows = _about(parts, skipped, config), []
+    for (weights, activations, packing), members in names.items():
+        facts = replace(model_facts, experts=bool(expert_groups(members)))
+        fits = diffusion_fit(config) or engine_fits(weights, activations, packing, method, facts)
+        inputs = str(activations) if activations else "as they are"
         rows += [
             EngineRow(
                 weights=str(weights),
-                activations=said,
+                activations=inputs,
                 packing=packing,
-                linears=len(own),
+                linears=len(members),
                 engine=f.engine,
                 loads_as=f.loads_as,
                 limits=f.limits,
@@ -89,43 +90,47 @@ def engine_rows(
 
 def engine_lines(rows: Sequence[EngineRow]) -> list[EngineLine]:
     """One line for every engine; each limit once, with the weights that it is about where others are free of it."""
-    found = []
+    lines = []
     for engine in dict.fromkeys(row.engine for row in rows):
-        own = [row for row in rows if row.engine == engine]
-        told = [row for row in own if row.loads_as is None] or own
+        entries = [row for row in rows if row.engine == engine]
+        shown_rows = [row for row in entries if row.loads_as is None] or entries
         by_note: dict[str, list[str]] = {}
-        for row in told:
+        for row in shown_rows:
             for limit in row.limits:
                 by_note.setdefault(limit, []).append(row.weights)
-        notes = [n if len(of) == len(own) else f"{n} ({', '.join(dict.fromkeys(of))})" for n, of in by_note.items()]
-        classes = tuple(dict.fromkeys(row.loads_as for row in own if row.loads_as))
-        found.append(EngineLine(engine, told is own or all(row.loads_as for row in own), classes, tuple(notes)))
-    return found
+        notes = [n if len(of) == len(entries) else f"{n} ({', '.join(dict.fromkeys(of))})" for n, of in by_note.items()]
+        classes = tuple(dict.fromkeys(row.loads_as for row in entries if row.loads_as))
+        lines.append(
+            EngineLine(engine, shown_rows is entries or all(row.loads_as for row in entries), classes, tuple(notes))
+        )
+    return lines
 
 
-def _about(parts: Mapping[str, Part], skipped: Iterable[str], config: Mapping[str, Any]) -> About:
+def _about(parts: Mapping[str, LinearStorage], skipped: Iterable[str], config: Mapping[str, Any]) -> ModelFacts:
     """What of the whole model decides."""
     names = [*parts, *skipped]
     fused, experts = fused_groups(names), expert_groups(names)
-    torn = next((g for g in fused if len(_kinds(parts, g)) > 1), None)
+    mixed_group = next((g for g in fused if len(_kinds(parts, g)) > 1), None)
     uneven = next((u for g in fused for u in pairwise(g) if _ends_within(parts.get(u[0]))), None)
     inner = config.get("text_config")
     text = inner if isinstance(inner, Mapping) else config
-    return About(
+    return ModelFacts(
         model_type=str(text.get("model_type")),
         siglip=holds_siglip(config, parts),
-        torn=f"{', '.join(_leaf(n) for n in torn)} of {torn[0].rpartition('.')[0]}" if torn else "",
+        torn=f"{', '.join(_leaf(n) for n in mixed_group)} of {mixed_group[0].rpartition('.')[0]}"
+        if mixed_group
+        else "",
         uneven=f"{uneven[0]} as one with {_leaf(uneven[1])}" if uneven else "",
         torn_experts=next((layer for layer, g in experts.items() if len(_kinds(parts, g)) > 1), ""),
         several_experts=len(_kinds(parts, [n for g in experts.values() for n in g])) > 1,
     )
 
 
-def _kinds(parts: Mapping[str, Part], names: Iterable[str]) -> set[object]:
+def _kinds(parts: Mapping[str, LinearStorage], names: Iterable[str]) -> set[object]:
     return {parts[n].kind if n in parts else None for n in names}
 
 
-def _ends_within(part: Part | None) -> bool:
+def _ends_within(part: LinearStorage | None) -> bool:
     """Whether its last rows share a block with the first of what is loaded behind it."""
     block = None if part is None else part.weights.block
     return part is not None and block is not None and part.shape[0] % block[0] > 0

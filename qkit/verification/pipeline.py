@@ -1,7 +1,7 @@
-"""What a packed pipeline says of the files around its transformer, checked against the folder.
+"""The check of a packed pipeline: the files around its transformer, and its policy by step.
 
-Part of the independent proof (see ``verify.py``): a pipeline's own qkit.json lists every file beside the transformer's folder
-with its sha256; the transformer's folder has a record of its own, which since format version 2 is in that list.
+Part of the independent proof (see ``verify.py``): a pipeline's own qkit.json lists every file beside the transformer's
+folder with its sha256; the transformer's folder has a record of its own, which since format version 2 is in that list.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _TOP: Fields = {
 
 
 def check_policy(out: Path, linears: Collection[str], findings: Findings) -> None:
-    """What qkit.json says is decided by step, if anything: numbers that can be, and layers that are there."""
+    """Checks the policy by step of qkit.json, if there is one: values in range, and layers that exist."""
     data = (read_json(out / "qkit.json", findings) or {}).get("diffusion")
     if data is None or not check_fields(data, _POLICY, "qkit.json: diffusion", findings):
         return
     for name, line in data["fits"].items():
-        pair = isinstance(line, list) and len(line) == 2 and all(map(_is_number, line))
-        findings.check("policy", pair, f"qkit.json: diffusion.fits.{name}", "expected a slope and an offset")
+        is_line = isinstance(line, list) and len(line) == 2 and all(map(_is_number, line))
+        findings.check("policy", is_line, f"qkit.json: diffusion.fits.{name}", "expected a slope and an offset")
         findings.check("policy", name in linears, f"qkit.json: diffusion.fits.{name}", "is no quantized linear")
     steps = data.get("steps", 0)
-    fits = all(is_int(s) and s < steps for s in data.get("computed", ()))
-    findings.check("policy", fits, "qkit.json: diffusion.computed", f"expected steps below {steps}")
+    steps_exist = all(is_int(s) and s < steps for s in data.get("computed", ()))
+    findings.check("policy", steps_exist, "qkit.json: diffusion.computed", f"expected steps below {steps}")
 
 
 def _is_number(value: Any) -> bool:
@@ -78,7 +78,7 @@ def packed_part(out: Path, findings: Findings) -> Path:
 
 
 def check_around(out: Path, part: Path, findings: Findings) -> None:
-    """The files of a pipeline around the packed component ``part``; nothing for a folder that is none."""
+    """Checks the files of a pipeline around the packed component ``part``; nothing for a folder that is no pipeline."""
     record = None if part == out else _record(out, Findings())
     if record is None:
         return

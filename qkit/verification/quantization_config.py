@@ -1,4 +1,4 @@
-"""What ``quantization_config`` promises to an engine, checked against what qkit.json says was done.
+"""The check of ``quantization_config``: what it promises to an engine must agree with qkit.json.
 
 Part of the independent proof (see ``verify.py``). The layout and its rules are those of compressed-tensors 0.20:
 ``QuantizationConfig``, ``QuantizationScheme`` and ``QuantizationArgs``, of which the last two forbid unknown keys.
@@ -67,7 +67,7 @@ class Patterns:
         self.by_class = "Linear" in self.exact
 
     def name(self, module: str) -> bool:
-        """Whether one of them names the module ``module``, other than by its class."""
+        """Whether one of the patterns names the module ``module``, other than by its class."""
         return module in self.exact or module in self.hits
 
 
@@ -83,7 +83,7 @@ class ConfigGroup:
 
 
 @dataclass(frozen=True)
-class Declared:
+class QuantizationConfig:
     """The groups, the ignore list and the method of a ``quantization_config``."""
 
     method: str
@@ -91,15 +91,15 @@ class Declared:
     ignore: Patterns
 
 
-def is_ignored(name: str, declared: Declared) -> bool:
+def is_ignored(name: str, config: QuantizationConfig) -> bool:
     """Whether an engine leaves the linear ``name`` alone."""
-    return declared.ignore.by_class or declared.ignore.name(name)
+    return config.ignore.by_class or config.ignore.name(name)
 
 
-def find_groups(name: str, declared: Declared) -> list[ConfigGroup]:
+def find_groups(name: str, config: QuantizationConfig) -> list[ConfigGroup]:
     """The groups that claim the linear ``name``: those that name it, else those that name its class."""
-    named = [g for g in declared.groups if g.targets.name(name)]
-    return named or [g for g in declared.groups if g.targets.by_class]
+    named = [g for g in config.groups if g.targets.name(name)]
+    return named or [g for g in config.groups if g.targets.by_class]
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def _args_fault(args: dict[str, Any], weight: bool) -> str | None:
         and (actorder not in ("weight", "static") or not weight),
         f"observer {args.get('observer')}": not (args.get("observer") is None or is_text(args["observer"])),
     }
-    return next((what for what, wrong in faults.items() if wrong), None)
+    return next((fault for fault, wrong in faults.items() if wrong), None)
 
 
 def _read_args(args: Any, weight: bool, where: str, findings: Findings) -> Spec | None:
@@ -173,14 +173,14 @@ def _read_group(name: str, data: Any, top: Any, modules: Sequence[str], findings
     findings.check("config", not unknown, where, f"unknown key {', '.join(unknown)}, which compressed-tensors refuses")
     output = data.get("output_activations")
     findings.check("config", output is None, f"{where}.output_activations", "qkit quantizes no outputs: expected null")
-    said = data.get("targets")
-    targets = said if isinstance(said, list) and said and all(map(is_pattern, said)) else None
-    what = "expected a list of names, 're:' patterns or class names"
-    findings.check("config", targets is not None, f"{where}.targets", what)
-    said = data.get("format") or (top if top != "mixed-precision" else None)
-    packing = said if isinstance(said, str) and said in PACKINGS else None
-    what = f"found {said!r}, expected one of {', '.join(PACKINGS)}"
-    findings.check("config", packing is not None, f"{where}.format", what)
+    names = data.get("targets")
+    targets = names if isinstance(names, list) and names and all(map(is_pattern, names)) else None
+    fault = "expected a list of names, 're:' patterns or class names"
+    findings.check("config", targets is not None, f"{where}.targets", fault)
+    form = data.get("format") or (top if top != "mixed-precision" else None)
+    packing = form if isinstance(form, str) and form in PACKINGS else None
+    fault = f"found {form!r}, expected one of {', '.join(PACKINGS)}"
+    findings.check("config", packing is not None, f"{where}.format", fault)
     weights = _read_args(data.get("weights"), True, f"{where}.weights", findings)
     acts, activations = data.get("input_activations"), None
     if acts is not None:
@@ -191,22 +191,26 @@ def _read_group(name: str, data: Any, top: Any, modules: Sequence[str], findings
     if not findings.check("config", holds, f"{where}.format", f"{packing} cannot hold {weights} weights"):
         return None
     wasteful = packing == "int-quantized" and weights.bits < 8 and activations is not None and activations.kind == "int"
-    what = f"int-quantized stores a byte per {weights.bits}-bit weight and takes the legacy path: use pack-quantized"
-    findings.check("config", not wasteful, f"{where}.format", what)
+    fault = f"int-quantized stores a byte per {weights.bits}-bit weight and takes the legacy path: use pack-quantized"
+    findings.check("config", not wasteful, f"{where}.format", fault)
     return ConfigGroup(name, packing, _patterns(targets, modules, f"{where}.targets", findings), weights, activations)
 
 
 def _check_top(data: dict[str, Any], record: Record, findings: Findings) -> None:
-    def expect(key: str, ok: bool, what: str) -> None:
-        findings.check("config", ok, f"{_ROOT}.{key}", what)
+    def expect(key: str, ok: bool, fault: str) -> None:
+        findings.check("config", ok, f"{_ROOT}.{key}", fault)
 
     version, status = data.get("version"), data.get("quantization_status")
     expect("quant_method", data.get("quant_method") in METHODS, f"found {data.get('quant_method')!r}")
     expect("quantization_status", status == "compressed", f"found {status!r}, expected 'compressed'")
-    known = is_version(version) and int(str(version).split(".")[0]) <= HIGHEST_MAJOR
-    expect("version", known, f"{version!r} is not a compressed-tensors release (they are {HIGHEST_MAJOR}.x)")
-    stated = record.compressed_tensors
-    expect("version", not known or stated in (None, version), f"{version!r}, and qkit.json says {stated}")
+    is_release = is_version(version) and int(str(version).split(".")[0]) <= HIGHEST_MAJOR
+    expect("version", is_release, f"{version!r} is not a compressed-tensors release (they are {HIGHEST_MAJOR}.x)")
+    recorded_version = record.compressed_tensors
+    expect(
+        "version",
+        not is_release or recorded_version in (None, version),
+        f"{version!r}, and qkit.json says {recorded_version}",
+    )
     ignore = data.get("ignore")
     expect("ignore", isinstance(ignore, list) and all(map(is_pattern, ignore)), "expected a list of names")
     ratio = data.get("global_compression_ratio")
@@ -215,79 +219,93 @@ def _check_top(data: dict[str, Any], record: Record, findings: Findings) -> None
         expect(key, data.get(key) in (None, {}), "expected {}: qkit folds its transforms into the weights")
     if data.get("kv_cache_scheme") is not None:
         _read_args(data["kv_cache_scheme"], False, f"{_ROOT}.kv_cache_scheme", findings)
-    kept = sorted(linear.name for linear in record.linears.values() if linear.sparse)
-    expect("sparse", (data.get("sparse") or []) == kept, f"expected the {len(kept)} linears with a sparse part")
-    thin = sorted(linear.name for linear in record.linears.values() if linear.rank)
-    expect("low_rank", (data.get("low_rank") or []) == thin, f"expected the {len(thin)} linears with a low-rank part")
-    turned = {linear.name: linear.rotation for linear in record.linears.values() if linear.rotation}
-    expect("rotated", (data.get("rotated") or {}) == turned, f"expected the {len(turned)} linears with turned inputs")
+    sparse = sorted(linear.name for linear in record.linears.values() if linear.sparse)
+    expect("sparse", (data.get("sparse") or []) == sparse, f"expected the {len(sparse)} linears with a sparse part")
+    low_rank = sorted(linear.name for linear in record.linears.values() if linear.rank)
+    expect(
+        "low_rank",
+        (data.get("low_rank") or []) == low_rank,
+        f"expected the {len(low_rank)} linears with a low-rank part",
+    )
+    rotated = {linear.name: linear.rotation for linear in record.linears.values() if linear.rotation}
+    expect("rotated", (data.get("rotated") or {}) == rotated, f"expected the {len(rotated)} linears with turned inputs")
     scaled = sorted(linear.name for linear in record.linears.values() if linear.scaled)
     expect("scaled", (data.get("scaled") or []) == scaled, f"expected the {len(scaled)} linears with scaled inputs")
-    twice = sorted(linear.name for linear in record.linears.values() if linear.residual)
+    residual = sorted(linear.name for linear in record.linears.values() if linear.residual)
     expect(
-        "residual", (data.get("residual") or []) == twice, f"expected the {len(twice)} linears with residual channels"
+        "residual",
+        (data.get("residual") or []) == residual,
+        f"expected the {len(residual)} linears with residual channels",
     )
-    alone = bool(kept or thin or turned or scaled or twice)
+    needs_qkit = bool(sparse or low_rank or rotated or scaled or residual)
     expect(
-        "quant_method", not alone or data.get("quant_method") == "qkit", "no other loader knows what is special here"
+        "quant_method",
+        not needs_qkit or data.get("quant_method") == "qkit",
+        "no other loader knows what is special here",
     )
 
 
-def read_quantization(config: dict[str, Any], record: Record, findings: Findings) -> Declared | None:
+def read_quantization(config: dict[str, Any], record: Record, findings: Findings) -> QuantizationConfig | None:
     """The ``quantization_config`` of config.json; None, with problems recorded, when there is none to use."""
     data = as_object(config.get("quantization_config"), "config", _ROOT, findings)
     if data is None:
         return None
     _check_top(data, record, findings)
     top = data.get("format")
-    known = isinstance(top, str) and (top in PACKINGS or top == "mixed-precision")
-    findings.check("config", known, f"{_ROOT}.format", f"found {top!r}, expected one of {', '.join(PACKINGS)}")
+    is_packing = isinstance(top, str) and (top in PACKINGS or top == "mixed-precision")
+    findings.check("config", is_packing, f"{_ROOT}.format", f"found {top!r}, expected one of {', '.join(PACKINGS)}")
     groups = as_object(data.get("config_groups"), "config", f"{_ROOT}.config_groups", findings)
     if groups is None:
         return None
-    plain = (name.rpartition(".")[0] for name in record.plain)
-    modules = sorted({*record.linears, *record.skipped, *plain})
-    read = [_read_group(name, group, top, modules, findings) for name, group in groups.items()]
-    packings = {group.packing for group in read if group}
+    plain_modules = (name.rpartition(".")[0] for name in record.plain)
+    modules = sorted({*record.linears, *record.skipped, *plain_modules})
+    parsed_groups = [_read_group(name, group, top, modules, findings) for name, group in groups.items()]
+    packings = {group.packing for group in parsed_groups if group}
     expected = "mixed-precision" if len(packings) > 1 else next(iter(packings), top)
     findings.check("config", top == expected, f"{_ROOT}.format", f"found {top!r}, the groups make it {expected!r}")
     ignore = data.get("ignore")
     patterns = [p for p in ignore if is_pattern(p)] if isinstance(ignore, list) else []
     ignored = _patterns(patterns, modules, f"{_ROOT}.ignore", findings)
-    return Declared(str(data.get("quant_method")), tuple(g for g in read if g), ignored)
+    return QuantizationConfig(str(data.get("quant_method")), tuple(g for g in parsed_groups if g), ignored)
 
 
 # --- against the record -------------------------------------------------------------------------------------------
 
 
-def resolve(declared: Declared, record: Record, findings: Findings) -> dict[str, ConfigGroup]:
-    """The one group of each linear. Records linears with none or several, and disagreement with qkit.json."""
-    found: dict[str, ConfigGroup] = {}
+def resolve(config: QuantizationConfig, record: Record, findings: Findings) -> dict[str, ConfigGroup]:
+    """The one group of each linear. Records a problem for linears with none or several, and for disagreement with
+    qkit.json."""
+    groups: dict[str, ConfigGroup] = {}
     for linear in record.linears.values():
-        groups = find_groups(linear.name, declared)
-        said = ", ".join(g.name for g in groups) or "no group"
+        claims = find_groups(linear.name, config)
+        claimants = ", ".join(g.name for g in claims) or "no group"
         where = f"{_ROOT}: {linear.name}"
-        if findings.check("config", len(groups) == 1, where, f"is claimed by {said}, expected exactly one group"):
-            found[linear.name] = groups[0]
-        findings.check("config", not is_ignored(linear.name, declared), where, "is quantized, and ignore lists it")
-    for group in declared.groups:
-        members = [record.linears[name] for name, g in found.items() if g.name == group.name]
+        if findings.check("config", len(claims) == 1, where, f"is claimed by {claimants}, expected exactly one group"):
+            groups[linear.name] = claims[0]
+        findings.check("config", not is_ignored(linear.name, config), where, "is quantized, and ignore lists it")
+    for group in config.groups:
+        members = [record.linears[name] for name, g in groups.items() if g.name == group.name]
         where = f"{_ROOT}.config_groups.{group.name}"
         findings.check("config", len(members) > 0, where, "no quantized linear belongs to it")
         _compare(members, "weights", group.weights, [m.format for m in members], where, findings)
         _compare(members, "input_activations", group.activations, [m.activations for m in members], where, findings)
     for name in record.skipped:
         where = f"{_ROOT}.ignore"
-        findings.check("config", is_ignored(name, declared), where, f"does not cover {name}, which was skipped")
-    return found
+        findings.check("config", is_ignored(name, config), where, f"does not cover {name}, which was skipped")
+    return groups
 
 
 def _compare(
-    members: list[RecordedLinear], part: str, said: Spec | None, done: list[Spec | None], where: str, findings: Findings
+    members: list[RecordedLinear],
+    part: str,
+    config_spec: Spec | None,
+    recorded_specs: list[Spec | None],
+    where: str,
+    findings: Findings,
 ) -> None:
     """One problem for each way in which members of a group differ from what the config says of it."""
     findings.checks["config"] += len(members)
-    for other in {spec: None for spec in done if spec != said}:
-        names = [m.name for m, spec in zip(members, done, strict=True) if spec == other]
-        what = f"says {said}, and qkit.json says {other} for {len(names)} linears, first {names[0]}"
-        findings.check("config", False, f"{where}.{part}", what)
+    for recorded in {spec: None for spec in recorded_specs if spec != config_spec}:
+        names = [m.name for m, spec in zip(members, recorded_specs, strict=True) if spec == recorded]
+        fault = f"says {config_spec}, and qkit.json says {recorded} for {len(names)} linears, first {names[0]}"
+        findings.check("config", False, f"{where}.{part}", fault)

@@ -1,4 +1,4 @@
-"""What a packed folder says about itself: ``qkit.json``, read without trust.
+"""A reader of ``qkit.json`` that trusts nothing.
 
 Part of the independent proof of a packed checkpoint (see ``verify.py``): nothing here comes from the
 code that writes checkpoints. Every fault becomes a ``Problem``; reading goes on as far as it can, so
@@ -8,7 +8,6 @@ that one look shows everything that is wrong.
 from __future__ import annotations
 
 import json
-import math
 import re
 import stat
 from collections import Counter
@@ -16,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from qkit.verification.strict_json import parse_json
 
 FORMAT_VERSION = 2  # of qkit.json; a reader refuses a newer one
 MAX_JSON_BYTES = 1 << 28
@@ -44,48 +45,19 @@ class Findings:
     problems: list[Problem] = field(default_factory=list)
     checks: Counter[str] = field(default_factory=Counter)
 
-    def check(self, topic: str, ok: bool, where: str, what: str) -> bool:
+    def check(self, topic: str, ok: bool, where: str, fault: str) -> bool:
         """Counts one check; records a problem unless ``ok``, which it returns."""
         self.checks[topic] += 1
         if not ok:
-            self.problems.append(Problem(printable(where), printable(what)))
+            self.problems.append(Problem(printable(where), printable(fault)))
         return ok
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [k for k, _ in pairs]
-    if len(set(keys)) != len(keys):
-        twice = next(k for k, n in Counter(keys).items() if n > 1)
-        raise ValueError(f"the key '{twice}' is given twice")
-    return dict(pairs)
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {text} is out of range")
-    return value
-
-
-def parse_json(text: str | bytes) -> Any:
-    """JSON by the letter: no duplicate keys, no NaN or Infinity, UTF-8. Raises ValueError."""
-    if isinstance(text, bytes):
-        text = text.decode("utf-8")
-    try:
-        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
-    except RecursionError:
-        raise ValueError("the nesting is too deep") from None
 
 
 def as_object(value: Any, topic: str, where: str, findings: Findings) -> dict[str, Any] | None:
     """``value`` when it is a JSON object with something in it; else None, with a problem recorded."""
-    found = value if isinstance(value, dict) and value else None
-    findings.check(topic, found is not None, where, "expected an object that is not empty")
-    return found
+    content = value if isinstance(value, dict) and value else None
+    findings.check(topic, content is not None, where, "expected an object that is not empty")
+    return content
 
 
 def read_json(path: Path, findings: Findings) -> dict[str, Any] | None:
@@ -112,23 +84,28 @@ def read_json(path: Path, findings: Findings) -> dict[str, Any] | None:
 # --- fields -------------------------------------------------------------------------------------------------------
 
 
-def is_int(value: Any, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def is_int(value: Any, minimum: int = 0) -> bool:
+    """Whether a JSON value is a whole number from ``minimum`` on; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
 def is_text(value: Any) -> bool:
+    """Whether a JSON value is a string that is not empty."""
     return isinstance(value, str) and value != ""
 
 
 def is_hash(value: Any) -> bool:
+    """Whether a JSON value is a sha256 in hex."""
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def is_shape(value: Any) -> bool:
+    """Whether a JSON value is a list of sizes."""
     return isinstance(value, list) and all(is_int(n) for n in value)
 
 
 def is_version(value: Any) -> bool:
+    """Whether a JSON value is a release number such as 0.20.1."""
     return isinstance(value, str) and re.fullmatch(r"\d{1,4}(\.\d{1,8}){1,2}[0-9A-Za-z.+-]{0,40}", value) is not None
 
 
@@ -191,15 +168,16 @@ def check_fields(data: Any, fields: Fields, where: str, findings: Findings) -> b
     """True when ``data`` has every one of ``fields`` in its expected form."""
     if not findings.check("record", isinstance(data, dict), where, "expected an object"):
         return False
-    sound = True
+    valid = True
     for key, (accepts, expected) in fields.items():
-        fine = key in data and accepts(data[key])
-        found = "" if fine else f"found {short(data[key]) if key in data else 'nothing'}, expected {expected}"
-        sound &= findings.check("record", fine, f"{where}.{key}", found)
-    return sound
+        accepted = key in data and accepts(data[key])
+        mismatch = "" if accepted else f"found {short(data[key]) if key in data else 'nothing'}, expected {expected}"
+        valid &= findings.check("record", accepted, f"{where}.{key}", mismatch)
+    return valid
 
 
 def short(value: Any) -> str:
+    """The value as JSON, cut to 60 characters."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -230,7 +208,7 @@ class Spec:
 
     @property
     def stem(self) -> str:
-        """What the names of such formats begin with."""
+        """The beginning of the names of such formats."""
         return {"e4m3": "nvfp4", "e8m0": f"mx{self.kind}"}.get(self.scale) or (
             f"int{self.bits}" if self.kind == "int" else self.kind
         )
@@ -238,7 +216,7 @@ class Spec:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedLinear:
-    """A quantized linear as qkit.json states it; ``shape`` is (out_features, in_features), ``sparse`` how many values its
+    """A quantized linear as qkit.json records it; ``shape`` is (out_features, in_features), ``sparse`` how many values its
     sparse part has, ``rank`` that of its low-rank part, ``rotation`` the block of the transform of its inputs, ``scaled``
     whether their channels are multiplied by a stored scale first, ``residual`` how many of them are quantized twice."""
 
@@ -273,7 +251,7 @@ class Record:
 
 
 def spec_fault(spec: Spec, weight: bool) -> str | None:
-    """What makes ``spec`` impossible, or None."""
+    """The reason why ``spec`` is impossible, or None."""
     strategies = ["tensor", "group", "tensor_group", *(["channel", "block"] if weight else ["token"])]
     wide = {"fp4": 4, "fp8": 8}.get(spec.kind, spec.bits)
     faults = {
@@ -287,7 +265,7 @@ def spec_fault(spec: Spec, weight: bool) -> str | None:
         "strategy token has to be dynamic": spec.strategy == "token" and not spec.dynamic,
         f"scale {spec.scale} with strategy {spec.strategy}, group {spec.group}": _scale_fault(spec),
     }
-    return next((what for what, wrong in faults.items() if wrong), None)
+    return next((fault for fault, wrong in faults.items() if wrong), None)
 
 
 def _scale_fault(spec: Spec) -> bool:
@@ -301,13 +279,12 @@ def _scale_fault(spec: Spec) -> bool:
 def _read_spec(data: Any, weight: bool, where: str, findings: Findings) -> Spec | None:
     if not check_fields(data, _FORMAT, where, findings):
         return None
-    rows_columns = data["block"]
-    block = (rows_columns[0], rows_columns[1]) if rows_columns else None
-    spec = Spec(**{key: data[key] for key in _FORMAT if key not in ("name", "block")}, block=block)
+    sides = data["block"]
+    fields = {key: data[key] for key in _FORMAT if key not in ("name", "block")}
+    spec = Spec(**fields, block=(sides[0], sides[1]) if sides else None)
     fault = spec_fault(spec, weight)
-    findings.check(
-        "record", data["name"].startswith(spec.stem), f"{where}.name", f"'{data['name']}' is not a {spec.stem} format"
-    )
+    named = data["name"].startswith(spec.stem)
+    findings.check("record", named, f"{where}.name", f"'{data['name']}' is not a {spec.stem} format")
     return spec if findings.check("record", fault is None, where, str(fault)) else None
 
 
@@ -326,23 +303,25 @@ def _read_linear(name: str, data: Any, findings: Findings) -> RecordedLinear | N
         "record", columns % step == 0, f"{where}.shape", f"{columns} input columns are not a multiple of {step}"
     ):
         return None
-    kept = data.get("sparse", 0)
-    sound = kept == 0 or (is_int(kept, 1) and kept <= rows * columns)
-    if not findings.check("record", sound, f"{where}.sparse", f"found {short(kept)}, expected a number of weights"):
+    sparse = data.get("sparse", 0)
+    valid = sparse == 0 or (is_int(sparse, 1) and sparse <= rows * columns)
+    if not findings.check("record", valid, f"{where}.sparse", f"found {short(sparse)}, expected a number of weights"):
         return None
-    turn = data.get("rotation", 0)
-    sound = turn == 0 or (is_int(turn, 2) and turn & (turn - 1) == 0 and columns % turn == 0)
-    what = f"found {short(turn)}, expected a block of the columns"
-    if not findings.check("record", sound, f"{where}.rotation", what):
+    rotation = data.get("rotation", 0)
+    valid = rotation == 0 or (is_int(rotation, 2) and rotation & (rotation - 1) == 0 and columns % rotation == 0)
+    mismatch = f"found {short(rotation)}, expected a block of the columns"
+    if not findings.check("record", valid, f"{where}.rotation", mismatch):
         return None
-    twice, group = data.get("residual", 0), activations.group if activations is not None else None
-    sound = twice == 0 or (is_int(twice, 1) and twice <= columns and group is not None and twice % group == 0)
-    what = f"found {short(twice)}, expected a number of groups of input channels"
-    if not findings.check("record", sound, f"{where}.residual", what):
+    residual = data.get("residual", 0)
+    group = activations.group if activations is not None else None
+    divides = group is not None and is_int(residual, 1) and residual % group == 0
+    valid = residual == 0 or (divides and residual <= columns)
+    mismatch = f"found {short(residual)}, expected a number of groups of input channels"
+    if not findings.check("record", valid, f"{where}.residual", mismatch):
         return None
     rank = data.get("rank", 0)
-    sound = rank == 0 or (is_int(rank, 1) and rank <= min(rows, columns))
-    if not findings.check("record", sound, f"{where}.rank", f"found {short(rank)}, expected a rank of the weight"):
+    valid = rank == 0 or (is_int(rank, 1) and rank <= min(rows, columns))
+    if not findings.check("record", valid, f"{where}.rank", f"found {short(rank)}, expected a rank of the weight"):
         return None
     return RecordedLinear(
         name=name,
@@ -350,10 +329,10 @@ def _read_linear(name: str, data: Any, findings: Findings) -> RecordedLinear | N
         activations=activations,
         shape=(rows, columns),
         weight_sha256=data["weight_sha256"],
-        sparse=kept,
-        rotation=turn,
+        sparse=sparse,
+        rotation=rotation,
         scaled=data.get("scaled") is True,
-        residual=twice,
+        residual=residual,
         rank=rank,
     )
 
@@ -365,34 +344,34 @@ def read_record(out: Path, findings: Findings) -> Record | None:
         return None
     version = data.get("format_version")
     newer, writer = is_int(version, FORMAT_VERSION + 1), short(data.get("qkit_version"))
-    what = (
+    mismatch = (
         f"format version {version} was written by qkit {writer} and this one reads up to {FORMAT_VERSION}: "
         f"verify with qkit {writer} or newer"
         if newer
         else f"found {short(version)}, expected {FORMAT_VERSION}"
     )
-    known = findings.check("record", not newer and is_int(version, 1), "qkit.json: format_version", what)
-    if not known or not check_fields(data, _TOP, "qkit.json", findings):
+    is_readable = findings.check("record", not newer and is_int(version, 1), "qkit.json: format_version", mismatch)
+    if not is_readable or not check_fields(data, _TOP, "qkit.json", findings):
         return None
     if not check_fields(data["source"], _SOURCE, "qkit.json: source", findings):
         return None
     linears = {name: _read_linear(name, entry, findings) for name, entry in data["linears"].items()}
-    plain = {
+    plain_tensors = {
         name: (entry["dtype"], tuple(entry["shape"]), entry["sha256"])
         for name, entry in data["plain"].items()
         if check_fields(entry, _PLAIN, f"qkit.json: plain.{name}", findings)
     }
-    stated = data.get("compressed_tensors")
-    findings.check("record", stated is None or is_version(stated), "qkit.json: compressed_tensors", "not a version")
+    release = data.get("compressed_tensors")
+    findings.check("record", release is None or is_version(release), "qkit.json: compressed_tensors", "not a version")
     return Record(
         qkit_version=data["qkit_version"],
         model_type=data["source"]["model_type"],
-        compressed_tensors=stated if is_version(stated) else None,
+        compressed_tensors=release if is_version(release) else None,
         linears={name: linear for name, linear in linears.items() if linear},
         skipped=data["skipped"],
         fused=data["fused"],
         tied=[(first, second) for first, second in data["tied"]],
-        plain=plain,
+        plain=plain_tensors,
         shards=data["shards"],
         cache=data.get("kv"),
         engine=str(data["recipe"].get("engine", "default")),

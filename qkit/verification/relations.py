@@ -1,4 +1,4 @@
-"""Weights that are tied, and what a job committed, held against a packed folder.
+"""The checks of tied weights, and of a packed folder against the journal of its job.
 
 Part of the independent proof (see ``verify.py``).
 """
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qkit.errors import BadCheckpoint
-from qkit.verification.decode import Decoded, Stored
-from qkit.verification.record import Findings, Record, is_hash, parse_json
+from qkit.verification.decode import DecodedLinear, StoredTensor
+from qkit.verification.record import Findings, Record, is_hash
+from qkit.verification.strict_json import parse_json
 
 
 def config_value(config: Mapping[str, Any], key: str) -> Any:
@@ -20,29 +21,34 @@ def config_value(config: Mapping[str, Any], key: str) -> Any:
     return config.get(key, text.get(key) if isinstance(text, dict) else None)
 
 
-def check_tied(record: Record, config: Mapping[str, Any], store: Mapping[str, Stored], findings: Findings) -> None:
+def check_tied(
+    record: Record, config: Mapping[str, Any], store: Mapping[str, StoredTensor], findings: Findings
+) -> None:
+    """Checks tied weights: the tensors that are stored, and what config.json says of tying."""
     for first, second in record.tied:
         findings.check("tied", first not in store, first, f"is stored although it is tied to {second}")
         findings.check("tied", second in store, second, f"is missing although {first} is tied to it")
-    said = config_value(config, "tie_word_embeddings")
+    tie_flag = config_value(config, "tie_word_embeddings")
     head = any(first.endswith("lm_head.weight") for first, _ in record.tied)
     where = "config.json: tie_word_embeddings"
-    findings.check("tied", said in (None, True, False), where, f"found {said!r}, expected true or false")
-    findings.check("tied", not (head and said is False), where, "false, and qkit.json ties the output head")
+    findings.check("tied", tie_flag in (None, True, False), where, f"found {tie_flag!r}, expected true or false")
+    findings.check("tied", not (head and tie_flag is False), where, "false, and qkit.json ties the output head")
     stored = any(name.endswith("lm_head.weight") for name in store)
-    findings.check("tied", not (said is True and stored), where, "true, and an output head is stored")
+    findings.check("tied", not (tie_flag is True and stored), where, "true, and an output head is stored")
     names = config.get("architectures")
     causal = isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)
     what = "the output head is neither stored, nor quantized, nor tied in qkit.json"
     quantized = any(name.endswith("lm_head") for name in record.linears)
-    findings.check("tied", stored or head or quantized or not (causal and said is True), where, what)
-    kind = config.get("model_type")
-    agree = kind in (None, record.model_type) or names == [record.model_type]
-    findings.check("config", agree, "config.json: model_type", f"{kind!r}, and qkit.json says '{record.model_type}'")
+    findings.check("tied", stored or head or quantized or not (causal and tie_flag is True), where, what)
+    model_type = config.get("model_type")
+    same_type = model_type in (None, record.model_type) or names == [record.model_type]
+    findings.check(
+        "config", same_type, "config.json: model_type", f"{model_type!r}, and qkit.json says '{record.model_type}'"
+    )
 
 
-def check_job(record: Record, decoded: Mapping[str, Decoded], job: Path, findings: Findings) -> None:
-    """The decoded weights against the journal of the job: the last committed line about a linear counts."""
+def check_job(record: Record, decoded: Mapping[str, DecodedLinear], job: Path, findings: Findings) -> None:
+    """Compares the decoded weights with the journal of the job: the last committed line about a linear counts."""
     path = job / "journal.jsonl"
     if not path.is_file():
         raise BadCheckpoint(f"{path}: no such journal; give the folder of the job that made the checkpoint")
@@ -52,16 +58,18 @@ def check_job(record: Record, decoded: Mapping[str, Decoded], job: Path, finding
         try:
             entry = parse_json(line)
             linears = entry.get("linears", {})
-            found = {name: linear["weight_sha256"] for name, linear in linears.items()}
+            hashes = {name: linear["weight_sha256"] for name, linear in linears.items()}
         except (ValueError, AttributeError, KeyError, TypeError):
             findings.check("job", False, f"journal.jsonl: line {number}", "is damaged")
             continue
-        findings.check("job", all(map(is_hash, found.values())), f"journal.jsonl: line {number}", "a hash is malformed")
-        intended.update(found)
+        findings.check(
+            "job", all(map(is_hash, hashes.values())), f"journal.jsonl: line {number}", "a hash is malformed"
+        )
+        intended.update(hashes)
     for name in sorted({*intended, *record.linears}):
-        both = name in intended and name in record.linears
+        in_both = name in intended and name in record.linears
         where = "qkit.json" if name in intended else "journal.jsonl"
-        if findings.check("job", both, name, f"is in only one of the checkpoint and the job: missing from {where}"):
-            done = decoded[name].sha256 if name in decoded else None
-            what = "the decoded weight is not the one that the job committed (sha256)"
-            findings.check("job", done == intended[name], name, what)
+        if findings.check("job", in_both, name, f"is in only one of the checkpoint and the job: missing from {where}"):
+            decoded_hash = decoded[name].sha256 if name in decoded else None
+            fault = "the decoded weight is not the one that the job committed (sha256)"
+            findings.check("job", decoded_hash == intended[name], name, fault)

@@ -1,10 +1,10 @@
 """The independent proof of a packed checkpoint: everything is read back from disk and nothing is believed.
 
 This program shares no code with the one that writes checkpoints: its own reading of the layouts (``decode``), of the
-quantization config (``declared_config``) and of qkit.json (``declared``), on numpy and the safetensors library alone.
-A packed checkpoint passes when every linear of the record is there with exactly the tensors its format needs, every
-stored number is possible, every decoded weight is, bit for bit, the one that was intended, the config says so, and every
-other file of the folder is the one that was written (``declared_files``).
+quantization config (``quantization_config``) and of qkit.json (``record``), on numpy and the safetensors library alone. A
+packed checkpoint passes when every linear of the record is there with exactly the tensors its format needs, every stored
+number is possible, every decoded weight is, bit for bit, the one that was intended, the config says so, and every other
+file of the folder is the one that was written (``files``).
 """
 
 from __future__ import annotations
@@ -17,14 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from qkit.errors import BadCheckpoint
-from qkit.verification.decode import FLOATS, Decoded, Stored, decode, layout
+from qkit.verification.decode import FLOATS, DecodedLinear, StoredTensor, decode, layout
 from qkit.verification.files import check_config, check_files, check_sum, has_mark, has_sums, is_summed
 from qkit.verification.fused_layers import check_fused
 from qkit.verification.inputs import check_inputs
 from qkit.verification.kv_cache import check_cache
-from qkit.verification.model_engines import EngineRow, Part, engine_rows
+from qkit.verification.model_engines import EngineRow, LinearStorage, engine_rows
 from qkit.verification.pipeline import check_around, check_policy, packed_part
-from qkit.verification.quantization_config import ConfigGroup, Declared, is_ignored, read_quantization, resolve
+from qkit.verification.quantization_config import (
+    ConfigGroup,
+    QuantizationConfig,
+    is_ignored,
+    read_quantization,
+    resolve,
+)
 from qkit.verification.record import Findings, Problem, Record, RecordedLinear, printable, read_json, read_record
 from qkit.verification.relations import check_job, check_tied, config_value
 from qkit.verification.shards import read_folder
@@ -39,8 +45,8 @@ _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What ``verify`` found. ``bytes``: of all shards; ``checks``: how many were made under each topic; ``notes``: what else
-    there is to know."""
+    """The result of ``verify``. ``bytes``: of all shards; ``checks``: how many were made under each topic; ``notes``:
+    further remarks."""
 
     problems: list[Problem] = field(default_factory=list)
     linears: int = 0
@@ -52,15 +58,16 @@ class Report:
 
     @property
     def ok(self) -> bool:
+        """Whether no problem was found."""
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dictionary."""
+        """All fields as a JSON-able dictionary, with ``ok``."""
         return {"ok": self.ok, **asdict(self)}
 
 
 def verify(out: Path, job: Path | None = None) -> Report:
-    """Checks the packed checkpoint in the folder ``out``; with ``job``, also against that job's journal.
+    """The report of a check of the packed checkpoint in the folder ``out``; with ``job``, also against that job's journal.
 
     All problems are reported, not only the first; a missing or damaged file is a problem like any other.
     Raises BadCheckpoint when ``out`` is not a folder, or ``job`` holds no journal.
@@ -69,13 +76,13 @@ def verify(out: Path, job: Path | None = None) -> Report:
         raise BadCheckpoint(f"{out}: not a folder; give the folder that an export wrote")
     findings = Findings()
     part = packed_part(out, findings)
-    report = _packed(part, job, findings) if part.is_dir() else Report()
+    report = _check_packed(part, job, findings) if part.is_dir() else Report()
     check_around(out, part, findings)
     notes = [*report.notes, *([REJECTED_NOTE] if has_mark(out, findings) else [])]
     return replace(report, problems=findings.problems, checks=dict(findings.checks), notes=notes)
 
 
-def _packed(out: Path, job: Path | None, findings: Findings) -> Report:
+def _check_packed(out: Path, job: Path | None, findings: Findings) -> Report:
     """The folder with the packed weights. What says most of a fault is looked at first, sums of whole files last."""
     record, config = read_record(out, findings), read_json(out / "config.json", findings)
     data = read_json(out / "qkit.json", Findings()) or {}
@@ -102,18 +109,18 @@ def _check_record(
     out: Path,
     record: Record,
     config: dict[str, Any] | None,
-    headers: Mapping[str, Mapping[str, Stored]],
+    headers: Mapping[str, Mapping[str, StoredTensor]],
     job: Path | None,
     findings: Findings,
 ) -> list[EngineRow]:
     """Tensors and config against the record and the job; returns the engine table."""
     store = {name: stored for tensors in headers.values() for name, stored in tensors.items()}
-    declared = read_quantization(config, record, findings) if config is not None else None
-    groups = resolve(declared, record, findings) if declared else {}
+    quantization = read_quantization(config, record, findings) if config is not None else None
+    groups = resolve(quantization, record, findings) if quantization else {}
     decoded = _check_linears(record, groups, store, _model_floats(config or {}, record, findings), findings)
     _check_plain(record, store, findings)
-    if declared is not None:
-        _check_uncovered(record, declared, store, findings)
+    if quantization is not None:
+        _check_uncovered(record, quantization, store, findings)
     check_fused(record, decoded, findings)
     check_tied(record, config or {}, store, findings)
     check_cache(record, config or {}, store, findings)
@@ -121,7 +128,7 @@ def _check_record(
     check_policy(out, record.linears, findings)
     if job is not None:
         check_job(record, decoded, job, findings)
-    return _engine_table(record, groups, config or {}, declared.method) if declared else []
+    return _engine_table(record, groups, config or {}, quantization.method) if quantization else []
 
 
 # --- tensors ------------------------------------------------------------------------------------------------------
@@ -129,36 +136,38 @@ def _check_record(
 
 def _model_floats(config: Mapping[str, Any], record: Record, findings: Findings) -> tuple[str, ...]:
     """The dtypes allowed for scales in the model's type: what config.json states, and what most plain bytes are."""
-    stated = set()
+    dtypes = set()
     for key in ("torch_dtype", "dtype"):
-        said = config_value(config, key)
-        known = _DTYPES.get(str(said).removeprefix("torch."))
-        findings.check("config", said is None or known is not None, f"config.json: {key}", f"found {said!r}")
-        stated.add(known)
+        config_dtype = config_value(config, key)
+        stored_dtype = _DTYPES.get(str(config_dtype).removeprefix("torch."))
+        findings.check(
+            "config", config_dtype is None or stored_dtype is not None, f"config.json: {key}", f"found {config_dtype!r}"
+        )
+        dtypes.add(stored_dtype)
     sizes: Counter[str] = Counter()
     for dtype, shape, _ in record.plain.values():
         sizes[dtype] += math.prod(shape) * (4 if dtype == "F32" else 2)
-    stated |= {dtype for dtype, _ in sizes.most_common(1)}
-    return tuple(dtype for dtype in FLOATS if dtype in stated) or FLOATS
+    dtypes |= {dtype for dtype, _ in sizes.most_common(1)}
+    return tuple(dtype for dtype in FLOATS if dtype in dtypes) or FLOATS
 
 
 def _check_linears(
     record: Record,
     groups: Mapping[str, ConfigGroup],
-    store: Mapping[str, Stored],
+    store: Mapping[str, StoredTensor],
     floats: tuple[str, ...],
     findings: Findings,
-) -> dict[str, Decoded]:
+) -> dict[str, DecodedLinear]:
     """Presence, dtypes, shapes, values and intended weights of every linear; one linear in memory at a time."""
-    decoded: dict[str, Decoded] = {}
-    known = set(record.plain)
+    decoded: dict[str, DecodedLinear] = {}
+    covered = set(record.plain)
     for linear in record.linears.values():
         # A packing that cannot hold what the record says is reported with the config.
         if linear.name not in groups or linear.format != groups[linear.name].weights:
-            known |= {name for name in store if name.rpartition(".")[0] == linear.name}
+            covered |= {name for name in store if name.rpartition(".")[0] == linear.name}
             continue
         expected = layout(linear, groups[linear.name].packing, floats)
-        known |= {f"{linear.name}.{suffix}" for suffix in expected}
+        covered |= {f"{linear.name}.{suffix}" for suffix in expected}
         tensors = {suffix: store.get(f"{linear.name}.{suffix}") for suffix in expected}
         present = {suffix: stored for suffix, stored in tensors.items() if stored}
         fits = [
@@ -168,34 +177,34 @@ def _check_linears(
         if all(fits):
             decoded[linear.name] = _check_values(linear, present, findings)
     for name in sorted(store):
-        what = "belongs to no linear and is not listed under plain in qkit.json"
-        findings.check("coverage", name in known, f"{store[name].path.name}: {name}", what)
+        fault = "belongs to no linear and is not listed under plain in qkit.json"
+        findings.check("coverage", name in covered, f"{store[name].path.name}: {name}", fault)
     return decoded
 
 
 def _check_stored(
-    name: str, stored: Stored | None, dtypes: tuple[str, ...], shape: tuple[int, ...], findings: Findings
+    name: str, stored: StoredTensor | None, dtypes: tuple[str, ...], shape: tuple[int, ...], findings: Findings
 ) -> bool:
-    wanted = f"{' or '.join(dtypes)} {list(shape)}"
+    expected = f"{' or '.join(dtypes)} {list(shape)}"
     if stored is None:
-        return findings.check("coverage", False, name, f"is missing, expected {wanted}")
+        return findings.check("coverage", False, name, f"is missing, expected {expected}")
     right = stored.dtype in dtypes and stored.shape == shape
-    found = f"found {stored.dtype} {list(stored.shape)}, expected {wanted}"
-    return findings.check("coverage", right, f"{stored.path.name}: {name}", found)
+    mismatch = f"found {stored.dtype} {list(stored.shape)}, expected {expected}"
+    return findings.check("coverage", right, f"{stored.path.name}: {name}", mismatch)
 
 
-def _check_values(linear: RecordedLinear, tensors: Mapping[str, Stored], findings: Findings) -> Decoded:
-    done = decode(linear, tensors)
-    faults = dict(done.faults)
+def _check_values(linear: RecordedLinear, tensors: Mapping[str, StoredTensor], findings: Findings) -> DecodedLinear:
+    result = decode(linear, tensors)
+    faults = dict(result.faults)
     for suffix, stored in tensors.items():
         where = f"{stored.path.name}: {linear.name}.{suffix}"
         findings.check("values", suffix not in faults, where, faults.get(suffix, ""))
-    what = "the decoded weight is not the one that was intended (sha256 in qkit.json)"
-    findings.check("weights", done.sha256 == linear.weight_sha256, linear.name, what)
-    return done
+    fault = "the decoded weight is not the one that was intended (sha256 in qkit.json)"
+    findings.check("weights", result.sha256 == linear.weight_sha256, linear.name, fault)
+    return result
 
 
-def _check_plain(record: Record, store: Mapping[str, Stored], findings: Findings) -> None:
+def _check_plain(record: Record, store: Mapping[str, StoredTensor], findings: Findings) -> None:
     for name, (dtype, shape, digest) in record.plain.items():
         stored = store.get(name)
         if not _check_stored(name, stored, (dtype,), shape, findings) or stored is None:
@@ -206,23 +215,25 @@ def _check_plain(record: Record, store: Mapping[str, Stored], findings: Findings
         findings.check("plain", bad == 0, where, f"holds {bad} values that are NaN or infinite")
 
 
-def _check_uncovered(record: Record, declared: Declared, store: Mapping[str, Stored], findings: Findings) -> None:
+def _check_uncovered(
+    record: Record, quantization: QuantizationConfig, store: Mapping[str, StoredTensor], findings: Findings
+) -> None:
     """Weights left in full precision: those of a block have to be skips of the record, and no group may claim them."""
     for name in record.plain:
         module, _, leaf = name.rpartition(".")
         if leaf != "weight" or name not in store or len(store[name].shape) != 2:
             continue
         in_block = any(part.isdigit() for part in module.split("."))
-        what = "is a matrix of a block that is neither quantized nor among the skipped of qkit.json"
-        findings.check("coverage", not in_block or module in record.skipped, name, what)
-        named = [g.name for g in declared.groups if g.targets.name(module)]
-        claimed = bool(named) and not is_ignored(module, declared)
+        fault = "is a matrix of a block that is neither quantized nor among the skipped of qkit.json"
+        findings.check("coverage", not in_block or module in record.skipped, name, fault)
+        named = [g.name for g in quantization.groups if g.targets.name(module)]
+        claimed = bool(named) and not is_ignored(module, quantization)
         findings.check("config", not claimed, name, f"is stored unquantized and claimed by {', '.join(named)}")
     tied = {first for first, _ in record.tied}
     for module in record.skipped:
-        kept = f"{module}.weight" in tied or any(name.startswith(f"{module}.") for name in record.plain)
-        what = "qkit.json lists it as skipped, and its weight is neither under plain nor tied"
-        findings.check("coverage", kept and module not in record.linears, module, what)
+        has_weight = f"{module}.weight" in tied or any(name.startswith(f"{module}.") for name in record.plain)
+        fault = "qkit.json lists it as skipped, and its weight is neither under plain nor tied"
+        findings.check("coverage", has_weight and module not in record.linears, module, fault)
 
 
 # --- engines ------------------------------------------------------------------------------------------------------
@@ -232,7 +243,7 @@ def _engine_table(
     record: Record, groups: Mapping[str, ConfigGroup], config: Mapping[str, Any], method: str
 ) -> list[EngineRow]:
     parts = {
-        name: Part(linear.format, linear.activations, groups[name].packing, linear.shape)
+        name: LinearStorage(linear.format, linear.activations, groups[name].packing, linear.shape)
         for name, linear in record.linears.items()
         if name in groups
     }
@@ -242,5 +253,5 @@ def _engine_table(
 def summary(report: Report) -> str:
     """The first problem and how many there are, in one sentence."""
     first = printable(str(report.problems[0]))
-    more = len(report.problems) - 1
-    return first + (f" (and {more} more)" if more else "")
+    others = len(report.problems) - 1
+    return first + (f" (and {others} more)" if others else "")

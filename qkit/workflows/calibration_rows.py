@@ -25,7 +25,7 @@ from qkit.families.discover import BY_BATCH, kind_of
 from qkit.families.structure import ModelStructure
 from qkit.files.folder import is_pipeline
 from qkit.files.locate import find_model
-from qkit.planning.plan import LinearPlan, is_static, why_rows
+from qkit.planning.plan import LinearPlan, is_static, rows_reason
 from qkit.planning.recipe import Recipe, parse_method
 from qkit.planning.request import Request, check_rows
 from qkit.runtime.loading import load_tokenizer
@@ -35,7 +35,7 @@ from qkit.system.machine import available_memory, run_dtype
 def calibration_asked(
     request: Request, structure: ModelStructure, recipe: Recipe, rows: Calibration | None = None
 ) -> Calibration | None:
-    """The rows of the request, made or at hand, whether or not the plan will turn out to need them (it drops them if not)."""
+    """The rows of the request, made or at hand, before the plan tells whether it needs them (it drops them if not)."""
     check_rows(request)
     if structure.family.encodes or not (_may_need_rows(recipe) or is_static(request.kv) or request.calib is not None):
         return None  # what a text encoder would need rows for is refused
@@ -43,46 +43,46 @@ def calibration_asked(
 
 
 def calibration_of(request: Request, structure: ModelStructure) -> Calibration:
-    """The rows that a request says: pairs of pictures and answers, rows of a text, or calls along a trajectory."""
+    """The rows of a request: image-text data, rows of a text, or calls along a trajectory."""
     check_rows(request)
-    plain = structure.family.streams is None and not wants_pairs(request, structure)
-    if request.written and not plain:
+    is_text = structure.family.streams is None and not wants_image_text(request, structure)
+    if request.written and not is_text:
         raise UsageError(
             f"--written {request.written}: a model writes rows of text, and those of a {kind_of(structure.checkpoint.config)} "
             "are more than that: leave it out"
         )
-    if plain:
+    if is_text:
         return replace(text_rows(request, structure), written=request.written)
-    return trajectory_rows(request, structure) if structure.family.streams else pair_calibration(request, structure)
+    return trajectory_rows(request, structure) if structure.family.streams else image_text_rows(request, structure)
 
 
-def wants_pairs(request: Request, structure: ModelStructure) -> bool:
-    """Whether rows have pictures: those of a vision-language model do, unless the user gives a text."""
-    given = request.calib
-    pairs = given is not None and (given.is_dir() or given.suffix == ".jsonl" or is_dataset(given))
+def wants_image_text(request: Request, structure: ModelStructure) -> bool:
+    """Whether rows have images: those of a vision-language model do, unless the user gives a text."""
+    calib = request.calib
+    is_image_text = calib is not None and (calib.is_dir() or calib.suffix == ".jsonl" or is_dataset(calib))
     if structure.family.text_types:
-        return given is None or pairs
-    if pairs and given is not None and given.is_file():
-        refuse_chat(given)
-    if pairs:
+        return calib is None or is_image_text
+    if is_image_text and calib is not None and calib.is_file():
+        refuse_chat(calib)
+    if is_image_text:
         raise UsageError(
-            f"--calib {given}: pairs of pictures and answers are for a vision-language model, and this is a "
+            f"--calib {calib}: pairs of pictures and answers are for a vision-language model, and this is a "
             f"{kind_of(structure.checkpoint.config)}: give a text file"
         )
     return False
 
 
-def pair_calibration(request: Request, structure: ModelStructure, held_out: bool = False) -> Calibration:
-    """Rows of pictures, questions and answers: the user's, or drawn scenes; held_out: scenes that calibration does not use."""
+def image_text_rows(request: Request, structure: ModelStructure, held_out: bool = False) -> Calibration:
+    """Rows of images, questions and answers: the user's, or drawn scenes; held_out: scenes that calibration does not use."""
     from qkit_data.scenes import CALIBRATION
 
     start = 0 if held_out else CALIBRATION + 1000 * request.seed
     if request.calib is None:
-        pairs, source = list(drawn(start, request.samples)), "drawn scenes"
+        image_text, source = list(drawn(start, request.samples)), "drawn scenes"
     else:
-        pairs, source = read_pairs(request.calib, request.samples), request.calib.name
+        image_text, source = read_pairs(request.calib, request.samples), request.calib.name
     processor = load_processor(structure.checkpoint.path)
-    return pair_rows(pairs, processor, image_tokens(structure.model.config), source)
+    return pair_rows(image_text, processor, image_tokens(structure.model.config), source)
 
 
 def trajectory_rows(request: Request, structure: ModelStructure) -> Calibration:
@@ -96,9 +96,9 @@ def trajectory_rows(request: Request, structure: ModelStructure) -> Calibration:
             "samples: give the pipeline's folder, or take another (--method rtn with w8a8, w4a8 or a weight-only scheme)"
         )
     sampling = sampling_of(folder, request.calib, request.call)
-    made = getattr(diffusers, check_pipeline(folder)["_class_name"], None)
-    if made is not None:
-        check_call(made, sampling.call)  # before a job is begun
+    pipeline_class = getattr(diffusers, check_pipeline(folder)["_class_name"], None)
+    if pipeline_class is not None:
+        check_call(pipeline_class, sampling.call)  # before a job is begun
     cap = request.rows_memory or available_memory() or 1 << 40
     trajectory = Trajectory(
         folder=folder,
@@ -146,11 +146,11 @@ def embedded_text() -> Path:
 
 def _may_need_rows(recipe: Recipe) -> bool:
     transforms, _ = parse_method(recipe.method)
-    pairs = [recipe.resolved(r) for r in (None, *recipe.rules)]
+    resolved = [recipe.resolve(r) for r in (None, *recipe.rules)]
     probe = {
         str(i): LinearPlan(
             name=str(i), shape=(1, 1), scheme=s.name, weights=s.weights, activations=s.activations, solver=solver
         )
-        for i, (s, solver, _) in enumerate(pairs)
+        for i, (s, solver, _) in enumerate(resolved)
     }
-    return why_rows(probe, transforms, int(recipe.significant > 0)) is not None
+    return rows_reason(probe, transforms, int(recipe.significant > 0)) is not None

@@ -68,7 +68,7 @@ def check_request(
         allow_task_code=allow_task_code,
         dtype=dtype,
         device=device,
-        pairs=budget.pairs if budget.measures_answers else None,
+        image_text=budget.pairs if budget.measures_answers else None,
         questions=budget.questions,
         videos=budget.videos if budget.measures_samples else 0,
     )

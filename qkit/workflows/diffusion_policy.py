@@ -23,19 +23,20 @@ _SEEDS = 100_000  # away from those of the rows
 
 
 def decide_steps(plan: Plan, structure: ModelStructure, packed: Path, progress: Progress) -> None:
-    """Observe the packed pipeline in ``packed`` and write its policy into its qkit.json; nothing if none is asked for.
+    """Observes the packed pipeline in ``packed`` and writes its policy into its qkit.json; does nothing if none is asked
+    for.
 
     Raises BadCalibration as sampling does.
     """
     if plan.policy is None:
         return
     assert plan.calibration is not None and isinstance(plan.calibration.trajectory, Trajectory)
-    trajectory, asked = plan.calibration.trajectory, PolicyConfig(**plan.policy)
+    trajectory, config = plan.calibration.trajectory, PolicyConfig(**plan.policy)
     prompts, call = trajectory.sampling.prompts, trajectory.sampling.call
     numbered = [(prompts[i % len(prompts)], _SEEDS + trajectory.seed + i) for i in range(PROMPTS + PICKED)]
-    seen, further = numbered[:PROMPTS], numbered[PROMPTS:]
+    observed, held_out = numbered[:PROMPTS], numbered[PROMPTS:]
 
-    def under(controller: Controller) -> Any:
+    def controlled(controller: Controller) -> Any:
         pipeline = load_pipeline(packed, trajectory.dtype, "cpu")
         pipeline.set_progress_bar_config(disable=True)
         assert structure.family.streams is not None
@@ -43,20 +44,20 @@ def decide_steps(plan: Plan, structure: ModelStructure, packed: Path, progress: 
         return pipeline
 
     observer = Observer()
-    pipeline = under(observer)
+    pipeline = controlled(observer)
     progress.start("observe errors and changes by step", PROMPTS)
-    for prompt, seed in seen:
+    for prompt, seed in observed:
         observer.reset()
         sample(pipeline, prompt, call, seed)
         progress.step()
     chosen: dict[str, str] | None = None
-    if asked.kind == "decoupled":
+    if config.kind == "decoupled":
         ruled, linears = RuleController(), list(dict.fromkeys(s.linear for s in observer.seen))
-        chosen = allocate(under(ruled), ruled, linears, further, call, asked.width, progress)
+        chosen = allocate(controlled(ruled), ruled, linears, held_out, call, config.width, progress)
     weights: Influence | None = None
-    if asked.weigh:
+    if config.weigh:
         ruled = RuleController()
         progress.start("weigh errors by step and block", 1 + max(s.step for s in observer.seen) + len(structure.blocks))
-        weights = influence_of(under(ruled), ruled, observer.seen, further, call, progress.step)
-    found = fit(observer, asked, chosen, weights)
-    add_to_record(packed, ENTRY, {**found.policy.to_json(), "asked": plan.policy, "fit": found.to_json()})
+        weights = influence_of(controlled(ruled), ruled, observer.seen, held_out, call, progress.step)
+    fitted = fit(observer, config, chosen, weights)
+    add_to_record(packed, ENTRY, {**fitted.policy.to_json(), "asked": plan.policy, "fit": fitted.to_json()})

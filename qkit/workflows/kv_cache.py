@@ -1,4 +1,4 @@
-"""From what a user asks of the KV cache (--kv, --kv-memory, --max-length) to the policy that goes into the checkpoint."""
+"""The work behind --kv, --kv-memory and --max-length: from the request to the policy that goes into the checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ SCALED = ("progressive", "rtn")  # kinds whose keys share a scale between channe
 
 @dataclass(frozen=True, kw_only=True)
 class CacheChoices:
-    """What can be chosen: policy without budgets, the model's heads, tokens, and bytes of a layer at each width it can end at.
+    """The choices of a KV cache: policy without budgets, the model's heads, tokens, and bytes of a layer at each final
+    width.
 
     costs: by layer, {width: nats a token}, where there is more than one width
     """
@@ -44,12 +45,12 @@ class CacheChoices:
 
     @property
     def least(self) -> int:
-        """Bytes of a cache whose layers all end at their least widths."""
+        """The bytes of a cache whose layers all end at their smallest widths."""
         return sum(self.sizes[w] for w in self.policy.widths_of(self.heads.layers))
 
     @property
     def most(self) -> int:
-        """Bytes of a cache whose layers all end at their largest widths."""
+        """The bytes of a cache whose layers all end at their largest widths."""
         return self.heads.layers * max(self.sizes[w] for w in self.policy.widths) if self.chooses else self.least
 
     @property
@@ -59,7 +60,7 @@ class CacheChoices:
 
     @property
     def units(self) -> list[list[Choice]]:
-        """For the knapsack: each layer's widths."""
+        """The widths of each layer as choices for the knapsack."""
         return [
             [Choice(str(w), max(c[w], 0.0), {"bytes": self.sizes[w], "nanoseconds": 0}) for w in self.policy.widths]
             for c in self.costs or ()
@@ -68,8 +69,11 @@ class CacheChoices:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """policy: with budgets; bytes: of the cache at its full length; plain_bytes: of keys and values in 16 bits; exponents: of
-    the scales of keys (``qkit.transforms.keys``), by layer, head and rotary pair."""
+    """A KV cache that fits its budget.
+
+    policy: with budgets; bytes: of the cache at its full length; plain_bytes: of keys and values in 16 bits; exponents: of
+    the scales of keys (``qkit.transforms.keys``), by layer, head and rotary pair.
+    """
 
     policy: CachePolicy
     bytes: int
@@ -77,82 +81,83 @@ class CachePlan:
     exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
 
-def plan_cache(request: Request, wanted: CacheRequest, progress: Progress) -> CachePlan:
-    """The cache within ``wanted.memory``. Raises as ``opened``."""
-    open_ = opened(request, wanted)
-    finals = open_.policy.widths_of(open_.heads.layers)
-    if open_.chooses and wanted.memory is not None:
-        open_ = replace(open_, costs=_costs(request, open_, sensitivities, progress))
-        picks = solve(open_.units, {"bytes": wanted.memory}).picks
-        finals = tuple(open_.policy.widths[i] for i in picks)
-    return resolve_cache(request, open_, wanted, finals, progress)
+def plan_cache(request: Request, cache_request: CacheRequest, progress: Progress) -> CachePlan:
+    """The cache within ``cache_request.memory``. Raises as ``cache_choices``."""
+    choices = cache_choices(request, cache_request)
+    finals = choices.policy.widths_of(choices.heads.layers)
+    if choices.chooses and cache_request.memory is not None:
+        choices = replace(choices, costs=_costs(request, choices, sensitivities, progress))
+        picks = solve(choices.units, {"bytes": cache_request.memory}).picks
+        finals = tuple(choices.policy.widths[i] for i in picks)
+    return resolve_cache(request, choices, cache_request, finals, progress)
 
 
-def opened(request: Request, wanted: CacheRequest, joint: bool = False) -> CacheChoices:
-    """The request looked at as far as config and headers allow. joint: whether its bytes are part of a budget of all.
+def cache_choices(request: Request, cache_request: CacheRequest, joint: bool = False) -> CacheChoices:
+    """The choices of a cache, as far as config and headers tell. joint: whether its bytes are part of a budget of all.
 
-    Raises UsageError for a policy that cannot be, Unsupported for attention that no policy serves and for too little memory.
+    Raises UsageError for a policy that cannot be, Unsupported for attention that no policy serves and for too little
+    memory.
     """
-    if joint and wanted.memory is not None:
+    if joint and cache_request.memory is not None:
         raise UsageError("--memory counts the KV cache too: leave --kv-memory out")
-    open_ = _opened(request, wanted)
+    choices = _read_choices(request, cache_request)
     if not joint:
-        _refuse_too_little(wanted.memory, open_.least, open_)
-        if open_.chooses and wanted.memory is None:
+        _refuse_too_little(cache_request.memory, choices.least, choices)
+        if choices.chooses and cache_request.memory is None:
             raise UsageError(
-                f"--kv {open_.policy.name} chooses between widths by memory: give --kv-memory (or --memory for all), or one "
+                f"--kv {choices.policy.name} chooses between widths by memory: give --kv-memory (or --memory for all), or one "
                 "width"
             )
-    return open_
+    return choices
 
 
-def joint_choices(request: Request, wanted: CacheRequest, progress: Progress) -> CacheChoices:
-    """What the cache offers a budget that it shares with the weights: costs, where there is a choice, are KL divergences, in
-    the unit of the weights' own. Raises as ``opened``."""
-    open_ = opened(request, wanted, joint=True)
-    return replace(open_, costs=_costs(request, open_, divergences, progress) if open_.chooses else None)
+def joint_choices(request: Request, cache_request: CacheRequest, progress: Progress) -> CacheChoices:
+    """The choices of a cache that shares a budget with the weights: costs, where there is a choice, are KL divergences, in the
+    unit of the weights' own. Raises as ``cache_choices``."""
+    choices = cache_choices(request, cache_request, joint=True)
+    return replace(choices, costs=_costs(request, choices, divergences, progress) if choices.chooses else None)
 
 
-def _opened(request: Request, wanted: CacheRequest) -> CacheChoices:
-    policy = parse(wanted.kv)
-    if policy.kind == "fp" and wanted.memory is not None:
+def _read_choices(request: Request, cache_request: CacheRequest) -> CacheChoices:
+    policy = parse(cache_request.kv)
+    if policy.kind == "fp" and cache_request.memory is not None:
         raise UsageError("--kv-memory: fp8 has one width and nothing to choose, so it takes no budget; leave it out")
     structure = open_structure(request.model, "--kv")
     config: Any = structure.model.config
     heads = Heads.of(config)
-    length = wanted.length or getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    length = cache_request.length or getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if length is None:
         raise UsageError("--kv: the model does not say how many tokens it takes at most; give --max-length")
     sizes = {w: heads.bytes_at(policy, w, length) for w in {*policy.widths, *policy.widths_of(heads.layers)}}
     with_budgets(policy, config, length)  # refuses what cannot be, before anything is measured
-    if wanted.scale_keys:
+    if cache_request.scale_keys:
         _refuse_unscalable(policy, structure)
     return CacheChoices(policy=policy, structure=structure, heads=heads, length=length, sizes=sizes, costs=None)
 
 
 def resolve_cache(
-    request: Request, open_: CacheChoices, wanted: CacheRequest, finals: tuple[int, ...], progress: Progress
+    request: Request, choices: CacheChoices, cache_request: CacheRequest, finals: tuple[int, ...], progress: Progress
 ) -> CachePlan:
-    """The plan with these final widths, by layer."""
-    found = with_widths(open_, finals)
-    return replace(found, exponents=_exponents(request, open_, progress)) if wanted.scale_keys else found
+    """The cache with these final widths, by layer, and with scales of keys where they are asked for."""
+    cache = cache_of_widths(choices, finals)
+    return replace(cache, exponents=_exponents(request, choices, progress)) if cache_request.scale_keys else cache
 
 
-def with_widths(open_: CacheChoices, finals: tuple[int, ...]) -> CachePlan:
-    """The same, before scales of keys are searched."""
-    config: Any = open_.structure.model.config
-    policy, heads = open_.policy, open_.heads
+def cache_of_widths(choices: CacheChoices, finals: tuple[int, ...]) -> CachePlan:
+    """The cache with these final widths, by layer, before scales of keys are searched."""
+    config: Any = choices.structure.model.config
+    policy, heads = choices.policy, choices.heads
     if policy.kind == "progressive":
-        policy = with_budgets(replace(policy, finals=finals), config, open_.length)
+        policy = with_budgets(replace(policy, finals=finals), config, choices.length)
     make_cache(config, policy)
-    used = sum(open_.sizes[w] for w in finals)
-    return CachePlan(policy, used, heads.layers * 2 * heads.heads * heads.head_dim * 2 * open_.length)
+    used = sum(choices.sizes[w] for w in finals)
+    return CachePlan(policy, used, heads.layers * 2 * heads.heads * heads.head_dim * 2 * choices.length)
 
 
-def _refuse_too_little(memory: int | None, needed: int, open_: CacheChoices) -> None:
+def _refuse_too_little(memory: int | None, needed: int, choices: CacheChoices) -> None:
     if memory is not None and needed > memory:
         raise Unsupported(
-            f"--kv-memory {memory / 1e6:.2f}MB: a cache {open_.policy.name} of {open_.length} tokens takes "
+            f"--kv-memory {memory / 1e6:.2f}MB: a cache {choices.policy.name} of {choices.length} tokens takes "
             f"{needed / 1e6:.2f}MB at its least width: give more memory, a smaller --max-length or fewer bits"
         )
 
@@ -180,34 +185,38 @@ def _refuse_unscalable(policy: CachePolicy, structure: ModelStructure) -> None:
 Measure = Callable[..., Tensor]
 
 
-def _costs(request: Request, open_: CacheChoices, measure: Measure, progress: Progress) -> tuple[dict[int, float], ...]:
+def _costs(
+    request: Request, choices: CacheChoices, measure: Measure, progress: Progress
+) -> tuple[dict[int, float], ...]:
     """{width: cost} of every layer, on the first calibration rows, in float32."""
-    policy = open_.policy
-    model, rows, stretch = _measured_on(request, open_)
+    policy = choices.policy
+    model, rows, stretch = _measured_on(request, choices)
     progress.start("sensitivity of the KV cache", rows.samples)
-    found = measure(model, rows, policy.widths, policy.group, stretch, progress=lambda: progress.step())
-    return tuple({w: float(c) for w, c in zip(policy.widths, layer, strict=True)} for layer in found)
+    layer_costs = measure(model, rows, policy.widths, policy.group, stretch, progress=lambda: progress.step())
+    return tuple({w: float(c) for w, c in zip(policy.widths, layer, strict=True)} for layer in layer_costs)
 
 
-def _exponents(request: Request, open_: CacheChoices, progress: Progress) -> tuple[tuple[tuple[int, ...], ...], ...]:
+def _exponents(request: Request, choices: CacheChoices, progress: Progress) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """Of the scales of keys, for the least of the policy's widths."""
-    keys, policy = open_.structure.family.keys, open_.policy
+    keys, policy = choices.structure.family.keys, choices.policy
     assert keys is not None
-    model, rows, stretch = _measured_on(request, open_)
-    attentions = [model.get_submodule(f"{b.path}.{keys.attention}") for b in open_.structure.blocks]
+    model, rows, stretch = _measured_on(request, choices)
+    attentions = [model.get_submodule(f"{b.path}.{keys.attention}") for b in choices.structure.blocks]
     shared = hasattr(attentions[0], keys.key_norm)
     progress.start("scales of keys", rows.samples)
-    found = search(model, attentions, rows, policy.widths[-1], policy.group, stretch, shared, lambda: progress.step())
-    return tuple(tuple(tuple(head) for head in layer.tolist()) for layer in found)
+    exponents = search(
+        model, attentions, rows, policy.widths[-1], policy.group, stretch, shared, lambda: progress.step()
+    )
+    return tuple(tuple(tuple(head) for head in layer.tolist()) for layer in exponents)
 
 
-def _measured_on(request: Request, open_: CacheChoices) -> tuple[Any, Calibration, int]:
+def _measured_on(request: Request, choices: CacheChoices) -> tuple[Any, Calibration, int]:
     """(model in float32, rows, stretch of the positions of those of a text)"""
-    rows = measured_rows(request, open_)
-    model = load(open_.structure.checkpoint.path, dtype=torch.float32)
-    return model, rows, max(1, min(STRETCH, open_.length // rows.seqlen))
+    rows = measurement_rows(request, choices)
+    model = load(choices.structure.checkpoint.path, dtype=torch.float32)
+    return model, rows, max(1, min(STRETCH, choices.length // rows.seqlen))
 
 
-def measured_rows(request: Request, open_: CacheChoices) -> Calibration:
-    """What a cache is measured on."""
-    return calibration_of(request, open_.structure).first(ROWS)
+def measurement_rows(request: Request, choices: CacheChoices) -> Calibration:
+    """The calibration rows that a cache is measured on."""
+    return calibration_of(request, choices.structure).first(ROWS)

@@ -1,6 +1,6 @@
-"""What has to be measured before a request is decided, told from names and shapes: no weight is read for it.
+"""The measurements that come before a request is decided, forecast from names and shapes: no weight is read.
 
-Seconds depend on the machine, so what measuring takes is held against the operations of the quantization itself.
+Seconds depend on the machine, so the cost of measuring is given in operations of the quantization itself.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from qkit.sensitivity.forecast import GRADIENTS, pass_operations
 from qkit.sensitivity.repair import POINTS
 from qkit.workflows.advice import times
 from qkit.workflows.calibration_rows import calibration_of
-from qkit.workflows.kv_cache import CacheChoices, measured_rows
-from qkit.workflows.profile import ProfileRequest, foreseen
+from qkit.workflows.kv_cache import CacheChoices, measurement_rows
+from qkit.workflows.profile import ProfileRequest, forecast_operations
 from qkit.workflows.quantize import prepare
-from qkit.workflows.requant import Begun, compared_rows
-from qkit.workflows.towers import Open
+from qkit.workflows.requant import StartedSearch, comparison_rows
+from qkit.workflows.towers import OpenTowers
 
 
 @dataclass(frozen=True)
-class Ahead:
-    """what: is measured; passes: of the model, in words; ratio: its operations in those of the quantization itself"""
+class UpcomingMeasurement:
+    """A measurement that comes before the run. what: is measured; passes: of the model, in words; ratio: its operations in
+    those of the quantization itself"""
 
     what: str
     passes: str
@@ -38,66 +39,78 @@ class Ahead:
 
 
 def run_operations(request: Request) -> float:
-    """Of the quantization itself, multiply-adds counted twice."""
+    """The operations of the quantization itself; multiply-adds count twice."""
     return sum(prepare(request).forecast.operations.values())
 
 
-def of_profile(ask: ProfileRequest, folder: Path) -> tuple[Ahead, float]:
-    """(the profile of a budget, operations of the quantization behind it)"""
-    passes, total, run = foreseen(ask)
-    return Ahead(f"a profile of {ask.candidates} in {folder}", passes.work, total / run), run
+def profile_ahead(ask: ProfileRequest, folder: Path) -> tuple[UpcomingMeasurement, float]:
+    """The profile of a budget, and the operations of the quantization behind it."""
+    passes, total, run = forecast_operations(ask)
+    return UpcomingMeasurement(f"a profile of {ask.candidates} in {folder}", passes.work, total / run), run
 
 
-def of_refinement(request: Request, structure: ModelStructure, evaluations: int, rows: int, run: float) -> Ahead:
-    """Whole plans of a budget, and the original. rows: that a profile is measured on"""
+def refinement_ahead(
+    request: Request, structure: ModelStructure, evaluations: int, rows: int, run: float
+) -> UpcomingMeasurement:
+    """The measurement of whole plans of a budget, and of the original. rows: that a profile is measured on"""
     tokens = _tokens(calibration_of(request, structure).first(rows))
     passes = f"{evaluations} plans at the most, {evaluations + 2} forward passes over {tokens} tokens"
-    return Ahead(
+    return UpcomingMeasurement(
         "plans near the one of least predicted cost",
         passes,
         (evaluations + 2) * pass_operations(structure, tokens) / run,
     )
 
 
-def of_search(begun: Begun) -> Ahead:
+def search_ahead(search: StartedSearch) -> UpcomingMeasurement:
     """The trials of ReQuant; the one that is kept becomes the run."""
-    run = sum(begun.first.forecast.operations.values())
-    tokens, trials = _tokens(compared_rows(begun.first.plan)), len(begun.exponents)
-    also = f"{POINTS} forward and backward and {2 * trials} forward passes over {tokens} tokens"
-    once = pass_operations(begun.first.structure, tokens)
-    work = (trials + 1) * run + (GRADIENTS * POINTS + 2 * trials) * once
-    return Ahead("the share of outliers of every layer", f"{trials + 1} runs of the method, {also}", work / run)
+    run = sum(search.first.forecast.operations.values())
+    tokens, trials = _tokens(comparison_rows(search.first.plan)), len(search.exponents)
+    passes = f"{POINTS} forward and backward and {2 * trials} forward passes over {tokens} tokens"
+    one_pass = pass_operations(search.first.structure, tokens)
+    work = (trials + 1) * run + (GRADIENTS * POINTS + 2 * trials) * one_pass
+    return UpcomingMeasurement(
+        "the share of outliers of every layer", f"{trials + 1} runs of the method, {passes}", work / run
+    )
 
 
-def of_parts(open_: Open) -> Ahead:
-    """The parts beside a language model whose scheme is left to measuring."""
-    assert open_.structure is not None and open_.rows is not None
-    count, tokens = 1 + len(open_.structure.sequences), _tokens(open_.rows)
-    work = count * pass_operations(open_.structure, tokens)
-    what = f"whether {' and '.join(open_.left)} are quantized (auto)"
-    return Ahead(what, f"{count} forward passes over {tokens} tokens", work / run_operations(open_.request))
+def towers_ahead(towers: OpenTowers) -> UpcomingMeasurement:
+    """The measurement of the parts beside a language model whose scheme is left open."""
+    assert towers.structure is not None and towers.rows is not None
+    count, tokens = 1 + len(towers.structure.sequences), _tokens(towers.rows)
+    work = count * pass_operations(towers.structure, tokens)
+    question = f"whether {' and '.join(towers.undecided)} are quantized (auto)"
+    return UpcomingMeasurement(
+        question, f"{count} forward passes over {tokens} tokens", work / run_operations(towers.request)
+    )
 
 
-def of_cache(request: Request, open_: CacheChoices, joint: bool, run: float) -> Ahead:
-    """What each width costs in every layer: by KL divergence where the memory is shared with the weights (joint), else by
-    gradients."""
-    tokens = _tokens(measured_rows(request, open_))
-    count = 1 + open_.heads.layers * len(open_.policy.widths) if joint else 1
+def cache_ahead(request: Request, choices: CacheChoices, joint: bool, run: float) -> UpcomingMeasurement:
+    """The measurement of what each width costs in every layer: by KL divergence where the memory is shared with the weights
+    (joint), else by gradients."""
+    tokens = _tokens(measurement_rows(request, choices))
+    count = 1 + choices.heads.layers * len(choices.policy.widths) if joint else 1
     passes = f"{count} forward {'' if joint else 'and backward '}pass{'es' if count > 1 else ''} over {tokens} tokens"
-    work = count * (1 if joint else GRADIENTS) * pass_operations(open_.structure, tokens)
-    return Ahead(f"what the widths of --kv {open_.policy.name} cost in every layer", passes, work / run)
+    work = count * (1 if joint else GRADIENTS) * pass_operations(choices.structure, tokens)
+    return UpcomingMeasurement(f"what the widths of --kv {choices.policy.name} cost in every layer", passes, work / run)
 
 
-def of_keys(request: Request, open_: CacheChoices, run: float) -> Ahead:
+def keys_ahead(request: Request, choices: CacheChoices, run: float) -> UpcomingMeasurement:
     """The search of scales of keys."""
-    tokens, keys = _tokens(measured_rows(request, open_)), open_.structure.family.keys
+    tokens, keys = _tokens(measurement_rows(request, choices)), choices.structure.family.keys
     assert keys is not None
-    inside = [x for b in open_.structure.blocks for x in b.linears if x.param.startswith(f"{keys.attention}.")]
-    again = 2.0 * tokens * sum(x.shape[0] * x.shape[1] for x in inside)
+    attention_linears = [
+        x for b in choices.structure.blocks for x in b.linears if x.param.startswith(f"{keys.attention}.")
+    ]
+    attention_operations = 2.0 * tokens * sum(x.shape[0] * x.shape[1] for x in attention_linears)
     passes = f"2 forward passes over {tokens} tokens, and every attention {STEPS + 1} times more at the most"
-    return Ahead("scales of keys", passes, (2 * pass_operations(open_.structure, tokens) + (STEPS + 1) * again) / run)
+    return UpcomingMeasurement(
+        "scales of keys",
+        passes,
+        (2 * pass_operations(choices.structure, tokens) + (STEPS + 1) * attention_operations) / run,
+    )
 
 
 def _tokens(rows: Calibration) -> int:
-    found = extent(rows)
-    return found.rows * found.length
+    size = extent(rows)
+    return size.rows * size.length

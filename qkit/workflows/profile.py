@@ -1,4 +1,4 @@
-"""The work behind ``qkit profile``: from a request to a profile, and how far its predictions were from the truth."""
+"""The work behind ``qkit profile``: from a request to a profile, and the distance of its predictions from the truth."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from qkit.sensitivity.forecast import ProfileForecast, profile_forecast, refuse_
 from qkit.sensitivity.measures import MeasureContext
 from qkit.sensitivity.names import check_measures
 from qkit.sensitivity.probes import probes
-from qkit.sensitivity.profile import MEASURED, Profile, identity, make_bench, make_profile, profile_of_shapes
+from qkit.sensitivity.profile import MEASURED, Profile, identity, make_context, make_profile, profile_of_shapes
 from qkit.sensitivity.result_cache import ResultCache
-from qkit.sensitivity.units import parts_named, parts_of, units_of
+from qkit.sensitivity.units import parts_of, recorded_parts, units_of
 from qkit.system.machine import available_cores
 from qkit.system.parallel import workers
 from qkit.system.progress import Progress
-from qkit.workflows.calibration_rows import calibration_of, pair_calibration, wants_pairs
+from qkit.workflows.calibration_rows import calibration_of, image_text_rows, wants_image_text
 from qkit.workflows.quantize import open_structure, prepare
 
 ROWS = 32  # that losses are measured on; our choice
@@ -42,7 +42,9 @@ ROWS = 32  # that losses are measured on; our choice
 
 @dataclass(frozen=True)
 class ProfileRequest:
-    """base: model, method (a solver), group size and calibration of the probes; its scheme is not used.
+    """The request of ``qkit profile``.
+
+    base: model, method (a solver), group size and calibration of the probes; its scheme is not used.
 
     rows: calibration rows that losses are measured on (None: 32, or all if there are fewer); points: of the path integral.
     """
@@ -66,52 +68,54 @@ class ProfileRequest:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A request as far as names and shapes go. described: what a profile says of how it was made."""
+class _ProbeRequest:
+    """A request as far as names and shapes go. settings: what a profile says of how it was made."""
 
     structure: ModelStructure
     candidates: tuple[Candidate, ...]
     parts: tuple[str, ...]
-    described: dict[str, Any]
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Prepared:
+class _PreparedProbes:
     structure: ModelStructure
     candidates: tuple[Candidate, ...]
     plans: dict[str, Plan]
     rows: Calibration
-    described: dict[str, Any]
+    settings: dict[str, Any]
     operations: float  # of all probes
 
 
 def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profile:
-    """Make the profile in ``folder``, or go on with it. Raises UsageError for methods that rewrite the weights, Unsupported
-    where memory is too small for it."""
+    """The profile in ``folder``, made or continued. Raises UsageError for methods that rewrite the weights, Unsupported where
+    memory is too small for it."""
     check_measures(request.measures)
     _refuse_foreign(folder)
-    found = _prepare(request)
+    prepared = _prepare(request)
     if (folder / MEASURED).exists():
         ResultCache(
-            folder / MEASURED, identity(found.structure, found.described, found.rows)
+            folder / MEASURED, identity(prepared.structure, prepared.settings, prepared.rows)
         )  # refuses another profile's folder
     with suppress(BadInput):  # there is none, or it is damaged and made again from what was measured
         old = Profile.load(folder)
-        asked = {c.name for c in found.candidates}
-        more = ["bf16" if n == "keep" else n for n in old.candidates if n not in asked]
+        names = {c.name for c in prepared.candidates}
+        earlier = ["bf16" if n == "keep" else n for n in old.candidates if n not in names]
         measures = tuple(dict.fromkeys((*request.measures, *old.measures)))
-        request = replace(request, candidates=",".join([request.candidates, *more]), measures=measures)
-        found = _prepare(request)
-    refuse_what_cannot_fit(_forecast(request, found.structure, extent(found.rows), found.rows.kinds is not None))
+        request = replace(request, candidates=",".join([request.candidates, *earlier]), measures=measures)
+        prepared = _prepare(request)
+    refuse_what_cannot_fit(
+        _forecast(request, prepared.structure, extent(prepared.rows), prepared.rows.kinds is not None)
+    )
     with workers(request.base.threads) as pool:
         return make_profile(
-            found.structure,
-            found.plans,
-            found.candidates,
+            prepared.structure,
+            prepared.plans,
+            prepared.candidates,
             request.measures,
-            found.rows,
+            prepared.rows,
             request.points,
-            found.described,
+            prepared.settings,
             folder,
             pool,
             progress,
@@ -129,41 +133,45 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def forecast(request: ProfileRequest) -> ProfileForecast:
-    """What ``profile`` will take, in seconds and without reading a weight. Raises what the request's names deserve."""
+    """The forecast of ``profile``, in seconds and without reading a weight. Raises what the request's names deserve."""
     base, count = request.base, request.measured_rows
     structure = open_structure(base.model, "a profile")
-    rows, pictures = text_extent(count, base.seqlen), wants_pairs(base, structure)
-    if pictures:
-        rows = extent(pair_calibration(replace(base, samples=count), structure))
-    return _forecast(request, structure, rows, pictures)
+    rows, has_images = text_extent(count, base.seqlen), wants_image_text(base, structure)
+    if has_images:
+        rows = extent(image_text_rows(replace(base, samples=count), structure))
+    return _forecast(request, structure, rows, has_images)
 
 
-def _forecast(request: ProfileRequest, structure: ModelStructure, rows: Extent, pictures: bool) -> ProfileForecast:
+def _forecast(request: ProfileRequest, structure: ModelStructure, rows: Extent, has_images: bool) -> ProfileForecast:
     base = request.base
     candidates = parse_candidates(request.candidates, base.group_size)
     threads = base.threads or available_cores()
-    parts = parts_of(structure, pictures)
+    parts = parts_of(structure, has_images)
     return profile_forecast(structure, candidates, request.measures, rows, request.points, threads, parts)
 
 
-def of_shapes(request: ProfileRequest) -> Profile:
-    """What ``profile`` will say, before anything is measured: all costs are 0. Raises what the request's names deserve."""
+def profile_from_shapes(request: ProfileRequest) -> Profile:
+    """The profile before anything is measured: all costs are 0. Raises what the request's names deserve."""
     base = request.base
     structure = open_structure(base.model, "a profile")
-    found = _asked(request, structure, wants_pairs(base, structure))
-    return profile_of_shapes(structure, found.candidates, request.measures, found.described)
+    probes_asked = _probe_request(request, structure, wants_image_text(base, structure))
+    return profile_of_shapes(structure, probes_asked.candidates, request.measures, probes_asked.settings)
 
 
-def foreseen(request: ProfileRequest) -> tuple[ProfileForecast, float, float]:
-    """(what ``profile`` will take, all of its operations, those of one run of its solver); reads no weight. Raises as
+def forecast_operations(request: ProfileRequest) -> tuple[ProfileForecast, float, float]:
+    """The forecast of ``profile``, all of its operations, and those of one run of its solver; reads no weight. Raises as
     ``profile`` does before it begins."""
-    found = _prepare(request)
-    passes = _forecast(request, found.structure, extent(found.rows), found.rows.kinds is not None)
+    prepared = _prepare(request)
+    passes = _forecast(request, prepared.structure, extent(prepared.rows), prepared.rows.kinds is not None)
     refuse_what_cannot_fit(passes)
-    return passes, found.operations + passes.operations(found.structure), found.operations / len(found.plans)
+    return (
+        passes,
+        prepared.operations + passes.operations(prepared.structure),
+        prepared.operations / len(prepared.plans),
+    )
 
 
-def _asked(request: ProfileRequest, structure: ModelStructure, pictures: bool) -> _Asked:
+def _probe_request(request: ProfileRequest, structure: ModelStructure, has_images: bool) -> _ProbeRequest:
     base = request.base
     transforms, solver = parse_method(base.method or "gptq")
     if transforms:
@@ -173,8 +181,8 @@ def _asked(request: ProfileRequest, structure: ModelStructure, pictures: bool) -
     candidates = parse_candidates(request.candidates, base.group_size)
     if all(c.scheme is None for c in candidates):
         raise UsageError(f"--candidates {request.candidates}: no format that quantizes: add one, for instance int4")
-    parts = parts_of(structure, pictures)
-    described = {
+    parts = parts_of(structure, has_images)
+    settings = {
         "method": solver,
         "group_size": base.group_size,
         "group_sizes": {c.name: _group(c, base.group_size) for c in candidates},
@@ -187,107 +195,118 @@ def _asked(request: ProfileRequest, structure: ModelStructure, pictures: bool) -
         **({} if parts == (LANGUAGE,) else {"parts": list(parts)}),
         "dtype": str(structure.dtype).removeprefix("torch."),
     }
-    return _Asked(structure, candidates, parts, described)
+    return _ProbeRequest(structure, candidates, parts, settings)
 
 
-def _prepare(request: ProfileRequest) -> _Prepared:
+def _prepare(request: ProfileRequest) -> _PreparedProbes:
     base = request.base
     structure = open_structure(base.model, "a profile")
-    _asked(request, structure, False)  # refuses names before rows are made
+    _probe_request(request, structure, False)  # refuses names before rows are made
     rows = calibration_of(base, structure)
-    found = _asked(request, structure, rows.kinds is not None)
+    probe_request = _probe_request(request, structure, rows.kinds is not None)
     probes_ = {
         c.name: prepare(
             replace(
                 base,
                 scheme=c.scheme.name,
-                method=found.described["method"],
-                group_size=found.described["group_sizes"][c.name],
+                method=probe_request.settings["method"],
+                group_size=probe_request.settings["group_sizes"][c.name],
                 outliers=c.outliers or None,
                 rank=c.rank or None,
-                targets={t.name: c.scheme.name if t.name in found.parts else SKIP for t in structure.towers},
+                targets={t.name: c.scheme.name if t.name in probe_request.parts else SKIP for t in structure.towers},
             ),
             rows,
         )
-        for c in found.candidates
+        for c in probe_request.candidates
         if c.scheme is not None
     }
     plans = {name: p.plan for name, p in probes_.items()}
     total = sum(sum(p.forecast.operations.values()) for p in probes_.values())
-    return _Prepared(
+    return _PreparedProbes(
         structure=structure,
-        candidates=found.candidates,
+        candidates=probe_request.candidates,
         plans=plans,
         rows=rows.first(request.measured_rows),
-        described=found.described,
+        settings=probe_request.settings,
         operations=total,
     )
 
 
 def _group(candidate: Candidate, group_size: int | None) -> int | None:
-    """The group size to ask for: only integer formats in groups take one."""
+    """The group size to ask for: only integer formats in groups have a free one."""
     s = candidate.scheme
     free = s is not None and s.weights.kind == "int" and s.weights.strategy == "group"
     return group_size if free else None
 
 
-def _held_out(base: Request, structure: ModelStructure, given: Path | None) -> Calibration:
-    """Rows of ``given``, else of the embedded evaluation text, or of drawn scenes where calibration has pictures."""
-    if given is None and wants_pairs(base, structure):
-        return pair_calibration(replace(base, calib=None), structure, held_out=True)
-    return calibration_of(replace(base, calib=given or Path(str(qkit_data.text_path("evaluation")))), structure)
+def _held_out(base: Request, structure: ModelStructure, text: Path | None) -> Calibration:
+    """Rows of ``text``, else of the embedded evaluation text, or of drawn scenes where calibration has images."""
+    if text is None and wants_image_text(base, structure):
+        return image_text_rows(replace(base, calib=None), structure, held_out=True)
+    return calibration_of(replace(base, calib=text or Path(str(qkit_data.text_path("evaluation")))), structure)
 
 
 def audit(
     request: ProfileRequest,
     folder: Path,
-    made: Profile,
+    audited: Profile,
     held_out: Path | None,
     progress: Progress,
     plans: int = 6,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """How far each measure's prediction is from the true loss change on held-out text or pairs (None: embedded or drawn ones).
+    """The distance of each measure's prediction from the true loss change on held-out text or image-text data (None: embedded
+    or drawn ones).
 
-    Of single units: every unit at every candidate. Of whole plans: each candidate everywhere, and ``plans`` random mixtures.
-    Gives, by measure, the rank correlation with the truth and, for measures in nats, the median of predicted / true.
+    Of single units: every unit at every candidate. Of whole plans: each candidate everywhere, and ``plans`` random
+    mixtures. Gives, by measure, the rank correlation with the truth and, for measures in nats, the median of predicted /
+    true.
     """
-    found = _prepare(request)
+    prepared = _prepare(request)
     try:
-        rows = _held_out(replace(request.base, samples=request.measured_rows), found.structure, held_out)
+        rows = _held_out(replace(request.base, samples=request.measured_rows), prepared.structure, held_out)
     except (BadInput, UsageError) as e:
         raise type(e)(f"--audit: {e}") from e
-    units = units_of(found.structure, parts_named(found.described))
+    units = units_of(prepared.structure, recorded_parts(prepared.settings))
     random_ = random.Random(seed)
     with (
         workers(request.base.threads) as pool,
-        probes(found.plans, found.structure, folder / "probes", pool, progress) as probed,
+        probes(prepared.plans, prepared.structure, folder / "probes", pool, progress) as probed,
     ):
         result_cache = ResultCache(
-            folder / f"audit-{rows.digest[:8]}.jsonl", identity(found.structure, found.described, rows)
+            folder / f"audit-{rows.digest[:8]}.jsonl", identity(prepared.structure, prepared.settings, rows)
         )
-        bench = make_bench(
-            found.structure, probed, units, found.candidates, rows, request.points, result_cache, folder, pool, progress
+        context = make_context(
+            prepared.structure,
+            probed,
+            units,
+            prepared.candidates,
+            rows,
+            request.points,
+            result_cache,
+            folder,
+            pool,
+            progress,
         )
-        names = [c.name for c in found.candidates if c.scheme is not None]
+        names = [c.name for c in prepared.candidates if c.scheme is not None]
         single = [{u.key: name} for u in units for name in names]
         uniform = [{u.key: name for u in units} for name in names]
         mixed = [{u.key: random_.choice(names) for u in units} for _ in range(plans)]
         progress.start("audit", len(single) + len(uniform) + len(mixed))
         true = []
         for picks in (*single, *uniform, *mixed):
-            true.append(measured_plan(bench, picks)[0])
+            true.append(measure_plan(context, picks)[0])
             progress.step()
     result: dict[str, Any] = {"text": rows.source, "rows": rows.samples, "measures": {}}
-    for measure in made.measures:
-        predicted = [_predicted(made, picks, measure) for picks in (*single, *uniform, *mixed)]
+    for measure in audited.measures:
+        predicted = [_predict(audited, picks, measure) for picks in (*single, *uniform, *mixed)]
         cut = len(single)
         result["measures"][measure] = {
             "single": _agreement(predicted[:cut], true[:cut]),
             "plans": _agreement(predicted[cut:], true[cut:]),
         }
     result["plans"] = [
-        {"name": name, "true": t, **{m: _predicted(made, picks, m) for m in made.measures}}
+        {"name": name, "true": t, **{m: _predict(audited, picks, m) for m in audited.measures}}
         for name, picks, t in zip(
             [*(f"all {n}" for n in names), *(f"mixture {i + 1}" for i in range(plans))],
             [*uniform, *mixed],
@@ -298,8 +317,8 @@ def audit(
     return result
 
 
-def _predicted(made: Profile, picks: dict[str, str], measure: str) -> float:
-    return sum(u.choices[picks[u.key]].costs[measure] for u in made.units if u.key in picks)
+def _predict(audited: Profile, picks: dict[str, str], measure: str) -> float:
+    return sum(u.choices[picks[u.key]].costs[measure] for u in audited.units if u.key in picks)
 
 
 def _agreement(predicted: Sequence[float], true: Sequence[float]) -> dict[str, float]:
@@ -308,46 +327,58 @@ def _agreement(predicted: Sequence[float], true: Sequence[float]) -> dict[str, f
 
     largest = max(abs(t) for t in true)
     ratios = sorted(p / t for p, t in zip(predicted, true, strict=True) if abs(t) > 0.01 * largest)
-    same = len(set(predicted)) < 2 or len(set(true)) < 2
+    constant = len(set(predicted)) < 2 or len(set(true)) < 2
     return {
-        "rank": 0.0 if same else float(spearmanr(predicted, true).statistic),
+        "rank": 0.0 if constant else float(spearmanr(predicted, true).statistic),
         "ratio": float(torch.tensor(ratios).median()) if ratios else float("nan"),
     }
 
 
 @contextmanager
-def measured_plans(
-    base: Request, made: Profile, folder: Path, progress: Progress
+def plan_measurement(
+    base: Request, known_profile: Profile, folder: Path, progress: Progress
 ) -> Iterator[Callable[[dict[str, str]], float]]:
-    """A function that gives a plan's KL divergence from the original on the profile's rows, from the weights of the probes."""
-    names = ",".join("bf16" if n == "keep" else n for n in made.candidates)
-    r = made.request
+    """The context of a function that gives a plan's KL divergence from the original on the profile's rows, from the weights
+    of the probes."""
+    names = ",".join("bf16" if n == "keep" else n for n in known_profile.candidates)
+    r = known_profile.request
     lacking = next((k for k in ("group_size", "samples", "seqlen", "rows", "points") if k not in r), None)
     if lacking is not None:
         raise BadInput(f"{folder}: the profile does not say with which {lacking} it was made: make it again")
     base = replace(base, group_size=r["group_size"], method=r["method"], samples=r["samples"], seqlen=r["seqlen"])
-    found = _prepare(ProfileRequest(base, names, made.measures, r["rows"], r["points"]))
+    prepared = _prepare(ProfileRequest(base, names, known_profile.measures, r["rows"], r["points"]))
     with (
         workers(base.threads) as pool,
-        probes(found.plans, found.structure, folder / "probes", pool, progress) as probed,
+        probes(prepared.plans, prepared.structure, folder / "probes", pool, progress) as probed,
     ):
-        units = units_of(found.structure, parts_named(found.described))
-        result_cache = ResultCache(folder / "plans.jsonl", identity(found.structure, found.described, found.rows))
-        bench = make_bench(
-            found.structure, probed, units, found.candidates, found.rows, 1, result_cache, folder, pool, progress
+        units = units_of(prepared.structure, recorded_parts(prepared.settings))
+        result_cache = ResultCache(
+            folder / "plans.jsonl", identity(prepared.structure, prepared.settings, prepared.rows)
         )
-        yield lambda picks: measured_plan(bench, picks)[1]
+        context = make_context(
+            prepared.structure,
+            probed,
+            units,
+            prepared.candidates,
+            prepared.rows,
+            1,
+            result_cache,
+            folder,
+            pool,
+            progress,
+        )
+        yield lambda picks: measure_plan(context, picks)[1]
 
 
-def measured_plan(bench: MeasureContext, picks: dict[str, str]) -> tuple[float, float]:
-    """Measured (loss change, KL divergence) with these units at these candidates."""
+def measure_plan(context: MeasureContext, picks: dict[str, str]) -> tuple[float, float]:
+    """The measured loss change and KL divergence with these units at these candidates."""
     key = "plan " + " ".join(f"{k}={v}" for k, v in sorted(picks.items()))
-    known = bench.result_cache.get(key)
-    if known is None:
-        by_name = {c.name: c for c in bench.candidates}
-        chosen = [(u, by_name[picks[u.key]]) for u in bench.units if u.key in picks]
-        moved = {n: r for u, c in chosen for n, r in bench.probes.replacements(u, c).items()}
-        with bench.subject.replaced(moved):
-            known = bench.subject.compare(bench.rows, bench.reference)
-        bench.result_cache.put(key, known)
-    return float(known[0]) - bench.base_loss, float(known[1])
+    measurement = context.result_cache.get(key)
+    if measurement is None:
+        by_name = {c.name: c for c in context.candidates}
+        chosen = [(u, by_name[picks[u.key]]) for u in context.units if u.key in picks]
+        replacements = {n: r for u, c in chosen for n, r in context.probes.replacements(u, c).items()}
+        with context.reference_model.replaced(replacements):
+            measurement = context.reference_model.compare(context.rows, context.reference)
+        context.result_cache.put(key, measurement)
+    return float(measurement[0]) - context.base_loss, float(measurement[1])

@@ -32,7 +32,7 @@ from qkit.files.folder import RECORD, is_pipeline, weights_folder
 from qkit.files.job_folder import refuse_foreign, remove_job
 from qkit.files.locate import find_model, record_source
 from qkit.files.output import check_output_dir, commit_dir, remove_result
-from qkit.planning.plan import Plan, why_rows
+from qkit.planning.plan import Plan, rows_reason
 from qkit.planning.recipe import Recipe
 from qkit.planning.request import Request, recipe_of
 from qkit.planning.towers import SKIP
@@ -143,7 +143,7 @@ def _check_pictures(plan: Plan, structure: ModelStructure) -> None:
         return
     for tower in structure.towers:
         mine = {x.name: plan.linears[x.name] for b in tower.blocks for x in b.linears if x.name in plan.linears}
-        rows = why_rows(mine, plan.transforms, 0) if mine else None
+        rows = rows_reason(mine, plan.transforms, 0) if mine else None
         if rows:
             raise UsageError(
                 f"the {tower.name} is to be quantized, {rows}, and --calib is a text without pictures: give a .jsonl file or a "

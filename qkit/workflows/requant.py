@@ -1,4 +1,4 @@
-"""ReQuant: how many outliers each layer keeps, found by what the post-quantization integral says of the base method.
+"""ReQuant: the number of outliers of each layer, by the post-quantization integral of the base method.
 
 Hu et al., arXiv 2503.01901, section 4, figure 1 and algorithm 1:
  1. quantize with the base method; the mean sensitivity of an element of layer l is m_l = mean_j |gbar_j (w~_j - w_j)|;
@@ -6,9 +6,9 @@ Hu et al., arXiv 2503.01901, section 4, figure 1 and algorithm 1:
     quantized anew, and the t of the least loss is kept;
  3. significant weights are then detached step by step (``sensitivity.repair``), in the run that follows.
 
-The listing is not in the paper's text. Our choices: t in 0, 0.5, 1, 2 (0 is the same ratio everywhere); no layer takes out more
-than 10 % of its weights; what is compared is the KL divergence from the original on calibration rows. Every trial is a job
-that resumes; that of the chosen t becomes the job of the run, so nothing is solved twice.
+The listing is not in the paper's text. Our choices: t in 0, 0.5, 1, 2 (0 is the same ratio everywhere); no layer takes out
+more than 10 % of its weights; what is compared is the KL divergence from the original on calibration rows. Every trial is a
+job that resumes; that of the chosen t becomes the job of the run, so nothing is solved twice.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qkit.files.job_folder import remove_job
 from qkit.planning.plan import Plan
 from qkit.planning.request import REQUANT, REQUANT_OUTLIERS, REQUANT_SIGNIFICANT, Request
 from qkit.runtime import loading
-from qkit.sensitivity.pqi import mean_gradients, share
+from qkit.sensitivity.pqi import mean_gradients, weight_shares
 from qkit.sensitivity.probes import replacements
 from qkit.sensitivity.reference_model import ReferenceModel
 from qkit.sensitivity.repair import POINTS
@@ -48,8 +48,9 @@ ROWS = 32  # calibration rows that trials are compared on: means over a layer or
 
 
 @dataclass(frozen=True)
-class Searched:
-    """request: with the ratios of the chosen exponent, ready to run; divergence: {exponent: KL, nats a token}."""
+class OutlierSearch:
+    """The result of a search. request: with the ratios of the chosen exponent, ready to run; divergence: {exponent: KL,
+    nats a token}."""
 
     request: Request
     exponent: float
@@ -57,7 +58,7 @@ class Searched:
 
 
 @dataclass(frozen=True)
-class Begun:
+class StartedSearch:
     """A search as far as it goes without measuring. base: the request of the method by itself, without outliers; first: its
     plan; percent: of outliers, of all weights."""
 
@@ -67,7 +68,7 @@ class Begun:
 
     @property
     def exponents(self) -> tuple[float, ...]:
-        """Those that are tried."""
+        """The exponents that are tried."""
         return EXPONENTS if self.percent else EXPONENTS[:1]
 
     @property
@@ -76,8 +77,9 @@ class Begun:
         return replace(self.base, outliers=self.percent)
 
 
-def begin(request: Request) -> Begun:
-    """Look at a request whose method holds 'requant'; measures nothing. Raises UsageError for what cannot be searched."""
+def start_search(request: Request) -> StartedSearch:
+    """The start of a search, for a request whose method holds 'requant'; measures nothing. Raises UsageError for what
+    cannot be searched."""
     if isinstance(request.outliers, dict):
         raise UsageError(f"method {REQUANT} finds the share of outliers of every layer: give one percentage")
     parts = [p for p in (request.method or "").lower().split("+") if p != REQUANT]
@@ -94,18 +96,18 @@ def begin(request: Request) -> Begun:
         )
     if not percent and not significant:
         raise UsageError(f"method {REQUANT} with neither outliers nor significant weights: leave '{REQUANT}' out")
-    compared_rows(first.plan)
-    return Begun(base, first, percent)
+    comparison_rows(first.plan)
+    return StartedSearch(base, first, percent)
 
 
-def search_outliers(request: Request, folder: Path, work: Path, progress: Progress) -> Searched:
-    """Find the ratios of a request whose method holds 'requant'.
+def search_outliers(request: Request, folder: Path, work: Path, progress: Progress) -> OutlierSearch:
+    """The best ratios for a request whose method holds 'requant'.
 
     folder: of the trials and their results; work: the job folder of the run to come, which the chosen trial becomes.
     Raises UsageError for ratios per layer, which are what is searched here.
     """
-    begun = begin(request)
-    base, first, percent = begun.base, begun.first, begun.percent
+    search = start_search(request)
+    base, first, percent = search.base, search.first, search.percent
     with Job.open(
         folder / "base", _identity_of_job(first)
     ):  # trials of another request are refused before their results are lost
@@ -114,41 +116,42 @@ def search_outliers(request: Request, folder: Path, work: Path, progress: Progre
         trials = _Trials(folder, pool, progress, result_cache)
         sensitivity = trials.known("sensitivity", lambda: trials.sensitivity(first))
         sizes = {name: p.shape[0] * p.shape[1] for name, p in first.plan.linears.items()}
-        found: dict[float, tuple[Request, float]] = {}
-        for t in begun.exponents:
-            asked = replace(base, outliers=ratios(sensitivity, sizes, percent, t))
-            kl = trials.known(f"exponent {t:g}", lambda r=asked, t=t: trials.divergence(prepare(r), f"t{t:g}"))  # type: ignore[misc]
-            found[t] = (asked, float(kl))
-    best = min(found, key=lambda t: found[t][1])
+        trial_results: dict[float, tuple[Request, float]] = {}
+        for t in search.exponents:
+            trial_request = replace(base, outliers=ratios(sensitivity, sizes, percent, t))
+            kl = trials.known(f"exponent {t:g}", lambda r=trial_request, t=t: trials.divergence(prepare(r), f"t{t:g}"))  # type: ignore[misc]
+            trial_results[t] = (trial_request, float(kl))
+    best = min(trial_results, key=lambda t: trial_results[t][1])
     chosen = folder / f"t{best:g}"
     if chosen.is_dir() and not work.exists():
         work.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(chosen, work)
     for name in ("base", *(f"t{t:g}" for t in EXPONENTS)):
         remove_job(folder / name)
-    return Searched(found[best][0], best, {t: kl for t, (_, kl) in found.items()})
+    return OutlierSearch(trial_results[best][0], best, {t: kl for t, (_, kl) in trial_results.items()})
 
 
 def ratios(sensitivity: dict[str, float], sizes: dict[str, int], percent: float, t: float) -> dict[str, float]:
-    """{layer: percent of its weights}: proportional to sensitivity^t, ``percent`` of all weights together, at most MOST."""
+    """The percent of outliers of each layer, {layer: percent}: proportional to sensitivity^t, ``percent`` of all weights
+    together, at most MOST."""
     shares = {n: 1.0 if t == 0 else max(m, 0.0) ** t for n, m in sensitivity.items()}
     fixed: dict[str, float] = {}
-    left = percent * sum(sizes.values())
+    remaining = percent * sum(sizes.values())
     while True:
         total = math.fsum(s * sizes[n] for n, s in shares.items() if n not in fixed)  # in whatever order they come
-        scaled = {n: left * s / total if total else 0.0 for n, s in shares.items() if n not in fixed}
-        over = [n for n, r in scaled.items() if r > MOST]
-        if not over:
+        scaled = {n: remaining * s / total if total else 0.0 for n, s in shares.items() if n not in fixed}
+        too_large = [n for n, r in scaled.items() if r > MOST]
+        if not too_large:
             return {n: fixed.get(n, scaled.get(n, 0.0)) for n in sensitivity}
-        for n in over:
+        for n in too_large:
             fixed[n] = MOST
-            left -= MOST * sizes[n]
+            remaining -= MOST * sizes[n]
 
 
-def _identity_of_job(asked: PreparedRequest) -> dict[str, Any]:
+def _identity_of_job(prepared: PreparedRequest) -> dict[str, Any]:
     """As of the run to come, whose job a trial may become."""
-    structure = asked.structure
-    return job_identity(asked.plan, source_hashes(asked.plan, structure, structure.checkpoint.path))
+    structure = prepared.structure
+    return job_identity(prepared.plan, source_hashes(prepared.plan, structure, structure.checkpoint.path))
 
 
 @dataclass(frozen=True)
@@ -161,46 +164,46 @@ class _Trials:
     result_cache: ResultCache
 
     def known(self, key: str, find: Callable[[], Any]) -> Any:
-        """What the ledger holds under ``key``, else what ``find`` gives, which is kept there."""
+        """The value of ``key`` in the result cache, else what ``find`` gives, which is stored there."""
         value = self.result_cache.get(key)
         if value is None:
             value = find()
             self.result_cache.put(key, value)
         return value
 
-    def sensitivity(self, asked: PreparedRequest) -> dict[str, float]:
-        """{layer: mean |gbar_j (w~_j - w_j)|} of the base method."""
-        plan, structure, rows = asked.plan, asked.structure, compared_rows(asked.plan)
-        with Job.open(self.folder / "base", _identity_of_job(asked)) as job:
-            given = original_passes(plan, structure, job, self.pool, self.progress)
-            run_blocks(plan, structure, job, self.pool, self.progress, given)
-            subject = ReferenceModel(original_model(plan, structure, job), structure, self.pool)
+    def sensitivity(self, prepared: PreparedRequest) -> dict[str, float]:
+        """The mean sensitivity of each layer, {layer: mean |gbar_j (w~_j - w_j)|}, of the base method."""
+        plan, structure, rows = prepared.plan, prepared.structure, comparison_rows(prepared.plan)
+        with Job.open(self.folder / "base", _identity_of_job(prepared)) as job:
+            passes = original_passes(plan, structure, job, self.pool, self.progress)
+            run_blocks(plan, structure, job, self.pool, self.progress, passes)
+            quantized = ReferenceModel(original_model(plan, structure, job), structure, self.pool)
             targets = {n: r.weight for n, r in replacements(plan, structure, job).items()}
         self.progress.start("sensitivity of all weights", POINTS)
-        gbar = mean_gradients(subject, targets, rows, POINTS, step=self.progress.step)
-        shares = ((n, share(subject.weight(n), w, gbar[n])) for n, w in targets.items())
+        gbar = mean_gradients(quantized, targets, rows, POINTS, step=self.progress.step)
+        shares = ((n, weight_shares(quantized.weight(n), w, gbar[n])) for n, w in targets.items())
         return {n: float(s.abs_().mean(dtype=torch.float64)) for n, s in shares}
 
-    def divergence(self, asked: PreparedRequest, name: str) -> float:
+    def divergence(self, prepared: PreparedRequest, name: str) -> float:
         """KL divergence from the original model on calibration rows of the trial's weights."""
-        plan, structure, rows = asked.plan, asked.structure, compared_rows(asked.plan)
-        with Job.open(self.folder / name, _identity_of_job(asked)) as job:
-            given = original_passes(plan, structure, job, self.pool, self.progress)
-            run_blocks(plan, structure, job, self.pool, self.progress, given)
-            model, moved = original_model(plan, structure, job), replacements(plan, structure, job)
+        plan, structure, rows = prepared.plan, prepared.structure, comparison_rows(prepared.plan)
+        with Job.open(self.folder / name, _identity_of_job(prepared)) as job:
+            passes = original_passes(plan, structure, job, self.pool, self.progress)
+            run_blocks(plan, structure, job, self.pool, self.progress, passes)
+            model, weights = original_model(plan, structure, job), replacements(plan, structure, job)
         self.progress.start(f"trial {name}", 1)
         original = ReferenceModel(loading.load(structure.checkpoint.path, dtype=torch.float32), structure, self.pool)
         reference = original.log_probs(rows, self.folder)
         del original
-        subject = ReferenceModel(model, structure, self.pool)
-        with subject.replaced(moved):
-            kl = subject.compare(rows, reference)[1]
+        quantized = ReferenceModel(model, structure, self.pool)
+        with quantized.replaced(weights):
+            kl = quantized.compare(rows, reference)[1]
         self.progress.step()
         return kl
 
 
-def compared_rows(plan: Plan) -> Calibration:
-    """Those that sensitivity and trials are measured on. Raises UsageError where the base method runs none."""
+def comparison_rows(plan: Plan) -> Calibration:
+    """The rows that sensitivity and trials are measured on. Raises UsageError where the base method runs none."""
     if plan.calibration is None:  # rounding without significant weights runs no rows by itself
         raise UsageError(f"method {REQUANT} with rtn needs a share of significant weights above 0: give --significant")
     return plan.calibration.first(ROWS)

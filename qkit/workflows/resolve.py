@@ -17,11 +17,11 @@ from qkit.kvcache.policy import CacheRequest
 from qkit.planning.request import Request, is_requant
 from qkit.system.progress import Progress
 from qkit.workflows import kv_cache, measurements_ahead, towers
-from qkit.workflows.budget import BudgetAllocation, allocate_budget, opened, solved
+from qkit.workflows.budget import BudgetAllocation, allocate_budget, allocation_problem, solve_budget
 from qkit.workflows.kv_cache import CacheChoices, CachePlan, plan_cache
-from qkit.workflows.measurements_ahead import Ahead
+from qkit.workflows.measurements_ahead import UpcomingMeasurement
 from qkit.workflows.options import QuantizeOptions
-from qkit.workflows.requant import begin, search_outliers
+from qkit.workflows.requant import search_outliers, start_search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class ResolvedRequest:
     budgeted: BudgetAllocation | None = None
     cache: CachePlan | None = None
     said: tuple[str, ...] = ()
-    first: tuple[Ahead, ...] = ()
+    first: tuple[UpcomingMeasurement, ...] = ()
     open: bool = False
     reach: Reach | None = None
 
@@ -48,8 +48,8 @@ class Look:
     held against them"""
 
     decided: ResolvedRequest
-    parts: towers.Open | None = None
-    first: list[Ahead] = field(default_factory=list)
+    parts: towers.OpenTowers | None = None
+    first: list[UpcomingMeasurement] = field(default_factory=list)
     run: float = 0.0
 
 
@@ -86,7 +86,7 @@ def measure_first(
         budgeted = allocate_budget(request, options.budget, progress)
         request, cache = budgeted.request, budgeted.cache
     if look.parts is not None:
-        settled, sentences = towers.settle(look.parts, progress)
+        settled, sentences = towers.decide_towers(look.parts, progress)
         request = replace(request, targets=settled.targets)
         for sentence in sentences:
             say(sentence)
@@ -98,14 +98,14 @@ def measure_first(
 
 
 def _of_budget(request: Request, wanted: BudgetRequest) -> Look:
-    found = opened(request, wanted)
+    found = allocation_problem(request, wanted)
     kv, look = found.cache, Look(ResolvedRequest(request=request, open=True, reach=found.reach))
-    if found.ask is not None:
-        profile, look.run = measurements_ahead.of_profile(found.ask, wanted.profile)
+    if found.profile_request is not None:
+        profile, look.run = measurements_ahead.profile_ahead(found.profile_request, wanted.profile)
         look.first.append(profile)
     else:
-        cache = None if kv is None else kv_cache.with_widths(kv, kv.policy.widths_of(kv.heads.layers))
-        budgeted = solved(request, wanted, found, cache)
+        cache = None if kv is None else kv_cache.cache_of_widths(kv, kv.policy.widths_of(kv.heads.layers))
+        budgeted = solve_budget(request, wanted, found, cache)
         if found.solvable:
             look.decided = ResolvedRequest(request=_with_cache(budgeted.request, cache), budgeted=budgeted, cache=cache)
         if wanted.evaluations or not found.solvable or (wanted.cache is not None and wanted.cache.scale_keys):
@@ -113,9 +113,9 @@ def _of_budget(request: Request, wanted: BudgetRequest) -> Look:
     if wanted.cache is not None and kv is not None:
         look.first += _of_cache(look, request, kv, wanted.cache, joint=True)
     if wanted.evaluations:
-        rows = found.made.request["rows"]
+        rows = found.profile.request["rows"]
         look.first.append(
-            measurements_ahead.of_refinement(request, found.structure, wanted.evaluations, rows, look.run)
+            measurements_ahead.refinement_ahead(request, found.structure, wanted.evaluations, rows, look.run)
         )
     return look
 
@@ -123,14 +123,14 @@ def _of_budget(request: Request, wanted: BudgetRequest) -> Look:
 def _of_request(request: Request) -> Look:
     searching = is_requant(request.method)
     # Any method that runs rows does to look at the parts beside a language model.
-    parts = towers.opened(replace(request, method="gptq") if searching else request)
+    parts = towers.open_towers(replace(request, method="gptq") if searching else request)
     request = replace(request, targets=parts.request.targets)
-    look = Look(ResolvedRequest(request=request, said=parts.said), parts)
-    if parts.left:
-        look.first.append(measurements_ahead.of_parts(parts))
+    look = Look(ResolvedRequest(request=request, said=parts.notes), parts)
+    if parts.undecided:
+        look.first.append(measurements_ahead.towers_ahead(parts))
     if searching:
-        begun = begin(request)
-        look.first.append(measurements_ahead.of_search(begun))
+        begun = start_search(request)
+        look.first.append(measurements_ahead.search_ahead(begun))
         look.decided = replace(look.decided, request=begun.even)
     return look
 
@@ -138,18 +138,20 @@ def _of_request(request: Request) -> Look:
 def _add_cache(look: Look, wanted: CacheRequest) -> None:
     """A cache with a memory of its own."""
     request = look.decided.request
-    open_ = kv_cache.opened(request, wanted)
+    open_ = kv_cache.cache_choices(request, wanted)
     if not look.run and (open_.chooses or wanted.scale_keys):
         look.run = measurements_ahead.run_operations(request)
     look.first += _of_cache(look, request, open_, wanted, joint=False)
     if not open_.chooses:
-        cache = kv_cache.with_widths(open_, open_.policy.widths_of(open_.heads.layers))
+        cache = kv_cache.cache_of_widths(open_, open_.policy.widths_of(open_.heads.layers))
         look.decided = replace(look.decided, request=_with_cache(request, cache), cache=cache)
 
 
-def _of_cache(look: Look, request: Request, open_: CacheChoices, wanted: CacheRequest, joint: bool) -> list[Ahead]:
-    found = [measurements_ahead.of_cache(request, open_, joint, look.run)] if open_.chooses else []
-    return [*found, measurements_ahead.of_keys(request, open_, look.run)] if wanted.scale_keys else found
+def _of_cache(
+    look: Look, request: Request, open_: CacheChoices, wanted: CacheRequest, joint: bool
+) -> list[UpcomingMeasurement]:
+    found = [measurements_ahead.cache_ahead(request, open_, joint, look.run)] if open_.chooses else []
+    return [*found, measurements_ahead.keys_ahead(request, open_, look.run)] if wanted.scale_keys else found
 
 
 def _with_cache(request: Request, cache: CachePlan | None) -> Request:

@@ -1,4 +1,4 @@
-"""Whether the parts of a model beside its language model are quantized, where the user leaves it open: by measuring.
+"""The decision to quantize the parts beside a language model, by measuring, where the user leaves it open.
 
 Each part is rounded to the scheme asked for, alone, and the divergence of the answers that this brings (KL from the
 original, nats a token) is held against the bytes that it saves. A vision tower or a projector is quantized where a byte
@@ -41,15 +41,15 @@ ROWS = 32  # of calibration, at the most; our choice
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What rounding one part brings. kl: nats an answer token; saved: bytes"""
+class TowerCost:
+    """The cost of rounding one part. kl: nats an answer token; saved: bytes"""
 
     kl: float
     saved: int
 
     @property
     def rate(self) -> float:
-        """Nats a byte."""
+        """The nats per saved byte."""
         return self.kl / max(1, self.saved)
 
     def __str__(self) -> str:
@@ -57,85 +57,86 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Open:
-    """What a request leaves open of the parts beside the language model. request: with those decided that need no measuring,
-    said: what was decided, a sentence each; left: parts to be measured, on ``rows``."""
+class OpenTowers:
+    """The parts beside the language model that a request leaves open. request: with those decided that need no measuring,
+    notes: what was decided, a sentence each; undecided: parts to be measured, on ``rows``."""
 
     request: Request
-    said: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     recipe: Recipe | None = None
     structure: ModelStructure | None = None
-    left: tuple[str, ...] = ()
+    undecided: tuple[str, ...] = ()
     rows: Calibration | None = None
 
 
-def opened(request: Request) -> Open:
-    """Look at a request without measuring. Nothing is left where there are no rows with pictures to decide it on, or no memory
-    for the whole model: such parts stay as they are."""
+def open_towers(request: Request) -> OpenTowers:
+    """The parts that a request leaves open, found without measuring. There are none where there are no rows with images to
+    decide on, or no memory for the whole model: such parts stay as they are."""
     kind = kind_of(Checkpoint.open(weights_folder(find_model(request.model))).config)
     if not any(kind in family.model_types for family in DECLARED if family.towers):
-        return Open(request=request)
+        return OpenTowers(request=request)
     recipe, structure = recipe_of(request), open_structure(request.model)
-    open_ = [t for t in structure.towers if recipe.targets.get(t.name, AUTO) == AUTO]
-    rows = calibration_asked(request, structure, recipe) if open_ else None
+    auto_towers = [t for t in structure.towers if recipe.targets.get(t.name, AUTO) == AUTO]
+    rows = calibration_asked(request, structure, recipe) if auto_towers else None
     available = available_memory()
     if rows is None or rows.kinds is None or (available is not None and model_memory(structure) > available):
-        return Open(request=request)
-    targets, said, left = dict(recipe.targets), list[str](), list[str]()
-    for t in open_:
+        return OpenTowers(request=request)
+    targets, notes, undecided = dict(recipe.targets), list[str](), list[str]()
+    for t in auto_towers:
         if holds_siglip(structure.checkpoint.config, (x.name for b in t.blocks for x in b.linears)):
-            why = f"transformers cannot load a packed SigLIP (--target {t.name}=SCHEME packs it)"
-            targets[t.name] = f"{SKIP}: {why}"
-            said.append(f"{t.name}: left as it is: {why}")
+            reason = f"transformers cannot load a packed SigLIP (--target {t.name}=SCHEME packs it)"
+            targets[t.name] = f"{SKIP}: {reason}"
+            notes.append(f"{t.name}: left as it is: {reason}")
         else:
-            left.append(t.name)
-    return Open(
+            undecided.append(t.name)
+    return OpenTowers(
         request=replace(request, targets=targets),
-        said=tuple(said),
+        notes=tuple(notes),
         recipe=recipe,
         structure=structure,
-        left=tuple(left),
+        undecided=tuple(undecided),
         rows=rows.first(ROWS),
     )
 
 
 def resolve_towers(request: Request, progress: Progress) -> tuple[Request, list[str]]:
-    """The request with a decision for every part that is left to measuring, and what was decided, a sentence each."""
-    found = opened(request)
-    decided, said = settle(found, progress)
-    return decided, [*found.said, *said]
+    """The request with a decision for every part that is left to measuring, and the decisions in words, a sentence each."""
+    towers = open_towers(request)
+    decided, notes = decide_towers(towers, progress)
+    return decided, [*towers.notes, *notes]
 
 
-def settle(found: Open, progress: Progress) -> tuple[Request, list[str]]:
-    """The same of what was left open, and what measuring says of it."""
-    if not found.left:
-        return found.request, []
-    recipe, structure, rows = found.recipe, found.structure, found.rows
+def decide_towers(towers: OpenTowers, progress: Progress) -> tuple[Request, list[str]]:
+    """The request with a decision, by measuring, for every open part, and the decisions in words."""
+    if not towers.undecided:
+        return towers.request, []
+    recipe, structure, rows = towers.recipe, towers.structure, towers.rows
     assert recipe is not None and structure is not None and rows is not None
-    costs = measured(recipe, structure, rows, found.request.threads or available_cores(), progress)
-    own, targets, said = costs[LANGUAGE], dict(found.request.targets or {}), list[str]()
-    for name in found.left:
-        # Figures are told, and not kept: the plan must not depend on the last digit of a sum.
-        keep, why = costs[name].rate > own.rate, "a byte saved in it costs more than one in the language model"
-        targets[name] = f"{SKIP}: {why}" if keep else recipe.scheme
-        verdict = f"left as it is: {why}" if keep else "quantized too"
-        figures = f"rounding it to {recipe.scheme} costs {costs[name]}, the language model {own}"
-        said.append(f"{name}: {verdict} ({figures})")
-    return replace(found.request, targets=targets), said
+    costs = measure_towers(recipe, structure, rows, towers.request.threads or available_cores(), progress)
+    language_cost, targets, notes = costs[LANGUAGE], dict(towers.request.targets or {}), list[str]()
+    for name in towers.undecided:
+        # Figures are printed, and not stored: the plan must not depend on the last digit of a sum.
+        keep = costs[name].rate > language_cost.rate
+        reason = "a byte saved in it costs more than one in the language model"
+        targets[name] = f"{SKIP}: {reason}" if keep else recipe.scheme
+        verdict = f"left as it is: {reason}" if keep else "quantized too"
+        figures = f"rounding it to {recipe.scheme} costs {costs[name]}, the language model {language_cost}"
+        notes.append(f"{name}: {verdict} ({figures})")
+    return replace(towers.request, targets=targets), notes
 
 
-def measured(
+def measure_towers(
     recipe: Recipe, structure: ModelStructure, rows: Calibration, threads: int, progress: Progress
-) -> dict[str, Cost]:
-    """By name of the part."""
+) -> dict[str, TowerCost]:
+    """The cost of rounding each part, {part: cost}."""
     progress.start("what rounding each part costs", 1 + len(structure.sequences))
-    found = {}
+    costs = {}
     with workers(threads) as pool:
-        subject = ReferenceModel(load(structure.checkpoint.path, dtype=torch.float32), structure, pool)
-        reference = subject.log_probs(rows)
+        original = ReferenceModel(load(structure.checkpoint.path, dtype=torch.float32), structure, pool)
+        reference = original.log_probs(rows)
         progress.step()
         for sequence in structure.sequences:
-            scheme, _, _ = recipe.resolved(None)
+            scheme, _, _ = recipe.resolve(None)
             formats = {
                 x: fit_group(scheme.weights, *(y.shape[1] for g in groups for y in g.linears))
                 for block in sequence.blocks
@@ -144,25 +145,26 @@ def measured(
                 for x in g.linears
             }
             rounded = {
-                x.name: _rounded(Scheme(scheme.name, fmt, scheme.activations), subject, x) for x, fmt in formats.items()
+                x.name: _round_linear(Scheme(scheme.name, fmt, scheme.activations), original, x)
+                for x, fmt in formats.items()
             }
-            with subject.replaced(rounded):
-                _, kl = subject.compare(rows, reference)
-            found[sequence.name] = Cost(
-                kl, sum(_saved(fmt, scheme.activations, structure, x) for x, fmt in formats.items())
+            with original.replaced(rounded):
+                _, kl = original.compare(rows, reference)
+            costs[sequence.name] = TowerCost(
+                kl, sum(_saved_bytes(fmt, scheme.activations, structure, x) for x, fmt in formats.items())
             )
             progress.step()
-    return found
+    return costs
 
 
-def _rounded(scheme: Scheme, subject: ReferenceModel, linear: Linear) -> Replacement:
-    weight, fmt = subject.weight(linear.name), scheme.weights
-    params = find_params(weight, fmt, subject.structure.dtype)
+def _round_linear(scheme: Scheme, original: ReferenceModel, linear: Linear) -> Replacement:
+    weight, fmt = original.weight(linear.name), scheme.weights
+    params = find_params(weight, fmt, original.structure.dtype)
     acts = scheme.activations
-    plain = acts if acts is not None and acts.dynamic and acts.strategy != "tensor_group" else None
-    return Replacement(dequantize(quantize(weight, params, fmt)), plain)
+    input_format = acts if acts is not None and acts.dynamic and acts.strategy != "tensor_group" else None
+    return Replacement(dequantize(quantize(weight, params, fmt)), input_format)
 
 
-def _saved(weights: Format, activations: Format | None, structure: ModelStructure, linear: Linear) -> int:
+def _saved_bytes(weights: Format, activations: Format | None, structure: ModelStructure, linear: Linear) -> int:
     before = structure.checkpoint.tensors[f"{linear.name}.weight"].nbytes
     return before - stored_bytes(weights, activations, linear.shape, structure.dtype)

@@ -20,11 +20,11 @@ import qkit_data
 import torch
 import transformers
 
-from qkit.benchmark.contenders import problem
+from qkit.benchmark.contenders import random_product
 from qkit.benchmark.decode import decode
-from qkit.benchmark.host import described, measured_host
-from qkit.benchmark.products import compare, enter
-from qkit.benchmark.products import described as described_product
+from qkit.benchmark.host import describe_host, measure_host
+from qkit.benchmark.products import compare, make_entrants
+from qkit.benchmark.products import product_record as described_product
 from qkit.runtime.loading import load
 from qkit.workflows.quantize import Request, quantize
 from qkit.files.safefile import write_atomic
@@ -81,19 +81,19 @@ def main() -> None:
     (int4,) = parse_candidates("int4", None)
 
     def keep(part: str, threads: int, data: dict[str, Any]) -> None:
-        now = {"machine": described(), **data}
+        now = {"machine": describe_host(), **data}
         found.setdefault(part, {})[str(threads)] = now
         write_atomic(file, (json.dumps(found, indent=1, sort_keys=True) + "\n").encode())
         print(f"{part}, {threads} threads: kept", flush=True)
 
     for threads in args.threads:
         torch.set_num_threads(threads)
-        host = measured_host()
+        host = measure_host()
         if args.only != "decode":
             products = []
             for shape in SHAPES:
-                p = problem(int4, shape, torch.bfloat16)
-                entrants = enter(p, "cpu", host)
+                p = random_product(int4, shape, torch.bfloat16)
+                entrants = make_entrants(p, "cpu", host)
                 results = [r for rows in ROWS for r in compare(p, entrants, rows, host, SECONDS)]
                 products.append(described_product(p, results))
                 for r in results:

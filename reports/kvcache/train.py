@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qkit.evaluation.retrieval import FORMS, Facts, facts
+from qkit.evaluation.retrieval import FORMS, Facts, find_facts
 
 WORDS = 2_000_000  # letters of the text whose words make facts
 HELD = 16  # rows at the end of the text that are not trained on
@@ -51,7 +51,7 @@ class Lookups:
 
     def __init__(self, ids: Tensor, text: str, tokenizer: object, length: int, chance: torch.Generator) -> None:
         self.ids, self.length, self.chance = ids, length, chance
-        self.known = [facts(tokenizer, text[:WORDS], task) for task in FORMS]
+        self.known = [find_facts(tokenizer, text[:WORDS], task) for task in FORMS]
 
     def row(self) -> tuple[Tensor, Tensor]:
         """int64 [length] and bool [length]: tokens that what came before tells."""

@@ -23,7 +23,7 @@ import torch
 
 from qkit.diffusion.policy import BITS
 from qkit.diffusion.trajectory import sampling_of
-from qkit.evaluation.video import Video, figures, held_out, interval, latent_errors, make_video, psnr
+from qkit.evaluation.video import Video, sample_figures, held_out, interval, latent_errors, make_video, psnr
 from qkit.runtime.loading import load
 from qkit.files.locate import find_model
 from qkit.workflows.quantize import Request, quantize
@@ -153,7 +153,7 @@ def main() -> None:
         took, made = time.perf_counter() - began, samples(out, args.videos)
         line = {
             "run": name, "quantize_seconds": round(took, 1), **modelled(model, out, record, made),
-            **figures(made, original), "policy": record.get("diffusion"),
+            **sample_figures(made, original), "policy": record.get("diffusion"),
             "each": {
                 "latent_error": [latent_errors(a, b)[-1] for a, b in zip(made, original, strict=True)],
                 "psnr": [psnr(a.frames, b.frames) for a, b in zip(made, original, strict=True)],
@@ -182,7 +182,7 @@ def main() -> None:
         for a, b in PAIRS
         if a in each and b in each
     }
-    table = {"videos": args.videos, "original": figures(original, []), "rows": lines, "pairs": pairs}
+    table = {"videos": args.videos, "original": sample_figures(original, []), "rows": lines, "pairs": pairs}
     Path(__file__).with_name(f"{args.name}.json").write_text(json.dumps(table, indent=1) + "\n")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from qkit.calibration.dataset import KINDS
-from qkit.evaluation.image_text import ask
+from qkit.evaluation.image_text import score_questions
 from qkit.runtime.loading import load
 from qkit.files.locate import find_model
 from qkit.calibration.options import DRAWN
@@ -63,7 +63,7 @@ def one(model: Path, setting: str, method: str, seed: int, args: argparse.Namesp
     request = Request(model=str(model), scheme=scheme, method=asked, group_size=group, calib=calib, samples=args.samples, seqlen=128, seed=seed)
     out = Path(tempfile.mkdtemp(dir=args.work)) / "out"
     quantize(request, out, Silent())
-    found = ask(
+    found = score_questions(
         load(out, dtype=torch.float32), load_processor(model), DRAWN, args.questions, load(model, dtype=torch.float32)
     )
     size = (out / "model.safetensors").stat().st_size

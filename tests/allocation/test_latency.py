@@ -161,7 +161,7 @@ def test_a_measured_table_answers(run, tiny, tmp_path, small, monkeypatch):
     """What bench writes of a model, full precision or packed, is all that a plan asks for."""
     from test_bench import HOST
 
-    monkeypatch.setattr("qkit.benchmark.host.measured_host", lambda: HOST)
+    monkeypatch.setattr("qkit.benchmark.host.measure_host", lambda: HOST)
     monkeypatch.setattr("qkit.commands.bench.SECONDS", 0.001)
     model, folder, file = tiny("llama"), tmp_path / "profile", tmp_path / "t.json"
     made = made_profile(open_structure(str(model)))

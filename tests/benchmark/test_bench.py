@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qkit.benchmark.contenders import Contender, contenders, problem
-from qkit.benchmark.host import Host, cache_bytes, measured_host
-from qkit.benchmark.products import Entrant, Timing, compare, described, enter
+from qkit.benchmark.contenders import Contender, contenders, random_product
+from qkit.benchmark.host import Host, cache_bytes, measure_host
+from qkit.benchmark.products import Entrant, Timing, compare, make_entrants, product_record
 from qkit.benchmark.shapes import MODELS, model_shapes, parse_shapes
 from qkit.errors import Unsupported, UsageError
 from qkit.sensitivity.candidates import parse_candidates
@@ -40,13 +40,13 @@ def test_gemv_end_to_end(run, tmp_path):
 def test_every_format_is_right(formats):
     """Everybody's product agrees with float64 at one row and at several."""
     (candidate,) = parse_candidates(formats, None)
-    p = problem(candidate, (64, 128), torch.bfloat16)
-    entrants = enter(p, "cpu", HOST)
+    p = random_product(candidate, (64, 128), torch.bfloat16)
+    entrants = make_entrants(p, "cpu", HOST)
     results = [r for rows in (1, 5) for r in compare(p, entrants, rows, HOST, 0.001)]
     assert [r.refused for r in results] == [None] * len(results)
     assert all(r.repeats and 0 <= r.error < 0.02 and r.cold and r.warm for r in results)
     assert {"qkit", "dense bf16", "dense float32"} <= {r.contender for r in results}
-    ideal = described(p, results)["results"][0]["speedup"]["dense bf16"]["ideal"]
+    ideal = product_record(p, results)["results"][0]["speedup"]["dense bf16"]["ideal"]
     assert ideal == pytest.approx(1.0) if formats == "bf16" else ideal > 1.4
 
 
@@ -60,7 +60,7 @@ def one(p, run, size=64 * 128):
 
 def test_wrong_results_are_refused():
     """An output that was never written, one of another input, and zeros."""
-    p = problem(INT4, (64, 128), torch.bfloat16)
+    p = random_product(INT4, (64, 128), torch.bfloat16)
     right = p.exact.bfloat16()
     first = []
 
@@ -76,7 +76,7 @@ def test_wrong_results_are_refused():
 
 
 def test_results_above_the_physical_limit_are_refused():
-    p = problem(INT4, (64, 128), torch.bfloat16)
+    p = random_product(INT4, (64, 128), torch.bfloat16)
     right = p.exact.bfloat16()
     assert one(p, lambda _, x: x @ right.T).refused is None
     r = one(p, lambda _, x: x @ right.T, size=10**15)
@@ -90,13 +90,13 @@ def test_results_above_the_physical_limit_are_refused():
 
 def test_copies_fill_the_cache():
     """Three times the cache in distinct memory; where that would be too many, what is between is read instead."""
-    p = problem(INT4, (64, 128), torch.bfloat16)
-    entrants = enter(p, "cpu", HOST)
+    p = random_product(INT4, (64, 128), torch.bfloat16)
+    entrants = make_entrants(p, "cpu", HOST)
     for e in entrants:
         assert e.flush == (len(e.copies) * e.contender.size < 3 * HOST.cache)
     held = {c.laid.data.data_ptr() for c in entrants[0].copies}
     assert len(held) == len(entrants[0].copies) > 1
-    assert enter(p, "cpu", replace(HOST, cache=1 << 30), only=("qkit",))[0].flush
+    assert make_entrants(p, "cpu", replace(HOST, cache=1 << 30), names=("qkit",))[0].flush
 
 
 def test_timing():
@@ -105,7 +105,7 @@ def test_timing():
 
 
 def test_the_host():
-    host = measured_host(cache=1 << 16)
+    host = measure_host(cache=1 << 16)
     assert host.copy > 1e8 and host.read > 1e8 and host.flops > 1e8 and host.bandwidth == max(host.copy, host.read)
     assert cache_bytes() >= 1 << 16
 
@@ -139,7 +139,7 @@ def test_shapes(tiny):
 )
 def test_refused(options, code, said, run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qkit.benchmark.host.measured_host", lambda: HOST)
+    monkeypatch.setattr("qkit.benchmark.host.measure_host", lambda: HOST)
     found, _, err = run("bench", *options)
     assert found == code and said in err and len(err.strip().splitlines()) == 1, err
     assert not list(tmp_path.iterdir())
@@ -147,7 +147,7 @@ def test_refused(options, code, said, run, monkeypatch, tmp_path):
 
 def test_there_is_one_device():
     with pytest.raises(Unsupported, match="--device cuda"):
-        contenders(problem(INT4, (64, 128), torch.bfloat16), "cuda")
+        contenders(random_product(INT4, (64, 128), torch.bfloat16), "cuda")
 
 
 def test_decode_end_to_end(run, tiny, tmp_path, monkeypatch):

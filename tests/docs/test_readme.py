@@ -74,7 +74,7 @@ def test_a_changed_report_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_check_of_the_tool(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     assert TOOL["main"](["--check"]) == 0, HINT
-    monkeypatch.setitem(TOOL["FIGURES"], "video.png", "reports/lead/tiny-llama.png")
+    monkeypatch.setitem(TOOL["FIGURES"], "video.png", "reports/comparison/tiny-llama.png")
     assert TOOL["main"](["--check"]) == 1
     assert "docs/figures/video.png is not up to date" in capsys.readouterr().err
 

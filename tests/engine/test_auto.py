@@ -13,7 +13,7 @@ import torch
 from conftest import Quiet, Stops
 
 from qkit.errors import UsageError
-from qkit.planning.recipe import make_recipe, tries_of
+from qkit.planning.recipe import make_recipe, trial_recipes
 from qkit.runtime.loading import load, load_tokenizer
 from qkit.workflows.quantize import Request, prepare, quantize
 
@@ -52,7 +52,7 @@ def sums(out: Path) -> dict[str, str]:
     ("w4a8", "gptq", False, []),
 ])  # fmt: skip
 def test_what_is_tried(scheme: str, method: str, beyond: bool, expected: list[str]) -> None:
-    found = tries_of(make_recipe({"scheme": scheme, "method": method}, "test"), beyond)
+    found = trial_recipes(make_recipe({"scheme": scheme, "method": method}, "test"), beyond)
     assert list(found) == expected
     others = [p for p in method.split("+") if p != "auto"]
     for name, recipe in found.items():
@@ -62,7 +62,7 @@ def test_what_is_tried(scheme: str, method: str, beyond: bool, expected: list[st
 
 def test_options_go_to_those_that_have_them() -> None:
     given = {"damp": 0.02, "signed": False, "steps": 3}
-    found = tries_of(make_recipe({"scheme": "w4a16", "method": "auto+signround", "options": given}, "test"), False)
+    found = trial_recipes(make_recipe({"scheme": "w4a16", "method": "auto+signround", "options": given}, "test"), False)
     assert found["gptq, compensate 0.5"].options == {**given, "sweeps": 4, "compensate": 0.5}
     assert found["rtn"].options == {"signed": False, "steps": 3}
     with pytest.raises(UsageError, match="unknown option 'dump'"):

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from qkit.calibration.dataset import KINDS
 from qkit.calibration.image_text import encoded, held_out, image_tokens, load_processor, pair_rows
-from qkit.evaluation.image_text import evaluate_pairs, likelihoods
+from qkit.evaluation.image_text import evaluate_image_text, likelihoods
 from qkit.runtime.loading import load
 from qkit.workflows.quantize import Request, quantize
 
@@ -62,7 +62,7 @@ def test_right_is_what_greedy_decoding_says(taught):
         wanted.append(made[0, given["input_ids"].shape[1] :].tolist() == answer)
         kinds.setdefault(pair.kind, []).append(wanted[-1])
     assert 2 < sum(wanted) < COUNT - 2
-    found = evaluate_pairs(model, processor, "drawn", COUNT)
+    found = evaluate_image_text(model, processor, "drawn", COUNT)
     assert found["accuracy"]["percent"] == pytest.approx(100 * sum(wanted) / COUNT)
     assert found["accuracy"]["ci"][0] < found["accuracy"]["percent"] < found["accuracy"]["ci"][1]
     assert {k: v["accuracy"]["percent"] for k, v in found["kinds"].items()} == {
@@ -75,7 +75,7 @@ def test_right_is_what_greedy_decoding_says(taught):
 def test_against_the_original(taught, packed):
     """Every figure from a loop in float64, a question at a time; hidden states as the last block hands them on."""
     model, original, processor = both(taught, packed)
-    found = evaluate_pairs(model, processor, "drawn", COUNT, original)
+    found = evaluate_image_text(model, processor, "drawn", COUNT, original)
     nlls, kls, same, errors = ([], []), [], [], {"vision": [], "text": [], "answer": []}
     for pair in held_out("drawn", COUNT):
         row = encoded(pair, processor, True)
@@ -114,7 +114,7 @@ def test_against_the_original(taught, packed):
         assert 0 < entry["ci"][0] < entry["mean"] < entry["ci"][1]
     change = found["accuracy"]
     assert change["change"] == pytest.approx(change["percent"] - change["baseline_percent"])
-    itself = evaluate_pairs(original, processor, "drawn", COUNT, original)
+    itself = evaluate_image_text(original, processor, "drawn", COUNT, original)
     assert itself["kl"]["mean"] == 0 and itself["same_top1"] == 1 and itself["accuracy"]["change_ci"] == [0, 0]
 
 

@@ -11,12 +11,12 @@ from qkit.errors import BadInput, UsageError
 from qkit.evaluation.retrieval import (
     CHOICES,
     DEPTHS,
-    ask,
     evaluate_retrieval,
-    facts,
+    find_facts,
     lengths_of,
-    needle,
-    recall,
+    needle_trial,
+    recall_trial,
+    score_trial,
     trials,
 )
 from qkit.evaluation.text import tokenize
@@ -53,8 +53,8 @@ def chance() -> torch.Generator:
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_a_needle_is_where_the_depth_says(depth, tokenizer, text, tokens):
-    known, window = facts(tokenizer, text, "needle"), tokens[:LENGTH]
-    made = needle(known, window, tokenizer.decode(window), depth, chance())
+    known, window = find_facts(tokenizer, text, "needle"), tokens[:LENGTH]
+    made = needle_trial(known, window, tokenizer.decode(window), depth, chance())
     (question,) = made.questions
     for twin, answer in zip(made.contexts, question.answers, strict=False):
         fact = torch.cat([question.tokens, answer, known.end])
@@ -68,7 +68,7 @@ def test_a_needle_is_where_the_depth_says(depth, tokenizer, text, tokens):
 
 
 def test_a_list_has_each_key_once_and_its_twin_differs_where_it_is_asked(tokenizer, text, tokens):
-    made = recall(facts(tokenizer, text, "recall"), tokens[:LENGTH], DEPTHS, chance())
+    made = recall_trial(find_facts(tokenizer, text, "recall"), tokens[:LENGTH], DEPTHS, chance())
     lists = [tokenizer.decode(c) for c in made.contexts]
     lines = [[line.split(": ") for line in told.splitlines() if ": " in line] for told in lists]
     keys = [line[0] for line in lines[0]]
@@ -88,7 +88,7 @@ def test_a_list_has_each_key_once_and_its_twin_differs_where_it_is_asked(tokeniz
 @torch.inference_mode()
 def test_the_likelihood_of_a_plain_cache_is_that_of_one_pass(model, tokenizer, text, tokens):
     for trial in trials(tokenizer, text, tokens[None, :LENGTH], [LENGTH]):
-        found, (size, plain) = ask(model, trial, None)
+        found, (size, plain) = score_trial(model, trial, None)
         assert size == plain == 2 * 2 * 2 * 16 * 2 * trial.contexts.shape[1]  # layers, sides, heads, channels, 16 bits
         for question, (likely, greedy) in zip(trial.questions, found, strict=True):
             count, n = question.answers.shape
@@ -104,15 +104,15 @@ def test_the_likelihood_of_a_plain_cache_is_that_of_one_pass(model, tokenizer, t
 
 def test_what_is_greedy_is_what_decoding_gives(model, tokenizer, text, tokens):
     """An answer made of the greedy continuation is found to be one, and no other is."""
-    known = facts(tokenizer, text, "needle")
-    made = needle(known, tokens[:LENGTH], "", 0.5, chance())
+    known = find_facts(tokenizer, text, "needle")
+    made = needle_trial(known, tokens[:LENGTH], "", 0.5, chance())
     (question,) = made.questions
     prompt = torch.cat([made.contexts[0], question.tokens])[None]
     ids = model.generate(
         prompt, max_new_tokens=question.answers.shape[1], do_sample=False, pad_token_id=0, eos_token_id=[]
     )
     question.answers[2] = ids[0, prompt.shape[1] :]
-    ((_, greedy),), _ = ask(model, made, None)
+    ((_, greedy),), _ = score_trial(model, made, None)
     assert greedy[0].nonzero().flatten().tolist() == [2]
 
 

@@ -18,7 +18,7 @@ from tiny_dits import make_pipeline
 from qkit.diffusion.trajectory import Sampling
 from qkit.errors import UsageError
 from qkit.evaluation.request import dimensions_of
-from qkit.evaluation.vbench import PER_PROMPT, check_dimensions, mp4, own, standard
+from qkit.evaluation.vbench import PER_PROMPT, check_dimensions, mp4, own_prompts, standard_prompts
 
 pytest.importorskip("diffusers")
 imageio = pytest.importorskip("imageio.v3", reason="videos need qkit[video]")
@@ -76,12 +76,12 @@ def test_dimensions_and_prompts() -> None:
         dimensions_of(["arc_easy", "vbench:a"])
     with pytest.raises(UsageError, match="did you mean temporal_flickering"):
         check_dimensions(["temporal_flicker"], ENTRIES)
-    found = standard(["temporal_flickering", "motion_smoothness"], ENTRIES, 2)
+    found = standard_prompts(["temporal_flickering", "motion_smoothness"], ENTRIES, 2)
     assert [w.name for w in found[:6]] == ["a cat-0", "a cat-1", "a cat-2", "a cat-3", "a cat-4", "a dog-0"]
     assert {w.prompt for w in found} == {"a cat", "a dog", "a bird"}
     assert len({w.seed for w in found}) == len(found) == 3 * PER_PROMPT
-    assert {w.prompt for w in standard(["temporal_flickering"], ENTRIES, None)} == {"a cat", "a bird", "a fish"}
-    names = [w.name for w in own(Sampling(("a/b", "c"), {}), 4)]
+    assert {w.prompt for w in standard_prompts(["temporal_flickering"], ENTRIES, None)} == {"a cat", "a bird", "a fish"}
+    names = [w.name for w in own_prompts(Sampling(("a/b", "c"), {}), 4)]
     assert names == ["c-0", "a b-0", "c-1", "a b-1"]
 
 

@@ -11,14 +11,24 @@ import torch
 
 pytest.importorskip("diffusers", reason="needs diffusers: pip install 'qkit[diffusion]'")
 
-from qkit_data import judge
+from qkit_data import clip_classifier
 from qkit_data.clips import COLORS, FRAMES, MOTIONS, SHAPES, SIZE, WORDS, clip
 from safetensors.torch import save_file
 from tiny_dits import make_pipeline
 
 import qkit
 from qkit.diffusion.controller import RAN, SKIPPED, StepChoice
-from qkit.evaluation.video import PEAK_DB, Video, by_step, figures, flickering, latent_errors, motion, psnr, ssim
+from qkit.evaluation.video import (
+    PEAK_DB,
+    Video,
+    figures_by_step,
+    flickering,
+    latent_errors,
+    motion,
+    psnr,
+    sample_figures,
+    ssim,
+)
 from qkit.files.checkpoint import Checkpoint
 from qkit.runtime.loading import PackedStructure
 
@@ -64,7 +74,7 @@ def test_latent_errors_are_relative_by_step() -> None:
         Video(frames=frames(0), latents=(x, x, x), seconds=2.0),
     )
     assert latent_errors(ours, theirs) == pytest.approx([0, 0.1, 0.5], rel=1e-4)
-    found = figures([ours, ours], [theirs, theirs])
+    found = sample_figures([ours, ours], [theirs, theirs])
     assert found["latent_error"][0] == pytest.approx(0.5, rel=1e-4) and found["psnr"][0] == PEAK_DB
     assert found["seconds"] == 1.0 and found["baseline_seconds"] == 2.0 and "width" not in found
 
@@ -97,7 +107,7 @@ def test_maps_by_step_and_block() -> None:
                 log.append(StepChoice(step, branch, 0, "", SKIPPED if said is None else RAN))
                 log += [StepChoice(step, branch, 0, name, said) for name in "xy" if said is not None]
         logs.append(tuple(log))
-    assert by_step(logs) == {"bits": [[6.0, 4.0]], "skips": [[0.0, 0.5]]}
+    assert figures_by_step(logs) == {"bits": [[6.0, 4.0]], "skips": [[0.0, 0.5]]}
 
 
 def test_eval_of_a_pipeline(run, tmp_path: Path) -> None:
@@ -172,7 +182,7 @@ def test_smoothquant_in_a_pipeline(run, tmp_path: Path) -> None:
     assert 0 < (a - b).norm() < 0.03 * b.norm()
 
 
-def test_samples_of_drawn_clips_are_judged_where_the_classifier_is(
+def test_samples_of_drawn_clips_are_classified_where_the_classifier_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An untrained classifier still gives figures; without its weights there are none."""
@@ -181,9 +191,11 @@ def test_samples_of_drawn_clips_are_judged_where_the_classifier_is(
         Video(frames=torch.from_numpy(c.frames).float() / 255, latents=(torch.ones(1),), seconds=1.0, prompt=c.prompt)
         for c in clips
     ]
-    monkeypatch.setattr(judge, "FILE", tmp_path / "judge.safetensors")
-    assert "recognised" not in figures(made, made)
-    save_file(judge.Judge().state_dict(), judge.FILE)
-    found = figures(made, made)
+    monkeypatch.setattr(clip_classifier, "FILE", tmp_path / "clip_classifier.safetensors")
+    assert "recognised" not in sample_figures(made, made)
+    save_file(clip_classifier.ClipClassifier().state_dict(), clip_classifier.FILE)
+    found = sample_figures(made, made)
     assert found["recognised"][0] == found["baseline_recognised"][0] and found["feature_distance"] < 1e-3
-    assert [judge.labels_of(c.prompt) for c in clips] == [c.labels for c in clips] and judge.labels_of("a cat") is None
+    assert [clip_classifier.labels_of(c.prompt) for c in clips] == [
+        c.labels for c in clips
+    ] and clip_classifier.labels_of("a cat") is None

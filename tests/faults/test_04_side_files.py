@@ -13,7 +13,7 @@ from tiny_dits import make_pipeline
 from qkit.errors import BadCheckpoint, JobConflict
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.safefile import save_tensors
-from qkit.files.side_files import travelling
+from qkit.files.side_files import hash_side_files
 from qkit.planning.request import Request
 from qkit.workflows.quantize import prepare, quantize
 
@@ -185,19 +185,19 @@ def test_what_may_not_travel_is_refused(model, tmp_path):
 def test_limits(model, monkeypatch):
     monkeypatch.setattr("qkit.files.side_files.MOST_FILES", 5)
     with pytest.raises(BadCheckpoint, match="files beside the weights, expected at most 5"):
-        travelling(model)
+        hash_side_files(model)
     monkeypatch.setattr("qkit.files.side_files.MOST_FILES", 100)
     monkeypatch.setattr("qkit.files.side_files.MOST_BYTES", 100)
     with pytest.raises(BadCheckpoint, match=r"\.json: \d+ bytes, expected at most 100"):
-        travelling(model)
+        hash_side_files(model)
     monkeypatch.setattr("qkit.files.side_files.MOST_TOGETHER", 1000)
     with pytest.raises(BadCheckpoint, match="bytes of files beside the weights, expected at most 1000"):
-        travelling(model)
+        hash_side_files(model)
     deep = model / "/".join("abcdefghijkl")
     deep.mkdir(parents=True)
     monkeypatch.undo()
     with pytest.raises(BadCheckpoint, match="folders deep"):
-        travelling(model)
+        hash_side_files(model)
 
 
 def test_a_snapshot_of_a_cache_travels(model, tmp_path):

@@ -14,7 +14,7 @@ from tiny_dits import make_pipeline
 from qkit.errors import JobConflict, UsageError, VerifyFailure
 from qkit.files import hash_cache
 from qkit.files.checkpoint import Checkpoint
-from qkit.files.hash_cache import full_hash
+from qkit.files.hash_cache import cached_sha256
 from qkit.files.locate import recorded_source
 from qkit.files.safefile import read_header, read_tensor, save_tensors, sha256_file
 from qkit.planning.request import Request
@@ -142,18 +142,18 @@ def counted(monkeypatch) -> list[Path]:
 def test_a_file_is_read_once(tmp_path, cache, counted):
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"one")
-    assert full_hash(file) == full_hash(file) == sha256_file(file) and len(counted) == 1
+    assert cached_sha256(file) == cached_sha256(file) == sha256_file(file) and len(counted) == 1
     (tmp_path / "link").symlink_to(file)
-    assert full_hash(tmp_path / "link") == sha256_file(file) and len(counted) == 1
+    assert cached_sha256(tmp_path / "link") == sha256_file(file) and len(counted) == 1
     state = file.stat()
     time.sleep(0.02)
     file.write_bytes(b"two")
     os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))  # as a tool that restores times
-    assert full_hash(file) == sha256_file(file) and len(counted) == 2
+    assert cached_sha256(file) == sha256_file(file) and len(counted) == 2
     copy = tmp_path / "copy"
     shutil.copy2(file, copy)
     copy.replace(file)
-    full_hash(file)
+    cached_sha256(file)
     assert len(counted) == 3
     assert all(p.parent == cache for p in (tmp_path / "cache").rglob("*") if p.is_file())
 
@@ -164,26 +164,26 @@ def test_a_file_is_read_once(tmp_path, cache, counted):
 def test_a_damaged_cache_is_none(tmp_path, cache, counted, damage):
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"one")
-    full_hash(file)
+    cached_sha256(file)
     (entry,) = cache.iterdir()
     entry.write_bytes(damage)
-    assert full_hash(file) == sha256_file(file) and len(counted) == 2
-    assert full_hash(file) == sha256_file(file) and len(counted) == 2
+    assert cached_sha256(file) == sha256_file(file) and len(counted) == 2
+    assert cached_sha256(file) == sha256_file(file) and len(counted) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_none(tmp_path, cache, counted):
     cache.parent.parent.write_text("a file")
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"one")
-    assert full_hash(file) == full_hash(file) == sha256_file(file) and len(counted) == 2
+    assert cached_sha256(file) == cached_sha256(file) == sha256_file(file) and len(counted) == 2
 
 
 def test_a_file_that_has_just_changed_is_not_kept(tmp_path, cache, counted, monkeypatch):
     monkeypatch.setattr(hash_cache, "SETTLED", 10**12)
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"one")
-    full_hash(file)
-    full_hash(file)
+    cached_sha256(file)
+    cached_sha256(file)
     assert len(counted) == 2
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_models import FAMILIES, logits, relative, tokens
 
 import qkit
-from qkit.planning.fused_layers import engines_of
+from qkit.planning.fused_layers import engine_lines_of
 from qkit.verification.model_engines import engine_lines
 from qkit.verification.verify import verify
 from qkit.workflows.quantize import Request, prepare, quantize
@@ -89,7 +89,7 @@ def made(tmp_path_factory, tiny):
                 request = Request(model=str(model), scheme=asked, threads=1)
             prepared = prepare(request)
             assert quantize(request, out, Quiet(), prepared=prepared).problems == []
-            found[name] = Made(out, engines_of(prepared.plan, prepared.structure))
+            found[name] = Made(out, engine_lines_of(prepared.plan, prepared.structure))
     jobs = root / "jobs.json"
     loads = [[str(x.folder), "bfloat16"] for x in found.values()]
     jobs.write_text(json.dumps({"tokens": X.tolist(), "loads": loads}))
@@ -144,7 +144,7 @@ def test_fp8_blocks_that_end_within_a_fused_part(tiny, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("scheme: fp8_block\nengine: any\n", encoding="utf-8")
     found = prepare(Request(model=str(tiny("llama", hidden_size=128, intermediate_size=256)), recipe=recipe))
-    line = next(x for x in engines_of(found.plan, found.structure) if x.engine == "vLLM")
+    line = next(x for x in engine_lines_of(found.plan, found.structure) if x.engine == "vLLM")
     assert not line.loads and "k_proj as one with v_proj" in str(line)
 
 

@@ -12,7 +12,7 @@ import qkit_data
 
 from qkit.errors import BadCheckpoint, BadRecipe, QkitError, Unsupported
 from qkit.files.locate import find_model, recorded_source
-from qkit.files.schema import foreign
+from qkit.files.schema import foreign_errors
 from qkit.planning.recipe import load_recipe
 from qkit.runtime.loading import load, load_tokenizer
 from qkit.sensitivity.profile import Profile
@@ -267,11 +267,14 @@ def test_foreign_turns_everything_but_errors_of_qkit():
         pass
 
     for failure in (ValueError("a\nb"), MemoryError(), RecursionError(), Panic("p"), OSError("x"), KeyError("k")):
-        with pytest.raises(BadCheckpoint, match="file: reading it fails: ") as e, foreign("file: reading it fails"):
+        with (
+            pytest.raises(BadCheckpoint, match="file: reading it fails: ") as e,
+            foreign_errors("file: reading it fails"),
+        ):
             raise failure
         assert "\n" not in str(e.value)
     for kept in (BadRecipe("r"), KeyboardInterrupt(), SystemExit()):
-        with pytest.raises(type(kept)), foreign("file"):
+        with pytest.raises(type(kept)), foreign_errors("file"):
             raise kept
 
 

@@ -550,7 +550,7 @@ def test_output_dir(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         check_output_dir(full, single, False)
     with pytest.raises(UsageError, match=r"there is no qkit\.json in it"):
         check_output_dir(full, single, True)
-    check_output_dir(full, single, True, whole=False)
+    check_output_dir(full, single, True, replace=False)
     (full / "qkit.json").write_text("{}")
     with pytest.raises(UsageError, match=r"'x' is not on the list"):
         check_output_dir(full, single, True)

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="needs diffusers: pip install 'qkit[diffusion]'")
 
-from qkit_data import judge
+from qkit_data import clip_classifier
 from qkit_data.clips import clip
 
 from qkit.diffusion.trajectory import sampling_of
@@ -22,13 +22,13 @@ MODEL = qkit_data.model_path("tiny-video")
 CLIPS = 60
 
 
-def test_the_judge_knows_drawn_clips() -> None:
+def test_the_classifier_knows_drawn_clips() -> None:
     """Shapes, colours and motions of clips that it was not trained on."""
     clips = [clip(seed) for seed in range(CLIPS)]
     frames = torch.stack([torch.from_numpy(c.frames) for c in clips]).float() / 255
-    _, right = judge.recognised(judge.load_judge(), frames, [c.labels for c in clips])
+    _, right = clip_classifier.recognised(clip_classifier.load_classifier(), frames, [c.labels for c in clips])
     assert right.all(1).double().mean() >= 0.95
-    assert [judge.labels_of(c.prompt) for c in clips] == [c.labels for c in clips]
+    assert [clip_classifier.labels_of(c.prompt) for c in clips] == [c.labels for c in clips]
 
 
 def test_samples_move_as_they_are_told() -> None:
@@ -38,8 +38,10 @@ def test_samples_move_as_they_are_told() -> None:
     pipeline.set_progress_bar_config(disable=True)
     chosen = [held_out(sampling, i) for i in range(16)]
     videos = [make_video(pipeline, prompt, sampling.call, seed) for prompt, seed in chosen]
-    labels = [judge.labels_of(prompt) for prompt, _ in chosen]
-    _, right = judge.recognised(judge.load_judge(), torch.stack([v.frames for v in videos]), labels)
+    labels = [clip_classifier.labels_of(prompt) for prompt, _ in chosen]
+    _, right = clip_classifier.recognised(
+        clip_classifier.load_classifier(), torch.stack([v.frames for v in videos]), labels
+    )
     shape, color, motion = right.double().mean(0).tolist()
     assert motion >= 0.85 and color >= 0.7 and shape >= 0.5
     assert sampling.call["num_inference_steps"] == 20

@@ -8,7 +8,7 @@ import torch
 
 from qkit.calibration.image_text import load_processor
 from qkit.calibration.options import DRAWN
-from qkit.evaluation.image_text import evaluate_pairs
+from qkit.evaluation.image_text import evaluate_image_text
 from qkit.runtime.loading import load
 
 MODEL = qkit_data.model_path("tiny-vlm")
@@ -23,7 +23,7 @@ def original():
 def test_it_answers(original):
     """It is small, and right on scenes that it was not trained on."""
     assert sum(f.stat().st_size for f in MODEL.iterdir()) <= 12e6
-    found = evaluate_pairs(original, load_processor(MODEL), DRAWN, QUESTIONS)
+    found = evaluate_image_text(original, load_processor(MODEL), DRAWN, QUESTIONS)
     assert found["accuracy"]["percent"] >= 85
 
 

@@ -12,12 +12,11 @@ from qkit.errors import BadInput, Unsupported
 from qkit.files import offload
 from qkit.runtime import loading
 from qkit.runtime.loading import load_tokenizer
-from qkit.sensitivity import measures
-from qkit.sensitivity import subject as subject_module
+from qkit.sensitivity import measures, reference_model
 from qkit.sensitivity.decomposition import decompose, decomposition_file
 from qkit.sensitivity.measures import input_terms
 from qkit.sensitivity.outputs import OutputSample, next_norms
-from qkit.sensitivity.pqi import mean_gradients, share
+from qkit.sensitivity.pqi import mean_gradients, weight_shares
 from qkit.sensitivity.profile import Profile
 from qkit.sensitivity.reference_model import ReferenceModel, Replacement
 from qkit.sensitivity.units import units_of
@@ -29,7 +28,7 @@ from qkit.workflows.quantize import Request, open_structure
 
 
 @pytest.fixture(scope="module")
-def subject():
+def reference():
     structure = open_structure("tiny-llama")
     model = loading.load("tiny-llama", dtype=torch.float32)
     with workers(2) as pool:
@@ -37,75 +36,75 @@ def subject():
 
 
 @pytest.fixture(scope="module")
-def rows(subject):
+def rows(reference):
     path = qkit_data.text_path("calibration")
     return calibration_rows(path, load_tokenizer("tiny-llama"), 8, 64, 4096).tokens
 
 
-def rounded(subject, bits: int) -> dict[str, torch.Tensor]:
+def rounded(reference, bits: int) -> dict[str, torch.Tensor]:
     fmt = FORMATS[f"int{bits}"].with_group(64)
     found = {}
-    for name in subject.where:
-        w = subject.weight(name)
+    for name in reference.where:
+        w = reference.weight(name)
         found[name] = dequantize(quantize(w, find_params(w, fmt, torch.bfloat16, search=True), fmt))
     return found
 
 
-def true_change(subject, targets, rows) -> float:
-    before = subject.loss(rows)
-    with subject.replaced({n: Replacement(w) for n, w in targets.items()}):
-        return subject.loss(rows) - before
+def true_change(reference, targets, rows) -> float:
+    before = reference.loss(rows)
+    with reference.replaced({n: Replacement(w) for n, w in targets.items()}):
+        return reference.loss(rows) - before
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_the_integral_is_the_loss_change(subject, rows, bits):
+def test_the_integral_is_the_loss_change(reference, rows, bits):
     """Where the gradient and the diagonal Fisher matrix at the starting point are far off."""
-    targets = rounded(subject, bits)
-    start = {n: subject.weight(n).clone() for n in targets}
-    true = true_change(subject, targets, rows)
-    gbar = mean_gradients(subject, targets, rows, 8)
-    parts = {n: share(start[n], targets[n], gbar[n]) for n in targets}
+    targets = rounded(reference, bits)
+    start = {n: reference.weight(n).clone() for n in targets}
+    true = true_change(reference, targets, rows)
+    gbar = mean_gradients(reference, targets, rows, 8)
+    parts = {n: weight_shares(start[n], targets[n], gbar[n]) for n in targets}
     predicted = sum(float(s.double().sum()) for s in parts.values())
     assert true > 0
     assert predicted == pytest.approx(true, rel=0.02)
-    _, g = subject.gradients(rows, list(targets))
+    _, g = reference.gradients(rows, list(targets))
     first = sum(float((g[n] * (targets[n] - start[n])).double().sum()) for n in targets)
     assert abs(first - true) > 0.5 * true
-    _, fisher = subject.gradients(rows, list(targets), squares=True)
+    _, fisher = reference.gradients(rows, list(targets), squares=True)
     second = 0.5 * sum(float((fisher[n] * (targets[n] - start[n]).square()).double().sum()) for n in targets)
     assert second < true / 10
 
 
-def test_the_error_of_the_rule(subject, rows):
+def test_the_error_of_the_rule(reference, rows):
     """Midpoints: a quarter per doubling of the points; right ends: a half."""
-    targets = rounded(subject, 2)
-    start = {n: subject.weight(n).clone() for n in targets}
-    true = true_change(subject, targets, rows)
+    targets = rounded(reference, 2)
+    start = {n: reference.weight(n).clone() for n in targets}
+    true = true_change(reference, targets, rows)
 
     def error(points: int, rule: str) -> float:
-        gbar = mean_gradients(subject, targets, rows, points, rule)
-        return abs(sum(float(share(start[n], targets[n], gbar[n]).double().sum()) for n in targets) - true)
+        gbar = mean_gradients(reference, targets, rows, points, rule)
+        return abs(sum(float(weight_shares(start[n], targets[n], gbar[n]).double().sum()) for n in targets) - true)
 
     assert 2.8 < error(2, "midpoint") / error(4, "midpoint") < 5.5
     assert 1.6 < error(2, "right") / error(4, "right") < 2.5
 
 
-def test_what_is_replaced_comes_back(subject, rows):
-    before = {n: subject.weight(n).clone() for n in subject.where}
+def test_what_is_replaced_comes_back(reference, rows):
+    before = {n: reference.weight(n).clone() for n in reference.where}
     name = next(iter(before))
-    with pytest.raises(ZeroDivisionError), subject.replaced({name: Replacement(torch.zeros_like(before[name]))}):
-        assert not subject.weight(name).any()
+    with pytest.raises(ZeroDivisionError), reference.replaced({name: Replacement(torch.zeros_like(before[name]))}):
+        assert not reference.weight(name).any()
         _ = 1 / 0
-    assert all(torch.equal(subject.weight(n), w) for n, w in before.items())
-    unmoved = mean_gradients(subject, {name: before[name]}, rows[:1], 1)
+    assert all(torch.equal(reference.weight(n), w) for n, w in before.items())
+    unmoved = mean_gradients(reference, {name: before[name]}, rows[:1], 1)
     assert float((unmoved[name] * (before[name] - before[name])).abs().sum()) == 0
 
 
-def test_gradients_are_those_of_autograd(subject, rows):
-    name = next(iter(subject.where))
-    loss, found = subject.gradients(rows, [name])
-    parameter = subject.weight(name)
-    model = subject.model
+def test_gradients_are_those_of_autograd(reference, rows):
+    name = next(iter(reference.where))
+    loss, found = reference.gradients(rows, [name])
+    parameter = reference.weight(name)
+    model = reference.model
     with torch.inference_mode(False), torch.enable_grad():
         leaf = model.get_parameter(f"{name}.weight").requires_grad_(True)
         out = model(input_ids=rows, labels=rows, use_cache=False).loss
@@ -120,7 +119,7 @@ def test_gradients_are_those_of_autograd(subject, rows):
 
 
 @pytest.fixture
-def small_subject(tiny):
+def small_reference(tiny):
     """A tiny random Llama of two blocks that a test may change."""
     path = str(tiny("llama"))
     with workers(2) as pool:
@@ -133,22 +132,22 @@ def ids():
 
 
 @pytest.mark.parametrize("activations", ["int8_token", "mxfp4_dynamic"])
-def test_first_order_of_inputs_is_the_derivative(small_subject, ids, activations):
+def test_first_order_of_inputs_is_the_derivative(small_reference, ids, activations):
     """Against a central difference: every linear but one block's attention reads x + t (x~ - x), t small."""
-    subject, fmt, ids = small_subject, ACTIVATION_FORMATS[activations], ids[:32]
-    names = [n for n in subject.where if "layers.0.self_attn" not in n]
+    reference, fmt, ids = small_reference, ACTIVATION_FORMATS[activations], ids[:32]
+    names = [n for n in reference.where if "layers.0.self_attn" not in n]
 
     def terms(seen):
         return sum(float(input_terms(x, g, (fmt, None)).double().sum()) for x, g in seen.values())
 
-    found = sum(subject.with_inputs(ids, names, terms))
-    seen = subject.sample_inputs(ids, names, ids.numel())
+    found = sum(reference.with_inputs(ids, names, terms))
+    seen = reference.sample_inputs(ids, names, ids.numel())
     change = {n: (measures.quantize_activations(x, fmt) - x).view(*ids.shape, -1) for n, x in seen.items()}
 
     def loss(t: float) -> float:
-        modules = [(n, subject.model.get_submodule(n)) for n in names]
+        modules = [(n, reference.model.get_submodule(n)) for n in names]
         handles = [m.register_forward_pre_hook(lambda _, args, n=n: (args[0] + t * change[n],)) for n, m in modules]
-        value = subject.loss(ids)
+        value = reference.loss(ids)
         for handle in handles:
             handle.remove()
         return value
@@ -162,10 +161,10 @@ def test_inputs_do_not_depend_on_workers(tiny, ids):
     found = []
     for count in (1, 2):
         with workers(count) as pool:
-            subject = ReferenceModel(loading.load(path, dtype=torch.float32), open_structure(path), pool)
-            names = list(subject.where)
-            found.append(list(subject.with_inputs(ids, names, lambda seen: {n: g for n, (_, g) in seen.items()})))
-            found[-1].append(subject.sample_inputs(ids, names, 100))
+            reference = ReferenceModel(loading.load(path, dtype=torch.float32), open_structure(path), pool)
+            names = list(reference.where)
+            found.append(list(reference.with_inputs(ids, names, lambda seen: {n: g for n, (_, g) in seen.items()})))
+            found[-1].append(reference.sample_inputs(ids, names, 100))
     assert len(found[0]) == 3
     assert all(torch.equal(a[n], b[n]) for a, b in zip(*found, strict=True) for n in a)
     assert all(len(x) == 100 for x in found[0][-1].values())
@@ -177,25 +176,27 @@ def test_gradients_of_inputs_and_of_weights_agree(tiny, family):
     path = str(tiny(family, torch.float32))
     ids = torch.randint(5, 4096, (6, 32), generator=torch.Generator().manual_seed(3))
     with workers(1) as pool:
-        subject = ReferenceModel(loading.load(path, dtype=torch.float32), open_structure(path), pool)
-        names = [n for n, (_, x) in subject.where.items() if x.expert is None]
-        (seen,) = subject.with_inputs(ids, names, lambda seen: {n: (x * g).double() for n, (x, g) in seen.items()})
-        _, g = subject.gradients(ids, names)
+        reference = ReferenceModel(loading.load(path, dtype=torch.float32), open_structure(path), pool)
+        names = [n for n, (_, x) in reference.where.items() if x.expert is None]
+        (seen,) = reference.with_inputs(ids, names, lambda seen: {n: (x * g).double() for n, (x, g) in seen.items()})
+        _, g = reference.gradients(ids, names)
     for n in names:
         size = float(seen[n].abs().sum())
-        assert float(seen[n].sum()) == pytest.approx(float((g[n] * subject.weight(n)).double().sum()), abs=1e-5 * size)
+        assert float(seen[n].sum()) == pytest.approx(
+            float((g[n] * reference.weight(n)).double().sum()), abs=1e-5 * size
+        )
         assert size > 0
 
 
-def test_sampled_tokens_are_spread(small_subject, ids):
+def test_sampled_tokens_are_spread(small_reference, ids):
     path = "model.layers.1.mlp"
-    whole = small_subject.sample_inputs(ids, [path], ids.numel())[path]
-    some = small_subject.sample_inputs(ids, [path], 7)[path]
+    whole = small_reference.sample_inputs(ids, [path], ids.numel())[path]
+    some = small_reference.sample_inputs(ids, [path], 7)[path]
     assert torch.equal(some, whole[[i * ids.numel() // 7 for i in range(7)]])
 
 
-def test_the_norm_that_reads_next(small_subject, tiny):
-    norms = next_norms(small_subject.structure)
+def test_the_norm_that_reads_next(small_reference, tiny):
+    norms = next_norms(small_reference.structure)
     assert norms == {
         "model.layers.0.self_attn.o_proj": "model.layers.0.post_attention_layernorm",
         "model.layers.0.mlp.down_proj": "model.layers.1.input_layernorm",
@@ -205,10 +206,10 @@ def test_the_norm_that_reads_next(small_subject, tiny):
     assert next_norms(open_structure(str(tiny("opt")))) == {}
 
 
-def output_reference(subject, ids, name, norm, weight) -> float:
+def output_reference(reference, ids, name, norm, weight) -> float:
     """By hand, in float64: error of the output times the gains, relative to what the norm reads times the gains."""
     seen = {}
-    model = subject.model
+    model = reference.model
     keep = [(name, model.get_submodule(name)), (norm, model.get_submodule(norm))]
     handles = [m.register_forward_pre_hook(lambda _, args, n=n: seen.update({n: args[0].double()})) for n, m in keep]
     with torch.inference_mode():
@@ -216,47 +217,47 @@ def output_reference(subject, ids, name, norm, weight) -> float:
     for handle in handles:
         handle.remove()
     gain = model.get_submodule(norm).weight.double()
-    error = seen[name] @ (weight - subject.weight(name)).double().T * gain
+    error = seen[name] @ (weight - reference.weight(name)).double().T * gain
     return float((error**2).sum() / ((seen[norm] * gain) ** 2).sum())
 
 
 @pytest.mark.parametrize("which", ["layers.0.self_attn.o_proj", "layers.0.mlp.down_proj", "layers.1.mlp.down_proj"])
-def test_output_error_before_the_next_norm(small_subject, ids, which):
-    subject = small_subject
-    unit = next(u for u in units_of(subject.structure) if u.key.endswith(which))
-    name, norm = unit.key, next_norms(subject.structure)[unit.key]
-    gain = subject.model.get_submodule(norm).weight.data
-    moved = Replacement(rough(subject, name))
+def test_output_error_before_the_next_norm(small_reference, ids, which):
+    reference = small_reference
+    unit = next(u for u in units_of(reference.structure) if u.key.endswith(which))
+    name, norm = unit.key, next_norms(reference.structure)[unit.key]
+    gain = reference.model.get_submodule(norm).weight.data
+    moved = Replacement(rough(reference, name))
     found = []
     for value in (1.0, 2.0, None):  # None: one channel alone counts twice
         gain.fill_(value or 1.0)
         if value is None:
             gain[5] = 2.0
-        sample = OutputSample(subject, [unit], ids, ids.numel())
+        sample = OutputSample(reference, [unit], ids, ids.numel())
         found.append(sample.error(unit, {name: moved}))
-        assert found[-1] == pytest.approx(output_reference(subject, ids, name, norm, moved.weight), rel=1e-4)
+        assert found[-1] == pytest.approx(output_reference(reference, ids, name, norm, moved.weight), rel=1e-4)
     assert found[0] == pytest.approx(found[1], rel=1e-5) and found[2] != pytest.approx(found[0], rel=1e-4)
 
 
-def rough(subject, name):
+def rough(reference, name):
     """The weight in steps of a quarter of its spread."""
-    w = subject.weight(name)
+    w = reference.weight(name)
     return torch.round(w / (w.std() / 4)) * (w.std() / 4)
 
 
-def test_output_error_of_what_does_not_write(small_subject, ids):
-    subject = small_subject
-    unit = units_of(subject.structure)[0]
+def test_output_error_of_what_does_not_write(small_reference, ids):
+    reference = small_reference
+    unit = units_of(reference.structure)[0]
     assert len(unit.linears) == 3
-    found = {x.name: Replacement(rough(subject, x.name)) for x in unit.linears}
-    x = subject.sample_inputs(ids, [unit.linears[0].name], 512)[unit.linears[0].name].double()
+    found = {x.name: Replacement(rough(reference, x.name)) for x in unit.linears}
+    x = reference.sample_inputs(ids, [unit.linears[0].name], 512)[unit.linears[0].name].double()
     ratios = []
     for name, r in found.items():
-        w = subject.weight(name).double()
+        w = reference.weight(name).double()
         ratios.append(float((x @ (r.weight - w).T).square().sum() / (x @ w.T).square().sum()))
-    sample = OutputSample(subject, [unit], ids)
+    sample = OutputSample(reference, [unit], ids)
     assert sample.error(unit, found) == pytest.approx(sum(ratios) / 3, rel=1e-4)
-    unmoved = {n: Replacement(subject.weight(n).clone()) for n in found}
+    unmoved = {n: Replacement(reference.weight(n).clone()) for n in found}
     assert sample.error(unit, unmoved) == 0
     fmt = ACTIVATION_FORMATS["int8_token"]
     assert 0 < sample.error(unit, {n: Replacement(r.weight, fmt) for n, r in unmoved.items()}) < 1e-3
@@ -351,7 +352,7 @@ def test_reference_on_disk_gives_the_same(request_of, tmp_path, quiet, monkeypat
     wanted = ("kl", "loss")
     in_memory = profile(request_of(wanted=wanted, rows=8), tmp_path / "a", quiet)
     used = []
-    monkeypatch.setattr(subject_module, "SPILL_BYTES", 1000)
+    monkeypatch.setattr(reference_model, "SPILL_BYTES", 1000)
     append = offload.OffloadedTensors.append
     monkeypatch.setattr(offload.OffloadedTensors, "append", lambda self, t: (used.append(t.shape), append(self, t))[1])
     on_disk = profile(request_of(wanted=wanted, rows=8), tmp_path / "b", quiet)

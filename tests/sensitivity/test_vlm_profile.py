@@ -16,11 +16,11 @@ from qkit.calibration.image_text import rows_of
 from qkit.kvcache.sensitivity import divergences, errors_of, sensitivities, watched
 from qkit.runtime import loading
 from qkit.sensitivity.outputs import OutputSample, next_norms
-from qkit.sensitivity.pqi import mean_gradients, share
+from qkit.sensitivity.pqi import mean_gradients, weight_shares
 from qkit.sensitivity.reference_model import ReferenceModel, Replacement
 from qkit.sensitivity.units import units_of
 from qkit.system.parallel import workers
-from qkit.workflows.calibration_rows import pair_calibration
+from qkit.workflows.calibration_rows import image_text_rows
 from qkit.workflows.quantize import Request, open_structure
 
 DOWN, GATE = "layers.0.mlp.down_proj", "layers.1.mlp.gate_proj"
@@ -35,19 +35,19 @@ def llava(vlm):
 @pytest.fixture(scope="module")
 def rows(llava):
     """Drawn scenes, of several lengths."""
-    made = pair_calibration(Request(model=str(llava), samples=6), open_structure(str(llava)))
+    made = image_text_rows(Request(model=str(llava), samples=6), open_structure(str(llava)))
     assert len({x["input_ids"].shape[1] for x in made.inputs}) > 1
     return made
 
 
 @pytest.fixture
-def subject(llava):
+def original(llava):
     with workers(2) as pool:
         yield ReferenceModel(loading.load(llava, dtype=torch.float32), open_structure(str(llava)), pool)
 
 
-def named(subject, end: str) -> str:
-    return next(n for n in subject.where if n.endswith(end))
+def named(original, end: str) -> str:
+    return next(n for n in original.where if n.endswith(end))
 
 
 def answer_losses(model, rows) -> list[torch.Tensor]:
@@ -63,51 +63,51 @@ def answer_losses(model, rows) -> list[torch.Tensor]:
 # ---- the loss -------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_that_of_answers(subject, rows):
+def test_the_loss_is_that_of_answers(original, rows):
     with torch.no_grad():
-        by_hand = torch.cat(answer_losses(subject.model, rows))
-    assert subject.loss(rows) == pytest.approx(float(by_hand.mean()), rel=1e-5)
+        by_hand = torch.cat(answer_losses(original.model, rows))
+    assert original.loss(rows) == pytest.approx(float(by_hand.mean()), rel=1e-5)
     assert extent(rows).scored == len(by_hand) < rows.tokens.numel() / 3
-    reference = subject.log_probs(rows)
+    reference = original.log_probs(rows)
     assert sum(x.shape[1] for x in reference) == len(by_hand)
-    loss, kl = subject.compare(rows, reference)
-    assert loss == pytest.approx(subject.loss(rows), rel=1e-6) and abs(kl) < 1e-7
+    loss, kl = original.compare(rows, reference)
+    assert loss == pytest.approx(original.loss(rows), rel=1e-6) and abs(kl) < 1e-7
 
 
-def test_divergence_at_answers(subject, rows):
-    name = named(subject, DOWN)
-    reference = subject.log_probs(rows)
-    with subject.replaced({name: Replacement(rough(subject, name))}):
-        loss, kl = subject.compare(rows, reference)
-        after = [x.double() for x in subject.log_probs(rows)]
+def test_divergence_at_answers(original, rows):
+    name = named(original, DOWN)
+    reference = original.log_probs(rows)
+    with original.replaced({name: Replacement(rough(original, name))}):
+        loss, kl = original.compare(rows, reference)
+        after = [x.double() for x in original.log_probs(rows)]
     by_hand = [(p.exp() * (p - q)).sum(-1)[0] for p, q in zip((r.double() for r in reference), after, strict=True)]
     assert kl == pytest.approx(float(torch.cat(by_hand).mean()), rel=1e-4) and kl > 1e-6
-    assert loss != subject.loss(rows)
+    assert loss != original.loss(rows)
 
 
-def test_gradients_are_those_of_answers(subject, rows):
-    name = named(subject, GATE)
-    _, found = subject.gradients(rows, [name])
-    _, squares = subject.gradients(rows, [name], squares=True)
-    weight = subject.model.get_parameter(subject.path(name) + ".weight").requires_grad_(True)
-    losses = answer_losses(subject.model, rows)
+def test_gradients_are_those_of_answers(original, rows):
+    name = named(original, GATE)
+    _, found = original.gradients(rows, [name])
+    _, squares = original.gradients(rows, [name], squares=True)
+    weight = original.model.get_parameter(original.path(name) + ".weight").requires_grad_(True)
+    losses = answer_losses(original.model, rows)
     (wanted,) = torch.autograd.grad(torch.cat(losses).mean(), weight, retain_graph=True)
     each = [torch.autograd.grad(x.mean(), weight, retain_graph=True)[0].square() for x in losses]
     weight.requires_grad_(False)
     assert float((found[name] - wanted).norm()) < 1e-4 * float(wanted.norm())
     assert float((squares[name] - sum(each) / len(each)).norm()) < 1e-4 * float(squares[name].norm())
-    terms = sum(subject.with_inputs(rows, [name], lambda seen: float((seen[name][0] * seen[name][1]).double().sum())))
-    assert terms == pytest.approx(float((wanted * subject.weight(name)).double().sum()), rel=1e-3)
+    terms = sum(original.with_inputs(rows, [name], lambda seen: float((seen[name][0] * seen[name][1]).double().sum())))
+    assert terms == pytest.approx(float((wanted * original.weight(name)).double().sum()), rel=1e-3)
 
 
-def test_the_integral_is_the_loss_change(subject, rows):
-    targets = {n: rough(subject, n) for n in subject.where}
-    start = {n: subject.weight(n).clone() for n in targets}
-    before = subject.loss(rows)
-    with subject.replaced({n: Replacement(w) for n, w in targets.items()}):
-        true = subject.loss(rows) - before
-    gbar = mean_gradients(subject, targets, rows, 8)
-    predicted = sum(float(share(start[n], targets[n], gbar[n]).double().sum()) for n in targets)
+def test_the_integral_is_the_loss_change(original, rows):
+    targets = {n: rough(original, n) for n in original.where}
+    start = {n: original.weight(n).clone() for n in targets}
+    before = original.loss(rows)
+    with original.replaced({n: Replacement(w) for n, w in targets.items()}):
+        true = original.loss(rows) - before
+    gbar = mean_gradients(original, targets, rows, 8)
+    predicted = sum(float(weight_shares(start[n], targets[n], gbar[n]).double().sum()) for n in targets)
     assert predicted == pytest.approx(true, rel=0.05) and abs(true) > 1e-3
 
 
@@ -119,22 +119,22 @@ def test_every_family(vlm, family):
     each = [tiny_vlms.inputs(family, model, seed, n) for seed, n in enumerate([(5, 9), (2, 4)])]
     rows = rows_of(each, [len(x["input_ids"][0]) - 3 for x in each], {tiny_vlms.IMAGE}, "two")
     with workers(1) as pool:
-        subject = ReferenceModel(model, open_structure(str(path)), pool)
+        original = ReferenceModel(model, open_structure(str(path)), pool)
         with torch.no_grad():
-            assert subject.loss(rows) == pytest.approx(float(torch.cat(answer_losses(model, rows)).mean()), rel=1e-4)
-        names = [x.name for b in subject.structure.blocks for x in b.linears]
-        products = subject.with_inputs(rows, names, lambda seen: {n: (x * g).double() for n, (x, g) in seen.items()})
+            assert original.loss(rows) == pytest.approx(float(torch.cat(answer_losses(model, rows)).mean()), rel=1e-4)
+        names = [x.name for b in original.structure.blocks for x in b.linears]
+        products = original.with_inputs(rows, names, lambda seen: {n: (x * g).double() for n, (x, g) in seen.items()})
         found = list(products)
-        _, g = subject.gradients(rows, names)
-        sampled = subject.sample_inputs(rows, [subject.path(names[0])], 20)[subject.path(names[0])]
+        _, g = original.gradients(rows, names)
+        sampled = original.sample_inputs(rows, [original.path(names[0])], 20)[original.path(names[0])]
     writers = {"o_proj": "post_attention_layernorm", "down_proj": "norm"}
-    for name, norm in next_norms(subject.structure).items():
+    for name, norm in next_norms(original.structure).items():
         assert norm.endswith(writers[name.rpartition(".")[2]]) and model.get_submodule(norm).weight.shape == (64,)
-    assert len(next_norms(subject.structure)) == 4
+    assert len(next_norms(original.structure)) == 4
     assert len(found) == 2 and len(sampled) == len(sample(rows, 20).places) and len(names) == 14
     for n in names:
         size = sum(float(x[n].abs().sum()) for x in found)
-        terms = float((g[n] * subject.weight(n)).double().sum())
+        terms = float((g[n] * original.weight(n)).double().sum())
         assert sum(float(x[n].sum()) for x in found) == pytest.approx(terms, abs=1e-5 * size) and size > 0
 
 
@@ -142,9 +142,9 @@ def test_results_do_not_depend_on_workers(llava, rows):
     found = []
     for count in (1, 2):
         with workers(count) as pool:
-            subject = ReferenceModel(loading.load(llava, dtype=torch.float32), open_structure(str(llava)), pool)
-            name = named(subject, DOWN)
-            found.append((subject.loss(rows), subject.gradients(rows, [name])[1][name]))
+            original = ReferenceModel(loading.load(llava, dtype=torch.float32), open_structure(str(llava)), pool)
+            name = named(original, DOWN)
+            found.append((original.loss(rows), original.gradients(rows, [name])[1][name]))
     assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
 
 
@@ -166,7 +166,7 @@ def test_a_sample_has_pictures_and_answers(rows):
         assert (flat[found.places[found.kinds == VISION]] == tiny_vlms.IMAGE).all()
 
 
-def test_answers_alone_are_a_text(subject):
+def test_answers_alone_are_a_text(original):
     """With r = 1, and where every token is an answer, errors are those of a text."""
     ids = torch.randint(5, tiny_vlms.IMAGE, (8, 32), generator=torch.Generator().manual_seed(3))
     kinds = torch.full(ids.shape, ANSWER, dtype=torch.uint8)
@@ -174,12 +174,12 @@ def test_answers_alone_are_a_text(subject):
     rows = Calibration(
         source="answers", samples=8, seqlen=32, digest=digest_of(ids, each), tokens=ids, inputs=each, kinds=kinds
     )
-    units = units_of(subject.structure)
-    moved = [{x.name: Replacement(rough(subject, x.name)) for x in u.linears} for u in units]
+    units = units_of(original.structure)
+    moved = [{x.name: Replacement(rough(original, x.name)) for x in u.linears} for u in units]
     ones = [{"attention": 1.0, "mlp": 1.0}] * 2
     for count in (100, 10_000):
-        text = OutputSample(subject, units, ids, count)
-        answers = OutputSample(subject, units, rows, count, ones)
+        text = OutputSample(original, units, ids, count)
+        answers = OutputSample(original, units, rows, count, ones)
         for unit, found in zip(units, moved, strict=True):
             for alone in (False, True):
                 error = answers.error(unit, found, alone)
@@ -187,46 +187,46 @@ def test_answers_alone_are_a_text(subject):
 
 
 @pytest.mark.parametrize("end", ["layers.1.self_attn.o_proj", GATE])
-def test_output_errors_by_hand(subject, rows, end):
+def test_output_errors_by_hand(original, rows, end):
     """In float64, token after token: an answer's squares once, a picture's times r^2, no others."""
-    unit = next(u for u in units_of(subject.structure) if any(x.name.endswith(end) for x in u.linears))
-    r, name = {"attention": 0.3, "mlp": 0.05}, named(subject, end)
+    unit = next(u for u in units_of(original.structure) if any(x.name.endswith(end) for x in u.linears))
+    r, name = {"attention": 0.3, "mlp": 0.05}, named(original, end)
     part = "mlp" if "mlp" in end else "attention"
-    norm = next_norms(subject.structure).get(name)
+    norm = next_norms(original.structure).get(name)
     assert (norm is not None) == (part == "attention")  # o_proj writes to the residual stream
     seen = {}
-    keep = [subject.path(name), *([norm] if norm else [])]
-    modules = [(n, subject.model.get_submodule(n)) for n in keep]
+    keep = [original.path(name), *([norm] if norm else [])]
+    modules = [(n, original.model.get_submodule(n)) for n in keep]
     handles = [
         m.register_forward_pre_hook(lambda _, args, n=n: seen.update({n: args[0][0].double()})) for n, m in modules
     ]
-    found = {x.name: Replacement(rough(subject, x.name)) for x in unit.linears}
-    moved = {n: (f.weight - subject.weight(n)).double() for n, f in found.items()}
-    gain = torch.ones(()) if norm is None else subject.model.get_submodule(norm).weight.double()
+    found = {x.name: Replacement(rough(original, x.name)) for x in unit.linears}
+    moved = {n: (f.weight - original.weight(n)).double() for n, f in found.items()}
+    gain = torch.ones(()) if norm is None else original.model.get_submodule(norm).weight.double()
     top, bottom = dict.fromkeys(found, 0.0), dict.fromkeys(found, 0.0)
     for x, kinds in zip(rows.inputs, rows.kinds, strict=True):
         with torch.inference_mode():
-            subject.model(**x)
+            original.model(**x)
         for i in range(x["input_ids"].shape[1]):
             weight = {ANSWER: 1.0, VISION: r[part] ** 2}.get(int(kinds[i]), 0.0)
             inputs = seen[keep[0]][i]
             for n in found:
-                whole = subject.weight(n).double() @ inputs if norm is None else seen[norm][i]
+                whole = original.weight(n).double() @ inputs if norm is None else seen[norm][i]
                 top[n] += weight * float((moved[n] @ inputs * gain).square().sum())
                 bottom[n] += weight * float((whole * gain).square().sum())
     for handle in handles:
         handle.remove()
     wanted = sum(top[n] / bottom[n] for n in found) / len(found)
-    measured = OutputSample(subject, [unit], rows, 10_000, [{"attention": 9.0, "mlp": 9.0}, r])
+    measured = OutputSample(original, [unit], rows, 10_000, [{"attention": 9.0, "mlp": 9.0}, r])
     assert measured.error(unit, found) == pytest.approx(wanted, rel=1e-3)
 
 
 # ---- the KV cache ---------------------------------------------------------------------------------------------
 
 
-def test_the_cache_of_pictures(subject, rows):
+def test_the_cache_of_pictures(original, rows):
     """Layer by layer by hand: the loss of answers, its gradient at keys and values times their error."""
-    model, few = subject.model, rows.first(2)
+    model, few = original.model, rows.first(2)
     bits, wanted = 2, torch.zeros(2, dtype=torch.float64)
     for x, batch in zip(few.inputs, batches(few), strict=True):
         start = watched(model, batch)
@@ -247,7 +247,7 @@ def test_the_cache_of_pictures(subject, rows):
 
 def test_the_first_rows(llava, rows, calib):
     """Are those of a request for so few, whatever their kind."""
-    few = pair_calibration(Request(model=str(llava), samples=3), open_structure(str(llava)))
+    few = image_text_rows(Request(model=str(llava), samples=3), open_structure(str(llava)))
     assert rows.first(3).digest == few.digest != rows.digest and rows.first(6) == rows
     assert len(batches(rows.first(3))) == 3
     ids = torch.arange(200).view(10, 20)

@@ -16,7 +16,7 @@ import qkit
 from qkit.errors import BadRecipe, Unsupported
 from qkit.files.safefile import read_header, read_tensor
 from qkit.nn import ops
-from qkit.sensitivity.repair import detach, most
+from qkit.sensitivity.repair import detach, largest_scores
 from qkit.tensor import sparse
 from qkit.tensor.formats import FORMATS
 from qkit.tensor.qtensor import QTensor, dequantize, find_params
@@ -142,8 +142,8 @@ def test_ratios_spend_the_share(layers, percent, t):
 
 def test_most_ranks_over_the_whole_model():
     scores = {"a": torch.tensor([0.1, 0.9, 0.3]), "b": torch.tensor([0.8, 0.05]), "c": torch.tensor([0.2])}
-    assert {n: p.tolist() for n, p in most(scores, 3).items()} == {"a": [1, 2], "b": [0], "c": []}
-    assert sum(len(p) for p in most(scores, 100).values()) == 6
+    assert {n: p.tolist() for n, p in largest_scores(scores, 3).items()} == {"a": [1, 2], "b": [0], "c": []}
+    assert sum(len(p) for p in largest_scores(scores, 100).values()) == 6
 
 
 def test_detached_weights_have_their_values():

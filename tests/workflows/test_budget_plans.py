@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import qkit
-from qkit.allocation.allocate import allocate, bounded, limit_bytes
+from qkit.allocation.allocate import allocate, apply_bounds, limit_bytes
 from qkit.allocation.limits import Budget
 from qkit.allocation.refine import refine
 from qkit.files.safefile import read_header
@@ -135,7 +135,7 @@ def test_bounds_and_other_budgets(run, tiny, tmp_path, small):
     assert all(v == "W2A16" for k, v in held.items() if "o_proj" in k)
     # Swaps stay between the bounds too, even where every measurement calls for the opposite.
     bounds = [("*.down_proj", "W8A16")], [("*.o_proj", "W2A16")]
-    for open_, obeys in ((made, False), (bounded(made, *bounds), True)):
+    for open_, obeys in ((made, False), (apply_bounds(made, *bounds), True)):
         limit = limit_bytes(made, Budget(bits=5), 0)
         starts = [allocate(open_, limit, "kl")]
         found = refine(open_, starts, lambda p: float(sum(v == "W2A16" for v in p.values())), 40).picks
@@ -343,7 +343,7 @@ def test_floats_integers_and_original_layers_in_one_file(run, tiny, tmp_path, sm
     ids = tiny_models.tokens()
     jobs = tmp_path / "jobs.json"
     jobs.write_text(json.dumps({"tokens": ids.tolist(), "loads": [[str(out), "bfloat16"]]}))
-    script = Path(__file__).with_name("stock_load.py")
+    script = Path(__file__).parents[1] / "stock_load.py"
     subprocess.run([sys.executable, str(script), str(jobs)], check=True, capture_output=True)
     assert json.loads(Path(f"{jobs}.out").read_text()) == {f"{out}|bfloat16": None}
     theirs = load_file(f"{out}.bfloat16.safetensors")["logits"]

@@ -233,7 +233,7 @@ def stock(packed):
     path = packed.root / "jobs.json"
     loads = [[folder, dtype] for folder in jobs for dtype in BOTH]
     path.write_text(json.dumps({"tokens": X.tolist(), "loads": loads}))
-    script = Path(__file__).with_name("stock_load.py")
+    script = Path(__file__).parents[1] / "stock_load.py"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     run = subprocess.run(
         [sys.executable, "-I", str(script), str(path)], env=environment, cwd=packed.root, capture_output=True, text=True

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 
 from qkit.tensor.formats import SCHEMES
-from qkit.verification.engines import VLLM, EngineFit, preflight
+from qkit.verification.engines import VLLM, EngineFit, engine_fits
 
 
 def vllm(scheme: str, packing: str, **changes: object) -> EngineFit:
     made = SCHEMES[scheme]
-    return preflight(replace(made.weights, **changes), made.activations, packing)[0]
+    return engine_fits(replace(made.weights, **changes), made.activations, packing)[0]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_vllm_refuses(scheme, packing, changes, why):
 def test_asymmetric_activations_are_refused():
     made = SCHEMES["W4A8"]
     assert made.activations
-    fit = preflight(made.weights, replace(made.activations, symmetric=False), "pack-quantized")[0]
+    fit = engine_fits(made.weights, replace(made.activations, symmetric=False), "pack-quantized")[0]
     assert fit.loads_as is None
 
 
@@ -86,19 +86,19 @@ def test_asymmetric_weights_with_int8_inputs_load(symmetric):
     ],
 )
 def test_kernels_by_group(group, kernel, wrong):
-    fit = preflight(SCHEMES["W4A16"].weights.with_group(group), None, "pack-quantized")[0]
+    fit = engine_fits(SCHEMES["W4A16"].weights.with_group(group), None, "pack-quantized")[0]
     assert fit.loads_as and f"runs on GPUs with {kernel}" in fit.limits
     assert any("may be wrong" in limit for limit in fit.limits) == wrong
 
 
 def test_dense_packings_ask_for_a_newer_transformers_stack():
     for scheme, newer in (("W3A16", True), ("W4A16", False), ("W5A16", True), ("NVFP4", False)):
-        fit = preflight(SCHEMES[scheme].weights, None, "pack-quantized")[1]
+        fit = engine_fits(SCHEMES[scheme].weights, None, "pack-quantized")[1]
         assert any("May 2026" in limit for limit in fit.limits) == newer
 
 
 def test_own_method_is_for_qkit_alone():
-    fits = {fit.engine: fit.loads_as for fit in preflight(SCHEMES["W3A16"].weights, None, "pack-quantized", "qkit")}
+    fits = {fit.engine: fit.loads_as for fit in engine_fits(SCHEMES["W3A16"].weights, None, "pack-quantized", "qkit")}
     assert fits["vLLM"] is None and fits["transformers + compressed-tensors"] is None and fits["qkit"]
 
 
@@ -106,7 +106,7 @@ def test_every_scheme_of_qkit_has_an_engine_and_every_row_a_user():
     packings = {p for row in VLLM for p in row.packings}
     used = set()
     for made in (s for s in SCHEMES.values() if s.name != "NVFP4A8"):  # of diffusion transformers
-        fits = [preflight(made.weights, made.activations, packing)[0].loads_as for packing in sorted(packings)]
+        fits = [engine_fits(made.weights, made.activations, packing)[0].loads_as for packing in sorted(packings)]
         used |= {fit for fit in fits if fit}
         assert any(fits), made.name
     rare = {"CompressedTensorsWNA4Int", "CompressedTensorsW8A16Fp8"}  # W4A4, and FP8 weights alone

@@ -1,6 +1,7 @@
-"""Tells of a clip what shape it shows, in what colour, and what it does: how tiny-video's samples are judged.
+"""The classifier of drawn clips: it tells shape, colour and motion, and so measures samples of tiny-video.
 
-A small convolutional network that ``calib_data/make_judge.py`` trains on drawn clips; its weights lie beside this file.
+A small convolutional network that ``calib_data/make_clip_classifier.py`` trains on drawn clips; its weights lie beside this
+file.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 
 from qkit_data.clips import COLORS, FRAMES, MOTIONS, SHAPES, SIZE
 
-FILE = Path(__file__).with_name("judge.safetensors")
+FILE = Path(__file__).with_name("clip_classifier.safetensors")
 FEATURES = 64
 
 
-class Judge(nn.Module):
-    """Clips float32 [n, FRAMES, SIZE, SIZE, 3] from 0 to 1, to features [n, FEATURES] and three sets of logits."""
+class ClipClassifier(nn.Module):
+    """A classifier of clips: float32 [n, FRAMES, SIZE, SIZE, 3] from 0 to 1, to features [n, FEATURES] and three sets of
+    logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,15 +39,15 @@ class Judge(nn.Module):
         return features, [head(features) for head in self.heads]
 
 
-def load_judge() -> Judge:
-    """The trained one, in eval mode."""
-    judge = Judge()
-    judge.load_state_dict({k: v.float() for k, v in load_file(FILE).items()})
-    return judge.eval().requires_grad_(False)
+def load_classifier() -> ClipClassifier:
+    """The trained classifier, in eval mode."""
+    classifier = ClipClassifier()
+    classifier.load_state_dict({k: v.float() for k, v in load_file(FILE).items()})
+    return classifier.eval().requires_grad_(False)
 
 
-def takes(frames: Tensor) -> bool:
-    """Whether clips [n, ...] of that shape can be judged."""
+def fits(frames: Tensor) -> bool:
+    """Whether clips [n, ...] of that shape can be classified."""
     return tuple(frames.shape[1:]) == (FRAMES, SIZE, SIZE, 3)
 
 
@@ -58,9 +60,9 @@ def labels_of(prompt: str) -> tuple[int, int, int] | None:
     return SHAPES.index(words[2]), list(COLORS).index(words[1]), MOTIONS.index(motion)
 
 
-def recognised(judge: Judge, frames: Tensor, labels: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
-    """(float32 [n, FEATURES], bool [n, 3]: shape, colour and motion are those that were asked for)."""
+def recognised(classifier: ClipClassifier, frames: Tensor, labels: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+    """(features float32 [n, FEATURES], bool [n, 3]: shape, colour and motion are those that were asked for)."""
     with torch.inference_mode():
-        features, logits = judge(frames)
-    told = torch.stack([x.argmax(1) for x in logits], 1)
-    return features, told == torch.tensor(labels)
+        features, logits = classifier(frames)
+    predicted = torch.stack([x.argmax(1) for x in logits], 1)
+    return features, predicted == torch.tensor(labels)

@@ -1,13 +1,13 @@
 """Who makes the best checkpoint of a size: qkit's methods and rivals, on the same model, calibration rows and machine.
 
-    python reports/lead/run.py --model DIR --calib FILE --text NAME=FILE .. --lines LINES --name tiny-llama \\
+    python reports/comparison/run.py --model DIR --calib FILE --text NAME=FILE .. --lines LINES --name tiny-llama \\
         [--autoround PYTHON] [--llmcompressor PYTHON] [--slices 3] [--first N] [--only NAME ..] [--busy]
 
 Each run is a command in a process of its own, on all cores: its wall-clock seconds (with export and proof, where the tool has
 them) and its peak memory are measured. The calibration text is cut into ``--slices`` parts, and each part is one repetition.
 Figures are of the checkpoint as it is read back from disk, in float32 arithmetic, in the first 200 windows of 512 tokens of
 each text: perplexity, and KL divergence from the original. LINES gets one line per run; runs that are there are left out.
-reports/lead/NAME.json gets means over slices, with 95 % intervals over windows of the difference to each rival, and
+reports/comparison/NAME.json gets means over slices, with 95 % intervals over windows of the difference to each rival, and
 NAME.png perplexity against bytes. Rivals whose interpreter is not given are left out.
 """
 
@@ -50,7 +50,7 @@ sys.exit(code)
 
 @dataclass(frozen=True)
 class Run:
-    """One contestant: a tool, a scheme, and how it is asked for it; options: of the method, or flags."""
+    """One entry: a tool, a scheme, and how it is asked for it; options: of the method, or flags."""
 
     tool: str
     scheme: str
@@ -67,7 +67,7 @@ class Run:
         return f"{self.scheme} {self.group or ''}".rstrip() + f" {self.kind}"
 
 
-def contestants() -> list[Run]:
+def entries() -> list[Run]:
     """Everybody."""
     found = []
     for scheme, group in (("w4a16", None), ("w3a16", None), ("w2a16", 64)):
@@ -134,7 +134,7 @@ def model_of(run: Run, folder: Path) -> Any:
 
 
 class Remembered(torch.nn.Module):
-    """A model whose logits are kept: each contestant is compared with the same ones."""
+    """A model whose logits are kept: each entry is compared with the same ones."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ def main() -> None:
     original = Remembered(load(args.model, dtype=torch.float32))
     text = read_text(args.calib)
     for part in range(args.slices if args.first is None else args.first):
-        for run in contestants():
+        for run in entries():
             if (str(run), part) in done or (args.only and not str(run).startswith(tuple(args.only))):
                 continue
             work = Path(tempfile.mkdtemp())

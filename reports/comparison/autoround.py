@@ -1,4 +1,4 @@
-"""Quantize a model with AutoRound, for the contest of ``run.py``: its defaults, on given rows.
+"""Quantize a model with AutoRound, for the comparison of ``run.py``: its defaults, on given rows.
 
     PYTHON autoround.py --model DIR --calib FILE --scheme W3A16 [--group-size 64] --out DIR
 
