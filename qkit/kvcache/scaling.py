@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit.calibration.batches import Rows, batches
+from qkit.calibration.batches import InputRows, batches
 from qkit.kvcache.sensitivity import Handed, forward, rounded
 
 STEPS = 20  # alphas beside 0
@@ -40,7 +40,7 @@ class _Scaled(Handed):
         return rounded(keys / scale, self.bits, self.group) * scale, rounded(values, self.bits, self.group)
 
 
-def maxima(model: Any, rows: Rows, stretch: int = 1, shared: bool = False) -> list[Tensor]:
+def maxima(model: Any, rows: InputRows, stretch: int = 1, shared: bool = False) -> list[Tensor]:
     """By layer, float32 [heads, head_dim / 2]: the largest |K| of every rotary pair (i, i + head_dim / 2), after rotation.
 
     rows: of a text, read at positions 0, stretch, 2 stretch, .., or with pictures; shared: one maximum for all heads of a
@@ -63,7 +63,7 @@ def exponents_of(largest: Tensor, alpha: float) -> Tensor:
 
 
 def search(
-    model: Any, attentions: Sequence[Any], rows: Rows, bits: int, group: int, stretch: int = 1, shared: bool = False,
+    model: Any, attentions: Sequence[Any], rows: InputRows, bits: int, group: int, stretch: int = 1, shared: bool = False,
     progress: Callable[[], None] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """By layer, int64 [heads, head_dim / 2]: exponents of the scales of its keys.

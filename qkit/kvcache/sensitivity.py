@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
-from qkit.calibration.batches import Batch, Rows, batches
+from qkit.calibration.batches import Batch, InputRows, batches
 from qkit.kvcache.argument import with_cache
 from qkit.kvcache.layer import channel_group
 from qkit.kvcache.store import narrowed, quantize
@@ -85,7 +85,7 @@ class _Rounded(Handed):
 
 
 def divergences(
-    model: Any, rows: Rows, widths: Sequence[int], group: int = 128, stretch: int = 1,
+    model: Any, rows: InputRows, widths: Sequence[int], group: int = 128, stretch: int = 1,
     progress: Callable[[], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """float64 [layers, widths]: KL divergence of the next token, in nats, of the model with that layer's cache at that width
@@ -122,7 +122,7 @@ def _logits(model: Any, batch: Batch, stretch: int, cache: Handed) -> Tensor:
 
 
 def sensitivities(
-    model: Any, rows: Rows, widths: Sequence[int], group: int = 128, stretch: int = 1, points: int = 0,
+    model: Any, rows: InputRows, widths: Sequence[int], group: int = 128, stretch: int = 1, points: int = 0,
     progress: Callable[[], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """float64 [layers, widths]: what each width of each layer's cache costs, in nats per token, by the measure above.

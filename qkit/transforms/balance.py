@@ -63,7 +63,7 @@ def balanced_error(state: BlockState, group: LinearGroup, power: int = 1) -> Los
             sum((o - x).abs().pow(power).sum().double() for o, x in zip(outputs, references, strict=True))
         )
     assert stats.sample_weight is not None
-    balance = state.given[MODALITY_WEIGHTS]
+    balance = state.original_values[MODALITY_WEIGHTS]
     weights = []
     for name in group.declared.linears:
         counted = torch.zeros(len(KINDS))

@@ -25,7 +25,7 @@ class BlockState:
     doubled: by linear, how many residual channels it is to have; residual: by group, which these are, int32
     originals: what would be seen if nothing before had been quantized, where a transform asks for it; distort: for what
              outputs are to be, and not for what they are made from
-    given: by need, what a pass of the original model gave for this block
+    original_values: by need, what a pass of the original model gave for this block
     """
 
     structure: ModelStructure
@@ -39,7 +39,7 @@ class BlockState:
     originals: dict[str, Stats] = field(default_factory=dict)
     distort: bool = False
     notes: dict[str, dict[str, float]] = field(default_factory=dict)
-    given: dict[str, Any] = field(default_factory=dict)
+    original_values: dict[str, Any] = field(default_factory=dict)
 
     def weight(self, linear: Linear) -> Tensor:
         """float32 [out, in], as it stands after the transforms so far; not to be written to."""

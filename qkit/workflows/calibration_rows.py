@@ -10,12 +10,12 @@ import torch
 
 from qkit.calibration.dataset import Calibration, calibration_rows
 from qkit.calibration.image_text import (
-    drawn,
+    drawn_scenes,
+    image_text_rows,
     image_tokens,
     is_dataset,
     load_processor,
-    pair_rows,
-    read_pairs,
+    read_image_text,
     refuse_chat,
 )
 from qkit.diffusion.pipeline import check_pipeline
@@ -78,11 +78,11 @@ def pair_calibration(request: Request, structure: ModelStructure, held_out: bool
 
     start = 0 if held_out else CALIBRATION + 1000 * request.seed
     if request.calib is None:
-        pairs, source = list(drawn(start, request.samples)), "drawn scenes"
+        pairs, source = list(drawn_scenes(start, request.samples)), "drawn scenes"
     else:
-        pairs, source = read_pairs(request.calib, request.samples), request.calib.name
+        pairs, source = read_image_text(request.calib, request.samples), request.calib.name
     processor = load_processor(structure.checkpoint.path)
-    return pair_rows(pairs, processor, image_tokens(structure.model.config), source)
+    return image_text_rows(pairs, processor, image_tokens(structure.model.config), source)
 
 
 def trajectory_rows(request: Request, structure: ModelStructure) -> Calibration:

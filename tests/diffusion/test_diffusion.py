@@ -27,7 +27,7 @@ from qkit.calibration.dataset import Calibration
 from qkit.calibration.statistics import Accumulator, Stats, StatsRequest, piece_of
 from qkit.diffusion.controller import SKIPPED
 from qkit.diffusion.trajectory import Sampling, Trajectory, chosen_steps, sample
-from qkit.engine.entry import quantizing
+from qkit.engine.entry import quantizing_hook
 from qkit.errors import BadCalibration, BadCheckpoint, QkitError, Unsupported, UsageError, VerifyFailure
 from qkit.files.checkpoint import Checkpoint
 from qkit.runtime.loading import PackedStructure
@@ -98,7 +98,7 @@ def reference(kind: str, source: Path, packed: Path, dtype: torch.dtype) -> Any:
         module.weight.data = dequantize(read(tensors, weights, linear.shape)).to(dtype)
         if activations is not None:
             static = tensors.get("input_global_scale")
-            module.register_forward_pre_hook(quantizing(activations, None if static is None else static.float()))
+            module.register_forward_pre_hook(quantizing_hook(activations, None if static is None else static.float()))
     return model
 
 
