@@ -22,12 +22,14 @@ from qkit_kernels.gpu import to
 from qkit_kernels.layout import KernelWeight, lay_out
 from qkit_kernels.matmul import Tile, product
 from qkit_kernels.tiles import FORMATS, TABLES, key
-from qkit_kernels.weight import Format, Weight
+from qkit_kernels.weight import CodeFormat, Weight
 
 CALLS = 200  # in a graph
 
 
-def random_weight(fmt: Format, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, seed: int) -> Weight:
+def random_weight(
+    fmt: CodeFormat, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, seed: int
+) -> Weight:
     """Random codes and scales, of which no product is NaN."""
     g = torch.Generator(device).manual_seed(seed)
     groups = 1 if fmt.group is None else shape[1] // fmt.group
@@ -51,16 +53,16 @@ def random_weight(fmt: Format, shape: tuple[int, int], dtype: torch.dtype, devic
     return Weight(fmt, codes, scale.to(dtype), zero)
 
 
-def copies(laid: KernelWeight, device: torch.device, times: int = 3) -> list[KernelWeight]:
+def copies(weight: KernelWeight, device: torch.device, times: int = 3) -> list[KernelWeight]:
     """As many of the weight as hold ``times`` the L2 cache."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return [laid, *(to_new(laid) for _ in range(-(-times * cache // laid.nbytes)))]
+    return [weight, *(to_new(weight) for _ in range(-(-times * cache // weight.nbytes)))]
 
 
-def to_new(laid: KernelWeight) -> KernelWeight:
+def to_new(weight: KernelWeight) -> KernelWeight:
     """The same in other memory."""
-    host = to(laid, torch.device("cpu"))
-    return to(host, laid.words.device)
+    host = to(weight, torch.device("cpu"))
+    return to(host, weight.words.device)
 
 
 def seconds(calls: list[Callable[[], Any]], rounds: int = 7) -> list[float]:
@@ -77,24 +79,27 @@ def seconds(calls: list[Callable[[], Any]], rounds: int = 7) -> list[float]:
             for call in calls:
                 call()
     graph.replay()
-    found = []
+    times = []
     for _ in range(rounds):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) / 1000 / (turns * len(calls)))
-    return sorted(found)
+        times.append(start.elapsed_time(end) / 1000 / (turns * len(calls)))
+    return sorted(times)
 
 
-def candidates(laid: KernelWeight, tokens: int) -> Iterator[Tile]:
+def candidates(weight: KernelWeight, tokens: int) -> Iterator[Tile]:
     """Tiles worth a try."""
-    blocks, processors = laid.words.shape[1], torch.cuda.get_device_properties(laid.words.device).multi_processor_count
+    blocks, processors = (
+        weight.words.shape[1],
+        torch.cuda.get_device_properties(weight.words.device).multi_processor_count,
+    )
     for (rows, warps), stages, split in every(
         ((16, 1), (32, 2), (64, 4), (64, 2), (128, 4), (128, 8)), (3, 5), (1, 2, 4, 8, 16)
     ):
-        programs = -(-laid.shape[0] // rows) * split
+        programs = -(-weight.shape[0] // rows) * split
         crowded = rows * tokens > 64 * 64 * (warps // 4 + 1) or split > blocks // 2
         if not crowded and processors // 2 <= programs <= 16 * processors:
             yield Tile(rows, tokens, warps, stages, split)
@@ -103,11 +108,11 @@ def candidates(laid: KernelWeight, tokens: int) -> Iterator[Tile]:
 def tune(name: str, shape: tuple[int, int], tokens: int, device: torch.device) -> tuple[Tile, float]:
     """The fastest tile, and its seconds."""
     dtype = torch.bfloat16
-    laid = lay_out(random_weight(FORMATS[name], shape, dtype, device, 0), dtype)
-    every_copy = copies(laid, device)
+    weight = lay_out(random_weight(FORMATS[name], shape, dtype, device, 0), dtype)
+    every_copy = copies(weight, device)
     x = torch.randn(tokens if tokens > 8 else 1, shape[1], device=device, dtype=dtype)
     best: tuple[Tile, float] | None = None
-    for tile in candidates(laid, tokens):
+    for tile in candidates(weight, tokens):
         calls = [_call(x, one, tile) for one in every_copy]
         try:
             took = seconds(calls, 3)[1]
@@ -118,8 +123,8 @@ def tune(name: str, shape: tuple[int, int], tokens: int, device: torch.device) -
     return best
 
 
-def _call(x: Tensor, laid: KernelWeight, tile: Tile) -> Callable[[], Tensor]:
-    return lambda: product(x, laid, tile)
+def _call(x: Tensor, weight: KernelWeight, tile: Tile) -> Callable[[], Tensor]:
+    return lambda: product(x, weight, tile)
 
 
 def main() -> None:

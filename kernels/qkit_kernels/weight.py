@@ -15,7 +15,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 
 
 @dataclass(frozen=True)
-class Format:
+class CodeFormat:
     """How numbers are stored.
 
     kind:      'int' (codes int8, signed), 'fp4' (codes uint8, E2M1 in the low four bits) or 'fp8' (float8_e4m3fn)
@@ -36,7 +36,7 @@ class Format:
 class Weight:
     """codes [out, in]; scale [out, in / group]; zero: int8, shape of scale; global_scale: float32 [1], a divisor."""
 
-    format: Format
+    format: CodeFormat
     codes: Tensor
     scale: Tensor
     zero: Tensor | None = None

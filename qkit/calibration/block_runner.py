@@ -58,7 +58,7 @@ class _Reached(Exception):
 
 
 @dataclass
-class _Unit:
+class _PlaybackUnit:
     """A submodule that returns the output of its last linear, either alone or first in a tuple with Nones.
 
     path, last, width: of the submodule, of its last linear, and the outputs of that; rest: Nones after it (None: a bare tensor)
@@ -228,13 +228,13 @@ class BlockRunner:
 
     # ---- playback --------------------------------------------------------------------------------------------
 
-    def _find_units(self) -> list[_Unit]:
+    def _find_units(self) -> list[_PlaybackUnit]:
         """Submodules that return the output of their last linear, as a run of one row shows."""
-        candidates: dict[str, _Unit] = {}
+        candidates: dict[str, _PlaybackUnit] = {}
         for group in self.structure.groups:
             path = group.hook.rpartition(".")[0]
             if group.expert is None and path and len(group.linears) == 1:
-                candidates[path] = _Unit(path, group.hook, group.linears[0].shape[0])
+                candidates[path] = _PlaybackUnit(path, group.hook, group.linears[0].shape[0])
         outputs: dict[str, Any] = {}
 
         def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
@@ -281,7 +281,7 @@ class BlockRunner:
             if any(g.hook == unit.last for g in groups):
                 self._play(unit, step)
 
-    def _play(self, unit: _Unit, step: PieceCallback) -> None:
+    def _play(self, unit: _PlaybackUnit, step: PieceCallback) -> None:
         linear = self.block.get_submodule(unit.last)
         config = replace(self.rows, path=self._file(f"{unit.path}.in"), hidden=_width(linear, unit))
         with self._file(f"{unit.path}.out").open("wb") as f:
@@ -362,7 +362,7 @@ def _peak(inputs: Iterable[Tensor]) -> float:
     return max((float(e.abs()) if bool(e.isfinite()) else math.inf for e in ends), default=0.0)
 
 
-def _width(linear: nn.Module, unit: _Unit) -> int:
+def _width(linear: nn.Module, unit: _PlaybackUnit) -> int:
     assert isinstance(linear, nn.Linear), unit.last
     return linear.in_features
 

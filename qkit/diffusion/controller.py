@@ -48,7 +48,7 @@ class StepChoice:
 
 
 @dataclass(kw_only=True)
-class _State:
+class _BlockHistory:
     """Of one block and branch. last: the step of its last run; change: relative L1 of that run; deltas: its residual by stream,
     float32; drift: relative change of the residual between its last two runs; summed, skipped: since the last run."""
 
@@ -72,7 +72,7 @@ class Controller:
     def reset(self) -> None:
         """Forget the run: the next call is the first step of another."""
         self.clock = Clock()
-        self.states: dict[tuple[int, int], _State] = {}
+        self.states: dict[tuple[int, int], _BlockHistory] = {}
         self.log: list[StepChoice] = []
 
     # ---- where the run is --------------------------------------------------------------------------------------
@@ -93,18 +93,18 @@ class Controller:
         """Of guidance, from 0 on."""
         return self.clock.branch
 
-    def state(self, block: int, given: dict[str, Tensor]) -> _State:
+    def state(self, block: int, inputs: dict[str, Tensor]) -> _BlockHistory:
         """The state of a block in this branch; a new one where its inputs have other shapes than before."""
-        found = self.states.setdefault((self.branch, block), _State())
-        if any(n in given and given[n].shape != d.shape for n, d in found.deltas.items()):
-            found = self.states[self.branch, block] = _State()
-        return found
+        state = self.states.setdefault((self.branch, block), _BlockHistory())
+        if any(n in inputs and inputs[n].shape != d.shape for n, d in state.deltas.items()):
+            state = self.states[self.branch, block] = _BlockHistory()
+        return state
 
     # ---- decisions ---------------------------------------------------------------------------------------------
 
-    def skips(self, block: int, given: dict[str, Tensor]) -> bool:
+    def skips(self, block: int, inputs: dict[str, Tensor]) -> bool:
         """Whether the block is not run now: its residual is reused."""
-        state, p = self.state(block, given), self.policy
+        state, p = self.state(block, inputs), self.policy
         if p.computed:
             if self.step >= p.steps:
                 raise Unsupported(
@@ -117,26 +117,28 @@ class Controller:
         state.summed += state.drift
         return state.summed < p.tau and state.skipped < p.most and self._skip(block, state)
 
-    def _skip(self, block: int, state: _State) -> bool:
+    def _skip(self, block: int, state: _BlockHistory) -> bool:
         state.skipped += 1
         self.log.append(StepChoice(self.step, self.branch, block, "", SKIPPED))
         return True
 
-    def reused(self, block: int, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    def reused(self, block: int, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The residual of a block that is skipped, by stream, float32."""
         gains = self.policy.gains.get(self.step, ())
         gain = gains[block] if block < len(gains) else 1.0
-        return {n: d if gain == 1.0 else gain * d for n, d in self.state(block, given).deltas.items()}
+        return {n: d if gain == 1.0 else gain * d for n, d in self.state(block, inputs).deltas.items()}
 
-    def ran(self, block: int, given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
+    def ran(self, block: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
         """The block was run: of its inputs it made these outputs, by stream."""
-        state = self.state(block, given)
-        deltas = {n: y.float() - given[n].float() for n, y in made.items()}
-        moved = sum(float(d.abs().sum()) for d in deltas.values())
-        state.change = moved / max(sum(float(given[n].float().abs().sum()) for n in deltas), 1e-30)
+        state = self.state(block, inputs)
+        deltas = {n: y.float() - inputs[n].float() for n, y in outputs.items()}
+        size = sum(float(d.abs().sum()) for d in deltas.values())
+        state.change = size / max(sum(float(inputs[n].float().abs().sum()) for n in deltas), 1e-30)
         if state.deltas:
-            before = sum(float(d.abs().sum()) for d in state.deltas.values())
-            state.drift = sum(float((d - state.deltas[n]).abs().sum()) for n, d in deltas.items()) / max(before, 1e-30)
+            last_size = sum(float(d.abs().sum()) for d in state.deltas.values())
+            state.drift = sum(float((d - state.deltas[n]).abs().sum()) for n, d in deltas.items()) / max(
+                last_size, 1e-30
+            )
         if self.policy.caches or self.watches:
             state.deltas = deltas
         state.last, state.summed, state.skipped = self.step, 0.0, 0
@@ -159,9 +161,9 @@ class Controller:
 
     def decide(self, block: int, linear: StepQuantizable, name: str, x: Tensor) -> Format | None:
         """``choose``, noted in the log; as a format, None for inputs as they are."""
-        made = self.choose(block, linear, name, x)
-        self.log.append(StepChoice(self.step, self.branch, block, name, made))
-        return ACTIVATION_FORMATS.get(made)
+        choice = self.choose(block, linear, name, x)
+        self.log.append(StepChoice(self.step, self.branch, block, name, choice))
+        return ACTIVATION_FORMATS.get(choice)
 
     # ---- what came of it ---------------------------------------------------------------------------------------
 
@@ -207,17 +209,18 @@ class ControlledBlock(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the block's."""
         bound = self.signature.bind(*args, **kwargs).arguments
-        given = {name: bound[name] for name in self.streams.names}
-        c, alone = self.controller, len(self.streams.returns) == 1
-        if c.skips(self.index, given):
-            deltas = c.reused(self.index, given)
-            made = [
-                (given[n].float() + deltas[n]).to(given[n].dtype) if n in deltas else None for n in self.streams.returns
+        inputs = {name: bound[name] for name in self.streams.names}
+        c, single = self.controller, len(self.streams.returns) == 1
+        if c.skips(self.index, inputs):
+            deltas = c.reused(self.index, inputs)
+            outputs = [
+                (inputs[n].float() + deltas[n]).to(inputs[n].dtype) if n in deltas else None
+                for n in self.streams.returns
             ]
-            return made[0] if alone else tuple(made)
+            return outputs[0] if single else tuple(outputs)
         out = self.block(*args, **kwargs)
-        results = dict(zip(self.streams.returns, (out,) if alone else out, strict=True))
-        c.ran(self.index, given, {n: y for n, y in results.items() if y is not None})
+        results = dict(zip(self.streams.returns, (out,) if single else out, strict=True))
+        c.ran(self.index, inputs, {n: y for n, y in results.items() if y is not None})
         return out
 
 
@@ -227,15 +230,15 @@ def attach(model: Any, controller: Controller, blocks: Sequence[str], streams: S
     signature = inspect.signature(model.forward)
 
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = signature.bind(*args, **kwargs).arguments
-        controller.enter(given["timestep"], given["hidden_states"])
+        arguments = signature.bind(*args, **kwargs).arguments
+        controller.enter(arguments["timestep"], arguments["hidden_states"])
 
     for index, path in enumerate(blocks):
         block = model.get_submodule(path)
         for name, module in block.named_modules():
-            told: Any = module if hasattr(module, "chooser") else None
-            if told is not None and told.weights.name == "nvfp4" and told.activations is not None:
-                told.chooser = _chooser(controller, index, told, f"{path}.{name}")
+            linear: Any = module if hasattr(module, "chooser") else None
+            if linear is not None and linear.weights.name == "nvfp4" and linear.activations is not None:
+                linear.chooser = _chooser(controller, index, linear, f"{path}.{name}")
         model.set_submodule(path, ControlledBlock(block, controller, index, streams))
     model.register_forward_pre_hook(look, with_kwargs=True)
     model.steps = controller

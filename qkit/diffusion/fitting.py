@@ -62,9 +62,9 @@ class Observer(Controller):
     def choose(self, block: int, linear: StepQuantizable, name: str, x: Tensor) -> str:
         """Note the error that NVFP4 inputs would make; inputs stay as they are."""
         flat = x.reshape(-1, x.shape[-1])
-        some = flat[:: max(1, len(flat) // SAMPLE_TOKENS)]
-        true, rounded = (linear.product(some, f).float() for f in (None, ACTIVATION_FORMATS[NARROW]))
-        error = float((rounded - true).abs().sum() / true.abs().sum().clamp_min(1e-30))
+        sample = flat[:: max(1, len(flat) // SAMPLE_TOKENS)]
+        exact, rounded = (linear.product(sample, f).float() for f in (None, ACTIVATION_FORMATS[NARROW]))
+        error = float((rounded - exact).abs().sum() / exact.abs().sum().clamp_min(1e-30))
         peak = float(x.abs().amax() / x.abs().mean().clamp_min(1e-30))
         time = self.clock.time or 0.0
         self.seen.append(
@@ -82,15 +82,15 @@ class Observer(Controller):
         )
         return PURE
 
-    def ran(self, block: int, given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
+    def ran(self, block: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
         """Keep some of the residual, too."""
-        super().ran(block, given, made)
-        flat = torch.cat([d.flatten() for d in self.state(block, given).deltas.values()])
-        kept = flat[:: max(1, len(flat) // SAMPLE_VALUES)].cpu().clone()
-        self.residuals[self.run, self.branch, block][self.step] = kept
+        super().ran(block, inputs, outputs)
+        flat = torch.cat([d.flatten() for d in self.state(block, inputs).deltas.values()])
+        sampled = flat[:: max(1, len(flat) // SAMPLE_VALUES)].cpu().clone()
+        self.residuals[self.run, self.branch, block][self.step] = sampled
 
 
-class Weights(Protocol):
+class ErrorWeights(Protocol):
     """``influence.Influence``."""
 
     @property
@@ -115,79 +115,86 @@ class Fit:
 
 
 def fit(
-    seen: Observer, asked: PolicyConfig, chosen: Mapping[str, str] | None = None, weights: Weights | None = None
+    observer: Observer,
+    config: PolicyConfig,
+    chosen: Mapping[str, str] | None = None,
+    weights: ErrorWeights | None = None,
 ) -> Fit:
     """The policy that the observed runs ask for. chosen: NARROW or WIDE by linear, where that is decided already; weights: what
     errors are worth."""
-    policy = StepPolicy(fits={}, threshold=math.inf, most=MOST_SKIPS, kind=asked.kind)
+    policy = StepPolicy(fits={}, threshold=math.inf, most=MOST_SKIPS, kind=config.kind)
     if weights is not None:
         policy = replace(policy, by_time=weights.by_time, by_block=weights.by_block)
-    pairs, worth = defaultdict[str, list[tuple[float, float]]](list), defaultdict[str, list[float]](list)
-    for s in seen.seen:
-        if s.change is not None:
-            pairs[s.linear].append((s.change, s.error))
-        worth[s.linear].append((s.error * policy.weight(s.block, s.time)) ** 2)
+    points, squared_errors = defaultdict[str, list[tuple[float, float]]](list), defaultdict[str, list[float]](list)
+    for observation in observer.seen:
+        if observation.change is not None:
+            points[observation.linear].append((observation.change, observation.error))
+        squared_errors[observation.linear].append(
+            (observation.error * policy.weight(observation.block, observation.time)) ** 2
+        )
     fits, pearson = {}, {}
-    for name, xy in pairs.items():
+    for name, xy in points.items():
         fits[name], pearson[name] = least_squares(torch.tensor(xy, dtype=torch.float64))
-        if asked.kind == "static":
-            fits[name] = 0.0, math.sqrt(sum(worth[name]) / len(worth[name]))
+        if config.kind == "static":
+            fits[name] = 0.0, math.sqrt(sum(squared_errors[name]) / len(squared_errors[name]))
     policy = replace(policy, fits=fits)
-    if asked.kind != "dmpq":
+    if config.kind != "dmpq":
         policy = replace(policy, by_time=(), by_block=())  # they are in the fits
-    if asked.skips and asked.cache == "schedule":
-        computed, steps = _schedule(seen, asked.skips)
+    if config.skips and config.cache == "schedule":
+        computed, steps = _schedule(observer, config.skips)
         if len(computed) < steps:
-            gains = schedule_gains(seen.residuals, computed, steps)
-            policy = replace(policy, computed=computed, steps=steps, purify=asked.purify, gains=gains)
-        skipped = {key: set(r) - set(computed) for key, r in seen.residuals.items()}
+            gains = schedule_gains(observer.residuals, computed, steps)
+            policy = replace(policy, computed=computed, steps=steps, purify=config.purify, gains=gains)
+        skipped = {key: set(r) - set(computed) for key, r in observer.residuals.items()}
     else:
-        tau = _tau(seen, asked.skips) if asked.skips else 0.0
-        policy = replace(policy, tau=tau, purify=asked.purify if tau else 0.0)
-        skipped = {key: skips_of(r, tau) for key, r in seen.residuals.items()}
+        tau = _tau(observer, config.skips) if config.skips else 0.0
+        policy = replace(policy, tau=tau, purify=config.purify if tau else 0.0)
+        skipped = {key: skips_of(r, tau) for key, r in observer.residuals.items()}
     if chosen is not None:
         fits = {name: (0.0, 0.0 if chosen[name] == NARROW else 1.0) for name in fits}
         policy = replace(policy, fits=fits, threshold=0.5)
-    threshold, width = _threshold(seen, policy, skipped, asked.width)
-    share = sum(map(len, skipped.values())) / max(1, sum(map(len, seen.residuals.values())))
+    threshold, width = _threshold(observer, policy, skipped, config.width)
+    share = sum(map(len, skipped.values())) / max(1, sum(map(len, observer.residuals.values())))
     expected = {"skips": round(share, 4), "width": round(width, 4)}
-    return Fit(replace(policy, threshold=threshold), pearson, sum(map(len, pairs.values())), expected)
+    return Fit(replace(policy, threshold=threshold), pearson, sum(map(len, points.values())), expected)
 
 
 def least_squares(xy: Tensor) -> tuple[tuple[float, float], float]:
     """((slope, offset), Pearson r) of y against x, from xy [n, 2]; slope 0 and NaN where x is constant."""
     x, y = xy.unbind(1)
     dx, dy = x - x.mean(), y - y.mean()
-    power, other, both = float(dx.square().sum()), float(dy.square().sum()), float((dx * dy).sum())
-    if power <= 1e-24:
+    x_power, y_power, xy_power = float(dx.square().sum()), float(dy.square().sum()), float((dx * dy).sum())
+    if x_power <= 1e-24:
         return (0.0, float(y.mean())), math.nan
-    slope = both / power
-    return (slope, float(y.mean() - slope * x.mean())), both / math.sqrt(power * other) if other > 1e-24 else math.nan
+    slope = xy_power / x_power
+    return (slope, float(y.mean() - slope * x.mean())), xy_power / math.sqrt(
+        x_power * y_power
+    ) if y_power > 1e-24 else math.nan
 
 
-def skips_of(residuals: dict[int, Tensor], tau: float, most: int = MOST_SKIPS) -> set[int]:
+def skips_of(residuals: dict[int, Tensor], tau: float, most_skips: int = MOST_SKIPS) -> set[int]:
     """Steps at which the cache rule would have skipped a block with these residuals, by step. What is compared are residuals of
     steps that would have been computed; that skips change what later blocks see is left out."""
-    found, summed, in_a_row = set[int](), 0.0, 0
-    drift, before = None, None
-    for step, now in sorted(residuals.items()):
+    skipped, summed, in_a_row = set[int](), 0.0, 0
+    drift, computed_residual = None, None
+    for step, residual in sorted(residuals.items()):
         if step >= WARM_UP and drift is not None:
             summed += drift
-            if summed < tau and in_a_row < most:
+            if summed < tau and in_a_row < most_skips:
                 in_a_row += 1
-                found.add(step)
+                skipped.add(step)
                 continue
-        if before is not None:
-            drift = float((now - before).abs().sum() / before.abs().sum().clamp_min(1e-30))
-        summed, in_a_row, before = 0.0, 0, now
-    return found
+        if computed_residual is not None:
+            drift = float((residual - computed_residual).abs().sum() / computed_residual.abs().sum().clamp_min(1e-30))
+        summed, in_a_row, computed_residual = 0.0, 0, residual
+    return skipped
 
 
-def _schedule(seen: Observer, share: float) -> tuple[tuple[int, ...], int]:
+def _schedule(observer: Observer, share: float) -> tuple[tuple[int, ...], int]:
     """(steps that are computed, steps in all), so that no larger share is skipped; branches that do not run at every step have
     no say."""
-    steps = 1 + max(s.step for s in seen.seen)
-    features = [torch.stack([r[s] for s in range(steps)]) for r in seen.residuals.values() if len(r) == steps]
+    steps = 1 + max(s.step for s in observer.seen)
+    features = [torch.stack([r[s] for s in range(steps)]) for r in observer.residuals.values() if len(r) == steps]
     costs = torch.stack([group_costs(f) for f in features]).mean(0)
     costs[: WARM_UP - 1, WARM_UP - 1 :] = math.inf  # the first steps are computed
     groups = max(WARM_UP - 1 + math.ceil((steps - WARM_UP + 1) / LONGEST), steps - int(steps * share))
@@ -205,36 +212,36 @@ def schedule_gains(
     """
     blocks = 1 + max(block for _, _, block in residuals)
     sums = torch.zeros(2, steps, blocks, dtype=torch.float64)
-    for (_, _, block), kept in residuals.items():
-        for step in set(kept) - set(computed):
-            reused = kept.get(max(s for s in computed if s < step))
+    for (_, _, block), by_step in residuals.items():
+        for step in set(by_step) - set(computed):
+            reused = by_step.get(max(s for s in computed if s < step))
             if reused is not None:
-                sums[0, step, block] += float((reused.double() * kept[step].double()).sum())
+                sums[0, step, block] += float((reused.double() * by_step[step].double()).sum())
                 sums[1, step, block] += float(reused.double().square().sum())
     gains = torch.where(sums[1] > 0, sums[0] / sums[1].clamp_min(1e-300), 1.0).clamp(0, 2)
     return {s: tuple(round(g, 6) for g in gains[s].tolist()) for s in range(steps) if s not in computed}
 
 
-def _tau(seen: Observer, share: float) -> float:
+def _tau(observer: Observer, share: float) -> float:
     """The largest tau that was found, by bisection, under which no larger share of block runs would be skipped."""
-    every = list(seen.residuals.values())
-    count = sum(map(len, every))
+    residuals = list(observer.residuals.values())
+    count = sum(map(len, residuals))
     low, high = 0.0, 2.0 * (MOST_SKIPS + 1)  # a residual whose sign changes drifts by 2
     for _ in range(30):
         middle = (low + high) / 2
-        total = sum(len(skips_of(r, middle)) for r in every)
-        low, high = (middle, high) if total <= share * count else (low, middle)
+        skip_count = sum(len(skips_of(r, middle)) for r in residuals)
+        low, high = (middle, high) if skip_count <= share * count else (low, middle)
     return low
 
 
 def _threshold(
-    seen: Observer, policy: StepPolicy, skipped: dict[tuple[int, int, int], set[int]], width: float
+    observer: Observer, policy: StepPolicy, skipped: dict[tuple[int, int, int], set[int]], width: float
 ) -> tuple[float, float]:
     """(threshold, mean width that it comes to): the policy's own threshold if it is finite; else below it lie as many
     predictions as may be NVFP4 for that width. Inputs with outliers are in 16 bits where a cache is, and runs that follow a
     skip in INT8."""
     predicted, count, pure = [], 0, 0
-    for s in seen.seen:
+    for s in observer.seen:
         skips = skipped[s.run, s.branch, s.block]
         if s.step in skips:
             continue
@@ -248,9 +255,9 @@ def _threshold(
     predicted.sort()
     threshold = policy.threshold
     if not math.isfinite(threshold):
-        spare = BITS[WIDE] * count + (BITS[PURE] - BITS[WIDE]) * pure - width * count
-        narrow = min(max(0, round(spare / (BITS[WIDE] - BITS[NARROW]))), len(predicted))
+        spare_bits = BITS[WIDE] * count + (BITS[PURE] - BITS[WIDE]) * pure - width * count
+        narrow = min(max(0, round(spare_bits / (BITS[WIDE] - BITS[NARROW]))), len(predicted))
         threshold = -math.inf if narrow == 0 else math.inf if narrow == count else predicted[narrow - 1]
     narrow = sum(p <= threshold for p in predicted)
-    reached = BITS[WIDE] * (count - pure - narrow) + BITS[PURE] * pure + BITS[NARROW] * narrow
-    return threshold, reached / max(1, count)
+    total_bits = BITS[WIDE] * (count - pure - narrow) + BITS[PURE] * pure + BITS[NARROW] * narrow
+    return threshold, total_bits / max(1, count)

@@ -38,7 +38,7 @@ class Influence:
 def influence_of(
     pipeline: Any,
     controller: RuleController,
-    seen: Sequence[Observation],
+    observations: Sequence[Observation],
     samples: Sequence[tuple[str, int]],
     call: dict[str, Any],
     step: Callable[[], object],
@@ -46,25 +46,25 @@ def influence_of(
     """pipeline: packed, with ``controller`` attached; seen: errors of its linears; samples: (prompt, seed); step: called after
     each step and block."""
     by_step, by_block, times = defaultdict[int, float](float), defaultdict[int, float](float), dict[int, float]()
-    for s in seen:
+    for s in observations:
         by_step[s.step] += s.error**2
         by_block[s.block] += s.error**2
         times[s.step] = s.time
 
     def ends(steps: tuple[int, ...], blocks: tuple[int, ...]) -> list[Tensor]:
         controller.rule = lambda step, block, linear: NARROW if step in steps or block in blocks else PURE
-        found = []
+        latents = []
         for prompt, seed in samples[:PROMPTS]:
             controller.reset()
-            found.append(sample(pipeline, prompt, call, seed))
-        return found
+            latents.append(sample(pipeline, prompt, call, seed))
+        return latents
 
-    true = ends((), ())
+    exact_ends = ends((), ())
 
-    def worth(energy: float, found: Iterable[Tensor]) -> float:
-        moved = sum(float((a - b).double().square().sum()) for a, b in zip(found, true, strict=True))
+    def worth(energy: float, latents: Iterable[Tensor]) -> float:
+        distance = sum(float((a - b).double().square().sum()) for a, b in zip(latents, exact_ends, strict=True))
         step()
-        return math.sqrt(moved / max(energy, 1e-30))
+        return math.sqrt(distance / max(energy, 1e-30))
 
     of_steps = {s: worth(by_step[s], ends((s,), ())) for s in sorted(by_step)}
     of_blocks = [worth(by_block[b], ends((), (b,))) for b in range(1 + max(by_block))]

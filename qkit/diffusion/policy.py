@@ -91,16 +91,16 @@ class StepPolicy:
 
     def weight(self, block: int, time: float | None) -> float:
         """What an error in that block at that time is worth."""
-        found = self.by_block[block] if block < len(self.by_block) else 1.0
+        factor = self.by_block[block] if block < len(self.by_block) else 1.0
         if self.by_time and time is not None:
             times, factors = zip(*self.by_time, strict=True)
-            found *= float(np.interp(time, list(times), list(factors)))
-        return found
+            factor *= float(np.interp(time, list(times), list(factors)))
+        return factor
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary; infinities are words."""
         gains = {str(step): list(row) for step, row in self.gains.items()}
-        return {**asdict(self), "threshold": _said(self.threshold), "tau": _said(self.tau), "gains": gains}
+        return {**asdict(self), "threshold": _json_float(self.threshold), "tau": _json_float(self.tau), "gains": gains}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> StepPolicy:
@@ -130,7 +130,7 @@ class StepPolicy:
         )
 
 
-def _said(value: float) -> float | str:
+def _json_float(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 

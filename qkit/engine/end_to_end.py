@@ -23,7 +23,7 @@ from qkit.engine.entry import quantizing_hook
 from qkit.engine.job import WHOLE, Job
 from qkit.engine.original_model import original_model
 from qkit.families.structure import ModelStructure
-from qkit.nn.attention import LONGEST, ByProducts
+from qkit.nn.attention import LONGEST, PlainAttention
 from qkit.planning.plan import Plan, parts
 from qkit.rounding.block import LOOKS, PIECE_TOKENS, held_out
 from qkit.rounding.learned_weight import LearnedWeight, LearningState
@@ -109,7 +109,7 @@ class _Model:
         """Mean KL divergence from the original model over ``tokens``, in nats."""
 
         def one(piece: Tensor) -> float:
-            with torch.inference_mode(False), torch.no_grad(), ByProducts():
+            with torch.inference_mode(False), torch.no_grad(), PlainAttention():
                 return float(self._summed_divergence(weights, piece))
 
         return sum(self.pool.map(one, _pieces(tokens))) / tokens.numel()
@@ -118,7 +118,7 @@ class _Model:
         """Gradients of the summed KL divergence: for each weight, those of every piece."""
 
         def one(piece: Tensor) -> tuple[Tensor, ...]:
-            with torch.inference_mode(False), torch.enable_grad(), ByProducts():
+            with torch.inference_mode(False), torch.enable_grad(), PlainAttention():
                 leaves = [w.detach().requires_grad_() for w in weights]
                 return torch.autograd.grad(self._summed_divergence(leaves, piece), leaves)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qkit import __version__
-from qkit.diffusion.pipeline import copy_rest, rest_names, weights_of_rest
+from qkit.diffusion.pipeline import copy_rest, hash_weights_around, rest_names
 from qkit.diffusion.trajectory import Trajectory
 from qkit.engine.job import Job
 from qkit.engine.partial_output import Partial
@@ -333,7 +333,7 @@ def source_hashes(
     Quick where the files were hashed before (``hashcache``). step: called for every shard.
     """
     hashes = {"sha256": structure.checkpoint.sha256(step)}
-    return hashes if plan.pipeline is None else {**hashes, "around": weights_of_rest(source_folder, plan.pipeline)}
+    return hashes if plan.pipeline is None else {**hashes, "around": hash_weights_around(source_folder, plan.pipeline)}
 
 
 def job_identity(plan: Plan, hashed: Mapping[str, str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from qkit.families.blocks import BlockStructure
 from qkit.families.materialize import load_block, release
 from qkit.families.structure import ModelStructure
 from qkit.files.owned import temp_path
-from qkit.kvcache.scales import Ranges, tensor_names
+from qkit.kvcache.scales import RangeCache, tensor_names
 from qkit.planning.plan import Plan, parts
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
@@ -33,7 +33,7 @@ def measure_scales(plan: Plan, structure: ModelStructure, job: Job, pool: Worker
     """
     if not plan.static_cache or job.stage(STAGE) is not None:
         return
-    cache = Ranges()
+    cache = RangeCache()
     assert plan.calibration is not None
     progress.start("embed the calibration rows", plan.calibration.samples)
     path = temp_path(job.path / "rows", "cache 0")

@@ -18,7 +18,7 @@ from qkit.calibration.dataset import Calibration, digest_of
 from qkit.engine.job import Job
 from qkit.families.structure import ModelStructure
 from qkit.files.safefile import read_header, read_tensor, save_tensors
-from qkit.nn.attention import ByProducts
+from qkit.nn.attention import PlainAttention
 from qkit.planning.plan import Plan
 from qkit.runtime import loading
 from qkit.runtime.generate import Decoder, by_sums
@@ -51,7 +51,7 @@ def generate_rows(model: Any, begin: Tensor, length: int, seed: int, pool: Worke
     def one(numbered: tuple[int, Tensor]) -> Tensor:
         number, begin_tokens = numbered
         decoder = Decoder(model, length + 1)
-        with ByProducts():
+        with PlainAttention():
             drawn = decoder.generate(
                 begin_tokens[:, None], length, temperature=1.0, seed=seed * len(begin) + number, draw=by_sums
             )

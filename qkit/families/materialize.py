@@ -107,7 +107,7 @@ def plain_tensors(checkpoint: Checkpoint, block: BlockStructure, module: nn.Modu
         if stored in weights:
             continue
         path, _, leaf = name.rpartition(".")
-        now: Tensor = getattr(module.get_submodule(path), leaf).data
+        current: Tensor = getattr(module.get_submodule(path), leaf).data
         original = checkpoint.read(stored)
-        result[stored] = original if torch.equal(original.to(now.dtype), now) else now.to(original.dtype)
+        result[stored] = original if torch.equal(original.to(current.dtype), current) else current.to(original.dtype)
     return result

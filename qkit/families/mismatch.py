@@ -28,15 +28,15 @@ def another_class(model: nn.Module, checkpoint: Checkpoint) -> str | None:
     """A sentence where config.json names another class of transformers than the skeleton is made of."""
     import transformers
 
-    stated, built = checkpoint.config.get("architectures"), type(model).__name__
-    made = stated[0] if isinstance(stated, list) and stated else built
-    cls = getattr(transformers, made, None) if isinstance(made, str) else None
-    if made == built or getattr(cls, "config_class", None) is not type(model.config):
+    architectures, built = checkpoint.config.get("architectures"), type(model).__name__
+    declared = architectures[0] if isinstance(architectures, list) and architectures else built
+    cls = getattr(transformers, declared, None) if isinstance(declared, str) else None
+    if declared == built or getattr(cls, "config_class", None) is not type(model.config):
         return None
-    what = next((f", {kind}" for end, kind in _KINDS.items() if made.endswith(end)), "")
+    description = next((f", {kind}" for end, kind in _KINDS.items() if declared.endswith(end)), "")
     return (
-        f"config.json says that this is a {made}{what}, and qkit reads a model of this type as a {built}: qkit cannot "
-        "quantize it; use the language model of that kind, if there is one"
+        f"config.json says that this is a {declared}{description}, and qkit reads a model of this type as a {built}: qkit "
+        "cannot quantize it; use the language model of that kind, if there is one"
     )
 
 

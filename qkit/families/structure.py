@@ -78,8 +78,8 @@ class ModelStructure:
         pipeline samples in, but for what diffusers keeps in float32."""
         if self.family.streams is None:
             return self.dtype
-        kept = getattr(self.model, "_keep_in_fp32_modules", None) or ()
-        return torch.float32 if any(part in kept for part in name.split(".")) else run_dtype(self.dtype)
+        float32_modules = getattr(self.model, "_keep_in_fp32_modules", None) or ()
+        return torch.float32 if any(part in float32_modules for part in name.split(".")) else run_dtype(self.dtype)
 
     def _towers(self) -> Iterator[BlockSequence]:
         """Of the family's those that this model has, where there are linears in them."""
@@ -121,13 +121,15 @@ class ModelStructure:
         return BlockStructure(index, path, tuple(groups), tuple(stored))
 
     def _plain_groups(self, module: nn.Module, path: str, groups: tuple[Group, ...]) -> Iterator[LinearGroup]:
-        every = dict(module.named_modules())
-        modules = {n: m for n, m in every.items() if isinstance(m, nn.Linear)}
+        all_modules = dict(module.named_modules())
+        modules = {n: m for n, m in all_modules.items() if isinstance(m, nn.Linear)}
         declared: list[Group] = []
         covered: set[str] = set()
         for group in groups:
-            here = all(n in modules for n in group.linears) and (group.source is None or group.source in every)
-            if here and not covered & set(group.linears):
+            is_present = all(n in modules for n in group.linears) and (
+                group.source is None or group.source in all_modules
+            )
+            if is_present and not covered & set(group.linears):
                 declared.append(group)
                 covered |= set(group.linears)
         # A linear that the declaration does not mention is still quantized, on its own.
@@ -169,18 +171,18 @@ class ModelStructure:
 
             hidden = gate_up.shape[2]
             param = f"{experts.module}.gate_up_proj"
-            pair = (
+            gate_and_up = (
                 Linear(name=name(experts.gate), param=param, shape=(inner, hidden), expert=e, rows=(0, inner)),
                 Linear(name=name(experts.up), param=param, shape=(inner, hidden), expert=e, rows=(inner, 2 * inner)),
             )
-            yield LinearGroup(pair, Group(()), experts.module, e)
-            last = Linear(
+            yield LinearGroup(gate_and_up, Group(()), experts.module, e)
+            down_linear = Linear(
                 name=name(experts.down),
                 param=f"{experts.module}.down_proj",
                 shape=(down.shape[1], down.shape[2]),
                 expert=e,
             )
-            yield LinearGroup((last,), Group(()), "", e)
+            yield LinearGroup((down_linear,), Group(()), "", e)
 
     def default_skip(self, name: str) -> str | None:
         """Why the family leaves a layer, by checkpoint name, as it is if no rule says otherwise."""
@@ -228,11 +230,11 @@ class ModelStructure:
         shapes.update({stored: tuple(_get(self.model, name).shape) for name, stored in self.outer})
         missing = [n for n in shapes if n not in tensors]
         if missing:
-            stated = another_class(self.model, self.checkpoint)
-            if stated is None and self.family not in DECLARED:
-                stated = other_storage(self.model, self.checkpoint, self.tied)
-            if stated is not None:
-                raise Unsupported(f"{where}: {stated}")
+            reason = another_class(self.model, self.checkpoint)
+            if reason is None and self.family not in DECLARED:
+                reason = other_storage(self.model, self.checkpoint, self.tied)
+            if reason is not None:
+                raise Unsupported(f"{where}: {reason}")
             raise BadCheckpoint(
                 f"{where}: {len(missing)} tensors that config.json asks for are not in the file, the first is "
                 f"{missing[0]!r}: the checkpoint is incomplete or its config belongs to another model"
@@ -255,16 +257,16 @@ def _names_of(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     renamings = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightRenaming)]
     shapes = dict(model.state_dict())
     for stored in checkpoint.tensors:
         name = rename_source_key(stored, renamings, [], model.base_model_prefix, shapes)[0]
-        found[name] = stored
-        owner, kept = name.rpartition(".")[0], stored.rpartition(".")[0]
-        if name.rpartition(".")[2] == stored.rpartition(".")[2] and kept:
-            found[owner] = kept
-    return found
+        names[name] = stored
+        owner, stored_owner = name.rpartition(".")[0], stored.rpartition(".")[0]
+        if name.rpartition(".")[2] == stored.rpartition(".")[2] and stored_owner:
+            names[owner] = stored_owner
+    return names
 
 
 def _computed(model: nn.Module) -> dict[str, Tensor]:

@@ -24,14 +24,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qkit.kvcache.layer import PackedLayer, Pair, Tensors
+from qkit.kvcache.layer import KeyValueSegments, PackedLayer, Tensors
 from qkit.kvcache.policy import CachePolicy
 from qkit.kvcache.store import Plain
-from qkit.kvcache.xquant import InputLayer, Source
+from qkit.kvcache.xquant import InputLayer, InputSource
 
 
 @dataclass
-class Below:
+class LayerBelow:
     """What a layer hands on to the next one within a pass, and nothing holds in between: inputs as they are made again, of the
     tokens in the body, float32 [batch, tokens, in]."""
 
@@ -45,7 +45,7 @@ class CrossLayer(InputLayer):
     of a token, so that a body can be cut anywhere without the layers below.
     """
 
-    def __init__(self, policy: CachePolicy, source: Source, below: Below, first: bool, last: bool) -> None:
+    def __init__(self, policy: CachePolicy, source: InputSource, below: LayerBelow, first: bool, last: bool) -> None:
         super().__init__(policy, source)
         self.by_token = False
         self.below, self.first, self.last = below, first, last
@@ -56,24 +56,24 @@ class CrossLayer(InputLayer):
         if self.first:
             self.below.inputs = None
         self.append(*self.source.kept(x))
-        made = self._made()
-        self.below.inputs = None if self.last else made
-        parts = [] if made is None or not tokens else [made[:, :tokens].to(self.dtype)]
+        body_inputs = self._body_inputs()
+        self.below.inputs = None if self.last else body_inputs
+        past_parts = [] if body_inputs is None or not tokens else [body_inputs[:, :tokens].to(self.dtype)]
         if recent is not None:
-            parts.append(self.source.inputs(_dequantized(recent, self.dtype)))
-        if not parts:
+            past_parts.append(self.source.inputs(_dequantized(recent, self.dtype)))
+        if not past_parts:
             return None
-        past = torch.cat(parts, dim=1)
+        past = torch.cat(past_parts, dim=1)
         return self.source.projected(past, self.positions(past.shape[1]))
 
-    def _made(self) -> Tensor | None:
+    def _body_inputs(self) -> Tensor | None:
         """A_l of the body."""
         if self.body is None:
             return None
-        own = self.source.inputs(_dequantized(self.body, torch.float32))
-        return own if self.below.inputs is None else own.add_(self.below.inputs.to(own.device))
+        differences = self.source.inputs(_dequantized(self.body, torch.float32))
+        return differences if self.below.inputs is None else differences.add_(self.below.inputs.to(differences.device))
 
-    def _packed(self, pair: Pair) -> Pair:
+    def _packed(self, pair: KeyValueSegments) -> KeyValueSegments:
         if self.below.inputs is None:
             return super()._packed(pair)
         start = 0 if self.body is None else self.body[0].tokens
@@ -82,15 +82,15 @@ class CrossLayer(InputLayer):
         return super()._packed((keys, values))
 
 
-def _dequantized(pair: Pair, dtype: torch.dtype) -> Tensors:
+def _dequantized(pair: KeyValueSegments, dtype: torch.dtype) -> Tensors:
     return pair[0].dequantize(dtype), pair[1].dequantize(dtype)
 
 
-def cross_layers(policy: CachePolicy, made: Sequence[Source]) -> list[PackedLayer]:
+def cross_layers(policy: CachePolicy, layer_sources: Sequence[InputSource]) -> list[PackedLayer]:
     """The empty layers of a cache, in order."""
-    below, last = Below(), len(made) - 1
-    widths = policy.widths_of(len(made))
+    below, last_layer = LayerBelow(), len(layer_sources) - 1
+    widths = policy.widths_of(len(layer_sources))
     return [
-        CrossLayer(replace(policy, widths=(w,)), s, below, i == 0, i == last)
-        for i, (s, w) in enumerate(zip(made, widths, strict=True))
+        CrossLayer(replace(policy, widths=(w,)), s, below, i == 0, i == last_layer)
+        for i, (s, w) in enumerate(zip(layer_sources, widths, strict=True))
     ]

@@ -18,22 +18,22 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from qkit.errors import BudgetNotMet, Unsupported, UsageError
-from qkit.kvcache.attention import QUERIES, Past
+from qkit.kvcache.attention import QUERIES, PackedPast
 from qkit.kvcache.nested import Nested, nested
 from qkit.kvcache.policy import CachePolicy
 from qkit.kvcache.store import HALF, Float8, Packed, Plain, narrowed, quantize, token_bytes
 from qkit.transforms.rotate import orthogonal
 
 Segment = Packed | Plain | Nested
-Pair = tuple[Segment, Segment]  # of keys and of values
+KeyValueSegments = tuple[Segment, Segment]  # of keys and of values
 Tensors = tuple[Tensor, Tensor]
 CHUNK = 4096  # tokens that are packed at a time: what that takes beside the cache does not grow with a prompt
 ROTATION_SEED = 0
 
 
-def channel_group(head_dim: int, most: int) -> int:
+def channel_group(head_dim: int, limit: int) -> int:
     """Channels of a group: the largest divisor of head_dim that is a multiple of 8 and at most ``most``."""
-    return max(n for n in range(8, min(head_dim, most) + 1, 8) if head_dim % n == 0)
+    return max(n for n in range(8, min(head_dim, limit) + 1, 8) if head_dim % n == 0)
 
 
 def check_head_dim(head_dim: int, policy: CachePolicy) -> None:
@@ -43,12 +43,12 @@ def check_head_dim(head_dim: int, policy: CachePolicy) -> None:
         raise UsageError(f"kv policy {policy.name}: heads of {head_dim} channels; expected a multiple of {step}")
 
 
-def _joined(a: Pair | None, b: Pair) -> Pair:
+def _joined(a: KeyValueSegments | None, b: KeyValueSegments) -> KeyValueSegments:
     """The tokens of both. Both are of one kind."""
     return b if a is None else (a[0].cat(b[0]), a[1].cat(b[1]))  # type: ignore[arg-type]
 
 
-def _part(pair: Pair, start: int, end: int) -> Pair:
+def _part(pair: KeyValueSegments, start: int, end: int) -> KeyValueSegments:
     return pair[0].slice(start, end), pair[1].slice(start, end)
 
 
@@ -56,14 +56,14 @@ def _cut(pair: Tensors, start: int, end: int | None = None) -> Tensors:
     return pair[0][:, :, start:end], pair[1][:, :, start:end]
 
 
-def _first(pair: Pair | None, tokens: int) -> tuple[Pair | None, int]:
+def _first(pair: KeyValueSegments | None, tokens: int) -> tuple[KeyValueSegments | None, int]:
     """At most so many tokens, and how many are left to take from what follows."""
     if pair is None or pair[0].tokens <= tokens:
         return pair, tokens - (0 if pair is None else pair[0].tokens)
     return (_part(pair, 0, tokens) if tokens else None), 0
 
 
-def _narrowed(pair: Pair, bits: int) -> Pair:
+def _narrowed(pair: KeyValueSegments, bits: int) -> KeyValueSegments:
     keys, values = (narrowed(s, bits) if isinstance(s, Packed) else s for s in pair)
     return keys, values
 
@@ -84,9 +84,9 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     pending: bool  # the packed past was handed out and not read yet
     draft: bool  # hierarchical: whether the past is read at 4 bits
     by_token: bool  # whether keys share scales along tokens
-    sink: Pair | None
-    body: Pair | None
-    recent: Pair | None
+    sink: KeyValueSegments | None
+    body: KeyValueSegments | None
+    recent: KeyValueSegments | None
 
     def __init__(
         self,
@@ -121,10 +121,10 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.packed and self.segments and key_states.shape[2] <= QUERIES:
             rotations = self._rotations() if self.policy.kind == "rotate" else None
             self.pending = True
-            seen = Past(tuple(self.segments), rotations, self)
+            packed_past = PackedPast(tuple(self.segments), rotations, self)
             self.append(key_states, value_states)
             key_states = key_states.view_as(key_states)  # a tensor of its own to carry what belongs to this call
-            key_states.qkit_past = seen  # type: ignore[attr-defined]
+            key_states.qkit_past = packed_past  # type: ignore[attr-defined]
             return key_states, value_states
         past = self.read()
         self.append(key_states, value_states)
@@ -140,12 +140,12 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._restored((keys, values))
 
     @property
-    def segments(self) -> list[Pair]:
+    def segments(self) -> list[KeyValueSegments]:
         """Those that there are, in the order of their tokens; as a draft sees them, if it is to."""
-        found = [s for s in (self.sink, self.body, self.recent) if s is not None]
+        present = [s for s in (self.sink, self.body, self.recent) if s is not None]
         if not self.draft:
-            return found
-        return [tuple(x.upper if isinstance(x, Nested) else x for x in s) for s in found]  # type: ignore[misc]
+            return present
+        return [tuple(x.upper if isinstance(x, Nested) else x for x in s) for s in present]  # type: ignore[misc]
 
     @property
     def limit(self) -> int | None:
@@ -197,13 +197,13 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.body = _joined(self.body, self._packed(_part(waiting, 0, moved)))
         self.recent = waiting if not moved else _part(waiting, moved, moved + recent) if recent else None
 
-    def _kept(self, pair: Tensors) -> Pair:
+    def _kept(self, pair: Tensors) -> KeyValueSegments:
         """New tokens, before they move on."""
         if self.policy.kind == "progressive":
             return quantize(pair[0], 16, self._group(0)), quantize(pair[1], 16, self._group(1))
         return Plain(pair[0].clone()), Plain(pair[1].clone())
 
-    def _packed(self, pair: Pair) -> Pair:
+    def _packed(self, pair: KeyValueSegments) -> KeyValueSegments:
         """Tokens on their way to the body, in its width."""
         if self.policy.kind == "progressive":
             return _narrowed(pair, self.width)
@@ -262,16 +262,16 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Bytes of codes, least values and ranges with so many tokens in each segment and a body of that width."""
         total = 0
         for side, n in enumerate(self.head_dims):
-            whole, narrow = (token_bytes(w, self._group(side), self.heads, n) for w in (16, width))
-            total += (sink + recent) * whole + body * narrow
+            wide_bytes, narrow_bytes = (token_bytes(w, self._group(side), self.heads, n) for w in (16, width))
+            total += (sink + recent) * wide_bytes + body * narrow_bytes
         return self.batch_size * total
 
     @property
     def nbytes(self) -> int:
         """Bytes that the layer's tensors occupy."""
         pairs = [s for s in (self.sink, self.body, self.recent) if s is not None]
-        held = [t.untyped_storage() for pair in pairs for s in pair for t in s.tensors]
-        return sum({x.data_ptr(): x.nbytes() for x in held}.values())
+        storages = [t.untyped_storage() for pair in pairs for s in pair for t in s.tensors]
+        return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
 
     # ---- what transformers asks for -------------------------------------------------------------------------------
 
@@ -296,16 +296,16 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         that is cut, the tokens that stay become recent ones."""
         if tokens_to_remove > 0:
             raise UsageError(f"crop({tokens_to_remove}): expected a negative number, that of the tokens to remove")
-        left = max(self.get_seq_length() + tokens_to_remove, 0)
-        self.sink, left = _first(self.sink, left)
-        whole = left // self.policy.group * self.policy.group
-        if self.by_token and self.body is not None and whole < left < self.body[0].tokens:
-            keys, values = (s.dequantize(self.dtype, whole, left) for s in self.body)
-            self.recent, left = (Plain(keys), Plain(values)), whole
-            self.body, _ = _first(self.body, whole)
+        kept_tokens = max(self.get_seq_length() + tokens_to_remove, 0)
+        self.sink, kept_tokens = _first(self.sink, kept_tokens)
+        full_groups = kept_tokens // self.policy.group * self.policy.group
+        if self.by_token and self.body is not None and full_groups < kept_tokens < self.body[0].tokens:
+            keys, values = (s.dequantize(self.dtype, full_groups, kept_tokens) for s in self.body)
+            self.recent, kept_tokens = (Plain(keys), Plain(values)), full_groups
+            self.body, _ = _first(self.body, full_groups)
             return
-        self.body, left = _first(self.body, left)
-        self.recent, _ = _first(self.recent, left)
+        self.body, kept_tokens = _first(self.body, kept_tokens)
+        self.recent, _ = _first(self.recent, kept_tokens)
 
     def offload(self) -> None:
         """All of it to the CPU."""

@@ -65,5 +65,5 @@ def nested(x: Tensor, group: int, axis: str = "channel") -> Nested:
     """x [batch, heads, tokens, head_dim], quantized; arguments as for ``store.quantize``."""
     upper = quantize(x, 4, group, axis)
     steps = _steps(upper)
-    left = (x.to(torch.float32) - upper.dequantize(torch.float32)) * torch.where(steps == 0, 0.0, 16 / steps)
-    return Nested(upper, pack((left.round().clamp_(-8, 7) + 8).to(torch.int32), 4))
+    remainder = (x.to(torch.float32) - upper.dequantize(torch.float32)) * torch.where(steps == 0, 0.0, 16 / steps)
+    return Nested(upper, pack((remainder.round().clamp_(-8, 7) + 8).to(torch.int32), 4))

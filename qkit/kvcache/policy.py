@@ -61,23 +61,23 @@ class CachePolicy:
 
     def widths_of(self, layers: int) -> tuple[int, ...]:
         """Bits of each layer's body in the end."""
-        least = self.widths[-1]
+        final = self.widths[-1]
         if self.kind != "xquant-cl":
-            return self.finals or (least,) * layers
-        return tuple(max(least, ANCHOR_BITS) if i < ANCHORS else least for i in range(layers))
+            return self.finals or (final,) * layers
+        return tuple(max(final, ANCHOR_BITS) if i < ANCHORS else final for i in range(layers))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for qkit.json."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if v is not None}
 
     @staticmethod
-    def from_json(found: dict[str, Any]) -> CachePolicy:
+    def from_json(data: dict[str, Any]) -> CachePolicy:
         """The inverse of ``to_json``. Raises UsageError for anything else."""
         try:
-            lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+            lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
             return checked(CachePolicy(**lists))
         except TypeError as e:
-            raise UsageError(f"kv policy {found}: {e}; it was not written by this version of qkit") from e
+            raise UsageError(f"kv policy {data}: {e}; it was not written by this version of qkit") from e
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ class CacheRequest:
 def stored(folder: Path) -> CachePolicy | None:
     """The policy that a quantized folder is to be run with."""
     record = read_record(folder)
-    found = None if record is None else record.get("kv")
-    if found is None:
+    data = None if record is None else record.get("kv")
+    if data is None:
         return None
-    checked_file(KvPolicy, found, f"{folder / RECORD}: kv", "run 'qkit verify' on the folder")
-    return CachePolicy.from_json(found)
+    checked_file(KvPolicy, data, f"{folder / RECORD}: kv", "run 'qkit verify' on the folder")
+    return CachePolicy.from_json(data)
 
 
 def parse(text: str) -> CachePolicy:

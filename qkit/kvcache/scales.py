@@ -24,11 +24,11 @@ FORMAT = ACTIVATION_FORMATS["fp8_static"]
 
 def attentions(model: Any) -> dict[int, Any]:
     """The attention module of every layer, in order."""
-    found = {m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")}
-    return dict(sorted(found.items()))
+    modules = {m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")}
+    return dict(sorted(modules.items()))
 
 
-def declare(model: nn.Module, dtype: torch.dtype) -> None:
+def register_scales(model: nn.Module, dtype: torch.dtype) -> None:
     """Give every attention module a place for its scales: an outline of the model then has them among its tensors."""
     for attention in attentions(model).values():
         for name in NAMES:
@@ -37,8 +37,8 @@ def declare(model: nn.Module, dtype: torch.dtype) -> None:
 
 def scales_of(model: nn.Module, layers: int) -> list[tuple[float, float]]:
     """(of keys, of values) by layer; 1 where a model brings none, which is what engines take then."""
-    found = attentions(model)
-    buffers = [found[i]._buffers if i in found else {} for i in range(layers)]
+    modules = attentions(model)
+    buffers = [modules[i]._buffers if i in modules else {} for i in range(layers)]
     return [(float(b.get(NAMES[0], 1.0)), float(b.get(NAMES[1], 1.0))) for b in buffers]
 
 
@@ -51,7 +51,7 @@ def tensor_names(structure: ModelStructure) -> list[tuple[str, str]]:
             f"--kv fp8 for a {structure.family.name} model: compressed-tensors needs num_key_value_heads, which its config "
             "does not have: leave --kv out"
         )
-    found = []
+    names = []
     for block in structure.blocks:
         parents = {x.name.rpartition(".")[0] for x in block.linears if x.name.rpartition(".")[2] in PROJECTIONS}
         if len(parents) != 1:
@@ -60,11 +60,11 @@ def tensor_names(structure: ModelStructure) -> list[tuple[str, str]]:
                 f"module with k_proj and v_proj, or qkv_proj, where engines look for scales: leave --kv out"
             )
         (parent,) = parents
-        found.append((f"{parent}.{NAMES[0]}", f"{parent}.{NAMES[1]}"))
-    return found
+        names.append((f"{parent}.{NAMES[0]}", f"{parent}.{NAMES[1]}"))
+    return names
 
 
-class Ranges(DynamicCache):  # type: ignore[misc]
+class RangeCache(DynamicCache):  # type: ignore[misc]
     """Hands keys and values through, keeps none of them and notes how large they get. Several threads may use it."""
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class Ranges(DynamicCache):  # type: ignore[misc]
             raise Unsupported(
                 f"--kv fp8: layer {layer} puts no keys and values of its own into a cache: leave --kv out"
             )
-        found = torch.cat(self.seen[layer], dim=1)
-        largest = found[:, found.isfinite().all(0)].amax(1)
+        maxima = torch.cat(self.seen[layer], dim=1)
+        largest = maxima[:, maxima.isfinite().all(0)].amax(1)
         scales = torch.tensor([static_scale(float(x), FORMAT) for x in largest]).to(dtype)
         return list(torch.where((largest == 0) | (scales == 0), 1.0, scales).to(dtype).split(1))

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from qkit.calibration.batches import InputRows, batches
-from qkit.kvcache.sensitivity import Handed, forward, rounded
+from qkit.kvcache.sensitivity import PassThroughCache, forward, rounded
 
 STEPS = 20  # alphas beside 0
 
 
-class _Scaled(Handed):
+class _ScaledKeysCache(PassThroughCache):
     """Hands out keys as a cache gives them back that holds them divided by 2^exponents, and values as it gives them back."""
 
     def __init__(self, bits: int, group: int) -> None:
@@ -40,20 +40,22 @@ class _Scaled(Handed):
         return rounded(keys / scale, self.bits, self.group) * scale, rounded(values, self.bits, self.group)
 
 
-def maxima(model: Any, rows: InputRows, stretch: int = 1, shared: bool = False) -> list[Tensor]:
+def key_maxima(model: Any, rows: InputRows, stretch: int = 1, shared: bool = False) -> list[Tensor]:
     """By layer, float32 [heads, head_dim / 2]: the largest |K| of every rotary pair (i, i + head_dim / 2), after rotation.
 
     rows: of a text, read at positions 0, stretch, 2 stretch, .., or with pictures; shared: one maximum for all heads of a
     layer.
     """
-    found: list[Tensor] = []
+    largest: list[Tensor] = []
     with torch.inference_mode():
         for batch in batches(rows, 1):
-            cache = Handed()
+            cache = PassThroughCache()
             forward(model.base_model, batch, stretch, cache)
-            now = [k.abs().amax(dim=(0, 2)).float().unflatten(1, (2, -1)).amax(1) for k, _ in cache.seen]
-            found = [torch.maximum(a, b) for a, b in zip(found, now, strict=True)] if found else now
-    return [m.amax(0, keepdim=True).expand_as(m) if shared else m for m in found]
+            row_largest = [k.abs().amax(dim=(0, 2)).float().unflatten(1, (2, -1)).amax(1) for k, _ in cache.seen]
+            largest = (
+                [torch.maximum(a, b) for a, b in zip(largest, row_largest, strict=True)] if largest else row_largest
+            )
+    return [m.amax(0, keepdim=True).expand_as(m) if shared else m for m in largest]
 
 
 def exponents_of(largest: Tensor, alpha: float) -> Tensor:
@@ -71,13 +73,13 @@ def search(
     attentions: the attention module of every layer; bits: the width to search for; every layer sees the inputs that
     it has when no cache is rounded.
     """
-    largest = maxima(model, rows, stretch, shared)
+    largest = key_maxima(model, rows, stretch, shared)
     candidates = []
     for m in largest:
-        each = {tuple(e.flatten().tolist()): e for e in (exponents_of(m, i / STEPS) for i in range(STEPS + 1))}
-        candidates.append(list(each.values()))
+        distinct = {tuple(e.flatten().tolist()): e for e in (exponents_of(m, i / STEPS) for i in range(STEPS + 1))}
+        candidates.append(list(distinct.values()))
     errors = [torch.zeros(len(c), dtype=torch.float64) for c in candidates]
-    cache = _Scaled(bits, group)
+    cache = _ScaledKeysCache(bits, group)
 
     def listen(layer: int) -> Callable[..., None]:
         def judge(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -85,8 +87,8 @@ def search(
                 return
             for i, e in enumerate(candidates[layer]):
                 cache.scale = torch.exp2(e.float()).repeat(1, 2)[None, :, None]
-                found = module(*args, **kwargs)[0]
-                errors[layer][i] += (found - output[0]).double().square().sum().cpu()
+                output_scaled = module(*args, **kwargs)[0]
+                errors[layer][i] += (output_scaled - output[0]).double().square().sum().cpu()
             cache.scale = None
 
         return judge

@@ -34,19 +34,19 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == WORD:
         return codes.to(torch.int16)
     per = WORD // bits
-    places = torch.arange(per - 1, -1, -1, dtype=torch.int32, device=codes.device) * bits
-    words: Tensor = (codes.unflatten(-1, (-1, per)) << places).sum(-1, dtype=torch.int32).to(torch.int16)
+    shifts = torch.arange(per - 1, -1, -1, dtype=torch.int32, device=codes.device) * bits
+    words: Tensor = (codes.unflatten(-1, (-1, per)) << shifts).sum(-1, dtype=torch.int32).to(torch.int16)
     return words
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
     """The codes of ``pack``: int32 [..., n]."""
-    whole = words.to(torch.int32) & 0xFFFF
+    unsigned = words.to(torch.int32) & 0xFFFF
     if bits == WORD:
-        return whole
+        return unsigned
     per = WORD // bits
-    places = torch.arange(per - 1, -1, -1, dtype=torch.int32, device=words.device) * bits
-    return ((whole[..., None] >> places) & ((1 << bits) - 1)).flatten(-2)
+    shifts = torch.arange(per - 1, -1, -1, dtype=torch.int32, device=words.device) * bits
+    return ((unsigned[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
 
 
 def halve_codes(codes: Tensor, bits: int) -> Tensor:
@@ -116,8 +116,8 @@ class Packed:
         group."""
         end = self.tokens if end is None else min(end, self.tokens)
         step = CHUNK - CHUNK % self.group
-        parts = [self._dequantized(dtype, at, min(at + step, end)) for at in range(start, end, step)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        chunks = [self._dequantized(dtype, at, min(at + step, end)) for at in range(start, end, step)]
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)
 
     def _dequantized(self, dtype: torch.dtype, start: int, end: int) -> Tensor:
         codes = self._codes(start, end).to(torch.float32)
@@ -125,8 +125,8 @@ class Packed:
             step, low = (t[:, :, start:end, :, None].to(torch.float32) for t in (self.span, self.low))
             grouped: Tensor = codes.unflatten(3, (-1, self.group))
             return grouped.mul_(step / ((1 << self.bits) - 1)).add_(low).flatten(3).to(dtype)
-        first, last = start // self.group, -(-end // self.group)
-        step, low = (t[:, :, first:last].to(torch.float32) for t in (self.span, self.low))
+        first_group, last_group = start // self.group, -(-end // self.group)
+        step, low = (t[:, :, first_group:last_group].to(torch.float32) for t in (self.span, self.low))
         step, low = (t.repeat_interleave(self.group, 2)[:, :, : end - start] for t in (step, low))
         return codes.mul_(step / ((1 << self.bits) - 1)).add_(low).to(dtype)
 
@@ -138,11 +138,11 @@ class Packed:
     def halved(self) -> Packed:
         """Half as many bits: the same groups, nothing dequantized."""
         bits = HALF[self.bits]
-        parts = [
+        chunks = [
             pack(halve_codes(self._codes(at, min(at + CHUNK, self.tokens)), self.bits), bits)
             for at in range(0, self.tokens, CHUNK)
         ]
-        return replace(self, words=torch.cat(parts, dim=2), bits=bits)
+        return replace(self, words=torch.cat(chunks, dim=2), bits=bits)
 
 
 @dataclass(frozen=True)
@@ -195,29 +195,35 @@ def quantize(x: Tensor, bits: int, group: int, axis: str = "channel") -> Packed:
     By channel head_dim must be a multiple of ``group``, by token the number of tokens; head_dim a multiple of
     16 / bits, and of 16 for 3 bits.
     """
-    wide = x.to(torch.float32).clamp(-LARGEST / 2, LARGEST / 2)
+    values = x.to(torch.float32).clamp(-LARGEST / 2, LARGEST / 2)
     dim = 3 if axis == "channel" else 2
-    grouped = wide.unflatten(dim, (-1, group))
-    least, most = grouped.amin(dim + 1), grouped.amax(dim + 1)
-    low = _outwards(least, -1.0)
-    span = _outwards(most - low.to(torch.float32), 1.0)
+    grouped = values.unflatten(dim, (-1, group))
+    lowest, highest = grouped.amin(dim + 1), grouped.amax(dim + 1)
+    low = _outwards(lowest, -1.0)
+    span = _outwards(highest - low.to(torch.float32), 1.0)
     factor = torch.where(span == 0, 0.0, ((1 << bits) - 1) / span.to(torch.float32))
     shifted = grouped - low.to(torch.float32).unsqueeze(dim + 1)
     codes = (shifted * factor.unsqueeze(dim + 1)).round_().clamp_(0, (1 << bits) - 1).flatten(dim, dim + 1)
-    whole = codes.to(torch.int32)
+    int_codes = codes.to(torch.int32)
     if bits == 3:
         return Packed(
-            words=pack(whole & 3, 2), low=low, span=span, bits=bits, group=group, axis=axis, high=pack(whole >> 2, 1)
+            words=pack(int_codes & 3, 2),
+            low=low,
+            span=span,
+            bits=bits,
+            group=group,
+            axis=axis,
+            high=pack(int_codes >> 2, 1),
         )
-    return Packed(words=pack(whole, bits), low=low, span=span, bits=bits, group=group, axis=axis)
+    return Packed(words=pack(int_codes, bits), low=low, span=span, bits=bits, group=group, axis=axis)
 
 
 def _outwards(x: Tensor, sign: float) -> Tensor:
     """float16 next to x (float32), not below it for sign 1, not above it for -1."""
-    near = x.to(torch.float16)
+    nearest = x.to(torch.float16)
     further = (x + sign * (x.abs() * 2.0**-11 + 2.0**-25)).clamp(-LARGEST, LARGEST).to(torch.float16)
-    inside = near.to(torch.float32) * sign >= x * sign
-    return torch.where(inside & near.isfinite(), near, further)
+    inside = nearest.to(torch.float32) * sign >= x * sign
+    return torch.where(inside & nearest.isfinite(), nearest, further)
 
 
 def narrowed(q: Packed, bits: int) -> Packed:

@@ -27,7 +27,7 @@ from qkit.transforms.rotate import orthogonal
 
 
 @dataclass(frozen=True)
-class Source:
+class InputSource:
     """How a layer's keys and values come from its inputs.
 
     attention: the module, with k_proj and v_proj; head_dim: of keys; latent: for keys and for values (U [in, r], S
@@ -40,11 +40,11 @@ class Source:
     latent: tuple[Tensors, Tensors] | None
     rotary: Callable[[Tensor, Tensor], Tensors] | None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
+    def __deepcopy__(self, memo: dict[int, Any]) -> InputSource:
         return self  # a copy of a cache belongs to the same model
 
     @staticmethod
-    def of(model: Any, attention: Any, head_dim: int, shared: bool = False) -> Source:
+    def of(model: Any, attention: Any, head_dim: int, shared: bool = False) -> InputSource:
         """shared: one basis for keys and values, from which inputs can be made again. Raises Unsupported for attention without
         projections of its own for keys and values."""
         if not (hasattr(attention, "k_proj") and hasattr(attention, "v_proj")):
@@ -59,14 +59,14 @@ class Source:
         weights = [_dense(getattr(attention, n)) for n in ("k_proj", "v_proj")]
         latent = None
         if shared:
-            both = torch.cat(weights)
-            if both.shape[1] > both.shape[0]:
-                basis = _factors(both)[0]
+            stacked = torch.cat(weights)
+            if stacked.shape[1] > stacked.shape[0]:
+                basis = _factors(stacked)[0]
                 latent = tuple((u, u.T) for u in (basis @ orthogonal(basis.shape[1], ROTATION_SEED)).chunk(2, dim=1))
         elif weights[0].shape[1] > weights[0].shape[0]:
             latent = tuple(_factors(w) for w in weights)
         rotary = getattr(model.get_decoder(), "rotary_emb", None)
-        return Source(attention, head_dim, latent, rotary)  # type: ignore[arg-type]
+        return InputSource(attention, head_dim, latent, rotary)  # type: ignore[arg-type]
 
     def kept(self, x: Tensor) -> Tensors:
         """x [batch, tokens, in] as a pair that is stored, [batch, 1, tokens, ..]."""
@@ -81,28 +81,28 @@ class Source:
         if self.latent is None:
             return self.projected(torch.cat(pair, dim=3)[:, 0], positions)
         biases = (self.attention.k_proj.bias, self.attention.v_proj.bias)
-        keys, values = (y if b is None else y + b for y, b in zip(self._times(pair), biases, strict=True))
-        return self._turned(keys, values, positions)
+        keys, values = (y if b is None else y + b for y, b in zip(self._multiplied(pair), biases, strict=True))
+        return self._with_rotary(keys, values, positions)
 
     def inputs(self, pair: Tensors) -> Tensor:
         """[batch, tokens, in], as far as keys and values depend on them, of a pair in the shared basis."""
         if self.latent is None:
             return torch.cat(pair, dim=3)[:, 0]
-        first, second = self._times(pair)
+        first, second = self._multiplied(pair)
         return first + second
 
     def projected(self, x: Tensor, positions: Tensor) -> Tensors:
         """Keys and values of inputs [batch, tokens, in], as ``keys_values`` gives them."""
-        return self._turned(self.attention.k_proj(x), self.attention.v_proj(x), positions)
+        return self._with_rotary(self.attention.k_proj(x), self.attention.v_proj(x), positions)
 
-    def _times(self, pair: Tensors) -> Tensors:
+    def _multiplied(self, pair: Tensors) -> Tensors:
         assert self.latent is not None
         first, second = (
             (t[:, 0].to(m.dtype) @ m.to(t.device)).to(t.dtype) for t, (_, m) in zip(pair, self.latent, strict=True)
         )
         return first, second
 
-    def _turned(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensors:
+    def _with_rotary(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensors:
         a = self.attention
         keys, values = (t.unflatten(2, (-1, self.head_dim)) for t in (keys, values))
         keys, values = getattr(a, "k_norm", nn.Identity())(keys).transpose(1, 2), values.transpose(1, 2)
@@ -115,8 +115,8 @@ class Source:
 def _dense(linear: Any) -> Tensor:
     """float32 [out, in]."""
     packed = getattr(linear, "packed", None)
-    found: Tensor = linear.weight.detach() if packed is None else dequantize(ops.unpacked(packed))
-    return found.to(torch.float32)
+    weight: Tensor = linear.weight.detach() if packed is None else dequantize(ops.unpacked(packed))
+    return weight.to(torch.float32)
 
 
 def _factors(weight: Tensor) -> Tensors:
@@ -128,7 +128,7 @@ def _factors(weight: Tensor) -> Tensors:
 class InputLayer(PackedLayer):
     """A cache layer that keeps inputs of attention. ``capture`` hands them over before attention runs."""
 
-    def __init__(self, policy: CachePolicy, source: Source) -> None:
+    def __init__(self, policy: CachePolicy, source: InputSource) -> None:
         super().__init__(policy)
         self.source = source
         self.by_token = source.latent is not None
@@ -183,11 +183,11 @@ def capture(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         layer.seen = (kwargs["hidden_states"] if not args else args[0], kwargs.get("position_ids"))
 
 
-def sources(model: Any, head_dim: int, shared: bool = False) -> list[Source]:
-    """Of every layer, in order, as by ``Source.of``; from now on attention hands its inputs on. Raises Unsupported."""
-    found = attentions(model)
-    made = [Source.of(model, m, head_dim, shared) for m in found.values()]
-    for m in found.values():
+def sources(model: Any, head_dim: int, shared: bool = False) -> list[InputSource]:
+    """Of every layer, in order, as by ``InputSource.of``; from now on attention hands its inputs on. Raises Unsupported."""
+    modules = attentions(model)
+    layer_sources = [InputSource.of(model, m, head_dim, shared) for m in modules.values()]
+    for m in modules.values():
         if capture not in m._forward_pre_hooks.values():
             m.register_forward_pre_hook(capture, with_kwargs=True)
-    return made
+    return layer_sources

@@ -19,19 +19,19 @@ LONGEST = 512  # keys; of longer rows gradients come as fast from the fused one
 FEW = 8  # queries a head: single tokens of heads that share a cache
 
 
-class ByProducts(TorchFunctionMode):
+class PlainAttention(TorchFunctionMode):
     """While it is on, in this thread, attention of short rows in bf16 and of few queries is computed here, on a CPU.
     Everything else goes where it always went."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """As the function, or ``attend`` in its place."""
         kwargs = kwargs or {}
-        if func is scaled_dot_product_attention and _taken(*args, **kwargs):
+        if func is scaled_dot_product_attention and _suits(*args, **kwargs):
             return attend(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-def _taken(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+def _suits(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
            is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> bool:  # fmt: skip
     if query.ndim != 4 or dropout_p or query.device.type != "cpu" or (is_causal and attn_mask is not None):
         return False
@@ -49,19 +49,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None =
     grouped = query.reshape(batch * caches, -1, size)
     bias = blind = None
     if is_causal:
-        shut = torch.ones(queries, keys, dtype=torch.bool).triu_(1)
-        bias = torch.zeros(queries, keys, dtype=query.dtype).masked_fill_(shut, -torch.inf)
+        future = torch.ones(queries, keys, dtype=torch.bool).triu_(1)
+        bias = torch.zeros(queries, keys, dtype=query.dtype).masked_fill_(future, -torch.inf)
     elif attn_mask is not None:
         bias = attn_mask
         if attn_mask.dtype == torch.bool:
             bias = torch.zeros(attn_mask.shape, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
         blind = (bias == -torch.inf).all(-1, keepdim=True)
         bias = bias.masked_fill(blind, 0.0).to(query.dtype)
-    wide = size**-0.5 if scale is None else scale
+    factor = size**-0.5 if scale is None else scale
     if bias is None:
-        scores = torch.bmm(grouped * wide, key.flatten(0, 1).mT)
+        scores = torch.bmm(grouped * factor, key.flatten(0, 1).mT)
     else:
-        spread = bias.expand(batch, heads, queries, keys).reshape(batch * caches, -1, keys)
-        scores = torch.baddbmm(spread, grouped, key.flatten(0, 1).mT, alpha=wide)
-    made = torch.bmm(scores.softmax(-1), value.flatten(0, 1)).view(batch, heads, queries, -1)
-    return made if blind is None else made.masked_fill(blind, 0.0)
+        grouped_bias = bias.expand(batch, heads, queries, keys).reshape(batch * caches, -1, keys)
+        scores = torch.baddbmm(grouped_bias, grouped, key.flatten(0, 1).mT, alpha=factor)
+    outputs = torch.bmm(scores.softmax(-1), value.flatten(0, 1)).view(batch, heads, queries, -1)
+    return outputs if blind is None else outputs.masked_fill(blind, 0.0)

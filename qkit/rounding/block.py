@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qkit.calibration.block_calls import Call, OneByOne, PerRow, mapped
 from qkit.calibration.statistics import Rows
-from qkit.nn.attention import ByProducts
+from qkit.nn.attention import PlainAttention
 from qkit.rounding.learned_weight import LearnedWeight, LearningState
 from qkit.system.parallel import Workers
 from qkit.tensor.qtensor import QTensor
@@ -70,8 +70,8 @@ def reconstruct(
     Gives what was learned, in the order of ``learners``, and the mean squared error of held-out rows before and after.
     """
     first_held = rows.count - held_out(rows.count)
-    held = (first_held, rows.count)
-    given = list(_spans(0, first_held, settings.batch)) or [held]
+    held_span = (first_held, rows.count)
+    batches = list(_spans(0, first_held, settings.batch)) or [held_span]
     with torch.inference_mode(False):
         block = _Block(
             module,
@@ -84,22 +84,22 @@ def reconstruct(
         )
         states = [LearningState(x.cloned(), rows.dtype) for x in learners]
         weights = pool.map(LearningState.weight, states)
-        before = least = block.error(weights, held)
+        first_error = best_error = block.error(weights, held_span)
         order = torch.Generator().manual_seed(settings.seed)
         queue: list[int] = []
         for number in range(settings.steps):
-            queue = queue or torch.randperm(len(given), generator=order).tolist()
-            gradients = block.gradients(weights, given[queue.pop()])
+            queue = queue or torch.randperm(len(batches), generator=order).tolist()
+            gradients = block.gradients(weights, batches[queue.pop()])
             rate = (settings.rate or min(_FASTEST, 1.5 / settings.steps)) * (1 - number / settings.steps)
             weights = pool.map(lambda pair: pair[0].step(pair[1], rate), zip(states, gradients, strict=True))  # noqa: B023
             if (number + 1) % -(-settings.steps // LOOKS) == 0 or number + 1 == settings.steps:
-                now = block.error(weights, held)
-                if now < least:
-                    least = now
+                error = block.error(weights, held_span)
+                if error < best_error:
+                    best_error = error
                     for state in states:
                         state.save_best()
             step()
-        return [x.learner.finish(*x.best) for x in states], before, least
+        return [x.learner.finish(*x.best) for x in states], first_error, best_error
 
 
 def held_out_error(
@@ -142,8 +142,8 @@ class _Block:
         """Mean squared error of what leaves the block."""
 
         def one(piece: Span) -> float:
-            with ByProducts():
-                return float(self._lost(weights, piece))
+            with PlainAttention():
+                return float(self._summed_error(weights, piece))
 
         return sum(self.pool.map(one, self._pieces(batch))) / self._tokens(batch)
 
@@ -151,9 +151,9 @@ class _Block:
         """Of that error, times the tokens of the batch, by weight, of every piece: only signs of their sums are used."""
 
         def one(piece: Span) -> tuple[Tensor, ...]:
-            with torch.inference_mode(False), torch.enable_grad(), ByProducts():
+            with torch.inference_mode(False), torch.enable_grad(), PlainAttention():
                 leaves = [w.detach().requires_grad_() for w in weights]
-                return torch.autograd.grad(self._lost(leaves, piece), leaves)
+                return torch.autograd.grad(self._summed_error(leaves, piece), leaves)
 
         return list(zip(*self.pool.map(one, self._pieces(batch)), strict=True))
 
@@ -164,24 +164,26 @@ class _Block:
         valid = self.rows.valid(*batch) if not self.rows.lead_shapes else None
         return self.rows.tokens * (batch[1] - batch[0]) if valid is None else max(1, int(valid.sum()))
 
-    def _lost(self, weights: Sequence[Tensor], piece: Span) -> Tensor:
+    def _summed_error(self, weights: Sequence[Tensor], piece: Span) -> Tensor:
         """Sum over tokens of the mean squared error of their channels."""
         if not hasattr(self.local, "module"):
             with torch.inference_mode(False):
                 self.local.module = copy.deepcopy(self.module)
         rows = self.rows
-        made = self.call(
-            _Called(self.local.module, dict(zip(self.names, weights, strict=True))), rows.read(*piece), slice(*piece)
+        outputs = self.call(
+            _WithWeights(self.local.module, dict(zip(self.names, weights, strict=True))),
+            rows.read(*piece),
+            slice(*piece),
         )
-        wrong = made.float() - self.targets.read(*piece).float()
+        errors = outputs.float() - self.targets.read(*piece).float()
         if self.weigh is not None:
-            wrong = (wrong.to(rows.dtype) @ self.weigh).float()
-        lost = wrong.square().mean(-1).flatten()
+            errors = (errors.to(rows.dtype) @ self.weigh).float()
+        token_errors = errors.square().mean(-1).flatten()
         valid = rows.valid(*piece)
-        return lost.sum() if valid is None else lost[valid].sum()
+        return token_errors.sum() if valid is None else token_errors[valid].sum()
 
 
-class _Called(nn.Module):
+class _WithWeights(nn.Module):
     """A block with other weights, to be called as the block is."""
 
     def __init__(self, module: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -42,19 +42,19 @@ class LearnedWeight:
     weight: Tensor
     q: QTensor
     inputs: InputTransform
-    apart: Tensor | None = None
+    correction: Tensor | None = None
 
     @staticmethod
     def of(linear: Linear, weight: Tensor, q: QTensor, inputs: InputTransform) -> LearnedWeight:
         """weight: with the sparse and the low-rank part in it."""
         if q.sparse is None and q.low_rank is None:
             return LearnedWeight(linear, weight, q, inputs)
-        apart = torch.zeros_like(weight)
+        correction = torch.zeros_like(weight)
         if q.sparse is not None:
-            sparse.add_(apart, q.sparse)
+            sparse.add_(correction, q.sparse)
         if q.low_rank is not None:
-            lowrank.add_(apart, q.low_rank)
-        return LearnedWeight(linear, weight - apart, q, inputs, apart)
+            lowrank.add_(correction, q.low_rank)
+        return LearnedWeight(linear, weight - correction, q, inputs, correction)
 
     def cloned(self) -> LearnedWeight:
         """With tensors that gradients may pass: what was made without them cannot be kept for a backward pass."""
@@ -70,33 +70,35 @@ class LearnedWeight:
         grid_position = self._grid_position(self._scale(factor))
         target = tiles(codes_to_grid(self.q.codes, self.q.format), self.q.format)
         spacing = self._spacing(grid_position)
-        away = (target - grid_position) / spacing
+        distance = (target - grid_position) / spacing
         offset = torch.zeros_like(grid_position)
-        for tried in (
-            away - away.clamp(-_INSIDE, _INSIDE),
-            away,
+        for candidate in (
+            distance - distance.clamp(-_INSIDE, _INSIDE),
+            distance,
         ):  # to the edge of the cell, or, where that fails, into it
-            wrong = round_to_grid(grid_position + offset * spacing, self.q.format) != target
-            offset = torch.where(wrong, tried, offset)
+            differs = round_to_grid(grid_position + offset * spacing, self.q.format) != target
+            offset = torch.where(differs, candidate, offset)
         return offset, factor
 
     def dense(self, offset: Tensor, factor: Tensor) -> Tensor:
         """float32 [out, in] for inputs as they are."""
         scale = self._scale(factor)
-        grid = round_to_grid_(self._moved(self._grid_position(scale), offset), self.q.format)
-        whole = untile(self._above_zero_(grid).mul_(scale), self.q.format, self.q.shape)
-        return self.inputs.weight_back(whole if self.apart is None else whole + self.apart)
+        grid = round_to_grid_(self._with_offset(self._grid_position(scale), offset), self.q.format)
+        weight = untile(self._above_zero_(grid).mul_(scale), self.q.format, self.q.shape)
+        return self.inputs.weight_back(weight if self.correction is None else weight + self.correction)
 
-    def gradients(self, offset: Tensor, factor: Tensor, slope: Tensor, sizes: bool = False) -> tuple[Tensor, Tensor]:
+    def gradients(
+        self, offset: Tensor, factor: Tensor, weight_gradient: Tensor, sizes: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Gradients by offset and factor from that by ``dense``, float32 [out, in], each times something above zero: as if
         nothing inside the range of codes were rounded, nor scales to their dtype. sizes: those by offsets are what they are."""
         scale, (low, high) = self._scale(factor), code_range(self.q.format)
         grid_position, sign = self._grid_position(scale), scale.sign()
-        moved = self._moved(grid_position, offset)
-        by_dense = tiles(self.inputs.weight_slope(slope), self.q.format)
-        by_offset = by_dense.masked_fill(moved.clamp(low, high) != moved, 0.0)
+        moved_position = self._with_offset(grid_position, offset)
+        by_dense = tiles(self.inputs.weight_slope(weight_gradient), self.q.format)
+        by_offset = by_dense.masked_fill(moved_position.clamp(low, high) != moved_position, 0.0)
         # The weight is (grid - zero) * scale, and the place on the grid, w / scale + zero, moves towards zero as scales rise.
-        by_scale = self._above_zero_(round_to_grid_(moved, self.q.format)).mul_(by_dense)
+        by_scale = self._above_zero_(round_to_grid_(moved_position, self.q.format)).mul_(by_dense)
         by_scale.addcmul_(self._above_zero_(grid_position), by_offset, value=-1)
         by_factor = by_scale.sum(-1, keepdim=True).mul_(sign)
         return by_offset.mul_(scale * self._spacing(grid_position) if sizes else sign), by_factor
@@ -104,7 +106,7 @@ class LearnedWeight:
     def finish(self, offset: Tensor, factor: Tensor) -> QTensor:
         """The codes and scales that were learned."""
         grid_position = self._grid_position(self._scale(factor))
-        codes = grid_to_codes(round_to_grid_(self._moved(grid_position, offset), self.q.format), self.q.format)
+        codes = grid_to_codes(round_to_grid_(self._with_offset(grid_position, offset), self.q.format), self.q.format)
         params = replace(self.q.params, scale=self._stored(factor))
         return replace(self.q, codes=untile(codes, self.q.format, self.q.shape).contiguous(), params=params)
 
@@ -114,10 +116,10 @@ class LearnedWeight:
     def _grid_position(self, scale: Tensor) -> Tensor:
         """Where the weights lie on the grid, [R, C, n]."""
         zero = self.q.params.zero
-        found = tiles(self.weight, self.q.format) / scale
-        return found if zero is None else found.add_(zero.float()[..., None])
+        position = tiles(self.weight, self.q.format) / scale
+        return position if zero is None else position.add_(zero.float()[..., None])
 
-    def _moved(self, grid_position: Tensor, offset: Tensor) -> Tensor:
+    def _with_offset(self, grid_position: Tensor, offset: Tensor) -> Tensor:
         """Where they lie with their offsets."""
         return (
             grid_position + offset
@@ -139,8 +141,8 @@ class LearnedWeight:
         if scale.dtype == torch.uint8:  # exponents: a factor cannot reach the next one
             return scale
         limits = torch.finfo(scale.dtype)
-        wide = scale.float() * factor[..., 0]
-        return wide.abs().clamp(limits.tiny, limits.max).copysign(wide).to(scale.dtype)
+        scaled = scale.float() * factor[..., 0]
+        return scaled.abs().clamp(limits.tiny, limits.max).copysign(scaled).to(scale.dtype)
 
 
 class LearningState:
@@ -165,17 +167,17 @@ class LearningState:
                 self.learner.q.format.strategy != "tensor"
             ):  # the only scale may be shared with linears that engines fuse
                 self.factor.sub_(by_factor.sign_(), alpha=rate).clamp_(*_FACTORS)
-            return self._moved_(by_offset.sign_(), rate)
+            return self._step_to(by_offset.sign_(), rate)
 
     def step_offsets(self, gradients: Sequence[Tensor], rate: float) -> Tensor:
         """The same for offsets alone, by the sizes of their gradients: their root mean square becomes ``rate``."""
         with torch.inference_mode(False):
             by_offset, _ = self.learner.gradients(self.offset, self.factor, _sum(gradients), sizes=True)
             size = by_offset.square().mean().sqrt()
-            return self._moved_(by_offset.div_(size.clamp_min(torch.finfo(size.dtype).tiny)), rate)
+            return self._step_to(by_offset.div_(size.clamp_min(torch.finfo(size.dtype).tiny)), rate)
 
-    def _moved_(self, down: Tensor, rate: float) -> Tensor:
-        self.offset.sub_(down, alpha=rate)
+    def _step_to(self, direction: Tensor, rate: float) -> Tensor:
+        self.offset.sub_(direction, alpha=rate)
         if self.first is None:
             self.offset.clamp_(-0.5, 0.5)
         else:  # a cell around the place of the beginning, and one around the weight's own
@@ -188,7 +190,7 @@ class LearningState:
 
 
 def _sum(gradients: Sequence[Tensor]) -> Tensor:
-    total = gradients[0].float()
-    for more in gradients[1:]:
-        total += more
-    return total
+    summed = gradients[0].float()
+    for gradient in gradients[1:]:
+        summed += gradient
+    return summed

@@ -22,7 +22,7 @@ class Method(str, Enum):
     COMPRESSED_TENSORS = "compressed-tensors"
 
 
-class QkitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class QkitDiffusersConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The ``quantization_config`` of a config.json, kept as it is."""
 
     def __init__(self, **config: Any) -> None:
@@ -38,7 +38,7 @@ class QkitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return self.to_dict()
 
 
-class QkitQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+class QkitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     """Puts packed modules in place before diffusers loads the other weights."""
 
     requires_calibration = True
@@ -85,5 +85,5 @@ class QkitQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
 
 for method in Method:
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(method.value, QkitConfig)
-    auto.AUTO_QUANTIZER_MAPPING.setdefault(method.value, QkitQuantizer)
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(method.value, QkitDiffusersConfig)
+    auto.AUTO_QUANTIZER_MAPPING.setdefault(method.value, QkitDiffusersQuantizer)

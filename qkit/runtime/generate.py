@@ -60,20 +60,20 @@ class Decoder:
             )
         self._start(batch)
         pick = _picker(temperature, top_k, top_p, seed, self.model.device, draw or _multinomial)
-        found = [tokens.to(self.model.device)]
-        over = torch.zeros(batch, dtype=torch.bool, device=self.model.device)
+        pieces = [tokens.to(self.model.device)]
+        finished = torch.zeros(batch, dtype=torch.bool, device=self.model.device)
         ends = torch.tensor(sorted(stop), dtype=torch.int64, device=self.model.device)
-        logits = self._forward(found[0])
+        logits = self._forward(pieces[0])
         for i in range(new_tokens):
-            token = pick(torch.cat(found, dim=1), logits)
+            token = pick(torch.cat(pieces, dim=1), logits)
             if stop:
-                token = torch.where(over, ends[0], token)
-                over |= torch.isin(token, ends)
-            found.append(token[:, None])
-            if (stop and bool(over.all())) or i == new_tokens - 1:
+                token = torch.where(finished, ends[0], token)
+                finished |= torch.isin(token, ends)
+            pieces.append(token[:, None])
+            if (stop and bool(finished.all())) or i == new_tokens - 1:
                 break
             logits = self._step(token[:, None])
-        return torch.cat(found, dim=1)
+        return torch.cat(pieces, dim=1)
 
     def _start(self, batch: int) -> None:
         """An empty cache. It takes its shape from the first prompt, so another number of sequences wants another one."""
@@ -99,13 +99,13 @@ class Decoder:
         if tokens <= self._room:
             return
         self._room = min(self.length, -(-tokens // _GROWTH) * _GROWTH)
-        old, self._cache = self._cache, StaticCache(config=self.model.config, max_cache_len=self._room)
-        for before, layer in zip(old.layers, self._cache.layers, strict=True):
-            if before.is_initialized:
-                layer.lazy_initialization(before.keys, before.values)
-                layer.keys[:, :, : before.max_cache_len] = before.keys
-                layer.values[:, :, : before.max_cache_len] = before.values
-                layer.cumulative_length.copy_(before.cumulative_length)
+        old_cache, self._cache = self._cache, StaticCache(config=self.model.config, max_cache_len=self._room)
+        for old_layer, layer in zip(old_cache.layers, self._cache.layers, strict=True):
+            if old_layer.is_initialized:
+                layer.lazy_initialization(old_layer.keys, old_layer.values)
+                layer.keys[:, :, : old_layer.max_cache_len] = old_layer.keys
+                layer.values[:, :, : old_layer.max_cache_len] = old_layer.values
+                layer.cumulative_length.copy_(old_layer.cumulative_length)
 
     def _forward(self, tokens: Tensor) -> Tensor:
         """float32 [batch, vocabulary]: logits after the last of the tokens, which go into the cache."""
@@ -129,23 +129,23 @@ class Decoder:
         self._token = token.clone()
         filled = [layer.cumulative_length.clone() for layer in self._cache.layers]
 
-        def again() -> None:
+        def restore() -> None:
             for layer, n in zip(self._cache.layers, filled, strict=True):
                 layer.cumulative_length.copy_(n)
 
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(
-            aside
+            side_stream
         ):  # compiles the kernels and warms the allocator, neither of which a recording may do
             for _ in range(2):
                 self._forward(self._token)
-                again()
-        torch.cuda.current_stream().wait_stream(aside)
+                restore()
+        torch.cuda.current_stream().wait_stream(side_stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._logits = self._forward(self._token)
-        again()
+        restore()
 
 
 def by_sums(chances: Tensor, generator: torch.Generator) -> Tensor:
@@ -154,9 +154,11 @@ def by_sums(chances: Tensor, generator: torch.Generator) -> Tensor:
     One random number a row instead of one a token: of 128 rows of 4096 0.4 ms instead of 8.8 ms, one thread of a CPU.
     """
     sums = chances.cumsum(-1)
-    places = torch.rand(len(chances), 1, generator=generator, device=chances.device) * sums[:, -1:]
-    below = sums[:, -1:].nextafter(torch.zeros_like(places))  # the product may have been rounded up to the whole sum
-    return torch.searchsorted(sums, places.minimum(below), right=True)[:, 0]
+    thresholds = torch.rand(len(chances), 1, generator=generator, device=chances.device) * sums[:, -1:]
+    largest = sums[:, -1:].nextafter(
+        torch.zeros_like(thresholds)
+    )  # the product may have been rounded up to the whole sum
+    return torch.searchsorted(sums, thresholds.minimum(largest), right=True)[:, 0]
 
 
 def _multinomial(chances: Tensor, generator: torch.Generator) -> Tensor:

@@ -26,7 +26,7 @@ from qkit.files.locate import find_model
 from qkit.files.rejected import RejectedWarning, described, read_mark
 from qkit.files.safefile import shown
 from qkit.files.schema import checked, foreign
-from qkit.kvcache.scales import declare
+from qkit.kvcache.scales import register_scales
 from qkit.nn.layers import QuantExperts, QuantLinear
 from qkit.tensor import lowrank, sparse
 from qkit.tensor.compressed_tensors import formats_of, has_cache_scales, specs
@@ -116,7 +116,7 @@ class PackedStructure(ModelStructure):
         if has_cache_scales(self.quantization):
             dtype = dtype_of(checkpoint)
             model = model or build_skeleton(checkpoint.config, str(checkpoint.path), dtype)
-            declare(model, dtype)
+            register_scales(model, dtype)
         super().__init__(checkpoint, model)
 
     def _check_coverage(self) -> None:
@@ -131,29 +131,29 @@ class PackedStructure(ModelStructure):
         self.scaled = frozenset((self.quantization or {}).get("scaled") or ())
         self.residual = frozenset((self.quantization or {}).get("residual") or ())
         self.rotated: dict[str, int] = _rotations((self.quantization or {}).get("rotated") or {}, where)
-        wanted = {stored for block in self.blocks for _, stored in block.stored}
-        wanted |= {stored for _, stored in self.outer}
+        expected = {stored for block in self.blocks for _, stored in block.stored}
+        expected |= {stored for _, stored in self.outer}
         for block in self.every_block:
             for linear in block.linears:
                 if linear.name in self.formats:
-                    wanted.discard(f"{linear.name}.weight")
+                    expected.discard(f"{linear.name}.weight")
                     weights, activations = self.formats[linear.name]
                     self._check_packed(linear, specs(weights, activations, linear.shape, self.dtype))
-                    wanted |= {f"{linear.name}.{s}" for s in specs(weights, activations, linear.shape, self.dtype)}
+                    expected |= {f"{linear.name}.{s}" for s in specs(weights, activations, linear.shape, self.dtype)}
                     if linear.name in self.scaled:
-                        wanted.add(f"{linear.name}.{SCALE}")
+                        expected.add(f"{linear.name}.{SCALE}")
                     if linear.name in self.residual:
-                        wanted.add(f"{linear.name}.{RESIDUAL}")
-                    wanted |= {f"{linear.name}.{s}" for s in self.beside(linear.name)}
-        missing = sorted(wanted - self.checkpoint.tensors.keys())
+                        expected.add(f"{linear.name}.{RESIDUAL}")
+                    expected |= {f"{linear.name}.{s}" for s in self.correction_suffixes(linear.name)}
+        missing = sorted(expected - self.checkpoint.tensors.keys())
         if missing:
             raise BadCheckpoint(
                 f"{where}: {len(missing)} tensors are missing, the first is {missing[0]!r}: run 'qkit verify {where}'"
             )
 
-    def _check_packed(self, linear: Linear, wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    def _check_packed(self, linear: Linear, expected: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         """Raises BadCheckpoint for a tensor of another shape, or of numbers of another kind, than the format has."""
-        for suffix, (dtype, shape) in wanted.items():
+        for suffix, (dtype, shape) in expected.items():
             info = self.checkpoint.tensors.get(f"{linear.name}.{suffix}")
             if info is None:  # reported with all that are missing
                 continue
@@ -164,7 +164,7 @@ class PackedStructure(ModelStructure):
                     f"{list(shape)}: run 'qkit verify {self.checkpoint.path}'"
                 )
 
-    def beside(self, name: str) -> tuple[str, ...]:
+    def correction_suffixes(self, name: str) -> tuple[str, ...]:
         """Suffixes of the tensors of a linear's sparse and low-rank part."""
         return (sparse.PIECES if name in self.sparse else ()) + (lowrank.PIECES if name in self.low_rank else ())
 
@@ -230,11 +230,13 @@ def _packed(structure: PackedStructure, linear: Linear, dtype: torch.dtype) -> Q
     weights, activations = structure.formats[linear.name]
     result = QuantLinear(weights, activations, linear.shape, dtype)
     scale = structure.checkpoint.read(f"{linear.name}.{SCALE}") if linear.name in structure.scaled else None
-    first = structure.checkpoint.read(f"{linear.name}.{RESIDUAL}") if linear.name in structure.residual else None
-    result.inputs = InputTransform.of(scale, structure.rotated.get(linear.name, 0), first, linear.shape[1])
-    wanted = [*specs(weights, activations, linear.shape, structure.dtype), *(["bias"] if linear.bias else [])]
-    wanted += structure.beside(linear.name)
-    result.take({suffix: structure.checkpoint.read(f"{linear.name}.{suffix}") for suffix in wanted})
+    residual_channels = (
+        structure.checkpoint.read(f"{linear.name}.{RESIDUAL}") if linear.name in structure.residual else None
+    )
+    result.inputs = InputTransform.of(scale, structure.rotated.get(linear.name, 0), residual_channels, linear.shape[1])
+    suffixes = [*specs(weights, activations, linear.shape, structure.dtype), *(["bias"] if linear.bias else [])]
+    suffixes += structure.correction_suffixes(linear.name)
+    result.take({suffix: structure.checkpoint.read(f"{linear.name}.{suffix}") for suffix in suffixes})
     return result
 
 
@@ -272,9 +274,9 @@ def _cache_policy(model: Any, folder: Path, kv: str | None) -> None:
     from qkit.kvcache.cache import attach
     from qkit.kvcache.policy import parse, stored
 
-    found = stored(folder) if kv is None else None if kv == "none" else parse(str(kv))
-    if found is not None:
-        attach(model, found)
+    policy = stored(folder) if kv is None else None if kv == "none" else parse(str(kv))
+    if policy is not None:
+        attach(model, policy)
 
 
 def load_tokenizer(path: str | Path) -> Any:

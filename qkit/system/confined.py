@@ -72,8 +72,8 @@ def _more(seconds: float, memory: int) -> str:
 def _received(receive: int, deadline: float, seconds: float, memory: int) -> bytes:
     answer = bytearray()
     while True:
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([receive], [], [], left)[0]:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0 or not select.select([receive], [], [], remaining)[0]:
             raise Exceeded(f"more than {seconds:g} s")
         chunk = os.read(receive, _CHUNK)
         if not chunk:
@@ -108,7 +108,7 @@ def _limit(seconds: float, memory: int) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 2))
     with suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as file:
-        most = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + memory
+        limit = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + memory
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -40,10 +40,10 @@ class Option:
 
     @property
     def _range(self) -> str:
-        low = f"more than {self.above:g}" if self.above is not None else f"{self.least or 0:g} or more"
+        lower = f"more than {self.above:g}" if self.above is not None else f"{self.least or 0:g} or more"
         if self.most is None:
-            return low
-        return f"{low}, to {self.most:g}" if self.above is not None else f"{self.least or 0:g} to {self.most:g}"
+            return lower
+        return f"{lower}, to {self.most:g}" if self.above is not None else f"{self.least or 0:g} to {self.most:g}"
 
 
 Options = dict[str, Option]

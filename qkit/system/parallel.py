@@ -71,11 +71,11 @@ def _one_thread() -> None:
 @contextmanager
 def workers(count: int | None = None) -> Iterator[Workers]:
     """``count`` workers (default: all cores) with single-threaded torch inside; torch's setting is restored after."""
-    before = torch.get_num_threads()
+    threads_before = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = Workers(count or available_cores())
     try:
         yield pool
     finally:
         pool.close()
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads_before)

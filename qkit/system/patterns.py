@@ -36,9 +36,9 @@ def matched(targets: Iterable[str], names: Sequence[str]) -> dict[str, frozenset
         return [[i for i, name in enumerate(names) if regex.match(name)] for regex in regexes]
 
     try:
-        places = confined(search)
+        indices_by_pattern = confined(search)
     except Exceeded as e:
         raise ValueError(f"matching its {len(patterns)} patterns takes {e}") from None
     except Failed as e:
         raise ValueError(f"a pattern cannot be used: {e}") from None
-    return {p: frozenset(names[i] for i in found) for p, found in zip(patterns, places, strict=True)}
+    return {p: frozenset(names[i] for i in indices) for p, indices in zip(patterns, indices_by_pattern, strict=True)}

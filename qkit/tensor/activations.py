@@ -47,21 +47,21 @@ def quantize_activations(x: Tensor, fmt: Format, static: Tensor | None = None, r
     in the same way and added (ARCQuant, arXiv 2601.07475), a number of whole groups. Where there are such, NVFP4's groups take
     the better of two scales, with their largest value at 6 or at 4, where the grid is finer (Four Over Six, arXiv 2512.02010).
     """
-    wide = x.to(torch.float32)
+    values = x.to(torch.float32)
     if residual and fmt.group is not None:
-        once = in_groups(wide, fmt, static, either=True)
-        again = in_groups((wide - once)[..., :residual], fmt, static, either=True)
-        once[..., :residual] += again
-        return once.to(x.dtype)
+        first_pass = in_groups(values, fmt, static, two_scales=True)
+        second_pass = in_groups((values - first_pass)[..., :residual], fmt, static, two_scales=True)
+        first_pass[..., :residual] += second_pass
+        return first_pass.to(x.dtype)
     if fmt.strategy == "token":
-        return qdq(wide, token_scale(x, fmt), None, fmt).to(x.dtype)
+        return qdq(values, token_scale(x, fmt), None, fmt).to(x.dtype)
     if fmt.strategy == "tensor":
         assert static is not None
-        return qdq(wide, static.to(torch.float32), None, fmt).to(x.dtype)
-    return in_groups(wide, fmt, static, either=False).to(x.dtype)
+        return qdq(values, static.to(torch.float32), None, fmt).to(x.dtype)
+    return in_groups(values, fmt, static, two_scales=False).to(x.dtype)
 
 
-def in_groups(x: Tensor, fmt: Format, static: Tensor | None, either: bool) -> Tensor:
+def in_groups(x: Tensor, fmt: Format, static: Tensor | None, two_scales: bool) -> Tensor:
     """Quantized once and dequantized, float32 [.., channels]; either: NVFP4's groups take the better of two scales."""
     assert fmt.group is not None
     grouped = x.unflatten(-1, (-1, fmt.group))
@@ -73,14 +73,14 @@ def in_groups(x: Tensor, fmt: Format, static: Tensor | None, either: bool) -> Te
             scale = amax / ceiling
             scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         else:
-            reach = amax * (half_range(fmt) / ceiling)
-            p: Params = params_from_range(-reach, reach, fmt, torch.float32, static)
+            limit = amax * (half_range(fmt) / ceiling)
+            p: Params = params_from_range(-limit, limit, fmt, torch.float32, static)
             scale = effective_scale(p, fmt)
         return qdq(grouped, scale[..., None], None, fmt)
 
-    found = at(half_range(fmt))
-    if either and fmt.scale == "e4m3":
-        other = at(_LOWER)
-        far, farther = ((t - grouped).square().sum(-1, keepdim=True) for t in (other, found))
-        found = torch.where(far < farther, other, found)
-    return found.flatten(-2)
+    rounded = at(half_range(fmt))
+    if two_scales and fmt.scale == "e4m3":
+        lower_rounded = at(_LOWER)
+        lower_error, error = ((t - grouped).square().sum(-1, keepdim=True) for t in (lower_rounded, rounded))
+        rounded = torch.where(lower_error < error, lower_rounded, rounded)
+    return rounded.flatten(-2)

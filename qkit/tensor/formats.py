@@ -163,8 +163,8 @@ ALIASES = {"INT8": "W8A8", "W4AFP8": "W4A8-FP8", "W4A8_FP8": "W4A8-FP8", "FP8_ST
 
 def did_you_mean(name: str, known: list[str]) -> str:
     """'; did you mean X?' for the nearest known name, or the empty string."""
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    matches = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def scheme(name: str) -> Scheme:
@@ -201,12 +201,12 @@ def fit_group(fmt: Format, *widths: int, strict: bool = False) -> Format:
     """
     if fmt.strategy not in ("group", "tensor_group") or fmt.group is None:
         return fmt
-    odd = next((w for w in widths if w % fmt.group), None)
-    if odd is None:
+    misfit = next((w for w in widths if w % fmt.group), None)
+    if misfit is None:
         return fmt
-    said = f"{odd} input columns are not a multiple of the group size {fmt.group} of {fmt.name}"
+    reason = f"{misfit} input columns are not a multiple of the group size {fmt.group} of {fmt.name}"
     if fmt.scale != "model":
-        raise Unsupported(f"{said}, which the format fixes: choose another format for this layer or skip it")
+        raise Unsupported(f"{reason}, which the format fixes: choose another format for this layer or skip it")
     if strict:
-        raise Unsupported(f"{said}, and --strict forbids another group: choose a group size that divides it")
+        raise Unsupported(f"{reason}, and --strict forbids another group: choose a group size that divides it")
     return fmt.with_group(next((g for g in COMMON_GROUPS if not math.gcd(*widths) % g), -1))

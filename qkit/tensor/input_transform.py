@@ -60,45 +60,47 @@ class InputTransform:
     residual: int = 0
 
     @staticmethod
-    def of(scale: Tensor | None, block: int, first: Tensor | None, columns: int) -> InputTransform:
+    def of(scale: Tensor | None, block: int, residual_channels: Tensor | None, columns: int) -> InputTransform:
         """first: int32, the residual channels, of so many channels; None: there are none."""
-        if first is None:
+        if residual_channels is None:
             return InputTransform(scale, block)
         rest = torch.ones(columns, dtype=torch.bool)
-        rest[first.long()] = False
-        return InputTransform(scale, block, torch.cat([first.long(), rest.nonzero()[:, 0]]), len(first))
+        rest[residual_channels.long()] = False
+        return InputTransform(
+            scale, block, torch.cat([residual_channels.long(), rest.nonzero()[:, 0]]), len(residual_channels)
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Inputs [.., in], in their dtype."""
-        return self._first(hadamard(x if self.scale is None else (x * self.scale).to(x.dtype), self.block))
+        return self._residual_first(hadamard(x if self.scale is None else (x * self.scale).to(x.dtype), self.block))
 
     def back(self, x: Tensor) -> Tensor:
         """The inverse."""
-        y = hadamard(self._as_they_were(x), self.block)
+        y = hadamard(self._restored_order(x), self.block)
         return y if self.scale is None else (y / self.scale).to(x.dtype)
 
     def weight(self, w: Tensor) -> Tensor:
         """The weight [out, in] for transformed inputs, float32."""
-        return self._first(hadamard(w if self.scale is None else w / self.scale.float(), self.block))
+        return self._residual_first(hadamard(w if self.scale is None else w / self.scale.float(), self.block))
 
     def weight_back(self, w: Tensor) -> Tensor:
         """The weight for inputs as they were."""
-        y = hadamard(self._as_they_were(w), self.block)
+        y = hadamard(self._restored_order(w), self.block)
         return y if self.scale is None else y * self.scale.float()
 
     def weight_slope(self, slope: Tensor) -> Tensor:
         """The gradient by ``weight(w)``, from that by w, float32 [out, in]."""
-        return self._first(hadamard(slope if self.scale is None else slope * self.scale.float(), self.block))
+        return self._residual_first(hadamard(slope if self.scale is None else slope * self.scale.float(), self.block))
 
     def to(self, device: torch.device) -> InputTransform:
         """The same on another device."""
         scale, order = (None if t is None else t.to(device) for t in (self.scale, self.order))
         return InputTransform(scale, self.block, order, self.residual)
 
-    def _first(self, x: Tensor) -> Tensor:
+    def _residual_first(self, x: Tensor) -> Tensor:
         return x if self.order is None else x.index_select(-1, self.order)
 
-    def _as_they_were(self, x: Tensor) -> Tensor:
+    def _restored_order(self, x: Tensor) -> Tensor:
         return x if self.order is None else x.index_select(-1, self._back)
 
     @cached_property

@@ -51,8 +51,8 @@ def specs(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> dict[str, tu
     """{suffix: (dtype, shape)} of the tensors on disk, for a weight [out, in] of a ``dtype`` model; nothing for rank 0."""
     if not rank:
         return {}
-    kept = value_dtype(dtype)
-    return dict(zip(PIECES, ((kept, (rank, shape[1])), (kept, (shape[0], rank))), strict=True))
+    stored_dtype = value_dtype(dtype)
+    return dict(zip(PIECES, ((stored_dtype, (rank, shape[1])), (stored_dtype, (shape[0], rank))), strict=True))
 
 
 def low_rank_bytes(shape: tuple[int, int], rank: int) -> int:
@@ -98,8 +98,8 @@ def find(
     (plain SVD). rank: at most min(out, in). The same on any number of workers.
     """
     down, up = factors(error, hessian, rank, damp)
-    kept = value_dtype(dtype)
-    return LowRank(down.to(kept).contiguous(), up.to(kept).contiguous())
+    stored_dtype = value_dtype(dtype)
+    return LowRank(down.to(stored_dtype).contiguous(), up.to(stored_dtype).contiguous())
 
 
 def factors(error: Tensor, hessian: Tensor | None, rank: int, damp: float = DAMP) -> tuple[Tensor, Tensor]:
@@ -125,11 +125,11 @@ def factors(error: Tensor, hessian: Tensor | None, rank: int, damp: float = DAMP
 
 def _gram(e: Tensor, hessian: Tensor | None, ridge: float) -> Tensor:
     """E (H + ridge) E^T, float64 [out, out]."""
-    total: Tensor = ridge * (e @ e.T)
+    gram: Tensor = ridge * (e @ e.T)
     if hessian is not None:
         for columns, part in zip(hessian.split(_COLUMNS, 1), e.split(_COLUMNS, 1), strict=True):
-            total.addmm_(e @ columns.double(), part.T)
-    return total
+            gram.addmm_(e @ columns.double(), part.T)
+    return gram
 
 
 def _root(hessian: Tensor, ridge: float) -> Tensor:

@@ -145,16 +145,16 @@ def untile(t: Tensor, fmt: Format, shape: tuple[int, int]) -> Tensor:
 
 def expand(per_tile: Tensor, fmt: Format, shape: tuple[int, int], columns: slice = slice(None)) -> Tensor:
     """[R, C] -> a tensor that broadcasts against columns ``columns`` of [out, in] element by element."""
-    out, total = shape
+    out, all_columns = shape
     if fmt.strategy in ("tensor", "channel"):
         return per_tile
     width = fmt.group if fmt.group is not None else fmt.block[1]  # type: ignore[index]
-    index = torch.arange(total, device=per_tile.device)[columns] // width
-    wide = per_tile[:, index]
+    index = torch.arange(all_columns, device=per_tile.device)[columns] // width
+    values = per_tile[:, index]
     if fmt.strategy == "block":
         assert fmt.block is not None
-        wide = wide.repeat_interleave(fmt.block[0], dim=0)[:out]
-    return wide
+        values = values.repeat_interleave(fmt.block[0], dim=0)[:out]
+    return values
 
 
 # ---- scales ----------------------------------------------------------------------------------------------------
@@ -171,9 +171,9 @@ def effective_scale(p: Params, fmt: Format) -> Tensor:
 def nvfp4_global_scale(amax: Tensor) -> Tensor:
     """float32 [1]: 2688 / amax; 1 where that is not finite (all-zero tensor)."""
     limits = torch.finfo(torch.float32)
-    most = limits.max * (1 - 2.0**-20)  # room for the rounding of 6 * (448 / global scale)
+    largest = limits.max * (1 - 2.0**-20)  # room for the rounding of 6 * (448 / global scale)
     return torch.nan_to_num(
-        NVFP4_RANGE / amax.to(torch.float32).clamp(limits.tiny, most).reshape(1),
+        NVFP4_RANGE / amax.to(torch.float32).clamp(limits.tiny, largest).reshape(1),
         nan=1.0,
         posinf=1.0,
     )
@@ -261,17 +261,17 @@ def find_params(
     if signed and fmt.kind == "int" and fmt.symmetric and fmt.bits <= 4:
         t = tiles(w, fmt)
         sign = torch.where(t.amax(-1) > -t.amin(-1), -1.0, 1.0)
-        turned = t * sign[..., None]
+        signed_tiles = t * sign[..., None]
         if search:
-            whole = untile(turned, fmt, (w.shape[0], w.shape[1]))
-            p = find_params(whole, fmt, dtype, importance=importance, search=True)
+            signed_weight = untile(signed_tiles, fmt, (w.shape[0], w.shape[1]))
+            p = find_params(signed_weight, fmt, dtype, importance=importance, search=True)
         else:  # the largest weight becomes the lowest code
-            low, high = (x * (1 - 2.0**-fmt.bits) for x in _range(turned))
+            low, high = (x * (1 - 2.0**-fmt.bits) for x in _range(signed_tiles))
             p = params_from_range(low, high, fmt, dtype)
         return Params(p.scale * sign.to(p.scale.dtype))
     if fmt.strategy == "tensor" and amax is not None:
-        whole_range = amax.reshape(1, 1)
-        return params_from_range(-whole_range, whole_range, fmt, dtype)
+        full_range = amax.reshape(1, 1)
+        return params_from_range(-full_range, full_range, fmt, dtype)
     global_scale = nvfp4_global_scale(w.abs().amax() if amax is None else amax) if fmt.scale == "e4m3" else None
     if not search or fmt.strategy == "block":
         return params_from_range(*_range(tiles(w, fmt)), fmt, dtype, global_scale)
@@ -279,9 +279,9 @@ def find_params(
         return _search(tiles(w, fmt), None, fmt, dtype, global_scale)
     step = max(1, _SEARCH_ELEMENTS // w.shape[1])
     weights = None if importance is None else tiles(importance[None].to(torch.float32), fmt)
-    found = [_search(tiles(rows, fmt), weights, fmt, dtype, global_scale) for rows in w.split(step)]
-    zero = torch.cat([p.zero for p in found if p.zero is not None]) if found[0].zero is not None else None
-    return Params(torch.cat([p.scale for p in found]), zero, global_scale)
+    params = [_search(tiles(rows, fmt), weights, fmt, dtype, global_scale) for rows in w.split(step)]
+    zero = torch.cat([p.zero for p in params if p.zero is not None]) if params[0].zero is not None else None
+    return Params(torch.cat([p.scale for p in params]), zero, global_scale)
 
 
 def search_factors(fmt: Format) -> tuple[float, ...]:
@@ -301,9 +301,9 @@ def _search(t: Tensor, weights: Tensor | None, fmt: Format, dtype: torch.dtype, 
     """The best of ``search_factors`` for each tile of t [R, C, n]; weights: [1, C, n] or None."""
     factors = torch.tensor(search_factors(fmt))[:, None, None]
     low, high = (x * factors for x in _range(t))
-    tried = params_from_range(low, high, fmt, dtype, global_scale)  # [factors, R, C]
-    scales = effective_scale(tried, fmt)[..., None].unbind()
-    zeros = None if tried.zero is None else tried.zero.to(torch.float32)[..., None].unbind()
+    candidates = params_from_range(low, high, fmt, dtype, global_scale)  # [factors, R, C]
+    scales = effective_scale(candidates, fmt)[..., None].unbind()
+    zeros = None if candidates.zero is None else candidates.zero.to(torch.float32)[..., None].unbind()
     errors = torch.empty(low.shape)
     buffer = torch.empty_like(t)
     for i, scale in enumerate(scales):
@@ -315,7 +315,9 @@ def _search(t: Tensor, weights: Tensor | None, fmt: Format, dtype: torch.dtype, 
         buffer.mul_(scale).sub_(t).square_()
         torch.sum(buffer if weights is None else buffer.mul_(weights), -1, out=errors[i])
     best = errors.nan_to_num_(nan=torch.inf).argmin(0, keepdim=True)  # of equal ones the first
-    return Params(_take(tried.scale, best), None if tried.zero is None else _take(tried.zero, best), global_scale)
+    return Params(
+        _take(candidates.scale, best), None if candidates.zero is None else _take(candidates.zero, best), global_scale
+    )
 
 
 def _take(t: Tensor, index: Tensor) -> Tensor:
@@ -372,13 +374,13 @@ def dequantize(q: QTensor) -> Tensor:
     return dense if q.low_rank is None else lowrank.add_(dense, q.low_rank)
 
 
-def weight_sha256(parts: Iterable[QTensor]) -> str:
+def weight_sha256(row_slices: Iterable[QTensor]) -> str:
     """sha256 of the float32 weight, little-endian, row by row. parts: its rows in slices: the whole of it would be the
     largest tensor of a run.
 
     Of codes and sparse part: those of the low-rank part are sums, which no two programs need to round alike.
     """
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(dequantize(replace(part, low_rank=None)).contiguous().numpy().astype("<f4", copy=False).data)
+    for row_slice in row_slices:
+        digest.update(dequantize(replace(row_slice, low_rank=None)).contiguous().numpy().astype("<f4", copy=False).data)
     return digest.hexdigest()

@@ -44,10 +44,10 @@ class Sparse:
         counts = self.rows.diff()
         return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
 
-    def slice(self, first: int, last: int) -> Sparse:
+    def slice(self, start: int, stop: int) -> Sparse:
         """Of output rows [first, last)."""
-        a, b = int(self.rows[first]), int(self.rows[last])
-        return Sparse(self.rows[first : last + 1] - a, self.columns[a:b], self.values[a:b])
+        a, b = int(self.rows[start]), int(self.rows[stop])
+        return Sparse(self.rows[start : stop + 1] - a, self.columns[a:b], self.values[a:b])
 
     def to(self, device: torch.device) -> Sparse:
         """On another device."""
@@ -125,11 +125,11 @@ def largest(w: Tensor, count: int) -> Tensor:
 
 def split(w: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Sparse]:
     """(w without its ``count`` largest magnitudes, which are 0 there; these, in the 16-bit type of a ``dtype`` model)."""
-    places = largest(w, count)
+    positions = largest(w, count)
     dense = w.clone()
-    values = dense.view(-1)[places].to(value_dtype(dtype))
-    dense.view(-1)[places] = 0
-    return dense, make(places, values, (w.shape[0], w.shape[1]))
+    values = dense.view(-1)[positions].to(value_dtype(dtype))
+    dense.view(-1)[positions] = 0
+    return dense, make(positions, values, (w.shape[0], w.shape[1]))
 
 
 def add_(dense: Tensor, sparse: Sparse) -> Tensor:
@@ -145,6 +145,6 @@ def product(x: Tensor, sparse: Sparse) -> Tensor:
     y = torch.zeros(len(flat), len(sparse.rows) - 1, device=x.device)
     row, column, values = sparse.row_of_each, sparse.columns.long(), sparse.values.float()
     step = max(1, _PRODUCT_ELEMENTS // max(1, sparse.nnz))
-    for some, result in zip(flat.split(step), y.split(step), strict=True):
-        result.index_add_(1, row, some[:, column].float() * values)
+    for tokens, result in zip(flat.split(step), y.split(step), strict=True):
+        result.index_add_(1, row, tokens[:, column].float() * values)
     return y.view(*x.shape[:-1], -1)

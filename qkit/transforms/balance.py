@@ -66,13 +66,13 @@ def balanced_error(state: BlockState, group: LinearGroup, power: int = 1) -> Los
     balance = state.original_values[MODALITY_WEIGHTS]
     weights = []
     for name in group.declared.linears:
-        counted = torch.zeros(len(KINDS))
-        counted[VISION], counted[ANSWER] = balance.get(name) or balance[part_of(group)], 1.0
-        weights.append(stats.sample_weight * counted[stats.kinds.long()])
+        kind_weights = torch.zeros(len(KINDS))
+        kind_weights[VISION], kind_weights[ANSWER] = balance.get(name) or balance[part_of(group)], 1.0
+        weights.append(stats.sample_weight * kind_weights[stats.kinds.long()])
 
     def loss(outputs: list[Tensor], references: list[Tensor]) -> float:
-        each = [(o - x).abs().pow(power).sum(1) for o, x in zip(outputs, references, strict=True)]
-        return float(sum((e * w).sum().double() for e, w in zip(each, weights, strict=True)))
+        token_errors = [(o - x).abs().pow(power).sum(1) for o, x in zip(outputs, references, strict=True)]
+        return float(sum((e * w).sum().double() for e, w in zip(token_errors, weights, strict=True)))
 
     return loss
 
@@ -82,7 +82,7 @@ def gradients(
     structure: ModelStructure,
     rows: Calibration,
     step: Callable[[], object] = lambda: None,
-    each: str = RATIOS[0],
+    ratios_by: str = RATIOS[0],
 ) -> list[dict[str, tuple[float, float]]]:
     """By block and part, (vision, answer): mean absolute gradient of the mean loss of answers at the part's output.
 
@@ -91,14 +91,14 @@ def gradients(
     Raises BadCalibration where there is no gradient at answers.
     """
     assert rows.inputs is not None and rows.kinds is not None
-    places = {
-        (i, name if each == "linear" else part_of(g)): f"{block.path}.{name}"
+    module_paths = {
+        (i, name if ratios_by == "linear" else part_of(g)): f"{block.path}.{name}"
         for i, block in enumerate(structure.blocks)
         for g in block.groups
         for name in g.declared.linears
-        if each == "linear" or len(g.declared.linears) == 1
+        if ratios_by == "linear" or len(g.declared.linears) == 1
     }
-    sums = {key: [0.0, 0.0] for key in places}
+    sums = {key: [0.0, 0.0] for key in module_paths}
     outputs: dict[tuple[int, str], Tensor] = {}
 
     def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -112,7 +112,7 @@ def gradients(
         return hook
 
     handles = [model.get_submodule(structure.blocks[0].path).register_forward_pre_hook(enter, with_kwargs=True)]
-    handles += [model.get_submodule(name).register_forward_hook(keep(key)) for key, name in places.items()]
+    handles += [model.get_submodule(name).register_forward_hook(keep(key)) for key, name in module_paths.items()]
     try:
         for row, kinds in zip(rows.inputs, rows.kinds, strict=True):
             ids = row["input_ids"][0]
@@ -124,8 +124,8 @@ def gradients(
                 assert output.grad is not None
                 size = output.grad[0].abs().mean(1)
                 for i, kind in enumerate((VISION, ANSWER)):
-                    here = size[kinds == kind]
-                    sums[key][i] += float(here.sum()) / max(1, len(here)) / len(rows.inputs)
+                    magnitudes = size[kinds == kind]
+                    sums[key][i] += float(magnitudes.sum()) / max(1, len(magnitudes)) / len(rows.inputs)
             outputs.clear()
             step()
     finally:
@@ -139,8 +139,8 @@ def gradients(
     return [{key: (v, a) for (at, key), (v, a) in sums.items() if at == i} for i in range(len(structure.blocks))]
 
 
-def ratios(found: list[dict[str, tuple[float, float]]]) -> list[dict[str, float]]:
+def ratios(gradients_by_block: list[dict[str, tuple[float, float]]]) -> list[dict[str, float]]:
     """By block and part (or linear): r, no less than the median of the part over all blocks."""
-    raw = [{part: vision / answer for part, (vision, answer) in block.items()} for block in found]
+    raw = [{part: vision / answer for part, (vision, answer) in block.items()} for block in gradients_by_block]
     middle = {part: median(block[part] for block in raw if part in block) for part in {p for b in raw for p in b}}
     return [{part: max(r, middle[part]) for part, r in block.items()} for block in raw]

@@ -29,17 +29,17 @@ def scale_keys(state: BlockState, exponents: Sequence[Sequence[int]]) -> None:
         return
     linears = {x.param.removesuffix(".weight"): x for x in state.block.linears}
     heads = getattr(attention, keys.query).out_features // scale.shape[1]
-    for name, each in (
+    for name, factor in (
         (keys.key, (1 / scale).flatten()),
         (keys.query, scale.repeat_interleave(heads // len(scale), dim=0).flatten()),
     ):
         linear = linears[f"{keys.attention}.{name}"]
-        state.changed[linear.name] = state.weight(linear) * each[:, None]
+        state.changed[linear.name] = state.weight(linear) * factor[:, None]
         bias = getattr(attention, name).bias
         if bias is not None:
-            _multiply(state, bias, each)
+            _multiply(state, bias, factor)
     state.write_back()
 
 
-def _multiply(state: BlockState, value: Any, by: Tensor) -> None:
-    value.data = state.rounded(value.data.float() * by)
+def _multiply(state: BlockState, value: Any, factor: Tensor) -> None:
+    value.data = state.rounded(value.data.float() * factor)

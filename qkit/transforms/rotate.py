@@ -63,9 +63,9 @@ def rotate(state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
         norm.weight.data.fill_(1.0)
     for name in rotation.writes:
         state.changed[linears[name].name] = q.T @ state.weight(linears[name])
-        written: Any = state.module.get_submodule(name)
-        if written.bias is not None:
-            written.bias.data = state.rounded(written.bias.data.float() @ q)
+        writer: Any = state.module.get_submodule(name)
+        if writer.bias is not None:
+            writer.bias.data = state.rounded(writer.bias.data.float() @ q)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     h = orthogonal(head, seed + 1)
     value, output = linears[rotation.value], linears[rotation.output]

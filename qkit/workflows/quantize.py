@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.calibration.dataset import Calibration
-from qkit.diffusion.pipeline import check_pipeline, rest_of
+from qkit.diffusion.pipeline import check_pipeline, files_around
 from qkit.engine.auto import forecast_of, plan_of
 from qkit.engine.end_to_end import end_to_end_memory, learn_end_to_end
 from qkit.engine.export import export, is_export_of, job_identity, source_hashes
@@ -98,7 +98,7 @@ def prepare(request: Request, rows: Calibration | None = None) -> PreparedReques
         )
     _check_pictures(plan, structure)
     folder = find_model(request.model)
-    around = rest_of(folder) if is_pipeline(folder) else None
+    around = files_around(folder) if is_pipeline(folder) else None
     components = _components(folder, recipe, request, structure)
     plan = replace(plan, key_exponents=request.key_exponents, pipeline=around)
     threads = request.threads or available_cores()

@@ -13,7 +13,7 @@ from torch.nn import functional
 from qkit.calibration.batches import batches, extent, sample
 from qkit.calibration.dataset import ANSWER, KINDS, VISION, Calibration, digest_of
 from qkit.calibration.image_text import rows_of
-from qkit.kvcache.sensitivity import divergences, errors_of, sensitivities, watched
+from qkit.kvcache.sensitivity import divergences, errors_of, sensitivities, with_gradients
 from qkit.runtime import loading
 from qkit.sensitivity.outputs import OutputSample, next_norms
 from qkit.sensitivity.pqi import mean_gradients, share
@@ -229,7 +229,7 @@ def test_the_cache_of_pictures(subject, rows):
     model, few = subject.model, rows.first(2)
     bits, wanted = 2, torch.zeros(2, dtype=torch.float64)
     for x, batch in zip(few.inputs, batches(few), strict=True):
-        start = watched(model, batch)
+        start = with_gradients(model, batch)
         ids = x["input_ids"][0]
         with torch.no_grad():
             logits = model(**x).logits[0, -len(batch.targets[0]) - 1 : -1]
