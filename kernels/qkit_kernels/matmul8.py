@@ -228,7 +228,7 @@ def product8(x: Tensor, weight: KernelWeight, tile: Tile, bias: Tensor | None = 
         y if weight.zero is None else weight.zero, weight.row, y if bias is None else bias, y, space, weight.counts,
         m, rows, blocks, span,
         BITS=weight.format.bits, PAIRS=PAIRS[weight.format.bits], SCALED=weight.scale is not None,
-        ZERO=weight.zero is not None, BIAS=bias is not None, PLAIN=INTERPRETED, ROWS=tile.rows, TOKENS=tile.tokens, STAGES=tile.stages,
-        SPLIT=split, num_warps=tile.warps,
+        ZERO=weight.zero is not None, BIAS=bias is not None, PLAIN=INTERPRETED, ROWS=tile.rows, TOKENS=tile.tokens,
+        STAGES=tile.stages, SPLIT=split, num_warps=tile.warps,
     )  # fmt: skip
     return y

@@ -1,13 +1,13 @@
-"""Learned rounding: the codes and ranges of a whole block, chosen together by what the block gives.
+"""Learned rounding: the codes and ranges of a block are learned together from the error of its outputs.
 
 SignRound (arXiv 2309.05516, section 3): a code is what w / s + v rounds to, and offsets v and factors of the scales s are
-learned by signed gradient descent with a rate that falls to zero, on the squared error of the block's outputs. The block is
-given what comes out of the quantized blocks before it, and is to give what the original gives in the original model.
+learned by signed gradient descent with a rate that falls to zero, on the squared error of the block's outputs. The
+block's inputs come from the quantized blocks before it; its target outputs are those of the original model.
 
-Ours: it begins from the codes of any solver, not from rounding (an offset begins where w / s + v just rounds to the solver's
-code); E2M1 too, whose offsets count in the spacing of the grid around a value; scales are rounded to their dtype on disk in
-every step, with straight-through gradients; held-out rows decide which step is kept, the solver's result among them, so
-that a block is never worse there than before.
+Our choices: learning begins with the codes of any solver, not with rounding (an offset begins where w / s + v just rounds to
+the solver's code). E2M1 is supported: its offsets are in units of the grid's spacing around a value. Scales are rounded to
+their dtype on disk in every step, with straight-through gradients. Held-out rows decide which step is kept, the solver's result
+included, so a block is never worse there than before.
 """
 
 from __future__ import annotations
@@ -29,16 +29,20 @@ from qkit.system.parallel import Workers
 from qkit.tensor.qtensor import QTensor
 
 Span = tuple[int, int]
-_HELD_OUT = 16  # of so many rows one is held out, and so many at the most
-LOOKS = 4  # at the held-out rows, at the most
+_HELD_OUT = 16  # one of this many rows is held out, and at most this many
+LOOKS = 4  # evaluations of the held-out rows, at most
 _FASTEST = 0.02
 PIECE_TOKENS = 512  # that one worker runs through the block at a time
 
 
 @dataclass(frozen=True)
 class Settings:
-    """steps: of the descent; batch: rows of one; rate: of the first step, in units of the grid (0: 1.5 / steps, at most 0.02:
-    from a solver's codes on, few long steps end in a worse place than they began); seed: of the order of batches"""
+    """Settings of learned rounding.
+
+    steps: of gradient descent; batch: rows of one step; seed: of the order of batches
+    rate:  of the first step, in units of the grid (0: 1.5 / steps, at most 0.02; fewer and longer steps from a solver's codes
+           made the result worse)
+    """
 
     steps: int
     batch: int
@@ -47,7 +51,7 @@ class Settings:
 
 
 def held_out(rows: int) -> int:
-    """How many of so many rows decide what is kept, and are not learned from."""
+    """Number of held-out rows among ``rows``: they decide which step is kept, and are not learned from."""
     return min(_HELD_OUT, max(1, rows // _HELD_OUT))
 
 
@@ -62,12 +66,11 @@ def reconstruct(
     step: Callable[[], object],
     weigh: Tensor | None = None,
 ) -> tuple[list[QTensor], float, float]:
-    """Learn the linears of a block together.
+    """Learned weights in the order of ``learners``, and the mean squared error of held-out rows before and after.
 
-    module: the block; its weights are not written to, hooks of its linears that quantize their inputs stay in force
-    rows, targets: what enters the block as quantized so far, and what leaves it in the original model
-    weigh: float32 [hidden, hidden], what errors are multiplied by before they are squared (``sensitivity.hidden``)
-    Gives what was learned, in the order of ``learners``, and the mean squared error of held-out rows before and after.
+    module:  the block; its weights are not written to, and hooks that quantize inputs stay active
+    rows:    inputs of the block from quantized blocks; targets: outputs of the block in the original model
+    weigh:   float32 [hidden, hidden], by which errors are multiplied before they are squared (``sensitivity.hidden``)
     """
     first_held = rows.count - held_out(rows.count)
     held_span = (first_held, rows.count)
@@ -105,16 +108,16 @@ def reconstruct(
 def held_out_error(
     module: nn.Module, rows: Rows, targets: Rows, call: Call | OneByOne, pool: Workers, weigh: Tensor | None
 ) -> float:
-    """Mean squared error of what leaves the block as it is, on held-out rows; arguments as of ``reconstruct``."""
+    """Mean squared error of the block's current outputs on held-out rows; arguments as for ``reconstruct``."""
     with torch.inference_mode(False):
         block = _Block(module, [], rows, targets, _cloned(call), pool, weigh)
         return block.error([], (rows.count - held_out(rows.count), rows.count))
 
 
 class _Block:
-    """A block, its rows, what they should become, and the names of the weights that it is called with.
+    """A block with its rows, their targets, and the names of the learned weights.
 
-    Pieces of a batch run side by side and are added up in order: what is learned does not depend on the number of workers.
+    Pieces of a batch run in parallel and are summed in order: the result does not depend on the number of workers.
     """
 
     def __init__(
@@ -136,10 +139,10 @@ class _Block:
             pool,
         )
         self.weigh = None if weigh is None else weigh.to(rows.dtype, copy=True)
-        self.local = threading.local()  # weights are put into a module while it runs: every worker has one of its own
+        self.local = threading.local()  # weights are swapped into a module while it runs, so every worker has a copy
 
     def error(self, weights: Sequence[Tensor], batch: Span) -> float:
-        """Mean squared error of what leaves the block."""
+        """Mean squared error of the block's outputs."""
 
         def one(piece: Span) -> float:
             with PlainAttention():
@@ -148,7 +151,7 @@ class _Block:
         return sum(self.pool.map(one, self._pieces(batch))) / self._tokens(batch)
 
     def gradients(self, weights: Sequence[Tensor], batch: Span) -> list[tuple[Tensor, ...]]:
-        """Of that error, times the tokens of the batch, by weight, of every piece: only signs of their sums are used."""
+        """Gradients of the summed error: for each weight, those of every piece. Only signs of their sums are used."""
 
         def one(piece: Span) -> tuple[Tensor, ...]:
             with torch.inference_mode(False), torch.enable_grad(), PlainAttention():
@@ -184,14 +187,14 @@ class _Block:
 
 
 class _WithWeights(nn.Module):
-    """A block with other weights, to be called as the block is."""
+    """A block with replaced weights; it is called like the block."""
 
     def __init__(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
         super().__init__()
         self.module, self.weights = module, weights
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the block's."""
+        """Outputs of the block with the replaced weights."""
         return torch.func.functional_call(self.module, self.weights, args, kwargs)
 
 
@@ -200,7 +203,7 @@ def _spans(start: int, stop: int, step: int) -> Iterator[Span]:
 
 
 def _cloned(call: Call | OneByOne) -> Call | OneByOne:
-    """As ``LearnedWeight.cloned``."""
+    """The call with tensors that autograd accepts, as ``LearnedWeight.cloned``."""
     if isinstance(call, OneByOne):
         return OneByOne(tuple(_one_cloned(c) for c in call.each))
     return _one_cloned(call)

@@ -1,7 +1,7 @@
-"""What is learned of one linear: rounding offsets and factors of its scales, beginning at a solver's codes.
+"""The learned parameters of one linear: rounding offsets and factors of its scales, which begin at a solver's codes.
 
-An offset counts in the spacing of the format's grid around a weight (1 for integers), so that E2M1 is learned as integers are.
-Scales are rounded to their dtype on disk whenever they are used.
+An offset is in units of the grid's spacing around a weight (1 for integers), so E2M1 is learned like integers. Scales are
+rounded to their dtype on disk whenever they are used.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ _INSIDE = 0.499  # of a cell, where an offset begins that has to reach a solver'
 
 @dataclass(frozen=True)
 class LearnedWeight:
-    """One linear. weight: float32 [out, in], for transformed inputs; q: what the solver made of it; apart: the sparse and the
-    low-rank part, which stay as they are and are no part of weight, float32 [out, in]."""
+    """One linear.
+
+    weight:     float32 [out, in], for transformed inputs, without the correction; q: the solver's result
+    correction: float32 [out, in], the sparse and the low-rank part, which are not learned (None: there are none)
+    """
 
     linear: Linear
     weight: Tensor
@@ -46,7 +49,7 @@ class LearnedWeight:
 
     @staticmethod
     def of(linear: Linear, weight: Tensor, q: QTensor, inputs: InputTransform) -> LearnedWeight:
-        """weight: with the sparse and the low-rank part in it."""
+        """A linear from its full weight, float32 [out, in], with the sparse and the low-rank part included."""
         if q.sparse is None and q.low_rank is None:
             return LearnedWeight(linear, weight, q, inputs)
         correction = torch.zeros_like(weight)
@@ -57,7 +60,7 @@ class LearnedWeight:
         return LearnedWeight(linear, weight - correction, q, inputs, correction)
 
     def cloned(self) -> LearnedWeight:
-        """With tensors that gradients may pass: what was made without them cannot be kept for a backward pass."""
+        """The linear with tensors that autograd accepts: those made in inference mode cannot be saved for a backward pass."""
         p = self.q.params
         zero, shared = (None if t is None else t.clone() for t in (p.zero, p.global_scale))
         return replace(
@@ -81,7 +84,7 @@ class LearnedWeight:
         return offset, factor
 
     def dense(self, offset: Tensor, factor: Tensor) -> Tensor:
-        """float32 [out, in] for inputs as they are."""
+        """The dequantized weight for untransformed inputs, float32 [out, in]."""
         scale = self._scale(factor)
         grid = round_to_grid_(self._with_offset(self._grid_position(scale), offset), self.q.format)
         weight = untile(self._above_zero_(grid).mul_(scale), self.q.format, self.q.shape)
@@ -90,8 +93,11 @@ class LearnedWeight:
     def gradients(
         self, offset: Tensor, factor: Tensor, weight_gradient: Tensor, sizes: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Gradients by offset and factor from that by ``dense``, float32 [out, in], each times something above zero: as if
-        nothing inside the range of codes were rounded, nor scales to their dtype. sizes: those by offsets are what they are."""
+        """Gradients of offsets and factors, up to positive factors, from that of ``dense``, float32 [out, in].
+
+        They are straight-through: rounding inside the range of codes and of scales to their dtype is ignored. sizes: the
+        gradients of offsets are exact in size.
+        """
         scale, (low, high) = self._scale(factor), code_range(self.q.format)
         grid_position, sign = self._grid_position(scale), scale.sign()
         moved_position = self._with_offset(grid_position, offset)
@@ -114,13 +120,13 @@ class LearnedWeight:
         return grid_spacing(grid_position.clamp(*code_range(self.q.format)), self.q.format)
 
     def _grid_position(self, scale: Tensor) -> Tensor:
-        """Where the weights lie on the grid, [R, C, n]."""
+        """Positions of the weights on the grid, [R, C, n]."""
         zero = self.q.params.zero
         position = tiles(self.weight, self.q.format) / scale
         return position if zero is None else position.add_(zero.float()[..., None])
 
     def _with_offset(self, grid_position: Tensor, offset: Tensor) -> Tensor:
-        """Where they lie with their offsets."""
+        """Positions on the grid with offsets added, [R, C, n]."""
         return (
             grid_position + offset
             if self.q.format.kind == "int"
@@ -128,7 +134,7 @@ class LearnedWeight:
         )
 
     def _above_zero_(self, grid: Tensor) -> Tensor:
-        """In place."""
+        """The grid positions minus the zero point, in place."""
         return grid if self.q.params.zero is None else grid.sub_(self.q.params.zero.float()[..., None])
 
     def _scale(self, factor: Tensor) -> Tensor:
@@ -146,7 +152,7 @@ class LearnedWeight:
 
 
 class LearningState:
-    """One linear on its way down: where it began, where it is, and the best place so far."""
+    """One linear during gradient descent: its first, current and best offsets and factors."""
 
     def __init__(self, learner: LearnedWeight, dtype: torch.dtype) -> None:
         self.learner, self.dtype = learner, dtype
@@ -155,12 +161,12 @@ class LearningState:
         self.save_best()
 
     def weight(self) -> Tensor:
-        """[out, in] of where it is, in the dtype of the rows."""
+        """The current weight [out, in], in the dtype of the rows."""
         with torch.inference_mode(False):
             return self.learner.dense(self.offset, self.factor).to(self.dtype)
 
     def step(self, gradients: Sequence[Tensor], rate: float) -> Tensor:
-        """Go down by the signs of the gradients of all pieces, added up in order; the weight of the new place."""
+        """The weight after a step of length ``rate`` along the signs of the summed gradients of all pieces."""
         with torch.inference_mode(False):
             by_offset, by_factor = self.learner.gradients(self.offset, self.factor, _sum(gradients))
             if (
@@ -170,7 +176,7 @@ class LearningState:
             return self._step_to(by_offset.sign_(), rate)
 
     def step_offsets(self, gradients: Sequence[Tensor], rate: float) -> Tensor:
-        """The same for offsets alone, by the sizes of their gradients: their root mean square becomes ``rate``."""
+        """The weight after a step of offsets alone, along their gradients scaled to a root mean square of ``rate``."""
         with torch.inference_mode(False):
             by_offset, _ = self.learner.gradients(self.offset, self.factor, _sum(gradients), sizes=True)
             size = by_offset.square().mean().sqrt()
@@ -185,7 +191,7 @@ class LearningState:
         return self.weight()
 
     def save_best(self) -> None:
-        """The best place is this one."""
+        """Keep the current offsets and factors as the best ones."""
         self.best = self.offset.clone(), self.factor.clone()
 
 

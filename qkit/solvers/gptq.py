@@ -1,4 +1,4 @@
-"""GPTQ: round column by column and let the columns that are still open absorb the error.
+"""GPTQ: rounds column by column, and later columns compensate the error.
 
 Frantar et al., arXiv 2210.17323, algorithm 1, in the form of LDLQ (Chee et al., arXiv 2307.13304, section 4, which shows
 that the two are one). With H = mean x x^T + lambda I = (I + A) D (I + A)^T, A strictly upper triangular and D
@@ -53,15 +53,15 @@ _SUB = 32  # columns of a sub-panel
 
 @dataclass(frozen=True, kw_only=True)
 class Factor:
-    """A factorized Hessian, columns in the order in which they are taken.
+    """A factorized Hessian, with columns in the order in which they are rounded.
 
-    spread: float32 [in, in], I + A: A_jk is how much of the error of column j column k takes on; None: no factor
+    spread: float32 [in, in], I + A: A_jk is the share of the error of column j that column k compensates; None: no factor
     cost:   float32 [in], the diagonal of D; 0 for inputs that were never active
     reason: why there is no factor
     order:  of the columns; None for the natural one
     diagonal: float32 [in], H_kk, 0 for inputs that were never active; None without sweeps
-    pull:   float32 [in, in], H_jk / H_kk, 0 for j = k: how much of the error of column j column k takes on while all others
-            stay; None without sweeps
+    pull:   float32 [in, in], H_jk / H_kk, 0 for j = k: the share of the error of column j that column k compensates while
+            all others stay; None without sweeps
     """
 
     spread: Tensor | None
@@ -73,7 +73,7 @@ class Factor:
 
 
 def prepare(stats: Stats, options: dict[str, Any]) -> Factor:
-    """Factorize the Hessian of a group. Options: ``damp`` (float), ``order`` ('none' or 'activation'), ``sweeps`` (int)."""
+    """The factorized Hessian of a group. Options: ``damp`` (float), ``order`` ('none' or 'activation'), ``sweeps`` (int)."""
     assert stats.hessian is not None
     hessian, order = stats.hessian, None
     if options.get("order", "none") == "activation" and _finite(hessian):
@@ -97,12 +97,13 @@ def prepare(stats: Stats, options: dict[str, Any]) -> Factor:
 
 
 def aim(weights: list[Tensor], stats: Stats, options: dict[str, Any]) -> list[Tensor]:
-    """Weights that make up for the change of their inputs, float32 [out, in] each. Option: ``compensate`` (float, 0 to 1).
+    """Target weights that compensate the change of their inputs, float32 [out, in] each. Option: ``compensate`` (float, 0 to
+    1).
 
-    Linears run on what quantized ones before them give, x, and are to give what W x' gives, x' being the original input.
-    The least squares of that are at W + W E (x' - x) x^T (E x x^T + lambda I)^-1, from where GPTQ goes on as before: the aim
-    of GPTAQ (arXiv 2504.02692), in a closed form of ours. The share is damping, ours too, as calibration tokens are few.
-    Weights come back as they are where there is no drift, or it is not finite, or the Hessian has no Cholesky factor.
+    The inputs x come from quantized layers; the target output is W x', x' being the original input. Least squares give
+    W + W E (x' - x) x^T (E x x^T + lambda I)^-1, and GPTQ then quantizes these weights: the objective of GPTAQ
+    (arXiv 2504.02692), in a closed form of ours. The share is a damping, also ours, since calibration tokens are few.
+    Weights are unchanged where there is no drift, or it is not finite, or the Hessian has no Cholesky factor.
     """
     share = float(options.get("compensate", 0.0))
     if stats.drift is None or stats.hessian is None or not share or not _finite(stats.drift):
@@ -117,7 +118,7 @@ def aim(weights: list[Tensor], stats: Stats, options: dict[str, Any]) -> list[Te
 
 
 def solve(task: Task) -> Solved:
-    """Solve a group, or a slice of its rows."""
+    """The codes of a group, or of a slice of its rows."""
     assert task.stats is not None
     factor = task.prepared if task.prepared is not None else prepare(task.stats, task.options)
     if factor.spread is None:
@@ -126,12 +127,12 @@ def solve(task: Task) -> Solved:
 
 
 def _finite(t: Tensor) -> bool:
-    """Whether all elements are, without the copies that isfinite() makes."""
+    """Whether all elements are finite, without the copies that isfinite() makes."""
     return all(bool(x.isfinite()) for x in t.aminmax())
 
 
 def factorize(hessian: Tensor, damp: float) -> tuple[Tensor | None, str | None]:
-    """(R, None) with R R^T = H but for a factor, R upper triangular float32 [in, in]; or (None, why not)."""
+    """(R, None) with R R^T proportional to the damped H, R upper triangular, float32 [in, in]; or (None, reason)."""
     if not _finite(hessian):
         return None, "the Hessian is not finite"
     diagonal = hessian.diagonal()
@@ -185,7 +186,7 @@ def _pass(
     *,
     repeated: bool,
 ) -> None:
-    """Quantize all columns: w [in, out] becomes their errors, codes is filled. again: w holds those of a pass before."""
+    """Quantize all columns: w [in, out] becomes their errors, codes is filled. repeated: w has errors of an earlier pass."""
     columns, (panel, sub) = len(w), panels
     for p0 in range(0, columns, panel):
         p1 = min(p0 + panel, columns)
@@ -205,8 +206,11 @@ def _pass(
 def _sub_panel(
     corrected: Tensor, w: Tensor, spread: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor, fmt: Format
 ) -> None:
-    """Quantize some columns, all tensors but spread [n, n] being [n, out]: now holds them as corrected by the errors before
-    them, w as they were, to become their errors; codes is filled."""
+    """Quantize some columns; all tensors are [n, out], but spread is [n, n].
+
+    corrected has the columns with the errors of earlier ones compensated; w has the original columns and becomes their errors;
+    codes is filled.
+    """
     grid = torch.empty_like(corrected)
     errors, spread_rows = w.T, spread.T
     # Few and in-place operations: a column is short, and their number is what this loop costs.
@@ -237,7 +241,7 @@ def _panels(fmt: Format, ordered: bool) -> tuple[int, int]:
 
 
 class _Scales:
-    """Scales of the columns as they come up: found at the start of each group, or beforehand."""
+    """Scales of the columns, computed at the start of each group, or before the first one."""
 
     def __init__(self, task: Task, cost: Tensor, order: Tensor | None) -> None:
         self.task = task
@@ -273,7 +277,7 @@ class _Scales:
         return spread([effective_scale(p, fmt) for p in params]), spread(zeros) if zeros else None
 
     def columns(self, corrected: Tensor, s0: int, s1: int) -> tuple[Tensor, Tensor | None]:
-        """(scale, zero) of columns [s0, s1), float32 [s1 - s0, out]. now: the rest of the panel, corrected up to s0."""
+        """(scale, zero) of columns [s0, s1), float32 [s1 - s0, out]. corrected: the rest of the panel, corrected up to s0."""
         if self.fixed is not None:
             scale, zero = self.fixed
             return scale[s0:s1], None if zero is None else zero[s0:s1]
@@ -292,8 +296,9 @@ class _Scales:
         return scale.expand(s1 - s0, -1), None if zero is None else zero.expand(s1 - s0, -1)
 
     def refit(self, original: Tensor, errors: Tensor, factor: Factor) -> None:
-        """Each scale at its least squares, rounded to the model's dtype, one group of columns after another; errors [in, out]
-        follow. From then on scales are these. Those in 8 bits stay: their grid is too coarse for it.
+        """Set each scale to its least-squares value, rounded to the model's dtype, one group of columns after another.
+
+        errors [in, out] are updated, and these scales are used from then on. 8-bit scales stay: their grid is too coarse.
 
         Let v be the codes of a group in one row of the weight, less their zero, e the errors of the row and H_g the rows of H
         that are the group's: (e - d v)^T H (e - d v) is least at d = v^T H_g e / v^T H_gg v.

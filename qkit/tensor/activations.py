@@ -12,7 +12,7 @@ from torch import Tensor
 from qkit.tensor.formats import FP8_MAX, Format
 from qkit.tensor.qtensor import Params, effective_scale, half_range, params_from_range, qdq
 
-_LOWER = 4.0  # where Four Over Six may put the largest value of a group, in place of 6
+_LOWER = 4.0  # the lower ceiling of Four Over Six: a group's largest value may be at 4 instead of 6
 
 
 def token_scale(x: Tensor, fmt: Format) -> Tensor:
@@ -22,8 +22,8 @@ def token_scale(x: Tensor, fmt: Format) -> Tensor:
 
 
 def static_scale(amax: float, fmt: Format) -> float:
-    """What a static activation format stores: the tensor scale (FP8: amax / 448), or NVFP4's global scale
-    (2688 / amax, a multiplier). 1 where calibration saw nothing but zeros (our choice): other inputs would saturate."""
+    """The stored scale of a static activation format: the tensor scale (FP8: amax / 448), or NVFP4's global scale
+    (2688 / amax, a multiplier). 1 where calibration inputs are all zero (our choice): other inputs would saturate."""
     if amax == 0:
         return 1.0
     amax = max(amax, 1e-12)
@@ -31,21 +31,21 @@ def static_scale(amax: float, fmt: Format) -> float:
 
 
 def storable_scale(scale: float, dtype: torch.dtype) -> float:
-    """A scale that is above 0 once it is stored in ``dtype``: float16 ends at 6e-8, and a scale of 0 divides nothing.
+    """The scale, raised to the smallest value above 0 that ``dtype`` holds (float16: 6e-8): a scale of 0 cannot divide.
 
-    Inputs whose scale is raised use less of the grid, which costs them nothing: FP8 is a floating-point grid.
+    A raised scale uses less of the grid. This costs no precision, since FP8 is a floating-point grid.
     """
     info = torch.finfo(dtype)
     return max(scale, info.tiny * info.eps)
 
 
 def quantize_activations(x: Tensor, fmt: Format, static: Tensor | None = None, residual: int = 0) -> Tensor:
-    """Quantize and dequantize x [..., channels] in the given activation format.
+    """x [..., channels] quantized and dequantized in an activation format, in x's dtype.
 
     static: float32 [1], from ``static_scale``: the scale of a static format, the global scale of NVFP4.
-    residual: of formats in groups, how many channels from the first on get a second chance: what is left of them is quantized
-    in the same way and added (ARCQuant, arXiv 2601.07475), a number of whole groups. Where there are such, NVFP4's groups take
-    the better of two scales, with their largest value at 6 or at 4, where the grid is finer (Four Over Six, arXiv 2512.02010).
+    residual: number of residual channels, the first ones, in whole groups (formats with groups only). Their rounding error is
+    quantized in the same way and added (ARCQuant, arXiv 2601.07475). With residual channels, NVFP4's groups use the better of
+    two scales, with the largest value at 6 or at 4, where the grid is finer (Four Over Six, arXiv 2512.02010).
     """
     values = x.to(torch.float32)
     if residual and fmt.group is not None:
@@ -62,13 +62,15 @@ def quantize_activations(x: Tensor, fmt: Format, static: Tensor | None = None, r
 
 
 def in_groups(x: Tensor, fmt: Format, static: Tensor | None, two_scales: bool) -> Tensor:
-    """Quantized once and dequantized, float32 [.., channels]; either: NVFP4's groups take the better of two scales."""
+    """x quantized and dequantized in groups, float32 [.., channels]; two_scales: NVFP4's groups use the better of two
+    scales.
+    """
     assert fmt.group is not None
     grouped = x.unflatten(-1, (-1, fmt.group))
     amax = grouped.abs().amax(-1)
 
     def at(ceiling: float) -> Tensor:
-        """With the largest value of each group there."""
+        """The groups rounded with their largest value at ``ceiling``."""
         if fmt.scale == "model":  # FP8 in groups: the scale stays in float32, it is never stored
             scale = amax / ceiling
             scale = torch.where(scale == 0, torch.ones_like(scale), scale)

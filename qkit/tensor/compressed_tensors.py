@@ -1,18 +1,18 @@
-"""The compressed-tensors format (0.20): write and read side by side.
+"""Writes and reads the compressed-tensors format (0.20).
 
 Per linear, next to ``bias``:
   pack-quantized         weight_packed int32, weight_scale, weight_shape int64 [2], weight_zero_point (asymmetric,
                          packed along the output dimension)
   int-quantized          weight int8, weight_scale, weight_zero_point int8 (asymmetric)
-  float-quantized        weight float8_e4m3fn, weight_scale; naive-quantized where activations stay as they are
+  float-quantized        weight float8_e4m3fn, weight_scale; naive-quantized where activations are not quantized
   nvfp4-pack-quantized   weight_packed uint8, weight_scale float8_e4m3fn, weight_global_scale float32 [1]
   mxfp4-pack-quantized   weight_packed uint8, weight_scale uint8;   mxfp8-quantized  weight float8, weight_scale uint8
   activations            input_scale [1] (static), input_global_scale float32 [1] (NVFP4)
 Per attention module     k_scale, v_scale [1], with a kv_cache_scheme
 
-INT8 weights with INT8 activations are int-quantized; every other integer is pack-quantized, W4A8 among them: that is
-the form for which engines have 4-bit kernels (the library by itself would choose one byte per weight).
-The configuration is built with the library's own classes, so that what is written is what it accepts.
+INT8 weights with INT8 activations are int-quantized. All other integers are pack-quantized, including W4A8: engines have 4-bit
+kernels for this layout (the library by itself would choose one byte per weight). The configuration is built with the library's
+own classes, so the library accepts it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from qkit.tensor.qtensor import Params, QTensor, param_shape
 Spec = tuple[torch.dtype, tuple[int, ...]]
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
-CLASS = "Linear"  # the one name of a class that a target can have here
+CLASS = "Linear"  # the only class name that a target can be
 
 
 def specs(weights: Format, activations: Format | None, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Spec]:
-    """{suffix: (dtype, shape)} of the tensors that stand for a linear's weight [out, in]."""
+    """{suffix: (dtype, shape)} of the tensors that store a linear's weight [out, in]."""
     out, columns = shape
     r, c = param_shape(weights, shape)
     scale_shape: tuple[int, ...] = (1,) if weights.strategy == "tensor" else (r, c)
@@ -70,12 +70,12 @@ def specs(weights: Format, activations: Format | None, shape: tuple[int, int], d
 
 
 def stored_bytes(weights: Format, activations: Format | None, shape: tuple[int, int], dtype: torch.dtype) -> int:
-    """Bytes that the tensors of a linear take."""
+    """Bytes of the stored tensors of a linear."""
     return sum(math.prod(s) * d.itemsize for d, s in specs(weights, activations, shape, dtype).values())
 
 
 def write(q: QTensor, activations: Format | None, static: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a linear, by suffix. static: float32 [1], the activations' scale or global scale."""
+    """{suffix: tensor} of a linear. static: float32 [1], the scale or global scale of its activations."""
     fmt, p = q.format, q.params
     expected = specs(fmt, activations, q.shape, dtype)
     result: dict[str, Tensor] = {"weight_scale": p.scale.reshape(expected["weight_scale"][1])}
@@ -102,7 +102,7 @@ def write(q: QTensor, activations: Format | None, static: Tensor | None, dtype: 
 
 
 def read(tensors: dict[str, Tensor], fmt: Format, shape: tuple[int, int]) -> QTensor:
-    """The inverse of ``write`` for the weight: tensors by suffix to a QTensor."""
+    """The QTensor of a linear from its tensors by suffix: the inverse of ``write``."""
     scale = tensors["weight_scale"].reshape(param_shape(fmt, shape))
     zero = tensors.get("weight_zero_point")
     if zero is not None and zero.dtype == torch.int32:
@@ -129,12 +129,12 @@ def config(
     """The ``quantization_config`` of config.json.
 
     pairs:       {linear: (weights, activations)} by checkpoint name
-    skipped:     linears that stay as they are, by checkpoint name
+    skipped:     linears that are not quantized, by checkpoint name
     module_name: {checkpoint name: module name} where they differ; both are listed, since loaders match either
-    cache:       of keys and values, for engines that keep them in it
+    cache:       format of keys and values, for engines with a quantized KV cache
     Groups of linears with equal formats become one config group. The most common one targets the class
     ``Linear`` and the others exact names, listed first. Where there are several, experts of one format are named by a pattern:
-    transformers looks for their group by such a target, and takes the first group where there is none.
+    transformers finds their group by such a target, and uses the first group where there is none.
     """
     import compressed_tensors
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
@@ -174,7 +174,7 @@ def config(
 
 
 def has_cache_scales(quantization: dict[str, Any] | None) -> bool:
-    """Whether a config says that keys and values have a static FP8 scale each, k_scale and v_scale [1]."""
+    """Whether a config declares static FP8 scales of keys and values, k_scale and v_scale [1]."""
     scheme = (quantization or {}).get("kv_cache_scheme")
     fp8_scheme = {"num_bits": 8, "type": "float", "strategy": "tensor"}
     return isinstance(scheme, dict) and not scheme.get("dynamic") and fp8_scheme.items() <= scheme.items()
@@ -204,7 +204,7 @@ def _args(fmt: Format, activations: bool) -> Any:
 
 
 def parse_args(data: dict[str, Any], where: str) -> Format:
-    """A config's weights or activations entry as a Format. Raises Unsupported for what qkit cannot run."""
+    """The Format of a config's weights or activations entry. Raises Unsupported for a format that qkit cannot run."""
     known_kinds = {("int", b): "int" for b in range(1, 9)} | {("float", 4): "fp4", ("float", 8): "fp8"}
     key = (str(data.get("type", "int")), int(data.get("num_bits", 8)))
     strategy, group = data.get("strategy"), data.get("group_size")
@@ -243,8 +243,8 @@ def _name_of(fmt: Format) -> str:
 def formats_of(quantization: dict[str, Any], names: list[str], where: str) -> dict[str, tuple[Format, Format | None]]:
     """{linear: (weights, activations)} of the linears in ``names`` that the config quantizes.
 
-    A target is the name of a class, an exact name, or a pattern. Raises Unsupported for what qkit cannot run, and for patterns
-    that take too long to match.
+    A target is the name of a class, an exact name, or a pattern. Raises Unsupported for formats that qkit cannot run, and for
+    patterns that take too long to match.
     """
     groups, ignore = quantization.get("config_groups") or {}, quantization.get("ignore") or []
     parsed = []

@@ -1,9 +1,9 @@
-"""Quantized tensors in plain torch: the reference that every kernel, solver and exporter agrees with.
+"""Quantized tensors in plain torch: the reference for every kernel, solver and exporter.
 
 Three steps, each a pure function:
   ``find_params``  float weight -> Params (scale, zero point, global scale), by range or by a search
   ``quantize``     float weight and Params -> QTensor (codes)
-  ``dequantize``   QTensor -> float weight, exactly the value that a loader of the packed file computes
+  ``dequantize``   QTensor -> float weight, the exact value that a loader of the packed file computes
 
 Elements that share a scale are seen as one axis: ``tiles`` turns a weight [out, in] into [R, C, n] where
 the scale is [R, C] (group: [out, in/g, g]; channel: [out, 1, in]; tensor: [1, 1, out*in]; block:
@@ -33,8 +33,11 @@ _SEARCH_ELEMENTS = 1 << 16  # of a weight, held by one step of the scale search:
 
 @dataclass(frozen=True)
 class Params:
-    """scale: [R, C] in its dtype on disk (model dtype, float8_e4m3fn, or uint8 E8M0 exponents);
-    zero: int8 [R, C] for asymmetric integers; global_scale: float32 [1] for NVFP4."""
+    """Parameters of a quantized weight.
+
+    scale: [R, C] in its dtype on disk (model dtype, float8_e4m3fn, or uint8 E8M0 exponents)
+    zero: int8 [R, C] for asymmetric integers; global_scale: float32 [1] for NVFP4
+    """
 
     scale: Tensor
     zero: Tensor | None = None
@@ -45,8 +48,8 @@ class Params:
 class QTensor:
     """A quantized weight [out, in].
 
-    codes: int8 (integers), uint8 (E2M1 codes 0..15) or float8_e4m3fn, [out, in]; sparse, low_rank: what
-    is added to what the codes stand for, a few values and a product of thin matrices.
+    codes: int8 (integers), uint8 (E2M1 codes 0..15) or float8_e4m3fn, [out, in]
+    sparse, low_rank: a few values and a product of thin matrices, which are added to the dequantized codes
     """
 
     codes: Tensor
@@ -69,7 +72,7 @@ def code_range(fmt: Format) -> tuple[float, float]:
 
 
 def half_range(fmt: Format) -> float:
-    """What a symmetric scale divides amax by: (2^b - 1) / 2 for integers, the largest value for floats."""
+    """The divisor of amax in a symmetric scale: (2^b - 1) / 2 for integers, the largest value for floats."""
     return (2.0**fmt.bits - 1) / 2 if fmt.kind == "int" else code_range(fmt)[1]
 
 
@@ -91,10 +94,10 @@ def round_to_grid_(x: Tensor, fmt: Format) -> Tensor:
 
 
 def grid_spacing(x: Tensor, fmt: Format) -> Tensor:
-    """How far the neighbours of x on the code grid are from each other, in x's dtype; x: within the code range.
+    """Distance between neighbours on the code grid around x, in x's dtype; x: within the code range.
 
-    Of floats it is a power of two, x with its mantissa cleared, times what one step of the mantissa is, down to the
-    subnormal numbers (E2M1: 0.5 below 2, 1 below 4, 2 above). Comparisons would say it, too, and take twenty times as long.
+    For floats it is a power of two (x with its mantissa cleared) times one step of the mantissa, down to the subnormal numbers
+    (E2M1: 0.5 below 2, 1 below 4, 2 above). Comparisons would give the same, but take twenty times as long.
     """
     if fmt.kind == "int":
         return torch.ones((), dtype=x.dtype)
@@ -161,7 +164,7 @@ def expand(per_tile: Tensor, fmt: Format, shape: tuple[int, int], columns: slice
 
 
 def effective_scale(p: Params, fmt: Format) -> Tensor:
-    """float32 [R, C]: what codes are multiplied with."""
+    """Factors of codes, float32 [R, C]."""
     if fmt.scale == "e8m0":
         return torch.exp2(p.scale.to(torch.float32) - 127.0)
     scale = p.scale.to(torch.float32)
@@ -180,9 +183,11 @@ def nvfp4_global_scale(amax: Tensor) -> Tensor:
 
 
 def shared_amax(weights: Sequence[Tensor], fmt: Format) -> Tensor | None:
-    """float32 [1]: the largest magnitude of weights that engines load as one, where the format has something of which such
-    weights have one in common: NVFP4's global scale, or the only scale of a tensor. None for other formats, and for one weight
-    whose only scale is its own affair."""
+    """The largest magnitude of weights that engines fuse, float32 [1], for formats in which fused weights share a scale.
+
+    Shared are NVFP4's global scale and the only scale of a tensor. None for other formats, and for a single weight with one
+    scale.
+    """
     if fmt.scale != "e4m3" and (fmt.strategy != "tensor" or len(weights) == 1):
         return None
     return torch.stack([w.abs().amax() for w in weights]).amax().reshape(1)
@@ -251,10 +256,10 @@ def find_params(
     w:            float32 [out, in], finite
     dtype:        the model's dtype, in which integer and FP8 scales are stored
     importance:   float32 [in], weight of each input column's squared error (mean x^2 is the natural choice)
-    search:       try ranges from 45 % to 110 % of the full one and keep, per tile, that with the least
-                  weighted squared error (our choice of grid); the full range is always among them
-    amax:         float32 [1], largest magnitude of all linears that share what a tensor has one of: NVFP4's global scale,
-                  or the only scale, which is then not searched for; None: of this weight
+    search:       try ranges from 45 % to 110 % of the full one and keep, for each tile, the one with the least
+                  weighted squared error (our choice of grid); the full range is always a candidate
+    amax:         float32 [1], largest magnitude of all linears that share NVFP4's global scale, or the only scale of a
+                  tensor (which is then not searched); None: that of this weight
     signed:       scales of symmetric integers of up to 4 bits may be negative. Their codes reach one step further below
                   zero than above: a negative scale gives that step to the side where the tile's largest weight is
     """
@@ -321,7 +326,7 @@ def _search(t: Tensor, weights: Tensor | None, fmt: Format, dtype: torch.dtype, 
 
 
 def _take(t: Tensor, index: Tensor) -> Tensor:
-    """Along the first axis; float8 has no gather on every build, so its bytes are taken."""
+    """Entries of t at ``index`` along the first axis. Bytes are gathered for float8, since not every build gathers it."""
     if t.dtype == torch.float8_e4m3fn:
         return t.view(torch.uint8).gather(0, index)[0].view(t.dtype)
     return t.gather(0, index)[0]
@@ -375,10 +380,10 @@ def dequantize(q: QTensor) -> Tensor:
 
 
 def weight_sha256(row_slices: Iterable[QTensor]) -> str:
-    """sha256 of the float32 weight, little-endian, row by row. parts: its rows in slices: the whole of it would be the
-    largest tensor of a run.
+    """sha256 of the dequantized weight in float32, little-endian, row by row.
 
-    Of codes and sparse part: those of the low-rank part are sums, which no two programs need to round alike.
+    parts: its rows in slices; the full weight would be the largest tensor of a run. The low-rank part is left out: programs
+    may round its sums differently.
     """
     digest = hashlib.sha256()
     for row_slice in row_slices:

@@ -1,8 +1,8 @@
-"""Scales of keys folded into the projections: keys / 2^e, queries * 2^e, their products as they were.
+"""Folds scales of keys into the projections: keys / 2^e and queries * 2^e have the same products.
 
 PM-KVQ (arXiv 2505.18610): W_k and b_k are divided by Lambda, W_q and b_q multiplied by it, for every query head of a
-group. Both channels of a rotary pair share a scale, else the turned products would change. Where heads have norms of
-their own (Qwen3), the norms' weights take the scales: they are the same for all heads. The scales are powers of two
+group. Both channels of a rotary pair share a scale, else products after rotation would change. Where heads have norms of
+their own (Qwen3), scales are folded into the norms' weights, which all heads share. The scales are powers of two
 (``qkit.kvcache.scaling``), so nothing is rounded, in any dtype.
 """
 

@@ -1,12 +1,12 @@
-"""Per-channel scale searches on one core: SmoothQuant, AWQ, and whatever weighs the error differently.
+"""Per-channel scale searches: SmoothQuant, AWQ, and variants with other error weights.
 
 Dividing the input x of a group of linears by s (per channel) and multiplying their weights by s changes nothing in
 full precision; quantization errors move between activations and weights. Where the input comes from a norm or a linear,
 1/s is folded into it and costs nothing at run time.
 
 The core (``search``) takes candidate scales and a loss, quantizes the scaled weights (and the scaled activations, where the
-scheme quantizes them), and keeps the candidate with the least loss; s = 1 is always among them, so a search never makes
-its own measure worse.
+scheme quantizes them), and keeps the candidate with the least loss; s = 1 is always a candidate, so a search never increases
+its own loss.
 
  * SmoothQuant (Xiao et al., arXiv 2211.10438, eq. 4): s_j = max|x_j|^a / max|w_j|^(1-a), a searched per group. In a diffusion
    transformer max|x_j| is also taken of either half of the timesteps by itself, and their geometric mean is a second set of
@@ -49,10 +49,10 @@ def search(
     loss: Loss,
     reference_inputs: Tensor | None = None,
 ) -> Tensor:
-    """The candidate [in] with the least loss.
+    """The candidate scale [in] with the least loss.
 
-    weights: float32 [out_i, in]; stats.sample: the tokens that outputs are compared on; wanted: [tokens, in], inputs of the
-    outputs that are aimed at, where they are others.
+    weights: float32 [out_i, in] each; stats.sample: tokens on which outputs are compared
+    reference_inputs: [tokens, in], inputs of the reference outputs; None: the sample too
     """
     x = stats.sample.float()
     references = [(x if reference_inputs is None else reference_inputs.float()) @ w.T for w in weights]
@@ -83,7 +83,7 @@ def _activations(x: Tensor, absmax: Tensor | None, scheme: Scheme) -> Tensor:
 
 
 def smoothquant_candidates(weights: list[Tensor], stats: Stats) -> list[Tensor]:
-    """SmoothQuant's scales for migration strengths 0.2 to 0.9."""
+    """SmoothQuant's scales, [in] each, for migration strengths 0.2 to 0.9."""
     assert stats.absmax is not None
     maxima = [stats.absmax.clamp_min(1e-5)]
     if stats.by_time is not None:
@@ -93,13 +93,13 @@ def smoothquant_candidates(weights: list[Tensor], stats: Stats) -> list[Tensor]:
 
 
 def awq_candidates(weights: list[Tensor], stats: Stats) -> list[Tensor]:
-    """AWQ's scales for exponents 1/20 to 19/20."""
+    """AWQ's scales, [in] each, for exponents 1/20 to 19/20."""
     assert stats.mean_abs is not None
     return [_centered(stats.mean_abs.pow(k / 20).clamp_min(1e-4), stats) for k in range(1, 20)]
 
 
 def _centered(s: Tensor, stats: Stats) -> Tensor:
-    """Centred on 1 geometrically; channels that were never active stay as they are."""
+    """The scale with geometric centre 1; channels that were never active get 1."""
     live = stats.mean_square > 0
     if not bool(live.any()):
         return torch.ones_like(s)
@@ -108,12 +108,12 @@ def _centered(s: Tensor, stats: Stats) -> Tensor:
 
 
 def smoothquant(state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
-    """SmoothQuant of a block."""
+    """Apply SmoothQuant to a block."""
     smooth_block(state, schemes, smoothquant_candidates)
 
 
 def awq(state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
-    """AWQ of a block."""
+    """Apply AWQ to a block."""
     smooth_block(state, schemes, awq_candidates)
 
 
@@ -123,10 +123,11 @@ def smooth_block(
     candidates_of: Callable[[list[Tensor], Stats], list[Tensor]],
     loss: Callable[[BlockState, LinearGroup], Loss] = lambda state, group: squared_error,
 ) -> None:
-    """Search and fold a scale for every group of the block that has a source to fold into; in a diffusion transformer inputs of
-    other groups are scaled at run time.
+    """Search a scale for every group of the block, and fold it into the group's source.
 
-    schemes: by linear name; groups that are skipped or mixed are left alone; loss: of a group.
+    Groups without a source are left out, but in a diffusion transformer their inputs are scaled at run time.
+
+    schemes: {linear name: scheme}; groups with skipped linears or several schemes are left out; loss: makes a group's loss
     """
     for group in state.block.groups:
         chosen = {schemes.get(linear.name) for linear in group.linears}
@@ -153,7 +154,7 @@ def smooth_block(
 
 
 def _shared_heads(state: BlockState, group: LinearGroup, s: Tensor) -> Tensor:
-    """With grouped-query attention one value channel feeds several heads: they must share its scale."""
+    """The scale with one value for all heads that read the same value channel (grouped-query attention)."""
     source = _source(state, group)
     if not isinstance(source, nn.Linear) or source.out_features == len(s):
         return s
