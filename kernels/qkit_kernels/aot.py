@@ -60,7 +60,7 @@ class Compiled:
 
 
 def sample(name: str, dtype: torch.dtype) -> Any:
-    """A small weight of a format, laid out."""
+    """A small weight of a format, in the kernels' layout."""
     fmt = FORMATS[name]
     columns = 4 * block_columns(fmt.bits)
     groups = 1 if fmt.group is None else columns // fmt.group
@@ -72,7 +72,7 @@ def sample(name: str, dtype: torch.dtype) -> Any:
 
 
 def compile_product(name: str, dtype: torch.dtype, tile: Tile, architecture: int, gated: bool = False) -> Compiled:
-    """The product kernel of a format."""
+    """The compiled product kernel of a format."""
     weight = sample(name, dtype)
     kind = KINDS[dtype]
     stored = "i32" if weight.format.scale != "float" else kind
@@ -89,7 +89,7 @@ def compile_product(name: str, dtype: torch.dtype, tile: Tile, architecture: int
 
 
 def compile_product8(name: str, dtype: torch.dtype, tile: Tile, architecture: int) -> Compiled:
-    """The product kernel with INT8 activations."""
+    """The compiled product kernel with INT8 activations."""
     weight = sample(name, dtype)
     kind = KINDS[dtype]
     types = {
@@ -133,7 +133,7 @@ def compile_quantize(bits: int | None, dtype: torch.dtype, architecture: int) ->
 
 
 def compile_sparse(dtype: torch.dtype, architecture: int) -> Compiled:
-    """The kernel of sparse parts."""
+    """The compiled kernel of sparse parts."""
     kind = KINDS[dtype]
     types = {"x_ptr": kind, "start_ptr": "i32", "column_ptr": "i32", "value_ptr": kind, "y_ptr": "fp32"}
     fixed = {"ROWS": 16, "STEP": 16, "PLAIN": False}
@@ -141,7 +141,7 @@ def compile_sparse(dtype: torch.dtype, architecture: int) -> Compiled:
 
 
 def compile_decode(keys: int, values: int, dim: int, dtype: torch.dtype, architecture: int) -> Compiled:
-    """The kernel of attention over a packed cache, by bits of keys and values and head_dim."""
+    """The compiled attention kernel of a packed cache, for bits of keys and values and a head_dim."""
     kind = KINDS[dtype]
     packed = {"w_ptr": "i16", "l_ptr": "fp16", "s_ptr": "fp16"}
     types = {"q_ptr": kind, **{f"{side}{n}": t for side in "kv" for n, t in packed.items()}}
@@ -222,7 +222,7 @@ def _words(tile: Tile) -> str:
 
 
 def wrong(row: Compiled, architecture: int) -> str:
-    """What is wrong with a row; empty where nothing is."""
+    """The faults of a row; empty where there are none."""
     faults = [f"{row.spilled} bytes spilled"] if row.spilled else []
     if row.shared > SHARED[architecture]:
         faults.append(f"{row.shared} bytes of shared memory, and sm_{architecture} has {SHARED[architecture]}")
@@ -235,7 +235,7 @@ def wrong(row: Compiled, architecture: int) -> str:
 
 
 def main() -> int:
-    """The command."""
+    """Run the command; 1 if a kernel has a fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="Write the table.")
     parser.add_argument("--only", default="", help="Rows whose label has this.")

@@ -54,19 +54,19 @@ def random_weight(
 
 
 def copies(weight: KernelWeight, device: torch.device, times: int = 3) -> list[KernelWeight]:
-    """As many of the weight as hold ``times`` the L2 cache."""
+    """Enough copies of the weight to fill the L2 cache ``times`` times."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return [weight, *(to_new(weight) for _ in range(-(-times * cache // weight.nbytes)))]
 
 
 def to_new(weight: KernelWeight) -> KernelWeight:
-    """The same in other memory."""
+    """A copy of the weight in new memory."""
     host = to(weight, torch.device("cpu"))
     return to(host, weight.words.device)
 
 
 def seconds(calls: list[Callable[[], Any]], rounds: int = 7) -> list[float]:
-    """Per call, of each of ``rounds`` replays of a graph in which the calls follow each other, CALLS at least; sorted."""
+    """Sorted seconds per call of ``rounds`` replays of a graph that has at least CALLS of the calls in turn."""
     aside = torch.cuda.Stream()
     with torch.cuda.stream(aside):
         for call in calls:
@@ -91,7 +91,7 @@ def seconds(calls: list[Callable[[], Any]], rounds: int = 7) -> list[float]:
 
 
 def candidates(weight: KernelWeight, tokens: int) -> Iterator[Tile]:
-    """Tiles worth a try."""
+    """Yield the tiles to measure."""
     blocks, processors = (
         weight.words.shape[1],
         torch.cuda.get_device_properties(weight.words.device).multi_processor_count,
@@ -106,7 +106,7 @@ def candidates(weight: KernelWeight, tokens: int) -> Iterator[Tile]:
 
 
 def tune(name: str, shape: tuple[int, int], tokens: int, device: torch.device) -> tuple[Tile, float]:
-    """The fastest tile, and its seconds."""
+    """The fastest tile, and its time in seconds."""
     dtype = torch.bfloat16
     weight = lay_out(random_weight(FORMATS[name], shape, dtype, device, 0), dtype)
     every_copy = copies(weight, device)
@@ -128,7 +128,7 @@ def _call(x: Tensor, weight: KernelWeight, tile: Tile) -> Callable[[], Tensor]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", required=True, help="out x in, for instance 4096x4096,14336x4096.")
     parser.add_argument("--formats", default="int4 g128", help=f"Of {', '.join(FORMATS)}.")

@@ -36,7 +36,7 @@ from torch import Tensor
 from qkit_kernels import cores
 from qkit_kernels.weight import CodeFormat, Weight, float_scale
 
-OPS = ("int_mm", "int4pack", "int8pack", "bag", "dequantize")  # the first that is supported is taken
+OPS = ("int_mm", "int4pack", "int8pack", "bag", "dequantize")  # the first supported one is used
 SLICE = 1 << 20  # elements of the weight that are dequantized at a time
 _BAGS = {2: "2bit", 4: "4bit", 8: "byte"}
 _FLOATS = {
@@ -57,7 +57,7 @@ class CpuWeight:
             all of lane 0, and so on. Tiles hold the codes column by column, with 2^(b - 1) added
     bits:   b, of a code in ``data``
     scales: as the operator wants them; None where it takes those of ``weight``
-    rows:   up to so many rows of activations the operator runs
+    rows:   largest number of activation rows that the operator runs
     """
 
     op: str
@@ -89,9 +89,9 @@ class CpuWeight:
 
 @functools.cache
 def most_rows(kind: str) -> dict[str, int]:
-    """{operator: rows up to which it runs} on that kind of core.
+    """{operator: largest number of rows that it runs} on a kind of core.
 
-    A kind that was not measured has the entry 'other': few rows, at which reading the weight is what takes the time anywhere.
+    A kind that was not measured has the entry 'other': few rows, for which reading the weight takes most of the time.
     """
     table = json.loads(files("qkit_kernels").joinpath("tables/cpu.json").read_text(encoding="utf-8"))
     row_limits: dict[str, int] = table.get(kind, table["other"])["rows"]
@@ -137,12 +137,12 @@ def int4_tile() -> int | None:
 
 
 def _tiled(unsigned: Tensor, tile: int, bits: int) -> Tensor:
-    """Codes uint8 [out, in] -> uint8 [out / tile, in, tile bits / 8]."""
+    """Codes uint8 [out, in] in tiles, uint8 [out / tile, in, tile bits / 8]."""
     return _joined(unsigned.unflatten(0, (-1, 8 // bits, tile * bits // 8)), bits).transpose(1, 2).contiguous()
 
 
 def _joined(lanes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 [a, lane, ..], of which the low bits count -> bytes [a, ..] that hold all lanes; for 8 bits the codes."""
+    """Bytes [a, ..] that hold all lanes of codes uint8 [a, lane, ..], of which the low bits count; for 8 bits the codes."""
     if bits == 8:
         return lanes[:, 0]
     packed = lanes[:, 0] & ((1 << bits) - 1)
@@ -155,7 +155,7 @@ def _joined(lanes: Tensor, bits: int) -> Tensor:
 
 
 def prepare(weight: Weight, dtype: torch.dtype) -> CpuWeight:
-    """Choose the operator for activations of ``dtype`` (int8: codes) and lay the codes out for it."""
+    """The weight in the layout of the operator that suits activations of ``dtype`` (int8: codes)."""
     op = next(o for o in OPS if supported(o, weight.format, weight.shape, dtype))
     return lay_out(op, weight, most_rows(cores.kind()).get(op, 0))
 
@@ -206,7 +206,7 @@ def _unsigned(codes: Tensor, bits: int) -> Tensor:
 
 
 def codes(p: CpuWeight) -> Tensor:
-    """The codes that ``prepare`` was given, [out, in] in their dtype."""
+    """The codes of the weight before ``prepare``, [out, in] in their dtype."""
     out, columns = p.shape
     flat_codes = torch.empty(out * columns, dtype=torch.int8, device=p.data.device)
     for lane, target in _lanes(p, 0, out, flat_codes):
@@ -235,7 +235,7 @@ def _lanes(p: CpuWeight, start: int, stop: int, buffer: Tensor) -> Iterator[tupl
 
 
 def _half(lane: Tensor, kind: str) -> Tensor:
-    """float16: what int8 E2M1 or E4M3 codes stand for, by moving their bits; torch's own conversion is ten times slower."""
+    """Values of int8 E2M1 or E4M3 codes, float16, by moving their bits; torch's own conversion is ten times slower."""
     shift, clear, factor = _FLOATS[kind]
     half = lane.to(torch.int16).bitwise_left_shift_(shift).bitwise_and_(~clear)
     return half.view(torch.float16).mul_(factor)
@@ -270,7 +270,7 @@ def _values(p: CpuWeight, start: int, stop: int, buffer: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, p: CpuWeight) -> Tensor:
-    """x [rows, in] -> [rows, out] in its dtype; for int8 codes (operator int_mm) float32, still to be scaled by token."""
+    """x [rows, in] times the weight, [rows, out] in x's dtype; for int8 codes (int_mm) float32, without token scales."""
     if p.op == "int_mm":
         return _int_mm(x, p)
     if p.op == "dequantize" or not 0 < len(x) <= p.rows:
@@ -297,7 +297,7 @@ def _int_mm(x: Tensor, p: CpuWeight) -> Tensor:
 
 
 def _bag(x: Tensor, p: CpuWeight) -> Tensor:
-    """float32 [rows, out]. y = sum over groups of scale (sum of x code - zero sum of x)."""
+    """x times the weight, float32 [rows, out]. y = sum over groups of scale (sum of x code - zero sum of x)."""
     (out, columns), groups = p.shape, p.weight.scale.shape[1]
     group, tiles, rows = columns // groups, out // p.tile, len(x)
     by_group = x.to(torch.float32).view(rows, groups, group).transpose(0, 1)  # [groups, rows, group]
@@ -316,7 +316,7 @@ def _bag(x: Tensor, p: CpuWeight) -> Tensor:
     sums = sums.view(tiles, groups, rows, -1, lanes).transpose(-1, -2)
 
     def beside(per_group: Tensor) -> Tensor:
-        """[out, groups] -> [tiles, groups, 1, lane, n]"""
+        """[out, groups] in the order of the operator's results, [tiles, groups, 1, lane, n]."""
         return per_group.view(tiles, lanes, -1, groups).permute(0, 3, 1, 2).unsqueeze(2)
 
     if p.weight.zero is not None:
@@ -326,7 +326,7 @@ def _bag(x: Tensor, p: CpuWeight) -> Tensor:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What dense products with activations x are computed in."""
+    """The dtype of dense products with activations x."""
     if x.device.type != "cpu":
         return x.dtype
     return torch.bfloat16 if x.dtype == torch.bfloat16 and cores.multiplies_bf16() else torch.float32

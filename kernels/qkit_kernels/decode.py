@@ -120,7 +120,7 @@ def pair_int(
     ASM: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """One of the two."""
+    """Result of ``pair_asm`` or ``pair_plain``."""
     if ASM:
         low, high = pair_asm(words, offset, SHIFT, MASK, LITERAL)
     else:
@@ -201,7 +201,7 @@ def scales_of_bytes(four, SCALE: tl.constexpr, FACTOR: tl.constexpr, DTYPE: tl.c
 
 
 def unscaled(kind: str, bits: int, half: bool) -> float:
-    """What makes up for the factor of ``bits_fp4`` and ``bits_fp8``. half: in float16, else bfloat16."""
+    """The inverse of the factor of ``bits_fp4`` and ``bits_fp8``. half: in float16, else bfloat16."""
     if kind == "int":
         return 1.0
     if bits == 4:

@@ -16,12 +16,12 @@ from qkit_kernels.layout import KernelWeight, block_columns, codes_of, lay_out, 
 from qkit_kernels.weight import CodeFormat, Weight
 
 OPS = ("product8", "view8", "product")
-INTEGERS = ("product8", "view8")  # those that round the activations themselves
+INTEGERS = ("product8", "view8")  # operators that quantize the activations themselves
 
 
 @dataclass(frozen=True)
 class GpuWeight:
-    """A weight laid out for one of OPS; weight: its format, scales and zero points, without codes."""
+    """A weight in the layout of one of OPS. weight: its format, scales and zero points, without codes."""
 
     op: str
     weight: Weight
@@ -52,12 +52,12 @@ def supported(op: str, fmt: CodeFormat, shape: tuple[int, int], dtype: torch.dty
 
 
 def prepare(weight: Weight, dtype: torch.dtype, op: str = "product") -> GpuWeight:
-    """The weight in the kernels' layout, on the device that it is on, for activations in ``dtype``."""
+    """The weight in the kernels' layout, on its device, for activations in ``dtype``."""
     return GpuWeight(op, replace(weight, codes=weight.codes.new_empty(0)), lay_out(weight, dtype))
 
 
 def linear(x: Tensor, p: GpuWeight, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """x [rows, in] to [rows, out] in its dtype; bias [out]; residual [rows, out], which product8 does not take."""
+    """x [rows, in] times the weight, [rows, out] in x's dtype; bias [out]; residual [rows, out] (not for product8)."""
     from qkit_kernels.matmul import product  # brings Triton, which the CPU does without
     from qkit_kernels.matmul8 import product8, view8
     from qkit_kernels.tiles import choose
@@ -79,7 +79,7 @@ def sparse(x: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
 
 
 def codes(p: GpuWeight) -> Tensor:
-    """The codes that ``prepare`` was given, [out, in] in their dtype."""
+    """The codes of the weight before ``prepare``, [out, in] in their dtype."""
     fmt, stored = p.kernel_weight.format, codes_of(p.kernel_weight)
     if fmt.kind == "int":
         return (stored - (1 << (fmt.bits - 1))).to(torch.int8)
@@ -87,7 +87,7 @@ def codes(p: GpuWeight) -> Tensor:
 
 
 def to(weight: KernelWeight, device: torch.device) -> KernelWeight:
-    """The same on another device."""
+    """The weight on another device."""
     tensors = {
         n: t.to(device) for n in ("words", "scale", "zero", "row", "counts") if (t := getattr(weight, n)) is not None
     }

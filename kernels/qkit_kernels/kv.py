@@ -4,8 +4,8 @@ share it as one tile, and a part of the tokens.
 Codes are multiplied as they are. A token has one step and one least value for its key and one of each for its value:
   score = step_k (q . code) + low_k sum(q)        out = sum p step_v code + sum p low_v
 so the step of the key scales a score, that of the value a probability, and the inner loops only unpack. Programs of one
-head leave their running softmax (most, total, sum); ``decode`` folds them together in their order: the same input
-gives the same bits.
+head store their running softmax (m: maximum, l: sum of exponentials, acc: weighted sum of values); ``decode`` merges them in
+order, so the same input gives the same bits.
 
 The layout is that of the cache: int16 words along head_dim, the first code in the highest bits; low and span (the range of
 a token's codes) float16. Eight-, four- and two-bit codes; one group a head.
@@ -31,7 +31,9 @@ TILE, WARPS, STAGES = 64, 4, 2  # tokens that are unpacked at a time
 
 @dataclass(frozen=True)
 class Tokens:
-    """Keys or values: words int16 [batch, heads, tokens, head_dim bits / 16]; low, span: float16 [batch, heads, tokens]."""
+    """Packed keys or values: words int16 [batch, heads, tokens, head_dim bits / 16]; low, span: float16 [batch, heads,
+    tokens].
+    """
 
     words: Tensor
     low: Tensor
@@ -50,13 +52,13 @@ def supported(bits: int, head_dim: int, group: int) -> bool:
 
 @triton.jit
 def _plane(words, BITS: tl.constexpr, P: tl.constexpr):
-    """Code P of every word; 0 is the first."""
+    """Code P of every word, counted from 0."""
     return (words >> (16 - BITS * (P + 1))) & ((1 << BITS) - 1)
 
 
 @triton.jit
 def _codes(words, BITS: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
-    """int32 words [N, D BITS / 16] to int32 codes [N, D]."""
+    """Codes int32 [N, D] of words int32 [N, D BITS / 16]."""
     if BITS == 8:
         codes = tl.join(_plane(words, 8, 0), _plane(words, 8, 1))
     elif BITS == 4:
@@ -79,7 +81,7 @@ def decode_kernel(
     KBITS: tl.constexpr, VBITS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, G: tl.constexpr, MASK: tl.constexpr,
     PLAIN: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Of head ``program 0`` and the tokens of part ``program 1``: most, total float32 [.., ROWS], sum float32 [.., ROWS, DV].
+    """Store m, l float32 [.., ROWS] and acc float32 [.., ROWS, DV] for head ``program 0`` and split ``program 1`` of tokens.
 
     q: [batch HEADS, G, D], scaled; mask: float32 [batch, T], added to scores. ROWS: of the tile, at least G.
     """
@@ -135,10 +137,10 @@ def decode_kernel(
 
 
 def decode(q: Tensor, keys: Tokens, values: Tokens, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """(most, total, sum) of the softmax over all tokens: float32 [batch, heads, group] twice, [batch, heads, group, head_dim].
+    """(m, l, acc) of the softmax over all tokens: float32 [batch, heads, group] twice, [batch, heads, group, head_dim].
 
     q: [batch, heads, group, head_dim], float16 or bfloat16, scaled: the query heads that share a head of keys; mask:
-    float32 [batch, tokens], added to scores. The attention is sum / total. Raises ValueError for a cache that
+    float32 [batch, tokens], added to scores. The attention output is acc / l. Raises ValueError for a cache that
     ``supported`` refuses.
     """
     batch, heads, group, dim = q.shape
@@ -163,7 +165,7 @@ def decode(q: Tensor, keys: Tokens, values: Tokens, mask: Tensor | None = None) 
 
 
 def _folded(m: Tensor, l: Tensor, acc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The parts [batch, heads, parts, group, ..] as one."""
+    """The softmax over all splits, from m, l, acc [batch, heads, splits, group, ..]."""
     m_max = m.amax(2, keepdim=True)
     weight = (m - torch.where(m_max == -torch.inf, 0.0, m_max)).exp()
     return m_max[:, :, 0], (l * weight).sum(2), (acc * weight[..., None]).sum(2)

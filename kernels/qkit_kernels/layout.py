@@ -59,7 +59,7 @@ class KernelWeight:
     words:  int32 [rows / 8, blocks, 1 or 3, 8, 4, 4]
     scale:  [rows / 8, blocks, 8, scales of a block]; None where ``row`` has all of it
     zero:   int8, shape of scale; None for symmetric formats
-    row:    float32 [rows]: what a row of the product is multiplied with in the end
+    row:    float32 [rows], factors of the rows of the product
     counts: int32 [rows / 16]: zero between launches; programs that share rows count here how many are done. So a weight serves
             one stream at a time.
     """
@@ -75,17 +75,17 @@ class KernelWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, and read by a product."""
+        """Bytes of the weight, which a product reads."""
         return sum(t.nbytes for t in (self.words, self.scale, self.zero, self.row) if t is not None)
 
 
 def block_columns(bits: int) -> int:
-    """Columns of a block."""
+    """Number of columns in a block."""
     return 32 * PAIRS[bits]
 
 
 def why_not(fmt: CodeFormat, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
-    """Why the layout does not take such a weight; None where it does."""
+    """The reason why the layout does not support a weight; None where it does."""
     unit, block = 8 * PAIRS.get(fmt.bits, 0), 32 * PAIRS.get(fmt.bits, 0)
     if not unit:
         return f"{fmt.bits}-bit codes: expected 2, 3, 4 or 8"
@@ -105,7 +105,7 @@ def _divides(group: int, unit: int) -> bool:
 
 
 def lay_out(weight: Weight, dtype: torch.dtype) -> KernelWeight:
-    """Rearrange a weight for activations in ``dtype`` (float16 or bfloat16).
+    """The weight in the kernels' layout, for activations in ``dtype`` (float16 or bfloat16).
 
     Raises ValueError for what ``why_not`` names.
     """
@@ -137,7 +137,7 @@ def lay_out(weight: Weight, dtype: torch.dtype) -> KernelWeight:
 
 
 def lay_out_gated(gate: Weight, up: Weight, dtype: torch.dtype) -> KernelWeight:
-    """Two weights of one format and shape, one below the other, for silu(gate x) * (up x) in one product."""
+    """Two weights of one format and shape, stacked, for silu(gate x) * (up x) in one product."""
     halves = [lay_out(w, dtype) for w in (gate, up)]
     if gate.format != up.format or gate.shape != up.shape:
         raise ValueError(f"gate and up differ: {gate.format} {gate.shape} and {up.format} {up.shape}")
@@ -148,7 +148,7 @@ def lay_out_gated(gate: Weight, up: Weight, dtype: torch.dtype) -> KernelWeight:
 
 
 def _words(codes: Tensor, bits: int) -> Tensor:
-    """int32 codes [rows, columns] to words."""
+    """Words of int32 codes [rows, columns]."""
     pairs = PAIRS[bits]
     # rows / 8, 8, block, u, j, w, h
     split = codes.view(codes.shape[0] // 8, 8, -1, 4, pairs, 4, 2)
@@ -162,7 +162,7 @@ def _words(codes: Tensor, bits: int) -> Tensor:
 
 
 def _packed(codes_by_position: list[Tensor], bits: int) -> Tensor:
-    """Pairs of codes, one to a place of a word."""
+    """Words with one pair of codes at each position."""
     word = codes_by_position[0].clone()
     for j, codes in enumerate(codes_by_position[1:], 1):
         word |= codes << (bits * j)
@@ -170,7 +170,7 @@ def _packed(codes_by_position: list[Tensor], bits: int) -> Tensor:
 
 
 def codes_of(weight: KernelWeight) -> Tensor:
-    """The inverse, for tests: int32 [out, in], as stored (integers with 2^(bits - 1) added)."""
+    """The codes of a weight, int32 [out, in], as stored (integers with 2^(bits - 1) added): the inverse of ``lay_out``."""
     bits, pairs = weight.format.bits, PAIRS[weight.format.bits]
     words, mask = weight.words, ((1 << weight.format.bits) - 1) * 0x00010001
     if bits == 3:

@@ -35,7 +35,8 @@ from qkit_kernels.layout import PAIRS, KernelWeight
 
 @dataclass(frozen=True)
 class Tile:
-    """rows of the weight and of x in a program; warps; stages: blocks in flight; split: programs that share a row's columns."""
+    """The tile of a program: rows of the weight; tokens (rows of x); warps; stages: blocks in flight; split: programs that
+    share a row's columns."""
 
     rows: int
     tokens: int
@@ -239,7 +240,7 @@ INTERPRETED = not isinstance(product_kernel, triton.JITFunction)  # TRITON_INTER
 
 
 def constants(weight: KernelWeight) -> dict[str, object]:
-    """What the kernel is compiled for, of a weight."""
+    """The compile-time constants of the kernel for a weight."""
     fmt, half = weight.format, weight.dtype == torch.float16
     magic = 1024 if half else 8388608 if fmt.bits == 8 else 128
     offset = -float(magic + (1 << (fmt.bits - 1)))
@@ -267,9 +268,9 @@ def product(
     token: Tensor | None = None,
     asm: bool = True,
 ) -> Tensor:
-    """x [M, in] in weight.dtype, rows contiguous, to [M, out], or [M, out / 2] with ``gated`` (see ``lay_out_gated``).
+    """x W^T, [M, out], or [M, out / 2] with ``gated`` (see ``lay_out_gated``); x: [M, in] in weight.dtype, rows contiguous.
 
-    bias: [out]; residual: [M, out], added last; token: float32 [M], what rows of x are yet to be multiplied with; asm:
+    bias: [out]; residual: [M, out], added last; token: float32 [M], factors of rows of x; asm:
     codes are decoded in PTX where there is a choice. Raises ValueError where shapes or dtypes do not agree.
     """
     rows, columns = weight.shape
@@ -311,5 +312,5 @@ def stored_scales(weight: KernelWeight) -> Tensor | None:
 
 
 def _or(t: Tensor | None, placeholder: Tensor) -> Tensor:
-    """A pointer that is never followed where there is none."""
+    """t, or a placeholder pointer that the kernel never reads."""
     return placeholder if t is None else t

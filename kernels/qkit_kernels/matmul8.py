@@ -154,7 +154,7 @@ def _finish8(acc, token_ptr, row_ptr, bias_ptr, y_ptr, n, m, M, N, BIAS: tl.cons
 
 
 def takes(weight: KernelWeight) -> bool:
-    """Whether ``product8`` can run a weight: 4- or 8-bit integers whose scales are a block's or coarser."""
+    """Whether ``product8`` supports a weight: 4- or 8-bit integers with scales of whole blocks or coarser."""
     one = weight.scale is None or weight.scale.shape[3] == 1
     return weight.format.kind == "int" and weight.format.bits in (4, 8) and one
 
@@ -170,7 +170,7 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _quantized(x: Tensor, codes: Tensor, sums: Tensor, bits: int, ordered: bool) -> Tensor:
-    """Fills codes and sums; float32 [M], the scales."""
+    """Scales of tokens, float32 [M]; fills codes and sums."""
     m, columns = x.shape
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     blocks = triton.cdiv(columns, block_columns(bits))

@@ -61,12 +61,12 @@ def fitted(tile: Tile, bits: int) -> Tile:
 
 
 def bucket(m: int) -> int:
-    """Tokens of a tile for m rows of x."""
+    """Number of tokens in a tile for m rows of x."""
     return next((b for b in BUCKETS if m <= b), WIDEST)
 
 
 def choose(weight: KernelWeight, m: int, device: torch.device) -> Tile:
-    """The tile for m rows of x."""
+    """The tile for m rows of x, from this GPU's table or the rule."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -77,7 +77,7 @@ def choose(weight: KernelWeight, m: int, device: torch.device) -> Tile:
 
 
 def rule(weight: KernelWeight, m: int, processors: int) -> Tile:
-    """The tile where no table says one."""
+    """The tile for m rows of x where there is no table."""
     tokens = bucket(m)
     rows, warps = {8: (32, 2), 16: (64, 2)}.get(tokens, (64, 4))
     blocks = weight.words.shape[1]
@@ -87,7 +87,7 @@ def rule(weight: KernelWeight, m: int, processors: int) -> Tile:
 
 
 def key(bits: int, shape: tuple[int, int], tokens: int) -> str:
-    """Of a table."""
+    """The key of a tile in a table."""
     return f"{bits} {shape[0]} {shape[1]} {tokens}"
 
 

@@ -34,7 +34,7 @@ CASES = {  # by operator: formats, dtype of activations
 
 
 def random_weight(fmt: CodeFormat, shape: tuple[int, int], seed: int = 0) -> Weight:
-    """Codes over the whole range of an integer format, scales around 0.01, zero points where the format has them."""
+    """A random weight: codes over the whole range of an integer format, scales around 0.01, zero points if it has them."""
     out, columns = shape
     generator = torch.Generator().manual_seed(seed)
     groups = columns // (fmt.group or columns)
@@ -46,7 +46,7 @@ def random_weight(fmt: CodeFormat, shape: tuple[int, int], seed: int = 0) -> Wei
 
 
 def seconds(runs: tuple[Callable[[], Tensor], ...], repeats: int) -> list[float]:
-    """The lower fifth of the time of each, taken in turn."""
+    """The lower fifth of the times of each run, in seconds; runs alternate."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times_by_run: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats + 1):
@@ -58,7 +58,7 @@ def seconds(runs: tuple[Callable[[], Tensor], ...], repeats: int) -> list[float]
 
 
 def last_row(op: str, repeats: int) -> int:
-    """Rows up to which ``op`` is never slower than slices; 0 where it is slower from the start."""
+    """The largest number of rows up to which ``op`` is never slower than slices; 0 where it is slower from the start."""
     limit = ROWS[-1]
     formats, dtype = CASES[op]
     for fmt, shape in itertools.product(formats, SHAPES):

@@ -1,9 +1,9 @@
-"""From runs of the packed model to a policy: what errors NVFP4 inputs make, and how they follow from a block's change.
+"""Fits a policy to runs of the packed model: errors of NVFP4 inputs as a function of a block's change.
 
-The packed pipeline samples some prompts with inputs as they are. At every step each linear's output is also computed with NVFP4
-inputs, on SAMPLE_TOKENS of its tokens, and the relative L1 error is paired with the change of its block one step earlier,
-over all steps, branches and prompts (the paper: least squares on 100 prompts, section 5.1). Thresholds are then set so that
-the mean width and the share of skips come out as asked on these very runs, told what the policy would have done there.
+The packed pipeline samples some prompts with unquantized inputs. At every step each linear's output is also computed with NVFP4
+inputs, on SAMPLE_TOKENS of its tokens. Least squares relate the relative L1 error to the change of the block one step earlier,
+over all steps, branches and prompts (the paper uses 100 prompts, section 5.1). Thresholds are then set so that the policy would
+have the requested mean width and share of skips on these runs.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ from qkit.tensor.formats import ACTIVATION_FORMATS
 
 SAMPLE_TOKENS = 256  # of a linear's inputs that errors are measured on
 SAMPLE_VALUES = 1 << 14  # of a block's residual that a schedule goes by
-PROMPTS = 8  # that runs are observed on, if there are as many
+PROMPTS = 8  # prompts of observed runs, if there are as many
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """One linear at one step. run: number of the prompt; change: of its block one step earlier (None: it did not run then);
-    error: relative L1 of its output under NVFP4 inputs; peak: max |x| / mean |x| of its inputs; time: the step's."""
+    """One linear at one step.
+
+    run:    number of the prompt
+    change: of its block one step earlier (None: it did not run then)
+    error:  relative L1 of its output with NVFP4 inputs; peak: max |x| / mean |x| of its inputs; time: of the step
+    """
 
     run: int
     step: int
@@ -44,7 +48,7 @@ class Observation:
 
 
 class Observer(Controller):
-    """Lets everything run as it is, and looks."""
+    """A controller that observes errors, and changes nothing."""
 
     watches = True
 
@@ -60,7 +64,7 @@ class Observer(Controller):
         self.run += 1
 
     def choose(self, block: int, linear: StepQuantizable, name: str, x: Tensor) -> str:
-        """Note the error that NVFP4 inputs would make; inputs stay as they are."""
+        """Record the error of NVFP4 inputs; the format is PURE, so inputs are not quantized."""
         flat = x.reshape(-1, x.shape[-1])
         sample = flat[:: max(1, len(flat) // SAMPLE_TOKENS)]
         exact, rounded = (linear.product(sample, f).float() for f in (None, ACTIVATION_FORMATS[NARROW]))
@@ -83,7 +87,7 @@ class Observer(Controller):
         return PURE
 
     def ran(self, block: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
-        """Keep some of the residual, too."""
+        """Record a run of the block, with a sample of its residual."""
         super().ran(block, inputs, outputs)
         flat = torch.cat([d.flatten() for d in self.state(block, inputs).deltas.values()])
         sampled = flat[:: max(1, len(flat) // SAMPLE_VALUES)].cpu().clone()
@@ -91,7 +95,7 @@ class Observer(Controller):
 
 
 class ErrorWeights(Protocol):
-    """``influence.Influence``."""
+    """Factors of errors, as in ``influence.Influence``."""
 
     @property
     def by_time(self) -> tuple[tuple[float, float], ...]: ...
@@ -101,7 +105,11 @@ class ErrorWeights(Protocol):
 
 @dataclass(frozen=True)
 class Fit:
-    """A policy, and what is known of it. pearson: by linear, correlation of error and change (NaN where one is constant)."""
+    """A policy and properties of its fit.
+
+    pearson:  {linear: correlation of error and change} (NaN where one is constant)
+    pairs:    number of fitted points; expected: share of skips and mean width on the observed runs
+    """
 
     policy: StepPolicy
     pearson: dict[str, float]
@@ -109,7 +117,7 @@ class Fit:
     expected: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """For qkit.json and reports; a correlation that is not defined is null."""
+        """A JSON-able dictionary, for qkit.json and reports; an undefined correlation is null."""
         rounded = {n: None if math.isnan(r) else round(r, 4) for n, r in self.pearson.items()}
         return {"pearson": rounded, "pairs": self.pairs, "expected": self.expected}
 
@@ -120,8 +128,10 @@ def fit(
     chosen: Mapping[str, str] | None = None,
     weights: ErrorWeights | None = None,
 ) -> Fit:
-    """The policy that the observed runs ask for. chosen: NARROW or WIDE by linear, where that is decided already; weights: what
-    errors are worth."""
+    """The policy that fits the observed runs.
+
+    chosen:  {linear: NARROW or WIDE}, where formats are decided already; weights: factors of errors
+    """
     policy = StepPolicy(fits={}, threshold=math.inf, most=MOST_SKIPS, kind=config.kind)
     if weights is not None:
         policy = replace(policy, by_time=weights.by_time, by_block=weights.by_block)
@@ -173,8 +183,10 @@ def least_squares(xy: Tensor) -> tuple[tuple[float, float], float]:
 
 
 def skips_of(residuals: dict[int, Tensor], tau: float, most_skips: int = MOST_SKIPS) -> set[int]:
-    """Steps at which the cache rule would have skipped a block with these residuals, by step. What is compared are residuals of
-    steps that would have been computed; that skips change what later blocks see is left out."""
+    """Steps at which the cache rule would have skipped a block. residuals: {step: its residual}.
+
+    Only residuals of computed steps are compared. The effect of skips on later blocks is not included.
+    """
     skipped, summed, in_a_row = set[int](), 0.0, 0
     drift, computed_residual = None, None
     for step, residual in sorted(residuals.items()):
@@ -191,8 +203,7 @@ def skips_of(residuals: dict[int, Tensor], tau: float, most_skips: int = MOST_SK
 
 
 def _schedule(observer: Observer, share: float) -> tuple[tuple[int, ...], int]:
-    """(steps that are computed, steps in all), so that no larger share is skipped; branches that do not run at every step have
-    no say."""
+    """(computed steps, number of all steps), with at most the given share skipped. Branches without all steps are ignored."""
     steps = 1 + max(s.step for s in observer.seen)
     features = [torch.stack([r[s] for s in range(steps)]) for r in observer.residuals.values() if len(r) == steps]
     costs = torch.stack([group_costs(f) for f in features]).mean(0)
@@ -204,11 +215,10 @@ def _schedule(observer: Observer, share: float) -> tuple[tuple[int, ...], int]:
 def schedule_gains(
     residuals: Mapping[tuple[int, int, int], Mapping[int, Tensor]], computed: Sequence[int], steps: int
 ) -> dict[int, tuple[float, ...]]:
-    """By skipped step, and by block, the least-squares factor from the residual that is reused to the one that would have been
-    computed, over runs and branches.
+    """{skipped step: a factor for each block}, by least squares from reused to computed residuals, over runs and branches.
 
     CacheQuant (arXiv 2503.01323, decoupled error correction) fits a factor and an offset for every channel; on tiny-video
-    that was no better than one factor for all, which is as small as a number can be.
+    one factor for all was as good, and needs less space.
     """
     blocks = 1 + max(block for _, _, block in residuals)
     sums = torch.zeros(2, steps, blocks, dtype=torch.float64)
@@ -223,7 +233,7 @@ def schedule_gains(
 
 
 def _tau(observer: Observer, share: float) -> float:
-    """The largest tau that was found, by bisection, under which no larger share of block runs would be skipped."""
+    """The largest tau, by bisection, with which at most the given share of block runs is skipped."""
     residuals = list(observer.residuals.values())
     count = sum(map(len, residuals))
     low, high = 0.0, 2.0 * (MOST_SKIPS + 1)  # a residual whose sign changes drifts by 2
@@ -237,9 +247,11 @@ def _tau(observer: Observer, share: float) -> float:
 def _threshold(
     observer: Observer, policy: StepPolicy, skipped: dict[tuple[int, int, int], set[int]], width: float
 ) -> tuple[float, float]:
-    """(threshold, mean width that it comes to): the policy's own threshold if it is finite; else below it lie as many
-    predictions as may be NVFP4 for that width. Inputs with outliers are in 16 bits where a cache is, and runs that follow a
-    skip in INT8."""
+    """(threshold, resulting mean width).
+
+    The threshold is the policy's own if it is finite, else the one with which NVFP4 inputs give the requested width. With a
+    cache, inputs with outliers count 16 bits, and inputs after a skip 8 bits.
+    """
     predicted, count, pure = [], 0, 0
     for s in observer.seen:
         skips = skipped[s.run, s.branch, s.block]

@@ -1,8 +1,8 @@
-"""What an error is worth: how far the end of a run moves when inputs are NVFP4 at one step only, or in one block only.
+"""The influence of errors: the change of a run's final latents when inputs are NVFP4 at one step only, or in one block only.
 
-The error that a linear makes is relative to its own output, and says nothing of what becomes of it: a sampler's steps are of
-different lengths, later steps correct earlier ones, and blocks add to their inputs more or less. 6Bit-Diffusion has one
-threshold for all; weighing predicted errors by their influence is ours. It costs runs of the sampler for every step and block.
+A linear's error is relative to its own output, and does not show its effect on the result: steps of a sampler differ in length,
+later steps correct earlier ones, and blocks add more or less to their inputs. 6Bit-Diffusion has one threshold for all;
+weighting predicted errors by their influence is ours. It needs runs of the sampler for every step and block.
 
 With D the squared distance of the latents at the end, and E the sum of squares of the errors of linears that are isolated,
 the influence is sqrt(D / E); of a linear at a step it is taken to be the product of the step's and the block's, either
@@ -29,7 +29,7 @@ PROMPTS = 2  # runs for every step and every block
 
 @dataclass(frozen=True)
 class Influence:
-    """by_time: (time, influence) of the steps, times ascending; by_block: of the blocks; each with mean 1."""
+    """Influence, with mean 1. by_time: (time, influence) of steps, times ascending; by_block: of the blocks."""
 
     by_time: tuple[tuple[float, float], ...]
     by_block: tuple[float, ...]
@@ -43,8 +43,11 @@ def influence_of(
     call: dict[str, Any],
     step: Callable[[], object],
 ) -> Influence:
-    """pipeline: packed, with ``controller`` attached; seen: errors of its linears; samples: (prompt, seed); step: called after
-    each step and block."""
+    """The influence of errors at every step and in every block.
+
+    pipeline: packed, with ``controller`` attached; seen: observed errors of its linears
+    samples:  (prompt, seed) of each run; call: arguments of the pipeline; step: called after each step and block
+    """
     by_step, by_block, times = defaultdict[int, float](float), defaultdict[int, float](float), dict[int, float]()
     for s in observations:
         by_step[s.step] += s.error**2

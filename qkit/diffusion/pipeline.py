@@ -1,7 +1,7 @@
-"""Pipelines of diffusers: a folder of components under a model_index.json, of which the transformer is quantized.
+"""Pipelines of diffusers: a folder of components with a model_index.json. The transformer is quantized.
 
-The rest (text encoders, VAE, scheduler, tokenizers) is copied as it is. Components may come from diffusers and transformers
-only, and no file of code or pickle is copied: a pipeline is read, not believed.
+The rest (text encoders, VAE, scheduler, tokenizers) is copied unchanged. Only components of diffusers and transformers are
+accepted, and no code or pickle file is copied: a pipeline is not trusted.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ from qkit.files.side_files import copy, refuse_pickles, travelling
 
 LIBRARIES = ("diffusers", "transformers")
 SECOND = "transformer_2"
-SAMPLING = "sampling.json"  # beside the index: how the pipeline is meant to be called, and prompts
+SAMPLING = "sampling.json"  # beside the index: arguments of the pipeline, and prompts
 
 
 def check_pipeline(folder: Path) -> dict[str, Any]:
-    """model_index.json, after checks. Raises BadCheckpoint for what would run code or is no pipeline, Unsupported for one
-    without a diffusion transformer."""
+    """Content of model_index.json, after checks.
+
+    Raises BadCheckpoint for a folder that would run code or is no pipeline, Unsupported for one without a diffusion
+    transformer.
+    """
     file = folder / PIPELINE_INDEX
     index = load_json(contained(folder.resolve(), PIPELINE_INDEX), "pipeline index")
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
@@ -78,13 +81,13 @@ def files_around(source: Path) -> dict[str, str]:
 
 
 def hash_weights_around(source: Path, rest: Iterable[str]) -> str:
-    """sha256 over every byte of the weights among the files of ``files_around``, in hex (``hashcache``)."""
+    """sha256 of all weights among the files of ``files_around``, in hex (``hashcache``)."""
     names = sorted(name for name in rest if name.endswith(".safetensors"))
     return hashlib.sha256("".join(f"{name}\0{full_hash(source / name)}\0" for name in names).encode()).hexdigest()
 
 
 def rest_names(files: Mapping[str, str], replaced: Mapping[str, Path]) -> list[str]:
-    """Names of the files that ``copy_rest`` writes."""
+    """Names of the files that ``copy_rest`` writes, relative to the pipeline."""
     copied = [name for name in files if name.partition("/")[0] not in replaced]
     return [*copied, *(f"{name}/{file}" for name, folder in replaced.items() for file in _files(folder)), SAMPLING]
 
@@ -96,10 +99,10 @@ def copy_rest(
     sampling: bytes | None = None,
     replaced: Mapping[str, Path] | None = None,
 ) -> dict[str, str]:
-    """Copy the files of ``wanted``, which ``files_around`` gave, to ``out``; {name: sha256} of what has to be there then.
+    """Copy the files of ``wanted``, which ``files_around`` gave, to ``out``, and give their {name: sha256}.
 
-    sampling: what the result's sampling.json says, in the place of the source's; replaced: by component, the folder to take in
-    the place of its own. Raises IOFailure, and BadCheckpoint for a file that changed.
+    sampling: content of sampling.json in place of the source's; replaced: {component: folder to copy in place of its own}.
+    Raises IOFailure, and BadCheckpoint for a file that changed.
     """
     replacements = replaced or {}
     copied_files = {name: known for name, known in files.items() if name.partition("/")[0] not in replacements}
@@ -129,13 +132,13 @@ def _files(folder: Path) -> list[str]:
 
 
 def reason(error: Exception) -> str:
-    """The first line of another library's complaint, or its kind where it says nothing."""
+    """The first line of a library's error message, or the error's class where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What diffusers and transformers say about the ordinary is not said: bars of loading, hints, rounded arguments."""
+    """Silence progress bars, hints and warnings of diffusers and transformers."""
     import diffusers.utils.logging
     import transformers.utils.logging
 

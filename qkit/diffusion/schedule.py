@@ -1,4 +1,4 @@
-"""When to compute and when to reuse, decided beforehand: CacheQuant's dynamic programming (arXiv 2503.01323, DPS).
+"""Schedules of computed and reused steps, by CacheQuant's dynamic programming (arXiv 2503.01323, DPS).
 
 The steps of a sampler are cut into consecutive groups; a group is computed at its first step and reused at the others. The cut
 with the least summed distance between what is reused and what would have been computed is exact by dynamic programming. The
@@ -18,7 +18,7 @@ LONGEST = 1 + MOST_SKIPS  # steps of a group, at most
 
 
 def group_costs(features: Tensor) -> Tensor:
-    """float64 [T, T]: entry (j, n) is what reusing step j until step n costs, n included; infinite below the diagonal.
+    """Costs, float64 [T, T]: entry (j, n) is that of reusing step j until step n, n included; infinite below the diagonal.
 
     features: [T, values] of one block, relative to their mean absolute value
     """

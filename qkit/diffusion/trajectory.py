@@ -1,8 +1,8 @@
-"""Calibration along the trajectory: what a transformer is called with while its pipeline samples.
+"""Calibration along the trajectory: calls of a transformer while its pipeline samples.
 
-The pipeline's own sampler runs in full precision, prompt by prompt. Of every prompt some steps are kept, one from each of
-STRATA equal parts of the schedule, and another one of a part for the next prompt, so that all timesteps have their
-share; of a kept step, the calls of all guidance branches. Prompts and steps a row: our choice (ViDiT-Q,
+The pipeline's own sampler runs in full precision, prompt by prompt. For every prompt some steps are kept, one from each of
+STRATA equal parts of the schedule; the next prompt uses another step of each part, so all timesteps occur. All guidance
+branches of a kept step are recorded. Prompts and steps a row: our choice (ViDiT-Q,
 arXiv 2406.02540, takes 10 prompts and every tenth step).
 """
 
@@ -36,16 +36,16 @@ _OWN = ("prompt", "class_labels", "generator", "output_type", "callback_on_step_
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a pipeline is called: prompts (or classes), and keyword arguments such as num_inference_steps."""
+    """Arguments of a pipeline: prompts (or classes), and keyword arguments such as num_inference_steps."""
 
     prompts: tuple[str, ...]
     call: dict[str, Any]
 
 
 def sampling_of(folder: Path, prompts: Path | None, call: dict[str, Any]) -> Sampling:
-    """What the user says, over what the folder says. prompts: a text file, one a line.
+    """The user's prompts and arguments, or those of the folder's sampling.json. prompts: a text file, one prompt a line.
 
-    Raises BadCalibration for a file without prompts, UsageError for arguments that are qkit's to give.
+    Raises BadCalibration for a file without prompts, UsageError for arguments that qkit sets itself.
     """
     stored: Any = load_json(contained(folder.resolve(), SAMPLING), "sampling") if (folder / SAMPLING).is_file() else {}
     settings: dict[str, Any] = stored if isinstance(stored, dict) else {"call": None}
@@ -77,7 +77,7 @@ def _is_prompt(value: Any) -> bool:
 
 
 def chosen_steps(count: int, prompt: int, most: int) -> tuple[int, ...]:
-    """The steps of a schedule of ``count`` that are kept of the prompt of that number, at the most ``most``."""
+    """Kept steps, at most ``most``, of a schedule of ``count`` steps for prompt number ``prompt``."""
     parts = min(STRATA, count, most)
     edges = [count * i // parts for i in range(parts + 1)]
     return tuple(a + prompt % (b - a) for a, b in pairwise(edges))
@@ -85,10 +85,10 @@ def chosen_steps(count: int, prompt: int, most: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """Calls of a pipeline's transformer, made anew each time they are asked for: the same ones.
+    """Calls of a pipeline's transformer, which are computed each time they are read; they are the same every time.
 
-    samples: how many (prompt, step) pairs; each gives as many rows as the pipeline has guidance branches
-    cap: bytes that one row may take in memory; the others are on the disk meanwhile
+    samples: number of (prompt, step) pairs; each gives one row for each guidance branch
+    cap: largest number of bytes of one row in memory; the others are offloaded to the disk
     """
 
     folder: Path
@@ -100,12 +100,12 @@ class Trajectory:
 
     @property
     def digest(self) -> str:
-        """sha256 of all that decides what the calls are, but for the pipeline."""
+        """sha256 of all settings of the calls; the pipeline itself is not included."""
         content = [self.sampling.prompts, self.sampling.call, self.samples, self.seed, STRATA]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def calls(self, folder: Path) -> Iterator[dict[str, Any]]:
-        """Keyword arguments of the transformer, call after call, read from a file in ``folder`` that is gone afterwards.
+        """Keyword arguments of the transformer, call after call, read from a temporary file in ``folder``.
 
         Raises BadCalibration for a call that takes more memory than the cap, and as ``sample`` does.
         """
@@ -126,7 +126,7 @@ class Trajectory:
 
 @dataclass(kw_only=True)
 class _CallRecorder:
-    """The calls of the transformer that one prompt's run is to keep, by step: tensors as places in a file."""
+    """Records the calls of one prompt's run at chosen steps. kept: {step: calls}, with tensors offloaded to ``file``."""
 
     prompt: int
     most: int
@@ -156,20 +156,20 @@ class _CallRecorder:
         return _TensorIndex(len(self.file) - 1)
 
     def read(self, call: dict[str, Any]) -> dict[str, Any]:
-        """A call with its tensors."""
+        """A recorded call with its tensors loaded."""
         loaded_call: dict[str, Any] = mapped(lambda v: self.file[v.index] if isinstance(v, _TensorIndex) else v, call)
         return loaded_call
 
 
 @dataclass(frozen=True)
 class _TensorIndex:
-    """Where a tensor lies in a file of tensors."""
+    """The index of a tensor in the file."""
 
     index: int
 
 
 def subject(pipeline: Any, prompt: str) -> dict[str, Any]:
-    """What says what is to be made: a prompt, or of a pipeline that knows classes only the number of one."""
+    """The argument with the prompt, or with a class number for a pipeline that has only classes."""
     takes = "prompt" in inspect.signature(pipeline.__call__).parameters
     return {"prompt": prompt} if takes else {"class_labels": [int(prompt)]}
 
@@ -188,11 +188,10 @@ def check_call(pipeline_class: type, call: Iterable[str]) -> Mapping[str, Any]:
 def sample(
     pipeline: Any, prompt: str, call: dict[str, Any], seed: int, recorder: _CallRecorder | None = None
 ) -> Tensor:
-    """Run the pipeline's own sampler on one prompt, to latents where it can, which are returned, and keep some calls of its
-    transformer.
+    """Final latents (or images, where a pipeline gives no latents) of the pipeline's own sampler for one prompt, float32.
 
-    Raises BadCalibration for arguments that the pipeline does not take, and where its scheduler changes the number of
-    steps while it runs: steps could not be told apart then.
+    keep: records calls of its transformer. Raises BadCalibration for arguments that the pipeline does not accept, and for a
+    scheduler that changes the number of steps while it runs, so that steps cannot be identified.
     """
     model = getattr(pipeline, DENOISER)
     signature = inspect.signature(model.forward)

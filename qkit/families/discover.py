@@ -1,4 +1,4 @@
-"""From a config to a model skeleton without weights, and to the family that describes it."""
+"""Builds a model skeleton without weights from a config, and finds the family that describes it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """What config.json calls the model: its model_type, or the class of a diffusion transformer or of a text encoder."""
+    """The kind of model in config.json: its model_type, or the class of a diffusion transformer or a text encoder."""
     architectures = config.get("architectures")
     if isinstance(architectures, list) and architectures and architectures[0] in encoder.ENCODERS:
         return str(architectures[0])
@@ -69,7 +69,7 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
     mapping = MODEL_FOR_CAUSAL_LM_MAPPING if declared is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if type(parsed) not in mapping:
         raise Unsupported(f"{where}: transformers has no causal language model for model_type {kind!r}")
-    # Asked for by name, sdpa is refused by a class that has none.
+    # A class without sdpa refuses it where it is named.
     attention = "sdpa" if getattr(mapping[type(parsed)], "_supports_sdpa", False) else "eager"
     auto = AutoModelForCausalLM if declared is None else AutoModelForImageTextToText
     with foreign(fault, _ADVICE), torch.device("meta"):
@@ -78,7 +78,7 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
 
 
 def _decoded(node: Any) -> Any:
-    """With the numbers that JSON has no sign for, as transformers writes them: {"__float__": "Infinity"}."""
+    """The config with infinities and NaN decoded, which transformers writes as {"__float__": "Infinity"}."""
     if isinstance(node, list):
         return [_decoded(child) for child in node]
     if not isinstance(node, dict):

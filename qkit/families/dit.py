@@ -1,8 +1,8 @@
 """Declarations of diffusion transformers, by the names of their classes in diffusers.
 
-A block's norms take shift, scale and gate from the timestep (adaLN). Linears that make these (modulation) and tables are left
-as they are by default: they are small, run once a step, and what they give multiplies every token. A recipe's rule
-quantizes them all the same. Embedders of latents, timesteps and texts lie outside the blocks.
+A block's norms take shift, scale and gate from the timestep (adaLN). Linears that compute these (modulation) and tables are
+skipped by default: they are small, run once a step, and their outputs multiply every token. A recipe's rule can still
+quantize them. Embedders of latents, timesteps and texts lie outside the blocks.
 
 Where an attention's inputs are modulated by what all blocks share (Wan, LTX, PixArt, Sana), no scale can be folded in front of
 them; of its values one can, into the linear that made them.

@@ -1,6 +1,6 @@
-"""Why the tensors of a checkpoint are not those of its skeleton, where the checkpoint is not to blame.
+"""Explains why the tensors of an intact checkpoint do not match its skeleton.
 
-Both questions are asked only of a checkpoint that does not fit: what fits needs no explanation.
+These checks run only for a checkpoint that does not match.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KINDS = {
 
 
 def another_class(model: nn.Module, checkpoint: Checkpoint) -> str | None:
-    """A sentence where config.json names another class of transformers than the skeleton is made of."""
+    """A message, or None, where config.json names another class of transformers than that of the skeleton."""
     import transformers
 
     architectures, built = checkpoint.config.get("architectures"), type(model).__name__
@@ -41,7 +41,7 @@ def another_class(model: nn.Module, checkpoint: Checkpoint) -> str | None:
 
 
 def other_storage(model: nn.Module, checkpoint: Checkpoint, tied: Collection[str]) -> str | None:
-    """A sentence where all is there, under other names or in other pieces than those that transformers computes with."""
+    """A message, or None, where the checkpoint is complete but stores tensors under other names or in other pieces."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

@@ -1,9 +1,9 @@
-"""Attention of a few new tokens over a packed past, a part of it unpacked at a time.
+"""Attention of a few new tokens over a packed past, which is unpacked in chunks.
 
-``model.set_attn_implementation("qkit")`` makes a model use it (``attach`` in cache.py does). Where a cache layer has a packed
-past it hands that on with the new keys instead of unpacking it whole; here it is read in chunks with a running softmax
-(Milakov and Gimelshein, arXiv 1805.02867), so that what attention takes beside the cache does not grow with the
-context. Prefill, and everything without a packed past, is the library's own attention.
+``model.set_attn_implementation("qkit")`` makes a model use it (``attach`` in cache.py does). A cache layer
+passes its packed past on with the new keys, and does not unpack it. Attention then reads it in chunks with a running softmax
+(Milakov and Gimelshein, arXiv 1805.02867), so its extra memory does not grow with the context. Prefill, and all attention
+without a packed past, uses the library's own function.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ from qkit.kvcache.store import WORD, Packed, Plain
 
 NAME = "qkit"
 CHUNK = 1024  # tokens that are unpacked at a time
-QUERIES = 64  # more new tokens than this see the past unpacked whole: their scores are larger than it
+QUERIES = 64  # with more new tokens the past is unpacked at once: their scores take more memory
 
 
 @dataclass(frozen=True)
 class PackedPast:
-    """What keys and values of older tokens are kept in: segments in order; rotations: of the heads of keys and of values where
-    the store has its own basis."""
+    """Packed keys and values of older tokens.
+
+    segments: in order of tokens; rotations: of the heads of keys and of values, where the cache stores a rotated basis
+    owner:    the cache layer, which learns through it that the past was read
+    """
 
     segments: tuple[tuple[Packed | Plain | Nested, Packed | Plain | Nested], ...]
     rotations: tuple[Tensor, Tensor] | None = None
-    owner: Any = None  # the cache layer, which is told that the past was read
+    owner: Any = None
 
 
 def attend(
@@ -45,7 +48,7 @@ def attend(
     scaling: float,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """[batch, heads, new, head_dim of values] in query's dtype; computed in float32.
+    """Attention outputs [batch, heads, new, head_dim of values], computed in float32, in query's dtype.
 
     query: [batch, heads, new, head_dim], heads a multiple of those of keys (grouped queries); keys, values: [batch, kv
     heads, new, ...], which follow the past; mask: bool (True: seen) or added to the scores, [batch or 1, heads or 1, new,
@@ -83,8 +86,10 @@ def attend(
 def _by_kernel(
     q: Tensor, dtype: torch.dtype, k: Any, v: Any, mask: Tensor | None, new: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(most, total, sum) over a segment by the Triton kernel; None where it does not serve: not on a GPU, more than one new
-    token, a width or a grouping that it does not read."""
+    """(m, l, acc) over a segment from the Triton kernel.
+
+    None where the kernel does not apply: no GPU, more than one new token, or an unsupported width or grouping.
+    """
     if new > 1 or not _on_gpu(q) or dtype == torch.float32 or not (isinstance(k, Packed) and isinstance(v, Packed)):
         return None
     from qkit_kernels import kv  # brings Triton
@@ -108,7 +113,11 @@ def _on_gpu(t: Tensor) -> bool:
 
 
 class _RunningSoftmax:
-    """A running softmax. most, total: [batch, kv heads, rows]; sum: [.., head_dim of values]."""
+    """A running softmax.
+
+    m:   maximum of scores, and l: sum of exponentials, [batch, kv heads, rows]
+    acc: weighted sum of values, [.., head_dim of values]
+    """
 
     def __init__(self, q: Tensor, width: int, new: int) -> None:
         self.q, self.new = q, new
@@ -117,7 +126,7 @@ class _RunningSoftmax:
         self.acc = q.new_zeros(*q.shape[:3], width)
 
     def fold(self, m: Tensor, l: Tensor, acc: Tensor) -> None:
-        """Another running softmax, of other tokens."""
+        """Merge the running softmax of other tokens."""
         new_m = torch.maximum(self.m, m)
         base = torch.where(new_m == -torch.inf, 0.0, new_m)
         own_factor, other_factor = (self.m - base).exp(), (m - base).exp()
@@ -126,7 +135,7 @@ class _RunningSoftmax:
         self.m = new_m
 
     def add(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
-        """Tokens [batch, kv heads, n, ...]; mask [batch or 1, heads or 1, new, n]."""
+        """Add tokens. keys, values: [batch, kv heads, n, ...]; mask: [batch or 1, heads or 1, new, n]."""
         scores = self.q @ keys.transpose(2, 3)
         if mask is not None:
             groups = scores.shape[2] // self.new
@@ -146,7 +155,7 @@ def forward(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' interface: [batch, new, heads, head_dim], and no weights."""
+    """Attention outputs [batch, new, heads, head_dim] and None for weights: the interface of transformers."""
     past: PackedPast | None = getattr(key, "qkit_past", None)
     if past is None:
         if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:

@@ -24,14 +24,14 @@ from qkit.kvcache.xquant import InputLayer, sources
 
 
 class PackedCache(Cache):  # type: ignore[misc]
-    """A PackedLayer for every layer of a model; made by ``make_cache``. Works as any cache of transformers does."""
+    """A transformers cache with a PackedLayer for every layer of a model; ``make_cache`` makes it."""
 
     def __init__(self, policy: CachePolicy, layers: list[PackedLayer]) -> None:
         super().__init__(layers=layers)
         self.policy = policy
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """As of any cache. Tokens that a later layer has no room for are refused before the first one takes them."""
+        """Add keys and values of a layer. Raises BudgetNotMet before any layer changes, where a later one has no room."""
         if layer_idx == 0:
             for layer in self.layers:
                 if layer.budget is not None:
@@ -40,28 +40,30 @@ class PackedCache(Cache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the cache's tensors occupy, scales and all."""
+        """Bytes of the cache's tensors, scales included."""
         return sum(layer.nbytes for layer in self.layers)
 
     def draft(self, on: bool) -> None:
-        """Whether a hierarchical cache is read at 4 bits."""
+        """Read a hierarchical cache at 4 bits (on), or at 8 bits (off)."""
         for layer in self.layers:
             layer.draft = on
 
     @property
     def widths(self) -> list[int]:
-        """Bits of the body, by layer."""
+        """Bits of the body of every layer."""
         return [layer.width for layer in self.layers]
 
 
 def make_cache(model: Any, policy: CachePolicy) -> PackedCache:
-    """An empty cache for a model (or its config). Raises Unsupported for attention that it cannot serve, UsageError for a
-    policy that does not suit the model."""
+    """An empty cache for a model (or its config).
+
+    Raises Unsupported for attention that it does not support, UsageError for a policy that does not suit the model.
+    """
     return maker(model, policy)()
 
 
 def maker(model: Any, policy: CachePolicy) -> Callable[[], PackedCache]:
-    """What makes empty caches for a model, with all that is checked and computed but once. Raises as ``make_cache``."""
+    """A function that makes empty caches for a model; checks and computations run once. Raises as ``make_cache`` does."""
     heads = CacheShape.of(model)
     check_head_dim(heads.head_dim, policy)
     if policy.kind == "progressive" and policy.budgets is None:
@@ -76,7 +78,7 @@ def maker(model: Any, policy: CachePolicy) -> Callable[[], PackedCache]:
         )
     if policy.kind in ("xquant", "xquant-cl"):
         if not isinstance(model, nn.Module):
-            return lambda: PackedCache(policy, [])  # what can be said of a config alone was said
+            return lambda: PackedCache(policy, [])  # all checks of a config were made above
         if policy.kind == "xquant-cl":
             shared_sources = sources(model, heads.head_dim, shared=True)
             return lambda: PackedCache(policy, cross_layers(policy, shared_sources))
@@ -91,7 +93,7 @@ def maker(model: Any, policy: CachePolicy) -> Callable[[], PackedCache]:
 
 
 def _attention(model: Any) -> str | None:
-    """The attention that a model runs with; None for a config alone."""
+    """Name of the attention implementation of a model; None for a config."""
     if not isinstance(model, nn.Module):
         return None
     config: Any = model.config
@@ -99,14 +101,16 @@ def _attention(model: Any) -> str | None:
 
 
 class CacheShape:
-    """layers, and of each: heads of keys and their channels; hidden: numbers of a token between layers."""
+    """Sizes of a model's KV cache: layers; heads of keys and their channels in each; hidden size."""
 
     def __init__(self, layers: int, heads: int, head_dim: int, hidden: int = 0) -> None:
         self.layers, self.heads, self.head_dim, self.hidden = layers, heads, head_dim, hidden
 
     @staticmethod
     def of(model: Any) -> CacheShape:
-        """Of a model or config. Raises Unsupported where keys and values are not kept whole for every token."""
+        """The sizes for a model or config. Raises Unsupported for attention that does not keep keys and values of
+        every token.
+        """
         config: Any = model.config if isinstance(model, nn.Module) else model
         config = config.get_text_config(decoder=True)
         kinds = set(getattr(config, "layer_types", None) or ())
@@ -124,8 +128,10 @@ class CacheShape:
         return CacheShape(config.num_hidden_layers, key_heads, head_dim, config.hidden_size)
 
     def bytes_at(self, policy: CachePolicy, width: int, tokens: int) -> int:
-        """The most bytes that a layer occupies on the way to so many tokens of one sequence, at that final width. Raises
-        UsageError for heads that cannot be packed."""
+        """Peak bytes of a layer while one sequence grows to ``tokens`` tokens, at a final width.
+
+        Raises UsageError for heads that cannot be packed.
+        """
         check_head_dim(self.head_dim, policy)
         numbers = self.heads * self.head_dim
         values = (numbers, channel_group(self.head_dim, policy.group))
@@ -145,17 +151,17 @@ class CacheShape:
             body = old // policy.window * policy.window if policy.window else old
             return (n - body) * wide_bytes + body * narrow_bytes
 
-        # The newest tokens are most just before a group of them moves on.
+        # There are most recent tokens just before a group of them moves to the body.
         first_packed = policy.sink + policy.keep
         fullest = first_packed + max((tokens - first_packed + 1) // max(policy.window, 1) * policy.window - 1, 0)
         return max(at(tokens), at(min(fullest, tokens)))
 
 
 def with_budgets(policy: CachePolicy, model: Any, length: int) -> CachePolicy:
-    """The policy with a budget for every layer: what it takes to hold ``length`` tokens of a sequence at the layer's final
-    width (policy.finals; without them the least of policy.widths). Other kinds come back as they are.
+    """The policy with a budget for every layer: the bytes of ``length`` tokens of a sequence at the layer's final width.
 
-    Raises UsageError for a length that the sink and the newest tokens fill.
+    Final widths are policy.finals, or the smallest of policy.widths. Only progressive policies have budgets; others are
+    returned unchanged. Raises UsageError for a length that sink and newest tokens fill.
     """
     if policy.kind != "progressive":
         return policy
@@ -171,20 +177,20 @@ def with_budgets(policy: CachePolicy, model: Any, length: int) -> CachePolicy:
 
 
 def attach(model: Any, policy: CachePolicy) -> None:
-    """From now on ``model.generate`` makes a packed cache where it would make a plain one; a cache that the caller gives,
-    and one that is asked for by name, stay what they are. Attention reads the past packed (attention.py) where the
-    model ran the library's default. Attached again, the last policy counts.
+    """Let ``model.generate`` make a packed cache by default.
 
-    Raises what ``make_cache`` raises.
+    A cache that the caller passes, or names in the generation config, is used as usual. Attention reads the packed past
+    (attention.py) where the model used the library's default implementation. A second call replaces the policy. Raises as
+    ``make_cache`` does.
     """
     make, name = maker(model, policy), cache_argument(model)
-    if _attention(model) == "sdpa":  # another was asked for by name
+    if _attention(model) == "sdpa":  # else the user chose another implementation
         model.set_attn_implementation(NAME)
     detach(model)
     original = type(model)
 
     class Cached(original):  # type: ignore[misc, valid-type]
-        """The model's own class; ``generate`` asks it for a cache."""
+        """The model's own class with another method that makes the cache for ``generate``."""
 
         def _prepare_cache_for_generation(
             self, config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -204,5 +210,5 @@ def attach(model: Any, policy: CachePolicy) -> None:
 
 
 def detach(model: Any) -> None:
-    """Takes ``attach`` back."""
+    """Undo ``attach``."""
     model.__class__ = getattr(type(model), "plain", type(model))

@@ -1,7 +1,7 @@
-"""Inputs of attention kept as what they differ by from those of the layer below (XQuant-CL, arXiv 2508.10395).
+"""Caches differences between inputs of attention of neighbouring layers (XQuant-CL, arXiv 2508.10395).
 
-A_l = A_(l-1) + D_l with D_l = Q(X_l - A_(l-1)): the difference is taken to what the layers below give back, not to
-what went into them, so that errors do not add up. The first ANCHORS layers have at least ANCHOR_BITS bits.
+A_l = A_(l-1) + D_l with D_l = Q(X_l - A_(l-1)): differences are relative to the reconstructed inputs of the layer below, not to
+the original ones, so errors do not add up. The first ANCHORS layers have at least ANCHOR_BITS bits.
 
 What the paper leaves open is our choice; all of it was tried on a Llama of 8 layers (24 rows of 1,024 tokens, every
 token at 2 bits; change of perplexity, with twice its standard error):
@@ -32,17 +32,19 @@ from qkit.kvcache.xquant import InputLayer, InputSource
 
 @dataclass
 class LayerBelow:
-    """What a layer hands on to the next one within a pass, and nothing holds in between: inputs as they are made again, of the
-    tokens in the body, float32 [batch, tokens, in]."""
+    """Reconstructed inputs that a layer passes to the next one within a pass.
+
+    inputs: of the tokens in the body, float32 [batch, tokens, in]; None between passes
+    """
 
     inputs: Tensor | None = None
 
 
 class CrossLayer(InputLayer):
-    """A cache layer that keeps differences; newest tokens are kept whole, in the layer's own basis.
+    """A cache layer that stores differences; the newest tokens are stored as they are, in the layer's own basis.
 
-    All layers of a cache have as many tokens in the body: the inputs of layer l - 1 are those of the same tokens. Scales are
-    of a token, so that a body can be cut anywhere without the layers below.
+    All layers of a cache have the same tokens in the body. Every token has scales of its own, so a body can be cut anywhere
+    without the layers below.
     """
 
     def __init__(self, policy: CachePolicy, source: InputSource, below: LayerBelow, first: bool, last: bool) -> None:
@@ -51,7 +53,7 @@ class CrossLayer(InputLayer):
         self.below, self.first, self.last = below, first, last
 
     def exchange(self, x: Tensor) -> Tensors | None:
-        """As for InputLayer. Of tokens that move on to the body the past still has what they were."""
+        """Keys and values of the past, for new inputs. Tokens that now move to the body still count with their old values."""
         tokens, recent = (0 if self.body is None else self.body[0].tokens), self.recent
         if self.first:
             self.below.inputs = None
@@ -67,7 +69,7 @@ class CrossLayer(InputLayer):
         return self.source.projected(past, self.positions(past.shape[1]))
 
     def _body_inputs(self) -> Tensor | None:
-        """A_l of the body."""
+        """Reconstructed inputs A_l of the body, float32 [batch, tokens, in]; None without a body."""
         if self.body is None:
             return None
         differences = self.source.inputs(_dequantized(self.body, torch.float32))

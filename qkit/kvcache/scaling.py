@@ -1,4 +1,4 @@
-"""Scales of keys that make their channels alike before they are rounded, searched layer by layer.
+"""Searches scales of keys, layer by layer, that equalize their channels before rounding.
 
 PM-KVQ (arXiv 2505.18610, section on calibration with positional interpolation): with m the largest |K| of a pair of
 channels that rotary embedding turns together, Lambda = m^alpha; keys are divided by Lambda and queries multiplied by
@@ -26,7 +26,7 @@ STEPS = 20  # alphas beside 0
 
 
 class _ScaledKeysCache(PassThroughCache):
-    """Hands out keys as a cache gives them back that holds them divided by 2^exponents, and values as it gives them back."""
+    """A cache that returns rounded keys and values; keys are divided by ``scale`` before rounding and multiplied after."""
 
     def __init__(self, bits: int, group: int) -> None:
         super().__init__()
@@ -41,9 +41,9 @@ class _ScaledKeysCache(PassThroughCache):
 
 
 def key_maxima(model: Any, rows: InputRows, stretch: int = 1, shared: bool = False) -> list[Tensor]:
-    """By layer, float32 [heads, head_dim / 2]: the largest |K| of every rotary pair (i, i + head_dim / 2), after rotation.
+    """For each layer, the largest |K| of every rotary pair (i, i + head_dim / 2) after rotation, float32 [heads, head_dim / 2].
 
-    rows: of a text, read at positions 0, stretch, 2 stretch, .., or with pictures; shared: one maximum for all heads of a
+    rows: of a text, read at positions 0, stretch, 2 stretch, .., or with images; shared: one maximum for all heads of a
     layer.
     """
     largest: list[Tensor] = []
@@ -59,7 +59,7 @@ def key_maxima(model: Any, rows: InputRows, stretch: int = 1, shared: bool = Fal
 
 
 def exponents_of(largest: Tensor, alpha: float) -> Tensor:
-    """int64 like ``largest``: log2 of Lambda = largest^alpha, rounded, around 0."""
+    """Rounded log2 of Lambda = largest^alpha minus its mean, int64 in the shape of ``largest``."""
     power = alpha * largest.clamp_min(1e-4).log2()
     return (power - power.mean()).round().long()
 
@@ -68,10 +68,10 @@ def search(
     model: Any, attentions: Sequence[Any], rows: InputRows, bits: int, group: int, stretch: int = 1, shared: bool = False,
     progress: Callable[[], None] | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """By layer, int64 [heads, head_dim / 2]: exponents of the scales of its keys.
+    """For each layer, exponents of the scales of its keys, int64 [heads, head_dim / 2].
 
-    attentions: the attention module of every layer; bits: the width to search for; every layer sees the inputs that
-    it has when no cache is rounded.
+    attentions: the attention module of every layer; bits: the width to search for. Inputs of every layer are those without a
+    rounded cache.
     """
     largest = key_maxima(model, rows, stretch, shared)
     candidates = []

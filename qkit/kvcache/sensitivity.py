@@ -1,4 +1,4 @@
-"""What a narrower KV cache of a layer costs the loss: PM-KVQ's first-order measure, and an integral of the same.
+"""The loss increase of a narrower KV cache in each layer: PM-KVQ's first-order measure, and its integral.
 
 PM-KVQ (arXiv 2505.18610, section on block-wise allocation): s[l, b] = mean |G_K (K - Q_b(K))| + mean |G_V (V -
 Q_b(V))|, with G the gradient of the next-token loss at the keys after rotary embedding and at the values of layer l,
@@ -8,8 +8,8 @@ and means over samples and elements. Q_b rounds to 16 bits and halves from there
 without absolute values: the parts of the loss change that each layer brings (PQI, arXiv 2503.01901, carried over from
 weights; our choice). The errors are those of the undisturbed keys and values and stay what they are along the way:
 codes that jump as their inputs move have no derivative to integrate. Rows are read at stretched positions 0, stretch,
-2 stretch, ..: short rows then show keys as turned at long positions (positional interpolation). Rows with pictures are read at
-the positions that the model itself gives them, and what is measured is the loss of their answers.
+2 stretch, ..: short rows then have keys rotated as at long positions (positional interpolation). Rows with images have the
+model's own positions, and the loss counts their answers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KeyValueTensors = tuple[Tensor, Tensor]
 
 
 class PassThroughCache(DynamicCache):  # type: ignore[misc]
-    """Hands keys and values through, and keeps what attention saw of every layer in ``seen``."""
+    """A cache that returns only new keys and values; ``seen`` has those of every layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,9 +43,9 @@ class PassThroughCache(DynamicCache):  # type: ignore[misc]
 
 
 class _GradientCache(PassThroughCache):
-    """Hands keys and values through, with a part of given errors added, and keeps them for their gradients.
+    """A cache that adds a share of errors to keys and values, and keeps these with their gradients.
 
-    errors: by layer, of keys and values; None: nothing is added.
+    errors: of keys and values of each layer; None: nothing is added.
     """
 
     def __init__(self, errors: Sequence[KeyValueTensors] | None = None, share: float = 0.0) -> None:
@@ -65,14 +65,14 @@ class _GradientCache(PassThroughCache):
 
 
 def rounded(x: Tensor, bits: int, group_limit: int) -> Tensor:
-    """x [batch, heads, tokens, head_dim] as a cache of that width gives it back, in x's dtype."""
+    """x [batch, heads, tokens, head_dim] rounded as in a cache with ``bits`` bits, in x's dtype."""
     group = channel_group(x.shape[3], group_limit)
     packed = quantize(x, bits, group) if bits == 3 else narrowed(quantize(x, 16, group), bits)
     return packed.dequantize(x.dtype)
 
 
 class _RoundedLayerCache(PassThroughCache):
-    """Gives back keys and values of one layer rounded, of the others as they are."""
+    """A cache that rounds keys and values of one layer and returns those of others unchanged."""
 
     def __init__(self, layer: int, bits: int, group: int) -> None:
         super().__init__()
@@ -88,8 +88,10 @@ def divergences(
     model: Any, rows: InputRows, widths: Sequence[int], group: int = 128, stretch: int = 1,
     progress: Callable[[], None] | None = None,
 ) -> Tensor:  # fmt: skip
-    """float64 [layers, widths]: KL divergence of the next token, in nats, of the model with that layer's cache at that width
-    from the model without; mean over all tokens of rows of a text, over the answers of rows with pictures."""
+    """KL divergence of next-token probabilities caused by each layer's cache at each width, float64 [layers, widths], in nats.
+
+    It is a mean over all tokens of rows of a text, and over answer tokens of rows with images.
+    """
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     divergence = torch.zeros(layers, len(widths), dtype=torch.float64)
     with torch.inference_mode():
@@ -108,7 +110,7 @@ def divergences(
 
 
 def forward(model: Any, batch: Batch, stretch: int, cache: PassThroughCache, **options: Any) -> Any:
-    """What a model (or its part without the head) gives for one row, of a text at positions 0, stretch, 2 stretch, .."""
+    """Output of a model (or its part without the head) for one row; rows of a text have positions 0, stretch, 2 stretch, .."""
     inputs = batch.to(model.device).inputs
     if batch.at is None:
         inputs["position_ids"] = torch.arange(batch.ids.shape[1], device=model.device)[None] * stretch
@@ -116,7 +118,7 @@ def forward(model: Any, batch: Batch, stretch: int, cache: PassThroughCache, **o
 
 
 def _logits(model: Any, batch: Batch, stretch: int, cache: PassThroughCache) -> Tensor:
-    """[1, n, vocabulary], of a text at every place, of a row with pictures at those before its answer."""
+    """Logits [1, n, vocabulary] at all positions of a text, or at those before the answer tokens of a row with images."""
     logits: Tensor = forward(model, batch, stretch, cache, **batch.to(model.device).options).logits
     return logits
 
@@ -125,9 +127,9 @@ def sensitivities(
     model: Any, rows: InputRows, widths: Sequence[int], group: int = 128, stretch: int = 1, points: int = 0,
     progress: Callable[[], None] | None = None,
 ) -> Tensor:  # fmt: skip
-    """float64 [layers, widths]: what each width of each layer's cache costs, in nats per token, by the measure above.
+    """Cost of each width of each layer's cache, float64 [layers, widths], in nats per token, by the measure above.
 
-    points: 0 for the first-order measure. The model's parameters are frozen meanwhile.
+    points: 0 for the first-order measure. Freezes the model's parameters.
     """
     for p in model.parameters():
         p.requires_grad_(False)
@@ -149,8 +151,10 @@ def sensitivities(
 def with_gradients(
     model: Any, batch: Batch, stretch: int = 1, errors: Sequence[KeyValueTensors] | None = None, share: float = 1.0
 ) -> _GradientCache:
-    """Forward and backward of one row, with that part of the errors added: the keys and values that attention saw,
-    with gradients; ``loss``, in nats per token."""
+    """A cache with keys, values and their gradients after a forward and a backward pass of one row.
+
+    errors: of keys and values of each layer, of which ``share`` is added. The cache's ``loss`` is in nats per token.
+    """
     cache = _GradientCache(errors, share)
     logits = batch.scored(_logits(model, batch, stretch, cache))
     loss = functional.cross_entropy(logits[0].to(torch.float32), batch.targets[0].to(logits.device))
@@ -160,7 +164,7 @@ def with_gradients(
 
 
 def errors_of(seen: Sequence[KeyValueTensors], bits: int, group: int) -> list[KeyValueTensors]:
-    """By layer, what rounding to that width adds to keys and values."""
+    """Rounding errors of keys and values of each layer at ``bits`` bits."""
     errors = [[rounded(x.detach(), bits, group) - x.detach() for x in pair] for pair in seen]
     return [(keys, values) for keys, values in errors]
 
@@ -188,5 +192,5 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
 
 
 def _products(seen: KeyValueTensors, errors: KeyValueTensors) -> list[Tensor]:
-    """float64: gradient times error, of keys and of values."""
+    """Gradient times error of keys and of values, float64."""
     return [x.grad.double() * e.double() for x, e in zip(seen, errors, strict=True) if x.grad is not None]

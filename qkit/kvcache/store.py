@@ -1,4 +1,4 @@
-"""Keys or values as packed codes: the one store that every cache policy keeps its tokens in.
+"""Keys or values as packed codes: the storage of all cache policies.
 
 A tensor [batch, heads, tokens, head_dim] is held as 16-bit words along head_dim, 16 / bits codes a word, the first code in
 the highest bits. Three-bit codes are two such tensors: the two low bits, and the high bit sixteen to a word.
@@ -30,7 +30,7 @@ CHUNK = 4096  # tokens that are unpacked at a time
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """int32 [..., n] codes of 1, 2, 4, 8 or 16 bits to int16 [..., n * bits / 16] words."""
+    """Words int16 [..., n * bits / 16] of codes int32 [..., n] with 1, 2, 4, 8 or 16 bits."""
     if bits == WORD:
         return codes.to(torch.int16)
     per = WORD // bits
@@ -40,7 +40,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
-    """The codes of ``pack``: int32 [..., n]."""
+    """Codes int32 [..., n] of packed words: the inverse of ``pack``."""
     unsigned = words.to(torch.int32) & 0xFFFF
     if bits == WORD:
         return unsigned
@@ -50,7 +50,7 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 
 
 def halve_codes(codes: Tensor, bits: int) -> Tensor:
-    """int32 codes of ``bits`` bits (16, 8 or 4) to half as many: round(code / (2^(bits / 2) + 1)), by shifts alone.
+    """Codes (int32) with half as many bits (from 16, 8 or 4): round(code / (2^(bits / 2) + 1)), by shifts alone.
 
     PM-KVQ's equivalent right shift; exact for every code. The 32-bit product may wrap: only bits that no carry of
     it reaches are kept.
@@ -62,7 +62,7 @@ def halve_codes(codes: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """Codes of [batch, heads, tokens, head_dim].
+    """Packed codes of keys or values [batch, heads, tokens, head_dim].
 
     words: int16 [batch, heads, tokens, head_dim * (2 for 3 bits, else bits) / 16]; high: int16 [batch, heads, tokens,
     head_dim / 16], the high bits of 3-bit codes, else None; low, span: float16 [batch, heads, tokens, head_dim / group]
@@ -86,7 +86,7 @@ class Packed:
         return tuple(t for t in (self.words, self.low, self.span, self.high) if t is not None)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Packed:
-        """Every tensor changed in the same way (a choice of sequences, another device)."""
+        """The codes with a function applied to every tensor (selection of sequences, another device)."""
         high = None if self.high is None else change(self.high)
         return replace(self, words=change(self.words), low=change(self.low), span=change(self.span), high=high)
 
@@ -108,12 +108,14 @@ class Packed:
         return replace(self, words=joined[0], low=joined[1], span=joined[2], high=high)
 
     def codes(self) -> Tensor:
-        """int32 [batch, heads, tokens, head_dim]."""
+        """Unpacked codes, int32 [batch, heads, tokens, head_dim]."""
         return self._codes(0, self.tokens)
 
     def dequantize(self, dtype: torch.dtype, start: int = 0, end: int | None = None) -> Tensor:
-        """[batch, heads, tokens start to end, head_dim], computed in float32; by token ``start`` must be a multiple of the
-        group."""
+        """Values of tokens start to end, [batch, heads, tokens, head_dim], computed in float32.
+
+        With axis token, ``start`` must be a multiple of the group.
+        """
         end = self.tokens if end is None else min(end, self.tokens)
         step = CHUNK - CHUNK % self.group
         chunks = [self._dequantized(dtype, at, min(at + step, end)) for at in range(start, end, step)]
@@ -136,7 +138,7 @@ class Packed:
         return unpack(self.words[:, :, start:end], self.bits)
 
     def halved(self) -> Packed:
-        """Half as many bits: the same groups, nothing dequantized."""
+        """The codes with half as many bits and the same groups; nothing is dequantized."""
         bits = HALF[self.bits]
         chunks = [
             pack(halve_codes(self._codes(at, min(at + CHUNK, self.tokens)), self.bits), bits)
@@ -147,7 +149,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Plain:
-    """Tokens as they came, [batch, heads, tokens, head_dim], with the interface of ``Packed``."""
+    """Unquantized tokens [batch, heads, tokens, head_dim], with the interface of ``Packed``."""
 
     data: Tensor
 
@@ -180,7 +182,7 @@ class Float8(Plain):
 
     @staticmethod
     def of(x: Tensor, scale: float) -> Float8:
-        """x rounded to nearest; magnitudes above 448 scales count as that."""
+        """x rounded to nearest; magnitudes above 448 times the scale are clamped."""
         codes = (x.to(torch.float32) / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         return Float8(codes.view(torch.uint8), scale)
 
@@ -190,7 +192,7 @@ class Float8(Plain):
 
 
 def quantize(x: Tensor, bits: int, group: int, axis: str = "channel") -> Packed:
-    """x [batch, heads, tokens, head_dim] rounded to nearest; magnitudes above 32752 count as that.
+    """x [batch, heads, tokens, head_dim] rounded to nearest; magnitudes above 32752 are clamped.
 
     By channel head_dim must be a multiple of ``group``, by token the number of tokens; head_dim a multiple of
     16 / bits, and of 16 for 3 bits.
@@ -219,7 +221,7 @@ def quantize(x: Tensor, bits: int, group: int, axis: str = "channel") -> Packed:
 
 
 def _outwards(x: Tensor, sign: float) -> Tensor:
-    """float16 next to x (float32), not below it for sign 1, not above it for -1."""
+    """The nearest float16 of x (float32) that is not below it (sign 1), or not above it (sign -1)."""
     nearest = x.to(torch.float16)
     further = (x + sign * (x.abs() * 2.0**-11 + 2.0**-25)).clamp(-LARGEST, LARGEST).to(torch.float16)
     inside = nearest.to(torch.float32) * sign >= x * sign
@@ -227,12 +229,12 @@ def _outwards(x: Tensor, sign: float) -> Tensor:
 
 
 def narrowed(q: Packed, bits: int) -> Packed:
-    """Halved until it has so many bits."""
+    """The codes halved down to ``bits`` bits."""
     while q.bits > bits:
         q = q.halved()
     return q
 
 
 def token_bytes(bits: int, group: int, heads: int, head_dim: int) -> int:
-    """Bytes of a token of keys or values, one sequence, grouped by channel."""
+    """Bytes of one token of keys or values of one sequence, grouped by channel."""
     return heads * (head_dim * bits // 8 + 4 * (head_dim // group))

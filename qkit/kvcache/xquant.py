@@ -1,4 +1,4 @@
-"""Caching what keys and values are made of: the inputs of attention, quantized, and the projections done again (XQuant,
+"""Caches quantized inputs of attention instead of keys and values, and computes the projections again (XQuant,
 arXiv 2508.10395).
 
 Where an input has no more numbers than its keys (multi-head attention), the input X itself is kept,
@@ -28,7 +28,7 @@ from qkit.transforms.rotate import orthogonal
 
 @dataclass(frozen=True)
 class InputSource:
-    """How a layer's keys and values come from its inputs.
+    """Computes a layer's keys and values from its inputs.
 
     attention: the module, with k_proj and v_proj; head_dim: of keys; latent: for keys and for values (U [in, r], S
     B^T [r, out]) or, shared, the halves of one basis (U [in, r], U^T [r, in]); None where inputs are kept as they are;
@@ -45,8 +45,11 @@ class InputSource:
 
     @staticmethod
     def of(model: Any, attention: Any, head_dim: int, shared: bool = False) -> InputSource:
-        """shared: one basis for keys and values, from which inputs can be made again. Raises Unsupported for attention without
-        projections of its own for keys and values."""
+        """The source for an attention module.
+
+        shared: use one basis for keys and values, from which inputs can be reconstructed. Raises Unsupported for attention
+        without separate projections of keys and values.
+        """
         if not (hasattr(attention, "k_proj") and hasattr(attention, "v_proj")):
             raise Unsupported(
                 f"an xquant cache for {type(attention).__name__}: it has no k_proj and v_proj of its own: use kivi or int8"
@@ -69,7 +72,7 @@ class InputSource:
         return InputSource(attention, head_dim, latent, rotary)  # type: ignore[arg-type]
 
     def kept(self, x: Tensor) -> Tensors:
-        """x [batch, tokens, in] as a pair that is stored, [batch, 1, tokens, ..]."""
+        """The two tensors to store for x [batch, tokens, in], [batch, 1, tokens, ..] each."""
         if self.latent is None:
             first, second = x[:, None].chunk(2, dim=3)
             return first, second
@@ -77,7 +80,7 @@ class InputSource:
         return keys, values
 
     def keys_values(self, pair: Tensors, positions: Tensor) -> Tensors:
-        """From what was stored: keys after rotary embedding, and values, [batch, heads, tokens, head_dim]."""
+        """Keys after rotary embedding, and values, [batch, heads, tokens, head_dim], from the stored tensors."""
         if self.latent is None:
             return self.projected(torch.cat(pair, dim=3)[:, 0], positions)
         biases = (self.attention.k_proj.bias, self.attention.v_proj.bias)
@@ -85,7 +88,7 @@ class InputSource:
         return self._with_rotary(keys, values, positions)
 
     def inputs(self, pair: Tensors) -> Tensor:
-        """[batch, tokens, in], as far as keys and values depend on them, of a pair in the shared basis."""
+        """Inputs [batch, tokens, in], up to parts that do not affect keys and values, from tensors in the shared basis."""
         if self.latent is None:
             return torch.cat(pair, dim=3)[:, 0]
         first, second = self._multiplied(pair)
@@ -113,7 +116,7 @@ class InputSource:
 
 
 def _dense(linear: Any) -> Tensor:
-    """float32 [out, in]."""
+    """The dense weight of a linear, float32 [out, in]."""
     packed = getattr(linear, "packed", None)
     weight: Tensor = linear.weight.detach() if packed is None else dequantize(ops.unpacked(packed))
     return weight.to(torch.float32)
@@ -126,7 +129,7 @@ def _factors(weight: Tensor) -> Tensors:
 
 
 class InputLayer(PackedLayer):
-    """A cache layer that keeps inputs of attention. ``capture`` hands them over before attention runs."""
+    """A cache layer that stores inputs of attention. ``capture`` passes them to it before attention runs."""
 
     def __init__(self, policy: CachePolicy, source: InputSource) -> None:
         super().__init__(policy)
@@ -134,13 +137,13 @@ class InputLayer(PackedLayer):
         self.by_token = source.latent is not None
 
     def reset(self) -> None:
-        """Empty."""
+        """Empty the layer."""
         super().reset()
         self.seen: tuple[Tensor, Tensor | None] | None = None
         self.shift: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Tensors:
-        """As for PackedLayer; of the new keys and values nothing is kept."""
+        """Keys and values of all tokens. Stores inputs only, not the new keys and values."""
         if self.seen is None:
             raise UsageError("an xquant cache belongs to the model that it was made for: make one for this model")
         x, positions = self.seen
@@ -154,18 +157,18 @@ class InputLayer(PackedLayer):
         return torch.cat([old[0], key_states], dim=2), torch.cat([old[1], value_states], dim=2)
 
     def exchange(self, x: Tensor) -> Tensors | None:
-        """Keys and values of the past, for new inputs [batch, tokens, in], which are kept."""
+        """Keys and values of the past, before new inputs [batch, tokens, in] are stored."""
         old = self.read()
         self.append(*self.source.kept(x))
         return old
 
     def read(self) -> Tensors | None:
-        """Keys and values of the past, made from what is kept."""
+        """Keys and values of the past, computed from stored inputs; None where there is none."""
         pair = super().read()
         return None if pair is None else self.source.keys_values(pair, self.positions(pair[0].shape[2]))
 
     def positions(self, tokens: int) -> Tensor:
-        """int64 [batch or 1, tokens]: of the first ones."""
+        """Positions of the first ``tokens`` tokens, int64 [batch or 1, tokens]."""
         counted = torch.arange(tokens, device=self.device)[None]
         return counted if self.shift is None else (counted - self.shift).clamp_min(0)
 
@@ -175,7 +178,7 @@ class InputLayer(PackedLayer):
 
 
 def capture(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook of attention modules: inputs go to the cache layer that keeps them."""
+    """A forward pre-hook of attention modules that passes their inputs to the cache layer."""
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     layers = getattr(cache, "layers", ())
     layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
@@ -184,7 +187,7 @@ def capture(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
 
 
 def sources(model: Any, head_dim: int, shared: bool = False) -> list[InputSource]:
-    """Of every layer, in order, as by ``InputSource.of``; from now on attention hands its inputs on. Raises Unsupported."""
+    """The sources of all layers, in order; attention then passes its inputs to the cache. Raises Unsupported."""
     modules = attentions(model)
     layer_sources = [InputSource.of(model, m, head_dim, shared) for m in modules.values()]
     for m in modules.values():

@@ -1,9 +1,9 @@
-"""Attention as plain products of matrices, where that is faster on a CPU than torch's fused attention.
+"""Attention as plain matrix products, for cases where these are faster on a CPU than torch's fused attention.
 
 One thread of an AVX-512 core, bf16, heads of 32: two rows of 256 tokens with 8 heads, forward and backward in the midst of
 learned rounding, 3.6 ms against 9.0 ms (fused blocks are small there, and the backward pass computes the scores again); one
-token for each of 128 rows, 8 heads that share 4 caches of 257 tokens, 1.9 ms against 11.2 ms. What the fused one saves, the
-scores [batch, heads, queries, keys], is little memory while rows are short.
+token for each of 128 rows, 8 heads that share 4 caches of 257 tokens, 1.9 ms against 11.2 ms. The fused one
+saves the memory of the scores [batch, heads, queries, keys], which is small for short rows.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-LONGEST = 512  # keys; of longer rows gradients come as fast from the fused one
-FEW = 8  # queries a head: single tokens of heads that share a cache
+LONGEST = 512  # keys; for longer rows the fused backward pass is as fast
+FEW = 8  # queries of a head: single tokens of heads that share a cache
 
 
 class PlainAttention(TorchFunctionMode):
-    """While it is on, in this thread, attention of short rows in bf16 and of few queries is computed here, on a CPU.
-    Everything else goes where it always went."""
+    """A mode in which ``attend`` computes attention of short bf16 rows and of few queries, on a CPU and in this thread.
+
+    All other functions run as usual.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """As the function, or ``attend`` in its place."""
+        """Result of the function, or of ``attend`` in its place."""
         kwargs = kwargs or {}
         if func is scaled_dot_product_attention and _suits(*args, **kwargs):
             return attend(*args, **kwargs)
@@ -40,8 +42,10 @@ def _suits(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None =
 
 def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
            is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
-    """What ``torch.nn.functional.scaled_dot_product_attention`` gives of tensors [batch, heads, tokens, head size], without
-    dropout. A query that may look at nothing gives zeros. Scores and probabilities are rounded to the dtype of the tensors.
+    """Attention outputs [batch, heads, queries, head size], as of torch's ``scaled_dot_product_attention`` without dropout.
+
+    query, key, value: [batch, heads, tokens, head size]. A query whose keys are all masked gives zeros. Scores and
+    probabilities are rounded to the dtype of the tensors.
     """
     batch, heads, queries, size = query.shape
     caches, keys = key.shape[1:3]

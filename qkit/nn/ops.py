@@ -1,7 +1,7 @@
-"""Products with packed weights, in between qkit's QTensor and ``qkit_kernels``, which multiplies.
+"""Products with packed weights: connects qkit's QTensor with the operators of ``qkit_kernels``.
 
-``prepare`` brings a QTensor into the layout of the operator that suits its format, its shape and the activations, once, at
-load time; ``linear`` multiplies. What is kept in memory is packed in every case.
+At load time, ``prepare`` brings a QTensor into the layout of the operator that suits its format, its shape and the activations;
+``linear`` multiplies. Weights in memory are packed in every case.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PreparedWeight:
 
     operator_weight: the codes in the layout of an operator
     q:           the parameters, format, sparse and low-rank part; no codes: they are in ``operator_weight``
-    activations: their format, None for activations as they are; dtype: what they come in
+    activations: their format, None if they are not quantized; dtype: of activations
     """
 
     operator_weight: cpu.CpuWeight | gpu.GpuWeight
@@ -36,7 +36,7 @@ class PreparedWeight:
 
     @property
     def op(self) -> str:
-        """The operator that was chosen."""
+        """Name of the chosen operator."""
         return self.operator_weight.op
 
     @property
@@ -77,7 +77,7 @@ def _tensors(p: Params) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 
 def prepare(q: QTensor, activations: Format | None, dtype: torch.dtype) -> PreparedWeight:
-    """Choose the operator for activations of ``dtype`` and lay the codes out for it."""
+    """The weight in the layout of the operator that suits activations of ``dtype``."""
     operator_weight = _lay_out(q, activations, dtype, q.codes.device.type)
     params = (
         q.params
@@ -108,7 +108,7 @@ def _lay_out(q: QTensor, activations: Format | None, dtype: torch.dtype, device:
 
 
 def _weight(q: QTensor) -> leaf.Weight:
-    """The weight as the operators know it: scales by row and group, whatever shares them."""
+    """The weight in the form of ``qkit_kernels``, with scales expanded to rows and groups."""
     fmt, p, (out, columns) = q.format, q.params, q.shape
     scale, zero, group = p.scale, p.zero, fmt.group
     if fmt.strategy == "tensor":
@@ -138,7 +138,7 @@ def linear(
     static: Tensor | None,
     residual: int = 0,
 ) -> Tensor:
-    """x [..., in] times the weight, plus bias; activations are quantized first where the scheme says so.
+    """x [..., in] times the weight, plus bias, [..., out] in x's dtype; activations are quantized first where the scheme asks.
 
     static: float32 [1], the activations' stored scale or global scale; residual: how many channels from the first on are
     residual channels.

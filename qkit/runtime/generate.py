@@ -2,7 +2,7 @@
 
 A decode step of a quantized model is hundreds of kernels of a few microseconds; launched one by one from Python they
 cost more than they compute. ``Decoder`` records a step once and replays it. Its tokens are those of transformers'
-``generate`` with a plain cache, but for ties that floating point decides; a KV cache policy of the model is not looked at.
+``generate`` with a plain cache, except for ties that floating point decides. It ignores a KV cache policy of the model.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from torch import Tensor
 from qkit.errors import UsageError
 from qkit.kvcache.argument import with_cache
 
-Draw = Callable[[Tensor, torch.Generator], Tensor]  # of chances [batch, vocabulary], int64 [batch]
+Draw = Callable[
+    [Tensor, torch.Generator], Tensor
+]  # (probabilities [batch, vocabulary], generator) -> tokens, int64 [batch]
 _GROWTH = 64  # tokens
 
 
 class Decoder:
     """Generates with a model as ``qkit.load`` returns it (or any causal language model of transformers).
 
-    length: the most tokens, prompt included; memory for their keys and values is taken once.
+    length: largest number of tokens, prompt included; memory for their keys and values is allocated once.
     A decoder serves one call at a time.
     """
 
@@ -76,7 +78,7 @@ class Decoder:
         return torch.cat(pieces, dim=1)
 
     def _start(self, batch: int) -> None:
-        """An empty cache. It takes its shape from the first prompt, so another number of sequences wants another one."""
+        """Make an empty cache, or reset it. Its shape follows the first prompt: another batch size needs a new one."""
         from transformers import StaticCache
         from transformers.cache_utils import StaticLayer
 
@@ -93,7 +95,7 @@ class Decoder:
             self._cache, self._room = StaticCache(config=self.model.config, max_cache_len=0), 0
 
     def _make_room(self, tokens: int) -> None:
-        """On a CPU, where the whole cache is read at every token, empty places too, it grows with what is in it."""
+        """Enlarge the cache for ``tokens`` tokens. On a CPU all of it is read at every token, so it grows with its content."""
         from transformers import StaticCache
 
         if tokens <= self._room:
@@ -108,7 +110,7 @@ class Decoder:
                 layer.cumulative_length.copy_(old_layer.cumulative_length)
 
     def _forward(self, tokens: Tensor) -> Tensor:
-        """float32 [batch, vocabulary]: logits after the last of the tokens, which go into the cache."""
+        """Logits after the last of the tokens, float32 [batch, vocabulary]; the tokens are added to the cache."""
         self._filled += tokens.shape[1]
         self._make_room(self._filled)
         out = self.model(input_ids=tokens, **with_cache(self.model, self._cache), use_cache=True, logits_to_keep=1)
@@ -125,7 +127,7 @@ class Decoder:
         return self._logits
 
     def _record(self, token: Tensor) -> None:
-        """Record a step. What the trial steps wrote into the cache lies beyond its length, and is written over."""
+        """Record a step as a CUDA graph. Trial steps write beyond the length of the cache, and are overwritten."""
         self._token = token.clone()
         filled = [layer.cumulative_length.clone() for layer in self._cache.layers]
 
@@ -149,7 +151,7 @@ class Decoder:
 
 
 def by_sums(chances: Tensor, generator: torch.Generator) -> Tensor:
-    """A token of each row of chances [batch, vocabulary], where their running sum passes a random number: int64 [batch].
+    """A sampled token for each row of probabilities [batch, vocabulary], int64 [batch], by their cumulative sums.
 
     One random number a row instead of one a token: of 128 rows of 4096 0.4 ms instead of 8.8 ms, one thread of a CPU.
     """
@@ -168,7 +170,7 @@ def _multinomial(chances: Tensor, generator: torch.Generator) -> Tensor:
 def _picker(
     temperature: float, top_k: int | None, top_p: float | None, seed: int, device: torch.device, draw: Draw
 ) -> Any:
-    """(tokens so far, logits) -> int64 [batch]: the next token of each sequence."""
+    """A function (tokens so far, logits) that gives the next token of each sequence, int64 [batch]."""
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     if temperature == 0.0:

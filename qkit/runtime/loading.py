@@ -1,7 +1,7 @@
-"""From a packed folder to a model that runs packed.
+"""Loads a packed folder as a model whose weights stay packed.
 
-``load(path)`` builds the architecture without memory, puts packed modules in the place of the quantized linears, and
-reads the shards tensor by tensor. It gives a transformers model: generate, forward and everything else work as usual.
+``load(path)`` builds the architecture without memory, replaces quantized linears by packed modules, and reads the shards
+tensor by tensor. The result is a transformers model: generate, forward and everything else work as usual.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
            full-precision one, or the name of a reference model
     dtype: of activations and unquantized weights; default: the checkpoint's. float32 computes on exactly the decompressed
            weights.
-    kv:    the KV cache that ``generate`` uses, a policy such as 'kivi2' ('none': a plain one); default: what the folder was
-           made for, if it was
+    kv:    the KV cache that ``generate`` uses, a policy such as 'kivi2' ('none': a plain one); default: that of the
+           folder's record, if it has one
     Raises BadCheckpoint for a damaged folder, Unsupported for formats that qkit cannot run, UsageError for a policy that
     does not suit the model.
     """
@@ -67,7 +67,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
         _read_plain(structure)
     for p in model.parameters():
         value = p.data.to(dtype)
-        p.data = value.clone() if value.is_inference() else value  # one that is as it was read: autograd refuses it
+        p.data = value.clone() if value.is_inference() else value  # autograd refuses tensors of inference mode
         p.requires_grad_(False)
     for m in model.modules():
         for name, b in m._buffers.items():
@@ -82,12 +82,12 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
 
 
 def _diffusion(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, device: str, kv: str | None) -> Any:
-    """A pipeline, or a transformer alone, by way of diffusers, which knows qkit's folders (``registration_diffusers``)."""
+    """A pipeline or a single transformer, loaded through diffusers (``diffusers_plugin``)."""
     from qkit.diffusion.pipeline import load_denoiser, load_pipeline
 
     if kv not in (None, "none"):
         raise UsageError(f"--kv {kv}: a diffusion transformer has no KV cache: leave the option out")
-    structure = PackedStructure(checkpoint)  # refuses what is damaged, in a sentence
+    structure = PackedStructure(checkpoint)  # refuses damaged files with a message
     dtype = dtype or structure.dtype
     if is_pipeline(folder):
         return load_pipeline(folder, dtype, device)
@@ -95,11 +95,11 @@ def _diffusion(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, 
 
 
 METHODS = ("compressed-tensors", "qkit")
-PLAIN = tuple(DTYPES.values())  # dtypes of scales that any reader takes for each other
+PLAIN = tuple(DTYPES.values())  # dtypes of scales that readers treat as equivalent
 
 
 class PackedStructure(ModelStructure):
-    """The outline of a checkpoint that may be quantized already."""
+    """The structure of a checkpoint that may be quantized already."""
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> None:
         self.quantization = checkpoint.config.get("quantization_config")
@@ -120,7 +120,7 @@ class PackedStructure(ModelStructure):
         super().__init__(checkpoint, model)
 
     def _check_coverage(self) -> None:
-        """Every tensor that the config asks for, packed or plain, and no other."""
+        """Raises BadCheckpoint where a tensor that the config requires, packed or plain, is missing."""
         names = [linear.name for block in self.every_block for linear in block.linears]
         where = str(self.checkpoint.path)
         self.formats: dict[str, tuple[Format, Format | None]] = (
@@ -152,7 +152,7 @@ class PackedStructure(ModelStructure):
             )
 
     def _check_packed(self, linear: Linear, expected: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        """Raises BadCheckpoint for a tensor of another shape, or of numbers of another kind, than the format has."""
+        """Raises BadCheckpoint for a tensor whose shape or dtype does not match the format."""
         for suffix, (dtype, shape) in expected.items():
             info = self.checkpoint.tensors.get(f"{linear.name}.{suffix}")
             if info is None:  # reported with all that are missing
@@ -170,7 +170,7 @@ class PackedStructure(ModelStructure):
 
 
 def _rotations(data: Any, where: str) -> dict[str, int]:
-    """Blocks of the transforms of inputs, by linear. Raises BadCheckpoint for what cannot be one."""
+    """{linear: block of its Hadamard transform}. Raises BadCheckpoint for invalid blocks."""
     sound = isinstance(data, dict) and all(isinstance(b, int) and b >= 2 and b & (b - 1) == 0 for b in data.values())
     if not sound:
         raise BadCheckpoint(f"{where}: quantization_config.rotated: expected layers and powers of two: export it again")
@@ -178,7 +178,7 @@ def _rotations(data: Any, where: str) -> dict[str, int]:
 
 
 def _read_plain(structure: PackedStructure) -> None:
-    """Everything that is not packed."""
+    """Load all tensors that are not packed."""
     read = structure.checkpoint.read
     inside = {stored for block in structure.every_block for _, stored in block.stored}
     for name, stored in structure.outer:
@@ -200,7 +200,7 @@ def _read_plain(structure: PackedStructure) -> None:
 
 
 def _assign(owner: nn.Module, name: str, value: Tensor) -> None:
-    """Give a parameter its value in the dtype of the file: nothing is rounded on the way."""
+    """Set a parameter to a value in the dtype of the file, without rounding. Raises BadCheckpoint."""
     path, _, leaf = name.rpartition(".")
     target = getattr(owner.get_submodule(path), leaf)
     if tuple(target.shape) != tuple(value.shape):
@@ -211,7 +211,7 @@ def _assign(owner: nn.Module, name: str, value: Tensor) -> None:
 
 
 def place_packed(structure: PackedStructure, dtype: torch.dtype) -> None:
-    """Put a packed module in the place of every quantized linear."""
+    """Replace every quantized linear by a packed module."""
     for block in structure.every_block:
         module = structure.model.get_submodule(block.path)
         experts: dict[tuple[int, str], nn.Module] = {}

@@ -1,8 +1,8 @@
-"""Self-speculative decoding: the model drafts with the 4-bit view of its own cache and checks with the 8-bit one.
+"""Self-speculative decoding: the model drafts with the 4-bit view of its cache and verifies with the 8-bit view.
 
-QuantSpec (arXiv 2502.10424), greedy, with one set of weights. Newest tokens are kept as they came, so that what was
-drafted and is not accepted is taken back without a trace; drafts end where tokens would move on to the packed part,
-so that the result is token by token that of decoding without drafts.
+QuantSpec (arXiv 2502.10424), greedy, with one set of weights. The newest tokens stay unquantized, so rejected
+draft tokens are removed exactly. Drafts end before tokens would move to the packed part. So the result equals that of
+decoding without drafts, token by token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qkit.kvcache.policy import CachePolicy, parse
 
 @dataclass(frozen=True)
 class Speculated:
-    """tokens: int64 [1, prompt + new]; drafted and accepted: how many tokens; passes: of the model at full view."""
+    """A result. tokens: int64 [1, prompt + new]; drafted, accepted: numbers of tokens; passes: of the model at 8 bits."""
 
     tokens: Tensor
     drafted: int
@@ -33,7 +33,7 @@ class Speculated:
 def speculate(
     model: Any, tokens: Tensor, new_tokens: int, draft: int = 4, policy: CachePolicy | None = None
 ) -> Speculated:  # fmt: skip
-    """Continue a prompt, int64 [1, n], greedily by ``new_tokens``.
+    """Prompt and greedy continuation by ``new_tokens`` tokens. tokens: the prompt, int64 [1, n].
 
     draft: tokens that are drafted at a time, 0 for none; policy: of the kind hierarchical. Raises UsageError for more
     than one sequence and for another kind of cache.
@@ -76,7 +76,7 @@ def speculate(
 
 
 def _next(model: Any, ids: Tensor, cache: PackedCache, keep: int = 0) -> Tensor:
-    """int64 [1, n]: the most likely token after each of them (of the last ``keep``, if given); they go into the cache."""
+    """The most likely next token after each token (after the last ``keep``, if given), int64 [1, n]; fills the cache."""
     logits = model(input_ids=ids, **with_cache(model, cache), use_cache=True, logits_to_keep=keep).logits
     next_tokens: Tensor = logits.argmax(-1)
     return next_tokens

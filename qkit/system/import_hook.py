@@ -1,4 +1,4 @@
-"""Doing something as soon as a module has been imported."""
+"""Calls a function as soon as a module has been imported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import ModuleType
 
 
 def after_import(awaited: str, callback: Callable[[], object]) -> None:
-    """Call ``then`` right after ``awaited`` is imported: now if it is there already. Nothing is imported for the question."""
+    """Call ``callback`` right after module ``awaited`` is imported, or now if it is already. Imports nothing itself."""
     if awaited in sys.modules:
         callback()
     else:
@@ -19,7 +19,7 @@ def after_import(awaited: str, callback: Callable[[], object]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module, once, as the finders after it do, and gives its loader a sequel."""
+    """Finds one module, once, through the finders after it, and wraps its loader."""
 
     def __init__(self, awaited: str, callback: Callable[[], object]) -> None:
         self.awaited, self.callback = awaited, callback
@@ -37,7 +37,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """The module's own loader, and what is to be done after it."""
+    """The module's own loader, with a callback after it."""
 
     def __init__(self, loader: Loader, callback: Callable[[], object]) -> None:
         self.loader, self.callback = loader, callback
