@@ -20,10 +20,10 @@ from qkit.files.offload import OffloadedTensors
 class PerRow:
     """An argument that differs from row to row, such as rotary angles of images of several sizes.
 
-    each: tensors of one shape, which make a batch along ``dim``
+    values: tensors of one shape, which make a batch along ``dim``
     """
 
-    each: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
     dim: int
 
 
@@ -60,7 +60,7 @@ class Call:
 
         def cast(value: Any) -> Any:
             if isinstance(value, PerRow):
-                return PerRow(tuple(map(cast, value.each)), value.dim)
+                return PerRow(tuple(map(cast, value.values)), value.dim)
             return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
         return replace(self, args=mapped(cast, self.args), kwargs=mapped(cast, self.kwargs))
@@ -70,7 +70,7 @@ class Call:
 
         def of(value: Any) -> Any:
             if isinstance(value, PerRow):
-                return torch.cat(value.each[rows], dim=value.dim)
+                return torch.cat(value.values[rows], dim=value.dim)
             return value.offload_file[value.index] if isinstance(value, OffloadedArgument) else value
 
         kwargs = mapped(of, self.kwargs)
@@ -88,12 +88,12 @@ class Call:
 class OneByOne:
     """Calls of a block, one for each row, where rows have different shapes (the images of a row in a vision tower)."""
 
-    each: tuple[Call, ...]
+    calls: tuple[Call, ...]
 
     def __call__(self, block: nn.Module, hidden: Tensor, rows: slice = slice(None)) -> Tensor:
         """Output of the block for one row, [.., tokens, hidden]."""
         assert rows.stop - rows.start == 1
-        out: Tensor = self.each[rows.start](block, hidden)
+        out: Tensor = self.calls[rows.start](block, hidden)
         return out
 
 

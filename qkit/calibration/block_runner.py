@@ -380,7 +380,7 @@ def _group_inputs(
         if group.hook and group.hook in arguments:
             x = arguments[group.hook][0]
             x = x.reshape(-1, x.shape[-1])
-            if valid is not None:  # a prompt has a length of its own, and counts with its picture or not at all
+            if valid is not None:  # rows of another length than the mask (a prompt) do not count
                 x = x[valid] if len(valid) == len(x) else x[:0]
             if group.expert is not None:
                 routed = (arguments[group.hook][1] == group.expert).any(-1).flatten()

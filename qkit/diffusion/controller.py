@@ -38,13 +38,15 @@ class StepQuantizable(Protocol):
 
 @dataclass(frozen=True)
 class StepChoice:
-    """A decision. made: the input format of a linear (a key of ``policy.BITS``), or SKIPPED or RAN for a block (linear '')."""
+    """A decision. choice: the input format of a linear (a key of ``policy.BITS``), or SKIPPED or RAN for a block
+    (linear '').
+    """
 
     step: int
     branch: int
     block: int
     linear: str
-    made: str
+    choice: str
 
 
 @dataclass(kw_only=True)
@@ -174,12 +176,12 @@ class Controller:
     @property
     def width(self) -> float:
         """Mean bits of the inputs of all linears that were computed since the run began."""
-        return mean_width([BITS[c.made] for c in self.log if c.linear])
+        return mean_width([BITS[c.choice] for c in self.log if c.linear])
 
     @property
     def skipped(self) -> float:
         """Share of the blocks' runs that were skipped."""
-        blocks = [c.made == SKIPPED for c in self.log if not c.linear]
+        blocks = [c.choice == SKIPPED for c in self.log if not c.linear]
         return sum(blocks) / max(1, len(blocks))
 
 

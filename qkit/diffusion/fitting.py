@@ -53,7 +53,7 @@ class Observer(Controller):
     watches = True
 
     def __init__(self) -> None:
-        self.run, self.seen = -1, list[Observation]()
+        self.run, self.observations = -1, list[Observation]()
         # By run, branch and block, and by step: values of the residual.
         self.residuals: dict[tuple[int, int, int], dict[int, Tensor]] = defaultdict(dict)
         super().__init__(StepPolicy(fits={}, threshold=math.inf))
@@ -71,7 +71,7 @@ class Observer(Controller):
         error = float((rounded - exact).abs().sum() / exact.abs().sum().clamp_min(1e-30))
         peak = float(x.abs().amax() / x.abs().mean().clamp_min(1e-30))
         time = self.clock.time or 0.0
-        self.seen.append(
+        self.observations.append(
             Observation(
                 run=self.run,
                 step=self.step,
@@ -136,7 +136,7 @@ def fit(
     if weights is not None:
         policy = replace(policy, by_time=weights.by_time, by_block=weights.by_block)
     points, squared_errors = defaultdict[str, list[tuple[float, float]]](list), defaultdict[str, list[float]](list)
-    for observation in observer.seen:
+    for observation in observer.observations:
         if observation.change is not None:
             points[observation.linear].append((observation.change, observation.error))
         squared_errors[observation.linear].append(
@@ -204,7 +204,7 @@ def skips_of(residuals: dict[int, Tensor], tau: float, most_skips: int = MOST_SK
 
 def _schedule(observer: Observer, share: float) -> tuple[tuple[int, ...], int]:
     """(computed steps, number of all steps), with at most the given share skipped. Branches without all steps are ignored."""
-    steps = 1 + max(s.step for s in observer.seen)
+    steps = 1 + max(s.step for s in observer.observations)
     features = [torch.stack([r[s] for s in range(steps)]) for r in observer.residuals.values() if len(r) == steps]
     costs = torch.stack([group_costs(f) for f in features]).mean(0)
     costs[: WARM_UP - 1, WARM_UP - 1 :] = math.inf  # the first steps are computed
@@ -253,7 +253,7 @@ def _threshold(
     cache, inputs with outliers count 16 bits, and inputs after a skip 8 bits.
     """
     predicted, count, pure = [], 0, 0
-    for s in observer.seen:
+    for s in observer.observations:
         skips = skipped[s.run, s.branch, s.block]
         if s.step in skips:
             continue

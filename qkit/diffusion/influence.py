@@ -45,7 +45,7 @@ def influence_of(
 ) -> Influence:
     """The influence of errors at every step and in every block.
 
-    pipeline: packed, with ``controller`` attached; seen: observed errors of its linears
+    pipeline: packed, with ``controller`` attached; observations: errors of its linears
     samples:  (prompt, seed) of each run; call: arguments of the pipeline; step: called after each step and block
     """
     by_step, by_block, times = defaultdict[int, float](float), defaultdict[int, float](float), dict[int, float]()

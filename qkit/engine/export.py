@@ -232,8 +232,8 @@ def _config(plan: Plan, structure: ModelStructure, job: Job, source: _Tensors) -
 def quantization_config(plan: Plan, structure: ModelStructure) -> dict[str, Any]:
     """The compressed-tensors configuration of a plan."""
     renamed = {stored: module for stored, module in module_names(structure).items() if stored != module}
-    pairs = {name: (p.weights, p.activations) for name, p in plan.linears.items()}
-    built = ct.config(pairs, list(plan.skipped), renamed, FORMAT if plan.static_cache else None)
+    formats_by_linear = {name: (p.weights, p.activations) for name, p in plan.linears.items()}
+    built = ct.config(formats_by_linear, list(plan.skipped), renamed, FORMAT if plan.static_cache else None)
     return {**built, "quant_method": plan.export}
 
 

@@ -233,24 +233,24 @@ def _branching(plan: Plan, group: LinearGroup, workers: int) -> int:
     return 5 * sum(map(math.prod, shapes)) + min(workers, len(shapes)) * worker_bytes
 
 
-def refuse_what_cannot_fit(found: Forecast, folder: Path, work: Path | None = None) -> None:
+def refuse_what_cannot_fit(cost: Forecast, folder: Path, work: Path | None = None) -> None:
     """Raises Unsupported for memory, IOFailure for disk, with needed and available bytes.
 
     folder: where the result goes; work: the job folder, if there is to be one
     """
     available = available_memory()
-    if available is not None and found.peak_memory > available:
+    if available is not None and cost.peak_memory > available:
         raise Unsupported(
-            f"the run needs about {megabytes(found.peak_memory)} of memory and {megabytes(available)} are available: use fewer "
+            f"the run needs about {megabytes(cost.peak_memory)} of memory and {megabytes(available)} are available: use fewer "
             "--threads, shorter rows (--seqlen), or a larger machine"
         )
     # Files of an earlier run of the same command are used again, or removed first.
     if work is None:
-        needs = {folder: 1.1 * (found.packed_bytes + found.copied_bytes + found.job_bytes)}
+        needs = {folder: 1.1 * (cost.packed_bytes + cost.copied_bytes + cost.job_bytes)}
     else:
         needs = {
-            folder: 1.1 * (found.packed_bytes + found.copied_bytes) - _bytes_below(partial_path(folder)),
-            work: 1.1 * found.job_bytes - _bytes_below(work),
+            folder: 1.1 * (cost.packed_bytes + cost.copied_bytes) - _bytes_below(partial_path(folder)),
+            work: 1.1 * cost.job_bytes - _bytes_below(work),
         }
     by_disk: dict[int, tuple[Path, float]] = {}
     for target, need in needs.items():

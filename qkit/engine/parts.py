@@ -54,29 +54,29 @@ def entry_of(results: list[LinearResult]) -> dict[str, Any]:
     return {"linears": {r.plan.name: r.entry() for r in results}}
 
 
-def row_notice(inside: list[bool], after: list[bool], beyond: set[int]) -> dict[str, Any]:
+def row_notice(finite_inside: list[bool], finite_after: list[bool], over_limit: set[int]) -> dict[str, Any]:
     """Journal fields about the rows of a block; empty if all rows are good.
 
     The counts are: all rows, rows left out for non-finite values, and rows with finite values beyond the checkpoint's dtype.
 
-    inside, after: which rows are finite at the inputs of the block's linears, and after the block
+    finite_inside, finite_after: which rows are finite at the inputs of the block's linears, and after the block
     """
-    bad = [a and b for a, b in zip(inside, after, strict=True)].count(False)
-    counts = {"rows": len(after), "not_finite": bad, "beyond_dtype": len(beyond)}
-    return {ROW_NOTICE: counts} if bad or beyond else {}
+    bad = [a and b for a, b in zip(finite_inside, finite_after, strict=True)].count(False)
+    counts = {"rows": len(finite_after), "not_finite": bad, "beyond_dtype": len(over_limit)}
+    return {ROW_NOTICE: counts} if bad or over_limit else {}
 
 
 def row_notices(journal: Iterable[dict[str, Any]], dtype: str) -> list[str]:
     """Sentences for the user about rows that were left out or overflow. journal: its entries; dtype: of the checkpoint."""
     counts = [entry[ROW_NOTICE] for entry in journal if ROW_NOTICE in entry]
-    bad, beyond = (max((t[name] for t in counts), default=0) for name in ("not_finite", "beyond_dtype"))
+    bad, over_limit = (max((t[name] for t in counts), default=0) for name in ("not_finite", "beyond_dtype"))
     count = counts[0]["rows"] if counts else 0
     sentences = []
     if bad:
         sentences.append(f"{bad} of {count} calibration rows were left out: their activations are not finite")
-    if beyond:
+    if over_limit:
         sentences.append(
-            f"{beyond} of {count} calibration rows have activations that {dtype} cannot hold: they were measured in float32, "
-            f"and a model in {dtype} overflows there: run the result in bfloat16, or quantize a bfloat16 checkpoint"
+            f"{over_limit} of {count} calibration rows have activations that {dtype} cannot hold: they were measured in "
+            f"float32, and a model in {dtype} overflows there: run the result in bfloat16, or quantize a bfloat16 checkpoint"
         )
     return sentences

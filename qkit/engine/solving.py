@@ -158,8 +158,8 @@ def _weight_branches(results: list[list[LinearResult]], works: list[_Work], pool
 
 def _without_branches(work: _Work, branches: _Branches) -> _Work:
     """The group with the branches subtracted from its weights."""
-    pairs = zip(work.task.weights, branches, strict=True)
-    weights = [w if b is None else w - lowrank.add_(torch.zeros_like(w), b) for w, b in pairs]
+    weights_and_branches = zip(work.task.weights, branches, strict=True)
+    weights = [w if b is None else w - lowrank.add_(torch.zeros_like(w), b) for w, b in weights_and_branches]
     return replace(work, task=replace(work.task, weights=weights, amax=shared_amax(weights, work.task.fmt)))
 
 

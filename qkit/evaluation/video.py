@@ -187,9 +187,9 @@ def by_step(logs: list[tuple[StepChoice, ...]]) -> dict[str, list[list[float | N
         for c in log:
             at = (c.block, c.step)
             if not c.linear:
-                runs.setdefault(at, {})[number, c.branch] = c.made == SKIPPED
+                runs.setdefault(at, {})[number, c.branch] = c.choice == SKIPPED
             else:
-                widths.setdefault(at, []).append(BITS[c.made])
+                widths.setdefault(at, []).append(BITS[c.choice])
 
     def table(of: Callable[[tuple[int, int]], float | None]) -> list[list[float | None]]:
         return [[of((b, s)) for s in range(steps)] for b in range(blocks)]

@@ -214,8 +214,8 @@ class ModelStructure:
         """(parameter, checkpoint tensor) of all stored tensors outside the blocks."""
         prefix = tuple(f"{name}." for name in self.family.blocks)
         names = [n for n, _ in (*self.model.named_parameters(), *_persistent_buffers(self.model))]
-        pairs = [(n, self.stored_name(n)) for n in names if not n.startswith(prefix)]
-        return tuple((n, s) for n, s in pairs if s not in self.tied)
+        stored_names = [(n, self.stored_name(n)) for n in names if not n.startswith(prefix)]
+        return tuple((n, s) for n, s in stored_names if s not in self.tied)
 
     @property
     def parameters(self) -> int:

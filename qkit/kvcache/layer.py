@@ -271,8 +271,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes of the layer's tensors."""
-        pairs = [s for s in (self.sink, self.body, self.recent) if s is not None]
-        storages = [t.untyped_storage() for pair in pairs for s in pair for t in s.tensors]
+        segments = [s for s in (self.sink, self.body, self.recent) if s is not None]
+        storages = [t.untyped_storage() for pair in segments for s in pair for t in s.tensors]
         return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
 
     # ---- interface of transformers ---------------------------------------------------------------------------------
@@ -335,10 +335,10 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._resized()
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        pairs = [
+        changed = [
             None if s is None else (s[0].map(change), s[1].map(change)) for s in (self.sink, self.body, self.recent)
         ]
-        self.sink, self.body, self.recent = pairs
+        self.sink, self.body, self.recent = changed
 
     def _resized(self) -> None:
         if self.segments:

@@ -205,14 +205,14 @@ def _spans(start: int, stop: int, step: int) -> Iterator[Span]:
 def _cloned(call: Call | OneByOne) -> Call | OneByOne:
     """The call with tensors that autograd accepts, as ``LearnedWeight.cloned``."""
     if isinstance(call, OneByOne):
-        return OneByOne(tuple(_one_cloned(c) for c in call.each))
+        return OneByOne(tuple(_one_cloned(c) for c in call.calls))
     return _one_cloned(call)
 
 
 def _one_cloned(call: Call) -> Call:
     def clone(value: Any) -> Any:
         if isinstance(value, PerRow):
-            return PerRow(tuple(clone(v) for v in value.each), value.dim)
+            return PerRow(tuple(clone(v) for v in value.values), value.dim)
         return value.clone() if isinstance(value, Tensor) else value
 
     return replace(call, args=mapped(clone, call.args), kwargs=mapped(clone, call.kwargs))

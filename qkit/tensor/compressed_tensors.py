@@ -128,7 +128,7 @@ def config(
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json.
 
-    pairs:       {linear: (weights, activations)} by checkpoint name
+    formats_by_linear: {linear: (weights, activations)} by checkpoint name
     skipped:     linears that are not quantized, by checkpoint name
     module_name: {checkpoint name: module name} where they differ; both are listed, since loaders match either
     cache:       format of keys and values, for engines with a quantized KV cache

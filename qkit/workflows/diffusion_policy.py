@@ -51,12 +51,14 @@ def decide_steps(plan: Plan, structure: ModelStructure, packed: Path, progress: 
         progress.step()
     chosen: dict[str, str] | None = None
     if asked.kind == "decoupled":
-        ruled, linears = RuleController(), list(dict.fromkeys(s.linear for s in observer.seen))
+        ruled, linears = RuleController(), list(dict.fromkeys(s.linear for s in observer.observations))
         chosen = allocate(under(ruled), ruled, linears, further, call, asked.width, progress)
     weights: Influence | None = None
     if asked.weigh:
         ruled = RuleController()
-        progress.start("weigh errors by step and block", 1 + max(s.step for s in observer.seen) + len(structure.blocks))
-        weights = influence_of(under(ruled), ruled, observer.seen, further, call, progress.step)
+        progress.start(
+            "weigh errors by step and block", 1 + max(s.step for s in observer.observations) + len(structure.blocks)
+        )
+        weights = influence_of(under(ruled), ruled, observer.observations, further, call, progress.step)
     found = fit(observer, asked, chosen, weights)
     add_to_record(packed, ENTRY, {**found.policy.to_json(), "asked": plan.policy, "fit": found.to_json()})
