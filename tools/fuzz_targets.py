@@ -18,7 +18,7 @@ import transformers
 
 from qkit.allocation.limits import Budget, BudgetRequest
 from qkit.calibration.dataset import calibration_rows
-from qkit.calibration.image_text import read_pairs
+from qkit.calibration.image_text import read_image_text
 from qkit.evaluation.budget import check_budget, junit_xml, load_budget
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.locate import recorded_source
@@ -330,7 +330,7 @@ def _pairs(folder: Path) -> Target:
         return file, b"\n".join(changed), run
 
     def run() -> str | None:
-        pairs = read_pairs(file, 3)
+        pairs = read_image_text(file, 3)
         sound = all(p.answer and p.question and (p.images or p.frames) for p in pairs)
         return None if sound and len(pairs) == 3 else "a pair without a part"
 

@@ -60,7 +60,7 @@ class Compiled:
 
 
 def sample(name: str, dtype: torch.dtype) -> Any:
-    """A small weight of a format, laid out."""
+    """A small weight of a format, in the kernels' layout."""
     fmt = FORMATS[name]
     columns = 4 * block_columns(fmt.bits)
     groups = 1 if fmt.group is None else columns // fmt.group
@@ -72,37 +72,37 @@ def sample(name: str, dtype: torch.dtype) -> Any:
 
 
 def compile_product(name: str, dtype: torch.dtype, tile: Tile, architecture: int, gated: bool = False) -> Compiled:
-    """The product kernel of a format."""
-    laid = sample(name, dtype)
+    """The compiled product kernel of a format."""
+    weight = sample(name, dtype)
     kind = KINDS[dtype]
-    stored = "i32" if laid.format.scale != "float" else kind
+    stored = "i32" if weight.format.scale != "float" else kind
     types = {
         "x_ptr": kind, "words_ptr": "i32", "scale_ptr": stored, "zero_ptr": "i8", "row_ptr": "fp32", "token_ptr": "fp32",
         "bias_ptr": kind, "residual_ptr": kind, "y_ptr": kind, "sums_ptr": "fp32", "count_ptr": "i32",
     }  # fmt: skip
     fixed = {
-        **constants(laid), "GATED": gated, "TOKEN": False, "BIAS": False, "RESIDUAL": False, "EVEN": True, "ASM": True,
+        **constants(weight), "GATED": gated, "TOKEN": False, "BIAS": False, "RESIDUAL": False, "EVEN": True, "ASM": True,
         "PLAIN": False, "ROWS": tile.rows, "TOKENS": tile.tokens, "STAGES": tile.stages, "SPLIT": tile.split,
     }  # fmt: skip
-    built = _compile(product_kernel, types, ("M", "N", "K", "STRIDE", "BLOCKS", "SPAN"), fixed, tile, architecture)
-    return _read(built, tile, laid)
+    binary = _compile(product_kernel, types, ("M", "N", "K", "STRIDE", "BLOCKS", "SPAN"), fixed, tile, architecture)
+    return _read(binary, tile, weight)
 
 
 def compile_product8(name: str, dtype: torch.dtype, tile: Tile, architecture: int) -> Compiled:
-    """The product kernel with INT8 activations."""
-    laid = sample(name, dtype)
+    """The compiled product kernel with INT8 activations."""
+    weight = sample(name, dtype)
     kind = KINDS[dtype]
     types = {
         "code_ptr": "i8", "token_ptr": "fp32", "sum_ptr": "i32", "words_ptr": "i32", "scale_ptr": kind, "zero_ptr": "i8",
         "row_ptr": "fp32", "bias_ptr": kind, "y_ptr": kind, "sums_ptr": "fp32", "count_ptr": "i32",
     }  # fmt: skip
     fixed = {
-        "BITS": laid.format.bits, "PAIRS": PAIRS[laid.format.bits], "SCALED": laid.scale is not None,
-        "ZERO": laid.zero is not None, "BIAS": False, "PLAIN": False, "ROWS": tile.rows, "TOKENS": tile.tokens,
+        "BITS": weight.format.bits, "PAIRS": PAIRS[weight.format.bits], "SCALED": weight.scale is not None,
+        "ZERO": weight.zero is not None, "BIAS": False, "PLAIN": False, "ROWS": tile.rows, "TOKENS": tile.tokens,
         "STAGES": tile.stages, "SPLIT": tile.split,
     }  # fmt: skip
-    built = _compile(product8_kernel, types, ("M", "N", "BLOCKS", "SPAN"), fixed, tile, architecture)
-    return _read(built, tile, laid)
+    binary = _compile(product8_kernel, types, ("M", "N", "BLOCKS", "SPAN"), fixed, tile, architecture)
+    return _read(binary, tile, weight)
 
 
 def _compile(
@@ -133,7 +133,7 @@ def compile_quantize(bits: int | None, dtype: torch.dtype, architecture: int) ->
 
 
 def compile_sparse(dtype: torch.dtype, architecture: int) -> Compiled:
-    """The kernel of sparse parts."""
+    """The compiled kernel of sparse parts."""
     kind = KINDS[dtype]
     types = {"x_ptr": kind, "start_ptr": "i32", "column_ptr": "i32", "value_ptr": kind, "y_ptr": "fp32"}
     fixed = {"ROWS": 16, "STEP": 16, "PLAIN": False}
@@ -141,11 +141,11 @@ def compile_sparse(dtype: torch.dtype, architecture: int) -> Compiled:
 
 
 def compile_decode(keys: int, values: int, dim: int, dtype: torch.dtype, architecture: int) -> Compiled:
-    """The kernel of attention over a packed cache, by bits of keys and values and head_dim."""
+    """The compiled attention kernel of a packed cache, for bits of keys and values and a head_dim."""
     kind = KINDS[dtype]
     packed = {"w_ptr": "i16", "l_ptr": "fp16", "s_ptr": "fp16"}
     types = {"q_ptr": kind, **{f"{side}{n}": t for side in "kv" for n, t in packed.items()}}
-    types |= {n: "fp32" for n in ("mask_ptr", "most_ptr", "total_ptr", "sum_ptr")}
+    types |= {n: "fp32" for n in ("mask_ptr", "m_ptr", "l_ptr", "acc_ptr")}
     fixed = {
         "KBITS": keys, "VBITS": values, "D": dim, "DV": dim, "G": 4, "MASK": False, "PLAIN": False, "ROWS": 16, "N": kv.TILE,
         "STAGES": kv.STAGES,
@@ -154,21 +154,21 @@ def compile_decode(keys: int, values: int, dim: int, dtype: torch.dtype, archite
     return _read(_compile(kv.decode_kernel, types, ("T", "HEADS", "SPAN"), fixed, tile, architecture))
 
 
-def _read(built: Any, tile: Tile | None = None, laid: Any = None) -> Compiled:
+def _read(binary: Any, tile: Tile | None = None, weight: Any = None) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(built.asm["cubin"])
+        f.write(binary.asm["cubin"])
         f.flush()
         usage = _tool("cuobjdump", "-res-usage", f.name)
         text = _tool("cuobjdump", "-sass", f.name)
     loop = _loop(text)
     instructions = None
     if tile is not None:
-        weights = max(tile.rows, 16 * tile.warps) * block_columns(laid.format.bits)
+        weights = max(tile.rows, 16 * tile.warps) * block_columns(weight.format.bits)
         instructions = round(len(loop) * 32 * tile.warps / weights, 2)
     return Compiled(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
         spilled=int(re.search(r"LOCAL:(\d+)", usage)[1]),  # type: ignore[index]
-        shared=built.metadata.shared,
+        shared=binary.metadata.shared,
         wide_loads=sum(o.startswith("LDG") and ".128" in o for o in loop),
         exchanged=sum(o.startswith(("STS", "SHFL", "STSM")) for o in loop),
         core=next(iter(re.findall(r"\b([A-Z]*MMA)\b", text)), "none"),
@@ -182,31 +182,31 @@ def _tool(name: str, *arguments: str) -> str:
 
 def _loop(sass: str) -> list[str]:
     """Opcodes of the longest loop."""
-    found = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", sass, re.M)
-    best: list[str] = []
-    for address, opcode, rest in found:
+    instructions = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", sass, re.M)
+    longest: list[str] = []
+    for address, opcode, rest in instructions:
         target = re.search(r"0x([0-9a-f]+)", rest)
         if opcode.startswith("BRA") and target and int(target[1], 16) < int(address, 16):
-            body = [o for a, o, _ in found if int(target[1], 16) <= int(a, 16) <= int(address, 16)]
-            best = max(best, body, key=len)
-    return best
+            body = [o for a, o, _ in instructions if int(target[1], 16) <= int(a, 16) <= int(address, 16)]
+            longest = max(longest, body, key=len)
+    return longest
 
 
 def kernels() -> Iterator[tuple[str, Callable[[], Compiled]]]:
     """(kernel, format, dtype, tile and architecture in words; what compiles it)."""
     for dtype in (torch.float16, torch.bfloat16):
         for architecture in ARCHITECTURES:
-            where = f"{str(dtype)[6:]} sm_{architecture}"
+            target = f"{str(dtype)[6:]} sm_{architecture}"
             for bits in (4, 8, None):
-                label = f"quantize {f'for {bits} bits' if bits else 'for view8'} {where}"
+                label = f"quantize {f'for {bits} bits' if bits else 'for view8'} {target}"
                 yield label, partial(compile_quantize, bits, dtype, architecture)
             for bits in kv.BITS:
                 for dim in (64, 128):
                     yield (
-                        f"kv int{bits} head {dim} {where}",
+                        f"kv int{bits} head {dim} {target}",
                         partial(compile_decode, bits, bits, dim, dtype, architecture),
                     )
-            yield f"sparse {where}", partial(compile_sparse, dtype, architecture)
+            yield f"sparse {target}", partial(compile_sparse, dtype, architecture)
     for name, fmt in FORMATS.items():
         integers = fmt.kind == "int" and fmt.bits in (4, 8) and name != "int4 g32"
         for kernel in (compile_product, compile_product8)[: 1 + integers]:
@@ -222,38 +222,38 @@ def _words(tile: Tile) -> str:
 
 
 def wrong(row: Compiled, architecture: int) -> str:
-    """What is wrong with a row; empty where nothing is."""
-    found = [f"{row.spilled} bytes spilled"] if row.spilled else []
+    """The faults of a row; empty where there are none."""
+    faults = [f"{row.spilled} bytes spilled"] if row.spilled else []
     if row.shared > SHARED[architecture]:
-        found.append(f"{row.shared} bytes of shared memory, and sm_{architecture} has {SHARED[architecture]}")
+        faults.append(f"{row.shared} bytes of shared memory, and sm_{architecture} has {SHARED[architecture]}")
     if row.instructions is None:
-        return ", ".join(found)
-    found += [] if row.wide_loads else ["words are not loaded 16 bytes at a time"]
+        return ", ".join(faults)
+    faults += [] if row.wide_loads else ["words are not loaded 16 bytes at a time"]
     # One store or two of bookkeeping are the loop's own; the tensor cores of sm_100 read from shared memory.
     crossing = row.exchanged > 2 and not row.core.startswith("UTC")
-    return ", ".join(found + ([f"{row.exchanged} exchanges between lanes"] if crossing else []))
+    return ", ".join(faults + ([f"{row.exchanged} exchanges between lanes"] if crossing else []))
 
 
 def main() -> int:
-    """The command."""
+    """Run the command; 1 if a kernel has a fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="Write the table.")
     parser.add_argument("--only", default="", help="Rows whose label has this.")
     args = parser.parse_args()
-    found, bad = {}, 0
+    rows, fault_count = {}, 0
     for label, compiled in kernels():
         if args.only not in label:
             continue
         row = compiled()
-        found[label] = asdict(row)
+        rows[label] = asdict(row)
         fault = wrong(row, int(label.rpartition("sm_")[2]))
-        bad += bool(fault)
-        print(label, "|", " ".join(f"{k} {v}" for k, v in found[label].items()), "|", fault or "ok", flush=True)
+        fault_count += bool(fault)
+        print(label, "|", " ".join(f"{k} {v}" for k, v in rows[label].items()), "|", fault or "ok", flush=True)
     if args.write:
-        lines = ",\n".join(f"  {json.dumps(label)}: {json.dumps(row)}" for label, row in found.items())
+        lines = ",\n".join(f"  {json.dumps(label)}: {json.dumps(row)}" for label, row in rows.items())
         text = f'{{\n "triton": {json.dumps(triton.__version__)},\n "rows": {{\n{lines}\n }}\n}}\n'
         TABLE.write_text(text, encoding="utf-8")
-    return int(bad > 0 or not found)
+    return int(fault_count > 0 or not rows)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,14 @@ from qkit_kernels.gpu import to
 from qkit_kernels.layout import KernelWeight, lay_out
 from qkit_kernels.matmul import Tile, product
 from qkit_kernels.tiles import FORMATS, TABLES, key
-from qkit_kernels.weight import Format, Weight
+from qkit_kernels.weight import CodeFormat, Weight
 
 CALLS = 200  # in a graph
 
 
-def random_weight(fmt: Format, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, seed: int) -> Weight:
+def random_weight(
+    fmt: CodeFormat, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, seed: int
+) -> Weight:
     """Random codes and scales, of which no product is NaN."""
     g = torch.Generator(device).manual_seed(seed)
     groups = 1 if fmt.group is None else shape[1] // fmt.group
@@ -51,20 +53,20 @@ def random_weight(fmt: Format, shape: tuple[int, int], dtype: torch.dtype, devic
     return Weight(fmt, codes, scale.to(dtype), zero)
 
 
-def copies(laid: KernelWeight, device: torch.device, times: int = 3) -> list[KernelWeight]:
-    """As many of the weight as hold ``times`` the L2 cache."""
+def copies(weight: KernelWeight, device: torch.device, times: int = 3) -> list[KernelWeight]:
+    """Enough copies of the weight to fill the L2 cache ``times`` times."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return [laid, *(to_new(laid) for _ in range(-(-times * cache // laid.nbytes)))]
+    return [weight, *(to_new(weight) for _ in range(-(-times * cache // weight.nbytes)))]
 
 
-def to_new(laid: KernelWeight) -> KernelWeight:
-    """The same in other memory."""
-    host = to(laid, torch.device("cpu"))
-    return to(host, laid.words.device)
+def to_new(weight: KernelWeight) -> KernelWeight:
+    """A copy of the weight in new memory."""
+    host = to(weight, torch.device("cpu"))
+    return to(host, weight.words.device)
 
 
 def seconds(calls: list[Callable[[], Any]], rounds: int = 7) -> list[float]:
-    """Per call, of each of ``rounds`` replays of a graph in which the calls follow each other, CALLS at least; sorted."""
+    """Sorted seconds per call of ``rounds`` replays of a graph that has at least CALLS of the calls in turn."""
     aside = torch.cuda.Stream()
     with torch.cuda.stream(aside):
         for call in calls:
@@ -77,37 +79,40 @@ def seconds(calls: list[Callable[[], Any]], rounds: int = 7) -> list[float]:
             for call in calls:
                 call()
     graph.replay()
-    found = []
+    times = []
     for _ in range(rounds):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) / 1000 / (turns * len(calls)))
-    return sorted(found)
+        times.append(start.elapsed_time(end) / 1000 / (turns * len(calls)))
+    return sorted(times)
 
 
-def candidates(laid: KernelWeight, tokens: int) -> Iterator[Tile]:
-    """Tiles worth a try."""
-    blocks, processors = laid.words.shape[1], torch.cuda.get_device_properties(laid.words.device).multi_processor_count
+def candidates(weight: KernelWeight, tokens: int) -> Iterator[Tile]:
+    """Yield the tiles to measure."""
+    blocks, processors = (
+        weight.words.shape[1],
+        torch.cuda.get_device_properties(weight.words.device).multi_processor_count,
+    )
     for (rows, warps), stages, split in every(
         ((16, 1), (32, 2), (64, 4), (64, 2), (128, 4), (128, 8)), (3, 5), (1, 2, 4, 8, 16)
     ):
-        programs = -(-laid.shape[0] // rows) * split
+        programs = -(-weight.shape[0] // rows) * split
         crowded = rows * tokens > 64 * 64 * (warps // 4 + 1) or split > blocks // 2
         if not crowded and processors // 2 <= programs <= 16 * processors:
             yield Tile(rows, tokens, warps, stages, split)
 
 
 def tune(name: str, shape: tuple[int, int], tokens: int, device: torch.device) -> tuple[Tile, float]:
-    """The fastest tile, and its seconds."""
+    """The fastest tile, and its time in seconds."""
     dtype = torch.bfloat16
-    laid = lay_out(random_weight(FORMATS[name], shape, dtype, device, 0), dtype)
-    every_copy = copies(laid, device)
+    weight = lay_out(random_weight(FORMATS[name], shape, dtype, device, 0), dtype)
+    every_copy = copies(weight, device)
     x = torch.randn(tokens if tokens > 8 else 1, shape[1], device=device, dtype=dtype)
     best: tuple[Tile, float] | None = None
-    for tile in candidates(laid, tokens):
+    for tile in candidates(weight, tokens):
         calls = [_call(x, one, tile) for one in every_copy]
         try:
             took = seconds(calls, 3)[1]
@@ -118,12 +123,12 @@ def tune(name: str, shape: tuple[int, int], tokens: int, device: torch.device) -
     return best
 
 
-def _call(x: Tensor, laid: KernelWeight, tile: Tile) -> Callable[[], Tensor]:
-    return lambda: product(x, laid, tile)
+def _call(x: Tensor, weight: KernelWeight, tile: Tile) -> Callable[[], Tensor]:
+    return lambda: product(x, weight, tile)
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", required=True, help="out x in, for instance 4096x4096,14336x4096.")
     parser.add_argument("--formats", default="int4 g128", help=f"Of {', '.join(FORMATS)}.")

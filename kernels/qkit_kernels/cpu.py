@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from qkit_kernels import cores
-from qkit_kernels.weight import Format, Weight, float_scale
+from qkit_kernels.weight import CodeFormat, Weight, float_scale
 
-OPS = ("int_mm", "int4pack", "int8pack", "bag", "dequantize")  # the first that is supported is taken
+OPS = ("int_mm", "int4pack", "int8pack", "bag", "dequantize")  # the first supported one is used
 SLICE = 1 << 20  # elements of the weight that are dequantized at a time
 _BAGS = {2: "2bit", 4: "4bit", 8: "byte"}
 _FLOATS = {
@@ -46,7 +46,7 @@ _FLOATS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class CpuWeight:
     """A weight laid out for one operator.
 
     op:     one of OPS
@@ -57,7 +57,7 @@ class Prepared:
             all of lane 0, and so on. Tiles hold the codes column by column, with 2^(b - 1) added
     bits:   b, of a code in ``data``
     scales: as the operator wants them; None where it takes those of ``weight``
-    rows:   up to so many rows of activations the operator runs
+    rows:   largest number of activation rows that the operator runs
     """
 
     op: str
@@ -79,8 +79,8 @@ class Prepared:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        held = (self.data, self.scales, self.weight.scale, self.weight.zero, self.weight.global_scale)
-        storages = [t.untyped_storage() for t in held if t is not None]
+        tensors = (self.data, self.scales, self.weight.scale, self.weight.zero, self.weight.global_scale)
+        storages = [t.untyped_storage() for t in tensors if t is not None]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
@@ -89,16 +89,16 @@ class Prepared:
 
 @functools.cache
 def most_rows(kind: str) -> dict[str, int]:
-    """{operator: rows up to which it runs} on that kind of core.
+    """{operator: largest number of rows that it runs} on a kind of core.
 
-    A kind that was not measured has the entry 'other': few rows, at which reading the weight is what takes the time anywhere.
+    A kind that was not measured has the entry 'other': few rows, for which reading the weight takes most of the time.
     """
     table = json.loads(files("qkit_kernels").joinpath("tables/cpu.json").read_text(encoding="utf-8"))
-    found: dict[str, int] = table.get(kind, table["other"])["rows"]
-    return found
+    row_limits: dict[str, int] = table.get(kind, table["other"])["rows"]
+    return row_limits
 
 
-def supported(op: str, fmt: Format, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+def supported(op: str, fmt: CodeFormat, shape: tuple[int, int], dtype: torch.dtype) -> bool:
     """Whether this core runs ``op`` on weights [out, in] of that format; dtype: of activations (int8: codes)."""
     out, columns = shape
     if fmt.group is not None and columns % fmt.group:
@@ -137,12 +137,12 @@ def int4_tile() -> int | None:
 
 
 def _tiled(unsigned: Tensor, tile: int, bits: int) -> Tensor:
-    """Codes uint8 [out, in] -> uint8 [out / tile, in, tile bits / 8]."""
+    """Codes uint8 [out, in] in tiles, uint8 [out / tile, in, tile bits / 8]."""
     return _joined(unsigned.unflatten(0, (-1, 8 // bits, tile * bits // 8)), bits).transpose(1, 2).contiguous()
 
 
 def _joined(lanes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 [a, lane, ..], of which the low bits count -> bytes [a, ..] that hold all lanes; for 8 bits the codes."""
+    """Bytes [a, ..] that hold all lanes of codes uint8 [a, lane, ..], of which the low bits count; for 8 bits the codes."""
     if bits == 8:
         return lanes[:, 0]
     packed = lanes[:, 0] & ((1 << bits) - 1)
@@ -154,19 +154,19 @@ def _joined(lanes: Tensor, bits: int) -> Tensor:
 # ---- laying out ------------------------------------------------------------------------------------------------
 
 
-def prepare(weight: Weight, dtype: torch.dtype) -> Prepared:
-    """Choose the operator for activations of ``dtype`` (int8: codes) and lay the codes out for it."""
+def prepare(weight: Weight, dtype: torch.dtype) -> CpuWeight:
+    """The weight in the layout of the operator that suits activations of ``dtype`` (int8: codes)."""
     op = next(o for o in OPS if supported(o, weight.format, weight.shape, dtype))
     return lay_out(op, weight, most_rows(cores.kind()).get(op, 0))
 
 
-def lay_out(op: str, weight: Weight, rows: int) -> Prepared:
+def lay_out(op: str, weight: Weight, rows: int) -> CpuWeight:
     """The weight in the layout of an operator that supports it. rows: up to which it runs."""
     fmt, shape = weight.format, weight.shape
     bare = replace(weight, codes=weight.codes.new_empty(0))
     if op in ("int8pack", "int_mm"):
         scales = weight.scale[:, 0].to(torch.bfloat16 if op == "int8pack" else torch.float32)
-        return Prepared(op=op, weight=bare, shape=shape, data=weight.codes, bits=8, scales=scales, rows=rows)
+        return CpuWeight(op=op, weight=bare, shape=shape, data=weight.codes, bits=8, scales=scales, rows=rows)
     if op == "int4pack":
         scale = float_scale(weight)
         zero = torch.zeros_like(scale) if weight.zero is None else scale * -weight.zero.to(torch.float32)
@@ -175,7 +175,7 @@ def lay_out(op: str, weight: Weight, rows: int) -> Prepared:
             bare = replace(bare, scale=scales[..., 0].T)
         tile = int4_tile()
         assert tile is not None
-        return Prepared(
+        return CpuWeight(
             op=op,
             weight=bare,
             shape=shape,
@@ -190,12 +190,12 @@ def lay_out(op: str, weight: Weight, rows: int) -> Prepared:
         packed = _tiled(_unsigned(weight.codes, bits), tile, bits)
         ends = torch.tensor([1.0, -(2.0 ** (bits - 1))], dtype=torch.float32 if bits == 8 else torch.float16)
         tail = ends.view(torch.uint8).expand(*packed.shape[:2], -1)  # scale and bias of a row
-        return Prepared(
+        return CpuWeight(
             op=op, weight=bare, shape=shape, data=torch.cat((packed, tail), dim=2), bits=bits, scales=None, rows=rows
         )
     bits = 8 if shape[1] % (8 // bits) else bits
     data = _joined(weight.codes.view(torch.uint8).unflatten(1, (8 // bits, -1)), bits)
-    return Prepared(op=op, weight=bare, shape=shape, data=data, bits=bits, scales=None, rows=rows)
+    return CpuWeight(op=op, weight=bare, shape=shape, data=data, bits=bits, scales=None, rows=rows)
 
 
 def _unsigned(codes: Tensor, bits: int) -> Tensor:
@@ -205,61 +205,63 @@ def _unsigned(codes: Tensor, bits: int) -> Tensor:
 # ---- reading back ----------------------------------------------------------------------------------------------
 
 
-def codes(p: Prepared) -> Tensor:
-    """The codes that ``prepare`` was given, [out, in] in their dtype."""
+def codes(p: CpuWeight) -> Tensor:
+    """The codes of the weight before ``prepare``, [out, in] in their dtype."""
     out, columns = p.shape
-    found = torch.empty(out * columns, dtype=torch.int8, device=p.data.device)
-    for lane, target in _lanes(p, 0, out, found):
+    flat_codes = torch.empty(out * columns, dtype=torch.int8, device=p.data.device)
+    for lane, target in _lanes(p, 0, out, flat_codes):
         target.copy_(lane)
-    plain = found.view(p.shape) if p.tile == 1 else found.view(columns, out).T.contiguous()
-    return (plain & 0xF if p.weight.format.kind == "fp4" else plain).view(p.weight.codes.dtype)
+    unpacked = flat_codes.view(p.shape) if p.tile == 1 else flat_codes.view(columns, out).T.contiguous()
+    return (unpacked & 0xF if p.weight.format.kind == "fp4" else unpacked).view(p.weight.codes.dtype)
 
 
-def _lanes(p: Prepared, first: int, last: int, buffer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _lanes(p: CpuWeight, start: int, stop: int, buffer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """(int8 codes, sign-extended, and where in ``buffer`` they go) of rows [first, last), lane by lane.
 
     buffer: [rows in]; it gets [rows, in], or [in, rows] where codes lie in tiles.
     """
     per, columns = 8 // p.bits, p.shape[1]
     if p.tile == 1:
-        data = p.data[first:last]
-        targets = buffer.view(last - first, per, -1).unbind(1)
+        data = p.data[start:stop]
+        targets = buffer.view(stop - start, per, -1).unbind(1)
     else:
         signs = sum(1 << (low + p.bits - 1) for low in range(0, 8, p.bits))
-        data = p.data[first // p.tile : last // p.tile, :, : p.tile // per] ^ signs
+        data = p.data[start // p.tile : stop // p.tile, :, : p.tile // per] ^ signs
         targets = buffer.view(columns, -1, per, p.tile // per).transpose(0, 1).unbind(2)
     for i, target in enumerate(targets):
-        up = 8 - p.bits * (i + 1)
-        lane = (data << up if up else data).view(torch.int8)
+        shift = 8 - p.bits * (i + 1)
+        lane = (data << shift if shift else data).view(torch.int8)
         yield lane >> (8 - p.bits) if p.bits < 8 else lane, target
 
 
 def _half(lane: Tensor, kind: str) -> Tensor:
-    """float16: what int8 E2M1 or E4M3 codes stand for, by moving their bits; torch's own conversion is ten times slower."""
+    """Values of int8 E2M1 or E4M3 codes, float16, by moving their bits; torch's own conversion is ten times slower."""
     shift, clear, factor = _FLOATS[kind]
     half = lane.to(torch.int16).bitwise_left_shift_(shift).bitwise_and_(~clear)
     return half.view(torch.float16).mul_(factor)
 
 
-def _values(p: Prepared, first: int, last: int, buffer: Tensor) -> Tensor:
+def _values(p: CpuWeight, start: int, stop: int, buffer: Tensor) -> Tensor:
     """Dequantized rows [first, last) as [in, rows], in the dtype of ``buffer`` and in its memory."""
-    buffer = buffer[: (last - first) * p.shape[1]]
-    for lane, target in _lanes(p, first, last, buffer):
+    buffer = buffer[: (stop - start) * p.shape[1]]
+    for lane, target in _lanes(p, start, stop, buffer):
         target.copy_(lane if p.weight.format.kind == "int" else _half(lane, p.weight.format.kind))
     zero = p.weight.zero
-    part = replace(p.weight, scale=p.weight.scale[first:last], zero=None if zero is None else zero[first:last])
-    if part.format.scale == "e4m3":
-        part = replace(part, scale=_half(part.scale.view(torch.int8), "fp8"))
-    scale = float_scale(part)
+    scales_of_rows = replace(
+        p.weight, scale=p.weight.scale[start:stop], zero=None if zero is None else zero[start:stop]
+    )
+    if scales_of_rows.format.scale == "e4m3":
+        scales_of_rows = replace(scales_of_rows, scale=_half(scales_of_rows.scale.view(torch.int8), "fp8"))
+    scale = float_scale(scales_of_rows)
     if p.tile == 1:
-        values = buffer.view(last - first, scale.shape[1], -1)
-        if part.zero is not None:
-            values -= part.zero.to(values.dtype)[..., None]
+        values = buffer.view(stop - start, scale.shape[1], -1)
+        if scales_of_rows.zero is not None:
+            values -= scales_of_rows.zero.to(values.dtype)[..., None]
         values *= scale.to(values.dtype)[..., None]
         return values.flatten(1).T
-    values = buffer.view(scale.shape[1], -1, last - first)
-    if part.zero is not None:
-        values -= part.zero.T.to(values.dtype).contiguous()[:, None]
+    values = buffer.view(scale.shape[1], -1, stop - start)
+    if scales_of_rows.zero is not None:
+        values -= scales_of_rows.zero.T.to(values.dtype).contiguous()[:, None]
     values *= scale.T.to(values.dtype).contiguous()[:, None]
     return values.flatten(0, 1)
 
@@ -267,25 +269,25 @@ def _values(p: Prepared, first: int, last: int, buffer: Tensor) -> Tensor:
 # ---- products --------------------------------------------------------------------------------------------------
 
 
-def linear(x: Tensor, p: Prepared) -> Tensor:
-    """x [rows, in] -> [rows, out] in its dtype; for int8 codes (operator int_mm) float32, still to be scaled by token."""
+def linear(x: Tensor, p: CpuWeight) -> Tensor:
+    """x [rows, in] times the weight, [rows, out] in x's dtype; for int8 codes (int_mm) float32, without token scales."""
     if p.op == "int_mm":
         return _int_mm(x, p)
     if p.op == "dequantize" or not 0 < len(x) <= p.rows:
         return _dense(x, p)
     if p.op == "bag":
         return _bag(x, p).to(x.dtype)
-    wide = x.to(torch.bfloat16)
+    x_bf16 = x.to(torch.bfloat16)
     y: Tensor
     if p.op == "int8pack":
-        y = torch.ops.aten._weight_int8pack_mm(wide, p.data, p.scales)
+        y = torch.ops.aten._weight_int8pack_mm(x_bf16, p.data, p.scales)
     else:
         group = p.weight.format.group
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(wide, p.data.view(p.shape[0], -1), group, p.scales)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x_bf16, p.data.view(p.shape[0], -1), group, p.scales)
     return y.to(x.dtype)
 
 
-def _int_mm(x: Tensor, p: Prepared) -> Tensor:
+def _int_mm(x: Tensor, p: CpuWeight) -> Tensor:
     rows = len(x)
     if rows <= 16:  # the operator wants more than 16 rows on some builds
         x = torch.nn.functional.pad(x, (0, 0, 0, 17 - rows))
@@ -294,23 +296,28 @@ def _int_mm(x: Tensor, p: Prepared) -> Tensor:
     return y
 
 
-def _bag(x: Tensor, p: Prepared) -> Tensor:
-    """float32 [rows, out]. y = sum over groups of scale (sum of x code - zero sum of x)."""
+def _bag(x: Tensor, p: CpuWeight) -> Tensor:
+    """x times the weight, float32 [rows, out]. y = sum over groups of scale (sum of x code - zero sum of x)."""
     (out, columns), groups = p.shape, p.weight.scale.shape[1]
     group, tiles, rows = columns // groups, out // p.tile, len(x)
     by_group = x.to(torch.float32).view(rows, groups, group).transpose(0, 1)  # [groups, rows, group]
-    each = (tiles, groups, rows, group)
-    index = torch.arange(tiles * columns, dtype=torch.int32).view(tiles, groups, 1, group).expand(each).reshape(-1)
+    expanded_shape = (tiles, groups, rows, group)
+    index = (
+        torch.arange(tiles * columns, dtype=torch.int32)
+        .view(tiles, groups, 1, group)
+        .expand(expanded_shape)
+        .reshape(-1)
+    )
     starts = torch.arange(0, tiles * columns * rows, group, dtype=torch.int32)
     op = getattr(torch.ops.quantized, f"embedding_bag_{_BAGS[p.bits]}_rowwise_offsets")
-    sums = op(p.data.flatten(0, 1), index, starts, per_sample_weights=by_group.expand(each).reshape(-1))
-    per = 8 // p.bits
+    sums = op(p.data.flatten(0, 1), index, starts, per_sample_weights=by_group.expand(expanded_shape).reshape(-1))
+    lanes = 8 // p.bits
     # The operator's columns take the lanes of a byte in turn.
-    sums = sums.view(tiles, groups, rows, -1, per).transpose(-1, -2)
+    sums = sums.view(tiles, groups, rows, -1, lanes).transpose(-1, -2)
 
     def beside(per_group: Tensor) -> Tensor:
-        """[out, groups] -> [tiles, groups, 1, lane, n]"""
-        return per_group.view(tiles, per, -1, groups).permute(0, 3, 1, 2).unsqueeze(2)
+        """[out, groups] in the order of the operator's results, [tiles, groups, 1, lane, n]."""
+        return per_group.view(tiles, lanes, -1, groups).permute(0, 3, 1, 2).unsqueeze(2)
 
     if p.weight.zero is not None:
         sums = sums - beside(p.weight.zero.to(torch.float32)) * by_group.sum(-1)[..., None, None]
@@ -319,19 +326,19 @@ def _bag(x: Tensor, p: Prepared) -> Tensor:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What dense products with activations x are computed in."""
+    """The dtype of dense products with activations x."""
     if x.device.type != "cpu":
         return x.dtype
     return torch.bfloat16 if x.dtype == torch.bfloat16 and cores.multiplies_bf16() else torch.float32
 
 
-def _dense(x: Tensor, p: Prepared) -> Tensor:
+def _dense(x: Tensor, p: CpuWeight) -> Tensor:
     dtype, (out, columns) = product_dtype(x), p.shape
     step = max(1, SLICE * min(torch.get_num_threads(), 16) // (columns * p.tile)) * p.tile
     buffer = torch.empty(min(step, out) * columns, dtype=dtype, device=x.device)
-    wide = x.to(dtype)
+    x_dense = x.to(dtype)
     y = torch.empty(len(x), out, dtype=dtype, device=x.device)
-    for first in range(0, out, step):
-        part = y[:, first : first + step]
-        torch.mm(wide, _values(p, first, first + part.shape[1], buffer), out=part)
+    for start in range(0, out, step):
+        y_slice = y[:, start : start + step]
+        torch.mm(x_dense, _values(p, start, start + y_slice.shape[1], buffer), out=y_slice)
     return y.to(x.dtype)

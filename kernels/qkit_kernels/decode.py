@@ -93,9 +93,14 @@ def pair_asm(words, offset, SHIFT: tl.constexpr, MASK: tl.constexpr, LITERAL: tl
     HALF: tl.constexpr = offset.dtype == tl.float16
     if LITERAL is None:
         bits = offset.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        words, both = tl.broadcast(words, bits | (bits << 16))
+        words, offset_pair = tl.broadcast(words, bits | (bits << 16))
         low, high = tl.inline_asm_elementwise(
-            ptx(SHIFT, MASK, HALF, None), "=h,=h,r,r", [words, both], (offset.dtype, offset.dtype), is_pure=True, pack=1
+            ptx(SHIFT, MASK, HALF, None),
+            "=h,=h,r,r",
+            [words, offset_pair],
+            (offset.dtype, offset.dtype),
+            is_pure=True,
+            pack=1,
         )
     else:
         # A splat as an operand would send the numbers through shared memory (seen with Triton 3.9).
@@ -115,7 +120,7 @@ def pair_int(
     ASM: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """One of the two."""
+    """Result of ``pair_asm`` or ``pair_plain``."""
     if ASM:
         low, high = pair_asm(words, offset, SHIFT, MASK, LITERAL)
     else:
@@ -137,15 +142,15 @@ def bits_fp4(words, J: tl.constexpr, DTYPE: tl.constexpr):
     sign = (words << (12 - 4 * J)) & SIGNS
     if DTYPE == tl.float16:
         if J < 3:
-            rest = (words << (9 - 4 * J)) & 0x0E000E00
+            magnitude = (words << (9 - 4 * J)) & 0x0E000E00
         else:
-            rest = (words >> 3) & 0x0E000E00
+            magnitude = (words >> 3) & 0x0E000E00
     else:
         if J < 2:
-            rest = (words << (6 - 4 * J)) & 0x01C001C0
+            magnitude = (words << (6 - 4 * J)) & 0x01C001C0
         else:
-            rest = (words >> (4 * J - 6)) & 0x01C001C0
-    return sign | rest
+            magnitude = (words >> (4 * J - 6)) & 0x01C001C0
+    return sign | magnitude
 
 
 @triton.jit
@@ -196,7 +201,7 @@ def scales_of_bytes(four, SCALE: tl.constexpr, FACTOR: tl.constexpr, DTYPE: tl.c
 
 
 def unscaled(kind: str, bits: int, half: bool) -> float:
-    """What makes up for the factor of ``bits_fp4`` and ``bits_fp8``. half: in float16, else bfloat16."""
+    """The inverse of the factor of ``bits_fp4`` and ``bits_fp8``. half: in float16, else bfloat16."""
     if kind == "int":
         return 1.0
     if bits == 4:

@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qkit_kernels.weight import Format, Weight, float_scale
+from qkit_kernels.weight import CodeFormat, Weight, float_scale
 
 ROWS = 16  # rows are filled up to a multiple of this
 PAIRS = {2: 8, 3: 16, 4: 4, 8: 2}  # J, by bits
@@ -59,12 +59,12 @@ class KernelWeight:
     words:  int32 [rows / 8, blocks, 1 or 3, 8, 4, 4]
     scale:  [rows / 8, blocks, 8, scales of a block]; None where ``row`` has all of it
     zero:   int8, shape of scale; None for symmetric formats
-    row:    float32 [rows]: what a row of the product is multiplied with in the end
+    row:    float32 [rows], factors of the rows of the product
     counts: int32 [rows / 16]: zero between launches; programs that share rows count here how many are done. So a weight serves
             one stream at a time.
     """
 
-    format: Format
+    format: CodeFormat
     shape: tuple[int, int]
     dtype: torch.dtype
     words: Tensor
@@ -75,17 +75,17 @@ class KernelWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, and read by a product."""
+        """Bytes of the weight, which a product reads."""
         return sum(t.nbytes for t in (self.words, self.scale, self.zero, self.row) if t is not None)
 
 
 def block_columns(bits: int) -> int:
-    """Columns of a block."""
+    """Number of columns in a block."""
     return 32 * PAIRS[bits]
 
 
-def why_not(fmt: Format, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
-    """Why the layout does not take such a weight; None where it does."""
+def why_not(fmt: CodeFormat, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
+    """The reason why the layout does not support a weight; None where it does."""
     unit, block = 8 * PAIRS.get(fmt.bits, 0), 32 * PAIRS.get(fmt.bits, 0)
     if not unit:
         return f"{fmt.bits}-bit codes: expected 2, 3, 4 or 8"
@@ -105,7 +105,7 @@ def _divides(group: int, unit: int) -> bool:
 
 
 def lay_out(weight: Weight, dtype: torch.dtype) -> KernelWeight:
-    """Rearrange a weight for activations in ``dtype`` (float16 or bfloat16).
+    """The weight in the kernels' layout, for activations in ``dtype`` (float16 or bfloat16).
 
     Raises ValueError for what ``why_not`` names.
     """
@@ -114,28 +114,30 @@ def lay_out(weight: Weight, dtype: torch.dtype) -> KernelWeight:
     if reason is not None:
         raise ValueError(f"no kernel layout for {reason}")
     block = block_columns(fmt.bits)
-    down, across = -shape[0] % ROWS, -shape[1] % block
+    row_padding, column_padding = -shape[0] % ROWS, -shape[1] % block
     codes = weight.codes.view(torch.uint8).to(torch.int32)
     if fmt.kind == "int":
         codes = (weight.codes.to(torch.int32) + (1 << (fmt.bits - 1))) & 0xFF
-    codes = functional.pad(codes, (0, across, 0, down), value=1 << (fmt.bits - 1) if fmt.kind == "int" else 0)
+    codes = functional.pad(
+        codes, (0, column_padding, 0, row_padding), value=1 << (fmt.bits - 1) if fmt.kind == "int" else 0
+    )
     scale, zero, row = _scales(weight, dtype, codes.shape[1] // block)
-    row = functional.pad(row, (0, down))
+    row = functional.pad(row, (0, row_padding))
     counts = torch.zeros(len(row) // ROWS, dtype=torch.int32, device=row.device)
     return KernelWeight(
         format=fmt,
         shape=shape,
         dtype=dtype,
         words=_words(codes, fmt.bits),
-        scale=_by_eight(scale, down),
-        zero=_by_eight(zero, down),
+        scale=_by_eight(scale, row_padding),
+        zero=_by_eight(zero, row_padding),
         row=row,
         counts=counts,
     )
 
 
 def lay_out_gated(gate: Weight, up: Weight, dtype: torch.dtype) -> KernelWeight:
-    """Two weights of one format and shape, one below the other, for silu(gate x) * (up x) in one product."""
+    """Two weights of one format and shape, stacked, for silu(gate x) * (up x) in one product."""
     halves = [lay_out(w, dtype) for w in (gate, up)]
     if gate.format != up.format or gate.shape != up.shape:
         raise ValueError(f"gate and up differ: {gate.format} {gate.shape} and {up.format} {up.shape}")
@@ -146,39 +148,39 @@ def lay_out_gated(gate: Weight, up: Weight, dtype: torch.dtype) -> KernelWeight:
 
 
 def _words(codes: Tensor, bits: int) -> Tensor:
-    """int32 codes [rows, columns] to words."""
+    """Words of int32 codes [rows, columns]."""
     pairs = PAIRS[bits]
     # rows / 8, 8, block, u, j, w, h
     split = codes.view(codes.shape[0] // 8, 8, -1, 4, pairs, 4, 2)
     low, high = split.unbind(-1)
-    both = (low | high << 16).permute(0, 2, 4, 1, 5, 3)  # rows / 8, block, j, 8, w, u
+    code_pairs = (low | high << 16).permute(0, 2, 4, 1, 5, 3)  # rows / 8, block, j, 8, w, u
     if bits != 3:
-        return _packed([both[:, :, j] for j in range(pairs)], bits)[:, :, None].contiguous()
-    last = both[:, :, 15]
-    thirds = [_packed([both[:, :, 5 * t + i] for i in range(5)], 3) for t in range(3)]
-    return torch.stack([w | ((last >> t) & 0x00010001) << 15 for t, w in enumerate(thirds)], dim=2)
+        return _packed([code_pairs[:, :, j] for j in range(pairs)], bits)[:, :, None].contiguous()
+    last_pair = code_pairs[:, :, 15]
+    thirds = [_packed([code_pairs[:, :, 5 * t + i] for i in range(5)], 3) for t in range(3)]
+    return torch.stack([w | ((last_pair >> t) & 0x00010001) << 15 for t, w in enumerate(thirds)], dim=2)
 
 
-def _packed(places: list[Tensor], bits: int) -> Tensor:
-    """Pairs of codes, one to a place of a word."""
-    word = places[0].clone()
-    for j, codes in enumerate(places[1:], 1):
+def _packed(codes_by_position: list[Tensor], bits: int) -> Tensor:
+    """Words with one pair of codes at each position."""
+    word = codes_by_position[0].clone()
+    for j, codes in enumerate(codes_by_position[1:], 1):
         word |= codes << (bits * j)
     return word
 
 
-def codes_of(laid: KernelWeight) -> Tensor:
-    """The inverse, for tests: int32 [out, in], as stored (integers with 2^(bits - 1) added)."""
-    bits, pairs = laid.format.bits, PAIRS[laid.format.bits]
-    words, mask = laid.words, ((1 << laid.format.bits) - 1) * 0x00010001
+def codes_of(weight: KernelWeight) -> Tensor:
+    """The codes of a weight, int32 [out, in], as stored (integers with 2^(bits - 1) added): the inverse of ``lay_out``."""
+    bits, pairs = weight.format.bits, PAIRS[weight.format.bits]
+    words, mask = weight.words, ((1 << weight.format.bits) - 1) * 0x00010001
     if bits == 3:
-        parts = [(words[:, :, j // 5] >> (3 * (j % 5))) & mask for j in range(15)]
-        parts.append(_packed([(words[:, :, t] >> 15) & 0x00010001 for t in range(3)], 1))
+        code_pairs = [(words[:, :, j // 5] >> (3 * (j % 5))) & mask for j in range(15)]
+        code_pairs.append(_packed([(words[:, :, t] >> 15) & 0x00010001 for t in range(3)], 1))
     else:
-        parts = [(words[:, :, 0] >> (bits * j)) & mask for j in range(pairs)]
-    both = torch.stack(parts, dim=2)  # rows / 8, block, j, 8, w, u
-    halves = torch.stack((both & 0xFFFF, (both >> 16) & 0xFFFF), dim=-1).permute(0, 3, 1, 5, 2, 4, 6)
-    return halves.reshape(words.shape[0] * 8, -1)[: laid.shape[0], : laid.shape[1]]
+        code_pairs = [(words[:, :, 0] >> (bits * j)) & mask for j in range(pairs)]
+    stacked_pairs = torch.stack(code_pairs, dim=2)  # rows / 8, block, j, 8, w, u
+    halves = torch.stack((stacked_pairs & 0xFFFF, (stacked_pairs >> 16) & 0xFFFF), dim=-1).permute(0, 3, 1, 5, 2, 4, 6)
+    return halves.reshape(words.shape[0] * 8, -1)[: weight.shape[0], : weight.shape[1]]
 
 
 def _scales(weight: Weight, dtype: torch.dtype, blocks: int) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -215,16 +217,23 @@ def _of_blocks(per_group: Tensor | None, group: int, bits: int, blocks: int) -> 
     if group >= 4 * unit:
         index = torch.arange(blocks, device=per_group.device) * 4 * unit // group
         return per_group[:, index.clamp_max(per_group.shape[1] - 1)][:, :, None]
-    parts = max(1, unit // group)
-    start = torch.arange(blocks * 4 * parts, device=per_group.device) * (unit // parts)  # of every part of every unit
+    parts_per_unit = max(1, unit // group)
+    start = torch.arange(blocks * 4 * parts_per_unit, device=per_group.device) * (
+        unit // parts_per_unit
+    )  # of every part of every unit
     index = (start // group).clamp_max(per_group.shape[1] - 1)
-    return per_group[:, index].view(rows, blocks, 4, parts).transpose(2, 3).reshape(rows, blocks, 4 * parts)
+    return (
+        per_group[:, index]
+        .view(rows, blocks, 4, parts_per_unit)
+        .transpose(2, 3)
+        .reshape(rows, blocks, 4 * parts_per_unit)
+    )
 
 
-def _by_eight(t: Tensor | None, down: int) -> Tensor | None:
+def _by_eight(t: Tensor | None, row_padding: int) -> Tensor | None:
     """[rows, blocks, n] to [rows / 8, blocks, 8, n], rows filled up."""
     if t is None:
         return None
     raw = t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t
-    filled = functional.pad(raw, (0, 0, 0, 0, 0, down))
-    return filled.view(-1, 8, *raw.shape[1:]).transpose(1, 2).contiguous()
+    padded = functional.pad(raw, (0, 0, 0, 0, 0, row_padding))
+    return padded.view(-1, 8, *raw.shape[1:]).transpose(1, 2).contiguous()

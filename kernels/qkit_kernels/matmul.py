@@ -35,7 +35,8 @@ from qkit_kernels.layout import PAIRS, KernelWeight
 
 @dataclass(frozen=True)
 class Tile:
-    """rows of the weight and of x in a program; warps; stages: blocks in flight; split: programs that share a row's columns."""
+    """The tile of a program: rows of the weight; tokens (rows of x); warps; stages: blocks in flight; split: programs that
+    share a row's columns."""
 
     rows: int
     tokens: int
@@ -89,7 +90,7 @@ def _block(
     a = tl.load(ws)
     b = tl.load(ws + 128) if BITS == 3 else a
     c = tl.load(ws + 256) if BITS == 3 else a
-    part = tl.zeros_like(acc)
+    block_sum = tl.zeros_like(acc)
     offset = tl.full([1, 1, 1], OFFSET, WIDE)
     factor = tl.full([1, 1, 1], FACTOR, DTYPE)
     if SCALES == 1 and ZERO:
@@ -115,16 +116,16 @@ def _block(
                 low, high = scaled(bits, s if SCALES > 1 else factor, ASM, PLAIN)
             # columns in the order (unit, word, low or high)
             numbers = tl.join(low, high).permute(0, 2, 1, 3).reshape(ROWS, 32)
-            near = 8 * (p * (PAIRS // PARTS) + h)
-            mask = live if EVEN else live & (k + near < room)[:, None]
-            x = tl.load(xs + near, mask=mask, other=0.0)
+            column_offset = 8 * (p * (PAIRS // PARTS) + h)
+            mask = live if EVEN else live & (k + column_offset < room)[:, None]
+            x = tl.load(xs + column_offset, mask=mask, other=0.0)
             if PLAIN:
-                part = tl.dot(wide(numbers, PLAIN), wide(x, PLAIN), part)
+                block_sum = tl.dot(wide(numbers, PLAIN), wide(x, PLAIN), block_sum)
             else:
-                part = tl.dot(numbers, x, part)
+                block_sum = tl.dot(numbers, x, block_sum)
     if SCALES == 1:
-        return acc + part * wide(tl.load(ss), PLAIN)[:, None]
-    return acc + part
+        return acc + block_sum * wide(tl.load(ss), PLAIN)[:, None]
+    return acc + block_sum
 
 
 @triton.jit
@@ -238,28 +239,28 @@ def _finish(
 INTERPRETED = not isinstance(product_kernel, triton.JITFunction)  # TRITON_INTERPRET=1
 
 
-def constants(laid: KernelWeight) -> dict[str, object]:
-    """What the kernel is compiled for, of a weight."""
-    fmt, half = laid.format, laid.dtype == torch.float16
+def constants(weight: KernelWeight) -> dict[str, object]:
+    """The compile-time constants of the kernel for a weight."""
+    fmt, half = weight.format, weight.dtype == torch.float16
     magic = 1024 if half else 8388608 if fmt.bits == 8 else 128
     offset = -float(magic + (1 << (fmt.bits - 1)))
-    bits = int(torch.tensor(offset, dtype=laid.dtype).view(torch.int16)) & 0xFFFF
+    bits = int(torch.tensor(offset, dtype=weight.dtype).view(torch.int16)) & 0xFFFF
     return {
         "KIND": "int" if fmt.kind == "int" else "fp",
         "BITS": fmt.bits,
         "PAIRS": PAIRS[fmt.bits],
         "SCALE": fmt.scale,
-        "SCALES": 0 if laid.scale is None else laid.scale.shape[3],
-        "ZERO": laid.zero is not None,
+        "SCALES": 0 if weight.scale is None else weight.scale.shape[3],
+        "ZERO": weight.zero is not None,
         "OFFSET": offset,
-        "LITERAL": bits * 0x00010001 if laid.zero is None else None,
+        "LITERAL": bits * 0x00010001 if weight.zero is None else None,
         "FACTOR": unscaled(fmt.kind, fmt.bits, half),
     }
 
 
 def product(
     x: Tensor,
-    laid: KernelWeight,
+    weight: KernelWeight,
     tile: Tile,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
@@ -267,47 +268,49 @@ def product(
     token: Tensor | None = None,
     asm: bool = True,
 ) -> Tensor:
-    """x [M, in] in laid.dtype, rows contiguous, to [M, out], or [M, out / 2] with ``gated`` (see ``lay_out_gated``).
+    """x W^T, [M, out], or [M, out / 2] with ``gated`` (see ``lay_out_gated``); x: [M, in] in weight.dtype, rows contiguous.
 
-    bias: [out]; residual: [M, out], added last; token: float32 [M], what rows of x are yet to be multiplied with; asm:
+    bias: [out]; residual: [M, out], added last; token: float32 [M], factors of rows of x; asm:
     codes are decoded in PTX where there is a choice. Raises ValueError where shapes or dtypes do not agree.
     """
-    rows, columns = laid.shape
+    rows, columns = weight.shape
     out = rows // 2 if gated else rows
     m = x.shape[0]
-    if x.dim() != 2 or x.shape[1] != columns or x.dtype != laid.dtype or x.stride(1) != 1:
+    if x.dim() != 2 or x.shape[1] != columns or x.dtype != weight.dtype or x.stride(1) != 1:
         raise ValueError(
-            f"x: expected rows of {columns} contiguous values in {laid.dtype}, found shape {tuple(x.shape)}, "
+            f"x: expected rows of {columns} contiguous values in {weight.dtype}, found shape {tuple(x.shape)}, "
             f"strides {x.stride()}, {x.dtype}"
         )
     for name, t, shape in (("bias", bias, (rows,)), ("residual", residual, (m, out)), ("token", token, (m,))):
         if t is not None and (t.shape != shape or not t.is_contiguous()):
             raise ValueError(f"{name}: expected a contiguous tensor of shape {shape}, found {tuple(t.shape)}")
     y = torch.empty(m, out, dtype=x.dtype, device=x.device)
-    blocks = laid.words.shape[1]
+    blocks = weight.words.shape[1]
     split = min(tile.split, blocks) if m <= tile.tokens else 1  # one count a tile of rows
     span = triton.cdiv(blocks, split)
     split = triton.cdiv(blocks, span)
     tiles = triton.cdiv(out, tile.rows)
-    parts = split * (2 if gated else 1)
-    sums = y if split == 1 else torch.empty(tiles, parts, tile.rows, tile.tokens, dtype=torch.float32, device=x.device)
+    sum_count = split * (2 if gated else 1)
+    sums = (
+        y if split == 1 else torch.empty(tiles, sum_count, tile.rows, tile.tokens, dtype=torch.float32, device=x.device)
+    )
     grid = (tiles, split, triton.cdiv(m, tile.tokens))
     product_kernel[grid](
-        x, laid.words, _or(stored_scales(laid), y), _or(laid.zero, y), laid.row, _or(token, y), _or(bias, y),
-        _or(residual, y), y, sums, laid.counts,
+        x, weight.words, _or(stored_scales(weight), y), _or(weight.zero, y), weight.row, _or(token, y), _or(bias, y),
+        _or(residual, y), y, sums, weight.counts,
         m, out, columns, x.stride(0), blocks, span,
-        **constants(laid), GATED=gated, TOKEN=token is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
-        EVEN=columns % (32 * PAIRS[laid.format.bits]) == 0, ASM=asm and not INTERPRETED, PLAIN=INTERPRETED,
+        **constants(weight), GATED=gated, TOKEN=token is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
+        EVEN=columns % (32 * PAIRS[weight.format.bits]) == 0, ASM=asm and not INTERPRETED, PLAIN=INTERPRETED,
         ROWS=tile.rows, TOKENS=tile.tokens, STAGES=tile.stages, SPLIT=split, num_warps=tile.warps,
     )  # fmt: skip
     return y
 
 
-def stored_scales(laid: KernelWeight) -> Tensor | None:
+def stored_scales(weight: KernelWeight) -> Tensor | None:
     """Scales as the kernel loads them: bytes four at a time."""
-    return laid.scale if laid.scale is None or laid.format.scale == "float" else laid.scale.view(torch.int32)
+    return weight.scale if weight.scale is None or weight.format.scale == "float" else weight.scale.view(torch.int32)
 
 
-def _or(t: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer that is never followed where there is none."""
-    return other if t is None else t
+def _or(t: Tensor | None, placeholder: Tensor) -> Tensor:
+    """t, or a placeholder pointer that the kernel never reads."""
+    return placeholder if t is None else t

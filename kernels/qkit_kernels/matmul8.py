@@ -58,25 +58,25 @@ def quantize_kernel(
     codes [M, K] as they come, in the dtype of code_ptr, and no sums."""
     m = tl.program_id(0)
     COLUMNS: tl.constexpr = 32 * PAIRS
-    most = tl.zeros((CHUNK,), tl.float32)
+    chunk_max = tl.zeros((CHUNK,), tl.float32)
     for start in range(0, K, CHUNK):
         k = start + tl.arange(0, CHUNK)
         x = wide(tl.load(x_ptr + m.to(tl.int64) * STRIDE + k, mask=k < K, other=0.0), PLAIN)
-        most = tl.maximum(most, tl.abs(x))
-    amax = tl.max(most, 0)
+        chunk_max = tl.maximum(chunk_max, tl.abs(x))
+    amax = tl.max(chunk_max, 0)
     scale = tl.where(amax == 0, 1.0, tl.div_rn(amax, 127.5))
     tl.store(scale_ptr + m, scale)
-    place = tl.arange(0, COLUMNS)
-    column = _column(place, PAIRS) if ORDERED else place
+    position = tl.arange(0, COLUMNS)
+    column = _column(position, PAIRS) if ORDERED else position
     for b in range(0, BLOCKS):
         k = b * COLUMNS + column
         x = wide(tl.load(x_ptr + m.to(tl.int64) * STRIDE + k, mask=k < K, other=0.0), PLAIN)
         code = tl.div_rn(x, scale) + ROUND - ROUND
         code = tl.minimum(tl.maximum(code, -128.0), 127.0)
         if ORDERED:
-            whole = code.to(tl.int32)
-            tl.store(code_ptr + (m.to(tl.int64) * BLOCKS + b) * COLUMNS + place, whole.to(tl.int8))
-            tl.store(sum_ptr + m.to(tl.int64) * BLOCKS + b, tl.sum(whole, 0))
+            int_code = code.to(tl.int32)
+            tl.store(code_ptr + (m.to(tl.int64) * BLOCKS + b) * COLUMNS + position, int_code.to(tl.int8))
+            tl.store(sum_ptr + m.to(tl.int64) * BLOCKS + b, tl.sum(int_code, 0))
         else:
             tl.store(code_ptr + m.to(tl.int64) * K + k, narrow(code, code_ptr.dtype.element_ty, PLAIN), mask=k < K)
 
@@ -104,28 +104,28 @@ def product8_kernel(
     xs = code_ptr + m[None, :].to(tl.int64) * BLOCKS * COLUMNS + k[:, None]
     live = m < M
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    whole = tl.zeros((ROWS, TOKENS), tl.int32)
+    int_acc = tl.zeros((ROWS, TOKENS), tl.int32)
     for b in tl.range(turn * SPAN, min(turn * SPAN + SPAN, BLOCKS), num_stages=STAGES):
         words = tl.load(ws + b * 128)
-        part = tl.zeros((ROWS, TOKENS), tl.int32) if SCALED else whole
+        int_sum = tl.zeros((ROWS, TOKENS), tl.int32) if SCALED else int_acc
         for e in tl.static_range(8 // BITS):
             four = words ^ -2139062144 if BITS == 8 else (words >> (BITS * e)) & (((1 << BITS) - 1) * 0x01010101)
             even = tl.join(four.to(tl.int8), (four >> 16).to(tl.int8))
             odd = tl.join((four >> 8).to(tl.int8), (four >> 24).to(tl.int8))
             codes = tl.join(even, odd).permute(0, 2, 1, 3, 4).reshape(ROWS, 64)
             x = tl.load(xs + b * COLUMNS + 64 * e, mask=live[None, :], other=0)
-            part = tl.dot(codes, x, part, out_dtype=tl.int32)
-        total = tl.load(sum_ptr + m.to(tl.int64) * BLOCKS + b, mask=live, other=0)[None, :]
+            int_sum = tl.dot(codes, x, int_sum, out_dtype=tl.int32)
+        code_sum = tl.load(sum_ptr + m.to(tl.int64) * BLOCKS + b, mask=live, other=0)[None, :]
         if ZERO:
-            part -= (tl.load(zero_ptr + at + b * 8).to(tl.int32) + (0 if BITS == 8 else HALF))[:, None] * total
+            int_sum -= (tl.load(zero_ptr + at + b * 8).to(tl.int32) + (0 if BITS == 8 else HALF))[:, None] * code_sum
         elif BITS < 8:
-            part -= HALF * total
+            int_sum -= HALF * code_sum
         if SCALED:
-            acc += part.to(tl.float32) * wide(tl.load(scale_ptr + at + b * 8), PLAIN)[:, None]
+            acc += int_sum.to(tl.float32) * wide(tl.load(scale_ptr + at + b * 8), PLAIN)[:, None]
         else:
-            whole = part
+            int_acc = int_sum
     if not SCALED:
-        acc = whole.to(tl.float32)
+        acc = int_acc.to(tl.float32)
     if SPLIT > 1:
         inside = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
         base = sums_ptr + tile.to(tl.int64) * (SPLIT * ROWS * TOKENS) + inside
@@ -153,10 +153,10 @@ def _finish8(acc, token_ptr, row_ptr, bias_ptr, y_ptr, n, m, M, N, BIAS: tl.cons
     tl.store(y_ptr + at, narrow(acc, y_ptr.dtype.element_ty, PLAIN), mask=live[None, :] & inside[:, None])
 
 
-def takes(laid: KernelWeight) -> bool:
-    """Whether ``product8`` can run a weight: 4- or 8-bit integers whose scales are a block's or coarser."""
-    one = laid.scale is None or laid.scale.shape[3] == 1
-    return laid.format.kind == "int" and laid.format.bits in (4, 8) and one
+def takes(weight: KernelWeight) -> bool:
+    """Whether ``product8`` supports a weight: 4- or 8-bit integers with scales of whole blocks or coarser."""
+    one = weight.scale is None or weight.scale.shape[3] == 1
+    return weight.format.kind == "int" and weight.format.bits in (4, 8) and one
 
 
 def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +170,7 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _quantized(x: Tensor, codes: Tensor, sums: Tensor, bits: int, ordered: bool) -> Tensor:
-    """Fills codes and sums; float32 [M], the scales."""
+    """Scales of tokens, float32 [M]; fills codes and sums."""
     m, columns = x.shape
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     blocks = triton.cdiv(columns, block_columns(bits))
@@ -193,40 +193,42 @@ def _quantized(x: Tensor, codes: Tensor, sums: Tensor, bits: int, ordered: bool)
 
 
 def view8(
-    x: Tensor, laid: KernelWeight, tile: Tile, bias: Tensor | None = None, residual: Tensor | None = None
+    x: Tensor, weight: KernelWeight, tile: Tile, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """x [M, in] in laid.dtype, rows contiguous, rounded to INT8 token by token, times an E2M1 weight: [M, out], what the
+    """x [M, in] in weight.dtype, rows contiguous, rounded to INT8 token by token, times an E2M1 weight: [M, out], what the
     integers and their scales give, but for the order of float32 sums.
 
     bias: [out]; residual: [M, out], added last. Raises ValueError for a weight that is not E2M1.
     """
-    if laid.format.kind != "fp4":
-        raise ValueError(f"the INT8 view of {laid.format}: expected E2M1 codes; integers are what product8 takes")
+    if weight.format.kind != "fp4":
+        raise ValueError(f"the INT8 view of {weight.format}: expected E2M1 codes; integers are what product8 takes")
     codes = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    scale = _quantized(x, codes, codes, laid.format.bits, ordered=False)
-    return product(codes, laid, tile, bias, residual, token=scale)
+    scale = _quantized(x, codes, codes, weight.format.bits, ordered=False)
+    return product(codes, weight, tile, bias, residual, token=scale)
 
 
-def product8(x: Tensor, laid: KernelWeight, tile: Tile, bias: Tensor | None = None) -> Tensor:
-    """x [M, in] in laid.dtype, rounded to INT8 token by token, times the weight: [M, out].
+def product8(x: Tensor, weight: KernelWeight, tile: Tile, bias: Tensor | None = None) -> Tensor:
+    """x [M, in] in weight.dtype, rounded to INT8 token by token, times the weight: [M, out].
 
     Raises ValueError for a weight that ``takes`` refuses.
     """
-    if not takes(laid):
-        raise ValueError(f"INT8 activations with {laid.format}: expected 4- or 8-bit integers, groups of whole blocks")
-    rows, _ = laid.shape
-    m, blocks = x.shape[0], laid.words.shape[1]
-    codes, scale, sums = quantize(x, laid.format.bits)
+    if not takes(weight):
+        raise ValueError(
+            f"INT8 activations with {weight.format}: expected 4- or 8-bit integers, groups of whole blocks"
+        )
+    rows, _ = weight.shape
+    m, blocks = x.shape[0], weight.words.shape[1]
+    codes, scale, sums = quantize(x, weight.format.bits)
     y = torch.empty(m, rows, dtype=x.dtype, device=x.device)
     span = triton.cdiv(blocks, min(tile.split, blocks) if m <= tile.tokens else 1)
     split, tiles = triton.cdiv(blocks, span), triton.cdiv(rows, tile.rows)
     space = y if split == 1 else torch.empty(tiles, split, tile.rows, tile.tokens, dtype=torch.float32, device=x.device)
     product8_kernel[(tiles, split, triton.cdiv(m, tile.tokens))](
-        codes, scale, sums, laid.words, y if laid.scale is None else laid.scale, y if laid.zero is None else laid.zero,
-        laid.row, y if bias is None else bias, y, space, laid.counts,
+        codes, scale, sums, weight.words, y if weight.scale is None else weight.scale,
+        y if weight.zero is None else weight.zero, weight.row, y if bias is None else bias, y, space, weight.counts,
         m, rows, blocks, span,
-        BITS=laid.format.bits, PAIRS=PAIRS[laid.format.bits], SCALED=laid.scale is not None, ZERO=laid.zero is not None,
-        BIAS=bias is not None, PLAIN=INTERPRETED, ROWS=tile.rows, TOKENS=tile.tokens, STAGES=tile.stages, SPLIT=split,
-        num_warps=tile.warps,
+        BITS=weight.format.bits, PAIRS=PAIRS[weight.format.bits], SCALED=weight.scale is not None,
+        ZERO=weight.zero is not None, BIAS=bias is not None, PLAIN=INTERPRETED, ROWS=tile.rows, TOKENS=tile.tokens,
+        STAGES=tile.stages, SPLIT=split, num_warps=tile.warps,
     )  # fmt: skip
     return y

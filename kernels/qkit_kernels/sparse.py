@@ -31,12 +31,12 @@ def sparse_kernel(
     """y [M, N] float32. STEP: values of a row that are taken at a time."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m = tl.program_id(1).to(tl.int64)
-    first = tl.load(start_ptr + n, mask=n < N, other=0)
-    last = tl.load(start_ptr + n + 1, mask=n < N, other=0)
+    start = tl.load(start_ptr + n, mask=n < N, other=0)
+    stop = tl.load(start_ptr + n + 1, mask=n < N, other=0)
     acc = tl.zeros((ROWS, STEP), tl.float32)
-    for i in range(0, tl.max(last - first, 0), STEP):
-        at = first[:, None] + i + tl.arange(0, STEP)[None, :]
-        mask = at < last[:, None]
+    for i in range(0, tl.max(stop - start, 0), STEP):
+        at = start[:, None] + i + tl.arange(0, STEP)[None, :]
+        mask = at < stop[:, None]
         column = tl.load(column_ptr + at, mask=mask, other=0)
         value = wide(tl.load(value_ptr + at, mask=mask, other=0.0), PLAIN)
         acc += value * wide(tl.load(x_ptr + m * STRIDE + column, mask=mask, other=0.0), PLAIN)

@@ -1,7 +1,7 @@
-"""What the operators multiply with: the codes and scales of a checkpoint, and what they stand for.
+"""Quantized weights as the operators receive them: codes and scales of a checkpoint.
 
-A weight is [out, in]. Codes come one to an element, as a checkpoint holds them after unpacking; ``prepare`` lays them out
-for the operator that runs. ``dequantize`` is the reference that every operator is tested against.
+A weight is [out, in]. It has one code for each element, as in a checkpoint after unpacking; ``prepare`` arranges them for an
+operator. ``dequantize`` is the reference that every operator is tested against.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 
 
 @dataclass(frozen=True)
-class Format:
-    """How numbers are stored.
+class CodeFormat:
+    """A number format of weights.
 
     kind:      'int' (codes int8, signed), 'fp4' (codes uint8, E2M1 in the low four bits) or 'fp8' (float8_e4m3fn)
     bits:      of a code
@@ -34,9 +34,12 @@ class Format:
 
 @dataclass(frozen=True)
 class Weight:
-    """codes [out, in]; scale [out, in / group]; zero: int8, shape of scale; global_scale: float32 [1], a divisor."""
+    """A quantized weight.
 
-    format: Format
+    codes [out, in]; scale [out, in / group]; zero: int8, shape of scale; global_scale: float32 [1], a divisor of scales
+    """
+
+    format: CodeFormat
     codes: Tensor
     scale: Tensor
     zero: Tensor | None = None
@@ -49,7 +52,7 @@ class Weight:
 
 
 def float_scale(weight: Weight) -> Tensor:
-    """float32 [out, in / group]: what codes are multiplied with."""
+    """Factors of codes, float32 [out, in / group]."""
     if weight.format.scale == "e8m0":
         return torch.exp2(weight.scale.to(torch.float32) - 127.0)
     scale = weight.scale.to(torch.float32)
@@ -57,7 +60,7 @@ def float_scale(weight: Weight) -> Tensor:
 
 
 def dequantize(weight: Weight) -> Tensor:
-    """float32 [out, in]: (code - zero) * scale, computed in float32."""
+    """The weight (code - zero) * scale, float32 [out, in]."""
     if weight.format.kind == "fp4":
         lut = torch.tensor(E2M1, device=weight.codes.device)
         values = lut[weight.codes.to(torch.int32)]

@@ -288,7 +288,7 @@ def operator_of(prepared: Any) -> str | None:
     """The operator of ``qkit_kernels`` that was chosen, and up to how many rows it runs."""
     if not isinstance(prepared, ops.PreparedWeight):
         return None
-    laid = prepared.laid
-    if isinstance(laid, cpu.Prepared) and laid.op not in ("dequantize", "int_mm"):
+    laid = prepared.operator_weight
+    if isinstance(laid, cpu.CpuWeight) and laid.op not in ("dequantize", "int_mm"):
         return f"{laid.op}, to {laid.rows} rows"
     return laid.op

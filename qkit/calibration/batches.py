@@ -1,8 +1,8 @@
-"""Calibration rows as passes through a model: what it is called with, and which tokens the loss is of.
+"""Calibration rows as batches for a model: its arguments, and the tokens that the loss counts.
 
-Rows of a text go through the model several at a time and every token after the first is scored. Rows with pictures go one at a
-time, and scored are the tokens of the answers alone, all of them alike: what training with pictures takes the loss of (MBQ,
-arXiv 2412.19509, weighs by gradients of the same loss).
+Rows of a text go through the model several at a time and every token after the first is scored. Rows with images go one at a
+time, and only tokens of answers are scored, all with equal weight: the loss of training with images (MBQ, arXiv 2412.19509,
+uses gradients of the same loss).
 """
 
 from __future__ import annotations
@@ -15,20 +15,24 @@ from torch import Tensor
 from qkit.calibration.dataset import ANSWER, VISION, Calibration
 
 CHUNK_TOKENS = 1024  # of a forward or backward pass of one worker
-Rows = Tensor | Calibration  # int64 [rows, length] of a text, or rows of a text or with pictures
+InputRows = Tensor | Calibration  # int64 [rows, length] of a text, or calibration rows of a text or with images
 
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs: what the model is called with; at: int64 [n], of a row with pictures, the places before the tokens of its answer;
-    None: rows of a text, where every token after the first is scored."""
+    """Some rows as one call of the model.
+
+    inputs: arguments of the model
+    at:     int64 [n], positions before the answer tokens of a row with images; None for rows of a text, where every token
+            after the first is scored
+    """
 
     inputs: dict[str, Tensor]
     at: Tensor | None = None
 
     @property
     def ids(self) -> Tensor:
-        """int64 [rows, length]"""
+        """Token ids, int64 [rows, length]."""
         return self.inputs["input_ids"]
 
     @property
@@ -38,37 +42,39 @@ class Batch:
 
     @property
     def options(self) -> dict[str, Tensor]:
-        """What a model with its head is called with beside ``inputs``: with pictures it gives the logits of ``at`` alone."""
+        """Further arguments of a model with a head; for rows with images it returns logits at ``at`` alone."""
         return {} if self.at is None else {"logits_to_keep": self.at}
 
     def scored(self, logits: Tensor) -> Tensor:
-        """Of the logits that a model gives, those of the scored tokens, [rows, scored, vocabulary]."""
+        """Logits of the scored tokens, [rows, scored, vocabulary], from those that the model returned."""
         return logits[:, :-1] if self.at is None else logits
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
+        """The batch on another device."""
         at = None if self.at is None else self.at.to(device)
         return Batch({k: v.to(device) for k, v in self.inputs.items()}, at)
 
     def cloned(self) -> Batch:
-        """The same in tensors that autograd takes, where the original ones were made in inference mode."""
+        """The batch in tensors that autograd accepts, where the original ones were made in inference mode."""
         return Batch({k: v.clone() for k, v in self.inputs.items()}, None if self.at is None else self.at.clone())
 
 
-def batches(rows: Rows, most: int = CHUNK_TOKENS) -> tuple[Batch, ...]:
-    """Rows in pieces that one worker takes at a time, of a text up to ``most`` tokens; they do not depend on the workers."""
+def batches(rows: InputRows, max_tokens: int = CHUNK_TOKENS) -> tuple[Batch, ...]:
+    """Batches for one worker each; those of a text have up to ``max_tokens`` tokens. They do not depend on the workers."""
     if isinstance(rows, Tensor):
-        return tuple(Batch({"input_ids": piece}) for piece in rows.split(max(1, most // rows.shape[1])))
+        return tuple(Batch({"input_ids": piece}) for piece in rows.split(max(1, max_tokens // rows.shape[1])))
     if rows.inputs is None or rows.kinds is None:
-        return batches(rows.tokens, most)
+        return batches(rows.tokens, max_tokens)
     answers = [(k == ANSWER).nonzero()[:, 0] for k in rows.kinds]
     return tuple(Batch(dict(x), at - 1) for x, at in zip(rows.inputs, answers, strict=True))
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How much all rows are. length: of the longest; scored: tokens that the loss is of; chunk: the most tokens that one worker
-    takes at a time."""
+    """Size of a set of rows.
+
+    length: tokens of the longest row; scored: tokens that the loss counts; chunk: largest number of tokens in one batch
+    """
 
     rows: int
     length: int
@@ -77,12 +83,12 @@ class Extent:
 
 
 def text_extent(rows: int, length: int) -> Extent:
-    """Of so many rows of a text."""
+    """Extent of ``rows`` rows of a text, ``length`` tokens each."""
     return Extent(rows, length, rows * (length - 1), length * min(rows, max(1, CHUNK_TOKENS // length)))
 
 
 def extent(rows: Calibration) -> Extent:
-    """Of these rows."""
+    """Extent of calibration rows."""
     if rows.kinds is None:
         return text_extent(rows.samples, rows.seqlen)
     return Extent(rows.samples, rows.seqlen, int((rows.kinds == ANSWER).sum()), rows.seqlen)
@@ -90,9 +96,11 @@ def extent(rows: Calibration) -> Extent:
 
 @dataclass(frozen=True)
 class Sample:
-    """Some tokens of all rows. places: int64 [n], counted over the tokens of all rows one after the other, rising.
+    """A sample of the tokens of all rows.
 
-    kinds: uint8 [n], and stands_for: float32 [n], how many tokens of its kind each stands for; None: of a text
+    places:        int64 [n], ascending, positions in the concatenated tokens of all rows
+    kinds:         uint8 [n], indices of KINDS; None for a text
+    sample_weight: float32 [n], how many tokens of its kind each one represents; None for a text
     """
 
     places: Tensor
@@ -100,17 +108,17 @@ class Sample:
     sample_weight: Tensor | None = None
 
 
-def sample(rows: Rows, count: int) -> Sample:
-    """At most ``count`` tokens that are spread evenly over all rows.
+def sample(rows: InputRows, count: int) -> Sample:
+    """A sample of at most ``count`` tokens, spread evenly over all rows.
 
-    Of rows with pictures only tokens of pictures and of answers, as many of the one as of the other where there are so many.
+    From rows with images it has only image tokens and answer tokens, in equal numbers where there are enough of both.
     """
     if isinstance(rows, Tensor) or rows.inputs is None or rows.kinds is None:
         return Sample(_spread((rows if isinstance(rows, Tensor) else rows.tokens).numel(), count))
     kinds = torch.cat([k[: x["input_ids"].shape[1]] for k, x in zip(rows.kinds, rows.inputs, strict=True)])
-    found = [p for p in ((kinds == k).nonzero()[:, 0] for k in (VISION, ANSWER)) if len(p)]
-    chosen = [p[_spread(len(p), count // len(found))] for p in found]
-    weights = [torch.full((len(c),), len(p) / len(c)) for p, c in zip(found, chosen, strict=True)]
+    places_by_kind = [p for p in ((kinds == k).nonzero()[:, 0] for k in (VISION, ANSWER)) if len(p)]
+    chosen = [p[_spread(len(p), count // len(places_by_kind))] for p in places_by_kind]
+    weights = [torch.full((len(c),), len(p) / len(c)) for p, c in zip(places_by_kind, chosen, strict=True)]
     places, order = torch.cat(chosen).sort()
     return Sample(places, kinds[places], torch.cat(weights)[order])
 

@@ -1,4 +1,4 @@
-"""How a model calls its blocks, and the way into the first of them."""
+"""Recorded calls of a model's blocks, and a run of the model up to its first block."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ from qkit.files.offload import OffloadedTensors
 
 @dataclass(frozen=True)
 class PerRow:
-    """An argument that differs from row to row (rotary angles of pictures of several sizes): tensors of one shape that make a
-    batch along ``dim``."""
+    """An argument that differs from row to row, such as rotary angles of images of several sizes.
 
-    each: tuple[Tensor, ...]
+    values: tensors of one shape, which make a batch along ``dim``
+    """
+
+    values: tuple[Tensor, ...]
     dim: int
 
 
 @dataclass(frozen=True)
 class OffloadedArgument:
-    """An argument that lies on the disk: place ``index`` of a file of tensors."""
+    """An argument that is offloaded to the disk: tensor ``index`` of ``offload_file``."""
 
     offload_file: OffloadedTensors
     index: int
 
 
 def mapped(of: Callable[[Any], Any], value: Any) -> Any:
-    """The same arguments with ``of`` of what is inside tuples, lists and dicts."""
+    """Arguments with ``of`` applied to every value inside tuples, lists and dicts."""
     if isinstance(value, (tuple, list)):
         return type(value)(mapped(of, v) for v in value)
     return {k: mapped(of, v) for k, v in value.items()} if isinstance(value, dict) else of(value)
@@ -42,9 +44,10 @@ def mapped(of: Callable[[Any], Any], value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Call:
-    """How the model calls a block: the arguments after the hidden states, recorded for one row, or for each (PerRow).
+    """A recorded call of a block: its arguments after the hidden states, for one row or for each row (PerRow).
 
-    streams: where the block is called by name, what of its arguments the hidden states are, and lengths, how many tokens each
+    streams: names of the arguments that are hidden states, where the block is called by name
+    lengths: tokens of each stream
     """
 
     args: tuple[Any, ...]
@@ -53,118 +56,120 @@ class Call:
     lengths: tuple[int, ...] = ()
 
     def to(self, dtype: torch.dtype) -> Call:
-        """The same call for a block that runs in ``dtype``: its floating-point arguments are in it too."""
+        """The call with its floating-point arguments in ``dtype``, for a block that runs in it."""
 
         def cast(value: Any) -> Any:
             if isinstance(value, PerRow):
-                return PerRow(tuple(map(cast, value.each)), value.dim)
+                return PerRow(tuple(map(cast, value.values)), value.dim)
             return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
         return replace(self, args=mapped(cast, self.args), kwargs=mapped(cast, self.kwargs))
 
     def __call__(self, block: nn.Module, hidden: Tensor, rows: slice = slice(None)) -> Tensor:
-        """What the block gives for those rows, [n, tokens, hidden]."""
+        """Outputs of the block for the given rows, [n, tokens, hidden]."""
 
         def of(value: Any) -> Any:
             if isinstance(value, PerRow):
-                return torch.cat(value.each[rows], dim=value.dim)
+                return torch.cat(value.values[rows], dim=value.dim)
             return value.offload_file[value.index] if isinstance(value, OffloadedArgument) else value
 
         kwargs = mapped(of, self.kwargs)
         if self.streams is None:
             out = block(hidden, *mapped(of, self.args), **kwargs)
-            first: Tensor = out[0] if isinstance(out, tuple) else out
-            return first
+            hidden_out: Tensor = out[0] if isinstance(out, tuple) else out
+            return hidden_out
         parts = dict(zip(self.streams.names, hidden.split(self.lengths, -2), strict=True))
         out = block(**parts, **kwargs)
-        given = dict(zip(self.streams.returns, out if isinstance(out, tuple) else (out,), strict=True))
-        return torch.cat([given[n] for n in self.streams.names if given[n] is not None], -2)
+        outputs = dict(zip(self.streams.returns, out if isinstance(out, tuple) else (out,), strict=True))
+        return torch.cat([outputs[n] for n in self.streams.names if outputs[n] is not None], -2)
 
 
 @dataclass(frozen=True)
 class OneByOne:
-    """How blocks are called that take a row of any shape at a time: a row's pictures in a vision tower."""
+    """Calls of a block, one for each row, where rows have different shapes (the images of a row in a vision tower)."""
 
-    each: tuple[Call, ...]
+    calls: tuple[Call, ...]
 
     def __call__(self, block: nn.Module, hidden: Tensor, rows: slice = slice(None)) -> Tensor:
-        """What the block gives for that one row, [.., tokens, hidden]."""
+        """Output of the block for one row, [.., tokens, hidden]."""
         assert rows.stop - rows.start == 1
-        out: Tensor = self.each[rows.start](block, hidden)
+        out: Tensor = self.calls[rows.start](block, hidden)
         return out
 
 
 def offloaded(calls: dict[int, Call], offload_file: OffloadedTensors, dtype: torch.dtype) -> dict[int, Call]:
-    """The calls of one row, for blocks that run in ``dtype``, their tensors on the disk; what blocks share is there once."""
-    places: dict[int, OffloadedArgument] = {}
+    """The calls of one row in ``dtype``, with tensors in ``offload_file``; tensors that blocks share are stored once."""
+    arguments: dict[int, OffloadedArgument] = {}
 
     def put(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        if id(value) not in places:
-            places[id(value)] = OffloadedArgument(offload_file, len(offload_file))
+        if id(value) not in arguments:
+            arguments[id(value)] = OffloadedArgument(offload_file, len(offload_file))
             offload_file.append(value.to(dtype) if value.is_floating_point() else value)
-        return places[id(value)]
+        return arguments[id(value)]
 
     return {i: replace(call, args=mapped(put, call.args), kwargs=mapped(put, call.kwargs)) for i, call in calls.items()}
 
 
 def _by_name(block: nn.Module, streams: Streams, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    """The hidden states of all streams, one behind the other, and the rest of the call."""
+    """Hidden states of all streams, concatenated along tokens, and the rest of the call."""
     signature = inspect.signature(block.forward)
-    given = dict(signature.bind(*args, **kwargs).arguments)
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
     for name, p in signature.parameters.items():
         if p.kind is p.VAR_POSITIONAL:  # what blocks of other kinds take; nothing reads it
-            given.pop(name, None)
+            arguments.pop(name, None)
         elif p.kind is p.VAR_KEYWORD:
-            given.update(given.pop(name, {}))
-    parts = [given.pop(name) for name in streams.names]
-    return torch.cat(parts, -2), Call((), given, streams, tuple(p.shape[-2] for p in parts))
+            arguments.update(arguments.pop(name, {}))
+    parts = [arguments.pop(name) for name in streams.names]
+    return torch.cat(parts, -2), Call((), arguments, streams, tuple(p.shape[-2] for p in parts))
 
 
 def merged(calls: list[dict[int, Call]], lengths: list[int]) -> dict[int, Call]:
-    """The calls of rows of several lengths as those of one batch, filled up at the end to the longest.
+    """Calls of a batch, from the calls of its rows, which are padded at the end to the longest row.
 
-    Blocks are causal, so that what follows a row's end changes nothing in it. Raises Unsupported for arguments that are
-    neither the same for all rows nor one number, or vector, a token.
+    Blocks are causal, so padding does not change the tokens before it. Raises Unsupported for arguments that differ between
+    rows and do not have one entry for each token.
     """
     longest = lengths.index(max(lengths))
-    made: dict[tuple[int, ...], Any] = {}  # blocks share their arguments
+    joined_values: dict[tuple[int, ...], Any] = {}  # blocks share their arguments
 
     def join(values: list[Any]) -> Any:
-        first = values[longest]
-        if isinstance(first, (tuple, list)):
-            return type(first)(join([v[i] for v in values]) for i in range(len(first)))
-        if not isinstance(first, Tensor):
-            return first
+        longest_value = values[longest]
+        if isinstance(longest_value, (tuple, list)):
+            return type(longest_value)(join([v[i] for v in values]) for i in range(len(longest_value)))
+        if not isinstance(longest_value, Tensor):
+            return longest_value
         key = tuple(map(id, values))
-        if key not in made:
-            made[key] = _joined(values, lengths, longest)
-        return made[key]
+        if key not in joined_values:
+            joined_values[key] = _joined(values, lengths, longest)
+        return joined_values[key]
 
-    found = {}
+    batch_calls = {}
     for index, call in calls[longest].items():
         args = join([c[index].args for c in calls])
-        found[index] = Call(args, {k: join([c[index].kwargs[k] for c in calls]) for k in call.kwargs})
-    return found
+        batch_calls[index] = Call(args, {k: join([c[index].kwargs[k] for c in calls]) for k in call.kwargs})
+    return batch_calls
 
 
 def _joined(values: list[Tensor], lengths: list[int], longest: int) -> Any:
-    first, most = values[longest], lengths[longest]
-    if all(v.shape == first.shape and torch.equal(v, first) for v in values):
-        return first
-    dim = next((d for d, n in enumerate(first.shape) if n == most), None)
-    if dim is None or any(v.dim() != first.dim() or v.shape[dim] != n for v, n in zip(values, lengths, strict=True)):
+    reference, longest_tokens = values[longest], lengths[longest]
+    if all(v.shape == reference.shape and torch.equal(v, reference) for v in values):
+        return reference
+    dim = next((d for d, n in enumerate(reference.shape) if n == longest_tokens), None)
+    if dim is None or any(
+        v.dim() != reference.dim() or v.shape[dim] != n for v, n in zip(values, lengths, strict=True)
+    ):
         raise Unsupported(
-            f"calibration rows of several lengths: blocks are called with a tensor {list(first.shape)} that differs between "
-            "rows and does not follow their tokens"
+            f"calibration rows of several lengths: blocks are called with a tensor {list(reference.shape)} that differs "
+            "between rows and does not follow their tokens"
         )
-    if all(torch.equal(v, first.narrow(dim, 0, n)) for v, n in zip(values, lengths, strict=True)):
-        return first
+    if all(torch.equal(v, reference.narrow(dim, 0, n)) for v, n in zip(values, lengths, strict=True)):
+        return reference
     padded = []
     for v, n in zip(values, lengths, strict=True):
-        rest = v.new_zeros(*v.shape[:dim], most - n, *v.shape[dim + 1 :])
-        padded.append(torch.cat([v, rest], dim))
+        padding = v.new_zeros(*v.shape[:dim], longest_tokens - n, *v.shape[dim + 1 :])
+        padded.append(torch.cat([v, padding], dim))
     return PerRow(tuple(padded), dim - 1)
 
 
@@ -172,23 +177,23 @@ def _joined(values: list[Tensor], lengths: list[int], longest: int) -> Any:
 
 
 class _Entered(Exception):
-    """Raised at the last block: what comes after it is not needed."""
+    """Ends a run of the model at its last block: later results are not needed."""
 
 
 @dataclass
 class _Notes:
-    """What is seen of one sample: the hidden states that enter the first block, and how each block is called.
+    """Record of one sample: the hidden states that enter the first block, and the call of each block.
 
-    whole: the sample goes on behind the last block, to see whether blocks are called again
+    run_to_end: the run goes on after the last block, to detect blocks that are called twice
     """
 
     count: int
     calls: dict[int, Call] = field(default_factory=dict)
     first: Tensor | None = None
-    whole: bool = False
+    run_to_end: bool = False
 
     def add(self, index: int, hidden: Tensor, call: Call) -> None:
-        """Raises Unsupported for a block that is called twice."""
+        """Record a call. Raises Unsupported for a block that is called twice."""
         if index in self.calls:
             raise Unsupported(
                 f"block {index + 1} of {self.count} runs more than once in a pass of the model: its weights have several "
@@ -196,12 +201,12 @@ class _Notes:
             )
         self.first = hidden if index == 0 else self.first
         self.calls[index] = call
-        if index + 1 == self.count and not self.whole:
+        if index + 1 == self.count and not self.run_to_end:
             raise _Entered
 
 
 class _Recorder(nn.Module):
-    """Stands in a block's place: notes how it is called and hands the hidden states on."""
+    """Stand-in for a block, which records its call and returns the hidden states unchanged."""
 
     def __init__(self, block: nn.Module, notes: _Notes, index: int, streams: Streams | None) -> None:
         super().__init__()
@@ -229,12 +234,14 @@ def enter(
     through: bool = False,
     streams: Streams | None = None,
 ) -> Generator[tuple[Tensor, dict[int, Call]], None, None]:
-    """Hidden states that reach the first of these blocks, [.., tokens, hidden] of a sample at a time, and how each block is
-    called. Samples that do not reach it (a text, where the blocks look at pictures) are left out.
+    """Yield, for each sample, the hidden states that enter the first block, [.., tokens, hidden], and the call of each block.
 
-    model: everything before the blocks is materialized; samples: what the model is called with for each row; through: the
-    blocks are materialized too and run, since transformers looks for those of a tower at its first call, to record what
-    they give; streams: of a diffusion transformer
+    Samples that do not reach the first block are left out (a text, where the blocks process images).
+
+    model:   all modules before the blocks are materialized
+    samples: arguments of the model for each row
+    through: the blocks are materialized and run; transformers records the outputs of a tower's blocks at its first call
+    streams: of a diffusion transformer
     """
     originals = [model.get_submodule(name) for name in blocks]
     base: Any = getattr(model, "base_model", model)
@@ -251,7 +258,7 @@ def enter(
             else:
                 model.set_submodule(name, _Recorder(block, notes, i, streams))
         for i, sample in enumerate(samples):
-            notes.first, notes.calls, notes.whole = None, {}, i == 0 and not through and streams is None
+            notes.first, notes.calls, notes.run_to_end = None, {}, i == 0 and not through and streams is None
             with torch.inference_mode(), suppress(_Entered):
                 base(**sample)
             if notes.first is not None:

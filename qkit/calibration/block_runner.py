@@ -1,11 +1,10 @@
-"""A block taken through its linears in the order in which they run, every product computed once.
+"""Runs calibration rows through a block, linear after linear, and computes every product once.
 
-Later linears of a block see the error of earlier ones, so the block runs again after each group is solved. What would make
-this expensive is avoided: a run ends at the group in question (``_Reached``), and a submodule whose linears are all solved is
-replaced by what it returned. An attention or MLP module returns the output of its last linear; its input there is kept
+Later linears of a block see the error of earlier ones, so the block runs again after each group is solved. Two
+shortcuts keep this cheap: a run ends at the group in question (``_Reached``), and a submodule whose linears are all solved is
+replaced by its recorded output. An attention or MLP module returns the output of its last linear; its input there is kept
 in a file while it is captured, multiplied once the linear is solved, and played back in later runs (``_Playback``).
-Whether a submodule really returns its last linear's output is looked at in a run, not assumed; where it does not, the
-module simply runs again.
+A test run checks that a submodule returns its last linear's output; a submodule that does not simply runs again.
 
 Files, not memory, hold these intermediates: they are read right after they are written and mostly never leave the page
 cache, and resident memory does not grow with the number of rows.
@@ -31,7 +30,7 @@ from qkit.calibration.statistics import (
     MAX_BAD_ROWS,
     SAMPLE_TOKENS,
     Accumulator,
-    Piece,
+    PieceStats,
     Rows,
     Stats,
     StatsRequest,
@@ -48,28 +47,31 @@ from qkit.system.parallel import Workers
 Span = tuple[int, int]
 
 
-class Step(Protocol):
-    """Told of every piece that is done; may raise to stop the run."""
+class PieceCallback(Protocol):
+    """A callback that is called after every piece; it may raise to stop the run."""
 
     def __call__(self, amount: int = 1) -> None: ...
 
 
 class _Reached(Exception):
-    """Raised by a hook to end a run whose remaining work nobody needs."""
+    """Ends a run of the block once all requested inputs are captured."""
 
 
 @dataclass
-class _Unit:
-    """A submodule that returns the output of its last linear, and how: alone, or first in a tuple with Nones."""
+class _PlaybackUnit:
+    """A submodule that returns the output of its last linear, either alone or first in a tuple with Nones.
+
+    path, last, width: of the submodule, of its last linear, and the outputs of that; rest: Nones after it (None: a bare tensor)
+    """
 
     path: str
     last: str
     width: int
-    rest: int | None = None  # Nones after the output; None: a bare tensor
+    rest: int | None = None
 
 
 class _Playback(nn.Module):
-    """Stands in a solved submodule's place and returns what it returned."""
+    """Stand-in for a solved submodule, which returns its recorded output."""
 
     def __init__(self, fetch: Callable[[], Tensor], rest: int | None) -> None:
         super().__init__()
@@ -80,10 +82,11 @@ class _Playback(nn.Module):
         return out if self._rest is None else (out, *[None] * self._rest)
 
 
-class Flow:
-    """One block, its rows, and how far it has come.
+class BlockRunner:
+    """Runs calibration rows through one block while its linears are solved.
 
     stages: groups to capture and solve together, in running order (experts are one stage)
+    beyond: indices of rows with finite values above ``Rows.largest``
     """
 
     def __init__(
@@ -99,61 +102,67 @@ class Flow:
     # ---- capture ---------------------------------------------------------------------------------------------
 
     def capture(
-        self, groups: tuple[LinearGroup, ...], wanted: StatsRequest, step: Step, keep: bool = True,
+        self, groups: tuple[LinearGroup, ...], request: StatsRequest, step: PieceCallback, keep: bool = True,
         inputs: Mapping[str, Callable[[Tensor], Tensor]] | None = None, originals: Mapping[str, Path] | None = None,
     ) -> dict[str, Stats]:  # fmt: skip
         """{group key: Stats} over all good rows. Raises BadCalibration when a group saw no token.
 
-        keep: keep the input of a submodule's last linear, to play the submodule back once it is solved; inputs: by group
-        what is done to its inputs before they are looked at; originals: by submodule the file of its inputs in the original
-        model, as ``leave`` saves them, for the drift.
+        keep:      store the input of a submodule's last linear, so that the submodule can be played back once it is solved
+        inputs:    {group key: transform of its inputs before statistics are taken}
+        originals: {submodule: file of its inputs in the original model, as ``leave`` saves them}, for the drift
         """
-        sums = {g.key: Accumulator(g.linears[0].shape[1], wanted, self.rows.dtype) for g in groups}
+        sums = {g.key: Accumulator(g.linears[0].shape[1], request, self.rows.dtype) for g in groups}
         stride = max(1, self.rows.total // SAMPLE_TOKENS)
         kinds = self.rows.kinds
-        each = [] if kinds is None else strides(kinds)
+        strides_by_kind = [] if kinds is None else strides(kinds)
         ends = {g.hook for g in groups} if keep else set()
         unit = next((u for u in self._units if u.last in ends), None)
-        kept = None if unit is None else self._file(f"{unit.path}.in").open("wb")
+        unit_file = None if unit is None else self._file(f"{unit.path}.in").open("wb")
         handles = self._hooks({g.hook for g in groups if g.hook})
 
-        def one(span: Span) -> tuple[dict[str, Piece], Tensor | None, list[int], list[int]]:
+        def one(span: Span) -> tuple[dict[str, PieceStats], Tensor | None, list[int], list[int]]:
             hidden = self.rows.read(*span)
-            seen = self._run(span, hidden, stop=True)
+            arguments = self._run(span, hidden, stop=True)
             valid = self.rows.valid(*span)
-            found = _group_inputs(seen, self.block, groups, valid)
-            bad, beyond = self._apart(span, groups) if _peak(found.values()) > self.rows.largest else ([], [])
+            group_inputs = _group_inputs(arguments, self.block, groups, valid)
+            bad, beyond = self._apart(span, groups) if _peak(group_inputs.values()) > self.rows.largest else ([], [])
             if bad:
                 valid = self.rows.without(bad).valid(*span)
-                found = _group_inputs(seen, self.block, groups, valid)
-            found = {key: inputs[key](x) if inputs and key in inputs else x for key, x in found.items()}
-            before = {g.key: self._saved(g, originals, span, valid) for g in groups}
-            away = {
-                key: (inputs[key](y) if inputs and key in inputs else y).float() - found[key].float()
-                for key, y in before.items()
+                group_inputs = _group_inputs(arguments, self.block, groups, valid)
+            group_inputs = {key: inputs[key](x) if inputs and key in inputs else x for key, x in group_inputs.items()}
+            original_inputs = {g.key: self._saved(g, originals, span, valid) for g in groups}
+            drifts = {
+                key: (inputs[key](y) if inputs and key in inputs else y).float() - group_inputs[key].float()
+                for key, y in original_inputs.items()
                 if y is not None
             }
-            of = None if kinds is None else kinds[slice(*span)].flatten()
-            of = of if of is None or valid is None else of[valid]
-            pieces = {
+            token_kinds = None if kinds is None else kinds[slice(*span)].flatten()
+            token_kinds = token_kinds if token_kinds is None or valid is None else token_kinds[valid]
+            piece_stats = {
                 key: replace(
-                    piece_of(t, stride, wanted.ranges, of if of is not None and len(of) == len(t) else None, each),
-                    away=away.get(key),
+                    piece_of(
+                        t,
+                        stride,
+                        request.ranges,
+                        token_kinds if token_kinds is not None and len(token_kinds) == len(t) else None,
+                        strides_by_kind,
+                    ),
+                    away=drifts.get(key),
                 )
-                for key, t in found.items()
+                for key, t in group_inputs.items()
                 if len(t)
             }
-            return pieces, None if unit is None else seen[unit.last][0], bad, beyond
+            return piece_stats, None if unit is None else arguments[unit.last][0], bad, beyond
 
         left_out: list[int] = []
         try:
             spans = list(self.rows.pieces())
-            for (start, _), (pieces, x, bad, beyond) in zip(spans, self.pool.stream(one, spans), strict=True):
+            for (start, _), (piece_stats, x, bad, beyond) in zip(spans, self.pool.stream(one, spans), strict=True):
                 left_out += bad
                 self.beyond.update(beyond)
-                if kept is not None and x is not None:
-                    kept.write(_bytes(x))
-                for key, piece in pieces.items():
+                if unit_file is not None and x is not None:
+                    unit_file.write(_bytes(x))
+                for key, piece in piece_stats.items():
                     sums[key].add(piece, self.rows.part_of(start))
                 run_pending(sums.values(), self.pool, everything=False)
                 step()
@@ -161,24 +170,23 @@ class Flow:
         finally:
             for handle in handles:
                 handle.remove()
-            if kept is not None:
-                kept.close()
+            if unit_file is not None:
+                unit_file.close()
         self.rows = self.rows.without(left_out)
         self._refuse_too_many(len(left_out))
-        if max(total.width for total in sums.values()) >= 1024:
+        if max(accumulator.width for accumulator in sums.values()) >= 1024:
             give_back()  # what the runs left free is not what the solver is about to ask for
         for g in groups:
             if sums[g.key].tokens == 0 and g.expert is None:
                 raise _unreached(g.key)
-        return {key: total.finish(each) for key, total in sums.items()}
+        return {key: accumulator.finish(strides_by_kind) for key, accumulator in sums.items()}
 
     def _apart(self, span: Span, groups: tuple[LinearGroup, ...]) -> tuple[list[int], list[int]]:
-        """Of the good rows of a piece, looked at one by one: those with inputs that are not finite, and those with finite ones
-        beyond ``Rows.largest``."""
+        """Of the good rows of a piece, (those with non-finite inputs, those with finite inputs beyond ``Rows.largest``)."""
         peaks = {}
         for i in (i for i in range(*span) if self.rows.good[i]):
-            seen = self._run((i, i + 1), self.rows.read(i, i + 1), stop=True)
-            peaks[i] = _peak(_group_inputs(seen, self.block, groups, self.rows.valid(i, i + 1)).values())
+            arguments = self._run((i, i + 1), self.rows.read(i, i + 1), stop=True)
+            peaks[i] = _peak(_group_inputs(arguments, self.block, groups, self.rows.valid(i, i + 1)).values())
         bad = [i for i, peak in peaks.items() if peak == math.inf]
         return bad, [i for i, peak in peaks.items() if self.rows.largest < peak < math.inf]
 
@@ -211,7 +219,7 @@ class Flow:
     def _saved(
         self, group: LinearGroup, originals: Mapping[str, Path] | None, span: Span, valid: Tensor | None
     ) -> Tensor | None:
-        """Inputs of the group in the original model, [counted tokens, in]."""
+        """Inputs of the group in the original model, [valid tokens, in]; None where they are not saved."""
         if not originals or group.hook not in originals or group.expert is not None:
             return None
         width = group.linears[0].shape[1]
@@ -220,13 +228,13 @@ class Flow:
 
     # ---- playback --------------------------------------------------------------------------------------------
 
-    def _find_units(self) -> list[_Unit]:
-        """Submodules that return the output of their last linear, seen on one row."""
-        candidates: dict[str, _Unit] = {}
+    def _find_units(self) -> list[_PlaybackUnit]:
+        """Submodules that return the output of their last linear, as a run of one row shows."""
+        candidates: dict[str, _PlaybackUnit] = {}
         for group in self.structure.groups:
             path = group.hook.rpartition(".")[0]
             if group.expert is None and path and len(group.linears) == 1:
-                candidates[path] = _Unit(path, group.hook, group.linears[0].shape[0])
+                candidates[path] = _PlaybackUnit(path, group.hook, group.linears[0].shape[0])
         outputs: dict[str, Any] = {}
 
         def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
@@ -246,29 +254,34 @@ class Flow:
             self.call(self.block, entered, slice(0, 1))
         for handle in handles:
             handle.remove()
-        again = next((n for n, k in calls.items() if k > 1), None)
-        if again is not None:
+        repeated = next((n for n, k in calls.items() if k > 1), None)
+        if repeated is not None:
             raise Unsupported(
-                f"{self.structure.path}.{again} runs {calls[again]} times in one pass of its block: its weights have several "
-                "inputs, and a layer is quantized for one: skip it with a rule, or use a method that runs no rows (rtn)"
+                f"{self.structure.path}.{repeated} runs {calls[repeated]} times in one pass of its block: its weights have "
+                "several inputs, and a layer is quantized for one: skip it with a rule, or use a method that runs no rows (rtn)"
             )
         units = []
         for unit in candidates.values():
-            returned, last = outputs.get(unit.path), outputs.get(unit.last)
-            first, rest = (returned[0], returned[1:]) if isinstance(returned, tuple) else (returned, None)
-            if first is None or last is None or first is not last or last.shape[:-1] != entered.shape[:-1]:
+            returned, linear_out = outputs.get(unit.path), outputs.get(unit.last)
+            hidden_out, others = (returned[0], returned[1:]) if isinstance(returned, tuple) else (returned, None)
+            if (
+                hidden_out is None
+                or linear_out is None
+                or hidden_out is not linear_out
+                or linear_out.shape[:-1] != entered.shape[:-1]
+            ):
                 continue
-            if all(r is None for r in rest or ()):
-                units.append(replace(unit, rest=None if rest is None else len(rest)))
+            if all(r is None for r in others or ()):
+                units.append(replace(unit, rest=None if others is None else len(others)))
         return units
 
-    def solved(self, groups: tuple[LinearGroup, ...], step: Step) -> None:
-        """To be called when the weights of ``groups`` in the block are the quantized ones."""
+    def solved(self, groups: tuple[LinearGroup, ...], step: PieceCallback) -> None:
+        """Play back the submodules that end with ``groups``. The block must hold the quantized weights of these groups."""
         for unit in self._units:
             if any(g.hook == unit.last for g in groups):
                 self._play(unit, step)
 
-    def _play(self, unit: _Unit, step: Step) -> None:
+    def _play(self, unit: _PlaybackUnit, step: PieceCallback) -> None:
         linear = self.block.get_submodule(unit.last)
         config = replace(self.rows, path=self._file(f"{unit.path}.in"), hidden=_width(linear, unit))
         with self._file(f"{unit.path}.out").open("wb") as f:
@@ -285,10 +298,10 @@ class Flow:
 
     # ---- leaving the block -----------------------------------------------------------------------------------
 
-    def leave(self, out: Path, step: Step, save: Mapping[str, Path] | None = None) -> tuple[Rows, str]:
-        """Run the block as solved on all rows and write its outputs to the file ``out``; also gives their sha256.
+    def leave(self, out: Path, step: PieceCallback, save: Mapping[str, Path] | None = None) -> tuple[Rows, str]:
+        """The rows that leave the solved block, written to the file ``out``, and their sha256.
 
-        save: by submodule a file for what enters it, [tokens, in] row after row.
+        save: {submodule: file for its inputs}, [tokens, in] row after row.
         Rows that turned non-finite are marked; raises NumericFailure above MAX_BAD_ROWS of them.
         """
         good: list[bool] = []
@@ -297,13 +310,13 @@ class Flow:
         handles = self._hooks(set(save))
 
         def one(span: Span) -> tuple[Tensor, Tensor, dict[str, Tensor], list[int]]:
-            seen = self._run(span, self.rows.read(*span), stop=False)
+            arguments = self._run(span, self.rows.read(*span), stop=False)
             result: Tensor = self._local.out.to(self.rows.dtype)
             finite = result.isfinite()
-            unreached = next((name for name in save if name not in seen), None)
+            unreached = next((name for name in save if name not in arguments), None)
             if unreached is not None:
                 raise _unreached(f"{self.structure.path}.{unreached}")
-            entered = {name: seen[name][0] for name in save}
+            entered = {name: arguments[name][0] for name in save}
             if self.rows.lead_shapes:
                 return result, finite.all()[None], entered, []
             peaks = result.abs().flatten(1).amax(1) if self.rows.dtype != torch.bfloat16 else torch.zeros(len(result))
@@ -319,7 +332,9 @@ class Flow:
                 self.beyond.update(beyond)
                 for name, x in entered.items():
                     files[name].write(_bytes(x))
-                good += [g and bool(now) for g, now in zip(self.rows.good[len(good) :], finite, strict=False)]
+                good += [
+                    g and bool(is_finite) for g, is_finite in zip(self.rows.good[len(good) :], finite, strict=False)
+                ]
                 data = _bytes(result)
                 f.write(data)
                 digest.update(data)
@@ -328,7 +343,7 @@ class Flow:
         return replace(self.rows, path=out, good=good), digest.hexdigest()
 
     def close(self) -> None:
-        """Put every module back and remove the intermediates."""
+        """Put every module back and remove the intermediate files."""
         for path, module in self._replaced.items():
             self.block.set_submodule(path, module)
         self._replaced = {}
@@ -347,7 +362,7 @@ def _peak(inputs: Iterable[Tensor]) -> float:
     return max((float(e.abs()) if bool(e.isfinite()) else math.inf for e in ends), default=0.0)
 
 
-def _width(linear: nn.Module, unit: _Unit) -> int:
+def _width(linear: nn.Module, unit: _PlaybackUnit) -> int:
     assert isinstance(linear, nn.Linear), unit.last
     return linear.in_features
 
@@ -357,26 +372,28 @@ def _bytes(t: Tensor) -> Any:
 
 
 def _group_inputs(
-    seen: dict[str, tuple[Any, ...]], block: nn.Module, groups: tuple[LinearGroup, ...], valid: Tensor | None
+    arguments: dict[str, tuple[Any, ...]], block: nn.Module, groups: tuple[LinearGroup, ...], valid: Tensor | None
 ) -> dict[str, Tensor]:
-    """{group key: inputs [tokens, in] of the counted tokens} from the arguments of the hooked modules."""
+    """{group key: inputs [tokens, in] of the valid tokens} from the arguments of the hooked modules."""
     result: dict[str, Tensor] = {}
     for group in groups:
-        if group.hook and group.hook in seen:
-            x = seen[group.hook][0]
+        if group.hook and group.hook in arguments:
+            x = arguments[group.hook][0]
             x = x.reshape(-1, x.shape[-1])
-            if valid is not None:  # a prompt has a length of its own, and counts with its picture or not at all
+            if valid is not None:  # rows of another length than the mask (a prompt) do not count
                 x = x[valid] if len(valid) == len(x) else x[:0]
             if group.expert is not None:
-                routed = (seen[group.hook][1] == group.expert).any(-1).flatten()
+                routed = (arguments[group.hook][1] == group.expert).any(-1).flatten()
                 x = x[routed if valid is None else routed[valid]]
             result[group.key] = x
         elif group.expert is not None:  # the expert's down projection: its input is computed here
-            pair = next(g for g in groups if g.expert == group.expert and g.hook)
-            if pair.key in result:
-                experts = block.get_submodule(pair.hook)
-                both = replace(pair.linears[0], rows=None).view(block)  # gate and up, whichever of them the group has
-                x, (gate, up) = result[pair.key], both.chunk(2)
+            input_group = next(g for g in groups if g.expert == group.expert and g.hook)
+            if input_group.key in result:
+                experts = block.get_submodule(input_group.hook)
+                gate_and_up = replace(input_group.linears[0], rows=None).view(
+                    block
+                )  # gate and up, whichever of them the group has
+                x, (gate, up) = result[input_group.key], gate_and_up.chunk(2)
                 act: Any = experts.act_fn
                 result[group.key] = act(nn.functional.linear(x, gate)) * nn.functional.linear(x, up)
     return result

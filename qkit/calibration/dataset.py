@@ -1,4 +1,4 @@
-"""Calibration rows: from a text file to token rows.
+"""Calibration rows, made from a text file.
 
 A text is tokenised as far as it is needed (no special tokens added) and cut into consecutive rows of ``seqlen`` tokens, of
 which the first ``samples`` are used. The same text, tokenizer and numbers give the same rows.
@@ -26,21 +26,23 @@ VISION, ANSWER = KINDS.index("vision"), KINDS.index("answer")
 MAX_BAD = 0.01  # share of tokens outside the vocabulary above which a text is refused
 
 
-class Calls(Protocol):
-    """Rows that are made anew whenever they are asked for: the same ones."""
+class CallSource(Protocol):
+    """A source of model calls that can be read repeatedly and gives the same calls every time."""
 
     def calls(self, folder: Path) -> Iterator[dict[str, Any]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """samples rows of seqlen tokens, int64 [samples, seqlen]; ``digest``: sha256 of all that the rows are made of.
+    """Calibration samples.
 
-    inputs: of rows with pictures, what the model is called with for each, filled up with zeros in ``tokens`` to the longest
-    kinds: uint8 [samples, seqlen], of rows with pictures: what each token is, an index of KINDS
-    trajectory: of a diffusion transformer, its calls while its pipeline samples; ``tokens`` is empty then, and seqlen 0, since
-        how many tokens they have is known when they are made
-    written: rows that the model is to write itself when the run begins, besides these (``written``)
+    tokens:     int64 [samples, seqlen]; rows with images are padded with zeros to the longest
+    digest:     sha256 of the contents of all rows
+    inputs:     arguments of the model for each row, for rows with images
+    kinds:      uint8 [samples, seqlen], for rows with images: the kind of each token, an index of KINDS
+    trajectory: for a diffusion transformer, its calls while the pipeline samples; ``tokens`` is then empty and seqlen 0,
+                since the number of tokens is known only when the calls are made
+    written:    number of synthetic rows that the model generates when the run begins, besides these
     """
 
     source: str
@@ -50,28 +52,28 @@ class Calibration:
     tokens: Tensor = field(compare=False, repr=False)
     inputs: tuple[dict[str, Tensor], ...] | None = field(default=None, compare=False, repr=False)
     kinds: Tensor | None = field(default=None, compare=False, repr=False)
-    trajectory: Calls | None = field(default=None, compare=False, repr=False)
+    trajectory: CallSource | None = field(default=None, compare=False, repr=False)
     written: int = 0
 
     @property
     def count(self) -> int:
-        """Rows, with those that are yet to be written."""
+        """Number of rows, with synthetic rows that are not generated yet."""
         return self.samples + self.written
 
     @property
     def beyond_text(self) -> bool:
-        """Whether rows are more than text: they reach parts of a model that texts do not."""
+        """Whether rows have more than text, and so reach parts of a model that a text does not."""
         return self.kinds is not None or self.trajectory is not None
 
     def calls(self, folder: Path) -> Iterator[dict[str, Any]]:
-        """What the model is called with, row after row; ``folder`` takes what would not fit into memory."""
+        """Arguments of the model, row after row; data that does not fit into memory is offloaded to ``folder``."""
         if self.trajectory is not None:
             yield from self.trajectory.calls(folder)
             return
         yield from self.inputs if self.inputs is not None else ({"input_ids": row[None]} for row in self.tokens)
 
     def first(self, count: int) -> Calibration:
-        """The first ``count`` rows (all, if there are fewer), of the same width."""
+        """The first ``count`` rows (or all, if there are fewer), with the same seqlen."""
         tokens, kinds = self.tokens[:count], None if self.kinds is None else self.kinds[:count]
         inputs = None if self.inputs is None else self.inputs[:count]
         return Calibration(
@@ -85,16 +87,16 @@ class Calibration:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """All but the tokens themselves."""
-        told = ("source", "samples", "seqlen", "digest", *(("written",) if self.written else ()))
-        return {k: getattr(self, k) for k in told}
+        """A JSON-able dictionary of all fields but the tokens."""
+        fields = ("source", "samples", "seqlen", "digest", *(("written",) if self.written else ()))
+        return {k: getattr(self, k) for k in fields}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calibration:
         return self  # immutable; dataclasses.asdict would copy the tokens otherwise
 
 
 def digest_of(tokens: Tensor, inputs: Iterable[dict[str, Tensor]] | None = None) -> str:
-    """sha256 of all that rows are made of: ``inputs`` of rows with pictures, else ``tokens``."""
+    """sha256 of the contents of rows: ``inputs`` of rows with images, else ``tokens``."""
     if inputs is None:
         return hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
     digest = hashlib.sha256()
@@ -105,12 +107,12 @@ def digest_of(tokens: Tensor, inputs: Iterable[dict[str, Tensor]] | None = None)
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file. Raises BadCalibration for what is none, naming the byte that is not UTF-8; IOFailure."""
+    """Text of a UTF-8 file. Raises BadCalibration, naming the first byte that is not UTF-8, and IOFailure."""
     return TextFile(path, "calibration text", BadCalibration).text()[0]
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """A text as token ids; through the Rust tokenizer where there is one, without offsets: a quarter less memory."""
+    """Token ids of a text. The Rust tokenizer is used where there is one, without offsets: a quarter less memory."""
     with foreign_errors(
         "the tokenizer of the model cannot read the text", "use the tokenizer's files of the original model"
     ):
@@ -123,9 +125,9 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
 def calibration_rows(
     path: Path, tokenizer: Any, samples: int, seqlen: int, vocabulary: int, source: str = ""
 ) -> Calibration:
-    """Rows of a text file.
+    """Calibration rows of a text file.
 
-    vocabulary: rows of the embedding table; max context is the caller's matter.
+    vocabulary: rows of the embedding table. The caller checks seqlen against the context length.
     Raises BadCalibration when the text is too short, when all rows are equal, or when token ids leave the vocabulary.
     """
     text = TextFile(path, "calibration text", BadCalibration, prose=True)

@@ -1,15 +1,14 @@
-"""Pictures with a question and an answer: what vision-language models are calibrated with, and measured on.
+"""Image-text data for vision-language models: images with a question and an answer.
 
 A file of JSON lines has on each line ``image`` (a path, or a list of them, seen from the file), or ``video`` (a folder of
 frames, or a list of them), ``question`` and ``answer``, and may have ``kind``, which groups answers. A folder has such
-a file, pairs.jsonl, or pictures with a text of the same name beside each (a caption, then the question is CAPTION).
-``dataset:NAME[:config][:split]`` is a data set of the ``datasets`` package (a hub id or a local folder; split train
-unless it is said) with a column image, or images, and question and answer, or else caption. With no data given the
+a file, pairs.jsonl, or images with a text file of the same name beside each (a caption; the question is then CAPTION).
+``dataset:NAME[:config][:split]`` is a data set of the ``datasets`` package (a hub id or a local folder; the default
+split is train) with a column image, or images, and either question and answer or caption. Without data the
 project's own drawn scenes are used (``qkit_data.scenes``).
 
-The model's own processor and chat template make the rows, so that they are what the model is used with. Every token
-of a row has one of four names: vision (what pictures become), answer (what the loss of training is on, the end of the
-answer included), text (the rest of the prompt) and padding.
+The model's own processor and chat template make the rows. Every token of a row is of one of four kinds: vision (from an
+image), answer (scored by the training loss, the end of the answer included), text (the rest of the prompt) and padding.
 """
 
 from __future__ import annotations
@@ -36,15 +35,18 @@ from qkit.system.confined import Exceeded
 
 CAPTION = "Describe the picture."
 _NO_PLACE = "the chat template of the model has no place for a picture"
-MOST_BYTES = 1 << 28  # of a picture's file
-MOST_PIXELS = 1 << 26  # of a picture: what holds one takes three bytes for each, and models see far fewer
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MAX_IMAGE_BYTES = 1 << 28  # of an image file
+MAX_IMAGE_PIXELS = 1 << 26  # of an image: three bytes each in memory, and models use far fewer
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
-    """images, frames (of a video): of PIL, in RGB; where: for complaints; kind: what the question is about, '' where nobody
-    says."""
+class ImageText:
+    """One question about images or a video.
+
+    images, frames (of a video): PIL images in RGB
+    where: place in the source, for error messages; kind: topic of the question, '' if unknown
+    """
 
     images: tuple[Any, ...]
     question: str
@@ -54,50 +56,50 @@ class Pair:
     frames: tuple[Any, ...] = ()
 
 
-def drawn(start: int, samples: int) -> Iterator[Pair]:
-    """Pairs from the project's scenes, one question of each, from that seed on."""
-    return (next(_asked(seed)) for seed in range(start, start + samples))
+def drawn_scenes(start: int, samples: int) -> Iterator[ImageText]:
+    """One question about each of ``samples`` drawn scenes, from seed ``start`` on."""
+    return (next(_scene_questions(seed)) for seed in range(start, start + samples))
 
 
-def _asked(seed: int) -> Iterator[Pair]:
-    """Every question about a scene."""
+def _scene_questions(seed: int) -> Iterator[ImageText]:
+    """All questions about the scene with this seed."""
     from PIL import Image
     from qkit_data.scenes import scene
 
-    made = scene(seed)
-    image = Image.fromarray(made.image)
+    drawing = scene(seed)
+    image = Image.fromarray(drawing.image)
     return (
-        Pair(images=(image,), question=t.question, answer=t.answer, where=f"scene {seed}", kind=t.kind)
-        for t in made.turns
+        ImageText(images=(image,), question=t.question, answer=t.answer, where=f"scene {seed}", kind=t.kind)
+        for t in drawing.turns
     )
 
 
-def held_out(spec: str | Path, most: int) -> Iterator[Pair]:
-    """At most so many pairs to measure with: DRAWN, all questions about the scenes from seed 0 on, which no training and no
-    calibration sees; or those of a file or a folder. Pictures are read as they are needed.
+def held_out_image_text(spec: str | Path, count_limit: int) -> Iterator[ImageText]:
+    """At most ``count_limit`` samples for evaluation, read one by one.
 
-    Raises BadInput when there is no such file, or not one pair in it, and what ``read_pairs`` raises.
+    spec: DRAWN, for all questions about the scenes from seed 0 on, which neither training nor calibration uses; or a file or
+    folder. Raises BadInput when there is no such file, or no sample in it, and what ``read_image_text`` raises.
     """
     if spec == DRAWN:
-        return islice(chain.from_iterable(map(_asked, count())), most)
+        return islice(chain.from_iterable(map(_scene_questions, count())), count_limit)
     path = Path(spec)
     if not path.exists() and not is_dataset(path):
         raise BadInput(f"{path}: no such file or folder; give '{DRAWN}', a file of JSON lines, or a folder of pictures")
-    found = _pairs(path, most)
-    first = next(found, None)
-    if first is None:
+    samples = _read_source(path, count_limit)
+    first_sample = next(samples, None)
+    if first_sample is None:
         raise BadInput(
             f"{path}: there are no pairs in it; write one JSON object with image, question and answer a line"
         )
-    return chain([first], found)
+    return chain([first_sample], samples)
 
 
-def read_pairs(path: Path, samples: int) -> list[Pair]:
-    """The first ``samples`` pairs of a file or a folder. Raises BadCalibration naming the line and what is wrong with it."""
-    found = list(_pairs(path, samples))
-    if len(found) < samples:
-        raise BadCalibration(f"{path}: {len(found)} pairs, {samples} are needed: give more, or fewer --samples")
-    return found
+def read_image_text(path: Path, count: int) -> list[ImageText]:
+    """The first ``count`` samples of a file or a folder. Raises BadCalibration, which names the line and the fault."""
+    samples = list(_read_source(path, count))
+    if len(samples) < count:
+        raise BadCalibration(f"{path}: {len(samples)} pairs, {count} are needed: give more, or fewer --samples")
+    return samples
 
 
 def is_dataset(spec: Path) -> bool:
@@ -106,7 +108,7 @@ def is_dataset(spec: Path) -> bool:
 
 
 def refuse_chat(path: Path) -> None:
-    """Raises BadCalibration for a file that is, by its start, a chat."""
+    """Raises BadCalibration for a file that begins like a chat."""
     head, _ = TextFile(path, "calibration text", BadCalibration).text(1 << 16)
     if is_chat(head):
         raise BadCalibration(
@@ -114,30 +116,30 @@ def refuse_chat(path: Path) -> None:
         )
 
 
-def _pairs(path: Path, most: int) -> Iterator[Pair]:
+def _read_source(path: Path, limit: int) -> Iterator[ImageText]:
     if is_dataset(path):
-        yield from _dataset_pairs(str(path), most)
+        yield from _read_dataset(str(path), limit)
         return
     if path.is_dir() and not (path / "pairs.jsonl").is_file():
-        pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
-        if not pictures:
+        images = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not images:
             raise BadCalibration(
-                f"{path}: neither a file pairs.jsonl nor pictures ({', '.join(PICTURES)}) are in the folder"
+                f"{path}: neither a file pairs.jsonl nor pictures ({', '.join(IMAGE_SUFFIXES)}) are in the folder"
             )
-        for picture in pictures[:most]:
-            beside = picture.with_suffix(".txt")
-            if not beside.is_file():
-                raise BadCalibration(f"{picture}: a pair without an answer: write its text to {beside.name}")
-            yield _pair([picture], [], CAPTION, read_text(beside).strip(), str(picture))
+        for image in images[:limit]:
+            text_file = image.with_suffix(".txt")
+            if not text_file.is_file():
+                raise BadCalibration(f"{image}: a pair without an answer: write its text to {text_file.name}")
+            yield _load_images([image], [], CAPTION, read_text(text_file).strip(), str(image))
         return
     file = path / "pairs.jsonl" if path.is_dir() else path
     lines = [line for line in read_text(file).splitlines() if line.strip()]
-    for number, line in enumerate(lines[:most], 1):
-        yield _of_line(line, file, f"{file}, line {number}")
+    for number, line in enumerate(lines[:limit], 1):
+        yield _parse_line(line, file, f"{file}, line {number}")
 
 
-def _of_line(line: str, file: Path, where: str) -> Pair:
-    """One object of JSON."""
+def _parse_line(line: str, file: Path, where: str) -> ImageText:
+    """The sample that one JSON line describes. Raises BadCalibration."""
     try:
         data = parse_checked(line.encode("utf-8", "surrogatepass"), where)
     except BadCheckpoint as e:
@@ -153,21 +155,21 @@ def _of_line(line: str, file: Path, where: str) -> Pair:
     validate(ImageTextLine, data, where, "correct the line", BadCalibration)
     images, frames = ([file.parent / name for name in _names(data.get(field))] for field in ("image", "video"))
     if len(frames) == 1 and frames[0].is_dir():
-        frames = sorted(p for p in frames[0].iterdir() if p.suffix.lower() in PICTURES)
+        frames = sorted(p for p in frames[0].iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     if "video" in data and not frames:
-        raise BadCalibration(f"{where}: the video {shown(data['video'])} has no frames ({', '.join(PICTURES)})")
+        raise BadCalibration(f"{where}: the video {shown(data['video'])} has no frames ({', '.join(IMAGE_SUFFIXES)})")
     if not images and not frames:
         raise BadCalibration(f"{where}: a pair without a picture: name it in 'image' or 'video'")
     answer = data.get("answer")
     texts = (data["question"], "" if answer is None else str(answer), where, data.get("kind") or "")
-    return _pair(images, frames, *texts)
+    return _load_images(images, frames, *texts)
 
 
-def _dataset_pairs(spec: str, most: int) -> Iterator[Pair]:
-    parts = spec.split(":")[1:]
-    if not parts[0] or len(parts) > 3:
+def _read_dataset(spec: str, limit: int) -> Iterator[ImageText]:
+    fields = spec.split(":")[1:]
+    if not fields[0] or len(fields) > 3:
         raise UsageError(f"{spec!r} is not a data set of pictures: write dataset:NAME[:config][:split]")
-    name, config, split = [*parts, "", ""][:3]
+    name, config, split = [*fields, "", ""][:3]
     try:
         import datasets
     except ImportError as e:
@@ -182,23 +184,27 @@ def _dataset_pairs(spec: str, most: int) -> Iterator[Pair]:
         raise BadCalibration(
             f"{spec}: expected the columns image (or images), question and answer, or caption; found {', '.join(columns)}"
         )
-    for number in range(min(most, len(rows))):
+    for number in range(min(limit, len(rows))):
         row, where = rows[number], f"{spec}, row {number}"
         images = row["image"] if "image" in columns else row["images"]
-        found = [i.convert("RGB") for i in (images if isinstance(images, list) else [images]) if i is not None]
+        pil_images = [i.convert("RGB") for i in (images if isinstance(images, list) else [images]) if i is not None]
         answer = str((row["answer"] if "answer" in columns else row["caption"]) or "")
-        if not found or not answer:
-            raise BadCalibration(f"{where}: a pair without {'an answer' if found else 'a picture'}")
+        if not pil_images or not answer:
+            raise BadCalibration(f"{where}: a pair without {'an answer' if pil_images else 'a picture'}")
         question = str(row["question"]) if "question" in columns else CAPTION
-        yield Pair(images=tuple(found), question=question, answer=answer, where=where, kind=str(row.get("kind") or ""))
+        yield ImageText(
+            images=tuple(pil_images), question=question, answer=answer, where=where, kind=str(row.get("kind") or "")
+        )
 
 
 def _names(value: Any) -> list[str]:
-    """One name, several, or none."""
+    """File names of a field that has one name, several, or none."""
     return [] if value is None else [str(v) for v in (value if isinstance(value, list) else [value])]
 
 
-def _pair(files: list[Path], frames: list[Path], question: str, answer: str, where: str, kind: str = "") -> Pair:
+def _load_images(
+    files: list[Path], frames: list[Path], question: str, answer: str, where: str, kind: str = ""
+) -> ImageText:
     from PIL import Image
 
     if not answer:
@@ -208,15 +214,15 @@ def _pair(files: list[Path], frames: list[Path], question: str, answer: str, whe
         if not file.is_file():  # a pipe would block
             raise BadCalibration(f"{where}: the picture {file} cannot be read: there is no such file: correct its name")
         with foreign_errors(f"{where}: the picture {file} cannot be read", "save it again", BadCalibration):
-            # From memory: out of a file, a chunk that claims four gigabytes takes them.
-            with Image.open(BytesIO(read_bytes(file, MOST_BYTES))) as image:
-                if image.width * image.height > MOST_PIXELS:
+            # From memory: PIL would allocate four gigabytes for a chunk of a file that claims this size.
+            with Image.open(BytesIO(read_bytes(file, MAX_IMAGE_BYTES))) as image:
+                if image.width * image.height > MAX_IMAGE_PIXELS:
                     raise BadCalibration(
                         f"{where}: the picture {file} has {image.width} x {image.height} pixels, expected at most "
-                        f"{MOST_PIXELS}: scale it down"
+                        f"{MAX_IMAGE_PIXELS}: scale it down"
                     )
                 images.append(image.convert("RGB"))
-    return Pair(
+    return ImageText(
         images=tuple(images[: len(files)]),
         question=question,
         answer=answer,
@@ -227,50 +233,50 @@ def _pair(files: list[Path], frames: list[Path], question: str, answer: str, whe
 
 
 def load_processor(folder: Path) -> Any:
-    """The processor of a model folder; no code of the folder is run. Raises BadCheckpoint when there is none."""
+    """The processor of a model folder. No code of the folder is run. Raises BadCheckpoint when there is none."""
     from transformers import AutoProcessor
 
     check_side_files(folder)
     advice = "copy the processor's files of the original model here, or use text without pictures"
     with foreign_errors(f"{folder}: no processor that transformers can load", advice):
-        made = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if not hasattr(made, "image_processor") or getattr(made, "chat_template", None) is None:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if not hasattr(processor, "image_processor") or getattr(processor, "chat_template", None) is None:
         raise BadCheckpoint(
             f"{folder}: its processor has no image processor or no chat template: copy the original's files"
         )
-    return made
+    return processor
 
 
-def pair_rows(pairs: list[Pair], processor: Any, image_tokens: set[int], source: str) -> Calibration:
-    """Rows of pairs. image_tokens: ids that stand for pieces of a picture or a video.
+def image_text_rows(samples: list[ImageText], processor: Any, image_tokens: set[int], source: str) -> Calibration:
+    """Calibration rows of image-text samples. image_tokens: ids that represent patches of an image or a video.
 
-    Raises BadCalibration for a template without a slot for pictures, or that leaves the answer out.
+    Raises BadCalibration for a chat template that has no slot for images, or that leaves the answer out.
     """
     inputs, prompts = [], []
-    for pair in pairs:
-        row, prompt = _row(pair, processor)
+    for sample in samples:
+        row, prompt = _row(sample, processor)
         ids = row["input_ids"][0]
-        if (pair.images or pair.frames) and not any(int(i) in image_tokens for i in ids):
-            raise BadCalibration(f"{pair.where}: {_NO_PLACE}")
+        if (sample.images or sample.frames) and not any(int(i) in image_tokens for i in ids):
+            raise BadCalibration(f"{sample.where}: {_NO_PLACE}")
         if prompt >= len(ids):
-            raise BadCalibration(f"{pair.where}: the chat template of the model leaves the answer out")
+            raise BadCalibration(f"{sample.where}: the chat template of the model leaves the answer out")
         inputs.append(row)
         prompts.append(prompt)
     return rows_of(inputs, prompts, image_tokens, source)
 
 
 def rows_of(inputs: list[dict[str, Tensor]], prompts: list[int], image_tokens: set[int], source: str) -> Calibration:
-    """Rows of what a model is called with, filled up at the end to the longest; prompts: tokens of each before its answer."""
+    """Calibration rows from arguments of the model, padded to the longest; prompts: number of tokens before each answer."""
     longest = max(x["input_ids"].shape[1] for x in inputs)
     tokens = torch.zeros(len(inputs), longest, dtype=torch.int64)
     kinds = torch.zeros(len(inputs), longest, dtype=torch.uint8)
-    pieces = torch.tensor(sorted(image_tokens))
+    vision_tokens = torch.tensor(sorted(image_tokens))
     for i, (row, prompt) in enumerate(zip(inputs, prompts, strict=True)):
         ids = row["input_ids"][0]
         tokens[i, : len(ids)] = ids
         kinds[i, : len(ids)] = KINDS.index("text")
         kinds[i, prompt : len(ids)] = KINDS.index("answer")
-        kinds[i, : len(ids)][torch.isin(ids, pieces)] = KINDS.index("vision")
+        kinds[i, : len(ids)][torch.isin(ids, vision_tokens)] = KINDS.index("vision")
     return Calibration(
         source=source,
         samples=len(inputs),
@@ -282,48 +288,49 @@ def rows_of(inputs: list[dict[str, Tensor]], prompts: list[int], image_tokens: s
     )
 
 
-def encoded(pair: Pair, processor: Any, answered: bool) -> dict[str, Tensor]:
-    """What the model is called with for a question, as far as its answer begins, or with the answer and its end."""
-    slots: list[dict[str, Any]] = [{"type": "image", "image": i} for i in pair.images]
-    slots += [{"type": "video", "video": list(pair.frames)}] if pair.frames else []
-    messages = [{"role": "user", "content": [*slots, {"type": "text", "text": pair.question}]}]
+def encode(sample: ImageText, processor: Any, answered: bool) -> dict[str, Tensor]:
+    """Arguments of the model for a question. answered: with the answer and its end, else up to the beginning of the answer."""
+    slots: list[dict[str, Any]] = [{"type": "image", "image": i} for i in sample.images]
+    slots += [{"type": "video", "video": list(sample.frames)}] if sample.frames else []
+    messages = [{"role": "user", "content": [*slots, {"type": "text", "text": sample.question}]}]
     if answered:
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": pair.answer}]})
-    more = {"processor_kwargs": {"do_sample_frames": False}} if pair.frames else {}
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": sample.answer}]})
+    options = {"processor_kwargs": {"do_sample_frames": False}} if sample.frames else {}
     try:
         constant = rendered(processor, messages, not answered)
-        made = processor.apply_chat_template(
-            messages, chat_template=constant, tokenize=True, return_dict=True, return_tensors="pt", **more
+        encoding = processor.apply_chat_template(
+            messages, chat_template=constant, tokenize=True, return_dict=True, return_tensors="pt", **options
         )
     except Exceeded as e:
         raise BadCalibration(
-            f"{pair.where}: the chat template of the model takes {e} to write this pair: get the template again from its source"
+            f"{sample.where}: the chat template of the model takes {e} to write this pair: get the template again "
+            "from its source"
         ) from e
     except (TemplateFailure, ValueError, TypeError, ImportError) as e:
         if not isinstance(e, TemplateFailure) and not _has_place(processor, constant):
-            raise BadCalibration(f"{pair.where}: {_NO_PLACE}") from e
+            raise BadCalibration(f"{sample.where}: {_NO_PLACE}") from e
         reason = str(e).strip().partition("\n")[0]
-        raise BadCalibration(f"{pair.where}: the model's processor and chat template refuse it: {reason}") from e
-    return {k: v for k, v in made.items() if isinstance(v, Tensor)}
+        raise BadCalibration(f"{sample.where}: the model's processor and chat template refuse it: {reason}") from e
+    return {k: v for k, v in encoding.items() if isinstance(v, Tensor)}
 
 
 def _has_place(processor: Any, constant: str) -> bool:
-    """Whether what the chat template writes has the token of a picture in it, where that is known."""
+    """Whether the text of the chat template has an image token; True where the token is unknown."""
     token = getattr(processor, "image_token", None)
     return token is None or token in written(constant)
 
 
-def _row(pair: Pair, processor: Any) -> tuple[dict[str, Tensor], int]:
-    """What the model is called with, and how many of its tokens come before the answer."""
-    whole, prompt = encoded(pair, processor, True), encoded(pair, processor, False)
-    ids, start = whole["input_ids"][0], prompt["input_ids"][0]
-    same = int((ids[: len(start)] == start[: len(ids)]).cumprod(0).sum())
-    if bool(whole["attention_mask"].all()):
-        del whole["attention_mask"]  # of one row without padding: says nothing, and would make blocks build a mask
-    return whole, same
+def _row(sample: ImageText, processor: Any) -> tuple[dict[str, Tensor], int]:
+    """Arguments of the model, and the number of tokens before the answer."""
+    answered, unanswered = encode(sample, processor, True), encode(sample, processor, False)
+    ids, prompt_ids = answered["input_ids"][0], unanswered["input_ids"][0]
+    prompt_length = int((ids[: len(prompt_ids)] == prompt_ids[: len(ids)]).cumprod(0).sum())
+    if bool(answered["attention_mask"].all()):
+        del answered["attention_mask"]  # of one row without padding: says nothing, and would make blocks build a mask
+    return answered, prompt_length
 
 
 def image_tokens(config: Any) -> set[int]:
-    """Ids that stand for pieces of a picture or a video in what a model of that config is called with."""
-    known = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
-    return {int(i) for i in known if i is not None}
+    """Token ids that represent patches of an image or a video, for a model of that config."""
+    token_ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+    return {int(i) for i in token_ids if i is not None}

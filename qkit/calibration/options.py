@@ -3,5 +3,5 @@ loaded."""
 
 from __future__ import annotations
 
-DRAWN = "drawn"  # in the place of a file of pairs: the project's scenes
-QUESTIONS = 500  # held-out pairs, unless more or fewer are asked for
+DRAWN = "drawn"  # the project's scenes, in place of a file of image-text data
+QUESTIONS = 500  # default number of held-out questions

@@ -1,4 +1,4 @@
-"""Calibration rows, and what is gathered of them.
+"""Calibration rows on the disk, and statistics of the inputs of linears.
 
 Rows live in a file of the job folder, one hidden state [tokens, hidden] a row, and are read and written in
 pieces: resident memory does not grow with their number (the page cache keeps them at hand), and the file is
@@ -29,7 +29,7 @@ MAX_BAD_ROWS = 0.1  # share of rows with non-finite activations above which a ru
 
 
 def piece_tokens(hidden: int) -> int:
-    """Tokens of one piece, if rows are short enough."""
+    """Number of tokens in one piece, if rows are short enough."""
     return max(_PIECE_TOKENS, _PIECE_VALUES // hidden)
 
 
@@ -37,13 +37,13 @@ def piece_tokens(hidden: int) -> int:
 class Rows:
     """Hidden states that enter a block: a file of ``count`` rows [tokens, hidden] in ``dtype``.
 
-    good: rows without a non-finite value so far; the others are left out and counted
-    kinds: uint8 [count, tokens], indices of ``calibration.KINDS``; 0 where a shorter row was filled up; None: all is text
-    lead_shapes: of rows of different shapes, each [*lead, hidden] (the images of a sample in a vision tower); they are read
-           one by one, and ``tokens`` is what the longest has
-    original: a file of the same rows as they would be if nothing were quantized, where a transform asks for them
-    times: of rows of a diffusion transformer, the timestep of each; they have leads
-    largest: what the checkpoint's dtype holds at the most; rows that go beyond in the wider dtype of a run are counted
+    good: which rows have had only finite values so far; the others are left out and counted
+    kinds: uint8 [count, tokens], indices of ``dataset.KINDS``; 0 for padding; None: all tokens are text
+    lead_shapes: shapes of rows that differ in shape, each [*lead, hidden] (the images of a sample in a vision tower). Such rows
+           are read one by one, and ``tokens`` is that of the longest
+    original: a file of the same rows in the original model, where a transform or a solver needs them
+    times: the timestep of each row of a diffusion transformer; such rows have lead_shapes
+    largest: largest value of the checkpoint's dtype; rows that exceed it in the wider dtype of a run are counted
     """
 
     path: Path
@@ -59,21 +59,21 @@ class Rows:
     largest: float = torch.finfo(torch.float32).max
 
     def without(self, bad: Iterable[int]) -> Rows:
-        """The rows with these left out."""
+        """The rows with the indices ``bad`` marked as left out."""
         out = set(bad)
         return replace(self, good=[g and i not in out for i, g in enumerate(self.good)]) if out else self
 
     def part_of(self, row: int) -> int:
-        """0 where its timestep is in the lower half of all, else 1."""
+        """0 for a row whose timestep is in the lower half of all timesteps, else 1."""
         return int(bool(self.times) and 2 * self.times[row] > max(self.times))
 
     @property
     def total(self) -> int:
-        """Tokens of all rows."""
+        """Number of tokens of all rows."""
         return sum(map(math.prod, self.lead_shapes)) if self.lead_shapes else self.count * self.tokens
 
     def valid(self, start: int, stop: int) -> Tensor | None:
-        """bool [(stop - start) * tokens]: tokens that statistics are taken of; None: all of them."""
+        """bool [(stop - start) * tokens], True for tokens that count in statistics; None: all of them."""
         good = torch.tensor(self.good[start:stop])
         if self.lead_shapes:
             return None if bool(good.all()) else good.expand(math.prod(self.lead_shapes[start]))
@@ -87,22 +87,22 @@ class Rows:
         return self.tokens * self.hidden * self.dtype.itemsize
 
     def read(self, start: int, stop: int) -> Tensor:
-        """[stop - start, tokens, hidden]; of rows of different shapes the one at ``start``, [*lead, hidden]"""
-        first = start * self.row_bytes
+        """Rows [stop - start, tokens, hidden]; for rows of different shapes, the one at ``start``, [*lead, hidden]."""
+        offset = start * self.row_bytes
         shape: tuple[int, ...] = (stop - start, self.tokens)
         if self.lead_shapes:
             shape = self.lead_shapes[start]
-            first = sum(map(math.prod, self.lead_shapes[:start])) * self.hidden * self.dtype.itemsize
+            offset = sum(map(math.prod, self.lead_shapes[:start])) * self.hidden * self.dtype.itemsize
         rows = torch.empty(*shape, self.hidden, dtype=self.dtype)
         buffer = rows.view(torch.uint8).numpy().reshape(-1).data
         with self.path.open("rb", buffering=0) as f:
-            f.seek(first)
+            f.seek(offset)
             if f.readinto(buffer) != len(buffer):
                 raise BadCalibration(f"{self.path}: shorter than {self.count} rows: delete the job folder, start again")
         return rows
 
     def pieces(self) -> Iterator[tuple[int, int]]:
-        """(start, stop) of the rows that are worked on as one. Pieces do not depend on the number of workers."""
+        """Yield (start, stop) of the rows of each piece. Pieces do not depend on the number of workers."""
         step = 1 if self.lead_shapes else max(1, piece_tokens(self.hidden) // self.tokens)
         for start in range(0, self.count, step):
             yield start, min(start + step, self.count)
@@ -110,11 +110,12 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """What was seen at the input of a group of linears, over ``tokens`` tokens.
+    """Statistics of the inputs of a group of linears, over ``tokens`` tokens.
 
     mean_square: float32 [in]
     sample:      [n, in] inputs spread evenly over the rows, n at most about SAMPLE_TOKENS
-    kinds:       uint8 [n] of the sample, and how many tokens of all each stands for, float32 [n] (None: all are text)
+    kinds:       uint8 [n], kinds of the sampled tokens (None: all are text)
+    sample_weight: float32 [n], how many tokens each sampled one represents (None: all are text)
     hessian:     float32 [in, in], mean over tokens of x x^T (None: not asked for)
     absmax, mean_abs: float32 [in] (None: not asked for)
     by_time:     float32 [2, in], absmax of the lower and of the upper half of timesteps (None: there are none)
@@ -150,9 +151,9 @@ class Stats:
 
 @dataclass(frozen=True)
 class StatsRequest:
-    """What a run needs to know of inputs. Ranges cost as much as a small product, so they are taken on request.
+    """Statistics that a run needs. Ranges cost as much as a small product, so they are computed only on request.
 
-    One of the two is always wanted: the energy of every channel comes from the Hessian's diagonal or with the ranges.
+    At least one of the two is needed: the energy of every channel comes from the Hessian's diagonal or with the ranges.
     """
 
     hessian: bool
@@ -163,9 +164,14 @@ class StatsRequest:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What one worker saw at the input of one group: x float32 [n, in], and absmax, sum of |x| and of x^2 [in]; away: by how
-    much x is less than in the original model, float32 [n, in], or None."""
+class PieceStats:
+    """Inputs of one group in one piece of rows.
+
+    x:      float32 [n, in]
+    sums:   absmax, sum of |x| and sum of x^2, each [in]; None without ranges
+    sample: [m, in], some of the inputs; kinds: uint8 [m] of them
+    away:   float32 [n, in], the inputs in the original model minus x; None where these are not needed
+    """
 
     x: Tensor
     sums: tuple[Tensor, Tensor, Tensor] | None
@@ -175,44 +181,48 @@ class Piece:
 
 
 def strides(kinds: Tensor) -> list[int]:
-    """By kind, how many tokens one of the sample stands for: few answers are not lost among many pieces of pictures."""
+    """For each kind, how many tokens one sampled token represents. Few answer tokens are sampled as often as many
+    image ones.
+    """
     share = SAMPLE_TOKENS // (int(kinds.max()) + 1)
     return [max(1, int(n) // share) for n in kinds.flatten().bincount()]
 
 
-def piece_of(x: Tensor, stride: int, ranges: bool, kinds: Tensor | None = None, each: Sequence[int] = ()) -> Piece:
-    """kinds: uint8 [n] of the inputs; each: ``strides`` of them."""
-    wide = x.to(torch.float32)
+def piece_of(
+    x: Tensor, stride: int, ranges: bool, kinds: Tensor | None = None, strides_by_kind: Sequence[int] = ()
+) -> PieceStats:
+    """Inputs and sums of one piece. x: [n, in]; kinds: uint8 [n]; strides_by_kind: ``strides`` of all rows."""
+    values = x.to(torch.float32)
     if kinds is None:
-        sample, of = x[::stride].clone(), None
+        sample, sample_kinds = x[::stride].clone(), None
     else:
-        chosen = torch.cat([(kinds == k).nonzero()[::n, 0] for k, n in enumerate(each)]).sort().values
-        sample, of = x[chosen], kinds[chosen]
+        chosen = torch.cat([(kinds == k).nonzero()[::n, 0] for k, n in enumerate(strides_by_kind)]).sort().values
+        sample, sample_kinds = x[chosen], kinds[chosen]
     if not ranges:
-        return Piece(wide, None, sample, of)
-    magnitude = wide.abs()
-    return Piece(wide, (magnitude.amax(0), magnitude.sum(0), magnitude.square_().sum(0)), sample, of)
+        return PieceStats(values, None, sample, sample_kinds)
+    magnitude = values.abs()
+    return PieceStats(values, (magnitude.amax(0), magnitude.sum(0), magnitude.square_().sum(0)), sample, sample_kinds)
 
 
 class Accumulator:
-    """Gathers Stats of one group from pieces, always in the order of the rows."""
+    """Accumulates Stats of one group from pieces, always in the order of the rows."""
 
-    def __init__(self, width: int, wanted: StatsRequest, dtype: torch.dtype) -> None:
+    def __init__(self, width: int, request: StatsRequest, dtype: torch.dtype) -> None:
         self.tokens = 0
         self.width = width
         # absmax of either half of the timesteps (without them all is in the first), sum of |x| and of x^2
-        self.sums = [torch.zeros(2, width), torch.zeros(width), torch.zeros(width)] if wanted.ranges else None
+        self.sums = [torch.zeros(2, width), torch.zeros(width), torch.zeros(width)] if request.ranges else None
         # One block for all samples: small pieces kept between large ones that come and go would tear the heap apart.
         self.sample = torch.empty(2 * SAMPLE_TOKENS, width, dtype=dtype)
         self.kinds = torch.zeros(2 * SAMPLE_TOKENS, dtype=torch.uint8)
         self.sampled = 0
         self.pending: list[Tensor] = []
-        self.hessian = torch.zeros(width, width) if wanted.hessian else None
+        self.hessian = torch.zeros(width, width) if request.hessian else None
         self.away: list[Tensor] = []  # of the pending inputs
         self.drift: Tensor | None = None
 
-    def add(self, p: Piece, part: int = 0) -> None:
-        """Add a piece; its share of the Hessian is left to ``jobs``. part: ``Rows.part_of`` of its row."""
+    def add(self, p: PieceStats, part: int = 0) -> None:
+        """Add a piece, but not its share of the Hessian, which ``jobs`` adds. part: ``Rows.part_of`` of its row."""
         self.tokens += len(p.x)
         room = min(len(p.sample), len(self.sample) - self.sampled)
         self.sample[self.sampled : self.sampled + room] = p.sample[:room]
@@ -229,7 +239,7 @@ class Accumulator:
                 self.away.append(p.away)
 
     def jobs(self) -> list[Callable[[], object]]:
-        """What is left to do for the pieces added so far: independent jobs, one per tile of the Hessian.
+        """Jobs that add the pieces so far to the Hessian. They are independent, one for each tile.
 
         Inputs in bf16 are exact in float32, so only the order of additions rounds, and that is fixed. The lower triangle
         alone is summed: half the work.
@@ -238,28 +248,30 @@ class Accumulator:
         away, self.away = self.away, []
         if self.hessian is None or not xs:
             return []
-        found: list[Callable[[], object]] = [partial(_add_tile, self.hessian, xs, xs, i, j) for i, j in self._tiles()]
+        tasks: list[Callable[[], object]] = [partial(_add_tile, self.hessian, xs, xs, i, j) for i, j in self._tiles()]
         if away:
             if self.drift is None:
                 self.drift = torch.zeros(self.width, self.width)
             spans = _spans(0, self.width)
-            found += [partial(_add_tile, self.drift, away, xs, i, j) for i in spans for j in spans]
-        return found
+            tasks += [partial(_add_tile, self.drift, away, xs, i, j) for i in spans for j in spans]
+        return tasks
 
     def _tiles(self) -> list[tuple[slice, slice]]:
         """Tiles of the lower triangle, the large ones first; those on the diagonal whole."""
-        found = list(_lower_tiles(0, self.width))
-        return sorted(found, key=lambda t: (t[1].start - t[1].stop, t[0].start, t[1].start))
+        tiles = list(_lower_tiles(0, self.width))
+        return sorted(tiles, key=lambda t: (t[1].start - t[1].stop, t[0].start, t[1].start))
 
-    def finish(self, each: Sequence[int] = ()) -> Stats:
-        """each: ``strides``, where tokens are of several kinds."""
-        found = self._finish()
+    def finish(self, strides_by_kind: Sequence[int] = ()) -> Stats:
+        """The statistics. strides_by_kind: ``strides``, where tokens are of several kinds."""
+        stats = self._finish()
         if self.drift is not None:
-            found = replace(found, drift=self.drift.div_(max(1, self.tokens)))
-        if not each:
-            return found
+            stats = replace(stats, drift=self.drift.div_(max(1, self.tokens)))
+        if not strides_by_kind:
+            return stats
         kinds = self.kinds[: self.sampled]
-        return replace(found, kinds=kinds, sample_weight=torch.tensor(each, dtype=torch.float32)[kinds.long()])
+        return replace(
+            stats, kinds=kinds, sample_weight=torch.tensor(strides_by_kind, dtype=torch.float32)[kinds.long()]
+        )
 
     def _finish(self) -> Stats:
         n = max(1, self.tokens)
@@ -274,7 +286,7 @@ class Accumulator:
             return Stats(
                 tokens=self.tokens, mean_square=self.hessian.diagonal().clone(), sample=sample, hessian=self.hessian
             )
-        halves, total, squares = self.sums
+        halves, magnitudes, squares = self.sums
         by_time = halves if bool(halves.any(1).all()) else None
         return Stats(
             tokens=self.tokens,
@@ -282,7 +294,7 @@ class Accumulator:
             sample=sample,
             hessian=self.hessian,
             absmax=halves.amax(0),
-            mean_abs=total / n,
+            mean_abs=magnitudes / n,
             by_time=by_time,
         )
 

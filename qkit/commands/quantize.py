@@ -157,11 +157,11 @@ def _recipes(out: Path) -> Iterator[str]:
 
 def _rows(found: PreparedRequest, work: Path | None, out: Path) -> list[str]:
     """What was the matter with calibration rows, by the journal of the job."""
-    from qkit.engine.parts import notices
+    from qkit.engine.parts import row_notices
 
     file = (work or out.with_name(out.name + ".job")) / "journal.jsonl"
     lines = file.read_bytes().splitlines() if file.is_file() else []
-    return notices((parse_json(line, str(file)) for line in lines), found.plan.dtype)
+    return row_notices((parse_json(line, str(file)) for line in lines), found.plan.dtype)
 
 
 def _policy(out: Path) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Diffusion transformers: their pipelines, calibration along a trajectory, and precision by step."""
+"""Diffusion transformers: pipelines, calibration along a trajectory, and policies of precision for each step."""

@@ -1,4 +1,4 @@
-"""Which step of a sampler, and which guidance branch of it, a call of the transformer is: told from the call alone."""
+"""Finds the step and guidance branch of a sampler's call of the transformer from the call alone."""
 
 from __future__ import annotations
 
@@ -7,29 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MARKS = 256  # values of the latents that two calls are compared by
+_MARKS = 256  # values of the latents that are compared between calls
 
 
 class Clock:
-    """Counts steps and branches. Guidance calls the transformer several times with one time and the same latents; another time,
-    or the same one with other latents (samplers of higher order, schedules that low precision rounds), is another step. A
-    time that rises begins another run; a run of one step cannot be told from the next, and needs ``reset``."""
+    """Counts steps and branches.
+
+    Guidance calls the transformer several times with the same time and latents. Another time, or the same one with other
+    latents (samplers of higher order, schedules that low precision rounds), is another step. A higher time begins a new run;
+    runs of one step cannot be separated, and need ``reset``.
+    """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Before the first call of a run."""
+        """Set the state before the first call of a run."""
         self.step, self.branch = -1, 0
         self.time: float | None = None
         self._mark: Tensor | None = None
 
     def rises(self, timestep: Any) -> bool:
-        """Whether a call at this time is the first of another run."""
+        """Whether a call at this time begins a new run."""
         return self.time is not None and time_of(timestep) > self.time
 
     def tick(self, timestep: Any, latents: Tensor) -> None:
-        """The transformer is called."""
+        """Count a call of the transformer."""
         if self.rises(timestep):
             self.reset()
         time, flat = time_of(timestep), latents.detach().flatten()
@@ -42,5 +45,5 @@ class Clock:
 
 
 def time_of(timestep: Any) -> float:
-    """The time of a call: the latest of its batch, or of its tokens, where what is given (a first frame) has time 0."""
+    """The time of a call: the latest of its batch, or of its tokens, since given parts (a first frame) have time 0."""
     return float(torch.as_tensor(timestep).max())

@@ -1,7 +1,7 @@
-"""The controller of one sampler's run: which inputs are NVFP4, which blocks are not run, and a log of both.
+"""Controls one run of a sampler: it decides which inputs are NVFP4 and which blocks are skipped, and keeps a log.
 
-It sits inside a transformer, sees its calls, and knows no pipeline. Steps and guidance branches are told apart by a ``Clock``;
-each branch has a state of its own (a batch that holds both is one). A timestep that rises begins a new run; ``reset`` does
+A controller observes the calls of a transformer and knows no pipeline. A ``Clock`` separates steps and guidance branches;
+each branch has a state of its own (a batch that has both counts as one). A timestep that rises begins a new run; ``reset`` does
 so explicitly.
 """
 
@@ -27,7 +27,7 @@ SKIPPED, RAN = "skipped", "ran"  # of a whole block
 
 
 class StepQuantizable(Protocol):
-    """A packed linear that can be told at every call how its inputs are quantized (``layers.QuantLinear``)."""
+    """A packed linear whose input format is chosen at every call (``layers.QuantLinear``)."""
 
     weights: Format
     activations: Format | None
@@ -38,19 +38,25 @@ class StepQuantizable(Protocol):
 
 @dataclass(frozen=True)
 class StepChoice:
-    """What was decided: the inputs of a linear (a key of ``policy.BITS``), or SKIPPED or RAN of a whole block (linear '')."""
+    """A decision. choice: the input format of a linear (a key of ``policy.BITS``), or SKIPPED or RAN for a block
+    (linear '').
+    """
 
     step: int
     branch: int
     block: int
     linear: str
-    made: str
+    choice: str
 
 
 @dataclass(kw_only=True)
-class _State:
-    """Of one block and branch. last: the step of its last run; change: relative L1 of that run; deltas: its residual by stream,
-    float32; drift: relative change of the residual between its last two runs; summed, skipped: since the last run."""
+class _BlockHistory:
+    """The history of one block and branch.
+
+    last:    step of its last run; change: relative L1 of that run; deltas: {stream: residual, float32}
+    drift:   relative change of the residual between its last two runs
+    summed, skipped: summed drift and number of skips since the last run
+    """
 
     last: int = -2
     change: float | None = None
@@ -61,50 +67,50 @@ class _State:
 
 
 class Controller:
-    """Decides by a ``StepPolicy``. One object for one transformer; not for several threads at once."""
+    """Decides by a ``StepPolicy``. One controller serves one transformer in one thread."""
 
-    watches = False  # whether residuals are kept though nothing is skipped
+    watches = False  # keep residuals although no block is skipped
 
     def __init__(self, policy: StepPolicy) -> None:
         self.policy = policy
         self.reset()
 
     def reset(self) -> None:
-        """Forget the run: the next call is the first step of another."""
+        """Forget the run: the next call is the first step of a new one."""
         self.clock = Clock()
-        self.states: dict[tuple[int, int], _State] = {}
+        self.states: dict[tuple[int, int], _BlockHistory] = {}
         self.log: list[StepChoice] = []
 
     # ---- where the run is --------------------------------------------------------------------------------------
 
     def enter(self, timestep: Any, latents: Tensor) -> None:
-        """The transformer is called."""
+        """Count a call of the transformer, and begin a new run where its time is higher."""
         if self.clock.rises(timestep):
             self.reset()
         self.clock.tick(timestep, latents)
 
     @property
     def step(self) -> int:
-        """Of the run, from 0 on; -1 before it."""
+        """Step of the run, from 0 on; -1 before it."""
         return self.clock.step
 
     @property
     def branch(self) -> int:
-        """Of guidance, from 0 on."""
+        """Guidance branch, from 0 on."""
         return self.clock.branch
 
-    def state(self, block: int, given: dict[str, Tensor]) -> _State:
-        """The state of a block in this branch; a new one where its inputs have other shapes than before."""
-        found = self.states.setdefault((self.branch, block), _State())
-        if any(n in given and given[n].shape != d.shape for n, d in found.deltas.items()):
-            found = self.states[self.branch, block] = _State()
-        return found
+    def state(self, block: int, inputs: dict[str, Tensor]) -> _BlockHistory:
+        """The history of a block in this branch; a new one where shapes of inputs changed. inputs: by stream."""
+        state = self.states.setdefault((self.branch, block), _BlockHistory())
+        if any(n in inputs and inputs[n].shape != d.shape for n, d in state.deltas.items()):
+            state = self.states[self.branch, block] = _BlockHistory()
+        return state
 
     # ---- decisions ---------------------------------------------------------------------------------------------
 
-    def skips(self, block: int, given: dict[str, Tensor]) -> bool:
-        """Whether the block is not run now: its residual is reused."""
-        state, p = self.state(block, given), self.policy
+    def skips(self, block: int, inputs: dict[str, Tensor]) -> bool:
+        """Whether the block is skipped now, and its residual reused. Raises Unsupported for more steps than the policy has."""
+        state, p = self.state(block, inputs), self.policy
         if p.computed:
             if self.step >= p.steps:
                 raise Unsupported(
@@ -117,38 +123,40 @@ class Controller:
         state.summed += state.drift
         return state.summed < p.tau and state.skipped < p.most and self._skip(block, state)
 
-    def _skip(self, block: int, state: _State) -> bool:
+    def _skip(self, block: int, state: _BlockHistory) -> bool:
         state.skipped += 1
         self.log.append(StepChoice(self.step, self.branch, block, "", SKIPPED))
         return True
 
-    def reused(self, block: int, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The residual of a block that is skipped, by stream, float32."""
+    def reused(self, block: int, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{stream: residual, float32} of a skipped block."""
         gains = self.policy.gains.get(self.step, ())
         gain = gains[block] if block < len(gains) else 1.0
-        return {n: d if gain == 1.0 else gain * d for n, d in self.state(block, given).deltas.items()}
+        return {n: d if gain == 1.0 else gain * d for n, d in self.state(block, inputs).deltas.items()}
 
-    def ran(self, block: int, given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
-        """The block was run: of its inputs it made these outputs, by stream."""
-        state = self.state(block, given)
-        deltas = {n: y.float() - given[n].float() for n, y in made.items()}
-        moved = sum(float(d.abs().sum()) for d in deltas.values())
-        state.change = moved / max(sum(float(given[n].float().abs().sum()) for n in deltas), 1e-30)
+    def ran(self, block: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+        """Record a run of the block. inputs, outputs: by stream."""
+        state = self.state(block, inputs)
+        deltas = {n: y.float() - inputs[n].float() for n, y in outputs.items()}
+        size = sum(float(d.abs().sum()) for d in deltas.values())
+        state.change = size / max(sum(float(inputs[n].float().abs().sum()) for n in deltas), 1e-30)
         if state.deltas:
-            before = sum(float(d.abs().sum()) for d in state.deltas.values())
-            state.drift = sum(float((d - state.deltas[n]).abs().sum()) for n, d in deltas.items()) / max(before, 1e-30)
+            last_size = sum(float(d.abs().sum()) for d in state.deltas.values())
+            state.drift = sum(float((d - state.deltas[n]).abs().sum()) for n, d in deltas.items()) / max(
+                last_size, 1e-30
+            )
         if self.policy.caches or self.watches:
             state.deltas = deltas
         state.last, state.summed, state.skipped = self.step, 0.0, 0
         self.log.append(StepChoice(self.step, self.branch, block, "", RAN))
 
     def change(self, block: int) -> float | None:
-        """The relative change that the block made one step earlier; None if it was skipped or did not run then."""
+        """Relative change that the block made one step earlier; None if it did not run then."""
         state = self.states[self.branch, block]
         return state.change if state.last == self.step - 1 else None
 
     def choose(self, block: int, linear: StepQuantizable, name: str, x: Tensor) -> str:
-        """How the inputs x [.., in] of a linear are to be quantized, a key of ``policy.BITS``."""
+        """The format for inputs x [.., in] of a linear, a key of ``policy.BITS``."""
         p, change = self.policy, self.change(block)
         if p.caches and p.purify and float(x.abs().amax()) > p.purify * float(x.abs().mean()):
             return PURE
@@ -158,39 +166,39 @@ class Controller:
         return NARROW if expected is not None and expected <= p.threshold else WIDE
 
     def decide(self, block: int, linear: StepQuantizable, name: str, x: Tensor) -> Format | None:
-        """``choose``, noted in the log; as a format, None for inputs as they are."""
-        made = self.choose(block, linear, name, x)
-        self.log.append(StepChoice(self.step, self.branch, block, name, made))
-        return ACTIVATION_FORMATS.get(made)
+        """The chosen format, recorded in the log; None for inputs that are not quantized."""
+        choice = self.choose(block, linear, name, x)
+        self.log.append(StepChoice(self.step, self.branch, block, name, choice))
+        return ACTIVATION_FORMATS.get(choice)
 
-    # ---- what came of it ---------------------------------------------------------------------------------------
+    # ---- results ---------------------------------------------------------------------------------------------
 
     @property
     def width(self) -> float:
         """Mean bits of the inputs of all linears that were computed since the run began."""
-        return mean_width([BITS[c.made] for c in self.log if c.linear])
+        return mean_width([BITS[c.choice] for c in self.log if c.linear])
 
     @property
     def skipped(self) -> float:
         """Share of the blocks' runs that were skipped."""
-        blocks = [c.made == SKIPPED for c in self.log if not c.linear]
+        blocks = [c.choice == SKIPPED for c in self.log if not c.linear]
         return sum(blocks) / max(1, len(blocks))
 
 
 class RuleController(Controller):
-    """Inputs as ``rule(step, block, linear)`` says, a key of ``policy.BITS``; no block is skipped."""
+    """A controller that uses the input format ``rule(step, block, linear)``, a key of ``policy.BITS``, and skips no block."""
 
     def __init__(self) -> None:
         self.rule: Callable[[int, int, str], str] = lambda step, block, linear: PURE
         super().__init__(StepPolicy(fits={}, threshold=-math.inf))
 
     def choose(self, block: int, linear: StepQuantizable, name: str, x: Tensor) -> str:
-        """By the rule."""
+        """The format by the rule."""
         return self.rule(self.step, block, name)
 
 
 class ControlledBlock(nn.Module):
-    """A block under a controller."""
+    """A block that a controller may skip."""
 
     def __init__(self, block: nn.Module, controller: Controller, index: int, streams: Streams) -> None:
         super().__init__()
@@ -202,40 +210,42 @@ class ControlledBlock(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("block"), name)  # pipelines and diffusers' own tools look into blocks
+            return getattr(
+                super().__getattr__("block"), name
+            )  # pipelines and tools of diffusers read attributes of blocks
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the block's."""
+        """Outputs of the block, computed or reused."""
         bound = self.signature.bind(*args, **kwargs).arguments
-        given = {name: bound[name] for name in self.streams.names}
-        c, alone = self.controller, len(self.streams.returns) == 1
-        if c.skips(self.index, given):
-            deltas = c.reused(self.index, given)
-            made = [
-                (given[n].float() + deltas[n]).to(given[n].dtype) if n in deltas else None for n in self.streams.returns
+        inputs = {name: bound[name] for name in self.streams.names}
+        c, single = self.controller, len(self.streams.returns) == 1
+        if c.skips(self.index, inputs):
+            deltas = c.reused(self.index, inputs)
+            outputs = [
+                (inputs[n].float() + deltas[n]).to(inputs[n].dtype) if n in deltas else None
+                for n in self.streams.returns
             ]
-            return made[0] if alone else tuple(made)
+            return outputs[0] if single else tuple(outputs)
         out = self.block(*args, **kwargs)
-        results = dict(zip(self.streams.returns, (out,) if alone else out, strict=True))
-        c.ran(self.index, given, {n: y for n, y in results.items() if y is not None})
+        results = dict(zip(self.streams.returns, (out,) if single else out, strict=True))
+        c.ran(self.index, inputs, {n: y for n, y in results.items() if y is not None})
         return out
 
 
 def attach(model: Any, controller: Controller, blocks: Sequence[str], streams: Streams) -> Controller:
-    """Put the controller into a packed transformer: around its blocks, and into those of their linears whose weights and
-    inputs are NVFP4."""
+    """Attach the controller to a packed transformer: to its blocks, and to linears whose weights and inputs are NVFP4."""
     signature = inspect.signature(model.forward)
 
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = signature.bind(*args, **kwargs).arguments
-        controller.enter(given["timestep"], given["hidden_states"])
+        arguments = signature.bind(*args, **kwargs).arguments
+        controller.enter(arguments["timestep"], arguments["hidden_states"])
 
     for index, path in enumerate(blocks):
         block = model.get_submodule(path)
         for name, module in block.named_modules():
-            told: Any = module if hasattr(module, "chooser") else None
-            if told is not None and told.weights.name == "nvfp4" and told.activations is not None:
-                told.chooser = _chooser(controller, index, told, f"{path}.{name}")
+            linear: Any = module if hasattr(module, "chooser") else None
+            if linear is not None and linear.weights.name == "nvfp4" and linear.activations is not None:
+                linear.chooser = _chooser(controller, index, linear, f"{path}.{name}")
         model.set_submodule(path, ControlledBlock(block, controller, index, streams))
     model.register_forward_pre_hook(look, with_kwargs=True)
     model.steps = controller
@@ -243,7 +253,7 @@ def attach(model: Any, controller: Controller, blocks: Sequence[str], streams: S
 
 
 def attach_recorded(model: Any, structure: ModelStructure) -> None:
-    """Put a controller into a transformer whose folder has a policy; raises BadCheckpoint for one that cannot be read."""
+    """Attach a controller to a transformer whose record has a policy. Raises BadCheckpoint for one that cannot be read."""
     file = structure.checkpoint.path / RECORD
     recorded = load_json(file, "record", 1 << 28).get("diffusion") if file.is_file() else None
     if recorded is None:

@@ -1,4 +1,4 @@
-"""One NVFP4 weight for two precisions: as an INT8 matrix, exactly or by rows (6Bit-Diffusion, section 4.1).
+"""Views of an NVFP4 weight as an INT8 matrix, exact or with row scales (6Bit-Diffusion, section 4.1).
 
 The paper casts the stored weight to INT8 before the product and does not say how. Twice an E2M1 value is a whole number of
 at most 12, so that the exact view costs nothing but a scale for every group of 16; the view by rows has one scale a

@@ -1,7 +1,7 @@
-"""Pipelines of diffusers: a folder of components under a model_index.json, of which the transformer is quantized.
+"""Pipelines of diffusers: a folder of components with a model_index.json. The transformer is quantized.
 
-The rest (text encoders, VAE, scheduler, tokenizers) is copied as it is. Components may come from diffusers and transformers
-only, and no file of code or pickle is copied: a pipeline is read, not believed.
+The rest (text encoders, VAE, scheduler, tokenizers) is copied unchanged. Only components of diffusers and transformers are
+accepted, and no code or pickle file is copied: a pipeline is not trusted.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ from qkit.files.side_files import copy_side_files, hash_side_files, refuse_pickl
 
 LIBRARIES = ("diffusers", "transformers")
 SECOND = "transformer_2"
-SAMPLING = "sampling.json"  # beside the index: how the pipeline is meant to be called, and prompts
+SAMPLING = "sampling.json"  # beside the index: arguments of the pipeline, and prompts
 
 
 def check_pipeline(folder: Path) -> dict[str, Any]:
-    """model_index.json, after checks. Raises BadCheckpoint for what would run code or is no pipeline, Unsupported for one
-    without a diffusion transformer."""
+    """Content of model_index.json, after checks.
+
+    Raises BadCheckpoint for a folder that would run code or is no pipeline, Unsupported for one without a diffusion
+    transformer.
+    """
     file = folder / PIPELINE_INDEX
     index = load_json(checked_path(folder.resolve(), PIPELINE_INDEX), "pipeline index")
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
@@ -39,22 +42,23 @@ def check_pipeline(folder: Path) -> dict[str, Any]:
     for name, value in components.items():
         if value == [None, None]:
             continue
-        pair = isinstance(value, list) and len(value) == 2
-        sound = pair and value[0] in LIBRARIES and isinstance(value[1], str) and value[1].isidentifier()
+        is_pair = isinstance(value, list) and len(value) == 2
+        sound = is_pair and value[0] in LIBRARIES and isinstance(value[1], str) and value[1].isidentifier()
         if not sound or not re.fullmatch(r"[a-z0-9_]+", name):
             raise BadCheckpoint(
                 f"{file}: component {shown(name)} is {shown(value)}, expected a class of {' or '.join(LIBRARIES)}: code inside "
                 "a pipeline is never run"
             )
-    there = {name for name, value in components.items() if value != [None, None]}
-    if DENOISER not in there:
-        unet = "unet" in there
+    present = {name for name, value in components.items() if value != [None, None]}
+    if DENOISER not in present:
+        unet = "unet" in present
         raise Unsupported(
             f"{folder}: a {index['_class_name']} "
             + ("with a U-Net" if unet else "without a transformer")
-            + f" (its components: {', '.join(sorted(there)) or 'none'}): qkit quantizes pipelines with a diffusion transformer"
+            + f" (its components: {', '.join(sorted(present)) or 'none'}): qkit quantizes pipelines with "
+            "a diffusion transformer"
         )
-    if SECOND in there:
+    if SECOND in present:
         raise Unsupported(
             f"{folder}: a pipeline with two transformers ({DENOISER}, {SECOND}): give each by itself, --model "
             f"{folder}/{DENOISER} and --model {folder}/{SECOND}"
@@ -62,7 +66,7 @@ def check_pipeline(folder: Path) -> dict[str, Any]:
     return index
 
 
-def rest_of(source: Path) -> dict[str, str]:
+def files_around(source: Path) -> dict[str, str]:
     """{name: digest} of the files of the pipeline that are copied: all but the transformer, code, pickles and, outside the
     components, weights (``sidefiles.travelling``).
 
@@ -76,77 +80,77 @@ def rest_of(source: Path) -> dict[str, str]:
     return hash_side_files(source.resolve(), components, (DENOISER,))
 
 
-def weights_of_rest(source: Path, rest: Iterable[str]) -> str:
-    """sha256 over every byte of the weights among the files of ``rest_of``, in hex (``hashcache``)."""
+def hash_weights_around(source: Path, rest: Iterable[str]) -> str:
+    """sha256 of all weights among the files of ``files_around``, in hex (``hashcache``)."""
     names = sorted(name for name in rest if name.endswith(".safetensors"))
     return hashlib.sha256("".join(f"{name}\0{cached_sha256(source / name)}\0" for name in names).encode()).hexdigest()
 
 
-def rest_names(wanted: Mapping[str, str], replaced: Mapping[str, Path]) -> list[str]:
-    """Names of the files that ``copy_rest`` writes."""
-    own = [name for name in wanted if name.partition("/")[0] not in replaced]
-    return [*own, *(f"{name}/{file}" for name, folder in replaced.items() for file in _files(folder)), SAMPLING]
+def rest_names(files: Mapping[str, str], replaced: Mapping[str, Path]) -> list[str]:
+    """Names of the files that ``copy_rest`` writes, relative to the pipeline."""
+    copied = [name for name in files if name.partition("/")[0] not in replaced]
+    return [*copied, *(f"{name}/{file}" for name, folder in replaced.items() for file in _files(folder)), SAMPLING]
 
 
 def copy_rest(
     source: Path,
     out: Path,
-    wanted: Mapping[str, str],
+    files: Mapping[str, str],
     sampling: bytes | None = None,
     replaced: Mapping[str, Path] | None = None,
 ) -> dict[str, str]:
-    """Copy the files of ``wanted``, which ``rest_of`` gave, to ``out``; {name: sha256} of what has to be there then.
+    """Copy the files of ``wanted``, which ``files_around`` gave, to ``out``, and give their {name: sha256}.
 
-    sampling: what the result's sampling.json says, in the place of the source's; replaced: by component, the folder to take in
-    the place of its own. Raises IOFailure, and BadCheckpoint for a file that changed.
+    sampling: content of sampling.json in place of the source's; replaced: {component: folder to copy in place of its own}.
+    Raises IOFailure, and BadCheckpoint for a file that changed.
     """
-    others = replaced or {}
-    mine = {name: known for name, known in wanted.items() if name.partition("/")[0] not in others}
-    written = copy_side_files(source.resolve(), out, mine)
+    replacements = replaced or {}
+    copied_files = {name: known for name, known in files.items() if name.partition("/")[0] not in replacements}
+    hashes = copy_side_files(source.resolve(), out, copied_files)
     try:
-        for component, folder in others.items():
+        for component, folder in replacements.items():
             for file in _files(folder):
                 target = out / component / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / file, target)
-                written[f"{component}/{file}"] = sha256_file(folder / file)
+                hashes[f"{component}/{file}"] = sha256_file(folder / file)
     except OSError as e:
         raise write_failure(out, e) from e
     if sampling is not None:
         write_atomic(out / SAMPLING, sampling)
-        written[SAMPLING] = hashlib.sha256(sampling).hexdigest()
-    return written
+        hashes[SAMPLING] = hashlib.sha256(sampling).hexdigest()
+    return hashes
 
 
 def _files(folder: Path) -> list[str]:
     """Names of all files below a folder, relative to it, sorted."""
-    found: list[str] = []
+    names: list[str] = []
     for name in list_names(folder):
         path = folder / name
-        found += [f"{name}/{f}" for f in _files(path)] if path.is_dir() else [name]
-    return found
+        names += [f"{name}/{f}" for f in _files(path)] if path.is_dir() else [name]
+    return names
 
 
 def reason(error: Exception) -> str:
-    """The first line of another library's complaint, or its kind where it says nothing."""
+    """The first line of a library's error message, or the error's class where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What diffusers and transformers say about the ordinary is not said: bars of loading, hints, rounded arguments."""
+    """Silence progress bars, hints and warnings of diffusers and transformers."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
     logs: tuple[Any, ...] = (diffusers.utils.logging, transformers.utils.logging)
-    before = [(log.is_progress_bar_enabled(), log.get_verbosity()) for log in logs]
+    settings = [(log.is_progress_bar_enabled(), log.get_verbosity()) for log in logs]
     try:
         for log in logs:
             log.disable_progress_bar()
             log.set_verbosity_error()
         yield
     finally:
-        for log, (bars, verbosity) in zip(logs, before, strict=True):
+        for log, (bars, verbosity) in zip(logs, settings, strict=True):
             log.set_verbosity(verbosity)
             if bars:
                 log.enable_progress_bar()
@@ -159,7 +163,9 @@ def load_pipeline(folder: Path, dtype: Any, device: str) -> Any:
     check_pipeline(folder)
     try:
         with quiet():
-            found = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+            pipeline = DiffusionPipeline.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True
+            )
     except (
         OSError,
         ValueError,
@@ -171,7 +177,7 @@ def load_pipeline(folder: Path, dtype: Any, device: str) -> Any:
         SafetensorError,
     ) as e:
         raise BadCheckpoint(f"{folder}: diffusers cannot load it: {reason(e)}") from e
-    return found.to(device)
+    return pipeline.to(device)
 
 
 def load_denoiser(folder: Path, name: str, dtype: Any, device: str) -> Any:
@@ -179,7 +185,7 @@ def load_denoiser(folder: Path, name: str, dtype: Any, device: str) -> Any:
     import diffusers
 
     with quiet():
-        found = getattr(diffusers, name).from_pretrained(
+        model = getattr(diffusers, name).from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True
         )
-    return found.eval().to(device)
+    return model.eval().to(device)

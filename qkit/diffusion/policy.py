@@ -1,12 +1,13 @@
-"""What is decided at every step of a sampler: 6Bit-Diffusion (arXiv 2603.18742) as data.
+"""Policies for the steps of a sampler: 6Bit-Diffusion (arXiv 2603.18742) as data.
 
-Dynamic mixed precision (section 4.1, Eq. 3-7): one NVFP4 weight; a linear's inputs are NVFP4 where the error that this would
-cost, predicted from how much its block changed its input one step earlier, is below a threshold, and INT8 elsewhere.
-Temporal delta cache (4.2, Eq. 9-11): a block whose residual has hardly changed is not run. Purified delta refresh (4.3,
-Eq. 12): what writes that cache is not disturbed by inputs with outliers.
+Dynamic mixed precision (section 4.1, Eq. 3-7): one NVFP4 weight; a linear's inputs are NVFP4 where the predicted
+error is below a threshold, and INT8 elsewhere. The prediction uses the change that the block made to its input one step
+earlier.
+Temporal delta cache (4.2, Eq. 9-11): a block whose residual has hardly changed is skipped. Purified delta refresh (4.3,
+Eq. 12): inputs with outliers are not quantized in runs that write this cache.
 
-The paper leaves open the threshold, tau and what counts as a change (norms, denominators). Ours: relative L1 everywhere, and
-both thresholds from calibration, so that a mean width and a share of skipped blocks come out as asked.
+The paper leaves open the threshold, tau and the measure of change (norms, denominators). Our choices: relative L1 everywhere,
+and both thresholds from calibration, so that mean width and share of skipped blocks are as requested.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class PolicyConfig(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class StepPolicy:
-    """What a controller runs by.
+    """The policy of a controller.
 
     fits:      by linear (module name), (slope, offset) of the predicted relative error of its output under NVFP4 inputs against
                the relative change that its block made one step earlier
@@ -78,33 +79,32 @@ class StepPolicy:
 
     @property
     def caches(self) -> bool:
-        """Whether some runs of blocks may be skipped."""
+        """Whether the policy may skip runs of blocks."""
         return self.tau > 0 or bool(self.computed)
 
     def predicted(self, linear: str, change: float | None, block: int = 0, time: float | None = None) -> float | None:
-        """The error that NVFP4 inputs are expected to make, weighed; None where nothing is known: the block did not run
-        before."""
+        """Predicted and weighted error of NVFP4 inputs; None where the block did not run one step earlier."""
         if linear not in self.fits or (change is None and self.kind == "dmpq"):
             return None
         slope, offset = self.fits[linear]
         return (slope * (change or 0.0) + offset) * self.weight(block, time)
 
     def weight(self, block: int, time: float | None) -> float:
-        """What an error in that block at that time is worth."""
-        found = self.by_block[block] if block < len(self.by_block) else 1.0
+        """Weight of an error in a block at a time."""
+        factor = self.by_block[block] if block < len(self.by_block) else 1.0
         if self.by_time and time is not None:
             times, factors = zip(*self.by_time, strict=True)
-            found *= float(np.interp(time, list(times), list(factors)))
-        return found
+            factor *= float(np.interp(time, list(times), list(factors)))
+        return factor
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dictionary; infinities are words."""
+        """A JSON-able dictionary, with infinities as strings."""
         gains = {str(step): list(row) for step, row in self.gains.items()}
-        return {**asdict(self), "threshold": _said(self.threshold), "tau": _said(self.tau), "gains": gains}
+        return {**asdict(self), "threshold": _json_float(self.threshold), "tau": _json_float(self.tau), "gains": gains}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> StepPolicy:
-        """The policy that ``to_json`` described. Raises ValueError."""
+        """The policy of a dictionary made by ``to_json``. Raises ValueError."""
         if data.get("kind") not in get_args(PolicyConfig.model_fields["kind"].annotation):
             raise ValueError(f"policy of kind {data.get('kind')!r}")
         fits = {str(k): (float(a), float(b)) for k, (a, b) in data["fits"].items()}
@@ -130,7 +130,7 @@ class StepPolicy:
         )
 
 
-def _said(value: float) -> float | str:
+def _json_float(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""When to compute and when to reuse, decided beforehand: CacheQuant's dynamic programming (arXiv 2503.01323, DPS).
+"""Schedules of computed and reused steps, by CacheQuant's dynamic programming (arXiv 2503.01323, DPS).
 
 The steps of a sampler are cut into consecutive groups; a group is computed at its first step and reused at the others. The cut
 with the least summed distance between what is reused and what would have been computed is exact by dynamic programming. The
@@ -18,7 +18,7 @@ LONGEST = 1 + MOST_SKIPS  # steps of a group, at most
 
 
 def group_costs(features: Tensor) -> Tensor:
-    """float64 [T, T]: entry (j, n) is what reusing step j until step n costs, n included; infinite below the diagonal.
+    """Costs, float64 [T, T]: entry (j, n) is that of reusing step j until step n, n included; infinite below the diagonal.
 
     features: [T, values] of one block, relative to their mean absolute value
     """
@@ -39,17 +39,17 @@ def best_groups(costs: Tensor, groups: int, longest: int = LONGEST) -> tuple[int
     count = len(costs)
     if not math.ceil(count / longest) <= groups <= count:
         raise ValueError(f"{count} steps in {groups} groups of at most {longest}")
-    least = torch.full((groups + 1, count + 1), math.inf, dtype=torch.float64)  # of the first n steps in g groups
+    best_cost = torch.full((groups + 1, count + 1), math.inf, dtype=torch.float64)  # of the first n steps in g groups
     start = torch.zeros(groups + 1, count + 1, dtype=torch.int64)
-    least[0, 0] = 0
+    best_cost[0, 0] = 0
     for g in range(1, groups + 1):
         for n in range(1, count + 1):
             for j in range(max(0, n - longest), n):
-                cost = least[g - 1, j] + costs[j, n - 1]
-                if cost < least[g, n]:
-                    least[g, n], start[g, n] = cost, j
-    found, n = [], count
+                cost = best_cost[g - 1, j] + costs[j, n - 1]
+                if cost < best_cost[g, n]:
+                    best_cost[g, n], start[g, n] = cost, j
+    first_steps, n = [], count
     for g in range(groups, 0, -1):
         n = int(start[g, n])
-        found.append(n)
-    return tuple(reversed(found))
+        first_steps.append(n)
+    return tuple(reversed(first_steps))

@@ -1,8 +1,8 @@
-"""Calibration along the trajectory: what a transformer is called with while its pipeline samples.
+"""Calibration along the trajectory: calls of a transformer while its pipeline samples.
 
-The pipeline's own sampler runs in full precision, prompt by prompt. Of every prompt some steps are kept, one from each of
-STRATA equal parts of the schedule, and another one of a part for the next prompt, so that all timesteps have their
-share; of a kept step, the calls of all guidance branches. Prompts and steps a row: our choice (ViDiT-Q,
+The pipeline's own sampler runs in full precision, prompt by prompt. For every prompt some steps are kept, one from each of
+STRATA equal parts of the schedule; the next prompt uses another step of each part, so all timesteps occur. All guidance
+branches of a kept step are recorded. Prompts and steps a row: our choice (ViDiT-Q,
 arXiv 2406.02540, takes 10 prompts and every tenth step).
 """
 
@@ -36,36 +36,42 @@ _OWN = ("prompt", "class_labels", "generator", "output_type", "callback_on_step_
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a pipeline is called: prompts (or classes), and keyword arguments such as num_inference_steps."""
+    """Arguments of a pipeline: prompts (or classes), and keyword arguments such as num_inference_steps."""
 
     prompts: tuple[str, ...]
     call: dict[str, Any]
 
 
 def sampling_of(folder: Path, prompts: Path | None, call: dict[str, Any]) -> Sampling:
-    """What the user says, over what the folder says. prompts: a text file, one a line.
+    """The user's prompts and arguments, or those of the folder's sampling.json. prompts: a text file, one prompt a line.
 
-    Raises BadCalibration for a file without prompts, UsageError for arguments that are qkit's to give.
+    Raises BadCalibration for a file without prompts, UsageError for arguments that qkit sets itself.
     """
-    own: Any = load_json(checked_path(folder.resolve(), SAMPLING), "sampling") if (folder / SAMPLING).is_file() else {}
-    said: dict[str, Any] = own if isinstance(own, dict) else {"call": None}
-    listed = said.get("prompts", [])
-    if not isinstance(said.get("call", {}), dict) or not isinstance(listed, list) or not all(map(_is_prompt, listed)):
+    stored: Any = (
+        load_json(checked_path(folder.resolve(), SAMPLING), "sampling") if (folder / SAMPLING).is_file() else {}
+    )
+    settings: dict[str, Any] = stored if isinstance(stored, dict) else {"call": None}
+    listed = settings.get("prompts", [])
+    if (
+        not isinstance(settings.get("call", {}), dict)
+        or not isinstance(listed, list)
+        or not all(map(_is_prompt, listed))
+    ):
         raise BadCalibration(
             f"{folder / SAMPLING}: expected an object with 'call', an object, and 'prompts', a list of texts"
         )
-    taken = next((name for name in (*said.get("call", {}), *call) if name in _OWN), None)
-    if taken is not None:
-        raise UsageError(f"--call {taken}: qkit gives this argument itself: leave it out")
-    found = [str(p) for p in own.get("prompts", ())]
+    reserved = next((name for name in (*settings.get("call", {}), *call) if name in _OWN), None)
+    if reserved is not None:
+        raise UsageError(f"--call {reserved}: qkit gives this argument itself: leave it out")
+    texts = [str(p) for p in stored.get("prompts", ())]
     if prompts is not None:
         text, _ = TextFile(prompts, "prompts", BadCalibration).text()
-        found = [line.strip() for line in text.splitlines() if line.strip()]
-        if not found:
+        texts = [line.strip() for line in text.splitlines() if line.strip()]
+        if not texts:
             raise BadCalibration(f"{prompts}: no prompt in it, expected one a line")
-    if not found:
+    if not texts:
         raise UsageError(f"{folder} comes without prompts: give --calib FILE, a text file with one prompt a line")
-    return Sampling(tuple(found), {**own.get("call", {}), **call})
+    return Sampling(tuple(texts), {**stored.get("call", {}), **call})
 
 
 def _is_prompt(value: Any) -> bool:
@@ -73,7 +79,7 @@ def _is_prompt(value: Any) -> bool:
 
 
 def chosen_steps(count: int, prompt: int, most: int) -> tuple[int, ...]:
-    """The steps of a schedule of ``count`` that are kept of the prompt of that number, at the most ``most``."""
+    """Kept steps, at most ``most``, of a schedule of ``count`` steps for prompt number ``prompt``."""
     parts = min(STRATA, count, most)
     edges = [count * i // parts for i in range(parts + 1)]
     return tuple(a + prompt % (b - a) for a, b in pairwise(edges))
@@ -81,10 +87,10 @@ def chosen_steps(count: int, prompt: int, most: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """Calls of a pipeline's transformer, made anew each time they are asked for: the same ones.
+    """Calls of a pipeline's transformer, which are computed each time they are read; they are the same every time.
 
-    samples: how many (prompt, step) pairs; each gives as many rows as the pipeline has guidance branches
-    cap: bytes that one row may take in memory; the others are on the disk meanwhile
+    samples: number of (prompt, step) pairs; each gives one row for each guidance branch
+    cap: largest number of bytes of one row in memory; the others are offloaded to the disk
     """
 
     folder: Path
@@ -96,33 +102,33 @@ class Trajectory:
 
     @property
     def digest(self) -> str:
-        """sha256 of all that decides what the calls are, but for the pipeline."""
-        made = [self.sampling.prompts, self.sampling.call, self.samples, self.seed, STRATA]
-        return hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()
+        """sha256 of all settings of the calls; the pipeline itself is not included."""
+        content = [self.sampling.prompts, self.sampling.call, self.samples, self.seed, STRATA]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def calls(self, folder: Path) -> Iterator[dict[str, Any]]:
-        """Keyword arguments of the transformer, call after call, read from a file in ``folder`` that is gone afterwards.
+        """Keyword arguments of the transformer, call after call, read from a temporary file in ``folder``.
 
         Raises BadCalibration for a call that takes more memory than the cap, and as ``sample`` does.
         """
         pipeline = load_pipeline(self.folder, self.dtype, "cpu")
         pipeline.set_progress_bar_config(disable=True)
-        left, number = self.samples, 0
-        while left > 0:
+        remaining, number = self.samples, 0
+        while remaining > 0:
             prompt = self.sampling.prompts[number % len(self.sampling.prompts)]
-            keep = _Kept(prompt=number, most=left, file=OffloadedTensors(folder), cap=self.cap)
-            sample(pipeline, prompt, self.sampling.call, self.seed + number, keep)
-            if not keep.kept:
+            recorder = _CallRecorder(prompt=number, most=remaining, file=OffloadedTensors(folder), cap=self.cap)
+            sample(pipeline, prompt, self.sampling.call, self.seed + number, recorder)
+            if not recorder.kept:
                 raise BadCalibration(
                     f"{self.folder}: the pipeline did not call its transformer with {self.sampling.call}"
                 )
-            yield from (keep.read(call) for step in sorted(keep.kept) for call in keep.kept[step])
-            left, number = left - len(keep.kept), number + 1
+            yield from (recorder.read(call) for step in sorted(recorder.kept) for call in recorder.kept[step])
+            remaining, number = remaining - len(recorder.kept), number + 1
 
 
 @dataclass(kw_only=True)
-class _Kept:
-    """The calls of the transformer that one prompt's run is to keep, by step: tensors as places in a file."""
+class _CallRecorder:
+    """Records the calls of one prompt's run at chosen steps. kept: {step: calls}, with tensors offloaded to ``file``."""
 
     prompt: int
     most: int
@@ -149,51 +155,54 @@ class _Kept:
         if not isinstance(value, Tensor):
             return value
         self.file.append(value)
-        return _Place(len(self.file) - 1)
+        return _TensorIndex(len(self.file) - 1)
 
     def read(self, call: dict[str, Any]) -> dict[str, Any]:
-        """A call with its tensors."""
-        found: dict[str, Any] = mapped(lambda v: self.file[v.index] if isinstance(v, _Place) else v, call)
-        return found
+        """A recorded call with its tensors loaded."""
+        loaded_call: dict[str, Any] = mapped(lambda v: self.file[v.index] if isinstance(v, _TensorIndex) else v, call)
+        return loaded_call
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies in a file of tensors."""
+class _TensorIndex:
+    """The index of a tensor in the file."""
 
     index: int
 
 
 def subject(pipeline: Any, prompt: str) -> dict[str, Any]:
-    """What says what is to be made: a prompt, or of a pipeline that knows classes only the number of one."""
+    """The argument with the prompt, or with a class number for a pipeline that has only classes."""
     takes = "prompt" in inspect.signature(pipeline.__call__).parameters
     return {"prompt": prompt} if takes else {"class_labels": [int(prompt)]}
 
 
-def check_call(made: type, call: Iterable[str]) -> Mapping[str, Any]:
+def check_call(pipeline_class: type, call: Iterable[str]) -> Mapping[str, Any]:
     """The parameters of a pipeline's class. Raises UsageError for arguments that it does not take."""
-    known = inspect.signature(made.__call__).parameters
-    wrong = next((name for name in call if name not in known), None)
+    parameters = inspect.signature(pipeline_class.__call__).parameters
+    wrong = next((name for name in call if name not in parameters), None)
     if wrong is not None:
-        raise UsageError(f"--call {wrong}: {made.__name__} takes no such argument{did_you_mean(wrong, list(known))}")
-    return known
+        raise UsageError(
+            f"--call {wrong}: {pipeline_class.__name__} takes no such argument{did_you_mean(wrong, list(parameters))}"
+        )
+    return parameters
 
 
-def sample(pipeline: Any, prompt: str, call: dict[str, Any], seed: int, keep: _Kept | None = None) -> Tensor:
-    """Run the pipeline's own sampler on one prompt, to latents where it can, which are returned, and keep some calls of its
-    transformer.
+def sample(
+    pipeline: Any, prompt: str, call: dict[str, Any], seed: int, recorder: _CallRecorder | None = None
+) -> Tensor:
+    """Final latents (or images, where a pipeline gives no latents) of the pipeline's own sampler for one prompt, float32.
 
-    Raises BadCalibration for arguments that the pipeline does not take, and where its scheduler changes the number of
-    steps while it runs: steps could not be told apart then.
+    keep: records calls of its transformer. Raises BadCalibration for arguments that the pipeline does not accept, and for a
+    scheduler that changes the number of steps while it runs, so that steps cannot be identified.
     """
     model = getattr(pipeline, DENOISER)
     signature = inspect.signature(model.forward)
     clock, counts = Clock(), set[int]()
 
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = dict(signature.bind(*args, **kwargs).arguments)
-        given.pop("return_dict", None)
-        clock.tick(given["timestep"], given["hidden_states"])
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+        arguments.pop("return_dict", None)
+        clock.tick(arguments["timestep"], arguments["hidden_states"])
         count = len(pipeline.scheduler.timesteps)
         counts.add(count)
         if len(counts) > 1 or clock.step >= count:
@@ -201,19 +210,19 @@ def sample(pipeline: Any, prompt: str, call: dict[str, Any], seed: int, keep: _K
                 f"the scheduler {type(pipeline.scheduler).__name__} changed its steps in mid-run ({clock.step + 1} so far, of "
                 f"{' then '.join(map(str, sorted(counts)))}): use one with a fixed schedule"
             )
-        if keep is not None:
-            keep.add(clock.step, count, {k: v for k, v in given.items() if v is not None})
+        if recorder is not None:
+            recorder.add(clock.step, count, {k: v for k, v in arguments.items() if v is not None})
 
-    known = check_call(type(pipeline), call)
-    output = "np" if "class_labels" in known else "latent"
+    parameters = check_call(type(pipeline), call)
+    output = "np" if "class_labels" in parameters else "latent"
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
     try:
         with torch.inference_mode(), quiet():
-            made = pipeline(
+            result = pipeline(
                 **subject(pipeline, prompt), **call, generator=torch.Generator().manual_seed(seed), output_type=output
             )
     except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as e:
         raise BadCalibration(f"the pipeline cannot sample {shown(prompt)} with {call}: {reason(e)}") from e
     finally:
         handle.remove()
-    return torch.as_tensor(made.frames if hasattr(made, "frames") else made.images).float()
+    return torch.as_tensor(result.frames if hasattr(result, "frames") else result.images).float()

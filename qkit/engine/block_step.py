@@ -1,6 +1,6 @@
-"""One block of a run: read from the shards, transformed, solved on calibration rows, put in place.
+"""One block of a run: it is read from the shards, transformed, and solved on calibration rows.
 
-Nothing here knows a format, a method or a model by name: solvers and transforms say in their tables what they need.
+This code names no format, method or model: the tables of solvers and transforms declare what they need.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from qkit.calibration.block_calls import Call, OneByOne
-from qkit.calibration.block_runner import Flow
+from qkit.calibration.block_runner import BlockRunner
 from qkit.calibration.statistics import Rows, Stats, StatsRequest
-from qkit.engine.entry import quantizing
+from qkit.engine.entry import quantizing_hook
 from qkit.engine.job import Job
 from qkit.engine.learning import learn_block
 from qkit.engine.parts import part_tensors
-from qkit.engine.solving import LinearResult, look_at_inputs, solve_groups
+from qkit.engine.solving import LinearResult, solve_groups, uses_inputs
 from qkit.families.blocks import BlockStructure, LinearGroup
 from qkit.families.materialize import load_block
 from qkit.families.structure import ModelStructure
@@ -37,21 +37,28 @@ from qkit.transforms.table import TRANSFORMS
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What every step of a run has. given: by need, for each block of the language model, what a pass of the original model
-    gave for it (``workflows.original_passes``)."""
+    """Context of a run, shared by all its steps.
+
+    original_passes: {need: one value for each block of the language model}, from ``workflows.original_passes``
+    """
 
     plan: Plan
     structure: ModelStructure
     job: Job
     pool: Workers
     progress: Progress
-    given: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    original_passes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """One block of a run. place: its part of the job; last: of its sequence, so that nothing needs what it gives; learns:
-    whether its codes are learned together once its linears are solved; tries: whether several recipes are tried."""
+class BlockStep:
+    """One block of a run.
+
+    place:  index of its part in the job
+    last:   it is the last block of its sequence, so its outputs are not needed
+    learns: learned rounding follows once its linears are solved
+    tries:  several recipes are compared
+    """
 
     state: BlockState
     name: str
@@ -61,29 +68,31 @@ class Step:
     tries: bool
 
     def part(self, results: list[LinearResult], plan: Plan) -> dict[str, Tensor]:
-        """The tensors to commit, with weights as transforms left them where a later stage looks at these."""
+        """Tensors to commit, with the transformed weights before quantization where a later stage needs them."""
         return part_tensors(results, self.state, bool(plan.significant or plan.learning("whole")))
 
 
 @dataclass(frozen=True)
 class SolvedBlock:
-    """A block's linears, put in place; handles: of the hooks that quantize activations from there on; noted: what the journal
-    says of the block."""
+    """Results of a block, whose module holds the quantized weights.
+
+    handles: of the hooks that quantize activations; notes: further fields of the block's journal entry
+    """
 
     results: list[LinearResult]
     handles: list[Any]
-    noted: dict[str, Any]
+    notes: dict[str, Any]
 
 
 def load_state(run: Run, block: BlockStructure, language: bool) -> BlockState:
-    """The block as it is read, with transforms that come before any row. language: it is one of the language model."""
+    """The block as read, after transforms of stage 'load'. language: it belongs to the language model."""
     plan, structure = run.plan, run.structure
     dtype = getattr(torch, plan.run_dtype if plan.needs_rows else plan.dtype)
     state = BlockState(structure=structure, block=block, module=load_block(structure, block, dtype))
     state.distort = plan.inputs == "distort"
     state.doubled = {x.name: p.residual for x in block.linears if (p := plan.linears.get(x.name))}
     if language:
-        state.given = {need: values[block.index] for need, values in run.given.items()}
+        state.original_values = {need: values[block.index] for need, values in run.original_passes.items()}
         for transform in plan.transforms:
             if TRANSFORMS[transform].stage == "load":
                 TRANSFORMS[transform].apply(state, plan.schemes, plan.seed)
@@ -92,63 +101,67 @@ def load_state(run: Run, block: BlockStructure, language: bool) -> BlockState:
     return state
 
 
-def solve_block(run: Run, step: Step, flow: Flow, rows: Rows, call: Call | OneByOne) -> SolvedBlock:
-    """One recipe: transforms, solvers, learned rounding. rows: those of the flow and, of several recipes, those that none is
-    solved with."""
+def solve_block(run: Run, step: BlockStep, runner: BlockRunner, rows: Rows, call: Call | OneByOne) -> SolvedBlock:
+    """Results of one recipe: transforms, solvers and learned rounding.
+
+    rows: those of the runner, and held-out rows where several recipes are compared
+    """
     plan, state, progress = run.plan, step.state, run.progress
     for transform in plan.transforms:
         if TRANSFORMS[transform].stage == "stats":
             progress.start(f"{step.name}, {transform}", len(list(rows.pieces())))
             request = StatsRequest(hessian=False, ranges=True)
-            state.stats = flow.capture(state.block.groups, request, progress.step, keep=False)
+            state.stats = runner.capture(state.block.groups, request, progress.step, keep=False)
             TRANSFORMS[transform].apply(state, plan.schemes, plan.seed)
             state.write_back()
-    before = {x.name: state.weight(x).clone() for x in state.block.linears} if step.learns else {}
-    results, handles = _solve_stages(run, step, flow)
+    original_weights = {x.name: state.weight(x).clone() for x in state.block.linears} if step.learns else {}
+    results, handles = _solve_stages(run, step, runner)
     if not step.learns or not results:  # none: rules leave the whole block as it is
         return SolvedBlock(results, handles, {})
-    flow.close()
+    runner.close()
     targets = run.job.rows_path(step.place + 1, original=True)
     seed = plan.seed + step.place
-    learned, noted = learn_block(state, step.name, results, before, flow.rows, targets, call, seed, run.pool, progress)
-    return SolvedBlock(learned, handles, noted)
+    learned, entry = learn_block(
+        state, step.name, results, original_weights, runner.rows, targets, call, seed, run.pool, progress
+    )
+    return SolvedBlock(learned, handles, entry)
 
 
-def _solve_stages(run: Run, step: Step, flow: Flow) -> tuple[list[LinearResult], list[Any]]:
-    """Results of all linears, stage after stage, each put in place before the next stage looks at its inputs.
+def _solve_stages(run: Run, step: BlockStep, runner: BlockRunner) -> tuple[list[LinearResult], list[Any]]:
+    """Results of all linears, and handles of the hooks that quantize activations.
 
-    Also gives the handles of the hooks that quantize activations from here on.
+    Stages are solved in order: quantized weights are written to the module before the next stage captures its inputs.
     """
     plan, state, progress = run.plan, step.state, run.progress
-    pieces, results, handles = len(list(flow.rows.pieces())), [], []
+    piece_count, results, handles = len(list(runner.rows.pieces())), [], []
     planned = [p for x in state.block.linears if (p := plan.linears.get(x.name))]
-    looks = look_at_inputs(planned, step.learns)
-    for i, groups in enumerate(flow.stages):
-        progress.start(f"{step.name}, layers {i + 1} of {len(flow.stages)}", 2 * pieces)
+    needs_inputs = uses_inputs(planned, step.learns)
+    for i, groups in enumerate(runner.stages):
+        progress.start(f"{step.name}, layers {i + 1} of {len(runner.stages)}", 2 * piece_count)
         inputs = {g.key: state.inputs(g, p.rotation) for g in groups if (p := plan.linears.get(g.linears[0].name))}
-        saved, stats = saved_inputs(run, step, flow.rows), dict[str, Stats]()
-        if looks:
-            stats = flow.capture(groups, _stats_request(plan, groups), progress.step, inputs=inputs, originals=saved)
+        saved, stats = saved_inputs(run, step, runner.rows), dict[str, Stats]()
+        if needs_inputs:
+            stats = runner.capture(groups, _stats_request(plan, groups), progress.step, inputs=inputs, originals=saved)
         by_linear = {x.name: inputs[g.key] for g in groups if g.key in inputs for x in g.linears}
         solved = solve_groups(state, plan, groups, stats, run.pool)
         for r in solved:
             r.linear.view(state.module).copy_(by_linear[r.plan.name].weight_back(dequantize(r.qtensor)))
         handles += quantize_inputs(state, solved)
-        if looks:
-            flow.solved(groups, progress.step)
+        if needs_inputs:
+            runner.solved(groups, progress.step)
         results += solved
     return results, handles
 
 
 def quantize_inputs(state: BlockState, results: list[LinearResult]) -> list[Any]:
-    """Handles of hooks that do so, of linears that are modules."""
+    """Handles of new hooks that quantize the inputs of linears; experts in a fused module have none."""
     group_of = {x.name: g for g in state.block.groups for x in g.linears}
     handles = []
     for r in results:
         if r.plan.activations is not None and r.linear.expert is None:
             module = state.module.get_submodule(r.linear.param.removesuffix(".weight"))
             inputs = state.inputs(group_of[r.plan.name], r.plan.rotation)
-            handles.append(module.register_forward_pre_hook(quantizing(r.plan.activations, r.static, inputs)))
+            handles.append(module.register_forward_pre_hook(quantizing_hook(r.plan.activations, r.static, inputs)))
     return handles
 
 
@@ -159,9 +172,11 @@ def _stats_request(plan: Plan, groups: tuple[LinearGroup, ...]) -> StatsRequest:
     return StatsRequest(hessian, ranges)
 
 
-def saved_inputs(run: Run, step: Step, rows: Rows) -> dict[str, Path]:
-    """By submodule of the block the file of its inputs in the original model, where solvers look at them. Which rows reach an
-    expert may differ between the two, and rows of different shapes are not kept."""
+def saved_inputs(run: Run, step: BlockStep, rows: Rows) -> dict[str, Path]:
+    """{submodule: file of its inputs in the original model}, where solvers need them.
+
+    Experts have none, since other rows may reach them there; rows of different shapes are not saved.
+    """
     if "original_inputs" not in run.plan.needs or rows.lead_shapes:
         return {}
     hooks = {g.hook for g in step.state.block.groups if g.expert is None and g.hook}

@@ -1,7 +1,7 @@
-"""The calibration rows as they enter a sequence of blocks: a tower, or the language model behind it.
+"""Calibration rows that enter a sequence of blocks: a tower, or the language model after it.
 
-What comes before the first block runs as transformers runs it, in the checkpoint's dtype, with everything that the job has
-quantized so far in its place. Rows of a language model are filled up to one length; those of a tower keep their shapes.
+Modules before the first block run as in transformers, in the checkpoint's dtype, with the weights that the job has quantized so
+far. Rows of a language model are padded to one length; those of a tower keep their shapes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qkit.tensor.input_transform import PLAIN, InputTransform
 from qkit.tensor.qtensor import dequantize
 from qkit.transforms.rotate import rotate_outer
 
-Calls = dict[int, Call | OneByOne]  # by the index of the block in its sequence
+BlockCalls = dict[int, Call | OneByOne]  # by the index of the block in its sequence
 
 
 def embed(
@@ -44,29 +44,29 @@ def embed(
     step: Callable[[], object],
     cache: Any = None,
     good: list[bool] | None = None,
-) -> tuple[Rows, Calls]:
-    """The rows that enter the sequence, written to ``path``, and how its blocks are called, with ``cache`` as the KV cache if
-    there is one.
+) -> tuple[Rows, BlockCalls]:
+    """Rows that enter the sequence, written to ``path``, and the calls of its blocks.
 
-    good: rows that are in ``path`` already and have come further; of those only the calls are looked at. Raises
-    BadCalibration where no row has a picture and the sequence looks at pictures.
+    cache: the KV cache of the calls, if there is one
+    good:  state of rows that ``path`` holds already (of a later block); then only calls are recorded
+    Raises BadCalibration where the sequence processes images and no row has one.
     """
     assert plan.calibration is not None
     calibration, language = plan.calibration, sequence.name == LANGUAGE
     streams, through = structure.family.streams, sequence.name in {t.name for t in structure.towers}
-    given = (
+    call_options = (
         {"return_dict": False} if streams else {**with_cache(structure.model, cache), "use_cache": cache is not None}
     )
     times = list[float]()
 
-    def noted() -> Iterator[dict[str, Any]]:
+    def timed_samples() -> Iterator[dict[str, Any]]:
         for sample in calibration.calls(path.parent):
             times.extend([time_of(sample["timestep"])] if streams else [])
-            yield {**sample, **given}
+            yield {**sample, **call_options}
 
     offload_file = OffloadedTensors(path.parent)
     count, length = calibration.tokens.shape
-    dtype, seen, lead_shapes, width = (
+    dtype, row_calls, lead_shapes, width = (
         getattr(torch, plan.run_dtype),
         list[dict[int, Call]](),
         list[tuple[int, ...]](),
@@ -74,24 +74,24 @@ def embed(
     )
     once = language and calibration.inputs is None  # rows of a text are all called alike
     try:
-        with _before(plan, structure, job), path.open("ab" if good else "wb") as f:
-            for hidden, calls in enter(structure.model, sequence.paths, noted(), through, streams):
+        with _loaded_outer(plan, structure, job), path.open("ab" if good else "wb") as f:
+            for hidden, calls in enter(structure.model, sequence.paths, timed_samples(), through, streams):
                 width = hidden.shape[-1]
                 lead_shapes.append(tuple(hidden.shape[:-1]))
-                made = calls if language else offloaded(calls, offload_file, dtype)
-                seen = [*([] if once else seen), made]
+                stored_calls = calls if language else offloaded(calls, offload_file, dtype)
+                row_calls = [*([] if once else row_calls), stored_calls]
                 if good is None:
-                    whole = hidden.to(dtype)
+                    padded = hidden.to(dtype)
                     if language:
-                        whole = nn.functional.pad(whole, (0, 0, 0, length - hidden.shape[1]))
-                    f.write(whole.contiguous().view(torch.uint8).numpy().reshape(-1).data)
+                        padded = nn.functional.pad(padded, (0, 0, 0, length - hidden.shape[1]))
+                    f.write(padded.contiguous().view(torch.uint8).numpy().reshape(-1).data)
                 elif once:
                     break
                 step()
     except OSError as e:
         raise write_failure(path, e) from e
     if language:
-        # Blocks of a float16 model run in float32: what would have overflowed is seen.
+        # Blocks of a float16 model run in float32: values that float16 cannot hold are counted.
         largest = torch.finfo(torch.float16 if structure.dtype == torch.float16 else torch.float32).max
         rows = Rows(
             path=path,
@@ -103,15 +103,15 @@ def embed(
             kinds=calibration.kinds,
             largest=largest,
         )
-        return rows, {i: call.to(dtype) for i, call in _as_one(calibration, seen).items()}
+        return rows, {i: call.to(dtype) for i, call in _as_one(calibration, row_calls).items()}
     if not lead_shapes:
         raise BadCalibration(f"no calibration row reaches the {sequence.name}: give rows with pictures, or skip it")
-    most = max(torch.Size(lead).numel() for lead in lead_shapes)
+    longest = max(torch.Size(lead).numel() for lead in lead_shapes)
     good = good or [True] * len(lead_shapes)
     rows = Rows(
         path=path,
         count=len(lead_shapes),
-        tokens=most,
+        tokens=longest,
         hidden=width,
         dtype=dtype,
         good=good,
@@ -119,31 +119,33 @@ def embed(
         lead_shapes=tuple(lead_shapes),
         times=tuple(times),
     )
-    return rows, {i: OneByOne(tuple(calls[i] for calls in seen)) for i in range(len(sequence.blocks))}
+    return rows, {i: OneByOne(tuple(calls[i] for calls in row_calls)) for i in range(len(sequence.blocks))}
 
 
 def _as_one(calibration: Calibration, calls: list[dict[int, Call]]) -> dict[int, Call]:
-    """How blocks of the language model are called with a batch of rows."""
+    """Calls of the language model's blocks for a batch of rows."""
     lengths = [x["input_ids"].shape[1] for x in calibration.inputs or ()]
     return merged(calls, lengths) if lengths else calls[0]
 
 
 @contextmanager
-def _before(plan: Plan, structure: ModelStructure, job: Job) -> Iterator[None]:
-    """With the weights of everything outside the blocks of the language model; towers as the job has left them."""
-    done = {s: i for i, b in list(enumerate(parts(plan, structure)))[: job.finished] for _, s in b.stored}
+def _loaded_outer(plan: Plan, structure: ModelStructure, job: Job) -> Iterator[None]:
+    """Load all weights outside the blocks of the language model, with towers as the job quantized them, and release
+    them after.
+    """
+    part_of_tensor = {s: i for i, b in list(enumerate(parts(plan, structure)))[: job.finished] for _, s in b.stored}
     statics, inputs = dict[str, Tensor | None](), dict[str, InputTransform]()
 
     def read(stored: str) -> Tensor:
-        place, name = done.get(stored), stored.removesuffix(".weight")
-        if place is None:
+        index, name = part_of_tensor.get(stored), stored.removesuffix(".weight")
+        if index is None:
             return structure.checkpoint.read_finite(stored)
-        part = job.part(place)
+        part = job.part(index)
         if stored in part:
             return job.read(part[stored])
         p = plan.linears[name]
-        q, statics[name] = job.quantized(place, name, p.weights)
-        inputs[name] = job.inputs(place, name, p.shape[1], p.rotation)
+        q, statics[name] = job.quantized(index, name, p.weights)
+        inputs[name] = job.inputs(index, name, p.shape[1], p.rotation)
         return inputs[name].weight_back(dequantize(q))
 
     load_outer(structure, read)
@@ -158,7 +160,7 @@ def _before(plan: Plan, structure: ModelStructure, job: Job) -> Iterator[None]:
             p = plan.linears.get(linear.name)
             if linear.name in statics and p is not None and p.activations is not None:
                 owner = structure.model.get_submodule(f"{block.path}.{linear.param.removesuffix('.weight')}")
-                hook = quantizing(p.activations, statics[linear.name], inputs[linear.name])
+                hook = quantizing_hook(p.activations, statics[linear.name], inputs[linear.name])
                 handles.append(owner.register_forward_pre_hook(hook))
     try:
         yield
@@ -168,14 +170,13 @@ def _before(plan: Plan, structure: ModelStructure, job: Job) -> Iterator[None]:
         release_outer(structure)
 
 
-def quantizing(
+def quantizing_hook(
     fmt: Format, static: Tensor | None, inputs: InputTransform = PLAIN
 ) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """A forward pre-hook of linears: their inputs in that activation format, behind a transform and back again. Gradients pass
-    as if nothing were rounded."""
+    """A forward pre-hook that quantizes the inputs of a linear, in the transformed basis. Gradients pass straight through."""
 
     def rounded(x: Tensor) -> Tensor:
-        made = inputs.back(quantize_activations(inputs(x.detach()), fmt, static, inputs.residual))
-        return x + (made - x).detach() if x.requires_grad else made
+        quantized = inputs.back(quantize_activations(inputs(x.detach()), fmt, static, inputs.residual))
+        return x + (quantized - x).detach() if x.requires_grad else quantized
 
     return lambda _, args: (rounded(args[0]), *args[1:])

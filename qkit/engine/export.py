@@ -1,7 +1,7 @@
-"""From a finished job to a checkpoint folder: OUT.partial, proven, then renamed to OUT.
+"""Writes the checkpoint folder of a finished job. It is built in OUT.partial, verified, then renamed to OUT.
 
-Tensors stream one at a time from the job's parts and the source shards into new shards. Nothing else of the run is
-needed, so an export can be repeated.
+Tensors stream one at a time from the job's parts and the source shards into new shards. The export needs only these, so it can
+be repeated.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit.diffusion.pipeline import copy_rest, rest_names, weights_of_rest
+from qkit.diffusion.pipeline import copy_rest, hash_weights_around, rest_names
 from qkit.diffusion.trajectory import Trajectory
 from qkit.engine.job import Job
 from qkit.engine.partial_output import Partial
@@ -46,17 +46,20 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     replaced: Mapping[str, Path] | None = None,
 ) -> None:
-    """Write the whole checkpoint into ``partial`` (emptied first), with the rest of the pipeline where ``source_folder`` is
-    one. hashed: ``source_hashes``; replaced: by component, the folder to take in the place of its own. Raises BadCheckpoint
-    for a file that goes along and is not what it was when the plan was made, with nothing written."""
+    """Write the checkpoint into ``partial`` (emptied first), with the rest of the pipeline where ``source_folder`` is one.
+
+    hashed:   ``source_hashes``
+    replaced: {component: folder to copy in place of its own}
+    Raises BadCheckpoint, before anything is written, for a copied file that changed since the plan was made.
+    """
     check_unchanged(structure.checkpoint.path, plan.side_files)
     if plan.pipeline is not None:
         check_unchanged(source_folder.resolve(), plan.pipeline)
     folder = partial.path if plan.pipeline is None else partial.path / DENOISER
     source = _Tensors(plan, structure, job)
     stem = WEIGHT_STEMS[1] if structure.family.streams else WEIGHT_STEMS[0]
-    cut = _cut(source.specs, shard_bytes)
-    shards = {_shard_name(stem, i, len(cut)): names for i, names in enumerate(cut)}
+    name_lists = _split_shards(source.specs, shard_bytes)
+    shards = {_shard_name(stem, i, len(name_lists)): names for i, names in enumerate(name_lists)}
     index_name = f"{stem}.safetensors.index.json"
     names = [*shards, index_name, "config.json", RECORD, *plan.side_files]
     around = [] if plan.pipeline is None else [*rest_names(plan.pipeline, replaced or {}), RECORD]
@@ -97,7 +100,7 @@ def _shard_name(stem: str, index: int, count: int) -> str:
 
 
 def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """What the record keeps of config.json."""
+    """The part of config.json that the record keeps."""
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
@@ -106,7 +109,7 @@ def _bytes(spec: tuple[torch.dtype, tuple[int, ...]]) -> int:
     return int(torch.Size(shape).numel()) * dtype.itemsize
 
 
-def _cut(specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> list[list[str]]:
+def _split_shards(specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():
@@ -119,78 +122,84 @@ def _cut(specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> l
 
 
 class _Tensors:
-    """Every tensor of the output by name: its spec, and how to get it."""
+    """All tensors of the output: specs by name, and a function that loads each.
+
+    plain: sha256 of tensors whose bytes the weight hash does not cover (plain tensors, static scales); filled on export
+    """
 
     def __init__(self, plan: Plan, structure: ModelStructure, job: Job) -> None:
         self.plan, self.structure, self.job = plan, structure, job
         self.records = job.records()
         self.specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        self.plain: dict[
-            str, str
-        ] = {}  # sha256 of tensors that are not quantized, filled while they are written; static activation scales too
-        self._get: dict[str, Callable[[], Tensor]] = {}
-        self._made: tuple[str, dict[str, Tensor]] = ("", {})
+        self.plain: dict[str, str] = {}
+        self._loaders: dict[str, Callable[[], Tensor]] = {}
+        self._cached: tuple[str, dict[str, Tensor]] = ("", {})
         rotated = rotate_outer(structure, plan.seed) if "rotate" in plan.transforms else {}
         for stored, tensor in rotated.items():
-            self._plain(stored, tensor.dtype, tuple(tensor.shape), lambda t=tensor: t)  # type: ignore[misc]
-        every = parts(plan, structure)
-        made = {*rotated, *(stored for block in every for _, stored in block.stored)}
+            self._add_plain(stored, tensor.dtype, tuple(tensor.shape), lambda t=tensor: t)  # type: ignore[misc]
+        blocks = parts(plan, structure)
+        covered = {*rotated, *(stored for block in blocks for _, stored in block.stored)}
         for _, stored in structure.outer:
-            if stored not in made:
+            if stored not in covered:
                 info = structure.checkpoint.tensors[stored]
-                self._plain(stored, info.torch_dtype, info.shape, lambda s=stored: structure.checkpoint.read_finite(s))  # type: ignore[misc]
-        for place, block in enumerate(every):
-            self._part(place)
+                self._add_plain(
+                    stored,
+                    info.torch_dtype,
+                    info.shape,
+                    lambda s=stored: structure.checkpoint.read_finite(s),  # type: ignore[misc]
+                )
+        for index, block in enumerate(blocks):
+            self._add_part(index)
             for linear in block.linears:
                 if linear.name in plan.linears:
-                    self._linear(plan.linears[linear.name], place)
+                    self._add_linear(plan.linears[linear.name], index)
         scales = job.stage("cache")
         if scales is not None:
-            self._part(scales)
+            self._add_part(scales)
 
-    def _part(self, index: int) -> None:
-        """What a part has under the names of the checkpoint."""
+    def _add_part(self, index: int) -> None:
+        """Add the tensors that a part has under the names of the checkpoint."""
         for name, info in self.job.part(index).items():
             if ":" not in name:
-                self._plain(name, info.torch_dtype, info.shape, lambda i=info: self.job.read(i))  # type: ignore[misc]
+                self._add_plain(name, info.torch_dtype, info.shape, lambda i=info: self.job.read(i))  # type: ignore[misc]
 
-    def _plain(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], get: Callable[[], Tensor]) -> None:
+    def _add_plain(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], load: Callable[[], Tensor]) -> None:
         self.specs[name] = (dtype, shape)
         self.plain[name] = ""
-        self._get[name] = get
+        self._loaders[name] = load
 
-    def _linear(self, p: LinearPlan, block: int) -> None:
-        kept = int(self.records[p.name].get("sparse", 0))
-        beside = sparse.specs(p.shape, kept, self.structure.dtype) | lowrank.specs(
+    def _add_linear(self, p: LinearPlan, block: int) -> None:
+        outlier_count = int(self.records[p.name].get("sparse", 0))
+        correction = sparse.specs(p.shape, outlier_count, self.structure.dtype) | lowrank.specs(
             p.shape, p.rank, self.structure.dtype
         )
         dense = ct.specs(p.weights, p.activations, p.shape, self.structure.dtype)
-        own = {k: (info.torch_dtype, info.shape) for k, info in self._of_inputs(p.name, block).items()}
-        for suffix, spec in {**dense, **beside, **own}.items():
+        transform = {k: (info.torch_dtype, info.shape) for k, info in self._transform_infos(p.name, block).items()}
+        for suffix, spec in {**dense, **correction, **transform}.items():
             name = f"{p.name}.{suffix}"
             self.specs[name] = spec
             if suffix.startswith("input_") or suffix in (SCALE, *sparse.PIECES, *lowrank.PIECES):
                 # The hash of the weight does not cover it, or not every bit of it: a small value added to a large one.
                 self.plain[name] = ""
-            self._get[name] = lambda s=suffix: self._made_for(p, block)[s]  # type: ignore[misc]
+            self._loaders[name] = lambda s=suffix: self._tensors_of(p, block)[s]  # type: ignore[misc]
 
-    def _of_inputs(self, name: str, block: int) -> dict[str, TensorInfo]:
-        """What the part has of the transform of a linear's inputs."""
+    def _transform_infos(self, name: str, block: int) -> dict[str, TensorInfo]:
+        """Headers of the part's tensors for the transform of a linear's inputs."""
         part = self.job.part(block)
         return {k: part[f"{name}:{k}"] for k in (SCALE, RESIDUAL) if f"{name}:{k}" in part}
 
-    def _made_for(self, p: LinearPlan, block: int) -> dict[str, Tensor]:
-        """All tensors of a linear; kept until another linear is asked for."""
-        if self._made[0] != p.name:
+    def _tensors_of(self, p: LinearPlan, block: int) -> dict[str, Tensor]:
+        """All tensors of a linear; cached until another linear is requested."""
+        if self._cached[0] != p.name:
             q, static = self.job.quantized(block, p.name, p.weights)
             added = {} if q.sparse is None else sparse.write(q.sparse, q.shape)
             added |= {} if q.low_rank is None else lowrank.write(q.low_rank)
-            added |= {k: self.job.read(info) for k, info in self._of_inputs(p.name, block).items()}
-            self._made = (p.name, {**ct.write(q, p.activations, static, self.structure.dtype), **added})
-        return self._made[1]
+            added |= {k: self.job.read(info) for k, info in self._transform_infos(p.name, block).items()}
+            self._cached = (p.name, {**ct.write(q, p.activations, static, self.structure.dtype), **added})
+        return self._cached[1]
 
     def load(self, name: str) -> Tensor:
-        tensor = self._get[name]()
+        tensor = self._loaders[name]()
         if name in self.plain:
             self.plain[name] = _sha256(tensor)
         return tensor
@@ -211,9 +220,9 @@ def _config(plan: Plan, structure: ModelStructure, job: Job, source: _Tensors) -
         if listed:
             config["quantization_config"][key] = listed
     for key, count in (("sparse", "sparse"), ("low_rank", "rank")):
-        kept = sorted(name for name, record in job.records().items() if record.get(count))
-        if kept:
-            config["quantization_config"][key] = kept
+        names = sorted(name for name, record in job.records().items() if record.get(count))
+        if names:
+            config["quantization_config"][key] = names
     rotated = {name: p.rotation for name, p in plan.linears.items() if p.rotation}
     if rotated:
         config["quantization_config"]["rotated"] = rotated
@@ -223,8 +232,8 @@ def _config(plan: Plan, structure: ModelStructure, job: Job, source: _Tensors) -
 def quantization_config(plan: Plan, structure: ModelStructure) -> dict[str, Any]:
     """The compressed-tensors configuration of a plan."""
     renamed = {stored: module for stored, module in module_names(structure).items() if stored != module}
-    pairs = {name: (p.weights, p.activations) for name, p in plan.linears.items()}
-    built = ct.config(pairs, list(plan.skipped), renamed, FORMAT if plan.static_cache else None)
+    formats_by_linear = {name: (p.weights, p.activations) for name, p in plan.linears.items()}
+    built = ct.config(formats_by_linear, list(plan.skipped), renamed, FORMAT if plan.static_cache else None)
     return {**built, "quant_method": plan.export}
 
 
@@ -241,7 +250,7 @@ def module_names(structure: ModelStructure) -> dict[str, str]:
 def _record(
     plan: Plan, structure: ModelStructure, source: _Tensors, hashes: dict[str, str], hashed: Mapping[str, str]
 ) -> dict[str, Any]:
-    """qkit.json: what was done, and what every tensor must be."""
+    """Content of qkit.json: the settings of the run, and a hash for every tensor."""
     linears = {
         p.name: {
             "format": p.weights.to_json(),
@@ -301,28 +310,32 @@ _SAFETENSORS = {
 
 
 def is_export_of(out: Path, plan: Plan, source: Mapping[str, str] | None = None) -> bool:
-    """Whether ``out`` says that it holds the finished result of this very plan, made from the source with these
-    ``source_hashes`` (None: not asked). Whether it still holds it is for ``verify`` to say."""
+    """Whether the record of ``out`` names this plan, and a source with these ``source_hashes`` (None: any source).
+
+    Files are not checked against the record; ``verify`` does that.
+    """
     try:
-        found = read_record(weights_folder(out))
+        record = read_record(weights_folder(out))
     except QkitError:  # one that is damaged is replaced, or refused, as any other folder
         return False
-    if found is None:
+    if record is None:
         return False
-    recorded = found.get("source", {})
-    same = all(recorded.get(key) == digest for key, digest in (source or {}).items())
-    return same and bool(found.get("plan_hash") == plan.hash)
+    source_record = record.get("source", {})
+    same = all(source_record.get(key) == digest for key, digest in (source or {}).items())
+    return same and bool(record.get("plan_hash") == plan.hash)
 
 
 def source_hashes(
     plan: Plan, structure: ModelStructure, source_folder: Path, step: Callable[[], object] = lambda: None
 ) -> dict[str, str]:
-    """sha256 over every byte of the weights that the result is made from, and of those around the transformer of a pipeline;
-    quick where they were read before (``hashcache``). step: called for every shard."""
-    found = {"sha256": structure.checkpoint.sha256(step)}
-    return found if plan.pipeline is None else {**found, "around": weights_of_rest(source_folder, plan.pipeline)}
+    """sha256 of the source's weights and, in a pipeline, of the weights of its other parts.
+
+    Quick where the files were hashed before (``hashcache``). step: called for every shard.
+    """
+    hashes = {"sha256": structure.checkpoint.sha256(step)}
+    return hashes if plan.pipeline is None else {**hashes, "around": hash_weights_around(source_folder, plan.pipeline)}
 
 
 def job_identity(plan: Plan, hashed: Mapping[str, str]) -> dict[str, Any]:
-    """What must agree for a job to be the same job. hashed: ``source_hashes``"""
+    """The identity of a job: two jobs with equal identities are the same. hashed: ``source_hashes``"""
     return {**plan.identity, "source_weights": dict(hashed)}

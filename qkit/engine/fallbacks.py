@@ -1,4 +1,4 @@
-"""How many linears of a run may end with less than they were asked for."""
+"""Limits on the number of linears that fall back to a simpler method."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from qkit.errors import NumericFailure
 from qkit.planning.plan import Plan
 from qkit.solvers.task import ZERO_INPUTS
 
-MAX_SILENT = 0.5  # share of linears that may see nothing but zeros: a single one is a property of the model
+MAX_SILENT = 0.5  # share of linears whose inputs may be all zero: a single one is a property of the model
 MAX_FALLBACKS = 0.05  # share of linears that may fall back before the run counts as failed
 
 
 def check_fallbacks(plan: Plan, job: Job) -> None:
     """Raises NumericFailure where more than MAX_FALLBACKS of all linears fell back to a simpler method, or more than MAX_SILENT
-    saw nothing but zeros."""
+    have only zero inputs."""
     reasons = {name: record["fallback"] for name, record in job.records().items()}
     silent = [name for name, why in reasons.items() if why == ZERO_INPUTS]
     if len(silent) > MAX_SILENT * len(plan.linears):

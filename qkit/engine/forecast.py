@@ -1,7 +1,7 @@
-"""What a run will cost, from shapes alone: bytes on disk, peak memory, and where the time goes.
+"""Forecast of a run from shapes alone: bytes on disk, peak memory, and operations.
 
-Memory is what is resident at the worst moment of each phase on top of the process itself; the largest is the forecast.
-Time is given as operations per phase and their shares, since seconds depend on the machine.
+Memory is the peak of each phase on top of the process itself; the largest is the forecast. Time is given as operations for each
+phase, since seconds depend on the machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from qkit.calibration.dataset import Calibration
 from qkit.calibration.statistics import PENDING_BYTES, SAMPLE_TOKENS, piece_tokens
 from qkit.engine.partial_output import partial_path
-from qkit.engine.solving import ROUNDS, look_at_inputs, slice_rows
+from qkit.engine.solving import ROUNDS, slice_rows, uses_inputs
 from qkit.errors import IOFailure, Unsupported
 from qkit.families.blocks import BlockStructure, LinearGroup
 from qkit.families.structure import ModelStructure
@@ -39,8 +39,10 @@ ALLOCATOR = 1.1  # resident memory over live bytes, measured: freed blocks that 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """Bytes, and operations (multiply-adds count twice) by phase. copied_bytes: of what goes to the output as it is, besides
-    the tensors of ``packed_bytes``."""
+    """Bytes, and operations by phase (a multiply-add counts as two).
+
+    copied_bytes: of files that are copied to the output, in addition to ``packed_bytes``
+    """
 
     packed_bytes: int
     source_bytes: int
@@ -57,20 +59,24 @@ class Forecast:
         return {**asdict(self), "time_dominating": [{"phase": k, "share": round(v / total, 3)} for k, v in ranked if v]}
 
 
-def forecast(plan: Plan, structure: ModelStructure, workers: int, after: dict[str, int] | None = None) -> Forecast:
-    """The cost of a plan. after: {phase: bytes} of what follows the blocks, on top of the process."""
+def forecast(
+    plan: Plan, structure: ModelStructure, workers: int, later_memory: dict[str, int] | None = None
+) -> Forecast:
+    """The forecast of a plan. later_memory: {phase: peak bytes} of phases that follow the blocks, on top of the process."""
     tensors = structure.checkpoint.tensors
     item = getattr(torch, plan.run_dtype).itemsize  # of a weight while its block is at work
-    c = plan.calibration
-    tokens = 0 if c is None else c.count * c.seqlen
-    following = plan.needs_rows and (plan.learns or plan.compensates)  # the original model's rows go along
-    looking = look_at_inputs(plan.linears.values(), plan.learns)
-    passes = (1 + looking) * plan.needs_rows + plan.static_cache + following  # of all rows, as many as these of a block
+    calibration = plan.calibration
+    tokens = 0 if calibration is None else calibration.count * calibration.seqlen
+    runs_originals = plan.needs_rows and (plan.learns or plan.compensates)  # the original model's rows go along
+    needs_inputs = uses_inputs(plan.linears.values(), plan.learns)
+    passes = (
+        (1 + needs_inputs) * plan.needs_rows + plan.static_cache + runs_originals
+    )  # of all rows, as many as these of a block
     hidden = int(getattr(structure.text_config, "hidden_size", 0))
     heads = int(getattr(structure.text_config, "num_attention_heads", 0))
     outer = sum(tensors[s].nbytes for _, s in structure.outer)
     largest = max((tensors[s].nbytes for _, s in structure.outer), default=0)
-    memory = {"read the outer tensors": (outer if c else 0) + largest}
+    memory = {"read the outer tensors": (outer if calibration else 0) + largest}
     phases = ("forward passes", "Hessians", "factorizations", "solving", "learned rounding", "packing and checking")
     ops = dict.fromkeys(phases, 0.0)
     part_bytes = 0
@@ -81,8 +87,8 @@ def forecast(plan: Plan, structure: ModelStructure, workers: int, after: dict[st
         part_bytes += size + sum(x.shape[0] * x.shape[1] // 8 for x in block.linears)
         part_bytes += sum(low_rank_bytes(p.shape, p.rank) for x in block.linears if (p := plan.linears.get(x.name)))
         ops["forward passes"] += passes * 2.0 * size * tokens
-        if plan.learns and c is not None:
-            ops["learned rounding"] += _descent(plan, block, size, c)
+        if plan.learns and calibration is not None:
+            ops["learned rounding"] += _descent(plan, block, size, calibration)
         for group in block.groups:
             p = plan.linears.get(group.linears[0].name)
             if p is None:
@@ -95,16 +101,18 @@ def forecast(plan: Plan, structure: ModelStructure, workers: int, after: dict[st
                 ops["factorizations"] += (1 + 7 * drift) * columns**3 / 3
                 ops["solving"] += (1.0 + 4 * p.options.get("sweeps", 0)) * out * columns * columns
             ops["solving"] += float(search * out * columns)
-            if p.rank:  # solved anew in every round; what is left of every linear passes the Hessian and is decomposed
-                again = columns * SOLVERS[p.solver].needs_hessian + search
-                ops["solving"] += float(ROUNDS * again * out * columns)
-                each = (2.0 * math.prod(x.shape) * sum(x.shape) + 9.0 * min(x.shape) ** 3 for x in group.linears)
-                ops["solving"] += (ROUNDS + 2) * sum(each)
+            if p.rank:  # every round solves again, and decomposes the error of every linear, weighted by the Hessian
+                resolve_cost = columns * SOLVERS[p.solver].needs_hessian + search
+                ops["solving"] += float(ROUNDS * resolve_cost * out * columns)
+                decomposition_costs = (
+                    2.0 * math.prod(x.shape) * sum(x.shape) + 9.0 * min(x.shape) ** 3 for x in group.linears
+                )
+                ops["solving"] += (ROUNDS + 2) * sum(decomposition_costs)
             ops["packing and checking"] += 20.0 * out * columns
     linear_bytes = max((p.shape[0] * p.shape[1] for p in plan.linears.values()), default=0)
     memory["export"] = max(largest * 2, int(linear_bytes * 2.5))
     memory["verify"] = max(largest * 2, linear_bytes * 12)
-    memory.update(after or {})
+    memory.update(later_memory or {})
     row_bytes = tokens * hidden * item
     peak = max(process_bytes(), resident_bytes() + LATER + int(ALLOCATOR * max(memory.values())))
     return Forecast(
@@ -119,14 +127,14 @@ def forecast(plan: Plan, structure: ModelStructure, workers: int, after: dict[st
 
 
 def _copied(plan: Plan, structure: ModelStructure) -> int:
-    """Bytes of the files that go along, those around the transformer of a pipeline too."""
+    """Bytes of the files that are copied, with those of the other parts of a pipeline."""
     folder = structure.checkpoint.path
     files = [folder / name for name in plan.side_files] + [folder.parent / name for name in plan.pipeline or ()]
     return sum(file.stat().st_size for file in files if file.exists())
 
 
 def _block_memory(plan: Plan, block: BlockStructure, weights: int, heads: int, item: int, workers: int) -> int:
-    """Worst moment of one block, on top of the process. weights: its bytes while it is at work; heads: of its attention."""
+    """Peak bytes of one block, on top of the process. weights: its bytes while it is loaded; heads: of its attention."""
     size = sum(x.shape[0] * x.shape[1] for x in block.linears)
     base = weights + size + size // 8  # and codes and scales of finished linears
     base += 4 * size if plan.transforms else 0  # changed weights are kept in float32
@@ -136,15 +144,15 @@ def _block_memory(plan: Plan, block: BlockStructure, weights: int, heads: int, i
     hidden = block.groups[0].linears[0].shape[1]
     # A worker's run holds its rows on their way through the block: the inputs and outputs of its linears, at most.
     busy = [*(g for g in block.groups if g.expert is None), *experts[:_BUSY_EXPERTS]]
-    piece = piece_tokens(hidden) * (sum(g.linears[0].shape[1] for g in busy) + 4 * hidden) * item
+    piece_bytes = piece_tokens(hidden) * (sum(g.linears[0].shape[1] for g in busy) + 4 * hidden) * item
     if not plan.needs_rows:
-        return base + max(solving, (workers + 1) * piece if plan.static_cache else 0)
+        return base + max(solving, (workers + 1) * piece_bytes if plan.static_cache else 0)
     planned = [p for x in block.linears if (p := plan.linears.get(x.name))]
     hessian = any(SOLVERS[p.solver].needs_hessian or p.rank for p in planned)
     search = any(TRANSFORMS[t].stage == "stats" for t in plan.transforms)
     stages = [*([g] for g in block.groups if g.expert is None), *([experts] if experts else [])]
     stats = [sum(_stats(g, item, hessian) * (1 + plan.compensates) for g in stage) for stage in stages]
-    running = (workers + 1) * piece * (1 + plan.compensates) + (PENDING_BYTES if hessian else 0)
+    running = (workers + 1) * piece_bytes * (1 + plan.compensates) + (PENDING_BYTES if hessian else 0)
     # Factorizing takes the Hessian twice more, solving once, for as many groups at a time as there are workers; sweeps take
     # it once more each time.
     squares = sorted((g.linears[0].shape[1] ** 2 * 4 for stage in stages for g in stage), reverse=True)
@@ -160,8 +168,8 @@ def _block_memory(plan: Plan, block: BlockStructure, weights: int, heads: int, i
 
 
 def _descent(plan: Plan, block: BlockStructure, size: int, rows: Calibration) -> float:
-    """Every step runs its rows through the block and back, at twice the cost, and makes every weight anew, and its gradient;
-    those of the whole model run them through the original, too."""
+    """Operations of learned rounding. Every step has a forward and a backward pass (twice the cost), and updates every weight;
+    the end-to-end stage also runs the original model."""
     planned = next((p for x in block.linears if (p := plan.linears.get(x.name)) is not None), None)
     if planned is None:
         return 0.0
@@ -172,78 +180,89 @@ def _descent(plan: Plan, block: BlockStructure, size: int, rows: Calibration) ->
 
 
 def _learning(plan: Plan, block: BlockStructure, busy: list[LinearGroup], heads: int, item: int, workers: int) -> int:
-    """Of every weight, in float32, the original, the offset, its first and its best value, and the gradients of every piece;
-    per worker what one linear's gradient passes through, and what it keeps of a piece for the way back, scores too."""
+    """Peak bytes of learned rounding.
+
+    These are: for every weight the original, the offset, its first and its best value (float32), and gradients of every piece;
+    for each worker the buffers of one linear's gradient, and the activations and scores of a piece for the backward pass.
+    """
     assert plan.calibration is not None
     sizes, length = [x.shape[0] * x.shape[1] for x in block.linears], plan.calibration.seqlen
     hidden = block.groups[0].linears[0].shape[1]
     widths = sum(g.linears[0].shape[1] + sum(x.shape[0] for x in g.linears) for g in busy) + 8 * hidden
     scores = 4 * heads * length if length <= LONGEST else 0
-    kept = (max(PIECE_TOKENS, length) if length else piece_tokens(hidden)) * (2 * widths + scores) * item
+    activations = (max(PIECE_TOKENS, length) if length else piece_tokens(hidden)) * (2 * widths + scores) * item
     batch = next((p.options["batch"] for x in block.linears if (p := plan.linears.get(x.name))), 0)
-    pieces = -(-batch // max(1, PIECE_TOKENS // max(1, length)))
-    return sum(sizes) * (16 + (pieces + 1) * item) + workers * (32 * max(sizes) + kept)
+    piece_count = -(-batch // max(1, PIECE_TOKENS // max(1, length)))
+    return sum(sizes) * (16 + (piece_count + 1) * item) + workers * (32 * max(sizes) + activations)
 
 
 def _stats(group: LinearGroup, item: int, hessian: bool) -> int:
-    """What is gathered of a group: the sample, and the Hessian."""
+    """Bytes of the statistics of a group: the sample and the Hessian."""
     width = group.linears[0].shape[1]
     return 2 * SAMPLE_TOKENS * width * item + (4 * width * width if hessian else 0)
 
 
 def _solving(group: LinearGroup, item: int, workers: int, sweeps: bool) -> int:
-    """The group's float32 weights (where the block is not in float32 itself), its codes in slices and put together; per worker
-    a slice in float32, its errors, what it is dequantized from and to, and sample outputs; with sweeps also the slice as it
-    was, and the scale of every weight twice."""
+    """Peak bytes of solving a group.
+
+    These are: the group's float32 weights (unless the block is in float32 itself), its codes in slices and joined; for each
+    worker a slice in float32, its errors, buffers of its dequantization, and sample outputs; with sweeps also the original
+    slice, and the scale of every weight twice.
+    """
     rows = [x.shape[0] for x in group.linears]
     columns = group.linears[0].shape[1]
-    whole = sum(rows) * columns
-    piece = min(slice_rows(sum(rows), columns), sum(rows)) * columns
-    return whole * (2 + (4 if item < 4 else 0)) + min(workers, -(-whole // piece)) * piece * (20 + 12 * sweeps)
+    values = sum(rows) * columns
+    slice_values = min(slice_rows(sum(rows), columns), sum(rows)) * columns
+    return values * (2 + (4 if item < 4 else 0)) + min(workers, -(-values // slice_values)) * slice_values * (
+        20 + 12 * sweeps
+    )
 
 
 def _branching(plan: Plan, group: LinearGroup, workers: int) -> int:
-    """Of a group with low-rank parts, its weights and codes once more; per worker an error in float64 twice, its product with
-    the Hessian, and an eigendecomposition."""
+    """Peak bytes of low-rank branches of a group.
+
+    These are: its weights and codes once more; for each worker an error in float64 twice, its product with the Hessian, and an
+    eigendecomposition.
+    """
     shapes = [x.shape for x in group.linears if (p := plan.linears.get(x.name)) is not None and p.rank]
     if not shapes:
         return 0
-    each = max(
+    worker_bytes = max(
         24 * out * columns + 32 * min(out, columns) ** 2 + 16 * columns**2 * (out > columns) for out, columns in shapes
     )
-    return 5 * sum(map(math.prod, shapes)) + min(workers, len(shapes)) * each
+    return 5 * sum(map(math.prod, shapes)) + min(workers, len(shapes)) * worker_bytes
 
 
-def refuse_what_cannot_fit(found: Forecast, folder: Path, work: Path | None = None) -> None:
+def refuse_what_cannot_fit(cost: Forecast, folder: Path, work: Path | None = None) -> None:
     """Raises Unsupported for memory, IOFailure for disk, with needed and available bytes.
 
     folder: where the result goes; work: the job folder, if there is to be one
     """
     available = available_memory()
-    if available is not None and found.peak_memory > available:
+    if available is not None and cost.peak_memory > available:
         raise Unsupported(
-            f"the run needs about {megabytes(found.peak_memory)} of memory and {megabytes(available)} are available: use fewer "
+            f"the run needs about {megabytes(cost.peak_memory)} of memory and {megabytes(available)} are available: use fewer "
             "--threads, shorter rows (--seqlen), or a larger machine"
         )
-    # What an earlier run of the same command left is used again, or removed before it is written anew.
+    # Files of an earlier run of the same command are used again, or removed first.
     if work is None:
-        needs = {folder: 1.1 * (found.packed_bytes + found.copied_bytes + found.job_bytes)}
+        needs = {folder: 1.1 * (cost.packed_bytes + cost.copied_bytes + cost.job_bytes)}
     else:
         needs = {
-            folder: 1.1 * (found.packed_bytes + found.copied_bytes) - _bytes_below(partial_path(folder)),
-            work: 1.1 * found.job_bytes - _bytes_below(work),
+            folder: 1.1 * (cost.packed_bytes + cost.copied_bytes) - _bytes_below(partial_path(folder)),
+            work: 1.1 * cost.job_bytes - _bytes_below(work),
         }
     by_disk: dict[int, tuple[Path, float]] = {}
-    for place, need in needs.items():
-        there = next(p for p in (place, *place.resolve().parents) if p.exists())
-        disk = there.stat().st_dev
-        by_disk[disk] = (there, max(0.0, need) + by_disk.get(disk, (there, 0.0))[1])
-    for there, needed in by_disk.values():
-        free = shutil.disk_usage(there).free
+    for target, need in needs.items():
+        existing = next(p for p in (target, *target.resolve().parents) if p.exists())
+        disk = existing.stat().st_dev
+        by_disk[disk] = (existing, max(0.0, need) + by_disk.get(disk, (existing, 0.0))[1])
+    for existing, needed in by_disk.values():
+        free = shutil.disk_usage(existing).free
         if needed > free:
             raise IOFailure(
-                f"{there}: the run needs about {megabytes(needed)} more of disk and {megabytes(free)} are free: make room, or "
-                "use another --out or --work"
+                f"{existing}: the run needs about {megabytes(needed)} more of disk and {megabytes(free)} are free: make room, "
+                "or use another --out or --work"
             )
 
 

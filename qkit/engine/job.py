@@ -1,17 +1,17 @@
-"""The job folder: what makes a run durable.
+"""The job folder, which lets an interrupted run continue.
 
-    job.json            says that the folder is a job's, and the identity of the job (plan, versions, source)
+    job.json            marks the folder as a job; the identity of the job (plan, versions, source)
     journal.jsonl       one line per finished block; the line is the commit
     parts/NNNN.safetensors   a block's quantized and rewritten tensors
     rows/NNNN.bin       hidden states that enter block NNNN
     lock                held while a process works here
 
-What a job folder is, and what of it may be removed, says ``job_folder``.
+``files.job_folder`` defines a job folder, and which of its files may be removed.
 
 A block is committed in this order: its part and the rows after it are on the disk, then its line is appended and synced.
-A torn last line is dropped. The rows that enter a block stay until the block is committed, so a kill at any moment
-leaves a state to go on from. Opening a folder of another job is refused with the field that differs, unless that
-job committed nothing: whoever corrects a mistyped argument is not kept from it by what the mistake left.
+An incomplete last line is dropped. The rows that enter a block stay until the block is committed, so a run can continue after a
+kill at any moment. Opening a folder of another job is refused, and the message names the field that differs. A job that
+committed nothing may be replaced, so a mistyped argument can be corrected.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ PIECES = ("codes", "scale", "zero", "global_scale", "input_scale", "original", S
 
 
 def finished_blocks(path: Path) -> int:
-    """How many blocks a run would find in that folder, by its journal; 0 where there is none, or the job is done."""
+    """Number of committed blocks in a job folder; 0 where there is none, or the job is done."""
     file = path / "journal.jsonl"
     return file.read_bytes().count(b"\n") if file.is_file() and parts_in(path) else 0
 
@@ -93,27 +93,27 @@ class Job:
             yield job
 
     def _claim(self) -> None:
-        """Make job.json that of this job, unless another job owns the folder and has committed something."""
+        """Write job.json for this job. Raises JobConflict where another job owns the folder and has committed blocks."""
         file, journal = self.path / "job.json", self.path / "journal.jsonl"
         stored = read_job(file) if file.exists() else None
         if stored is not None and stored.pop("finished", False):
-            # The record of a job whose output was made, and whoever asks again wants it made again.
+            # A finished job: the same command makes its output again.
             remove_bulk(self.path)
             journal.unlink(missing_ok=True)
             stored = None
         if stored is not None and (parts_in(self.path) or journal.exists()):
             different = _first_difference(self.identity, stored)
             if different is not None:
-                field, wanted, there = different
+                field, now, before = different
                 raise JobConflict(
-                    f"{self.path} holds another job: {field} is {there!r} there and {wanted!r} now: run the original command "
+                    f"{self.path} holds another job: {field} is {before!r} there and {now!r} now: run the original command "
                     "to finish it, or choose another --work folder, or delete this one"
                 )
             return
         self._write({})
 
-    def _write(self, more: dict[str, Any]) -> None:
-        content = {"kind": KIND, "version": VERSION, **self.identity, **more}
+    def _write(self, state: dict[str, Any]) -> None:
+        content = {"kind": KIND, "version": VERSION, **self.identity, **state}
         write_atomic(self.path / "job.json", json.dumps(content, indent=1, sort_keys=True).encode())
 
     def _read_journal(self) -> None:
@@ -140,7 +140,7 @@ class Job:
                 os.fsync(f.fileno())
 
     def _clean(self) -> None:
-        """Remove what a killed run left unfinished, and refuse blocks whose files no longer hold what was committed."""
+        """Remove temporary files of a killed run. Raises BadInput for committed blocks whose files changed."""
         for folder in ("parts", "rows", "."):
             for orphan in (self.path / folder).iterdir():
                 if is_temp(orphan.name) and orphan.is_file() and not orphan.is_symlink():
@@ -165,11 +165,11 @@ class Job:
         return self.path / "parts" / f"{index:04d}.safetensors"
 
     def rows_path(self, index: int, original: bool = False) -> Path:
-        """Rows that enter block ``index``; original: as they would be if nothing were quantized."""
+        """File of the rows that enter block ``index``; original: of those in the original model."""
         return self.path / "rows" / f"{index:04d}{'-original' if original else ''}.bin"
 
     def rows_entering(self, index: int) -> dict[str, Any] | None:
-        """What the journal says of the rows that enter ``index``; checked against the file."""
+        """The journal's record of the rows that enter block ``index``, checked against the file. Raises BadInput."""
         record: dict[str, Any] | None = self.entries[index - 1].get("rows") if index else None
         for field, path in (("sha256", self.rows_path(index)), ("original", self.rows_path(index, original=True))):
             digest = None if record is None else record.get(field)
@@ -209,7 +209,7 @@ class Job:
             self.rows_path(index, original).unlink(missing_ok=True)
 
     def part(self, index: int) -> dict[str, TensorInfo]:
-        """Headers of a block's part."""
+        """{name: header} of the tensors in a block's part."""
         return read_header(self.part_path(index))
 
     def read(self, info: TensorInfo) -> Tensor:
@@ -217,25 +217,25 @@ class Job:
             return read_tensor(info)
 
     def quantized(self, index: int, name: str, fmt: Format) -> tuple[QTensor, Tensor | None]:
-        """A linear of block ``index`` as it was solved, and the static scale of its activations, if it has one."""
+        """The quantized weight of a linear in block ``index``, and the static scale of its activations, float32 [1] or None."""
         part = self.part(index)
-        apart = ("original", SCALE, RESIDUAL)
-        found = {k: part[f"{name}:{k}"] for k in PIECES if f"{name}:{k}" in part and k not in apart}
+        not_solved = ("original", SCALE, RESIDUAL)
+        infos = {k: part[f"{name}:{k}"] for k in PIECES if f"{name}:{k}" in part and k not in not_solved}
         for stage, later in ((WHOLE, ("codes",)), ("repair", sparse.PIECES)):
-            place = self.stage(stage)
-            after = {} if place is None else self.part(place)
-            found.update({k: after[f"{name}:{k}"] for k in later if f"{name}:{k}" in after})
-        piece = {k: self.read(info) for k, info in found.items()}
-        params = Params(piece["scale"], piece.get("zero"), piece.get("global_scale"))
-        branch = lowrank.read(piece, (piece["codes"].shape[0], piece["codes"].shape[1]))
-        q = QTensor(piece["codes"], params, fmt, sparse.read(piece), branch)
-        return q, piece.get("input_scale")
+            stage_index = self.stage(stage)
+            stage_part = {} if stage_index is None else self.part(stage_index)
+            infos.update({k: stage_part[f"{name}:{k}"] for k in later if f"{name}:{k}" in stage_part})
+        tensors = {k: self.read(info) for k, info in infos.items()}
+        params = Params(tensors["scale"], tensors.get("zero"), tensors.get("global_scale"))
+        branch = lowrank.read(tensors, (tensors["codes"].shape[0], tensors["codes"].shape[1]))
+        q = QTensor(tensors["codes"], params, fmt, sparse.read(tensors), branch)
+        return q, tensors.get("input_scale")
 
     def inputs(self, index: int, name: str, columns: int, rotation: int) -> InputTransform:
-        """What is done at run time to the inputs of a linear of block ``index`` as it was solved."""
+        """The run-time transform of the inputs of a linear in block ``index``."""
         part = self.part(index)
-        scale, first = (self.read(part[n]) if (n := f"{name}:{k}") in part else None for k in (SCALE, RESIDUAL))
-        return InputTransform.of(scale, rotation, first, columns)
+        scale, residual = (self.read(part[n]) if (n := f"{name}:{k}") in part else None for k in (SCALE, RESIDUAL))
+        return InputTransform.of(scale, rotation, residual, columns)
 
     def stage(self, name: str) -> int | None:
         """Index of the part that a stage after the last block committed: "whole", codes of all linears; "repair", their sparse
@@ -243,11 +243,11 @@ class Job:
         return next((i for i, entry in self.entries.items() if entry.get("stage") == name), None)
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """What the journal says of every linear, the last entry about it."""
+        """{linear: its last record in the journal}."""
         return {name: record for i in sorted(self.entries) for name, record in self.entries[i]["linears"].items()}
 
     def remove_bulk(self) -> None:
-        """After a proven export: the tensors are in the output, the journal stays as the record of the run."""
+        """Remove tensors and rows after a verified export; the journal stays as the record of the run."""
         self._write({"finished": True})
         remove_bulk(self.path)
 
@@ -274,14 +274,14 @@ def _sum(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _first_difference(wanted: Any, found: Any, path: str = "") -> tuple[str, Any, Any] | None:
+def _first_difference(expected: Any, actual: Any, path: str = "") -> tuple[str, Any, Any] | None:
     """(dotted field, wanted, found) of the first place where two JSON values differ."""
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        for key in sorted({*wanted, *found}):
-            if key not in wanted or key not in found:
-                return f"{path}{key}", wanted.get(key), found.get(key)
-            deeper = _first_difference(wanted[key], found[key], f"{path}{key}.")
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        for key in sorted({*expected, *actual}):
+            if key not in expected or key not in actual:
+                return f"{path}{key}", expected.get(key), actual.get(key)
+            deeper = _first_difference(expected[key], actual[key], f"{path}{key}.")
             if deeper:
                 return deeper
         return None
-    return None if wanted == found else (path.rstrip("."), wanted, found)
+    return None if expected == actual else (path.rstrip("."), expected, actual)

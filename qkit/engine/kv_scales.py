@@ -1,7 +1,7 @@
 """The scales of an FP8 KV cache (--kv fp8), measured on the quantized model, a block in memory at a time.
 
-After the blocks of a job are done its calibration rows go through them once more, with the weights as they were solved: what a
-transform or a solver changed in keys and values is in the scales. A stop on the way begins this pass again.
+After the blocks of a job are done, its calibration rows pass through them once more with the quantized weights. So the scales
+include the changes that transforms and solvers made to keys and values. An interrupted pass starts again.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit.calibration.block_runner import Flow
-from qkit.engine.entry import embed, quantizing
+from qkit.calibration.block_runner import BlockRunner
+from qkit.engine.entry import embed, quantizing_hook
 from qkit.engine.job import Job
 from qkit.families.blocks import BlockStructure
 from qkit.families.materialize import load_block, release
 from qkit.families.structure import ModelStructure
 from qkit.files.owned import temp_path
-from qkit.kvcache.scales import Ranges, tensor_names
+from qkit.kvcache.scales import RangeCache, tensor_names
 from qkit.planning.plan import Plan, parts
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
@@ -28,46 +28,48 @@ STAGE = "cache"  # of the journal
 
 
 def measure_scales(plan: Plan, structure: ModelStructure, job: Job, pool: Workers, progress: Progress) -> None:
-    """Commit the scales of every block, [1] in the dtype of the checkpoint; nothing when that is done or not asked for."""
+    """Measure and commit the scales of every block, [1] in the checkpoint's dtype. Does nothing when they exist or the
+    plan has none.
+    """
     if not plan.static_cache or job.stage(STAGE) is not None:
         return
-    cache = Ranges()
+    cache = RangeCache()
     assert plan.calibration is not None
     progress.start("embed the calibration rows", plan.calibration.samples)
     path = temp_path(job.path / "rows", "cache 0")
     rows, calls = embed(plan, structure, job, structure.sequences[-1], path, progress.step, cache)
-    first = len(parts(plan, structure)) - len(structure.blocks)
+    offset = len(parts(plan, structure)) - len(structure.blocks)
     tensors: dict[str, Tensor] = {}
     for block, names in zip(structure.blocks, tensor_names(structure), strict=True):
         progress.start(f"KV cache, block {block.index + 1}/{len(structure.blocks)}", len(list(rows.pieces())))
-        module, handles = _solved(plan, structure, job, block, first + block.index)
-        flow = Flow(module, block, rows, calls[block.index], pool)
+        module, handles = _solved(plan, structure, job, block, offset + block.index)
+        runner = BlockRunner(module, block, rows, calls[block.index], pool)
         try:
-            after, _ = flow.leave(temp_path(job.path / "rows", f"cache {block.index + 1}"), progress.step)
+            leaving, _ = runner.leave(temp_path(job.path / "rows", f"cache {block.index + 1}"), progress.step)
         finally:
             for handle in handles:
                 handle.remove()
         release(module)
         rows.path.unlink()
-        rows = after
+        rows = leaving
         tensors.update(zip(names, cache.scales(block.index, structure.dtype), strict=True))
     rows.path.unlink()
     job.commit(job.finished, tensors, {"stage": STAGE, "linears": {}}, None)
 
 
 def _solved(
-    plan: Plan, structure: ModelStructure, job: Job, block: BlockStructure, place: int
+    plan: Plan, structure: ModelStructure, job: Job, block: BlockStructure, index: int
 ) -> tuple[nn.Module, list[Any]]:
-    """The block with the tensors of its part, and the handles of the hooks that quantize activations."""
-    part, statics, inputs = job.part(place), {}, {}
+    """The block with the tensors of its part, and handles of the hooks that quantize activations."""
+    part_infos, statics, inputs = job.part(index), {}, {}
 
     def read(stored: str) -> Tensor:
         name = stored.removesuffix(".weight")
-        if stored in part:
-            return job.read(part[stored])
+        if stored in part_infos:
+            return job.read(part_infos[stored])
         p = plan.linears[name]
-        q, statics[name] = job.quantized(place, name, p.weights)
-        inputs[name] = job.inputs(place, name, p.shape[1], p.rotation)
+        q, statics[name] = job.quantized(index, name, p.weights)
+        inputs[name] = job.inputs(index, name, p.shape[1], p.rotation)
         return inputs[name].weight_back(dequantize(q))
 
     module = load_block(structure, block, getattr(torch, plan.run_dtype), read)
@@ -76,6 +78,6 @@ def _solved(
         p = plan.linears.get(linear.name)
         if p is not None and p.activations is not None and linear.expert is None:
             owner = module.get_submodule(linear.param.removesuffix(".weight"))
-            hook = quantizing(p.activations, statics[linear.name], inputs[linear.name])
+            hook = quantizing_hook(p.activations, statics[linear.name], inputs[linear.name])
             handles.append(owner.register_forward_pre_hook(hook))
     return module, handles

@@ -1,4 +1,4 @@
-"""Learned rounding of a block whose linears are solved: the glue between a run and ``rounding.block``."""
+"""Learned rounding of a solved block: connects a run with ``rounding.block``."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from qkit.system.progress import Progress
 from qkit.tensor.qtensor import dequantize, weight_sha256
 from qkit.transforms.state import BlockState
 
-LOSS_WEIGHTS = (
-    "loss_weights"  # a need: float32 [hidden, hidden] for each block, what errors of its outputs are multiplied by
-)
+# A need: float32 [hidden, hidden] for each block, by which errors of its outputs are multiplied.
+LOSS_WEIGHTS = "loss_weights"
 
 
 def learn_block(
     state: BlockState,
     name: str,
     results: list[LinearResult],
-    before: dict[str, Tensor],
+    original_weights: dict[str, Tensor],
     rows: Rows,
     targets: Path,
     call: Call | OneByOne,
@@ -35,11 +34,13 @@ def learn_block(
     pool: Workers,
     progress: Progress,
 ) -> tuple[list[LinearResult], dict[str, Any]]:
-    """The results with codes that are learned for the block as a whole, put in place, and what the journal says of it.
+    """Results with learned codes, which the module also holds, and further fields of the block's journal entry.
 
-    before: the weights that were solved, float32 [out, in], by linear; targets: the rows that leave the block in the original
-    model. The hooks that quantize inputs are in force. Errors of single linears in the results stay those of the solver: that
-    of the block, a mean square per channel, is what was lowered.
+    original_weights: {linear: float32 [out, in], the weight that was solved}
+    targets:          file of the rows that leave the block in the original model
+
+    The hooks that quantize inputs must be active. Errors of single linears remain those of the solver: learning lowers the
+    error of the block, a mean square per channel.
     """
     options = results[0].plan.options
     settings = Settings(options["steps"], options["batch"], options["rate"], seed)
@@ -48,8 +49,8 @@ def learn_block(
     learners = []
     for r in results:
         inputs = state.inputs(group_of[r.plan.name], r.plan.rotation)
-        learners.append(LearnedWeight.of(r.linear, inputs.weight(before[r.plan.name]), r.qtensor, inputs))
-    learned, first, last = reconstruct(
+        learners.append(LearnedWeight.of(r.linear, inputs.weight(original_weights[r.plan.name]), r.qtensor, inputs))
+    learned, first_error, last_error = reconstruct(
         state.module,
         learners,
         rows,
@@ -58,10 +59,10 @@ def learn_block(
         settings,
         pool,
         progress.step,
-        state.given.get(LOSS_WEIGHTS),
+        state.original_values.get(LOSS_WEIGHTS),
     )
-    put_in_place = []
+    rounded = []
     for r, x, q in zip(results, learners, learned, strict=True):
         r.linear.view(state.module).copy_(x.inputs.weight_back(dequantize(q)))
-        put_in_place.append(replace(r, qtensor=q, weight_sha256=weight_sha256([q])))
-    return put_in_place, {"block_error": [float(f"{first:.6g}"), float(f"{last:.6g}")]}
+        rounded.append(replace(r, qtensor=q, weight_sha256=weight_sha256([q])))
+    return rounded, {"block_error": [float(f"{first_error:.6g}"), float(f"{last_error:.6g}")]}

@@ -1,4 +1,4 @@
-"""The model of a job before it was quantized."""
+"""The original model of a job, with its transforms but without quantization."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qkit.transforms.rotate import rotate_outer
 
 
 def original_model(plan: Plan, structure: ModelStructure, job: Job) -> Any:
-    """The model in float32 as the transforms of the job left it, before it was quantized."""
+    """The transformers model in float32, with the job's transforms applied and nothing quantized."""
     model = loading.load(structure.checkpoint.path, dtype=torch.float32)
     if not plan.transforms and plan.key_exponents is None:
         return model
@@ -24,14 +24,14 @@ def original_model(plan: Plan, structure: ModelStructure, job: Job) -> Any:
         for module in (structure.family.embeddings, structure.family.final_norm, structure.family.head):
             value = rotated[structure.stored_name(f"{module}.weight")].float()
             model.get_submodule(module).weight = nn.Parameter(value, requires_grad=False)
-    for place, block in enumerate(parts(plan, structure)):
-        module, part = model.get_submodule(block.path), job.part(place)
+    for index, block in enumerate(parts(plan, structure)):
+        module, part_infos = model.get_submodule(block.path), job.part(index)
         weights = {f"{x.name}.weight": x for x in block.linears}
         for name, stored in block.stored:
-            if stored in part and stored not in weights:
-                module.get_parameter(name).data.copy_(job.read(part[stored]))
+            if stored in part_infos and stored not in weights:
+                module.get_parameter(name).data.copy_(job.read(part_infos[stored]))
         for stored, linear in weights.items():
-            found = part.get(f"{linear.name}:original", part.get(stored))
-            if found is not None:
-                linear.view(module).copy_(job.read(found))
+            info = part_infos.get(f"{linear.name}:original", part_infos.get(stored))
+            if info is not None:
+                linear.view(module).copy_(job.read(info))
     return model

@@ -1,8 +1,9 @@
 """OUT.partial: where one process builds a result, until the folder is renamed to OUT.
 
-The process holds a lock on the folder itself, so that no other command writes there, and the kernel gives it up however the
-process ends. The job folder lists the files before they are written: what a killed run left is removed by that list, and a
-folder with anything else in it is refused.
+The process holds a lock on the folder itself, so no other command writes there; the kernel releases it however the process
+ends.
+The job folder lists the files before they are written. Files of a killed run are removed by that list, and a folder with any
+other file is refused.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ class Partial:
     @classmethod
     @contextmanager
     def claim(cls, out: Path, work: Path) -> Iterator[Partial]:
-        """Make OUT.partial, or go on with the one that the job in ``work`` made; it is empty or holds listed files then.
+        """Create OUT.partial, or claim the one that the job in ``work`` made. It is empty or holds listed files.
 
-        Raises JobConflict where another process holds it, or where something is in it that this job did not list;
-        BadInput for a link; IOFailure.
+        Raises JobConflict where another process holds it, or it has a file that this job did not list; BadInput for a
+        link; IOFailure.
         """
         path = partial_path(out)
         handle = _hold(path, out)
@@ -57,7 +58,7 @@ class Partial:
             os.close(handle)
 
     def _listed(self) -> set[str]:
-        """Files that the job said it would write, and their unfinished copies."""
+        """Files that the job listed before writing them, and their unfinished copies."""
         if not self._listing.exists():
             return set()
         content: Any = parse_json(read_bytes(self._listing, 1 << 28), str(self._listing))
@@ -77,17 +78,17 @@ class Partial:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the files that are in it now."""
+        """Bytes of the files in the folder now."""
         return sum(os.lstat(self.path / n).st_size for n in files_below(self.path))
 
 
 def partial_path(out: Path) -> Path:
-    """Where the result is built, beside its final place."""
+    """Path of the folder in which a result is built, beside its final path."""
     return out.with_name(out.name + ".partial")
 
 
 def _hold(path: Path, out: Path) -> int:
-    """A handle of the folder, made if it is not there, with a lock on it."""
+    """A locked handle of the folder, which is created if it does not exist."""
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a job keeps of a block: the tensors of a part, and an entry of the journal."""
+"""The record of a block in a job: the tensors of its part, and its entry in the journal."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from qkit.tensor import lowrank, sparse
 from qkit.tensor.input_transform import RESIDUAL, SCALE
 from qkit.transforms.state import BlockState
 
-NOTICED = "calibration"  # in an entry of the journal
+ROW_NOTICE = "calibration"  # in an entry of the journal
 
 
 def part_tensors(results: list[LinearResult], state: BlockState, originals: bool) -> dict[str, Tensor]:
-    """Tensors of a part: '<linear>:<piece>' of what is quantized, and plain tensors by their names.
+    """{name: tensor} of a part: '<linear>:<piece>' for quantized linears, and the checkpoint's name for plain tensors.
 
-    originals: also the weights that a transform rewrote, as they were before they were quantized.
+    originals: add the weights that a transform rewrote, as they were before quantization.
     """
     tensors = plain_tensors(state.structure.checkpoint, state.block, state.module)
     planned = {r.plan.name for r in results}
@@ -33,7 +33,7 @@ def part_tensors(results: list[LinearResult], state: BlockState, originals: bool
     for r in results:
         q = r.qtensor
         changed = state.changed.get(r.plan.name) if originals else None
-        pieces = {
+        tensors_of_linear = {
             "codes": q.codes,
             "scale": q.params.scale,
             "zero": q.params.zero,
@@ -45,37 +45,38 @@ def part_tensors(results: list[LinearResult], state: BlockState, originals: bool
             **({} if q.sparse is None else sparse.write(q.sparse, q.shape)),
             **({} if q.low_rank is None else lowrank.write(q.low_rank)),
         }
-        tensors.update({f"{r.plan.name}:{k}": v.contiguous() for k, v in pieces.items() if v is not None})
+        tensors.update({f"{r.plan.name}:{k}": v.contiguous() for k, v in tensors_of_linear.items() if v is not None})
     return tensors
 
 
 def entry_of(results: list[LinearResult]) -> dict[str, Any]:
-    """The records of all linears."""
+    """The journal entry with the records of all linears."""
     return {"linears": {r.plan.name: r.entry() for r in results}}
 
 
-def noticed(inside: list[bool], after: list[bool], beyond: set[int]) -> dict[str, Any]:
-    """What the journal says of the rows of a block, where something is to be said: how many there are, how many of them are
-    left out for values that are not finite, and how many have finite ones beyond what the checkpoint's dtype holds.
+def row_notice(finite_inside: list[bool], finite_after: list[bool], over_limit: set[int]) -> dict[str, Any]:
+    """Journal fields about the rows of a block; empty if all rows are good.
 
-    inside, after: which rows are good at the inputs of the block's linears, and behind the block
+    The counts are: all rows, rows left out for non-finite values, and rows with finite values beyond the checkpoint's dtype.
+
+    finite_inside, finite_after: which rows are finite at the inputs of the block's linears, and after the block
     """
-    bad = [a and b for a, b in zip(inside, after, strict=True)].count(False)
-    told = {"rows": len(after), "not_finite": bad, "beyond_dtype": len(beyond)}
-    return {NOTICED: told} if bad or beyond else {}
+    bad = [a and b for a, b in zip(finite_inside, finite_after, strict=True)].count(False)
+    counts = {"rows": len(finite_after), "not_finite": bad, "beyond_dtype": len(over_limit)}
+    return {ROW_NOTICE: counts} if bad or over_limit else {}
 
 
-def notices(journal: Iterable[dict[str, Any]], dtype: str) -> list[str]:
-    """The same of all blocks for a person, a sentence each. journal: its entries; dtype: of the checkpoint."""
-    told = [entry[NOTICED] for entry in journal if NOTICED in entry]
-    bad, beyond = (max((t[name] for t in told), default=0) for name in ("not_finite", "beyond_dtype"))
-    count = told[0]["rows"] if told else 0
-    said = []
+def row_notices(journal: Iterable[dict[str, Any]], dtype: str) -> list[str]:
+    """Sentences for the user about rows that were left out or overflow. journal: its entries; dtype: of the checkpoint."""
+    counts = [entry[ROW_NOTICE] for entry in journal if ROW_NOTICE in entry]
+    bad, over_limit = (max((t[name] for t in counts), default=0) for name in ("not_finite", "beyond_dtype"))
+    count = counts[0]["rows"] if counts else 0
+    sentences = []
     if bad:
-        said.append(f"{bad} of {count} calibration rows were left out: their activations are not finite")
-    if beyond:
-        said.append(
-            f"{beyond} of {count} calibration rows have activations that {dtype} cannot hold: they were measured in float32, "
-            f"and a model in {dtype} overflows there: run the result in bfloat16, or quantize a bfloat16 checkpoint"
+        sentences.append(f"{bad} of {count} calibration rows were left out: their activations are not finite")
+    if over_limit:
+        sentences.append(
+            f"{over_limit} of {count} calibration rows have activations that {dtype} cannot hold: they were measured in "
+            f"float32, and a model in {dtype} overflows there: run the result in bfloat16, or quantize a bfloat16 checkpoint"
         )
-    return said
+    return sentences

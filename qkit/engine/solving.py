@@ -1,4 +1,4 @@
-"""The linears of a block, from weights to results: tasks cut into slices of rows, solved side by side, and judged."""
+"""Solves the linears of a block. Tasks are cut into slices of rows, solved in parallel, and compared with plain rounding."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ FEW_TOKENS = 32  # an expert that saw fewer is rounded to nearest: its Hessian w
 _SLICE_ROWS = 1024  # output rows that are solved as one, at the most; does not depend on the number of workers
 _SLICE_VALUES = 3 << 20  # or as many as have this many weights: few long columns cost less than many short ones
 LARGEST = 1e18  # magnitude of a weight: sums of squares of float32 end at 3e38
-ROUNDS = 2  # of solving codes for what a branch leaves; our choice
-_ENERGY_TOKENS = 256  # of the sample, to measure errors on
+ROUNDS = 2  # how often codes are solved again with a low-rank branch taken out; our choice
+_ENERGY_TOKENS = 256  # sampled tokens that errors are measured on
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearResult:
-    """What became of one linear.
+    """The quantized weight of one linear, with its errors.
 
-    Errors are relative squared output errors on sample tokens (of the weights themselves when no rows were run): of the
-    result, and of plain rounding. tokens: how many the group's statistics saw; recipe: the one of several that was kept.
+    error, baseline_error: relative squared output error on sample tokens (of the weights themselves when no rows were run), of
+    the result and of plain rounding. static: float32 [1], scale of a static activation format; tokens: number of tokens in the
+    group's statistics; recipe: the kept one, where several were compared.
     """
 
     linear: Linear
@@ -53,7 +54,7 @@ class LinearResult:
     recipe: str | None = None
 
     def entry(self) -> dict[str, Any]:
-        """The journal's record of it."""
+        """The record of the linear in the journal."""
         sparse, low_rank = self.qtensor.sparse, self.qtensor.low_rank
         return {
             **({} if sparse is None else {"sparse": sparse.nnz}),
@@ -69,7 +70,7 @@ class LinearResult:
 
 @dataclass(frozen=True)
 class _Work:
-    """A group to solve. sparse: of each weight, what was taken out of it beforehand; the task holds the rest."""
+    """A group to solve. sparse: the outliers taken out of each weight; the task holds the rest."""
 
     solver: Solver
     task: Task
@@ -78,18 +79,20 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Slice:
-    """Some rows of one linear: what was found for them, and sums of squares of errors and outputs."""
+    """Solved rows of one linear, with sums of squares of errors (of the result, of plain rounding) and of outputs."""
 
     qtensor: QTensor
     error: float
     baseline: float
-    whole: float
+    energy: float
     fallback: str | None
 
 
-def look_at_inputs(planned: Iterable[LinearPlan], learns: bool) -> bool:
-    """Whether inputs of linears are captured before these are solved. Not where rounding is only the beginning of learned
-    rounding, which would gain nothing from it."""
+def uses_inputs(planned: Iterable[LinearPlan], learns: bool) -> bool:
+    """Whether inputs of linears are captured before they are solved.
+
+    Not where plain rounding is only the start of learned rounding, which gains nothing from them.
+    """
     return not learns or any(SOLVERS[p.solver].needs_hessian or has_static(p) or p.rank for p in planned)
 
 
@@ -99,35 +102,35 @@ def solve_groups(
     """Results of the planned linears of the groups, in order."""
     planned = [g for g in groups if g.linears[0].name in plan.linears]
     static = _static_scales(plan, planned, stats, state.structure.dtype)
-    works = pool.map(lambda g: _work(state, plan, g, stats.get(g.key)), planned)
+    works = pool.map(lambda g: _make_work(state, plan, g, stats.get(g.key)), planned)
     results = _results(plan, planned, works, static, pool)
-    with_rank = [i for i, own in enumerate(results) if any(r.plan.rank for r in own)]
+    with_rank = [i for i, group_results in enumerate(results) if any(r.plan.rank for r in group_results)]
     if with_rank:
-        some, whole = [planned[i] for i in with_rank], [works[i] for i in with_rank]
-        best = _fitted([results[i] for i in with_rank], whole, pool)
-        taken = _of_weights(best, whole, pool)
+        rank_groups, rank_works = [planned[i] for i in with_rank], [works[i] for i in with_rank]
+        best = _with_branches([results[i] for i in with_rank], rank_works, pool)
+        branches = _weight_branches(best, rank_works, pool)
         for _ in range(ROUNDS):
-            rest = [_without(*pair) for pair in zip(whole, taken, strict=True)]
-            last = _fitted(_results(plan, some, rest, static, pool), whole, pool)
-            best = [_better(*pair) for pair in zip(best, last, strict=True)]
-            taken = [[r.qtensor.low_rank for r in own] for own in last]
-        for i, own in zip(with_rank, best, strict=True):
-            results[i] = own
-    return [r for own in results for r in own]
+            reduced = [_without_branches(*pair) for pair in zip(rank_works, branches, strict=True)]
+            refitted = _with_branches(_results(plan, rank_groups, reduced, static, pool), rank_works, pool)
+            best = [_better_results(*pair) for pair in zip(best, refitted, strict=True)]
+            branches = [[r.qtensor.low_rank for r in group_results] for group_results in refitted]
+        for i, group_results in zip(with_rank, best, strict=True):
+            results[i] = group_results
+    return [r for group_results in results for r in group_results]
 
 
 def _results(
     plan: Plan, planned: list[LinearGroup], works: list[_Work], static: dict[str, Tensor], pool: Workers
 ) -> list[list[LinearResult]]:
-    """Of every group, by linear; without low-rank parts."""
-    pieces = [(i, piece) for i, work in enumerate(works) for piece in _row_slices(work.task)]
-    slices = pool.map(lambda item: _solve(works[item[0]], item[1]), pieces)
+    """Results of every group, by linear, without low-rank parts."""
+    slices_of_groups = [(i, spans) for i, work in enumerate(works) for spans in _row_slices(work.task)]
+    slices = pool.map(lambda item: _solve(works[item[0]], item[1]), slices_of_groups)
     jobs: list[tuple[Linear, list[_Slice], _Work, int, Tensor | None]] = []
     for i, group in enumerate(planned):
-        mine = [s for (j, _), s in zip(pieces, slices, strict=True) if j == i]
+        group_slices = [s for (j, _), s in zip(slices_of_groups, slices, strict=True) if j == i]
         for k, linear in enumerate(group.linears):
-            parts = [found for s in mine if (found := s[k]) is not None]
-            jobs.append((linear, parts, works[i], k, static.get(group.key)))
+            linear_slices = [solved for s in group_slices if (solved := s[k]) is not None]
+            jobs.append((linear, linear_slices, works[i], k, static.get(group.key)))
     joined = iter(pool.map(lambda job: _join(plan.linears[job[0].name], *job), jobs))
     return [[next(joined) for _ in group.linears] for group in planned]
 
@@ -142,49 +145,55 @@ def _results(
 _Branches = list[LowRank | None]
 
 
-def _of_weights(results: list[list[LinearResult]], works: list[_Work], pool: Workers) -> list[_Branches]:
-    """Of every group, branches that fit the weights themselves; None for linears without one."""
-    jobs = [(work, k, r.plan.rank) for own, work in zip(results, works, strict=True) for k, r in enumerate(own)]
-    found = iter(pool.map(lambda job: _branch(*job, job[0].task.weights[job[1]]) if job[2] else None, jobs))
-    return [[next(found) for _ in own] for own in results]
+def _weight_branches(results: list[list[LinearResult]], works: list[_Work], pool: Workers) -> list[_Branches]:
+    """For every group, low-rank branches that fit the weights themselves; None for linears without one."""
+    jobs = [
+        (work, k, r.plan.rank)
+        for group_results, work in zip(results, works, strict=True)
+        for k, r in enumerate(group_results)
+    ]
+    branches = iter(pool.map(lambda job: _branch(*job, job[0].task.weights[job[1]]) if job[2] else None, jobs))
+    return [[next(branches) for _ in group_results] for group_results in results]
 
 
-def _without(work: _Work, branches: _Branches) -> _Work:
-    """The group with these branches taken out of its weights."""
-    pairs = zip(work.task.weights, branches, strict=True)
-    weights = [w if b is None else w - lowrank.add_(torch.zeros_like(w), b) for w, b in pairs]
+def _without_branches(work: _Work, branches: _Branches) -> _Work:
+    """The group with the branches subtracted from its weights."""
+    weights_and_branches = zip(work.task.weights, branches, strict=True)
+    weights = [w if b is None else w - lowrank.add_(torch.zeros_like(w), b) for w, b in weights_and_branches]
     return replace(work, task=replace(work.task, weights=weights, amax=shared_amax(weights, work.task.fmt)))
 
 
-def _fitted(results: list[list[LinearResult]], works: list[_Work], pool: Workers) -> list[list[LinearResult]]:
-    """Of every group, with branches that fit what the codes leave. works: of the whole weights, whatever was solved."""
-    jobs = [(r, work, k) for own, work in zip(results, works, strict=True) for k, r in enumerate(own)]
-    found = iter(pool.map(lambda job: _with_branch(*job), jobs))
-    return [[next(found) for _ in own] for own in results]
+def _with_branches(results: list[list[LinearResult]], works: list[_Work], pool: Workers) -> list[list[LinearResult]]:
+    """Results with branches that fit the errors of the codes. works: with the full weights, whatever was solved."""
+    jobs = [
+        (r, work, k) for group_results, work in zip(results, works, strict=True) for k, r in enumerate(group_results)
+    ]
+    fitted = iter(pool.map(lambda job: _with_branch(*job), jobs))
+    return [[next(fitted) for _ in group_results] for group_results in results]
 
 
 def _with_branch(r: LinearResult, work: _Work, index: int) -> LinearResult:
-    """index: of the linear in its group."""
+    """The result with a branch that fits its error. index: of the linear in its group."""
     if not r.plan.rank:
         return r
-    task, weight, taken = work.task, work.task.weights[index], work.sparse[index]
+    task, weight, outliers = work.task, work.task.weights[index], work.sparse[index]
     error = weight - dequantize(replace(r.qtensor, sparse=None))
     branch = _branch(work, index, r.plan.rank, error)
-    left = error.sub_(lowrank.add_(torch.zeros_like(error), branch))
-    sample = None if task.stats is None else _thin(task.stats.sample).float()
-    whole = max(_energy(weight if taken is None else add_(weight.clone(), taken), sample), 1e-30)
-    return replace(r, qtensor=replace(r.qtensor, low_rank=branch), error=_energy(left, sample) / whole)
+    rest = error.sub_(lowrank.add_(torch.zeros_like(error), branch))
+    sample = None if task.stats is None else _energy_sample(task.stats.sample).float()
+    total_energy = max(_energy(weight if outliers is None else add_(weight.clone(), outliers), sample), 1e-30)
+    return replace(r, qtensor=replace(r.qtensor, low_rank=branch), error=_energy(rest, sample) / total_energy)
 
 
 def _branch(work: _Work, index: int, rank: int, error: Tensor) -> LowRank:
-    """error: float32 [out, in], of that linear or the weight itself. The Hessian of a starved expert would be noise."""
+    """The branch that fits an error, float32 [out, in]. The Hessian of an expert with few tokens is not used: it is noise."""
     stats = work.task.stats
     hessian = stats.hessian if stats is not None and stats.tokens >= FEW_TOKENS else None
     return lowrank.find(error, hessian, rank, work.task.dtype)
 
 
-def _better(first: list[LinearResult], second: list[LinearResult]) -> list[LinearResult]:
-    """What is kept of a group; errors of plain rounding are those of the whole weights."""
+def _better_results(first: list[LinearResult], second: list[LinearResult]) -> list[LinearResult]:
+    """The results with the smaller error; errors of plain rounding are those of the full weights."""
     if sum(r.error for r in second) >= sum(r.error for r in first):
         return first
     return [replace(b, baseline_error=a.baseline_error) for a, b in zip(first, second, strict=True)]
@@ -193,8 +202,11 @@ def _better(first: list[LinearResult], second: list[LinearResult]) -> list[Linea
 def _static_scales(
     plan: Plan, groups: list[LinearGroup], stats: dict[str, Stats], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """{group key: float32 [1]} of groups whose activation format stores a scale. Experts of a layer that have the same one
-    share it, as engines run them as one product. dtype: of the model, which scales are stored in."""
+    """{group key: float32 [1]}, scales of groups with a static activation format.
+
+    Experts of a layer with the same format share one scale, since engines run them as one product. dtype: of the model, in
+    which scales are stored.
+    """
     peak: dict[str, float] = {}
     share: dict[tuple[str, Format], list[str]] = {}
     for g in groups:
@@ -211,25 +223,25 @@ def _static_scales(
     return result
 
 
-def _work(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats | None) -> _Work:
+def _make_work(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats | None) -> _Work:
     p = plan.linears[group.linears[0].name]
     solver = SOLVERS[p.solver]
     if solver.needs_hessian and group.expert is not None and stats is not None and stats.tokens < FEW_TOKENS:
-        solver = SOLVERS["rtn"]  # the declared policy for starved experts; the token count says so in the record
-    seen = stats if stats is not None and stats.tokens else None
-    aims = [state.inputs(group, p.rotation).weight(state.weight(x)) for x in group.linears]
-    for x, weight in zip(group.linears, aims, strict=True):
+        solver = SOLVERS["rtn"]  # policy for experts with few tokens; the record has the token count
+    used_stats = stats if stats is not None and stats.tokens else None
+    targets = [state.inputs(group, p.rotation).weight(state.weight(x)) for x in group.linears]
+    for x, weight in zip(group.linears, targets, strict=True):
         _refuse_huge(x.name, weight)
-    if solver.aim is not None and seen is not None:
-        aims = solver.aim(aims, seen, p.options)
+    if solver.aim is not None and used_stats is not None:
+        targets = solver.aim(targets, used_stats, p.options)
     weights, sparse = [], []
-    for x, weight in zip(group.linears, aims, strict=True):
+    for x, weight in zip(group.linears, targets, strict=True):
         count = plan.linears[x.name].outliers
-        dense, taken = split(weight, count, state.structure.dtype) if count else (weight, None)
+        dense, outliers = split(weight, count, state.structure.dtype) if count else (weight, None)
         weights.append(dense)
-        sparse.append(taken)
-    shared = shared_amax(weights, p.weights)
-    prepared = None if solver.prepare is None or seen is None else solver.prepare(seen, p.options)
+        sparse.append(outliers)
+    amax = shared_amax(weights, p.weights)
+    prepared = None if solver.prepare is None or used_stats is None else solver.prepare(used_stats, p.options)
     tokens = None if stats is None else stats.tokens
     return _Work(
         solver,
@@ -237,8 +249,8 @@ def _work(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats | None
             weights=weights,
             fmt=p.weights,
             dtype=state.structure.dtype,
-            stats=seen,
-            amax=shared,
+            stats=used_stats,
+            amax=amax,
             options=p.options,
             prepared=prepared,
             tokens=tokens,
@@ -257,17 +269,17 @@ def _refuse_huge(name: str, weight: Tensor) -> None:
         )
 
 
-Piece = tuple[tuple[int, int] | None, ...]  # rows of each weight of the group; None: not in this piece
+RowSpans = tuple[tuple[int, int] | None, ...]  # rows of each weight of the group; None: no rows in this slice
 
 
 def slice_rows(rows: int, columns: int) -> int:
-    """How many of so many output rows are solved as one: at least two slices where that is worth it."""
-    most = max(_SLICE_ROWS, _SLICE_VALUES // columns)
-    return min(most, max(_SLICE_ROWS // 2, -(-rows // 2)))
+    """Number of output rows in one slice; large weights are cut into at least two slices."""
+    limit = max(_SLICE_ROWS, _SLICE_VALUES // columns)
+    return min(limit, max(_SLICE_ROWS // 2, -(-rows // 2)))
 
 
-def _row_slices(task: Task) -> list[Piece]:
-    """Rows are independent of each other given the factor, wherever each row has scales of its own."""
+def _row_slices(task: Task) -> list[RowSpans]:
+    """Slices of the rows of a task. Rows with scales of their own are independent of each other, given the factor."""
     if task.fmt.strategy not in ("group", "tensor_group", "channel"):
         return [tuple((0, len(w)) for w in task.weights)]
     ends = list(accumulate(len(w) for w in task.weights))
@@ -276,75 +288,75 @@ def _row_slices(task: Task) -> list[Piece]:
 
     def part(k: int, a: int, b: int) -> tuple[int, int] | None:
         """The rows [a, b) of all weights stacked that lie in weight k."""
-        first = ends[k] - len(task.weights[k])
-        a, b = max(a, first) - first, min(b, ends[k]) - first
+        start = ends[k] - len(task.weights[k])
+        a, b = max(a, start) - start, min(b, ends[k]) - start
         return (a, b) if a < b else None
 
     return [tuple(part(k, a, b) for k in range(len(ends))) for a, b in pairwise(cuts)]
 
 
-def _solve(work: _Work, piece: Piece) -> list[_Slice | None]:
+def _solve(work: _Work, row_spans: RowSpans) -> list[_Slice | None]:
     task = work.task
-    spans = [(w, s, span) for w, s, span in zip(task.weights, work.sparse, piece, strict=True) if span is not None]
+    spans = [(w, s, span) for w, s, span in zip(task.weights, work.sparse, row_spans, strict=True) if span is not None]
     weights = [w[a:b] for w, _, (a, b) in spans]
-    taken = [None if s is None else s.slice(a, b) for _, s, (a, b) in spans]
+    outliers = [None if s is None else s.slice(a, b) for _, s, (a, b) in spans]
     solved = work.solver.solve(replace(task, weights=weights))
-    sample = None if task.stats is None else _thin(task.stats.sample).float()
-    found: list[_Slice] = []
-    for w, s, q in zip(weights, taken, solved.qtensors, strict=True):
-        error, baseline = (_energy(dequantize(t) - w, sample) for t in (q, _plain(w, task)))
-        whole = _energy(w if s is None else add_(w.clone(), s), sample)
-        found.append(_Slice(replace(q, sparse=s), error, baseline, whole, solved.fallback))
-    rest = iter(found)
-    return [None if span is None else next(rest) for span in piece]
+    sample = None if task.stats is None else _energy_sample(task.stats.sample).float()
+    slices: list[_Slice] = []
+    for w, s, q in zip(weights, outliers, solved.qtensors, strict=True):
+        error, baseline = (_energy(dequantize(t) - w, sample) for t in (q, _round_to_nearest(w, task)))
+        energy = _energy(w if s is None else add_(w.clone(), s), sample)
+        slices.append(_Slice(replace(q, sparse=s), error, baseline, energy, solved.fallback))
+    remaining = iter(slices)
+    return [None if span is None else next(remaining) for span in row_spans]
 
 
-def _plain(w: Tensor, task: Task) -> QTensor:
-    """Plain rounding over the full range, what every solver is measured against."""
+def _round_to_nearest(w: Tensor, task: Task) -> QTensor:
+    """The weight rounded to nearest over the full range: the baseline of every solver."""
     return quantize(w, find_params(w, task.fmt, task.dtype, amax=task.amax), task.fmt)
 
 
-def _thin(sample: Tensor) -> Tensor:
+def _energy_sample(sample: Tensor) -> Tensor:
     return sample[:: max(1, len(sample) // _ENERGY_TOKENS)]
 
 
 def _energy(w: Tensor, sample: Tensor | None) -> float:
-    """Sum of squares of the outputs on the sample tokens; of the weight itself without a sample."""
+    """Sum of squares of the outputs on sample tokens, or of the weight itself without a sample."""
     return float((w.square() if sample is None else (sample @ w.T).square_()).sum())
 
 
 def _join(
     plan: LinearPlan, linear: Linear, slices: list[_Slice], work: _Work, index: int, static: Tensor | None
 ) -> LinearResult:
-    """index: of the linear in its group."""
-    whole = max(sum(s.whole for s in slices), 1e-30)
-    error, baseline = sum(s.error for s in slices) / whole, sum(s.baseline for s in slices) / whole
+    """The result of a linear from its slices. index: of the linear in its group."""
+    total_energy = max(sum(s.energy for s in slices), 1e-30)
+    error, baseline = sum(s.error for s in slices) / total_energy, sum(s.baseline for s in slices) / total_energy
     fallback = slices[0].fallback
-    worse = error > baseline  # a solver may lose to plain rounding on a layer; then plain rounding is what is kept
-    # Rounding cannot fall back to rounding: it merely took another scale.
+    worse = error > baseline  # a solver may be worse than plain rounding on a layer; then plain rounding is kept
+    # Rounding cannot fall back to rounding: it only used another scale.
     if worse and error > 1.02 * baseline and SOLVERS[plan.solver].needs_hessian:
         fallback = fallback or f"{plan.solver} was worse than rounding"
-    taken, weight = work.sparse[index], work.task.weights[index]
-    parts = [replace(_plain(weight, work.task), sparse=taken)] if worse else [s.qtensor for s in slices]
-    least = min(error, baseline)
-    q = replace(_stack(parts), sparse=taken)
+    outliers, weight = work.sparse[index], work.task.weights[index]
+    tensors = [replace(_round_to_nearest(weight, work.task), sparse=outliers)] if worse else [s.qtensor for s in slices]
+    kept_error = min(error, baseline)
+    q = replace(_stack(tensors), sparse=outliers)
     return LinearResult(
         linear=linear,
         plan=plan,
         qtensor=q,
         static=static,
-        error=least,
+        error=kept_error,
         baseline_error=baseline,
         fallback=fallback,
         tokens=work.task.tokens,
-        weight_sha256=weight_sha256(parts),
+        weight_sha256=weight_sha256(tensors),
     )
 
 
-def _stack(parts: list[QTensor]) -> QTensor:
-    if len(parts) == 1:
-        return parts[0]
-    zeros = [q.params.zero for q in parts if q.params.zero is not None]
-    scale = torch.cat([q.params.scale for q in parts])
-    params = Params(scale, torch.cat(zeros) if zeros else None, parts[0].params.global_scale)
-    return QTensor(torch.cat([q.codes for q in parts]), params, parts[0].format)
+def _stack(tensors: list[QTensor]) -> QTensor:
+    if len(tensors) == 1:
+        return tensors[0]
+    zeros = [q.params.zero for q in tensors if q.params.zero is not None]
+    scale = torch.cat([q.params.scale for q in tensors])
+    params = Params(scale, torch.cat(zeros) if zeros else None, tensors[0].params.global_scale)
+    return QTensor(torch.cat([q.codes for q in tensors]), params, tensors[0].format)

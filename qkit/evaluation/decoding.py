@@ -18,7 +18,7 @@ from torch import Tensor
 from qkit.errors import UsageError
 from qkit.evaluation.metrics import check_window, perplexity, perplexity_change, split_windows
 from qkit.kvcache.argument import with_cache
-from qkit.kvcache.cache import Heads, PackedCache, make_cache, with_budgets
+from qkit.kvcache.cache import CacheShape, PackedCache, make_cache, with_budgets
 from qkit.kvcache.policy import CachePolicy
 from qkit.kvcache.store import Plain
 
@@ -105,7 +105,7 @@ def fresh_cache(model: Any, policy: CachePolicy | None, length: int) -> Any:
 def sizes(model: Any, cache: Any, sequences: int) -> tuple[float, float]:
     """Bytes of a sequence in a cache that holds so many, and those of a plain one at 16 bits; tokens that are kept as they
     came count as 16 bits, whatever the arithmetic here."""
-    heads = Heads.of(model)
+    heads = CacheShape.of(model)
     plain_bytes = 2.0 * heads.layers * heads.heads * heads.head_dim * cache.get_seq_length() * 2
     if not isinstance(cache, PackedCache):
         return plain_bytes, plain_bytes

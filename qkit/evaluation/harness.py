@@ -24,7 +24,7 @@ import torch
 import yaml
 
 from qkit.calibration.chat_templates import Confined, TemplateFailure
-from qkit.calibration.image_text import held_out
+from qkit.calibration.image_text import held_out_image_text
 from qkit.calibration.options import DRAWN, QUESTIONS
 from qkit.errors import BadInput, Unsupported, UsageError
 from qkit.evaluation.metrics import BATCH, BATCH_BYTES, Z95, bootstrap_ci
@@ -194,7 +194,7 @@ def _scenes(**metadata: Any) -> dict[str, Any]:
     """The project's held-out scenes, as lm-eval asks for a data set."""
     import datasets
 
-    scenes = held_out(DRAWN, QUESTIONS)
+    scenes = held_out_image_text(DRAWN, QUESTIONS)
     rows = [{"image": p.images[0], "question": p.question, "answer": p.answer, "kind": p.kind} for p in scenes]
     return {"test": datasets.Dataset.from_list(rows)}
 

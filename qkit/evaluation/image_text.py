@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qkit.calibration.dataset import KINDS
-from qkit.calibration.image_text import Pair, encoded, held_out, image_tokens, pair_rows
+from qkit.calibration.image_text import ImageText, encode, held_out_image_text, image_text_rows, image_tokens
 from qkit.calibration.options import QUESTIONS
 from qkit.errors import UsageError
 from qkit.evaluation.decoding import fresh_cache
@@ -61,7 +61,7 @@ def evaluate_image_text(
     model: Any, processor: Any, spec: str | Path, count: int = QUESTIONS, baseline: Any = None, examples: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The figures of at most ``count`` questions of ``spec`` (as for ``held_out``); intervals are 95 %, over questions.
+    """The figures of at most ``count`` questions of ``spec`` (as for ``held_out_image_text``), with 95 % intervals over questions.
 
     Figures: questions, tokens (of answers), nonfinite (of them); accuracy {percent, ci (Wilson)}, kinds {kind: {questions,
     accuracy}} where questions have kinds; perplexity and ci (of answer tokens). With a baseline accuracy further has
@@ -77,7 +77,7 @@ def evaluate_image_text(
     figures = _figures(questions)
     if examples:
         chosen = dict.fromkeys(_choose_examples(questions, examples))
-        shown_examples = [(i, pair) for i, pair in enumerate(held_out(spec, count)) if i in chosen]
+        shown_examples = [(i, pair) for i, pair in enumerate(held_out_image_text(spec, count)) if i in chosen]
         figures["examples"] = _examples(model, baseline, processor, shown_examples, _ends(model, processor))
     return figures
 
@@ -92,18 +92,19 @@ def score_questions(
             f"the two models cannot be compared token by token: the baseline is {_shape(baseline)}, the other one "
             f"{_shape(model)}; give the model that it was made from"
         )
-    total = sum(1 for _ in held_out(spec, count))  # what is wrong with an image is better said before the first answer
+    # what is wrong with an image is better said before the first answer
+    total = sum(1 for _ in held_out_image_text(spec, count))
     ends = _ends(model, processor)
     questions = list[ScoredQuestion]()
-    for piece in _pieces(held_out(spec, count)):
+    for piece in _pieces(held_out_image_text(spec, count)):
         questions += _score(model, baseline, processor, piece, ends)
         if progress is not None:
             progress(len(questions), total)
     return questions
 
 
-def _pieces(image_text: Iterator[Pair]) -> Iterator[list[Pair]]:
-    piece, pixels = list[Pair](), 0
+def _pieces(image_text: Iterator[ImageText]) -> Iterator[list[ImageText]]:
+    piece, pixels = list[ImageText](), 0
     for pair in image_text:
         piece.append(pair)
         pixels += sum(image.width * image.height for image in pair.images)
@@ -128,9 +129,9 @@ def _ends(model: Any, processor: Any) -> list[int]:
 
 @torch.inference_mode()
 def _score(
-    model: Any, baseline: Any, processor: Any, questions_asked: list[Pair], ends: list[int]
+    model: Any, baseline: Any, processor: Any, questions_asked: list[ImageText], ends: list[int]
 ) -> list[ScoredQuestion]:
-    rows = pair_rows(questions_asked, processor, image_tokens(model.config), "pairs")
+    rows = image_text_rows(questions_asked, processor, image_tokens(model.config), "pairs")
     assert rows.inputs is not None and rows.kinds is not None
     questions: dict[int, ScoredQuestion] = {}
     vocabulary = model.config.get_text_config().vocab_size
@@ -293,7 +294,7 @@ def _choose_examples(questions: Sequence[ScoredQuestion], count: int) -> list[in
 
 @torch.inference_mode()
 def _examples(
-    model: Any, baseline: Any, processor: Any, shown_examples: Sequence[tuple[int, Pair]], ends: list[int]
+    model: Any, baseline: Any, processor: Any, shown_examples: Sequence[tuple[int, ImageText]], ends: list[int]
 ) -> list[dict[str, Any]]:
     """{index (of the question), kind, question, answer, said (what the model really generates, greedily, with a plain cache),
     baseline_said (None without a baseline)}; questions that are answered differently first."""
@@ -310,8 +311,8 @@ def _examples(
     return sorted(examples, key=lambda e: (e["said"] == e[compared_key], e["index"]))
 
 
-def _generate(model: Any, processor: Any, pair: Pair, ends: list[int]) -> str:
-    inputs = encoded(pair, processor, False)
+def _generate(model: Any, processor: Any, pair: ImageText, ends: list[int]) -> str:
+    inputs = encode(pair, processor, False)
     length = inputs["input_ids"].shape[1]
     room = len(processor.tokenizer(pair.answer)["input_ids"]) + MORE
     generated = model.generate(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qkit.calibration.image_text import held_out, load_processor
+from qkit.calibration.image_text import held_out_image_text, load_processor
 from qkit.calibration.options import DRAWN
 from qkit.errors import UsageError
 from qkit.evaluation.request import EvalRequest, dimensions_of
@@ -206,7 +206,7 @@ def _processor(out: Path, image_text: str) -> Any:
             f"{out}: questions about pictures are for a vision-language model, and this is a {_kind(out)}: measure texts or "
             "tasks without pictures"
         )
-    held_out(image_text, 1)
+    held_out_image_text(image_text, 1)
     return load_processor(out)
 
 

@@ -192,9 +192,9 @@ def figures_by_step(logs: list[tuple[StepChoice, ...]]) -> dict[str, list[list[f
         for c in log:
             cell = (c.block, c.step)
             if not c.linear:
-                runs.setdefault(cell, {})[number, c.branch] = c.made == SKIPPED
+                runs.setdefault(cell, {})[number, c.branch] = c.choice == SKIPPED
             else:
-                widths.setdefault(cell, []).append(BITS[c.made])
+                widths.setdefault(cell, []).append(BITS[c.choice])
 
     def table(cell_value: Callable[[tuple[int, int]], float | None]) -> list[list[float | None]]:
         return [[cell_value((b, s)) for s in range(steps)] for b in range(blocks)]

@@ -1,9 +1,9 @@
-"""What qkit knows of each kind of model, by declaration.
+"""Declarations of the model families that qkit knows.
 
-A ``Family`` says where the blocks are, which linears of a block share their input (one Hessian, one
-factorization, in fused engines one scheme and one global scale), what feeds that input (so that a scale can
-be folded into it), and how checkpoint names differ from module names. An architecture that is not declared
-is discovered from its module tree (``discover.py``) or refused with what was seen.
+A ``Family`` declares where the blocks are, which linears of a block share their input (one Hessian, one
+factorization, in fused engines one scheme and one global scale), which layer produces that input (so that a scale can
+be folded into it), and how checkpoint names differ from module names. An architecture without a declaration
+is discovered from its module tree (``discover.py``), or refused with a message that names its modules.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Rotation:
-    """What an offline Hadamard rotation of the residual stream needs (RMSNorm models without biases on it).
+    """Names of layers for an offline Hadamard rotation of the residual stream (RMSNorm models without biases on it).
 
     reads:  linears that read the residual stream, by the norm whose weight is folded into them first
     writes: linears that write to it
@@ -62,10 +62,10 @@ class Keys:
 
 @dataclass(frozen=True)
 class Tower:
-    """A part of a model before its language model: what looks at pictures, and what projects them into its space.
+    """A part of a model before its language model: a vision encoder, or a projector into the language model's space.
 
-    name:   what recipes and reports call it
-    blocks: where it may be: a list of blocks, or one module that is a block; a model has one of them
+    name:   its name in recipes and reports
+    blocks: possible module paths: a list of blocks, or one module that is a block; a model has one of them
     """
 
     name: str
@@ -90,16 +90,14 @@ class Family:
     norm_offset: float = 0.0  # Gemma multiplies by (1 + weight)
     experts: Experts | None = None
     rotation: Rotation | None = None
-    stream: Rotation | None = None  # the same of a residual stream that cannot be rotated: pictures come into it
+    stream: Rotation | None = None  # the same for a residual stream that cannot be rotated, since images enter it
     keys: Keys | None = None
     rename: tuple[tuple[str, str], ...] = ()  # (part of a checkpoint name, part of the module name)
     towers: tuple[Tower, ...] = ()  # in the order in which they run
-    text_types: tuple[
-        str, ...
-    ] = ()  # vision-language: what text_config may be; its checkpoints are named by transformers
+    text_types: tuple[str, ...] = ()  # vision-language: model types of text_config; transformers names its checkpoints
     streams: Streams | None = None  # diffusion transformers
-    encodes: bool = False  # text encoders: no tokens come out of them
-    skips: tuple[tuple[str, str], ...] = ()  # (glob of layers that stay as they are if no rule says otherwise, why)
+    encodes: bool = False  # text encoders: they generate no tokens
+    skips: tuple[tuple[str, str], ...] = ()  # (glob of layers that are skipped unless a rule names them, reason)
     note: str = field(default="", compare=False)
 
     def stored_name(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a block is to capture, solvers and transforms: its linears, which of them share an input, and their names."""
+"""The structure of a block for capture, solvers and transforms: its linears, their groups, and their names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """A weight matrix [out, in] of a block, wherever the module keeps it.
+    """A weight matrix [out, in] of a block, as a parameter of its own or a part of one.
 
     name:   checkpoint name without '.weight'
     param:  the module parameter that holds it, relative to the block
@@ -43,11 +43,11 @@ class Linear:
     rows: tuple[int, int] | None = None
 
     def view(self, block: nn.Module) -> Tensor:
-        """The weight inside a materialized block, [out, in]; writing to it changes the block."""
+        """A view of the weight in a materialized block, [out, in]; writing to it changes the block."""
         return self.part(block.get_parameter(self.param).data)
 
     def part(self, param: Tensor) -> Tensor:
-        """The share of this linear in a tensor shaped as its parameter."""
+        """The part of this linear in a tensor with the shape of its parameter, [out, in]."""
         if self.expert is not None:
             param = param[self.expert]
         return param if self.rows is None else param[self.rows[0] : self.rows[1]]
@@ -83,8 +83,7 @@ class BlockStructure:
 
     @property
     def units(self) -> tuple[tuple[LinearGroup, ...], ...]:
-        """Groups whose linears engines want in one format: each group, and all experts, which run as one product; the experts
-        come last."""
+        """Groups whose linears need one format in engines: each group alone, and last all experts, which run as one product."""
         experts = tuple(g for g in self.groups if g.expert is not None)
         return (*((g,) for g in self.groups if g.expert is None), *([experts] if experts else []))
 
@@ -104,10 +103,10 @@ class BlockSequence:
 
 @dataclass(frozen=True)
 class Streams:
-    """What flows from block to block, where blocks are called by name.
+    """The hidden states that pass from block to block, where blocks are called with named arguments.
 
-    names:   the arguments that are it, in the order in which rows hold them, one behind the other
-    returns: which of them each result of a block is; one alone is not in a tuple
+    names:   the arguments with hidden states, in the order in which rows concatenate them
+    returns: the argument that each result of a block becomes; a single result is not in a tuple
     """
 
     names: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""From a config to a model skeleton without weights, and to the family that describes it."""
+"""Builds a model skeleton without weights from a config, and finds the family that describes it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """What config.json calls the model: its model_type, or the class of a diffusion transformer or of a text encoder."""
-    made = config.get("architectures")
-    if isinstance(made, list) and made and made[0] in encoder.ENCODERS:
-        return str(made[0])
+    """The kind of model in config.json: its model_type, or the class of a diffusion transformer or a text encoder."""
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and architectures and architectures[0] in encoder.ENCODERS:
+        return str(architectures[0])
     return str(config.get("_class_name", config.get("model_type")))
 
 
@@ -66,11 +66,11 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
         raise Unsupported(
             f"{where}: the language model inside this {kind} is {text!r}; expected one of {', '.join(declared.text_types)}"
         )
-    known = MODEL_FOR_CAUSAL_LM_MAPPING if declared is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if type(parsed) not in known:
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if declared is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if type(parsed) not in mapping:
         raise Unsupported(f"{where}: transformers has no causal language model for model_type {kind!r}")
-    # Asked for by name, sdpa is refused by a class that has none.
-    attention = "sdpa" if getattr(known[type(parsed)], "_supports_sdpa", False) else "eager"
+    # A class without sdpa refuses it where it is named.
+    attention = "sdpa" if getattr(mapping[type(parsed)], "_supports_sdpa", False) else "eager"
     auto = AutoModelForCausalLM if declared is None else AutoModelForImageTextToText
     with foreign_errors(fault, _ADVICE), torch.device("meta"):
         model = auto.from_config(parsed, attn_implementation=attention, dtype=dtype)
@@ -78,7 +78,7 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
 
 
 def _decoded(node: Any) -> Any:
-    """With the numbers that JSON has no sign for, as transformers writes them: {"__float__": "Infinity"}."""
+    """The config with infinities and NaN decoded, which transformers writes as {"__float__": "Infinity"}."""
     if isinstance(node, list):
         return [_decoded(child) for child in node]
     if not isinstance(node, dict):
@@ -118,9 +118,9 @@ def _denoiser(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn.Modu
         from accelerate import init_empty_weights
     except ImportError as e:
         raise Unsupported(f"{where}: {name} needs diffusers: pip install 'qkit[diffusion]'") from e
-    kept = {k: v for k, v in config.items() if k != "quantization_config"}
+    settings = {k: v for k, v in config.items() if k != "quantization_config"}
     with foreign_errors(f"{where}: config.json does not describe a model", _ADVICE), init_empty_weights():
-        model = getattr(diffusers, name).from_config(kept)
+        model = getattr(diffusers, name).from_config(settings)
     for p in model.parameters():
         p.data = p.data.to(dtype)
     return cast(nn.Module, model.eval())
@@ -136,22 +136,22 @@ def family_of(model: nn.Module, model_type: str) -> Family:
 
 def _discover(model: nn.Module, model_type: str) -> Family:
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    same = [(n, m) for n, m in lists if len({type(child) for child in m}) == 1]
-    if not same:
+    uniform = [(n, m) for n, m in lists if len({type(child) for child in m}) == 1]
+    if not uniform:
         raise Unsupported(
             f"model_type {model_type!r} is not declared and has no list of equal blocks to quantize; found the module "
             f"lists {[n for n, _ in lists] or 'none'}"
         )
-    path, blocks = max(same, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    path, blocks = max(uniform, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     for index, block in enumerate(blocks):
         linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
         owned = {f"{n}.{p}" for n, m in linears.items() for p, _ in m.named_parameters(recurse=False)}
         strange = [(n, tuple(p.shape)) for n, p in block.named_parameters() if p.dim() >= 2 and n not in owned]
         if strange or not linears:
-            seen = ", ".join(f"{n} {s}" for n, s in strange[:4]) or "no linear layer"
+            listed = ", ".join(f"{n} {s}" for n, s in strange[:4]) or "no linear layer"
             raise Unsupported(
                 f"model_type {model_type!r} is not declared, and its blocks ({path}) hold weights that are not plain "
-                f"linears, first in block {index}: {seen}; quantizing only a part of them is refused"
+                f"linears, first in block {index}: {listed}; quantizing only a part of them is refused"
             )
     names = dict.fromkeys(n for block in blocks for n, m in block.named_modules() if isinstance(m, nn.Linear))
     groups: list[Group] = []

@@ -1,8 +1,8 @@
 """Declarations of diffusion transformers, by the names of their classes in diffusers.
 
-A block's norms take shift, scale and gate from the timestep (adaLN). Linears that make these (modulation) and tables are left
-as they are by default: they are small, run once a step, and what they give multiplies every token. A recipe's rule
-quantizes them all the same. Embedders of latents, timesteps and texts lie outside the blocks.
+A block's norms take shift, scale and gate from the timestep (adaLN). Linears that compute these (modulation) and tables are
+skipped by default: they are small, run once a step, and their outputs multiply every token. A recipe's rule can still
+quantize them. Embedders of latents, timesteps and texts lie outside the blocks.
 
 Where an attention's inputs are modulated by what all blocks share (Wan, LTX, PixArt, Sana), no scale can be folded in front of
 them; of its values one can, into the linear that made them.
@@ -24,7 +24,7 @@ _FEED_FORWARD = (Group(("ff.net.0.proj",)), Group(("ff.net.2",)))
 _OF_TEXT = (Group(("ff_context.net.0.proj",)), Group(("ff_context.net.2",)))
 _CROSS = (Group(("attn2.to_q",)), Group(("attn2.to_k", "attn2.to_v")), Group(("attn2.to_out.0",), source="attn2.to_v"))
 _SELF = (Group(("attn1.to_q", "attn1.to_k", "attn1.to_v")), Group(("attn1.to_out.0",), source="attn1.to_v"))
-# Joint attention: queries, keys and values of pictures and of texts come from linears of their own.
+# Joint attention: images and texts have separate linears for queries, keys and values.
 _JOINT = (
     Group(("attn.to_q", "attn.to_k", "attn.to_v")),
     Group(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),

@@ -1,4 +1,4 @@
-"""From the outline to modules with weights: one block at a time, or everything around the blocks."""
+"""Loads weights into a model's modules: one block at a time, or everything outside the blocks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from qkit.system.memory import give_back
 
 
 def fill_computed_buffers(structure: ModelStructure, path: str = "", skip: Collection[str] = ()) -> None:
-    """Buffers below ``path`` that no checkpoint holds (rotary frequencies, positions of patches) are computed by the
-    initializer of the model that they are part of: a vision tower is a model inside a model. Those of a diffusion
-    transformer were computed when its skeleton was made. skip: modules that have no memory."""
+    """Compute the buffers below ``path`` that no checkpoint stores (rotary frequencies, positions of patches).
+
+    The initializer of the model that has them computes them; a vision tower is a model inside a model. Those of a diffusion
+    transformer were computed with its skeleton. skip: modules without memory.
+    """
     model = structure.model
     for name, value in (structure.computed or {}).items():
         owner = name.rpartition(".")[0]
@@ -60,9 +62,9 @@ def load_block(
 
 
 def load_outer(structure: ModelStructure, read: Callable[[str], Tensor] | None = None) -> None:
-    """Everything outside the blocks that the way into the first block needs (embeddings, positions, norms, towers).
+    """Load all modules outside the blocks that run before the first block (embeddings, positions, norms, towers).
 
-    read: as of ``load_block``
+    read: as for ``load_block``
     """
     read = read or structure.checkpoint.read_finite
     model, blocks = structure.model, structure.family.blocks
@@ -85,13 +87,13 @@ def load_outer(structure: ModelStructure, read: Callable[[str], Tensor] | None =
 
 
 def release(part: nn.Module) -> None:
-    """Give the memory of a block back; its shapes stay."""
+    """Release the memory of a block; its shapes stay."""
     part.to("meta")
     give_back()
 
 
 def release_outer(structure: ModelStructure) -> None:
-    """Give back what ``load_outer`` took."""
+    """Release the memory of ``load_outer``."""
     structure.model.to("meta")
     give_back()
 
@@ -107,7 +109,7 @@ def plain_tensors(checkpoint: Checkpoint, block: BlockStructure, module: nn.Modu
         if stored in weights:
             continue
         path, _, leaf = name.rpartition(".")
-        now: Tensor = getattr(module.get_submodule(path), leaf).data
+        current: Tensor = getattr(module.get_submodule(path), leaf).data
         original = checkpoint.read(stored)
-        result[stored] = original if torch.equal(original.to(now.dtype), now) else now.to(original.dtype)
+        result[stored] = original if torch.equal(original.to(current.dtype), current) else current.to(original.dtype)
     return result

@@ -1,6 +1,6 @@
-"""Why the tensors of a checkpoint are not those of its skeleton, where the checkpoint is not to blame.
+"""Explains why the tensors of an intact checkpoint do not match its skeleton.
 
-Both questions are asked only of a checkpoint that does not fit: what fits needs no explanation.
+These checks run only for a checkpoint that does not match.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ _KINDS = {
 
 
 def another_class(model: nn.Module, checkpoint: Checkpoint) -> str | None:
-    """A sentence where config.json names another class of transformers than the skeleton is made of."""
+    """A message, or None, where config.json names another class of transformers than that of the skeleton."""
     import transformers
 
-    stated, built = checkpoint.config.get("architectures"), type(model).__name__
-    made = stated[0] if isinstance(stated, list) and stated else built
-    cls = getattr(transformers, made, None) if isinstance(made, str) else None
-    if made == built or getattr(cls, "config_class", None) is not type(model.config):
+    architectures, built = checkpoint.config.get("architectures"), type(model).__name__
+    declared = architectures[0] if isinstance(architectures, list) and architectures else built
+    cls = getattr(transformers, declared, None) if isinstance(declared, str) else None
+    if declared == built or getattr(cls, "config_class", None) is not type(model.config):
         return None
-    what = next((f", {kind}" for end, kind in _KINDS.items() if made.endswith(end)), "")
+    description = next((f", {kind}" for end, kind in _KINDS.items() if declared.endswith(end)), "")
     return (
-        f"config.json says that this is a {made}{what}, and qkit reads a model of this type as a {built}: qkit cannot "
-        "quantize it; use the language model of that kind, if there is one"
+        f"config.json says that this is a {declared}{description}, and qkit reads a model of this type as a {built}: qkit "
+        "cannot quantize it; use the language model of that kind, if there is one"
     )
 
 
 def other_storage(model: nn.Module, checkpoint: Checkpoint, tied: Collection[str]) -> str | None:
-    """A sentence where all is there, under other names or in other pieces than those that transformers computes with."""
+    """A message, or None, where the checkpoint is complete but stores tensors under other names or in other pieces."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

@@ -1,7 +1,7 @@
-"""The outline of a checkpoint: its blocks, their linears, and which tensor of the file is which parameter.
+"""The structure of a checkpoint: its blocks, their linears, and the parameter of each stored tensor.
 
-Made from the config and the tensor headers alone, in seconds and without reading a weight: ``qkit plan`` needs
-nothing else. It is also where a file that does not match its config is refused.
+It is built from the config and the tensor headers alone, in seconds and without reading a weight. ``qkit plan`` needs nothing
+else. A file that does not match its config is refused here.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _HARMLESS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "
 
 
 class ModelStructure:
-    """What plan and run know of a checkpoint before any weight is read."""
+    """The structure of a checkpoint, known before any weight is read."""
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> None:
-        """model: the skeleton, when there is one already."""
+        """Raises Unsupported or BadCheckpoint. model: the skeleton, where there is one already."""
         self.checkpoint = checkpoint
         self.dtype = dtype_of(checkpoint)
         self.model = model or build_skeleton(checkpoint.config, str(checkpoint.path), self.dtype)
@@ -49,7 +49,7 @@ class ModelStructure:
                 f"{checkpoint.path}: config.json: text_config is there, and a model of type {kind_of(checkpoint.config)!r} has "
                 "none: get the config of this model"
             )
-        # Of a diffusion transformer, what no checkpoint holds: to be put back wherever its modules get memory.
+        # Buffers of a diffusion transformer that no checkpoint stores; they are restored when its modules get memory.
         self.computed = _computed(self.model) if self.family.streams else None
         self._named = _names_of(self.model, checkpoint) if self.family.text_types else {}
         self.tied = self._tied()
@@ -74,15 +74,17 @@ class ModelStructure:
         return f"{self._named[owner]}.{leaf}" if owner in self._named else self.family.stored_name(name)
 
     def loaded_dtype(self, name: str) -> torch.dtype:
-        """What a parameter outside the blocks is loaded in: the checkpoint's dtype. Of a diffusion transformer what its
-        pipeline samples in, but for what diffusers keeps in float32."""
+        """The dtype in which a parameter outside the blocks is loaded: that of the checkpoint.
+
+        In a diffusion transformer it is the dtype of sampling, or float32 for modules that diffusers keeps in it.
+        """
         if self.family.streams is None:
             return self.dtype
-        kept = getattr(self.model, "_keep_in_fp32_modules", None) or ()
-        return torch.float32 if any(part in kept for part in name.split(".")) else run_dtype(self.dtype)
+        float32_modules = getattr(self.model, "_keep_in_fp32_modules", None) or ()
+        return torch.float32 if any(part in float32_modules for part in name.split(".")) else run_dtype(self.dtype)
 
     def _towers(self) -> Iterator[BlockSequence]:
-        """Of the family's those that this model has, where there are linears in them."""
+        """Yield the towers of the family that this model has, if they have linears."""
         modules = dict(self.model.named_modules())
         for tower in self.family.towers:
             path = next((p for p in tower.blocks if p in modules), None)
@@ -96,12 +98,12 @@ class ModelStructure:
 
     @property
     def sequences(self) -> tuple[BlockSequence, ...]:
-        """All that can be quantized, in the order in which it runs."""
+        """All block sequences, in the order in which they run."""
         return (*self.towers, BlockSequence(DENOISER if self.family.streams else LANGUAGE, self.blocks))
 
     @property
     def every_block(self) -> tuple[BlockStructure, ...]:
-        """The blocks of the towers, and those of the language model."""
+        """Blocks of the towers and of the language model."""
         return tuple(b for s in self.sequences for b in s.blocks)
 
     def _block(self, index: int, path: str, declared: tuple[Group, ...]) -> BlockStructure:
@@ -121,13 +123,15 @@ class ModelStructure:
         return BlockStructure(index, path, tuple(groups), tuple(stored))
 
     def _plain_groups(self, module: nn.Module, path: str, groups: tuple[Group, ...]) -> Iterator[LinearGroup]:
-        every = dict(module.named_modules())
-        modules = {n: m for n, m in every.items() if isinstance(m, nn.Linear)}
+        all_modules = dict(module.named_modules())
+        modules = {n: m for n, m in all_modules.items() if isinstance(m, nn.Linear)}
         declared: list[Group] = []
         covered: set[str] = set()
         for group in groups:
-            here = all(n in modules for n in group.linears) and (group.source is None or group.source in every)
-            if here and not covered & set(group.linears):
+            is_present = all(n in modules for n in group.linears) and (
+                group.source is None or group.source in all_modules
+            )
+            if is_present and not covered & set(group.linears):
                 declared.append(group)
                 covered |= set(group.linears)
         # A linear that the declaration does not mention is still quantized, on its own.
@@ -144,7 +148,7 @@ class ModelStructure:
             yield LinearGroup(linears, self._as_configured(group), group.linears[0])
 
     def _as_configured(self, group: Group) -> Group:
-        """The declaration without its source where this model's config says that the source is another."""
+        """The declared group, without its source where this model's config excludes it."""
         if group.source_if is None:
             return group
         field, value = group.source_if
@@ -169,26 +173,28 @@ class ModelStructure:
 
             hidden = gate_up.shape[2]
             param = f"{experts.module}.gate_up_proj"
-            pair = (
+            gate_and_up = (
                 Linear(name=name(experts.gate), param=param, shape=(inner, hidden), expert=e, rows=(0, inner)),
                 Linear(name=name(experts.up), param=param, shape=(inner, hidden), expert=e, rows=(inner, 2 * inner)),
             )
-            yield LinearGroup(pair, Group(()), experts.module, e)
-            last = Linear(
+            yield LinearGroup(gate_and_up, Group(()), experts.module, e)
+            down_linear = Linear(
                 name=name(experts.down),
                 param=f"{experts.module}.down_proj",
                 shape=(down.shape[1], down.shape[2]),
                 expert=e,
             )
-            yield LinearGroup((last,), Group(()), "", e)
+            yield LinearGroup((down_linear,), Group(()), "", e)
 
     def default_skip(self, name: str) -> str | None:
-        """Why the family leaves a layer, by checkpoint name, as it is if no rule says otherwise."""
+        """The reason why the family skips a layer (by checkpoint name) unless a rule names it; None: it is not skipped."""
         return next((why for glob, why in self.family.skips if fnmatchcase(name, glob)), None)
 
     @property
     def tables(self) -> dict[str, str]:
-        """{checkpoint name: why it stays} of matrices of blocks that are no linears: routers of experts, embeddings."""
+        """{checkpoint name: reason} of block matrices that are not quantized, since they are no linears: routers,
+        embeddings.
+        """
         why = ROUTER_REASON if self.family.experts else TABLE_REASON
         linears = {f"{x.name}.weight" for b in self.blocks for x in b.linears}
         stored = [s for b in self.blocks for _, s in b.stored if s.endswith(".weight") and s not in linears]
@@ -196,7 +202,7 @@ class ModelStructure:
 
     @cached_property
     def outside(self) -> dict[str, str]:
-        """{checkpoint name: module} of linears that are in no block, not of a tower either: the output head, ..."""
+        """{checkpoint name: module} of linears outside all blocks, such as the output head."""
         within = tuple(f"{b.path}." for b in self.every_block)
         names = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(within)]
         return {self.stored_name(n): n for n in names}
@@ -205,15 +211,15 @@ class ModelStructure:
 
     @cached_property
     def outer(self) -> tuple[tuple[str, str], ...]:
-        """(parameter, checkpoint tensor) of everything outside the blocks that is stored."""
+        """(parameter, checkpoint tensor) of all stored tensors outside the blocks."""
         prefix = tuple(f"{name}." for name in self.family.blocks)
         names = [n for n, _ in (*self.model.named_parameters(), *_persistent_buffers(self.model))]
-        pairs = [(n, self.stored_name(n)) for n in names if not n.startswith(prefix)]
-        return tuple((n, s) for n, s in pairs if s not in self.tied)
+        stored_names = [(n, self.stored_name(n)) for n in names if not n.startswith(prefix)]
+        return tuple((n, s) for n, s in stored_names if s not in self.tied)
 
     @property
     def parameters(self) -> int:
-        """Numbers of the model that are stored, tied ones once."""
+        """Number of stored parameters; tied ones count once."""
         names = {s for _, s in self.outer} | {s for b in self.blocks for _, s in b.stored}
         return sum(math.prod(self.checkpoint.tensors[n].shape) for n in names)
 
@@ -228,11 +234,11 @@ class ModelStructure:
         shapes.update({stored: tuple(_get(self.model, name).shape) for name, stored in self.outer})
         missing = [n for n in shapes if n not in tensors]
         if missing:
-            stated = another_class(self.model, self.checkpoint)
-            if stated is None and self.family not in DECLARED:
-                stated = other_storage(self.model, self.checkpoint, self.tied)
-            if stated is not None:
-                raise Unsupported(f"{where}: {stated}")
+            reason = another_class(self.model, self.checkpoint)
+            if reason is None and self.family not in DECLARED:
+                reason = other_storage(self.model, self.checkpoint, self.tied)
+            if reason is not None:
+                raise Unsupported(f"{where}: {reason}")
             raise BadCheckpoint(
                 f"{where}: {len(missing)} tensors that config.json asks for are not in the file, the first is "
                 f"{missing[0]!r}: the checkpoint is incomplete or its config belongs to another model"
@@ -251,24 +257,24 @@ class ModelStructure:
 
 
 def _names_of(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """{module or parameter: its name in the checkpoint}, by the renaming that transformers does when it loads."""
+    """{module or parameter: its name in the checkpoint}, by the renaming of transformers on loading."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     renamings = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightRenaming)]
     shapes = dict(model.state_dict())
     for stored in checkpoint.tensors:
         name = rename_source_key(stored, renamings, [], model.base_model_prefix, shapes)[0]
-        found[name] = stored
-        owner, kept = name.rpartition(".")[0], stored.rpartition(".")[0]
-        if name.rpartition(".")[2] == stored.rpartition(".")[2] and kept:
-            found[owner] = kept
-    return found
+        names[name] = stored
+        owner, stored_owner = name.rpartition(".")[0], stored.rpartition(".")[0]
+        if name.rpartition(".")[2] == stored.rpartition(".")[2] and stored_owner:
+            names[owner] = stored_owner
+    return names
 
 
 def _computed(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that are not stored, by name."""
+    """{name: value} of buffers that are not stored."""
     stored = {n for n, _ in _persistent_buffers(model)}
     return {n: b.clone() for n, b in model.named_buffers() if n not in stored and not b.is_meta}
 
@@ -288,7 +294,7 @@ def _get(module: nn.Module, name: str) -> Tensor:
 
 
 def dtype_of(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that holds most bytes of the checkpoint; of a packed one, most bytes of what is not packed."""
+    """The dtype with the most bytes in a checkpoint; in a packed one, with the most bytes of unpacked tensors."""
     size: dict[str, int] = {}
     packed = "quantization_config" in checkpoint.config
     for info in checkpoint.tensors.values():

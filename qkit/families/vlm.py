@@ -1,7 +1,7 @@
 """Declarations of the vision-language families: a vision tower and a projector before a language model.
 
 The blocks are those of the language model; the tower and the projector are targets of their own. Checkpoints of these
-families name their tensors in several ways; transformers' own renaming says which module each belongs to.
+families name their tensors in several ways; transformers' own renaming gives the module of each.
 """
 
 from __future__ import annotations

@@ -1,2 +1,2 @@
-"""Quantized KV caches: what a cache keeps packed (store), where and at which width (policy), and the classes that
-transformers' attention and ``generate`` work with (layer, cache)."""
+"""Quantized KV caches: packed tensors (store), their widths and places (policy), and the classes for transformers' attention
+and ``generate`` (layer, cache)."""

@@ -1,4 +1,4 @@
-"""The name of the argument that a model takes its KV cache by: transformers 5.24 renamed it."""
+"""The name of a model's argument for the KV cache, which transformers 5.24 renamed."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ def cache_argument(model: Any) -> str:
 
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
-    """What to call the model with for that cache."""
+    """Arguments of the model that pass it a cache."""
     return {cache_argument(model): cache}

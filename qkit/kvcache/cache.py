@@ -24,14 +24,14 @@ from qkit.kvcache.xquant import InputLayer, sources
 
 
 class PackedCache(Cache):  # type: ignore[misc]
-    """A PackedLayer for every layer of a model; made by ``make_cache``. Works as any cache of transformers does."""
+    """A transformers cache with a PackedLayer for every layer of a model; ``make_cache`` makes it."""
 
     def __init__(self, policy: CachePolicy, layers: list[PackedLayer]) -> None:
         super().__init__(layers=layers)
         self.policy = policy
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """As of any cache. Tokens that a later layer has no room for are refused before the first one takes them."""
+        """Add keys and values of a layer. Raises BudgetNotMet before any layer changes, where a later one has no room."""
         if layer_idx == 0:
             for layer in self.layers:
                 if layer.budget is not None:
@@ -40,29 +40,31 @@ class PackedCache(Cache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the cache's tensors occupy, scales and all."""
+        """Bytes of the cache's tensors, scales included."""
         return sum(layer.nbytes for layer in self.layers)
 
     def draft(self, on: bool) -> None:
-        """Whether a hierarchical cache is read at 4 bits."""
+        """Read a hierarchical cache at 4 bits (on), or at 8 bits (off)."""
         for layer in self.layers:
             layer.draft = on
 
     @property
     def widths(self) -> list[int]:
-        """Bits of the body, by layer."""
+        """Bits of the body of every layer."""
         return [layer.width for layer in self.layers]
 
 
 def make_cache(model: Any, policy: CachePolicy) -> PackedCache:
-    """An empty cache for a model (or its config). Raises Unsupported for attention that it cannot serve, UsageError for a
-    policy that does not suit the model."""
+    """An empty cache for a model (or its config).
+
+    Raises Unsupported for attention that it does not support, UsageError for a policy that does not suit the model.
+    """
     return maker(model, policy)()
 
 
 def maker(model: Any, policy: CachePolicy) -> Callable[[], PackedCache]:
-    """What makes empty caches for a model, with all that is checked and computed but once. Raises as ``make_cache``."""
-    heads = Heads.of(model)
+    """A function that makes empty caches for a model; checks and computations run once. Raises as ``make_cache`` does."""
+    heads = CacheShape.of(model)
     check_head_dim(heads.head_dim, policy)
     if policy.kind == "progressive" and policy.budgets is None:
         raise UsageError(
@@ -76,12 +78,12 @@ def maker(model: Any, policy: CachePolicy) -> Callable[[], PackedCache]:
         )
     if policy.kind in ("xquant", "xquant-cl"):
         if not isinstance(model, nn.Module):
-            return lambda: PackedCache(policy, [])  # what can be said of a config alone was said
+            return lambda: PackedCache(policy, [])  # all checks of a config were made above
         if policy.kind == "xquant-cl":
-            shared = sources(model, heads.head_dim, shared=True)
-            return lambda: PackedCache(policy, cross_layers(policy, shared))
-        made = sources(model, heads.head_dim)
-        return lambda: PackedCache(policy, [InputLayer(policy, s) for s in made])
+            shared_sources = sources(model, heads.head_dim, shared=True)
+            return lambda: PackedCache(policy, cross_layers(policy, shared_sources))
+        input_sources = sources(model, heads.head_dim)
+        return lambda: PackedCache(policy, [InputLayer(policy, s) for s in input_sources])
     budgets = policy.budgets or (None,) * heads.layers
     scales = [(1.0, 1.0)] * heads.layers
     if policy.kind == "fp" and isinstance(model, nn.Module):
@@ -91,75 +93,79 @@ def maker(model: Any, policy: CachePolicy) -> Callable[[], PackedCache]:
 
 
 def _attention(model: Any) -> str | None:
-    """The attention that a model runs with; None for a config alone."""
+    """Name of the attention implementation of a model; None for a config."""
     if not isinstance(model, nn.Module):
         return None
     config: Any = model.config
     return getattr(config.get_text_config(decoder=True), "_attn_implementation", None)
 
 
-class Heads:
-    """layers, and of each: heads of keys and their channels; hidden: numbers of a token between layers."""
+class CacheShape:
+    """Sizes of a model's KV cache: layers; heads of keys and their channels in each; hidden size."""
 
     def __init__(self, layers: int, heads: int, head_dim: int, hidden: int = 0) -> None:
         self.layers, self.heads, self.head_dim, self.hidden = layers, heads, head_dim, hidden
 
     @staticmethod
-    def of(model: Any) -> Heads:
-        """Of a model or config. Raises Unsupported where keys and values are not kept whole for every token."""
+    def of(model: Any) -> CacheShape:
+        """The sizes for a model or config. Raises Unsupported for attention that does not keep keys and values of
+        every token.
+        """
         config: Any = model.config if isinstance(model, nn.Module) else model
         config = config.get_text_config(decoder=True)
         kinds = set(getattr(config, "layer_types", None) or ())
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        found = sorted(kinds - {"full_attention"}) or (["sliding_attention"] if window and not kinds else [])
-        found += ["multi-head latent attention"] if getattr(config, "kv_lora_rank", None) else []
-        if found:
+        unsupported = sorted(kinds - {"full_attention"}) or (["sliding_attention"] if window and not kinds else [])
+        unsupported += ["multi-head latent attention"] if getattr(config, "kv_lora_rank", None) else []
+        if unsupported:
             raise Unsupported(
-                f"a quantized KV cache for {config.model_type}: its layers have {', '.join(found)}, and only full attention "
-                "with keys and values per head is supported: leave --kv out"
+                f"a quantized KV cache for {config.model_type}: its layers have {', '.join(unsupported)}, and only full "
+                "attention with keys and values per head is supported: leave --kv out"
             )
         heads = config.num_attention_heads
-        kept = getattr(config, "num_key_value_heads", None) or heads
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return Heads(config.num_hidden_layers, kept, head_dim, config.hidden_size)
+        return CacheShape(config.num_hidden_layers, key_heads, head_dim, config.hidden_size)
 
     def bytes_at(self, policy: CachePolicy, width: int, tokens: int) -> int:
-        """The most bytes that a layer occupies on the way to so many tokens of one sequence, at that final width. Raises
-        UsageError for heads that cannot be packed."""
+        """Peak bytes of a layer while one sequence grows to ``tokens`` tokens, at a final width.
+
+        Raises UsageError for heads that cannot be packed.
+        """
         check_head_dim(self.head_dim, policy)
-        kept = self.heads * self.head_dim
-        values = (kept, channel_group(self.head_dim, policy.group))
-        sides = [(kept, policy.group) if policy.kind in ("kivi", "hierarchical") else values, values]
-        if policy.kind == "xquant-cl" or (policy.kind == "xquant" and self.hidden <= kept):
-            half = min(self.hidden // 2, kept)
+        numbers = self.heads * self.head_dim
+        values = (numbers, channel_group(self.head_dim, policy.group))
+        sides = [(numbers, policy.group) if policy.kind in ("kivi", "hierarchical") else values, values]
+        if policy.kind == "xquant-cl" or (policy.kind == "xquant" and self.hidden <= numbers):
+            half = min(self.hidden // 2, numbers)
             sides = [(half, channel_group(half, policy.group))] * 2
         elif policy.kind == "xquant":
-            sides = [(kept, policy.group), (kept, channel_group(kept, policy.group))]
+            sides = [(numbers, policy.group), (numbers, channel_group(numbers, policy.group))]
         scaled = policy.kind == "progressive"  # tokens of 16 bits are codes too
-        whole = sum(2 * n + (4 * n // g if scaled else 0) for n, g in sides)
-        narrow = sum(n * width // 8 + (4 * n // g if policy.kind != "fp" else 0) for n, g in sides)
+        wide_bytes = sum(2 * n + (4 * n // g if scaled else 0) for n, g in sides)
+        narrow_bytes = sum(n * width // 8 + (4 * n // g if policy.kind != "fp" else 0) for n, g in sides)
 
         def at(n: int) -> int:
             sink = min(n, policy.sink)
             old = max(n - sink - policy.keep, 0)
             body = old // policy.window * policy.window if policy.window else old
-            return (n - body) * whole + body * narrow
+            return (n - body) * wide_bytes + body * narrow_bytes
 
-        # The newest tokens are most just before a group of them moves on.
-        first = policy.sink + policy.keep
-        before = first + max((tokens - first + 1) // max(policy.window, 1) * policy.window - 1, 0)
-        return max(at(tokens), at(min(before, tokens)))
+        # There are most recent tokens just before a group of them moves to the body.
+        first_packed = policy.sink + policy.keep
+        fullest = first_packed + max((tokens - first_packed + 1) // max(policy.window, 1) * policy.window - 1, 0)
+        return max(at(tokens), at(min(fullest, tokens)))
 
 
 def with_budgets(policy: CachePolicy, model: Any, length: int) -> CachePolicy:
-    """The policy with a budget for every layer: what it takes to hold ``length`` tokens of a sequence at the layer's final
-    width (policy.finals; without them the least of policy.widths). Other kinds come back as they are.
+    """The policy with a budget for every layer: the bytes of ``length`` tokens of a sequence at the layer's final width.
 
-    Raises UsageError for a length that the sink and the newest tokens fill.
+    Final widths are policy.finals, or the smallest of policy.widths. Only progressive policies have budgets; others are
+    returned unchanged. Raises UsageError for a length that sink and newest tokens fill.
     """
     if policy.kind != "progressive":
         return policy
-    heads = Heads.of(model)
+    heads = CacheShape.of(model)
     if length <= policy.sink + policy.window:
         raise UsageError(
             f"kv policy {policy.name}: a length of {length} tokens, and {policy.sink + policy.window} stay at 16 bits "
@@ -171,26 +177,28 @@ def with_budgets(policy: CachePolicy, model: Any, length: int) -> CachePolicy:
 
 
 def attach(model: Any, policy: CachePolicy) -> None:
-    """From now on ``model.generate`` makes a packed cache where it would make a plain one; a cache that the caller gives,
-    and one that is asked for by name, stay what they are. Attention reads the past packed (attention.py) where the
-    model ran the library's default. Attached again, the last policy counts.
+    """Let ``model.generate`` make a packed cache by default.
 
-    Raises what ``make_cache`` raises.
+    A cache that the caller passes, or names in the generation config, is used as usual. Attention reads the packed past
+    (attention.py) where the model used the library's default implementation. A second call replaces the policy. Raises as
+    ``make_cache`` does.
     """
     make, name = maker(model, policy), cache_argument(model)
-    if _attention(model) == "sdpa":  # another was asked for by name
+    if _attention(model) == "sdpa":  # else the user chose another implementation
         model.set_attn_implementation(NAME)
     detach(model)
     original = type(model)
 
     class Cached(original):  # type: ignore[misc, valid-type]
-        """The model's own class; ``generate`` asks it for a cache."""
+        """The model's own class with another method that makes the cache for ``generate``."""
 
-        def _prepare_cache_for_generation(self, config: Any, given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            asked = given.get(name) is not None or config.cache_implementation is not None
-            if not asked and config.use_cache is not False:
-                given[name] = make()
-            return super()._prepare_cache_for_generation(config, given, *args, **kwargs)
+        def _prepare_cache_for_generation(
+            self, config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        ) -> Any:
+            has_cache = model_kwargs.get(name) is not None or config.cache_implementation is not None
+            if not has_cache and config.use_cache is not False:
+                model_kwargs[name] = make()
+            return super()._prepare_cache_for_generation(config, model_kwargs, *args, **kwargs)
 
     Cached.__name__, Cached.__qualname__, Cached.__module__ = (
         original.__name__,
@@ -202,5 +210,5 @@ def attach(model: Any, policy: CachePolicy) -> None:
 
 
 def detach(model: Any) -> None:
-    """Takes ``attach`` back."""
+    """Undo ``attach``."""
     model.__class__ = getattr(type(model), "plain", type(model))

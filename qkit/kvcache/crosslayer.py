@@ -1,7 +1,7 @@
-"""Inputs of attention kept as what they differ by from those of the layer below (XQuant-CL, arXiv 2508.10395).
+"""Caches differences between inputs of attention of neighbouring layers (XQuant-CL, arXiv 2508.10395).
 
-A_l = A_(l-1) + D_l with D_l = Q(X_l - A_(l-1)): the difference is taken to what the layers below give back, not to
-what went into them, so that errors do not add up. The first ANCHORS layers have at least ANCHOR_BITS bits.
+A_l = A_(l-1) + D_l with D_l = Q(X_l - A_(l-1)): differences are relative to the reconstructed inputs of the layer below, not to
+the original ones, so errors do not add up. The first ANCHORS layers have at least ANCHOR_BITS bits.
 
 What the paper leaves open is our choice; all of it was tried on a Llama of 8 layers (24 rows of 1,024 tokens, every
 token at 2 bits; change of perplexity, with twice its standard error):
@@ -24,56 +24,58 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qkit.kvcache.layer import PackedLayer, Pair, Tensors
+from qkit.kvcache.layer import KeyValueSegments, PackedLayer, Tensors
 from qkit.kvcache.policy import CachePolicy
 from qkit.kvcache.store import Plain
-from qkit.kvcache.xquant import InputLayer, Source
+from qkit.kvcache.xquant import InputLayer, InputSource
 
 
 @dataclass
-class Below:
-    """What a layer hands on to the next one within a pass, and nothing holds in between: inputs as they are made again, of the
-    tokens in the body, float32 [batch, tokens, in]."""
+class LayerBelow:
+    """Reconstructed inputs that a layer passes to the next one within a pass.
+
+    inputs: of the tokens in the body, float32 [batch, tokens, in]; None between passes
+    """
 
     inputs: Tensor | None = None
 
 
 class CrossLayer(InputLayer):
-    """A cache layer that keeps differences; newest tokens are kept whole, in the layer's own basis.
+    """A cache layer that stores differences; the newest tokens are stored as they are, in the layer's own basis.
 
-    All layers of a cache have as many tokens in the body: the inputs of layer l - 1 are those of the same tokens. Scales are
-    of a token, so that a body can be cut anywhere without the layers below.
+    All layers of a cache have the same tokens in the body. Every token has scales of its own, so a body can be cut anywhere
+    without the layers below.
     """
 
-    def __init__(self, policy: CachePolicy, source: Source, below: Below, first: bool, last: bool) -> None:
+    def __init__(self, policy: CachePolicy, source: InputSource, below: LayerBelow, first: bool, last: bool) -> None:
         super().__init__(policy, source)
         self.by_token = False
         self.below, self.first, self.last = below, first, last
 
     def exchange(self, x: Tensor) -> Tensors | None:
-        """As for InputLayer. Of tokens that move on to the body the past still has what they were."""
+        """Keys and values of the past, for new inputs. Tokens that now move to the body still count with their old values."""
         tokens, recent = (0 if self.body is None else self.body[0].tokens), self.recent
         if self.first:
             self.below.inputs = None
         self.append(*self.source.kept(x))
-        made = self._made()
-        self.below.inputs = None if self.last else made
-        parts = [] if made is None or not tokens else [made[:, :tokens].to(self.dtype)]
+        body_inputs = self._body_inputs()
+        self.below.inputs = None if self.last else body_inputs
+        past_parts = [] if body_inputs is None or not tokens else [body_inputs[:, :tokens].to(self.dtype)]
         if recent is not None:
-            parts.append(self.source.inputs(_dequantized(recent, self.dtype)))
-        if not parts:
+            past_parts.append(self.source.inputs(_dequantized(recent, self.dtype)))
+        if not past_parts:
             return None
-        past = torch.cat(parts, dim=1)
+        past = torch.cat(past_parts, dim=1)
         return self.source.projected(past, self.positions(past.shape[1]))
 
-    def _made(self) -> Tensor | None:
-        """A_l of the body."""
+    def _body_inputs(self) -> Tensor | None:
+        """Reconstructed inputs A_l of the body, float32 [batch, tokens, in]; None without a body."""
         if self.body is None:
             return None
-        own = self.source.inputs(_dequantized(self.body, torch.float32))
-        return own if self.below.inputs is None else own.add_(self.below.inputs.to(own.device))
+        differences = self.source.inputs(_dequantized(self.body, torch.float32))
+        return differences if self.below.inputs is None else differences.add_(self.below.inputs.to(differences.device))
 
-    def _packed(self, pair: Pair) -> Pair:
+    def _packed(self, pair: KeyValueSegments) -> KeyValueSegments:
         if self.below.inputs is None:
             return super()._packed(pair)
         start = 0 if self.body is None else self.body[0].tokens
@@ -82,15 +84,15 @@ class CrossLayer(InputLayer):
         return super()._packed((keys, values))
 
 
-def _dequantized(pair: Pair, dtype: torch.dtype) -> Tensors:
+def _dequantized(pair: KeyValueSegments, dtype: torch.dtype) -> Tensors:
     return pair[0].dequantize(dtype), pair[1].dequantize(dtype)
 
 
-def cross_layers(policy: CachePolicy, made: Sequence[Source]) -> list[PackedLayer]:
+def cross_layers(policy: CachePolicy, layer_sources: Sequence[InputSource]) -> list[PackedLayer]:
     """The empty layers of a cache, in order."""
-    below, last = Below(), len(made) - 1
-    widths = policy.widths_of(len(made))
+    below, last_layer = LayerBelow(), len(layer_sources) - 1
+    widths = policy.widths_of(len(layer_sources))
     return [
-        CrossLayer(replace(policy, widths=(w,)), s, below, i == 0, i == last)
-        for i, (s, w) in enumerate(zip(made, widths, strict=True))
+        CrossLayer(replace(policy, widths=(w,)), s, below, i == 0, i == last_layer)
+        for i, (s, w) in enumerate(zip(layer_sources, widths, strict=True))
     ]

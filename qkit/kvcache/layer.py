@@ -1,11 +1,11 @@
-"""One layer's keys and values, packed: what transformers asks of a cache layer, over three segments of the packed store.
+"""A cache layer of transformers with packed keys and values, in three segments.
 
-  sink    the first tokens, 16-bit codes
-  body    all that are old enough, at the width of the policy
-  recent  the newest tokens: 16-bit codes (progressive), as they came (kivi, hierarchical), or none
+  sink    the first tokens, as 16-bit codes
+  body    older tokens, at the width of the policy
+  recent  the newest tokens: 16-bit codes (progressive), unquantized (kivi, hierarchical), or none
 
-A new token is attended to as it came and packed afterwards. ``update`` gives back all of the past dequantized: what
-any attention of transformers can work with.
+Attention uses a new token unquantized, and it is packed afterwards. ``update`` returns the dequantized past, which works with
+any attention of transformers.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from qkit.errors import BudgetNotMet, Unsupported, UsageError
-from qkit.kvcache.attention import QUERIES, Past
+from qkit.kvcache.attention import QUERIES, PackedPast
 from qkit.kvcache.nested import Nested, nested
 from qkit.kvcache.policy import CachePolicy
 from qkit.kvcache.store import HALF, Float8, Packed, Plain, narrowed, quantize, token_bytes
 from qkit.transforms.rotate import orthogonal
 
 Segment = Packed | Plain | Nested
-Pair = tuple[Segment, Segment]  # of keys and of values
+KeyValueSegments = tuple[Segment, Segment]  # of keys and of values
 Tensors = tuple[Tensor, Tensor]
 CHUNK = 4096  # tokens that are packed at a time: what that takes beside the cache does not grow with a prompt
 ROTATION_SEED = 0
 
 
-def channel_group(head_dim: int, most: int) -> int:
+def channel_group(head_dim: int, limit: int) -> int:
     """Channels of a group: the largest divisor of head_dim that is a multiple of 8 and at most ``most``."""
-    return max(n for n in range(8, min(head_dim, most) + 1, 8) if head_dim % n == 0)
+    return max(n for n in range(8, min(head_dim, limit) + 1, 8) if head_dim % n == 0)
 
 
 def check_head_dim(head_dim: int, policy: CachePolicy) -> None:
@@ -43,12 +43,12 @@ def check_head_dim(head_dim: int, policy: CachePolicy) -> None:
         raise UsageError(f"kv policy {policy.name}: heads of {head_dim} channels; expected a multiple of {step}")
 
 
-def _joined(a: Pair | None, b: Pair) -> Pair:
-    """The tokens of both. Both are of one kind."""
+def _joined(a: KeyValueSegments | None, b: KeyValueSegments) -> KeyValueSegments:
+    """The tokens of both, which have the same type."""
     return b if a is None else (a[0].cat(b[0]), a[1].cat(b[1]))  # type: ignore[arg-type]
 
 
-def _part(pair: Pair, start: int, end: int) -> Pair:
+def _part(pair: KeyValueSegments, start: int, end: int) -> KeyValueSegments:
     return pair[0].slice(start, end), pair[1].slice(start, end)
 
 
@@ -56,14 +56,14 @@ def _cut(pair: Tensors, start: int, end: int | None = None) -> Tensors:
     return pair[0][:, :, start:end], pair[1][:, :, start:end]
 
 
-def _first(pair: Pair | None, tokens: int) -> tuple[Pair | None, int]:
-    """At most so many tokens, and how many are left to take from what follows."""
+def _first(pair: KeyValueSegments | None, tokens: int) -> tuple[KeyValueSegments | None, int]:
+    """(the first ``tokens`` tokens at most, the number still to take from later segments)."""
     if pair is None or pair[0].tokens <= tokens:
         return pair, tokens - (0 if pair is None else pair[0].tokens)
     return (_part(pair, 0, tokens) if tokens else None), 0
 
 
-def _narrowed(pair: Pair, bits: int) -> Pair:
+def _narrowed(pair: KeyValueSegments, bits: int) -> KeyValueSegments:
     keys, values = (narrowed(s, bits) if isinstance(s, Packed) else s for s in pair)
     return keys, values
 
@@ -71,22 +71,22 @@ def _narrowed(pair: Pair, bits: int) -> Pair:
 class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values [batch, heads, tokens, head_dim] of a layer, packed.
 
-    policy: what is kept where; budget: bytes of a sequence, for the kind progressive (None: it stays at 16 bits);
-    packed: a few new tokens get their past packed, with the new keys, instead of dequantized: for attention.py;
-    scales: of keys and of values, for the kind fp.
-    Raises UsageError for a head_dim that cannot be packed, BudgetNotMet, leaving the cache as it was, for tokens that do
-    not fit at the least width.
+    policy: the cache policy; budget: bytes of a sequence, for kind progressive (None: it stays at 16 bits)
+    packed: ``update`` passes the past on packed, with the new keys, where there are few new tokens (for attention.py)
+    scales: of keys and of values, for kind fp
+    Raises UsageError for a head_dim that cannot be packed, BudgetNotMet, with the cache unchanged, for tokens that do not fit
+    at the smallest width.
     """
 
     is_compileable = False
-    is_croppable = False  # what has been packed narrower does not come back
+    is_croppable = False  # tokens cannot return to a larger width
     is_sliding = False
-    pending: bool  # the packed past was handed out and not read yet
+    pending: bool  # the packed past was passed on and not read yet
     draft: bool  # hierarchical: whether the past is read at 4 bits
     by_token: bool  # whether keys share scales along tokens
-    sink: Pair | None
-    body: Pair | None
-    recent: Pair | None
+    sink: KeyValueSegments | None
+    body: KeyValueSegments | None
+    recent: KeyValueSegments | None
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Shapes, dtype and device of the first tokens."""
+        """Take shapes, dtype and device from the first tokens."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.heads = key_states.shape[:2]
         self.head_dims = (key_states.shape[3], value_states.shape[3])
@@ -111,8 +111,10 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values of all tokens, [batch, heads, tokens, head_dim]: the past dequantized, the new ones as they
-        came; afterwards the new ones are packed. With ``packed`` only the new ones, the past being keys.qkit_past."""
+        """Keys and values of all tokens, [batch, heads, tokens, head_dim]: the dequantized past, and the new ones unchanged.
+
+        The new ones are then packed. With ``packed`` only the new ones are returned, and the past is keys.qkit_past.
+        """
         if self.pending:
             raise Unsupported(
                 "attention did not read the packed past of a KV cache (its implementation was changed, or the model changes "
@@ -121,10 +123,10 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.packed and self.segments and key_states.shape[2] <= QUERIES:
             rotations = self._rotations() if self.policy.kind == "rotate" else None
             self.pending = True
-            seen = Past(tuple(self.segments), rotations, self)
+            packed_past = PackedPast(tuple(self.segments), rotations, self)
             self.append(key_states, value_states)
-            key_states = key_states.view_as(key_states)  # a tensor of its own to carry what belongs to this call
-            key_states.qkit_past = seen  # type: ignore[attr-defined]
+            key_states = key_states.view_as(key_states)  # a new tensor object, which carries the past of this call
+            key_states.qkit_past = packed_past  # type: ignore[attr-defined]
             return key_states, value_states
         past = self.read()
         self.append(key_states, value_states)
@@ -133,39 +135,39 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         return torch.cat([past[0], key_states], dim=2), torch.cat([past[1], value_states], dim=2)
 
     def read(self) -> tuple[Tensor, Tensor] | None:
-        """The past, dequantized; None where there is none."""
+        """Dequantized keys and values of the past; None where there is none."""
         if not self.segments:
             return None
         keys, values = (torch.cat([s[i].dequantize(self.dtype) for s in self.segments], dim=2) for i in (0, 1))
         return self._restored((keys, values))
 
     @property
-    def segments(self) -> list[Pair]:
-        """Those that there are, in the order of their tokens; as a draft sees them, if it is to."""
-        found = [s for s in (self.sink, self.body, self.recent) if s is not None]
+    def segments(self) -> list[KeyValueSegments]:
+        """The existing segments in the order of their tokens; with ``draft`` only their 4-bit part."""
+        present = [s for s in (self.sink, self.body, self.recent) if s is not None]
         if not self.draft:
-            return found
-        return [tuple(x.upper if isinstance(x, Nested) else x for x in s) for s in found]  # type: ignore[misc]
+            return present
+        return [tuple(x.upper if isinstance(x, Nested) else x for x in s) for s in present]  # type: ignore[misc]
 
     @property
     def limit(self) -> int | None:
-        """Bytes that the layer may take, of all sequences."""
+        """Largest number of bytes of the layer, for all sequences; None without a budget."""
         return None if self.budget is None else self.budget * self.batch_size
 
     def refuse_too_many(self, keys: Tensor, values: Tensor) -> None:
-        """Raises BudgetNotMet for tokens that do not fit."""
+        """Raises BudgetNotMet for new tokens that do not fit."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self._fitting(*self._places(keys.shape[2]))
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Pack tokens that follow those that are there."""
+        """Pack tokens that follow the existing ones. Raises BudgetNotMet."""
         self.refuse_too_many(keys, values)  # all of them fit, or nothing changes
         for start in range(0, keys.shape[2], CHUNK):
             self._append((keys[:, :, start : start + CHUNK], values[:, :, start : start + CHUNK]))
 
     def _places(self, new: int) -> tuple[int, int, int]:
-        """Tokens of sink, body and recent after so many new ones."""
+        """Numbers of tokens in (sink, body, recent) after ``new`` tokens more."""
         sink, body, recent = (0 if s is None else s[0].tokens for s in (self.sink, self.body, self.recent))
         p = self.policy
         to_sink = 0 if body or recent else min(new, p.sink - sink)
@@ -175,7 +177,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def room(self) -> int:
-        """Tokens that can follow before any moves on to the body."""
+        """Number of tokens that can follow before any token moves to the body."""
         recent = 0 if self.recent is None else self.recent[0].tokens
         return max(self.policy.window + self.policy.keep - recent - 1, 0)
 
@@ -197,14 +199,14 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.body = _joined(self.body, self._packed(_part(waiting, 0, moved)))
         self.recent = waiting if not moved else _part(waiting, moved, moved + recent) if recent else None
 
-    def _kept(self, pair: Tensors) -> Pair:
-        """New tokens, before they move on."""
+    def _kept(self, pair: Tensors) -> KeyValueSegments:
+        """New tokens in the form of sink and recent tokens."""
         if self.policy.kind == "progressive":
             return quantize(pair[0], 16, self._group(0)), quantize(pair[1], 16, self._group(1))
         return Plain(pair[0].clone()), Plain(pair[1].clone())
 
-    def _packed(self, pair: Pair) -> Pair:
-        """Tokens on their way to the body, in its width."""
+    def _packed(self, pair: KeyValueSegments) -> KeyValueSegments:
+        """Tokens in the form and width of the body."""
         if self.policy.kind == "progressive":
             return _narrowed(pair, self.width)
         keys, values = (s.dequantize(s.tensors[0].dtype) for s in pair)
@@ -222,14 +224,14 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         return channel_group(self.head_dims[side], self.policy.group)
 
     def _stored(self, pair: Tensors) -> Tensors:
-        """In the basis that they are stored in."""
+        """Keys and values in the basis in which they are stored."""
         if self.policy.kind != "rotate":
             return pair
         keys, values = (x.to(torch.float32) @ q for x, q in zip(pair, self._rotations(), strict=True))
         return keys, values
 
     def _restored(self, pair: Tensors) -> Tensors:
-        """The inverse of ``_stored``, in the model's dtype."""
+        """Keys and values from the stored basis, in the model's dtype: the inverse of ``_stored``."""
         if self.policy.kind != "rotate":
             return pair
         keys, values = (
@@ -246,7 +248,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     # ---- bytes ------------------------------------------------------------------------------------------------
 
     def _fitting(self, sink: int, body: int, recent: int) -> int:
-        """The width of the body with so many tokens in each segment: halved as often as the budget asks for."""
+        """The largest width of the body, by halving, with which the segments fit the budget. Raises BudgetNotMet."""
         width, limit = self.width, self.limit
         while limit is not None and self.bytes_at(width, sink, body, recent) > limit:
             if width not in HALF:
@@ -259,21 +261,21 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         return width
 
     def bytes_at(self, width: int, sink: int, body: int, recent: int) -> int:
-        """Bytes of codes, least values and ranges with so many tokens in each segment and a body of that width."""
+        """Bytes of codes, minima and ranges for numbers of tokens in each segment and a width of the body."""
         total = 0
         for side, n in enumerate(self.head_dims):
-            whole, narrow = (token_bytes(w, self._group(side), self.heads, n) for w in (16, width))
-            total += (sink + recent) * whole + body * narrow
+            wide_bytes, narrow_bytes = (token_bytes(w, self._group(side), self.heads, n) for w in (16, width))
+            total += (sink + recent) * wide_bytes + body * narrow_bytes
         return self.batch_size * total
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the layer's tensors occupy."""
-        pairs = [s for s in (self.sink, self.body, self.recent) if s is not None]
-        held = [t.untyped_storage() for pair in pairs for s in pair for t in s.tensors]
-        return sum({x.data_ptr(): x.nbytes() for x in held}.values())
+        """Bytes of the layer's tensors."""
+        segments = [s for s in (self.sink, self.body, self.recent) if s is not None]
+        storages = [t.untyped_storage() for pair in segments for s in pair for t in s.tensors]
+        return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
 
-    # ---- what transformers asks for -------------------------------------------------------------------------------
+    # ---- interface of transformers ---------------------------------------------------------------------------------
 
     def get_seq_length(self) -> int:
         return sum(s[0].tokens for s in self.segments)
@@ -285,56 +287,58 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
     def reset(self) -> None:
-        """Empty, at the first width."""
+        """Empty the layer, and set its initial width."""
         self.is_initialized = False
         self.draft = self.pending = False
         self.width = self.policy.start if self.policy.kind == "progressive" else self.policy.widths[0]
         self.sink = self.body = self.recent = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens, given as a negative number. The body keeps its width; of a group of keys by channel
-        that is cut, the tokens that stay become recent ones."""
+        """Remove the newest tokens, given as a negative number.
+
+        The body keeps its width. Where a group of tokens that share scales is cut, its remaining tokens become recent ones.
+        """
         if tokens_to_remove > 0:
             raise UsageError(f"crop({tokens_to_remove}): expected a negative number, that of the tokens to remove")
-        left = max(self.get_seq_length() + tokens_to_remove, 0)
-        self.sink, left = _first(self.sink, left)
-        whole = left // self.policy.group * self.policy.group
-        if self.by_token and self.body is not None and whole < left < self.body[0].tokens:
-            keys, values = (s.dequantize(self.dtype, whole, left) for s in self.body)
-            self.recent, left = (Plain(keys), Plain(values)), whole
-            self.body, _ = _first(self.body, whole)
+        kept_tokens = max(self.get_seq_length() + tokens_to_remove, 0)
+        self.sink, kept_tokens = _first(self.sink, kept_tokens)
+        full_groups = kept_tokens // self.policy.group * self.policy.group
+        if self.by_token and self.body is not None and full_groups < kept_tokens < self.body[0].tokens:
+            keys, values = (s.dequantize(self.dtype, full_groups, kept_tokens) for s in self.body)
+            self.recent, kept_tokens = (Plain(keys), Plain(values)), full_groups
+            self.body, _ = _first(self.body, full_groups)
             return
-        self.body, left = _first(self.body, left)
-        self.recent, _ = _first(self.recent, left)
+        self.body, kept_tokens = _first(self.body, kept_tokens)
+        self.recent, _ = _first(self.recent, kept_tokens)
 
     def offload(self) -> None:
-        """All of it to the CPU."""
+        """Move the layer to the CPU."""
         self._map(lambda t: t.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """All of it back to where it was made."""
+        """Move the layer back to its device."""
         if self.is_initialized:
             self._map(lambda t: t.to(self.device, non_blocking=True))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The chosen sequences, for beam search."""
+        """Select sequences, for beam search."""
         self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sequence so many times."""
+        """Repeat every sequence ``repeats`` times."""
         self._map(lambda t: t.repeat_interleave(repeats, dim=0))
         self._resized()
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only those sequences."""
+        """Keep only the sequences ``indices``."""
         self._map(lambda t: t[indices.to(t.device)].clone())
         self._resized()
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        pairs = [
+        changed = [
             None if s is None else (s[0].map(change), s[1].map(change)) for s in (self.sink, self.body, self.recent)
         ]
-        self.sink, self.body, self.recent = pairs
+        self.sink, self.body, self.recent = changed
 
     def _resized(self) -> None:
         if self.segments:

@@ -1,7 +1,7 @@
-"""Keys or values as 4-bit codes and 4 bits of what those leave: one store, read as 4 or as 8 bits.
+"""Keys or values as 4-bit codes plus 4-bit codes of their rounding error, which can be read at 4 or at 8 bits.
 
 QuantSpec (arXiv 2502.10424): u = round((x - m) / s) in 0..15 and l = round((x - (u s + m)) / (s / 16)) in -8..7; the draft
-reads u s + m, half of the bytes, the target u s + m + l s / 16. The codes of l are a tensor of their own for that reason.
+reads u s + m, half of the bytes; the target reads u s + m + l s / 16. So the codes of l are a separate tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from qkit.kvcache.store import CHUNK, Packed, pack, quantize, unpack
 
 @dataclass(frozen=True)
 class Nested:
-    """upper: 4-bit codes; lower: int16 [batch, heads, tokens, head_dim / 4], l + 8 of four channels a word."""
+    """Codes at two levels. upper: 4-bit codes; lower: int16 [batch, heads, tokens, head_dim / 4], l + 8 of four
+    channels a word.
+    """
 
     upper: Packed
     lower: Tensor
@@ -44,7 +46,10 @@ class Nested:
         return Nested(self.upper.cat(other.upper), torch.cat([self.lower, other.lower], dim=2))
 
     def dequantize(self, dtype: torch.dtype, start: int = 0, end: int | None = None) -> Tensor:
-        """[batch, heads, tokens start to end, head_dim] at 8 bits; by token ``start`` must be a multiple of the group."""
+        """Values of tokens start to end at 8 bits, [batch, heads, tokens, head_dim].
+
+        With axis token, ``start`` must be a multiple of the group.
+        """
         end = self.tokens if end is None else min(end, self.tokens)
         step = CHUNK - CHUNK % self.group
         parts = [self._part(start_, min(start_ + step, end)).to(dtype) for start_ in range(start, end, step)]
@@ -56,7 +61,7 @@ class Nested:
 
 
 def _steps(upper: Packed, start: int = 0, end: int | None = None) -> Tensor:
-    """float32 [batch, heads, tokens, head_dim]: what a code is worth, read as codes of one (four a word) above nothing."""
+    """Step of each code, float32 [batch, heads, tokens, head_dim]: the values of codes 1 above a minimum of 0."""
     ones = replace(upper, words=torch.full_like(upper.words, 0x1111), low=torch.zeros_like(upper.low))
     return ones.dequantize(torch.float32, start, end)
 
@@ -65,5 +70,5 @@ def nested(x: Tensor, group: int, axis: str = "channel") -> Nested:
     """x [batch, heads, tokens, head_dim], quantized; arguments as for ``store.quantize``."""
     upper = quantize(x, 4, group, axis)
     steps = _steps(upper)
-    left = (x.to(torch.float32) - upper.dequantize(torch.float32)) * torch.where(steps == 0, 0.0, 16 / steps)
-    return Nested(upper, pack((left.round().clamp_(-8, 7) + 8).to(torch.int32), 4))
+    remainder = (x.to(torch.float32) - upper.dequantize(torch.float32)) * torch.where(steps == 0, 0.0, 16 / steps)
+    return Nested(upper, pack((remainder.round().clamp_(-8, 7) + 8).to(torch.int32), 4))

@@ -1,4 +1,4 @@
-"""What a quantized cache keeps where, at which width: plain data, and the names under which users ask for it."""
+"""Policies of quantized caches as plain data, and their names for users."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHORT = {"progressive": "pm-kvq:", "rtn": "int"}  # how users write them
 
 @dataclass(frozen=True, kw_only=True)
 class CachePolicy:
-    """How keys and values are kept.
+    """The policy of a cache: how keys and values are stored.
 
     kind:   of KINDS
     widths: bits of the body; progressive: the final widths that layers may get, the largest first
@@ -56,34 +56,37 @@ class CachePolicy:
 
     @property
     def name(self) -> str:
-        """As it is asked for."""
+        """The name for users, such as 'kivi2'."""
         return SHORT.get(self.kind, self.kind) + "-".join(map(str, self.widths))
 
     def widths_of(self, layers: int) -> tuple[int, ...]:
-        """Bits of each layer's body in the end."""
-        least = self.widths[-1]
+        """Final bits of each layer's body."""
+        final = self.widths[-1]
         if self.kind != "xquant-cl":
-            return self.finals or (least,) * layers
-        return tuple(max(least, ANCHOR_BITS) if i < ANCHORS else least for i in range(layers))
+            return self.finals or (final,) * layers
+        return tuple(max(final, ANCHOR_BITS) if i < ANCHORS else final for i in range(layers))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, for qkit.json."""
+        """A JSON-able dictionary, for qkit.json."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if v is not None}
 
     @staticmethod
-    def from_json(found: dict[str, Any]) -> CachePolicy:
-        """The inverse of ``to_json``. Raises UsageError for anything else."""
+    def from_json(data: dict[str, Any]) -> CachePolicy:
+        """The policy of a dictionary made by ``to_json``. Raises UsageError for other data."""
         try:
-            lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+            lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
             return checked(CachePolicy(**lists))
         except TypeError as e:
-            raise UsageError(f"kv policy {found}: {e}; it was not written by this version of qkit") from e
+            raise UsageError(f"kv policy {data}: {e}; it was not written by this version of qkit") from e
 
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """kv: a policy by name; memory: bytes for the cache of one sequence of ``length`` tokens (None: the model's longest);
-    scale_keys: whether scales of keys are searched and folded into the projections."""
+    """A user's request for a cache.
+
+    kv:     name of a policy; scale_keys: search scales of keys and fold them into the projections
+    memory: bytes of the cache for one sequence of ``length`` tokens (None: the model's longest)
+    """
 
     kv: str
     memory: int | None = None
@@ -92,17 +95,17 @@ class CacheRequest:
 
 
 def stored(folder: Path) -> CachePolicy | None:
-    """The policy that a quantized folder is to be run with."""
+    """The policy in the record of a quantized folder; None where there is none. Raises UsageError."""
     record = read_record(folder)
-    found = None if record is None else record.get("kv")
-    if found is None:
+    data = None if record is None else record.get("kv")
+    if data is None:
         return None
-    checked_file(KvPolicy, found, f"{folder / RECORD}: kv", "run 'qkit verify' on the folder")
-    return CachePolicy.from_json(found)
+    checked_file(KvPolicy, data, f"{folder / RECORD}: kv", "run 'qkit verify' on the folder")
+    return CachePolicy.from_json(data)
 
 
 def parse(text: str) -> CachePolicy:
-    """A policy by name: pm-kvq:4-2, pm-kvq:2, kivi2, int8, fp8, rotate4. Raises UsageError with the names that there are."""
+    """A policy by name: pm-kvq:4-2, pm-kvq:2, kivi2, int8, fp8, rotate4. Raises UsageError, which names the known kinds."""
     match = re.fullmatch(r"([a-z-]+?):?(\d+(?:-\d+)*)", text.strip().lower())
     kind = ALIASES.get(match[1], match[1]) if match else ""
     if match is None or kind not in KINDS:
@@ -122,7 +125,7 @@ def parse(text: str) -> CachePolicy:
 
 
 def checked(p: CachePolicy) -> CachePolicy:
-    """The policy, if it can be. Raises UsageError in one sentence."""
+    """The policy itself. Raises UsageError for one with invalid values."""
     if p.kind == "hierarchical" and p.widths != (8,):
         raise UsageError(f"kv policy {p.name}: it has 4 and 4 bits, read as 4 or as 8: write hierarchical8")
     allowed = WIDTHS_OF.get(p.kind, tuple(w for w in WIDTHS if w < 16))

@@ -1,7 +1,7 @@
-"""Static scales of an FP8 cache: one for the keys and one for the values of a layer, as engines take them from a checkpoint.
+"""Static scales of an FP8 cache: one for the keys and one for the values of a layer, which engines read from a checkpoint.
 
-They are buffers ``k_scale`` and ``v_scale`` [1] of the attention modules, named in the file as in the model; a number that is
-kept is its FP8 code times the scale. compressed-tensors and vLLM put the scale of keys on what rotary embedding made of them.
+They are buffers ``k_scale`` and ``v_scale`` [1] of the attention modules, with the same names in the file. A stored value is
+its FP8 code times the scale. compressed-tensors and vLLM scale keys after rotary embedding.
 """
 
 from __future__ import annotations
@@ -23,35 +23,38 @@ FORMAT = ACTIVATION_FORMATS["fp8_static"]
 
 
 def attentions(model: Any) -> dict[int, Any]:
-    """The attention module of every layer, in order."""
-    found = {m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")}
-    return dict(sorted(found.items()))
+    """{layer: its attention module}, in order."""
+    modules = {m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")}
+    return dict(sorted(modules.items()))
 
 
-def declare(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give every attention module a place for its scales: an outline of the model then has them among its tensors."""
+def register_scales(model: nn.Module, dtype: torch.dtype) -> None:
+    """Add buffers for scales to every attention module, so that the model's structure includes them."""
     for attention in attentions(model).values():
         for name in NAMES:
             attention.register_buffer(name, torch.empty(1, dtype=dtype, device="meta"))
 
 
 def scales_of(model: nn.Module, layers: int) -> list[tuple[float, float]]:
-    """(of keys, of values) by layer; 1 where a model brings none, which is what engines take then."""
-    found = attentions(model)
-    buffers = [found[i]._buffers if i in found else {} for i in range(layers)]
+    """(scale of keys, scale of values) of each layer; 1 where a model has none, as in engines."""
+    modules = attentions(model)
+    buffers = [modules[i]._buffers if i in modules else {} for i in range(layers)]
     return [(float(b.get(NAMES[0], 1.0)), float(b.get(NAMES[1], 1.0))) for b in buffers]
 
 
 def tensor_names(structure: ModelStructure) -> list[tuple[str, str]]:
-    """The names in a checkpoint of the scales of every block. Raises Unsupported for attention in which compressed-tensors
-    finds no keys and values, and for a config that does not tell it how many heads they have."""
+    """Checkpoint names of the scales (keys, values) of every block.
+
+    Raises Unsupported for attention in which compressed-tensors finds no keys and values, and for a config without the number
+    of their heads.
+    """
     config: Any = structure.model.config
     if not hasattr(config.get_text_config(decoder=True), "num_key_value_heads"):
         raise Unsupported(
             f"--kv fp8 for a {structure.family.name} model: compressed-tensors needs num_key_value_heads, which its config "
             "does not have: leave --kv out"
         )
-    found = []
+    names = []
     for block in structure.blocks:
         parents = {x.name.rpartition(".")[0] for x in block.linears if x.name.rpartition(".")[2] in PROJECTIONS}
         if len(parents) != 1:
@@ -60,12 +63,12 @@ def tensor_names(structure: ModelStructure) -> list[tuple[str, str]]:
                 f"module with k_proj and v_proj, or qkv_proj, where engines look for scales: leave --kv out"
             )
         (parent,) = parents
-        found.append((f"{parent}.{NAMES[0]}", f"{parent}.{NAMES[1]}"))
-    return found
+        names.append((f"{parent}.{NAMES[0]}", f"{parent}.{NAMES[1]}"))
+    return names
 
 
-class Ranges(DynamicCache):  # type: ignore[misc]
-    """Hands keys and values through, keeps none of them and notes how large they get. Several threads may use it."""
+class RangeCache(DynamicCache):  # type: ignore[misc]
+    """A cache that returns only new keys and values, and records their maxima. Several threads may use it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,13 +80,15 @@ class Ranges(DynamicCache):  # type: ignore[misc]
         return keys, values
 
     def scales(self, layer: int, dtype: torch.dtype) -> list[Tensor]:
-        """[1] of keys and of values in ``dtype``: amax / 448 over all rows without a value that is not finite; 1 where that is
-        nothing but zeros. Raises Unsupported for a layer that put nothing into the cache."""
+        """Scales of keys and of values, [1] each in ``dtype``: amax / 448 over all finite rows; 1 where all values are zero.
+
+        Raises Unsupported for a layer that adds nothing to the cache.
+        """
         if layer not in self.seen:
             raise Unsupported(
                 f"--kv fp8: layer {layer} puts no keys and values of its own into a cache: leave --kv out"
             )
-        found = torch.cat(self.seen[layer], dim=1)
-        largest = found[:, found.isfinite().all(0)].amax(1)
+        maxima = torch.cat(self.seen[layer], dim=1)
+        largest = maxima[:, maxima.isfinite().all(0)].amax(1)
         scales = torch.tensor([static_scale(float(x), FORMAT) for x in largest]).to(dtype)
         return list(torch.where((largest == 0) | (scales == 0), 1.0, scales).to(dtype).split(1))

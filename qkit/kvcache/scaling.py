@@ -1,4 +1,4 @@
-"""Scales of keys that make their channels alike before they are rounded, searched layer by layer.
+"""Searches scales of keys, layer by layer, that equalize their channels before rounding.
 
 PM-KVQ (arXiv 2505.18610, section on calibration with positional interpolation): with m the largest |K| of a pair of
 channels that rotary embedding turns together, Lambda = m^alpha; keys are divided by Lambda and queries multiplied by
@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit.calibration.batches import Rows, batches
-from qkit.kvcache.sensitivity import Handed, forward, rounded
+from qkit.calibration.batches import InputRows, batches
+from qkit.kvcache.sensitivity import PassThroughCache, forward, rounded
 
 STEPS = 20  # alphas beside 0
 
 
-class _Scaled(Handed):
-    """Hands out keys as a cache gives them back that holds them divided by 2^exponents, and values as it gives them back."""
+class _ScaledKeysCache(PassThroughCache):
+    """A cache that returns rounded keys and values; keys are divided by ``scale`` before rounding and multiplied after."""
 
     def __init__(self, bits: int, group: int) -> None:
         super().__init__()
@@ -40,44 +40,46 @@ class _Scaled(Handed):
         return rounded(keys / scale, self.bits, self.group) * scale, rounded(values, self.bits, self.group)
 
 
-def maxima(model: Any, rows: Rows, stretch: int = 1, shared: bool = False) -> list[Tensor]:
-    """By layer, float32 [heads, head_dim / 2]: the largest |K| of every rotary pair (i, i + head_dim / 2), after rotation.
+def key_maxima(model: Any, rows: InputRows, stretch: int = 1, shared: bool = False) -> list[Tensor]:
+    """For each layer, the largest |K| of every rotary pair (i, i + head_dim / 2) after rotation, float32 [heads, head_dim / 2].
 
-    rows: of a text, read at positions 0, stretch, 2 stretch, .., or with pictures; shared: one maximum for all heads of a
+    rows: of a text, read at positions 0, stretch, 2 stretch, .., or with images; shared: one maximum for all heads of a
     layer.
     """
-    found: list[Tensor] = []
+    largest: list[Tensor] = []
     with torch.inference_mode():
         for batch in batches(rows, 1):
-            cache = Handed()
+            cache = PassThroughCache()
             forward(model.base_model, batch, stretch, cache)
-            now = [k.abs().amax(dim=(0, 2)).float().unflatten(1, (2, -1)).amax(1) for k, _ in cache.seen]
-            found = [torch.maximum(a, b) for a, b in zip(found, now, strict=True)] if found else now
-    return [m.amax(0, keepdim=True).expand_as(m) if shared else m for m in found]
+            row_largest = [k.abs().amax(dim=(0, 2)).float().unflatten(1, (2, -1)).amax(1) for k, _ in cache.seen]
+            largest = (
+                [torch.maximum(a, b) for a, b in zip(largest, row_largest, strict=True)] if largest else row_largest
+            )
+    return [m.amax(0, keepdim=True).expand_as(m) if shared else m for m in largest]
 
 
 def exponents_of(largest: Tensor, alpha: float) -> Tensor:
-    """int64 like ``largest``: log2 of Lambda = largest^alpha, rounded, around 0."""
+    """Rounded log2 of Lambda = largest^alpha minus its mean, int64 in the shape of ``largest``."""
     power = alpha * largest.clamp_min(1e-4).log2()
     return (power - power.mean()).round().long()
 
 
 def search(
-    model: Any, attentions: Sequence[Any], rows: Rows, bits: int, group: int, stretch: int = 1, shared: bool = False,
+    model: Any, attentions: Sequence[Any], rows: InputRows, bits: int, group: int, stretch: int = 1, shared: bool = False,
     progress: Callable[[], None] | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """By layer, int64 [heads, head_dim / 2]: exponents of the scales of its keys.
+    """For each layer, exponents of the scales of its keys, int64 [heads, head_dim / 2].
 
-    attentions: the attention module of every layer; bits: the width to search for; every layer sees the inputs that
-    it has when no cache is rounded.
+    attentions: the attention module of every layer; bits: the width to search for. Inputs of every layer are those without a
+    rounded cache.
     """
-    largest = maxima(model, rows, stretch, shared)
+    largest = key_maxima(model, rows, stretch, shared)
     candidates = []
     for m in largest:
-        each = {tuple(e.flatten().tolist()): e for e in (exponents_of(m, i / STEPS) for i in range(STEPS + 1))}
-        candidates.append(list(each.values()))
+        distinct = {tuple(e.flatten().tolist()): e for e in (exponents_of(m, i / STEPS) for i in range(STEPS + 1))}
+        candidates.append(list(distinct.values()))
     errors = [torch.zeros(len(c), dtype=torch.float64) for c in candidates]
-    cache = _Scaled(bits, group)
+    cache = _ScaledKeysCache(bits, group)
 
     def listen(layer: int) -> Callable[..., None]:
         def judge(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -85,8 +87,8 @@ def search(
                 return
             for i, e in enumerate(candidates[layer]):
                 cache.scale = torch.exp2(e.float()).repeat(1, 2)[None, :, None]
-                found = module(*args, **kwargs)[0]
-                errors[layer][i] += (found - output[0]).double().square().sum().cpu()
+                output_scaled = module(*args, **kwargs)[0]
+                errors[layer][i] += (output_scaled - output[0]).double().square().sum().cpu()
             cache.scale = None
 
         return judge

@@ -1,4 +1,4 @@
-"""Keys or values as packed codes: the one store that every cache policy keeps its tokens in.
+"""Keys or values as packed codes: the storage of all cache policies.
 
 A tensor [batch, heads, tokens, head_dim] is held as 16-bit words along head_dim, 16 / bits codes a word, the first code in
 the highest bits. Three-bit codes are two such tensors: the two low bits, and the high bit sixteen to a word.
@@ -30,27 +30,27 @@ CHUNK = 4096  # tokens that are unpacked at a time
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """int32 [..., n] codes of 1, 2, 4, 8 or 16 bits to int16 [..., n * bits / 16] words."""
+    """Words int16 [..., n * bits / 16] of codes int32 [..., n] with 1, 2, 4, 8 or 16 bits."""
     if bits == WORD:
         return codes.to(torch.int16)
     per = WORD // bits
-    places = torch.arange(per - 1, -1, -1, dtype=torch.int32, device=codes.device) * bits
-    words: Tensor = (codes.unflatten(-1, (-1, per)) << places).sum(-1, dtype=torch.int32).to(torch.int16)
+    shifts = torch.arange(per - 1, -1, -1, dtype=torch.int32, device=codes.device) * bits
+    words: Tensor = (codes.unflatten(-1, (-1, per)) << shifts).sum(-1, dtype=torch.int32).to(torch.int16)
     return words
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
-    """The codes of ``pack``: int32 [..., n]."""
-    whole = words.to(torch.int32) & 0xFFFF
+    """Codes int32 [..., n] of packed words: the inverse of ``pack``."""
+    unsigned = words.to(torch.int32) & 0xFFFF
     if bits == WORD:
-        return whole
+        return unsigned
     per = WORD // bits
-    places = torch.arange(per - 1, -1, -1, dtype=torch.int32, device=words.device) * bits
-    return ((whole[..., None] >> places) & ((1 << bits) - 1)).flatten(-2)
+    shifts = torch.arange(per - 1, -1, -1, dtype=torch.int32, device=words.device) * bits
+    return ((unsigned[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
 
 
 def halve_codes(codes: Tensor, bits: int) -> Tensor:
-    """int32 codes of ``bits`` bits (16, 8 or 4) to half as many: round(code / (2^(bits / 2) + 1)), by shifts alone.
+    """Codes (int32) with half as many bits (from 16, 8 or 4): round(code / (2^(bits / 2) + 1)), by shifts alone.
 
     PM-KVQ's equivalent right shift; exact for every code. The 32-bit product may wrap: only bits that no carry of
     it reaches are kept.
@@ -62,7 +62,7 @@ def halve_codes(codes: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """Codes of [batch, heads, tokens, head_dim].
+    """Packed codes of keys or values [batch, heads, tokens, head_dim].
 
     words: int16 [batch, heads, tokens, head_dim * (2 for 3 bits, else bits) / 16]; high: int16 [batch, heads, tokens,
     head_dim / 16], the high bits of 3-bit codes, else None; low, span: float16 [batch, heads, tokens, head_dim / group]
@@ -86,7 +86,7 @@ class Packed:
         return tuple(t for t in (self.words, self.low, self.span, self.high) if t is not None)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Packed:
-        """Every tensor changed in the same way (a choice of sequences, another device)."""
+        """The codes with a function applied to every tensor (selection of sequences, another device)."""
         high = None if self.high is None else change(self.high)
         return replace(self, words=change(self.words), low=change(self.low), span=change(self.span), high=high)
 
@@ -108,16 +108,18 @@ class Packed:
         return replace(self, words=joined[0], low=joined[1], span=joined[2], high=high)
 
     def codes(self) -> Tensor:
-        """int32 [batch, heads, tokens, head_dim]."""
+        """Unpacked codes, int32 [batch, heads, tokens, head_dim]."""
         return self._codes(0, self.tokens)
 
     def dequantize(self, dtype: torch.dtype, start: int = 0, end: int | None = None) -> Tensor:
-        """[batch, heads, tokens start to end, head_dim], computed in float32; by token ``start`` must be a multiple of the
-        group."""
+        """Values of tokens start to end, [batch, heads, tokens, head_dim], computed in float32.
+
+        With axis token, ``start`` must be a multiple of the group.
+        """
         end = self.tokens if end is None else min(end, self.tokens)
         step = CHUNK - CHUNK % self.group
-        parts = [self._dequantized(dtype, at, min(at + step, end)) for at in range(start, end, step)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        chunks = [self._dequantized(dtype, at, min(at + step, end)) for at in range(start, end, step)]
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)
 
     def _dequantized(self, dtype: torch.dtype, start: int, end: int) -> Tensor:
         codes = self._codes(start, end).to(torch.float32)
@@ -125,8 +127,8 @@ class Packed:
             step, low = (t[:, :, start:end, :, None].to(torch.float32) for t in (self.span, self.low))
             grouped: Tensor = codes.unflatten(3, (-1, self.group))
             return grouped.mul_(step / ((1 << self.bits) - 1)).add_(low).flatten(3).to(dtype)
-        first, last = start // self.group, -(-end // self.group)
-        step, low = (t[:, :, first:last].to(torch.float32) for t in (self.span, self.low))
+        first_group, last_group = start // self.group, -(-end // self.group)
+        step, low = (t[:, :, first_group:last_group].to(torch.float32) for t in (self.span, self.low))
         step, low = (t.repeat_interleave(self.group, 2)[:, :, : end - start] for t in (step, low))
         return codes.mul_(step / ((1 << self.bits) - 1)).add_(low).to(dtype)
 
@@ -136,18 +138,18 @@ class Packed:
         return unpack(self.words[:, :, start:end], self.bits)
 
     def halved(self) -> Packed:
-        """Half as many bits: the same groups, nothing dequantized."""
+        """The codes with half as many bits and the same groups; nothing is dequantized."""
         bits = HALF[self.bits]
-        parts = [
+        chunks = [
             pack(halve_codes(self._codes(at, min(at + CHUNK, self.tokens)), self.bits), bits)
             for at in range(0, self.tokens, CHUNK)
         ]
-        return replace(self, words=torch.cat(parts, dim=2), bits=bits)
+        return replace(self, words=torch.cat(chunks, dim=2), bits=bits)
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Tokens as they came, [batch, heads, tokens, head_dim], with the interface of ``Packed``."""
+    """Unquantized tokens [batch, heads, tokens, head_dim], with the interface of ``Packed``."""
 
     data: Tensor
 
@@ -180,7 +182,7 @@ class Float8(Plain):
 
     @staticmethod
     def of(x: Tensor, scale: float) -> Float8:
-        """x rounded to nearest; magnitudes above 448 scales count as that."""
+        """x rounded to nearest; magnitudes above 448 times the scale are clamped."""
         codes = (x.to(torch.float32) / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         return Float8(codes.view(torch.uint8), scale)
 
@@ -190,43 +192,49 @@ class Float8(Plain):
 
 
 def quantize(x: Tensor, bits: int, group: int, axis: str = "channel") -> Packed:
-    """x [batch, heads, tokens, head_dim] rounded to nearest; magnitudes above 32752 count as that.
+    """x [batch, heads, tokens, head_dim] rounded to nearest; magnitudes above 32752 are clamped.
 
     By channel head_dim must be a multiple of ``group``, by token the number of tokens; head_dim a multiple of
     16 / bits, and of 16 for 3 bits.
     """
-    wide = x.to(torch.float32).clamp(-LARGEST / 2, LARGEST / 2)
+    values = x.to(torch.float32).clamp(-LARGEST / 2, LARGEST / 2)
     dim = 3 if axis == "channel" else 2
-    grouped = wide.unflatten(dim, (-1, group))
-    least, most = grouped.amin(dim + 1), grouped.amax(dim + 1)
-    low = _outwards(least, -1.0)
-    span = _outwards(most - low.to(torch.float32), 1.0)
+    grouped = values.unflatten(dim, (-1, group))
+    lowest, highest = grouped.amin(dim + 1), grouped.amax(dim + 1)
+    low = _outwards(lowest, -1.0)
+    span = _outwards(highest - low.to(torch.float32), 1.0)
     factor = torch.where(span == 0, 0.0, ((1 << bits) - 1) / span.to(torch.float32))
     shifted = grouped - low.to(torch.float32).unsqueeze(dim + 1)
     codes = (shifted * factor.unsqueeze(dim + 1)).round_().clamp_(0, (1 << bits) - 1).flatten(dim, dim + 1)
-    whole = codes.to(torch.int32)
+    int_codes = codes.to(torch.int32)
     if bits == 3:
         return Packed(
-            words=pack(whole & 3, 2), low=low, span=span, bits=bits, group=group, axis=axis, high=pack(whole >> 2, 1)
+            words=pack(int_codes & 3, 2),
+            low=low,
+            span=span,
+            bits=bits,
+            group=group,
+            axis=axis,
+            high=pack(int_codes >> 2, 1),
         )
-    return Packed(words=pack(whole, bits), low=low, span=span, bits=bits, group=group, axis=axis)
+    return Packed(words=pack(int_codes, bits), low=low, span=span, bits=bits, group=group, axis=axis)
 
 
 def _outwards(x: Tensor, sign: float) -> Tensor:
-    """float16 next to x (float32), not below it for sign 1, not above it for -1."""
-    near = x.to(torch.float16)
+    """The nearest float16 of x (float32) that is not below it (sign 1), or not above it (sign -1)."""
+    nearest = x.to(torch.float16)
     further = (x + sign * (x.abs() * 2.0**-11 + 2.0**-25)).clamp(-LARGEST, LARGEST).to(torch.float16)
-    inside = near.to(torch.float32) * sign >= x * sign
-    return torch.where(inside & near.isfinite(), near, further)
+    inside = nearest.to(torch.float32) * sign >= x * sign
+    return torch.where(inside & nearest.isfinite(), nearest, further)
 
 
 def narrowed(q: Packed, bits: int) -> Packed:
-    """Halved until it has so many bits."""
+    """The codes halved down to ``bits`` bits."""
     while q.bits > bits:
         q = q.halved()
     return q
 
 
 def token_bytes(bits: int, group: int, heads: int, head_dim: int) -> int:
-    """Bytes of a token of keys or values, one sequence, grouped by channel."""
+    """Bytes of one token of keys or values of one sequence, grouped by channel."""
     return heads * (head_dim * bits // 8 + 4 * (head_dim // group))

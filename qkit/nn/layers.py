@@ -19,8 +19,8 @@ from qkit.tensor.input_transform import PLAIN
 class QuantLinear(nn.Module):
     """A linear layer whose weight stays packed.
 
-    Tensors go in by the names they have on disk (``take``); ``prepare`` then lays them out for the operator
-    that runs them.
+    ``take`` loads tensors by their names on disk; ``prepare`` then arranges them for the operator that runs
+    them.
     """
 
     def __init__(self, weights: Format, activations: Format | None, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -32,13 +32,13 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", None)
         # Not buffers: loaders that fill in or convert buffers must not touch packed weights. ``_apply`` moves them.
         self.static: Tensor | None = None
-        # Of a diffusion transformer: says at every call how its inputs are quantized, in the place of ``activations``.
+        # In a diffusion transformer: gives the format of inputs at every call, in place of ``activations``.
         self.chooser: Callable[[Tensor], Format | None] | None = None
-        self.inputs = PLAIN  # what is done to them before they are quantized
+        self.inputs = PLAIN  # transform of inputs before they are quantized
         self.packed: ops.PreparedWeight | None = None
 
     def take(self, tensors: dict[str, Tensor]) -> None:
-        """tensors: by suffix, as stored; 'bias' among them where there is one."""
+        """Load the weight. tensors: {suffix: stored tensor}, with 'bias' where there is one."""
         shape = (self.out_features, self.in_features)
         bias = tensors.get("bias")
         self.bias = None if bias is None else bias.to(self.dtype)
@@ -61,15 +61,15 @@ class QuantLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the packed weight holds in memory."""
+        """Bytes of the packed weight in memory."""
         return 0 if self.packed is None else self.packed.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out], in x's dtype."""
+        """The layer's output [..., out] for x [..., in], in x's dtype."""
         return self.product(x, self.activations if self.chooser is None else self.chooser(x))
 
     def product(self, x: Tensor, activations: Format | None) -> Tensor:
-        """x times the weight, plus bias, with x in that format (None: as it is)."""
+        """x [..., in] times the weight, plus bias, [..., out], with x quantized in a format (None: not quantized)."""
         assert self.packed is not None, "tensors were never loaded"
         return ops.linear(self.inputs(x), self.packed, self.bias, activations, self.static, self.inputs.residual)
 
@@ -95,7 +95,7 @@ class QuantExperts(nn.Module):
         )
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden: [tokens, H]; top_k_index, top_k_weights: [tokens, k] -> [tokens, H]"""
+        """Weighted sum of expert outputs, [tokens, H]. hidden: [tokens, H]; top_k_index, top_k_weights: [tokens, k]."""
         result = torch.zeros_like(hidden)
         for e, expert in enumerate(self.experts):
             token, slot = torch.where(top_k_index == e)

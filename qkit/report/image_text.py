@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from qkit.calibration.image_text import held_out
+from qkit.calibration.image_text import held_out_image_text
 from qkit.report.figures import accuracy_bars, png
 from qkit.report.page import data_uri, page
 
@@ -19,7 +19,7 @@ def image_text_page(measured: Mapping[str, Any], name: str, spec: str, count: in
     figures = measured["pairs"][name]
     model, baseline = measured["model"], measured["baseline"]
     examples = {e["index"]: e for e in figures["examples"]}
-    for index, pair in enumerate(held_out(spec, count)):
+    for index, pair in enumerate(held_out_image_text(spec, count)):
         if index in examples:
             images = [data_uri(_thumbnail(image)) for image in pair.images]
             examples[index] = {**examples[index], "pictures": images}

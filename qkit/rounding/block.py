@@ -1,13 +1,13 @@
-"""Learned rounding: the codes and ranges of a whole block, chosen together by what the block gives.
+"""Learned rounding: the codes and ranges of a block are learned together from the error of its outputs.
 
 SignRound (arXiv 2309.05516, section 3): a code is what w / s + v rounds to, and offsets v and factors of the scales s are
-learned by signed gradient descent with a rate that falls to zero, on the squared error of the block's outputs. The block is
-given what comes out of the quantized blocks before it, and is to give what the original gives in the original model.
+learned by signed gradient descent with a rate that falls to zero, on the squared error of the block's outputs. The
+block's inputs come from the quantized blocks before it; its target outputs are those of the original model.
 
-Ours: it begins from the codes of any solver, not from rounding (an offset begins where w / s + v just rounds to the solver's
-code); E2M1 too, whose offsets count in the spacing of the grid around a value; scales are rounded to their dtype on disk in
-every step, with straight-through gradients; held-out rows decide which step is kept, the solver's result among them, so
-that a block is never worse there than before.
+Our choices: learning begins with the codes of any solver, not with rounding (an offset begins where w / s + v just rounds to
+the solver's code). E2M1 is supported: its offsets are in units of the grid's spacing around a value. Scales are rounded to
+their dtype on disk in every step, with straight-through gradients. Held-out rows decide which step is kept, the solver's result
+included, so a block is never worse there than before.
 """
 
 from __future__ import annotations
@@ -23,22 +23,26 @@ from torch import Tensor, nn
 
 from qkit.calibration.block_calls import Call, OneByOne, PerRow, mapped
 from qkit.calibration.statistics import Rows
-from qkit.nn.attention import ByProducts
+from qkit.nn.attention import PlainAttention
 from qkit.rounding.learned_weight import LearnedWeight, LearningState
 from qkit.system.parallel import Workers
 from qkit.tensor.qtensor import QTensor
 
 Span = tuple[int, int]
-_HELD_OUT = 16  # of so many rows one is held out, and so many at the most
-LOOKS = 4  # at the held-out rows, at the most
+_HELD_OUT = 16  # one of this many rows is held out, and at most this many
+LOOKS = 4  # evaluations of the held-out rows, at most
 _FASTEST = 0.02
 PIECE_TOKENS = 512  # that one worker runs through the block at a time
 
 
 @dataclass(frozen=True)
 class Settings:
-    """steps: of the descent; batch: rows of one; rate: of the first step, in units of the grid (0: 1.5 / steps, at most 0.02:
-    from a solver's codes on, few long steps end in a worse place than they began); seed: of the order of batches"""
+    """Settings of learned rounding.
+
+    steps: of gradient descent; batch: rows of one step; seed: of the order of batches
+    rate:  of the first step, in units of the grid (0: 1.5 / steps, at most 0.02; fewer and longer steps from a solver's codes
+           made the result worse)
+    """
 
     steps: int
     batch: int
@@ -47,7 +51,7 @@ class Settings:
 
 
 def held_out(rows: int) -> int:
-    """How many of so many rows decide what is kept, and are not learned from."""
+    """Number of held-out rows among ``rows``: they decide which step is kept, and are not learned from."""
     return min(_HELD_OUT, max(1, rows // _HELD_OUT))
 
 
@@ -62,16 +66,15 @@ def reconstruct(
     step: Callable[[], object],
     weigh: Tensor | None = None,
 ) -> tuple[list[QTensor], float, float]:
-    """Learn the linears of a block together.
+    """Learned weights in the order of ``learners``, and the mean squared error of held-out rows before and after.
 
-    module: the block; its weights are not written to, hooks of its linears that quantize their inputs stay in force
-    rows, targets: what enters the block as quantized so far, and what leaves it in the original model
-    weigh: float32 [hidden, hidden], what errors are multiplied by before they are squared (``sensitivity.hidden``)
-    Gives what was learned, in the order of ``learners``, and the mean squared error of held-out rows before and after.
+    module:  the block; its weights are not written to, and hooks that quantize inputs stay active
+    rows:    inputs of the block from quantized blocks; targets: outputs of the block in the original model
+    weigh:   float32 [hidden, hidden], by which errors are multiplied before they are squared (``sensitivity.hidden``)
     """
     first_held = rows.count - held_out(rows.count)
-    held = (first_held, rows.count)
-    given = list(_spans(0, first_held, settings.batch)) or [held]
+    held_span = (first_held, rows.count)
+    batches = list(_spans(0, first_held, settings.batch)) or [held_span]
     with torch.inference_mode(False):
         block = _Block(
             module,
@@ -84,37 +87,37 @@ def reconstruct(
         )
         states = [LearningState(x.cloned(), rows.dtype) for x in learners]
         weights = pool.map(LearningState.weight, states)
-        before = least = block.error(weights, held)
+        first_error = best_error = block.error(weights, held_span)
         order = torch.Generator().manual_seed(settings.seed)
         queue: list[int] = []
         for number in range(settings.steps):
-            queue = queue or torch.randperm(len(given), generator=order).tolist()
-            gradients = block.gradients(weights, given[queue.pop()])
+            queue = queue or torch.randperm(len(batches), generator=order).tolist()
+            gradients = block.gradients(weights, batches[queue.pop()])
             rate = (settings.rate or min(_FASTEST, 1.5 / settings.steps)) * (1 - number / settings.steps)
             weights = pool.map(lambda pair: pair[0].step(pair[1], rate), zip(states, gradients, strict=True))  # noqa: B023
             if (number + 1) % -(-settings.steps // LOOKS) == 0 or number + 1 == settings.steps:
-                now = block.error(weights, held)
-                if now < least:
-                    least = now
+                error = block.error(weights, held_span)
+                if error < best_error:
+                    best_error = error
                     for state in states:
                         state.save_best()
             step()
-        return [x.learner.finish(*x.best) for x in states], before, least
+        return [x.learner.finish(*x.best) for x in states], first_error, best_error
 
 
 def held_out_error(
     module: nn.Module, rows: Rows, targets: Rows, call: Call | OneByOne, pool: Workers, weigh: Tensor | None
 ) -> float:
-    """Mean squared error of what leaves the block as it is, on held-out rows; arguments as of ``reconstruct``."""
+    """Mean squared error of the block's current outputs on held-out rows; arguments as for ``reconstruct``."""
     with torch.inference_mode(False):
         block = _Block(module, [], rows, targets, _cloned(call), pool, weigh)
         return block.error([], (rows.count - held_out(rows.count), rows.count))
 
 
 class _Block:
-    """A block, its rows, what they should become, and the names of the weights that it is called with.
+    """A block with its rows, their targets, and the names of the learned weights.
 
-    Pieces of a batch run side by side and are added up in order: what is learned does not depend on the number of workers.
+    Pieces of a batch run in parallel and are summed in order: the result does not depend on the number of workers.
     """
 
     def __init__(
@@ -136,24 +139,24 @@ class _Block:
             pool,
         )
         self.weigh = None if weigh is None else weigh.to(rows.dtype, copy=True)
-        self.local = threading.local()  # weights are put into a module while it runs: every worker has one of its own
+        self.local = threading.local()  # weights are swapped into a module while it runs, so every worker has a copy
 
     def error(self, weights: Sequence[Tensor], batch: Span) -> float:
-        """Mean squared error of what leaves the block."""
+        """Mean squared error of the block's outputs."""
 
         def one(piece: Span) -> float:
-            with ByProducts():
-                return float(self._lost(weights, piece))
+            with PlainAttention():
+                return float(self._summed_error(weights, piece))
 
         return sum(self.pool.map(one, self._pieces(batch))) / self._tokens(batch)
 
     def gradients(self, weights: Sequence[Tensor], batch: Span) -> list[tuple[Tensor, ...]]:
-        """Of that error, times the tokens of the batch, by weight, of every piece: only signs of their sums are used."""
+        """Gradients of the summed error: for each weight, those of every piece. Only signs of their sums are used."""
 
         def one(piece: Span) -> tuple[Tensor, ...]:
-            with torch.inference_mode(False), torch.enable_grad(), ByProducts():
+            with torch.inference_mode(False), torch.enable_grad(), PlainAttention():
                 leaves = [w.detach().requires_grad_() for w in weights]
-                return torch.autograd.grad(self._lost(leaves, piece), leaves)
+                return torch.autograd.grad(self._summed_error(leaves, piece), leaves)
 
         return list(zip(*self.pool.map(one, self._pieces(batch)), strict=True))
 
@@ -164,32 +167,34 @@ class _Block:
         valid = self.rows.valid(*batch) if not self.rows.lead_shapes else None
         return self.rows.tokens * (batch[1] - batch[0]) if valid is None else max(1, int(valid.sum()))
 
-    def _lost(self, weights: Sequence[Tensor], piece: Span) -> Tensor:
+    def _summed_error(self, weights: Sequence[Tensor], piece: Span) -> Tensor:
         """Sum over tokens of the mean squared error of their channels."""
         if not hasattr(self.local, "module"):
             with torch.inference_mode(False):
                 self.local.module = copy.deepcopy(self.module)
         rows = self.rows
-        made = self.call(
-            _Called(self.local.module, dict(zip(self.names, weights, strict=True))), rows.read(*piece), slice(*piece)
+        outputs = self.call(
+            _WithWeights(self.local.module, dict(zip(self.names, weights, strict=True))),
+            rows.read(*piece),
+            slice(*piece),
         )
-        wrong = made.float() - self.targets.read(*piece).float()
+        errors = outputs.float() - self.targets.read(*piece).float()
         if self.weigh is not None:
-            wrong = (wrong.to(rows.dtype) @ self.weigh).float()
-        lost = wrong.square().mean(-1).flatten()
+            errors = (errors.to(rows.dtype) @ self.weigh).float()
+        token_errors = errors.square().mean(-1).flatten()
         valid = rows.valid(*piece)
-        return lost.sum() if valid is None else lost[valid].sum()
+        return token_errors.sum() if valid is None else token_errors[valid].sum()
 
 
-class _Called(nn.Module):
-    """A block with other weights, to be called as the block is."""
+class _WithWeights(nn.Module):
+    """A block with replaced weights; it is called like the block."""
 
     def __init__(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
         super().__init__()
         self.module, self.weights = module, weights
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the block's."""
+        """Outputs of the block with the replaced weights."""
         return torch.func.functional_call(self.module, self.weights, args, kwargs)
 
 
@@ -198,16 +203,16 @@ def _spans(start: int, stop: int, step: int) -> Iterator[Span]:
 
 
 def _cloned(call: Call | OneByOne) -> Call | OneByOne:
-    """As ``LearnedWeight.cloned``."""
+    """The call with tensors that autograd accepts, as ``LearnedWeight.cloned``."""
     if isinstance(call, OneByOne):
-        return OneByOne(tuple(_one_cloned(c) for c in call.each))
+        return OneByOne(tuple(_one_cloned(c) for c in call.calls))
     return _one_cloned(call)
 
 
 def _one_cloned(call: Call) -> Call:
     def clone(value: Any) -> Any:
         if isinstance(value, PerRow):
-            return PerRow(tuple(clone(v) for v in value.each), value.dim)
+            return PerRow(tuple(clone(v) for v in value.values), value.dim)
         return value.clone() if isinstance(value, Tensor) else value
 
     return replace(call, args=mapped(clone, call.args), kwargs=mapped(clone, call.kwargs))

@@ -1,7 +1,7 @@
-"""What is learned of one linear: rounding offsets and factors of its scales, beginning at a solver's codes.
+"""The learned parameters of one linear: rounding offsets and factors of its scales, which begin at a solver's codes.
 
-An offset counts in the spacing of the format's grid around a weight (1 for integers), so that E2M1 is learned as integers are.
-Scales are rounded to their dtype on disk whenever they are used.
+An offset is in units of the grid's spacing around a weight (1 for integers), so E2M1 is learned like integers. Scales are
+rounded to their dtype on disk whenever they are used.
 """
 
 from __future__ import annotations
@@ -35,29 +35,32 @@ _INSIDE = 0.499  # of a cell, where an offset begins that has to reach a solver'
 
 @dataclass(frozen=True)
 class LearnedWeight:
-    """One linear. weight: float32 [out, in], for transformed inputs; q: what the solver made of it; apart: the sparse and the
-    low-rank part, which stay as they are and are no part of weight, float32 [out, in]."""
+    """One linear.
+
+    weight:     float32 [out, in], for transformed inputs, without the correction; q: the solver's result
+    correction: float32 [out, in], the sparse and the low-rank part, which are not learned (None: there are none)
+    """
 
     linear: Linear
     weight: Tensor
     q: QTensor
     inputs: InputTransform
-    apart: Tensor | None = None
+    correction: Tensor | None = None
 
     @staticmethod
     def of(linear: Linear, weight: Tensor, q: QTensor, inputs: InputTransform) -> LearnedWeight:
-        """weight: with the sparse and the low-rank part in it."""
+        """A linear from its full weight, float32 [out, in], with the sparse and the low-rank part included."""
         if q.sparse is None and q.low_rank is None:
             return LearnedWeight(linear, weight, q, inputs)
-        apart = torch.zeros_like(weight)
+        correction = torch.zeros_like(weight)
         if q.sparse is not None:
-            sparse.add_(apart, q.sparse)
+            sparse.add_(correction, q.sparse)
         if q.low_rank is not None:
-            lowrank.add_(apart, q.low_rank)
-        return LearnedWeight(linear, weight - apart, q, inputs, apart)
+            lowrank.add_(correction, q.low_rank)
+        return LearnedWeight(linear, weight - correction, q, inputs, correction)
 
     def cloned(self) -> LearnedWeight:
-        """With tensors that gradients may pass: what was made without them cannot be kept for a backward pass."""
+        """The linear with tensors that autograd accepts: those made in inference mode cannot be saved for a backward pass."""
         p = self.q.params
         zero, shared = (None if t is None else t.clone() for t in (p.zero, p.global_scale))
         return replace(
@@ -70,33 +73,38 @@ class LearnedWeight:
         grid_position = self._grid_position(self._scale(factor))
         target = tiles(codes_to_grid(self.q.codes, self.q.format), self.q.format)
         spacing = self._spacing(grid_position)
-        away = (target - grid_position) / spacing
+        distance = (target - grid_position) / spacing
         offset = torch.zeros_like(grid_position)
-        for tried in (
-            away - away.clamp(-_INSIDE, _INSIDE),
-            away,
+        for candidate in (
+            distance - distance.clamp(-_INSIDE, _INSIDE),
+            distance,
         ):  # to the edge of the cell, or, where that fails, into it
-            wrong = round_to_grid(grid_position + offset * spacing, self.q.format) != target
-            offset = torch.where(wrong, tried, offset)
+            differs = round_to_grid(grid_position + offset * spacing, self.q.format) != target
+            offset = torch.where(differs, candidate, offset)
         return offset, factor
 
     def dense(self, offset: Tensor, factor: Tensor) -> Tensor:
-        """float32 [out, in] for inputs as they are."""
+        """The dequantized weight for untransformed inputs, float32 [out, in]."""
         scale = self._scale(factor)
-        grid = round_to_grid_(self._moved(self._grid_position(scale), offset), self.q.format)
-        whole = untile(self._above_zero_(grid).mul_(scale), self.q.format, self.q.shape)
-        return self.inputs.weight_back(whole if self.apart is None else whole + self.apart)
+        grid = round_to_grid_(self._with_offset(self._grid_position(scale), offset), self.q.format)
+        weight = untile(self._above_zero_(grid).mul_(scale), self.q.format, self.q.shape)
+        return self.inputs.weight_back(weight if self.correction is None else weight + self.correction)
 
-    def gradients(self, offset: Tensor, factor: Tensor, slope: Tensor, sizes: bool = False) -> tuple[Tensor, Tensor]:
-        """Gradients by offset and factor from that by ``dense``, float32 [out, in], each times something above zero: as if
-        nothing inside the range of codes were rounded, nor scales to their dtype. sizes: those by offsets are what they are."""
+    def gradients(
+        self, offset: Tensor, factor: Tensor, weight_gradient: Tensor, sizes: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of offsets and factors, up to positive factors, from that of ``dense``, float32 [out, in].
+
+        They are straight-through: rounding inside the range of codes and of scales to their dtype is ignored. sizes: the
+        gradients of offsets are exact in size.
+        """
         scale, (low, high) = self._scale(factor), code_range(self.q.format)
         grid_position, sign = self._grid_position(scale), scale.sign()
-        moved = self._moved(grid_position, offset)
-        by_dense = tiles(self.inputs.weight_slope(slope), self.q.format)
-        by_offset = by_dense.masked_fill(moved.clamp(low, high) != moved, 0.0)
+        moved_position = self._with_offset(grid_position, offset)
+        by_dense = tiles(self.inputs.weight_slope(weight_gradient), self.q.format)
+        by_offset = by_dense.masked_fill(moved_position.clamp(low, high) != moved_position, 0.0)
         # The weight is (grid - zero) * scale, and the place on the grid, w / scale + zero, moves towards zero as scales rise.
-        by_scale = self._above_zero_(round_to_grid_(moved, self.q.format)).mul_(by_dense)
+        by_scale = self._above_zero_(round_to_grid_(moved_position, self.q.format)).mul_(by_dense)
         by_scale.addcmul_(self._above_zero_(grid_position), by_offset, value=-1)
         by_factor = by_scale.sum(-1, keepdim=True).mul_(sign)
         return by_offset.mul_(scale * self._spacing(grid_position) if sizes else sign), by_factor
@@ -104,7 +112,7 @@ class LearnedWeight:
     def finish(self, offset: Tensor, factor: Tensor) -> QTensor:
         """The codes and scales that were learned."""
         grid_position = self._grid_position(self._scale(factor))
-        codes = grid_to_codes(round_to_grid_(self._moved(grid_position, offset), self.q.format), self.q.format)
+        codes = grid_to_codes(round_to_grid_(self._with_offset(grid_position, offset), self.q.format), self.q.format)
         params = replace(self.q.params, scale=self._stored(factor))
         return replace(self.q, codes=untile(codes, self.q.format, self.q.shape).contiguous(), params=params)
 
@@ -112,13 +120,13 @@ class LearnedWeight:
         return grid_spacing(grid_position.clamp(*code_range(self.q.format)), self.q.format)
 
     def _grid_position(self, scale: Tensor) -> Tensor:
-        """Where the weights lie on the grid, [R, C, n]."""
+        """Positions of the weights on the grid, [R, C, n]."""
         zero = self.q.params.zero
-        found = tiles(self.weight, self.q.format) / scale
-        return found if zero is None else found.add_(zero.float()[..., None])
+        position = tiles(self.weight, self.q.format) / scale
+        return position if zero is None else position.add_(zero.float()[..., None])
 
-    def _moved(self, grid_position: Tensor, offset: Tensor) -> Tensor:
-        """Where they lie with their offsets."""
+    def _with_offset(self, grid_position: Tensor, offset: Tensor) -> Tensor:
+        """Positions on the grid with offsets added, [R, C, n]."""
         return (
             grid_position + offset
             if self.q.format.kind == "int"
@@ -126,7 +134,7 @@ class LearnedWeight:
         )
 
     def _above_zero_(self, grid: Tensor) -> Tensor:
-        """In place."""
+        """The grid positions minus the zero point, in place."""
         return grid if self.q.params.zero is None else grid.sub_(self.q.params.zero.float()[..., None])
 
     def _scale(self, factor: Tensor) -> Tensor:
@@ -139,12 +147,12 @@ class LearnedWeight:
         if scale.dtype == torch.uint8:  # exponents: a factor cannot reach the next one
             return scale
         limits = torch.finfo(scale.dtype)
-        wide = scale.float() * factor[..., 0]
-        return wide.abs().clamp(limits.tiny, limits.max).copysign(wide).to(scale.dtype)
+        scaled = scale.float() * factor[..., 0]
+        return scaled.abs().clamp(limits.tiny, limits.max).copysign(scaled).to(scale.dtype)
 
 
 class LearningState:
-    """One linear on its way down: where it began, where it is, and the best place so far."""
+    """One linear during gradient descent: its first, current and best offsets and factors."""
 
     def __init__(self, learner: LearnedWeight, dtype: torch.dtype) -> None:
         self.learner, self.dtype = learner, dtype
@@ -153,29 +161,29 @@ class LearningState:
         self.save_best()
 
     def weight(self) -> Tensor:
-        """[out, in] of where it is, in the dtype of the rows."""
+        """The current weight [out, in], in the dtype of the rows."""
         with torch.inference_mode(False):
             return self.learner.dense(self.offset, self.factor).to(self.dtype)
 
     def step(self, gradients: Sequence[Tensor], rate: float) -> Tensor:
-        """Go down by the signs of the gradients of all pieces, added up in order; the weight of the new place."""
+        """The weight after a step of length ``rate`` along the signs of the summed gradients of all pieces."""
         with torch.inference_mode(False):
             by_offset, by_factor = self.learner.gradients(self.offset, self.factor, _sum(gradients))
             if (
                 self.learner.q.format.strategy != "tensor"
             ):  # the only scale may be shared with linears that engines fuse
                 self.factor.sub_(by_factor.sign_(), alpha=rate).clamp_(*_FACTORS)
-            return self._moved_(by_offset.sign_(), rate)
+            return self._step_to(by_offset.sign_(), rate)
 
     def step_offsets(self, gradients: Sequence[Tensor], rate: float) -> Tensor:
-        """The same for offsets alone, by the sizes of their gradients: their root mean square becomes ``rate``."""
+        """The weight after a step of offsets alone, along their gradients scaled to a root mean square of ``rate``."""
         with torch.inference_mode(False):
             by_offset, _ = self.learner.gradients(self.offset, self.factor, _sum(gradients), sizes=True)
             size = by_offset.square().mean().sqrt()
-            return self._moved_(by_offset.div_(size.clamp_min(torch.finfo(size.dtype).tiny)), rate)
+            return self._step_to(by_offset.div_(size.clamp_min(torch.finfo(size.dtype).tiny)), rate)
 
-    def _moved_(self, down: Tensor, rate: float) -> Tensor:
-        self.offset.sub_(down, alpha=rate)
+    def _step_to(self, direction: Tensor, rate: float) -> Tensor:
+        self.offset.sub_(direction, alpha=rate)
         if self.first is None:
             self.offset.clamp_(-0.5, 0.5)
         else:  # a cell around the place of the beginning, and one around the weight's own
@@ -183,12 +191,12 @@ class LearningState:
         return self.weight()
 
     def save_best(self) -> None:
-        """The best place is this one."""
+        """Keep the current offsets and factors as the best ones."""
         self.best = self.offset.clone(), self.factor.clone()
 
 
 def _sum(gradients: Sequence[Tensor]) -> Tensor:
-    total = gradients[0].float()
-    for more in gradients[1:]:
-        total += more
-    return total
+    summed = gradients[0].float()
+    for gradient in gradients[1:]:
+        summed += gradient
+    return summed

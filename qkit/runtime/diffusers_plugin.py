@@ -1,7 +1,8 @@
-"""qkit as a quantization method of diffusers, which has no function to register one: its two tables are extended.
+"""qkit as a quantization method of diffusers. diffusers has no function to register one, so two of its tables are extended.
 
 With ``import qkit``, ``DiffusionPipeline.from_pretrained(folder)`` and the transformer classes' own ``from_pretrained`` load
-what qkit packed, in compressed-tensors' layout, and it runs packed. Without it diffusers refuses: it knows no such method.
+folders that qkit packed in compressed-tensors' layout, and weights stay packed. Without the import, diffusers refuses the
+method.
 """
 
 from __future__ import annotations
@@ -16,41 +17,41 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 
 class Method(str, Enum):
-    """Names in config.json. diffusers asks a method for its ``.value``."""
+    """Names of methods in config.json. diffusers reads a method's ``.value``."""
 
     QKIT = "qkit"
     COMPRESSED_TENSORS = "compressed-tensors"
 
 
-class QkitConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The ``quantization_config`` of a config.json, kept as it is."""
+class QkitDiffusersConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The unchanged ``quantization_config`` of a config.json."""
 
     def __init__(self, **config: Any) -> None:
         self.quant_method = Method(config.pop("quant_method", Method.QKIT.value))
         self.config = config
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into config.json."""
+        """The dictionary for config.json."""
         return {"quant_method": self.quant_method.value, **self.config}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What diffusers prints."""
+        """The dictionary that diffusers prints."""
         return self.to_dict()
 
 
-class QkitQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+class QkitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     """Puts packed modules in place before diffusers loads the other weights."""
 
     requires_calibration = True
     use_keep_in_fp32_modules = True  # as in the unquantized model
 
     def update_torch_dtype(self, torch_dtype: Any) -> Any:
-        """Of activations and unquantized weights; None: the checkpoint's, known once its files are."""
+        """The dtype of activations and unquantized weights; None: that of the checkpoint."""
         self.dtype = torch_dtype
         return torch_dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """All tensors but the packed ones: these are read here."""
+        """Names of all tensors but packed ones, which this class reads."""
         from qkit.files.checkpoint import Checkpoint
         from qkit.runtime.loading import PackedStructure
 
@@ -75,15 +76,15 @@ class QkitQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights take no gradients."""
+        """False: packed weights have no gradients."""
         return False
 
     @property
     def is_serializable(self) -> bool:
-        """A packed folder is copied, not saved again."""
+        """False: a packed folder is copied, not saved again."""
         return False
 
 
 for method in Method:
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(method.value, QkitConfig)
-    auto.AUTO_QUANTIZER_MAPPING.setdefault(method.value, QkitQuantizer)
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(method.value, QkitDiffusersConfig)
+    auto.AUTO_QUANTIZER_MAPPING.setdefault(method.value, QkitDiffusersQuantizer)

@@ -2,7 +2,7 @@
 
 A decode step of a quantized model is hundreds of kernels of a few microseconds; launched one by one from Python they
 cost more than they compute. ``Decoder`` records a step once and replays it. Its tokens are those of transformers'
-``generate`` with a plain cache, but for ties that floating point decides; a KV cache policy of the model is not looked at.
+``generate`` with a plain cache, except for ties that floating point decides. It ignores a KV cache policy of the model.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from torch import Tensor
 from qkit.errors import UsageError
 from qkit.kvcache.argument import with_cache
 
-Draw = Callable[[Tensor, torch.Generator], Tensor]  # of chances [batch, vocabulary], int64 [batch]
+Draw = Callable[
+    [Tensor, torch.Generator], Tensor
+]  # (probabilities [batch, vocabulary], generator) -> tokens, int64 [batch]
 _GROWTH = 64  # tokens
 
 
 class Decoder:
     """Generates with a model as ``qkit.load`` returns it (or any causal language model of transformers).
 
-    length: the most tokens, prompt included; memory for their keys and values is taken once.
+    length: largest number of tokens, prompt included; memory for their keys and values is allocated once.
     A decoder serves one call at a time.
     """
 
@@ -60,23 +62,23 @@ class Decoder:
             )
         self._start(batch)
         pick = _picker(temperature, top_k, top_p, seed, self.model.device, draw or _multinomial)
-        found = [tokens.to(self.model.device)]
-        over = torch.zeros(batch, dtype=torch.bool, device=self.model.device)
+        pieces = [tokens.to(self.model.device)]
+        finished = torch.zeros(batch, dtype=torch.bool, device=self.model.device)
         ends = torch.tensor(sorted(stop), dtype=torch.int64, device=self.model.device)
-        logits = self._forward(found[0])
+        logits = self._forward(pieces[0])
         for i in range(new_tokens):
-            token = pick(torch.cat(found, dim=1), logits)
+            token = pick(torch.cat(pieces, dim=1), logits)
             if stop:
-                token = torch.where(over, ends[0], token)
-                over |= torch.isin(token, ends)
-            found.append(token[:, None])
-            if (stop and bool(over.all())) or i == new_tokens - 1:
+                token = torch.where(finished, ends[0], token)
+                finished |= torch.isin(token, ends)
+            pieces.append(token[:, None])
+            if (stop and bool(finished.all())) or i == new_tokens - 1:
                 break
             logits = self._step(token[:, None])
-        return torch.cat(found, dim=1)
+        return torch.cat(pieces, dim=1)
 
     def _start(self, batch: int) -> None:
-        """An empty cache. It takes its shape from the first prompt, so another number of sequences wants another one."""
+        """Make an empty cache, or reset it. Its shape follows the first prompt: another batch size needs a new one."""
         from transformers import StaticCache
         from transformers.cache_utils import StaticLayer
 
@@ -93,22 +95,22 @@ class Decoder:
             self._cache, self._room = StaticCache(config=self.model.config, max_cache_len=0), 0
 
     def _make_room(self, tokens: int) -> None:
-        """On a CPU, where the whole cache is read at every token, empty places too, it grows with what is in it."""
+        """Enlarge the cache for ``tokens`` tokens. On a CPU all of it is read at every token, so it grows with its content."""
         from transformers import StaticCache
 
         if tokens <= self._room:
             return
         self._room = min(self.length, -(-tokens // _GROWTH) * _GROWTH)
-        old, self._cache = self._cache, StaticCache(config=self.model.config, max_cache_len=self._room)
-        for before, layer in zip(old.layers, self._cache.layers, strict=True):
-            if before.is_initialized:
-                layer.lazy_initialization(before.keys, before.values)
-                layer.keys[:, :, : before.max_cache_len] = before.keys
-                layer.values[:, :, : before.max_cache_len] = before.values
-                layer.cumulative_length.copy_(before.cumulative_length)
+        old_cache, self._cache = self._cache, StaticCache(config=self.model.config, max_cache_len=self._room)
+        for old_layer, layer in zip(old_cache.layers, self._cache.layers, strict=True):
+            if old_layer.is_initialized:
+                layer.lazy_initialization(old_layer.keys, old_layer.values)
+                layer.keys[:, :, : old_layer.max_cache_len] = old_layer.keys
+                layer.values[:, :, : old_layer.max_cache_len] = old_layer.values
+                layer.cumulative_length.copy_(old_layer.cumulative_length)
 
     def _forward(self, tokens: Tensor) -> Tensor:
-        """float32 [batch, vocabulary]: logits after the last of the tokens, which go into the cache."""
+        """Logits after the last of the tokens, float32 [batch, vocabulary]; the tokens are added to the cache."""
         self._filled += tokens.shape[1]
         self._make_room(self._filled)
         out = self.model(input_ids=tokens, **with_cache(self.model, self._cache), use_cache=True, logits_to_keep=1)
@@ -125,38 +127,40 @@ class Decoder:
         return self._logits
 
     def _record(self, token: Tensor) -> None:
-        """Record a step. What the trial steps wrote into the cache lies beyond its length, and is written over."""
+        """Record a step as a CUDA graph. Trial steps write beyond the length of the cache, and are overwritten."""
         self._token = token.clone()
         filled = [layer.cumulative_length.clone() for layer in self._cache.layers]
 
-        def again() -> None:
+        def restore() -> None:
             for layer, n in zip(self._cache.layers, filled, strict=True):
                 layer.cumulative_length.copy_(n)
 
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(
-            aside
+            side_stream
         ):  # compiles the kernels and warms the allocator, neither of which a recording may do
             for _ in range(2):
                 self._forward(self._token)
-                again()
-        torch.cuda.current_stream().wait_stream(aside)
+                restore()
+        torch.cuda.current_stream().wait_stream(side_stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._logits = self._forward(self._token)
-        again()
+        restore()
 
 
 def by_sums(chances: Tensor, generator: torch.Generator) -> Tensor:
-    """A token of each row of chances [batch, vocabulary], where their running sum passes a random number: int64 [batch].
+    """A sampled token for each row of probabilities [batch, vocabulary], int64 [batch], by their cumulative sums.
 
     One random number a row instead of one a token: of 128 rows of 4096 0.4 ms instead of 8.8 ms, one thread of a CPU.
     """
     sums = chances.cumsum(-1)
-    places = torch.rand(len(chances), 1, generator=generator, device=chances.device) * sums[:, -1:]
-    below = sums[:, -1:].nextafter(torch.zeros_like(places))  # the product may have been rounded up to the whole sum
-    return torch.searchsorted(sums, places.minimum(below), right=True)[:, 0]
+    thresholds = torch.rand(len(chances), 1, generator=generator, device=chances.device) * sums[:, -1:]
+    largest = sums[:, -1:].nextafter(
+        torch.zeros_like(thresholds)
+    )  # the product may have been rounded up to the whole sum
+    return torch.searchsorted(sums, thresholds.minimum(largest), right=True)[:, 0]
 
 
 def _multinomial(chances: Tensor, generator: torch.Generator) -> Tensor:
@@ -166,7 +170,7 @@ def _multinomial(chances: Tensor, generator: torch.Generator) -> Tensor:
 def _picker(
     temperature: float, top_k: int | None, top_p: float | None, seed: int, device: torch.device, draw: Draw
 ) -> Any:
-    """(tokens so far, logits) -> int64 [batch]: the next token of each sequence."""
+    """A function (tokens so far, logits) that gives the next token of each sequence, int64 [batch]."""
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     if temperature == 0.0:

@@ -1,7 +1,7 @@
-"""From a packed folder to a model that runs packed.
+"""Loads a packed folder as a model whose weights stay packed.
 
-``load(path)`` builds the architecture without memory, puts packed modules in the place of the quantized linears, and
-reads the shards tensor by tensor. It gives a transformers model: generate, forward and everything else work as usual.
+``load(path)`` builds the architecture without memory, replaces quantized linears by packed modules, and reads the shards
+tensor by tensor. The result is a transformers model: generate, forward and everything else work as usual.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qkit.files.locate import find_model
 from qkit.files.rejected import RejectedWarning, describe_mark, read_mark
 from qkit.files.safefile import shown
 from qkit.files.schema import foreign_errors, validate
-from qkit.kvcache.scales import declare
+from qkit.kvcache.scales import register_scales
 from qkit.nn.layers import QuantExperts, QuantLinear
 from qkit.tensor import lowrank, sparse
 from qkit.tensor.compressed_tensors import formats_of, has_cache_scales, specs
@@ -41,8 +41,8 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
            full-precision one, or the name of a reference model
     dtype: of activations and unquantized weights; default: the checkpoint's. float32 computes on exactly the decompressed
            weights.
-    kv:    the KV cache that ``generate`` uses, a policy such as 'kivi2' ('none': a plain one); default: what the folder was
-           made for, if it was
+    kv:    the KV cache that ``generate`` uses, a policy such as 'kivi2' ('none': a plain one); default: that of the
+           folder's record, if it has one
     Raises BadCheckpoint for a damaged folder, Unsupported for formats that qkit cannot run, UsageError for a policy that
     does not suit the model.
     """
@@ -69,7 +69,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
         _read_plain(structure)
     for p in model.parameters():
         value = p.data.to(dtype)
-        p.data = value.clone() if value.is_inference() else value  # one that is as it was read: autograd refuses it
+        p.data = value.clone() if value.is_inference() else value  # autograd refuses tensors of inference mode
         p.requires_grad_(False)
     for m in model.modules():
         for name, b in m._buffers.items():
@@ -84,12 +84,12 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
 
 
 def _diffusion(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, device: str, kv: str | None) -> Any:
-    """A pipeline, or a transformer alone, by way of diffusers, which knows qkit's folders (``registration_diffusers``)."""
+    """A pipeline or a single transformer, loaded through diffusers (``diffusers_plugin``)."""
     from qkit.diffusion.pipeline import load_denoiser, load_pipeline
 
     if kv not in (None, "none"):
         raise UsageError(f"--kv {kv}: a diffusion transformer has no KV cache: leave the option out")
-    structure = PackedStructure(checkpoint)  # refuses what is damaged, in a sentence
+    structure = PackedStructure(checkpoint)  # refuses damaged files with a message
     dtype = dtype or structure.dtype
     if is_pipeline(folder):
         return load_pipeline(folder, dtype, device)
@@ -97,11 +97,11 @@ def _diffusion(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, 
 
 
 METHODS = ("compressed-tensors", "qkit")
-PLAIN = tuple(DTYPES.values())  # dtypes of scales that any reader takes for each other
+PLAIN = tuple(DTYPES.values())  # dtypes of scales that readers treat as equivalent
 
 
 class PackedStructure(ModelStructure):
-    """The outline of a checkpoint that may be quantized already."""
+    """The structure of a checkpoint that may be quantized already."""
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> None:
         self.quantization = checkpoint.config.get("quantization_config")
@@ -118,11 +118,11 @@ class PackedStructure(ModelStructure):
         if has_cache_scales(self.quantization):
             dtype = dtype_of(checkpoint)
             model = model or build_skeleton(checkpoint.config, str(checkpoint.path), dtype)
-            declare(model, dtype)
+            register_scales(model, dtype)
         super().__init__(checkpoint, model)
 
     def _check_coverage(self) -> None:
-        """Every tensor that the config asks for, packed or plain, and no other."""
+        """Raises BadCheckpoint where a tensor that the config requires, packed or plain, is missing."""
         names = [linear.name for block in self.every_block for linear in block.linears]
         where = str(self.checkpoint.path)
         self.formats: dict[str, tuple[Format, Format | None]] = (
@@ -133,29 +133,29 @@ class PackedStructure(ModelStructure):
         self.scaled = frozenset((self.quantization or {}).get("scaled") or ())
         self.residual = frozenset((self.quantization or {}).get("residual") or ())
         self.rotated: dict[str, int] = _rotations((self.quantization or {}).get("rotated") or {}, where)
-        wanted = {stored for block in self.blocks for _, stored in block.stored}
-        wanted |= {stored for _, stored in self.outer}
+        expected = {stored for block in self.blocks for _, stored in block.stored}
+        expected |= {stored for _, stored in self.outer}
         for block in self.every_block:
             for linear in block.linears:
                 if linear.name in self.formats:
-                    wanted.discard(f"{linear.name}.weight")
+                    expected.discard(f"{linear.name}.weight")
                     weights, activations = self.formats[linear.name]
                     self._check_packed(linear, specs(weights, activations, linear.shape, self.dtype))
-                    wanted |= {f"{linear.name}.{s}" for s in specs(weights, activations, linear.shape, self.dtype)}
+                    expected |= {f"{linear.name}.{s}" for s in specs(weights, activations, linear.shape, self.dtype)}
                     if linear.name in self.scaled:
-                        wanted.add(f"{linear.name}.{SCALE}")
+                        expected.add(f"{linear.name}.{SCALE}")
                     if linear.name in self.residual:
-                        wanted.add(f"{linear.name}.{RESIDUAL}")
-                    wanted |= {f"{linear.name}.{s}" for s in self.beside(linear.name)}
-        missing = sorted(wanted - self.checkpoint.tensors.keys())
+                        expected.add(f"{linear.name}.{RESIDUAL}")
+                    expected |= {f"{linear.name}.{s}" for s in self.correction_suffixes(linear.name)}
+        missing = sorted(expected - self.checkpoint.tensors.keys())
         if missing:
             raise BadCheckpoint(
                 f"{where}: {len(missing)} tensors are missing, the first is {missing[0]!r}: run 'qkit verify {where}'"
             )
 
-    def _check_packed(self, linear: Linear, wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        """Raises BadCheckpoint for a tensor of another shape, or of numbers of another kind, than the format has."""
-        for suffix, (dtype, shape) in wanted.items():
+    def _check_packed(self, linear: Linear, expected: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        """Raises BadCheckpoint for a tensor whose shape or dtype does not match the format."""
+        for suffix, (dtype, shape) in expected.items():
             info = self.checkpoint.tensors.get(f"{linear.name}.{suffix}")
             if info is None:  # reported with all that are missing
                 continue
@@ -166,13 +166,13 @@ class PackedStructure(ModelStructure):
                     f"{list(shape)}: run 'qkit verify {self.checkpoint.path}'"
                 )
 
-    def beside(self, name: str) -> tuple[str, ...]:
+    def correction_suffixes(self, name: str) -> tuple[str, ...]:
         """Suffixes of the tensors of a linear's sparse and low-rank part."""
         return (sparse.PIECES if name in self.sparse else ()) + (lowrank.PIECES if name in self.low_rank else ())
 
 
 def _rotations(data: Any, where: str) -> dict[str, int]:
-    """Blocks of the transforms of inputs, by linear. Raises BadCheckpoint for what cannot be one."""
+    """{linear: block of its Hadamard transform}. Raises BadCheckpoint for invalid blocks."""
     sound = isinstance(data, dict) and all(isinstance(b, int) and b >= 2 and b & (b - 1) == 0 for b in data.values())
     if not sound:
         raise BadCheckpoint(f"{where}: quantization_config.rotated: expected layers and powers of two: export it again")
@@ -180,7 +180,7 @@ def _rotations(data: Any, where: str) -> dict[str, int]:
 
 
 def _read_plain(structure: PackedStructure) -> None:
-    """Everything that is not packed."""
+    """Load all tensors that are not packed."""
     read = structure.checkpoint.read
     inside = {stored for block in structure.every_block for _, stored in block.stored}
     for name, stored in structure.outer:
@@ -202,7 +202,7 @@ def _read_plain(structure: PackedStructure) -> None:
 
 
 def _assign(owner: nn.Module, name: str, value: Tensor) -> None:
-    """Give a parameter its value in the dtype of the file: nothing is rounded on the way."""
+    """Set a parameter to a value in the dtype of the file, without rounding. Raises BadCheckpoint."""
     path, _, leaf = name.rpartition(".")
     target = getattr(owner.get_submodule(path), leaf)
     if tuple(target.shape) != tuple(value.shape):
@@ -213,7 +213,7 @@ def _assign(owner: nn.Module, name: str, value: Tensor) -> None:
 
 
 def place_packed(structure: PackedStructure, dtype: torch.dtype) -> None:
-    """Put a packed module in the place of every quantized linear."""
+    """Replace every quantized linear by a packed module."""
     for block in structure.every_block:
         module = structure.model.get_submodule(block.path)
         experts: dict[tuple[int, str], nn.Module] = {}
@@ -232,11 +232,13 @@ def _packed(structure: PackedStructure, linear: Linear, dtype: torch.dtype) -> Q
     weights, activations = structure.formats[linear.name]
     result = QuantLinear(weights, activations, linear.shape, dtype)
     scale = structure.checkpoint.read(f"{linear.name}.{SCALE}") if linear.name in structure.scaled else None
-    first = structure.checkpoint.read(f"{linear.name}.{RESIDUAL}") if linear.name in structure.residual else None
-    result.inputs = InputTransform.of(scale, structure.rotated.get(linear.name, 0), first, linear.shape[1])
-    wanted = [*specs(weights, activations, linear.shape, structure.dtype), *(["bias"] if linear.bias else [])]
-    wanted += structure.beside(linear.name)
-    result.take({suffix: structure.checkpoint.read(f"{linear.name}.{suffix}") for suffix in wanted})
+    residual_channels = (
+        structure.checkpoint.read(f"{linear.name}.{RESIDUAL}") if linear.name in structure.residual else None
+    )
+    result.inputs = InputTransform.of(scale, structure.rotated.get(linear.name, 0), residual_channels, linear.shape[1])
+    suffixes = [*specs(weights, activations, linear.shape, structure.dtype), *(["bias"] if linear.bias else [])]
+    suffixes += structure.correction_suffixes(linear.name)
+    result.take({suffix: structure.checkpoint.read(f"{linear.name}.{suffix}") for suffix in suffixes})
     return result
 
 
@@ -274,9 +276,9 @@ def _cache_policy(model: Any, folder: Path, kv: str | None) -> None:
     from qkit.kvcache.cache import attach
     from qkit.kvcache.policy import parse, stored
 
-    found = stored(folder) if kv is None else None if kv == "none" else parse(str(kv))
-    if found is not None:
-        attach(model, found)
+    policy = stored(folder) if kv is None else None if kv == "none" else parse(str(kv))
+    if policy is not None:
+        attach(model, policy)
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -1,8 +1,8 @@
-"""Self-speculative decoding: the model drafts with the 4-bit view of its own cache and checks with the 8-bit one.
+"""Self-speculative decoding: the model drafts with the 4-bit view of its cache and verifies with the 8-bit view.
 
-QuantSpec (arXiv 2502.10424), greedy, with one set of weights. Newest tokens are kept as they came, so that what was
-drafted and is not accepted is taken back without a trace; drafts end where tokens would move on to the packed part,
-so that the result is token by token that of decoding without drafts.
+QuantSpec (arXiv 2502.10424), greedy, with one set of weights. The newest tokens stay unquantized, so rejected
+draft tokens are removed exactly. Drafts end before tokens would move to the packed part. So the result equals that of
+decoding without drafts, token by token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qkit.kvcache.policy import CachePolicy, parse
 
 @dataclass(frozen=True)
 class Speculated:
-    """tokens: int64 [1, prompt + new]; drafted and accepted: how many tokens; passes: of the model at full view."""
+    """A result. tokens: int64 [1, prompt + new]; drafted, accepted: numbers of tokens; passes: of the model at 8 bits."""
 
     tokens: Tensor
     drafted: int
@@ -33,7 +33,7 @@ class Speculated:
 def speculate(
     model: Any, tokens: Tensor, new_tokens: int, draft: int = 4, policy: CachePolicy | None = None
 ) -> Speculated:  # fmt: skip
-    """Continue a prompt, int64 [1, n], greedily by ``new_tokens``.
+    """Prompt and greedy continuation by ``new_tokens`` tokens. tokens: the prompt, int64 [1, n].
 
     draft: tokens that are drafted at a time, 0 for none; policy: of the kind hierarchical. Raises UsageError for more
     than one sequence and for another kind of cache.
@@ -45,13 +45,13 @@ def speculate(
             f"tokens {list(tokens.shape)} and {new_tokens} new ones"
         )
     cache = make_cache(model, policy)
-    found = [tokens.to(model.device)]
-    token = _next(model, found[0], cache, keep=1)
+    pieces = [tokens.to(model.device)]
+    token = _next(model, pieces[0], cache, keep=1)
     drafted = accepted = 0
-    passes, made = 1, 1
-    found.append(token)
-    while made < new_tokens:
-        count = max(min(draft, cache.layers[0].room - 1, new_tokens - made - 1), 0)
+    passes, new_count = 1, 1
+    pieces.append(token)
+    while new_count < new_tokens:
+        count = max(min(draft, cache.layers[0].room - 1, new_tokens - new_count - 1), 0)
         guess = [token]
         cache.draft(True)
         for _ in range(count):
@@ -59,19 +59,24 @@ def speculate(
         cache.draft(False)
         if count:
             cache.crop(-count)
-        fed = torch.cat(guess, dim=1)
-        true = _next(model, fed, cache)
-        same = int((fed[:, 1:] == true[:, :-1]).long().cumprod(1).sum())
-        if count > same:
-            cache.crop(same - count)
-        found.append(true[:, : same + 1])
-        token = true[:, same : same + 1]
-        drafted, accepted, passes, made = drafted + count, accepted + same, passes + 1, made + same + 1
-    return Speculated(torch.cat(found, dim=1), drafted, accepted, passes)
+        draft_tokens = torch.cat(guess, dim=1)
+        verified = _next(model, draft_tokens, cache)
+        match_count = int((draft_tokens[:, 1:] == verified[:, :-1]).long().cumprod(1).sum())
+        if count > match_count:
+            cache.crop(match_count - count)
+        pieces.append(verified[:, : match_count + 1])
+        token = verified[:, match_count : match_count + 1]
+        drafted, accepted, passes, new_count = (
+            drafted + count,
+            accepted + match_count,
+            passes + 1,
+            new_count + match_count + 1,
+        )
+    return Speculated(torch.cat(pieces, dim=1), drafted, accepted, passes)
 
 
 def _next(model: Any, ids: Tensor, cache: PackedCache, keep: int = 0) -> Tensor:
-    """int64 [1, n]: the most likely token after each of them (of the last ``keep``, if given); they go into the cache."""
+    """The most likely next token after each token (after the last ``keep``, if given), int64 [1, n]; fills the cache."""
     logits = model(input_ids=ids, **with_cache(model, cache), use_cache=True, logits_to_keep=keep).logits
-    picked: Tensor = logits.argmax(-1)
-    return picked
+    next_tokens: Tensor = logits.argmax(-1)
+    return next_tokens

@@ -20,14 +20,14 @@ METHOD = "qkit"
 
 @register_quantization_config(METHOD)
 class QkitConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The ``quantization_config`` of a config.json, kept as it is."""
+    """The unchanged ``quantization_config`` of a config.json."""
 
     def __init__(self, **config: Any) -> None:
         self.quant_method = METHOD
         self.config = {k: v for k, v in config.items() if k != "quant_method"}
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into config.json."""
+        """The dictionary for config.json."""
         return {"quant_method": METHOD, **self.config}
 
 
@@ -52,7 +52,7 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if any(isinstance(child, QuantLinear) for child in module.children()):
                 module._is_hf_initialized = True
-        # The packed tensors are taken care of: transformers need not report them as unexpected.
+        # The packed tensors are loaded: transformers must not report them as unexpected.
         packed = {rf"^{re.escape(name)}\." for name in structure.formats}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | packed
 
@@ -61,9 +61,9 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights take no gradients."""
+        """False: packed weights have no gradients."""
         return False
 
     def is_serializable(self) -> bool:
-        """A packed folder is copied, not saved again."""
+        """False: a packed folder is copied, not saved again."""
         return False

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qkit.calibration.batches import Rows, batches
+from qkit.calibration.batches import InputRows, batches
 from qkit.families.structure import ModelStructure
 from qkit.planning.plan import Plan
 from qkit.runtime.loading import load
@@ -37,7 +37,7 @@ def weighing(plan: Plan, structure: ModelStructure, pool: Workers, progress: Pro
     return roots(ReferenceModel(model, structure, pool), rows, plan.seed, progress.step)
 
 
-def roots(model: ReferenceModel, rows: Rows, seed: int, step: Callable[[], object] = lambda: None) -> list[Tensor]:
+def roots(model: ReferenceModel, rows: InputRows, seed: int, step: Callable[[], object] = lambda: None) -> list[Tensor]:
     """The matrix R of each block of the language model, float32 [hidden, hidden], with R R^T = (1 - PLAIN) F + PLAIN I.
 
     F is scaled to a mean diagonal of one, so that ``d R`` has squares of the size of those of d. seed: of the labels. One

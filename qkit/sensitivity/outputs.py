@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as product
 
-from qkit.calibration.batches import Rows, sample
+from qkit.calibration.batches import InputRows, sample
 from qkit.calibration.dataset import ANSWER, VISION
 from qkit.families.structure import ModelStructure
 from qkit.sensitivity.reference_model import ReferenceModel, Replacement
@@ -75,7 +75,7 @@ class OutputSample:
         self,
         model: ReferenceModel,
         units: Sequence[Unit],
-        rows: Rows,
+        rows: InputRows,
         count: int = SAMPLE_TOKENS,
         ratios: Sequence[Mapping[str, float]] = (),
     ) -> None:

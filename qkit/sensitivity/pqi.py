@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from qkit.calibration.batches import Rows
+from qkit.calibration.batches import InputRows
 from qkit.sensitivity.reference_model import ReferenceModel
 
 RULES: dict[str, Callable[[int, int], float]] = {
@@ -31,7 +31,7 @@ RULES: dict[str, Callable[[int, int], float]] = {
 def mean_gradients(
     model: ReferenceModel,
     targets: Mapping[str, Tensor],
-    rows: Rows,
+    rows: InputRows,
     points: int = 8,
     rule: str = "midpoint",
     step: Callable[[], None] = lambda: None,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qkit.calibration.batches import Batch, Rows, batches, sample
+from qkit.calibration.batches import Batch, InputRows, batches, sample
 from qkit.families.structure import ModelStructure
 from qkit.files.offload import Chunks, OffloadedTensors
 from qkit.system.parallel import Workers
@@ -64,7 +64,7 @@ class ReferenceModel:
 
     # ---- passes ----------------------------------------------------------------------------------------------
 
-    def log_probs(self, rows: Rows, spill: Path | None = None) -> Chunks:
+    def log_probs(self, rows: InputRows, spill: Path | None = None) -> Chunks:
         """The log probabilities of every scored token, float32 [rows, scored, vocabulary], batch by batch.
 
         spill: where more than SPILL_BYTES of them go, into a file that goes with the result; None: they stay in memory.
@@ -78,12 +78,12 @@ class ReferenceModel:
             spilled.append(piece)
         return spilled
 
-    def loss(self, rows: Rows) -> float:
+    def loss(self, rows: InputRows) -> float:
         """Mean negative log likelihood of the scored tokens, in nats."""
         nll = self.pool.map(lambda b: _nll(self._log_probs(b), b).flatten(), batches(rows))
         return float(torch.cat(nll).double().mean())
 
-    def compare(self, rows: Rows, reference: Chunks) -> tuple[float, float]:
+    def compare(self, rows: InputRows, reference: Chunks) -> tuple[float, float]:
         """The loss and the mean KL divergence from ``reference``, which ``log_probs`` gave; both in nats a scored token."""
         pieces = batches(rows)
         assert len(pieces) == len(reference)
@@ -98,7 +98,7 @@ class ReferenceModel:
         nll, kl = (torch.cat([t[i].flatten() for t in scores]).double() for i in (0, 1))
         return float(nll.mean()), float(kl.mean())
 
-    def gradients(self, rows: Rows, names: list[str], squares: bool = False) -> tuple[float, dict[str, Tensor]]:
+    def gradients(self, rows: InputRows, names: list[str], squares: bool = False) -> tuple[float, dict[str, Tensor]]:
         """The loss and {linear: gradient of the mean loss [out, in]} over all rows.
 
         squares: instead of the gradient the mean over rows of the squared gradient of a row's mean loss (the diagonal of
@@ -132,7 +132,7 @@ class ReferenceModel:
         return mean, {n: self.where[n][1].part(total[params[n]]) for n in names}
 
     def with_inputs(
-        self, rows: Rows, names: Sequence[str], use: Callable[[dict[str, tuple[Tensor, Tensor]]], R]
+        self, rows: InputRows, names: Sequence[str], use: Callable[[dict[str, tuple[Tensor, Tensor]]], R]
     ) -> Iterator[R]:
         """The results of ``use`` on {linear: (x, g)}, batch by batch, in the order of the rows; nothing else of a batch is
         kept.
@@ -174,7 +174,7 @@ class ReferenceModel:
             for handle in handles:
                 handle.remove()
 
-    def output_gradients(self, rows: Rows, paths: Sequence[str], seed: int) -> Iterator[dict[str, Tensor]]:
+    def output_gradients(self, rows: InputRows, paths: Sequence[str], seed: int) -> Iterator[dict[str, Tensor]]:
         """The gradient of the summed loss of all scored tokens at the outputs of these modules, {path: float32 [tokens,
         width]}, batch by batch; labels are drawn from the model itself.
 
@@ -211,7 +211,7 @@ class ReferenceModel:
             for handle in handles:
                 handle.remove()
 
-    def sample_inputs(self, rows: Rows, modules: Sequence[str], count: int) -> dict[str, Tensor]:
+    def sample_inputs(self, rows: InputRows, modules: Sequence[str], count: int) -> dict[str, Tensor]:
         """The inputs of these modules (by their path in the model), {path: float32 [n, width]}.
 
         Of the n tokens that ``batches.sample`` takes; the same tokens for every module, in the order of the rows.

@@ -1,5 +1,5 @@
-"""Solvers: from the weights of a group of linears to their codes.
+"""Solvers, which turn the weights of a group of linears into codes.
 
-A solver is a function ``(Task) -> Solved``, with an optional ``(Stats, options) -> prepared`` before it. It sees linears that
-share one input, one format and one Hessian; it knows no model, no file and no other solver. ``table`` says how to add one.
+A solver is a function ``(Task) -> Solved``, with an optional ``(Stats, options) -> prepared`` before it. Its linears
+share one input, one format and one Hessian. It knows no model, no file and no other solver. ``table`` explains how to add one.
 """

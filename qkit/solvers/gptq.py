@@ -1,4 +1,4 @@
-"""GPTQ: round column by column and let the columns that are still open absorb the error.
+"""GPTQ: rounds column by column, and later columns compensate the error.
 
 Frantar et al., arXiv 2210.17323, algorithm 1, in the form of LDLQ (Chee et al., arXiv 2307.13304, section 4, which shows
 that the two are one). With H = mean x x^T + lambda I = (I + A) D (I + A)^T, A strictly upper triangular and D
@@ -53,27 +53,27 @@ _SUB = 32  # columns of a sub-panel
 
 @dataclass(frozen=True, kw_only=True)
 class Factor:
-    """A factorized Hessian, columns in the order in which they are taken.
+    """A factorized Hessian, with columns in the order in which they are rounded.
 
-    spread: float32 [in, in], I + A: A_jk is how much of the error of column j column k takes on; None: no factor
+    spread: float32 [in, in], I + A: A_jk is the share of the error of column j that column k compensates; None: no factor
     cost:   float32 [in], the diagonal of D; 0 for inputs that were never active
     reason: why there is no factor
     order:  of the columns; None for the natural one
-    own:    float32 [in], H_kk, 0 for inputs that were never active; None without sweeps
-    pull:   float32 [in, in], H_jk / H_kk, 0 for j = k: how much of the error of column j column k takes on while all others
-            stay; None without sweeps
+    diagonal: float32 [in], H_kk, 0 for inputs that were never active; None without sweeps
+    pull:   float32 [in, in], H_jk / H_kk, 0 for j = k: the share of the error of column j that column k compensates while
+            all others stay; None without sweeps
     """
 
     spread: Tensor | None
     cost: Tensor | None = None
     reason: str | None = None
     order: Tensor | None = None
-    own: Tensor | None = None
+    diagonal: Tensor | None = None
     pull: Tensor | None = None
 
 
 def prepare(stats: Stats, options: dict[str, Any]) -> Factor:
-    """Factorize the Hessian of a group. Options: ``damp`` (float), ``order`` ('none' or 'activation'), ``sweeps`` (int)."""
+    """The factorized Hessian of a group. Options: ``damp`` (float), ``order`` ('none' or 'activation'), ``sweeps`` (int)."""
     assert stats.hessian is not None
     hessian, order = stats.hessian, None
     if options.get("order", "none") == "activation" and _finite(hessian):
@@ -82,23 +82,28 @@ def prepare(stats: Stats, options: dict[str, Any]) -> Factor:
     upper, reason = factorize(hessian, float(options.get("damp", 0.01)))
     if upper is None:
         return Factor(spread=None, reason=reason)
-    own = pull = None
+    diagonal_weight = pull = None
     if options.get("sweeps", 0):
-        own = upper.square().sum(1)  # the damped diagonal, in the units of the factor
-        pull = hessian.div(float(hessian.diagonal().double().mean())).div_(own).fill_diagonal_(0)
-        own *= hessian.diagonal() != 0  # scales are not for inputs that were never active
-    diagonal = upper.diagonal().clone()
-    cost = diagonal.square().mul_(hessian.diagonal() != 0)  # whatever an input that was never active is multiplied with
-    return Factor(spread=upper.div_(diagonal), cost=cost, reason=None, order=order, own=own, pull=pull)
+        diagonal_weight = upper.square().sum(1)  # the damped diagonal, in the units of the factor
+        pull = hessian.div(float(hessian.diagonal().double().mean())).div_(diagonal_weight).fill_diagonal_(0)
+        diagonal_weight *= hessian.diagonal() != 0  # scales are not for inputs that were never active
+    factor_diagonal = upper.diagonal().clone()
+    cost = factor_diagonal.square().mul_(
+        hessian.diagonal() != 0
+    )  # whatever an input that was never active is multiplied with
+    return Factor(
+        spread=upper.div_(factor_diagonal), cost=cost, reason=None, order=order, diagonal=diagonal_weight, pull=pull
+    )
 
 
 def aim(weights: list[Tensor], stats: Stats, options: dict[str, Any]) -> list[Tensor]:
-    """Weights that make up for the change of their inputs, float32 [out, in] each. Option: ``compensate`` (float, 0 to 1).
+    """Target weights that compensate the change of their inputs, float32 [out, in] each. Option: ``compensate`` (float, 0 to
+    1).
 
-    Linears run on what quantized ones before them give, x, and are to give what W x' gives, x' being the original input.
-    The least squares of that are at W + W E (x' - x) x^T (E x x^T + lambda I)^-1, from where GPTQ goes on as before: the aim
-    of GPTAQ (arXiv 2504.02692), in a closed form of ours. The share is damping, ours too, as calibration tokens are few.
-    Weights come back as they are where there is no drift, or it is not finite, or the Hessian has no Cholesky factor.
+    The inputs x come from quantized layers; the target output is W x', x' being the original input. Least squares give
+    W + W E (x' - x) x^T (E x x^T + lambda I)^-1, and GPTQ then quantizes these weights: the objective of GPTAQ
+    (arXiv 2504.02692), in a closed form of ours. The share is a damping, also ours, since calibration tokens are few.
+    Weights are unchanged where there is no drift, or it is not finite, or the Hessian has no Cholesky factor.
     """
     share = float(options.get("compensate", 0.0))
     if stats.drift is None or stats.hessian is None or not share or not _finite(stats.drift):
@@ -108,12 +113,12 @@ def aim(weights: list[Tensor], stats: Stats, options: dict[str, Any]) -> list[Te
     if int(info):
         return weights
     change = torch.cholesky_solve(stats.drift.T, lower).T
-    found = [w + share * (w @ change) for w in weights]
-    return found if all(map(_finite, found)) else weights
+    adjusted = [w + share * (w @ change) for w in weights]
+    return adjusted if all(map(_finite, adjusted)) else weights
 
 
 def solve(task: Task) -> Solved:
-    """Solve a group, or a slice of its rows."""
+    """The codes of a group, or of a slice of its rows."""
     assert task.stats is not None
     factor = task.prepared if task.prepared is not None else prepare(task.stats, task.options)
     if factor.spread is None:
@@ -122,12 +127,12 @@ def solve(task: Task) -> Solved:
 
 
 def _finite(t: Tensor) -> bool:
-    """Whether all elements are, without the copies that isfinite() makes."""
+    """Whether all elements are finite, without the copies that isfinite() makes."""
     return all(bool(x.isfinite()) for x in t.aminmax())
 
 
 def factorize(hessian: Tensor, damp: float) -> tuple[Tensor | None, str | None]:
-    """(R, None) with R R^T = H but for a factor, R upper triangular float32 [in, in]; or (None, why not)."""
+    """(R, None) with R R^T proportional to the damped H, R upper triangular, float32 [in, in]; or (None, reason)."""
     if not _finite(hessian):
         return None, "the Hessian is not finite"
     diagonal = hessian.diagonal()
@@ -158,13 +163,13 @@ def _solve(task: Task, factor: Factor) -> list[QTensor]:
     codes = torch.empty(w.shape, dtype=_code_dtype(fmt))
     panels = _panels(fmt, order is not None)
     if factor.pull is None:
-        _pass(w, w, spread, scales, codes, panels, fmt, again=False)
+        _pass(w, w, spread, scales, codes, panels, fmt, repeated=False)
     else:
         original = w.clone()
-        _pass(original, w, spread, scales, codes, panels, fmt, again=False)
+        _pass(original, w, spread, scales, codes, panels, fmt, repeated=False)
         for _ in range(int(task.options["sweeps"])):
             scales.refit(original, w, factor)
-            _pass(original, w, factor.pull, scales, codes, panels, fmt, again=True)
+            _pass(original, w, factor.pull, scales, codes, panels, fmt, repeated=True)
     codes = codes if order is None else codes[torch.argsort(order)]
     per_weight = codes.T.split([len(x) for x in task.weights])
     return [QTensor(c.contiguous(), p, fmt) for c, p in zip(per_weight, scales.params(), strict=True)]
@@ -179,35 +184,40 @@ def _pass(
     panels: tuple[int, int],
     fmt: Format,
     *,
-    again: bool,
+    repeated: bool,
 ) -> None:
-    """Quantize all columns: w [in, out] becomes their errors, codes is filled. again: w holds those of a pass before."""
+    """Quantize all columns: w [in, out] becomes their errors, codes is filled. repeated: w has errors of an earlier pass."""
     columns, (panel, sub) = len(w), panels
     for p0 in range(0, columns, panel):
         p1 = min(p0 + panel, columns)
-        now = torch.addmm(original[p0:p1], spread[:p0, p0:p1].T, w[:p0])  # the weights, corrected by the errors so far
-        if again:  # and by those that are later
-            now.addmm_(spread[p1:, p0:p1].T, w[p1:]).addmm_(spread[p0:p1, p0:p1].tril(-1).T, w[p0:p1])
+        corrected = torch.addmm(
+            original[p0:p1], spread[:p0, p0:p1].T, w[:p0]
+        )  # the weights, corrected by the errors so far
+        if repeated:  # and by those that are later
+            corrected.addmm_(spread[p1:, p0:p1].T, w[p1:]).addmm_(spread[p0:p1, p0:p1].tril(-1).T, w[p0:p1])
             w[p0:p1] = original[p0:p1]
         for s0 in range(p0, p1, sub):
             s1 = min(s0 + sub, p1)
-            now[s0 - p0 : s1 - p0].addmm_(spread[p0:s0, s0:s1].T, w[p0:s0])
-            scale, zero = scales.columns(now[s0 - p0 :], s0, s1)
-            _sub_panel(now[s0 - p0 : s1 - p0], w[s0:s1], spread[s0:s1, s0:s1], scale, zero, codes[s0:s1], fmt)
+            corrected[s0 - p0 : s1 - p0].addmm_(spread[p0:s0, s0:s1].T, w[p0:s0])
+            scale, zero = scales.columns(corrected[s0 - p0 :], s0, s1)
+            _sub_panel(corrected[s0 - p0 : s1 - p0], w[s0:s1], spread[s0:s1, s0:s1], scale, zero, codes[s0:s1], fmt)
 
 
 def _sub_panel(
-    now: Tensor, w: Tensor, spread: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor, fmt: Format
+    corrected: Tensor, w: Tensor, spread: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor, fmt: Format
 ) -> None:
-    """Quantize some columns, all tensors but spread [n, n] being [n, out]: now holds them as corrected by the errors before
-    them, w as they were, to become their errors; codes is filled."""
-    grid = torch.empty_like(now)
-    errors, wanted = w.T, spread.T
+    """Quantize some columns; all tensors are [n, out], but spread is [n, n].
+
+    corrected has the columns with the errors of earlier ones compensated; w has the original columns and becomes their errors;
+    codes is filled.
+    """
+    grid = torch.empty_like(corrected)
+    errors, spread_rows = w.T, spread.T
     # Few and in-place operations: a column is short, and their number is what this loop costs.
-    columns = zip(now.unbind(), w.unbind(), scale.unbind(), grid.unbind(), strict=True)
+    columns = zip(corrected.unbind(), w.unbind(), scale.unbind(), grid.unbind(), strict=True)
     for k, (column, error, s, values) in enumerate(columns):
         if k:
-            column.addmv_(errors[:, :k], wanted[k, :k])
+            column.addmv_(errors[:, :k], spread_rows[k, :k])
         torch.div(column, s, out=values)
         if zero is None:
             round_to_grid_(values, fmt)
@@ -231,21 +241,23 @@ def _panels(fmt: Format, ordered: bool) -> tuple[int, int]:
 
 
 class _Scales:
-    """Scales of the columns as they come up: found at the start of each group, or beforehand."""
+    """Scales of the columns, computed at the start of each group, or before the first one."""
 
     def __init__(self, task: Task, cost: Tensor, order: Tensor | None) -> None:
         self.task = task
         self.cost = cost
         self.sizes = [len(x) for x in task.weights]
         self.live = task.fmt.group is not None and order is None
-        self.found: list[list[Params]] = [[] for _ in task.weights]
-        self.now: tuple[Tensor, Tensor | None] | None = None
+        self.params_by_weight: list[list[Params]] = [[] for _ in task.weights]
+        self.current_scale: tuple[Tensor, Tensor | None] | None = None
         self.fixed: tuple[Tensor, Tensor | None] | None = None
         if not self.live:
             # In the order of the columns of the weights; the cost of a column travels with it.
             natural = cost if order is None else torch.empty_like(cost).scatter_(0, order, cost)
-            self.found = [[self._find(x, natural)] for x in task.weights]
-            scale, zero = self._wide([f[0] for f in self.found], [(len(x), x.shape[1]) for x in task.weights])
+            self.params_by_weight = [[self._find(x, natural)] for x in task.weights]
+            scale, zero = self._per_element(
+                [f[0] for f in self.params_by_weight], [(len(x), x.shape[1]) for x in task.weights]
+            )
             self.fixed = (scale, zero) if order is None else (scale[order], None if zero is None else zero[order])
 
     def _find(self, w: Tensor, cost: Tensor) -> Params:
@@ -253,78 +265,81 @@ class _Scales:
         signed = bool(t.options.get("signed", False))
         return find_params(w, t.fmt, t.dtype, importance=cost, search=True, amax=t.amax, signed=signed)
 
-    def _wide(self, params: list[Params], shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
+    def _per_element(self, params: list[Params], shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
         """Scale and zero of every element, [in, out], float32."""
         fmt = self.task.fmt
 
         def spread(values: list[Tensor]) -> Tensor:
-            wide = [expand(v, fmt, s).expand(s) for v, s in zip(values, shapes, strict=True)]
-            return torch.cat(wide).T.contiguous()
+            elements = [expand(v, fmt, s).expand(s) for v, s in zip(values, shapes, strict=True)]
+            return torch.cat(elements).T.contiguous()
 
         zeros = [p.zero.to(torch.float32) for p in params if p.zero is not None]
         return spread([effective_scale(p, fmt) for p in params]), spread(zeros) if zeros else None
 
-    def columns(self, now: Tensor, s0: int, s1: int) -> tuple[Tensor, Tensor | None]:
-        """(scale, zero) of columns [s0, s1), float32 [s1 - s0, out]. now: the rest of the panel, corrected up to s0."""
+    def columns(self, corrected: Tensor, s0: int, s1: int) -> tuple[Tensor, Tensor | None]:
+        """(scale, zero) of columns [s0, s1), float32 [s1 - s0, out]. corrected: the rest of the panel, corrected up to s0."""
         if self.fixed is not None:
             scale, zero = self.fixed
             return scale[s0:s1], None if zero is None else zero[s0:s1]
         group = self.task.fmt.group
         assert group is not None
         if s0 % group == 0:
-            width = min(group, len(now))
-            parts = now[:width].T.contiguous().split(self.sizes)
-            params = [self._find(x, self.cost[s0 : s0 + width]) for x in parts]
-            for found, p in zip(self.found, params, strict=True):
-                found.append(p)
-            scale, zero = self._wide(params, [(len(x), width) for x in parts])
-            self.now = scale[:1], None if zero is None else zero[:1]  # one scale for the whole group
-        assert self.now is not None
-        scale, zero = self.now
+            width = min(group, len(corrected))
+            group_weights = corrected[:width].T.contiguous().split(self.sizes)
+            params = [self._find(x, self.cost[s0 : s0 + width]) for x in group_weights]
+            for found_params, p in zip(self.params_by_weight, params, strict=True):
+                found_params.append(p)
+            scale, zero = self._per_element(params, [(len(x), width) for x in group_weights])
+            self.current_scale = scale[:1], None if zero is None else zero[:1]  # one scale for the whole group
+        assert self.current_scale is not None
+        scale, zero = self.current_scale
         return scale.expand(s1 - s0, -1), None if zero is None else zero.expand(s1 - s0, -1)
 
     def refit(self, original: Tensor, errors: Tensor, factor: Factor) -> None:
-        """Each scale at its least squares, rounded to the model's dtype, one group of columns after another; errors [in, out]
-        follow. From then on scales are these. Those in 8 bits stay: their grid is too coarse for it.
+        """Set each scale to its least-squares value, rounded to the model's dtype, one group of columns after another.
+
+        errors [in, out] are updated, and these scales are used from then on. 8-bit scales stay: their grid is too coarse.
 
         Let v be the codes of a group in one row of the weight, less their zero, e the errors of the row and H_g the rows of H
         that are the group's: (e - d v)^T H (e - d v) is least at d = v^T H_g e / v^T H_gg v.
         """
-        assert factor.own is not None and factor.pull is not None
+        assert factor.diagonal is not None and factor.pull is not None
         params = self.params()
         if self.fixed is None:
-            self.fixed = self._wide(params, [(len(x), x.shape[1]) for x in self.task.weights])
+            self.fixed = self._per_element(params, [(len(x), x.shape[1]) for x in self.task.weights])
         fmt = self.task.fmt
         if fmt.scale == "model" and fmt.strategy in ("group", "channel"):
             natural = torch.arange(len(errors)) if factor.order is None else torch.argsort(factor.order)
-            wide, found = self.fixed[0].clone(), []
+            scales_of_columns, refitted = self.fixed[0].clone(), []
             for group in natural.split(fmt.group or len(errors)):
-                own, pull = factor.own[group, None], factor.pull[:, group]
-                scale, e = wide[group[0]], errors[group]
+                diagonal, pull = factor.diagonal[group, None], factor.pull[:, group]
+                scale, e = scales_of_columns[group[0]], errors[group]
                 v = (original[group] - e) / scale
-                slope = (v * own * (pull.T @ errors + e)).sum(0)
-                curve = (v * own * (pull[group].T @ v + v)).sum(0)
-                moved = (
+                slope = (v * diagonal * (pull.T @ errors + e)).sum(0)
+                curve = (v * diagonal * (pull[group].T @ v + v)).sum(0)
+                new_scale = (
                     (scale + slope / curve.clamp_min(torch.finfo(torch.float32).tiny))
                     .to(self.task.dtype)
                     .to(torch.float32)
                 )
-                moved = torch.where(moved.isfinite() & (moved * scale > 0), moved, scale)
-                errors[group] = e - v * (moved - scale)
-                wide[group] = moved
-                found.append(moved)
-            own_scales = torch.stack(found, dim=1).to(self.task.dtype).split(self.sizes)
-            params = [replace(p, scale=s.contiguous()) for p, s in zip(params, own_scales, strict=True)]
-            self.fixed = wide, self.fixed[1]
-        self.found = [[p] for p in params]
+                new_scale = torch.where(new_scale.isfinite() & (new_scale * scale > 0), new_scale, scale)
+                errors[group] = e - v * (new_scale - scale)
+                scales_of_columns[group] = new_scale
+                refitted.append(new_scale)
+            scales_by_weight = torch.stack(refitted, dim=1).to(self.task.dtype).split(self.sizes)
+            params = [replace(p, scale=s.contiguous()) for p, s in zip(params, scales_by_weight, strict=True)]
+            self.fixed = scales_of_columns, self.fixed[1]
+        self.params_by_weight = [[p] for p in params]
 
     def params(self) -> list[Params]:
         """The params of each weight, groups side by side."""
         return [
             Params(
-                torch.cat([p.scale for p in found], dim=1),
-                torch.cat([p.zero for p in found if p.zero is not None], dim=1) if found[0].zero is not None else None,
-                found[0].global_scale,
+                torch.cat([p.scale for p in found_params], dim=1),
+                torch.cat([p.zero for p in found_params if p.zero is not None], dim=1)
+                if found_params[0].zero is not None
+                else None,
+                found_params[0].global_scale,
             )
-            for found in self.found
+            for found_params in self.params_by_weight
         ]

@@ -1,8 +1,8 @@
 """The table of solvers. It imports no torch, so that a command can be checked before that is loaded.
 
-A solver is a module with a function ``solve(task) -> Solved``. It may have ``prepare(stats, options)``, computed once for a
-group whose rows are then solved in slices, and ``aim(weights, stats, options)``: the weights that are solved for, instead of
-those that are there. To add one: write the module (``rtn.py`` is the shortest), and add a line here.
+A solver is a module with a function ``solve(task) -> Solved``. It may have ``prepare(stats, options)``, which is computed once
+for a group whose rows are then solved in slices, and ``aim(weights, stats, options)``, which gives target weights in place of
+the original ones. To add a solver, write the module (``rtn.py`` is the shortest), and add a line here.
 """
 
 from __future__ import annotations
@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """needs: what it needs of calibration; option_needs: the same of an option that has not its default: see
-    ``transforms.table.NEEDS``. module: loads the solver"""
+    """An entry of the table.
+
+    needs:        what the solver needs from calibration, see ``transforms.table.NEEDS``
+    option_needs: (option, need) pairs: what it needs where an option does not have its default
+    module:       a function that imports the solver's module
+    """
 
     summary: str
     options: Options
@@ -38,22 +42,22 @@ class Solver:
         return "hessian" in self.needs
 
     def needs_with(self, options: dict[str, Any]) -> frozenset[str]:
-        """What a solver with these options needs."""
+        """The needs of the solver with these options."""
         return self.needs | needs_of_options(self.option_needs, self.options, options)
 
     @property
     def solve(self) -> Callable[[Task], Solved]:
-        """From a task to codes."""
+        """The function that solves a task."""
         return self.module().solve  # type: ignore[no-any-return]
 
     @property
     def prepare(self) -> Callable[[Stats, dict[str, Any]], Any] | None:
-        """What is computed once for a group, if anything is."""
+        """The function that prepares a group once, or None."""
         return getattr(self.module(), "prepare", None)
 
     @property
     def aim(self) -> Callable[[list[Tensor], Stats, dict[str, Any]], list[Tensor]] | None:
-        """What is solved for instead of the weights, if anything is."""
+        """The function that gives target weights, or None."""
         return getattr(self.module(), "aim", None)
 
 

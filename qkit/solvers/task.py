@@ -1,4 +1,4 @@
-"""What a solver works on, and what it gives back."""
+"""The input and the result of a solver."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ from qkit.calibration.statistics import Stats
 from qkit.tensor.formats import Format
 from qkit.tensor.qtensor import QTensor
 
-# A reason to round that is no failure: whatever the weights are, the outputs are the same.
+# A reason to round that is no failure: outputs do not depend on the weights.
 ZERO_INPUTS = "its inputs are all zero"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a solver works on.
+    """The input of a solver: the weights of a group.
 
     weights:      float32 [out_i, in] each, finite
     fmt:          the format of all of them
     dtype:        the model's dtype, in which scales are stored
-    stats:        of their common input; None for solvers that need none
-    amax:         float32 [1], largest magnitude in the group, of formats with something that all its weights share; else None
+    stats:        statistics of their common input; None for solvers that need none
+    amax:         float32 [1], largest magnitude in the group, for formats with a scale that all its weights share; else None
     options:      of this solver, as validated by its recipe entry
-    prepared:     what the solver's ``prepare`` made of the stats: computed once for a group whose rows are then solved in
-                  slices, side by side
+    prepared:     result of the solver's ``prepare``, computed once for a group whose rows are then solved in parallel slices
     tokens:       how many tokens reached the group (None: no rows were run)
     """
 
@@ -43,7 +42,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Solved:
-    """qtensors: one per weight, in order; fallback: why a simpler method was used, or None."""
+    """The result of a solver. qtensors: one per weight, in order; fallback: why a simpler method was used, or None."""
 
     qtensors: list[QTensor]
     fallback: str | None = None

@@ -1,8 +1,8 @@
-"""Work on hostile input in a process of its own, with a limit on its time and its memory.
+"""Runs work on untrusted input in a process of its own, with limits on its time and memory.
 
-A chat template and a regular expression that came with a model can run for ever or fill the memory, and neither library can be
-stopped from outside. So a copy of this process does the work, and is ended when it takes too much. Nothing of qkit is imported
-here but the errors: the independent proof of a checkpoint uses it, too.
+A chat template or a regular expression of a model can run for ever or fill the memory, and neither library can be stopped from
+outside. So a copy of this process does the work, and is ended when it exceeds its limits. This module imports nothing of qkit,
+since the independent verification of a checkpoint uses it, too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CHUNK = 1 << 16
 
 
 class Exceeded(Exception):
-    """The work took more than it may; the message says of what: 'more than 5 s'."""
+    """The work exceeded a limit; the message names it: 'more than 5 s'."""
 
 
 class Failed(Exception):
@@ -43,7 +43,7 @@ def confined(work: Callable[[], Any], seconds: float = SECONDS, memory: int = BY
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", DeprecationWarning
-        )  # of a fork beside threads: the copy waits for no lock of theirs
+        )  # about a fork beside threads: the copy waits for none of their locks
         child = os.fork()
     if child == 0:
         _serve(work, send, seconds, memory)
@@ -55,7 +55,7 @@ def confined(work: Callable[[], Any], seconds: float = SECONDS, memory: int = BY
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    if not answer:  # ended by the system: for its memory, or for its time of computing
+    if not answer:  # ended by the system, for its memory or its processor time
         raise Exceeded(_more(seconds, memory))
     kind, value, text = json.loads(answer)
     if kind == "MemoryError":
@@ -72,8 +72,8 @@ def _more(seconds: float, memory: int) -> str:
 def _received(receive: int, deadline: float, seconds: float, memory: int) -> bytes:
     answer = bytearray()
     while True:
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([receive], [], [], left)[0]:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0 or not select.select([receive], [], [], remaining)[0]:
             raise Exceeded(f"more than {seconds:g} s")
         chunk = os.read(receive, _CHUNK)
         if not chunk:
@@ -84,7 +84,7 @@ def _received(receive: int, deadline: float, seconds: float, memory: int) -> byt
 
 
 def _serve(work: Callable[[], Any], send: int, seconds: float, memory: int) -> NoReturn:
-    """The copy's part; it ends without the handlers and buffers that it shares with the original."""
+    """Run the work in the copy, which exits without the handlers and buffers that it shares with the original."""
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
@@ -93,7 +93,7 @@ def _serve(work: Callable[[], Any], send: int, seconds: float, memory: int) -> N
             answer = json.dumps(["", work(), ""])
         except MemoryError:
             answer = json.dumps(["MemoryError", None, ""])
-        except Exception as e:  # any, of whatever library does the work: told to the original
+        except Exception as e:  # any exception of the library that does the work is sent to the original
             answer = json.dumps([type(e).__name__, None, str(e)[:2000]])
         data = memoryview(answer.encode("ascii"))
         while data:
@@ -108,7 +108,7 @@ def _limit(seconds: float, memory: int) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 2))
     with suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as file:
-        most = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + memory
+        limit = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + memory
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -1,4 +1,4 @@
-"""What this machine has: cores, memory, and the arithmetic that its cores are fast at."""
+"""Properties of this machine: cores, memory, and fast arithmetic."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def available_cores() -> int:
 
 
 def process_bytes() -> int:
-    """Resident memory of this process at its highest so far (the libraries, mostly)."""
+    """Peak resident memory of this process so far, in bytes (mostly libraries)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now; where the system does not say, at its highest."""
+    """Resident memory of this process in bytes, or its peak where the system gives no current value."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError, ValueError):
@@ -31,7 +31,7 @@ def resident_bytes() -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may still use, its present size included; None where the system does not say."""
+    """Bytes of memory that this process can use, its current size included; None where the system gives no value."""
     try:
         pages = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in pages if line.startswith("MemAvailable"))
@@ -44,5 +44,5 @@ def available_memory() -> int | None:
 
 
 def run_dtype(stored: torch.dtype) -> torch.dtype:
-    """The dtype to run blocks in whose weights are stored in ``stored``: bfloat16 where the cores multiply it, else float32."""
+    """The dtype in which blocks with weights in ``stored`` run: bfloat16 where the cores multiply it, else float32."""
     return stored if stored == torch.bfloat16 and cores.multiplies_bf16() else torch.float32

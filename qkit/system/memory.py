@@ -1,7 +1,7 @@
-"""Giving memory back to the system.
+"""Returns free memory to the system.
 
-glibc keeps what a program frees, in pieces that its next large tensor may not fit into; over many blocks the resident
-size creeps up. ``give_back`` returns what is free; where the C library has no such call it does nothing.
+glibc keeps memory that a program frees, in pieces that may be too small for its next large tensor. Over many blocks the
+resident size grows. ``give_back`` returns free memory; where the C library has no such call, it does nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 
 _MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # names of glibc's malloc.h
 
-# What torch, threads and the loader of libraries say of memory that they did not get.
+# Messages of torch, threads and the loader of libraries when memory runs out.
 _ALLOCATORS = (
     *("DefaultCPUAllocator: ", "not enough memory", "CUDA out of memory", "can't start new thread"),
     *("failed to map segment", "annot allocate memory"),
@@ -19,9 +19,9 @@ _ALLOCATORS = (
 
 
 def bound_heap() -> None:
-    """For a process of our own (the command line): two heaps for all threads, and tensors of 16 MB and more outside them.
+    """Limit the process to two heaps for all threads, with tensors of 16 MB and more outside them (command line only).
 
-    By default every thread grows a heap of its own and large blocks stay in it; of a single one threads wait for each other.
+    By default every thread has a heap of its own and large blocks stay in it; with a single heap, threads wait for each other.
     Measured: peak of gptq on a Llama with hidden size 1024 0.79 GB by default, 0.78 with one, 0.76 with two; learned rounding
     of tiny-llama on two cores 47 s with one, 45 with two.
     """
@@ -32,7 +32,7 @@ def bound_heap() -> None:
 
 
 def give_back() -> None:
-    """Return free heap memory to the system (milliseconds)."""
+    """Return free heap memory to the system. Takes milliseconds."""
     if sys.platform != "linux":
         return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -41,7 +41,7 @@ def give_back() -> None:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had: Python's own, one of torch's allocators, or of a library to load."""
+    """Whether an error means that memory ran out: a Python error, one of torch's allocators, or a failed load of a library."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in _ALLOCATORS)

@@ -1,4 +1,4 @@
-"""An option of a solver or a transform: its default, what it does, and the values that it may have."""
+"""Options of solvers and transforms: default, summary and permitted values."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from qkit.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """The type of a value is that of the default; a whole number is also one with a fraction.
+    """An option. A value has the type of the default; an integer is also accepted for a float.
 
-    least, most: the range of a number, both ends included; above: what it has to be larger than; choices: of a name
+    least, most: range of a number, ends included; above: exclusive lower limit; choices: permitted names
     """
 
     default: Any
@@ -23,7 +23,7 @@ class Option:
     choices: tuple[str, ...] = ()
 
     def checked(self, name: str, value: Any) -> Any:
-        """The value in the type of the default. Raises UsageError for another type, or a value out of range."""
+        """The value in the type of the default. Raises UsageError for another type or a value out of range."""
         if isinstance(self.default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not type(self.default):
@@ -40,17 +40,17 @@ class Option:
 
     @property
     def _range(self) -> str:
-        low = f"more than {self.above:g}" if self.above is not None else f"{self.least or 0:g} or more"
+        lower = f"more than {self.above:g}" if self.above is not None else f"{self.least or 0:g} or more"
         if self.most is None:
-            return low
-        return f"{low}, to {self.most:g}" if self.above is not None else f"{self.least or 0:g} to {self.most:g}"
+            return lower
+        return f"{lower}, to {self.most:g}" if self.above is not None else f"{self.least or 0:g} to {self.most:g}"
 
 
 Options = dict[str, Option]
 
 
 def needs_of_options(needs: tuple[tuple[str, str], ...], options: Options, values: dict[str, Any]) -> frozenset[str]:
-    """Of pairs (option, need) the needs of those options that have another value than their default."""
+    """The needs of options whose values differ from their defaults. needs: (option, need) pairs."""
     return frozenset(need for name, need in needs if values.get(name, options[name].default) != options[name].default)
 
 

@@ -1,6 +1,6 @@
-"""Two or more cores, the same bytes.
+"""Parallel work whose results do not depend on the number of cores.
 
-A multi-threaded matrix product may add in another order when the number of threads changes, and with it the last
+A multi-threaded matrix product may add in another order when the number of threads changes, and so give another last
 bit. Here every operation runs on one thread, the work is cut into pieces of fixed size, and the pieces go to a
 pool of workers: the result does not depend on how many workers there are.
 """
@@ -29,7 +29,7 @@ class Workers:
         self._pool = ThreadPoolExecutor(count, initializer=_one_thread) if count > 1 else None
 
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """``work`` of every item, without gradients; the first exception is raised."""
+        """Results of ``work`` for every item, computed without gradients. Raises the first exception."""
 
         def one(item: T) -> R:
             with torch.inference_mode():
@@ -38,9 +38,9 @@ class Workers:
         return [one(i) for i in items] if self._pool is None else list(self._pool.map(one, items))
 
     def stream(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """Like ``map``, but yields results one by one while the next items are already being worked on.
+        """Like ``map``, but yields results one by one while workers process the next items.
 
-        At most ``count`` + 1 items are under way or waiting to be taken: no worker idles while a result is used.
+        At most ``count`` + 1 items are in progress or waiting, so no worker idles while a result is used.
         """
 
         def one(item: T) -> R:
@@ -71,11 +71,11 @@ def _one_thread() -> None:
 @contextmanager
 def workers(count: int | None = None) -> Iterator[Workers]:
     """``count`` workers (default: all cores) with single-threaded torch inside; torch's setting is restored after."""
-    before = torch.get_num_threads()
+    threads_before = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = Workers(count or available_cores())
     try:
         yield pool
     finally:
         pool.close()
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads_before)

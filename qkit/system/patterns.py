@@ -1,7 +1,7 @@
-"""The regular expressions of a quantization config ('re:' and a pattern), matched within a limit of time.
+"""Matches the regular expressions of a quantization config ('re:' and a pattern), within a time limit.
 
-They come with the file that is read, and one such as '(a+)+$' takes for ever on a name that it does not match. Used by the
-loader and by the independent proof, which share nothing else of a config's reading.
+They come from a file, and one such as '(a+)+$' can run for ever on a name that it does not match. The loader and the
+independent verification use this module; they share no other code for reading a config.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Iterable, Sequence
 from qkit.system.confined import Exceeded, Failed, confined
 
 PREFIX = "re:"
-LONGEST = 2000  # characters of a pattern; real ones have some fifty
+LONGEST = 2000  # characters of a pattern; real ones have about fifty
 
 
 def is_pattern(target: object) -> bool:
-    """Whether it can be a target: the name of a module or of a class, or 're:' and a sound pattern."""
+    """Whether a value is a valid target: the name of a module or class, or 're:' and a valid pattern."""
     if not isinstance(target, str) or target in ("", PREFIX) or len(target) > LONGEST:
         return False
     try:
@@ -26,7 +26,7 @@ def is_pattern(target: object) -> bool:
 
 
 def matched(targets: Iterable[str], names: Sequence[str]) -> dict[str, frozenset[str]]:
-    """{target with a pattern: the names that it matches, from their start}. Raises ValueError where that takes too long."""
+    """{target with a pattern: names that it matches from their start}. Raises ValueError where matching takes too long."""
     patterns = sorted({t for t in targets if t.startswith(PREFIX)})
     if not patterns or not names:
         return {}
@@ -36,9 +36,9 @@ def matched(targets: Iterable[str], names: Sequence[str]) -> dict[str, frozenset
         return [[i for i, name in enumerate(names) if regex.match(name)] for regex in regexes]
 
     try:
-        places = confined(search)
+        indices_by_pattern = confined(search)
     except Exceeded as e:
         raise ValueError(f"matching its {len(patterns)} patterns takes {e}") from None
     except Failed as e:
         raise ValueError(f"a pattern cannot be used: {e}") from None
-    return {p: frozenset(names[i] for i in found) for p, found in zip(patterns, places, strict=True)}
+    return {p: frozenset(names[i] for i in indices) for p, indices in zip(patterns, indices_by_pattern, strict=True)}

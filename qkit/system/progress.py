@@ -1,4 +1,4 @@
-"""What long work reports to."""
+"""Listeners to the progress of long work."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ class Progress(Protocol):
     """A listener to the phases of a run; raising from ``step`` stops the run at a safe place."""
 
     def start(self, what: str, total: int) -> None:
-        """A phase of so many steps begins."""
+        """A phase of ``total`` steps begins."""
 
     def step(self, amount: int = 1) -> None:
-        """So many steps of the phase are done."""
+        """``amount`` more steps of the phase are done."""
 
 
 class Silent:
-    """A listener that says nothing."""
+    """A listener that ignores everything."""
 
     def start(self, what: str, total: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def step(self, amount: int = 1) -> None:
-        """Nothing."""
+        """Do nothing."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from qkit.tensor.formats import FP8_MAX, Format
 from qkit.tensor.qtensor import Params, effective_scale, half_range, params_from_range, qdq
 
-_LOWER = 4.0  # where Four Over Six may put the largest value of a group, in place of 6
+_LOWER = 4.0  # the lower ceiling of Four Over Six: a group's largest value may be at 4 instead of 6
 
 
 def token_scale(x: Tensor, fmt: Format) -> Tensor:
@@ -22,8 +22,8 @@ def token_scale(x: Tensor, fmt: Format) -> Tensor:
 
 
 def static_scale(amax: float, fmt: Format) -> float:
-    """What a static activation format stores: the tensor scale (FP8: amax / 448), or NVFP4's global scale
-    (2688 / amax, a multiplier). 1 where calibration saw nothing but zeros (our choice): other inputs would saturate."""
+    """The stored scale of a static activation format: the tensor scale (FP8: amax / 448), or NVFP4's global scale
+    (2688 / amax, a multiplier). 1 where calibration inputs are all zero (our choice): other inputs would saturate."""
     if amax == 0:
         return 1.0
     amax = max(amax, 1e-12)
@@ -31,56 +31,58 @@ def static_scale(amax: float, fmt: Format) -> float:
 
 
 def storable_scale(scale: float, dtype: torch.dtype) -> float:
-    """A scale that is above 0 once it is stored in ``dtype``: float16 ends at 6e-8, and a scale of 0 divides nothing.
+    """The scale, raised to the smallest value above 0 that ``dtype`` holds (float16: 6e-8): a scale of 0 cannot divide.
 
-    Inputs whose scale is raised use less of the grid, which costs them nothing: FP8 is a floating-point grid.
+    A raised scale uses less of the grid. This costs no precision, since FP8 is a floating-point grid.
     """
     info = torch.finfo(dtype)
     return max(scale, info.tiny * info.eps)
 
 
 def quantize_activations(x: Tensor, fmt: Format, static: Tensor | None = None, residual: int = 0) -> Tensor:
-    """Quantize and dequantize x [..., channels] in the given activation format.
+    """x [..., channels] quantized and dequantized in an activation format, in x's dtype.
 
     static: float32 [1], from ``static_scale``: the scale of a static format, the global scale of NVFP4.
-    residual: of formats in groups, how many channels from the first on get a second chance: what is left of them is quantized
-    in the same way and added (ARCQuant, arXiv 2601.07475), a number of whole groups. Where there are such, NVFP4's groups take
-    the better of two scales, with their largest value at 6 or at 4, where the grid is finer (Four Over Six, arXiv 2512.02010).
+    residual: number of residual channels, the first ones, in whole groups (formats with groups only). Their rounding error is
+    quantized in the same way and added (ARCQuant, arXiv 2601.07475). With residual channels, NVFP4's groups use the better of
+    two scales, with the largest value at 6 or at 4, where the grid is finer (Four Over Six, arXiv 2512.02010).
     """
-    wide = x.to(torch.float32)
+    values = x.to(torch.float32)
     if residual and fmt.group is not None:
-        once = in_groups(wide, fmt, static, either=True)
-        again = in_groups((wide - once)[..., :residual], fmt, static, either=True)
-        once[..., :residual] += again
-        return once.to(x.dtype)
+        first_pass = in_groups(values, fmt, static, two_scales=True)
+        second_pass = in_groups((values - first_pass)[..., :residual], fmt, static, two_scales=True)
+        first_pass[..., :residual] += second_pass
+        return first_pass.to(x.dtype)
     if fmt.strategy == "token":
-        return qdq(wide, token_scale(x, fmt), None, fmt).to(x.dtype)
+        return qdq(values, token_scale(x, fmt), None, fmt).to(x.dtype)
     if fmt.strategy == "tensor":
         assert static is not None
-        return qdq(wide, static.to(torch.float32), None, fmt).to(x.dtype)
-    return in_groups(wide, fmt, static, either=False).to(x.dtype)
+        return qdq(values, static.to(torch.float32), None, fmt).to(x.dtype)
+    return in_groups(values, fmt, static, two_scales=False).to(x.dtype)
 
 
-def in_groups(x: Tensor, fmt: Format, static: Tensor | None, either: bool) -> Tensor:
-    """Quantized once and dequantized, float32 [.., channels]; either: NVFP4's groups take the better of two scales."""
+def in_groups(x: Tensor, fmt: Format, static: Tensor | None, two_scales: bool) -> Tensor:
+    """x quantized and dequantized in groups, float32 [.., channels]; two_scales: NVFP4's groups use the better of two
+    scales.
+    """
     assert fmt.group is not None
     grouped = x.unflatten(-1, (-1, fmt.group))
     amax = grouped.abs().amax(-1)
 
     def at(ceiling: float) -> Tensor:
-        """With the largest value of each group there."""
+        """The groups rounded with their largest value at ``ceiling``."""
         if fmt.scale == "model":  # FP8 in groups: the scale stays in float32, it is never stored
             scale = amax / ceiling
             scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         else:
-            reach = amax * (half_range(fmt) / ceiling)
-            p: Params = params_from_range(-reach, reach, fmt, torch.float32, static)
+            limit = amax * (half_range(fmt) / ceiling)
+            p: Params = params_from_range(-limit, limit, fmt, torch.float32, static)
             scale = effective_scale(p, fmt)
         return qdq(grouped, scale[..., None], None, fmt)
 
-    found = at(half_range(fmt))
-    if either and fmt.scale == "e4m3":
-        other = at(_LOWER)
-        far, farther = ((t - grouped).square().sum(-1, keepdim=True) for t in (other, found))
-        found = torch.where(far < farther, other, found)
-    return found.flatten(-2)
+    rounded = at(half_range(fmt))
+    if two_scales and fmt.scale == "e4m3":
+        lower_rounded = at(_LOWER)
+        lower_error, error = ((t - grouped).square().sum(-1, keepdim=True) for t in (lower_rounded, rounded))
+        rounded = torch.where(lower_error < error, lower_rounded, rounded)
+    return rounded.flatten(-2)

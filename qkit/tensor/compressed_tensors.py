@@ -1,18 +1,18 @@
-"""The compressed-tensors format (0.20): write and read side by side.
+"""Writes and reads the compressed-tensors format (0.20).
 
 Per linear, next to ``bias``:
   pack-quantized         weight_packed int32, weight_scale, weight_shape int64 [2], weight_zero_point (asymmetric,
                          packed along the output dimension)
   int-quantized          weight int8, weight_scale, weight_zero_point int8 (asymmetric)
-  float-quantized        weight float8_e4m3fn, weight_scale; naive-quantized where activations stay as they are
+  float-quantized        weight float8_e4m3fn, weight_scale; naive-quantized where activations are not quantized
   nvfp4-pack-quantized   weight_packed uint8, weight_scale float8_e4m3fn, weight_global_scale float32 [1]
   mxfp4-pack-quantized   weight_packed uint8, weight_scale uint8;   mxfp8-quantized  weight float8, weight_scale uint8
   activations            input_scale [1] (static), input_global_scale float32 [1] (NVFP4)
 Per attention module     k_scale, v_scale [1], with a kv_cache_scheme
 
-INT8 weights with INT8 activations are int-quantized; every other integer is pack-quantized, W4A8 among them: that is
-the form for which engines have 4-bit kernels (the library by itself would choose one byte per weight).
-The configuration is built with the library's own classes, so that what is written is what it accepts.
+INT8 weights with INT8 activations are int-quantized. All other integers are pack-quantized, including W4A8: engines have 4-bit
+kernels for this layout (the library by itself would choose one byte per weight). The configuration is built with the library's
+own classes, so the library accepts it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from qkit.tensor.qtensor import Params, QTensor, param_shape
 Spec = tuple[torch.dtype, tuple[int, ...]]
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
-CLASS = "Linear"  # the one name of a class that a target can have here
+CLASS = "Linear"  # the only class name that a target can be
 
 
 def specs(weights: Format, activations: Format | None, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Spec]:
-    """{suffix: (dtype, shape)} of the tensors that stand for a linear's weight [out, in]."""
+    """{suffix: (dtype, shape)} of the tensors that store a linear's weight [out, in]."""
     out, columns = shape
     r, c = param_shape(weights, shape)
     scale_shape: tuple[int, ...] = (1,) if weights.strategy == "tensor" else (r, c)
@@ -70,39 +70,39 @@ def specs(weights: Format, activations: Format | None, shape: tuple[int, int], d
 
 
 def stored_bytes(weights: Format, activations: Format | None, shape: tuple[int, int], dtype: torch.dtype) -> int:
-    """Bytes that the tensors of a linear take."""
+    """Bytes of the stored tensors of a linear."""
     return sum(math.prod(s) * d.itemsize for d, s in specs(weights, activations, shape, dtype).values())
 
 
 def write(q: QTensor, activations: Format | None, static: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a linear, by suffix. static: float32 [1], the activations' scale or global scale."""
+    """{suffix: tensor} of a linear. static: float32 [1], the scale or global scale of its activations."""
     fmt, p = q.format, q.params
-    wanted = specs(fmt, activations, q.shape, dtype)
-    result: dict[str, Tensor] = {"weight_scale": p.scale.reshape(wanted["weight_scale"][1])}
-    if "weight_packed" in wanted:
+    expected = specs(fmt, activations, q.shape, dtype)
+    result: dict[str, Tensor] = {"weight_scale": p.scale.reshape(expected["weight_scale"][1])}
+    if "weight_packed" in expected:
         result["weight_packed"] = pack_nibbles(q.codes) if fmt.kind == "fp4" else pack_bits(q.codes, fmt.bits)
     else:
         result["weight"] = q.codes
-    if "weight_shape" in wanted:
+    if "weight_shape" in expected:
         result["weight_shape"] = torch.tensor(q.shape, dtype=torch.int64)
     if p.zero is not None:
-        packed = wanted["weight_zero_point"][0] == torch.int32
+        packed = expected["weight_zero_point"][0] == torch.int32
         result["weight_zero_point"] = (
             pack_bits(p.zero.T.contiguous(), fmt.bits).T.contiguous() if packed else p.zero.reshape(-1)
         )
         if not packed:
-            result["weight_zero_point"] = p.zero.reshape(wanted["weight_zero_point"][1])
+            result["weight_zero_point"] = p.zero.reshape(expected["weight_zero_point"][1])
     if p.global_scale is not None:
         result["weight_global_scale"] = p.global_scale
     for name in ("input_scale", "input_global_scale"):
-        if name in wanted:
+        if name in expected:
             assert static is not None
-            result[name] = static.to(wanted[name][0]).reshape(1)
+            result[name] = static.to(expected[name][0]).reshape(1)
     return result
 
 
 def read(tensors: dict[str, Tensor], fmt: Format, shape: tuple[int, int]) -> QTensor:
-    """The inverse of ``write`` for the weight: tensors by suffix to a QTensor."""
+    """The QTensor of a linear from its tensors by suffix: the inverse of ``write``."""
     scale = tensors["weight_scale"].reshape(param_shape(fmt, shape))
     zero = tensors.get("weight_zero_point")
     if zero is not None and zero.dtype == torch.int32:
@@ -121,44 +121,44 @@ def read(tensors: dict[str, Tensor], fmt: Format, shape: tuple[int, int]) -> QTe
 
 
 def config(
-    pairs: dict[str, tuple[Format, Format | None]],
+    formats_by_linear: dict[str, tuple[Format, Format | None]],
     skipped: list[str],
     module_name: dict[str, str],
     cache: Format | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json.
 
-    pairs:       {linear: (weights, activations)} by checkpoint name
-    skipped:     linears that stay as they are, by checkpoint name
+    formats_by_linear: {linear: (weights, activations)} by checkpoint name
+    skipped:     linears that are not quantized, by checkpoint name
     module_name: {checkpoint name: module name} where they differ; both are listed, since loaders match either
-    cache:       of keys and values, for engines that keep them in it
+    cache:       format of keys and values, for engines with a quantized KV cache
     Groups of linears with equal formats become one config group. The most common one targets the class
     ``Linear`` and the others exact names, listed first. Where there are several, experts of one format are named by a pattern:
-    transformers looks for their group by such a target, and takes the first group where there is none.
+    transformers finds their group by such a target, and uses the first group where there is none.
     """
     import compressed_tensors
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
-    kinds: dict[tuple[Format, Format | None], list[str]] = {}
-    for name, pair in pairs.items():
-        kinds.setdefault(pair, []).append(name)
-    ordered = sorted(kinds.items(), key=lambda item: (len(item[1]), item[1]))
-    experts = {pair for pair, names in kinds.items() if any(map(_EXPERT.search, names))}
+    by_formats: dict[tuple[Format, Format | None], list[str]] = {}
+    for name, formats_pair in formats_by_linear.items():
+        by_formats.setdefault(formats_pair, []).append(name)
+    ordered = sorted(by_formats.items(), key=lambda item: (len(item[1]), item[1]))
+    experts = {formats_pair for formats_pair, names in by_formats.items() if any(map(_EXPERT.search, names))}
     groups: dict[str, Any] = {}
     for i, ((weights, activations), names) in enumerate(ordered):
-        last = i == len(ordered) - 1
-        pattern = [f"re:.*{_EXPERT.pattern}.*"] if experts == {(weights, activations)} and len(kinds) > 1 else []
+        is_last = i == len(ordered) - 1
+        pattern = [f"re:.*{_EXPERT.pattern}.*"] if experts == {(weights, activations)} and len(by_formats) > 1 else []
         exact = [n for n in names if not (pattern and _EXPERT.search(n))]
-        both = sorted({*exact, *(module_name[n] for n in exact if n in module_name)})
+        all_names = sorted({*exact, *(module_name[n] for n in exact if n in module_name)})
         groups[f"group_{i}"] = QuantizationScheme(
-            targets=[*pattern, *(["Linear"] if last else both)],
+            targets=[*pattern, *(["Linear"] if is_last else all_names)],
             weights=_args(weights, activations=False),
             input_activations=None if activations is None else _args(activations, activations=True),
             format=layout(weights, activations),
         )
-    formats = {layout(w, a) for w, a in kinds}
+    formats = {layout(w, a) for w, a in by_formats}
     ignore = sorted({*skipped, *(module_name[n] for n in skipped if n in module_name)})
-    built = QuantizationConfig(
+    library_config = QuantizationConfig(
         config_groups=groups,
         format=formats.pop() if len(formats) == 1 else "mixed-precision",
         quantization_status="compressed",
@@ -169,15 +169,15 @@ def config(
         "version": compressed_tensors.__version__,
         "sparsity_config": {},
         "transform_config": {},
-        **built.model_dump(mode="json"),
+        **library_config.model_dump(mode="json"),
     }
 
 
 def has_cache_scales(quantization: dict[str, Any] | None) -> bool:
-    """Whether a config says that keys and values have a static FP8 scale each, k_scale and v_scale [1]."""
+    """Whether a config declares static FP8 scales of keys and values, k_scale and v_scale [1]."""
     scheme = (quantization or {}).get("kv_cache_scheme")
-    wanted = {"num_bits": 8, "type": "float", "strategy": "tensor"}
-    return isinstance(scheme, dict) and not scheme.get("dynamic") and wanted.items() <= scheme.items()
+    fp8_scheme = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    return isinstance(scheme, dict) and not scheme.get("dynamic") and fp8_scheme.items() <= scheme.items()
 
 
 def _args(fmt: Format, activations: bool) -> Any:
@@ -204,19 +204,19 @@ def _args(fmt: Format, activations: bool) -> Any:
 
 
 def parse_args(data: dict[str, Any], where: str) -> Format:
-    """A config's weights or activations entry as a Format. Raises Unsupported for what qkit cannot run."""
-    kind = {("int", b): "int" for b in range(1, 9)} | {("float", 4): "fp4", ("float", 8): "fp8"}
+    """The Format of a config's weights or activations entry. Raises Unsupported for a format that qkit cannot run."""
+    known_kinds = {("int", b): "int" for b in range(1, 9)} | {("float", 4): "fp4", ("float", 8): "fp8"}
     key = (str(data.get("type", "int")), int(data.get("num_bits", 8)))
     strategy, group = data.get("strategy"), data.get("group_size")
     scale_dtype = str(data.get("scale_dtype") or "")
-    if key not in kind or strategy is None:
+    if key not in known_kinds or strategy is None:
         raise Unsupported(f"{where}: {key[1]}-bit {key[0]} with strategy {strategy!r} is not a format that qkit runs")
-    mx = kind[key] != "int" and strategy == "group" and group == 32 and "uint8" in scale_dtype
+    mx = known_kinds[key] != "int" and strategy == "group" and group == 32 and "uint8" in scale_dtype
     scale = "e8m0" if mx else "e4m3" if strategy == "tensor_group" else "model"
     block = data.get("block_structure")
-    found = Format(
+    fmt = Format(
         name="",
-        kind=kind[key],
+        kind=known_kinds[key],
         bits=key[1],
         strategy=str(strategy),
         group=group if strategy in ("group", "tensor_group") else None,
@@ -225,40 +225,42 @@ def parse_args(data: dict[str, Any], where: str) -> Format:
         scale=scale,
         dynamic=bool(data.get("dynamic", False)),
     )
-    return Format(**{**found.__dict__, "name": _name_of(found)})
+    return Format(**{**fmt.__dict__, "name": _name_of(fmt)})
 
 
 def _name_of(fmt: Format) -> str:
-    for known in FORMATS.values():
-        if (known.kind, known.bits, known.scale, known.symmetric) == (
+    for candidate in FORMATS.values():
+        if (candidate.kind, candidate.bits, candidate.scale, candidate.symmetric) == (
             fmt.kind,
             fmt.bits,
             fmt.scale,
             fmt.symmetric,
-        ) and (known.strategy == fmt.strategy):
-            return known.name
+        ) and (candidate.strategy == fmt.strategy):
+            return candidate.name
     return f"{fmt.kind}{fmt.bits}_{fmt.strategy}"
 
 
 def formats_of(quantization: dict[str, Any], names: list[str], where: str) -> dict[str, tuple[Format, Format | None]]:
     """{linear: (weights, activations)} of the linears in ``names`` that the config quantizes.
 
-    A target is the name of a class, an exact name, or a pattern. Raises Unsupported for what qkit cannot run, and for patterns
-    that take too long to match.
+    A target is the name of a class, an exact name, or a pattern. Raises Unsupported for formats that qkit cannot run, and for
+    patterns that take too long to match.
     """
     groups, ignore = quantization.get("config_groups") or {}, quantization.get("ignore") or []
     parsed = []
     for label, group in groups.items():
         weights = parse_args(group["weights"], f"{where}: {label}")
-        acts = group.get("input_activations")
-        parsed.append((group["targets"], weights, None if acts is None else parse_args(acts, f"{where}: {label}")))
-    every = [*ignore, *(t for targets, _, _ in parsed for t in targets)]
-    if (wrong := next((t for t in every if not is_pattern(t)), None)) is not None:
+        activations = group.get("input_activations")
+        parsed.append(
+            (group["targets"], weights, None if activations is None else parse_args(activations, f"{where}: {label}"))
+        )
+    targets_of_all = [*ignore, *(t for targets, _, _ in parsed for t in targets)]
+    if (wrong := next((t for t in targets_of_all if not is_pattern(t)), None)) is not None:
         raise Unsupported(
             f"{where}: {wrong[:80]!a} is no name and no pattern of layers: run 'qkit verify' on the folder"
         )
     try:
-        hits = matched(every, names)
+        hits = matched(targets_of_all, names)
     except ValueError as e:
         raise Unsupported(f"{where}: quantization_config: {e}: list the layers by name") from e
 

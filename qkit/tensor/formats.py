@@ -31,7 +31,7 @@ NVFP4_RANGE = FP4_MAX * FP8_MAX  # 2688: global_scale = 2688 / amax
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How numbers are stored.
+    """A number format: the grid of codes, and how scales are stored.
 
     name:       canonical name, as it appears in recipes and reports
     kind:       'int', 'fp4' (E2M1) or 'fp8' (E4M3, finite)
@@ -61,7 +61,7 @@ class Format:
 
     @property
     def regroups(self) -> bool:
-        """Whether it has groups of weights whose size is free."""
+        """Whether the format has groups of weights whose size can be chosen."""
         return self.strategy == "group" and self.scale == "model"
 
     def with_group(self, group: int) -> Format:
@@ -82,14 +82,14 @@ class Format:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Format:
-        """The format that ``to_json`` described."""
+        """The format of a dictionary made by ``to_json``."""
         block = data.get("block")
         return Format(**{**data, "block": tuple(block) if block else None})
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A weight format with an activation format (None: activations stay as they are)."""
+    """A weight format with an activation format (None: activations are not quantized)."""
 
     name: str
     weights: Format
@@ -163,14 +163,14 @@ ALIASES = {"INT8": "W8A8", "W4AFP8": "W4A8-FP8", "W4A8_FP8": "W4A8-FP8", "FP8_ST
 
 def did_you_mean(name: str, known: list[str]) -> str:
     """'; did you mean X?' for the nearest known name, or the empty string."""
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    matches = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def scheme(name: str) -> Scheme:
-    """The scheme of that name, in any case and under the aliases in use.
+    """The scheme with a name or an alias, in any case.
 
-    Raises UsageError with the nearest known name.
+    Raises UsageError, which names the nearest known scheme.
     """
     key = ALIASES.get(name.upper(), name.upper())
     if key not in SCHEMES:
@@ -193,7 +193,7 @@ def layout(weights: Format, activations: Format | None) -> str:
 
 
 def fit_group(fmt: Format, *widths: int, strict: bool = False) -> Format:
-    """The format as it can be applied to rows of so many elements; several widths: of linears that have to share a group.
+    """The format, with a group that divides the given input widths (several widths: linears that share a group length).
 
     A group that does not divide all of them is replaced by 64, else by 32, else by one scale per channel: engines have
     kernels for these and not for other numbers. Formats whose group is fixed by definition (NVFP4, MX) cannot be adapted.
@@ -201,12 +201,12 @@ def fit_group(fmt: Format, *widths: int, strict: bool = False) -> Format:
     """
     if fmt.strategy not in ("group", "tensor_group") or fmt.group is None:
         return fmt
-    odd = next((w for w in widths if w % fmt.group), None)
-    if odd is None:
+    misfit = next((w for w in widths if w % fmt.group), None)
+    if misfit is None:
         return fmt
-    said = f"{odd} input columns are not a multiple of the group size {fmt.group} of {fmt.name}"
+    reason = f"{misfit} input columns are not a multiple of the group size {fmt.group} of {fmt.name}"
     if fmt.scale != "model":
-        raise Unsupported(f"{said}, which the format fixes: choose another format for this layer or skip it")
+        raise Unsupported(f"{reason}, which the format fixes: choose another format for this layer or skip it")
     if strict:
-        raise Unsupported(f"{said}, and --strict forbids another group: choose a group size that divides it")
+        raise Unsupported(f"{reason}, and --strict forbids another group: choose a group size that divides it")
     return fmt.with_group(next((g for g in COMMON_GROUPS if not math.gcd(*widths) % g), -1))

@@ -1,7 +1,7 @@
-"""The low-rank part of a quantized weight: two thin matrices in 16 bits whose product makes up for what rounding took.
+"""The low-rank part of a quantized weight: two thin matrices in 16 bits, whose product compensates rounding errors.
 
-weight = what the codes stand for + sparse part + up @ down. The branch multiplies the same inputs as the codes do: those after
-any transform, and quantized ones where the scheme quantizes them.
+weight = dequantized codes + sparse part + up @ down. The branch multiplies the same inputs as the codes: transformed ones, and
+quantized ones where the scheme quantizes them.
 
 A branch fits an error E = W - W~ where outputs see it. With H = X^T X of calibration inputs and L = chol(H + damping), the
 rank-r matrix B of least |(E - B) L| is the truncated SVD of E L with L undone behind it, and what is left, squared, is the sum
@@ -39,11 +39,11 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """The rank r."""
         return len(self.down)
 
     def to(self, device: torch.device) -> LowRank:
-        """On another device."""
+        """The matrices on another device."""
         return LowRank(self.down.to(device), self.up.to(device))
 
 
@@ -51,8 +51,8 @@ def specs(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> dict[str, tu
     """{suffix: (dtype, shape)} of the tensors on disk, for a weight [out, in] of a ``dtype`` model; nothing for rank 0."""
     if not rank:
         return {}
-    kept = value_dtype(dtype)
-    return dict(zip(PIECES, ((kept, (rank, shape[1])), (kept, (shape[0], rank))), strict=True))
+    stored_dtype = value_dtype(dtype)
+    return dict(zip(PIECES, ((stored_dtype, (rank, shape[1])), (stored_dtype, (shape[0], rank))), strict=True))
 
 
 def low_rank_bytes(shape: tuple[int, int], rank: int) -> int:
@@ -92,14 +92,14 @@ def product(x: Tensor, low_rank: LowRank) -> Tensor:
 def find(
     error: Tensor, hessian: Tensor | None, rank: int, dtype: torch.dtype = torch.bfloat16, damp: float = DAMP
 ) -> LowRank:
-    """The branch of that rank that makes up for most of an error, in the 16-bit type of a ``dtype`` model.
+    """The branch of the given rank that compensates most of an error, in the 16-bit type of a ``dtype`` model.
 
-    error: float32 [out, in]; hessian: float32 [in, in] of the inputs; None, or one that is not finite: every input counts alike
-    (plain SVD). rank: at most min(out, in). The same on any number of workers.
+    error: float32 [out, in]; hessian: float32 [in, in] of the inputs; None, or one that is not finite: all inputs have equal
+    weight (plain SVD). rank: at most min(out, in).
     """
     down, up = factors(error, hessian, rank, damp)
-    kept = value_dtype(dtype)
-    return LowRank(down.to(kept).contiguous(), up.to(kept).contiguous())
+    stored_dtype = value_dtype(dtype)
+    return LowRank(down.to(stored_dtype).contiguous(), up.to(stored_dtype).contiguous())
 
 
 def factors(error: Tensor, hessian: Tensor | None, rank: int, damp: float = DAMP) -> tuple[Tensor, Tensor]:
@@ -125,11 +125,11 @@ def factors(error: Tensor, hessian: Tensor | None, rank: int, damp: float = DAMP
 
 def _gram(e: Tensor, hessian: Tensor | None, ridge: float) -> Tensor:
     """E (H + ridge) E^T, float64 [out, out]."""
-    total: Tensor = ridge * (e @ e.T)
+    gram: Tensor = ridge * (e @ e.T)
     if hessian is not None:
         for columns, part in zip(hessian.split(_COLUMNS, 1), e.split(_COLUMNS, 1), strict=True):
-            total.addmm_(e @ columns.double(), part.T)
-    return total
+            gram.addmm_(e @ columns.double(), part.T)
+    return gram
 
 
 def _root(hessian: Tensor, ridge: float) -> Tensor:

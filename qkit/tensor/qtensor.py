@@ -1,9 +1,9 @@
-"""Quantized tensors in plain torch: the reference that every kernel, solver and exporter agrees with.
+"""Quantized tensors in plain torch: the reference for every kernel, solver and exporter.
 
 Three steps, each a pure function:
   ``find_params``  float weight -> Params (scale, zero point, global scale), by range or by a search
   ``quantize``     float weight and Params -> QTensor (codes)
-  ``dequantize``   QTensor -> float weight, exactly the value that a loader of the packed file computes
+  ``dequantize``   QTensor -> float weight, the exact value that a loader of the packed file computes
 
 Elements that share a scale are seen as one axis: ``tiles`` turns a weight [out, in] into [R, C, n] where
 the scale is [R, C] (group: [out, in/g, g]; channel: [out, 1, in]; tensor: [1, 1, out*in]; block:
@@ -33,8 +33,11 @@ _SEARCH_ELEMENTS = 1 << 16  # of a weight, held by one step of the scale search:
 
 @dataclass(frozen=True)
 class Params:
-    """scale: [R, C] in its dtype on disk (model dtype, float8_e4m3fn, or uint8 E8M0 exponents);
-    zero: int8 [R, C] for asymmetric integers; global_scale: float32 [1] for NVFP4."""
+    """Parameters of a quantized weight.
+
+    scale: [R, C] in its dtype on disk (model dtype, float8_e4m3fn, or uint8 E8M0 exponents)
+    zero: int8 [R, C] for asymmetric integers; global_scale: float32 [1] for NVFP4
+    """
 
     scale: Tensor
     zero: Tensor | None = None
@@ -45,8 +48,8 @@ class Params:
 class QTensor:
     """A quantized weight [out, in].
 
-    codes: int8 (integers), uint8 (E2M1 codes 0..15) or float8_e4m3fn, [out, in]; sparse, low_rank: what
-    is added to what the codes stand for, a few values and a product of thin matrices.
+    codes: int8 (integers), uint8 (E2M1 codes 0..15) or float8_e4m3fn, [out, in]
+    sparse, low_rank: a few values and a product of thin matrices, which are added to the dequantized codes
     """
 
     codes: Tensor
@@ -69,7 +72,7 @@ def code_range(fmt: Format) -> tuple[float, float]:
 
 
 def half_range(fmt: Format) -> float:
-    """What a symmetric scale divides amax by: (2^b - 1) / 2 for integers, the largest value for floats."""
+    """The divisor of amax in a symmetric scale: (2^b - 1) / 2 for integers, the largest value for floats."""
     return (2.0**fmt.bits - 1) / 2 if fmt.kind == "int" else code_range(fmt)[1]
 
 
@@ -91,10 +94,10 @@ def round_to_grid_(x: Tensor, fmt: Format) -> Tensor:
 
 
 def grid_spacing(x: Tensor, fmt: Format) -> Tensor:
-    """How far the neighbours of x on the code grid are from each other, in x's dtype; x: within the code range.
+    """Distance between neighbours on the code grid around x, in x's dtype; x: within the code range.
 
-    Of floats it is a power of two, x with its mantissa cleared, times what one step of the mantissa is, down to the
-    subnormal numbers (E2M1: 0.5 below 2, 1 below 4, 2 above). Comparisons would say it, too, and take twenty times as long.
+    For floats it is a power of two (x with its mantissa cleared) times one step of the mantissa, down to the subnormal numbers
+    (E2M1: 0.5 below 2, 1 below 4, 2 above). Comparisons would give the same, but take twenty times as long.
     """
     if fmt.kind == "int":
         return torch.ones((), dtype=x.dtype)
@@ -145,23 +148,23 @@ def untile(t: Tensor, fmt: Format, shape: tuple[int, int]) -> Tensor:
 
 def expand(per_tile: Tensor, fmt: Format, shape: tuple[int, int], columns: slice = slice(None)) -> Tensor:
     """[R, C] -> a tensor that broadcasts against columns ``columns`` of [out, in] element by element."""
-    out, total = shape
+    out, all_columns = shape
     if fmt.strategy in ("tensor", "channel"):
         return per_tile
     width = fmt.group if fmt.group is not None else fmt.block[1]  # type: ignore[index]
-    index = torch.arange(total, device=per_tile.device)[columns] // width
-    wide = per_tile[:, index]
+    index = torch.arange(all_columns, device=per_tile.device)[columns] // width
+    values = per_tile[:, index]
     if fmt.strategy == "block":
         assert fmt.block is not None
-        wide = wide.repeat_interleave(fmt.block[0], dim=0)[:out]
-    return wide
+        values = values.repeat_interleave(fmt.block[0], dim=0)[:out]
+    return values
 
 
 # ---- scales ----------------------------------------------------------------------------------------------------
 
 
 def effective_scale(p: Params, fmt: Format) -> Tensor:
-    """float32 [R, C]: what codes are multiplied with."""
+    """Factors of codes, float32 [R, C]."""
     if fmt.scale == "e8m0":
         return torch.exp2(p.scale.to(torch.float32) - 127.0)
     scale = p.scale.to(torch.float32)
@@ -171,18 +174,20 @@ def effective_scale(p: Params, fmt: Format) -> Tensor:
 def nvfp4_global_scale(amax: Tensor) -> Tensor:
     """float32 [1]: 2688 / amax; 1 where that is not finite (all-zero tensor)."""
     limits = torch.finfo(torch.float32)
-    most = limits.max * (1 - 2.0**-20)  # room for the rounding of 6 * (448 / global scale)
+    largest = limits.max * (1 - 2.0**-20)  # room for the rounding of 6 * (448 / global scale)
     return torch.nan_to_num(
-        NVFP4_RANGE / amax.to(torch.float32).clamp(limits.tiny, most).reshape(1),
+        NVFP4_RANGE / amax.to(torch.float32).clamp(limits.tiny, largest).reshape(1),
         nan=1.0,
         posinf=1.0,
     )
 
 
 def shared_amax(weights: Sequence[Tensor], fmt: Format) -> Tensor | None:
-    """float32 [1]: the largest magnitude of weights that engines load as one, where the format has something of which such
-    weights have one in common: NVFP4's global scale, or the only scale of a tensor. None for other formats, and for one weight
-    whose only scale is its own affair."""
+    """The largest magnitude of weights that engines fuse, float32 [1], for formats in which fused weights share a scale.
+
+    Shared are NVFP4's global scale and the only scale of a tensor. None for other formats, and for a single weight with one
+    scale.
+    """
     if fmt.scale != "e4m3" and (fmt.strategy != "tensor" or len(weights) == 1):
         return None
     return torch.stack([w.abs().amax() for w in weights]).amax().reshape(1)
@@ -251,27 +256,27 @@ def find_params(
     w:            float32 [out, in], finite
     dtype:        the model's dtype, in which integer and FP8 scales are stored
     importance:   float32 [in], weight of each input column's squared error (mean x^2 is the natural choice)
-    search:       try ranges from 45 % to 110 % of the full one and keep, per tile, that with the least
-                  weighted squared error (our choice of grid); the full range is always among them
-    amax:         float32 [1], largest magnitude of all linears that share what a tensor has one of: NVFP4's global scale,
-                  or the only scale, which is then not searched for; None: of this weight
+    search:       try ranges from 45 % to 110 % of the full one and keep, for each tile, the one with the least
+                  weighted squared error (our choice of grid); the full range is always a candidate
+    amax:         float32 [1], largest magnitude of all linears that share NVFP4's global scale, or the only scale of a
+                  tensor (which is then not searched); None: that of this weight
     signed:       scales of symmetric integers of up to 4 bits may be negative. Their codes reach one step further below
                   zero than above: a negative scale gives that step to the side where the tile's largest weight is
     """
     if signed and fmt.kind == "int" and fmt.symmetric and fmt.bits <= 4:
         t = tiles(w, fmt)
         sign = torch.where(t.amax(-1) > -t.amin(-1), -1.0, 1.0)
-        turned = t * sign[..., None]
+        signed_tiles = t * sign[..., None]
         if search:
-            whole = untile(turned, fmt, (w.shape[0], w.shape[1]))
-            p = find_params(whole, fmt, dtype, importance=importance, search=True)
+            signed_weight = untile(signed_tiles, fmt, (w.shape[0], w.shape[1]))
+            p = find_params(signed_weight, fmt, dtype, importance=importance, search=True)
         else:  # the largest weight becomes the lowest code
-            low, high = (x * (1 - 2.0**-fmt.bits) for x in _range(turned))
+            low, high = (x * (1 - 2.0**-fmt.bits) for x in _range(signed_tiles))
             p = params_from_range(low, high, fmt, dtype)
         return Params(p.scale * sign.to(p.scale.dtype))
     if fmt.strategy == "tensor" and amax is not None:
-        whole_range = amax.reshape(1, 1)
-        return params_from_range(-whole_range, whole_range, fmt, dtype)
+        full_range = amax.reshape(1, 1)
+        return params_from_range(-full_range, full_range, fmt, dtype)
     global_scale = nvfp4_global_scale(w.abs().amax() if amax is None else amax) if fmt.scale == "e4m3" else None
     if not search or fmt.strategy == "block":
         return params_from_range(*_range(tiles(w, fmt)), fmt, dtype, global_scale)
@@ -279,9 +284,9 @@ def find_params(
         return _search(tiles(w, fmt), None, fmt, dtype, global_scale)
     step = max(1, _SEARCH_ELEMENTS // w.shape[1])
     weights = None if importance is None else tiles(importance[None].to(torch.float32), fmt)
-    found = [_search(tiles(rows, fmt), weights, fmt, dtype, global_scale) for rows in w.split(step)]
-    zero = torch.cat([p.zero for p in found if p.zero is not None]) if found[0].zero is not None else None
-    return Params(torch.cat([p.scale for p in found]), zero, global_scale)
+    params = [_search(tiles(rows, fmt), weights, fmt, dtype, global_scale) for rows in w.split(step)]
+    zero = torch.cat([p.zero for p in params if p.zero is not None]) if params[0].zero is not None else None
+    return Params(torch.cat([p.scale for p in params]), zero, global_scale)
 
 
 def search_factors(fmt: Format) -> tuple[float, ...]:
@@ -301,9 +306,9 @@ def _search(t: Tensor, weights: Tensor | None, fmt: Format, dtype: torch.dtype, 
     """The best of ``search_factors`` for each tile of t [R, C, n]; weights: [1, C, n] or None."""
     factors = torch.tensor(search_factors(fmt))[:, None, None]
     low, high = (x * factors for x in _range(t))
-    tried = params_from_range(low, high, fmt, dtype, global_scale)  # [factors, R, C]
-    scales = effective_scale(tried, fmt)[..., None].unbind()
-    zeros = None if tried.zero is None else tried.zero.to(torch.float32)[..., None].unbind()
+    candidates = params_from_range(low, high, fmt, dtype, global_scale)  # [factors, R, C]
+    scales = effective_scale(candidates, fmt)[..., None].unbind()
+    zeros = None if candidates.zero is None else candidates.zero.to(torch.float32)[..., None].unbind()
     errors = torch.empty(low.shape)
     buffer = torch.empty_like(t)
     for i, scale in enumerate(scales):
@@ -315,11 +320,13 @@ def _search(t: Tensor, weights: Tensor | None, fmt: Format, dtype: torch.dtype, 
         buffer.mul_(scale).sub_(t).square_()
         torch.sum(buffer if weights is None else buffer.mul_(weights), -1, out=errors[i])
     best = errors.nan_to_num_(nan=torch.inf).argmin(0, keepdim=True)  # of equal ones the first
-    return Params(_take(tried.scale, best), None if tried.zero is None else _take(tried.zero, best), global_scale)
+    return Params(
+        _take(candidates.scale, best), None if candidates.zero is None else _take(candidates.zero, best), global_scale
+    )
 
 
 def _take(t: Tensor, index: Tensor) -> Tensor:
-    """Along the first axis; float8 has no gather on every build, so its bytes are taken."""
+    """Entries of t at ``index`` along the first axis. Bytes are gathered for float8, since not every build gathers it."""
     if t.dtype == torch.float8_e4m3fn:
         return t.view(torch.uint8).gather(0, index)[0].view(t.dtype)
     return t.gather(0, index)[0]
@@ -372,13 +379,13 @@ def dequantize(q: QTensor) -> Tensor:
     return dense if q.low_rank is None else lowrank.add_(dense, q.low_rank)
 
 
-def weight_sha256(parts: Iterable[QTensor]) -> str:
-    """sha256 of the float32 weight, little-endian, row by row. parts: its rows in slices: the whole of it would be the
-    largest tensor of a run.
+def weight_sha256(row_slices: Iterable[QTensor]) -> str:
+    """sha256 of the dequantized weight in float32, little-endian, row by row.
 
-    Of codes and sparse part: those of the low-rank part are sums, which no two programs need to round alike.
+    parts: its rows in slices; the full weight would be the largest tensor of a run. The low-rank part is left out: programs
+    may round its sums differently.
     """
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(dequantize(replace(part, low_rank=None)).contiguous().numpy().astype("<f4", copy=False).data)
+    for row_slice in row_slices:
+        digest.update(dequantize(replace(row_slice, low_rank=None)).contiguous().numpy().astype("<f4", copy=False).data)
     return digest.hexdigest()

@@ -1,6 +1,6 @@
 """The sparse part of a quantized weight: a few of its values kept in 16 bits, in compressed sparse rows (CSR).
 
-A weight is dense + sparse: what the codes stand for plus, at the places listed here, a value. Dense-and-sparse
+A weight is dense + sparse: the dequantized codes plus, at the positions listed here, a value. Dense-and-sparse
 quantization is from SpQR (Dettmers et al., arXiv 2306.03078) and SqueezeLLM (Kim et al., arXiv 2306.07629); which weights go
 here is decided elsewhere (``solving``: the largest; ``sensitivity.repair``: those that the loss depends on).
 
@@ -30,37 +30,37 @@ class Sparse:
 
     @property
     def nnz(self) -> int:
-        """How many values."""
+        """Number of values."""
         return len(self.values)
 
     @property
     def positions(self) -> Tensor:
-        """int64 [2, n]: row and column of every value, row by row."""
+        """Row and column of every value, int64 [2, n], row by row."""
         return torch.stack((self.row_of_each, self.columns.long()))
 
     @property
     def row_of_each(self) -> Tensor:
-        """int64 [n]"""
+        """Row of every value, int64 [n]."""
         counts = self.rows.diff()
         return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
 
-    def slice(self, first: int, last: int) -> Sparse:
-        """Of output rows [first, last)."""
-        a, b = int(self.rows[first]), int(self.rows[last])
-        return Sparse(self.rows[first : last + 1] - a, self.columns[a:b], self.values[a:b])
+    def slice(self, start: int, stop: int) -> Sparse:
+        """The values of output rows [start, stop)."""
+        a, b = int(self.rows[start]), int(self.rows[stop])
+        return Sparse(self.rows[start : stop + 1] - a, self.columns[a:b], self.values[a:b])
 
     def to(self, device: torch.device) -> Sparse:
-        """On another device."""
+        """The matrix on another device."""
         return Sparse(self.rows.to(device), self.columns.to(device), self.values.to(device))
 
 
 def value_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What values of a model in ``dtype`` are kept in: that dtype if it has 16 bits, else bfloat16 (which has its range)."""
+    """The dtype of sparse values in a ``dtype`` model: that dtype if it has 16 bits, else bfloat16 (which has its range)."""
     return dtype if dtype.itemsize == 2 else torch.bfloat16
 
 
 def index_dtypes(shape: tuple[int, int], nnz: int) -> tuple[torch.dtype, torch.dtype]:
-    """(of row pointers, of columns) on disk."""
+    """Dtypes of (row pointers, columns) on disk."""
     columns = torch.uint8 if shape[1] <= 1 << 8 else torch.uint16 if shape[1] <= 1 << 16 else torch.int32
     return (torch.uint16 if nnz < 1 << 16 else torch.int32), columns
 
@@ -94,7 +94,7 @@ def read(tensors: dict[str, Tensor]) -> Sparse | None:
 
 
 def make(flat: Tensor, values: Tensor, shape: tuple[int, int]) -> Sparse:
-    """flat: int64 [n], places in the row-major weight, rising, each once; values: [n], in their dtype."""
+    """A sparse matrix of a shape. flat: int64 [n], ascending and unique positions in the row-major weight; values: [n]."""
     row = flat // shape[1]
     starts = torch.zeros(shape[0] + 1, dtype=torch.int32)
     starts[1:] = torch.bincount(row, minlength=shape[0]).cumsum(0)
@@ -102,7 +102,7 @@ def make(flat: Tensor, values: Tensor, shape: tuple[int, int]) -> Sparse:
 
 
 def merge(below: Sparse | None, above: Sparse, shape: tuple[int, int]) -> Sparse:
-    """The places of both; where they share one, the value of ``above``."""
+    """The values of both matrices; where they share a position, that of ``above``."""
     if below is None:
         return above
     (row, column), (row_a, column_a) = below.positions, above.positions
@@ -113,29 +113,29 @@ def merge(below: Sparse | None, above: Sparse, shape: tuple[int, int]) -> Sparse
 
 
 def outlier_count(percent: float, shape: tuple[int, int]) -> int:
-    """How many weights of a linear [out, in] that percentage is."""
+    """Number of weights that a percentage of a linear [out, in] is."""
     return round(percent / 100 * shape[0] * shape[1])
 
 
 def largest(w: Tensor, count: int) -> Tensor:
-    """int64 [count], rising: places of the largest magnitudes of w [out, in]; of equal ones the first."""
+    """Flat positions of the largest magnitudes of w [out, in], int64 [count], ascending; of equal ones the first."""
     order = torch.argsort(w.abs().flatten(), descending=True, stable=True)
     return order[:count].sort().values
 
 
 def split(w: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Sparse]:
-    """(w without its ``count`` largest magnitudes, which are 0 there; these, in the 16-bit type of a ``dtype`` model)."""
-    places = largest(w, count)
+    """(w with its ``count`` largest magnitudes set to 0, those values in the 16-bit type of a ``dtype`` model)."""
+    positions = largest(w, count)
     dense = w.clone()
-    values = dense.view(-1)[places].to(value_dtype(dtype))
-    dense.view(-1)[places] = 0
-    return dense, make(places, values, (w.shape[0], w.shape[1]))
+    values = dense.view(-1)[positions].to(value_dtype(dtype))
+    dense.view(-1)[positions] = 0
+    return dense, make(positions, values, (w.shape[0], w.shape[1]))
 
 
 def add_(dense: Tensor, sparse: Sparse) -> Tensor:
     """dense [out, in] float32, with the values added in float32, in place."""
     row, column = sparse.positions
-    dense[row, column] += sparse.values.to(dense.dtype)  # each place is there once
+    dense[row, column] += sparse.values.to(dense.dtype)  # each position occurs once
     return dense
 
 
@@ -145,6 +145,6 @@ def product(x: Tensor, sparse: Sparse) -> Tensor:
     y = torch.zeros(len(flat), len(sparse.rows) - 1, device=x.device)
     row, column, values = sparse.row_of_each, sparse.columns.long(), sparse.values.float()
     step = max(1, _PRODUCT_ELEMENTS // max(1, sparse.nnz))
-    for some, result in zip(flat.split(step), y.split(step), strict=True):
-        result.index_add_(1, row, some[:, column].float() * values)
+    for tokens, result in zip(flat.split(step), y.split(step), strict=True):
+        result.index_add_(1, row, tokens[:, column].float() * values)
     return y.view(*x.shape[:-1], -1)

@@ -1,5 +1,5 @@
-"""Transforms: rewrites of a block that leave its function as it is and make it easier to quantize.
+"""Transforms, which rewrite a block so that it is easier to quantize, and keep its function.
 
-A transform of stage 'load' changes a block as it is read, before any row runs through it; one of stage 'stats' uses
-what was seen at the inputs of its linears. Both work on a ``BlockState``.
+A transform of stage 'load' changes a block when it is read, before any row runs through it. One of stage 'stats' uses
+statistics of the inputs of its linears. Both work on a ``BlockState``.
 """

@@ -1,8 +1,8 @@
-"""Scales of keys folded into the projections: keys / 2^e, queries * 2^e, their products as they were.
+"""Folds scales of keys into the projections: keys / 2^e and queries * 2^e have the same products.
 
 PM-KVQ (arXiv 2505.18610): W_k and b_k are divided by Lambda, W_q and b_q multiplied by it, for every query head of a
-group. Both channels of a rotary pair share a scale, else the turned products would change. Where heads have norms of
-their own (Qwen3), the norms' weights take the scales: they are the same for all heads. The scales are powers of two
+group. Both channels of a rotary pair share a scale, else products after rotation would change. Where heads have norms of
+their own (Qwen3), scales are folded into the norms' weights, which all heads share. The scales are powers of two
 (``qkit.kvcache.scaling``), so nothing is rounded, in any dtype.
 """
 
@@ -29,17 +29,17 @@ def scale_keys(state: BlockState, exponents: Sequence[Sequence[int]]) -> None:
         return
     linears = {x.param.removesuffix(".weight"): x for x in state.block.linears}
     heads = getattr(attention, keys.query).out_features // scale.shape[1]
-    for name, each in (
+    for name, factor in (
         (keys.key, (1 / scale).flatten()),
         (keys.query, scale.repeat_interleave(heads // len(scale), dim=0).flatten()),
     ):
         linear = linears[f"{keys.attention}.{name}"]
-        state.changed[linear.name] = state.weight(linear) * each[:, None]
+        state.changed[linear.name] = state.weight(linear) * factor[:, None]
         bias = getattr(attention, name).bias
         if bias is not None:
-            _multiply(state, bias, each)
+            _multiply(state, bias, factor)
     state.write_back()
 
 
-def _multiply(state: BlockState, value: Any, by: Tensor) -> None:
-    value.data = state.rounded(value.data.float() * by)
+def _multiply(state: BlockState, value: Any, factor: Tensor) -> None:
+    value.data = state.rounded(value.data.float() * factor)

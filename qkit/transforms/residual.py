@@ -1,9 +1,8 @@
 """Residual channels: input channels that four bits serve badly are quantized twice (ARCQuant, arXiv 2601.07475).
 
-What rounding leaves of them is rounded again and multiplied with their columns of the weight once more: the product grows by
-as many columns as there are such channels, the file hardly. Which these are is measured: those whose error, as large as it is
-at the group's outputs on sample tokens, is the largest. (The paper compares magnitudes with the layer's largest; that the share
-of channels is the same everywhere is our choice, too.)
+Their rounding error is rounded again and multiplied with the same columns of the weight: the product grows by one column for
+each of them, the file hardly grows. The chosen channels are those with the largest error at the group's outputs on sample
+tokens. This criterion is ours (the paper compares magnitudes with the layer's largest), as is the equal share in all layers.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from qkit.transforms.state import BlockState
 
 
 def residual_channels(fmt: Format | None, columns: int, share: float) -> int:
-    """How many channels of so many: a number of whole groups, at least one of them; none where inputs are not in groups."""
+    """Number of residual channels among ``columns``: whole groups, at least one; 0 for formats without groups."""
     if fmt is None or fmt.group is None:
         return 0
     return max(1, round(share * columns / fmt.group)) * fmt.group
 
 
 def residual(state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
-    """Choose the residual channels of every group of the block, the largest first, so that outliers share their scales."""
+    """Choose the residual channels of every group, ordered by magnitude, so that outliers share scales."""
     for group in state.block.groups:
         name = group.linears[0].name
         count, acts = state.doubled.get(name, 0), schemes[name].activations if name in schemes else None
@@ -39,8 +38,10 @@ def residual(state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
 
 
 def _errors(x: Tensor, fmt: Format, state: BlockState, group: LinearGroup) -> Tensor:
-    """By channel, the sum over tokens and outputs of the squares of what its rounding adds, float32 [in]; x: [tokens, in].
-    Where no token came by (an expert that was never chosen), as if all errors were the same."""
+    """Squared output error that rounding of each channel causes, summed over tokens and outputs, float32 [in].
+
+    x: [tokens, in]. Without tokens (an expert that was never chosen), all rounding errors count as equal.
+    """
     energy = torch.stack([state.weight(linear).square().sum(0) for linear in group.linears]).sum(0)
     if not len(x):
         return energy

@@ -1,14 +1,14 @@
-"""Hadamard rotation folded offline: the residual stream and the value heads in a rotated basis.
+"""Hadamard rotation of the residual stream and the value heads, folded into the weights.
 
 With an orthogonal Q, h' = Q^T h for the residual stream h: embeddings become E Q, linears that read it W diag(g) Q (g: the
 weight of the norm before them, which becomes 1), linears that write it Q^T W, and the head W diag(g) Q. Inside a
 head of size d the value rows are multiplied by a Hadamard matrix and the columns of the output projection by its inverse.
-RMSNorm commutes with Q, so the function stays and nothing is added at run time; outlier channels are spread over all
+RMSNorm commutes with Q, so the function is unchanged and run time has no extra cost. Outlier channels are spread over all
 channels. QuaRot (Ashkboos et al., arXiv 2404.00456, section 4, stages 1a-1c without the online parts).
 
 Q is a Hadamard matrix with random column signs where the width is a power of two; otherwise the Kronecker product
 of the largest Hadamard factor with an orthonormal cosine transform (our choice: any orthogonal matrix is valid).
-The norm in front of the head can no longer share its weight with the embeddings: tied models come out untied.
+The norm in front of the head can no longer share its weight with the embeddings: tied models become untied.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qkit.transforms.state import BlockState
 
 
 def orthogonal(n: int, seed: int) -> Tensor:
-    """float32 [n, n], orthogonal, the same for the same n and seed."""
+    """An orthogonal matrix, float32 [n, n]; it depends on n and seed alone."""
     from scipy.fft import dct
     from scipy.linalg import hadamard
 
@@ -40,7 +40,7 @@ def orthogonal(n: int, seed: int) -> Tensor:
 
 
 def check_rotatable(structure: ModelStructure) -> None:
-    """Raises Unsupported where the rotation would change the function."""
+    """Raises Unsupported for a model whose function the rotation would change."""
     if structure.family.rotation is None:
         raise Unsupported(
             f"method rotate needs a model whose blocks read and write one residual stream through RMSNorm; the family "
@@ -63,9 +63,9 @@ def rotate(state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
         norm.weight.data.fill_(1.0)
     for name in rotation.writes:
         state.changed[linears[name].name] = q.T @ state.weight(linears[name])
-        written: Any = state.module.get_submodule(name)
-        if written.bias is not None:
-            written.bias.data = state.rounded(written.bias.data.float() @ q)
+        writer: Any = state.module.get_submodule(name)
+        if writer.bias is not None:
+            writer.bias.data = state.rounded(writer.bias.data.float() @ q)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     h = orthogonal(head, seed + 1)
     value, output = linears[rotation.value], linears[rotation.output]

@@ -1,12 +1,12 @@
-"""Per-channel scale searches on one core: SmoothQuant, AWQ, and whatever weighs the error differently.
+"""Per-channel scale searches: SmoothQuant, AWQ, and variants with other error weights.
 
 Dividing the input x of a group of linears by s (per channel) and multiplying their weights by s changes nothing in
 full precision; quantization errors move between activations and weights. Where the input comes from a norm or a linear,
 1/s is folded into it and costs nothing at run time.
 
 The core (``search``) takes candidate scales and a loss, quantizes the scaled weights (and the scaled activations, where the
-scheme quantizes them), and keeps the candidate with the least loss; s = 1 is always among them, so a search never makes
-its own measure worse.
+scheme quantizes them), and keeps the candidate with the least loss; s = 1 is always a candidate, so a search never increases
+its own loss.
 
  * SmoothQuant (Xiao et al., arXiv 2211.10438, eq. 4): s_j = max|x_j|^a / max|w_j|^(1-a), a searched per group. In a diffusion
    transformer max|x_j| is also taken of either half of the timesteps by itself, and their geometric mean is a second set of
@@ -47,15 +47,15 @@ def search(
     candidates: Iterable[Tensor],
     dtype: torch.dtype,
     loss: Loss,
-    wanted: Tensor | None = None,
+    reference_inputs: Tensor | None = None,
 ) -> Tensor:
-    """The candidate [in] with the least loss.
+    """The candidate scale [in] with the least loss.
 
-    weights: float32 [out_i, in]; stats.sample: the tokens that outputs are compared on; wanted: [tokens, in], inputs of the
-    outputs that are aimed at, where they are others.
+    weights: float32 [out_i, in] each; stats.sample: tokens on which outputs are compared
+    reference_inputs: [tokens, in], inputs of the reference outputs; None: the sample too
     """
     x = stats.sample.float()
-    references = [(x if wanted is None else wanted.float()) @ w.T for w in weights]
+    references = [(x if reference_inputs is None else reference_inputs.float()) @ w.T for w in weights]
     importance = x.square().mean(0)
     best, best_loss = torch.ones(x.shape[1]), float("inf")
     for s in (torch.ones(x.shape[1]), *candidates):
@@ -63,14 +63,14 @@ def search(
             continue
         y = _activations(x / s, stats.divided_by(s).absmax, scheme)
         scaled = [w * s for w in weights]
-        shared = shared_amax(scaled, scheme.weights)
+        amax = shared_amax(scaled, scheme.weights)
         outputs = []
         for w in scaled:
-            p = find_params(w, scheme.weights, dtype, importance=importance / s.square(), amax=shared)
+            p = find_params(w, scheme.weights, dtype, importance=importance / s.square(), amax=amax)
             outputs.append(y @ dequantize(quantize(w, p, scheme.weights)).T)
-        found = loss(outputs, references)
-        if found < best_loss:
-            best, best_loss = s, found
+        candidate_loss = loss(outputs, references)
+        if candidate_loss < best_loss:
+            best, best_loss = s, candidate_loss
     return best
 
 
@@ -83,23 +83,23 @@ def _activations(x: Tensor, absmax: Tensor | None, scheme: Scheme) -> Tensor:
 
 
 def smoothquant_candidates(weights: list[Tensor], stats: Stats) -> list[Tensor]:
-    """SmoothQuant's scales for migration strengths 0.2 to 0.9."""
+    """SmoothQuant's scales, [in] each, for migration strengths 0.2 to 0.9."""
     assert stats.absmax is not None
-    seen = [stats.absmax.clamp_min(1e-5)]
+    maxima = [stats.absmax.clamp_min(1e-5)]
     if stats.by_time is not None:
-        seen.append(stats.by_time.clamp_min(1e-5).log().mean(0).exp())
+        maxima.append(stats.by_time.clamp_min(1e-5).log().mean(0).exp())
     w = torch.stack([t.abs().amax(0) for t in weights]).amax(0).clamp_min(1e-5)
-    return [_tame(x.pow(a / 20) / w.pow(1 - a / 20), stats) for x in seen for a in range(4, 19)]
+    return [_centered(x.pow(a / 20) / w.pow(1 - a / 20), stats) for x in maxima for a in range(4, 19)]
 
 
 def awq_candidates(weights: list[Tensor], stats: Stats) -> list[Tensor]:
-    """AWQ's scales for exponents 1/20 to 19/20."""
+    """AWQ's scales, [in] each, for exponents 1/20 to 19/20."""
     assert stats.mean_abs is not None
-    return [_tame(stats.mean_abs.pow(k / 20).clamp_min(1e-4), stats) for k in range(1, 20)]
+    return [_centered(stats.mean_abs.pow(k / 20).clamp_min(1e-4), stats) for k in range(1, 20)]
 
 
-def _tame(s: Tensor, stats: Stats) -> Tensor:
-    """Centred on 1 geometrically; channels that were never active stay as they are."""
+def _centered(s: Tensor, stats: Stats) -> Tensor:
+    """The scale with geometric centre 1; channels that were never active get 1."""
     live = stats.mean_square > 0
     if not bool(live.any()):
         return torch.ones_like(s)
@@ -108,50 +108,53 @@ def _tame(s: Tensor, stats: Stats) -> Tensor:
 
 
 def smoothquant(state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
-    """SmoothQuant of a block."""
+    """Apply SmoothQuant to a block."""
     smooth_block(state, schemes, smoothquant_candidates)
 
 
 def awq(state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
-    """AWQ of a block."""
+    """Apply AWQ to a block."""
     smooth_block(state, schemes, awq_candidates)
 
 
 def smooth_block(
     state: BlockState,
     schemes: dict[str, Scheme],
-    make: Callable[[list[Tensor], Stats], list[Tensor]],
+    candidates_of: Callable[[list[Tensor], Stats], list[Tensor]],
     loss: Callable[[BlockState, LinearGroup], Loss] = lambda state, group: squared_error,
 ) -> None:
-    """Search and fold a scale for every group of the block that has a source to fold into; in a diffusion transformer inputs of
-    other groups are scaled at run time.
+    """Search a scale for every group of the block, and fold it into the group's source.
 
-    schemes: by linear name; groups that are skipped or mixed are left alone; loss: of a group.
+    Groups without a source are left out, but in a diffusion transformer their inputs are scaled at run time.
+
+    schemes: {linear name: scheme}; groups with skipped linears or several schemes are left out; loss: makes a group's loss
     """
     for group in state.block.groups:
         chosen = {schemes.get(linear.name) for linear in group.linears}
         scheme = chosen.pop()
-        explicit = group.declared.source is None and state.structure.family.streams is not None
-        if scheme is None or chosen or (group.declared.source is None and not explicit):
+        at_run_time = group.declared.source is None and state.structure.family.streams is not None
+        if scheme is None or chosen or (group.declared.source is None and not at_run_time):
             continue
         stats, original = state.stats[group.key], state.originals.get(group.key)
-        seen = stats if original is None or state.distort else original
+        search_stats = stats if original is None or state.distort else original
         weights = [state.weight(linear) for linear in group.linears]
-        candidates = make(weights, seen)
-        if not explicit:
+        candidates = candidates_of(weights, search_stats)
+        if not at_run_time:
             candidates = [_shared_heads(state, group, s) for s in candidates]
-        wanted = None if original is None else original.sample
-        s = search(weights, seen, scheme, candidates, state.structure.dtype, loss(state, group), wanted)
+        reference_inputs = None if original is None else original.sample
+        s = search(
+            weights, search_stats, scheme, candidates, state.structure.dtype, loss(state, group), reference_inputs
+        )
         if bool((s == 1).all()):
             continue
-        if explicit:
+        if at_run_time:
             state.scales[group.key] = (1 / s).to(state.structure.dtype)
         else:
             fold(state, group, s)
 
 
 def _shared_heads(state: BlockState, group: LinearGroup, s: Tensor) -> Tensor:
-    """With grouped-query attention one value channel feeds several heads: they must share its scale."""
+    """The scale with one value for all heads that read the same value channel (grouped-query attention)."""
     source = _source(state, group)
     if not isinstance(source, nn.Linear) or source.out_features == len(s):
         return s
@@ -175,7 +178,7 @@ def fold(state: BlockState, group: LinearGroup, s: Tensor) -> None:
     """
     source = _source(state, group)
     if isinstance(source, nn.Linear):
-        rows = s if source.out_features == len(s) else _first_of_each(state, s, source.out_features)
+        rows = s if source.out_features == len(s) else _first_of_each_head_group(state, s, source.out_features)
         linear = next(x for x in state.block.linears if x.param == f"{group.declared.source}.weight")
         state.changed[linear.name] = state.weight(linear) / rows[:, None]
         if source.bias is not None:
@@ -196,17 +199,17 @@ def fold(state: BlockState, group: LinearGroup, s: Tensor) -> None:
 def _fold_norm(state: BlockState, norm: nn.Module, s: Tensor) -> Tensor:
     weight: Any = norm.weight
     offset = state.structure.family.norm_offset
-    before = weight.data.float() + offset
-    weight.data = state.rounded(before / s - offset)
-    after = weight.data.float() + offset
+    old_gain = weight.data.float() + offset
+    weight.data = state.rounded(old_gain / s - offset)
+    new_gain = weight.data.float() + offset
     bias: Any = getattr(norm, "bias", None)
-    exact = torch.where((before != 0) & (after != 0), before / after, s)
+    exact = torch.where((old_gain != 0) & (new_gain != 0), old_gain / new_gain, s)
     if bias is not None:
         bias.data = state.rounded(bias.data.float() / exact)
     return exact
 
 
-def _first_of_each(state: BlockState, s: Tensor, out: int) -> Tensor:
+def _first_of_each_head_group(state: BlockState, s: Tensor, out: int) -> Tensor:
     config: Any = state.structure.text_config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return s.view(-1, len(s) // out, head)[:, 0].reshape(-1)

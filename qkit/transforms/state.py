@@ -1,4 +1,4 @@
-"""A block on its way through transforms and solver."""
+"""The state of a block while it is transformed and solved."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from qkit.tensor.input_transform import InputTransform
 
 @dataclass(kw_only=True)
 class BlockState:
-    """A block on its way through transforms and solver.
+    """A block while it is transformed and solved.
 
     module:  the materialized block; transforms change its norms and biases in place
-    changed: weights [out, in] in float32 that a transform rewrote, by linear name: they are quantized from
-             float32, never rounded to the model's dtype in between
-    scales:  by group, what its inputs are multiplied by at run time, [in] in the checkpoint's dtype; the module's weights stay
-             those for inputs as they are
-    doubled: by linear, how many residual channels it is to have; residual: by group, which these are, int32
-    originals: what would be seen if nothing before had been quantized, where a transform asks for it; distort: for what
-             outputs are to be, and not for what they are made from
-    given: by need, what a pass of the original model gave for this block
+    changed: {linear name: float32 [out, in]} of weights that a transform rewrote; they are quantized from
+             float32, and not rounded to the model's dtype before
+    scales:  {group key: [in] in the checkpoint's dtype}, run-time factors of inputs; the module's weights remain those
+             for unscaled inputs
+    doubled: {linear name: number of residual channels}; residual: {group key: these channels, int32}
+    stats:   {group key: statistics of its inputs}; originals: the same in the original model, where a transform needs it
+    distort: ``originals`` is used for reference outputs only
+    original_values: {need: value for this block}, from passes of the original model
     """
 
     structure: ModelStructure
@@ -39,15 +39,15 @@ class BlockState:
     originals: dict[str, Stats] = field(default_factory=dict)
     distort: bool = False
     notes: dict[str, dict[str, float]] = field(default_factory=dict)
-    given: dict[str, Any] = field(default_factory=dict)
+    original_values: dict[str, Any] = field(default_factory=dict)
 
     def weight(self, linear: Linear) -> Tensor:
-        """float32 [out, in], as it stands after the transforms so far; not to be written to."""
+        """The weight after the transforms so far, float32 [out, in]. Callers must not write to it."""
         changed = self.changed.get(linear.name)
         return linear.view(self.module).float() if changed is None else changed
 
     def inputs(self, group: LinearGroup, rotation: int) -> InputTransform:
-        """What is done at run time to the inputs of the group's linears."""
+        """The run-time transform of the group's inputs."""
         columns = group.linears[0].shape[1]
         return InputTransform.of(self.scales.get(group.key), rotation, self.residual.get(group.key), columns)
 
@@ -56,7 +56,7 @@ class BlockState:
         return value.to(self.structure.dtype).to(next(self.module.parameters()).dtype)
 
     def write_back(self) -> None:
-        """Put the changed weights into the module, rounded to its dtype (to run rows through the block)."""
+        """Write the changed weights into the module, rounded to its dtype, so that rows can run through the block."""
         for linear in self.block.linears:
             if linear.name in self.changed:
                 linear.view(self.module).copy_(self.changed[linear.name])

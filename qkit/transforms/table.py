@@ -1,8 +1,8 @@
 """The table of transforms, in the order in which they are applied. It imports no torch, so that a command can be checked before
 that is loaded.
 
-A transform is a function ``(state, schemes by linear name, seed)`` that rewrites a block. To add one: write it, and add a line
-here.
+A transform is a function ``(state, schemes by linear name, seed)`` that rewrites a block. To add one, write the function and
+add a line here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qkit.tensor.formats import Scheme
     from qkit.transforms.state import BlockState
 
-# What a transform or a solver can need of calibration, beside the inputs of quantized blocks.
+# What a transform or a solver can need from calibration, in addition to inputs of quantized blocks.
 NEEDS = {
     "hessian": "the Hessian of the inputs of every group",
     "original_inputs": "these inputs in the original model, token by token",
@@ -34,9 +34,14 @@ SHARE = 0.25  # of the input channels that residual quantization doubles
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
-    """stage: 'load' (before rows run), 'stats' (after), 'inputs' (with each linear, as it is solved) or 'block' (when all of
-    its linears are solved). needs: what it needs beyond that; option_needs: the same of an option that has not its default:
-    see NEEDS. function: loads it; None: it is no rewriting of a block"""
+    """An entry of the table.
+
+    stage:        'load' (before rows run), 'stats' (after), 'inputs' (when each linear is solved) or 'block' (when all of
+                  its linears are solved)
+    needs:        what the transform needs from calibration, see NEEDS
+    option_needs: (option, need) pairs: what it needs where an option does not have its default
+    function:     imports the transform; None: it does not rewrite a block
+    """
 
     stage: str
     summary: str
@@ -46,11 +51,11 @@ class Transform:
     function: Callable[[], Any] | None = None
 
     def needs_with(self, options: dict[str, Any]) -> frozenset[str]:
-        """What the transform needs with these options."""
+        """The needs of the transform with these options."""
         return self.needs | needs_of_options(self.option_needs, self.options, options)
 
     def apply(self, state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
-        """Rewrite the block; schemes: by linear name."""
+        """Rewrite the block. schemes: {linear name: scheme}."""
         if self.function is not None:
             self.function()(state, schemes, seed)
 

@@ -10,12 +10,12 @@ import torch
 
 from qkit.calibration.dataset import Calibration, calibration_rows
 from qkit.calibration.image_text import (
-    drawn,
+    drawn_scenes,
+    image_text_rows,
     image_tokens,
     is_dataset,
     load_processor,
-    pair_rows,
-    read_pairs,
+    read_image_text,
     refuse_chat,
 )
 from qkit.diffusion.pipeline import check_pipeline
@@ -53,7 +53,7 @@ def calibration_of(request: Request, structure: ModelStructure) -> Calibration:
         )
     if is_text:
         return replace(text_rows(request, structure), written=request.written)
-    return trajectory_rows(request, structure) if structure.family.streams else image_text_rows(request, structure)
+    return trajectory_rows(request, structure) if structure.family.streams else requested_image_text(request, structure)
 
 
 def wants_image_text(request: Request, structure: ModelStructure) -> bool:
@@ -72,17 +72,17 @@ def wants_image_text(request: Request, structure: ModelStructure) -> bool:
     return False
 
 
-def image_text_rows(request: Request, structure: ModelStructure, held_out: bool = False) -> Calibration:
+def requested_image_text(request: Request, structure: ModelStructure, held_out: bool = False) -> Calibration:
     """Rows of images, questions and answers: the user's, or drawn scenes; held_out: scenes that calibration does not use."""
     from qkit_data.scenes import CALIBRATION
 
     start = 0 if held_out else CALIBRATION + 1000 * request.seed
     if request.calib is None:
-        image_text, source = list(drawn(start, request.samples)), "drawn scenes"
+        image_text, source = list(drawn_scenes(start, request.samples)), "drawn scenes"
     else:
-        image_text, source = read_pairs(request.calib, request.samples), request.calib.name
+        image_text, source = read_image_text(request.calib, request.samples), request.calib.name
     processor = load_processor(structure.checkpoint.path)
-    return pair_rows(image_text, processor, image_tokens(structure.model.config), source)
+    return image_text_rows(image_text, processor, image_tokens(structure.model.config), source)
 
 
 def trajectory_rows(request: Request, structure: ModelStructure) -> Calibration:

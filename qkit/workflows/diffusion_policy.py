@@ -52,12 +52,14 @@ def decide_steps(plan: Plan, structure: ModelStructure, packed: Path, progress: 
         progress.step()
     chosen: dict[str, str] | None = None
     if config.kind == "decoupled":
-        ruled, linears = RuleController(), list(dict.fromkeys(s.linear for s in observer.seen))
+        ruled, linears = RuleController(), list(dict.fromkeys(s.linear for s in observer.observations))
         chosen = allocate(controlled(ruled), ruled, linears, held_out, call, config.width, progress)
     weights: Influence | None = None
     if config.weigh:
         ruled = RuleController()
-        progress.start("weigh errors by step and block", 1 + max(s.step for s in observer.seen) + len(structure.blocks))
-        weights = influence_of(controlled(ruled), ruled, observer.seen, held_out, call, progress.step)
+        progress.start(
+            "weigh errors by step and block", 1 + max(s.step for s in observer.observations) + len(structure.blocks)
+        )
+        weights = influence_of(controlled(ruled), ruled, observer.observations, held_out, call, progress.step)
     fitted = fit(observer, config, chosen, weights)
     add_to_record(packed, ENTRY, {**fitted.policy.to_json(), "asked": plan.policy, "fit": fitted.to_json()})

@@ -13,7 +13,7 @@ from qkit.allocation.knapsack import Choice, solve
 from qkit.calibration.dataset import Calibration
 from qkit.errors import Unsupported, UsageError
 from qkit.families.structure import ModelStructure
-from qkit.kvcache.cache import Heads, make_cache, with_budgets
+from qkit.kvcache.cache import CacheShape, make_cache, with_budgets
 from qkit.kvcache.policy import CachePolicy, CacheRequest, parse
 from qkit.kvcache.scaling import search
 from qkit.kvcache.sensitivity import divergences, sensitivities
@@ -38,7 +38,7 @@ class CacheChoices:
 
     policy: CachePolicy
     structure: ModelStructure
-    heads: Heads
+    heads: CacheShape
     length: int
     sizes: dict[int, int]
     costs: tuple[dict[int, float], ...] | None
@@ -124,7 +124,7 @@ def _read_choices(request: Request, cache_request: CacheRequest) -> CacheChoices
         raise UsageError("--kv-memory: fp8 has one width and nothing to choose, so it takes no budget; leave it out")
     structure = open_structure(request.model, "--kv")
     config: Any = structure.model.config
-    heads = Heads.of(config)
+    heads = CacheShape.of(config)
     length = cache_request.length or getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if length is None:
         raise UsageError("--kv: the model does not say how many tokens it takes at most; give --max-length")

@@ -34,7 +34,7 @@ from qkit.sensitivity.units import parts_of, recorded_parts, units_of
 from qkit.system.machine import available_cores
 from qkit.system.parallel import workers
 from qkit.system.progress import Progress
-from qkit.workflows.calibration_rows import calibration_of, image_text_rows, wants_image_text
+from qkit.workflows.calibration_rows import calibration_of, requested_image_text, wants_image_text
 from qkit.workflows.quantize import open_structure, prepare
 
 ROWS = 32  # that losses are measured on; our choice
@@ -138,7 +138,7 @@ def forecast(request: ProfileRequest) -> ProfileForecast:
     structure = open_structure(base.model, "a profile")
     rows, has_images = text_extent(count, base.seqlen), wants_image_text(base, structure)
     if has_images:
-        rows = extent(image_text_rows(replace(base, samples=count), structure))
+        rows = extent(requested_image_text(replace(base, samples=count), structure))
     return _forecast(request, structure, rows, has_images)
 
 
@@ -242,7 +242,7 @@ def _group(candidate: Candidate, group_size: int | None) -> int | None:
 def _held_out(base: Request, structure: ModelStructure, text: Path | None) -> Calibration:
     """Rows of ``text``, else of the embedded evaluation text, or of drawn scenes where calibration has images."""
     if text is None and wants_image_text(base, structure):
-        return image_text_rows(replace(base, calib=None), structure, held_out=True)
+        return requested_image_text(replace(base, calib=None), structure, held_out=True)
     return calibration_of(replace(base, calib=text or Path(str(qkit_data.text_path("evaluation")))), structure)
 
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from qkit.calibration.dataset import Calibration
-from qkit.diffusion.pipeline import check_pipeline, rest_of
+from qkit.diffusion.pipeline import check_pipeline, files_around
 from qkit.engine.auto import forecast_of, plan_of
-from qkit.engine.end_to_end import learn_whole, whole_memory
+from qkit.engine.end_to_end import end_to_end_memory, learn_end_to_end
 from qkit.engine.export import export, is_export_of, job_identity, source_hashes
 from qkit.engine.forecast import Forecast, refuse_what_cannot_fit
 from qkit.engine.job import Job
 from qkit.engine.kv_scales import measure_scales
 from qkit.engine.partial_output import Partial
 from qkit.engine.run import run_blocks
-from qkit.engine.synthetic_rows import with_written, written_memory
+from qkit.engine.synthetic_rows import synthetic_memory, with_synthetic_rows
 from qkit.errors import IOFailure, Unsupported, UsageError, VerifyFailure
 from qkit.families.discover import kind_of
 from qkit.families.encoder import ENCODERS
@@ -98,7 +98,7 @@ def prepare(request: Request, rows: Calibration | None = None) -> PreparedReques
         )
     _check_pictures(plan, structure)
     folder = find_model(request.model)
-    around = rest_of(folder) if is_pipeline(folder) else None
+    around = files_around(folder) if is_pipeline(folder) else None
     components = _components(folder, recipe, request, structure)
     plan = replace(plan, key_exponents=request.key_exponents, pipeline=around)
     threads = request.threads or available_cores()
@@ -106,9 +106,9 @@ def prepare(request: Request, rows: Calibration | None = None) -> PreparedReques
     if plan.learning("weigh"):
         after["errors weighed by the loss"] = weighing_memory(plan, structure, threads)
     if plan.learning("whole"):
-        after["learned rounding of the whole model"] = whole_memory(plan, structure, threads)
+        after["learned rounding of the whole model"] = end_to_end_memory(plan, structure, threads)
     if plan.calibration is not None and plan.calibration.written:
-        after["rows that the model writes"] = written_memory(plan, structure, threads)
+        after["rows that the model writes"] = synthetic_memory(plan, structure, threads)
     return PreparedRequest(plan, structure, forecast_of(plan, structure, threads, after), components)
 
 
@@ -219,10 +219,10 @@ def quantize(
         replaced = {name: work / COMPONENTS / name for name in found.components}
         for name, asked in found.components.items():
             quantize(asked, replaced[name], progress)
-        running = with_written(plan, structure, job, pool, progress)
+        running = with_synthetic_rows(plan, structure, job, pool, progress)
         given = original_passes(running, structure, job, pool, progress)
         run_blocks(running, structure, job, pool, progress, given)
-        learn_whole(running, structure, job, pool, progress)
+        learn_end_to_end(running, structure, job, pool, progress)
         repair(running, structure, job, pool, progress)
         measure_scales(running, structure, job, pool, progress)
         progress.start("export and verify", 2)

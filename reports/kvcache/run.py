@@ -24,7 +24,7 @@ from qkit.calibration.dataset import calibration_rows
 from qkit.evaluation.decoding import evaluate_caches
 from qkit.evaluation.sources import read_text
 from qkit.evaluation.text import tokenize
-from qkit.kvcache.cache import Heads, with_budgets
+from qkit.kvcache.cache import CacheShape, with_budgets
 from qkit.kvcache.policy import CachePolicy, parse
 from qkit.kvcache.sensitivity import sensitivities
 from qkit.runtime.loading import load, load_tokenizer
@@ -53,7 +53,7 @@ PLAIN = (
 
 def allocated(model: object, costs: torch.Tensor, memory: int, widths: tuple[int, ...]) -> CachePolicy:
     """The policy that shares the memory out by these costs [layers, widths]."""
-    policy, heads = parse("pm-kvq:" + "-".join(map(str, widths))), Heads.of(model)
+    policy, heads = parse("pm-kvq:" + "-".join(map(str, widths))), CacheShape.of(model)
     sizes = [heads.bytes_at(policy, w, WINDOW) for w in widths]
     units = [
         [Choice(str(w), float(c), {"bytes": s}) for w, c, s in zip(widths, row, sizes, strict=True)] for row in costs
@@ -97,7 +97,7 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = load(args.model, dtype=torch.float32), load_tokenizer(args.model)
     rows = calibration_rows(args.calib, tokenizer, ROWS, SEQLEN, model.config.vocab_size).tokens
-    heads, widths = Heads.of(model), (4, 2)
+    heads, widths = CacheShape.of(model), (4, 2)
     costs = {stretch: sensitivities(model, rows, widths, stretch=stretch) for stretch in (1, 4)}
     base = parse("pm-kvq:4-2")
     memory = heads.layers * sum(heads.bytes_at(base, w, WINDOW) for w in widths) // 2

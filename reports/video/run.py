@@ -105,7 +105,7 @@ def modelled(model: Path, out: Path, record: dict[str, Any], made: list[Video]) 
     calls = sampling.call["num_inference_steps"] * 2  # guidance
     operations, computed = [], []
     for video in made:
-        chosen = [(c.linear, BITS[c.made]) for c in video.log if c.linear]
+        chosen = [(c.linear, BITS[c.choice]) for c in video.log if c.linear]
         if chosen:
             operations.append(sum(macs[n] / calls * bits[n][0] * b for n, b in chosen) / whole)
         else:

@@ -94,7 +94,7 @@ def test_copies_fill_the_cache():
     entrants = make_entrants(p, "cpu", HOST)
     for e in entrants:
         assert e.flush == (len(e.copies) * e.contender.size < 3 * HOST.cache)
-    held = {c.laid.data.data_ptr() for c in entrants[0].copies}
+    held = {c.operator_weight.data.data_ptr() for c in entrants[0].copies}
     assert len(held) == len(entrants[0].copies) > 1
     assert make_entrants(p, "cpu", replace(HOST, cache=1 << 30), names=("qkit",))[0].flush
 

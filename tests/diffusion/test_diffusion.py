@@ -27,7 +27,7 @@ from qkit.calibration.dataset import Calibration
 from qkit.calibration.statistics import Accumulator, Stats, StatsRequest, piece_of
 from qkit.diffusion.controller import SKIPPED
 from qkit.diffusion.trajectory import Sampling, Trajectory, chosen_steps, sample
-from qkit.engine.entry import quantizing
+from qkit.engine.entry import quantizing_hook
 from qkit.errors import BadCalibration, BadCheckpoint, QkitError, Unsupported, UsageError, VerifyFailure
 from qkit.files.checkpoint import Checkpoint
 from qkit.runtime.loading import PackedStructure
@@ -98,7 +98,7 @@ def reference(kind: str, source: Path, packed: Path, dtype: torch.dtype) -> Any:
         module.weight.data = dequantize(read(tensors, weights, linear.shape)).to(dtype)
         if activations is not None:
             static = tensors.get("input_global_scale")
-            module.register_forward_pre_hook(quantizing(activations, None if static is None else static.float()))
+            module.register_forward_pre_hook(quantizing_hook(activations, None if static is None else static.float()))
     return model
 
 
@@ -509,12 +509,12 @@ def test_the_log_says_what_was_done(packed: Path) -> None:
     latents(pipe)
     steps = pipe.transformer.steps
     assert {c.step for c in steps.log} == set(range(6)) and {c.branch for c in steps.log} == {0, 1}
-    assert all(c.made != SKIPPED for c in steps.log if c.step < 2)
+    assert all(c.choice != SKIPPED for c in steps.log if c.step < 2)
     assert 4 < steps.width < 8 and 0 < steps.skipped < 0.5
     bits = {"nvfp4_dynamic": 4, "int8_token": 8, "as they are": 16}
-    said = [bits[c.made] for c in steps.log if c.linear]
+    said = [bits[c.choice] for c in steps.log if c.linear]
     assert steps.width == sum(said) / len(said)
-    runs = [c.made for c in steps.log if not c.linear]
+    runs = [c.choice for c in steps.log if not c.linear]
     assert len(runs) == 2 * 2 * 6 and steps.skipped == runs.count(SKIPPED) / len(runs)
 
 

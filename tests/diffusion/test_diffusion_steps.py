@@ -113,7 +113,7 @@ def test_never_more_than_two_skips_in_a_row_and_the_forecast_is_the_run(changes:
     x = torch.ones(1, 1, 4)
     model, controller = controlled(replace(CACHE, tau=tau), lambda h, t: torch.full_like(h, by_time[t] + 1))
     run(model, x, times)
-    skipped = [any(c.step == s and c.made == SKIPPED for c in controller.log) for s in range(len(times))]
+    skipped = [any(c.step == s and c.choice == SKIPPED for c in controller.log) for s in range(len(times))]
     assert not skipped[0] and not any(skipped[:2])
     assert "111" not in "".join("01"[s] for s in skipped)
     residuals = {s: torch.full((4,), c + 1) for s, c in enumerate(changes)}
@@ -139,7 +139,7 @@ def test_noise_in_the_cache_grows_with_every_reuse() -> None:
         hidden = model(hidden, torch.tensor(t))
         if i == 1:
             controller.states[0, 0].deltas["hidden_states"] += eta
-    assert controller.log[-1].made == controller.log[-2].made == SKIPPED
+    assert controller.log[-1].choice == controller.log[-2].choice == SKIPPED
     assert torch.equal(hidden, torch.full_like(x, 4 + 2 * eta))
 
 
@@ -217,7 +217,7 @@ def observed(count: int = 400) -> Observer:
             change = float(torch.rand((), generator=g))
             residual = residual + 0.3 * torch.rand((), generator=g) * torch.randn(64, generator=g)
             seen.residuals[run_number, 0, 0][step] = residual
-            seen.seen.append(
+            seen.observations.append(
                 Observation(
                     run=run_number,
                     step=step,
@@ -236,8 +236,8 @@ def test_the_width_asked_for_is_the_share_below_the_threshold() -> None:
     last = math.inf
     for width in (4.4, 4.5, 5.0, 6.0, 7.0, 7.9):  # a tenth, the first steps, cannot be NVFP4
         policy = fit(seen, PolicyConfig(width=width, skips=0)).policy
-        narrow = sum(s.change is not None and 0.1 + s.change / 2 <= policy.threshold + 1e-9 for s in seen.seen)
-        assert 8 - 4 * narrow / len(seen.seen) == pytest.approx(width, abs=0.02)
+        narrow = sum(s.change is not None and 0.1 + s.change / 2 <= policy.threshold + 1e-9 for s in seen.observations)
+        assert 8 - 4 * narrow / len(seen.observations) == pytest.approx(width, abs=0.02)
         assert policy.threshold < last and policy.tau == 0
         last = policy.threshold
     assert fit(seen, PolicyConfig(width=8, skips=0)).policy.threshold == -math.inf
@@ -248,7 +248,7 @@ def test_the_width_asked_for_is_the_share_below_the_threshold() -> None:
 def test_inputs_with_outliers_count_as_they_are() -> None:
     """Half of the linears have outliers: 16 bits of them leave no room for INT8 in the others, and the width is what it is."""
     seen = observed()
-    seen.seen = [replace(s, linear="xy"[i % 2], peak=30.0 * (i % 2)) for i, s in enumerate(seen.seen)]
+    seen.observations = [replace(s, linear="xy"[i % 2], peak=30.0 * (i % 2)) for i, s in enumerate(seen.observations)]
     found = fit(seen, PolicyConfig(width=6, skips=0.2))
     assert found.policy.caches and found.expected["width"] > 9.9
     assert fit(seen, PolicyConfig(width=6, skips=0.2, purify=0)).expected["width"] == pytest.approx(6, abs=0.05)
@@ -258,7 +258,7 @@ def test_a_branch_that_does_not_run_at_every_step_can_be_fitted() -> None:
     seen = observed(100)
     for step in (5, 6, 8):
         seen.residuals[0, 1, 0][step] = torch.ones(64)
-        seen.seen.append(Observation(run=0, step=step, branch=1, block=0, linear="x", change=None, error=0.2))
+        seen.observations.append(Observation(run=0, step=step, branch=1, block=0, linear="x", change=None, error=0.2))
     assert fit(seen, PolicyConfig(skips=0.3)).expected["skips"] <= 0.3
     found = fit(seen, PolicyConfig(skips=0.3, cache="schedule"))  # of the branches that run at every step
     assert found.policy.steps == 10 and len(found.policy.computed) == 7
@@ -512,7 +512,7 @@ def test_a_schedule_is_followed_and_does_not_stretch(folder: Path, tmp_path: Pat
     assert {int(s) for s in recorded["gains"]} == set(range(6)) - set(recorded["computed"])
     found, steps = latents(tmp_path / "out")
     assert steps is not None and found.isfinite().all() and steps.skipped == pytest.approx(1 / 3)
-    assert {c.step for c in steps.log if c.made == SKIPPED} == set(range(6)) - set(recorded["computed"])
+    assert {c.step for c in steps.log if c.choice == SKIPPED} == set(range(6)) - set(recorded["computed"])
     with pytest.raises(Unsupported, match="num_inference_steps=6"):
         latents(tmp_path / "out", num_inference_steps=7)
 
@@ -526,7 +526,7 @@ def test_errors_that_count_twice_are_spared() -> None:
     for run_number, step, block in product(range(3), range(8), range(2)):
         seen.residuals[run_number, 0, block][step] = torch.ones(4)
         time = 1000.0 - 100 * step
-        seen.seen.append(
+        seen.observations.append(
             Observation(
                 run=run_number,
                 step=step,
@@ -546,7 +546,9 @@ def test_errors_that_count_twice_are_spared() -> None:
     )
     assert found.weight(0, 5000.0) == 1 and found.weight(7, None) == 1
     narrow = {
-        (s.block, s.step) for s in seen.seen if found.predicted(s.linear, s.change, s.block, s.time) <= found.threshold
+        (s.block, s.step)
+        for s in seen.observations
+        if found.predicted(s.linear, s.change, s.block, s.time) <= found.threshold
     }
     assert narrow == {(0, s) for s in range(8)}  # half of all
     assert StepPolicy.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
@@ -623,4 +625,4 @@ def test_a_weighed_policy_is_followed(folder: Path, tmp_path: Path) -> None:
     assert sum(w for _, w in recorded["by_time"]) == pytest.approx(6, abs=1e-4)
     _, steps = latents(tmp_path / "out")
     assert steps is not None and 4.5 < steps.width < 7.5
-    assert {c.made for c in steps.log if c.linear} == {"nvfp4_dynamic", "int8_token"}
+    assert {c.choice for c in steps.log if c.linear} == {"nvfp4_dynamic", "int8_token"}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import Quiet, Stops
 
-from qkit.engine.synthetic_rows import BATCH, write
+from qkit.engine.synthetic_rows import BATCH, generate_rows
 from qkit.errors import UsageError
 from qkit.runtime.loading import load
 from qkit.system.parallel import workers
@@ -44,9 +44,9 @@ def test_rows_are_drawn_from_what_the_model_expects() -> None:
     model = load("tiny-llama", dtype=torch.float32)
     begin = torch.full((2 * BATCH,), model.config.bos_token_id)
     with workers(2) as pool:
-        rows = write(model, begin, 24, 0, pool, lambda: None)
-        again = write(model, begin, 24, 0, pool, lambda: None)
-        other = write(model, begin, 24, 1, pool, lambda: None)
+        rows = generate_rows(model, begin, 24, 0, pool, lambda: None)
+        again = generate_rows(model, begin, 24, 0, pool, lambda: None)
+        other = generate_rows(model, begin, 24, 1, pool, lambda: None)
     assert rows.shape == (2 * BATCH, 24) and torch.equal(rows, again) and not torch.equal(rows, other)
     assert len({tuple(r) for r in rows.tolist()}) == 2 * BATCH
     with torch.inference_mode():

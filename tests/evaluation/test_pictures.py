@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import functional
 
 from qkit.calibration.dataset import KINDS
-from qkit.calibration.image_text import encoded, held_out, image_tokens, load_processor, pair_rows
+from qkit.calibration.image_text import encode, held_out_image_text, image_text_rows, image_tokens, load_processor
 from qkit.evaluation.image_text import evaluate_image_text, likelihoods
 from qkit.runtime.loading import load
 from qkit.workflows.quantize import Request, quantize
@@ -27,7 +27,9 @@ def taught(tmp_path_factory):
     path = tiny_vlms.make("llava", tmp_path_factory.mktemp("taught") / "taught")
     tiny_vlms.add_processor(path)
     model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
-    rows = pair_rows(list(held_out("drawn", LEARNT)), load_processor(path), image_tokens(model.config), "drawn")
+    rows = image_text_rows(
+        list(held_out_image_text("drawn", LEARNT)), load_processor(path), image_tokens(model.config), "drawn"
+    )
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(25):
         for row, kinds in zip(rows.inputs, rows.kinds, strict=True):
@@ -55,8 +57,8 @@ def test_right_is_what_greedy_decoding_says(taught):
     """Of learnt questions and of others: generation stops after exactly the right answer, or does not."""
     model, processor = load(taught, dtype=torch.float32), load_processor(taught)
     end, wanted, kinds = processor.tokenizer.eos_token_id, [], {}
-    for pair in held_out("drawn", COUNT):
-        given = encoded(pair, processor, False)
+    for pair in held_out_image_text("drawn", COUNT):
+        given = encode(pair, processor, False)
         made = model.generate(**given, max_new_tokens=8, do_sample=False, eos_token_id=end)
         answer = [*processor.tokenizer(f" {pair.answer}").input_ids, end]
         wanted.append(made[0, given["input_ids"].shape[1] :].tolist() == answer)
@@ -77,11 +79,11 @@ def test_against_the_original(taught, packed):
     model, original, processor = both(taught, packed)
     found = evaluate_image_text(model, processor, "drawn", COUNT, original)
     nlls, kls, same, errors = ([], []), [], [], {"vision": [], "text": [], "answer": []}
-    for pair in held_out("drawn", COUNT):
-        row = encoded(pair, processor, True)
+    for pair in held_out_image_text("drawn", COUNT):
+        row = encode(pair, processor, True)
         ids = row["input_ids"][0]
         end = int((ids == processor.tokenizer.eos_token_id).nonzero()[0])
-        start = encoded(pair, processor, False)["input_ids"].shape[1]
+        start = encode(pair, processor, False)["input_ids"].shape[1]
         seen, logs = [], []
         for m in (model, original):
             handle = m.model.language_model.layers[-1].register_forward_hook(
@@ -166,9 +168,9 @@ def test_eval_with_a_page(run, taught, packed, tmp_path):
         assert words in said
     assert figures["questions"] == 3 and figures["kinds"]["$one"]["questions"] == 2
     model, original, processor = both(taught, packed)
-    pairs = list(held_out(tmp_path / "mine.jsonl", 9))
+    pairs = list(held_out_image_text(tmp_path / "mine.jsonl", 9))
     for e in figures["examples"]:
-        given = encoded(pairs[e["index"]], processor, False)
+        given = encode(pairs[e["index"]], processor, False)
         for m, answer in ((model, e["said"]), (original, e["baseline_said"])):
             made = m.generate(**given, max_new_tokens=20, do_sample=False)[0, given["input_ids"].shape[1] :]
             full = processor.tokenizer.decode(made, skip_special_tokens=True).strip()

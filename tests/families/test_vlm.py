@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from qkit.calibration.block_calls import PerRow, enter, merged
 from qkit.calibration.dataset import KINDS
-from qkit.calibration.image_text import read_pairs, rows_of
+from qkit.calibration.image_text import read_image_text, rows_of
 from qkit.errors import BadCalibration
 from qkit.families.structure import ModelStructure
 from qkit.files.checkpoint import Checkpoint
@@ -110,19 +110,19 @@ def test_pairs_of_a_data_set(tmp_path):
     ):
         (tmp_path / name).mkdir()
         datasets.Dataset.from_dict(data).to_parquet(tmp_path / name / "train.parquet")
-    first, second = read_pairs(Path(f"dataset:{tmp_path}/asked"), 2)
+    first, second = read_image_text(Path(f"dataset:{tmp_path}/asked"), 2)
     assert (first.question, first.answer, first.kind) == ("a?", "1", "x") and second.images[0].getpixel((0, 0)) == (
         40,
         0,
         0,
     )
-    told = read_pairs(Path(f"dataset:{tmp_path}/told::train"), 3)
+    told = read_image_text(Path(f"dataset:{tmp_path}/told::train"), 3)
     assert [(p.question, p.answer, len(p.images)) for p in told][2] == ("Describe the picture.", "black", 2)
     for name, words in (("asked", "row 2: a pair without an answer"), ("bare", "expected the columns image")):
         with pytest.raises(BadCalibration, match=words):
-            read_pairs(Path(f"dataset:{tmp_path}/{name}"), 3)
+            read_image_text(Path(f"dataset:{tmp_path}/{name}"), 3)
     with pytest.raises(BadCalibration, match="cannot be loaded"):
-        read_pairs(Path(f"dataset:{tmp_path}/none"), 3)
+        read_image_text(Path(f"dataset:{tmp_path}/none"), 3)
 
 
 def test_what_cannot_be_calibrated(run, vlm, tiny, tmp_path):

@@ -205,25 +205,25 @@ def test_pairs(tmp_path, line):
     """Of a line, one complaint."""
     from PIL import Image
 
-    from qkit.calibration.image_text import read_pairs
+    from qkit.calibration.image_text import read_image_text
     from qkit.errors import BadCalibration
 
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "p.jsonl").write_text(line + "\n")
     with pytest.raises(BadCalibration, match="line 1"):
-        read_pairs(tmp_path / "p.jsonl", 1)
+        read_image_text(tmp_path / "p.jsonl", 1)
 
 
 def test_a_picture_that_fills_the_memory(tmp_path):
     from PIL import Image
 
-    from qkit.calibration.image_text import read_pairs
+    from qkit.calibration.image_text import read_image_text
     from qkit.errors import BadCalibration
 
     Image.new("1", (12_000, 12_000)).save(tmp_path / "a.png")
     (tmp_path / "p.jsonl").write_text('{"image": "a.png", "question": "q", "answer": "a"}')
     with pytest.raises(BadCalibration, match="12000 x 12000 pixels"):
-        read_pairs(tmp_path / "p.jsonl", 1)
+        read_image_text(tmp_path / "p.jsonl", 1)
 
 
 @pytest.mark.parametrize("out", [".", "..", "/", "", os.fsdecode(b"a\xffb")])

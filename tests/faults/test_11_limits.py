@@ -11,7 +11,7 @@ import qkit_data
 
 from qkit.calibration.chat_templates import Confined, rendered, written
 from qkit.calibration.dataset import calibration_rows, token_ids
-from qkit.calibration.image_text import Pair, encoded, load_processor, read_pairs
+from qkit.calibration.image_text import ImageText, encode, load_processor, read_image_text
 from qkit.errors import BadCalibration, BadCheckpoint, BadInput, BadRecipe, QkitError, Unsupported
 from qkit.evaluation.budget import load_budget
 from qkit.evaluation.text import first_tokens, tokenize
@@ -47,14 +47,14 @@ def test_what_never_ends_is_refused(pipe, tmp_path, tokenizer, kind):
         (BadRecipe, lambda: load_recipe(place, {})),
         (BadRecipe, lambda: load_budget(place)),
         (BadInput, lambda: first_tokens(tokenizer, place, 10)),
-        (BadCalibration, lambda: read_pairs(place, 1)),
+        (BadCalibration, lambda: read_image_text(place, 1)),
     ):
         with pytest.raises(error, match="a pipe or a device"):
             use()
     line = {"image": place.name, "question": "q", "answer": "a"}
     (tmp_path / "p.jsonl").write_text(json.dumps(line))
     with pytest.raises(BadCalibration, match="cannot be read"):
-        read_pairs(tmp_path / "p.jsonl", 1)
+        read_image_text(tmp_path / "p.jsonl", 1)
     assert time.monotonic() - start < 5
 
 
@@ -148,7 +148,7 @@ def test_b5_a_hostile_chat_template(vlm, tmp_path, name):
     (folder / "chat_template.jinja").write_text(TEMPLATES[name])
     start = time.monotonic()
     with pytest.raises(BadCalibration, match="chat template") as e:
-        encoded(Pair(images=(), question="q", answer="a", where="line 1"), load_processor(folder), True)
+        encode(ImageText(images=(), question="q", answer="a", where="line 1"), load_processor(folder), True)
     assert "\n" not in str(e.value) and time.monotonic() - start < 12
 
 
@@ -156,7 +156,7 @@ def test_b5_the_sandbox_holds(vlm, tmp_path):
     folder = shutil.copytree(vlm("llava", processor=True), tmp_path / "m")
     (folder / "chat_template.jinja").write_text("{{ messages.__class__.__base__.__subclasses__() }}")
     with pytest.raises(BadCalibration, match="refuse"):
-        encoded(Pair(images=(), question="q", answer="a", where="line 1"), load_processor(folder), True)
+        encode(ImageText(images=(), question="q", answer="a", where="line 1"), load_processor(folder), True)
 
 
 def test_a_confined_template_writes_what_the_own_does(vlm):

@@ -18,7 +18,7 @@ from qkit_kernels.layout import block_columns, codes_of, lay_out, lay_out_gated,
 from qkit_kernels.matmul import Tile, product
 from qkit_kernels.matmul8 import product8, quantize, takes, view8
 from qkit_kernels.sparse import sparse_product
-from qkit_kernels.weight import E2M1, Format, Weight, dequantize, float_scale
+from qkit_kernels.weight import E2M1, CodeFormat, Weight, dequantize, float_scale
 
 from qkit.nn import ops
 from qkit.tensor import formats, lowrank, qtensor, sparse
@@ -26,15 +26,15 @@ from qkit.tensor import formats, lowrank, qtensor, sparse
 SMALL = Tile(16, 8, 4, 2, 1)
 DTYPES = (torch.float16, torch.bfloat16)
 EXTRA = {
-    "int4 g32 asym": Format("int", 4, 32, symmetric=False),
-    "int3 g32": Format("int", 3, 32),
-    "int8 g32 asym": Format("int", 8, 32, symmetric=False),
-    "fp8 g128": Format("fp8", 8, 128),
+    "int4 g32 asym": CodeFormat("int", 4, 32, symmetric=False),
+    "int3 g32": CodeFormat("int", 3, 32),
+    "int8 g32 asym": CodeFormat("int", 8, 32, symmetric=False),
+    "fp8 g128": CodeFormat("fp8", 8, 128),
 }
 FORMATS = {**tiles.FORMATS, **EXTRA}
 
 
-def random_weight(fmt: Format, shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> Weight:
+def random_weight(fmt: CodeFormat, shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> Weight:
     """Random codes, scales and zero points, none of them special."""
     g = torch.Generator().manual_seed(seed)
     n, k = shape
@@ -55,7 +55,7 @@ def random_weight(fmt: Format, shape: tuple[int, int], dtype: torch.dtype, seed:
     return Weight(fmt, codes, (torch.rand(n, groups, generator=g) + 0.5).mul(0.01).to(dtype), zero)
 
 
-def columns(fmt: Format, blocks: int = 1) -> int:
+def columns(fmt: CodeFormat, blocks: int = 1) -> int:
     """More than ``blocks`` blocks, not a whole number of them where the groups allow it, an odd multiple of what they ask
     for."""
     step = fmt.group or 8
@@ -267,7 +267,7 @@ def test_a_weight_of_a_checkpoint(scheme_name, op, outliers, rank):
     laid = ops._lay_out(q, scheme.activations, torch.float16, "cuda")
     if outliers or rank:
         op = "product"
-    assert isinstance(laid, gpu.Prepared) and laid.op == op
+    assert isinstance(laid, gpu.GpuWeight) and laid.op == op
     found = ops.PreparedWeight(laid, replace(q, codes=laid.weight.codes), scheme.activations, torch.float16)
     assert torch.equal(qtensor.dequantize(ops.unpacked(found)), qtensor.dequantize(q))
     x, bias = torch.randn(2, 3, 256).half(), torch.randn(40).half()
@@ -285,10 +285,10 @@ def test_a_weight_of_a_checkpoint(scheme_name, op, outliers, rank):
 @pytest.mark.parametrize(
     ("fmt", "shape", "dtype", "words"),
     [
-        (Format("int", 4, None), (16, 130), torch.float16, "130 columns: expected a multiple of 8"),
-        (Format("int", 5, None), (16, 128), torch.float16, "5-bit codes"),
-        (Format("int", 4, None), (16, 128), torch.float32, "activations in torch.float32"),
-        (Format("int", 4, 96), (16, 192), torch.float16, "groups of 96"),
+        (CodeFormat("int", 4, None), (16, 130), torch.float16, "130 columns: expected a multiple of 8"),
+        (CodeFormat("int", 5, None), (16, 128), torch.float16, "5-bit codes"),
+        (CodeFormat("int", 4, None), (16, 128), torch.float32, "activations in torch.float32"),
+        (CodeFormat("int", 4, 96), (16, 192), torch.float16, "groups of 96"),
     ],
 )
 def test_what_the_layout_does_not_take(fmt, shape, dtype, words):

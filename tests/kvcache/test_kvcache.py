@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from qkit.errors import BudgetNotMet, Unsupported, UsageError
-from qkit.kvcache.cache import Heads, make_cache, with_budgets
+from qkit.kvcache.cache import CacheShape, make_cache, with_budgets
 from qkit.kvcache.layer import PackedLayer, channel_group
 from qkit.kvcache.nested import nested
 from qkit.kvcache.policy import CachePolicy, parse
@@ -141,7 +141,7 @@ def test_progressive_costs_nothing_in_the_end_and_is_better_before():
     g = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(1, 2, 120, 32, generator=g) for _ in range(2))
     policy = replace(parse("pm-kvq:2"), sink=0, window=8)
-    heads = Heads(1, 2, 32)
+    heads = CacheShape(1, 2, 32)
     layer = PackedLayer(policy, heads.bytes_at(policy, 2, 120))
     worst = PackedLayer(replace(parse("int2"), group=32))
     for t in range(120):
@@ -296,7 +296,7 @@ def test_memory_at_the_shape_of_a_large_model():
     policy = parse("pm-kvq:2")
     plain = 2 * 8 * 32768 * 128 * 2
     for width, most in ((4, 0.29), (2, 0.17)):
-        layer = PackedLayer(policy, Heads(32, 8, 128).bytes_at(policy, width, 32768))
+        layer = PackedLayer(policy, CacheShape(32, 8, 128).bytes_at(policy, width, 32768))
         x = torch.randn(1, 8, 32768, 128, generator=torch.Generator().manual_seed(0)).half()
         layer.update(x, x)
         assert layer.width == width and layer.nbytes <= most * plain
@@ -434,7 +434,7 @@ def test_bytes_of_a_cache_are_known_before(kind, name):
     """In 16-bit arithmetic, at every length: what bytes_at says is the most on the way."""
     model = small(kind).bfloat16()
     policy = replace(policy_for(name, model), group=32, window=32)
-    heads = Heads.of(model)
+    heads = CacheShape.of(model)
     cache, most = make_cache(model, policy), 0
     with torch.inference_mode():
         for i in range(60):

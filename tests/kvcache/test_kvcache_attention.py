@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 import qkit
 from qkit.errors import Unsupported
-from qkit.kvcache.attention import Past, attend
+from qkit.kvcache.attention import PackedPast, attend
 from qkit.kvcache.cache import attach, detach, make_cache, with_budgets
 from qkit.kvcache.policy import parse
 from qkit.kvcache.store import Plain, quantize
@@ -34,10 +34,10 @@ def made_past(kind: str, batch=2, heads=2, tokens=70, dim=32):
     k, v = torch.randn(batch, heads, tokens, dim, generator=g), torch.randn(batch, heads, tokens, dim, generator=g)
     if kind == "kivi":
         body = quantize(k[:, :, :64], 4, 16, "token"), quantize(v[:, :, :64], 4, 16)
-        return Past((body, (Plain(k[:, :, 64:]), Plain(v[:, :, 64:]))))
+        return PackedPast((body, (Plain(k[:, :, 64:]), Plain(v[:, :, 64:]))))
     sink, body = (slice(0, 1), slice(1, None))
     parts = [tuple(quantize(x[:, :, s], b, 16) for x in (k, v)) for s, b in ((sink, 16), (body, 3))]
-    return Past(tuple(parts))
+    return PackedPast(tuple(parts))
 
 
 @pytest.mark.parametrize("masked", ("causal", "bool", "added"))
@@ -74,7 +74,7 @@ def test_memory_does_not_grow_with_the_past():
     sizes = []
     for tokens in (2048, 8192):
         x = torch.randn(1, 2, tokens, 32)
-        past = Past(((quantize(x, 4, 32), quantize(x, 4, 32)),))
+        past = PackedPast(((quantize(x, 4, 32), quantize(x, 4, 32)),))
         with Largest() as seen:
             attend(query, past, keys, keys, None, 0.2, chunk=128)
         sizes.append(seen.most)
@@ -193,7 +193,7 @@ def test_the_kernel_and_the_chunks_share_a_past(masked, monkeypatch):
     g = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, 2, 90, 64, generator=g), torch.randn(2, 2, 90, 64, generator=g)
     cuts = ((0, 1, 16), (1, 81, 4), (81, 90, 16))
-    past = Past(tuple((quantize(k[:, :, a:b], w, 64), quantize(v[:, :, a:b], w, 64)) for a, b, w in cuts))
+    past = PackedPast(tuple((quantize(k[:, :, a:b], w, 64), quantize(v[:, :, a:b], w, 64)) for a, b, w in cuts))
     query, keys, values = (torch.randn(2, n, 1, 64, generator=g).half() for n in (6, 2, 2))
     mask = None
     if masked:

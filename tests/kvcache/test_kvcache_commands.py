@@ -12,7 +12,7 @@ from qkit.errors import UsageError
 from qkit.evaluation.decoding import decode_windows
 from qkit.kvcache.cache import PackedCache, with_budgets
 from qkit.kvcache.policy import parse
-from qkit.kvcache.sensitivity import errors_of, rounded, sensitivities, watched
+from qkit.kvcache.sensitivity import errors_of, rounded, sensitivities, with_gradients
 
 PROMPT = torch.arange(40, 72)[None]
 
@@ -177,8 +177,8 @@ def test_the_integral_is_the_change_of_the_loss(model, bits):
     rows = text_rows(2)
     changes = []
     for row in batches(rows, 1):
-        start = watched(model, row)
-        changes.append(watched(model, row, errors=errors_of(start.seen, bits, 128)).loss - start.loss)
+        start = with_gradients(model, row)
+        changes.append(with_gradients(model, row, errors=errors_of(start.seen, bits, 128)).loss - start.loss)
     true = sum(changes) / len(changes)
     found = [float(sensitivities(model, rows, [bits], points=n).sum()) for n in (2, 8)]
     assert found[1] == pytest.approx(true, rel=0.02)

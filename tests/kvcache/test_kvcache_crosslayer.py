@@ -9,11 +9,11 @@ import torch
 from test_kvcache import small, tokens
 from transformers import DynamicCache
 
-from qkit.kvcache.cache import Heads, make_cache
+from qkit.kvcache.cache import CacheShape, make_cache
 from qkit.kvcache.crosslayer import cross_layers
 from qkit.kvcache.policy import CachePolicy, parse
 from qkit.kvcache.store import quantize
-from qkit.kvcache.xquant import Source, sources
+from qkit.kvcache.xquant import InputSource, sources
 
 CL2 = replace(parse("xquant-cl2"), group=8, window=16)
 
@@ -73,7 +73,7 @@ def test_the_shared_basis_is_of_keys_and_values():
     attention = small("qwen2").model.layers[0].self_attn
     attention.k_proj.weight.data *= torch.logspace(0, -2, 16)[:, None]
     weight = torch.cat([attention.k_proj.weight, attention.v_proj.weight]).detach().T
-    basis = torch.cat([u for u, _ in Source.of(small("qwen2"), attention, 16, shared=True).latent], dim=1)
+    basis = torch.cat([u for u, _ in InputSource.of(small("qwen2"), attention, 16, shared=True).latent], dim=1)
     torch.testing.assert_close(basis @ (basis.T @ weight), weight, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(basis.T @ basis, torch.eye(32), rtol=1e-4, atol=1e-5)
     turned, singular = (basis.T @ weight).norm(dim=1), torch.linalg.svdvals(weight)
@@ -157,7 +157,7 @@ def test_bytes_are_those_of_all_tensors(kind):
     held = [t for layer in cache.layers for pair in layer.segments for s in pair for t in s.tensors]
     assert cache.nbytes == sum(t.numel() * t.element_size() for t in held)
     assert all(layer.below.inputs is None for layer in cache.layers)
-    heads = Heads.of(model)
+    heads = CacheShape.of(model)
     most = sum(heads.bytes_at(CL2, w, 64) for w in CL2.widths_of(heads.layers))
     with torch.inference_mode():
         model(tokens(1, 3), past_key_values=cache)

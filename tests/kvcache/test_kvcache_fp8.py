@@ -18,9 +18,9 @@ from transformers import DynamicCache
 import qkit
 from qkit.errors import BadCheckpoint, Unsupported
 from qkit.evaluation.decoding import decode_windows
-from qkit.kvcache.cache import Heads, PackedCache, make_cache
+from qkit.kvcache.cache import CacheShape, PackedCache, make_cache
 from qkit.kvcache.policy import parse
-from qkit.kvcache.scales import Ranges, tensor_names
+from qkit.kvcache.scales import RangeCache, tensor_names
 from qkit.kvcache.store import Float8
 from qkit.verification.verify import verify
 from qkit.workflows.calibration_rows import text_rows
@@ -180,7 +180,7 @@ def test_scales_have_the_dtype_of_the_model(dtype, tiny, calib, tmp_path):
 
 
 def test_rows_that_are_not_finite_and_values_that_are_zero():
-    cache = Ranges()
+    cache = RangeCache()
     keys, values = torch.full((3, 2, 4, 8), 2.0), torch.zeros(3, 2, 4, 8)
     keys[0, 1, 2, 3], keys[1, 0, 0, 0], keys[2] = -7.0, torch.inf, 3.0
     cache.update(keys[:2], values[:2], 5)
@@ -188,7 +188,7 @@ def test_rows_that_are_not_finite_and_values_that_are_zero():
     assert [float(s) for s in cache.scales(5, torch.float32)] == [pytest.approx(7 / 448), 1.0]
     with pytest.raises(Unsupported, match="layer 0 puts no keys"):
         cache.scales(0, torch.float32)
-    tiny = Ranges()
+    tiny = RangeCache()
     tiny.update(torch.full((1, 1, 1, 8), 1e-7), torch.full((1, 1, 1, 8), 448.0), 0)
     assert [float(s) for s in tiny.scales(0, torch.float16)] == [1.0, 1.0]  # not 0, by which nothing can be divided
 
@@ -294,7 +294,7 @@ def test_a_model_with_its_cache(out, request_):
     names = ("k_scale", "v_scale")
     for i, layer in enumerate(cache.layers):
         assert layer.scales == tuple(float(tensors[f"model.layers.{i}.self_attn.{n}"]) for n in names)
-    heads = Heads.of(model)
+    heads = CacheShape.of(model)
     assert cache.nbytes == heads.layers * 2 * heads.heads * heads.head_dim * 39
     assert cache.nbytes == heads.layers * heads.bytes_at(parse("fp8"), 8, 39)
     assert type(qkit.load(out, kv="none").generate(ids, **options).past_key_values) is DynamicCache

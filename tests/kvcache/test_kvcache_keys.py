@@ -14,7 +14,7 @@ from qkit.families.structure import ModelStructure
 from qkit.files.checkpoint import Checkpoint
 from qkit.kvcache.cache import make_cache
 from qkit.kvcache.policy import CacheRequest, parse
-from qkit.kvcache.scaling import exponents_of, maxima, search
+from qkit.kvcache.scaling import exponents_of, key_maxima, search
 from qkit.runtime.loading import load
 from qkit.sensitivity.profile import Profile
 from qkit.transforms.keys import scale_keys
@@ -86,7 +86,7 @@ def test_exponents_and_maxima(tiny):
     assert not exponents_of(torch.rand(2, 8), 0.0).any()
     model = load(tiny("llama"), dtype=torch.float32)
     rows = tiny_models.tokens(2, 16)
-    apart, together = maxima(model, rows), maxima(model, rows, shared=True)
+    apart, together = key_maxima(model, rows), key_maxima(model, rows, shared=True)
     assert apart[0].shape == (2, 8) and torch.equal(together[0], apart[0].amax(0).expand(2, 8))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as fused
 
 from qkit.nn import attention
-from qkit.nn.attention import FEW, LONGEST, ByProducts, attend
+from qkit.nn.attention import FEW, LONGEST, PlainAttention, attend
 
 
 def inputs(queries: int, keys: int, dtype: torch.dtype, shared: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +52,7 @@ def test_where_it_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def asked(queries: int, keys: int, dtype: torch.dtype = torch.bfloat16, **options) -> bool:
         taken.clear()
-        with ByProducts():
+        with PlainAttention():
             fused(*inputs(queries, keys, dtype, shared=1), **options)
         return bool(taken)
 

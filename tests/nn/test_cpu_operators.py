@@ -7,7 +7,7 @@ from importlib.resources import files
 import pytest
 import torch
 from qkit_kernels import cores, cpu
-from qkit_kernels.weight import Format, Weight, dequantize
+from qkit_kernels.weight import CodeFormat, Weight, dequantize
 
 from qkit.benchmark.contenders import random_weight
 from qkit.nn import ops
@@ -16,21 +16,21 @@ from qkit.tensor.formats import ACTIVATION_FORMATS, FORMATS, fit_group
 from qkit.tensor.qtensor import dequantize as exact
 
 FORMATS_OF_THE_LEAF = [
-    *(Format("int", b, g, s) for b in (2, 3, 4, 5, 8) for g in (32, 96, None) for s in (True, False)),
-    Format("fp4", 4, 16, True, "e4m3"),
-    Format("fp4", 4, 32, True, "e8m0"),
-    Format("fp8", 8, None),
-    Format("fp8", 8, 32, True, "e8m0"),
+    *(CodeFormat("int", b, g, s) for b in (2, 3, 4, 5, 8) for g in (32, 96, None) for s in (True, False)),
+    CodeFormat("fp4", 4, 16, True, "e4m3"),
+    CodeFormat("fp4", 4, 32, True, "e8m0"),
+    CodeFormat("fp8", 8, None),
+    CodeFormat("fp8", 8, 32, True, "e8m0"),
 ]
 SHAPES = ((64, 96), (24, 96), (192, 288), (40, 480), (2112, 1056))  # the last is more than a slice
 ROWS = (1, 2, 3, 17, 64)
 
 
-def named(fmt: Format) -> str:
+def named(fmt: CodeFormat) -> str:
     return f"{fmt.kind}{fmt.bits}-{fmt.group}-{'sym' if fmt.symmetric else 'asym'}-{fmt.scale}"
 
 
-def weight(fmt: Format, shape: tuple[int, int]) -> Weight:
+def weight(fmt: CodeFormat, shape: tuple[int, int]) -> Weight:
     """Every code there is but NaN, random scales."""
     torch.manual_seed(0)
     per_group = (shape[0], shape[1] // (fmt.group or shape[1]))
@@ -89,7 +89,7 @@ def test_slices_are_exact(fmt, monkeypatch):
 
 def test_many_rows_leave_the_operator(monkeypatch):
     """linear takes the operator up to its number of rows, and slices beyond; no rows give none."""
-    p = cpu.prepare(weight(Format("int", 8, 32), (64, 96)), torch.float32)
+    p = cpu.prepare(weight(CodeFormat("int", 8, 32), (64, 96)), torch.float32)
     assert p.op in ("bag", "dequantize")
     p, seen = replace(p, rows=2), []
     dense = cpu._dense
@@ -101,7 +101,7 @@ def test_many_rows_leave_the_operator(monkeypatch):
 
 def test_integer_products_are_exact():
     """INT8 times INT8: the sums that float64 gives, also at the few rows that are filled up."""
-    w = weight(Format("int", 8, None), (64, 96))
+    w = weight(CodeFormat("int", 8, None), (64, 96))
     p = cpu.lay_out("int_mm", w, 0)
     for rows in (1, 17):
         x = torch.randint(-128, 128, (rows, 96), dtype=torch.int8)
@@ -112,13 +112,13 @@ def test_integer_products_are_exact():
 
 
 def test_what_is_supported():
-    bf16, int4 = torch.bfloat16, Format("int", 4, 128)
+    bf16, int4 = torch.bfloat16, CodeFormat("int", 4, 128)
     for shape in ((64, 100), (64, 64)):  # groups do not divide the row
         assert not any(cpu.supported(op, int4, shape, bf16) for op in cpu.OPS)
     assert not cpu.supported("int4pack", int4, (64, 128), torch.float32)
-    assert not cpu.supported("int4pack", Format("int", 2, 128), (64, 128), bf16)
-    assert not cpu.supported("int8pack", Format("int", 8, None, symmetric=False), (64, 128), bf16)
-    assert not cpu.supported("bag", Format("fp8", 8, None), (64, 128), bf16)
+    assert not cpu.supported("int4pack", CodeFormat("int", 2, 128), (64, 128), bf16)
+    assert not cpu.supported("int8pack", CodeFormat("int", 8, None, symmetric=False), (64, 128), bf16)
+    assert not cpu.supported("bag", CodeFormat("fp8", 8, None), (64, 128), bf16)
     assert all(cpu.supported("dequantize", f, (7, 96), bf16) for f in FORMATS_OF_THE_LEAF)
     if cores.kind() in ("avx2", "avx512", "avx512_bf16", "amx"):
         assert cpu.int4_tile() == (32 if cores.kind() == "avx2" else 64)

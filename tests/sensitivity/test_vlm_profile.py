@@ -13,14 +13,14 @@ from torch.nn import functional
 from qkit.calibration.batches import batches, extent, sample
 from qkit.calibration.dataset import ANSWER, KINDS, VISION, Calibration, digest_of
 from qkit.calibration.image_text import rows_of
-from qkit.kvcache.sensitivity import divergences, errors_of, sensitivities, watched
+from qkit.kvcache.sensitivity import divergences, errors_of, sensitivities, with_gradients
 from qkit.runtime import loading
 from qkit.sensitivity.outputs import OutputSample, next_norms
 from qkit.sensitivity.pqi import mean_gradients, weight_shares
 from qkit.sensitivity.reference_model import ReferenceModel, Replacement
 from qkit.sensitivity.units import units_of
 from qkit.system.parallel import workers
-from qkit.workflows.calibration_rows import image_text_rows
+from qkit.workflows.calibration_rows import requested_image_text
 from qkit.workflows.quantize import Request, open_structure
 
 DOWN, GATE = "layers.0.mlp.down_proj", "layers.1.mlp.gate_proj"
@@ -35,7 +35,7 @@ def llava(vlm):
 @pytest.fixture(scope="module")
 def rows(llava):
     """Drawn scenes, of several lengths."""
-    made = image_text_rows(Request(model=str(llava), samples=6), open_structure(str(llava)))
+    made = requested_image_text(Request(model=str(llava), samples=6), open_structure(str(llava)))
     assert len({x["input_ids"].shape[1] for x in made.inputs}) > 1
     return made
 
@@ -229,7 +229,7 @@ def test_the_cache_of_pictures(original, rows):
     model, few = original.model, rows.first(2)
     bits, wanted = 2, torch.zeros(2, dtype=torch.float64)
     for x, batch in zip(few.inputs, batches(few), strict=True):
-        start = watched(model, batch)
+        start = with_gradients(model, batch)
         ids = x["input_ids"][0]
         with torch.no_grad():
             logits = model(**x).logits[0, -len(batch.targets[0]) - 1 : -1]
@@ -247,7 +247,7 @@ def test_the_cache_of_pictures(original, rows):
 
 def test_the_first_rows(llava, rows, calib):
     """Are those of a request for so few, whatever their kind."""
-    few = image_text_rows(Request(model=str(llava), samples=3), open_structure(str(llava)))
+    few = requested_image_text(Request(model=str(llava), samples=3), open_structure(str(llava)))
     assert rows.first(3).digest == few.digest != rows.digest and rows.first(6) == rows
     assert len(batches(rows.first(3))) == 3
     ids = torch.arange(200).view(10, 20)

@@ -297,7 +297,7 @@ def test_solving_anew_pays_and_never_costs(calib, tmp_path, monkeypatch):
     assert [r["baseline_error"] for r in found[0]] == [r["baseline_error"] for r in found[1]]
     worse = [SimpleNamespace(error=3.0)]
     kept = [SimpleNamespace(error=2.0)]
-    assert solving._better(kept, worse) is kept
+    assert solving._better_results(kept, worse) is kept
 
 
 def test_damage_is_found(tiny, calib, tmp_path):

@@ -20,7 +20,7 @@ from qkit.files.checkpoint import Checkpoint
 from qkit.runtime.loading import load
 from qkit.tensor.formats import scheme
 from qkit.tensor.qtensor import dequantize, find_params, quantize
-from qkit.transforms.balance import balanced_error, gradients, ratios
+from qkit.transforms.balance import MODALITY_WEIGHTS, balanced_error, gradients, ratios
 from qkit.transforms.scales import awq_candidates, search
 from qkit.transforms.state import BlockState
 from qkit.transforms.table import RATIOS, TRANSFORMS
@@ -53,7 +53,13 @@ def toy():
 
 
 def chosen(weights, stats, r: float, power: int = 1):
-    state = BlockState(structure=None, block=None, module=None, stats={"k": stats}, balance={"attention": r})
+    state = BlockState(
+        structure=None,
+        block=None,
+        module=None,
+        stats={"k": stats},
+        original_values={MODALITY_WEIGHTS: {"attention": r}},
+    )
     declared = Group(("self_attn.q_proj", "self_attn.k_proj"))
     group = type("Group", (), {"key": "k", "hook": "self_attn.q_proj", "declared": declared})
     loss = balanced_error(state, group, power)
@@ -148,7 +154,7 @@ def test_ratios_of_every_linear(run, vlm, tmp_path):
     path = vlm("llava", processor=True)
     found = prepare(Request(model=str(path), scheme="w3a16", method="mbq", samples=4))
     model = load(path, dtype=torch.float32)
-    parts, each = (ratios(gradients(model, found.structure, found.plan.calibration, each=e)) for e in RATIOS)
+    parts, each = (ratios(gradients(model, found.structure, found.plan.calibration, ratios_by=e)) for e in RATIOS)
     for a, b in zip(parts, each, strict=True):
         assert len(b) == 7 and b["self_attn.o_proj"] == a["attention"] and b["mlp.down_proj"] == a["mlp"]
         assert len(set(b.values())) == 7
@@ -193,7 +199,12 @@ def test_scales_leave_the_function_as_it_is(vlm, tmp_path):
     kinds = torch.cat([k[: r["input_ids"].shape[1]] for k, r in zip(rows.kinds, rows.inputs, strict=True)])
     changed = 0
     for i, block in enumerate(structure.blocks):
-        state = BlockState(structure=structure, block=block, module=model.get_submodule(block.path), balance=balance[i])
+        state = BlockState(
+            structure=structure,
+            block=block,
+            module=model.get_submodule(block.path),
+            original_values={MODALITY_WEIGHTS: balance[i]},
+        )
         for g in block.groups:
             x = torch.cat(taken[g.key])
             state.stats[g.key] = Stats(
