@@ -11,6 +11,7 @@ from rich.text import Text
 
 from qkit.allocation.limits import parse_bytes
 from qkit.commands.common import megabytes
+from qkit.commands.verb import Group, in_group
 from qkit.errors import UsageError
 from qkit.kvcache.policy import CacheRequest, parse
 
@@ -22,21 +23,22 @@ _NAMES = ("kv", "kv_memory", "max_length", "kv_scale_keys")
 
 def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Which cache, and how large."""
+    cache = in_group(Group.KV_CACHE)
     options = [
-        click.option(
+        cache(
             "--kv",
             metavar="POLICY",
-            help="KV cache to run with, a kind and its bits: pm-kvq:4-2, kivi2, int8, rotate4, hierarchical8, xquant4, "
+            help="KV cache policy, a kind and its bits: kivi2, int8, pm-kvq:4-2, rotate4, hierarchical8, xquant4, "
             "xquant-cl2 or fp8 ('qkit list caches').",
         ),
-        click.option(
-            "--kv-memory", help="Budget of the KV cache of a sequence of --max-length tokens, for instance 2GB."
+        cache("--kv-memory", help="Memory budget of the KV cache of one sequence, for instance 2GB."),
+        cache(
+            "--max-length",
+            type=click.IntRange(1),
+            help="Sequence length in tokens that the KV cache is planned for (default: the model's limit).",
         ),
-        click.option(
-            "--max-length", type=click.IntRange(1), help="Tokens that the KV cache is made for (default: the model's)."
-        ),
-        click.option(
-            "--kv-scale-keys", is_flag=True, help="Make the channels of keys alike, by scales in the weights."
+        cache(
+            "--kv-scale-keys", is_flag=True, help="Equalize the channels of keys, with scales folded into the weights."
         ),
     ]
     for option in reversed(options):

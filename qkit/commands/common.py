@@ -23,7 +23,7 @@ from qkit.allocation.limits import parse_bytes
 from qkit.commands.bars import Bar, Share
 from qkit.commands.grid import print_wide as print_wide
 from qkit.commands.grid import wide_table as wide_table
-from qkit.commands.verb import OutPath
+from qkit.commands.verb import Group, OutPath, RenamedOption, in_group
 from qkit.errors import Stopped, UsageError
 from qkit.files.locate import find_model
 from qkit.files.safefile import write_atomic
@@ -44,91 +44,111 @@ _SIGNALS = (
 
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that describe what to quantize and how."""
+    most_used, scheme, calibration = in_group(Group.MOST_USED), in_group(Group.SCHEME), in_group(Group.CALIBRATION)
+    model, diffusion, job = in_group(Group.MODEL), in_group(Group.DIFFUSION), in_group(Group.JOB)
     options = [
-        click.option("--model", required=True, help="Model folder, reference model name, or hub id."),
-        click.option("--revision", help="Branch, tag or commit of a model on the hub; the record has its commit."),
-        click.option("--require-revision", is_flag=True, help="Refuse a model on the hub without --revision."),
-        click.option("--scheme", help="For instance w4a16, w8a8, nvfp4 ('qkit list schemes')."),
-        click.option(
+        most_used("--model", required=True, help="Model folder, reference model name, or hub id."),
+        most_used(
+            "--scheme",
+            help="Number formats of weights and activations, for instance w4a16, w8a8 or nvfp4 ('qkit list schemes').",
+        ),
+        most_used(
             "--method",
-            help="rtn (default), gptq, awq, mbq, smoothquant, rotate, hadamard, residual, signround, auto, requant or a sum.",
+            help="Quantization method: rtn (default), gptq, awq, mbq, smoothquant, rotate, hadamard, residual, signround, "
+            "auto, requant, or a sum such as awq+gptq ('qkit list methods').",
         ),
-        click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with rules per layer."),
-        click.option("--group-size", type=int, help="Weights per scale; -1: one scale per output channel."),
-        click.option(
-            "--option", "options", multiple=True, metavar="NAME=VALUE", help="Option of the method, repeatable."
+        most_used("--group-size", type=int, help="Weights per scale; -1 for one scale per output channel."),
+        most_used(
+            "--calib",
+            type=click.Path(path_type=Path),
+            help="Calibration data: a text file, image-text data, or prompts of a diffusion pipeline (default: embedded data).",
         ),
-        click.option(
+        model("--revision", help="Branch, tag or commit of a hub model. The commit is recorded in qkit.json."),
+        model("--require-revision", is_flag=True, help="Refuse a hub model without --revision."),
+        model(
+            "--export",
+            type=click.Choice(["compressed-tensors", "qkit"]),
+            help="Quantization method named in config.json; qkit needs 'import qkit' to load (default: "
+            "compressed-tensors).",
+        ),
+        scheme("--recipe", type=click.Path(path_type=Path), help="YAML file with rules per layer."),
+        scheme(
+            "--option",
+            "options",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Option of the method, repeatable ('qkit list methods').",
+        ),
+        scheme(
             "--effort",
             type=click.Choice(list(EFFORTS)),
-            help="Of signround: "
+            help="Effort of learned rounding (signround): "
             + ", ".join(f"{name} ({o['steps']} steps)" for name, o in EFFORTS.items())
-            + "; 'qkit plan' says which share of the time that is.",
+            + ". 'qkit plan' shows its share of the time.",
         ),
-        click.option(
-            "--call",
-            "call",
-            multiple=True,
-            metavar="NAME=VALUE",
-            help="What a diffusion pipeline is called with, repeatable: num_inference_steps=20, height=480.",
+        scheme(
+            "--outliers",
+            type=float,
+            help="Percent of weights, the largest ones, kept in 16 bits beside the quantized weights.",
         ),
-        click.option(
-            "--rows-memory",
-            metavar="SIZE",
-            help="Of a diffusion pipeline: memory that calibration rows may take, for instance 500MB.",
+        scheme(
+            "--rank",
+            type=int,
+            help="Rank of a low-rank branch in 16 bits that corrects the rounding error (0: no branch).",
         ),
-        click.option(
-            "--policy",
-            "policy",
-            multiple=True,
-            metavar="NAME=VALUE",
-            help="Of --scheme 6bit, repeatable: width=5 (mean bits of inputs), skips=0.25 (blocks not run), kind=dmpq, "
-            "static or decoupled, cache=delta or schedule, weigh=true.",
+        scheme(
+            "--significant",
+            type=float,
+            help="Percent of weights restored to 16 bits after quantization, chosen by loss sensitivity.",
         ),
-        click.option(
-            "--outliers", type=float, help="Percent of the weights, the largest, kept in 16 bits beside the codes."
-        ),
-        click.option(
-            "--rank", type=int, help="Of a branch in 16 bits beside the codes, fitted to what rounding took (0: none)."
-        ),
-        click.option(
-            "--significant", type=float, help="Percent put back after quantization: what the loss depends on."
-        ),
-        click.option(
+        scheme(
             "--target",
             "targets",
             multiple=True,
             metavar="PART=SCHEME",
-            help="What other parts get: vision=w8a8, projector=skip (default: auto, by measuring); text_encoder=w8a16.",
+            help="Scheme of another part of the model, repeatable: vision=w8a8, projector=skip, text_encoder=w8a16 "
+            "(default: auto, chosen by measurement).",
         ),
-        click.option("--strict", is_flag=True, help="Refuse to adapt a group size that does not divide a width."),
-        click.option(
-            "--export",
-            type=click.Choice(["compressed-tensors", "qkit"]),
-            help="Name of the method in config.json; qkit needs 'import qkit' to load (default: compressed-tensors).",
-        ),
-        click.option(
-            "--calib",
-            type=click.Path(path_type=Path),
-            help="Text, pairs or prompts to calibrate on.",
-        ),
-        click.option("--samples", type=int, default=128, show_default=True, help="Calibration rows."),
-        click.option("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration row."),
-        click.option(
-            "--written",
+        scheme("--strict", is_flag=True, help="Refuse a group size that does not divide a layer's width."),
+        calibration("--samples", type=int, default=128, show_default=True, help="Number of calibration samples."),
+        calibration("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration sample."),
+        calibration(
+            "--synthetic-samples",
             type=int,
             default=0,
-            help="Calibration rows that the model writes itself, besides --samples of the text.",
+            help="Number of calibration samples that the model generates itself, in addition to --samples.",
         ),
-        click.option(
+        click.option("--written", cls=RenamedOption, now="--synthetic-samples", type=int),
+        diffusion(
+            "--call",
+            "call",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Argument of the pipeline call during calibration, repeatable: num_inference_steps=20, height=480.",
+        ),
+        diffusion("--rows-memory", metavar="SIZE", help="Memory limit of the calibration samples, for instance 500MB."),
+        diffusion(
+            "--policy",
+            "policy",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Setting of --scheme 6bit, repeatable: width=5 (mean bits of activations), skips=0.25 (share of block "
+            "runs to skip), kind=dmpq, static or decoupled, cache=delta or schedule, weigh=true (errors weighted by their "
+            "effect on the final sample).",
+        ),
+        job(
             "--seed",
             type=int,
             default=0,
             show_default=True,
-            help="For what is random: rotations, rows that the model writes, the order of learning.",
+            help="Random seed of rotations, synthetic samples and the order of learning.",
         ),
-        click.option("--threads", type=int, help="Workers (default: all cores); the result does not depend on it."),
-        click.option("--json", "json_file", type=OutFile(), help="Write what is printed to this file."),
+        job(
+            "--threads",
+            type=int,
+            help="Number of worker threads (default: all cores). The result does not depend on it.",
+        ),
+        job("--json", "json_file", type=OutFile(), help="JSON file for the printed results."),
     ]
     for option in reversed(options):
         command = option(command)

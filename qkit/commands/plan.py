@@ -15,7 +15,7 @@ from qkit.commands.asked import options_of
 from qkit.commands.budget import BUDGETS, WAYS, budget_options, explain, explanation
 from qkit.commands.cache import cache_options
 from qkit.commands.common import OutFolder, megabytes, request_options, show_coverage, write_json
-from qkit.commands.verb import Verb
+from qkit.commands.verb import Group, Verb, in_group
 from qkit.errors import UsageError, write_failure
 from qkit.files.safefile import write_atomic
 
@@ -92,14 +92,18 @@ def write_figures(found: BudgetAllocation, folder: Path, console: Console) -> No
 @request_options
 @budget_options
 @cache_options
-@click.option("--explain", "why", is_flag=True, help="Every layer of a budget: the alternatives and what they cost.")
-@click.option("--figures", type=click.Path(path_type=Path), help="Folder for pictures and a page of the allocation.")
-@click.option("--out", type=OutFolder(), help="Where the result would go (its disk is checked).")
+@in_group(Group.BUDGETS)(
+    "--explain", "why", is_flag=True, help="Print every layer with the formats to choose from and their costs."
+)
+@in_group(Group.BUDGETS)("--figures", type=click.Path(path_type=Path), help="Folder for figures of the allocation.")
+@in_group(Group.MOST_USED)(
+    "--out", type=OutFolder(), help="Planned folder of the result, to check its free disk space."
+)
 def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: Path | None, **given: Any) -> None:
-    """Say what quantize would do: coverage, exact bytes, peak memory, and where the time goes.
+    """Show what quantize would do: coverage, exact bytes, peak memory, and the phases that take the time.
 
-    Says what quantize has to measure first, and refuses what cannot fit or cannot be met. Reads no weights: it knows those of
-    the model by samples, and quantize reads every byte.
+    The plan lists what quantize has to measure first. It refuses a budget that cannot be met and a job that cannot fit. The
+    command reads samples of the weights, whereas quantize reads every byte.
 
     \b
     Example:

@@ -25,7 +25,7 @@ from qkit.commands.common import (
     write_json,
 )
 from qkit.commands.plan import plan_json, show_forecast, show_method
-from qkit.commands.verb import Verb
+from qkit.commands.verb import Group, Verb, in_group
 from qkit.files.folder import RECORD, weights_folder
 from qkit.files.record import packed_record
 from qkit.files.safefile import parse_json
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
 @request_options
 @budget_options
 @cache_options
-@click.option(
+@in_group(Group.MOST_USED)(
     "--out",
     type=OutFolder(),
     required=True,
-    help="Folder of the result; one that this command made is verified again.",
+    help="Folder of the result. A finished result of the same command is only verified again.",
 )
-@click.option("--work", type=OutFolder(), help="Job folder (default: OUT.job).")
-@click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new result is proven.")
-@click.option("--keep-job", is_flag=True, help="Keep the parts in the job folder after success.")
+@in_group(Group.JOB)("--work", type=OutFolder(), help="Job folder (default: OUT.job).")
+@in_group(Group.MODEL)("--overwrite", is_flag=True, help="Replace the content of OUT after the new result is verified.")
+@in_group(Group.JOB)("--keep-job", is_flag=True, help="Keep the intermediate files of the job folder after success.")
 def quantize_command(
     json_file: Path | None,
     out: Path,
@@ -57,9 +57,9 @@ def quantize_command(
     keep_job: bool,
     **given: Any,
 ) -> None:
-    """Quantize a model into a packed checkpoint, and prove it.
+    """Quantize a model into a packed checkpoint and verify the result.
 
-    The same command goes on after a stop, a crash or a kill.
+    After a stop, a crash or a kill the same command continues the job.
 
     \b
     Example:

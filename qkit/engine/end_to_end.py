@@ -37,7 +37,7 @@ RATE = 1.0e-4  # of the first step, in units of the grid, for a gradient of the 
 def learn_whole(plan: Plan, structure: ModelStructure, job: Job, pool: Workers, progress: Progress) -> None:
     """Learn the codes of the planned linears of the language model together, and commit them; nothing where that is done
     already, or not asked for."""
-    steps = plan.learning("whole")
+    steps = plan.learning("e2e_steps")
     if not steps or job.stage(WHOLE) is not None:
         return
     assert plan.calibration is not None

@@ -41,6 +41,7 @@ from qkit.files.safefile import (
     sync_dir,
     write_atomic,
 )
+from qkit.planning.renamed import record_under_current_names
 from qkit.tensor import lowrank, sparse
 from qkit.tensor.formats import Format
 from qkit.tensor.input_transform import RESIDUAL, SCALE, InputTransform
@@ -95,7 +96,7 @@ class Job:
     def _claim(self) -> None:
         """Make job.json that of this job, unless another job owns the folder and has committed something."""
         file, journal = self.path / "job.json", self.path / "journal.jsonl"
-        stored = read_job(file) if file.exists() else None
+        stored = record_under_current_names(read_job(file)) if file.exists() else None
         if stored is not None and stored.pop("finished", False):
             # The record of a job whose output was made, and whoever asks again wants it made again.
             remove_bulk(self.path)

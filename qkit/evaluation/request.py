@@ -52,7 +52,7 @@ class EvalRequest:
         options = {
             "--kv": self.caches,
             "--retrieval": self.retrieval,
-            "--pairs": self.pairs is not None,
+            "--image-text": self.pairs is not None,
             "--videos": self.videos,
             "--tasks vbench:": dimensions_of(self.tasks),
         }

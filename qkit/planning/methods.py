@@ -45,18 +45,20 @@ def check_method(
         raise Unsupported(
             f"method {learned} learns linears that are modules, and this model has fused experts: use gptq"
         )
-    if recipe.options.get("weigh"):
+    if recipe.options.get("loss_weighted"):
         if structure.family.streams is not None or structure.family.encodes:
-            raise Unsupported("option 'weigh' looks at the loss of a language model, and this is none: leave it out")
+            raise Unsupported(
+                "option 'loss_weighted' needs the loss of a language model, and this is none: leave it out"
+            )
         if "rotate" in transforms:
             raise UsageError(
-                "option 'weigh' and method rotate exclude each other: the loss is looked at before the rotation"
+                "option 'loss_weighted' and method rotate exclude each other: the loss is measured before the rotation"
             )
-    if recipe.options.get("whole") and (
+    if recipe.options.get("e2e_steps") and (
         structure.towers or structure.family.streams is not None or structure.family.encodes
     ):
         raise Unsupported(
-            "option 'whole' looks at what a language model expects of a text, and this is none: leave it out"
+            "option 'e2e_steps' needs the predictions of a language model, and this is none: leave it out"
         )
 
 

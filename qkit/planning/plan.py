@@ -117,7 +117,7 @@ class Plan:
         return any(TRANSFORMS[t].stage == "block" for t in self.transforms)
 
     def learning(self, option: str) -> int:
-        """What learned rounding is given for 'weigh' or 'whole', the most that any linear has; 0 without it."""
+        """The largest value of 'loss_weighted' or 'e2e_steps' of any linear; 0 without learned rounding."""
         return max(int(p.options.get(option, 0)) for p in self.linears.values()) if self.learns else 0
 
     @cached_property

@@ -8,6 +8,7 @@ from typing import Any
 
 from qkit.errors import UsageError
 from qkit.planning.recipe import Recipe, load_recipe, make_recipe, parse_method
+from qkit.planning.renamed import current_names
 from qkit.transforms.table import EFFORTS, TRANSFORMS
 
 REQUANT = "requant"  # a method that searches before anything is planned
@@ -18,12 +19,12 @@ REQUANT_OUTLIERS, REQUANT_SIGNIFICANT = 0.45, 0.05  # percent, of the paper's Sq
 class Request:
     """What ``qkit quantize`` is asked for.
 
-    calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method
-    needs any, and ``written`` rows more, which the model writes itself. recipe: a YAML file; scheme, method, group_size
-    and options given here go over it. rules: as in a recipe, what an allocation decided. effort: a name of EFFORTS, options
-    of learned rounding. outliers, rank, significant, targets: as in a recipe; None: what the recipe says. call: of a diffusion
-    pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and rows_memory the bytes
-    that rows may take in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run with, as
+    calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method needs
+    calibration, with ``synthetic_samples`` more that the model generates. recipe: a YAML file; scheme, method, group_size and
+    options of the request replace those of the file. rules: as in a recipe, from an allocation. effort: a name of EFFORTS,
+    options of learned rounding. outliers, rank, significant, targets: as in a recipe; None: the value of the recipe. call: for
+    a diffusion pipeline, the arguments of its call during calibration; its calib are prompts, one per line, and rows_memory is
+    the limit of the samples in bytes; policy: as in a recipe. kv: the KV cache policy that the result is to be run with, as
     ``Policy.to_json`` gives it; key_exponents: as in a plan.
     """
 
@@ -47,7 +48,7 @@ class Request:
     calib: Path | None = None
     samples: int = 128
     seqlen: int = 256
-    written: int = 0
+    synthetic_samples: int = 0
     seed: int = 0
     threads: int | None = None
     kv: dict[str, Any] | None = None
@@ -82,7 +83,9 @@ def recipe_of(request: Request) -> Recipe:
             f"--effort is what learned rounding takes, and method '{recipe.method}' has none: take signround, or "
             "SOLVER+signround, or leave --effort out"
         )
-    return recipe.model_copy(update={"options": {**recipe.options, **EFFORTS[request.effort], **request.options}})
+    return recipe.model_copy(
+        update={"options": {**recipe.options, **EFFORTS[request.effort], **current_names(request.options)}}
+    )
 
 
 def check_rows(request: Request) -> None:
@@ -90,8 +93,8 @@ def check_rows(request: Request) -> None:
         raise UsageError(
             f"--samples {request.samples} --seqlen {request.seqlen}: expected at least 1 row of at least 2 tokens"
         )
-    if request.written < 0:
-        raise UsageError(f"--written {request.written}: expected a number of rows")
+    if request.synthetic_samples < 0:
+        raise UsageError(f"--synthetic-samples {request.synthetic_samples}: expected 0 or more")
 
 
 def is_requant(method: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""An option of a solver or a transform: its default, what it does, and the values that it may have."""
+"""An option of a solver or a transform: its default, its meaning, and its allowed values."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from qkit.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """The type of a value is that of the default; a whole number is also one with a fraction.
+    """A value has the type of the default; an integer also stands for a float.
 
-    least, most: the range of a number, both ends included; above: what it has to be larger than; choices: of a name
+    least, most: the range of a number, both ends included; above: the number that a value must exceed; choices: the allowed
+    names; formerly: the option's name in the version before, which goes on working
     """
 
     default: Any
@@ -21,6 +22,7 @@ class Option:
     above: float | None = None
     most: float | None = None
     choices: tuple[str, ...] = ()
+    formerly: str = ""
 
     def checked(self, name: str, value: Any) -> Any:
         """The value in the type of the default. Raises UsageError for another type, or a value out of range."""
@@ -56,5 +58,5 @@ def needs_of_options(needs: tuple[tuple[str, str], ...], options: Options, value
 
 SIGNED = Option(
     default=False,
-    summary="scales of symmetric integers of up to 4 bits may be negative: the larger side gets the extra code",
+    summary="negative scales for symmetric integers of up to 4 bits, so that the larger side gets the extra code",
 )

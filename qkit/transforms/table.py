@@ -131,19 +131,21 @@ TRANSFORMS: dict[str, Transform] = {
             "rate": Option(
                 default=0.0, summary="of the first step, in units of the grid; 0: 1.5 / steps, at most 0.02", least=0
             ),
-            "weigh": Option(
+            "loss_weighted": Option(
                 default=False,
-                summary="weigh errors of a block by what the loss makes of them; loads the whole model in float32",
+                summary="block errors weighted by their effect on the loss; loads the complete model in float32",
+                formerly="weigh",
             ),
-            "whole": Option(
+            "e2e_steps": Option(
                 default=0,
-                summary="steps for all blocks together after that, on what the model expects; loads it whole in float32",
+                summary="steps of end-to-end learning after all blocks; loads the complete model in float32",
                 least=0,
+                formerly="whole",
             ),
             "signed": Option(default=True, summary=SIGNED.summary),  # of the solver before it, whose default is no
         },
         needs=frozenset({"original_outputs"}),
-        option_needs=(("weigh", "loss_weights"),),
+        option_needs=(("loss_weighted", "loss_weights"),),
     ),
 }
 # By name: options of learned rounding. Time grows with the steps.

@@ -46,13 +46,13 @@ def calibration_of(request: Request, structure: ModelStructure) -> Calibration:
     """The rows that a request says: pairs of pictures and answers, rows of a text, or calls along a trajectory."""
     check_rows(request)
     plain = structure.family.streams is None and not wants_pairs(request, structure)
-    if request.written and not plain:
+    if request.synthetic_samples and not plain:
         raise UsageError(
-            f"--written {request.written}: a model writes rows of text, and those of a {kind_of(structure.checkpoint.config)} "
-            "are more than that: leave it out"
+            f"--synthetic-samples {request.synthetic_samples}: synthetic samples are text, and a "
+            f"{kind_of(structure.checkpoint.config)} is calibrated on more than text: leave it out"
         )
     if plain:
-        return replace(text_rows(request, structure), written=request.written)
+        return replace(text_rows(request, structure), written=request.synthetic_samples)
     return trajectory_rows(request, structure) if structure.family.streams else pair_calibration(request, structure)
 
 

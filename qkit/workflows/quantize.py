@@ -91,10 +91,10 @@ def prepare(request: Request, rows: Calibration | None = None) -> PreparedReques
     _ = structure.checkpoint.side_files  # read and checked before anything is made of the tokenizer
     calibration = calibration_asked(request, structure, recipe, rows)
     plan = plan_of(recipe, structure, calibration, request.seed, request.kv)
-    if request.written and (plan.calibration is None or not plan.needs_rows):
+    if request.synthetic_samples and (plan.calibration is None or not plan.needs_rows):
         raise UsageError(
-            f"--written {request.written}: nothing here looks at calibration rows: take another --method (signround, "
-            "gptq, ...), or leave it out"
+            f"--synthetic-samples {request.synthetic_samples}: this method uses no calibration samples: use another --method "
+            "(signround, gptq, ...), or leave it out"
         )
     _check_pictures(plan, structure)
     folder = find_model(request.model)
@@ -103,9 +103,9 @@ def prepare(request: Request, rows: Calibration | None = None) -> PreparedReques
     plan = replace(plan, key_exponents=request.key_exponents, pipeline=around)
     threads = request.threads or available_cores()
     after = {"significant weights": repair_memory(plan, structure, threads)} if plan.significant else {}
-    if plan.learning("weigh"):
+    if plan.learning("loss_weighted"):
         after["errors weighed by the loss"] = weighing_memory(plan, structure, threads)
-    if plan.learning("whole"):
+    if plan.learning("e2e_steps"):
         after["learned rounding of the whole model"] = whole_memory(plan, structure, threads)
     if plan.calibration is not None and plan.calibration.written:
         after["rows that the model writes"] = written_memory(plan, structure, threads)

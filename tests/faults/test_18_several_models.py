@@ -50,7 +50,7 @@ def test_without_a_baseline(packed, run, calib, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [["--kv", "int8"], ["--retrieval"], ["--pairs", "drawn"], ["--videos", 1], ["--tasks", "vbench:x"]]
+    "options", [["--kv", "int8"], ["--retrieval"], ["--image-text", "drawn"], ["--videos", 1], ["--tasks", "vbench:x"]]
 )
 def test_what_is_measured_of_one_model(options, packed, run):
     code, _, err = run("eval", packed / "w4a16", packed / "w8a16", *options)
