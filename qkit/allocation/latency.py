@@ -57,15 +57,13 @@ class LatencyTable:
         try:
             there = LatencyTable.load(self.file)
         except BadInput as e:
-            raise UsageError(
-                f"--table {self.file}: the file exists and is no latency table: choose another name"
-            ) from e
+            raise UsageError(f"--table {self.file}: the file exists and is no latency table: use another name") from e
         mine, other = self.described(), there.described()
         differing = next((k for k in mine if mine[k] != other[k]), None)
         if differing is not None:
             raise UsageError(
                 f"--table {self.file}: the file has times of another {differing}: {other[differing]} there, "
-                f"{mine[differing]} now: choose another name"
+                f"{mine[differing]} now: use another name"
             )
         return replace(self, seconds={**there.seconds, **self.seconds})
 

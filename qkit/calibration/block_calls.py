@@ -156,7 +156,7 @@ def _joined(values: list[Tensor], lengths: list[int], longest: int) -> Any:
     dim = next((d for d, n in enumerate(first.shape) if n == most), None)
     if dim is None or any(v.dim() != first.dim() or v.shape[dim] != n for v, n in zip(values, lengths, strict=True)):
         raise Unsupported(
-            f"calibration rows of several lengths: blocks are called with a tensor {list(first.shape)} that differs between "
+            f"calibration samples of several lengths: blocks are called with a tensor {list(first.shape)} that differs between "
             "rows and does not follow their tokens"
         )
     if all(torch.equal(v, first.narrow(dim, 0, n)) for v, n in zip(values, lengths, strict=True)):
@@ -192,7 +192,7 @@ class _Notes:
         if index in self.calls:
             raise Unsupported(
                 f"block {index + 1} of {self.count} runs more than once in a pass of the model: its weights have several "
-                "inputs, and qkit quantizes a block for one: use a method that runs no rows (rtn with a weight-only scheme)"
+                "inputs, and qkit quantizes a block for one: use a method without calibration (rtn with a weight-only scheme)"
             )
         self.first = hidden if index == 0 else self.first
         self.calls[index] = call

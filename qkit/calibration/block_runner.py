@@ -186,7 +186,7 @@ class Flow:
         """Raises NumericFailure where more than MAX_BAD_ROWS of the rows have values that are not finite."""
         if bad > MAX_BAD_ROWS * self.rows.count:
             raise NumericFailure(
-                f"{bad} of {self.rows.count} calibration rows have non-finite activations in {self.structure.path}, more "
+                f"{bad} of {self.rows.count} calibration samples have non-finite activations in {self.structure.path}, more "
                 f"than {MAX_BAD_ROWS:.0%}: use other calibration text, or a checkpoint in bf16 if this one is fp16"
             )
 
@@ -250,7 +250,7 @@ class Flow:
         if again is not None:
             raise Unsupported(
                 f"{self.structure.path}.{again} runs {calls[again]} times in one pass of its block: its weights have several "
-                "inputs, and a layer is quantized for one: skip it with a rule, or use a method that runs no rows (rtn)"
+                "inputs, and a layer is quantized for one: skip it with a rule, or use a method without calibration (rtn)"
             )
         units = []
         for unit in candidates.values():
@@ -338,7 +338,7 @@ class Flow:
 
 
 def _unreached(name: str) -> BadCalibration:
-    return BadCalibration(f"no calibration row reached {name}: its block runs without calling this linear")
+    return BadCalibration(f"no calibration sample reached {name}: its block runs without calling this linear")
 
 
 def _peak(inputs: Iterable[Tensor]) -> float:

@@ -35,7 +35,7 @@ from qkit.files.text_file import TextFile, is_chat
 from qkit.system.confined import Exceeded
 
 CAPTION = "Describe the picture."
-_NO_PLACE = "the chat template of the model has no place for a picture"
+_NO_PLACE = "the chat template of the model has no place for an image"
 MOST_BYTES = 1 << 28  # of a picture's file
 MOST_PIXELS = 1 << 26  # of a picture: what holds one takes three bytes for each, and models see far fewer
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -82,13 +82,11 @@ def held_out(spec: str | Path, most: int) -> Iterator[Pair]:
         return islice(chain.from_iterable(map(_asked, count())), most)
     path = Path(spec)
     if not path.exists() and not is_dataset(path):
-        raise BadInput(f"{path}: no such file or folder; give '{DRAWN}', a file of JSON lines, or a folder of pictures")
+        raise BadInput(f"{path}: no such file or folder: use '{DRAWN}', a .jsonl file, or a folder of images")
     found = _pairs(path, most)
     first = next(found, None)
     if first is None:
-        raise BadInput(
-            f"{path}: there are no pairs in it; write one JSON object with image, question and answer a line"
-        )
+        raise BadInput(f"{path}: the file is empty: write one JSON object per line, with image, question and answer")
     return chain([first], found)
 
 
@@ -96,7 +94,9 @@ def read_pairs(path: Path, samples: int) -> list[Pair]:
     """The first ``samples`` pairs of a file or a folder. Raises BadCalibration naming the line and what is wrong with it."""
     found = list(_pairs(path, samples))
     if len(found) < samples:
-        raise BadCalibration(f"{path}: {len(found)} pairs, {samples} are needed: give more, or fewer --samples")
+        raise BadCalibration(
+            f"{path}: {len(found)} image-text samples, {samples} are needed: add more, or use fewer --samples"
+        )
     return found
 
 
@@ -110,7 +110,7 @@ def refuse_chat(path: Path) -> None:
     head, _ = TextFile(path, "calibration text", BadCalibration).text(1 << 16)
     if is_chat(head):
         raise BadCalibration(
-            f"{path}: found a chat, expected plain text: write what is said in it to a .txt file, one turn after the other"
+            f"{path}: found a chat, expected plain text: write its turns to a .txt file, one after the other"
         )
 
 
@@ -121,13 +121,11 @@ def _pairs(path: Path, most: int) -> Iterator[Pair]:
     if path.is_dir() and not (path / "pairs.jsonl").is_file():
         pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
         if not pictures:
-            raise BadCalibration(
-                f"{path}: neither a file pairs.jsonl nor pictures ({', '.join(PICTURES)}) are in the folder"
-            )
+            raise BadCalibration(f"{path}: no file pairs.jsonl and no images ({', '.join(PICTURES)}) in the folder")
         for picture in pictures[:most]:
             beside = picture.with_suffix(".txt")
             if not beside.is_file():
-                raise BadCalibration(f"{picture}: a pair without an answer: write its text to {beside.name}")
+                raise BadCalibration(f"{picture}: an image without an answer: write the answer to {beside.name}")
             yield _pair([picture], [], CAPTION, read_text(beside).strip(), str(picture))
         return
     file = path / "pairs.jsonl" if path.is_dir() else path
@@ -144,7 +142,8 @@ def _of_line(line: str, file: Path, where: str) -> Pair:
         raise BadCalibration(str(e)) from e
     if isinstance(data, dict) and is_chat(line):
         raise BadCalibration(
-            f"{where}: found a chat, expected image (or video), question and answer: write its turns so, or give a text file"
+            f"{where}: found a chat, expected image (or video), question and answer: write the turns in "
+            "this form, or use a text file"
         )
     if not isinstance(data, dict) or "question" not in data or not {"image", "video"} & data.keys():
         raise BadCalibration(
@@ -157,7 +156,7 @@ def _of_line(line: str, file: Path, where: str) -> Pair:
     if "video" in data and not frames:
         raise BadCalibration(f"{where}: the video {shown(data['video'])} has no frames ({', '.join(PICTURES)})")
     if not images and not frames:
-        raise BadCalibration(f"{where}: a pair without a picture: name it in 'image' or 'video'")
+        raise BadCalibration(f"{where}: a sample without an image: add 'image' or 'video'")
     answer = data.get("answer")
     texts = (data["question"], "" if answer is None else str(answer), where, data.get("kind") or "")
     return _pair(images, frames, *texts)
@@ -166,7 +165,7 @@ def _of_line(line: str, file: Path, where: str) -> Pair:
 def _dataset_pairs(spec: str, most: int) -> Iterator[Pair]:
     parts = spec.split(":")[1:]
     if not parts[0] or len(parts) > 3:
-        raise UsageError(f"{spec!r} is not a data set of pictures: write dataset:NAME[:config][:split]")
+        raise UsageError(f"{spec!r} is not a data set of images: write dataset:NAME[:config][:split]")
     name, config, split = [*parts, "", ""][:3]
     try:
         import datasets
@@ -188,7 +187,7 @@ def _dataset_pairs(spec: str, most: int) -> Iterator[Pair]:
         found = [i.convert("RGB") for i in (images if isinstance(images, list) else [images]) if i is not None]
         answer = str((row["answer"] if "answer" in columns else row["caption"]) or "")
         if not found or not answer:
-            raise BadCalibration(f"{where}: a pair without {'an answer' if found else 'a picture'}")
+            raise BadCalibration(f"{where}: a sample without {'an answer' if found else 'an image'}")
         question = str(row["question"]) if "question" in columns else CAPTION
         yield Pair(images=tuple(found), question=question, answer=answer, where=where, kind=str(row.get("kind") or ""))
 
@@ -202,17 +201,17 @@ def _pair(files: list[Path], frames: list[Path], question: str, answer: str, whe
     from PIL import Image
 
     if not answer:
-        raise BadCalibration(f"{where}: a pair without an answer: what the model is to say is what is measured")
+        raise BadCalibration(f"{where}: a sample without an answer: add the answer that the model should give")
     images = []
     for file in (*files, *frames):
         if not file.is_file():  # a pipe would block
-            raise BadCalibration(f"{where}: the picture {file} cannot be read: there is no such file: correct its name")
-        with foreign(f"{where}: the picture {file} cannot be read", "save it again", BadCalibration):
+            raise BadCalibration(f"{where}: the image {file} cannot be read: there is no such file: correct its name")
+        with foreign(f"{where}: the image {file} cannot be read", "save it again", BadCalibration):
             # From memory: out of a file, a chunk that claims four gigabytes takes them.
             with Image.open(BytesIO(read_bytes(file, MOST_BYTES))) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise BadCalibration(
-                        f"{where}: the picture {file} has {image.width} x {image.height} pixels, expected at most "
+                        f"{where}: the image {file} has {image.width} x {image.height} pixels, expected at most "
                         f"{MOST_PIXELS}: scale it down"
                     )
                 images.append(image.convert("RGB"))
@@ -231,7 +230,7 @@ def load_processor(folder: Path) -> Any:
     from transformers import AutoProcessor
 
     check_side_files(folder)
-    advice = "copy the processor's files of the original model here, or use text without pictures"
+    advice = "copy the processor's files of the original model here, or use text without images"
     with foreign(f"{folder}: no processor that transformers can load", advice):
         made = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not hasattr(made, "image_processor") or getattr(made, "chat_template", None) is None:
@@ -297,7 +296,7 @@ def encoded(pair: Pair, processor: Any, answered: bool) -> dict[str, Tensor]:
         )
     except Exceeded as e:
         raise BadCalibration(
-            f"{pair.where}: the chat template of the model takes {e} to write this pair: get the template again from its source"
+            f"{pair.where}: the chat template of the model needs {e} for this sample: download the template again"
         ) from e
     except (TemplateFailure, ValueError, TypeError, ImportError) as e:
         if not isinstance(e, TemplateFailure) and not _has_place(processor, constant):

@@ -1,4 +1,4 @@
-"""qkit bench: how fast products and models are, against what the machine could do."""
+"""qkit bench: the speed of products and models, compared with the limits of the machine."""
 
 from __future__ import annotations
 

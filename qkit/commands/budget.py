@@ -80,7 +80,7 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def show_allocation(found: BudgetAllocation, console: Console) -> None:
-    """What was chosen, and what it is predicted to cost."""
+    """The chosen formats and their predicted cost."""
     from qkit.allocation.pareto import mean_bits
 
     made, a = found.profile, found.allocation
@@ -111,7 +111,7 @@ def show_allocation(found: BudgetAllocation, console: Console) -> None:
         )
     if found.request.method is not None and found.request.method != made.request["method"]:
         console.print(
-            Text(f"the costs were measured with {made.request['method']}, the layers get {found.request.method}")
+            Text(f"the costs were measured with {made.request['method']}, the layers use {found.request.method}")
         )
     noise = sum(c.costs[a.measure] < 0 for u in made.units for c in u.choices.values())
     if noise > len(made.units) // 4:
@@ -125,7 +125,7 @@ def show_allocation(found: BudgetAllocation, console: Console) -> None:
 
 
 def explain(found: BudgetAllocation, console: Console) -> None:
-    """Every unit: its format, what the others would have cost, and what the next larger one would bring per kilobyte."""
+    """Every unit: its format, the cost of the others, and the gain of the next larger one per kilobyte."""
     made, a = found.profile, found.allocation
     shared = _shared_prefix([u.key for u in made.units])
     title = f"why: {a.measure} of each format, * chosen" + (f" (layers of {shared.rstrip('.')})" if shared else "")
@@ -145,7 +145,7 @@ def _shared_prefix(names: list[str]) -> str:
 
 
 def explanation(found: BudgetAllocation) -> list[dict[str, Any]]:
-    """The machine's copy of ``explain``."""
+    """``explain`` as JSON."""
     a = found.allocation
     return [
         {

@@ -1,4 +1,4 @@
-"""The options of a KV cache, and what is printed of it: shared by quantize and plan."""
+"""The options and the printed summary of a KV cache: shared by quantize and plan."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def cache_request(given: dict[str, Any]) -> CacheRequest | None:
     if asked["kv"] is None:
         lost = next((n for n in _NAMES if asked[n]), None)
         if lost is not None:
-            raise UsageError(f"--{lost.replace('_', '-')} is about the cache of --kv, and there is none: leave it out")
+            raise UsageError(f"--{lost.replace('_', '-')} needs --kv: add it, or leave this option out")
         return None
     parse(asked["kv"])
     memory = None if asked["kv_memory"] is None else parse_bytes(asked["kv_memory"], "--kv-memory")
@@ -60,7 +60,7 @@ def cache_request(given: dict[str, Any]) -> CacheRequest | None:
 
 
 def show_cache(found: CachePlan, console: Console) -> None:
-    """Which cache, what it takes, and the final widths of the layers."""
+    """The cache, its size, and the final widths of the layers."""
     p = found.policy
     share = f"{megabytes(found.bytes)}, {found.bytes / found.plain_bytes:.3f} of 16 bits"
     console.print(Text(f"KV cache: {p.name}, {share}" + (f", at {p.length} tokens of a sequence" if p.length else "")))

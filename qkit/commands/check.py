@@ -89,8 +89,7 @@ def check_command(
     original = recorded_source(folder) if baseline is None else find_model(baseline)
     if original is None and budget.needs_baseline:
         raise UsageError(
-            f"budget {budget_file}: {', '.join(budget.needs_baseline)} cannot be judged without the original model; "
-            "add --baseline PATH"
+            f"budget {budget_file}: {', '.join(budget.needs_baseline)} need the original model: add --baseline PATH"
         )
     request = EvalRequest(
         texts=choose_texts(budget, texts, budget_file),
@@ -121,7 +120,7 @@ def check_command(
     _mark(folder, budget_file, measured, checks)
     if failed:
         raise BudgetNotMet(
-            f"{out}: {len(failed)} of {len(checks)} limits of {budget_file} not kept: {printable(', '.join(failed))}; "
+            f"{out}: {len(failed)} of {len(checks)} limits of {budget_file} are not met: {printable(', '.join(failed))}; "
             "quantize with more bits or another method, or change the budget"
         )
 

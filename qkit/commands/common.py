@@ -1,6 +1,6 @@
 """What several verbs share: the options of a request, progress, signals, tables.
 
-The files of this folder import no torch at the top: what is wrong with a command is said before that takes its seconds.
+The files of this folder import no torch at the top, so that a wrong command is refused at once.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def _literal(text: str) -> Any:
 
 
 class OutFile(OutPath):
-    """A file that will be written: looked at before anything is computed for it."""
+    """A file that will be written, checked before anything is computed."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -210,20 +210,20 @@ class OutFile(OutPath):
         file = Path(str(super().convert(value, param, ctx)))
         name = param.opts[0] if param is not None else "file"
         if file.is_dir():
-            raise UsageError(f"{name} {file}: that is a folder: name a file")
+            raise UsageError(f"{name} {file}: that is a folder: use a file name")
         if not file.absolute().parent.is_dir():
-            raise UsageError(f"{name} {file}: there is no folder {file.parent}: make it first")
+            raise UsageError(f"{name} {file}: there is no folder {file.parent}: create it first")
         return file
 
 
 def announce(console: Console, what: str) -> None:
-    """The first line of a command: its options are sound, and what takes seconds begins."""
+    """The first line of a command: its options are valid, and the slow part begins."""
     context = click.get_current_context(silent=True)
     console.print(Text(f"qkit {context.info_name}: {what}" if context else what), soft_wrap=True)
 
 
 class OutFolder(click.Path):
-    """A folder that will be made: '.' is the folder that it means, and what can have no neighbours is refused."""
+    """A folder that will be created: '.' is resolved, and a folder that cannot have neighbors is refused."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -233,26 +233,26 @@ class OutFolder(click.Path):
         name = param.opts[0] if param is not None else "folder"
         text = os.fsdecode(super().convert(value, param, ctx)) if value != "" else ""
         if not text or "\0" in text:
-            raise UsageError(f"{name} {text!a}: that is no name of a folder: give another")
+            raise UsageError(f"{name} {text!a}: that is no name of a folder: use another")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise UsageError(f"{name} {text!a}: the name is not UTF-8: give another") from None
+            raise UsageError(f"{name} {text!a}: the name is not UTF-8: use another") from None
         folder = Path(text)
         folder = folder if folder.name not in ("", "..") else Path(os.path.abspath(text))
         if not folder.name:
-            raise UsageError(f"{name} {text}: that is the root of the file system: name a folder in it")
+            raise UsageError(f"{name} {text}: that is the root of the file system: use a folder in it")
         return folder
 
 
 def write_json(file: Path | None, data: Any) -> None:
-    """The machine's copy of what a command prints."""
+    """Writes the printed results of a command as JSON."""
     if file is not None:
         write_atomic(file, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
 
 
 def show_coverage(found: PreparedRequest, console: Console) -> None:
-    """What is quantized, what is not and why, the bytes, and which engines will load the result."""
+    """Quantized and skipped layers with reasons, the bytes, and the engines that load the result."""
     from qkit.planning.fused_layers import engines_of
     from qkit.workflows.quantize import coverage
 
@@ -292,10 +292,10 @@ def show_coverage(found: PreparedRequest, console: Console) -> None:
             Text(f"note: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f": {note}")
         )
     if plan.untied:
-        console.print("note: rotation gives the head a weight of its own: the embeddings are no longer tied")
+        console.print("note: after rotation the head has its own weight: the embeddings are no longer tied")
     if plan.calibration is not None and plan.calibration.written:
         c = plan.calibration
-        console.print(f"calibration: {c.samples} rows, and {c.written} that the model writes, of {c.seqlen} tokens")
+        console.print(f"calibration: {c.samples} samples and {c.written} synthetic samples of {c.seqlen} tokens")
     _show_copied(found, console)
     done = coverage(plan)
     console.print(
@@ -307,7 +307,7 @@ def show_coverage(found: PreparedRequest, console: Console) -> None:
 
 
 def _show_copied(found: PreparedRequest, console: Console) -> None:
-    """What does not go with the model: files, and keys of its settings."""
+    """Files and config keys that are left out of the result."""
     folder = found.structure.checkpoint.path
     behind = left_behind(folder)
     if behind:
@@ -319,12 +319,12 @@ def _show_copied(found: PreparedRequest, console: Console) -> None:
     for name, keys in dropped.items():
         if keys:
             console.print(
-                Text(f"left out of {printable(name)}: {printable(', '.join(keys))}: keys that choose code to run")
+                Text(f"left out of {printable(name)}: {printable(', '.join(keys))}: these keys select code to run")
             )
 
 
 class Reporter:
-    """How far a run is, on the console; also where a signal stops the run."""
+    """Progress of a run on the console; also the place where a signal stops the run."""
 
     def __init__(self, console: Console, resume: str) -> None:
         self._resume = resume
@@ -350,7 +350,7 @@ class Reporter:
     def _check(self) -> None:
         if self._stop is not None:
             name = signal.Signals(self._stop).name
-            raise Stopped(f"stopped by {name}; what was finished is kept: go on with: {self._resume}")
+            raise Stopped(f"stopped by {name}; finished work is kept. Continue with: {self._resume}")
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""qkit eval: what quantization cost, measured on the packed model."""
+"""qkit eval: the quality of the packed model, compared with the original."""
 
 from __future__ import annotations
 

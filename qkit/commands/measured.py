@@ -96,7 +96,7 @@ def refuse_unmeasured(outs: Sequence[str], found: Sequence[Mapping[str, Any]]) -
         if bad:
             raise NumericFailure(
                 f"{printable(out)}: {len(bad)} measured figures are not finite numbers, first {printable(bad[0])}: the "
-                f"model computes NaN or infinity: run 'qkit verify {printable(out)}', and quantize it anew from a sound source"
+                f"model computes NaN or infinity: run 'qkit verify {printable(out)}', and quantize again from a sound source"
             )
 
 

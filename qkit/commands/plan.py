@@ -1,4 +1,4 @@
-"""qkit plan: what quantize would do, and what it would cost; reads no weights."""
+"""qkit plan: what quantize would do, and its cost, without reading all weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def plan_json(found: PreparedRequest) -> dict[str, Any]:
-    """The machine's copy of a plan."""
+    """A plan as JSON."""
     from qkit.planning.fused_layers import engines_of
     from qkit.workflows.quantize import coverage
 
@@ -58,7 +58,7 @@ def show_forecast(found: PreparedRequest, console: Console) -> None:
 
 
 def show_method(request: Request, found: PreparedRequest, console: Console) -> dict[str, Any]:
-    """The method where nobody chose one, and what a better one costs; gives the machine's copy."""
+    """The default method, where no method was chosen, and the cost of a better one, as JSON."""
     from qkit.workflows.advice import on_method
 
     advice = on_method(request, found)
@@ -69,7 +69,7 @@ def show_method(request: Request, found: PreparedRequest, console: Console) -> d
 
 
 def write_figures(found: BudgetAllocation, folder: Path, console: Console) -> None:
-    """The pictures and the page of an allocation. Raises UsageError where another file of that name is there already."""
+    """The figures and the page of an allocation. Raises UsageError where another file of that name exists."""
     from qkit.report.allocation import allocation_files
 
     files = allocation_files(found.profile, found.allocation)
@@ -77,7 +77,7 @@ def write_figures(found: BudgetAllocation, folder: Path, console: Console) -> No
         file = folder / name
         if os.path.lexists(file) and not (file.is_file() and file.read_bytes() == content):
             raise UsageError(
-                f"--figures {folder}: another {name} is there already: name a new folder, or move that file away"
+                f"--figures {folder}: another {name} is there already: use a new folder, or move that file away"
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
     """
     console = Console()
     if (why or figures is not None) and all(given[name] is None for name in BUDGETS):
-        raise UsageError(f"{'--explain' if why else '--figures'} goes with a budget: add {WAYS}")
+        raise UsageError(f"{'--explain' if why else '--figures'} needs a budget: add {WAYS}")
     asked = options_of(given, out or Path(Path(given["model"]).name), console)
 
     from qkit.commands.decide import decided_json, planned_request, show_ahead, show_decided
@@ -122,7 +122,7 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
     budgeted = decided.budgeted
     if (why or figures is not None) and budgeted is None:
         option = "--explain" if why else "--figures"
-        raise UsageError(f"{option} is about what was measured, and nothing is yet: run 'qkit profile' first")
+        raise UsageError(f"{option} needs a profile, and there is none yet: run 'qkit profile' first")
     show_decided(decided, console)
     show_ahead(decided, "measured when quantize runs", console)
     if decided.open:

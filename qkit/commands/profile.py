@@ -1,4 +1,4 @@
-"""qkit profile: what each decision costs, measured once and read by quantize and plan."""
+"""qkit profile: the cost of each format for each layer, measured once and read by quantize and plan."""
 
 from __future__ import annotations
 
@@ -133,11 +133,11 @@ def profile_command(
         raise UsageError(f"--threads {given['threads']}: expected at least 1")
     wanted = tuple(m.strip() for m in measures.split(",") if m.strip())
     if pareto_measure and not pareto:
-        raise UsageError("--pareto-measure goes with --pareto: add it")
+        raise UsageError("--pareto-measure needs --pareto: add it")
     if audit_text is not None and not audited:
-        raise UsageError("--audit-text goes with --audit: add it")
+        raise UsageError("--audit-text needs --audit: add it")
     if audit_text is not None and not audit_text.exists():
-        raise BadInput(f"{audit_text}: no such text or folder for --audit-text")
+        raise BadInput(f"{audit_text}: no such file or folder for --audit-text")
     of = curve_measure(wanted) if pareto else None
     check_measures(wanted)
     base = Request(**given)
@@ -186,7 +186,7 @@ def pareto_curve(
 
 
 def pareto_json(points: list[Point], measure: str) -> dict[str, Any]:
-    """What pareto.json holds: costs in the measure's unit, measured KL divergences in nats a token."""
+    """The content of pareto.json: costs in the unit of the measure, KL divergences in nats per token."""
     from qkit.report.figures import unit_of
 
     return {"measure": measure, "unit": unit_of(measure), "points": [asdict(p) for p in points]}

@@ -90,7 +90,7 @@ def ask(
     if baseline is not None and _shape(model) != _shape(baseline):
         raise UsageError(
             f"the two models cannot be compared token by token: the baseline is {_shape(baseline)}, the other one "
-            f"{_shape(model)}; give the model that it was made from"
+            f"{_shape(model)}; use the model that it was made from"
         )
     total = sum(1 for _ in held_out(spec, count))  # what is wrong with a picture is better said before the first answer
     ends = _ends(model, processor)

@@ -64,7 +64,9 @@ def dimensions_of(tasks: Sequence[str]) -> list[str]:
     if not any(t.startswith(PREFIX) for t in tasks):
         return []
     if not tasks[0].startswith(PREFIX):
-        raise UsageError(f"--tasks {tasks[0]}: tasks of VBench and others are not measured in one go; leave one out")
+        raise UsageError(
+            f"--tasks {tasks[0]}: tasks of VBench and other tasks cannot be measured together: leave one of the two out"
+        )
     return [t.removeprefix(PREFIX) for t in tasks]
 
 

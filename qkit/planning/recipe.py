@@ -203,8 +203,8 @@ def check_rules(recipe: Recipe, matched: set[int], names: list[str]) -> None:
         if i not in matched:
             if any(rule.matches(n) for n in names):
                 raise BadRecipe(
-                    f"rule {i + 1} ({rule.match!r}) matches only layers that an earlier rule or a default already "
-                    "decides: move it up or remove it"
+                    f"rule {i + 1} ({rule.match!r}) matches only layers that an earlier rule or a default "
+                    "already decides: move the rule up or remove it"
                 )
             leaf, leaves = rule.globs[0].rpartition(".")[2], sorted({n.rpartition(".")[2] for n in names})
             raise BadRecipe(f"rule {i + 1} ({rule.match!r}) matches no layer{did_you_mean(leaf, leaves)}")
@@ -224,7 +224,7 @@ def parse_method(method: str) -> tuple[tuple[str, ...], str]:
             transforms.append(part)
         elif part == "requant":
             raise UsageError(
-                f"method '{method}': requant searches before anything is planned: give it to 'qkit quantize' with --method"
+                f"method '{method}': requant is a search before planning: use it with --method of 'qkit quantize'"
             )
         else:
             known = [*SOLVERS, AUTO, *TRANSFORMS]

@@ -73,14 +73,14 @@ def recipe_of(request: Request) -> Recipe:
     over = {k: v for k, v in given.items() if v is not None}
     if request.recipe is None and request.scheme is None:
         raise UsageError(
-            "no scheme: give --scheme (for instance w4a16) or --recipe FILE ('qkit list schemes' shows all)"
+            "no scheme: add --scheme (for instance w4a16) or --recipe FILE ('qkit list schemes' shows all)"
         )
     recipe = make_recipe(over, "command line") if request.recipe is None else load_recipe(request.recipe, over)
     if request.effort is None:
         return recipe
     if not any(TRANSFORMS[t].stage == "block" for t in parse_method(recipe.method)[0]):
         raise UsageError(
-            f"--effort is what learned rounding takes, and method '{recipe.method}' has none: take signround, or "
+            f"--effort is for learned rounding, and method '{recipe.method}' has none: use signround, or "
             "SOLVER+signround, or leave --effort out"
         )
     return recipe.model_copy(
@@ -91,7 +91,7 @@ def recipe_of(request: Request) -> Recipe:
 def check_rows(request: Request) -> None:
     if request.samples < 1 or request.seqlen < 2:
         raise UsageError(
-            f"--samples {request.samples} --seqlen {request.seqlen}: expected at least 1 row of at least 2 tokens"
+            f"--samples {request.samples} --seqlen {request.seqlen}: expected at least 1 sample of at least 2 tokens"
         )
     if request.synthetic_samples < 0:
         raise UsageError(f"--synthetic-samples {request.synthetic_samples}: expected 0 or more")

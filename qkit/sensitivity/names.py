@@ -22,5 +22,5 @@ def curve_measure(measures: tuple[str, ...]) -> str:
     """What a curve is of when nobody says: the measure that is nearest to a whole plan's KL divergence."""
     found = next((m for m in (*PREFERRED, *measures) if m in measures), None)
     if found is None:
-        raise UsageError("--pareto: the profile has no measure: give --measures at least one")
+        raise UsageError("--pareto: the profile has no measure: add one to --measures")
     return found

@@ -40,7 +40,7 @@ from qkit.workflows.kv_cache import CacheChoices, CachePlan, joint_choices
 from qkit.workflows.profile import ProfileRequest, measured_plans, of_shapes, profile
 from qkit.workflows.quantize import open_structure
 
-NOTHING = "the budget lets every layer stay as it is: nothing to quantize; lower it"
+NOTHING = "the budget keeps every layer in full precision: use a smaller budget"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def opened(request: Request, wanted: BudgetRequest) -> Opened:
         raise UsageError("a budget chooses the scheme of every layer: leave --scheme and --recipe out")
     if request.outliers is not None or request.significant is not None or request.rank is not None:
         raise UsageError(
-            "a budget chooses the sparse and the low-rank part of every layer too: leave --outliers, --rank and "
+            "a budget also chooses the sparse and low-rank parts of every layer: leave --outliers, --rank and "
             "--significant out and add candidates such as int3+0.5% or int3+r16"
         )
     structure = open_structure(request.model, "a budget")
@@ -133,8 +133,8 @@ def _unmade(request: Request, wanted: BudgetRequest) -> ProfileRequest | None:
         return None
     if wanted.named and wanted.candidates is None:
         raise UsageError(
-            f"{wanted.profile}: no profile there: make it with 'qkit profile --out {wanted.profile} ..', or add "
-            "--candidates to have it made here"
+            f"{wanted.profile}: no profile there: run 'qkit profile --out {wanted.profile} ..', or add "
+            "--candidates to measure it now"
         )
     return ProfileRequest(_without_transforms(request), wanted.candidates or CANDIDATES)
 
@@ -214,13 +214,13 @@ def _shared_cache(request: Request, wanted: BudgetRequest) -> CacheChoices | Non
         return None
     if asked.length not in (None, context):
         raise UsageError(
-            f"--max-length {asked.length}: --memory counts the cache at {context} tokens: leave one of them out"
+            f"--max-length {asked.length}: --memory counts the cache at {context} tokens: leave one of the two out"
         )
     found = kv_cache.opened(request, replace(asked, length=context), joint=True)
     if found.chooses and wanted.measure != MEASURE:
         raise UsageError(
-            f"--measure {wanted.measure}: layers are weighed against the cache of --kv {asked.kv} by their KL divergence: "
-            "leave the option out, or give one width"
+            f"--measure {wanted.measure}: layers are compared with the cache of --kv {asked.kv} by their KL divergence: "
+            "leave the option out, or use one width"
         )
     return found
 
@@ -249,23 +249,23 @@ def _refuse_another(made: Profile, wanted: BudgetRequest, request: Request, stru
     both = next((t for t in request.targets or {} if t in parts), None)
     if both is not None:
         raise UsageError(
-            f"--target {both}: the profile in {wanted.profile} is of it too, and the budget decides: leave the option out"
+            f"--target {both}: the profile in {wanted.profile} includes it, and the budget decides: leave the option out"
         )
     if made.fingerprint != structure.checkpoint.fingerprint() or known != own:
-        raise BadInput(f"{wanted.profile}: the profile of another model: choose another --profile, or make it again")
+        raise BadInput(f"{wanted.profile}: the profile is of another model: use another --profile, or measure it again")
     if wanted.candidates is not None:
         asked = [c.name for c in parse_candidates(wanted.candidates, request.group_size)]
         if sorted(asked) != sorted(made.candidates):
             raise UsageError(
                 f"--candidates {wanted.candidates}: the profile in {wanted.profile} has {', '.join(made.candidates)}: leave "
-                "the option out, or choose another --profile"
+                "the option out, or use another --profile"
             )
     groups = {g for n, g in made.request["group_sizes"].items() if n.startswith("W") and "A8" not in n}
     if request.group_size is not None and groups and groups != {request.group_size}:
         found = ", ".join(sorted("the formats' own" if g is None else str(g) for g in groups))
         raise UsageError(
             f"--group-size {request.group_size}: the profile in {wanted.profile} was made with {found}: leave the option "
-            "out, or choose another --profile"
+            "out, or use another --profile"
         )
 
 

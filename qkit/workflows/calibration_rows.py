@@ -66,8 +66,8 @@ def wants_pairs(request: Request, structure: ModelStructure) -> bool:
         refuse_chat(given)
     if pairs:
         raise UsageError(
-            f"--calib {given}: pairs of pictures and answers are for a vision-language model, and this is a "
-            f"{kind_of(structure.checkpoint.config)}: give a text file"
+            f"--calib {given}: image-text data is for a vision-language model, and this is a "
+            f"{kind_of(structure.checkpoint.config)}: use a text file"
         )
     return False
 
@@ -92,8 +92,8 @@ def trajectory_rows(request: Request, structure: ModelStructure) -> Calibration:
     folder = find_model(request.model)
     if not is_pipeline(folder):
         raise UsageError(
-            f"{folder}: a transformer without its pipeline cannot be sampled, and this method or scheme is measured on "
-            "samples: give the pipeline's folder, or take another (--method rtn with w8a8, w4a8 or a weight-only scheme)"
+            f"{folder}: a transformer without its pipeline cannot be sampled, and this method or scheme needs "
+            "samples: use the pipeline's folder, or another method (--method rtn with w8a8, w4a8 or a weight-only scheme)"
         )
     sampling = sampling_of(folder, request.calib, request.call)
     made = getattr(diffusers, check_pipeline(folder)["_class_name"], None)
@@ -125,13 +125,15 @@ def text_rows(request: Request, structure: ModelStructure) -> Calibration:
     kind = kind_of(structure.checkpoint.config)
     if kind in BY_BATCH:
         raise Unsupported(
-            f"{structure.checkpoint.path}: a {kind} calls its blocks with positions of a whole batch, and qkit runs rows "
-            "through blocks by themselves: use --method rtn without --calib"
+            f"{structure.checkpoint.path}: a {kind} calls its blocks with positions of a whole batch, and qkit runs "
+            "single samples through blocks: use --method rtn without --calib"
         )
     config: Any = structure.text_config
     limit = getattr(config, "max_position_embeddings", None)
     if limit and request.seqlen > limit:
-        raise UsageError(f"--seqlen {request.seqlen}: this model has positions for {limit} tokens: use a shorter one")
+        raise UsageError(
+            f"--seqlen {request.seqlen}: this model has positions for {limit} tokens: use a smaller number"
+        )
     source = path.name if request.calib else "embedded calibration text"
     tokenizer = load_tokenizer(structure.checkpoint.path)
     return calibration_rows(path, tokenizer, request.samples, request.seqlen, config.vocab_size, source)

@@ -51,9 +51,9 @@ def of_profile(ask: ProfileRequest, folder: Path) -> tuple[Ahead, float]:
 def of_refinement(request: Request, structure: ModelStructure, evaluations: int, rows: int, run: float) -> Ahead:
     """Whole plans of a budget, and the original. rows: that a profile is measured on"""
     tokens = _tokens(calibration_of(request, structure).first(rows))
-    passes = f"{evaluations} plans at the most, {evaluations + 2} forward passes over {tokens} tokens"
+    passes = f"{evaluations} plans at most, {evaluations + 2} forward passes over {tokens} tokens"
     return Ahead(
-        "plans near the one of least predicted cost",
+        "plans near the best predicted plan",
         passes,
         (evaluations + 2) * pass_operations(structure, tokens) / run,
     )
@@ -85,7 +85,7 @@ def of_cache(request: Request, open_: CacheChoices, joint: bool, run: float) -> 
     count = 1 + open_.heads.layers * len(open_.policy.widths) if joint else 1
     passes = f"{count} forward {'' if joint else 'and backward '}pass{'es' if count > 1 else ''} over {tokens} tokens"
     work = count * (1 if joint else GRADIENTS) * pass_operations(open_.structure, tokens)
-    return Ahead(f"what the widths of --kv {open_.policy.name} cost in every layer", passes, work / run)
+    return Ahead(f"cost of the widths of --kv {open_.policy.name} in every layer", passes, work / run)
 
 
 def of_keys(request: Request, open_: CacheChoices, run: float) -> Ahead:
@@ -94,7 +94,7 @@ def of_keys(request: Request, open_: CacheChoices, run: float) -> Ahead:
     assert keys is not None
     inside = [x for b in open_.structure.blocks for x in b.linears if x.param.startswith(f"{keys.attention}.")]
     again = 2.0 * tokens * sum(x.shape[0] * x.shape[1] for x in inside)
-    passes = f"2 forward passes over {tokens} tokens, and every attention {STEPS + 1} times more at the most"
+    passes = f"2 forward passes over {tokens} tokens, and every attention {STEPS + 1} times more at most"
     return Ahead("scales of keys", passes, (2 * pass_operations(open_.structure, tokens) + (STEPS + 1) * again) / run)
 
 

@@ -128,7 +128,7 @@ def measured(
     recipe: Recipe, structure: ModelStructure, rows: Calibration, threads: int, progress: Progress
 ) -> dict[str, Cost]:
     """By name of the part."""
-    progress.start("what rounding each part costs", 1 + len(structure.sequences))
+    progress.start("cost of rounding each part", 1 + len(structure.sequences))
     found = {}
     with workers(threads) as pool:
         subject = ReferenceModel(load(structure.checkpoint.path, dtype=torch.float32), structure, pool)

@@ -143,7 +143,7 @@ def test_what_cannot_be_asked(model, tokenizer, text, tokens):
     def run(text, tokens, window):
         evaluate_retrieval(model, tokenizer, text, tokens, window, 1, {})
 
-    with pytest.raises(BadInput, match=r"context of 60 tokens has no room .* give a larger --window"):
+    with pytest.raises(BadInput, match=r"context of 60 tokens has no room .* use a larger --window"):
         run(text, tokens, 60)
     with pytest.raises(BadInput, match=r"context of 9 tokens has no room"):
         run(text, tokens, 9)

@@ -140,7 +140,7 @@ CACHE = ("--scheme", "w4a16", "--method", "gptq", "--group-size", 32, "--kv", "p
         ((*CACHE, "--kv-memory", "200KB"), ["what the widths of --kv pm-kvq:4-2 cost"]),
         ((*CACHE, "--kv-memory", "200KB", "--kv-scale-keys"), ["what the widths of", "scales of keys"]),
         (("--kv", "pm-kvq:4-2", "--memory", "2MB@1000", *FORMATS), ["a profile of", "what the widths of"]),
-        (("--bits", 4, "--refine", 5, *FORMATS), ["a profile of", "5 plans at the most, 7 forward passes"]),
+        (("--bits", 4, "--refine", 5, *FORMATS), ["a profile of", "5 plans at most, 7 forward passes"]),
     ],
 )
 def test_whatever_has_to_be_measured_is_said(plan, options, words):
