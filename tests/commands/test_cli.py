@@ -230,7 +230,7 @@ def test_recipe_mixes_formats(run, tiny, tmp_path, small):
     [
         (b"", ("0 tokens give 0 rows of 32, 8 are needed")),
         (b"Too short a text.", ("rows of 32, 8 are needed", "(256 tokens)")),
-        (b" the" * 4000, "rows are the same"),
+        (b" the" * 4000, "samples are the same"),
         (b"good \xff\xfe bad" * 500, "byte 5 is not UTF-8"),
         (None, "no such calibration text"),
     ],
@@ -535,4 +535,4 @@ def test_output_that_is_there(refused, run, tiny, tmp_path):
     (out / "notes.txt").unlink()
     quantized(run, out, *options, "--overwrite")
     quantized(run, out, *options)  # the finished command again
-    assert f"{out}, there before: " in " ".join(run("quantize", *options, "--out", out)[1].split())
+    assert f"{out}, already complete: " in " ".join(run("quantize", *options, "--out", out)[1].split())

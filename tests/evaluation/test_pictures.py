@@ -204,7 +204,7 @@ def test_the_task_of_lm_eval(run, taught, packed, tiny, tmp_path, no_network):
     assert 100 * said["value"] == pytest.approx(right["percent"])
     assert 100 * said["change"] == pytest.approx(right["change"])
     code, _, err = run("eval", tiny("llama"), "--tasks", "qkit_scenes", "--limit", 2)
-    assert code == 2 and "tasks with pictures are for a vision-language model" in err
+    assert code == 2 and "tasks with images are for a vision-language model" in err
 
 
 def test_check(run, taught, packed, tmp_path):
@@ -234,10 +234,10 @@ def test_refused(run, taught, packed, tiny, tmp_path):
             "drawn",
         ),
         (2, "add --image-text drawn", packed, "--questions", 3),
-        (2, "--report is about texts", packed, "--kv", "int8", "--report", tmp_path / "page.html"),
-        (3, "no such file or folder; give 'drawn'", packed, "--image-text", tmp_path / "none"),
-        (3, "there are no pairs in it", packed, "--image-text", tmp_path / "empty.jsonl"),
-        (3, "line 1: the picture", packed, "--image-text", tmp_path / "bad.jsonl"),
+        (2, "--report is for texts", packed, "--kv", "int8", "--report", tmp_path / "page.html"),
+        (3, "no such file or folder: use 'drawn'", packed, "--image-text", tmp_path / "none"),
+        (3, "the file is empty", packed, "--image-text", tmp_path / "empty.jsonl"),
+        (3, "line 1: the image", packed, "--image-text", tmp_path / "bad.jsonl"),
         (
             2,
             "the baseline is a llama with a vocabulary of 4096",
