@@ -126,7 +126,7 @@ def check_command(
 
 
 def _mark(folder: Path, budget_file: Path, measured: Mapping[str, Any], checks: Sequence[Check]) -> None:
-    """Leaves the mark of a rejected result in a folder that qkit wrote, or takes it away."""
+    """Writes the mark of a rejected result into a folder that qkit wrote, or removes it."""
     failed = [asdict(check) for check in checks if not check.ok]
     try:
         if not failed:

@@ -1,4 +1,4 @@
-"""What several verbs share: the options of a request, progress, signals, tables.
+"""Shared parts of several verbs: the options of a request, progress, signals, tables.
 
 The files of this folder import no torch at the top, so that a wrong command is refused at once.
 """
@@ -333,7 +333,7 @@ class Reporter:
         self._what = ""
 
     def expect(self, stages: Sequence[tuple[str, Sequence[float]]], finished: int = 0) -> None:
-        """What the run will go through, as ``Share`` takes it: from here on the bar is that of the whole run."""
+        """The blocks of the run, as for ``Share``: from here on the bar shows the complete run."""
         self._share = Share(stages, finished)
 
     def start(self, what: str, total: int) -> None:
@@ -343,7 +343,7 @@ class Reporter:
         self._bar.show(self._share.start(what, total), what)
 
     def step(self, amount: int = 1) -> None:
-        """Some of the phase is done; a signal that came in takes effect here."""
+        """A part of the phase is done; a signal that arrived stops the run here."""
         self._check()
         self._bar.show(self._share.step(amount), self._what)
 

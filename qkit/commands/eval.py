@@ -219,7 +219,7 @@ def split_names(tasks: str | None) -> list[str]:
 
 
 def _cache(name: str, out: str) -> CachePolicy:
-    """The policy of that name, or the checkpoint's own. Raises UsageError where widths would have to be chosen first."""
+    """The policy of that name, or the one stored in the checkpoint. Raises UsageError for a policy without chosen widths."""
     if name == "stored":
         folder = find_model(out)
         found = stored(folder)

@@ -1,4 +1,4 @@
-"""The class of every verb: help in groups, options under their former names, and output files that replace no input."""
+"""The class of every verb: grouped help, former names of options, and the protection of input files."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class OutPath(click.Path):
 
 
 class Verb(click.Command):
-    """A command of qkit. Raises UsageError for an output file that would take the place of an input."""
+    """A command of qkit. Raises UsageError for an output file that would replace an input."""
 
     @property
     def _grouped(self) -> dict[Group, list[GroupedOption]]:
