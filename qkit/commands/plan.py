@@ -111,7 +111,7 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
     """
     console = Console()
     if (why or figures is not None) and all(given[name] is None for name in BUDGETS):
-        raise UsageError(f"{'--explain' if why else '--figures'} needs a budget: add {WAYS}")
+        raise UsageError(f"{'--explain' if why else '--figures'} goes with a budget: add {WAYS}")
     asked = options_of(given, out or Path(Path(given["model"]).name), console)
 
     from qkit.commands.decide import decided_json, planned_request, show_ahead, show_decided

@@ -100,8 +100,8 @@ def opened(request: Request, wanted: CacheRequest, joint: bool = False) -> Cache
         _refuse_too_little(wanted.memory, open_.least, open_)
         if open_.chooses and wanted.memory is None:
             raise UsageError(
-                f"--kv {open_.policy.name} chooses between widths by memory: add --kv-memory (or --memory for all), or one "
-                "width"
+                f"--kv {open_.policy.name} chooses between widths by memory: add --kv-memory (or --memory for all), or use "
+                "one width"
             )
     return open_
 

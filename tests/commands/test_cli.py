@@ -228,8 +228,8 @@ def test_recipe_mixes_formats(run, tiny, tmp_path, small):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", ("0 tokens give 0 rows of 32, 8 are needed")),
-        (b"Too short a text.", ("rows of 32, 8 are needed", "(256 tokens)")),
+        (b"", ("0 tokens are 0 samples of 32 tokens, 8 are needed")),
+        (b"Too short a text.", ("samples of 32 tokens, 8 are needed", "(256 tokens)")),
         (b" the" * 4000, "samples are the same"),
         (b"good \xff\xfe bad" * 500, "byte 5 is not UTF-8"),
         (None, "no such calibration text"),
@@ -315,7 +315,7 @@ def test_prime_width(run, tiny, tmp_path, small):
     for scheme in ("nvfp4", "mxfp4", "fp8_block"):
         code, _, err = run("plan", "--model", model, "--scheme", scheme, *small)
         assert code == 3 and len(err.strip().splitlines()) == 1
-        assert "model.layers.0." in err and "choose another" in err
+        assert "model.layers.0." in err and "use another scheme" in err
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------
