@@ -18,14 +18,18 @@ class QkitError(Exception):
     exit_code = 1
 
 
+class RenamedWarning(FutureWarning):
+    """An option under its former name, which goes on working for one version."""
+
+
 class UsageError(QkitError):
-    """The command or the call cannot be carried out as written."""
+    """The command or the call cannot be carried out as it is written."""
 
     exit_code = 2
 
 
 class BadInput(QkitError):
-    """Something that was given to qkit is wrong."""
+    """An input of qkit is wrong."""
 
     exit_code = 3
 
@@ -39,7 +43,7 @@ class BadRecipe(BadInput):
 
 
 class BadCalibration(BadInput):
-    """The calibration data cannot serve: too little of it, unreadable, or out of the vocabulary."""
+    """The calibration data cannot be used: it is too short, unreadable, or outside the vocabulary."""
 
 
 class Unsupported(BadInput):
@@ -86,9 +90,9 @@ def write_failure(path: Path, error: OSError, size: int | None = None) -> IOFail
     """The error for a file (of ``size`` bytes) that could not be written: what failed, and the room that there is where that is
     the cause."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return IOFailure(f"cannot write {path}: {error.strerror or error}: choose a place that can be written to")
+        return IOFailure(f"cannot write {path}: {error.strerror or error}: use a folder that can be written to")
     room = ""
     with suppress(OSError):
         needed = "" if size is None else f"{size} bytes are needed, "
         room = f" ({needed}{shutil.disk_usage(path.parent).free} are free)"
-    return IOFailure(f"cannot write {path}: {error.strerror}{room}: make room, then run the same command again")
+    return IOFailure(f"cannot write {path}: {error.strerror}{room}: free some space, then run the same command again")

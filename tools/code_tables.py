@@ -11,7 +11,7 @@ from markdown_table import Row, markdown
 from qkit.commands import list as listing
 from qkit.planning.sizes import linear_bytes
 from qkit.tensor.formats import SCHEMES, Format, Scheme, layout
-from qkit.verification.engines import preflight
+from qkit.verification.engines import engine_fits
 
 
 def schemes() -> str:
@@ -45,7 +45,7 @@ def scheme_row(scheme: Scheme) -> Row:
 
 
 def vllm(weights: Format, activations: Format | None) -> str:
-    fits = preflight(weights, activations, layout(weights, activations))
+    fits = engine_fits(weights, activations, layout(weights, activations))
     return next(fit.loads_as for fit in fits if fit.engine == "vLLM") or "-"
 
 

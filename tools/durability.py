@@ -59,7 +59,7 @@ def cases(folder: Path) -> dict[str, Request]:
         ("llama", "w4a16", "awq", 32, {}),
         ("llama", "w3a16", "rotate+gptq", 32, {"significant": 0.5, "outliers": 1.0}),
         ("llama", "w4a16", "gptq+signround", 32, {"options": {"steps": 4}}),
-        ("llama", "w4a16", "signround", 32, {"options": {"steps": 4, "whole": 4}, "written": 4}),
+        ("llama", "w4a16", "signround", 32, {"options": {"steps": 4, "e2e_steps": 4}, "synthetic_samples": 4}),
         ("llama", "w4a16", "auto", 32, {}),
         ("llama", "w3a16", "gptq", 32, {"rank": 4}),
         ("llama", "mxfp4", "rtn", None, {}),

@@ -61,15 +61,13 @@ class LatencyTable:
         try:
             stored = LatencyTable.load(self.file)
         except BadInput as e:
-            raise UsageError(
-                f"--table {self.file}: the file exists and is no latency table: choose another name"
-            ) from e
+            raise UsageError(f"--table {self.file}: the file exists and is no latency table: use another name") from e
         description, stored_description = self.origin(), stored.origin()
         differing = next((k for k in description if description[k] != stored_description[k]), None)
         if differing is not None:
             raise UsageError(
-                f"--table {self.file}: the file has times of another {differing}: {stored_description[differing]} there, "
-                f"{description[differing]} now: choose another name"
+                f"--table {self.file}: the file has times of another {differing}: {stored_description[differing]} "
+                f"there, {description[differing]} now: use another name"
             )
         return replace(self, seconds={**stored.seconds, **self.seconds})
 

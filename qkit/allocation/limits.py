@@ -59,7 +59,7 @@ def parse_budget(bits: float | None, size: str | None, memory: str | None, laten
     if not byte_limits:
         return None if time is None else Budget(latency=time)
     if len(byte_limits) > 1:
-        raise UsageError("--bits, --size and --memory exclude each other: give one budget")
+        raise UsageError("--bits, --size and --memory exclude each other: use one of them")
     if bits is not None:
         if not 1 <= bits <= 32:
             raise UsageError(f"--bits {bits}: expected a number from 1 to 32, the mean bits of a weight")

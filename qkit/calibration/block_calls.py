@@ -161,8 +161,8 @@ def _joined(values: list[Tensor], lengths: list[int], longest: int) -> Any:
         v.dim() != reference.dim() or v.shape[dim] != n for v, n in zip(values, lengths, strict=True)
     ):
         raise Unsupported(
-            f"calibration rows of several lengths: blocks are called with a tensor {list(reference.shape)} that differs "
-            "between rows and does not follow their tokens"
+            f"calibration samples of several lengths: blocks are called with a tensor {list(reference.shape)} "
+            "that differs between rows and does not follow their tokens"
         )
     if all(torch.equal(v, reference.narrow(dim, 0, n)) for v, n in zip(values, lengths, strict=True)):
         return reference
@@ -197,7 +197,7 @@ class _Notes:
         if index in self.calls:
             raise Unsupported(
                 f"block {index + 1} of {self.count} runs more than once in a pass of the model: its weights have several "
-                "inputs, and qkit quantizes a block for one: use a method that runs no rows (rtn with a weight-only scheme)"
+                "inputs, and qkit quantizes a block for one: use a method without calibration (rtn with a weight-only scheme)"
             )
         self.first = hidden if index == 0 else self.first
         self.calls[index] = call

@@ -194,7 +194,7 @@ class BlockRunner:
         """Raises NumericFailure where more than MAX_BAD_ROWS of the rows have values that are not finite."""
         if bad > MAX_BAD_ROWS * self.rows.count:
             raise NumericFailure(
-                f"{bad} of {self.rows.count} calibration rows have non-finite activations in {self.structure.path}, more "
+                f"{bad} of {self.rows.count} calibration samples have non-finite activations in {self.structure.path}, more "
                 f"than {MAX_BAD_ROWS:.0%}: use other calibration text, or a checkpoint in bf16 if this one is fp16"
             )
 
@@ -257,8 +257,9 @@ class BlockRunner:
         repeated = next((n for n, k in calls.items() if k > 1), None)
         if repeated is not None:
             raise Unsupported(
-                f"{self.structure.path}.{repeated} runs {calls[repeated]} times in one pass of its block: its weights have "
-                "several inputs, and a layer is quantized for one: skip it with a rule, or use a method that runs no rows (rtn)"
+                f"{self.structure.path}.{repeated} runs {calls[repeated]} times in one pass of its block: its "
+                "weights have several inputs, and a layer is quantized for one: skip it with a rule, or use a "
+                "method without calibration (rtn)"
             )
         units = []
         for unit in candidates.values():
@@ -353,7 +354,7 @@ class BlockRunner:
 
 
 def _unreached(name: str) -> BadCalibration:
-    return BadCalibration(f"no calibration row reached {name}: its block runs without calling this linear")
+    return BadCalibration(f"no calibration sample reached {name}: its block runs without calling this linear")
 
 
 def _peak(inputs: Iterable[Tensor]) -> float:

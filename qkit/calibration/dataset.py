@@ -136,7 +136,7 @@ def calibration_rows(
     available = len(ids) // seqlen
     if available < samples:
         raise BadCalibration(
-            f"{path}: {len(ids)} tokens give {available} rows of {seqlen}, {samples} are needed "
+            f"{path}: {len(ids)} tokens are {available} samples of {seqlen} tokens, {samples} are needed "
             f"({samples * seqlen} tokens): use a longer text, or fewer --samples or a shorter --seqlen"
         )
     rows = torch.tensor(ids[: samples * seqlen], dtype=torch.int64).view(samples, seqlen)
@@ -148,5 +148,7 @@ def calibration_rows(
             f"({outside} tokens in all): the tokenizer does not belong to this model"
         )
     if samples > 1 and bool((rows == rows[0]).all()):
-        raise BadCalibration(f"{path}: all {samples} rows are the same: the text repeats itself and teaches nothing")
+        raise BadCalibration(
+            f"{path}: all {samples} samples are the same, because the text repeats itself: use another text"
+        )
     return Calibration(source=source or path.name, samples=samples, seqlen=seqlen, digest=digest_of(rows), tokens=rows)

@@ -34,7 +34,7 @@ from qkit.files.text_file import TextFile, is_chat
 from qkit.system.confined import Exceeded
 
 CAPTION = "Describe the picture."
-_NO_PLACE = "the chat template of the model has no place for a picture"
+_NO_PLACE = "the chat template of the model has no place for an image"
 MAX_IMAGE_BYTES = 1 << 28  # of an image file
 MAX_IMAGE_PIXELS = 1 << 26  # of an image: three bytes each in memory, and models use far fewer
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -84,21 +84,22 @@ def held_out_image_text(spec: str | Path, count_limit: int) -> Iterator[ImageTex
         return islice(chain.from_iterable(map(_scene_questions, count())), count_limit)
     path = Path(spec)
     if not path.exists() and not is_dataset(path):
-        raise BadInput(f"{path}: no such file or folder; give '{DRAWN}', a file of JSON lines, or a folder of pictures")
+        raise BadInput(f"{path}: no such file or folder: use '{DRAWN}', a .jsonl file, or a folder of images")
     samples = _read_source(path, count_limit)
     first_sample = next(samples, None)
     if first_sample is None:
-        raise BadInput(
-            f"{path}: there are no pairs in it; write one JSON object with image, question and answer a line"
-        )
+        raise BadInput(f"{path}: the file is empty: write one JSON object per line, with image, question and answer")
     return chain([first_sample], samples)
 
 
 def read_image_text(path: Path, count: int) -> list[ImageText]:
-    """The first ``count`` samples of a file or a folder. Raises BadCalibration, which names the line and the fault."""
+    "The first ``samples`` pairs of a file or a folder. Raises BadCalibration naming the line and what is wrong"
+    "with it."
     samples = list(_read_source(path, count))
     if len(samples) < count:
-        raise BadCalibration(f"{path}: {len(samples)} pairs, {count} are needed: give more, or fewer --samples")
+        raise BadCalibration(
+            f"{path}: {len(samples)} image-text samples, {count} are needed: add more, or use fewer --samples"
+        )
     return samples
 
 
@@ -112,7 +113,7 @@ def refuse_chat(path: Path) -> None:
     head, _ = TextFile(path, "calibration text", BadCalibration).text(1 << 16)
     if is_chat(head):
         raise BadCalibration(
-            f"{path}: found a chat, expected plain text: write what is said in it to a .txt file, one turn after the other"
+            f"{path}: found a chat, expected plain text: write its turns to a .txt file, one after the other"
         )
 
 
@@ -124,12 +125,12 @@ def _read_source(path: Path, limit: int) -> Iterator[ImageText]:
         images = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not images:
             raise BadCalibration(
-                f"{path}: neither a file pairs.jsonl nor pictures ({', '.join(IMAGE_SUFFIXES)}) are in the folder"
+                f"{path}: no file pairs.jsonl and no images ({', '.join(IMAGE_SUFFIXES)}) in the folder"
             )
         for image in images[:limit]:
             text_file = image.with_suffix(".txt")
             if not text_file.is_file():
-                raise BadCalibration(f"{image}: a pair without an answer: write its text to {text_file.name}")
+                raise BadCalibration(f"{image}: an image without an answer: write the answer to {text_file.name}")
             yield _load_images([image], [], CAPTION, read_text(text_file).strip(), str(image))
         return
     file = path / "pairs.jsonl" if path.is_dir() else path
@@ -146,7 +147,8 @@ def _parse_line(line: str, file: Path, where: str) -> ImageText:
         raise BadCalibration(str(e)) from e
     if isinstance(data, dict) and is_chat(line):
         raise BadCalibration(
-            f"{where}: found a chat, expected image (or video), question and answer: write its turns so, or give a text file"
+            f"{where}: found a chat, expected image (or video), question and answer: write the turns in "
+            "this form, or use a text file"
         )
     if not isinstance(data, dict) or "question" not in data or not {"image", "video"} & data.keys():
         raise BadCalibration(
@@ -159,7 +161,7 @@ def _parse_line(line: str, file: Path, where: str) -> ImageText:
     if "video" in data and not frames:
         raise BadCalibration(f"{where}: the video {shown(data['video'])} has no frames ({', '.join(IMAGE_SUFFIXES)})")
     if not images and not frames:
-        raise BadCalibration(f"{where}: a pair without a picture: name it in 'image' or 'video'")
+        raise BadCalibration(f"{where}: a sample without an image: add 'image' or 'video'")
     answer = data.get("answer")
     texts = (data["question"], "" if answer is None else str(answer), where, data.get("kind") or "")
     return _load_images(images, frames, *texts)
@@ -168,7 +170,7 @@ def _parse_line(line: str, file: Path, where: str) -> ImageText:
 def _read_dataset(spec: str, limit: int) -> Iterator[ImageText]:
     fields = spec.split(":")[1:]
     if not fields[0] or len(fields) > 3:
-        raise UsageError(f"{spec!r} is not a data set of pictures: write dataset:NAME[:config][:split]")
+        raise UsageError(f"{spec!r} is not a data set of images: write dataset:NAME[:config][:split]")
     name, config, split = [*fields, "", ""][:3]
     try:
         import datasets
@@ -190,7 +192,7 @@ def _read_dataset(spec: str, limit: int) -> Iterator[ImageText]:
         pil_images = [i.convert("RGB") for i in (images if isinstance(images, list) else [images]) if i is not None]
         answer = str((row["answer"] if "answer" in columns else row["caption"]) or "")
         if not pil_images or not answer:
-            raise BadCalibration(f"{where}: a pair without {'an answer' if pil_images else 'a picture'}")
+            raise BadCalibration(f"{where}: a sample without {'an answer' if pil_images else 'a picture'}")
         question = str(row["question"]) if "question" in columns else CAPTION
         yield ImageText(
             images=tuple(pil_images), question=question, answer=answer, where=where, kind=str(row.get("kind") or "")
@@ -208,17 +210,17 @@ def _load_images(
     from PIL import Image
 
     if not answer:
-        raise BadCalibration(f"{where}: a pair without an answer: what the model is to say is what is measured")
+        raise BadCalibration(f"{where}: a sample without an answer: add the answer that the model should give")
     images = []
     for file in (*files, *frames):
         if not file.is_file():  # a pipe would block
-            raise BadCalibration(f"{where}: the picture {file} cannot be read: there is no such file: correct its name")
-        with foreign_errors(f"{where}: the picture {file} cannot be read", "save it again", BadCalibration):
+            raise BadCalibration(f"{where}: the image {file} cannot be read: there is no such file: correct its name")
+        with foreign_errors(f"{where}: the image {file} cannot be read", "save it again", BadCalibration):
             # From memory: PIL would allocate four gigabytes for a chunk of a file that claims this size.
             with Image.open(BytesIO(read_bytes(file, MAX_IMAGE_BYTES))) as image:
                 if image.width * image.height > MAX_IMAGE_PIXELS:
                     raise BadCalibration(
-                        f"{where}: the picture {file} has {image.width} x {image.height} pixels, expected at most "
+                        f"{where}: the image {file} has {image.width} x {image.height} pixels, expected at most "
                         f"{MAX_IMAGE_PIXELS}: scale it down"
                     )
                 images.append(image.convert("RGB"))
@@ -237,7 +239,7 @@ def load_processor(folder: Path) -> Any:
     from transformers import AutoProcessor
 
     check_side_files(folder)
-    advice = "copy the processor's files of the original model here, or use text without pictures"
+    advice = "copy the processor's files of the original model here, or use text without images"
     with foreign_errors(f"{folder}: no processor that transformers can load", advice):
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not hasattr(processor, "image_processor") or getattr(processor, "chat_template", None) is None:
@@ -303,8 +305,7 @@ def encode(sample: ImageText, processor: Any, answered: bool) -> dict[str, Tenso
         )
     except Exceeded as e:
         raise BadCalibration(
-            f"{sample.where}: the chat template of the model takes {e} to write this pair: get the template again "
-            "from its source"
+            f"{sample.where}: the chat template of the model needs {e} for this sample: download the template again"
         ) from e
     except (TemplateFailure, ValueError, TypeError, ImportError) as e:
         if not isinstance(e, TemplateFailure) and not _has_place(processor, constant):

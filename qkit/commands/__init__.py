@@ -9,21 +9,21 @@ from typing import Any
 
 import click
 
-from qkit.errors import QkitError, UsageError
+from qkit.errors import QkitError, RenamedWarning, UsageError
 from qkit.system.memory import ran_out
 from qkit.system.version import __version__
 
 VERBS = {
-    "quantize": "quantize a model into a packed checkpoint and prove it",
-    "plan": "say what quantize would do, and what it would cost",
-    "profile": "measure what every layer costs in every candidate format",
-    "verify": "prove that a packed checkpoint holds what it should",
-    "eval": "measure a packed checkpoint: perplexity, KL divergence, lm-eval tasks",
-    "check": "hold a packed checkpoint against a budget (for CI)",
-    "bench": "measure products and models against what the machine could do",
-    "inspect": "say what is in a folder or a file: formats, sizes, who quantized it",
-    "list": "what there is: schemes, methods, formats, families, models",
-    "demo": "quantize the reference model two ways and compare",
+    "quantize": "Quantize a model into a packed checkpoint and verify it.",
+    "plan": "Show what quantize would do, and its cost.",
+    "profile": "Measure the cost of every format for every layer.",
+    "verify": "Verify every byte of a packed checkpoint.",
+    "eval": "Measure a model: perplexity, KL divergence, tasks.",
+    "check": "Compare a packed checkpoint with a budget (for CI).",
+    "bench": "Measure the speed of products and models.",
+    "inspect": "Show the formats and sizes of a folder or a file.",
+    "list": "List schemes, methods, formats, caches, families, models.",
+    "demo": "Quantize the reference model in two ways and compare.",
 }
 
 
@@ -53,7 +53,7 @@ def _command(name: str) -> click.Command:
 
 
 def _refuse_repeats(command: click.Command, ctx: click.Context, arguments: list[str]) -> None:
-    """Raises UsageError for an option that is given twice and has one value: the first would be ignored without a word."""
+    """Raises UsageError for an option with one value that is used twice: the first value would be ignored silently."""
     parser = command.make_parser(ctx)
     once = [p for p in command.get_params(ctx) if isinstance(p, click.Option) and not p.multiple and not p.count]
     for option in once:
@@ -67,7 +67,7 @@ def _refuse_repeats(command: click.Command, ctx: click.Context, arguments: list[
         if len(given) > 1:
             named = "" if option.is_flag else f", with {' and '.join(shlex.quote(str(v)) for v in given)}"
             times = "twice" if len(given) == 2 else f"{len(given)} times"
-            raise UsageError(f"{max(option.opts, key=len)} is given {times}{named}: give it once")
+            raise UsageError(f"{max(option.opts, key=len)} is used {times}{named}: use it once")
 
 
 class _Verbs(click.Group):
@@ -102,7 +102,11 @@ class _Verbs(click.Group):
 @click.version_option(__version__, prog_name="qkit")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
-    """Post-training quantization: from a full-precision checkpoint to a packed, proven and loadable one."""
+    """Post-training quantization of language, vision-language and diffusion models.
+
+    qkit turns a full-precision checkpoint into a packed, verified checkpoint that is ready to load.
+    'qkit VERB -h' shows the most used options of a verb, 'qkit VERB --help' shows all of them.
+    """
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -111,13 +115,29 @@ def main(arguments: list[str] | None = None) -> None:
     with warnings.catch_warnings():
         if "--debug" not in arguments and not sys.warnoptions:
             _hide_warnings()
+        _show_renamed()
         _run(arguments)
 
 
 def _hide_warnings() -> None:
-    """What libraries say to programmers (of deprecated names, of flags that do nothing here) is nothing a user can act on."""
+    """Hides the warnings that libraries address to programmers: users cannot act on them."""
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.simplefilter("ignore", category)
+
+
+def _show_renamed() -> None:
+    """Former names of options are noted on stderr, each once and in one line."""
+    show, said = warnings.showwarning, set[str]()
+
+    def note(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+        if not issubclass(category, RenamedWarning):
+            show(message, category, *place, **more)
+        elif str(message) not in said:
+            said.add(str(message))
+            click.echo(f"qkit: note: {message}", err=True)
+
+    warnings.showwarning = note  # until ``catch_warnings`` ends
+    warnings.simplefilter("always", RenamedWarning)
 
 
 def _run(arguments: list[str]) -> None:
@@ -145,11 +165,11 @@ def _run(arguments: list[str]) -> None:
         if "--debug" in arguments:
             raise
         if ran_out(e):
-            click.echo("qkit: memory ran out: close other programs, or raise the limit of this process", err=True)
+            click.echo("qkit: out of memory: close other programs, or raise the memory limit of this process", err=True)
             sys.exit(5)
         said = (str(e).strip().splitlines() or [""])[0]
         click.echo(
-            f"qkit: {type(e).__name__}: {said}: this is a fault of qkit: please report it with what --debug shows",
+            f"qkit: {type(e).__name__}: {said}: this is a fault of qkit: please report it with the output of --debug",
             err=True,
         )
         sys.exit(1)

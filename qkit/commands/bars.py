@@ -1,4 +1,4 @@
-"""How far a run is: one bar for the whole of it on a terminal, a line now and then elsewhere."""
+"""Progress of a run: one bar for the complete run on a terminal, occasional lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BLOCK = re.compile(
 
 
 class Bar:
-    """Shows a share of the whole, from 0 to 1, with the time that it took and the time that is left at this speed."""
+    """Shows the finished share of a run, from 0 to 1, with the elapsed time and the estimated time left."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._live = console, console.is_terminal
@@ -38,8 +38,7 @@ class Bar:
         self._percent = "-"
 
     def show(self, share: float | None, what: str) -> None:
-        """What is being done now, and how much of the whole is done, if that is known. The first share is where the run goes on
-        from."""
+        """Show the current phase and the finished share, if it is known. The first share is that of an earlier, stopped run."""
         now = time.monotonic()
         if self._first is None:
             self._first = share
@@ -62,7 +61,7 @@ class Bar:
             self._console.print(Text(f"{percent}{times}: {what}"))
 
     def stop(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         self._progress.stop()
 
 
@@ -71,7 +70,7 @@ def _clock(seconds: float) -> str:
 
 
 class Share:
-    """From the phases of a run to the share of the whole that is done.
+    """Computes the finished share of a run from its phases.
 
     stages: (name, weight of each of its blocks) of every sequence of blocks, in order; none: a run of phases that nobody
     counted, whose share is not known. finished: blocks that were done before.
@@ -96,7 +95,7 @@ class Share:
         self._began = time.monotonic()
 
     def start(self, what: str, total: int) -> float | None:
-        """A phase begins; the share of the whole that is done."""
+        """A phase begins; returns the finished share of the run."""
         now = time.monotonic()
         self._now[self._phase] = now - self._began
         found = _BLOCK.fullmatch(what)
@@ -111,7 +110,7 @@ class Share:
         return self.step(0)
 
     def step(self, amount: int) -> float | None:
-        """Some of the phase is done; the share of the whole that is."""
+        """A part of the phase is done; returns the finished share of the run."""
         self._done += amount
         if not self._spans:
             return None
@@ -124,7 +123,7 @@ class Share:
         return self._value
 
     def _in_block(self, inner: float) -> float:
-        """Phases of the block before say how long those of this one take; of the first block, nobody knows how many follow."""
+        """The finished share of a block, by the phase durations of the block before. The first block has no estimate."""
         if not self._phase:
             return inner
         if self._phase not in self._took:

@@ -1,4 +1,4 @@
-"""qkit bench: how fast products and models are, against what the machine could do."""
+"""qkit bench: the speed of products and models, compared with the limits of the machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qkit.commands.common import (
     wide_table,
     write_json,
 )
-from qkit.commands.verb import Verb
+from qkit.commands.verb import Group, Verb, in_group
 from qkit.errors import UsageError
 from qkit.files.safefile import write_atomic
 from qkit.sensitivity.candidates import Candidate, parse_candidates
@@ -38,32 +38,45 @@ _DTYPES = {"bf16": "bfloat16", "float32": "float32"}  # as torch names them
 _PRODUCTS = ("shapes", "formats", "group_size", "rows", "table", "figure")
 _DECODE = ("prompt_tokens", "new_tokens", "baseline")
 
+_MOST_USED, _PRODUCT = in_group(Group.MOST_USED), in_group(Group.PRODUCTS)
+_DECODING, _DEVICE = in_group(Group.DECODING), in_group(Group.DEVICE)
+
 
 @click.command("bench", cls=Verb)
 @click.argument("what", type=click.Choice(["gemv", "gemm", "decode"]))
-@click.option("--shapes", help=f"Of the weights: {', '.join(MODELS)} or OUTxIN, several with commas.")
-@click.option("--model", help="Model, packed or not: its own shapes; under 'decode' what is run.")
-@click.option("--formats", help="int2..int8, nvfp4, w8a8, .., bf16 to keep it (default: int4).")
-@click.option("--group-size", type=int, help="Weights per scale of the integer formats.")
-@click.option("--m", "rows", help="Rows of activations (default: 1,4,16; gemm: 64,256).")
-@click.option("--dtype", type=click.Choice([*_DTYPES]), help="Of activations (default: bf16).")
-@click.option("--threads", type=click.IntRange(1), help="Threads of the products (default: torch's).")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--prompt-tokens", type=click.IntRange(1), help="Under 'decode' (default: 32).")
-@click.option("--new-tokens", type=click.IntRange(1), help="Under 'decode', after the first one (default: 64).")
-@click.option("--baseline", help="Under 'decode': the original, run in bf16 and in float32.")
-@click.option("--table", type=OutFile(), help="Write the times of --model for --latency, and nothing else.")
-@click.option("--figure", type=OutFile(), help="Not under 'decode': write a picture of times against the floor (PNG).")
-@click.option("--json", "json_file", type=OutFile(), help="Write what is printed to this file.")
+@_MOST_USED("--shapes", help=f"Shapes of the weights: {', '.join(MODELS)} or OUTxIN, separated by commas.")
+@_MOST_USED("--model", help="Model, packed or not, for its shapes; the model to run with 'decode'.")
+@_MOST_USED(
+    "--formats", help="Weight formats: int2..int8, nvfp4, w8a8, .., or bf16 for no quantization (default: int4)."
+)
+@_MOST_USED("--m", "rows", help="Rows of activations, separated by commas (default: 1,4,16; gemm: 64,256).")
+@_MOST_USED("--threads", type=click.IntRange(1), help="Number of threads of the products (default: torch's).")
+@_MOST_USED("--json", "json_file", type=OutFile(), help="JSON file for the printed results.")
+@_PRODUCT("--group-size", type=int, help="Weights per scale of the integer formats.")
+@_PRODUCT(
+    "--table", type=OutFile(), help="JSON file for the times of --model, for --latency. Nothing else is measured."
+)
+@_PRODUCT("--figure", type=OutFile(), help="PNG file for a figure of the times against the bandwidth floor.")
+@_DECODING("--baseline", help="Original model, run in bf16 and in float32 for comparison.")
+@_DECODING("--prompt-tokens", type=click.IntRange(1), help="Tokens of the prompt (default: 32).")
+@_DECODING("--new-tokens", type=click.IntRange(1), help="Tokens to decode after the first one (default: 64).")
+@_DEVICE("--dtype", type=click.Choice([*_DTYPES]), help="Number format of activations (default: bf16).")
+@_DEVICE(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Device of the measured products.",
+)
 def bench_command(what: str, device: str, threads: int | None, json_file: Path | None, **given: Any) -> None:
-    """Measure products of few rows (gemv), of many (gemm), or whole models (decode).
+    """Measure matrix products of few rows (gemv), of many rows (gemm), or whole models (decode).
 
-    Times are given with weights from memory (cold) and from the cache (warm), against the floor that the bandwidth of this
-    machine sets, and beside dense products and whatever other library is installed.
+    Times are shown for weights in memory (cold) and in the cache (warm). They are compared with the floor that the memory
+    bandwidth of this machine sets, with dense products, and with other installed libraries.
 
     \b
     Example:
-      qkit bench gemv --shapes llama-3-8b --formats int4,int8 --m 1,4,16 --threads 1 --json bench.json
+      qkit bench gemv --shapes llama-3-8b --formats int4,int8 --m 1,4,16
       qkit bench gemv --model M --formats int4,int8,bf16 --table table.json
       qkit bench decode --model OUT --baseline M
     """
@@ -72,14 +85,14 @@ def bench_command(what: str, device: str, threads: int | None, json_file: Path |
     wrong = next((name for name in foreign if given[name] is not None), None)
     if wrong is not None:
         option = {"rows": "m"}.get(wrong, wrong.replace("_", "-"))
-        raise UsageError(f"--{option} does not go with 'bench {what}': leave it out")
+        raise UsageError(f"--{option} cannot be used with 'bench {what}': leave it out")
     if what == "decode" and given["model"] is None:
-        raise UsageError("'bench decode' needs a model: give --model")
+        raise UsageError("'bench decode' needs a model: add --model")
     if what != "decode":
         parse_candidates(given["formats"] or "int4", given["group_size"], "--formats")
         _rows(given["rows"] or "1")
         if (given["shapes"] is None) == (given["model"] is None):
-            raise UsageError("which products: give --shapes or --model")
+            raise UsageError("no shapes, or two sources of them: use either --shapes or --model")
         if given["shapes"] is not None:
             parse_shapes(given["shapes"])
     announce(console, "measuring the memory of this machine first")
@@ -155,7 +168,7 @@ def write_table(
 
     rows = _rows(given["rows"] or "1")
     if len(rows) > 1 or given["figure"] is not None:
-        raise UsageError("--table is of one number of rows, without --figure: give --m one number, or leave it out")
+        raise UsageError("--table is for one number of rows and no --figure: use one number for --m, or leave it out")
     reporter.start("table", len(candidates) * len(shapes))
     made, notes = measure_table(
         given["table"], candidates, shapes, dtype, device, rows[0], host, SECONDS, reporter.step

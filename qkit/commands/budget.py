@@ -13,6 +13,7 @@ from rich.text import Text
 
 from qkit.allocation.limits import MEASURE
 from qkit.commands.common import megabytes, print_wide, wide_table
+from qkit.commands.verb import Group, in_group
 
 if TYPE_CHECKING:
     from qkit.sensitivity.profile import UnitProfile
@@ -21,49 +22,52 @@ if TYPE_CHECKING:
 
 def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that let a budget choose the formats."""
+    budgets = in_group(Group.BUDGETS)
     options = [
-        click.option(
+        budgets(
             "--bits",
             type=float,
-            help="Budget: mean bits of a weight, scales included. One of this, --size and --memory.",
+            help="Budget in mean bits per weight, scales included. Excludes --size and --memory.",
         ),
-        click.option(
+        budgets(
             "--size",
-            help="Budget: bytes of the weight files, headers included, for instance 90MB (a million bytes each).",
+            help="Budget in bytes of the weight files, headers included, for instance 90MB (a million bytes each).",
         ),
-        click.option(
-            "--memory", help="Budget: weights, activations and KV cache at a context, for instance 6GB@32768."
+        budgets(
+            "--memory",
+            help="Budget for weights, activations and KV cache at a context length, for instance 6GB@32768.",
         ),
-        click.option(
+        budgets(
             "--latency",
-            help="Budget, also beside another: time by a table of 'qkit bench', for instance 12ms@table.json.",
+            help="Budget in time, from a table of 'qkit bench', for instance 12ms@table.json. "
+            "Can be combined with another budget.",
         ),
-        click.option(
-            "--profile", type=click.Path(path_type=Path), help="Of 'qkit profile'; made here if it is missing."
+        budgets(
+            "--profile",
+            type=click.Path(path_type=Path),
+            help="Folder of a profile by 'qkit profile', measured there if it is missing (default: OUT.profile).",
         ),
-        click.option(
-            "--candidates", help="Formats to choose from when the profile is made here, as for 'qkit profile'."
-        ),
-        click.option("--measure", default=MEASURE, show_default=True, help="Of the profile, to be minimized."),
-        click.option(
+        budgets("--candidates", help="Formats to choose from in a new profile, as for 'qkit profile'."),
+        budgets("--measure", default=MEASURE, show_default=True, help="Measure of the profile to minimize."),
+        budgets(
             "--floor",
             "floors",
             multiple=True,
             metavar="GLOB=FORMAT",
-            help="At least the bytes of that candidate, for instance '*.down_proj=int4'; repeatable.",
+            help="Lower limit for the bytes of matching layers, as a format, for instance '*.down_proj=int4', repeatable.",
         ),
-        click.option(
+        budgets(
             "--ceiling",
             "ceilings",
             multiple=True,
             metavar="GLOB=FORMAT",
-            help="At most the bytes of that candidate; repeatable.",
+            help="Upper limit for the bytes of matching layers, as a format, repeatable.",
         ),
-        click.option(
+        budgets(
             "--refine",
             type=click.IntRange(0),
             default=0,
-            help="Whole plans to measure, at most, and keep the best: the sum of single layers is not the whole.",
+            help="Maximum number of complete plans to measure; the best one is used.",
         ),
     ]
     for option in reversed(options):
@@ -72,7 +76,7 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def show_allocation(found: BudgetAllocation, console: Console) -> None:
-    """What was chosen, and what it is predicted to cost."""
+    """The chosen formats and their predicted cost."""
     from qkit.allocation.pareto import mean_bits
 
     made, a = found.profile, found.allocation
@@ -103,7 +107,7 @@ def show_allocation(found: BudgetAllocation, console: Console) -> None:
         )
     if found.request.method is not None and found.request.method != made.request["method"]:
         console.print(
-            Text(f"the costs were measured with {made.request['method']}, the layers get {found.request.method}")
+            Text(f"the costs were measured with {made.request['method']}, the layers use {found.request.method}")
         )
     noise = sum(c.costs[a.measure] < 0 for u in made.units for c in u.choices.values())
     if noise > len(made.units) // 4:
@@ -117,7 +121,7 @@ def show_allocation(found: BudgetAllocation, console: Console) -> None:
 
 
 def explain(found: BudgetAllocation, console: Console) -> None:
-    """Every unit: its format, what the others would have cost, and what the next larger one would bring per kilobyte."""
+    """Every unit: its format, the cost of the others, and the gain of the next larger one per kilobyte."""
     made, a = found.profile, found.allocation
     shared = _shared_prefix([u.key for u in made.units])
     title = f"why: {a.measure} of each format, * chosen" + (f" (layers of {shared.rstrip('.')})" if shared else "")
@@ -137,7 +141,7 @@ def _shared_prefix(names: list[str]) -> str:
 
 
 def explanation(found: BudgetAllocation) -> list[dict[str, Any]]:
-    """The machine's copy of ``explain``."""
+    """``explain`` as JSON."""
     a = found.allocation
     return [
         {

@@ -1,4 +1,4 @@
-"""The options of a KV cache, and what is printed of it: shared by quantize and plan."""
+"""The options and the printed summary of a KV cache: shared by quantize and plan."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qkit.commands.common import megabytes
+from qkit.commands.verb import Group, in_group
 
 if TYPE_CHECKING:
     from qkit.workflows.kv_cache import CachePlan
@@ -17,21 +18,22 @@ if TYPE_CHECKING:
 
 def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Which cache, and how large."""
+    cache = in_group(Group.KV_CACHE)
     options = [
-        click.option(
+        cache(
             "--kv",
             metavar="POLICY",
-            help="KV cache to run with, a kind and its bits: pm-kvq:4-2, kivi2, int8, rotate4, hierarchical8, xquant4, "
+            help="KV cache policy, a kind and its bits: kivi2, int8, pm-kvq:4-2, rotate4, hierarchical8, xquant4, "
             "xquant-cl2 or fp8 ('qkit list caches').",
         ),
-        click.option(
-            "--kv-memory", help="Budget of the KV cache of a sequence of --max-length tokens, for instance 2GB."
+        cache("--kv-memory", help="Memory budget of the KV cache of one sequence, for instance 2GB."),
+        cache(
+            "--max-length",
+            type=click.IntRange(1),
+            help="Sequence length in tokens that the KV cache is planned for (default: the model's limit).",
         ),
-        click.option(
-            "--max-length", type=click.IntRange(1), help="Tokens that the KV cache is made for (default: the model's)."
-        ),
-        click.option(
-            "--kv-scale-keys", is_flag=True, help="Make the channels of keys alike, by scales in the weights."
+        cache(
+            "--kv-scale-keys", is_flag=True, help="Equalize the channels of keys, with scales folded into the weights."
         ),
     ]
     for option in reversed(options):
@@ -40,7 +42,7 @@ def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def show_cache(found: CachePlan, console: Console) -> None:
-    """Which cache, what it takes, and the final widths of the layers."""
+    """The cache, its size, and the final widths of the layers."""
     p = found.policy
     share = f"{megabytes(found.bytes)}, {found.bytes / found.plain_bytes:.3f} of 16 bits"
     console.print(Text(f"KV cache: {p.name}, {share}" + (f", at {p.length} tokens of a sequence" if p.length else "")))

@@ -13,7 +13,7 @@ from rich.text import Text
 from qkit.commands.common import OutFile, announce, print_wide, wide_table
 from qkit.commands.grid import Grid
 from qkit.commands.measured import json_bytes, printable, progress_bar, show
-from qkit.commands.verb import Verb
+from qkit.commands.verb import Group, Verb, in_group
 from qkit.errors import BudgetNotMet
 from qkit.evaluation.budget import Check, junit_xml, load_budget
 from qkit.evaluation.request import DTYPES
@@ -22,20 +22,34 @@ from qkit.files.locate import find_model
 from qkit.files.safefile import write_atomic
 from qkit.workflows.check import baseline_of, check_model, check_request, mark, require_sound
 
+_MOST_USED, _TEXTS, _DEVICE = in_group(Group.MOST_USED), in_group(Group.TEXTS), in_group(Group.DEVICE)
+
 
 @click.command("check", cls=Verb)
 @click.argument("out")
-@click.option("--budget", "budget_file", required=True, type=click.Path(path_type=Path), help="A YAML file of limits.")
-@click.option(
-    "--baseline", help="The original model (default: where the job folder beside OUT says, or a reference model)."
+@_MOST_USED("--budget", "budget_file", required=True, type=click.Path(path_type=Path), help="YAML file of limits.")
+@_MOST_USED(
+    "--baseline",
+    help="Original model (default: the one in the job folder beside OUT, or a reference model).",
 )
-@click.option("--text", "texts", multiple=True, help="FILE, NAME=FILE or dataset:NAME[:config][:split][:column].")
-@click.option("--dtype", default="float32", show_default=True, type=click.Choice(list(DTYPES)), help="Of arithmetic.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
-@click.option("--task-dir", type=click.Path(path_type=Path), help="A folder of further lm-eval task files.")
-@click.option("--allow-task-code", is_flag=True, help="Let the task files of --task-dir run code.")
-@click.option("--junit", "junit_file", type=OutFile(), help="Write a JUnit report to this file.")
-@click.option("--json", "json_file", type=OutFile(), help="Write checks and figures to this file.")
+@_MOST_USED(
+    "--text",
+    "texts",
+    multiple=True,
+    help="Text to measure, repeatable: FILE, NAME=FILE or dataset:NAME[:config][:split][:column].",
+)
+@_MOST_USED("--junit", "junit_file", type=OutFile(), help="XML file for a JUnit report.")
+@_MOST_USED("--json", "json_file", type=OutFile(), help="JSON file for the checks and figures.")
+@_TEXTS("--task-dir", type=click.Path(path_type=Path), help="Folder of additional lm-eval task files.")
+@_TEXTS("--allow-task-code", is_flag=True, help="Allow the task files of --task-dir to run code.")
+@_DEVICE(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    type=click.Choice(list(DTYPES)),
+    help="Number format of arithmetic.",
+)
+@_DEVICE("--device", default="cpu", show_default=True, help="Device: cpu, cuda, cuda:1, ...")
 def check_command(
     out: str,
     budget_file: Path,
@@ -48,14 +62,14 @@ def check_command(
     junit_file: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Measure the model in the folder OUT and hold it against a budget. Exit code 4 if a limit is not kept.
+    """Measure the model in the folder OUT and compare it with a budget.
 
-    A folder that qkit wrote is verified first. If a limit is not kept, the folder is marked as rejected (qkit-rejected.json);
-    a check that passes takes the mark away.
+    The exit code is 4 if a limit is not met. A folder that qkit wrote is verified first. If a limit is not met, the folder is
+    marked as rejected (qkit-rejected.json). A check that passes removes the mark.
 
     \b
     Example:
-      qkit check out/tiny-llama-w4a16 --budget budget.yaml --baseline tiny-llama --junit check.xml
+      qkit check out/w4a16 --budget budget.yaml --baseline tiny-llama
     where budget.yaml has lines such as
       perplexity: +2%
       kl.mean: 0.02
@@ -83,7 +97,7 @@ def check_command(
     mark(folder, budget_file, measured, checks, lambda sentence: click.echo(sentence, err=True))
     if report.failed:
         raise BudgetNotMet(
-            f"{out}: {len(report.failed)} of {len(checks)} limits of {budget_file} not kept: "
+            f"{out}: {len(report.failed)} of {len(checks)} limits of {budget_file} are not met: "
             f"{printable(', '.join(report.failed))}; quantize with more bits or another method, or change the budget"
         )
 

@@ -1,6 +1,6 @@
-"""What several verbs share: the options of a request, progress, signals, tables.
+"""Shared parts of several verbs: the options of a request, progress, signals, tables.
 
-The files of this folder import no torch at the top: what is wrong with a command is said before that takes its seconds.
+The files of this folder import no torch at the top, so that a wrong command is refused at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.text import Text
 from qkit.commands.bars import Bar, Share
 from qkit.commands.grid import print_wide as print_wide
 from qkit.commands.grid import wide_table as wide_table
-from qkit.commands.verb import OutPath
+from qkit.commands.verb import Group, OutPath, RenamedOption, in_group
 from qkit.errors import Stopped, UsageError
 from qkit.files.safefile import write_atomic
 from qkit.files.side_files import code_keys, unread_files
@@ -40,91 +40,111 @@ _SIGNALS = (
 
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that describe what to quantize and how."""
+    most_used, scheme, calibration = in_group(Group.MOST_USED), in_group(Group.SCHEME), in_group(Group.CALIBRATION)
+    model, diffusion, job = in_group(Group.MODEL), in_group(Group.DIFFUSION), in_group(Group.JOB)
     options = [
-        click.option("--model", required=True, help="Model folder, reference model name, or hub id."),
-        click.option("--revision", help="Branch, tag or commit of a model on the hub; the record has its commit."),
-        click.option("--require-revision", is_flag=True, help="Refuse a model on the hub without --revision."),
-        click.option("--scheme", help="For instance w4a16, w8a8, nvfp4 ('qkit list schemes')."),
-        click.option(
+        most_used("--model", required=True, help="Model folder, reference model name, or hub id."),
+        most_used(
+            "--scheme",
+            help="Number formats of weights and activations, for instance w4a16, w8a8 or nvfp4 ('qkit list schemes').",
+        ),
+        most_used(
             "--method",
-            help="rtn (default), gptq, awq, mbq, smoothquant, rotate, hadamard, residual, signround, auto, requant or a sum.",
+            help="Quantization method: rtn (default), gptq, awq, mbq, smoothquant, rotate, hadamard, residual, signround, "
+            "auto, requant, or a sum such as awq+gptq ('qkit list methods').",
         ),
-        click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with rules per layer."),
-        click.option("--group-size", type=int, help="Weights per scale; -1: one scale per output channel."),
-        click.option(
-            "--option", "options", multiple=True, metavar="NAME=VALUE", help="Option of the method, repeatable."
+        most_used("--group-size", type=int, help="Weights per scale; -1 for one scale per output channel."),
+        most_used(
+            "--calib",
+            type=click.Path(path_type=Path),
+            help="Calibration data: a text file, image-text data, or prompts of a diffusion pipeline (default: embedded data).",
         ),
-        click.option(
+        model("--revision", help="Branch, tag or commit of a hub model. The commit is recorded in qkit.json."),
+        model("--require-revision", is_flag=True, help="Refuse a hub model without --revision."),
+        model(
+            "--export",
+            type=click.Choice(["compressed-tensors", "qkit"]),
+            help="Quantization method named in config.json; qkit needs 'import qkit' to load (default: "
+            "compressed-tensors).",
+        ),
+        scheme("--recipe", type=click.Path(path_type=Path), help="YAML file with rules per layer."),
+        scheme(
+            "--option",
+            "options",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Option of the method, repeatable ('qkit list methods').",
+        ),
+        scheme(
             "--effort",
             type=click.Choice(list(EFFORTS)),
-            help="Of signround: "
+            help="Effort of learned rounding (signround): "
             + ", ".join(f"{name} ({o['steps']} steps)" for name, o in EFFORTS.items())
-            + "; 'qkit plan' says which share of the time that is.",
+            + ". 'qkit plan' shows its share of the time.",
         ),
-        click.option(
-            "--call",
-            "call",
-            multiple=True,
-            metavar="NAME=VALUE",
-            help="What a diffusion pipeline is called with, repeatable: num_inference_steps=20, height=480.",
+        scheme(
+            "--outliers",
+            type=float,
+            help="Percent of weights, the largest ones, kept in 16 bits beside the quantized weights.",
         ),
-        click.option(
-            "--rows-memory",
-            metavar="SIZE",
-            help="Of a diffusion pipeline: memory that calibration rows may take, for instance 500MB.",
+        scheme(
+            "--rank",
+            type=int,
+            help="Rank of a low-rank branch in 16 bits that corrects the rounding error (0: no branch).",
         ),
-        click.option(
-            "--policy",
-            "policy",
-            multiple=True,
-            metavar="NAME=VALUE",
-            help="Of --scheme 6bit, repeatable: width=5 (mean bits of inputs), skips=0.25 (blocks not run), kind=dmpq, "
-            "static or decoupled, cache=delta or schedule, weigh=true.",
+        scheme(
+            "--significant",
+            type=float,
+            help="Percent of weights restored to 16 bits after quantization, chosen by loss sensitivity.",
         ),
-        click.option(
-            "--outliers", type=float, help="Percent of the weights, the largest, kept in 16 bits beside the codes."
-        ),
-        click.option(
-            "--rank", type=int, help="Of a branch in 16 bits beside the codes, fitted to what rounding took (0: none)."
-        ),
-        click.option(
-            "--significant", type=float, help="Percent put back after quantization: what the loss depends on."
-        ),
-        click.option(
+        scheme(
             "--target",
             "targets",
             multiple=True,
             metavar="PART=SCHEME",
-            help="What other parts get: vision=w8a8, projector=skip (default: auto, by measuring); text_encoder=w8a16.",
+            help="Scheme of another part of the model, repeatable: vision=w8a8, projector=skip, text_encoder=w8a16 "
+            "(default: auto, chosen by measurement).",
         ),
-        click.option("--strict", is_flag=True, help="Refuse to adapt a group size that does not divide a width."),
-        click.option(
-            "--export",
-            type=click.Choice(["compressed-tensors", "qkit"]),
-            help="Name of the method in config.json; qkit needs 'import qkit' to load (default: compressed-tensors).",
-        ),
-        click.option(
-            "--calib",
-            type=click.Path(path_type=Path),
-            help="Text, pairs or prompts to calibrate on.",
-        ),
-        click.option("--samples", type=int, default=128, show_default=True, help="Calibration rows."),
-        click.option("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration row."),
-        click.option(
-            "--written",
+        scheme("--strict", is_flag=True, help="Refuse a group size that does not divide a layer's width."),
+        calibration("--samples", type=int, default=128, show_default=True, help="Number of calibration samples."),
+        calibration("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration sample."),
+        calibration(
+            "--synthetic-samples",
             type=int,
             default=0,
-            help="Calibration rows that the model writes itself, besides --samples of the text.",
+            help="Number of calibration samples that the model generates itself, in addition to --samples.",
         ),
-        click.option(
+        click.option("--written", cls=RenamedOption, now="--synthetic-samples", type=int),
+        diffusion(
+            "--call",
+            "call",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Argument of the pipeline call during calibration, repeatable: num_inference_steps=20, height=480.",
+        ),
+        diffusion("--rows-memory", metavar="SIZE", help="Memory limit of the calibration samples, for instance 500MB."),
+        diffusion(
+            "--policy",
+            "policy",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Setting of --scheme 6bit, repeatable: width=5 (mean bits of activations), skips=0.25 (share of block "
+            "runs to skip), kind=dmpq, static or decoupled, cache=delta or schedule, weigh=true (errors weighted by their "
+            "effect on the final sample).",
+        ),
+        job(
             "--seed",
             type=int,
             default=0,
             show_default=True,
-            help="For what is random: rotations, rows that the model writes, the order of learning.",
+            help="Random seed of rotations, synthetic samples and the order of learning.",
         ),
-        click.option("--threads", type=int, help="Workers (default: all cores); the result does not depend on it."),
-        click.option("--json", "json_file", type=OutFile(), help="Write what is printed to this file."),
+        job(
+            "--threads",
+            type=int,
+            help="Number of worker threads (default: all cores). The result does not depend on it.",
+        ),
+        job("--json", "json_file", type=OutFile(), help="JSON file for the printed results."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -132,7 +152,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class OutFile(OutPath):
-    """A file that will be written: looked at before anything is computed for it."""
+    """A file that will be written, checked before anything is computed."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -142,20 +162,20 @@ class OutFile(OutPath):
         file = Path(str(super().convert(value, param, ctx)))
         name = param.opts[0] if param is not None else "file"
         if file.is_dir():
-            raise UsageError(f"{name} {file}: that is a folder: name a file")
+            raise UsageError(f"{name} {file}: that is a folder: use a file name")
         if not file.absolute().parent.is_dir():
-            raise UsageError(f"{name} {file}: there is no folder {file.parent}: make it first")
+            raise UsageError(f"{name} {file}: there is no folder {file.parent}: create it first")
         return file
 
 
 def announce(console: Console, what: str) -> None:
-    """The first line of a command: its options are sound, and what takes seconds begins."""
+    """The first line of a command: its options are valid, and the slow part begins."""
     context = click.get_current_context(silent=True)
     console.print(Text(f"qkit {context.info_name}: {what}" if context else what), soft_wrap=True)
 
 
 class OutFolder(click.Path):
-    """A folder that will be made: '.' is the folder that it means, and what can have no neighbours is refused."""
+    """A folder that will be created: '.' is resolved, and a folder that cannot have neighbors is refused."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -165,26 +185,26 @@ class OutFolder(click.Path):
         name = param.opts[0] if param is not None else "folder"
         text = os.fsdecode(super().convert(value, param, ctx)) if value != "" else ""
         if not text or "\0" in text:
-            raise UsageError(f"{name} {text!a}: that is no name of a folder: give another")
+            raise UsageError(f"{name} {text!a}: that is no name of a folder: use another")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise UsageError(f"{name} {text!a}: the name is not UTF-8: give another") from None
+            raise UsageError(f"{name} {text!a}: the name is not UTF-8: use another") from None
         folder = Path(text)
         folder = folder if folder.name not in ("", "..") else Path(os.path.abspath(text))
         if not folder.name:
-            raise UsageError(f"{name} {text}: that is the root of the file system: name a folder in it")
+            raise UsageError(f"{name} {text}: that is the root of the file system: use a folder in it")
         return folder
 
 
 def write_json(file: Path | None, data: Any) -> None:
-    """The machine's copy of what a command prints."""
+    """Writes the printed results of a command as JSON."""
     if file is not None:
         write_atomic(file, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
 
 
 def show_coverage(found: PreparedRequest, console: Console) -> None:
-    """What is quantized, what is not and why, the bytes, and which engines will load the result."""
+    "Quantized and skipped layers with reasons, the bytes, and the engines that load the result."
     from qkit.planning.fused_layers import engine_lines_of
     from qkit.workflows.quantize import coverage
 
@@ -224,10 +244,10 @@ def show_coverage(found: PreparedRequest, console: Console) -> None:
             Text(f"note: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f": {note}")
         )
     if plan.untied:
-        console.print("note: rotation gives the head a weight of its own: the embeddings are no longer tied")
+        console.print("note: after rotation the head has its own weight: the embeddings are no longer tied")
     if plan.calibration is not None and plan.calibration.written:
         c = plan.calibration
-        console.print(f"calibration: {c.samples} rows, and {c.written} that the model writes, of {c.seqlen} tokens")
+        console.print(f"calibration: {c.samples} samples and {c.written} synthetic samples of {c.seqlen} tokens")
     _show_copied(found, console)
     done = coverage(plan)
     console.print(
@@ -239,7 +259,7 @@ def show_coverage(found: PreparedRequest, console: Console) -> None:
 
 
 def _show_copied(found: PreparedRequest, console: Console) -> None:
-    """What does not go with the model: files, and keys of its settings."""
+    """Files and config keys that are left out of the result."""
     folder = found.structure.checkpoint.path
     behind = unread_files(folder)
     if behind:
@@ -251,12 +271,12 @@ def _show_copied(found: PreparedRequest, console: Console) -> None:
     for name, keys in dropped.items():
         if keys:
             console.print(
-                Text(f"left out of {printable(name)}: {printable(', '.join(keys))}: keys that choose code to run")
+                Text(f"left out of {printable(name)}: {printable(', '.join(keys))}: these keys select code to run")
             )
 
 
 class Reporter:
-    """How far a run is, on the console; also where a signal stops the run."""
+    """Progress of a run on the console; also the place where a signal stops the run."""
 
     def __init__(self, console: Console, resume: str) -> None:
         self._resume = resume
@@ -265,7 +285,7 @@ class Reporter:
         self._what = ""
 
     def expect(self, stages: Sequence[tuple[str, Sequence[float]]], finished: int = 0) -> None:
-        """What the run will go through, as ``Share`` takes it: from here on the bar is that of the whole run."""
+        """The blocks of the run, as for ``Share``: from here on the bar shows the complete run."""
         self._share = Share(stages, finished)
 
     def start(self, what: str, total: int) -> None:
@@ -275,14 +295,14 @@ class Reporter:
         self._bar.show(self._share.start(what, total), what)
 
     def step(self, amount: int = 1) -> None:
-        """Some of the phase is done; a signal that came in takes effect here."""
+        """A part of the phase is done; a signal that arrived stops the run here."""
         self._check()
         self._bar.show(self._share.step(amount), self._what)
 
     def _check(self) -> None:
         if self._stop is not None:
             name = signal.Signals(self._stop).name
-            raise Stopped(f"stopped by {name}; what was finished is kept: go on with: {self._resume}")
+            raise Stopped(f"stopped by {name}; finished work is kept. Continue with: {self._resume}")
 
     @contextmanager
     def running(self) -> Iterator[None]:

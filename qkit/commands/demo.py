@@ -1,4 +1,4 @@
-"""qkit demo: the whole way once, on the reference model that travels with qkit."""
+"""qkit demo: all steps once, with the embedded reference model."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ PROMPT = "When she came home in the evening,"
 
 
 @click.command("demo", cls=Verb)
-@click.option("--work", type=OutFolder(), default="qkit-demo", show_default=True, help="Its folder.")
+@click.option("--work", type=OutFolder(), default="qkit-demo", show_default=True, help="Folder of the demo.")
 @click.option("--overwrite", is_flag=True, help="Replace the results of an earlier demo in this folder.")
-@click.option("--json", "json_file", type=OutFile(), help="Write the figures to this file.")
+@click.option("--json", "json_file", type=OutFile(), help="JSON file for the figures.")
 def demo_command(work: Path, overwrite: bool, json_file: Path | None) -> None:
-    """Quantize the embedded reference model to W4A16 and W4A8, prove both, and compare them with the original.
+    """Quantize the embedded reference model to W4A16 and W4A8, verify both results, and compare them with the original.
 
-    Takes about a minute on two cores and needs no network.
+    The demo takes about a minute on two cores and needs no network.
 
     \b
     Example:
@@ -49,7 +49,7 @@ def demo_command(work: Path, overwrite: bool, json_file: Path | None) -> None:
     reporter = Reporter(console, f"qkit demo --work {work} --overwrite")
     rows = []
     for scheme in SCHEMES:
-        console.print(f"{MODEL} to {scheme} with {METHOD}, calibrated on the embedded text")
+        console.print(f"{MODEL} to {scheme} with {METHOD}, calibrated with the embedded text")
         with reporter.running():
             made = _make(scheme, work / scheme, reporter)
         console.print(f"{scheme}: quantized and verified with {made['checks']:,} checks, {made['seconds']:.1f} s")
@@ -63,7 +63,7 @@ def demo_command(work: Path, overwrite: bool, json_file: Path | None) -> None:
 
 
 def _make(scheme: str, out: Path, reporter: Reporter) -> dict[str, Any]:
-    """Quantize and verify; what a stopped demo left in the job folder is used, a finished result is made again."""
+    """Quantize and verify. The job of a stopped demo is continued, a finished result is made again."""
     from qkit.files.job_folder import remove_job
     from qkit.workflows.quantize import quantize
 
@@ -107,7 +107,7 @@ def _original(row: dict[str, Any], original: Path) -> dict[str, Any]:
 
 
 def _continuation(folder: Path) -> str:
-    """What the model makes of the prompt, greedily, on one line."""
+    """The greedy continuation of the prompt, on one line."""
     import torch
 
     from qkit.runtime.loading import load, load_tokenizer

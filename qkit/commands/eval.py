@@ -1,4 +1,4 @@
-"""qkit eval: what quantization cost, measured on the packed model."""
+"""qkit eval: the quality of the packed model, compared with the original."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qkit.commands.measured import (
     show,
     show_all,
 )
-from qkit.commands.verb import Verb
+from qkit.commands.verb import Group, RenamedOption, Verb, in_group
 from qkit.errors import UsageError
 from qkit.evaluation.request import DTYPES, EvalRequest, dimensions_of
 from qkit.evaluation.sources import text_name
@@ -32,47 +32,55 @@ from qkit.files.safefile import write_atomic
 from qkit.kvcache.policy import CachePolicy, parse, stored
 from qkit.workflows.check import require_sound
 
-EXAMPLES = 12  # pictures of a report
+EXAMPLES = 12  # images of a report
+_MOST_USED, _TEXTS, _IMAGE_TEXT = in_group(Group.MOST_USED), in_group(Group.TEXTS), in_group(Group.IMAGE_TEXT)
+_KV_CACHE, _DIFFUSION, _DEVICE = in_group(Group.KV_CACHE), in_group(Group.DIFFUSION), in_group(Group.DEVICE)
 
 
 @click.command("eval", cls=Verb)
 @click.argument("outs", metavar="OUT...", nargs=-1, required=True)
-@click.option("--baseline", help="The original model: adds its perplexity, the change, KL divergence, same top-1.")
-@click.option("--text", "texts", multiple=True, help="FILE, NAME=FILE or dataset:NAME[:config][:split][:column].")
-@click.option("--window", default=512, show_default=True, type=click.IntRange(2), help="Tokens per window.")
-@click.option("--windows", default=200, show_default=True, type=click.IntRange(1), help="Windows per text, at most.")
-@click.option("--tasks", help="Tasks of lm-eval or qkit, separated by commas, or vbench:DIMENSION,...")
-@click.option("--limit", type=click.IntRange(1), help="Samples per task, at most.")
-@click.option(
+@_MOST_USED("--baseline", help="Original model, to compare perplexity, KL divergence and the top-1 tokens with.")
+@_MOST_USED(
+    "--text",
+    "texts",
+    multiple=True,
+    help="Text to measure, repeatable: FILE, NAME=FILE or dataset:NAME[:config][:split][:column].",
+)
+@_MOST_USED("--tasks", help="Tasks of lm-eval or qkit, separated by commas, or vbench:DIMENSION,...")
+@_MOST_USED(
+    "--image-text",
+    help="Image-text data with questions: drawn (qkit's own scenes), a .jsonl file, or a folder as for --calib.",
+)
+@click.option("--pairs", cls=RenamedOption, now="--image-text")
+@_MOST_USED("--report", "report_file", type=OutFile(), help="HTML file for a report of the results.")
+@_MOST_USED("--json", "json_file", type=OutFile(), help="JSON file for the results.")
+@_TEXTS("--window", default=512, show_default=True, type=click.IntRange(2), help="Tokens per window.")
+@_TEXTS("--windows", default=200, show_default=True, type=click.IntRange(1), help="Maximum number of windows per text.")
+@_TEXTS("--limit", type=click.IntRange(1), help="Maximum number of samples per task.")
+@_TEXTS("--task-dir", type=click.Path(path_type=Path), help="Folder of additional lm-eval task files.")
+@_TEXTS("--allow-task-code", is_flag=True, help="Allow the task files of --task-dir to run code.")
+@_IMAGE_TEXT("--questions", type=click.IntRange(1), help="Maximum number of questions of --image-text (default: 500).")
+@_KV_CACHE(
     "--kv",
     "kv",
     multiple=True,
     metavar="POLICY",
-    help="KV caches to compare by decoding: pm-kvq:2, kivi2, int8, ..; stored is that of OUT.",
+    help="KV cache policy to compare by decoding, repeatable: kivi2, int8, pm-kvq:2 and others, or stored for that of OUT.",
 )
-@click.option("--prompt", type=click.IntRange(1), help="Tokens of a window before decoding begins (default: half).")
-@click.option(
-    "--kv-step", default=1, show_default=True, type=click.IntRange(1), help="Tokens that are decoded at a time."
+@_KV_CACHE("--prompt", type=click.IntRange(1), help="Tokens of a window before decoding starts (default: half of it).")
+@_KV_CACHE("--kv-step", default=1, show_default=True, type=click.IntRange(1), help="Tokens decoded per step.")
+@_KV_CACHE("--retrieval", is_flag=True, help="Compare the KV caches by retrieval instead of decoding.")
+@_DIFFUSION("--videos", type=click.IntRange(1), help="Number of prompts and seeds to sample videos for.")
+@_DIFFUSION("--vbench-python", type=click.Path(path_type=Path), help="Python interpreter with VBench installed.")
+@_DIFFUSION("--videos-dir", type=click.Path(path_type=Path), help="Folder in which the videos for VBench are kept.")
+@_DEVICE(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    type=click.Choice(list(DTYPES)),
+    help="Number format of arithmetic.",
 )
-@click.option(
-    "--retrieval", is_flag=True, help="Compare the caches by what can be retrieved through them, not by decoding."
-)
-@click.option("--pairs", help="Questions about pictures: drawn, a file of JSON lines, or a folder as for --calib.")
-@click.option("--questions", type=click.IntRange(1), help="Questions of --pairs, at most (default: 500).")
-@click.option("--videos", type=click.IntRange(1), help="Of a diffusion pipeline: prompts and seeds to sample.")
-@click.option("--vbench-python", type=click.Path(path_type=Path), help="The interpreter that VBench is installed for.")
-@click.option("--videos-dir", type=click.Path(path_type=Path), help="Keep the videos that VBench judges there.")
-@click.option(
-    "--report",
-    "report_file",
-    type=OutFile(),
-    help="Write a page of what was measured to this file (HTML).",
-)
-@click.option("--dtype", default="float32", show_default=True, type=click.Choice(list(DTYPES)), help="Of arithmetic.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
-@click.option("--task-dir", type=click.Path(path_type=Path), help="A folder of further lm-eval task files.")
-@click.option("--allow-task-code", is_flag=True, help="Let the task files of --task-dir run code.")
-@click.option("--json", "json_file", type=OutFile(), help="Write the figures to this file.")
+@_DEVICE("--device", default="cpu", show_default=True, help="Device: cpu, cuda, cuda:1, ...")
 def eval_command(
     outs: tuple[str, ...],
     baseline: str | None,
@@ -85,7 +93,7 @@ def eval_command(
     prompt: int | None,
     kv_step: int,
     retrieval: bool,
-    pairs: str | None,
+    image_text: str | None,
     questions: int | None,
     videos: int | None,
     vbench_python: Path | None,
@@ -97,44 +105,43 @@ def eval_command(
     allow_task_code: bool,
     json_file: Path | None,
 ) -> None:
-    """Measure the model in the folder OUT: perplexity of texts, accuracy on tasks, answers about pictures, videos.
+    """Measure the models in the folders OUT: perplexity, tasks, answers about images, videos.
 
-    Several folders are measured on the same texts and tasks and shown in one table; --baseline runs once for all of them.
-    Folders that qkit wrote are verified first.
-    Exit code 4 if one is not sound, or a figure is not a finite number.
+    Several models are measured on the same texts and tasks and compared in one table. The baseline runs once for all of them.
+    Folders that qkit wrote are verified first. The exit code is 4 if a folder is not sound or a figure is not finite.
 
-    Without --text, --tasks and --pairs the evaluation text that comes with qkit is used. A quantized folder is loaded packed;
-    every text is tokenised whole and cut into windows, and intervals are 95 %, over windows.
+    Without --text, --tasks and --image-text, the embedded evaluation text is used. Quantized models are loaded packed. Every
+    text is tokenized as a whole and cut into windows. Confidence intervals are 95 % over windows.
 
     \b
     Example:
-      qkit eval out/tiny-llama-w4a16 --baseline tiny-llama --text wiki.txt --json eval.json
+      qkit eval out/w4a16 --baseline tiny-llama --text wiki.txt --json eval.json
       qkit eval out/w4a16 out/w8a16 --baseline tiny-llama --report eval.html
     """
     names = split_names(tasks)
     bench = dimensions_of(names)
-    if (videos or bench) and (texts or pairs or kv or retrieval or len(names) > len(bench)):
-        raise UsageError("--videos is about diffusion pipelines, and the other measurements are not; leave one out")
-    if not bench and (vbench_python or videos_dir):
+    if (videos or bench) and (texts or image_text or kv or retrieval or len(names) > len(bench)):
         raise UsageError(
-            "--vbench-python and --videos-dir are about --tasks vbench:..., and there is none; leave them out"
+            "--videos is for diffusion pipelines, and the other measurements are not: leave one of them out"
         )
-    if not texts and not videos and (kv or retrieval or not (names or pairs)):
+    if not bench and (vbench_python or videos_dir):
+        raise UsageError("--vbench-python and --videos-dir need --tasks vbench:DIMENSION: add it, or leave them out")
+    if not texts and not videos and (kv or retrieval or not (names or image_text)):
         texts = (str(qkit_data.text_path("evaluation")),)
     if allow_task_code and task_dir is None:
-        raise UsageError("--allow-task-code is about the files of --task-dir, and there is none; leave it out")
+        raise UsageError("--allow-task-code needs --task-dir: add it, or leave --allow-task-code out")
     caches = [_cache(name, outs[0]) for policies in kv for name in split_names(policies) if name != "none"]
     if not caches and kv_step != 1 and not retrieval:
-        raise UsageError("--kv-step is about the caches of --kv, and there is none; leave it out")
+        raise UsageError("--kv-step needs --kv: add it, or leave --kv-step out")
     if prompt is not None and not caches:
-        raise UsageError("--prompt is about the caches of --kv, and there is none; leave it out")
+        raise UsageError("--prompt needs --kv: add it, or leave --prompt out")
     if retrieval and (prompt is not None or kv_step != 1):
-        raise UsageError("--prompt and --kv-step are about decoding, and --retrieval takes its place; leave them out")
-    if pairs is None and questions is not None:
-        raise UsageError("--questions is about --pairs, and there are none; add --pairs drawn, or leave it out")
+        raise UsageError("--prompt and --kv-step are for decoding, which --retrieval replaces: leave them out")
+    if image_text is None and questions is not None:
+        raise UsageError("--questions needs image-text data: add --image-text drawn, or leave --questions out")
     if report_file is not None and (bench or caches or retrieval):
         raise UsageError(
-            "--report is about texts, tasks, pairs and videos: leave it out beside --kv, --retrieval and vbench"
+            "--report is for texts, tasks, image-text data and videos: leave it out with --kv, --retrieval and vbench"
         )
     for spec in texts:
         text_name(spec)
@@ -152,16 +159,16 @@ def eval_command(
         prompt=prompt,
         step=kv_step,
         retrieval=retrieval,
-        image_text=pairs,
+        image_text=image_text,
         questions=QUESTIONS if questions is None else questions,
         examples=0 if report_file is None else EXAMPLES,
         videos=videos or 0,
         vbench_python=vbench_python,
         videos_dir=videos_dir,
-        prompts=report_file is not None and pairs is None and not videos,
+        prompts=report_file is not None and image_text is None and not videos,
     )
     if request.alone and len(outs) > 1:
-        raise UsageError(f"{request.alone} is measured of one model at a time, and there are {len(outs)}: give one OUT")
+        raise UsageError(f"{request.alone} measures one model at a time, and there are {len(outs)}: use one OUT")
     console = Console()
     announce(console, f"reading {' '.join(outs)}")
     folders = [find_model(out) for out in outs]
@@ -212,17 +219,17 @@ def split_names(tasks: str | None) -> list[str]:
 
 
 def _cache(name: str, out: str) -> CachePolicy:
-    """The policy of that name, or the checkpoint's own. Raises UsageError where widths would have to be chosen first."""
+    """The policy of that name, or the one stored in the checkpoint. Raises UsageError for a policy without chosen widths."""
     if name == "stored":
         folder = find_model(out)
         found = stored(folder)
         if found is None:
-            raise UsageError(f"--kv stored: {folder} was quantized without --kv: name a policy, for instance kivi2")
+            raise UsageError(f"--kv stored: {folder} was quantized without --kv: use a policy, for instance kivi2")
         return found
     found = parse(name)
     if len(found.widths) > 1:
         raise UsageError(
-            f"--kv {name}: which layer gets which width is decided by 'qkit quantize --kv {name} --kv-memory ..': then give "
-            "'stored' here, or else one width, as in pm-kvq:2"
+            f"--kv {name}: the widths of the layers are chosen by 'qkit quantize --kv {name} --kv-memory ..': use "
+            "'stored' for its result, or one width, as in pm-kvq:2"
         )
     return found

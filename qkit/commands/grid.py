@@ -1,4 +1,4 @@
-"""Tables for people: on one line each in a file, within the width of a screen, and never cut short."""
+"""Tables for people: within the width of a screen, with one line per row in a file, and never truncated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""qkit inspect: what is in a folder or a file."""
+"""qkit inspect: the content of a folder or a file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from qkit.system.words import megabytes
 
 @click.command("inspect", cls=Verb)
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--json", "json_file", type=OutFile(), help="Write what is printed to this file.")
+@click.option("--json", "json_file", type=OutFile(), help="JSON file for the printed results.")
 def inspect_command(path: Path, json_file: Path | None) -> None:
-    """Say what is in PATH: a model folder, a safetensors or a GGUF file.
+    """Show the content of PATH: a model folder, a safetensors file or a GGUF file.
 
-    Formats, the tool that made it, sizes and bits per weight, from headers alone: no weights are read and nothing is run.
-    Exit code 3 if something is damaged; what can be read is printed all the same.
+    The command shows formats, sizes, bits per weight and the tool that made the file. It reads headers only and runs no code
+    of the model. The exit code is 3 if something is damaged; everything that can be read is printed.
 
     \b
     Example:
@@ -37,7 +37,7 @@ def inspect_command(path: Path, json_file: Path | None) -> None:
 
 
 def show(found: Inspection, console: Console) -> None:
-    """Prints all of it; names from files were made printable where they were read."""
+    "Prints all findings. Names from files were made printable when they were read."
 
     def say(text: str) -> None:
         console.print(Text("".join(c if c.isprintable() else "?" for c in text)), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""qkit list: the tables of the code."""
+"""qkit list: the tables of schemes, methods, formats, caches, families and models."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _method(name: str, kind: str, what: str, options: Options) -> dict[str, Any]
 
 
 def methods() -> list[dict[str, Any]]:
-    """One row per solver, transform and what comes behind them."""
+    """One row per solver, transform, finisher and search."""
     solvers = [_method(n, "solver", s.summary, s.options) for n, s in SOLVERS.items()]
     transforms = [
         _method(n, "finisher" if t.stage == "block" else "transform", t.summary, t.options)
@@ -54,13 +54,13 @@ def methods() -> list[dict[str, Any]]:
     repair = {
         "method": REQUANT,
         "kind": "repair",
-        "what": "finds outliers per layer, solves again without them, puts back what the loss depends on (arXiv 2503.01901)",
+        "what": "outlier search per layer, solving without outliers, restoring weights by loss sensitivity (arXiv 2503.01901)",
         "options": f"--outliers {REQUANT_OUTLIERS}, --significant {REQUANT_SIGNIFICANT}",
     }
     search = {
         "method": AUTO,
         "kind": "search",
-        "what": "on every block tries " + "; ".join(TRIES) + ": the least error on held-out rows is kept",
+        "what": "recipe search per block (" + "; ".join(TRIES) + "), by the error on held-out samples",
         "options": "",
     }
     return [*solvers, *transforms, search, repair]
@@ -95,7 +95,7 @@ def families() -> list[dict[str, Any]]:
 
 
 def caches() -> list[dict[str, Any]]:
-    """One row per kind of KV cache, as --kv takes it."""
+    """One row per kind of KV cache, with the names for --kv."""
     rows = []
     for kind, what in KINDS.items():
         widths = WIDTHS_OF.get(kind, (8, 4, 3, 2))
@@ -130,9 +130,9 @@ TABLES = {
 
 @click.command("list", cls=Verb)
 @click.argument("what", type=click.Choice(list(TABLES)))
-@click.option("--json", "json_file", type=OutFile(), help="Write the table to this file.")
+@click.option("--json", "json_file", type=OutFile(), help="JSON file for the table.")
 def list_command(what: str, json_file: Path | None) -> None:
-    """Show what there is: schemes, methods, formats, caches, families or models.
+    """List the available schemes, methods, formats, caches, families or models.
 
     \b
     Example:

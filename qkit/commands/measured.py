@@ -1,4 +1,4 @@
-"""What ``measure`` found, as tables and as JSON: shared by eval, check and demo."""
+"""The results of ``measure``, as tables and as JSON: shared by eval, check and demo."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def json_bytes(value: Any) -> bytes:
 
 @contextmanager
 def progress_bar(console: Console, parts: int = 1) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar of so many parts of the same length on a terminal, from the third second on; nothing elsewhere."""
+    """A bar with parts of equal length on a terminal, from the third second on; nothing elsewhere."""
     if not console.is_terminal:
         yield None
         return
@@ -42,13 +42,13 @@ def progress_bar(console: Console, parts: int = 1) -> Iterator[Callable[[str, in
 
 
 def show(measured: Mapping[str, Any], console: Console) -> None:
-    """Prints the tables of what was measured of one model."""
+    """Prints the tables of one model."""
     for grid in _grids(measured):
         print_wide(console, grid)
 
 
 def show_all(found: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Prints the tables of what was measured of several models."""
+    """Prints the tables of several models."""
     for grid in grids(found):
         print_wide(console, grid)
 
@@ -79,13 +79,13 @@ def _grids(measured: Mapping[str, Any]) -> list[Grid]:
 
 
 def refuse_unmeasured(outs: Sequence[str], found: Sequence[Mapping[str, Any]]) -> None:
-    """Raises NumericFailure where a figure is no finite number: it was shown and written, and proves nothing good."""
+    """Raises NumericFailure for a figure that is not finite, after the figures were shown and written."""
     for out, measured in zip(outs, found, strict=True):
         bad = unfinite(measured)
         if bad:
             raise NumericFailure(
                 f"{printable(out)}: {len(bad)} measured figures are not finite numbers, first {printable(bad[0])}: the "
-                f"model computes NaN or infinity: run 'qkit verify {printable(out)}', and quantize it anew from a sound source"
+                f"model computes NaN or infinity: run 'qkit verify {printable(out)}', and quantize again from a sound source"
             )
 
 
@@ -138,7 +138,7 @@ def _tasks_of_all(found: Sequence[Mapping[str, Any]]) -> Grid:
 
 
 def caches_table(text: str, caches: Mapping[str, Mapping[str, Any]]) -> Grid:
-    """A row per cache: perplexity by decoding, and the bytes that a sequence takes in the end."""
+    """A row per cache: perplexity by decoding, and the final bytes of a sequence."""
     columns = ("KV cache", "perplexity", "change % (95 % ci)", "same greedy", "kB", "of 16 bits")
     table = wide_table(*columns, title=f"decoding {printable(text)}")
     for name, entry in caches.items():
@@ -182,7 +182,7 @@ def accuracy_table(name: str, figures: Mapping[str, Any]) -> Grid:
 
 
 def answers_table(name: str, figures: Mapping[str, Any]) -> Grid:
-    """What likelihoods of the right answers' tokens say; with a baseline also how far hidden states are from its own."""
+    """Figures from the likelihoods of the right answers; with a baseline also the errors of hidden states."""
     rows = {"perplexity (95 % ci)": f"{figures['perplexity']:.4f} {_interval(figures['ci'], '.4f')}"}
     if "kl" in figures:
         kl = figures["kl"]
@@ -262,5 +262,5 @@ def _interval(ends: list[float], form: str) -> str:
 
 
 def printable(name: str) -> str:
-    """A name as it can be shown: no control characters, which could change the terminal."""
+    """A name without control characters, which could change the terminal."""
     return "".join(letter if letter.isprintable() else "?" for letter in name)

@@ -1,4 +1,4 @@
-"""qkit plan: what quantize would do, and what it would cost; reads no weights."""
+"""qkit plan: what quantize would do, and its cost, without reading all weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qkit.commands.asked import options_of
 from qkit.commands.budget import budget_options, explain, explanation
 from qkit.commands.cache import cache_options
 from qkit.commands.common import OutFolder, megabytes, request_options, show_coverage, write_json
-from qkit.commands.verb import Verb
+from qkit.commands.verb import Group, Verb, in_group
 from qkit.errors import UsageError, write_failure
 from qkit.files.safefile import write_atomic
 from qkit.workflows.options import BUDGETS, WAYS
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def plan_json(found: PreparedRequest) -> dict[str, Any]:
-    """The machine's copy of a plan."""
+    "A plan as JSON."
     from qkit.planning.fused_layers import engine_lines_of
     from qkit.workflows.quantize import coverage
 
@@ -59,7 +59,7 @@ def show_forecast(found: PreparedRequest, console: Console) -> None:
 
 
 def show_method(request: Request, found: PreparedRequest, console: Console) -> dict[str, Any]:
-    """The method where nobody chose one, and what a better one costs; gives the machine's copy."""
+    "The default method, where no method was chosen, and the cost of a better one, as JSON."
     from qkit.workflows.advice import advise_method
 
     advice = advise_method(request, found)
@@ -70,7 +70,7 @@ def show_method(request: Request, found: PreparedRequest, console: Console) -> d
 
 
 def write_figures(found: BudgetAllocation, folder: Path, console: Console) -> None:
-    """The pictures and the page of an allocation. Raises UsageError where another file of that name is there already."""
+    """The figures and the page of an allocation. Raises UsageError where another file of that name exists."""
     from qkit.report.allocation import allocation_files
 
     files = allocation_files(found.profile, found.allocation)
@@ -78,7 +78,7 @@ def write_figures(found: BudgetAllocation, folder: Path, console: Console) -> No
         file = folder / name
         if os.path.lexists(file) and not (file.is_file() and file.read_bytes() == content):
             raise UsageError(
-                f"--figures {folder}: another {name} is there already: name a new folder, or move that file away"
+                f"--figures {folder}: another {name} is there already: use a new folder, or move that file away"
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,14 +93,18 @@ def write_figures(found: BudgetAllocation, folder: Path, console: Console) -> No
 @request_options
 @budget_options
 @cache_options
-@click.option("--explain", "why", is_flag=True, help="Every layer of a budget: the alternatives and what they cost.")
-@click.option("--figures", type=click.Path(path_type=Path), help="Folder for pictures and a page of the allocation.")
-@click.option("--out", type=OutFolder(), help="Where the result would go (its disk is checked).")
+@in_group(Group.BUDGETS)(
+    "--explain", "why", is_flag=True, help="Print every layer with the formats to choose from and their costs."
+)
+@in_group(Group.BUDGETS)("--figures", type=click.Path(path_type=Path), help="Folder for figures of the allocation.")
+@in_group(Group.MOST_USED)(
+    "--out", type=OutFolder(), help="Planned folder of the result, to check its free disk space."
+)
 def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: Path | None, **given: Any) -> None:
-    """Say what quantize would do: coverage, exact bytes, peak memory, and where the time goes.
+    """Show what quantize would do: coverage, exact bytes, peak memory, and the phases that take the time.
 
-    Says what quantize has to measure first, and refuses what cannot fit or cannot be met. Reads no weights: it knows those of
-    the model by samples, and quantize reads every byte.
+    The plan lists what quantize has to measure first. It refuses a budget that cannot be met and a job that cannot fit. The
+    command reads samples of the weights, whereas quantize reads every byte.
 
     \b
     Example:
@@ -120,7 +124,7 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
     budgeted = decided.budgeted
     if (why or figures is not None) and budgeted is None:
         option = "--explain" if why else "--figures"
-        raise UsageError(f"{option} is about what was measured, and nothing is yet: run 'qkit profile' first")
+        raise UsageError(f"{option} needs a profile, and there is none yet: run 'qkit profile' first")
     show_decided(decided, console)
     show_ahead(decided, "measured when quantize runs", console)
     if decided.open:

@@ -1,4 +1,4 @@
-"""qkit profile: what each decision costs, measured once and read by quantize and plan."""
+"""qkit profile: the cost of each format for each layer, measured once and read by quantize and plan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qkit.commands.common import (
     wide_table,
     write_json,
 )
-from qkit.commands.verb import Verb
+from qkit.commands.verb import Group, Verb, in_group
 from qkit.errors import BadInput, UsageError
 from qkit.files.locate import find_model
 from qkit.files.safefile import write_atomic
@@ -33,56 +33,79 @@ if TYPE_CHECKING:
     from qkit.allocation.pareto import Point
     from qkit.sensitivity.profile import Profile
 
+_MOST_USED, _CALIBRATION, _JOB = in_group(Group.MOST_USED), in_group(Group.CALIBRATION), in_group(Group.JOB)
+_MEASURES, _CURVE = in_group(Group.MEASURES), in_group(Group.CURVE)
+
 
 @click.command("profile", cls=Verb)
-@click.option("--model", required=True, help="Model folder, reference model name, or hub id.")
-@click.option(
+@_MOST_USED("--model", required=True, help="Model folder, reference model name, or hub id.")
+@_MOST_USED(
     "--candidates",
     required=True,
-    help="What a layer may get: int2..int8 (the same as w2a16..w8a16), any scheme (nvfp4, w8a8: activations too), int3+0.5% "
-    "(the largest 0.5 % of its weights kept in 16 bits), int3+r16 (a low-rank part of rank 16), bf16 (left as it is).",
+    help="Formats to measure for every layer: int2..int8 (the same as w2a16..w8a16), any scheme such as nvfp4 or w8a8 "
+    "(activations too), or bf16 (not quantized). int3+0.5% keeps the largest 0.5 % of the weights in 16 bits. int3+r16 adds a "
+    "low-rank branch of rank 16.",
 )
-@click.option("--out", type=OutFolder(), required=True, help="Folder of the profile.")
-@click.option(
+@_MOST_USED("--out", type=OutFolder(), required=True, help="Folder of the profile.")
+@_MOST_USED(
     "--method",
     default="gptq",
     show_default=True,
-    help="Solver of the probes, rtn or gptq: the one that quantize will use.",
+    help="Solver of the measurements, rtn or gptq: the one that quantize will use.",
 )
-@click.option(
+@_MOST_USED(
     "--group-size",
     type=int,
-    help="Weights per scale of the integer formats (default: 128); quantize takes it from the profile.",
+    help="Weights per scale of the integer formats (default: 128). quantize reads it from the profile.",
 )
-@click.option("--calib", type=click.Path(path_type=Path), help="Calibration text, or pairs (default: embedded ones).")
-@click.option("--samples", type=int, default=128, show_default=True, help="Calibration rows of the probes.")
-@click.option("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration row.")
-@click.option("--rows", type=int, help="Rows of them that losses are measured on (default: 32, or all if fewer).")
-@click.option(
+@_MOST_USED(
+    "--calib",
+    type=click.Path(path_type=Path),
+    help="Calibration data: a text file or image-text data (default: embedded data).",
+)
+@_CALIBRATION("--samples", type=int, default=128, show_default=True, help="Number of calibration samples.")
+@_CALIBRATION("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration sample.")
+@_CALIBRATION(
+    "--rows",
+    type=int,
+    help="Number of calibration samples on which losses are measured (default: 32, or all if fewer).",
+)
+@_MEASURES(
     "--measures",
     default="weight,output,pqi,kl",
     show_default=True,
-    help=f"Some of {', '.join(MEASURES)}. Cheap: weight, output, "
-    "output_norm; with gradients: first, first_x, fisher, pqi; the model run for every layer and candidate: loss, kl.",
+    help=f"Measures of the cost, separated by commas: {', '.join(MEASURES)}. weight, output and output_norm are fast. "
+    "first, first_x, fisher and pqi need gradients. loss and kl run the model for every layer and candidate.",
 )
-@click.option("--points", type=click.IntRange(1), default=8, show_default=True, help="Of the path integral (pqi).")
-@click.option("--audit", is_flag=True, help="Compare every measure with the true loss change on held-out rows.")
-@click.option("--audit-text", type=click.Path(path_type=Path), help="Of that text or pairs (default: embedded ones).")
-@click.option(
+@_MEASURES(
+    "--points",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Number of points of the path integral (pqi).",
+)
+@_MEASURES("--audit", is_flag=True, help="Compare every measure with the true loss change on held-out samples.")
+@_MEASURES(
+    "--audit-text",
+    type=click.Path(path_type=Path),
+    help="Held-out text or image-text data of the audit (default: embedded data).",
+)
+@_CURVE(
     "--pareto",
     is_flag=True,
-    help=f"Write the curve of predicted cost against bytes, of the first of {', '.join(PREFERRED)} that was measured.",
+    help="Write the curve of predicted cost against bytes, for the first of these measures that was computed: "
+    f"{', '.join(PREFERRED)}.",
 )
-@click.option(
+@_CURVE(
     "--pareto-measure",
     type=click.IntRange(0),
     default=0,
     metavar="N",
-    help="Measure the KL divergence of N plans along the curve.",
+    help="Number of plans along the curve whose KL divergence is measured.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="For what is random (plans of the audit).")
-@click.option("--threads", type=int, help="Workers (default: all cores); the result does not depend on it.")
-@click.option("--json", "json_file", type=OutFile(), help="Write what is printed to this file.")
+@_JOB("--seed", type=int, default=0, show_default=True, help="Random seed of the audited plans.")
+@_JOB("--threads", type=int, help="Number of worker threads (default: all cores). The result does not depend on it.")
+@_JOB("--json", "json_file", type=OutFile(), help="JSON file for the printed results.")
 def profile_command(
     out: Path,
     candidates: str,
@@ -95,13 +118,13 @@ def profile_command(
     json_file: Path | None,
     **given: Any,
 ) -> None:
-    """Measure what every layer costs in every candidate format.
+    """Measure the cost of every candidate format for every layer.
 
-    The same command goes on after a stop. The profile does not depend on a budget: quantize and plan read it.
+    After a stop the same command continues. The profile does not depend on a budget: quantize and plan read it for any budget.
 
     \b
     Example:
-      qkit profile --model tiny-llama --candidates int2,int3,int4,int8 --group-size 64 --out profile
+      qkit profile --model tiny-llama --candidates int2,int3,int4 --out profile
     """
     bound_heap()
     console = Console()
@@ -110,11 +133,11 @@ def profile_command(
         raise UsageError(f"--threads {given['threads']}: expected at least 1")
     wanted = tuple(m.strip() for m in measures.split(",") if m.strip())
     if pareto_measure and not pareto:
-        raise UsageError("--pareto-measure goes with --pareto: add it")
+        raise UsageError("--pareto-measure needs --pareto: add it")
     if audit_text is not None and not audited:
-        raise UsageError("--audit-text goes with --audit: add it")
+        raise UsageError("--audit-text needs --audit: add it")
     if audit_text is not None and not audit_text.exists():
-        raise BadInput(f"{audit_text}: no such text or folder for --audit-text")
+        raise BadInput(f"{audit_text}: no such file or folder for --audit-text")
     of = curve_measure(wanted) if pareto else None
     check_measures(wanted)
     base = Request(**given)
@@ -163,7 +186,7 @@ def pareto_curve(
 
 
 def pareto_json(points: list[Point], measure: str) -> dict[str, Any]:
-    """What pareto.json holds: costs in the measure's unit, measured KL divergences in nats a token."""
+    """The content of pareto.json: costs in the unit of the measure, KL divergences in nats per token."""
     from qkit.report.figures import unit_of
 
     return {"measure": measure, "unit": unit_of(measure), "points": [asdict(p) for p in points]}

@@ -1,4 +1,4 @@
-"""qkit quantize: from a checkpoint to a packed, proven checkpoint."""
+"""qkit quantize: from a checkpoint to a packed, verified checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qkit.commands.common import (
     write_json,
 )
 from qkit.commands.plan import plan_json, show_forecast, show_method
-from qkit.commands.verb import Verb
+from qkit.commands.verb import Group, Verb, in_group
 from qkit.files.folder import RECORD, weights_folder
 from qkit.files.record import packed_record
 from qkit.files.safefile import parse_json
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
 @request_options
 @budget_options
 @cache_options
-@click.option(
+@in_group(Group.MOST_USED)(
     "--out",
     type=OutFolder(),
     required=True,
-    help="Folder of the result; one that this command made is verified again.",
+    help="Folder of the result. A finished result of the same command is only verified again.",
 )
-@click.option("--work", type=OutFolder(), help="Job folder (default: OUT.job).")
-@click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new result is proven.")
-@click.option("--keep-job", is_flag=True, help="Keep the parts in the job folder after success.")
+@in_group(Group.JOB)("--work", type=OutFolder(), help="Job folder (default: OUT.job).")
+@in_group(Group.MODEL)("--overwrite", is_flag=True, help="Replace the content of OUT after the new result is verified.")
+@in_group(Group.JOB)("--keep-job", is_flag=True, help="Keep the intermediate files of the job folder after success.")
 def quantize_command(
     json_file: Path | None,
     out: Path,
@@ -57,9 +57,9 @@ def quantize_command(
     keep_job: bool,
     **given: Any,
 ) -> None:
-    """Quantize a model into a packed checkpoint, and prove it.
+    """Quantize a model into a packed checkpoint and verify the result.
 
-    The same command goes on after a stop, a crash or a kill.
+    After a stop, a crash or a kill the same command continues the job.
 
     \b
     Example:
@@ -87,7 +87,7 @@ def quantize_command(
     before = _written(out)
     finished = 0 if there else finished_blocks(work or out.with_name(out.name + ".job"))
     if finished:
-        console.print(Text(f"{finished} blocks were finished before"))
+        console.print(Text(f"{finished} blocks were finished earlier"))
     reporter = Reporter(console, command_line())
     reporter.expect(stages(found), finished)
     with reporter.running():
@@ -100,7 +100,7 @@ def quantize_command(
             keep_job=keep_job,
             prepared=found,
         )
-    kept = ", there before" if _written(out) == before else ""
+    kept = ", already complete" if _written(out) == before else ""
     console.print(
         Text(
             f"{out}{kept}: {report.linears} quantized linears, {megabytes(report.bytes)}, "
@@ -116,14 +116,14 @@ def quantize_command(
 
 
 def _written(out: Path) -> tuple[int, int] | None:
-    """What tells a result from the one that takes its place."""
+    """Identifies a result, to see whether it was replaced."""
     file = weights_folder(out) / RECORD
     state = file.stat() if file.is_file() else None
     return None if state is None else (state.st_ino, state.st_mtime_ns)
 
 
 def stages(found: PreparedRequest) -> list[tuple[str, list[float]]]:
-    """The blocks that a run goes through, as ``Reporter.expect`` takes them, by how many weights are in each."""
+    """The blocks that a run goes through, for ``Reporter.expect``, by the number of weights in each."""
     from qkit.families.blocks import LANGUAGE
     from qkit.planning.plan import sequences
 
@@ -137,7 +137,7 @@ def stages(found: PreparedRequest) -> list[tuple[str, list[float]]]:
 
 
 def _components(found: PreparedRequest, out: Path) -> Iterator[str]:
-    """What became of a pipeline's text encoders."""
+    """The sizes of a pipeline's text encoders, before and after."""
     for name, asked in found.components.items():
         before, after = (
             sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (Path(asked.model), out / name)
@@ -146,17 +146,15 @@ def _components(found: PreparedRequest, out: Path) -> Iterator[str]:
 
 
 def _recipes(out: Path) -> Iterator[str]:
-    """What method auto kept."""
+    """The recipes that method auto kept."""
     record = packed_record(out)
     kept = Counter(x["recipe"] for x in record["linears"].values() if "recipe" in x)
     if kept:
-        yield "kept, of what was tried on every block: " + "; ".join(
-            f"{r} for {n} linears" for r, n in kept.most_common()
-        )
+        yield "recipes kept by the search: " + "; ".join(f"{r} for {n} linears" for r, n in kept.most_common())
 
 
 def _rows(found: PreparedRequest, work: Path | None, out: Path) -> list[str]:
-    """What was the matter with calibration rows, by the journal of the job."""
+    "Notices about calibration samples, from the journal of the job."
     from qkit.engine.parts import row_notices
 
     file = (work or out.with_name(out.name + ".job")) / "journal.jsonl"
@@ -165,7 +163,7 @@ def _rows(found: PreparedRequest, work: Path | None, out: Path) -> list[str]:
 
 
 def _policy(out: Path) -> Iterator[str]:
-    """What a policy by step is expected to come to, beside what was asked for."""
+    """The expected effect of a policy by step, and what was asked for."""
     from qkit.workflows.diffusion_policy import ENTRY
 
     decided = packed_record(out).get(ENTRY)

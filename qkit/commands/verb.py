@@ -1,18 +1,66 @@
-"""What every verb looks at before it runs: no output option may name a file that the command reads, or another's output."""
+"""The class of every verb: grouped help, former names of options, and the protection of input files."""
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
-from qkit.errors import UsageError
+from qkit.errors import RenamedWarning, UsageError
 
 # A folder with one of these is a model, a result, a job or a profile: a file more, or another one, would spoil it.
 _MARKS = ("config.json", "model_index.json", "qkit.json", "job.json", "measured.jsonl", "profile.json")
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class Group(Enum):
+    """The groups of the help, in their order. ``-h`` shows the options of the first one and names the others."""
+
+    MOST_USED = "Most used"
+    MODEL = "Model and output"
+    SCHEME = "Scheme and method"
+    CALIBRATION = "Calibration"
+    BUDGETS = "Budgets"
+    TEXTS = "Texts and tasks"
+    IMAGE_TEXT = "Image-text data"
+    KV_CACHE = "KV cache"
+    MEASURES = "Measures"
+    CURVE = "Pareto curve"
+    PRODUCTS = "Products"
+    DECODING = "Decoding"
+    DIFFUSION = "Diffusion"
+    DEVICE = "Device"
+    JOB = "Job"
+
+
+class GroupedOption(click.Option):
+    """An option that the help shows in a group."""
+
+    def __init__(self, *args: Any, group: Group, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.group = group
+
+
+class RenamedOption(click.Option):
+    """The former name of an option: it goes on working for one version, with a note. now: the option's name today."""
+
+    def __init__(self, *args: Any, now: str, **settings: Any) -> None:
+        super().__init__(*args, **{**settings, "hidden": True})
+        self.now = now
+
+
+def in_group(group: Group) -> Callable[..., Callable[[_Command], _Command]]:
+    """``click.option`` for the options of a group."""
+    return partial(click.option, cls=GroupedOption, group=group)
 
 
 class OutPath(click.Path):
@@ -20,7 +68,87 @@ class OutPath(click.Path):
 
 
 class Verb(click.Command):
-    """A command of qkit. Raises UsageError for an output file that would take the place of an input."""
+    """A command of qkit. Raises UsageError for an output file that would replace an input."""
+
+    @property
+    def _grouped(self) -> dict[Group, list[GroupedOption]]:
+        found: dict[Group, list[GroupedOption]] = {}
+        for param in self.params:
+            if isinstance(param, GroupedOption):
+                found.setdefault(param.group, []).append(param)
+        return {group: found[group] for group in Group if group in found}
+
+    # ---- help --------------------------------------------------------------------------------------------------
+
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        """``-h`` is an option of its own where options have groups."""
+        names = super().get_help_option_names(ctx)
+        return [name for name in names if name != "-h"] if self._grouped else names
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The options, with those of the help."""
+        params = super().get_params(ctx)
+        if not self._grouped:
+            return params
+        brief = click.Option(
+            ["-h"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=self._show_brief,
+            help="Show this short help.",
+        )
+        return [*self.params, brief, *params[len(self.params) :]]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """All options, each group under its title."""
+        grouped = self._grouped
+        if not grouped:
+            super().format_options(ctx, formatter)
+            return
+        for group, options in grouped.items():
+            _write_options(group.value, options, ctx, formatter)
+        rest = [p for p in self.get_params(ctx) if isinstance(p, click.Option) and not isinstance(p, GroupedOption)]
+        _write_options("Help", rest, ctx, formatter)
+
+    def _show_brief(self, ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+        if asked and not ctx.resilient_parsing:
+            click.echo(self._brief_help(ctx), color=ctx.color)
+            ctx.exit()
+
+    def _brief_help(self, ctx: click.Context) -> str:
+        """The first sentence, the example, the options of the first group, and the names of the other groups."""
+        formatter = ctx.make_formatter()
+        self.format_usage(ctx, formatter)
+        first, *others = inspect.cleandoc(self.help or "").split("\n\n")
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text("\n\n".join((first, *(text for text in others if "Example:" in text))))
+        (group, options), *rest = self._grouped.items()
+        _write_options(group.value, options, ctx, formatter)
+        with formatter.section("More options, explained by --help"):
+            formatter.write_dl([(g.value, ", ".join(max(o.opts, key=len) for o in found)) for g, found in rest])
+        return formatter.getvalue().rstrip("\n")
+
+    # ---- what is checked before a command runs -----------------------------------------------------------------
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Values that came under a former name of an option go to the option."""
+        rest = super().parse_args(ctx, args)
+        for param in self.params:
+            if not isinstance(param, RenamedOption):
+                continue
+            value, old = ctx.params.pop(param.name or ""), param.opts[0]
+            if value is None:
+                continue
+            name = param.now.removeprefix("--").replace("-", "_")
+            if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                raise UsageError(f"{old} is the former name of {param.now}, and both are used: use {param.now} alone")
+            warnings.warn(
+                f"{old} is now {param.now}: the old name goes in the next version", RenamedWarning, stacklevel=2
+            )
+            ctx.params[name] = value
+        return rest
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, once its output files were looked at."""
@@ -31,7 +159,9 @@ class Verb(click.Command):
                 continue
             option, real = param.opts[0], _real(value)
             if real in written:
-                raise UsageError(f"{option} {value}: {written[real]} names the same file: give each a file of its own")
+                raise UsageError(
+                    f"{option} {value}: {written[real]} names the same file: use a different file for each"
+                )
             written[real] = option
             self._refuse_lost_input(ctx, option, Path(value))
         return super().invoke(ctx)
@@ -45,13 +175,20 @@ class Verb(click.Command):
             for given in _paths(ctx.params.get(param.name or "")):
                 other = _real(given)
                 if real == other and given.exists():
-                    raise UsageError(f"{option} {file}: that is the file of {name}: name another file")
+                    raise UsageError(f"{option} {file}: that is the file of {name}: use another file")
                 between = [p for p in real.parents if p == other or other in p.parents] if given.is_dir() else []
                 result = self.name == "quantize" and param.name in ("out", "work")
                 if between and (result or any((p / mark).is_file() for p in between for mark in _MARKS)):
                     raise UsageError(
-                        f"{option} {file}: that lies in the folder of {name}, {given}: name a file elsewhere"
+                        f"{option} {file}: that lies in the folder of {name}, {given}: use a file elsewhere"
                     )
+
+
+def _write_options(title: str, options: list[Any], ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    records = [record for option in options if (record := option.get_help_record(ctx)) is not None]
+    if records:
+        with formatter.section(title):
+            formatter.write_dl(records)
 
 
 def _real(path: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""qkit verify: the independent proof of a packed checkpoint."""
+"""qkit verify: the independent check of a packed checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
 
 
 def show(report: Report, console: Console) -> None:
-    """Prints the checks by topic, what each engine makes of each combination of formats, and the first problems."""
+    """Prints the checks by topic, the support of each combination of formats by each engine, and the first problems."""
     rows = [[topic, f"{count:,}"] for topic, count in sorted(report.checks.items())]
     console.print(_table("checks made", ["topic", "checks"], rows))
     combinations = {(e.linears, e.weights, e.activations, e.packing): None for e in report.engines}
@@ -37,29 +37,29 @@ def show(report: Report, console: Console) -> None:
         title = f"{linears} linears: weights {weights}, activations {activations}, stored as {packing}"
         fits = [e for e in report.engines if (e.weights, e.activations, e.packing) == (weights, activations, packing)]
         rows = [[e.engine, e.loads_as or "no", "; ".join(e.limits)] for e in fits]
-        console.print(_table(title, ["engine", "loads as", "to know"], rows))
+        console.print(_table(title, ["engine", "loads as", "limits"], rows))
     for note in report.notes:
         console.print(Text(f"note: {note}"))
     for problem in report.problems[:_SHOWN]:
         console.print(Text(f"problem: {problem}"), soft_wrap=True)
     if len(report.problems) > _SHOWN:
-        console.print(Text(f"... and {len(report.problems) - _SHOWN} more problems (--json FILE has all)"))
+        console.print(Text(f"... and {len(report.problems) - _SHOWN} more problems (--json FILE contains all)"))
     size = f"{report.linears} quantized linears, {report.skipped} skipped, {report.bytes:,} bytes"
     console.print(Text(f"{'sound' if report.ok else 'NOT sound'}: {size}, {sum(report.checks.values()):,} checks"))
 
 
 @click.command("verify", cls=Verb)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--job", type=click.Path(path_type=Path), help="Also compare every weight with this job's journal.")
-@click.option("--json", "json_file", type=OutFile(), help="Write the report to this file.")
+@click.option("--job", type=click.Path(path_type=Path), help="Job folder whose journal every weight is compared with.")
+@click.option("--json", "json_file", type=OutFile(), help="JSON file for the report.")
 def verify_command(out: Path, job: Path | None, json_file: Path | None) -> None:
-    """Prove that the packed checkpoint in OUT holds what it should.
+    """Verify that the packed checkpoint in OUT is complete and correct.
 
-    Reads every byte back with a decoder that shares no code with the writer. Exit code 4 if anything is wrong.
+    The command reads every byte with a decoder that shares no code with the writer. The exit code is 4 if anything is wrong.
 
     \b
     Example:
-      qkit verify out/tiny-llama-w4a16 --job jobs/tiny-llama-w4a16 --json verify.json
+      qkit verify out/tiny-llama-w4a16 --json verify.json
     """
     report = verify(out, job)
     if json_file is not None:

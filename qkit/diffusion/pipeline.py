@@ -60,7 +60,7 @@ def check_pipeline(folder: Path) -> dict[str, Any]:
         )
     if SECOND in present:
         raise Unsupported(
-            f"{folder}: a pipeline with two transformers ({DENOISER}, {SECOND}): give each by itself, --model "
+            f"{folder}: a pipeline with two transformers ({DENOISER}, {SECOND}): quantize each separately, --model "
             f"{folder}/{DENOISER} and --model {folder}/{SECOND}"
         )
     return index

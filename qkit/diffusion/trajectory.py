@@ -70,7 +70,7 @@ def sampling_of(folder: Path, prompts: Path | None, call: dict[str, Any]) -> Sam
         if not texts:
             raise BadCalibration(f"{prompts}: no prompt in it, expected one a line")
     if not texts:
-        raise UsageError(f"{folder} comes without prompts: give --calib FILE, a text file with one prompt a line")
+        raise UsageError(f"{folder} comes without prompts: add --calib FILE, a text file with one prompt per line")
     return Sampling(tuple(texts), {**stored.get("call", {}), **call})
 
 
@@ -147,7 +147,7 @@ class _CallRecorder:
         if size > self.cap:
             raise BadCalibration(
                 f"one call of the transformer takes {size / 1e6:.3f} MB, and rows may take {self.cap / 1e6:.3f} MB of memory "
-                "(--rows-memory): allow more, or sample smaller pictures (--call)"
+                "(--rows-memory): allow more, or sample smaller images (--call)"
             )
         self.kept.setdefault(step, []).append(mapped(self._put, call))
 

@@ -68,8 +68,8 @@ class BlockStep:
     tries: bool
 
     def part(self, results: list[LinearResult], plan: Plan) -> dict[str, Tensor]:
-        """Tensors to commit, with the transformed weights before quantization where a later stage needs them."""
-        return part_tensors(results, self.state, bool(plan.significant or plan.learning("whole")))
+        "The tensors to commit, with weights as transforms left them where a later stage looks at these."
+        return part_tensors(results, self.state, bool(plan.significant or plan.learning("e2e_steps")))
 
 
 @dataclass(frozen=True)

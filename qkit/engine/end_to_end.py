@@ -39,7 +39,7 @@ def learn_end_to_end(plan: Plan, structure: ModelStructure, job: Job, pool: Work
 
     Does nothing where the job has them already, or the plan asks for no steps.
     """
-    steps = plan.learning("whole")
+    steps = plan.learning("e2e_steps")
     if not steps or job.stage(WHOLE) is not None:
         return
     assert plan.calibration is not None

@@ -105,7 +105,7 @@ def embed(
         )
         return rows, {i: call.to(dtype) for i, call in _as_one(calibration, row_calls).items()}
     if not lead_shapes:
-        raise BadCalibration(f"no calibration row reaches the {sequence.name}: give rows with pictures, or skip it")
+        raise BadCalibration(f"no calibration sample reaches the {sequence.name}: use image-text data, or skip it")
     longest = max(torch.Size(lead).numel() for lead in lead_shapes)
     good = good or [True] * len(lead_shapes)
     rows = Rows(

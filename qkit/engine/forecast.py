@@ -175,7 +175,7 @@ def _descent(plan: Plan, block: BlockStructure, size: int, rows: Calibration) ->
         return 0.0
     steps, batch = planned.options["steps"], min(planned.options["batch"], rows.count)
     return float(
-        size * (steps * (6 * batch * rows.seqlen + 40) + plan.learning("whole") * (8 * batch * rows.seqlen + 40))
+        size * (steps * (6 * batch * rows.seqlen + 40) + plan.learning("e2e_steps") * (8 * batch * rows.seqlen + 40))
     )
 
 

@@ -41,6 +41,7 @@ from qkit.files.safefile import (
     sync_dir,
     write_atomic,
 )
+from qkit.planning.renamed import record_under_current_names
 from qkit.tensor import lowrank, sparse
 from qkit.tensor.formats import Format
 from qkit.tensor.input_transform import RESIDUAL, SCALE, InputTransform
@@ -95,7 +96,7 @@ class Job:
     def _claim(self) -> None:
         """Write job.json for this job. Raises JobConflict where another job owns the folder and has committed blocks."""
         file, journal = self.path / "job.json", self.path / "journal.jsonl"
-        stored = read_job(file) if file.exists() else None
+        stored = record_under_current_names(read_job(file)) if file.exists() else None
         if stored is not None and stored.pop("finished", False):
             # A finished job: the same command makes its output again.
             remove_bulk(self.path)

@@ -82,7 +82,7 @@ def run_tasks(
                 )  # fmt: skip
             except Exceeded as error:
                 raise BadInput(
-                    f"{', '.join(tasks)}: the chat template of the model takes {error}: get it again"
+                    f"{', '.join(tasks)}: the chat template of the model needs {error}: download it again"
                 ) from error
             except (ValueError, NotImplementedError, TemplateFailure) as error:
                 raise BadInput(f"lm-eval cannot run {', '.join(tasks)}: {first_line(error)}") from error
@@ -106,7 +106,7 @@ def _with_images(model: Any, processor: Callable[[], Any] | None, tasks: Sequenc
     from lm_eval.models.hf_vlms import HFMultimodalLM
 
     if processor is None:
-        raise UsageError(f"{', '.join(tasks)}: tasks with pictures are for a vision-language model, and this is none")
+        raise UsageError(f"{', '.join(tasks)}: tasks with images are for a vision-language model, and this is none")
 
     class Model(HFMultimodalLM):  # type: ignore[misc]
         """lm-eval's own loads the processor from where the model came from, which here has no name."""

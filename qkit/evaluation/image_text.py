@@ -61,7 +61,7 @@ def evaluate_image_text(
     model: Any, processor: Any, spec: str | Path, count: int = QUESTIONS, baseline: Any = None, examples: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The figures of at most ``count`` questions of ``spec`` (as for ``held_out_image_text``), with 95 % intervals over questions.
+    """The figures of at most ``count`` questions of ``spec`` (as for ``held_out_image_text``), with 95 % intervals.
 
     Figures: questions, tokens (of answers), nonfinite (of them); accuracy {percent, ci (Wilson)}, kinds {kind: {questions,
     accuracy}} where questions have kinds; perplexity and ci (of answer tokens). With a baseline accuracy further has
@@ -90,7 +90,7 @@ def score_questions(
     if baseline is not None and _shape(model) != _shape(baseline):
         raise UsageError(
             f"the two models cannot be compared token by token: the baseline is {_shape(baseline)}, the other one "
-            f"{_shape(model)}; give the model that it was made from"
+            f"{_shape(model)}; use the model that it was made from"
         )
     # what is wrong with an image is better said before the first answer
     total = sum(1 for _ in held_out_image_text(spec, count))

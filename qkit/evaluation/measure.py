@@ -58,7 +58,7 @@ def measure_all(
     ]
     single_only = request.alone
     if single_only and len(outs) > 1:
-        raise UsageError(f"{single_only}: is measured of one model at a time, and there are {len(outs)}: give one OUT")
+        raise UsageError(f"{single_only}: measures one model at a time, and there are {len(outs)}: use one OUT")
     dimensions = dimensions_of(request.tasks)
     if dimensions:
         return [results[0] | _vbench(outs[0], baseline, dimensions, request, progress)]
@@ -69,8 +69,8 @@ def measure_all(
     for out in outs:
         if is_pipeline(out):
             raise UsageError(
-                f"{out}: a diffusion pipeline makes pictures: measure it with --videos N, or by lines of a budget about "
-                "samples (psnr, ssim, latent_error, flickering)"
+                f"{out}: a diffusion pipeline makes images or videos: measure it with --videos N, or with budget lines "
+                "about samples (psnr, ssim, latent_error, flickering)"
             )
     for spec in request.texts:
         text_name(spec)  # what is wrong with a file is better said before a large model is loaded
@@ -115,7 +115,7 @@ def _check_alike(outs: Sequence[Path], tokenizers: Sequence[Any], request: EvalR
         for out, tokenizer in zip(outs[1:], tokenizers[1:], strict=True):
             if not first.equal(first_tokens(tokenizer, spec, needed)):
                 raise UsageError(
-                    f"{outs[0]} and {out} split text '{text_name(spec)}' into different tokens: measure them one by one"
+                    f"{outs[0]} and {out} split text '{text_name(spec)}' into different tokens: measure each model separately"
                 )
 
 
@@ -137,9 +137,7 @@ def _vbench(
 ) -> dict[str, Any]:
     """{"tasks", "baseline_tasks"} as of other tasks."""
     if request.vbench_python is None:
-        raise UsageError(
-            f"--tasks {request.tasks[0]}: give --vbench-python, an interpreter that VBench is installed for"
-        )
+        raise UsageError(f"--tasks {request.tasks[0]}: add --vbench-python, a Python interpreter with VBench installed")
     _check_pipelines(out, baseline, request)
     bench = VBenchRequest(
         dimensions=dimensions,
@@ -203,8 +201,8 @@ def _kind(out: Path) -> Any:
 def _processor(out: Path, image_text: str) -> Any:
     if not _sees(out):
         raise UsageError(
-            f"{out}: questions about pictures are for a vision-language model, and this is a {_kind(out)}: measure texts or "
-            "tasks without pictures"
+            f"{out}: questions about images are for a vision-language model, and this is a {_kind(out)}: measure texts or "
+            "tasks without images"
         )
     held_out_image_text(image_text, 1)
     return load_processor(out)
@@ -229,9 +227,7 @@ def _check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a build of torch without CUDA
         reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"device {device!r} cannot be used: {reason}; give cpu, or a device of this machine"
-        ) from error
+        raise UsageError(f"device {device!r} cannot be used: {reason}; use cpu, or a device of this machine") from error
 
 
 def sizes(out: Path, baseline: Path | None) -> dict[str, int]:

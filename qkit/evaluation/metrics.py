@@ -115,7 +115,7 @@ def _compare_batch(p_logits: Tensor, q_logits: Tensor, ids: Tensor) -> list[Tens
     if p_logits.shape != q_logits.shape:
         raise UsageError(
             f"the two models cannot be compared token by token: the reference has a vocabulary of "
-            f"{p_logits.shape[-1]}, the other one of {q_logits.shape[-1]}; give the model that it was made from"
+            f"{p_logits.shape[-1]}, the other one of {q_logits.shape[-1]}; use the model that it was made from"
         )
     rows = []
     for at in _chunks(p_logits):
@@ -132,7 +132,7 @@ def split_windows(tokens: Tensor, window: int, limit: int | None = None) -> Tens
         raise UsageError(f"a window needs at least 2 tokens and a limit at least 1 window; found {window} and {limit}")
     count = tokens.numel() // window
     if count == 0:
-        raise BadInput(f"the text has {tokens.numel()} tokens, and one window needs {window}; give more text")
+        raise BadInput(f"the text has {tokens.numel()} tokens, and one window needs {window}; use more text")
     count = count if limit is None else min(count, limit)
     return tokens.reshape(-1)[: count * window].reshape(count, window)
 

@@ -53,7 +53,7 @@ class EvalRequest:
         options = {
             "--kv": self.caches,
             "--retrieval": self.retrieval,
-            "--pairs": self.image_text is not None,
+            "--image-text": self.image_text is not None,
             "--videos": self.videos,
             "--tasks vbench:": dimensions_of(self.tasks),
         }
@@ -66,7 +66,9 @@ def dimensions_of(tasks: Sequence[str]) -> list[str]:
     if not any(t.startswith(PREFIX) for t in tasks):
         return []
     if not tasks[0].startswith(PREFIX):
-        raise UsageError(f"--tasks {tasks[0]}: tasks of VBench and others are not measured in one go; leave one out")
+        raise UsageError(
+            f"--tasks {tasks[0]}: tasks of VBench and other tasks cannot be measured together: leave one of the two out"
+        )
     return [t.removeprefix(PREFIX) for t in tasks]
 
 

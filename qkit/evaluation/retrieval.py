@@ -114,8 +114,8 @@ def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 def _too_few(count: int, needed: int) -> BadInput:
     return BadInput(
-        f"the text has {count} words that can be asked for (4 to 9 small letters, of as many tokens), and retrieval needs "
-        f"{needed}; give more text, or a smaller --window"
+        f"the text has {count} words that can be asked for (4 to 9 lowercase letters, of as many tokens), and "
+        f"retrieval needs {needed}; use more text, or a smaller --window"
     )
 
 
@@ -177,7 +177,7 @@ def _shuffled(fact_words: Facts, chance: torch.Generator) -> list[int]:
 
 def _too_short(length: int, needed: int) -> BadInput:
     return BadInput(
-        f"a context of {length} tokens has no room for what retrieval asks for: it needs {needed}; give a larger --window"
+        f"a context of {length} tokens is too short for retrieval, which needs {needed}: use a larger --window"
     )
 
 

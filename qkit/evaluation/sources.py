@@ -39,9 +39,9 @@ def _named_file(spec: Path | str) -> tuple[str, Path]:
         name, _, file = spec.partition("=")
         path = Path(file)
     if not path.exists():
-        raise BadInput(f"text {path}: there is no such file; give the path of a text file")
+        raise BadInput(f"text {path}: there is no such file; use the path of a text file")
     if not path.is_file():
-        raise BadInput(f"text {path}: found a folder, a pipe or a device; give the path of a text file")
+        raise BadInput(f"text {path}: found a folder, a pipe or a device; use the path of a text file")
     return name, path
 
 
@@ -70,7 +70,7 @@ def _read_dataset(spec: str) -> str:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise BadInput(
             f"data set {name!r} (config {config}, split {split}) cannot be loaded: {first_line(error)}; "
-            "check its name and the network, or give a text file"
+            "check its name and the network, or use a text file"
         ) from error
     if column not in rows.column_names:
         raise BadInput(f"data set {name!r} has no column {column!r}; it has {', '.join(rows.column_names)}")

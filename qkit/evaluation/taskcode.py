@@ -33,7 +33,7 @@ def refuse_task_code(folder: Path, metrics: Container[str]) -> None:
     """Raises Unsupported, naming file and line, when a task file under ``folder``, or one that it includes, could run
     code; BadInput when the folder or a file cannot be read. ``metrics``: the names of metrics that lm-eval has."""
     if not folder.is_dir():
-        raise BadInput(f"{folder} is not a folder; --task-dir takes a folder of lm-eval task files")
+        raise BadInput(f"{folder} is not a folder; --task-dir must be a folder of lm-eval task files")
     waiting, visited = sorted(folder.glob("**/*.yaml")), set[Path]()
     while waiting:
         path = waiting.pop().resolve()
@@ -45,7 +45,7 @@ def refuse_task_code(folder: Path, metrics: Container[str]) -> None:
             if reason is not None:
                 raise Unsupported(
                     f"{path}, line {node.start_mark.line + 1}: {reason}; it could run code on this machine: "
-                    "read the file, then pass --allow-task-code if you trust it"
+                    "read the file, then add --allow-task-code if you trust it"
                 )
             if key == "include" and isinstance(node, yaml.ScalarNode):
                 waiting.append(path.parent / node.value)
@@ -54,7 +54,7 @@ def refuse_task_code(folder: Path, metrics: Container[str]) -> None:
 def _nodes(path: Path) -> Iterator[tuple[str, yaml.Node]]:
     """Every node of a file, each with the key of the mapping that it is under ('' at the top)."""
     if path.exists() and not path.is_file():  # a pipe would block
-        raise BadInput(f"task file {path} is not a file; take it out of the folder")
+        raise BadInput(f"task file {path} is not a file; remove it from the folder")
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)

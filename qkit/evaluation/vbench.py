@@ -184,11 +184,9 @@ def write_videos(
     if file.is_file():
         existing = load_json(file, "list of videos")
         if existing != json.loads(json.dumps(content)):
-            raise UsageError(
-                f"{folder}: there are videos of another model, call or prompts in it: choose another --videos-dir"
-            )
+            raise UsageError(f"{folder}: it holds videos of another model, call or prompts: use another --videos-dir")
     elif folder.is_dir() and any(folder.iterdir()):
-        raise UsageError(f"{folder}: there are files in it that qkit did not make: choose another --videos-dir")
+        raise UsageError(f"{folder}: it holds files that qkit did not make: use another --videos-dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(file, (json.dumps(content, indent=1) + "\n").encode())
@@ -250,9 +248,7 @@ def _figures(result: Any, dimension: str) -> dict[str, Any]:
         by_name = {Path(v["video_path"]).name: float(v["video_results"]) for v in videos}
         value = float(score)
     except (KeyError, TypeError, ValueError) as e:
-        raise Unsupported(
-            f"VBench's result for {dimension} has another form than expected ({e!r}): use vbench 0.1.5"
-        ) from e
+        raise Unsupported(f"VBench's result for {dimension} has an unexpected form ({e!r}): use vbench 0.1.5") from e
     names = sorted(by_name)
     values = [by_name[name] for name in names]
     ci = bootstrap_ci(torch.tensor(values, dtype=torch.float64)).ends if values else None

@@ -239,7 +239,7 @@ def refuse_quantized_names(folder: Path, tensors: Iterable[str]) -> None:
 def _say_quantized(folder: Path, where: str, method: str) -> NoReturn:
     raise Unsupported(
         f"{folder}: {where} says that the model is quantized already ({method}), expected full precision: "
-        "dequantize it first, or take the original model"
+        "dequantize it first, or use the original model"
     )
 
 

@@ -77,7 +77,7 @@ def inspect(path: Path) -> Inspection:
         inspection.quantization = describe_quantization({}, path, header)
         _count(inspection, header, [path], {}, {})
     elif path.exists():
-        raise BadCheckpoint(f"{path}: is no folder, no safetensors and no GGUF file: give one of these")
+        raise BadCheckpoint(f"{path}: expected a folder, a safetensors file or a GGUF file")
     else:
         raise BadCheckpoint(f"{path}: there is no such file or folder: check the path")
     return inspection

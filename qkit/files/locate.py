@@ -34,11 +34,11 @@ def find_model(model: str, revision: str | None = None, require_revision: bool =
 
     path = Path(model)
     if not model:
-        raise BadCheckpoint("'': that names no model: give a model folder, a reference model or a hub id")
+        raise BadCheckpoint("'': the name is empty: use a model folder, a reference model or a hub id")
     if path.is_file():
         if path.suffix == ".gguf":
             refuse_gguf(path)
-        raise BadCheckpoint(f"{path}: a file, expected the folder of a model: give the folder that it lies in")
+        raise BadCheckpoint(f"{path}: a file, expected the folder of a model: use the folder of the file")
     embedded: Path | None = path if path.is_dir() else qkit_data.model_path(model)
     if embedded is not None:
         if revision is not None:

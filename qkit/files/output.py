@@ -79,7 +79,7 @@ def check_output_dir(out: Path, source: Path, overwrite: bool, replace: bool = T
             raise UsageError(f"{out}: the output folder {fault}: choose another folder")
     filled = os.path.exists(out) and bool(list_names(out))
     if filled and not overwrite:
-        raise UsageError(f"{out}: the output folder is not empty: choose another, or pass --overwrite to replace it")
+        raise UsageError(f"{out}: the output folder is not empty: choose another, or add --overwrite to replace it")
     if filled and replace:
         _refuse_strangers(out)
 
@@ -117,7 +117,7 @@ def commit_dir(partial: Path, out: Path, overwrite: bool) -> None:
         raise UsageError(f"{partial} and {out} are in different folders: build the output beside its final place")
     replaced = os.path.lexists(out)
     if replaced and (os.path.islink(out) or not os.path.isdir(out) or (list_names(out) and not overwrite)):
-        raise UsageError(f"{out}: exists and is not an empty folder: choose another, or pass --overwrite to replace it")
+        raise UsageError(f"{out}: exists and is not an empty folder: choose another, or add --overwrite to replace it")
     if replaced and list_names(out):
         _refuse_strangers(out)
     old_files: Collection[str] = result_files(out) if replaced else ()

@@ -51,12 +51,12 @@ def load_yaml(path: Path, label: str) -> Any:
     infinity. Raises IOFailure when the file cannot be read.
     """
     if path.exists() and not path.is_file() and not path.is_dir():  # reading could last for ever
-        raise BadRecipe(f"{label} {path} is a pipe or a device; give the path of a YAML file")
+        raise BadRecipe(f"{label} {path} is a pipe or a device: use a YAML file")
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise BadRecipe(f"{label} {path}: there is no such file; give the path of a YAML file") from error
+        raise BadRecipe(f"{label} {path}: there is no such file: use the path of a YAML file") from error
     except OSError as error:
         raise IOFailure(f"{label} {path} cannot be read: {error.strerror}") from error
     return parse_yaml(data, label, str(path))
@@ -164,7 +164,7 @@ class _YamlReader:
         if text in _WORDS:
             return _WORDS[text]
         if _NOT_FINITE.match(text):
-            raise self.bad(event, f"{text} is not a number that can be used here; give a finite one")
+            raise self.bad(event, f"{text} is not a number that can be used here: use a finite one")
         if _INT.match(text):
             if len(text) > 20 or abs(int(text)) > MAX_INT:
                 raise self.bad(event, f"integer {text[:24]} of {len(text)} characters does not fit 64 bits")

@@ -169,7 +169,7 @@ def with_budgets(policy: CachePolicy, model: Any, length: int) -> CachePolicy:
     if length <= policy.sink + policy.window:
         raise UsageError(
             f"kv policy {policy.name}: a length of {length} tokens, and {policy.sink + policy.window} stay at 16 bits "
-            "(sink and window): nothing is left to pack; give a larger --max-length"
+            "(sink and window): nothing is left to pack: use a larger --max-length"
         )
     finals = policy.widths_of(heads.layers)
     budgets = tuple(heads.bytes_at(policy, w, length) for w in finals)

@@ -14,14 +14,14 @@ from qkit.files.schema import validate as checked_file
 
 WIDTHS = (2, 3, 4, 8, 16)
 KINDS = {
-    "progressive": "sink and newest tokens at 16 bits, the rest halved in width whenever the budget is reached (PM-KVQ)",
-    "kivi": "keys by channel, values by token, the newest tokens as they came (KIVI)",
-    "rtn": "every token at once, by token, rounded to nearest",
-    "hierarchical": "4-bit codes and 4 bits of what they leave: read as 4 or as 8 bits (QuantSpec)",
-    "xquant": "the inputs of attention instead of keys and values, which are made from them again (XQuant)",
-    "xquant-cl": "as xquant, of each layer what its input differs by from that of the layer below (XQuant-CL)",
-    "fp": "8-bit floats (e4m3), a static scale for a layer's keys and one for its values, as engines keep them",
-    "rotate": "as int, behind a Hadamard transform of every head's keys and values",
+    "progressive": "first and newest tokens at 16 bits, other tokens halved in width when the budget is reached (PM-KVQ)",
+    "kivi": "keys by channel, values by token, newest tokens at 16 bits (KIVI)",
+    "rtn": "round to nearest, by token, for all tokens",
+    "hierarchical": "4-bit codes and 4-bit codes of their error, read as 4 or 8 bits (QuantSpec)",
+    "xquant": "inputs of attention, from which keys and values are computed again (XQuant)",
+    "xquant-cl": "as xquant, with the difference of inputs between neighboring layers (XQuant-CL)",
+    "fp": "8-bit floats (e4m3) with static scales for the keys and the values of a layer, as engines use them",
+    "rotate": "as int, after a Hadamard transform of the keys and values of every head",
 }
 ALIASES = {"pm-kvq": "progressive", "pmkvq": "progressive", "int": "rtn"}
 WIDTHS_OF = {"progressive": (8, 4, 2), "hierarchical": (8,), "fp": (8,)}  # the others: 2, 3, 4 and 8

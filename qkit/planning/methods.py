@@ -20,43 +20,45 @@ def check_method(
     balanced = next((t for t in transforms if "modality_weights" in TRANSFORMS[t].needs), None)
     if balanced is not None and not structure.family.text_types:
         raise Unsupported(
-            f"method {balanced} weighs pictures against answers, and this is no vision-language model "
+            f"method {balanced} balances images and answers, and this is no vision-language model "
             f"({kind_of(structure.checkpoint.config)}): use awq"
         )
     if balanced is not None and calibration is not None and calibration.kinds is None:
         raise UsageError(
-            f"method {balanced} needs pictures with answers: give --calib a .jsonl file or a folder, or leave it out"
+            f"method {balanced} needs image-text data: use a .jsonl file or a folder for --calib, or leave it out"
         )
     if "hadamard" in transforms and structure.family.streams is None:
-        raise Unsupported("method hadamard transforms inputs at run time, in diffusion transformers: take rotate")
+        raise Unsupported("method hadamard transforms inputs at run time, in diffusion transformers: use rotate")
     if "residual" in transforms:
         _check_residual(recipe, transforms)
     if recipe.significant and structure.family.streams is not None:
-        raise Unsupported(
-            "--significant looks at the loss of a language model: leave it out for a diffusion transformer"
-        )
+        raise Unsupported("--significant needs the loss of a language model: leave it out for a diffusion transformer")
     share = recipe.options.get("compensate", 0)
     if share and structure.family.streams is not None:
-        raise Unsupported("option 'compensate' needs rows of one shape, and those of a diffusion transformer are not")
+        raise Unsupported(
+            "option 'compensate' needs samples of one shape, which a diffusion transformer does not have: leave it out"
+        )
     learned = next((t for t in transforms if TRANSFORMS[t].stage == "block"), None)
     if learned is None:
         return
     if any(x.expert is not None for b in structure.blocks for x in b.linears):
         raise Unsupported(
-            f"method {learned} learns linears that are modules, and this model has fused experts: use gptq"
+            f"method {learned} needs linears that are modules, and this model has fused experts: use gptq"
         )
-    if recipe.options.get("weigh"):
+    if recipe.options.get("loss_weighted"):
         if structure.family.streams is not None or structure.family.encodes:
-            raise Unsupported("option 'weigh' looks at the loss of a language model, and this is none: leave it out")
+            raise Unsupported(
+                "option 'loss_weighted' needs the loss of a language model, and this is none: leave it out"
+            )
         if "rotate" in transforms:
             raise UsageError(
-                "option 'weigh' and method rotate exclude each other: the loss is looked at before the rotation"
+                "option 'loss_weighted' and method rotate exclude each other: the loss is measured before the rotation"
             )
-    if recipe.options.get("whole") and (
+    if recipe.options.get("e2e_steps") and (
         structure.towers or structure.family.streams is not None or structure.family.encodes
     ):
         raise Unsupported(
-            "option 'whole' looks at what a language model expects of a text, and this is none: leave it out"
+            "option 'e2e_steps' needs the predictions of a language model, and this is none: leave it out"
         )
 
 
@@ -71,6 +73,6 @@ def check_doubled(method: str, transforms: tuple[str, ...], doubled: int) -> Non
     have."""
     if "residual" in transforms and not doubled:
         raise Unsupported(
-            f"method {method}: residual channels are for inputs with a scale for every few channels, and no layer has such: "
-            "take scheme nvfp4"
+            f"method {method}: residual channels need inputs with one scale per small group, which no layer has: "
+            "use scheme nvfp4"
         )

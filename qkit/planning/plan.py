@@ -118,7 +118,7 @@ class Plan:
         return any(TRANSFORMS[t].stage == "block" for t in self.transforms)
 
     def learning(self, option: str) -> int:
-        """What learned rounding is given for 'weigh' or 'whole', the most that any linear has; 0 without it."""
+        """The largest value of 'loss_weighted' or 'e2e_steps' of any linear; 0 without learned rounding."""
         return max(int(p.options.get(option, 0)) for p in self.linears.values()) if self.learns else 0
 
     @cached_property
@@ -223,12 +223,10 @@ def make_plan(
     rows = rows_reason(linears, transforms, significant)
     if rows and structure.family.encodes:
         raise Unsupported(
-            f"{rows}, and a text encoder is quantized without calibration: take rtn and w8a16, w8a8 or w4a16"
+            f"{rows}, and a text encoder is quantized without calibration: use rtn with w8a16, w8a8 or w4a16"
         )
     if calibration is None and rows:
-        raise UsageError(
-            f"{rows}: give calibration text with --calib FILE (or leave --calib out for the built-in text)"
-        )
+        raise UsageError(f"{rows}: add --calib FILE (or leave --calib out for the embedded text)")
     untied = "rotate" in transforms and bool(structure.tied)
     export, measured = _export(recipe, structure, linears, significant), rows is not None or is_static(kv)
     if export == "compressed-tensors" and structure.family.streams is None:
@@ -313,15 +311,15 @@ def _scales_inputs(recipe: Recipe, structure: ModelStructure) -> bool:
 def rows_reason(linears: dict[str, LinearPlan], transforms: tuple[str, ...], significant: int) -> str | None:
     """The reason why calibration rows must be run, or None when the weights alone decide."""
     if significant:
-        return "significant weights are found by what they do to the loss"
+        return "significant weights are found by their effect on the loss"
     for p in linears.values():
         if SOLVERS[p.solver].needs_hessian:
             return f"solver {p.solver} measures the inputs of every layer"
         if has_static(p):
-            return f"scheme {p.scheme} has an activation scale that is measured beforehand"
+            return f"scheme {p.scheme} has a static activation scale, which is measured"
     for t in transforms:
         if TRANSFORMS[t].stage in ("stats", "block"):
-            return f"{t} measures what calibration rows make of every block"
+            return f"{t} needs the outputs of every block for calibration samples"
     return None
 
 
@@ -332,11 +330,11 @@ def _policy(recipe: Recipe, structure: ModelStructure, linears: dict[str, Linear
         return None
     if structure.family.streams is None:
         raise Unsupported(
-            f"scheme {BY_STEP} and --policy decide at every step of a diffusion sampler, and this is a "
-            f"{kind_of(structure.checkpoint.config)}: take another, for instance nvfp4"
+            f"scheme {BY_STEP} and --policy act at every step of a diffusion sampler, and this is a "
+            f"{kind_of(structure.checkpoint.config)}: use another scheme, for instance nvfp4"
         )
     if not any(p.weights.name == "nvfp4" and p.activations is not None for p in linears.values()):
-        raise Unsupported("a policy by step needs layers with NVFP4 weights and inputs: take --scheme 6bit")
+        raise Unsupported("a policy by step needs layers with NVFP4 weights and inputs: use --scheme 6bit")
     return config.model_dump()
 
 
@@ -362,7 +360,7 @@ def _decide(linear: Linear, widths: set[int], recipe: Recipe, rule: Rule | None)
         if group is not None and linear.shape[1] % group:
             raise Unsupported(
                 f"{linear.name}: scheme {scheme.name} quantizes activations in groups of {group}, which do not divide "
-                f"its {linear.shape[1]} input columns: choose another scheme or skip it with a rule"
+                f"its {linear.shape[1]} input columns: use another scheme, or skip the layer with a rule"
             )
     notes, transforms = [], parse_method(recipe.method)[0]
     if weights.group != scheme.weights.group:

@@ -23,18 +23,20 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qkit.diffusion.policy import PolicyConfig
 from qkit.errors import BadRecipe, UsageError
 from qkit.files.schema import field_path
 from qkit.files.strictyaml import LineDict, check_keys, load_yaml
+from qkit.planning.renamed import current_names
 from qkit.solvers.table import SOLVERS
 from qkit.system.option import Options
 from qkit.tensor.formats import Scheme, did_you_mean, scheme
 from qkit.transforms.table import TRANSFORMS
 
 Glob = Annotated[str, Field(min_length=1, max_length=200)]
+MethodOptions = Annotated[dict[str, Any], AfterValidator(current_names)]
 MOST_SPARSE = 20.0  # percent: beyond it a wider format takes less room
 AUTO = "auto"  # in a method: what comes in its place is found for every block (``qkit.engine.auto``)
 TRIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,7 +57,7 @@ class Rule(BaseModel):
     solver: str | None = None
     group_size: int | None = None
     skip: str | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: MethodOptions = Field(default_factory=dict)
 
     @property
     def globs(self) -> tuple[str, ...]:
@@ -87,7 +89,7 @@ class Recipe(BaseModel):
     strict: bool = False
     export: Literal["compressed-tensors", "qkit"] | None = None
     engine: Literal["default", "any"] = "default"
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: MethodOptions = Field(default_factory=dict)
     outliers: float | dict[Glob, float] = 0.0
     rank: int | dict[Glob, int] = 0
     significant: Annotated[float, Field(ge=0, le=MOST_SPARSE)] = 0.0
@@ -203,8 +205,8 @@ def check_rules(recipe: Recipe, matched: set[int], names: list[str]) -> None:
         if i not in matched:
             if any(rule.matches(n) for n in names):
                 raise BadRecipe(
-                    f"rule {i + 1} ({rule.match!r}) matches only layers that an earlier rule or a default already "
-                    "decides: move it up or remove it"
+                    f"rule {i + 1} ({rule.match!r}) matches only layers that an earlier rule or a default "
+                    "already decides: move the rule up or remove it"
                 )
             leaf, leaves = rule.globs[0].rpartition(".")[2], sorted({n.rpartition(".")[2] for n in names})
             raise BadRecipe(f"rule {i + 1} ({rule.match!r}) matches no layer{did_you_mean(leaf, leaves)}")
@@ -225,7 +227,7 @@ def parse_method(method: str) -> tuple[tuple[str, ...], str]:
             transforms.append(part)
         elif part == "requant":
             raise UsageError(
-                f"method '{method}': requant searches before anything is planned: give it to 'qkit quantize' with --method"
+                f"method '{method}': requant is a search before planning: use it with --method of 'qkit quantize'"
             )
         else:
             names = [*SOLVERS, AUTO, *TRANSFORMS]

@@ -8,6 +8,7 @@ from typing import Any
 
 from qkit.errors import UsageError
 from qkit.planning.recipe import Recipe, load_recipe, make_recipe, parse_method
+from qkit.planning.renamed import current_names
 from qkit.transforms.table import EFFORTS, TRANSFORMS
 
 REQUANT = "requant"  # a method that searches before anything is planned
@@ -47,7 +48,7 @@ class Request:
     calib: Path | None = None
     samples: int = 128
     seqlen: int = 256
-    written: int = 0
+    synthetic_samples: int = 0
     seed: int = 0
     threads: int | None = None
     kv: dict[str, Any] | None = None
@@ -73,7 +74,7 @@ def recipe_of(request: Request) -> Recipe:
     overrides = {k: v for k, v in settings.items() if v is not None}
     if request.recipe is None and request.scheme is None:
         raise UsageError(
-            "no scheme: give --scheme (for instance w4a16) or --recipe FILE ('qkit list schemes' shows all)"
+            "no scheme: add --scheme (for instance w4a16) or --recipe FILE ('qkit list schemes' shows all)"
         )
     recipe = (
         make_recipe(overrides, "command line") if request.recipe is None else load_recipe(request.recipe, overrides)
@@ -82,20 +83,22 @@ def recipe_of(request: Request) -> Recipe:
         return recipe
     if not any(TRANSFORMS[t].stage == "block" for t in parse_method(recipe.method)[0]):
         raise UsageError(
-            f"--effort is what learned rounding takes, and method '{recipe.method}' has none: take signround, or "
+            f"--effort is for learned rounding, and method '{recipe.method}' has none: use signround, or "
             "SOLVER+signround, or leave --effort out"
         )
-    return recipe.model_copy(update={"options": {**recipe.options, **EFFORTS[request.effort], **request.options}})
+    return recipe.model_copy(
+        update={"options": {**recipe.options, **EFFORTS[request.effort], **current_names(request.options)}}
+    )
 
 
 def check_rows(request: Request) -> None:
     """Raises UsageError for numbers of calibration rows that are out of range."""
     if request.samples < 1 or request.seqlen < 2:
         raise UsageError(
-            f"--samples {request.samples} --seqlen {request.seqlen}: expected at least 1 row of at least 2 tokens"
+            f"--samples {request.samples} --seqlen {request.seqlen}: expected at least 1 sample of at least 2 tokens"
         )
-    if request.written < 0:
-        raise UsageError(f"--written {request.written}: expected a number of rows")
+    if request.synthetic_samples < 0:
+        raise UsageError(f"--synthetic-samples {request.synthetic_samples}: expected 0 or more")
 
 
 def is_requant(method: str | None) -> bool:

@@ -40,8 +40,8 @@ def check_rank(p: LinearPlan, dtype: torch.dtype) -> None:
     if quantized + low_rank_bytes(p.shape, p.rank) >= unquantized:
         largest_rank = max(0, (unquantized - quantized - 1) // low_rank_bytes(p.shape, 1))
         raise UsageError(
-            f"{p.name}: a branch of rank {p.rank} beside {p.scheme} takes no less room than its {p.shape[0]}x{p.shape[1]} "
-            f"weights in 16 bits: take a rank of at most {largest_rank}"
+            f"{p.name}: a branch of rank {p.rank} beside {p.scheme} is no smaller than its "
+            f"{p.shape[0]}x{p.shape[1]} weights in 16 bits: use a rank of at most {largest_rank}"
         )
 
 

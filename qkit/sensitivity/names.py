@@ -20,8 +20,8 @@ def check_measures(names: tuple[str, ...]) -> None:
 
 
 def curve_measure(measures: tuple[str, ...]) -> str:
-    """The default measure of a curve: the one that is nearest to a whole plan's KL divergence."""
+    "What a curve is of when nobody says: the measure that is nearest to a whole plan's KL divergence."
     measure = next((m for m in (*PREFERRED, *measures) if m in measures), None)
     if measure is None:
-        raise UsageError("--pareto: the profile has no measure: give --measures at least one")
+        raise UsageError("--pareto: the profile has no measure: add one to --measures")
     return measure

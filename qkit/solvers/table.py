@@ -63,11 +63,11 @@ class Solver:
 
 SOLVERS: dict[str, Solver] = {
     "rtn": Solver(
-        summary="round to nearest, with a scale search by squared error; needs no data",
+        summary="round to nearest with a scale search by squared error, without calibration data",
         options={
             "search": Option(
                 default="mse",
-                summary="'mse' searches the scale of each group, 'none' takes its full range",
+                summary="scale of each group: 'mse' for the least squared error, 'none' for the full range",
                 choices=("mse", "none"),
             ),
             "signed": SIGNED,
@@ -75,23 +75,23 @@ SOLVERS: dict[str, Solver] = {
         module=lambda: import_module("qkit.solvers.rtn"),
     ),
     "gptq": Solver(
-        summary="column by column, later columns absorb the error (arXiv 2210.17323)",
+        summary="rounding column by column, with the error compensated in later columns (arXiv 2210.17323)",
         options={
             "damp": Option(default=0.01, summary="damping of the Hessian, as a fraction of its mean diagonal"),
             "order": Option(
                 default="none",
-                summary="'activation' takes columns by falling activation energy",
+                summary="order of columns: 'activation' starts with the largest activation energy",
                 choices=("none", "activation"),
             ),
             "signed": SIGNED,
             "sweeps": Option(
                 default=0,
-                summary="passes of coordinate descent behind it: scales, then every code once more (arXiv 2309.01885)",
+                summary="passes of coordinate descent afterwards, over scales and codes (arXiv 2309.01885)",
                 least=0,
             ),
             "compensate": Option(
                 default=0.0,
-                summary="share, 0 to 1, of the change of its inputs that a layer makes up for (arXiv 2504.02692)",
+                summary="share of the input error, 0 to 1, that a layer compensates (arXiv 2504.02692)",
                 least=0,
                 most=1,
             ),

@@ -1,4 +1,4 @@
-"""Options of solvers and transforms: default, summary and permitted values."""
+"An option of a solver or a transform: its default, its meaning, and its allowed values."
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class Option:
     above: float | None = None
     most: float | None = None
     choices: tuple[str, ...] = ()
+    formerly: str = ""
 
     def checked(self, name: str, value: Any) -> Any:
         """The value in the type of the default. Raises UsageError for another type or a value out of range."""
@@ -56,5 +57,5 @@ def needs_of_options(needs: tuple[tuple[str, str], ...], options: Options, value
 
 SIGNED = Option(
     default=False,
-    summary="scales of symmetric integers of up to 4 bits may be negative: the larger side gets the extra code",
+    summary="negative scales for symmetric integers of up to 4 bits, so that the larger side gets the extra code",
 )

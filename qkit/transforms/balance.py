@@ -130,8 +130,8 @@ def gradients(
             handle.remove()
     if not all(answer for _, answer in sums.values()):
         raise BadCalibration(
-            f"{rows.source}: answers of one token, of which no other token depends on what the model makes of it: no gradient "
-            "to weigh errors at pictures by: give longer answers, or a chat template that ends them"
+            f"{rows.source}: answers of one token, whose predictions influence no other token: no gradient "
+            "to balance errors at images with: use longer answers, or a chat template that ends them"
         )
     return [{key: (v, a) for (at, key), (v, a) in sums.items() if at == i} for i in range(len(structure.blocks))]
 

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 # What a transform or a solver can need from calibration, in addition to inputs of quantized blocks.
 NEEDS = {
-    "hessian": "the Hessian of the inputs of every group",
-    "original_inputs": "these inputs in the original model, token by token",
+    "hessian": "Hessian of the inputs of every group",
+    "original_inputs": "inputs of every group in the original model, token by token",
     "original_statistics": "statistics of these inputs in the original model",
-    "original_outputs": "what leaves the block in the original model",
-    "modality_weights": "what errors at images weigh against errors at answers, by a pass of the original model",
-    "loss_weights": "what the loss makes of errors of a block, by a pass of the original model",
+    "original_outputs": "outputs of the block in the original model",
+    "modality_weights": "weight of errors at images relative to errors at answers, by a pass of the original model",
+    "loss_weights": "effect of block errors on the loss, by a pass of the original model",
 }
 INPUTS = ("quantized", "original", "distort")
 RATIOS = ("part", "linear")
@@ -63,12 +63,12 @@ class Transform:
 _BALANCE: Options = {
     "inputs": Option(
         default=INPUTS[0],
-        summary="of the search: behind quantized blocks, original, or distort: both, as the paper says",
+        summary="inputs of the search: quantized (after quantized blocks), original, or distort (both, as in the paper)",
         choices=INPUTS,
     ),
     "ratios": Option(
         default=RATIOS[0],
-        summary="what errors at pictures weigh: one ratio for each part of a block, or for each linear",
+        summary="weight of errors at images: one ratio per part of a block, or per linear",
         choices=RATIOS,
     ),
 }
@@ -82,24 +82,24 @@ TRANSFORMS: dict[str, Transform] = {
     ),
     "hadamard": Transform(  # of every linear by itself, when it is solved (``input_transform``)
         stage="inputs",
-        summary="block Hadamard transform of every layer's inputs at run time, of diffusion transformers (arXiv 2603.18742)",
+        summary="block Hadamard transform of layer inputs at run time, for diffusion transformers (arXiv 2603.18742)",
         options={},
     ),
     "smoothquant": Transform(
         stage="stats",
-        summary="moves outliers from activations to weights, strength searched per group (arXiv 2211.10438)",
+        summary="shift of outliers from activations to weights, with a strength per group (arXiv 2211.10438)",
         options={},
         function=lambda: import_module("qkit.transforms.scales").smoothquant,
     ),
     "awq": Transform(
         stage="stats",
-        summary="scales salient channels up before rounding, exponent searched per group (arXiv 2306.00978)",
+        summary="scaling of salient channels before rounding, with an exponent per group (arXiv 2306.00978)",
         options={},
         function=lambda: import_module("qkit.transforms.scales").awq,
     ),
     "mbq": Transform(
         stage="stats",
-        summary="awq for vision-language models: errors at pictures weighed against errors at answers (arXiv 2412.19509)",
+        summary="awq for vision-language models, with errors at images and answers balanced (arXiv 2412.19509)",
         options=_BALANCE,
         needs=frozenset({"modality_weights"}),
         option_needs=(("inputs", "original_statistics"),),
@@ -115,12 +115,12 @@ TRANSFORMS: dict[str, Transform] = {
     ),
     "residual": Transform(
         stage="stats",
-        summary="input channels that FP4 serves badly are quantized twice; NVFP4 scales to the better of two "
+        summary="second quantization of the input channels with the largest FP4 error, and the better of two NVFP4 scales "
         "(arXiv 2601.07475)",
         options={
             "share": Option(
                 default=SHARE,
-                summary="of the input channels that are quantized twice, 0 to 1: products grow by as much",
+                summary="share of input channels that are quantized twice, 0 to 1; matrix products grow by the same share",
                 above=0,
                 most=1,
             )
@@ -129,26 +129,30 @@ TRANSFORMS: dict[str, Transform] = {
     ),
     "signround": Transform(  # of solved linears, in the loop (``rounding.block``)
         stage="block",
-        summary="codes and ranges of a whole block learned together, from those of the solver on (arXiv 2309.05516)",
+        summary="learned rounding of a block: codes and ranges, starting at those of the solver (arXiv 2309.05516)",
         options={
-            "steps": Option(default=128, summary="of learned rounding, for every block", least=1),
-            "batch": Option(default=4, summary="rows of one step", least=1),
+            "steps": Option(default=128, summary="learning steps per block", least=1),
+            "batch": Option(default=4, summary="calibration samples per step", least=1),
             "rate": Option(
-                default=0.0, summary="of the first step, in units of the grid; 0: 1.5 / steps, at most 0.02", least=0
-            ),
-            "weigh": Option(
-                default=False,
-                summary="weigh errors of a block by what the loss makes of them; loads the whole model in float32",
-            ),
-            "whole": Option(
-                default=0,
-                summary="steps for all blocks together after that, on what the model expects; loads it whole in float32",
+                default=0.0,
+                summary="learning rate of the first step, in units of the grid; 0 for 1.5 / steps, at most 0.02",
                 least=0,
+            ),
+            "loss_weighted": Option(
+                default=False,
+                summary="block errors weighted by their effect on the loss; loads the complete model in float32",
+                formerly="weigh",
+            ),
+            "e2e_steps": Option(
+                default=0,
+                summary="steps of end-to-end learning after all blocks; loads the complete model in float32",
+                least=0,
+                formerly="whole",
             ),
             "signed": Option(default=True, summary=SIGNED.summary),  # of the solver before it, whose default is no
         },
         needs=frozenset({"original_outputs"}),
-        option_needs=(("weigh", "loss_weights"),),
+        option_needs=(("loss_weighted", "loss_weights"),),
     ),
 }
 # By name: options of learned rounding. Time grows with the steps.

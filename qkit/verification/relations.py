@@ -51,7 +51,7 @@ def check_job(record: Record, decoded: Mapping[str, DecodedLinear], job: Path, f
     """Compares the decoded weights with the journal of the job: the last committed line about a linear counts."""
     path = job / "journal.jsonl"
     if not path.is_file():
-        raise BadCheckpoint(f"{path}: no such journal; give the folder of the job that made the checkpoint")
+        raise BadCheckpoint(f"{path}: no such journal: use the folder of the job that made the checkpoint")
     intended: dict[str, str] = {}
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline was never committed

@@ -73,7 +73,7 @@ def verify(out: Path, job: Path | None = None) -> Report:
     Raises BadCheckpoint when ``out`` is not a folder, or ``job`` holds no journal.
     """
     if not out.is_dir():
-        raise BadCheckpoint(f"{out}: not a folder; give the folder that an export wrote")
+        raise BadCheckpoint(f"{out}: not a folder: use the folder of a result")
     findings = Findings()
     part = packed_part(out, findings)
     report = _check_packed(part, job, findings) if part.is_dir() else Report()

@@ -40,7 +40,7 @@ from qkit.workflows.kv_cache import CacheChoices, CachePlan, joint_choices
 from qkit.workflows.profile import ProfileRequest, plan_measurement, profile, profile_from_shapes
 from qkit.workflows.quantize import open_structure
 
-NOTHING = "the budget lets every layer stay as it is: nothing to quantize; lower it"
+NOTHING = "the budget keeps every layer in full precision: use a smaller budget"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def allocation_problem(request: Request, budget_request: BudgetRequest) -> Alloc
         raise UsageError("a budget chooses the scheme of every layer: leave --scheme and --recipe out")
     if request.outliers is not None or request.significant is not None or request.rank is not None:
         raise UsageError(
-            "a budget chooses the sparse and the low-rank part of every layer too: leave --outliers, --rank and "
+            "a budget also chooses the sparse and low-rank parts of every layer: leave --outliers, --rank and "
             "--significant out and add candidates such as int3+0.5% or int3+r16"
         )
     structure = open_structure(request.model, "a budget")
@@ -147,8 +147,8 @@ def _missing_profile(request: Request, budget_request: BudgetRequest) -> Profile
         return None
     if budget_request.named and budget_request.candidates is None:
         raise UsageError(
-            f"{budget_request.profile}: no profile there: make it with 'qkit profile --out {budget_request.profile} ..', or "
-            "add --candidates to have it made here"
+            f"{budget_request.profile}: no profile there: run 'qkit profile --out {budget_request.profile} ..', "
+            "or add --candidates to measure it now"
         )
     return ProfileRequest(_without_transforms(request), budget_request.candidates or CANDIDATES)
 
@@ -236,13 +236,14 @@ def _shared_cache(request: Request, budget_request: BudgetRequest) -> CacheChoic
         return None
     if cache_request.length not in (None, context):
         raise UsageError(
-            f"--max-length {cache_request.length}: --memory counts the cache at {context} tokens: leave one of them out"
+            f"--max-length {cache_request.length}: --memory counts the cache at {context} tokens: leave one of "
+            "the two out"
         )
     choices = kv_cache.cache_choices(request, replace(cache_request, length=context), joint=True)
     if choices.chooses and budget_request.measure != MEASURE:
         raise UsageError(
-            f"--measure {budget_request.measure}: layers are weighed against the cache of --kv {cache_request.kv} by their "
-            "KL divergence: leave the option out, or give one width"
+            f"--measure {budget_request.measure}: layers are compared with the cache of --kv {cache_request.kv} "
+            "by their KL divergence: leave the option out, or use one width"
         )
     return choices
 
@@ -277,26 +278,26 @@ def _refuse_another(
     decided_tower = next((t for t in request.targets or {} if t in parts), None)
     if decided_tower is not None:
         raise UsageError(
-            f"--target {decided_tower}: the profile in {budget_request.profile} is of it too, and the budget decides: "
-            "leave the option out"
+            f"--target {decided_tower}: the profile in {budget_request.profile} includes it, and the budget "
+            "decides: leave the option out"
         )
     if known_profile.fingerprint != structure.checkpoint.fingerprint() or profiled != expected:
         raise BadInput(
-            f"{budget_request.profile}: the profile of another model: choose another --profile, or make it again"
+            f"{budget_request.profile}: the profile is of another model: use another --profile, or measure it again"
         )
     if budget_request.candidates is not None:
         names = [c.name for c in parse_candidates(budget_request.candidates, request.group_size)]
         if sorted(names) != sorted(known_profile.candidates):
             raise UsageError(
                 f"--candidates {budget_request.candidates}: the profile in {budget_request.profile} has "
-                f"{', '.join(known_profile.candidates)}: leave the option out, or choose another --profile"
+                f"{', '.join(known_profile.candidates)}: leave the option out, or use another --profile"
             )
     groups = {g for n, g in known_profile.request["group_sizes"].items() if n.startswith("W") and "A8" not in n}
     if request.group_size is not None and groups and groups != {request.group_size}:
         group_sizes = ", ".join(sorted("the formats' own" if g is None else str(g) for g in groups))
         raise UsageError(
-            f"--group-size {request.group_size}: the profile in {budget_request.profile} was made with {group_sizes}: leave "
-            "the option out, or choose another --profile"
+            f"--group-size {request.group_size}: the profile in {budget_request.profile} was made with "
+            f"{group_sizes}: leave the option out, or use another --profile"
         )
 
 

@@ -46,13 +46,13 @@ def calibration_of(request: Request, structure: ModelStructure) -> Calibration:
     """The rows of a request: image-text data, rows of a text, or calls along a trajectory."""
     check_rows(request)
     is_text = structure.family.streams is None and not wants_image_text(request, structure)
-    if request.written and not is_text:
+    if request.synthetic_samples and not is_text:
         raise UsageError(
-            f"--written {request.written}: a model writes rows of text, and those of a {kind_of(structure.checkpoint.config)} "
-            "are more than that: leave it out"
+            f"--synthetic-samples {request.synthetic_samples}: synthetic samples are text, and a "
+            f"{kind_of(structure.checkpoint.config)} is calibrated on more than text: leave it out"
         )
     if is_text:
-        return replace(text_rows(request, structure), written=request.written)
+        return replace(text_rows(request, structure), written=request.synthetic_samples)
     return trajectory_rows(request, structure) if structure.family.streams else requested_image_text(request, structure)
 
 
@@ -66,8 +66,8 @@ def wants_image_text(request: Request, structure: ModelStructure) -> bool:
         refuse_chat(calib)
     if is_image_text:
         raise UsageError(
-            f"--calib {calib}: pairs of pictures and answers are for a vision-language model, and this is a "
-            f"{kind_of(structure.checkpoint.config)}: give a text file"
+            f"--calib {calib}: image-text data is for a vision-language model, and this is a "
+            f"{kind_of(structure.checkpoint.config)}: use a text file"
         )
     return False
 
@@ -92,8 +92,8 @@ def trajectory_rows(request: Request, structure: ModelStructure) -> Calibration:
     folder = find_model(request.model)
     if not is_pipeline(folder):
         raise UsageError(
-            f"{folder}: a transformer without its pipeline cannot be sampled, and this method or scheme is measured on "
-            "samples: give the pipeline's folder, or take another (--method rtn with w8a8, w4a8 or a weight-only scheme)"
+            f"{folder}: a transformer without its pipeline cannot be sampled, and this method or scheme needs "
+            "samples: use the pipeline's folder, or another method (--method rtn with w8a8, w4a8 or a weight-only scheme)"
         )
     sampling = sampling_of(folder, request.calib, request.call)
     pipeline_class = getattr(diffusers, check_pipeline(folder)["_class_name"], None)
@@ -125,13 +125,15 @@ def text_rows(request: Request, structure: ModelStructure) -> Calibration:
     kind = kind_of(structure.checkpoint.config)
     if kind in BY_BATCH:
         raise Unsupported(
-            f"{structure.checkpoint.path}: a {kind} calls its blocks with positions of a whole batch, and qkit runs rows "
-            "through blocks by themselves: use --method rtn without --calib"
+            f"{structure.checkpoint.path}: a {kind} calls its blocks with positions of a whole batch, and qkit runs "
+            "single samples through blocks: use --method rtn without --calib"
         )
     config: Any = structure.text_config
     limit = getattr(config, "max_position_embeddings", None)
     if limit and request.seqlen > limit:
-        raise UsageError(f"--seqlen {request.seqlen}: this model has positions for {limit} tokens: use a shorter one")
+        raise UsageError(
+            f"--seqlen {request.seqlen}: this model has positions for {limit} tokens: use a smaller number"
+        )
     source = path.name if request.calib else "embedded calibration text"
     tokenizer = load_tokenizer(structure.checkpoint.path)
     return calibration_rows(path, tokenizer, request.samples, request.seqlen, config.vocab_size, source)

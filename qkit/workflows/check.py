@@ -80,8 +80,7 @@ def baseline_of(folder: Path, baseline: str | None, budget: QualityBudget, budge
     original = recorded_source(folder) if baseline is None else find_model(baseline)
     if original is None and budget.needs_baseline:
         raise UsageError(
-            f"budget {budget_file}: {', '.join(budget.needs_baseline)} cannot be judged without the original model; "
-            "add --baseline PATH"
+            f"budget {budget_file}: {', '.join(budget.needs_baseline)} need the original model: add --baseline PATH"
         )
     return original
 

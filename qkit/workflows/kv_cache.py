@@ -105,8 +105,8 @@ def cache_choices(request: Request, cache_request: CacheRequest, joint: bool = F
         _refuse_too_little(cache_request.memory, choices.least, choices)
         if choices.chooses and cache_request.memory is None:
             raise UsageError(
-                f"--kv {choices.policy.name} chooses between widths by memory: give --kv-memory (or --memory for all), or one "
-                "width"
+                f"--kv {choices.policy.name} chooses between widths by memory: add --kv-memory (or --memory for "
+                "all), or use one width"
             )
     return choices
 
@@ -121,13 +121,13 @@ def joint_choices(request: Request, cache_request: CacheRequest, progress: Progr
 def _read_choices(request: Request, cache_request: CacheRequest) -> CacheChoices:
     policy = parse(cache_request.kv)
     if policy.kind == "fp" and cache_request.memory is not None:
-        raise UsageError("--kv-memory: fp8 has one width and nothing to choose, so it takes no budget; leave it out")
+        raise UsageError("--kv-memory: fp8 has one width, so a budget has nothing to choose: leave it out")
     structure = open_structure(request.model, "--kv")
     config: Any = structure.model.config
     heads = CacheShape.of(config)
     length = cache_request.length or getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if length is None:
-        raise UsageError("--kv: the model does not say how many tokens it takes at most; give --max-length")
+        raise UsageError("--kv: the model has no limit of tokens in its config: add --max-length")
     sizes = {w: heads.bytes_at(policy, w, length) for w in {*policy.widths, *policy.widths_of(heads.layers)}}
     with_budgets(policy, config, length)  # refuses what cannot be, before anything is measured
     if cache_request.scale_keys:
@@ -158,7 +158,7 @@ def _refuse_too_little(memory: int | None, needed: int, choices: CacheChoices) -
     if memory is not None and needed > memory:
         raise Unsupported(
             f"--kv-memory {memory / 1e6:.2f}MB: a cache {choices.policy.name} of {choices.length} tokens takes "
-            f"{needed / 1e6:.2f}MB at its least width: give more memory, a smaller --max-length or fewer bits"
+            f"{needed / 1e6:.2f}MB at its smallest width: use more memory, a smaller --max-length or fewer bits"
         )
 
 
@@ -177,7 +177,7 @@ def _refuse_unscalable(policy: CachePolicy, structure: ModelStructure) -> None:
     part = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
     if part != 1.0:
         raise Unsupported(
-            f"--kv-scale-keys: this model turns {part:g} of a head's channels, and only whole heads are supported: leave the "
+            f"--kv-scale-keys: this model rotates {part:g} of a head's channels, and only whole heads are supported: leave the "
             "option out"
         )
 

@@ -54,9 +54,9 @@ def refinement_ahead(
 ) -> UpcomingMeasurement:
     """The measurement of whole plans of a budget, and of the original. rows: that a profile is measured on"""
     tokens = _tokens(calibration_of(request, structure).first(rows))
-    passes = f"{evaluations} plans at the most, {evaluations + 2} forward passes over {tokens} tokens"
+    passes = f"{evaluations} plans at most, {evaluations + 2} forward passes over {tokens} tokens"
     return UpcomingMeasurement(
-        "plans near the one of least predicted cost",
+        "plans near the best predicted plan",
         passes,
         (evaluations + 2) * pass_operations(structure, tokens) / run,
     )
@@ -92,7 +92,7 @@ def cache_ahead(request: Request, choices: CacheChoices, joint: bool, run: float
     count = 1 + choices.heads.layers * len(choices.policy.widths) if joint else 1
     passes = f"{count} forward {'' if joint else 'and backward '}pass{'es' if count > 1 else ''} over {tokens} tokens"
     work = count * (1 if joint else GRADIENTS) * pass_operations(choices.structure, tokens)
-    return UpcomingMeasurement(f"what the widths of --kv {choices.policy.name} cost in every layer", passes, work / run)
+    return UpcomingMeasurement(f"cost of the widths of --kv {choices.policy.name} in every layer", passes, work / run)
 
 
 def keys_ahead(request: Request, choices: CacheChoices, run: float) -> UpcomingMeasurement:
@@ -103,7 +103,7 @@ def keys_ahead(request: Request, choices: CacheChoices, run: float) -> UpcomingM
         x for b in choices.structure.blocks for x in b.linears if x.param.startswith(f"{keys.attention}.")
     ]
     attention_operations = 2.0 * tokens * sum(x.shape[0] * x.shape[1] for x in attention_linears)
-    passes = f"2 forward passes over {tokens} tokens, and every attention {STEPS + 1} times more at the most"
+    passes = f"2 forward passes over {tokens} tokens, and every attention {STEPS + 1} times more at most"
     return UpcomingMeasurement(
         "scales of keys",
         passes,

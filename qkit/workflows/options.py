@@ -45,7 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "calib": None,
     "samples": 128,
     "seqlen": 256,
-    "written": 0,
+    "synthetic_samples": 0,
     "seed": 0,
     "threads": None,
 }
@@ -113,7 +113,7 @@ def cache_request(options: Mapping[str, Any]) -> CacheRequest | None:
     if options["kv"] is None:
         lost = next((n for n in _OF_CACHES if options[n]), None)
         if lost is not None:
-            raise UsageError(f"--{lost.replace('_', '-')} is about the cache of --kv, and there is none: leave it out")
+            raise UsageError(f"--{lost.replace('_', '-')} needs --kv: add it, or leave this option out")
         return None
     parse(options["kv"])
     memory = None if options["kv_memory"] is None else parse_bytes(options["kv_memory"], "--kv-memory")

@@ -36,6 +36,6 @@ def modality_weights(
 ) -> list[dict[str, float]]:
     """For each block and part (or linear) what errors at images weigh against errors at answers."""
     assert plan.calibration is not None
-    progress.start("gradients at pictures and answers", plan.calibration.samples)
+    progress.start("gradients at images and answers", plan.calibration.samples)
     model = load(structure.checkpoint.path, dtype=torch.float32)
     return ratios(gradients(model, structure, plan.calibration, progress.step, plan.ratios))

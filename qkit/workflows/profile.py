@@ -62,7 +62,7 @@ class ProfileRequest:
             raise UsageError(f"--samples {self.base.samples}: expected at least 1")
         if self.rows is not None and not 1 <= self.rows <= self.base.samples:
             raise UsageError(
-                f"--rows {self.rows}: expected 1 to {self.base.samples}, the number of calibration rows (--samples)"
+                f"--rows {self.rows}: expected 1 to {self.base.samples}, the number of calibration samples (--samples)"
             )
         return min(ROWS, self.base.samples) if self.rows is None else self.rows
 
@@ -126,10 +126,10 @@ def _refuse_foreign(folder: Path) -> None:
     """Raises UsageError for a folder with something in it that is not a profile's: measurements are its first file."""
     if folder.is_dir() and list_names(folder) and not (folder / MEASURED).is_file():
         raise UsageError(
-            f"{folder}: it is not empty and holds no {MEASURED}, so it is not a profile: choose another folder"
+            f"{folder}: it is not empty and holds no {MEASURED}, so it is not a profile: use another folder"
         )
     if os.path.lexists(folder) and not folder.is_dir():
-        raise UsageError(f"{folder}: a profile is a folder, and this is a file or a link: choose another name")
+        raise UsageError(f"{folder}: a profile is a folder, and this is a file or a link: use another name")
 
 
 def forecast(request: ProfileRequest) -> ProfileForecast:
@@ -176,7 +176,8 @@ def _probe_request(request: ProfileRequest, structure: ModelStructure, has_image
     transforms, solver = parse_method(base.method or "gptq")
     if transforms:
         raise UsageError(
-            f"--method {base.method}: a profile compares formats of one set of weights: give a solver alone ({solver})"
+            f"--method {base.method}: a profile compares formats of one set of weights: use a solver "
+            f"without transforms ({solver})"
         )
     candidates = parse_candidates(request.candidates, base.group_size)
     if all(c.scheme is None for c in candidates):
@@ -344,7 +345,7 @@ def plan_measurement(
     r = known_profile.request
     lacking = next((k for k in ("group_size", "samples", "seqlen", "rows", "points") if k not in r), None)
     if lacking is not None:
-        raise BadInput(f"{folder}: the profile does not say with which {lacking} it was made: make it again")
+        raise BadInput(f"{folder}: the profile does not record its {lacking}: measure it again")
     base = replace(base, group_size=r["group_size"], method=r["method"], samples=r["samples"], seqlen=r["seqlen"])
     prepared = _prepare(ProfileRequest(base, names, known_profile.measures, r["rows"], r["points"]))
     with (

@@ -87,14 +87,14 @@ def prepare(request: Request, rows: Calibration | None = None) -> PreparedReques
     recipe = recipe_of(request)
     structure = open_structure(request.model)
     if request.call and structure.family.streams is None:
-        raise UsageError("--call is what a diffusion pipeline is called with, and this model is none: leave it out")
+        raise UsageError("--call is for a diffusion pipeline, and this model is none: leave it out")
     _ = structure.checkpoint.side_files  # read and checked before anything is made of the tokenizer
     calibration = calibration_asked(request, structure, recipe, rows)
     plan = plan_of(recipe, structure, calibration, request.seed, request.kv)
-    if request.written and (plan.calibration is None or not plan.needs_rows):
+    if request.synthetic_samples and (plan.calibration is None or not plan.needs_rows):
         raise UsageError(
-            f"--written {request.written}: nothing here looks at calibration rows: take another --method (signround, "
-            "gptq, ...), or leave it out"
+            f"--synthetic-samples {request.synthetic_samples}: this method uses no calibration samples: use another --method "
+            "(signround, gptq, ...), or leave it out"
         )
     _check_pictures(plan, structure)
     folder = find_model(request.model)
@@ -103,9 +103,9 @@ def prepare(request: Request, rows: Calibration | None = None) -> PreparedReques
     plan = replace(plan, key_exponents=request.key_exponents, pipeline=around)
     threads = request.threads or available_cores()
     after = {"significant weights": repair_memory(plan, structure, threads)} if plan.significant else {}
-    if plan.learning("weigh"):
+    if plan.learning("loss_weighted"):
         after["errors weighed by the loss"] = weighing_memory(plan, structure, threads)
-    if plan.learning("whole"):
+    if plan.learning("e2e_steps"):
         after["learned rounding of the whole model"] = end_to_end_memory(plan, structure, threads)
     if plan.calibration is not None and plan.calibration.written:
         after["rows that the model writes"] = synthetic_memory(plan, structure, threads)
@@ -146,8 +146,8 @@ def _check_pictures(plan: Plan, structure: ModelStructure) -> None:
         rows = rows_reason(mine, plan.transforms, 0) if mine else None
         if rows:
             raise UsageError(
-                f"the {tower.name} is to be quantized, {rows}, and --calib is a text without pictures: give a .jsonl file or a "
-                f"folder, leave --calib out, or give --target {tower.name}=skip"
+                f"the {tower.name} is to be quantized, {rows}, and --calib is a text without images: use a .jsonl file or a "
+                f"folder, leave --calib out, or add --target {tower.name}=skip"
             )
 
 
@@ -162,9 +162,9 @@ def check_places(model: str, out: Path, work: Path | None, overwrite: bool) -> N
         check_output_dir(out, source, overwrite)
     work = work or out.with_name(out.name + ".job")
     if work.resolve() == out.resolve():
-        raise UsageError(f"{work}: the job folder is the output folder: choose another with --work")
+        raise UsageError(f"{work}: the job folder is the output folder: use another --work")
     if source in (work.resolve(), *work.resolve().parents):
-        raise UsageError(f"{work}: the job folder lies inside the model folder: choose another with --work")
+        raise UsageError(f"{work}: the job folder lies inside the model folder: use another --work")
     refuse_foreign(work)
 
 
@@ -198,12 +198,12 @@ def quantize(
         if not overwrite:
             raise VerifyFailure(
                 f"{out} is the result of this command and was damaged since, in {len(report.problems)} places, first "
-                f"{first.where}: {first.what}: pass --overwrite to make it again"
+                f"{first.where}: {first.what}: add --overwrite to make it again"
             )
     if not overwrite and is_export_of(out, plan):
         raise UsageError(
             f"{out}: it is the result of this command for other weights, and those of {source} have changed since: choose "
-            "another folder, or pass --overwrite to make it again"
+            "another folder, or add --overwrite to make it again"
         )
     check_output_dir(out, source.resolve(), overwrite)
     check_places(request.model, out, work, overwrite)
@@ -234,8 +234,8 @@ def quantize(
         if report.problems:
             first = report.problems[0]
             raise VerifyFailure(
-                f"{partial.path}: the export failed its own proof in {len(report.problems)} places, first {first.where}: "
-                f"{first.what}: this is a fault of qkit; please report it with the job folder {work}"
+                f"{partial.path}: the export failed its own verification in {len(report.problems)} places, first "
+                f"{first.where}: {first.what}: this is a fault of qkit: please report it with the job folder {work}"
             )
         commit_dir(partial.path, out, overwrite)
         if not keep_job:
@@ -257,7 +257,7 @@ def _told_of_memory(work: Path) -> Iterator[None]:
         if not ran_out(e):
             raise
         raise IOFailure(
-            f"memory ran out; what was finished is kept in {work}: close other programs, then run the same command again, with "
+            f"out of memory; finished blocks are kept in {work}: close other programs, then run the same command again, with "
             "fewer --threads if that is not enough"
         ) from e
 

@@ -81,7 +81,7 @@ def start_search(request: Request) -> StartedSearch:
     """The start of a search, for a request whose method holds 'requant'; measures nothing. Raises UsageError for what
     cannot be searched."""
     if isinstance(request.outliers, dict):
-        raise UsageError(f"method {REQUANT} finds the share of outliers of every layer: give one percentage")
+        raise UsageError(f"method {REQUANT} finds the share of outliers of every layer: use one percentage")
     parts = [p for p in (request.method or "").lower().split("+") if p != REQUANT]
     percent = REQUANT_OUTLIERS if request.outliers is None else request.outliers
     significant = REQUANT_SIGNIFICANT if request.significant is None else request.significant
@@ -92,7 +92,7 @@ def start_search(request: Request) -> StartedSearch:
     if first.plan.transforms and not significant:
         raise UsageError(
             f"method {request.method} without significant weights: a job keeps the weights that {first.plan.transforms[0]} "
-            "made for those alone: give --significant a share above 0, or a solver without transforms"
+            "made for those alone: use --significant above 0, or a solver without transforms"
         )
     if not percent and not significant:
         raise UsageError(f"method {REQUANT} with neither outliers nor significant weights: leave '{REQUANT}' out")
@@ -205,7 +205,7 @@ class _Trials:
 def comparison_rows(plan: Plan) -> Calibration:
     """The rows that sensitivity and trials are measured on. Raises UsageError where the base method runs none."""
     if plan.calibration is None:  # rounding without significant weights runs no rows by itself
-        raise UsageError(f"method {REQUANT} with rtn needs a share of significant weights above 0: give --significant")
+        raise UsageError(f"method {REQUANT} with rtn needs significant weights: use --significant above 0")
     return plan.calibration.first(ROWS)
 
 

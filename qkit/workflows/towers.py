@@ -128,8 +128,8 @@ def decide_towers(towers: OpenTowers, progress: Progress) -> tuple[Request, list
 def measure_towers(
     recipe: Recipe, structure: ModelStructure, rows: Calibration, threads: int, progress: Progress
 ) -> dict[str, TowerCost]:
-    """The cost of rounding each part, {part: cost}."""
-    progress.start("what rounding each part costs", 1 + len(structure.sequences))
+    "By name of the part."
+    progress.start("cost of rounding each part", 1 + len(structure.sequences))
     costs = {}
     with workers(threads) as pool:
         original = ReferenceModel(load(structure.checkpoint.path, dtype=torch.float32), structure, pool)

@@ -122,11 +122,11 @@ def test_shapes(tiny):
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (("gemv",), 2, "give --shapes or --model"),
-        (("gemv", "--shapes", "8x8", "--model", "tiny-llama"), 2, "give --shapes or --model"),
-        (("gemv", "--shapes", "64x128", "--baseline", "tiny-llama"), 2, "--baseline does not go with 'bench gemv'"),
-        (("decode", "--model", "tiny-llama", "--m", 1), 2, "--m does not go with 'bench decode'"),
-        (("decode",), 2, "give --model"),
+        (("gemv",), 2, "use either --shapes or --model"),
+        (("gemv", "--shapes", "8x8", "--model", "tiny-llama"), 2, "use either --shapes or --model"),
+        (("gemv", "--shapes", "64x128", "--baseline", "tiny-llama"), 2, "--baseline cannot be used with 'bench gemv'"),
+        (("decode", "--model", "tiny-llama", "--m", 1), 2, "--m cannot be used with 'bench decode'"),
+        (("decode",), 2, "add --model"),
         (("decode", "--model", "tiny-llama", "--new-tokens", 10**6), 2, "positions"),
         (("gemv", "--shapes", "64x128", "--m", "1,0"), 2, "--m 1,0"),
         (("gemv", "--shapes", "64x128", "--formats", "int9"), 2, "--formats: unknown 'int9'"),

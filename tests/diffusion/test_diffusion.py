@@ -483,8 +483,8 @@ def test_requests_that_make_no_sense(folders: Path, pipeline: Path, tmp_path: Pa
         (("profile", "--candidates", "int4"), "a profile is for language models, and this is a WanTransformer3DModel"),
         (("quantize", "--bits", "4.5"), "a budget is for language models"),
         (("quantize", "--scheme", "w4a16", "--kv", "int8"), "--kv is for language models"),
-        (("quantize", "--scheme", "w4a16", "--significant", "0.1"), "--significant looks at the loss"),
-        (("quantize", "--scheme", "w4a16", "--method", "mbq"), "weighs pictures against answers"),
+        (("quantize", "--scheme", "w4a16", "--significant", "0.1"), "--significant needs the loss"),
+        (("quantize", "--scheme", "w4a16", "--method", "mbq"), "balances images and answers"),
         (("quantize", "--scheme", "w4a16", "--method", "rotate"), "the family wan is not declared as such"),
         (("quantize", "--scheme", "6bit", "--policy", "width=9"), "policy.width"),
         (("quantize", "--scheme", "6bit", "--policy", "wide=6"), "no policy 'wide'"),
@@ -594,7 +594,7 @@ def test_what_cannot_be_is_said_before_a_job_begins(run, tmp_path: Path) -> None
     for given, code, said in (
         (("--model", source, "--scheme", "nvfp4", "--call", "hieght=16"), 2, "did you mean height"),
         (("--model", "tiny-llama", "--scheme", "w4a16", "--call", "height=16"), 2, "this model is none"),
-        (("--model", "tiny-llama", "--scheme", "w4a16", "--policy", "width=5"), 3, "--policy decide at every step"),
+        (("--model", "tiny-llama", "--scheme", "w4a16", "--policy", "width=5"), 3, "--policy act at every step"),
         (("--model", source, "--scheme", "6bit", "--policy", "wdith=5"), 3, "did you mean width"),
     ):
         found, _, err = run("quantize", *given, "--out", out)

@@ -106,7 +106,7 @@ def test_what_is_kept_is_what_was_measured(asked: Request, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("changes", [
     {"scheme": "nvfp4", "group_size": None, "method": "residual+auto"},
-    {"scheme": "w4a8", "method": "auto+signround", "options": {"steps": 4, "weigh": True}},
+    {"scheme": "w4a8", "method": "auto+signround", "options": {"steps": 4, "loss_weighted": True}},
     {"scheme": "w8a8", "group_size": None, "method": "rotate+auto"},
 ], ids=str)  # fmt: skip
 def test_with_other_parts_of_a_method(asked: Request, tmp_path: Path, changes: dict[str, Any]) -> None:

@@ -248,12 +248,12 @@ def test_sigterm_stops_at_a_safe_place(request_, undisturbed, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
-    assert "stopped by SIGTERM" in said and "go on with: qkit quantize --scheme w4a16" in said
+    assert "stopped by SIGTERM" in said and "Continue with: qkit quantize --scheme w4a16" in said
     assert "Traceback" not in said and not out.exists()
     done = finished_blocks(tmp_path / "out.job")
     again = subprocess.run(command(request_, out), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert (f"{done} blocks were finished before" in again.stdout) == (done > 0)
+    assert (f"{done} blocks were finished earlier" in again.stdout) == (done > 0)
     assert finished_blocks(tmp_path / "out.job") == 0  # it is done, and nothing would be gone on from
     assert contents(out) == undisturbed
 

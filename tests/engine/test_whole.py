@@ -19,7 +19,7 @@ from qkit.errors import Unsupported, UsageError
 from qkit.runtime.loading import load, load_tokenizer
 from qkit.workflows.quantize import Request, prepare, quantize
 
-LEARN = {"steps": 16, "batch": 8, "whole": 32}
+LEARN = {"steps": 16, "batch": 8, "e2e_steps": 32}
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_the_whole_model_comes_closer(asked: Request, tmp_path: Path) -> None:
     """On text that nothing was learned from; scales and all else stay as they were."""
     out, blocks = tmp_path / "out", tmp_path / "blocks"
     assert quantize(asked, out, Quiet()).ok
-    quantize(replace(asked, options={**LEARN, "whole": 0}), blocks, Quiet())
+    quantize(replace(asked, options={**LEARN, "e2e_steps": 0}), blocks, Quiet())
     before, after = journal(out)[-1]["divergence"]
     assert after < 0.99 * before
     assert divergence(out) < 0.98 * divergence(blocks)
@@ -93,7 +93,7 @@ def test_the_whole_model_comes_closer(asked: Request, tmp_path: Path) -> None:
 
 
 def test_nothing_depends_on_the_workers_or_on_a_stop(asked: Request, tmp_path: Path) -> None:
-    short = replace(asked, options={"steps": 1, "batch": 4, "whole": 4}, samples=24)
+    short = replace(asked, options={"steps": 1, "batch": 4, "e2e_steps": 4}, samples=24)
     out, other, stopped = tmp_path / "out", tmp_path / "other", tmp_path / "stopped"
     quantize(short, out, Quiet())
     quantize(replace(short, threads=3), other, Quiet())
@@ -113,26 +113,26 @@ def test_nothing_depends_on_the_workers_or_on_a_stop(asked: Request, tmp_path: P
 ], ids=str)  # fmt: skip
 def test_with_activations_transforms_and_sparse_parts(asked: Request, tmp_path: Path, changes: dict[str, Any]) -> None:
     """It begins where the blocks ended: a model close to the original, which comes closer."""
-    asked = replace(asked, options={"steps": 2, "batch": 8, "whole": 6}, samples=32, **changes)
+    asked = replace(asked, options={"steps": 2, "batch": 8, "e2e_steps": 6}, samples=32, **changes)
     assert quantize(asked, tmp_path / "out", Quiet()).ok
     before, after = next(x["divergence"] for x in journal(tmp_path / "out") if x.get("stage") == "whole")
     assert after < before < 0.12
 
 
 def test_its_memory_and_its_operations_are_told(asked: Request) -> None:
-    with_it, without = (prepare(replace(asked, options={**LEARN, "whole": n})).forecast for n in (24, 0))
+    with_it, without = (prepare(replace(asked, options={**LEARN, "e2e_steps": n})).forecast for n in (24, 0))
     assert with_it.memory["learned rounding of the whole model"] > 17 * prepare(asked).structure.parameters
     share = with_it.operations["learned rounding"] / without.operations["learned rounding"]
     assert share == pytest.approx(1 + 24 / 16 * 8 / 6, rel=0.02)
 
 
 def test_bad_input(asked: Request, vlm: Any) -> None:
-    with pytest.raises(UsageError, match="option 'whole': expected 0 or more, found -1"):
-        prepare(replace(asked, options={"whole": -1}))
-    told = "option 'whole' looks at what a language model expects of a text, and this is none"
+    with pytest.raises(UsageError, match="option 'e2e_steps': expected 0 or more, found -1"):
+        prepare(replace(asked, options={"e2e_steps": -1}))
+    told = "option 'e2e_steps' needs the predictions of a language model, and this is none"
     for other in (
         Request(model="tiny-video", scheme="w4a8", method="gptq+signround"),
         Request(model=str(vlm("llava", True)), scheme="w4a16", method="signround"),
     ):
         with pytest.raises(Unsupported, match=told):
-            prepare(replace(other, options={"whole": 4}))
+            prepare(replace(other, options={"e2e_steps": 4}))

@@ -30,7 +30,7 @@ def asked(tiny, tmp_path: Path) -> Request:
         calib=text,
         samples=8,
         seqlen=32,
-        written=BATCH + 8,
+        synthetic_samples=BATCH + 8,
         threads=1,
     )
 
@@ -69,12 +69,12 @@ def test_nothing_depends_on_the_workers_and_a_stopped_run_goes_on(asked: Request
     quantize(asked, stopped, Quiet())
     assert sums(stopped) == sums(out)
     assert not list((tmp_path / "stopped.job").rglob("written*"))
-    quantize(replace(asked, written=0), plain, Quiet())
+    quantize(replace(asked, synthetic_samples=0), plain, Quiet())
     assert sums(plain) != sums(out)
 
 
 def test_they_are_counted(asked: Request) -> None:
-    with_them, without = prepare(asked), prepare(replace(asked, written=0))
+    with_them, without = prepare(asked), prepare(replace(asked, synthetic_samples=0))
     assert with_them.forecast.job_bytes > without.forecast.job_bytes
     assert with_them.forecast.operations["forward passes"] == pytest.approx(
         (8 + BATCH + 8) / 8 * without.forecast.operations["forward passes"]
@@ -91,11 +91,15 @@ def test_with_other_methods(asked: Request, tmp_path: Path, changes) -> None:
 
 
 def test_bad_input(asked: Request, vlm) -> None:
-    with pytest.raises(UsageError, match=f"--written {BATCH + 8}: nothing here looks at calibration rows"):
+    with pytest.raises(UsageError, match=f"--synthetic-samples {BATCH + 8}: this method uses no calibration samples"):
         prepare(replace(asked, method="rtn"))
-    with pytest.raises(UsageError, match="--written -1: expected a number of rows"):
-        prepare(replace(asked, written=-1))
+    with pytest.raises(UsageError, match="--synthetic-samples -1: expected 0 or more"):
+        prepare(replace(asked, synthetic_samples=-1))
     with pytest.raises(
-        UsageError, match=r"--written 3: a model writes rows of text, and those of a .* are more than that"
+        UsageError, match=r"--synthetic-samples 3: synthetic samples are text, and a .* is calibrated on more than text"
     ):
-        prepare(Request(model=str(vlm("llava", processor=True)), scheme="w4a16", method="gptq", samples=6, written=3))
+        prepare(
+            Request(
+                model=str(vlm("llava", processor=True)), scheme="w4a16", method="gptq", samples=6, synthetic_samples=3
+            )
+        )

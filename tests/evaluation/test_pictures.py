@@ -160,7 +160,14 @@ def test_eval_with_a_page(run, taught, packed, tmp_path):
     lines = [{"image": i, "question": q, "answer": a, "kind": "$one"} for i, q, a in asked]
     del lines[2]["kind"]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    common = ("--pairs", tmp_path / "mine.jsonl", "--json", tmp_path / "e.json", "--report", tmp_path / "page.html")
+    common = (
+        "--image-text",
+        tmp_path / "mine.jsonl",
+        "--json",
+        tmp_path / "e.json",
+        "--report",
+        tmp_path / "page.html",
+    )
     code, said, err = run("eval", packed, "--baseline", taught, *common)
     assert code == 0, err
     figures = json.loads((tmp_path / "e.json").read_text())["pairs"]["mine"]
@@ -191,7 +198,7 @@ def test_the_task_of_lm_eval(run, taught, packed, tiny, tmp_path, no_network):
     """What lm-eval finds in generated answers is what one forward pass says; beside a task of text."""
     pytest.importorskip("lm_eval.models.hf_vlms")
     options = ("--tasks", "qkit_scenes,qkit_cloze", "--limit", COUNT, "--json", tmp_path / "e.json")
-    code, _, err = run("eval", packed, "--baseline", taught, "--pairs", "drawn", "--questions", COUNT, *options)
+    code, _, err = run("eval", packed, "--baseline", taught, "--image-text", "drawn", "--questions", COUNT, *options)
     assert code == 0, err
     found = json.loads((tmp_path / "e.json").read_text())
     right, said = found["pairs"]["drawn"]["accuracy"], found["tasks"]["qkit_scenes"]["metrics"]["exact_match"]
@@ -199,7 +206,7 @@ def test_the_task_of_lm_eval(run, taught, packed, tiny, tmp_path, no_network):
     assert 100 * said["value"] == pytest.approx(right["percent"])
     assert 100 * said["change"] == pytest.approx(right["change"])
     code, _, err = run("eval", tiny("llama"), "--tasks", "qkit_scenes", "--limit", 2)
-    assert code == 2 and "tasks with pictures are for a vision-language model" in err
+    assert code == 2 and "tasks with images are for a vision-language model" in err
 
 
 def test_check(run, taught, packed, tmp_path):
@@ -221,17 +228,23 @@ def test_refused(run, taught, packed, tiny, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     (tmp_path / "bad.jsonl").write_text('{"image": "bad.png", "question": "What?", "answer": "A"}\n')
     for code, words, *arguments in (
-        (2, "are for a vision-language model, and this is a llama: measure texts", tiny("llama"), "--pairs", "drawn"),
-        (2, "add --pairs drawn", packed, "--questions", 3),
-        (2, "--report is about texts", packed, "--kv", "int8", "--report", tmp_path / "page.html"),
-        (3, "no such file or folder; give 'drawn'", packed, "--pairs", tmp_path / "none"),
-        (3, "there are no pairs in it", packed, "--pairs", tmp_path / "empty.jsonl"),
-        (3, "line 1: the picture", packed, "--pairs", tmp_path / "bad.jsonl"),
+        (
+            2,
+            "are for a vision-language model, and this is a llama: measure texts",
+            tiny("llama"),
+            "--image-text",
+            "drawn",
+        ),
+        (2, "add --image-text drawn", packed, "--questions", 3),
+        (2, "--report is for texts", packed, "--kv", "int8", "--report", tmp_path / "page.html"),
+        (3, "no such file or folder: use 'drawn'", packed, "--image-text", tmp_path / "none"),
+        (3, "the file is empty", packed, "--image-text", tmp_path / "empty.jsonl"),
+        (3, "line 1: the image", packed, "--image-text", tmp_path / "bad.jsonl"),
         (
             2,
             "the baseline is a llama with a vocabulary of 4096",
             packed,
-            "--pairs",
+            "--image-text",
             "drawn",
             "--baseline",
             tiny("llama"),

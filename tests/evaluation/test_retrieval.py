@@ -143,9 +143,9 @@ def test_what_cannot_be_asked(model, tokenizer, text, tokens):
     def run(text, tokens, window):
         evaluate_retrieval(model, tokenizer, text, tokens, window, 1, {})
 
-    with pytest.raises(BadInput, match=r"context of 60 tokens has no room .* give a larger --window"):
+    with pytest.raises(BadInput, match=r"context of 60 tokens is too short .* use a larger --window"):
         run(text, tokens, 60)
-    with pytest.raises(BadInput, match=r"context of 9 tokens has no room"):
+    with pytest.raises(BadInput, match=r"context of 9 tokens is too short"):
         run(text, tokens, 9)
     with pytest.raises(BadInput, match="words that can be asked for"):
         run("one two three " * 400, tokens, 256)
@@ -170,7 +170,7 @@ def test_the_command(run, tiny, tmp_path):
     assert list(rows) == ["none", "kivi2"] and "caches" not in measured
     assert [len(r) for r in rows.values()] == [2 * len(DEPTHS)] * 2
     code, _, err = run("eval", folder, "--retrieval", "--kv", "int8", "--prompt", 9)
-    assert code == 2 and "--retrieval takes its place" in err and len(err.strip().splitlines()) == 1
+    assert code == 2 and "which --retrieval replaces" in err and len(err.strip().splitlines()) == 1
 
 
 @pytest.mark.skipif(not LONG.exists(), reason="the trained tiny-llama is not beside this checkout")

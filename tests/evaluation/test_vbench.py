@@ -72,7 +72,7 @@ def interpreter(tmp_path: Path) -> Path:
 def test_dimensions_and_prompts() -> None:
     """Of two dimensions, the first prompt of each: one prompt may serve both."""
     assert dimensions_of(["arc_easy"]) == [] and dimensions_of(["vbench:a", "b"]) == ["a", "b"]
-    with pytest.raises(UsageError, match="not measured in one go"):
+    with pytest.raises(UsageError, match="cannot be measured together"):
         dimensions_of(["arc_easy", "vbench:a"])
     with pytest.raises(UsageError, match="did you mean temporal_flickering"):
         check_dimensions(["temporal_flicker"], ENTRIES)
@@ -127,11 +127,11 @@ def test_tasks_of_vbench(run, tmp_path: Path, interpreter: Path, real: bool) -> 
 def test_bad_input_of_vbench(run, tmp_path: Path, interpreter: Path) -> None:
     source = make_pipeline(tmp_path / "wan", steps=3)
     for given, said in (
-        (("--tasks", "vbench:temporal_flickering"), "give --vbench-python"),
+        (("--tasks", "vbench:temporal_flickering"), "add --vbench-python"),
         (("--tasks", "vbench:temporal_flickering", "--vbench-python", sys.executable), "-m pip install vbench"),
         (("--tasks", "vbench:temporal_flickering", "--vbench-python", tmp_path / "none"), "cannot be run"),
         (("--tasks", "vbench:flickering", "--vbench-python", interpreter), "no such dimension"),
-        (("--tasks", "arc_easy,vbench:color", "--vbench-python", interpreter), "not measured in one go"),
+        (("--tasks", "arc_easy,vbench:color", "--vbench-python", interpreter), "cannot be measured together"),
         (("--videos", 2, "--vbench-python", interpreter), "leave them out"),
     ):
         code, _, err = run("eval", source, *given)

@@ -118,7 +118,7 @@ def test_pairs_of_a_data_set(tmp_path):
     )
     told = read_image_text(Path(f"dataset:{tmp_path}/told::train"), 3)
     assert [(p.question, p.answer, len(p.images)) for p in told][2] == ("Describe the picture.", "black", 2)
-    for name, words in (("asked", "row 2: a pair without an answer"), ("bare", "expected the columns image")):
+    for name, words in (("asked", "row 2: a sample without an answer"), ("bare", "expected the columns image")):
         with pytest.raises(BadCalibration, match=words):
             read_image_text(Path(f"dataset:{tmp_path}/{name}"), 3)
     with pytest.raises(BadCalibration, match="cannot be loaded"):
@@ -131,7 +131,7 @@ def test_what_cannot_be_calibrated(run, vlm, tiny, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "b.png").write_bytes(b"not a picture")
     for name, lines, words in (
-        ("answer", [{"image": "a.png", "question": "What?"}], "line 1: a pair without an answer"),
+        ("answer", [{"image": "a.png", "question": "What?"}], "line 1: a sample without an answer"),
         ("broken", [{"image": "b.png", "question": "What?", "answer": "A"}], "cannot be read"),
         ("few", [], "0 pairs, 4 are needed"),
         ("frames", [{"video": "none", "question": "What?", "answer": "A"}], "none cannot be read"),
@@ -150,7 +150,7 @@ def test_what_cannot_be_calibrated(run, vlm, tiny, tmp_path):
     image = AutoTokenizer.from_pretrained(vlm("llava")).convert_ids_to_tokens(tiny_vlms.IMAGE)
     for part, other, words in (
         ("'image'", "'none'", "has no attribute 'text'"),
-        (image, "", "no place for a picture"),
+        (image, "", "no place for an image"),
         ("' ' + c.text + eos_token + '\\n'", "''", "leaves the answer out"),
     ):
         path = shutil.copytree(vlm("llava", processor=True), tmp_path / words)

@@ -107,7 +107,7 @@ def test_what_stays_behind_is_said(model, tmp_path, run):
     (model / "generation_config.json").write_text('{"custom_generate": "x", "\\u001b_attn_implementation": 1}')
     code, said, _ = run("plan", "--model", model, "--scheme", "w4a16", "--group-size", 32)
     assert code == 0 and "not copied: MODEL.BIN and 12 more: code, pickles" in said
-    assert "left out of config.json: auto_map: keys that choose code to run" in said
+    assert "left out of config.json: auto_map: these keys select code to run" in said
     assert "left out of generation_config.json: custom_generate, \\x1b_attn_implementation:" in said
 
 

@@ -64,7 +64,7 @@ def test_one_bit_of_the_source_is_another_source(model, tmp_path):
     assert (known["sha256"], known["fingerprint"]) == (checkpoint.sha256(), checkpoint.fingerprint())
     (tmp_path / "out.job" / "source").write_text(str(model))
     assert recorded_source(tmp_path / "out") == model
-    quantize(request, tmp_path / "out", Quiet())  # there before
+    quantize(request, tmp_path / "out", Quiet())  # already complete
     file = model / "model.safetensors"
     flip(file, unsampled(file))
     assert Checkpoint.open(model).fingerprint() == known["fingerprint"]  # samples do not see it
@@ -112,10 +112,10 @@ def test_a_damaged_result_is_named_and_made_again_where_asked(model, tmp_path, r
     code, _, err = run(*options)
     assert code == 4 and "was damaged since" in err and victim in err and "--overwrite" in err
     code, said, _ = run(*options, "--overwrite")
-    assert code == 0 and "there before" not in said
+    assert code == 0 and "already complete" not in said
     assert (tmp_path / "out" / victim).read_bytes() == before
     code, said, _ = run(*options)
-    assert code == 0 and ", there before: " in " ".join(said.split())
+    assert code == 0 and ", already complete: " in " ".join(said.split())
     (tmp_path / "out" / victim).unlink()
     with pytest.raises(VerifyFailure, match=victim):
         quantize(request_for(model), tmp_path / "out", Quiet())

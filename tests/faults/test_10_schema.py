@@ -286,5 +286,6 @@ def test_a_fault_of_qkit_is_one_sentence(run, monkeypatch):
     code, _, err = run("verify", str(qkit_data.model_path("tiny-llama")))
     assert (
         code == 1
-        and err == "qkit: LookupError: a surprise: this is a fault of qkit: please report it with what --debug shows\n"
+        and err
+        == "qkit: LookupError: a surprise: this is a fault of qkit: please report it with the output of --debug\n"
     )

@@ -231,7 +231,7 @@ def test_a_text_that_is_too_short_is_counted_whole(tmp_path, tokenizer):
     file = tmp_path / "t.txt"
     file.write_text(qkit_data.text_path("calibration").read_text(encoding="utf-8")[:400_000], encoding="utf-8")
     count = len(token_ids(tokenizer, file.read_text(encoding="utf-8")))
-    with pytest.raises(BadCalibration, match=f"{count} tokens give"):
+    with pytest.raises(BadCalibration, match=f"{count} tokens are"):
         calibration_rows(file, tokenizer, 10_000, 256, 4096)
 
 

@@ -172,4 +172,4 @@ def test_files_given_as_models(run, tmp_path):
     assert code == 3 and "GGUF, the format of llama.cpp" in err
     file = qkit_data.model_path("tiny-llama") / "model.safetensors"
     code, _, err = run("plan", "--model", file, "--scheme", "w4a16")
-    assert code == 3 and "give the folder that it lies in" in err
+    assert code == 3 and "use the folder of the file" in err

@@ -92,7 +92,7 @@ def test_other_refusals_come_before_measuring(plan):
         (("--bits", 4, *FORMATS, "--measure", "taste"), 2, "--measure taste"),
         (("--bits", 4, *FORMATS, "--floor", "*.none=int8"), 2, "matches no layer"),
         (("--bits", 4, *FORMATS, "--floor", "*=int8"), 3, "lower --floor"),
-        (("--bits", 17, "--candidates", "int4,bf16"), 2, "nothing to quantize"),
+        (("--bits", 17, "--candidates", "int4,bf16"), 2, "keeps every layer in full precision"),
         (("--bits", 4, *FORMATS, "--explain"), 2, "qkit profile"),
         (("--bits", 4, "--candidates", "bf16"), 2, "no format that quantizes"),
         (("--bits", 4, "--method", "awq", "--profile", "none"), 2, "no profile there"),
@@ -137,10 +137,10 @@ CACHE = ("--scheme", "w4a16", "--method", "gptq", "--group-size", 32, "--kv", "p
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((*CACHE, "--kv-memory", "200KB"), ["what the widths of --kv pm-kvq:4-2 cost"]),
-        ((*CACHE, "--kv-memory", "200KB", "--kv-scale-keys"), ["what the widths of", "scales of keys"]),
-        (("--kv", "pm-kvq:4-2", "--memory", "2MB@1000", *FORMATS), ["a profile of", "what the widths of"]),
-        (("--bits", 4, "--refine", 5, *FORMATS), ["a profile of", "5 plans at the most, 7 forward passes"]),
+        ((*CACHE, "--kv-memory", "200KB"), ["cost of the widths of --kv pm-kvq:4-2"]),
+        ((*CACHE, "--kv-memory", "200KB", "--kv-scale-keys"), ["cost of the widths of", "scales of keys"]),
+        (("--kv", "pm-kvq:4-2", "--memory", "2MB@1000", *FORMATS), ["a profile of", "cost of the widths of"]),
+        (("--bits", 4, "--refine", 5, *FORMATS), ["a profile of", "5 plans at most, 7 forward passes"]),
     ],
 )
 def test_whatever_has_to_be_measured_is_said(plan, options, words):
@@ -152,7 +152,7 @@ def test_whatever_has_to_be_measured_is_said(plan, options, words):
 
 def test_too_little_memory_for_the_cache(plan):
     code, _, err, _ = plan(*CACHE, "--kv-memory", "10KB")
-    assert code == 3 and "at its least width" in err
+    assert code == 3 and "at its smallest width" in err
 
 
 def test_a_budget_with_its_profile_is_solved_as_before(run, tiny, small, tmp_path):

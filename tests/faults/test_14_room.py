@@ -42,7 +42,7 @@ def test_what_a_stopped_run_left_is_not_needed_once_more(request_, tmp_path, mon
     )
     assert needed < 1.1 * (forecast.packed_bytes + forecast.copied_bytes + forecast.job_bytes) / 2
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, needed - 1))
-    with pytest.raises(IOFailure, match=r"more of disk and .* are free: make room"):
+    with pytest.raises(IOFailure, match=r"more of disk and .* are free: free some space"):
         quantize(request_, out, Quiet())
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, needed + 1))
     assert quantize(request_, out, Quiet()).ok
@@ -52,7 +52,7 @@ def test_a_run_from_nothing_needs_all_of_it(request_, tmp_path, monkeypatch):
     forecast = prepare(request_).forecast
     whole = int(1.1 * (forecast.packed_bytes + forecast.copied_bytes + forecast.job_bytes))
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(whole, 0, whole - 1))
-    with pytest.raises(IOFailure, match="make room, or use another --out or --work"):
+    with pytest.raises(IOFailure, match="free some space, or use another --out or --work"):
         quantize(request_, tmp_path / "out", Quiet())
     assert list(tmp_path.iterdir()) == []
 

@@ -103,7 +103,7 @@ def test_many_rows_that_are_not_finite_end_the_run(run, tiny, rows, token_in, tm
     code, _, err = run(
         "quantize", "--model", wrong, "--scheme", "w4a16", "--method", "gptq", *rows, "--out", tmp_path / "out"
     )
-    assert code == 4 and f"{count} of {COUNT} calibration rows have non-finite activations" in err and "10%" in err
+    assert code == 4 and f"{count} of {COUNT} calibration samples have non-finite activations" in err and "10%" in err
     assert len(err.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
@@ -120,7 +120,7 @@ def test_a_layer_that_no_row_reaches(run, tiny, rows, tmp_path, monkeypatch, met
     command = ("--scheme", "w4a16", "--method", *method, *rows, "--out", tmp_path / "out")
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: self.down_proj(x.repeat(1, 1, 2)[..., :96]))
     code, _, err = run("quantize", "--model", tiny("llama"), *command)
-    assert code == 3 and "no calibration row reached" in err and "mlp.gate_proj" in err, err
+    assert code == 3 and "no calibration sample reached" in err and "mlp.gate_proj" in err, err
     assert len(err.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
 
 

@@ -234,7 +234,7 @@ def test_folders_of_qkit_and_files(run, packed, tiny, tmp_path, small):
     code, _, err = run("inspect", tmp_path / "nothing")
     assert code == 3 and "there is no such file or folder" in err
     code, _, err = run("inspect", packed / "config.json")
-    assert code == 3 and "no safetensors and no GGUF file" in err
+    assert code == 3 and "a safetensors file or a GGUF file" in err
 
 
 HEADER = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'

@@ -48,7 +48,7 @@ def test_in_the_factorization(error, call, request_, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, "cholesky_ex", cholesky_ex)
-        with pytest.raises(IOFailure, match=r"memory ran out; what was finished is kept in .*out\.job"):
+        with pytest.raises(IOFailure, match=r"out of memory; finished blocks are kept in .*out\.job"):
             quantize(request_, tmp_path / "out", Quiet())
     assert not (tmp_path / "out").exists()
     assert quantize(request_, tmp_path / "out", Quiet()).ok

@@ -50,11 +50,11 @@ def test_without_a_baseline(packed, run, calib, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [["--kv", "int8"], ["--retrieval"], ["--pairs", "drawn"], ["--videos", 1], ["--tasks", "vbench:x"]]
+    "options", [["--kv", "int8"], ["--retrieval"], ["--image-text", "drawn"], ["--videos", 1], ["--tasks", "vbench:x"]]
 )
 def test_what_is_measured_of_one_model(options, packed, run):
     code, _, err = run("eval", packed / "w4a16", packed / "w8a16", *options)
-    assert code == 2 and options[0] in err and "give one OUT" in err
+    assert code == 2 and options[0] in err and "use one OUT" in err
 
 
 def test_models_that_split_a_text_in_different_ways(packed, tiny, run, calib, tmp_path):
@@ -118,4 +118,4 @@ def test_a_page_of_a_model_without_a_record(tiny, run, calib, tmp_path, monkeypa
 
 def test_no_false_reason_for_the_page(tiny, run, tmp_path):
     code, _, err = run("eval", tiny("llama"), "--kv", "int8", "--report", tmp_path / "e.html")
-    assert code == 2 and "--report is about texts" in err and "pairs drawn" not in err
+    assert code == 2 and "--report is for texts" in err and "image-text drawn" not in err

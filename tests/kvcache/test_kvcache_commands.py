@@ -111,13 +111,13 @@ def test_a_checkpoint_with_differences_between_layers(run, tiny, small, tmp_path
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--kv", "pm-kvq:4-2"], "give --kv-memory (or --memory for all), or one width"),
+        (["--kv", "pm-kvq:4-2"], "add --kv-memory (or --memory for all), or use one width"),
         (["--kv", "pm-kvq:2", "--kv-memory", "10KB", "--max-length", "1000"], "takes 1.15MB"),
         (["--kv", "pm-kvq:2", "--max-length", "100"], "nothing is left to pack"),
         (["--kv", "kivi"], "kv policy 'kivi'"),
         (["--kv", "int8", "--kv-memory", "1MB"], "--kv-memory 1.00MB"),
         (["--kv", "int8", "--kv-memory", "many"], "--kv-memory many"),
-        (["--max-length", "100"], "about the cache of --kv"),
+        (["--max-length", "100"], "needs --kv"),
     ],
 )
 def test_what_cannot_be_asked_for(options, words, run, tmp_path):
@@ -142,10 +142,10 @@ def test_eval_compares_caches(run, tmp_path):
     widths = [w for _, layer, w in found["pm-kvq:2"]["halvings"] if layer == 0]
     assert widths == sorted(widths, reverse=True) and widths[-1] == 2
     for options, words in (
-        (("--prompt", "9"), "--prompt is about the caches"),
-        (("--kv-step", "9"), "--kv-step is about the caches"),
+        (("--prompt", "9"), "--prompt needs --kv"),
+        (("--kv-step", "9"), "--kv-step needs --kv"),
         (("--kv", "stored"), "was quantized without --kv"),
-        (("--kv", "pm-kvq:4-2"), "which layer gets which width is decided by 'qkit quantize --kv pm-kvq:4-2"),
+        (("--kv", "pm-kvq:4-2"), "the widths of the layers are chosen by 'qkit quantize --kv pm-kvq:4-2"),
         (("--kv", "int8", "--json", tmp_path / "no" / "e"), "there is no folder"),
         (("--kv", "int8", "--json", tmp_path), "that is a folder"),
     ):

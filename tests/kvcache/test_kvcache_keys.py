@@ -169,7 +169,7 @@ def test_weights_and_cache_share_a_memory(run, tiny, tmp_path, small, calib, qui
     for options, words in (
         (("--memory", "1KB@1024", "--kv", "pm-kvq:2"), "--memory"),
         (("--memory", "9MB@1024", "--kv", "pm-kvq:2", "--kv-memory", "1MB"), "leave --kv-memory out"),
-        (("--memory", "9MB@1024", "--kv", "pm-kvq:2", "--max-length", 99), "leave one of them out"),
+        (("--memory", "9MB@1024", "--kv", "pm-kvq:2", "--max-length", 99), "leave one of the two out"),
     ):
         code, _, err = run("plan", "--model", path, "--profile", folder, *options, "--method", "rtn", *small)
         assert code == (3 if words == "--memory" else 2) and words in err and len(err.strip().splitlines()) == 1

@@ -67,7 +67,7 @@ def test_rules_and_refusals(run, vlm, tmp_path):
         (
             ("--target", "vision=w4a16", "--method", "gptq", "--calib", text, "--seqlen", 64, "--samples", 8),
             2,
-            "a text without pictures",
+            "a text without images",
         ),
     ):
         got, _, err = run("quantize", "--model", path, "--scheme", "w4a16", *args, *out)

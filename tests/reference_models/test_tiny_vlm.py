@@ -41,7 +41,7 @@ def test_balanced_quantization(run, original, tmp_path, options, least):
     code, _, err = run(*command)
     assert code == 0 and run("verify", out)[0] == 0, err
     figures = tmp_path / "figures.json"
-    asked = ("--baseline", "tiny-vlm", "--pairs", "drawn", "--questions", QUESTIONS, "--json", figures)
+    asked = ("--baseline", "tiny-vlm", "--image-text", "drawn", "--questions", QUESTIONS, "--json", figures)
     code, _, err = run("eval", out, *asked)
     assert code == 0, err
     found = json.loads(figures.read_text())["pairs"]["drawn"]

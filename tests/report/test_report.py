@@ -312,6 +312,6 @@ def test_refused(run, tiny, tmp_path, small):
     assert code == 2 and "--figures goes with a budget" in err and not (tmp_path / "f").exists()
     command = ("profile", "--model", tiny("llama"), "--candidates", "int4", "--out", tmp_path / "p", *small)
     code, _, err = run(*command, "--rows", 4, "--pareto-measure", 2)
-    assert code == 2 and "--pareto-measure goes with --pareto" in err
+    assert code == 2 and "--pareto-measure needs --pareto" in err
     code, _, err = run(*command, "--rows", 4, "--pareto", "--measures", "")
     assert code == 2 and "no measure" in err and not (tmp_path / "p").exists()

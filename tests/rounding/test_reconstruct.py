@@ -323,7 +323,7 @@ def test_effort_is_a_number_of_steps(asked: Request) -> None:
     fast, default, best = (steps(replace(bare, effort=e)) for e in ("fast", "default", "best"))
     assert fast < default == steps(bare) < best
     assert steps(replace(bare, effort="best", options={"steps": 7})) == 7
-    with pytest.raises(UsageError, match="--effort is what learned rounding takes, and method 'gptq' has none"):
+    with pytest.raises(UsageError, match="--effort is for learned rounding, and method 'gptq' has none"):
         prepare(replace(bare, method="gptq", effort="fast"))
 
 

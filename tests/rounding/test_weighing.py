@@ -79,7 +79,7 @@ def test_nothing_depends_on_the_workers(subject: ReferenceModel, rows: Tensor) -
 def asked(tiny, tmp_path: Path) -> Request:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"word{i * i % 97} and" for i in range(4000)))
-    options = {"steps": 24, "batch": 4, "weigh": True}
+    options = {"steps": 24, "batch": 4, "loss_weighted": True}
     return Request(
         model=str(tiny("llama")),
         scheme="w3a16",
@@ -114,9 +114,11 @@ def test_its_memory_is_told(asked: Request) -> None:
 
 
 def test_bad_input(asked: Request) -> None:
-    with pytest.raises(UsageError, match="option 'weigh' and method rotate exclude each other"):
+    with pytest.raises(UsageError, match="option 'loss_weighted' and method rotate exclude each other"):
         prepare(replace(asked, method="rotate+gptq+signround"))
-    with pytest.raises(Unsupported, match="option 'weigh' looks at the loss of a language model, and this is none"):
-        prepare(Request(model="tiny-video", scheme="w4a8", method="gptq+signround", options={"weigh": True}))
-    with pytest.raises(UsageError, match="weigh"):
-        prepare(replace(asked, method="gptq", options={"weigh": True}))
+    with pytest.raises(
+        Unsupported, match="option 'loss_weighted' needs the loss of a language model, and this is none"
+    ):
+        prepare(Request(model="tiny-video", scheme="w4a8", method="gptq+signround", options={"loss_weighted": True}))
+    with pytest.raises(UsageError, match="loss_weighted"):
+        prepare(replace(asked, method="gptq", options={"loss_weighted": True}))

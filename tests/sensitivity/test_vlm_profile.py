@@ -280,7 +280,7 @@ def test_a_budget_from_end_to_end(run, llava, tmp_path):
         assert costs["W8A8"]["first_x"] > 0 == costs["W2A16"]["first_x"]
     assert made["whole"]["W2A16"]["kl"] > made["whole"]["W4A16"]["kl"] > 0
     code, _, err = run(*profile, *measures, "--audit", "--audit-text", tmp_path)
-    assert code == 3 and "--audit: " in err and "neither a file pairs.jsonl nor pictures" in err
+    assert code == 3 and "--audit: " in err and "no file pairs.jsonl and no images" in err
     code, said, err = run(
         "quantize", "--model", llava, "--bits", 4.5, "--profile", tmp_path / "p", "--refine", 2, *SMALL[:4], "--method", "rtn",
         "--target", "vision=w4a16", "--out", out,

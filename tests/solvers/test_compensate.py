@@ -160,5 +160,5 @@ def test_bad_input(asked: Request, tmp_path: Path) -> None:
     pipeline = Request(
         model=str(make_pipeline(tmp_path / "wan", steps=3)), scheme="w4a8", method="gptq", options={"compensate": 0.5}
     )
-    with pytest.raises(Unsupported, match="option 'compensate' needs rows of one shape"):
+    with pytest.raises(Unsupported, match="option 'compensate' needs samples of one shape"):
         prepare(pipeline)

@@ -235,7 +235,7 @@ def test_text_alone_is_refused(run, tiny, vlm, tmp_path):
     assert code in (2, 3) and "this is no vision-language model (llama): use awq" in err
     text = qkit_data.text_path("calibration")
     code, _, err = run(*common, "--model", vlm("llava"), "--calib", text, "--samples", 4, "--seqlen", 32)
-    assert code == 2 and "needs pictures with answers" in err
+    assert code == 2 and "needs image-text data" in err
 
 
 def test_answers_without_a_gradient(vlm):

@@ -246,7 +246,7 @@ def test_damage_is_found(tiny, calib, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"scheme": "w8a8"}, "take scheme nvfp4"),
+        ({"scheme": "w8a8"}, "use scheme nvfp4"),
         ({"options": {"share": 0.0}}, "expected a share of the channels above 0"),
         ({"options": {"share": 1.5}}, "expected a share of the channels above 0"),
         ({"significant": 0.5}, "exclude each other"),

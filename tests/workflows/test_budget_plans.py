@@ -252,7 +252,7 @@ def test_profile_of_another_model(run, tiny, tmp_path, small):
     folder = tmp_path / "profile"
     profiled(run, tiny("llama"), folder, small)
     code, _, err = run("plan", "--model", tiny("qwen2"), "--profile", folder, "--bits", 5, *small)
-    assert code == 3 and "the profile of another model" in err
+    assert code == 3 and "the profile is of another model" in err
     (folder / "profile.json").write_text(json.dumps({"version": VERSION}))
     code, _, err = run("plan", "--model", tiny("llama"), "--profile", folder, "--bits", 5, *small)
     assert code == 3 and "damaged" in err
