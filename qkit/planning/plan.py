@@ -360,7 +360,7 @@ def _decide(linear: Linear, widths: set[int], recipe: Recipe, rule: Rule | None)
         if group is not None and linear.shape[1] % group:
             raise Unsupported(
                 f"{linear.name}: scheme {scheme.name} quantizes activations in groups of {group}, which do not divide "
-                f"its {linear.shape[1]} input columns: use another scheme, or skip the layer with a rule"
+                f"its {linear.shape[1]} input columns: choose another scheme, or skip the layer with a rule"
             )
     notes, transforms = [], parse_method(recipe.method)[0]
     if weights.group != scheme.weights.group:

@@ -315,7 +315,7 @@ def test_prime_width(run, tiny, tmp_path, small):
     for scheme in ("nvfp4", "mxfp4", "fp8_block"):
         code, _, err = run("plan", "--model", model, "--scheme", scheme, *small)
         assert code == 3 and len(err.strip().splitlines()) == 1
-        assert "model.layers.0." in err and "use another scheme" in err
+        assert "model.layers.0." in err and "choose another" in err
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------
