@@ -70,5 +70,5 @@ def test_a_decoupled_policy_is_followed(run, tmp_path: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     sampling = sampling_of(tmp_path / "a", None, {})
     pipeline(prompt=sampling.prompts[0], **sampling.call, output_type="latent")
-    chosen = {(c.linear, c.made) for c in pipeline.transformer.steps.log if c.linear}
+    chosen = {(c.linear, c.choice) for c in pipeline.transformer.steps.log if c.linear}
     assert chosen == {(name, WIDE if offset else NARROW) for name, offset in made.items()}
