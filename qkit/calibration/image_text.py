@@ -33,6 +33,7 @@ from qkit.files.safefile import read_bytes, shown
 from qkit.files.schema import PairLine, checked, foreign
 from qkit.files.text_file import TextFile, is_chat
 from qkit.system.confined import Exceeded
+from qkit.system.extras import needs, require
 
 CAPTION = "Describe the picture."
 _NO_PLACE = "the chat template of the model has no place for a picture"
@@ -61,8 +62,10 @@ def drawn(start: int, samples: int) -> Iterator[Pair]:
 
 def _asked(seed: int) -> Iterator[Pair]:
     """Every question about a scene."""
-    from PIL import Image
-    from qkit_data.scenes import scene
+    with needs("a drawn scene", "data"):
+        from qkit_data.scenes import scene
+    with needs("a drawn scene", "vision"):
+        from PIL import Image
 
     made = scene(seed)
     image = Image.fromarray(made.image)
@@ -199,7 +202,8 @@ def _names(value: Any) -> list[str]:
 
 
 def _pair(files: list[Path], frames: list[Path], question: str, answer: str, where: str, kind: str = "") -> Pair:
-    from PIL import Image
+    with needs("image-text data", "vision"):
+        from PIL import Image
 
     if not answer:
         raise BadCalibration(f"{where}: a pair without an answer: what the model is to say is what is measured")
@@ -230,6 +234,7 @@ def load_processor(folder: Path) -> Any:
     """The processor of a model folder; no code of the folder is run. Raises BadCheckpoint when there is none."""
     from transformers import AutoProcessor
 
+    require("the processor of a vision-language model", "vision", "PIL")
     check_side_files(folder)
     advice = "copy the processor's files of the original model here, or use text without pictures"
     with foreign(f"{folder}: no processor that transformers can load", advice):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import qkit_data
 from rich.console import Console
 from rich.text import Text
 
@@ -21,6 +20,7 @@ from qkit.errors import BudgetNotMet, IOFailure, UsageError
 from qkit.evaluation.budget import Check, QualityBudget, check_budget, junit_xml, load_budget
 from qkit.evaluation.request import DTYPES, EvalRequest, jsonable
 from qkit.evaluation.sources import text_name
+from qkit.files.embedded import embedded_text
 from qkit.files.locate import find_model, recorded_source
 from qkit.files.rejected import NAME, clear_mark, write_mark
 from qkit.files.safefile import write_atomic
@@ -137,7 +137,7 @@ def choose_texts(budget: QualityBudget, given: Sequence[str], budget_file: Path)
             texts.append(f"{name}={path}")
             names.append(name)
     if "evaluation" not in names and (not texts or "evaluation" in budget.named_texts):
-        texts.append(str(qkit_data.text_path("evaluation")))
+        texts.append(str(embedded_text("evaluation")))
         names.append("evaluation")
     for name in budget.named_texts:
         if name not in names:

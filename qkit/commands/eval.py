@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import qkit_data
 from rich.console import Console
 from rich.text import Text
 
@@ -27,10 +26,12 @@ from qkit.commands.verb import Verb
 from qkit.errors import UsageError
 from qkit.evaluation.request import DTYPES, EvalRequest, dimensions_of
 from qkit.evaluation.sources import text_name
+from qkit.files.embedded import embedded_text
 from qkit.files.locate import find_model
 from qkit.files.rejected import described, read_mark
 from qkit.files.safefile import write_atomic
 from qkit.kvcache.policy import CachePolicy, parse, stored
+from qkit.system.extras import require
 
 EXAMPLES = 12  # pictures of a report
 
@@ -120,7 +121,7 @@ def eval_command(
             "--vbench-python and --videos-dir are about --tasks vbench:..., and there is none; leave them out"
         )
     if not texts and not videos and (kv or retrieval or not (names or pairs)):
-        texts = (str(qkit_data.text_path("evaluation")),)
+        texts = (str(embedded_text("evaluation")),)
     if allow_task_code and task_dir is None:
         raise UsageError("--allow-task-code is about the files of --task-dir, and there is none; leave it out")
     caches = [_cache(name, outs[0]) for policies in kv for name in split_names(policies) if name != "none"]
@@ -136,6 +137,8 @@ def eval_command(
         raise UsageError(
             "--report is about texts, tasks, pairs and videos: leave it out beside --kv, --retrieval and vbench"
         )
+    if report_file is not None:
+        require("--report", "report", "jinja2", *(["matplotlib"] if pairs or videos else []))
     for spec in texts:
         text_name(spec)
     request = EvalRequest(

@@ -21,6 +21,7 @@ from qkit.files.folder import DENOISER, PIPELINE_INDEX, contained, list_names, l
 from qkit.files.hash_cache import full_hash
 from qkit.files.safefile import sha256_file, shown, write_atomic
 from qkit.files.side_files import copy, refuse_pickles, travelling
+from qkit.system.extras import needs
 
 LIBRARIES = ("diffusers", "transformers")
 SECOND = "transformer_2"
@@ -135,7 +136,8 @@ def reason(error: Exception) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """What diffusers and transformers say about the ordinary is not said: bars of loading, hints, rounded arguments."""
-    import diffusers.utils.logging
+    with needs("a diffusion pipeline", "diffusion"):
+        import diffusers.utils.logging
     import transformers.utils.logging
 
     logs: tuple[Any, ...] = (diffusers.utils.logging, transformers.utils.logging)
@@ -154,7 +156,8 @@ def quiet() -> Iterator[None]:
 
 def load_pipeline(folder: Path, dtype: Any, device: str) -> Any:
     """A diffusers pipeline whose quantized linears stay packed; text encoders and VAE in ``dtype`` too."""
-    from diffusers import DiffusionPipeline
+    with needs("a diffusion pipeline", "diffusion"):
+        from diffusers import DiffusionPipeline
 
     check_pipeline(folder)
     try:
@@ -176,7 +179,8 @@ def load_pipeline(folder: Path, dtype: Any, device: str) -> Any:
 
 def load_denoiser(folder: Path, name: str, dtype: Any, device: str) -> Any:
     """A diffusion transformer in eval mode. name: its class in diffusers."""
-    import diffusers
+    with needs("a diffusion transformer", "diffusion"):
+        import diffusers
 
     with quiet():
         found = getattr(diffusers, name).from_pretrained(

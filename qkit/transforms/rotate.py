@@ -20,14 +20,16 @@ from torch import Tensor
 
 from qkit.errors import Unsupported
 from qkit.families.structure import ModelStructure
+from qkit.system.extras import needs, require
 from qkit.tensor.formats import Scheme
 from qkit.transforms.state import BlockState
 
 
 def orthogonal(n: int, seed: int) -> Tensor:
     """float32 [n, n], orthogonal, the same for the same n and seed."""
-    from scipy.fft import dct
-    from scipy.linalg import hadamard
+    with needs("method rotate", "rotation"):
+        from scipy.fft import dct
+        from scipy.linalg import hadamard
 
     power = n & -n
     q = torch.from_numpy(hadamard(power, dtype=float)) / power**0.5
@@ -40,7 +42,8 @@ def orthogonal(n: int, seed: int) -> Tensor:
 
 
 def check_rotatable(structure: ModelStructure) -> None:
-    """Raises Unsupported where the rotation would change the function."""
+    """Raises Unsupported where the rotation would change the function, and without scipy."""
+    require("method rotate", "rotation", "scipy")
     if structure.family.rotation is None:
         raise Unsupported(
             f"method rotate needs a model whose blocks read and write one residual stream through RMSNorm; the family "

@@ -34,6 +34,7 @@ from qkit.planning.request import Request
 from qkit.sensitivity.candidates import parse_candidates
 from qkit.sensitivity.profile import FILE, Profile
 from qkit.sensitivity.units import parts_named, units_of
+from qkit.system.extras import require
 from qkit.system.progress import Progress
 from qkit.workflows import kv_cache
 from qkit.workflows.kv_cache import CacheChoices, CachePlan, joint_choices
@@ -141,6 +142,7 @@ def _unmade(request: Request, wanted: BudgetRequest) -> ProfileRequest | None:
 
 def allocate_budget(request: Request, wanted: BudgetRequest, progress: Progress) -> BudgetAllocation:
     """Measure what there is to measure and solve the budget. Raises as ``opened``."""
+    require("choosing formats for a budget", "allocation", "scipy")
     found = opened(request, wanted)
     if found.ask is not None:
         profile(found.ask, wanted.profile, progress)
