@@ -210,7 +210,7 @@ def by_step(logs: list[tuple[StepChoice, ...]]) -> dict[str, list[list[float | N
 
 def judged(ours: list[Video], theirs: list[Video]) -> dict[str, Any]:
     """Where prompts are those of drawn clips, and qkit_data is there with the classifier: share of samples whose shape, colour
-    and motion it recognises, in percent, and with a baseline the Frechet distance between its features of both; else nothing."""
+    and motion it recognises, in percent, and with a baseline the Frechet distance between its features of both; else {}."""
     if find_spec("qkit_data") is None:
         return {}
     from qkit_data import judge
