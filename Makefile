@@ -1,7 +1,8 @@
 # Each target does all of its set-up on a machine that has only Python (>= 3.10), git and make:
 #
 #   make demo    quantize the embedded reference model two ways and compare it with the original
-#   make test    lint, format, types, tests
+#   make quick   lint, format, types, and the test files that take seconds: under a minute
+#   make test    lint, format, types, all tests but the slow ones
 #
 # Another interpreter: make demo PYTHON=python3.12
 
@@ -13,10 +14,25 @@ READY := $(VENV)/ready
 TORCH := 2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test
+# Whole files, chosen by measured time: one or more of every folder of tests/ that has one of seconds. In all they take a minute
+# of one core. Left to 'make test' are folders whose every file takes longer: benchmark, diffusion, kernels, planning, report,
+# rounding, sensitivity, workflows.
+QUICK := $(addprefix tests/, test_source_rules.py allocation/test_allocation.py docs evaluation/test_quality.py \
+	families/test_text_encoder.py faults/test_08_numbers.py faults/test_09_not_text.py faults/test_14_room.py \
+	files/test_checkpoint.py files/test_strictyaml.py kvcache/test_kvcache_store.py nn/test_attention.py \
+	reference_models/test_outlier_model.py runtime/test_generate.py solvers/test_solvers.py tensor/test_formats.py \
+	tensor/test_qtensor.py transforms/test_transforms.py verification/test_preflight.py)
+
+.PHONY: demo quick test
 
 demo: $(READY)
 	$(BIN)/qkit demo --work build/demo --overwrite
+
+quick: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2 --dist worksteal $(QUICK)
 
 test: $(READY)
 	$(BIN)/ruff check
@@ -26,12 +42,12 @@ test: $(READY)
 
 # torch goes first and as a CPU build: what pip picks on its own brings gigabytes of CUDA packages. A wheel at hand
 # (pip's find-links) is tried before the network, and the default build is what remains where there is no CPU build.
-$(READY): pyproject.toml
+$(READY): pyproject.toml calib_data/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "qkit needs Python 3.10 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch==$(TORCH)+cpu 2>/dev/null || \
 	$(INSTALL) torch==$(TORCH) --index-url $(CPU_INDEX) || \
 	$(INSTALL) torch --index-url $(CPU_INDEX) || \
 	$(INSTALL) torch
-	$(INSTALL) -e '.[test]'
+	$(INSTALL) -e calib_data -e '.[test]'  # two distributions, neither of which is asked of an index
 	@touch $@

@@ -16,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 
 from qkit.errors import NumericFailure, UsageError
+from qkit.system.extras import needs
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ def _milp(
     refused: Sequence[tuple[int, ...]],
 ) -> tuple[tuple[int, ...], float]:
     """(choice of every unit, gap). refused: combinations that must not come out."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
+    with needs("choosing formats for a budget", "allocation"):
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import csr_array
 
     counts = [len(unit) for unit in units]
     starts = np.concatenate([[0], np.cumsum(counts)])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qkit.system.extras import needs
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -17,7 +19,8 @@ def time_figure(products: Sequence[Mapping[str, Any]]) -> Figure:
 
     products: of ``products.product_record``. Whiskers go from p20 to p80; what was refused has no point.
     """
-    from matplotlib.figure import Figure
+    with needs("a figure", "report"):
+        from matplotlib.figure import Figure
 
     shown = products[:_MOST_PANELS]
     across = min(3, len(shown))

@@ -32,6 +32,7 @@ from qkit.files.safefile import read_bytes, shown
 from qkit.files.schema import ImageTextLine, foreign_errors, validate
 from qkit.files.text_file import TextFile, is_chat
 from qkit.system.confined import Exceeded
+from qkit.system.extras import needs, require
 
 CAPTION = "Describe the picture."
 _NO_PLACE = "the chat template of the model has no place for an image"
@@ -63,8 +64,10 @@ def drawn_scenes(start: int, samples: int) -> Iterator[ImageText]:
 
 def _scene_questions(seed: int) -> Iterator[ImageText]:
     """All questions about the scene with this seed."""
-    from PIL import Image
-    from qkit_data.scenes import scene
+    with needs("a drawn scene", "data"):
+        from qkit_data.scenes import scene
+    with needs("a drawn scene", "vision"):
+        from PIL import Image
 
     drawing = scene(seed)
     image = Image.fromarray(drawing.image)
@@ -207,7 +210,8 @@ def _names(value: Any) -> list[str]:
 def _load_images(
     files: list[Path], frames: list[Path], question: str, answer: str, where: str, kind: str = ""
 ) -> ImageText:
-    from PIL import Image
+    with needs("image-text data", "vision"):
+        from PIL import Image
 
     if not answer:
         raise BadCalibration(f"{where}: a sample without an answer: add the answer that the model should give")
@@ -238,6 +242,7 @@ def load_processor(folder: Path) -> Any:
     """The processor of a model folder. No code of the folder is run. Raises BadCheckpoint when there is none."""
     from transformers import AutoProcessor
 
+    require("the processor of a vision-language model", "vision", "PIL")
     check_side_files(folder)
     advice = "copy the processor's files of the original model here, or use text without images"
     with foreign_errors(f"{folder}: no processor that transformers can load", advice):

@@ -25,6 +25,7 @@ from qkit.commands.verb import Group, Verb, in_group
 from qkit.errors import UsageError
 from qkit.files.safefile import write_atomic
 from qkit.sensitivity.candidates import Candidate, parse_candidates
+from qkit.system.extras import require
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,8 @@ def bench_command(what: str, device: str, threads: int | None, json_file: Path |
     if wrong is not None:
         option = {"rows": "m"}.get(wrong, wrong.replace("_", "-"))
         raise UsageError(f"--{option} cannot be used with 'bench {what}': leave it out")
+    if given["figure"] is not None:
+        require("--figure", "report", "matplotlib")
     if what == "decode" and given["model"] is None:
         raise UsageError("'bench decode' needs a model: add --model")
     if what != "decode":

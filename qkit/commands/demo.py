@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import qkit_data
 from rich.console import Console
 from rich.text import Text
 
@@ -16,9 +15,11 @@ from qkit.commands.grid import Grid
 from qkit.commands.measured import printable, progress_bar
 from qkit.commands.verb import Verb
 from qkit.evaluation.request import EvalRequest
+from qkit.files.embedded import embedded_text
 from qkit.files.locate import find_model
 from qkit.files.output import check_output_dir, remove_result
 from qkit.planning.request import Request
+from qkit.system.extras import require
 
 MODEL = "tiny-llama"
 SCHEMES = ("W4A16", "W4A8")
@@ -42,6 +43,7 @@ def demo_command(work: Path, overwrite: bool, json_file: Path | None) -> None:
     """
     console = Console()
     began = time.monotonic()
+    require("the demo", "demo", "qkit_data")
     original = find_model(MODEL)
     check_output_dir(work, original, overwrite, replace=False)
     work.mkdir(parents=True, exist_ok=True)
@@ -80,7 +82,7 @@ def _measured(out: Path, original: Path) -> dict[str, Any]:
     """Figures of the packed model, loaded from disk, against the original."""
     from qkit.evaluation.measure import measure
 
-    text = qkit_data.text_path("evaluation")
+    text = embedded_text("evaluation")
     with progress_bar(Console(stderr=True)) as progress:
         found = measure(out, original, EvalRequest(texts=[text], windows=WINDOWS), progress)
     (figures,) = found["texts"].values()

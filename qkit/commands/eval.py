@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import qkit_data
 from rich.console import Console
 from rich.text import Text
 
@@ -26,10 +25,12 @@ from qkit.commands.verb import Group, RenamedOption, Verb, in_group
 from qkit.errors import UsageError
 from qkit.evaluation.request import DTYPES, EvalRequest, dimensions_of
 from qkit.evaluation.sources import text_name
+from qkit.files.embedded import embedded_text
 from qkit.files.locate import find_model
 from qkit.files.rejected import describe_mark, read_mark
 from qkit.files.safefile import write_atomic
 from qkit.kvcache.policy import CachePolicy, parse, stored
+from qkit.system.extras import require
 from qkit.workflows.check import require_sound
 
 EXAMPLES = 12  # images of a report
@@ -127,7 +128,7 @@ def eval_command(
     if not bench and (vbench_python or videos_dir):
         raise UsageError("--vbench-python and --videos-dir need --tasks vbench:DIMENSION: add it, or leave them out")
     if not texts and not videos and (kv or retrieval or not (names or image_text)):
-        texts = (str(qkit_data.text_path("evaluation")),)
+        texts = (str(embedded_text("evaluation")),)
     if allow_task_code and task_dir is None:
         raise UsageError("--allow-task-code needs --task-dir: add it, or leave --allow-task-code out")
     caches = [_cache(name, outs[0]) for policies in kv for name in split_names(policies) if name != "none"]
@@ -143,6 +144,8 @@ def eval_command(
         raise UsageError(
             "--report is for texts, tasks, image-text data and videos: leave it out with --kv, --retrieval and vbench"
         )
+    if report_file is not None:
+        require("--report", "report", "jinja2", *(["matplotlib"] if image_text or videos else []))
     for spec in texts:
         text_name(spec)
     request = EvalRequest(

@@ -11,10 +11,12 @@ from rich.console import Console
 from qkit.commands.common import OutFile, print_wide, wide_table, write_json
 from qkit.commands.verb import Verb
 from qkit.families.declared import DECLARED
+from qkit.files.embedded import reference_models
 from qkit.kvcache.policy import KINDS, SHORT, WIDTHS_OF
 from qkit.planning.recipe import AUTO, TRIES
 from qkit.planning.request import REQUANT, REQUANT_OUTLIERS, REQUANT_SIGNIFICANT
 from qkit.solvers.table import SOLVERS
+from qkit.system.extras import require
 from qkit.system.option import Options
 from qkit.tensor.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES, Format, layout
 from qkit.transforms.table import TRANSFORMS
@@ -107,12 +109,9 @@ def caches() -> list[dict[str, Any]]:
 
 def models() -> list[dict[str, Any]]:
     """One row per embedded reference model."""
-    import qkit_data
-
+    require("the list of reference models", "data", "qkit_data")
     rows = []
-    for name in qkit_data.models():
-        path = qkit_data.model_path(name)
-        assert path is not None
+    for name, path in reference_models().items():
         size = sum(p.stat().st_size for p in path.rglob("*.safetensors"))
         rows.append({"model": name, "bytes": size, "folder": str(path)})
     return rows

@@ -18,6 +18,7 @@ from qkit.commands.common import OutFolder, megabytes, request_options, show_cov
 from qkit.commands.verb import Group, Verb, in_group
 from qkit.errors import UsageError, write_failure
 from qkit.files.safefile import write_atomic
+from qkit.system.extras import require
 from qkit.workflows.options import BUDGETS, WAYS
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
       qkit plan --model tiny-llama --scheme w4a16 --method gptq --json plan.json
     """
     console = Console()
+    if figures is not None:
+        require("--figures", "report", "matplotlib", "jinja2")
     if (why or figures is not None) and all(given[name] is None for name in BUDGETS):
         raise UsageError(f"{'--explain' if why else '--figures'} goes with a budget: add {WAYS}")
     asked = options_of(given, out or Path(Path(given["model"]).name), console)

@@ -27,6 +27,7 @@ from qkit.files.safefile import write_atomic
 from qkit.planning.request import Request, recipe_of
 from qkit.sensitivity.candidates import parse_candidates
 from qkit.sensitivity.names import MEASURES, PREFERRED, check_measures, curve_measure
+from qkit.system.extras import require
 from qkit.system.memory import bound_heap
 
 if TYPE_CHECKING:
@@ -138,6 +139,8 @@ def profile_command(
         raise UsageError("--audit-text needs --audit: add it")
     if audit_text is not None and not audit_text.exists():
         raise BadInput(f"{audit_text}: no such file or folder for --audit-text")
+    if pareto:
+        require("--pareto", "report", "matplotlib")
     of = curve_measure(wanted) if pareto else None
     check_measures(wanted)
     base = Request(**given)

@@ -21,6 +21,7 @@ from qkit.files.folder import DENOISER, PIPELINE_INDEX, checked_path, list_names
 from qkit.files.hash_cache import cached_sha256
 from qkit.files.safefile import sha256_file, shown, write_atomic
 from qkit.files.side_files import copy_side_files, hash_side_files, refuse_pickles
+from qkit.system.extras import needs
 
 LIBRARIES = ("diffusers", "transformers")
 SECOND = "transformer_2"
@@ -139,7 +140,8 @@ def reason(error: Exception) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence progress bars, hints and warnings of diffusers and transformers."""
-    import diffusers.utils.logging
+    with needs("a diffusion pipeline", "diffusion"):
+        import diffusers.utils.logging
     import transformers.utils.logging
 
     logs: tuple[Any, ...] = (diffusers.utils.logging, transformers.utils.logging)
@@ -158,7 +160,8 @@ def quiet() -> Iterator[None]:
 
 def load_pipeline(folder: Path, dtype: Any, device: str) -> Any:
     """A diffusers pipeline whose quantized linears stay packed; text encoders and VAE in ``dtype`` too."""
-    from diffusers import DiffusionPipeline
+    with needs("a diffusion pipeline", "diffusion"):
+        from diffusers import DiffusionPipeline
 
     check_pipeline(folder)
     try:
@@ -182,7 +185,8 @@ def load_pipeline(folder: Path, dtype: Any, device: str) -> Any:
 
 def load_denoiser(folder: Path, name: str, dtype: Any, device: str) -> Any:
     """A diffusion transformer in eval mode. name: its class in diffusers."""
-    import diffusers
+    with needs("a diffusion transformer", "diffusion"):
+        import diffusers
 
     with quiet():
         model = getattr(diffusers, name).from_pretrained(

@@ -16,10 +16,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import qkit_data
 import torch
 import yaml
 
@@ -118,7 +118,11 @@ def _with_images(model: Any, processor: Callable[[], Any] | None, tasks: Sequenc
 
 
 def shipped_tasks() -> dict[str, Path]:
-    """The task files that come with qkit, by task name."""
+    """The task files of qkit_data, by task name; none where it is not installed."""
+    if find_spec("qkit_data") is None:
+        return {}
+    import qkit_data
+
     return {path.stem: path for path in sorted(qkit_data.task_dir().glob("*.yaml"))}
 
 
@@ -184,6 +188,8 @@ def _shipped(path: Path, cache: str) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     if config["dataset_path"] == DRAWN:
         return {**config, "custom_dataset": _scenes}
+    import qkit_data  # the file of the task lies in it
+
     kwargs = config["dataset_kwargs"]
     kwargs["data_files"] = str(qkit_data.data_path(kwargs["data_files"]))
     kwargs["cache_dir"] = cache

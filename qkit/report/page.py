@@ -6,10 +6,13 @@ import base64
 from importlib.resources import files
 from typing import Any
 
+from qkit.system.extras import needs
+
 
 def page(name: str, **values: Any) -> str:
     """The filled template NAME.html.j2 of this folder. jinja2 escapes every value: they come from anywhere."""
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    with needs("a report page", "report"):
+        from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     def source(file: str) -> str:
         return files("qkit.report").joinpath(file).read_text(encoding="utf-8")

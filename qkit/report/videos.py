@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from qkit.report.figures import png
+from qkit.report.figures import FIGURES, png
 from qkit.report.page import data_uri, page
+from qkit.system.extras import needs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +21,8 @@ _FRAMES, _WIDE = 9, 96  # of a strip: how many, and pixels of each
 
 def strip(frames: Tensor) -> str:
     """The data address of an image of some frames [n, height, width, 3] from 0 to 1, side by side."""
-    from PIL import Image
+    with needs("a page of videos", "report"):
+        from PIL import Image
 
     chosen = sorted({round(i * (len(frames) - 1) / max(1, _FRAMES - 1)) for i in range(_FRAMES)})
     data = (frames[chosen].clamp(0, 1) * 255).round().byte().numpy()
@@ -77,7 +79,8 @@ def _format_figure(value: Any) -> str:
 
 def error_curve(errors: Sequence[float]) -> Figure:
     """The figure of the mean relative error of the transformer's input, step by step."""
-    from matplotlib.figure import Figure
+    with FIGURES:
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 2.6), layout="constrained")
     axes = figure.subplots()
@@ -92,7 +95,9 @@ def error_curve(errors: Sequence[float]) -> Figure:
 def step_map(rows: Sequence[Sequence[float | None]], label: str, low: float, high: float) -> Figure:
     """The figure with a colour for every (step, block); rows: by block, by step; None where nothing was computed."""
     import numpy as np
-    from matplotlib.figure import Figure
+
+    with FIGURES:
+        from matplotlib.figure import Figure
 
     cells = np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=float)
     figure = Figure(figsize=(1.6 + 0.24 * cells.shape[1], 1.3 + 0.2 * cells.shape[0]), layout="constrained")

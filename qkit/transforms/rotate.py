@@ -20,14 +20,16 @@ from torch import Tensor
 
 from qkit.errors import Unsupported
 from qkit.families.structure import ModelStructure
+from qkit.system.extras import needs, require
 from qkit.tensor.formats import Scheme
 from qkit.transforms.state import BlockState
 
 
 def orthogonal(n: int, seed: int) -> Tensor:
     """An orthogonal matrix, float32 [n, n]; it depends on n and seed alone."""
-    from scipy.fft import dct
-    from scipy.linalg import hadamard
+    with needs("method rotate", "rotation"):
+        from scipy.fft import dct
+        from scipy.linalg import hadamard
 
     power = n & -n
     q = torch.from_numpy(hadamard(power, dtype=float)) / power**0.5
@@ -40,7 +42,8 @@ def orthogonal(n: int, seed: int) -> Tensor:
 
 
 def check_rotatable(structure: ModelStructure) -> None:
-    """Raises Unsupported for a model whose function the rotation would change."""
+    """Raises Unsupported for a model whose function the rotation would change, and without scipy."""
+    require("method rotate", "rotation", "scipy")
     if structure.family.rotation is None:
         raise Unsupported(
             f"method rotate needs a model whose blocks read and write one residual stream through RMSNorm; the family "

@@ -166,16 +166,15 @@ def evaluate(
     Gives a dictionary as ``qkit eval --json`` writes it: sizes in bytes, losses in nats per token. Raises VerifyFailure for a
     damaged folder, BadInput for texts that cannot be read.
     """
-    import qkit_data
-
     from qkit.evaluation.measure import measure
     from qkit.evaluation.request import EvalRequest
+    from qkit.files.embedded import embedded_text
     from qkit.files.locate import find_model
     from qkit.workflows.check import require_sound
 
     folder, original = find_model(str(model)), None if baseline is None else find_model(str(baseline))
     require_sound(folder)
-    chosen = texts if texts is not None else ([] if tasks else [str(qkit_data.text_path("evaluation"))])
+    chosen = texts if texts is not None else ([] if tasks else [str(embedded_text("evaluation"))])
     request = EvalRequest(
         texts=list(chosen), window=window, windows=windows, tasks=list(tasks), limit=limit, dtype=dtype, device=device
     )

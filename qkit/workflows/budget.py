@@ -34,6 +34,7 @@ from qkit.planning.request import Request
 from qkit.sensitivity.candidates import parse_candidates
 from qkit.sensitivity.profile import FILE, Profile
 from qkit.sensitivity.units import recorded_parts, units_of
+from qkit.system.extras import require
 from qkit.system.progress import Progress
 from qkit.workflows import kv_cache
 from qkit.workflows.kv_cache import CacheChoices, CachePlan, joint_choices
@@ -155,6 +156,7 @@ def _missing_profile(request: Request, budget_request: BudgetRequest) -> Profile
 
 def allocate_budget(request: Request, budget_request: BudgetRequest, progress: Progress) -> BudgetAllocation:
     """The solution of a budget; measures what there is to measure. Raises as ``allocation_problem``."""
+    require("choosing formats for a budget", "allocation", "scipy")
     problem = allocation_problem(request, budget_request)
     if problem.profile_request is not None:
         profile(problem.profile_request, budget_request.profile, progress)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +22,14 @@ from qkit.diffusion.trajectory import Trajectory, check_call, sampling_of
 from qkit.errors import Unsupported, UsageError
 from qkit.families.discover import BY_BATCH, kind_of
 from qkit.families.structure import ModelStructure
+from qkit.files.embedded import embedded_text
 from qkit.files.folder import is_pipeline
 from qkit.files.locate import find_model
 from qkit.planning.plan import LinearPlan, is_static, rows_reason
 from qkit.planning.recipe import Recipe, parse_method
 from qkit.planning.request import Request, check_rows
 from qkit.runtime.loading import load_tokenizer
+from qkit.system.extras import needs
 from qkit.system.machine import available_memory, run_dtype
 
 
@@ -74,10 +75,10 @@ def wants_image_text(request: Request, structure: ModelStructure) -> bool:
 
 def requested_image_text(request: Request, structure: ModelStructure, held_out: bool = False) -> Calibration:
     """Rows of images, questions and answers: the user's, or drawn scenes; held_out: scenes that calibration does not use."""
-    from qkit_data.scenes import CALIBRATION
-
-    start = 0 if held_out else CALIBRATION + 1000 * request.seed
     if request.calib is None:
+        with needs("calibration on drawn scenes", "data"):
+            from qkit_data.scenes import CALIBRATION
+        start = 0 if held_out else CALIBRATION + 1000 * request.seed
         image_text, source = list(drawn_scenes(start, request.samples)), "drawn scenes"
     else:
         image_text, source = read_image_text(request.calib, request.samples), request.calib.name
@@ -87,7 +88,8 @@ def requested_image_text(request: Request, structure: ModelStructure, held_out: 
 
 def trajectory_rows(request: Request, structure: ModelStructure) -> Calibration:
     """Rows of a diffusion transformer, made while the run begins. Raises UsageError for a transformer without its pipeline."""
-    import diffusers
+    with needs("sampling a diffusion pipeline", "diffusion"):
+        import diffusers
 
     folder = find_model(request.model)
     if not is_pipeline(folder):
@@ -121,7 +123,7 @@ def trajectory_rows(request: Request, structure: ModelStructure) -> Calibration:
 
 def text_rows(request: Request, structure: ModelStructure) -> Calibration:
     """The calibration rows of a request. Raises UsageError for rows that are longer than the model's positions."""
-    path = request.calib or embedded_text()
+    path = request.calib or embedded_text("calibration")
     kind = kind_of(structure.checkpoint.config)
     if kind in BY_BATCH:
         raise Unsupported(
@@ -137,13 +139,6 @@ def text_rows(request: Request, structure: ModelStructure) -> Calibration:
     source = path.name if request.calib else "embedded calibration text"
     tokenizer = load_tokenizer(structure.checkpoint.path)
     return calibration_rows(path, tokenizer, request.samples, request.seqlen, config.vocab_size, source)
-
-
-def embedded_text() -> Path:
-    """The calibration text that comes with qkit."""
-    import qkit_data
-
-    return Path(str(qkit_data.text_path("calibration")))
 
 
 def _may_need_rows(recipe: Recipe) -> bool:

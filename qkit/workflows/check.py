@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import qkit_data
-
 from qkit.errors import IOFailure, UsageError, VerifyFailure
 from qkit.evaluation.budget import Check, QualityBudget, check_budget
 from qkit.evaluation.request import EvalRequest, jsonable
 from qkit.evaluation.sources import text_name
+from qkit.files.embedded import embedded_text
 from qkit.files.folder import RECORD
 from qkit.files.locate import find_model, recorded_source
 from qkit.files.rejected import NAME, clear_mark, write_mark
@@ -123,7 +122,7 @@ def choose_texts(budget: QualityBudget, given: Sequence[str], budget_file: Path)
             texts.append(f"{name}={path}")
             names.append(name)
     if "evaluation" not in names and (not texts or "evaluation" in budget.named_texts):
-        texts.append(str(qkit_data.text_path("evaluation")))
+        texts.append(str(embedded_text("evaluation")))
         names.append("evaluation")
     for name in budget.named_texts:
         if name not in names:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import qkit_data
 import torch
 
 from qkit.calibration.batches import Extent, extent, text_extent
@@ -18,6 +17,7 @@ from qkit.calibration.dataset import Calibration
 from qkit.errors import BadInput, UsageError
 from qkit.families.blocks import LANGUAGE
 from qkit.families.structure import ModelStructure
+from qkit.files.embedded import embedded_text
 from qkit.files.folder import list_names
 from qkit.planning.plan import Plan
 from qkit.planning.recipe import parse_method
@@ -31,6 +31,7 @@ from qkit.sensitivity.probes import probes
 from qkit.sensitivity.profile import MEASURED, Profile, identity, make_context, make_profile, profile_of_shapes
 from qkit.sensitivity.result_cache import ResultCache
 from qkit.sensitivity.units import parts_of, recorded_parts, units_of
+from qkit.system.extras import needs
 from qkit.system.machine import available_cores
 from qkit.system.parallel import workers
 from qkit.system.progress import Progress
@@ -244,7 +245,7 @@ def _held_out(base: Request, structure: ModelStructure, text: Path | None) -> Ca
     """Rows of ``text``, else of the embedded evaluation text, or of drawn scenes where calibration has images."""
     if text is None and wants_image_text(base, structure):
         return requested_image_text(replace(base, calib=None), structure, held_out=True)
-    return calibration_of(replace(base, calib=text or Path(str(qkit_data.text_path("evaluation")))), structure)
+    return calibration_of(replace(base, calib=text or embedded_text("evaluation")), structure)
 
 
 def audit(
@@ -324,7 +325,8 @@ def _predict(audited: Profile, picks: dict[str, str], measure: str) -> float:
 
 def _agreement(predicted: Sequence[float], true: Sequence[float]) -> dict[str, float]:
     """rank: Spearman's correlation; ratio: median of predicted / true where the truth is clear of zero."""
-    from scipy.stats import spearmanr
+    with needs("the audit of a profile", "allocation"):
+        from scipy.stats import spearmanr
 
     largest = max(abs(t) for t in true)
     ratios = sorted(p / t for p, t in zip(predicted, true, strict=True) if abs(t) > 0.01 * largest)
