@@ -2,6 +2,7 @@
 #
 #   make demo    quantize the embedded reference model two ways and compare it with the original
 #   make test    lint, format, types, tests
+#   make docs    write the generated pages anew and build the documentation into build/docs
 #
 # Another interpreter: make demo PYTHON=python3.12
 
@@ -10,10 +11,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet
 READY := $(VENV)/ready
+DOCS_READY := $(VENV)/docs-ready
 TORCH := 2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test
+.PHONY: demo test docs
 
 demo: $(READY)
 	$(BIN)/qkit demo --work build/demo --overwrite
@@ -23,6 +25,11 @@ test: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# A warning (a page that is missing, a link that leads nowhere, a docstring that cannot be read) fails the build.
+docs: $(DOCS_READY)
+	$(BIN)/python tools/docs_pages.py --write
+	$(BIN)/mkdocs build --strict --site-dir build/docs
 
 # torch goes first and as a CPU build: what pip picks on its own brings gigabytes of CUDA packages. A wheel at hand
 # (pip's find-links) is tried before the network, and the default build is what remains where there is no CPU build.
@@ -34,4 +41,8 @@ $(READY): pyproject.toml
 	$(INSTALL) torch --index-url $(CPU_INDEX) || \
 	$(INSTALL) torch
 	$(INSTALL) -e '.[test]'
+	@touch $@
+
+$(DOCS_READY): $(READY) pyproject.toml
+	$(INSTALL) -e '.[docs]'
 	@touch $@
