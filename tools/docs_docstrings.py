@@ -19,7 +19,7 @@ def as_markdown(text: str) -> str:
     """The docstring with its lists of arguments as lists of Markdown."""
     lines: list[str] = []
     inside = False  # an entry of a list
-    for line in text.replace("``", "`").splitlines():
+    for line in text.replace("``", "`").replace("][", "]\\[").splitlines():  # two brackets would be a link
         entry = _ENTRY.match(line)
         if entry and entry[1] not in _HEADINGS:
             if not inside and lines and lines[-1]:

@@ -1,16 +1,18 @@
 """The two generated pages of the documentation, from the code: docs/command-line.md and docs/python-api.md.
 
-    python tools/docs_pages.py            name the pages that are not up to date; exit code 1 if there is one
-    python tools/docs_pages.py --write    write them
+python tools/docs_pages.py            name the pages that are not up to date; exit code 1 if there is one
+python tools/docs_pages.py --write    write them
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ _FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
 
 def text(said: str) -> str:
     """A sentence of the code as Markdown."""
-    return re.sub(r"([<*|])", r"\\\1", said.replace("``", "`").strip())
+    return re.sub(r"([<*|]|(?<=\])\[)", r"\\\1", said.replace("``", "`").strip())
 
 
 # ---- the command line --------------------------------------------------------------------------------------------
@@ -155,6 +157,25 @@ def error_classes() -> list[type[QkitError]]:
     return [e for e in vars(errors).values() if inspect.isclass(e) and issubclass(e, QkitError)]
 
 
+def results(functions: list[Any]) -> list[type]:
+    """The classes of qkit that functions return, by their annotations."""
+    found: list[type] = []
+    for function in functions:
+        module = sys.modules[function.__module__]
+        nodes = ast.walk(ast.parse(inspect.getsource(module)))
+        imports = [
+            node for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qkit.")
+        ]
+        homes = {name.name: str(node.module) for node in imports for name in node.names}
+        for name in re.findall(r"\w+", str(function.__annotations__.get("return"))):
+            value = getattr(module, name, None)
+            if value is None and name in homes:
+                value = getattr(import_module(homes[name]), name)
+            if inspect.isclass(value) and value.__module__.startswith("qkit."):
+                found.append(value)
+    return found
+
+
 def default_of(option: Option) -> str:
     """A default value as it is written in --option."""
     return str(option.default).lower() if isinstance(option.default, bool) else str(option.default)
@@ -184,9 +205,7 @@ def options_table(table: dict[str, Options]) -> str:
 
 def methods_table() -> str:
     """A row for every solver and every transform."""
-    rows = [
-        f"| `{n}` | solver | {text(s.summary)} | {', '.join(sorted(s.needs)) or '-'} |" for n, s in SOLVERS.items()
-    ]
+    rows = [f"| `{n}` | solver | {text(s.summary)} | {', '.join(sorted(s.needs)) or '-'} |" for n, s in SOLVERS.items()]
     rows += [
         f"| `{n}` | {t.stage} | {text(t.summary)} | {', '.join(sorted(t.needs)) or '-'} |"
         for n, t in TRANSFORMS.items()
@@ -199,7 +218,9 @@ def python_api() -> str:
     public = {name: getattr(qkit, name) for name in qkit.__all__}
     functions = [f for name in public if inspect.isfunction(f := public[name])]
     classes = [c for name in public if inspect.isclass(c := public[name])]
-    records = [c for c in dict.fromkeys([*classes, Request, Report]) if not issubclass(c, QkitError)]
+    records = [
+        c for c in dict.fromkeys([*classes, Request, Report, *results(functions)]) if not issubclass(c, QkitError)
+    ]
     fields = {"members": "false"}
     options = {n: x.options for n, x in (*SOLVERS.items(), *TRANSFORMS.items()) if x.options}
     parts = [
@@ -210,7 +231,7 @@ def python_api() -> str:
         "## Functions",
         *(directive(f, f"qkit.{f.__name__}") for f in functions),
         "## Requests and reports",
-        *(directive(c, c.__name__, members="true" if c is Report else "false") for c in records),
+        *(directive(c, c.__name__, members="false") for c in records),
         "## Errors",
         "`qkit.errors` has all of them. Each message is one sentence. The command line ends with the exit code of the error.",
         exit_codes(),
