@@ -8,14 +8,21 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
+import transformers
 from safetensors.torch import load_file
 
+from qkit.families import Family, Keys, declared, discover, structure
+from qkit.families.blocks import Group
+from qkit.kvcache import policy
 from qkit.solvers.table import SOLVERS, Solver
 from qkit.solvers.task import Task
 from qkit.system.option import Option
-from qkit.tensor.formats import FORMATS
+from qkit.tensor import formats
+from qkit.tensor.formats import FORMATS, SCHEMES
 from qkit.transforms.table import TRANSFORMS, Transform
+from qkit.verification import kv_cache
 
 ROOT = Path(__file__).parents[2]
 DEVELOP = ROOT / "docs" / "develop"
@@ -153,3 +160,133 @@ def test_a_new_transform_runs_through_the_command_line(equalize, run, tmp_path, 
     assert run("verify", tmp_path / "out")[0] == 0
     code, out, _ = run("list", "methods")
     assert code == 0 and re.search(r"^\s*equalize\s+transform ", out, re.M)
+
+
+# ---- formats, families, caches, exports --------------------------------------------------------------------------
+
+
+def test_a_new_scheme_is_one_line(monkeypatch, run, tmp_path) -> None:
+    line = block("add-a-format.md", "qkit/tensor/formats.py, in SCHEMES")
+    (made,) = eval(line, {"_scheme": formats._scheme})
+    monkeypatch.setitem(SCHEMES, made.name, made)
+    code, _, err = run("quantize", "--model", "tiny-llama", "--scheme", "w6a8", "--out", tmp_path / "out")
+    assert code == 0, err
+    linears = json.loads((tmp_path / "out" / "qkit.json").read_text())["linears"].values()
+    assert {(x["format"]["bits"], x["activations"]["name"]) for x in linears} == {(6, "int8_token")}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["format"] == "pack-quantized"
+
+
+def test_a_new_family_folds_scales(monkeypatch, run, small, tmp_path) -> None:
+    page = "add-a-family.md"
+    found: dict = {"Family": Family, "Group": Group, "Keys": Keys}
+    exec(block(page, "qkit/families/llm.py"), found)
+    line = block(page, "tests/tiny_models.py, in FAMILIES")
+    given = {"transformers": transformers, "_SIZES": tiny_models._SIZES}
+    ((name, config),) = eval(f"{{{line}}}", given).items()
+    monkeypatch.setitem(tiny_models.FAMILIES, name, config)
+    model = tiny_models.make(name, tmp_path / "model")
+    folded = []
+    for declare in (False, True):
+        if declare:
+            for module in (declared, discover, structure):
+                monkeypatch.setattr(module, "DECLARED", (*module.DECLARED, found["GRANITE"]))
+        out = tmp_path / f"out-{declare}"
+        code, _, err = run(
+            "quantize", "--model", model, "--scheme", "w4a16", "--group-size", 32, "--method", "awq", "--out", out, *small
+        )  # fmt: skip
+        assert code == 0, err
+        before, after = (load_file(folder / "model.safetensors") for folder in (model, out))
+        norms = [n for n in before if "layers" in n and n.endswith("layernorm.weight")]
+        folded.append(any(not torch.equal(before[n], after[n]) for n in norms))
+    assert folded == [False, True]  # what the declaration adds
+
+
+def test_a_new_cache_policy_is_data(monkeypatch) -> None:
+    page = "add-a-cache-policy.md"
+    kinds = eval(f"{{{block(page, 'qkit/kvcache/policy.py, in KINDS')}}}")
+    monkeypatch.setitem(policy.KINDS, *kinds.popitem())
+    ((kind, defaults),) = eval(f"{{{block(page, 'qkit/kvcache/policy.py, in parse')}}}").items()
+    assert policy.parse(f"{kind}4").kind == kind and defaults == {"window": 64}
+    ((field, (accepts, said)),) = eval(f"{{{block(page, 'qkit/verification/kv_cache.py, in _CACHE')}}}").items()
+    before, said_before = kv_cache._CACHE[field]
+    assert said == said_before and accepts(kind) and not before(kind)
+    assert all(accepts(known) == before(known) for known in policy.KINDS if known != kind)
+    names: dict = {}
+    exec(block(page, "tests/kvcache/test_kvcache_recent.py"), names)
+    names["test_the_newest_tokens_are_as_they_came"]()
+
+
+def test_a_new_layout_round_trips(monkeypatch) -> None:
+    page = "add-an-export.md"
+    new_module(monkeypatch, "qkit.tensor.byte_codes", block(page, "qkit/tensor/byte_codes.py"))
+    names: dict = {}
+    exec(block(page, "tests/tensor/test_byte_codes.py"), names)
+    for name, fmt in FORMATS.items():
+        if fmt.kind == "int":
+            names["test_round_trip"](name)
+
+
+# ---- pages that describe the code --------------------------------------------------------------------------------
+
+# What changes something of another library, or of the process.
+CHANGES = re.compile(
+    r"__class__ = |sys\.meta_path|\.set_submodule\(|Interface\.register\(|@register_quantiz|_MAPPING\.|\bsetattr\(module"
+    r"|register_buffer\(name|simplefilter\(|set_num_threads\(|signal\.signal\(|set_verbosity|TorchFunctionMode\)|mallopt\("
+)
+
+
+def test_every_change_of_another_library_is_on_the_page() -> None:
+    page = (DEVELOP / "hooks.md").read_text(encoding="utf-8")
+    files = [p for p in (ROOT / "qkit").rglob("*.py") if CHANGES.search(p.read_text(encoding="utf-8"))]
+    assert len(files) > 10
+    assert [name for p in files if (name := p.relative_to(ROOT).as_posix()) not in page] == []
+    assert all((ROOT / name).is_file() for name in re.findall(r"`(qkit/[\w/]+\.py)`", page))
+
+
+def test_names_on_the_page_of_hooks_exist() -> None:
+    page = (DEVELOP / "hooks.md").read_text(encoding="utf-8")
+    named = re.findall(r"\| `(qkit/[\w/]+\.py)`, `(?:\w+\.)?(\w+)`", page)
+    named += re.findall(r"\*\*File\*\*: `(qkit/[\w/]+\.py)`, (?:function|functions|classes) `(\w+)`", page)
+    assert len(named) > 12
+    for file, name in named:
+        assert re.search(rf"^\s*(?:def|class) {name}\b", (ROOT / file).read_text(encoding="utf-8"), re.M), (file, name)
+
+
+def test_every_field_of_a_record_is_on_the_page(run, small, tmp_path) -> None:
+    page = (DEVELOP / "qkit-json.md").read_text(encoding="utf-8")
+    record = quantized(
+        run, tmp_path / "out", "--method", "gptq", "--outliers", 0.5, "--rank", 4, "--kv", "kivi2", *small[:-2]
+    )
+    linear, plain = (next(iter(record[key].values())) for key in ("linears", "plain"))
+    assert {"sparse", "rank"} <= linear.keys()
+    fields = [*record, *linear, *linear["format"], *plain]
+    fields += [field for key in ("source", "calibration", "kv") for field in record[key]]
+    assert [f for f in fields if f"`{f}`" not in page] == []
+
+
+def test_links_and_files_on_the_pages_exist() -> None:
+    for page in DEVELOP.glob("*.md"):
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        named = re.findall(r"`((?:qkit|tests|tools|kernels)/[\w/.-]+\.(?:py|json|md))`", text)
+        new = {"qkit/solvers/NAME.py", "qkit/transforms/NAME.py", "qkit/tensor/NAME.py"}
+        assert [n for n in named if n not in new and not (ROOT / n).is_file()] == [], page.name
+        for folder in re.findall(r"`((?:qkit|tests|kernels|reports)/[\w/]+)/?`", text):
+            assert (ROOT / folder).is_dir(), (page.name, folder)
+
+
+def test_sentences_are_short() -> None:
+    for page in DEVELOP.glob("*.md"):
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        text = re.sub(r"`[^`]*`", "NAME", text)
+        for line in (line for line in text.splitlines() if not line.startswith("|")):
+            for sentence in re.split(r"[.:;?!](?:\s|$)", line):
+                assert len(sentence.split()) <= 35, (page.name, sentence)
+
+
+def test_architecture_names_every_folder() -> None:
+    page = (DEVELOP / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| ", page.partition("## Flow")[0], re.M)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    folders = {p.name for p in (ROOT / "qkit").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert set(named) == folders and len(named) == len(folders)
