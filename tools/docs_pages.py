@@ -69,12 +69,14 @@ def option_groups(command: click.Command, ctx: click.Context) -> list[tuple[str,
     """[(title, [(option, help)])] as the command shows them, and after them all options that it does not show."""
     formatter = Recorder()
     command.format_options(ctx, formatter)
-    groups = [(title, rows) for title, rows in formatter.found if any(term.startswith("-") for term, _ in rows)]
+    # How --help may be shortened is kept by click from the first time that it is asked, whoever asks: it is left out.
+    kept = [(title, [row for row in rows if "--help" not in _FLAG.findall(row[0])]) for title, rows in formatter.found]
+    groups = [(title, rows) for title, rows in kept if any(term.startswith("-") for term, _ in rows)]
     shown = {flag for _, rows in groups for term, _ in rows for flag in _FLAG.findall(term)}
     records = [
         p.get_help_record(ctx)
         for p in command.get_params(ctx)
-        if isinstance(p, click.Option) and not p.hidden and not shown & {*p.opts}
+        if isinstance(p, click.Option) and not p.hidden and not (shown | {"--help"}) & {*p.opts}
     ]
     more = [record for record in records if record is not None]
     return [*groups, *([("More options", more)] if more else [])]
