@@ -12,6 +12,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet
 READY := $(VENV)/ready
 DOCS_READY := $(VENV)/docs-ready
+# What writes the generated tables and pages of docs/.
+GENERATORS := $(wildcard tools/docs_tables.py tools/docs_pages.py)
 TORCH := 2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
@@ -28,7 +30,7 @@ test: $(READY)
 
 # A warning (a page that is missing, a link that leads nowhere, a docstring that cannot be read) fails the build.
 docs: $(DOCS_READY)
-	$(BIN)/python tools/docs_pages.py --write
+	set -e; for tool in $(GENERATORS); do $(BIN)/python $$tool --write; done
 	$(BIN)/mkdocs build --strict --site-dir build/docs
 
 # torch goes first and as a CPU build: what pip picks on its own brings gigabytes of CUDA packages. A wheel at hand
