@@ -48,8 +48,8 @@ def test_groups_of_options_have_headings_of_their_own() -> None:
     options.append(click.Option(["--old"], hidden=True))
     command = Grouped("x", params=options, help="Does it.\n\n\b\nExample:\n  qkit x --size 1GB")
     page = TOOL["command_section"]("x", command, click.Context(cli, info_name="qkit"))
-    assert "### Budgets of qkit x\n\n- `--size TEXT`: Bytes of the weight files.\n" in page
-    more = page.partition("### More options of qkit x\n\n")[2]
+    assert "### qkit x: budgets\n\n- `--size TEXT`: Bytes of the weight files.\n" in page
+    more = page.partition("### qkit x: more options\n\n")[2]
     assert "--help" not in page  # the same on every command, and said once
     assert more.startswith("- `-q, --quiet`: No progress.") and "--size" not in more and "--old" not in page
     assert "Example:\n\n```\nqkit x --size 1GB\n```" in page
