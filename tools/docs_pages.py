@@ -43,6 +43,14 @@ def text(said: str) -> str:
     return re.sub(r"([<*|]|(?<=\])\[)", r"\\\1", said.replace("``", "`").strip())
 
 
+def help_line(said: str) -> str:
+    """The help of an option as Markdown: commands, flags and formats such as int3+r16 as code."""
+    found = re.sub(r"'(qkit [a-z -]+)'", r"`\1`", text(said))
+    return re.sub(
+        r"`[^`]*`|(?<![\w`-])(--[a-z][a-z-]*[a-z]|int\d\+[\w.%]+)", lambda m: f"`{m[1]}`" if m[1] else m[0], found
+    )
+
+
 # ---- the command line --------------------------------------------------------------------------------------------
 
 
@@ -101,7 +109,7 @@ def command_section(name: str, command: click.Command, parent: click.Context) ->
     parts = [f"## qkit {name}", help_text(command), f"```text\n{ctx.command_path} {usage(command, ctx)}\n```"]
     for title, rows in option_groups(command, ctx):
         parts.append(f"### qkit {name}: {title[:1].lower() if title[1:2].islower() else title[:1]}{title[1:]}")
-        parts.append("\n".join(f"- `{term}`: {text(said)}" for term, said in rows))
+        parts.append("\n".join(f"- `{term}`\n\n    {help_line(said)}\n" for term, said in rows))
     if isinstance(command, click.Group):
         for inner in command.list_commands(ctx):
             found = command.get_command(ctx, inner)

@@ -48,11 +48,17 @@ def test_groups_of_options_have_headings_of_their_own() -> None:
     options.append(click.Option(["--old"], hidden=True))
     command = Grouped("x", params=options, help="Does it.\n\n\b\nExample:\n  qkit x --size 1GB")
     page = TOOL["command_section"]("x", command, click.Context(cli, info_name="qkit"))
-    assert "### qkit x: budgets\n\n- `--size TEXT`: Bytes of the weight files.\n" in page
+    assert "### qkit x: budgets\n\n- `--size TEXT`\n\n    Bytes of the weight files.\n" in page
     more = page.partition("### qkit x: more options\n\n")[2]
     assert "--help" not in page  # the same on every command, and said once
-    assert more.startswith("- `-q, --quiet`: No progress.") and "--size" not in more and "--old" not in page
+    assert more.startswith("- `-q, --quiet`\n\n    No progress.") and "--size" not in more and "--old" not in page
     assert "Example:\n\n```\nqkit x --size 1GB\n```" in page
+
+
+def test_help_is_markdown() -> None:
+    said = "See 'qkit list methods'; without --max-length: int3+0.5% or int3+r16, *.weight, a ``b``."
+    wanted = "See `qkit list methods`; without `--max-length`: `int3+0.5%` or `int3+r16`, \\*.weight, a `b`."
+    assert TOOL["help_line"](said) == wanted
 
 
 def test_the_page_of_python_follows_the_package() -> None:
