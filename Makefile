@@ -3,6 +3,7 @@
 #   make demo    quantize the embedded reference model two ways and compare it with the original
 #   make quick   lint, format, types, and the test files that take seconds: under a minute
 #   make test    lint, format, types, all tests but the slow ones
+#   make docs    write the generated pages anew and build the documentation into build/docs
 #
 # Another interpreter: make demo PYTHON=python3.12
 
@@ -11,19 +12,22 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet
 READY := $(VENV)/ready
+DOCS_READY := $(VENV)/docs-ready
+# What writes the generated tables and pages of docs/.
+GENERATORS := $(wildcard tools/docs_tables.py tools/docs_pages.py)
 TORCH := 2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 # Whole files, chosen by measured time: one or more of every folder of tests/ that has one of seconds. In all they take a minute
 # of one core. Left to 'make test' are folders whose every file takes longer: benchmark, diffusion, kernels, planning, report,
 # rounding, sensitivity, workflows.
-QUICK := $(addprefix tests/, test_source_rules.py allocation/test_allocation.py docs evaluation/test_quality.py \
+QUICK := $(addprefix tests/, test_source_rules.py allocation/test_allocation.py docs/test_prose.py evaluation/test_quality.py \
 	families/test_text_encoder.py faults/test_08_numbers.py faults/test_09_not_text.py faults/test_14_room.py \
 	files/test_checkpoint.py files/test_strictyaml.py kvcache/test_kvcache_store.py nn/test_attention.py \
 	reference_models/test_outlier_model.py runtime/test_generate.py solvers/test_solvers.py tensor/test_formats.py \
 	tensor/test_qtensor.py transforms/test_transforms.py verification/test_preflight.py)
 
-.PHONY: demo quick test
+.PHONY: demo quick test docs
 
 demo: $(READY)
 	$(BIN)/qkit demo --work build/demo --overwrite
@@ -40,6 +44,11 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist worksteal
 
+# A warning (a page that is missing, a link that leads nowhere, a docstring that cannot be read) fails the build.
+docs: $(DOCS_READY)
+	set -e; for tool in $(GENERATORS); do $(BIN)/python $$tool --write; done
+	$(BIN)/mkdocs build --strict --site-dir build/docs
+
 # torch goes first and as a CPU build: what pip picks on its own brings gigabytes of CUDA packages. A wheel at hand
 # (pip's find-links) is tried before the network, and the default build is what remains where there is no CPU build.
 $(READY): pyproject.toml calib_data/pyproject.toml
@@ -50,4 +59,8 @@ $(READY): pyproject.toml calib_data/pyproject.toml
 	$(INSTALL) torch --index-url $(CPU_INDEX) || \
 	$(INSTALL) torch
 	$(INSTALL) -e calib_data -e '.[test]'  # two distributions, neither of which is asked of an index
+	@touch $@
+
+$(DOCS_READY): $(READY) pyproject.toml
+	$(INSTALL) -e '.[docs]'
 	@touch $@

@@ -18,7 +18,7 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from qkit.commands.check import check_command, checks_table, choose_texts
+from qkit.commands.check import check_command, checks_table
 from qkit.commands.eval import eval_command, split_names
 from qkit.commands.measured import json_bytes, show
 from qkit.errors import BadInput, BudgetNotMet, QkitError, Unsupported, UsageError
@@ -27,6 +27,7 @@ from qkit.evaluation.request import jsonable
 from qkit.evaluation.sources import read_text, text_name
 from qkit.evaluation.taskcode import refuse_task_code
 from qkit.evaluation.text import evaluate_text
+from qkit.workflows.check import choose_texts
 
 WORDS = "the a cat dog tree runs sleeps over under quick and slow house garden river stone".split()
 
