@@ -9,7 +9,8 @@ from typing import Any
 from markdown_table import Row, markdown
 
 REPORTS = Path(__file__).parents[1] / "reports"
-NEW_NAMES: dict[str, str] = {}  # option of a report -> its name today: reports keep the names of the day they were made
+# Option of a report -> its name today: reports keep the names of the day they were made.
+NEW_NAMES = {"--written": "--synthetic-samples", "weigh": "loss_weighted", "whole": "e2e_steps"}
 BEST = "gptq signed=true sweeps=4 compensate=0.5", "signround weigh=true --written=192 whole=128"
 
 
