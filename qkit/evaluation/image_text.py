@@ -8,7 +8,7 @@ stops generation, right means that the greedy answer begins with it.) Rows of on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,12 @@ from qkit.evaluation.decoding import fresh_cache
 from qkit.evaluation.metrics import BATCH_BYTES, Interval, bootstrap_ci, divergence, exp, quantile, ratio_ci, wilson_ci
 from qkit.families.discover import family_of
 from qkit.kvcache.argument import with_cache
+from qkit.system.progress import Advance
 
 PIECE = 256  # questions whose images are held in memory at once, at most
 PIXELS = 16 << 20  # of these images, after which a new piece begins
 BATCH = 32  # questions per forward pass, at most
 MORE = 8  # tokens that a generated answer may be longer than the right one
-
-Progress = Callable[[int, int], None]  # (questions done, questions in all)
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class ScoredQuestion:
 
 def evaluate_image_text(
     model: Any, processor: Any, spec: str | Path, count: int = QUESTIONS, baseline: Any = None, examples: int = 0,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The figures of at most ``count`` questions of ``spec`` (as for ``held_out_image_text``), with 95 % intervals.
 
@@ -84,7 +83,7 @@ def evaluate_image_text(
 
 def score_questions(
     model: Any, processor: Any, spec: str | Path, count: int = QUESTIONS, baseline: Any = None,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> list[ScoredQuestion]:  # fmt: skip
     """The score of every question; arguments, and what is raised, as for ``evaluate_image_text``."""
     if baseline is not None and _shape(model) != _shape(baseline):

@@ -15,14 +15,17 @@ from qkit.calibration.options import DRAWN
 from qkit.errors import UsageError
 from qkit.evaluation.request import EvalRequest, dimensions_of
 from qkit.evaluation.sources import read_text, text_name
-from qkit.evaluation.text import Progress, evaluate_texts, first_tokens, tokenize
+from qkit.evaluation.text import evaluate_texts, first_tokens, tokenize
 from qkit.evaluation.vbench import VBenchRequest, evaluate_vbench
 from qkit.families.declared import DECLARED
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import PIPELINE_INDEX, is_pipeline, weights_folder
+from qkit.system.progress import NamedAdvance
 
 
-def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Progress | None = None) -> dict[str, Any]:
+def measure(
+    out: Path, baseline: Path | None, request: EvalRequest, progress: NamedAdvance | None = None
+) -> dict[str, Any]:
     """The figures of the model in the folder ``out`` (packed, when it is quantized), beside those of the baseline.
 
     Returns {"model", "baseline", "dtype", "window", "size", "texts", "caches", "retrieval", "pairs", "videos", "samples",
@@ -37,7 +40,7 @@ def measure(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
 
 
 def measure_all(
-    outs: Sequence[Path], baseline: Path | None, request: EvalRequest, progress: Progress | None = None
+    outs: Sequence[Path], baseline: Path | None, request: EvalRequest, progress: NamedAdvance | None = None
 ) -> list[dict[str, Any]]:
     """The figures of several models: the same texts and tasks for all, and the baseline measured once.
 
@@ -119,7 +122,7 @@ def _check_alike(outs: Sequence[Path], tokenizers: Sequence[Any], request: EvalR
                 )
 
 
-def _videos(out: Path, baseline: Path | None, request: EvalRequest, progress: Progress | None) -> dict[str, Any]:
+def _videos(out: Path, baseline: Path | None, request: EvalRequest, progress: NamedAdvance | None) -> dict[str, Any]:
     """{"videos": figures, "samples": (ours, theirs) of request.examples of them}"""
     from qkit.evaluation.video import make_videos, sample_figures
 
@@ -133,7 +136,7 @@ def _videos(out: Path, baseline: Path | None, request: EvalRequest, progress: Pr
 
 
 def _vbench(
-    out: Path, baseline: Path | None, dimensions: list[str], request: EvalRequest, progress: Progress | None
+    out: Path, baseline: Path | None, dimensions: list[str], request: EvalRequest, progress: NamedAdvance | None
 ) -> dict[str, Any]:
     """{"tasks", "baseline_tasks"} as of other tasks."""
     if request.vbench_python is None:
@@ -169,7 +172,7 @@ def _pipeline(folder: Path, request: EvalRequest) -> Any:
     return pipeline
 
 
-def _caches(model: Any, tokenizer: Any, request: EvalRequest, progress: Progress | None) -> dict[str, Any]:
+def _caches(model: Any, tokenizer: Any, request: EvalRequest, progress: NamedAdvance | None) -> dict[str, Any]:
     from qkit.evaluation.decoding import evaluate_caches
     from qkit.evaluation.retrieval import evaluate_retrieval
 
@@ -209,7 +212,7 @@ def _processor(out: Path, image_text: str) -> Any:
 
 
 def _image_text(
-    model: Any, original: Any, processor: Any, request: EvalRequest, progress: Progress | None
+    model: Any, original: Any, processor: Any, request: EvalRequest, progress: NamedAdvance | None
 ) -> dict[str, Any]:
     from qkit.evaluation.image_text import evaluate_image_text
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from qkit.errors import BadInput, UsageError
-
-Progress = Callable[[int, int], None]  # (windows done, windows in all)
+from qkit.system.progress import Advance
 
 BATCH = 8  # most windows per forward pass
 BATCH_BYTES = 512 << 20  # of fp32 logits of a batch; one window is the least
@@ -64,7 +63,7 @@ class Comparison:
 
 
 def nll_windows(
-    model: Any, tokens: Tensor, window: int, limit: int | None = None, progress: Progress | None = None
+    model: Any, tokens: Tensor, window: int, limit: int | None = None, progress: Advance | None = None
 ) -> Tensor:
     """Negative log likelihood, in nats, of positions 2..window of each window.
 
@@ -83,7 +82,7 @@ def nll_windows(
 
 
 def compare_windows(
-    reference: Any, approx: Any, tokens: Tensor, window: int, limit: int | None = None, progress: Progress | None = None
+    reference: Any, approx: Any, tokens: Tensor, window: int, limit: int | None = None, progress: Advance | None = None
 ) -> Comparison:
     """The comparison of both models over the same windows: likelihoods, KL(reference || approx) and same top-1 per token.
 
@@ -98,7 +97,7 @@ def compare_all(
     tokens: Tensor,
     window: int,
     limit: int | None = None,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> list[Comparison]:
     """The comparisons of several models with one reference, which runs once (``compare_windows``)."""
     windows = split_windows(tokens, window, limit)
@@ -137,7 +136,7 @@ def split_windows(tokens: Tensor, window: int, limit: int | None = None) -> Tens
     return tokens.reshape(-1)[: count * window].reshape(count, window)
 
 
-def _batches(models: list[Any], windows: Tensor, progress: Progress | None) -> Iterator[Tensor]:
+def _batches(models: list[Any], windows: Tensor, progress: Advance | None) -> Iterator[Tensor]:
     vocabulary = 0
     for model in models:
         vocabulary = max(vocabulary, getattr(_text_config(model), "vocab_size", 0))

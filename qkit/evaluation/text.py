@@ -24,8 +24,7 @@ from qkit.evaluation.metrics import (
     quantile,
 )
 from qkit.evaluation.sources import is_dataset, read_text, text_file, text_name
-
-Progress = Callable[[str, int, int], None]  # (text, windows done, windows in all)
+from qkit.system.progress import NamedAdvance
 
 
 def evaluate_text(
@@ -35,7 +34,7 @@ def evaluate_text(
     window: int = 512,
     limit: int | None = 200,
     baseline_model: Any = None,
-    progress: Progress | None = None,
+    progress: NamedAdvance | None = None,
 ) -> dict[str, Any]:
     """The figures of texts, {"texts": {name: figures}}; the name of a text is its file's name without the suffix.
 
@@ -58,7 +57,7 @@ def evaluate_texts(
     window: int = 512,
     limit: int | None = 200,
     baseline_model: Any = None,
-    progress: Progress | None = None,
+    progress: NamedAdvance | None = None,
 ) -> list[dict[str, Any]]:
     """The figures of several models on the same windows, as ``evaluate_text`` gives them; the baseline runs once for all."""
     texts: dict[str, list[dict[str, Any]]] = {}

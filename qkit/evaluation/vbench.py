@@ -23,10 +23,11 @@ from qkit.diffusion.trajectory import Sampling, sampling_of
 from qkit.errors import BadInput, Unsupported, UsageError, write_failure
 from qkit.evaluation.metrics import bootstrap_ci
 from qkit.evaluation.request import PREFIX
-from qkit.evaluation.video import SEEDS, Progress, held_out, make_video
+from qkit.evaluation.video import SEEDS, held_out, make_video
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import RECORD, load_json, weights_folder
 from qkit.files.safefile import sha256_file, shown, write_atomic
+from qkit.system.progress import NamedAdvance
 from qkit.tensor.formats import did_you_mean
 
 PER_PROMPT = 5  # videos of each of VBench's own prompts: its rule
@@ -67,7 +68,7 @@ class VBenchRequest:
 
 
 def evaluate_vbench(
-    pipelines: Sequence[tuple[str, Path, Callable[[], Any]]], bench: VBenchRequest, progress: Progress | None = None
+    pipelines: Sequence[tuple[str, Path, Callable[[], Any]]], bench: VBenchRequest, progress: NamedAdvance | None = None
 ) -> list[dict[str, dict[str, Any]]]:
     """The VBench scores of each pipeline (name of a folder for its videos, source, loader), as ``harness.run_tasks`` gives
     figures: {"vbench:DIMENSION": {"metrics": {"score": {"value", "ci", "values"}}, "samples"}}; values in the order of
@@ -165,7 +166,7 @@ def write_videos(
     video_requests: Sequence[VideoRequest],
     call: dict[str, Any],
     folder: Path,
-    progress: Progress | None,
+    progress: NamedAdvance | None,
 ) -> None:
     """Writes the videos as mp4 files to ``folder``; those that are there are not made again. load: gives the pipeline.
 

@@ -28,8 +28,8 @@ from qkit.diffusion.trajectory import Sampling, sampling_of, subject
 from qkit.evaluation.metrics import bootstrap_ci
 from qkit.files.folder import DENOISER
 from qkit.system.extras import needs
+from qkit.system.progress import NamedAdvance
 
-Progress = Callable[[str, int, int], None]  # (what, done, in all)
 SEEDS = 1_000_000  # from here on: calibration and policies have others
 PEAK_DB = 100.0  # of frames that are equal
 
@@ -137,7 +137,7 @@ def held_out(sampling: Sampling, index: int) -> tuple[str, int]:
 
 
 def make_videos(
-    pipeline: Any, folder: Path, count: int, baseline: Any = None, progress: Progress | None = None
+    pipeline: Any, folder: Path, count: int, baseline: Any = None, progress: NamedAdvance | None = None
 ) -> tuple[list[Video], list[Video]]:
     """The samples of both models for ``count`` prompts and seeds of the folder's sampling.json; none of a missing baseline."""
     sampling: Sampling = sampling_of(folder, None, {})

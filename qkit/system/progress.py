@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
+
+Advance = Callable[[int, int], None]  # of one measurement: (done, in all)
+NamedAdvance = Callable[[str, int, int], None]  # of several: (which, done, in all)
 
 
 class Progress(Protocol):

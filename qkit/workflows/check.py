@@ -15,10 +15,9 @@ from qkit.files.embedded import embedded_text
 from qkit.files.folder import RECORD
 from qkit.files.locate import find_model, recorded_source
 from qkit.files.rejected import NAME, clear_mark, write_mark
+from qkit.system.progress import NamedAdvance
 from qkit.system.version import __version__
 from qkit.verification.verify import summary, verify
-
-Callback = Callable[[str, int, int], None]  # (what, done, in all)
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,11 @@ def baseline_of(folder: Path, baseline: str | None, budget: QualityBudget, budge
 
 
 def check_model(
-    folder: Path, original: Path | None, budget: QualityBudget, request: EvalRequest, progress: Callback | None = None
+    folder: Path,
+    original: Path | None,
+    budget: QualityBudget,
+    request: EvalRequest,
+    progress: NamedAdvance | None = None,
 ) -> CheckReport:
     """Measure the model in ``folder`` and hold it against the budget. ``mark`` leaves the verdict in the folder."""
     from qkit.evaluation.measure import measure
