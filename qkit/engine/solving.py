@@ -322,18 +322,17 @@ def _join(
     fallback = slices[0].fallback
     worse = error > baseline  # a solver may lose to plain rounding on a layer; then plain rounding is what is kept
     # Rounding cannot fall back to rounding: it merely took another scale.
-    if worse and error > 1.02 * baseline and SOLVERS[plan.solver].needs_hessian:
+    if worse and error > 1.02 * baseline and plan.solver != "rtn":
         fallback = fallback or f"{plan.solver} was worse than rounding"
     taken, weight = work.sparse[index], work.task.weights[index]
     parts = [replace(_plain(weight, work.task), sparse=taken)] if worse else [s.qtensor for s in slices]
-    least = min(error, baseline)
     q = replace(_stack(parts), sparse=taken)
     return LinearResult(
         linear=linear,
         plan=plan,
         qtensor=q,
         static=static,
-        error=least,
+        error=baseline if worse else error,  # of what is stored
         baseline_error=baseline,
         fallback=fallback,
         tokens=work.task.tokens,
