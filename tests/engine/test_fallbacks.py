@@ -38,9 +38,7 @@ def registered(monkeypatch):
             plain = rtn.solve(replace(task, options={"search": "none"}))
             return Solved([change(q) for q in plain.qtensors])
 
-        made = Solver(
-            summary="worse", options={}, module=lambda: SimpleNamespace(solve=solve), needs=frozenset(needs)
-        )
+        made = Solver(summary="worse", options={}, module=lambda: SimpleNamespace(solve=solve), needs=frozenset(needs))
         monkeypatch.setitem(SOLVERS, "bad", made)
 
     return go
