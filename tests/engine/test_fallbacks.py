@@ -122,5 +122,5 @@ def test_one_fallback_of_twenty_is_the_most(registered, solved, monkeypatch):
     solved({"solver": "bad"}, "gptq")
     assert fallbacks.MAX_FALLBACKS == 0.05
     monkeypatch.setattr(fallbacks, "MAX_FALLBACKS", 1 / 22)
-    with pytest.raises(NumericFailure, match="1 of 21 linears fell back .*bad was worse than rounding"):
+    with pytest.raises(NumericFailure, match=r"1 of 21 linears fell back .*bad was worse than rounding"):
         solved({"solver": "bad"}, "gptq")
