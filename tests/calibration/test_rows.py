@@ -126,3 +126,18 @@ def test_one_row_in_ten_is_the_most_that_may_be_left_out(kinds, made):
         wrong[2, 0, 0] = float("nan")
         with pytest.raises(NumericFailure, match="3 of 20 calibration rows have non-finite activations in toy"):
             captured(made(wrong, kinds=kinds), pool)
+
+
+def test_a_row_that_was_left_out_stays_out(made, tmp_path):
+    """Also where what it gives is finite again; and a row is left out from the block on where it turns non-finite."""
+    hidden = hidden_states()
+    rows = replace(made(hidden), good=[i != 5 for i in range(COUNT)])
+    with workers(1) as pool, torch.inference_mode():
+        flow = Flow(Toy().requires_grad_(False), STRUCTURE, rows, Call((), {}), pool)
+        left, _ = flow.leave(tmp_path / "left", lambda amount=1: None)
+        assert [i for i, g in enumerate(left.good) if not g] == [5]
+        assert bool(left.read(0, COUNT).isfinite().all())
+        hidden[7, 1, 3] = float("inf")
+        flow = Flow(Toy().requires_grad_(False), STRUCTURE, replace(made(hidden), good=rows.good), Call((), {}), pool)
+        left, _ = flow.leave(tmp_path / "left", lambda amount=1: None)
+        assert [i for i, g in enumerate(left.good) if not g] == [5, 7]
