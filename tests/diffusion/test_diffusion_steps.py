@@ -517,6 +517,24 @@ def test_transformed_inputs_are_for_diffusion_transformers() -> None:
         prepare(Request(model="tiny-llama", scheme="w4a8", method="hadamar"))
 
 
+def test_a_threshold_counts_what_follows_a_skip_as_int8() -> None:
+    """A residual that never changes is skipped at two of three steps; of the four that are computed, the first knows no change,
+    and two follow a skip: one alone can be NVFP4."""
+    seen = Observer()
+    for step in range(10):
+        seen.residuals[0, 0, 0][step] = torch.ones(4)
+        change = None if step == 0 else 0.1 + 0.05 * step
+        seen.seen.append(
+            Observation(
+                run=0, step=step, branch=0, block=0, linear="a", change=change, error=0.05 * step, time=10.0 - step
+            )
+        )
+    found = fit(seen, PolicyConfig(width=6, skips=0.6))
+    assert skips_of(seen.residuals[0, 0, 0], found.policy.tau) == {2, 3, 5, 6, 8, 9}
+    assert found.expected == {"skips": 0.6, "width": (3 * 8 + 4) / 4}
+    assert found.policy.threshold == pytest.approx(0.05)  # what is expected at step 1
+
+
 # ---- a schedule --------------------------------------------------------------------------------------------------
 
 
