@@ -23,7 +23,6 @@ from qkit.system.memory import give_back
 
 KINDS = ("padding", "text", "vision", "answer")
 VISION, ANSWER = KINDS.index("vision"), KINDS.index("answer")
-MAX_BAD = 0.01  # share of tokens outside the vocabulary above which a text is refused
 
 
 class CallSource(Protocol):

@@ -334,18 +334,17 @@ def _join(
     fallback = slices[0].fallback
     worse = error > baseline  # a solver may be worse than plain rounding on a layer; then plain rounding is kept
     # Rounding cannot fall back to rounding: it only used another scale.
-    if worse and error > 1.02 * baseline and SOLVERS[plan.solver].needs_hessian:
+    if worse and error > 1.02 * baseline and plan.solver != "rtn":
         fallback = fallback or f"{plan.solver} was worse than rounding"
     outliers, weight = work.sparse[index], work.task.weights[index]
     tensors = [replace(_round_to_nearest(weight, work.task), sparse=outliers)] if worse else [s.qtensor for s in slices]
-    kept_error = min(error, baseline)
     q = replace(_stack(tensors), sparse=outliers)
     return LinearResult(
         linear=linear,
         plan=plan,
         qtensor=q,
         static=static,
-        error=kept_error,
+        error=baseline if worse else error,  # of the stored codes
         baseline_error=baseline,
         fallback=fallback,
         tokens=work.task.tokens,

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from qkit.allocation.allocate import allocate
 from qkit.allocation.latency import Latency, LatencyTable, unit_times
 from qkit.allocation.limits import parse_budget, parse_latency
 from qkit.allocation.refine import refine
-from qkit.errors import BadInput, Unsupported
+from qkit.errors import BadInput, Unsupported, UsageError
 from qkit.sensitivity.candidates import parse_candidates
 from qkit.sensitivity.profile import CandidateCost, Profile, UnitProfile
 from qkit.sensitivity.units import unit_bytes, units_of
@@ -234,6 +235,29 @@ def test_experts_count_as_often_as_they_are_visited(tiny, tmp_path):
         whole = sum(table.seconds["W4A16", 32, shapes[n]] for n in unit.linears)
         share = 0.5 if len(unit.linears) > 4 else 1.0
         assert times[unit.key, "W4A16"] == pytest.approx(1e9 * whole * share, abs=1)
+
+
+@pytest.mark.parametrize(
+    "change", [{"machine": "another"}, {"device": "cuda"}, {"dtype": "float16"}, {"rows": 8}, {"threads": 1}], ids=str
+)
+def test_times_of_elsewhere_are_not_joined(change, tmp_path):
+    """A table is joined with what its file has, unless that was measured elsewhere or otherwise: it stays as it is then."""
+    one, two = ("W4A16", 32, (64, 64)), ("W8A16", 32, (64, 64))
+    first = LatencyTable(
+        file=tmp_path / "t.json",
+        machine="a",
+        device="cpu",
+        dtype="bfloat16",
+        rows=1,
+        threads=2,
+        seconds={one: 1.0, two: 2.0},
+    )
+    first.save()
+    assert replace(first, seconds={one: 3.0}).joined().seconds == {one: 3.0, two: 2.0}
+    before = first.file.read_bytes()
+    with pytest.raises(UsageError, match="the file has times of another"):
+        replace(first, **change).joined()
+    assert first.file.read_bytes() == before
 
 
 def test_parsing():

@@ -28,7 +28,7 @@ from qkit.diffusion.controller import SKIPPED, Controller, RuleController, attac
 from qkit.diffusion.fitting import Observation, Observer, fit, least_squares, schedule_gains, skips_of
 from qkit.diffusion.influence import Influence, influence_of
 from qkit.diffusion.int8 import exact_product, exact_view, row_view
-from qkit.diffusion.policy import PolicyConfig, StepPolicy
+from qkit.diffusion.policy import NARROW, WIDE, PolicyConfig, StepPolicy
 from qkit.diffusion.schedule import best_groups, group_costs
 from qkit.errors import BadCheckpoint, Unsupported, UsageError
 from qkit.families.blocks import Streams
@@ -193,6 +193,61 @@ def test_streams_come_back_in_their_order() -> None:
         a, b = model(torch.zeros(2), torch.tensor(t))
         assert torch.equal(a, torch.full((1, 2, 4), 2.0)) and torch.equal(b, torch.full((1, 3, 4), 2.0))
     assert controller.skipped > 0
+
+
+class Decided(nn.Module):
+    """A block whose linear asks the controller how its inputs are quantized; it adds a third of them."""
+
+    class Line(nn.Module):
+        weights, activations, chooser = SimpleNamespace(name="nvfp4"), object(), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.chooser is not None
+            self.chooser(x)
+            return x / 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = self.Line()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states + self.line(hidden_states)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        StepPolicy(fits={}, threshold=0.5, computed=(0, 1, 3, 4, 6), steps=7),
+        StepPolicy(fits={}, threshold=0.5, tau=0.1),
+    ],
+    ids=["schedule", "delta"],
+)
+def test_a_change_is_one_step_old_or_unknown(policy: StepPolicy) -> None:
+    """After a step that was skipped nothing is known of the step before, and inputs are INT8; with a known change of 1/3, which
+    is below the threshold, they are NVFP4."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Decided()])
+
+        def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+            return self.blocks[0](hidden_states=hidden_states)
+
+    model = Net()
+    controller = attach(model, Controller(replace(policy, fits={"blocks.0.line": (1.0, 0.0)})), ["blocks.0"], ONE)
+    for step, t in enumerate(TIMES[:7]):
+        for guidance in (0, 1):  # every branch has changes of its own
+            model(torch.full((1, 2, 4), 1.0), torch.tensor(t))
+            assert (controller.step, controller.branch) == (step, guidance)
+    for branch in (0, 1):
+        mine = [c for c in controller.log if c.branch == branch]
+        skipped = {c.step for c in mine if c.made == SKIPPED}
+        assert 2 in skipped and not {0, 1} & skipped
+        made = {c.step: c.made for c in mine if c.linear}
+        assert set(made) == set(range(7)) - skipped
+        assert made == {s: WIDE if s == 0 or s - 1 in skipped else NARROW for s in made}
+        assert NARROW in made.values()
 
 
 # ---- the fit -----------------------------------------------------------------------------------------------------
@@ -460,6 +515,24 @@ def test_transformed_inputs_are_for_diffusion_transformers() -> None:
         prepare(Request(model="tiny-llama", scheme="w4a8", method="hadamard"))
     with pytest.raises(UsageError, match="unknown method"):
         prepare(Request(model="tiny-llama", scheme="w4a8", method="hadamar"))
+
+
+def test_a_threshold_counts_what_follows_a_skip_as_int8() -> None:
+    """A residual that never changes is skipped at two of three steps; of the four that are computed, the first knows no change,
+    and two follow a skip: one alone can be NVFP4."""
+    seen = Observer()
+    for step in range(10):
+        seen.residuals[0, 0, 0][step] = torch.ones(4)
+        change = None if step == 0 else 0.1 + 0.05 * step
+        seen.seen.append(
+            Observation(
+                run=0, step=step, branch=0, block=0, linear="a", change=change, error=0.05 * step, time=10.0 - step
+            )
+        )
+    found = fit(seen, PolicyConfig(width=6, skips=0.6))
+    assert skips_of(seen.residuals[0, 0, 0], found.policy.tau) == {2, 3, 5, 6, 8, 9}
+    assert found.expected == {"skips": 0.6, "width": (3 * 8 + 4) / 4}
+    assert found.policy.threshold == pytest.approx(0.05)  # what is expected at step 1
 
 
 # ---- a schedule --------------------------------------------------------------------------------------------------

@@ -102,6 +102,9 @@ def test_what_is_kept_is_what_was_measured(asked: Request, tmp_path: Path) -> No
     error = float((behind_the_first(out) - behind_the_first(one.model)).square().mean())
     entry = journal(out)[0]
     assert entry["held_out_errors"][entry["recipe"]] == pytest.approx(error, rel=0.03)  # it runs in bf16 there
+    assert {r["tokens"] for r in entry["linears"].values()} == {
+        60 * 32
+    }  # no recipe is solved with the rows that judge it
 
 
 @pytest.mark.parametrize("changes", [

@@ -1,7 +1,6 @@
 """What can be retrieved through a KV cache: how contexts are made, and that the figures are what they say."""
 
 import json
-from pathlib import Path
 
 import pytest
 import qkit_data
@@ -24,7 +23,6 @@ from qkit.kvcache.policy import parse
 from qkit.runtime.loading import load, load_tokenizer
 
 LENGTH = 300
-LONG = Path(__file__).parents[3] / "shared" / "models" / "tiny-llama"
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +171,12 @@ def test_the_command(run, tiny, tmp_path):
     assert code == 2 and "which --retrieval replaces" in err and len(err.strip().splitlines()) == 1
 
 
-@pytest.mark.skipif(not LONG.exists(), reason="the trained tiny-llama is not beside this checkout")
 def test_a_trained_model_knows_what_it_just_read(tokenizer, text, tokens):
-    """The last thing before the question is likelier than it would be without it, through any cache."""
-    model = load(LONG, dtype=torch.float32)
-    found = evaluate_retrieval(model, load_tokenizer(LONG), text, tokens, 256, 4, {"int2": parse("int2")})
+    """The last thing before the question is likelier than it would be without it, through any cache: the reference model, which
+    was trained on text, has the same tokenizer."""
+    model = load("tiny-llama", dtype=torch.float32)
+    found = evaluate_retrieval(model, tokenizer, text, tokens, 256, 4, {"int2": parse("int2")})
+    assert list(found) == ["none", "int2"]
     for rows in found.values():
-        assert all(r["gain"] > 0.02 for r in rows if r["depth"] == 1.0)
+        last = [r["gain"] for r in rows if r["depth"] == 1.0]
+        assert len(last) == 2 and min(last) > 0.02

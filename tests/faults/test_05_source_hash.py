@@ -187,6 +187,16 @@ def test_a_file_that_has_just_changed_is_not_kept(tmp_path, cache, counted, monk
     assert len(counted) == 2
 
 
+@pytest.mark.parametrize(("age", "reads"), [(100_000_000, 2), (100_000_001, 1)])
+def test_a_file_is_settled_after_a_tenth_of_a_second(tmp_path, monkeypatch, counted, age, reads):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(b"one")
+    state = file.stat()
+    monkeypatch.setattr(hash_cache.time, "time_ns", lambda: max(state.st_mtime_ns, state.st_ctime_ns) + age)
+    assert full_hash(file) == full_hash(file) == sha256_file(file) and len(counted) == reads
+
+
 def test_plan_reads_no_weights_in_full_and_quantize_once(model, tmp_path, cache, counted, run):
     options = ["--model", model, "--scheme", "w4a16", "--group-size", 32]
     assert run("plan", *options)[0] == 0 and counted == []

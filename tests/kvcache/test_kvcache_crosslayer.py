@@ -44,6 +44,14 @@ def filled(kind: str, batch: int = 3, length: int = 60):
     return model, cache
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("xquant-cl2", (4, 4, 4, 2, 2)), ("xquant-cl3", (4, 4, 4, 3, 3)), ("xquant-cl8", (8,) * 5), ("xquant2", (2,) * 5)],
+)
+def test_the_first_three_layers_have_four_bits_at_least(name, expected):
+    assert parse(name).widths_of(5) == expected
+
+
 @pytest.mark.parametrize("kind", ("heads", "qwen2"))
 def test_errors_do_not_grow_with_depth(kind):
     """Where differences are taken to what the layers below give back; where they are taken to what went in, errors add up.
