@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qkit.calibration.block_calls import Call
-from qkit.calibration.block_runner import Flow
+from qkit.calibration.block_runner import BlockRunner
 from qkit.calibration.dataset import KINDS
 from qkit.calibration.statistics import MAX_BAD_ROWS, Rows, StatsRequest
 from qkit.errors import NumericFailure
@@ -56,12 +56,12 @@ def made(tmp_path):
 def captured(rows: Rows, pool, name: str = "up"):
     """(statistics of the inputs of a linear, the rows as they are known then)."""
     torch.manual_seed(0)
-    flow = Flow(Toy().requires_grad_(False), STRUCTURE, rows, Call((), {}), pool)
+    runner = BlockRunner(Toy().requires_grad_(False), STRUCTURE, rows, Call((), {}), pool)
     groups = tuple(g for g in STRUCTURE.groups if g.key == name)
     with torch.inference_mode():
-        return flow.capture(groups, StatsRequest(hessian=True, ranges=True), lambda amount=1: None, keep=False)[
+        return runner.capture(groups, StatsRequest(hessian=True, ranges=True), lambda amount=1: None, keep=False)[
             name
-        ], flow.rows
+        ], runner.rows
 
 
 def hidden_states() -> torch.Tensor:
@@ -124,7 +124,7 @@ def test_one_row_in_ten_is_the_most_that_may_be_left_out(kinds, made):
     with workers(1) as pool:
         assert captured(made(wrong, kinds=kinds), pool)[1].good.count(False) == 2
         wrong[2, 0, 0] = float("nan")
-        with pytest.raises(NumericFailure, match="3 of 20 calibration rows have non-finite activations in toy"):
+        with pytest.raises(NumericFailure, match="3 of 20 calibration samples have non-finite activations in toy"):
             captured(made(wrong, kinds=kinds), pool)
 
 
@@ -133,11 +133,13 @@ def test_a_row_that_was_left_out_stays_out(made, tmp_path):
     hidden = hidden_states()
     rows = replace(made(hidden), good=[i != 5 for i in range(COUNT)])
     with workers(1) as pool, torch.inference_mode():
-        flow = Flow(Toy().requires_grad_(False), STRUCTURE, rows, Call((), {}), pool)
-        left, _ = flow.leave(tmp_path / "left", lambda amount=1: None)
+        runner = BlockRunner(Toy().requires_grad_(False), STRUCTURE, rows, Call((), {}), pool)
+        left, _ = runner.leave(tmp_path / "left", lambda amount=1: None)
         assert [i for i, g in enumerate(left.good) if not g] == [5]
         assert bool(left.read(0, COUNT).isfinite().all())
         hidden[7, 1, 3] = float("inf")
-        flow = Flow(Toy().requires_grad_(False), STRUCTURE, replace(made(hidden), good=rows.good), Call((), {}), pool)
-        left, _ = flow.leave(tmp_path / "left", lambda amount=1: None)
+        runner = BlockRunner(
+            Toy().requires_grad_(False), STRUCTURE, replace(made(hidden), good=rows.good), Call((), {}), pool
+        )
+        left, _ = runner.leave(tmp_path / "left", lambda amount=1: None)
         assert [i for i, g in enumerate(left.good) if not g] == [5, 7]

@@ -194,7 +194,7 @@ def test_a_file_is_settled_after_a_tenth_of_a_second(tmp_path, monkeypatch, coun
     file.write_bytes(b"one")
     state = file.stat()
     monkeypatch.setattr(hash_cache.time, "time_ns", lambda: max(state.st_mtime_ns, state.st_ctime_ns) + age)
-    assert full_hash(file) == full_hash(file) == sha256_file(file) and len(counted) == reads
+    assert cached_sha256(file) == cached_sha256(file) == sha256_file(file) and len(counted) == reads
 
 
 def test_plan_reads_no_weights_in_full_and_quantize_once(model, tmp_path, cache, counted, run):

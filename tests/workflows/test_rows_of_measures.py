@@ -22,7 +22,7 @@ def request_for(tiny, calib):
 def test_a_cache_is_measured_on_16_rows(samples, expected, request_for):
     request = request_for(samples)
     structure = open_structure(request.model)
-    found = kv_cache.measured_rows(request, SimpleNamespace(structure=structure))
+    found = kv_cache.measurement_rows(request, SimpleNamespace(structure=structure))
     assert found.samples == expected
     assert torch.equal(found.tokens, calibration_of(request, structure).tokens[:expected])
 
@@ -30,7 +30,7 @@ def test_a_cache_is_measured_on_16_rows(samples, expected, request_for):
 @pytest.mark.parametrize(("samples", "expected"), [(10, 10), (32, 32), (40, 32)])
 def test_trials_of_requant_are_compared_on_32_rows(samples, expected, request_for):
     rows = calibration_of(request_for(samples), open_structure(request_for(samples).model))
-    found = requant.compared_rows(SimpleNamespace(calibration=rows))
+    found = requant.comparison_rows(SimpleNamespace(calibration=rows))
     assert found.samples == expected and torch.equal(found.tokens, rows.tokens[:expected])
 
 
