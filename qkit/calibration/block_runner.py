@@ -306,8 +306,7 @@ class BlockRunner:
         Rows that turned non-finite are marked; raises NumericFailure above MAX_BAD_ROWS of them.
         """
         good: list[bool] = []
-        digest = hashlib.sha256()
-        save = save or {}
+        digest, save = hashlib.sha256(), save or {}
         handles = self._hooks(set(save))
 
         def one(span: Span) -> tuple[Tensor, Tensor, dict[str, Tensor], list[int]]:

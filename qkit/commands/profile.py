@@ -75,8 +75,8 @@ _MEASURES, _CURVE = in_group(Group.MEASURES), in_group(Group.CURVE)
     "--measures",
     default="weight,output,pqi,kl",
     show_default=True,
-    help=f"Measures of the cost, separated by commas: {', '.join(MEASURES)}. weight, output and output_norm are fast. "
-    "first, first_x, fisher and pqi need gradients. loss and kl run the model for every layer and candidate.",
+    help=f"Measures of the cost, separated by commas: {', '.join(MEASURES)}. Fast: weight, output, "
+    "output_norm. With gradients: first, first_x, fisher, pqi. With a model run per layer and candidate: loss, kl.",
 )
 @_MEASURES(
     "--points",

@@ -261,8 +261,8 @@ def refuse_what_cannot_fit(cost: Forecast, folder: Path, work: Path | None = Non
         free = shutil.disk_usage(existing).free
         if needed > free:
             raise IOFailure(
-                f"{existing}: the run needs about {megabytes(needed)} more of disk and {megabytes(free)} are free: make room, "
-                "or use another --out or --work"
+                f"{existing}: the run needs about {megabytes(needed)} more of disk and {megabytes(free)} are free: free "
+                "some space, or use another --out or --work"
             )
 
 

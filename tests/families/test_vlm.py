@@ -133,7 +133,7 @@ def test_what_cannot_be_calibrated(run, vlm, tiny, tmp_path):
     for name, lines, words in (
         ("answer", [{"image": "a.png", "question": "What?"}], "line 1: a sample without an answer"),
         ("broken", [{"image": "b.png", "question": "What?", "answer": "A"}], "cannot be read"),
-        ("few", [], "0 pairs, 4 are needed"),
+        ("few", [], "0 image-text samples, 4 are needed"),
         ("frames", [{"video": "none", "question": "What?", "answer": "A"}], "none cannot be read"),
         ("still", [{"video": "empty", "question": "What?", "answer": "A"}], "has no frames"),
         ("shape", [["a"]], "expected an object with image (or video), question and answer"),
@@ -144,7 +144,7 @@ def test_what_cannot_be_calibrated(run, vlm, tiny, tmp_path):
         code, _, err = run(*common, "--model", vlm("llava"), "--out", tmp_path / "out")
         assert code == 3 and words in err and len(err.strip().splitlines()) == 1
         code, _, err = run(*common, "--model", tiny("llama"), "--out", tmp_path / "out")
-        assert code == 2 and "are for a vision-language model" in err
+        assert code == 2 and "is for a vision-language model" in err
     picture = {"image": "a.png", "question": "What?", "answer": "A"}
     (tmp_path / "good.jsonl").write_text(f"{json.dumps(picture)}\n" * 4)
     image = AutoTokenizer.from_pretrained(vlm("llava")).convert_ids_to_tokens(tiny_vlms.IMAGE)

@@ -11,8 +11,8 @@ import transformers
 from conftest import Quiet
 from decompressed import reference_model
 from packed_samples import sha
+from runs import contents, killed_after
 from safetensors.torch import load_file, save_file
-from test_job import contents, killed_after
 from transformers import DynamicCache
 
 import qkit

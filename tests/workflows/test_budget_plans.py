@@ -46,7 +46,7 @@ def test_from_profile_to_packed_file(run, tiny, tmp_path, small, monkeypatch):
         file = tmp_path / f"{bits}.json"
         code, out, err = run("plan", *common, "--bits", bits, "--explain", "--json", file)
         if bits == 17:  # everything may stay
-            assert code == 2 and "stay as it is" in err
+            assert code == 2 and "every layer in full precision" in err
             continue
         assert code == 0 and "optimality gap" in out and "next: gain" in out, err
         # Into a pipe no cell is broken over lines.
