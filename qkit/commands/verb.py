@@ -81,9 +81,9 @@ class Verb(click.Command):
     # ---- help --------------------------------------------------------------------------------------------------
 
     def get_help_option_names(self, ctx: click.Context) -> list[str]:
-        """``-h`` is an option of its own where options have groups."""
-        names = super().get_help_option_names(ctx)
-        return [name for name in names if name != "-h"] if self._grouped else names
+        """``-h`` is an option of its own where options have groups. Whoever makes the context, the names are these: click keeps
+        the first option that it builds from them."""
+        return ["--help"] if self._grouped else ["-h", "--help"]
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The options, with those of the help."""

@@ -476,7 +476,9 @@ def test_check(models, texts, tmp_path):
         ("size", True),
         ("same_top1.first", True),
     ]
-    with pytest.raises(UsageError, match=r"perplexity.first, kl.mean, size, same_top1 need the original model: add --baseline"):
+    with pytest.raises(
+        UsageError, match=r"perplexity.first, kl.mean, size, same_top1 need the original model: add --baseline"
+    ):
         run(*arguments)
 
     budget.write_text("size: 1B\n")  # needs neither a baseline nor a text
