@@ -93,6 +93,10 @@ class _Verbs(click.Group):
             _refuse_repeats(command, click.Context(command, info_name=name, parent=ctx), rest)
         return name, command, rest
 
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        """The same whoever makes the context: click keeps the first option that it builds from them."""
+        return ["-h", "--help"]
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([*VERBS.items()])
