@@ -14,7 +14,8 @@ from typing import Any
 import mutations
 import qkit_data
 import torch
-import transformers
+from fuzz_models import SIZES, make_model, plan_again, planned, tokens
+from mutations import mutated_json_file, mutated_yaml
 
 from qkit.allocation.limits import Budget, BudgetRequest
 from qkit.calibration.dataset import calibration_rows
@@ -32,10 +33,6 @@ from qkit.workflows.quantize import prepare, quantize
 
 KINDS = ("config", "headers", "index", "recipe", "budget", "calibration", "pairs", "profile", "output")
 Mutant = tuple[Path, bytes, Callable[[], str | None]]  # the file, what it becomes, and what is run then
-SIZES = dict(
-    vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=128,
-)  # fmt: skip
 
 
 class Quiet:
@@ -86,46 +83,6 @@ def make(folder: Path, kinds: list[str]) -> list[Target]:
     return [makers[kind](folder / kind) for kind in kinds]
 
 
-def _json(file: Path, rng: random.Random, favourite: tuple[Any, ...] = (), bytewise: float = 0.15) -> bytes:
-    data = file.read_bytes()
-    if rng.random() < bytewise:
-        return mutations.mutated_bytes(data, rng)
-    return mutations.mutated_json(json.loads(data), rng, favourite)
-
-
-def _model(folder: Path, family: str = "llama", shard: str = "5GB", **changes: Any) -> Path:
-    config = transformers.AutoConfig.for_model(family, **{**SIZES, **changes})
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size=shard)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(qkit_data.model_path("tiny-llama") / name, folder / name)
-    return folder
-
-
-# ---- models ------------------------------------------------------------------------------------------------------
-
-
-def _planned(folder: Path) -> tuple[int, int, int]:
-    plan = prepare(Request(model=str(folder), scheme="w4a16", threads=1)).plan
-    weights = sum(p.shape[0] * p.shape[1] for p in plan.linears.values())
-    return len(plan.linears) + len(plan.skipped), plan.source_bytes, weights
-
-
-def _plan_again(folder: Path, expected: tuple[int, int, int]) -> str | None:
-    """A plan of a mutated model has to be that of the sound one: its tensors are the same."""
-    found = _planned(folder)
-    return None if found == expected else f"planned {found}, expected {expected}"
-
-
-def _tokens(folder: Path) -> str | None:
-    """What is used of a tokenizer: the ids of a text, and the special tokens."""
-    tokenizer = load_tokenizer(folder)
-    text = folder.parent / "text.txt"
-    calibration_rows(text, tokenizer, 2, 16, SIZES["vocab_size"])
-    return None
-
-
 def _config(folder: Path) -> Target:
     folder.mkdir(parents=True)
     families = ("llama", "qwen3_moe", "gemma3_text", "mamba2", "opt")
@@ -137,9 +94,9 @@ def _config(folder: Path) -> Target:
     }
     expected = {}
     for family in families:
-        _model(folder / family, family, **more.get(family, {}))
+        make_model(folder / family, family, **more.get(family, {}))
         if family != "mamba2":
-            expected[family] = _planned(folder / family)
+            expected[family] = planned(folder / family)
     (folder / "text.txt").write_bytes(qkit_data.text_path("calibration").read_bytes()[:3000])
 
     def mutant(rng: random.Random) -> Mutant:
@@ -148,11 +105,15 @@ def _config(folder: Path) -> Target:
         if rng.random() < 0.12:
             file = place / rng.choice(("tokenizer.json", "tokenizer_config.json", "tokenizer_config.json"))
             top = ("model",) if rng.random() < 0.3 else ("added_tokens",)
-            return file, _json(file, rng, top if file.name == "tokenizer.json" else ()), partial(_tokens, place)
-        data = _json(place / "config.json", rng)
+            return (
+                file,
+                mutated_json_file(file, rng, top if file.name == "tokenizer.json" else ()),
+                partial(tokens, place),
+            )
+        data = mutated_json_file(place / "config.json", rng)
         if family in expected:
-            return place / "config.json", data, partial(_plan_again, place, expected[family])
-        return place / "config.json", data, partial(_ignored, partial(_planned, place))
+            return place / "config.json", data, partial(plan_again, place, expected[family])
+        return place / "config.json", data, partial(_ignored, partial(planned, place))
 
     return Target("config", folder, mutant)
 
@@ -163,8 +124,8 @@ def _ignored(run: Callable[[], object]) -> str | None:
 
 
 def _headers(folder: Path) -> Target:
-    place = _model(folder / "model")
-    file, expected = place / "model.safetensors", _planned(place)
+    place = make_model(folder / "model")
+    file, expected = place / "model.safetensors", planned(place)
     shutil.copy(file, folder / "sound")
     raw = file.read_bytes()
     length = int.from_bytes(raw[:8], "little")
@@ -185,16 +146,22 @@ def _headers(folder: Path) -> Target:
         else:
             cut = rng.choice((0, 7, 8, 9, 8 + length, rng.randrange(len(raw))))
             data = raw[:cut] if rng.random() < 0.5 else raw + b"\0" * rng.choice((1, 8))
-        return file, data, partial(_plan_again, place, expected)
+        return file, data, partial(plan_again, place, expected)
 
     return Target("headers", folder, mutant)
 
 
 def _index(folder: Path) -> Target:
-    place = _model(folder / "model", shard="150KB")
-    file, expected = place / "model.safetensors.index.json", _planned(place)
+    place = make_model(folder / "model", shard="150KB")
+    file, expected = place / "model.safetensors.index.json", planned(place)
     return Target(
-        "index", folder, lambda rng: (file, _json(file, rng, ("weight_map",)), partial(_plan_again, place, expected))
+        "index",
+        folder,
+        lambda rng: (
+            file,
+            mutated_json_file(file, rng, ("weight_map",)),
+            partial(plan_again, place, expected),
+        ),
     )
 
 
@@ -227,28 +194,21 @@ MEASURED = {
 }
 
 
-def _yaml(document: dict[str, Any], text: bytes, rng: random.Random) -> bytes:
-    """JSON is YAML; one in three is changed as the text that people write."""
-    if rng.random() < 0.35:
-        return mutations.mutated_bytes(text, rng)
-    return mutations.mutated_json(document, rng, ("rules",))
-
-
 def _recipe(folder: Path) -> Target:
-    place = _model(folder / "model")
+    place = make_model(folder / "model")
     file = folder / "recipe.yaml"
     calib = folder / "calib.txt"
     calib.write_bytes(qkit_data.text_path("calibration").read_bytes()[:3000])
     text = json.dumps(RECIPE, indent=1).replace("{\n", "{ ").encode()
     file.write_bytes(text)
-    every = _planned(place)[0]
+    every = planned(place)[0]
 
     def run() -> str | None:
         plan = prepare(Request(model=str(place), recipe=file, calib=calib, samples=2, seqlen=16, threads=1)).plan
         found = len(plan.linears) + len(plan.skipped)
         return None if found == every else f"planned {found} layers of {every}"
 
-    return Target("recipe", folder, lambda rng: (file, _yaml(RECIPE, text, rng), run))
+    return Target("recipe", folder, lambda rng: (file, mutated_yaml(RECIPE, text, rng), run))
 
 
 def _budget(folder: Path) -> Target:
@@ -263,7 +223,7 @@ def _budget(folder: Path) -> Target:
         junit_xml(checks, "fuzz")
         return None if len(checks) >= len(budget.lines) else "lines without a check"
 
-    return Target("budget", folder, lambda rng: (file, _yaml(BUDGET, text, rng), run))
+    return Target("budget", folder, lambda rng: (file, mutated_yaml(BUDGET, text, rng), run))
 
 
 def _calibration(folder: Path) -> Target:
@@ -341,7 +301,7 @@ def _pairs(folder: Path) -> Target:
 
 
 def _profile(folder: Path) -> Target:
-    place = _model(folder / "model", num_hidden_layers=1)
+    place = make_model(folder / "model", num_hidden_layers=1)
     calib = folder / "calib.txt"
     calib.write_bytes(qkit_data.text_path("calibration").read_bytes()[:3000])
     base = Request(model=str(place), calib=calib, samples=2, seqlen=16, threads=1)
@@ -368,14 +328,18 @@ def _profile(folder: Path) -> Target:
 
     def mutant(rng: random.Random) -> Mutant:
         if rng.random() < 0.2:
-            return table, _json(table, rng), partial(run, True)
-        return file, _json(file, rng, rng.choice((("units",), ("request",), ()))), partial(run, False)
+            return table, mutated_json_file(table, rng), partial(run, True)
+        return (
+            file,
+            mutated_json_file(file, rng, rng.choice((("units",), ("request",), ()))),
+            partial(run, False),
+        )
 
     return Target("profile", folder, mutant)
 
 
 def _output(folder: Path) -> Target:
-    source = _model(folder / "model", num_hidden_layers=1)
+    source = make_model(folder / "model", num_hidden_layers=1)
     calib = folder / "calib.txt"
     calib.write_bytes(qkit_data.text_path("calibration").read_bytes()[:3000])
     out = folder / "packed"
@@ -406,6 +370,6 @@ def _output(folder: Path) -> Target:
         if file.name == "model.safetensors":
             return file, mutations.mutated_bytes(file.read_bytes(), rng), partial(run, file)
         top = ("quantization_config",) if file.name == "config.json" else rng.choice((("linears",), ("plain",), ()))
-        return file, _json(file, rng, top, 0.1), partial(run, file)
+        return file, mutated_json_file(file, rng, top, 0.1), partial(run, file)
 
     return Target("output", folder, mutant)

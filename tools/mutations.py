@@ -6,6 +6,7 @@ import copy
 import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 DEEP = "@deep@"  # a string that is written as nested brackets instead
@@ -123,3 +124,18 @@ def mutated_bytes(data: bytes, rng: random.Random) -> bytes:
         elif action == 7 and size:
             found[place % size] = rng.randrange(256)
     return bytes(found)
+
+
+def mutated_json_file(file: Path, rng: random.Random, favourite: tuple[Any, ...] = (), bytewise: float = 0.15) -> bytes:
+    """A JSON file with nodes changed, or, as often as ``bytewise`` says, bytes."""
+    data = file.read_bytes()
+    if rng.random() < bytewise:
+        return mutated_bytes(data, rng)
+    return mutated_json(json.loads(data), rng, favourite)
+
+
+def mutated_yaml(document: dict[str, Any], text: bytes, rng: random.Random) -> bytes:
+    """JSON is YAML; one in three is changed as the text that people write."""
+    if rng.random() < 0.35:
+        return mutated_bytes(text, rng)
+    return mutated_json(document, rng, ("rules",))

@@ -131,13 +131,13 @@ def _hide_warnings() -> None:
 
 def _show_renamed() -> None:
     """Former names of options are noted on stderr, each once and in one line."""
-    show, said = warnings.showwarning, set[str]()
+    show, shown = warnings.showwarning, set[str]()
 
     def note(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
         if not issubclass(category, RenamedWarning):
             show(message, category, *place, **more)
-        elif str(message) not in said:
-            said.add(str(message))
+        elif str(message) not in shown:
+            shown.add(str(message))
             click.echo(f"qkit: note: {message}", err=True)
 
     warnings.showwarning = note  # until ``catch_warnings`` ends

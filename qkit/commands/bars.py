@@ -98,14 +98,14 @@ class Share:
         """A phase begins; returns the finished share of the run."""
         now = time.monotonic()
         self._now[self._phase] = now - self._began
-        found = _BLOCK.fullmatch(what)
-        at = (found["sequence"].strip(), int(found["at"])) if found else None
+        match = _BLOCK.fullmatch(what)
+        at = (match["sequence"].strip(), int(match["at"])) if match else None
         if at == self._at:
             self._ended += 1
         else:
             self._after = self._after or (at is None and bool(self._spans) and self._at == [*self._spans][-1])
             self._at, self._took, self._now, self._ended = at, self._now, {}, 0
-        self._phase, self._began = (found["phase"] or "") if found else what, now
+        self._phase, self._began = (match["phase"] or "") if match else what, now
         self._steps, self._done = total, 0
         return self.step(0)
 

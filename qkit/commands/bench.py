@@ -21,7 +21,7 @@ from qkit.commands.common import (
     wide_table,
     write_json,
 )
-from qkit.commands.verb import Group, Verb, in_group
+from qkit.commands.verb import OptionGroup, Verb, in_group
 from qkit.errors import UsageError
 from qkit.files.safefile import write_atomic
 from qkit.sensitivity.candidates import Candidate, parse_candidates
@@ -39,8 +39,8 @@ _DTYPES = {"bf16": "bfloat16", "float32": "float32"}  # as torch names them
 _PRODUCTS = ("shapes", "formats", "group_size", "rows", "table", "figure")
 _DECODE = ("prompt_tokens", "new_tokens", "baseline")
 
-_MOST_USED, _PRODUCT = in_group(Group.MOST_USED), in_group(Group.PRODUCTS)
-_DECODING, _DEVICE = in_group(Group.DECODING), in_group(Group.DEVICE)
+_MOST_USED, _PRODUCT = in_group(OptionGroup.MOST_USED), in_group(OptionGroup.PRODUCTS)
+_DECODING, _DEVICE = in_group(OptionGroup.DECODING), in_group(OptionGroup.DEVICE)
 
 
 @click.command("bench", cls=Verb)
@@ -69,7 +69,7 @@ _DECODING, _DEVICE = in_group(Group.DECODING), in_group(Group.DEVICE)
     show_default=True,
     help="Device of the measured products.",
 )
-def bench_command(what: str, device: str, threads: int | None, json_file: Path | None, **given: Any) -> None:
+def bench_command(what: str, device: str, threads: int | None, json_file: Path | None, **options: Any) -> None:
     """Measure matrix products of few rows (gemv), of many rows (gemm), or whole models (decode).
 
     Times are shown for weights in memory (cold) and in the cache (warm). They are compared with the floor that the memory
@@ -83,21 +83,21 @@ def bench_command(what: str, device: str, threads: int | None, json_file: Path |
     """
     console = Console()
     foreign = _PRODUCTS if what == "decode" else _DECODE
-    wrong = next((name for name in foreign if given[name] is not None), None)
+    wrong = next((name for name in foreign if options[name] is not None), None)
     if wrong is not None:
         option = {"rows": "m"}.get(wrong, wrong.replace("_", "-"))
         raise UsageError(f"--{option} cannot be used with 'bench {what}': leave it out")
-    if given["figure"] is not None:
+    if options["figure"] is not None:
         require("--figure", "report", "matplotlib")
-    if what == "decode" and given["model"] is None:
+    if what == "decode" and options["model"] is None:
         raise UsageError("'bench decode' needs a model: add --model")
     if what != "decode":
-        parse_candidates(given["formats"] or "int4", given["group_size"], "--formats")
-        _rows(given["rows"] or "1")
-        if (given["shapes"] is None) == (given["model"] is None):
+        parse_candidates(options["formats"] or "int4", options["group_size"], "--formats")
+        _rows(options["rows"] or "1")
+        if (options["shapes"] is None) == (options["model"] is None):
             raise UsageError("no shapes, or two sources of them: use either --shapes or --model")
-        if given["shapes"] is not None:
-            parse_shapes(given["shapes"])
+        if options["shapes"] is not None:
+            parse_shapes(options["shapes"])
     announce(console, "measuring the memory of this machine first")
 
     import torch
@@ -115,13 +115,13 @@ def bench_command(what: str, device: str, threads: int | None, json_file: Path |
         data: dict[str, Any] = {"machine": describe_host(), "bandwidth": host.to_json(), "device": device}
         show_host(data, console)
         measured = decode_models if what == "decode" else products
-        data.update(measured(what, device, given, host, reporter, console))
+        data.update(measured(what, device, options, host, reporter, console))
     data["clock_mhz_after"] = describe_host()["clock_mhz"]
     write_json(json_file, data)
 
 
 def products(
-    what: str, device: str, given: Mapping[str, Any], host: Host, reporter: Reporter, console: Console
+    what: str, device: str, options: Mapping[str, Any], host: Host, reporter: Reporter, console: Console
 ) -> dict[str, Any]:
     """gemv and gemm: one table per product, or the latency table."""
     import torch
@@ -131,13 +131,13 @@ def products(
     from qkit.benchmark.products import compare, make_entrants, product_record
     from qkit.report.figures import png
 
-    candidates = parse_candidates(given["formats"] or "int4", given["group_size"], "--formats")
-    dtype: torch.dtype = getattr(torch, _DTYPES[given["dtype"] or "bf16"])
-    rows = _rows(given["rows"] or ("64,256" if what == "gemm" else "1,4,16"))
-    shapes = _shapes(given)
-    if given["table"] is not None:
-        return write_table(given, candidates, shapes, dtype, device, host, reporter, console)
-    found = []
+    candidates = parse_candidates(options["formats"] or "int4", options["group_size"], "--formats")
+    dtype: torch.dtype = getattr(torch, _DTYPES[options["dtype"] or "bf16"])
+    rows = _rows(options["rows"] or ("64,256" if what == "gemm" else "1,4,16"))
+    shapes = _shapes(options)
+    if options["table"] is not None:
+        return write_table(options, candidates, shapes, dtype, device, host, reporter, console)
+    timings = []
     reporter.start("products", len(candidates) * len(shapes) * len(rows))
     for candidate in candidates:
         for shape in shapes:
@@ -148,16 +148,16 @@ def products(
                 results += compare(p, entrants, count, host, SECONDS)
                 reporter.step()
             del entrants
-            found.append(product_record(p, results))
-            show_product(found[-1], console)
-    if given["figure"] is not None:
-        write_atomic(given["figure"], png(time_figure(found)))
-        console.print(Text(f"figure: {given['figure']}"))
-    return {"what": what, "products": found}
+            timings.append(product_record(p, results))
+            show_product(timings[-1], console)
+    if options["figure"] is not None:
+        write_atomic(options["figure"], png(time_figure(timings)))
+        console.print(Text(f"figure: {options['figure']}"))
+    return {"what": what, "products": timings}
 
 
 def write_table(
-    given: Mapping[str, Any],
+    options: Mapping[str, Any],
     candidates: Sequence[Candidate],
     shapes: Sequence[Shape],
     dtype: torch.dtype,
@@ -169,29 +169,29 @@ def write_table(
     """The table of ``--latency``."""
     from qkit.benchmark.table import measure_table
 
-    rows = _rows(given["rows"] or "1")
-    if len(rows) > 1 or given["figure"] is not None:
+    rows = _rows(options["rows"] or "1")
+    if len(rows) > 1 or options["figure"] is not None:
         raise UsageError("--table is for one number of rows and no --figure: use one number for --m, or leave it out")
     reporter.start("table", len(candidates) * len(shapes))
-    made, notes = measure_table(
-        given["table"], candidates, shapes, dtype, device, rows[0], host, SECONDS, reporter.step
+    table, notes = measure_table(
+        options["table"], candidates, shapes, dtype, device, rows[0], host, SECONDS, reporter.step
     )
-    made.save()
+    table.save()
     shown = wide_table("format", *(f"{a}x{b}" for a, b in shapes), title="microseconds")
-    names = {(name, group) for name, group, _ in made.seconds}
+    names = {(name, group) for name, group, _ in table.seconds}
     for name, group in sorted(names, key=str):
-        times = [made.seconds.get((name, group, shape)) for shape in shapes]
+        times = [table.seconds.get((name, group, shape)) for shape in shapes]
         label = name if group is None else f"{name}, {group}"
         shown.add_row(label, *("-" if t is None else f"{t * 1e6:.1f}" for t in times))
     print_wide(console, shown)
     for note in notes:
         console.print(Text(note))
-    console.print(Text(f"{made.file}: {len(made.seconds)} times, for --latency TIME@{made.file}"))
-    return {"what": "table", "file": str(made.file), "notes": notes}
+    console.print(Text(f"{table.file}: {len(table.seconds)} times, for --latency TIME@{table.file}"))
+    return {"what": "table", "file": str(table.file), "notes": notes}
 
 
 def decode_models(
-    what: str, device: str, given: Mapping[str, Any], host: Host, reporter: Reporter, console: Console
+    what: str, device: str, options: Mapping[str, Any], host: Host, reporter: Reporter, console: Console
 ) -> dict[str, Any]:
     """decode: tokens a second of a model, and of its original."""
     import torch
@@ -199,23 +199,23 @@ def decode_models(
     from qkit.benchmark.decode import decode
     from qkit.runtime.loading import load
 
-    dtype: torch.dtype = getattr(torch, _DTYPES[given["dtype"] or "bf16"])
-    models = [(given["model"], load(given["model"], dtype, device))]
-    if given["baseline"] is not None:
+    dtype: torch.dtype = getattr(torch, _DTYPES[options["dtype"] or "bf16"])
+    models = [(options["model"], load(options["model"], dtype, device))]
+    if options["baseline"] is not None:
         models += [
-            (f"{given['baseline']}, {n}", load(given["baseline"], getattr(torch, d), device))
+            (f"{options['baseline']}, {n}", load(options["baseline"], getattr(torch, d), device))
             for n, d in _DTYPES.items()
         ]
     reporter.start("decode", ROUNDS * len(models))
-    prompt, new = given["prompt_tokens"] or 32, given["new_tokens"] or 64
-    found = decode(models, prompt, new, ROUNDS, host, reporter.step)
-    show_decoded(found, console)
+    prompt, new = options["prompt_tokens"] or 32, options["new_tokens"] or 64
+    timings = decode(models, prompt, new, ROUNDS, host, reporter.step)
+    show_decoded(timings, console)
     return {
         "what": what,
-        "dtype": given["dtype"] or "bf16",
+        "dtype": options["dtype"] or "bf16",
         "prompt_tokens": prompt,
         "new_tokens": new,
-        "models": [d.to_json() for d in found],
+        "models": [d.to_json() for d in timings],
     }
 
 
@@ -287,17 +287,17 @@ def show_product(product: Mapping[str, Any], console: Console) -> None:
             console.print(Text(f"refused: {r['contender']}, {r['rows']} rows: {r['refused']}"))
 
 
-def show_decoded(found: Sequence[DecodeTiming], console: Console) -> None:
+def show_decoded(timings: Sequence[DecodeTiming], console: Console) -> None:
     """A line per model."""
     columns = ("model", "tokens/s (p80 to p20 of the time)", "prompt ms", "linears", "of floor", "speed-up")
     table = wide_table(*columns, title="decode")
-    own = found[0]
-    for d in found:
+    first = timings[0]
+    for d in timings:
         if d.refused:
             table.add_row(Text(d.name), "refused", "", megabytes(d.size), "", "")
             continue
         t = d.token
-        faster = "" if d is own or own.refused else f"{t.p50 / own.token.p50:.2f}x of it"
+        faster = "" if d is first or first.refused else f"{t.p50 / first.token.p50:.2f}x of it"
         table.add_row(
             Text(d.name),
             f"{1 / t.p50:.1f} ({1 / t.p80:.1f} to {1 / t.p20:.1f})",
@@ -307,6 +307,6 @@ def show_decoded(found: Sequence[DecodeTiming], console: Console) -> None:
             Text(faster),
         )
     print_wide(console, table)
-    for d in found:
+    for d in timings:
         if d.refused:
             console.print(Text(f"refused: {d.name}: {d.refused}"))

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from qkit.allocation.limits import MEASURE
 from qkit.commands.common import megabytes, print_wide, wide_table
-from qkit.commands.verb import Group, in_group
+from qkit.commands.verb import OptionGroup, in_group
 
 if TYPE_CHECKING:
     from qkit.sensitivity.profile import UnitProfile
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that let a budget choose the formats."""
-    budgets = in_group(Group.BUDGETS)
+    budgets = in_group(OptionGroup.BUDGETS)
     options = [
         budgets(
             "--bits",
@@ -54,14 +54,14 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "floors",
             multiple=True,
             metavar="GLOB=FORMAT",
-            help="Lower limit for the bytes of matching layers, as a format, for instance '*.down_proj=int4', repeatable.",
+            help="Smallest format allowed for matching layers, for instance '*.down_proj=int4', repeatable.",
         ),
         budgets(
             "--ceiling",
             "ceilings",
             multiple=True,
             metavar="GLOB=FORMAT",
-            help="Upper limit for the bytes of matching layers, as a format, repeatable.",
+            help="Largest format allowed for matching layers, repeatable.",
         ),
         budgets(
             "--refine",
@@ -75,14 +75,14 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def show_allocation(found: BudgetAllocation, console: Console) -> None:
+def show_allocation(budgeted: BudgetAllocation, console: Console) -> None:
     """The chosen formats and their predicted cost."""
     from qkit.allocation.pareto import mean_bits
 
-    made, a = found.profile, found.allocation
+    profile, a = budgeted.profile, budgeted.allocation
     table = wide_table("format", "layers", "weights (M)", "bytes", title="allocation")
-    for name in made.candidates:
-        units = [u for u in made.units if a.picks[u.key] == name]
+    for name in profile.candidates:
+        units = [u for u in profile.units if a.picks[u.key] == name]
         if units:
             linears, weights = sum(len(u.linears) for u in units), sum(u.weights for u in units)
             size = sum(u.choices[name].bytes for u in units)
@@ -90,45 +90,45 @@ def show_allocation(found: BudgetAllocation, console: Console) -> None:
     print_wide(console, table)
     most = "" if a.limit is None else f" of {a.limit:,}"
     console.print(
-        f"{a.bytes:,}{most} bytes for the layers, {mean_bits(made, a.bytes):.3f} bits a weight; predicted {a.measure} "
+        f"{a.bytes:,}{most} bytes for the layers, {mean_bits(profile, a.bytes):.3f} bits a weight; predicted {a.measure} "
         f"{a.cost:.5g}, optimality gap {a.gap:.2g}"
     )
-    if found.table is not None and a.time is not None and a.time_limit is not None:
-        t = found.table
+    if budgeted.table is not None and a.time is not None and a.time_limit is not None:
+        t = budgeted.table
         where = f"{t.file}: {t.machine}, {t.device}, {t.threads} threads, {t.dtype}, m = {t.rows}"
         console.print(
             Text(f"{a.time / 1e6:.4g} of {a.time_limit / 1e6:.4g} ms for the products of the layers, by {where}")
         )
-    if found.running is not None:
-        parts = (made.fixed_bytes + a.bytes, *found.running)
+    if budgeted.running is not None:
+        parts = (profile.fixed_bytes + a.bytes, *budgeted.running)
         names = ("weights", "KV cache", "activations of one block")
         console.print(
             ", ".join(f"{megabytes(n)} {name}" for n, name in zip(parts, names, strict=True)) + ", one sequence"
         )
-    if found.request.method is not None and found.request.method != made.request["method"]:
+    if budgeted.request.method is not None and budgeted.request.method != profile.request["method"]:
         console.print(
-            Text(f"the costs were measured with {made.request['method']}, the layers use {found.request.method}")
+            Text(f"the costs were measured with {profile.request['method']}, the layers use {budgeted.request.method}")
         )
-    noise = sum(c.costs[a.measure] < 0 for u in made.units for c in u.choices.values())
-    if noise > len(made.units) // 4:
+    noise = sum(c.costs[a.measure] < 0 for u in profile.units for c in u.choices.values())
+    if noise > len(profile.units) // 4:
         console.print(Text(f"{noise} costs by {a.measure} are below 0, which is noise: profile with more --rows"))
-    if found.refined is not None:
-        r = found.refined
+    if budgeted.refined is not None:
+        r = budgeted.refined
         kept = sum(k for _, _, k in r.history)
         console.print(
             f"refined: {len(r.history)} plans measured, {kept} steps kept, KL divergence {r.start:.5g} to {r.end:.5g}"
         )
 
 
-def explain(found: BudgetAllocation, console: Console) -> None:
+def explain(budgeted: BudgetAllocation, console: Console) -> None:
     """Every unit: its format, the cost of the others, and the gain of the next larger one per kilobyte."""
-    made, a = found.profile, found.allocation
-    shared = _shared_prefix([u.key for u in made.units])
+    profile, a = budgeted.profile, budgeted.allocation
+    shared = _shared_prefix([u.key for u in profile.units])
     title = f"why: {a.measure} of each format, * chosen" + (f" (layers of {shared.rstrip('.')})" if shared else "")
-    table = wide_table("layers", "format", *made.candidates, "next: gain / kB", title=title)
-    for unit in made.units:
+    table = wide_table("layers", "format", *profile.candidates, "next: gain / kB", title=title)
+    for unit in profile.units:
         pick = a.picks[unit.key]
-        costs = [_cost(unit, n, a.measure, n == pick) for n in made.candidates]
+        costs = [_cost(unit, n, a.measure, n == pick) for n in profile.candidates]
         beside = f" +{len(unit.linears) - 1}" if len(unit.linears) > 1 else ""
         table.add_row(Text(unit.key[len(shared) :] + beside), pick, *costs, _gain(unit, pick, a.measure))
     print_wide(console, table)
@@ -140,16 +140,16 @@ def _shared_prefix(names: list[str]) -> str:
     return "".join(f"{column[0]}." for column in parts) if len(names) > 1 else ""
 
 
-def explanation(found: BudgetAllocation) -> list[dict[str, Any]]:
+def explanation(budgeted: BudgetAllocation) -> list[dict[str, Any]]:
     """``explain`` as JSON."""
-    a = found.allocation
+    a = budgeted.allocation
     return [
         {
             "linears": list(u.linears),
             "format": a.picks[u.key],
             "choices": {n: {"bytes": c.bytes, "cost": c.costs[a.measure]} for n, c in u.choices.items()},
         }
-        for u in found.profile.units
+        for u in budgeted.profile.units
     ]
 
 

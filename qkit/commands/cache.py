@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qkit.commands.common import megabytes
-from qkit.commands.verb import Group, in_group
+from qkit.commands.verb import OptionGroup, in_group
 
 if TYPE_CHECKING:
     from qkit.workflows.kv_cache import CachePlan
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Which cache, and how large."""
-    cache = in_group(Group.KV_CACHE)
+    cache = in_group(OptionGroup.KV_CACHE)
     options = [
         cache(
             "--kv",
@@ -41,13 +41,13 @@ def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def show_cache(found: CachePlan, console: Console) -> None:
+def show_cache(cache: CachePlan, console: Console) -> None:
     """The cache, its size, and the final widths of the layers."""
-    p = found.policy
-    share = f"{megabytes(found.bytes)}, {found.bytes / found.plain_bytes:.3f} of 16 bits"
+    p = cache.policy
+    share = f"{megabytes(cache.bytes)}, {cache.bytes / cache.plain_bytes:.3f} of 16 bits"
     console.print(Text(f"KV cache: {p.name}, {share}" + (f", at {p.length} tokens of a sequence" if p.length else "")))
     if p.finals and len(set(p.finals)) > 1:
         console.print(Text("final bits by layer: " + " ".join(map(str, p.finals))))
-    if found.exponents is not None:
-        spans = [max(map(max, layer)) - min(map(min, layer)) for layer in found.exponents]
+    if cache.exponents is not None:
+        spans = [max(map(max, layer)) - min(map(min, layer)) for layer in cache.exponents]
         console.print(Text("scales of keys, octaves between channels, by layer: " + " ".join(map(str, spans))))

@@ -13,7 +13,7 @@ from rich.text import Text
 from qkit.commands.common import OutFile, announce, print_wide, wide_table
 from qkit.commands.grid import Grid
 from qkit.commands.measured import json_bytes, printable, progress_bar, show
-from qkit.commands.verb import Group, Verb, in_group
+from qkit.commands.verb import OptionGroup, Verb, in_group
 from qkit.errors import BudgetNotMet
 from qkit.evaluation.budget import Check, junit_xml, load_budget
 from qkit.evaluation.request import DTYPES
@@ -22,7 +22,7 @@ from qkit.files.locate import find_model
 from qkit.files.safefile import write_atomic
 from qkit.workflows.check import baseline_of, check_model, check_request, mark, require_sound
 
-_MOST_USED, _TEXTS, _DEVICE = in_group(Group.MOST_USED), in_group(Group.TEXTS), in_group(Group.DEVICE)
+_MOST_USED, _TEXTS, _DEVICE = in_group(OptionGroup.MOST_USED), in_group(OptionGroup.TEXTS), in_group(OptionGroup.DEVICE)
 
 
 @click.command("check", cls=Verb)

@@ -22,7 +22,7 @@ from rich.text import Text
 from qkit.commands.bars import Bar, Share
 from qkit.commands.grid import print_wide as print_wide
 from qkit.commands.grid import wide_table as wide_table
-from qkit.commands.verb import Group, OutPath, RenamedOption, in_group
+from qkit.commands.verb import OptionGroup, OutPath, RenamedOption, in_group
 from qkit.errors import Stopped, UsageError
 from qkit.files.safefile import write_atomic
 from qkit.files.side_files import code_keys, unread_files
@@ -40,8 +40,12 @@ _SIGNALS = (
 
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that describe what to quantize and how."""
-    most_used, scheme, calibration = in_group(Group.MOST_USED), in_group(Group.SCHEME), in_group(Group.CALIBRATION)
-    model, diffusion, job = in_group(Group.MODEL), in_group(Group.DIFFUSION), in_group(Group.JOB)
+    most_used, scheme, calibration = (
+        in_group(OptionGroup.MOST_USED),
+        in_group(OptionGroup.SCHEME),
+        in_group(OptionGroup.CALIBRATION),
+    )
+    model, diffusion, job = in_group(OptionGroup.MODEL), in_group(OptionGroup.DIFFUSION), in_group(OptionGroup.JOB)
     options = [
         most_used("--model", required=True, help="Model folder, reference model name, or hub id."),
         most_used(
@@ -64,8 +68,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         model(
             "--export",
             type=click.Choice(["compressed-tensors", "qkit"]),
-            help="Quantization method named in config.json; qkit needs 'import qkit' to load (default: "
-            "compressed-tensors).",
+            help="Format name in config.json (default: compressed-tensors). Files with the name qkit load after 'import qkit'.",
         ),
         scheme("--recipe", type=click.Path(path_type=Path), help="YAML file with rules per layer."),
         scheme(
@@ -203,12 +206,12 @@ def write_json(file: Path | None, data: Any) -> None:
         write_atomic(file, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
 
 
-def show_coverage(found: PreparedRequest, console: Console) -> None:
+def show_coverage(prepared: PreparedRequest, console: Console) -> None:
     "Quantized and skipped layers with reasons, the bytes, and the engines that load the result."
     from qkit.planning.fused_layers import engine_lines_of
     from qkit.workflows.quantize import coverage
 
-    plan = found.plan
+    plan = prepared.plan
     kinds: dict[tuple[str, str, str, str], list[int]] = {}
     for p in plan.linears.values():
         group = str(p.weights.group or p.weights.strategy)
@@ -248,26 +251,29 @@ def show_coverage(found: PreparedRequest, console: Console) -> None:
     if plan.calibration is not None and plan.calibration.written:
         c = plan.calibration
         console.print(f"calibration: {c.samples} samples and {c.written} synthetic samples of {c.seqlen} tokens")
-    _show_copied(found, console)
+    _show_copied(prepared, console)
     done = coverage(plan)
     console.print(
         f"{done['quantized']} linears quantized, {done['skipped']} skipped; tensors: {megabytes(plan.source_bytes)} before, "
         f"{megabytes(plan.packed_bytes)} after ({plan.packed_bytes / plan.source_bytes:.3f}x)"
     )
-    for line in engine_lines_of(plan, found.structure):
+    for line in engine_lines_of(plan, prepared.structure):
         console.print(Text(str(line)))
 
 
-def _show_copied(found: PreparedRequest, console: Console) -> None:
+def _show_copied(prepared: PreparedRequest, console: Console) -> None:
     """Files and config keys that are left out of the result."""
-    folder = found.structure.checkpoint.path
+    folder = prepared.structure.checkpoint.path
     behind = unread_files(folder)
     if behind:
         more = f" and {len(behind) - 1} more" if len(behind) > 1 else ""
         console.print(
             Text(f"not copied: {printable(behind[0])}{more}: code, pickles, archives and weights in other formats")
         )
-    dropped = {"config.json": list(found.structure.checkpoint.dropped), **code_keys(folder, found.plan.side_files)}
+    dropped = {
+        "config.json": list(prepared.structure.checkpoint.dropped),
+        **code_keys(folder, prepared.plan.side_files),
+    }
     for name, keys in dropped.items():
         if keys:
             console.print(

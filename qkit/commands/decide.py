@@ -25,31 +25,31 @@ def resolve_request(options: QuantizeOptions, out: Path, work: Path | None, cons
         return measure_first(look, options, out, work, reporter, lambda sentence: console.print(Text(sentence)))
 
 
-def show_ahead(found: ResolvedRequest, when: str, console: Console) -> None:
+def show_ahead(resolved: ResolvedRequest, when: str, console: Console) -> None:
     """What was decided without asking, whether a budget can be met, and what is measured. when: the words before it."""
-    for sentence in (*found.said, *([] if found.reach is None else [str(found.reach)])):
+    for sentence in (*resolved.said, *([] if resolved.reach is None else [str(resolved.reach)])):
         console.print(Text(sentence))
-    for each in found.first:
+    for each in resolved.first:
         console.print(Text(f"{when}: {each}"))
 
 
-def show_decided(found: ResolvedRequest, console: Console) -> None:
+def show_decided(resolved: ResolvedRequest, console: Console) -> None:
     """The allocation and the cache, where there are any."""
-    if found.budgeted is not None:
-        show_allocation(found.budgeted, console)
-    if found.cache is not None:
-        show_cache(found.cache, console)
+    if resolved.budgeted is not None:
+        show_allocation(resolved.budgeted, console)
+    if resolved.cache is not None:
+        show_cache(resolved.cache, console)
 
 
-def decided_json(found: ResolvedRequest) -> dict[str, Any]:
+def decided_json(resolved: ResolvedRequest) -> dict[str, Any]:
     """The machine's copy of ``show_decided`` and ``show_ahead``."""
     data: dict[str, Any] = {}
-    if found.budgeted is not None:
-        data["allocation"] = asdict(found.budgeted.allocation)
-    if found.cache is not None:
-        data["kv"] = {"policy": found.cache.policy.to_json(), "bytes": found.cache.bytes}
-    if found.reach is not None:
-        data["budget"] = asdict(found.reach)
-    if found.first:
-        data["measured_first"] = [asdict(each) for each in found.first]
+    if resolved.budgeted is not None:
+        data["allocation"] = asdict(resolved.budgeted.allocation)
+    if resolved.cache is not None:
+        data["kv"] = {"policy": resolved.cache.policy.to_json(), "bytes": resolved.cache.bytes}
+    if resolved.reach is not None:
+        data["budget"] = asdict(resolved.reach)
+    if resolved.first:
+        data["measured_first"] = [asdict(each) for each in resolved.first]
     return data

@@ -84,11 +84,11 @@ def _measured(out: Path, original: Path) -> dict[str, Any]:
 
     text = embedded_text("evaluation")
     with progress_bar(Console(stderr=True)) as progress:
-        found = measure(out, original, EvalRequest(texts=[text], windows=WINDOWS), progress)
-    (figures,) = found["texts"].values()
+        measured = measure(out, original, EvalRequest(texts=[text], windows=WINDOWS), progress)
+    (figures,) = measured["texts"].values()
     return {
-        "bytes": found["size"]["bytes"],
-        "baseline_bytes": found["size"]["baseline_bytes"],
+        "bytes": measured["size"]["bytes"],
+        "baseline_bytes": measured["size"]["baseline_bytes"],
         "perplexity": figures["perplexity"],
         "baseline_perplexity": figures["baseline_perplexity"],
         "change_percent": figures["change_percent"],

@@ -21,7 +21,7 @@ from qkit.commands.measured import (
     show,
     show_all,
 )
-from qkit.commands.verb import Group, RenamedOption, Verb, in_group
+from qkit.commands.verb import OptionGroup, RenamedOption, Verb, in_group
 from qkit.errors import UsageError
 from qkit.evaluation.request import DTYPES, EvalRequest, dimensions_of
 from qkit.evaluation.sources import text_name
@@ -34,8 +34,16 @@ from qkit.system.extras import require
 from qkit.workflows.check import require_sound
 
 EXAMPLES = 12  # images of a report
-_MOST_USED, _TEXTS, _IMAGE_TEXT = in_group(Group.MOST_USED), in_group(Group.TEXTS), in_group(Group.IMAGE_TEXT)
-_KV_CACHE, _DIFFUSION, _DEVICE = in_group(Group.KV_CACHE), in_group(Group.DIFFUSION), in_group(Group.DEVICE)
+_MOST_USED, _TEXTS, _IMAGE_TEXT = (
+    in_group(OptionGroup.MOST_USED),
+    in_group(OptionGroup.TEXTS),
+    in_group(OptionGroup.IMAGE_TEXT),
+)
+_KV_CACHE, _DIFFUSION, _DEVICE = (
+    in_group(OptionGroup.KV_CACHE),
+    in_group(OptionGroup.DIFFUSION),
+    in_group(OptionGroup.DEVICE),
+)
 
 
 @click.command("eval", cls=Verb)
@@ -186,34 +194,34 @@ def eval_command(
     from qkit.evaluation.measure import measure_all
 
     with progress_bar(Console(stderr=True), max(1, len(texts))) as progress:
-        found = measure_all(folders, original, request, progress)
-    samples = found[0].pop("samples", None)
+        measured = measure_all(folders, original, request, progress)
+    samples = measured[0].pop("samples", None)
     if json_file is not None:
-        write_atomic(json_file, json_bytes(found[0] if len(found) == 1 else {"models": found}))
+        write_atomic(json_file, json_bytes(measured[0] if len(measured) == 1 else {"models": measured}))
     if report_file is not None:
-        write_atomic(report_file, _page(found, folders, request, samples).encode())
-    if len(found) == 1:
-        show(found[0], console)
+        write_atomic(report_file, _page(measured, folders, request, samples).encode())
+    if len(measured) == 1:
+        show(measured[0], console)
     else:
-        show_all(found, console)
-    refuse_unmeasured(outs, found)
+        show_all(measured, console)
+    refuse_unmeasured(outs, measured)
 
 
-def _page(found: Sequence[Mapping[str, Any]], folders: Sequence[Path], request: EvalRequest, samples: Any) -> str:
+def _page(measured: Sequence[Mapping[str, Any]], folders: Sequence[Path], request: EvalRequest, samples: Any) -> str:
     """The page of --report."""
     if samples is not None:
         from qkit.report.videos import strips, videos_page
 
-        return videos_page(found[0], strips(*samples))
+        return videos_page(measured[0], strips(*samples))
     if request.image_text is not None:
         from qkit.report.image_text import image_text_page
 
-        (name,) = found[0]["pairs"]
-        return image_text_page(found[0], name, request.image_text, request.questions)
+        (name,) = measured[0]["pairs"]
+        return image_text_page(measured[0], name, request.image_text, request.questions)
     from qkit.report.text import text_page
 
-    tables = [{"title": g.title, "columns": g.columns, "rows": g.plain()} for g in grids(found)]
-    return text_page(found, folders, tables)
+    tables = [{"title": g.title, "columns": g.columns, "rows": g.plain()} for g in grids(measured)]
+    return text_page(measured, folders, tables)
 
 
 def split_names(tasks: str | None) -> list[str]:
@@ -225,14 +233,14 @@ def _cache(name: str, out: str) -> CachePolicy:
     """The policy of that name, or the one stored in the checkpoint. Raises UsageError for a policy without chosen widths."""
     if name == "stored":
         folder = find_model(out)
-        found = stored(folder)
-        if found is None:
+        policy = stored(folder)
+        if policy is None:
             raise UsageError(f"--kv stored: {folder} was quantized without --kv: use a policy, for instance kivi2")
-        return found
-    found = parse(name)
-    if len(found.widths) > 1:
+        return policy
+    policy = parse(name)
+    if len(policy.widths) > 1:
         raise UsageError(
             f"--kv {name}: the widths of the layers are chosen by 'qkit quantize --kv {name} --kv-memory ..': use "
             "'stored' for its result, or one width, as in pm-kvq:2"
         )
-    return found
+    return policy

@@ -28,41 +28,44 @@ def inspect_command(path: Path, json_file: Path | None) -> None:
     Example:
       qkit inspect out/tiny-llama-w4a16 --json inspect.json
     """
-    found = inspect(path)
-    write_json(json_file, found.to_json())
-    show(found, Console())
-    if found.damaged:
-        more = f" (and {len(found.damaged) - 1} more)" if len(found.damaged) > 1 else ""
-        raise BadCheckpoint(f"{path}: damaged: {found.damaged[0]}{more}")
+    inspection = inspect(path)
+    write_json(json_file, inspection.to_json())
+    show(inspection, Console())
+    if inspection.damaged:
+        more = f" (and {len(inspection.damaged) - 1} more)" if len(inspection.damaged) > 1 else ""
+        raise BadCheckpoint(f"{path}: damaged: {inspection.damaged[0]}{more}")
 
 
-def show(found: Inspection, console: Console) -> None:
+def show(inspection: Inspection, console: Console) -> None:
     "Prints all findings. Names from files were made printable when they were read."
 
     def say(text: str) -> None:
         console.print(Text("".join(c if c.isprintable() else "?" for c in text)), soft_wrap=True)
 
-    model = f", {found.model_type}" if found.model_type else ""
-    model += f" ({found.architecture})" if found.architecture else ""
-    say(f"{found.path}: {found.kind}{model}")
-    for line in found.quantization or (["not quantized"] if found.tensors else []):
+    model = f", {inspection.model_type}" if inspection.model_type else ""
+    model += f" ({inspection.architecture})" if inspection.architecture else ""
+    say(f"{inspection.path}: {inspection.kind}{model}")
+    for line in inspection.quantization or (["not quantized"] if inspection.tensors else []):
         say(f"format: {line}")
-    if found.made_by:
-        say(f"made by: {found.made_by}")
-    if found.rejected:
-        say(f"REJECTED: {found.rejected}")
-    if found.weight_files:
-        bits = "" if found.bits is None else f", {found.bits:.2f} bits a weight"
-        weights = "" if found.weights is None else f", {found.weights / 1e6:,.2f} million weights{bits}"
-        say(f"weights: {megabytes(found.bytes)} in {found.weight_files} files, {found.tensors:,} tensors{weights}")
-    if found.by_dtype:
+    if inspection.made_by:
+        say(f"made by: {inspection.made_by}")
+    if inspection.rejected:
+        say(f"REJECTED: {inspection.rejected}")
+    if inspection.weight_files:
+        bits = "" if inspection.bits is None else f", {inspection.bits:.2f} bits a weight"
+        weights = "" if inspection.weights is None else f", {inspection.weights / 1e6:,.2f} million weights{bits}"
+        say(
+            f"weights: {megabytes(inspection.bytes)} in {inspection.weight_files} files, "
+            f"{inspection.tensors:,} tensors{weights}"
+        )
+    if inspection.by_dtype:
         table = wide_table("dtype", "tensors", "bytes")
-        for dtype, (count, size) in sorted(found.by_dtype.items(), key=lambda item: -item[1][1]):
+        for dtype, (count, size) in sorted(inspection.by_dtype.items(), key=lambda item: -item[1][1]):
             table.add_row(Text(dtype), f"{count:,}", megabytes(size))
         print_wide(console, table)
-    if found.side_files:
-        say("other files: " + ", ".join(f"{name} ({size:,})" for name, size in found.side_files.items()))
-    for line in found.notes:
+    if inspection.side_files:
+        say("other files: " + ", ".join(f"{name} ({size:,})" for name, size in inspection.side_files.items()))
+    for line in inspection.notes:
         say(f"note: {line}")
-    for line in found.damaged:
+    for line in inspection.damaged:
         say(f"damaged: {line}")

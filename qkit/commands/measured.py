@@ -53,29 +53,29 @@ def show_all(found: Sequence[Mapping[str, Any]], console: Console) -> None:
         print_wide(console, grid)
 
 
-def grids(found: Sequence[Mapping[str, Any]]) -> list[Grid]:
+def grids(measured: Sequence[Mapping[str, Any]]) -> list[Grid]:
     """The tables of one model, or one table for all models of each text, and one of the tasks."""
-    if len(found) == 1:
-        return _grids(found[0])
-    made = [models_table(name, found) for name in found[0].get("texts", {})]
-    if found[0].get("tasks"):
-        made.append(_tasks_of_all(found))
+    if len(measured) == 1:
+        return _grids(measured[0])
+    made = [models_table(name, measured) for name in measured[0].get("texts", {})]
+    if measured[0].get("tasks"):
+        made.append(_tasks_of_all(measured))
     return made
 
 
 def _grids(measured: Mapping[str, Any]) -> list[Grid]:
-    made = []
+    tables = []
     if measured.get("texts"):
-        made.append(texts_table(measured["texts"]))
-    made += [caches_table(text, caches) for text, caches in measured.get("caches", {}).items()]
-    made += [retrieval_table(text, caches) for text, caches in measured.get("retrieval", {}).items()]
+        tables.append(texts_table(measured["texts"]))
+    tables += [caches_table(text, caches) for text, caches in measured.get("caches", {}).items()]
+    tables += [retrieval_table(text, caches) for text, caches in measured.get("retrieval", {}).items()]
     for name, figures in measured.get("pairs", {}).items():
-        made += [accuracy_table(name, figures), answers_table(name, figures)]
+        tables += [accuracy_table(name, figures), answers_table(name, figures)]
     if "videos" in measured:
-        made.append(videos_table(measured["videos"]))
+        tables.append(videos_table(measured["videos"]))
     if measured.get("tasks"):
-        made.append(tasks_table(measured["tasks"], measured.get("baseline_tasks", {})))
-    return made
+        tables.append(tasks_table(measured["tasks"], measured.get("baseline_tasks", {})))
+    return tables
 
 
 def refuse_unmeasured(outs: Sequence[str], found: Sequence[Mapping[str, Any]]) -> None:
@@ -105,20 +105,20 @@ def unfinite(measured: Any, where: str = "") -> list[str]:
     return [where] if isinstance(measured, float) and not math.isfinite(measured) else []
 
 
-def models_table(text: str, found: Sequence[Mapping[str, Any]]) -> Grid:
+def models_table(text: str, measured: Sequence[Mapping[str, Any]]) -> Grid:
     """A row per model, below that of the baseline where there is one."""
-    first = found[0]["texts"][text]
+    first = measured[0]["texts"][text]
     paired = "kl" in first
     extra = ("change % (95 % ci)", "KL mean", "KL p99", "same top-1") if paired else ()
-    title = f"{printable(text)}, {first['windows']} windows of {found[0]['window']}"
+    title = f"{printable(text)}, {first['windows']} windows of {measured[0]['window']}"
     grid = wide_table("model", "size", "perplexity (95 % ci)", *extra, title=title)
     if paired:
-        size = megabytes(found[0]["size"]["baseline_bytes"])
+        size = megabytes(measured[0]["size"]["baseline_bytes"])
         value = f"{first['baseline_perplexity']:.2f} {_interval(first['baseline_ci'], '.2f')}"
-        grid.add_row(*map(Text, (printable(found[0]["baseline"]), size, value, "", "", "", "")))
-    for measured in found:
-        entry = measured["texts"][text]
-        cells = [printable(measured["model"]), megabytes(measured["size"]["bytes"])]
+        grid.add_row(*map(Text, (printable(measured[0]["baseline"]), size, value, "", "", "", "")))
+    for model in measured:
+        entry = model["texts"][text]
+        cells = [printable(model["model"]), megabytes(model["size"]["bytes"])]
         cells.append(f"{entry['perplexity']:.2f} {_interval(entry['ci'], '.2f')}")
         if paired:
             cells.append(f"{entry['change_percent']:+.2f} {_interval(entry['change_ci'], '+.2f')}")
@@ -172,11 +172,15 @@ def accuracy_table(name: str, figures: Mapping[str, Any]) -> Grid:
     title = f"exactly right answers, {printable(name)}"
     table = wide_table("kind", "questions", "right % (95 % ci)", *extra, title=title)
     for kind, entry in [*figures["kinds"].items(), ("all", figures)]:
-        found = entry["accuracy"]
-        cells = [printable(kind), str(entry["questions"]), f"{found['percent']:.1f} {_interval(found['ci'], '.1f')}"]
+        accuracy = entry["accuracy"]
+        cells = [
+            printable(kind),
+            str(entry["questions"]),
+            f"{accuracy['percent']:.1f} {_interval(accuracy['ci'], '.1f')}",
+        ]
         if paired:
-            change = f"{found['change']:+.1f} {_interval(found['change_ci'], '+.1f')}"
-            cells += [f"{found['baseline_percent']:.1f}", change]
+            change = f"{accuracy['change']:+.1f} {_interval(accuracy['change_ci'], '+.1f')}"
+            cells += [f"{accuracy['baseline_percent']:.1f}", change]
         table.add_row(*map(Text, cells))
     return table
 

@@ -15,7 +15,7 @@ from qkit.commands.asked import options_of
 from qkit.commands.budget import budget_options, explain, explanation
 from qkit.commands.cache import cache_options
 from qkit.commands.common import OutFolder, megabytes, request_options, show_coverage, write_json
-from qkit.commands.verb import Group, Verb, in_group
+from qkit.commands.verb import OptionGroup, Verb, in_group
 from qkit.errors import UsageError, write_failure
 from qkit.files.safefile import write_atomic
 from qkit.system.extras import require
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from qkit.workflows.quantize import PreparedRequest
 
 
-def plan_json(found: PreparedRequest) -> dict[str, Any]:
+def plan_json(prepared: PreparedRequest) -> dict[str, Any]:
     "A plan as JSON."
     from qkit.planning.fused_layers import engine_lines_of
     from qkit.workflows.quantize import coverage
 
-    plan = found.plan.to_json()
+    plan = prepared.plan.to_json()
     return {
-        "hash": found.plan.hash,
-        "source": {"fingerprint": found.plan.source_fingerprint, "sampled": True},
-        "coverage": coverage(found.plan),
-        "engines": [asdict(line) for line in engine_lines_of(found.plan, found.structure)],
-        "forecast": found.forecast.to_json(),
+        "hash": prepared.plan.hash,
+        "source": {"fingerprint": prepared.plan.source_fingerprint, "sampled": True},
+        "coverage": coverage(prepared.plan),
+        "engines": [asdict(line) for line in engine_lines_of(prepared.plan, prepared.structure)],
+        "forecast": prepared.forecast.to_json(),
         "linears": plan["linears"],
         "skipped": plan["skipped"],
         "calibration": plan["calibration"],
@@ -48,10 +48,10 @@ def plan_json(found: PreparedRequest) -> dict[str, Any]:
     }
 
 
-def show_forecast(found: PreparedRequest, console: Console) -> None:
+def show_forecast(prepared: PreparedRequest, console: Console) -> None:
     """Bytes, memory, and the phases that take the time."""
-    f = found.forecast
-    runs = f"blocks run in {found.plan.run_dtype}; " if found.plan.calibration else ""
+    f = prepared.forecast
+    runs = f"blocks run in {prepared.plan.run_dtype}; " if prepared.plan.calibration else ""
     phases = ", ".join(f"{p['phase']} {p['share']:.0%}" for p in f.to_json()["time_dominating"][:3])
     console.print(
         f"forecast: output {megabytes(f.packed_bytes)}, job folder {megabytes(f.job_bytes)}, peak memory "
@@ -59,22 +59,22 @@ def show_forecast(found: PreparedRequest, console: Console) -> None:
     )
 
 
-def show_method(request: Request, found: PreparedRequest, console: Console) -> dict[str, Any]:
+def show_method(request: Request, prepared: PreparedRequest, console: Console) -> dict[str, Any]:
     "The default method, where no method was chosen, and the cost of a better one, as JSON."
     from qkit.workflows.advice import advise_method
 
-    advice = advise_method(request, found)
+    advice = advise_method(request, prepared)
     if advice is None:
         return {}
     console.print(Text(str(advice)))
     return {"method": asdict(advice)}
 
 
-def write_figures(found: BudgetAllocation, folder: Path, console: Console) -> None:
+def write_figures(budgeted: BudgetAllocation, folder: Path, console: Console) -> None:
     """The figures and the page of an allocation. Raises UsageError where another file of that name exists."""
     from qkit.report.allocation import allocation_files
 
-    files = allocation_files(found.profile, found.allocation)
+    files = allocation_files(budgeted.profile, budgeted.allocation)
     for name, content in files.items():
         file = folder / name
         if os.path.lexists(file) and not (file.is_file() and file.read_bytes() == content):
@@ -94,14 +94,16 @@ def write_figures(found: BudgetAllocation, folder: Path, console: Console) -> No
 @request_options
 @budget_options
 @cache_options
-@in_group(Group.BUDGETS)(
+@in_group(OptionGroup.BUDGETS)(
     "--explain", "why", is_flag=True, help="Print every layer with the formats to choose from and their costs."
 )
-@in_group(Group.BUDGETS)("--figures", type=click.Path(path_type=Path), help="Folder for figures of the allocation.")
-@in_group(Group.MOST_USED)(
+@in_group(OptionGroup.BUDGETS)(
+    "--figures", type=click.Path(path_type=Path), help="Folder for figures of the allocation."
+)
+@in_group(OptionGroup.MOST_USED)(
     "--out", type=OutFolder(), help="Planned folder of the result, to check its free disk space."
 )
-def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: Path | None, **given: Any) -> None:
+def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: Path | None, **values: Any) -> None:
     """Show what quantize would do: coverage, exact bytes, peak memory, and the phases that take the time.
 
     The plan lists what quantize has to measure first. It refuses a budget that cannot be met and a job that cannot fit. The
@@ -114,16 +116,16 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
     console = Console()
     if figures is not None:
         require("--figures", "report", "matplotlib", "jinja2")
-    if (why or figures is not None) and all(given[name] is None for name in BUDGETS):
+    if (why or figures is not None) and all(values[name] is None for name in BUDGETS):
         raise UsageError(f"{'--explain' if why else '--figures'} goes with a budget: add {WAYS}")
-    asked = options_of(given, out or Path(Path(given["model"]).name), console)
+    options = options_of(values, out or Path(Path(values["model"]).name), console)
 
     from qkit.commands.decide import decided_json, show_ahead, show_decided
     from qkit.engine.forecast import refuse_what_cannot_fit
     from qkit.workflows.quantize import prepare
     from qkit.workflows.resolve import look_ahead
 
-    decided = look_ahead(asked).decided
+    decided = look_ahead(options).decided
     budgeted = decided.budgeted
     if (why or figures is not None) and budgeted is None:
         option = "--explain" if why else "--figures"
@@ -133,8 +135,8 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
     if decided.open:
         write_json(json_file, decided_json(decided))
         return
-    found = prepare(decided.request)
-    data = {**plan_json(found), **decided_json(decided)}
+    prepared = prepare(decided.request)
+    data = {**plan_json(prepared), **decided_json(decided)}
     if decided.first:
         data["hash"] = None  # what is measured is part of it
     if budgeted is not None:
@@ -145,8 +147,8 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
             explain(budgeted, console)
         if figures is not None:
             write_figures(budgeted, figures, console)
-    show_coverage(found, console)
-    data |= show_method(decided.request, found, console)
-    show_forecast(found, console)
+    show_coverage(prepared, console)
+    data |= show_method(decided.request, prepared, console)
+    show_forecast(prepared, console)
     write_json(json_file, data)
-    refuse_what_cannot_fit(found.forecast, out or Path.cwd())
+    refuse_what_cannot_fit(prepared.forecast, out or Path.cwd())

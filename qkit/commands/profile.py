@@ -20,7 +20,7 @@ from qkit.commands.common import (
     wide_table,
     write_json,
 )
-from qkit.commands.verb import Group, Verb, in_group
+from qkit.commands.verb import OptionGroup, Verb, in_group
 from qkit.errors import BadInput, UsageError
 from qkit.files.locate import find_model
 from qkit.files.safefile import write_atomic
@@ -34,8 +34,12 @@ if TYPE_CHECKING:
     from qkit.allocation.pareto import Point
     from qkit.sensitivity.profile import Profile
 
-_MOST_USED, _CALIBRATION, _JOB = in_group(Group.MOST_USED), in_group(Group.CALIBRATION), in_group(Group.JOB)
-_MEASURES, _CURVE = in_group(Group.MEASURES), in_group(Group.CURVE)
+_MOST_USED, _CALIBRATION, _JOB = (
+    in_group(OptionGroup.MOST_USED),
+    in_group(OptionGroup.CALIBRATION),
+    in_group(OptionGroup.JOB),
+)
+_MEASURES, _CURVE = in_group(OptionGroup.MEASURES), in_group(OptionGroup.CURVE)
 
 
 @click.command("profile", cls=Verb)
@@ -117,7 +121,7 @@ def profile_command(
     pareto: bool,
     pareto_measure: int,
     json_file: Path | None,
-    **given: Any,
+    **options: Any,
 ) -> None:
     """Measure the cost of every candidate format for every layer.
 
@@ -129,10 +133,10 @@ def profile_command(
     """
     bound_heap()
     console = Console()
-    audited, seed = given.pop("audit"), given.pop("seed")
-    if given["threads"] is not None and given["threads"] < 1:
-        raise UsageError(f"--threads {given['threads']}: expected at least 1")
-    wanted = tuple(m.strip() for m in measures.split(",") if m.strip())
+    audited, seed = options.pop("audit"), options.pop("seed")
+    if options["threads"] is not None and options["threads"] < 1:
+        raise UsageError(f"--threads {options['threads']}: expected at least 1")
+    names = tuple(m.strip() for m in measures.split(",") if m.strip())
     if pareto_measure and not pareto:
         raise UsageError("--pareto-measure needs --pareto: add it")
     if audit_text is not None and not audited:
@@ -141,9 +145,9 @@ def profile_command(
         raise BadInput(f"{audit_text}: no such file or folder for --audit-text")
     if pareto:
         require("--pareto", "report", "matplotlib")
-    of = curve_measure(wanted) if pareto else None
-    check_measures(wanted)
-    base = Request(**given)
+    of = curve_measure(names) if pareto else None
+    check_measures(names)
+    base = Request(**options)
     recipe_of(replace(base, scheme="w4a16"))  # the method, before what takes seconds
     parse_candidates(candidates, base.group_size)
     announce(console, f"reading {base.model}")
@@ -153,39 +157,44 @@ def profile_command(
     from qkit.report.figures import pareto_plot, png
     from qkit.workflows.profile import ProfileRequest, audit, forecast, profile
 
-    request = ProfileRequest(base, candidates, wanted, rows, points)
+    request = ProfileRequest(base, candidates, names, rows, points)
     reporter = Reporter(console, command_line())
     with reporter.running():
         console.print(forecast(request).line())
-        made = profile(request, out, reporter)
-        found = audit(request, out, made, audit_text, reporter, seed=seed) if audited else None
-        along = pareto_curve(request.base, made, of, pareto_measure, out, reporter) if of is not None else None
-    show_profile(made, console)
-    if found is not None:
-        show_audit(found, console)
-    data = {"units": len(made.units), "whole": made.whole, "base_loss": made.base_loss, "audit": found}
+        profiled = profile(request, out, reporter)
+        audited_figures = audit(request, out, profiled, audit_text, reporter, seed=seed) if audited else None
+        along = pareto_curve(request.base, profiled, of, pareto_measure, out, reporter) if of is not None else None
+    show_profile(profiled, console)
+    if audited_figures is not None:
+        show_audit(audited_figures, console)
+    data = {
+        "units": len(profiled.units),
+        "whole": profiled.whole,
+        "base_loss": profiled.base_loss,
+        "audit": audited_figures,
+    }
     if of is not None and along is not None:
         data["pareto"] = pareto_json(along, of)
         write_json(out / "pareto.json", data["pareto"])
-        write_atomic(out / "pareto.png", png(pareto_plot(along, None, uniform(made, of), of)))
-        show_pareto(along, of, made, console)
+        write_atomic(out / "pareto.png", png(pareto_plot(along, None, uniform(profiled, of), of)))
+        show_pareto(along, of, profiled, console)
     write_json(json_file, data)
 
 
 def pareto_curve(
-    base: Request, made: Profile, measure: str, wanted: int, folder: Path, reporter: Reporter
+    base: Request, profiled: Profile, measure: str, count: int, folder: Path, reporter: Reporter
 ) -> list[Point]:
     """The curve, ``wanted`` of its points measured with the weights of the probes."""
     from qkit.allocation.pareto import curve, measure_points
     from qkit.workflows.profile import plan_measurement
 
     reporter.start("Pareto curve", 1)
-    points = curve(made, measure)
-    if not wanted:
+    points = curve(profiled, measure)
+    if not count:
         return points
-    with plan_measurement(base, made, folder, reporter) as measured:
-        reporter.start("plans of the curve", min(wanted, len(points)))
-        return measure_points(points, wanted, measured, reporter.step)
+    with plan_measurement(base, profiled, folder, reporter) as measured:
+        reporter.start("plans of the curve", min(count, len(points)))
+        return measure_points(points, count, measured, reporter.step)
 
 
 def pareto_json(points: list[Point], measure: str) -> dict[str, Any]:
@@ -195,20 +204,22 @@ def pareto_json(points: list[Point], measure: str) -> dict[str, Any]:
     return {"measure": measure, "unit": unit_of(measure), "points": [asdict(p) for p in points]}
 
 
-def show_profile(made: Profile, console: Console) -> None:
+def show_profile(profiled: Profile, console: Console) -> None:
     """Whole-model figures of every candidate, and the units that cost most."""
-    table = wide_table("candidate", "bytes of linears", "loss change", "KL", *(f"sum of {m}" for m in made.measures))
-    for name in made.candidates:
-        if name not in made.whole:
+    table = wide_table(
+        "candidate", "bytes of linears", "loss change", "KL", *(f"sum of {m}" for m in profiled.measures)
+    )
+    for name in profiled.candidates:
+        if name not in profiled.whole:
             continue
-        size = sum(u.choices[name].bytes for u in made.units if name in u.choices)
-        sums = [sum(u.choices[name].costs[m] for u in made.units if name in u.choices) for m in made.measures]
-        whole = made.whole[name]
+        size = sum(u.choices[name].bytes for u in profiled.units if name in u.choices)
+        sums = [sum(u.choices[name].costs[m] for u in profiled.units if name in u.choices) for m in profiled.measures]
+        whole = profiled.whole[name]
         table.add_row(name, megabytes(size), f"{whole['loss']:.5f}", f"{whole['kl']:.5f}", *(f"{s:.5g}" for s in sums))
     print_wide(console, table)
 
 
-def show_pareto(points: list[Point], measure: str, made: Profile, console: Console) -> None:
+def show_pareto(points: list[Point], measure: str, profiled: Profile, console: Console) -> None:
     """Some points along the curve, and all that were measured."""
     from qkit.allocation.pareto import spread
 
@@ -216,7 +227,7 @@ def show_pareto(points: list[Point], measure: str, made: Profile, console: Conso
     table = wide_table("bits", "bytes", measure, "measured KL", "layers", title="Pareto curve")
     for i in sorted(shown):
         p = points[i]
-        counts = {n: sum(len(u.linears) for u in made.units if p.picks[u.key] == n) for n in made.candidates}
+        counts = {n: sum(len(u.linears) for u in profiled.units if p.picks[u.key] == n) for n in profiled.candidates}
         formats = ", ".join(f"{n} {count}" for n, count in counts.items() if count)
         measured = "-" if p.measured is None else f"{p.measured:.5g}"
         table.add_row(f"{p.bits:.3f}", megabytes(p.bytes), f"{p.cost:.5g}", measured, formats)

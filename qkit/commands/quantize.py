@@ -25,7 +25,7 @@ from qkit.commands.common import (
     write_json,
 )
 from qkit.commands.plan import plan_json, show_forecast, show_method
-from qkit.commands.verb import Group, Verb, in_group
+from qkit.commands.verb import OptionGroup, Verb, in_group
 from qkit.files.folder import RECORD, weights_folder
 from qkit.files.record import packed_record
 from qkit.files.safefile import parse_json
@@ -40,22 +40,26 @@ if TYPE_CHECKING:
 @request_options
 @budget_options
 @cache_options
-@in_group(Group.MOST_USED)(
+@in_group(OptionGroup.MOST_USED)(
     "--out",
     type=OutFolder(),
     required=True,
     help="Folder of the result. A finished result of the same command is only verified again.",
 )
-@in_group(Group.JOB)("--work", type=OutFolder(), help="Job folder (default: OUT.job).")
-@in_group(Group.MODEL)("--overwrite", is_flag=True, help="Replace the content of OUT after the new result is verified.")
-@in_group(Group.JOB)("--keep-job", is_flag=True, help="Keep the intermediate files of the job folder after success.")
+@in_group(OptionGroup.JOB)("--work", type=OutFolder(), help="Job folder (default: OUT.job).")
+@in_group(OptionGroup.MODEL)(
+    "--overwrite", is_flag=True, help="Replace the content of OUT after the new result is verified."
+)
+@in_group(OptionGroup.JOB)(
+    "--keep-job", is_flag=True, help="Keep the intermediate files of the job folder after success."
+)
 def quantize_command(
     json_file: Path | None,
     out: Path,
     work: Path | None,
     overwrite: bool,
     keep_job: bool,
-    **given: Any,
+    **values: Any,
 ) -> None:
     """Quantize a model into a packed checkpoint and verify the result.
 
@@ -68,28 +72,28 @@ def quantize_command(
     bound_heap()
     console = Console()
     began = time.monotonic()
-    asked = options_of(given, out, console)
+    options = options_of(values, out, console)
 
     from qkit.commands.decide import decided_json, resolve_request, show_decided
     from qkit.engine.export import is_export_of
     from qkit.engine.job import finished_blocks
     from qkit.workflows.quantize import check_places, prepare, quantize
 
-    check_places(asked.request.model, out, work, overwrite)
-    decided = resolve_request(asked, out, work, console)
+    check_places(options.request.model, out, work, overwrite)
+    decided = resolve_request(options, out, work, console)
     request = decided.request
-    found = prepare(request)
+    prepared_request = prepare(request)
     show_decided(decided, console)
-    show_coverage(found, console)
-    advice = show_method(request, found, console)
-    show_forecast(found, console)
-    there = is_export_of(out, found.plan)
+    show_coverage(prepared_request, console)
+    advice = show_method(request, prepared_request, console)
+    show_forecast(prepared_request, console)
+    there = is_export_of(out, prepared_request.plan)
     before = _written(out)
     finished = 0 if there else finished_blocks(work or out.with_name(out.name + ".job"))
     if finished:
         console.print(Text(f"{finished} blocks were finished earlier"))
     reporter = Reporter(console, command_line())
-    reporter.expect(stages(found), finished)
+    reporter.expect(stages(prepared_request), finished)
     with reporter.running():
         report = quantize(
             request,
@@ -98,7 +102,7 @@ def quantize_command(
             work=work,
             overwrite=overwrite,
             keep_job=keep_job,
-            prepared=found,
+            prepared=prepared_request,
         )
     kept = ", already complete" if _written(out) == before else ""
     console.print(
@@ -107,12 +111,17 @@ def quantize_command(
             f"verified with {sum(report.checks.values()):,} checks, {time.monotonic() - began:.1f} s"
         )
     )
-    for line in (*_components(found, out), *_policy(out), *_recipes(out), *_rows(found, work, out)):
+    for line in (
+        *_components(prepared_request, out),
+        *_policy(out),
+        *_recipes(out),
+        *_rows(prepared_request, work, out),
+    ):
         console.print(Text(line))
     for engine in engine_lines(report.engines):
         if engine.loads:
             console.print(Text(f"loads in {engine.engine}: {', '.join(engine.classes)}"))
-    write_json(json_file, {**plan_json(found), **decided_json(decided), **advice})
+    write_json(json_file, {**plan_json(prepared_request), **decided_json(decided), **advice})
 
 
 def _written(out: Path) -> tuple[int, int] | None:
@@ -122,7 +131,7 @@ def _written(out: Path) -> tuple[int, int] | None:
     return None if state is None else (state.st_ino, state.st_mtime_ns)
 
 
-def stages(found: PreparedRequest) -> list[tuple[str, list[float]]]:
+def stages(prepared: PreparedRequest) -> list[tuple[str, list[float]]]:
     """The blocks that a run goes through, for ``Reporter.expect``, by the number of weights in each."""
     from qkit.families.blocks import LANGUAGE
     from qkit.planning.plan import sequences
@@ -132,17 +141,17 @@ def stages(found: PreparedRequest) -> list[tuple[str, list[float]]]:
             "" if s.name == LANGUAGE else s.name,
             [float(sum(x.shape[0] * x.shape[1] for x in block.linears)) for block in s.blocks],
         )
-        for s in sequences(found.plan, found.structure)
+        for s in sequences(prepared.plan, prepared.structure)
     ]
 
 
-def _components(found: PreparedRequest, out: Path) -> Iterator[str]:
+def _components(prepared: PreparedRequest, out: Path) -> Iterator[str]:
     """The sizes of a pipeline's text encoders, before and after."""
-    for name, asked in found.components.items():
+    for name, request in prepared.components.items():
         before, after = (
-            sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (Path(asked.model), out / name)
+            sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (Path(request.model), out / name)
         )
-        yield f"{name}: {str(asked.scheme).upper()}, {megabytes(before)} before, {megabytes(after)} after"
+        yield f"{name}: {str(request.scheme).upper()}, {megabytes(before)} before, {megabytes(after)} after"
 
 
 def _recipes(out: Path) -> Iterator[str]:
@@ -153,13 +162,13 @@ def _recipes(out: Path) -> Iterator[str]:
         yield "recipes kept by the search: " + "; ".join(f"{r} for {n} linears" for r, n in kept.most_common())
 
 
-def _rows(found: PreparedRequest, work: Path | None, out: Path) -> list[str]:
+def _rows(prepared: PreparedRequest, work: Path | None, out: Path) -> list[str]:
     "Notices about calibration samples, from the journal of the job."
     from qkit.engine.parts import row_notices
 
     file = (work or out.with_name(out.name + ".job")) / "journal.jsonl"
     lines = file.read_bytes().splitlines() if file.is_file() else []
-    return row_notices((parse_json(line, str(file)) for line in lines), found.plan.dtype)
+    return row_notices((parse_json(line, str(file)) for line in lines), prepared.plan.dtype)
 
 
 def _policy(out: Path) -> Iterator[str]:

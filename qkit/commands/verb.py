@@ -22,7 +22,7 @@ _MARKS = ("config.json", "model_index.json", "qkit.json", "job.json", "measured.
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-class Group(Enum):
+class OptionGroup(Enum):
     """The groups of the help, in their order. ``-h`` shows the options of the first one and names the others."""
 
     MOST_USED = "Most used"
@@ -45,7 +45,7 @@ class Group(Enum):
 class GroupedOption(click.Option):
     """An option that the help shows in a group."""
 
-    def __init__(self, *args: Any, group: Group, **settings: Any) -> None:
+    def __init__(self, *args: Any, group: OptionGroup, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.group = group
 
@@ -58,7 +58,7 @@ class RenamedOption(click.Option):
         self.now = now
 
 
-def in_group(group: Group) -> Callable[..., Callable[[_Command], _Command]]:
+def in_group(group: OptionGroup) -> Callable[..., Callable[[_Command], _Command]]:
     """``click.option`` for the options of a group."""
     return partial(click.option, cls=GroupedOption, group=group)
 
@@ -71,12 +71,12 @@ class Verb(click.Command):
     """A command of qkit. Raises UsageError for an output file that would replace an input."""
 
     @property
-    def _grouped(self) -> dict[Group, list[GroupedOption]]:
-        found: dict[Group, list[GroupedOption]] = {}
+    def _grouped(self) -> dict[OptionGroup, list[GroupedOption]]:
+        groups: dict[OptionGroup, list[GroupedOption]] = {}
         for param in self.params:
             if isinstance(param, GroupedOption):
-                found.setdefault(param.group, []).append(param)
-        return {group: found[group] for group in Group if group in found}
+                groups.setdefault(param.group, []).append(param)
+        return {group: groups[group] for group in OptionGroup if group in groups}
 
     # ---- help --------------------------------------------------------------------------------------------------
 
@@ -172,15 +172,15 @@ class Verb(click.Command):
             if isinstance(param.type, OutPath):
                 continue
             name = param.opts[0] if isinstance(param, click.Option) else str(param.name).upper()
-            for given in _paths(ctx.params.get(param.name or "")):
-                other = _real(given)
-                if real == other and given.exists():
+            for source in _paths(ctx.params.get(param.name or "")):
+                other = _real(source)
+                if real == other and source.exists():
                     raise UsageError(f"{option} {file}: that is the file of {name}: use another file")
-                between = [p for p in real.parents if p == other or other in p.parents] if given.is_dir() else []
+                between = [p for p in real.parents if p == other or other in p.parents] if source.is_dir() else []
                 result = self.name == "quantize" and param.name in ("out", "work")
                 if between and (result or any((p / mark).is_file() for p in between for mark in _MARKS)):
                     raise UsageError(
-                        f"{option} {file}: that lies in the folder of {name}, {given}: use a file elsewhere"
+                        f"{option} {file}: that lies in the folder of {name}, {source}: use a file elsewhere"
                     )
 
 

@@ -69,7 +69,7 @@ def check_pipeline(folder: Path) -> dict[str, Any]:
 
 def files_around(source: Path) -> dict[str, str]:
     """{name: digest} of the files of the pipeline that are copied: all but the transformer, code, pickles and, outside the
-    components, weights (``sidefiles.travelling``).
+    components, weights (``side_files.hash_side_files``).
 
     Raises BadCheckpoint for a component with weights in a pickle only, and as ``hash_side_files``.
     """
@@ -82,7 +82,7 @@ def files_around(source: Path) -> dict[str, str]:
 
 
 def hash_weights_around(source: Path, rest: Iterable[str]) -> str:
-    """sha256 of all weights among the files of ``files_around``, in hex (``hashcache``)."""
+    """sha256 of all weights among the files of ``files_around``, in hex (``hash_cache``)."""
     names = sorted(name for name in rest if name.endswith(".safetensors"))
     return hashlib.sha256("".join(f"{name}\0{cached_sha256(source / name)}\0" for name in names).encode()).hexdigest()
 

@@ -330,7 +330,7 @@ def source_hashes(
 ) -> dict[str, str]:
     """sha256 of the source's weights and, in a pipeline, of the weights of its other parts.
 
-    Quick where the files were hashed before (``hashcache``). step: called for every shard.
+    Quick where the files were hashed before (``hash_cache``). step: called for every shard.
     """
     hashes = {"sha256": structure.checkpoint.sha256(step)}
     return hashes if plan.pipeline is None else {**hashes, "around": hash_weights_around(source_folder, plan.pipeline)}

@@ -145,7 +145,7 @@ TRANSFORMS: dict[str, Transform] = {
             ),
             "e2e_steps": Option(
                 default=0,
-                summary="steps of end-to-end learning after all blocks; loads the complete model in float32",
+                summary="steps of end-to-end learning after all blocks; needs memory for two copies of the model in float32",
                 least=0,
                 formerly="whole",
             ),

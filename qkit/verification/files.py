@@ -68,22 +68,22 @@ def check_config(recorded: Mapping[str, Any], config: Mapping[str, Any], finding
     _compare(recorded, present, "config.json: ", findings)
 
 
-def _compare(expected: Any, found: Any, where: str, findings: Findings) -> None:
-    if isinstance(expected, dict) and isinstance(found, dict):
-        for key in sorted({*expected, *found}):
+def _compare(expected: Any, actual: Any, where: str, findings: Findings) -> None:
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        for key in sorted({*expected, *actual}):
             field = f"{where}{key}"
             if key not in expected:
-                findings.check("config", False, field, f"found {short(found[key])}, expected no such field")
-            elif key not in found:
+                findings.check("config", False, field, f"found {short(actual[key])}, expected no such field")
+            elif key not in actual:
                 findings.check("config", False, field, f"is missing, expected {short(expected[key])}")
             else:
-                _compare(expected[key], found[key], f"{field}.", findings)
-    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
-        for index, pair in enumerate(zip(expected, found, strict=True)):
+                _compare(expected[key], actual[key], f"{field}.", findings)
+    elif isinstance(expected, list) and isinstance(actual, list) and len(expected) == len(actual):
+        for index, pair in enumerate(zip(expected, actual, strict=True)):
             _compare(*pair, f"{where}{index}.", findings)
     else:
-        equal = json.dumps(expected) == json.dumps(found)  # which tells true from 1, and 1 from 1.0
-        fault = f"found {short(found)}, expected {short(expected)}"
+        equal = json.dumps(expected) == json.dumps(actual)  # which tells true from 1, and 1 from 1.0
+        fault = f"found {short(actual)}, expected {short(expected)}"
         findings.check("config", equal, where.rstrip("."), fault)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class PlanPreview:
     """What ``quantize`` would do. resolved: the request, and what has to be measured before it is decided (``resolved.first``);
     prepared: plan, exact bytes, memory and disk; None where a budget leaves the formats open until a profile is measured."""
 
@@ -80,7 +80,7 @@ def plan(
     calib: str | Path | None = None,
     out: str | Path | None = None,
     **options: Any,
-) -> Forecast:
+) -> PlanPreview:
     """What ``quantize`` would do with the same options, without reading a weight. Raises what it raises before it measures.
 
     out: where the result would go; beside it an existing profile is looked for, and its disk is checked
@@ -93,10 +93,10 @@ def plan(
     read = _read({"model": model, "scheme": scheme, "method": method, "calib": calib, **options}, target)
     resolved = look_ahead(read).decided
     if resolved.open:
-        return Forecast(resolved, None)
+        return PlanPreview(resolved, None)
     prepared = prepare(resolved.request)
     refuse_what_cannot_fit(prepared.forecast, target)
-    return Forecast(resolved, prepared)
+    return PlanPreview(resolved, prepared)
 
 
 def profile(

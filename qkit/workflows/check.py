@@ -112,14 +112,14 @@ def mark(
         say(f"qkit: the mark {folder / NAME} could not be changed: {e}")
 
 
-def choose_texts(budget: QualityBudget, given: Sequence[str], budget_file: Path) -> list[str]:
+def choose_texts(budget: QualityBudget, named: Sequence[str], budget_file: Path) -> list[str]:
     """What to measure: the texts given and those of the budget; the embedded one if there are none or a line names it.
 
     Nothing when no line is about text. Raises UsageError for a line about a text that is nowhere to be found.
     """
     if not budget.measures_text:
         return []
-    texts, names = list(given), [text_name(spec) for spec in given]
+    texts, names = list(named), [text_name(spec) for spec in named]
     for name, path in budget.texts.items():
         if name not in names:
             texts.append(f"{name}={path}")

@@ -77,31 +77,31 @@ def read_options(values: Mapping[str, Any], out: Path) -> QuantizeOptions:
 
 
 def _read(values: dict[str, Any], out: Path) -> QuantizeOptions:
-    asked = {name: values.pop(name) for name in _OF_BUDGETS}
+    of_budget = {name: values.pop(name) for name in _OF_BUDGETS}
     cache = cache_request({name: values.pop(name) for name in _OF_CACHES})
-    budget = parse_budget(asked["bits"], asked["size"], asked["memory"], asked["latency"])
+    budget = parse_budget(of_budget["bits"], of_budget["size"], of_budget["memory"], of_budget["latency"])
     request = make_request(values)
     if budget is None:
         for name in ("profile", "candidates", "floors", "ceilings", "refine"):
-            if asked[name]:
+            if of_budget[name]:
                 raise UsageError(f"--{name.removesuffix('s')} goes with a budget: add {WAYS}")
         return QuantizeOptions(request, None, cache)
     if is_requant(request.method):
         raise UsageError(
             "method requant and a budget exclude each other: add sparse formats to --candidates (int3+0.5%)"
         )
-    profile: Path | None = asked["profile"]
+    profile: Path | None = of_budget["profile"]
     if profile is not None and profile.name == PROFILE and profile.is_file():
         profile = profile.parent
     shared = budget.memory is not None
     budget_request = BudgetRequest(
         budget=budget,
         profile=profile or out.with_name(out.name + ".profile"),
-        candidates=asked["candidates"],
-        measure=asked["measure"],
-        floors=_bounds("--floor", asked["floors"]),
-        ceilings=_bounds("--ceiling", asked["ceilings"]),
-        evaluations=asked["refine"],
+        candidates=of_budget["candidates"],
+        measure=of_budget["measure"],
+        floors=_bounds("--floor", of_budget["floors"]),
+        ceilings=_bounds("--ceiling", of_budget["ceilings"]),
+        evaluations=of_budget["refine"],
         named=profile is not None,
         cache=cache if shared else None,
     )

@@ -120,21 +120,21 @@ def _components(folder: Path, recipe: Recipe, request: Request, structure: Model
     if structure.family.streams is None:
         return {}
     index = check_pipeline(folder) if is_pipeline(folder) else {}
-    there = [k for k, v in index.items() if isinstance(v, list) and v[1] in ENCODERS]
-    unknown = next((t for t in recipe.targets if t not in there), None)
+    encoders = [k for k, v in index.items() if isinstance(v, list) and v[1] in ENCODERS]
+    unknown = next((t for t in recipe.targets if t not in encoders), None)
     if unknown is not None:
-        expected = f"expected one of {', '.join(there)}" if there else f"it has no {' or '.join(ENCODERS)}"
+        expected = f"expected one of {', '.join(encoders)}" if encoders else f"it has no {' or '.join(ENCODERS)}"
         raise UsageError(
-            f"{folder}: no text encoder {unknown!r} for --target, {expected}{did_you_mean(unknown, there)}"
+            f"{folder}: no text encoder {unknown!r} for --target, {expected}{did_you_mean(unknown, encoders)}"
         )
-    found = {}
+    requests = {}
     for name, given in recipe.targets.items():
         if given != SKIP:
-            found[name] = Request(
+            requests[name] = Request(
                 model=str(folder / name), scheme=given, threads=request.threads, strict=request.strict
             )
-            prepare(found[name])
-    return found
+            prepare(requests[name])
+    return requests
 
 
 def _check_pictures(plan: Plan, structure: ModelStructure) -> None:
@@ -183,8 +183,8 @@ def quantize(
     work: the job folder (default: OUT.job, beside OUT). Raises the errors of every stage; VerifyFailure leaves
     OUT.partial for inspection and OUT untouched.
     """
-    found = prepared or prepare(request)
-    plan, structure, source = found.plan, found.structure, find_model(request.model)
+    prepared_request = prepared or prepare(request)
+    plan, structure, source = prepared_request.plan, prepared_request.structure, find_model(request.model)
     work = work or out.with_name(out.name + ".job")
     large = structure.checkpoint.nbytes > LARGE
     if large:
@@ -207,7 +207,7 @@ def quantize(
         )
     check_output_dir(out, source.resolve(), overwrite)
     check_places(request.model, out, work, overwrite)
-    refuse_what_cannot_fit(found.forecast, out, work)
+    refuse_what_cannot_fit(prepared_request.forecast, out, work)
     with (
         _told_of_memory(work),
         Job.open(work, job_identity(plan, hashed)) as job,
@@ -216,8 +216,8 @@ def quantize(
     ):
         check_output_dir(out, source.resolve(), overwrite)  # once more, now that no other command writes there
         record_source(work, source)
-        replaced = {name: work / COMPONENTS / name for name in found.components}
-        for name, asked in found.components.items():
+        replaced = {name: work / COMPONENTS / name for name in prepared_request.components}
+        for name, asked in prepared_request.components.items():
             quantize(asked, replaced[name], progress)
         running = with_synthetic_rows(plan, structure, job, pool, progress)
         given = original_passes(running, structure, job, pool, progress)

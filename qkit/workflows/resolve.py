@@ -97,25 +97,25 @@ def measure_first(
     return ResolvedRequest(request=_with_cache(request, cache), budgeted=budgeted, cache=cache, said=look.decided.said)
 
 
-def _of_budget(request: Request, wanted: BudgetRequest) -> Look:
-    found = allocation_problem(request, wanted)
-    kv, look = found.cache, Look(ResolvedRequest(request=request, open=True, reach=found.reach))
-    if found.profile_request is not None:
-        profile, look.run = measurements_ahead.profile_ahead(found.profile_request, wanted.profile)
+def _of_budget(request: Request, budget: BudgetRequest) -> Look:
+    problem = allocation_problem(request, budget)
+    kv, look = problem.cache, Look(ResolvedRequest(request=request, open=True, reach=problem.reach))
+    if problem.profile_request is not None:
+        profile, look.run = measurements_ahead.profile_ahead(problem.profile_request, budget.profile)
         look.first.append(profile)
     else:
         cache = None if kv is None else kv_cache.cache_of_widths(kv, kv.policy.widths_of(kv.heads.layers))
-        budgeted = solve_budget(request, wanted, found, cache)
-        if found.solvable:
+        budgeted = solve_budget(request, budget, problem, cache)
+        if problem.solvable:
             look.decided = ResolvedRequest(request=_with_cache(budgeted.request, cache), budgeted=budgeted, cache=cache)
-        if wanted.evaluations or not found.solvable or (wanted.cache is not None and wanted.cache.scale_keys):
+        if budget.evaluations or not problem.solvable or (budget.cache is not None and budget.cache.scale_keys):
             look.run = measurements_ahead.run_operations(budgeted.request)
-    if wanted.cache is not None and kv is not None:
-        look.first += _of_cache(look, request, kv, wanted.cache, joint=True)
-    if wanted.evaluations:
-        rows = found.profile.request["rows"]
+    if budget.cache is not None and kv is not None:
+        look.first += _of_cache(look, request, kv, budget.cache, joint=True)
+    if budget.evaluations:
+        rows = problem.profile.request["rows"]
         look.first.append(
-            measurements_ahead.refinement_ahead(request, found.structure, wanted.evaluations, rows, look.run)
+            measurements_ahead.refinement_ahead(request, problem.structure, budget.evaluations, rows, look.run)
         )
     return look
 
@@ -135,13 +135,13 @@ def _of_request(request: Request) -> Look:
     return look
 
 
-def _add_cache(look: Look, wanted: CacheRequest) -> None:
+def _add_cache(look: Look, cache_request: CacheRequest) -> None:
     """A cache with a memory of its own."""
     request = look.decided.request
-    open_ = kv_cache.cache_choices(request, wanted)
-    if not look.run and (open_.chooses or wanted.scale_keys):
+    open_ = kv_cache.cache_choices(request, cache_request)
+    if not look.run and (open_.chooses or cache_request.scale_keys):
         look.run = measurements_ahead.run_operations(request)
-    look.first += _of_cache(look, request, open_, wanted, joint=False)
+    look.first += _of_cache(look, request, open_, cache_request, joint=False)
     if not open_.chooses:
         cache = kv_cache.cache_of_widths(open_, open_.policy.widths_of(open_.heads.layers))
         look.decided = replace(look.decided, request=_with_cache(request, cache), cache=cache)

@@ -11,7 +11,7 @@ import click
 import pytest
 
 from qkit.commands import VERBS, cli
-from qkit.commands.verb import Group, GroupedOption
+from qkit.commands.verb import OptionGroup, GroupedOption
 from qkit.errors import RenamedWarning, UsageError
 from qkit.planning.renamed import FORMER, record_under_current_names
 from qkit.planning.request import Request, recipe_of
@@ -45,7 +45,7 @@ def test_options_are_in_groups(verb, run):
     code, said, _ = run(verb, "--help")
     options = [p for p in command_of(verb).params if isinstance(p, click.Option) and not p.hidden]
     assert code == 0 and all(isinstance(p, GroupedOption) for p in options)
-    titles = [f"{group.value}:" for group in Group if any(p.group is group for p in options)]
+    titles = [f"{group.value}:" for group in OptionGroup if any(p.group is group for p in options)]
     assert re.findall(r"^\S.*:$", said, re.MULTILINE) == [*titles, "Help:"]
     assert sorted(shown_options(said)) == sorted([*(p.opts[0] for p in options), "-h", "--help"])
     first = [f"--{name}" for name in MOST_USED[verb].split()]
