@@ -253,10 +253,10 @@ def test_times_of_elsewhere_are_not_joined(change, tmp_path):
         seconds={one: 1.0, two: 2.0},
     )
     first.save()
-    assert replace(first, seconds={one: 3.0}).joined().seconds == {one: 3.0, two: 2.0}
+    assert replace(first, seconds={one: 3.0}).merge().seconds == {one: 3.0, two: 2.0}
     before = first.file.read_bytes()
     with pytest.raises(UsageError, match="the file has times of another"):
-        replace(first, **change).joined()
+        replace(first, **change).merge()
     assert first.file.read_bytes() == before
 
 

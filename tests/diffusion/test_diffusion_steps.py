@@ -242,9 +242,9 @@ def test_a_change_is_one_step_old_or_unknown(policy: StepPolicy) -> None:
             assert (controller.step, controller.branch) == (step, guidance)
     for branch in (0, 1):
         mine = [c for c in controller.log if c.branch == branch]
-        skipped = {c.step for c in mine if c.made == SKIPPED}
+        skipped = {c.step for c in mine if c.choice == SKIPPED}
         assert 2 in skipped and not {0, 1} & skipped
-        made = {c.step: c.made for c in mine if c.linear}
+        made = {c.step: c.choice for c in mine if c.linear}
         assert set(made) == set(range(7)) - skipped
         assert made == {s: WIDE if s == 0 or s - 1 in skipped else NARROW for s in made}
         assert NARROW in made.values()
@@ -524,7 +524,7 @@ def test_a_threshold_counts_what_follows_a_skip_as_int8() -> None:
     for step in range(10):
         seen.residuals[0, 0, 0][step] = torch.ones(4)
         change = None if step == 0 else 0.1 + 0.05 * step
-        seen.seen.append(
+        seen.observations.append(
             Observation(
                 run=0, step=step, branch=0, block=0, linear="a", change=change, error=0.05 * step, time=10.0 - step
             )
