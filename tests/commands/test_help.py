@@ -11,7 +11,7 @@ import click
 import pytest
 
 from qkit.commands import VERBS, cli
-from qkit.commands.verb import OptionGroup, GroupedOption
+from qkit.commands.verb import GroupedOption, OptionGroup
 from qkit.errors import RenamedWarning, UsageError
 from qkit.planning.renamed import FORMER, record_under_current_names
 from qkit.planning.request import Request, recipe_of
