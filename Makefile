@@ -18,14 +18,14 @@ GENERATORS := $(wildcard tools/docs_tables.py tools/docs_pages.py)
 TORCH := 2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-# Whole files, chosen by measured time: one or more of every folder of tests/ that has one of seconds. In all they take a minute
-# of one core. Left to 'make test' are folders whose every file takes longer: benchmark, diffusion, kernels, planning, report,
-# rounding, sensitivity, workflows.
+# Whole files, chosen by measured time. Left to 'make test' are folders whose every file takes longer: benchmark, commands,
+# diffusion, kernels, report, rounding.
 QUICK := $(addprefix tests/, test_source_rules.py allocation/test_allocation.py docs/test_prose.py evaluation/test_quality.py \
 	families/test_text_encoder.py faults/test_08_numbers.py faults/test_09_not_text.py faults/test_14_room.py \
 	files/test_checkpoint.py files/test_strictyaml.py kvcache/test_kvcache_store.py nn/test_attention.py \
 	reference_models/test_outlier_model.py runtime/test_generate.py solvers/test_solvers.py tensor/test_formats.py \
-	tensor/test_qtensor.py transforms/test_transforms.py verification/test_preflight.py)
+	tensor/test_qtensor.py transforms/test_transforms.py verification/test_engines.py calibration/test_rows.py engine/test_fallbacks.py planning/test_identity.py \
+	sensitivity/test_result_cache.py workflows/test_rows_of_measures.py)
 
 .PHONY: demo quick test docs
 

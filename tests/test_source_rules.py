@@ -1,6 +1,7 @@
 """Rules that the source keeps: nothing that runs code from data, imports that run downward, files one can read."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -246,6 +247,14 @@ def test_the_top_of_the_package() -> None:
 def test_tests_have_the_same_tree() -> None:
     others = {"faults", "golden", "docs", "kernels", "reference_models", "__pycache__"}
     assert {p.name for p in (ROOT / "tests").iterdir() if p.is_dir()} <= {*FOLDERS, *others}
+
+
+def test_the_quick_tests_exist() -> None:
+    """A file that is not there is no error of pytest where several processes run."""
+    named = re.search(r"^QUICK := \$\(addprefix tests/,(.*?)\)$", (ROOT / "Makefile").read_text(), re.M | re.S)
+    assert named is not None
+    files = [ROOT / "tests" / name for name in named[1].replace("\\", " ").split()]
+    assert len(files) > 10 and all(file.is_file() for file in files)
 
 
 def test_the_proof_shares_nothing_with_the_writer() -> None:
