@@ -195,9 +195,8 @@ class BlockRunner:
         peaks = {}
         for i in (i for i in range(*span) if self.rows.good[i]):
             arguments = self._run((i, i + 1), self.rows.read(i, i + 1), stop=True)
-            peaks[i] = _peak(
-                _group_inputs(arguments, self.block, self.structure.experts, groups, self.rows.valid(i, i + 1)).values()
-            )
+            valid = self.rows.valid(i, i + 1)
+            peaks[i] = _peak(_group_inputs(arguments, self.block, self.structure.experts, groups, valid).values())
         bad = [i for i, peak in peaks.items() if peak == math.inf]
         return bad, [i for i, peak in peaks.items() if self.rows.largest < peak < math.inf]
 

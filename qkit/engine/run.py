@@ -66,7 +66,6 @@ def run_blocks(
 def _run_sequence(run: Run, sequence: BlockSequence, first_part: int) -> None:
     """Quantize the remaining blocks of the sequence. first_part: index of the part of its first block."""
     plan, rows = run.plan, None
-    on_text = sequence.name == LANGUAGE
     with_images = plan.calibration is not None and plan.calibration.beyond_text
     if plan.needs_rows and (sequence.on_text or with_images):
         rows, calls = _entering_rows(run, sequence, first_part)

@@ -213,8 +213,8 @@ def _static_scales(
         p = plan.linears[g.linears[0].name]
         if has_static(p) and stats[g.key].tokens == 0 and g.expert is None:
             raise BadCalibration(
-                f"no calibration sample reached {g.key}, and scheme {p.scheme} measures its inputs: skip it with a rule, or use "
-                "a scheme without static activation scales"
+                f"no calibration sample reached {g.key}, and scheme {p.scheme} measures its inputs: skip it with a rule, or "
+                "use a scheme without static activation scales"
             )
         absmax = stats[g.key].absmax if has_static(p) else None
         if absmax is None or p.activations is None:

@@ -107,11 +107,8 @@ def _note_name(names: dict[str, str], target: str, stored: str) -> None:
 def _pieces(converter: Any, members: list[tuple[str, str]], param: Tensor | None) -> list[Piece] | None:
     """The pieces of a parameter that stacks experts, gate rows before up rows; None for another conversion."""
     kinds = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
-    if (
-        param is None
-        or param.dim() != 3
-        or kinds not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
-    ):
+    stacks = kinds[:1] == [("MergeModulelist", 0)] and kinds[1:] in ([], [("Concatenate", 1)])
+    if param is None or param.dim() != 3 or not stacks:
         return None
     by_pattern: dict[str, list[str]] = {p: [] for p in converter.source_patterns}
     for pattern, name in members:

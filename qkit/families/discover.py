@@ -66,7 +66,8 @@ def _class_of(config: Mapping[str, Any], parsed: Any, where: str) -> Any:
     named = config.get("architectures")
     name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
     cls: Any = getattr(transformers, name, None)
-    if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and cls.config_class is type(parsed):
+    of_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if of_model and getattr(cls, "config_class", None) is type(parsed):
         return cls
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING):
         if type(parsed) in mapping:

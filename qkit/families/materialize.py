@@ -15,7 +15,10 @@ from qkit.system.memory import give_back
 
 
 def fill_computed_buffers(structure: ModelStructure, path: str = "", skip: Collection[str] = ()) -> None:
-    """Fill the buffers below ``path`` that no checkpoint stores (rotary frequencies, positions). skip: modules without memory"""
+    """Fill the buffers below ``path`` that no checkpoint stores (rotary frequencies, positions).
+
+    skip: modules without memory
+    """
     for name, value in structure.computed.items():
         owner = name.rpartition(".")[0]
         if owner not in skip and (not path or name.startswith(path + ".")):

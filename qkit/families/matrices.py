@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -35,7 +35,7 @@ def _is_plain(module: nn.Linear) -> bool:
         return True
     if module.weight.numel() > _SAMPLE_WIDTH:
         return False
-    kind: Hashable = type(module)
+    kind: Any = type(module)
     return _multiplies(kind, module.out_features, module.in_features, module.bias is not None)
 
 

@@ -113,8 +113,8 @@ class ModelStructure:
         return name
 
     def loaded_dtype(self, name: str) -> torch.dtype:
-        """The dtype in which a parameter outside the blocks is loaded: that of the checkpoint, or float32 where the model's class
-        keeps it in that.
+        """The dtype in which a parameter outside the blocks is loaded: that of the checkpoint, or float32 where the
+        model's class keeps it in that.
 
         In a diffusion transformer it is the dtype of sampling, or float32 for modules that diffusers keeps in it.
         """

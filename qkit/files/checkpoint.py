@@ -296,14 +296,14 @@ def _wrong(field: str, value: object, expected: str) -> NoReturn:
 
 
 def _check_counts(config: dict[str, Any]) -> None:
-    for field, largest in LIMITS.items():
-        value = config.get(field, 1)
-        if value is None and field in OPTIONAL:
+    for name, largest in LIMITS.items():
+        value = config.get(name, 1)
+        if value is None and name in OPTIONAL:
             continue
         # Some models give a size per layer as a list.
         for number in value if isinstance(value, list) and value else [value]:
             if type(number) is not int or not 1 <= number <= largest:
-                _wrong(field, value, f"a whole number from 1 to {largest}")
+                _wrong(name, value, f"a whole number from 1 to {largest}")
     heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
         _wrong("num_key_value_heads", shared, f"a divisor of num_attention_heads, {heads}")
