@@ -100,7 +100,7 @@ def embed(
             hidden=width,
             dtype=dtype,
             good=good or [True] * count,
-            kinds=calibration.kinds,
+            kinds=calibration.row_kinds,
             largest=largest,
         )
         return rows, {i: call.to(dtype) for i, call in _as_one(calibration, row_calls).items()}
