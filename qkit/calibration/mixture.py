@@ -21,7 +21,7 @@ from qkit.calibration.dataset import Calibration, check_rows, digest_of, text_to
 from qkit.calibration.readers import is_plain_text, records_of
 from qkit.calibration.records import Record
 from qkit.calibration.sources import CalibSource, interleaved, shares
-from qkit.errors import BadCalibration
+from qkit.errors import BadCalibration, UsageError
 from qkit.system.memory import give_back
 
 CHATS = 6  # one in so many rows of the embedded data is of chats: our choice
@@ -63,7 +63,7 @@ class Understood:
     def to_json(self) -> dict[str, Any]:
         """All that says something, as a JSON-able dictionary."""
         data = {k: v for k, v in self.__dict__.items() if v is not None}
-        return {k: v for k, v in data.items() if k not in ("passed", "records", "cut_off") or v}
+        return {k: v for k, v in data.items() if v or k not in ("passed", "records", "cut_off")}
 
     def __str__(self) -> str:
         """A line for a person."""
@@ -91,22 +91,25 @@ class SourceRows:
     understood: Understood
 
 
-def mixed_rows(
-    sources: Sequence[CalibSource], tokenizer: Any, layout: Layout, vocabulary: int, name: str = ""
-) -> Calibration:
+def mixed_rows(sources: Sequence[CalibSource], tokenizer: Any, layout: Layout, vocabulary: int) -> Calibration:
     """Calibration rows of all sources, in proportion to their weights and in turn.
 
-    name: what the data is called in the record (default: the names of the sources). Raises BadCalibration for a source that is
-    too short, that is not understood (naming the line), or whose rows are all alike.
+    Raises BadCalibration for a source that is too short, that is not understood (naming the line), or whose rows are all alike,
+    and UsageError for one that would give no row.
     """
     counts = shares([s.weight for s in sources], layout.samples)
+    unused = next((s for s, count in zip(sources, counts, strict=True) if not count), None)
+    if unused is not None:
+        raise UsageError(
+            f"--samples {layout.samples}: {unused.name} would give none of them by its weight: use more samples, or a larger "
+            "weight"
+        )
     given = [
         rows_of_source(source, tokenizer, replace(layout, samples=count), vocabulary)
         for source, count in zip(sources, counts, strict=True)
-        if count
     ]
     give_back()  # tokenising leaves several times the text behind
-    return together(given, layout, name or " + ".join(s.name for s in sources))
+    return together(given, layout, " + ".join(s.name for s in sources))
 
 
 def embedded_rows(

@@ -10,7 +10,7 @@ from chats import TEMPLATE, rows_of, said, turns, write_lines
 from qkit.calibration.batches import batches, extent, sample, single_rows
 from qkit.calibration.chats import Chats
 from qkit.calibration.records import Record
-from qkit.errors import BadCalibration
+from qkit.errors import BadCalibration, UsageError
 from qkit.runtime.loading import load_tokenizer
 
 QWEN_LIKE = (
@@ -180,6 +180,11 @@ def test_several_sources_take_turns(tokenizer, lines, tmp_path):
     assert {tuple(r) for r in mixed.tokens.tolist()} == {tuple(r) for a in alone for r in a.tokens.tolist()}
     first = {tuple(r) for r in mixed.first(4).tokens.tolist()}
     assert len(first & {tuple(r) for r in alone[0].tokens.tolist()}) == 2  # a beginning has each in its share
+
+
+def test_a_source_that_would_give_nothing(tokenizer, lines):
+    with pytest.raises(UsageError, match=r"--samples 3: chat.jsonl would give none of them by its weight"):
+        rows_of([f"{lines}:0.01", f"{lines}:5"], tokenizer, 3, 8)
 
 
 @pytest.mark.parametrize("padded", [False, True])
