@@ -10,7 +10,8 @@ import qkit_data
 import torch
 import transformers
 
-from qkit.calibration.dataset import calibration_rows
+from qkit.calibration.mixture import Layout, mixed_rows
+from qkit.calibration.sources import CalibSource
 from qkit.planning.request import Request
 from qkit.runtime.loading import load_tokenizer
 from qkit.workflows.quantize import prepare
@@ -47,5 +48,5 @@ def tokens(folder: Path) -> str | None:
     """What is used of a tokenizer: the ids of a text, and the special tokens."""
     tokenizer = load_tokenizer(folder)
     text = folder.parent / "text.txt"
-    calibration_rows(text, tokenizer, 2, 16, SIZES["vocab_size"])
+    mixed_rows([CalibSource(str(text))], tokenizer, Layout(samples=2, seqlen=16), SIZES["vocab_size"])
     return None

@@ -18,8 +18,9 @@ from fuzz_models import SIZES, make_model, plan_again, planned, tokens
 from mutations import mutated_json_file, mutated_yaml
 
 from qkit.allocation.limits import Budget, BudgetRequest
-from qkit.calibration.dataset import calibration_rows
 from qkit.calibration.image_text import read_image_text
+from qkit.calibration.mixture import Layout, mixed_rows
+from qkit.calibration.sources import CalibSource
 from qkit.evaluation.budget import check_budget, junit_xml, load_budget
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.locate import recorded_source
@@ -251,11 +252,11 @@ def _calibration(folder: Path) -> Target:
             data = data * rng.choice((2, 50, 1000))
 
         def run() -> str | None:
-            rows = calibration_rows(file, tokenizer, 4, 32, SIZES["vocab_size"])
+            rows = mixed_rows([CalibSource(str(file))], tokenizer, Layout(samples=4, seqlen=32), SIZES["vocab_size"])
             if tuple(rows.tokens.shape) != (4, 32) or int(rows.tokens.max()) >= SIZES["vocab_size"]:
                 return f"rows of {tuple(rows.tokens.shape)}"
-            mark = marks.get(file.name)
-            return f"{file.name} was read as a text" if mark and data.startswith(mark) else None
+            mark, form = marks.get(file.name), rows.understood[0]["form"]
+            return f"{file.name} was read as a text" if mark and data.startswith(mark) and form == "text" else None
 
         return file, data, run
 

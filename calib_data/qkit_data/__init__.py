@@ -12,7 +12,7 @@ from pathlib import Path
 _ROOT = Path(__file__).resolve().parent
 _TEXTS = ("calibration", "evaluation")
 
-__all__ = ["data_path", "model_path", "models", "task_dir", "text_path"]
+__all__ = ["chats_path", "data_path", "model_path", "models", "task_dir", "text_path"]
 
 
 def text_path(name: str) -> Path:
@@ -20,6 +20,11 @@ def text_path(name: str) -> Path:
     if name not in _TEXTS:
         raise ValueError(f'qkit_data has no text "{name}", expected one of: {", ".join(_TEXTS)}')
     return _ROOT / "text" / f"{name}.txt"
+
+
+def chats_path() -> Path:
+    """Chats for calibration: JSON lines, each with ``messages``, to be written by a model's own chat template."""
+    return _ROOT / "text" / "chats.jsonl"
 
 
 def models() -> list[str]:

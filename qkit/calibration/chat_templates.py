@@ -7,11 +7,16 @@ The text that the process wrote comes back as a constant template, so the proces
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from qkit.system.confined import Failed, confined
+from qkit.errors import BadCalibration
+from qkit.system.confined import SECONDS, Exceeded, Failed, confined
 
 _BEFORE, _AFTER = "{{ ", " }}"
+# Templates that write today's date would give other rows tomorrow, and a job that was stopped could not go on.
+_DATE = "{%- macro strftime_now(format) -%}{{ '2024-07-26' if '-' in format else '26 Jul 2024' }}{%- endmacro %}"
 
 
 class TemplateFailure(Exception):
@@ -62,3 +67,70 @@ class Confined:
         if not tokenize:
             return written(constant)
         return self._processor.apply_chat_template(messages, chat_template=constant, tokenize=True, **kwargs)
+
+
+# ---- many chats ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a chat template wrote for one chat; failure: the message of the exception that it raised"""
+
+    text: str
+    failure: str | None = None
+
+
+def fixed_date(template: str) -> str:
+    """The template with a fixed date in place of today's."""
+    return _DATE + template if "strftime_now" in template else template
+
+
+def rendered_all(
+    tokenizer: Any, template: str, chats: Sequence[list[dict[str, Any]]], tools: Sequence[list[Any]]
+) -> list[Written]:
+    """The text of every chat, all in one confined process. Raises BadCalibration where it exceeds the limits.
+
+    Where a template takes no system turn, what that says goes before the first turn of the user; where it expects content in
+    parts, as those of vision-language models do, it gets parts.
+    """
+
+    def write() -> list[tuple[str, str | None]]:
+        return [_render(tokenizer, template, chat, called) for chat, called in zip(chats, tools, strict=True)]
+
+    if not chats:
+        return []
+    try:
+        return [Written(text, failure) for text, failure in confined(write, SECONDS + 0.1 * len(chats))]
+    except (Exceeded, Failed) as e:
+        needs = f"needs {e}" if isinstance(e, Exceeded) else f"fails: {e}"
+        raise BadCalibration(
+            f"the chat template of the model {needs} for {len(chats)} chats: download the template again, or use text"
+        ) from e
+
+
+def _render(tokenizer: Any, template: str, chat: list[dict[str, Any]], tools: list[Any]) -> tuple[str, str | None]:
+    failure, best = "", None
+    for turns in (chat, _without_system(chat), _in_parts(chat)):
+        if turns is None:
+            continue
+        try:
+            text = str(
+                tokenizer.apply_chat_template(turns, tools=tools or None, chat_template=template, tokenize=False)
+            )
+        except Exception as e:  # whatever a template raises is its answer to this chat
+            failure = failure or (str(e).strip() or type(e).__name__).partition("\n")[0]
+            continue
+        if all(str(turn["content"]).strip() in text for turn in chat if turn["role"] == "user"):
+            return text, None
+        best = text if best is None else best
+    return (best, None) if best is not None else ("", failure)
+
+
+def _without_system(chat: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    if len(chat) < 2 or chat[0]["role"] != "system" or chat[1]["role"] != "user":
+        return None
+    return [{**chat[1], "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}, *chat[2:]]
+
+
+def _in_parts(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in chat]

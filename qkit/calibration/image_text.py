@@ -26,11 +26,13 @@ from torch import Tensor
 from qkit.calibration.chat_templates import TemplateFailure, rendered, written
 from qkit.calibration.dataset import KINDS, Calibration, digest_of, read_text
 from qkit.calibration.options import DRAWN
-from qkit.errors import BadCalibration, BadCheckpoint, BadInput, Unsupported, UsageError
+from qkit.calibration.readers import load_dataset
+from qkit.calibration.sources import CalibSource, parse_source
+from qkit.errors import BadCalibration, BadCheckpoint, BadInput
 from qkit.files.folder import check_side_files, parse_checked
 from qkit.files.safefile import read_bytes, shown
 from qkit.files.schema import ImageTextLine, foreign_errors, validate
-from qkit.files.text_file import TextFile, is_chat
+from qkit.files.text_file import HEAD, TextFile, has_images, is_chat
 from qkit.system.confined import Exceeded
 from qkit.system.extras import needs, require
 
@@ -111,13 +113,20 @@ def is_dataset(spec: Path) -> bool:
     return str(spec).startswith("dataset:")
 
 
-def refuse_chat(path: Path) -> None:
-    """Raises BadCalibration for a file that begins like a chat."""
-    head, _ = TextFile(path, "calibration text", BadCalibration).text(1 << 16)
-    if is_chat(head):
-        raise BadCalibration(
-            f"{path}: found a chat, expected plain text: write its turns to a .txt file, one after the other"
-        )
+def is_image_text(source: CalibSource, images_expected: bool) -> bool:
+    """Whether a source of calibration data has images: a folder, or JSON lines with the fields of images.
+
+    images_expected: for a vision-language model, for which a data set without a named column has them, and JSON lines that are
+    neither texts nor chats.
+    """
+    if source.is_dataset:
+        return images_expected and source.column is None
+    if source.path.is_dir():
+        return True
+    if source.path.suffix.lower() != ".jsonl" or source.column is not None:
+        return False
+    head = TextFile(source.path, "calibration data", BadCalibration).text(HEAD)[0]
+    return has_images(head) or (images_expected and not is_chat(head) and '"text"' not in head)
 
 
 def _read_source(path: Path, limit: int) -> Iterator[ImageText]:
@@ -171,19 +180,7 @@ def _parse_line(line: str, file: Path, where: str) -> ImageText:
 
 
 def _read_dataset(spec: str, limit: int) -> Iterator[ImageText]:
-    fields = spec.split(":")[1:]
-    if not fields[0] or len(fields) > 3:
-        raise UsageError(f"{spec!r} is not a data set of images: write dataset:NAME[:config][:split]")
-    name, config, split = [*fields, "", ""][:3]
-    try:
-        import datasets
-    except ImportError as e:
-        raise Unsupported(f"{spec} needs the datasets package: pip install qkit[eval]") from e
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
-        reason = str(e).strip().partition("\n")[0]
-        raise BadCalibration(f"{spec}: cannot be loaded ({reason}): check the name and the network") from e
+    rows = load_dataset(parse_source(spec))
     columns = set(rows.column_names)
     if not columns & {"image", "images"} or not ({"question", "answer"} <= columns or "caption" in columns):
         raise BadCalibration(

@@ -184,7 +184,8 @@ def strides(kinds: Tensor) -> list[int]:
     """For each kind, how many tokens one sampled token represents. Few answer tokens are sampled as often as many
     image ones.
     """
-    share = SAMPLE_TOKENS // (int(kinds.max()) + 1)
+    highest = int(kinds.max())
+    share = SAMPLE_TOKENS // (highest + 1 if highest > 1 else 1)  # with text alone, all are samples of it
     return [max(1, int(n) // share) for n in kinds.flatten().bincount()]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
@@ -33,9 +33,38 @@ from qkit.verification.record import printable
 if TYPE_CHECKING:
     from qkit.workflows.quantize import PreparedRequest
 
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 _SIGNALS = (
     (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if hasattr(signal, "SIGHUP") else (signal.SIGINT, signal.SIGTERM)
 )
+
+
+CALIB_HELP = (
+    "Calibration data, repeatable with weights (chat.jsonl:2): a text, chats or texts in JSON lines, JSON, CSV or Parquet, "
+    "dataset:NAME[:config][:split][:column], image-text data"
+)
+
+
+def row_options(option: Callable[..., Any]) -> Callable[[_Command], _Command]:
+    """The options that say how calibration samples are made from data. option: ``in_group`` of their group."""
+    options = [
+        option("--samples", type=int, default=128, show_default=True, help="Number of calibration samples."),
+        option("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration sample."),
+        option(
+            "--padded",
+            is_flag=True,
+            help="One record (chat or text) per sample, cut to --seqlen or padded. Padding is in no statistic. (Default: "
+            "records are packed one behind the other.)",
+        ),
+        option("--answers-only", is_flag=True, help="Only the tokens of answers in chats count in statistics."),
+    ]
+
+    def add(command: _Command) -> _Command:
+        for decorate in reversed(options):
+            command = decorate(command)
+        return command
+
+    return add
 
 
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,8 +89,9 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         most_used("--group-size", type=int, help="Weights per scale; -1 for one scale per output channel."),
         most_used(
             "--calib",
-            type=click.Path(path_type=Path),
-            help="Calibration data: a text file, image-text data, or prompts of a diffusion pipeline (default: embedded data).",
+            multiple=True,
+            metavar="DATA[:COLUMN][:WEIGHT]",
+            help=CALIB_HELP + ", or prompts of a diffusion pipeline (default: embedded data).",
         ),
         model("--revision", help="Branch, tag or commit of a hub model. The commit is recorded in qkit.json."),
         model("--require-revision", is_flag=True, help="Refuse a hub model without --revision."),
@@ -109,13 +139,13 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "(default: auto, chosen by measurement).",
         ),
         scheme("--strict", is_flag=True, help="Refuse a group size that does not divide a layer's width."),
-        calibration("--samples", type=int, default=128, show_default=True, help="Number of calibration samples."),
-        calibration("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration sample."),
+        row_options(calibration),
         calibration(
             "--synthetic-samples",
             type=int,
             default=0,
-            help="Number of calibration samples that the model generates itself, in addition to --samples.",
+            help="Number of calibration samples that the model generates itself, in addition to --samples. With --samples 0 no "
+            "data is needed.",
         ),
         click.option("--written", cls=RenamedOption, now="--synthetic-samples", type=int),
         diffusion(
@@ -248,9 +278,12 @@ def show_coverage(prepared: PreparedRequest, console: Console) -> None:
         )
     if plan.untied:
         console.print("note: after rotation the head has its own weight: the embeddings are no longer tied")
+    for understood in () if plan.calibration is None else plan.calibration.summary:
+        console.print(Text(f"calibration: {understood}"), soft_wrap=True)
     if plan.calibration is not None and plan.calibration.written:
         c = plan.calibration
-        console.print(f"calibration: {c.samples} samples and {c.written} synthetic samples of {c.seqlen} tokens")
+        data = f"{c.samples} samples and " if c.samples else ""
+        console.print(f"calibration: {data}{c.written} synthetic samples of {c.seqlen} tokens")
     _show_copied(prepared, console)
     done = coverage(plan)
     console.print(

@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from qkit.commands.common import (
+    CALIB_HELP,
     OutFile,
     OutFolder,
     Reporter,
@@ -17,6 +18,7 @@ from qkit.commands.common import (
     command_line,
     megabytes,
     print_wide,
+    row_options,
     wide_table,
     write_json,
 )
@@ -63,13 +65,8 @@ _MEASURES, _CURVE = in_group(OptionGroup.MEASURES), in_group(OptionGroup.CURVE)
     type=int,
     help="Weights per scale of the integer formats (default: 128). quantize reads it from the profile.",
 )
-@_MOST_USED(
-    "--calib",
-    type=click.Path(path_type=Path),
-    help="Calibration data: a text file or image-text data (default: embedded data).",
-)
-@_CALIBRATION("--samples", type=int, default=128, show_default=True, help="Number of calibration samples.")
-@_CALIBRATION("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration sample.")
+@_MOST_USED("--calib", multiple=True, metavar="DATA[:COLUMN][:WEIGHT]", help=CALIB_HELP + " (default: embedded data).")
+@row_options(_CALIBRATION)
 @_CALIBRATION(
     "--rows",
     type=int,
@@ -147,7 +144,7 @@ def profile_command(
         require("--pareto", "report", "matplotlib")
     of = curve_measure(names) if pareto else None
     check_measures(names)
-    base = Request(**options)
+    base = Request(**{**options, "calib": options["calib"] or None})
     recipe_of(replace(base, scheme="w4a16"))  # the method, before what takes seconds
     parse_candidates(candidates, base.group_size)
     announce(console, f"reading {base.model}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -196,7 +197,7 @@ def _real(path: str | Path) -> Path:
 
 
 def _paths(value: Any) -> Iterator[Path]:
-    """Every path that a parameter may name: NAME=FILE too."""
+    """Every path that a parameter may name: NAME=FILE and FILE:COLUMN:WEIGHT too."""
     if isinstance(value, (tuple, list)):
         for item in value:
             yield from _paths(item)
@@ -205,3 +206,4 @@ def _paths(value: Any) -> Iterator[Path]:
         rest = str(value).partition("=")[2]
         if rest:
             yield Path(rest)
+        yield from (Path(str(value)[: colon.start()]) for colon in re.finditer(":", str(value)) if colon.start())

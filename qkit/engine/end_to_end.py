@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,29 +44,29 @@ def learn_end_to_end(plan: Plan, structure: ModelStructure, job: Job, pool: Work
     if not steps or job.stage(WHOLE) is not None:
         return
     assert plan.calibration is not None
-    tokens = plan.calibration.tokens.clone()
-    first_held = len(tokens) - held_out(len(tokens))
-    held_tokens, training_tokens = tokens[first_held:], tokens[:first_held] if first_held else tokens
+    rows = _Tokens(plan.calibration.tokens.clone(), plan.calibration.mask)
+    first_held = len(rows.ids) - held_out(len(rows.ids))
+    held_rows, training_rows = rows[first_held:], rows[:first_held] if first_held else rows
     batch = next(iter(plan.linears.values())).options["batch"]
     progress.start("learned rounding of the whole model", steps)
     with torch.inference_mode(False):
         model = _Model(plan, structure, job, pool)
         names = [w.learner.linear.name for w in model.states]
         weights = pool.map(LearningState.weight, model.states)
-        first_divergence = best_divergence = model.divergence(weights, held_tokens)
+        first_divergence = best_divergence = model.divergence(weights, held_rows)
         order, queue = torch.Generator().manual_seed(plan.seed), list[int]()
         for number in range(steps):
             if len(queue) < batch:
-                queue = torch.randperm(len(training_tokens), generator=order).tolist() + queue
-            rows = [queue.pop() for _ in range(min(batch, len(queue)))]
-            gradients = model.gradients(weights, training_tokens[rows])
+                queue = torch.randperm(len(training_rows.ids), generator=order).tolist() + queue
+            chosen = [queue.pop() for _ in range(min(batch, len(queue)))]
+            gradients = model.gradients(weights, training_rows[chosen])
             rate = RATE * (1 - number / steps)
             weights = pool.map(
                 lambda pair: pair[0].step_offsets(pair[1], rate),  # noqa: B023
                 zip(model.states, gradients, strict=True),
             )
             if (number + 1) % -(-steps // LOOKS) == 0 or number + 1 == steps:
-                divergence = model.divergence(weights, held_tokens)
+                divergence = model.divergence(weights, held_rows)
                 if divergence < best_divergence:
                     best_divergence = divergence
                     for state in model.states:
@@ -78,6 +79,27 @@ def learn_end_to_end(plan: Plan, structure: ModelStructure, job: Job, pool: Work
             entry[name] = {**records[name], "weight_sha256": weight_sha256([q])}
     divergences = {"divergence": [float(f"{first_divergence:.6g}"), float(f"{best_divergence:.6g}")]}
     job.commit(job.finished, tensors, {"stage": WHOLE, "linears": entry, **divergences}, None)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Rows of a text. ids: int64 [rows, length]; mask: bool of the same shape, True for tokens that count; None: all"""
+
+    ids: Tensor
+    mask: Tensor | None
+
+    def __getitem__(self, rows: slice | list[int]) -> _Tokens:
+        return _Tokens(self.ids[rows], None if self.mask is None else self.mask[rows])
+
+    @property
+    def counted(self) -> int:
+        """Number of tokens that count."""
+        return self.ids.numel() if self.mask is None else int(self.mask.sum())
+
+    def pieces(self) -> list[_Tokens]:
+        """The rows as one worker runs them through the model at a time."""
+        step = _rows_at_a_time(self.ids.shape[1])
+        return [self[start : start + step] for start in range(0, len(self.ids), step)]
 
 
 class _Model:
@@ -105,29 +127,31 @@ class _Model:
                     )
         self.original = source.to(dtype)
 
-    def divergence(self, weights: Sequence[Tensor], tokens: Tensor) -> float:
-        """Mean KL divergence from the original model over ``tokens``, in nats."""
+    def divergence(self, weights: Sequence[Tensor], rows: _Tokens) -> float:
+        """Mean KL divergence from the original model over the tokens that count, in nats."""
 
-        def one(piece: Tensor) -> float:
+        def one(piece: _Tokens) -> float:
             with torch.inference_mode(False), torch.no_grad(), PlainAttention():
                 return float(self._summed_divergence(weights, piece))
 
-        return sum(self.pool.map(one, _pieces(tokens))) / tokens.numel()
+        return sum(self.pool.map(one, rows.pieces())) / rows.counted
 
-    def gradients(self, weights: Sequence[Tensor], tokens: Tensor) -> list[tuple[Tensor, ...]]:
+    def gradients(self, weights: Sequence[Tensor], rows: _Tokens) -> list[tuple[Tensor, ...]]:
         """Gradients of the summed KL divergence: for each weight, those of every piece."""
 
-        def one(piece: Tensor) -> tuple[Tensor, ...]:
+        def one(piece: _Tokens) -> tuple[Tensor, ...]:
             with torch.inference_mode(False), torch.enable_grad(), PlainAttention():
                 leaves = [w.detach().requires_grad_() for w in weights]
                 return torch.autograd.grad(self._summed_divergence(leaves, piece), leaves)
 
-        return list(zip(*self.pool.map(one, _pieces(tokens)), strict=True))
+        return list(zip(*self.pool.map(one, rows.pieces()), strict=True))
 
-    def _summed_divergence(self, weights: Sequence[Tensor], tokens: Tensor) -> Tensor:
+    def _summed_divergence(self, weights: Sequence[Tensor], rows: _Tokens) -> Tensor:
         with torch.no_grad():
-            original = self._logits(self.original, {}, tokens)
-        logits = self._logits(self._worker_model(), dict(zip(self.paths, weights, strict=True)), tokens)
+            original = self._logits(self.original, {}, rows.ids)
+        logits = self._logits(self._worker_model(), dict(zip(self.paths, weights, strict=True)), rows.ids)
+        if rows.mask is not None:
+            original, logits = original[rows.mask], logits[rows.mask]
         return nn.functional.kl_div(logits, original, reduction="sum", log_target=True)
 
     def _logits(self, model: nn.Module, weights: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
@@ -151,11 +175,6 @@ class _Model:
 def _rows_at_a_time(length: int) -> int:
     """Number of rows that one worker runs through the model at a time."""
     return max(1, PIECE_TOKENS // length)
-
-
-def _pieces(tokens: Tensor) -> Sequence[Tensor]:
-    pieces: Sequence[Tensor] = tokens.split(_rows_at_a_time(tokens.shape[1]))
-    return pieces
 
 
 def end_to_end_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:

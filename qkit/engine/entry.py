@@ -107,7 +107,7 @@ def embed(
             hidden=width,
             dtype=dtype,
             good=good or [True] * count,
-            kinds=calibration.kinds,
+            kinds=calibration.row_kinds,
             largest=largest,
         )
         language_calls = batch_calls or _as_one(calibration, row_calls)

@@ -43,7 +43,8 @@ def measure_scales(plan: Plan, structure: ModelStructure, job: Job, pool: Worker
     for block, names in zip(structure.blocks, tensor_names(structure), strict=True):
         progress.start(f"KV cache, block {block.index + 1}/{len(structure.blocks)}", len(list(rows.pieces())))
         module, handles = _solved(plan, structure, job, block, offset + block.index)
-        runner = BlockRunner(module, block, rows, calls[block.index], pool)
+        call: Any = cache.counting(calls[block.index], rows.kinds)
+        runner = BlockRunner(module, block, rows, call, pool)
         try:
             leaving, _ = runner.leave(temp_path(job.path / "rows", f"cache {block.index + 1}"), progress.step)
         finally:

@@ -1,9 +1,10 @@
-"""Synthetic calibration rows, which the model generates, in addition to those of a text.
+"""Synthetic calibration rows, which the model generates, in addition to those of a text or in place of them.
 
 Learned rounding has a parameter for every weight and soon overfits a short text. Generated rows resemble the training data and
 need no text (Williams et al., arXiv 2410.17170). Our choices: rows begin after the model's first token, or, where it has none,
-after first tokens of the text's rows, and are sampled at temperature 1 from all tokens. They are generated when a run begins
-and stored in its job, whose identity includes their number and the seed.
+after first tokens of the text's rows, and are sampled at temperature 1 from all tokens. Without a text and without a first
+token they begin after the token that ends a text, since in training a text began behind it, or else after tokens drawn by the
+seed. They are generated when a run begins and stored in its job, whose identity includes their number and the seed.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ def with_synthetic_rows(plan: Plan, structure: ModelStructure, job: Job, pool: W
     if not file.exists():
         progress.start("rows that the model writes", -(-calibration.written // BATCH))
         model = loading.load(structure.checkpoint.path, dtype=getattr(torch, plan.run_dtype))
-        begin = _begin(structure, calibration)
+        begin = _begin(structure, calibration, plan.seed)
         save_tensors(file, {"tokens": generate_rows(model, begin, calibration.seqlen, plan.seed, pool, progress.step)})
-    tokens = torch.cat((calibration.tokens, read_tensor(read_header(file)["tokens"])))
+    generated = read_tensor(read_header(file)["tokens"])
+    tokens, mask = torch.cat((calibration.tokens, generated)), calibration.mask
+    mask = None if mask is None else torch.cat((mask, torch.ones_like(generated, dtype=torch.bool)))
     return replace(plan, calibration=replace(
-        calibration, samples=len(tokens), digest=digest_of(tokens), tokens=tokens, written=0
+        calibration, samples=len(tokens), digest=digest_of(tokens, mask=mask), tokens=tokens, mask=mask, written=0
     ))  # fmt: skip
 
 
@@ -76,9 +79,16 @@ def synthetic_memory(plan: Plan, structure: ModelStructure, workers: int) -> int
     return int(item * structure.parameters + busy * (cache_bytes + 4 * 4 * config.vocab_size))
 
 
-def _begin(structure: ModelStructure, calibration: Calibration) -> Tensor:
+def _begin(structure: ModelStructure, calibration: Calibration, seed: int) -> Tensor:
     """Start token of each row, int64 [rows]."""
-    begin_token = getattr(structure.text_config, "bos_token_id", None)
-    if isinstance(begin_token, int):
-        return torch.full((calibration.written,), begin_token, dtype=torch.int64)
-    return calibration.tokens[torch.arange(calibration.written) % calibration.samples, 0]
+    config, count = structure.text_config, calibration.written
+    names = ("bos_token_id",) if calibration.samples else ("bos_token_id", "eos_token_id")
+    for name in names:
+        token = getattr(config, name, None)
+        token = token[0] if isinstance(token, list) and token else token
+        if isinstance(token, int):
+            return torch.full((count,), token, dtype=torch.int64)
+    if not calibration.samples:
+        drawn = torch.Generator().manual_seed(seed)
+        return torch.randint(config.vocab_size, (count,), generator=drawn)
+    return calibration.tokens[torch.arange(count) % calibration.samples, 0]

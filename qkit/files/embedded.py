@@ -18,6 +18,13 @@ def reference_models() -> dict[str, Path]:
     return {name: path for name, path in found.items() if path is not None}
 
 
+def embedded_chats() -> Path:
+    """The chats for calibration, JSON lines. Raises Unsupported without qkit_data."""
+    with needs("the embedded calibration chats", "data"):
+        import qkit_data
+    return Path(str(qkit_data.chats_path()))
+
+
 def embedded_text(name: str) -> Path:
     """The text of that name. Raises Unsupported without qkit_data."""
     with needs(f"the embedded {name} text", "data"):

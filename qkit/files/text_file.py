@@ -24,7 +24,7 @@ MARGIN = 256  # tokens before the end of a piece that are not used
 _PER_TOKEN = 8  # bytes: English has four to five
 _LEAST = 1 << 16
 _STEP = 4096  # bytes that the second piece is longer by
-_HEAD = 1 << 16  # bytes that say what a file is
+HEAD = 1 << 16  # bytes that say what a file is
 _MAGIC = {
     b"PAR1": "a Parquet table",
     b"ARROW1": "an Arrow table",
@@ -48,14 +48,12 @@ _COLUMN = re.compile(r"[A-Za-z_][\w .-]{0,40}")
 class TextFile:
     """A text file, read as far as it is needed.
 
-    path: the file; what: what it is for, for messages ('calibration text'); error: what is raised for one that is none;
-    prose: refuses JSON, chats and tables, too, whose syntax is no language.
+    path: the file; what: what it is for, for messages ('calibration text'); error: what is raised for one that is none.
     """
 
     path: Path
     what: str
     error: type[BadInput] = BadInput
-    prose: bool = False
 
     def text(self, limit: int | None = None) -> tuple[str, bool]:
         """The first ``limit`` bytes as text, and whether that is all of the file.
@@ -70,11 +68,6 @@ class TextFile:
             if is_all or e.start < len(raw) - 3:  # else the piece ends within a character
                 raise self.error(f"{self.path}: byte {e.start} is not UTF-8: save the {self.what} as UTF-8 text") from e
             text = raw[: e.start].decode("utf-8")
-        if self.prose and (data := data_in(text[:_HEAD], self.path.suffix.lower())):
-            raise self.error(
-                f"{self.path}: found {data}, expected plain text: its syntax is no language; write the texts in it to a "
-                ".txt file, one after the other"
-            )
         return text, is_all
 
     def first_tokens(self, encode: Callable[[str], Sequence[int]], needed: int | None) -> list[int]:
@@ -120,7 +113,7 @@ class TextFile:
 
     def _refuse_binary(self, raw: bytes) -> None:
         kind = next((kind_name for magic, kind_name in _MAGIC.items() if raw.startswith(magic)), None)
-        if kind is None and b"\0" in raw[:_HEAD]:
+        if kind is None and b"\0" in raw[:HEAD]:
             kind = "binary data"
         if kind is not None:
             raise self.error(f"{self.path}: found {kind}, expected plain text: write the {self.what} to a .txt file")
@@ -129,6 +122,11 @@ class TextFile:
 def is_chat(text: str) -> bool:
     """Whether JSON has the fields of a chat, and none of images."""
     return text.lstrip()[:1] in ("{", "[") and bool(_CHAT.search(text)) and not _IMAGES.search(text)
+
+
+def has_images(text: str) -> bool:
+    """Whether JSON has the fields of images."""
+    return text.lstrip("\ufeff \t\r\n")[:1] == "{" and bool(_IMAGES.search(text))
 
 
 def data_in(head: str, suffix: str = "") -> str | None:

@@ -6,6 +6,8 @@ its FP8 code times the scale. compressed-tensors and vLLM scale keys after rotar
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from qkit.tensor.formats import ACTIVATION_FORMATS
 
 NAMES = ("k_scale", "v_scale")
 PROJECTIONS = ("k_proj", "v_proj", "qkv_proj")  # compressed-tensors 0.20 looks for one of them in the attention module
+BlockCall = Callable[[nn.Module, Tensor, slice], Any]
 FORMAT = ACTIVATION_FORMATS["fp8_static"]
 
 
@@ -73,9 +76,29 @@ class RangeCache(DynamicCache):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.seen: dict[int, list[Tensor]] = {}
+        self._local = threading.local()
+
+    def counting(self, call: BlockCall, kinds: Tensor | None) -> BlockCall:
+        """The call of a block for some rows, with padding left out of the maxima. kinds: of all rows [count, tokens]."""
+        if kinds is None:
+            return call
+        counted = (kinds > 0).flip(1).cummax(1).values.flip(1)  # up to the last token that counts
+
+        def run(block: nn.Module, hidden: Tensor, span: slice) -> Any:
+            self._local.counted = counted[span]
+            try:
+                return call(block, hidden, span)
+            finally:
+                self._local.counted = None
+
+        return run
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        largest = torch.stack([x.detach().abs().amax((1, 2, 3)) for x in (keys, values)])
+        counted: Tensor | None = getattr(self._local, "counted", None)
+        found = [x.detach().abs() for x in (keys, values)]
+        if counted is not None:
+            found = [x.masked_fill(~counted[:, None, :, None], 0) for x in found]
+        largest = torch.stack([x.amax((1, 2, 3)) for x in found])
         self.seen.setdefault(layer, []).append(largest.to(torch.float32))  # [2, rows]
         return keys, values
 

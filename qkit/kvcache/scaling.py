@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit.calibration.batches import InputRows, batches
+from qkit.calibration.batches import InputRows, single_rows
 from qkit.kvcache.sensitivity import PassThroughCache, forward, rounded
 
 STEPS = 20  # alphas beside 0
@@ -48,7 +48,7 @@ def key_maxima(model: Any, rows: InputRows, stretch: int = 1, shared: bool = Fal
     """
     largest: list[Tensor] = []
     with torch.inference_mode():
-        for batch in batches(rows, 1):
+        for batch in single_rows(rows):
             cache = PassThroughCache()
             forward(model.base_model, batch, stretch, cache)
             row_largest = [k.abs().amax(dim=(0, 2)).float().unflatten(1, (2, -1)).amax(1) for k, _ in cache.seen]
@@ -96,7 +96,7 @@ def search(
     handles = [a.register_forward_hook(listen(i), with_kwargs=True) for i, a in enumerate(attentions)]
     try:
         with torch.inference_mode():
-            for batch in batches(rows, 1):
+            for batch in single_rows(rows):
                 forward(model.base_model, batch, stretch, cache)
                 if progress is not None:
                     progress()

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
-from qkit.calibration.batches import Batch, InputRows, batches
+from qkit.calibration.batches import Batch, InputRows, single_rows
 from qkit.kvcache.argument import with_cache
 from qkit.kvcache.layer import channel_group
 from qkit.kvcache.store import narrowed, quantize
@@ -95,13 +95,12 @@ def divergences(
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     divergence = torch.zeros(layers, len(widths), dtype=torch.float64)
     with torch.inference_mode():
-        row_batches = batches(rows, 1)
+        row_batches = single_rows(rows)
         for batch in row_batches:
-            reference = _logits(model, batch, stretch, PassThroughCache()).log_softmax(-1, dtype=torch.float32)
+            reference = _compared(model, batch, stretch, PassThroughCache())
             for layer in range(layers):
                 for i, bits in enumerate(widths):
-                    logits = _logits(model, batch, stretch, _RoundedLayerCache(layer, bits, group))
-                    log_probs = logits.log_softmax(-1, dtype=torch.float32)
+                    log_probs = _compared(model, batch, stretch, _RoundedLayerCache(layer, bits, group))
                     kl = functional.kl_div(log_probs, reference, reduction="none", log_target=True).sum(-1)
                     divergence[layer, i] += kl.double().mean().cpu()
             if progress is not None:
@@ -115,6 +114,12 @@ def forward(model: Any, batch: Batch, stretch: int, cache: PassThroughCache, **o
     if batch.at is None:
         inputs["position_ids"] = torch.arange(batch.ids.shape[1], device=model.device)[None] * stretch
     return model(**inputs, **options, **with_cache(model, cache), use_cache=True)
+
+
+def _compared(model: Any, batch: Batch, stretch: int, cache: PassThroughCache) -> Tensor:
+    """Log probabilities where they are compared: everywhere in a text, or where tokens count."""
+    logits = _logits(model, batch, stretch, cache)
+    return (logits if batch.mask is None else batch.scored(logits)).log_softmax(-1, dtype=torch.float32)
 
 
 def _logits(model: Any, batch: Batch, stretch: int, cache: PassThroughCache) -> Tensor:
@@ -134,7 +139,7 @@ def sensitivities(
     for p in model.parameters():
         p.requires_grad_(False)
     total = torch.zeros(0)
-    row_batches = batches(rows, 1)
+    row_batches = single_rows(rows)
     for batch in row_batches:
         start = with_gradients(model, batch, stretch)
         costs = [

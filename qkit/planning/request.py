@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qkit.calibration.sources import CalibSource, Given, parse_sources
 from qkit.errors import UsageError
 from qkit.planning.recipe import Recipe, load_recipe, make_recipe, parse_method
 from qkit.planning.renamed import current_names
@@ -19,12 +20,13 @@ REQUANT_OUTLIERS, REQUANT_SIGNIFICANT = 0.45, 0.05  # percent, of the paper's Sq
 class Request:
     """The options of ``qkit quantize``.
 
-    calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method needs
-    any, and ``written`` rows more, which the model writes itself. recipe: a YAML file; scheme, method, group_size and
-    options given here go over it. rules: as in a recipe, what an allocation decided. effort: a name of EFFORTS, options of
-    learned rounding. outliers, rank, significant, targets: as in a recipe; None: what the recipe says. call: of a diffusion
-    pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and rows_memory the bytes
-    that rows may use in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run with, as
+    calib: the calibration data, one source or several, as ``calibration.sources`` reads them; None: the embedded data. samples
+    x seqlen tokens of it are used where the method needs any, and ``synthetic_samples`` rows more, which the model writes
+    itself. padded: a row for each record; answers_only: only tokens of answers count. recipe: a YAML file; scheme, method,
+    group_size and options given here go over it. rules: as in a recipe, what an allocation decided. effort: a name of EFFORTS,
+    options of learned rounding. outliers, rank, significant, targets: as in a recipe; None: what the recipe says. call: of a
+    diffusion pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and rows_memory the
+    bytes that rows may use in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run with, as
     ``Policy.to_json`` gives it; key_exponents: as in a plan.
     """
 
@@ -45,14 +47,33 @@ class Request:
     rows_memory: int | None = None
     strict: bool = False
     export: str | None = None
-    calib: Path | None = None
+    calib: Given = None
     samples: int = 128
     seqlen: int = 256
     synthetic_samples: int = 0
+    padded: bool = False
+    answers_only: bool = False
     seed: int = 0
     threads: int | None = None
     kv: dict[str, Any] | None = None
     key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+
+    @property
+    def sources(self) -> tuple[CalibSource, ...]:
+        """The sources of calibration data that were named. Raises UsageError for one that says nothing."""
+        return parse_sources(self.calib)
+
+    def only_source(self, what: str) -> Path | None:
+        """The path of the one source, None where none is named. Raises UsageError for several, or one with a column."""
+        if not self.sources:
+            return None
+        first, *others = self.sources
+        if others or first.column is not None or first.weight != 1:
+            raise UsageError(
+                f"--calib {' --calib '.join(s.name for s in self.sources)}: {what} are read from one file or folder, without "
+                "column and weight: use one"
+            )
+        return first.path
 
 
 def recipe_of(request: Request) -> Recipe:
@@ -93,12 +114,19 @@ def recipe_of(request: Request) -> Recipe:
 
 def check_rows(request: Request) -> None:
     """Raises UsageError for numbers of calibration rows that are out of range."""
-    if request.samples < 1 or request.seqlen < 2:
+    if request.synthetic_samples < 0:
+        raise UsageError(f"--synthetic-samples {request.synthetic_samples}: expected 0 or more")
+    if request.samples < 0 or request.samples + request.synthetic_samples < 1 or request.seqlen < 2:
         raise UsageError(
             f"--samples {request.samples} --seqlen {request.seqlen}: expected at least 1 sample of at least 2 tokens"
         )
-    if request.synthetic_samples < 0:
-        raise UsageError(f"--synthetic-samples {request.synthetic_samples}: expected 0 or more")
+    if request.samples == 0 and (request.calib is not None or request.padded or request.answers_only):
+        given = "--calib" if request.calib is not None else "--padded" if request.padded else "--answers-only"
+        raise UsageError(
+            f"--samples 0 {given}: without samples no data is read: leave {given} out, or use more samples"
+        )
+    if request.answers_only and request.calib is None:
+        raise UsageError("--answers-only: the embedded data has texts without answers: add --calib with chats")
 
 
 def is_requant(method: str | None) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qkit.calibration.batches import Extent, extent
+from qkit.calibration.batches import Extent, extent_first
 from qkit.engine.forecast import ALLOCATOR, LATER
 from qkit.errors import Unsupported
 from qkit.families.blocks import LANGUAGE
@@ -125,7 +125,7 @@ def repair_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
     """Bytes at the worst moment of ``repair``: the model, its quantized weights, and the path integral."""
     assert plan.calibration is not None
     return 4 * structure.parameters + _measure_memory(
-        structure, ("pqi",), extent(plan.calibration.first(ROWS)), workers
+        structure, ("pqi",), extent_first(plan.calibration, ROWS), workers
     )
 
 
@@ -133,7 +133,7 @@ def weighing_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
     """Bytes at the worst moment of ``hidden.roots``: the model, and per worker a batch on its way back."""
     assert plan.calibration is not None
     width = int(structure.text_config.hidden_size)
-    rows = extent(plan.calibration.first(hidden.ROWS))
+    rows = extent_first(plan.calibration, hidden.ROWS)
     return 4 * structure.parameters + _backward(structure, rows, workers) + hidden.held_bytes(structure, width)
 
 

@@ -38,7 +38,7 @@ def quantize(
     out: str | Path,
     scheme: str | None = None,
     method: str | None = None,
-    calib: str | Path | None = None,
+    calib: str | Path | Sequence[str | Path] | None = None,
     work: str | Path | None = None,
     overwrite: bool = False,
     keep_job: bool = False,
@@ -50,7 +50,8 @@ def quantize(
     model:     a folder, the name of a reference model, or a hub id
     scheme:    for instance 'w4a16', 'w8a8', 'nvfp4' (``qkit list schemes``)
     method:    for instance 'rtn', 'gptq', 'awq+gptq' (``qkit list methods``)
-    calib:     text, image-text data or prompts to calibrate on; default: the text that comes with qkit
+    calib:     texts, chats, image-text data or prompts to calibrate on, each as on the command line ('chat.jsonl:2'); default:
+               the data that comes with qkit
     work:      the job folder; default: ``out`` with '.job' behind its name
     overwrite: replace a result of qkit in ``out``, once the new one is proven
     keep_job:  keep the parts in the job folder after success
@@ -77,7 +78,7 @@ def plan(
     *,
     scheme: str | None = None,
     method: str | None = None,
-    calib: str | Path | None = None,
+    calib: str | Path | Sequence[str | Path] | None = None,
     out: str | Path | None = None,
     **options: Any,
 ) -> PlanPreview:
@@ -117,17 +118,15 @@ def profile(
     measures:   what is measured of each, in the units that ``qkit profile --help`` names
     rows:       calibration rows that losses are measured on; default: 32, or all if there are fewer
     points:     of the path integral of 'pqi'
-    options:    group_size, calib, samples, seqlen, seed, threads, as on the command line
+    options:    group_size, calib, samples, seqlen, padded, answers_only, seed, threads, as on the command line
     """
     from qkit.planning.request import Request
     from qkit.system.progress import Silent
     from qkit.workflows.profile import ProfileRequest
     from qkit.workflows.profile import profile as run
 
-    known = ("group_size", "calib", "samples", "seqlen", "seed", "threads")
+    known = ("group_size", "calib", "samples", "seqlen", "padded", "answers_only", "seed", "threads")
     _refuse_unknown(options, known)
-    if options.get("calib") is not None:
-        options["calib"] = Path(options["calib"])
     base = Request(model=str(model), method=method, **options)
     request = ProfileRequest(base, candidates, tuple(measures), rows, points)
     return run(request, _out_folder(out), progress or Silent())
@@ -243,7 +242,7 @@ def _read(values: Mapping[str, Any], out: Path) -> Any:
 
     _refuse_unknown(values, ("model", *DEFAULTS))
     found = {**DEFAULTS, **values, "model": str(values["model"])}
-    for name in ("calib", "recipe", "profile"):
+    for name in ("recipe", "profile"):
         found[name] = None if found[name] is None else Path(found[name])
     read = read_options(found, out)
     find_model(read.request.model)

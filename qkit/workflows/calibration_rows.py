@@ -7,22 +7,23 @@ from typing import Any
 
 import torch
 
-from qkit.calibration.dataset import Calibration, calibration_rows
+from qkit.calibration.dataset import Calibration
 from qkit.calibration.image_text import (
     drawn_scenes,
     image_text_rows,
     image_tokens,
-    is_dataset,
+    is_image_text,
     load_processor,
     read_image_text,
-    refuse_chat,
 )
+from qkit.calibration.mixture import Layout, embedded_rows, mixed_rows, no_rows
+from qkit.calibration.sources import CalibSource
 from qkit.diffusion.pipeline import check_pipeline
 from qkit.diffusion.trajectory import Trajectory, check_call, sampling_of
 from qkit.errors import UsageError
 from qkit.families.discover import kind_of
 from qkit.families.structure import ModelStructure
-from qkit.files.embedded import embedded_text
+from qkit.files.embedded import embedded_chats, embedded_text
 from qkit.files.folder import is_pipeline
 from qkit.files.locate import find_model
 from qkit.planning.plan import LinearPlan, is_static, rows_reason
@@ -47,6 +48,11 @@ def calibration_of(request: Request, structure: ModelStructure) -> Calibration:
     """The rows of a request: image-text data, rows of a text, or calls along a trajectory."""
     check_rows(request)
     is_text = structure.family.streams is None and not wants_image_text(request, structure)
+    if not is_text and (request.padded or request.answers_only):
+        raise UsageError(
+            f"--{'padded' if request.padded else 'answers-only'} is for texts and chats, and this model is calibrated on more: "
+            "leave it out"
+        )
     if request.synthetic_samples and not is_text:
         raise UsageError(
             f"--synthetic-samples {request.synthetic_samples}: synthetic samples are text, and a "
@@ -58,30 +64,31 @@ def calibration_of(request: Request, structure: ModelStructure) -> Calibration:
 
 
 def wants_image_text(request: Request, structure: ModelStructure) -> bool:
-    """Whether rows have images: those of a vision-language model do, unless the user gives a text."""
-    calib = request.calib
-    is_image_text = calib is not None and (calib.is_dir() or calib.suffix == ".jsonl" or is_dataset(calib))
+    """Whether rows have images: those of a vision-language model do, unless the user gives texts or chats."""
+    sources = request.sources
+    with_images = [s for s in sources if is_image_text(s, bool(structure.family.text_types))]
     if structure.family.text_types:
-        return calib is None or is_image_text
-    if is_image_text and calib is not None and calib.is_file():
-        refuse_chat(calib)
-    if is_image_text:
+        if with_images and len(sources) > 1:
+            request.only_source("image-text data")
+        return not sources or bool(with_images)
+    if with_images:
         raise UsageError(
-            f"--calib {calib}: image-text data is for a vision-language model, and this is a "
-            f"{kind_of(structure.checkpoint.config)}: use a text file"
+            f"--calib {with_images[0].name}: image-text data is for a vision-language model, and this is a "
+            f"{kind_of(structure.checkpoint.config)}: use texts or chats"
         )
     return False
 
 
 def requested_image_text(request: Request, structure: ModelStructure, held_out: bool = False) -> Calibration:
     """Rows of images, questions and answers: the user's, or drawn scenes; held_out: scenes that calibration does not use."""
-    if request.calib is None:
+    path = request.only_source("image-text data")
+    if path is None:
         with needs("calibration on drawn scenes", "data"):
             from qkit_data.scenes import CALIBRATION
         start = 0 if held_out else CALIBRATION + 1000 * request.seed
         image_text, source = list(drawn_scenes(start, request.samples)), "drawn scenes"
     else:
-        image_text, source = read_image_text(request.calib, request.samples), request.calib.name
+        image_text, source = read_image_text(path, request.samples), path.name
     processor = load_processor(structure.checkpoint.path)
     return image_text_rows(image_text, processor, image_tokens(structure.model.config), source)
 
@@ -97,7 +104,8 @@ def trajectory_rows(request: Request, structure: ModelStructure) -> Calibration:
             f"{folder}: a transformer without its pipeline cannot be sampled, and this method or scheme needs "
             "samples: use the pipeline's folder, or another method (--method rtn with w8a8, w4a8 or a weight-only scheme)"
         )
-    sampling = sampling_of(folder, request.calib, request.call)
+    prompts = request.only_source("prompts")
+    sampling = sampling_of(folder, prompts, request.call)
     pipeline_class = getattr(diffusers, check_pipeline(folder)["_class_name"], None)
     if pipeline_class is not None:
         check_call(pipeline_class, sampling.call)  # before a job is begun
@@ -110,7 +118,7 @@ def trajectory_rows(request: Request, structure: ModelStructure) -> Calibration:
         dtype=run_dtype(structure.dtype),
         cap=cap,
     )
-    source = f"{request.calib.name if request.calib else 'own'} prompts"
+    source = f"{prompts.name if prompts else 'own'} prompts"
     return Calibration(
         source=source,
         samples=request.samples,
@@ -123,16 +131,22 @@ def trajectory_rows(request: Request, structure: ModelStructure) -> Calibration:
 
 def text_rows(request: Request, structure: ModelStructure) -> Calibration:
     """The calibration rows of a request. Raises UsageError for rows that are longer than the model's positions."""
-    path = request.calib or embedded_text("calibration")
     config: Any = structure.text_config
     limit = getattr(config, "max_position_embeddings", None)
     if limit and limit > 0 and request.seqlen > limit:
         raise UsageError(
             f"--seqlen {request.seqlen}: this model has positions for {limit} tokens: use a smaller number"
         )
-    source = path.name if request.calib else "embedded calibration text"
+    layout = Layout(
+        samples=request.samples, seqlen=request.seqlen, padded=request.padded, answers_only=request.answers_only
+    )
+    if request.samples == 0:
+        return no_rows(layout)
     tokenizer = load_tokenizer(structure.checkpoint.path)
-    return calibration_rows(path, tokenizer, request.samples, request.seqlen, config.vocab_size, source)
+    if request.sources:
+        return mixed_rows(request.sources, tokenizer, layout, config.vocab_size)
+    text, chats = CalibSource(str(embedded_text("calibration"))), CalibSource(str(embedded_chats()))
+    return embedded_rows(text, chats, tokenizer, layout, config.vocab_size)
 
 
 def _may_need_rows(recipe: Recipe) -> bool:

@@ -218,5 +218,9 @@ def _measured_on(request: Request, choices: CacheChoices) -> tuple[Any, Calibrat
 
 
 def measurement_rows(request: Request, choices: CacheChoices) -> Calibration:
-    """The calibration rows that a cache is measured on."""
+    """The calibration rows that a cache is measured on. Raises UsageError for a request that has only synthetic ones."""
+    if request.samples < 1:
+        raise UsageError(
+            f"--samples {request.samples}: --kv {choices.policy.name} is measured on calibration samples: use at least 1"
+        )
     return calibration_of(request, choices.structure).first(ROWS)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.allocation.limits import MEASURE, BudgetRequest, parse_budget, parse_bytes
+from qkit.calibration.sources import parse_sources
 from qkit.errors import UsageError
 from qkit.files.locate import find_model
 from qkit.kvcache.policy import CacheRequest, parse
@@ -46,6 +47,8 @@ DEFAULTS: dict[str, Any] = {
     "samples": 128,
     "seqlen": 256,
     "synthetic_samples": 0,
+    "padded": False,
+    "answers_only": False,
     "seed": 0,
     "threads": None,
 }
@@ -135,6 +138,8 @@ def make_request(options: dict[str, Any]) -> Request:
     revision, required = options.pop("revision"), options.pop("require_revision")
     if revision is not None or required:
         options["model"] = str(find_model(options["model"], revision, required))
+    options["calib"] = options["calib"] or None
+    parse_sources(options["calib"])
     rows = options.pop("rows_memory")
     options["rows_memory"] = None if rows is None else parse_bytes(rows, "--rows-memory")
     return Request(options=method_options, call=call, policy=policy, targets=targets, **options)

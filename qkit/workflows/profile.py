@@ -60,7 +60,9 @@ class ProfileRequest:
     def measured_rows(self) -> int:
         """The number of rows. Raises UsageError for one that cannot be."""
         if self.base.samples < 1:
-            raise UsageError(f"--samples {self.base.samples}: expected at least 1")
+            raise UsageError(
+                f"--samples {self.base.samples}: expected at least 1, since costs are measured on calibration samples"
+            )
         if self.rows is not None and not 1 <= self.rows <= self.base.samples:
             raise UsageError(
                 f"--rows {self.rows}: expected 1 to {self.base.samples}, the number of calibration samples (--samples)"

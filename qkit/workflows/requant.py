@@ -203,9 +203,11 @@ class _Trials:
 
 
 def comparison_rows(plan: Plan) -> Calibration:
-    """The rows that sensitivity and trials are measured on. Raises UsageError where the base method runs none."""
+    """The rows that sensitivity and trials are measured on. Raises UsageError where there are none before the run."""
     if plan.calibration is None:  # rounding without significant weights runs no rows by itself
         raise UsageError(f"method {REQUANT} with rtn needs significant weights: use --significant above 0")
+    if not plan.calibration.samples:
+        raise UsageError(f"method {REQUANT} is measured on calibration samples: use at least 1 (--samples)")
     return plan.calibration.first(ROWS)
 
 

@@ -40,7 +40,7 @@ AT_LEAST = {
 AT_LEAST |= {"rich", "numpy"}
 # Loaded by nobody but diffusers; contenders of a benchmark that may be there or not; kernels, which have their own rules.
 AFTER_DIFFUSERS = ROOT / "qkit" / "runtime" / "diffusers_plugin.py"
-MAY_BE_THERE = {"onnx", "onnxruntime", "auto_round_kernel", "qkit", "qkit_kernels"}
+MAY_BE_THERE = {"pyarrow", "onnx", "onnxruntime", "auto_round_kernel", "qkit", "qkit_kernels"}
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ def test_every_option_with_one_value(verb, run):
 
 
 def test_three_times_the_first_is_not_lost_without_a_word(run):
-    code, _, err = run("quantize", "--calib", "a b", "--calib", "B", "--calib", "C", "--model", "m", "--out", "o")
-    assert code == 2 and "--calib is used 3 times, with 'a b' and B and C: use it once" in err
+    code, _, err = run("quantize", "--recipe", "a b", "--recipe", "B", "--recipe", "C", "--model", "m", "--out", "o")
+    assert code == 2 and "--recipe is used 3 times, with 'a b' and B and C: use it once" in err
 
 
 def test_an_option_of_the_program_itself(run):

@@ -10,8 +10,10 @@ import pytest
 import qkit_data
 
 from qkit.calibration.chat_templates import Confined, rendered, written
-from qkit.calibration.dataset import calibration_rows, token_ids
+from qkit.calibration.dataset import token_ids
 from qkit.calibration.image_text import ImageText, encode, load_processor, read_image_text
+from qkit.calibration.mixture import Layout, mixed_rows
+from qkit.calibration.sources import CalibSource
 from qkit.errors import BadCalibration, BadCheckpoint, BadInput, BadRecipe, QkitError, Unsupported
 from qkit.evaluation.budget import load_budget
 from qkit.evaluation.text import first_tokens, tokenize
@@ -43,7 +45,7 @@ def test_what_never_ends_is_refused(pipe, tmp_path, tokenizer, kind):
         place.symlink_to("/dev/zero")
     start = time.monotonic()
     for error, use in (
-        (BadCalibration, lambda: calibration_rows(place, tokenizer, 2, 8, 4096)),
+        (BadCalibration, lambda: mixed_rows([CalibSource(str(place))], tokenizer, Layout(samples=2, seqlen=8), 4096)),
         (BadRecipe, lambda: load_recipe(place, {})),
         (BadRecipe, lambda: load_budget(place)),
         (BadInput, lambda: first_tokens(tokenizer, place, 10)),
@@ -195,7 +197,7 @@ def test_rows_are_those_of_the_whole_text(tmp_path, tokenizer, filler):
     file.write_text((text[:70_000] + filler) * 5, encoding="utf-8")
     whole = token_ids(tokenizer, file.read_text(encoding="utf-8"))
     for samples, seqlen in ((1, 2), (4, 32), (40, 64), (100, 128)):
-        rows = calibration_rows(file, tokenizer, samples, seqlen, 4096)
+        rows = mixed_rows([CalibSource(str(file))], tokenizer, Layout(samples=samples, seqlen=seqlen), 4096)
         assert rows.tokens.flatten().tolist() == whole[: samples * seqlen]
     assert first_tokens(tokenizer, file, 4000)[:4000].tolist() == tokenize(tokenizer, file.read_text())[:4000].tolist()
 
@@ -232,7 +234,7 @@ def test_a_text_that_is_too_short_is_counted_whole(tmp_path, tokenizer):
     file.write_text(qkit_data.text_path("calibration").read_text(encoding="utf-8")[:400_000], encoding="utf-8")
     count = len(token_ids(tokenizer, file.read_text(encoding="utf-8")))
     with pytest.raises(BadCalibration, match=f"{count} tokens are"):
-        calibration_rows(file, tokenizer, 10_000, 256, 4096)
+        mixed_rows([CalibSource(str(file))], tokenizer, Layout(samples=10_000, seqlen=256), 4096)
 
 
 def test_a_sparse_side_file_is_refused(tiny, tmp_path):

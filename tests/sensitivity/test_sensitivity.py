@@ -7,7 +7,8 @@ import pytest
 import qkit_data
 import torch
 
-from qkit.calibration.dataset import calibration_rows
+from qkit.calibration.mixture import Layout, mixed_rows
+from qkit.calibration.sources import CalibSource
 from qkit.errors import BadInput, Unsupported
 from qkit.files import offload
 from qkit.runtime import loading
@@ -38,7 +39,7 @@ def reference():
 @pytest.fixture(scope="module")
 def rows(reference):
     path = qkit_data.text_path("calibration")
-    return calibration_rows(path, load_tokenizer("tiny-llama"), 8, 64, 4096).tokens
+    return mixed_rows([CalibSource(str(path))], load_tokenizer("tiny-llama"), Layout(samples=8, seqlen=64), 4096).tokens
 
 
 def rounded(reference, bits: int) -> dict[str, torch.Tensor]:
