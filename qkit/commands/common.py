@@ -208,10 +208,15 @@ def write_json(file: Path | None, data: Any) -> None:
 
 def show_coverage(prepared: PreparedRequest, console: Console) -> None:
     "Quantized and skipped layers with reasons, the bytes, and the engines that load the result."
+    from qkit.files.sources.opening import encodings
     from qkit.planning.fused_layers import engine_lines_of
     from qkit.workflows.quantize import coverage
 
     plan = prepared.plan
+    decoded = encodings(prepared.structure.checkpoint.tensors)
+    if decoded:
+        counts = ", ".join(f"{count} weights of {encoding}" for encoding, count in decoded.items())
+        console.print(Text(f"the source is quantized already and decoded on reading: {counts}"))
     kinds: dict[tuple[str, str, str, str], list[int]] = {}
     for p in plan.linears.values():
         group = str(p.weights.group or p.weights.strategy)

@@ -3,6 +3,8 @@
 A folder is a model when it has a config.json and one set of safetensors files: a single file, or shards
 under an index. ``folder.py`` says which files may be read, ``safefile.py`` reads them; here they are put
 together and held against each other. Config keys that make other libraries fetch or run code go no further.
+Tensors of a model that is quantized already are decoded when they are read (``files.sources``): whoever reads a
+checkpoint sees plain numbers under plain names.
 """
 
 from __future__ import annotations
@@ -25,8 +27,6 @@ from qkit.files.folder import (
     load_json,
     parse_checked,
     refuse_adapter,
-    refuse_quantized,
-    refuse_quantized_names,
     require_safetensors,
     strip_code_keys,
 )
@@ -41,6 +41,8 @@ from qkit.files.safefile import (
 )
 from qkit.files.schema import model_config
 from qkit.files.side_files import hash_side_files, sampled_hash
+from qkit.files.sources.decoded import DecodedInfo
+from qkit.files.sources.opening import PlainView, plain_view
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +77,7 @@ class Checkpoint:
 
     path:     the real path of the folder
     config:   config.json without the keys of ``dropped``
-    tensors:  every tensor of all shards by name
+    tensors:  every tensor of all shards by name; of a source that is quantized already, the plain ones that it is decoded to
     shards:   the weight files, sorted
     dropped:  dotted names of the config keys left out because they choose code
     warnings: what is allowed, but the user should know
@@ -89,13 +91,15 @@ class Checkpoint:
     warnings: tuple[str, ...]
     _config_hash: str
     _states: dict[Path, os.stat_result]
+    _stored: dict[str, TensorInfo]
 
     @classmethod
     def open(cls, path: str | Path, *, quantized: bool = False) -> Checkpoint:
         """The model in a folder; reads config, index and headers, no values.
 
-        Raises Unsupported for a model that is quantized already (unless ``quantized``) or GGUF; BadCheckpoint
-        for everything damaged, incomplete, ambiguous or leading out of the folder; IOFailure.
+        quantized: leave tensors and config of a model that is quantized as they are stored, instead of decoding them
+        Raises Unsupported for GGUF, and for a way of quantizing that qkit does not decode (unless ``quantized``);
+        BadCheckpoint for everything damaged, incomplete, ambiguous or leading out of the folder; IOFailure.
         """
         if not os.path.isdir(path):
             raise BadCheckpoint(f"{path}: no such folder: use the folder of a model with config.json and safetensors")
@@ -108,25 +112,23 @@ class Checkpoint:
         if not isinstance(config, dict):
             raise BadCheckpoint(f"{folder / 'config.json'}: found a {type(config).__name__}, expected a JSON object")
         model_config(config, str(folder / "config.json"))
-        if not quantized:
-            refuse_quantized(folder, names, config)
         files, weight_map = find_weights(folder, names)
         states = {file: _state(file) for file in files}
         tensors = _merge(files, folder, weight_map)
-        if not quantized:
-            refuse_quantized_names(folder, tensors)
         clean, dropped = strip_code_keys(config)
+        view = PlainView(clean, tensors) if quantized else plain_view(folder, names, clean, tensors)
         linked = tuple(f"{file} has more than one hard link" for file in files if states[file].st_nlink > 1)
         config_hash = hashlib.sha256(raw).hexdigest()
         return cls(
             path=folder,
-            config=clean,
-            tensors=tensors,
+            config=view.config,
+            tensors=view.tensors,
             shards=tuple(files),
             dropped=tuple(dropped),
             warnings=linked,
             _config_hash=config_hash,
             _states=states,
+            _stored=tensors,
         )
 
     def read(self, name: str) -> torch.Tensor:
@@ -134,6 +136,15 @@ class Checkpoint:
         if name not in self.tensors:
             raise BadCheckpoint(f"{self.path}: no tensor {shown(name)}: the model folder does not fit its config.json")
         info = self.tensors[name]
+        if isinstance(info, DecodedInfo):
+            return info.decode(self.read_stored(info))
+        return self._read(info)
+
+    def read_stored(self, info: DecodedInfo) -> dict[str, torch.Tensor]:
+        """What a decoded tensor is made of, by role. Raises as ``read``."""
+        return {role: self._read(part) for role, part in info.parts.items()}
+
+    def _read(self, info: TensorInfo) -> torch.Tensor:
         self._check_unchanged(info.file)
         tensor = read_tensor(info)
         self._check_unchanged(info.file)
@@ -152,8 +163,8 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together."""
-        return sum(info.nbytes for info in self.tensors.values())
+        """Bytes of all tensors together, as they are stored."""
+        return sum(info.nbytes for info in self._stored.values())
 
     def fingerprint(self) -> str:
         """sha256 over the config, and name, size, header and samples of the content of every shard, in hex.
@@ -162,7 +173,7 @@ class Checkpoint:
         instant, and does not see every changed value: that takes ``sha256``.
         """
         starts: dict[Path, int] = {}
-        for info in self.tensors.values():
+        for info in self._stored.values():
             starts[info.file] = min(info.begin, starts.get(info.file, info.begin))
         return self._digest(lambda file: sampled_hash(file, starts[file], self._states[file].st_size))
 

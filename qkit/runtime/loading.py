@@ -38,7 +38,8 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     """A transformers language model in eval mode, or a diffusers pipeline (or its transformer alone).
 
     path:  a folder that ``qkit quantize`` wrote (or any compressed-tensors checkpoint in a format qkit knows), or a
-           full-precision one, or the name of a reference model
+           full-precision one, or one that is quantized in another way (``files.sources``; its weights are decoded), or the
+           name of a reference model
     dtype: of activations and unquantized weights; default: the checkpoint's. float32 computes on exactly the decompressed
            weights.
     kv:    the KV cache that ``generate`` uses, a policy such as 'kivi2' ('none': a plain one); default: that of the
@@ -50,7 +51,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     mark = read_mark(folder)
     if mark is not None:
         warnings.warn(f"{folder}: {describe_mark(mark)}", RejectedWarning, stacklevel=3)
-    checkpoint = Checkpoint.open(weights_folder(folder), quantized=True)
+    checkpoint = _opened(weights_folder(folder))
     if "_class_name" in checkpoint.config:
         return _diffusion(folder, checkpoint, dtype, device, kv)
     check_config(checkpoint.config, checkpoint.tensors)
@@ -97,6 +98,16 @@ def _diffusion(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, 
 
 
 METHODS = ("compressed-tensors", "qkit")
+
+
+def _opened(folder: Path) -> Checkpoint:
+    """The checkpoint with packed weights as they are where qkit runs them, and else decoded to plain ones."""
+    packed = Checkpoint.open(folder, quantized=True)
+    quantization = packed.config.get("quantization_config")
+    runs = isinstance(quantization, dict) and quantization.get("quant_method") in METHODS
+    return packed if runs else Checkpoint.open(folder)
+
+
 PLAIN = tuple(DTYPES.values())  # dtypes of scales that readers treat as equivalent
 
 
