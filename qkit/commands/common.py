@@ -63,6 +63,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Path(path_type=Path),
             help="Calibration data: a text file, image-text data, or prompts of a diffusion pipeline (default: embedded data).",
         ),
+        model("--base", help="The model that an adapter (LoRA), given as --model, is merged into."),
         model("--revision", help="Branch, tag or commit of a hub model. The commit is recorded in qkit.json."),
         model("--require-revision", is_flag=True, help="Refuse a hub model without --revision."),
         model(

@@ -22,6 +22,7 @@ from qkit.engine.partial_output import Partial
 from qkit.errors import QkitError
 from qkit.families.structure import ModelStructure
 from qkit.files.folder import DENOISER, RECORD, WEIGHT_STEMS, hub_source, read_record, weights_folder
+from qkit.files.hash_cache import cached_sha256
 from qkit.files.record import FORMAT_VERSION, to_bytes, write_record
 from qkit.files.safefile import TensorInfo, write_atomic, write_safetensors
 from qkit.files.side_files import check_unchanged, copy_side_files
@@ -276,6 +277,9 @@ def _record(
         "source": {
             "fingerprint": plan.source_fingerprint,
             **hashed,
+            **(
+                {} if structure.checkpoint.adapter is None else {"adapter": cached_sha256(structure.checkpoint.adapter)}
+            ),
             "model_type": plan.model_type,
             "bytes": plan.source_bytes,
             **hub_source(structure.checkpoint.path),

@@ -22,6 +22,7 @@ from qkit.families.blocks import LANGUAGE, BlockSequence, BlockStructure, Group,
 from qkit.families.declared import DECLARED
 from qkit.families.discover import build_skeleton, family_of, kind_of
 from qkit.families.mismatch import another_class, other_storage
+from qkit.families.prefixes import under_model_names
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import DENOISER
 from qkit.system.machine import run_dtype
@@ -38,9 +39,10 @@ class ModelStructure:
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> None:
         """Raises Unsupported or BadCheckpoint. model: the skeleton, where there is one already."""
-        self.checkpoint = checkpoint
         self.dtype = dtype_of(checkpoint)
         self.model = model or build_skeleton(checkpoint.config, str(checkpoint.path), self.dtype)
+        packed = "quantization_config" in checkpoint.config
+        self.checkpoint = checkpoint if packed else under_model_names(checkpoint, self.model)
         self.family: Family = family_of(self.model, kind_of(checkpoint.config))
         config: Any = self.model.config
         self.text_config: Any = config if self.family.streams else config.get_text_config(decoder=True)

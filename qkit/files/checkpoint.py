@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -42,6 +42,7 @@ from qkit.files.safefile import (
 from qkit.files.schema import model_config
 from qkit.files.side_files import hash_side_files, sampled_hash
 from qkit.files.sources.decoded import DecodedInfo
+from qkit.files.sources.lora import merged, open_adapter
 from qkit.files.sources.opening import PlainView, plain_view
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config"
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+ADAPTER = "adapter/"  # begins the names of what an adapter adds, which no tensor and no file of a model has
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
@@ -81,6 +83,7 @@ class Checkpoint:
     shards:   the weight files, sorted
     dropped:  dotted names of the config keys left out because they choose code
     warnings: what is allowed, but the user should know
+    adapter:  the weights of the adapter that is merged into the model; None without one
     """
 
     path: Path
@@ -89,15 +92,17 @@ class Checkpoint:
     shards: tuple[Path, ...]
     dropped: tuple[str, ...]
     warnings: tuple[str, ...]
+    adapter: Path | None
     _config_hash: str
     _states: dict[Path, os.stat_result]
     _stored: dict[str, TensorInfo]
 
     @classmethod
-    def open(cls, path: str | Path, *, quantized: bool = False) -> Checkpoint:
+    def open(cls, path: str | Path, *, quantized: bool = False, adapter: str | Path | None = None) -> Checkpoint:
         """The model in a folder; reads config, index and headers, no values.
 
         quantized: leave tensors and config of a model that is quantized as they are stored, instead of decoding them
+        adapter: the folder of an adapter (LoRA) that is merged into the model
         Raises Unsupported for GGUF, and for a way of quantizing that qkit does not decode (unless ``quantized``);
         BadCheckpoint for everything damaged, incomplete, ambiguous or leading out of the folder; IOFailure.
         """
@@ -119,13 +124,22 @@ class Checkpoint:
         view = PlainView(clean, tensors) if quantized else plain_view(folder, names, clean, tensors)
         linked = tuple(f"{file} has more than one hard link" for file in files if states[file].st_nlink > 1)
         config_hash = hashlib.sha256(raw).hexdigest()
+        plain, weights = view.tensors, None
+        if adapter is not None:
+            opened = open_adapter(adapter)
+            plain = merged(opened, folder, view.tensors)
+            weights = opened.file
+            files, states = [*files, weights], {**states, weights: _state(weights)}
+            tensors = {**tensors, **{f"{ADAPTER}{name}": info for name, info in opened.tensors.items()}}
+            config_hash += opened.config_hash
         return cls(
             path=folder,
             config=view.config,
-            tensors=view.tensors,
+            tensors=plain,
             shards=tuple(files),
             dropped=tuple(dropped),
             warnings=linked,
+            adapter=weights,
             _config_hash=config_hash,
             _states=states,
             _stored=tensors,
@@ -135,20 +149,23 @@ class Checkpoint:
         """One tensor, as ``read_tensor``. Raises BadCheckpoint also when its file changed since ``open``."""
         if name not in self.tensors:
             raise BadCheckpoint(f"{self.path}: no tensor {shown(name)}: the model folder does not fit its config.json")
-        info = self.tensors[name]
-        if isinstance(info, DecodedInfo):
-            return info.decode(self.read_stored(info))
-        return self._read(info)
+        return self._read(self.tensors[name])
 
     def read_stored(self, info: DecodedInfo) -> dict[str, torch.Tensor]:
         """What a decoded tensor is made of, by role. Raises as ``read``."""
         return {role: self._read(part) for role, part in info.parts.items()}
 
     def _read(self, info: TensorInfo) -> torch.Tensor:
+        if isinstance(info, DecodedInfo):
+            return info.decode(self.read_stored(info))
         self._check_unchanged(info.file)
         tensor = read_tensor(info)
         self._check_unchanged(info.file)
         return tensor
+
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same checkpoint with tensors under other names, {name: new name}."""
+        return replace(self, tensors={names.get(name, name): info for name, info in self.tensors.items()})
 
     def read_finite(self, name: str, allow: bool = False) -> torch.Tensor:
         """One tensor. Raises NumericFailure when it holds NaN or infinity, unless ``allow``."""
@@ -191,7 +208,8 @@ class Checkpoint:
         digest = hashlib.sha256(self._config_hash.encode())
         for file in self.shards:
             self._check_unchanged(file)
-            name, size = file.relative_to(self.path).as_posix(), self._states[file].st_size
+            name = file.relative_to(self.path).as_posix() if file.is_relative_to(self.path) else f"{ADAPTER}{file.name}"
+            size = self._states[file].st_size
             digest.update(f"{name}\0{size}\0{content(file)}\0".encode())
             self._check_unchanged(file)
         return digest.hexdigest()

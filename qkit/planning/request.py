@@ -19,6 +19,7 @@ REQUANT_OUTLIERS, REQUANT_SIGNIFICANT = 0.45, 0.05  # percent, of the paper's Sq
 class Request:
     """The options of ``qkit quantize``.
 
+    adapter: the folder of an adapter (LoRA) that is merged into the model.
     calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method needs
     any, and ``written`` rows more, which the model writes itself. recipe: a YAML file; scheme, method, group_size and
     options given here go over it. rules: as in a recipe, what an allocation decided. effort: a name of EFFORTS, options of
@@ -29,6 +30,7 @@ class Request:
     """
 
     model: str
+    adapter: str | None = None
     scheme: str | None = None
     method: str | None = None
     group_size: int | None = None

@@ -122,7 +122,7 @@ def _read_choices(request: Request, cache_request: CacheRequest) -> CacheChoices
     policy = parse(cache_request.kv)
     if policy.kind == "fp" and cache_request.memory is not None:
         raise UsageError("--kv-memory: fp8 has one width, so a budget has nothing to choose: leave it out")
-    structure = open_structure(request.model, "--kv")
+    structure = open_structure(request.model, "--kv", adapter=request.adapter)
     config: Any = structure.model.config
     heads = CacheShape.of(config)
     length = cache_request.length or getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

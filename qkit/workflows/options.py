@@ -13,6 +13,7 @@ from typing import Any
 from qkit.allocation.limits import MEASURE, BudgetRequest, parse_budget, parse_bytes
 from qkit.errors import UsageError
 from qkit.files.locate import find_model
+from qkit.files.sources.lora import is_adapter
 from qkit.kvcache.policy import CacheRequest, parse
 from qkit.planning.recipe import MOST_SPARSE
 from qkit.planning.request import REQUANT, Request, is_requant, recipe_of
@@ -31,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "refine": 0,
     **dict.fromkeys(("kv", "kv_memory", "max_length")),
     "kv_scale_keys": False,
+    "base": None,
     "revision": None,
     "require_revision": False,
     **dict.fromkeys(
@@ -135,9 +137,22 @@ def make_request(options: dict[str, Any]) -> Request:
     revision, required = options.pop("revision"), options.pop("require_revision")
     if revision is not None or required:
         options["model"] = str(find_model(options["model"], revision, required))
+    base = options.pop("base")
+    if base is not None:
+        options["model"], options["adapter"] = _with_base(options["model"], base)
     rows = options.pop("rows_memory")
     options["rows_memory"] = None if rows is None else parse_bytes(rows, "--rows-memory")
     return Request(options=method_options, call=call, policy=policy, targets=targets, **options)
+
+
+def _with_base(adapter: str, base: str) -> tuple[str, str]:
+    """(the model to open, the adapter to merge into it). Raises UsageError where --model is no adapter."""
+    folder = find_model(adapter)
+    if not is_adapter(folder):
+        raise UsageError(
+            f"--base {base}: it is for an adapter (LoRA) as --model, and {adapter} has no adapter_config.json: leave it out"
+        )
+    return base, str(folder)
 
 
 def _targets(items: Mapping[str, str] | Sequence[str]) -> dict[str, str] | None:

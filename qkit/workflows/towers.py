@@ -72,10 +72,10 @@ class OpenTowers:
 def open_towers(request: Request) -> OpenTowers:
     """The parts that a request leaves open, found without measuring. There are none where there are no rows with images to
     decide on, or no memory for the whole model: such parts stay as they are."""
-    kind = kind_of(Checkpoint.open(weights_folder(find_model(request.model))).config)
+    kind = kind_of(Checkpoint.open(weights_folder(find_model(request.model)), adapter=request.adapter).config)
     if not any(kind in family.model_types for family in DECLARED if family.towers):
         return OpenTowers(request=request)
-    recipe, structure = recipe_of(request), open_structure(request.model)
+    recipe, structure = recipe_of(request), open_structure(request.model, adapter=request.adapter)
     auto_towers = [t for t in structure.towers if recipe.targets.get(t.name, AUTO) == AUTO]
     rows = calibration_asked(request, structure, recipe) if auto_towers else None
     available = available_memory()

@@ -102,8 +102,8 @@ def plain_view(folder: Path, names: list[str], config: dict[str, Any], tensors: 
     _check_rest(stored, rest)
     if not found.weights:
         raise BadCheckpoint(
-            f"{folder}: config.json says that the model is quantized ({method}), and no tensor is stored so: get the model again, "
-            "or take quantization_config out of config.json if its weights are plain"
+            f"{folder}: config.json says that the model is quantized ({method}), and no tensor is stored so: get the model "
+            "again, or take quantization_config out of config.json if its weights are plain"
         )
     return PlainView(plain, rest | dict(found.weights))
 
