@@ -73,6 +73,13 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         scheme("--recipe", type=click.Path(path_type=Path), help="YAML file with rules per layer."),
         scheme(
+            "--keep-source",
+            "keep_source",
+            multiple=True,
+            metavar="GLOB",
+            help="Layers that stay as a source that is quantized already stores them, repeatable: '*.experts.*'.",
+        ),
+        scheme(
             "--option",
             "options",
             multiple=True,
@@ -219,10 +226,11 @@ def show_coverage(prepared: PreparedRequest, console: Console) -> None:
         counts = ", ".join(f"{count} weights of {encoding}" for encoding, count in decoded.items())
         console.print(Text(f"the source is quantized already and decoded on reading: {counts}"))
     kinds: dict[tuple[str, str, str, str], list[int]] = {}
-    for p in plan.linears.values():
+    for p in (*plan.linears.values(), *plan.kept.values()):
         group = str(p.weights.group or p.weights.strategy)
         acts = "-" if p.activations is None else p.activations.name
-        solver = "+".join((p.solver, *(t for t in plan.transforms if TRANSFORMS[t].stage == "block")))
+        learned = [t for t in plan.transforms if TRANSFORMS[t].stage == "block" and p.name in plan.linears]
+        solver = "+".join((p.solver, *learned))
         entry = kinds.setdefault((p.scheme, f"{p.weights.name}, {group}", acts, solver), [0, 0])
         entry[0] += 1
         entry[1] += p.shape[0] * p.shape[1]

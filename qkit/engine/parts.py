@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor
 
 from qkit.engine.solving import LinearResult
+from qkit.errors import Unsupported
 from qkit.families.materialize import plain_tensors
 from qkit.tensor import lowrank, sparse
 from qkit.tensor.input_transform import RESIDUAL, SCALE
@@ -16,15 +17,23 @@ from qkit.transforms.state import BlockState
 ROW_NOTICE = "calibration"  # in an entry of the journal
 
 
-def part_tensors(results: list[LinearResult], state: BlockState, originals: bool) -> dict[str, Tensor]:
+def part_tensors(
+    results: list[LinearResult], state: BlockState, originals: bool, kept: Collection[str] = ()
+) -> dict[str, Tensor]:
     """{name: tensor} of a part: '<linear>:<piece>' for quantized linears, and the checkpoint's name for plain tensors.
 
     originals: add the weights that a transform rewrote, as they were before quantization.
+    kept: linears that the export takes from the source. Raises Unsupported where one was rewritten.
     """
     tensors = plain_tensors(state.structure.checkpoint, state.block, state.module)
     planned = {r.plan.name for r in results}
     for linear in state.block.linears:
-        if linear.name not in planned:
+        if linear.name in kept and linear.name in state.changed:
+            raise Unsupported(
+                f"{linear.name}: --keep-source keeps it as it is, and another option rewrote its weight: leave one "
+                "of the two out"
+            )
+        if linear.name not in planned and linear.name not in kept:
             name = f"{linear.name}.weight"
             original = state.structure.checkpoint.read(name)
             changed = state.changed.get(linear.name)

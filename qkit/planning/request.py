@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.errors import UsageError
-from qkit.planning.recipe import Recipe, load_recipe, make_recipe, parse_method
+from qkit.planning.recipe import Recipe, Rule, load_recipe, make_recipe, parse_method
 from qkit.planning.renamed import current_names
 from qkit.transforms.table import EFFORTS, TRANSFORMS
 
@@ -22,7 +22,8 @@ class Request:
     adapter: the folder of an adapter (LoRA) that is merged into the model.
     calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method needs
     any, and ``written`` rows more, which the model writes itself. recipe: a YAML file; scheme, method, group_size and
-    options given here go over it. rules: as in a recipe, what an allocation decided. effort: a name of EFFORTS, options of
+    options given here go over it. rules: as in a recipe, what an allocation decided. keep_source: globs
+    of layers that stay as a quantized source stores them, before all rules. effort: a name of EFFORTS, options of
     learned rounding. outliers, rank, significant, targets: as in a recipe; None: what the recipe says. call: of a diffusion
     pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and rows_memory the bytes
     that rows may use in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run with, as
@@ -36,6 +37,7 @@ class Request:
     group_size: int | None = None
     recipe: Path | None = None
     rules: tuple[dict[str, Any], ...] = ()
+    keep_source: tuple[str, ...] = ()
     outliers: float | dict[str, float] | None = None
     rank: int | dict[str, int] | None = None
     significant: float | None = None
@@ -81,6 +83,8 @@ def recipe_of(request: Request) -> Recipe:
     recipe = (
         make_recipe(overrides, "command line") if request.recipe is None else load_recipe(request.recipe, overrides)
     )
+    kept = tuple(Rule(match=glob, keep=True) for glob in request.keep_source)
+    recipe = recipe.model_copy(update={"rules": (*kept, *recipe.rules)}) if kept else recipe
     if request.effort is None:
         return recipe
     if not any(TRANSFORMS[t].stage == "block" for t in parse_method(recipe.method)[0]):

@@ -54,6 +54,17 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     checkpoint = _opened(weights_folder(folder))
     if "_class_name" in checkpoint.config:
         return _diffusion(folder, checkpoint, dtype, device, kv)
+    model = load_checkpoint(checkpoint, dtype, device)
+    _cache_policy(model, folder, kv)
+    return model
+
+
+def load_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+    """The model of an opened checkpoint, as ``load`` gives it, with the plain weights that the checkpoint stands for: decoded,
+    and with an adapter merged."""
+    folder = checkpoint.path
+    if "_class_name" in checkpoint.config:
+        return _diffusion(folder, checkpoint, dtype, device, None)
     check_config(checkpoint.config, checkpoint.tensors)
     structure = PackedStructure(checkpoint)
     model: Any = structure.model
@@ -79,9 +90,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     model.config.dtype = dtype
     model.tie_weights()
     _generation_config(model, folder)
-    model = model.eval().to(device)
-    _cache_policy(model, folder, kv)
-    return model
+    return model.eval().to(device)
 
 
 def _diffusion(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, device: str, kv: str | None) -> Any:

@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(
         ("scheme", "method", "group_size", "recipe", "outliers", "rank", "significant", "effort", "export")
     ),
+    "keep_source": (),
     "options": (),
     "call": (),
     "policy": (),
@@ -88,6 +89,10 @@ def _read(values: dict[str, Any], out: Path) -> QuantizeOptions:
             if of_budget[name]:
                 raise UsageError(f"--{name.removesuffix('s')} goes with a budget: add {WAYS}")
         return QuantizeOptions(request, None, cache)
+    if request.keep_source:
+        raise UsageError(
+            f"--keep-source {request.keep_source[0]}: a budget decides over every layer: leave it out, or use --scheme"
+        )
     if is_requant(request.method):
         raise UsageError(
             "method requant and a budget exclude each other: add sparse formats to --candidates (int3+0.5%)"
@@ -142,6 +147,8 @@ def make_request(options: dict[str, Any]) -> Request:
         options["model"], options["adapter"] = _with_base(options["model"], base)
     rows = options.pop("rows_memory")
     options["rows_memory"] = None if rows is None else parse_bytes(rows, "--rows-memory")
+    kept = options.pop("keep_source")
+    options["keep_source"] = (kept,) if isinstance(kept, str) else tuple(kept)
     return Request(options=method_options, call=call, policy=policy, targets=targets, **options)
 
 

@@ -271,6 +271,7 @@ def coverage(plan: Plan) -> dict[str, Any]:
     return {
         "quantized": len(plan.linears),
         "skipped": len(plan.skipped),
+        **({"kept": len(plan.kept)} if plan.kept else {}),
         "schemes": schemes,
         "weights": weights,
         "bytes_before": plan.source_bytes,

@@ -24,7 +24,7 @@ from qkit.files.locate import find_model
 from qkit.planning.recipe import Recipe
 from qkit.planning.request import Request, recipe_of
 from qkit.planning.towers import AUTO, SKIP
-from qkit.runtime.loading import load
+from qkit.runtime.loading import load_checkpoint
 from qkit.sensitivity.forecast import model_memory
 from qkit.sensitivity.reference_model import ReferenceModel, Replacement
 from qkit.system.machine import available_cores, available_memory
@@ -132,7 +132,7 @@ def measure_towers(
     progress.start("cost of rounding each part", 1 + len(structure.sequences))
     costs = {}
     with workers(threads) as pool:
-        original = ReferenceModel(load(structure.checkpoint.path, dtype=torch.float32), structure, pool)
+        original = ReferenceModel(load_checkpoint(structure.checkpoint, torch.float32), structure, pool)
         reference = original.log_probs(rows)
         progress.step()
         for sequence in structure.sequences:
