@@ -6,7 +6,7 @@ compressed-tensors. What the source holds in full precision stays so.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from qkit.errors import Unsupported, UsageError
 from qkit.files.checkpoint import Checkpoint
@@ -15,44 +15,27 @@ from qkit.planning.recipe import Recipe
 from qkit.tensor.formats import SCHEMES
 from qkit.transforms.table import TRANSFORMS
 
-if TYPE_CHECKING:
-    from qkit.families.blocks import Linear
-    from qkit.planning.plan import LinearPlan
-
 KEPT = "kept"  # in place of a solver's name
 PLAIN_REASON = "--keep-source leaves it as it is, and the source holds it in full precision"
 _REWRITES = ("load", "stats")  # stages of transforms that rewrite weights
 
 
-def keep_as_stored(
-    linear: Linear, checkpoint: Checkpoint, kept: dict[str, LinearPlan], skipped: dict[str, str]
-) -> None:
-    """Puts a linear among the ``kept``, or the ``skipped`` where the source does not quantize it. Raises Unsupported for one
-    whose numbers a result has no place for."""
-    from qkit.planning.plan import LinearPlan
-
-    info = checkpoint.tensors.get(f"{linear.name}.weight")
+def kept_fields(name: str, checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What the plan says of a linear that is kept; None where the source does not quantize it. Raises Unsupported for one whose
+    numbers a result has no place for."""
+    info = checkpoint.tensors.get(f"{name}.weight")
     if info is not None and not isinstance(info, DecodedInfo):
-        skipped[linear.name] = PLAIN_REASON
-        return
+        return None
     why = info.kept if info is not None else "the source stores it in one tensor with others"
     if isinstance(why, str):
         how = "" if info is None else f" ({info.encoding})"
         raise Unsupported(
-            f"{linear.name}: --keep-source cannot keep it as the source stores it{how}: {why}: leave it out of the pattern, "
-            "and it is quantized anew"
+            f"{name}: --keep-source cannot keep it as the source stores it{how}: {why}: leave it out of the pattern, and it is "
+            "quantized anew"
         )
-    name = next(
-        (s.name for s in SCHEMES.values() if (s.weights, s.activations) == (why.weights, why.activations)), None
-    )
-    kept[linear.name] = LinearPlan(
-        name=linear.name,
-        shape=linear.shape,
-        scheme=name or why.weights.name.upper(),
-        weights=why.weights,
-        activations=why.activations,
-        solver=KEPT,
-    )
+    pair = (why.weights, why.activations)
+    scheme = next((s.name for s in SCHEMES.values() if (s.weights, s.activations) == pair), why.weights.name.upper())
+    return {"scheme": scheme, "weights": why.weights, "activations": why.activations, "solver": KEPT}
 
 
 def check_keeping(recipe: Recipe, transforms: tuple[str, ...]) -> None:

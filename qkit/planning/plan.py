@@ -22,7 +22,7 @@ from qkit.families.discover import kind_of
 from qkit.families.structure import ModelStructure
 from qkit.kvcache.scales import tensor_names
 from qkit.planning.fused_layers import check_shapes, fused_linears, split_apart
-from qkit.planning.kept import keep_as_stored
+from qkit.planning.kept import PLAIN_REASON, kept_fields
 from qkit.planning.methods import check_doubled, check_method
 from qkit.planning.recipe import Recipe, RecipeTrial, Rule, check_rules, parse_method, rule_for
 from qkit.planning.sizes import check_rank, packed_bytes
@@ -192,10 +192,8 @@ def make_plan(
     """
     transforms, _ = parse_method(recipe.method)
     check_method(recipe, transforms, structure, calibration)
-    linears: dict[str, LinearPlan] = {}
-    skipped: dict[str, str] = {}
-    kept: dict[str, LinearPlan] = {}
-    matched: set[int] = set()
+    linears, kept = dict[str, LinearPlan](), dict[str, LinearPlan]()
+    skipped, matched = dict[str, str](), set[int]()
     targets = tower_rules(recipe, structure)
     for sequence in structure.sequences:
         for linear, widths in _with_widths(sequence):
@@ -208,7 +206,11 @@ def make_plan(
                 skipped[linear.name] = rule.skip
                 continue
             if rule is not None and rule.keep:
-                keep_as_stored(linear, structure.checkpoint, kept, skipped)
+                stored = kept_fields(linear.name, structure.checkpoint)
+                if stored is None:
+                    skipped[linear.name] = PLAIN_REASON
+                else:
+                    kept[linear.name] = LinearPlan(name=linear.name, shape=linear.shape, **stored)
                 continue
             reason = None if rule is not None else structure.default_skip(linear.name)
             if reason is not None:
