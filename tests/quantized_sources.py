@@ -86,6 +86,33 @@ def fp8(
     return write(plain, folder, asked.to_dict(), encode, shards)
 
 
+# ---- MXFP4 -------------------------------------------------------------------------------------------------------
+
+
+def mxfp4(plain: Path, folder: Path, shards: int = 1) -> tuple[Path, Path]:
+    """MXFP4 experts as gpt-oss has them, decoded by transformers. Its own writer needs a kernel from the hub; here the scale
+    of a block is the power of two under its largest value less two, and codes are the nearest."""
+    from transformers import Mxfp4Config
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+    def encode(name: str, weight: Tensor) -> tuple[Tensors, Tensor]:
+        tiles = weight.float().transpose(1, 2).unflatten(-1, (-1, 32))
+        exponent = torch.floor(torch.log2(tiles.abs().amax(-1).clamp_min(2.0**-100))) - 2
+        values = tiles / torch.exp2(exponent)[..., None]
+        nearest = (values.abs()[..., None] - grid).abs().argmin(-1).to(torch.uint8)
+        codes = nearest | (torch.signbit(values).to(torch.uint8) << 3)
+        blocks = codes[..., 0::2] | (codes[..., 1::2] << 4)
+        scales = (exponent + 127).to(torch.uint8)
+        return {f"{name}_blocks": blocks, f"{name}_scales": scales}, convert_moe_packed_tensors(blocks, scales)
+
+    def chosen(name: str) -> bool:
+        return name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+
+    return write(plain, folder, Mxfp4Config().to_dict(), encode, shards, chosen)
+
+
 # ---- compressed-tensors ------------------------------------------------------------------------------------------
 
 

@@ -184,8 +184,8 @@ def refuse_adapter(folder: Path, names: list[str]) -> None:
     """Refuses a folder with what was trained beside a model: it is no model, and would be lost beside one."""
     if name := next((n for n in ("adapter_config.json", "adapter_model.safetensors") if n in names), None):
         raise Unsupported(
-            f"{folder}: {name} says that this is an adapter (LoRA), and not a whole model: add --base with the folder of "
-            "the model that it was trained on, and it is merged into that; or merge it with peft (merge_and_unload)"
+            f"{folder}: {name} says that this is an adapter (LoRA), and not a whole model: name the model that it was "
+            "trained on with --base of 'qkit quantize', and it is merged into that; or merge it with peft (merge_and_unload)"
         )
 
 

@@ -97,7 +97,7 @@ def test_an_adapter_of_a_quantized_model(base: Path, tmp_path: Path) -> None:
 
 def test_what_an_adapter_needs_is_said(base: Path, tmp_path: Path) -> None:
     folder, _ = adapter(base, tmp_path / "adapter")
-    with pytest.raises(Unsupported, match=r"this is an adapter .*add --base"):
+    with pytest.raises(Unsupported, match=r"this is an adapter .*with --base of"):
         qkit.plan(folder, scheme="w4a16")
     with pytest.raises(UsageError, match=r"it is for an adapter .*leave it out"):
         qkit.plan(base, scheme="w4a16", base=str(base))

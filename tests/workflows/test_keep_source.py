@@ -90,6 +90,17 @@ def test_codes_and_scales_are_the_same_bytes(plain: Path, tmp_path: Path) -> Non
     assert {g["format"] for g in config["config_groups"].values()} == {"float-quantized", "pack-quantized"}
 
 
+def test_all_experts_of_a_layer(tmp_path: Path) -> None:
+    source, _ = made.fp8(tiny_models.make("qwen3_moe", tmp_path / "plain"), tmp_path)
+    record = run(source, tmp_path / "out", **ROWS, keep_source=["*.experts.*"])
+    kept = {name for name, linear in record["linears"].items() if linear.get("kept")}
+    assert kept == {name for name in record["linears"] if ".experts." in name} and kept
+    tokens = tiny_models.tokens()
+    qkit.quantize(source, out=tmp_path / "anew", scheme="w8a16")
+    logits = [tiny_models.logits(qkit.load(tmp_path / name), tokens) for name in ("out", "anew")]
+    assert tiny_models.relative(*logits) < 0.1  # FP8 inputs of the experts
+
+
 def test_a_changed_code_is_found(plain: Path, tmp_path: Path) -> None:
     source, _ = made.fp8(plain, tmp_path)
     run(source, tmp_path / "out")

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 from qkit.errors import Unsupported
 from qkit.files.safefile import TensorInfo, shown
 from qkit.files.sources.decoded import DecodedInfo, Found, Parts, Stored, number
-from qkit.files.sources.groups import decode_groups, kept_groups
+from qkit.files.sources.groups import Groups, decode_groups, kept_groups
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 _BITS, _LANES = 4, 8
@@ -41,7 +40,7 @@ def _linear(stored: Stored, name: str) -> DecodedInfo:
     for leaf, role in (("scales", "scale"), ("qzeros", "zero")):
         parts[role] = stored.part(f"{name}.{leaf}", "tensor", f"{name}.qweight")
     shape = _shape(stored, parts)
-    decode = partial(_decode, dtype=stored.torch_dtype)
+    decode = partial(decode_groups, shape=shape, cut=_cut, unpack=_unpack, dtype=stored.torch_dtype)
     return stored.decoded(
         f"{name}.weight", shape, parts, decode, "AWQ with 4 bits", kept_groups(_BITS, shape, parts["scale"], _unpack)
     )
@@ -72,13 +71,14 @@ def _lanes(words: Tensor) -> Tensor:
     return torch.stack(lanes, dim=-1).flatten(1)
 
 
-def _unpack(parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [out, in], zero points int16 [out, groups], scales [out, groups]."""
+def _cut(parts: Parts, some: slice) -> Parts:
+    """The stored tensors of some outputs, whose number divides by 8."""
+    words = slice(some.start // _LANES, some.stop // _LANES)
+    return {"codes": parts["codes"][:, words], "zero": parts["zero"][:, words], "scale": parts["scale"][:, some]}
+
+
+def _unpack(parts: Parts) -> Groups:
     import torch
 
-    return _lanes(parts["codes"]).T.contiguous(), _lanes(parts["zero"]).T.to(torch.int16), parts["scale"].T
-
-
-def _decode(parts: Parts, dtype: torch.dtype) -> Tensor:
-    codes, zero, scale = _unpack(parts)
-    return decode_groups(codes, zero, scale, None, dtype)
+    codes, zero = (_lanes(parts[role]).T.to(torch.int16) for role in ("codes", "zero"))
+    return Groups(codes, zero, parts["scale"].T, None)

@@ -54,7 +54,7 @@ def find(stored: Stored) -> Found:
     validate(schema.Quantization, config, where, "get the config of this model", Unsupported)
     names = [name.removesuffix(".weight_scale") for name in stored.tensors if name.endswith(".weight_scale")]
     formats = ct.formats_of(config, names, str(stored.where))
-    rotations = config.get("rotated") or {}
+    rotations = _rotations(config.get("rotated") or {}, where)
     weights, dropped = dict[str, DecodedInfo](), list[str]()
     for name in names:
         if name not in formats:
@@ -82,10 +82,28 @@ def _refuse_more(config: Mapping[str, Any], where: str) -> None:
         )
 
 
+def _rotations(data: Any, where: str) -> dict[str, int]:
+    """{linear: block of the Hadamard transform of its inputs}. Raises Unsupported for anything but powers of two."""
+    blocks = data.values() if isinstance(data, dict) else [None]
+    if not all(type(b) is int and b >= 2 and b & (b - 1) == 0 for b in blocks):
+        raise Unsupported(f"{where}.rotated: expected layers and powers of two: get the config of this model")
+    return dict(data)
+
+
 def _linear(stored: Stored, name: str, formats: tuple[Format, Format | None], rotation: int) -> DecodedInfo:
     weights, activations = formats
+    lacking = weights.strategy in ("group", "tensor_group") and not weights.group
+    if lacking or (weights.strategy == "block" and not weights.block):
+        raise Unsupported(
+            f"{stored.where}: config.json: strategy {weights.strategy!r} of {shown(name)} says no size: get the "
+            "config of this model"
+        )
     parts = _parts(stored, name, activations)
     layer = _Layer(weights, activations, _shape(stored, name, weights, parts), rotation)
+    if layer.shape[1] % (weights.group or 1) or layer.shape[1] % (rotation or 1):
+        stored.refuse(
+            f"{name}.weight_scale", f"is for a weight {list(layer.shape)}, whose columns its groups do not divide"
+        )
     _check_parts(stored, name, layer, parts)
     plain = f"{name}.weight"
     if plain in stored.tensors and "weight_packed" in parts:

@@ -108,6 +108,10 @@ class Stored:
         kept: Kept | str,
     ) -> DecodedInfo:
         """The header of the plain tensor ``name``; the first of ``parts`` says in which file it lies."""
+        if 0 in shape:
+            self.refuse(
+                next(iter(parts.values())).name, f"stands for a weight {list(shape)}, expected one that is not empty"
+            )
         return DecodedInfo(
             name=name,
             dtype=self.dtype,

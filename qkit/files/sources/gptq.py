@@ -11,16 +11,11 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 from qkit.errors import Unsupported
 from qkit.files.safefile import TensorInfo, shown
 from qkit.files.sources.decoded import DecodedInfo, Found, Parts, Stored, number
-from qkit.files.sources.groups import decode_groups, kept_groups
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from qkit.files.sources.groups import Groups, decode_groups, kept_groups
 
 _BITS = (2, 3, 4, 8)
 _VERSIONS = ("gptq", "gptq_v2")
@@ -47,14 +42,12 @@ def _linear(stored: Stored, name: str, default: int, less_one: bool) -> DecodedI
     if f"{name}.g_idx" in stored.tensors:
         parts["group_of"] = stored.tensors[f"{name}.g_idx"]
     shape = _shape(stored, parts, bits)
-    unpack = partial(_unpack, bits=bits, shape=shape, less_one=less_one)
-    decode = partial(_decode, unpack=unpack, dtype=stored.torch_dtype)
+    unpack = partial(_unpack, bits=bits, columns=shape[1], less_one=less_one)
+    decode = partial(decode_groups, shape=shape, cut=partial(_cut, bits=bits), unpack=unpack, dtype=stored.torch_dtype)
     encoding = f"GPTQ with {bits} bits"
-    ordered = "group_of" in parts and bool(stored.quantization.get("desc_act"))
-    if ordered:
-        kept: Any = "a result has no place for groups of columns in the order of activations (desc_act)"
-    else:
-        kept = kept_groups(bits, shape, parts["scale"], _check_order(unpack))
+    kept = kept_groups(bits, shape, parts["scale"], unpack)
+    if "group_of" in parts and stored.quantization.get("desc_act"):
+        kept = "a result has no place for groups of columns in the order of activations (desc_act)"
     return stored.decoded(f"{name}.weight", shape, parts, decode, encoding, kept)
 
 
@@ -97,45 +90,27 @@ def _shape(stored: Stored, parts: dict[str, TensorInfo], bits: int) -> tuple[int
     return rows, columns
 
 
-def _unpack(
-    parts: Parts, bits: int, shape: tuple[int, int], less_one: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Codes uint8 [out, in], zero points int16 [out, groups], scales [out, groups], group of every input (None: in order)."""
+def _cut(parts: Parts, some: slice, bits: int) -> Parts:
+    """The stored tensors of some outputs, whose number divides by 32 but for the last."""
+    words = slice(some.start * bits // 32, -(-some.stop * bits // 32))
+    return {
+        **parts, "codes": parts["codes"][:, some], "scale": parts["scale"][:, some], "zero": parts["zero"][:, words]
+    }  # fmt: skip
+
+
+def _unpack(parts: Parts, bits: int, columns: int, less_one: bool) -> Groups:
     import torch
 
     from qkit.tensor.packing import unpack_bits
 
-    half, words = 1 << (bits - 1), parts["zero"]
-    codes = unpack_bits(parts["codes"].T.contiguous(), bits, shape[1]).to(torch.int16) + half
-    if (
-        less_one and bits != 3
-    ):  # whole words, as GPTQModel adds: what a writer borrowed from a neighbour goes back to it
+    half, words, scale = 1 << (bits - 1), parts["zero"].contiguous(), parts["scale"].T
+    codes = unpack_bits(parts["codes"].T.contiguous(), bits, columns).to(torch.int16) + half
+    if less_one and bits != 3:
+        # Whole words, as GPTQModel adds: what a writer borrowed from a neighbour goes back to it.
         ones = sum(1 << at for at in range(0, 32, bits))
         words = ((words.to(torch.int64) + ones + (1 << 31)) % (1 << 32) - (1 << 31)).to(torch.int32)
-    zero = unpack_bits(words, bits, shape[0]).to(torch.int16).T + half
+    zero = unpack_bits(words, bits, scale.shape[0]).to(torch.int16).T + half
     if less_one and bits == 3:
         zero = (zero + 1) & 7
     group_of = parts.get("group_of")
-    return codes.to(torch.uint8), zero, parts["scale"].T, None if group_of is None else group_of.long()
-
-
-def _decode(parts: Parts, unpack: Any, dtype: torch.dtype) -> Tensor:
-    codes, zero, scale, group_of = unpack(parts)
-    return decode_groups(codes, zero, scale, group_of, dtype)
-
-
-def _check_order(unpack: Any) -> Any:
-    """``unpack`` for a linear whose groups must follow each other."""
-
-    def checked(parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
-        import torch
-
-        codes, zero, scale, group_of = unpack(parts)
-        width = codes.shape[1] // scale.shape[1]
-        if group_of is not None and not torch.equal(group_of, torch.arange(codes.shape[1]) // width):
-            raise Unsupported(
-                "a linear with its columns in another order (g_idx) cannot be kept as it is: leave it out of --keep-source"
-            )
-        return codes, zero, scale
-
-    return checked
+    return Groups(codes, zero, scale, None if group_of is None else group_of.long())

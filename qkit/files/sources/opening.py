@@ -6,6 +6,7 @@ refused with its name: a weight that was taken for numbers when it is codes woul
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from qkit.errors import BadCheckpoint, Unsupported
 from qkit.files.folder import QUANTIZED_NAMES, load_json
 from qkit.files.safefile import TensorInfo, shown
 from qkit.files.sources import awq, fp8, gptq, mxfp4
-from qkit.files.sources.decoded import DecodedInfo, Found, Stored
+from qkit.files.sources.decoded import CHUNK, DecodedInfo, Found, Stored
 
 KEYS = ("quantization_config", "compression_config")
 
@@ -169,6 +170,17 @@ def _check_rest(stored: Stored, rest: Mapping[str, TensorInfo]) -> None:
                 f"{info.file}: tensor {shown(name)} ({info.dtype}) belongs to a quantized weight that is not there, or that "
                 f"{shown(method)} does not store so: get the model again from its source"
             )
+
+
+def decoding_bytes(tensors: Mapping[str, TensorInfo]) -> int:
+    """Peak bytes of decoding a tensor, beside the plain one: what is stored of it, its codes a byte each, and float32 buffers
+    of some rows; 0 where nothing is decoded."""
+    sizes = [
+        sum(part.nbytes for part in info.parts.values()) + count + 12 * min(count, CHUNK)
+        for info in tensors.values()
+        if isinstance(info, DecodedInfo) and (count := math.prod(info.shape))
+    ]
+    return max(sizes, default=0)
 
 
 def encodings(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
