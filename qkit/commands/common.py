@@ -93,6 +93,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="DATA[:COLUMN][:WEIGHT]",
             help=CALIB_HELP + ", or prompts of a diffusion pipeline (default: embedded data).",
         ),
+        model("--base", help="The model that an adapter (LoRA), given as --model, is merged into."),
         model("--revision", help="Branch, tag or commit of a hub model. The commit is recorded in qkit.json."),
         model("--require-revision", is_flag=True, help="Refuse a hub model without --revision."),
         model(
@@ -101,6 +102,13 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Format name in config.json (default: compressed-tensors). Files with the name qkit load after 'import qkit'.",
         ),
         scheme("--recipe", type=click.Path(path_type=Path), help="YAML file with rules per layer."),
+        scheme(
+            "--keep-source",
+            "keep_source",
+            multiple=True,
+            metavar="GLOB",
+            help="Layers that stay as a source that is quantized already stores them, repeatable: '*.experts.*'.",
+        ),
         scheme(
             "--option",
             "options",
@@ -238,15 +246,21 @@ def write_json(file: Path | None, data: Any) -> None:
 
 def show_coverage(prepared: PreparedRequest, console: Console) -> None:
     "Quantized and skipped layers with reasons, the bytes, and the engines that load the result."
+    from qkit.files.sources.opening import encodings
     from qkit.planning.fused_layers import engine_lines_of
     from qkit.workflows.quantize import coverage
 
     plan = prepared.plan
+    decoded = encodings(prepared.structure.checkpoint.tensors)
+    if decoded:
+        counts = ", ".join(f"{count} weights of {encoding}" for encoding, count in decoded.items())
+        console.print(Text(f"the source is quantized already and decoded on reading: {counts}"))
     kinds: dict[tuple[str, str, str, str], list[int]] = {}
-    for p in plan.linears.values():
+    for p in (*plan.linears.values(), *plan.kept.values()):
         group = str(p.weights.group or p.weights.strategy)
         acts = "-" if p.activations is None else p.activations.name
-        solver = "+".join((p.solver, *(t for t in plan.transforms if TRANSFORMS[t].stage == "block")))
+        learned = [t for t in plan.transforms if TRANSFORMS[t].stage == "block" and p.name in plan.linears]
+        solver = "+".join((p.solver, *learned))
         entry = kinds.setdefault((p.scheme, f"{p.weights.name}, {group}", acts, solver), [0, 0])
         entry[0] += 1
         entry[1] += p.shape[0] * p.shape[1]

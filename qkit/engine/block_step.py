@@ -69,7 +69,7 @@ class BlockStep:
 
     def part(self, results: list[LinearResult], plan: Plan) -> dict[str, Tensor]:
         "The tensors to commit, with weights as transforms left them where a later stage looks at these."
-        return part_tensors(results, self.state, bool(plan.significant or plan.learning("e2e_steps")))
+        return part_tensors(results, self.state, bool(plan.significant or plan.learning("e2e_steps")), plan.kept)
 
 
 @dataclass(frozen=True)

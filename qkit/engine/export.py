@@ -22,15 +22,18 @@ from qkit.engine.partial_output import Partial
 from qkit.errors import QkitError
 from qkit.families.structure import ModelStructure
 from qkit.files.folder import DENOISER, RECORD, WEIGHT_STEMS, hub_source, read_record, weights_folder
+from qkit.files.hash_cache import cached_sha256
 from qkit.files.record import FORMAT_VERSION, to_bytes, write_record
 from qkit.files.safefile import TensorInfo, write_atomic, write_safetensors
 from qkit.files.side_files import check_unchanged, copy_side_files
 from qkit.kvcache.scales import FORMAT
+from qkit.planning.kept import stored_as
 from qkit.planning.plan import LinearPlan, Plan, parts
 from qkit.system.version import __version__
 from qkit.tensor import compressed_tensors as ct
 from qkit.tensor import lowrank, sparse
 from qkit.tensor.input_transform import RESIDUAL, SCALE
+from qkit.tensor.qtensor import weight_sha256
 from qkit.transforms.rotate import rotate_outer
 
 SHARD_BYTES = 5 * 10**9
@@ -147,6 +150,8 @@ class _Tensors:
             for linear in block.linears:
                 if linear.name in plan.linears:
                     self._add_linear(plan.linears[linear.name], index)
+                elif linear.name in plan.kept:
+                    self._add_kept(linear.name)
         scales = job.stage("cache")
         if scales is not None:
             self._add_part(scales)
@@ -166,8 +171,8 @@ class _Tensors:
             self._add_plain(name, info.torch_dtype, info.shape, lambda: checkpoint.read_finite(name))
             return
         for source in view.sources:
-            info = checkpoint.stored[source]
-            self._add_plain(source, info.torch_dtype, info.shape, lambda s=source: checkpoint.read_stored(s))  # type: ignore[misc]
+            info = checkpoint.sources[source]
+            self._add_plain(source, info.torch_dtype, info.shape, lambda s=source: checkpoint.read_source(s))  # type: ignore[misc]
 
     def _add_plain(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], load: Callable[[], Tensor]) -> None:
         self.specs[name] = (dtype, shape)
@@ -188,6 +193,28 @@ class _Tensors:
                 # The hash of the weight does not cover it, or not every bit of it: a small value added to a large one.
                 self.plain[name] = ""
             self._loaders[name] = lambda s=suffix: self._tensors_of(p, block)[s]  # type: ignore[misc]
+
+    def _add_kept(self, name: str) -> None:
+        """Add a linear as the source stores it; its record is made when its tensors are."""
+        info, kept = stored_as(name, self.structure.checkpoint)
+
+        def tensors() -> dict[str, Tensor]:
+            if self._cached[0] != name:
+                self._cached = (name, kept.make(self.structure.checkpoint.read_stored(info)))
+            return self._cached[1]
+
+        for suffix, spec in kept.specs.items():
+            self.specs[f"{name}.{suffix}"] = spec
+            if suffix.startswith("input_"):
+                self.plain[f"{name}.{suffix}"] = ""
+            self._loaders[f"{name}.{suffix}"] = lambda s=suffix: tensors()[s]  # type: ignore[misc]
+
+    def kept_record(self, name: str) -> dict[str, Any]:
+        """The fields of a kept linear's record that say what was made of it: nothing, and what its numbers are."""
+        info, kept = stored_as(name, self.structure.checkpoint)
+        p = self.plan.kept[name]
+        q = ct.read(kept.make(self.structure.checkpoint.read_stored(info)), p.weights, p.shape)
+        return {"error": 0.0, "baseline_error": 0.0, "fallback": None, "weight_sha256": weight_sha256([q])}
 
     def _transform_infos(self, name: str, block: int) -> dict[str, TensorInfo]:
         """Headers of the part's tensors for the transform of a linear's inputs."""
@@ -238,7 +265,7 @@ def _config(plan: Plan, structure: ModelStructure, job: Job, source: _Tensors) -
 def quantization_config(plan: Plan, structure: ModelStructure) -> dict[str, Any]:
     """The compressed-tensors configuration of a plan."""
     renamed = {stored: module for stored, module in module_names(structure).items() if stored != module}
-    formats_by_linear = {name: (p.weights, p.activations) for name, p in plan.linears.items()}
+    formats_by_linear = {name: (p.weights, p.activations) for name, p in (plan.linears | plan.kept).items()}
     layers = [name for name in plan.skipped if name not in structure.checkpoint.tensors]  # others are bare parameters
     built = ct.config(formats_by_linear, layers, renamed, FORMAT if plan.static_cache else None)
     return {**built, "quant_method": plan.export}
@@ -260,11 +287,7 @@ def _record(
     """Content of qkit.json: the settings of the run, and a hash for every tensor."""
     linears = {
         p.name: {
-            "format": p.weights.to_json(),
-            "activations": None if p.activations is None else p.activations.to_json(),
-            "shape": list(p.shape),
-            "scheme": p.scheme,
-            "solver": p.solver,
+            **_settings(p),
             **({"rotation": p.rotation} if p.rotation else {}),
             **({"scaled": True} if f"{p.name}.{SCALE}" in source.specs else {}),
             **({"residual": p.residual} if f"{p.name}.{RESIDUAL}" in source.specs else {}),
@@ -272,6 +295,7 @@ def _record(
         }
         for p in plan.linears.values()
     }
+    linears |= {name: _settings(p) | {"kept": True} | source.kept_record(name) for name, p in plan.kept.items()}
     plain = {
         name: {"dtype": _SAFETENSORS[source.specs[name][0]], "shape": list(source.specs[name][1]), "sha256": digest}
         for name, digest in sorted(source.plain.items())
@@ -283,6 +307,9 @@ def _record(
         "source": {
             "fingerprint": plan.source_fingerprint,
             **hashed,
+            **(
+                {} if structure.checkpoint.adapter is None else {"adapter": cached_sha256(structure.checkpoint.adapter)}
+            ),
             "model_type": plan.model_type,
             "bytes": plan.source_bytes,
             **hub_source(structure.checkpoint.path),
@@ -300,6 +327,16 @@ def _record(
         "shards": hashes,
         **({} if plan.kv is None else {"kv": plan.kv}),
         **({} if plan.key_exponents is None else {"key_exponents": plan.key_exponents}),
+    }
+
+
+def _settings(p: LinearPlan) -> dict[str, Any]:
+    return {
+        "format": p.weights.to_json(),
+        "activations": None if p.activations is None else p.activations.to_json(),
+        "shape": list(p.shape),
+        "scheme": p.scheme,
+        "solver": p.solver,
     }
 
 

@@ -23,6 +23,7 @@ from qkit.errors import IOFailure, Unsupported
 from qkit.families.blocks import BlockStructure, LinearGroup
 from qkit.families.structure import ModelStructure
 from qkit.files.owned import files_below
+from qkit.files.sources.opening import decoding_bytes
 from qkit.nn.attention import LONGEST
 from qkit.planning.plan import Plan, parts
 from qkit.rounding.block import PIECE_TOKENS
@@ -64,6 +65,7 @@ def forecast(
 ) -> Forecast:
     """The forecast of a plan. later_memory: {phase: peak bytes} of phases that follow the blocks, on top of the process."""
     tensors = structure.checkpoint.tensors
+    decoding = decoding_bytes(tensors)
     item = getattr(torch, plan.run_dtype).itemsize  # of a weight while its block is at work
     calibration = plan.calibration
     tokens = 0 if calibration is None else calibration.count * calibration.seqlen
@@ -76,7 +78,7 @@ def forecast(
     heads = int(getattr(structure.text_config, "num_attention_heads", 0))
     outer = sum(tensors[s].nbytes for _, s in structure.outer)
     largest = max((tensors[s].nbytes for _, s in structure.outer), default=0)
-    memory = {"read the outer tensors": (outer if calibration else 0) + largest}
+    memory = {"read the outer tensors": (outer if calibration else 0) + largest + decoding}
     phases = ("forward passes", "Hessians", "factorizations", "solving", "learned rounding", "packing and checking")
     ops = dict.fromkeys(phases, 0.0)
     part_bytes = 0
@@ -110,7 +112,8 @@ def forecast(
                 ops["solving"] += (ROUNDS + 2) * sum(decomposition_costs)
             ops["packing and checking"] += 20.0 * out * columns
     linear_bytes = max((p.shape[0] * p.shape[1] for p in plan.linears.values()), default=0)
-    memory["export"] = max(largest * 2, int(linear_bytes * 2.5))
+    memory["one block"] += decoding
+    memory["export"] = max(largest * 2, int(linear_bytes * 2.5)) + decoding
     memory["verify"] = max(largest * 2, linear_bytes * 12)
     memory.update(later_memory or {})
     row_bytes = tokens * hidden * item

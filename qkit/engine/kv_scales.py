@@ -68,6 +68,8 @@ def _solved(
         name = stored.removesuffix(".weight")
         if stored in part_infos:
             return job.read(part_infos[stored])
+        if name in plan.kept:
+            return structure.checkpoint.read(stored)
         p = plan.linears[name]
         q, statics[name] = job.quantized(index, name, p.weights)
         inputs[name] = job.inputs(index, name, p.shape[1], p.rotation)

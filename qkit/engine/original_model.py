@@ -16,7 +16,7 @@ from qkit.transforms.rotate import rotate_outer
 
 def original_model(plan: Plan, structure: ModelStructure, job: Job) -> Any:
     """The transformers model in float32, with the job's transforms applied and nothing quantized."""
-    model = loading.load(structure.checkpoint.path, dtype=torch.float32)
+    model = loading.load_checkpoint(structure.checkpoint, torch.float32)
     if not plan.transforms and plan.key_exponents is None:
         return model
     if "rotate" in plan.transforms:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qkit.engine.solving import LinearResult
+from qkit.errors import Unsupported
 from qkit.families.materialize import plain_tensors
 from qkit.files.checkpoint import Checkpoint
 from qkit.tensor import lowrank, sparse
@@ -18,15 +19,23 @@ from qkit.transforms.state import BlockState
 ROW_NOTICE = "calibration"  # in an entry of the journal
 
 
-def part_tensors(results: list[LinearResult], state: BlockState, originals: bool) -> dict[str, Tensor]:
+def part_tensors(
+    results: list[LinearResult], state: BlockState, originals: bool, kept: Collection[str] = ()
+) -> dict[str, Tensor]:
     """{name: tensor} of a part: '<linear>:<piece>' for quantized linears, and the checkpoint's name for plain tensors.
 
     originals: add the weights that a transform rewrote, as they were before quantization.
+    kept: linears that the export takes from the source. Raises Unsupported where one was rewritten.
     """
     tensors = plain_tensors(state.structure.checkpoint, state.block, state.module)
     planned = {r.plan.name for r in results}
     for linear in state.block.linears:
-        if linear.name not in planned:
+        if linear.name in kept and linear.name in state.changed:
+            raise Unsupported(
+                f"{linear.name}: --keep-source keeps it as it is, and another option rewrote its weight: leave one "
+                "of the two out"
+            )
+        if linear.name not in planned and linear.name not in kept:
             name = f"{linear.name}.weight"
             original = state.structure.checkpoint.read(name)
             changed = state.changed.get(linear.name)
@@ -58,7 +67,7 @@ def as_stored(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, T
         if names[0] in tensors and all(n in tensors and torch.equal(tensors[n], checkpoint.read(n)) for n in names):
             for name in names:
                 del result[name]
-            result.update({source: checkpoint.read_stored(source) for source in sources})
+            result.update({source: checkpoint.read_source(source) for source in sources})
     return result
 
 

@@ -37,7 +37,7 @@ def with_synthetic_rows(plan: Plan, structure: ModelStructure, job: Job, pool: W
     file = job.path / "parts" / "written.safetensors"
     if not file.exists():
         progress.start("rows that the model writes", -(-calibration.written // BATCH))
-        model = loading.load(structure.checkpoint.path, dtype=getattr(torch, plan.run_dtype))
+        model = loading.load_checkpoint(structure.checkpoint, getattr(torch, plan.run_dtype))
         begin = _begin(structure, calibration, plan.seed)
         save_tensors(file, {"tokens": generate_rows(model, begin, calibration.seqlen, plan.seed, pool, progress.step)})
     generated = read_tensor(read_header(file)["tokens"])

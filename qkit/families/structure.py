@@ -31,6 +31,7 @@ from qkit.families.blocks import (
 from qkit.families.conversion import Computed, conversion_of, stacked
 from qkit.families.discover import DISCOVERED, build_skeleton, family_of, kind_of
 from qkit.families.matrices import SHARED_REASON, fused_experts, is_router, matrix_of, reason_of, stacks_of
+from qkit.families.prefixes import under_model_names
 from qkit.files.checkpoint import Checkpoint, View
 from qkit.files.folder import DENOISER
 from qkit.system.machine import run_dtype
@@ -49,9 +50,10 @@ class ModelStructure:
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> None:
         """Raises Unsupported or BadCheckpoint. model: the skeleton, where there is one already."""
-        self.checkpoint = checkpoint
         self.dtype = dtype_of(checkpoint)
         self.model = model or build_skeleton(checkpoint.config, str(checkpoint.path), self.dtype)
+        packed = "quantization_config" in checkpoint.config
+        self.checkpoint = checkpoint if packed else under_model_names(checkpoint, self.model)
         self.family: Family = family_of(self.model, kind_of(checkpoint.config))
         config: Any = self.model.config
         self.text_config: Any = config if self.family.streams else config.get_text_config(decoder=True)
@@ -62,7 +64,8 @@ class ModelStructure:
             )
         # Buffers that no checkpoint stores (rotary frequencies, positions); they are restored when modules get memory.
         self.computed = computed_buffers(self.model)
-        shapes = {n: checkpoint.tensors[n].shape if n in checkpoint.tensors else () for n in _unpacked(checkpoint)}
+        tensors = self.checkpoint.tensors
+        shapes = {n: tensors[n].shape if n in tensors else () for n in _unpacked(self.checkpoint)}
         self.conversion = conversion_of(self.model, shapes, str(checkpoint.path))
         # Parameters that the model's class keeps in float32, whatever its dtype is.
         self.float32 = frozenset(
@@ -77,7 +80,7 @@ class ModelStructure:
         self.blocks = tuple(self._block(i, p, self.family.groups) for i, p in enumerate(paths))
         self.towers = tuple(self._towers())
         self.outer = self._outer()
-        self.checkpoint = checkpoint.with_views(self._views)
+        self.checkpoint = self.checkpoint.with_views(self._views)
         self.unloaded: tuple[str, ...] = ()
         self._check_coverage()
 
@@ -329,7 +332,7 @@ class ModelStructure:
         if not self.family.head:
             return None
         name = self._copied_name(self.family.head)
-        return name if f"{name}.weight" in {*self.checkpoint.tensors, *self.checkpoint.stored, *self.tied} else None
+        return name if f"{name}.weight" in {*self.checkpoint.tensors, *self.checkpoint.sources, *self.tied} else None
 
     def _copied_name(self, module: str) -> str:
         """The name, in the file and in a result, of a module whose weight is copied."""

@@ -3,6 +3,8 @@
 A folder is a model when it has a config.json and one set of safetensors files: a single file, or shards
 under an index. ``folder.py`` says which files may be read, ``safefile.py`` reads them; here they are put
 together and held against each other. Config keys that make other libraries fetch or run code go no further.
+Tensors of a model that is quantized already are decoded when they are read (``files.sources``): whoever reads a
+checkpoint sees plain numbers under plain names.
 """
 
 from __future__ import annotations
@@ -26,8 +28,6 @@ from qkit.files.folder import (
     load_json,
     parse_checked,
     refuse_adapter,
-    refuse_quantized,
-    refuse_quantized_names,
     require_safetensors,
     strip_code_keys,
 )
@@ -42,6 +42,9 @@ from qkit.files.safefile import (
 )
 from qkit.files.schema import model_config
 from qkit.files.side_files import hash_side_files, sampled_hash
+from qkit.files.sources.decoded import DecodedInfo
+from qkit.files.sources.lora import merged, open_adapter
+from qkit.files.sources.opening import PlainView, plain_view
 
 if TYPE_CHECKING:
     import torch
@@ -65,13 +68,14 @@ LIMITS = {
 OPTIONAL = ("intermediate_size", "n_inner", "num_key_value_heads", "head_dim")  # null: derived from the others
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers")
+ADAPTER = "adapter/"  # begins the names of what an adapter adds, which no tensor and no file of a model has
 
 
 @dataclass(frozen=True)
 class View:
     """A tensor that is a part of stored ones, or computed from them.
 
-    sources: names of the stored tensors; shape: of the view; compute: the view, given ``Checkpoint.read_stored``
+    sources: names of the stored tensors; shape: of the view; compute: the view, given ``Checkpoint.read_source``
     """
 
     sources: tuple[str, ...]
@@ -91,10 +95,11 @@ class Checkpoint:
 
     path:     the real path of the folder
     config:   config.json without the keys of ``dropped``
-    tensors:  every tensor of all shards by name
+    tensors:  every tensor of all shards by name; of a source that is quantized already, the plain ones that it is decoded to
     shards:   the weight files, sorted
     dropped:  dotted names of the config keys left out because they choose code
     warnings: what is allowed, but the user should know
+    adapter:  the weights of the adapter that is merged into the model; None without one
     """
 
     path: Path
@@ -103,17 +108,22 @@ class Checkpoint:
     shards: tuple[Path, ...]
     dropped: tuple[str, ...]
     warnings: tuple[str, ...]
+    adapter: Path | None
     _config_hash: str
     _states: dict[Path, os.stat_result]
+    _stored: dict[str, TensorInfo]
     views: Mapping[str, View] = field(default_factory=dict)
-    stored: Mapping[str, TensorInfo] = field(default_factory=dict)  # what ``tensors`` was before it had views
+    _last: dict[str, torch.Tensor] = field(default_factory=dict)  # the decoded tensor whose parts are being read
+    sources: Mapping[str, TensorInfo] = field(default_factory=dict)  # what ``tensors`` was before it had views
 
     @classmethod
-    def open(cls, path: str | Path, *, quantized: bool = False) -> Checkpoint:
+    def open(cls, path: str | Path, *, quantized: bool = False, adapter: str | Path | None = None) -> Checkpoint:
         """The model in a folder; reads config, index and headers, no values.
 
-        Raises Unsupported for a model that is quantized already (unless ``quantized``) or GGUF; BadCheckpoint
-        for everything damaged, incomplete, ambiguous or leading out of the folder; IOFailure.
+        quantized: leave tensors and config of a model that is quantized as they are stored, instead of decoding them
+        adapter: the folder of an adapter (LoRA) that is merged into the model
+        Raises Unsupported for GGUF, and for a way of quantizing that qkit does not decode (unless ``quantized``);
+        BadCheckpoint for everything damaged, incomplete, ambiguous or leading out of the folder; IOFailure.
         """
         if not os.path.isdir(path):
             raise BadCheckpoint(f"{path}: no such folder: use the folder of a model with config.json and safetensors")
@@ -126,25 +136,32 @@ class Checkpoint:
         if not isinstance(config, dict):
             raise BadCheckpoint(f"{folder / 'config.json'}: found a {type(config).__name__}, expected a JSON object")
         model_config(config, str(folder / "config.json"))
-        if not quantized:
-            refuse_quantized(folder, names, config)
         files, weight_map = find_weights(folder, names)
         states = {file: _state(file) for file in files}
         tensors = _merge(files, folder, weight_map)
-        if not quantized:
-            refuse_quantized_names(folder, tensors)
         clean, dropped = strip_code_keys(config)
+        view = PlainView(clean, tensors) if quantized else plain_view(folder, names, clean, tensors)
         linked = tuple(f"{file} has more than one hard link" for file in files if states[file].st_nlink > 1)
         config_hash = hashlib.sha256(raw).hexdigest()
+        plain, weights = view.tensors, None
+        if adapter is not None:
+            opened = open_adapter(adapter)
+            plain = merged(opened, folder, view.tensors)
+            weights = opened.file
+            files, states = [*files, weights], {**states, weights: _state(weights)}
+            tensors = {**tensors, **{f"{ADAPTER}{name}": info for name, info in opened.tensors.items()}}
+            config_hash += opened.config_hash
         return cls(
             path=folder,
-            config=clean,
-            tensors=tensors,
+            config=view.config,
+            tensors=plain,
             shards=tuple(files),
             dropped=tuple(dropped),
             warnings=linked,
+            adapter=weights,
             _config_hash=config_hash,
             _states=states,
+            _stored=tensors,
         )
 
     def read(self, name: str) -> torch.Tensor:
@@ -152,24 +169,38 @@ class Checkpoint:
         if name not in self.tensors:
             raise BadCheckpoint(f"{self.path}: no tensor {shown(name)}: the model folder does not fit its config.json")
         if name in self.views:
-            return self.views[name].compute(self.read_stored)
+            return self.views[name].compute(self.read_source)
         return self._read(self.tensors[name])
 
-    def read_stored(self, name: str, index: int | None = None) -> torch.Tensor:
-        """A tensor as the file has it, by its name there. index: of the part to read, in the first dimension"""
-        info = (self.stored or self.tensors)[name]
-        if index is not None:
-            size = info.nbytes // info.shape[0]
-            info = replace(
-                info, shape=info.shape[1:], begin=info.begin + index * size, end=info.begin + (index + 1) * size
-            )
-        return self._read(info)
+    def read_source(self, name: str, index: int | None = None) -> torch.Tensor:
+        """A tensor by its name before there were views. index: of the part to read, in the first dimension"""
+        info = (self.sources or self.tensors)[name]
+        if index is None:
+            return self._read(info)
+        if isinstance(info, DecodedInfo):  # decoded as a whole, for all its parts
+            if name not in self._last:
+                self._last.clear()
+                self._last[name] = self._read(info)
+            return self._last[name][index]
+        size = info.nbytes // info.shape[0]
+        begin = info.begin + index * size
+        return self._read(replace(info, shape=info.shape[1:], begin=begin, end=begin + size))
+
+    def read_stored(self, info: DecodedInfo) -> dict[str, torch.Tensor]:
+        """What a decoded tensor is made of, by role. Raises as ``read``."""
+        return {role: self._read(part) for role, part in info.parts.items()}
 
     def _read(self, info: TensorInfo) -> torch.Tensor:
+        if isinstance(info, DecodedInfo):
+            return info.decode(self.read_stored(info))
         self._check_unchanged(info.file)
         tensor = read_tensor(info)
         self._check_unchanged(info.file)
         return tensor
+
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same checkpoint with tensors under other names, {name: new name}."""
+        return replace(self, tensors={names.get(name, name): info for name, info in self.tensors.items()})
 
     def with_views(self, views: Mapping[str, View]) -> Checkpoint:
         """The checkpoint with views in place of the tensors that they show."""
@@ -180,8 +211,10 @@ class Checkpoint:
         for name, view in views.items():
             info = self.tensors[view.sources[0]]
             size = math.prod(view.shape) * info.nbytes // max(1, math.prod(info.shape))
-            tensors[name] = replace(info, name=name, shape=view.shape, end=info.begin + size)
-        return replace(self, tensors=tensors, views=views, stored=self.tensors)
+            tensors[name] = TensorInfo(
+                name=name, dtype=info.dtype, shape=view.shape, file=info.file, begin=info.begin, end=info.begin + size
+            )
+        return replace(self, tensors=tensors, views=views, sources=self.tensors)
 
     def read_finite(self, name: str, allow: bool = False) -> torch.Tensor:
         """One tensor. Raises NumericFailure when it holds NaN or infinity, unless ``allow``."""
@@ -204,8 +237,8 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together."""
-        return sum(info.nbytes for info in self.tensors.values())
+        """Bytes of all tensors together, as they are stored."""
+        return sum(info.nbytes for info in self._stored.values())
 
     def fingerprint(self) -> str:
         """sha256 over the config, and name, size, header and samples of the content of every shard, in hex.
@@ -214,7 +247,7 @@ class Checkpoint:
         instant, and does not see every changed value: that takes ``sha256``.
         """
         starts: dict[Path, int] = {}
-        for info in self.tensors.values():
+        for info in self._stored.values():
             starts[info.file] = min(info.begin, starts.get(info.file, info.begin))
         return self._digest(lambda file: sampled_hash(file, starts[file], self._states[file].st_size))
 
@@ -232,7 +265,8 @@ class Checkpoint:
         digest = hashlib.sha256(self._config_hash.encode())
         for file in self.shards:
             self._check_unchanged(file)
-            name, size = file.relative_to(self.path).as_posix(), self._states[file].st_size
+            name = file.relative_to(self.path).as_posix() if file.is_relative_to(self.path) else f"{ADAPTER}{file.name}"
+            size = self._states[file].st_size
             digest.update(f"{name}\0{size}\0{content(file)}\0".encode())
             self._check_unchanged(file)
         return digest.hexdigest()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -185,8 +184,8 @@ def refuse_adapter(folder: Path, names: list[str]) -> None:
     """Refuses a folder with what was trained beside a model: it is no model, and would be lost beside one."""
     if name := next((n for n in ("adapter_config.json", "adapter_model.safetensors") if n in names), None):
         raise Unsupported(
-            f"{folder}: {name} says that this is an adapter (LoRA), and qkit quantizes whole models: merge it into its base "
-            "model (peft: merge_and_unload), save that, and give the new folder"
+            f"{folder}: {name} says that this is an adapter (LoRA), and not a whole model: name the model that it was "
+            "trained on with --base of 'qkit quantize', and it is merged into that; or merge it with peft (merge_and_unload)"
         )
 
 
@@ -208,38 +207,6 @@ def refuse_gguf(file: Path) -> NoReturn:
     raise Unsupported(
         f"{file}: a model in GGUF, the format of llama.cpp, and qkit reads safetensors: use the original model, or dequantize "
         "this one to safetensors first"
-    )
-
-
-def refuse_quantized(folder: Path, names: list[str], config: dict[str, Any]) -> None:
-    """Refuses a model whose config, or a file beside it, says that it is quantized."""
-    nodes: list[Any] = [config]
-    while nodes:
-        node = nodes.pop()
-        quantization = isinstance(node, dict) and (node.get("quantization_config") or node.get("compression_config"))
-        if quantization:
-            method = (
-                quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
-            )
-            _say_quantized(folder, "config.json: quantization_config", shown(method))
-        nodes.extend(_children(node))
-    for name, method in {"quantize_config.json": "gptq", "hf_quant_config.json": "modelopt"}.items():
-        if name in names:
-            _say_quantized(folder, name, method)
-
-
-def refuse_quantized_names(folder: Path, tensors: Iterable[str]) -> None:
-    """Refuses a model with tensors that only a quantized one has, whatever its config says."""
-    for name in tensors:
-        for suffix, method in QUANTIZED_NAMES.items():
-            if name.endswith(suffix):
-                _say_quantized(folder, f"tensor {shown(name)}", method)
-
-
-def _say_quantized(folder: Path, where: str, method: str) -> NoReturn:
-    raise Unsupported(
-        f"{folder}: {where} says that the model is quantized already ({method}), expected full precision: "
-        "dequantize it first, or use the original model"
     )
 
 

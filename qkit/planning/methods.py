@@ -6,6 +6,7 @@ from qkit.calibration.dataset import Calibration
 from qkit.errors import Unsupported, UsageError
 from qkit.families.discover import kind_of
 from qkit.families.structure import ModelStructure
+from qkit.planning.kept import check_keeping
 from qkit.planning.recipe import Recipe
 from qkit.transforms.rotate import check_rotatable
 from qkit.transforms.table import TRANSFORMS
@@ -15,6 +16,7 @@ def check_method(
     recipe: Recipe, transforms: tuple[str, ...], structure: ModelStructure, calibration: Calibration | None
 ) -> None:
     """Raises Unsupported for a model that a transform cannot work with, UsageError for rows or options that it cannot use."""
+    check_keeping(recipe, transforms)
     if "rotate" in transforms:
         check_rotatable(structure)
     balanced = next((t for t in transforms if "modality_weights" in TRANSFORMS[t].needs), None)

@@ -22,6 +22,7 @@ from qkit.families.discover import kind_of
 from qkit.families.structure import ModelStructure
 from qkit.kvcache.scales import tensor_names
 from qkit.planning.fused_layers import check_shapes, fused_linears, split_apart
+from qkit.planning.kept import PLAIN_REASON, kept_fields
 from qkit.planning.methods import check_doubled, check_method
 from qkit.planning.recipe import Recipe, RecipeTrial, Rule, check_rules, parse_method, rule_for
 from qkit.planning.sizes import check_rank, packed_bytes
@@ -68,7 +69,8 @@ class LinearPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The decisions for a whole run. linears and skipped: by checkpoint name (without '.weight'), in file order.
+    """The decisions for a whole run. linears, skipped, and kept (as the source stores them): by checkpoint name (without
+    '.weight'), in file order.
 
     run_dtype: what blocks are run in where there are calibration rows (``machine.run_dtype``); dtype: the checkpoint's
     significant: how many weights of the whole model go to sparse parts after it is quantized
@@ -84,6 +86,7 @@ class Plan:
 
     linears: dict[str, LinearPlan]
     skipped: dict[str, str]
+    kept: dict[str, LinearPlan]
     fused: tuple[tuple[str, ...], ...]
     significant: int
     transforms: tuple[str, ...]
@@ -147,7 +150,7 @@ class Plan:
 
     @property
     def schemes(self) -> dict[str, Scheme]:
-        """The weight and activation formats, {linear: scheme}."""
+        """The weight and activation formats of what is quantized, {linear: scheme}."""
         return {name: p.pair for name, p in self.linears.items()}
 
     def to_json(self) -> dict[str, Any]:
@@ -189,19 +192,25 @@ def make_plan(
     """
     transforms, _ = parse_method(recipe.method)
     check_method(recipe, transforms, structure, calibration)
-    linears: dict[str, LinearPlan] = {}
-    skipped: dict[str, str] = {}
-    matched: set[int] = set()
+    linears, kept = dict[str, LinearPlan](), dict[str, LinearPlan]()
+    skipped, matched = dict[str, str](), set[int]()
     targets = tower_rules(recipe, structure)
     for sequence in structure.sequences:
         for linear, widths in _with_widths(sequence):
             index, rule = rule_for(linear.name, recipe.rules)
-            if sequence.name in targets and (rule is None or not (rule.scheme or rule.skip)):
+            if sequence.name in targets and (rule is None or not (rule.scheme or rule.skip or rule.keep)):
                 rule = targets[sequence.name]
             elif rule is not None:
                 matched.add(index)
             if rule is not None and rule.skip is not None:
                 skipped[linear.name] = rule.skip
+                continue
+            if rule is not None and rule.keep:
+                stored = kept_fields(linear.name, structure.checkpoint)
+                if stored is None:
+                    skipped[linear.name] = PLAIN_REASON
+                else:
+                    kept[linear.name] = LinearPlan(name=linear.name, shape=linear.shape, **stored)
                 continue
             reason = None if rule is not None else structure.default_skip(linear.name)
             if reason is not None:
@@ -217,8 +226,8 @@ def make_plan(
         skipped[head] = TIED_REASON if f"{head}.weight" in structure.tied else HEAD_REASON
     skipped.update(structure.tables)
     skipped.update({name: OUTSIDE_REASON for name in structure.outside if name != head})
-    check_rules(recipe, matched, [*linears, *skipped])
-    fused = fused_linears(structure, linears, recipe.engine)
+    check_rules(recipe, matched, [*linears, *kept, *skipped])
+    fused = fused_linears(structure, linears | kept, recipe.engine)
     significant = round(recipe.significant / 100 * sum(p.shape[0] * p.shape[1] for p in linears.values()))
     rows = rows_reason(linears, transforms, significant)
     if rows and structure.family.encodes:
@@ -231,7 +240,7 @@ def make_plan(
     export, measured = _export(recipe, structure, linears, significant), rows is not None or is_static(kv)
     if export == "compressed-tensors" and structure.family.streams is None:
         check_shapes(structure, linears, recipe.engine)
-    size = packed_bytes(structure, linears, significant, untied)
+    size = packed_bytes(structure, linears, significant, untied, kept)
     if is_static(kv):
         if export != "compressed-tensors":
             raise UsageError(
@@ -242,6 +251,7 @@ def make_plan(
     return Plan(
         linears=linears,
         skipped=skipped,
+        kept=kept,
         fused=fused,
         significant=significant,
         transforms=transforms,

@@ -49,7 +49,10 @@ TRIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Rule(BaseModel):
-    """A choice for some layers, by a glob or a list of globs (fnmatch on the checkpoint name)."""
+    """A choice for some layers, by a glob or a list of globs (fnmatch on the checkpoint name).
+
+    keep: of a source that is quantized already: the layers stay as they are stored there, their numbers unchanged
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     match: Glob | Annotated[tuple[Glob, ...], Field(min_length=1)]
@@ -57,7 +60,14 @@ class Rule(BaseModel):
     solver: str | None = None
     group_size: int | None = None
     skip: str | None = None
+    keep: bool = False
     options: MethodOptions = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_keep(self) -> Rule:
+        if self.keep and (self.scheme or self.solver or self.group_size or self.skip or self.options):
+            raise ValueError("keep leaves layers as the source stores them, and goes with no other choice for them")
+        return self
 
     @property
     def globs(self) -> tuple[str, ...]:
@@ -286,7 +296,7 @@ def make_recipe(data: dict[str, Any], where: str) -> Recipe:
     except ValidationError as e:
         first = e.errors()[0]
         field = ".".join(map(str, field_path(first["loc"], data) or first["loc"]))
-        if not first["loc"]:  # of the recipe as a whole
+        if not first["loc"] or (first["type"] == "value_error" and first["loc"][0] == "rules"):
             raise BadRecipe(f"{where}: {first['ctx']['error']}") from e
         if first["type"] == "extra_forbidden" and first["loc"][0] == "policy":
             name, fields = str(first["loc"][-1]), list(PolicyConfig.model_fields)

@@ -8,7 +8,7 @@ from typing import Any
 
 from qkit.calibration.sources import CalibSource, Given, parse_sources
 from qkit.errors import UsageError
-from qkit.planning.recipe import Recipe, load_recipe, make_recipe, parse_method
+from qkit.planning.recipe import Recipe, Rule, load_recipe, make_recipe, parse_method
 from qkit.planning.renamed import current_names
 from qkit.transforms.table import EFFORTS, TRANSFORMS
 
@@ -20,6 +20,7 @@ REQUANT_OUTLIERS, REQUANT_SIGNIFICANT = 0.45, 0.05  # percent, of the paper's Sq
 class Request:
     """The options of ``qkit quantize``.
 
+    adapter: the folder of an adapter (LoRA) that is merged into the model.
     calib: the calibration data, one source or several, as ``calibration.sources`` reads them; None: the embedded data. samples
     x seqlen tokens of it are used where the method needs any, and ``synthetic_samples`` rows more, which the model writes
     itself. padded: a row for each record; answers_only: only tokens of answers count. recipe: a YAML file; scheme, method,
@@ -27,15 +28,18 @@ class Request:
     options of learned rounding. outliers, rank, significant, targets: as in a recipe; None: what the recipe says. call: of a
     diffusion pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and rows_memory the
     bytes that rows may use in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run with, as
+    keep_source: globs of layers that stay as a quantized source stores them, before all rules.
     ``Policy.to_json`` gives it; key_exponents: as in a plan.
     """
 
     model: str
+    adapter: str | None = None
     scheme: str | None = None
     method: str | None = None
     group_size: int | None = None
     recipe: Path | None = None
     rules: tuple[dict[str, Any], ...] = ()
+    keep_source: tuple[str, ...] = ()
     outliers: float | dict[str, float] | None = None
     rank: int | dict[str, int] | None = None
     significant: float | None = None
@@ -100,6 +104,8 @@ def recipe_of(request: Request) -> Recipe:
     recipe = (
         make_recipe(overrides, "command line") if request.recipe is None else load_recipe(request.recipe, overrides)
     )
+    kept = tuple(Rule(match=glob, keep=True) for glob in request.keep_source)
+    recipe = recipe.model_copy(update={"rules": (*kept, *recipe.rules)}) if kept else recipe
     if request.effort is None:
         return recipe
     if not any(TRANSFORMS[t].stage == "block" for t in parse_method(recipe.method)[0]):

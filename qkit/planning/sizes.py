@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
 
 from qkit.errors import UsageError
 from qkit.families.structure import ModelStructure
+from qkit.planning.kept import stored_as
 from qkit.tensor.compressed_tensors import stored_bytes
 from qkit.tensor.formats import Format
 from qkit.tensor.lowrank import low_rank_bytes
@@ -45,7 +48,13 @@ def check_rank(p: LinearPlan, dtype: torch.dtype) -> None:
         )
 
 
-def packed_bytes(structure: ModelStructure, linears: dict[str, LinearPlan], significant: int, untied: bool) -> int:
+def packed_bytes(
+    structure: ModelStructure,
+    linears: dict[str, LinearPlan],
+    significant: int,
+    untied: bool,
+    kept: Collection[str] = (),
+) -> int:
     """The exact bytes of all tensors of a result (shard headers apart).
 
     Where significant weights will be is not known yet: they are counted as if spread evenly.
@@ -56,6 +65,10 @@ def packed_bytes(structure: ModelStructure, linears: dict[str, LinearPlan], sign
         if name in structure.tied:
             continue
         p = linears.get(name.removesuffix(".weight"))
+        if name.removesuffix(".weight") in kept:
+            specs = stored_as(name.removesuffix(".weight"), structure.checkpoint)[1].specs
+            total += sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values())
+            continue
         if p is None:
             total += info.nbytes
             continue

@@ -38,7 +38,8 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     """A transformers language model in eval mode, or a diffusers pipeline (or its transformer alone).
 
     path:  a folder that ``qkit quantize`` wrote (or any compressed-tensors checkpoint in a format qkit knows), or a
-           full-precision one, or the name of a reference model
+           full-precision one, or one that is quantized in another way (``files.sources``; its weights are decoded), or the
+           name of a reference model
     dtype: of activations and unquantized weights; default: the checkpoint's. float32 computes on exactly the decompressed
            weights.
     kv:    the KV cache that ``generate`` uses, a policy such as 'kivi2' ('none': a plain one); default: that of the
@@ -50,9 +51,20 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     mark = read_mark(folder)
     if mark is not None:
         warnings.warn(f"{folder}: {describe_mark(mark)}", RejectedWarning, stacklevel=3)
-    checkpoint = Checkpoint.open(weights_folder(folder), quantized=True)
+    checkpoint = _opened(weights_folder(folder))
     if "_class_name" in checkpoint.config:
         return _diffusion(folder, checkpoint, dtype, device, kv)
+    model = load_checkpoint(checkpoint, dtype, device)
+    _cache_policy(model, folder, kv)
+    return model
+
+
+def load_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+    """The model of an opened checkpoint, as ``load`` gives it, with the plain weights that the checkpoint stands for: decoded,
+    and with an adapter merged."""
+    folder = checkpoint.path
+    if "_class_name" in checkpoint.config:
+        return _diffusion(folder, checkpoint, dtype, device, None)
     check_config(checkpoint.config, checkpoint.tensors)
     structure = PackedStructure(checkpoint)
     model: Any = structure.model
@@ -78,9 +90,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     model.config.dtype = dtype
     model.tie_weights(recompute_mapping=False)
     _generation_config(model, folder)
-    model = model.eval().to(device)
-    _cache_policy(model, folder, kv)
-    return model
+    return model.eval().to(device)
 
 
 def _diffusion(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, device: str, kv: str | None) -> Any:
@@ -97,6 +107,16 @@ def _diffusion(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, 
 
 
 METHODS = ("compressed-tensors", "qkit")
+
+
+def _opened(folder: Path) -> Checkpoint:
+    """The checkpoint with packed weights as they are where qkit runs them, and else decoded to plain ones."""
+    packed = Checkpoint.open(folder, quantized=True)
+    quantization = packed.config.get("quantization_config")
+    runs = isinstance(quantization, dict) and quantization.get("quant_method") in METHODS
+    return packed if runs else Checkpoint.open(folder)
+
+
 PLAIN = tuple(DTYPES.values())  # dtypes of scales that readers treat as equivalent
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from qkit.calibration.batches import InputRows, batches
 from qkit.families.structure import ModelStructure
 from qkit.planning.plan import Plan
-from qkit.runtime.loading import load
+from qkit.runtime.loading import load_checkpoint
 from qkit.sensitivity.reference_model import ReferenceModel
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
@@ -33,7 +33,7 @@ def weighing(plan: Plan, structure: ModelStructure, pool: Workers, progress: Pro
     assert plan.calibration is not None
     rows = plan.calibration.first(ROWS)
     progress.start("gradients behind every block", len(batches(rows)))
-    model = load(structure.checkpoint.path, dtype=torch.float32)
+    model = load_checkpoint(structure.checkpoint, torch.float32)
     return roots(ReferenceModel(model, structure, pool), rows, plan.seed, progress.step)
 
 

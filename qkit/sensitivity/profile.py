@@ -242,7 +242,7 @@ def make_context(
 ) -> MeasureContext:
     """The context of measures: the original in memory, its loss and its log probabilities on ``rows``. folder: of the
     profile."""
-    model = loading.load(structure.checkpoint.path, dtype=torch.float32)
+    model = loading.load_checkpoint(structure.checkpoint, torch.float32)
     reference_model = ReferenceModel(model, structure, pool)
     reference = reference_model.log_probs(rows, folder)
     loss, _ = reference_model.compare(rows, reference)

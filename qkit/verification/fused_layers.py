@@ -66,7 +66,8 @@ def check_fused(record: Record, decoded: Mapping[str, DecodedLinear], findings: 
         )
         findings.check("fused", len({m.format for m in members}) <= 1, where, "the weight formats differ")
         findings.check("fused", len({m.activations for m in members}) <= 1, where, "the activation formats differ")
-        for scalar in _SHARED:
+        # What is kept has the scales of the source, whatever they are.
+        for scalar in _SHARED if not (members and all(m.kept for m in members)) else ():
             values = {decoded[name].scalars.get(scalar) for name in group if name in decoded}
             fault = f"{scalar} differs within a fused group: {', '.join(map(str, sorted(map(str, values))))}"
             findings.check("fused", len(values) <= 1, where, fault)

@@ -218,7 +218,8 @@ class Spec:
 class RecordedLinear:
     """A quantized linear as qkit.json records it; ``shape`` is (out_features, in_features), ``sparse`` how many values its
     sparse part has, ``rank`` that of its low-rank part, ``rotation`` the block of the transform of its inputs, ``scaled``
-    whether their channels are multiplied by a stored scale first, ``residual`` how many of them are quantized twice."""
+    whether their channels are multiplied by a stored scale first, ``residual`` how many of them are quantized twice, ``kept``
+    whether it is stored as in the source."""
 
     name: str
     format: Spec
@@ -230,6 +231,7 @@ class RecordedLinear:
     scaled: bool = False
     residual: int = 0
     rank: int = 0
+    kept: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,6 +336,7 @@ def _read_linear(name: str, data: Any, findings: Findings) -> RecordedLinear | N
         scaled=data.get("scaled") is True,
         residual=residual,
         rank=rank,
+        kept=data.get("kept") is True,
     )
 
 

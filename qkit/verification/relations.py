@@ -66,7 +66,8 @@ def check_job(record: Record, decoded: Mapping[str, DecodedLinear], job: Path, f
             "job", all(map(is_hash, hashes.values())), f"journal.jsonl: line {number}", "a hash is malformed"
         )
         intended.update(hashes)
-    for name in sorted({*intended, *record.linears}):
+    made = {name for name, linear in record.linears.items() if not linear.kept}  # the others come from the source
+    for name in sorted({*intended, *made}):
         in_both = name in intended and name in record.linears
         where = "qkit.json" if name in intended else "journal.jsonl"
         if findings.check("job", in_both, name, f"is in only one of the checkpoint and the job: missing from {where}"):

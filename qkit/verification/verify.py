@@ -166,7 +166,7 @@ def _check_linears(
         if linear.name not in groups or linear.format != groups[linear.name].weights:
             covered |= {name for name in store if name.rpartition(".")[0] == linear.name}
             continue
-        expected = layout(linear, groups[linear.name].packing, floats)
+        expected = layout(linear, groups[linear.name].packing, FLOATS if linear.kept else floats)
         covered |= {f"{linear.name}.{suffix}" for suffix in expected}
         tensors = {suffix: store.get(f"{linear.name}.{suffix}") for suffix in expected}
         present = {suffix: stored for suffix, stored in tensors.items() if stored}

@@ -100,7 +100,7 @@ def allocation_problem(request: Request, budget_request: BudgetRequest) -> Alloc
             "a budget also chooses the sparse and low-rank parts of every layer: leave --outliers, --rank and "
             "--significant out and add candidates such as int3+0.5% or int3+r16"
         )
-    structure = open_structure(request.model, "a budget")
+    structure = open_structure(request.model, "a budget", adapter=request.adapter)
     table = None if budget_request.budget.latency is None else LatencyTable.load(budget_request.budget.latency[1])
     profile_request = _missing_profile(request, budget_request)
     known_profile = (

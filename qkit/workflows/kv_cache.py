@@ -18,7 +18,7 @@ from qkit.kvcache.policy import CachePolicy, CacheRequest, parse
 from qkit.kvcache.scaling import search
 from qkit.kvcache.sensitivity import divergences, sensitivities
 from qkit.planning.request import Request
-from qkit.runtime.loading import load
+from qkit.runtime.loading import load_checkpoint
 from qkit.system.progress import Progress
 from qkit.workflows.calibration_rows import calibration_of
 from qkit.workflows.quantize import open_structure
@@ -122,7 +122,7 @@ def _read_choices(request: Request, cache_request: CacheRequest) -> CacheChoices
     policy = parse(cache_request.kv)
     if policy.kind == "fp" and cache_request.memory is not None:
         raise UsageError("--kv-memory: fp8 has one width, so a budget has nothing to choose: leave it out")
-    structure = open_structure(request.model, "--kv")
+    structure = open_structure(request.model, "--kv", adapter=request.adapter)
     config: Any = structure.model.config
     heads = CacheShape.of(config)
     length = cache_request.length or getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -213,7 +213,7 @@ def _exponents(request: Request, choices: CacheChoices, progress: Progress) -> t
 def _measured_on(request: Request, choices: CacheChoices) -> tuple[Any, Calibration, int]:
     """(model in float32, rows, stretch of the positions of those of a text)"""
     rows = measurement_rows(request, choices)
-    model = load(choices.structure.checkpoint.path, dtype=torch.float32)
+    model = load_checkpoint(choices.structure.checkpoint, torch.float32)
     return model, rows, max(1, min(STRETCH, choices.length // rows.seqlen))
 
 

@@ -14,6 +14,7 @@ from qkit.allocation.limits import MEASURE, BudgetRequest, parse_budget, parse_b
 from qkit.calibration.sources import parse_sources
 from qkit.errors import UsageError
 from qkit.files.locate import find_model
+from qkit.files.sources.lora import is_adapter
 from qkit.kvcache.policy import CacheRequest, parse
 from qkit.planning.recipe import MOST_SPARSE
 from qkit.planning.request import REQUANT, Request, is_requant, recipe_of
@@ -32,11 +33,13 @@ DEFAULTS: dict[str, Any] = {
     "refine": 0,
     **dict.fromkeys(("kv", "kv_memory", "max_length")),
     "kv_scale_keys": False,
+    "base": None,
     "revision": None,
     "require_revision": False,
     **dict.fromkeys(
         ("scheme", "method", "group_size", "recipe", "outliers", "rank", "significant", "effort", "export")
     ),
+    "keep_source": (),
     "options": (),
     "call": (),
     "policy": (),
@@ -89,6 +92,10 @@ def _read(values: dict[str, Any], out: Path) -> QuantizeOptions:
             if of_budget[name]:
                 raise UsageError(f"--{name.removesuffix('s')} goes with a budget: add {WAYS}")
         return QuantizeOptions(request, None, cache)
+    if request.keep_source:
+        raise UsageError(
+            f"--keep-source {request.keep_source[0]}: a budget decides over every layer: leave it out, or use --scheme"
+        )
     if is_requant(request.method):
         raise UsageError(
             "method requant and a budget exclude each other: add sparse formats to --candidates (int3+0.5%)"
@@ -140,9 +147,24 @@ def make_request(options: dict[str, Any]) -> Request:
         options["model"] = str(find_model(options["model"], revision, required))
     options["calib"] = options["calib"] or None
     parse_sources(options["calib"])
+    base = options.pop("base")
+    if base is not None:
+        options["model"], options["adapter"] = _with_base(options["model"], base)
     rows = options.pop("rows_memory")
     options["rows_memory"] = None if rows is None else parse_bytes(rows, "--rows-memory")
+    kept = options.pop("keep_source")
+    options["keep_source"] = (kept,) if isinstance(kept, str) else tuple(kept)
     return Request(options=method_options, call=call, policy=policy, targets=targets, **options)
+
+
+def _with_base(adapter: str, base: str) -> tuple[str, str]:
+    """(the model to open, the adapter to merge into it). Raises UsageError where --model is no adapter."""
+    folder = find_model(adapter)
+    if not is_adapter(folder):
+        raise UsageError(
+            f"--base {base}: it is for an adapter (LoRA) as --model, and {adapter} has no adapter_config.json: leave it out"
+        )
+    return base, str(folder)
 
 
 def _targets(items: Mapping[str, str] | Sequence[str]) -> dict[str, str] | None:

@@ -11,7 +11,7 @@ from qkit.engine.job import Job
 from qkit.engine.learning import LOSS_WEIGHTS
 from qkit.families.structure import ModelStructure
 from qkit.planning.plan import Plan, parts
-from qkit.runtime.loading import load
+from qkit.runtime.loading import load_checkpoint
 from qkit.sensitivity.hidden import weighing
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
@@ -37,5 +37,5 @@ def modality_weights(
     """For each block and part (or linear) what errors at images weigh against errors at answers."""
     assert plan.calibration is not None
     progress.start("gradients at images and answers", plan.calibration.samples)
-    model = load(structure.checkpoint.path, dtype=torch.float32)
+    model = load_checkpoint(structure.checkpoint, torch.float32)
     return ratios(gradients(model, structure, plan.calibration, progress.step, plan.ratios))

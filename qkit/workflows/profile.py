@@ -138,7 +138,7 @@ def _refuse_foreign(folder: Path) -> None:
 def forecast(request: ProfileRequest) -> ProfileForecast:
     """The forecast of ``profile``, in seconds and without reading a weight. Raises what the request's names deserve."""
     base, count = request.base, request.measured_rows
-    structure = open_structure(base.model, "a profile")
+    structure = open_structure(base.model, "a profile", adapter=base.adapter)
     rows, has_images = text_extent(count, base.seqlen), wants_image_text(base, structure)
     if has_images:
         rows = extent(requested_image_text(replace(base, samples=count), structure))
@@ -156,7 +156,7 @@ def _forecast(request: ProfileRequest, structure: ModelStructure, rows: Extent, 
 def profile_from_shapes(request: ProfileRequest) -> Profile:
     """The profile before anything is measured: all costs are 0. Raises what the request's names deserve."""
     base = request.base
-    structure = open_structure(base.model, "a profile")
+    structure = open_structure(base.model, "a profile", adapter=base.adapter)
     probes_asked = _probe_request(request, structure, wants_image_text(base, structure))
     return profile_of_shapes(structure, probes_asked.candidates, request.measures, probes_asked.settings)
 
@@ -204,7 +204,7 @@ def _probe_request(request: ProfileRequest, structure: ModelStructure, has_image
 
 def _prepare(request: ProfileRequest) -> _PreparedProbes:
     base = request.base
-    structure = open_structure(base.model, "a profile")
+    structure = open_structure(base.model, "a profile", adapter=base.adapter)
     _probe_request(request, structure, False)  # refuses names before rows are made
     rows = calibration_of(base, structure)
     probe_request = _probe_request(request, structure, rows.kinds is not None)

@@ -64,13 +64,13 @@ class PreparedRequest:
     )  # of a diffusion pipeline, those that are quantized too
 
 
-def open_structure(model: str, language_for: str = "") -> ModelStructure:
-    """Open and check a full-precision checkpoint. language_for: what it is opened for, if that is for language models only;
-    raises Unsupported for others then."""
+def open_structure(model: str, language_for: str = "", adapter: str | None = None) -> ModelStructure:
+    """Open and check a checkpoint. language_for: what it is opened for, if that is for language models only; raises
+    Unsupported for others then. adapter: the folder of an adapter that is merged into it."""
     folder = find_model(model)
     if is_pipeline(folder):
         check_pipeline(folder)
-    checkpoint = Checkpoint.open(weights_folder(folder))
+    checkpoint = Checkpoint.open(weights_folder(folder), adapter=adapter)
     check_config(checkpoint.config, checkpoint.tensors)
     structure = ModelStructure(checkpoint)
     if structure.family.streams is not None and language_for:
@@ -85,7 +85,7 @@ def open_structure(model: str, language_for: str = "") -> ModelStructure:
 def prepare(request: Request, rows: Calibration | None = None) -> PreparedRequest:
     """Plan a request; reads no weights. rows: those of the request, where they were made before."""
     recipe = recipe_of(request)
-    structure = open_structure(request.model)
+    structure = open_structure(request.model, adapter=request.adapter)
     if request.call and structure.family.streams is None:
         raise UsageError("--call is for a diffusion pipeline, and this model is none: leave it out")
     _ = structure.checkpoint.side_files  # read and checked before anything is made of the tokenizer
@@ -271,6 +271,7 @@ def coverage(plan: Plan) -> dict[str, Any]:
     return {
         "quantized": len(plan.linears),
         "skipped": len(plan.skipped),
+        **({"kept": len(plan.kept)} if plan.kept else {}),
         "schemes": schemes,
         "weights": weights,
         "bytes_before": plan.source_bytes,

@@ -192,7 +192,7 @@ class _Trials:
             run_blocks(plan, structure, job, self.pool, self.progress, passes)
             model, weights = original_model(plan, structure, job), replacements(plan, structure, job)
         self.progress.start(f"trial {name}", 1)
-        original = ReferenceModel(loading.load(structure.checkpoint.path, dtype=torch.float32), structure, self.pool)
+        original = ReferenceModel(loading.load_checkpoint(structure.checkpoint, torch.float32), structure, self.pool)
         reference = original.log_probs(rows, self.folder)
         del original
         quantized = ReferenceModel(model, structure, self.pool)

@@ -24,7 +24,7 @@ from qkit.files.locate import find_model
 from qkit.planning.recipe import Recipe
 from qkit.planning.request import Request, recipe_of
 from qkit.planning.towers import AUTO, SKIP
-from qkit.runtime.loading import load
+from qkit.runtime.loading import load_checkpoint
 from qkit.sensitivity.forecast import model_memory
 from qkit.sensitivity.reference_model import ReferenceModel, Replacement
 from qkit.system.machine import available_cores, available_memory
@@ -72,10 +72,10 @@ class OpenTowers:
 def open_towers(request: Request) -> OpenTowers:
     """The parts that a request leaves open, found without measuring. There are none where there are no rows with images to
     decide on, or no memory for the whole model: such parts stay as they are."""
-    kind = kind_of(Checkpoint.open(weights_folder(find_model(request.model))).config)
+    kind = kind_of(Checkpoint.open(weights_folder(find_model(request.model)), adapter=request.adapter).config)
     if not any(kind in family.model_types for family in DECLARED if family.towers):
         return OpenTowers(request=request)
-    recipe, structure = recipe_of(request), open_structure(request.model)
+    recipe, structure = recipe_of(request), open_structure(request.model, adapter=request.adapter)
     auto_towers = [t for t in structure.towers if recipe.targets.get(t.name, AUTO) == AUTO]
     rows = calibration_asked(request, structure, recipe) if auto_towers else None
     available = available_memory()
@@ -132,7 +132,7 @@ def measure_towers(
     progress.start("cost of rounding each part", 1 + len(structure.sequences))
     costs = {}
     with workers(threads) as pool:
-        original = ReferenceModel(load(structure.checkpoint.path, dtype=torch.float32), structure, pool)
+        original = ReferenceModel(load_checkpoint(structure.checkpoint, torch.float32), structure, pool)
         reference = original.log_probs(rows)
         progress.step()
         for sequence in structure.sequences:

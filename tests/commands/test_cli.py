@@ -17,12 +17,12 @@ from qkit.commands import VERBS, cli, main
 
 BUDGET = "bits candidates ceiling floor latency measure memory profile refine size"
 FLAGS = {
-    "quantize": "answers-only calib call effort export group-size json keep-job kv kv-memory kv-scale-keys max-length "
-    "method model option out outliers overwrite padded policy rank recipe "
+    "quantize": "answers-only base calib call effort export group-size json keep-job keep-source kv kv-memory kv-scale-keys "
+    "max-length method model option out outliers overwrite padded policy rank recipe "
     "require-revision revision rows-memory samples scheme seed seqlen significant strict synthetic-samples target "
     f"threads work {BUDGET}",
-    "plan": "answers-only calib call effort explain export figures group-size json kv kv-memory kv-scale-keys max-length "
-    f"method model option out outliers padded policy rank recipe "
+    "plan": "answers-only base calib call effort explain export figures group-size json keep-source kv kv-memory "
+    "kv-scale-keys max-length method model option out outliers padded policy rank recipe "
     "require-revision revision rows-memory samples scheme seed seqlen significant strict synthetic-samples target "
     f"threads {BUDGET}",
     "profile": "answers-only audit audit-text calib candidates group-size json measures method model out padded pareto "
@@ -386,10 +386,13 @@ def test_tied_embeddings(run, refused, tiny, tmp_path):
 
 def test_input_that_is_quantized_already(run, refused, tiny, tmp_path):
     quantized(run, tmp_path / "once", "--model", tiny("llama"), "--scheme", "w4a16", "--group-size", 32)
-    err = refused(3, "compressed-tensors", "plan", "--model", tmp_path / "once", "--scheme", "w4a16")
-    assert "quantized already" in err and "dequantize" in err
+    options = ("--scheme", "w4a16", "--group-size", 32)
+    _, _, said = quantized(run, tmp_path / "twice", "--model", tmp_path / "once", *options)
+    assert "decoded on reading: 14 weights of compressed-tensors int4, group 32" in " ".join(said.split())
     other = changed(tiny("llama"), tmp_path / "gptq", {"quantization_config": {"quant_method": "gptq", "bits": 4}})
-    refused(3, "gptq", "plan", "--model", other, "--scheme", "w4a16")
+    refused(3, ("gptq", "no tensor is stored so"), "plan", "--model", other, "--scheme", "w4a16")
+    unknown = changed(tiny("llama"), tmp_path / "bnb", {"quantization_config": {"quant_method": "bitsandbytes"}})
+    refused(3, ("bitsandbytes", "dequantize it first"), "plan", "--model", unknown, "--scheme", "w4a16")
 
 
 def test_single_file_beside_an_index(refused, tiny, tmp_path):

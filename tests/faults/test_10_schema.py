@@ -10,7 +10,7 @@ import sys
 import pytest
 import qkit_data
 
-from qkit.errors import BadCheckpoint, BadRecipe, QkitError, Unsupported
+from qkit.errors import BadCheckpoint, BadRecipe, QkitError
 from qkit.files.locate import find_model, recorded_source
 from qkit.files.schema import foreign_errors
 from qkit.planning.recipe import load_recipe
@@ -112,7 +112,7 @@ def test_quantization_config_at_load(packed, tmp_path, value):
 
 def test_another_methods_checkpoint_is_named(packed, tmp_path):
     folder = changed(packed, tmp_path / "m", "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(Unsupported, match="quantized by 'gptq'"):
+    with pytest.raises(BadCheckpoint, match="'gptq' does not store so"):
         load(folder)
 
 

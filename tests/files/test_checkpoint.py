@@ -323,7 +323,9 @@ def test_null_quantization_config_is_none(single: Path) -> None:
     Checkpoint.open(single)
 
 
-@pytest.mark.parametrize(("name", "method"), [("quantize_config.json", "gptq"), ("hf_quant_config.json", "modelopt")])
+@pytest.mark.parametrize(
+    ("name", "method"), [("quantize_config.json", "bits is None"), ("hf_quant_config.json", "modelopt")]
+)
 def test_quantized_by_a_file_beside(single: Path, name: str, method: str) -> None:
     write_json(single / name, {})
     refused(single, method, Unsupported)
@@ -333,7 +335,7 @@ def test_quantized_by_a_file_beside(single: Path, name: str, method: str) -> Non
 @pytest.mark.parametrize("suffix", ["qweight", "weight_packed", "weight_scale_inv", "SCB"])
 def test_quantized_by_its_tensors(single: Path, suffix: str) -> None:
     save_tensors(single / "model.safetensors", {**weights(), f"model.layers.0.mlp.up_proj.{suffix}": torch.zeros(1)})
-    refused(single, suffix, Unsupported)
+    refused(single, suffix, BadCheckpoint if suffix == "weight_scale_inv" else Unsupported)
     Checkpoint.open(single, quantized=True)
 
 

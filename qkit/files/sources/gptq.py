@@ -1,0 +1,116 @@
+"""GPTQ as AutoGPTQ and GPTQModel store it.
+
+Of a linear [out, in]: ``qweight`` int32 [in * bits / 32, out], codes along the inputs, the first in the lowest bits (3-bit
+codes as one stream of 32 in three words); ``qzeros`` int32 [groups, out * bits / 32] likewise along the outputs; ``scales``
+[groups, out]; ``g_idx`` int32 [in], the group of every input, where columns were taken in order of activations. The plain
+weight is (code - zero) * scale in the dtype of the scales, then rounded to that of the model. In the first version of the
+format (``checkpoint_format: gptq``, or none) a zero point is stored less one, in ``gptq_v2`` as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+from qkit.errors import Unsupported
+from qkit.files.safefile import TensorInfo, shown
+from qkit.files.sources.decoded import DecodedInfo, Found, Parts, Stored, number
+from qkit.files.sources.groups import Groups, decode_groups, kept_groups
+
+_BITS = (2, 3, 4, 8)
+_VERSIONS = ("gptq", "gptq_v2")
+
+
+def find(stored: Stored) -> Found:
+    """The GPTQ linears of a folder. Raises Unsupported for other layouts, BadCheckpoint for shapes that do not fit."""
+    version = stored.quantization.get("checkpoint_format") or "gptq"
+    if version not in _VERSIONS:
+        raise Unsupported(
+            f"{stored.where}: config.json: checkpoint_format is {shown(version)}, and of GPTQ qkit decodes "
+            f"{' and '.join(_VERSIONS)}: dequantize the model first, or use the original"
+        )
+    default = number(stored, "bits")
+    names = [name.removesuffix(".qweight") for name in stored.tensors if name.endswith(".qweight")]
+    return Found({f"{n}.weight": _linear(stored, n, default, version == "gptq") for n in names}, ())
+
+
+def _linear(stored: Stored, name: str, default: int, less_one: bool) -> DecodedInfo:
+    bits = _bits(stored, name, default)
+    parts = {"codes": stored.tensors[f"{name}.qweight"]}
+    for leaf, role in (("scales", "scale"), ("qzeros", "zero")):
+        parts[role] = stored.part(f"{name}.{leaf}", "tensor", f"{name}.qweight")
+    if f"{name}.g_idx" in stored.tensors:
+        parts["group_of"] = stored.tensors[f"{name}.g_idx"]
+    shape = _shape(stored, parts, bits)
+    unpack = partial(_unpack, bits=bits, columns=shape[1], less_one=less_one)
+    decode = partial(decode_groups, shape=shape, cut=partial(_cut, bits=bits), unpack=unpack, dtype=stored.torch_dtype)
+    encoding = f"GPTQ with {bits} bits"
+    kept = kept_groups(bits, shape, parts["scale"], unpack)
+    if "group_of" in parts and stored.quantization.get("desc_act"):
+        kept = "a result has no place for groups of columns in the order of activations (desc_act)"
+    return stored.decoded(f"{name}.weight", shape, parts, decode, encoding, kept)
+
+
+def _bits(stored: Stored, name: str, default: int) -> int:
+    """Bits of one linear: a rule of GPTQModel's ``dynamic`` may be there, which qkit refuses to guess at."""
+    if stored.quantization.get("dynamic"):
+        raise Unsupported(
+            f"{stored.where}: config.json: quantization_config.dynamic gives layers such as {shown(name)} formats of their "
+            "own, which qkit does not read: dequantize the model first, or use the original"
+        )
+    if default not in _BITS:
+        raise Unsupported(
+            f"{stored.where}: config.json: quantization_config.bits is {default}, expected one of {', '.join(map(str, _BITS))} "
+            "for GPTQ: get the config of this model"
+        )
+    return default
+
+
+def _shape(stored: Stored, parts: dict[str, TensorInfo], bits: int) -> tuple[int, int]:
+    """(out, in), after a check of all shapes and dtypes."""
+    codes, scale, zero = parts["codes"], parts["scale"], parts["zero"]
+    if codes.dtype != "I32" or len(codes.shape) != 2 or codes.shape[0] * 32 % bits:
+        stored.refuse(codes.name, f"is {codes.dtype} {list(codes.shape)}, expected I32 [in * {bits} / 32, out]")
+    columns, rows = codes.shape[0] * 32 // bits, codes.shape[1]
+    if (
+        len(scale.shape) != 2
+        or scale.shape[1] != rows
+        or not scale.shape[0]
+        or scale.dtype not in ("F16", "BF16", "F32")
+    ):
+        stored.refuse(scale.name, f"is {scale.dtype} {list(scale.shape)}, expected floats [groups, {rows}]")
+    expected = (scale.shape[0], math.ceil(rows * bits / 32))
+    if zero.dtype != "I32" or zero.shape != expected:
+        stored.refuse(zero.name, f"is {zero.dtype} {list(zero.shape)}, expected I32 {list(expected)}")
+    order = parts.get("group_of")
+    if order is not None and (order.dtype not in ("I32", "I64") or order.shape != (columns,)):
+        stored.refuse(order.name, f"is {order.dtype} {list(order.shape)}, expected I32 [{columns}]")
+    if order is None and columns % scale.shape[0]:
+        stored.refuse(scale.name, f"has {scale.shape[0]} groups, which do not divide {columns} inputs")
+    return rows, columns
+
+
+def _cut(parts: Parts, some: slice, bits: int) -> Parts:
+    """The stored tensors of some outputs, whose number divides by 32 but for the last."""
+    words = slice(some.start * bits // 32, -(-some.stop * bits // 32))
+    return {
+        **parts, "codes": parts["codes"][:, some], "scale": parts["scale"][:, some], "zero": parts["zero"][:, words]
+    }  # fmt: skip
+
+
+def _unpack(parts: Parts, bits: int, columns: int, less_one: bool) -> Groups:
+    import torch
+
+    from qkit.tensor.packing import unpack_bits
+
+    half, words, scale = 1 << (bits - 1), parts["zero"].contiguous(), parts["scale"].T
+    codes = unpack_bits(parts["codes"].T.contiguous(), bits, columns).to(torch.int16) + half
+    if less_one and bits != 3:
+        # Whole words, as GPTQModel adds: what a writer borrowed from a neighbour goes back to it.
+        ones = sum(1 << at for at in range(0, 32, bits))
+        words = ((words.to(torch.int64) + ones + (1 << 31)) % (1 << 32) - (1 << 31)).to(torch.int32)
+    zero = unpack_bits(words, bits, scale.shape[0]).to(torch.int16).T + half
+    if less_one and bits == 3:
+        zero = (zero + 1) & 7
+    group_of = parts.get("group_of")
+    return Groups(codes, zero, scale, None if group_of is None else group_of.long())
