@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -18,21 +17,14 @@ from torch import Tensor, nn
 
 from qkit.errors import BadCheckpoint
 from qkit.families import Family
-from qkit.families.blocks import (
-    LANGUAGE,
-    BlockSequence,
-    BlockStructure,
-    FusedExperts,
-    Group,
-    Linear,
-    LinearGroup,
-    Stack,
-)
-from qkit.families.conversion import Computed, conversion_of, stacked
+from qkit.families.block_builder import BlockBuilder, persistent_buffers
+from qkit.families.blocks import LANGUAGE, BlockSequence, BlockStructure
+from qkit.families.conversion import conversion_of
 from qkit.families.discover import DISCOVERED, build_skeleton, family_of, kind_of
-from qkit.families.matrices import SHARED_REASON, fused_experts, is_router, matrix_of, reason_of, stacks_of
+from qkit.families.matrices import SHARED_REASON, matrix_of, reason_of
 from qkit.families.prefixes import under_model_names
-from qkit.files.checkpoint import Checkpoint, View
+from qkit.families.stored_parameters import StoredParameters, parameter
+from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import DENOISER
 from qkit.system.machine import run_dtype
 
@@ -66,21 +58,22 @@ class ModelStructure:
         self.computed = computed_buffers(self.model)
         tensors = self.checkpoint.tensors
         shapes = {n: tensors[n].shape if n in tensors else () for n in _unpacked(self.checkpoint)}
-        self.conversion = conversion_of(self.model, shapes, str(checkpoint.path))
+        conversion = conversion_of(self.model, shapes, str(checkpoint.path))
         # Parameters that the model's class keeps in float32, whatever its dtype is.
         self.float32 = frozenset(
             n
             for n, p in self.model.named_parameters()
             if p.dtype == torch.float32 != self.dtype and not self.family.streams
         )
-        self._views: dict[str, View] = {}
-        self.tied = self._tied()
+        self.names = StoredParameters(self.model, self.checkpoint, conversion)
+        self.tied = self.names.tied
+        self._builder = BlockBuilder(self.model, self.names, self.family.reads, self.text_config)
         lists = [(name, self.model.get_submodule(name)) for name in self.family.blocks]
         paths = [f"{name}.{i}" for name, layers in lists for i, _ in enumerate(layers.children())]
-        self.blocks = tuple(self._block(i, p, self.family.groups) for i, p in enumerate(paths))
+        self.blocks = tuple(self._builder.build(i, p, self.family.groups) for i, p in enumerate(paths))
         self.towers = tuple(self._towers())
         self.outer = self._outer()
-        self.checkpoint = self.checkpoint.with_views(self._views)
+        self.checkpoint = self.checkpoint.with_views(self.names.views)
         self.unloaded: tuple[str, ...] = ()
         self._check_coverage()
 
@@ -89,31 +82,9 @@ class ModelStructure:
         """Whether no family declares the model."""
         return self.family.name.startswith(DISCOVERED)
 
-    def _tied(self) -> dict[str, str]:
-        """{tensor that is not stored: tensor that it shares}, in checkpoint names."""
-        keys = getattr(self.model, "all_tied_weights_keys", None) or {}
-        return {self.stored_name(a): self.stored_name(b) for a, b in dict(keys).items()}
-
     def stored_name(self, name: str) -> str:
         """The checkpoint's name of a module or parameter."""
-        return self.conversion.stored_name(name)
-
-    def _stored_parameter(self, name: str) -> str:
-        """The name in ``checkpoint`` of a parameter, with a view of what it is computed from, where it is."""
-        computed = self.conversion.computed.get(name) or self._stacked(name)
-        if computed is None:
-            stored = self.stored_name(name)
-            return self.tied.get(stored, stored)
-        for target, shape in computed.shapes.items():
-            self._views.setdefault(
-                target,
-                View(
-                    computed.sources,
-                    shape,
-                    lambda read, t=target: computed.run(read)[t],  # type: ignore[misc]
-                ),
-            )
-        return name
+        return self.names.conversion.stored_name(name)
 
     def loaded_dtype(self, name: str) -> torch.dtype:
         """The dtype in which a parameter outside the blocks is loaded: that of the checkpoint, or float32 where the
@@ -135,7 +106,7 @@ class ModelStructure:
                 continue
             listed = isinstance(modules[path], nn.ModuleList)
             paths = [f"{path}.{i}" for i, _ in enumerate(modules[path].children())] if listed else [path]
-            blocks = tuple(self._block(i, p, tower.groups) for i, p in enumerate(paths))
+            blocks = tuple(self._builder.build(i, p, tower.groups) for i, p in enumerate(paths))
             if all(b.groups for b in blocks):
                 yield BlockSequence(tower.name, blocks, tower.on_text)
 
@@ -148,161 +119,6 @@ class ModelStructure:
     def every_block(self) -> tuple[BlockStructure, ...]:
         """Blocks of the towers and of the language model."""
         return tuple(b for s in self.sequences for b in s.blocks)
-
-    def _block(self, index: int, path: str, declared: tuple[Group, ...]) -> BlockStructure:
-        module = self.model.get_submodule(path)
-        fused = tuple(fused_experts(module))
-        stacks = tuple(stacks_of(module))
-        apart = {p for x in fused for p in x.params} | {x.param for x in stacks}
-        groups = list(self._plain_groups(module, path, declared))
-        for experts in fused:
-            groups += self._expert_groups(module, path, experts)
-        groups += self._stack_groups(module, path, stacks)
-        stored = [
-            (name, self._stored_parameter(f"{path}.{name}"))
-            for name, _ in (*module.named_parameters(remove_duplicate=False), *_persistent_buffers(module))
-            if name not in apart
-        ]
-        stored += [(x.param, f"{x.name}.weight") for g in groups for x in g.linears if x.expert is not None]
-        return BlockStructure(index, path, tuple(groups), tuple(stored), fused, stacks)
-
-    def _plain_groups(self, module: nn.Module, path: str, groups: tuple[Group, ...]) -> Iterator[LinearGroup]:
-        all_modules = dict(module.named_modules())
-        moe = any(True for _ in fused_experts(module))
-        modules = {
-            n: found
-            for n, m in all_modules.items()
-            if (found := matrix_of(m)) is not None
-            and not (moe and is_router(n, m, module))
-            and not self._is_shared(f"{path}.{n}.weight")
-        }
-        groups = groups if self.family.reads is None else tuple(self.family.reads.groups(path, list(modules)))
-        declared: list[Group] = []
-        covered: set[str] = set()
-        for group in groups:
-            is_present = all(n in modules for n in group.linears) and (
-                group.source is None or group.source in all_modules
-            )
-            if is_present and not covered & set(group.linears):
-                declared.append(group)
-                covered |= set(group.linears)
-        # A linear that the declaration does not mention is still quantized, on its own.
-        for group in (*declared, *(Group((n,)) for n in modules if n not in covered)):
-            linears = tuple(self._plain_linear(module, path, n, *modules[n]) for n in group.linears)
-            yield LinearGroup(linears, self._as_configured(group), group.linears[0])
-
-    def _is_shared(self, name: str) -> bool:
-        """Whether several blocks have this parameter."""
-        stored = self.stored_name(name)
-        return stored in self.tied or stored in self.tied.values()
-
-    def _plain_linear(
-        self, block: nn.Module, path: str, name: str, outputs: int, inputs: int, transposed: bool
-    ) -> Linear:
-        stored = self._stored_parameter(f"{path}.{name}.weight").removesuffix(".weight")
-        if transposed:
-            matrix = Linear(name=stored, param="", shape=(outputs, inputs), transposed=True)
-            self._add_slice(matrix, f"{path}.{name}.weight", (inputs, outputs))
-        return Linear(
-            name=stored,
-            param=f"{name}.weight",
-            shape=(outputs, inputs),
-            bias=getattr(block.get_submodule(name), "bias", None) is not None,
-            transposed=transposed,
-        )
-
-    def _add_slice(self, linear: Linear, param: str, shape: tuple[int, ...]) -> None:
-        """Add a view of one matrix inside a stored tensor, where the file has that tensor. param, shape: of the whole"""
-        computed = self.conversion.computed.get(param) or self._stacked(param)
-        if computed is not None:
-            compute = computed
-            self._views[f"{linear.name}.weight"] = View(
-                compute.sources, linear.shape, lambda read: linear.part(compute.run(read)[param]).contiguous()
-            )
-            return
-        source = self.stored_name(param)
-        info = self.checkpoint.tensors.get(source)
-        if info is None:  # its matrices are packed
-            return
-        if info.shape != shape:
-            raise BadCheckpoint(
-                f"{self.checkpoint.path}: tensor {source!r} has shape {list(info.shape)}, config.json implies {list(shape)}"
-            )
-        of_expert = replace(linear, expert=None)
-        self._views[f"{linear.name}.weight"] = View(
-            (source,), linear.shape, lambda read: of_expert.part(read(source, linear.expert)).contiguous()
-        )
-
-    def _stacked(self, name: str) -> Computed | None:
-        """What stacks a parameter that is stored in pieces of other shapes than its linears, or that has none."""
-        pieces = self.conversion.pieces.get(name)
-        return None if pieces is None else stacked(name, pieces, _get(self.model, name))
-
-    def _as_configured(self, group: Group) -> Group:
-        """The declared group, without its source where this model's config excludes it."""
-        if group.source_if is None:
-            return group
-        field, value = group.source_if
-        return group if getattr(self.text_config, field, None) == value else replace(group, source=None)
-
-    def _expert_groups(self, module: nn.Module, path: str, experts: FusedExperts) -> Iterator[LinearGroup]:
-        first, down = (
-            self._stacked_linears(
-                module, path, p, experts.module, experts.transposed, experts.halves and p == experts.params[0]
-            )
-            for p in experts.params
-        )
-        for e in range(experts.count):
-            yield LinearGroup(first[e], Group(()), experts.module, e)
-            yield LinearGroup(down[e], Group(()), "", e)
-
-    def _stack_groups(self, module: nn.Module, path: str, stacks: tuple[Stack, ...]) -> Iterator[LinearGroup]:
-        """One group for each matrix of a stack; a gate and what it gates are in one, also where they are two stacks."""
-        members: dict[tuple[str, int], list[Linear]] = {}
-        for stack in stacks:
-            owner, _, leaf = stack.param.rpartition(".")
-            # Halves that are stored one by one stay linears of their own.
-            halves = any(p.rows for p in self.conversion.pieces.get(f"{path}.{stack.param}", ()))
-            key = owner if leaf in ("gate_proj", "up_proj") else stack.param
-            for e, linears in enumerate(
-                self._stacked_linears(module, path, stack.param, owner, stack.transposed, halves)
-            ):
-                members.setdefault((key, e), []).extend(linears)
-        for (_, e), found in members.items():
-            yield LinearGroup(tuple(found), Group(()), "", e, found[0].param)
-
-    def _stacked_linears(
-        self, module: nn.Module, path: str, param: str, owner: str, transposed: bool, halves: bool
-    ) -> list[tuple[Linear, ...]]:
-        """For each matrix of a parameter, its linears: a gate and what it gates where it has ``halves``, else one."""
-        shape = module.get_parameter(param).shape
-        outputs, inputs = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
-        if shape[0] > 16 * len(self.checkpoint.tensors):  # before there is a name for each
-            raise BadCheckpoint(
-                f"{self.checkpoint.path}: config.json implies {shape[0]} experts a block, and the file has "
-                f"{len(self.checkpoint.tensors)} tensors in all: get the config of this model"
-            )
-        leaves = ("gate_proj", "up_proj") if halves else (param.rpartition(".")[2],)
-        rows = outputs // len(leaves)
-        pieces = {(p.expert, p.rows): p.stored for p in self.conversion.pieces.get(f"{path}.{param}", ())}
-        prefix = self.stored_name(f"{path}.{owner}")
-        result = []
-        for e in range(shape[0]):
-            linears = []
-            for i, leaf in enumerate(leaves):
-                span = (i * rows, (i + 1) * rows) if halves else None
-                stored = pieces.get((e, span))
-                name = (
-                    f"{prefix}.{e}.{leaf}".removesuffix(".weight") if stored is None else stored.removesuffix(".weight")
-                )
-                linear = Linear(
-                    name=name, param=param, shape=(rows, inputs), expert=e, rows=span, transposed=transposed
-                )
-                if stored is None:
-                    self._add_slice(linear, f"{path}.{param}", tuple(shape))
-                linears.append(linear)
-            result.append(tuple(linears))
-        return result
 
     def default_skip(self, name: str) -> str | None:
         """The reason why the family skips a layer (by checkpoint name) unless a rule names it; None: it is not skipped."""
@@ -317,10 +133,10 @@ class ModelStructure:
         for block in self.blocks:
             module, linears = self.model.get_submodule(block.path), {x.param for x in block.linears}
             for name, stored in block.stored:
-                if name not in linears and _get(module, name).dim() >= 2:
+                if name not in linears and parameter(module, name).dim() >= 2:
                     owner, _, leaf = name.rpartition(".")
                     reason = reason_of(module.get_submodule(owner), leaf, bool(block.experts))
-                    reason = SHARED_REASON if self._is_shared(f"{block.path}.{name}") else reason
+                    reason = SHARED_REASON if self.names.is_shared(f"{block.path}.{name}") else reason
                     view = self.checkpoint.views.get(stored)
                     for source in (stored,) if view is None else view.sources:
                         result[source.removesuffix(".weight")] = reason
@@ -336,7 +152,7 @@ class ModelStructure:
 
     def _copied_name(self, module: str) -> str:
         """The name, in the file and in a result, of a module whose weight is copied."""
-        name = self._stored_parameter(f"{module}.weight")
+        name = self.names.name_of(f"{module}.weight")
         view = self.checkpoint.views.get(name)
         stored = self.stored_name(f"{module}.weight") if view is None else view.sources[0]
         return stored.removesuffix(".weight")
@@ -353,8 +169,8 @@ class ModelStructure:
     def _outer(self) -> tuple[tuple[str, str], ...]:
         """(parameter, checkpoint tensor) of all stored tensors outside the blocks."""
         prefix = tuple(f"{name}." for name in self.family.blocks)
-        names = [n for n, _ in (*self.model.named_parameters(remove_duplicate=False), *_persistent_buffers(self.model))]
-        stored_names = [(n, self._stored_parameter(n)) for n in names if not n.startswith(prefix)]
+        names = [n for n, _ in (*self.model.named_parameters(remove_duplicate=False), *persistent_buffers(self.model))]
+        stored_names = [(n, self.names.name_of(n)) for n in names if not n.startswith(prefix)]
         return tuple((n, s) for n, s in stored_names if s not in self.tied)
 
     @property
@@ -385,8 +201,8 @@ class ModelStructure:
             module = self.model.get_submodule(block.path)
             by_weight = {f"{linear.name}.weight": linear.shape for linear in block.linears}
             for name, stored in block.stored:
-                shapes[stored] = by_weight.get(stored) or tuple(_get(module, name).shape)
-        shapes.update({stored: tuple(_get(self.model, name).shape) for name, stored in self.outer})
+                shapes[stored] = by_weight.get(stored) or tuple(parameter(module, name).shape)
+        shapes.update({stored: tuple(parameter(self.model, name).shape) for name, stored in self.outer})
         missing = [n for n in shapes if n not in tensors and n not in self.tied]
         if missing:
             raise BadCheckpoint(
@@ -426,7 +242,7 @@ def _unpacked(checkpoint: Checkpoint) -> list[str]:
 
 def computed_buffers(model: nn.Module) -> dict[str, Tensor]:
     """{name: value} of buffers that are not stored, as the initializer of the model that has them computes them."""
-    buffers = {n: b for n, b in model.named_buffers() if n not in {s for s, _ in _persistent_buffers(model)}}
+    buffers = {n: b for n, b in model.named_buffers() if n not in {s for s, _ in persistent_buffers(model)}}
     if not any(b.is_meta for b in buffers.values()):
         return {n: b.clone() for n, b in buffers.items()}
     owners = {n.rpartition(".")[0] for n in buffers}
@@ -441,20 +257,6 @@ def computed_buffers(model: nn.Module) -> dict[str, Tensor]:
             inside = max((n for n in models if not n or name == n or name.startswith(n + ".")), key=len)
             models[inside]._init_weights(module)
     return {n: b.clone() for n, b in model.named_buffers() if n in buffers}
-
-
-def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for prefix, m in module.named_modules():
-        for name, buffer in m.named_buffers(recurse=False):
-            if name not in m._non_persistent_buffers_set:
-                yield (f"{prefix}.{name}" if prefix else name), buffer
-
-
-def _get(module: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    value = getattr(module.get_submodule(owner), leaf)
-    assert isinstance(value, Tensor)
-    return value
 
 
 def dtype_of(checkpoint: Checkpoint) -> torch.dtype:

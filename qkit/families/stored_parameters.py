@@ -1,0 +1,85 @@
+"""The names of a model's parameters in its checkpoint, and views of what the file stores in another form."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from qkit.errors import BadCheckpoint
+from qkit.families.blocks import Linear
+from qkit.families.conversion import Computed, Conversion, stacked
+from qkit.files.checkpoint import Checkpoint, View
+
+
+class StoredParameters:
+    """Where the parameters of a model lie in its checkpoint.
+
+    tied:  {tensor that is not stored: tensor that it shares}, in checkpoint names
+    views: {name: view}, of matrices inside a stored tensor, and of parameters that are computed
+    """
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, conversion: Conversion) -> None:
+        self.model, self.checkpoint, self.conversion = model, checkpoint, conversion
+        self.views: dict[str, View] = {}
+        keys = getattr(model, "all_tied_weights_keys", None) or {}
+        self.tied = {conversion.stored_name(a): conversion.stored_name(b) for a, b in dict(keys).items()}
+
+    def is_shared(self, name: str) -> bool:
+        """Whether several modules have this parameter."""
+        stored = self.conversion.stored_name(name)
+        return stored in self.tied or stored in self.tied.values()
+
+    def name_of(self, name: str) -> str:
+        """The name in ``checkpoint`` of a parameter, with a view of what it is computed from, where it is."""
+        computed = self._computed(name)
+        if computed is None:
+            stored = self.conversion.stored_name(name)
+            return self.tied.get(stored, stored)
+        for target, shape in computed.shapes.items():
+            self.views.setdefault(
+                target,
+                View(
+                    computed.sources,
+                    shape,
+                    lambda read, t=target: computed.run(read)[t],  # type: ignore[misc]
+                ),
+            )
+        return name
+
+    def add_slice(self, linear: Linear, param: str, shape: tuple[int, ...]) -> None:
+        """Add a view of one matrix inside a stored tensor, where the file has that tensor. param, shape: of the whole"""
+        computed = self._computed(param)
+        if computed is not None:
+            compute = computed
+            self.views[f"{linear.name}.weight"] = View(
+                compute.sources, linear.shape, lambda read: linear.part(compute.run(read)[param]).contiguous()
+            )
+            return
+        source = self.conversion.stored_name(param)
+        info = self.checkpoint.tensors.get(source)
+        if info is None:  # its matrices are packed
+            return
+        if info.shape != shape:
+            raise BadCheckpoint(
+                f"{self.checkpoint.path}: tensor {source!r} has shape {list(info.shape)}, config.json implies {list(shape)}"
+            )
+        of_expert = replace(linear, expert=None)
+        self.views[f"{linear.name}.weight"] = View(
+            (source,), linear.shape, lambda read: of_expert.part(read(source, linear.expert)).contiguous()
+        )
+
+    def _computed(self, name: str) -> Computed | None:
+        """What computes a parameter, where it is no stored tensor; pieces of another shape than its linears are stacked."""
+        pieces = self.conversion.pieces.get(name)
+        if pieces is not None:
+            return stacked(name, pieces, parameter(self.model, name))
+        return self.conversion.computed.get(name)
+
+
+def parameter(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its name."""
+    owner, _, leaf = name.rpartition(".")
+    value = getattr(module.get_submodule(owner), leaf)
+    assert isinstance(value, Tensor)
+    return value
