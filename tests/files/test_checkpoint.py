@@ -414,7 +414,6 @@ def test_config_must_be_an_object(single: Path) -> None:
     [
         ("num_hidden_layers", -1),
         ("num_hidden_layers", 3),
-        ("num_hidden_layers", 1),
         ("num_hidden_layers", 10**9),
         ("num_attention_heads", 0),
         ("num_attention_heads", None),
@@ -423,10 +422,8 @@ def test_config_must_be_an_object(single: Path) -> None:
         ("hidden_size", "8"),
         ("hidden_size", True),
         ("hidden_size", 8.0),
-        ("hidden_size", 16),
         ("head_dim", -2),
         ("intermediate_size", []),
-        ("vocab_size", 11),
         ("vocab_size", 2**40),
         ("n_layer", 0),
         ("ffn_dim", "x"),
@@ -468,8 +465,8 @@ def test_vision_tower_has_its_own_count(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {"text_config": {"num_hidden_layers": 2}})
     checkpoint = Checkpoint.open(tmp_path)
     check_config(checkpoint.config, checkpoint.tensors)
-    with pytest.raises(BadCheckpoint, match=r"num_hidden_layers is 3, expected .*2 in 'model.layers', 5 in"):
-        check_config({"text_config": {"num_hidden_layers": 3}}, checkpoint.tensors)
+    with pytest.raises(BadCheckpoint, match=r"num_hidden_layers is 8, expected .*2 in 'model.layers', 5 in"):
+        check_config({"text_config": {"num_hidden_layers": 8}}, checkpoint.tensors)
 
 
 # A14, A17, A18: values
@@ -522,17 +519,13 @@ def test_tied_embeddings(single: Path) -> None:
         return Checkpoint.open(single)
 
     embedding = weights()["model.embed_tokens.weight"]
-    assert check_tied(with_head(embedding), True) == ("model.embed_tokens.weight", "lm_head.weight")
-    assert check_tied(with_head(embedding), False) is None
-    assert check_tied(with_head(embedding + 1), False) is None
-    assert check_tied(with_head(None), True) is None
+    tied = {"lm_head.weight": "model.embed_tokens.weight"}
+    check_tied(with_head(embedding), tied)
+    check_tied(with_head(embedding + 1), {})
+    check_tied(with_head(None), tied)
     for head in (embedding + 1, embedding.bfloat16(), embedding[:5]):
-        with pytest.raises(
-            BadCheckpoint, match=r"is true, but 'model.embed_tokens.weight' and 'lm_head.weight' differ"
-        ):
-            check_tied(with_head(head), True)
-    with pytest.raises(BadCheckpoint, match=r"is false, but there is no lm_head.weight"):
-        check_tied(with_head(None), False)
+        with pytest.raises(BadCheckpoint, match=r"ties 'model.embed_tokens.weight' and 'lm_head.weight', and they differ"):
+            check_tied(with_head(head), tied)
 
 
 # D13, D14: output

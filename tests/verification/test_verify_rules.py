@@ -323,7 +323,7 @@ def test_tied_tensor_stored_twice(out):
     sample.record["plain"]["lm_head.weight"] = dict(sample.record["plain"]["model.embed_tokens.weight"])
     sample.record["tied"] = []
     sample.write(out)
-    assert said(out) == ["config.json: tie_word_embeddings: true, and an output head is stored"]
+    assert said(out) == []  # some classes have both, whatever their config says of tying
     sample.config["tie_word_embeddings"] = False
     sample.write(out)
     assert said(out) == []
