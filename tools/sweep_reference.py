@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import sweep_configs  # noqa: F401: it makes tests/ importable
+import sweep_configs  # noqa: F401  it makes tests/ importable
 import torch
 import transformers
 from compressed_tensors.quantization import QuantizationConfig

@@ -35,6 +35,7 @@ def one_line(error: BaseException, scratch: Path) -> str:
     from qkit.errors import QkitError
 
     text = " ".join(str(error).replace(f"{scratch}/", "").split())
+    text = text.replace("rtn.", "OUT.").replace("gptq.", "OUT.")
     if isinstance(error, QkitError):
         return f"{type(error).__name__}: {text}"
     last = traceback.extract_tb(error.__traceback__)[-1]
