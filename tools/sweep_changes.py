@@ -40,7 +40,7 @@ def _inside(part: str, changes: dict[str, Any]) -> dict[str, Any]:
     return {f"{part}.{name}": value for name, value in changes.items()}
 
 
-CAUSAL: dict[str, dict[str, Any]] = {
+CHANGES: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 3], "num_hidden_layers": 4},
     "blt": {
         "encoder_hash_byte_group_vocab": 500, "global_config.intermediate_size": 256, "decoder_config.num_hidden_layers": 2,

@@ -223,7 +223,7 @@ def _names(parser: argparse.ArgumentParser, kind: str, only: str | None) -> list
     sys.path.insert(0, str(HERE))
     import sweep_configs
 
-    known = sweep_configs.model_types(kind)
+    known = sweep_configs.names(kind)
     asked = known if only is None else only.split(",")
     unknown = [name for name in asked if name not in known]
     if unknown:

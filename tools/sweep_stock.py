@@ -1,6 +1,6 @@
 """Loads packed folders with stock transformers and compressed-tensors, in a process that never sees qkit.
 
-python sweep_stock.py KIND < {name: folder}: writes FOLDER.stock.safetensors, and prints {name: null, or the error}.
+python sweep_stock.py < {name: folder}: writes FOLDER.stock.safetensors, and prints {name: null, or the error}.
 """
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from pathlib import Path
 
-import sweep_configs as configs
+import sweep_inputs
 import torch
 import transformers
 from safetensors.torch import save_file
 
 
-def logits(kind: str, folder: str) -> torch.Tensor:
+def logits(folder: Path) -> torch.Tensor:
     """What the model gives for the inputs of the sweep, float32."""
-    with open(f"{folder}/config.json") as f:
-        made = getattr(transformers, json.load(f)["architectures"][0])
+    made = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
     model, report = made.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     misfits = {k: sorted(map(str, v))[:2] for k, v in report.items() if v}
     if misfits:
@@ -26,11 +26,10 @@ def logits(kind: str, folder: str) -> torch.Tensor:
     for p in model.parameters():  # experts come in bfloat16, and would round what they multiply
         if p.dtype == torch.bfloat16:
             p.data = p.data.float()
-    with torch.inference_mode():
-        return configs.result(model.eval()(**configs.inputs(kind, model), use_cache=False)).contiguous()
+    return sweep_inputs.call(model.eval(), sweep_inputs.read(folder.parent / "inputs.safetensors"))
 
 
-def main(kind: str) -> None:
+def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -38,7 +37,7 @@ def main(kind: str) -> None:
     answers: dict[str, str | None] = {}
     for name, folder in json.load(sys.stdin).items():
         try:
-            save_file({"logits": logits(kind, folder)}, f"{folder}.stock.safetensors")
+            save_file({"logits": logits(Path(folder))}, f"{folder}.stock.safetensors")
             answers[name] = None
         except Exception as error:  # whatever transformers raises
             answers[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -47,4 +46,4 @@ def main(kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

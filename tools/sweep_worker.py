@@ -19,11 +19,12 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import sweep_configs as configs
+import sweep_configs
+import sweep_inputs
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from sweep_reference import Coverage, Lost, reference
+from sweep_reference import Coverage, Lost, load_stock, reference
 
 METHODS = ("rtn", "gptq")
 TOLERANCE = 1e-5
@@ -55,19 +56,24 @@ def run_class(kind: str, model_type: str, scratch: Path) -> dict[str, Any]:
     source = scratch / "source"
     began = time.monotonic()
     try:
-        configs.save(kind, model_type, source)
+        sweep_configs.save(kind, model_type, source)
+        model = load_stock(source)
+        inputs = sweep_inputs.inputs_of(model_type, model)
+        if not sweep_inputs.call(model, inputs).isfinite().all():
+            raise ValueError("the output of the model itself is not finite")
+        sweep_inputs.write(inputs, scratch / "inputs.safetensors")
         result["class"] = json.loads((source / "config.json").read_text())["architectures"][0]
         result["built"] = True
     except Exception as error:  # whatever a class of transformers raises
         result["reason"] = f"not built: {type(error).__name__}: {' '.join(str(error).split())[-200:]}"
         return result
     for method in METHODS:
-        result[method] = _method(kind, source, scratch / method, method, result)
+        result[method] = _method(source, scratch / method, method, result)
     result["seconds"] = round(time.monotonic() - began, 1)
     return result
 
 
-def _method(kind: str, source: Path, out: Path, method: str, result: dict[str, Any]) -> str:
+def _method(source: Path, out: Path, method: str, result: dict[str, Any]) -> str:
     """'ok', 'refused' or 'TRACEBACK'; fills in coverage, differences and reasons."""
     import qkit
 
@@ -84,11 +90,16 @@ def _method(kind: str, source: Path, out: Path, method: str, result: dict[str, A
     result["claim"] = refusals[0] if refusals else "loads"
     try:
         result |= Coverage(source, record).summary()
-        model = reference(source, out, out.parent / "reference")
-        wanted = _call(kind, model, model)
-        result[f"{method}_load"] = relative(_call(kind, qkit.load(out, torch.float32), model), wanted)
+        model, inputs = (
+            reference(source, out, out.parent / "reference"),
+            sweep_inputs.read(source.parent / "inputs.safetensors"),
+        )
+        wanted = sweep_inputs.call(model, inputs)
+        result[f"{method}_load"] = relative(sweep_inputs.call(qkit.load(out, torch.float32), inputs), wanted)
         round_experts(model)
-        save_file({"wanted": wanted, "rounded": _call(kind, model, model)}, out.parent / f"{method}.wanted.safetensors")
+        save_file(
+            {"wanted": wanted, "rounded": sweep_inputs.call(model, inputs)}, out.parent / f"{method}.wanted.safetensors"
+        )
     except Lost as error:
         result.setdefault("reasons", {})[method] = f"LOST: {error}"
         return "wrong"
@@ -105,12 +116,7 @@ def round_experts(model: Any) -> None:
             p.data = p.data.bfloat16().float()
 
 
-def _call(kind: str, model: Any, sizes: Any) -> torch.Tensor:
-    with torch.inference_mode():
-        return configs.result(model(**configs.inputs(kind, sizes), use_cache=False)).contiguous()
-
-
-def stock(kind: str, results: list[dict[str, Any]], scratch: Path) -> None:
+def stock(results: list[dict[str, Any]], scratch: Path) -> None:
     """Adds what stock transformers makes of the outputs that qkit says it loads."""
     jobs = {}
     for result in results:
@@ -122,7 +128,7 @@ def stock(kind: str, results: list[dict[str, Any]], scratch: Path) -> None:
     if not jobs:
         return
     script = Path(__file__).with_name("sweep_stock.py")
-    done = subprocess.run([sys.executable, script, kind], input=json.dumps(jobs), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script], input=json.dumps(jobs), capture_output=True, text=True)
     answers = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
     for result in results:
         if result["type"] not in jobs:
@@ -149,7 +155,7 @@ def main(kind: str, folder: str, *model_types: str) -> None:
         with redirect_stdout(sys.stderr):
             results.append(run_class(kind, model_type, scratch / model_type))
     print(json.dumps({"begins": "stock"}), flush=True)
-    stock(kind, results, scratch)
+    stock(results, scratch)
     for result in results:
         print(json.dumps({"result": result}), flush=True)
         shutil.rmtree(scratch / result["type"], ignore_errors=True)
