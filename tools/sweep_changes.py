@@ -34,6 +34,10 @@ _DRAFT = {
     "vocab_size_per_layer_input": 0, "layer_types": _SLIDING, "num_kv_shared_layers": 4, "sliding_window": 32,
     "per_layer_config": {1: {"head_dim": 64}, 3: {"head_dim": 64}},
 }  # fmt: skip
+_REFORMER = {
+    "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 96], "attn_layers": ["local", "lsh"] * 2, "num_hidden_layers": 4,
+    "lsh_attn_chunk_length": 16, "local_attn_chunk_length": 16, "num_buckets": 4, "hash_seed": 0,
+}  # fmt: skip
 
 
 def _inside(part: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -101,13 +105,31 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "qwen4_exp": _inside("text_config", _INDEXER),
     "qwen4_exp_text": _INDEXER,
-    "reformer": {
-        "is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 96], "attn_layers": ["local", "lsh"] * 2,
-        "num_hidden_layers": 4, "lsh_attn_chunk_length": 16, "local_attn_chunk_length": 16, "num_buckets": 4,
-        "hash_seed": 0,
-    },
+    "reformer": {**_REFORMER, "is_decoder": True},
     "roc_bert": {"shape_vocab_size": 500},
     "xmod": {"default_language": "en_XX"},
+    "reformer:masked": _REFORMER,
+    "reformer:sequence": _REFORMER,
+    "esm": {"vocab_size": 4096, "pad_token_id": 1, "mask_token_id": 4},
+    "esmc": {"num_key_value_heads": 4},
+    "lilt": {"hidden_size": 192},
+    "layoutlmv3": {"shape_size": 32},
+    "granite_speech5_ctc": {"encoder_config.num_key_value_heads": 4},
+    "kyutai_speech_to_text": {"codec_config.upsample_groups": 128},
+    "t5": {"decoder_start_token_id": 0},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 32},
+    "mistral4": {"head_dim": 32},
+    "wav2vec2-bert": {"vocab_size": 4096},
+    "wav2vec2-conformer": {"vocab_size": 4096},
+    "perceiver": {"num_self_attention_heads": 4},
+    "vibevoice": {
+        "audio_config.num_filters": 2, "semantic_model_config.num_filters": 2, "audio_config.hidden_size": 64,
+        "audio_config.depths": [1] * 7, "semantic_model_config.depths": [1] * 7,
+    },
+    "vibevoice_asr": {
+        "acoustic_tokenizer_encoder_config.num_filters": 2, "semantic_tokenizer_encoder_config.num_filters": 2,
+        "acoustic_tokenizer_encoder_config.depths": [1] * 7, "semantic_tokenizer_encoder_config.depths": [1] * 7,
+    },
     "zamba": {
         "num_hidden_layers": 5, "attention_head_dim": 64, "mamba_dt_rank": 16, "attention_hidden_size": 256,
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention"],

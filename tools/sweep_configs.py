@@ -27,7 +27,7 @@ for _place in (ROOT, ROOT / "calib_data", ROOT / "kernels", ROOT / "tests"):
 # The model types of popular embedding models, whose folders hold a class without a head.
 _EMBEDDERS = (
     "albert bert roberta xlm-roberta mpnet distilbert electra deberta-v2 modernbert nomic_bert gte jina_embeddings_v3 eurobert "
-    "bert-generation qwen2 qwen3 llama mistral gemma3_text gemma2 phi3 gpt2 opt qwen3_moe clip_text_model siglip_text_model esm"
+    "bert-generation qwen2 qwen3 llama mistral gemma3_text gemma2 phi3 gpt2 opt qwen3_moe clip_text_model esm"
 )
 # kind: {task: (model types, the class of transformers that builds them)}
 KINDS: dict[str, dict[str, tuple[list[str], Any]]] = {
@@ -78,7 +78,7 @@ def build(kind: str, name: str, seed: int = 0) -> Any:
 def randomize(model: Any) -> None:
     """Values in all places: noise on what is drawn around a mean keeps norms that multiply by 1 + weight what they are."""
     for name, p in model.named_parameters():
-        if not p.is_floating_point():
+        if not p.is_floating_point() or not p.numel():
             continue
         if p.dim() < 2:
             p.add_(torch.randn_like(p) * 0.1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from sweep_shrink import VOCABULARY
+from sweep_shrink import TOKENS
 from torch import Tensor
 
 LENGTH = 48
@@ -38,23 +38,37 @@ def inputs_of(name: str, model: Any, seed: int = 1) -> dict[str, Any]:
     main = getattr(model, "main_input_name", "input_ids")
     found: dict[str, Any] = {}
     if main == "input_values":
-        found[main] = torch.randn(rows, 8000, generator=chance)
+        found[main] = torch.randn(rows, *((1,) if config.model_type == "omniasr_ctc" else ()), 8000, generator=chance)
+    elif config.model_type == "speech-encoder-decoder":
+        found["input_values"] = torch.randn(rows, 8000, generator=chance)
     elif main == "input_features":
         found[main] = _features(config, rows, chance)
     else:
         found["input_ids"] = tokens
-    if "decoder_input_ids" in accepts and getattr(config, "is_encoder_decoder", False):
+    if name.endswith(":sequence"):  # encoder-decoders look for the one end of the text
+        found["input_ids"][:, -1] = end if isinstance(end := getattr(config, "eos_token_id", 2), int) else 2
+    elif "decoder_input_ids" in accepts and getattr(config, "is_encoder_decoder", False):
         found["decoder_input_ids"] = tokens[:, :16].clone()
+    if config.model_type == "kyutai_speech_to_text":
+        found["input_ids"] = tokens[..., None].repeat(1, 1, config.num_codebooks + 1) % 2000
+    if config.model_type == "dia":  # a token for each channel of sound
+        found["decoder_input_ids"] = tokens[:, :16, None].repeat(1, 1, config.decoder_config.num_channels) % 1000
+    if config.model_type == "voxtral_realtime":  # sound is added to every token
+        found["input_features"] = torch.randn(rows, config.audio_config.num_mel_bins, 8 * LENGTH, generator=chance)
     return found
 
 
 def _vocabulary(config: Any) -> int:
-    return min(VOCABULARY, getattr(config.get_text_config(), "vocab_size", None) or VOCABULARY)
+    return min(TOKENS, getattr(config.get_text_config(), "vocab_size", None) or TOKENS)
 
 
 def _features(config: Any, rows: int, chance: torch.Generator) -> Tensor:
     """Mel features: [rows, bins, frames] for Whisper and its kin, [rows, frames, bins] for others."""
-    bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_projection_input_dim", None) or 80
+    parts = [config, *(getattr(config, n, None) for n in ("encoder_config", "audio_config"))]
+    sizes = ("num_mel_bins", "feature_projection_input_dim", "input_dim")
+    bins = next((getattr(p, n) for p in parts for n in sizes if getattr(p, n, None)), 80)
+    if config.model_type == "granite_speech5_ctc":
+        bins *= 4  # frames come stacked
     if hasattr(config, "max_source_positions") and config.model_type == "whisper":
         return torch.randn(rows, bins, 2 * config.max_source_positions, generator=chance)
     return torch.randn(rows, 64, bins, generator=chance)

@@ -9,47 +9,70 @@ from collections.abc import Mapping
 from typing import Any
 
 VOCABULARY = 4096  # of the embedded tokenizer
+TOKENS = 4000  # random inputs have smaller ones: those from here on stand for pictures and sound
 
 _SIZES = {
     128: (
         "hidden_size d_model n_embd dim emb_dim embed_dim embedding_size word_embed_proj_dim model_dim n_embed "
         "decoder_hidden_size moe_intermediate_size expert_ffn_hidden_size moe_ffn_hidden_size expert_intermediate_size "
-        "attention_hidden_size lru_width dim_model hidden_dim moe_latent_size mm_hidden_size projection_dim text_hidden_size "
+        "attention_hidden_size lru_width dim_model hidden_dim moe_latent_size mm_hidden_size projection_dim "
+        "text_hidden_size "
         "input_embedding_size output_embedding_size pronunciation_embed_dim shape_embed_dim embedding_dim "
-        "hidden_size_per_layer_input hidden_size_global router_hidden_size ple_embed_dim"
+        "hidden_size_per_layer_input hidden_size_global router_hidden_size ple_embed_dim out_hidden_size d_latents "
+        "pooler_hidden_size "
+        "output_dim proj_dim vision_output_dim adapter_out_dim adapter_in_dim adapter_input_size audio_hidden_size "
+        "cross_hidden_size "
+        "encoder_hidden_size speech_encoder_hidden_size llm_hidden_size qk_channels v_channels entity_emb_size"
     ),
     256: (
-        "intermediate_size ffn_hidden_size n_inner d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim dim_ff dff feed_forward_size "
-        "shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp block_ff_dim inner_hidden_size d_inner "
-        "dim_feedforward moe_shared_expert_intermediate_size prefix_dense_intermediate_size mlp_dim out_hidden_size "
-        "shared_experts_intermediate_size"
+        "intermediate_size ffn_hidden_size n_inner d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim dim_ff dff "
+        "feed_forward_size "
+        "shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp block_ff_dim inner_hidden_size "
+        "d_inner "
+        "dim_feedforward moe_shared_expert_intermediate_size prefix_dense_intermediate_size mlp_dim "
+        "shared_experts_intermediate_size speech_encoder_intermediate_size t2u_encoder_ffn_dim t2u_decoder_ffn_dim "
+        "projector_hidden_size "
+        "downsample_hidden_size"
     ),
     4: (
         "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads n_attention_heads "
-        "num_decoder_attention_heads num_encoder_attention_heads num_hidden_layers n_layer n_layers num_layers encoder_layers "
+        "num_decoder_attention_heads num_encoder_attention_heads num_hidden_layers n_layer n_layers num_layers "
+        "encoder_layers "
         "decoder_layers num_decoder_layers num_encoder_layers num_blocks num_experts num_local_experts n_routed_experts "
         "moe_num_experts num_routed_experts depth num_attention_heads_per_layer swa_num_attention_heads index_n_heads "
-        "zero_expert_num linear_num_heads"
+        "zero_expert_num linear_num_heads speech_encoder_attention_heads t2u_encoder_attention_heads "
+        "t2u_decoder_attention_heads "
+        "cross_num_attention_heads num_self_attention_heads num_cross_attention_heads attention_heads"
     ),
     2: (
-        "num_key_value_heads n_kv_heads num_kv_heads swa_num_key_value_heads num_global_key_value_heads num_experts_per_tok "
+        "num_key_value_heads n_kv_heads num_kv_heads swa_num_key_value_heads num_global_key_value_heads "
+        "num_experts_per_tok "
         "top_k moe_topk moe_k num_experts_per_token n_activated_experts router_topk top_k_experts swa_num_kv_heads "
-        "linear_num_key_heads o_groups"
+        "linear_num_key_heads o_groups cross_num_key_value_heads speech_encoder_layers t2u_encoder_layers "
+        "t2u_decoder_layers "
+        "num_self_attends_per_block num_global_layers num_timestamp_prediction_layers"
     ),
     1: (
         "n_group topk_group num_expert_group n_shared_experts num_shared_experts first_k_dense_replace num_dense_layers "
         "moe_layer_start_index"
     ),
     32: (
-        "head_dim global_head_dim kv_channels swa_head_dim v_head_dim linear_key_head_dim linear_value_head_dim mamba_head_dim "
+        "head_dim global_head_dim kv_channels swa_head_dim v_head_dim linear_key_head_dim linear_value_head_dim "
+        "mamba_head_dim "
         "d_head attention_head_size linear_head_dim index_head_dim rotary_dim "
-        "sliding_window attention_window_size sliding_window_size attention_chunk_size"
+        "sliding_window attention_window_size sliding_window_size attention_chunk_size d_kv num_latents conv_dim "
+        "dim_head "
+        "subsampling_conv_channels cross_head_dim attention_window"
     ),
-    64: "q_lora_rank kv_lora_rank o_lora_rank hc_lowrank",
-    16: "ssm_state_size mamba_d_state state_size mamba_state_dim index_topk chunk_size mamba_chunk_size laurel_rank",
+    16: "ssm_state_size mamba_d_state state_size mamba_state_dim index_topk chunk_size mamba_chunk_size "
+    "laurel_rank coordinate_size",
+    64: "q_lora_rank kv_lora_rank o_lora_rank hc_lowrank entity_vocab_size max_source_positions upsample_initial_channel",
+    512: "num_hash_buckets",
 }
 _POSITIONS = "max_position_embeddings n_positions max_target_positions n_ctx max_sequence_length max_seq_len seq_length"
-_VOCABULARIES = "vocab_size decoder_vocab_size text_vocab_size unpadded_vocab_size vocab_size_per_layer_input"
+_POSITIONS += " max_encoder_position_embeddings"
+_VOCABULARIES = "vocab_size decoder_vocab_size "
+_VOCABULARIES += " text_vocab_size unpadded_vocab_size vocab_size_per_layer_input src_vocab_size tgt_vocab_size"
 _BY_NAME = {name: size for size, names in _SIZES.items() for name in names.split()}
 _BY_NAME |= dict.fromkeys(_POSITIONS.split(), 256) | dict.fromkeys(_VOCABULARIES.split(), VOCABULARY)
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
@@ -90,8 +113,10 @@ def _small(fields: Mapping[str, Any]) -> dict[str, Any]:
             result[name] = [_sized(name, value[i]) for i in kept[1]]
         elif kept and name in _LAYERS:
             result[name] = len(kept[1])
-        elif name.endswith("_token_id"):
-            result[name] = 3 if isinstance(value, int) and value >= VOCABULARY else value
+        elif name.endswith(("_token_id", "_token_index", "_token")) and type(value) is int and value >= VOCABULARY:
+            result[name] = _token(name)
+        elif name == "eos_token_id" and isinstance(value, list):
+            result[name] = [2]
         else:
             result[name] = _sized(name, value)
     if "kv_lora_rank" in fields:  # latent attention has keys for every head
@@ -101,7 +126,17 @@ def _small(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sized(name: str, value: Any) -> Any:
+    if name in _BY_NAME and isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
+        return [_BY_NAME[name]] * len(value)
     return _BY_NAME[name] if name in _BY_NAME and type(value) is int else value
+
+
+def _token(name: str) -> int:
+    "A token of the small vocabulary for what a config calls a token beyond it: one of its own for each part of a"
+    "picture."
+    if name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        return 3
+    return TOKENS + sum(map(ord, name)) % 90
 
 
 def _own(by_layer: Mapping[Any, Any], layer: int) -> Mapping[str, Any]:
@@ -112,6 +147,8 @@ def _own(by_layer: Mapping[Any, Any], layer: int) -> Mapping[str, Any]:
 def _kept_layers(fields: Mapping[str, Any]) -> tuple[int, list[int]] | None:
     """(the number of layers, those that show every kind of layer), where the config tells the kinds layer by layer."""
     count = next((fields[n] for n in _LAYERS if isinstance(fields.get(n), int)), None)
+    if count is None and isinstance(fields.get("layers_block_type"), list):
+        count = len(fields["layers_block_type"])
     lists = [v for v in fields.values() if isinstance(v, list) and len(v) == count and count]
     own = fields.get("per_layer_config")
     if isinstance(own, Mapping) and count:
