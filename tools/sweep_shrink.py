@@ -66,7 +66,10 @@ _SIZES = {
     ),
     16: "ssm_state_size mamba_d_state state_size mamba_state_dim index_topk chunk_size mamba_chunk_size "
     "laurel_rank coordinate_size",
-    64: "q_lora_rank kv_lora_rank o_lora_rank hc_lowrank entity_vocab_size max_source_positions upsample_initial_channel",
+    64: (
+        "num_position_embeddings num_patches position_embedding_size q_lora_rank kv_lora_rank o_lora_rank hc_lowrank "
+        "entity_vocab_size max_source_positions upsample_initial_channel"
+    ),
     512: "num_hash_buckets",
 }
 _POSITIONS = "max_position_embeddings n_positions max_target_positions n_ctx max_sequence_length max_seq_len seq_length"
@@ -85,6 +88,7 @@ _OF_LAYERS = (
 )  # lists of numbers of layers
 _LATENT = {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32, "head_dim": 16, "qk_head_dim": 32}
 _MOST_LAYERS = 5
+_PATCHES = 8
 
 
 def tiny_fields(fields: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -106,7 +110,7 @@ def _small(fields: Mapping[str, Any]) -> dict[str, Any]:
         if name == "per_layer_config" and kept and isinstance(value, Mapping):
             result[name] = {new: _small(_own(value, old)) for new, old in enumerate(kept[1]) if _own(value, old)}
         elif isinstance(value, Mapping):
-            result[name] = _small(value) if "model_type" in value or name.endswith("_config") else dict(value)
+            result[name] = _small(value) if "model_type" in value or name.endswith("_config") else {**value}
         elif kept and name in _OF_LAYERS and isinstance(value, list):
             result[name] = [new for new, old in enumerate(kept[1]) if old in value]
         elif kept and isinstance(value, list) and len(value) == kept[0]:
@@ -120,9 +124,31 @@ def _small(fields: Mapping[str, Any]) -> dict[str, Any]:
         else:
             result[name] = _sized(name, value)
     if "kv_lora_rank" in fields:  # latent attention has keys for every head
-        result |= {name: size for name, size in _LATENT.items() if name in fields}
+        result |= {name: size for name, size in _LATENT.items() if fields.get(name)}
         result["num_key_value_heads"] = 4
+    _small_pictures(result)
+    _three_positions(result)
     return result
+
+
+def _small_pictures(fields: dict[str, Any]) -> None:
+    """Pictures of eight by eight patches."""
+    patch, size = fields.get("patch_size"), fields.get("image_size")
+    if type(patch) is int and type(size) is int:
+        fields["image_size"] = _PATCHES * patch
+    elif size and isinstance(size, (list, tuple)):
+        patches = patch if isinstance(patch, (list, tuple)) else [patch or 14] * len(size)
+        fields["image_size"] = [_PATCHES * p for p in patches]
+
+
+def _three_positions(fields: dict[str, Any]) -> None:
+    """Rotary positions of time, height and width share half the width of a head."""
+    ropes = fields.get("rope_parameters")
+    for rope in (ropes, *(ropes.values() if isinstance(ropes, dict) else ())):
+        if isinstance(rope, dict) and rope.get("mrope_section"):
+            width = fields.get("qk_rope_head_dim") or fields.get("head_dim") or 32
+            half = int(width * (rope.get("partial_rotary_factor") or 1)) // 2
+            rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
 
 
 def _sized(name: str, value: Any) -> Any:
