@@ -43,6 +43,7 @@ _MROPE = {"text_config.rope_parameters": {**_ROPE, "mrope_section": [6, 5, 5]}}
 _PLAIN_MROPE = (
     "glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl",
 )  # fmt: skip
+_TWO_SHAPES = {"image_grid_pinpoints": [[112, 112], [112, 224]]}
 _COMPASS = {"rope_parameters": {**_ROPES, "full_attention": None}, "layer_types": _SLIDING, "num_hidden_layers": 4}
 _VISUAL_TOKENS = {"<image>": 4000, **{f"IMGIMG{i:02d}Z": 3900 + i for i in range(64)}}
 _REFORMER = {
@@ -181,7 +182,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "kosmos-2.5": {"latent_query_num": 16, "vision_config.max_num_patches": 64},
     "step3p7": {"text_config.sliding_window": 32},
     "janus": {"vq_config.base_channels": 32, "vq_config.num_embeddings": 64},
-    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), {"image_grid_pinpoints": [[112, 112], [112, 224]]}),
+    "llava_next": _TWO_SHAPES,
+    "llava_next_video": _TWO_SHAPES,
+    "llava_onevision": _TWO_SHAPES,
     "vipllava": {"vision_feature_layers": [-1, -2, -3]},
     "instructblip": {"image_token_index": 4000},
     "instructblipvideo": {"video_token_index": 4000, "image_token_index": 4000},
