@@ -28,6 +28,35 @@ class PerRow:
 
 
 @dataclass(frozen=True)
+class ForEveryRow:
+    """An argument that is the same for all rows and has an entry for each along ``dim``. value: that of one row"""
+
+    value: Tensor
+    dim: int
+
+
+@dataclass(frozen=True)
+class Passing:
+    """How a block gets hidden states, and hands them on.
+
+    place:  the argument with the hidden states, by its position or name
+    result: where they are in the tuple that it returns; None: it returns them alone
+    out:    what it returned in a run; what is beside the hidden states is the same in each run
+    """
+
+    place: int | str
+    result: int | None
+    out: Any
+
+    def hand_on(self, hidden: Tensor) -> Any:
+        """What the block returns, with other hidden states."""
+        if self.result is None:
+            return hidden
+        values = [hidden if i == self.result else x for i, x in enumerate(self.out)]
+        return type(self.out)(*values) if hasattr(self.out, "_fields") else type(self.out)(values)
+
+
+@dataclass(frozen=True)
 class OffloadedArgument:
     """An argument that is offloaded to the disk: tensor ``index`` of ``offload_file``."""
 
@@ -39,7 +68,7 @@ def mapped(of: Callable[[Any], Any], value: Any) -> Any:
     """Arguments with ``of`` applied to every value inside tuples, lists and dicts."""
     if isinstance(value, (tuple, list)):
         return type(value)(mapped(of, v) for v in value)
-    return {k: mapped(of, v) for k, v in value.items()} if isinstance(value, dict) else of(value)
+    return {k: mapped(of, v) for k, v in value.items()} if isinstance(value, Mapping) else of(value)
 
 
 @dataclass(frozen=True)
@@ -48,12 +77,23 @@ class Call:
 
     streams: names of the arguments that are hidden states, where the block is called by name
     lengths: tokens of each stream
+    place, result: as of ``Passing``
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     streams: Streams | None = None
     lengths: tuple[int, ...] = ()
+    place: int | str = 0
+    result: int | None = 0
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], passing: Passing) -> Call:
+        """A call without its hidden states."""
+        place = passing.place
+        if isinstance(place, str):
+            return cls(args, {k: v for k, v in kwargs.items() if k != place}, place=place, result=passing.result)
+        return cls((*args[:place], *args[place + 1 :]), kwargs, place=place, result=passing.result)
 
     def to(self, dtype: torch.dtype) -> Call:
         """The call with its floating-point arguments in ``dtype``, for a block that runs in it."""
@@ -61,6 +101,8 @@ class Call:
         def cast(value: Any) -> Any:
             if isinstance(value, PerRow):
                 return PerRow(tuple(map(cast, value.values)), value.dim)
+            if isinstance(value, ForEveryRow):
+                return ForEveryRow(cast(value.value), value.dim)
             return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
         return replace(self, args=mapped(cast, self.args), kwargs=mapped(cast, self.kwargs))
@@ -71,12 +113,18 @@ class Call:
         def of(value: Any) -> Any:
             if isinstance(value, PerRow):
                 return torch.cat(value.values[rows], dim=value.dim)
+            if isinstance(value, ForEveryRow):
+                return torch.cat([value.value] * len(hidden), dim=value.dim)
             return value.offload_file[value.index] if isinstance(value, OffloadedArgument) else value
 
         kwargs = mapped(of, self.kwargs)
         if self.streams is None:
-            out = block(hidden, *mapped(of, self.args), **kwargs)
-            hidden_out: Tensor = out[0] if isinstance(out, tuple) else out
+            args = mapped(of, self.args)
+            if isinstance(self.place, str):
+                out = block(*args, **kwargs, **{self.place: hidden})
+            else:
+                out = block(*args[: self.place], hidden, *args[self.place :], **kwargs)
+            hidden_out: Tensor = out[self.result or 0] if isinstance(out, (tuple, list)) else out
             return hidden_out
         parts = dict(zip(self.streams.names, hidden.split(self.lengths, -2), strict=True))
         out = block(**parts, **kwargs)
@@ -110,6 +158,72 @@ def offloaded(calls: dict[int, Call], offload_file: OffloadedTensors, dtype: tor
         return arguments[id(value)]
 
     return {i: replace(call, args=mapped(put, call.args), kwargs=mapped(put, call.kwargs)) for i, call in calls.items()}
+
+
+def leaves_of(call: Call) -> dict[str, Any]:
+    """{description: value} of all arguments of a call, inside tuples, lists and dicts."""
+    result: dict[str, Any] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, (tuple, list)):
+            for i, v in enumerate(value):
+                add(f"{name}[{i}]", v)
+        elif isinstance(value, Mapping):
+            for k, v in value.items():
+                add(f"{name}[{k!r}]", v)
+        else:
+            result[name] = value
+
+    for i, value in enumerate(call.args):
+        add(f"argument {i + 1}", value)
+    for name, value in call.kwargs.items():
+        add(name, value)
+    return result
+
+
+def for_any_batch(one: dict[int, Call], two: dict[int, Call]) -> dict[int, Call] | None:
+    """Calls that hold for any number of rows, from those of one row and of two; None where they depend on the row.
+
+    one: the calls of the first row; two: those of a batch of the first two rows
+    """
+    shared: dict[tuple[int, int], Any] = {}  # blocks share their arguments
+
+    def join(a: Any, b: Any) -> Any:
+        if isinstance(a, (tuple, list)) and type(a) is type(b) and len(a) == len(b):
+            return type(a)(map(join, a, b))
+        if isinstance(a, Mapping) and isinstance(b, Mapping) and a.keys() == b.keys():
+            return {k: join(v, b[k]) for k, v in a.items()}
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            if isinstance(a, Tensor) or isinstance(b, Tensor) or type(a) is not type(b):
+                raise _Differs
+            return a
+        if (id(a), id(b)) not in shared:
+            shared[id(a), id(b)] = _repeated(a, b)
+        return shared[id(a), id(b)]
+
+    try:
+        return {
+            i: replace(call, args=join(call.args, two[i].args), kwargs=join(call.kwargs, two[i].kwargs))
+            for i, call in one.items()
+        }
+    except _Differs:
+        return None
+
+
+class _Differs(Exception):
+    """Arguments of two calls that one rule does not make."""
+
+
+def _repeated(one: Tensor, two: Tensor) -> Any:
+    if one.shape == two.shape:
+        if torch.equal(one, two):
+            return one
+        raise _Differs
+    dims = [d for d in range(one.dim()) if two.dim() == one.dim() and two.shape[d] == 2 * one.shape[d]]
+    for d in dims:
+        if two.shape == torch.cat([one, one], d).shape and torch.equal(two, torch.cat([one, one], d)):
+            return ForEveryRow(one, d)
+    raise _Differs
 
 
 def _by_name(block: nn.Module, streams: Streams, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
@@ -184,10 +298,11 @@ class _Entered(Exception):
 class _Notes:
     """Record of one sample: the hidden states that enter the first block, and the call of each block.
 
-    run_to_end: the run goes on after the last block, to detect blocks that are called twice
+    run_to_end: the run goes on after the last block, to detect blocks that are called twice; last: its index
     """
 
     count: int
+    last: int
     calls: dict[int, Call] = field(default_factory=dict)
     first: Tensor | None = None
     run_to_end: bool = False
@@ -199,25 +314,32 @@ class _Notes:
                 f"block {index + 1} of {self.count} runs more than once in a pass of the model: its weights have several "
                 "inputs, and qkit quantizes a block for one: use a method without calibration (rtn with a weight-only scheme)"
             )
-        self.first = hidden if index == 0 else self.first
+        self.first = hidden if not self.calls else self.first
         self.calls[index] = call
-        if index + 1 == self.count and not self.run_to_end:
+        if index == self.last and not self.run_to_end:
             raise _Entered
 
 
 class _Recorder(nn.Module):
     """Stand-in for a block, which records its call and returns the hidden states unchanged."""
 
-    def __init__(self, block: nn.Module, notes: _Notes, index: int, streams: Streams | None) -> None:
+    def __init__(
+        self, block: nn.Module, notes: _Notes, index: int, streams: Streams | None, passing: Passing | None
+    ) -> None:
         super().__init__()
         self.__dict__["_block"] = block
-        self.__dict__["_note"] = (notes, index, streams)
+        self.__dict__["_note"] = (notes, index, streams, passing)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)  # models read attributes such as attention_type from a block
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        notes, index, streams = self.__dict__["_note"]
+        notes, index, streams, passing = self.__dict__["_note"]
+        if passing is not None:
+            place = passing.place
+            hidden = kwargs[place] if isinstance(place, str) else args[place]
+            notes.add(index, hidden, Call.of(args, kwargs, passing))
+            return passing.hand_on(hidden)
         if streams is None:
             notes.add(index, args[0], Call(args[1:], kwargs))
             return args[0]
@@ -233,6 +355,7 @@ def enter(
     samples: Iterable[Mapping[str, Any]],
     through: bool = False,
     streams: Streams | None = None,
+    passing: Mapping[int, Passing] | None = None,
 ) -> Generator[tuple[Tensor, dict[int, Call]], None, None]:
     """Yield, for each sample, the hidden states that enter the first block, [.., tokens, hidden], and the call of each block.
 
@@ -242,10 +365,11 @@ def enter(
     samples: arguments of the model for each row
     through: the blocks are materialized and run; transformers records the outputs of a tower's blocks at its first call
     streams: of a diffusion transformer
+    passing: of each block that runs, where a trial showed it
     """
     originals = [model.get_submodule(name) for name in blocks]
     base: Any = getattr(model, "base_model", model)
-    notes = _Notes(len(blocks))
+    notes = _Notes(len(blocks), last=max(passing) if passing else len(blocks) - 1)
 
     def look(index: int) -> Callable[..., None]:
         return lambda _, args, kwargs: notes.add(index, args[0], Call(args[1:], kwargs))
@@ -256,7 +380,7 @@ def enter(
             if through:
                 handles.append(block.register_forward_pre_hook(look(i), with_kwargs=True))
             else:
-                model.set_submodule(name, _Recorder(block, notes, i, streams))
+                model.set_submodule(name, _Recorder(block, notes, i, streams, passing.get(i) if passing else None))
         for i, sample in enumerate(samples):
             notes.first, notes.calls, notes.run_to_end = None, {}, i == 0 and not through and streams is None
             with torch.inference_mode(), suppress(_Entered):

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from qkit.calibration.block_calls import Call, OneByOne
+from qkit.calibration.stack_inputs import watch_stacks
 from qkit.calibration.statistics import (
     MAX_BAD_ROWS,
     SAMPLE_TOKENS,
@@ -38,9 +39,11 @@ from qkit.calibration.statistics import (
     run_pending,
     strides,
 )
-from qkit.errors import BadCalibration, NumericFailure, Unsupported
-from qkit.families.blocks import BlockStructure, LinearGroup
+from qkit.errors import BadCalibration, NumericFailure
+from qkit.families.blocks import BlockStructure, FusedExperts, LinearGroup
+from qkit.families.matrices import matrix_of
 from qkit.files.owned import temp_path
+from qkit.nn.layers import gated
 from qkit.system.memory import give_back
 from qkit.system.parallel import Workers
 
@@ -73,13 +76,17 @@ class _PlaybackUnit:
 class _Playback(nn.Module):
     """Stand-in for a solved submodule, which returns its recorded output."""
 
-    def __init__(self, fetch: Callable[[], Tensor], rest: int | None) -> None:
+    def __init__(self, module: nn.Module, fetch: Callable[[], Tensor], rest: int | None) -> None:
         super().__init__()
-        self._fetch, self._rest = fetch, rest
+        self.__dict__["_solved"] = (module, fetch, rest)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_solved"][0], name)  # blocks read attributes of their parts
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        out = self._fetch()
-        return out if self._rest is None else (out, *[None] * self._rest)
+        _, fetch, rest = self.__dict__["_solved"]
+        out = fetch()
+        return out if rest is None else (out, *[None] * rest)
 
 
 class BlockRunner:
@@ -96,6 +103,7 @@ class BlockRunner:
         self.stages = structure.units
         self.beyond: set[int] = set()  # rows with finite values above ``Rows.largest``
         self._local = threading.local()
+        self._repeated: set[str] = set()  # linears that run more than once in a pass
         self._units = self._find_units()
         self._replaced: dict[str, nn.Module] = {}
 
@@ -105,7 +113,7 @@ class BlockRunner:
         self, groups: tuple[LinearGroup, ...], request: StatsRequest, step: PieceCallback, keep: bool = True,
         inputs: Mapping[str, Callable[[Tensor], Tensor]] | None = None, originals: Mapping[str, Path] | None = None,
     ) -> dict[str, Stats]:  # fmt: skip
-        """{group key: Stats} over all good rows. Raises BadCalibration when a group saw no token.
+        """{group key: Stats} over all good rows. A group that no token reached has statistics of none.
 
         keep:      store the input of a submodule's last linear, so that the submodule can be played back once it is solved
         inputs:    {group key: transform of its inputs before statistics are taken}
@@ -118,17 +126,20 @@ class BlockRunner:
         ends = {g.hook for g in groups} if keep else set()
         unit = next((u for u in self._units if u.last in ends), None)
         unit_file = None if unit is None else self._file(f"{unit.path}.in").open("wb")
-        handles = self._hooks({g.hook for g in groups if g.hook})
+        handles = self._hooks({g.hook for g in groups if g.hook} - self._repeated)
+        watched = {x.param for g in groups if g.stack for x in g.linears}
 
         def one(span: Span) -> tuple[dict[str, PieceStats], Tensor | None, list[int], list[int]]:
             hidden = self.rows.read(*span)
-            arguments = self._run(span, hidden, stop=True)
+            with watch_stacks(self.block, watched) as stacked:
+                arguments = self._run(span, hidden, stop=not watched)
             valid = self.rows.valid(*span)
-            group_inputs = _group_inputs(arguments, self.block, groups, valid)
+            group_inputs = _group_inputs(arguments, self.block, self.structure.experts, groups, valid)
             bad, beyond = self._apart(span, groups) if _peak(group_inputs.values()) > self.rows.largest else ([], [])
             if bad:
                 valid = self.rows.without(bad).valid(*span)
-                group_inputs = _group_inputs(arguments, self.block, groups, valid)
+                group_inputs = _group_inputs(arguments, self.block, self.structure.experts, groups, valid)
+            group_inputs |= {g.key: x for g in groups if g.stack and (x := stacked.inputs_of(g)) is not None}
             group_inputs = {key: inputs[key](x) if inputs and key in inputs else x for key, x in group_inputs.items()}
             original_inputs = {g.key: self._saved(g, originals, span, valid) for g in groups}
             drifts = {
@@ -152,7 +163,8 @@ class BlockRunner:
                 for key, t in group_inputs.items()
                 if len(t)
             }
-            return piece_stats, None if unit is None else arguments[unit.last][0], bad, beyond
+            ended = None if unit is None else arguments.get(unit.last)
+            return piece_stats, None if ended is None else ended[0], bad, beyond
 
         left_out: list[int] = []
         try:
@@ -176,9 +188,6 @@ class BlockRunner:
         self._refuse_too_many(len(left_out))
         if max(accumulator.width for accumulator in sums.values()) >= 1024:
             give_back()  # what the runs left free is not what the solver is about to ask for
-        for g in groups:
-            if sums[g.key].tokens == 0 and g.expert is None:
-                raise _unreached(g.key)
         return {key: accumulator.finish(strides_by_kind) for key, accumulator in sums.items()}
 
     def _apart(self, span: Span, groups: tuple[LinearGroup, ...]) -> tuple[list[int], list[int]]:
@@ -186,7 +195,8 @@ class BlockRunner:
         peaks = {}
         for i in (i for i in range(*span) if self.rows.good[i]):
             arguments = self._run((i, i + 1), self.rows.read(i, i + 1), stop=True)
-            peaks[i] = _peak(_group_inputs(arguments, self.block, groups, self.rows.valid(i, i + 1)).values())
+            valid = self.rows.valid(i, i + 1)
+            peaks[i] = _peak(_group_inputs(arguments, self.block, self.structure.experts, groups, valid).values())
         bad = [i for i, peak in peaks.items() if peak == math.inf]
         return bad, [i for i, peak in peaks.items() if self.rows.largest < peak < math.inf]
 
@@ -254,13 +264,8 @@ class BlockRunner:
             self.call(self.block, entered, slice(0, 1))
         for handle in handles:
             handle.remove()
-        repeated = next((n for n, k in calls.items() if k > 1), None)
-        if repeated is not None:
-            raise Unsupported(
-                f"{self.structure.path}.{repeated} runs {calls[repeated]} times in one pass of its block: its "
-                "weights have several inputs, and a layer is quantized for one: skip it with a rule, or use a "
-                "method without calibration (rtn)"
-            )
+        # Their weights have several inputs, and statistics are taken of one: they are rounded without.
+        self._repeated = {n for n, k in calls.items() if k > 1}
         units = []
         for unit in candidates.values():
             returned, linear_out = outputs.get(unit.path), outputs.get(unit.last)
@@ -292,7 +297,8 @@ class BlockRunner:
         config.path.unlink()
         played = replace(self.rows, path=self._file(f"{unit.path}.out"), hidden=unit.width)
         self._replaced[unit.path] = self.block.get_submodule(unit.path)
-        self.block.set_submodule(unit.path, _Playback(lambda: played.read(*self._local.span), unit.rest))
+        replaced = self._replaced[unit.path]
+        self.block.set_submodule(unit.path, _Playback(replaced, lambda: played.read(*self._local.span), unit.rest))
 
     def _file(self, name: str) -> Path:
         return temp_path(self.rows.path.parent, name)
@@ -363,8 +369,9 @@ def _peak(inputs: Iterable[Tensor]) -> float:
 
 
 def _width(linear: nn.Module, unit: _PlaybackUnit) -> int:
-    assert isinstance(linear, nn.Linear), unit.last
-    return linear.in_features
+    found = matrix_of(linear)
+    assert found is not None, unit.last
+    return found[1]
 
 
 def _bytes(t: Tensor) -> Any:
@@ -372,7 +379,11 @@ def _bytes(t: Tensor) -> Any:
 
 
 def _group_inputs(
-    arguments: dict[str, tuple[Any, ...]], block: nn.Module, groups: tuple[LinearGroup, ...], valid: Tensor | None
+    arguments: dict[str, tuple[Any, ...]],
+    block: nn.Module,
+    fused: tuple[FusedExperts, ...],
+    groups: tuple[LinearGroup, ...],
+    valid: Tensor | None,
 ) -> dict[str, Tensor]:
     """{group key: inputs [tokens, in] of the valid tokens} from the arguments of the hooked modules."""
     result: dict[str, Tensor] = {}
@@ -386,14 +397,11 @@ def _group_inputs(
                 routed = (arguments[group.hook][1] == group.expert).any(-1).flatten()
                 x = x[routed if valid is None else routed[valid]]
             result[group.key] = x
-        elif group.expert is not None:  # the expert's down projection: its input is computed here
+        elif group.expert is not None and not group.stack:  # the expert's down projection: its input is computed here
             input_group = next(g for g in groups if g.expert == group.expert and g.hook)
             if input_group.key in result:
-                experts = block.get_submodule(input_group.hook)
-                gate_and_up = replace(input_group.linears[0], rows=None).view(
-                    block
-                )  # gate and up, whichever of them the group has
-                x, (gate, up) = result[input_group.key], gate_and_up.chunk(2)
-                act: Any = experts.act_fn
-                result[group.key] = act(nn.functional.linear(x, gate)) * nn.functional.linear(x, up)
+                whole = replace(input_group.linears[0], rows=None).view(block)  # gate and up, whichever the group has
+                layout = next(f for f in fused if f.module == input_group.hook)
+                first = nn.functional.linear(result[input_group.key], whole)
+                result[group.key] = gated(block.get_submodule(layout.module), layout, group.expert, first)
     return result

@@ -6,6 +6,7 @@ far. Rows of a language model are padded to one length; those of a tower keep th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,16 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit.calibration.block_calls import Call, OneByOne, enter, merged, offloaded
+from qkit.calibration.block_calls import Call, OneByOne, Passing, enter, for_any_batch, merged, offloaded
+from qkit.calibration.block_trial import ADVICE, prove, run_trial
 from qkit.calibration.dataset import Calibration
 from qkit.calibration.statistics import Rows
 from qkit.diffusion.clock import time_of
 from qkit.engine.job import Job
-from qkit.errors import BadCalibration, write_failure
+from qkit.errors import BadCalibration, Unsupported, write_failure
 from qkit.families.blocks import LANGUAGE, BlockSequence
-from qkit.families.materialize import load_outer, release_outer
+from qkit.families.materialize import load_block, load_outer, release, release_outer
 from qkit.families.structure import ModelStructure
 from qkit.files.offload import OffloadedTensors
+from qkit.files.schema import foreign_errors
 from qkit.kvcache.argument import with_cache
 from qkit.planning.plan import Plan, parts
 from qkit.tensor.activations import quantize_activations
@@ -54,9 +57,7 @@ def embed(
     assert plan.calibration is not None
     calibration, language = plan.calibration, sequence.name == LANGUAGE
     streams, through = structure.family.streams, sequence.name in {t.name for t in structure.towers}
-    call_options = (
-        {"return_dict": False} if streams else {**with_cache(structure.model, cache), "use_cache": cache is not None}
-    )
+    call_options = {"return_dict": False} if streams else _call_options(structure, cache)
     times = list[float]()
 
     def timed_samples() -> Iterator[dict[str, Any]]:
@@ -72,17 +73,23 @@ def embed(
         list[tuple[int, ...]](),
         0,
     )
-    once = language and calibration.inputs is None  # rows of a text are all called alike
+    passing: dict[int, Passing] | None = None
+    together = language and not streams  # rows make one tensor, and are run in batches
+    once = together and calibration.inputs is None  # rows of a text are all called alike
+    batch_calls: dict[int, Call] | None = None
     try:
         with _loaded_outer(plan, structure, job), path.open("ab" if good else "wb") as f:
-            for hidden, calls in enter(structure.model, sequence.paths, timed_samples(), through, streams):
+            if together and structure.is_discovered:
+                passing, batch_calls = _learn_calls(plan, structure, sequence, calibration, call_options)
+                together = once = batch_calls is not None
+            for hidden, calls in enter(structure.model, sequence.paths, timed_samples(), through, streams, passing):
                 width = hidden.shape[-1]
                 lead_shapes.append(tuple(hidden.shape[:-1]))
-                stored_calls = calls if language else offloaded(calls, offload_file, dtype)
+                stored_calls = calls if together else offloaded(calls, offload_file, dtype)
                 row_calls = [*([] if once else row_calls), stored_calls]
                 if good is None:
                     padded = hidden.to(dtype)
-                    if language:
+                    if together:
                         padded = nn.functional.pad(padded, (0, 0, 0, length - hidden.shape[1]))
                     f.write(padded.contiguous().view(torch.uint8).numpy().reshape(-1).data)
                 elif once:
@@ -90,7 +97,7 @@ def embed(
                 step()
     except OSError as e:
         raise write_failure(path, e) from e
-    if language:
+    if together:
         # Blocks of a float16 model run in float32: values that float16 cannot hold are counted.
         largest = torch.finfo(torch.float16 if structure.dtype == torch.float16 else torch.float32).max
         rows = Rows(
@@ -103,7 +110,8 @@ def embed(
             kinds=calibration.kinds,
             largest=largest,
         )
-        return rows, {i: call.to(dtype) for i, call in _as_one(calibration, row_calls).items()}
+        language_calls = batch_calls or _as_one(calibration, row_calls)
+        return rows, {i: call.to(dtype) for i, call in language_calls.items()}
     if not lead_shapes:
         raise BadCalibration(f"no calibration sample reaches the {sequence.name}: use image-text data, or skip it")
     longest = max(torch.Size(lead).numel() for lead in lead_shapes)
@@ -119,7 +127,55 @@ def embed(
         lead_shapes=tuple(lead_shapes),
         times=tuple(times),
     )
-    return rows, {i: OneByOne(tuple(calls[i] for calls in row_calls)) for i in range(len(sequence.blocks))}
+    return rows, {i: OneByOne(tuple(calls[i] for calls in row_calls)) for i in row_calls[0]}
+
+
+def _call_options(structure: ModelStructure, cache: Any) -> dict[str, Any]:
+    """Arguments of the model beside the sample, of those that it has."""
+    options = {**with_cache(structure.model, cache), "use_cache": cache is not None}
+    if not structure.is_discovered:
+        return options
+    base: Any = getattr(structure.model, "base_model", structure.model)
+    known = inspect.signature(base.forward).parameters
+    any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    return {k: v for k, v in options.items() if k in known or (any_name and v is not None)}
+
+
+def _learn_calls(
+    plan: Plan,
+    structure: ModelStructure,
+    sequence: BlockSequence,
+    calibration: Calibration,
+    call_options: dict[str, Any],
+) -> tuple[dict[int, Passing], dict[int, Call] | None]:
+    """How the blocks of a discovered model pass hidden states on, proved on a row; and calls for any number of rows, or None
+    where each row needs its own.
+
+    Raises Unsupported where its blocks cannot be run one after another.
+    """
+    model, first = structure.model, calibration.first(1).tokens
+    sample = {"input_ids": first, **call_options}
+
+    @contextmanager
+    def loaded(index: int) -> Iterator[None]:
+        block = sequence.blocks[index]
+        module = load_block(structure, block, structure.dtype)
+        try:
+            yield
+        finally:
+            release(module)
+
+    with foreign_errors(
+        f"{structure.checkpoint.path}: transformers cannot run this model on a text", ADVICE, Unsupported
+    ):
+        trial = run_trial(model, sequence.paths, sample, loaded)
+    one = next(enter(model, sequence.paths, [sample], passing=trial.passing))
+    prove(trial, one[1], sequence.paths)
+    if calibration.inputs is not None or tuple(one[0].shape[:-1]) != first.shape:
+        return trial.passing, None
+    two = {"input_ids": calibration.first(2).tokens, **call_options}
+    batch = next(enter(model, sequence.paths, [two], passing=trial.passing))
+    return trial.passing, for_any_batch(one[1], batch[1]) if len(batch[0]) == 2 else one[1]
 
 
 def _as_one(calibration: Calibration, calls: list[dict[int, Call]]) -> dict[int, Call]:

@@ -139,15 +139,9 @@ class _Tensors:
             self._add_plain(stored, tensor.dtype, tuple(tensor.shape), lambda t=tensor: t)  # type: ignore[misc]
         blocks = parts(plan, structure)
         covered = {*rotated, *(stored for block in blocks for _, stored in block.stored)}
-        for _, stored in structure.outer:
+        for stored in (*(s for _, s in structure.outer), *structure.unloaded):
             if stored not in covered:
-                info = structure.checkpoint.tensors[stored]
-                self._add_plain(
-                    stored,
-                    info.torch_dtype,
-                    info.shape,
-                    lambda s=stored: structure.checkpoint.read_finite(s),  # type: ignore[misc]
-                )
+                self._add_copied(stored)
         for index, block in enumerate(blocks):
             self._add_part(index)
             for linear in block.linears:
@@ -162,6 +156,18 @@ class _Tensors:
         for name, info in self.job.part(index).items():
             if ":" not in name:
                 self._add_plain(name, info.torch_dtype, info.shape, lambda i=info: self.job.read(i))  # type: ignore[misc]
+
+    def _add_copied(self, name: str) -> None:
+        """Add a tensor as the source has it, or the ones that it is a view of."""
+        checkpoint = self.structure.checkpoint
+        view = checkpoint.views.get(name)
+        if view is None:
+            info = checkpoint.tensors[name]
+            self._add_plain(name, info.torch_dtype, info.shape, lambda: checkpoint.read_finite(name))
+            return
+        for source in view.sources:
+            info = checkpoint.stored[source]
+            self._add_plain(source, info.torch_dtype, info.shape, lambda s=source: checkpoint.read_stored(s))  # type: ignore[misc]
 
     def _add_plain(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], load: Callable[[], Tensor]) -> None:
         self.specs[name] = (dtype, shape)
@@ -216,7 +222,7 @@ def _config(plan: Plan, structure: ModelStructure, job: Job, source: _Tensors) -
         config["tie_word_embeddings"] = False
     config["quantization_config"] = quantization_config(plan, structure)
     for key, suffix in (("scaled", SCALE), ("residual", RESIDUAL)):
-        listed = sorted(name.removesuffix(f".{suffix}") for name in source.specs if name.endswith(f".{suffix}"))
+        listed = sorted(name for name in plan.linears if f"{name}.{suffix}" in source.specs)
         if listed:
             config["quantization_config"][key] = listed
     for key, count in (("sparse", "sparse"), ("low_rank", "rank")):
@@ -233,7 +239,8 @@ def quantization_config(plan: Plan, structure: ModelStructure) -> dict[str, Any]
     """The compressed-tensors configuration of a plan."""
     renamed = {stored: module for stored, module in module_names(structure).items() if stored != module}
     formats_by_linear = {name: (p.weights, p.activations) for name, p in plan.linears.items()}
-    built = ct.config(formats_by_linear, list(plan.skipped), renamed, FORMAT if plan.static_cache else None)
+    layers = [name for name in plan.skipped if name not in structure.checkpoint.tensors]  # others are bare parameters
+    built = ct.config(formats_by_linear, layers, renamed, FORMAT if plan.static_cache else None)
     return {**built, "quant_method": plan.export}
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qkit.engine.solving import LinearResult
 from qkit.families.materialize import plain_tensors
+from qkit.files.checkpoint import Checkpoint
 from qkit.tensor import lowrank, sparse
 from qkit.tensor.input_transform import RESIDUAL, SCALE
 from qkit.transforms.state import BlockState
@@ -46,7 +48,18 @@ def part_tensors(results: list[LinearResult], state: BlockState, originals: bool
             **({} if q.low_rank is None else lowrank.write(q.low_rank)),
         }
         tensors.update({f"{r.plan.name}:{k}": v.contiguous() for k, v in tensors_of_linear.items() if v is not None})
-    return tensors
+    return as_stored(tensors, state.structure.checkpoint)
+
+
+def as_stored(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors with stored ones in the place of their views, where all views of these are there and as they were."""
+    result = dict(tensors)
+    for sources, names in checkpoint.view_groups.items():
+        if names[0] in tensors and all(n in tensors and torch.equal(tensors[n], checkpoint.read(n)) for n in names):
+            for name in names:
+                del result[name]
+            result.update({source: checkpoint.read_stored(source) for source in sources})
+    return result
 
 
 def entry_of(results: list[LinearResult]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from qkit.calibration.block_calls import Call, OneByOne
@@ -25,6 +26,7 @@ from qkit.errors import write_failure
 from qkit.families.blocks import LANGUAGE, BlockSequence, BlockStructure
 from qkit.families.materialize import release
 from qkit.families.structure import ModelStructure
+from qkit.files.safefile import sha256_file
 from qkit.planning.plan import Plan, sequences
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
@@ -64,13 +66,15 @@ def run_blocks(
 def _run_sequence(run: Run, sequence: BlockSequence, first_part: int) -> None:
     """Quantize the remaining blocks of the sequence. first_part: index of the part of its first block."""
     plan, rows = run.plan, None
-    on_text = sequence.name == LANGUAGE
-    if plan.needs_rows and (on_text or (plan.calibration is not None and plan.calibration.beyond_text)):
+    with_images = plan.calibration is not None and plan.calibration.beyond_text
+    if plan.needs_rows and (sequence.on_text or with_images):
         rows, calls = _entering_rows(run, sequence, first_part)
     for block in sequence.blocks[run.job.finished - first_part :]:
         step = _make_step(run, sequence, block, first_part)
         if rows is None:
             _quantize_without_rows(run, step)
+        elif block.index not in calls:
+            rows = _pass_by(run, step, rows)
         else:
             rows = _quantize_with_rows(run, step, rows, calls[block.index])
         release(step.state.module)
@@ -116,16 +120,32 @@ def _entering_rows(run: Run, sequence: BlockSequence, first_part: int) -> tuple[
 # ---- one block -------------------------------------------------------------------------------------------------
 
 
-def _quantize_without_rows(run: Run, step: BlockStep) -> None:
+def _quantize_without_rows(run: Run, step: BlockStep, record: dict[str, Any] | None = None) -> None:
     """Quantize a block from its weights alone. One group at a time: float32 copies of a whole block would cost the
-    most memory.
+    most memory. record: of the rows that enter the next block
     """
     run.progress.start(step.name, len(step.state.block.groups))
     results: list[LinearResult] = []
     for group in step.state.block.groups:
         results += solve_groups(step.state, run.plan, (group,), {}, run.pool)
         run.progress.step()
-    run.job.commit(step.place, step.part(results, run.plan), entry_of(results), None)
+    run.job.commit(step.place, step.part(results, run.plan), entry_of(results), record)
+
+
+def _pass_by(run: Run, step: BlockStep, rows: Rows) -> Rows:
+    """Quantize a block that does not run on the rows; they enter the next one as they are."""
+    if step.last:
+        _quantize_without_rows(run, step)
+        return rows
+    path, record = run.job.rows_path(step.place + 1), dict[str, Any]()
+    shutil.copyfile(rows.path, path)
+    original = None
+    if rows.original is not None:
+        original = run.job.rows_path(step.place + 1, original=True)
+        shutil.copyfile(rows.original, original)
+        record["original"] = sha256_file(original)
+    _quantize_without_rows(run, step, record | {"sha256": sha256_file(path), "good": rows.good})
+    return replace(rows, path=path, original=original)
 
 
 def _quantize_with_rows(run: Run, step: BlockStep, rows: Rows, call: Call | OneByOne) -> Rows:

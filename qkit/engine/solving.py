@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qkit.calibration.statistics import Stats
-from qkit.errors import NumericFailure
+from qkit.errors import BadCalibration, NumericFailure
 from qkit.families.blocks import Linear, LinearGroup
 from qkit.planning.plan import LinearPlan, Plan, has_static
 from qkit.solvers.table import SOLVERS, Solver
@@ -211,6 +211,11 @@ def _static_scales(
     share: dict[tuple[str, Format], list[str]] = {}
     for g in groups:
         p = plan.linears[g.linears[0].name]
+        if has_static(p) and stats[g.key].tokens == 0 and g.expert is None:
+            raise BadCalibration(
+                f"no calibration sample reached {g.key}, and scheme {p.scheme} measures its inputs: skip it with a rule, or "
+                "use a scheme without static activation scales"
+            )
         absmax = stats[g.key].absmax if has_static(p) else None
         if absmax is None or p.activations is None:
             continue
@@ -226,8 +231,11 @@ def _static_scales(
 def _make_work(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats | None) -> _Work:
     p = plan.linears[group.linears[0].name]
     solver = SOLVERS[p.solver]
-    if solver.needs_hessian and group.expert is not None and stats is not None and stats.tokens < FEW_TOKENS:
-        solver = SOLVERS["rtn"]  # policy for experts with few tokens; the record has the token count
+    least = FEW_TOKENS if group.expert is not None else 1
+    if solver.needs_hessian and (stats is None or stats.tokens < least):
+        solver = SOLVERS[
+            "rtn"
+        ]  # for experts with few tokens, and what no token reaches; the record has the token count
     used_stats = stats if stats is not None and stats.tokens else None
     targets = [state.inputs(group, p.rotation).weight(state.weight(x)) for x in group.linears]
     for x, weight in zip(group.linears, targets, strict=True):

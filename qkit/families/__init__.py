@@ -2,32 +2,19 @@
 
 A ``Family`` declares where the blocks are, which linears of a block share their input (one Hessian, one
 factorization, in fused engines one scheme and one global scale), which layer produces that input (so that a scale can
-be folded into it), and how checkpoint names differ from module names. An architecture without a declaration
-is discovered from its module tree (``discover.py``), or refused with a message that names its modules.
+be folded into it). An architecture without a declaration is discovered from its module tree (``discover.py``). Names in a
+checkpoint are matched with modules by transformers' own tables (``conversion.py``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from qkit.families.blocks import Group, Streams
 
-
-@dataclass(frozen=True)
-class Experts:
-    """Routed experts whose weights transformers keeps as 3-D parameters and checkpoints store one by one.
-
-    module:     the experts module inside the block, with parameters gate_up_proj [E, 2 I, H] and
-                down_proj [E, H, I], called as forward(hidden, top_k_index, top_k_weights)
-    stored:     checkpoint name of a linear inside the block, with {e} and {linear}
-    gate, up, down: the names that {linear} takes
-    """
-
-    module: str
-    stored: str
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
+if TYPE_CHECKING:
+    from qkit.families.sharing import Reads
 
 
 @dataclass(frozen=True)
@@ -71,6 +58,7 @@ class Tower:
     name: str
     blocks: tuple[str, ...]
     groups: tuple[Group, ...] = ()
+    on_text: bool = False  # it runs where the model reads a text alone, as an encoder before its decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,21 +76,13 @@ class Family:
     final_norm: str = "model.norm"
     head: str = "lm_head"
     norm_offset: float = 0.0  # Gemma multiplies by (1 + weight)
-    experts: Experts | None = None
     rotation: Rotation | None = None
     stream: Rotation | None = None  # the same for a residual stream that cannot be rotated, since images enter it
     keys: Keys | None = None
-    rename: tuple[tuple[str, str], ...] = ()  # (part of a checkpoint name, part of the module name)
     towers: tuple[Tower, ...] = ()  # in the order in which they run
     text_types: tuple[str, ...] = ()  # vision-language: model types of text_config; transformers names its checkpoints
     streams: Streams | None = None  # diffusion transformers
     encodes: bool = False  # text encoders: they generate no tokens
     skips: tuple[tuple[str, str], ...] = ()  # (glob of layers that are skipped unless a rule names them, reason)
     note: str = field(default="", compare=False)
-
-    def stored_name(self, name: str) -> str:
-        """The checkpoint's name of a module or parameter."""
-        for stored, module in self.rename:
-            if name == module.rstrip(".") or module in name + ".":
-                return (name + ".").replace(module, stored, 1).removesuffix(".")
-        return name
+    reads: Reads | None = field(default=None, compare=False)  # of a discovered family: what a run of it showed

@@ -33,6 +33,7 @@ class Linear:
     name:   checkpoint name without '.weight'
     param:  the module parameter that holds it, relative to the block
     expert, rows: for fused experts, the index and the row range inside ``param``
+    transposed: the parameter holds it as [in, out]
     """
 
     name: str
@@ -41,6 +42,12 @@ class Linear:
     bias: bool = False
     expert: int | None = None
     rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+    @property
+    def owner(self) -> str:
+        """The module that has the parameter, relative to the block."""
+        return self.param.rpartition(".")[0]
 
     def view(self, block: nn.Module) -> Tensor:
         """A view of the weight in a materialized block, [out, in]; writing to it changes the block."""
@@ -50,22 +57,61 @@ class Linear:
         """The part of this linear in a tensor with the shape of its parameter, [out, in]."""
         if self.expert is not None:
             param = param[self.expert]
+        param = param.t() if self.transposed else param
         return param if self.rows is None else param[self.rows[0] : self.rows[1]]
 
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linears that read the same input; ``hook`` is the module whose input it is ('' for an expert's own)."""
+    """Linears that read the same input; ``hook`` is the module whose input it is ('' for an expert's own).
+
+    stack: the parameter that holds the one linear of the group beside others (``Stack``), '' for none
+    """
 
     linears: tuple[Linear, ...]
     declared: Group
     hook: str
     expert: int | None = None
+    stack: str = ""
 
     @property
     def key(self) -> str:
         """Identifies the group inside its block."""
         return self.linears[0].name
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """Routed experts whose weights are parameters of three dimensions of one module.
+
+    module: inside the block, called as forward(hidden, top_k_index, top_k_weights)
+    first, down: its parameters, [experts, out, in], or [experts, in, out] where ``transposed``
+    halves: the rows of ``first`` are those of a gate, then those of what it gates; else they are one matrix
+    """
+
+    module: str
+    count: int
+    first: str
+    down: str
+    halves: bool
+    transposed: bool
+
+    @property
+    def params(self) -> tuple[str, str]:
+        """Both parameters, relative to the block."""
+        return (f"{self.module}.{self.first}", f"{self.module}.{self.down}")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices in one parameter of three dimensions, [count, out, in], or [count, in, out] where ``transposed``.
+
+    What multiplies by them is not known: their inputs are seen where the parameter is used.
+    """
+
+    param: str
+    count: int
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -76,6 +122,8 @@ class BlockStructure:
     path: str
     groups: tuple[LinearGroup, ...]
     stored: tuple[tuple[str, str], ...]  # (parameter or buffer inside the block, checkpoint tensor name)
+    experts: tuple[FusedExperts, ...] = ()
+    stacks: tuple[Stack, ...] = ()
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -90,10 +138,14 @@ class BlockStructure:
 
 @dataclass(frozen=True)
 class BlockSequence:
-    """Blocks that a stream of rows passes one after another: a tower, or the language model (name LANGUAGE)."""
+    """Blocks that a stream of rows passes one after another: a tower, or the language model (name LANGUAGE).
+
+    on_text: they run where the model reads a text alone
+    """
 
     name: str
     blocks: tuple[BlockStructure, ...]
+    on_text: bool = True
 
     @property
     def paths(self) -> tuple[str, ...]:

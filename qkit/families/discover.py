@@ -9,18 +9,16 @@ import torch
 from torch import nn
 
 from qkit.errors import Unsupported
-from qkit.families import Family, dit, encoder, vlm
-from qkit.families.blocks import Group
+from qkit.families import Family, Tower, dit, encoder
 from qkit.families.declared import DECLARED
+from qkit.families.matrices import fused_experts, matrix_of
+from qkit.families.sharing import run_without_values
 from qkit.files.schema import foreign_errors
 
 _DENOISERS = {name: family for family in dit.FAMILIES for name in family.model_types}
 _FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
+DISCOVERED = "discovered:"  # begins the names of families that nobody declared
 _ADVICE = "get the config of this model"
-# Models whose blocks are called with numbers of a whole batch (positions of every head), which are recorded of one row.
-BY_BATCH = ("bloom",)
-# Siblings of an undeclared architecture that by these names read one input.
-_SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
@@ -39,14 +37,7 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
     """
     if "_class_name" in config:
         return _denoiser(config, where, dtype)
-    from transformers import (  # seconds to import: only when needed
-        CONFIG_MAPPING,
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-    )
+    from transformers import CONFIG_MAPPING, AutoConfig  # seconds to import: only when needed
 
     kind = config.get("model_type")
     if kind not in CONFIG_MAPPING:
@@ -60,21 +51,28 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
     if kind_of(config) in encoder.ENCODERS:
         with foreign_errors(fault, _ADVICE):
             return _encoder(kind_of(config), parsed, dtype)
-    declared = next((f for f in vlm.FAMILIES if kind in f.model_types), None)
-    text = getattr(getattr(parsed, "text_config", None), "model_type", None)
-    if declared is not None and text not in declared.text_types:
-        raise Unsupported(
-            f"{where}: the language model inside this {kind} is {text!r}; expected one of {', '.join(declared.text_types)}"
-        )
-    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if declared is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if type(parsed) not in mapping:
-        raise Unsupported(f"{where}: transformers has no causal language model for model_type {kind!r}")
-    # A class without sdpa refuses it where it is named.
-    attention = "sdpa" if getattr(mapping[type(parsed)], "_supports_sdpa", False) else "eager"
-    auto = AutoModelForCausalLM if declared is None else AutoModelForImageTextToText
+    kind_of_model = _class_of(config, parsed, where)
+    # transformers chooses the attention: sdpa where the class has it.
     with foreign_errors(fault, _ADVICE), torch.device("meta"):
-        model = auto.from_config(parsed, attn_implementation=attention, dtype=dtype)
+        model = kind_of_model._from_config(parsed, dtype=dtype)
     return cast(nn.Module, model.eval())
+
+
+def _class_of(config: Mapping[str, Any], parsed: Any, where: str) -> Any:
+    """transformers' class that config.json names, else its language model, or model of images and texts, of that type."""
+    import transformers
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
+
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    cls: Any = getattr(transformers, name, None)
+    of_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if of_model and getattr(cls, "config_class", None) is type(parsed):
+        return cls
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING):
+        if type(parsed) in mapping:
+            return mapping[type(parsed)]
+    raise Unsupported(f"{where}: transformers has no model for model_type {config.get('model_type')!r}")
 
 
 def _decoded(node: Any) -> Any:
@@ -135,33 +133,70 @@ def family_of(model: nn.Module, model_type: str) -> Family:
 
 
 def _discover(model: nn.Module, model_type: str) -> Family:
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    uniform = [(n, m) for n, m in lists if len({type(child) for child in m}) == 1]
-    if not uniform:
+    """A family whose blocks are the lists of modules that hold matrices: those of the decoder, and before them towers."""
+    lists = _outermost_lists(model)
+    if not lists:
         raise Unsupported(
-            f"model_type {model_type!r} is not declared and has no list of equal blocks to quantize; found the module "
-            f"lists {[n for n, _ in lists] or 'none'}"
+            f"model_type {model_type!r} has no list of blocks with matrices; found the module lists "
+            f"{[n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)] or 'none'}: qkit quantizes blocks"
         )
-    path, blocks = max(uniform, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    for index, block in enumerate(blocks):
-        linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        owned = {f"{n}.{p}" for n, m in linears.items() for p, _ in m.named_parameters(recurse=False)}
-        strange = [(n, tuple(p.shape)) for n, p in block.named_parameters() if p.dim() >= 2 and n not in owned]
-        if strange or not linears:
-            listed = ", ".join(f"{n} {s}" for n, s in strange[:4]) or "no linear layer"
-            raise Unsupported(
-                f"model_type {model_type!r} is not declared, and its blocks ({path}) hold weights that are not plain "
-                f"linears, first in block {index}: {listed}; quantizing only a part of them is refused"
-            )
-    names = dict.fromkeys(n for block in blocks for n, m in block.named_modules() if isinstance(m, nn.Linear))
-    groups: list[Group] = []
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        shared = next((s for s in _SHARED if leaf in s), (leaf,))
-        members = tuple(f"{parent}.{s}" if parent else s for s in shared)
-        members = members if all(m in names for m in members) else (name,)
-        if all(name not in g.linears for g in groups):
-            groups.append(Group(members))
+    reads = run_without_values(model, [f"{n}.{i}" for n in lists for i, _ in enumerate(_children(model, n))])
+    ran = [n for n in lists if any(f"{n}.{i}" in reads.ran for i, _ in enumerate(_children(model, n)))]
+    main = _main_lists(model, ran or lists)
+    towers = tuple(Tower(_tower_name(n, main[0]), (n,), on_text=n in ran) for n in lists if n not in main)
+    names = {id(m): n for n, m in model.named_modules()}
     return Family(
-        name=f"discovered:{model_type}", model_types=(model_type,), blocks=(path,), groups=tuple(groups), embeddings=""
+        name=f"{DISCOVERED}{model_type}",
+        model_types=(model_type,),
+        blocks=tuple(main),
+        groups=(),
+        embeddings=_name_of(model, "get_input_embeddings", names),
+        final_norm="",
+        head=_name_of(model, "get_output_embeddings", names),
+        towers=towers,
+        reads=reads,
     )
+
+
+def _children(model: nn.Module, path: str) -> list[nn.Module]:
+    return list(model.get_submodule(path).children())
+
+
+def _outermost_lists(model: nn.Module) -> list[str]:
+    """Lists of modules that hold matrices or experts, which are in no other such list, in the order of the model."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        inside = [m for child in module for m in child.modules() if m is not child]
+        if any(matrix_of(m) or any(fused_experts(m)) for m in inside):
+            found.append(name)
+    return found
+
+
+def _main_lists(model: nn.Module, lists: list[str]) -> list[str]:
+    """The lists of the language model, or of the decoder; where there is none, the list with the most parameters."""
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    path = next((n for n, m in model.named_modules() if m is decoder), "") if decoder is not model else ""
+    inside = [n for n in lists if not path or n.startswith(f"{path}.")] or lists
+    largest = max(inside, key=lambda n: sum(p.numel() for p in model.get_submodule(n).parameters()))
+    parent = largest.rpartition(".")[0]
+    return [n for n in inside if n.rpartition(".")[0] == parent or len(inside) == 1]
+
+
+def _tower_name(path: str, main: str) -> str:
+    """A name for a part of a model: of the first module on the way to its blocks that the language model does not share."""
+    for part in path.split("."):
+        if part not in main.split(".") and part not in ("model", "layers", "blocks"):
+            for known in ("vision", "visual", "audio", "encoder"):
+                if known in part:
+                    return "vision" if known == "visual" else known
+            return part
+    return path.replace(".", "_")
+
+
+def _name_of(model: nn.Module, getter: str, names: dict[int, str]) -> str:
+    try:
+        return names.get(id(getattr(model, getter)()), "")
+    except (AttributeError, NotImplementedError):  # a model without one
+        return ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qkit.families import Experts, Family, Keys, Rotation
+from qkit.families import Family, Keys, Rotation
 from qkit.families.blocks import Group
 
 _ATTENTION = (
@@ -77,7 +77,6 @@ GPT_NEOX = Family(
     ),
     embeddings="gpt_neox.embed_in",
     final_norm="gpt_neox.final_layer_norm",
-    rename=(("embed_out.", "lm_head."),),
     note="GPT-NeoX, Pythia (biases, LayerNorm)",
 )
 MIXTRAL = Family(
@@ -86,8 +85,6 @@ MIXTRAL = Family(
     blocks=("model.layers",),
     groups=_ATTENTION,
     keys=Keys(),
-    experts=Experts("mlp.experts", "block_sparse_moe.experts.{e}.{linear}", gate="w1", up="w3", down="w2"),
-    rename=((".block_sparse_moe.gate.", ".mlp.gate."),),
     note="Mixtral (fused 3-D experts)",
 )
 QWEN3_MOE = Family(
@@ -96,7 +93,6 @@ QWEN3_MOE = Family(
     blocks=("model.layers",),
     groups=(*_ATTENTION, *_GATED_MLP),
     keys=Keys(),
-    experts=Experts("mlp.experts", "mlp.experts.{e}.{linear}"),
     note="Qwen3-MoE (fused 3-D experts, dense layers among them)",
 )
 

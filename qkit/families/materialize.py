@@ -15,23 +15,14 @@ from qkit.system.memory import give_back
 
 
 def fill_computed_buffers(structure: ModelStructure, path: str = "", skip: Collection[str] = ()) -> None:
-    """Compute the buffers below ``path`` that no checkpoint stores (rotary frequencies, positions of patches).
+    """Fill the buffers below ``path`` that no checkpoint stores (rotary frequencies, positions).
 
-    The initializer of the model that has them computes them; a vision tower is a model inside a model. Those of a diffusion
-    transformer were computed with its skeleton. skip: modules without memory.
+    skip: modules without memory
     """
-    model = structure.model
-    for name, value in (structure.computed or {}).items():
+    for name, value in structure.computed.items():
         owner = name.rpartition(".")[0]
         if owner not in skip and (not path or name.startswith(path + ".")):
-            _assign(model, name, value)
-    if structure.computed is not None:
-        return
-    models: dict[str, Any] = {n: m for n, m in model.named_modules() if hasattr(m, "_init_weights")}
-    for name, module in model.get_submodule(path).named_modules(prefix=path):
-        if module._non_persistent_buffers_set and name not in skip:
-            inside = max((n for n in models if not n or name == n or name.startswith(n + ".")), key=len)
-            models[inside]._init_weights(module)
+            _assign(structure.model, name, value)
 
 
 def _assign(owner: nn.Module, name: str, value: Tensor) -> None:
@@ -50,6 +41,9 @@ def load_block(
     """
     read = read or structure.checkpoint.read_finite
     module = structure.model.get_submodule(block.path).to(dtype).to_empty(device="cpu")
+    for name, p in module.named_parameters():
+        if f"{block.path}.{name}" in structure.float32:
+            p.data = p.data.float()
     fill_computed_buffers(structure, block.path)
     linears = {f"{linear.name}.weight": linear for linear in block.linears}
     for name, stored in block.stored:

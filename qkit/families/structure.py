@@ -16,25 +16,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit.errors import BadCheckpoint, Unsupported
+from qkit.errors import BadCheckpoint
 from qkit.families import Family
-from qkit.families.blocks import LANGUAGE, BlockSequence, BlockStructure, Group, Linear, LinearGroup
-from qkit.families.declared import DECLARED
-from qkit.families.discover import build_skeleton, family_of, kind_of
-from qkit.families.mismatch import another_class, other_storage
-from qkit.files.checkpoint import Checkpoint
+from qkit.families.blocks import (
+    LANGUAGE,
+    BlockSequence,
+    BlockStructure,
+    FusedExperts,
+    Group,
+    Linear,
+    LinearGroup,
+    Stack,
+)
+from qkit.families.conversion import Computed, conversion_of, stacked
+from qkit.families.discover import DISCOVERED, build_skeleton, family_of, kind_of
+from qkit.families.matrices import SHARED_REASON, fused_experts, is_router, matrix_of, reason_of, stacks_of
+from qkit.files.checkpoint import Checkpoint, View
 from qkit.files.folder import DENOISER
 from qkit.system.machine import run_dtype
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-ROUTER_REASON = "it routes tokens to experts: small, and an error changes the route"
-TABLE_REASON = "it is a table, or a layer that is not linear"
 # Leftovers of older savers that hold no weights.
 _HARMLESS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "attn.bias", "attn.masked_bias")
 
 
 class ModelStructure:
-    """The structure of a checkpoint, known before any weight is read."""
+    """The structure of a checkpoint, known before any weight is read.
+
+    checkpoint: as the model has it: what is stored as one tensor and is several matrices, or lies transposed, is in views
+    unloaded:   names of tensors that the model's class does not load; they are copied
+    """
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> None:
         """Raises Unsupported or BadCheckpoint. model: the skeleton, where there is one already."""
@@ -49,37 +60,66 @@ class ModelStructure:
                 f"{checkpoint.path}: config.json: text_config is there, and a model of type {kind_of(checkpoint.config)!r} has "
                 "none: get the config of this model"
             )
-        # Buffers of a diffusion transformer that no checkpoint stores; they are restored when its modules get memory.
-        self.computed = _computed(self.model) if self.family.streams else None
-        self._named = _names_of(self.model, checkpoint) if self.family.text_types else {}
+        # Buffers that no checkpoint stores (rotary frequencies, positions); they are restored when modules get memory.
+        self.computed = computed_buffers(self.model)
+        shapes = {n: checkpoint.tensors[n].shape if n in checkpoint.tensors else () for n in _unpacked(checkpoint)}
+        self.conversion = conversion_of(self.model, shapes, str(checkpoint.path))
+        # Parameters that the model's class keeps in float32, whatever its dtype is.
+        self.float32 = frozenset(
+            n
+            for n, p in self.model.named_parameters()
+            if p.dtype == torch.float32 != self.dtype and not self.family.streams
+        )
+        self._views: dict[str, View] = {}
         self.tied = self._tied()
         lists = [(name, self.model.get_submodule(name)) for name in self.family.blocks]
         paths = [f"{name}.{i}" for name, layers in lists for i, _ in enumerate(layers.children())]
         self.blocks = tuple(self._block(i, p, self.family.groups) for i, p in enumerate(paths))
         self.towers = tuple(self._towers())
+        self.outer = self._outer()
+        self.checkpoint = checkpoint.with_views(self._views)
+        self.unloaded: tuple[str, ...] = ()
         self._check_coverage()
+
+    @property
+    def is_discovered(self) -> bool:
+        """Whether no family declares the model."""
+        return self.family.name.startswith(DISCOVERED)
 
     def _tied(self) -> dict[str, str]:
         """{tensor that is not stored: tensor that it shares}, in checkpoint names."""
-        if not getattr(self.model.config, "tie_word_embeddings", False):
-            return {}
-        keys = getattr(self.model, "_tied_weights_keys", None) or {}
+        keys = getattr(self.model, "all_tied_weights_keys", None) or {}
         return {self.stored_name(a): self.stored_name(b) for a, b in dict(keys).items()}
 
     def stored_name(self, name: str) -> str:
         """The checkpoint's name of a module or parameter."""
-        if name in self._named:
-            return self._named[name]
-        owner, _, leaf = name.rpartition(".")
-        return f"{self._named[owner]}.{leaf}" if owner in self._named else self.family.stored_name(name)
+        return self.conversion.stored_name(name)
+
+    def _stored_parameter(self, name: str) -> str:
+        """The name in ``checkpoint`` of a parameter, with a view of what it is computed from, where it is."""
+        computed = self.conversion.computed.get(name) or self._stacked(name)
+        if computed is None:
+            stored = self.stored_name(name)
+            return self.tied.get(stored, stored)
+        for target, shape in computed.shapes.items():
+            self._views.setdefault(
+                target,
+                View(
+                    computed.sources,
+                    shape,
+                    lambda read, t=target: computed.run(read)[t],  # type: ignore[misc]
+                ),
+            )
+        return name
 
     def loaded_dtype(self, name: str) -> torch.dtype:
-        """The dtype in which a parameter outside the blocks is loaded: that of the checkpoint.
+        """The dtype in which a parameter outside the blocks is loaded: that of the checkpoint, or float32 where the
+        model's class keeps it in that.
 
         In a diffusion transformer it is the dtype of sampling, or float32 for modules that diffusers keeps in it.
         """
         if self.family.streams is None:
-            return self.dtype
+            return torch.float32 if name in self.float32 else self.dtype
         float32_modules = getattr(self.model, "_keep_in_fp32_modules", None) or ()
         return torch.float32 if any(part in float32_modules for part in name.split(".")) else run_dtype(self.dtype)
 
@@ -94,7 +134,7 @@ class ModelStructure:
             paths = [f"{path}.{i}" for i, _ in enumerate(modules[path].children())] if listed else [path]
             blocks = tuple(self._block(i, p, tower.groups) for i, p in enumerate(paths))
             if all(b.groups for b in blocks):
-                yield BlockSequence(tower.name, blocks)
+                yield BlockSequence(tower.name, blocks, tower.on_text)
 
     @property
     def sequences(self) -> tuple[BlockSequence, ...]:
@@ -108,23 +148,32 @@ class ModelStructure:
 
     def _block(self, index: int, path: str, declared: tuple[Group, ...]) -> BlockStructure:
         module = self.model.get_submodule(path)
-        stored_prefix = self.stored_name(path)
-        stored: list[tuple[str, str]] = []
-        fused = self.family.experts
-        for name, _ in (*module.named_parameters(), *_persistent_buffers(module)):
-            if fused and name in (f"{fused.module}.gate_up_proj", f"{fused.module}.down_proj"):
-                continue
-            stored.append((name, self.stored_name(f"{path}.{name}")))
-        groups = [*self._plain_groups(module, path, declared), *self._expert_groups(module, stored_prefix)]
-        for group in groups:
-            for linear in group.linears:
-                if linear.expert is not None:
-                    stored.append((linear.param, f"{linear.name}.weight"))
-        return BlockStructure(index, path, tuple(groups), tuple(stored))
+        fused = tuple(fused_experts(module))
+        stacks = tuple(stacks_of(module))
+        apart = {p for x in fused for p in x.params} | {x.param for x in stacks}
+        groups = list(self._plain_groups(module, path, declared))
+        for experts in fused:
+            groups += self._expert_groups(module, path, experts)
+        groups += self._stack_groups(module, path, stacks)
+        stored = [
+            (name, self._stored_parameter(f"{path}.{name}"))
+            for name, _ in (*module.named_parameters(remove_duplicate=False), *_persistent_buffers(module))
+            if name not in apart
+        ]
+        stored += [(x.param, f"{x.name}.weight") for g in groups for x in g.linears if x.expert is not None]
+        return BlockStructure(index, path, tuple(groups), tuple(stored), fused, stacks)
 
     def _plain_groups(self, module: nn.Module, path: str, groups: tuple[Group, ...]) -> Iterator[LinearGroup]:
         all_modules = dict(module.named_modules())
-        modules = {n: m for n, m in all_modules.items() if isinstance(m, nn.Linear)}
+        moe = any(True for _ in fused_experts(module))
+        modules = {
+            n: found
+            for n, m in all_modules.items()
+            if (found := matrix_of(m)) is not None
+            and not (moe and is_router(n, m, module))
+            and not self._is_shared(f"{path}.{n}.weight")
+        }
+        groups = groups if self.family.reads is None else tuple(self.family.reads.groups(path, list(modules)))
         declared: list[Group] = []
         covered: set[str] = set()
         for group in groups:
@@ -136,16 +185,55 @@ class ModelStructure:
                 covered |= set(group.linears)
         # A linear that the declaration does not mention is still quantized, on its own.
         for group in (*declared, *(Group((n,)) for n in modules if n not in covered)):
-            linears = tuple(
-                Linear(
-                    name=self.stored_name(f"{path}.{n}"),
-                    param=f"{n}.weight",
-                    shape=(modules[n].out_features, modules[n].in_features),
-                    bias=modules[n].bias is not None,
-                )
-                for n in group.linears
-            )
+            linears = tuple(self._plain_linear(module, path, n, *modules[n]) for n in group.linears)
             yield LinearGroup(linears, self._as_configured(group), group.linears[0])
+
+    def _is_shared(self, name: str) -> bool:
+        """Whether several blocks have this parameter."""
+        stored = self.stored_name(name)
+        return stored in self.tied or stored in self.tied.values()
+
+    def _plain_linear(
+        self, block: nn.Module, path: str, name: str, outputs: int, inputs: int, transposed: bool
+    ) -> Linear:
+        stored = self._stored_parameter(f"{path}.{name}.weight").removesuffix(".weight")
+        if transposed:
+            matrix = Linear(name=stored, param="", shape=(outputs, inputs), transposed=True)
+            self._add_slice(matrix, f"{path}.{name}.weight", (inputs, outputs))
+        return Linear(
+            name=stored,
+            param=f"{name}.weight",
+            shape=(outputs, inputs),
+            bias=getattr(block.get_submodule(name), "bias", None) is not None,
+            transposed=transposed,
+        )
+
+    def _add_slice(self, linear: Linear, param: str, shape: tuple[int, ...]) -> None:
+        """Add a view of one matrix inside a stored tensor, where the file has that tensor. param, shape: of the whole"""
+        computed = self.conversion.computed.get(param) or self._stacked(param)
+        if computed is not None:
+            compute = computed
+            self._views[f"{linear.name}.weight"] = View(
+                compute.sources, linear.shape, lambda read: linear.part(compute.run(read)[param]).contiguous()
+            )
+            return
+        source = self.stored_name(param)
+        info = self.checkpoint.tensors.get(source)
+        if info is None:  # its matrices are packed
+            return
+        if info.shape != shape:
+            raise BadCheckpoint(
+                f"{self.checkpoint.path}: tensor {source!r} has shape {list(info.shape)}, config.json implies {list(shape)}"
+            )
+        of_expert = replace(linear, expert=None)
+        self._views[f"{linear.name}.weight"] = View(
+            (source,), linear.shape, lambda read: of_expert.part(read(source, linear.expert)).contiguous()
+        )
+
+    def _stacked(self, name: str) -> Computed | None:
+        """What stacks a parameter that is stored in pieces of other shapes than its linears, or that has none."""
+        pieces = self.conversion.pieces.get(name)
+        return None if pieces is None else stacked(name, pieces, _get(self.model, name))
 
     def _as_configured(self, group: Group) -> Group:
         """The declared group, without its source where this model's config excludes it."""
@@ -154,67 +242,116 @@ class ModelStructure:
         field, value = group.source_if
         return group if getattr(self.text_config, field, None) == value else replace(group, source=None)
 
-    def _expert_groups(self, module: nn.Module, prefix: str) -> Iterator[LinearGroup]:
-        experts = self.family.experts
-        if experts is None or experts.module not in {n for n, _ in module.named_modules()}:
-            return
-        gate_up = module.get_parameter(f"{experts.module}.gate_up_proj")
-        down = module.get_parameter(f"{experts.module}.down_proj")
-        inner = gate_up.shape[1] // 2
-        if gate_up.shape[0] > len(self.checkpoint.tensors):  # before there is a name for each
+    def _expert_groups(self, module: nn.Module, path: str, experts: FusedExperts) -> Iterator[LinearGroup]:
+        first, down = (
+            self._stacked_linears(
+                module, path, p, experts.module, experts.transposed, experts.halves and p == experts.params[0]
+            )
+            for p in experts.params
+        )
+        for e in range(experts.count):
+            yield LinearGroup(first[e], Group(()), experts.module, e)
+            yield LinearGroup(down[e], Group(()), "", e)
+
+    def _stack_groups(self, module: nn.Module, path: str, stacks: tuple[Stack, ...]) -> Iterator[LinearGroup]:
+        """One group for each matrix of a stack; a gate and what it gates are in one, also where they are two stacks."""
+        members: dict[tuple[str, int], list[Linear]] = {}
+        for stack in stacks:
+            owner, _, leaf = stack.param.rpartition(".")
+            # Halves that are stored one by one stay linears of their own.
+            halves = any(p.rows for p in self.conversion.pieces.get(f"{path}.{stack.param}", ()))
+            key = owner if leaf in ("gate_proj", "up_proj") else stack.param
+            for e, linears in enumerate(
+                self._stacked_linears(module, path, stack.param, owner, stack.transposed, halves)
+            ):
+                members.setdefault((key, e), []).extend(linears)
+        for (_, e), found in members.items():
+            yield LinearGroup(tuple(found), Group(()), "", e, found[0].param)
+
+    def _stacked_linears(
+        self, module: nn.Module, path: str, param: str, owner: str, transposed: bool, halves: bool
+    ) -> list[tuple[Linear, ...]]:
+        """For each matrix of a parameter, its linears: a gate and what it gates where it has ``halves``, else one."""
+        shape = module.get_parameter(param).shape
+        outputs, inputs = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
+        if shape[0] > 16 * len(self.checkpoint.tensors):  # before there is a name for each
             raise BadCheckpoint(
-                f"{self.checkpoint.path}: config.json implies {gate_up.shape[0]} experts a block, and the file has "
+                f"{self.checkpoint.path}: config.json implies {shape[0]} experts a block, and the file has "
                 f"{len(self.checkpoint.tensors)} tensors in all: get the config of this model"
             )
-        for e in range(gate_up.shape[0]):
-
-            def name(linear: str, e: int = e) -> str:
-                return f"{prefix}.{experts.stored.format(e=e, linear=linear)}"
-
-            hidden = gate_up.shape[2]
-            param = f"{experts.module}.gate_up_proj"
-            gate_and_up = (
-                Linear(name=name(experts.gate), param=param, shape=(inner, hidden), expert=e, rows=(0, inner)),
-                Linear(name=name(experts.up), param=param, shape=(inner, hidden), expert=e, rows=(inner, 2 * inner)),
-            )
-            yield LinearGroup(gate_and_up, Group(()), experts.module, e)
-            down_linear = Linear(
-                name=name(experts.down),
-                param=f"{experts.module}.down_proj",
-                shape=(down.shape[1], down.shape[2]),
-                expert=e,
-            )
-            yield LinearGroup((down_linear,), Group(()), "", e)
+        leaves = ("gate_proj", "up_proj") if halves else (param.rpartition(".")[2],)
+        rows = outputs // len(leaves)
+        pieces = {(p.expert, p.rows): p.stored for p in self.conversion.pieces.get(f"{path}.{param}", ())}
+        prefix = self.stored_name(f"{path}.{owner}")
+        result = []
+        for e in range(shape[0]):
+            linears = []
+            for i, leaf in enumerate(leaves):
+                span = (i * rows, (i + 1) * rows) if halves else None
+                stored = pieces.get((e, span))
+                name = (
+                    f"{prefix}.{e}.{leaf}".removesuffix(".weight") if stored is None else stored.removesuffix(".weight")
+                )
+                linear = Linear(
+                    name=name, param=param, shape=(rows, inputs), expert=e, rows=span, transposed=transposed
+                )
+                if stored is None:
+                    self._add_slice(linear, f"{path}.{param}", tuple(shape))
+                linears.append(linear)
+            result.append(tuple(linears))
+        return result
 
     def default_skip(self, name: str) -> str | None:
         """The reason why the family skips a layer (by checkpoint name) unless a rule names it; None: it is not skipped."""
         return next((why for glob, why in self.family.skips if fnmatchcase(name, glob)), None)
 
-    @property
+    @cached_property
     def tables(self) -> dict[str, str]:
-        """{checkpoint name: reason} of block matrices that are not quantized, since they are no linears: routers,
-        embeddings.
+        """{checkpoint name: reason} of what blocks hold with two or more dimensions and is no matrix product: routers,
+        convolutions, embeddings, parameters of state-space layers. A name is without '.weight'.
         """
-        why = ROUTER_REASON if self.family.experts else TABLE_REASON
-        linears = {f"{x.name}.weight" for b in self.blocks for x in b.linears}
-        stored = [s for b in self.blocks for _, s in b.stored if s.endswith(".weight") and s not in linears]
-        return {s.removesuffix(".weight"): why for s in stored if len(self.checkpoint.tensors[s].shape) == 2}
+        result: dict[str, str] = {}
+        for block in self.blocks:
+            module, linears = self.model.get_submodule(block.path), {x.param for x in block.linears}
+            for name, stored in block.stored:
+                if name not in linears and _get(module, name).dim() >= 2:
+                    owner, _, leaf = name.rpartition(".")
+                    reason = reason_of(module.get_submodule(owner), leaf, bool(block.experts))
+                    reason = SHARED_REASON if self._is_shared(f"{block.path}.{name}") else reason
+                    view = self.checkpoint.views.get(stored)
+                    for source in (stored,) if view is None else view.sources:
+                        result[source.removesuffix(".weight")] = reason
+        return result
+
+    @cached_property
+    def head(self) -> str | None:
+        """The checkpoint's name of the output head, where the model has one."""
+        if not self.family.head:
+            return None
+        name = self._copied_name(self.family.head)
+        return name if f"{name}.weight" in {*self.checkpoint.tensors, *self.checkpoint.stored, *self.tied} else None
+
+    def _copied_name(self, module: str) -> str:
+        """The name, in the file and in a result, of a module whose weight is copied."""
+        name = self._stored_parameter(f"{module}.weight")
+        view = self.checkpoint.views.get(name)
+        stored = self.stored_name(f"{module}.weight") if view is None else view.sources[0]
+        return stored.removesuffix(".weight")
 
     @cached_property
     def outside(self) -> dict[str, str]:
         """{checkpoint name: module} of linears outside all blocks, such as the output head."""
         within = tuple(f"{b.path}." for b in self.every_block)
-        names = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(within)]
-        return {self.stored_name(n): n for n in names}
+        names = [n for n, m in self.model.named_modules() if matrix_of(m) and not n.startswith(within)]
+        return {self._copied_name(n): n for n in names}
 
     # ---- the file against the config -------------------------------------------------------------------------
 
-    @cached_property
-    def outer(self) -> tuple[tuple[str, str], ...]:
+    def _outer(self) -> tuple[tuple[str, str], ...]:
         """(parameter, checkpoint tensor) of all stored tensors outside the blocks."""
         prefix = tuple(f"{name}." for name in self.family.blocks)
-        names = [n for n, _ in (*self.model.named_parameters(), *_persistent_buffers(self.model))]
-        stored_names = [(n, self.stored_name(n)) for n in names if not n.startswith(prefix)]
+        names = [n for n, _ in (*self.model.named_parameters(remove_duplicate=False), *_persistent_buffers(self.model))]
+        stored_names = [(n, self._stored_parameter(n)) for n in names if not n.startswith(prefix)]
         return tuple((n, s) for n, s in stored_names if s not in self.tied)
 
     @property
@@ -222,6 +359,21 @@ class ModelStructure:
         """Number of stored parameters; tied ones count once."""
         names = {s for _, s in self.outer} | {s for b in self.blocks for _, s in b.stored}
         return sum(math.prod(self.checkpoint.tensors[n].shape) for n in names)
+
+    def _check_unloaded(self) -> None:
+        """Raises BadCheckpoint where the file has more blocks than config.json counts: they would be lost for the model.
+
+        Layers for multi-token prediction follow the counted ones in some checkpoints.
+        """
+        extra = getattr(self.text_config, "num_nextn_predict_layers", None) or 0
+        lists = {self.stored_name(n): len(list(self.model.get_submodule(n).children())) for n in self.family.blocks}
+        for name in self.unloaded:
+            layer = _layer_of(name, lists)
+            if layer is not None and layer[1] >= lists[layer[0]] + extra:
+                raise BadCheckpoint(
+                    f"{self.checkpoint.path}: config.json counts {lists[layer[0]]} blocks in {layer[0]}, and the file has "
+                    f"{name!r}: get the config of this model"
+                )
 
     def _check_coverage(self) -> None:
         tensors, where = self.checkpoint.tensors, self.checkpoint.path
@@ -232,51 +384,60 @@ class ModelStructure:
             for name, stored in block.stored:
                 shapes[stored] = by_weight.get(stored) or tuple(_get(module, name).shape)
         shapes.update({stored: tuple(_get(self.model, name).shape) for name, stored in self.outer})
-        missing = [n for n in shapes if n not in tensors]
+        missing = [n for n in shapes if n not in tensors and n not in self.tied]
         if missing:
-            reason = another_class(self.model, self.checkpoint)
-            if reason is None and self.family not in DECLARED:
-                reason = other_storage(self.model, self.checkpoint, self.tied)
-            if reason is not None:
-                raise Unsupported(f"{where}: {reason}")
             raise BadCheckpoint(
                 f"{where}: {len(missing)} tensors that config.json asks for are not in the file, the first is "
                 f"{missing[0]!r}: the checkpoint is incomplete or its config belongs to another model"
             )
-        extra = [n for n in tensors if n not in shapes and n not in self.tied and not n.endswith(_HARMLESS)]
-        if extra:
-            raise BadCheckpoint(
-                f"{where}: {len(extra)} tensors in the file are not part of a {self.family.name} model with this "
-                f"config, the first is {extra[0]!r}: they would be lost without a word"
-            )
+        self.unloaded = tuple(
+            n for n in tensors if n not in shapes and n not in self.tied and not n.endswith(_HARMLESS)
+        )
+        self._check_unloaded()
         for name, shape in shapes.items():
-            if tensors[name].shape != shape:
+            if name in tensors and tensors[name].shape != shape:
                 raise BadCheckpoint(
                     f"{where}: tensor {name!r} has shape {list(tensors[name].shape)}, config.json implies {list(shape)}"
                 )
 
 
-def _names_of(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """{module or parameter: its name in the checkpoint}, by the renaming of transformers on loading."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    names: dict[str, str] = {}
-    renamings = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightRenaming)]
-    shapes = dict(model.state_dict())
-    for stored in checkpoint.tensors:
-        name = rename_source_key(stored, renamings, [], model.base_model_prefix, shapes)[0]
-        names[name] = stored
-        owner, stored_owner = name.rpartition(".")[0], stored.rpartition(".")[0]
-        if name.rpartition(".")[2] == stored.rpartition(".")[2] and stored_owner:
-            names[owner] = stored_owner
-    return names
+def _layer_of(name: str, lists: dict[str, int]) -> tuple[str, int] | None:
+    """(list of blocks, index) of a tensor that is inside a list, by its name in the file."""
+    for path in lists:
+        head, _, rest = name.partition(f"{path}.")
+        index = rest.partition(".")[0]
+        if not head and index.isdigit():
+            return path, int(index)
+    return None
 
 
-def _computed(model: nn.Module) -> dict[str, Tensor]:
-    """{name: value} of buffers that are not stored."""
-    stored = {n for n, _ in _persistent_buffers(model)}
-    return {n: b.clone() for n, b in model.named_buffers() if n not in stored and not b.is_meta}
+def _unpacked(checkpoint: Checkpoint) -> list[str]:
+    """Names of the tensors, and of the weights that are packed."""
+    names = dict.fromkeys(checkpoint.tensors)
+    for name in checkpoint.tensors:
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight_packed":
+            names[f"{owner}.weight"] = None
+    return list(names)
+
+
+def computed_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """{name: value} of buffers that are not stored, as the initializer of the model that has them computes them."""
+    buffers = {n: b for n, b in model.named_buffers() if n not in {s for s, _ in _persistent_buffers(model)}}
+    if not any(b.is_meta for b in buffers.values()):
+        return {n: b.clone() for n, b in buffers.items()}
+    owners = {n.rpartition(".")[0] for n in buffers}
+    models: dict[str, Any] = {n: m for n, m in model.named_modules() if hasattr(m, "_init_weights")}
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+    for name, module in model.named_modules():
+        if name in owners or name in models:
+            inside = max((n for n in models if not n or name == n or name.startswith(n + ".")), key=len)
+            models[inside]._init_weights(module)
+    return {n: b.clone() for n, b in model.named_buffers() if n in buffers}
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -8,13 +8,14 @@ together and held against each other. Config keys that make other libraries fetc
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from qkit.errors import BadCheckpoint, NumericFailure
 from qkit.files.folder import (
@@ -64,9 +65,24 @@ LIMITS = {
 OPTIONAL = ("intermediate_size", "n_inner", "num_key_value_heads", "head_dim")  # null: derived from the others
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers")
-WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size")
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor that is a part of stored ones, or computed from them.
+
+    sources: names of the stored tensors; shape: of the view; compute: the view, given ``Checkpoint.read_stored``
+    """
+
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    compute: Callable[[ReadStored], torch.Tensor]
+
+
+class ReadStored(Protocol):
+    """How a view reads a stored tensor, or the part of it that has one index in the first dimension."""
+
+    def __call__(self, name: str, index: int | None = None) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -89,6 +105,8 @@ class Checkpoint:
     warnings: tuple[str, ...]
     _config_hash: str
     _states: dict[Path, os.stat_result]
+    views: Mapping[str, View] = field(default_factory=dict)
+    stored: Mapping[str, TensorInfo] = field(default_factory=dict)  # what ``tensors`` was before it had views
 
     @classmethod
     def open(cls, path: str | Path, *, quantized: bool = False) -> Checkpoint:
@@ -133,11 +151,37 @@ class Checkpoint:
         """One tensor, as ``read_tensor``. Raises BadCheckpoint also when its file changed since ``open``."""
         if name not in self.tensors:
             raise BadCheckpoint(f"{self.path}: no tensor {shown(name)}: the model folder does not fit its config.json")
-        info = self.tensors[name]
+        if name in self.views:
+            return self.views[name].compute(self.read_stored)
+        return self._read(self.tensors[name])
+
+    def read_stored(self, name: str, index: int | None = None) -> torch.Tensor:
+        """A tensor as the file has it, by its name there. index: of the part to read, in the first dimension"""
+        info = (self.stored or self.tensors)[name]
+        if index is not None:
+            size = info.nbytes // info.shape[0]
+            info = replace(
+                info, shape=info.shape[1:], begin=info.begin + index * size, end=info.begin + (index + 1) * size
+            )
+        return self._read(info)
+
+    def _read(self, info: TensorInfo) -> torch.Tensor:
         self._check_unchanged(info.file)
         tensor = read_tensor(info)
         self._check_unchanged(info.file)
         return tensor
+
+    def with_views(self, views: Mapping[str, View]) -> Checkpoint:
+        """The checkpoint with views in place of the tensors that they show."""
+        if not views:
+            return self
+        shown_in_views = {source for view in views.values() for source in view.sources}
+        tensors = {n: info for n, info in self.tensors.items() if n not in shown_in_views}
+        for name, view in views.items():
+            info = self.tensors[view.sources[0]]
+            size = math.prod(view.shape) * info.nbytes // max(1, math.prod(info.shape))
+            tensors[name] = replace(info, name=name, shape=view.shape, end=info.begin + size)
+        return replace(self, tensors=tensors, views=views, stored=self.tensors)
 
     def read_finite(self, name: str, allow: bool = False) -> torch.Tensor:
         """One tensor. Raises NumericFailure when it holds NaN or infinity, unless ``allow``."""
@@ -149,6 +193,14 @@ class Checkpoint:
                 "infinite, expected none: get the model again, or repair this tensor"
             )
         return tensor
+
+    @cached_property
+    def view_groups(self) -> dict[tuple[str, ...], list[str]]:
+        """{names of stored tensors: names of the views that show them}"""
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for name, view in self.views.items():
+            groups.setdefault(view.sources, []).append(name)
+        return groups
 
     @property
     def nbytes(self) -> int:
@@ -237,7 +289,6 @@ def check_config(config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> N
         text = nested
     _check_counts(text)
     _check_layers(text, tensors)
-    _check_embedding(text, tensors)
 
 
 def _wrong(field: str, value: object, expected: str) -> NoReturn:
@@ -245,14 +296,14 @@ def _wrong(field: str, value: object, expected: str) -> NoReturn:
 
 
 def _check_counts(config: dict[str, Any]) -> None:
-    for field, largest in LIMITS.items():
-        value = config.get(field, 1)
-        if value is None and field in OPTIONAL:
+    for name, largest in LIMITS.items():
+        value = config.get(name, 1)
+        if value is None and name in OPTIONAL:
             continue
         # Some models give a size per layer as a list.
         for number in value if isinstance(value, list) and value else [value]:
             if type(number) is not int or not 1 <= number <= largest:
-                _wrong(field, value, f"a whole number from 1 to {largest}")
+                _wrong(name, value, f"a whole number from 1 to {largest}")
     heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
         _wrong("num_key_value_heads", shared, f"a divisor of num_attention_heads, {heads}")
@@ -272,7 +323,8 @@ def _check_layers(config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> 
     counts = {config[field], config[field] + (extra if type(extra) is int else 0)}
     lengths = {stack: max(indices) + 1 for stack, indices in stacks.items()}
     fitting = [stack for stack, length in lengths.items() if length in counts]
-    if stacks and not fitting:
+    # Layers may run more than once, or be counted over several stacks; the model's own modules decide later.
+    if stacks and not fitting and config[field] > sum(lengths.values()) and config[field] % max(lengths.values()):
         lengths_found = ", ".join(f"{length} in {shown(stack)}" for stack, length in sorted(lengths.items())[:4])
         _wrong(field, config[field], f"the number of layers in the file ({lengths_found})")
     if fitting and not any(len(stacks[stack]) == lengths[stack] for stack in fitting):
@@ -280,42 +332,17 @@ def _check_layers(config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> 
         _wrong(field, config[field], f"all layers in the file, but {shown(f'{fitting[0]}.{gap}')} has no tensors")
 
 
-def _check_embedding(config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuses a vocabulary or a width that no embedding matrix in the file has."""
-    embedding_shapes = [tensors[name].shape for name in _ending(tensors, EMBEDDINGS) if len(tensors[name].shape) == 2]
-    for fields, axis in ((("vocab_size",), 0), (WIDTHS, 1)):
-        claims = {field: config[field] for field in fields if isinstance(config.get(field), int)}
-        if embedding_shapes and claims and not any(shape[axis] in claims.values() for shape in embedding_shapes):
-            field, value = next(iter(claims.items()))
-            _wrong(
-                field, value, f"{embedding_shapes[0][axis]}, {('rows', 'columns')[axis]} of the embedding in the file"
-            )
+def check_tied(checkpoint: Checkpoint, tied: Mapping[str, str]) -> None:
+    """Compares the bytes of tensors that the model shares, where the file has both. tied: {tensor: the one that it shares}
 
-
-def _ending(tensors: Mapping[str, TensorInfo], suffixes: tuple[str, ...]) -> list[str]:
-    return [name for name in tensors if any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)]
-
-
-def check_tied(checkpoint: Checkpoint, tied: bool) -> tuple[str, str] | None:
-    """The names of tied input and output embeddings, after a comparison of their bytes.
-
-    tied: what the config says, with the default of its model type. Returns the names (embedding, head) when
-    they are tied and the file holds both, equal; None when there is nothing to share. Raises BadCheckpoint
-    when they are tied but differ, or not tied and there is no head.
+    Raises BadCheckpoint when they differ.
     """
-    embeddings, heads = _ending(checkpoint.tensors, EMBEDDINGS), _ending(checkpoint.tensors, HEADS)
-    where = f"{checkpoint.path}: tie_word_embeddings is {str(tied).lower()}"
-    if not heads and not tied:
-        raise BadCheckpoint(f"{where}, but there is no {HEADS[0]}: get the complete model, or correct the config")
-    if not tied or not heads or not embeddings:
-        return None
-    head = heads[0]
-    shape = checkpoint.tensors[head].shape
-    embedding = next((name for name in embeddings if checkpoint.tensors[name].shape == shape), embeddings[0])
-    first, second = checkpoint.read(embedding), checkpoint.read(head)
-    if first.dtype != second.dtype or not first.equal(second):
-        raise BadCheckpoint(
-            f"{where}, but {shown(embedding)} and {shown(head)} differ, expected equal: "
-            "set tie_word_embeddings to false if both are meant"
-        )
-    return embedding, head
+    for first, second in tied.items():
+        if first not in checkpoint.tensors or second not in checkpoint.tensors:
+            continue
+        a, b = checkpoint.read(first), checkpoint.read(second)
+        if a.dtype != b.dtype or not a.equal(b):
+            raise BadCheckpoint(
+                f"{checkpoint.path}: config.json ties {shown(second)} and {shown(first)}, and they differ, expected equal: "
+                "set tie_word_embeddings to false if both are meant"
+            )

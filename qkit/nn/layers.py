@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
+from qkit.families.blocks import FusedExperts
 from qkit.nn import ops
 from qkit.tensor import compressed_tensors as ct
 from qkit.tensor import lowrank, sparse
 from qkit.tensor.formats import Format
 from qkit.tensor.input_transform import PLAIN
+from qkit.tensor.qtensor import dequantize
 
 
 class QuantLinear(nn.Module):
@@ -60,6 +63,12 @@ class QuantLinear(nn.Module):
         return self
 
     @property
+    def weight(self) -> Tensor:
+        """The dequantized weight [out, in], for modules that look at the weight of a linear. It is computed at every access."""
+        assert self.packed is not None, "tensors were never loaded"
+        return self.inputs.weight_back(dequantize(ops.unpacked(self.packed))).to(self.dtype)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed weight in memory."""
         return 0 if self.packed is None else self.packed.nbytes
@@ -83,26 +92,69 @@ class QuantLinear(nn.Module):
 class QuantExperts(nn.Module):
     """Routed experts as packed linears, in the place of transformers' fused experts module.
 
-    linears: {(expert, 'gate' | 'up' | 'down'): module}
+    linears: for each expert, the linears that read its input (a gate before what it gates, or one), and its last one
+    fused:   the module that is replaced; its activation, gate, biases and norm stay in use
     """
 
-    def __init__(self, linears: dict[tuple[int, str], nn.Module], act: nn.Module, count: int) -> None:
+    def __init__(
+        self, linears: list[tuple[list[nn.Module], nn.Module]], fused: nn.Module, layout: FusedExperts
+    ) -> None:
         super().__init__()
-        self.count = count
-        self.act_fn = act
+        self.layout = layout
+        for name in (layout.first, layout.down):
+            setattr(fused, name, None)
+        for name, p in fused.named_parameters(recurse=False):  # loaders find them where they were
+            self.register_parameter(name, p)
+        self.fused = fused
         self.experts = nn.ModuleList(
-            nn.ModuleDict({part: linears[e, part] for part in ("gate", "up", "down")}) for e in range(count)
+            nn.ModuleDict({"first": nn.ModuleList(first), "down": down}) for first, down in linears
         )
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of expert outputs, [tokens, H]. hidden: [tokens, H]; top_k_index, top_k_weights: [tokens, k]."""
         result = torch.zeros_like(hidden)
+        fused: Any = self.fused
         for e, expert in enumerate(self.experts):
             token, slot = torch.where(top_k_index == e)
             if not len(token):
                 continue
             parts: Any = expert
             x = hidden[token]
-            y = parts["down"](self.act_fn(parts["gate"](x)) * parts["up"](x))
+            inner = gated(fused, self.layout, e, torch.cat([linear(x) for linear in parts["first"]], -1))
+            y = parts["down"](inner)
+            if fused.has_bias:
+                y = y + getattr(fused, f"{self.layout.down}_bias")[e]
+            if fused.has_post_expert_norm:
+                y = fused.post_expert_norm(y)
             result.index_add_(0, token, (y * top_k_weights[token, slot, None]).to(result.dtype))
         return result
+
+
+def gated(fused: Any, layout: FusedExperts, expert: int, first: Tensor) -> Tensor:
+    """What the last linear of an expert reads, [tokens, inner], from the product of its first weight, [tokens, out].
+
+    fused: the experts module of transformers
+    """
+    if fused.has_bias:
+        first = first + getattr(fused, f"{layout.first}_bias")[expert]
+    result: Tensor = fused._apply_gate(first) if fused.has_gate else fused.act_fn(first)
+    return result
+
+
+class _PackedStack(nn.Module):
+    """Stacked matrices [count, out, in] that are computed from packed ones, as torch's parametrization of a parameter."""
+
+    def __init__(self, matrices: list[list[nn.Module]], transposed: bool) -> None:
+        super().__init__()
+        self.matrices = nn.ModuleList(nn.ModuleList(rows) for rows in matrices)
+        self.transposed = transposed
+
+    def forward(self, _: Tensor) -> Tensor:
+        whole = torch.stack([torch.cat([m.weight for m in rows]) for rows in self.matrices])  # type: ignore[attr-defined]
+        return whole.transpose(1, 2) if self.transposed else whole
+
+
+def place_stack(owner: nn.Module, leaf: str, matrices: list[list[nn.Module]], transposed: bool) -> None:
+    """Make a parameter of a module a product of packed linears, at every access. matrices: for each index, its rows"""
+    setattr(owner, leaf, nn.Parameter(torch.empty(0), requires_grad=False))
+    register_parametrization(owner, leaf, _PackedStack(matrices, transposed), unsafe=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -212,8 +212,8 @@ def make_plan(
     if not linears:
         raise UsageError("nothing is left to quantize: every layer is skipped by a rule or by default")
     check_doubled(recipe.method, transforms, sum(p.residual for p in linears.values()))
-    head = structure.stored_name(structure.family.head)
-    if f"{head}.weight" in structure.checkpoint.tensors or f"{head}.weight" in structure.tied:
+    head = structure.head
+    if head is not None:
         skipped[head] = TIED_REASON if f"{head}.weight" in structure.tied else HEAD_REASON
     skipped.update(structure.tables)
     skipped.update({name: OUTSIDE_REASON for name in structure.outside if name != head})
@@ -267,7 +267,7 @@ def make_plan(
 def sequences(plan: Plan, structure: ModelStructure) -> tuple[BlockSequence, ...]:
     """The block sequences of a run: the towers in which something is quantized, and the language model."""
     return tuple(
-        BlockSequence(s.name, tuple(split_apart(b, plan.linears) for b in s.blocks))
+        replace(s, blocks=tuple(split_apart(b, plan.linears) for b in s.blocks))
         for s in structure.sequences
         if s is structure.sequences[-1] or any(x.name in plan.linears for b in s.blocks for x in b.linears)
     )

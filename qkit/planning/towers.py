@@ -21,6 +21,7 @@ def tower_rules(recipe: Recipe, structure: ModelStructure) -> dict[str, Rule]:
     if structure.family.streams is not None:
         return {}  # other components of its pipeline are quantized by themselves (``pipeline.prepare``)
     tower_names = [s.name for s in structure.towers]
+    on_text = {s.name for s in structure.towers if s.on_text}
     unknown = next((t for t in recipe.targets if t not in tower_names), None)
     if unknown is not None:
         expected = (
@@ -32,6 +33,8 @@ def tower_rules(recipe: Recipe, structure: ModelStructure) -> dict[str, Rule]:
     rules = {}
     for name in tower_names:
         target = recipe.targets.get(name, AUTO)
+        if name in on_text and target == AUTO:
+            continue  # it is quantized as the language model is
         scheme, _, reason = target.partition(":")  # "skip: why", as a rule gives its reason
         skip = None
         if scheme in (SKIP, AUTO):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qkit.errors import BadCheckpoint, IOFailure, Unsupported, UsageError
-from qkit.families.blocks import Linear
+from qkit.families.blocks import BlockStructure, FusedExperts, Linear, Stack
 from qkit.families.discover import build_skeleton
 from qkit.families.materialize import fill_computed_buffers
 from qkit.families.structure import DTYPES, ModelStructure, dtype_of
@@ -27,7 +27,7 @@ from qkit.files.rejected import RejectedWarning, describe_mark, read_mark
 from qkit.files.safefile import shown
 from qkit.files.schema import foreign_errors, validate
 from qkit.kvcache.scales import register_scales
-from qkit.nn.layers import QuantExperts, QuantLinear
+from qkit.nn.layers import QuantExperts, QuantLinear, place_stack
 from qkit.tensor import lowrank, sparse
 from qkit.tensor.compressed_tensors import formats_of, has_cache_scales, specs
 from qkit.tensor.formats import Format
@@ -67,8 +67,8 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     with torch.inference_mode():
         place_packed(structure, dtype)
         _read_plain(structure)
-    for p in model.parameters():
-        value = p.data.to(dtype)
+    for name, p in model.named_parameters():
+        value = p.data.to(torch.float32 if name in structure.float32 else dtype)
         p.data = value.clone() if value.is_inference() else value  # autograd refuses tensors of inference mode
         p.requires_grad_(False)
     for m in model.modules():
@@ -76,7 +76,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
             if b is not None and b.is_floating_point() and id(b) not in rotary and not isinstance(m, QuantLinear):
                 m._buffers[name] = b.to(dtype)
     model.config.dtype = dtype
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)
     _generation_config(model, folder)
     model = model.eval().to(device)
     _cache_policy(model, folder, kv)
@@ -195,7 +195,7 @@ def _read_plain(structure: PackedStructure) -> None:
         for name, stored in block.stored:
             if stored in packed:
                 continue
-            if stored in views and views[stored].expert is not None:
+            if stored in views and (views[stored].expert is not None or views[stored].transposed):
                 views[stored].view(module).copy_(read(stored))
             else:
                 _assign(module, name, read(stored))
@@ -216,16 +216,18 @@ def place_packed(structure: PackedStructure, dtype: torch.dtype) -> None:
     """Replace every quantized linear by a packed module."""
     for block in structure.every_block:
         module = structure.model.get_submodule(block.path)
-        experts: dict[tuple[int, str], nn.Module] = {}
+        experts: dict[tuple[str, int, tuple[int, int] | None], nn.Module] = {}
         for linear in block.linears:
             packed = linear.name in structure.formats
             if linear.expert is not None:
                 if packed:
-                    experts[linear.expert, _part_of(linear, structure)] = _packed(structure, linear, dtype)
+                    experts[linear.param, linear.expert, linear.rows] = _packed(structure, linear, dtype)
             elif packed:
-                module.set_submodule(linear.param.removesuffix(".weight"), _packed(structure, linear, dtype))
-        if experts:
-            _place_experts(structure, module, experts, block.path)
+                module.set_submodule(linear.owner, _packed(structure, linear, dtype))
+        for layout in block.experts if experts else ():
+            _place_experts(module, layout, experts, block)
+        for stack in block.stacks if experts else ():
+            _place_stack(module, stack, experts, block)
 
 
 def _packed(structure: PackedStructure, linear: Linear, dtype: torch.dtype) -> QuantLinear:
@@ -242,24 +244,49 @@ def _packed(structure: PackedStructure, linear: Linear, dtype: torch.dtype) -> Q
     return result
 
 
-def _part_of(linear: Linear, structure: ModelStructure) -> str:
-    if linear.rows is None:
-        return "down"
-    return "gate" if linear.rows[0] == 0 else "up"
-
-
 def _place_experts(
-    structure: PackedStructure, module: nn.Module, linears: dict[tuple[int, str], nn.Module], path: str
+    module: nn.Module,
+    layout: FusedExperts,
+    packed: dict[tuple[str, int, tuple[int, int] | None], nn.Module],
+    block: BlockStructure,
 ) -> None:
-    declared = structure.family.experts
-    assert declared is not None
-    fused: Any = module.get_submodule(declared.module)
-    count = len(fused.gate_up_proj)
-    if len(linears) != 3 * count:
+    """Put packed linears in the place of fused experts. packed: by parameter, expert and rows"""
+    expected = _expected(block, layout.params, packed)
+    if not expected:
+        return
+    first, down = layout.params
+    by_expert: list[tuple[list[nn.Module], nn.Module]] = []
+    for e in range(layout.count):
+        firsts = [packed[x.param, e, x.rows] for x in expected if x.expert == e and x.param == first]
+        by_expert.append((firsts, packed[down, e, None]))
+    module.set_submodule(layout.module, QuantExperts(by_expert, module.get_submodule(layout.module), layout))
+
+
+def _place_stack(
+    module: nn.Module,
+    stack: Stack,
+    packed: dict[tuple[str, int, tuple[int, int] | None], nn.Module],
+    block: BlockStructure,
+) -> None:
+    """Compute a stacked parameter from packed matrices wherever it is used."""
+    expected = _expected(block, (stack.param,), packed)
+    if expected:
+        owner, _, leaf = stack.param.rpartition(".")
+        rows = [[packed[x.param, e, x.rows] for x in expected if x.expert == e] for e in range(stack.count)]
+        place_stack(module.get_submodule(owner), leaf, rows, stack.transposed)
+
+
+def _expected(
+    block: BlockStructure, params: tuple[str, ...], packed: dict[tuple[str, int, tuple[int, int] | None], nn.Module]
+) -> list[Linear]:
+    """The linears in parameters of a block, where they are packed; none where none is. Raises BadCheckpoint for a part."""
+    expected = [x for x in block.linears if x.expert is not None and x.param in params]
+    found = [x for x in expected if x.expert is not None and (x.param, x.expert, x.rows) in packed]
+    if found and len(found) != len(expected):
         raise BadCheckpoint(
-            f"{path}: {len(linears)} of {3 * count} expert linears are quantized: all or none can be loaded"
+            f"{block.path}: {len(found)} of {len(expected)} expert linears are quantized: all or none can be loaded"
         )
-    module.set_submodule(declared.module, QuantExperts(linears, fused.act_fn, count))
+    return expected if found else []
 
 
 def _generation_config(model: Any, folder: Path) -> None:

@@ -24,7 +24,10 @@ def fused_groups(names: Iterable[str]) -> list[list[str]]:
     for parent in sorted({name.rpartition(".")[0] for name in known}):
         for suffixes in _FUSED:
             group = [f"{parent}.{suffix}" for suffix in suffixes if f"{parent}.{suffix}" in known]
-            if len(group) > 1 and not _CROSS.search(parent):
+            whole = (
+                group if suffixes[0] != "q_proj" else group[2:]
+            )  # queries and keys alone may have inputs of their own
+            if len(group) > 1 and whole and not _CROSS.search(parent):
                 groups.append(group)
     return groups
 

@@ -289,7 +289,7 @@ def resolve(config: QuantizationConfig, record: Record, findings: Findings) -> d
         findings.check("config", len(members) > 0, where, "no quantized linear belongs to it")
         _compare(members, "weights", group.weights, [m.format for m in members], where, findings)
         _compare(members, "input_activations", group.activations, [m.activations for m in members], where, findings)
-    for name in record.skipped:
+    for name in (n for n in record.skipped if n not in record.plain):  # others are parameters, no layers
         where = f"{_ROOT}.ignore"
         findings.check("config", is_ignored(name, config), where, f"does not cover {name}, which was skipped")
     return groups

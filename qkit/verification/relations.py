@@ -29,12 +29,12 @@ def check_tied(
         findings.check("tied", first not in store, first, f"is stored although it is tied to {second}")
         findings.check("tied", second in store, second, f"is missing although {first} is tied to it")
     tie_flag = config_value(config, "tie_word_embeddings")
-    head = any(first.endswith("lm_head.weight") for first, _ in record.tied)
+    head = bool(record.tied)
     where = "config.json: tie_word_embeddings"
     findings.check("tied", tie_flag in (None, True, False), where, f"found {tie_flag!r}, expected true or false")
     findings.check("tied", not (head and tie_flag is False), where, "false, and qkit.json ties the output head")
     stored = any(name.endswith("lm_head.weight") for name in store)
-    findings.check("tied", not (tie_flag is True and stored), where, "true, and an output head is stored")
+    findings.check("tied", not (tie_flag is True and stored and head), where, "true, and an output head is stored")
     names = config.get("architectures")
     causal = isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)
     what = "the output head is neither stored, nor quantized, nor tied in qkit.json"

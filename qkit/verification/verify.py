@@ -231,7 +231,8 @@ def _check_uncovered(
         findings.check("config", not claimed, name, f"is stored unquantized and claimed by {', '.join(named)}")
     tied = {first for first, _ in record.tied}
     for module in record.skipped:
-        has_weight = f"{module}.weight" in tied or any(name.startswith(f"{module}.") for name in record.plain)
+        in_plain = module in record.plain or any(name.startswith(f"{module}.") for name in record.plain)
+        has_weight = f"{module}.weight" in tied or in_plain
         fault = "qkit.json lists it as skipped, and its weight is neither under plain nor tied"
         findings.check("coverage", has_weight and module not in record.linears, module, fault)
 

@@ -19,8 +19,8 @@ from qkit.calibration.image_text import (
 )
 from qkit.diffusion.pipeline import check_pipeline
 from qkit.diffusion.trajectory import Trajectory, check_call, sampling_of
-from qkit.errors import Unsupported, UsageError
-from qkit.families.discover import BY_BATCH, kind_of
+from qkit.errors import UsageError
+from qkit.families.discover import kind_of
 from qkit.families.structure import ModelStructure
 from qkit.files.embedded import embedded_text
 from qkit.files.folder import is_pipeline
@@ -124,15 +124,9 @@ def trajectory_rows(request: Request, structure: ModelStructure) -> Calibration:
 def text_rows(request: Request, structure: ModelStructure) -> Calibration:
     """The calibration rows of a request. Raises UsageError for rows that are longer than the model's positions."""
     path = request.calib or embedded_text("calibration")
-    kind = kind_of(structure.checkpoint.config)
-    if kind in BY_BATCH:
-        raise Unsupported(
-            f"{structure.checkpoint.path}: a {kind} calls its blocks with positions of a whole batch, and qkit runs "
-            "single samples through blocks: use --method rtn without --calib"
-        )
     config: Any = structure.text_config
     limit = getattr(config, "max_position_embeddings", None)
-    if limit and request.seqlen > limit:
+    if limit and limit > 0 and request.seqlen > limit:
         raise UsageError(
             f"--seqlen {request.seqlen}: this model has positions for {limit} tokens: use a smaller number"
         )

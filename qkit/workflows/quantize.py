@@ -78,7 +78,7 @@ def open_structure(model: str, language_for: str = "") -> ModelStructure:
             f"{folder}: {language_for} is for language models, and this is a {kind_of(checkpoint.config)}"
         )
     if structure.family.streams is None:
-        check_tied(checkpoint, bool(structure.tied))
+        check_tied(structure.checkpoint, structure.tied)
     return structure
 
 

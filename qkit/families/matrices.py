@@ -1,0 +1,128 @@
+"""Which modules and parameters of a block are matrix products, and why others are none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkit.families.blocks import FusedExperts, Stack
+
+ROUTER_REASON = "it routes tokens to experts: small, and an error changes the route"
+TABLE_REASON = "it is a table, or a layer that is not linear"
+CONVOLUTION_REASON = "it is a convolution"
+SHARED_REASON = "several blocks share it"
+OWN_PRODUCT_REASON = "its module is a linear with a forward of its own, which does more than multiply"
+_SAMPLE_WIDTH = 1 << 26  # values of a weight up to which a module with a forward of its own is tried out
+_ROUTERS = ("router", "gate", "gating", "shared_expert_gate", "wg")
+
+
+def matrix_of(module: nn.Module) -> tuple[int, int, bool] | None:
+    """(outputs, inputs, transposed) of a module that multiplies its input by a weight; None for another."""
+    if isinstance(module, nn.Linear):
+        return (module.out_features, module.in_features, False) if _is_plain(module) else None
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        inputs, outputs = module.get_parameter("weight").shape
+        return outputs, inputs, True
+    return None
+
+
+def _is_plain(module: nn.Linear) -> bool:
+    if type(module).forward is nn.Linear.forward:
+        return True
+    if module.weight.numel() > _SAMPLE_WIDTH:
+        return False
+    kind: Any = type(module)
+    return _multiplies(kind, module.out_features, module.in_features, module.bias is not None)
+
+
+@cache
+def _multiplies(kind: Any, outputs: int, inputs: int, bias: bool) -> bool:
+    """Whether a subclass of nn.Linear returns what nn.Linear does, as a run on random values shows."""
+    try:
+        module = kind(inputs, outputs, bias=bias)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in module.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+            x = torch.randn(2, 3, inputs, generator=generator)
+            found = module(x)
+        expected = nn.functional.linear(x, module.weight, module.bias)
+        return (
+            isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, atol=1e-4)
+        )
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # built or called in a way of its own
+        return False
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalizes and then scales every channel by a weight of its own."""
+    weight = getattr(module, "weight", None)
+    return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1
+
+
+def is_router(name: str, module: nn.Module, block: nn.Module) -> bool:
+    """Whether a linear of a block with routed experts chooses among them. name: of the module inside the block"""
+    path, _, leaf = name.rpartition(".")
+    owners = [block.get_submodule(path)] if path else []
+    named_so = leaf in _ROUTERS or any("router" in type(m).__name__.lower() for m in (*owners, module))
+    return named_so and any(True for _ in fused_experts(block)) and (matrix_of(module) or (0,))[0] <= _experts(block)
+
+
+def _experts(block: nn.Module) -> int:
+    return max(x.count for x in fused_experts(block))
+
+
+def fused_experts(block: nn.Module) -> Iterator[FusedExperts]:
+    """The modules of a block that have transformers' interface of routed experts.
+
+    It is that of ``transformers.integrations.moe.use_experts_implementation``, whose decorator says how weights lie.
+    """
+    for name, module in block.named_modules():
+        fused: Any = module
+        if not all(hasattr(fused, a) for a in ("has_gate", "is_transposed", "is_concatenated", "down_proj")):
+            continue
+        first = "gate_up_proj" if fused.has_gate else "up_proj"
+        down = fused.down_proj
+        if isinstance(down, Tensor) and down.dim() == 3:
+            yield FusedExperts(
+                module=name,
+                count=down.shape[0],
+                first=first,
+                down="down_proj",
+                halves=bool(fused.has_gate and fused.is_concatenated),
+                transposed=bool(fused.is_transposed),
+            )
+
+
+# Modules with stacked matrices that have not that interface: {class: {parameter: whether it is [count, in, out]}}.
+_STACKS = {
+    "Llama4TextExperts": {"gate_up_proj": True, "down_proj": True},
+    "JetMoeParallelExperts": {"weight": False},
+    "LongcatFlashExperts": {"gate_up_proj": False, "down_proj": False},
+    "InklingSharedExperts": {"gate_proj": False, "up_proj": False, "down_proj": False},
+}
+
+
+def stacks_of(block: nn.Module) -> Iterator[Stack]:
+    """The stacked matrices of a block."""
+    for name, module in block.named_modules():
+        for leaf, transposed in _STACKS.get(type(module).__name__, {}).items():
+            param = getattr(module, leaf)
+            if param is not None:
+                yield Stack(f"{name}.{leaf}", param.shape[0], transposed)
+
+
+def reason_of(owner: nn.Module, leaf: str, in_moe: bool) -> str:
+    """Why a parameter with two or more dimensions is no matrix product. owner: its module"""
+    kind = type(owner).__name__
+    if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return CONVOLUTION_REASON
+    if in_moe and leaf == "weight" and ("router" in kind.lower() or "gate" in kind.lower()):
+        return ROUTER_REASON
+    if isinstance(owner, nn.Linear):
+        return ROUTER_REASON if "router" in kind.lower() else OWN_PRODUCT_REASON
+    return TABLE_REASON

@@ -1,0 +1,152 @@
+"""Which matrices of a block read the same tensor, as a run of the model without memory shows.
+
+The skeleton lies on the meta device: a run computes shapes alone, in a second and without weights. Two matrices read the same
+tensor where their inputs are one object. A norm feeds them where that object is its output, and nothing else reads it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from qkit.families.blocks import Group
+from qkit.families.matrices import fused_experts, is_norm, matrix_of
+
+# Siblings that by these names read one input.
+_SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
+_TOKENS = 8  # length of the row; what a run does with it does not depend on values
+# What a run without values stops at: operators that need values, and inputs that a text does not have.
+_LOOKS = ("__get__", "size", "dim", "numel", "is_floating_point")  # of a tensor, not at its values
+_STOPS = (
+    RuntimeError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    AssertionError,
+)
+
+
+@dataclass
+class Reads:
+    """What a run showed.
+
+    inputs: {module: its input}, of matrices; feeds: {module: what it returns}, of norms
+    ran:    blocks that ran
+    readers: for each tensor, by its id, how many operators read it
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    feeds: dict[str, Tensor] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
+    readers: Counter[int] = field(default_factory=Counter)
+
+    def groups(self, path: str, names: Sequence[str]) -> list[Group]:
+        """Matrices of a block by the tensor that they read, in the order of ``names``.
+
+        path: of the block; names: of its matrices. Those that did not run are grouped by their names.
+        """
+        members: dict[int, list[str]] = {}
+        for name in names:
+            x = self.inputs.get(f"{path}.{name}")
+            if x is not None:
+                members.setdefault(id(x), []).append(name)
+        found = [Group(tuple(g), source=self._source(path, key, len(g))) for key, g in members.items()]
+        return [*found, *guessed_groups([n for n in names if f"{path}.{n}" not in self.inputs])]
+
+    def _source(self, path: str, key: int, count: int) -> str | None:
+        """The norm of the block that feeds these matrices and nothing else."""
+        norm = next((n for n, out in self.feeds.items() if id(out) == key and n.startswith(f"{path}.")), None)
+        return norm.removeprefix(f"{path}.") if norm is not None and self.readers[key] == count else None
+
+
+class _Readers(TorchFunctionMode):
+    """Counts the operators that read each tensor."""
+
+    def __init__(self, reads: Reads) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") not in _LOOKS:
+            for value in (*args, *(kwargs or {}).values()):
+                if isinstance(value, Tensor):
+                    self.reads.readers[id(value)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def guessed_groups(names: Sequence[str]) -> list[Group]:
+    """Matrices of a block by what their names say of their inputs, where no run shows it."""
+    groups: list[Group] = []
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        shared = next((s for s in _SHARED if leaf in s), (leaf,))
+        members = tuple(f"{parent}.{s}" if parent else s for s in shared)
+        members = members if all(m in names for m in members) else (name,)
+        if all(name not in g.linears for g in groups):
+            groups.append(Group(members))
+    return groups
+
+
+class _Experts(nn.Module):
+    """Stand-in for routed experts, whose run depends on values: hands on a tensor of the right shape."""
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.empty_like(hidden)
+
+
+def run_without_values(model: nn.Module, blocks: Sequence[str]) -> Reads:
+    """Run a model on the meta device on a short text. blocks: paths of the blocks"""
+    reads, replaced = Reads(), {}
+    base: Any = getattr(model, "base_model", model)
+
+    def look(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if name in starts:
+                reads.ran.add(name)
+                return
+            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            if x is not None:
+                reads.inputs.setdefault(name, x)
+
+        return hook
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            if isinstance(out, Tensor):
+                reads.feeds.setdefault(name, out)
+                reads.readers[id(out)] = 0  # what the norm itself did
+
+        return hook
+
+    handles, starts = [], set(blocks)
+    for path in blocks:
+        block = model.get_submodule(path)
+        handles.append(block.register_forward_pre_hook(look(path), with_kwargs=True))
+        for name, module in block.named_modules(prefix=path):
+            if matrix_of(module):
+                handles.append(module.register_forward_pre_hook(look(name), with_kwargs=True))
+            elif is_norm(module):
+                handles.append(module.register_forward_hook(keep(name)))
+        for experts in fused_experts(block):
+            name = f"{path}.{experts.module}"
+            replaced[name] = model.get_submodule(name)
+            model.set_submodule(name, _Experts())
+    try:
+        with torch.inference_mode(), suppress(*_STOPS), _Readers(reads):
+            base(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device="meta"))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, module in replaced.items():
+            model.set_submodule(name, module)
+    return reads
