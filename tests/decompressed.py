@@ -113,7 +113,7 @@ def reference_model(packed: Path, original: Path):
     model = transformers.AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32, **changes).eval()
     modules, experts = dict(model.named_modules()), {}
     for name, tensors in by_linear.items():
-        scheme = _scheme_of(name, written) if "weight_scale" in tensors else None
+        scheme = scheme_of(name, written) if "weight_scale" in tensors else None
         where = name.replace("block_sparse_moe.", "mlp.").replace("embed_out", "lm_head")
         if scheme is None:
             for leaf, value in tensors.items():
@@ -142,7 +142,7 @@ def reference_model(packed: Path, original: Path):
     return model
 
 
-def _scheme_of(name: str, written: QuantizationConfig) -> QuantizationScheme:
+def scheme_of(name: str, written: QuantizationConfig) -> QuantizationScheme:
     groups = list(written.config_groups.values())
     exact = [g for g in groups if any(name == t or (t[:3] == "re:" and re.match(t[3:], name)) for t in g.targets)]
     return (exact or [g for g in groups if "Linear" in g.targets])[0]
