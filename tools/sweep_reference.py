@@ -46,6 +46,7 @@ def fake_quantized(source: Path, out: Path) -> Tensors:
     """The tensors of the source with the values that the packed folder has for them: quantized ones in float32."""
     wanted, found = tensors_of(source), tensors_of(out)
     written = QuantizationConfig.model_validate(json.loads((out / "config.json").read_text())["quantization_config"])
+    read_as = json.loads((out / "qkit.json").read_text()).get("read_as", {})
     linears: dict[str, Tensors] = {}
     for name, tensor in found.items():
         linears.setdefault(name.rpartition(".")[0], {})[name.rpartition(".")[2]] = tensor
@@ -60,8 +61,18 @@ def fake_quantized(source: Path, out: Path) -> Tensors:
                 raise Lost(f"{name} is not quantized, and its values differ from the source")
             result[name] = original
         else:
-            result[name] = _nearest(name, original, list(_fused(name, original, weights)))
+            candidates = [*_fused(name, original, weights), *_read_as(original, read_as.get(name, []), found | weights)]
+            result[name] = _nearest(name, original, candidates)
     return result
+
+
+def _read_as(original: Tensor, names: list[str], values: Tensors) -> Iterator[Tensor]:
+    """Candidates for a tensor of the source that the model reads as others: these in a row, or rows of one of them."""
+    if not names or any(name not in values for name in names):
+        return
+    whole = torch.cat([values[name].float() for name in names])
+    for start in range(0, len(whole) - len(original) + 1, max(1, len(original))):
+        yield whole[start : start + len(original)]
 
 
 def _fused(name: str, original: Tensor, weights: Tensors) -> Iterator[Tensor]:

@@ -324,10 +324,17 @@ def _record(
         "fused": [list(f) for f in plan.fused],
         "tied": [] if plan.untied else [list(pair) for pair in structure.tied.items()],
         "plain": plain,
+        **({"read_as": read_as} if (read_as := _read_as(structure, source)) else {}),
         "shards": hashes,
         **({} if plan.kv is None else {"kv": plan.kv}),
         **({} if plan.key_exponents is None else {"key_exponents": plan.key_exponents}),
     }
+
+
+def _read_as(structure: ModelStructure, source: _Tensors) -> dict[str, list[str]]:
+    """{tensor of the source that is not in the result: the tensors that the model reads it as}, in the model's order."""
+    groups = structure.checkpoint.view_groups.items()
+    return {stored: names for sources, names in groups for stored in sources if stored not in source.specs}
 
 
 def _settings(p: LinearPlan) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Reads:
 
     inputs: {module: its input}, of matrices; feeds: {module: what it returns}, of norms
     ran:    blocks that ran
+    whole:  the run came to its end
     readers: for each tensor, by its id, how many operators read it
     """
 
@@ -49,6 +50,7 @@ class Reads:
     feeds: dict[str, Tensor] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
     readers: Counter[int] = field(default_factory=Counter)
+    whole: bool = False
 
     def groups(self, path: str, names: Sequence[str]) -> list[Group]:
         """Matrices of a block by the tensor that they read, in the order of ``names``.
@@ -62,6 +64,10 @@ class Reads:
                 members.setdefault(id(x), []).append(name)
         found = [Group(tuple(g), source=self._source(path, key, len(g))) for key, g in members.items()]
         return [*found, *guessed_groups([n for n in names if f"{path}.{n}" not in self.inputs])]
+
+    def unread(self, path: str, names: Sequence[str]) -> list[str]:
+        """Of the matrices of a block that ran, those that did not: the block looks at their weight, or they were not needed."""
+        return [n for n in names if path in self.ran and f"{path}.{n}" not in self.inputs]
 
     def _source(self, path: str, key: int, count: int) -> str | None:
         """The norm of the block that feeds these matrices and nothing else."""
@@ -144,6 +150,7 @@ def run_without_values(model: nn.Module, blocks: Sequence[str]) -> Reads:
     try:
         with torch.inference_mode(), suppress(*_STOPS), _Readers(reads):
             base(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device="meta"))
+            reads.whole = True
     finally:
         for handle in handles:
             handle.remove()

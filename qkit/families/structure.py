@@ -120,6 +120,22 @@ class ModelStructure:
         """Blocks of the towers and of the language model."""
         return tuple(b for s in self.sequences for b in s.blocks)
 
+    @cached_property
+    def parts_of_tensors(self) -> frozenset[str]:
+        """Linears that the source stores in one tensor with others, or transposed; a result stores them one by one."""
+        linears = [x for b in self.every_block for x in b.linears if x.expert is not None or x.transposed]
+        return frozenset(x.name for x in linears if f"{x.name}.weight" in self.checkpoint.views)
+
+    @cached_property
+    def unread(self) -> frozenset[str]:
+        """Linears that do not run by themselves when their block runs on a text, as far as a run of the skeleton shows."""
+        reads = self.family.reads
+        if reads is None or not reads.whole:
+            return frozenset()
+        return frozenset(
+            x.name for b in self.blocks for x in b.linears if x.expert is None and reads.unread(b.path, [x.owner])
+        )
+
     def default_skip(self, name: str) -> str | None:
         """The reason why the family skips a layer (by checkpoint name) unless a rule names it; None: it is not skipped."""
         return next((why for glob, why in self.family.skips if fnmatchcase(name, glob)), None)

@@ -66,7 +66,9 @@ def load_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = None, de
     if "_class_name" in checkpoint.config:
         return _diffusion(folder, checkpoint, dtype, device, None)
     check_config(checkpoint.config, checkpoint.tensors)
-    structure = PackedStructure(checkpoint)
+    # Built in the dtype that is asked for: some classes compute numbers in it, such as a scale of the embeddings.
+    skeleton = None if dtype is None else build_skeleton(checkpoint.config, str(folder), dtype)
+    structure = PackedStructure(checkpoint, skeleton)
     model: Any = structure.model
     dtype = dtype or structure.dtype
     computed = [m for m in model.modules() if m._non_persistent_buffers_set]

@@ -524,7 +524,9 @@ def test_tied_embeddings(single: Path) -> None:
     check_tied(with_head(embedding + 1), {})
     check_tied(with_head(None), tied)
     for head in (embedding + 1, embedding.bfloat16(), embedding[:5]):
-        with pytest.raises(BadCheckpoint, match=r"ties 'model.embed_tokens.weight' and 'lm_head.weight', and they differ"):
+        with pytest.raises(
+            BadCheckpoint, match=r"ties 'model.embed_tokens.weight' and 'lm_head.weight', and they differ"
+        ):
             check_tied(with_head(head), tied)
 
 
