@@ -186,6 +186,9 @@ class Coverage:
 
     def _count(self, name: str, counts: dict[str, int], size: int | None) -> None:
         where = next((n for n in self._sources(name) if n in self.stored), None)
+        own = self.products.get(f"{name}.weight")
+        if where is None and own is not None:  # computed from others: it has the model's name
+            counts[f"{name}.weight"] = own.numel()
         if where is None or self.stored[where].dim() < 2:
             return
         tensor = self.stored[where].float()

@@ -307,7 +307,7 @@ def _export(recipe: Recipe, structure: ModelStructure, linears: dict[str, Linear
     elif (part := next((n for n in linears if n in structure.parts_of_tensors), None)) is not None:
         reason = f"its loaders look for the one tensor that {part} is a part of in this kind of model"
     elif (part := next((n for n in linears if n in structure.unread), None)) is not None:
-        reason = f"the class of this model looks at the weight of {part} by itself, which a packed linear of its loaders has not"
+        reason = f"the class of this model looks at the weight of {part} by itself, and its loaders pack it"
     elif any(p.residual for p in linears.values()) or _scales_inputs(recipe, structure):
         reason = "its loaders do not transform inputs as this method does"
     if reason is not None and recipe.export == "compressed-tensors":

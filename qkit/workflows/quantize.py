@@ -141,7 +141,7 @@ def _check_pictures(plan: Plan, structure: ModelStructure) -> None:
     """Raises UsageError where a tower is to be calibrated with rows that have no picture."""
     if plan.calibration is None or plan.calibration.kinds is not None:
         return
-    for tower in structure.towers:
+    for tower in (t for t in structure.towers if not t.on_text):
         mine = {x.name: plan.linears[x.name] for b in tower.blocks for x in b.linears if x.name in plan.linears}
         rows = rows_reason(mine, plan.transforms, 0) if mine else None
         if rows:
