@@ -41,7 +41,7 @@ class Reads:
     """What a run showed.
 
     inputs: {module: its input}, of matrices; feeds: {module: what it returns}, of norms
-    ran:    blocks that ran
+    ran:    blocks that ran; again: those that ran more than once
     whole:  the run came to its end
     readers: for each tensor, by its id, how many operators read it
     """
@@ -49,6 +49,7 @@ class Reads:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     feeds: dict[str, Tensor] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
+    again: set[str] = field(default_factory=set)
     readers: Counter[int] = field(default_factory=Counter)
     whole: bool = False
 
@@ -118,6 +119,7 @@ def run_without_values(model: nn.Module, blocks: Sequence[str]) -> Reads:
     def look(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name in starts:
+                reads.again |= {name} & reads.ran
                 reads.ran.add(name)
                 return
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)

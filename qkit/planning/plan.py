@@ -234,6 +234,12 @@ def make_plan(
         raise Unsupported(
             f"{rows}, and a text encoder is quantized without calibration: use rtn with w8a16, w8a8 or w4a16"
         )
+    if rows and structure.family.reads is not None and structure.family.reads.again:
+        block = min(structure.family.reads.again)
+        raise Unsupported(
+            f"{rows}, and {block} runs more than once in a pass of the model: its weights have several inputs, and qkit "
+            "quantizes a block for one: use a method without calibration (rtn with a weight-only scheme)"
+        )
     if calibration is None and rows:
         raise UsageError(f"{rows}: add --calib FILE (or leave --calib out for the embedded text)")
     untied = "rotate" in transforms and bool(structure.tied)
