@@ -1,0 +1,166 @@
+"""Models that nobody declared: their blocks, matrices, names and calls are found in their modules and in a run of them."""
+
+import json
+
+import pytest
+import tiny_models
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import qkit
+from qkit.errors import BadCheckpoint, Unsupported
+from qkit.families import discover
+from qkit.families.structure import ModelStructure
+from qkit.files.checkpoint import Checkpoint
+from qkit.workflows.quantize import open_structure
+
+SIZES = dict(vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+GPTQ = dict(scheme="w4a16", method="gptq", samples=4, seqlen=32)
+
+
+def saved(config, folder, cls=transformers.AutoModelForCausalLM):
+    """A random model of that config, in bfloat16, with the embedded tokenizer."""
+    torch.manual_seed(0)
+    model = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                p.normal_(0.0 if name.endswith("bias") else 1.0, 0.2)
+            else:
+                p.normal_(0, 0.5 if "emb" in name or "wte" in name else p.shape[-1] ** -0.5)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tiny_models.add_tokenizer(folder)
+    return folder
+
+
+def gpt_oss(folder):
+    config = transformers.GptOssConfig(
+        **SIZES, intermediate_size=64, num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=2, head_dim=16,
+        sliding_window=16, layer_types=["sliding_attention", "full_attention"], pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return saved(config, folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3_moe"])
+def test_a_declared_family_that_is_hidden_gives_the_same_bytes(family, tmp_path, monkeypatch):
+    model = tiny_models.make(family, tmp_path / "model")
+    qkit.quantize(model=model, out=tmp_path / "declared", **GPTQ)
+    monkeypatch.setattr(discover, "DECLARED", ())
+    assert open_structure(str(model)).is_discovered
+    qkit.quantize(model=model, out=tmp_path / "hidden", **GPTQ)
+    records = [json.loads((tmp_path / out / "qkit.json").read_text()) for out in ("declared", "hidden")]
+    for record in records:
+        del record["plan_hash"], record["sum"]  # they cover the name of the family
+    assert records[0] == records[1]
+    weights = "model.safetensors"
+    assert (tmp_path / "hidden" / weights).read_bytes() == (tmp_path / "declared" / weights).read_bytes()
+
+
+def test_experts_that_are_stored_as_one_tensor(tmp_path):
+    """gpt-oss: transposed, interleaved, with biases; each expert becomes two linears, and the biases stay."""
+    model = gpt_oss(tmp_path / "model")
+    qkit.quantize(model=model, out=tmp_path / "out", **GPTQ)
+    record = json.loads((tmp_path / "out" / "qkit.json").read_text())
+    names = [n for n in record["linears"] if ".experts." in n]
+    assert len(names) == 2 * 4 * 2
+    assert record["linears"]["model.layers.0.mlp.experts.3.gate_up_proj"]["shape"] == [128, 64]
+    assert "model.layers.0.mlp.experts.gate_up_proj_bias" in record["plain"]
+    assert "it routes tokens" in record["skipped"]["model.layers.0.mlp.router"]
+    packed, plain = qkit.load(tmp_path / "out", dtype=torch.float32), qkit.load(model, dtype=torch.float32)
+    experts = packed.model.layers[1].mlp.experts
+    original = plain.model.layers[1].mlp.experts.gate_up_proj[2].T
+    restored = torch.cat([m.weight for m in experts.experts[2]["first"]])
+    assert (restored - original).norm() < 0.15 * original.norm()
+    with torch.no_grad():  # the stock forward with the restored weights
+        for i, layer in enumerate(plain.model.layers):
+            own = packed.model.layers[i]
+            for name, module in layer.named_modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.weight.data = own.get_submodule(name).weight
+            for e, expert in enumerate(own.mlp.experts.experts):
+                layer.mlp.experts.gate_up_proj[e] = torch.cat([m.weight for m in expert["first"]]).T
+                layer.mlp.experts.down_proj[e] = expert["down"].weight.T
+        tokens = torch.randint(5, 4000, (2, 24), generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(packed(tokens).logits, plain(tokens).logits, atol=1e-4, rtol=1e-5)
+
+
+def test_transposed_linears(tmp_path):
+    """GPT-2's Conv1D holds [in, out]; the result holds [out, in], as every linear does."""
+    config = transformers.GPT2Config(vocab_size=4096, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    model = saved(config, tmp_path / "model")
+    qkit.quantize(model=model, out=tmp_path / "out", **GPTQ)
+    record = json.loads((tmp_path / "out" / "qkit.json").read_text())
+    assert record["linears"]["transformer.h.0.attn.c_attn"]["shape"] == [192, 64]
+    assert len(record["linears"]) == 8
+    packed, plain = qkit.load(tmp_path / "out", dtype=torch.float32), qkit.load(model, dtype=torch.float32)
+    restored, original = packed.transformer.h[1].mlp.c_fc.weight, plain.transformer.h[1].mlp.c_fc.weight.T
+    assert (restored - original).norm() < 0.15 * original.norm()
+
+
+def test_which_linears_read_one_tensor_is_seen_in_a_run(tmp_path):
+    """GPT-J's blocks are parallel: attention and MLP read one norm."""
+    config = transformers.GPTJConfig(vocab_size=4096, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=64)
+    structure = open_structure(str(saved(config, tmp_path / "model")))
+    groups = [tuple(x.param for x in g.linears) for g in structure.blocks[0].groups]
+    assert ("attn.k_proj.weight", "attn.v_proj.weight", "attn.q_proj.weight", "mlp.fc_in.weight") in groups
+
+
+def test_tensors_that_the_class_does_not_load_are_copied(tmp_path):
+    config = transformers.StableLmConfig(
+        **SIZES, intermediate_size=96, num_key_value_heads=2, max_position_embeddings=64
+    )
+    model = saved(config, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["mtp.fc.weight"] = torch.arange(6.0).reshape(2, 3).bfloat16()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    qkit.quantize(model=model, out=tmp_path / "out", scheme="w4a16", method="rtn")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["mtp.fc.weight"], tensors["mtp.fc.weight"])
+    assert "mtp.fc.weight" in json.loads((tmp_path / "out" / "qkit.json").read_text())["plain"]
+    qkit.verify(tmp_path / "out")
+    tensors["model.layers.7.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].clone()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadCheckpoint, match=r"counts 2 blocks in model.layers, and the file has 'model.layers.7"):
+        open_structure(str(model))
+
+
+@pytest.mark.parametrize(
+    "cls", [transformers.BertForSequenceClassification, transformers.BertModel, transformers.BertForMaskedLM]
+)
+def test_classes_beyond_language_models(cls, tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = saved(config, tmp_path / "model", cls)
+    qkit.quantize(model=model, out=tmp_path / "out", **GPTQ)
+    packed, plain = qkit.load(tmp_path / "out", dtype=torch.float32), qkit.load(model, dtype=torch.float32)
+    assert type(packed) is cls
+    tokens = torch.randint(5, 4000, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        a, b = packed(tokens)[0].flatten(), plain(tokens)[0].flatten()
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.9
+
+
+def test_blocks_that_run_more_than_once_are_refused_where_inputs_are_measured(tmp_path):
+    config = transformers.HrmTextConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
+        num_layers_per_stack=1, head_dim=16,
+    )  # fmt: skip
+    model = saved(config, tmp_path / "model")
+    with pytest.raises(Unsupported, match="runs more than once in a pass of the model"):
+        qkit.quantize(model=model, out=tmp_path / "out", **GPTQ)
+    qkit.quantize(model=model, out=tmp_path / "out", scheme="w4a16", method="rtn")
+
+
+def test_a_config_of_another_size_is_refused(tmp_path):
+    model = tiny_models.make("llama", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    for field, value, message in (
+        ("num_hidden_layers", 1, "counts 1 blocks"),
+        ("hidden_size", 128, "has shape"),
+        ("vocab_size", 4097, "has shape"),
+    ):
+        (model / "config.json").write_text(json.dumps({**config, field: value}))
+        with pytest.raises(BadCheckpoint, match=message):
+            ModelStructure(Checkpoint.open(model))
