@@ -100,7 +100,7 @@ def rendered_all(
     if not chats:
         return []
     try:
-        return [Written(text, failure) for text, failure in confined(write, SECONDS + 0.1 * len(chats))]
+        return [Written(text, failure) for text, failure in confined(write, SECONDS + len(chats))]
     except (Exceeded, Failed) as e:
         needs = f"needs {e}" if isinstance(e, Exceeded) else f"fails: {e}"
         raise BadCalibration(

@@ -11,8 +11,10 @@ special token behind it, which the model has to write too. A model without a cha
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from qkit.calibration.chat_templates import fixed_date, rendered_all
@@ -37,14 +39,26 @@ class Tokens:
 
 
 class Chats:
-    """Writes chats for one tokenizer. template: the text of the model's chat template, None where it has none"""
+    """Writes chats for one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.template = _template(tokenizer)
         self._bos = _first_token(tokenizer)
         self._ends = [str(t) for t in getattr(tokenizer, "all_special_tokens", ())]
         self._ends += [t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values()]
+
+    @cached_property
+    def template(self) -> str | None:
+        """The chat template that transformers would use for a chat; None where the model has none."""
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            return None
+        with foreign_errors("the chat template of the model cannot be used", "copy the original model's files"):
+            return str(self.tokenizer.get_chat_template())
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the chat template, '' where there is none."""
+        return "" if self.template is None else hashlib.sha256(self.template.encode()).hexdigest()
 
     def tokens(self, records: Sequence[Record], answers: bool) -> list[Tokens]:
         """The tokens of chats and texts. answers: mark those of answers; a text has none.
@@ -122,14 +136,6 @@ class Chats:
         if self._bos is not None and ids[:1] != [self._bos]:
             return [self._bos, *ids], 1
         return ids, 0
-
-
-def _template(tokenizer: Any) -> str | None:
-    """The chat template that transformers would use for a chat; None where the model has none."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        return None
-    with foreign_errors("the chat template of the model cannot be used", "copy the original model's files"):
-        return str(tokenizer.get_chat_template())
 
 
 def _first_token(tokenizer: Any) -> int | None:

@@ -7,9 +7,8 @@ Padded rows hold one record each, cut to ``seqlen`` and filled up; what they are
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -21,7 +20,7 @@ from qkit.calibration.dataset import Calibration, check_rows, digest_of, text_to
 from qkit.calibration.readers import is_plain_text, records_of
 from qkit.calibration.records import Record
 from qkit.calibration.sources import CalibSource, interleaved, shares
-from qkit.errors import BadCalibration, UsageError
+from qkit.errors import BadCalibration, BadInput, UsageError
 from qkit.system.memory import give_back
 
 CHATS = 6  # one in so many rows of the embedded data is of chats: our choice
@@ -117,18 +116,23 @@ def embedded_rows(
 ) -> Calibration:
     """Calibration rows of the embedded data: a text and, for a model with a chat template, chats in it.
 
-    Of the rows one in CHATS is of chats, or as many as there are. The text has dialogue as well, and is all that a model
-    without a chat template gets.
+    Of the rows one in CHATS is of chats, or as many as there are. The text has dialogue as well, and is all that a model gets
+    whose folder has no chat template, or one that fails (which the summary says).
     """
-    has_template = Chats(tokenizer).template is not None
-    asked = replace(layout, samples=layout.samples // CHATS if has_template else 0)
-    given = [_of_records(chats, tokenizer, asked, at_most=True)] if asked.samples else []
-    given = [g for g in given if len(g.tokens)]
+    given, note, name = list[SourceRows](), "", "embedded calibration text"
+    try:
+        count = layout.samples // CHATS if Chats(tokenizer).template is not None else 0
+        if count:
+            made = _of_records(chats, tokenizer, replace(layout, samples=count), at_most=True)
+            check_rows(made.tokens, chats.name, vocabulary)
+            given += [made] if len(made.tokens) else []
+    except BadInput as e:
+        note = f"{chats.name} is left out: {e}"
     remaining = layout.samples - sum(len(g.tokens) for g in given)
     given.insert(0, rows_of_source(text, tokenizer, replace(layout, samples=remaining), vocabulary))
     give_back()
-    name = "embedded calibration text"
-    return together(given, layout, f"{name} and chats" if len(given) > 1 else name)
+    rows = together(given, layout, f"{name} and chats" if len(given) > 1 else name)
+    return replace(rows, summary=(*rows.summary, note)) if note else rows
 
 
 def no_rows(layout: Layout) -> Calibration:
@@ -181,26 +185,29 @@ def _of_text(source: CalibSource, tokenizer: Any, layout: Layout) -> SourceRows:
 
 @dataclass
 class _Taken:
-    """What was taken of a source so far. forms: of its records, in order of appearance; used: tokens of the records in rows"""
+    """What was taken of a source so far.
 
+    seen: records that were read; records: those in rows; used: their tokens; passed: records without a token that counts;
+    forms: of records, in order of appearance
+    """
+
+    seen: int = 0
     records: int = 0
     used: int = 0
     passed: int = 0
     chats: bool = False
-    forms: dict[str, None] | None = None
+    forms: dict[str, None] = field(default_factory=dict)
+
+    def counting(self, records: Iterator[Record]) -> Iterator[Record]:
+        """The records, counted."""
+        for record in records:
+            self.seen += 1
+            yield record
 
 
 def _of_records(source: CalibSource, tokenizer: Any, layout: Layout, at_most: bool = False) -> SourceRows:
-    opened, chats, taken = records_of(source), Chats(tokenizer), _Taken(forms={})
-    seen = 0
-
-    def counted() -> Iterator[Record]:
-        nonlocal seen
-        for record in opened.records:
-            seen += 1
-            yield record
-
-    records = counted()
+    opened, chats, taken = records_of(source), Chats(tokenizer), _Taken()
+    records = taken.counting(opened.records)
     rows = list(islice(_rows(_tokens(records, chats, layout, taken), layout, taken), layout.samples))
     if len(rows) < layout.samples and not at_most:
         raise _too_few(source, layout, len(rows), taken)
@@ -209,18 +216,17 @@ def _of_records(source: CalibSource, tokenizer: Any, layout: Layout, at_most: bo
             pass
     tokens, mask = _tensors(rows, layout, tokenizer)
     kept = int(sum(len(ids) for ids, _ in rows))
-    template = hashlib.sha256(chats.template.encode()).hexdigest() if chats.template else ""
     understood = Understood(
         source=source.name,
         weight=source.weight,
-        form=", ".join(taken.forms or ()),
+        form=", ".join(taken.forms),
         rows=len(rows),
         tokens=kept,
         counted=int(mask.sum()),
         records=taken.records,
-        total=opened.total if opened.total is not None else seen,
+        total=opened.total if opened.total is not None else taken.seen,
         cut_off=round(1 - kept / taken.used, 4) if taken.used else 0.0,
-        template=template if taken.chats else None,
+        template=chats.digest if taken.chats else None,
         passed=taken.passed,
     )
     return SourceRows(tokens, mask, understood)
@@ -234,8 +240,7 @@ def _tokens(records: Iterator[Record], chats: Chats, layout: Layout, taken: _Tak
                 taken.passed += bool(tokens.ids)
                 continue
             taken.chats |= record.is_chat
-            if taken.forms is not None:
-                taken.forms[record.form] = None
+            taken.forms[record.form] = None
             yield tokens
 
 
@@ -268,9 +273,11 @@ def _packed(tokens: Iterator[Tokens], seqlen: int, taken: _Taken) -> Iterator[_R
         taken.used += len(item.ids)
         ids += item.ids
         marks += [True] * len(item.ids) if item.answers is None else item.answers
-        while len(ids) >= seqlen:
-            yield ids[:seqlen], marks[:seqlen]
-            ids, marks = ids[seqlen:], marks[seqlen:]
+        ends = range(seqlen, len(ids) + 1, seqlen)
+        for end in ends:
+            yield ids[end - seqlen : end], marks[end - seqlen : end]
+        done = len(ends) * seqlen
+        ids, marks = ids[done:], marks[done:]
 
 
 def _tensors(rows: Sequence[_Row], layout: Layout, tokenizer: Any) -> tuple[Tensor, Tensor]:

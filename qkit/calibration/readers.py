@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,10 +190,8 @@ def _parquet(source: CalibSource) -> Records:
     _check_columns(source, names, str(path))
 
     def rows() -> Iterator[Record]:
-        batches, number = (
-            file.iter_batches(batch_size=_BATCH, columns=None if source.column is None else [source.column]),
-            0,
-        )
+        columns = None if source.column is None else [source.column]
+        batches, number = file.iter_batches(batch_size=_BATCH, columns=columns), 0
         while True:
             with foreign_errors(f"{path}, row {number}: cannot be read", "save the table again", BadCalibration):
                 batch = next(batches, None)
@@ -217,6 +216,9 @@ def load_dataset(source: CalibSource) -> Any:
     except ImportError as e:
         raise Unsupported(f"{source.place} needs the datasets package: pip install 'qkit[eval]'") from e
     name, config, split = source.dataset
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # each of its retries would be a line, before the sentence that tells of the last
     try:
         return datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
@@ -224,6 +226,8 @@ def load_dataset(source: CalibSource) -> Any:
         raise BadCalibration(
             f"{source.place}: cannot be loaded ({reason}): check the name and the network, or use a file"
         ) from e
+    finally:
+        hub.setLevel(level)
 
 
 def _dataset(source: CalibSource) -> Records:

@@ -51,8 +51,17 @@ class Record:
 
 def read_record(data: Any, where: str, column: str | None = None) -> Record:
     """The record. column: the field that is read, of an object with several. Raises BadCalibration, naming the place."""
-    if column is not None:
-        return _of_column(data, where, column)
+    record = _of_column(data, where, column) if column is not None else _record(data, where)
+    try:
+        for said in (record.text, *(m["content"] for m in record.messages)):
+            said.encode("utf-8")
+    except UnicodeEncodeError as e:
+        half = f"\\u{ord(e.object[e.start]):04x}"
+        raise BadCalibration(f"{where}: {half} is one half of a character: export the file again") from None
+    return record
+
+
+def _record(data: Any, where: str) -> Record:
     if isinstance(data, str):
         return Record(where, "text", data)
     if isinstance(data, list):

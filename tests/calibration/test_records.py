@@ -83,6 +83,8 @@ def test_texts_and_named_columns():
         ({"instruction": "x"}, "an instruction without output"),
         ({"text": 3}, "text is 3, expected a text"),
         (7, "expected an object with messages"),
+        ({"text": "a \ud800 b"}, r"\\ud800 is one half of a character"),
+        ({"prompt": "Why?", "completion": "\udfff"}, r"\\udfff is one half of a character"),
     ],
 )
 def test_what_is_not_understood_is_named(data, complaint):

@@ -157,6 +157,14 @@ def test_the_embedded_data_has_chats_in_the_template(model, tiny):
     assert [s["source"] for s in without.understood] == ["calibration.txt"]
 
 
+def test_a_template_that_fails_costs_the_chats_alone(tiny, tmp_path):
+    """Commands without --calib worked before the embedded data had chats."""
+    broken = with_template(tiny("llama"), tmp_path / "m", "{{ raise_exception('not today') }}")
+    rows = prepare(Request(model=str(broken), scheme="w4a16", method="gptq", samples=24, seqlen=64)).plan.calibration
+    assert [s["rows"] for s in rows.understood] == [24]
+    assert rows.summary[1].startswith("chats.jsonl is left out:") and "not today" in rows.summary[1]
+
+
 def test_no_data_at_all(run, model, tmp_path):
     """Every row is one that the model writes; the same command gives the same bytes, with any number of workers."""
     command = (
