@@ -41,7 +41,7 @@ from qkit.files.safefile import (
 )
 from qkit.files.schema import model_config
 from qkit.files.side_files import hash_side_files, sampled_hash
-from qkit.files.sources.decoded import DecodedInfo
+from qkit.files.sources.decoded import DecodedInfo, decoded
 from qkit.files.sources.lora import merged, open_adapter
 from qkit.files.sources.opening import PlainView, plain_view
 
@@ -151,13 +151,13 @@ class Checkpoint:
             raise BadCheckpoint(f"{self.path}: no tensor {shown(name)}: the model folder does not fit its config.json")
         return self._read(self.tensors[name])
 
-    def read_stored(self, info: DecodedInfo) -> dict[str, torch.Tensor]:
-        """What a decoded tensor is made of, by role. Raises as ``read``."""
-        return {role: self._read(part) for role, part in info.parts.items()}
+    def read_stored(self, info: DecodedInfo, *roles: str) -> dict[str, torch.Tensor]:
+        """What a decoded tensor is made of, by role; all of it where no roles are named. Raises as ``read``."""
+        return {role: self._read(part) for role, part in info.parts.items() if not roles or role in roles}
 
     def _read(self, info: TensorInfo) -> torch.Tensor:
         if isinstance(info, DecodedInfo):
-            return info.decode(self.read_stored(info))
+            return decoded(info, self.read_stored(info))
         self._check_unchanged(info.file)
         tensor = read_tensor(info)
         self._check_unchanged(info.file)

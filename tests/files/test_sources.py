@@ -237,7 +237,7 @@ def test_one_sentence_for_what_is_malformed(
 def test_groups_of_columns_that_are_not_there(plain: Path, tmp_path: Path) -> None:
     source, _ = made.gptq(plain, tmp_path)
     checkpoint = Checkpoint.open(broken(source, lambda t: t[f"{LAYER}.g_idx"].fill_(9)))
-    with pytest.raises(BadCheckpoint, match="g_idx names groups 9 to 9 of 2"):
+    with pytest.raises(BadCheckpoint, match=r"q_proj.weight', GPTQ with 4 bits: g_idx names groups 9 to 9 of 2: get"):
         checkpoint.read(f"{LAYER}.weight")
 
 

@@ -154,7 +154,7 @@ def test_what_is_plain_in_the_source_stays_plain(plain: Path, tmp_path: Path) ->
             lambda p, o: made.gptq(p, o, act_order=True),
             {},
             Unsupported,
-            r"GPTQ with 4 bits.*\(desc_act\): leave it out of",
+            r"GPTQ with 4 bits.*\(g_idx\): leave it out of",
         ),
         (
             made.fp8,

@@ -46,8 +46,6 @@ def _linear(stored: Stored, name: str, default: int, less_one: bool) -> DecodedI
     decode = partial(decode_groups, shape=shape, cut=partial(_cut, bits=bits), unpack=unpack, dtype=stored.torch_dtype)
     encoding = f"GPTQ with {bits} bits"
     kept = kept_groups(bits, shape, parts["scale"], unpack)
-    if "group_of" in parts and stored.quantization.get("desc_act"):
-        kept = "a result has no place for groups of columns in the order of activations (desc_act)"
     return stored.decoded(f"{name}.weight", shape, parts, decode, encoding, kept)
 
 

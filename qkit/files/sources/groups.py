@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qkit.errors import BadCheckpoint, Unsupported
 from qkit.files.safefile import TensorInfo
 from qkit.files.sources.decoded import Kept, Parts, row_steps
 
@@ -25,13 +24,12 @@ class Groups:
     scale: Tensor
     group_of: Tensor | None
 
-    @property
-    def in_order(self) -> Tensor:
-        """int64 [in]: the group of each input where groups of one width follow each other."""
-        import torch
 
-        columns = self.codes.shape[1]
-        return torch.arange(columns) // (columns // self.scale.shape[1])
+def in_order(columns: int, groups: int) -> Tensor:
+    """int64 [columns]: the group of each input where groups of one width follow each other."""
+    import torch
+
+    return torch.arange(columns) // (columns // groups)
 
 
 def decode_groups(
@@ -43,19 +41,17 @@ def decode_groups(
 ) -> Tensor:
     """The plain weight [out, in], some outputs at a time: (code - zero) * scale in the dtype of the scales, then ``dtype``.
 
-    cut: the stored tensors of some outputs. Raises BadCheckpoint for an input of a group that is not there.
+    cut: the stored tensors of some outputs. Raises ValueError for an input of a group that is not there.
     """
     import torch
 
     result = torch.empty(shape, dtype=dtype)
     for some in row_steps(*shape, 32):
         found = unpack(cut(parts, some))
-        group_of, count = found.in_order if found.group_of is None else found.group_of, found.scale.shape[1]
+        count = found.scale.shape[1]
+        group_of = in_order(shape[1], count) if found.group_of is None else found.group_of
         if int(group_of.min()) < 0 or int(group_of.max()) >= count:
-            raise BadCheckpoint(
-                f"g_idx names groups {int(group_of.min())} to {int(group_of.max())} of {count}: get the model again from "
-                "its source"
-            )
+            raise ValueError(f"g_idx names groups {int(group_of.min())} to {int(group_of.max())} of {count}")
         whole = found.codes - found.zero[:, group_of]  # exact in every float that scales have
         result[some] = (whole.to(found.scale.dtype) * found.scale[:, group_of]).to(dtype)
     return result
@@ -78,11 +74,8 @@ def kept_groups(bits: int, shape: tuple[int, int], scale: TensorInfo, unpack: Ca
         import torch
 
         found = unpack(parts)
-        if found.group_of is not None and not torch.equal(found.group_of, found.in_order):
-            raise Unsupported(
-                "a linear with its columns in another order (g_idx) cannot be kept as it is: leave it out of --keep-source"
-            )
         codes, zero = ((t - half).to(torch.int8).contiguous() for t in (found.codes, found.zero))
         return ct.write(QTensor(codes, Params(found.scale.contiguous(), zero), fmt), None, None, scale_dtype)
 
-    return Kept(weights=fmt, activations=None, specs=ct.specs(fmt, None, shape, scale_dtype), make=make)
+    specs = ct.specs(fmt, None, shape, scale_dtype)
+    return Kept(weights=fmt, activations=None, specs=specs, make=make, orders="group_of")
