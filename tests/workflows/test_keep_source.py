@@ -10,7 +10,7 @@ import pytest
 import quantized_sources as made
 import tiny_models
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import qkit
 from qkit.errors import BadRecipe, QkitError, Unsupported, UsageError
@@ -112,6 +112,26 @@ def test_a_changed_code_is_found(plain: Path, tmp_path: Path) -> None:
         f.write(bytes([tensors[f"{UP}.weight"].view(torch.uint8).flatten()[0].item() ^ 1]))
     problems = [str(p) for p in qkit.verify(tmp_path / "out").problems]
     assert any(UP in p and "not the one that was intended" in p for p in problems)
+
+
+def test_measured_scales_of_inputs_stay(plain: Path, tmp_path: Path) -> None:
+    """FP8 with one scale a weight and one for its inputs, as vLLM's tools write it."""
+    source, _ = made.fp8(plain, tmp_path, None)
+    tensors = load_file(source / "model.safetensors")
+    renamed = {name.replace("weight_scale_inv", "weight_scale"): t for name, t in tensors.items()}
+    stems = [name.removesuffix("weight_scale") for name in renamed if name.endswith("weight_scale")]
+    renamed |= {f"{stem}input_scale": torch.tensor(0.25 + i / 64) for i, stem in enumerate(stems)}
+    save_file(renamed, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "static"}
+    (source / "config.json").write_text(json.dumps(config))
+    record = run(source, tmp_path / "out")
+    assert record["linears"][UP]["scheme"] == "FP8"
+    assert (
+        load_file(tmp_path / "out" / "model.safetensors")[f"{UP}.input_scale"].item()
+        == renamed[f"{UP}.input_scale"].item()
+    )
+    qkit.load(tmp_path / "out")
 
 
 def test_a_recipe_says_it_too(plain: Path, tmp_path: Path) -> None:
