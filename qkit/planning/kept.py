@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from qkit.errors import Unsupported, UsageError
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.sources.decoded import DecodedInfo, Kept
-from qkit.files.sources.groups import in_order
 from qkit.planning.recipe import Recipe
 from qkit.tensor.formats import SCHEMES
 from qkit.transforms.table import TRANSFORMS
@@ -29,7 +26,7 @@ def kept_fields(name: str, checkpoint: Checkpoint) -> dict[str, Any] | None:
     info = checkpoint.tensors.get(f"{name}.weight")
     if info is not None and not isinstance(info, DecodedInfo):
         return None
-    why = "the source stores it in one tensor with others" if info is None else _ordered(info, checkpoint)
+    why = "the source stores it in one tensor with others" if info is None else _looked_at(info, checkpoint)
     if isinstance(why, str):
         how = "" if info is None else f" ({info.encoding})"
         raise Unsupported(
@@ -41,15 +38,12 @@ def kept_fields(name: str, checkpoint: Checkpoint) -> dict[str, Any] | None:
     return {"scheme": scheme, "weights": why.weights, "activations": why.activations, "solver": KEPT}
 
 
-def _ordered(info: DecodedInfo, checkpoint: Checkpoint) -> Kept | str:
-    """How a linear is kept, after a look at the order of its columns, or why it is not."""
+def _looked_at(info: DecodedInfo, checkpoint: Checkpoint) -> Kept | str:
+    """How a linear is kept, after a look at its small tensors, or why it is not."""
     kept = info.kept
-    if isinstance(kept, str) or kept.orders not in info.parts:
+    if isinstance(kept, str):
         return kept
-    group_of, groups = checkpoint.read_stored(info, kept.orders)[kept.orders], kept.specs["weight_scale"][1][1]
-    if torch.equal(group_of.long(), in_order(len(group_of), groups)):
-        return kept
-    return "a result has no place for groups of columns in the order of activations (g_idx)"
+    return kept.doubt(lambda role: checkpoint.read_stored(info, role)[role]) or kept
 
 
 def check_keeping(recipe: Recipe, transforms: tuple[str, ...]) -> None:

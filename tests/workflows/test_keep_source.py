@@ -45,6 +45,7 @@ SOURCES: dict[str, tuple[Maker, str]] = {
     ),
     "nvfp4": (lambda plain, out: made.compressed(plain, out, NVFP4, "nvfp4-pack-quantized"), "NVFP4A16"),
     "gptq": (lambda plain, out: made.gptq(plain, out), "INT4_ASYM"),
+    "gptq sym": (lambda plain, out: made.gptq(plain, out, sym=True), "INT4"),
     "awq": (lambda plain, out: made.awq(plain, out), "INT4_ASYM"),
 }
 
@@ -64,7 +65,7 @@ def run(source: Path, out: Path, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", SOURCES)
 def test_numbers_are_those_of_the_source(kind: str, plain: Path, tmp_path: Path) -> None:
     # Such models are float16, in which the product of a code and a scale is rounded once.
-    half = tiny_models.make("llama", tmp_path / "half", torch.float16) if kind in ("gptq", "awq") else plain
+    half = tiny_models.make("llama", tmp_path / "half", torch.float16) if kind in ("gptq", "gptq sym", "awq") else plain
     source, copy = SOURCES[kind][0](half, tmp_path)
     record = run(source, tmp_path / "out")
     kept = {name for name, linear in record["linears"].items() if linear.get("kept")}
@@ -167,9 +168,17 @@ def test_what_is_plain_in_the_source_stays_plain(plain: Path, tmp_path: Path) ->
     )
 
 
+def lying(folders: tuple[Path, Path]) -> tuple[Path, Path]:
+    """The source with a config that says that its zero points are all alike."""
+    config = folders[0] / "config.json"
+    config.write_text(config.read_text().replace('"sym": false', '"sym": true'))
+    return folders
+
+
 @pytest.mark.parametrize(
     ("maker", "options", "error", "message"),
     [
+        (lambda p, o: lying(made.gptq(p, o)), {}, Unsupported, "config.json says sym, and a zero point is"),
         (
             lambda p, o: made.gptq(p, o, act_order=True),
             {},

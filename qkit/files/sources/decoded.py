@@ -42,14 +42,14 @@ class Kept:
 
     weights, activations: the formats of a result that say it; specs: {suffix: (dtype, shape)} of its tensors there
     make: these tensors, from the stored ones
-    orders: the role of a small tensor with the group of each input, which has to be that of ``in_order``; "": there is none
+    doubt: a look at small stored tensors, which it is given by role: why it cannot be kept after all, or None
     """
 
     weights: Format
     activations: Format | None
     specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     make: Callable[[Parts], dict[str, Tensor]]
-    orders: str = ""
+    doubt: Callable[[Callable[[str], Tensor]], str | None] = lambda read: None
 
 
 @dataclass(frozen=True, kw_only=True)

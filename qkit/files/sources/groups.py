@@ -57,8 +57,18 @@ def decode_groups(
     return result
 
 
-def kept_groups(bits: int, shape: tuple[int, int], scale: TensorInfo, unpack: Callable[[Parts], Groups]) -> Kept | str:
-    """The same integers, scales and zero points as compressed-tensors packs them, groups following each other."""
+def kept_groups(
+    bits: int,
+    shape: tuple[int, int],
+    scale: TensorInfo,
+    unpack: Callable[[Parts], Groups],
+    doubt: Callable[[Callable[[str], Tensor]], str | None] = lambda read: None,
+    symmetric: bool = False,
+) -> Kept | str:
+    """The same integers, scales and zero points as compressed-tensors packs them, groups following each other.
+
+    symmetric: all zero points are half the range, and need no place of their own; doubt: as in ``Kept``
+    """
     from qkit.tensor import compressed_tensors as ct
     from qkit.tensor.formats import FORMATS
     from qkit.tensor.qtensor import Params, QTensor
@@ -66,7 +76,7 @@ def kept_groups(bits: int, shape: tuple[int, int], scale: TensorInfo, unpack: Ca
     groups = scale.shape[0]
     if shape[1] % groups:
         return f"its {groups} groups do not divide {shape[1]} inputs"
-    fmt = FORMATS[f"int{bits}_asym" if groups > 1 else f"int{bits}_asym_channel"]
+    fmt = FORMATS[f"int{bits}{'' if symmetric else '_asym'}{'' if groups > 1 else '_channel'}"]
     fmt = replace(fmt, group=shape[1] // groups) if groups > 1 else fmt
     scale_dtype, half = scale.torch_dtype, 1 << (bits - 1)
 
@@ -75,7 +85,8 @@ def kept_groups(bits: int, shape: tuple[int, int], scale: TensorInfo, unpack: Ca
 
         found = unpack(parts)
         codes, zero = ((t - half).to(torch.int8).contiguous() for t in (found.codes, found.zero))
-        return ct.write(QTensor(codes, Params(found.scale.contiguous(), zero), fmt), None, None, scale_dtype)
+        params = Params(found.scale.contiguous(), None if symmetric else zero)
+        return ct.write(QTensor(codes, params, fmt), None, None, scale_dtype)
 
     specs = ct.specs(fmt, None, shape, scale_dtype)
-    return Kept(weights=fmt, activations=None, specs=specs, make=make, orders="group_of")
+    return Kept(weights=fmt, activations=None, specs=specs, make=make, doubt=doubt)
