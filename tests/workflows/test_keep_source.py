@@ -2,6 +2,9 @@
 not."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +82,27 @@ def test_numbers_are_those_of_the_source(kind: str, plain: Path, tmp_path: Path)
     others = [name for name in both[1] if ".mlp." not in name]
     assert others and all(torch.equal(both[0][name], both[1][name]) for name in others)
     assert type(qkit.load(tmp_path / "out").get_submodule(UP)) is QuantLinear
+
+
+def test_stock_transformers_loads_it_equal(plain: Path, tmp_path: Path) -> None:
+    half = tiny_models.make("llama", tmp_path / "half", torch.float16)
+    sources = {
+        "fp8": made.fp8(plain, tmp_path / "fp8")[0],
+        "gptq": made.gptq(half, tmp_path / "gptq", sym=True)[0],
+    }
+    tokens, jobs = tiny_models.tokens(), tmp_path / "jobs.json"
+    for name, source in sources.items():
+        run(source, tmp_path / f"{name}.out")
+    loads = [[str(tmp_path / f"{name}.out"), "float32"] for name in sources]
+    jobs.write_text(json.dumps({"tokens": tokens.tolist(), "loads": loads}))
+    script = Path(__file__).parents[1] / "stock_load.py"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-I", str(script), str(jobs)], env=environment, cwd=tmp_path, check=True)
+    assert set(json.loads(Path(f"{jobs}.out").read_text()).values()) == {None}
+    for folder, _ in loads:
+        found = load_file(f"{folder}.float32.safetensors")["logits"]
+        expected = tiny_models.logits(qkit.load(folder, dtype=torch.float32), tokens)
+        assert tiny_models.relative(found, expected) < 1e-5
 
 
 def test_codes_and_scales_are_the_same_bytes(plain: Path, tmp_path: Path) -> None:
