@@ -163,14 +163,18 @@ def stream(values: Tensor, bits: int) -> Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).contiguous()
 
 
-def _integers(weight: Tensor, bits: int, group_of: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _integers(weight: Tensor, bits: int, group_of: Tensor, sym: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [out, in], zero points [out, groups] (at least 1) and fp16 scales [out, groups] by the range of each group."""
     groups = int(group_of.max()) + 1
     w, top = weight.float(), 2**bits - 1
     low = torch.stack([w[:, group_of == g].amin(1) for g in range(groups)], 1).clamp_max(0)
     high = torch.stack([w[:, group_of == g].amax(1) for g in range(groups)], 1).clamp_min(0)
+    if sym:
+        high = torch.maximum(high, -low)
+        low = -high
     scale = ((high - low) / top).clamp_min(1e-4).half()
     zero = (-low / scale.float()).round().clamp(1, top).long()
+    zero = torch.full_like(zero, 2 ** (bits - 1)) if sym else zero
     codes = ((w / scale.float()[:, group_of]).round() + zero[:, group_of]).clamp(0, top).long()
     return codes, zero, scale
 
@@ -183,6 +187,7 @@ def gptq(
     act_order: bool = False,
     version: str = "gptq",
     shards: int = 1,
+    sym: bool = False,
 ) -> tuple[Path, Path]:
     """GPTQ after the packing of AutoGPTQ. act_order: columns name their groups in a shuffled order."""
 
@@ -191,7 +196,7 @@ def gptq(
         group_of = torch.arange(columns) // group
         if act_order:
             group_of = group_of[torch.randperm(columns, generator=torch.Generator().manual_seed(columns))]
-        codes, zero, scale = _integers(weight, bits, group_of)
+        codes, zero, scale = _integers(weight, bits, group_of, sym)
         decoded = (codes - zero[:, group_of]).half() * scale[:, group_of]
         stem = name.removesuffix("weight")
         stored_zero = zero - 1 if version == "gptq" else zero
@@ -203,7 +208,7 @@ def gptq(
         }
         return {stem + leaf: t for leaf, t in made.items()}, decoded.to(weight.dtype)
 
-    config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act_order, "sym": False}
+    config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act_order, "sym": sym}
     return write(plain, folder, {**config, "checkpoint_format": version}, encode, shards)
 
 

@@ -42,7 +42,7 @@ from qkit.files.safefile import (
 )
 from qkit.files.schema import model_config
 from qkit.files.side_files import hash_side_files, sampled_hash
-from qkit.files.sources.decoded import DecodedInfo
+from qkit.files.sources.decoded import DecodedInfo, decoded
 from qkit.files.sources.lora import merged, open_adapter
 from qkit.files.sources.opening import PlainView, plain_view
 
@@ -186,13 +186,13 @@ class Checkpoint:
         begin = info.begin + index * size
         return self._read(replace(info, shape=info.shape[1:], begin=begin, end=begin + size))
 
-    def read_stored(self, info: DecodedInfo) -> dict[str, torch.Tensor]:
-        """What a decoded tensor is made of, by role. Raises as ``read``."""
-        return {role: self._read(part) for role, part in info.parts.items()}
+    def read_stored(self, info: DecodedInfo, *roles: str) -> dict[str, torch.Tensor]:
+        """What a decoded tensor is made of, by role; all of it where no roles are named. Raises as ``read``."""
+        return {role: self._read(part) for role, part in info.parts.items() if not roles or role in roles}
 
     def _read(self, info: TensorInfo) -> torch.Tensor:
         if isinstance(info, DecodedInfo):
-            return info.decode(self.read_stored(info))
+            return decoded(info, self.read_stored(info))
         self._check_unchanged(info.file)
         tensor = read_tensor(info)
         self._check_unchanged(info.file)

@@ -26,7 +26,7 @@ def kept_fields(name: str, checkpoint: Checkpoint) -> dict[str, Any] | None:
     info = checkpoint.tensors.get(f"{name}.weight")
     if info is not None and not isinstance(info, DecodedInfo):
         return None
-    why = info.kept if info is not None else "the source stores it in one tensor with others"
+    why = "the source stores it in one tensor with others" if info is None else _looked_at(info, checkpoint)
     if isinstance(why, str):
         how = "" if info is None else f" ({info.encoding})"
         raise Unsupported(
@@ -36,6 +36,14 @@ def kept_fields(name: str, checkpoint: Checkpoint) -> dict[str, Any] | None:
     pair = (why.weights, why.activations)
     scheme = next((s.name for s in SCHEMES.values() if (s.weights, s.activations) == pair), why.weights.name.upper())
     return {"scheme": scheme, "weights": why.weights, "activations": why.activations, "solver": KEPT}
+
+
+def _looked_at(info: DecodedInfo, checkpoint: Checkpoint) -> Kept | str:
+    """How a linear is kept, after a look at its small tensors, or why it is not."""
+    kept = info.kept
+    if isinstance(kept, str):
+        return kept
+    return kept.doubt(lambda role: checkpoint.read_stored(info, role)[role]) or kept
 
 
 def check_keeping(recipe: Recipe, transforms: tuple[str, ...]) -> None:

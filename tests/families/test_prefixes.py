@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import quantized_sources as made
 import tiny_models
+import torch
 from safetensors.torch import load_file, save_file
 
 import qkit
@@ -55,6 +57,15 @@ def test_the_result_is_that_of_the_plain_names(tmp_path: Path) -> None:
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     qkit.load(source)
+
+
+def test_a_compiled_model_that_is_quantized(tmp_path: Path) -> None:
+    model = tiny_models.make("llama", tmp_path / "model")
+    source, copy = made.fp8(model, tmp_path)
+    (tmp_path / "renamed").mkdir()
+    found = open_structure(str(renamed(source, tmp_path / "renamed", RENAMES["distributed and compiled"]))).checkpoint
+    expected = open_structure(str(copy)).checkpoint
+    assert all(torch.equal(found.read(name), expected.read(name)) for name in expected.tensors)
 
 
 def test_two_tensors_of_one_name(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_one_sentence_for_what_is_malformed(
 def test_groups_of_columns_that_are_not_there(plain: Path, tmp_path: Path) -> None:
     source, _ = made.gptq(plain, tmp_path)
     checkpoint = Checkpoint.open(broken(source, lambda t: t[f"{LAYER}.g_idx"].fill_(9)))
-    with pytest.raises(BadCheckpoint, match="g_idx names groups 9 to 9 of 2"):
+    with pytest.raises(BadCheckpoint, match=r"q_proj.weight', GPTQ with 4 bits: g_idx names groups 9 to 9 of 2: get"):
         checkpoint.read(f"{LAYER}.weight")
 
 
@@ -246,6 +246,7 @@ def test_groups_of_columns_that_are_not_there(plain: Path, tmp_path: Path) -> No
     [
         ({"quant_method": "bitsandbytes"}, "quantized by 'bitsandbytes', and qkit decodes fp8, .*dequantize it first"),
         ({"bits": 4}, "quantized by unknown method"),
+        ({"quant_method": ["gptq"]}, r"quantized by \['gptq'\], and qkit decodes"),
         ({"quant_method": "gptq"}, "bits is None, expected a whole number"),
         ({"quant_method": "gptq", "bits": 5}, "bits is 5, expected one of 2, 3, 4, 8"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),

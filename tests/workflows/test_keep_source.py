@@ -2,6 +2,9 @@
 not."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import pytest
 import quantized_sources as made
 import tiny_models
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import qkit
 from qkit.errors import BadRecipe, QkitError, Unsupported, UsageError
@@ -45,6 +48,7 @@ SOURCES: dict[str, tuple[Maker, str]] = {
     ),
     "nvfp4": (lambda plain, out: made.compressed(plain, out, NVFP4, "nvfp4-pack-quantized"), "NVFP4A16"),
     "gptq": (lambda plain, out: made.gptq(plain, out), "INT4_ASYM"),
+    "gptq sym": (lambda plain, out: made.gptq(plain, out, sym=True), "INT4"),
     "awq": (lambda plain, out: made.awq(plain, out), "INT4_ASYM"),
 }
 
@@ -64,7 +68,7 @@ def run(source: Path, out: Path, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", SOURCES)
 def test_numbers_are_those_of_the_source(kind: str, plain: Path, tmp_path: Path) -> None:
     # Such models are float16, in which the product of a code and a scale is rounded once.
-    half = tiny_models.make("llama", tmp_path / "half", torch.float16) if kind in ("gptq", "awq") else plain
+    half = tiny_models.make("llama", tmp_path / "half", torch.float16) if kind in ("gptq", "gptq sym", "awq") else plain
     source, copy = SOURCES[kind][0](half, tmp_path)
     record = run(source, tmp_path / "out")
     kept = {name for name, linear in record["linears"].items() if linear.get("kept")}
@@ -78,6 +82,27 @@ def test_numbers_are_those_of_the_source(kind: str, plain: Path, tmp_path: Path)
     others = [name for name in both[1] if ".mlp." not in name]
     assert others and all(torch.equal(both[0][name], both[1][name]) for name in others)
     assert type(qkit.load(tmp_path / "out").get_submodule(UP)) is QuantLinear
+
+
+def test_stock_transformers_loads_it_equal(plain: Path, tmp_path: Path) -> None:
+    half = tiny_models.make("llama", tmp_path / "half", torch.float16)
+    sources = {
+        "fp8": made.fp8(plain, tmp_path / "fp8")[0],
+        "gptq": made.gptq(half, tmp_path / "gptq", sym=True)[0],
+    }
+    tokens, jobs = tiny_models.tokens(), tmp_path / "jobs.json"
+    for name, source in sources.items():
+        run(source, tmp_path / f"{name}.out")
+    loads = [[str(tmp_path / f"{name}.out"), "float32"] for name in sources]
+    jobs.write_text(json.dumps({"tokens": tokens.tolist(), "loads": loads}))
+    script = Path(__file__).parents[1] / "stock_load.py"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-I", str(script), str(jobs)], env=environment, cwd=tmp_path, check=True)
+    assert set(json.loads(Path(f"{jobs}.out").read_text()).values()) == {None}
+    for folder, _ in loads:
+        found = load_file(f"{folder}.float32.safetensors")["logits"]
+        expected = tiny_models.logits(qkit.load(folder, dtype=torch.float32), tokens)
+        assert tiny_models.relative(found, expected) < 1e-5
 
 
 def test_codes_and_scales_are_the_same_bytes(plain: Path, tmp_path: Path) -> None:
@@ -114,6 +139,26 @@ def test_a_changed_code_is_found(plain: Path, tmp_path: Path) -> None:
     assert any(UP in p and "not the one that was intended" in p for p in problems)
 
 
+def test_measured_scales_of_inputs_stay(plain: Path, tmp_path: Path) -> None:
+    """FP8 with one scale a weight and one for its inputs, as vLLM's tools write it."""
+    source, _ = made.fp8(plain, tmp_path, None)
+    tensors = load_file(source / "model.safetensors")
+    renamed = {name.replace("weight_scale_inv", "weight_scale"): t for name, t in tensors.items()}
+    stems = [name.removesuffix("weight_scale") for name in renamed if name.endswith("weight_scale")]
+    renamed |= {f"{stem}input_scale": torch.tensor(0.25 + i / 64) for i, stem in enumerate(stems)}
+    save_file(renamed, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "static"}
+    (source / "config.json").write_text(json.dumps(config))
+    record = run(source, tmp_path / "out")
+    assert record["linears"][UP]["scheme"] == "FP8"
+    assert (
+        load_file(tmp_path / "out" / "model.safetensors")[f"{UP}.input_scale"].item()
+        == renamed[f"{UP}.input_scale"].item()
+    )
+    qkit.load(tmp_path / "out")
+
+
 def test_a_recipe_says_it_too(plain: Path, tmp_path: Path) -> None:
     source, _ = made.fp8(plain, tmp_path)
     recipe = tmp_path / "recipe.yaml"
@@ -147,14 +192,22 @@ def test_what_is_plain_in_the_source_stays_plain(plain: Path, tmp_path: Path) ->
     )
 
 
+def lying(folders: tuple[Path, Path]) -> tuple[Path, Path]:
+    """The source with a config that says that its zero points are all alike."""
+    config = folders[0] / "config.json"
+    config.write_text(config.read_text().replace('"sym": false', '"sym": true'))
+    return folders
+
+
 @pytest.mark.parametrize(
     ("maker", "options", "error", "message"),
     [
+        (lambda p, o: lying(made.gptq(p, o)), {}, Unsupported, "config.json says sym, and a zero point is"),
         (
             lambda p, o: made.gptq(p, o, act_order=True),
             {},
             Unsupported,
-            r"GPTQ with 4 bits.*\(desc_act\): leave it out of",
+            r"GPTQ with 4 bits.*\(g_idx\): leave it out of",
         ),
         (
             made.fp8,

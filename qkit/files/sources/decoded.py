@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from qkit.errors import BadCheckpoint, Unsupported
 from qkit.files.safefile import DTYPES, TensorInfo, shown
+from qkit.files.schema import reason
+from qkit.system.memory import ran_out
 
 if TYPE_CHECKING:
     import torch
@@ -40,12 +42,14 @@ class Kept:
 
     weights, activations: the formats of a result that say it; specs: {suffix: (dtype, shape)} of its tensors there
     make: these tensors, from the stored ones
+    doubt: a look at small stored tensors, which it is given by role: why it cannot be kept after all, or None
     """
 
     weights: Format
     activations: Format | None
     specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     make: Callable[[Parts], dict[str, Tensor]]
+    doubt: Callable[[Callable[[str], Tensor]], str | None] = lambda read: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +136,18 @@ class Found:
 
     weights: dict[str, DecodedInfo]
     dropped: Collection[str] = field(default_factory=tuple)
+
+
+def decoded(info: DecodedInfo, parts: Parts) -> Tensor:
+    """The plain tensor. Raises BadCheckpoint for stored values that stand for none."""
+    try:
+        return info.decode(parts)
+    except (IndexError, RuntimeError, ValueError) as e:
+        if ran_out(e):
+            raise
+        raise BadCheckpoint(
+            f"{info.file}: tensor {shown(info.name)}, {info.encoding}: {reason(e)}: get the model again from its source"
+        ) from e
 
 
 def number(stored: Stored, key: str, default: int | None = None) -> int:

@@ -10,12 +10,17 @@ format (``checkpoint_format: gptq``, or none) a zero point is stored less one, i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from qkit.errors import Unsupported
 from qkit.files.safefile import TensorInfo, shown
 from qkit.files.sources.decoded import DecodedInfo, Found, Parts, Stored, number
-from qkit.files.sources.groups import Groups, decode_groups, kept_groups
+from qkit.files.sources.groups import Groups, decode_groups, in_order, kept_groups
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BITS = (2, 3, 4, 8)
 _VERSIONS = ("gptq", "gptq_v2")
@@ -45,9 +50,14 @@ def _linear(stored: Stored, name: str, default: int, less_one: bool) -> DecodedI
     unpack = partial(_unpack, bits=bits, columns=shape[1], less_one=less_one)
     decode = partial(decode_groups, shape=shape, cut=partial(_cut, bits=bits), unpack=unpack, dtype=stored.torch_dtype)
     encoding = f"GPTQ with {bits} bits"
-    kept = kept_groups(bits, shape, parts["scale"], unpack)
-    if "group_of" in parts and stored.quantization.get("desc_act"):
-        kept = "a result has no place for groups of columns in the order of activations (desc_act)"
+    zeros, symmetric = (
+        partial(_zeros, bits=bits, rows=shape[0], less_one=less_one),
+        stored.quantization.get("sym") is True,
+    )
+    doubt = partial(
+        _doubt, ordered="group_of" in parts, shape=shape, zeros=zeros, half=1 << (bits - 1) if symmetric else None
+    )
+    kept = kept_groups(bits, shape, parts["scale"], unpack, doubt, symmetric)
     return stored.decoded(f"{name}.weight", shape, parts, decode, encoding, kept)
 
 
@@ -103,14 +113,39 @@ def _unpack(parts: Parts, bits: int, columns: int, less_one: bool) -> Groups:
 
     from qkit.tensor.packing import unpack_bits
 
-    half, words, scale = 1 << (bits - 1), parts["zero"].contiguous(), parts["scale"].T
-    codes = unpack_bits(parts["codes"].T.contiguous(), bits, columns).to(torch.int16) + half
+    scale, group_of = parts["scale"].T, parts.get("group_of")
+    codes = unpack_bits(parts["codes"].T.contiguous(), bits, columns).to(torch.int16) + (1 << (bits - 1))
+    zero = _zeros(parts["zero"], bits, scale.shape[0], less_one)
+    return Groups(codes, zero, scale, None if group_of is None else group_of.long())
+
+
+def _zeros(words: Tensor, bits: int, rows: int, less_one: bool) -> Tensor:
+    """int16 [out, groups]: zero points, from 0 on."""
+    import torch
+
+    from qkit.tensor.packing import unpack_bits
+
     if less_one and bits != 3:
         # Whole words, as GPTQModel adds: what a writer borrowed from a neighbour goes back to it.
         ones = sum(1 << at for at in range(0, 32, bits))
         words = ((words.to(torch.int64) + ones + (1 << 31)) % (1 << 32) - (1 << 31)).to(torch.int32)
-    zero = unpack_bits(words, bits, scale.shape[0]).to(torch.int16).T + half
-    if less_one and bits == 3:
-        zero = (zero + 1) & 7
-    group_of = parts.get("group_of")
-    return Groups(codes, zero, scale, None if group_of is None else group_of.long())
+    zero = unpack_bits(words.contiguous(), bits, rows).to(torch.int16).T + (1 << (bits - 1))
+    return (zero + 1) & 7 if less_one and bits == 3 else zero
+
+
+def _doubt(
+    read: Callable[[str], Tensor],
+    ordered: bool,
+    shape: tuple[int, int],
+    zeros: Callable[[Tensor], Tensor],
+    half: int | None,
+) -> str | None:
+    """Why a linear cannot be kept. ordered: its columns name their groups; half: what every zero point has to be, if any"""
+    import torch
+
+    zero = zeros(read("zero"))
+    if half is not None and bool((zero != half).any()):
+        return f"config.json says sym, and a zero point is {int(zero[zero != half][0])} where {half} is meant"
+    if ordered and not torch.equal(read("group_of").long(), in_order(shape[1], zero.shape[1])):
+        return "a result has no place for groups of columns in the order of activations (g_idx)"
+    return None

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qkit.errors import BadCheckpoint, Unsupported
 from qkit.files.safefile import TensorInfo
 from qkit.files.sources.decoded import Kept, Parts, row_steps
 
@@ -25,13 +24,12 @@ class Groups:
     scale: Tensor
     group_of: Tensor | None
 
-    @property
-    def in_order(self) -> Tensor:
-        """int64 [in]: the group of each input where groups of one width follow each other."""
-        import torch
 
-        columns = self.codes.shape[1]
-        return torch.arange(columns) // (columns // self.scale.shape[1])
+def in_order(columns: int, groups: int) -> Tensor:
+    """int64 [columns]: the group of each input where groups of one width follow each other."""
+    import torch
+
+    return torch.arange(columns) // (columns // groups)
 
 
 def decode_groups(
@@ -43,26 +41,34 @@ def decode_groups(
 ) -> Tensor:
     """The plain weight [out, in], some outputs at a time: (code - zero) * scale in the dtype of the scales, then ``dtype``.
 
-    cut: the stored tensors of some outputs. Raises BadCheckpoint for an input of a group that is not there.
+    cut: the stored tensors of some outputs. Raises ValueError for an input of a group that is not there.
     """
     import torch
 
     result = torch.empty(shape, dtype=dtype)
     for some in row_steps(*shape, 32):
         found = unpack(cut(parts, some))
-        group_of, count = found.in_order if found.group_of is None else found.group_of, found.scale.shape[1]
+        count = found.scale.shape[1]
+        group_of = in_order(shape[1], count) if found.group_of is None else found.group_of
         if int(group_of.min()) < 0 or int(group_of.max()) >= count:
-            raise BadCheckpoint(
-                f"g_idx names groups {int(group_of.min())} to {int(group_of.max())} of {count}: get the model again from "
-                "its source"
-            )
+            raise ValueError(f"g_idx names groups {int(group_of.min())} to {int(group_of.max())} of {count}")
         whole = found.codes - found.zero[:, group_of]  # exact in every float that scales have
         result[some] = (whole.to(found.scale.dtype) * found.scale[:, group_of]).to(dtype)
     return result
 
 
-def kept_groups(bits: int, shape: tuple[int, int], scale: TensorInfo, unpack: Callable[[Parts], Groups]) -> Kept | str:
-    """The same integers, scales and zero points as compressed-tensors packs them, groups following each other."""
+def kept_groups(
+    bits: int,
+    shape: tuple[int, int],
+    scale: TensorInfo,
+    unpack: Callable[[Parts], Groups],
+    doubt: Callable[[Callable[[str], Tensor]], str | None] = lambda read: None,
+    symmetric: bool = False,
+) -> Kept | str:
+    """The same integers, scales and zero points as compressed-tensors packs them, groups following each other.
+
+    symmetric: all zero points are half the range, and need no place of their own; doubt: as in ``Kept``
+    """
     from qkit.tensor import compressed_tensors as ct
     from qkit.tensor.formats import FORMATS
     from qkit.tensor.qtensor import Params, QTensor
@@ -70,7 +76,7 @@ def kept_groups(bits: int, shape: tuple[int, int], scale: TensorInfo, unpack: Ca
     groups = scale.shape[0]
     if shape[1] % groups:
         return f"its {groups} groups do not divide {shape[1]} inputs"
-    fmt = FORMATS[f"int{bits}_asym" if groups > 1 else f"int{bits}_asym_channel"]
+    fmt = FORMATS[f"int{bits}{'' if symmetric else '_asym'}{'' if groups > 1 else '_channel'}"]
     fmt = replace(fmt, group=shape[1] // groups) if groups > 1 else fmt
     scale_dtype, half = scale.torch_dtype, 1 << (bits - 1)
 
@@ -78,11 +84,9 @@ def kept_groups(bits: int, shape: tuple[int, int], scale: TensorInfo, unpack: Ca
         import torch
 
         found = unpack(parts)
-        if found.group_of is not None and not torch.equal(found.group_of, found.in_order):
-            raise Unsupported(
-                "a linear with its columns in another order (g_idx) cannot be kept as it is: leave it out of --keep-source"
-            )
         codes, zero = ((t - half).to(torch.int8).contiguous() for t in (found.codes, found.zero))
-        return ct.write(QTensor(codes, Params(found.scale.contiguous(), zero), fmt), None, None, scale_dtype)
+        params = Params(found.scale.contiguous(), None if symmetric else zero)
+        return ct.write(QTensor(codes, params, fmt), None, None, scale_dtype)
 
-    return Kept(weights=fmt, activations=None, specs=ct.specs(fmt, None, shape, scale_dtype), make=make)
+    specs = ct.specs(fmt, None, shape, scale_dtype)
+    return Kept(weights=fmt, activations=None, specs=specs, make=make, doubt=doubt)

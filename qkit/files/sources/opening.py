@@ -120,13 +120,13 @@ def _objects(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _method(folder: Path, quantization: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> str | None:
     if quantization is not None:
         method = quantization.get("quant_method")
-        if method not in DECODERS:
+        if not isinstance(method, str) or method not in DECODERS:
             named = shown(method) if method else "unknown method"
             raise Unsupported(
                 f"{folder}: config.json: quantization_config says that the model is quantized by {named}, and qkit decodes "
                 f"{_WORDS}: dequantize it first, or use the original model"
             )
-        return str(method)
+        return method
     for name, info in tensors.items():
         for suffix, method in _TOLD_BY.items():
             if name.endswith(suffix) and (method == "fp8" or info.dtype == "U8"):
