@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
-import sweep_configs  # noqa: E402
-import sweep_models  # noqa: E402
-import sweep_worker  # noqa: E402
+import sweep_configs
+import sweep_models
+import sweep_worker
 
 # Declared; fused projections and positions as a bias; latent attention and experts; state spaces beside attention; experts in
 # one tensor; an encoder; a classifier on a decoder.
@@ -66,7 +65,7 @@ def test_a_traceback_and_a_lost_weight_are_no_success():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["causal", "image-text", "encoders"])
 def test_the_whole_sweep(kind, tmp_path):
-    script = [sys.executable, TOOLS / "sweep_models.py", kind, "--json", tmp_path / "sweep.json"]
+    script = [sys.executable, sweep_models.HERE / "sweep_models.py", kind, "--json", tmp_path / "sweep.json"]
     done = subprocess.run(script, capture_output=True, text=True)
     total = json.loads((tmp_path / "sweep.json").read_text())["total"]
     assert done.returncode == 0 and total["met"] and not total["tracebacks"], done.stdout[-3000:]
