@@ -139,7 +139,11 @@ CHANGES: dict[str, dict[str, Any]] = {
         "acoustic_tokenizer_encoder_config.num_filters": 2, "semantic_tokenizer_encoder_config.num_filters": 2,
         "acoustic_tokenizer_encoder_config.depths": [1] * 7, "semantic_tokenizer_encoder_config.depths": [1] * 7,
     },
-    "apertus1p5": {"audio_config.codebook_dim": 128, "audio_config.decoder_num_layers": 2, "vision_config.base_channels": 32},
+    "apertus1p5": {
+        "audio_config.codebook_dim": 128, "audio_config.decoder_num_layers": 2, "audio_config.codebook_size": 64,
+        "vision_config.base_channels": 32, "vision_config.codebook_size": 64, "image_token_offset": 3500,
+        "audio_token_offset": 3564,
+    },
     "chameleon": {"vocabulary_map": _VISUAL_TOKENS, "vq_config.base_channels": 32, "vq_config.num_embeddings": 64},
     "cohere2_vision": {"vision_config.hidden_size": 128, "alignment_intermediate_size": 256},
     "cohere_compass": _inside("text_config", _COMPASS),

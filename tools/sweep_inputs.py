@@ -23,6 +23,8 @@ def result(output: Any) -> Tensor:
 
 def call(model: Any, inputs: dict[str, Any]) -> Tensor:
     """The result of a call, float32."""
+    if type(model).__name__ == "Llama4ForConditionalGeneration":  # cannot be called in transformers 5.24
+        model, inputs = model.language_model, {"input_ids": inputs["input_ids"]}
     cached = "use_cache" in inspect.signature(model.forward).parameters
     model.config.get_text_config().use_cache = False
     with torch.inference_mode():

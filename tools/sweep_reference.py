@@ -179,30 +179,33 @@ class Coverage:
         self.quantized: dict[str, int] = {}
         self.kept: dict[str, int] = {}
         for name, linear in record["linears"].items():
-            shape = linear["shape"]
-            self._count(name, self.quantized, int(shape[0] * shape[1]))
+            self._count(name, self.quantized, linear["shape"])
         for name in record["skipped"]:
             self._count(name, self.kept, None)
 
-    def _count(self, name: str, counts: dict[str, int], size: int | None) -> None:
-        where = next((n for n in self._sources(name) if n in self.stored), None)
+    def _count(self, name: str, counts: dict[str, int], shape: list[int] | None) -> None:
+        """Add a linear of the record, or a name that was skipped, to the parameter of the stock model that holds it."""
+        where = next((n for n in (f"{name}.weight", name) if n in self.stored), None) or self._fused(name, shape)
         own = self.products.get(f"{name}.weight")
         if where is None and own is not None:  # computed from others: it has the model's name
             counts[f"{name}.weight"] = own.numel()
         if where is None or self.stored[where].dim() < 2:
             return
         tensor = self.stored[where].float()
-        rows = tensor.reshape(-1, tensor.shape[-1])
-        place = self.places.get(rows[0, :8].contiguous().numpy().tobytes())
+        place = self.places.get(tensor.reshape(-1, tensor.shape[-1])[0, :8].contiguous().numpy().tobytes())
         if place is not None:
-            counts[place] = counts.get(place, 0) + (tensor.numel() if size is None else size)
+            counts[place] = counts.get(place, 0) + (tensor.numel() if shape is None else shape[0] * shape[1])
 
-    def _sources(self, name: str) -> Iterator[str]:
-        yield from (f"{name}.weight", name)
-        fused = re.fullmatch(r"(.*)\.\d+\.(\w+)", name)
-        if fused:
-            parts = (fused[2], "gate_up_proj") if fused[2] in ("gate_proj", "up_proj") else (fused[2],)
-            yield from (f"{fused[1]}.{part}{end}" for part in parts for end in ("", ".weight"))
+    def _fused(self, name: str, shape: list[int] | None) -> str | None:
+        """The tensor of all experts in the source that this one linear of an expert was in."""
+        inside = re.fullmatch(r"(.*)\.\d+\.\w+", name)
+        if inside is None or shape is None:
+            return None
+        sizes = [{shape[0], shape[1]}, {2 * shape[0], shape[1]}]
+        own = [n for n, t in self.stored.items() if n.startswith(f"{inside[1]}.") and t.dim() == 3]
+        fitting = [n for n in own if set(self.stored[n].shape[1:]) in sizes]
+        down = [n for n in fitting if "down" in n or "fc2" in n or "output" in n]
+        return next(iter(down if "down" in name else [n for n in fitting if n not in down] or fitting), None)
 
     def summary(self) -> dict[str, Any]:
         """covered, quantized: shares of the weights of matrix products; missing: parameters with neither format nor reason."""

@@ -61,6 +61,7 @@ def run_class(kind: str, model_type: str, scratch: Path) -> dict[str, Any]:
         inputs = sweep_inputs.inputs_of(model_type, model)
         if not sweep_inputs.call(model, inputs).isfinite().all():
             raise ValueError("the output of the model itself is not finite")
+        result["inputs"] = sorted(inputs)
         sweep_inputs.write(inputs, scratch / "inputs.safetensors")
         result["class"] = json.loads((source / "config.json").read_text())["architectures"][0]
         result["built"] = True
@@ -68,16 +69,19 @@ def run_class(kind: str, model_type: str, scratch: Path) -> dict[str, Any]:
         result["reason"] = f"not built: {type(error).__name__}: {' '.join(str(error).split())[-200:]}"
         return result
     for method in METHODS:
-        result[method] = _method(source, scratch / method, method, result)
+        result[method] = _method(kind, source, scratch / method, method, result)
     result["seconds"] = round(time.monotonic() - began, 1)
     return result
 
 
-def _method(source: Path, out: Path, method: str, result: dict[str, Any]) -> str:
+def _method(kind: str, source: Path, out: Path, method: str, result: dict[str, Any]) -> str:
     """'ok', 'refused' or 'TRACEBACK'; fills in coverage, differences and reasons."""
     import qkit
+    from qkit.files.embedded import embedded_text
 
     options: dict[str, Any] = {} if method == "rtn" else {"samples": 8, "seqlen": 64}
+    if options and kind == "image-text":  # their default is text with pictures, which asks for a processor
+        options["calib"] = embedded_text("calibration")
     try:
         report = qkit.quantize(source, out=out, scheme="w4a16", method=method, threads=1, **options)
     except Exception as error:  # an error that is not qkit's is what the sweep looks for
