@@ -101,6 +101,16 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Percent of weights restored to 16 bits after quantization, chosen by loss sensitivity.",
         ),
         scheme(
+            "--embeddings",
+            metavar="FORMAT",
+            help="Format of the embeddings: int2 to int8, or int4:32 with the group size (default: they stay as they are).",
+        ),
+        scheme(
+            "--head",
+            metavar="FORMAT",
+            help="Format of the output head, as for --embeddings. Tied embeddings and head are one matrix, stored once.",
+        ),
+        scheme(
             "--target",
             "targets",
             multiple=True,
@@ -213,7 +223,7 @@ def show_coverage(prepared: PreparedRequest, console: Console) -> None:
 
     plan = prepared.plan
     kinds: dict[tuple[str, str, str, str], list[int]] = {}
-    for p in plan.linears.values():
+    for p in plan.packed.values():
         group = str(p.weights.group or p.weights.strategy)
         acts = "-" if p.activations is None else p.activations.name
         solver = "+".join((p.solver, *(t for t in plan.transforms if TRANSFORMS[t].stage == "block")))
@@ -239,7 +249,7 @@ def show_coverage(prepared: PreparedRequest, console: Console) -> None:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         console.print(Text(f"skipped: {names[0]}{more}: {reason}"))
     notes: dict[str, list[str]] = {}
-    for p in plan.linears.values():
+    for p in plan.packed.values():
         if p.note:
             notes.setdefault(p.note, []).append(p.name)
     for note, names in notes.items():

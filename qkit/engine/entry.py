@@ -18,6 +18,7 @@ from qkit.calibration.block_calls import Call, OneByOne, enter, merged, offloade
 from qkit.calibration.dataset import Calibration
 from qkit.calibration.statistics import Rows
 from qkit.diffusion.clock import time_of
+from qkit.engine.ends import rounded_table
 from qkit.engine.job import Job
 from qkit.errors import BadCalibration, write_failure
 from qkit.families.blocks import LANGUAGE, BlockSequence
@@ -139,7 +140,9 @@ def _loaded_outer(plan: Plan, structure: ModelStructure, job: Job) -> Iterator[N
     def read(stored: str) -> Tensor:
         index, name = part_of_tensor.get(stored), stored.removesuffix(".weight")
         if index is None:
-            return structure.checkpoint.read_finite(stored)
+            value = rotated.get(stored)
+            value = structure.checkpoint.read_finite(stored) if value is None else value
+            return rounded_table(plan.ends[name], value) if name in plan.ends else value
         part = job.part(index)
         if stored in part:
             return job.read(part[stored])
@@ -148,12 +151,9 @@ def _loaded_outer(plan: Plan, structure: ModelStructure, job: Job) -> Iterator[N
         inputs[name] = job.inputs(index, name, p.shape[1], p.rotation)
         return inputs[name].weight_back(dequantize(q))
 
+    table = structure.stored_name(f"{structure.family.embeddings}.weight")
+    rotated = {table: rotate_outer(structure, plan.seed)[table]} if "rotate" in plan.transforms else {}
     load_outer(structure, read)
-    if "rotate" in plan.transforms:
-        table = structure.family.embeddings + ".weight"
-        structure.model.get_parameter(table).data.copy_(
-            rotate_outer(structure, plan.seed)[structure.stored_name(table)]
-        )
     handles = []
     for block in (b for tower in structure.towers for b in tower.blocks):
         for linear in block.linears:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qkit.diffusion.pipeline import copy_rest, hash_weights_around, rest_names
 from qkit.diffusion.trajectory import Trajectory
+from qkit.engine.ends import STAGE
 from qkit.engine.job import Job
 from qkit.engine.partial_output import Partial
 from qkit.errors import QkitError
@@ -135,10 +136,13 @@ class _Tensors:
         self._loaders: dict[str, Callable[[], Tensor]] = {}
         self._cached: tuple[str, dict[str, Tensor]] = ("", {})
         rotated = rotate_outer(structure, plan.seed) if "rotate" in plan.transforms else {}
+        packed = {f"{name}.weight" for name in plan.ends}
         for stored, tensor in rotated.items():
+            if stored in packed:
+                continue
             self._add_plain(stored, tensor.dtype, tuple(tensor.shape), lambda t=tensor: t)  # type: ignore[misc]
         blocks = parts(plan, structure)
-        covered = {*rotated, *(stored for block in blocks for _, stored in block.stored)}
+        covered = {*rotated, *packed, *(stored for block in blocks for _, stored in block.stored)}
         for _, stored in structure.outer:
             if stored not in covered:
                 info = structure.checkpoint.tensors[stored]
@@ -153,6 +157,9 @@ class _Tensors:
             for linear in block.linears:
                 if linear.name in plan.linears:
                     self._add_linear(plan.linears[linear.name], index)
+        ends = job.stage(STAGE)
+        for p in plan.ends.values() if ends is not None else ():
+            self._add_linear(p, ends)
         scales = job.stage("cache")
         if scales is not None:
             self._add_part(scales)
@@ -232,14 +239,17 @@ def _config(plan: Plan, structure: ModelStructure, job: Job, source: _Tensors) -
 def quantization_config(plan: Plan, structure: ModelStructure) -> dict[str, Any]:
     """The compressed-tensors configuration of a plan."""
     renamed = {stored: module for stored, module in module_names(structure).items() if stored != module}
-    formats_by_linear = {name: (p.weights, p.activations) for name, p in plan.linears.items()}
-    built = ct.config(formats_by_linear, list(plan.skipped), renamed, FORMAT if plan.static_cache else None)
+    formats_by_linear = {name: (p.weights, p.activations) for name, p in plan.packed.items()}
+    built = ct.config(
+        formats_by_linear, list(plan.skipped), renamed, FORMAT if plan.static_cache else None, tuple(plan.ends)
+    )
     return {**built, "quant_method": plan.export}
 
 
 def module_names(structure: ModelStructure) -> dict[str, str]:
-    """{checkpoint name: module name} of linears, heads and routers."""
-    names = {structure.stored_name(structure.family.head): structure.family.head, **structure.outside}
+    """{checkpoint name: module name} of linears, embeddings, heads and routers."""
+    ends = (structure.family.head, structure.family.embeddings)
+    names = {**{structure.stored_name(n): n for n in ends if n}, **structure.outside}
     for block in structure.every_block:
         for name, stored in block.stored:
             if name.endswith(".weight"):
@@ -258,12 +268,13 @@ def _record(
             "shape": list(p.shape),
             "scheme": p.scheme,
             "solver": p.solver,
+            **({"uses": list(p.uses)} if p.uses else {}),
             **({"rotation": p.rotation} if p.rotation else {}),
             **({"scaled": True} if f"{p.name}.{SCALE}" in source.specs else {}),
             **({"residual": p.residual} if f"{p.name}.{RESIDUAL}" in source.specs else {}),
             **source.records[p.name],
         }
-        for p in plan.linears.values()
+        for p in plan.packed.values()
     }
     plain = {
         name: {"dtype": _SAFETENSORS[source.specs[name][0]], "shape": list(source.specs[name][1]), "sha256": digest}

@@ -90,8 +90,8 @@ def check_shapes(structure: ModelStructure, linears: Mapping[str, LinearPlan], e
 def engine_lines_of(plan: Plan, structure: ModelStructure) -> list[EngineLine]:
     """One line for every engine: whether it will load the result of a plan."""
     storage = {
-        n: LinearStorage(p.weights, p.activations, layout(p.weights, p.activations), p.shape)
-        for n, p in plan.linears.items()
+        n: LinearStorage(p.weights, p.activations, layout(p.weights, p.activations), p.shape, p.uses)
+        for n, p in plan.packed.items()
     }
     return engine_lines(engine_rows(storage, plan.skipped, structure.checkpoint.config, plan.export))
 

@@ -21,6 +21,7 @@ from qkit.families.blocks import BlockSequence, BlockStructure, Linear
 from qkit.families.discover import kind_of
 from qkit.families.structure import ModelStructure
 from qkit.kvcache.scales import tensor_names
+from qkit.planning.ends import end_plans
 from qkit.planning.fused_layers import check_shapes, fused_linears, split_apart
 from qkit.planning.methods import check_doubled, check_method
 from qkit.planning.recipe import Recipe, RecipeTrial, Rule, check_rules, parse_method, rule_for
@@ -37,6 +38,7 @@ from qkit.transforms.table import INPUTS, RATIOS, TRANSFORMS
 _VERSIONS = ("qkit", "torch", "transformers", "compressed-tensors")  # what decides the bytes of a result
 HEAD_REASON = "the output head stays in the model's dtype by default"
 OUTSIDE_REASON = "it is in no block of the model"
+SHARED_REASON = "it is stored once, with the embeddings, and quantized there"
 TIED_REASON = "the output head shares its weight with the embeddings"
 
 
@@ -44,7 +46,8 @@ TIED_REASON = "the output head shares its weight with the embeddings"
 class LinearPlan:
     """The decisions for one linear. outliers: how many of its weights, the largest, go to a sparse part before it is
     quantized; rank: of its low-rank part, 0: none; rotation: block of the Hadamard transform of its inputs, 0: none;
-    residual: how many of its input channels are quantized twice; note: what is unusual about it (an adapted group size,
+    residual: how many of its input channels are quantized twice; uses: of a matrix outside the blocks, EMBEDDINGS, HEAD or both
+    of ``families.ends``; note: what is unusual about it (an adapted group size,
     a rule)."""
 
     name: str
@@ -58,6 +61,7 @@ class LinearPlan:
     rank: int = 0
     rotation: int = 0
     residual: int = 0
+    uses: tuple[str, ...] = ()
     note: str = ""
 
     @property
@@ -79,10 +83,12 @@ class Plan:
     weights and goes with them (``files.side_files``)
     policy: precision by step that is asked for (``qkit.diffusion.policy.PolicyConfig``)
     key_exponents: of the scales of keys (``qkit.transforms.keys``), by block, head and rotary pair
+    ends: the embeddings and the output head, where they are quantized (``planning.ends``); linears are those of blocks
     fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
     """
 
     linears: dict[str, LinearPlan]
+    ends: dict[str, LinearPlan]
     skipped: dict[str, str]
     fused: tuple[tuple[str, ...], ...]
     significant: int
@@ -106,6 +112,11 @@ class Plan:
     side_files: dict[str, str] = field(default_factory=dict)
     key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
     tries: dict[str, RecipeTrial] = field(default_factory=dict)
+
+    @property
+    def packed(self) -> dict[str, LinearPlan]:
+        """All that is quantized: the linears of the blocks, then the ends."""
+        return {**self.linears, **self.ends}
 
     @property
     def inputs(self) -> str:
@@ -213,10 +224,12 @@ def make_plan(
         raise UsageError("nothing is left to quantize: every layer is skipped by a rule or by default")
     check_doubled(recipe.method, transforms, sum(p.residual for p in linears.values()))
     head = structure.stored_name(structure.family.head)
-    if f"{head}.weight" in structure.checkpoint.tensors or f"{head}.weight" in structure.tied:
-        skipped[head] = TIED_REASON if f"{head}.weight" in structure.tied else HEAD_REASON
+    untied = "rotate" in transforms and bool(structure.tied)
+    ends = end_plans(recipe, structure, untied)
+    if head not in ends and (f"{head}.weight" in structure.checkpoint.tensors or f"{head}.weight" in structure.tied):
+        skipped[head] = HEAD_REASON if f"{head}.weight" not in structure.tied else SHARED_REASON if ends else TIED_REASON
     skipped.update(structure.tables)
-    skipped.update({name: OUTSIDE_REASON for name in structure.outside if name != head})
+    skipped.update({name: OUTSIDE_REASON for name in structure.outside if name not in (head, *ends)})
     check_rules(recipe, matched, [*linears, *skipped])
     fused = fused_linears(structure, linears, recipe.engine)
     significant = round(recipe.significant / 100 * sum(p.shape[0] * p.shape[1] for p in linears.values()))
@@ -227,11 +240,10 @@ def make_plan(
         )
     if calibration is None and rows:
         raise UsageError(f"{rows}: add --calib FILE (or leave --calib out for the embedded text)")
-    untied = "rotate" in transforms and bool(structure.tied)
     export, measured = _export(recipe, structure, linears, significant), rows is not None or is_static(kv)
     if export == "compressed-tensors" and structure.family.streams is None:
         check_shapes(structure, linears, recipe.engine)
-    size = packed_bytes(structure, linears, significant, untied)
+    size = packed_bytes(structure, linears, ends, significant, untied)
     if is_static(kv):
         if export != "compressed-tensors":
             raise UsageError(
@@ -241,6 +253,7 @@ def make_plan(
         size += sum(map(len, tensor_names(structure))) * structure.dtype.itemsize
     return Plan(
         linears=linears,
+        ends=ends,
         skipped=skipped,
         fused=fused,
         significant=significant,

@@ -45,17 +45,23 @@ def check_rank(p: LinearPlan, dtype: torch.dtype) -> None:
         )
 
 
-def packed_bytes(structure: ModelStructure, linears: dict[str, LinearPlan], significant: int, untied: bool) -> int:
+def packed_bytes(
+    structure: ModelStructure, linears: dict[str, LinearPlan], ends: dict[str, LinearPlan], significant: int, untied: bool
+) -> int:
     """The exact bytes of all tensors of a result (shard headers apart).
 
-    Where significant weights will be is not known yet: they are counted as if spread evenly.
+    ends: as in a plan; untied: a tied head gets a matrix of its own. Where significant weights will be is not known yet: they are counted as if spread evenly.
     """
     total = 0
     weights = max(1, sum(p.shape[0] * p.shape[1] for p in linears.values()))
     for name, info in structure.checkpoint.tensors.items():
         if name in structure.tied:
             continue
-        p = linears.get(name.removesuffix(".weight"))
+        module = name.removesuffix(".weight")
+        if module in ends:
+            total += linear_bytes(ends[module].weights, None, ends[module].shape, structure.dtype)
+            continue
+        p = linears.get(module)
         if p is None:
             total += info.nbytes
             continue
@@ -63,6 +69,9 @@ def packed_bytes(structure: ModelStructure, linears: dict[str, LinearPlan], sign
         total += linear_bytes(p.weights, p.activations, p.shape, structure.dtype, sparse_count, p.rank)
         total += p.residual * torch.int32.itemsize
     if untied:
-        shared = next(iter(structure.tied.values()))
-        total += structure.checkpoint.tensors[shared].nbytes
+        head, shared = next(iter(structure.tied.items()))
+        end = ends.get(head.removesuffix(".weight"))
+        total += structure.checkpoint.tensors[shared].nbytes if end is None else linear_bytes(
+            end.weights, None, end.shape, structure.dtype
+        )
     return total

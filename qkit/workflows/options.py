@@ -34,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "revision": None,
     "require_revision": False,
     **dict.fromkeys(
-        ("scheme", "method", "group_size", "recipe", "outliers", "rank", "significant", "effort", "export")
+        ("scheme", "method", "group_size", "recipe", "outliers", "rank", "significant", "effort", "export", "embeddings", "head")
     ),
     "options": (),
     "call": (),

@@ -1,0 +1,70 @@
+"""The decisions for the embeddings and the output head (--embeddings, --head).
+
+They lie outside the blocks, so they have options of their own, and no rule of a recipe is about them. Tied ones are one matrix:
+either option quantizes it, and it is stored once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qkit.errors import UsageError
+from qkit.families.ends import EMBEDDINGS, HEAD, End, ends_of
+from qkit.families.structure import ModelStructure
+from qkit.planning.recipe import Recipe, check_options, parse_end
+from qkit.tensor.formats import Scheme, fit_group
+
+if TYPE_CHECKING:
+    from qkit.planning.plan import LinearPlan
+
+SOLVER = "rtn"  # lookups have no inputs to weigh errors by
+TIED = "one matrix with the output head, which is quantized with it"
+EMBEDDING_REASON = "the embeddings stay in the model's dtype by default"
+
+
+def end_plans(recipe: Recipe, structure: ModelStructure, untied: bool) -> dict[str, LinearPlan]:
+    """{checkpoint name: decision} of the matrices at the ends that the recipe has a format for.
+
+    untied: the run makes a head of its own of a tied one (method rotate). Raises UsageError for two formats of one matrix,
+    Unsupported as ``ends_of``.
+    """
+    asked = {option: text for option in (EMBEDDINGS, HEAD) if (text := getattr(recipe, option)) is not None}
+    if not asked:
+        return {}
+    ends = ends_of(structure, " and ".join(f"--{option}" for option in asked))
+    if HEAD in asked and ends.head is None:
+        raise UsageError(f"--{HEAD} {asked[HEAD]}: this model has no output head with a matrix of its own: leave it out")
+    schemes = {option: parse_end(text, option) for option, text in asked.items()}
+    if ends.tied and not untied:
+        if len({s.weights for s in schemes.values()}) > 1:
+            raise UsageError(
+                f"--{EMBEDDINGS} {asked[EMBEDDINGS]} --{HEAD} {asked[HEAD]}: embeddings and output head of this model are tied, "
+                "one matrix for both: give both options the same format, or leave one out"
+            )
+        decided = _decide(ends.embeddings, (EMBEDDINGS, HEAD), next(iter(schemes.values())), recipe)
+        return {decided.name: decided}
+    by_option = {EMBEDDINGS: ends.embeddings, HEAD: ends.head}
+    decisions = [_decide(by_option[option], (option,), s, recipe) for option, s in schemes.items()]
+    return {p.name: p for p in decisions}
+
+
+def _decide(end: End | None, uses: tuple[str, ...], scheme: Scheme, recipe: Recipe) -> LinearPlan:
+    from qkit.planning.plan import LinearPlan
+
+    assert end is not None
+    weights = fit_group(scheme.weights, end.shape[1], strict=recipe.strict)
+    notes = [TIED] if len(uses) > 1 else []
+    if weights.group != scheme.weights.group:
+        size = f"group size {weights.group}" if weights.group else "one scale per row"
+        notes.append(f"{size}: {end.shape[1]} columns are not a multiple of {scheme.weights.group}")
+    return LinearPlan(
+        name=end.name,
+        shape=end.shape,
+        scheme=scheme.name,
+        weights=weights,
+        activations=None,
+        solver=SOLVER,
+        options=check_options(SOLVER, (), {}),
+        uses=uses,
+        note="; ".join(notes),
+    )
