@@ -1,7 +1,7 @@
 """The embeddings and the output head of a run, where they are quantized (``planning.ends``).
 
-The blocks are calibrated on what the quantized embeddings give. Rounding them needs no data and gives the same codes every time,
-so their codes are made where rows enter the model, and once more in a stage of the job after the blocks, for the export.
+The blocks are calibrated on what the quantized embeddings give. Rounding them needs no data and gives the same codes every
+time: it is done where rows enter the model, and once more in a stage of the job after the blocks, for the export.
 """
 
 from __future__ import annotations

@@ -157,8 +157,9 @@ class _Tensors:
             for linear in block.linears:
                 if linear.name in plan.linears:
                     self._add_linear(plan.linears[linear.name], index)
-        ends = job.stage(STAGE)
-        for p in plan.ends.values() if ends is not None else ():
+        for p in plan.ends.values():
+            ends = job.stage(STAGE)
+            assert ends is not None, "the ends were never quantized"
             self._add_linear(p, ends)
         scales = job.stage("cache")
         if scales is not None:

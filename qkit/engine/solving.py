@@ -352,7 +352,11 @@ def _join(
     if worse and error > 1.02 * baseline and plan.solver != "rtn":
         fallback = fallback or f"{plan.solver} was worse than rounding"
     outliers, weight = work.sparse[index], work.task.weights[index]
-    tensors = [replace(_round_to_nearest(weight.float(), work.task), sparse=outliers)] if worse else [s.qtensor for s in slices]
+    tensors = (
+        [replace(_round_to_nearest(weight.float(), work.task), sparse=outliers)]
+        if worse
+        else [s.qtensor for s in slices]
+    )
     q = replace(_stack(tensors), sparse=outliers)
     return LinearResult(
         linear=linear,

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 SOLVER = "rtn"  # lookups have no inputs to weigh errors by
 TIED = "one matrix with the output head, which is quantized with it"
-EMBEDDING_REASON = "the embeddings stay in the model's dtype by default"
+HEAD_REASON = "the output head stays in the model's dtype by default"
+TIED_REASON = "the output head shares its weight with the embeddings"
+SHARED_REASON = "it is stored once, with the embeddings, and quantized there"
 
 
 def end_plans(recipe: Recipe, structure: ModelStructure, untied: bool) -> dict[str, LinearPlan]:
@@ -33,19 +35,31 @@ def end_plans(recipe: Recipe, structure: ModelStructure, untied: bool) -> dict[s
         return {}
     ends = ends_of(structure, " and ".join(f"--{option}" for option in asked))
     if HEAD in asked and ends.head is None:
-        raise UsageError(f"--{HEAD} {asked[HEAD]}: this model has no output head with a matrix of its own: leave it out")
+        raise UsageError(
+            f"--{HEAD} {asked[HEAD]}: this model has no output head with a matrix of its own: leave it out"
+        )
     schemes = {option: parse_end(text, option) for option, text in asked.items()}
     if ends.tied and not untied:
         if len({s.weights for s in schemes.values()}) > 1:
             raise UsageError(
-                f"--{EMBEDDINGS} {asked[EMBEDDINGS]} --{HEAD} {asked[HEAD]}: embeddings and output head of this model are tied, "
-                "one matrix for both: give both options the same format, or leave one out"
+                f"--{EMBEDDINGS} {asked[EMBEDDINGS]} --{HEAD} {asked[HEAD]}: embeddings and output head of this model are "
+                "tied, one matrix for both: give both options the same format, or leave one out"
             )
         decided = _decide(ends.embeddings, (EMBEDDINGS, HEAD), next(iter(schemes.values())), recipe)
         return {decided.name: decided}
     by_option = {EMBEDDINGS: ends.embeddings, HEAD: ends.head}
     decisions = [_decide(by_option[option], (option,), s, recipe) for option, s in schemes.items()]
     return {p.name: p for p in decisions}
+
+
+def skipped_head(structure: ModelStructure, ends: dict[str, LinearPlan]) -> dict[str, str]:
+    """{checkpoint name: why it has no format of its own} of the output head, if that is so."""
+    head = structure.stored_name(structure.family.head)
+    if head in ends:
+        return {}
+    if f"{head}.weight" in structure.tied:
+        return {head: SHARED_REASON if any(len(p.uses) > 1 for p in ends.values()) else TIED_REASON}
+    return {head: HEAD_REASON} if f"{head}.weight" in structure.checkpoint.tensors else {}
 
 
 def _decide(end: End | None, uses: tuple[str, ...], scheme: Scheme, recipe: Recipe) -> LinearPlan:

@@ -21,7 +21,7 @@ from qkit.families.blocks import BlockSequence, BlockStructure, Linear
 from qkit.families.discover import kind_of
 from qkit.families.structure import ModelStructure
 from qkit.kvcache.scales import tensor_names
-from qkit.planning.ends import end_plans
+from qkit.planning.ends import end_plans, skipped_head
 from qkit.planning.fused_layers import check_shapes, fused_linears, split_apart
 from qkit.planning.methods import check_doubled, check_method
 from qkit.planning.recipe import Recipe, RecipeTrial, Rule, check_rules, parse_method, rule_for
@@ -36,10 +36,7 @@ from qkit.transforms.residual import residual_channels
 from qkit.transforms.table import INPUTS, RATIOS, TRANSFORMS
 
 _VERSIONS = ("qkit", "torch", "transformers", "compressed-tensors")  # what decides the bytes of a result
-HEAD_REASON = "the output head stays in the model's dtype by default"
 OUTSIDE_REASON = "it is in no block of the model"
-SHARED_REASON = "it is stored once, with the embeddings, and quantized there"
-TIED_REASON = "the output head shares its weight with the embeddings"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,13 +220,11 @@ def make_plan(
     if not linears:
         raise UsageError("nothing is left to quantize: every layer is skipped by a rule or by default")
     check_doubled(recipe.method, transforms, sum(p.residual for p in linears.values()))
-    head = structure.stored_name(structure.family.head)
     untied = "rotate" in transforms and bool(structure.tied)
     ends = end_plans(recipe, structure, untied)
-    if head not in ends and (f"{head}.weight" in structure.checkpoint.tensors or f"{head}.weight" in structure.tied):
-        skipped[head] = HEAD_REASON if f"{head}.weight" not in structure.tied else SHARED_REASON if ends else TIED_REASON
+    skipped.update(skipped_head(structure, ends))
     skipped.update(structure.tables)
-    skipped.update({name: OUTSIDE_REASON for name in structure.outside if name not in (head, *ends)})
+    skipped.update({name: OUTSIDE_REASON for name in structure.outside if name not in {*skipped, *ends}})
     check_rules(recipe, matched, [*linears, *skipped])
     fused = fused_linears(structure, linears, recipe.engine)
     significant = round(recipe.significant / 100 * sum(p.shape[0] * p.shape[1] for p in linears.values()))

@@ -78,10 +78,10 @@ class Recipe(BaseModel):
     16 bits in a sparse part; or {glob: percent}, of which the first that matches decides. rank: of the branch in 16 bits
     that makes up for what rounding took of a layer (``qkit.tensor.lowrank``), 0: none; or {glob: rank}. significant:
     percent of all weights that are put back to their values after quantization, those that the loss depends on most.
-    embeddings, head: the format of the two matrices at the ends of a language model (``planning.ends``), int8 or int4:32; None:
-    they stay as they are. policy: of a diffusion transformer with NVFP4 weights and inputs, precision by step: {width: 6, skips: 0.25}. engine:
-    "any" lifts the rules of engines that load several layers as one (``planning.fused_layers``); the plan then says which
-    will not load the result.
+    embeddings, head: the format of the two matrices at the ends of a language model (``planning.ends``), int8 or int4:32;
+    None: they stay as they are. policy: of a diffusion transformer with NVFP4 weights and inputs, precision by step:
+    {width: 6, skips: 0.25}. engine: "any" lifts the rules of engines that load several layers as one
+    (``planning.fused_layers``); the plan then says which will not load the result.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -285,7 +285,9 @@ def parse_end(text: str, option: str) -> Scheme:
     elif group.removeprefix("-").isdecimal() and (int(group) >= 1 or int(group) == ROW) and len(group) < 10:
         size = int(group)
     else:
-        raise UsageError(f"--{option} {text}: expected a group size behind the colon, 1 or more, or -1 for a scale a row")
+        raise UsageError(
+            f"--{option} {text}: expected a group size behind the colon, 1 or more, or -1 for a scale a row"
+        )
     assert size is not None
     return Scheme(found.name, found.weights.with_group(size))
 

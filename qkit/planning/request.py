@@ -22,10 +22,10 @@ class Request:
     calib: a text file; None: the embedded calibration text. samples x seqlen tokens of it are used where the method needs
     any, and ``written`` rows more, which the model writes itself. recipe: a YAML file; scheme, method, group_size and
     options given here go over it. rules: as in a recipe, what an allocation decided. effort: a name of EFFORTS, options of
-    learned rounding. outliers, rank, significant, embeddings, head, targets: as in a recipe; None: what the recipe says. call: of a diffusion
-    pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and rows_memory the bytes
-    that rows may use in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run with, as
-    ``Policy.to_json`` gives it; key_exponents: as in a plan.
+    learned rounding. outliers, rank, significant, embeddings, head, targets: as in a recipe; None: what the recipe says.
+    call: of a diffusion pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and
+    rows_memory the bytes that rows may use in memory; policy: as in a recipe. kv: the KV cache policy that the result is to
+    be run with, as ``Policy.to_json`` gives it; key_exponents: as in a plan.
     """
 
     model: str

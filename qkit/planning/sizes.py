@@ -46,11 +46,16 @@ def check_rank(p: LinearPlan, dtype: torch.dtype) -> None:
 
 
 def packed_bytes(
-    structure: ModelStructure, linears: dict[str, LinearPlan], ends: dict[str, LinearPlan], significant: int, untied: bool
+    structure: ModelStructure,
+    linears: dict[str, LinearPlan],
+    ends: dict[str, LinearPlan],
+    significant: int,
+    untied: bool,
 ) -> int:
     """The exact bytes of all tensors of a result (shard headers apart).
 
-    ends: as in a plan; untied: a tied head gets a matrix of its own. Where significant weights will be is not known yet: they are counted as if spread evenly.
+    ends: as in a plan; untied: a tied head gets a matrix of its own. Where significant weights will be is not known yet:
+    they are counted as if spread evenly.
     """
     total = 0
     weights = max(1, sum(p.shape[0] * p.shape[1] for p in linears.values()))
@@ -71,7 +76,9 @@ def packed_bytes(
     if untied:
         head, shared = next(iter(structure.tied.items()))
         end = ends.get(head.removesuffix(".weight"))
-        total += structure.checkpoint.tensors[shared].nbytes if end is None else linear_bytes(
-            end.weights, None, end.shape, structure.dtype
+        total += (
+            structure.checkpoint.tensors[shared].nbytes
+            if end is None
+            else linear_bytes(end.weights, None, end.shape, structure.dtype)
         )
     return total

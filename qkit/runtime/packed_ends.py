@@ -18,8 +18,8 @@ from qkit.tensor.formats import Format
 
 @dataclass(frozen=True, kw_only=True)
 class PackedEnd:
-    """A packed matrix [vocabulary, width]. name: in the checkpoint; paths: by use (EMBEDDINGS, HEAD) that of its module, two where
-    the ends are tied"""
+    """A packed matrix [vocabulary, width]. name: in the checkpoint; paths: by use (EMBEDDINGS, HEAD) that of its module, two
+    where the ends are tied"""
 
     name: str
     format: Format

@@ -209,7 +209,9 @@ def _vllm(weights: NumberFormat, activations: NumberFormat | None, packing: str,
 def _vllm_embeddings(weights: NumberFormat, facts: ModelFacts) -> EngineFit:
     """vLLM's lookup of packed rows (CompressedTensorsEmbeddingWNA16Int, since 0.29), as its source says; it was not run."""
     if "head" in facts.uses:
-        return EngineFit(_VLLM, None, ("it cannot multiply with packed embeddings, and the output head is tied to them",))
+        return EngineFit(
+            _VLLM, None, ("it cannot multiply with packed embeddings, and the output head is tied to them",)
+        )
     if weights.kind != "int" or not weights.symmetric or weights.bits not in (2, 4, 8):
         return EngineFit(_VLLM, None, ("it looks embeddings up in int2, int4 or int8 alone",))
     limits = ("embeddings: its class for this model has to pass the quantization on to them", _NO_CPU)

@@ -219,8 +219,8 @@ class Spec:
 class RecordedLinear:
     """A quantized linear as qkit.json records it; ``shape`` is (out_features, in_features), ``sparse`` how many values its
     sparse part has, ``rank`` that of its low-rank part, ``rotation`` the block of the transform of its inputs, ``scaled``
-    whether their channels are multiplied by a stored scale first, ``residual`` how many of them are quantized twice, ``uses`` what a
-    matrix outside the blocks is for, of USES."""
+    whether their channels are multiplied by a stored scale first, ``residual`` how many of them are quantized twice,
+    ``uses`` what a matrix outside the blocks is for, of USES."""
 
     name: str
     format: Spec

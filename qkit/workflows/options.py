@@ -34,8 +34,9 @@ DEFAULTS: dict[str, Any] = {
     "revision": None,
     "require_revision": False,
     **dict.fromkeys(
-        ("scheme", "method", "group_size", "recipe", "outliers", "rank", "significant", "effort", "export", "embeddings", "head")
+        ("scheme", "method", "group_size", "recipe", "outliers", "rank", "significant", "effort", "export")
     ),
+    **dict.fromkeys(("embeddings", "head")),
     "options": (),
     "call": (),
     "policy": (),

@@ -17,12 +17,12 @@ from qkit.commands import VERBS, cli, main
 
 BUDGET = "bits candidates ceiling floor latency measure memory profile refine size"
 FLAGS = {
-    "quantize": "calib call effort export group-size json keep-job kv kv-memory kv-scale-keys max-length method model "
-    "option out outliers overwrite policy rank recipe "
+    "quantize": "calib call effort embeddings export group-size head json keep-job kv kv-memory kv-scale-keys max-length "
+    "method model option out outliers overwrite policy rank recipe "
     "require-revision revision rows-memory samples scheme seed seqlen significant strict synthetic-samples target "
     f"threads work {BUDGET}",
-    "plan": "calib call effort explain export figures group-size json kv kv-memory kv-scale-keys max-length method model "
-    f"option out outliers policy rank recipe "
+    "plan": "calib call effort embeddings explain export figures group-size head json kv kv-memory kv-scale-keys max-length "
+    f"method model option out outliers policy rank recipe "
     "require-revision revision rows-memory samples scheme seed seqlen significant strict synthetic-samples target "
     f"threads {BUDGET}",
     "profile": "audit audit-text calib candidates group-size json measures method model out pareto pareto-measure points rows "
