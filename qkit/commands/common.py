@@ -103,7 +103,8 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         scheme(
             "--embeddings",
             metavar="FORMAT",
-            help="Format of the embeddings: int2 to int8, or int4:32 with the group size (default: they stay as they are).",
+            help="Format of the embeddings: int2 to int8, int4:32 with the group size, or auto where a budget decides "
+            "(default: they stay as they are).",
         ),
         scheme(
             "--head",

@@ -68,6 +68,12 @@ _MEASURES, _CURVE = in_group(OptionGroup.MEASURES), in_group(OptionGroup.CURVE)
     type=click.Path(path_type=Path),
     help="Calibration data: a text file or image-text data (default: embedded data).",
 )
+@_MOST_USED(
+    "--embeddings",
+    flag_value="auto",
+    help="Include the embeddings among the layers; a budget then chooses their format, too.",
+)
+@_MOST_USED("--head", flag_value="auto", help="Include the output head. A tied one is one matrix with the embeddings.")
 @_CALIBRATION("--samples", type=int, default=128, show_default=True, help="Number of calibration samples.")
 @_CALIBRATION("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration sample.")
 @_CALIBRATION(
@@ -148,7 +154,7 @@ def profile_command(
     of = curve_measure(names) if pareto else None
     check_measures(names)
     base = Request(**options)
-    recipe_of(replace(base, scheme="w4a16"))  # the method, before what takes seconds
+    recipe_of(replace(base, scheme="w4a16", embeddings=None, head=None))  # the method, before what takes seconds
     parse_candidates(candidates, base.group_size)
     announce(console, f"reading {base.model}")
     find_model(base.model)

@@ -13,9 +13,10 @@ from qkit.engine.job import Job
 from qkit.engine.parts import entry_of, pieces_of
 from qkit.engine.solving import LinearResult, solve_matrix
 from qkit.families.structure import ModelStructure
-from qkit.planning.plan import LinearPlan, Plan
+from qkit.planning.plan import Plan
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
+from qkit.tensor.formats import Format
 from qkit.tensor.qtensor import dequantize, find_params, quantize
 from qkit.transforms.rotate import rotate_outer
 
@@ -38,12 +39,12 @@ def quantize_ends(plan: Plan, structure: ModelStructure, job: Job, pool: Workers
     job.commit(job.finished, pieces_of(results), {"stage": STAGE, **entry_of(results)}, None)
 
 
-def rounded_table(p: LinearPlan, table: Tensor) -> Tensor:
-    """The values of a quantized table, in the dtype of ``table`` [rows, width], a few rows at a time."""
-    result = torch.empty_like(table)
-    search = p.options.get("search") == "mse"
+def rounded_table(fmt: Format, table: Tensor) -> Tensor:
+    """The values, float32 [rows, width], that a table in the checkpoint's dtype has once it is rounded to a format: as a run
+    rounds it, a few rows at a time."""
+    result = torch.empty(table.shape, dtype=torch.float32)
     for start in range(0, len(table), _ROWS):
         rows = table[start : start + _ROWS].float()
-        q = quantize(rows, find_params(rows, p.weights, table.dtype, search=search), p.weights)
+        q = quantize(rows, find_params(rows, fmt, table.dtype, search=True), fmt)
         result[start : start + _ROWS] = dequantize(q)
     return result

@@ -142,7 +142,7 @@ def _loaded_outer(plan: Plan, structure: ModelStructure, job: Job) -> Iterator[N
         if index is None:
             value = rotated.get(stored)
             value = structure.checkpoint.read_finite(stored) if value is None else value
-            return rounded_table(plan.ends[name], value) if name in plan.ends else value
+            return rounded_table(plan.ends[name].weights, value) if name in plan.ends else value
         part = job.part(index)
         if stored in part:
             return job.read(part[stored])

@@ -272,6 +272,8 @@ def parse_end(text: str, option: str) -> Scheme:
     Eight bits need one scale a row; narrower ones have the groups of their scheme. Only integers without zero points: engines
     look rows up in no other format. Raises UsageError.
     """
+    if text == AUTO:
+        raise UsageError(f"--{option} {AUTO}: a budget decides it: add --bits, --size or --memory, or name a format")
     name, colon, group = text.strip().lower().partition(":")
     names = [f"int{bits}" for bits in range(2, 9)]
     if name not in names:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qkit.calibration.batches import Batch, InputRows, batches, sample
+from qkit.families.blocks import Linear
+from qkit.families.ends import find_ends
 from qkit.families.structure import ModelStructure
 from qkit.files.offload import Chunks, OffloadedTensors
 from qkit.system.parallel import Workers
@@ -39,6 +41,9 @@ class ReferenceModel:
     def __init__(self, model: Any, structure: ModelStructure, pool: Workers) -> None:
         self.model, self.structure, self.pool = model, structure, pool
         self.where = {x.name: (b.path, x) for b in structure.every_block for x in b.linears}
+        for end in find_ends(structure):  # of a tied model the one matrix, by the name of the embeddings
+            if end is not None and end.name not in self.where:
+                self.where[end.name] = ("", Linear(name=end.name, param=f"{end.path}.weight", shape=end.shape))
 
     def weight(self, name: str) -> Tensor:
         """The current weight of a linear, [out, in]; a view."""
@@ -104,7 +109,9 @@ class ReferenceModel:
         squares: instead of the gradient the mean over rows of the squared gradient of a row's mean loss (the diagonal of
         the empirical Fisher matrix).
         """
-        params = {n: f"{block}.{linear.param}" for n, (block, linear) in self.where.items() if n in names}
+        params = {
+            n: f"{block}.{linear.param}".removeprefix(".") for n, (block, linear) in self.where.items() if n in names
+        }
         leaves = {path: self.model.get_parameter(path) for path in sorted(set(params.values()))}
         pieces = batches(rows, 1) if squares else batches(rows)
         scored = sum(b.targets.numel() for b in pieces)
@@ -246,7 +253,7 @@ class ReferenceModel:
         """The path in the model of the module of a linear that is one (not a fused expert's)."""
         block, linear = self.where[name]
         assert linear.expert is None
-        return f"{block}.{linear.param.removesuffix('.weight')}"
+        return f"{block}.{linear.param.removesuffix('.weight')}".removeprefix(".")
 
     def _module(self, name: str) -> nn.Module:
         module: nn.Module = self.model.get_submodule(self.path(name))

@@ -117,14 +117,15 @@ def profile(
     measures:   what is measured of each, in the units that ``qkit profile --help`` names
     rows:       calibration rows that losses are measured on; default: 32, or all if there are fewer
     points:     of the path integral of 'pqi'
-    options:    group_size, calib, samples, seqlen, seed, threads, as on the command line
+    options:    group_size, calib, samples, seqlen, seed, threads, as on the command line; embeddings='auto' and head='auto'
+                include these
     """
     from qkit.planning.request import Request
     from qkit.system.progress import Silent
     from qkit.workflows.profile import ProfileRequest
     from qkit.workflows.profile import profile as run
 
-    known = ("group_size", "calib", "samples", "seqlen", "seed", "threads")
+    known = ("embeddings", "head", "group_size", "calib", "samples", "seqlen", "seed", "threads")
     _refuse_unknown(options, known)
     if options.get("calib") is not None:
         options["calib"] = Path(options["calib"])
