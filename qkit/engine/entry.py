@@ -18,7 +18,6 @@ from qkit.calibration.block_calls import Call, OneByOne, enter, merged, offloade
 from qkit.calibration.dataset import Calibration
 from qkit.calibration.statistics import Rows
 from qkit.diffusion.clock import time_of
-from qkit.engine.ends import rounded_table
 from qkit.engine.job import Job
 from qkit.errors import BadCalibration, write_failure
 from qkit.families.blocks import LANGUAGE, BlockSequence
@@ -140,9 +139,7 @@ def _loaded_outer(plan: Plan, structure: ModelStructure, job: Job) -> Iterator[N
     def read(stored: str) -> Tensor:
         index, name = part_of_tensor.get(stored), stored.removesuffix(".weight")
         if index is None:
-            value = rotated.get(stored)
-            value = structure.checkpoint.read_finite(stored) if value is None else value
-            return rounded_table(plan.ends[name].weights, value) if name in plan.ends else value
+            return rotated[stored] if stored in rotated else structure.checkpoint.read_finite(stored)
         part = job.part(index)
         if stored in part:
             return job.read(part[stored])

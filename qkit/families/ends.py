@@ -69,6 +69,15 @@ def find_ends(structure: ModelStructure) -> tuple[End | None, End | None]:
     return _end(structure, model, "get_input_embeddings"), _end(structure, model, "get_output_embeddings")
 
 
+def final_norm(structure: ModelStructure) -> str | None:
+    """The path of the norm whose output the head reads; None where the family names none of the head's width."""
+    path, head = structure.family.final_norm, find_ends(structure)[1]
+    module = dict(structure.model.named_modules()).get(path)
+    weight = getattr(module, "weight", None)
+    fits = head is not None and isinstance(weight, Tensor) and tuple(weight.shape) == head.shape[1:]
+    return path if fits else None
+
+
 def is_lookup(module: nn.Module) -> bool:
     """Whether a module does what ``nn.Embedding`` does; Gemma and others multiply the row by a constant after it."""
     scaled = isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding")

@@ -220,15 +220,15 @@ def make_plan(
     if not linears:
         raise UsageError("nothing is left to quantize: every layer is skipped by a rule or by default")
     check_doubled(recipe.method, transforms, sum(p.residual for p in linears.values()))
+    significant = round(recipe.significant / 100 * sum(p.shape[0] * p.shape[1] for p in linears.values()))
+    rows = rows_reason(linears, transforms, significant)
     untied = "rotate" in transforms and bool(structure.tied)
-    ends = end_plans(recipe, structure, untied)
+    ends = end_plans(recipe, structure, untied, rows is not None)
     skipped.update(skipped_head(structure, ends))
     skipped.update(structure.tables)
     skipped.update({name: OUTSIDE_REASON for name in structure.outside if name not in {*skipped, *ends}})
     check_rules(recipe, matched, [*linears, *skipped])
     fused = fused_linears(structure, linears, recipe.engine)
-    significant = round(recipe.significant / 100 * sum(p.shape[0] * p.shape[1] for p in linears.values()))
-    rows = rows_reason(linears, transforms, significant)
     if rows and structure.family.encodes:
         raise Unsupported(
             f"{rows}, and a text encoder is quantized without calibration: use rtn with w8a16, w8a8 or w4a16"

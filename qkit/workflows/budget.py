@@ -330,7 +330,7 @@ def _refuse_another(
 def _saved_by_ends(request: Request, structure: ModelStructure) -> int:
     """The bytes that embeddings and head save in the formats that the request names."""
     named = {o: text for o in (EMBEDDINGS, HEAD) if (text := getattr(request, o)) not in (None, AUTO)}
-    plans = end_plans(Recipe(scheme="w4a16", **named), structure, untied=False) if named else {}
+    plans = end_plans(Recipe(scheme="w4a16", **named), structure, untied=False, rows=False) if named else {}
     return sum(
         structure.checkpoint.tensors[f"{name}.weight"].nbytes - linear_bytes(p.weights, None, p.shape, structure.dtype)
         for name, p in plans.items()

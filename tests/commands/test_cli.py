@@ -25,8 +25,8 @@ FLAGS = {
     f"method model option out outliers policy rank recipe "
     "require-revision revision rows-memory samples scheme seed seqlen significant strict synthetic-samples target "
     f"threads {BUDGET}",
-    "profile": "audit audit-text calib candidates embeddings group-size head json measures method model out pareto pareto-measure "
-    "points rows samples seed seqlen threads",
+    "profile": "audit audit-text calib candidates embeddings group-size head json measures method model out pareto "
+    "pareto-measure points rows samples seed seqlen threads",
     "verify": "job json",
     "eval": "allow-task-code baseline device dtype json kv kv-step image-text limit prompt questions report retrieval task-dir "
     "tasks text vbench-python videos videos-dir window windows",
