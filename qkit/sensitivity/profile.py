@@ -134,8 +134,8 @@ class Profile:
         there is none, or one of another profile.
         """
         profile, tensors = Profile.load(folder), load_decomposition(folder, candidate)
-        for unit in profile.units:
-            cost = unit.choices[candidate].costs.get("pqi") if candidate in unit.choices else None
+        for unit in (u for u in profile.units if candidate in u.choices):
+            cost = unit.choices[candidate].costs.get("pqi")
             rows = [tensors.get(f"{candidate}:{n}:rows", torch.full((1,), torch.nan)) for n in unit.linears]
             total = sum(float(r.sum(dtype=torch.float64)) for r in rows)
             size = sum(float(r.abs().sum(dtype=torch.float64)) for r in rows)

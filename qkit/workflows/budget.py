@@ -46,6 +46,7 @@ from qkit.workflows.kv_cache import CacheChoices, CachePlan, joint_choices
 from qkit.workflows.profile import ProfileRequest, plan_measurement, profile, profile_from_shapes
 from qkit.workflows.quantize import open_structure
 
+NOTHING_ELSE = "the budget keeps every layer of the blocks in full precision beside the {}: use a smaller budget"
 NOTHING = "the budget keeps every layer in full precision: use a smaller budget"
 
 
@@ -212,7 +213,7 @@ def _with_picks(
     chosen = rules(replace(known_profile, units=tuple(u for u in known_profile.units if u.key not in keys)), picks)
     scheme = next((r["scheme"] for r in chosen if "scheme" in r), None)
     if scheme is None:
-        raise UsageError(NOTHING)
+        raise UsageError(NOTHING_ELSE.format(" and ".join(formats)) if formats else NOTHING)
     used = sum(u.choices[picks[u.key]].bytes for u in known_profile.units)
     time = None if latency is None else latency.of(picks)
     allocation = replace(
