@@ -68,12 +68,14 @@ _MEASURES, _CURVE = in_group(OptionGroup.MEASURES), in_group(OptionGroup.CURVE)
     type=click.Path(path_type=Path),
     help="Calibration data: a text file or image-text data (default: embedded data).",
 )
-@_MOST_USED(
+@in_group(OptionGroup.SCHEME)(
     "--embeddings",
     flag_value="auto",
     help="Include the embeddings among the layers; a budget then chooses their format, too.",
 )
-@_MOST_USED("--head", flag_value="auto", help="Include the output head. A tied one is one matrix with the embeddings.")
+@in_group(OptionGroup.SCHEME)(
+    "--head", flag_value="auto", help="Include the output head. A tied one is one matrix with the embeddings."
+)
 @_CALIBRATION("--samples", type=int, default=128, show_default=True, help="Number of calibration samples.")
 @_CALIBRATION("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration sample.")
 @_CALIBRATION(

@@ -10,6 +10,8 @@ import torch
 import transformers
 from conftest import Quiet
 from decompressed import reference_model
+from qkit_kernels import cpu
+from qkit_kernels.weight import CodeFormat, Weight
 from runs import contents, killed_after
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, logits
@@ -127,6 +129,41 @@ def test_a_killed_run_goes_on_with_the_same_bytes(model_of, calib, tmp_path, aft
     killed_after(request, tmp_path / "again", after)
     assert quantize(request, tmp_path / "again", Quiet()).ok
     assert contents(tmp_path / "whole") == contents(tmp_path / "again")
+
+
+@pytest.mark.parametrize(("ends", "loads"), [({"head": "int8"}, True), ({"embeddings": "int8"}, False)])
+def test_stock_transformers_does_what_the_report_says(model_of, calib, tmp_path, ends, loads):
+    report, _ = run(model_of(False), tmp_path / "out", calib, method="gptq", **ends)
+    stock = [row for row in report.engines if row.engine.startswith("transformers")]
+    assert all(row.loads_as for row in stock) == loads
+    if not loads:
+        with pytest.raises(AttributeError, match="no attribute 'weight'"):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        return
+    found = logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32), TOKENS)
+    expected = logits(qkit.load(tmp_path / "out", dtype=torch.float32), TOKENS)
+    assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_the_head_is_solved_with_its_inputs_and_the_blocks_stay_the_same(model_of, calib, tmp_path):
+    """A smaller error of logits than by rounding; and the options change no byte of a block."""
+    _, plain = run(model_of(False), tmp_path / "none", calib, method="gptq")
+    report, solved = run(model_of(False), tmp_path / "out", calib, method="gptq", embeddings="int4:32", head="int4:32")
+    assert report.ok and all(torch.equal(t, solved[n]) for n, t in plain.items() if ".layers." in n)
+    record = json.loads((tmp_path / "out/qkit.json").read_text())["linears"]["lm_head"]
+    assert record["solver"] == "gptq" and record["tokens"] == 4 * 32 and record["error"] < record["baseline_error"]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("op", ["bag", "dequantize", "int8pack", "int4pack"])
+def test_single_rows_of_every_layout_are_those_of_the_whole(bits, op):
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (512, 64), dtype=torch.int8)
+    group = None if op == "int8pack" else 32
+    weight = Weight(CodeFormat("int", bits, group, True, "float"), codes, torch.ones(512, 1 if group is None else 2))
+    if not cpu.supported(op, weight.format, (512, 64), torch.bfloat16):
+        pytest.skip("no such layout of these codes")
+    index = torch.tensor([0, 511, 255, 256, 7, 7])
+    assert torch.equal(cpu.rows_of(cpu.lay_out(op, weight, rows=4), index), codes[index])
 
 
 # ---- what verify sees ------------------------------------------------------------------------------------------
