@@ -20,7 +20,8 @@ from qkit.engine.solving import LinearResult, solve_matrix
 from qkit.families.blocks import BlockStructure
 from qkit.families.ends import EMBEDDINGS, final_norm
 from qkit.families.structure import ModelStructure
-from qkit.planning.plan import LinearPlan, Plan
+from qkit.planning.linear_plan import LinearPlan
+from qkit.planning.plan import Plan
 from qkit.solvers.table import SOLVERS
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress

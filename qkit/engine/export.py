@@ -27,7 +27,8 @@ from qkit.files.record import FORMAT_VERSION, to_bytes, write_record
 from qkit.files.safefile import TensorInfo, write_atomic, write_safetensors
 from qkit.files.side_files import check_unchanged, copy_side_files
 from qkit.kvcache.scales import FORMAT
-from qkit.planning.plan import LinearPlan, Plan, parts
+from qkit.planning.linear_plan import LinearPlan
+from qkit.planning.plan import Plan, parts
 from qkit.system.version import __version__
 from qkit.tensor import compressed_tensors as ct
 from qkit.tensor import lowrank, sparse

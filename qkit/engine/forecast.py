@@ -24,7 +24,8 @@ from qkit.families.blocks import BlockStructure, LinearGroup
 from qkit.families.structure import ModelStructure
 from qkit.files.owned import files_below
 from qkit.nn.attention import LONGEST
-from qkit.planning.plan import LinearPlan, Plan, parts
+from qkit.planning.linear_plan import LinearPlan
+from qkit.planning.plan import Plan, parts
 from qkit.rounding.block import PIECE_TOKENS
 from qkit.solvers.table import SOLVERS
 from qkit.system.machine import available_memory, process_bytes, resident_bytes

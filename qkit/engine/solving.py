@@ -13,7 +13,8 @@ from torch import Tensor
 from qkit.calibration.statistics import Stats
 from qkit.errors import NumericFailure
 from qkit.families.blocks import Linear, LinearGroup
-from qkit.planning.plan import LinearPlan, Plan, has_static
+from qkit.planning.linear_plan import LinearPlan
+from qkit.planning.plan import Plan, has_static
 from qkit.solvers.table import SOLVERS, Solver
 from qkit.solvers.task import Task
 from qkit.system.parallel import Workers

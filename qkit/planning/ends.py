@@ -6,17 +6,15 @@ either option quantizes it, and it is stored once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qkit.errors import UsageError
 from qkit.families.ends import EMBEDDINGS, HEAD, End, ends_of, final_norm
 from qkit.families.structure import ModelStructure
+from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.recipe import Recipe, check_options, parse_end
 from qkit.solvers.table import SOLVERS
 from qkit.tensor.formats import Scheme, fit_group
-
-if TYPE_CHECKING:
-    from qkit.planning.plan import LinearPlan
 
 _ORIGINAL = ("compensate",)  # options that need the inputs in the original model
 PLAIN = "rtn"  # lookups have no inputs to weigh errors by
@@ -68,8 +66,6 @@ def skipped_head(structure: ModelStructure, ends: dict[str, LinearPlan]) -> dict
 def _decide(
     end: End | None, uses: tuple[str, ...], scheme: Scheme, recipe: Recipe, structure: ModelStructure, rows: bool
 ) -> LinearPlan:
-    from qkit.planning.plan import LinearPlan
-
     assert end is not None
     weights = fit_group(scheme.weights, end.shape[1], strict=recipe.strict)
     solver, options = _solver(uses, recipe, structure) if rows else (PLAIN, check_options(PLAIN, (), {}))

@@ -17,7 +17,8 @@ from qkit.tensor.formats import layout
 from qkit.verification.model_engines import EngineLine, LinearStorage, engine_lines, engine_rows
 
 if TYPE_CHECKING:
-    from qkit.planning.plan import LinearPlan, Plan
+    from qkit.planning.linear_plan import LinearPlan
+    from qkit.planning.plan import Plan
 
 ANY = "any"  # in a recipe: the result is for whatever engine loads it
 LIFT = "or write 'engine: any' at the top of a recipe, for engines that load every layer by itself"

@@ -23,13 +23,14 @@ from qkit.families.structure import ModelStructure
 from qkit.kvcache.scales import tensor_names
 from qkit.planning.ends import end_plans, skipped_head
 from qkit.planning.fused_layers import check_shapes, fused_linears, split_apart
+from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.methods import check_doubled, check_method
 from qkit.planning.recipe import Recipe, RecipeTrial, Rule, check_rules, parse_method, rule_for
 from qkit.planning.sizes import check_rank, packed_bytes
 from qkit.planning.towers import tower_rules
 from qkit.solvers.table import SOLVERS
 from qkit.system.machine import run_dtype
-from qkit.tensor.formats import Format, Scheme, fit_group
+from qkit.tensor.formats import Scheme, fit_group
 from qkit.tensor.input_transform import hadamard_block
 from qkit.tensor.sparse import outlier_count
 from qkit.transforms.residual import residual_channels
@@ -37,34 +38,6 @@ from qkit.transforms.table import INPUTS, RATIOS, TRANSFORMS
 
 _VERSIONS = ("qkit", "torch", "transformers", "compressed-tensors")  # what decides the bytes of a result
 OUTSIDE_REASON = "it is in no block of the model"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearPlan:
-    """The decisions for one linear. outliers: how many of its weights, the largest, go to a sparse part before it is
-    quantized; rank: of its low-rank part, 0: none; rotation: block of the Hadamard transform of its inputs, 0: none;
-    residual: how many of its input channels are quantized twice; uses: of a matrix outside the blocks, EMBEDDINGS, HEAD or both
-    of ``families.ends``; note: what is unusual about it (an adapted group size,
-    a rule)."""
-
-    name: str
-    shape: tuple[int, int]
-    scheme: str
-    weights: Format
-    activations: Format | None
-    solver: str
-    options: dict[str, Any] = field(default_factory=dict)
-    outliers: int = 0
-    rank: int = 0
-    rotation: int = 0
-    residual: int = 0
-    uses: tuple[str, ...] = ()
-    note: str = ""
-
-    @property
-    def pair(self) -> Scheme:
-        """The format of the weight and that of its inputs."""
-        return Scheme(self.scheme, self.weights, self.activations)
 
 
 @dataclass(frozen=True, kw_only=True)

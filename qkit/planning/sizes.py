@@ -14,7 +14,7 @@ from qkit.tensor.lowrank import low_rank_bytes
 from qkit.tensor.sparse import sparse_bytes
 
 if TYPE_CHECKING:
-    from qkit.planning.plan import LinearPlan
+    from qkit.planning.linear_plan import LinearPlan
 
 
 def linear_bytes(
