@@ -215,6 +215,21 @@ def codes(p: CpuWeight) -> Tensor:
     return (unpacked & 0xF if p.weight.format.kind == "fp4" else unpacked).view(p.weight.codes.dtype)
 
 
+def rows_of(p: CpuWeight, index: Tensor) -> Tensor:
+    """The codes of some rows of a weight of integers, int8 [n, in]; nothing else is read. index: int64 [n]"""
+    columns, per = p.shape[1], 8 // p.bits
+    if p.tile == 1:
+        data = p.data[index].view(torch.uint8)[:, None]  # lane i holds the columns [i in / per, (i + 1) in / per)
+        shift = torch.arange(per, device=data.device, dtype=torch.uint8)[:, None] * p.bits
+        lanes = (data >> shift).reshape(len(index), columns)
+    else:
+        width = p.tile // per  # lane i holds the rows [i width, (i + 1) width) of a tile
+        place = index % p.tile
+        data = p.data[index // p.tile, :, place % width]
+        lanes = (data >> ((place // width)[:, None] * p.bits).to(torch.uint8)) ^ (1 << (p.bits - 1))  # stored unsigned
+    return (lanes << (8 - p.bits)).view(torch.int8) >> (8 - p.bits)
+
+
 def _lanes(p: CpuWeight, start: int, stop: int, buffer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """(int8 codes, sign-extended, and where in ``buffer`` they go) of rows [first, last), lane by lane.
 

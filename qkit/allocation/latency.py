@@ -1,8 +1,8 @@
 """Measured times of products as a resource: the table of ``--latency 12ms@table.json``.
 
 The table is one that ``qkit bench gemv --table`` wrote on the target machine. A unit costs what its linears cost, one after
-the other; of the experts of a block, the share that a token visits. What is not in it (attention, norms, the head) is not
-counted.
+the other; of the experts of a block, the share that a token visits. What is not in it (attention, norms, embeddings and the
+head) is not counted.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def unit_times(
         for name in unit.choices:
             group = requested_group(profile, name)
             total = 0.0
-            for x in (linears[n] for n in unit.linears):
+            for x in (linears[n] for n in unit.linears if n in linears):
                 seconds = table.seconds.get((name, group, x.shape))
                 if seconds is None:
                     raise BadInput(_missing(table, profile, (name, group, x.shape), model))

@@ -139,6 +139,17 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Percent of weights restored to 16 bits after quantization, chosen by loss sensitivity.",
         ),
         scheme(
+            "--embeddings",
+            metavar="FORMAT",
+            help="Format of the embeddings: int2 to int8, int4:32 with the group size, or auto where a budget decides "
+            "(default: they stay as they are).",
+        ),
+        scheme(
+            "--head",
+            metavar="FORMAT",
+            help="Format of the output head, as for --embeddings. Tied embeddings and head are one matrix, stored once.",
+        ),
+        scheme(
             "--target",
             "targets",
             multiple=True,
@@ -256,7 +267,7 @@ def show_coverage(prepared: PreparedRequest, console: Console) -> None:
         counts = ", ".join(f"{count} weights of {encoding}" for encoding, count in decoded.items())
         console.print(Text(f"the source is quantized already and decoded on reading: {counts}"))
     kinds: dict[tuple[str, str, str, str], list[int]] = {}
-    for p in (*plan.linears.values(), *plan.kept.values()):
+    for p in plan.packed.values():
         group = str(p.weights.group or p.weights.strategy)
         acts = "-" if p.activations is None else p.activations.name
         learned = [t for t in plan.transforms if TRANSFORMS[t].stage == "block" and p.name in plan.linears]
@@ -283,7 +294,7 @@ def show_coverage(prepared: PreparedRequest, console: Console) -> None:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         console.print(Text(f"skipped: {names[0]}{more}: {reason}"))
     notes: dict[str, list[str]] = {}
-    for p in plan.linears.values():
+    for p in plan.packed.values():
         if p.note:
             notes.setdefault(p.note, []).append(p.name)
     for note, names in notes.items():

@@ -67,6 +67,14 @@ _MEASURES, _CURVE = in_group(OptionGroup.MEASURES), in_group(OptionGroup.CURVE)
 )
 @_MOST_USED("--calib", multiple=True, metavar="DATA[:COLUMN][:WEIGHT]", help=CALIB_HELP + " (default: embedded data).")
 @row_options(_CALIBRATION)
+@in_group(OptionGroup.SCHEME)(
+    "--embeddings",
+    flag_value="auto",
+    help="Include the embeddings among the layers; a budget then chooses their format, too.",
+)
+@in_group(OptionGroup.SCHEME)(
+    "--head", flag_value="auto", help="Include the output head. A tied one is one matrix with the embeddings."
+)
 @_CALIBRATION(
     "--rows",
     type=int,
@@ -145,7 +153,7 @@ def profile_command(
     of = curve_measure(names) if pareto else None
     check_measures(names)
     base = Request(**{**options, "calib": options["calib"] or None})
-    recipe_of(replace(base, scheme="w4a16"))  # the method, before what takes seconds
+    recipe_of(replace(base, scheme="w4a16", embeddings=None, head=None))  # the method, before what takes seconds
     parse_candidates(candidates, base.group_size)
     announce(console, f"reading {base.model}")
     find_model(base.model)

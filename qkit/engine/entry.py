@@ -195,7 +195,7 @@ def _loaded_outer(plan: Plan, structure: ModelStructure, job: Job) -> Iterator[N
     def read(stored: str) -> Tensor:
         index, name = part_of_tensor.get(stored), stored.removesuffix(".weight")
         if index is None:
-            return structure.checkpoint.read_finite(stored)
+            return rotated[stored] if stored in rotated else structure.checkpoint.read_finite(stored)
         part = job.part(index)
         if stored in part:
             return job.read(part[stored])
@@ -206,12 +206,9 @@ def _loaded_outer(plan: Plan, structure: ModelStructure, job: Job) -> Iterator[N
         inputs[name] = job.inputs(index, name, p.shape[1], p.rotation)
         return inputs[name].weight_back(dequantize(q))
 
+    table = structure.stored_name(f"{structure.family.embeddings}.weight")
+    rotated = {table: rotate_outer(structure, plan.seed)[table]} if "rotate" in plan.transforms else {}
     load_outer(structure, read)
-    if "rotate" in plan.transforms:
-        table = structure.family.embeddings + ".weight"
-        structure.model.get_parameter(table).data.copy_(
-            rotate_outer(structure, plan.seed)[structure.stored_name(table)]
-        )
     handles = []
     for block in (b for tower in structure.towers for b in tower.blocks):
         for linear in block.linears:

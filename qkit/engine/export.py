@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qkit.diffusion.pipeline import copy_rest, hash_weights_around, rest_names
 from qkit.diffusion.trajectory import Trajectory
+from qkit.engine.ends import STAGE
 from qkit.engine.job import Job
 from qkit.engine.partial_output import Partial
 from qkit.errors import QkitError
@@ -28,7 +29,8 @@ from qkit.files.safefile import TensorInfo, write_atomic, write_safetensors
 from qkit.files.side_files import check_unchanged, copy_side_files
 from qkit.kvcache.scales import FORMAT
 from qkit.planning.kept import stored_as
-from qkit.planning.plan import LinearPlan, Plan, parts
+from qkit.planning.linear_plan import LinearPlan
+from qkit.planning.plan import Plan, parts
 from qkit.system.version import __version__
 from qkit.tensor import compressed_tensors as ct
 from qkit.tensor import lowrank, sparse
@@ -138,10 +140,13 @@ class _Tensors:
         self._loaders: dict[str, Callable[[], Tensor]] = {}
         self._cached: tuple[str, dict[str, Tensor]] = ("", {})
         rotated = rotate_outer(structure, plan.seed) if "rotate" in plan.transforms else {}
+        packed = {f"{name}.weight" for name in plan.ends}
         for stored, tensor in rotated.items():
+            if stored in packed:
+                continue
             self._add_plain(stored, tensor.dtype, tuple(tensor.shape), lambda t=tensor: t)  # type: ignore[misc]
         blocks = parts(plan, structure)
-        covered = {*rotated, *(stored for block in blocks for _, stored in block.stored)}
+        covered = {*rotated, *packed, *(stored for block in blocks for _, stored in block.stored)}
         for stored in (*(s for _, s in structure.outer), *structure.unloaded):
             if stored not in covered:
                 self._add_copied(stored)
@@ -152,6 +157,10 @@ class _Tensors:
                     self._add_linear(plan.linears[linear.name], index)
                 elif linear.name in plan.kept:
                     self._add_kept(linear.name)
+        for p in plan.ends.values():
+            ends = job.stage(STAGE)
+            assert ends is not None, "the ends were never quantized"
+            self._add_linear(p, ends)
         scales = job.stage("cache")
         if scales is not None:
             self._add_part(scales)
@@ -265,15 +274,16 @@ def _config(plan: Plan, structure: ModelStructure, job: Job, source: _Tensors) -
 def quantization_config(plan: Plan, structure: ModelStructure) -> dict[str, Any]:
     """The compressed-tensors configuration of a plan."""
     renamed = {stored: module for stored, module in module_names(structure).items() if stored != module}
-    formats_by_linear = {name: (p.weights, p.activations) for name, p in (plan.linears | plan.kept).items()}
+    formats_by_linear = {name: (p.weights, p.activations) for name, p in plan.packed.items()}
     layers = [name for name in plan.skipped if name not in structure.checkpoint.tensors]  # others are bare parameters
-    built = ct.config(formats_by_linear, layers, renamed, FORMAT if plan.static_cache else None)
+    built = ct.config(formats_by_linear, layers, renamed, FORMAT if plan.static_cache else None, tuple(plan.ends))
     return {**built, "quant_method": plan.export}
 
 
 def module_names(structure: ModelStructure) -> dict[str, str]:
-    """{checkpoint name: module name} of linears, heads and routers."""
-    names = {structure.stored_name(structure.family.head): structure.family.head, **structure.outside}
+    """{checkpoint name: module name} of linears, embeddings, heads and routers."""
+    ends = (structure.family.head, structure.family.embeddings)
+    names = {**{structure.stored_name(n): n for n in ends if n}, **structure.outside}
     for block in structure.every_block:
         for name, stored in block.stored:
             if name.endswith(".weight"):
@@ -288,12 +298,13 @@ def _record(
     linears = {
         p.name: {
             **_settings(p),
+            **({"uses": list(p.uses)} if p.uses else {}),
             **({"rotation": p.rotation} if p.rotation else {}),
             **({"scaled": True} if f"{p.name}.{SCALE}" in source.specs else {}),
             **({"residual": p.residual} if f"{p.name}.{RESIDUAL}" in source.specs else {}),
             **source.records[p.name],
         }
-        for p in plan.linears.values()
+        for p in (*plan.linears.values(), *plan.ends.values())
     }
     linears |= {name: _settings(p) | {"kept": True} | source.kept_record(name) for name, p in plan.kept.items()}
     plain = {

@@ -25,6 +25,7 @@ from qkit.families.structure import ModelStructure
 from qkit.files.owned import files_below
 from qkit.files.sources.opening import decoding_bytes
 from qkit.nn.attention import LONGEST
+from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.plan import Plan, parts
 from qkit.rounding.block import PIECE_TOKENS
 from qkit.solvers.table import SOLVERS
@@ -111,9 +112,12 @@ def forecast(
                 )
                 ops["solving"] += (ROUNDS + 2) * sum(decomposition_costs)
             ops["packing and checking"] += 20.0 * out * columns
-    linear_bytes = max((p.shape[0] * p.shape[1] for p in plan.linears.values()), default=0)
+    linear_bytes = max((p.shape[0] * p.shape[1] for p in plan.packed.values()), default=0)
     memory["one block"] += decoding
     memory["export"] = max(largest * 2, int(linear_bytes * 2.5)) + decoding
+    if plan.ends:
+        memory["embeddings and output head"] = max(_end_memory(p, structure, workers) for p in plan.ends.values())
+        part_bytes += sum(p.shape[0] * p.shape[1] * 9 // 8 for p in plan.ends.values())
     memory["verify"] = max(largest * 2, linear_bytes * 12)
     memory.update(later_memory or {})
     row_bytes = tokens * hidden * item
@@ -127,6 +131,14 @@ def forecast(
         operations=ops,
         copied_bytes=_copied(plan, structure),
     )
+
+
+def _end_memory(p: LinearPlan, structure: ModelStructure, workers: int) -> int:
+    """Peak bytes of solving the embeddings or the head: the matrix, its codes in slices and joined, the Hessian and its
+    factor, and what each worker holds of a slice."""
+    (rows, columns), item = p.shape, structure.dtype.itemsize
+    hessian = 4 * 4 * columns**2 if SOLVERS[p.solver].needs_hessian else 0
+    return rows * columns * (item + 3) + hessian + workers * min(slice_rows(rows, columns), rows) * columns * 24
 
 
 def _copied(plan: Plan, structure: ModelStructure) -> int:

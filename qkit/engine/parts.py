@@ -71,6 +71,16 @@ def as_stored(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, T
     return result
 
 
+def pieces_of(results: list[LinearResult]) -> dict[str, Tensor]:
+    """{'<name>:<piece>': tensor} of quantized matrices that have codes and scales alone."""
+    pieces = {
+        f"{r.plan.name}:{name}": tensor
+        for r in results
+        for name, tensor in (("codes", r.qtensor.codes), ("scale", r.qtensor.params.scale))
+    }
+    return {name: tensor.contiguous() for name, tensor in pieces.items()}
+
+
 def entry_of(results: list[LinearResult]) -> dict[str, Any]:
     """The journal entry with the records of all linears."""
     return {"linears": {r.plan.name: r.entry() for r in results}}

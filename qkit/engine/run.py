@@ -16,6 +16,7 @@ from qkit.calibration.block_runner import BlockRunner
 from qkit.calibration.statistics import Rows
 from qkit.engine.auto import best_recipe
 from qkit.engine.block_step import BlockStep, Run, load_state, saved_inputs, solve_block
+from qkit.engine.ends import reads_rows
 from qkit.engine.entry import BlockCalls, embed
 from qkit.engine.fallbacks import check_fallbacks
 from qkit.engine.job import Job
@@ -161,15 +162,18 @@ def _quantize_with_rows(run: Run, step: BlockStep, rows: Rows, call: Call | OneB
         runner = BlockRunner(step.state.module, step.state.block, rows, call, run.pool)
         if solved is None:
             solved = solve_block(run, step, runner, rows, call)
-        if not step.last:
+        leaves = not step.last or reads_rows(plan, run.structure, step.state.block)
+        if leaves:
             progress.start(f"{step.name}, rows", len(list(rows.pieces())))
             original = rows.original
             rows, digest = runner.leave(leaving, progress.step)
-            rows.original = None if original is None else job.rows_path(step.place + 1, original=True)
+            kept = original is not None and not step.last
+            rows.original = job.rows_path(step.place + 1, original=True) if kept else None
+            record = record if kept else {}
             record |= {"sha256": digest, "good": rows.good}
         runner.close()
         entry = entry_of(solved.results) | solved.notes | row_notice(runner.rows.good, rows.good, runner.beyond)
-        job.commit(step.place, step.part(solved.results, plan), entry, None if step.last else record)
+        job.commit(step.place, step.part(solved.results, plan), entry, record if leaves else None)
         return rows
     except OSError as e:
         raise write_failure(leaving, e) from e

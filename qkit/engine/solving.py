@@ -13,7 +13,8 @@ from torch import Tensor
 from qkit.calibration.statistics import Stats
 from qkit.errors import BadCalibration, NumericFailure
 from qkit.families.blocks import Linear, LinearGroup
-from qkit.planning.plan import LinearPlan, Plan, has_static
+from qkit.planning.linear_plan import LinearPlan
+from qkit.planning.plan import Plan, has_static
 from qkit.solvers.table import SOLVERS, Solver
 from qkit.solvers.task import Task
 from qkit.system.parallel import Workers
@@ -133,6 +134,21 @@ def _results(
             jobs.append((linear, linear_slices, works[i], k, static.get(group.key)))
     joined = iter(pool.map(lambda job: _join(plan.linears[job[0].name], *job), jobs))
     return [[next(joined) for _ in group.linears] for group in planned]
+
+
+def solve_matrix(p: LinearPlan, weight: Tensor, stats: Stats | None, dtype: torch.dtype, pool: Workers) -> LinearResult:
+    """The result of one matrix [out, in] outside the blocks, in any float dtype; a slice of it at a time is in float32.
+
+    stats: of its inputs, where there are some; dtype: of the scales
+    """
+    _refuse_huge(p.name, weight)
+    solver = SOLVERS[p.solver]
+    prepared = None if solver.prepare is None or stats is None else solver.prepare(stats, p.options)
+    task = Task(weights=[weight], fmt=p.weights, dtype=dtype, stats=stats, options=p.options, prepared=prepared)
+    work = _Work(solver, replace(task, tokens=None if stats is None else stats.tokens), [None])
+    linear = Linear(name=p.name, param="weight", shape=p.shape)
+    slices = pool.map(lambda spans: _solve(work, spans)[0], _row_slices(work.task))
+    return _join(p, linear, [s for s in slices if s is not None], work, 0, None)
 
 
 # ---- low-rank parts --------------------------------------------------------------------------------------------
@@ -306,7 +322,7 @@ def _row_slices(task: Task) -> list[RowSpans]:
 def _solve(work: _Work, row_spans: RowSpans) -> list[_Slice | None]:
     task = work.task
     spans = [(w, s, span) for w, s, span in zip(task.weights, work.sparse, row_spans, strict=True) if span is not None]
-    weights = [w[a:b] for w, _, (a, b) in spans]
+    weights = [w[a:b].float() for w, _, (a, b) in spans]  # a copy only where the matrix is not float32
     outliers = [None if s is None else s.slice(a, b) for _, s, (a, b) in spans]
     solved = work.solver.solve(replace(task, weights=weights))
     sample = None if task.stats is None else _energy_sample(task.stats.sample).float()
@@ -345,7 +361,11 @@ def _join(
     if worse and error > 1.02 * baseline and plan.solver != "rtn":
         fallback = fallback or f"{plan.solver} was worse than rounding"
     outliers, weight = work.sparse[index], work.task.weights[index]
-    tensors = [replace(_round_to_nearest(weight, work.task), sparse=outliers)] if worse else [s.qtensor for s in slices]
+    tensors = (
+        [replace(_round_to_nearest(weight.float(), work.task), sparse=outliers)]
+        if worse
+        else [s.qtensor for s in slices]
+    )
     q = replace(_stack(tensors), sparse=outliers)
     return LinearResult(
         linear=linear,

@@ -16,7 +16,7 @@ from qkit.tensor import compressed_tensors as ct
 from qkit.tensor import lowrank, sparse
 from qkit.tensor.formats import Format
 from qkit.tensor.input_transform import PLAIN
-from qkit.tensor.qtensor import dequantize
+from qkit.tensor.qtensor import QTensor, dequantize
 
 
 class QuantLinear(nn.Module):
@@ -87,6 +87,67 @@ class QuantLinear(nn.Module):
         acts = "" if self.activations is None else f", activations={self.activations.name}"
         acts = acts if self.chooser is None else ", activations by step"
         return f"{self.in_features} -> {self.out_features}, {self.weights.name}{acts}, {op}"
+
+
+class QuantEmbedding(nn.Module):
+    """Token embeddings whose table stays packed; a lookup dequantizes the rows of its tokens.
+
+    head:   the packed output head, where it is the same matrix: its codes are used, so that they are in memory once
+    factor: what the rows are multiplied by, and whether that is rounded to their dtype first (``families.ends.factor_of``)
+    """
+
+    def __init__(
+        self,
+        q: QTensor,
+        dtype: torch.dtype,
+        head: QuantLinear | None = None,
+        factor: tuple[float, bool] | None = None,
+        padding_idx: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = q.shape
+        self.dtype, self.factor, self.padding_idx = dtype, factor, padding_idx
+        self.format = q.format
+        self._head = (head,)  # in a tuple: it is a module of the model in another place
+        shared = head is not None and head.packed is not None and head.packed.on_cpu
+        self.own = None if shared else ops.prepare_lookup(q, dtype)
+
+    @property
+    def packed(self) -> ops.PreparedWeight:
+        """The table, packed."""
+        if self.own is not None:
+            return self.own
+        assert self._head[0] is not None and self._head[0].packed is not None
+        return self._head[0].packed
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantEmbedding:
+        """Follow the module to another device, with codes of its own there: those of a head suit its product."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = fn(torch.empty(0)).device
+        if device.type == "meta":
+            return self
+        if self.own is not None:
+            self.own = ops.lookup_on(self.own, device)
+        elif device.type != "cpu":
+            self.own = ops.lookup_on(self.packed, device)
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table in memory, beside those of the head."""
+        return 0 if self.own is None else self.own.nbytes
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The rows of tokens, [..., width] for ids [...], in the model's dtype."""
+        rows = ops.rows(self.packed, ids.reshape(-1)).to(self.dtype).view(*ids.shape, -1)
+        if self.factor is None:
+            return rows
+        value, rounded = self.factor
+        return rows * (torch.tensor(value, device=rows.device).to(self.dtype) if rounded else value)
+
+    def extra_repr(self) -> str:
+        shared = ", one matrix with the head" if self.own is None else ""
+        return f"{self.num_embeddings} x {self.embedding_dim}, {self.format.name}{shared}"
 
 
 class QuantExperts(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor
 from qkit.tensor import lowrank, sparse
 from qkit.tensor.activations import quantize_activations, token_scale
 from qkit.tensor.formats import Format
-from qkit.tensor.qtensor import Params, QTensor, round_to_grid
+from qkit.tensor.qtensor import Params, QTensor, dequantize, round_to_grid
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class PreparedWeight:
     def op(self) -> str:
         """Name of the chosen operator."""
         return self.operator_weight.op
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether its codes have a layout of which ``rows`` reads single rows."""
+        return isinstance(self.operator_weight, cpu.CpuWeight)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -128,6 +133,29 @@ def unpacked(w: PreparedWeight) -> QTensor:
         cpu.codes(w.operator_weight) if isinstance(w.operator_weight, cpu.CpuWeight) else gpu.codes(w.operator_weight)
     )
     return replace(w.q, codes=codes)
+
+
+def prepare_lookup(q: QTensor, dtype: torch.dtype) -> PreparedWeight:
+    """The weight of an embedding that shares none with a head: its codes lie row by row, on any device."""
+    operator_weight = cpu.lay_out("dequantize", _weight(q), rows=0)
+    return PreparedWeight(operator_weight, replace(q, codes=operator_weight.weight.codes), None, dtype)
+
+
+def lookup_on(w: PreparedWeight, device: torch.device) -> PreparedWeight:
+    """The weight of an embedding on a device; the same object where it is there already."""
+    if w.on_cpu and w.q.params.scale.device == device:
+        return w
+    q = unpacked(w)
+    params = Params(*(None if t is None else t.to(device) for t in _tensors(q.params)))  # type: ignore[arg-type]
+    return prepare_lookup(QTensor(q.codes.to(device), params, q.format), w.dtype)
+
+
+def rows(w: PreparedWeight, index: Tensor) -> Tensor:
+    """The dequantized rows float32 [n, in] of a weight of integers with index int64 [n]; no other row is unpacked."""
+    assert isinstance(w.operator_weight, cpu.CpuWeight)
+    p = w.q.params
+    chosen = Params(p.scale[index], None if p.zero is None else p.zero[index])
+    return dequantize(QTensor(cpu.rows_of(w.operator_weight, index), chosen, w.q.format))
 
 
 def linear(

@@ -17,7 +17,8 @@ from qkit.tensor.formats import layout
 from qkit.verification.model_engines import EngineLine, LinearStorage, engine_lines, engine_rows
 
 if TYPE_CHECKING:
-    from qkit.planning.plan import LinearPlan, Plan
+    from qkit.planning.linear_plan import LinearPlan
+    from qkit.planning.plan import Plan
 
 ANY = "any"  # in a recipe: the result is for whatever engine loads it
 LIFT = "or write 'engine: any' at the top of a recipe, for engines that load every layer by itself"
@@ -90,8 +91,8 @@ def check_shapes(structure: ModelStructure, linears: Mapping[str, LinearPlan], e
 def engine_lines_of(plan: Plan, structure: ModelStructure) -> list[EngineLine]:
     """One line for every engine: whether it will load the result of a plan."""
     storage = {
-        n: LinearStorage(p.weights, p.activations, layout(p.weights, p.activations), p.shape)
-        for n, p in (plan.linears | plan.kept).items()
+        n: LinearStorage(p.weights, p.activations, layout(p.weights, p.activations), p.shape, p.uses)
+        for n, p in plan.packed.items()
     }
     return engine_lines(engine_rows(storage, plan.skipped, structure.checkpoint.config, plan.export))
 

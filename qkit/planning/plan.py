@@ -21,50 +21,24 @@ from qkit.families.blocks import BlockSequence, BlockStructure, Linear
 from qkit.families.discover import kind_of
 from qkit.families.structure import ModelStructure
 from qkit.kvcache.scales import tensor_names
+from qkit.planning.ends import end_plans, skipped_head
 from qkit.planning.fused_layers import check_shapes, fused_linears, split_apart
 from qkit.planning.kept import PLAIN_REASON, kept_fields
+from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.methods import check_doubled, check_method
 from qkit.planning.recipe import Recipe, RecipeTrial, Rule, check_rules, parse_method, rule_for
 from qkit.planning.sizes import check_rank, packed_bytes
 from qkit.planning.towers import tower_rules
 from qkit.solvers.table import SOLVERS
 from qkit.system.machine import run_dtype
-from qkit.tensor.formats import Format, Scheme, fit_group
+from qkit.tensor.formats import Scheme, fit_group
 from qkit.tensor.input_transform import hadamard_block
 from qkit.tensor.sparse import outlier_count
 from qkit.transforms.residual import residual_channels
 from qkit.transforms.table import INPUTS, RATIOS, TRANSFORMS
 
 _VERSIONS = ("qkit", "torch", "transformers", "compressed-tensors")  # what decides the bytes of a result
-HEAD_REASON = "the output head stays in the model's dtype by default"
 OUTSIDE_REASON = "it is in no block of the model"
-TIED_REASON = "the output head shares its weight with the embeddings"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearPlan:
-    """The decisions for one linear. outliers: how many of its weights, the largest, go to a sparse part before it is
-    quantized; rank: of its low-rank part, 0: none; rotation: block of the Hadamard transform of its inputs, 0: none;
-    residual: how many of its input channels are quantized twice; note: what is unusual about it (an adapted group size,
-    a rule)."""
-
-    name: str
-    shape: tuple[int, int]
-    scheme: str
-    weights: Format
-    activations: Format | None
-    solver: str
-    options: dict[str, Any] = field(default_factory=dict)
-    outliers: int = 0
-    rank: int = 0
-    rotation: int = 0
-    residual: int = 0
-    note: str = ""
-
-    @property
-    def pair(self) -> Scheme:
-        """The format of the weight and that of its inputs."""
-        return Scheme(self.scheme, self.weights, self.activations)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +55,12 @@ class Plan:
     weights and goes with them (``files.side_files``)
     policy: precision by step that is asked for (``qkit.diffusion.policy.PolicyConfig``)
     key_exponents: of the scales of keys (``qkit.transforms.keys``), by block, head and rotary pair
+    ends: the embeddings and the output head, where they are quantized (``planning.ends``); linears are those of blocks
     fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
     """
 
     linears: dict[str, LinearPlan]
+    ends: dict[str, LinearPlan]
     skipped: dict[str, str]
     kept: dict[str, LinearPlan]
     fused: tuple[tuple[str, ...], ...]
@@ -109,6 +85,11 @@ class Plan:
     side_files: dict[str, str] = field(default_factory=dict)
     key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
     tries: dict[str, RecipeTrial] = field(default_factory=dict)
+
+    @property
+    def packed(self) -> dict[str, LinearPlan]:
+        """All that has a format: the linears of the blocks, those that are kept as the source has them, then the ends."""
+        return {**self.linears, **self.kept, **self.ends}
 
     @property
     def inputs(self) -> str:
@@ -221,15 +202,15 @@ def make_plan(
     if not linears:
         raise UsageError("nothing is left to quantize: every layer is skipped by a rule or by default")
     check_doubled(recipe.method, transforms, sum(p.residual for p in linears.values()))
-    head = structure.head
-    if head is not None:
-        skipped[head] = TIED_REASON if f"{head}.weight" in structure.tied else HEAD_REASON
-    skipped.update(structure.tables)
-    skipped.update({name: OUTSIDE_REASON for name in structure.outside if name != head})
-    check_rules(recipe, matched, [*linears, *kept, *skipped])
-    fused = fused_linears(structure, linears | kept, recipe.engine)
     significant = round(recipe.significant / 100 * sum(p.shape[0] * p.shape[1] for p in linears.values()))
     rows = rows_reason(linears, transforms, significant)
+    untied = "rotate" in transforms and bool(structure.tied)
+    ends = end_plans(recipe, structure, untied, rows is not None)
+    skipped.update(skipped_head(structure, ends))
+    skipped.update(structure.tables)
+    skipped.update({name: OUTSIDE_REASON for name in structure.outside if name not in {*skipped, *ends}})
+    check_rules(recipe, matched, [*linears, *kept, *skipped])
+    fused = fused_linears(structure, linears | kept, recipe.engine)
     if rows and structure.family.encodes:
         raise Unsupported(
             f"{rows}, and a text encoder is quantized without calibration: use rtn with w8a16, w8a8 or w4a16"
@@ -242,11 +223,10 @@ def make_plan(
         )
     if calibration is None and rows:
         raise UsageError(f"{rows}: add --calib FILE (or leave --calib out for the embedded text)")
-    untied = "rotate" in transforms and bool(structure.tied)
     export, measured = _export(recipe, structure, linears, significant), rows is not None or is_static(kv)
     if export == "compressed-tensors" and structure.family.streams is None:
         check_shapes(structure, linears, recipe.engine)
-    size = packed_bytes(structure, linears, significant, untied, kept)
+    size = packed_bytes(structure, linears, ends, significant, untied, kept)
     if is_static(kv):
         if export != "compressed-tensors":
             raise UsageError(
@@ -256,6 +236,7 @@ def make_plan(
         size += sum(map(len, tensor_names(structure))) * structure.dtype.itemsize
     return Plan(
         linears=linears,
+        ends=ends,
         skipped=skipped,
         kept=kept,
         fused=fused,

@@ -38,6 +38,7 @@ from qkit.transforms.table import TRANSFORMS
 Glob = Annotated[str, Field(min_length=1, max_length=200)]
 MethodOptions = Annotated[dict[str, Any], AfterValidator(current_names)]
 MOST_SPARSE = 20.0  # percent: beyond it a wider format takes less room
+ROW = -1  # as a group size: one scale for each row
 AUTO = "auto"  # in a method: what comes in its place is found for every block (``qkit.engine.auto``)
 TRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq": ("gptq", {"sweeps": 4}),
@@ -87,9 +88,10 @@ class Recipe(BaseModel):
     16 bits in a sparse part; or {glob: percent}, of which the first that matches decides. rank: of the branch in 16 bits
     that makes up for what rounding took of a layer (``qkit.tensor.lowrank``), 0: none; or {glob: rank}. significant:
     percent of all weights that are put back to their values after quantization, those that the loss depends on most.
-    policy: of a diffusion transformer with NVFP4 weights and inputs, precision by step: {width: 6, skips: 0.25}. engine:
-    "any" lifts the rules of engines that load several layers as one (``planning.fused_layers``); the plan then says which
-    will not load the result.
+    embeddings, head: the format of the two matrices at the ends of a language model (``planning.ends``), int8 or int4:32;
+    None: they stay as they are. policy: of a diffusion transformer with NVFP4 weights and inputs, precision by step:
+    {width: 6, skips: 0.25}. engine: "any" lifts the rules of engines that load several layers as one
+    (``planning.fused_layers``); the plan then says which will not load the result.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -104,6 +106,8 @@ class Recipe(BaseModel):
     rank: int | dict[Glob, int] = 0
     significant: Annotated[float, Field(ge=0, le=MOST_SPARSE)] = 0.0
     rules: tuple[Rule, ...] = ()
+    embeddings: str | None = None
+    head: str | None = None
     targets: dict[str, str] = Field(default_factory=dict)
     policy: PolicyConfig | None = None
 
@@ -271,6 +275,35 @@ def _options_of(solver: str, transforms: tuple[str, ...]) -> Options:
     return table
 
 
+def parse_end(text: str, option: str) -> Scheme:
+    """The scheme of the embeddings or the output head, of 'int8', 'int4' or 'int4:32', with the number of weights that share a
+    scale.
+
+    Eight bits need one scale a row; narrower ones have the groups of their scheme. Only integers without zero points: engines
+    look rows up in no other format. Raises UsageError.
+    """
+    if text == AUTO:
+        raise UsageError(f"--{option} {AUTO}: a budget decides it: add --bits, --size or --memory, or name a format")
+    name, colon, group = text.strip().lower().partition(":")
+    names = [f"int{bits}" for bits in range(2, 9)]
+    if name not in names:
+        raise UsageError(
+            f"--{option} {text}: expected int2 to int8, for instance int8, or int4:32 with the group size"
+            f"{did_you_mean(name, names)}"
+        )
+    found = scheme(f"W{name.removeprefix('int')}A16")
+    if not colon:
+        size = ROW if name == "int8" else found.weights.group
+    elif group.removeprefix("-").isdecimal() and (int(group) >= 1 or int(group) == ROW) and len(group) < 10:
+        size = int(group)
+    else:
+        raise UsageError(
+            f"--{option} {text}: expected a group size behind the colon, 1 or more, or -1 for a scale a row"
+        )
+    assert size is not None
+    return Scheme(found.name, found.weights.with_group(size))
+
+
 def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
     """A recipe file with command-line values put over it. Raises BadRecipe naming file, line and key."""
     data = load_yaml(path, "recipe")
@@ -293,6 +326,9 @@ def make_recipe(data: dict[str, Any], where: str) -> Recipe:
         parse_method(recipe.method)
         for rule in (None, *recipe.rules):
             recipe.resolve(rule)
+        for option in ("embeddings", "head"):
+            if getattr(recipe, option) is not None:
+                parse_end(getattr(recipe, option), option)
     except ValidationError as e:
         first = e.errors()[0]
         field = ".".join(map(str, field_path(first["loc"], data) or first["loc"]))

@@ -25,8 +25,8 @@ class Request:
     x seqlen tokens of it are used where the method needs any, and ``synthetic_samples`` rows more, which the model writes
     itself. padded: a row for each record; answers_only: only tokens of answers count. recipe: a YAML file; scheme, method,
     group_size and options given here go over it. rules: as in a recipe, what an allocation decided. effort: a name of EFFORTS,
-    options of learned rounding. outliers, rank, significant, targets: as in a recipe; None: what the recipe says. call: of a
-    diffusion pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and rows_memory the
+    options of learned rounding. outliers, rank, significant, embeddings, head, targets: as in a recipe; None: what the recipe says.
+    call: of a diffusion pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and rows_memory the
     bytes that rows may use in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run with, as
     keep_source: globs of layers that stay as a quantized source stores them, before all rules.
     ``Policy.to_json`` gives it; key_exponents: as in a plan.
@@ -43,6 +43,8 @@ class Request:
     outliers: float | dict[str, float] | None = None
     rank: int | dict[str, int] | None = None
     significant: float | None = None
+    embeddings: str | None = None
+    head: str | None = None
     targets: dict[str, str] | None = None
     effort: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -93,6 +95,8 @@ def recipe_of(request: Request) -> Recipe:
         "outliers": request.outliers,
         "rank": request.rank,
         "significant": request.significant,
+        "embeddings": request.embeddings,
+        "head": request.head,
         "targets": request.targets or None,
         "policy": request.policy or None,
     }

@@ -17,7 +17,7 @@ from qkit.tensor.lowrank import low_rank_bytes
 from qkit.tensor.sparse import sparse_bytes
 
 if TYPE_CHECKING:
-    from qkit.planning.plan import LinearPlan
+    from qkit.planning.linear_plan import LinearPlan
 
 
 def linear_bytes(
@@ -51,24 +51,30 @@ def check_rank(p: LinearPlan, dtype: torch.dtype) -> None:
 def packed_bytes(
     structure: ModelStructure,
     linears: dict[str, LinearPlan],
+    ends: dict[str, LinearPlan],
     significant: int,
     untied: bool,
     kept: Collection[str] = (),
 ) -> int:
     """The exact bytes of all tensors of a result (shard headers apart).
 
-    Where significant weights will be is not known yet: they are counted as if spread evenly.
+    ends: as in a plan; untied: a tied head gets a matrix of its own. Where significant weights will be is not known yet:
+    they are counted as if spread evenly.
     """
     total = 0
     weights = max(1, sum(p.shape[0] * p.shape[1] for p in linears.values()))
     for name, info in structure.checkpoint.tensors.items():
         if name in structure.tied:
             continue
-        p = linears.get(name.removesuffix(".weight"))
-        if name.removesuffix(".weight") in kept:
-            specs = stored_as(name.removesuffix(".weight"), structure.checkpoint)[1].specs
+        module = name.removesuffix(".weight")
+        if module in ends:
+            total += linear_bytes(ends[module].weights, None, ends[module].shape, structure.dtype)
+            continue
+        if module in kept:
+            specs = stored_as(module, structure.checkpoint)[1].specs
             total += sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values())
             continue
+        p = linears.get(module)
         if p is None:
             total += info.nbytes
             continue
@@ -76,6 +82,11 @@ def packed_bytes(
         total += linear_bytes(p.weights, p.activations, p.shape, structure.dtype, sparse_count, p.rank)
         total += p.residual * torch.int32.itemsize
     if untied:
-        shared = next(iter(structure.tied.values()))
-        total += structure.checkpoint.tensors[shared].nbytes
+        head, shared = next(iter(structure.tied.items()))
+        end = ends.get(head.removesuffix(".weight"))
+        total += (
+            structure.checkpoint.tensors[shared].nbytes
+            if end is None
+            else linear_bytes(end.weights, None, end.shape, structure.dtype)
+        )
     return total

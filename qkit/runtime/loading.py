@@ -28,6 +28,7 @@ from qkit.files.safefile import shown
 from qkit.files.schema import foreign_errors, validate
 from qkit.kvcache.scales import register_scales
 from qkit.nn.layers import QuantExperts, QuantLinear, place_stack
+from qkit.runtime.packed_ends import packed_ends, place_ends
 from qkit.tensor import lowrank, sparse
 from qkit.tensor.compressed_tensors import formats_of, has_cache_scales, specs
 from qkit.tensor.formats import Format
@@ -90,7 +91,8 @@ def load_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = None, de
             if b is not None and b.is_floating_point() and id(b) not in rotary and not isinstance(m, QuantLinear):
                 m._buffers[name] = b.to(dtype)
     model.config.dtype = dtype
-    model.tie_weights(recompute_mapping=False)
+    if not structure.ends:  # packed ones are tied by sharing their codes
+        model.tie_weights(recompute_mapping=False)
     _generation_config(model, folder)
     return model.eval().to(device)
 
@@ -154,6 +156,7 @@ class PackedStructure(ModelStructure):
         self.low_rank = frozenset((self.quantization or {}).get("low_rank") or ())
         self.scaled = frozenset((self.quantization or {}).get("scaled") or ())
         self.residual = frozenset((self.quantization or {}).get("residual") or ())
+        self.ends = packed_ends(self, self.quantization, where)
         self.rotated: dict[str, int] = _rotations((self.quantization or {}).get("rotated") or {}, where)
         expected = {stored for block in self.blocks for _, stored in block.stored}
         expected |= {stored for _, stored in self.outer}
@@ -162,23 +165,28 @@ class PackedStructure(ModelStructure):
                 if linear.name in self.formats:
                     expected.discard(f"{linear.name}.weight")
                     weights, activations = self.formats[linear.name]
-                    self._check_packed(linear, specs(weights, activations, linear.shape, self.dtype))
+                    self.check_packed(linear.name, specs(weights, activations, linear.shape, self.dtype))
                     expected |= {f"{linear.name}.{s}" for s in specs(weights, activations, linear.shape, self.dtype)}
                     if linear.name in self.scaled:
                         expected.add(f"{linear.name}.{SCALE}")
                     if linear.name in self.residual:
                         expected.add(f"{linear.name}.{RESIDUAL}")
                     expected |= {f"{linear.name}.{s}" for s in self.correction_suffixes(linear.name)}
+        for end in self.ends.values():
+            expected.discard(f"{end.name}.weight")
+            tensors = specs(end.format, None, end.shape, self.dtype)
+            self.check_packed(end.name, tensors)
+            expected |= {f"{end.name}.{s}" for s in tensors}
         missing = sorted(expected - self.checkpoint.tensors.keys())
         if missing:
             raise BadCheckpoint(
                 f"{where}: {len(missing)} tensors are missing, the first is {missing[0]!r}: run 'qkit verify {where}'"
             )
 
-    def _check_packed(self, linear: Linear, expected: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    def check_packed(self, name: str, expected: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         """Raises BadCheckpoint for a tensor whose shape or dtype does not match the format."""
         for suffix, (dtype, shape) in expected.items():
-            info = self.checkpoint.tensors.get(f"{linear.name}.{suffix}")
+            info = self.checkpoint.tensors.get(f"{name}.{suffix}")
             if info is None:  # reported with all that are missing
                 continue
             plain = dtype in PLAIN and info.torch_dtype in PLAIN
@@ -205,8 +213,9 @@ def _read_plain(structure: PackedStructure) -> None:
     """Load all tensors that are not packed."""
     read = structure.checkpoint.read
     inside = {stored for block in structure.every_block for _, stored in block.stored}
+    packed_outside = {f"{end.name}.weight" for end in structure.ends.values()}
     for name, stored in structure.outer:
-        if stored not in inside:
+        if stored not in inside and stored not in packed_outside:
             _assign(structure.model, name, read(stored))
     for block in structure.every_block:
         module = structure.model.get_submodule(block.path)
@@ -250,6 +259,7 @@ def place_packed(structure: PackedStructure, dtype: torch.dtype) -> None:
             _place_experts(module, layout, experts, block)
         for stack in block.stacks if experts else ():
             _place_stack(module, stack, experts, block)
+    place_ends(structure, structure.ends, dtype)
 
 
 def _packed(structure: PackedStructure, linear: Linear, dtype: torch.dtype) -> QuantLinear:

@@ -48,12 +48,14 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
         structure = PackedStructure(Checkpoint.open(Path(files[0]).parent, quantized=True), model)
         with torch.inference_mode(), torch.device("cpu"):
             place_packed(structure, model.dtype)
+        if structure.ends:  # packed ones are tied by sharing their codes, and have no parameter that could be
+            model.all_tied_weights_keys = {}
         # Some models initialize a module through weights of its children, before it is known that all are there (T5).
         for module in model.modules():
             if any(isinstance(child, QuantLinear) for child in module.children()):
                 module._is_hf_initialized = True
         # The packed tensors are loaded: transformers must not report them as unexpected.
-        packed = {rf"^{re.escape(name)}\." for name in structure.formats}
+        packed = {rf"^{re.escape(name)}\." for name in (*structure.formats, *structure.ends)}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | packed
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -206,10 +206,12 @@ def _integrate(context: MeasureContext, candidate: Candidate) -> dict[str, float
         s = weight_shares(context.reference_model.weight(name), targets[name], gbar[name])
         return float(s.sum(dtype=torch.float64)), decompose(s)
 
-    names = _names(context)
+    names = [n for n in _names(context) if n in targets]  # embeddings have no format with quantized inputs
     decomposed_linears = dict(zip(names, context.reference_model.pool.map(decomposed, names), strict=True))
     save_decomposition(context.folder, candidate.name, {n: parts for n, (_, parts) in decomposed_linears.items()})
-    return {u.key: sum(decomposed_linears[x.name][0] for x in u.linears) for u in context.units}
+    return {
+        u.key: sum((decomposed_linears[x.name][0] for x in u.linears if x.name in targets), 0.0) for u in context.units
+    }
 
 
 def loss_change(context: MeasureContext) -> Costs:

@@ -60,8 +60,8 @@ def next_norms(structure: ModelStructure) -> dict[str, str]:
 
 
 def has_modules(unit: Unit) -> bool:
-    """Whether inputs of the unit can be seen: fused experts are no modules."""
-    return all(linear.expert is None for linear in unit.linears)
+    """Whether inputs of the unit can be seen: fused experts are no modules, and embeddings have tokens for inputs."""
+    return not unit.is_end and all(linear.expert is None for linear in unit.linears)
 
 
 class OutputSample:

@@ -12,14 +12,16 @@ from pathlib import Path
 
 from torch import Tensor
 
+from qkit.engine.ends import rounded_table
 from qkit.engine.export import job_identity
 from qkit.engine.job import Job
 from qkit.engine.run import run_blocks
+from qkit.families.blocks import Linear
 from qkit.families.structure import ModelStructure
 from qkit.planning.plan import Plan, parts
 from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.reference_model import Replacement
-from qkit.sensitivity.units import Unit
+from qkit.sensitivity.units import Unit, end_format
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
 from qkit.tensor.formats import Format
@@ -45,15 +47,25 @@ def replacements(plan: Plan, structure: ModelStructure, job: Job) -> dict[str, R
 class Probes:
     """The results of the jobs of all candidates."""
 
-    def __init__(self, jobs: dict[str, tuple[Plan, Job]]) -> None:
-        self._jobs = jobs
+    def __init__(self, jobs: dict[str, tuple[Plan, Job]], structure: ModelStructure) -> None:
+        self._jobs, self._structure = jobs, structure
 
     def replacements(self, unit: Unit, candidate: Candidate) -> dict[str, Replacement]:
         """{linear: what the candidate puts in its place}; nothing for a candidate that keeps the unit."""
         if candidate.scheme is None:
             return {}
+        if unit.is_end:  # no data is needed to round it, so no probe holds it
+            return {x.name: Replacement(table, None, None) for x, _, table in self._tables(unit, candidate)}
         plan, job = self._jobs[candidate.name]
         return {x.name: replacement(plan, job, unit.place, x.name) for x in unit.linears}
+
+    def _tables(self, unit: Unit, candidate: Candidate) -> Iterator[tuple[Linear, Tensor, Tensor]]:
+        """(matrix, its values, its values in the candidate's format) of an end; none where it has no such format."""
+        for x in unit.linears:
+            fmt = end_format(candidate, x.shape[1])
+            if fmt is not None:
+                table = self._structure.checkpoint.read_finite(f"{x.name}.weight")
+                yield x, table.float(), rounded_table(fmt, table)
 
     def activations(self, unit: Unit, candidate: Candidate) -> dict[str, Activations]:
         """{linear: format of its input and its static scale}, for a candidate that quantizes inputs."""
@@ -64,6 +76,10 @@ class Probes:
         """Relative squared output error, mean over the unit's linears, as the solver measured it; 0 for a unit that is kept."""
         if candidate.scheme is None:
             return 0.0
+        if unit.is_end:
+            error = sum(float((q - w).double().square().sum()) for _, w, q in self._tables(unit, candidate))
+            total = sum(float(w.double().square().sum()) for _, w, _ in self._tables(unit, candidate))
+            return error / max(total, 1e-30)
         entry = self._jobs[candidate.name][1].entries[unit.place]["linears"]
         return float(sum(entry[x.name]["error"] for x in unit.linears) / len(unit.linears))
 
@@ -80,7 +96,7 @@ def probes(
             job = stack.enter_context(Job.open(folder / name.lower(), job_identity(plan, source_hash)))
             run_blocks(plan, structure, job, pool, _Named(progress, name))
             jobs[name] = (plan, job)
-        yield Probes(jobs)
+        yield Probes(jobs, structure)
 
 
 class _Named:

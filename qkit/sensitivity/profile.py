@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qkit.calibration.dataset import Calibration
-from qkit.errors import BadInput
+from qkit.errors import BadInput, UsageError
+from qkit.families.ends import EMBEDDINGS, HEAD
 from qkit.families.structure import ModelStructure
 from qkit.files.folder import load_json
 from qkit.files.safefile import write_atomic
@@ -133,8 +134,8 @@ class Profile:
         there is none, or one of another profile.
         """
         profile, tensors = Profile.load(folder), load_decomposition(folder, candidate)
-        for unit in profile.units:
-            cost = unit.choices[candidate].costs.get("pqi") if candidate in unit.choices else None
+        for unit in (u for u in profile.units if candidate in u.choices):
+            cost = unit.choices[candidate].costs.get("pqi")
             rows = [tensors.get(f"{candidate}:{n}:rows", torch.full((1,), torch.nan)) for n in unit.linears]
             total = sum(float(r.sum(dtype=torch.float64)) for r in rows)
             size = sum(float(r.abs().sum(dtype=torch.float64)) for r in rows)
@@ -152,6 +153,7 @@ def identity(structure: ModelStructure, request: dict[str, Any], rows: Calibrati
         f"--{name.replace('_', '-')}": request[name] for name in ("method", "samples", "seqlen", "points", "rows")
     }
     group = {"--group-size": request["group_size"]}
+    group |= {f"--{part}": "auto" for part in recorded_parts(request) if part in (EMBEDDINGS, HEAD)}
     return {
         "--model": structure.checkpoint.fingerprint()[:16],
         **options,
@@ -167,6 +169,11 @@ def profile_of_shapes(
     profiles = []
     for unit in units_of(structure, recorded_parts(request)):
         sizes = {c.name: size for c in candidates if (size := unit_bytes(unit, c, structure)) is not None}
+        if not sizes:
+            raise UsageError(
+                f"--{unit.part} auto: expected int2 to int8 or bf16 among the candidates, found "
+                f"{', '.join(c.name for c in candidates)}: add one of them"
+            )
         choices = {name: CandidateCost(size, dict.fromkeys(measures, 0.0)) for name, size in sizes.items()}
         profiles.append(UnitProfile(unit.key, tuple(x.name for x in unit.linears), unit.weights, choices))
     inside = {f"{n}.weight" for u in profiles for n in u.linears}

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qkit.calibration.batches import Batch, InputRows, batches, sample
+from qkit.families.blocks import Linear
+from qkit.families.ends import find_ends
 from qkit.families.structure import ModelStructure
 from qkit.files.offload import Chunks, OffloadedTensors
 from qkit.system.parallel import Workers
@@ -39,11 +41,20 @@ class ReferenceModel:
     def __init__(self, model: Any, structure: ModelStructure, pool: Workers) -> None:
         self.model, self.structure, self.pool = model, structure, pool
         self.where = {x.name: (b.path, x) for b in structure.every_block for x in b.linears}
+        self.ends = {  # of a tied model the one matrix, by either name
+            end.name: ("", Linear(name=end.name, param=f"{end.path}.weight", shape=end.shape))
+            for end in find_ends(structure)
+            if end is not None
+        }
 
     def weight(self, name: str) -> Tensor:
         """The current weight of a linear, [out, in]; a view."""
-        block, linear = self.where[name]
+        block, linear = self._place(name)
         return linear.view(self.model.get_submodule(block))
+
+    def _place(self, name: str) -> tuple[str, Linear]:
+        """(path of the block, the linear) of a linear, or of an end of the model, which is in no block."""
+        return self.where[name] if name in self.where else self.ends[name]
 
     @contextmanager
     def replaced(self, replacements: Mapping[str, Replacement]) -> Iterator[None]:
@@ -53,7 +64,7 @@ class ReferenceModel:
         try:
             for name, r in replacements.items():
                 self.weight(name).copy_(r.weight)
-                if r.activations is not None and self.where[name][1].expert is None:
+                if r.activations is not None and self._place(name)[1].expert is None:
                     handles.append(self._module(name).register_forward_pre_hook(_quantizing(r)))
             yield
         finally:
@@ -104,7 +115,11 @@ class ReferenceModel:
         squares: instead of the gradient the mean over rows of the squared gradient of a row's mean loss (the diagonal of
         the empirical Fisher matrix).
         """
-        params = {n: f"{block}.{linear.param}" for n, (block, linear) in self.where.items() if n in names}
+        params = {
+            n: f"{block}.{linear.param}".removeprefix(".")
+            for n, (block, linear) in {**self.ends, **self.where}.items()
+            if n in names
+        }
         leaves = {path: self.model.get_parameter(path) for path in sorted(set(params.values()))}
         pieces = batches(rows, 1) if squares else batches(rows)
         scored = sum(b.targets.numel() for b in pieces)
@@ -129,7 +144,7 @@ class ReferenceModel:
             for leaf in leaves.values():
                 leaf.requires_grad_(False)
         mean = sum(loss * count for loss, count in losses) / scored
-        return mean, {n: self.where[n][1].part(total[params[n]]) for n in names}
+        return mean, {n: self._place(n)[1].part(total[params[n]]) for n in names}
 
     def with_inputs(
         self, rows: InputRows, names: Sequence[str], use: Callable[[dict[str, tuple[Tensor, Tensor]]], R]
@@ -244,9 +259,9 @@ class ReferenceModel:
 
     def path(self, name: str) -> str:
         """The path in the model of the module of a linear that is one (not a fused expert's)."""
-        block, linear = self.where[name]
+        block, linear = self._place(name)
         assert linear.expert is None
-        return f"{block}.{linear.param.removesuffix('.weight')}"
+        return f"{block}.{linear.param.removesuffix('.weight')}".removeprefix(".")
 
     def _module(self, name: str) -> nn.Module:
         module: nn.Module = self.model.get_submodule(self.path(name))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qkit.errors import Unsupported
-from qkit.families.blocks import LANGUAGE, Linear, LinearGroup
+from qkit.errors import Unsupported, UsageError
+from qkit.families.blocks import LANGUAGE, Group, Linear, LinearGroup
+from qkit.families.ends import EMBEDDINGS, HEAD, ends_of
 from qkit.families.structure import ModelStructure
+from qkit.planning.recipe import AUTO, parse_end
 from qkit.planning.sizes import linear_bytes
 from qkit.sensitivity.candidates import Candidate
-from qkit.tensor.formats import fit_group
+from qkit.tensor.formats import Format, fit_group
 from qkit.tensor.sparse import outlier_count
 from qkit.verification.engines import holds_siglip
 
@@ -20,7 +22,8 @@ from qkit.verification.engines import holds_siglip
 class Unit:
     """Linears of block ``block`` that engines load as one, or that share fused experts: they get one scheme.
 
-    part: of the model, as ``ModelStructure.sequences`` names it; place: of the block among all that a probe goes through
+    part: of the model, as ``ModelStructure.sequences`` names it; place: of the block among all that a probe goes through.
+    The embeddings and the output head are units of their own parts, EMBEDDINGS and HEAD (tied ones: EMBEDDINGS), in no block.
     """
 
     key: str
@@ -35,17 +38,22 @@ class Unit:
         return tuple(linear for g in self.groups for linear in g.linears)
 
     @property
+    def is_end(self) -> bool:
+        """Whether it is the embeddings or the output head."""
+        return self.part in (EMBEDDINGS, HEAD)
+
+    @property
     def weights(self) -> int:
         """The number of weights."""
         return sum(x.shape[0] * x.shape[1] for x in self.linears)
 
 
-def parts_of(structure: ModelStructure, images: bool) -> tuple[str, ...]:
-    """The parts of the model that a profile covers: the language model and, with images, the towers before it, but for a
-    SigLIP tower, which transformers cannot load packed."""
+def parts_of(structure: ModelStructure, images: bool, ends: Sequence[str] = ()) -> tuple[str, ...]:
+    """The parts of the model that a profile covers: the language model, ``ends`` where they are asked for and, with images,
+    the towers before it, but for a SigLIP tower, which transformers cannot load packed."""
     config = structure.checkpoint.config
     names = {s.name: [x.name for b in s.blocks for x in b.linears] for s in structure.towers if images}
-    return (*(part for part, linears in names.items() if not holds_siglip(config, linears)), LANGUAGE)
+    return (*(part for part, linears in names.items() if not holds_siglip(config, linears)), LANGUAGE, *ends)
 
 
 def recorded_parts(request: Mapping[str, Any]) -> Sequence[str]:
@@ -61,11 +69,40 @@ def units_of(structure: ModelStructure, parts: Sequence[str] = (LANGUAGE,)) -> t
     for place, (part, block) in enumerate(blocks):
         for groups in block.units:
             units.append(Unit(groups[0].key, block.index, groups, part, place))
-    return tuple(units)
+    return (*units, *_end_units(structure, [p for p in parts if p in (EMBEDDINGS, HEAD)]))
+
+
+def _end_units(structure: ModelStructure, parts: Sequence[str]) -> Iterator[Unit]:
+    """Units of the embeddings and the head; tied ones are one, whichever was asked for. Raises UsageError for a head that
+    there is not, Unsupported as ``ends_of``."""
+    if not parts:
+        return
+    ends = ends_of(structure, " and ".join(f"--{part}" for part in parts))
+    if HEAD in parts and ends.head is None:
+        raise UsageError(f"--{HEAD} {AUTO}: this model has no output head with a matrix of its own: leave it out")
+    wanted = {EMBEDDINGS: ends.embeddings} if ends.tied else {EMBEDDINGS: ends.embeddings, HEAD: ends.head}
+    for part, end in wanted.items():
+        if end is not None and (ends.tied or part in parts):
+            linear = Linear(name=end.name, param=f"{end.path}.weight", shape=end.shape)
+            yield Unit(end.name, -1, (LinearGroup((linear,), Group(()), end.path),), part, -1)
+
+
+def end_format(candidate: Candidate, width: int) -> Format | None:
+    """The format of an end of a model under a candidate; None where the candidate is none for it: only integers without zero
+    points and with nothing beside them are."""
+    s = candidate.scheme
+    plain = s is not None and s.activations is None and s.weights.kind == "int" and s.weights.symmetric
+    if s is None or not plain or candidate.outliers or candidate.rank:
+        return None
+    return fit_group(parse_end(f"int{s.weights.bits}", EMBEDDINGS).weights, width)
 
 
 def unit_bytes(unit: Unit, candidate: Candidate, structure: ModelStructure) -> int | None:
     """Bytes of the unit's weights as that candidate stores them, scales included; None where it does not apply."""
+    if unit.is_end and candidate.scheme is not None:
+        (end,) = unit.linears
+        fmt = end_format(candidate, end.shape[1])
+        return None if fmt is None else linear_bytes(fmt, None, end.shape, structure.dtype)
     if candidate.scheme is None:
         return sum(structure.checkpoint.tensors[f"{x.name}.weight"].nbytes for x in unit.linears)
     try:

@@ -125,12 +125,15 @@ def config(
     skipped: list[str],
     module_name: dict[str, str],
     cache: Format | None = None,
+    ends: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json.
 
     formats_by_linear: {linear: (weights, activations)} by checkpoint name
     skipped:     linears that are not quantized, by checkpoint name
     module_name: {checkpoint name: module name} where they differ; both are listed, since loaders match either
+    ends:        embeddings and output head among the linears; they are always named, since engines have classes of their own
+                 for them, and the group that targets ``Linear`` is chosen among the others
     cache:       format of keys and values, for engines with a quantized KV cache
     Groups of linears with equal formats become one config group. The most common one targets the class
     ``Linear`` and the others exact names, listed first. Where there are several, experts of one format are named by a pattern:
@@ -142,16 +145,18 @@ def config(
     by_formats: dict[tuple[Format, Format | None], list[str]] = {}
     for name, formats_pair in formats_by_linear.items():
         by_formats.setdefault(formats_pair, []).append(name)
-    ordered = sorted(by_formats.items(), key=lambda item: (len(item[1]), item[1]))
+    ordered = sorted(by_formats.items(), key=lambda item: (len(set(item[1]) - set(ends)), item[1]))
     experts = {formats_pair for formats_pair, names in by_formats.items() if any(map(_EXPERT.search, names))}
+    ends_named = {*ends, *(module_name[n] for n in ends if n in module_name)}
     groups: dict[str, Any] = {}
     for i, ((weights, activations), names) in enumerate(ordered):
         is_last = i == len(ordered) - 1
         pattern = [f"re:.*{_EXPERT.pattern}.*"] if experts == {(weights, activations)} and len(by_formats) > 1 else []
         exact = [n for n in names if not (pattern and _EXPERT.search(n))]
         all_names = sorted({*exact, *(module_name[n] for n in exact if n in module_name)})
+        of_ends = [n for n in all_names if n in ends_named]
         groups[f"group_{i}"] = QuantizationScheme(
-            targets=[*pattern, *(["Linear"] if is_last else all_names)],
+            targets=[*pattern, *(["Linear", *of_ends] if is_last else all_names)],
             weights=_args(weights, activations=False),
             input_activations=None if activations is None else _args(activations, activations=True),
             format=layout(weights, activations),

@@ -148,7 +148,7 @@ class ModelFacts:
     """Properties of a model, beside the formats of some linears, that decide which engine loads them.
 
     model_type: of config.json, or of the language model inside; experts: whether some of the linears are experts; siglip:
-    whether a SigLIP tower of the model is packed
+    whether a SigLIP tower of the model is packed; uses: of a matrix outside the blocks, "embeddings", "head" or both
     torn, uneven: of the whole model, the first linears that vLLM loads as one and that have several formats, or rows that
     a block does not divide; torn_experts: the first layer whose experts have several formats; several_experts: whether the
     experts of the whole model have
@@ -161,6 +161,7 @@ class ModelFacts:
     uneven: str = ""
     torn_experts: str = ""
     several_experts: bool = False
+    uses: tuple[str, ...] = ()
 
 
 _NOTHING = ModelFacts()
@@ -178,6 +179,8 @@ def _takes(alternatives: tuple[Pattern | None, ...], activations: NumberFormat |
 
 def _vllm(weights: NumberFormat, activations: NumberFormat | None, packing: str, facts: ModelFacts) -> EngineFit:
     """vLLM 0.32, as seen on CPUs; for GPUs what its own code selects."""
+    if "embeddings" in facts.uses:
+        return _vllm_embeddings(weights, facts)
     refusal = _vllm_refuses(weights, activations, facts)
     fitting = [row for row in VLLM if _matches(row.weights, weights) and _takes(row.activations, activations)]
     row = next((row for row in fitting if packing in row.packings), None)
@@ -201,6 +204,18 @@ def _vllm(weights: NumberFormat, activations: NumberFormat | None, packing: str,
     if facts.experts and _NO_CPU not in limits:
         limits.append("experts have no kernel for CPUs")
     return EngineFit(_VLLM, row.loads_as, tuple(limits))
+
+
+def _vllm_embeddings(weights: NumberFormat, facts: ModelFacts) -> EngineFit:
+    """vLLM's lookup of packed rows (CompressedTensorsEmbeddingWNA16Int, since 0.29), as its source says; it was not run."""
+    if "head" in facts.uses:
+        return EngineFit(
+            _VLLM, None, ("it cannot multiply with packed embeddings, and the output head is tied to them",)
+        )
+    if weights.kind != "int" or not weights.symmetric or weights.bits not in (2, 4, 8):
+        return EngineFit(_VLLM, None, ("it looks embeddings up in int2, int4 or int8 alone",))
+    limits = ("embeddings: its class for this model has to pass the quantization on to them", _NO_CPU)
+    return EngineFit(_VLLM, "CompressedTensorsEmbeddingWNA16Int", limits)
 
 
 def _vllm_refuses(weights: NumberFormat, activations: NumberFormat | None, facts: ModelFacts) -> str | None:
@@ -265,6 +280,8 @@ def _transformers(
 def _transformers_refuses(
     weights: NumberFormat, activations: NumberFormat | None, packing: str, facts: ModelFacts
 ) -> str | None:
+    if "embeddings" in facts.uses:
+        return "it asks quantized embeddings for a plain weight, which packed ones have not: use qkit.load, or --export qkit"
     if facts.siglip:
         return "its SigLIP asks every linear of the tower for a plain weight: use qkit.load, or --target vision=skip"
     if packing == "pack-quantized" and not weights.symmetric:

@@ -16,12 +16,14 @@ from qkit.verification.fused_layers import expert_groups, fused_groups
 
 @dataclass(frozen=True)
 class LinearStorage:
-    """The storage of one linear [out, in]. packing: the name of its layout in compressed-tensors"""
+    """The storage of one linear [out, in]. packing: the name of its layout in compressed-tensors; uses: of a matrix outside
+    the blocks, "embeddings", "head" or both"""
 
     weights: NumberFormat
     activations: NumberFormat | None
     packing: str
     shape: tuple[int, int]
+    uses: tuple[str, ...] = ()
 
     @property
     def kind(self) -> tuple[NumberFormat, NumberFormat | None, str]:
@@ -65,12 +67,12 @@ def engine_rows(
 
     parts: the quantized linears by checkpoint name; skipped: the others; config: config.json; method: its quant_method
     """
-    names: dict[tuple[NumberFormat, NumberFormat | None, str], list[str]] = {}
+    names: dict[tuple[tuple[NumberFormat, NumberFormat | None, str], tuple[str, ...]], list[str]] = {}
     for name, part in parts.items():
-        names.setdefault(part.kind, []).append(name)
+        names.setdefault((part.kind, part.uses), []).append(name)
     model_facts, rows = _about(parts, skipped, config), []
-    for (weights, activations, packing), members in names.items():
-        facts = replace(model_facts, experts=bool(expert_groups(members)))
+    for ((weights, activations, packing), uses), members in names.items():
+        facts = replace(model_facts, experts=bool(expert_groups(members)), uses=uses)
         fits = diffusion_fit(config) or engine_fits(weights, activations, packing, method, facts)
         inputs = str(activations) if activations else "as they are"
         rows += [

@@ -96,10 +96,11 @@ def is_ignored(name: str, config: QuantizationConfig) -> bool:
     return config.ignore.by_class or config.ignore.name(name)
 
 
-def find_groups(name: str, config: QuantizationConfig) -> list[ConfigGroup]:
-    """The groups that claim the linear ``name``: those that name it, else those that name its class."""
+def find_groups(name: str, config: QuantizationConfig, by_name: bool = False) -> list[ConfigGroup]:
+    """The groups that claim the linear ``name``: those that name it, else those that name its class. by_name: for one that is
+    not of the class Linear."""
     named = [g for g in config.groups if g.targets.name(name)]
-    return named or [g for g in config.groups if g.targets.by_class]
+    return named or [g for g in config.groups if g.targets.by_class and not by_name]
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -277,7 +278,7 @@ def resolve(config: QuantizationConfig, record: Record, findings: Findings) -> d
     qkit.json."""
     groups: dict[str, ConfigGroup] = {}
     for linear in record.linears.values():
-        claims = find_groups(linear.name, config)
+        claims = find_groups(linear.name, config, by_name=bool(linear.uses))
         claimants = ", ".join(g.name for g in claims) or "no group"
         where = f"{_ROOT}: {linear.name}"
         if findings.check("config", len(claims) == 1, where, f"is claimed by {claimants}, expected exactly one group"):

@@ -19,6 +19,7 @@ from typing import Any
 from qkit.verification.strict_json import parse_json
 
 FORMAT_VERSION = 2  # of qkit.json; a reader refuses a newer one
+USES = ("embeddings", "head")  # of a quantized matrix outside the blocks
 MAX_JSON_BYTES = 1 << 28
 
 
@@ -219,7 +220,7 @@ class RecordedLinear:
     """A quantized linear as qkit.json records it; ``shape`` is (out_features, in_features), ``sparse`` how many values its
     sparse part has, ``rank`` that of its low-rank part, ``rotation`` the block of the transform of its inputs, ``scaled``
     whether their channels are multiplied by a stored scale first, ``residual`` how many of them are quantized twice, ``kept``
-    whether it is stored as in the source."""
+    whether it is stored as in the source, ``uses`` what a matrix outside the blocks is for, of USES."""
 
     name: str
     format: Spec
@@ -232,6 +233,7 @@ class RecordedLinear:
     residual: int = 0
     rank: int = 0
     kept: bool = False
+    uses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,6 +327,10 @@ def _read_linear(name: str, data: Any, findings: Findings) -> RecordedLinear | N
     valid = rank == 0 or (is_int(rank, 1) and rank <= min(rows, columns))
     if not findings.check("record", valid, f"{where}.rank", f"found {short(rank)}, expected a rank of the weight"):
         return None
+    uses = data.get("uses", [])
+    valid = isinstance(uses, list) and tuple(uses) in ((), USES[:1], USES[1:], USES)
+    if not findings.check("record", valid, f"{where}.uses", f"found {short(uses)}, expected some of {', '.join(USES)}"):
+        return None
     return RecordedLinear(
         name=name,
         format=weights,
@@ -337,6 +343,7 @@ def _read_linear(name: str, data: Any, findings: Findings) -> RecordedLinear | N
         residual=residual,
         rank=rank,
         kept=data.get("kept") is True,
+        uses=tuple(uses),
     )
 
 

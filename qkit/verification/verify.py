@@ -244,7 +244,7 @@ def _engine_table(
     record: Record, groups: Mapping[str, ConfigGroup], config: Mapping[str, Any], method: str
 ) -> list[EngineRow]:
     parts = {
-        name: LinearStorage(linear.format, linear.activations, groups[name].packing, linear.shape)
+        name: LinearStorage(linear.format, linear.activations, groups[name].packing, linear.shape, linear.uses)
         for name, linear in record.linears.items()
         if name in groups
     }

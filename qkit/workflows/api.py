@@ -118,14 +118,26 @@ def profile(
     measures:   what is measured of each, in the units that ``qkit profile --help`` names
     rows:       calibration rows that losses are measured on; default: 32, or all if there are fewer
     points:     of the path integral of 'pqi'
-    options:    group_size, calib, samples, seqlen, padded, answers_only, seed, threads, as on the command line
+    options:    group_size, calib, samples, seqlen, padded, answers_only, seed, threads, as on the command line;
+                embeddings='auto' and head='auto' include these
     """
     from qkit.planning.request import Request
     from qkit.system.progress import Silent
     from qkit.workflows.profile import ProfileRequest
     from qkit.workflows.profile import profile as run
 
-    known = ("group_size", "calib", "samples", "seqlen", "padded", "answers_only", "seed", "threads")
+    known = (
+        "embeddings",
+        "head",
+        "group_size",
+        "calib",
+        "samples",
+        "seqlen",
+        "padded",
+        "answers_only",
+        "seed",
+        "threads",
+    )
     _refuse_unknown(options, known)
     base = Request(model=str(model), method=method, **options)
     request = ProfileRequest(base, candidates, tuple(measures), rows, points)

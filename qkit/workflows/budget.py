@@ -28,19 +28,25 @@ from qkit.allocation.limits import CANDIDATES, MEASURE, BudgetRequest
 from qkit.allocation.pareto import cost_of
 from qkit.allocation.refine import Refinement, refine
 from qkit.errors import BadInput, UsageError
+from qkit.families.ends import EMBEDDINGS, HEAD
 from qkit.families.structure import ModelStructure
 from qkit.kvcache.policy import CacheRequest
+from qkit.planning.ends import end_plans
+from qkit.planning.recipe import AUTO, Recipe
 from qkit.planning.request import Request
+from qkit.planning.sizes import linear_bytes
 from qkit.sensitivity.candidates import parse_candidates
-from qkit.sensitivity.profile import FILE, Profile
+from qkit.sensitivity.profile import FILE, KEPT, Profile
 from qkit.sensitivity.units import recorded_parts, units_of
 from qkit.system.extras import require
 from qkit.system.progress import Progress
+from qkit.tensor.formats import scheme as scheme_of
 from qkit.workflows import kv_cache
 from qkit.workflows.kv_cache import CacheChoices, CachePlan, joint_choices
 from qkit.workflows.profile import ProfileRequest, plan_measurement, profile, profile_from_shapes
 from qkit.workflows.quantize import open_structure
 
+NOTHING_ELSE = "the budget keeps every layer of the blocks in full precision beside the {}: use a smaller budget"
 NOTHING = "the budget keeps every layer in full precision: use a smaller budget"
 
 
@@ -107,6 +113,7 @@ def allocation_problem(request: Request, budget_request: BudgetRequest) -> Alloc
         Profile.load(budget_request.profile) if profile_request is None else profile_from_shapes(profile_request)
     )
     _refuse_another(known_profile, budget_request, request, structure)
+    known_profile = replace(known_profile, fixed_bytes=known_profile.fixed_bytes - _saved_by_ends(request, structure))
     latency = None
     if table is not None and budget_request.budget.latency is not None:
         latency = Latency(budget_request.budget.latency[0], unit_times(known_profile, structure, table, request.model))
@@ -199,10 +206,14 @@ def _with_picks(
     refined: Refinement | None,
 ) -> BudgetAllocation:
     known_profile, latency = problem.profile, problem.latency
-    chosen = rules(known_profile, picks)
+    parts = recorded_parts(known_profile.request)
+    ends = [u for u in units_of(problem.structure, parts) if u.is_end]
+    keys = {u.key for u in ends}
+    formats = {u.part: f"int{scheme_of(name).weights.bits}" for u in ends if (name := picks[u.key]) != KEPT}
+    chosen = rules(replace(known_profile, units=tuple(u for u in known_profile.units if u.key not in keys)), picks)
     scheme = next((r["scheme"] for r in chosen if "scheme" in r), None)
     if scheme is None:
-        raise UsageError(NOTHING)
+        raise UsageError(NOTHING_ELSE.format(" and ".join(formats)) if formats else NOTHING)
     used = sum(u.choices[picks[u.key]].bytes for u in known_profile.units)
     time = None if latency is None else latency.of(picks)
     allocation = replace(
@@ -216,6 +227,8 @@ def _with_picks(
         rules=tuple(chosen),
         outliers=outliers(known_profile, picks),
         rank=ranks(known_profile, picks),
+        embeddings=formats.get(EMBEDDINGS, None if request.embeddings == AUTO else request.embeddings),
+        head=formats.get(HEAD, None if request.head == AUTO else request.head),
     )
     running = None
     if budget_request.budget.memory is not None:
@@ -277,6 +290,18 @@ def _refuse_another(
     profiled = {n for u in known_profile.units for n in u.linears}
     parts = recorded_parts(known_profile.request)
     expected = {x.name for u in units_of(structure, parts) for x in u.linears}
+    for end in (EMBEDDINGS, HEAD):
+        asked = getattr(request, end)
+        if asked == AUTO and end not in parts:
+            raise UsageError(
+                f"--{end} {AUTO}: the profile in {budget_request.profile} does not include it: run 'qkit profile --{end}' "
+                "into another folder, or name a format"
+            )
+        if asked not in (None, AUTO) and end in parts:
+            raise UsageError(
+                f"--{end} {asked}: the profile in {budget_request.profile} includes it, and the budget decides: leave the "
+                "option out"
+            )
     decided_tower = next((t for t in request.targets or {} if t in parts), None)
     if decided_tower is not None:
         raise UsageError(
@@ -303,6 +328,16 @@ def _refuse_another(
         )
 
 
+def _saved_by_ends(request: Request, structure: ModelStructure) -> int:
+    """The bytes that embeddings and head save in the formats that the request names."""
+    named = {o: text for o in (EMBEDDINGS, HEAD) if (text := getattr(request, o)) not in (None, AUTO)}
+    plans = end_plans(Recipe(scheme="w4a16", **named), structure, untied=False, rows=False) if named else {}
+    return sum(
+        structure.checkpoint.tensors[f"{name}.weight"].nbytes - linear_bytes(p.weights, None, p.shape, structure.dtype)
+        for name, p in plans.items()
+    )
+
+
 def _header_bytes(known_profile: Profile, structure: ModelStructure) -> int:
     """At most so much of the weight files is not tensors: a line of JSON for each, of a name, a dtype, a shape and a place."""
     pieces = 4 + 3 * any(known_profile.request["outliers"].values())  # tensors that a quantized weight is stored as
@@ -314,7 +349,8 @@ def _header_bytes(known_profile: Profile, structure: ModelStructure) -> int:
 def _without_transforms(request: Request) -> Request:
     """What the probes are made with: the solver of the request, on the weights of the language model as they are."""
     parts = [p for p in (request.method or "gptq").split("+") if p in ("rtn", "gptq")]
-    return replace(request, method=parts[0] if parts else "rtn", targets=None)
+    embeddings, head = (AUTO if text == AUTO else None for text in (request.embeddings, request.head))
+    return replace(request, method=parts[0] if parts else "rtn", targets=None, embeddings=embeddings, head=head)
 
 
 def running_bytes(structure: ModelStructure, context: int) -> tuple[int, int]:

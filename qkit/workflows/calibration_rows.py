@@ -26,7 +26,8 @@ from qkit.families.structure import ModelStructure
 from qkit.files.embedded import embedded_chats, embedded_text
 from qkit.files.folder import is_pipeline
 from qkit.files.locate import find_model
-from qkit.planning.plan import LinearPlan, is_static, rows_reason
+from qkit.planning.linear_plan import LinearPlan
+from qkit.planning.plan import is_static, rows_reason
 from qkit.planning.recipe import Recipe, parse_method
 from qkit.planning.request import Request, check_rows
 from qkit.runtime.loading import load_tokenizer

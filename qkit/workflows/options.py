@@ -40,6 +40,7 @@ DEFAULTS: dict[str, Any] = {
         ("scheme", "method", "group_size", "recipe", "outliers", "rank", "significant", "effort", "export")
     ),
     "keep_source": (),
+    **dict.fromkeys(("embeddings", "head")),
     "options": (),
     "call": (),
     "policy": (),

@@ -16,11 +16,12 @@ from qkit.calibration.batches import Extent, extent, text_extent
 from qkit.calibration.dataset import Calibration
 from qkit.errors import BadInput, UsageError
 from qkit.families.blocks import LANGUAGE
+from qkit.families.ends import EMBEDDINGS, HEAD
 from qkit.families.structure import ModelStructure
 from qkit.files.embedded import embedded_text
 from qkit.files.folder import list_names
 from qkit.planning.plan import Plan
-from qkit.planning.recipe import parse_method
+from qkit.planning.recipe import AUTO, parse_method
 from qkit.planning.request import Request
 from qkit.planning.towers import SKIP
 from qkit.sensitivity.candidates import Candidate, parse_candidates
@@ -149,7 +150,7 @@ def _forecast(request: ProfileRequest, structure: ModelStructure, rows: Extent, 
     base = request.base
     candidates = parse_candidates(request.candidates, base.group_size)
     threads = base.threads or available_cores()
-    parts = parts_of(structure, has_images)
+    parts = parts_of(structure, has_images, _asked_ends(base))
     return profile_forecast(structure, candidates, request.measures, rows, request.points, threads, parts)
 
 
@@ -185,7 +186,7 @@ def _probe_request(request: ProfileRequest, structure: ModelStructure, has_image
     candidates = parse_candidates(request.candidates, base.group_size)
     if all(c.scheme is None for c in candidates):
         raise UsageError(f"--candidates {request.candidates}: no format that quantizes: add one, for instance int4")
-    parts = parts_of(structure, has_images)
+    parts = parts_of(structure, has_images, _asked_ends(base))
     settings = {
         "method": solver,
         "group_size": base.group_size,
@@ -200,6 +201,11 @@ def _probe_request(request: ProfileRequest, structure: ModelStructure, has_image
         "dtype": str(structure.dtype).removeprefix("torch."),
     }
     return _ProbeRequest(structure, candidates, parts, settings)
+
+
+def _asked_ends(base: Request) -> tuple[str, ...]:
+    """The ends of the model that are units too: those left to a budget."""
+    return tuple(option for option in (EMBEDDINGS, HEAD) if getattr(base, option) == AUTO)
 
 
 def _prepare(request: ProfileRequest) -> _PreparedProbes:
@@ -217,6 +223,8 @@ def _prepare(request: ProfileRequest) -> _PreparedProbes:
                 group_size=probe_request.settings["group_sizes"][c.name],
                 outliers=c.outliers or None,
                 rank=c.rank or None,
+                embeddings=None,
+                head=None,
                 targets={t.name: c.scheme.name if t.name in probe_request.parts else SKIP for t in structure.towers},
             ),
             rows,
@@ -350,6 +358,8 @@ def plan_measurement(
     lacking = next((k for k in ("group_size", "samples", "seqlen", "rows", "points") if k not in r), None)
     if lacking is not None:
         raise BadInput(f"{folder}: the profile does not record its {lacking}: measure it again")
+    embeddings, head = (AUTO if end in recorded_parts(r) else None for end in (EMBEDDINGS, HEAD))
+    base = replace(base, embeddings=embeddings, head=head)
     base = replace(base, group_size=r["group_size"], method=r["method"], samples=r["samples"], seqlen=r["seqlen"])
     prepared = _prepare(ProfileRequest(base, names, known_profile.measures, r["rows"], r["points"]))
     with (

@@ -16,6 +16,7 @@ from qkit.calibration.dataset import Calibration
 from qkit.diffusion.pipeline import check_pipeline, files_around
 from qkit.engine.auto import forecast_of, plan_of
 from qkit.engine.end_to_end import end_to_end_memory, learn_end_to_end
+from qkit.engine.ends import quantize_ends
 from qkit.engine.export import export, is_export_of, job_identity, source_hashes
 from qkit.engine.forecast import Forecast, refuse_what_cannot_fit
 from qkit.engine.job import Job
@@ -222,6 +223,7 @@ def quantize(
         running = with_synthetic_rows(plan, structure, job, pool, progress)
         given = original_passes(running, structure, job, pool, progress)
         run_blocks(running, structure, job, pool, progress, given)
+        quantize_ends(running, structure, job, pool, progress)
         learn_end_to_end(running, structure, job, pool, progress)
         repair(running, structure, job, pool, progress)
         measure_scales(running, structure, job, pool, progress)
@@ -265,11 +267,11 @@ def _told_of_memory(work: Path) -> Iterator[None]:
 def coverage(plan: Plan) -> dict[str, Any]:
     """What is quantized and what is not, in numbers."""
     schemes: dict[str, int] = {}
-    for p in plan.linears.values():
+    for p in plan.packed.values():
         schemes[p.scheme] = schemes.get(p.scheme, 0) + 1
-    weights = sum(p.shape[0] * p.shape[1] for p in plan.linears.values())
+    weights = sum(p.shape[0] * p.shape[1] for p in plan.packed.values())
     return {
-        "quantized": len(plan.linears),
+        "quantized": len(plan.packed),
         "skipped": len(plan.skipped),
         **({"kept": len(plan.kept)} if plan.kept else {}),
         "schemes": schemes,

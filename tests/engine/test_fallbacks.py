@@ -13,7 +13,7 @@ from qkit.engine import solving
 from qkit.engine.fallbacks import check_fallbacks
 from qkit.errors import NumericFailure
 from qkit.families.blocks import Group, Linear, LinearGroup
-from qkit.planning.plan import LinearPlan
+from qkit.planning.linear_plan import LinearPlan
 from qkit.solvers import rtn
 from qkit.solvers.table import SOLVERS, Solver
 from qkit.solvers.task import ZERO_INPUTS, Solved

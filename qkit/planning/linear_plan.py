@@ -1,0 +1,36 @@
+"""The decisions for one weight matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from qkit.tensor.formats import Format, Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearPlan:
+    """The decisions for one linear. outliers: how many of its weights, the largest, go to a sparse part before it is
+    quantized; rank: of its low-rank part, 0: none; rotation: block of the Hadamard transform of its inputs, 0: none;
+    residual: how many of its input channels are quantized twice; uses: of a matrix outside the blocks, EMBEDDINGS, HEAD or both
+    of ``families.ends``; note: what is unusual about it (an adapted group size,
+    a rule)."""
+
+    name: str
+    shape: tuple[int, int]
+    scheme: str
+    weights: Format
+    activations: Format | None
+    solver: str
+    options: dict[str, Any] = field(default_factory=dict)
+    outliers: int = 0
+    rank: int = 0
+    rotation: int = 0
+    residual: int = 0
+    uses: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def pair(self) -> Scheme:
+        """The format of the weight and that of its inputs."""
+        return Scheme(self.scheme, self.weights, self.activations)
