@@ -47,7 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "targets": (),
     "rows_memory": None,
     "strict": False,
-    "calib": None,
+    "calib": (),
     "samples": 128,
     "seqlen": 256,
     "synthetic_samples": 0,
