@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from qkit.errors import Unsupported
-from qkit.families import Family, dit, encoder, vlm
+from qkit.families import Family, dit_discover, encoder, vlm
 from qkit.families.blocks import Group
 from qkit.families.declared import DECLARED
 from qkit.files.schema import foreign_errors
 
-_DENOISERS = {name: family for family in dit.FAMILIES for name in family.model_types}
 _FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 _ADVICE = "get the config of this model"
 # Models whose blocks are called with numbers of a whole batch (positions of every head), which are recorded of one row.
@@ -100,27 +99,22 @@ def _encoder(name: str, config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def _denoiser(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn.Module:
-    """A diffusion transformer on the meta device; its computed buffers (positions) have their values."""
+    """A diffusion transformer or a U-Net on the meta device; its computed buffers (positions) have their values."""
     name = config["_class_name"]
-    if not isinstance(name, str) or name not in _DENOISERS:
-        unet = isinstance(name, str) and "UNet" in name
-        raise Unsupported(
-            f"{where}: _class_name {name!r} is "
-            + (
-                "a U-Net; qkit quantizes diffusion transformers"
-                if unet
-                else "not a diffusion transformer that qkit knows"
-            )
-            + f": expected one of {', '.join(_DENOISERS)}"
-        )
     try:
         import diffusers
         from accelerate import init_empty_weights
     except ImportError as e:
         raise Unsupported(f"{where}: {name} needs diffusers: pip install 'qkit[diffusion]'") from e
+    found = dit_discover.denoiser_class(name, diffusers)
+    if found is None:
+        raise Unsupported(
+            f"{where}: _class_name {name!r} is no transformer or U-Net of diffusers {diffusers.__version__}; code inside a "
+            "checkpoint is never run: use the folder of one, or a newer diffusers"
+        )
     settings = {k: v for k, v in config.items() if k != "quantization_config"}
     with foreign_errors(f"{where}: config.json does not describe a model", _ADVICE), init_empty_weights():
-        model = getattr(diffusers, name).from_config(settings)
+        model = cast(Any, found).from_config(settings)
     for p in model.parameters():
         p.data = p.data.to(dtype)
     return cast(nn.Module, model.eval())
@@ -131,6 +125,8 @@ def family_of(model: nn.Module, model_type: str) -> Family:
     for family in DECLARED:
         if model_type in family.model_types:
             return family
+    if dit_discover.is_denoiser(model):
+        return dit_discover.discover(model, model_type)
     return _discover(model, model_type)
 
 

@@ -21,6 +21,7 @@ from qkit.families import Family
 from qkit.families.blocks import LANGUAGE, BlockSequence, BlockStructure, Group, Linear, LinearGroup
 from qkit.families.declared import DECLARED
 from qkit.families.discover import build_skeleton, family_of, kind_of
+from qkit.families.dit_discover import unquantized
 from qkit.families.mismatch import another_class, other_storage
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import DENOISER
@@ -53,8 +54,7 @@ class ModelStructure:
         self.computed = _computed(self.model) if self.family.streams else None
         self._named = _names_of(self.model, checkpoint) if self.family.text_types else {}
         self.tied = self._tied()
-        lists = [(name, self.model.get_submodule(name)) for name in self.family.blocks]
-        paths = [f"{name}.{i}" for name, layers in lists for i, _ in enumerate(layers.children())]
+        paths = list(_block_paths(self.model, self.family.blocks))
         self.blocks = tuple(self._block(i, p, self.family.groups) for i, p in enumerate(paths))
         self.towers = tuple(self._towers())
         self._check_coverage()
@@ -195,6 +195,8 @@ class ModelStructure:
         """{checkpoint name: reason} of block matrices that are not quantized, since they are no linears: routers,
         embeddings.
         """
+        if self.family.streams is not None and self.family.streams.recorded:
+            return unquantized(self.model, self.checkpoint.tensors)
         why = ROUTER_REASON if self.family.experts else TABLE_REASON
         linears = {f"{x.name}.weight" for b in self.blocks for x in b.linears}
         stored = [s for b in self.blocks for _, s in b.stored if s.endswith(".weight") and s not in linears]
@@ -254,6 +256,16 @@ class ModelStructure:
                 raise BadCheckpoint(
                     f"{where}: tensor {name!r} has shape {list(tensors[name].shape)}, config.json implies {list(shape)}"
                 )
+
+
+def _block_paths(model: nn.Module, listed: tuple[str, ...]) -> Iterator[str]:
+    """The module path of every block. listed: lists of blocks, or single blocks."""
+    for name in listed:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.ModuleList) and not name.rpartition(".")[2].isdigit():
+            yield from (f"{name}.{i}" for i, _ in enumerate(module.children()))
+        else:
+            yield name
 
 
 def _names_of(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:

@@ -247,7 +247,7 @@ def _wrong(field: str, value: object, expected: str) -> NoReturn:
 def _check_counts(config: dict[str, Any]) -> None:
     for field, largest in LIMITS.items():
         value = config.get(field, 1)
-        if value is None and field in OPTIONAL:
+        if value is None and (field in OPTIONAL or "_class_name" in config):  # diffusers writes unused settings as null
             continue
         # Some models give a size per layer as a list.
         for number in value if isinstance(value, list) and value else [value]:
