@@ -199,16 +199,19 @@ class BlockRunner:
             )
 
     def _hooks(self, names: set[str]) -> list[Any]:
-        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-                self._local.seen[name] = args
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+            def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self._local.seen[name] = args or tuple(kwargs.values())  # some call a linear with its argument's name
                 if self._local.stop and len(self._local.seen) == len(names):
                     raise _Reached
 
             return keep
 
         # Kept before any other hook: what is captured is the input before its activations are quantized.
-        return [self.block.get_submodule(n).register_forward_pre_hook(hook(n), prepend=True) for n in sorted(names)]
+        return [
+            self.block.get_submodule(n).register_forward_pre_hook(hook(n), prepend=True, with_kwargs=True)
+            for n in sorted(names)
+        ]
 
     def _run(self, span: Span, hidden: Tensor, stop: bool) -> dict[str, tuple[Any, ...]]:
         self._local.seen, self._local.stop, self._local.span = {}, stop, span

@@ -8,6 +8,7 @@ memory during these runs, as it is in the pipeline that gives the calls.
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -110,6 +111,7 @@ def record_inputs(
         with ExitStack() as stack:
             model = stack.enter_context(_whole_model(structure, dtype))
             offload, time = _Offload(folder), [0.0]
+            options = {"return_dict": False} if "return_dict" in inspect.signature(model.forward).parameters else {}
             for block in blocks:
                 file = stack.enter_context(job.rows_path(block.index).open("wb"))
                 records[block.index] = _Record(file)
@@ -118,7 +120,7 @@ def record_inputs(
             for sample in plan.calibration.calls(folder):
                 time[0] = time_of(sample["timestep"]) if "timestep" in sample else 0.0
                 with torch.no_grad():
-                    model(**{**sample, "return_dict": False})
+                    model(**{**sample, **options})
                 step()
     except OSError as e:
         raise write_failure(folder, e) from e
@@ -182,13 +184,13 @@ def _finished(
     where = structure.checkpoint.path
     if not record.calls:
         raise Unsupported(
-            f"{where}: no calibration sample calls {block.path} as a whole, so its inputs cannot be recorded: skip it with a rule, "
-            "or use a method without calibration (rtn with a weight-only scheme)"
+            f"{where}: no calibration sample calls {block.path} as a whole, so its inputs cannot be recorded: skip it "
+            "with a rule, or use a method without calibration (rtn with a weight-only scheme)"
         )
     if len(record.widths) > 1:
         raise Unsupported(
-            f"{where}: {block.path} is called with tensors of several widths ({sorted(record.widths)}): use samples of one size, "
-            "or a method without calibration (rtn with a weight-only scheme)"
+            f"{where}: {block.path} is called with tensors of several widths ({sorted(record.widths)}): use samples of one "
+            "size, or a method without calibration (rtn with a weight-only scheme)"
         )
     order = {name: i for i, name in enumerate(record.order)}
     groups = tuple(sorted(block.groups, key=lambda g: order.get(g.hook, len(order))))

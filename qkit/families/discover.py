@@ -114,7 +114,7 @@ def _denoiser(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn.Modu
         )
     settings = {k: v for k, v in config.items() if k != "quantization_config"}
     with foreign_errors(f"{where}: config.json does not describe a model", _ADVICE), init_empty_weights():
-        model = cast(Any, found).from_config(settings)
+        model = found.from_config(settings)
     for p in model.parameters():
         p.data = p.data.to(dtype)
     return cast(nn.Module, model.eval())

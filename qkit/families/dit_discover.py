@@ -2,9 +2,10 @@
 
 Blocks are the entries of module lists that lie in no other such list: the blocks of a transformer, the refiners before them,
 the down, middle and up blocks of a U-Net. A list counts when one of its entries has at least three linears, so a list of
-projections, or one linear between a dropout and an activation, is none. Nothing is guessed about which linears share an input: each is a
-group of its own, which measures the same and only costs memory. How blocks hand their results on is not guessed either:
-where a method needs calibration, the inputs of every block are recorded in runs of the whole model (``engine.recorded``).
+projections, or one linear between a dropout and an activation, is none. Nothing is guessed about which linears share an
+input: each is a group of its own, which measures the same and only costs memory. How blocks hand their results on is not
+guessed either: where a method needs calibration, the inputs of every block are recorded in runs of the whole model
+(``engine.recorded``).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 _PACKAGES = (".models.transformers.", ".models.unets.", ".pipelines.deprecated.")
 
 
-def denoiser_class(name: Any, diffusers: Any) -> type[nn.Module] | None:
+def denoiser_class(name: Any, diffusers: Any) -> Any:
     """The transformer or U-Net of diffusers with that name; None: there is none, or it is a model of another kind."""
     found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not inspect.isclass(found) or not issubclass(found, diffusers.ModelMixin):
@@ -47,7 +48,8 @@ def discover(model: nn.Module, name: str) -> Family:
     outermost = [(path, m) for path, m in lists if not any(path.startswith(f"{other}.") for other, _ in lists)]
     if not outermost:
         raise Unsupported(
-            f"{name} has no list of blocks with {_FEWEST_LINEARS} linears or more in one: there is nothing to quantize block by block"
+            f"{name} has no list of blocks with {_FEWEST_LINEARS} linears or more in one: there is nothing to quantize block "
+            "by block"
         )
     blocks: list[str] = []
     for path, m in outermost:

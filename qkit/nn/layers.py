@@ -64,7 +64,7 @@ class QuantLinear(nn.Module):
         """Bytes of the packed weight in memory."""
         return 0 if self.packed is None else self.packed.nbytes
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 some models call a linear with nn.Linear's name of the argument
+    def forward(self, input: Tensor) -> Tensor:
         """The layer's output [..., out] for input [..., in], in its dtype."""
         return self.product(input, self.activations if self.chooser is None else self.chooser(input))
 

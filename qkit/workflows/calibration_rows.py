@@ -17,13 +17,13 @@ from qkit.calibration.image_text import (
     read_image_text,
     refuse_chat,
 )
-from qkit.diffusion.pipeline import check_pipeline
+from qkit.diffusion.pipeline import check_pipeline, pipeline_around
 from qkit.diffusion.trajectory import Trajectory, check_call, sampling_of
 from qkit.errors import Unsupported, UsageError
 from qkit.families.discover import BY_BATCH, kind_of
 from qkit.families.structure import ModelStructure
 from qkit.files.embedded import embedded_text
-from qkit.files.folder import is_pipeline
+from qkit.files.folder import DENOISER, is_pipeline
 from qkit.files.locate import find_model
 from qkit.planning.plan import LinearPlan, is_static, rows_reason
 from qkit.planning.recipe import Recipe, parse_method
@@ -92,13 +92,14 @@ def trajectory_rows(request: Request, structure: ModelStructure) -> Calibration:
         import diffusers
 
     folder = find_model(request.model)
-    if not is_pipeline(folder):
+    folder, component = (folder, DENOISER) if is_pipeline(folder) else pipeline_around(folder) or (folder, "")
+    if not component:
         raise UsageError(
             f"{folder}: a transformer without its pipeline cannot be sampled, and this method or scheme needs "
             "samples: use the pipeline's folder, or another method (--method rtn with w8a8, w4a8 or a weight-only scheme)"
         )
     sampling = sampling_of(folder, request.calib, request.call)
-    pipeline_class = getattr(diffusers, check_pipeline(folder)["_class_name"], None)
+    pipeline_class = getattr(diffusers, check_pipeline(folder, component)["_class_name"], None)
     if pipeline_class is not None:
         check_call(pipeline_class, sampling.call)  # before a job is begun
     cap = request.rows_memory or available_memory() or 1 << 40
@@ -109,6 +110,7 @@ def trajectory_rows(request: Request, structure: ModelStructure) -> Calibration:
         seed=request.seed,
         dtype=run_dtype(structure.dtype),
         cap=cap,
+        component=component,
     )
     source = f"{request.calib.name if request.calib else 'own'} prompts"
     return Calibration(
