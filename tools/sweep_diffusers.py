@@ -101,8 +101,8 @@ def make(case: Case, folder: Path) -> Any:
 def run_case(case: Case, folder: Path) -> dict[str, Any]:
     """One line of the result. ``folder`` is filled and left as it is.
 
-    Fields: class, kind, rtn and gptq (ok, or the reason), coverage (of the weights of linears in blocks), load (largest relative
-    difference of ``qkit.load`` from fake quantization), stock (the same for diffusers' own loader), reason, seconds.
+    Fields: class, kind, rtn and gptq (ok, or the reason), coverage (of the weights of linears in blocks), load (largest
+    relative difference of ``qkit.load`` from fake quantization), stock (the same for diffusers' own loader), reason, seconds.
     """
     began = time.monotonic()
     line: dict[str, Any] = {"class": case.name, "kind": case.kind, "rtn": "", "gptq": "", "coverage": 0.0, "load": None}

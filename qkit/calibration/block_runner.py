@@ -3,7 +3,7 @@
 Later linears of a block see the error of earlier ones, so the block runs again after each group is solved. Two
 shortcuts keep this cheap: a run ends at the group in question (``_Reached``), and a submodule whose linears are all solved is
 replaced by its recorded output. An attention or MLP module returns the output of its last linear; its input there is kept
-in a file while it is captured, multiplied once the linear is solved, and played back in later runs (``_Playback``).
+in a file while it is captured, multiplied once the linear is solved, and played back in later runs (``playback.Playback``).
 A test run checks that a submodule returns its last linear's output; a submodule that does not simply runs again.
 
 Files, not memory, hold these intermediates: they are read right after they are written and mostly never leave the page
@@ -18,7 +18,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from qkit.calibration.block_calls import Call, OneByOne
+from qkit.calibration.playback import Playback, PlaybackUnit
 from qkit.calibration.statistics import (
     MAX_BAD_ROWS,
     SAMPLE_TOKENS,
@@ -57,31 +58,6 @@ class _Reached(Exception):
     """Ends a run of the block once all requested inputs are captured."""
 
 
-@dataclass
-class _PlaybackUnit:
-    """A submodule that returns the output of its last linear, either alone or first in a tuple with Nones.
-
-    path, last, width: of the submodule, of its last linear, and the outputs of that; rest: Nones after it (None: a bare tensor)
-    """
-
-    path: str
-    last: str
-    width: int
-    rest: int | None = None
-
-
-class _Playback(nn.Module):
-    """Stand-in for a solved submodule, which returns its recorded output."""
-
-    def __init__(self, fetch: Callable[[], Tensor], rest: int | None) -> None:
-        super().__init__()
-        self._fetch, self._rest = fetch, rest
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        out = self._fetch()
-        return out if self._rest is None else (out, *[None] * self._rest)
-
-
 class BlockRunner:
     """Runs calibration rows through one block while its linears are solved.
 
@@ -96,6 +72,7 @@ class BlockRunner:
         self.stages = structure.units
         self.beyond: set[int] = set()  # rows with finite values above ``Rows.largest``
         self._local = threading.local()
+        self._calls = Counter[str]()  # of linears, in one pass of the block
         self._units = self._find_units()
         self._replaced: dict[str, nn.Module] = {}
 
@@ -199,22 +176,26 @@ class BlockRunner:
             )
 
     def _hooks(self, names: set[str]) -> list[Any]:
-        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        calls = sum(max(1, self._calls[n]) for n in names)
+
+        def hook(name: str) -> Callable[..., None]:
             def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self._local.seen[name] = args or tuple(kwargs.values())  # some call a linear with its argument's name
-                if self._local.stop and len(self._local.seen) == len(names):
+                entered = args or tuple(kwargs.values())  # some blocks call a linear with its argument's name
+                seen = self._local.seen
+                if name in seen and self._calls[name] > 1:
+                    entered = (torch.cat([x.reshape(-1, x.shape[-1]) for x in (seen[name][0], entered[0])]),)
+                seen[name], self._local.count = entered, self._local.count + 1
+                if self._local.stop and self._local.count == calls:
                     raise _Reached
 
             return keep
 
         # Kept before any other hook: what is captured is the input before its activations are quantized.
-        return [
-            self.block.get_submodule(n).register_forward_pre_hook(hook(n), prepend=True, with_kwargs=True)
-            for n in sorted(names)
-        ]
+        modules = [(n, self.block.get_submodule(n)) for n in sorted(names)]
+        return [m.register_forward_pre_hook(hook(n), prepend=True, with_kwargs=True) for n, m in modules]
 
     def _run(self, span: Span, hidden: Tensor, stop: bool) -> dict[str, tuple[Any, ...]]:
-        self._local.seen, self._local.stop, self._local.span = {}, stop, span
+        self._local.seen, self._local.count, self._local.stop, self._local.span = {}, 0, stop, span
         with suppress(_Reached):
             self._local.out = self.call(self.block, hidden, slice(*span))
         return dict(self._local.seen)
@@ -231,19 +212,19 @@ class BlockRunner:
 
     # ---- playback --------------------------------------------------------------------------------------------
 
-    def _find_units(self) -> list[_PlaybackUnit]:
+    def _find_units(self) -> list[PlaybackUnit]:
         """Submodules that return the output of their last linear, as a run of one row shows."""
-        candidates: dict[str, _PlaybackUnit] = {}
+        candidates: dict[str, PlaybackUnit] = {}
         for group in self.structure.groups:
             path = group.hook.rpartition(".")[0]
             if group.expert is None and path and len(group.linears) == 1:
-                candidates[path] = _PlaybackUnit(path, group.hook, group.linears[0].shape[0])
+                candidates[path] = PlaybackUnit(path, group.hook, group.linears[0].shape[0])
         outputs: dict[str, Any] = {}
 
         def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
             return lambda module, args, out: outputs.__setitem__(name, out)
 
-        calls = Counter[str]()
+        calls = self._calls
 
         def count(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             return lambda module, args: calls.update((name,))
@@ -258,14 +239,14 @@ class BlockRunner:
         for handle in handles:
             handle.remove()
         repeated = next((n for n, k in calls.items() if k > 1), None)
-        if repeated is not None:
+        if repeated is not None and not isinstance(self.call, OneByOne):
             raise Unsupported(
                 f"{self.structure.path}.{repeated} runs {calls[repeated]} times in one pass of its block: its "
                 "weights have several inputs, and a layer is quantized for one: skip it with a rule, or use a "
                 "method without calibration (rtn)"
             )
         units = []
-        for unit in candidates.values():
+        for unit in (u for u in candidates.values() if calls[u.last] == 1):
             returned, linear_out = outputs.get(unit.path), outputs.get(unit.last)
             hidden_out, others = (returned[0], returned[1:]) if isinstance(returned, tuple) else (returned, None)
             if (
@@ -285,7 +266,7 @@ class BlockRunner:
             if any(g.hook == unit.last for g in groups):
                 self._play(unit, step)
 
-    def _play(self, unit: _PlaybackUnit, step: PieceCallback) -> None:
+    def _play(self, unit: PlaybackUnit, step: PieceCallback) -> None:
         linear = self.block.get_submodule(unit.last)
         config = replace(self.rows, path=self._file(f"{unit.path}.in"), hidden=_width(linear, unit))
         with self._file(f"{unit.path}.out").open("wb") as f:
@@ -295,7 +276,7 @@ class BlockRunner:
         config.path.unlink()
         played = replace(self.rows, path=self._file(f"{unit.path}.out"), hidden=unit.width)
         self._replaced[unit.path] = self.block.get_submodule(unit.path)
-        self.block.set_submodule(unit.path, _Playback(lambda: played.read(*self._local.span), unit.rest))
+        self.block.set_submodule(unit.path, Playback(lambda: played.read(*self._local.span), unit.rest))
 
     def _file(self, name: str) -> Path:
         return temp_path(self.rows.path.parent, name)
@@ -365,7 +346,7 @@ def _peak(inputs: Iterable[Tensor]) -> float:
     return max((float(e.abs()) if bool(e.isfinite()) else math.inf for e in ends), default=0.0)
 
 
-def _width(linear: nn.Module, unit: _PlaybackUnit) -> int:
+def _width(linear: nn.Module, unit: PlaybackUnit) -> int:
     assert isinstance(linear, nn.Linear), unit.last
     return linear.in_features
 

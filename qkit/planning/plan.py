@@ -330,8 +330,9 @@ def _policy(recipe: Recipe, structure: ModelStructure, linears: dict[str, Linear
         return None
     if structure.family.streams is not None and structure.family.streams.recorded:
         raise Unsupported(
-            f"scheme {BY_STEP} and --policy act between blocks, and how the blocks of a "
-            f"{kind_of(structure.checkpoint.config)} hand their results on is not known to qkit: use another scheme, for instance nvfp4"
+            f"scheme {BY_STEP} and --policy act between blocks, and how the blocks of this "
+            f"{kind_of(structure.checkpoint.config)} hand their results on is not known to qkit: use another scheme, for "
+            "instance nvfp4"
         )
     if structure.family.streams is None:
         raise Unsupported(

@@ -70,7 +70,7 @@ def test_discovery_gives_the_plan_and_the_bytes_of_a_declaration(
         quantize(request, tmp_path / name, sweep.Silent(), prepared=prepared)
         plans.append(prepared.plan)
         monkeypatch.setattr(discover, "DECLARED", tuple(f for f in declared.DECLARED if f.name != kind))
-    assert [p.family for p in plans][0] == kind
+    assert plans[0].family == kind
     assert plans[1].family.startswith("discovered:")
     assert sorted(plans[0].linears.items()) == sorted(plans[1].linears.items())
     assert plans[0].skipped.items() <= plans[1].skipped.items()  # discovery lists convolutions outside the blocks too

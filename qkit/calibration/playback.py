@@ -1,0 +1,34 @@
+"""Stand-ins for submodules of a block whose linears are solved (``block_runner``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass
+class PlaybackUnit:
+    """A submodule that returns the output of its last linear, either alone or first in a tuple with Nones.
+
+    path, last, width: of the submodule, of its last linear, and the outputs of that; rest: Nones after it (None: a bare tensor)
+    """
+
+    path: str
+    last: str
+    width: int
+    rest: int | None = None
+
+
+class Playback(nn.Module):
+    """Stand-in for a solved submodule, which returns its recorded output."""
+
+    def __init__(self, fetch: Callable[[], Tensor], rest: int | None) -> None:
+        super().__init__()
+        self._fetch, self._rest = fetch, rest
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        out = self._fetch()
+        return out if self._rest is None else (out, *[None] * self._rest)
