@@ -82,6 +82,8 @@ def forecast(
     outer = sum(tensors[s].nbytes for _, s in structure.outer)
     largest = max((tensors[s].nbytes for _, s in structure.outer), default=0)
     memory = {"read the outer tensors": (outer if calibration else 0) + largest}
+    if plan.needs_rows and structure.family.streams is not None and structure.family.streams.recorded:
+        memory["record the inputs of all blocks"] = structure.parameters * item  # of the whole model
     phases = ("forward passes", "Hessians", "factorizations", "solving", "learned rounding", "packing and checking")
     ops = dict.fromkeys(phases, 0.0)
     part_bytes = 0

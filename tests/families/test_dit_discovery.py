@@ -110,6 +110,13 @@ def test_what_diffusers_has_not_is_refused(tmp_path: Path) -> None:
             open_structure(str(source))
 
 
+def test_the_forecast_has_the_whole_model_while_inputs_are_recorded(tmp_path: Path) -> None:
+    model = sweep.make(case("Flux2Transformer2DModel"), tmp_path)
+    request = Request(model=str(tmp_path), scheme="w4a16", method="gptq", threads=1)
+    forecast = prepare(request, rows(case("Flux2Transformer2DModel"))).forecast
+    assert forecast.memory["record the inputs of all blocks"] == 4 * sum(p.numel() for p in model.parameters())
+
+
 def test_a_policy_by_step_is_refused_where_blocks_are_recorded(tmp_path: Path) -> None:
     sweep.make(case("Flux2Transformer2DModel"), tmp_path)
     with pytest.raises(Unsupported, match="act between blocks"):
