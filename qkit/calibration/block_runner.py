@@ -3,7 +3,7 @@
 Later linears of a block see the error of earlier ones, so the block runs again after each group is solved. Two
 shortcuts keep this cheap: a run ends at the group in question (``_Reached``), and a submodule whose linears are all solved is
 replaced by its recorded output. An attention or MLP module returns the output of its last linear; its input there is kept
-in a file while it is captured, multiplied once the linear is solved, and played back in later runs (``_Playback``).
+in a file while it is captured, multiplied once the linear is solved, and played back in later runs (``playback.Playback``).
 A test run checks that a submodule returns its last linear's output; a submodule that does not simply runs again.
 
 Files, not memory, hold these intermediates: they are read right after they are written and mostly never leave the page
@@ -18,7 +18,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from qkit.calibration.block_calls import Call, OneByOne
+from qkit.calibration.playback import Playback, PlaybackUnit
 from qkit.calibration.stack_inputs import watch_stacks
 from qkit.calibration.statistics import (
     MAX_BAD_ROWS,
@@ -60,35 +61,6 @@ class _Reached(Exception):
     """Ends a run of the block once all requested inputs are captured."""
 
 
-@dataclass
-class _PlaybackUnit:
-    """A submodule that returns the output of its last linear, either alone or first in a tuple with Nones.
-
-    path, last, width: of the submodule, of its last linear, and the outputs of that; rest: Nones after it (None: a bare tensor)
-    """
-
-    path: str
-    last: str
-    width: int
-    rest: int | None = None
-
-
-class _Playback(nn.Module):
-    """Stand-in for a solved submodule, which returns its recorded output."""
-
-    def __init__(self, module: nn.Module, fetch: Callable[[], Tensor], rest: int | None) -> None:
-        super().__init__()
-        self.__dict__["_solved"] = (module, fetch, rest)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_solved"][0], name)  # blocks read attributes of their parts
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        _, fetch, rest = self.__dict__["_solved"]
-        out = fetch()
-        return out if rest is None else (out, *[None] * rest)
-
-
 class BlockRunner:
     """Runs calibration rows through one block while its linears are solved.
 
@@ -103,7 +75,7 @@ class BlockRunner:
         self.stages = structure.units
         self.beyond: set[int] = set()  # rows with finite values above ``Rows.largest``
         self._local = threading.local()
-        self._repeated: set[str] = set()  # linears that run more than once in a pass
+        self._calls = Counter[str]()  # of linears, in one pass of the block
         self._units = self._find_units()
         self._replaced: dict[str, nn.Module] = {}
 
@@ -126,7 +98,7 @@ class BlockRunner:
         ends = {g.hook for g in groups} if keep else set()
         unit = next((u for u in self._units if u.last in ends), None)
         unit_file = None if unit is None else self._file(f"{unit.path}.in").open("wb")
-        handles = self._hooks({g.hook for g in groups if g.hook} - self._repeated)
+        handles = self._hooks({g.hook for g in groups if g.hook})
         watched = {x.param for g in groups if g.stack for x in g.linears}
 
         def one(span: Span) -> tuple[dict[str, PieceStats], Tensor | None, list[int], list[int]]:
@@ -209,19 +181,26 @@ class BlockRunner:
             )
 
     def _hooks(self, names: set[str]) -> list[Any]:
-        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-                self._local.seen[name] = args
-                if self._local.stop and len(self._local.seen) == len(names):
+        calls = sum(max(1, self._calls[n]) for n in names)
+
+        def hook(name: str) -> Callable[..., None]:
+            def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                entered = args or tuple(kwargs.values())  # some blocks call a linear with its argument's name
+                seen = self._local.seen
+                if name in seen and self._calls[name] > 1:
+                    entered = (torch.cat([x.reshape(-1, x.shape[-1]) for x in (seen[name][0], entered[0])]),)
+                seen[name], self._local.count = entered, self._local.count + 1
+                if self._local.stop and self._local.count == calls:
                     raise _Reached
 
             return keep
 
         # Kept before any other hook: what is captured is the input before its activations are quantized.
-        return [self.block.get_submodule(n).register_forward_pre_hook(hook(n), prepend=True) for n in sorted(names)]
+        modules = [(n, self.block.get_submodule(n)) for n in sorted(names)]
+        return [m.register_forward_pre_hook(hook(n), prepend=True, with_kwargs=True) for n, m in modules]
 
     def _run(self, span: Span, hidden: Tensor, stop: bool) -> dict[str, tuple[Any, ...]]:
-        self._local.seen, self._local.stop, self._local.span = {}, stop, span
+        self._local.seen, self._local.count, self._local.stop, self._local.span = {}, 0, stop, span
         with suppress(_Reached):
             self._local.out = self.call(self.block, hidden, slice(*span))
         return dict(self._local.seen)
@@ -238,19 +217,19 @@ class BlockRunner:
 
     # ---- playback --------------------------------------------------------------------------------------------
 
-    def _find_units(self) -> list[_PlaybackUnit]:
+    def _find_units(self) -> list[PlaybackUnit]:
         """Submodules that return the output of their last linear, as a run of one row shows."""
-        candidates: dict[str, _PlaybackUnit] = {}
+        candidates: dict[str, PlaybackUnit] = {}
         for group in self.structure.groups:
             path = group.hook.rpartition(".")[0]
             if group.expert is None and path and len(group.linears) == 1:
-                candidates[path] = _PlaybackUnit(path, group.hook, group.linears[0].shape[0])
+                candidates[path] = PlaybackUnit(path, group.hook, group.linears[0].shape[0])
         outputs: dict[str, Any] = {}
 
         def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
             return lambda module, args, out: outputs.__setitem__(name, out)
 
-        calls = Counter[str]()
+        calls = self._calls
 
         def count(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             return lambda module, args: calls.update((name,))
@@ -264,10 +243,8 @@ class BlockRunner:
             self.call(self.block, entered, slice(0, 1))
         for handle in handles:
             handle.remove()
-        # Their weights have several inputs, and statistics are taken of one: they are rounded without.
-        self._repeated = {n for n, k in calls.items() if k > 1}
         units = []
-        for unit in candidates.values():
+        for unit in (u for u in candidates.values() if calls[u.last] == 1):
             returned, linear_out = outputs.get(unit.path), outputs.get(unit.last)
             hidden_out, others = (returned[0], returned[1:]) if isinstance(returned, tuple) else (returned, None)
             if (
@@ -287,7 +264,7 @@ class BlockRunner:
             if any(g.hook == unit.last for g in groups):
                 self._play(unit, step)
 
-    def _play(self, unit: _PlaybackUnit, step: PieceCallback) -> None:
+    def _play(self, unit: PlaybackUnit, step: PieceCallback) -> None:
         linear = self.block.get_submodule(unit.last)
         config = replace(self.rows, path=self._file(f"{unit.path}.in"), hidden=_width(linear, unit))
         with self._file(f"{unit.path}.out").open("wb") as f:
@@ -298,7 +275,7 @@ class BlockRunner:
         played = replace(self.rows, path=self._file(f"{unit.path}.out"), hidden=unit.width)
         self._replaced[unit.path] = self.block.get_submodule(unit.path)
         replaced = self._replaced[unit.path]
-        self.block.set_submodule(unit.path, _Playback(replaced, lambda: played.read(*self._local.span), unit.rest))
+        self.block.set_submodule(unit.path, Playback(replaced, lambda: played.read(*self._local.span), unit.rest))
 
     def _file(self, name: str) -> Path:
         return temp_path(self.rows.path.parent, name)
@@ -368,7 +345,7 @@ def _peak(inputs: Iterable[Tensor]) -> float:
     return max((float(e.abs()) if bool(e.isfinite()) else math.inf for e in ends), default=0.0)
 
 
-def _width(linear: nn.Module, unit: _PlaybackUnit) -> int:
+def _width(linear: nn.Module, unit: PlaybackUnit) -> int:
     found = matrix_of(linear)
     assert found is not None, unit.last
     return found[1]

@@ -24,15 +24,16 @@ from qkit.files.side_files import copy_side_files, hash_side_files, refuse_pickl
 from qkit.system.extras import needs
 
 LIBRARIES = ("diffusers", "transformers")
-SECOND = "transformer_2"
+SECOND = "transformer_2"  # Wan 2.2: the transformer of the later steps
+UNET = "unet"
+DENOISERS = (DENOISER, SECOND, UNET)
 SAMPLING = "sampling.json"  # beside the index: arguments of the pipeline, and prompts
 
 
-def check_pipeline(folder: Path) -> dict[str, Any]:
-    """Content of model_index.json, after checks.
+def check_pipeline(folder: Path, component: str = DENOISER) -> dict[str, Any]:
+    """Content of model_index.json, after checks. component: the one that is quantized, or sampled for.
 
-    Raises BadCheckpoint for a folder that would run code or is no pipeline, Unsupported for one without a diffusion
-    transformer.
+    Raises BadCheckpoint for a folder that would run code or is no pipeline, Unsupported for one without that component.
     """
     file = folder / PIPELINE_INDEX
     index = load_json(checked_path(folder.resolve(), PIPELINE_INDEX), "pipeline index")
@@ -51,18 +52,13 @@ def check_pipeline(folder: Path) -> dict[str, Any]:
                 "a pipeline is never run"
             )
     present = {name for name, value in components.items() if value != [None, None]}
-    if DENOISER not in present:
-        unet = "unet" in present
+    if component not in present:
+        unet = component == DENOISER and UNET in present
         raise Unsupported(
             f"{folder}: a {index['_class_name']} "
-            + ("with a U-Net" if unet else "without a transformer")
+            + ("with a U-Net" if unet else f"without a {component}")
             + f" (its components: {', '.join(sorted(present)) or 'none'}): qkit quantizes pipelines with "
-            "a diffusion transformer"
-        )
-    if SECOND in present:
-        raise Unsupported(
-            f"{folder}: a pipeline with two transformers ({DENOISER}, {SECOND}): quantize each separately, --model "
-            f"{folder}/{DENOISER} and --model {folder}/{SECOND}"
+            "a diffusion transformer" + (f"; its U-Net is quantized by itself: --model {folder / UNET}" if unet else "")
         )
     return index
 
@@ -158,12 +154,29 @@ def quiet() -> Iterator[None]:
                 log.enable_progress_bar()
 
 
-def load_pipeline(folder: Path, dtype: Any, device: str) -> Any:
+def pipeline_around(folder: Path) -> tuple[Path, str] | None:
+    """(The pipeline that a folder is a component of, the component's name); None: it lies alone, or is no denoiser of one."""
+    whole = folder.resolve().parent
+    name = folder.resolve().name
+    return (whole, name) if name in DENOISERS and (whole / PIPELINE_INDEX).is_file() else None
+
+
+def own_steps(pipeline: Any, component: str) -> int:
+    """The number of steps of the schedule in which a pipeline calls that component: all, but for two transformers."""
+    times = pipeline.scheduler.timesteps
+    ratio = getattr(pipeline.config, "boundary_ratio", None)
+    if ratio is None or getattr(pipeline, SECOND, None) is None or component not in (DENOISER, SECOND):
+        return len(times)
+    early = int((times >= ratio * pipeline.scheduler.config.num_train_timesteps).sum())
+    return early if component == DENOISER else len(times) - early
+
+
+def load_pipeline(folder: Path, dtype: Any, device: str, component: str = DENOISER) -> Any:
     """A diffusers pipeline whose quantized linears stay packed; text encoders and VAE in ``dtype`` too."""
     with needs("a diffusion pipeline", "diffusion"):
         from diffusers import DiffusionPipeline
 
-    check_pipeline(folder)
+    check_pipeline(folder, component)
     try:
         with quiet():
             pipeline = DiffusionPipeline.from_pretrained(

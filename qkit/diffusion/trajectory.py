@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qkit.calibration.block_calls import mapped
 from qkit.diffusion.clock import Clock
-from qkit.diffusion.pipeline import SAMPLING, load_pipeline, quiet, reason
+from qkit.diffusion.pipeline import SAMPLING, load_pipeline, own_steps, quiet, reason
 from qkit.errors import BadCalibration, UsageError
 from qkit.files.folder import DENOISER, checked_path, load_json
 from qkit.files.offload import OffloadedTensors
@@ -91,6 +91,7 @@ class Trajectory:
 
     samples: number of (prompt, step) pairs; each gives one row for each guidance branch
     cap: largest number of bytes of one row in memory; the others are offloaded to the disk
+    component: of the pipeline, whose calls are recorded
     """
 
     folder: Path
@@ -99,11 +100,13 @@ class Trajectory:
     seed: int
     dtype: torch.dtype
     cap: int = 1 << 30
+    component: str = DENOISER
 
     @property
     def digest(self) -> str:
         """sha256 of all settings of the calls; the pipeline itself is not included."""
         content = [self.sampling.prompts, self.sampling.call, self.samples, self.seed, STRATA]
+        content += [] if self.component == DENOISER else [self.component]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def calls(self, folder: Path) -> Iterator[dict[str, Any]]:
@@ -111,16 +114,16 @@ class Trajectory:
 
         Raises BadCalibration for a call that takes more memory than the cap, and as ``sample`` does.
         """
-        pipeline = load_pipeline(self.folder, self.dtype, "cpu")
+        pipeline = load_pipeline(self.folder, self.dtype, "cpu", self.component)
         pipeline.set_progress_bar_config(disable=True)
         remaining, number = self.samples, 0
         while remaining > 0:
             prompt = self.sampling.prompts[number % len(self.sampling.prompts)]
             recorder = _CallRecorder(prompt=number, most=remaining, file=OffloadedTensors(folder), cap=self.cap)
-            sample(pipeline, prompt, self.sampling.call, self.seed + number, recorder)
+            sample(pipeline, prompt, self.sampling.call, self.seed + number, recorder, self.component)
             if not recorder.kept:
                 raise BadCalibration(
-                    f"{self.folder}: the pipeline did not call its transformer with {self.sampling.call}"
+                    f"{self.folder}: the pipeline did not call its {self.component} with {self.sampling.call}"
                 )
             yield from (recorder.read(call) for step in sorted(recorder.kept) for call in recorder.kept[step])
             remaining, number = remaining - len(recorder.kept), number + 1
@@ -188,22 +191,27 @@ def check_call(pipeline_class: type, call: Iterable[str]) -> Mapping[str, Any]:
 
 
 def sample(
-    pipeline: Any, prompt: str, call: dict[str, Any], seed: int, recorder: _CallRecorder | None = None
+    pipeline: Any,
+    prompt: str,
+    call: dict[str, Any],
+    seed: int,
+    recorder: _CallRecorder | None = None,
+    component: str = DENOISER,
 ) -> Tensor:
     """Final latents (or images, where a pipeline gives no latents) of the pipeline's own sampler for one prompt, float32.
 
-    keep: records calls of its transformer. Raises BadCalibration for arguments that the pipeline does not accept, and for a
+    recorder: records calls of a component. Raises BadCalibration for arguments that the pipeline does not accept, and for a
     scheduler that changes the number of steps while it runs, so that steps cannot be identified.
     """
-    model = getattr(pipeline, DENOISER)
+    model = getattr(pipeline, component)
     signature = inspect.signature(model.forward)
     clock, counts = Clock(), set[int]()
 
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = dict(signature.bind(*args, **kwargs).arguments)
         arguments.pop("return_dict", None)
-        clock.tick(arguments["timestep"], arguments["hidden_states"])
-        count = len(pipeline.scheduler.timesteps)
+        clock.tick(arguments["timestep"], arguments["sample" if "sample" in arguments else "hidden_states"])
+        count = own_steps(pipeline, component)
         counts.add(count)
         if len(counts) > 1 or clock.step >= count:
             raise BadCalibration(

@@ -61,6 +61,11 @@ class Forecast:
         return {**asdict(self), "time_dominating": [{"phase": k, "share": round(v / total, 3)} for k, v in ranked if v]}
 
 
+def _most(number: Any) -> int:
+    """The largest of the numbers that a config gives: one, one for each level of a U-Net, or null."""
+    return max((_most(n) for n in number), default=0) if isinstance(number, (list, tuple)) else int(number or 0)
+
+
 def forecast(
     plan: Plan, structure: ModelStructure, workers: int, later_memory: dict[str, int] | None = None
 ) -> Forecast:
@@ -76,10 +81,12 @@ def forecast(
         (1 + needs_inputs) * plan.needs_rows + plan.static_cache + runs_originals
     )  # of all rows, as many as these of a block
     hidden = int(getattr(structure.text_config, "hidden_size", 0))
-    heads = int(getattr(structure.text_config, "num_attention_heads", 0))
+    heads = _most(getattr(structure.text_config, "num_attention_heads", 0))
     outer = sum(tensors[s].nbytes for _, s in structure.outer)
     largest = max((tensors[s].nbytes for _, s in structure.outer), default=0)
     memory = {"read the outer tensors": (outer if calibration else 0) + largest + decoding}
+    if plan.needs_rows and structure.family.streams is not None and structure.family.streams.recorded:
+        memory["record the inputs of all blocks"] = structure.parameters * item  # of the whole model
     phases = ("forward passes", "Hessians", "factorizations", "solving", "learned rounding", "packing and checking")
     ops = dict.fromkeys(phases, 0.0)
     part_bytes = 0

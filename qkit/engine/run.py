@@ -22,6 +22,7 @@ from qkit.engine.fallbacks import check_fallbacks
 from qkit.engine.job import Job
 from qkit.engine.original_rows import advance_originals
 from qkit.engine.parts import entry_of, row_notice
+from qkit.engine.recorded import record_inputs, with_originals
 from qkit.engine.solving import LinearResult, solve_groups
 from qkit.errors import write_failure
 from qkit.families.blocks import LANGUAGE, BlockSequence, BlockStructure
@@ -67,6 +68,10 @@ def run_blocks(
 def _run_sequence(run: Run, sequence: BlockSequence, first_part: int) -> None:
     """Quantize the remaining blocks of the sequence. first_part: index of the part of its first block."""
     plan, rows = run.plan, None
+    streams = run.structure.family.streams
+    if plan.needs_rows and streams is not None and streams.recorded:
+        _run_recorded(run, sequence)
+        return
     with_images = plan.calibration is not None and plan.calibration.beyond_text
     if plan.needs_rows and (sequence.on_text or with_images):
         rows, calls = _entering_rows(run, sequence, first_part)
@@ -78,6 +83,20 @@ def _run_sequence(run: Run, sequence: BlockSequence, first_part: int) -> None:
             rows = _pass_by(run, step, rows)
         else:
             rows = _quantize_with_rows(run, step, rows, calls[block.index])
+        release(step.state.module)
+
+
+def _run_recorded(run: Run, sequence: BlockSequence) -> None:
+    """Quantize the remaining blocks on inputs that runs of the whole original model record (``recorded``)."""
+    plan, job = run.plan, run.job
+    assert plan.calibration is not None
+    run.progress.start("record the inputs of all blocks", plan.calibration.samples)
+    remaining = tuple(sequence.blocks[job.finished :])
+    for block, rows, calls in record_inputs(plan, run.structure, job, remaining, run.progress.step).values():
+        if plan.needs & ORIGINAL:
+            rows = with_originals(rows, job.rows_path(block.index, original=True))
+        step = replace(_make_step(run, sequence, block, 0), last=True)
+        _quantize_with_rows(run, step, rows, calls)
         release(step.state.module)
 
 

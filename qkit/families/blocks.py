@@ -159,10 +159,13 @@ class Streams:
 
     names:   the arguments with hidden states, in the order in which rows concatenate them
     returns: the argument that each result of a block becomes; a single result is not in a tuple
+    recorded: how results are handed on is not known (both are empty): the inputs of each block are recorded in runs of the
+             whole model
     """
 
     names: tuple[str, ...]
     returns: tuple[str, ...]
+    recorded: bool = False
 
 
 LANGUAGE = "language"

@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 from qkit.errors import Unsupported
-from qkit.families import Family, Tower, dit, encoder
+from qkit.families import Family, Tower, dit_discover, encoder
 from qkit.families.declared import DECLARED
 from qkit.families.matrices import fused_experts, matrix_of
 from qkit.families.sharing import run_without_values
 from qkit.files.schema import foreign_errors
 
-_DENOISERS = {name: family for family in dit.FAMILIES for name in family.model_types}
 _FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 DISCOVERED = "discovered:"  # begins the names of families that nobody declared
 _ADVICE = "get the config of this model"
@@ -98,27 +97,22 @@ def _encoder(name: str, config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def _denoiser(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn.Module:
-    """A diffusion transformer on the meta device; its computed buffers (positions) have their values."""
+    """A diffusion transformer or a U-Net on the meta device; its computed buffers (positions) have their values."""
     name = config["_class_name"]
-    if not isinstance(name, str) or name not in _DENOISERS:
-        unet = isinstance(name, str) and "UNet" in name
-        raise Unsupported(
-            f"{where}: _class_name {name!r} is "
-            + (
-                "a U-Net; qkit quantizes diffusion transformers"
-                if unet
-                else "not a diffusion transformer that qkit knows"
-            )
-            + f": expected one of {', '.join(_DENOISERS)}"
-        )
     try:
         import diffusers
         from accelerate import init_empty_weights
     except ImportError as e:
         raise Unsupported(f"{where}: {name} needs diffusers: pip install 'qkit[diffusion]'") from e
+    found = dit_discover.denoiser_class(name, diffusers)
+    if found is None:
+        raise Unsupported(
+            f"{where}: _class_name {name!r} is no transformer or U-Net of diffusers {diffusers.__version__}; code inside a "
+            "checkpoint is never run: use the folder of one, or a newer diffusers"
+        )
     settings = {k: v for k, v in config.items() if k != "quantization_config"}
     with foreign_errors(f"{where}: config.json does not describe a model", _ADVICE), init_empty_weights():
-        model = getattr(diffusers, name).from_config(settings)
+        model = found.from_config(settings)
     for p in model.parameters():
         p.data = p.data.to(dtype)
     return cast(nn.Module, model.eval())
@@ -129,6 +123,8 @@ def family_of(model: nn.Module, model_type: str) -> Family:
     for family in DECLARED:
         if model_type in family.model_types:
             return family
+    if dit_discover.is_denoiser(model):
+        return dit_discover.discover(model, model_type)
     return _discover(model, model_type)
 
 

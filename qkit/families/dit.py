@@ -14,7 +14,7 @@ from qkit.families import Family
 from qkit.families.blocks import Group, Streams
 
 MODULATION = "it makes shifts, scales and gates from the timestep: small, and an error reaches every token"
-_SKIPS = tuple((glob, MODULATION) for glob in ("*.norm*.linear", "*.norm*.emb.*"))
+SKIPS = tuple((glob, MODULATION) for glob in ("*.norm*.linear", "*.norm*.emb.*"))
 
 _HIDDEN = Streams(("hidden_states",), ("hidden_states",))
 _VIDEO_THEN_TEXT = Streams(("hidden_states", "encoder_hidden_states"), ("hidden_states", "encoder_hidden_states"))
@@ -47,7 +47,7 @@ WAN = Family(
         Group(("ffn.net.2",)),
     ),
     streams=_HIDDEN,
-    skips=_SKIPS,
+    skips=SKIPS,
     note="Wan 2.1",
 )
 COGVIDEOX = Family(
@@ -56,7 +56,7 @@ COGVIDEOX = Family(
     blocks=("transformer_blocks",),
     groups=(*_SELF, *_FEED_FORWARD),
     streams=_VIDEO_THEN_TEXT,
-    skips=_SKIPS,
+    skips=SKIPS,
     note="CogVideoX",
 )
 HUNYUAN = Family(
@@ -65,7 +65,7 @@ HUNYUAN = Family(
     blocks=("transformer_blocks", "single_transformer_blocks"),
     groups=(*_JOINT, *_SINGLE, *_FEED_FORWARD, *_OF_TEXT),
     streams=_VIDEO_THEN_TEXT,
-    skips=_SKIPS,
+    skips=SKIPS,
     note="HunyuanVideo",
 )
 FLUX = Family(
@@ -74,7 +74,7 @@ FLUX = Family(
     blocks=("transformer_blocks", "single_transformer_blocks"),
     groups=HUNYUAN.groups,
     streams=_TEXT_THEN_VIDEO,
-    skips=_SKIPS,
+    skips=SKIPS,
     note="FLUX.1",
 )
 SD3 = Family(
@@ -90,7 +90,7 @@ SD3 = Family(
         *_OF_TEXT,
     ),
     streams=_TEXT_THEN_VIDEO,
-    skips=_SKIPS,
+    skips=SKIPS,
     note="Stable Diffusion 3, 3.5",
 )
 CROSS = Family(
@@ -104,7 +104,7 @@ CROSS = Family(
     blocks=("transformer_blocks",),
     groups=(*_SELF, *_CROSS, *_FEED_FORWARD),
     streams=_HIDDEN,
-    skips=_SKIPS,
+    skips=SKIPS,
     note="LTX-Video, PixArt, Sana, DiT",
 )
 

@@ -21,6 +21,7 @@ from qkit.families.block_builder import BlockBuilder, persistent_buffers
 from qkit.families.blocks import LANGUAGE, BlockSequence, BlockStructure
 from qkit.families.conversion import conversion_of
 from qkit.families.discover import DISCOVERED, build_skeleton, family_of, kind_of
+from qkit.families.dit_discover import unquantized
 from qkit.families.matrices import SHARED_REASON, matrix_of, reason_of
 from qkit.families.prefixes import under_model_names
 from qkit.families.stored_parameters import StoredParameters, parameter
@@ -68,8 +69,7 @@ class ModelStructure:
         self.names = StoredParameters(self.model, self.checkpoint, conversion)
         self.tied = self.names.tied
         self._builder = BlockBuilder(self.model, self.names, self.family.reads, self.text_config)
-        lists = [(name, self.model.get_submodule(name)) for name in self.family.blocks]
-        paths = [f"{name}.{i}" for name, layers in lists for i, _ in enumerate(layers.children())]
+        paths = _block_paths(self.model, self.family.blocks)
         self.blocks = tuple(self._builder.build(i, p, self.family.groups) for i, p in enumerate(paths))
         self.towers = tuple(self._towers())
         self.outer = self._outer()
@@ -145,6 +145,8 @@ class ModelStructure:
         """{checkpoint name: reason} of what blocks hold with two or more dimensions and is no matrix product: routers,
         convolutions, embeddings, parameters of state-space layers. A name is without '.weight'.
         """
+        if self.family.streams is not None and self.family.streams.recorded:
+            return unquantized(self.model, self.checkpoint.tensors)
         result: dict[str, str] = {}
         for block in self.blocks:
             module, linears = self.model.get_submodule(block.path), {x.param for x in block.linears}
@@ -244,6 +246,16 @@ def _layer_of(name: str, lists: dict[str, int]) -> tuple[str, int] | None:
         if not head and index.isdigit():
             return path, int(index)
     return None
+
+
+def _block_paths(model: nn.Module, listed: tuple[str, ...]) -> Iterator[str]:
+    """The module path of every block. listed: lists of blocks, or single blocks."""
+    for name in listed:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.ModuleList) and not name.rpartition(".")[2].isdigit():
+            yield from (f"{name}.{i}" for i, _ in enumerate(module.children()))
+        else:
+            yield name
 
 
 def _unpacked(checkpoint: Checkpoint) -> list[str]:

@@ -332,7 +332,7 @@ def _wrong(field: str, value: object, expected: str) -> NoReturn:
 def _check_counts(config: dict[str, Any]) -> None:
     for name, largest in LIMITS.items():
         value = config.get(name, 1)
-        if value is None and name in OPTIONAL:
+        if value is None and (name in OPTIONAL or "_class_name" in config):  # diffusers writes unused settings as null
             continue
         # Some models give a size per layer as a list.
         for number in value if isinstance(value, list) and value else [value]:

@@ -73,9 +73,9 @@ class QuantLinear(nn.Module):
         """Bytes of the packed weight in memory."""
         return 0 if self.packed is None else self.packed.nbytes
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output [..., out] for x [..., in], in x's dtype."""
-        return self.product(x, self.activations if self.chooser is None else self.chooser(x))
+    def forward(self, input: Tensor) -> Tensor:
+        """The layer's output [..., out] for input [..., in], in its dtype."""
+        return self.product(input, self.activations if self.chooser is None else self.chooser(input))
 
     def product(self, x: Tensor, activations: Format | None) -> Tensor:
         """x [..., in] times the weight, plus bias, [..., out], with x quantized in a format (None: not quantized)."""

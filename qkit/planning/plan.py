@@ -329,6 +329,12 @@ def _policy(recipe: Recipe, structure: ModelStructure, linears: dict[str, Linear
     config = recipe.policy or (PolicyConfig() if recipe.scheme.upper() == BY_STEP else None)
     if config is None:
         return None
+    if structure.family.streams is not None and structure.family.streams.recorded:
+        raise Unsupported(
+            f"scheme {BY_STEP} and --policy act between blocks, and how the blocks of this "
+            f"{kind_of(structure.checkpoint.config)} hand their results on is not known to qkit: use another scheme, for "
+            "instance nvfp4"
+        )
     if structure.family.streams is None:
         raise Unsupported(
             f"scheme {BY_STEP} and --policy act at every step of a diffusion sampler, and this is a "

@@ -41,15 +41,16 @@ def expert_groups(names: Iterable[str]) -> dict[str, list[str]]:
     return groups
 
 
-def check_fused(record: Record, decoded: Mapping[str, DecodedLinear], findings: Findings) -> None:
+def check_fused(record: Record, decoded: Mapping[str, DecodedLinear], findings: Findings, by_name: bool = True) -> None:
     """Checks linears that engines fuse: they need one format, one activation format and one value of each shared scale:
     NVFP4's global scales, the only scale of a tensor, scales of static inputs. Experts of a layer need one format too, and
     all of them to be quantized.
 
+    by_name: engines of language models fuse by the names of linears; diffusers fuses nothing that the record does not list.
     Formats may differ where the recipe asks for it (``engine: any``); ``engine_fits`` says which engines load the result.
     """
     names = {*record.linears, *record.skipped}
-    derived = [group for group in fused_groups(names) if not _is_torn(record, group)]
+    derived = [group for group in fused_groups(names) if not _is_torn(record, group)] if by_name else []
     for group in derived:
         listed = any(set(group) <= set(listed_group) for listed_group in record.fused) or not set(group) & set(
             record.linears
@@ -71,7 +72,7 @@ def check_fused(record: Record, decoded: Mapping[str, DecodedLinear], findings: 
             values = {decoded[name].scalars.get(scalar) for name in group if name in decoded}
             fault = f"{scalar} differs within a fused group: {', '.join(map(str, sorted(map(str, values))))}"
             findings.check("fused", len(values) <= 1, where, fault)
-    for where, group in expert_groups(names).items():
+    for where, group in expert_groups(names).items() if by_name else ():
         members = [record.linears[name] for name in group if name in record.linears]
         findings.check(
             "fused", len(members) in (0, len(group)), where, "only some linears of its experts are quantized"

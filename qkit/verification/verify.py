@@ -121,7 +121,7 @@ def _check_record(
     _check_plain(record, store, findings)
     if quantization is not None:
         _check_uncovered(record, quantization, store, findings)
-    check_fused(record, decoded, findings)
+    check_fused(record, decoded, findings, by_name="_class_name" not in (config or {}))
     check_tied(record, config or {}, store, findings)
     check_cache(record, config or {}, store, findings)
     check_inputs(record, store, findings)

@@ -18,13 +18,13 @@ from qkit.calibration.image_text import (
 )
 from qkit.calibration.mixture import Layout, embedded_rows, mixed_rows, no_rows
 from qkit.calibration.sources import CalibSource
-from qkit.diffusion.pipeline import check_pipeline
+from qkit.diffusion.pipeline import check_pipeline, pipeline_around
 from qkit.diffusion.trajectory import Trajectory, check_call, sampling_of
 from qkit.errors import UsageError
 from qkit.families.discover import kind_of
 from qkit.families.structure import ModelStructure
 from qkit.files.embedded import embedded_chats, embedded_text
-from qkit.files.folder import is_pipeline
+from qkit.files.folder import DENOISER, is_pipeline
 from qkit.files.locate import find_model
 from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.plan import is_static, rows_reason
@@ -100,14 +100,15 @@ def trajectory_rows(request: Request, structure: ModelStructure) -> Calibration:
         import diffusers
 
     folder = find_model(request.model)
-    if not is_pipeline(folder):
+    folder, component = (folder, DENOISER) if is_pipeline(folder) else pipeline_around(folder) or (folder, "")
+    if not component:
         raise UsageError(
             f"{folder}: a transformer without its pipeline cannot be sampled, and this method or scheme needs "
             "samples: use the pipeline's folder, or another method (--method rtn with w8a8, w4a8 or a weight-only scheme)"
         )
     prompts = request.only_source("prompts")
     sampling = sampling_of(folder, prompts, request.call)
-    pipeline_class = getattr(diffusers, check_pipeline(folder)["_class_name"], None)
+    pipeline_class = getattr(diffusers, check_pipeline(folder, component)["_class_name"], None)
     if pipeline_class is not None:
         check_call(pipeline_class, sampling.call)  # before a job is begun
     cap = request.rows_memory or available_memory() or 1 << 40
@@ -118,6 +119,7 @@ def trajectory_rows(request: Request, structure: ModelStructure) -> Calibration:
         seed=request.seed,
         dtype=run_dtype(structure.dtype),
         cap=cap,
+        component=component,
     )
     source = f"{prompts.name if prompts else 'own'} prompts"
     return Calibration(

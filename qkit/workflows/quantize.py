@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qkit.calibration.dataset import Calibration
-from qkit.diffusion.pipeline import check_pipeline, files_around
+from qkit.diffusion.pipeline import SECOND, check_pipeline, files_around
+from qkit.diffusion.policy import BY_STEP
 from qkit.engine.auto import forecast_of, plan_of
 from qkit.engine.end_to_end import end_to_end_memory, learn_end_to_end
 from qkit.engine.ends import quantize_ends
@@ -29,7 +30,7 @@ from qkit.families.discover import kind_of
 from qkit.families.encoder import ENCODERS
 from qkit.families.structure import ModelStructure
 from qkit.files.checkpoint import Checkpoint, check_config, check_tied
-from qkit.files.folder import RECORD, is_pipeline, weights_folder
+from qkit.files.folder import DENOISER, RECORD, is_pipeline, weights_folder
 from qkit.files.job_folder import refuse_foreign, remove_job
 from qkit.files.locate import find_model, record_source
 from qkit.files.output import check_output_dir, commit_dir, remove_result
@@ -114,27 +115,39 @@ def prepare(request: Request, rows: Calibration | None = None) -> PreparedReques
 
 
 def _components(folder: Path, recipe: Recipe, request: Request, structure: ModelStructure) -> dict[str, Request]:
-    """Requests for the text encoders of a pipeline that the recipe has a scheme for: --target text_encoder=w8a16.
+    """Requests for other components of a pipeline: its second transformer, as the first unless --target says otherwise, and
+    text encoders that the recipe has a scheme for (--target text_encoder=w8a16).
 
-    Raises UsageError for targets that are no text encoders of it.
+    Raises UsageError for targets that are neither, Unsupported for a policy by step with two transformers.
     """
     if structure.family.streams is None:
         return {}
     index = check_pipeline(folder) if is_pipeline(folder) else {}
     encoders = [k for k, v in index.items() if isinstance(v, list) and v[1] in ENCODERS]
-    unknown = next((t for t in recipe.targets if t not in encoders), None)
+    second = [SECOND] if index.get(SECOND, [None, None]) != [None, None] else []
+    unknown = next((t for t in recipe.targets if t not in (*encoders, *second)), None)
     if unknown is not None:
-        expected = f"expected one of {', '.join(encoders)}" if encoders else f"it has no {' or '.join(ENCODERS)}"
+        known = [*encoders, *second]
+        expected = f"expected one of {', '.join(known)}" if known else f"it has no {' or '.join(ENCODERS)}"
         raise UsageError(
-            f"{folder}: no text encoder {unknown!r} for --target, {expected}{did_you_mean(unknown, encoders)}"
+            f"{folder}: no text encoder {unknown!r} for --target, {expected}{did_you_mean(unknown, known)}"
+        )
+    if second and (recipe.policy is not None or recipe.scheme.upper() == BY_STEP):
+        raise Unsupported(
+            f"{folder}: a policy by step is for one transformer, and this pipeline has two ({DENOISER}, {SECOND}): use another "
+            "scheme, for instance nvfp4"
         )
     requests = {}
-    for name, given in recipe.targets.items():
-        if given != SKIP:
-            requests[name] = Request(
-                model=str(folder / name), scheme=given, threads=request.threads, strict=request.strict
-            )
-            prepare(requests[name])
+    for name in dict.fromkeys((*second, *recipe.targets)):
+        given = recipe.targets.get(name)
+        if given == SKIP:
+            continue
+        path = str(folder / name)
+        if name == SECOND:
+            requests[name] = replace(request, model=path, scheme=given or request.scheme, targets={})
+        else:
+            requests[name] = Request(model=path, scheme=given, threads=request.threads, strict=request.strict)
+        prepare(requests[name])
     return requests
 
 
