@@ -19,6 +19,7 @@ its own loss.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -135,6 +136,8 @@ def smooth_block(
         at_run_time = group.declared.source is None and state.structure.family.streams is not None
         if scheme is None or chosen or (group.declared.source is None and not at_run_time):
             continue
+        if not at_run_time and _offset(state, group) is None:
+            continue
         stats, original = state.stats[group.key], state.originals.get(group.key)
         search_stats = stats if original is None or state.distort else original
         weights = [state.weight(linear) for linear in group.linears]
@@ -184,7 +187,7 @@ def fold(state: BlockState, group: LinearGroup, s: Tensor) -> None:
         if source.bias is not None:
             source.bias.data = state.rounded(source.bias.data.float() / rows)
     else:
-        s = _fold_norm(state, source, s)
+        s = _fold_norm(state, source, s, _offset(state, group) or 0.0)
     for linear in group.linears:
         state.changed[linear.name] = state.weight(linear) * s
     for name in group.declared.also:
@@ -196,9 +199,36 @@ def fold(state: BlockState, group: LinearGroup, s: Tensor) -> None:
             stats[group.key] = stats[group.key].divided_by(s)
 
 
-def _fold_norm(state: BlockState, norm: nn.Module, s: Tensor) -> Tensor:
+def _offset(state: BlockState, group: LinearGroup) -> float | None:
+    """What the group's source adds to its weight; None where a scale cannot be folded into it."""
+    source = _source(state, group)
+    if isinstance(source, nn.Linear) or not state.structure.is_discovered:
+        return state.structure.family.norm_offset
+    return found_offset(source)
+
+
+def found_offset(norm: nn.Module) -> float | None:
+    """What a norm adds to its weight before it multiplies by it (0, or 1 in Gemma), as a run on random inputs shows; None
+    where it is neither: then dividing the weight does not divide the output."""
+    generator = torch.Generator().manual_seed(0)
+    copied: Any = copy.deepcopy(norm).float()
+    gain = copied.weight.data.clone()
+    x = torch.randn(4, len(gain), generator=generator)
+    s = torch.rand(len(gain), generator=generator) + 0.5
+    bias = getattr(copied, "bias", None)
+    with torch.no_grad():
+        expected = copied(x) / s
+        if bias is not None:
+            bias.data = bias.data / s
+        for offset in (0.0, 1.0):
+            copied.weight.data = (gain + offset) / s - offset
+            if torch.allclose(copied(x), expected, rtol=1e-4, atol=1e-5):
+                return offset
+    return None
+
+
+def _fold_norm(state: BlockState, norm: nn.Module, s: Tensor, offset: float) -> Tensor:
     weight: Any = norm.weight
-    offset = state.structure.family.norm_offset
     old_gain = weight.data.float() + offset
     weight.data = state.rounded(old_gain / s - offset)
     new_gain = weight.data.float() + offset

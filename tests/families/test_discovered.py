@@ -164,3 +164,22 @@ def test_a_config_of_another_size_is_refused(tmp_path):
         (model / "config.json").write_text(json.dumps({**config, field: value}))
         with pytest.raises(BadCheckpoint, match=message):
             ModelStructure(Checkpoint.open(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
+def test_scales_are_folded_into_norms_that_are_seen_to_feed_the_linears(family, tmp_path, monkeypatch):
+    """awq on a hidden family: the norms are found, with what they add to their weight, and the model stays the same one."""
+    model = tiny_models.make(family, tmp_path / "model")
+    monkeypatch.setattr(discover, "DECLARED", ())
+    group = open_structure(str(model)).blocks[0].groups[0]
+    assert group.declared.source is not None and "norm" in group.declared.source
+    qkit.quantize(model=model, out=tmp_path / "awq", scheme="w8a16", method="awq", samples=4, seqlen=32)
+    plain = load_file(model / "model.safetensors")
+    scaled = load_file(tmp_path / "awq" / "model.safetensors")
+    norms = [n for n in plain if "norm" in n and n.endswith("weight") and ".0." in n]
+    assert any(not torch.equal(plain[n], scaled[n]) for n in norms)
+    packed, original = (qkit.load(path, dtype=torch.float32) for path in (tmp_path / "awq", model))
+    tokens = torch.randint(5, 4000, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        a, b = packed(tokens).logits, original(tokens).logits
+    assert (a - b).norm() < 0.05 * b.norm()
