@@ -25,7 +25,7 @@ from qkit.families.structure import ModelStructure
 from qkit.files.folder import DENOISER, RECORD, WEIGHT_STEMS, hub_source, read_record, weights_folder
 from qkit.files.hash_cache import cached_sha256
 from qkit.files.record import FORMAT_VERSION, to_bytes, write_record
-from qkit.files.safefile import TensorInfo, write_atomic, write_safetensors
+from qkit.files.safefile import DTYPE_NAMES, TensorInfo, write_atomic, write_safetensors
 from qkit.files.side_files import check_unchanged, copy_side_files
 from qkit.kvcache.scales import FORMAT
 from qkit.planning.kept import stored_as
@@ -308,7 +308,7 @@ def _record(
     }
     linears |= {name: _settings(p) | {"kept": True} | source.kept_record(name) for name, p in plan.kept.items()}
     plain = {
-        name: {"dtype": _SAFETENSORS[source.specs[name][0]], "shape": list(source.specs[name][1]), "sha256": digest}
+        name: {"dtype": DTYPE_NAMES[str(source.specs[name][0])], "shape": list(source.specs[name][1]), "sha256": digest}
         for name, digest in sorted(source.plain.items())
     }
     return {
@@ -356,19 +356,6 @@ def _settings(p: LinearPlan) -> dict[str, Any]:
         "scheme": p.scheme,
         "solver": p.solver,
     }
-
-
-_SAFETENSORS = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def is_export_of(out: Path, plan: Plan, source: Mapping[str, str] | None = None) -> bool:
