@@ -106,11 +106,11 @@ class BlockRunner:
             with watch_stacks(self.block, watched) as stacked:
                 arguments = self._run(span, hidden, stop=not watched)
             valid = self.rows.valid(*span)
-            group_inputs = _group_inputs(arguments, self.block, self.structure.experts, groups, valid)
+            group_inputs = self._inputs_of(arguments, groups, valid, request)
             bad, beyond = self._apart(span, groups) if _peak(group_inputs.values()) > self.rows.largest else ([], [])
             if bad:
                 valid = self.rows.without(bad).valid(*span)
-                group_inputs = _group_inputs(arguments, self.block, self.structure.experts, groups, valid)
+                group_inputs = self._inputs_of(arguments, groups, valid, request)
             group_inputs |= {g.key: x for g in groups if g.stack and (x := stacked.inputs_of(g)) is not None}
             group_inputs = {key: inputs[key](x) if inputs and key in inputs else x for key, x in group_inputs.items()}
             original_inputs = {g.key: self._saved(g, originals, span, valid) for g in groups}
@@ -161,6 +161,15 @@ class BlockRunner:
         if max(accumulator.width for accumulator in sums.values()) >= 1024:
             give_back()  # what the runs left free is not what the solver is about to ask for
         return {key: accumulator.finish(strides_by_kind) for key, accumulator in sums.items()}
+
+    def _inputs_of(
+        self,
+        arguments: dict[str, tuple[Any, ...]],
+        groups: tuple[LinearGroup, ...],
+        valid: Tensor | None,
+        request: StatsRequest,
+    ) -> dict[str, Tensor]:
+        return _group_inputs(arguments, self.block, self.structure.experts, groups, valid, request.all_experts)
 
     def _apart(self, span: Span, groups: tuple[LinearGroup, ...]) -> tuple[list[int], list[int]]:
         """Of the good rows of a piece, (those with non-finite inputs, those with finite inputs beyond ``Rows.largest``)."""
@@ -361,6 +370,7 @@ def _group_inputs(
     fused: tuple[FusedExperts, ...],
     groups: tuple[LinearGroup, ...],
     valid: Tensor | None,
+    all_experts: bool = False,
 ) -> dict[str, Tensor]:
     """{group key: inputs [tokens, in] of the valid tokens} from the arguments of the hooked modules."""
     result: dict[str, Tensor] = {}
@@ -370,7 +380,7 @@ def _group_inputs(
             x = x.reshape(-1, x.shape[-1])
             if valid is not None:  # rows of another length than the mask (a prompt) do not count
                 x = x[valid] if len(valid) == len(x) else x[:0]
-            if group.expert is not None:
+            if group.expert is not None and not all_experts:
                 routed = (arguments[group.hook][1] == group.expert).any(-1).flatten()
                 x = x[routed if valid is None else routed[valid]]
             result[group.key] = x

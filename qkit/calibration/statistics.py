@@ -154,10 +154,12 @@ class StatsRequest:
     """Statistics that a run needs. Ranges cost as much as a small product, so they are computed only on request.
 
     At least one of the two is needed: the energy of every channel comes from the Hessian's diagonal or with the ranges.
+    all_experts: routed experts are measured on all tokens.
     """
 
     hessian: bool
     ranges: bool
+    all_experts: bool = False
 
     def __post_init__(self) -> None:
         assert self.hessian or self.ranges

@@ -157,6 +157,11 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Scheme of another part of the model, repeatable: vision=w8a8, projector=skip, text_encoder=w8a16 "
             "(default: auto, chosen by measurement).",
         ),
+        calibration(
+            "--calibrate-all-experts",
+            is_flag=True,
+            help="Measure every routed expert on all tokens, and not only on those that the router sends to it.",
+        ),
         scheme("--strict", is_flag=True, help="Refuse a group size that does not divide a layer's width."),
         row_options(calibration),
         calibration(

@@ -110,7 +110,7 @@ def solve_block(run: Run, step: BlockStep, runner: BlockRunner, rows: Rows, call
     for transform in plan.transforms:
         if TRANSFORMS[transform].stage == "stats":
             progress.start(f"{step.name}, {transform}", len(list(rows.pieces())))
-            request = StatsRequest(hessian=False, ranges=True)
+            request = StatsRequest(hessian=False, ranges=True, all_experts=plan.recipe["calibrate_all_experts"])
             state.stats = runner.capture(state.block.groups, request, progress.step, keep=False)
             TRANSFORMS[transform].apply(state, plan.schemes, plan.seed)
             state.write_back()
@@ -169,7 +169,7 @@ def _stats_request(plan: Plan, groups: tuple[LinearGroup, ...]) -> StatsRequest:
     planned = [p for g in groups for x in g.linears if (p := plan.linears.get(x.name))]
     hessian = any(SOLVERS[p.solver].needs_hessian or p.rank for p in planned)
     ranges = not hessian or any(map(has_static, planned))  # either tells the energy of every channel
-    return StatsRequest(hessian, ranges)
+    return StatsRequest(hessian, ranges, plan.recipe["calibrate_all_experts"])
 
 
 def saved_inputs(run: Run, step: BlockStep, rows: Rows) -> dict[str, Path]:

@@ -88,6 +88,7 @@ class Recipe(BaseModel):
     16 bits in a sparse part; or {glob: percent}, of which the first that matches decides. rank: of the branch in 16 bits
     that makes up for what rounding took of a layer (``qkit.tensor.lowrank``), 0: none; or {glob: rank}. significant:
     percent of all weights that are put back to their values after quantization, those that the loss depends on most.
+    calibrate_all_experts: every routed expert is measured on all tokens, and not only on those that are sent to it.
     embeddings, head: the format of the two matrices at the ends of a language model (``planning.ends``), int8 or int4:32;
     None: they stay as they are. policy: of a diffusion transformer with NVFP4 weights and inputs, precision by step:
     {width: 6, skips: 0.25}. engine: "any" lifts the rules of engines that load several layers as one
@@ -99,6 +100,7 @@ class Recipe(BaseModel):
     method: str = "rtn"
     group_size: int | None = None
     strict: bool = False
+    calibrate_all_experts: bool = False
     export: Literal["compressed-tensors", "qkit"] | None = None
     engine: Literal["default", "any"] = "default"
     options: MethodOptions = Field(default_factory=dict)

@@ -52,6 +52,7 @@ class Request:
     policy: dict[str, Any] = field(default_factory=dict)
     rows_memory: int | None = None
     strict: bool = False
+    calibrate_all_experts: bool = False
     export: str | None = None
     calib: Given = None
     samples: int = 128
@@ -89,6 +90,7 @@ def recipe_of(request: Request) -> Recipe:
         "method": request.method,
         "group_size": request.group_size,
         "strict": request.strict or None,
+        "calibrate_all_experts": request.calibrate_all_experts or None,
         "export": request.export,
         "options": request.options or None,
         "rules": request.rules or None,

@@ -47,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "targets": (),
     "rows_memory": None,
     "strict": False,
+    "calibrate_all_experts": False,
     "calib": (),
     "samples": 128,
     "seqlen": 256,

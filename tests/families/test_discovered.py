@@ -183,3 +183,21 @@ def test_scales_are_folded_into_norms_that_are_seen_to_feed_the_linears(family, 
     with torch.no_grad():
         a, b = packed(tokens).logits, original(tokens).logits
     assert (a - b).norm() < 0.05 * b.norm()
+
+
+def test_every_expert_can_be_measured_on_all_tokens(tmp_path, run):
+    model = tiny_models.make("qwen3_moe", tmp_path / "model")
+    counts = {}
+    for flag in ([], ["--calibrate-all-experts"]):
+        out = tmp_path / f"out{len(flag)}"
+        code, text, _ = run(
+            "quantize", "--model", model, "--scheme", "w4a16", "--method", "gptq", "--samples", 4, "--seqlen", 32, *flag,
+            "--out", out,
+        )  # fmt: skip
+        assert code == 0
+        linears = json.loads((out / "qkit.json").read_text())["linears"]
+        counts[len(flag)] = {n: x["tokens"] for n, x in linears.items() if ".experts." in n}
+        few = sum(t < 32 for t in counts[len(flag)].values())
+        assert f"{few} of {len(counts[len(flag)])} linears" in " ".join(text.split())
+    assert set(counts[1].values()) == {4 * 32}
+    assert sum(counts[0].values()) == sum(counts[1].values()) / 2  # two of four experts for each token
