@@ -164,7 +164,7 @@ def pipeline_around(folder: Path) -> tuple[Path, str] | None:
 def own_steps(pipeline: Any, component: str) -> int:
     """The number of steps of the schedule in which a pipeline calls that component: all, but for two transformers."""
     times = pipeline.scheduler.timesteps
-    ratio = getattr(pipeline.config, "boundary_ratio", None)
+    ratio = getattr(getattr(pipeline, "config", None), "boundary_ratio", None)
     if ratio is None or getattr(pipeline, SECOND, None) is None or component not in (DENOISER, SECOND):
         return len(times)
     early = int((times >= ratio * pipeline.scheduler.config.num_train_timesteps).sum())

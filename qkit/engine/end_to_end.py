@@ -142,7 +142,9 @@ class _Model:
         def one(piece: _Tokens) -> tuple[Tensor, ...]:
             with torch.inference_mode(False), torch.enable_grad(), PlainAttention():
                 leaves = [w.detach().requires_grad_() for w in weights]
-                return torch.autograd.grad(self._summed_divergence(leaves, piece), leaves)
+                return torch.autograd.grad(
+                    self._summed_divergence(leaves, piece), leaves, allow_unused=True, materialize_grads=True
+                )
 
         return list(zip(*self.pool.map(one, rows.pieces()), strict=True))
 

@@ -120,8 +120,10 @@ def _denoiser(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn.Modu
 
 def family_of(model: nn.Module, model_type: str) -> Family:
     """The declared family of that model type, else one discovered from the module tree."""
+    modules = {name for name, _ in model.named_modules()}
     for family in DECLARED:
-        if model_type in family.model_types:
+        # A class without the outer module (an embedding model, whose blocks are in 'layers') is not what was declared.
+        if model_type in family.model_types and modules.issuperset(family.blocks):
             return family
     if dit_discover.is_denoiser(model):
         return dit_discover.discover(model, model_type)

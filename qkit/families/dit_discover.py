@@ -79,6 +79,8 @@ def unquantized(model: nn.Module, stored: Container[str]) -> dict[str, str]:
                 reasons[path] = CONVOLUTION if isinstance(module, _CONVOLUTIONS) else TABLE
             elif several and path:
                 reasons[path] = FUSED_EXPERTS
+            else:
+                reasons |= {f"{path}.{name}": TABLE for name in owned if f"{path}.{name}" in stored}
     return reasons
 
 

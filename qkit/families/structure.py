@@ -41,8 +41,12 @@ class ModelStructure:
     unloaded:   names of tensors that the model's class does not load; they are copied
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> None:
-        """Raises Unsupported or BadCheckpoint. model: the skeleton, where there is one already."""
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None, buffers: bool = True) -> None:
+        """Raises Unsupported or BadCheckpoint.
+
+        model: the skeleton, where there is one already; buffers: compute those that no checkpoint stores, in
+        the model
+        """
         self.dtype = dtype_of(checkpoint)
         self.model = model or build_skeleton(checkpoint.config, str(checkpoint.path), self.dtype)
         packed = "quantization_config" in checkpoint.config
@@ -56,7 +60,7 @@ class ModelStructure:
                 "none: get the config of this model"
             )
         # Buffers that no checkpoint stores (rotary frequencies, positions); they are restored when modules get memory.
-        self.computed = computed_buffers(self.model)
+        self.computed = computed_buffers(self.model) if buffers else {}
         tensors = self.checkpoint.tensors
         shapes = {n: tensors[n].shape if n in tensors else () for n in _unpacked(self.checkpoint)}
         conversion = conversion_of(self.model, shapes, str(checkpoint.path))

@@ -166,6 +166,8 @@ class QuantExperts(nn.Module):
             setattr(fused, name, None)
         for name, p in fused.named_parameters(recurse=False):  # loaders find them where they were
             self.register_parameter(name, p)
+        inner: Any = fused
+        inner._is_hf_initialized = True  # transformers would fill in the weights that it has no more
         self.fused = fused
         self.experts = nn.ModuleList(
             nn.ModuleDict({"first": nn.ModuleList(first), "down": down}) for first, down in linears

@@ -156,7 +156,9 @@ class _Block:
         def one(piece: Span) -> tuple[Tensor, ...]:
             with torch.inference_mode(False), torch.enable_grad(), PlainAttention():
                 leaves = [w.detach().requires_grad_() for w in weights]
-                return torch.autograd.grad(self._summed_error(leaves, piece), leaves)
+                return torch.autograd.grad(
+                    self._summed_error(leaves, piece), leaves, allow_unused=True, materialize_grads=True
+                )
 
         return list(zip(*self.pool.map(one, self._pieces(batch)), strict=True))
 

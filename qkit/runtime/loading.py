@@ -127,7 +127,7 @@ PLAIN = tuple(DTYPES.values())  # dtypes of scales that readers treat as equival
 class PackedStructure(ModelStructure):
     """The structure of a checkpoint that may be quantized already."""
 
-    def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None, buffers: bool = True) -> None:
         self.quantization = checkpoint.config.get("quantization_config")
         if self.quantization is not None:
             where, method = (
@@ -143,7 +143,7 @@ class PackedStructure(ModelStructure):
             dtype = dtype_of(checkpoint)
             model = model or build_skeleton(checkpoint.config, str(checkpoint.path), dtype)
             register_scales(model, dtype)
-        super().__init__(checkpoint, model)
+        super().__init__(checkpoint, model, buffers)
 
     def _check_coverage(self) -> None:
         """Raises BadCheckpoint where a tensor that the config requires, packed or plain, is missing."""

@@ -45,7 +45,7 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
         from qkit.runtime.loading import PackedStructure, place_packed
 
         files = kwargs.get("checkpoint_files") or []
-        structure = PackedStructure(Checkpoint.open(Path(files[0]).parent, quantized=True), model)
+        structure = PackedStructure(Checkpoint.open(Path(files[0]).parent, quantized=True), model, buffers=False)
         with torch.inference_mode(), torch.device("cpu"):
             place_packed(structure, model.dtype)
         if structure.ends:  # packed ones are tied by sharing their codes, and have no parameter that could be

@@ -136,7 +136,7 @@ def smooth_block(
         at_run_time = group.declared.source is None and state.structure.family.streams is not None
         if scheme is None or chosen or (group.declared.source is None and not at_run_time):
             continue
-        if not at_run_time and _offset(state, group) is None:
+        if not state.stats[group.key].tokens or (not at_run_time and _offset(state, group) is None):
             continue
         stats, original = state.stats[group.key], state.originals.get(group.key)
         search_stats = stats if original is None or state.distort else original

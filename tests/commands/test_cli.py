@@ -348,6 +348,7 @@ def test_config_that_does_not_fit_the_file(config, refused, tiny, tmp_path):
         or "config.json implies" in err
         or "config.json asks for" in err
         or "this config" in err
+        or "config.json counts" in err
     )
 
 
@@ -423,8 +424,8 @@ def test_code_in_a_checkpoint_never_runs(known, run, refused, tiny, tmp_path, sm
     assert not trap.exists()
 
 
-def test_an_architecture_that_is_not_declared(run, refused, tmp_path):
-    """Found in the module tree where all of it is linears, else refused with what was seen."""
+def test_an_architecture_that_is_not_declared(run, tmp_path):
+    """Found in the module tree."""
     import transformers
 
     sizes = {"vocab_size": tiny_models.VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -439,9 +440,9 @@ def test_an_architecture_that_is_not_declared(run, refused, tmp_path):
         model.save_pretrained(tmp_path / name)
         tiny_models.add_tokenizer(tmp_path / name)
     options = ["--scheme", "w4a16", "--group-size", 32]
-    record, _, _ = quantized(run, tmp_path / "fine", "--model", tmp_path / "plain", *options)
-    assert len(record["linears"]) == 14
-    refused(3, ("'gpt2' is not declared", "attn.c_attn"), "plan", "--model", tmp_path / "strange", *options)
+    for name, count in (("plain", 14), ("strange", 8)):
+        record, _, _ = quantized(run, tmp_path / f"{name}-out", "--model", tmp_path / name, *options)
+        assert len(record["linears"]) == count
 
 
 # ---- secrets and the network -----------------------------------------------------------------------------------

@@ -50,23 +50,23 @@ def plan(folder, **fields):
 
 
 @pytest.mark.parametrize(
-    "name, kind, fields, words",
+    "name, kind, fields, word",
     [
-        ("DeepseekV3ForCausalLM", "deepseek_v3", {**SIZES, **MOE, **DEEPSEEK}, "experts.gate_up_proj"),
-        ("Glm4MoeForCausalLM", "glm4_moe", {**SIZES, **MOE, "head_dim": 8}, "experts.gate_up_proj"),
+        ("DeepseekV3ForCausalLM", "deepseek_v3", {**SIZES, **MOE, **DEEPSEEK}, "experts.1.gate_proj"),
+        ("Glm4MoeForCausalLM", "glm4_moe", {**SIZES, **MOE, "head_dim": 8}, "experts.1.gate_proj"),
         (
             "Llama4ForCausalLM",
             "llama4_text",
             {**SIZES, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "moe_layers": [1]},
-            "first in block 1: feed_forward.experts.gate_up_proj",
+            "feed_forward.experts.1.gate_up_proj",
         ),
-        ("LlamaModel", "llama", SIZES, "LlamaModel, a model without an output head"),
-        ("Qwen3Model", "qwen3", {**SIZES, "head_dim": 8}, "Qwen3Model, a model without an output head"),
+        ("LlamaModel", "llama", SIZES, "layers.1.mlp.up_proj"),
+        ("Qwen3Model", "qwen3", {**SIZES, "head_dim": 8}, "layers.1.mlp.up_proj"),
         (
             "Qwen3ForSequenceClassification",
             "qwen3",
             {**SIZES, "head_dim": 8, "pad_token_id": 0},
-            "Qwen3ForSequenceClassification, a classifier",
+            "layers.1.mlp.up_proj",
         ),
         (
             "Gemma3ForConditionalGeneration",
@@ -76,21 +76,21 @@ def plan(folder, **fields):
                 "vision_config": {**VISION, "model_type": "siglip_vision_model"},
                 "mm_tokens_per_image": 4,
             },
-            "the checkpoint is complete, but",
+            "layers.1.mlp.up_proj",
         ),
-        ("MambaForCausalLM", "mamba", {"vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 2}, "mixer.conv1d.weight"),
+        ("MambaForCausalLM", "mamba", {"vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 2}, "mixer.in_proj"),
         (
             "Mamba2ForCausalLM",  # its config.json has {"__float__": "Infinity"}
             "mamba2",
             dict(vocab_size=4096, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, n_groups=1, state_size=8),
-            "mixer.conv1d.weight",
+            "mixer.in_proj",
         ),
     ],
 )  # fmt: skip
-def test_architectures(tmp_path, name, kind, fields, words):
-    with pytest.raises(Unsupported) as e:
-        plan(made(tmp_path, name, kind, **fields))
-    assert words in str(e.value) and "incomplete" not in str(e.value) and "describe" not in str(e.value)
+def test_architectures(tmp_path, name, kind, fields, word):
+    """Architectures that nobody declared, and classes without an output head, are planned. word: in the name of a layer"""
+    found = plan(made(tmp_path, name, kind, **fields))
+    assert any(word in layer for layer in found.linears) and not set(found.linears) & set(found.skipped)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_architectures(tmp_path, name, kind, fields, words):
     [
         ("Gemma2ForCausalLM", "gemma2", {**SIZES, "head_dim": 8}, "gptq"),
         ("MptForCausalLM", "mpt", dict(vocab_size=4096, d_model=32, n_layers=2, n_heads=4), "gptq"),
-        ("BloomForCausalLM", "bloom", dict(vocab_size=4096, hidden_size=32, n_layer=2, n_head=4), "rtn"),
+        ("BloomForCausalLM", "bloom", dict(vocab_size=4096, hidden_size=32, n_layer=2, n_head=4), "gptq"),
     ],
 )
 def test_classes_without_sdpa_work(tmp_path, calib, quiet, name, kind, fields, method):
@@ -114,12 +114,6 @@ def test_classes_without_sdpa_work(tmp_path, calib, quiet, name, kind, fields, m
     found = tiny_models.logits(qkit.load(out, dtype=torch.float32), tokens)
     assert tiny_models.relative(found, tiny_models.logits(stock, tokens)) < 1e-4
     assert tiny_models.relative(found, tiny_models.logits(original, tokens)) < 0.05
-
-
-def test_blocks_that_are_called_by_batch(tmp_path, calib):
-    folder = made(tmp_path, "BloomForCausalLM", "bloom", vocab_size=4096, hidden_size=32, n_layer=2, n_head=4)
-    with pytest.raises(Unsupported, match="use --method rtn"):
-        plan(folder, method="gptq", calib=calib, samples=2, seqlen=16)
 
 
 def test_a_checkpoint_that_is_incomplete_is_said_to_be(tiny, tmp_path):

@@ -77,7 +77,7 @@ def transformed(folder, name: str, scheme: str = "W3A16"):
             outer = rotate_outer(structure, 0)
             family = structure.family
             for module in (family.embeddings, family.final_norm, family.head):
-                value = outer[family.stored_name(f"{module}.weight")]
+                value = outer[f"{module}.weight"]
                 model.get_submodule(module).weight = torch.nn.Parameter(value)
     return model, changed
 
