@@ -70,6 +70,8 @@ def _read_as(original: Tensor, names: list[str], values: Tensors) -> Iterator[Te
     """Candidates for a tensor of the source that the model reads as others: these in a row, or rows of one of them."""
     if not names or any(name not in values for name in names):
         return
+    if len(names) == len(original):
+        yield torch.stack([values[name].float() for name in names])
     whole = torch.cat([values[name].float() for name in names])
     for start in range(0, len(whole) - len(original) + 1, max(1, len(original))):
         yield whole[start : start + len(original)]
@@ -176,6 +178,7 @@ class Coverage:
             for rows in (p.reshape(-1, p.shape[-1]), p.transpose(-1, -2).reshape(-1, p.shape[-2])):
                 for row in rows[:, :8].contiguous():
                     self.places[row.numpy().tobytes()] = name
+        self.read_as = {n: source for source, names in record.get("read_as", {}).items() for n in names}
         self.quantized: dict[str, int] = {}
         self.kept: dict[str, int] = {}
         for name, linear in record["linears"].items():
@@ -186,6 +189,7 @@ class Coverage:
     def _count(self, name: str, counts: dict[str, int], shape: list[int] | None) -> None:
         """Add a linear of the record, or a name that was skipped, to the parameter of the stock model that holds it."""
         where = next((n for n in (f"{name}.weight", name) if n in self.stored), None) or self._fused(name, shape)
+        where = where or self.read_as.get(f"{name}.weight")
         own = self.products.get(f"{name}.weight")
         if where is None and own is not None:  # computed from others: it has the model's name
             counts[f"{name}.weight"] = own.numel()

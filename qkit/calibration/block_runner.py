@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from qkit.calibration.block_calls import Call, OneByOne
+from qkit.calibration.group_inputs import group_inputs_of
 from qkit.calibration.playback import Playback, PlaybackUnit
 from qkit.calibration.stack_inputs import watch_stacks
 from qkit.calibration.statistics import (
@@ -40,12 +41,12 @@ from qkit.calibration.statistics import (
     run_pending,
     strides,
 )
-from qkit.errors import BadCalibration, NumericFailure
-from qkit.families.blocks import BlockStructure, FusedExperts, LinearGroup
+from qkit.errors import BadCalibration, NumericFailure, Unsupported
+from qkit.families.blocks import BlockStructure, LinearGroup
 from qkit.families.matrices import matrix_of
 from qkit.files.owned import temp_path
-from qkit.nn.layers import gated
-from qkit.system.memory import give_back
+from qkit.files.schema import reason
+from qkit.system.memory import give_back, ran_out
 from qkit.system.parallel import Workers
 
 Span = tuple[int, int]
@@ -169,7 +170,7 @@ class BlockRunner:
         valid: Tensor | None,
         request: StatsRequest,
     ) -> dict[str, Tensor]:
-        return _group_inputs(arguments, self.block, self.structure.experts, groups, valid, request.all_experts)
+        return group_inputs_of(arguments, self.block, self.structure.experts, groups, valid, request.all_experts)
 
     def _apart(self, span: Span, groups: tuple[LinearGroup, ...]) -> tuple[list[int], list[int]]:
         """Of the good rows of a piece, (those with non-finite inputs, those with finite inputs beyond ``Rows.largest``)."""
@@ -177,7 +178,7 @@ class BlockRunner:
         for i in (i for i in range(*span) if self.rows.good[i]):
             arguments = self._run((i, i + 1), self.rows.read(i, i + 1), stop=True)
             valid = self.rows.valid(i, i + 1)
-            peaks[i] = _peak(_group_inputs(arguments, self.block, self.structure.experts, groups, valid).values())
+            peaks[i] = _peak(group_inputs_of(arguments, self.block, self.structure.experts, groups, valid).values())
         bad = [i for i, peak in peaks.items() if peak == math.inf]
         return bad, [i for i, peak in peaks.items() if self.rows.largest < peak < math.inf]
 
@@ -247,11 +248,20 @@ class BlockRunner:
         handles = [self.block.get_submodule(n).register_forward_hook(note(n)) for n in sorted(names)]
         hooks = {g.hook for g in self.structure.groups if g.hook}
         handles += [self.block.get_submodule(n).register_forward_pre_hook(count(n)) for n in sorted(hooks)]
-        with torch.inference_mode():
-            entered = self.rows.read(0, 1)
-            self.call(self.block, entered, slice(0, 1))
-        for handle in handles:
-            handle.remove()
+        entered = self.rows.read(0, 1)
+        try:
+            with torch.inference_mode():
+                self.call(self.block, entered, slice(0, 1))
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as e:
+            if ran_out(e):
+                raise
+            raise Unsupported(
+                f"{self.structure.path} does not run by itself on calibration rows: {reason(e)}: use a method without "
+                "calibration (rtn with a weight-only scheme)"
+            ) from e
+        finally:
+            for handle in handles:
+                handle.remove()
         units = []
         for unit in (u for u in candidates.values() if calls[u.last] == 1):
             returned, linear_out = outputs.get(unit.path), outputs.get(unit.last)
@@ -362,33 +372,3 @@ def _width(linear: nn.Module, unit: PlaybackUnit) -> int:
 
 def _bytes(t: Tensor) -> Any:
     return t.contiguous().view(torch.uint8).numpy().reshape(-1).data
-
-
-def _group_inputs(
-    arguments: dict[str, tuple[Any, ...]],
-    block: nn.Module,
-    fused: tuple[FusedExperts, ...],
-    groups: tuple[LinearGroup, ...],
-    valid: Tensor | None,
-    all_experts: bool = False,
-) -> dict[str, Tensor]:
-    """{group key: inputs [tokens, in] of the valid tokens} from the arguments of the hooked modules."""
-    result: dict[str, Tensor] = {}
-    for group in groups:
-        if group.hook and group.hook in arguments:
-            x = arguments[group.hook][0]
-            x = x.reshape(-1, x.shape[-1])
-            if valid is not None:  # rows of another length than the mask (a prompt) do not count
-                x = x[valid] if len(valid) == len(x) else x[:0]
-            if group.expert is not None and not all_experts:
-                routed = (arguments[group.hook][1] == group.expert).any(-1).flatten()
-                x = x[routed if valid is None else routed[valid]]
-            result[group.key] = x
-        elif group.expert is not None and not group.stack:  # the expert's down projection: its input is computed here
-            input_group = next(g for g in groups if g.expert == group.expert and g.hook)
-            if input_group.key in result:
-                whole = replace(input_group.linears[0], rows=None).view(block)  # gate and up, whichever the group has
-                layout = next(f for f in fused if f.module == input_group.hook)
-                first = nn.functional.linear(result[input_group.key], whole)
-                result[group.key] = gated(block.get_submodule(layout.module), layout, group.expert, first)
-    return result

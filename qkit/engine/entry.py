@@ -26,9 +26,10 @@ from qkit.families.blocks import LANGUAGE, BlockSequence
 from qkit.families.materialize import load_block, load_outer, release, release_outer
 from qkit.families.structure import ModelStructure
 from qkit.files.offload import OffloadedTensors
-from qkit.files.schema import foreign_errors
+from qkit.files.schema import reason
 from qkit.kvcache.argument import with_cache
 from qkit.planning.plan import Plan, parts
+from qkit.system.memory import ran_out
 from qkit.tensor.activations import quantize_activations
 from qkit.tensor.formats import Format
 from qkit.tensor.input_transform import PLAIN, InputTransform
@@ -165,17 +166,29 @@ def _learn_calls(
         finally:
             release(module)
 
-    with foreign_errors(
-        f"{structure.checkpoint.path}: transformers cannot run this model on a text", ADVICE, Unsupported
-    ):
+    with _runs_on_text(structure):
         trial = run_trial(model, sequence.paths, sample, loaded)
-    one = next(enter(model, sequence.paths, [sample], passing=trial.passing))
+        one = next(enter(model, sequence.paths, [sample], passing=trial.passing))
     prove(trial, one[1], sequence.paths)
     if calibration.inputs is not None or tuple(one[0].shape[:-1]) != first.shape:
         return trial.passing, None
     two = {"input_ids": calibration.first(2).tokens, **call_options}
-    batch = next(enter(model, sequence.paths, [two], passing=trial.passing))
+    with _runs_on_text(structure):
+        batch = next(enter(model, sequence.paths, [two], passing=trial.passing))
     return trial.passing, for_any_batch(one[1], batch[1]) if len(batch[0]) == 2 else one[1]
+
+
+@contextmanager
+def _runs_on_text(structure: ModelStructure) -> Iterator[None]:
+    """Raises Unsupported where code of a model cannot be run on rows of a text; a full memory stays what it is."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as e:
+        if ran_out(e):
+            raise
+        raise Unsupported(
+            f"{structure.checkpoint.path}: transformers cannot run this model on a text: {reason(e)}: {ADVICE}"
+        ) from e
 
 
 def _as_one(calibration: Calibration, calls: list[dict[int, Call]]) -> dict[int, Call]:

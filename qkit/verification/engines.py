@@ -251,9 +251,24 @@ def _kernel(weights: NumberFormat) -> Iterator[str]:
         yield _NO_CPU
 
 
-# Model types whose code in transformers 5.24 reads '.weight' of a linear by itself, which packed linears have not: found by
-# loading tiny models of 63 types in several schemes. What the others load agrees with qkit.load.
-_READS_WEIGHTS = ("falcon", "gpt_bigcode", "nanochat")
+# Found by loading tiny models of 193 types (tools/sweep_models.py). What the others load agrees with qkit.load.
+# Model types whose code in transformers 5.24 reads '.weight' of a linear by itself, which packed linears have not.
+_READS_WEIGHTS = (
+    *(
+        "blt",
+        "falcon",
+        "falcon_mamba",
+        "gpt_bigcode",
+        "longcat_flash",
+        "mamba",
+        "mamba2",
+        "modernbert-decoder",
+        "nanochat",
+    ),
+    *("recurrent_gemma", "rwkv", "xlstm"),
+)
+# Model types whose convolutions or tables transformers joins while it loads, which fails beside a quantizer.
+_JOINS_TENSORS = ("bailing_hybrid", "kimi_linear", "olmo_hybrid", "qwen4_exp", "qwen4_exp_text")
 
 
 def _transformers(
@@ -294,6 +309,8 @@ def _transformers_refuses(
         return "it has no loader for experts of this scheme: use qkit.load"
     if facts.model_type in _READS_WEIGHTS and packing.endswith("pack-quantized"):
         return f"its {facts.model_type} reads the plain weight of a linear, which a packed one has not: use qkit.load"
+    if facts.model_type in _JOINS_TENSORS:
+        return f"it joins tensors of a {facts.model_type} while it loads, which fails beside packed ones: use qkit.load"
     return None
 
 

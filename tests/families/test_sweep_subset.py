@@ -13,16 +13,14 @@ import sweep_configs
 import sweep_models
 import sweep_worker
 
-# Declared; fused projections and positions as a bias; latent attention and experts; state spaces beside attention; experts in
-# one tensor; an encoder; a classifier on a decoder.
+# Fused projections and positions as a bias; latent attention and experts; state spaces beside attention; experts in
+# one tensor; an encoder.
 SUBSET = [
-    ("causal", "llama"),
     ("causal", "bloom"),
     ("causal", "deepseek_v3"),
     ("causal", "bamba"),
     ("causal", "dbrx"),
     ("encoders", "bert:masked"),
-    ("encoders", "llama:sequence"),
 ]
 
 
