@@ -276,6 +276,9 @@ def quantization_config(plan: Plan, structure: ModelStructure) -> dict[str, Any]
     renamed = {stored: module for stored, module in module_names(structure).items() if stored != module}
     formats_by_linear = {name: (p.weights, p.activations) for name, p in plan.packed.items()}
     layers = [name for name in plan.skipped if name not in structure.checkpoint.tensors]  # others are bare parameters
+    for sources, views in structure.checkpoint.view_groups.items():  # a loader knows the model's layers
+        if any(source.removesuffix(".weight") in plan.skipped for source in sources):
+            layers += [name.removesuffix(".weight") for name in views]
     built = ct.config(formats_by_linear, layers, renamed, FORMAT if plan.static_cache else None, tuple(plan.ends))
     return {**built, "quant_method": plan.export}
 

@@ -172,6 +172,18 @@ class ModelStructure:
         name = self._copied_name(self.family.head)
         return name if f"{name}.weight" in {*self.checkpoint.tensors, *self.checkpoint.sources, *self.tied} else None
 
+    def as_copied(self, skipped: dict[str, str]) -> dict[str, str]:
+        """{name in a result: reason} of what is skipped: views of a tensor that is copied as a whole have the tensor's name."""
+        result = dict(skipped)
+        for sources, views in self.checkpoint.view_groups.items():
+            names = [name.removesuffix(".weight") for name in views]
+            if all(name in result for name in names):
+                reason = result[names[0]]
+                for name in names:
+                    result.pop(name)
+                result.update({source.removesuffix(".weight"): reason for source in sources})
+        return result
+
     def _copied_name(self, module: str) -> str:
         """The name, in the file and in a result, of a module whose weight is copied."""
         name = self.names.name_of(f"{module}.weight")
@@ -278,7 +290,9 @@ def computed_buffers(model: nn.Module) -> dict[str, Tensor]:
     if not any(b.is_meta for b in buffers.values()):
         return {n: b.clone() for n, b in buffers.items()}
     owners = {n.rpartition(".")[0] for n in buffers}
-    models: dict[str, Any] = {n: m for n, m in model.named_modules() if hasattr(m, "_init_weights")}
+    models: dict[str, Any] = {
+        n: m for n, m in model.named_modules() if hasattr(m, "_init_weights") and hasattr(m, "base_model_prefix")
+    }
     for module in model.modules():
         for name in module._non_persistent_buffers_set:
             buffer = module._buffers[name]

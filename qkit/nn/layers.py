@@ -166,6 +166,8 @@ class QuantExperts(nn.Module):
             setattr(fused, name, None)
         for name, p in fused.named_parameters(recurse=False):  # loaders find them where they were
             self.register_parameter(name, p)
+        for name, child in fused.named_children():
+            self.add_module(name, child)
         inner: Any = fused
         inner._is_hf_initialized = True  # transformers would fill in the weights that it has no more
         self.fused = fused

@@ -208,9 +208,11 @@ def make_plan(
     ends = end_plans(recipe, structure, untied, rows is not None)
     skipped.update(skipped_head(structure, ends))
     skipped.update(structure.tables)
+    skipped = structure.as_copied(skipped)
     skipped.update({name: OUTSIDE_REASON for name in structure.outside if name not in {*skipped, *ends}})
     check_rules(recipe, matched, [*linears, *kept, *skipped])
-    fused = fused_linears(structure, linears | kept, recipe.engine)
+    named = {*linears, *kept, *skipped}  # the others are copied in one tensor
+    fused = tuple(g for g in fused_linears(structure, linears | kept, recipe.engine) if named.issuperset(g))
     if rows and structure.family.encodes:
         raise Unsupported(
             f"{rows}, and a text encoder is quantized without calibration: use rtn with w8a16, w8a8 or w4a16"

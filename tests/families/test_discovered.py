@@ -201,3 +201,18 @@ def test_every_expert_can_be_measured_on_all_tokens(tmp_path, run):
         assert f"{few} of {len(counts[len(flag)])} linears" in " ".join(text.split())
     assert set(counts[1].values()) == {4 * 32}
     assert sum(counts[0].values()) == sum(counts[1].values()) / 2  # two of four experts for each token
+
+
+def test_experts_in_one_tensor_that_a_rule_skips_are_copied_as_it(tmp_path):
+    model, recipe = gpt_oss(tmp_path / "model"), tmp_path / "r.yaml"
+    recipe.write_text('scheme: w4a16\nrules:\n  - match: "*.layers.0.mlp.experts.*"\n    skip: kept\n')
+    qkit.quantize(model=model, out=tmp_path / "out", recipe=recipe)
+    tensors, record = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        json.loads((tmp_path / "out" / "qkit.json").read_text()),
+    )
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert torch.equal(tensors[name], load_file(model / "model.safetensors")[name])
+    assert record["skipped"][name] == "kept" and "model.layers.1.mlp.experts.2.down_proj" in record["linears"]
+    packed, plain = (qkit.load(path, dtype=torch.float32) for path in (tmp_path / "out", model))
+    assert torch.equal(packed.model.layers[0].mlp.experts.gate_up_proj, plain.model.layers[0].mlp.experts.gate_up_proj)
