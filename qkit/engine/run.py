@@ -23,12 +23,11 @@ from qkit.engine.job import Job
 from qkit.engine.original_rows import advance_originals
 from qkit.engine.parts import entry_of, row_notice
 from qkit.engine.recorded import record_inputs, with_originals
-from qkit.engine.solving import LinearResult, solve_groups
+from qkit.engine.without_rows import pass_by, quantize_without_rows
 from qkit.errors import write_failure
 from qkit.families.blocks import LANGUAGE, BlockSequence, BlockStructure
 from qkit.families.materialize import release
 from qkit.families.structure import ModelStructure
-from qkit.files.safefile import sha256_file
 from qkit.planning.plan import Plan, sequences
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
@@ -78,9 +77,9 @@ def _run_sequence(run: Run, sequence: BlockSequence, first_part: int) -> None:
     for block in sequence.blocks[run.job.finished - first_part :]:
         step = _make_step(run, sequence, block, first_part)
         if rows is None:
-            _quantize_without_rows(run, step)
+            quantize_without_rows(run, step)
         elif block.index not in calls:
-            rows = _pass_by(run, step, rows)
+            rows = pass_by(run, step, rows)
         else:
             rows = _quantize_with_rows(run, step, rows, calls[block.index])
         release(step.state.module)
@@ -138,34 +137,6 @@ def _entering_rows(run: Run, sequence: BlockSequence, first_part: int) -> tuple[
 
 
 # ---- one block -------------------------------------------------------------------------------------------------
-
-
-def _quantize_without_rows(run: Run, step: BlockStep, record: dict[str, Any] | None = None) -> None:
-    """Quantize a block from its weights alone. One group at a time: float32 copies of a whole block would cost the
-    most memory. record: of the rows that enter the next block
-    """
-    run.progress.start(step.name, len(step.state.block.groups))
-    results: list[LinearResult] = []
-    for group in step.state.block.groups:
-        results += solve_groups(step.state, run.plan, (group,), {}, run.pool)
-        run.progress.step()
-    run.job.commit(step.place, step.part(results, run.plan), entry_of(results), record)
-
-
-def _pass_by(run: Run, step: BlockStep, rows: Rows) -> Rows:
-    """Quantize a block that does not run on the rows; they enter the next one as they are."""
-    if step.last:
-        _quantize_without_rows(run, step)
-        return rows
-    path, record = run.job.rows_path(step.place + 1), dict[str, Any]()
-    shutil.copyfile(rows.path, path)
-    original = None
-    if rows.original is not None:
-        original = run.job.rows_path(step.place + 1, original=True)
-        shutil.copyfile(rows.original, original)
-        record["original"] = sha256_file(original)
-    _quantize_without_rows(run, step, record | {"sha256": sha256_file(path), "good": rows.good})
-    return replace(rows, path=path, original=original)
 
 
 def _quantize_with_rows(run: Run, step: BlockStep, rows: Rows, call: Call | OneByOne) -> Rows:
