@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -160,70 +160,12 @@ def offloaded(calls: dict[int, Call], offload_file: OffloadedTensors, dtype: tor
     return {i: replace(call, args=mapped(put, call.args), kwargs=mapped(put, call.kwargs)) for i, call in calls.items()}
 
 
-def leaves_of(call: Call) -> dict[str, Any]:
-    """{description: value} of all arguments of a call, inside tuples, lists and dicts."""
-    result: dict[str, Any] = {}
-
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, (tuple, list)):
-            for i, v in enumerate(value):
-                add(f"{name}[{i}]", v)
-        elif isinstance(value, Mapping):
-            for k, v in value.items():
-                add(f"{name}[{k!r}]", v)
-        else:
-            result[name] = value
-
-    for i, value in enumerate(call.args):
-        add(f"argument {i + 1}", value)
-    for name, value in call.kwargs.items():
-        add(name, value)
-    return result
-
-
-def for_any_batch(one: dict[int, Call], two: dict[int, Call]) -> dict[int, Call] | None:
-    """Calls that hold for any number of rows, from those of one row and of two; None where they depend on the row.
-
-    one: the calls of the first row; two: those of a batch of the first two rows
-    """
-    shared: dict[tuple[int, int], Any] = {}  # blocks share their arguments
-
-    def join(a: Any, b: Any) -> Any:
-        if isinstance(a, (tuple, list)) and type(a) is type(b) and len(a) == len(b):
-            return type(a)(map(join, a, b))
-        if isinstance(a, Mapping) and isinstance(b, Mapping) and a.keys() == b.keys():
-            return {k: join(v, b[k]) for k, v in a.items()}
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-            if isinstance(a, Tensor) or isinstance(b, Tensor) or type(a) is not type(b):
-                raise _Differs
-            return a
-        if (id(a), id(b)) not in shared:
-            shared[id(a), id(b)] = _repeated(a, b)
-        return shared[id(a), id(b)]
-
-    try:
-        return {
-            i: replace(call, args=join(call.args, two[i].args), kwargs=join(call.kwargs, two[i].kwargs))
-            for i, call in one.items()
-        }
-    except _Differs:
-        return None
-
-
-class _Differs(Exception):
-    """Arguments of two calls that one rule does not make."""
-
-
-def _repeated(one: Tensor, two: Tensor) -> Any:
-    if one.shape == two.shape:
-        if torch.equal(one, two):
-            return one
-        raise _Differs
-    dims = [d for d in range(one.dim()) if two.dim() == one.dim() and two.shape[d] == 2 * one.shape[d]]
-    for d in dims:
-        if two.shape == torch.cat([one, one], d).shape and torch.equal(two, torch.cat([one, one], d)):
-            return ForEveryRow(one, d)
-    raise _Differs
+def runs_again(index: int, count: int) -> Unsupported:
+    """The error for a block that runs a second time in a pass of the model."""
+    return Unsupported(
+        f"block {index + 1} of {count} runs more than once in a pass of the model: its weights have several "
+        "inputs, and qkit quantizes a block for one: use a method without calibration (rtn with a weight-only scheme)"
+    )
 
 
 def _by_name(block: nn.Module, streams: Streams, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
@@ -310,10 +252,7 @@ class _Notes:
     def add(self, index: int, hidden: Tensor, call: Call) -> None:
         """Record a call. Raises Unsupported for a block that is called twice."""
         if index in self.calls:
-            raise Unsupported(
-                f"block {index + 1} of {self.count} runs more than once in a pass of the model: its weights have several "
-                "inputs, and qkit quantizes a block for one: use a method without calibration (rtn with a weight-only scheme)"
-            )
+            raise runs_again(index, self.count)
         self.first = hidden if not self.calls else self.first
         self.calls[index] = call
         if index == self.last and not self.run_to_end:
@@ -393,3 +332,13 @@ def enter(
         if not through:
             for name, block in zip(blocks, originals, strict=True):
                 model.set_submodule(name, block)
+
+
+def enter_one(
+    model: nn.Module, blocks: Sequence[str], sample: Mapping[str, Any], passing: Mapping[int, Passing]
+) -> tuple[Tensor, dict[int, Call]]:
+    """What ``enter`` yields for one sample. Raises Unsupported where it reaches no block."""
+    with closing(enter(model, blocks, [sample], passing=passing)) as entered:
+        for found in entered:
+            return found
+    raise Unsupported(f"{blocks[0]} and all that follow do not run when the model reads a text")

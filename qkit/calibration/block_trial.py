@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit.calibration.block_calls import Call, Passing, leaves_of
+from qkit.calibration.block_calls import Call, Passing, runs_again
+from qkit.calibration.call_values import leaves_of, same_value
 from qkit.errors import Unsupported
 
 ADVICE = "use a method without calibration (rtn with a weight-only scheme)"
@@ -39,6 +40,14 @@ class Trial:
     calls: dict[int, Call]
     entering: dict[int, Tensor] = field(repr=False)
 
+    @property
+    def returns_more(self) -> bool:
+        """Whether a block returns tensors beside the hidden states, which may be those of this row alone."""
+        beside = (
+            (i != p.result, x) for p in self.passing.values() if p.result is not None for i, x in enumerate(p.out)
+        )
+        return any(other and isinstance(x, Tensor) for other, x in beside)
+
 
 def run_trial(
     model: nn.Module,
@@ -57,7 +66,7 @@ def run_trial(
     def before(index: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if index in seen:
-                raise _twice(index, len(blocks))
+                raise runs_again(index, len(blocks))
             seen[index] = _Seen(args, kwargs, None)
             open_blocks[index] = loaded(index)
             open_blocks[index].__enter__()
@@ -93,13 +102,6 @@ def run_trial(
         {i: p for i, p in zip(ran, passing, strict=True)},
         {i: c for i, c in zip(ran, calls, strict=True)},
         {i: _argument(seen[i], p.place) for i, p in zip(ran, passing, strict=True)},
-    )
-
-
-def _twice(index: int, count: int) -> Unsupported:
-    return Unsupported(
-        f"block {index + 1} of {count} runs more than once in a pass of the model: its weights have several "
-        "inputs, and qkit quantizes a block for one: use a method without calibration (rtn with a weight-only scheme)"
     )
 
 
@@ -145,7 +147,7 @@ def _place(block: _Seen, hidden: Any) -> int | str | None:
     """The argument that is ``hidden``, the same object or the same values."""
     items: list[tuple[int | str, Any]] = [*enumerate(block.args), *block.kwargs.items()]
     same = [k for k, v in items if v is hidden]
-    equal = [k for k, v in items if isinstance(v, Tensor) and isinstance(hidden, Tensor) and _equal(v, hidden)]
+    equal = [k for k, v in items if isinstance(v, Tensor) and same_value(v, hidden)]
     return next(iter(same or equal), None)
 
 
@@ -156,10 +158,6 @@ def _argument(block: _Seen, place: int | str) -> Any:
 def _first_tensor(block: _Seen) -> int | str | None:
     items: list[tuple[int | str, Any]] = [*enumerate(block.args), *block.kwargs.items()]
     return next((k for k, v in items if isinstance(v, Tensor) and v.is_floating_point()), None)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def prove(trial: Trial, calls: Mapping[int, Call], blocks: Sequence[str]) -> None:
@@ -173,23 +171,17 @@ def prove(trial: Trial, calls: Mapping[int, Call], blocks: Sequence[str]) -> Non
         name = blocks[i]
         if previous is not None:
             left = _at(trial.passing[previous].out, trial.passing[previous].result)
-            if left is not trial.entering[i] and not _equal(left, trial.entering[i]):
+            if left is not trial.entering[i] and not same_value(left, trial.entering[i]):
                 raise Unsupported(
                     f"{name} is called with hidden states other than those that leave the block before it: qkit runs "
                     f"blocks one after another: {ADVICE}"
                 )
         previous = i
         recorded, run = leaves_of(calls[i]), leaves_of(trial.calls[i])
-        differing = next((k for k in run if not _alike(run[k], recorded.get(k))), None)
+        differing = next((k for k in run if not same_value(run[k], recorded.get(k))), None)
         if differing is not None or run.keys() != recorded.keys():
             what = differing or next(iter(run.keys() ^ recorded.keys()))
             raise Unsupported(
                 f"{name} is called with {what}, which earlier blocks make or change: qkit runs blocks one after another: "
                 f"{ADVICE}"
             )
-
-
-def _alike(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and _equal(a, b)
-    return type(a) is type(b)

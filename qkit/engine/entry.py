@@ -6,7 +6,6 @@ far. Rows of a language model are padded to one length; those of a tower keep th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,21 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit.calibration.block_calls import Call, OneByOne, Passing, enter, for_any_batch, merged, offloaded
-from qkit.calibration.block_trial import ADVICE, prove, run_trial
+from qkit.calibration.block_calls import Call, OneByOne, Passing, enter, merged, offloaded
 from qkit.calibration.dataset import Calibration
 from qkit.calibration.statistics import Rows
 from qkit.diffusion.clock import time_of
+from qkit.engine.discovered_calls import call_options_of, learn_calls
 from qkit.engine.job import Job
-from qkit.errors import BadCalibration, Unsupported, write_failure
+from qkit.errors import BadCalibration, write_failure
 from qkit.families.blocks import LANGUAGE, BlockSequence
-from qkit.families.materialize import load_block, load_outer, release, release_outer
+from qkit.families.materialize import load_outer, release_outer
 from qkit.families.structure import ModelStructure
 from qkit.files.offload import OffloadedTensors
-from qkit.files.schema import reason
-from qkit.kvcache.argument import with_cache
 from qkit.planning.plan import Plan, parts
-from qkit.system.memory import ran_out
 from qkit.tensor.activations import quantize_activations
 from qkit.tensor.formats import Format
 from qkit.tensor.input_transform import PLAIN, InputTransform
@@ -58,7 +54,7 @@ def embed(
     assert plan.calibration is not None
     calibration, language = plan.calibration, sequence.name == LANGUAGE
     streams, through = structure.family.streams, sequence.name in {t.name for t in structure.towers}
-    call_options = {"return_dict": False} if streams else _call_options(structure, cache)
+    call_options = {"return_dict": False} if streams else call_options_of(structure, cache)
     times = list[float]()
 
     def timed_samples() -> Iterator[dict[str, Any]]:
@@ -81,7 +77,7 @@ def embed(
     try:
         with _loaded_outer(plan, structure, job), path.open("ab" if good else "wb") as f:
             if together and structure.is_discovered:
-                passing, batch_calls = _learn_calls(plan, structure, sequence, calibration, call_options)
+                passing, batch_calls = learn_calls(structure, sequence, calibration, call_options)
                 together = once = batch_calls is not None
             for hidden, calls in enter(structure.model, sequence.paths, timed_samples(), through, streams, passing):
                 width = hidden.shape[-1]
@@ -129,66 +125,6 @@ def embed(
         times=tuple(times),
     )
     return rows, {i: OneByOne(tuple(calls[i] for calls in row_calls)) for i in row_calls[0]}
-
-
-def _call_options(structure: ModelStructure, cache: Any) -> dict[str, Any]:
-    """Arguments of the model beside the sample, of those that it has."""
-    options = {**with_cache(structure.model, cache), "use_cache": cache is not None}
-    if not structure.is_discovered:
-        return options
-    base: Any = getattr(structure.model, "base_model", structure.model)
-    known = inspect.signature(base.forward).parameters
-    any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    return {k: v for k, v in options.items() if k in known or (any_name and v is not None)}
-
-
-def _learn_calls(
-    plan: Plan,
-    structure: ModelStructure,
-    sequence: BlockSequence,
-    calibration: Calibration,
-    call_options: dict[str, Any],
-) -> tuple[dict[int, Passing], dict[int, Call] | None]:
-    """How the blocks of a discovered model pass hidden states on, proved on a row; and calls for any number of rows, or None
-    where each row needs its own.
-
-    Raises Unsupported where its blocks cannot be run one after another.
-    """
-    model, first = structure.model, calibration.first(1).tokens
-    sample = {"input_ids": first, **call_options}
-
-    @contextmanager
-    def loaded(index: int) -> Iterator[None]:
-        block = sequence.blocks[index]
-        module = load_block(structure, block, structure.dtype)
-        try:
-            yield
-        finally:
-            release(module)
-
-    with _runs_on_text(structure):
-        trial = run_trial(model, sequence.paths, sample, loaded)
-        one = next(enter(model, sequence.paths, [sample], passing=trial.passing))
-    prove(trial, one[1], sequence.paths)
-    if calibration.inputs is not None or tuple(one[0].shape[:-1]) != first.shape:
-        return trial.passing, None
-    two = {"input_ids": calibration.first(2).tokens, **call_options}
-    with _runs_on_text(structure):
-        batch = next(enter(model, sequence.paths, [two], passing=trial.passing))
-    return trial.passing, for_any_batch(one[1], batch[1]) if len(batch[0]) == 2 else one[1]
-
-
-@contextmanager
-def _runs_on_text(structure: ModelStructure) -> Iterator[None]:
-    """Raises Unsupported where code of a model cannot be run on rows of a text; a full memory stays what it is."""
-    try:
-        yield
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as e:
-        if ran_out(e):
-            raise
-        raise Unsupported(
-            f"{structure.checkpoint.path}: transformers cannot run this model on a text: {reason(e)}: {ADVICE}"
-        ) from e
 
 
 def _as_one(calibration: Calibration, calls: list[dict[int, Call]]) -> dict[int, Call]:

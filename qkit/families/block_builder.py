@@ -52,7 +52,7 @@ class BlockBuilder:
             and not (moe and is_router(n, m, module))
             and not self.names.is_shared(f"{path}.{n}.weight")
         }
-        groups = groups if self.reads is None else tuple(self.reads.groups(path, list(modules)))
+        groups = groups if self.reads is None else self._seen_groups(path, list(modules))
         declared: list[Group] = []
         covered: set[str] = set()
         for group in groups:
@@ -66,6 +66,14 @@ class BlockBuilder:
         for group in (*declared, *(Group((n,)) for n in modules if n not in covered)):
             linears = tuple(self._plain_linear(module, path, n, *modules[n]) for n in group.linears)
             yield LinearGroup(linears, self._as_configured(group), group.linears[0])
+
+    def _seen_groups(self, path: str, names: list[str]) -> tuple[Group, ...]:
+        """Groups that a run of the model showed. A norm that several blocks share feeds others, too."""
+        assert self.reads is not None
+        return tuple(
+            replace(g, source=None) if g.source and self.names.is_shared(f"{path}.{g.source}.weight") else g
+            for g in self.reads.groups(path, names)
+        )
 
     def _plain_linear(
         self, block: nn.Module, path: str, name: str, outputs: int, inputs: int, transposed: bool

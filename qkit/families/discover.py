@@ -138,10 +138,14 @@ def _discover(model: nn.Module, model_type: str) -> Family:
             f"model_type {model_type!r} has no list of blocks with matrices; found the module lists "
             f"{[n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)] or 'none'}: qkit quantizes blocks"
         )
-    reads = run_without_values(model, [f"{n}.{i}" for n in lists for i, _ in enumerate(_children(model, n))])
-    ran = [n for n in lists if any(f"{n}.{i}" in reads.ran for i, _ in enumerate(_children(model, n)))]
+    paths = {n: [f"{n}.{i}" for i, _ in enumerate(model.get_submodule(n).children())] for n in lists}
+    reads = run_without_values(model, [path for found in paths.values() for path in found])
+    ran = [n for n, found in paths.items() if any(reads.calls[path] for path in found)]
     main = _main_lists(model, ran or lists)
-    towers = tuple(Tower(_tower_name(n, main[0]), (n,), on_text=n in ran) for n in lists if n not in main)
+    others = [n for n in lists if n not in main]
+    towers = tuple(
+        Tower(name, (n,), on_text=n in ran) for n, name in zip(others, _tower_names(others, main[0]), strict=True)
+    )
     names = {id(m): n for n, m in model.named_modules()}
     return Family(
         name=f"{DISCOVERED}{model_type}",
@@ -154,10 +158,6 @@ def _discover(model: nn.Module, model_type: str) -> Family:
         towers=towers,
         reads=reads,
     )
-
-
-def _children(model: nn.Module, path: str) -> list[nn.Module]:
-    return list(model.get_submodule(path).children())
 
 
 def _outermost_lists(model: nn.Module) -> list[str]:
@@ -180,6 +180,16 @@ def _main_lists(model: nn.Module, lists: list[str]) -> list[str]:
     largest = max(inside, key=lambda n: sum(p.numel() for p in model.get_submodule(n).parameters()))
     parent = largest.rpartition(".")[0]
     return [n for n in inside if n.rpartition(".")[0] == parent or len(inside) == 1]
+
+
+def _tower_names(paths: list[str], main: str) -> list[str]:
+    """A name for each part of a model; a second one of the same name gets a number."""
+    names: list[str] = []
+    for path in paths:
+        name = _tower_name(path, main)
+        count = sum(n.rstrip("0123456789") == name for n in names)
+        names.append(f"{name}{count + 1}" if count else name)
+    return names
 
 
 def _tower_name(path: str, main: str) -> str:

@@ -7,7 +7,7 @@ tensor where their inputs are one object. A norm feeds them where that object is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,34 +22,30 @@ from qkit.families.matrices import fused_experts, is_norm, matrix_of
 # Siblings that by these names read one input.
 _SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
 _TOKENS = 8  # length of the row; what a run does with it does not depend on values
+_LOOKS = (
+    "__get__",
+    "size",
+    "dim",
+    "numel",
+    "is_floating_point",
+)  # at the shape or dtype of a tensor, not at its values
 # What a run without values stops at: operators that need values, and inputs that a text does not have.
-_LOOKS = ("__get__", "size", "dim", "numel", "is_floating_point")  # of a tensor, not at its values
-_STOPS = (
-    RuntimeError,
-    NotImplementedError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    AssertionError,
-)
+_STOPS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 
 
 @dataclass
 class Reads:
-    """What a run showed.
+    """What a run showed. Tensors are on the meta device: only which object they are counts.
 
-    inputs: {module: its input}, of matrices; feeds: {module: what it returns}, of norms
-    ran:    blocks that ran; again: those that ran more than once
-    whole:  the run came to its end
+    inputs:  {module: its input}, of blocks and matrices; feeds: {module: what it returns}, of norms
+    calls:   how often each block, matrix and norm ran
+    whole:   the run came to its end
     readers: for each tensor, by its id, how many operators read it
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     feeds: dict[str, Tensor] = field(default_factory=dict)
-    ran: set[str] = field(default_factory=set)
-    again: set[str] = field(default_factory=set)
+    calls: Counter[str] = field(default_factory=Counter)
     readers: Counter[int] = field(default_factory=Counter)
     whole: bool = False
 
@@ -61,19 +57,27 @@ class Reads:
         members: dict[int, list[str]] = {}
         for name in names:
             x = self.inputs.get(f"{path}.{name}")
-            if x is not None:
+            if x is not None and not self._repeats(path, name):
                 members.setdefault(id(x), []).append(name)
         found = [Group(tuple(g), source=self._source(path, key, len(g))) for key, g in members.items()]
-        return [*found, *guessed_groups([n for n in names if f"{path}.{n}" not in self.inputs])]
+        repeated = [Group((n,)) for n in names if self._repeats(path, n)]
+        return [*found, *repeated, *guessed_groups([n for n in names if f"{path}.{n}" not in self.inputs])]
+
+    def _repeats(self, path: str, name: str) -> bool:
+        """Whether a module runs more than once in a pass of its block: it has several inputs."""
+        return self.calls[f"{path}.{name}"] > self.calls[path]
 
     def unread(self, path: str, names: Sequence[str]) -> list[str]:
         """Of the matrices of a block that ran, those that did not: the block looks at their weight, or they were not needed."""
-        return [n for n in names if path in self.ran and f"{path}.{n}" not in self.inputs]
+        return [n for n in names if self.calls[path] and f"{path}.{n}" not in self.inputs]
 
     def _source(self, path: str, key: int, count: int) -> str | None:
-        """The norm of the block that feeds these matrices and nothing else."""
+        """The norm of the block that feeds these matrices and nothing else; None where the run does not show all readers."""
         norm = next((n for n, out in self.feeds.items() if id(out) == key and n.startswith(f"{path}.")), None)
-        return norm.removeprefix(f"{path}.") if norm is not None and self.readers[key] == count else None
+        name = None if norm is None else norm.removeprefix(f"{path}.")
+        if name is None or self._repeats(path, name) or not self.whole or self.readers[key] != count:
+            return None
+        return name
 
 
 class _Readers(TorchFunctionMode):
@@ -85,10 +89,17 @@ class _Readers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") not in _LOOKS:
-            for value in (*args, *(kwargs or {}).values()):
-                if isinstance(value, Tensor):
-                    self.reads.readers[id(value)] += 1
+            self.reads.readers.update(id(x) for x in _tensors((args, kwargs)))
         return func(*args, **(kwargs or {}))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested arguments, such as those of torch.cat."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(inner)
 
 
 def guessed_groups(names: Sequence[str]) -> list[Group]:
@@ -118,11 +129,8 @@ def run_without_values(model: nn.Module, blocks: Sequence[str]) -> Reads:
 
     def look(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if name in starts:
-                reads.again |= {name} & reads.ran
-                reads.ran.add(name)
-                return
-            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            reads.calls[name] += 1
+            x = next(_tensors((args, kwargs)), None)
             if x is not None:
                 reads.inputs.setdefault(name, x)
 
@@ -130,13 +138,14 @@ def run_without_values(model: nn.Module, blocks: Sequence[str]) -> Reads:
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            if isinstance(out, Tensor):
-                reads.feeds.setdefault(name, out)
+            reads.calls[name] += 1
+            if isinstance(out, Tensor) and name not in reads.feeds:
+                reads.feeds[name] = out
                 reads.readers[id(out)] = 0  # what the norm itself did
 
         return hook
 
-    handles, starts = [], set(blocks)
+    handles = []
     for path in blocks:
         block = model.get_submodule(path)
         handles.append(block.register_forward_pre_hook(look(path), with_kwargs=True))

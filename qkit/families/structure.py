@@ -130,6 +130,12 @@ class ModelStructure:
         linears = [x for b in self.every_block for x in b.linears if x.expert is not None or x.transposed]
         return frozenset(x.name for x in linears if f"{x.name}.weight" in self.checkpoint.views)
 
+    @property
+    def repeated_block(self) -> str | None:
+        """A block that runs more than once in a pass of the model, as far as a run of the skeleton shows."""
+        reads = self.family.reads
+        return None if reads is None else next((b.path for b in self.every_block if reads.calls[b.path] > 1), None)
+
     @cached_property
     def unread(self) -> frozenset[str]:
         """Linears that do not run by themselves when their block runs on a text, as far as a run of the skeleton shows."""

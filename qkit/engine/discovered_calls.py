@@ -1,0 +1,89 @@
+"""How the blocks of a discovered model are called: seen in a run of one sample, and proved before rows are run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from qkit.calibration.block_calls import Call, Passing, enter_one
+from qkit.calibration.block_trial import ADVICE, Trial, prove, run_trial
+from qkit.calibration.call_values import for_any_batch
+from qkit.calibration.dataset import Calibration
+from qkit.errors import Unsupported
+from qkit.families.blocks import BlockSequence
+from qkit.families.materialize import load_block, release
+from qkit.families.structure import ModelStructure
+from qkit.files.schema import reason
+from qkit.kvcache.argument import with_cache
+from qkit.system.memory import ran_out
+
+
+def call_options_of(structure: ModelStructure, cache: Any) -> dict[str, Any]:
+    """Arguments of the model beside the sample, of those that it has. cache: its KV cache, None: none"""
+    options = {**with_cache(structure.model, cache), "use_cache": cache is not None}
+    if not structure.is_discovered:
+        return options
+    base: Any = getattr(structure.model, "base_model", structure.model)
+    known = inspect.signature(base.forward).parameters
+    any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    return {k: v for k, v in options.items() if k in known or (any_name and v is not None)}
+
+
+def learn_calls(
+    structure: ModelStructure, sequence: BlockSequence, calibration: Calibration, call_options: dict[str, Any]
+) -> tuple[dict[int, Passing], dict[int, Call] | None]:
+    """How the blocks pass hidden states on, by index, proved on a row; and their calls for any number of rows, or None
+    where each row needs its own.
+
+    The modules outside the blocks hold their weights. Raises Unsupported where blocks cannot be run one after another.
+    """
+    tokens = calibration.tokens
+    trial, hidden, calls = _proved(structure, sequence, {"input_ids": tokens[:1], **call_options}, None)
+    if trial.returns_more and len(tokens) > 1:  # what is beside the hidden states has to be the same for another row
+        _proved(structure, sequence, {"input_ids": tokens[1:2], **call_options}, trial)
+    if calibration.inputs is not None or tuple(hidden.shape[:-1]) != tokens[:1].shape:
+        return trial.passing, None
+    if len(tokens) == 1:
+        return trial.passing, calls
+    with _runs_on_text(structure):
+        two = {"input_ids": tokens[:2], **call_options}
+        _, batch = enter_one(structure.model, sequence.paths, two, trial.passing)
+    return trial.passing, for_any_batch(calls, batch)
+
+
+def _proved(
+    structure: ModelStructure, sequence: BlockSequence, sample: dict[str, Any], shown: Trial | None
+) -> tuple[Trial, Tensor, dict[int, Call]]:
+    """A run of the sample, the hidden states that enter the first block, and the calls of the blocks, which are recorded as
+    ``shown`` (None: the run itself) says that they pass hidden states on. Raises Unsupported where run and record differ."""
+
+    @contextmanager
+    def loaded(index: int) -> Iterator[None]:
+        module = load_block(structure, sequence.blocks[index], structure.dtype)
+        try:
+            yield
+        finally:
+            release(module)
+
+    with _runs_on_text(structure):
+        trial = run_trial(structure.model, sequence.paths, sample, loaded)
+        hidden, calls = enter_one(structure.model, sequence.paths, sample, (shown or trial).passing)
+    prove(trial, calls, sequence.paths)
+    return trial, hidden, calls
+
+
+@contextmanager
+def _runs_on_text(structure: ModelStructure) -> Iterator[None]:
+    """Raises Unsupported where code of a model cannot be run on rows of a text; a full memory stays what it is."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as e:
+        if ran_out(e):
+            raise
+        raise Unsupported(
+            f"{structure.checkpoint.path}: transformers cannot run this model on a text: {reason(e)}: {ADVICE}"
+        ) from e
