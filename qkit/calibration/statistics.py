@@ -75,10 +75,9 @@ class Rows:
     def valid(self, start: int, stop: int) -> Tensor | None:
         """bool [(stop - start) * tokens], True for tokens that count in statistics; None: all of them."""
         good = torch.tensor(self.good[start:stop])
-        if self.lead_shapes:
-            return None if bool(good.all()) else good.expand(math.prod(self.lead_shapes[start]))
         if self.kinds is None:
-            return None if bool(good.all()) else good.repeat_interleave(self.tokens)
+            tokens = math.prod(self.lead_shapes[start]) if self.lead_shapes else self.tokens
+            return None if bool(good.all()) else good.repeat_interleave(tokens)
         mask = ((self.kinds[start:stop] > 0) & good[:, None]).flatten()
         return None if bool(mask.all()) else mask
 

@@ -81,7 +81,7 @@ def _inputs(
         hidden=p.shape[1],
         dtype=dtype,
         good=[bool(g) for g in record["good"]],
-        kinds=calibration.kinds,
+        kinds=calibration.row_kinds,
     )
     norm, sums = _norm(structure, dtype, originals), Accumulator(p.shape[1], StatsRequest(True, False), dtype)
     with torch.inference_mode():

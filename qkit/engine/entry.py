@@ -20,7 +20,7 @@ from qkit.calibration.statistics import Rows
 from qkit.diffusion.clock import time_of
 from qkit.engine.discovered_calls import call_options_of, learn_calls
 from qkit.engine.job import Job
-from qkit.errors import BadCalibration, write_failure
+from qkit.errors import BadCalibration, Unsupported, write_failure
 from qkit.families.blocks import LANGUAGE, BlockSequence
 from qkit.families.materialize import load_outer, release_outer
 from qkit.families.structure import ModelStructure
@@ -112,6 +112,12 @@ def embed(
     if not lead_shapes:
         raise BadCalibration(f"no calibration sample reaches the {sequence.name}: use image-text data, or skip it")
     longest = max(torch.Size(lead).numel() for lead in lead_shapes)
+    kinds = calibration.row_kinds if language and not streams else None
+    if kinds is not None and any(torch.Size(lead).numel() != length for lead in lead_shapes):
+        raise Unsupported(
+            f"{structure.checkpoint.path}: --padded and --answers-only need hidden states with one entry for each token, and "
+            "the blocks of this model have others: leave them out"
+        )
     good = good or [True] * len(lead_shapes)
     rows = Rows(
         path=path,
@@ -120,7 +126,7 @@ def embed(
         hidden=width,
         dtype=dtype,
         good=good,
-        kinds=None,
+        kinds=kinds,
         lead_shapes=tuple(lead_shapes),
         times=tuple(times),
     )

@@ -82,6 +82,12 @@ class ModelStructure:
         self._check_coverage()
 
     @property
+    def is_causal(self) -> bool:
+        """Whether a token reads only those before it: what generates text does."""
+        kind = type(self.model).__name__
+        return not self.is_discovered or kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+
+    @property
     def is_discovered(self) -> bool:
         """Whether no family declares the model."""
         return self.family.name.startswith(DISCOVERED)

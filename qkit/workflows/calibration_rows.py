@@ -20,7 +20,7 @@ from qkit.calibration.mixture import Layout, embedded_rows, mixed_rows, no_rows
 from qkit.calibration.sources import CalibSource
 from qkit.diffusion.pipeline import check_pipeline, pipeline_around
 from qkit.diffusion.trajectory import Trajectory, check_call, sampling_of
-from qkit.errors import UsageError
+from qkit.errors import Unsupported, UsageError
 from qkit.families.discover import kind_of
 from qkit.families.structure import ModelStructure
 from qkit.files.embedded import embedded_chats, embedded_text
@@ -140,6 +140,17 @@ def text_rows(request: Request, structure: ModelStructure) -> Calibration:
         raise UsageError(
             f"--seqlen {request.seqlen}: this model has positions for {limit} tokens: use a smaller number"
         )
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is None:
+        raise Unsupported(
+            f"{structure.checkpoint.path}: calibration needs a vocabulary of tokens, and config.json counts none: "
+            "use a method without calibration (rtn with a weight-only scheme)"
+        )
+    if request.padded and not structure.is_causal:
+        raise UsageError(
+            f"--padded: a {type(structure.model).__name__} reads its samples in both directions, so that padding would change "
+            "what other tokens read: leave it out"
+        )
     layout = Layout(
         samples=request.samples, seqlen=request.seqlen, padded=request.padded, answers_only=request.answers_only
     )
@@ -147,9 +158,9 @@ def text_rows(request: Request, structure: ModelStructure) -> Calibration:
         return no_rows(layout)
     tokenizer = load_tokenizer(structure.checkpoint.path)
     if request.sources:
-        return mixed_rows(request.sources, tokenizer, layout, config.vocab_size)
+        return mixed_rows(request.sources, tokenizer, layout, vocabulary)
     text, chats = CalibSource(str(embedded_text("calibration"))), CalibSource(str(embedded_chats()))
-    return embedded_rows(text, chats, tokenizer, layout, config.vocab_size)
+    return embedded_rows(text, chats, tokenizer, layout, vocabulary)
 
 
 def _may_need_rows(recipe: Recipe) -> bool:

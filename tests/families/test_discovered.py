@@ -1,6 +1,8 @@
 """Models that nobody declared: their blocks, matrices, names and calls are found in their modules and in a run of them."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -9,11 +11,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import qkit
-from qkit.errors import BadCheckpoint, Unsupported
+from qkit.errors import BadCheckpoint, Unsupported, UsageError
 from qkit.families import discover
 from qkit.families.structure import ModelStructure
 from qkit.files.checkpoint import Checkpoint
 from qkit.workflows.quantize import open_structure
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import sweep_configs
 
 SIZES = dict(vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 GPTQ = dict(scheme="w4a16", method="gptq", samples=4, seqlen=32)
@@ -216,3 +222,27 @@ def test_experts_in_one_tensor_that_a_rule_skips_are_copied_as_it(tmp_path):
     assert record["skipped"][name] == "kept" and "model.layers.1.mlp.experts.2.down_proj" in record["linears"]
     packed, plain = (qkit.load(path, dtype=torch.float32) for path in (tmp_path / "out", model))
     assert torch.equal(packed.model.layers[0].mlp.experts.gate_up_proj, plain.model.layers[0].mlp.experts.gate_up_proj)
+
+
+def test_padding_of_a_model_that_is_called_row_by_row(tmp_path):
+    """Zamba's blocks get the embeddings of the row, so that each row has calls of its own."""
+    model, chats = sweep_configs.save("causal", "zamba", tmp_path / "model"), tmp_path / "chat.jsonl"
+    texts = [
+        "A short one.",
+        "A text that is a good deal longer than the first one, and longer than the second.",
+        "Three.",
+    ]
+    chats.write_text("".join(json.dumps({"text": t}) + "\n" for t in 4 * texts))
+    qkit.quantize(model=model, out=tmp_path / "out", **{**GPTQ, "samples": 6}, calib=chats, padded=True)
+    record = json.loads((tmp_path / "out" / "qkit.json").read_text())
+    counted = record["calibration"]["sources"][0]["tokens"]
+    assert {x["tokens"] for x in record["linears"].values()} == {counted} and counted < 6 * 32
+
+
+def test_padding_is_refused_where_tokens_read_what_follows(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=4096, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96
+    )
+    model = saved(config, tmp_path / "model", transformers.BertModel)
+    with pytest.raises(UsageError, match="--padded: a BertModel reads its samples in both directions"):
+        qkit.quantize(model=model, out=tmp_path / "out", **GPTQ, padded=True)
