@@ -40,7 +40,8 @@ def load_block(
     not finite
     """
     read = read or structure.checkpoint.read_finite
-    module = structure.model.get_submodule(block.path).to(dtype).to_empty(device="cpu")
+    # torch's own ``to``: parts of some blocks are models of diffusers, whose ``to`` warns.
+    module = nn.Module.to(structure.model.get_submodule(block.path), dtype).to_empty(device="cpu")
     for name, p in module.named_parameters():
         if f"{block.path}.{name}" in structure.float32:
             p.data = p.data.float()
