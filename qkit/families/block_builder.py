@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qkit.errors import BadCheckpoint
 from qkit.families.blocks import BlockStructure, FusedExperts, Group, Linear, LinearGroup, Stack
-from qkit.families.matrices import fused_experts, is_router, matrix_of, stacks_of
+from qkit.families.matrices import fused_experts, matrix_of, routes, stacks_of
 from qkit.families.sharing import Reads
 from qkit.families.stored_parameters import StoredParameters
 
@@ -44,12 +44,11 @@ class BlockBuilder:
 
     def _plain_groups(self, module: nn.Module, path: str, groups: tuple[Group, ...]) -> Iterator[LinearGroup]:
         all_modules = dict(module.named_modules())
-        moe = any(True for _ in fused_experts(module))
         modules = {
             n: found
             for n, m in all_modules.items()
             if (found := matrix_of(m)) is not None
-            and not (moe and is_router(n, m, module))
+            and not routes(n, module)
             and not self.names.is_shared(f"{path}.{n}.weight")
         }
         groups = groups if self.reads is None else self._seen_groups(path, list(modules))

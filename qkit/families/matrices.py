@@ -64,16 +64,15 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1
 
 
-def is_router(name: str, module: nn.Module, block: nn.Module) -> bool:
-    """Whether a linear of a block with routed experts chooses among them. name: of the module inside the block"""
-    path, _, leaf = name.rpartition(".")
-    owners = [block.get_submodule(path)] if path else []
-    named_so = leaf in _ROUTERS or any("router" in type(m).__name__.lower() for m in (*owners, module))
-    return named_so and any(True for _ in fused_experts(block)) and (matrix_of(module) or (0,))[0] <= _experts(block)
-
-
-def _experts(block: nn.Module) -> int:
-    return max(x.count for x in fused_experts(block))
+def routes(name: str, block: nn.Module) -> bool:
+    """Whether a module chooses among routed experts, or is a part of what does. name: of the module inside the block"""
+    parts = name.split(".")
+    around = [block.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts))]
+    if "router" in parts or any("router" in type(m).__name__.lower() for m in around):
+        return True
+    outputs = (matrix_of(around[-1]) or (0,))[0]
+    beside = [x for x in fused_experts(block) if x.module.rpartition(".")[0] == name.rpartition(".")[0]]
+    return parts[-1] in _ROUTERS and any(outputs <= x.count for x in beside)
 
 
 def fused_experts(block: nn.Module) -> Iterator[FusedExperts]:
@@ -116,13 +115,11 @@ def stacks_of(block: nn.Module) -> Iterator[Stack]:
                 yield Stack(f"{name}.{leaf}", param.shape[0], transposed)
 
 
-def reason_of(owner: nn.Module, leaf: str, in_moe: bool) -> str:
-    """Why a parameter with two or more dimensions is no matrix product. owner: its module"""
-    kind = type(owner).__name__
+def reason_of(name: str, block: nn.Module) -> str:
+    """Why what a module holds in two or more dimensions is no matrix product. name: of the module inside the block"""
+    owner = block.get_submodule(name)
     if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return CONVOLUTION_REASON
-    if in_moe and leaf == "weight" and ("router" in kind.lower() or "gate" in kind.lower()):
+    if name and routes(name, block):
         return ROUTER_REASON
-    if isinstance(owner, nn.Linear):
-        return ROUTER_REASON if "router" in kind.lower() else OWN_PRODUCT_REASON
-    return TABLE_REASON
+    return OWN_PRODUCT_REASON if isinstance(owner, nn.Linear) else TABLE_REASON

@@ -168,8 +168,7 @@ class ModelStructure:
             module, linears = self.model.get_submodule(block.path), {x.param for x in block.linears}
             for name, stored in block.stored:
                 if name not in linears and parameter(module, name).dim() >= 2:
-                    owner, _, leaf = name.rpartition(".")
-                    reason = reason_of(module.get_submodule(owner), leaf, bool(block.experts))
+                    reason = reason_of(name.rpartition(".")[0], module)
                     reason = SHARED_REASON if self.names.is_shared(f"{block.path}.{name}") else reason
                     view = self.checkpoint.views.get(stored)
                     for source in (stored,) if view is None else view.sources:

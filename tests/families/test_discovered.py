@@ -15,6 +15,7 @@ from qkit.errors import BadCheckpoint, Unsupported, UsageError
 from qkit.families import discover
 from qkit.families.structure import ModelStructure
 from qkit.files.checkpoint import Checkpoint
+from qkit.transforms.scales import found_offset
 from qkit.workflows.quantize import open_structure
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -246,3 +247,42 @@ def test_padding_is_refused_where_tokens_read_what_follows(tmp_path):
     model = saved(config, tmp_path / "model", transformers.BertModel)
     with pytest.raises(UsageError, match="--padded: a BertModel reads its samples in both directions"):
         qkit.quantize(model=model, out=tmp_path / "out", **GPTQ, padded=True)
+
+
+def test_stacked_experts_see_the_tokens_that_are_sent_to_them(tmp_path):
+    """Llama 4 multiplies by all experts in one batched product, where the tokens of others are zeros."""
+    model = sweep_configs.save("causal", "llama4_text", tmp_path / "model")
+    qkit.quantize(model=model, out=tmp_path / "out", **GPTQ)
+    linears = json.loads((tmp_path / "out" / "qkit.json").read_text())["linears"]
+    first = {n: x["tokens"] for n, x in linears.items() if n.startswith("model.layers.0.feed_forward.experts.")}
+    gates = [t for n, t in first.items() if n.endswith("gate_up_proj")]
+    assert min(gates) > 0 and len(set(gates)) > 1 and sum(gates) % (4 * 32) == 0
+    for n, tokens in first.items():
+        assert tokens == first[n.replace("down_proj", "gate_up_proj")]
+
+
+def test_a_linear_that_routes_is_not_quantized(tmp_path):
+    """Zaya's router is a network of plain linears."""
+    model = sweep_configs.save("causal", "zaya", tmp_path / "model")
+    structure = open_structure(str(model))
+    names = {x.owner for b in structure.blocks for x in b.linears}
+    assert not any("router" in n for n in names), names
+    assert any("router" in n and "routes tokens" in why for n, why in structure.tables.items())
+
+
+class _Norm(torch.nn.Module):
+    """A norm whose gain is a function of its weight."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.weight, self.gain = torch.nn.Parameter(torch.linspace(0.5, 1.5, 8)), gain
+
+    def forward(self, x):
+        return torch.nn.functional.rms_norm(x, (8,)) * self.gain(self.weight)
+
+
+@pytest.mark.parametrize(
+    ("gain", "offset"), [(lambda w: w, 0.0), (lambda w: 1 + w, 1.0), (lambda w: w**2, None), (lambda w: 2 + w, None)]
+)
+def test_what_a_norm_adds_to_its_weight(gain, offset):
+    assert found_offset(_Norm(gain)) == offset

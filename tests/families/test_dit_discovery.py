@@ -21,6 +21,7 @@ from qkit.calibration.dataset import Calibration
 from qkit.diffusion.pipeline import own_steps
 from qkit.errors import Unsupported, UsageError
 from qkit.families import declared, discover
+from qkit.solvers.task import ZERO_INPUTS
 from qkit.verification.verify import verify
 from qkit.workflows.quantize import Request, open_structure, prepare, quantize
 
@@ -47,6 +48,8 @@ def test_an_undeclared_class_is_quantized_and_loads(name: str, tmp_path: Path) -
     assert sweep.is_full(line), line
     assert line["rtn"] == line["gptq"] == "ok"
     assert verify(tmp_path / "gptq").ok
+    linears = json.loads((tmp_path / "gptq" / "qkit.json").read_text())["linears"].values()
+    assert ZERO_INPUTS not in {x["fallback"] for x in linears}  # the inputs that were recorded are the blocks' own
 
 
 def test_everything_that_stays_is_listed_with_its_reason(tmp_path: Path) -> None:
