@@ -292,7 +292,7 @@ def linear(x: Tensor, p: CpuWeight) -> Tensor:
         return _dense(x, p)
     if p.op == "bag":
         return _bag(x, p).to(x.dtype)
-    x_bf16 = x.to(torch.bfloat16)
+    x_bf16 = x.to(torch.bfloat16).contiguous()  # the operators refuse a transposed one
     y: Tensor
     if p.op == "int8pack":
         y = torch.ops.aten._weight_int8pack_mm(x_bf16, p.data, p.scales)

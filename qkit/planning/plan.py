@@ -22,6 +22,7 @@ from qkit.families.discover import kind_of
 from qkit.families.structure import ModelStructure
 from qkit.kvcache.scales import tensor_names
 from qkit.planning.ends import end_plans, skipped_head
+from qkit.planning.export_method import export_method, own_method_reason
 from qkit.planning.fused_layers import check_shapes, fused_linears, split_apart
 from qkit.planning.kept import PLAIN_REASON, kept_fields
 from qkit.planning.linear_plan import LinearPlan
@@ -56,6 +57,7 @@ class Plan:
     policy: precision by step that is asked for (``qkit.diffusion.policy.PolicyConfig``)
     key_exponents: of the scales of keys (``qkit.transforms.keys``), by block, head and rotary pair
     ends: the embeddings and the output head, where they are quantized (``planning.ends``); linears are those of blocks
+    own_method: why ``export`` is qkit's own method; None where it is not, or was asked for
     fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
     """
 
@@ -81,6 +83,7 @@ class Plan:
     recipe: dict[str, Any]
     kv: dict[str, Any] | None = None
     policy: dict[str, Any] | None = None
+    own_method: str | None = None
     pipeline: dict[str, str] | None = None
     side_files: dict[str, str] = field(default_factory=dict)
     key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
@@ -225,7 +228,8 @@ def make_plan(
         )
     if calibration is None and rows:
         raise UsageError(f"{rows}: add --calib FILE (or leave --calib out for the embedded text)")
-    export, measured = _export(recipe, structure, linears, significant), rows is not None or is_static(kv)
+    own_method = own_method_reason(recipe, structure, linears, significant)
+    export, measured = export_method(recipe, own_method), rows is not None or is_static(kv)
     if export == "compressed-tensors" and structure.family.streams is None:
         check_shapes(structure, linears, recipe.engine)
     size = packed_bytes(structure, linears, ends, significant, untied, kept)
@@ -256,6 +260,7 @@ def make_plan(
         needs_rows=rows is not None,
         untied=untied,
         export=export,
+        own_method=own_method,
         recipe=recipe.model_dump(),
         kv=kv,
         policy=_policy(recipe, structure, linears),
@@ -280,35 +285,6 @@ def parts(plan: Plan, structure: ModelStructure) -> tuple[BlockStructure, ...]:
 def has_static(p: LinearPlan) -> bool:
     """Whether an activation scale is measured beforehand and stored: a static one, or NVFP4's global scale."""
     return p.activations is not None and (not p.activations.dynamic or p.activations.strategy == "tensor_group")
-
-
-def _export(recipe: Recipe, structure: ModelStructure, linears: dict[str, LinearPlan], significant: int) -> str:
-    """The method's name in config.json."""
-    sparse = next((p.name for p in linears.values() if p.outliers), "the whole model" if significant else None)
-    branch = next((p.name for p in linears.values() if p.rank), None)
-    reason = None
-    if branch is not None:
-        reason = f"that format has no place for the low-rank part of {branch}"
-    elif sparse is not None:
-        reason = f"that format has no place for the sparse part of {sparse}"
-    elif structure.family.encodes:
-        reason = "transformers looks for weights of a T5 that are packed"
-    elif (part := next((n for n in linears if n in structure.parts_of_tensors), None)) is not None:
-        reason = f"its loaders look for the one tensor that {part} is a part of in this kind of model"
-    elif (part := next((n for n in linears if n in structure.unread), None)) is not None:
-        reason = f"the class of this model looks at the weight of {part} by itself, and its loaders pack it"
-    elif any(p.residual for p in linears.values()) or _scales_inputs(recipe, structure):
-        reason = "its loaders do not transform inputs as this method does"
-    if reason is not None and recipe.export == "compressed-tensors":
-        advice = ", or set rank to 0" if branch else ", or set outliers and significant to 0" if sparse else ""
-        raise Unsupported(f"--export compressed-tensors: {reason}: leave the option out{advice}")
-    return recipe.export or "compressed-tensors" if reason is None else "qkit"
-
-
-def _scales_inputs(recipe: Recipe, structure: ModelStructure) -> bool:
-    """Whether inputs are transformed at run time, as those of diffusion transformers may be."""
-    stages = [TRANSFORMS[t].stage for t in parse_method(recipe.method)[0]]
-    return structure.family.streams is not None and ("inputs" in stages or "stats" in stages)
 
 
 def rows_reason(linears: dict[str, LinearPlan], transforms: tuple[str, ...], significant: int) -> str | None:

@@ -188,6 +188,8 @@ def _by_name(flag: str, items: Mapping[str, Any] | Sequence[str]) -> dict[str, A
         name, equals, value = item.partition("=")
         if not equals:
             raise UsageError(f"{flag} {item}: expected NAME=VALUE")
+        if name in values:
+            raise UsageError(f"{flag} {name}= is given twice, with {values[name]} and {value}: use it once")
         values[name] = _literal(value)
     return values
 
