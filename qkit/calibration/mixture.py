@@ -132,7 +132,8 @@ def embedded_rows(
     given.insert(0, rows_of_source(text, tokenizer, replace(layout, samples=remaining), vocabulary))
     give_back()
     rows = together(given, layout, f"{name} and chats" if len(given) > 1 else name)
-    return replace(rows, summary=(*rows.summary, note)) if note else rows
+    lines = tuple(line.replace(":", " (comes with qkit):", 1) for line in rows.summary)
+    return replace(rows, summary=(*lines, note) if note else lines)
 
 
 def no_rows(layout: Layout) -> Calibration:

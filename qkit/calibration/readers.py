@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,10 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return parse_checked(text.encode("utf-8", "surrogatepass"), where)
     except BadCheckpoint as e:
-        raise BadCalibration(str(e)) from e
+        message = str(e).replace(": get the file again from its source", ": correct it")
+        if "\n" not in text:  # the place is on this line, whatever its number
+            message = re.sub(r"line 1 column (\d+) \(char \d+\)", r"column \1", message)
+        raise BadCalibration(message) from e
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------

@@ -306,6 +306,16 @@ def show_coverage(prepared: PreparedRequest, console: Console) -> None:
         console.print(
             Text(f"note: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f": {note}")
         )
+    if plan.own_method is not None:
+        console.print(
+            Text(f"note: config.json gets quant_method qkit in place of compressed-tensors: {plan.own_method}"),
+            soft_wrap=True,
+        )
+    experts = any(g.expert is not None for b in prepared.structure.every_block for g in b.groups)
+    if plan.recipe["calibrate_all_experts"] and not experts:
+        console.print(
+            "note: --calibrate-all-experts changes nothing: this model has no experts that tokens are sent to"
+        )
     if plan.untied:
         console.print("note: after rotation the head has its own weight: the embeddings are no longer tied")
     for understood in () if plan.calibration is None else plan.calibration.summary:

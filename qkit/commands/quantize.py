@@ -174,12 +174,14 @@ def _experts(out: Path) -> Iterator[str]:
     tokens = {n: x["tokens"] for n, x in record["linears"].items() if _EXPERT.search(n) and x.get("tokens") is not None}
     if not tokens:
         return
-    few = sum(t < FEW_TOKENS for t in tokens.values())
-    yield (
-        f"routed experts: {min(tokens.values())} to {max(tokens.values())} calibration tokens each; {few} of {len(tokens)} "
-        f"linears saw fewer than {FEW_TOKENS} and were rounded to nearest"
-        + (" (more samples, or --calibrate-all-experts, measures them)" if few else "")
-    )
+    few, least, most = sum(t < FEW_TOKENS for t in tokens.values()), min(tokens.values()), max(tokens.values())
+    line = f"routed experts: {least if least == most else f'{least} to {most}'} calibration tokens each"
+    if few:
+        line += (
+            f"; {few} of {len(tokens)} linears saw fewer than {FEW_TOKENS} and were rounded to nearest (more samples, or "
+            "--calibrate-all-experts, measures them)"
+        )
+    yield line
 
 
 def _rows(prepared: PreparedRequest, work: Path | None, out: Path) -> list[str]:

@@ -15,6 +15,8 @@ ROUTER_REASON = "it routes tokens to experts: small, and an error changes the ro
 TABLE_REASON = "it is a table, or a layer that is not linear"
 CONVOLUTION_REASON = "it is a convolution"
 SHARED_REASON = "several blocks share it"
+BIAS_REASON = "it is a bias: it is added"
+PARAMETER_REASON = "it is a parameter of its module, which has no interface of a linear"
 OWN_PRODUCT_REASON = "its module is a linear with a forward of its own, which does more than multiply"
 _SAMPLE_WIDTH = 1 << 26  # values of a weight up to which a module with a forward of its own is tried out
 _ROUTERS = ("router", "gate", "gating", "shared_expert_gate", "wg")
@@ -115,11 +117,16 @@ def stacks_of(block: nn.Module) -> Iterator[Stack]:
                 yield Stack(f"{name}.{leaf}", param.shape[0], transposed)
 
 
-def reason_of(name: str, block: nn.Module) -> str:
-    """Why what a module holds in two or more dimensions is no matrix product. name: of the module inside the block"""
+def reason_of(param: str, block: nn.Module) -> str:
+    """Why a parameter or buffer of two or more dimensions is no matrix product. param: its name inside the block"""
+    name, _, leaf = param.rpartition(".")
     owner = block.get_submodule(name)
     if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return CONVOLUTION_REASON
     if name and routes(name, block):
         return ROUTER_REASON
+    if "bias" in leaf:
+        return BIAS_REASON
+    if leaf != "weight":
+        return PARAMETER_REASON
     return OWN_PRODUCT_REASON if isinstance(owner, nn.Linear) else TABLE_REASON

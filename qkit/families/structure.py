@@ -168,7 +168,7 @@ class ModelStructure:
             module, linears = self.model.get_submodule(block.path), {x.param for x in block.linears}
             for name, stored in block.stored:
                 if name not in linears and parameter(module, name).dim() >= 2:
-                    reason = reason_of(name.rpartition(".")[0], module)
+                    reason = reason_of(name, module)
                     reason = SHARED_REASON if self.names.is_shared(f"{block.path}.{name}") else reason
                     view = self.checkpoint.views.get(stored)
                     for source in (stored,) if view is None else view.sources:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from qkit.errors import BadRecipe, Unsupported
 from qkit.families.blocks import BlockStructure, Group, LinearGroup
 from qkit.families.structure import ModelStructure
+from qkit.planning.kept import KEPT
 from qkit.tensor.formats import layout
 from qkit.verification.model_engines import EngineLine, LinearStorage, engine_lines, engine_rows
 
@@ -136,9 +137,11 @@ def _torn_message(names: list[str], linears: Mapping[str, LinearPlan], experts: 
             f"{layer}: the rules give {schemes}, and no engine loads experts of which some are skipped: write a rule that "
             "covers all of them"
         )
+    keeps = any(name in linears and linears[name].solver == KEPT for name in names)
+    advice = "let --keep-source (keep: true in a recipe) cover" if keeps else "write a rule that covers"
     reason = "engines run all experts of a layer as one product" if experts else "engines load these layers as one"
     return (
-        f"{layer}: the rules give {schemes}, but {reason} and need one scheme and one group size: write a rule that covers "
+        f"{layer}: the rules give {schemes}, but {reason} and need one scheme and one group size: {advice} "
         f"all of them, {LIFT}"
     )
 

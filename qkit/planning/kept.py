@@ -24,7 +24,10 @@ def kept_fields(name: str, checkpoint: Checkpoint) -> dict[str, Any] | None:
     """What the plan says of a linear that is kept; None where the source does not quantize it. Raises Unsupported for one whose
     numbers a result has no place for."""
     info = checkpoint.tensors.get(f"{name}.weight")
-    if info is not None and not isinstance(info, DecodedInfo):
+    view = checkpoint.views.get(f"{name}.weight")
+    if view is not None and any(isinstance(checkpoint.sources[s], DecodedInfo) for s in view.sources):
+        info = None
+    elif info is not None and not isinstance(info, DecodedInfo):
         return None
     why = "the source stores it in one tensor with others" if info is None else _looked_at(info, checkpoint)
     if isinstance(why, str):

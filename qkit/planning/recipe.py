@@ -219,13 +219,14 @@ def check_rules(recipe: Recipe, matched: set[int], names: list[str]) -> None:
     """Raises BadRecipe for a rule that decided nothing. matched: places of those that did; names: of all layers."""
     for i, rule in enumerate(recipe.rules):
         if i not in matched:
+            which = f"--keep-source (keep: true) {rule.match!r}" if rule.keep else f"rule {i + 1} ({rule.match!r})"
             if any(rule.matches(n) for n in names):
                 raise BadRecipe(
-                    f"rule {i + 1} ({rule.match!r}) matches only layers that an earlier rule or a default "
+                    f"{which} matches only layers that an earlier rule or a default "
                     "already decides: move the rule up or remove it"
                 )
             leaf, leaves = rule.globs[0].rpartition(".")[2], sorted({n.rpartition(".")[2] for n in names})
-            raise BadRecipe(f"rule {i + 1} ({rule.match!r}) matches no layer{did_you_mean(leaf, leaves)}")
+            raise BadRecipe(f"{which} matches no layer{did_you_mean(leaf, leaves)}")
 
 
 def parse_method(method: str) -> tuple[tuple[str, ...], str]:

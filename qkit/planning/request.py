@@ -124,13 +124,15 @@ def recipe_of(request: Request) -> Recipe:
     )
 
 
-def check_rows(request: Request) -> None:
-    """Raises UsageError for numbers of calibration rows that are out of range."""
+def check_rows(request: Request, least: int = 1) -> None:
+    """Raises UsageError for numbers of calibration rows that are out of range. least: samples that are needed"""
     if request.synthetic_samples < 0:
         raise UsageError(f"--synthetic-samples {request.synthetic_samples}: expected 0 or more")
-    if request.samples < 0 or request.samples + request.synthetic_samples < 1 or request.seqlen < 2:
+    if request.samples < 0 or request.samples + request.synthetic_samples < least or request.seqlen < 2:
+        without = " (or --synthetic-samples, which need no data)" if request.samples == 0 else ""
         raise UsageError(
-            f"--samples {request.samples} --seqlen {request.seqlen}: expected at least 1 sample of at least 2 tokens"
+            f"--samples {request.samples} --seqlen {request.seqlen}: expected at least {least} sample{without} of at least 2 "
+            "tokens"
         )
     if request.samples == 0 and (request.calib is not None or request.padded or request.answers_only):
         given = "--calib" if request.calib is not None else "--padded" if request.padded else "--answers-only"

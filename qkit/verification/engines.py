@@ -73,7 +73,7 @@ _FP8: Pattern = {"kind": ("fp8",), "strategy": ("tensor", "channel", "block"), "
 _NVFP4: Pattern = {"kind": ("fp4",), "scale": ("e4m3",), "group": (16,)}
 _STATIC_FP8: Pattern = {"kind": ("fp8",), "strategy": ("tensor",), "dynamic": (False,)}
 _SPLIT = "the group size has to divide the input columns of every tensor-parallel rank"
-_NO_CPU = "no kernel for CPUs"
+_NO_CPU, _CPU_TOO = "no kernel for CPUs", "runs on CPUs too"
 _A16_IGNORED = "vLLM does not see that inputs are to stay as they are, and quantizes them too on Blackwell"
 
 VLLM = (
@@ -147,14 +147,16 @@ VLLM = (
 class ModelFacts:
     """Properties of a model, beside the formats of some linears, that decide which engine loads them.
 
-    model_type: of config.json, or of the language model inside; experts: whether some of the linears are experts; siglip:
-    whether a SigLIP tower of the model is packed; uses: of a matrix outside the blocks, "embeddings", "head" or both
+    model_type: of config.json, or of the language model inside; kind: the class of the model
+    experts: whether some of the linears are experts; siglip: whether a SigLIP tower of the model is packed; uses: of a matrix
+    outside the blocks, "embeddings", "head" or both
     torn, uneven: of the whole model, the first linears that vLLM loads as one and that have several formats, or rows that
     a block does not divide; torn_experts: the first layer whose experts have several formats; several_experts: whether the
     experts of the whole model have
     """
 
     model_type: str = ""
+    kind: str = ""
     experts: bool = False
     siglip: bool = False
     torn: str = ""
@@ -202,7 +204,10 @@ def _vllm(weights: NumberFormat, activations: NumberFormat | None, packing: str,
     if weights.scale == "e8m0" and activations is None:
         limits.append(_A16_IGNORED)
     if facts.experts and _NO_CPU not in limits:
+        limits = [x for x in limits if x != _CPU_TOO]
         limits.append("experts have no kernel for CPUs")
+    if facts.kind and not facts.kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        limits.append(f"whether it has the class {facts.kind} was not checked")
     return EngineFit(_VLLM, row.loads_as, tuple(limits))
 
 
@@ -247,8 +252,7 @@ def _kernel(weights: NumberFormat) -> Iterator[str]:
         yield "runs on GPUs with Humming (sm90: Machete)"
     else:
         yield f"runs on GPUs with Marlin (sm90: {'Humming' if group == 32 else 'Machete'})"
-    if weights.bits != 4:
-        yield _NO_CPU
+    yield _CPU_TOO if weights.bits == 4 else _NO_CPU
 
 
 # Found by loading tiny models of 193 types (tools/sweep_models.py). What the others load agrees with qkit.load.

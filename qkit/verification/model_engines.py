@@ -116,8 +116,10 @@ def _about(parts: Mapping[str, LinearStorage], skipped: Iterable[str], config: M
     uneven = next((u for g in fused for u in pairwise(g) if _ends_within(parts.get(u[0]))), None)
     inner = config.get("text_config")
     text = inner if isinstance(inner, Mapping) else config
+    kinds = config.get("architectures")
     return ModelFacts(
         model_type=str(text.get("model_type")),
+        kind=str(kinds[0]) if isinstance(kinds, list) and kinds else "",
         siglip=holds_siglip(config, parts),
         torn=f"{', '.join(_leaf(n) for n in mixed_group)} of {mixed_group[0].rpartition('.')[0]}"
         if mixed_group

@@ -87,6 +87,16 @@ def test_slices_are_exact(fmt, monkeypatch):
     assert torch.equal(cpu.linear(torch.eye(96), p).T, dequantize(w))
 
 
+@pytest.mark.parametrize("fmt", FORMATS_OF_THE_LEAF, ids=named)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_input_that_is_a_transposed_view(fmt, dtype):
+    """Mamba hands one on."""
+    w = weight(fmt, SHAPES[0] if SHAPES[0][1] % (fmt.group or 1) == 0 else (64, 2 * (fmt.group or 1)))
+    p = replace(cpu.prepare(w, dtype), rows=1000)
+    x = torch.randn(dequantize(w).shape[1], 3).to(dtype).t()
+    torch.testing.assert_close(cpu.linear(x, p), cpu.linear(x.contiguous(), p))  # BLAS may add in another order
+
+
 def test_many_rows_leave_the_operator(monkeypatch):
     """linear takes the operator up to its number of rows, and slices beyond; no rows give none."""
     p = cpu.prepare(weight(CodeFormat("int", 8, 32), (64, 96)), torch.float32)
