@@ -94,7 +94,8 @@ def test_an_input_that_is_a_transposed_view(fmt, dtype):
     w = weight(fmt, SHAPES[0] if SHAPES[0][1] % (fmt.group or 1) == 0 else (64, 2 * (fmt.group or 1)))
     p = replace(cpu.prepare(w, dtype), rows=1000)
     x = torch.randn(dequantize(w).shape[1], 3).to(dtype).t()
-    torch.testing.assert_close(cpu.linear(x, p), cpu.linear(x.contiguous(), p))  # BLAS may add in another order
+    # BLAS may add in another order.
+    assert error(cpu.linear(x, p), cpu.linear(x.contiguous(), p).double()) < 4 * torch.finfo(dtype).eps
 
 
 def test_many_rows_leave_the_operator(monkeypatch):
