@@ -181,24 +181,45 @@ class Coverage:
         self.read_as = {n: source for source, names in record.get("read_as", {}).items() for n in names}
         self.quantized: dict[str, int] = {}
         self.kept: dict[str, int] = {}
+        parts: dict[str, int] = {}
         for name, linear in record["linears"].items():
-            self._count(name, self.quantized, linear["shape"])
+            self._note(name, parts, linear["shape"])
+        for where, weights in parts.items():
+            self._count(where, self.quantized, weights)
         for name in record["skipped"]:
-            self._count(name, self.kept, None)
+            where = self._where(name, None)
+            if where is not None:
+                self._count(where, self.kept, self.stored[where].numel())
+            elif f"{name}.weight" in self.products:
+                self.kept[f"{name}.weight"] = self.products[f"{name}.weight"].numel()
 
-    def _count(self, name: str, counts: dict[str, int], shape: list[int] | None) -> None:
-        """Add a linear of the record, or a name that was skipped, to the parameter of the stock model that holds it."""
+    def _note(self, name: str, parts: dict[str, int], shape: list[int]) -> None:
+        """Add the weights of a linear to those of the stored tensor that holds it."""
+        where = self._where(name, shape)
+        if where is not None:
+            parts[where] = parts.get(where, 0) + shape[0] * shape[1]
+        elif f"{name}.weight" in self.products:  # computed from others: it has the model's name
+            self.quantized[f"{name}.weight"] = shape[0] * shape[1]
+
+    def _where(self, name: str, shape: list[int] | None) -> str | None:
+        """The stored tensor that holds a linear of the record, or a name that was skipped."""
         where = next((n for n in (f"{name}.weight", name) if n in self.stored), None) or self._fused(name, shape)
-        where = where or self.read_as.get(f"{name}.weight")
-        own = self.products.get(f"{name}.weight")
-        if where is None and own is not None:  # computed from others: it has the model's name
-            counts[f"{name}.weight"] = own.numel()
-        if where is None or self.stored[where].dim() < 2:
+        return where or self.read_as.get(f"{name}.weight")
+
+    def _count(self, where: str, counts: dict[str, int], weights: int) -> None:
+        """Add weights of a stored tensor to the parameters of the stock model that it holds: q, k and v may be one tensor."""
+        tensor = self.stored[where]
+        if tensor.dim() < 2:
             return
-        tensor = self.stored[where].float()
-        place = self.places.get(tensor.reshape(-1, tensor.shape[-1])[0, :8].contiguous().numpy().tobytes())
-        if place is not None:
-            counts[place] = counts.get(place, 0) + (tensor.numel() if shape is None else shape[0] * shape[1])
+        rows = tensor.float().reshape(-1, tensor.shape[-1])
+        for row in rows if weights == tensor.numel() else rows[:1]:
+            place = self._place(row)
+            if place is not None:
+                counts[place] = counts.get(place, 0) + (row.numel() if weights == tensor.numel() else weights)
+
+    def _place(self, row: Tensor) -> str | None:
+        """The parameter of the stock model that has this row among its rows or columns."""
+        return self.places.get(row[:8].contiguous().numpy().tobytes())
 
     def _fused(self, name: str, shape: list[int] | None) -> str | None:
         """The tensor of all experts in the source that this one linear of an expert was in."""
