@@ -88,7 +88,7 @@ def conversion_of(model: nn.Module, stored: Mapping[str, tuple[int, ...]], where
             pieces = _pieces(converter, members, shapes.get(target))
             if pieces is not None:
                 result.pieces[target] = pieces
-            else:
+            elif all(stored[name] for _, name in members):  # matrices that are packed have the model's own names
                 computed = _computed(converter, target, members, stored, model)
                 result.computed.update(dict.fromkeys(computed.shapes, computed))
     return result
