@@ -72,7 +72,8 @@ def _read_as(original: Tensor, names: list[str], values: Tensors) -> Iterator[Te
         return
     if len(names) == len(original):
         yield torch.stack([values[name].float() for name in names])
-    whole = torch.cat([values[name].float() for name in names])
+    fitting = [values[name].float() for name in names if values[name].shape[1:] == original.shape[1:]]
+    whole = torch.cat(fitting) if fitting else original[:0].float()
     for start in range(0, len(whole) - len(original) + 1, max(1, len(original))):
         yield whole[start : start + len(original)]
 
@@ -178,27 +179,50 @@ class Coverage:
             for rows in (p.reshape(-1, p.shape[-1]), p.transpose(-1, -2).reshape(-1, p.shape[-2])):
                 for row in rows[:, :8].contiguous():
                     self.places[row.numpy().tobytes()] = name
-        self.read_as = {n: source for source, names in record.get("read_as", {}).items() for n in names}
+        self.read_as: dict[str, tuple[str, ...]] = {}
+        for stored, names in record.get("read_as", {}).items():
+            self.read_as |= {n: (*self.read_as.get(n, ()), stored) for n in names}
         self.quantized: dict[str, int] = {}
         self.kept: dict[str, int] = {}
+        parts: dict[tuple[str, ...], int] = {}
         for name, linear in record["linears"].items():
-            self._count(name, self.quantized, linear["shape"])
+            self._note(name, parts, linear["shape"])
+        for where, weights in parts.items():
+            self._count(where, self.quantized, weights)
         for name in record["skipped"]:
-            self._count(name, self.kept, None)
+            where = self._where(name, None)
+            if where:
+                self._count(where, self.kept, sum(self.stored[n].numel() for n in where))
+            elif f"{name}.weight" in self.products:
+                self.kept[f"{name}.weight"] = self.products[f"{name}.weight"].numel()
 
-    def _count(self, name: str, counts: dict[str, int], shape: list[int] | None) -> None:
-        """Add a linear of the record, or a name that was skipped, to the parameter of the stock model that holds it."""
+    def _note(self, name: str, parts: dict[tuple[str, ...], int], shape: list[int]) -> None:
+        """Add the weights of a linear to those of the stored tensors that hold it."""
+        where = self._where(name, shape)
+        if where:
+            parts[where] = parts.get(where, 0) + shape[0] * shape[1]
+        elif f"{name}.weight" in self.products:  # computed from others: it has the model's name
+            self.quantized[f"{name}.weight"] = shape[0] * shape[1]
+
+    def _where(self, name: str, shape: list[int] | None) -> tuple[str, ...]:
+        """The stored tensors that hold a linear of the record, or a name that was skipped."""
         where = next((n for n in (f"{name}.weight", name) if n in self.stored), None) or self._fused(name, shape)
-        where = where or self.read_as.get(f"{name}.weight")
-        own = self.products.get(f"{name}.weight")
-        if where is None and own is not None:  # computed from others: it has the model's name
-            counts[f"{name}.weight"] = own.numel()
-        if where is None or self.stored[where].dim() < 2:
-            return
-        tensor = self.stored[where].float()
-        place = self.places.get(tensor.reshape(-1, tensor.shape[-1])[0, :8].contiguous().numpy().tobytes())
-        if place is not None:
-            counts[place] = counts.get(place, 0) + (tensor.numel() if shape is None else shape[0] * shape[1])
+        return self.read_as.get(f"{name}.weight", ()) if where is None else (where,)
+
+    def _count(self, where: tuple[str, ...], counts: dict[str, int], weights: int) -> None:
+        """Add weights of stored tensors to the parameters of the stock model that they hold: q, k and v may be one tensor."""
+        tensors = [self.stored[n] for n in where if self.stored[n].dim() >= 2]
+        whole = weights == sum(t.numel() for t in tensors)
+        for tensor in tensors if whole else tensors[:1]:
+            rows = tensor.float().reshape(-1, tensor.shape[-1])
+            for row in rows if whole else rows[:1]:
+                place = self._place(row)
+                if place is not None:
+                    counts[place] = counts.get(place, 0) + (row.numel() if whole else weights)
+
+    def _place(self, row: Tensor) -> str | None:
+        """The parameter of the stock model that has this row among its rows or columns."""
+        return self.places.get(row[:8].contiguous().numpy().tobytes())
 
     def _fused(self, name: str, shape: list[int] | None) -> str | None:
         """The tensor of all experts in the source that this one linear of an expert was in."""

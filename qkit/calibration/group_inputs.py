@@ -32,7 +32,8 @@ def group_inputs_of(
                 x = x[routed if valid is None else routed[valid]]
             result[group.key] = x
         elif group.expert is not None and not group.stack:  # the expert's down projection: its input is computed here
-            input_group = next(g for g in groups if g.expert == group.expert and g.hook)
+            owner = group.linears[0].owner  # a block may have several sets of experts
+            input_group = next(g for g in groups if g.expert == group.expert and g.hook == owner)
             if input_group.key in result:
                 whole = replace(input_group.linears[0], rows=None).view(block)  # gate and up, whichever the group has
                 layout = next(f for f in fused if f.module == input_group.hook)

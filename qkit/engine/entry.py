@@ -154,9 +154,9 @@ def _loaded_outer(plan: Plan, structure: ModelStructure, job: Job) -> Iterator[N
         part = job.part(index)
         if stored in part:
             return job.read(part[stored])
-        if name in plan.kept:
+        p = plan.linears.get(name)
+        if name in plan.kept or p is None:  # of an expert's matrix the part has the whole tensor
             return structure.checkpoint.read(stored)
-        p = plan.linears[name]
         q, statics[name] = job.quantized(index, name, p.weights)
         inputs[name] = job.inputs(index, name, p.shape[1], p.rotation)
         return inputs[name].weight_back(dequantize(q))

@@ -31,6 +31,7 @@ from qkit.kvcache.scales import FORMAT
 from qkit.planning.kept import stored_as
 from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.plan import Plan, parts
+from qkit.planning.stock_loader import stock_refusal
 from qkit.system.version import __version__
 from qkit.tensor import compressed_tensors as ct
 from qkit.tensor import lowrank, sparse
@@ -338,6 +339,7 @@ def _record(
         "fused": [list(f) for f in plan.fused],
         "tied": [] if plan.untied else [list(pair) for pair in structure.tied.items()],
         "plain": plain,
+        **({"stock_refusal": refusal} if (refusal := stock_refusal(plan, structure)) else {}),
         **({"read_as": read_as} if (read_as := _read_as(structure, source)) else {}),
         "shards": hashes,
         **({} if plan.kv is None else {"kv": plan.kv}),

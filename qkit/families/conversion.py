@@ -38,6 +38,16 @@ class Computed:
     run: Callable[[Read], dict[str, Tensor]]
 
 
+@dataclass(frozen=True)
+class Converted:
+    """Stored tensors that one converter of transformers makes parameters of. sources, targets: patterns of names, as in its
+    table"""
+
+    stored: tuple[str, ...]
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+
+
 @dataclass
 class Conversion:
     """Names of the file by parameter.
@@ -45,11 +55,13 @@ class Conversion:
     names:    {module or parameter: its name in the file}, where it is one there
     pieces:   {parameter: its pieces}
     computed: {parameter: what computes it}
+    converted: what transformers does more to than rename it
     """
 
     names: dict[str, str] = field(default_factory=dict)
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
     computed: dict[str, Computed] = field(default_factory=dict)
+    converted: list[Converted] = field(default_factory=list)
 
     def stored_name(self, name: str) -> str:
         """The file's name of a module or parameter, from its own or from that of the nearest module around it."""
@@ -85,10 +97,12 @@ def conversion_of(model: nn.Module, stored: Mapping[str, tuple[int, ...]], where
             else:
                 groups.setdefault(target, (by_pattern[pattern], []))[1].append((pattern, name))
         for target, (converter, members) in groups.items():
+            patterns = converter._original_source_patterns, converter._original_target_patterns
+            result.converted.append(Converted(tuple(name for _, name in members), *map(tuple, patterns)))
             pieces = _pieces(converter, members, shapes.get(target))
             if pieces is not None:
                 result.pieces[target] = pieces
-            else:
+            elif all(stored[name] for _, name in members):  # matrices that are packed have the model's own names
                 computed = _computed(converter, target, members, stored, model)
                 result.computed.update(dict.fromkeys(computed.shapes, computed))
     return result

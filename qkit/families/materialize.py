@@ -77,7 +77,12 @@ def load_outer(structure: ModelStructure, read: Callable[[str], Tensor] | None =
             module._buffers[leaf] = torch.empty_like(b, device="cpu")
     fill_computed_buffers(structure, prefix, inside)
     for name, stored in structure.outer:
-        if not prefix or name.startswith(prefix + "."):
+        if prefix and not name.startswith(prefix + "."):
+            continue
+        if stored in structure.tower_parts:
+            path, linear = structure.tower_parts[stored]
+            linear.view(model.get_submodule(path)).copy_(read(stored))
+        else:
             _assign(model, name, read(stored))
 
 

@@ -39,6 +39,7 @@ class ModelStructure:
 
     checkpoint: as the model has it: what is stored as one tensor and is several matrices, or lies transposed, is in views
     unloaded:   names of tensors that the model's class does not load; they are copied
+    tower_parts: {checkpoint tensor: (path of a block of a tower, matrix)} of what is a part of a parameter, or transposed
     """
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None, buffers: bool = True) -> None:
@@ -76,6 +77,8 @@ class ModelStructure:
         paths = _block_paths(self.model, self.family.blocks)
         self.blocks = tuple(self._builder.build(i, p, self.family.groups) for i, p in enumerate(paths))
         self.towers = tuple(self._towers())
+        in_towers = [(b.path, x) for t in self.towers for b in t.blocks for x in b.linears]
+        self.tower_parts = {f"{x.name}.weight": (p, x) for p, x in in_towers if x.expert is not None or x.transposed}
         self.outer = self._outer()
         self.checkpoint = self.checkpoint.with_views(self.names.views)
         self.unloaded: tuple[str, ...] = ()
@@ -215,7 +218,9 @@ class ModelStructure:
         """(parameter, checkpoint tensor) of all stored tensors outside the blocks."""
         prefix = tuple(f"{name}." for name in self.family.blocks)
         names = [n for n, _ in (*self.model.named_parameters(remove_duplicate=False), *persistent_buffers(self.model))]
-        stored_names = [(n, self.names.name_of(n)) for n in names if not n.startswith(prefix)]
+        in_parts = [(f"{path}.{x.param}", stored) for stored, (path, x) in self.tower_parts.items()]
+        whole = {n for n in names if not n.startswith(prefix)}.difference(n for n, _ in in_parts)
+        stored_names = [*((n, self.names.name_of(n)) for n in names if n in whole), *in_parts]
         return tuple((n, s) for n, s in stored_names if s not in self.tied)
 
     @property
@@ -247,7 +252,9 @@ class ModelStructure:
             by_weight = {f"{linear.name}.weight": linear.shape for linear in block.linears}
             for name, stored in block.stored:
                 shapes[stored] = by_weight.get(stored) or tuple(parameter(module, name).shape)
-        shapes.update({stored: tuple(parameter(self.model, name).shape) for name, stored in self.outer})
+        for name, stored in self.outer:
+            part = self.tower_parts.get(stored)
+            shapes[stored] = tuple(parameter(self.model, name).shape) if part is None else part[1].shape
         missing = [n for n in shapes if n not in tensors and n not in self.tied]
         if missing:
             raise BadCheckpoint(

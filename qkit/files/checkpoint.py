@@ -334,6 +334,14 @@ def _check_counts(config: dict[str, Any]) -> None:
         value = config.get(name, 1)
         if value is None and (name in OPTIONAL or "_class_name" in config):  # diffusers writes unused settings as null
             continue
+        # Latent attention without positions: what is called head_dim there is the part of a head that has them.
+        if (
+            name == "head_dim"
+            and type(value) is int
+            and value == 0 == config.get("qk_rope_head_dim")
+            and config.get("qk_nope_head_dim")
+        ):
+            continue
         # Some models give a size per layer as a list.
         for number in value if isinstance(value, list) and value else [value]:
             if type(number) is not int or not 1 <= number <= largest:

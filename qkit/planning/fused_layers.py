@@ -14,6 +14,7 @@ from qkit.errors import BadRecipe, Unsupported
 from qkit.families.blocks import BlockStructure, Group, LinearGroup
 from qkit.families.structure import ModelStructure
 from qkit.planning.kept import KEPT
+from qkit.planning.stock_loader import stock_refusal
 from qkit.tensor.formats import layout
 from qkit.verification.model_engines import EngineLine, LinearStorage, engine_lines, engine_rows
 
@@ -95,7 +96,8 @@ def engine_lines_of(plan: Plan, structure: ModelStructure) -> list[EngineLine]:
         n: LinearStorage(p.weights, p.activations, layout(p.weights, p.activations), p.shape, p.uses)
         for n, p in plan.packed.items()
     }
-    return engine_lines(engine_rows(storage, plan.skipped, structure.checkpoint.config, plan.export))
+    refusal = stock_refusal(plan, structure)
+    return engine_lines(engine_rows(storage, plan.skipped, structure.checkpoint.config, plan.export, refusal or ""))
 
 
 def split_apart(block: BlockStructure, linears: Mapping[str, LinearPlan]) -> BlockStructure:

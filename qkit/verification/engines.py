@@ -152,7 +152,7 @@ class ModelFacts:
     outside the blocks, "embeddings", "head" or both
     torn, uneven: of the whole model, the first linears that vLLM loads as one and that have several formats, or rows that
     a block does not divide; torn_experts: the first layer whose experts have several formats; several_experts: whether the
-    experts of the whole model have
+    experts of the whole model have; refusal: why stock transformers does not load the model, where its writer knew
     """
 
     model_type: str = ""
@@ -163,6 +163,7 @@ class ModelFacts:
     uneven: str = ""
     torn_experts: str = ""
     several_experts: bool = False
+    refusal: str = ""
     uses: tuple[str, ...] = ()
 
 
@@ -315,7 +316,7 @@ def _transformers_refuses(
         return f"its {facts.model_type} reads the plain weight of a linear, which a packed one has not: use qkit.load"
     if facts.model_type in _JOINS_TENSORS:
         return f"it joins tensors of a {facts.model_type} while it loads, which fails beside packed ones: use qkit.load"
-    return None
+    return facts.refusal or None
 
 
 def holds_siglip(config: Mapping[str, Any], linears: Iterable[str]) -> bool:

@@ -61,16 +61,21 @@ class EngineLine:
 
 
 def engine_rows(
-    parts: Mapping[str, LinearStorage], skipped: Iterable[str], config: Mapping[str, Any], method: str
+    parts: Mapping[str, LinearStorage],
+    skipped: Iterable[str],
+    config: Mapping[str, Any],
+    method: str,
+    refusal: str = "",
 ) -> list[EngineRow]:
     """One row for every combination of formats and every engine.
 
     parts: the quantized linears by checkpoint name; skipped: the others; config: config.json; method: its quant_method
+    refusal: why stock transformers does not load it, where the writer knew
     """
     names: dict[tuple[tuple[NumberFormat, NumberFormat | None, str], tuple[str, ...]], list[str]] = {}
     for name, part in parts.items():
         names.setdefault((part.kind, part.uses), []).append(name)
-    model_facts, rows = _about(parts, skipped, config), []
+    model_facts, rows = replace(_about(parts, skipped, config), refusal=refusal), []
     for ((weights, activations, packing), uses), members in names.items():
         facts = replace(model_facts, experts=bool(expert_groups(members)), uses=uses)
         fits = diffusion_fit(config) or engine_fits(weights, activations, packing, method, facts)

@@ -239,7 +239,8 @@ class RecordedLinear:
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """The checked content of qkit.json. Entries that could not be understood are left out; ``cache`` is what it says of
-    the KV cache, as it is there; ``engine`` what its recipe says of engines."""
+    the KV cache, as it is there; ``engine`` what its recipe says of engines; ``stock_refusal`` why stock transformers does not
+    load the result, where the model's class shows it."""
 
     qkit_version: str
     model_type: str
@@ -252,6 +253,7 @@ class Record:
     shards: dict[str, str]
     cache: Any = None
     engine: str = "default"
+    stock_refusal: str = ""
 
 
 def spec_fault(spec: Spec, weight: bool) -> str | None:
@@ -371,7 +373,10 @@ def read_record(out: Path, findings: Findings) -> Record | None:
         for name, entry in data["plain"].items()
         if check_fields(entry, _PLAIN, f"qkit.json: plain.{name}", findings)
     }
-    release = data.get("compressed_tensors")
+    release, refusal = data.get("compressed_tensors"), data.get("stock_refusal", "")
+    findings.check(
+        "record", isinstance(refusal, str), "qkit.json: stock_refusal", f"found {short(refusal)}, expected text"
+    )
     findings.check("record", release is None or is_version(release), "qkit.json: compressed_tensors", "not a version")
     return Record(
         qkit_version=data["qkit_version"],
@@ -385,4 +390,5 @@ def read_record(out: Path, findings: Findings) -> Record | None:
         shards=data["shards"],
         cache=data.get("kv"),
         engine=str(data["recipe"].get("engine", "default")),
+        stock_refusal=printable(refusal) if isinstance(refusal, str) else "",
     )

@@ -248,7 +248,7 @@ def _engine_table(
         for name, linear in record.linears.items()
         if name in groups
     }
-    return engine_rows(parts, record.skipped, config, method)
+    return engine_rows(parts, record.skipped, config, method, record.stock_refusal)
 
 
 def summary(report: Report) -> str:

@@ -423,6 +423,7 @@ def test_config_must_be_an_object(single: Path) -> None:
         ("hidden_size", True),
         ("hidden_size", 8.0),
         ("head_dim", -2),
+        ("head_dim", 0),
         ("intermediate_size", []),
         ("vocab_size", 2**40),
         ("n_layer", 0),
@@ -445,6 +446,7 @@ def test_sizes_that_are_fine(single: Path) -> None:
         {"intermediate_size": [12, 12]},
         {"num_hidden_layers": 1, "num_nextn_predict_layers": 1},
         {"hidden_size": 16, "word_embed_proj_dim": 8},
+        {"head_dim": 0, "qk_rope_head_dim": 0, "qk_nope_head_dim": 2},
     ):
         check_config({**CONFIG, **change}, tensors)
     check_config({}, tensors)
