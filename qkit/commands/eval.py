@@ -12,15 +12,8 @@ from rich.text import Text
 
 from qkit.calibration.options import QUESTIONS
 from qkit.commands.common import OutFile, announce
-from qkit.commands.measured import (
-    grids,
-    json_bytes,
-    printable,
-    progress_bar,
-    refuse_unmeasured,
-    show,
-    show_all,
-)
+from qkit.commands.grid import printable
+from qkit.commands.measured import grids, json_bytes, progress_bar, refuse_unmeasured, show, show_all
 from qkit.commands.verb import OptionGroup, RenamedOption, Verb, in_group
 from qkit.errors import UsageError
 from qkit.evaluation.request import DTYPES, EvalRequest, dimensions_of
