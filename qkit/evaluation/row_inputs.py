@@ -159,7 +159,8 @@ class RowReader:
         """The number of a row's class, which may be given by its name."""
         if self.kind.kind != CLASSES or row.label is None:
             return None
-        count, known = int(self.model.config.num_labels), dict(self.model.config.label2id or {})
+        config = self.model.config
+        count, known = int(config.num_labels), {str(v): int(k) for k, v in (config.id2label or {}).items()}
         number = known.get(row.label, row.label) if isinstance(row.label, str) else row.label
         if type(number) is int and 0 <= number < max(count, 2):
             return number

@@ -35,10 +35,10 @@ def _initialized(model: Any, name: str, seed: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for n, p in kept.items():
-                setattr(module, n, nn.Parameter(torch.zeros_like(p, device="cpu"), requires_grad=False))
+                module.register_parameter(n, nn.Parameter(torch.zeros_like(p, device="cpu"), requires_grad=False))
             model._init_weights(module)
         value: Tensor = getattr(module, name.rpartition(".")[2]).data.clone()
         return value
     finally:
         for n, p in kept.items():
-            setattr(module, n, p)
+            module.register_parameter(n, p)
