@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,13 +129,15 @@ class _Experts(nn.Module):
         return torch.empty_like(hidden)
 
 
-def text_arguments(base: Any, tokens: Tensor) -> dict[str, Tensor]:
-    """What a model is called with on rows of a text, [rows, tokens]: a decoder behind an encoder reads it, too, one token
-    later, as it does in training."""
-    if "decoder_input_ids" not in inspect.signature(base.forward).parameters:
-        return {"input_ids": tokens}
+def with_decoder_inputs(base: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a model on rows of a text: a decoder behind an encoder reads it, too, one token later, as it does in
+    training."""
+    tokens = arguments.get("input_ids")
+    accepts = inspect.signature(base.forward).parameters
+    if tokens is None or "decoder_input_ids" not in accepts or "decoder_input_ids" in arguments:
+        return dict(arguments)
     begun = torch.cat([torch.full_like(tokens[:, :1], decoder_start(base.config)), tokens[:, :-1]], 1)
-    return {"input_ids": tokens, "decoder_input_ids": begun}
+    return {**arguments, "decoder_input_ids": begun}
 
 
 def decoder_start(config: Any) -> int:
@@ -184,7 +186,8 @@ def run_without_values(model: nn.Module, blocks: Sequence[str]) -> Reads:
             model.set_submodule(name, _Experts())
     try:
         with torch.inference_mode(), suppress(*_STOPS), _Readers(reads):
-            base(**text_arguments(base, torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")))
+            tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+            base(**with_decoder_inputs(base, {"input_ids": tokens}))
             reads.whole = True
     finally:
         for handle in handles:
