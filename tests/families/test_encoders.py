@@ -66,7 +66,7 @@ def test_a_decoder_reads_the_row_one_token_later():
 
 def test_routers_in_an_encoder_are_named(tmp_path):
     config = transformers.SwitchTransformersConfig(
-        **T5, num_decoder_layers=2, num_experts=2, num_sparse_encoder_layers=1
+        **T5, num_decoder_layers=2, num_experts=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1
     )
     model = saved(transformers.SwitchTransformersForConditionalGeneration(config), tmp_path / "model")
     tables = open_structure(str(model)).tables
