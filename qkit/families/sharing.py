@@ -129,11 +129,13 @@ class _Experts(nn.Module):
         return torch.empty_like(hidden)
 
 
-def with_decoder_inputs(base: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a model on rows of a text: a decoder behind an encoder reads it, too, one token later, as it does in
-    training."""
+def text_arguments(base: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a model on rows of a text, as it takes them: a decoder behind an encoder reads the text, too, one token
+    later, as it does in training; and the tokens may be its 'inputs', without a name of their own."""
     tokens = arguments.get("input_ids")
     accepts = inspect.signature(base.forward).parameters
+    if tokens is not None and "input_ids" not in accepts and getattr(base, "main_input_name", "") == "inputs":
+        return {"inputs": tokens, **{k: v for k, v in arguments.items() if k != "input_ids"}}
     if tokens is None or "decoder_input_ids" not in accepts or "decoder_input_ids" in arguments:
         return dict(arguments)
     begun = torch.cat([torch.full_like(tokens[:, :1], decoder_start(base.config)), tokens[:, :-1]], 1)
@@ -187,7 +189,7 @@ def run_without_values(model: nn.Module, blocks: Sequence[str]) -> Reads:
     try:
         with torch.inference_mode(), suppress(*_STOPS), _Readers(reads):
             tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-            base(**with_decoder_inputs(base, {"input_ids": tokens}))
+            base(**text_arguments(base, {"input_ids": tokens}))
             reads.whole = True
     finally:
         for handle in handles:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import qkit
 from qkit.families.matrices import ROUTER_REASON, TABLE_REASON
-from qkit.families.sharing import with_decoder_inputs
+from qkit.families.sharing import text_arguments
 from qkit.families.unsaved import unsaved_parameters
 from qkit.tensor.formats import SCHEMES
 from qkit.verification.engines import ModelFacts, engine_fits
@@ -56,12 +56,27 @@ def test_a_decoder_behind_an_encoder_is_calibrated_and_tables_of_both_are_named(
 
 def test_a_decoder_reads_the_row_one_token_later():
     t5 = transformers.T5Model(transformers.T5Config(**T5, decoder_start_token_id=7))
-    found = with_decoder_inputs(t5, {"input_ids": torch.tensor([[3, 4, 5]])})
+    found = text_arguments(t5, {"input_ids": torch.tensor([[3, 4, 5]])})
     assert found["decoder_input_ids"].tolist() == [[7, 3, 4]]
     given = {"input_ids": torch.tensor([[3]]), "decoder_input_ids": torch.tensor([[9]])}
-    assert with_decoder_inputs(t5, given) == given
+    assert text_arguments(t5, given) == given
     bert = transformers.BertModel(transformers.BertConfig(num_hidden_layers=1, hidden_size=24))
-    assert with_decoder_inputs(bert, {"input_ids": torch.tensor([[3]])}).keys() == {"input_ids"}
+    assert text_arguments(bert, {"input_ids": torch.tensor([[3]])}).keys() == {"input_ids"}
+
+
+def test_tokens_may_have_another_name_or_no_vocabulary(tmp_path):
+    perceiver = transformers.PerceiverModel(
+        transformers.PerceiverConfig(
+            d_model=16, d_latents=16, num_latents=4, num_self_attends_per_block=1, num_blocks=1
+        )
+    )
+    assert text_arguments(perceiver, {"input_ids": torch.tensor([[3]])}).keys() == {"inputs"}
+    config = transformers.CanineConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128, num_hash_buckets=64,
+        local_transformer_stride=8, downsampling_rate=4, max_position_embeddings=128,
+    )  # fmt: skip
+    model = saved(transformers.CanineModel(config), tmp_path / "model")
+    qkit.plan(model, **GPTQ)
 
 
 def test_routers_in_an_encoder_are_named(tmp_path):
@@ -133,6 +148,15 @@ def test_linears_that_run_twice_on_the_same_inputs_are_one_group(tmp_path):
     groups = [{x.name.rpartition(".")[2] for x in g.linears} for g in tower.blocks[0].groups]
     assert {"q_proj", "k_proj", "v_proj"} in groups
     qkit.quantize(model, out=tmp_path / "out", **RTN)
+
+
+def test_statistics_beside_a_computed_buffer_have_the_dtype_that_is_asked_for(tmp_path):
+    """A block with a table of positions of its own has a batch norm inside."""
+    source = sweep_configs.save("encoders", "granite_speech5_ctc:ctc", tmp_path / "model")
+    qkit.quantize(source, out=tmp_path / "out", **RTN)
+    loaded = qkit.load(tmp_path / "out", torch.float32)
+    means = [b for n, b in loaded.named_buffers() if n.endswith("running_mean")]
+    assert means and {b.dtype for b in means} == {torch.float32}
 
 
 def test_lists_of_lists_are_no_blocks(tmp_path):
