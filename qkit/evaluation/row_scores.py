@@ -89,7 +89,7 @@ def _outputs(model: Any, kind: ModelKind, batch: Sequence[RowInput], pooling: st
     reads = model
     if kind.kind == EMBEDDINGS and getattr(model.config, "is_encoder_decoder", False):
         reads = model.get_encoder()
-    advice = "measure it in another way, or use a class that reads texts"
+    advice = "check that the tokenizer in the folder is the model's"
     with foreign_errors(f"{kind.class_name}: transformers cannot run it on these rows", advice, UsageError):
         output = reads(**arguments)
     if kind.kind == EMBEDDINGS:

@@ -89,6 +89,12 @@ def lines(path: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
+def write_sound(path: Path) -> None:
+    with wave.open(str(path), "wb") as f:
+        f.setparams((1, 2, 16000, 0, "NONE", ""))
+        f.writeframes(b"".join(struct.pack("<h", int(9000 * math.sin(i / 7))) for i in range(12000)))
+
+
 def rows_of(out: Path, baseline: Path | None, file: Path, **options: Any) -> dict[str, Any]:
     request = EvalRequest(texts=[str(file)], window=options.pop("window", 24), **options)
     found: dict[str, Any] = measure(out, baseline, request)["rows"][file.stem]
@@ -227,9 +233,7 @@ def test_a_model_that_hears(tmp_path: Path) -> None:
     )  # fmt: skip
     out, baseline, _, _ = two(transformers.WhisperForConditionalGeneration, config, tmp_path)
     transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1).save_pretrained(out)
-    with wave.open(str(tmp_path / "sound.wav"), "wb") as f:
-        f.setparams((1, 2, 16000, 0, "NONE", ""))
-        f.writeframes(b"".join(struct.pack("<h", int(9000 * math.sin(i / 7))) for i in range(12000)))
+    write_sound(tmp_path / "sound.wav")
     found = rows_of(out, baseline, lines(tmp_path / "rows.jsonl", {"audio": "sound.wav", "text": "the cat sleeps"}))
     assert (found["kind"], found["tokens"]) == ("pairs", 4)  # the words and the end; the beginning is given
     assert found["perplexity"] != found["baseline_perplexity"] and found["kl"]["mean"] > 0
@@ -238,6 +242,36 @@ def test_a_model_that_hears(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(words(100, 0))
     with pytest.raises(UsageError, match="WhisperForConditionalGeneration reads sound, and text 'text' is a text"):
         rows_of(out, baseline, tmp_path / "text.txt")
+
+
+def test_every_frame_and_every_token_counts(tmp_path: Path) -> None:
+    """CTC gives scores for every frame, a tagger for every token."""
+    hearing = transformers.Wav2Vec2Config(
+        vocab_size=12, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, conv_dim=(16, 16),
+        conv_kernel=(10, 4), conv_stride=(8, 4), num_feat_extract_layers=2, num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2, feat_extract_norm="layer",
+    )  # fmt: skip
+    out, baseline, _, _ = two(transformers.Wav2Vec2ForCTC, hearing, tmp_path)
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(out)
+    write_sound(tmp_path / "sound.wav")
+    found = rows_of(out, baseline, lines(tmp_path / "rows.jsonl", {"audio": "sound.wav"}))
+    assert (found["kind"], found["tokens"]) == ("tokens", 374) and found["kl"]["mean"] > 0
+    config = transformers.BertConfig(**{**BERT.to_dict(), "num_labels": 5})
+    out, baseline, _, _ = two(transformers.BertForTokenClassification, config, tmp_path / "tags")
+    found = rows_of(out, baseline, lines(tmp_path / "tags.jsonl", {"text": words(6, 0)}, {"text": words(4, 1)}))
+    assert (found["kind"], found["tokens"]) == ("tokens", 8 + 6) and 0 < found["same_top1"] <= 1
+
+
+def test_a_row_of_several_labels(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        **{**BERT.to_dict(), "num_labels": 4, "problem_type": "multi_label_classification"}
+    )
+    out, baseline, other, model = two(transformers.BertForSequenceClassification, config, tmp_path, noise=0.2)
+    texts = [words(6, i) for i in range(10)]
+    found = rows_of(out, baseline, lines(tmp_path / "rows.jsonl", *({"text": t} for t in texts)))
+    given = [torch.cat([m(**TOKENIZER(t, return_tensors="pt")).logits for t in texts]) > 0 for m in (other, model)]
+    assert found["kind"] == "labels"
+    assert found["same_class"]["share"] == pytest.approx(float((given[0] == given[1]).double().mean()))
 
 
 def test_models_of_one_class_are_compared(tmp_path: Path) -> None:
