@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qkit.families.discover import parsed_config
+from qkit.files.schema import foreign_errors
 
 TEXT, EMBEDDINGS, CLASSES, TOKENS, MASKED, PAIRS = "text", "embeddings", "classes", "tokens", "masked", "pairs"
 _TABLES = {  # names of transformers' tables of classes, in the order in which a class is looked up in them
@@ -37,8 +38,8 @@ class ModelKind:
         return self.main_input in ("input_features", "input_values")
 
 
-def model_kind(config: Mapping[str, Any]) -> ModelKind:
-    """The kind of a model by its config.json; TEXT where that names no class of transformers."""
+def model_kind(config: Mapping[str, Any], where: str = "the model") -> ModelKind:
+    """The kind of a model by its config.json; TEXT where that names no class of transformers. Raises BadCheckpoint."""
     import transformers
     from transformers.models.auto import modeling_auto
 
@@ -51,10 +52,11 @@ def model_kind(config: Mapping[str, Any]) -> ModelKind:
     for kind, tables in _TABLES.items():
         known = [v for t in tables for v in getattr(modeling_auto, f"MODEL_FOR_{t}_MAPPING_NAMES").values()]
         if any(name == v or (isinstance(v, (tuple, list)) and name in v) for v in known):
-            return ModelKind(kind if kind != PAIRS or _has_encoder(config) else TEXT, name, main_input)
+            return ModelKind(kind if kind != PAIRS or _has_encoder(config, where) else TEXT, name, main_input)
     writes = name.endswith(("ForCausalLM", "LMHeadModel"))
     return ModelKind(TEXT if writes else EMBEDDINGS, name, main_input)
 
 
-def _has_encoder(config: Mapping[str, Any]) -> bool:
-    return bool(getattr(parsed_config(config), "is_encoder_decoder", False))
+def _has_encoder(config: Mapping[str, Any], where: str) -> bool:
+    with foreign_errors(f"{where}: config.json does not describe a model", "get the config of this model"):
+        return bool(getattr(parsed_config(config), "is_encoder_decoder", False))

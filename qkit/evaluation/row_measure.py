@@ -30,7 +30,7 @@ def kind_of_models(outs: Sequence[Path], baseline: Path | None) -> ModelKind | N
     if any(map(is_pipeline, outs)):
         return None
     folders = [*outs, *([] if baseline is None else [baseline])]
-    kinds = [model_kind(Checkpoint.open(folder, quantized=True).config) for folder in folders]
+    kinds = [model_kind(Checkpoint.open(folder, quantized=True).config, str(folder)) for folder in folders]
     if all(k.kind == TEXT for k in kinds):
         return None
     for folder, kind in zip(folders[1:], kinds[1:], strict=True):

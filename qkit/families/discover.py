@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -171,7 +172,9 @@ def _reads_text(model: nn.Module, reads: Reads) -> bool:
     """Whether all blocks run on a text although the run did not get to them: those of an encoder and a decoder of text."""
     config: Any = getattr(model, "config", None)
     both = bool(getattr(config, "is_encoder_decoder", False))
-    return both and not reads.whole and getattr(model, "main_input_name", "") == "input_ids"
+    accepts = inspect.signature(getattr(model, "base_model", model).forward).parameters
+    alone = not any(word in name for name in accepts for word in ("pixel_values", "input_features", "input_values"))
+    return both and alone and not reads.whole
 
 
 def _outermost_lists(model: nn.Module) -> list[str]:
