@@ -330,3 +330,11 @@ def test_the_command(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "e.json").read_text())["rows"]["texts"]
     assert 0.9 < found["cosine"]["mean"] < 1
     assert "same nearest row" in (tmp_path / "page.html").read_text()
+    limits = "cosine: 0.9\nsame_nearest: {}\nsame_class: 0.5\ntexts: {{texts: texts.jsonl}}\n"
+    (tmp_path / "budget.yaml").write_text(limits.format(0.1))
+    report = qkit.check(out, budget=tmp_path / "budget.yaml", baseline=model, texts=[str(texts)])
+    assert [(c.name, c.ok) for c in report.checks] == [
+        ("cosine.texts", True), ("same_nearest.texts", True), ("same_class.texts", False),
+    ]  # fmt: skip
+    assert report.checks[0].measured == pytest.approx(found["cosine"]["mean"], abs=0.02)
+    assert report.checks[2].shown == "not measured"
