@@ -61,6 +61,10 @@ class Reads:
             if f"{path}.{name}" in self.inputs:
                 members = repeated if self._repeats(path, name) else once
                 members.setdefault(self._key(path, name), []).append(name)
+        for key, own in list(once.items()):  # queries of tokens whose keys and values are made of more (T5Gemma 2)
+            more = next((k for k in repeated if set(key) < set(k) and _siblings([*repeated[k], *own])), None)
+            if more is not None:
+                repeated[more] += once.pop(key)
         found = [Group(tuple(g), source=self._source(path, key[0], len(g))) for key, g in once.items()]
         found += [Group(tuple(g)) for g in repeated.values()]
         return [*found, *guessed_groups([n for n in names if f"{path}.{n}" not in self.inputs])]
@@ -120,6 +124,11 @@ def guessed_groups(names: Sequence[str]) -> list[Group]:
         if all(name not in g.linears for g in groups):
             groups.append(Group(members))
     return groups
+
+
+def _siblings(names: Sequence[str]) -> bool:
+    """Whether matrices are those that engines load as one, by their names."""
+    return any(set(names) <= set(g.linears) for g in guessed_groups(names))
 
 
 class _Experts(nn.Module):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import qkit
 from qkit.families.matrices import ROUTER_REASON, TABLE_REASON
-from qkit.families.sharing import text_arguments
+from qkit.families.sharing import Reads, text_arguments
 from qkit.families.unsaved import unsaved_parameters
 from qkit.tensor.formats import SCHEMES
 from qkit.verification.engines import ModelFacts, engine_fits
@@ -148,6 +148,17 @@ def test_linears_that_run_twice_on_the_same_inputs_are_one_group(tmp_path):
     groups = [{x.name.rpartition(".")[2] for x in g.linears} for g in tower.blocks[0].groups]
     assert {"q_proj", "k_proj", "v_proj"} in groups
     qkit.quantize(model, out=tmp_path / "out", **RTN)
+
+
+def test_keys_that_are_made_of_more_than_queries_are_one_group_with_them():
+    x, y = torch.zeros(1), torch.ones(1)
+    reads = Reads(inputs={"b.q_proj": [x], "b.k_proj": [x, y], "b.v_proj": [x, y], "b.o_proj": [y]}, whole=True)
+    reads.calls.update({"b": 1, "b.q_proj": 1, "b.k_proj": 2, "b.v_proj": 2, "b.o_proj": 1})
+    groups = [g.linears for g in reads.groups("b", ["q_proj", "k_proj", "v_proj", "o_proj"])]
+    assert groups == [("o_proj",), ("k_proj", "v_proj", "q_proj")]  # the first one's inputs are measured
+    reads.inputs["b.k_proj"] = reads.inputs["b.v_proj"] = [y, y]  # keys of another text
+    groups = [g.linears for g in reads.groups("b", ["q_proj", "k_proj", "v_proj", "o_proj"])]
+    assert groups == [("q_proj",), ("o_proj",), ("k_proj", "v_proj")]
 
 
 def test_statistics_beside_a_computed_buffer_have_the_dtype_that_is_asked_for(tmp_path):
