@@ -145,10 +145,21 @@ def text_arguments(base: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     accepts = inspect.signature(base.forward).parameters
     if tokens is not None and "input_ids" not in accepts and getattr(base, "main_input_name", "") == "inputs":
         return {"inputs": tokens, **{k: v for k, v in arguments.items() if k != "input_ids"}}
-    if tokens is None or "decoder_input_ids" not in accepts or "decoder_input_ids" in arguments:
+    if tokens is None or "decoder_input_ids" not in accepts or "decoder_input_ids" in arguments or _speaks(base):
         return dict(arguments)
     begun = torch.cat([torch.full_like(tokens[:, :1], decoder_start(base.config)), tokens[:, :-1]], 1)
     return {**arguments, "decoder_input_ids": begun}
+
+
+def _speaks(base: Any) -> bool:
+    """Whether the decoder reads no tokens of a text but others, several at a time: it begins by itself (Dia, which speaks)."""
+    decoder: Any = getattr(base, "get_decoder", lambda: None)()
+    if not hasattr(decoder, "get_input_embeddings"):
+        return False
+    try:
+        return not isinstance(decoder.get_input_embeddings(), nn.Embedding)
+    except NotImplementedError:  # it has no table of tokens
+        return True
 
 
 def decoder_start(config: Any) -> int:

@@ -79,6 +79,31 @@ def test_tokens_may_have_another_name_or_no_vocabulary(tmp_path):
     qkit.plan(model, **GPTQ)
 
 
+def test_a_decoder_that_speaks_begins_by_itself():
+    """Its tokens are those of sound, one for each channel; a decoder without such methods reads text."""
+
+    class Model(torch.nn.Module):
+        def __init__(self, table):
+            super().__init__()
+            self.config, self.table = transformers.T5Config(decoder_start_token_id=7), table
+
+        def get_decoder(self):
+            return self
+
+        def get_input_embeddings(self):
+            if self.table is None:
+                raise NotImplementedError
+            return self.table
+
+        def forward(self, input_ids, decoder_input_ids=None): ...
+
+    row = {"input_ids": torch.tensor([[3, 4]])}
+    assert (
+        text_arguments(Model(None), row).keys() == text_arguments(Model(torch.nn.Identity()), row).keys() == row.keys()
+    )
+    assert text_arguments(Model(torch.nn.Embedding(8, 2)), row)["decoder_input_ids"].tolist() == [[7, 3]]
+
+
 def test_routers_in_an_encoder_are_named(tmp_path):
     config = transformers.SwitchTransformersConfig(
         **T5, num_decoder_layers=2, num_experts=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1
