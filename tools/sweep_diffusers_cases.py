@@ -1,6 +1,6 @@
 """Tiny settings of the transformers of diffusers by class, and arguments for a call of each (``sweep_diffusers_arguments``).
 
-The second half and the U-Nets are in ``sweep_diffusers_cases_more``.
+The second half and the U-Nets are in ``sweep_diffusers_cases_more``, the newest in ``sweep_diffusers_cases_last``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sweep_diffusers_arguments import (
     step,
     time,
 )
+from sweep_diffusers_cases_last import LAST
 from sweep_diffusers_cases_more import MORE, UNETS
 
 # fmt: off
@@ -291,5 +292,5 @@ FIRST: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 # fmt: on
-CASES = {**FIRST, **MORE}
+CASES = {**FIRST, **MORE, **LAST}
 __all__ = ["CASES", "UNETS"]

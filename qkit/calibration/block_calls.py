@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qkit.errors import Unsupported
 from qkit.families.blocks import Streams
+from qkit.families.sharing import text_arguments
 from qkit.files.offload import OffloadedTensors
 
 
@@ -323,7 +324,7 @@ def enter(
         for i, sample in enumerate(samples):
             notes.first, notes.calls, notes.run_to_end = None, {}, i == 0 and not through and streams is None
             with torch.inference_mode(), suppress(_Entered):
-                base(**sample)
+                base(**text_arguments(base, sample))
             if notes.first is not None:
                 yield notes.first, notes.calls
     finally:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qkit.calibration.block_calls import Call, Passing, runs_again
 from qkit.calibration.call_values import leaves_of, same_value
 from qkit.errors import Unsupported
+from qkit.families.sharing import text_arguments
 
 ADVICE = "use a method without calibration (rtn with a weight-only scheme)"
 
@@ -87,7 +88,7 @@ def run_trial(
             handles.append(block.register_forward_pre_hook(before(i), with_kwargs=True, prepend=True))
             handles.append(block.register_forward_hook(after(i), with_kwargs=True))
         with torch.inference_mode():
-            base(**sample)
+            base(**text_arguments(base, sample))
     finally:
         for handle in handles:
             handle.remove()

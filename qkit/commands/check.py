@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from qkit.commands.common import OutFile, announce, print_wide, wide_table
-from qkit.commands.grid import Grid
-from qkit.commands.measured import json_bytes, printable, progress_bar, show
+from qkit.commands.grid import Grid, printable
+from qkit.commands.measured import json_bytes, progress_bar, show
 from qkit.commands.verb import OptionGroup, Verb, in_group
 from qkit.errors import BudgetNotMet
 from qkit.evaluation.budget import Check, junit_xml, load_budget

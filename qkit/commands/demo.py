@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from qkit.commands.common import OutFile, OutFolder, Reporter, announce, megabytes, print_wide, wide_table, write_json
-from qkit.commands.grid import Grid
-from qkit.commands.measured import printable, progress_bar
+from qkit.commands.grid import Grid, printable
+from qkit.commands.measured import progress_bar
 from qkit.commands.verb import Verb
 from qkit.evaluation.request import EvalRequest
 from qkit.files.embedded import embedded_text

@@ -12,15 +12,8 @@ from rich.text import Text
 
 from qkit.calibration.options import QUESTIONS
 from qkit.commands.common import OutFile, announce
-from qkit.commands.measured import (
-    grids,
-    json_bytes,
-    printable,
-    progress_bar,
-    refuse_unmeasured,
-    show,
-    show_all,
-)
+from qkit.commands.grid import printable
+from qkit.commands.measured import grids, json_bytes, progress_bar, refuse_unmeasured, show, show_all
 from qkit.commands.verb import OptionGroup, RenamedOption, Verb, in_group
 from qkit.errors import UsageError
 from qkit.evaluation.request import DTYPES, EvalRequest, dimensions_of
@@ -48,12 +41,15 @@ _KV_CACHE, _DIFFUSION, _DEVICE = (
 
 @click.command("eval", cls=Verb)
 @click.argument("outs", metavar="OUT...", nargs=-1, required=True)
-@_MOST_USED("--baseline", help="Original model, to compare perplexity, KL divergence and the top-1 tokens with.")
+@_MOST_USED(
+    "--baseline", help="Original model, to compare with: perplexity, KL divergence, top-1 tokens, embeddings, classes."
+)
 @_MOST_USED(
     "--text",
     "texts",
     multiple=True,
-    help="Text to measure, repeatable: FILE, NAME=FILE or dataset:NAME[:config][:split][:column].",
+    help="Text to measure, repeatable: FILE, NAME=FILE or dataset:NAME[:config][:split][:column]; for an encoder or a "
+    "classifier also rows in JSON lines.",
 )
 @_MOST_USED("--tasks", help="Tasks of lm-eval or qkit, separated by commas, or vbench:DIMENSION,...")
 @_MOST_USED(
@@ -114,18 +110,20 @@ def eval_command(
     allow_task_code: bool,
     json_file: Path | None,
 ) -> None:
-    """Measure the models in the folders OUT: perplexity, tasks, answers about images, videos.
+    """Measure the models in the folders OUT: perplexity, tasks, answers about images, embeddings, classes, videos.
 
     Several models are measured on the same texts and tasks and compared in one table. The baseline runs once for all of them.
     Folders that qkit wrote are verified first. The exit code is 4 if a folder is not sound or a figure is not finite.
 
     Without --text, --tasks and --image-text, the embedded evaluation text is used. Quantized models are loaded packed. Every
-    text is tokenized as a whole and cut into windows. Confidence intervals are 95 % over windows.
+    text is tokenized as a whole and cut into windows. Confidence intervals are 95 % over windows. Encoders, classifiers and
+    models that read one text and write another are measured by what they give, on windows or on rows in JSON lines.
 
     \b
     Example:
       qkit eval out/w4a16 --baseline tiny-llama --text wiki.txt --json eval.json
       qkit eval out/w4a16 out/w8a16 --baseline tiny-llama --report eval.html
+      qkit eval out/embedder --baseline MODEL --text texts.jsonl
     """
     names = split_names(tasks)
     bench = dimensions_of(names)

@@ -92,3 +92,15 @@ def print_wide(console: Console, grid: Grid) -> None:
 
 def _width(console: Console, table: Table) -> int:
     return console.measure(table, options=console.options.update(max_width=10_000)).maximum
+
+
+def interval(ends: list[float], form: str) -> str:
+    """'[low, high]'; nothing where one window gives no spread."""
+    if any(end != end for end in ends):
+        return ""
+    return f"[{ends[0]:{form}}, {ends[1]:{form}}]"
+
+
+def printable(name: str) -> str:
+    """A name without control characters, which could change the terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from qkit.commands.bars import Bar
 from qkit.commands.common import megabytes
-from qkit.commands.grid import Grid, print_wide, wide_table
+from qkit.commands.grid import Grid, interval, print_wide, printable, wide_table
+from qkit.commands.row_tables import rows_table
 from qkit.errors import NumericFailure
 from qkit.evaluation.request import jsonable
 
@@ -58,6 +59,7 @@ def grids(measured: Sequence[Mapping[str, Any]]) -> list[Grid]:
     if len(measured) == 1:
         return _grids(measured[0])
     made = [models_table(name, measured) for name in measured[0].get("texts", {})]
+    made += [rows_table(name, measured) for name in measured[0].get("rows", {})]
     if measured[0].get("tasks"):
         made.append(_tasks_of_all(measured))
     return made
@@ -67,6 +69,7 @@ def _grids(measured: Mapping[str, Any]) -> list[Grid]:
     tables = []
     if measured.get("texts"):
         tables.append(texts_table(measured["texts"]))
+    tables += [rows_table(name, [measured]) for name in measured.get("rows", {})]
     tables += [caches_table(text, caches) for text, caches in measured.get("caches", {}).items()]
     tables += [retrieval_table(text, caches) for text, caches in measured.get("retrieval", {}).items()]
     for name, figures in measured.get("pairs", {}).items():
@@ -114,14 +117,14 @@ def models_table(text: str, measured: Sequence[Mapping[str, Any]]) -> Grid:
     grid = wide_table("model", "size", "perplexity (95 % ci)", *extra, title=title)
     if paired:
         size = megabytes(measured[0]["size"]["baseline_bytes"])
-        value = f"{first['baseline_perplexity']:.2f} {_interval(first['baseline_ci'], '.2f')}"
+        value = f"{first['baseline_perplexity']:.2f} {interval(first['baseline_ci'], '.2f')}"
         grid.add_row(*map(Text, (printable(measured[0]["baseline"]), size, value, "", "", "", "")))
     for model in measured:
         entry = model["texts"][text]
         cells = [printable(model["model"]), megabytes(model["size"]["bytes"])]
-        cells.append(f"{entry['perplexity']:.2f} {_interval(entry['ci'], '.2f')}")
+        cells.append(f"{entry['perplexity']:.2f} {interval(entry['ci'], '.2f')}")
         if paired:
-            cells.append(f"{entry['change_percent']:+.2f} {_interval(entry['change_ci'], '+.2f')}")
+            cells.append(f"{entry['change_percent']:+.2f} {interval(entry['change_ci'], '+.2f')}")
             cells += [f"{entry['kl']['mean']:.4g}", f"{entry['kl']['p99']:.4g}", f"{entry['same_top1']:.4f}"]
         grid.add_row(*map(Text, cells))
     return grid
@@ -143,7 +146,7 @@ def caches_table(text: str, caches: Mapping[str, Mapping[str, Any]]) -> Grid:
     table = wide_table(*columns, title=f"decoding {printable(text)}")
     for name, entry in caches.items():
         change = (
-            f"{entry['change_percent']:+.2f} {_interval(entry['change_ci'], '+.2f')}" if "change_ci" in entry else ""
+            f"{entry['change_percent']:+.2f} {interval(entry['change_ci'], '+.2f')}" if "change_ci" in entry else ""
         )
         cells = [name, f"{entry['perplexity']:.2f}", change, f"{entry['same_greedy']:.1f}"]
         table.add_row(*map(Text, [*cells, f"{entry['bytes'] / 1e3:,.0f}", f"{entry['share']:.3f}"]))
@@ -158,7 +161,7 @@ def retrieval_table(text: str, caches: Mapping[str, Sequence[Mapping[str, Any]]]
     table = wide_table(*columns, title=f"retrieval from {printable(text)}")
     for name, rows in caches.items():
         for row in rows:
-            gain = f"{row['gain']:+.2f} {_interval(row['gain_ci'], '+.2f')}"
+            gain = f"{row['gain']:+.2f} {interval(row['gain_ci'], '+.2f')}"
             cells = [name, f"{row['share']:.3f}", row["task"], f"{row['length']:,}", f"{row['depth']:.2f}"]
             cells += [f"{row['nll']:.2f}", gain, f"{100 * row['exact']:.0f}", f"{100 * row['best']:.0f}"]
             table.add_row(*map(Text, cells))
@@ -176,10 +179,10 @@ def accuracy_table(name: str, figures: Mapping[str, Any]) -> Grid:
         cells = [
             printable(kind),
             str(entry["questions"]),
-            f"{accuracy['percent']:.1f} {_interval(accuracy['ci'], '.1f')}",
+            f"{accuracy['percent']:.1f} {interval(accuracy['ci'], '.1f')}",
         ]
         if paired:
-            change = f"{accuracy['change']:+.1f} {_interval(accuracy['change_ci'], '+.1f')}"
+            change = f"{accuracy['change']:+.1f} {interval(accuracy['change_ci'], '+.1f')}"
             cells += [f"{accuracy['baseline_percent']:.1f}", change]
         table.add_row(*map(Text, cells))
     return table
@@ -187,18 +190,18 @@ def accuracy_table(name: str, figures: Mapping[str, Any]) -> Grid:
 
 def answers_table(name: str, figures: Mapping[str, Any]) -> Grid:
     """Figures from the likelihoods of the right answers; with a baseline also the errors of hidden states."""
-    rows = {"perplexity (95 % ci)": f"{figures['perplexity']:.4f} {_interval(figures['ci'], '.4f')}"}
+    rows = {"perplexity (95 % ci)": f"{figures['perplexity']:.4f} {interval(figures['ci'], '.4f')}"}
     if "kl" in figures:
         kl = figures["kl"]
         rows |= {
-            "baseline": f"{figures['baseline_perplexity']:.4f} {_interval(figures['baseline_ci'], '.4f')}",
-            "change %": f"{figures['change_percent']:+.2f} {_interval(figures['change_ci'], '+.2f')}",
-            "KL mean": f"{kl['mean']:.4g} {_interval(kl['ci'], '.4g')}",
+            "baseline": f"{figures['baseline_perplexity']:.4f} {interval(figures['baseline_ci'], '.4f')}",
+            "change %": f"{figures['change_percent']:+.2f} {interval(figures['change_ci'], '+.2f')}",
+            "KL mean": f"{kl['mean']:.4g} {interval(kl['ci'], '.4g')}",
             "KL p99": f"{kl['p99']:.4g}",
             "same top-1": f"{figures['same_top1']:.4f}",
         }
         for kind, error in figures["errors"].items():
-            rows[f"error of hidden states, {kind} tokens"] = f"{error['mean']:.4g} {_interval(error['ci'], '.4g')}"
+            rows[f"error of hidden states, {kind} tokens"] = f"{error['mean']:.4g} {interval(error['ci'], '.4g')}"
     table = wide_table("answer tokens", str(figures["tokens"]), title=f"answers, {printable(name)}")
     for what, value in rows.items():
         table.add_row(Text(what), Text(value))
@@ -217,7 +220,7 @@ def videos_table(figures: Mapping[str, Any]) -> Grid:
     for key, value in figures.items():
         name = units.get(key, key.replace("_", " "))
         if isinstance(value, list) and key not in ("latent_errors", "bits", "skips"):
-            table.add_row(name, Text(f"{value[0]:.4g} {_interval(value[1:], '.4g')}"))
+            table.add_row(name, Text(f"{value[0]:.4g} {interval(value[1:], '.4g')}"))
         elif isinstance(value, (int, float)) and key != "videos":
             table.add_row(name, f"{value:.4g}")
     return table
@@ -229,11 +232,11 @@ def texts_table(texts: Mapping[str, Mapping[str, Any]]) -> Grid:
     extra = ("baseline", "change %", "KL mean", "KL p99", "same top-1") if paired else ()
     table = wide_table("text", "perplexity (95 % ci)", "windows", *extra, title="texts")
     for name, entry in texts.items():
-        cells = [printable(name), f"{entry['perplexity']:.2f} {_interval(entry['ci'], '.2f')}", str(entry["windows"])]
+        cells = [printable(name), f"{entry['perplexity']:.2f} {interval(entry['ci'], '.2f')}", str(entry["windows"])]
         if paired:
             cells += [
                 f"{entry['baseline_perplexity']:.2f}",
-                f"{entry['change_percent']:+.2f} {_interval(entry['change_ci'], '+.2f')}",
+                f"{entry['change_percent']:+.2f} {interval(entry['change_ci'], '+.2f')}",
                 f"{entry['kl']['mean']:.4g}",
                 f"{entry['kl']['p99']:.4g}",
                 f"{entry['same_top1']:.4f}",
@@ -247,24 +250,12 @@ def tasks_table(tasks: Mapping[str, Any], baseline: Mapping[str, Any]) -> Grid:
     table = wide_table("task", "metric", "value (95 % ci)", "samples", *extra, title="tasks")
     for task, entry in tasks.items():
         for metric, figures in entry["metrics"].items():
-            value = f"{figures['value']:.4g}" + (f" {_interval(figures['ci'], '.4g')}" if figures["ci"] else "")
+            value = f"{figures['value']:.4g}" + (f" {interval(figures['ci'], '.4g')}" if figures["ci"] else "")
             cells = [printable(task), printable(metric), value, str(entry["samples"])]
             if baseline:
                 before = baseline.get(task, {}).get("metrics", {}).get(metric)
                 cells.append("" if before is None else f"{before['value']:.4g}")
                 paired = "change" in figures
-                cells.append(f"{figures['change']:+.4g} {_interval(figures['change_ci'], '+.4g')}" if paired else "")
+                cells.append(f"{figures['change']:+.4g} {interval(figures['change_ci'], '+.4g')}" if paired else "")
             table.add_row(*map(Text, cells))
     return table
-
-
-def _interval(ends: list[float], form: str) -> str:
-    """'[low, high]'; nothing where one window gives no spread."""
-    if any(end != end for end in ends):
-        return ""
-    return f"[{ends[0]:{form}}, {ends[1]:{form}}]"
-
-
-def printable(name: str) -> str:
-    """A name without control characters, which could change the terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in name)

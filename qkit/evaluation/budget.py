@@ -4,6 +4,8 @@
     kl.mean: 0.02                    # nats per token, every text that is measured; kl.mean.wikitext2 for one
     kl.p99: 0.3
     same_top1: ">=0.95"
+    cosine: 0.99                     # of embeddings, mean; also same_nearest, and of classifiers and reward models same_class,
+                                     # same_order and rank_correlation (``evaluation.row_scores``)
     task.qkit_cloze.acc: ">=-1%"     # at most 1 % below the baseline's
     size: 0.3x                       # of the baseline's bytes; or 90MB
     accuracy: ">=-1%"                # exactly right answers about images, in %; accuracy.KIND of one kind of question
@@ -38,13 +40,17 @@ from qkit.files.strictyaml import LineDict, load_yaml, unknown_key
 from qkit.system.words import exact_megabytes
 
 SIZE = "size"  # of all weight files
-METRICS = ("perplexity", "kl.mean", "kl.p99", "same_top1")  # of a text: plain, or followed by the name of one text
+# Of rows of a model that does not continue a text, against the baseline: the part of the figure that is compared.
+ROWS = {"cosine": "mean", "same_nearest": "share", "same_class": "share", "same_order": "", "rank_correlation": ""}
+# Of a text: plain, or followed by the name of one text.
+METRICS = ("perplexity", "kl.mean", "kl.p99", "same_top1", *ROWS)
 ANSWERS = ("answer_perplexity", "answer_kl.mean", "answer_kl.p99")  # of questions about images, and 'accuracy'
 SAMPLES = ("psnr", "ssim", "latent_error", "flickering", "recognised", "width")  # of a diffusion pipeline
 # Figures that may be limited against the baseline.
 RELATIVE = ("perplexity", "task", "size", "accuracy", "answer_perplexity", "flickering", "recognised")
 # Figures of which a bare number is the least allowed, with the largest possible value.
 LOWER = {
+    **dict.fromkeys(ROWS, 1.0),
     "same_top1": 1.0,
     "accuracy": 100.0,
     "psnr": 100.0,
@@ -54,6 +60,7 @@ LOWER = {
 }
 NUMBERS = {"window": 2, "windows": 1, "limit": 1, "questions": 1, "videos": 1}  # settings, with the least value of each
 EXAMPLES = {
+    **dict.fromkeys(ROWS, "0.99"),
     "perplexity": "+2% or 40.5",
     "kl.mean": "0.02",
     "kl.p99": "0.3",
@@ -125,7 +132,7 @@ class QualityBudget:
     @property
     def needs_baseline(self) -> list[str]:
         """Names of the lines that cannot be judged without the original model."""
-        divergence = ("kl.mean", "kl.p99", "same_top1", "answer_kl.mean", "answer_kl.p99", *SAMPLES[:3])
+        divergence = (*METRICS[1:], "answer_kl.mean", "answer_kl.p99", *SAMPLES[:3])
         return [line.name for line in self.lines if line.limit.unit or line.metric in divergence]
 
     @property
@@ -257,7 +264,7 @@ def check_budget(budget: QualityBudget, measured: Mapping[str, Any]) -> list[Che
     A line without the name of a text gives one check per text. A value or a baseline that is missing or not finite
     fails the check.
     """
-    texts = measured.get("texts") or {}
+    texts = {**(measured.get("texts") or {}), **(measured.get("rows") or {})}
     checks = []
     for line in budget.lines:
         if line.metric == SIZE:
@@ -278,6 +285,8 @@ def check_budget(budget: QualityBudget, measured: Mapping[str, Any]) -> list[Che
                 value = entry.get(line.metric)
                 if line.metric.startswith("kl."):
                     value = (entry.get("kl") or {}).get(line.metric.removeprefix("kl."))
+                elif isinstance(value, Mapping):
+                    value = value.get(ROWS[line.metric])
                 title = f"{line.metric}.{name}" if name else line.metric
                 checks.append(_check(title, line.limit, value, entry.get("baseline_perplexity")))
     return checks

@@ -14,6 +14,7 @@ from qkit.calibration.image_text import held_out_image_text, load_processor
 from qkit.calibration.options import DRAWN
 from qkit.errors import UsageError
 from qkit.evaluation.request import EvalRequest, dimensions_of
+from qkit.evaluation.row_measure import kind_of_models, measure_rows
 from qkit.evaluation.sources import read_text, text_name
 from qkit.evaluation.text import evaluate_texts, first_tokens, tokenize
 from qkit.evaluation.vbench import VBenchRequest, evaluate_vbench
@@ -28,9 +29,10 @@ def measure(
 ) -> dict[str, Any]:
     """The figures of the model in the folder ``out`` (packed, when it is quantized), beside those of the baseline.
 
-    Returns {"model", "baseline", "dtype", "window", "size", "texts", "caches", "retrieval", "pairs", "videos", "samples",
-    "tasks", "baseline_tasks"}, of what was asked for: names of folders without their paths; size in bytes of the weight
-    files; texts as in ``evaluate_text``; caches, or with request.retrieval retrieval: for each text what
+    Returns {"model", "baseline", "dtype", "window", "size", "texts", "rows", "caches", "retrieval", "pairs", "videos",
+    "samples", "tasks", "baseline_tasks"}, of what was asked for: names of folders without their paths; size in bytes of the
+    weight files; texts as in ``evaluate_text``; rows, in place of texts, of a model that does not continue a text: {name: what
+    ``row_scores.figures`` gives}; caches, or with request.retrieval retrieval: for each text what
     ``evaluate_caches`` or ``evaluate_retrieval`` gives; pairs: {name: what ``evaluate_image_text`` gives}; videos: what
     ``video.sample_figures`` gives, and samples (ours, theirs), request.examples of each; tasks as in ``run_tasks``, without the
     values of single samples but with the paired change and change_ci where there is a baseline. Raises what loading,
@@ -78,6 +80,10 @@ def measure_all(
     for spec in request.texts:
         text_name(spec)  # what is wrong with a file is better said before a large model is loaded
     _check_device(request.device)
+    kind = kind_of_models(outs, baseline)
+    if kind is not None:
+        rows = measure_rows(outs, baseline, request, kind, progress)
+        return [result | figures for result, figures in zip(results, rows, strict=True)]
     processor = None if request.image_text is None else _processor(outs[0], request.image_text)
     tokenizers = [load_tokenizer(out) for out in outs]
     _check_alike(outs, tokenizers, request)

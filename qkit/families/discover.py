@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from qkit.errors import Unsupported
 from qkit.families import Family, Tower, dit_discover, encoder
 from qkit.families.declared import DECLARED
 from qkit.families.matrices import fused_experts, matrix_of
-from qkit.families.sharing import run_without_values
+from qkit.families.sharing import Reads, run_without_values
 from qkit.files.schema import foreign_errors
 
 _FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
@@ -36,7 +37,7 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
     """
     if "_class_name" in config:
         return _denoiser(config, where, dtype)
-    from transformers import CONFIG_MAPPING, AutoConfig  # seconds to import: only when needed
+    from transformers import CONFIG_MAPPING  # seconds to import: only when needed
 
     kind = config.get("model_type")
     if kind not in CONFIG_MAPPING:
@@ -46,7 +47,7 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
         )
     fault = f"{where}: config.json does not describe a model"
     with foreign_errors(fault, _ADVICE):
-        parsed = AutoConfig.for_model(**_decoded(config))
+        parsed = parsed_config(config)
     if kind_of(config) in encoder.ENCODERS:
         with foreign_errors(fault, _ADVICE):
             return _encoder(kind_of(config), parsed, dtype)
@@ -55,6 +56,13 @@ def build_skeleton(config: dict[str, Any], where: str, dtype: torch.dtype) -> nn
     with foreign_errors(fault, _ADVICE), torch.device("meta"):
         model = kind_of_model._from_config(parsed, dtype=dtype)
     return cast(nn.Module, model.eval())
+
+
+def parsed_config(config: Mapping[str, Any]) -> Any:
+    """transformers' config of a config.json, of a model type that it has built in. Raises what its class raises."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**_decoded(config))
 
 
 def _class_of(config: Mapping[str, Any], parsed: Any, where: str) -> Any:
@@ -78,7 +86,7 @@ def _decoded(node: Any) -> Any:
     """The config with infinities and NaN decoded, which transformers writes as {"__float__": "Infinity"}."""
     if isinstance(node, list):
         return [_decoded(child) for child in node]
-    if not isinstance(node, dict):
+    if not isinstance(node, Mapping):
         return node
     if node.keys() == {"__float__"}:
         return _FLOATS.get(str(node["__float__"]), node)
@@ -140,7 +148,7 @@ def _discover(model: nn.Module, model_type: str) -> Family:
         )
     paths = {n: [f"{n}.{i}" for i, _ in enumerate(model.get_submodule(n).children())] for n in lists}
     reads = run_without_values(model, [path for found in paths.values() for path in found])
-    ran = [n for n, found in paths.items() if any(reads.calls[path] for path in found)]
+    ran = [n for n, found in paths.items() if any(reads.calls[path] for path in found) or _reads_text(model, reads)]
     main = _main_lists(model, ran or lists)
     others = [n for n in lists if n not in main]
     towers = tuple(
@@ -160,11 +168,22 @@ def _discover(model: nn.Module, model_type: str) -> Family:
     )
 
 
+def _reads_text(model: nn.Module, reads: Reads) -> bool:
+    """Whether all blocks run on a text although the run did not get to them: those of an encoder and a decoder of text."""
+    config: Any = getattr(model, "config", None)
+    both = bool(getattr(config, "is_encoder_decoder", False))
+    accepts = inspect.signature(getattr(model, "base_model", model).forward).parameters
+    alone = not any(word in name for name in accepts for word in ("pixel_values", "input_features", "input_values"))
+    return both and alone and not reads.whole
+
+
 def _outermost_lists(model: nn.Module) -> list[str]:
     """Lists of modules that hold matrices or experts, which are in no other such list, in the order of the model."""
     found: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        if all(isinstance(child, nn.ModuleList) for child in module):  # lists of lists, which are no blocks (Funnel)
             continue
         inside = [m for child in module for m in child.modules() if m is not child]
         if any(matrix_of(m) or any(fused_experts(m)) for m in inside):

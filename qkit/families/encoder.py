@@ -1,6 +1,6 @@
 """Declarations of text encoders, components of diffusion pipelines, by the names of their classes in transformers.
 
-Nothing generates with them and nothing measures them: they are quantized by schemes that need no calibration.
+They are quantized by schemes that need no calibration: in a pipeline there is no text to calibrate them on.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ tensor where their inputs are one object. A norm feeds them where that object is
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,13 +38,13 @@ _STOPS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, Asse
 class Reads:
     """What a run showed. Tensors are on the meta device: only which object they are counts.
 
-    inputs:  {module: its input}, of blocks and matrices; feeds: {module: what it returns}, of norms
+    inputs:  {module: its inputs, call after call}, of blocks and matrices; feeds: {module: what it returns}, of norms
     calls:   how often each block, matrix and norm ran
     whole:   the run came to its end
     readers: for each tensor, by its id, how many operators read it
     """
 
-    inputs: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     feeds: dict[str, Tensor] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
     readers: Counter[int] = field(default_factory=Counter)
@@ -54,14 +55,24 @@ class Reads:
 
         path: of the block; names: of its matrices. Those that did not run are grouped by their names.
         """
-        members: dict[int, list[str]] = {}
+        once: dict[tuple[int, ...], list[str]] = {}
+        repeated: dict[tuple[int, ...], list[str]] = {}
         for name in names:
-            x = self.inputs.get(f"{path}.{name}")
-            if x is not None and not self._repeats(path, name):
-                members.setdefault(id(x), []).append(name)
-        found = [Group(tuple(g), source=self._source(path, key, len(g))) for key, g in members.items()]
-        repeated = [Group((n,)) for n in names if self._repeats(path, n)]
-        return [*found, *repeated, *guessed_groups([n for n in names if f"{path}.{n}" not in self.inputs])]
+            if f"{path}.{name}" in self.inputs:
+                members = repeated if self._repeats(path, name) else once
+                members.setdefault(self._key(path, name), []).append(name)
+        for key, own in list(once.items()):  # queries of tokens whose keys and values are made of more (T5Gemma 2)
+            more = next((k for k in repeated if set(key) < set(k) and _siblings([*repeated[k], *own])), None)
+            if more is not None:
+                repeated[more] += once.pop(key)
+        found = [Group(tuple(g), source=self._source(path, key[0], len(g))) for key, g in once.items()]
+        found += [Group(tuple(g)) for g in repeated.values()]
+        return [*found, *guessed_groups([n for n in names if f"{path}.{n}" not in self.inputs])]
+
+    def _key(self, path: str, name: str) -> tuple[int, ...]:
+        """Which tensors a matrix reads: its first one; all of them where it runs more than once in a pass of its block."""
+        found = self.inputs[f"{path}.{name}"]
+        return tuple(map(id, found if self._repeats(path, name) else found[:1]))
 
     def _repeats(self, path: str, name: str) -> bool:
         """Whether a module runs more than once in a pass of its block: it has several inputs."""
@@ -115,11 +126,48 @@ def guessed_groups(names: Sequence[str]) -> list[Group]:
     return groups
 
 
+def _siblings(names: Sequence[str]) -> bool:
+    """Whether matrices are those that engines load as one, by their names."""
+    return any(set(names) <= set(g.linears) for g in guessed_groups(names))
+
+
 class _Experts(nn.Module):
     """Stand-in for routed experts, whose run depends on values: hands on a tensor of the right shape."""
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return torch.empty_like(hidden)
+
+
+def text_arguments(base: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a model on rows of a text, as it takes them: a decoder behind an encoder reads the text, too, one token
+    later, as it does in training; and the tokens may be its 'inputs', without a name of their own."""
+    tokens = arguments.get("input_ids")
+    accepts = inspect.signature(base.forward).parameters
+    if tokens is not None and "input_ids" not in accepts and getattr(base, "main_input_name", "") == "inputs":
+        return {"inputs": tokens, **{k: v for k, v in arguments.items() if k != "input_ids"}}
+    if tokens is None or "decoder_input_ids" not in accepts or "decoder_input_ids" in arguments or _speaks(base):
+        return dict(arguments)
+    begun = torch.cat([torch.full_like(tokens[:, :1], decoder_start(base.config)), tokens[:, :-1]], 1)
+    return {**arguments, "decoder_input_ids": begun}
+
+
+def _speaks(base: Any) -> bool:
+    """Whether the decoder reads no tokens of a text but others, several at a time: it begins by itself (Dia, which speaks)."""
+    decoder: Any = getattr(base, "get_decoder", lambda: None)()
+    if not hasattr(decoder, "get_input_embeddings"):
+        return False
+    try:
+        return not isinstance(decoder.get_input_embeddings(), nn.Embedding)
+    except NotImplementedError:  # it has no table of tokens
+        return True
+
+
+def decoder_start(config: Any) -> int:
+    """The token that the decoder of a model begins with."""
+    parts = (config, getattr(config, "decoder", None), config.get_text_config(decoder=True))
+    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    found = (getattr(part, name, None) for part in parts for name in names)
+    return next((i for i in found if isinstance(i, int)), 0)
 
 
 def run_without_values(model: nn.Module, blocks: Sequence[str]) -> Reads:
@@ -132,7 +180,7 @@ def run_without_values(model: nn.Module, blocks: Sequence[str]) -> Reads:
             reads.calls[name] += 1
             x = next(_tensors((args, kwargs)), None)
             if x is not None:
-                reads.inputs.setdefault(name, x)
+                reads.inputs.setdefault(name, []).append(x)
 
         return hook
 
@@ -160,7 +208,8 @@ def run_without_values(model: nn.Module, blocks: Sequence[str]) -> Reads:
             model.set_submodule(name, _Experts())
     try:
         with torch.inference_mode(), suppress(*_STOPS), _Readers(reads):
-            base(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device="meta"))
+            tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+            base(**text_arguments(base, {"input_ids": tokens}))
             reads.whole = True
     finally:
         for handle in handles:

@@ -22,9 +22,10 @@ from qkit.families.blocks import LANGUAGE, BlockSequence, BlockStructure
 from qkit.families.conversion import conversion_of
 from qkit.families.discover import DISCOVERED, build_skeleton, family_of, kind_of
 from qkit.families.dit_discover import unquantized
-from qkit.families.matrices import SHARED_REASON, matrix_of, reason_of
+from qkit.families.matrices import SHARED_REASON, TABLE_REASON, matrix_of, reason_of
 from qkit.families.prefixes import under_model_names
 from qkit.families.stored_parameters import StoredParameters, parameter
+from qkit.families.unsaved import unsaved_parameters
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import DENOISER
 from qkit.system.machine import run_dtype
@@ -64,6 +65,9 @@ class ModelStructure:
         self.computed = computed_buffers(self.model) if buffers else {}
         tensors = self.checkpoint.tensors
         shapes = {n: tensors[n].shape if n in tensors else () for n in _unpacked(self.checkpoint)}
+        unsaved = unsaved_parameters(self.model, shapes)
+        self.unsaved = frozenset(unsaved)
+        self.computed |= unsaved if buffers else {}
         conversion = conversion_of(self.model, shapes, str(checkpoint.path))
         # Parameters that the model's class keeps in float32, whatever its dtype is.
         self.float32 = frozenset(
@@ -167,7 +171,7 @@ class ModelStructure:
         if self.family.streams is not None and self.family.streams.recorded:
             return unquantized(self.model, self.checkpoint.tensors)
         result: dict[str, str] = {}
-        for block in self.blocks:
+        for block in self.every_block:
             module, linears = self.model.get_submodule(block.path), {x.param for x in block.linears}
             for name, stored in block.stored:
                 if name not in linears and parameter(module, name).dim() >= 2:
@@ -176,7 +180,19 @@ class ModelStructure:
                     view = self.checkpoint.views.get(stored)
                     for source in (stored,) if view is None else view.sources:
                         result[source.removesuffix(".weight")] = reason
-        return result
+        return result | self._tables_in_lists
+
+    @property
+    def _tables_in_lists(self) -> dict[str, str]:
+        """Tables outside the blocks that are in a list of modules (embeddings of several kinds), as blocks are."""
+        owners = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.Embedding)}
+        inside = tuple(f"{b.path}." for b in self.every_block)
+        names = [(n.removesuffix(".weight"), s) for n, s in self.outer if not n.startswith(inside)]
+        return {
+            stored.removesuffix(".weight"): TABLE_REASON
+            for name, stored in names
+            if name in owners and any(part.isdigit() for part in name.split("."))
+        }
 
     @cached_property
     def head(self) -> str | None:
@@ -219,7 +235,7 @@ class ModelStructure:
         prefix = tuple(f"{name}." for name in self.family.blocks)
         names = [n for n, _ in (*self.model.named_parameters(remove_duplicate=False), *persistent_buffers(self.model))]
         in_parts = [(f"{path}.{x.param}", stored) for stored, (path, x) in self.tower_parts.items()]
-        whole = {n for n in names if not n.startswith(prefix)}.difference(n for n, _ in in_parts)
+        whole = {n for n in names if not n.startswith(prefix)}.difference(self.unsaved, (n for n, _ in in_parts))
         stored_names = [*((n, self.names.name_of(n)) for n in names if n in whole), *in_parts]
         return tuple((n, s) for n, s in stored_names if s not in self.tied)
 
@@ -286,7 +302,7 @@ def _block_paths(model: nn.Module, listed: tuple[str, ...]) -> Iterator[str]:
     """The module path of every block. listed: lists of blocks, or single blocks."""
     for name in listed:
         module = model.get_submodule(name)
-        if isinstance(module, nn.ModuleList) and not name.rpartition(".")[2].isdigit():
+        if isinstance(module, nn.ModuleList):
             yield from (f"{name}.{i}" for i, _ in enumerate(module.children()))
         else:
             yield name

@@ -132,7 +132,7 @@ class ModelConfig(_Open):
     eos_token_id: Tokens = None
     sep_token_id: Tokens = None
     decoder_start_token_id: Tokens = None
-    max_position_embeddings: Annotated[int, Field(ge=-1, le=2**40)] | None = None
+    max_position_embeddings: Annotated[float, Field(ge=-1, le=2**40)] | None = None  # 1200.0 in some configs
     layer_types: list[str] | None = None
     output_attentions: bool | None = None
     output_hidden_states: bool | None = None

@@ -78,7 +78,8 @@ def load_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = None, de
     ):
         model.to_empty(device="cpu")
     fill_computed_buffers(structure)
-    rotary = {id(b): b for m in computed for b in m.buffers()}
+    own = (m._buffers[name] for m in computed for name in m._non_persistent_buffers_set)
+    rotary = {id(b): b for b in own if b is not None}
     with torch.inference_mode():
         place_packed(structure, dtype)
         _read_plain(structure)

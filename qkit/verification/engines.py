@@ -265,12 +265,17 @@ _READS_WEIGHTS = (
         "falcon_mamba",
         "gpt_bigcode",
         "longcat_flash",
+        "longt5",
         "mamba",
         "mamba2",
+        "modernbert",
         "modernbert-decoder",
+        "mt5",
         "nanochat",
+        "neomme",
+        "pop2piano",
     ),
-    *("recurrent_gemma", "rwkv", "xlstm"),
+    *("recurrent_gemma", "rwkv", "switch_transformers", "t5", "umt5", "xlstm"),
 )
 # Model types whose convolutions or tables transformers joins while it loads, which fails beside a quantizer.
 _JOINS_TENSORS = ("bailing_hybrid", "kimi_linear", "olmo_hybrid", "qwen4_exp", "qwen4_exp_text")

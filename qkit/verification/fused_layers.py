@@ -13,7 +13,7 @@ from qkit.verification.record import Findings, Record
 
 # Linears that engines fuse into one; encoder-decoder attention has another input for k and v than for q.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-_CROSS = re.compile(r"(cross|encoder)_attn")
+_CROSS = re.compile(r"(cross|encoder)_?att(n|ention)")
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.\w+")
 _SHARED = ("weight_global_scale", "input_global_scale", "weight_scale", "input_scale")
 

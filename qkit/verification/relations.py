@@ -29,7 +29,9 @@ def check_tied(
         findings.check("tied", first not in store, first, f"is stored although it is tied to {second}")
         packed = second.removesuffix(".weight") in record.linears
         findings.check("tied", second in store or packed, second, f"is missing although {first} is tied to it")
-    tie_flag = config_value(config, "tie_word_embeddings")
+    decoder = config.get("decoder")  # of two models in one, whose embeddings and head are the decoder's
+    describing = decoder if isinstance(decoder, dict) and isinstance(config.get("encoder"), dict) else config
+    tie_flag = config_value(describing, "tie_word_embeddings")
     head = any(first.endswith(".weight") for first, _ in record.tied)
     where = "config.json: tie_word_embeddings"
     findings.check("tied", tie_flag in (None, True, False), where, f"found {tie_flag!r}, expected true or false")

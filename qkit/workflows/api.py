@@ -174,6 +174,7 @@ def evaluate(
               there are tasks
     window, windows: tokens of a window, and windows of each text at most
     tasks:    of lm-eval or qkit; limit: samples of each at most
+    Encoders, classifiers and models that read one text and write another are measured by what they give, under "rows".
     Gives a dictionary as ``qkit eval --json`` writes it: sizes in bytes, losses in nats per token. Raises VerifyFailure for a
     damaged folder, BadInput for texts that cannot be read.
     """

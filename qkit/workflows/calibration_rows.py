@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,8 @@ from qkit.planning.request import Request, check_rows
 from qkit.runtime.loading import load_tokenizer
 from qkit.system.extras import needs
 from qkit.system.machine import available_memory, run_dtype
+
+_CHARACTERS = 0x110000  # of Unicode
 
 
 def calibration_asked(
@@ -142,6 +145,8 @@ def text_rows(request: Request, structure: ModelStructure) -> Calibration:
             f"--seqlen {request.seqlen}: this model has positions for {limit} tokens: use a smaller number"
         )
     vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is None and _reads_characters(structure.model):
+        vocabulary = _CHARACTERS
     if vocabulary is None:
         raise Unsupported(
             f"{structure.checkpoint.path}: calibration needs a vocabulary of tokens, and config.json counts none: "
@@ -162,6 +167,11 @@ def text_rows(request: Request, structure: ModelStructure) -> Calibration:
         return mixed_rows(request.sources, tokenizer, layout, vocabulary)
     text, chats = CalibSource(str(embedded_text("calibration"))), CalibSource(str(embedded_chats()))
     return embedded_rows(text, chats, tokenizer, layout, vocabulary)
+
+
+def _reads_characters(model: Any) -> bool:
+    """Whether a model without a vocabulary reads tokens: any number is a character for it, which it hashes."""
+    return "input_ids" in inspect.signature(getattr(model, "base_model", model).forward).parameters
 
 
 def _may_need_rows(recipe: Recipe) -> bool:

@@ -269,6 +269,9 @@ def test_fused_groups_are_derived_from_names_too():
         ["m.gate_proj", "m.up_proj"],
     ]
     assert fused_groups(["d.encoder_attn.q_proj", "d.encoder_attn.k_proj", "x.q_proj"]) == []
+    for cross in ("cross_attn", "cross_attention", "crossattention", "encoder_attention"):
+        assert fused_groups([f"d.{cross}.{p}_proj" for p in "qkv"]) == []
+    assert fused_groups([f"encoder.attention.{p}_proj" for p in "qkv"])
 
 
 def test_fused_group_left_out_of_the_record(out):
