@@ -25,13 +25,11 @@ from qkit.commands.grid import wide_table as wide_table
 from qkit.commands.verb import OptionGroup, OutPath, RenamedOption, in_group
 from qkit.errors import Stopped, UsageError
 from qkit.files.safefile import write_atomic
-from qkit.files.side_files import code_keys, unread_files
 from qkit.system.words import megabytes as megabytes
-from qkit.transforms.table import EFFORTS, TRANSFORMS
-from qkit.verification.record import printable
+from qkit.transforms.table import EFFORTS
 
 if TYPE_CHECKING:
-    from qkit.workflows.quantize import PreparedRequest
+    pass
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _SIGNALS = (
@@ -258,100 +256,6 @@ def write_json(file: Path | None, data: Any) -> None:
     """Writes the printed results of a command as JSON."""
     if file is not None:
         write_atomic(file, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
-
-
-def show_coverage(prepared: PreparedRequest, console: Console) -> None:
-    "Quantized and skipped layers with reasons, the bytes, and the engines that load the result."
-    from qkit.files.sources.opening import encodings
-    from qkit.planning.fused_layers import engine_lines_of
-    from qkit.workflows.quantize import coverage
-
-    plan = prepared.plan
-    decoded = encodings(prepared.structure.checkpoint.tensors)
-    if decoded:
-        counts = ", ".join(f"{count} weights of {encoding}" for encoding, count in decoded.items())
-        console.print(Text(f"the source is quantized already and decoded on reading: {counts}"))
-    kinds: dict[tuple[str, str, str, str], list[int]] = {}
-    for p in plan.packed.values():
-        group = str(p.weights.group or p.weights.strategy)
-        acts = "-" if p.activations is None else p.activations.name
-        learned = [t for t in plan.transforms if TRANSFORMS[t].stage == "block" and p.name in plan.linears]
-        solver = "+".join((p.solver, *learned))
-        entry = kinds.setdefault((p.scheme, f"{p.weights.name}, {group}", acts, solver), [0, 0])
-        entry[0] += 1
-        entry[1] += p.shape[0] * p.shape[1]
-    table = wide_table(
-        "scheme",
-        "weights, group",
-        "activations",
-        "solver",
-        "linears",
-        "weights (M)",
-        title="coverage",
-    )
-    for (scheme, weights, acts, solver), (count, size) in kinds.items():
-        table.add_row(scheme, weights, acts, solver, str(count), f"{size / 1e6:.2f}")
-    print_wide(console, table)
-    reasons: dict[str, list[str]] = {}
-    for name, reason in plan.skipped.items():
-        reasons.setdefault(reason, []).append(name)
-    for reason, names in reasons.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        console.print(Text(f"skipped: {names[0]}{more}: {reason}"))
-    notes: dict[str, list[str]] = {}
-    for p in plan.packed.values():
-        if p.note:
-            notes.setdefault(p.note, []).append(p.name)
-    for note, names in notes.items():
-        console.print(
-            Text(f"note: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f": {note}")
-        )
-    if plan.own_method is not None:
-        console.print(
-            Text(f"note: config.json gets quant_method qkit in place of compressed-tensors: {plan.own_method}"),
-            soft_wrap=True,
-        )
-    experts = any(g.expert is not None for b in prepared.structure.every_block for g in b.groups)
-    if plan.recipe["calibrate_all_experts"] and not experts:
-        console.print(
-            "note: --calibrate-all-experts changes nothing: this model has no experts that tokens are sent to"
-        )
-    if plan.untied:
-        console.print("note: after rotation the head has its own weight: the embeddings are no longer tied")
-    for understood in () if plan.calibration is None else plan.calibration.summary:
-        console.print(Text(f"calibration: {understood}"), soft_wrap=True)
-    if plan.calibration is not None and plan.calibration.written:
-        c = plan.calibration
-        data = f"{c.samples} samples and " if c.samples else ""
-        console.print(f"calibration: {data}{c.written} synthetic samples of {c.seqlen} tokens")
-    _show_copied(prepared, console)
-    done = coverage(plan)
-    console.print(
-        f"{done['quantized']} linears quantized, {done['skipped']} skipped; tensors: {megabytes(plan.source_bytes)} before, "
-        f"{megabytes(plan.packed_bytes)} after ({plan.packed_bytes / plan.source_bytes:.3f}x)"
-    )
-    for line in engine_lines_of(plan, prepared.structure):
-        console.print(Text(str(line)))
-
-
-def _show_copied(prepared: PreparedRequest, console: Console) -> None:
-    """Files and config keys that are left out of the result."""
-    folder = prepared.structure.checkpoint.path
-    behind = unread_files(folder)
-    if behind:
-        more = f" and {len(behind) - 1} more" if len(behind) > 1 else ""
-        console.print(
-            Text(f"not copied: {printable(behind[0])}{more}: code, pickles, archives and weights in other formats")
-        )
-    dropped = {
-        "config.json": list(prepared.structure.checkpoint.dropped),
-        **code_keys(folder, prepared.plan.side_files),
-    }
-    for name, keys in dropped.items():
-        if keys:
-            console.print(
-                Text(f"left out of {printable(name)}: {printable(', '.join(keys))}: these keys select code to run")
-            )
 
 
 class Reporter:

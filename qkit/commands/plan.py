@@ -14,7 +14,8 @@ from rich.text import Text
 from qkit.commands.asked import options_of
 from qkit.commands.budget import budget_options, explain, explanation
 from qkit.commands.cache import cache_options
-from qkit.commands.common import OutFolder, megabytes, request_options, show_coverage, write_json
+from qkit.commands.common import OutFolder, megabytes, request_options, write_json
+from qkit.commands.coverage import show_coverage
 from qkit.commands.verb import OptionGroup, Verb, in_group
 from qkit.errors import UsageError, write_failure
 from qkit.files.safefile import write_atomic

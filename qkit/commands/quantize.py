@@ -22,9 +22,9 @@ from qkit.commands.common import (
     command_line,
     megabytes,
     request_options,
-    show_coverage,
     write_json,
 )
+from qkit.commands.coverage import show_coverage
 from qkit.commands.plan import plan_json, show_forecast, show_method
 from qkit.commands.verb import OptionGroup, Verb, in_group
 from qkit.files.folder import RECORD, weights_folder
