@@ -189,10 +189,11 @@ class Coverage:
     def _count(self, name: str, counts: dict[str, int], shape: list[int] | None) -> None:
         """Add a linear of the record, or a name that was skipped, to the parameter of the stock model that holds it."""
         where = next((n for n in (f"{name}.weight", name) if n in self.stored), None) or self._fused(name, shape)
-        where = where or self.read_as.get(f"{name}.weight")
         own = self.products.get(f"{name}.weight")
         if where is None and own is not None:  # computed from others: it has the model's name
-            counts[f"{name}.weight"] = own.numel()
+            counts[f"{name}.weight"] = own.numel() if shape is None else shape[0] * shape[1]
+            return
+        where = where or self.read_as.get(f"{name}.weight")
         if where is None or self.stored[where].dim() < 2:
             return
         tensor = self.stored[where].float()
@@ -202,12 +203,14 @@ class Coverage:
 
     def _fused(self, name: str, shape: list[int] | None) -> str | None:
         """The tensor of all experts in the source that this one linear of an expert was in."""
-        inside = re.fullmatch(r"(.*)\.\d+\.\w+", name)
+        inside = re.fullmatch(r"(.*)\.\d+\.(\w+)", name)
         if inside is None or shape is None:
             return None
         sizes = [{shape[0], shape[1]}, {2 * shape[0], shape[1]}]
         own = [n for n, t in self.stored.items() if n.startswith(f"{inside[1]}.") and t.dim() == 3]
         fitting = [n for n in own if set(self.stored[n].shape[1:]) in sizes]
+        if f"{inside[1]}.{inside[2]}" in fitting:
+            return f"{inside[1]}.{inside[2]}"
         down = [n for n in fitting if "down" in n or "fc2" in n or "output" in n]
         return next(iter(down if "down" in name else [n for n in fitting if n not in down] or fitting), None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -17,6 +18,8 @@ from qkit.files.schema import foreign_errors
 
 _FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 DISCOVERED = "discovered:"  # begins the names of families that nobody declared
+# In the names of arguments that are no text.
+_BEYOND_TEXT = ("pixel", "image", "video", "audio", "patches", "input_features", "input_values")
 _ADVICE = "get the config of this model"
 
 
@@ -143,8 +146,10 @@ def _discover(model: nn.Module, model_type: str) -> Family:
     ran = [n for n, found in paths.items() if any(reads.calls[path] for path in found)]
     main = _main_lists(model, ran or lists)
     others = [n for n in lists if n not in main]
+    unseen = not reads.whole and _reads_text_alone(model)  # the run stopped before it reached all that a text does
     towers = tuple(
-        Tower(name, (n,), on_text=n in ran) for n, name in zip(others, _tower_names(others, main[0]), strict=True)
+        Tower(name, (n,), on_text=unseen or n in ran)
+        for n, name in zip(others, _tower_names(others, main[0]), strict=True)
     )
     names = {id(m): n for n, m in model.named_modules()}
     return Family(
@@ -158,6 +163,12 @@ def _discover(model: nn.Module, model_type: str) -> Family:
         towers=towers,
         reads=reads,
     )
+
+
+def _reads_text_alone(model: nn.Module) -> bool:
+    """Whether a model has no argument for pictures, films or sound."""
+    base: Any = getattr(model, "base_model", model)
+    return not any(word in name for name in inspect.signature(base.forward).parameters for word in _BEYOND_TEXT)
 
 
 def _outermost_lists(model: nn.Module) -> list[str]:
