@@ -68,7 +68,8 @@ class OffloadedArgument:
 def mapped(of: Callable[[Any], Any], value: Any) -> Any:
     """Arguments with ``of`` applied to every value inside tuples, lists and dicts."""
     if isinstance(value, (tuple, list)):
-        return type(value)(mapped(of, v) for v in value)
+        items = [mapped(of, v) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return {k: mapped(of, v) for k, v in value.items()} if isinstance(value, Mapping) else of(value)
 
 
@@ -161,9 +162,13 @@ def offloaded(calls: dict[int, Call], offload_file: OffloadedTensors, dtype: tor
     return {i: replace(call, args=mapped(put, call.args), kwargs=mapped(put, call.kwargs)) for i, call in calls.items()}
 
 
-def runs_again(index: int, count: int) -> Unsupported:
+class NotOneAfterAnother(Unsupported):
+    """Blocks cannot be run one after another, outside the model: what one is called with is not what the one before left."""
+
+
+def runs_again(index: int, count: int) -> NotOneAfterAnother:
     """The error for a block that runs a second time in a pass of the model."""
-    return Unsupported(
+    return NotOneAfterAnother(
         f"block {index + 1} of {count} runs more than once in a pass of the model: its weights have several "
         "inputs, and qkit quantizes a block for one: use a method without calibration (rtn with a weight-only scheme)"
     )

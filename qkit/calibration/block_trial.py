@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit.calibration.block_calls import Call, Passing, runs_again
+from qkit.calibration.block_calls import Call, NotOneAfterAnother, Passing, mapped, runs_again
 from qkit.calibration.call_values import leaves_of, same_value
 from qkit.errors import Unsupported
 from qkit.families.sharing import text_arguments
@@ -31,6 +31,10 @@ class _Seen:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ def run_trial(
 ) -> Trial:
     """Run one row through the whole model. loaded: a context in which the block of that index has its weights
 
-    Raises Unsupported where a block runs more than once, where one does not run, and where hidden states cannot be told.
+    Raises NotOneAfterAnother where a block runs more than once and where hidden states cannot be told, Unsupported where no
+    block runs.
     """
     base: Any = getattr(model, "base_model", model)
     seen: dict[int, _Seen] = {}
@@ -68,7 +73,9 @@ def run_trial(
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if index in seen:
                 raise runs_again(index, len(blocks))
-            seen[index] = _Seen(args, kwargs, None)
+            seen[index] = _Seen(
+                mapped(_itself, args), mapped(_itself, kwargs), None
+            )  # later blocks may fill a dict of it
             open_blocks[index] = loaded(index)
             open_blocks[index].__enter__()
 
@@ -120,7 +127,7 @@ def _passing(seen: list[_Seen], blocks: Sequence[str]) -> tuple[list[Passing], l
         if place is None or not isinstance(_argument(block, place), Tensor):
             place = _first_tensor(block)
         if place is None:
-            raise Unsupported(f"{blocks[i]} is called without hidden states that qkit can tell: {ADVICE}")
+            raise NotOneAfterAnother(f"{blocks[i]} is called without hidden states that qkit can tell: {ADVICE}")
         passing.append(Passing(place, result, block.out))
     return passing, [Call.of(block.args, block.kwargs, p) for block, p in zip(seen, passing, strict=True)]
 
@@ -134,7 +141,7 @@ def _result(out: Any, following: _Seen | None, name: str) -> int | None:
     if isinstance(out, Tensor):
         return None
     if not isinstance(out, (tuple, list)) or not any(isinstance(x, Tensor) for x in out):
-        raise Unsupported(f"{name} returns {type(out).__name__}, and hidden states are expected: {ADVICE}")
+        raise NotOneAfterAnother(f"{name} returns {type(out).__name__}, and hidden states are expected: {ADVICE}")
     tensors = [i for i, x in enumerate(out) if isinstance(x, Tensor)]
     if following is not None:
         inputs = [*following.args, *following.kwargs.values()]
@@ -164,7 +171,7 @@ def _first_tensor(block: _Seen) -> int | str | None:
 def prove(trial: Trial, calls: Mapping[int, Call], blocks: Sequence[str]) -> None:
     """Compare the calls of a run with those that were recorded without running a block.
 
-    Raises Unsupported where blocks cannot be run one after another: where hidden states change between two blocks, or
+    Raises NotOneAfterAnother where blocks cannot be run one after another: where hidden states change between two blocks, or
     where a block is called with something that an earlier block made.
     """
     previous: int | None = None
@@ -173,7 +180,7 @@ def prove(trial: Trial, calls: Mapping[int, Call], blocks: Sequence[str]) -> Non
         if previous is not None:
             left = _at(trial.passing[previous].out, trial.passing[previous].result)
             if left is not trial.entering[i] and not same_value(left, trial.entering[i]):
-                raise Unsupported(
+                raise NotOneAfterAnother(
                     f"{name} is called with hidden states other than those that leave the block before it: qkit runs "
                     f"blocks one after another: {ADVICE}"
                 )
@@ -182,7 +189,7 @@ def prove(trial: Trial, calls: Mapping[int, Call], blocks: Sequence[str]) -> Non
         differing = next((k for k in run if not same_value(run[k], recorded.get(k))), None)
         if differing is not None or run.keys() != recorded.keys():
             what = differing or next(iter(run.keys() ^ recorded.keys()))
-            raise Unsupported(
+            raise NotOneAfterAnother(
                 f"{name} is called with {what}, which earlier blocks make or change: qkit runs blocks one after another: "
                 f"{ADVICE}"
             )

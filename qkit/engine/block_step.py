@@ -6,7 +6,7 @@ This code names no format, method or model: the tables of solvers and transforms
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,11 @@ class Run:
     progress: Progress
     original_passes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
+    def running_in(self, dtype: torch.dtype) -> Run:
+        """The run, with blocks in the dtype of their rows, where that is wider than planned."""
+        name = str(dtype).removeprefix("torch.")
+        return self if self.plan.run_dtype == name else replace(self, plan=replace(self.plan, run_dtype=name))
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockStep:
@@ -58,6 +63,7 @@ class BlockStep:
     last:   it is the last block of its sequence, so its outputs are not needed
     learns: learned rounding follows once its linears are solved
     tries:  several recipes are compared
+    recorded: its rows come from runs of the whole original model
     """
 
     state: BlockState
@@ -66,6 +72,7 @@ class BlockStep:
     last: bool
     learns: bool
     tries: bool
+    recorded: bool = False
 
     def part(self, results: list[LinearResult], plan: Plan) -> dict[str, Tensor]:
         "The tensors to commit, with weights as transforms left them where a later stage looks at these."

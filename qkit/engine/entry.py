@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit.calibration.block_calls import Call, OneByOne, Passing, enter, merged, offloaded
+from qkit.calibration.block_calls import Call, NotOneAfterAnother, OneByOne, Passing, enter, merged, offloaded
+from qkit.calibration.block_trial import ADVICE
 from qkit.calibration.dataset import Calibration
 from qkit.calibration.statistics import Rows
 from qkit.diffusion.clock import time_of
-from qkit.engine.discovered_calls import call_options_of, learn_calls
+from qkit.engine.discovered_calls import call_options_of, learn_calls, unlike_tokens
 from qkit.engine.job import Job
-from qkit.errors import BadCalibration, Unsupported, write_failure
+from qkit.errors import BadCalibration, write_failure
 from qkit.families.blocks import LANGUAGE, BlockSequence
 from qkit.families.materialize import load_outer, release_outer
 from qkit.families.structure import ModelStructure
@@ -52,6 +53,10 @@ def embed(
     Raises BadCalibration where the sequence processes images and no row has one.
     """
     assert plan.calibration is not None
+    if structure.is_recorded(sequence):
+        raise NotOneAfterAnother(
+            f"{structure.checkpoint.path}: the blocks of the {sequence.name} part cannot be run one after another: {ADVICE}"
+        )
     calibration, language = plan.calibration, sequence.name == LANGUAGE
     streams, through = structure.family.streams, sequence.name in {t.name for t in structure.towers}
     call_options = {"return_dict": False} if streams else call_options_of(structure, cache)
@@ -77,8 +82,10 @@ def embed(
     try:
         with _loaded_outer(plan, structure, job), path.open("ab" if good else "wb") as f:
             if together and structure.is_discovered:
-                passing, batch_calls = learn_calls(structure, sequence, calibration, call_options)
+                learned = learn_calls(structure, sequence, calibration, call_options)
+                passing, batch_calls = learned.passing, learned.calls
                 together = once = batch_calls is not None
+                dtype = torch.float32 if learned.widened else dtype
             for hidden, calls in enter(structure.model, sequence.paths, timed_samples(), through, streams, passing):
                 width = hidden.shape[-1]
                 lead_shapes.append(tuple(hidden.shape[:-1]))
@@ -114,10 +121,7 @@ def embed(
     longest = max(torch.Size(lead).numel() for lead in lead_shapes)
     kinds = calibration.row_kinds if language and not streams else None
     if kinds is not None and any(torch.Size(lead).numel() != length for lead in lead_shapes):
-        raise Unsupported(
-            f"{structure.checkpoint.path}: --padded and --answers-only need hidden states with one entry for each token, and "
-            "the blocks of this model have others: leave them out"
-        )
+        raise unlike_tokens(structure)
     good = good or [True] * len(lead_shapes)
     rows = Rows(
         path=path,

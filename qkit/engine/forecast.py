@@ -85,7 +85,8 @@ def forecast(
     outer = sum(tensors[s].nbytes for _, s in structure.outer)
     largest = max((tensors[s].nbytes for _, s in structure.outer), default=0)
     memory = {"read the outer tensors": (outer if calibration else 0) + largest + decoding}
-    if plan.needs_rows and structure.family.streams is not None and structure.family.streams.recorded:
+    recorded = [s for s in structure.sequences if plan.needs_rows and structure.is_recorded(s)]
+    if recorded and (structure.family.streams is not None or whole_fits(structure, item)):
         memory["record the inputs of all blocks"] = structure.parameters * item  # of the whole model
     phases = ("forward passes", "Hessians", "factorizations", "solving", "learned rounding", "packing and checking")
     ops = dict.fromkeys(phases, 0.0)
@@ -132,12 +133,19 @@ def forecast(
     return Forecast(
         packed_bytes=plan.packed_bytes,
         source_bytes=plan.source_bytes,
-        job_bytes=part_bytes + 2 * row_bytes,
+        job_bytes=part_bytes + (2 + sum(len(s.blocks) for s in recorded)) * row_bytes,
         peak_memory=peak,
         memory=memory,
         operations=ops,
         copied_bytes=_copied(plan, structure),
     )
+
+
+def whole_fits(structure: ModelStructure, item: int) -> bool:
+    """Whether a model with ``item`` bytes a weight fits into memory."""
+    available = available_memory()
+    needed = resident_bytes() + LATER + int(ALLOCATOR * structure.parameters * item)
+    return available is None or needed <= available
 
 
 def _end_memory(p: LinearPlan, structure: ModelStructure, workers: int) -> int:

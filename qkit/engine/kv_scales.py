@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkit.calibration.block_calls import NotOneAfterAnother
 from qkit.calibration.block_runner import BlockRunner
 from qkit.engine.entry import embed, quantizing_hook
 from qkit.engine.job import Job
+from qkit.errors import Unsupported
 from qkit.families.blocks import BlockStructure
 from qkit.families.materialize import load_block, release
 from qkit.families.structure import ModelStructure
@@ -37,7 +39,10 @@ def measure_scales(plan: Plan, structure: ModelStructure, job: Job, pool: Worker
     assert plan.calibration is not None
     progress.start("embed the calibration rows", plan.calibration.samples)
     path = temp_path(job.path / "rows", "cache 0")
-    rows, calls = embed(plan, structure, job, structure.sequences[-1], path, progress.step, cache)
+    try:
+        rows, calls = embed(plan, structure, job, structure.sequences[-1], path, progress.step, cache)
+    except NotOneAfterAnother as e:
+        raise cannot_measure(structure) from e
     offset = len(parts(plan, structure)) - len(structure.blocks)
     tensors: dict[str, Tensor] = {}
     for block, names in zip(structure.blocks, tensor_names(structure), strict=True):
@@ -56,6 +61,14 @@ def measure_scales(plan: Plan, structure: ModelStructure, job: Job, pool: Worker
         tensors.update(zip(names, cache.scales(block.index, structure.dtype), strict=True))
     rows.path.unlink()
     job.commit(job.finished, tensors, {"stage": STAGE, "linears": {}}, None)
+
+
+def cannot_measure(structure: ModelStructure) -> Unsupported:
+    """The error for a model whose blocks do more than pass hidden states on."""
+    return Unsupported(
+        f"{structure.checkpoint.path}: the scales of --kv fp8 are measured block after block, and the blocks of this model "
+        "cannot be run one after another: leave --kv out"
+    )
 
 
 def _solved(

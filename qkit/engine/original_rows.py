@@ -10,6 +10,8 @@ from qkit.calibration.statistics import Rows, StatsRequest
 from qkit.engine.block_step import BlockStep, Run, saved_inputs
 from qkit.transforms.table import INPUTS
 
+ORIGINAL = {"original_inputs", "original_statistics", "original_outputs"}  # needs of rows of the original model
+
 
 def advance_originals(run: Run, step: BlockStep, rows: Rows, call: Call | OneByOne) -> tuple[str, Rows]:
     """Run the rows of the original model through the block.

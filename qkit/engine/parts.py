@@ -16,7 +16,7 @@ from qkit.tensor import lowrank, sparse
 from qkit.tensor.input_transform import RESIDUAL, SCALE
 from qkit.transforms.state import BlockState
 
-ROW_NOTICE = "calibration"  # in an entry of the journal
+ROW_NOTICE, RECORDED = "calibration", "recorded"  # in an entry of the journal
 
 
 def part_tensors(
@@ -99,11 +99,21 @@ def row_notice(finite_inside: list[bool], finite_after: list[bool], over_limit: 
 
 
 def row_notices(journal: Iterable[dict[str, Any]], dtype: str) -> list[str]:
-    """Sentences for the user about rows that were left out or overflow. journal: its entries; dtype: of the checkpoint."""
-    counts = [entry[ROW_NOTICE] for entry in journal if ROW_NOTICE in entry]
+    """Sentences for the user about rows that were left out, that overflow, or that are of the original model.
+
+    journal: its entries; dtype: of the checkpoint
+    """
+    entries = list(journal)
+    counts = [entry[ROW_NOTICE] for entry in entries if ROW_NOTICE in entry]
     bad, over_limit = (max((t[name] for t in counts), default=0) for name in ("not_finite", "beyond_dtype"))
     count = counts[0]["rows"] if counts else 0
     sentences = []
+    recorded = sum(bool(entry.get(RECORDED)) for entry in entries)
+    if recorded:
+        sentences.append(
+            f"{recorded} blocks cannot be run one after another: they were calibrated on inputs of the original model, without "
+            "the errors of the blocks before them"
+        )
     if bad:
         sentences.append(f"{bad} of {count} calibration rows were left out: their activations are not finite")
     if over_limit:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from qkit.calibration.block_calls import Call, OneByOne
+from qkit.calibration.block_calls import Call, NotOneAfterAnother, OneByOne
 from qkit.calibration.block_runner import BlockRunner
 from qkit.calibration.statistics import Rows
 from qkit.engine.auto import best_recipe
@@ -20,19 +20,19 @@ from qkit.engine.ends import reads_rows
 from qkit.engine.entry import BlockCalls, embed
 from qkit.engine.fallbacks import check_fallbacks
 from qkit.engine.job import Job
-from qkit.engine.original_rows import advance_originals
-from qkit.engine.parts import entry_of, row_notice
-from qkit.engine.recorded import record_inputs, with_originals
+from qkit.engine.kv_scales import cannot_measure
+from qkit.engine.original_rows import ORIGINAL, advance_originals
+from qkit.engine.parts import RECORDED, entry_of, row_notice
+from qkit.engine.recorded import recorded_blocks
 from qkit.engine.without_rows import pass_by, quantize_without_rows
 from qkit.errors import write_failure
 from qkit.families.blocks import LANGUAGE, BlockSequence, BlockStructure
 from qkit.families.materialize import release
 from qkit.families.structure import ModelStructure
+from qkit.files.folder import DENOISER
 from qkit.planning.plan import Plan, sequences
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
-
-ORIGINAL = {"original_inputs", "original_statistics", "original_outputs"}  # needs of rows of the original model
 
 
 def run_blocks(
@@ -67,13 +67,18 @@ def run_blocks(
 def _run_sequence(run: Run, sequence: BlockSequence, first_part: int) -> None:
     """Quantize the remaining blocks of the sequence. first_part: index of the part of its first block."""
     plan, rows = run.plan, None
-    streams = run.structure.family.streams
-    if plan.needs_rows and streams is not None and streams.recorded:
-        _run_recorded(run, sequence)
-        return
     with_images = plan.calibration is not None and plan.calibration.beyond_text
     if plan.needs_rows and (sequence.on_text or with_images):
-        rows, calls = _entering_rows(run, sequence, first_part)
+        try:
+            rows, calls = _entering_rows(run, sequence, first_part)
+        except NotOneAfterAnother as e:
+            if plan.static_cache:
+                raise cannot_measure(run.structure) from e
+            if not run.structure.is_discovered:
+                raise
+            _run_recorded(run, sequence, first_part)
+            return
+        run = run.running_in(rows.dtype)
     for block in sequence.blocks[run.job.finished - first_part :]:
         step = _make_step(run, sequence, block, first_part)
         if rows is None:
@@ -85,17 +90,15 @@ def _run_sequence(run: Run, sequence: BlockSequence, first_part: int) -> None:
         release(step.state.module)
 
 
-def _run_recorded(run: Run, sequence: BlockSequence) -> None:
-    """Quantize the remaining blocks on inputs that runs of the whole original model record (``recorded``)."""
-    plan, job = run.plan, run.job
-    assert plan.calibration is not None
-    run.progress.start("record the inputs of all blocks", plan.calibration.samples)
-    remaining = tuple(sequence.blocks[job.finished :])
-    for block, rows, calls in record_inputs(plan, run.structure, job, remaining, run.progress.step).values():
-        if plan.needs & ORIGINAL:
-            rows = with_originals(rows, job.rows_path(block.index, original=True))
-        step = replace(_make_step(run, sequence, block, 0), last=True)
-        _quantize_with_rows(run, step, rows, calls)
+def _run_recorded(run: Run, sequence: BlockSequence, first_part: int) -> None:
+    """Quantize the remaining blocks on inputs that runs of the whole original model record."""
+    for block, rows, calls in recorded_blocks(run, sequence, first_part):
+        run = run if rows is None else run.running_in(rows.dtype)
+        step = replace(_make_step(run, sequence, block, first_part), last=True, recorded=sequence.name != DENOISER)
+        if rows is None or calls is None:
+            quantize_without_rows(run, step)
+        else:
+            _quantize_with_rows(run, step, rows, calls)
         release(step.state.module)
 
 
@@ -163,6 +166,7 @@ def _quantize_with_rows(run: Run, step: BlockStep, rows: Rows, call: Call | OneB
             record |= {"sha256": digest, "good": rows.good}
         runner.close()
         entry = entry_of(solved.results) | solved.notes | row_notice(runner.rows.good, rows.good, runner.beyond)
+        entry |= {RECORDED: True} if step.recorded else {}
         job.commit(step.place, step.part(solved.results, plan), entry, record if leaves else None)
         return rows
     except OSError as e:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkit.families.matrices import matrix_of
 from qkit.files.schema import foreign_errors
 
 Read = Callable[..., Tensor]  # ``qkit.files.checkpoint.ReadStored``
@@ -89,10 +90,15 @@ def conversion_of(model: nn.Module, stored: Mapping[str, tuple[int, ...]], where
         renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
         converters = [x for x in mapping if isinstance(x, WeightConverter)]
         by_pattern = {p: c for c in reversed(converters) for p in c.source_patterns}
-        shapes, prefix = dict(model.state_dict()), str(getattr(model, "base_model_prefix", ""))
+        modules, shapes = dict(model.named_modules()), dict(model.state_dict())
+        prefix = str(getattr(model, "base_model_prefix", ""))
         for name in sorted(stored, key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, prefix, shapes)
-            if pattern is None:
+            if target not in shapes and name in shapes:  # a result has the model's names for what was computed
+                target, pattern = name, None
+            if pattern is None and _is_bare(target, name, modules):
+                result.computed[target] = _bare(target, name, tuple(stored[name]))
+            elif pattern is None:
                 _note_name(result.names, target, name)
             else:
                 groups.setdefault(target, (by_pattern[pattern], []))[1].append((pattern, name))
@@ -106,6 +112,18 @@ def conversion_of(model: nn.Module, stored: Mapping[str, tuple[int, ...]], where
                 computed = _computed(converter, target, members, stored, model)
                 result.computed.update(dict.fromkeys(computed.shapes, computed))
     return result
+
+
+def _is_bare(target: str, stored: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a matrix is stored under a name that does not end in '.weight', to which the parts of a packed one could be
+    added."""
+    owner, _, leaf = target.rpartition(".")
+    return leaf == "weight" and not stored.endswith(".weight") and owner in modules and bool(matrix_of(modules[owner]))
+
+
+def _bare(target: str, stored: str, shape: tuple[int, ...]) -> Computed:
+    """A matrix that is stored under such a name: as what is computed, it gets the model's name."""
+    return Computed((stored,), {target: shape}, lambda read: {target: read(stored)})
 
 
 def _note_name(names: dict[str, str], target: str, stored: str) -> None:

@@ -18,6 +18,8 @@ from qkit.files.schema import foreign_errors
 
 _FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 DISCOVERED = "discovered:"  # begins the names of families that nobody declared
+# In the names of arguments that are no text.
+_BEYOND_TEXT = ("pixel", "image", "video", "audio", "patches", "input_features", "input_values")
 _ADVICE = "get the config of this model"
 
 
@@ -151,8 +153,10 @@ def _discover(model: nn.Module, model_type: str) -> Family:
     ran = [n for n, found in paths.items() if any(reads.calls[path] for path in found) or _reads_text(model, reads)]
     main = _main_lists(model, ran or lists)
     others = [n for n in lists if n not in main]
+    unseen = not reads.whole and _reads_text_alone(model)  # the run stopped before it reached all that a text does
     towers = tuple(
-        Tower(name, (n,), on_text=n in ran) for n, name in zip(others, _tower_names(others, main[0]), strict=True)
+        Tower(name, (n,), on_text=unseen or n in ran)
+        for n, name in zip(others, _tower_names(others, main[0]), strict=True)
     )
     names = {id(m): n for n, m in model.named_modules()}
     return Family(
@@ -170,11 +174,14 @@ def _discover(model: nn.Module, model_type: str) -> Family:
 
 def _reads_text(model: nn.Module, reads: Reads) -> bool:
     """Whether all blocks run on a text although the run did not get to them: those of an encoder and a decoder of text."""
-    config: Any = getattr(model, "config", None)
-    both = bool(getattr(config, "is_encoder_decoder", False))
-    accepts = inspect.signature(getattr(model, "base_model", model).forward).parameters
-    alone = not any(word in name for name in accepts for word in ("pixel_values", "input_features", "input_values"))
-    return both and alone and not reads.whole
+    both = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return both and not reads.whole and _reads_text_alone(model)
+
+
+def _reads_text_alone(model: nn.Module) -> bool:
+    """Whether a model has no argument for pictures, films or sound."""
+    base: Any = getattr(model, "base_model", model)
+    return not any(word in name for name in inspect.signature(base.forward).parameters for word in _BEYOND_TEXT)
 
 
 def _outermost_lists(model: nn.Module) -> list[str]:

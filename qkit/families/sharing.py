@@ -39,7 +39,7 @@ class Reads:
     """What a run showed. Tensors are on the meta device: only which object they are counts.
 
     inputs:  {module: its inputs, call after call}, of blocks and matrices; feeds: {module: what it returns}, of norms
-    calls:   how often each block, matrix and norm ran
+    calls:   how often each block, matrix and norm ran, in the order of their first calls
     whole:   the run came to its end
     readers: for each tensor, by its id, how many operators read it
     """

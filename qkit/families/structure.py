@@ -143,11 +143,20 @@ class ModelStructure:
         linears = [x for b in self.every_block for x in b.linears if x.expert is not None or x.transposed]
         return frozenset(x.name for x in linears if f"{x.name}.weight" in self.checkpoint.views)
 
-    @property
-    def repeated_block(self) -> str | None:
-        """A block that runs more than once in a pass of the model, as far as a run of the skeleton shows."""
-        reads = self.family.reads
-        return None if reads is None else next((b.path for b in self.every_block if reads.calls[b.path] > 1), None)
+    def is_recorded(self, sequence: BlockSequence) -> bool:
+        """Whether the inputs of these blocks are recorded in runs of the whole model, since it is known that they cannot be run
+        one after another: how they hand results on is not known, one runs more than once in a pass, or it is a tower that a
+        text reaches, and blocks of the language model run before it, or may do so. A run of the skeleton shows it.
+        """
+        reads, streams = self.family.reads, self.family.streams
+        if reads is None:
+            return streams is not None and streams.recorded
+        main = {b.path for b in self.blocks}
+        order = [path for path in reads.calls if path in {*sequence.paths, *main}]
+        last = max((i for i, path in enumerate(order) if path in sequence.paths), default=-1)
+        after = not main.intersection(sequence.paths) and bool(main.intersection(order[:last]))
+        unseen = not main.intersection(sequence.paths) and sequence.on_text and last < 0
+        return after or unseen or any(reads.calls[path] > 1 for path in sequence.paths)
 
     @cached_property
     def unread(self) -> frozenset[str]:

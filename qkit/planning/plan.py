@@ -220,12 +220,6 @@ def make_plan(
         raise Unsupported(
             f"{rows}, and a text encoder is quantized without calibration: use rtn with w8a16, w8a8 or w4a16"
         )
-    block = structure.repeated_block
-    if rows and block is not None:
-        raise Unsupported(
-            f"{rows}, and {block} runs more than once in a pass of the model: its weights have several inputs, and qkit "
-            "quantizes a block for one: use a method without calibration (rtn with a weight-only scheme)"
-        )
     if calibration is None and rows:
         raise UsageError(f"{rows}: add --calib FILE (or leave --calib out for the embedded text)")
     own_method = own_method_reason(recipe, structure, linears, significant)

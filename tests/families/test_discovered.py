@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import qkit
-from qkit.errors import BadCheckpoint, Unsupported, UsageError
+from qkit.errors import BadCheckpoint, UsageError
 from qkit.families import discover
 from qkit.families.structure import ModelStructure
 from qkit.files.checkpoint import Checkpoint
@@ -155,15 +155,16 @@ def test_classes_beyond_language_models(cls, tmp_path):
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.9
 
 
-def test_blocks_that_run_more_than_once_are_refused_where_inputs_are_measured(tmp_path):
-    config = transformers.HrmTextConfig(
-        vocab_size=4096, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
-        num_layers_per_stack=1, head_dim=16,
-    )  # fmt: skip
-    model = saved(config, tmp_path / "model")
-    with pytest.raises(Unsupported, match="runs more than once in a pass of the model"):
-        qkit.quantize(model=model, out=tmp_path / "out", **GPTQ)
+def test_a_matrix_whose_stored_name_is_bare_is_stored_once(tmp_path):
+    """Under a name that does not end in '.weight', a matrix would be in the result as it was, beside its packed form."""
+    model = sweep_configs.save("causal", "inkling2_text", tmp_path / "model")
+    bare = {n for n in load_file(model / "model.safetensors") if n.endswith(".weight_proj")}
     qkit.quantize(model=model, out=tmp_path / "out", scheme="w4a16", method="rtn")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    packed = [n for n in written if n.endswith("weight_proj.weight_packed")]
+    assert bare and not bare & written.keys() and len(packed) == len(bare)
+    qkit.verify(tmp_path / "out")
+    qkit.load(tmp_path / "out")
 
 
 def test_a_config_of_another_size_is_refused(tmp_path):

@@ -14,12 +14,13 @@ import sweep_models
 import sweep_worker
 
 # Fused projections and positions as a bias; latent attention and experts; state spaces beside attention; experts in
-# one tensor; an encoder.
+# one tensor; blocks that run several times, with projections that are stored as one; an encoder.
 SUBSET = [
     ("causal", "bloom"),
     ("causal", "deepseek_v3"),
     ("causal", "bamba"),
     ("causal", "dbrx"),
+    ("causal", "hrm_text"),
     ("encoders", "bert:masked"),
 ]
 
