@@ -264,6 +264,7 @@ def show_coverage(prepared: PreparedRequest, console: Console) -> None:
     "Quantized and skipped layers with reasons, the bytes, and the engines that load the result."
     from qkit.files.sources.opening import encodings
     from qkit.planning.fused_layers import engine_lines_of
+    from qkit.planning.methods import method_notes
     from qkit.workflows.quantize import coverage
 
     plan = prepared.plan
@@ -306,8 +307,8 @@ def show_coverage(prepared: PreparedRequest, console: Console) -> None:
         console.print(
             Text(f"note: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f": {note}")
         )
-    if plan.untied:
-        console.print("note: after rotation the head has its own weight: the embeddings are no longer tied")
+    for note in method_notes(plan, prepared.structure):
+        console.print(f"note: {note}")
     for understood in () if plan.calibration is None else plan.calibration.summary:
         console.print(Text(f"calibration: {understood}"), soft_wrap=True)
     if plan.calibration is not None and plan.calibration.written:
