@@ -219,7 +219,7 @@ class BlockRunner:
         self, group: LinearGroup, originals: Mapping[str, Path] | None, span: Span, valid: Tensor | None
     ) -> Tensor | None:
         """Inputs of the group in the original model, [valid tokens, in]; None where they are not saved."""
-        if not originals or group.hook not in originals or group.expert is not None:
+        if not originals or group.hook not in originals or group.expert is not None or self._calls[group.hook] != 1:
             return None
         width = group.linears[0].shape[1]
         x = replace(self.rows, path=originals[group.hook], hidden=width).read(*span).reshape(-1, width)
@@ -304,11 +304,11 @@ class BlockRunner:
     def leave(self, out: Path, step: PieceCallback, save: Mapping[str, Path] | None = None) -> tuple[Rows, str]:
         """The rows that leave the solved block, written to the file ``out``, and their sha256.
 
-        save: {submodule: file for its inputs}, [tokens, in] row after row.
+        save: {submodule: file for its inputs}, [tokens, in] row after row; none for one that does not run once in a pass.
         Rows that turned non-finite are marked; raises NumericFailure above MAX_BAD_ROWS of them.
         """
         good: list[bool] = []
-        digest, save = hashlib.sha256(), save or {}
+        digest, save = hashlib.sha256(), {n: path for n, path in (save or {}).items() if self._calls[n] == 1}
         handles = self._hooks(set(save))
 
         def one(span: Span) -> tuple[Tensor, Tensor, dict[str, Tensor], list[int]]:

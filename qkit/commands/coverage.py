@@ -21,6 +21,7 @@ def show_coverage(prepared: PreparedRequest, console: Console) -> None:
     "Quantized and skipped layers with reasons, the bytes, and the engines that load the result."
     from qkit.files.sources.opening import encodings
     from qkit.planning.fused_layers import engine_lines_of
+    from qkit.planning.methods import method_notes
     from qkit.workflows.quantize import coverage
 
     plan = prepared.plan
@@ -68,13 +69,8 @@ def show_coverage(prepared: PreparedRequest, console: Console) -> None:
             Text(f"note: config.json gets quant_method qkit in place of compressed-tensors: {plan.own_method}"),
             soft_wrap=True,
         )
-    experts = any(g.expert is not None for b in prepared.structure.every_block for g in b.groups)
-    if plan.recipe["calibrate_all_experts"] and not experts:
-        console.print(
-            "note: --calibrate-all-experts changes nothing: this model has no experts that tokens are sent to"
-        )
-    if plan.untied:
-        console.print("note: after rotation the head has its own weight: the embeddings are no longer tied")
+    for note in method_notes(plan, prepared.structure):
+        console.print(f"note: {note}")
     for understood in () if plan.calibration is None else plan.calibration.summary:
         console.print(Text(f"calibration: {understood}"), soft_wrap=True)
     if plan.calibration is not None and plan.calibration.written:

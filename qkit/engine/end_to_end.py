@@ -151,10 +151,14 @@ class _Model:
     def _summed_divergence(self, weights: Sequence[Tensor], rows: _Tokens) -> Tensor:
         with torch.no_grad():
             original = self._logits(self.original, {}, rows.ids)
-        logits = self._logits(self._worker_model(), dict(zip(self.paths, weights, strict=True)), rows.ids)
+        logits = self._logits(self._worker_model(), self._by_path(weights), rows.ids)
         if rows.mask is not None:
             original, logits = original[rows.mask], logits[rows.mask]
         return nn.functional.kl_div(logits, original, reduction="sum", log_target=True)
+
+    def _by_path(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
+        linears = (x.learner.linear for x in self.states)
+        return {p: x.as_stored(w) for p, x, w in zip(self.paths, linears, weights, strict=True)}
 
     def _logits(self, model: nn.Module, weights: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
         """Log probabilities, float32 [rows, length, vocabulary]."""

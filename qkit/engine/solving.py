@@ -285,7 +285,7 @@ def _make_work(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats |
 
 def _refuse_huge(name: str, weight: Tensor) -> None:
     """Raises NumericFailure for weights whose squared errors would leave the range of float32."""
-    largest = float(weight.abs().amax()) if weight.numel() else 0.0
+    largest = float(torch.stack(weight.aminmax()).abs().amax()) if weight.numel() else 0.0  # no copy of the weight
     if not largest <= LARGEST:
         raise NumericFailure(
             f"{name}: its largest weight is {largest:.3g}, expected at most {LARGEST:g}: repair the weight, or keep this layer "

@@ -72,8 +72,10 @@ def synthetic_memory(plan: Plan, structure: ModelStructure, workers: int) -> int
     config: Any = structure.text_config
     assert plan.calibration is not None
     calibration, item = plan.calibration, getattr(torch, plan.run_dtype).itemsize
-    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width: int = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    # A state-space model has no heads of attention; what it keeps of a token is no wider than its hidden states.
+    attention: int = getattr(config, "num_attention_heads", None) or 1
+    heads: int = getattr(config, "num_key_value_heads", None) or attention
+    width: int = heads * (getattr(config, "head_dim", None) or config.hidden_size // attention)
     cache_bytes: int = 2 * config.num_hidden_layers * width * (calibration.seqlen + 1) * item
     busy = min(workers, -(-calibration.written // BATCH)) * BATCH
     return int(item * structure.parameters + busy * (cache_bytes + 4 * 4 * config.vocab_size))

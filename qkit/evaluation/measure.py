@@ -19,6 +19,7 @@ from qkit.evaluation.sources import read_text, text_name
 from qkit.evaluation.text import evaluate_texts, first_tokens, tokenize
 from qkit.evaluation.vbench import VBenchRequest, evaluate_vbench
 from qkit.families.declared import DECLARED
+from qkit.families.structure import predicts_next
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import PIPELINE_INDEX, is_pipeline, weights_folder
 from qkit.system.progress import NamedAdvance
@@ -93,6 +94,7 @@ def measure_all(
     models = [load(out, dtype=dtype, device=request.device, kv="none" if caches_compared else None) for out in outs]
     original = None if baseline is None else load(baseline, dtype=dtype, device=request.device)
     if request.texts:
+        _check_language_models(outs, models)
         texts = evaluate_texts(
             models, tokenizers[0], request.texts, request.window, request.windows, original, progress=progress
         )
@@ -112,6 +114,16 @@ def measure_all(
         tasks = _tasks(models, original, tokenizers, request, processors)
         results = [result | figures for result, figures in zip(results, tasks, strict=True)]
     return results
+
+
+def _check_language_models(outs: Sequence[Path], models: Sequence[Any]) -> None:
+    """Raises UsageError for a model that has no perplexity."""
+    for out, model in zip(outs, models, strict=True):
+        if not predicts_next(model):
+            raise UsageError(
+                f"{out}: perplexity is of models that predict the next token of a text, and a {type(model).__name__} does not: "
+                "measure it with a task of its own"
+            )
 
 
 def _check_alike(outs: Sequence[Path], tokenizers: Sequence[Any], request: EvalRequest) -> None:

@@ -60,6 +60,10 @@ class Linear:
         param = param.t() if self.transposed else param
         return param if self.rows is None else param[self.rows[0] : self.rows[1]]
 
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """A weight [out, in] with the shape of its parameter, which holds no other."""
+        return weight.t() if self.transposed else weight
+
 
 @dataclass(frozen=True)
 class LinearGroup:

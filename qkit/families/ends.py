@@ -6,7 +6,7 @@ may be one stored matrix (tied).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,12 +20,13 @@ EMBEDDINGS, HEAD = "embeddings", "head"  # the options and the fields of a recip
 @dataclass(frozen=True, kw_only=True)
 class End:
     """One of the matrices [vocabulary, width]. name: in the checkpoint, without '.weight'; path: of its module; bias: the head
-    adds one."""
+    adds one; also: paths of further modules with the same matrix, such as the embeddings of an encoder and of its decoder."""
 
     name: str
     path: str
     shape: tuple[int, int]
     bias: bool = False
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,12 @@ def ends_of(structure: ModelStructure, option: str) -> Ends:
         raise Unsupported(
             f"{where}: {option}: expected an output head that is a plain linear layer, found {kind}: leave it out"
         )
+    other = next((n for n in embeddings.also if not is_lookup(model.get_submodule(n))), None)
+    if other is not None:
+        raise Unsupported(
+            f"{where}: {option}: the embeddings are one matrix with {other}, which does more than look up a row for each "
+            "token: leave it out"
+        )
     shared = None if head is None else structure.tied.get(f"{head.name}.weight")
     return Ends(embeddings=embeddings, head=head, tied=shared == f"{embeddings.name}.weight")
 
@@ -66,7 +73,12 @@ def ends_of(structure: ModelStructure, option: str) -> Ends:
 def find_ends(structure: ModelStructure) -> tuple[End | None, End | None]:
     """The embeddings and the head of a model, whatever they do; None where it has none with a matrix in the file."""
     model = structure.model
-    return _end(structure, model, "get_input_embeddings"), _end(structure, model, "get_output_embeddings")
+    embeddings, head = _end(structure, model, "get_input_embeddings"), _end(structure, model, "get_output_embeddings")
+    if embeddings is not None:
+        known = (embeddings.path, "" if head is None else head.path)
+        also = (n for n in structure.names.sharing(f"{embeddings.path}.weight") if n not in known)
+        embeddings = replace(embeddings, also=tuple(also))
+    return embeddings, head
 
 
 def final_norm(structure: ModelStructure) -> str | None:

@@ -31,6 +31,12 @@ class StoredParameters:
         stored = self.conversion.stored_name(name)
         return stored in self.tied or stored in self.tied.values()
 
+    def sharing(self, name: str) -> list[str]:
+        """Paths of the modules whose 'weight' is one stored tensor with this parameter, its own among them."""
+        stored = self.name_of(name)
+        named = (n for n, _ in self.model.named_parameters(remove_duplicate=False) if n.endswith(".weight"))
+        return [n.removesuffix(".weight") for n in named if self.is_shared(n) and self.name_of(n) == stored]
+
     def name_of(self, name: str) -> str:
         """The name in ``checkpoint`` of a parameter, with a view of what it is computed from, where it is."""
         computed = self._computed(name)
@@ -59,8 +65,8 @@ class StoredParameters:
             return
         source = self.conversion.stored_name(param)
         info = self.checkpoint.tensors.get(source)
-        if info is None:  # its matrices are packed
-            return
+        if info is None or f"{linear.name}.weight_scale" in self.checkpoint.tensors:
+            return  # its matrices are packed: as [outputs, inputs], also where their codes have the name of the whole
         if linear.expert is None and isinstance(info, DecodedInfo):  # ways of storing codes hold [outputs, inputs]
             return
         if info.shape != shape:

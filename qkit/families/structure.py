@@ -46,9 +46,10 @@ class ModelStructure:
     def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None, buffers: bool = True) -> None:
         """Raises Unsupported or BadCheckpoint.
 
-        model: the skeleton, where there is one already; buffers: compute those that no checkpoint stores, in
-        the model
+        checkpoint: with or without the views of another structure; model: the skeleton, where there is one already;
+        buffers: compute those that no checkpoint stores, in the model
         """
+        checkpoint = checkpoint.without_views()  # a view of a transposed weight has the name of the weight
         self.dtype = dtype_of(checkpoint)
         self.model = model or build_skeleton(checkpoint.config, str(checkpoint.path), self.dtype)
         packed = "quantization_config" in checkpoint.config
@@ -91,8 +92,12 @@ class ModelStructure:
     @property
     def is_causal(self) -> bool:
         """Whether a token reads only those before it: what generates text does."""
-        kind = type(self.model).__name__
-        return not self.is_discovered or kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+        return not self.is_discovered or predicts_next(self.model)
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether the model gives, for each token of a text, the chances of the next one: what a loss is of."""
+        return self.family.streams is None and not self.family.encodes and self.is_causal
 
     @property
     def is_discovered(self) -> bool:
@@ -295,6 +300,13 @@ class ModelStructure:
                 raise BadCheckpoint(
                     f"{where}: tensor {name!r} has shape {list(tensors[name].shape)}, config.json implies {list(shape)}"
                 )
+
+
+def predicts_next(model: Any) -> bool:
+    """Whether a model of transformers predicts the next token of a text from those before it."""
+    config = model.config
+    both_ways = getattr(config, "is_encoder_decoder", False) or not getattr(config, "is_decoder", True)
+    return bool(model.can_generate()) and not both_ways
 
 
 def _layer_of(name: str, lists: dict[str, int]) -> tuple[str, int] | None:

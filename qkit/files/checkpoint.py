@@ -216,6 +216,10 @@ class Checkpoint:
             )
         return replace(self, tensors=tensors, views=views, sources=self.tensors)
 
+    def without_views(self) -> Checkpoint:
+        """The checkpoint as it was before it had views."""
+        return replace(self, tensors=dict(self.sources), views={}, sources={}) if self.views else self
+
     def read_finite(self, name: str, allow: bool = False) -> torch.Tensor:
         """One tensor. Raises NumericFailure when it holds NaN or infinity, unless ``allow``."""
         tensor = self.read(name)

@@ -120,6 +120,11 @@ class QuantEmbedding(nn.Module):
         assert self._head[0] is not None and self._head[0].packed is not None
         return self._head[0].packed
 
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized table, for modules that look at it or at its device. It is computed at every access."""
+        return dequantize(ops.unpacked(self.packed)).to(self.dtype)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantEmbedding:
         """Follow the module to another device, with codes of its own there: those of a head suit its product."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

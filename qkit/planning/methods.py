@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from qkit.calibration.dataset import Calibration
 from qkit.errors import Unsupported, UsageError
 from qkit.families.discover import kind_of
@@ -10,6 +12,11 @@ from qkit.planning.kept import check_keeping
 from qkit.planning.recipe import Recipe
 from qkit.transforms.rotate import check_rotatable
 from qkit.transforms.table import TRANSFORMS
+
+if TYPE_CHECKING:
+    from qkit.planning.plan import Plan
+
+UNTIED = "after rotation the head has its own weight: the embeddings are no longer tied"
 
 
 def check_method(
@@ -33,8 +40,10 @@ def check_method(
         raise Unsupported("method hadamard transforms inputs at run time, in diffusion transformers: use rotate")
     if "residual" in transforms:
         _check_residual(recipe, transforms)
-    if recipe.significant and structure.family.streams is not None:
-        raise Unsupported("--significant needs the loss of a language model: leave it out for a diffusion transformer")
+    if recipe.significant and not structure.is_language_model:
+        raise Unsupported(
+            f"--significant needs the loss of a language model, and a {type(structure.model).__name__} is none: set it to 0"
+        )
     share = recipe.options.get("compensate", 0)
     if share and structure.family.streams is not None:
         raise Unsupported(
@@ -48,7 +57,7 @@ def check_method(
             f"method {learned} needs linears that are modules, and this model has fused experts: use gptq"
         )
     if recipe.options.get("loss_weighted"):
-        if structure.family.streams is not None or structure.family.encodes:
+        if not structure.is_language_model:
             raise Unsupported(
                 "option 'loss_weighted' needs the loss of a language model, and this is none: leave it out"
             )
@@ -56,9 +65,7 @@ def check_method(
             raise UsageError(
                 "option 'loss_weighted' and method rotate exclude each other: the loss is measured before the rotation"
             )
-    if recipe.options.get("e2e_steps") and (
-        structure.towers or structure.family.streams is not None or structure.family.encodes
-    ):
+    if recipe.options.get("e2e_steps") and (structure.towers or not structure.is_language_model):
         raise Unsupported(
             "option 'e2e_steps' needs the predictions of a language model, and this is none: leave it out"
         )
@@ -78,3 +85,24 @@ def check_doubled(method: str, transforms: tuple[str, ...], doubled: int) -> Non
             f"method {method}: residual channels need inputs with one scale per small group, which no layer has: "
             "use scheme nvfp4"
         )
+
+
+def method_notes(plan: Plan, structure: ModelStructure) -> list[str]:
+    """What the methods of a plan make of this model that nobody would expect."""
+    notes = [UNTIED] if plan.untied else []
+    if plan.recipe["calibrate_all_experts"] and not any(
+        g.expert is not None for b in structure.every_block for g in b.groups
+    ):
+        notes.append("--calibrate-all-experts changes nothing: this model has no experts that tokens are sent to")
+    scaling = [t for t in plan.transforms if TRANSFORMS[t].stage == "stats" and t != "residual"]
+    if not scaling or not structure.is_discovered or structure.family.streams is not None:
+        return notes
+    groups = [(g, {plan.schemes.get(x.name) for x in g.linears}) for b in structure.blocks for g in b.groups]
+    planned = [g for g, schemes in groups if None not in schemes and len(schemes) == 1]
+    scaled = sum(len(g.linears) for g in planned if g.declared.source is not None)
+    count = f"{scaled} of {len(plan.linears)} linears are" if scaled else "no linear is"
+    have = "which the others do not have" if scaled else "and none has one"
+    notes.append(
+        f"{' and '.join(scaling)}: {count} scaled; a scale is folded into a norm that feeds nothing else, {have}"
+    )
+    return notes

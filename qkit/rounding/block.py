@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qkit.calibration.block_calls import Call, OneByOne, PerRow, mapped
 from qkit.calibration.statistics import Rows
+from qkit.families.blocks import Linear
 from qkit.nn.attention import PlainAttention
 from qkit.rounding.learned_weight import LearnedWeight, LearningState
 from qkit.system.parallel import Workers
@@ -78,7 +79,7 @@ def reconstruct(
     with torch.inference_mode(False):
         block = _Block(
             module,
-            [x.linear.param for x in learners],
+            [x.linear for x in learners],
             rows,
             targets,
             _cloned(call),
@@ -115,7 +116,7 @@ def held_out_error(
 
 
 class _Block:
-    """A block with its rows, their targets, and the names of the learned weights.
+    """A block with its rows, their targets, and the linears whose weights are learned.
 
     Pieces of a batch run in parallel and are summed in order: the result does not depend on the number of workers.
     """
@@ -123,16 +124,16 @@ class _Block:
     def __init__(
         self,
         module: nn.Module,
-        names: Sequence[str],
+        linears: Sequence[Linear],
         rows: Rows,
         targets: Rows,
         call: Call | OneByOne,
         pool: Workers,
         weigh: Tensor | None,
     ) -> None:
-        self.module, self.names, self.rows, self.targets, self.call, self.pool = (
+        self.module, self.linears, self.rows, self.targets, self.call, self.pool = (
             module,
-            names,
+            linears,
             rows,
             targets,
             call,
@@ -175,8 +176,9 @@ class _Block:
             with torch.inference_mode(False):
                 self.local.module = copy.deepcopy(self.module)
         rows = self.rows
+        by_param = {x.param: x.as_stored(w) for x, w in zip(self.linears, weights, strict=True)}
         outputs = self.call(
-            _WithWeights(self.local.module, dict(zip(self.names, weights, strict=True))),
+            _WithWeights(self.local.module, by_param),
             rows.read(*piece),
             slice(*piece),
         )

@@ -19,13 +19,14 @@ from qkit.tensor.formats import Format
 @dataclass(frozen=True, kw_only=True)
 class PackedEnd:
     """A packed matrix [vocabulary, width]. name: in the checkpoint; paths: by use (EMBEDDINGS, HEAD) that of its module, two
-    where the ends are tied"""
+    where the ends are tied; also: of further embeddings with this matrix"""
 
     name: str
     format: Format
     shape: tuple[int, int]
     paths: dict[str, str]
     bias: bool = False
+    also: tuple[str, ...] = ()
 
 
 def packed_ends(structure: ModelStructure, quantization: dict[str, Any] | None, where: str) -> dict[str, PackedEnd]:
@@ -55,7 +56,8 @@ def _packed(name: str, weights: Format, activations: Format | None, ends: Ends, 
         )
     end = next(iter(uses.values()))
     paths = {use: e.path for use, e in uses.items()}
-    return PackedEnd(name=name, format=weights, shape=end.shape, paths=paths, bias=HEAD in uses and uses[HEAD].bias)
+    also, bias = ends.embeddings.also if looks_up else (), HEAD in uses and uses[HEAD].bias
+    return PackedEnd(name=name, format=weights, shape=end.shape, paths=paths, bias=bias, also=also)
 
 
 def place_ends(structure: ModelStructure, ends: dict[str, PackedEnd], dtype: torch.dtype) -> None:
@@ -67,11 +69,11 @@ def place_ends(structure: ModelStructure, ends: dict[str, PackedEnd], dtype: tor
         head = None
         if HEAD in end.paths:
             head = QuantLinear(end.format, None, end.shape, dtype)
-            bias = structure.stored_name(f"{end.paths[HEAD]}.bias")
+            bias = structure.names.name_of(f"{end.paths[HEAD]}.bias")
             head.take({**tensors, **({"bias": checkpoint.read(bias)} if end.bias else {})})
             model.set_submodule(end.paths[HEAD], head)
         if EMBEDDINGS in end.paths:
-            old: Any = model.get_submodule(end.paths[EMBEDDINGS])
             table = read(tensors, end.format, end.shape)
-            new = QuantEmbedding(table, dtype, head, factor_of(old), old.padding_idx)
-            model.set_submodule(end.paths[EMBEDDINGS], new)
+            for path in (end.paths[EMBEDDINGS], *end.also):
+                old: Any = model.get_submodule(path)
+                model.set_submodule(path, QuantEmbedding(table, dtype, head, factor_of(old), old.padding_idx))

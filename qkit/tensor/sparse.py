@@ -126,7 +126,7 @@ def largest(w: Tensor, count: int) -> Tensor:
 def split(w: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Sparse]:
     """(w with its ``count`` largest magnitudes set to 0, those values in the 16-bit type of a ``dtype`` model)."""
     positions = largest(w, count)
-    dense = w.clone()
+    dense = w.clone(memory_format=torch.contiguous_format)
     values = dense.view(-1)[positions].to(value_dtype(dtype))
     dense.view(-1)[positions] = 0
     return dense, make(positions, values, (w.shape[0], w.shape[1]))

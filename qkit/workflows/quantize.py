@@ -75,10 +75,9 @@ def open_structure(model: str, language_for: str = "", adapter: str | None = Non
     checkpoint = Checkpoint.open(weights_folder(folder), adapter=adapter)
     check_config(checkpoint.config, checkpoint.tensors)
     structure = ModelStructure(checkpoint)
-    if structure.family.streams is not None and language_for:
-        raise Unsupported(
-            f"{folder}: {language_for} is for language models, and this is a {kind_of(checkpoint.config)}"
-        )
+    if language_for and not structure.is_language_model:
+        kind = type(structure.model).__name__ if structure.is_discovered else kind_of(checkpoint.config)
+        raise Unsupported(f"{folder}: {language_for} is for language models, and this is a {kind}")
     if structure.family.streams is None:
         check_tied(structure.checkpoint, structure.tied)
     return structure
@@ -97,6 +96,11 @@ def prepare(request: Request, rows: Calibration | None = None) -> PreparedReques
         raise UsageError(
             f"--synthetic-samples {request.synthetic_samples}: this method uses no calibration samples: use another --method "
             "(signround, gptq, ...), or leave it out"
+        )
+    if request.synthetic_samples and not structure.is_language_model:
+        raise Unsupported(
+            f"--synthetic-samples {request.synthetic_samples}: a {type(structure.model).__name__} does not continue a text: "
+            "leave it out"
         )
     _check_pictures(plan, structure)
     folder = find_model(request.model)
