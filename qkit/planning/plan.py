@@ -39,6 +39,7 @@ from qkit.transforms.residual import residual_channels
 from qkit.transforms.table import INPUTS, RATIOS, TRANSFORMS
 
 _VERSIONS = ("qkit", "torch", "transformers", "compressed-tensors")  # what decides the bytes of a result
+UNMEASURED_REASON = "the model reads its weight by itself, and the range of its inputs, which the scheme needs, is not seen"
 OUTSIDE_REASON = "it is in no block of the model"
 
 
@@ -200,7 +201,11 @@ def make_plan(
             if reason is not None:
                 skipped[linear.name] = reason
                 continue
-            linears[linear.name] = _decide(linear, widths, recipe, rule)
+            planned = _decide(linear, widths, recipe, rule)
+            if rule is None and has_static(planned) and linear.name in structure.unread:
+                skipped[linear.name] = UNMEASURED_REASON
+                continue
+            linears[linear.name] = planned
             check_rank(linears[linear.name], structure.dtype)
     if not linears:
         raise UsageError("nothing is left to quantize: every layer is skipped by a rule or by default")

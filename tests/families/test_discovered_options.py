@@ -141,3 +141,13 @@ def test_a_method_says_what_it_scales(saved, run):
     ):
         _, said, _ = run("plan", "--model", saved(name, kind), "--scheme", "w8a16", "--method", "awq", "--samples", 4)
         assert " ".join(said.split()).count(words) == 1
+
+
+def test_a_layer_whose_inputs_are_not_seen_is_left_out_where_their_range_is_needed(saved, tmp_path):
+    """Mamba's dt_proj with NVFP4 inputs, whose scale is measured."""
+    model = saved("mamba")
+    qkit.quantize(model, out=tmp_path / "out", scheme="nvfp4", method="rtn", **ROWS)
+    record = json.loads((tmp_path / "out" / "qkit.json").read_text())
+    left_out = [n for n, why in record["skipped"].items() if "its inputs, which the scheme needs, is not seen" in why]
+    assert left_out and all(n.endswith("dt_proj") for n in left_out)
+    assert difference(tmp_path / "out", model) < 0.5
