@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qkit.commands.bars import Bar, Share
+from qkit.commands.experts import expert_options
 from qkit.commands.grid import print_wide as print_wide
 from qkit.commands.grid import wide_table as wide_table
 from qkit.commands.verb import OptionGroup, OutPath, RenamedOption, in_group
@@ -157,11 +158,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Scheme of another part of the model, repeatable: vision=w8a8, projector=skip, text_encoder=w8a16 "
             "(default: auto, chosen by measurement).",
         ),
-        calibration(
-            "--calibrate-all-experts",
-            is_flag=True,
-            help="Measure every routed expert on all tokens, and not only on those that the router sends to it.",
-        ),
+        expert_options(scheme, calibration),
         scheme("--strict", is_flag=True, help="Refuse a group size that does not divide a layer's width."),
         row_options(calibration),
         calibration(
@@ -262,15 +259,18 @@ def write_json(file: Path | None, data: Any) -> None:
 
 def show_coverage(prepared: PreparedRequest, console: Console) -> None:
     "Quantized and skipped layers with reasons, the bytes, and the engines that load the result."
+    from qkit.families.pruned import PrunedStructure, whole_of
     from qkit.files.sources.opening import encodings
     from qkit.planning.fused_layers import engine_lines_of
     from qkit.workflows.quantize import coverage
 
     plan = prepared.plan
-    decoded = encodings(prepared.structure.checkpoint.tensors)
+    decoded = encodings(whole_of(prepared.structure).checkpoint.tensors)
     if decoded:
         counts = ", ".join(f"{count} weights of {encoding}" for encoding, count in decoded.items())
         console.print(Text(f"the source is quantized already and decoded on reading: {counts}"))
+    if isinstance(prepared.structure, PrunedStructure):
+        console.print(prepared.structure.cut.summary)
     kinds: dict[tuple[str, str, str, str], list[int]] = {}
     for p in plan.packed.values():
         group = str(p.weights.group or p.weights.strategy)

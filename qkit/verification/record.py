@@ -239,7 +239,7 @@ class RecordedLinear:
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """The checked content of qkit.json. Entries that could not be understood are left out; ``cache`` is what it says of
-    the KV cache, as it is there; ``engine`` what its recipe says of engines."""
+    the KV cache, and ``experts`` of experts that were left out, as it is there; ``engine`` what its recipe says of engines."""
 
     qkit_version: str
     model_type: str
@@ -251,6 +251,8 @@ class Record:
     plain: dict[str, tuple[str, tuple[int, ...], str]]
     shards: dict[str, str]
     cache: Any = None
+    experts: Any = None
+    transforms: tuple[str, ...] = ()
     engine: str = "default"
 
 
@@ -384,5 +386,7 @@ def read_record(out: Path, findings: Findings) -> Record | None:
         plain=plain_tensors,
         shards=data["shards"],
         cache=data.get("kv"),
+        experts=data.get("experts"),
+        transforms=tuple(map(str, data.get("transforms") or ())),
         engine=str(data["recipe"].get("engine", "default")),
     )

@@ -40,7 +40,8 @@ def calibration_asked(
 ) -> Calibration | None:
     """The rows of the request, made or at hand, before the plan tells whether it needs them (it drops them if not)."""
     check_rows(request)
-    if structure.family.encodes or not (_may_need_rows(recipe) or is_static(request.kv) or request.calib is not None):
+    measured = is_static(request.kv) or recipe.prune_experts > 0
+    if structure.family.encodes or not (_may_need_rows(recipe) or measured or request.calib is not None):
         return None  # what a text encoder would need rows for is refused
     return rows or calibration_of(request, structure)
 
