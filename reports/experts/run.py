@@ -1,9 +1,9 @@
 """Leaving experts out against narrower weights at equal bytes: perplexity of packed checkpoints, reloaded from disk.
 
     python reports/experts/train.py --tokenizer DIR --text train.txt.xz --out MODEL
-    python reports/experts/run.py --model MODEL --text TEXT --name tiny-moe
+    python reports/experts/run.py --model MODEL --text heldout.txt --name tiny-moe
 
-Every row is a command that a user types, with GPTQ and the embedded data (128 x 256 tokens). W3 with all experts stands beside W4
+Every row is a command that a user types, with GPTQ and the embedded data (64 x 256 tokens). W3 with all experts stands beside W4
 without a quarter of them: both files have nearly the same bytes. Beside REAP's choice, which is what ``--prune-experts`` does,
 stand others, made by hand with transformers before qkit quantizes the rest:
 
@@ -39,7 +39,7 @@ from qkit.runtime.loading import load, load_tokenizer
 from qkit.workflows.calibration_rows import calibration_of
 from qkit.workflows.quantize import open_structure
 
-WINDOW, EXCHANGES, SEARCH_ROWS = 512, 100, 16
+WINDOW, EXCHANGES, SEARCH_ROWS, SAMPLES = 512, 80, 8, 64
 Choice = dict[int, list[int]]  # {block: the experts that stay}
 Mix = dict[int, Tensor]  # {block: [experts that stay, experts], what of each goes into those that stay}
 
@@ -143,13 +143,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--name", required=True)
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)
     tokens = torch.tensor(tokenizer(read_text(args.text), add_special_tokens=False, verbose=False)["input_ids"])
     path = Path(__file__).parent / f"{args.name}.json"
     result: dict[str, Any] = {"model": args.name, "text": args.text.name, "windows": args.windows, "rows": []}
+
+    base: dict[str, Tensor] = {}
 
     def windows(folder: Path) -> Tensor:
         with torch.inference_mode():
@@ -161,10 +163,18 @@ def main() -> None:
             out = model
         else:
             out = work / f"{experts}-{scheme}"
-            qkit.quantize(model=model, out=out, scheme=scheme, method="gptq", **options)
+            qkit.quantize(model=model, out=out, scheme=scheme, method="gptq", samples=SAMPLES, **options)
         row = {"experts": experts, "scheme": scheme, "seconds": round(time.monotonic() - began, 1)}
         row["bytes"] = sum(f.stat().st_size for f in out.glob("*.safetensors"))
-        row["perplexity"] = float(windows(out).mean().exp())
+        losses = windows(out).mean(1)  # of each window
+        row["perplexity"] = float(losses.mean().exp())
+        if row["experts"] == "REAP" and scheme == "w4a16":
+            base["REAP"] = losses
+        if "REAP" in base and scheme == "w4a16":
+            difference = losses - base["REAP"]
+            half = 1.96 * float(difference.std()) / len(difference) ** 0.5
+            mean = float(difference.mean())
+            row["beyond_reap"] = [mean, mean - half, mean + half]  # nats a token, with the 95 % interval over windows
         result["rows"].append(row)
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(row), flush=True)
@@ -179,7 +189,7 @@ def main() -> None:
         kept = {i: b["kept"] for i, b in enumerate(record["experts"]["blocks"].values())}
         result["tokens"] = [b["tokens"] for b in record["experts"]["blocks"].values()]
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-        rows = calibration_of(Request(model=str(args.model)), open_structure(str(args.model))).tokens
+        rows = calibration_of(Request(model=str(args.model), samples=SAMPLES), open_structure(str(args.model))).tokens
         counts, alike = outputs_of(model, rows)
         left = len(kept[0])
         often = {i: sorted(c.sort(descending=True, stable=True).indices[:left].tolist()) for i, c in enumerate(counts)}
