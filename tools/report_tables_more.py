@@ -207,7 +207,33 @@ def reliability() -> str:
     return markdown([{"fault": f, "times": f"{n:,}", "ended wrongly": wrong} for f, n, wrong in rows])
 
 
+EXPERTS = {
+    "all": "all 8",
+    "REAP": "6, `--prune-experts 0.25` (REAP)",
+    "frequency": "6, those with the most tokens",
+    "merge": "6 of REAP, with the others merged into them",
+    "search": "6, REAP and a search (EEP)",
+}
+
+
+def experts() -> str:
+    """Leaving experts out, beside narrower weights."""
+    found = report("experts/tiny-moe")
+    rows = [
+        {
+            "experts": EXPERTS[row["experts"]],
+            "weights": f"`{row['scheme']}`",
+            "MB": mb(row["bytes"]),
+            "perplexity": f"{row['perplexity']:.2f}",
+            "above the original": f"{100 * (row['perplexity'] / found['reference'] - 1):.1f} %",
+        }
+        for row in sorted(found["rows"], key=lambda r: (r["scheme"] != "bf16", r["perplexity"]), reverse=True)
+    ]
+    return markdown(rows)
+
+
 TABLES = {
+    "experts": experts,
     "kv-caches": caches,
     "kv-retrieval": retrieval,
     "kv-lengths": lengths,

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qkit.commands.bars import Bar, Share
+from qkit.commands.experts import expert_options
 from qkit.commands.grid import print_wide as print_wide
 from qkit.commands.grid import wide_table as wide_table
 from qkit.commands.verb import OptionGroup, OutPath, RenamedOption, in_group
@@ -155,11 +156,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Scheme of another part of the model, repeatable: vision=w8a8, projector=skip, text_encoder=w8a16 "
             "(default: auto, chosen by measurement).",
         ),
-        calibration(
-            "--calibrate-all-experts",
-            is_flag=True,
-            help="Measure every routed expert on all tokens, and not only on those that the router sends to it.",
-        ),
+        expert_options(scheme, calibration),
         scheme("--strict", is_flag=True, help="Refuse a group size that does not divide a layer's width."),
         row_options(calibration),
         calibration(

@@ -19,16 +19,19 @@ if TYPE_CHECKING:
 
 def show_coverage(prepared: PreparedRequest, console: Console) -> None:
     "Quantized and skipped layers with reasons, the bytes, and the engines that load the result."
+    from qkit.families.pruned import PrunedStructure, whole_of
     from qkit.files.sources.opening import encodings
     from qkit.planning.fused_layers import engine_lines_of
     from qkit.planning.methods import method_notes
     from qkit.workflows.quantize import coverage
 
     plan = prepared.plan
-    decoded = encodings(prepared.structure.checkpoint.tensors)
+    decoded = encodings(whole_of(prepared.structure).checkpoint.tensors)
     if decoded:
         counts = ", ".join(f"{count} weights of {encoding}" for encoding, count in decoded.items())
         console.print(Text(f"the source is quantized already and decoded on reading: {counts}"))
+    if isinstance(prepared.structure, PrunedStructure):
+        console.print(prepared.structure.cut.summary)
     kinds: dict[tuple[str, str, str, str], list[int]] = {}
     for p in plan.packed.values():
         group = str(p.weights.group or p.weights.strategy)

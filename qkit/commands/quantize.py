@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from qkit.commands.common import (
     write_json,
 )
 from qkit.commands.coverage import show_coverage
+from qkit.commands.experts import left_out, tokens_seen
 from qkit.commands.plan import plan_json, show_forecast, show_method
 from qkit.commands.verb import OptionGroup, Verb, in_group
 from qkit.files.folder import RECORD, weights_folder
@@ -32,8 +32,6 @@ from qkit.files.record import packed_record
 from qkit.files.safefile import parse_json
 from qkit.system.memory import bound_heap
 from qkit.verification.model_engines import engine_lines
-
-_EXPERT = re.compile(r"expert.*\.\d+\.\w+$")
 
 if TYPE_CHECKING:
     from qkit.workflows.quantize import PreparedRequest
@@ -118,7 +116,8 @@ def quantize_command(
         *_components(prepared_request, out),
         *_policy(out),
         *_recipes(out),
-        *_experts(out),
+        *left_out(out),
+        *tokens_seen(out),
         *_rows(prepared_request, work, out),
     ):
         console.print(Text(line))
@@ -164,24 +163,6 @@ def _recipes(out: Path) -> Iterator[str]:
     kept = Counter(x["recipe"] for x in record["linears"].values() if "recipe" in x)
     if kept:
         yield "recipes kept by the search: " + "; ".join(f"{r} for {n} linears" for r, n in kept.most_common())
-
-
-def _experts(out: Path) -> Iterator[str]:
-    """How many routed experts saw too few tokens to be measured, and how many the least and the most of them saw."""
-    from qkit.engine.solving import FEW_TOKENS
-
-    record = packed_record(out)
-    tokens = {n: x["tokens"] for n, x in record["linears"].items() if _EXPERT.search(n) and x.get("tokens") is not None}
-    if not tokens:
-        return
-    few, least, most = sum(t < FEW_TOKENS for t in tokens.values()), min(tokens.values()), max(tokens.values())
-    line = f"routed experts: {least if least == most else f'{least} to {most}'} calibration tokens each"
-    if few:
-        line += (
-            f"; {few} of {len(tokens)} linears saw fewer than {FEW_TOKENS} and were rounded to nearest (more samples, or "
-            "--calibrate-all-experts, measures them)"
-        )
-    yield line
 
 
 def _rows(prepared: PreparedRequest, work: Path | None, out: Path) -> list[str]:

@@ -51,8 +51,13 @@ def show(report: Report, console: Console) -> None:
 @click.command("verify", cls=Verb)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--job", type=click.Path(path_type=Path), help="Job folder whose journal every weight is compared with.")
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of the model that OUT was made from, for results of --prune-experts: experts that stay are compared with it.",
+)
 @click.option("--json", "json_file", type=OutFile(), help="JSON file for the report.")
-def verify_command(out: Path, job: Path | None, json_file: Path | None) -> None:
+def verify_command(out: Path, job: Path | None, source: Path | None, json_file: Path | None) -> None:
     """Verify that the packed checkpoint in OUT is complete and correct.
 
     The command reads every byte with a decoder that shares no code with the writer. The exit code is 4 if anything is wrong.
@@ -61,7 +66,7 @@ def verify_command(out: Path, job: Path | None, json_file: Path | None) -> None:
     Example:
       qkit verify out/tiny-llama-w4a16 --json verify.json
     """
-    report = verify(out, job)
+    report = verify(out, job, source)
     if json_file is not None:
         write_atomic(json_file, (json.dumps(report.to_json(), indent=1) + "\n").encode())
     show(report, Console())

@@ -21,6 +21,7 @@ from qkit.engine.ends import STAGE
 from qkit.engine.job import Job
 from qkit.engine.partial_output import Partial
 from qkit.errors import QkitError
+from qkit.families.pruned import PrunedStructure
 from qkit.families.structure import ModelStructure
 from qkit.files.folder import DENOISER, RECORD, WEIGHT_STEMS, hub_source, read_record, weights_folder
 from qkit.files.hash_cache import cached_sha256
@@ -342,6 +343,7 @@ def _record(
         **({"stock_refusal": refusal} if (refusal := stock_refusal(plan, structure)) else {}),
         **({"read_as": read_as} if (read_as := _read_as(structure, source)) else {}),
         "shards": hashes,
+        **({"experts": structure.record(plain)} if isinstance(structure, PrunedStructure) else {}),
         **({} if plan.kv is None else {"kv": plan.kv}),
         **({} if plan.key_exponents is None else {"key_exponents": plan.key_exponents}),
     }

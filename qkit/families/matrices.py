@@ -73,8 +73,13 @@ def routes(name: str, block: nn.Module) -> bool:
     if "router" in parts or any("router" in type(m).__name__.lower() for m in around):
         return True
     outputs = (matrix_of(around[-1]) or (0,))[0]
-    beside = [x for x in fused_experts(block) if x.module.rpartition(".")[0] == name.rpartition(".")[0]]
-    return parts[-1] in _ROUTERS and any(outputs <= x.count for x in beside)
+    fused = list(fused_experts(block))
+    for i, part in enumerate(parts):
+        beside = [x for x in fused if x.module.rpartition(".")[0] == ".".join(parts[:i])]
+        # All inside a module that is called a gate and lies beside experts, or a matrix with an output for each of them.
+        if part in _ROUTERS and beside and (i + 1 < len(parts) or any(outputs <= x.count for x in beside)):
+            return True
+    return False
 
 
 def fused_experts(block: nn.Module) -> Iterator[FusedExperts]:

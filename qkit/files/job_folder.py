@@ -24,7 +24,7 @@ VERSION = 2
 KIND = "qkit job"  # in job.json: the folder says itself what it is
 FILES = ("job.json", "journal.jsonl", "lock", "source", "export.json")
 FOLDERS = ("parts", "rows", "components")
-_PART = re.compile(r"(\d{4,}|written)\.safetensors")
+_PART = re.compile(r"(\d{4,}|written|experts)\.safetensors")
 _ROWS = re.compile(r"\d{4,}(-original)?\.bin")
 
 

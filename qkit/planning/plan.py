@@ -39,7 +39,9 @@ from qkit.transforms.residual import residual_channels
 from qkit.transforms.table import INPUTS, RATIOS, TRANSFORMS
 
 _VERSIONS = ("qkit", "torch", "transformers", "compressed-tensors")  # what decides the bytes of a result
-UNMEASURED_REASON = "the model reads its weight by itself, and the range of its inputs, which the scheme needs, is not seen"
+UNMEASURED_REASON = (
+    "the model reads its weight by itself, and the range of its inputs, which the scheme needs, is not seen"
+)
 OUTSIDE_REASON = "it is in no block of the model"
 
 
@@ -228,7 +230,8 @@ def make_plan(
     if calibration is None and rows:
         raise UsageError(f"{rows}: add --calib FILE (or leave --calib out for the embedded text)")
     own_method = own_method_reason(recipe, structure, linears, significant)
-    export, measured = export_method(recipe, own_method), rows is not None or is_static(kv)
+    export = export_method(recipe, own_method)
+    measured = rows is not None or is_static(kv) or recipe.prune_experts > 0
     if export == "compressed-tensors" and structure.family.streams is None:
         check_shapes(structure, linears, recipe.engine)
     size = packed_bytes(structure, linears, ends, significant, untied, kept)

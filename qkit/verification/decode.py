@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -255,9 +255,11 @@ def _spread(operation: Callable[..., Any], values: Array, grid: Array, width: in
 
 @dataclass
 class DecodedLinear:
-    """The result of decoding one linear. ``faults``: (tensor suffix, message); ``scalars``: values of one-element scales."""
+    """What one linear holds. ``faults``: (suffix, message); ``scalars``: of one-element scales; ``head``: the first values."""
 
+    HEAD: ClassVar[int] = 256
     sha256: str = ""
+    head: Array = field(default_factory=lambda: np.empty(0, np.float32))
     faults: list[tuple[str, str]] = field(default_factory=list)
     scalars: dict[str, float] = field(default_factory=dict)
 
@@ -361,8 +363,7 @@ def _sparse(linear: RecordedLinear, tensors: Mapping[str, StoredTensor], result:
 def decode(linear: RecordedLinear, tensors: Mapping[str, StoredTensor]) -> DecodedLinear:
     """The decoded weight of a linear whose ``tensors`` have the dtypes and shapes of ``layout``; a few rows at a time.
 
-    The hash is of the float32 weight, little-endian, row-major [out, in].
-    """
+    The hash is of the float32 weight, little-endian, row-major [out, in]."""
     result, spec, (rows, columns) = DecodedLinear(), linear.format, linear.shape
     if "weight_shape" in tensors and tuple(tensors["weight_shape"].array().tolist()) != linear.shape:
         stored_shape = tensors["weight_shape"].array().tolist()
@@ -390,6 +391,7 @@ def decode(linear: RecordedLinear, tensors: Mapping[str, StoredTensor]) -> Decod
                 added.add(values, first)
             overflow += values.size - int(np.count_nonzero(np.isfinite(values)))
             digest.update(np.ascontiguousarray(values, dtype="<f4").data)
+            result.head = result.head if first else values[0, : result.HEAD].copy()
     result.faults.extend(sorted(faults))
     if overflow and not result.faults:
         result.faults.append(("weight_scale", f"{overflow} decoded weights are NaN or infinite"))

@@ -239,8 +239,8 @@ class RecordedLinear:
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """The checked content of qkit.json. Entries that could not be understood are left out; ``cache`` is what it says of
-    the KV cache, as it is there; ``engine`` what its recipe says of engines; ``stock_refusal`` why stock transformers does not
-    load the result, where the model's class shows it."""
+    the KV cache, and ``experts`` of experts that were left out, as it is there; ``engine`` what its recipe says of engines;
+    ``stock_refusal`` why stock transformers does not load the result, where the model's class shows it."""
 
     qkit_version: str
     model_type: str
@@ -252,6 +252,8 @@ class Record:
     plain: dict[str, tuple[str, tuple[int, ...], str]]
     shards: dict[str, str]
     cache: Any = None
+    experts: Any = None
+    transforms: tuple[str, ...] = ()
     engine: str = "default"
     stock_refusal: str = ""
 
@@ -389,6 +391,8 @@ def read_record(out: Path, findings: Findings) -> Record | None:
         plain=plain_tensors,
         shards=data["shards"],
         cache=data.get("kv"),
+        experts=data.get("experts"),
+        transforms=tuple(map(str, data.get("transforms") or ())),
         engine=str(data["recipe"].get("engine", "default")),
         stock_refusal=printable(refusal) if isinstance(refusal, str) else "",
     )

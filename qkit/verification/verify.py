@@ -18,6 +18,7 @@ from typing import Any
 
 from qkit.errors import BadCheckpoint
 from qkit.verification.decode import FLOATS, DecodedLinear, StoredTensor, decode, layout
+from qkit.verification.experts import check_experts, check_source
 from qkit.verification.files import check_config, check_files, check_sum, has_mark, has_sums, is_summed
 from qkit.verification.fused_layers import check_fused
 from qkit.verification.inputs import check_inputs
@@ -66,8 +67,9 @@ class Report:
         return {"ok": self.ok, **asdict(self)}
 
 
-def verify(out: Path, job: Path | None = None) -> Report:
-    """The report of a check of the packed checkpoint in the folder ``out``; with ``job``, also against that job's journal.
+def verify(out: Path, job: Path | None = None, source: Path | None = None) -> Report:
+    """The report of a check of the packed checkpoint in the folder ``out``; with ``job``, also against that job's journal, and
+    with ``source``, the folder of the model that it was made from, experts that were left out against that.
 
     All problems are reported, not only the first; a missing or damaged file is a problem like any other.
     Raises BadCheckpoint when ``out`` is not a folder, or ``job`` holds no journal.
@@ -76,13 +78,13 @@ def verify(out: Path, job: Path | None = None) -> Report:
         raise BadCheckpoint(f"{out}: not a folder: use the folder of a result")
     findings = Findings()
     part = packed_part(out, findings)
-    report = _check_packed(part, job, findings) if part.is_dir() else Report()
+    report = _check_packed(part, job, source, findings) if part.is_dir() else Report()
     check_around(out, part, findings)
     notes = [*report.notes, *([REJECTED_NOTE] if has_mark(out, findings) else [])]
     return replace(report, problems=findings.problems, checks=dict(findings.checks), notes=notes)
 
 
-def _check_packed(out: Path, job: Path | None, findings: Findings) -> Report:
+def _check_packed(out: Path, job: Path | None, source: Path | None, findings: Findings) -> Report:
     """The folder with the packed weights. What says most of a fault is looked at first, sums of whole files last."""
     record, config = read_record(out, findings), read_json(out / "config.json", findings)
     data = read_json(out / "qkit.json", Findings()) or {}
@@ -90,9 +92,9 @@ def _check_packed(out: Path, job: Path | None, findings: Findings) -> Report:
     if summed and config is not None:
         check_config(data["config"], config, findings)
     headers = read_folder(out, record, findings)
-    engines: list[EngineRow] = []
+    engines, notes = list[EngineRow](), list[str]()
     if record is not None:
-        engines = _check_record(out, record, config, headers, job, findings)
+        engines, notes = _check_record(out, record, config, headers, (job, source), findings)
     if summed:
         check_sum(out, data, findings)
         check_files(out, data["files"], [path.name for path in out.glob("*.safetensors")], "files", findings)
@@ -101,7 +103,7 @@ def _check_packed(out: Path, job: Path | None, findings: Findings) -> Report:
         skipped=len(record.skipped) if record else 0,
         bytes=sum(path.stat().st_size for path in out.glob("*.safetensors")),
         engines=engines,
-        notes=[] if is_summed(data) else [UNSUMMED_NOTE],
+        notes=[*([] if is_summed(data) else [UNSUMMED_NOTE]), *notes],
     )
 
 
@@ -110,10 +112,11 @@ def _check_record(
     record: Record,
     config: dict[str, Any] | None,
     headers: Mapping[str, Mapping[str, StoredTensor]],
-    job: Path | None,
+    beside: tuple[Path | None, Path | None],
     findings: Findings,
-) -> list[EngineRow]:
-    """Tensors and config against the record and the job; returns the engine table."""
+) -> tuple[list[EngineRow], list[str]]:
+    """Tensors and config against the record, and (job, source) where they are given; returns the engine table, and notes."""
+    job, source = beside
     store = {name: stored for tensors in headers.values() for name, stored in tensors.items()}
     quantization = read_quantization(config, record, findings) if config is not None else None
     groups = resolve(quantization, record, findings) if quantization else {}
@@ -126,9 +129,11 @@ def _check_record(
     check_cache(record, config or {}, store, findings)
     check_inputs(record, store, findings)
     check_policy(out, record.linears, findings)
+    sound = check_experts(record, config or {}, store, findings)
+    notes = check_source(record, decoded, store, source, findings) if sound and source is not None else []
     if job is not None:
         check_job(record, decoded, job, findings)
-    return _engine_table(record, groups, config or {}, quantization.method) if quantization else []
+    return _engine_table(record, groups, config or {}, quantization.method) if quantization else [], notes
 
 
 # --- tensors ------------------------------------------------------------------------------------------------------

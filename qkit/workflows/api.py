@@ -144,14 +144,15 @@ def profile(
     return run(request, _out_folder(out), progress or Silent())
 
 
-def verify(out: str | Path, *, job: str | Path | None = None) -> Report:
+def verify(out: str | Path, *, job: str | Path | None = None, source: str | Path | None = None) -> Report:
     """Prove that the packed checkpoint in ``out`` holds what it should: ``report.ok``, or ``report.problems``.
 
     job: also compare every weight with that job folder. Raises BadCheckpoint where there is no such folder.
+    source: the folder of the model that it was made from; where experts were left out, those that stay are compared with it
     """
     from qkit.verification.verify import verify as prove
 
-    return prove(Path(out), None if job is None else Path(job))
+    return prove(Path(out), None if job is None else Path(job), None if source is None else Path(source))
 
 
 def evaluate(

@@ -42,7 +42,8 @@ def calibration_asked(
     request: Request, structure: ModelStructure, recipe: Recipe, rows: Calibration | None = None
 ) -> Calibration | None:
     """The rows of the request, made or at hand, before the plan tells whether it needs them (it drops them if not)."""
-    asked = _may_need_rows(recipe) or is_static(request.kv) or request.calib is not None
+    measured = is_static(request.kv) or recipe.prune_experts > 0
+    asked = _may_need_rows(recipe) or measured or request.calib is not None
     check_rows(request, least=int(asked))
     if structure.family.encodes or not asked:
         return None  # what a text encoder would need rows for is refused

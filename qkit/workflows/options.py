@@ -16,7 +16,7 @@ from qkit.errors import UsageError
 from qkit.files.locate import find_model
 from qkit.files.sources.lora import is_adapter
 from qkit.kvcache.policy import CacheRequest, parse
-from qkit.planning.recipe import MOST_SPARSE
+from qkit.planning.recipe import MOST_SPARSE, Recipe
 from qkit.planning.request import REQUANT, Request, is_requant, recipe_of
 from qkit.sensitivity.candidates import parse_candidates
 from qkit.sensitivity.names import PROFILE
@@ -48,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "rows_memory": None,
     "strict": False,
     "calibrate_all_experts": False,
+    "prune_experts": None,
     "calib": (),
     "samples": 128,
     "seqlen": 256,
@@ -78,10 +79,21 @@ def read_options(values: Mapping[str, Any], out: Path) -> QuantizeOptions:
     request = read.request
     if read.budget is None or request.scheme or request.recipe:
         parts = [p for p in (request.method or "").lower().split("+") if p and p != REQUANT]
-        recipe_of(replace(request, method="+".join(parts) or ("rtn" if is_requant(request.method) else None)))
+        recipe = recipe_of(replace(request, method="+".join(parts) or ("rtn" if is_requant(request.method) else None)))
+        _check_pruning(recipe, request, read.budget)
     if read.budget is not None and read.budget.candidates:
         parse_candidates(read.budget.candidates, request.group_size)
     return read
+
+
+def _check_pruning(recipe: Recipe, request: Request, budget: BudgetRequest | None) -> None:
+    """Raises UsageError where layers are measured before experts are left out, which changes what is there."""
+    if recipe.prune_experts and (budget is not None or is_requant(request.method)):
+        other = "method requant" if budget is None else f"a budget ({WAYS})"
+        raise UsageError(
+            f"--prune-experts {recipe.prune_experts:g} and {other} exclude each other: leave experts out with a scheme of the "
+            "source's own width first, or use --scheme"
+        )
 
 
 def _read(values: dict[str, Any], out: Path) -> QuantizeOptions:
@@ -142,6 +154,10 @@ def make_request(options: dict[str, Any]) -> Request:
     for name in ("outliers", "significant"):
         if options[name] is not None and not 0 <= options[name] <= MOST_SPARSE:
             raise UsageError(f"--{name} {options[name]:g}: expected a percentage from 0 to {MOST_SPARSE:g}")
+    if options["prune_experts"] is not None and not 0 < options["prune_experts"] < 1:
+        raise UsageError(
+            f"--prune-experts {options['prune_experts']:g}: expected a share of the experts between 0 and 1, for instance 0.25"
+        )
     if options["rank"] is not None and options["rank"] < 0:
         raise UsageError(f"--rank {options['rank']}: expected 0, for none, or more")
     revision, required = options.pop("revision"), options.pop("require_revision")

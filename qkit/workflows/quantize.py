@@ -18,6 +18,7 @@ from qkit.diffusion.policy import BY_STEP
 from qkit.engine.auto import forecast_of, plan_of
 from qkit.engine.end_to_end import end_to_end_memory, learn_end_to_end
 from qkit.engine.ends import quantize_ends
+from qkit.engine.expert_pruning import pruning_memory, with_chosen_experts
 from qkit.engine.export import export, is_export_of, job_identity, source_hashes
 from qkit.engine.forecast import Forecast, refuse_what_cannot_fit
 from qkit.engine.job import Job
@@ -28,6 +29,7 @@ from qkit.engine.synthetic_rows import synthetic_memory, with_synthetic_rows
 from qkit.errors import IOFailure, Unsupported, UsageError, VerifyFailure
 from qkit.families.discover import kind_of
 from qkit.families.encoder import ENCODERS
+from qkit.families.pruned import PrunedStructure, whole_of, without_experts
 from qkit.families.structure import ModelStructure
 from qkit.files.checkpoint import Checkpoint, check_config, check_tied
 from qkit.files.folder import DENOISER, RECORD, is_pipeline, weights_folder
@@ -89,6 +91,8 @@ def prepare(request: Request, rows: Calibration | None = None) -> PreparedReques
     structure = open_structure(request.model, adapter=request.adapter)
     if request.call and structure.family.streams is None:
         raise UsageError("--call is for a diffusion pipeline, and this model is none: leave it out")
+    if recipe.prune_experts:
+        structure = without_experts(structure, recipe.prune_experts)
     _ = structure.checkpoint.side_files  # read and checked before anything is made of the tokenizer
     calibration = calibration_asked(request, structure, recipe, rows)
     plan = plan_of(recipe, structure, calibration, request.seed, request.kv)
@@ -114,7 +118,9 @@ def prepare(request: Request, rows: Calibration | None = None) -> PreparedReques
     if plan.learning("e2e_steps"):
         after["learned rounding of the whole model"] = end_to_end_memory(plan, structure, threads)
     if plan.calibration is not None and plan.calibration.written:
-        after["rows that the model writes"] = synthetic_memory(plan, structure, threads)
+        after["rows that the model writes"] = synthetic_memory(plan, whole_of(structure), threads)
+    if isinstance(structure, PrunedStructure):
+        after["scores of experts"] = pruning_memory(plan, structure)
     return PreparedRequest(plan, structure, forecast_of(plan, structure, threads, after), components)
 
 
@@ -237,7 +243,8 @@ def quantize(
         replaced = {name: work / COMPONENTS / name for name in prepared_request.components}
         for name, asked in prepared_request.components.items():
             quantize(asked, replaced[name], progress)
-        running = with_synthetic_rows(plan, structure, job, pool, progress)
+        running = with_synthetic_rows(plan, whole_of(structure), job, pool, progress)
+        structure = with_chosen_experts(running, structure, job, pool, progress)
         given = original_passes(running, structure, job, pool, progress)
         run_blocks(running, structure, job, pool, progress, given)
         quantize_ends(running, structure, job, pool, progress)
@@ -248,7 +255,7 @@ def quantize(
         export(plan, structure, job, partial, source, hashed, replaced=replaced)
         decide_steps(plan, structure, partial.path, progress)
         progress.step()
-        report = verify(partial.path, work)
+        report = verify(partial.path, work, source)
         progress.step()
         if report.problems:
             first = report.problems[0]

@@ -269,6 +269,13 @@ def test_stacked_experts_see_the_tokens_that_are_sent_to_them(tmp_path):
         assert tokens == first[n.replace("down_proj", "gate_up_proj")]
 
 
+def test_a_linear_inside_a_gate_beside_experts_routes(tmp_path):
+    model = sweep_configs.save("causal", "hunyuan_v1_moe", tmp_path / "model")
+    structure = open_structure(str(model))
+    assert not any(".gate." in x.name for b in structure.blocks for x in b.linears)
+    assert "routes tokens" in structure.tables["model.layers.0.mlp.gate.wg"]
+
+
 def test_a_linear_that_routes_is_not_quantized(tmp_path):
     """Zaya's router is a network of plain linears."""
     model = sweep_configs.save("causal", "zaya", tmp_path / "model")
