@@ -170,7 +170,7 @@ class BlockRunner:
         valid: Tensor | None,
         request: StatsRequest,
     ) -> dict[str, Tensor]:
-        return group_inputs_of(arguments, self.block, self.structure.experts, groups, valid, request.all_experts)
+        return group_inputs_of(arguments, self.block, self.structure.experts, groups, valid, request.expert_share)
 
     def _apart(self, span: Span, groups: tuple[LinearGroup, ...]) -> tuple[list[int], list[int]]:
         """Of the good rows of a piece, (those with non-finite inputs, those with finite inputs beyond ``Rows.largest``)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qkit.families.blocks import FusedExperts, LinearGroup
@@ -17,9 +18,12 @@ def group_inputs_of(
     fused: tuple[FusedExperts, ...],
     groups: tuple[LinearGroup, ...],
     valid: Tensor | None,
-    all_experts: bool = False,
+    expert_share: float = 0.0,
 ) -> dict[str, Tensor]:
-    """{group key: inputs [tokens, in] of the valid tokens} from the arguments of the hooked modules."""
+    """{group key: inputs [tokens, in] of the valid tokens} from the arguments of the hooked modules.
+
+    expert_share: of all tokens, that a routed expert gets beside those that are sent to it
+    """
     result: dict[str, Tensor] = {}
     for group in groups:
         if group.hook and group.hook in arguments:
@@ -27,8 +31,9 @@ def group_inputs_of(
             x = x.reshape(-1, x.shape[-1])
             if valid is not None:  # rows of another length than the mask (a prompt) do not count
                 x = x[valid] if len(valid) == len(x) else x[:0]
-            if group.expert is not None and not all_experts:
+            if group.expert is not None and expert_share < 1:
                 routed = (arguments[group.hook][1] == group.expert).any(-1).flatten()
+                routed |= _spread(len(routed), expert_share, group.expert)
                 x = x[routed if valid is None else routed[valid]]
             result[group.key] = x
         elif group.expert is not None and not group.stack:  # the expert's down projection: its input is computed here
@@ -40,3 +45,9 @@ def group_inputs_of(
                 first = nn.functional.linear(result[input_group.key], whole)
                 result[group.key] = gated(block.get_submodule(layout.module), layout, group.expert, first)
     return result
+
+
+def _spread(count: int, share: float, start: int) -> Tensor:
+    """bool [count]: a share of the tokens, evenly spread; other starts give other tokens."""
+    steps = torch.floor((torch.arange(count + 1, dtype=torch.float64) + start) * share)
+    return steps[1:] > steps[:-1]

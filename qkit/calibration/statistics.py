@@ -153,12 +153,12 @@ class StatsRequest:
     """Statistics that a run needs. Ranges cost as much as a small product, so they are computed only on request.
 
     At least one of the two is needed: the energy of every channel comes from the Hessian's diagonal or with the ranges.
-    all_experts: routed experts are measured on all tokens.
+    expert_share: of all tokens, on which each routed expert is measured beside those that are sent to it.
     """
 
     hessian: bool
     ranges: bool
-    all_experts: bool = False
+    expert_share: float = 0.0
 
     def __post_init__(self) -> None:
         assert self.hessian or self.ranges

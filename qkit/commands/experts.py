@@ -21,6 +21,13 @@ def expert_options(scheme: Callable[..., Any], calibration: Callable[..., Any]) 
             is_flag=True,
             help="Measure every routed expert on all tokens, and not only on those that the router sends to it.",
         ),
+        calibration(
+            "--expert-share",
+            type=float,
+            metavar="SHARE",
+            help="Share of all tokens on which every routed expert is measured, beside those that the router sends to it (0.1: "
+            "every tenth token).",
+        ),
         scheme(
             "--prune-experts",
             type=float,
@@ -61,7 +68,7 @@ def tokens_seen(out: Path) -> Iterator[str]:
     line = f"routed experts: {least if least == most else f'{least} to {most}'} calibration tokens each"
     if few:
         line += (
-            f"; {few} of {len(tokens)} linears saw fewer than {FEW_TOKENS} and were rounded to nearest (more samples, or "
-            "--calibrate-all-experts, measures them)"
+            f"; {few} of {len(tokens)} linears saw fewer than {FEW_TOKENS} and were rounded to nearest (more samples, "
+            "--expert-share 0.1 or --calibrate-all-experts measures them)"
         )
     yield line

@@ -53,6 +53,7 @@ class Request:
     rows_memory: int | None = None
     strict: bool = False
     calibrate_all_experts: bool = False
+    expert_share: float | None = None
     prune_experts: float | None = None
     export: str | None = None
     calib: Given = None
@@ -92,6 +93,7 @@ def recipe_of(request: Request) -> Recipe:
         "group_size": request.group_size,
         "strict": request.strict or None,
         "calibrate_all_experts": request.calibrate_all_experts or None,
+        "expert_share": request.expert_share,
         "prune_experts": request.prune_experts,
         "export": request.export,
         "options": request.options or None,

@@ -48,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "rows_memory": None,
     "strict": False,
     "calibrate_all_experts": False,
+    "expert_share": None,
     "prune_experts": None,
     "calib": (),
     "samples": 128,
@@ -157,6 +158,13 @@ def make_request(options: dict[str, Any]) -> Request:
     if options["prune_experts"] is not None and not 0 < options["prune_experts"] < 1:
         raise UsageError(
             f"--prune-experts {options['prune_experts']:g}: expected a share of the experts between 0 and 1, for instance 0.25"
+        )
+    share = options["expert_share"]
+    if share is not None and not 0 < share <= 1:
+        raise UsageError(f"--expert-share {share:g}: expected a share of the tokens above 0, up to 1, for instance 0.1")
+    if share is not None and options["calibrate_all_experts"]:
+        raise UsageError(
+            "--expert-share and --calibrate-all-experts, which is a share of 1, exclude each other: use one"
         )
     if options["rank"] is not None and options["rank"] < 0:
         raise UsageError(f"--rank {options['rank']}: expected 0, for none, or more")

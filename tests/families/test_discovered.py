@@ -202,7 +202,7 @@ def test_scales_are_folded_into_norms_that_are_seen_to_feed_the_linears(family, 
 def test_every_expert_can_be_measured_on_all_tokens(tmp_path, run):
     model = tiny_models.make("qwen3_moe", tmp_path / "model")
     counts = {}
-    for flag in ([], ["--calibrate-all-experts"]):
+    for flag in ([], ["--calibrate-all-experts"], ["--expert-share", "0.25"]):
         out = tmp_path / f"out{len(flag)}"
         code, text, _ = run(
             "quantize", "--model", model, "--scheme", "w4a16", "--method", "gptq", "--samples", 4, "--seqlen", 32, *flag,
@@ -215,6 +215,7 @@ def test_every_expert_can_be_measured_on_all_tokens(tmp_path, run):
         told = f"{few} of {len(counts[len(flag)])} linears saw fewer than 32" in " ".join(text.split())
         assert told == (few > 0)
     assert set(counts[1].values()) == {4 * 32}
+    assert all(counts[0][n] < counts[2][n] <= counts[0][n] + 4 * 8 for n in counts[0])
     assert sum(counts[0].values()) == sum(counts[1].values()) / 2  # two of four experts for each token
 
 
