@@ -16,7 +16,6 @@ TABLE_REASON = "it is a table, or a layer that is not linear"
 CONVOLUTION_REASON = "it is a convolution"
 SHARED_REASON = "several blocks share it"
 BIAS_REASON = "it is a bias: it is added"
-PARAMETER_REASON = "it is a parameter of its module, which has no interface of a linear"
 OWN_PRODUCT_REASON = "its module is a linear with a forward of its own, which does more than multiply"
 _SAMPLE_WIDTH = 1 << 26  # values of a weight up to which a module with a forward of its own is tried out
 _ROUTERS = ("router", "gate", "gating", "shared_expert_gate", "wg")
@@ -132,6 +131,4 @@ def reason_of(param: str, block: nn.Module) -> str:
         return ROUTER_REASON
     if "bias" in leaf:
         return BIAS_REASON
-    if leaf != "weight":
-        return PARAMETER_REASON
     return OWN_PRODUCT_REASON if isinstance(owner, nn.Linear) else TABLE_REASON

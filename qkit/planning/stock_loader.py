@@ -53,7 +53,7 @@ def _initializer(model: nn.Module, linears: Collection[str]) -> str | None:
                 continue
             tried.add(key)
             try:
-                with torch.no_grad():
+                with torch.inference_mode():  # blocks that were run may have left such tensors behind
                     owner._init_weights(module)
             except AttributeError as error:
                 if "'weight'" in str(error):

@@ -33,10 +33,11 @@ def hadamard_block(columns: int) -> int:
 @lru_cache(maxsize=8)
 def hadamard_matrix(block: int, device: torch.device) -> Tensor:
     """The normalized Hadamard matrix in Sylvester's order, float32 [block, block]."""
-    h = torch.ones(1, 1, dtype=torch.float64)
-    while len(h) < block:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    scaled: Tensor = (h / block**0.5).to(torch.float32).to(device)
+    with torch.inference_mode(False):  # it is kept, and may be needed for gradients later
+        h = torch.ones(1, 1, dtype=torch.float64)
+        while len(h) < block:
+            h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+        scaled: Tensor = (h / block**0.5).to(torch.float32).to(device)
     return scaled
 
 

@@ -18,13 +18,13 @@ from qkit.commands import VERBS, cli, main
 BUDGET = "bits candidates ceiling floor latency measure memory profile refine size"
 FLAGS = {
     "quantize": "answers-only base calib calibrate-all-experts call effort embeddings expert-share export group-size head json "
-    "keep-job keep-source kv kv-memory kv-scale-keys max-length method model option out outliers overwrite padded policy prune-experts "
-    "rank recipe require-revision revision rows-memory samples scheme seed seqlen significant strict synthetic-samples target "
-    f"threads work {BUDGET}",
-    "plan": "answers-only base calib calibrate-all-experts call effort embeddings expert-share explain export figures group-size head "
-    "json keep-source kv kv-memory kv-scale-keys max-length method model option out outliers padded policy prune-experts rank "
-    "recipe require-revision revision rows-memory samples scheme seed seqlen significant strict synthetic-samples target "
-    f"threads {BUDGET}",
+    "keep-job keep-source kv kv-memory kv-scale-keys max-length method model option out outliers overwrite padded policy "
+    "prune-experts rank recipe require-revision revision rows-memory samples scheme seed seqlen significant strict "
+    f"synthetic-samples target threads work {BUDGET}",
+    "plan": "answers-only base calib calibrate-all-experts call effort embeddings expert-share explain export figures "
+    "group-size head json keep-source kv kv-memory kv-scale-keys max-length method model option out outliers padded policy "
+    "prune-experts rank recipe require-revision revision rows-memory samples scheme seed seqlen significant strict "
+    f"synthetic-samples target threads {BUDGET}",
     "profile": "answers-only audit audit-text calib candidates embeddings group-size head json measures method model out "
     "padded pareto "
     "pareto-measure points rows samples seed seqlen threads",

@@ -1,6 +1,7 @@
 """Every option on models that nobody declared: what it does to transposed weights, shared tables and models without a loss."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -127,9 +128,12 @@ def test_a_model_that_predicts_no_next_token_has_no_perplexity(saved, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The sea was calm, and the ship lay still. " * 20)
     request = EvalRequest(texts=(str(text),), window=32, windows=2)
-    with pytest.raises(
-        UsageError, match="perplexity is of models that predict the next token of a text, and a BertModel"
-    ):
+    folder = shutil.copytree(saved("bert"), tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "is_decoder": False}))  # it reads in both directions
+    with pytest.raises(UsageError, match="models that predict the next token of a text, and a BertLMHeadModel"):
+        measure(folder, None, request)
+    with pytest.raises(UsageError, match="BertModel gives is compared with the original model's: add --baseline"):
         measure(saved("bert:base", "encoders"), None, request)
 
 

@@ -110,27 +110,17 @@ def test_many_rows_that_are_not_finite_end_the_run(run, tiny, rows, token_in, tm
 # ---- layers that no row reaches (C6) --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "gptq+signround"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "gptq+signround", "gptq --option compensate=0.5", "auto"])
 def test_a_layer_that_no_row_reaches(run, tiny, rows, tmp_path, monkeypatch, method):
     """There is nothing to measure it by: it is rounded to nearest, and the record says that it saw no token."""
-    command = ("--scheme", "w4a16", "--method", method, *rows, "--out", tmp_path / "out")
+    command = ("--scheme", "w4a16", "--method", *method.split(), *rows, "--out", tmp_path / "out")
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: self.down_proj(x.repeat(1, 1, 2)[..., :96]))
     code, _, err = run("quantize", "--model", tiny("llama"), *command)
     assert code == 0, err
     linears = json.loads((tmp_path / "out" / "qkit.json").read_text())["linears"]
     tokens = {name: entry["tokens"] for name, entry in linears.items()}
-    if method == "gptq":  # the others take no statistics when they solve
+    if method.startswith("gptq") and "signround" not in method:  # the others take no statistics when they solve
         assert {n for n, t in tokens.items() if t == 0} == {n for n in tokens if "gate_proj" in n or "up_proj" in n}
-
-
-@pytest.mark.parametrize("method", [("gptq", "--option", "compensate=0.5"), ("auto",)], ids=" ".join)
-def test_a_layer_that_no_row_of_the_original_reaches(run, tiny, rows, tmp_path, monkeypatch, method):
-    """Its inputs in the original model are asked for, and there are none."""
-    command = ("--scheme", "w4a16", "--method", *method, *rows, "--out", tmp_path / "out")
-    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: self.down_proj(x.repeat(1, 1, 2)[..., :96]))
-    code, _, err = run("quantize", "--model", tiny("llama"), *command)
-    assert code == 3 and "no calibration sample reached" in err and "mlp.gate_proj" in err, err
-    assert len(err.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 # ---- experts that few tokens reach (C7) -----------------------------------------------------------------------
