@@ -15,6 +15,7 @@ ROUTER_REASON = "it routes tokens to experts: small, and an error changes the ro
 TABLE_REASON = "it is a table, or a layer that is not linear"
 CONVOLUTION_REASON = "it is a convolution"
 SHARED_REASON = "several blocks share it"
+UNKNOWN_REASON = "it is several matrices in one tensor, and its module has no interface of experts that qkit knows"
 BIAS_REASON = "it is a bias: it is added"
 OWN_PRODUCT_REASON = "its module is a linear with a forward of its own, which does more than multiply"
 _SAMPLE_WIDTH = 1 << 26  # values of a weight up to which a module with a forward of its own is tried out
@@ -131,4 +132,7 @@ def reason_of(param: str, block: nn.Module) -> str:
         return ROUTER_REASON
     if "bias" in leaf:
         return BIAS_REASON
+    shape = getattr(owner, leaf).shape
+    if leaf != "weight" and len(shape) == 3 and shape[0] > 1:
+        return UNKNOWN_REASON
     return OWN_PRODUCT_REASON if isinstance(owner, nn.Linear) else TABLE_REASON
