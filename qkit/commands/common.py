@@ -149,6 +149,12 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Format of the output head, as for --embeddings. Tied embeddings and head are one matrix, stored once.",
         ),
         scheme(
+            "--unloaded",
+            metavar="FORMAT",
+            help="Format of matrices in the file that the model's class does not load, such as heads for multi-token "
+            "prediction (mtp.*): int2 to int8, int4:32 with the group size (default: they stay as they are).",
+        ),
+        scheme(
             "--target",
             "targets",
             multiple=True,

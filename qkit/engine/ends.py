@@ -43,7 +43,7 @@ def quantize_ends(plan: Plan, structure: ModelStructure, job: Job, pool: Workers
     """Quantize and commit the ends of the plan. Does nothing when that is done, or the plan has none."""
     if not plan.ends or job.stage(STAGE) is not None:
         return
-    progress.start("embeddings and output head", len(plan.ends))
+    progress.start("what is outside the blocks", len(plan.ends))
     originals = rotate_outer(structure, plan.seed) if "rotate" in plan.transforms else {}
     results: list[LinearResult] = []
     for p in plan.ends.values():

@@ -281,7 +281,8 @@ def quantization_config(plan: Plan, structure: ModelStructure) -> dict[str, Any]
     for sources, views in structure.checkpoint.view_groups.items():  # a loader knows the model's layers
         if any(source.removesuffix(".weight") in plan.skipped for source in sources):
             layers += [name.removesuffix(".weight") for name in views]
-    built = ct.config(formats_by_linear, layers, renamed, FORMAT if plan.static_cache else None, tuple(plan.ends))
+    ends = tuple(n for n, p in plan.ends.items() if p.uses)  # the others are linears
+    built = ct.config(formats_by_linear, layers, renamed, FORMAT if plan.static_cache else None, ends)
     return {**built, "quant_method": plan.export}
 
 

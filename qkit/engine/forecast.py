@@ -127,7 +127,7 @@ def forecast(
     memory["one block"] += decoding
     memory["export"] = max(largest * 2, int(linear_bytes * 2.5)) + decoding
     if plan.ends:
-        memory["embeddings and output head"] = max(_end_memory(p, structure, workers) for p in plan.ends.values())
+        memory["what is outside the blocks"] = max(_end_memory(p, structure, workers) for p in plan.ends.values())
         part_bytes += sum(p.shape[0] * p.shape[1] * 9 // 8 for p in plan.ends.values())
     memory["verify"] = max(largest * 2, linear_bytes * 12)
     memory.update(later_memory or {})

@@ -30,6 +30,7 @@ from qkit.planning.methods import check_doubled, check_method
 from qkit.planning.recipe import Recipe, RecipeTrial, Rule, check_rules, parse_method, rule_for
 from qkit.planning.sizes import check_rank, packed_bytes
 from qkit.planning.towers import tower_rules
+from qkit.planning.unloaded import skipped_unloaded, unloaded_plans
 from qkit.solvers.table import SOLVERS
 from qkit.system.machine import run_dtype
 from qkit.tensor.formats import Scheme, fit_group
@@ -59,7 +60,8 @@ class Plan:
     weights and goes with them (``files.side_files``)
     policy: precision by step that is asked for (``qkit.diffusion.policy.PolicyConfig``)
     key_exponents: of the scales of keys (``qkit.transforms.keys``), by block, head and rotary pair
-    ends: the embeddings and the output head, where they are quantized (``planning.ends``); linears are those of blocks
+    ends: what is quantized outside the blocks: embeddings and output head (``planning.ends``), and matrices that the class
+    does not load (``planning.unloaded``); linears are those of blocks
     own_method: why ``export`` is qkit's own method; None where it is not, or was asked for
     fused: linears that engines load as one and that therefore share a scheme and, for NVFP4, a global scale
     """
@@ -215,8 +217,8 @@ def make_plan(
     significant = round(recipe.significant / 100 * sum(p.shape[0] * p.shape[1] for p in linears.values()))
     rows = rows_reason(linears, transforms, significant)
     untied = "rotate" in transforms and bool(structure.tied)
-    ends = end_plans(recipe, structure, untied, rows is not None)
-    skipped.update(skipped_head(structure, ends))
+    ends = end_plans(recipe, structure, untied, rows is not None) | unloaded_plans(recipe, structure)
+    skipped.update(skipped_head(structure, ends) | skipped_unloaded(structure, ends))
     skipped.update(structure.tables)
     skipped = structure.as_copied(skipped)
     skipped.update({name: OUTSIDE_REASON for name in structure.outside if name not in {*skipped, *ends}})

@@ -92,7 +92,8 @@ class Recipe(BaseModel):
     expert_share: a share of all tokens on which every routed expert is measured as well.
     prune_experts: the share of the routed experts of each block that is left out before anything is quantized.
     embeddings, head: the format of the two matrices at the ends of a language model (``planning.ends``), int8 or int4:32;
-    None: they stay as they are. policy: of a diffusion transformer with NVFP4 weights and inputs, precision by step:
+    None: they stay as they are. unloaded: that of matrices that the model's class does not
+    load. policy: of a diffusion transformer with NVFP4 weights and inputs, precision by step:
     {width: 6, skips: 0.25}. engine: "any" lifts the rules of engines that load several layers as one
     (``planning.fused_layers``); the plan then says which will not load the result.
     """
@@ -113,6 +114,7 @@ class Recipe(BaseModel):
     significant: Annotated[float, Field(ge=0, le=MOST_SPARSE)] = 0.0
     rules: tuple[Rule, ...] = ()
     embeddings: str | None = None
+    unloaded: str | None = None
     head: str | None = None
     targets: dict[str, str] = Field(default_factory=dict)
     policy: PolicyConfig | None = None
@@ -283,13 +285,13 @@ def _options_of(solver: str, transforms: tuple[str, ...]) -> Options:
 
 
 def parse_end(text: str, option: str) -> Scheme:
-    """The scheme of the embeddings or the output head, of 'int8', 'int4' or 'int4:32', with the number of weights that share a
+    """The scheme of what is outside the blocks, of 'int8', 'int4' or 'int4:32', with the number of weights that share a
     scale.
 
     Eight bits need one scale a row; narrower ones have the groups of their scheme. Only integers without zero points: engines
     look rows up in no other format. Raises UsageError.
     """
-    if text == AUTO:
+    if text == AUTO and option != "unloaded":
         raise UsageError(f"--{option} {AUTO}: a budget decides it: add --bits, --size or --memory, or name a format")
     name, colon, group = text.strip().lower().partition(":")
     names = [f"int{bits}" for bits in range(2, 9)]
@@ -333,7 +335,7 @@ def make_recipe(data: dict[str, Any], where: str) -> Recipe:
         parse_method(recipe.method)
         for rule in (None, *recipe.rules):
             recipe.resolve(rule)
-        for option in ("embeddings", "head"):
+        for option in ("embeddings", "head", "unloaded"):
             if getattr(recipe, option) is not None:
                 parse_end(getattr(recipe, option), option)
     except ValidationError as e:

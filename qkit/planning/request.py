@@ -44,6 +44,7 @@ class Request:
     rank: int | dict[str, int] | None = None
     significant: float | None = None
     embeddings: str | None = None
+    unloaded: str | None = None
     head: str | None = None
     targets: dict[str, str] | None = None
     effort: str | None = None
@@ -102,6 +103,7 @@ def recipe_of(request: Request) -> Recipe:
         "rank": request.rank,
         "significant": request.significant,
         "embeddings": request.embeddings,
+        "unloaded": request.unloaded,
         "head": request.head,
         "targets": request.targets or None,
         "policy": request.policy or None,

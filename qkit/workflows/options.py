@@ -40,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
         ("scheme", "method", "group_size", "recipe", "outliers", "rank", "significant", "effort", "export")
     ),
     "keep_source": (),
-    **dict.fromkeys(("embeddings", "head")),
+    **dict.fromkeys(("embeddings", "head", "unloaded")),
     "options": (),
     "call": (),
     "policy": (),

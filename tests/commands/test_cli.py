@@ -20,11 +20,11 @@ FLAGS = {
     "quantize": "answers-only base calib calibrate-all-experts call effort embeddings expert-share export group-size head json "
     "keep-job keep-source kv kv-memory kv-scale-keys max-length method model option out outliers overwrite padded policy "
     "prune-experts rank recipe require-revision revision rows-memory samples scheme seed seqlen significant strict "
-    f"synthetic-samples target threads work {BUDGET}",
+    f"synthetic-samples target threads unloaded work {BUDGET}",
     "plan": "answers-only base calib calibrate-all-experts call effort embeddings expert-share explain export figures "
     "group-size head json keep-source kv kv-memory kv-scale-keys max-length method model option out outliers padded policy "
     "prune-experts rank recipe require-revision revision rows-memory samples scheme seed seqlen significant strict "
-    f"synthetic-samples target threads {BUDGET}",
+    f"synthetic-samples target threads unloaded {BUDGET}",
     "profile": "answers-only audit audit-text calib candidates embeddings group-size head json measures method model out "
     "padded pareto "
     "pareto-measure points rows samples seed seqlen threads",

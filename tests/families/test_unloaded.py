@@ -1,0 +1,64 @@
+"""--unloaded: matrices that the model's class does not load, such as heads for multi-token prediction."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import qkit
+from qkit.errors import UsageError
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import sweep_configs
+
+PACKED = ("mtp.layers.0.self_attn.q_proj", "mtp.layers.0.mlp.down_proj", "mtp.fc")
+PLAIN = ("mtp.norm", "mtp.embed_tokens", "mtp.small_proj")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = sweep_configs.save("causal", "stablelm", tmp_path_factory.mktemp("m") / "model")
+    tensors = load_file(folder / "model.safetensors")
+    made = torch.Generator().manual_seed(0)
+    shapes = {PACKED[0]: (64, 128), PACKED[1]: (128, 96), PACKED[2]: (128, 256), PLAIN[0]: (128,), PLAIN[1]: (64, 128)}
+    for name, shape in {**shapes, PLAIN[2]: (4, 128)}.items():
+        tensors[f"{name}.weight"] = torch.randn(shape, generator=made).bfloat16()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_they_are_packed_and_proved_and_the_model_is_the_same(model, tmp_path, run):
+    options = ("--scheme", "w4a16", "--method", "gptq", "--samples", 2, "--seqlen", 16)
+    for name, more in (("without", ()), ("with", ("--unloaded", "int8"))):
+        code, _, err = run("quantize", "--model", model, *options, *more, "--out", tmp_path / name)
+        assert code == 0, err
+    assert run("verify", tmp_path / "with")[0] == 0
+    record = json.loads((tmp_path / "with" / "qkit.json").read_text())
+    assert {n for n in record["linears"] if n.startswith("mtp.")} == set(PACKED)
+    assert {f"{n}.weight" for n in PLAIN} <= set(record["plain"])
+    assert "the model's class does not load it" in record["skipped"]["mtp.embed_tokens"]
+    source, packed, without = (
+        load_file(folder / "model.safetensors") for folder in (model, tmp_path / "with", tmp_path / "without")
+    )
+    assert all(torch.equal(packed[n], t) for n, t in without.items() if n.removesuffix(".weight") not in PACKED)
+    weight, scale = source[f"{PACKED[2]}.weight"].float(), packed[f"{PACKED[2]}.weight_scale"].float()
+    codes = packed[f"{PACKED[2]}.weight_packed"].view(torch.uint8).reshape(weight.shape).float() - 128
+    assert (codes * scale - weight).norm() < 0.02 * weight.norm()
+    tokens = torch.arange(8).view(1, 8) + 10
+    results = [qkit.load(tmp_path / name, dtype=torch.float32)(tokens).logits for name in ("with", "without")]
+    assert torch.equal(*results)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "with", dtype=torch.float32)
+    torch.testing.assert_close(stock(tokens).logits, results[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_without_such_matrices(tmp_path):
+    folder = sweep_configs.save("causal", "stablelm", tmp_path / "model")
+    with pytest.raises(UsageError, match=r"--unloaded int8: .* has no matrix of a linear that its class does not load"):
+        qkit.plan(folder, scheme="w4a16", unloaded="int8")
+    with pytest.raises(UsageError, match="--unloaded auto: expected int2 to int8"):
+        qkit.plan(folder, scheme="w4a16", unloaded="auto")
