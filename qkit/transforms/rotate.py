@@ -49,6 +49,12 @@ def check_rotatable(structure: ModelStructure) -> None:
             f"method rotate needs a model whose blocks read and write one residual stream through RMSNorm; the family "
             f"{structure.family.name} is not declared as such: use smoothquant or awq"
         )
+    left = next((n for n in structure.unloaded if len(structure.checkpoint.tensors[n].shape) == 2), None)
+    if left is not None:
+        raise Unsupported(
+            f"method rotate rotates what every layer reads, and the model's class does not load {left} (and others, perhaps), "
+            "which would be fed rotated values: use smoothquant or awq"
+        )
 
 
 def rotate(state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import qkit
-from qkit.errors import UsageError
+from qkit.errors import Unsupported, UsageError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
@@ -54,6 +54,18 @@ def test_they_are_packed_and_proved_and_the_model_is_the_same(model, tmp_path, r
     assert torch.equal(*results)
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "with", dtype=torch.float32)
     torch.testing.assert_close(stock(tokens).logits, results[0], atol=1e-4, rtol=1e-4)
+
+
+def test_layers_that_would_read_a_rotated_stream_are_not_left_behind(tmp_path):
+    folder = sweep_configs.save("causal", "llama", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {**tensors, "mtp.fc.weight": torch.ones(64, 64).bfloat16()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(Unsupported, match=r"does not load mtp.fc.weight .* which would be fed rotated values"):
+        qkit.plan(folder, scheme="w4a16", method="rotate+gptq")
 
 
 def test_a_model_without_such_matrices(tmp_path):

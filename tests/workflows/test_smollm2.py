@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import qkit
-from qkit.files.embedded import embedded_chats
+from qkit.files.embedded import embedded_chats, embedded_text
 
 FOLDER = Path(os.environ.get("QKIT_SMOLLM2", Path(__file__).parents[3] / "smollm2"))
 WINDOWS = 16
@@ -23,7 +23,13 @@ WINDOWS = 16
 )
 def test_chats_and_quantized_embeddings(tmp_path, run):
     chats = tmp_path / "chat.jsonl"
-    chats.write_bytes(embedded_chats().read_bytes())
+    asked = (  # the embedded chats are too few for 64 samples: others go on with a text
+        {"messages": [{"role": "user", "content": f"Go on: {x[:200]}"}, {"role": "assistant", "content": x[200:]}]}
+        for x in embedded_text("calibration").read_text().split("\n\n")
+        if len(x) > 400
+    )
+    lines = [json.dumps(record) + "\n" for record in asked]
+    chats.write_text(embedded_chats().read_text() + "".join(lines[:200]))
     command = (
         "quantize",
         "--model",
