@@ -136,7 +136,8 @@ def runs_on_text(structure: ModelStructure) -> Iterator[None]:
         if ran_out(e):
             raise
         raise DoesNotRun(
-            f"{structure.checkpoint.path}: transformers cannot run this model on a text: {reason(e)}: {ADVICE}"
+            f"{structure.checkpoint.path}: transformers cannot run this model on a text alone, perhaps because it reads "
+            f"pictures, sound or another model's states ({reason(e)}): {ADVICE}"
         ) from e
 
 
