@@ -31,8 +31,8 @@ def test_it_answers(original):
     ("options", "least"),
     [
         (("--scheme", "w3a16", "--group-size", 64), 80),
-        (("--scheme", "w4a8"), 80),
-        (("--scheme", "w2a16", "--group-size", 64), 25),
+        pytest.param(("--scheme", "w4a8"), 80, marks=pytest.mark.slow),
+        pytest.param(("--scheme", "w2a16", "--group-size", 64), 25, marks=pytest.mark.slow),
     ],
 )
 def test_balanced_quantization(run, original, tmp_path, options, least):
