@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qkit.errors import Unsupported
 from qkit.families.blocks import Streams
-from qkit.families.sharing import text_arguments
+from qkit.families.text_arguments import text_arguments
 from qkit.files.offload import OffloadedTensors
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qkit.calibration.block_calls import Call, NotOneAfterAnother, Passing, mapped, runs_again
 from qkit.calibration.call_values import leaves_of, same_value
 from qkit.errors import Unsupported
-from qkit.families.sharing import text_arguments
+from qkit.families.text_arguments import text_arguments
 
 ADVICE = "use a method without calibration (rtn with a weight-only scheme)"
 

@@ -67,13 +67,8 @@ def show_coverage(prepared: PreparedRequest, console: Console) -> None:
         console.print(
             Text(f"note: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f": {note}")
         )
-    if plan.own_method is not None:
-        console.print(
-            Text(f"note: config.json gets quant_method qkit in place of compressed-tensors: {plan.own_method}"),
-            soft_wrap=True,
-        )
     for note in method_notes(plan, prepared.structure):
-        console.print(f"note: {note}")
+        console.print(Text(f"note: {note}"), soft_wrap=True)
     for understood in () if plan.calibration is None else plan.calibration.summary:
         console.print(Text(f"calibration: {understood}"), soft_wrap=True)
     if plan.calibration is not None and plan.calibration.written:

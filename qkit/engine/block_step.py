@@ -117,7 +117,7 @@ def solve_block(run: Run, step: BlockStep, runner: BlockRunner, rows: Rows, call
     for transform in plan.transforms:
         if TRANSFORMS[transform].stage == "stats":
             progress.start(f"{step.name}, {transform}", len(list(rows.pieces())))
-            request = StatsRequest(hessian=False, ranges=True, expert_share=expert_share(plan.recipe))
+            request = StatsRequest(hessian=False, ranges=True, expert_share=plan.recipe["expert_share"])
             state.stats = runner.capture(state.block.groups, request, progress.step, keep=False)
             TRANSFORMS[transform].apply(state, plan.schemes, plan.seed)
             state.write_back()
@@ -172,16 +172,11 @@ def quantize_inputs(state: BlockState, results: list[LinearResult]) -> list[Any]
     return handles
 
 
-def expert_share(recipe: Mapping[str, Any]) -> float:
-    """Of all tokens, on which every routed expert is measured beside those that are sent to it."""
-    return 1.0 if recipe["calibrate_all_experts"] else float(recipe["expert_share"])
-
-
 def _stats_request(plan: Plan, groups: tuple[LinearGroup, ...]) -> StatsRequest:
     planned = [p for g in groups for x in g.linears if (p := plan.linears.get(x.name))]
     hessian = any(SOLVERS[p.solver].needs_hessian or p.rank for p in planned)
     ranges = not hessian or any(map(has_static, planned))  # either tells the energy of every channel
-    return StatsRequest(hessian, ranges, expert_share(plan.recipe))
+    return StatsRequest(hessian, ranges, plan.recipe["expert_share"])
 
 
 def saved_inputs(run: Run, step: BlockStep, rows: Rows) -> dict[str, Path]:

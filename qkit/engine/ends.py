@@ -1,4 +1,5 @@
-"""The embeddings and the output head of a run, where they are quantized (``planning.ends``).
+"""What a run quantizes outside the blocks: embeddings and output head (``planning.ends``), and matrices that the model's class
+does not load (``planning.unloaded``), which are rounded.
 
 They are a stage of the job after the blocks. Blocks are calibrated on the original embeddings, so their codes are those of a
 run without the options. A head is solved with its real inputs where the recipe's solver looks at inputs: the rows that leave

@@ -33,8 +33,8 @@ from qkit.engine.original_rows import ORIGINAL
 from qkit.errors import Unsupported, write_failure
 from qkit.families.blocks import BlockSequence, BlockStructure, LinearGroup
 from qkit.families.materialize import load_block, load_outer, release, release_outer
-from qkit.families.sharing import text_arguments
 from qkit.families.structure import ModelStructure
+from qkit.families.text_arguments import text_arguments
 from qkit.files.offload import OffloadedTensors
 from qkit.kvcache.argument import is_cache, tensors_within
 from qkit.planning.plan import Plan

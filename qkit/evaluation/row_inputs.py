@@ -16,7 +16,7 @@ from qkit.errors import BadInput, UsageError
 from qkit.evaluation.model_kinds import CLASSES, MASKED, PAIRS, ModelKind
 from qkit.evaluation.rows import Row, read_rows, read_sound, source_of, split_turns
 from qkit.evaluation.text import first_tokens, tokenize
-from qkit.families.sharing import decoder_start
+from qkit.families.text_arguments import decoder_start
 from qkit.files.folder import check_side_files
 from qkit.files.safefile import shown
 from qkit.files.schema import foreign_errors
@@ -94,10 +94,10 @@ class RowReader:
         if row.record.is_chat:
             ids, cut = self._cut(Chats(self.tokenizer).tokens([row.record], False)[0].ids)
             return self._tokens({"input_ids": torch.tensor([ids])}, index, row, cut)
-        given = [row.record.text] if row.second is None else [row.record.text, row.second]
+        texts = [row.record.text] if row.second is None else [row.record.text, row.second]
         with foreign_errors(f"{row.where}: the tokenizer of the model cannot read the text", _ADVICE, BadInput):
-            found = self.tokenizer(*given, truncation=True, max_length=self.length, return_tensors="pt", verbose=False)
-            whole = len(self.tokenizer(*given, verbose=False)["input_ids"])
+            found = self.tokenizer(*texts, truncation=True, max_length=self.length, return_tensors="pt", verbose=False)
+            whole = len(self.tokenizer(*texts, verbose=False)["input_ids"])
         arguments = {k: v for k, v in found.items() if k in self._names and k != "attention_mask"}
         return self._tokens(arguments, index, row, whole > self.length)
 

@@ -29,7 +29,7 @@ from qkit.files.safefile import TensorInfo, shown
 from qkit.files.sources.decoded import DecodedInfo, Parts
 
 _TOKENS = 8  # of the row that shows how many experts a token gets
-Path = tuple[str, ...]  # of keys in config.json
+Keys = tuple[str, ...]  # the place of a value in config.json, key after key
 Kept = dict[str, tuple[int, ...]]  # {module of the experts: those that stay, in their order}
 
 
@@ -46,7 +46,7 @@ class Cut:
     before: int
     left: int
     used: int
-    fields: tuple[Path, ...]
+    fields: tuple[Keys, ...]
     config: dict[str, Any]
     params: dict[str, tuple[str, int]]
 
@@ -160,7 +160,7 @@ def experts_of(structure: ModelStructure) -> Iterator[tuple[BlockStructure, str,
 # ---- what changes --------------------------------------------------------------------------------------------------
 
 
-class _Router(nn.Module):
+class _CountedExperts(nn.Module):
     """Stand-in for routed experts that notes how many each token gets."""
 
     def __init__(self) -> None:
@@ -174,7 +174,7 @@ class _Router(nn.Module):
 
 def _used(model: nn.Module, whole: ModelStructure) -> int:
     """How many experts each token gets, by a run of the whole or of a smaller model without values; 0 where it stops before."""
-    used = _Router()
+    used = _CountedExperts()
     replaced = {path: model.get_submodule(path) for _, path, _ in experts_of(whole)}
     base: Any = getattr(model, "base_model", model)
     try:
@@ -188,7 +188,7 @@ def _used(model: nn.Module, whole: ModelStructure) -> int:
     return used.used
 
 
-def _config(whole: ModelStructure, before: int, left: int, asked: str) -> tuple[tuple[Path, ...], Any, nn.Module]:
+def _config(whole: ModelStructure, before: int, left: int, asked: str) -> tuple[tuple[Keys, ...], Any, nn.Module]:
     """(the fields with the number of experts, config.json with another number in them, the model that it describes)."""
     config, model = whole.checkpoint.config, whole.model
     parsed: Any = model.config
@@ -206,7 +206,7 @@ def _config(whole: ModelStructure, before: int, left: int, asked: str) -> tuple[
     )
 
 
-def _places(node: Any, value: int) -> Iterator[Path]:
+def _places(node: Any, value: int) -> Iterator[Keys]:
     """Yield the places of a number in nested objects."""
     for key, child in node.items():
         if isinstance(child, dict) and key != "quantization_config":
@@ -215,7 +215,7 @@ def _places(node: Any, value: int) -> Iterator[Path]:
             yield (key,)
 
 
-def _with(config: Mapping[str, Any], places: Sequence[Path], value: int) -> dict[str, Any]:
+def _with(config: Mapping[str, Any], places: Sequence[Keys], value: int) -> dict[str, Any]:
     result = copy.deepcopy(dict(config))
     for *outer, leaf in places:
         node = result

@@ -6,9 +6,8 @@ tensor where their inputs are one object. A norm feeds them where that object is
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from qkit.families.blocks import Group
 from qkit.families.matrices import fused_experts, is_norm, matrix_of
+from qkit.families.text_arguments import text_arguments
 
 # Siblings that by these names read one input.
 _SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
@@ -136,38 +136,6 @@ class _Experts(nn.Module):
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return torch.empty_like(hidden)
-
-
-def text_arguments(base: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a model on rows of a text, as it takes them: a decoder behind an encoder reads the text, too, one token
-    later, as it does in training; and the tokens may be its 'inputs', without a name of their own."""
-    tokens = arguments.get("input_ids")
-    accepts = inspect.signature(base.forward).parameters
-    if tokens is not None and "input_ids" not in accepts and getattr(base, "main_input_name", "") == "inputs":
-        return {"inputs": tokens, **{k: v for k, v in arguments.items() if k != "input_ids"}}
-    if tokens is None or "decoder_input_ids" not in accepts or "decoder_input_ids" in arguments or _speaks(base):
-        return dict(arguments)
-    begun = torch.cat([torch.full_like(tokens[:, :1], decoder_start(base.config)), tokens[:, :-1]], 1)
-    return {**arguments, "decoder_input_ids": begun}
-
-
-def _speaks(base: Any) -> bool:
-    """Whether the decoder reads no tokens of a text but others, several at a time: it begins by itself (Dia, which speaks)."""
-    decoder: Any = getattr(base, "get_decoder", lambda: None)()
-    if not hasattr(decoder, "get_input_embeddings"):
-        return False
-    try:
-        return not isinstance(decoder.get_input_embeddings(), nn.Embedding)
-    except NotImplementedError:  # it has no table of tokens
-        return True
-
-
-def decoder_start(config: Any) -> int:
-    """The token that the decoder of a model begins with."""
-    parts = (config, getattr(config, "decoder", None), config.get_text_config(decoder=True))
-    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
-    found = (getattr(part, name, None) for part in parts for name in names)
-    return next((i for i in found if isinstance(i, int)), 0)
 
 
 def run_without_values(model: nn.Module, blocks: Sequence[str]) -> Reads:

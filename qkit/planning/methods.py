@@ -90,10 +90,12 @@ def check_doubled(method: str, transforms: tuple[str, ...], doubled: int) -> Non
 def method_notes(plan: Plan, structure: ModelStructure) -> list[str]:
     """What the methods of a plan make of this model that nobody would expect."""
     notes = [UNTIED] if plan.untied else []
-    asked = next((n for n in ("calibrate_all_experts", "expert_share") if plan.recipe[n]), None)
-    if asked and not any(g.expert is not None for b in structure.every_block for g in b.groups):
-        flag = asked.replace("_", "-")
-        notes.append(f"--{flag} changes nothing: this model has no experts that tokens are sent to")
+    if plan.recipe["expert_share"] and not any(g.expert is not None for b in structure.every_block for g in b.groups):
+        notes.append(
+            "a share of tokens for every expert changes nothing: no router of this model sends tokens to experts"
+        )
+    if plan.own_method is not None:
+        notes.append(f"config.json gets quant_method qkit in place of compressed-tensors: {plan.own_method}")
     scaling = [t for t in plan.transforms if TRANSFORMS[t].stage == "stats" and t != "residual"]
     if not scaling or not structure.is_discovered or structure.family.streams is not None:
         return notes

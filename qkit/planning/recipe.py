@@ -88,8 +88,7 @@ class Recipe(BaseModel):
     16 bits in a sparse part; or {glob: percent}, of which the first that matches decides. rank: of the branch in 16 bits
     that makes up for what rounding took of a layer (``qkit.tensor.lowrank``), 0: none; or {glob: rank}. significant:
     percent of all weights that are put back to their values after quantization, those that the loss depends on most.
-    calibrate_all_experts: every routed expert is measured on all tokens, and not only on those that are sent to it.
-    expert_share: a share of all tokens on which every routed expert is measured as well.
+    expert_share: of all tokens, on which every routed expert is measured beside those that are sent to it; 1: all of them.
     prune_experts: the share of the routed experts of each block that is left out before anything is quantized.
     embeddings, head: the format of the two matrices at the ends of a language model (``planning.ends``), int8 or int4:32;
     None: they stay as they are. unloaded: that of matrices that the model's class does not
@@ -103,7 +102,6 @@ class Recipe(BaseModel):
     method: str = "rtn"
     group_size: int | None = None
     strict: bool = False
-    calibrate_all_experts: bool = False
     expert_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     prune_experts: Annotated[float, Field(ge=0, lt=1)] = 0.0
     export: Literal["compressed-tensors", "qkit"] | None = None

@@ -256,31 +256,6 @@ def _kernel(weights: NumberFormat) -> Iterator[str]:
     yield _CPU_TOO if weights.bits == 4 else _NO_CPU
 
 
-# Found by loading tiny models of 193 types (tools/sweep_models.py). What the others load agrees with qkit.load.
-# Model types whose code in transformers 5.24 reads '.weight' of a linear by itself, which packed linears have not.
-_READS_WEIGHTS = (
-    *(
-        "blt",
-        "falcon",
-        "falcon_mamba",
-        "gpt_bigcode",
-        "longcat_flash",
-        "longt5",
-        "mamba",
-        "mamba2",
-        "modernbert",
-        "modernbert-decoder",
-        "mt5",
-        "nanochat",
-        "neomme",
-        "pop2piano",
-    ),
-    *("recurrent_gemma", "rwkv", "switch_transformers", "t5", "umt5", "xlstm"),
-)
-# Model types whose convolutions or tables transformers joins while it loads, which fails beside a quantizer.
-_JOINS_TENSORS = ("bailing_hybrid", "kimi_linear", "olmo_hybrid", "qwen4_exp", "qwen4_exp_text")
-
-
 def _transformers(
     weights: NumberFormat, activations: NumberFormat | None, packing: str, facts: ModelFacts
 ) -> EngineFit:
@@ -317,10 +292,6 @@ def _transformers_refuses(
         return "it loads NVFP4 experts without their global scales, which makes them wrong: use qkit.load"
     if facts.experts and (packing in ("int-quantized", "mxfp8-quantized") or weights.strategy == "block"):
         return "it has no loader for experts of this scheme: use qkit.load"
-    if facts.model_type in _READS_WEIGHTS and packing.endswith("pack-quantized"):
-        return f"its {facts.model_type} reads the plain weight of a linear, which a packed one has not: use qkit.load"
-    if facts.model_type in _JOINS_TENSORS:
-        return f"it joins tensors of a {facts.model_type} while it loads, which fails beside packed ones: use qkit.load"
     return facts.refusal or None
 
 

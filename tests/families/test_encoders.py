@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 import qkit
 from qkit.families.matrices import ROUTER_REASON, TABLE_REASON
-from qkit.families.sharing import Reads, text_arguments
+from qkit.families.sharing import Reads
+from qkit.families.text_arguments import text_arguments
 from qkit.families.unsaved import unsaved_parameters
-from qkit.tensor.formats import SCHEMES
-from qkit.verification.engines import ModelFacts, engine_fits
-from qkit.workflows.quantize import open_structure
+from qkit.planning.fused_layers import engine_lines_of
+from qkit.planning.request import Request
+from qkit.workflows.quantize import open_structure, prepare
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
@@ -226,8 +227,8 @@ def test_a_count_of_positions_that_is_written_as_a_decimal(tmp_path):
     qkit.plan(model, **RTN)
 
 
-@pytest.mark.parametrize("kind", ["modernbert", "t5", "umt5", "switch_transformers"])
-def test_stock_transformers_is_not_claimed_where_it_reads_weights_by_itself(kind):
-    scheme = SCHEMES["W4A16"]
-    fits = engine_fits(scheme.weights, None, "pack-quantized", facts=ModelFacts(model_type=kind))
-    assert next(f for f in fits if f.engine.startswith("transformers")).loads_as is None
+@pytest.mark.parametrize("kind", ["modernbert:masked", "t5:seq2seq", "umt5:seq2seq", "switch_transformers:seq2seq"])
+def test_stock_transformers_is_not_claimed_where_it_reads_weights_by_itself(kind, tmp_path):
+    prepared = prepare(Request(model=str(sweep_configs.save("encoders", kind, tmp_path / "m")), **RTN))
+    lines = engine_lines_of(prepared.plan, prepared.structure)
+    assert [line.loads for line in lines if line.engine.startswith("transformers")] == [False]
