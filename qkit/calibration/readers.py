@@ -76,7 +76,7 @@ def _json(source: CalibSource, text: str) -> Iterator[Record]:
     first = text.lstrip().split("\n", 1)[0].strip()
     whole = first[:1] == "[" or (first[:1] == "{" and not first.endswith("}"))
     if whole and not _is_line(first):
-        data = _parsed(text, str(path))
+        data = parsed(text, str(path))
         if isinstance(data, dict):
             lists = [v for v in data.values() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)]
             data = lists[0] if len(data) == 1 and lists and "messages" not in data else [data]
@@ -87,7 +87,7 @@ def _json(source: CalibSource, text: str) -> Iterator[Record]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield read_record(_parsed(line, where), where, source.column)
+            yield read_record(parsed(line, where), where, source.column)
 
 
 def _is_line(first: str) -> bool:
@@ -99,7 +99,8 @@ def _is_line(first: str) -> bool:
     return isinstance(data, list) and bool(data) and all(isinstance(x, dict) and "role" in x for x in data)
 
 
-def _parsed(text: str, where: str) -> Any:
+def parsed(text: str, where: str) -> Any:
+    """The JSON of a file, or of a line of it. where: the place, for messages. Raises BadCalibration."""
     try:
         return parse_checked(text.encode("utf-8", "surrogatepass"), where)
     except BadCheckpoint as e:

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from qkit.commands.common import OutFile
 from qkit.commands.verb import Verb
-from qkit.errors import VerifyFailure
+from qkit.errors import UsageError, VerifyFailure
+from qkit.files.folder import read_record
 from qkit.files.safefile import write_atomic
 from qkit.verification.verify import Report, summary, verify
 
@@ -66,6 +67,11 @@ def verify_command(out: Path, job: Path | None, source: Path | None, json_file: 
     Example:
       qkit verify out/tiny-llama-w4a16 --json verify.json
     """
+    if source is not None and (read_record(out) or {}).get("experts") is None:
+        raise UsageError(
+            f"--source {source}: it is for results of --prune-experts, whose experts are compared with the source, and {out} "
+            "is none: leave it out"
+        )
     report = verify(out, job, source)
     if json_file is not None:
         write_atomic(json_file, (json.dumps(report.to_json(), indent=1) + "\n").encode())

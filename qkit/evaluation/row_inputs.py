@@ -109,7 +109,8 @@ class RowReader:
         mask = getattr(self.tokenizer, "mask_token_id", None)
         if mask is None:
             raise UsageError(
-                f"{self.folder}: {self.kind.class_name} fills in masks, and its tokenizer has none: {_ADVICE}"
+                f"{self.folder}: {self.kind.class_name} fills in masks, and its tokenizer has no mask token: set "
+                "mask_token in the tokenizer's files of the original model, and quantize it again"
             )
         special = torch.tensor(sorted(set(self.tokenizer.all_special_ids)))
         places = (~torch.isin(ids[0], special)).nonzero()[:, 0]

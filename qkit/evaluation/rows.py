@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit.calibration.readers import is_plain_text, records_of
+from qkit.calibration.readers import is_plain_text, parsed, records_of
 from qkit.calibration.records import Record, read_record
 from qkit.calibration.sources import CalibSource, parse_source
 from qkit.errors import BadInput
 from qkit.evaluation.sources import is_dataset, text_file, text_name
-from qkit.files.folder import parse_checked
 from qkit.files.text_file import LIMIT, TextFile
 
 _PAIRS = (("source", "target"), ("input", "target"))
@@ -60,6 +59,12 @@ def read_rows(source: CalibSource, limit: int | None) -> list[Row]:
     for group in _json_lines(source.path) if lines else ([Row(r.where, r)] for r in records_of(source).records):
         if limit is not None and len(rows) + len(group) > limit:
             break
+        empty = next(
+            (row for row in group if row.record is not None and not (row.record.is_chat or row.record.text.strip())),
+            None,
+        )
+        if empty is not None:
+            raise BadInput(f"{empty.where}: the text is empty: give a text, or leave the row out")
         rows += [row if row.better is None else _placed(row, len(rows)) for row in group]
     if not rows:
         raise BadInput(f"{source.place}: there is no row: use another file")
@@ -74,10 +79,10 @@ def _json_lines(path: Path) -> Iterator[list[Row]]:
     text, is_all = TextFile(path, "text").text(LIMIT)
     text = text if is_all else text[: text.rfind("\n") + 1]
     if text.lstrip()[:1] == "[":
-        items = ((f"{path}, element {i}", item) for i, item in enumerate(parse_checked(text.encode(), str(path)), 1))
+        items = ((f"{path}, element {i}", item) for i, item in enumerate(parsed(text, str(path)), 1))
     else:
         numbered = ((f"{path}, line {n}", line) for n, line in enumerate(text.splitlines(), 1) if line.strip())
-        items = ((where, parse_checked(line.encode(), where)) for where, line in numbered)
+        items = ((where, parsed(line, where)) for where, line in numbered)
     for where, data in items:
         yield list(_rows_of(data, where, path.parent))
 

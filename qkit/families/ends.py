@@ -47,7 +47,7 @@ def ends_of(structure: ModelStructure, option: str) -> Ends:
     where, model = structure.checkpoint.path, structure.model
     if structure.family.streams is not None or structure.family.encodes:
         raise Unsupported(
-            f"{where}: {option} is for language models, and this is a {structure.family.name}: leave it out"
+            f"{where}: {option} is for language models, and this is a {structure.kind_name}: leave it out"
         )
     embeddings, head = find_ends(structure)
     if embeddings is None or not is_lookup(model.get_submodule(embeddings.path)):

@@ -110,7 +110,7 @@ def without_experts(whole: ModelStructure, share: float) -> PrunedStructure:
     counts = {x.count for _, _, x in experts_of(whole)}
     if not counts:
         raise Unsupported(
-            f"{where}: {asked}: this {whole.family.name} has no routed experts whose outputs qkit knows: leave it out"
+            f"{where}: {asked}: this {whole.kind_name} has no routed experts whose outputs qkit knows: leave it out"
         )
     if len(counts) > 1 or any(len(b.experts) > 1 for b in whole.blocks):
         raise Unsupported(

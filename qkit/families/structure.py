@@ -104,6 +104,11 @@ class ModelStructure:
         """Whether no family declares the model."""
         return self.family.name.startswith(DISCOVERED)
 
+    @property
+    def kind_name(self) -> str:
+        """The family, or of a model that nobody declared its model type, for messages."""
+        return self.family.name.removeprefix(DISCOVERED)
+
     def stored_name(self, name: str) -> str:
         """The checkpoint's name of a module or parameter."""
         return self.names.conversion.stored_name(name)
@@ -144,9 +149,11 @@ class ModelStructure:
 
     @cached_property
     def parts_of_tensors(self) -> frozenset[str]:
-        """Linears that the source stores in one tensor with others, or transposed; a result stores them one by one."""
-        linears = [x for b in self.every_block for x in b.linears if x.expert is not None or x.transposed]
-        return frozenset(x.name for x in linears if f"{x.name}.weight" in self.checkpoint.views)
+        """Linears that the class stores in one tensor with others, or transposed; a result stores them one by one, and so does
+        a source that is a result."""
+        single = {p.stored.removesuffix(".weight") for pieces in self.names.conversion.pieces.values() for p in pieces}
+        linears = (x for b in self.every_block for x in b.linears)
+        return frozenset(x.name for x in linears if x.transposed or (x.expert is not None and x.name not in single))
 
     def is_recorded(self, sequence: BlockSequence) -> bool:
         """Whether the inputs of these blocks are recorded in runs of the whole model, since it is known that they cannot be run

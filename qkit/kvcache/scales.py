@@ -54,7 +54,7 @@ def tensor_names(structure: ModelStructure) -> list[tuple[str, str]]:
     config: Any = structure.model.config
     if not hasattr(config.get_text_config(decoder=True), "num_key_value_heads"):
         raise Unsupported(
-            f"--kv fp8 for a {structure.family.name} model: compressed-tensors needs num_key_value_heads, which its config "
+            f"--kv fp8 for a {structure.kind_name} model: compressed-tensors needs num_key_value_heads, which its config "
             "does not have: leave --kv out"
         )
     names = []
@@ -62,7 +62,7 @@ def tensor_names(structure: ModelStructure) -> list[tuple[str, str]]:
         parents = {x.name.rpartition(".")[0] for x in block.linears if x.name.rpartition(".")[2] in PROJECTIONS}
         if len(parents) != 1:
             raise Unsupported(
-                f"--kv fp8 for a {structure.family.name} model: {structure.stored_name(block.path)} has no attention "
+                f"--kv fp8 for a {structure.kind_name} model: {structure.stored_name(block.path)} has no attention "
                 f"module with k_proj and v_proj, or qkv_proj, where engines look for scales: leave --kv out"
             )
         (parent,) = parents

@@ -159,7 +159,8 @@ class QuantExperts(nn.Module):
     """Routed experts as packed linears, in the place of transformers' fused experts module.
 
     linears: for each expert, the linears that read its input (a gate before what it gates, or one), and its last one
-    fused:   the module that is replaced; its activation, gate, biases and norm stay in use
+    fused:   the module that is replaced; its activation and gate stay in use. It is no part of this one, which has its biases
+             and its norm, where every loader puts their values
     """
 
     def __init__(
@@ -169,13 +170,13 @@ class QuantExperts(nn.Module):
         self.layout = layout
         for name in (layout.first, layout.down):
             setattr(fused, name, None)
-        for name, p in fused.named_parameters(recurse=False):  # loaders find them where they were
+        for name, p in list(fused.named_parameters(recurse=False)):
             self.register_parameter(name, p)
+            setattr(fused, name, None)
         for name, child in fused.named_children():
             self.add_module(name, child)
-        inner: Any = fused
-        inner._is_hf_initialized = True  # transformers would fill in the weights that it has no more
-        self.fused = fused
+        self._is_hf_initialized = True  # transformers would fill in the weights that it has no more
+        self._fused = (fused,)
         self.experts = nn.ModuleList(
             nn.ModuleDict({"first": nn.ModuleList(first), "down": down}) for first, down in linears
         )
@@ -183,30 +184,30 @@ class QuantExperts(nn.Module):
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of expert outputs, [tokens, H]. hidden: [tokens, H]; top_k_index, top_k_weights: [tokens, k]."""
         result = torch.zeros_like(hidden)
-        fused: Any = self.fused
+        fused: Any = self._fused[0]
         for e, expert in enumerate(self.experts):
             token, slot = torch.where(top_k_index == e)
             if not len(token):
                 continue
             parts: Any = expert
             x = hidden[token]
-            inner = gated(fused, self.layout, e, torch.cat([linear(x) for linear in parts["first"]], -1))
+            inner = gated(fused, self.layout, e, torch.cat([linear(x) for linear in parts["first"]], -1), self)
             y = parts["down"](inner)
             if fused.has_bias:
-                y = y + getattr(fused, f"{self.layout.down}_bias")[e]
+                y = y + getattr(self, f"{self.layout.down}_bias")[e]
             if fused.has_post_expert_norm:
                 y = fused.post_expert_norm(y)
             result.index_add_(0, token, (y * top_k_weights[token, slot, None]).to(result.dtype))
         return result
 
 
-def gated(fused: Any, layout: FusedExperts, expert: int, first: Tensor) -> Tensor:
+def gated(fused: Any, layout: FusedExperts, expert: int, first: Tensor, biases: nn.Module | None = None) -> Tensor:
     """What the last linear of an expert reads, [tokens, inner], from the product of its first weight, [tokens, out].
 
-    fused: the experts module of transformers
+    fused: the experts module of transformers; biases: the module that has its biases, None: itself
     """
     if fused.has_bias:
-        first = first + getattr(fused, f"{layout.first}_bias")[expert]
+        first = first + getattr(biases or fused, f"{layout.first}_bias")[expert]
     result: Tensor = fused._apply_gate(first) if fused.has_gate else fused.act_fn(first)
     return result
 

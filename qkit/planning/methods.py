@@ -90,7 +90,9 @@ def check_doubled(method: str, transforms: tuple[str, ...], doubled: int) -> Non
 def method_notes(plan: Plan, structure: ModelStructure) -> list[str]:
     """What the methods of a plan make of this model that nobody would expect."""
     notes = [UNTIED] if plan.untied else []
-    if plan.recipe["expert_share"] and not any(g.expert is not None for b in structure.every_block for g in b.groups):
+    if plan.recipe["expert_share"] and not plan.needs_rows:
+        notes.append("a share of tokens for every expert changes nothing: this method measures nothing")
+    elif plan.recipe["expert_share"] and not any(g.expert is not None for b in structure.every_block for g in b.groups):
         notes.append(
             "a share of tokens for every expert changes nothing: no router of this model sends tokens to experts"
         )

@@ -19,6 +19,7 @@ from qkit.diffusion.policy import BY_STEP, PolicyConfig
 from qkit.errors import Unsupported, UsageError
 from qkit.families.blocks import BlockSequence, BlockStructure, Linear
 from qkit.families.discover import kind_of
+from qkit.families.sharing import guessed_groups
 from qkit.families.structure import ModelStructure
 from qkit.kvcache.scales import tensor_names
 from qkit.planning.ends import end_plans, skipped_head
@@ -225,6 +226,7 @@ def make_plan(
     check_rules(recipe, matched, [*linears, *kept, *skipped])
     named = {*linears, *kept, *skipped}  # the others are copied in one tensor
     fused = tuple(g for g in fused_linears(structure, linears | kept, recipe.engine) if named.issuperset(g))
+    fused += tuple(g.linears for g in guessed_groups([n for n, p in ends.items() if not p.uses]) if len(g.linears) > 1)
     if rows and structure.family.encodes:
         raise Unsupported(
             f"{rows}, and a text encoder is quantized without calibration: use rtn with w8a16, w8a8 or w4a16"

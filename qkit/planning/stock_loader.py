@@ -20,6 +20,8 @@ from qkit.tensor.formats import layout
 if TYPE_CHECKING:
     from qkit.planning.plan import Plan
 
+_ADVICE = "use qkit.load, or --export qkit"
+
 
 def stock_refusal(plan: Plan, structure: ModelStructure) -> str | None:
     """The reason in words; None where none is known. Declared families are known to load, or listed in ``engines``."""
@@ -30,10 +32,10 @@ def stock_refusal(plan: Plan, structure: ModelStructure) -> str | None:
     modules = {x.name: f"{b.path}.{x.owner}" for b in structure.every_block for x in b.linears if x.expert is None}
     reader = _initializer(structure.model, {modules[n] for n in packed if n in modules})
     if reader is not None:
-        return f"its {reader} looks at the weight of a linear while it loads, which a packed one has not: use qkit.load"
+        return f"its {reader} looks at the weight of a linear while it loads, which a packed one has not: {_ADVICE}"
     joined = _conversion(structure, set(layouts), bool(packed), {modules[n] for n in layouts if n in modules})
     if joined is not None:
-        return f"it joins or splits {joined} while it loads, which fails beside packed tensors: use qkit.load"
+        return f"it joins or splits {joined} while it loads, which fails beside packed tensors: {_ADVICE}"
     return None
 
 

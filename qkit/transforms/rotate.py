@@ -47,7 +47,7 @@ def check_rotatable(structure: ModelStructure) -> None:
     if structure.family.rotation is None:
         raise Unsupported(
             f"method rotate needs a model whose blocks read and write one residual stream through RMSNorm; the family "
-            f"{structure.family.name} is not declared as such: use smoothquant or awq"
+            f"{structure.kind_name} is not declared as such: use smoothquant or awq"
         )
     left = next((n for n in structure.unloaded if len(structure.checkpoint.tensors[n].shape) == 2), None)
     if left is not None:

@@ -147,7 +147,8 @@ VLLM = (
 class ModelFacts:
     """Properties of a model, beside the formats of some linears, that decide which engine loads them.
 
-    model_type: of config.json, or of the language model inside; kind: the class of the model
+    model_type: of config.json, or of the language model inside; kind: the class of the model; images: whether it
+    reads images
     experts: whether some of the linears are experts; siglip: whether a SigLIP tower of the model is packed; uses: of a matrix
     outside the blocks, "embeddings", "head" or both
     torn, uneven: of the whole model, the first linears that vLLM loads as one and that have several formats, or rows that
@@ -157,6 +158,7 @@ class ModelFacts:
 
     model_type: str = ""
     kind: str = ""
+    images: bool = False
     experts: bool = False
     siglip: bool = False
     torn: str = ""
@@ -207,7 +209,8 @@ def _vllm(weights: NumberFormat, activations: NumberFormat | None, packing: str,
     if facts.experts and _NO_CPU not in limits:
         limits = [x for x in limits if x != _CPU_TOO]
         limits.append("experts have no kernel for CPUs")
-    if facts.kind and not facts.kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+    decoders = ("ForCausalLM", "LMHeadModel", *(("ForConditionalGeneration",) if facts.images else ()))
+    if facts.kind and not facts.kind.endswith(decoders):
         limits.append(f"whether it has the class {facts.kind} was not checked")
     return EngineFit(_VLLM, row.loads_as, tuple(limits))
 

@@ -122,9 +122,11 @@ def _about(parts: Mapping[str, LinearStorage], skipped: Iterable[str], config: M
     inner = config.get("text_config")
     text = inner if isinstance(inner, Mapping) else config
     kinds = config.get("architectures")
+    kind = str(kinds[0]) if isinstance(kinds, list) and kinds else ""
     return ModelFacts(
         model_type=str(text.get("model_type")),
-        kind=str(kinds[0]) if isinstance(kinds, list) and kinds else "",
+        kind=kind,
+        images="vision_config" in config,
         siglip=holds_siglip(config, parts),
         torn=f"{', '.join(_leaf(n) for n in mixed_group)} of {mixed_group[0].rpartition('.')[0]}"
         if mixed_group

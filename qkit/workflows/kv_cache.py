@@ -171,7 +171,7 @@ def _refuse_unscalable(policy: CachePolicy, structure: ModelStructure) -> None:
         )
     if structure.family.keys is None:
         raise Unsupported(
-            f"--kv-scale-keys: queries and keys of the family {structure.family.name} are not declared as linears of their own "
+            f"--kv-scale-keys: queries and keys of the family {structure.kind_name} are not declared as linears of their own "
             "with rotary embedding: leave the option out"
         )
     part = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)

@@ -129,6 +129,7 @@ def test_list(what, run, tmp_path):
         (["--scheme", "w4a16", "--method", "gptq", "--option", "damp=much"], ("option 'damp'", "expected float")),
         (["--scheme", "w4a16", "--option", "damp"], "expected NAME=VALUE"),
         (["--scheme", "w4a16", "--method", "gptq", "--option", "damp=0.1", "--option", "damp=1"], "is given twice"),
+        (["--scheme", "w4a16", "--calibrate-all-experts", "--expert-share", "0.5"], "exclude each other: use one"),
         (["--scheme", "w4a16", "--group-size", "0"], "group size 0"),
         (["--scheme", "nvfp4", "--group-size", "64"], "fixed scale layout"),
         (["--scheme", "w4a16", "--threads", "0"], "--threads 0"),

@@ -19,6 +19,7 @@ import qkit
 from qkit.commands.eval import eval_command
 from qkit.errors import BadInput, UsageError
 from qkit.evaluation.measure import measure, measure_all
+from qkit.evaluation.metrics import bootstrap_ci
 from qkit.evaluation.model_kinds import model_kind
 from qkit.evaluation.request import EvalRequest
 from qkit.evaluation.row_inputs import longest_row
@@ -121,6 +122,8 @@ def test_embeddings_are_compared_by_cosine_and_neighbours(tmp_path: Path) -> Non
     pairwise = [torch.nn.functional.cosine_similarity(v[:, None], v[None], dim=-1).fill_diagonal_(-2) for v in vectors]
     same = (pairwise[0].argmax(1) == pairwise[1].argmax(1)).double().mean()
     assert found["same_nearest"]["share"] == pytest.approx(float(same))
+    pairs = torch.stack([p[torch.ones(12, 12).triu(1) > 0] for p in pairwise])
+    assert found["similarities"] == pytest.approx(float(torch.corrcoef(pairs)[0, 1]), rel=1e-6)
     assert (found["kind"], found["rows"], found["pooling"], found["cut"]) == ("embeddings", 12, "mean", 0)
     equal = rows_of(baseline, baseline, tmp_path / "texts.jsonl")
     assert equal["cosine"]["mean"] == pytest.approx(1.0) and equal["same_nearest"]["share"] == 1.0
@@ -271,7 +274,10 @@ def test_a_row_of_several_labels(tmp_path: Path) -> None:
     found = rows_of(out, baseline, lines(tmp_path / "rows.jsonl", *({"text": t} for t in texts)))
     given = [torch.cat([m(**TOKENIZER(t, return_tensors="pt")).logits for t in texts]) > 0 for m in (other, model)]
     assert found["kind"] == "labels"
-    assert found["same_class"]["share"] == pytest.approx(float((given[0] == given[1]).double().mean()))
+    same = (given[0] == given[1]).double()
+    assert found["same_class"]["share"] == pytest.approx(float(same.mean()))
+    of_rows = bootstrap_ci(same.mean(1))  # rows are drawn, not labels
+    assert found["same_class"]["ci"] == pytest.approx(of_rows.ends)
 
 
 def test_models_of_one_class_are_compared(tmp_path: Path) -> None:

@@ -75,6 +75,13 @@ def test_experts_that_are_stored_as_one_tensor(tmp_path):
     assert "model.layers.0.mlp.experts.gate_up_proj_bias" in record["plain"]
     assert "it routes tokens" in record["skipped"]["model.layers.0.mlp.router"]
     packed, plain = qkit.load(tmp_path / "out", dtype=torch.float32), qkit.load(model, dtype=torch.float32)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)  # qkit is imported
+    tokens = torch.randint(5, 4000, (2, 24), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(stock(tokens).logits, packed(tokens).logits)
+    again = qkit.plan(
+        tmp_path / "out", scheme="w8a16", method="rtn"
+    )  # of a source that is a result, with the same class
+    assert again.prepared.plan.export == "qkit"
     experts = packed.model.layers[1].mlp.experts
     original = plain.model.layers[1].mlp.experts.gate_up_proj[2].T
     restored = torch.cat([m.weight for m in experts.experts[2]["first"]])

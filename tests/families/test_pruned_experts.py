@@ -207,6 +207,12 @@ def test_verify_compares_every_expert_with_the_source(pruned):
     assert qkit.verify(pruned / "out").checks["experts"] < report.checks["experts"]
 
 
+def test_a_source_is_compared_with_pruned_experts_alone(run, tmp_path):
+    qkit.quantize(tiny_models.make("llama", tmp_path / "m"), out=tmp_path / "out", scheme="w8a16", method="rtn")
+    code, _, err = run("verify", tmp_path / "out", "--source", tmp_path / "m")
+    assert code == 2 and "it is for results of --prune-experts" in err
+
+
 def test_verify_finds_experts_that_are_not_those_of_the_record(pruned, tmp_path):
     def another(experts):
         block = next(iter(experts["blocks"].values()))

@@ -16,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import sweep_configs
 
-PACKED = ("mtp.layers.0.self_attn.q_proj", "mtp.layers.0.mlp.down_proj", "mtp.fc")
+FUSED = tuple(f"mtp.layers.0.{n}" for n in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
+FUSED += tuple(f"mtp.layers.0.{n}" for n in ("mlp.gate_proj", "mlp.up_proj"))  # engines load them as one
+PACKED = (*FUSED, "mtp.layers.0.mlp.down_proj", "mtp.fc")
 PLAIN = ("mtp.norm", "mtp.embed_tokens", "mtp.small_proj")
 
 
@@ -25,7 +27,8 @@ def model(tmp_path_factory):
     folder = sweep_configs.save("causal", "stablelm", tmp_path_factory.mktemp("m") / "model")
     tensors = load_file(folder / "model.safetensors")
     made = torch.Generator().manual_seed(0)
-    shapes = {PACKED[0]: (64, 128), PACKED[1]: (128, 96), PACKED[2]: (128, 256), PLAIN[0]: (128,), PLAIN[1]: (64, 128)}
+    shapes = {n: (96, 128) for n in FUSED} | {PACKED[-2]: (128, 96), PACKED[-1]: (128, 256), PLAIN[0]: (128,)}
+    shapes |= {PLAIN[1]: (64, 128)}
     for name, shape in {**shapes, PLAIN[2]: (4, 128)}.items():
         tensors[f"{name}.weight"] = torch.randn(shape, generator=made).bfloat16()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -46,14 +49,24 @@ def test_they_are_packed_and_proved_and_the_model_is_the_same(model, tmp_path, r
         load_file(folder / "model.safetensors") for folder in (model, tmp_path / "with", tmp_path / "without")
     )
     assert all(torch.equal(packed[n], t) for n, t in without.items() if n.removesuffix(".weight") not in PACKED)
-    weight, scale = source[f"{PACKED[2]}.weight"].float(), packed[f"{PACKED[2]}.weight_scale"].float()
-    codes = packed[f"{PACKED[2]}.weight_packed"].view(torch.uint8).reshape(weight.shape).float() - 128
+    weight, scale = source[f"{PACKED[-1]}.weight"].float(), packed[f"{PACKED[-1]}.weight_scale"].float()
+    codes = packed[f"{PACKED[-1]}.weight_packed"].view(torch.uint8).reshape(weight.shape).float() - 128
     assert (codes * scale - weight).norm() < 0.02 * weight.norm()
     tokens = torch.arange(8).view(1, 8) + 10
     results = [qkit.load(tmp_path / name, dtype=torch.float32)(tokens).logits for name in ("with", "without")]
     assert torch.equal(*results)
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "with", dtype=torch.float32)
     torch.testing.assert_close(stock(tokens).logits, results[0], atol=1e-4, rtol=1e-4)
+
+
+def test_experts_that_lack_their_partners_are_copied(tmp_path):
+    """transformers' tables know experts by such names, wherever they are."""
+    folder = sweep_configs.save("causal", "qwen3_moe", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    lone = "mtp.layers.0.mlp.experts.0.up_proj.weight"
+    save_file({**tensors, lone: torch.ones(64, 64).bfloat16()}, folder / "model.safetensors", metadata={"format": "pt"})
+    qkit.quantize(folder, out=tmp_path / "out", scheme="w4a16", method="rtn")
+    assert load_file(tmp_path / "out" / "model.safetensors")[lone].eq(1).all()
 
 
 def test_layers_that_would_read_a_rotated_stream_are_not_left_behind(tmp_path):

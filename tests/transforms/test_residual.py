@@ -21,7 +21,7 @@ from qkit.nn import ops
 from qkit.nn.layers import QuantLinear
 from qkit.tensor.activations import in_groups, quantize_activations, static_scale
 from qkit.tensor.formats import FORMATS, scheme
-from qkit.tensor.input_transform import InputTransform
+from qkit.tensor.input_transform import InputTransform, hadamard, hadamard_matrix
 from qkit.tensor.qtensor import E2M1, Params, QTensor, dequantize, find_params
 from qkit.tensor.qtensor import quantize as to_codes
 from qkit.transforms.residual import residual_channels
@@ -112,6 +112,15 @@ def test_order_is_a_permutation_and_its_weight_follows():
     assert sorted(inputs.order.tolist()) == list(range(64)) and inputs.order[:3].tolist() == [40, 3, 17]
     assert torch.equal(inputs.back(inputs(x)), x) and torch.equal(inputs.weight_back(inputs.weight(w)), w)
     torch.testing.assert_close(inputs(x) @ inputs.weight(w).T, x @ w.T)
+
+
+def test_a_matrix_that_was_made_without_gradients_is_good_for_them():
+    hadamard_matrix.cache_clear()  # as in a process that measures first and learns after
+    with torch.inference_mode():
+        plain = hadamard(torch.eye(32), 32)
+    x = torch.eye(32, requires_grad=True)
+    hadamard(x, 32).sum().backward()
+    torch.testing.assert_close(x.grad, plain.sum(1).expand(32, 32))
 
 
 def test_more_channels_err_less():

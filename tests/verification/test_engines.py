@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from qkit.tensor.formats import SCHEMES
-from qkit.verification.engines import VLLM, EngineFit, engine_fits
+from qkit.verification.engines import VLLM, EngineFit, ModelFacts, engine_fits
 
 
 def vllm(scheme: str, packing: str, **changes: object) -> EngineFit:
@@ -100,6 +100,29 @@ def test_dense_packings_ask_for_a_newer_transformers_stack():
 def test_own_method_is_for_qkit_alone():
     fits = {fit.engine: fit.loads_as for fit in engine_fits(SCHEMES["W3A16"].weights, None, "pack-quantized", "qkit")}
     assert fits["vLLM"] is None and fits["transformers + compressed-tensors"] is None and fits["qkit"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("LlamaForCausalLM", False),
+        ("GPT2LMHeadModel", False),
+        ("", False),  # not known
+        ("BertForMaskedLM", True),
+        ("Qwen3Model", True),
+        ("BartForConditionalGeneration", True),
+    ],
+)
+def test_a_class_that_does_not_continue_a_text_is_not_claimed_for_vllm(kind, told):
+    fit = engine_fits(SCHEMES["W4A16"].weights, None, "pack-quantized", facts=ModelFacts(kind=kind))[0]
+    assert fit.loads_as and (f"whether it has the class {kind} was not checked" in fit.limits) == told
+    shown = engine_fits(
+        SCHEMES["W4A16"].weights,
+        None,
+        "pack-quantized",
+        facts=ModelFacts(kind="Qwen2VLForConditionalGeneration", images=True),
+    )[0]
+    assert not any("was not checked" in limit for limit in shown.limits)
 
 
 def test_every_scheme_of_qkit_has_an_engine_and_every_row_a_user():

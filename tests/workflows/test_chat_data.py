@@ -159,6 +159,8 @@ def test_the_embedded_data_has_chats_in_the_template(model, tiny):
     assert [s["source"] for s in with_chats.understood] == ["calibration.txt", "chats.jsonl"]
     assert [s["rows"] for s in with_chats.understood] == [20, 4] and with_chats.source.endswith("text and chats")
     assert [s["source"] for s in without.understood] == ["calibration.txt"]
+    for source, line in zip(with_chats.understood, with_chats.summary, strict=True):  # nobody named these files
+        assert line.startswith(f"{source['source']} (comes with qkit): {source['rows']} samples, ")
 
 
 def test_a_template_that_fails_costs_the_chats_alone(tiny, tmp_path):
