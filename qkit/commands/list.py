@@ -90,7 +90,6 @@ def families() -> list[dict[str, Any]]:
             "family": f.name,
             "models": f.note,
             "model_type": ", ".join(f.model_types),
-            "rotate": "yes" if f.rotation else "no",
         }
         for f in DECLARED
     ]

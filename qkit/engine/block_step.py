@@ -20,6 +20,7 @@ from qkit.engine.entry import quantizing_hook
 from qkit.engine.job import Job
 from qkit.engine.learning import learn_block
 from qkit.engine.parts import part_tensors
+from qkit.engine.proof import unproved_groups
 from qkit.engine.solving import LinearResult, solve_groups, uses_inputs
 from qkit.families.blocks import BlockStructure, LinearGroup
 from qkit.families.materialize import load_block
@@ -116,6 +117,8 @@ def solve_block(run: Run, step: BlockStep, runner: BlockRunner, rows: Rows, call
     plan, state, progress = run.plan, step.state, run.progress
     for transform in plan.transforms:
         if TRANSFORMS[transform].stage == "stats":
+            if run.structure.is_discovered and run.structure.family.streams is None:
+                state.unproved |= unproved_groups(state, rows, call)
             progress.start(f"{step.name}, {transform}", len(list(rows.pieces())))
             request = StatsRequest(hessian=False, ranges=True, expert_share=plan.recipe["expert_share"])
             state.stats = runner.capture(state.block.groups, request, progress.step, keep=False)

@@ -11,7 +11,7 @@ from qkit.engine.job import Job
 from qkit.families.structure import ModelStructure
 from qkit.planning.plan import Plan, parts
 from qkit.runtime import loading
-from qkit.transforms.rotate import rotate_outer
+from qkit.transforms.rotate import rotated_parameters
 
 
 def original_model(plan: Plan, structure: ModelStructure, job: Job) -> Any:
@@ -20,10 +20,9 @@ def original_model(plan: Plan, structure: ModelStructure, job: Job) -> Any:
     if not plan.transforms and plan.key_exponents is None:
         return model
     if "rotate" in plan.transforms:
-        rotated = rotate_outer(structure, plan.seed)
-        for module in (structure.family.embeddings, structure.family.final_norm, structure.family.head):
-            value = rotated[structure.stored_name(f"{module}.weight")].float()
-            model.get_submodule(module).weight = nn.Parameter(value, requires_grad=False)
+        for name, value in rotated_parameters(structure, plan.seed).items():
+            module = model.get_submodule(name.rpartition(".")[0])
+            module.weight = nn.Parameter(value.float(), requires_grad=False)
     for index, block in enumerate(parts(plan, structure)):
         module, part_infos = model.get_submodule(block.path), job.part(index)
         weights = {f"{x.name}.weight": x for x in block.linears}

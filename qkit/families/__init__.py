@@ -18,18 +18,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Rotation:
-    """Names of layers for an offline Hadamard rotation of the residual stream (RMSNorm models without biases on it).
+class ResidualStream:
+    """Layers of a block at its residual stream, in running order.
 
-    reads:  linears that read the residual stream, by the norm whose weight is folded into them first
+    reads:  linears that read it, by the norm before them
     writes: linears that write to it
-    value, output: the linear that produces the heads' values and the one that reads them
     """
 
     reads: tuple[tuple[str, tuple[str, ...]], ...]
     writes: tuple[str, ...]
-    value: str
-    output: str
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,7 @@ class Family:
     final_norm: str = "model.norm"
     head: str = "lm_head"
     norm_offset: float = 0.0  # Gemma multiplies by (1 + weight)
-    rotation: Rotation | None = None
-    stream: Rotation | None = None  # the same for a residual stream that cannot be rotated, since images enter it
+    stream: ResidualStream | None = None
     keys: Keys | None = None
     towers: tuple[Tower, ...] = ()  # in the order in which they run
     text_types: tuple[str, ...] = ()  # vision-language: model types of text_config; transformers names its checkpoints

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qkit.errors import BadCheckpoint
-from qkit.families.blocks import BlockStructure, FusedExperts, Group, Linear, LinearGroup, Stack
+from qkit.families.blocks import BlockStructure, FusedExperts, Group, Linear, LinearGroup, Stack, head_width
 from qkit.families.matrices import fused_experts, matrix_of, routes, stacks_of
 from qkit.families.sharing import Reads
 from qkit.families.stored_parameters import StoredParameters
@@ -67,12 +67,31 @@ class BlockBuilder:
             yield LinearGroup(linears, self._as_configured(group), group.linears[0])
 
     def _seen_groups(self, path: str, names: list[str]) -> tuple[Group, ...]:
-        """Groups that a run of the model showed. A norm that several blocks share feeds others, too."""
+        """Groups that a run of the model showed. A norm or a linear that several blocks share feeds others, too."""
         assert self.reads is not None
+        groups = [
+            replace(g, source=g.source or self._fed_by(path, g.linears, names)) for g in self.reads.groups(path, names)
+        ]
         return tuple(
             replace(g, source=None) if g.source and self.names.is_shared(f"{path}.{g.source}.weight") else g
-            for g in self.reads.groups(path, names)
+            for g in groups
         )
+
+    def _fed_by(self, path: str, linears: tuple[str, ...], names: list[str]) -> str | None:
+        """The linear of the block whose outputs these linears read, where nothing else does. names: of all its matrices"""
+        assert self.reads is not None
+        feeds, readers = self.reads.stream.feeds, [f"{path}.{n}.weight" for n in linears]
+        found = [feeds[n] for n in readers if n in feeds]
+        sources = {feed.source for feed in found}
+        name = next(iter(sources), "").removeprefix(f"{path}.").removesuffix(".weight")
+        alone = len(sources) == 1 and [n for n, feed in feeds.items() if feed.source in sources] == readers
+        if not alone or name not in names or not isinstance(self.model.get_submodule(f"{path}.{name}"), nn.Linear):
+            return None
+        outputs = int(self.model.get_parameter(f"{path}.{name}.weight").shape[0])
+        in_heads = len(found[0].channels) != outputs  # heads of values are repeated
+        if in_heads and found[0].head != head_width(self.text_config):
+            return None
+        return name if all(feed.head_pattern(outputs) for feed in found) else None
 
     def _plain_linear(
         self, block: nn.Module, path: str, name: str, outputs: int, inputs: int, transposed: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -173,3 +173,8 @@ class Streams:
 
 
 LANGUAGE = "language"
+
+
+def head_width(config: Any) -> int:
+    """The width of a head of attention, by the config of a language model."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

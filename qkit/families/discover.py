@@ -149,7 +149,9 @@ def _discover(model: nn.Module, model_type: str) -> Family:
             f"{[n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)] or 'none'}: qkit quantizes blocks"
         )
     paths = {n: [f"{n}.{i}" for i, _ in enumerate(model.get_submodule(n).children())] for n in lists}
-    reads = run_without_values(model, [path for found in paths.values() for path in found])
+    names = {id(m): n for n, m in model.named_modules()}
+    embeddings, head = (_name_of(model, f"get_{end}_embeddings", names) for end in ("input", "output"))
+    reads = run_without_values(model, [path for found in paths.values() for path in found], embeddings)
     ran = [n for n, found in paths.items() if any(reads.calls[path] for path in found) or _reads_text(model, reads)]
     main = _main_lists(model, ran or lists)
     others = [n for n in lists if n not in main]
@@ -158,18 +160,23 @@ def _discover(model: nn.Module, model_type: str) -> Family:
         Tower(name, (n,), on_text=unseen or n in ran)
         for n, name in zip(others, _tower_names(others, main[0]), strict=True)
     )
-    names = {id(m): n for n, m in model.named_modules()}
     return Family(
         name=f"{DISCOVERED}{model_type}",
         model_types=(model_type,),
         blocks=tuple(main),
         groups=(),
-        embeddings=_name_of(model, "get_input_embeddings", names),
-        final_norm="",
-        head=_name_of(model, "get_output_embeddings", names),
+        embeddings=embeddings,
+        final_norm=_final_norm(reads, embeddings, head),
+        head=head,
         towers=towers,
         reads=reads,
     )
+
+
+def _final_norm(reads: Reads, embeddings: str, head: str) -> str:
+    """The norm whose output the head reads. A tied head has the matrix of the embeddings."""
+    seen = reads.stream.reads
+    return next((seen[n] for n in (f"{head}.weight", f"{embeddings}.weight") if n in seen), "") if head else ""
 
 
 def _reads_text(model: nn.Module, reads: Reads) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qkit.families import Family, Keys, Rotation
+from qkit.families import Family, Keys, ResidualStream
 from qkit.families.blocks import Group
 
 _ATTENTION = (
@@ -11,14 +11,12 @@ _ATTENTION = (
 )
 _MLP_DOWN = Group(("mlp.down_proj",), source="mlp.up_proj")
 _GATED_MLP = (Group(("mlp.gate_proj", "mlp.up_proj"), source="post_attention_layernorm"), _MLP_DOWN)
-_LLAMA_ROTATION = Rotation(
+_LLAMA_STREAM = ResidualStream(
     reads=(
         ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     ),
     writes=("self_attn.o_proj", "mlp.down_proj"),
-    value="self_attn.v_proj",
-    output="self_attn.o_proj",
 )
 
 LLAMA = Family(
@@ -26,7 +24,7 @@ LLAMA = Family(
     model_types=("llama", "mistral", "qwen2", "qwen3"),
     blocks=("model.layers",),
     groups=(*_ATTENTION, *_GATED_MLP),
-    rotation=_LLAMA_ROTATION,
+    stream=_LLAMA_STREAM,
     keys=Keys(),
     note="Llama, Mistral, Qwen2, Qwen3",
 )

@@ -7,7 +7,7 @@ tensor where their inputs are one object. A norm feeds them where that object is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from qkit.families.blocks import Group
 from qkit.families.matrices import fused_experts, is_norm, matrix_of
+from qkit.families.stream import Stream
+from qkit.families.stream_trace import StreamTrace, tensors_in
 from qkit.families.text_arguments import text_arguments
 
 # Siblings that by these names read one input.
@@ -42,6 +44,7 @@ class Reads:
     calls:   how often each block, matrix and norm ran, in the order of their first calls
     whole:   the run came to its end
     readers: for each tensor, by its id, how many operators read it
+    stream:  how values pass through
     """
 
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -49,6 +52,7 @@ class Reads:
     calls: Counter[str] = field(default_factory=Counter)
     readers: Counter[int] = field(default_factory=Counter)
     whole: bool = False
+    stream: Stream = field(default_factory=Stream)
 
     def groups(self, path: str, names: Sequence[str]) -> list[Group]:
         """Matrices of a block by the tensor that they read, in the order of ``names``.
@@ -100,17 +104,8 @@ class _Readers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") not in _LOOKS:
-            self.reads.readers.update(id(x) for x in _tensors((args, kwargs)))
+            self.reads.readers.update(id(x) for x in tensors_in((args, kwargs)))
         return func(*args, **(kwargs or {}))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested arguments, such as those of torch.cat."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list, dict)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(inner)
 
 
 def guessed_groups(names: Sequence[str]) -> list[Group]:
@@ -138,15 +133,16 @@ class _Experts(nn.Module):
         return torch.empty_like(hidden)
 
 
-def run_without_values(model: nn.Module, blocks: Sequence[str]) -> Reads:
-    """Run a model on the meta device on a short text. blocks: paths of the blocks"""
+def run_without_values(model: nn.Module, blocks: Sequence[str], embeddings: str = "") -> Reads:
+    """Run a model on the meta device on a short text. blocks: paths of the blocks; embeddings: of the table of tokens"""
     reads, replaced = Reads(), {}
     base: Any = getattr(model, "base_model", model)
+    trace = StreamTrace(model, embeddings)
 
     def look(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             reads.calls[name] += 1
-            x = next(_tensors((args, kwargs)), None)
+            x = next(tensors_in((args, kwargs)), None)
             if x is not None:
                 reads.inputs.setdefault(name, []).append(x)
 
@@ -161,9 +157,13 @@ def run_without_values(model: nn.Module, blocks: Sequence[str]) -> Reads:
 
         return hook
 
-    handles = []
+    def ended(*_: Any) -> None:
+        reads.whole = True
+
+    handles = [base.register_forward_hook(ended), *trace.watch(model)]
     for path in blocks:
         block = model.get_submodule(path)
+        handles += trace.watch_block(path, block)
         handles.append(block.register_forward_pre_hook(look(path), with_kwargs=True))
         for name, module in block.named_modules(prefix=path):
             if matrix_of(module):
@@ -173,12 +173,19 @@ def run_without_values(model: nn.Module, blocks: Sequence[str]) -> Reads:
         for experts in fused_experts(block):
             name = f"{path}.{experts.module}"
             replaced[name] = model.get_submodule(name)
-            model.set_submodule(name, _Experts())
+            stand_in = _Experts()
+            model.set_submodule(name, stand_in)
+            bias = hasattr(replaced[name], f"{experts.down}_bias")
+            handles += trace.watch_experts(name, stand_in, experts.first, experts.down, bias)
     try:
-        with torch.inference_mode(), suppress(*_STOPS), _Readers(reads):
-            tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-            base(**text_arguments(base, {"input_ids": tokens}))
-            reads.whole = True
+        for part in (model, base):  # the class may ask for more than its base does
+            with torch.inference_mode(), suppress(*_STOPS), _Readers(reads), trace:
+                tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+                part(**text_arguments(part, {"input_ids": tokens}))
+                reads.whole = True  # some classes do not call their base as a whole
+            if reads.calls or reads.whole:
+                break
+        reads.stream = trace.finish(tuple(blocks), reads.whole)
     finally:
         for handle in handles:
             handle.remove()

@@ -24,7 +24,9 @@ from qkit.families.discover import DISCOVERED, build_skeleton, family_of, kind_o
 from qkit.families.dit_discover import unquantized
 from qkit.families.matrices import SHARED_REASON, TABLE_REASON, matrix_of, reason_of
 from qkit.families.prefixes import under_model_names
+from qkit.families.sharing import run_without_values
 from qkit.families.stored_parameters import StoredParameters, parameter
+from qkit.families.stream import Stream
 from qkit.families.unsaved import unsaved_parameters
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import DENOISER
@@ -108,6 +110,17 @@ class ModelStructure:
     def kind_name(self) -> str:
         """The family, or of a model that nobody declared its model type, for messages."""
         return self.family.name.removeprefix(DISCOVERED)
+
+    @cached_property
+    def paths(self) -> tuple[str, ...]:
+        """Module paths of the blocks of the language model."""
+        return tuple(b.path for b in self.blocks)
+
+    @cached_property
+    def stream(self) -> Stream:
+        """What a run of the skeleton shows of the residual stream."""
+        reads = self.family.reads or run_without_values(self.model, self.paths, self.family.embeddings)
+        return reads.stream
 
     def stored_name(self, name: str) -> str:
         """The checkpoint's name of a module or parameter."""

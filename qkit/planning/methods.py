@@ -107,6 +107,6 @@ def method_notes(plan: Plan, structure: ModelStructure) -> list[str]:
     count = f"{scaled} of {len(plan.linears)} linears are" if scaled else "no linear is"
     have = "which the others do not have" if scaled else "and none has one"
     notes.append(
-        f"{' and '.join(scaling)}: {count} scaled; a scale is folded into a norm that feeds nothing else, {have}"
+        f"{' and '.join(scaling)}: {count} scaled; a scale is folded into a norm or a linear that feeds nothing else, {have}"
     )
     return notes

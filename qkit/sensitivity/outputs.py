@@ -7,7 +7,7 @@ x~ the linear's input as the candidate quantizes it,
   error = sum |(W~ x~ - W x) g|^2 / sum |r g|^2,     sums over sample tokens and channels.
 
 The division of each token by its own norm is left out. Which linears write, and which norm reads next, is what families
-declare (for rotations first): reads and writes of a block alternate there, in running order.
+declare: reads and writes of a block alternate there, in running order.
 
 Of rows with images every token's terms have a weight in both sums: an answer's 1, a piece of an image's r^2, other text's
 0, with r the gradient at images over that at answers, of the block and part that the linear is in (``balance.ratios``, with
@@ -42,7 +42,7 @@ def next_norms(structure: ModelStructure) -> dict[str, str]:
     After the last block that is the final norm. Empty for families that declare no stream.
     """
     family = structure.family
-    stream = family.rotation or family.stream
+    stream = family.stream
     if stream is None:
         return {}
     norms = [norm for norm, _ in stream.reads]

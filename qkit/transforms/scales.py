@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from qkit.calibration.statistics import Stats
-from qkit.families.blocks import LinearGroup
+from qkit.families.blocks import LinearGroup, head_width
 from qkit.tensor.activations import quantize_activations, static_scale
 from qkit.tensor.formats import Scheme
 from qkit.tensor.qtensor import dequantize, find_params, quantize, shared_amax
@@ -136,14 +136,14 @@ def smooth_block(
         at_run_time = group.declared.source is None and state.structure.family.streams is not None
         if scheme is None or chosen or (group.declared.source is None and not at_run_time):
             continue
-        if not state.stats[group.key].tokens or (not at_run_time and _offset(state, group) is None):
+        if not state.stats[group.key].tokens or not (at_run_time or foldable(state, group)):
             continue
         stats, original = state.stats[group.key], state.originals.get(group.key)
         search_stats = stats if original is None or state.distort else original
         weights = [state.weight(linear) for linear in group.linears]
         candidates = candidates_of(weights, search_stats)
         if not at_run_time:
-            candidates = [_shared_heads(state, group, s) for s in candidates]
+            candidates = [shared_heads(state, group, s) for s in candidates]
         reference_inputs = None if original is None else original.sample
         s = search(
             weights, search_stats, scheme, candidates, state.structure.dtype, loss(state, group), reference_inputs
@@ -156,14 +156,13 @@ def smooth_block(
             fold(state, group, s)
 
 
-def _shared_heads(state: BlockState, group: LinearGroup, s: Tensor) -> Tensor:
+def shared_heads(state: BlockState, group: LinearGroup, s: Tensor) -> Tensor:
     """The scale with one value for all heads that read the same value channel (grouped-query attention)."""
     source = _source(state, group)
     if not isinstance(source, nn.Linear) or source.out_features == len(s):
         return s
     repeat = len(s) // source.out_features
-    config: Any = state.structure.text_config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = head_width(state.structure.text_config)
     grouped = s.view(-1, repeat, head)
     return grouped.log().mean(1, keepdim=True).exp().expand_as(grouped).reshape(-1)
 
@@ -197,6 +196,12 @@ def fold(state: BlockState, group: LinearGroup, s: Tensor) -> None:
     for stats in (state.stats, state.originals):
         if group.key in stats:
             stats[group.key] = stats[group.key].divided_by(s)
+
+
+def foldable(state: BlockState, group: LinearGroup) -> bool:
+    """Whether a scale can be folded into the group's source."""
+    has_source = group.declared.source is not None and group.key not in state.unproved
+    return has_source and _offset(state, group) is not None
 
 
 def _offset(state: BlockState, group: LinearGroup) -> float | None:
@@ -240,6 +245,5 @@ def _fold_norm(state: BlockState, norm: nn.Module, s: Tensor, offset: float) -> 
 
 
 def _first_of_each_head_group(state: BlockState, s: Tensor, out: int) -> Tensor:
-    config: Any = state.structure.text_config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = head_width(state.structure.text_config)
     return s.view(-1, len(s) // out, head)[:, 0].reshape(-1)

@@ -26,6 +26,8 @@ class BlockState:
     stats:   {group key: statistics of its inputs}; originals: the same in the original model, where a transform needs it
     distort: ``originals`` is used for reference outputs only
     original_values: {need: value for this block}, from passes of the original model
+    unproved: keys of groups whose source a scale is not folded into: it changed what the block returns
+    exact: nothing is rounded to the checkpoint's dtype, for a proof
     """
 
     structure: ModelStructure
@@ -40,6 +42,8 @@ class BlockState:
     distort: bool = False
     notes: dict[str, dict[str, float]] = field(default_factory=dict)
     original_values: dict[str, Any] = field(default_factory=dict)
+    unproved: set[str] = field(default_factory=set)
+    exact: bool = False
 
     def weight(self, linear: Linear) -> Tensor:
         """The weight after the transforms so far, float32 [out, in]. Callers must not write to it."""
@@ -53,6 +57,8 @@ class BlockState:
 
     def rounded(self, value: Tensor) -> Tensor:
         """A norm's weight or a bias as the file will hold it: rounded to the checkpoint's dtype, in that of the module."""
+        if self.exact:
+            return value
         return value.to(self.structure.dtype).to(next(self.module.parameters()).dtype)
 
     def write_back(self) -> None:

@@ -24,6 +24,7 @@ from qkit.engine.forecast import Forecast, refuse_what_cannot_fit
 from qkit.engine.job import Job
 from qkit.engine.kv_scales import measure_scales
 from qkit.engine.partial_output import Partial
+from qkit.engine.proof import prove_rotation
 from qkit.engine.run import run_blocks
 from qkit.engine.synthetic_rows import synthetic_memory, with_synthetic_rows
 from qkit.errors import IOFailure, Unsupported, UsageError, VerifyFailure
@@ -232,6 +233,8 @@ def quantize(
     check_output_dir(out, source.resolve(), overwrite)
     check_places(request.model, out, work, overwrite)
     refuse_what_cannot_fit(prepared_request.forecast, out, work)
+    if "rotate" in plan.transforms:
+        prove_rotation(whole_of(structure), plan.seed)
     with (
         _told_of_memory(work),
         Job.open(work, job_identity(plan, hashed)) as job,

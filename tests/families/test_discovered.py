@@ -49,13 +49,22 @@ def gpt_oss(folder):
     return saved(config, folder)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3_moe"])
-def test_a_declared_family_that_is_hidden_gives_the_same_bytes(family, tmp_path, monkeypatch):
-    model = tiny_models.make(family, tmp_path / "model")
-    qkit.quantize(model=model, out=tmp_path / "declared", **GPTQ)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("gpt_neox", {}),
+        ("qwen3_moe", {}),
+        ("llama", {"method": "rotate+awq+gptq", "head": "int8"}),
+    ],
+    ids=["llama", "gpt_neox", "qwen3_moe", "llama-rotate+awq+gptq"],
+)
+def test_a_declared_family_that_is_hidden_gives_the_same_bytes(family, options, tmp_path, monkeypatch):
+    model, options = tiny_models.make(family, tmp_path / "model"), GPTQ | options
+    qkit.quantize(model=model, out=tmp_path / "declared", **options)
     monkeypatch.setattr(discover, "DECLARED", ())
     assert open_structure(str(model)).is_discovered
-    qkit.quantize(model=model, out=tmp_path / "hidden", **GPTQ)
+    qkit.quantize(model=model, out=tmp_path / "hidden", **options)
     records = [json.loads((tmp_path / out / "qkit.json").read_text()) for out in ("declared", "hidden")]
     for record in records:
         del record["plan_hash"], record["sum"]  # they cover the name of the family
@@ -188,12 +197,13 @@ def test_a_config_of_another_size_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
-def test_scales_are_folded_into_norms_that_are_seen_to_feed_the_linears(family, tmp_path, monkeypatch):
-    """awq on a hidden family: the norms are found, with what they add to their weight, and the model stays the same one."""
+def test_scales_are_folded_into_what_is_seen_to_feed_the_linears(family, tmp_path, monkeypatch):
+    """awq on a hidden family: the norms and linears are found, with what a norm adds to its weight; the function stays."""
     model = tiny_models.make(family, tmp_path / "model")
+    declared = open_structure(str(model))
     monkeypatch.setattr(discover, "DECLARED", ())
-    group = open_structure(str(model)).blocks[0].groups[0]
-    assert group.declared.source is not None and "norm" in group.declared.source
+    sources = [g.declared.source for g in open_structure(str(model)).blocks[0].groups]
+    assert sources == [g.declared.source for g in declared.blocks[0].groups] and "norm" in (sources[0] or "")
     qkit.quantize(model=model, out=tmp_path / "awq", scheme="w8a16", method="awq", samples=4, seqlen=32)
     plain = load_file(model / "model.safetensors")
     scaled = load_file(tmp_path / "awq" / "model.safetensors")

@@ -1,0 +1,139 @@
+"""Proofs on blocks, before they are used, that a transform leaves the function of a block as it is.
+
+A run of the skeleton shows what reads what (``families.stream``); here blocks with their weights run before and after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkit.calibration.block_calls import Call, OneByOne, Passing, enter_one
+from qkit.calibration.statistics import Rows
+from qkit.engine.discovered_calls import call_options_of, runs_on_text
+from qkit.errors import Unsupported
+from qkit.families.blocks import BlockStructure, LinearGroup
+from qkit.families.materialize import load_block, load_outer, release, release_outer
+from qkit.families.structure import ModelStructure
+from qkit.transforms.rotate import orthogonal, rotate
+from qkit.transforms.scales import fold, foldable, shared_heads
+from qkit.transforms.state import BlockState
+
+_TOKENS = 8
+# Relative differences that rounding explains: in float32; in 16 bits, of what a linear reads, and of what a block returns.
+_CLOSE, _CLOSE_16, _SAME_16 = 1e-3, 2e-2, 5e-2
+
+
+def prove_rotation(structure: ModelStructure, seed: int) -> int:
+    """Run one block of every kind, with its weights in float32, before and after the rotation; how many that were.
+
+    Raises Unsupported where what it returns is not the rotation of what it returned.
+    """
+    stream, kinds = structure.stream, list(_kinds(structure).values())
+    passing = {}
+    for block in structure.blocks:
+        place = stream.places[block.path]
+        out = (None,) * place.count
+        passing[block.index] = Passing(place.argument, place.result, out)
+    vocabulary = structure.model.get_parameter(stream.tables[0]).shape[0]
+    tokens = torch.randint(0, vocabulary, (1, _TOKENS), generator=torch.Generator().manual_seed(seed))
+    load_outer(structure)
+    try:
+        with runs_on_text(structure), torch.inference_mode():
+            sample = {"input_ids": tokens, **call_options_of(structure, None)}
+            hidden, calls = enter_one(structure.model, structure.paths, sample, passing)
+    finally:
+        release_outer(structure)
+    x = hidden.float()
+    q = orthogonal(x.shape[-1], seed)
+    for block in kinds:
+        call = calls[block.index].to(torch.float32)
+        module = load_block(structure, block, torch.float32)
+        with runs_on_text(structure), torch.inference_mode():
+            before = call(module, x) @ q
+            rotate(BlockState(structure=structure, block=block, module=module, exact=True), {}, seed)
+            after = call(module, x @ q)
+        release(module)
+        error = _difference(after, before)
+        if not error < _CLOSE:
+            raise Unsupported(
+                f"method rotate: rotating {block.path} changes what it returns by {error:.1%} (expected: not at all): use "
+                "smoothquant or awq, and please report the model"
+            )
+    return len(kinds)
+
+
+def unproved_groups(state: BlockState, rows: Rows, call: Call | OneByOne) -> set[str]:
+    """Keys of the groups of a block into whose source a scale cannot be folded, as runs of a row show.
+
+    A scale of the source has to divide what the group reads by the same scale, and the block must return what it returned
+    once the group's weights are multiplied by it. Scales are powers of two, which cost no rounding.
+    """
+    groups = [g for g in state.block.groups if foldable(state, g)]
+    row = next((i for i, good in enumerate(rows.good) if good), None)
+    if row is None:
+        return set()
+    span = slice(row, row + 1)
+    hidden = rows.read(row, row + 1)
+    generator = torch.Generator().manual_seed(0)
+    wrong: set[str] = set()
+    for group in groups:
+        powers = torch.randint(-2, 3, (group.linears[0].shape[1],), generator=generator)
+        s = shared_heads(state, group, torch.exp2(powers.float()))
+        with torch.inference_mode(), _restored(state, group):
+            read, returned = _run(state, group, call, hidden, span)
+            scaled = BlockState(structure=state.structure, block=state.block, module=state.module)
+            fold(scaled, group, s)
+            scaled.write_back()
+            read_after, returned_after = _run(state, group, call, hidden, span)
+        divided = len(read) == len(read_after) and all(
+            _difference(b.float() * s, a.float()) < _CLOSE_16 for a, b in zip(read, read_after, strict=True)
+        )
+        if not divided or not _difference(returned_after.float(), returned.float()) < _SAME_16:
+            wrong.add(group.key)
+    return wrong
+
+
+def _run(
+    state: BlockState, group: LinearGroup, call: Call | OneByOne, hidden: Tensor, row: slice
+) -> tuple[list[Tensor], Tensor]:
+    """What the linears of the group read in a run of the block, and what it returns."""
+    read: list[Tensor] = []
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read.append(next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
+
+    handle = state.module.get_submodule(group.hook).register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        return read, call(state.module, hidden, row)
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _restored(state: BlockState, group: LinearGroup) -> Iterator[None]:
+    """Give the modules that a fold rewrites their weights back at the end."""
+    paths = {group.declared.source, *(x.owner for x in group.linears), *group.declared.also}
+    parameters = [p for path in paths if path is not None for p in state.module.get_submodule(path).parameters()]
+    before = [p.data.clone() for p in parameters]
+    try:
+        yield
+    finally:
+        for p, values in zip(parameters, before, strict=True):
+            p.data = values
+
+
+def _kinds(structure: ModelStructure) -> dict[str, BlockStructure]:
+    """One block of every kind: those with the same modules are alike."""
+    found: dict[str, BlockStructure] = {}
+    for block in structure.blocks:
+        found.setdefault(str(structure.model.get_submodule(block.path)), block)
+    return found
+
+
+def _difference(after: Tensor, before: Tensor) -> float:
+    return float((after - before).norm() / before.norm())

@@ -1,0 +1,212 @@
+"""What a run of a skeleton shows of the residual stream, and rotations and scales of models that nobody declared."""
+
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import logits, relative
+from torch import nn
+
+import qkit
+from qkit.engine import block_step
+from qkit.engine.proof import prove_rotation, unproved_groups
+from qkit.errors import Unsupported
+from qkit.families.materialize import load_block, release
+from qkit.families.stream import Stream
+from qkit.families.stream_trace import StreamTrace
+from qkit.transforms.rotate import check_rotatable, rotate, rotated_parameters
+from qkit.transforms.state import BlockState
+from qkit.workflows.quantize import open_structure
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import sweep_configs
+
+ROTATED = [
+    "granite",
+    "gemma",
+    "gpt_oss",
+    "granitemoe",
+    "llama4_text",
+    "qwen3_next",
+    "falcon_h1",
+    "phi3",
+    "nanochat",
+    "mamba2",
+]
+TOKENS = torch.randint(5, 60, (2, 16), generator=torch.Generator().manual_seed(3))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+class Block(nn.Module):
+    """One block and its head; ``step`` is what happens between the block's norm and the sum."""
+
+    def __init__(self, step) -> None:
+        super().__init__()
+        self.table, self.norm, self.up, self.down = nn.Embedding(16, 8), RMSNorm(), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.last, self.head, self.step = RMSNorm(), nn.Linear(8, 16), step
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        return self.head(self.last(self.step(self, x)))
+
+
+def watched(step) -> Stream:
+    """What the trace finds."""
+    with torch.device("meta"):
+        model = Block(step)
+    trace = StreamTrace(model, "table")
+    handles = trace.watch(model)
+    with torch.inference_mode(), trace:
+        model(torch.zeros(1, 4, dtype=torch.long, device="meta"))
+    for handle in handles:
+        handle.remove()
+    return trace.finish((), True)
+
+
+def test_what_reads_and_writes_the_stream():
+    found = watched(lambda m, x: x + m.down(torch.nn.functional.relu(m.up(m.norm(x)))) * 0.5)
+    assert found.against == "" and found.tables == ["table.weight"]
+    assert found.reads == {"up.weight": "norm", "head.weight": "last"}
+    assert found.writes == {"down.weight": "down.bias"}
+    assert found.offsets == {"norm": 0.0, "last": 0.0}
+    assert {k: f.source for k, f in found.feeds.items()} == {"down.weight": "up.weight"}
+    assert found.feeds["down.weight"].head_pattern(12) and not found.feeds["down.weight"].mixes
+
+
+def _written_into(m, x):
+    h = m.norm(x).clone()
+    h[..., :2] = 0
+    return x + m.down(m.up(h))
+
+
+def _used_twice(m, x):
+    y = m.down(m.up(m.norm(x)))
+    return x + y + m.down(m.up(m.norm(y)))
+
+
+@pytest.mark.parametrize(
+    ("step", "why"),
+    [
+        (lambda m, x: x + m.last(m.down(m.up(m.norm(x)))), "a sum with something that no linear layer writes"),
+        (lambda m, x: x * m.norm.weight + m.down(m.up(m.norm(x))), "operator mul reads the residual stream"),
+        (lambda m, x: x + m.down(m.up(m.norm(x) * m.norm.weight)), "operator mul reads what leaves norm"),
+        (lambda m, x: x.flip(-1) + m.down(m.up(m.norm(x))), "operator flip reads the residual stream"),
+        (_written_into, "operator setitem reads what leaves norm"),
+        (_used_twice, "read elsewhere, too|multiplies more than once|reads what leaves"),
+        (lambda m, x: m.norm(x) + m.down(m.up(m.norm(x))), "a sum .* reads what leaves norm"),
+        (lambda m, x: torch.relu(x + m.down(m.up(m.norm(x)))), "operator relu reads the residual stream"),
+    ],
+)
+def test_what_a_rotation_would_change_is_seen(step, why):
+    found = watched(step)
+    assert found.against and re.search(why, found.against)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda m, x: x + m.down(torch.nn.functional.gelu(m.up(m.norm(x)))),
+        lambda m, x: x + m.down(m.up(m.norm(x)).clamp(max=1)),
+        lambda m, x: x + m.down((h := m.up(m.norm(x))) * h),
+        lambda m, x: x + m.down(m.up(m.norm(x)) + 1),
+    ],
+)
+def test_a_scale_passes_through_nothing_but_products(step):
+    assert not watched(step).feeds
+
+
+def test_heads_of_values_are_followed_through_attention(tmp_path):
+    """Values of two heads, each read by two heads of the output."""
+    sweep_configs.save("causal", "granite", tmp_path)
+    structure = open_structure(str(tmp_path))
+    stream = structure.stream.of(structure.blocks[0].path)
+    config = structure.model.config
+    assert config.num_key_value_heads < config.num_attention_heads
+    head = config.hidden_size // config.num_attention_heads
+    assert stream.values == ("self_attn.v_proj.weight", "self_attn.o_proj.weight", head)
+    sources = {g.declared.linears: g.declared.source for g in structure.blocks[0].groups}
+    assert sources[("self_attn.o_proj",)] == "self_attn.v_proj" and sources[("mlp.down_proj",)] == "mlp.up_proj"
+
+
+def rotated(folder):
+    """The model in float32 with rotated weights, and the plain one."""
+    structure = open_structure(str(folder))
+    check_rotatable(structure)
+    kind = type(structure.model)
+    model, plain = (kind.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2))
+    with torch.no_grad():
+        for block in structure.blocks:
+            state = BlockState(structure=structure, block=block, module=load_block(structure, block, torch.float32))
+            rotate(state, {}, 0)
+            model.get_submodule(block.path).load_state_dict(state.module.state_dict())
+            release(state.module)
+        for name, value in rotated_parameters(structure, 0).items():
+            model.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(value)
+    return structure, model, plain
+
+
+@pytest.mark.parametrize("name", ROTATED)
+def test_a_rotation_of_a_model_that_nobody_declared_changes_nothing(name, tmp_path):
+    """Factors of the stream, (1 + weight), routers, transposed experts with biases, hybrids, fused q/k/v."""
+    sweep_configs.save("causal", name, tmp_path, torch.float32)
+    structure, model, plain = rotated(tmp_path)
+    assert relative(logits(model, TOKENS), logits(plain, TOKENS)) < 2e-5
+    assert prove_rotation(structure, 0) >= 1
+
+
+def test_the_proof_finds_a_layer_that_was_forgotten(tmp_path):
+    sweep_configs.save("causal", "granite", tmp_path)
+    structure = open_structure(str(tmp_path))
+    del structure.stream.reads["model.layers.0.mlp.up_proj.weight"]
+    with pytest.raises(Unsupported, match=r"rotating model.layers.0 changes what it returns by .*expected: not at all"):
+        prove_rotation(structure, 0)
+
+
+def test_a_rotated_mixture_of_experts_is_packed_and_loads(tmp_path):
+    model = sweep_configs.save("causal", "gpt_oss", tmp_path / "model")
+    qkit.quantize(model=model, out=tmp_path / "out", scheme="w8a16", method="rotate+rtn")
+    packed, plain = (qkit.load(path, dtype=torch.float32) for path in (tmp_path / "out", model))
+    assert relative(logits(packed, TOKENS), logits(plain, TOKENS)) < 0.05
+
+
+def test_a_source_that_does_not_feed_a_group_is_not_scaled(tmp_path, monkeypatch):
+    """A wrong source is found on the block, before a scale is folded into it, and the function stays."""
+    model = sweep_configs.save("causal", "granite", tmp_path / "model")
+    wrong, found = {"self_attn.o_proj": "self_attn.k_proj", "mlp.down_proj": "mlp.gate_proj"}, []
+
+    def misled(state, rows, call):
+        groups = tuple(
+            replace(g, declared=replace(g.declared, source=wrong.get(g.linears[0].owner, g.declared.source)))
+            for g in state.block.groups
+        )
+        state.block = replace(state.block, groups=groups)
+        found.append(unproved_groups(state, rows, call))
+        return found[-1]
+
+    monkeypatch.setattr(block_step, "unproved_groups", misled)
+    errors = {}
+    for method in ("rtn", "awq"):
+        out = tmp_path / method
+        qkit.quantize(model=model, out=out, scheme="w8a16", method=method, samples=4, seqlen=32)
+        packed, plain = (qkit.load(path, dtype=torch.float32) for path in (out, model))
+        errors[method] = relative(logits(packed, TOKENS), logits(plain, TOKENS))
+    assert len(found) == 4 and all({n.rpartition(".")[2] for n in keys} == {"o_proj", "down_proj"} for keys in found)
+    assert errors["awq"] < 1.2 * errors["rtn"]
+
+
+def test_values_that_enter_the_stream_elsewhere_keep_it_from_being_rotated(tmp_path):
+    sweep_configs.save("image-text", "gemma3", tmp_path)
+    with pytest.raises(Unsupported, match=r"in gemma3.*, values of the vision enter the stream"):
+        check_rotatable(open_structure(str(tmp_path)))
