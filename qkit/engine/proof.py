@@ -83,8 +83,8 @@ def unproved_groups(state: BlockState, rows: Rows, call: Call | OneByOne) -> set
     wrong: set[str] = set()
     for group in groups:
         powers = torch.randint(-2, 3, (group.linears[0].shape[1],), generator=generator)
-        s = shared_heads(state, group, torch.exp2(powers.float()))
-        with torch.inference_mode(), _restored(state, group):
+        s = torch.exp2(shared_heads(state, group, torch.exp2(powers.float())).log2().round())
+        with torch.no_grad(), _restored(state, group):
             read, returned = _run(state, group, call, hidden, span)
             scaled = BlockState(structure=state.structure, block=state.block, module=state.module)
             fold(scaled, group, s)
