@@ -18,6 +18,7 @@ from runs import Bomb, contents, in_child, killed, killed_after
 
 from qkit.engine.job import Job, finished_blocks
 from qkit.errors import BadInput, JobConflict, UsageError
+from qkit.files.safefile import save_tensors
 from qkit.workflows.quantize import Request, quantize
 
 BLOCKS = 4
@@ -257,6 +258,18 @@ def test_a_job_that_committed_nothing_is_replaced(tmp_path):
         job.commit(0, {}, {}, None)
     with pytest.raises(JobConflict, match="plan is 2 there and 3 now"), Job.open(work, {"plan": 3}):
         pass
+
+
+def test_the_header_of_a_committed_part_is_read_once(tmp_path):
+    """The export asks for it with every linear, each time for thousands of tensors where a block has many experts."""
+    with Job.open(tmp_path / "job", {"plan": 1}) as job:
+        for index in range(6):
+            save_tensors(job.part_path(index), {"before": torch.zeros(1)})
+            assert list(job.part(index)) == ["before"]
+            job.commit(index, {f"x{index}": torch.zeros(index + 1)}, {}, None)
+        for index in (0, 1, 5, 4, 3, 2, 0):
+            found = job.part(index)
+            assert {n: i.shape for n, i in found.items()} == {f"x{index}": (index + 1,)} and job.part(index) is found
 
 
 def test_another_model_or_text_is_refused(request_, tiny, tmp_path):
