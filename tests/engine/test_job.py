@@ -189,16 +189,17 @@ def test_two_runs_are_identical(family, scheme, method, sparse, tiny, calib, tmp
 # ---- signals ---------------------------------------------------------------------------------------------------
 
 
-def command(request: Request, out: Path) -> list[str]:
+def arguments(request: Request, out: Path) -> list[str]:
     options = ["--scheme", request.scheme, "--method", request.method, "--group-size", request.group_size]
     options += ["--calib", request.calib, "--samples", request.samples, "--seqlen", request.seqlen]
     options += ["--model", request.model, "--seed", request.seed, "--threads", 1, "--out", out]
-    return [sys.executable, "-c", "from qkit.commands import main; main()", "quantize", *map(str, options)]
+    return ["quantize", *map(str, options)]
 
 
-def test_sigterm_stops_at_a_safe_place(request_, undisturbed, tmp_path):
+def test_sigterm_stops_at_a_safe_place(request_, undisturbed, run, tmp_path):
     out = tmp_path / "out"
-    process = subprocess.Popen(command(request_, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program = [sys.executable, "-c", "from qkit.commands import main; main()", *arguments(request_, out)]
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     job = tmp_path / "out.job" / "job.json"
     deadline = time.monotonic() + 60
     while not job.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -209,9 +210,9 @@ def test_sigterm_stops_at_a_safe_place(request_, undisturbed, tmp_path):
     assert "stopped by SIGTERM" in said and "Continue with: qkit quantize --scheme w4a16" in said
     assert "Traceback" not in said and not out.exists()
     done = finished_blocks(tmp_path / "out.job")
-    again = subprocess.run(command(request_, out), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert (f"{done} blocks were finished earlier" in again.stdout) == (done > 0)
+    code, said, err = run(*arguments(request_, out))
+    assert code == 0, err
+    assert (f"{done} blocks were finished earlier" in said) == (done > 0)
     assert finished_blocks(tmp_path / "out.job") == 0  # it is done, and nothing would be gone on from
     assert contents(out) == undisturbed
 
