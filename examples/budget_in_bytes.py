@@ -13,7 +13,7 @@ import qkit
 def main(folder: Path) -> None:
     calibration = {"samples": 16, "seqlen": 128}
     profile = folder / "profile"
-    qkit.profile("tiny-llama", candidates="int3,int4,int8", measures=["kl"], rows=4, out=profile, **calibration)
+    qkit.profile("tiny-llama", candidates="int3,int4,int8", measures=["kl"], rows=2, out=profile, **calibration)
 
     budget = {"size": "5.2MB", "method": "gptq", "profile": profile, "out": folder / "mixed", **calibration}
     forecast = qkit.plan("tiny-llama", **budget)

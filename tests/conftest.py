@@ -1,5 +1,6 @@
 """Fixtures that several test files share: a short calibration text, and tiny models made once a session."""
 
+import gc
 import os
 import socket
 from pathlib import Path
@@ -18,6 +19,17 @@ from qkit.commands import main
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not look at half a million objects again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Libraries report what is not freed at the end."""
+    gc.unfreeze()
 
 
 class Quiet:

@@ -1,4 +1,4 @@
-"""Runs chat templates of model folders in a process of its own, limited to 5 s and 512 MB.
+"""Runs chat templates of model folders in a process of their own, limited to 5 s a text and 512 MB.
 
 A chat template is a program. jinja's sandbox keeps it from reaching files, but not from an endless loop or a string that grows.
 The text that the process wrote comes back as a constant template, so the processor uses it in place of its own.
@@ -9,10 +9,11 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from qkit.errors import BadCalibration
-from qkit.system.confined import SECONDS, Exceeded, Failed, confined
+from qkit.system.confined import SECONDS, Exceeded, Failed, confined, confined_each
 
 _BEFORE, _AFTER = "{{ ", " }}"
 # Templates that write today's date would give other rows tomorrow, and a job that was stopped could not go on.
@@ -29,15 +30,33 @@ def rendered(processor: Any, messages: list[dict[str, Any]], prompt: bool, templ
     prompt: add the beginning of the answer. Raises Exceeded where the template exceeds the limits, TemplateFailure where it
     raises an exception.
     """
+    outcome = rendered_each(processor, [(messages, prompt)], template)[0]
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def rendered_each(
+    processor: Any, asked: Sequence[tuple[list[dict[str, Any]], bool]], template: str | None = None
+) -> list[str | TemplateFailure | Exceeded]:
+    """What ``rendered`` returns or raises for each of these messages and prompts, all in one confined process.
+
+    The first that exceeds a limit is the last of the list.
+    """
     options = {} if template is None else {"chat_template": template}
 
-    def write() -> str:
+    def write(messages: list[dict[str, Any]], prompt: bool) -> str:
         return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **options))
 
-    try:
-        return _BEFORE + ascii(confined(write)) + _AFTER
-    except Failed as e:
-        raise TemplateFailure(str(e) or e.kind) from e
+    found: list[str | TemplateFailure | Exceeded] = []
+    for outcome in confined_each([partial(write, *one) for one in asked]):
+        if isinstance(outcome, Exceeded):
+            found.append(outcome)
+        elif isinstance(outcome, Failed):
+            found.append(TemplateFailure(str(outcome) or outcome.kind))
+        else:
+            found.append(_BEFORE + ascii(outcome) + _AFTER)
+    return found
 
 
 def written(constant: str) -> str:

@@ -13,7 +13,7 @@ image), answer (scored by the training loss, the end of the answer included), te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain, count, islice
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit.calibration.chat_templates import TemplateFailure, rendered, written
+from qkit.calibration.chat_templates import TemplateFailure, rendered_each, written
 from qkit.calibration.dataset import KINDS, Calibration, digest_of, read_text
 from qkit.calibration.options import DRAWN
 from qkit.calibration.readers import load_dataset
@@ -257,8 +257,10 @@ def image_text_rows(samples: list[ImageText], processor: Any, image_tokens: set[
     Raises BadCalibration for a chat template that has no slot for images, or that leaves the answer out.
     """
     inputs, prompts = [], []
+    asked = [(sample, answered) for sample in samples for answered in (True, False)]
+    encoded = _encoded(asked, processor)
     for sample in samples:
-        row, prompt = _row(sample, processor)
+        row, prompt = _row(next(encoded), next(encoded))
         ids = row["input_ids"][0]
         if (sample.images or sample.frames) and not any(int(i) in image_tokens for i in ids):
             raise BadCalibration(f"{sample.where}: {_NO_PLACE}")
@@ -294,23 +296,44 @@ def rows_of(inputs: list[dict[str, Tensor]], prompts: list[int], image_tokens: s
 
 def encode(sample: ImageText, processor: Any, answered: bool) -> dict[str, Tensor]:
     """Arguments of the model for a question. answered: with the answer and its end, else up to the beginning of the answer."""
+    return next(_encoded([(sample, answered)], processor))
+
+
+def _encoded(asked: Sequence[tuple[ImageText, bool]], processor: Any) -> Iterator[dict[str, Tensor]]:
+    """``encode`` of each sample; the chat template writes all texts first."""
+    messages = [_messages(sample, answered) for sample, answered in asked]
+    answers = [answered for _, answered in asked]
+    templates = rendered_each(processor, [(m, not a) for m, a in zip(messages, answers, strict=True)])
+    for (sample, _), turns, template in zip(asked, messages, templates, strict=False):  # one over a limit ends them
+        yield _encode_with(template, sample, turns, processor)
+
+
+def _messages(sample: ImageText, answered: bool) -> list[dict[str, Any]]:
     slots: list[dict[str, Any]] = [{"type": "image", "image": i} for i in sample.images]
     slots += [{"type": "video", "video": list(sample.frames)}] if sample.frames else []
     messages = [{"role": "user", "content": [*slots, {"type": "text", "text": sample.question}]}]
     if answered:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": sample.answer}]})
+    return messages
+
+
+def _encode_with(
+    template: str | Exception, sample: ImageText, messages: list[dict[str, Any]], processor: Any
+) -> dict[str, Tensor]:
+    """template: constant, or what came of the model's own."""
     options = {"processor_kwargs": {"do_sample_frames": False}} if sample.frames else {}
     try:
-        constant = rendered(processor, messages, not answered)
+        if isinstance(template, Exception):
+            raise template
         encoding = processor.apply_chat_template(
-            messages, chat_template=constant, tokenize=True, return_dict=True, return_tensors="pt", **options
+            messages, chat_template=template, tokenize=True, return_dict=True, return_tensors="pt", **options
         )
     except Exceeded as e:
         raise BadCalibration(
             f"{sample.where}: the chat template of the model needs {e} for this sample: download the template again"
         ) from e
     except (TemplateFailure, ValueError, TypeError, ImportError) as e:
-        if not isinstance(e, TemplateFailure) and not _has_place(processor, constant):
+        if not isinstance(template, Exception) and not _has_place(processor, template):
             raise BadCalibration(f"{sample.where}: {_NO_PLACE}") from e
         reason = str(e).strip().partition("\n")[0]
         raise BadCalibration(f"{sample.where}: the model's processor and chat template refuse it: {reason}") from e
@@ -323,9 +346,8 @@ def _has_place(processor: Any, constant: str) -> bool:
     return token is None or token in written(constant)
 
 
-def _row(sample: ImageText, processor: Any) -> tuple[dict[str, Tensor], int]:
+def _row(answered: dict[str, Tensor], unanswered: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
     """Arguments of the model, and the number of tokens before the answer."""
-    answered, unanswered = encode(sample, processor, True), encode(sample, processor, False)
     ids, prompt_ids = answered["input_ids"][0], unanswered["input_ids"][0]
     prompt_length = int((ids[: len(prompt_ids)] == prompt_ids[: len(ids)]).cumprod(0).sum())
     if bool(answered["attention_mask"].all()):

@@ -52,6 +52,8 @@ WHOLE = "whole"  # the stage that learns the codes of all linears together
 _BESIDE = (*sparse.PIECES, *lowrank.PIECES)
 PIECES = ("codes", "scale", "zero", "global_scale", "input_scale", "original", SCALE, RESIDUAL, *_BESIDE)
 
+_HEADERS = 4  # of parts, kept at a time: of a block, and of the stages after the last
+
 
 def finished_blocks(path: Path) -> int:
     """Number of committed blocks in a job folder; 0 where there is none, or the job is done."""
@@ -66,6 +68,7 @@ class Job:
         self.path = path
         self.identity = identity
         self.entries: dict[int, dict[str, Any]] = {}
+        self._headers: dict[int, dict[str, TensorInfo]] = {}  # of the parts that were read last
 
     @classmethod
     @contextmanager
@@ -206,12 +209,21 @@ class Job:
         if index == 0:
             sync_dir(self.path)
         self.entries[index] = record
+        self._headers.pop(index, None)
         for original in (False, True):
             self.rows_path(index, original).unlink(missing_ok=True)
 
     def part(self, index: int) -> dict[str, TensorInfo]:
-        """{name: header} of the tensors in a block's part."""
-        return read_header(self.part_path(index))
+        """{name: header} of the tensors in a block's part.
+
+        It is asked for with every linear, and a block of many experts has thousands of tensors: those of a committed part,
+        which stays as it is, are read once."""
+        header = self._headers.get(index)
+        if header is None:
+            header = read_header(self.part_path(index))
+            if index in self.entries:
+                self._headers = {**dict(list(self._headers.items())[1 - _HEADERS :]), index: header}
+        return header
 
     def read(self, info: TensorInfo) -> Tensor:
         with torch.inference_mode():

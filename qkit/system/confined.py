@@ -14,7 +14,7 @@ import select
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -39,6 +39,20 @@ def confined(work: Callable[[], Any], seconds: float = SECONDS, memory: int = BY
 
     memory: bytes beyond what this process has already; where the system cannot limit them, time alone is limited.
     """
+    outcome = confined_each([work], seconds, memory)[0]
+    if isinstance(outcome, (Exceeded, Failed)):
+        raise outcome
+    return outcome
+
+
+def confined_each(works: Sequence[Callable[[], Any]], seconds: float = SECONDS, memory: int = BYTES) -> list[Any]:
+    """What each of these returns, as JSON can carry it, or the Failed that it raised; all in one copy of this process, since
+    copying a large one takes longer than most work does. The first that exceeds a limit is the last, with an Exceeded.
+
+    seconds: for each of them; memory: as above, for all together
+    """
+    if not works:
+        return []
     receive, send = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter(
@@ -46,67 +60,88 @@ def confined(work: Callable[[], Any], seconds: float = SECONDS, memory: int = BY
         )  # about a fork beside threads: the copy waits for none of their locks
         child = os.fork()
     if child == 0:
-        _serve(work, send, seconds, memory)
+        _serve(works, send, seconds, memory)
     os.close(send)
+    outcomes: list[Any] = []
     try:
-        answer = _received(receive, time.monotonic() + seconds, seconds, memory)
+        for answer in _received(receive, len(works), seconds, memory):
+            outcomes.append(_outcome(answer, memory))
+            if isinstance(outcomes[-1], Exceeded):
+                break
+    except Exceeded as e:
+        outcomes.append(e)
     finally:
         os.close(receive)
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    if not answer:  # ended by the system, for its memory or its processor time
-        raise Exceeded(_more(seconds, memory))
+    return outcomes
+
+
+def _outcome(answer: bytes, memory: int) -> Any:
     kind, value, text = json.loads(answer)
     if kind == "MemoryError":
-        raise Exceeded(f"more than {memory >> 20} MB")
-    if kind:
-        raise Failed(kind, text)
-    return value
+        return Exceeded(f"more than {memory >> 20} MB")
+    return Failed(kind, text) if kind else value
 
 
-def _more(seconds: float, memory: int) -> str:
-    return f"more than {seconds:g} s or {memory >> 20} MB"
+def _received(receive: int, count: int, seconds: float, memory: int) -> Iterator[bytes]:
+    """So many answers, a line each. Raises Exceeded for one that does not come in time."""
+    buffer = bytearray()
+    for _ in range(count):
+        deadline, searched = time.monotonic() + seconds, 0
+        while (end := buffer.find(b"\n", searched)) < 0:
+            searched = len(buffer)
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not select.select([receive], [], [], remaining)[0]:
+                raise Exceeded(f"more than {seconds:g} s")
+            chunk = os.read(receive, _CHUNK)
+            if not chunk:  # ended by the system, for its memory or its processor time
+                raise Exceeded(f"more than {seconds:g} s or {memory >> 20} MB")
+            buffer += chunk
+            if len(buffer) > memory:
+                raise Exceeded(f"more than {memory >> 20} MB")
+        answer = bytes(buffer[:end])
+        del buffer[: end + 1]
+        yield answer
 
 
-def _received(receive: int, deadline: float, seconds: float, memory: int) -> bytes:
-    answer = bytearray()
-    while True:
-        remaining = deadline - time.monotonic()
-        if remaining <= 0 or not select.select([receive], [], [], remaining)[0]:
-            raise Exceeded(f"more than {seconds:g} s")
-        chunk = os.read(receive, _CHUNK)
-        if not chunk:
-            return bytes(answer)
-        answer += chunk
-        if len(answer) > memory:
-            raise Exceeded(f"more than {memory >> 20} MB")
-
-
-def _serve(work: Callable[[], Any], send: int, seconds: float, memory: int) -> NoReturn:
+def _serve(works: Sequence[Callable[[], Any]], send: int, seconds: float, memory: int) -> NoReturn:
     """Run the work in the copy, which exits without the handlers and buffers that it shares with the original."""
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
-        _limit(seconds, memory)
-        try:
-            answer = json.dumps(["", work(), ""])
-        except MemoryError:
-            answer = json.dumps(["MemoryError", None, ""])
-        except Exception as e:  # any exception of the library that does the work is sent to the original
-            answer = json.dumps([type(e).__name__, None, str(e)[:2000]])
-        data = memoryview(answer.encode("ascii"))
-        while data:
-            data = data[os.write(send, data) :]
+        _limit(memory)
+        for work in works:
+            _limit_processor(seconds)
+            data = memoryview(_answer(work).encode("ascii") + b"\n")
+            while data:
+                data = data[os.write(send, data) :]
     except BaseException:
         os._exit(1)
     os._exit(0)
 
 
-def _limit(seconds: float, memory: int) -> None:
+def _answer(work: Callable[[], Any]) -> str:
+    try:
+        return json.dumps(["", work(), ""])
+    except MemoryError:
+        return json.dumps(["MemoryError", None, ""])
+    except Exception as e:  # any exception of the library that does the work is sent to the original
+        return json.dumps([type(e).__name__, None, str(e)[:2000]])
+
+
+def _limit_processor(seconds: float) -> None:
+    """Limit the processor time of what follows; the system ends the copy that needs more."""
+    with suppress(OSError, ValueError):
+        used, hard = time.process_time(), resource.getrlimit(resource.RLIMIT_CPU)[1]
+        limit = int(used + seconds) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def _limit(memory: int) -> None:
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 2))
     with suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as file:
         limit = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + memory
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]

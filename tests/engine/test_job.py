@@ -18,6 +18,7 @@ from runs import Bomb, contents, in_child, killed, killed_after
 
 from qkit.engine.job import Job, finished_blocks
 from qkit.errors import BadInput, JobConflict, UsageError
+from qkit.files.safefile import save_tensors
 from qkit.workflows.quantize import Request, quantize
 
 BLOCKS = 4
@@ -188,16 +189,17 @@ def test_two_runs_are_identical(family, scheme, method, sparse, tiny, calib, tmp
 # ---- signals ---------------------------------------------------------------------------------------------------
 
 
-def command(request: Request, out: Path) -> list[str]:
+def arguments(request: Request, out: Path) -> list[str]:
     options = ["--scheme", request.scheme, "--method", request.method, "--group-size", request.group_size]
     options += ["--calib", request.calib, "--samples", request.samples, "--seqlen", request.seqlen]
     options += ["--model", request.model, "--seed", request.seed, "--threads", 1, "--out", out]
-    return [sys.executable, "-c", "from qkit.commands import main; main()", "quantize", *map(str, options)]
+    return ["quantize", *map(str, options)]
 
 
-def test_sigterm_stops_at_a_safe_place(request_, undisturbed, tmp_path):
+def test_sigterm_stops_at_a_safe_place(request_, undisturbed, run, tmp_path):
     out = tmp_path / "out"
-    process = subprocess.Popen(command(request_, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program = [sys.executable, "-c", "from qkit.commands import main; main()", *arguments(request_, out)]
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     job = tmp_path / "out.job" / "job.json"
     deadline = time.monotonic() + 60
     while not job.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -208,9 +210,9 @@ def test_sigterm_stops_at_a_safe_place(request_, undisturbed, tmp_path):
     assert "stopped by SIGTERM" in said and "Continue with: qkit quantize --scheme w4a16" in said
     assert "Traceback" not in said and not out.exists()
     done = finished_blocks(tmp_path / "out.job")
-    again = subprocess.run(command(request_, out), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert (f"{done} blocks were finished earlier" in again.stdout) == (done > 0)
+    code, said, err = run(*arguments(request_, out))
+    assert code == 0, err
+    assert (f"{done} blocks were finished earlier" in said) == (done > 0)
     assert finished_blocks(tmp_path / "out.job") == 0  # it is done, and nothing would be gone on from
     assert contents(out) == undisturbed
 
@@ -257,6 +259,18 @@ def test_a_job_that_committed_nothing_is_replaced(tmp_path):
         job.commit(0, {}, {}, None)
     with pytest.raises(JobConflict, match="plan is 2 there and 3 now"), Job.open(work, {"plan": 3}):
         pass
+
+
+def test_the_header_of_a_committed_part_is_read_once(tmp_path):
+    """The export asks for it with every linear, each time for thousands of tensors where a block has many experts."""
+    with Job.open(tmp_path / "job", {"plan": 1}) as job:
+        for index in range(6):
+            save_tensors(job.part_path(index), {"before": torch.zeros(1)})
+            assert list(job.part(index)) == ["before"]
+            job.commit(index, {f"x{index}": torch.zeros(index + 1)}, {}, None)
+        for index in (0, 1, 5, 4, 3, 2, 0):
+            found = job.part(index)
+            assert {n: i.shape for n, i in found.items()} == {f"x{index}": (index + 1,)} and job.part(index) is found
 
 
 def test_another_model_or_text_is_refused(request_, tiny, tmp_path):

@@ -175,7 +175,7 @@ def test_a_trained_model_knows_what_it_just_read(tokenizer, text, tokens):
     """The last thing before the question is likelier than it would be without it, through any cache: the reference model, which
     was trained on text, has the same tokenizer."""
     model = load("tiny-llama", dtype=torch.float32)
-    found = evaluate_retrieval(model, tokenizer, text, tokens, 256, 4, {"int2": parse("int2")})
+    found = evaluate_retrieval(model, tokenizer, text, tokens, 256, 2, {"int2": parse("int2")})
     assert list(found) == ["none", "int2"]
     for rows in found.values():
         last = [r["gain"] for r in rows if r["depth"] == 1.0]

@@ -45,25 +45,24 @@ def test_a_claim_of_a_folder_that_got_its_final_name_is_made_anew(request_, tmp_
 
 def test_races_of_two_processes(request_, tmp_path):
     """Each ends well, or with one sentence and exit code 6 (or 2, where the other was done before)."""
-    for number in range(2):
-        out = tmp_path / f"out{number}"
-        command = [
-            sys.executable,
-            "-c",
-            "from qkit.commands import main; main()",
-            "quantize",
-            "--model",
-            request_.model,
-        ]
-        command += ["--scheme", "w4a16", "--group-size", "32", "--threads", "1", "--out", str(out)]
-        running = [
-            subprocess.Popen(
-                [*command, "--work", f"{out}.job{i}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-            for i in range(2)
-        ]
-        ended = [(process.communicate()[1], process.returncode) for process in running]
-        assert 0 in [code for _, code in ended]
-        for said, code in ended:
-            assert code in (0, 2, 6) and "fault of qkit" not in said and "Traceback" not in said, said
-        assert (out / "qkit.json").exists() and not partial_path(out).exists()
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-c",
+        "from qkit.commands import main; main()",
+        "quantize",
+        "--model",
+        request_.model,
+    ]
+    command += ["--scheme", "w4a16", "--group-size", "32", "--threads", "1", "--out", str(out)]
+    running = [
+        subprocess.Popen(
+            [*command, "--work", f"{out}.job{i}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(2)
+    ]
+    ended = [(process.communicate()[1], process.returncode) for process in running]
+    assert 0 in [code for _, code in ended]
+    for said, code in ended:
+        assert code in (0, 2, 6) and "fault of qkit" not in said and "Traceback" not in said, said
+    assert (out / "qkit.json").exists() and not partial_path(out).exists()

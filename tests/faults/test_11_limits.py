@@ -11,7 +11,7 @@ import qkit_data
 
 from qkit.calibration.chat_templates import Confined, rendered, written
 from qkit.calibration.dataset import token_ids
-from qkit.calibration.image_text import ImageText, encode, load_processor, read_image_text
+from qkit.calibration.image_text import ImageText, encode, image_text_rows, load_processor, read_image_text
 from qkit.calibration.mixture import Layout, mixed_rows
 from qkit.calibration.sources import CalibSource
 from qkit.errors import BadCalibration, BadCheckpoint, BadInput, BadRecipe, QkitError, Unsupported
@@ -20,7 +20,7 @@ from qkit.evaluation.text import first_tokens, tokenize
 from qkit.files.text_file import TextFile
 from qkit.planning.recipe import Recipe, load_recipe, rule_for
 from qkit.runtime.loading import load, load_tokenizer
-from qkit.system.confined import Exceeded, Failed, confined
+from qkit.system.confined import Exceeded, Failed, confined, confined_each
 from qkit.verification.verify import verify
 
 EVIL = "re:(([a-z._0-9])+)+$"
@@ -184,6 +184,29 @@ def test_confined():
             confined(work)
     with pytest.raises(Exceeded, match=r"more than 0\.2 s"):
         confined(lambda: time.sleep(5), seconds=0.2)
+
+
+def test_work_in_one_copy_is_limited_one_by_one():
+    """What went before one that exceeds a limit has its result, and time is counted anew for each."""
+    nap, fails = partial(time.sleep, 0.15), partial(int, "x")
+    *found, last = confined_each([nap, fails, nap, partial(time.sleep, 5), nap], seconds=0.25)
+    assert [found[0], found[1].kind, found[2]] == [None, "ValueError", None] and len(found) == 3
+    assert isinstance(last, Exceeded) and str(last) == "more than 0.25 s"
+    assert isinstance(confined_each([partial(str, "a"), partial(bytearray, 2 << 30)])[1], Exceeded)
+    assert confined_each([]) == []
+
+
+@pytest.mark.parametrize(("bad", "words"), [
+    ("{{ raise_exception('not this one') }}", "not this one"), (TEMPLATES["string"], "needs more than 512 MB")
+])  # fmt: skip
+def test_the_sample_that_a_template_refuses_is_named(vlm, tmp_path, bad, words):
+    folder = shutil.copytree(vlm("llava", processor=True), tmp_path / "m")
+    template = (folder / "chat_template.jinja").read_text()
+    asked = "{% if messages[0]['content'][0]['text'] == 'bad' %}"
+    (folder / "chat_template.jinja").write_text(f"{asked}{bad}{{% endif %}}{template}")
+    samples = [ImageText(images=(), question=q, answer="a", where=f"line {i}") for i, q in enumerate(("b", "bad", "c"))]
+    with pytest.raises(BadCalibration, match=f"^line 1: .*{words}"):
+        image_text_rows(samples, load_processor(folder), {7}, "texts")
 
 
 # ---- texts -------------------------------------------------------------------------------------------------------

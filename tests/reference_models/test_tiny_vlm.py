@@ -12,7 +12,7 @@ from qkit.evaluation.image_text import evaluate_image_text
 from qkit.runtime.loading import load
 
 MODEL = qkit_data.model_path("tiny-vlm")
-QUESTIONS = 120
+QUESTIONS = 60
 
 
 @pytest.fixture(scope="module")

@@ -219,7 +219,7 @@ def test_outliers_keep_their_bits(tiny, calib, tmp_path):
 def test_what_the_loss_depends_on_is_put_back(tmp_path):
     """Of a trained model, half a percent of the weights takes more than 4 % of the loss change away, on few tokens."""
     model = qkit_data.model_path(qkit_data.models()[0])
-    request = Request(model=str(model), scheme="w3a16", method="rtn", samples=24, seqlen=128, significant=0.5)
+    request = Request(model=str(model), scheme="w3a16", method="rtn", samples=12, seqlen=128, significant=0.5)
     tokens = prepare(request).plan.calibration.tokens
     losses = []
     for i, percent in enumerate((None, 0.0, 0.5)):

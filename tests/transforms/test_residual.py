@@ -207,13 +207,13 @@ def test_it_brings_outputs_closer(tmp_path):
     """Of a trained model: at a quarter of the channels the loss changes by less than three quarters of what it did."""
     model = qkit_data.model_path(qkit_data.models()[0])
     tokens = prepare(
-        Request(model=str(model), scheme="nvfp4", method="gptq", samples=24, seqlen=128)
+        Request(model=str(model), scheme="nvfp4", method="gptq", samples=12, seqlen=128)
     ).plan.calibration.tokens
     losses = []
     for method in (None, "gptq", "residual+gptq"):
         if method is not None:
             quantize(
-                Request(model=str(model), scheme="nvfp4", method=method, samples=24, seqlen=128),
+                Request(model=str(model), scheme="nvfp4", method=method, samples=12, seqlen=128),
                 tmp_path / method,
                 Quiet(),
             )
