@@ -42,4 +42,4 @@ def scale_keys(state: BlockState, exponents: Sequence[Sequence[int]]) -> None:
 
 
 def _multiply(state: BlockState, value: Any, factor: Tensor) -> None:
-    value.data = state.rounded(value.data.float() * factor)
+    state.assign(value, value.data.float() * factor)

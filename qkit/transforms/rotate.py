@@ -105,7 +105,7 @@ def rotate(state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
         _rewrite(state, param, param in stream.turned, lambda w: q.T @ w)
         if bias:
             values = state.module.get_parameter(bias)
-            values.data = state.rounded(values.data.float() @ q)
+            state.assign(values, values.data.float() @ q)
     if stream.values is not None:
         _rotate_heads(state, *stream.values, seed + 1)
     state.write_back()
@@ -129,7 +129,7 @@ def _rewrite(state: BlockState, param: str, turned: bool, product: Callable[[Ten
         whole = state.module.get_parameter(param)
         matrix = whole.data.mT if turned else whole.data
         changed = product(matrix.float())
-        whole.data = state.rounded((changed.mT if turned else changed).contiguous())
+        state.assign(whole, (changed.mT if turned else changed).contiguous())
 
 
 def _rotate_heads(state: BlockState, value: str, output: str, head: int, seed: int) -> None:
@@ -143,7 +143,7 @@ def _rotate_heads(state: BlockState, value: str, output: str, head: int, seed: i
     state.changed[of_value.name] = torch.einsum("ij,hik->hjk", h, w.view(-1, head, w.shape[1])).reshape(w.shape)
     bias: Any = getattr(state.module.get_submodule(of_value.owner), "bias", None)
     if bias is not None:
-        bias.data = state.rounded((bias.data.float().view(-1, head) @ h).reshape(-1))
+        state.assign(bias, (bias.data.float().view(-1, head) @ h).reshape(-1))
     w = state.weight(of_output)
     state.changed[of_output.name] = (w.view(len(w), -1, head) @ h).reshape(w.shape)
 

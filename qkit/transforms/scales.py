@@ -184,7 +184,7 @@ def fold(state: BlockState, group: LinearGroup, s: Tensor) -> None:
         linear = next(x for x in state.block.linears if x.param == f"{group.declared.source}.weight")
         state.changed[linear.name] = state.weight(linear) / rows[:, None]
         if source.bias is not None:
-            source.bias.data = state.rounded(source.bias.data.float() / rows)
+            state.assign(source.bias, source.bias.data.float() / rows)
     else:
         s = _fold_norm(state, source, s, _offset(state, group) or 0.0)
     for linear in group.linears:
@@ -192,7 +192,7 @@ def fold(state: BlockState, group: LinearGroup, s: Tensor) -> None:
     for name in group.declared.also:
         reader = state.module.get_submodule(name)
         weight: Any = reader.weight
-        weight.data = state.rounded(weight.data.float() * s)
+        state.assign(weight, weight.data.float() * s)
     for stats in (state.stats, state.originals):
         if group.key in stats:
             stats[group.key] = stats[group.key].divided_by(s)
@@ -235,12 +235,12 @@ def found_offset(norm: nn.Module) -> float | None:
 def _fold_norm(state: BlockState, norm: nn.Module, s: Tensor, offset: float) -> Tensor:
     weight: Any = norm.weight
     old_gain = weight.data.float() + offset
-    weight.data = state.rounded(old_gain / s - offset)
+    state.assign(weight, old_gain / s - offset)
     new_gain = weight.data.float() + offset
     bias: Any = getattr(norm, "bias", None)
     exact = torch.where((old_gain != 0) & (new_gain != 0), old_gain / new_gain, s)
     if bias is not None:
-        bias.data = state.rounded(bias.data.float() / exact)
+        state.assign(bias, bias.data.float() / exact)
     return exact
 
 

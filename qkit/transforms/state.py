@@ -55,11 +55,10 @@ class BlockState:
         columns = group.linears[0].shape[1]
         return InputTransform.of(self.scales.get(group.key), rotation, self.residual.get(group.key), columns)
 
-    def rounded(self, value: Tensor) -> Tensor:
-        """A norm's weight or a bias as the file will hold it: rounded to the checkpoint's dtype, in that of the module."""
-        if self.exact:
-            return value
-        return value.to(self.structure.dtype).to(next(self.module.parameters()).dtype)
+    def assign(self, parameter: Any, value: Tensor) -> None:
+        """Give a norm's weight or a bias a value as the file will hold it: rounded to the checkpoint's dtype."""
+        rounded = value if self.exact else value.to(self.structure.dtype)
+        parameter.data = rounded.to(parameter.dtype)
 
     def write_back(self) -> None:
         """Write the changed weights into the module, rounded to its dtype, so that rows can run through the block."""

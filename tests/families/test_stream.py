@@ -18,6 +18,7 @@ from qkit.families.materialize import load_block, release
 from qkit.families.stream import Stream
 from qkit.families.stream_trace import StreamTrace
 from qkit.transforms.rotate import check_rotatable, rotate, rotated_parameters
+from qkit.transforms.scales import foldable
 from qkit.transforms.state import BlockState
 from qkit.workflows.quantize import open_structure
 
@@ -210,3 +211,19 @@ def test_values_that_enter_the_stream_elsewhere_keep_it_from_being_rotated(tmp_p
     sweep_configs.save("image-text", "gemma3", tmp_path)
     with pytest.raises(Unsupported, match=r"in gemma3.*, values of the vision enter the stream"):
         check_rotatable(open_structure(str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "hy_v3", "hy_v4"])
+def test_scales_are_folded_where_the_proof_holds(name, tmp_path, monkeypatch):
+    """Transposed matrices, repeated heads of values, and blocks that keep a part of their weights in float32."""
+    model, found = sweep_configs.save("causal", name, tmp_path / "model"), []
+
+    def noted(state, rows, call):
+        found.append((sum(foldable(state, g) for g in state.block.groups), unproved_groups(state, rows, call)))
+        return found[-1][1]
+
+    monkeypatch.setattr(block_step, "unproved_groups", noted)
+    qkit.quantize(model=model, out=tmp_path / "out", scheme="w8a16", method="awq", samples=4, seqlen=32)
+    assert all(count and not wrong for count, wrong in found)
+    packed, plain = (qkit.load(path, dtype=torch.float32) for path in (tmp_path / "out", model))
+    assert relative(logits(packed, TOKENS), logits(plain, TOKENS)) < 0.15

@@ -389,7 +389,9 @@ def test_forecast_counts_passes(request_of):
 
 def test_a_profile_that_does_not_fit_is_refused(request_of, tmp_path, quiet, monkeypatch):
     monkeypatch.setattr("qkit.sensitivity.forecast.available_memory", lambda: 20_000_000)
-    with pytest.raises(Unsupported, match=r"needs about .* [GM]B of memory and 20\.00 MB are available: use fewer --rows"):
+    with pytest.raises(
+        Unsupported, match=r"needs about .* [GM]B of memory and 20\.00 MB are available: use fewer --rows"
+    ):
         profile(request_of(), tmp_path / "p", quiet)
     assert not (tmp_path / "p").exists()
 
