@@ -114,7 +114,7 @@ def test_nothing_depends_on_the_workers_or_on_a_stop(asked: Request, tiny: Any, 
 ], ids=str)  # fmt: skip
 def test_with_activations_transforms_and_sparse_parts(asked: Request, tmp_path: Path, changes: dict[str, Any]) -> None:
     """It begins where the blocks ended: a model close to the original, which comes closer."""
-    asked = replace(asked, options={"steps": 2, "batch": 8, "e2e_steps": 6}, samples=16, **changes)
+    asked = replace(asked, options={"steps": 2, "batch": 8, "e2e_steps": 6}, samples=32, **changes)
     assert quantize(asked, tmp_path / "out", Quiet()).ok
     before, after = next(x["divergence"] for x in journal(tmp_path / "out") if x.get("stage") == "whole")
     assert after < before < 0.12
