@@ -12,6 +12,7 @@ import argparse
 import gc
 import inspect
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -92,7 +93,8 @@ def make(case: Case, folder: Path) -> Any:
     model = getattr(diffusers, case.name)(**case.config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.isfinite().all() or not parameter.any():
+            stacked = parameter.dim() == 3 and len(parameter) > 1  # made with torch.empty: whatever was in memory
+            if stacked or not parameter.isfinite().all() or not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(folder)
     return model
@@ -152,6 +154,8 @@ def coverage(plan: Any, structure: Any) -> float:
     done = total = 0
     for block in structure.blocks:
         module = structure.model.get_submodule(block.path)
+        experts = [x.name for x in block.linears if x.expert is not None]
+        done += sum(math.prod(plan.linears[name].shape) for name in experts if name in plan.linears)
         for name, p in module.named_parameters():
             owner = f"{block.path}.{name}".removesuffix(".weight")
             is_linear = isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Linear) and name.endswith(
@@ -183,9 +187,9 @@ def differences(case: Case, source: Path, packed: Path) -> tuple[float, float]:
         owner, _, leaf = name.rpartition(".")
         if owner in structure.formats:
             stored.setdefault(owner, {})[leaf] = structure.checkpoint.read(name)
-    for linear in (x for b in structure.blocks for x in b.linears if x.name in structure.formats):
+    for block, linear in ((b, x) for b in structure.blocks for x in b.linears if x.name in structure.formats):
         weight = dequantize(read(stored[linear.name], structure.formats[linear.name][0], linear.shape))
-        reference.get_submodule(linear.name).weight.data = weight.float()
+        linear.view(reference.get_submodule(block.path)).copy_(weight)
     expected = output(reference, case)
     own = output(qkit.load(packed, dtype=torch.float32), case)
     stock = output(class_of_model.from_pretrained(packed, torch_dtype=torch.float32).eval(), case)

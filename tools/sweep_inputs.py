@@ -55,7 +55,9 @@ def inputs_of(name: str, model: Any, seed: int = 1) -> dict[str, Any]:
         found["input_ids"] = tokens
     if name.endswith(":sequence"):  # encoder-decoders look for the one end of the text
         found["input_ids"][:, -1] = end if isinstance(end := getattr(config, "eos_token_id", 2), int) else 2
-    elif "decoder_input_ids" in accepts and getattr(config, "is_encoder_decoder", False):
+    elif "decoder_input_ids" in accepts and (
+        getattr(config, "is_encoder_decoder", False) or hasattr(config, "canvas_length")
+    ):
         found["decoder_input_ids"] = tokens[:, :16].clone()
     if config.model_type == "kyutai_speech_to_text":
         found["input_ids"] = tokens[..., None].repeat(1, 1, config.num_codebooks + 1) % 2000

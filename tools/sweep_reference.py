@@ -89,6 +89,8 @@ def _fused(name: str, original: Tensor, weights: Tensors) -> Iterator[Tensor]:
     stacks = [torch.stack([own[e] for e in sorted(own)]) for own in parts.values() if len(own) == len(original)]
     yield from stacks
     for a in stacks:
+        if a.shape[1] == 2 * original.shape[1]:  # a gate and what it gates, which the file of the source has apart
+            yield from a.chunk(2, 1)
         for b in stacks:
             if a is not b and a.shape == b.shape:
                 yield torch.cat([a, b], 1)

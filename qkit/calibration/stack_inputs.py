@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from qkit.families.blocks import LinearGroup
 
 _PRODUCTS = ("linear", "matmul", "bmm", "mm", "__matmul__", "baddbmm")
+_GROUPED = ("grouped_mm", "_grouped_mm")  # rows of one operand by matrix, up to offsets
 
 
 @dataclass
@@ -42,22 +43,28 @@ class _Watch(TorchFunctionMode):
         self.params, self.seen = params, seen
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _PRODUCTS and len(args) >= 2:
+        name = getattr(func, "__name__", "")
+        if name in _PRODUCTS and len(args) >= 2:
             self._note(args[0], args[1])
+        elif name in _GROUPED and len(args) >= 2:
+            offsets = args[2] if len(args) > 2 else (kwargs or {}).get("offs")
+            ends = [] if offsets is None else offsets.tolist()
+            self._note([args[0][i:j] for i, j in zip([0, *ends], ends, strict=False)], args[1])
         return func(*args, **(kwargs or {}))
 
     def _note(self, x: Any, weight: Any) -> None:
-        if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
+        """x: the operand, or a list of one for each matrix"""
+        if not isinstance(weight, Tensor):
             return
         for name, param in self.params.items():
             if weight.untyped_storage().data_ptr() != param.untyped_storage().data_ptr():
                 continue
             size = param[0].numel()
             first = (weight.storage_offset() - param.storage_offset()) // size
-            if weight.dim() == 3:
-                for e in range(len(weight)):
+            if weight.dim() == 3 and isinstance(x, (Tensor, list)):
+                for e in range(min(len(weight), len(x))):
                     self.seen.found.setdefault((name, first + e), []).append(x[e])
-            else:
+            elif isinstance(x, Tensor):
                 self.seen.found.setdefault((name, first), []).append(x)
 
 

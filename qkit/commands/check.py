@@ -15,7 +15,7 @@ from qkit.commands.grid import Grid, printable
 from qkit.commands.measured import json_bytes, progress_bar, show
 from qkit.commands.verb import OptionGroup, Verb, in_group
 from qkit.errors import BudgetNotMet
-from qkit.evaluation.budget import Check, junit_xml, load_budget
+from qkit.evaluation.budget import Check, advice, junit_xml, load_budget
 from qkit.evaluation.request import DTYPES
 from qkit.evaluation.sources import text_name
 from qkit.files.locate import find_model
@@ -98,7 +98,7 @@ def check_command(
     if report.failed:
         raise BudgetNotMet(
             f"{out}: {len(report.failed)} of {len(checks)} limits of {budget_file} are not met: "
-            f"{printable(', '.join(report.failed))}; quantize with more bits or another method, or change the budget"
+            f"{printable(', '.join(report.failed))}; {printable(advice(checks, measured))}"
         )
 
 

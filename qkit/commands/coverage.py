@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def show_coverage(prepared: PreparedRequest, console: Console) -> None:
     "Quantized and skipped layers with reasons, the bytes, and the engines that load the result."
+    from qkit.engine.parts import recorded_notes
     from qkit.families.pruned import PrunedStructure, whole_of
     from qkit.files.sources.opening import encodings
     from qkit.planning.fused_layers import engine_lines_of
@@ -67,7 +68,7 @@ def show_coverage(prepared: PreparedRequest, console: Console) -> None:
         console.print(
             Text(f"note: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f": {note}")
         )
-    for note in method_notes(plan, prepared.structure):
+    for note in (*method_notes(plan, prepared.structure), *recorded_notes(plan, prepared.structure)):
         console.print(Text(f"note: {note}"), soft_wrap=True)
     for understood in () if plan.calibration is None else plan.calibration.summary:
         console.print(Text(f"calibration: {understood}"), soft_wrap=True)

@@ -58,6 +58,12 @@ def show_forecast(prepared: PreparedRequest, console: Console) -> None:
         f"forecast: output {megabytes(f.packed_bytes)}, job folder {megabytes(f.job_bytes)}, peak memory "
         f"{megabytes(f.peak_memory)}; {runs}time goes to: {phases}"
     )
+    if f.trial_memory:
+        console.print(
+            "the forecast takes the blocks to run one after another; where a trial of one sample shows that they cannot, their "
+            f"inputs are recorded in runs of the whole model: up to {megabytes(f.trial_job_bytes)} more in the job folder, and "
+            f"{megabytes(f.trial_memory)} of memory"
+        )
 
 
 def show_method(request: Request, prepared: PreparedRequest, console: Console) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from qkit.errors import Unsupported
 from qkit.families.blocks import BlockSequence
 from qkit.families.materialize import load_block, release
 from qkit.families.structure import ModelStructure
+from qkit.families.text_arguments import beyond_text
 from qkit.files.schema import reason
 from qkit.kvcache.argument import with_cache
 from qkit.system.memory import ran_out
@@ -135,9 +136,12 @@ def runs_on_text(structure: ModelStructure) -> Iterator[None]:
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as e:
         if ran_out(e):
             raise
+        beyond = ", ".join(beyond_text(structure.model))
+        beyond = (
+            f"beside tokens it takes {beyond}, which rows of a text do not have; it stopped with " if beyond else ""
+        )
         raise DoesNotRun(
-            f"{structure.checkpoint.path}: transformers cannot run this model on a text alone, perhaps because it reads "
-            f"pictures, sound or another model's states ({reason(e)}): {ADVICE}"
+            f"{structure.checkpoint.path}: transformers cannot run this model on a text alone ({beyond}{reason(e)}): {ADVICE}"
         ) from e
 
 

@@ -339,7 +339,7 @@ def _record(
         "linears": linears,
         "skipped": plan.skipped,
         "fused": [list(f) for f in plan.fused],
-        "tied": [] if plan.untied else [list(pair) for pair in structure.tied.items()],
+        "tied": [] if plan.untied else [[a, b] for a, b in structure.tied.items() if b in structure.checkpoint.tensors],
         "plain": plain,
         **({"stock_refusal": refusal} if (refusal := stock_refusal(plan, structure)) else {}),
         **({"read_as": read_as} if (read_as := _read_as(structure, source)) else {}),

@@ -26,7 +26,7 @@ from qkit.files.owned import files_below
 from qkit.files.sources.opening import decoding_bytes
 from qkit.nn.attention import LONGEST
 from qkit.planning.linear_plan import LinearPlan
-from qkit.planning.plan import Plan, parts
+from qkit.planning.plan import Plan, parts, recorded_sequences, sequences
 from qkit.rounding.block import PIECE_TOKENS
 from qkit.solvers.table import SOLVERS
 from qkit.system.machine import available_memory, process_bytes, resident_bytes
@@ -47,6 +47,9 @@ class Forecast:
     """Bytes, and operations by phase (a multiply-add counts as two).
 
     copied_bytes: of files that are copied to the output, in addition to ``packed_bytes``
+    recorded_blocks: whose inputs are recorded in runs of the whole original model
+    trial_job_bytes, trial_memory: what is needed beside where a trial shows that blocks cannot be run one after another; 0:
+                     that is known
     """
 
     packed_bytes: int
@@ -56,6 +59,9 @@ class Forecast:
     memory: dict[str, int]
     operations: dict[str, float]
     copied_bytes: int = 0
+    recorded_blocks: int = 0
+    trial_job_bytes: int = 0
+    trial_memory: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """All figures, and the phases with their shares of the operations, largest first."""
@@ -88,7 +94,7 @@ def forecast(
     outer = sum(tensors[s].nbytes for _, s in structure.outer)
     largest = max((tensors[s].nbytes for _, s in structure.outer), default=0)
     memory = {"read the outer tensors": (outer if calibration else 0) + largest + decoding}
-    recorded = [s for s in structure.sequences if plan.needs_rows and structure.is_recorded(s)]
+    recorded = recorded_sequences(plan, structure)
     if recorded and (structure.family.streams is not None or whole_fits(structure, item)):
         memory["record the inputs of all blocks"] = structure.parameters * item  # of the whole model
     phases = ("forward passes", "Hessians", "factorizations", "solving", "learned rounding", "packing and checking")
@@ -135,6 +141,7 @@ def forecast(
     largest_phase = max(memory.values())
     kept = min(largest_phase // _HEAP_SHARE, _HEAPS)
     peak = max(process_bytes(), resident_bytes() + LATER + int(ALLOCATOR * largest_phase) + kept)
+    tried = _tried(plan, structure)
     return Forecast(
         packed_bytes=plan.packed_bytes,
         source_bytes=plan.source_bytes,
@@ -143,7 +150,18 @@ def forecast(
         memory=memory,
         operations=ops,
         copied_bytes=_copied(plan, structure),
+        recorded_blocks=sum(len(s.blocks) for s in recorded),
+        trial_job_bytes=tried * row_bytes,
+        trial_memory=structure.parameters * item if tried else 0,
     )
+
+
+def _tried(plan: Plan, structure: ModelStructure) -> int:
+    """How many blocks are taken to run one after another, which a trial of one sample decides when they are quantized."""
+    if not plan.needs_rows or not structure.is_discovered:
+        return 0
+    last = sequences(plan, structure)[-1]
+    return 0 if structure.is_recorded(last) else len(last.blocks)
 
 
 def whole_fits(structure: ModelStructure, item: int) -> bool:

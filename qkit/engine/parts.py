@@ -11,7 +11,10 @@ from torch import Tensor
 from qkit.engine.solving import LinearResult
 from qkit.errors import Unsupported
 from qkit.families.materialize import plain_tensors
+from qkit.families.structure import ModelStructure
 from qkit.files.checkpoint import Checkpoint
+from qkit.files.folder import DENOISER
+from qkit.planning.plan import Plan, recorded_sequences
 from qkit.tensor import lowrank, sparse
 from qkit.tensor.input_transform import RESIDUAL, SCALE
 from qkit.transforms.state import BlockState
@@ -96,6 +99,16 @@ def row_notice(finite_inside: list[bool], finite_after: list[bool], over_limit: 
     bad = [a and b for a, b in zip(finite_inside, finite_after, strict=True)].count(False)
     counts = {"rows": len(finite_after), "not_finite": bad, "beyond_dtype": len(over_limit)}
     return {ROW_NOTICE: counts} if bad or over_limit else {}
+
+
+def recorded_notes(plan: Plan, structure: ModelStructure) -> list[str]:
+    """Sentences for the user, before a run, about blocks whose inputs will be recorded (``engine.recorded``)."""
+    return [
+        f"the {len(s.blocks)} blocks of the {s.name} part cannot be run one after another: their inputs are recorded in "
+        "runs of the whole original model, without the errors of the blocks before them"
+        for s in recorded_sequences(plan, structure)
+        if s.name != DENOISER  # of a diffusion model this is so by nature
+    ]
 
 
 def row_notices(journal: Iterable[dict[str, Any]], dtype: str) -> list[str]:

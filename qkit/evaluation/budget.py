@@ -282,14 +282,44 @@ def check_budget(budget: QualityBudget, measured: Mapping[str, Any]) -> list[Che
         else:
             for name in [line.of] if line.of else list(texts) or [None]:
                 entry = texts.get(name) or {}
-                value = entry.get(line.metric)
-                if line.metric.startswith("kl."):
-                    value = (entry.get("kl") or {}).get(line.metric.removeprefix("kl."))
-                elif isinstance(value, Mapping):
-                    value = value.get(ROWS[line.metric])
+                value = _of_text(entry, line.metric)
                 title = f"{line.metric}.{name}" if name else line.metric
                 checks.append(_check(title, line.limit, value, entry.get("baseline_perplexity")))
     return checks
+
+
+def _of_text(entry: Mapping[str, Any], metric: str) -> float | None:
+    """One of METRICS of a text or of rows; None where the model has no such figure."""
+    value: Any = entry.get(metric)
+    if metric.startswith("kl."):
+        value = (entry.get("kl") or {}).get(metric.removeprefix("kl."))
+    elif isinstance(value, Mapping):
+        value = value.get(ROWS[metric])
+    return None if value is None else float(value)
+
+
+def advice(checks: Sequence[Check], measured: Mapping[str, Any]) -> str:
+    """What to do where limits are not met, in words: what was not measured asks for another line, and not for more bits.
+
+    Of a model that does not continue a text, it says which figures there are.
+    """
+    missing = [c.name for c in checks if not c.ok and c.measured is None]
+    too_bad = any(not c.ok and c.measured is not None for c in checks)
+    rows = measured.get("rows") or {}
+    parts = ["quantize with more bits or another method, or change the budget"] if too_bad or not missing else []
+    known = [m for m in METRICS if any(_of_text(entry, m) is not None for entry in rows.values())]
+    if missing and rows:
+        kind = next(iter(rows.values())).get("kind")
+        listed = ", ".join([*known, SIZE])
+        example = next(iter(known), SIZE)
+        names = f"{', '.join(missing)} {'is no figure' if len(missing) == 1 else 'are no figures'}"
+        parts.append(
+            f"{names} of this model, of which {kind} are measured "
+            f"({listed}): write a line such as '{example}: {EXAMPLES[example].partition(' or ')[0]}' instead"
+        )
+    elif missing:
+        parts.append(f"{', '.join(missing)}: nothing of it was measured: take the line out, or measure it")
+    return "; ".join(parts)
 
 
 def _task(results: Mapping[str, Any] | None, line: Line) -> float | None:

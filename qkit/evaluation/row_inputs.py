@@ -86,6 +86,7 @@ class RowReader:
         if self.kind.hears:
             return self._sound(row)
         assert row.record is not None
+        self._refuse_preference(row)
         if self.kind.kind == PAIRS:
             source, target = split_turns(row)
             ids, cut = self._cut(self._ids(source))
@@ -155,6 +156,17 @@ class RowReader:
             raise BadInput(f"{row.where}: {self.kind.class_name} writes what it hears: give 'text' beside 'audio'")
         ids, cut = self._cut(self._ids(row.record.text))
         return self._decoded(arguments, ids, row, cut)
+
+    def _refuse_preference(self, row: Row) -> None:
+        """Raises BadInput for a preference pair where the model has no one score by which its rows could be put in order."""
+        if row.better is None or self.kind.kind != CLASSES or self.model.config.num_labels == 1:
+            return
+        classes = ", ".join(map(str, list((self.model.config.id2label or {}).values())[:8]))
+        raise BadInput(
+            f"{row.where}: 'chosen' and 'rejected' are for reward models, which give one score (num_labels 1), and "
+            f"{self.kind.class_name} gives {self.model.config.num_labels} ({classes}): give 'text', and 'label' where it is "
+            "known"
+        )
 
     def _label(self, row: Row) -> int | None:
         """The number of a row's class, which may be given by its name."""

@@ -79,21 +79,24 @@ def measure_rows(
 
 def _refuse_others(request: EvalRequest, out: Path, kind: ModelKind) -> None:
     asked = {
-        "--tasks": request.tasks, "--kv": request.caches, "--retrieval": request.retrieval, "--videos": request.videos,
+        "--tasks": request.tasks, "--kv": request.caches, "--retrieval": request.retrieval,
+        "--videos": request.videos,
         "--image-text": request.image_text is not None,
     }  # fmt: skip
     for option, is_given in asked.items():
         if is_given:
             raise UsageError(
-                f"{option}: {out} is a {kind.class_name}, which generates no text: leave it out, and give --text"
+                f"{option}: {out} is a {kind.class_name}, which generates no text: leave it out (in a budget, the lines "
+                "that need it), and give --text"
             )
 
 
 def _refuse_empty(measured: Mapping[str, Any], out: Path, kind: ModelKind) -> None:
     if measured.keys() <= {"kind", "rows", "cut", "labels"}:
+        told = "'chosen' and 'rejected'" if measured["kind"] == "scores" else "'label'"
         raise UsageError(
             f"{out}: the rows say nothing of what a {kind.class_name} should give: add --baseline, to compare with the "
-            "original model, or rows with 'label', or with 'chosen' and 'rejected'"
+            f"original model, or rows with {told}"
         )
 
 

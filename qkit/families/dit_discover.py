@@ -20,10 +20,10 @@ from qkit.errors import Unsupported
 from qkit.families import Family
 from qkit.families.blocks import Streams
 from qkit.families.dit import SKIPS
+from qkit.families.matrices import UNKNOWN_REASON
 
 CONVOLUTION = "it is a convolution, and qkit quantizes linears"
 TABLE = "it is a table, or a layer that is not linear"
-FUSED_EXPERTS = "its experts are one tensor in the file and in diffusers, which has no packed form that diffusers loads"
 _FEWEST_LINEARS = 3
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _PACKAGES = (".models.transformers.", ".models.unets.", ".pipelines.deprecated.")
@@ -74,11 +74,12 @@ def unquantized(model: nn.Module, stored: Container[str]) -> dict[str, str]:
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             owned = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() >= 2}
-            several = any(p.dim() == 3 and "proj" in name for name, p in owned.items())
+            # One that qkit takes apart is in no tensor of this name (``matrices.stacks_of``).
+            several = any(p.dim() == 3 and "proj" in name and f"{path}.{name}" in stored for name, p in owned.items())
             if f"{path}.weight" in stored and "weight" in owned:
                 reasons[path] = CONVOLUTION if isinstance(module, _CONVOLUTIONS) else TABLE
             elif several and path:
-                reasons[path] = FUSED_EXPERTS
+                reasons[path] = UNKNOWN_REASON
             else:
                 reasons |= {f"{path}.{name}": TABLE for name in owned if f"{path}.{name}" in stored}
     return reasons

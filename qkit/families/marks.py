@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from qkit.families.stream import counted
 
 STREAM, NORMED, LINEAR = "stream", "normed", "linear"
 
@@ -36,14 +37,12 @@ class Mark:
     @classmethod
     def of(cls, kind: str, name: str, out: Tensor) -> Mark:
         """The mark of a tensor whose last dimension is that of channels. name: '' for none"""
-        return cls(
-            kind, frozenset([name] if name else []), torch.arange(out.shape[-1], dtype=torch.int32).expand(out.shape)
-        )
+        return cls(kind, frozenset([name] if name else []), counted(out.shape[-1]).expand(out.shape))
 
     @property
     def in_order(self) -> bool:
         """Whether the last dimension is that of channels."""
-        return bool((_once(self.channels) == torch.arange(self.channels.shape[-1], dtype=torch.int32)).all())
+        return bool((_once(self.channels) == counted(self.channels.shape[-1])).all())
 
     @property
     def row(self) -> Tensor | None:

@@ -109,6 +109,8 @@ _STACKS = {
     "Llama4TextExperts": {"gate_up_proj": True, "down_proj": True},
     "JetMoeParallelExperts": {"weight": False},
     "LongcatFlashExperts": {"gate_up_proj": False, "down_proj": False},
+    "SwiGLUExperts": {"gate_up_proj": True, "down_proj": True},
+    "Step3p7Experts": {"gate_up_proj": False, "down_proj": False},
     "InklingSharedExperts": {"gate_proj": False, "up_proj": False, "down_proj": False},
 }
 

@@ -22,9 +22,9 @@ def offset_of(norm: nn.Module) -> float | None:
     """What a norm adds to its weight, None where it does not commute with orthogonal matrices if all weights are equal."""
     tried: Any = copy.deepcopy(norm).to_empty(device="cpu").float()
     weight = getattr(tried, "weight", None)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, _WIDTH if weight is None else len(weight), generator=generator)
-    v = nn.functional.normalize(torch.randn(x.shape[-1], 1, generator=generator), dim=0)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(3, _WIDTH if weight is None else len(weight), generator=generator, device="cpu")
+    v = nn.functional.normalize(torch.randn(x.shape[-1], 1, generator=generator, device="cpu"), dim=0)
     outputs = []
     with torch.no_grad(), suppress(RuntimeError, TypeError, ValueError, AttributeError):
         for value in (0.0, 1.0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -18,18 +19,24 @@ class StoredParameters:
 
     tied:  {tensor that is not stored: tensor that it shares}, in checkpoint names
     views: {name: view}, of matrices inside a stored tensor, and of parameters that are computed
+    twins: blocks that share their matrices with one of the language model (``twins_of``)
     """
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, conversion: Conversion) -> None:
+    def __init__(
+        self, model: nn.Module, checkpoint: Checkpoint, conversion: Conversion, twins: Mapping[str, str]
+    ) -> None:
         self.model, self.checkpoint, self.conversion = model, checkpoint, conversion
         self.views: dict[str, View] = {}
         keys = getattr(model, "all_tied_weights_keys", None) or {}
         self.tied = {conversion.stored_name(a): conversion.stored_name(b) for a, b in dict(keys).items()}
+        # What a block shares with its twins alone is rounded once for all of them.
+        within = tuple(f"{t}." for t in twins)
+        self._shared = {conversion.stored_name(b) for a, b in dict(keys).items() if not a.startswith(within)}
 
     def is_shared(self, name: str) -> bool:
-        """Whether several modules have this parameter."""
+        """Whether several modules have this parameter, other than a block and its twins."""
         stored = self.conversion.stored_name(name)
-        return stored in self.tied or stored in self.tied.values()
+        return stored in self.tied or stored in self._shared
 
     def sharing(self, name: str) -> list[str]:
         """Paths of the modules whose 'weight' is one stored tensor with this parameter, its own among them."""

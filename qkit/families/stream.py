@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def counted(width: int) -> Tensor:
+    """0, 1, .. width - 1, int32, with memory, also where modules are built without."""
+    return torch.arange(width, dtype=torch.int32, device="cpu")
+
+
 @dataclass(frozen=True)
 class Feed:
     """The output channels of one linear that are the input channels of another, up to factors of their own.
@@ -34,10 +39,10 @@ class Feed:
         """
         width = len(self.channels)
         if outputs == width:
-            return bool((self.channels == torch.arange(width)).all())
+            return bool((self.channels == counted(width)).all())
         if self.head is None or width % outputs or outputs % self.head:
             return False
-        heads = torch.arange(outputs).view(-1, 1, self.head).expand(-1, width // outputs, -1)
+        heads = counted(outputs).view(-1, 1, self.head).expand(-1, width // outputs, -1)
         return bool((self.channels == heads.reshape(-1)).all())
 
 
@@ -110,7 +115,7 @@ class BlockStream:
             if feed.head is not None and feed.mixes and not len(feed.channels) % feed.head:
                 by_head = feed.channels.view(-1, feed.head)
                 first = by_head[:, :1]
-                if bool((first % feed.head == 0).all()) and bool((by_head - first == torch.arange(feed.head)).all()):
+                if bool((first % feed.head == 0).all()) and bool((by_head - first == counted(feed.head)).all()):
                     return feed.source, reader, feed.head
         return None
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qkit.errors import BadCheckpoint
 from qkit.families import Family
@@ -27,7 +27,8 @@ from qkit.families.prefixes import under_model_names
 from qkit.families.sharing import run_without_values
 from qkit.families.stored_parameters import StoredParameters, parameter
 from qkit.families.stream import Stream
-from qkit.families.unsaved import unsaved_parameters
+from qkit.families.twins import twins_of
+from qkit.families.unsaved import computed_buffers, unsaved_parameters
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import DENOISER
 from qkit.system.machine import run_dtype
@@ -41,6 +42,7 @@ class ModelStructure:
     """The structure of a checkpoint, known before any weight is read.
 
     checkpoint: as the model has it: what is stored as one tensor and is several matrices, or lies transposed, is in views
+    twins:      {path: block} of blocks that share the matrices of a block of the language model and are no tower (``twins_of``)
     unloaded:   names of tensors that the model's class does not load; they are copied
     tower_parts: {checkpoint tensor: (path of a block of a tower, matrix)} of what is a part of a parameter, or transposed
     """
@@ -78,10 +80,11 @@ class ModelStructure:
             for n, p in self.model.named_parameters()
             if p.dtype == torch.float32 != self.dtype and not self.family.streams
         )
-        self.names = StoredParameters(self.model, self.checkpoint, conversion)
+        paths = list(_block_paths(self.model, self.family.blocks))
+        self.twins = twins_of(self.model, paths)
+        self.names = StoredParameters(self.model, self.checkpoint, conversion, self.twins)
         self.tied = self.names.tied
         self._builder = BlockBuilder(self.model, self.names, self.family.reads, self.text_config)
-        paths = _block_paths(self.model, self.family.blocks)
         self.blocks = tuple(self._builder.build(i, p, self.family.groups) for i, p in enumerate(paths))
         self.towers = tuple(self._towers())
         in_towers = [(b.path, x) for t in self.towers for b in t.blocks for x in b.linears]
@@ -147,7 +150,7 @@ class ModelStructure:
             listed = isinstance(modules[path], nn.ModuleList)
             paths = [f"{path}.{i}" for i, _ in enumerate(modules[path].children())] if listed else [path]
             blocks = tuple(self._builder.build(i, p, tower.groups) for i, p in enumerate(paths))
-            if all(b.groups for b in blocks):
+            if all(b.groups for b in blocks) and not self.twins.keys() & set(paths):
                 yield BlockSequence(tower.name, blocks, tower.on_text)
 
     @property
@@ -258,7 +261,7 @@ class ModelStructure:
     @cached_property
     def outside(self) -> dict[str, str]:
         """{checkpoint name: module} of linears outside all blocks, such as the output head."""
-        within = tuple(f"{b.path}." for b in self.every_block)
+        within = tuple(f"{p}." for p in (*(b.path for b in self.every_block), *self.twins))
         names = [n for n, m in self.model.named_modules() if matrix_of(m) and not n.startswith(within)]
         return {self._copied_name(n): n for n in names}
 
@@ -270,6 +273,9 @@ class ModelStructure:
         names = [n for n, _ in (*self.model.named_parameters(remove_duplicate=False), *persistent_buffers(self.model))]
         in_parts = [(f"{path}.{x.param}", stored) for stored, (path, x) in self.tower_parts.items()]
         whole = {n for n in names if not n.startswith(prefix)}.difference(self.unsaved, (n for n, _ in in_parts))
+        # A twin gets what it shares from its block when the model is tied.
+        twins = tuple(f"{t}." for t in self.twins)
+        whole -= {n for n in whole if n.startswith(twins) and self.stored_name(n) in self.tied}
         stored_names = [*((n, self.names.name_of(n)) for n in names if n in whole), *in_parts]
         return tuple((n, s) for n, s in stored_names if s not in self.tied)
 
@@ -357,27 +363,6 @@ def _unpacked(checkpoint: Checkpoint) -> list[str]:
         if leaf == "weight_packed":
             names[f"{owner}.weight"] = None
     return list(names)
-
-
-def computed_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """{name: value} of buffers that are not stored, as the initializer of the model that has them computes them."""
-    buffers = {n: b for n, b in model.named_buffers() if n not in {s for s, _ in persistent_buffers(model)}}
-    if not any(b.is_meta for b in buffers.values()):
-        return {n: b.clone() for n, b in buffers.items()}
-    owners = {n.rpartition(".")[0] for n in buffers}
-    models: dict[str, Any] = {
-        n: m for n, m in model.named_modules() if hasattr(m, "_init_weights") and hasattr(m, "base_model_prefix")
-    }
-    for module in model.modules():
-        for name in module._non_persistent_buffers_set:
-            buffer = module._buffers[name]
-            if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
-    for name, module in model.named_modules():
-        if name in owners or name in models:
-            inside = max((n for n in models if not n or name == n or name.startswith(n + ".")), key=len)
-            models[inside]._init_weights(module)
-    return {n: b.clone() for n, b in model.named_buffers() if n in buffers}
 
 
 def dtype_of(checkpoint: Checkpoint) -> torch.dtype:

@@ -23,6 +23,21 @@ def text_arguments(base: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**arguments, "decoder_input_ids": begun}
 
 
+# Arguments that tokens alone are enough for, or that choose how to run: by their names, or what these begin with.
+_OF_TEXT = {
+    "input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "labels",
+    "logits_to_keep", "token_type_ids", "cache_position", "head_mask", "langs", "lengths", "cache_params", "num_items_in_batch",
+}  # fmt: skip
+_BEGIN_OF_TEXT = ("decoder_", "encoder_", "cross_attn_", "output_", "return_")
+
+
+def beyond_text(model: nn.Module) -> list[str]:
+    """Names of a model's arguments that rows of a text do not fill: pictures, sound, states of another model."""
+    accepts = inspect.signature(model.forward).parameters
+    named = (n for n, p in accepts.items() if p.kind is not p.VAR_KEYWORD)
+    return [n for n in named if n not in _OF_TEXT and not n.startswith(_BEGIN_OF_TEXT)]
+
+
 def _speaks(base: Any) -> bool:
     """Whether the decoder reads no tokens of a text but others, several at a time: it begins by itself (Dia, which speaks)."""
     decoder: Any = getattr(base, "get_decoder", lambda: None)()

@@ -1,4 +1,4 @@
-"""Parameters that transformers does not save, since the model's class computes them (the sinusoids of Marian's positions)."""
+"""Parameters and buffers that no checkpoint has, since the model computes them (the sinusoids of Marian's positions)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qkit.families.block_builder import persistent_buffers
 
 
 def unsaved_parameters(model: nn.Module, stored: Container[str]) -> dict[str, Tensor]:
@@ -42,3 +44,24 @@ def _initialized(model: Any, name: str, seed: int) -> Tensor:
     finally:
         for n, p in kept.items():
             module.register_parameter(n, p)
+
+
+def computed_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """{name: value} of buffers that are not stored, as the initializer of the model that has them computes them."""
+    buffers = {n: b for n, b in model.named_buffers() if n not in {s for s, _ in persistent_buffers(model)}}
+    if not any(b.is_meta for b in buffers.values()):
+        return {n: b.clone() for n, b in buffers.items()}
+    owners = {n.rpartition(".")[0] for n in buffers}
+    models: dict[str, Any] = {
+        n: m for n, m in model.named_modules() if hasattr(m, "_init_weights") and hasattr(m, "base_model_prefix")
+    }
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+    for name, module in model.named_modules():
+        if name in owners or name in models:
+            inside = max((n for n in models if not n or name == n or name.startswith(n + ".")), key=len)
+            models[inside]._init_weights(module)
+    return {n: b.clone() for n, b in model.named_buffers() if n in buffers}

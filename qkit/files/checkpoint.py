@@ -221,9 +221,11 @@ class Checkpoint:
         return replace(self, tensors=dict(self.sources), views={}, sources={}) if self.views else self
 
     def read_finite(self, name: str, allow: bool = False) -> torch.Tensor:
-        """One tensor. Raises NumericFailure when it holds NaN or infinity, unless ``allow``."""
+        """One tensor. Raises NumericFailure when it holds NaN or infinity, unless ``allow``. A single number without dimensions
+        may be infinite: a bound that is open, of a clamp."""
         tensor = self.read(name)
-        count = 0 if allow else count_nonfinite(tensor)
+        is_bound = tensor.dim() == 0 and not tensor.isnan()
+        count = 0 if allow or is_bound else count_nonfinite(tensor)
         if count:
             raise NumericFailure(
                 f"{self.tensors[name].file}: tensor {shown(name)}: {count} of {tensor.numel()} values are NaN or "

@@ -227,5 +227,8 @@ class _PackedStack(nn.Module):
 
 def place_stack(owner: nn.Module, leaf: str, matrices: list[list[nn.Module]], transposed: bool) -> None:
     """Make a parameter of a module a product of packed linears, at every access. matrices: for each index, its rows"""
-    setattr(owner, leaf, nn.Parameter(torch.empty(0), requires_grad=False))
+    delattr(owner, leaf)
+    owner.register_buffer(leaf, torch.empty(0), persistent=False)
     register_parametrization(owner, leaf, _PackedStack(matrices, transposed), unsafe=True)
+    # What is computed has no value in a file, and loaders must not miss it there.
+    owner.parametrizations[leaf]._non_persistent_buffers_set.add("original")  # type: ignore[index,union-attr]

@@ -24,6 +24,12 @@ def check_method(
 ) -> None:
     """Raises Unsupported for a model that a transform cannot work with, UsageError for rows or options that it cannot use."""
     check_keeping(recipe, transforms)
+    twin = next(iter(structure.twins), None)
+    if calibration is not None and twin is not None:
+        raise Unsupported(
+            f"{structure.checkpoint.path}: {structure.twins[twin]} and {twin} have the same weights and different inputs, and "
+            "what the second reads is not measured: use method rtn and a scheme that measures nothing"
+        )
     if "rotate" in transforms:
         check_rotatable(structure)
     balanced = next((t for t in transforms if "modality_weights" in TRANSFORMS[t].needs), None)

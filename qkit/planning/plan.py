@@ -283,6 +283,14 @@ def sequences(plan: Plan, structure: ModelStructure) -> tuple[BlockSequence, ...
     )
 
 
+def recorded_sequences(plan: Plan, structure: ModelStructure) -> tuple[BlockSequence, ...]:
+    """The sequences that are known to be calibrated on inputs that runs of the whole original model record."""
+    if not plan.needs_rows or plan.calibration is None:
+        return ()
+    read = (s for s in sequences(plan, structure) if s.on_text or plan.calibration.beyond_text)
+    return tuple(s for s in read if structure.is_recorded(s))
+
+
 def parts(plan: Plan, structure: ModelStructure) -> tuple[BlockStructure, ...]:
     """The blocks of a run in order; a job knows them by their places here."""
     return tuple(b for s in sequences(plan, structure) for b in s.blocks)

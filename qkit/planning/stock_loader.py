@@ -27,6 +27,9 @@ def stock_refusal(plan: Plan, structure: ModelStructure) -> str | None:
     """The reason in words; None where none is known. Declared families are known to load, or listed in ``engines``."""
     if not structure.is_discovered or structure.family.streams is not None or plan.export != "compressed-tensors":
         return None
+    twin = next(iter(structure.twins), None)
+    if twin is not None:
+        return f"its {twin} has the weights of {structure.twins[twin]}, and only plain ones are shared: {_ADVICE}"
     layouts = {n: layout(p.weights, p.activations) for n, p in plan.packed.items()}
     packed = {n for n, kind in layouts.items() if kind.endswith("pack-quantized")}
     modules = {x.name: f"{b.path}.{x.owner}" for b in structure.every_block for x in b.linears if x.expert is None}

@@ -246,20 +246,30 @@ def _assign(owner: nn.Module, name: str, value: Tensor) -> None:
 
 def place_packed(structure: PackedStructure, dtype: torch.dtype) -> None:
     """Replace every quantized linear by a packed module."""
+    model: Any = structure.model
     for block in structure.every_block:
-        module = structure.model.get_submodule(block.path)
+        modules = [
+            model.get_submodule(p) for p in (block.path, *(t for t, b in structure.twins.items() if b == block.path))
+        ]
         experts: dict[tuple[str, int, tuple[int, int] | None], nn.Module] = {}
         for linear in block.linears:
-            packed = linear.name in structure.formats
+            if linear.name not in structure.formats:
+                continue
+            packed = _packed(structure, linear, dtype)
             if linear.expert is not None:
-                if packed:
-                    experts[linear.param, linear.expert, linear.rows] = _packed(structure, linear, dtype)
-            elif packed:
-                module.set_submodule(linear.owner, _packed(structure, linear, dtype))
-        for layout in block.experts if experts else ():
-            _place_experts(module, layout, experts, block)
-        for stack in block.stacks if experts else ():
-            _place_stack(module, stack, experts, block)
+                experts[linear.param, linear.expert, linear.rows] = packed
+                continue
+            for module in modules:
+                module.set_submodule(linear.owner, packed)
+        for module in modules if experts else ():
+            for layout in block.experts:
+                _place_experts(module, layout, experts, block)
+            for stack in block.stacks:
+                _place_stack(module, stack, experts, block)
+    if structure.twins:  # what is packed is shared now, and transformers ties what is plain
+        there = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+        keys = model.all_tied_weights_keys.items()
+        model.all_tied_weights_keys = {a: b for a, b in keys if a in there and b in there}
     place_ends(structure, structure.ends, dtype)
 
 

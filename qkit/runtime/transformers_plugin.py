@@ -9,6 +9,7 @@ tensors are read here; transformers loads the rest.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,20 @@ class QkitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         """The dictionary for config.json."""
         return {"quant_method": METHOD, **self.config}
+
+
+def _renamed(model: Any, names: Iterable[str]) -> Iterator[str]:
+    """The names that transformers' own renaming gives to modules of a file, by which it reports their tensors."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    found = get_model_conversion_mapping(model)
+    renamings = [x for x in found if isinstance(x, WeightRenaming)]
+    converters = [x for x in found if isinstance(x, WeightConverter)]
+    shapes = model.state_dict()
+    for name in names:
+        renamed, _ = rename_source_key(f"{name}.weight_packed", renamings, converters, model.base_model_prefix, shapes)
+        yield renamed.removesuffix(".weight_packed")
 
 
 @register_quantizer(METHOD)
@@ -55,7 +70,8 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
             if any(isinstance(child, QuantLinear) for child in module.children()):
                 module._is_hf_initialized = True
         # The packed tensors are loaded: transformers must not report them as unexpected.
-        packed = {rf"^{re.escape(name)}\." for name in (*structure.formats, *structure.ends)}
+        names = (*structure.formats, *structure.ends)
+        packed = {rf"^{re.escape(name)}\." for name in (*names, *_renamed(model, names))}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | packed
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

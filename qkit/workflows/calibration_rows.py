@@ -149,8 +149,10 @@ def text_rows(request: Request, structure: ModelStructure) -> Calibration:
     if vocabulary is None and _reads_characters(structure.model):
         vocabulary = _CHARACTERS
     if vocabulary is None:
+        reads = getattr(structure.model, "main_input_name", "input_ids")
+        found = "config.json counts none" if reads == "input_ids" else f"this model reads {reads}"
         raise Unsupported(
-            f"{structure.checkpoint.path}: calibration needs a vocabulary of tokens, and config.json counts none: "
+            f"{structure.checkpoint.path}: calibration needs a vocabulary of tokens, and {found}: "
             "use a method without calibration (rtn with a weight-only scheme)"
         )
     if request.padded and not structure.is_causal:

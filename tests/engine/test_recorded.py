@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import qkit
+from qkit.commands.plan import plan_command
 from qkit.engine import recorded
 from qkit.engine.parts import RECORDED, row_notices
 from qkit.errors import Unsupported
@@ -81,6 +83,20 @@ def test_a_model_that_does_not_fit_into_memory_is_read_block_by_block(tmp_path, 
 def test_a_part_between_the_blocks_of_the_model_is_known_before_a_run(tmp_path):
     structure = open_structure(str(sweep_configs.save("causal", "hrm_text", tmp_path / "model")))
     assert [structure.is_recorded(s) for s in structure.sequences] == [True, True]
+
+
+def test_a_plan_says_whose_inputs_will_be_recorded_and_what_a_trial_decides(tmp_path):
+    known = sweep_configs.save("causal", "hrm_text", tmp_path / "hrm_text")
+    tried = sweep_configs.save("causal", "granite", tmp_path / "granite")
+    common = ["--scheme", "w4a16", "--samples", "2", "--seqlen", "32"]
+    said = {}
+    for folder, method in ((known, "gptq"), (known, "rtn"), (tried, "gptq"), (tried, "rtn")):
+        found = CliRunner().invoke(plan_command, ["--model", str(folder), "--method", method, *common])
+        assert found.exit_code == 0
+        said[folder.name, method] = " ".join(found.output.split())
+    recorded, trial = "their inputs are recorded in runs of the whole original model", "a trial of one sample shows"
+    assert [recorded in x for x in said.values()] == [True, False, False, False]
+    assert [trial in x for x in said.values()] == [False, False, True, False]
 
 
 def test_all_parts_of_a_text_model_run_on_a_text_where_the_run_without_values_stops(tmp_path):

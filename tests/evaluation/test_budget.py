@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from qkit.errors import BadRecipe
-from qkit.evaluation.budget import Check, check_budget, junit_xml, load_budget
+from qkit.evaluation.budget import Check, Limit, Line, QualityBudget, advice, check_budget, junit_xml, load_budget
 
 TEXT = {
     "perplexity": 39.0,
@@ -251,3 +251,17 @@ def test_junit_is_xml_and_counts():
     assert [failure is not None for failure in failures] == [False, True, True]
     assert failures[1].get("message") == '<&"?[31m: 0.5, budget >= 0.95'
     assert failures[2].text == "size: not measured, budget <= 0.3x"
+
+
+def test_the_advice_says_which_figures_a_model_has_where_a_line_is_about_another():
+    rows = {"kind": "classes", "rows": 8, "same_class": {"share": 0.9}, "kl": {"mean": 0.01, "p99": 0.1}}
+    measured = {"rows": {"evaluation": rows}}
+    lines = [Line(m, m, None, "", Limit(u, 0.99)) for m, u in (("perplexity", True), ("same_class", False))]
+    checks = check_budget(QualityBudget(lines=tuple(lines), texts={}), measured)
+    assert [c.measured for c in checks] == [None, 0.9]
+    said = advice(checks, measured)
+    assert said == (
+        "quantize with more bits or another method, or change the budget; perplexity.evaluation is no figure of this model, of "
+        "which classes are measured (kl.mean, kl.p99, same_class, size): write a line such as 'kl.mean: 0.02' instead"
+    )
+    assert "more bits" not in advice(checks[:1], measured)

@@ -174,8 +174,13 @@ def test_classes_agree_and_are_right(tmp_path: Path) -> None:
         BadInput, match=r"bad.jsonl, line 1: label 'w', expected a number from 0 to 2, or one of x, y, z"
     ):
         rows_of(out, baseline, bad)
+    pair = lines(tmp_path / "pair.jsonl", {"text": "the cat"}, {"chosen": "the cat", "rejected": "a dog"})
+    with pytest.raises(
+        BadInput, match=r"pair.jsonl, line 2: 'chosen' and 'rejected' .*num_labels 1.* gives 3 \(x, y, z\)"
+    ):
+        rows_of(out, baseline, pair)
     unlabelled = lines(tmp_path / "unlabelled.jsonl", {"text": "the cat"})
-    with pytest.raises(UsageError, match="add --baseline, to compare with the original model, or rows with 'label'"):
+    with pytest.raises(UsageError, match=r"add --baseline, to compare with the original model, or rows with 'label'$"):
         rows_of(out, None, unlabelled)
 
 

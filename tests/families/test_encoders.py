@@ -8,9 +8,10 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import qkit
+from qkit.errors import NumericFailure, Unsupported
 from qkit.families.matrices import ROUTER_REASON, TABLE_REASON
 from qkit.families.sharing import Reads
 from qkit.families.text_arguments import text_arguments
@@ -232,3 +233,31 @@ def test_stock_transformers_is_not_claimed_where_it_reads_weights_by_itself(kind
     prepared = prepare(Request(model=str(sweep_configs.save("encoders", kind, tmp_path / "m")), **RTN))
     lines = engine_lines_of(prepared.plan, prepared.structure)
     assert [line.loads for line in lines if line.engine.startswith("transformers")] == [False]
+
+
+def test_bounds_that_are_open_are_infinite_and_come_through(tmp_path):
+    config = transformers.Gemma4AudioConfig(
+        hidden_size=128, num_hidden_layers=1, num_attention_heads=2, output_proj_dims=128
+    )
+    model = transformers.Gemma4AudioModel(config).bfloat16().eval()
+    model.save_pretrained(tmp_path / "source")
+    assert float(model.layers[0].feed_forward1.ffw_layer_1.input_max) == float("inf")
+    qkit.quantize(tmp_path / "source", out=tmp_path / "out", scheme="w8a16", method="rtn")
+    packed = qkit.load(tmp_path / "out", torch.float32)
+    assert float(packed.layers[0].feed_forward1.ffw_layer_1.input_max) == float("inf")
+    with pytest.raises(Unsupported, match="a vocabulary of tokens, and this model reads input_features: use a method"):
+        qkit.quantize(tmp_path / "source", out=tmp_path / "gptq", scheme="w8a16", method="gptq")
+    shard = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(shard)
+    tensors["layers.0.feed_forward1.ffw_layer_1.input_max"] = torch.tensor(float("nan"), dtype=torch.bfloat16)
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(NumericFailure, match="input_max': 1 of 1 values"):
+        qkit.quantize(tmp_path / "source", out=tmp_path / "bad", scheme="w8a16", method="rtn")
+
+
+def test_a_model_that_reads_states_of_another_is_refused_for_calibration_with_their_name(tmp_path):
+    source = sweep_configs.save("causal", "gemma4_assistant", tmp_path / "source")
+    with pytest.raises(
+        Unsupported, match=r"on a text alone .beside tokens it takes shared_kv_states, which rows .*rtn"
+    ):
+        qkit.quantize(source, out=tmp_path / "out", **GPTQ)
