@@ -67,6 +67,13 @@ def prove_rotation(structure: ModelStructure, seed: int) -> int:
     return len(kinds)
 
 
+def proof_memory(structure: ModelStructure) -> int:
+    """Peak bytes of ``prove_rotation``: what is outside the blocks, or the largest block in float32 and its rotated weights."""
+    blocks = [sum(p.numel() for p in structure.model.get_submodule(path).parameters()) for path in structure.paths]
+    outer = sum(structure.checkpoint.tensors[stored].nbytes for _, stored in structure.outer)
+    return max(outer, 2 * torch.float32.itemsize * max(blocks))
+
+
 def unproved_groups(state: BlockState, rows: Rows, call: Call | OneByOne) -> set[str]:
     """Keys of the groups of a block into whose source a scale cannot be folded, as runs of a row show.
 

@@ -24,7 +24,7 @@ from qkit.engine.forecast import Forecast, refuse_what_cannot_fit
 from qkit.engine.job import Job
 from qkit.engine.kv_scales import measure_scales
 from qkit.engine.partial_output import Partial
-from qkit.engine.proof import prove_rotation
+from qkit.engine.proof import proof_memory, prove_rotation
 from qkit.engine.run import run_blocks
 from qkit.engine.synthetic_rows import synthetic_memory, with_synthetic_rows
 from qkit.errors import IOFailure, Unsupported, UsageError, VerifyFailure
@@ -122,6 +122,8 @@ def prepare(request: Request, rows: Calibration | None = None) -> PreparedReques
         after["rows that the model writes"] = synthetic_memory(plan, whole_of(structure), threads)
     if isinstance(structure, PrunedStructure):
         after["scores of experts"] = pruning_memory(plan, structure)
+    if "rotate" in plan.transforms:
+        after["proof of the rotation"] = proof_memory(whole_of(structure))
     return PreparedRequest(plan, structure, forecast_of(plan, structure, threads, after), components)
 
 
