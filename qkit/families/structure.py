@@ -28,6 +28,7 @@ from qkit.families.sharing import run_without_values
 from qkit.families.stored_parameters import StoredParameters, parameter
 from qkit.families.stream import Stream
 from qkit.families.twins import twins_of
+from qkit.families.unloaded_experts import add_unloaded_experts
 from qkit.families.unsaved import computed_buffers, unsaved_parameters
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import DENOISER
@@ -90,6 +91,7 @@ class ModelStructure:
         in_towers = [(b.path, x) for t in self.towers for b in t.blocks for x in b.linears]
         self.tower_parts = {f"{x.name}.weight": (p, x) for p, x in in_towers if x.expert is not None or x.transposed}
         self.outer = self._outer()
+        add_unloaded_experts(self.model, self.names, self.blocks)
         self.checkpoint = self.checkpoint.with_views(self.names.views)
         self.unloaded: tuple[str, ...] = ()
         self._check_coverage()

@@ -17,6 +17,9 @@ from qkit.planning.recipe import Recipe, check_options, parse_end
 from qkit.tensor.formats import fit_group
 
 UNLOADED_REASON = "the model's class does not load it: --unloaded FORMAT quantizes what is a linear by its name"
+STACKED_REASON = (
+    "the model's class does not load it, and no block tells how the matrices lie that this one tensor holds"
+)
 UNLOADED, PLAIN = "unloaded", "rtn"
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST = 32  # rows and columns: what is smaller is no layer, and saves nothing
@@ -52,7 +55,16 @@ def unloaded_plans(recipe: Recipe, structure: ModelStructure) -> dict[str, Linea
 
 def skipped_unloaded(structure: ModelStructure, decided: Collection[str]) -> dict[str, str]:
     """{checkpoint name: reason} of the matrices that stay. decided: names of those that do not"""
-    return {name: UNLOADED_REASON for name, _ in _matrices(structure) if name not in decided}
+    stacked = {name: STACKED_REASON for name in _stacks(structure)}
+    return stacked | {name: UNLOADED_REASON for name, _ in _matrices(structure) if name not in decided}
+
+
+def _stacks(structure: ModelStructure) -> Iterator[str]:
+    """Yield the checkpoint name, without '.weight', of every tensor of several matrices that the class does not load."""
+    for tensor in structure.unloaded:
+        info = structure.checkpoint.tensors[tensor]
+        if len(info.shape) == 3 and min(info.shape[1:]) >= _LEAST and info.torch_dtype in PLAIN_DTYPES:
+            yield tensor.removesuffix(".weight")
 
 
 def _matrices(structure: ModelStructure) -> Iterator[tuple[str, TensorInfo]]:

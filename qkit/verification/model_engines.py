@@ -13,6 +13,9 @@ from typing import Any
 from qkit.verification.engines import ModelFacts, NumberFormat, diffusion_fit, engine_fits, holds_siglip
 from qkit.verification.fused_layers import expert_groups, fused_groups
 
+# Begins the reason of layers that no loader of the model's class looks at (``--unloaded``): they decide nothing for it.
+_NOT_LOADED = "the model's class does not load it"
+
 
 @dataclass(frozen=True)
 class LinearStorage:
@@ -62,14 +65,15 @@ class EngineLine:
 
 def engine_rows(
     parts: Mapping[str, LinearStorage],
-    skipped: Iterable[str],
+    skipped: Mapping[str, str],
     config: Mapping[str, Any],
     method: str,
     refusal: str = "",
 ) -> list[EngineRow]:
     """One row for every combination of formats and every engine.
 
-    parts: the quantized linears by checkpoint name; skipped: the others; config: config.json; method: its quant_method
+    parts: the quantized linears by checkpoint name; skipped: the others, with reasons; config: config.json
+    method: its quant_method
     refusal: why stock transformers does not load it, where the writer knew
     """
     names: dict[tuple[tuple[NumberFormat, NumberFormat | None, str], tuple[str, ...]], list[str]] = {}
@@ -113,9 +117,10 @@ def engine_lines(rows: Sequence[EngineRow]) -> list[EngineLine]:
     return lines
 
 
-def _about(parts: Mapping[str, LinearStorage], skipped: Iterable[str], config: Mapping[str, Any]) -> ModelFacts:
+def _about(parts: Mapping[str, LinearStorage], skipped: Mapping[str, str], config: Mapping[str, Any]) -> ModelFacts:
     """What of the whole model decides."""
     names = [*parts, *skipped]
+    loaded = [*parts, *(n for n, why in skipped.items() if not why.startswith(_NOT_LOADED))]
     fused, experts = fused_groups(names), expert_groups(names)
     mixed_group = next((g for g in fused if len(_kinds(parts, g)) > 1), None)
     uneven = next((u for g in fused for u in pairwise(g) if _ends_within(parts.get(u[0]))), None)
@@ -133,7 +138,7 @@ def _about(parts: Mapping[str, LinearStorage], skipped: Iterable[str], config: M
         else "",
         uneven=f"{uneven[0]} as one with {_leaf(uneven[1])}" if uneven else "",
         torn_experts=next((layer for layer, g in experts.items() if len(_kinds(parts, g)) > 1), ""),
-        several_experts=len(_kinds(parts, [n for g in experts.values() for n in g])) > 1,
+        several_experts=len(_kinds(parts, [n for g in expert_groups(loaded).values() for n in g])) > 1,
     )
 
 

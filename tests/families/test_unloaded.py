@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import qkit
 from qkit.errors import Unsupported, UsageError
+from qkit.planning.fused_layers import engine_lines_of
+from qkit.planning.request import Request
+from qkit.workflows.quantize import prepare
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
@@ -19,6 +22,7 @@ import sweep_configs
 FUSED = tuple(f"mtp.layers.0.{n}" for n in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
 FUSED += tuple(f"mtp.layers.0.{n}" for n in ("mlp.gate_proj", "mlp.up_proj"))  # engines load them as one
 PACKED = (*FUSED, "mtp.layers.0.mlp.down_proj", "mtp.fc")
+EXPERTS = "mtp.layers.0.mlp.experts"
 PLAIN = ("mtp.norm", "mtp.embed_tokens", "mtp.small_proj")
 
 
@@ -87,3 +91,38 @@ def test_a_model_without_such_matrices(tmp_path):
         qkit.plan(folder, scheme="w4a16", unloaded="int8")
     with pytest.raises(UsageError, match="--unloaded auto: expected int2 to int8"):
         qkit.plan(folder, scheme="w4a16", unloaded="auto")
+
+
+def test_experts_in_one_tensor_lie_as_those_of_the_blocks(tmp_path):
+    """Where a block has such experts they are packed one by one; where none has, they are listed as skipped."""
+    made, sources = torch.Generator().manual_seed(0), {}
+    stack = {f"{EXPERTS}.gate_up_proj": (4, 256, 128), f"{EXPERTS}.down_proj": (4, 128, 128)}
+    for kind in ("qwen3_moe", "stablelm"):
+        folder = sources[kind] = sweep_configs.save("causal", kind, tmp_path / kind)
+        tensors = load_file(folder / "model.safetensors")
+        tensors |= {n: torch.randn(shape, generator=made).bfloat16() for n, shape in stack.items()}
+        tensors["mtp.fc.weight"] = torch.ones(64, 64).bfloat16()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    source = load_file(sources["qwen3_moe"] / "model.safetensors")
+    for name, unloaded in (("plain", None), ("packed", "int8")):
+        qkit.quantize(sources["qwen3_moe"], out=tmp_path / name, scheme="w4a16", method="rtn", unloaded=unloaded)
+    plain, packed = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "packed"))
+    assert all(torch.equal(plain[n], source[n]) for n in stack)
+    weight, name = source[f"{EXPERTS}.gate_up_proj"][2, 128:].float(), f"{EXPERTS}.2.up_proj"
+    codes = packed[f"{name}.weight_packed"].view(torch.uint8).reshape(weight.shape).float() - 128
+    assert (codes * packed[f"{name}.weight_scale"].float() - weight).norm() < 0.02 * weight.norm()
+    assert not set(stack) & packed.keys()
+    skipped = json.loads((tmp_path / "plain" / "qkit.json").read_text())["skipped"]
+    assert set(stack) <= skipped.keys() or f"{EXPERTS}.0.up_proj" in skipped
+    qkit.quantize(sources["stablelm"], out=tmp_path / "unknown", scheme="w4a16", method="rtn", unloaded="int8")
+    skipped = json.loads((tmp_path / "unknown" / "qkit.json").read_text())["skipped"]
+    assert all("no block tells how the matrices lie" in skipped[n] for n in stack)
+    refused = (
+        "it loads all experts in one format"  # those that no loader looks at decide nothing, until they are packed
+    )
+    for name, several in (("plain", False), ("packed", True)):
+        prepared = prepare(
+            Request(model=str(sources["qwen3_moe"]), scheme="w4a16", unloaded="int8" if several else None)
+        )
+        lines = engine_lines_of(prepared.plan, prepared.structure)
+        assert any(refused in str(line) for line in lines) is several, name
