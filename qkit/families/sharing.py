@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from qkit.families.blocks import Group
 from qkit.families.matrices import fused_experts, is_norm, matrix_of
+from qkit.families.operators import tensors_in
 from qkit.families.stream import Stream
-from qkit.families.stream_trace import StreamTrace, tensors_in
+from qkit.families.stream_trace import StreamTrace
 from qkit.families.text_arguments import text_arguments
 
 # Siblings that by these names read one input.

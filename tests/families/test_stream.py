@@ -56,7 +56,7 @@ class Block(nn.Module):
     def __init__(self, step) -> None:
         super().__init__()
         self.table, self.norm, self.up, self.down = nn.Embedding(16, 8), RMSNorm(), nn.Linear(8, 12), nn.Linear(12, 8)
-        self.last, self.head, self.step = RMSNorm(), nn.Linear(8, 16), step
+        self.last, self.head, self.part, self.step = RMSNorm(), nn.Linear(8, 16), nn.Linear(4, 8), step
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.table(tokens)
