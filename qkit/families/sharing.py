@@ -180,7 +180,7 @@ def run_without_values(model: nn.Module, blocks: Sequence[str], embeddings: str 
             handles += trace.watch_experts(name, stand_in, experts.first, experts.down, bias)
     try:
         for part in (model, base):  # the class may ask for more than its base does
-            with torch.inference_mode(), suppress(*_STOPS), _Readers(reads), trace:
+            with torch.inference_mode(), suppress(*_STOPS), _Readers(reads), trace.beneath, trace:
                 tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
                 part(**text_arguments(part, {"input_ids": tokens}))
                 reads.whole = True  # some classes do not call their base as a whole

@@ -12,6 +12,7 @@ known here drops the marks: what cannot be followed is never claimed. Three kind
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from qkit.families.beneath import Beneath
 from qkit.families.marks import LINEAR, NORMED, STREAM, Mark, attended, moved, reduced, scaled
 from qkit.families.matrices import is_norm
 from qkit.families.norms import normalizes, offset_of
@@ -42,7 +44,7 @@ _SUM = "a sum with something that no linear layer writes, such as what leaves a 
 
 
 class StreamTrace(TorchFunctionMode):
-    """Watches a run of a model on the meta device. ``found`` is what it saw, complete after ``finish``.
+    """Watches a run of a model on the meta device, with ``beneath``. ``found`` is what it saw, complete after ``finish``.
 
     embeddings: path of the module whose table begins the stream
     """
@@ -58,6 +60,8 @@ class StreamTrace(TorchFunctionMode):
         self._lost: set[str] = set()
         self._biases: dict[str, str] = {}
         self._inside = 0
+        self._shown: set[int] = set()  # ids of the tensors that the operator gets that runs now
+        self.beneath = Beneath(self._not_shown)
         self._by_storage: dict[int, set[int]] = {}  # ids of marked tensors
         self._stale: set[int] = set()  # of these, whose memory another tensor wrote into
         self._elsewhere: set[str] = set()  # parameters that operators read in ways that are not followed
@@ -141,7 +145,9 @@ class StreamTrace(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._shown = {id(x) for x in tensors_in((args, kwargs))}
         out = func(*args, **kwargs)
+        self._shown = set()
         if not self._inside:
             name = getattr(func, "__name__", "").strip("_")
             if name == "get":  # of a property, such as .T
@@ -153,6 +159,18 @@ class StreamTrace(TorchFunctionMode):
                     others = self._by_storage.get(written.untyped_storage()._cdata, set())
                     self._stale |= others - {id(written)}
         return out
+
+    def _not_shown(self, tensors: Iterator[Tensor]) -> None:
+        """See what an operator reads that compiled code calls, or another operator with tensors that it did not get."""
+        if self._inside:
+            return
+        for x in tensors:
+            if id(x) in self._shown:
+                continue
+            if id(x) in self._marks and (mark := self._mark(x)) is not None:
+                self._drop([mark], "compiled code")
+            elif id(x) in self._params:
+                self._elsewhere.add(self._params[id(x)][0])
 
     def _see(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, func: Any) -> None:
         if name in LIKE or (next(tensors_in(out), None) is None and not writes(func)):

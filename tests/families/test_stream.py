@@ -69,7 +69,7 @@ def watched(step) -> Stream:
         model = Block(step)
     trace = StreamTrace(model, "table")
     handles = trace.watch(model)
-    with torch.inference_mode(), trace:
+    with torch.inference_mode(), trace.beneath, trace:
         model(torch.zeros(1, 4, dtype=torch.long, device="meta"))
     for handle in handles:
         handle.remove()

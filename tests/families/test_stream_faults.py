@@ -63,7 +63,40 @@ def _weight_elsewhere(m, x):
     return x + m.down(m.up(m.norm(x))) * factor
 
 
+@torch.jit.script
+def _compiled(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x @ weight
+
+
+def _scripted(m, x):
+    factor = _compiled(x, m.up.weight.new_ones(8, 1)).sigmoid()
+    return x + m.down(m.up(m.norm(x))) * factor
+
+
+def _scripted_weight(m, x):
+    factor = _compiled(x.new_ones(1, 8), m.down.weight).new_ones(1)
+    return x + m.down(m.up(m.norm(x))) * factor
+
+
+def _by_vmap(m, x):
+    factor = torch.vmap(lambda row: row @ m.up.weight.new_ones(8, 1))(x).sigmoid()
+    return x + m.down(m.up(m.norm(x))) * factor
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return (x**2).sum(-1, keepdim=True)
+
+
 FAULTS = {
+    "compiled code": (_scripted, "compiled code reads the residual stream"),
+    "a weight in compiled code": (_scripted_weight, "down.weight is read elsewhere, too"),
+    "vmap": (_by_vmap, "compiled code reads the residual stream"),
+    "a function of autograd": (
+        lambda m, x: x + m.down(m.up(m.norm(x))) * _Gate.apply(x),
+        "operator pow reads the residual stream",
+    ),
     "a part in place": (_part_in_place, "writes into a part of a tensor reads the residual stream"),
     "a part of what is added": (_part_of_the_sum, "sum with something that no linear layer writes"),
     "a list in place": (_into_another, "operator foreach_mul reads the residual stream"),
