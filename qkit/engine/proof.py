@@ -18,12 +18,13 @@ from qkit.engine.discovered_calls import call_options_of, runs_on_text
 from qkit.errors import Unsupported
 from qkit.families.blocks import BlockStructure, LinearGroup
 from qkit.families.materialize import load_block, load_outer, release, release_outer
+from qkit.families.operators import tensors_in
 from qkit.families.structure import ModelStructure
-from qkit.transforms.rotate import orthogonal, rotate
+from qkit.transforms.rotate import orthogonal, rotate, rotated_parameters
 from qkit.transforms.scales import fold, foldable, shared_heads
 from qkit.transforms.state import BlockState
 
-_TOKENS = 8
+_TOKENS, _ROWS = 8, 256  # of a text, and of the output head
 # Relative differences that rounding explains: in float32; in 16 bits, of what a linear reads, and of what a block returns.
 _CLOSE, _CLOSE_16, _SAME_16 = 1e-3, 2e-2, 5e-2
 
@@ -39,17 +40,15 @@ def prove_rotation(structure: ModelStructure, seed: int) -> int:
         place = stream.places[block.path]
         out = (None,) * place.count
         passing[block.index] = Passing(place.argument, place.result, out)
-    vocabulary = structure.model.get_parameter(stream.tables[0]).shape[0]
-    tokens = torch.randint(0, vocabulary, (1, _TOKENS), generator=torch.Generator().manual_seed(seed))
-    load_outer(structure)
-    try:
-        with runs_on_text(structure), torch.inference_mode():
-            sample = {"input_ids": tokens, **call_options_of(structure, None)}
-            hidden, calls = enter_one(structure.model, structure.paths, sample, passing)
-    finally:
-        release_outer(structure)
-    x = hidden.float()
-    q = orthogonal(x.shape[-1], seed)
+    hidden, logits, calls = _ends(structure, passing, {}, seed)
+    q = orthogonal(hidden.shape[-1], seed)
+    entering, predicted, _ = _ends(structure, passing, rotated_parameters(structure, seed), seed)
+    _check("the embeddings", entering, hidden @ q, _CLOSE_16)
+    if (
+        structure.model.base_model is not structure.model or not structure.tied
+    ):  # else a head of its own has no place there
+        _check("the output head", predicted, logits, _CLOSE_16)
+    x = hidden
     for block in kinds:
         call = calls[block.index].to(torch.float32)
         module = load_block(structure, block, torch.float32)
@@ -58,13 +57,47 @@ def prove_rotation(structure: ModelStructure, seed: int) -> int:
             rotate(BlockState(structure=structure, block=block, module=module, exact=True), {}, seed)
             after = call(module, x @ q)
         release(module)
-        error = _difference(after, before)
-        if not error < _CLOSE:
-            raise Unsupported(
-                f"method rotate: rotating {block.path} changes what it returns by {error:.1%} (expected: not at all): use "
-                "smoothquant or awq, and please report the model"
-            )
+        _check(block.path, after, before, _CLOSE)
     return len(kinds)
+
+
+def _ends(
+    structure: ModelStructure, passing: dict[int, Passing], rotated: dict[str, Tensor], seed: int
+) -> tuple[Tensor, Tensor, dict[int, Call]]:
+    """What leaves the embeddings, float32; what the model without its blocks and some rows of the head make of it; the calls of
+    the blocks.
+
+    rotated: parameters in place of those of the file
+    """
+    stream, stored = structure.stream, {structure.stored_name(name): value for name, value in rotated.items()}
+    read = structure.checkpoint.read_finite
+    (head,) = stream.outer_reads(structure.paths)
+    vocabulary = structure.model.get_parameter(stream.tables[0]).shape[0]
+    tokens = torch.randint(0, vocabulary, (1, _TOKENS), generator=torch.Generator().manual_seed(seed))
+    own = f"{structure.family.head}.weight"  # of a tied head, once it is rotated
+    matrix = rotated[own if own in rotated else head] if rotated else read(structure.stored_name(head))
+    last: list[Tensor] = []
+    base: Any = structure.model.base_model
+    handle = base.register_forward_hook(lambda _, args, out: last.append(next(tensors_in(tuple(out.values())))))
+    load_outer(structure, lambda name: stored[name] if name in stored else read(name))
+    try:
+        with runs_on_text(structure), torch.inference_mode():
+            sample = {"input_ids": tokens, **call_options_of(structure, None)}
+            hidden, calls = enter_one(structure.model, structure.paths, sample, passing)
+        out = last[0].float()  # with the head applied, for a class that is its own base
+        return hidden.float(), out if out.shape[-1] != matrix.shape[1] else out @ matrix[:_ROWS].float().T, calls
+    finally:
+        handle.remove()
+        release_outer(structure)
+
+
+def _check(what: str, after: Tensor, before: Tensor, close: float) -> None:
+    error = _difference(after, before)
+    if not error < close:
+        raise Unsupported(
+            f"method rotate: rotating {what} changes what it returns by {error:.1%} (expected: not at all): use smoothquant or "
+            "awq, and please report the model"
+        )
 
 
 def proof_memory(structure: ModelStructure) -> int:

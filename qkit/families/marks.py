@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qkit.families.stream import counted
@@ -23,6 +24,7 @@ class Mark:
     kind:     STREAM (the residual stream), NORMED (what leaves a norm of it), LINEAR (what leaves linears)
     names:    of the linears, whose outputs were added up, or of the norm
     channels: int32, of the tensor's shape: the channel of each value; dimensions along which they repeat have stride 0
+    width:    how many channels left the embeddings, the norm or the linears
     exact:    nothing but factors of tokens was multiplied
     head, mixes: as of ``stream.Feed``
     """
@@ -30,6 +32,7 @@ class Mark:
     kind: str
     names: frozenset[str]
     channels: Tensor
+    width: int
     exact: bool = True
     head: int | None = None
     mixes: bool = True
@@ -37,12 +40,20 @@ class Mark:
     @classmethod
     def of(cls, kind: str, name: str, out: Tensor) -> Mark:
         """The mark of a tensor whose last dimension is that of channels. name: '' for none"""
-        return cls(kind, frozenset([name] if name else []), counted(out.shape[-1]).expand(out.shape))
+        width = out.shape[-1]
+        channels = counted(width).expand(out.shape)
+        return cls(kind, frozenset([name] if name else []), channels, width)
 
     @property
     def in_order(self) -> bool:
-        """Whether the last dimension is that of channels."""
-        return bool((_once(self.channels) == counted(self.channels.shape[-1])).all())
+        """Whether the last dimension is that of channels, all of them."""
+        expected = counted(self.width)
+        return self.channels.shape[-1] == self.width and bool((_once(self.channels) == expected).all())
+
+    @property
+    def complete(self) -> bool:
+        """Whether all channels are there, in some order."""
+        return len(set(_once(self.channels).flatten().tolist())) == self.width
 
     @property
     def row(self) -> Tensor | None:
@@ -72,8 +83,11 @@ def moved(
     splits: bool,
 ) -> list[Mark] | None:
     """The marks of what an operator returns that moves values. splits: it may split channels into heads"""
-    try:
-        result = func(mark.channels, *args, **kwargs)
+    indexed = any(isinstance(x, Tensor) for x in (*_flat(args), *kwargs.values()))
+    if (indexed and mark.row is None) or any(isinstance(x, torch.dtype) for x in args):
+        return None
+    try:  # what tensors choose is not known; it is tokens, or not every channel
+        result = func(mark.channels, *map(_first_entries, args), **{k: _first_entries(v) for k, v in kwargs.items()})
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None
     found: list[Tensor] = list(result) if isinstance(result, (tuple, list)) else [result]
@@ -84,13 +98,36 @@ def moved(
     return [replace(mark, channels=c, head=head) for c, head in zip(found, heads, strict=True)]
 
 
+def _flat(args: Any) -> list[Any]:
+    return [y for x in args for y in (_flat(x) if isinstance(x, (tuple, list)) else [x])]
+
+
+def _first_entries(value: Any) -> Any:
+    """An index, with zeros in place of tensors without values."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_first_entries, value))
+    return torch.zeros(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) else value
+
+
 def scaled(mark: Mark, factors: list[Tensor], out: Tensor) -> Mark | None:
     """The mark of a product with numbers, with one factor for each token, or with factors of every value."""
     if all(x.numel() == 1 or (x.dim() and x.shape[-1] == 1) for x in factors):
-        return mark if out.shape == mark.channels.shape else None
+        if out.shape != mark.channels.shape:
+            return None
+        if all(_same_for_channels(mark.channels, x) for x in factors):
+            return mark
+        in_heads = mark.head == out.shape[-1]  # one factor for each head
+        return replace(mark, exact=False, mixes=mark.mixes and in_heads) if mark.kind == LINEAR else None
     if mark.kind != LINEAR or out.dim() < mark.channels.dim() or out.shape[-1] != mark.channels.shape[-1]:
         return None
     return replace(mark, channels=mark.channels.expand(out.shape), exact=False, mixes=False)
+
+
+def _same_for_channels(channels: Tensor, factor: Tensor) -> bool:
+    """Whether a factor is the same for all channels of a token: they lie along dimensions where it has one value."""
+    rows = _once(channels)
+    dims = [d - factor.dim() for d, size in enumerate(factor.shape) if size > 1]
+    return all(bool((rows == rows.narrow(d, 0, 1)).all()) for d in dims)
 
 
 def reduced(mark: Mark, dim: Any, out: Tensor) -> Mark | None:

@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from qkit.families.blocks import Group
 from qkit.families.matrices import fused_experts, is_norm, matrix_of
+from qkit.families.operators import tensors_in
 from qkit.families.stream import Stream
-from qkit.families.stream_trace import StreamTrace, tensors_in
+from qkit.families.stream_trace import StreamTrace
 from qkit.families.text_arguments import text_arguments
 
 # Siblings that by these names read one input.
@@ -179,7 +180,7 @@ def run_without_values(model: nn.Module, blocks: Sequence[str], embeddings: str 
             handles += trace.watch_experts(name, stand_in, experts.first, experts.down, bias)
     try:
         for part in (model, base):  # the class may ask for more than its base does
-            with torch.inference_mode(), suppress(*_STOPS), _Readers(reads), trace:
+            with torch.inference_mode(), suppress(*_STOPS), _Readers(reads), trace.beneath, trace:
                 tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
                 part(**text_arguments(part, {"input_ids": tokens}))
                 reads.whole = True  # some classes do not call their base as a whole

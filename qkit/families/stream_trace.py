@@ -20,31 +20,31 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from qkit.families.beneath import Beneath
 from qkit.families.marks import LINEAR, NORMED, STREAM, Mark, attended, moved, reduced, scaled
 from qkit.families.matrices import is_norm
 from qkit.families.norms import normalizes, offset_of
+from qkit.families.operators import (
+    ADD,
+    KEEP,
+    LIKE,
+    MOVE,
+    MULTIPLY,
+    PRODUCTS,
+    SPLIT,
+    TURN,
+    target,
+    tensors_in,
+    turns,
+    writes,
+)
 from qkit.families.stream import Feed, Place, Stream
 
-# Operators by what they do. At the shape and the dtype of a tensor, not at its values:
-_LIKE = {
-    *(f"{n}_like" for n in ("zeros", "ones", "empty", "full")),
-    *(f"new_{n}" for n in ("zeros", "ones", "empty", "full")),
-}
-_KEEP = {"to", "float", "type", "type_as", "bfloat16", "half", "contiguous", "clone", "dropout", "detach", "data"}
-_SPLIT = {"view", "reshape", "unflatten"}  # move values, and may split channels into heads
-_MOVE = {
-    *_SPLIT,
-    *("transpose", "permute", "unsqueeze", "squeeze", "expand", "flatten", "getitem", "movedim", "swapaxes", "narrow"),
-    *("repeat_interleave", "repeat", "chunk", "split", "unbind", "select"),
-}
-_TURN = {"t", "T", "mT", "transpose", "swapaxes"}  # a matrix
-_ADD, _MULTIPLY = {"add", "iadd", "radd", "sub", "isub"}, {"mul", "imul", "rmul", "div", "truediv", "idiv", "itruediv"}
-_PRODUCTS = {"linear": 1, "matmul": 1, "mm": 1, "bmm": 1, "addmm": 2}  # where the second factor is
 _SUM = "a sum with something that no linear layer writes, such as what leaves a norm,"
 
 
 class StreamTrace(TorchFunctionMode):
-    """Watches a run of a model on the meta device. ``found`` is what it saw, complete after ``finish``.
+    """Watches a run of a model on the meta device, with ``beneath``. ``found`` is what it saw, complete after ``finish``.
 
     embeddings: path of the module whose table begins the stream
     """
@@ -60,6 +60,11 @@ class StreamTrace(TorchFunctionMode):
         self._lost: set[str] = set()
         self._biases: dict[str, str] = {}
         self._inside = 0
+        self._shown: set[int] = set()  # ids of the tensors that the operator gets that runs now
+        self.beneath = Beneath(self._not_shown)
+        self._by_storage: dict[int, set[int]] = {}  # ids of marked tensors
+        self._stale: set[int] = set()  # of these, whose memory another tensor wrote into
+        self._elsewhere: set[str] = set()  # parameters that operators read in ways that are not followed
 
     # ---- what hooks of modules call ------------------------------------------------------------------------------
 
@@ -115,11 +120,15 @@ class StreamTrace(TorchFunctionMode):
     def _leaves(self, name: str, offset: float | None) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             self._inside -= 1
-            marked = [m for x in tensors_in((args, kwargs)) if (m := self._mark(x)) is not None]
-            if not marked:
+            tensors = list(tensors_in((args, kwargs)))
+            marked = [m for x in tensors if (m := self._mark(x)) is not None]
+            first = marked[0] if marked else None
+            if first is None or first.kind != STREAM:
+                self._elsewhere.add(f"{name}.weight")
+            if first is None:
                 return
-            first = marked[0]
-            if self._inside or len(marked) > 1 or first.kind != STREAM or not isinstance(out, Tensor):
+            alone = not self._inside and len(tensors) == 1 and first.kind == STREAM and first.in_order
+            if not alone or not isinstance(out, Tensor):
                 self._drop(marked, f"{name}, a norm,")
                 return
             if offset is None:
@@ -136,24 +145,44 @@ class StreamTrace(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._shown = {id(x) for x in tensors_in((args, kwargs))}
         out = func(*args, **kwargs)
+        self._shown = set()
         if not self._inside:
             name = getattr(func, "__name__", "").strip("_")
             if name == "get":  # of a property, such as .T
                 name = getattr(getattr(func, "__self__", None), "__name__", name)
             with torch._C.DisableTorchFunction():  # what is done with marks is no part of the run
                 self._see(name, args, kwargs, out, func)
+                written = target(func, args, kwargs)
+                if written is not None:
+                    others = self._by_storage.get(written.untyped_storage()._cdata, set())
+                    self._stale |= others - {id(written)}
         return out
 
+    def _not_shown(self, tensors: Iterator[Tensor]) -> None:
+        """See what an operator reads that compiled code calls, or another operator with tensors that it did not get."""
+        if self._inside:
+            return
+        for x in tensors:
+            if id(x) in self._shown:
+                continue
+            if id(x) in self._marks and (mark := self._mark(x)) is not None:
+                self._drop([mark], "compiled code")
+            elif id(x) in self._params:
+                self._elsewhere.add(self._params[id(x)][0])
+
     def _see(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, func: Any) -> None:
-        if name in _LIKE or (next(tensors_in(out), None) is None and name != "setitem"):  # which writes into a tensor
+        if name in LIKE or (next(tensors_in(out), None) is None and not writes(func)):
             return
         if self._see_parameter(name, args, kwargs, out):
             return
-        tensors = list(tensors_in(args[:1] if name in _KEEP else (args, kwargs)))
+        tensors = list(tensors_in(args[:1] if name in KEEP else (args, kwargs)))
         marks = [m for x in tensors if (m := self._mark(x)) is not None]
-        if marks and not self._follow(name, args, kwargs, out, func, tensors, marks):
-            self._drop(marks, _SUM if name in _ADD else f"the operator {name}")
+        if marks and self._follow(name, args, kwargs, out, func, tensors, marks):
+            return
+        self._elsewhere |= {found[0] for x in tensors if (found := self._param(x))}
+        self._drop(marks, _SUM if name in ADD else f"the operator {name}")
 
     def _follow(
         self,
@@ -166,18 +195,18 @@ class StreamTrace(TorchFunctionMode):
         marks: list[Mark],
     ) -> bool:
         """Mark what an operator returns. Returns False for one that is not known, or does what cannot be followed."""
-        if name in _MOVE:
+        if name in MOVE:
             outs = list(tensors_in(out))
-            found = moved(marks[0], func, args[1:], kwargs, outs, name in _SPLIT) if len(marks) == 1 else None
+            found = moved(marks[0], func, args[1:], kwargs, outs, name in SPLIT) if len(marks) == 1 else None
             return found is not None and all(self._keep(m, x) for m, x in zip(found, outs, strict=True))
         if not isinstance(out, Tensor):
             return False
-        if name in _KEEP:
+        if name in KEEP:
             return self._keep(marks[0], out)
-        if name in _ADD:
+        if name in ADD:
             return self._add(args, out, marks)
-        if name in _MULTIPLY:
-            numerator = "div" not in name or self._mark(args[0]) is not None
+        if name in MULTIPLY:
+            numerator = "div" not in name or (len(marks) == 1 and self._mark(tensors[0]) is not None)
             return numerator and self._scale(tensors, out, marks)
         if name == "relu" and marks[0].kind == LINEAR:  # a positive factor passes
             return self._keep(replace(marks[0], exact=False, mixes=False), out)
@@ -186,10 +215,11 @@ class StreamTrace(TorchFunctionMode):
         if name == "scaled_dot_product_attention":
             return self._attend(args[2] if len(args) > 2 else kwargs.get("value"), tensors, out)
         if name == "matmul":
-            return self._attend(args[1], tensors, out)
+            return self._attend(tensors[-1], tensors, out)
         if name in ("cat", "concat"):  # with an empty cache
             return len(marks) == 1 and sum(x.numel() > 0 for x in tensors) == 1 and self._keep(marks[0], out)
-        return name == "rms_norm" and marks[0].kind == STREAM and len(tensors) == 1 and self._keep(marks[0], out)
+        normed = name == "rms_norm" and len(tensors) == 1 and marks[0].kind == STREAM and marks[0].in_order
+        return normed and self._keep(marks[0], out)
 
     def _see_parameter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
         """Whether an operator reads a parameter in a way that is known: it is looked up, turned or converted, or multiplies."""
@@ -200,17 +230,19 @@ class StreamTrace(TorchFunctionMode):
                 self._set(out, Mark.of(STREAM, "", out))
             return True
         first = self._param(args[0]) if args else None
-        turns = name in _TURN and isinstance(out, Tensor) and _turns(out, args[1:])
-        if first is not None and (turns or name in _KEEP):
-            self._params[id(out)] = (first[0], first[1] ^ turns)
+        turned = name in TURN and isinstance(out, Tensor) and turns(out, args[1:])
+        if first is not None and (turned or name in KEEP):
+            self._params[id(out)] = (first[0], first[1] ^ turned)
             self._held.append(out)
             return True
-        at = _PRODUCTS.get(name)
+        at = PRODUCTS.get(name)
         if at is None:
             return False
         weight = self._param(args[at] if len(args) > at else kwargs.get("weight"))
         bias = (
-            args[0] if name == "addmm" else kwargs.get("bias", args[2] if name == "linear" and len(args) > 2 else None)
+            next(iter(args), None)
+            if name == "addmm"
+            else kwargs.get("bias", args[2] if name == "linear" and len(args) > 2 else None)
         )
         bias_name = self._param(bias)
         if weight is None or (bias is not None and bias_name is None):
@@ -228,12 +260,14 @@ class StreamTrace(TorchFunctionMode):
         self._used.add(weight)
         if again:
             self._lost.add(weight)
-        if mark is None:
+            self.found.feeds.pop(weight, None)
+            if weight in self.found.reads or (mark is not None and mark.kind != LINEAR):
+                self._refuse(f"{weight} multiplies more than once in a pass")
+            self._drop([mark] if mark is not None else [], weight)
+        elif mark is None:
             return
-        if mark.kind == LINEAR:
+        elif mark.kind == LINEAR:
             self._feed(mark, weight)
-        elif again:
-            self._refuse(f"{weight} multiplies more than once in a pass")
         elif mark.in_order:
             self.found.reads[weight] = next(iter(mark.names), "")
         else:
@@ -260,16 +294,19 @@ class StreamTrace(TorchFunctionMode):
     def _add(self, args: tuple[Any, ...], out: Tensor, marks: list[Mark]) -> bool:
         """The sum of two values: the stream, outputs of linears, or one of these and its bias."""
         kinds = {m.kind for m in marks}
-        bias = next((found for x in args if (found := self._param(x))), None)
+        bias = next(((x, found[0]) for x in args if (found := self._param(x))), None)
         if bias is not None and len(marks) == 1 and len(marks[0].names) == 1 and kinds == {LINEAR} and marks[0].exact:
             (weight,) = marks[0].names
-            known, self._biases[weight] = self._biases[weight], bias[0]
-            return not known and self._keep(marks[0], out)
+            known, self._biases[weight] = self._biases[weight], bias[1]
+            for_each = bias[0].shape == (marks[0].width,) and marks[0].in_order
+            return not known and for_each and self._keep(marks[0], out)
         if len(args) != 2 or len(marks) != 2 or NORMED in kinds or any(m.channels.shape != out.shape for m in marks):
             return False
         if not all(m.exact and m.agrees(marks[0]) for m in marks):
             return False
         if STREAM in kinds:
+            if not all(m.complete for m in marks):
+                return False
             for mark in marks:
                 if mark.kind == LINEAR:
                     self.found.writes.update((n, self._biases.get(n, "")) for n in mark.names)
@@ -288,7 +325,8 @@ class StreamTrace(TorchFunctionMode):
 
     def _attend(self, values: Any, tensors: list[Tensor], out: Tensor) -> bool:
         """Sums over tokens: of values, weighted by attention. Queries and keys are not followed."""
-        self._drop([m for x in tensors if x is not values and (m := self._mark(x)) is not None], "attention")
+        others = [x for x in tensors if x is not values] + [x for x in tensors if x is values][1:]  # the keys, too
+        self._drop([m for x in others if (m := self._mark(x)) is not None], "attention")
         mark = self._mark(values) if isinstance(values, Tensor) else None
         return mark is None or self._keep(attended(mark, out), out)
 
@@ -302,6 +340,9 @@ class StreamTrace(TorchFunctionMode):
         found = self._marks.get(id(x))
         if found is None or (self.found.against and found[1].kind != LINEAR):
             return None
+        if id(x) in self._stale:
+            self._drop([found[1]], "an operator that writes into a part of a tensor")
+            return None
         return found[1]
 
     def _param(self, x: Any) -> tuple[str, bool] | None:
@@ -309,6 +350,8 @@ class StreamTrace(TorchFunctionMode):
 
     def _set(self, x: Tensor, mark: Mark) -> None:
         self._marks[id(x)] = (x, mark)  # the tensor lives on, so that its id is its own
+        self._stale.discard(id(x))
+        self._by_storage.setdefault(x.untyped_storage()._cdata, set()).add(id(x))
 
     def _drop(self, marks: list[Mark], what: str) -> None:
         """What is not followed any more."""
@@ -325,11 +368,19 @@ class StreamTrace(TorchFunctionMode):
     def finish(self, blocks: tuple[str, ...], whole: bool) -> Stream:
         """What the run showed. whole: it came to its end"""
         found = self.found
-        found.feeds = {
-            w: f for w, f in found.feeds.items() if f.source not in self._lost and f.source not in found.writes
-        }
+        unknown = {*self._lost, *found.writes, *self._elsewhere}
+        unknown |= {w for w, bias in self._biases.items() if bias in self._elsewhere}
+        found.feeds = {w: f for w, f in found.feeds.items() if f.source not in unknown and w not in self._elsewhere}
         sources = {f.source for f in found.feeds.values()}
         lost = next((n for n in found.writes if n in self._lost or n in sources), None)
+        changed = (
+            *found.tables,
+            *found.reads,
+            *found.writes,
+            *found.writes.values(),
+            *(f"{n}.weight" for n in found.offsets),
+        )
+        elsewhere = next((n for n in changed if n in self._elsewhere), None)
         if not whole:
             found.feeds = {}
             self._refuse("a run on a text does not get to the end of the model")
@@ -337,24 +388,11 @@ class StreamTrace(TorchFunctionMode):
             self._refuse("its blocks do not begin with the embeddings of a text")
         elif lost is not None:
             self._refuse(f"what leaves {lost} is added to the residual stream and read elsewhere, too")
+        elif elsewhere is not None:
+            self._refuse(f"{elsewhere} is read elsewhere, too, where nothing is rotated")
         elif not found.outer_reads(blocks):
             self._refuse("no layer behind the blocks reads the residual stream")
         elif not found.writes:
             self._refuse("no layer writes to the residual stream")
         self._marks.clear()
         return found
-
-
-def _turns(out: Tensor, dims: tuple[Any, ...]) -> bool:
-    """Whether a view of a parameter has its last two dimensions exchanged. dims: those that the operator got"""
-    numbers = [d % out.dim() for d in dims if isinstance(d, int)]
-    return out.dim() > 1 and (not numbers or set(numbers) == {out.dim() - 2, out.dim() - 1})
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested arguments, such as those of torch.cat."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list, dict)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(inner)

@@ -113,7 +113,9 @@ def allocation_problem(request: Request, budget_request: BudgetRequest) -> Alloc
         Profile.load(budget_request.profile) if profile_request is None else profile_from_shapes(profile_request)
     )
     _refuse_another(known_profile, budget_request, request, structure)
-    known_profile = replace(known_profile, fixed_bytes=known_profile.fixed_bytes - _saved_by_ends(request, structure))
+    untied = "rotate" in (request.method or known_profile.request["method"]).split("+") and bool(structure.tied)
+    saved = _saved_by_ends(request, structure, untied)
+    known_profile = replace(known_profile, fixed_bytes=known_profile.fixed_bytes - saved)
     latency = None
     if table is not None and budget_request.budget.latency is not None:
         latency = Latency(budget_request.budget.latency[0], unit_times(known_profile, structure, table, request.model))
@@ -328,12 +330,18 @@ def _refuse_another(
         )
 
 
-def _saved_by_ends(request: Request, structure: ModelStructure) -> int:
-    """The bytes that embeddings and head save in the formats that the request names."""
+def _saved_by_ends(request: Request, structure: ModelStructure, untied: bool) -> int:
+    """The bytes that embeddings and head save in the formats that the request names; less than 0 where they take more.
+
+    untied: the run makes a head of its own of a tied one, which the profile does not count
+    """
     named = {o: text for o in (EMBEDDINGS, HEAD) if (text := getattr(request, o)) not in (None, AUTO)}
-    plans = end_plans(Recipe(scheme="w4a16", **named), structure, untied=False, rows=False) if named else {}
-    return sum(
-        structure.checkpoint.tensors[f"{name}.weight"].nbytes - linear_bytes(p.weights, None, p.shape, structure.dtype)
+    plans = end_plans(Recipe(scheme="w4a16", **named), structure, untied, rows=False) if named else {}
+    tensors, tied = structure.checkpoint.tensors, structure.tied
+    own_head = next((tensors[shared].nbytes for shared in tied.values()), 0) if untied else 0
+    stored = {name: f"{name}.weight" for name in plans}
+    return -own_head + sum(
+        tensors[tied.get(stored[name], stored[name])].nbytes - linear_bytes(p.weights, None, p.shape, structure.dtype)
         for name, p in plans.items()
     )
 

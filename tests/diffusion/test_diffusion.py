@@ -488,7 +488,7 @@ def test_requests_that_make_no_sense(folders: Path, pipeline: Path, tmp_path: Pa
         (("quantize", "--scheme", "w4a16", "--kv", "int8"), "--kv is for language models"),
         (("quantize", "--scheme", "w4a16", "--significant", "0.1"), "--significant needs the loss"),
         (("quantize", "--scheme", "w4a16", "--method", "mbq"), "balances images and answers"),
-        (("quantize", "--scheme", "w4a16", "--method", "rotate"), "the family wan is not declared as such"),
+        (("quantize", "--scheme", "w4a16", "--method", "rotate"), "in wan, no token is predicted from those before it"),
         (("quantize", "--scheme", "6bit", "--policy", "width=9"), "policy.width"),
         (("quantize", "--scheme", "6bit", "--policy", "wide=6"), "no policy 'wide'"),
         (("quantize", "--scheme", "w4a8", "--policy", "width=6"), "needs layers with NVFP4 weights"),

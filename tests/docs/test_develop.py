@@ -178,7 +178,7 @@ def test_a_new_scheme_is_one_line(monkeypatch, run, tmp_path) -> None:
     assert config["quantization_config"]["format"] == "pack-quantized"
 
 
-def test_a_new_family_folds_scales(monkeypatch, run, small, tmp_path) -> None:
+def test_a_new_family_says_what_the_run_shows_and_adds_its_keys(monkeypatch, run, small, tmp_path) -> None:
     page = "add-a-family.md"
     found: dict = {"Family": Family, "Group": Group, "Keys": Keys}
     exec(block(page, "qkit/families/llm.py"), found)
@@ -187,7 +187,7 @@ def test_a_new_family_folds_scales(monkeypatch, run, small, tmp_path) -> None:
     ((name, config),) = eval(f"{{{line}}}", given).items()
     monkeypatch.setitem(tiny_models.FAMILIES, name, config)
     model = tiny_models.make(name, tmp_path / "model")
-    folded = []
+    results = []
     for declare in (False, True):
         if declare:
             for module in (declared, discover):
@@ -197,12 +197,13 @@ def test_a_new_family_folds_scales(monkeypatch, run, small, tmp_path) -> None:
             "quantize", "--model", model, "--scheme", "w4a16", "--group-size", 32, "--method", "awq", "--out", out, *small
         )  # fmt: skip
         assert code == 0, err
-        before, after = (load_file(folder / "model.safetensors") for folder in (model, out))
-        norms = [n for n in before if "layers" in n and n.endswith("layernorm.weight")]
-        assert any(not torch.equal(before[n], after[n]) for n in norms)
-        sources = {g.declared.source for g in open_structure(str(model)).blocks[0].groups}
-        folded.append("self_attn.v_proj" in sources)
-    assert folded == [False, True]  # what the declaration adds
+        family = open_structure(str(model)).family
+        results.append((family.name, family.keys is not None, (out / "model.safetensors").read_bytes()))
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, out))
+    norms = [n for n in before if "layers" in n and n.endswith("layernorm.weight")]
+    assert any(not torch.equal(before[n], after[n]) for n in norms)
+    assert [r[:2] for r in results] == [("discovered:granite", False), ("granite", True)]
+    assert results[0][2] == results[1][2]
 
 
 def test_a_new_cache_policy_is_data(monkeypatch) -> None:

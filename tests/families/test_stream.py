@@ -56,7 +56,7 @@ class Block(nn.Module):
     def __init__(self, step) -> None:
         super().__init__()
         self.table, self.norm, self.up, self.down = nn.Embedding(16, 8), RMSNorm(), nn.Linear(8, 12), nn.Linear(12, 8)
-        self.last, self.head, self.step = RMSNorm(), nn.Linear(8, 16), step
+        self.last, self.head, self.part, self.step = RMSNorm(), nn.Linear(8, 16), nn.Linear(4, 8), step
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.table(tokens)
@@ -69,7 +69,7 @@ def watched(step) -> Stream:
         model = Block(step)
     trace = StreamTrace(model, "table")
     handles = trace.watch(model)
-    with torch.inference_mode(), trace:
+    with torch.inference_mode(), trace.beneath, trace:
         model(torch.zeros(1, 4, dtype=torch.long, device="meta"))
     for handle in handles:
         handle.remove()
@@ -227,3 +227,13 @@ def test_scales_are_folded_where_the_proof_holds(name, tmp_path, monkeypatch):
     assert all(count and not wrong for count, wrong in found)
     packed, plain = (qkit.load(path, dtype=torch.float32) for path in (tmp_path / "out", model))
     assert relative(logits(packed, TOKENS), logits(plain, TOKENS)) < 0.15
+
+
+def test_the_proof_finds_a_norm_that_was_forgotten_outside_the_blocks(tmp_path):
+    sweep_configs.save("causal", "granite", tmp_path)
+    structure = open_structure(str(tmp_path))
+    structure.stream.reads.update({n: "" for n in structure.stream.outer_reads(structure.paths)})
+    with pytest.raises(
+        Unsupported, match=r"rotating the output head changes what it returns by .*expected: not at all"
+    ):
+        prove_rotation(structure, 0)

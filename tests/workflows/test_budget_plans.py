@@ -20,6 +20,10 @@ from qkit.tensor import sparse
 from qkit.workflows.budget import running_bytes
 from qkit.workflows.quantize import open_structure
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import sweep_configs
+
 
 def profiled(run, model, folder, small, candidates="int2,int4,int8,bf16", *more) -> Profile:
     measures = "weight,output,first,fisher,pqi,loss,kl"
@@ -163,6 +167,21 @@ def test_a_size_holds_for_the_files(run, tiny, tmp_path, small):
     assert code == 3 and "--size 0.02MB: the smallest formats of the profile need --size " in err
     needed = err.partition("need --size ")[2].partition("MB")[0]
     assert run("plan", *common, "--size", f"{needed}MB")[0] == 0
+
+
+@pytest.mark.parametrize(("ends", "tables"), [((), 2), (("--embeddings", "int8", "--head", "int8"), 1.2)])
+def test_a_size_counts_the_head_that_a_rotation_unties(run, tmp_path, small, ends, tables):
+    """tables: the bytes of embeddings and head, of those of the one that the model has"""
+    model, folder, out = sweep_configs.save("causal", "gemma", tmp_path / "model"), tmp_path / "made", tmp_path / "out"
+    measured = ("--candidates", "int4,int8", "--measures", "weight", "--rows", 2, *small)
+    code, _, err = run("profile", "--model", model, "--out", folder, *measured)
+    assert code == 0, err
+    made, table = Profile.load(folder), 4096 * 128 * 2
+    size = made.fixed_bytes + int((tables - 1) * table) + int(5 * sum(u.weights for u in made.units) / 8)
+    common = ("--model", model, "--profile", folder, *small, "--method", "rotate+rtn", "--measure", "weight", *ends)
+    code, _, err = run("quantize", *common, "--size", f"{size}B", "--out", out)
+    assert code == 0, err
+    assert 0.7 * size < sum(f.stat().st_size for f in out.glob("*.safetensors")) <= size
 
 
 def test_more_measures_join_a_profile(run, tiny, tmp_path, small):
