@@ -27,6 +27,17 @@ def require_python(engine: str | None, python: Path | None) -> tuple[str, Path] 
     return engine, python
 
 
+def gguf_file(out: Path, engine: str | None) -> Path | None:
+    """The GGUF file that llama.cpp runs: ``out`` itself, or model.gguf in it; None for another engine. Raises UsageError where
+    there is none."""
+    if engine != "llama.cpp":
+        return None
+    file = out / "model.gguf" if out.is_dir() else out
+    if file.suffix != ".gguf" or not file.is_file():
+        raise UsageError(f"--engine llama.cpp: {out} is no GGUF file and has no model.gguf: use vllm or transformers")
+    return file
+
+
 def show_proof(proof: EngineProof, console: Console) -> None:
     """Prints what ran the layers, and the differences beside what is allowed."""
     if proof.difference is None or proof.noise is None:

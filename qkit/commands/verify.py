@@ -10,15 +10,16 @@ from rich.table import Table
 from rich.text import Text
 
 from qkit.commands.common import OutFile
-from qkit.commands.engine_tables import require_python, show_proof
+from qkit.commands.engine_tables import gguf_file, require_python, show_proof
 from qkit.commands.measured import json_bytes
 from qkit.commands.verb import Verb
 from qkit.engines.process import ENGINES, TIMEOUT
 from qkit.errors import UsageError, VerifyFailure
-from qkit.files.folder import read_record
+from qkit.files.folder import RECORD, read_record
 from qkit.files.safefile import write_atomic
 from qkit.verification.verify import Report, summary, verify
 
+UNRECORDED = "no qkit.json beside it, so its bytes were not checked"
 _SHOWN = 20  # problems listed on the terminal; --json has them all
 
 
@@ -98,15 +99,21 @@ def verify_command(
             f"--source {source}: it is for results of --prune-experts, whose experts are compared with the source, and {out} "
             "is none: leave it out"
         )
-    report = verify(out, job, source)
     console = Console()
-    show(report, console)
+    file = gguf_file(out, engine)
+    if file is not None and not (out / RECORD).is_file():
+        # A GGUF file that lies by itself has no record: there the engine is all that is asked.
+        report = Report(notes=[UNRECORDED])
+        console.print(Text(f"note: {file}: {UNRECORDED}"), soft_wrap=True)
+    else:
+        report = verify(out, job, source)
+        show(report, console)
     proof = None
     if chosen is not None and report.ok:
         from qkit.workflows.engine_proof import prove
 
-        console.print(Text(f"running {out} in {ENGINES[chosen[0]].title}, with {chosen[1]}"), soft_wrap=True)
-        proof = prove(out, *chosen, engine_timeout, report.engines)
+        console.print(Text(f"running {file or out} in {ENGINES[chosen[0]].title}, with {chosen[1]}"), soft_wrap=True)
+        proof = prove(file or out, *chosen, engine_timeout, report.engines)
         show_proof(proof, console)
     if json_file is not None:
         content = report.to_json() | ({} if proof is None else {"engine_proof": proof.to_json()})

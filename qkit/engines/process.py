@@ -50,6 +50,7 @@ ENGINES = {
     "transformers": Engine(
         "transformers", "transformers", "transformers_script.py", "torch transformers compressed-tensors accelerate"
     ),
+    "llama.cpp": Engine("llama.cpp", "llama.cpp", "llama_cpp_script.py", "xllamacpp numpy"),
 }
 
 

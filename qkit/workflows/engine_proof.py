@@ -8,44 +8,40 @@ with the last bit of the embeddings changed: rounded inputs (W8A8, FP8) make tha
 
 from __future__ import annotations
 
-import gc
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkit.engines.process import ENGINES, TIMEOUT, Engine, EngineAnswer, EngineJob, EngineRefusal, run_engine
-from qkit.errors import BadInput, Unsupported
+from qkit.engines.process import ENGINES, TIMEOUT, Engine, EngineJob, EngineRefusal, run_engine
 from qkit.evaluation.decoding import greedy_tokens
-from qkit.evaluation.text import tokenize
-from qkit.families.structure import predicts_next
-from qkit.files.checkpoint import Checkpoint
-from qkit.files.embedded import embedded_text
-from qkit.files.folder import is_pipeline, read_record
-from qkit.kvcache.argument import with_cache
 from qkit.kvcache.policy import stored
-from qkit.kvcache.read_back import ReadBackCache
-from qkit.runtime.loading import load, load_tokenizer
 from qkit.verification.model_engines import EngineRow
+from qkit.workflows.engine_layers import kernels_of, notes_of, packed_names, unquantized
+from qkit.workflows.own_arithmetic import (
+    Q8,
+    TEXTS,
+    cuts_toward_zero,
+    engine_dtype,
+    fp8_cache,
+    load_model,
+    load_texts_tokenizer,
+    log_probabilities,
+    other_rounding,
+    proof_texts,
+)
 
-TEXTS, LENGTH, NEW = 6, 96, 24  # texts, tokens of each, greedy tokens
+NEW = 24  # greedy tokens after each text
 # An engine and qkit in 16 bits round independently of each other: twice the noise is more than both together. Single
 # tokens vary more; the largest of an engine was up to 1.4 of the largest in the noise.
 MEAN_MARGIN, LARGEST_MARGIN = 2.0, 4.0
 # Where the noise is very small, an engine may still do its sums in another order. The mean and the largest difference of an
 # unquantized model between vLLM and qkit were 0.011 and 0.062.
-FLOORS = {"bfloat16": (0.01, 0.1), "float16": (0.002, 0.02), "float32": (1e-4, 1e-2)}
-NewCache = Callable[[Any], Any]  # makes an empty cache for a model
-_JITTER = 2.0**-23  # the last bit of float32
-# Kernels that leave inputs in 16 bits whatever the scheme says, by parts of their names.
+FLOORS = {"bfloat16": (0.01, 0.1), "float16": (0.002, 0.02), "float32": (1e-4, 1e-2), Q8: (0.01, 0.1)}
 _CUT = "its cache takes the next FP8 number toward zero, and not the nearest: the error of the cache is larger than on GPUs"
-_INPUTS_KEPT = ("WNA16", "W4A16", "Marlin", "Machete", "Exllama", "AllSpark", "Conch")
 
 
 @dataclass(frozen=True)
@@ -131,17 +127,17 @@ def prove(
     """
     kind = ENGINES[engine]
     dtype = engine_dtype(out, engine)
-    prompts = proof_texts(load_tokenizer(out))
+    prompts = proof_texts(load_texts_tokenizer(out))
     job = EngineJob(model=out, prompts=prompts.tolist(), new_tokens=NEW, dtype=dtype)
     try:
         answer = run_engine(kind, python, job, timeout)
     except EngineRefusal as refusal:
         return EngineProof(engine=kind.title, dtype=dtype, refused=str(refusal), expected=_expected(kind, rows))
-    cache = _fp8_cache(out, engine, answer)
+    cache = fp8_cache(out, engine, answer)
     plain = load_model(out, torch.float32)
     own = log_probabilities(plain, prompts, cache)
     greedy = greedy_tokens(plain, prompts, prompts.shape[1], None if cache is None else stored(out), NEW).tolist()
-    noise = Difference.of(_other_rounding(out, plain, prompts, cache, dtype), own)
+    noise = Difference.of(other_rounding(out, plain, prompts, cache, dtype), own)
     theirs = torch.tensor(answer.logprobs, dtype=torch.float64)
     return EngineProof(
         engine=kind.title,
@@ -156,7 +152,7 @@ def prove(
         kernels=kernels_of(answer),
         unquantized=unquantized(answer, packed_names(out)),
         cache=", ".join(sorted({str(c["dtype"]) for c in answer.caches.values()} - {"auto"})),
-        notes=_notes(out, answer) + ([_CUT] if cache is not None and _cuts(engine, answer) else []),
+        notes=notes_of(out, answer) + ([_CUT] if cache is not None and cuts_toward_zero(engine, answer) else []),
         seconds=answer.seconds,
         expected=_expected(kind, rows),
     )
@@ -174,169 +170,6 @@ def allowed(noise: Difference, dtype: str) -> tuple[float, float]:
     return max(MEAN_MARGIN * noise.mean, mean), max(LARGEST_MARGIN * noise.largest, largest)
 
 
-def engine_dtype(out: Path, engine: str) -> str:
-    """The arithmetic that an engine is asked for: transformers computes in float32, where a difference shows most; others in
-    16 bits as they are used. Raises Unsupported for a folder that holds no language model."""
-    if is_pipeline(out):
-        raise Unsupported(
-            f"{out}: --engine is for models that continue a text, and this is a diffusion pipeline: leave --engine out"
-        )
-    config = Checkpoint.open(out, quantized=True).config
-    inner = config.get("text_config")
-    texts = inner if isinstance(inner, Mapping) else {}
-    named = str(config.get("dtype") or config.get("torch_dtype") or texts.get("dtype") or texts.get("torch_dtype"))
-    return "float32" if engine == "transformers" else "float16" if "float16" in named.split(".") else "bfloat16"
-
-
-def load_model(out: Path, dtype: torch.dtype) -> Any:
-    """qkit's own model of the folder, with a plain cache. Raises Unsupported for one that does not continue a text."""
-    model = load(out, dtype=dtype, kv="none")
-    if not predicts_next(model):
-        raise Unsupported(
-            f"{out}: --engine is for models that continue a text, and a {type(model).__name__} does not: leave --engine out"
-        )
-    return model
-
-
-def proof_texts(tokenizer: Any) -> Tensor:
-    """The first tokens of the first long paragraphs of the embedded text, int64 [TEXTS, LENGTH], begun as the tokenizer begins
-    a text. Raises BadInput for a tokenizer that makes too few tokens."""
-    paragraphs = embedded_text("evaluation").read_text(encoding="utf-8").splitlines()
-    rows = []
-    for paragraph in paragraphs:
-        ids = tokenizer(paragraph, verbose=False)["input_ids"][:LENGTH]
-        if len(ids) == LENGTH and len(tokenize(tokenizer, paragraph)) >= LENGTH:
-            rows.append(ids)
-        if len(rows) == TEXTS:
-            return torch.tensor(rows, dtype=torch.int64)
-    raise BadInput(f"the tokenizer makes {len(rows)} texts of {LENGTH} tokens, expected {TEXTS}: leave --engine out")
-
-
-@torch.inference_mode()
-def log_probabilities(model: Any, prompts: Tensor, cache: NewCache | None = None) -> Tensor:
-    """Of all tokens of each prompt but the first, float64 [texts, tokens - 1]. cache: makes the cache of a pass, through which
-    all keys and values go; None for a pass without one."""
-    rows = []
-    for ids in prompts:
-        through = {} if cache is None else with_cache(model, cache(model))
-        logits = model(input_ids=ids[None].to(model.device), **through, use_cache=cache is not None).logits
-        logits = logits[0, :-1].float().cpu()
-        rows.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0].double())
-    return torch.stack(rows)
-
-
-def _other_rounding(out: Path, plain: Any, prompts: Tensor, cache: NewCache | None, dtype: str) -> Tensor:
-    """The log-probabilities of the same file with other roundings; ``plain`` is its model in float32."""
-    if dtype == "float32":
-        with _jitter(plain):
-            return log_probabilities(plain, prompts, cache)
-    model = load_model(out, getattr(torch, dtype))
-    found = log_probabilities(model, prompts, cache)
-    del model
-    gc.collect()
-    return found
-
-
-@contextmanager
-def _jitter(model: Any) -> Iterator[None]:
-    """The last bit of each number in the embeddings of tokens goes up or down."""
-    draw = torch.Generator().manual_seed(0)
-
-    def change(module: Any, args: Any, output: Tensor) -> Tensor:
-        signs = torch.randint(0, 2, output.shape, generator=draw) * 2 - 1
-        return output * (1 + _JITTER * signs).to(output)
-
-    hook = model.get_input_embeddings().register_forward_hook(change)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _fp8_cache(out: Path, engine: str, answer: EngineAnswer) -> NewCache | None:
-    """The FP8 cache of the file as this engine fills it; None where its cache is a plain one."""
-    policy = stored(out)
-    used = any("fp8" in str(cache["dtype"]) for cache in answer.caches.values())
-    if policy is None or policy.kind != "fp" or not used:
-        return None
-    return partial(ReadBackCache, cut=_cuts(engine, answer))
-
-
-def _cuts(engine: str, answer: EngineAnswer) -> bool:
-    """Whether the engine's cache takes the next FP8 number toward zero. vLLM 0.32 on CPUs does: with that its log-probabilities
-    are those of qkit but for 0.021 on average, and with rounding to nearest they are 0.071 away (tiny-llama in W4A16)."""
-    return engine == "vllm" and answer.device == "cpu"
-
-
 def _same(theirs: Sequence[int], own: Sequence[int]) -> int:
     """Tokens before the first that differs."""
     return next((i for i, (a, b) in enumerate(zip(theirs, own, strict=False)) if a != b), min(len(theirs), len(own)))
-
-
-# ---- layers -----------------------------------------------------------------------------------------------------
-
-
-def packed_names(out: Path) -> list[str]:
-    """The layers that the record lists as packed; none for a folder that qkit did not write."""
-    record = read_record(out)
-    return [] if record is None else list(record.get("linears") or {})
-
-
-def kernels_of(answer: EngineAnswer) -> dict[str, int]:
-    """What runs the layers, and how many of them, most first."""
-    names = Counter(
-        f"{used['scheme']}: {used['kernel']}"
-        if {"scheme", "kernel"} <= used.keys()
-        else used.get("scheme") or _plain(used)
-        for used in answer.layers.values()
-    )
-    return dict(names.most_common())
-
-
-def _plain(used: Mapping[str, str]) -> str:
-    return used.get("method") or used["class"]
-
-
-def unquantized(answer: EngineAnswer, packed: Sequence[str]) -> list[str]:
-    """Layers that are packed in the file and that the engine runs as plain ones."""
-    joined = {part: whole for whole, parts in answer.joined.items() for part in parts}
-    found = []
-    for name in packed:
-        used = _layer(name, answer.layers, joined)
-        if used is not None and "scheme" not in used and "Unquantized" in used.get("method", "Unquantized"):
-            found.append(name)
-    return found
-
-
-def _layer(name: str, layers: Mapping[str, Mapping[str, str]], joined: Mapping[str, str]) -> Mapping[str, str] | None:
-    """What runs a layer of the file: under its own name, that of the layer that it is a part of, or that of the experts that
-    hold it; names may begin in another way in the engine."""
-    parent, _, leaf = name.rpartition(".")
-    names = [name, f"{parent}.{joined.get(leaf, leaf)}"]
-    while parent:
-        names.append(parent)
-        parent = parent.rpartition(".")[0]
-    for wanted in names:
-        if wanted in layers:
-            return layers[wanted]
-        first = next((i for i, part in enumerate(wanted.split(".")) if part.isdigit()), None)
-        end = None if first is None else "." + ".".join(wanted.split(".")[first:])
-        fitting = [] if end is None else [layer for layer in layers if layer.endswith(end)]
-        if len(fitting) == 1:
-            return layers[fitting[0]]
-    return None
-
-
-def _notes(out: Path, answer: EngineAnswer) -> list[str]:
-    """What else one should know of how the engine ran the file."""
-    notes = []
-    record = read_record(out) or {}
-    rounded = any(linear.get("activations") for linear in (record.get("linears") or {}).values())
-    kernels = {used["kernel"] for used in answer.layers.values() if "kernel" in used and "A16" not in used["scheme"]}
-    kept = sorted(k for k in kernels if any(part in k for part in _INPUTS_KEPT))
-    if rounded and kept:
-        notes.append(f"{', '.join(kept)} leaves the inputs of layers in 16 bits, and the file says to round them")
-    if answer.unused:
-        more = f" (and {len(answer.unused) - 1} more)" if len(answer.unused) > 1 else ""
-        notes.append(f"it does not use {answer.unused[0]}{more}")
-    return notes
