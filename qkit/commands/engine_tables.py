@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -38,20 +40,24 @@ def gguf_file(out: Path, engine: str | None) -> Path | None:
     return file
 
 
+def show_engine(run: Mapping[str, Any], console: Console) -> None:
+    """Prints which engine ran a model, and what ran its layers."""
+    seconds = ", ".join(f"{what} {time:.0f} s" for what, time in run["seconds"].items())
+    cache = f", KV cache {run['cache']}" if run.get("cache") else ""
+    about = f"by {run['name']} {run['version']}, {run['device']}, {run['dtype']}{cache} ({seconds})"
+    console.print(Text(printable(about)), soft_wrap=True)
+    if run["kernels"]:
+        kernels = wide_table("what runs the layers", "layers")
+        for name, count in run["kernels"].items():
+            kernels.add_row(Text(printable(name)), Text(str(count)))
+        print_wide(console, kernels)
+
+
 def show_proof(proof: EngineProof, console: Console) -> None:
     """Prints what ran the layers, and the differences beside what is allowed."""
     if proof.difference is None or proof.noise is None:
         return
-    seconds = ", ".join(f"{what} {time:.0f} s" for what, time in proof.seconds.items())
-    cache = f", KV cache {proof.cache}" if proof.cache else ""
-    kernels = wide_table(
-        "what runs the layers",
-        "layers",
-        title=f"{proof.engine} {proof.version}, {proof.device}, {proof.dtype}{cache} ({seconds})",
-    )
-    for name, count in proof.kernels.items():
-        kernels.add_row(Text(printable(name)), Text(str(count)))
-    print_wide(console, kernels)
+    show_engine({**asdict(proof), "name": proof.engine}, console)
     title = f"{proof.texts} texts, {proof.tokens} log-probabilities, nats"
     table = wide_table("difference", "mean", "largest", "mean with sign", title=title)
     rows: list[tuple[str, Difference]] = [
