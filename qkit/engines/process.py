@@ -87,7 +87,9 @@ class EngineAnswer:
 
 
 class EngineRefusal(VerifyFailure):
-    """The engine did not load the file, or stopped while it ran."""
+    """The engine did not load the file, or stopped while it ran. device: where, if that is known."""
+
+    device = ""
 
 
 def run_engine(engine: Engine, python: Path, job: EngineJob, timeout: float = TIMEOUT) -> EngineAnswer:
@@ -119,7 +121,9 @@ def _answer(engine: Engine, python: Path, job: EngineJob, timeout: float, work: 
             f"'{python} -m pip install', or name another interpreter"
         )
     if "refused" in data:
-        raise EngineRefusal(f"{engine.title} refused {job.model}: {_shortened(str(data['refused']))}; {where}")
+        refusal = EngineRefusal(f"{engine.title} refused {job.model}: {_shortened(str(data['refused']))}; {where}")
+        refusal.device = str(data.get("device", ""))
+        raise refusal
     if code is None:
         raise EngineRefusal(
             f"{engine.title} gave no answer about {job.model} within {timeout:g} seconds: allow more with "

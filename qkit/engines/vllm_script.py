@@ -34,7 +34,6 @@ def layers_of(model: Any) -> dict[str, Any]:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """The answer to a job."""
-    import torch
     from vllm import LLM, SamplingParams
 
     start = time.perf_counter()
@@ -60,13 +59,20 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     done = time.perf_counter()
     return {
         "version": version_of("vllm"),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": device(),
         "dtype": str(llm.llm_engine.model_config.dtype).removeprefix("torch."),
         "logprobs": logprobs,
         "tokens": [list(o.outputs[0].token_ids)[: job["new_tokens"]] for o in outputs],
         "seconds": {"load": loaded - start, "run": done - loaded},
         **llm.apply_model(layers_of)[0],
     }
+
+
+def device() -> str:
+    """Where vLLM runs."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def version_of(module: str) -> str:
@@ -85,7 +91,7 @@ def main(job_file: str, answer_file: str) -> None:
         try:
             answer = run(job)
         except Exception as e:  # whatever vLLM raises is its answer
-            Path(answer_file).write_text(json.dumps({"refused": f"{type(e).__name__}: {e}"}))
+            Path(answer_file).write_text(json.dumps({"refused": f"{type(e).__name__}: {e}", "device": device()}))
             raise
     Path(answer_file).write_text(json.dumps(answer))
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from qkit.engines.process import ENGINES, TIMEOUT, Engine, EngineJob, EngineRefusal, run_engine
 from qkit.evaluation.decoding import greedy_tokens
 from qkit.kvcache.policy import stored
+from qkit.verification.engines import without_cpu
 from qkit.verification.model_engines import EngineRow
 from qkit.workflows.engine_layers import kernels_of, notes_of, packed_names, unquantized
 from qkit.workflows.own_arithmetic import (
@@ -132,7 +133,9 @@ def prove(
     try:
         answer = run_engine(kind, python, job, timeout)
     except EngineRefusal as refusal:
-        return EngineProof(engine=kind.title, dtype=dtype, refused=str(refusal), expected=_expected(kind, rows))
+        return EngineProof(
+            engine=kind.title, dtype=dtype, refused=str(refusal), expected=_expected(kind, rows, refusal.device)
+        )
     cache = fp8_cache(out, engine, answer)
     plain = load_model(out, torch.float32)
     own = log_probabilities(plain, prompts, cache)
@@ -154,14 +157,14 @@ def prove(
         cache=", ".join(sorted({str(c["dtype"]) for c in answer.caches.values()} - {"auto"})),
         notes=notes_of(out, answer) + ([_CUT] if cache is not None and cuts_toward_zero(engine, answer) else []),
         seconds=answer.seconds,
-        expected=_expected(kind, rows),
+        expected=_expected(kind, rows, answer.device),
     )
 
 
-def _expected(kind: Engine, rows: Sequence[EngineRow]) -> bool | None:
-    """Whether the table says that this engine loads all of the file; None where it says nothing."""
-    answers = [row.loads_as is not None for row in rows if row.engine.split(" ")[0] == kind.title]
-    return all(answers) if answers else None
+def _expected(kind: Engine, rows: Sequence[EngineRow], device: str) -> bool | None:
+    """Whether the table says that this engine loads all of the file, on that device; None where it says nothing."""
+    own = [row for row in rows if row.engine.split(" ")[0] == kind.title]
+    return all(row.loads_as and not (device == "cpu" and without_cpu(row.limits)) for row in own) if own else None
 
 
 def allowed(noise: Difference, dtype: str) -> tuple[float, float]:
