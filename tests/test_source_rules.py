@@ -47,6 +47,7 @@ FOLDERS = (
     "calibration",
     "nn",
     "families",
+    "engines",
     "files",
     "verification",
     "tensor",

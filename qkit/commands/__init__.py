@@ -21,6 +21,7 @@ VERBS = {
     "eval": "Measure a model: perplexity, KL divergence, tasks.",
     "check": "Compare a packed checkpoint with a budget (for CI).",
     "bench": "Measure the speed of products and models.",
+    "serve-command": "Print the command line that serves a result.",
     "inspect": "Show the formats and sizes of a folder or a file.",
     "list": "List schemes, methods, formats, caches, families, models.",
     "demo": "Quantize the reference model in two ways and compare.",
@@ -43,6 +44,8 @@ def _command(name: str) -> click.Command:
         from qkit.commands.check import check_command as command
     elif name == "bench":
         from qkit.commands.bench import bench_command as command
+    elif name == "serve-command":
+        from qkit.commands.serve_command import serve_command_command as command
     elif name == "inspect":
         from qkit.commands.inspect import inspect_command as command
     elif name == "list":

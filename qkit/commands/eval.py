@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.text import Text
 
 from qkit.calibration.options import QUESTIONS
 from qkit.commands.common import OutFile, announce
+from qkit.commands.engine_tables import gguf_file, require_python, show_engine
 from qkit.commands.grid import printable
 from qkit.commands.measured import grids, json_bytes, progress_bar, refuse_unmeasured, show, show_all
 from qkit.commands.verb import OptionGroup, RenamedOption, Verb, in_group
+from qkit.engines.process import ENGINES, TIMEOUT
 from qkit.errors import UsageError
 from qkit.evaluation.request import DTYPES, EvalRequest, dimensions_of
 from qkit.evaluation.sources import text_name
@@ -32,9 +35,10 @@ _MOST_USED, _TEXTS, _IMAGE_TEXT = (
     in_group(OptionGroup.TEXTS),
     in_group(OptionGroup.IMAGE_TEXT),
 )
-_KV_CACHE, _DIFFUSION, _DEVICE = (
+_KV_CACHE, _DIFFUSION, _ENGINE, _DEVICE = (
     in_group(OptionGroup.KV_CACHE),
     in_group(OptionGroup.DIFFUSION),
+    in_group(OptionGroup.ENGINE),
     in_group(OptionGroup.DEVICE),
 )
 
@@ -78,6 +82,15 @@ _KV_CACHE, _DIFFUSION, _DEVICE = (
 @_DIFFUSION("--videos", type=click.IntRange(1), help="Number of prompts and seeds to sample videos for.")
 @_DIFFUSION("--vbench-python", type=click.Path(path_type=Path), help="Python interpreter with VBench installed.")
 @_DIFFUSION("--videos-dir", type=click.Path(path_type=Path), help="Folder in which the videos for VBench are kept.")
+@_ENGINE("--engine", type=click.Choice(list(ENGINES)), help="Measure perplexity in this engine, not in qkit.")
+@_ENGINE("--python", type=click.Path(path_type=Path), help="Python interpreter that has the engine of --engine.")
+@_ENGINE(
+    "--engine-timeout",
+    type=click.FloatRange(1),
+    default=TIMEOUT,
+    show_default=True,
+    help="Seconds that the engine may take.",
+)
 @_DEVICE(
     "--dtype",
     default="float32",
@@ -104,6 +117,9 @@ def eval_command(
     vbench_python: Path | None,
     videos_dir: Path | None,
     report_file: Path | None,
+    engine: str | None,
+    python: Path | None,
+    engine_timeout: float,
     dtype: str,
     device: str,
     task_dir: Path | None,
@@ -119,12 +135,20 @@ def eval_command(
     text is tokenized as a whole and cut into windows. Confidence intervals are 95 % over windows. Encoders, classifiers and
     models that read one text and write another are measured by what they give, on windows or on rows in JSON lines.
 
+    With --engine every likelihood comes from that engine, which runs the model in its own Python environment. It measures one
+    model on texts, and nothing else.
+
     \b
     Example:
       qkit eval out/w4a16 --baseline tiny-llama --text wiki.txt --json eval.json
       qkit eval out/w4a16 out/w8a16 --baseline tiny-llama --report eval.html
       qkit eval out/embedder --baseline MODEL --text texts.jsonl
+      qkit eval out/w4a16 --engine vllm --python VENV/bin/python --windows 20
     """
+    chosen = require_python(engine, python)
+    if chosen is not None:
+        _in_engine(outs, *chosen, texts, window, windows, engine_timeout, json_file)
+        return
     names = split_names(tasks)
     bench = dimensions_of(names)
     if (videos or bench) and (texts or image_text or kv or retrieval or len(names) > len(bench)):
@@ -203,6 +227,43 @@ def eval_command(
     else:
         show_all(measured, console)
     refuse_unmeasured(outs, measured)
+
+
+def _in_engine(
+    outs: Sequence[str],
+    engine: str,
+    python: Path,
+    texts: Sequence[str],
+    window: int,
+    windows: int,
+    timeout: float,
+    json_file: Path | None,
+) -> None:
+    """The command with --engine."""
+    allowed = {"outs", "engine", "python", "engine_timeout", "texts", "window", "windows", "json_file"}
+    context = click.get_current_context()
+    given = [p for p in context.params if context.get_parameter_source(p) is ParameterSource.COMMANDLINE]
+    other = next((p for p in context.command.params if p.name in given and p.name not in allowed), None)
+    if other is not None:
+        raise UsageError(f"{other.opts[0]} does not go with --engine: leave one of the two out")
+    if len(outs) > 1:
+        raise UsageError(f"--engine measures one model at a time, and there are {len(outs)}: use one OUT")
+    file = gguf_file(Path(outs[0]), engine)
+    folder = file or find_model(outs[0])
+    if file is None:
+        require_sound(folder)
+    console = Console()
+    announce(console, f"measuring {folder} in {ENGINES[engine].title}, with {python}")
+
+    from qkit.workflows.engine_eval import evaluate_in_engine
+
+    chosen_texts = texts or (str(embedded_text("evaluation")),)
+    measured = evaluate_in_engine(folder, engine, python, chosen_texts, window, windows, timeout)
+    if json_file is not None:
+        write_atomic(json_file, json_bytes(measured))
+    show(measured, console)
+    show_engine(measured["engine"], console)
+    refuse_unmeasured(outs, [measured])
 
 
 def _page(measured: Sequence[Mapping[str, Any]], folders: Sequence[Path], request: EvalRequest, samples: Any) -> str:

@@ -39,6 +39,7 @@ class OptionGroup(Enum):
     PRODUCTS = "Products"
     DECODING = "Decoding"
     DIFFUSION = "Diffusion"
+    ENGINE = "Engine"
     DEVICE = "Device"
     JOB = "Job"
 

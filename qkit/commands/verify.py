@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -11,12 +10,16 @@ from rich.table import Table
 from rich.text import Text
 
 from qkit.commands.common import OutFile
+from qkit.commands.engine_tables import gguf_file, require_python, show_proof
+from qkit.commands.measured import json_bytes
 from qkit.commands.verb import Verb
+from qkit.engines.process import ENGINES, TIMEOUT
 from qkit.errors import UsageError, VerifyFailure
-from qkit.files.folder import read_record
+from qkit.files.folder import RECORD, read_record
 from qkit.files.safefile import write_atomic
 from qkit.verification.verify import Report, summary, verify
 
+UNRECORDED = "no qkit.json beside it, so its bytes were not checked"
 _SHOWN = 20  # problems listed on the terminal; --json has them all
 
 
@@ -57,24 +60,65 @@ def show(report: Report, console: Console) -> None:
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder of the model that OUT was made from, for results of --prune-experts: experts that stay are compared with it.",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(list(ENGINES)),
+    help="Also run the file in this engine and compare its log-probabilities with qkit's own.",
+)
+@click.option("--python", type=click.Path(path_type=Path), help="Python interpreter that has the engine of --engine.")
+@click.option(
+    "--engine-timeout",
+    type=click.FloatRange(1),
+    default=TIMEOUT,
+    show_default=True,
+    help="Seconds that the engine may take.",
+)
 @click.option("--json", "json_file", type=OutFile(), help="JSON file for the report.")
-def verify_command(out: Path, job: Path | None, source: Path | None, json_file: Path | None) -> None:
+def verify_command(
+    out: Path,
+    job: Path | None,
+    source: Path | None,
+    engine: str | None,
+    python: Path | None,
+    engine_timeout: float,
+    json_file: Path | None,
+) -> None:
     """Verify that the packed checkpoint in OUT is complete and correct.
 
-    The command reads every byte with a decoder that shares no code with the writer. The exit code is 4 if anything is wrong.
+    The command reads every byte with a decoder that shares no code with the writer. With --engine, a real engine then runs the
+    file in its own Python environment. The exit code is 4 if anything is wrong.
 
     \b
     Example:
       qkit verify out/tiny-llama-w4a16 --json verify.json
+      qkit verify out/tiny-llama-w4a16 --engine vllm --python VENV/bin/python
     """
+    chosen = require_python(engine, python)
     if source is not None and (read_record(out) or {}).get("experts") is None:
         raise UsageError(
             f"--source {source}: it is for results of --prune-experts, whose experts are compared with the source, and {out} "
             "is none: leave it out"
         )
-    report = verify(out, job, source)
+    console = Console()
+    file = gguf_file(out, engine)
+    if file is not None and not (out / RECORD).is_file():
+        # A GGUF file that lies by itself has no record: there the engine is all that is asked.
+        report = Report(notes=[UNRECORDED])
+        console.print(Text(f"note: {file}: {UNRECORDED}"), soft_wrap=True)
+    else:
+        report = verify(out, job, source)
+        show(report, console)
+    proof = None
+    if chosen is not None and report.ok:
+        from qkit.workflows.engine_proof import prove
+
+        console.print(Text(f"running {file or out} in {ENGINES[chosen[0]].title}, with {chosen[1]}"), soft_wrap=True)
+        proof = prove(file or out, *chosen, engine_timeout, report.engines)
+        show_proof(proof, console)
     if json_file is not None:
-        write_atomic(json_file, (json.dumps(report.to_json(), indent=1) + "\n").encode())
-    show(report, Console())
+        content = report.to_json() | ({} if proof is None else {"engine_proof": proof.to_json()})
+        write_atomic(json_file, json_bytes(content | {"ok": report.ok and (proof is None or proof.ok)}))
     if not report.ok:
-        raise VerifyFailure(summary(report))
+        raise VerifyFailure(summary(report) + ("" if chosen is None else "; the engine was not run"))
+    if proof is not None and not proof.ok:
+        raise VerifyFailure(proof.verdict)

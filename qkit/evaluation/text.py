@@ -98,7 +98,7 @@ def _figures(
 ) -> list[dict[str, Any]]:
     if baseline is None:
         return [
-            _model_figures(nll_windows(model, tokens, window, limit, _share(progress, i, len(models))))
+            figures_of(nll_windows(model, tokens, window, limit, _share(progress, i, len(models))))
             for i, model in enumerate(models)
         ]
     return [
@@ -117,7 +117,7 @@ def _paired_figures(comparison: Comparison) -> dict[str, Any]:
     kl = comparison.kl
     mean_kl = bootstrap_ci(kl.mean(1))
     return {
-        **_model_figures(comparison.approx),
+        **figures_of(comparison.approx),
         "baseline_perplexity": reference.mean,
         "baseline_ci": reference.ends,
         "change_percent": 100.0 * change.mean,
@@ -127,7 +127,8 @@ def _paired_figures(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _model_figures(nll: Tensor) -> dict[str, Any]:
+def figures_of(nll: Tensor) -> dict[str, Any]:
+    """The figures of one model on a text, from its negative log-likelihoods [windows, window - 1]."""
     value = perplexity(nll)
     return {
         "perplexity": value.mean,

@@ -74,6 +74,9 @@ _NVFP4: Pattern = {"kind": ("fp4",), "scale": ("e4m3",), "group": (16,)}
 _STATIC_FP8: Pattern = {"kind": ("fp8",), "strategy": ("tensor",), "dynamic": (False,)}
 _SPLIT = "the group size has to divide the input columns of every tensor-parallel rank"
 _NO_CPU, _CPU_TOO = "no kernel for CPUs", "runs on CPUs too"
+_NO_CPU_EXPERTS = "experts have no kernel for CPUs"
+_NEVER_ON_CPU = "does not run on CPUs"
+_W4A8_FP8 = "sm90 only: no other GPU and no CPU loads it"
 _A16_IGNORED = "vLLM does not see that inputs are to stay as they are, and quantizes them too on Blackwell"
 
 VLLM = (
@@ -108,7 +111,7 @@ VLLM = (
         (_dynamic("fp8", 8, "token"),),
         ("pack-quantized",),
         "CompressedTensorsW4A8Fp8",
-        ("sm90 only: no other GPU and no CPU loads it", "128 has to divide input columns and output rows"),
+        (_W4A8_FP8, "128 has to divide input columns and output rows"),
     ),
     _Row(
         _int((8,), "tensor", "channel"),
@@ -172,6 +175,11 @@ class ModelFacts:
 _NOTHING = ModelFacts()
 
 
+def without_cpu(limits: Iterable[str]) -> bool:
+    """Whether limits of an engine say that it has nothing for CPUs."""
+    return not {_NO_CPU, _NO_CPU_EXPERTS, _NEVER_ON_CPU, _W4A8_FP8}.isdisjoint(limits)
+
+
 def _matches(pattern: Pattern, numbers: NumberFormat) -> bool:
     return all(getattr(numbers, name) in allowed for name, allowed in pattern.items())
 
@@ -201,14 +209,14 @@ def _vllm(weights: NumberFormat, activations: NumberFormat | None, packing: str,
         limits.append(_SPLIT)
     if row.loads_as == "CompressedTensorsW8A8Fp8":
         if activations is not None and not activations.dynamic:
-            limits.append("does not run on CPUs")
+            limits.append(_NEVER_ON_CPU)
         elif weights.strategy == "block":
             limits.append("on CPUs it needs AMX")
     if weights.scale == "e8m0" and activations is None:
         limits.append(_A16_IGNORED)
     if facts.experts and _NO_CPU not in limits:
         limits = [x for x in limits if x != _CPU_TOO]
-        limits.append("experts have no kernel for CPUs")
+        limits.append(_NO_CPU_EXPERTS)
     decoders = ("ForCausalLM", "LMHeadModel", *(("ForConditionalGeneration",) if facts.images else ()))
     if facts.kind and not facts.kind.endswith(decoders):
         limits.append(f"whether it has the class {facts.kind} was not checked")

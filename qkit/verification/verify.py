@@ -264,6 +264,17 @@ def _engine_table(
     return engine_rows(parts, record.skipped, config, method, record.stock_refusal)
 
 
+def engine_table(out: Path) -> list[EngineRow]:
+    """The engines that load a packed folder, as its record and config say, without a look at its tensors; nothing where the
+    two cannot be read."""
+    findings = Findings()
+    record, config = read_record(out, findings), read_json(out / "config.json", findings)
+    quantization = read_quantization(config, record, findings) if record is not None and config is not None else None
+    if record is None or quantization is None:
+        return []
+    return _engine_table(record, resolve(quantization, record, findings), config or {}, quantization.method)
+
+
 def summary(report: Report) -> str:
     """The first problem and how many there are, in one sentence."""
     first = printable(str(report.problems[0]))

@@ -28,11 +28,12 @@ FLAGS = {
     "profile": "answers-only audit audit-text calib candidates embeddings group-size head json measures method model out "
     "padded pareto "
     "pareto-measure points rows samples seed seqlen threads",
-    "verify": "job json source",
-    "eval": "allow-task-code baseline device dtype json kv kv-step image-text limit prompt questions report retrieval task-dir "
-    "tasks text vbench-python videos videos-dir window windows",
+    "verify": "engine engine-timeout job json python source",
+    "eval": "allow-task-code baseline device dtype engine engine-timeout json kv kv-step image-text limit prompt python "
+    "questions report retrieval task-dir tasks text vbench-python videos videos-dir window windows",
     "check": "allow-task-code baseline budget device dtype json junit task-dir text",
     "bench": "baseline device dtype figure formats group-size json m model new-tokens prompt-tokens shapes table threads",
+    "serve-command": "context tp",
     "inspect": "json",
     "list": "json",
     "demo": "json overwrite work",

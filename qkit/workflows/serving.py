@@ -1,0 +1,79 @@
+"""The command line that serves a result: ``qkit serve-command``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qkit.errors import Unsupported, UsageError
+from qkit.files.checkpoint import Checkpoint
+from qkit.files.folder import is_pipeline, read_record
+from qkit.verification.model_engines import engine_lines
+from qkit.verification.verify import engine_table
+
+
+@dataclass(frozen=True)
+class ServeCommand:
+    """command: for a shell; notes: limits that the engine has with this file"""
+
+    command: str
+    notes: tuple[str, ...] = ()
+
+
+def serve_command(out: Path, tp: int = 1, context: int | None = None) -> ServeCommand:
+    """The command line of vLLM for a folder, or of llama.cpp for a GGUF file.
+
+    tp: GPUs that share the model; context: the longest text in tokens, None for the longest of the model
+    Raises Unsupported for a file that vLLM does not load, UsageError for a split or a length that the model does not allow.
+    """
+    file = out / "model.gguf" if (out / "model.gguf").is_file() else out
+    if file.suffix == ".gguf" and file.is_file():
+        return _llama_cpp(file, tp, context)
+    if is_pipeline(out):
+        raise Unsupported(f"{out}: a diffusion pipeline, which vLLM does not serve: load it with diffusers")
+    config = Checkpoint.open(out, quantized=True).config
+    inner = config.get("text_config")
+    facts: Mapping[str, Any] = inner if isinstance(inner, Mapping) else config
+    notes = _vllm_notes(out)
+    _check_split(out, facts, tp)
+    longest = facts.get("max_position_embeddings")
+    if isinstance(longest, int) and (context or 0) > longest:
+        raise UsageError(f"--context {context}: the model in {out} has {longest} positions: use at most so many")
+    length = context or longest
+    words = ["vllm", "serve", str(out)]
+    words += ["--max-model-len", str(length)] if isinstance(length, int) else []
+    if (config.get("quantization_config") or {}).get("kv_cache_scheme") is not None:
+        words += ["--kv-cache-dtype", "fp8"]
+    words += ["--tensor-parallel-size", str(tp)] if tp > 1 else []
+    return ServeCommand(shlex.join(words), notes)
+
+
+def _llama_cpp(file: Path, tp: int, context: int | None) -> ServeCommand:
+    """Context 0 is the longest of the model."""
+    if tp > 1:
+        raise UsageError(f"--tp {tp}: llama.cpp shares a model out over GPUs by itself: leave --tp out")
+    return ServeCommand(shlex.join(["llama-server", "--model", str(file), "--ctx-size", str(context or 0)]))
+
+
+def _vllm_notes(out: Path) -> tuple[str, ...]:
+    """The limits of vLLM with the formats of a folder that qkit wrote. Raises Unsupported where it does not load it."""
+    if read_record(out) is None:
+        return ()
+    line = next((line for line in engine_lines(engine_table(out)) if line.engine == "vLLM"), None)
+    if line is None:
+        return ()
+    if not line.loads:
+        raise Unsupported(f"{out}: vLLM does not load it ({'; '.join(line.notes)}): use qkit.load, or another scheme")
+    return line.notes
+
+
+def _check_split(out: Path, facts: Mapping[str, Any], tp: int) -> None:
+    """vLLM gives every GPU the same number of heads."""
+    heads = facts.get("num_attention_heads")
+    if isinstance(heads, int) and heads % tp:
+        raise UsageError(
+            f"--tp {tp}: the model in {out} has {heads} attention heads, and every GPU needs as many: use another"
+        )

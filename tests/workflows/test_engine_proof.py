@@ -1,0 +1,222 @@
+"""The judgement of an engine by the noise of the file, the layers that it ran, and the command."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qkit.engines.process import EngineAnswer
+from qkit.errors import BadInput, Unsupported
+from qkit.workflows.engine_layers import kernels_of, notes_of, unquantized
+from qkit.workflows.engine_proof import FLOORS, LARGEST_MARGIN, MEAN_MARGIN, Difference, EngineProof, allowed
+from qkit.workflows.own_arithmetic import (
+    LENGTH,
+    TEXTS,
+    engine_dtype,
+    load_model,
+    load_texts_tokenizer,
+    log_probabilities,
+    other_rounding,
+    proof_texts,
+)
+
+BF16 = FLOORS["bfloat16"]
+
+
+def answer(layers=None, **fields) -> EngineAnswer:
+    return EngineAnswer(
+        version="1", device="cpu", dtype="bfloat16", logprobs=[], tokens=[], seconds={}, layers=layers or {}, **fields
+    )
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    """The reference model in W4A8."""
+    from qkit.commands import main
+
+    out = tmp_path_factory.mktemp("packed") / "out"
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sys, "stdout", sys.stderr)
+        main(["quantize", "--model", "tiny-llama", "--scheme", "w4a8", "--out", str(out)])
+    return out
+
+
+# ---- differences and limits ---------------------------------------------------------------------------------------
+
+
+def test_difference():
+    d = Difference.of(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.5, 2.0, 2.0]))
+    assert (d.mean, d.largest) == (0.5, 1.0) and d.bias == pytest.approx(0.5 / 3)
+
+
+def test_what_is_no_number_is_never_within_limits():
+    d = Difference.of(torch.tensor([torch.nan, 0.0]), torch.zeros(2))
+    assert d.mean == d.largest == torch.inf
+    assert not EngineProof(engine="vLLM", difference=d, limits=(1e9, 1e9)).ok
+
+
+def test_limits_follow_the_noise_from_a_floor_on():
+    assert allowed(Difference(0.0, 0.0, 0.0), "bfloat16") == BF16
+    assert allowed(Difference(0.5, 3.0, 0.0), "bfloat16") == (MEAN_MARGIN * 0.5, LARGEST_MARGIN * 3.0)
+
+
+@pytest.mark.parametrize(
+    ("mean", "largest", "ok"),
+    [(0.02, 0.4, True), (0.0201, 0.4, False), (0.02, 0.401, False)],
+    ids=["at", "mean", "largest"],
+)
+def test_both_limits_decide(mean, largest, ok):
+    proof = EngineProof(engine="vLLM", version="1", difference=Difference(mean, largest, 0.0), limits=(0.02, 0.4))
+    assert proof.ok is ok and proof.to_json()["ok"] is ok
+    assert ("does NOT compute" in proof.verdict) is not ok
+
+
+@pytest.mark.parametrize(
+    ("expected", "said"),
+    [(True, "says that it loads, and is wrong"), (False, "as qkit's table says"), (None, "broken")],
+)
+def test_a_refusal_is_held_against_the_table(expected, said):
+    proof = EngineProof(engine="vLLM", refused="vLLM refused out: broken", expected=expected)
+    assert not proof.ok and proof.verdict.endswith(said)
+
+
+# ---- layers -------------------------------------------------------------------------------------------------------
+
+PLAIN = {"class": "Linear", "method": "UnquantizedLinearMethod"}
+PACKED = {"class": "Linear", "method": "M", "scheme": "WNA16", "kernel": "K"}
+
+
+def test_kernels_are_counted():
+    layers = {"a": PACKED, "b": PACKED, "c": PLAIN, "d": {"class": "Linear"}, "e": {"class": "Linear", "scheme": "S"}}
+    assert kernels_of(answer(layers)) == {"WNA16: K": 2, "UnquantizedLinearMethod": 1, "Linear": 1, "S": 1}
+
+
+def test_layers_are_found_under_the_names_of_the_engine():
+    layers = {
+        "model.layers.0.attn.qkv_proj": PLAIN,
+        "model.layers.0.attn.o_proj": PACKED,
+        "language_model.model.layers.1.mlp.experts": PLAIN,
+        "head": {"class": "Linear"},
+    }
+    found = answer(layers, joined={"qkv_proj": ["q_proj", "k_proj"]})
+    names = [
+        "model.layers.0.attn.q_proj",
+        "model.layers.0.attn.o_proj",
+        "model.layers.1.mlp.experts.3.up_proj",
+        "head",
+        "x.y",
+    ]
+    assert unquantized(found, names) == [names[0], names[2], names[3]]
+
+
+def test_kernels_that_do_not_round_inputs_are_named(packed):
+    layers = {
+        "a": {"class": "L", "method": "M", "scheme": "CompressedTensorsWNA8Int", "kernel": "CPUWNA16LinearKernel"}
+    }
+    assert notes_of(packed, answer(layers)) == [
+        "CPUWNA16LinearKernel leaves the inputs of layers in 16 bits, and the file says to round them"
+    ]
+    layers["a"]["kernel"] = "HummingLinearKernel"
+    assert notes_of(packed, answer(layers, unused=["k", "v"])) == ["it does not use k (and 1 more)"]
+
+
+# ---- qkit's own arithmetic ------------------------------------------------------------------------------------------
+
+
+def test_texts_are_the_same_ones_every_time(packed):
+    tokenizer = load_texts_tokenizer(packed)
+    prompts = proof_texts(tokenizer)
+    assert prompts.shape == (TEXTS, LENGTH) and torch.equal(prompts, proof_texts(tokenizer))
+    with pytest.raises(BadInput, match="the tokenizer makes 0 texts of 96 tokens, expected 6"):
+        proof_texts(lambda text, **_: {"input_ids": [1] * 5})
+
+
+def test_arithmetic_asked_of_engines(packed, tmp_path):
+    assert engine_dtype(packed, "vllm") == "bfloat16" and engine_dtype(packed, "transformers") == "float32"
+    assert engine_dtype(tmp_path / "m.gguf", "llama.cpp") == "q8_0"
+    with pytest.raises(Unsupported, match=r"llama\.cpp runs GGUF files"):
+        engine_dtype(packed, "llama.cpp")
+
+
+def test_inputs_in_8_bits_make_the_last_bit_matter(packed):
+    """Why noise is measured and not assumed: one bit of float32 in the embeddings moves W4A8 as far as 16 bits do."""
+    model, prompts = load_model(packed, torch.float32), proof_texts(load_texts_tokenizer(packed))[:2]
+    own = log_probabilities(model, prompts)
+    assert Difference.of(log_probabilities(model, prompts), own).largest == 0
+    noise = {
+        d: Difference.of(other_rounding(packed, model, prompts, None, d), own) for d in ("float32", "bfloat16", "q8_0")
+    }
+    assert all(0.005 < n.mean < 0.1 for n in noise.values())
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def interpreter(folder: Path, logprobs: torch.Tensor) -> Path:
+    """A program that answers with these log-probabilities."""
+    content = {
+        "version": "9.9", "device": "cpu", "dtype": "bfloat16", "logprobs": logprobs.tolist(),
+        "tokens": [[0] * 24] * len(logprobs), "seconds": {"load": 1.0, "run": 2.0},
+        "layers": {"model.layers.0.mlp.down_proj": PACKED},
+    }  # fmt: skip
+    (folder / "content.json").write_text(json.dumps(content))
+    file = folder / "python"
+    file.write_text(f"#!/bin/sh\ncp '{folder}/content.json' \"$4\"\n")
+    file.chmod(0o755)
+    return file
+
+
+def test_verify_judges_what_an_engine_gave(packed, run, tmp_path):
+    own = log_probabilities(load_model(packed, torch.float32), proof_texts(load_texts_tokenizer(packed)))
+    arguments = ["verify", packed, "--engine", "vllm", "--json", tmp_path / "report.json", "--python"]
+    code, said, err = run(*arguments, interpreter(tmp_path, own + 0.001))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert code == 0, err
+    assert "vLLM 9.9 agrees with qkit: mean difference 0.001" in said and "WNA16: K" in said
+    assert report["ok"] and report["engine_proof"]["ok"] and report["engine_proof"]["expected"]
+    assert report["engine_proof"]["kernels"] == {"WNA16: K": 1} and report["checks"]
+
+    code, _, err = run(*arguments, interpreter(tmp_path, own + 0.5))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert code == 4 and "vLLM 9.9 does NOT compute what qkit computes of this file: mean difference 0.5" in err
+    assert not report["ok"] and not report["engine_proof"]["ok"]
+
+
+def test_eval_takes_every_likelihood_from_the_engine(packed, run, tmp_path):
+    nll = torch.tensor([[1.0, 2.0, 3.0], [2.0, 2.0, 2.0]])
+    python = interpreter(tmp_path, -nll)
+    options = ["--window", 4, "--windows", 2, "--engine", "vllm", "--python", python]
+    code, said, err = run("eval", packed, *options, "--json", tmp_path / "eval.json")
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert code == 0, err
+    assert "by vLLM 9.9" in said and found["engine"]["kernels"] == {"WNA16: K": 1}
+    assert found["texts"]["evaluation"]["perplexity"] == pytest.approx(float(nll.mean().exp()))
+    assert (found["window"], found["texts"]["evaluation"]["windows"]) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["verify", "--engine", "vllm"], "--engine needs --python VENV/bin/python"),
+        (["verify", "--python", "p"], "--python needs --engine NAME"),
+        (["verify", "--engine", "llama.cpp", "--python", "p"], "is no GGUF file and has no model.gguf"),
+        (["eval", "--engine", "vllm", "--python", "p", "--baseline", "m"], "--baseline does not go with --engine"),
+        (["eval", "other", "--engine", "vllm", "--python", "p"], "--engine measures one model at a time"),
+    ],
+    ids=["no python", "no engine", "gguf", "baseline", "two"],
+)
+def test_wrong_usage(arguments, said, packed, run):
+    code, _, err = run(arguments[0], packed, *arguments[1:])
+    assert code == 2 and said in err and len(err.splitlines()) == 1
+
+
+def test_an_engine_is_not_run_on_a_damaged_file(packed, run, tmp_path):
+    import shutil
+
+    damaged = shutil.copytree(packed, tmp_path / "damaged")
+    (damaged / "generation_config.json").write_text("{}")
+    code, _, err = run("verify", damaged, "--engine", "vllm", "--python", tmp_path / "none")
+    assert code == 4 and err.rstrip().endswith("; the engine was not run")

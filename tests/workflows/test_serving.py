@@ -1,0 +1,80 @@
+"""The command line of an engine, from what the files say."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qkit.workflows.serving import serve_command
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """``results(*options)``: a packed tiny-llama, made once for the same options."""
+    from qkit.commands import main
+
+    made: dict[tuple, Path] = {}
+
+    def get(*options: str) -> Path:
+        if options not in made:
+            out = tmp_path_factory.mktemp("served") / "out"
+            main(["quantize", "--model", "tiny-llama", "--out", str(out), *options])
+            made[options] = out
+        return made[options]
+
+    return get
+
+
+def test_vllm_with_an_fp8_cache(results, run):
+    out = results("--scheme", "w4a16", "--kv", "fp8", "--samples", "8", "--seqlen", "32")
+    code, said, err = run("serve-command", out, "--tp", 2)
+    assert code == 0
+    wanted = f"vllm serve {out} --max-model-len 1024 --kv-cache-dtype fp8 --tensor-parallel-size 2"
+    assert said.splitlines()[-1] == wanted
+    assert "the group size has to divide the input columns of every tensor-parallel rank" in err
+
+
+def test_vllm_with_a_plain_cache_and_a_shorter_context(results):
+    assert serve_command(results("--scheme", "w8a8"), context=256).command.endswith("out --max-model-len 256")
+
+
+def test_names_that_a_shell_would_split(results, tmp_path):
+    out = shutil.copytree(results("--scheme", "w8a8"), tmp_path / "my model")
+    assert serve_command(out).command.startswith(f"vllm serve '{out}' --max-model-len")
+
+
+def test_llama_cpp(tmp_path, run):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    said = f"llama-server --model {tmp_path / 'model.gguf'} --ctx-size "
+    assert run("serve-command", tmp_path)[:2] == (0, said + "0\n")
+    assert run("serve-command", tmp_path / "model.gguf", "--context", 99)[:2] == (0, said + "99\n")
+    assert run("serve-command", tmp_path, "--tp", 2)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--tp", "3"], 2, "has 8 attention heads"),
+        (["--context", "2000"], 2, "has 1024 positions"),
+    ],
+    ids=["heads", "positions"],
+)
+def test_what_the_model_does_not_allow(options, code, said, results, run):
+    found, _, err = run("serve-command", results("--scheme", "w8a8"), *options)
+    assert found == code and said in err
+
+
+def test_a_file_that_vllm_does_not_load(results, run, tmp_path):
+    out = results("--scheme", "w8a8", "--export", "qkit")
+    code, said, err = run("serve-command", out)
+    assert code == 3 and "vllm serve" not in said and "vLLM does not load it" in err
+
+
+def test_a_folder_of_another_writer(results, tmp_path):
+    out = shutil.copytree(results("--scheme", "w8a8"), tmp_path / "out")
+    (out / "qkit.json").unlink()
+    config = json.loads((out / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (out / "config.json").write_text(json.dumps(config))
+    assert serve_command(out).command == f"vllm serve {out}" and serve_command(out).notes == ()
