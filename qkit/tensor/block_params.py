@@ -98,7 +98,7 @@ class _Search:
         levels = code_range(self.fmt)[1]
         width = torch.where(high > low, high - low, 1.0)
         for factor in _factors(self.fmt) if self.search else (1.0,):
-            for shift in (0.0, 0.5) if factor < 1 else (0.0,):
+            for shift in (0.0, 0.5, 1.0) if factor < 1 else (0.0,):
                 yield width * factor / levels, low + width * ((1 - factor) * shift)
 
     def _best_pair(self, candidates: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -248,9 +248,9 @@ def _factors(fmt: Format) -> tuple[float, ...]:
     if fmt.bits >= 8:
         return (1.0,)
     if fmt.bits >= 5:
-        return (1.0, 0.9, 0.95, 1.03)
+        return (1.0, 0.86, 0.9, 0.94, 0.97, 1.03)
     if fmt.bits == 4:
-        return (1.0, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05)
+        return (1.0, 0.7, 0.75, 0.8, 0.84, 0.88, 0.92, 0.96, 1.04)
     return (1.0, 0.5, 0.58, 0.66, 0.74, 0.82, 0.9, 0.95, 1.08)
 
 

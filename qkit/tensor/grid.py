@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from itertools import pairwise
 
 import torch
@@ -12,7 +13,8 @@ from qkit.tensor.formats import FP4_MAX, FP8_MAX, Format
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes by code; bit 3 of a code is the sign
 # The values of IQ4_NL and IQ4_XS by code, as llama.cpp has them.
 NL4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
-_NL4_BETWEEN = tuple((a + b) / 2 for a, b in pairwise(NL4))
+_NL4_BETWEEN = tuple((a + b) / 2 for a, b in pairwise(NL4))  # multiples of a half, so that a table by halves is exact
+_NL4_CODES = tuple(bisect_left(_NL4_BETWEEN, half / 2) for half in range(int(2 * NL4[0]), int(2 * NL4[-1]) + 1))
 
 
 def code_range(fmt: Format) -> tuple[float, float]:
@@ -43,7 +45,7 @@ def round_to_grid_(x: Tensor, fmt: Format) -> Tensor:
     if fmt.kind in ("int", "uint"):
         return x.round_()
     if fmt.kind == "nl4":
-        return x.copy_(torch.tensor(NL4)[_nl4_codes(x)])
+        return x.copy_(torch.tensor(NL4, dtype=x.dtype, device=x.device)[_nl4_codes(x)])
     if fmt.kind == "fp8":
         return x.copy_(x.to(torch.float8_e4m3fn))
     step = grid_spacing(x, fmt)
@@ -86,5 +88,6 @@ def codes_to_grid(codes: Tensor, fmt: Format) -> Tensor:
 
 
 def _nl4_codes(x: Tensor) -> Tensor:
-    """Index of the nearest value of NL4."""
-    return torch.bucketize(x, torch.tensor(_NL4_BETWEEN, dtype=x.dtype))
+    """Index of the nearest value of NL4, int32. x: within their range"""
+    halves = (x * 2).ceil_().sub_(2 * NL4[0]).to(torch.int32)
+    return torch.tensor(_NL4_CODES, dtype=torch.int32, device=x.device)[halves]
