@@ -10,13 +10,32 @@ from markdown_table import Row, markdown
 
 from qkit.commands import list as listing
 from qkit.planning.sizes import linear_bytes
-from qkit.tensor.formats import SCHEMES, Format, Scheme, layout
+from qkit.tensor.formats import GGUF_FORMATS, SCHEMES, Format, Scheme, fit_gguf, layout
+from qkit.tensor.gguf_blocks import block_bytes
 from qkit.verification.engines import engine_fits
 
 
 def schemes() -> str:
     """All schemes, with the class that vLLM loads each one as."""
     return markdown(merge([scheme_row(s) for s in SCHEMES.values()], ("scheme", "weights")))
+
+
+def gguf() -> str:
+    """All types of GGUF, with their sizes, and what a width that 256 does not divide gets."""
+    rows: list[Row] = []
+    for name, fmt in sorted(GGUF_FORMATS.items(), key=lambda item: (-block_bytes(item[1], (256,)), item[0])):
+        narrow = fit_gguf(fmt, 32)
+        rows.append(
+            {
+                "scheme": name,
+                "bits per weight": f"{8 * block_bytes(fmt, (256,)) / 256:.4g}",
+                "columns of a block": str(fmt.span),
+                "scale per": f"group of {fmt.group}",
+                "minimum": "no" if fmt.symmetric else "yes",
+                "other widths get": "-" if narrow is None or narrow == fmt else narrow.name,
+            }
+        )
+    return markdown(rows)
 
 
 def methods() -> str:
@@ -141,6 +160,7 @@ def fits() -> str:
 
 TABLES = {
     "schemes": schemes,
+    "gguf": gguf,
     "methods": methods,
     "formats": formats,
     "families": families,

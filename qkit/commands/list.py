@@ -18,11 +18,22 @@ from qkit.planning.request import REQUANT, REQUANT_OUTLIERS, REQUANT_SIGNIFICANT
 from qkit.solvers.table import SOLVERS
 from qkit.system.extras import require
 from qkit.system.option import Options
-from qkit.tensor.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES, Format, layout
+from qkit.tensor.formats import (
+    ACTIVATION_FORMATS,
+    FORMATS,
+    GGUF_FORMATS,
+    GGUF_SCHEMES,
+    SCHEMES,
+    SUPER_BLOCK,
+    Format,
+    layout,
+)
 from qkit.transforms.table import TRANSFORMS
 
 
 def _scale(f: Format) -> str:
+    if f.scale == "super":
+        return f"group of {f.group}, under those of {SUPER_BLOCK}"
     per = {"group": f"group of {f.group}", "tensor_group": f"group of {f.group} and tensor", "block": "128 x 128 block"}
     return per.get(f.strategy, f.strategy)
 
@@ -35,9 +46,9 @@ def schemes() -> list[dict[str, Any]]:
             "weights": s.weights.name,
             "scale per": _scale(s.weights),
             "activations": "-" if s.activations is None else s.activations.name,
-            "stored as": layout(s.weights, s.activations),
+            "stored as": "GGUF" if s.weights.gguf else layout(s.weights, s.activations),
         }
-        for s in SCHEMES.values()
+        for s in (*SCHEMES.values(), *GGUF_SCHEMES.values())
     ]
 
 
@@ -70,14 +81,16 @@ def methods() -> list[dict[str, Any]]:
 
 def formats() -> list[dict[str, Any]]:
     """One row per number format."""
-    both = [("weights", f) for f in FORMATS.values()] + [("activations", f) for f in ACTIVATION_FORMATS.values()]
+    both = [("weights", f) for f in (*FORMATS.values(), *GGUF_FORMATS.values())] + [
+        ("activations", f) for f in ACTIVATION_FORMATS.values()
+    ]
     return [
         {
             "format": f.name,
             "for": use,
             "bits": f.bits,
             "scale per": _scale(f),
-            "zero point": "no" if f.symmetric else "yes",
+            "zero point": "no" if f.symmetric else "minimum" if f.gguf else "yes",
         }
         for use, f in both
     ]

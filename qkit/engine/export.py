@@ -13,32 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qkit.diffusion.pipeline import copy_rest, hash_weights_around, rest_names
 from qkit.diffusion.trajectory import Trajectory
-from qkit.engine.ends import STAGE
+from qkit.engine.export_tensors import ExportTensors
+from qkit.engine.gguf_file import write_gguf
 from qkit.engine.job import Job
 from qkit.engine.partial_output import Partial
 from qkit.errors import QkitError
 from qkit.families.pruned import PrunedStructure
 from qkit.families.structure import ModelStructure
 from qkit.files.folder import DENOISER, RECORD, WEIGHT_STEMS, hub_source, read_record, weights_folder
+from qkit.files.gguf_container import MODEL, container
 from qkit.files.hash_cache import cached_sha256
 from qkit.files.record import FORMAT_VERSION, to_bytes, write_record
-from qkit.files.safefile import DTYPE_NAMES, TensorInfo, write_atomic, write_safetensors
+from qkit.files.safefile import DTYPE_NAMES, write_atomic, write_safetensors
 from qkit.files.side_files import check_unchanged, copy_side_files
 from qkit.kvcache.scales import FORMAT
-from qkit.planning.kept import stored_as
+from qkit.planning.gguf import GGUF
 from qkit.planning.linear_plan import LinearPlan
-from qkit.planning.plan import Plan, parts
+from qkit.planning.plan import Plan
 from qkit.planning.stock_loader import stock_refusal
 from qkit.system.version import __version__
 from qkit.tensor import compressed_tensors as ct
-from qkit.tensor import lowrank, sparse
 from qkit.tensor.input_transform import RESIDUAL, SCALE
-from qkit.tensor.qtensor import weight_sha256
-from qkit.transforms.rotate import rotate_outer
 
 SHARD_BYTES = 5 * 10**9
 
@@ -63,7 +61,10 @@ def export(
     if plan.pipeline is not None:
         check_unchanged(source_folder.resolve(), plan.pipeline)
     folder = partial.path if plan.pipeline is None else partial.path / DENOISER
-    source = _Tensors(plan, structure, job)
+    source = ExportTensors(plan, structure, job)
+    if plan.export == GGUF:
+        _export_gguf(plan, structure, partial, source, hashed)
+        return
     stem = WEIGHT_STEMS[1] if structure.family.streams else WEIGHT_STEMS[0]
     name_lists = _split_shards(source.specs, shard_bytes)
     shards = {_shard_name(stem, i, len(name_lists)): names for i, names in enumerate(name_lists)}
@@ -102,6 +103,23 @@ def export(
         write_record(partial.path, top)
 
 
+def _export_gguf(
+    plan: Plan, structure: ModelStructure, partial: Partial, source: ExportTensors, hashed: Mapping[str, str]
+) -> None:
+    """The folder with one GGUF file; the tokenizer and other files stay beside it, for qkit and for eyes."""
+    model, folder = structure.checkpoint, partial.path
+    written = container(model.path, model.config, list(source.specs))
+    partial.begin([MODEL, "config.json", RECORD, *plan.side_files])
+    hashes = {MODEL: write_gguf(folder / MODEL, plan, source, written)}
+    config = {**model.config, "quantization_config": {"quant_method": GGUF, "tensors": written.names}}
+    data = to_bytes(config)
+    write_atomic(folder / "config.json", data)
+    files = {**hashes, "config.json": hashlib.sha256(data).hexdigest()}
+    files |= copy_side_files(model.path, folder, plan.side_files)
+    record = _record(plan, structure, source, hashes, hashed) | {"files": files, "config": without_quantization(config)}
+    write_record(folder, record)
+
+
 def _shard_name(stem: str, index: int, count: int) -> str:
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
 
@@ -128,133 +146,7 @@ def _split_shards(specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], limit: 
     return shards
 
 
-class _Tensors:
-    """All tensors of the output: specs by name, and a function that loads each.
-
-    plain: sha256 of tensors whose bytes the weight hash does not cover (plain tensors, static scales); filled on export
-    """
-
-    def __init__(self, plan: Plan, structure: ModelStructure, job: Job) -> None:
-        self.plan, self.structure, self.job = plan, structure, job
-        self.records = job.records()
-        self.specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        self.plain: dict[str, str] = {}
-        self._loaders: dict[str, Callable[[], Tensor]] = {}
-        self._cached: tuple[str, dict[str, Tensor]] = ("", {})
-        rotated = rotate_outer(structure, plan.seed) if "rotate" in plan.transforms else {}
-        packed = {f"{name}.weight" for name in plan.ends}
-        for stored, tensor in rotated.items():
-            if stored in packed:
-                continue
-            self._add_plain(stored, tensor.dtype, tuple(tensor.shape), lambda t=tensor: t)  # type: ignore[misc]
-        blocks = parts(plan, structure)
-        covered = {*rotated, *packed, *(stored for block in blocks for _, stored in block.stored)}
-        for stored in (*(s for _, s in structure.outer), *structure.unloaded):
-            if stored not in covered:
-                self._add_copied(stored)
-        for index, block in enumerate(blocks):
-            self._add_part(index)
-            for linear in block.linears:
-                if linear.name in plan.linears:
-                    self._add_linear(plan.linears[linear.name], index)
-                elif linear.name in plan.kept:
-                    self._add_kept(linear.name)
-        for p in plan.ends.values():
-            ends = job.stage(STAGE)
-            assert ends is not None, "the ends were never quantized"
-            self._add_linear(p, ends)
-        scales = job.stage("cache")
-        if scales is not None:
-            self._add_part(scales)
-
-    def _add_part(self, index: int) -> None:
-        """Add the tensors that a part has under the names of the checkpoint."""
-        for name, info in self.job.part(index).items():
-            if ":" not in name:
-                self._add_plain(name, info.torch_dtype, info.shape, lambda i=info: self.job.read(i))  # type: ignore[misc]
-
-    def _add_copied(self, name: str) -> None:
-        """Add a tensor as the source has it, or the ones that it is a view of."""
-        checkpoint = self.structure.checkpoint
-        view = checkpoint.views.get(name)
-        if view is None:
-            info = checkpoint.tensors[name]
-            self._add_plain(name, info.torch_dtype, info.shape, lambda: checkpoint.read_finite(name))
-            return
-        for source in view.sources:
-            info = checkpoint.sources[source]
-            self._add_plain(source, info.torch_dtype, info.shape, lambda s=source: checkpoint.read_source(s))  # type: ignore[misc]
-
-    def _add_plain(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], load: Callable[[], Tensor]) -> None:
-        self.specs[name] = (dtype, shape)
-        self.plain[name] = ""
-        self._loaders[name] = load
-
-    def _add_linear(self, p: LinearPlan, block: int) -> None:
-        outlier_count = int(self.records[p.name].get("sparse", 0))
-        correction = sparse.specs(p.shape, outlier_count, self.structure.dtype) | lowrank.specs(
-            p.shape, p.rank, self.structure.dtype
-        )
-        dense = ct.specs(p.weights, p.activations, p.shape, self.structure.dtype)
-        transform = {k: (info.torch_dtype, info.shape) for k, info in self._transform_infos(p.name, block).items()}
-        for suffix, spec in {**dense, **correction, **transform}.items():
-            name = f"{p.name}.{suffix}"
-            self.specs[name] = spec
-            if suffix.startswith("input_") or suffix in (SCALE, *sparse.PIECES, *lowrank.PIECES):
-                # The hash of the weight does not cover it, or not every bit of it: a small value added to a large one.
-                self.plain[name] = ""
-            self._loaders[name] = lambda s=suffix: self._tensors_of(p, block)[s]  # type: ignore[misc]
-
-    def _add_kept(self, name: str) -> None:
-        """Add a linear as the source stores it; its record is made when its tensors are."""
-        info, kept = stored_as(name, self.structure.checkpoint)
-
-        def tensors() -> dict[str, Tensor]:
-            if self._cached[0] != name:
-                self._cached = (name, kept.make(self.structure.checkpoint.read_stored(info)))
-            return self._cached[1]
-
-        for suffix, spec in kept.specs.items():
-            self.specs[f"{name}.{suffix}"] = spec
-            if suffix.startswith("input_"):
-                self.plain[f"{name}.{suffix}"] = ""
-            self._loaders[f"{name}.{suffix}"] = lambda s=suffix: tensors()[s]  # type: ignore[misc]
-
-    def kept_record(self, name: str) -> dict[str, Any]:
-        """The fields of a kept linear's record that say what was made of it: nothing, and what its numbers are."""
-        info, kept = stored_as(name, self.structure.checkpoint)
-        p = self.plan.kept[name]
-        q = ct.read(kept.make(self.structure.checkpoint.read_stored(info)), p.weights, p.shape)
-        return {"error": 0.0, "baseline_error": 0.0, "fallback": None, "weight_sha256": weight_sha256([q])}
-
-    def _transform_infos(self, name: str, block: int) -> dict[str, TensorInfo]:
-        """Headers of the part's tensors for the transform of a linear's inputs."""
-        part = self.job.part(block)
-        return {k: part[f"{name}:{k}"] for k in (SCALE, RESIDUAL) if f"{name}:{k}" in part}
-
-    def _tensors_of(self, p: LinearPlan, block: int) -> dict[str, Tensor]:
-        """All tensors of a linear; cached until another linear is requested."""
-        if self._cached[0] != p.name:
-            q, static = self.job.quantized(block, p.name, p.weights)
-            added = {} if q.sparse is None else sparse.write(q.sparse, q.shape)
-            added |= {} if q.low_rank is None else lowrank.write(q.low_rank)
-            added |= {k: self.job.read(info) for k, info in self._transform_infos(p.name, block).items()}
-            self._cached = (p.name, {**ct.write(q, p.activations, static, self.structure.dtype), **added})
-        return self._cached[1]
-
-    def load(self, name: str) -> Tensor:
-        tensor = self._loaders[name]()
-        if name in self.plain:
-            self.plain[name] = _sha256(tensor)
-        return tensor
-
-
-def _sha256(tensor: Tensor) -> str:
-    data = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(data.numpy().data).hexdigest()
-
-
-def _config(plan: Plan, structure: ModelStructure, job: Job, source: _Tensors) -> dict[str, Any]:
+def _config(plan: Plan, structure: ModelStructure, job: Job, source: ExportTensors) -> dict[str, Any]:
     config = dict(structure.checkpoint.config)
     if plan.untied:
         config["tie_word_embeddings"] = False
@@ -298,7 +190,7 @@ def module_names(structure: ModelStructure) -> dict[str, str]:
 
 
 def _record(
-    plan: Plan, structure: ModelStructure, source: _Tensors, hashes: dict[str, str], hashed: Mapping[str, str]
+    plan: Plan, structure: ModelStructure, source: ExportTensors, hashes: dict[str, str], hashed: Mapping[str, str]
 ) -> dict[str, Any]:
     """Content of qkit.json: the settings of the run, and a hash for every tensor."""
     linears = {
@@ -350,7 +242,7 @@ def _record(
     }
 
 
-def _read_as(structure: ModelStructure, source: _Tensors) -> dict[str, list[str]]:
+def _read_as(structure: ModelStructure, source: ExportTensors) -> dict[str, list[str]]:
     """{tensor of the source that is not in the result: the tensors that the model reads it as}, in the model's order."""
     groups = structure.checkpoint.view_groups.items()
     return {stored: names for sources, names in groups for stored in sources if stored not in source.specs}

@@ -50,7 +50,8 @@ from qkit.tensor.qtensor import Params, QTensor
 WHOLE = "whole"  # the stage that learns the codes of all linears together
 # Of a linear in a part: "<linear>:<piece>". 'original' is a weight that a transform rewrote, before it was quantized.
 _BESIDE = (*sparse.PIECES, *lowrank.PIECES)
-PIECES = ("codes", "scale", "zero", "global_scale", "input_scale", "original", SCALE, RESIDUAL, *_BESIDE)
+_PARAMS = ("scale", "zero", "global_scale", "minimum", "super_scale", "super_minimum")
+PIECES = ("codes", *_PARAMS, "input_scale", "original", SCALE, RESIDUAL, *_BESIDE)
 
 _HEADERS = 4  # of parts, kept at a time: of a block, and of the stages after the last
 
@@ -239,7 +240,7 @@ class Job:
             stage_part = {} if stage_index is None else self.part(stage_index)
             infos.update({k: stage_part[f"{name}:{k}"] for k in later if f"{name}:{k}" in stage_part})
         tensors = {k: self.read(info) for k, info in infos.items()}
-        params = Params(tensors["scale"], tensors.get("zero"), tensors.get("global_scale"))
+        params = Params(**{k: tensors[k] for k in _PARAMS if k in tensors})
         branch = lowrank.read(tensors, (tensors["codes"].shape[0], tensors["codes"].shape[1]))
         q = QTensor(tensors["codes"], params, fmt, sparse.read(tensors), branch)
         return q, tensors.get("input_scale")

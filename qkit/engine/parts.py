@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from qkit.files.folder import DENOISER
 from qkit.planning.plan import Plan, recorded_sequences
 from qkit.tensor import lowrank, sparse
 from qkit.tensor.input_transform import RESIDUAL, SCALE
+from qkit.tensor.qtensor import QTensor
 from qkit.transforms.state import BlockState
 
 ROW_NOTICE, RECORDED = "calibration", "recorded"  # in an entry of the journal
@@ -49,9 +51,7 @@ def part_tensors(
         changed = state.changed.get(r.plan.name) if originals else None
         tensors_of_linear = {
             "codes": q.codes,
-            "scale": q.params.scale,
-            "zero": q.params.zero,
-            "global_scale": q.params.global_scale,
+            **params_of(q),
             "input_scale": r.static,
             SCALE: state.scales.get(group_of[r.plan.name]),
             RESIDUAL: state.residual.get(group_of[r.plan.name]),
@@ -61,6 +61,11 @@ def part_tensors(
         }
         tensors.update({f"{r.plan.name}:{k}": v.contiguous() for k, v in tensors_of_linear.items() if v is not None})
     return as_stored(tensors, state.structure.checkpoint)
+
+
+def params_of(q: QTensor) -> dict[str, Tensor | None]:
+    """The parameters of a quantized weight by name."""
+    return {f.name: getattr(q.params, f.name) for f in fields(q.params)}
 
 
 def as_stored(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -79,7 +84,8 @@ def pieces_of(results: list[LinearResult]) -> dict[str, Tensor]:
     pieces = {
         f"{r.plan.name}:{name}": tensor
         for r in results
-        for name, tensor in (("codes", r.qtensor.codes), ("scale", r.qtensor.params.scale))
+        for name, tensor in {"codes": r.qtensor.codes, **params_of(r.qtensor)}.items()
+        if tensor is not None
     }
     return {name: tensor.contiguous() for name, tensor in pieces.items()}
 

@@ -383,7 +383,5 @@ def _join(
 def _stack(tensors: list[QTensor]) -> QTensor:
     if len(tensors) == 1:
         return tensors[0]
-    zeros = [q.params.zero for q in tensors if q.params.zero is not None]
-    scale = torch.cat([q.params.scale for q in tensors])
-    params = Params(scale, torch.cat(zeros) if zeros else None, tensors[0].params.global_scale)
+    params = Params.cat([q.params for q in tensors], dim=0)
     return QTensor(torch.cat([q.codes for q in tensors]), params, tensors[0].format)

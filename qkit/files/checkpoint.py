@@ -43,6 +43,7 @@ from qkit.files.safefile import (
 from qkit.files.schema import model_config
 from qkit.files.side_files import hash_side_files, sampled_hash
 from qkit.files.sources.decoded import DecodedInfo, decoded
+from qkit.files.sources.gguf import gguf_tensors
 from qkit.files.sources.lora import merged, open_adapter
 from qkit.files.sources.opening import PlainView, plain_view
 
@@ -299,7 +300,7 @@ def _merge(files: list[Path], folder: Path, weight_map: dict[str, str] | None) -
     """All tensors of the files, each in exactly one and where the index says."""
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        for name, info in read_header(file).items():
+        for name, info in (gguf_tensors(file) if file.suffix == ".gguf" else read_header(file)).items():
             if name in tensors:
                 files_of_name = f"{tensors[name].file.name} and {file.name}"
                 raise BadCheckpoint(f"{folder}: tensor {shown(name)} is in both {files_of_name}: remove the stale file")

@@ -50,6 +50,7 @@ _READ = (".json", ".txt", ".jinja", ".model", ".tiktoken")  # ends of files that
 MAX_DEPTH = 64
 MISTRAL = "consolidated"  # begins the names of Mistral's own files: the same weights once more
 _SHARD = re.compile(rf"(?!{MISTRAL}).+-\d+-of-\d+\.safetensors")
+GGUF_MODEL = "model.gguf"  # the weights of a result in GGUF
 RECORD = "qkit.json"  # what every folder that qkit exports has
 PIPELINE_INDEX = "model_index.json"  # of a diffusers pipeline
 DENOISER = "transformer"  # its component that is quantized
@@ -193,6 +194,8 @@ def require_safetensors(folder: Path, names: list[str]) -> None:
     """Refuses a folder that holds weights only in a form that qkit does not read."""
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return
+    if {GGUF_MODEL, RECORD} <= set(names):  # of qkit's own writing: config.json says what is in it
+        return
     if gguf := [name for name in names if name.endswith(".gguf")]:
         refuse_gguf(folder / gguf[0])
     if pickles := [name for name in names if name.endswith(PICKLES)]:
@@ -219,6 +222,8 @@ def find_weights(folder: Path, names: list[str]) -> tuple[list[Path], dict[str, 
         raise BadCheckpoint(
             f"{folder}: ambiguous: {' and '.join(entry_files)} are both there: remove the one that is stale"
         )
+    if not entry_files and GGUF_MODEL in names:
+        return [checked_path(folder, GGUF_MODEL)], None
     if not entry_files and any(name.startswith(MISTRAL) for name in names):
         raise Unsupported(
             f"{folder}: {MISTRAL}*.safetensors alone, Mistral's own names of tensors: use the folder with model*.safetensors "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,6 +46,7 @@ class GgufTensor:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int | None
+    begin: int = 0  # in the file
 
     @property
     def count(self) -> int:
@@ -106,7 +107,7 @@ class _GgufReader:
                     f"tensor {shown(tensor.name)} lies at byte {start + offset} and the file has {self._size} bytes: "
                     "the file is cut short, or damaged"
                 )
-        return GgufHeader(version, values, tuple(t for t, _ in entries))
+        return GgufHeader(version, values, tuple(replace(t, begin=start + offset) for t, offset in entries))
 
     def _tensor(self) -> tuple[GgufTensor, int]:
         name = self._string("the name of a tensor", 512)

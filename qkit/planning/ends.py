@@ -70,13 +70,15 @@ def _decide(
     weights = fit_group(scheme.weights, end.shape[1], strict=recipe.strict)
     solver, options = _solver(uses, recipe, structure) if rows else (PLAIN, check_options(PLAIN, (), {}))
     notes = [TIED] if len(uses) > 1 else []
-    if weights.group != scheme.weights.group:
+    if weights.gguf and weights != scheme.weights:
+        notes.append(f"{weights.name}: {end.shape[1]} columns are not a multiple of {scheme.weights.span}")
+    elif weights.group != scheme.weights.group:
         size = f"group size {weights.group}" if weights.group else "one scale per row"
         notes.append(f"{size}: {end.shape[1]} columns are not a multiple of {scheme.weights.group}")
     return LinearPlan(
         name=end.name,
         shape=end.shape,
-        scheme=scheme.name,
+        scheme=weights.name.upper() if weights.gguf else scheme.name,
         weights=weights,
         activations=None,
         solver=solver,

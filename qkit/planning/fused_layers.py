@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from qkit.errors import BadRecipe, Unsupported
 from qkit.families.blocks import BlockStructure, Group, LinearGroup
 from qkit.families.structure import ModelStructure
+from qkit.planning.gguf import GGUF
 from qkit.planning.kept import KEPT
 from qkit.planning.stock_loader import stock_refusal
 from qkit.tensor.formats import layout
@@ -92,6 +93,8 @@ def check_shapes(structure: ModelStructure, linears: Mapping[str, LinearPlan], e
 
 def engine_lines_of(plan: Plan, structure: ModelStructure) -> list[EngineLine]:
     """One line for every engine: whether it will load the result of a plan."""
+    if plan.export == GGUF:
+        return []  # llama.cpp alone, and all that it cannot run was refused
     storage = {
         n: LinearStorage(p.weights, p.activations, layout(p.weights, p.activations), p.shape, p.uses)
         for n, p in plan.packed.items()

@@ -25,6 +25,7 @@ from qkit.kvcache.scales import tensor_names
 from qkit.planning.ends import end_plans, skipped_head
 from qkit.planning.export_method import export_method, own_method_reason
 from qkit.planning.fused_layers import check_shapes, fused_linears, split_apart
+from qkit.planning.gguf import GGUF, ODD_WIDTH, asks_for_gguf, check_gguf, with_types_of_ends
 from qkit.planning.kept import PLAIN_REASON, kept_fields
 from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.methods import check_doubled, check_method
@@ -182,6 +183,7 @@ def make_plan(
     """
     transforms, _ = parse_method(recipe.method)
     check_method(recipe, transforms, structure, calibration)
+    check_gguf(recipe, structure, transforms, kv)
     linears, kept = dict[str, LinearPlan](), dict[str, LinearPlan]()
     skipped, matched = dict[str, str](), set[int]()
     targets = tower_rules(recipe, structure)
@@ -202,6 +204,9 @@ def make_plan(
                 else:
                     kept[linear.name] = LinearPlan(name=linear.name, shape=linear.shape, **stored)
                 continue
+            if asks_for_gguf(recipe) and linear.shape[1] % 32:
+                skipped[linear.name] = ODD_WIDTH.format(linear.shape[1])
+                continue
             reason = None if rule is not None else structure.default_skip(linear.name)
             if reason is not None:
                 skipped[linear.name] = reason
@@ -218,7 +223,9 @@ def make_plan(
     significant = round(recipe.significant / 100 * sum(p.shape[0] * p.shape[1] for p in linears.values()))
     rows = rows_reason(linears, transforms, significant)
     untied = "rotate" in transforms and bool(structure.tied)
-    ends = end_plans(recipe, structure, untied, rows is not None) | unloaded_plans(recipe, structure)
+    ends = end_plans(with_types_of_ends(recipe, structure), structure, untied, rows is not None) | unloaded_plans(
+        recipe, structure
+    )
     skipped.update(skipped_head(structure, ends) | skipped_unloaded(structure, ends))
     skipped.update(structure.tables)
     skipped = structure.as_copied(skipped)
@@ -233,8 +240,9 @@ def make_plan(
         )
     if calibration is None and rows:
         raise UsageError(f"{rows}: add --calib FILE (or leave --calib out for the embedded text)")
-    own_method = own_method_reason(recipe, structure, linears, significant)
-    export = export_method(recipe, own_method)
+    in_gguf = asks_for_gguf(recipe)
+    own_method = None if in_gguf else own_method_reason(recipe, structure, linears, significant)
+    export = GGUF if in_gguf else export_method(recipe, own_method)
     measured = rows is not None or is_static(kv) or recipe.prune_experts > 0
     if export == "compressed-tensors" and structure.family.streams is None:
         check_shapes(structure, linears, recipe.engine)
@@ -362,7 +370,9 @@ def _decide(linear: Linear, widths: set[int], recipe: Recipe, rule: Rule | None)
                 f"its {linear.shape[1]} input columns: choose another scheme, or skip the layer with a rule"
             )
     notes, transforms = [], parse_method(recipe.method)[0]
-    if weights.group != scheme.weights.group:
+    if weights.gguf and weights != scheme.weights:
+        notes.append(f"{weights.name}: {linear.shape[1]} columns are not a multiple of {scheme.weights.span}")
+    elif weights.group != scheme.weights.group:
         grouping = f"group size {weights.group}" if weights.group else "one scale per channel"
         odd = next(w for w in sorted(widths) if w % (scheme.weights.group or 1))
         owner = "" if odd == linear.shape[1] else " of another projection of the experts"
@@ -372,7 +382,7 @@ def _decide(linear: Linear, widths: set[int], recipe: Recipe, rule: Rule | None)
     return LinearPlan(
         name=linear.name,
         shape=linear.shape,
-        scheme=scheme.name,
+        scheme=weights.name.upper() if weights.gguf else scheme.name,
         weights=weights,
         activations=scheme.activations,
         solver=solver,

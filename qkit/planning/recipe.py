@@ -29,10 +29,11 @@ from qkit.diffusion.policy import PolicyConfig
 from qkit.errors import BadRecipe, UsageError
 from qkit.files.schema import field_path
 from qkit.files.strictyaml import LineDict, check_keys, load_yaml
+from qkit.planning.gguf import SOURCE
 from qkit.planning.renamed import current_names
 from qkit.solvers.table import SOLVERS
 from qkit.system.option import Options
-from qkit.tensor.formats import Scheme, did_you_mean, scheme
+from qkit.tensor.formats import GGUF_SCHEMES, Scheme, did_you_mean, scheme
 from qkit.transforms.table import TRANSFORMS
 
 Glob = Annotated[str, Field(min_length=1, max_length=200)]
@@ -292,6 +293,8 @@ def parse_end(text: str, option: str) -> Scheme:
     if text == AUTO and option != "unloaded":
         raise UsageError(f"--{option} {AUTO}: a budget decides it: add --bits, --size or --memory, or name a format")
     name, colon, group = text.strip().lower().partition(":")
+    if name.upper() in GGUF_SCHEMES and not colon:
+        return GGUF_SCHEMES[name.upper()]
     names = [f"int{bits}" for bits in range(2, 9)]
     if name not in names:
         raise UsageError(
@@ -334,7 +337,7 @@ def make_recipe(data: dict[str, Any], where: str) -> Recipe:
         for rule in (None, *recipe.rules):
             recipe.resolve(rule)
         for option in ("embeddings", "head", "unloaded"):
-            if getattr(recipe, option) is not None:
+            if getattr(recipe, option) not in (None, SOURCE):
                 parse_end(getattr(recipe, option), option)
     except ValidationError as e:
         first = e.errors()[0]

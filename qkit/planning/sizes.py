@@ -13,6 +13,7 @@ from qkit.families.structure import ModelStructure
 from qkit.planning.kept import stored_as
 from qkit.tensor.compressed_tensors import stored_bytes
 from qkit.tensor.formats import Format
+from qkit.tensor.gguf_blocks import block_bytes
 from qkit.tensor.lowrank import low_rank_bytes
 from qkit.tensor.sparse import sparse_bytes
 
@@ -30,6 +31,8 @@ def linear_bytes(
 ) -> int:
     """Bytes of a quantized weight [out, in] of a ``dtype`` model: codes, scales, and beside them a sparse part of
     so many values and a branch of that rank."""
+    if weights.gguf:
+        return block_bytes(weights, shape)
     parts_bytes = sparse_bytes(shape, outliers, dtype) + low_rank_bytes(shape, rank)
     return stored_bytes(weights, activations, shape, dtype) + parts_bytes
 

@@ -41,6 +41,7 @@ from qkit.tensor.formats import Format
 from qkit.tensor.qtensor import (
     Params,
     QTensor,
+    effective_minimum,
     effective_scale,
     expand,
     find_params,
@@ -229,15 +230,24 @@ def _sub_panel(
 
 
 def _code_dtype(fmt: Format) -> torch.dtype:
-    return {"int": torch.int8, "fp4": torch.uint8, "fp8": torch.float8_e4m3fn}[fmt.kind]
+    return {"fp4": torch.uint8, "fp8": torch.float8_e4m3fn}.get(fmt.kind, torch.int8)
 
 
 def _panels(fmt: Format, ordered: bool) -> tuple[int, int]:
     """(panel, sub-panel) widths, such that a scale group never straddles a boundary at which scales are found."""
-    group = fmt.group
+    group = fmt.span
     if group is None or ordered:
         return 128, _SUB
     return (group, _SUB) if group > _SUB else (group * max(1, 128 // group), group)
+
+
+def real_zero(p: Params, scale: Tensor) -> Tensor | None:
+    """The number, float32 [R, C], that is subtracted from codes before they are scaled: a zero point, or the minimum in units
+    of the scale; None for formats without either."""
+    if p.zero is not None:
+        return p.zero.to(torch.float32)
+    minimum = effective_minimum(p)
+    return None if minimum is None else -minimum / scale
 
 
 class _Scales:
@@ -273,27 +283,28 @@ class _Scales:
             elements = [expand(v, fmt, s).expand(s) for v, s in zip(values, shapes, strict=True)]
             return torch.cat(elements).T.contiguous()
 
-        zeros = [p.zero.to(torch.float32) for p in params if p.zero is not None]
-        return spread([effective_scale(p, fmt) for p in params]), spread(zeros) if zeros else None
+        scales = [effective_scale(p, fmt) for p in params]
+        zeros = [z for p, scale in zip(params, scales, strict=True) if (z := real_zero(p, scale)) is not None]
+        return spread(scales), spread(zeros) if zeros else None
 
     def columns(self, corrected: Tensor, s0: int, s1: int) -> tuple[Tensor, Tensor | None]:
         """(scale, zero) of columns [s0, s1), float32 [s1 - s0, out]. corrected: the rest of the panel, corrected up to s0."""
         if self.fixed is not None:
             scale, zero = self.fixed
             return scale[s0:s1], None if zero is None else zero[s0:s1]
-        group = self.task.fmt.group
-        assert group is not None
-        if s0 % group == 0:
-            width = min(group, len(corrected))
+        span = self.task.fmt.span
+        assert span is not None
+        if s0 % span == 0:
+            width = min(span, len(corrected))
             group_weights = corrected[:width].T.contiguous().split(self.sizes)
             params = [self._find(x, self.cost[s0 : s0 + width]) for x in group_weights]
             for found_params, p in zip(self.params_by_weight, params, strict=True):
                 found_params.append(p)
-            scale, zero = self._per_element(params, [(len(x), width) for x in group_weights])
-            self.current_scale = scale[:1], None if zero is None else zero[:1]  # one scale for the whole group
+            self.current_scale = self._per_element(params, [(len(x), width) for x in group_weights])
         assert self.current_scale is not None
         scale, zero = self.current_scale
-        return scale.expand(s1 - s0, -1), None if zero is None else zero.expand(s1 - s0, -1)
+        some = slice(s0 % span, s0 % span + s1 - s0)
+        return scale[some], None if zero is None else zero[some]
 
     def refit(self, original: Tensor, errors: Tensor, factor: Factor) -> None:
         """Set each scale to its least-squares value, rounded to the model's dtype, one group of columns after another.
@@ -333,13 +344,4 @@ class _Scales:
 
     def params(self) -> list[Params]:
         """The params of each weight, groups side by side."""
-        return [
-            Params(
-                torch.cat([p.scale for p in found_params], dim=1),
-                torch.cat([p.zero for p in found_params if p.zero is not None], dim=1)
-                if found_params[0].zero is not None
-                else None,
-                found_params[0].global_scale,
-            )
-            for found_params in self.params_by_weight
-        ]
+        return [Params.cat(found_params, dim=1) for found_params in self.params_by_weight]

@@ -9,6 +9,7 @@ Conventions, the same for every format (compressed-tensors 0.20 computes the sam
   dequantized = (code - zero) * scale                 for integers, codes in [-2^(b-1), 2^(b-1)-1]
   dequantized = code * scale                          for FP8 and MX formats
   dequantized = code * (scale / global_scale)         for NVFP4
+  dequantized = code * scale + minimum                for the types of GGUF, as llama.cpp computes them
 Symmetric integer scale = amax / ((2^b - 1) / 2); FP8 scale = amax / 448; E2M1 scale = amax / 6.
 Rounding is to nearest, ties to even.
 """
@@ -25,6 +26,7 @@ from qkit.errors import Unsupported, UsageError
 
 FP4_MAX = 6.0  # largest E2M1 magnitude
 FP8_MAX = 448.0  # largest E4M3 (fn) magnitude
+SUPER_BLOCK = 256  # columns of a super-block of GGUF's K types
 COMMON_GROUPS = (64, 32)  # tried in this order where a group does not divide a width
 NVFP4_RANGE = FP4_MAX * FP8_MAX  # 2688: global_scale = 2688 / amax
 
@@ -34,7 +36,8 @@ class Format:
     """A number format: the grid of codes, and how scales are stored.
 
     name:       canonical name, as it appears in recipes and reports
-    kind:       'int', 'fp4' (E2M1) or 'fp8' (E4M3, finite)
+    kind:       'int', 'fp4' (E2M1) or 'fp8' (E4M3, finite); of GGUF also 'uint' (codes from 0 on, with a minimum) and 'nl4'
+                (the 16 values of IQ4_NL)
     bits:       bits per code
     strategy:   which elements share a scale: 'group' (``group`` consecutive elements of a row),
                 'channel' (a row of a weight), 'token' (a row of an activation), 'tensor', 'block'
@@ -42,7 +45,8 @@ class Format:
     group:      group length along the input dimension, where the strategy has one
     block:      (rows, columns) of a block, for 'block'
     symmetric:  True: no zero point
-    scale:      type of the stored scale: 'model' (the dtype of the model), 'e4m3' or 'e8m0'
+    scale:      type of the stored scale: 'model' (the dtype of the model), 'e4m3' or 'e8m0'; of GGUF 'f16', or 'super' for
+                small integers under float16 scales of 256 columns (``SUPER_BLOCK``)
     dynamic:    activations only: scales are computed from the live values
     """
 
@@ -60,13 +64,23 @@ class Format:
         return f"{self.name}, group {self.group}" if self.group and self.scale == "model" else self.name
 
     @property
+    def gguf(self) -> bool:
+        """Whether this is a type of GGUF."""
+        return self.scale in ("f16", "super")
+
+    @property
+    def span(self) -> int | None:
+        """How many columns have their scales chosen together: a super-block, or a group; None without groups."""
+        return SUPER_BLOCK if self.scale == "super" else self.group
+
+    @property
     def regroups(self) -> bool:
         """Whether the format has groups of weights whose size can be chosen."""
         return self.strategy == "group" and self.scale == "model"
 
     def with_group(self, group: int) -> Format:
         """The same format with another group length; -1 means one scale per output channel."""
-        if self.kind != "int":
+        if self.kind != "int" or self.gguf:
             raise UsageError(
                 f"format {self.name} has a fixed scale layout; --group-size cannot change it: leave the option out"
             )
@@ -132,6 +146,41 @@ FORMATS: dict[str, Format] = {f.name: f for f in _WEIGHTS}
 ACTIVATION_FORMATS: dict[str, Format] = {f.name: f for f in _ACTIVATIONS}
 
 
+def _gguf(name: str, kind: str, bits: int, group: int, scale: str) -> Format:
+    """A type of GGUF; those with a minimum are the asymmetric ones."""
+    return Format(name=name, kind=kind, bits=bits, strategy="group", group=group, symmetric=kind != "uint", scale=scale)
+
+
+GGUF_FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        _gguf("q8_0", "int", 8, 32, "f16"),
+        _gguf("q5_0", "int", 5, 32, "f16"),
+        _gguf("q4_0", "int", 4, 32, "f16"),
+        _gguf("q5_1", "uint", 5, 32, "f16"),
+        _gguf("q4_1", "uint", 4, 32, "f16"),
+        _gguf("iq4_nl", "nl4", 4, 32, "f16"),
+        _gguf("q6_k", "int", 6, 16, "super"),
+        _gguf("q5_k", "uint", 5, 32, "super"),
+        _gguf("q4_k", "uint", 4, 32, "super"),
+        _gguf("q3_k", "int", 3, 16, "super"),
+        _gguf("q2_k", "uint", 2, 16, "super"),
+        _gguf("iq4_xs", "nl4", 4, 32, "super"),
+    )
+}
+# What llama.cpp's quantizer takes for a width that 256 does not divide.
+_NARROW = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "iq4_nl", "q2_k": "iq4_nl", "iq4_xs": "iq4_nl"}
+
+
+def fit_gguf(fmt: Format, width: int) -> Format | None:
+    """The type of GGUF for a weight of that many columns: the one given, or the one with blocks of 32 that llama.cpp takes in
+    its place; None where 32 does not divide the width either."""
+    assert fmt.span is not None
+    if not width % fmt.span:
+        return fmt
+    return None if width % 32 else GGUF_FORMATS[_NARROW[fmt.name]]
+
+
 def _scheme(name: str, weights: str, activations: str | None = None) -> Scheme:
     return Scheme(name, FORMATS[weights], ACTIVATION_FORMATS[activations] if activations else None)
 
@@ -157,6 +206,7 @@ SCHEMES: dict[str, Scheme] = {
         _scheme("FP8_BLOCK", "fp8_block", "fp8_group"),
     )
 }
+GGUF_SCHEMES: dict[str, Scheme] = {name.upper(): Scheme(name.upper(), fmt) for name, fmt in GGUF_FORMATS.items()}
 # Names other tools use for the same thing.
 ALIASES = {"INT8": "W8A8", "W4AFP8": "W4A8-FP8", "W4A8_FP8": "W4A8-FP8", "FP8_STATIC": "FP8"}
 
@@ -173,11 +223,12 @@ def scheme(name: str) -> Scheme:
     Raises UsageError, which names the nearest known scheme.
     """
     key = ALIASES.get(name.upper(), name.upper())
-    if key not in SCHEMES:
+    known = SCHEMES | GGUF_SCHEMES
+    if key not in known:
         raise UsageError(
-            f"unknown scheme '{name}'{did_you_mean(key, [*SCHEMES, *ALIASES])} ('qkit list schemes' shows all)"
+            f"unknown scheme '{name}'{did_you_mean(key, [*known, *ALIASES])} ('qkit list schemes' shows all)"
         )
-    return SCHEMES[key]
+    return known[key]
 
 
 def layout(weights: Format, activations: Format | None) -> str:
@@ -199,6 +250,13 @@ def fit_group(fmt: Format, *widths: int, strict: bool = False) -> Format:
     kernels for these and not for other numbers. Formats whose group is fixed by definition (NVFP4, MX) cannot be adapted.
     Raises Unsupported under ``strict`` and for the fixed formats.
     """
+    if fmt.gguf:
+        fitted = fit_gguf(fmt, math.gcd(*widths))
+        if fitted is None or (strict and fitted != fmt):
+            raise Unsupported(
+                f"{min(widths)} input columns are not whole blocks of {fmt.name}: choose another type, or skip it"
+            )
+        return fitted
     if fmt.strategy not in ("group", "tensor_group") or fmt.group is None:
         return fmt
     misfit = next((w for w in widths if w % fmt.group), None)

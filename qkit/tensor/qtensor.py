@@ -21,27 +21,27 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qkit.errors import Unsupported
-from qkit.tensor import lowrank, sparse
-from qkit.tensor.formats import FP4_MAX, FP8_MAX, NVFP4_RANGE, Format
+from qkit.tensor import block_params, lowrank, sparse
+from qkit.tensor.formats import FP8_MAX, NVFP4_RANGE, Format
+from qkit.tensor.grid import E2M1 as E2M1
+from qkit.tensor.grid import code_range as code_range
+from qkit.tensor.grid import codes_to_grid as codes_to_grid
+from qkit.tensor.grid import grid_spacing as grid_spacing
+from qkit.tensor.grid import grid_to_codes as grid_to_codes
+from qkit.tensor.grid import half_range as half_range
+from qkit.tensor.grid import round_to_grid as round_to_grid
+from qkit.tensor.grid import round_to_grid_ as round_to_grid_
 from qkit.tensor.lowrank import LowRank
+from qkit.tensor.params import Params as Params
+from qkit.tensor.params import effective_minimum as effective_minimum
+from qkit.tensor.params import effective_scale as effective_scale
+from qkit.tensor.params import expand as expand
+from qkit.tensor.params import param_shape as param_shape
+from qkit.tensor.params import tiles as tiles
+from qkit.tensor.params import untile as untile
 from qkit.tensor.sparse import Sparse
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes by code; bit 3 of a code is the sign
 _SEARCH_ELEMENTS = 1 << 16  # of a weight, held by one step of the scale search: its buffers stay in the L2 cache
-
-
-@dataclass(frozen=True)
-class Params:
-    """Parameters of a quantized weight.
-
-    scale: [R, C] in its dtype on disk (model dtype, float8_e4m3fn, or uint8 E8M0 exponents)
-    zero: int8 [R, C] for asymmetric integers; global_scale: float32 [1] for NVFP4
-    """
-
-    scale: Tensor
-    zero: Tensor | None = None
-    global_scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -64,111 +64,7 @@ class QTensor:
         return self.codes.shape[0], self.codes.shape[1]
 
 
-def code_range(fmt: Format) -> tuple[float, float]:
-    """Smallest and largest value of the code grid."""
-    if fmt.kind == "int":
-        return -(2.0 ** (fmt.bits - 1)), 2.0 ** (fmt.bits - 1) - 1
-    return (-FP4_MAX, FP4_MAX) if fmt.kind == "fp4" else (-FP8_MAX, FP8_MAX)
-
-
-def half_range(fmt: Format) -> float:
-    """The divisor of amax in a symmetric scale: (2^b - 1) / 2 for integers, the largest value for floats."""
-    return (2.0**fmt.bits - 1) / 2 if fmt.kind == "int" else code_range(fmt)[1]
-
-
-def round_to_grid(x: Tensor, fmt: Format) -> Tensor:
-    """The nearest value of the format's code grid (ties to even), in x's dtype. x: already divided by the scale."""
-    return round_to_grid_(x.clone(), fmt)
-
-
-def round_to_grid_(x: Tensor, fmt: Format) -> Tensor:
-    """``round_to_grid`` in place."""
-    low, high = code_range(fmt)
-    x.clamp_(low, high)
-    if fmt.kind == "int":
-        return x.round_()
-    if fmt.kind == "fp8":
-        return x.copy_(x.to(torch.float8_e4m3fn))
-    step = grid_spacing(x, fmt)
-    return x.div_(step).round_().mul_(step)
-
-
-def grid_spacing(x: Tensor, fmt: Format) -> Tensor:
-    """Distance between neighbours on the code grid around x, in x's dtype; x: within the code range.
-
-    For floats it is a power of two (x with its mantissa cleared) times one step of the mantissa, down to the subnormal numbers
-    (E2M1: 0.5 below 2, 1 below 4, 2 above). Comparisons would give the same, but take twenty times as long.
-    """
-    if fmt.kind == "int":
-        return torch.ones((), dtype=x.dtype)
-    smallest, step = (1.0, 0.5) if fmt.kind == "fp4" else (2.0**-6, 2.0**-3)
-    exponent = (x.to(torch.float32).view(torch.int32) & 0x7F800000).view(torch.float32)
-    return exponent.clamp_(min=smallest).mul_(step).to(x.dtype)
-
-
-# ---- tiles -----------------------------------------------------------------------------------------------------
-
-
-def param_shape(fmt: Format, shape: tuple[int, int]) -> tuple[int, int]:
-    """[R, C]: the shape of the scale of a weight [out, in]."""
-    out, columns = shape
-    if fmt.strategy in ("group", "tensor_group"):
-        assert fmt.group is not None
-        if columns % fmt.group:
-            raise Unsupported(f"format {fmt.name}: {columns} columns are not a multiple of the group size {fmt.group}")
-        return out, columns // fmt.group
-    if fmt.strategy == "block":
-        assert fmt.block is not None
-        return -(-out // fmt.block[0]), -(-columns // fmt.block[1])
-    return (1, 1) if fmt.strategy == "tensor" else (out, 1)
-
-
-def tiles(w: Tensor, fmt: Format) -> Tensor:
-    """[out, in] -> [R, C, n]: the last axis shares a scale. A view where possible."""
-    out, columns = w.shape
-    if fmt.strategy == "tensor":
-        return w.reshape(1, 1, -1)
-    if fmt.strategy != "block":
-        r, c = param_shape(fmt, (out, columns))
-        return w.reshape(r, c, columns // c)
-    assert fmt.block is not None
-    (bh, bw), (r, c) = fmt.block, param_shape(fmt, (out, columns))
-    padded = torch.nn.functional.pad(w, (0, c * bw - columns, 0, r * bh - out))
-    return padded.reshape(r, bh, c, bw).transpose(1, 2).reshape(r, c, bh * bw)
-
-
-def untile(t: Tensor, fmt: Format, shape: tuple[int, int]) -> Tensor:
-    """[R, C, n] -> [out, in]: the inverse of ``tiles``."""
-    if fmt.strategy != "block":
-        return t.reshape(shape)
-    assert fmt.block is not None
-    (r, c), (bh, bw) = t.shape[:2], fmt.block
-    return t.reshape(r, c, bh, bw).transpose(1, 2).reshape(r * bh, c * bw)[: shape[0], : shape[1]]
-
-
-def expand(per_tile: Tensor, fmt: Format, shape: tuple[int, int], columns: slice = slice(None)) -> Tensor:
-    """[R, C] -> a tensor that broadcasts against columns ``columns`` of [out, in] element by element."""
-    out, all_columns = shape
-    if fmt.strategy in ("tensor", "channel"):
-        return per_tile
-    width = fmt.group if fmt.group is not None else fmt.block[1]  # type: ignore[index]
-    index = torch.arange(all_columns, device=per_tile.device)[columns] // width
-    values = per_tile[:, index]
-    if fmt.strategy == "block":
-        assert fmt.block is not None
-        values = values.repeat_interleave(fmt.block[0], dim=0)[:out]
-    return values
-
-
 # ---- scales ----------------------------------------------------------------------------------------------------
-
-
-def effective_scale(p: Params, fmt: Format) -> Tensor:
-    """Factors of codes, float32 [R, C]."""
-    if fmt.scale == "e8m0":
-        return torch.exp2(p.scale.to(torch.float32) - 127.0)
-    scale = p.scale.to(torch.float32)
-    return scale if p.global_scale is None else scale / p.global_scale
 
 
 def nvfp4_global_scale(amax: Tensor) -> Tensor:
@@ -263,6 +159,8 @@ def find_params(
     signed:       scales of symmetric integers of up to 4 bits may be negative. Their codes reach one step further below
                   zero than above: a negative scale gives that step to the side where the tile's largest weight is
     """
+    if fmt.gguf:
+        return block_params.find(w, fmt, importance, search)
     if signed and fmt.kind == "int" and fmt.symmetric and fmt.bits <= 4:
         t = tiles(w, fmt)
         sign = torch.where(t.amax(-1) > -t.amin(-1), -1.0, 1.0)
@@ -285,8 +183,7 @@ def find_params(
     step = max(1, _SEARCH_ELEMENTS // w.shape[1])
     weights = None if importance is None else tiles(importance[None].to(torch.float32), fmt)
     params = [_search(tiles(rows, fmt), weights, fmt, dtype, global_scale) for rows in w.split(step)]
-    zero = torch.cat([p.zero for p in params if p.zero is not None]) if params[0].zero is not None else None
-    return Params(torch.cat([p.scale for p in params]), zero, global_scale)
+    return Params.cat(params, dim=0)
 
 
 def search_factors(fmt: Format) -> tuple[float, ...]:
@@ -342,27 +239,11 @@ def qdq(w: Tensor, scale: Tensor, zero: Tensor | None, fmt: Format) -> Tensor:
     return (round_to_grid(w / scale + zero, fmt) - zero) * scale
 
 
-def grid_to_codes(values: Tensor, fmt: Format) -> Tensor:
-    """Values of the code grid (float) to the codes that are stored."""
-    if fmt.kind == "int":
-        return values.to(torch.int8)
-    if fmt.kind == "fp8":
-        return values.to(torch.float8_e4m3fn)
-    index = torch.bucketize(values.abs(), torch.tensor(E2M1, dtype=values.dtype, device=values.device))
-    return (index.to(torch.uint8)) | (torch.signbit(values).to(torch.uint8) << 3)
-
-
-def codes_to_grid(codes: Tensor, fmt: Format) -> Tensor:
-    """float32 values of the code grid; the inverse of ``grid_to_codes``."""
-    if fmt.kind != "fp4":
-        return codes.to(torch.float32)
-    lut = torch.tensor((*E2M1, *(-v for v in E2M1)), dtype=torch.float32, device=codes.device)
-    return lut[codes.to(torch.int32)]
-
-
 def quantize(w: Tensor, p: Params, fmt: Format) -> QTensor:
     """Round w (float32 [out, in]) to codes under the given params."""
-    values = tiles(w, fmt) / effective_scale(p, fmt)[..., None]
+    minimum = effective_minimum(p)
+    values = tiles(w, fmt) if minimum is None else tiles(w, fmt) - minimum[..., None]
+    values = values / effective_scale(p, fmt)[..., None]
     if p.zero is not None:
         values += p.zero.to(torch.float32)[..., None]
     codes = grid_to_codes(round_to_grid(values, fmt), fmt)
@@ -374,7 +255,9 @@ def dequantize(q: QTensor) -> Tensor:
     values = tiles(codes_to_grid(q.codes, q.format), q.format)
     if q.params.zero is not None:
         values = values - q.params.zero.to(torch.float32)[..., None]
-    dense = untile(values * effective_scale(q.params, q.format)[..., None], q.format, q.shape)
+    values = values * effective_scale(q.params, q.format)[..., None]
+    minimum = effective_minimum(q.params)
+    dense = untile(values if minimum is None else values + minimum[..., None], q.format, q.shape)
     dense = dense if q.sparse is None else sparse.add_(dense, q.sparse)
     return dense if q.low_rank is None else lowrank.add_(dense, q.low_rank)
 

@@ -3,8 +3,7 @@
 It shares nothing with the writer; the layouts are those of compressed-tensors 0.20 (files on disk), so that two
 programs written apart have to agree on every weight. Arithmetic is IEEE float32, as the formats define it:
   integers   (code - zero) * scale
-  FP8, MX    value * scale, an E8M0 scale being 2^(e - 127)
-  NVFP4      value * (scale / global_scale)
+  FP8, MX    value * scale, an E8M0 scale being 2^(e - 127); NVFP4: value * (scale / global_scale)
   sparse     plus, at the places of the sparse part (CSR), a 16-bit value
 The low-rank part is a product that runs beside the weight: its tensors are checked, and are no part of what is decoded.
 """
@@ -23,7 +22,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from qkit.errors import BadCheckpoint
-from qkit.verification.record import RecordedLinear, Spec
+from qkit.verification.record import RecordedLinear
+from qkit.verification.spec import Spec
 from qkit.verification.strict_json import parse_json
 
 Array = npt.NDArray[Any]

@@ -16,13 +16,12 @@ from qkit.verification.record import (
     Findings,
     Record,
     RecordedLinear,
-    Spec,
     as_object,
     is_int,
     is_text,
     is_version,
-    spec_fault,
 )
+from qkit.verification.spec import Spec, spec_fault
 
 METHODS = ("compressed-tensors", "qkit")
 HIGHEST_MAJOR = 0  # of compressed-tensors releases so far

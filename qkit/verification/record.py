@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qkit.verification.spec import Spec, spec_fault
 from qkit.verification.strict_json import parse_json
 
 FORMAT_VERSION = 2  # of qkit.json; a reader refuses a newer one
@@ -154,11 +155,11 @@ _LINEAR: Fields = {
 _PLAIN: Fields = {"dtype": (is_text, "a dtype"), "shape": (is_shape, "a list of sizes"), "sha256": _HASH}
 _FORMAT: Fields = {
     "name": (is_text, "a name"),
-    "kind": (lambda v: v in ("int", "fp4", "fp8"), "int, fp4 or fp8"),
+    "kind": (lambda v: v in ("int", "fp4", "fp8", "uint", "nl4"), "int, fp4, fp8, uint or nl4"),
     "bits": (lambda v: is_int(v, 1) and v <= 8, "1 to 8"),
     "strategy": (is_text, "a name"),
     "symmetric": (lambda v: isinstance(v, bool), "true or false"),
-    "scale": (lambda v: v in ("model", "e4m3", "e8m0"), "model, e4m3 or e8m0"),
+    "scale": (lambda v: v in ("model", "e4m3", "e8m0", "f16", "super"), "model, e4m3, e8m0, f16 or super"),
     "dynamic": (lambda v: isinstance(v, bool), "true or false"),
     "group": (lambda v: v is None or is_int(v, 1), "a positive number or null"),
     "block": (lambda v: v is None or _SHAPE2[0](v), "[rows, columns] or null"),
@@ -187,40 +188,12 @@ def short(value: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
-    """How numbers are stored: the fields of a format in qkit.json, without its name."""
-
-    kind: str
-    bits: int
-    strategy: str
-    group: int | None
-    block: tuple[int, int] | None
-    symmetric: bool
-    scale: str
-    dynamic: bool
-
-    def __str__(self) -> str:
-        if self.scale != "model":  # these formats fix their groups
-            return self.stem + (" dynamic" if self.dynamic else "")
-        parts = [self.stem, "dynamic " + self.strategy if self.dynamic else self.strategy]
-        parts += [str(self.group)] if self.group else []
-        parts += ["x".join(map(str, self.block))] if self.block else []
-        return " ".join([*parts, *([] if self.symmetric else ["asymmetric"])])
-
-    @property
-    def stem(self) -> str:
-        """The beginning of the names of such formats."""
-        return {"e4m3": "nvfp4", "e8m0": f"mx{self.kind}"}.get(self.scale) or (
-            f"int{self.bits}" if self.kind == "int" else self.kind
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class RecordedLinear:
     """A quantized linear as qkit.json records it; ``shape`` is (out_features, in_features), ``sparse`` how many values its
     sparse part has, ``rank`` that of its low-rank part, ``rotation`` the block of the transform of its inputs, ``scaled``
     whether their channels are multiplied by a stored scale first, ``residual`` how many of them are quantized twice, ``kept``
-    whether it is stored as in the source, ``uses`` what a matrix outside the blocks is for, of USES."""
+    whether it is stored as in the source, ``uses`` what a matrix outside the blocks is for, of USES, ``type_name`` the name of
+    its format, which says the type of a tensor of GGUF."""
 
     name: str
     format: Spec
@@ -234,6 +207,7 @@ class RecordedLinear:
     rank: int = 0
     kept: bool = False
     uses: tuple[str, ...] = ()
+    type_name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,32 +230,6 @@ class Record:
     transforms: tuple[str, ...] = ()
     engine: str = "default"
     stock_refusal: str = ""
-
-
-def spec_fault(spec: Spec, weight: bool) -> str | None:
-    """The reason why ``spec`` is impossible, or None."""
-    strategies = ["tensor", "group", "tensor_group", *(["channel", "block"] if weight else ["token"])]
-    wide = {"fp4": 4, "fp8": 8}.get(spec.kind, spec.bits)
-    faults = {
-        f"strategy {spec.strategy} is none of {', '.join(strategies)}": spec.strategy not in strategies,
-        f"{spec.bits} bits of kind {spec.kind}, expected {wide}": spec.bits != wide,
-        f"strategy {spec.strategy} with group {spec.group}": (spec.group is None)
-        == (spec.strategy in ("group", "tensor_group")),
-        f"strategy {spec.strategy} with block {spec.block}": (spec.block is None) == (spec.strategy == "block"),
-        f"a float format ({spec.kind}) cannot be asymmetric": spec.kind != "int" and not spec.symmetric,
-        "a weight cannot be dynamic": weight and spec.dynamic,
-        "strategy token has to be dynamic": spec.strategy == "token" and not spec.dynamic,
-        f"scale {spec.scale} with strategy {spec.strategy}, group {spec.group}": _scale_fault(spec),
-    }
-    return next((fault for fault, wrong in faults.items() if wrong), None)
-
-
-def _scale_fault(spec: Spec) -> bool:
-    if spec.scale == "e4m3" or spec.strategy == "tensor_group":
-        return (spec.scale, spec.strategy, spec.group, spec.kind) != ("e4m3", "tensor_group", 16, "fp4")
-    if spec.scale == "e8m0":
-        return spec.kind == "int" or (spec.strategy, spec.group) != ("group", 32)
-    return spec.kind == "fp4"
 
 
 def _read_spec(data: Any, weight: bool, where: str, findings: Findings) -> Spec | None:
@@ -348,6 +296,7 @@ def _read_linear(name: str, data: Any, findings: Findings) -> RecordedLinear | N
         rank=rank,
         kept=data.get("kept") is True,
         uses=tuple(uses),
+        type_name=data["format"]["name"],
     )
 
 

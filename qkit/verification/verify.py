@@ -23,6 +23,7 @@ from qkit.verification.decode import FLOATS, DecodedLinear, StoredTensor, decode
 from qkit.verification.experts import check_experts, check_source
 from qkit.verification.files import check_config, check_files, check_sum, has_mark, has_sums, is_summed
 from qkit.verification.fused_layers import check_fused
+from qkit.verification.gguf import MODEL, check_gguf, is_gguf
 from qkit.verification.inputs import check_inputs
 from qkit.verification.kv_cache import check_cache
 from qkit.verification.model_engines import EngineRow, LinearStorage, engine_rows
@@ -93,20 +94,27 @@ def _check_packed(out: Path, job: Path | None, source: Path | None, findings: Fi
     summed = is_summed(data) and has_sums(data, findings)
     if summed and config is not None:
         check_config(data["config"], config, findings)
-    headers = read_folder(out, record, findings)
+    in_gguf = is_gguf(config)
+    headers = {} if in_gguf else read_folder(out, record, findings)
     engines, notes = list[EngineRow](), list[str]()
-    if record is not None:
+    if in_gguf and config is not None:
+        check_gguf(out, record, config, findings)
+    elif record is not None:
         engines, notes = _check_record(out, record, config, headers, (job, source), findings)
     if summed:
         check_sum(out, data, findings)
-        check_files(out, data["files"], [path.name for path in out.glob("*.safetensors")], "files", findings)
+        check_files(out, data["files"], [path.name for path in _weight_files(out)], "files", findings)
     return Report(
         linears=len(record.linears) if record else 0,
         skipped=len(record.skipped) if record else 0,
-        bytes=sum(path.stat().st_size for path in out.glob("*.safetensors")),
+        bytes=sum(path.stat().st_size for path in _weight_files(out)),
         engines=engines,
         notes=[*([] if is_summed(data) else [UNSUMMED_NOTE]), *notes],
     )
+
+
+def _weight_files(out: Path) -> list[Path]:
+    return [*out.glob("*.safetensors"), *out.glob(MODEL)]
 
 
 def _check_record(

@@ -20,7 +20,7 @@ from qkit.evaluation.budget import load_budget
 from qkit.planning.recipe import AUTO
 from qkit.planning.request import REQUANT
 from qkit.solvers.table import SOLVERS
-from qkit.tensor.formats import SCHEMES
+from qkit.tensor.formats import GGUF_SCHEMES, SCHEMES
 from qkit.transforms.table import TRANSFORMS
 from qkit.workflows.quantize import Request, prepare, quantize
 
@@ -114,7 +114,7 @@ def test_command(where: str, line: str) -> None:
 def unknown_names(line: str) -> list[str]:
     """Schemes, methods, options of methods and policies of a command line that no table of qkit has."""
     given = parse(line).params
-    found = [] if given.get("scheme") in (None, *map(str.lower, SCHEMES)) else [given["scheme"]]
+    found = [] if given.get("scheme") in (None, *map(str.lower, SCHEMES | GGUF_SCHEMES)) else [given["scheme"]]
     parts = (given.get("method") or "").split("+")
     tables = {**SOLVERS, **TRANSFORMS}
     found += [part for part in parts if part and part not in (*tables, AUTO, REQUANT)]

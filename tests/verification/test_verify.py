@@ -15,7 +15,8 @@ from packed_samples import CASES, INT8_TOKEN, SAMPLES, SHAPES, Case, Sample, mak
 from safetensors.torch import save_file
 
 from qkit.verification.decode import decode, layout, read_header
-from qkit.verification.record import RecordedLinear, Spec
+from qkit.verification.record import RecordedLinear
+from qkit.verification.spec import Spec
 from qkit.verification.verify import verify
 
 torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from typing import Any
 from qkit.errors import BadCheckpoint, Unsupported
 from qkit.files.folder import QUANTIZED_NAMES, load_json
 from qkit.files.safefile import TensorInfo, shown
-from qkit.files.sources import awq, fp8, gptq, mxfp4
+from qkit.files.sources import awq, fp8, gguf, gptq, mxfp4
 from qkit.files.sources.decoded import CHUNK, DecodedInfo, Found, Stored
 
 KEYS = ("quantization_config", "compression_config")
@@ -36,6 +36,7 @@ DECODERS: dict[str, Callable[[Stored], Found]] = {
     "qkit": _compressed,
     "gptq": gptq.find,
     "awq": awq.find,
+    "gguf": gguf.find,
 }
 BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 _TOLD_BY = {".weight_scale_inv": "fp8", "_blocks": "mxfp4"}  # by tensors that say all that their decoder must know

@@ -1,0 +1,75 @@
+"""The rules of results in GGUF: when a recipe asks for one, what cannot be in it, and the types of its ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qkit.errors import Unsupported, UsageError
+from qkit.families.ends import EMBEDDINGS, HEAD
+from qkit.families.structure import ModelStructure
+from qkit.files.gguf_container import WHAT, container
+from qkit.tensor.formats import GGUF_FORMATS, fit_gguf, scheme
+
+if TYPE_CHECKING:
+    from qkit.planning.recipe import Recipe
+
+GGUF = "gguf"  # as a method of export
+SOURCE = "source"  # as the format of an end: as the source stores it
+ODD_WIDTH = "its {} input columns are not a multiple of 32, which every type of GGUF needs"
+
+
+def asks_for_gguf(recipe: Recipe) -> bool:
+    """Whether the result is a GGUF file."""
+    return scheme(recipe.scheme).weights.gguf
+
+
+def check_gguf(
+    recipe: Recipe, structure: ModelStructure, transforms: tuple[str, ...], kv: dict[str, Any] | None
+) -> None:
+    """Raises UsageError for what cannot go into a GGUF file, Unsupported for a model that llama.cpp does not run."""
+    schemes = {recipe.scheme, *(rule.scheme for rule in recipe.rules if rule.scheme)}
+    mixed = {scheme(name).weights.gguf for name in schemes}
+    if len(mixed) > 1:
+        raise UsageError(
+            f"schemes {', '.join(sorted(schemes))}: types of GGUF go into one file, other formats into another: choose one kind"
+        )
+    if not asks_for_gguf(recipe):
+        return
+    refused = {
+        f"method {'+'.join(transforms)}": bool(transforms),
+        "--export": recipe.export is not None,
+        "--group-size": recipe.group_size is not None,
+        "outliers": bool(recipe.outliers),
+        "a low-rank part": bool(recipe.rank),
+        "--significant": bool(recipe.significant),
+        "--prune-experts": bool(recipe.prune_experts),
+        "--unloaded": recipe.unloaded is not None,
+        "--keep-source": any(rule.keep for rule in recipe.rules),
+        "--kv": kv is not None,
+    }
+    used = next((name for name, wrong in refused.items() if wrong), None)
+    if used is not None:
+        raise UsageError(f"{used} and scheme {recipe.scheme}: not for {WHAT} yet: leave one of the two out")
+    if not structure.is_language_model:
+        raise Unsupported(f"{WHAT} is for language models, and this is a {type(structure.model).__name__}")
+    checkpoint = structure.checkpoint
+    container(checkpoint.path, checkpoint.config, [n for n in checkpoint.tensors if n not in structure.tied])
+
+
+def with_types_of_ends(recipe: Recipe, structure: ModelStructure) -> Recipe:
+    """The recipe with types for the embeddings and the head where it has none, and 'source' taken out.
+
+    As llama.cpp has it: a head, tied or not, in Q6_K, or Q8_0 where 256 does not divide its width or the scheme is Q8_0;
+    embeddings of their own in the scheme of the file.
+    """
+    given = {option: getattr(recipe, option) for option in (EMBEDDINGS, HEAD)}
+    if asks_for_gguf(recipe):
+        table = structure.checkpoint.tensors[structure.stored_name(f"{structure.family.embeddings}.weight")]
+        wide = fit_gguf(GGUF_FORMATS["q6_k"], table.shape[1])
+        head = "q8_0" if wide is None or recipe.scheme.lower() == "q8_0" else wide.name
+        if structure.tied:
+            asked = given[EMBEDDINGS] or given[HEAD] or head
+            given = {EMBEDDINGS: asked, HEAD: None}
+        else:
+            given = {EMBEDDINGS: given[EMBEDDINGS] or recipe.scheme.lower(), HEAD: given[HEAD] or head}
+    return recipe.model_copy(update={option: None if text == SOURCE else text for option, text in given.items()})

@@ -1,0 +1,144 @@
+"""Results in GGUF: written, proved, loaded, refused, and run by llama.cpp where an environment with it is named."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from conftest import Quiet
+
+import qkit
+from qkit.errors import Unsupported, UsageError
+from qkit.files.gguf_container import MODEL, tokenizer_fields
+from qkit.tensor.qtensor import dequantize, find_params, quantize
+from qkit.verification.verify import verify
+from qkit.workflows.quantize import Request, prepare
+from qkit.workflows.quantize import quantize as run_quantize
+
+pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'qkit[gguf]'")
+LLAMA = os.environ.get("QKIT_LLAMA_PYTHON")
+WORKER = Path(__file__).parents[2] / "tools" / "llama_logits.py"
+
+
+def _made(model: Path, out: Path, scheme: str = "q4_0", **fields: object) -> Path:
+    report = run_quantize(Request(model=str(model), scheme=scheme, **fields), out, Quiet())
+    assert report.ok and report.bytes == (out / MODEL).stat().st_size
+    return out
+
+
+def test_a_result_holds_the_weights_that_qkit_computes_and_loads(tiny, tmp_path):
+    source = tiny("llama")
+    out = _made(source, tmp_path / "out")
+    assert {f.name for f in out.iterdir()} >= {MODEL, "config.json", "qkit.json", "tokenizer.json"}
+    plan = prepare(Request(model=str(source), scheme="q4_0")).plan
+    loaded, original = qkit.load(out, dtype=torch.float32), qkit.load(source, dtype=torch.float32)
+    for path in ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        weight = original.get_submodule(path).weight.detach()
+        fmt = plan.linears[path].weights
+        wanted = dequantize(quantize(weight, find_params(weight, fmt, torch.float32, search=True), fmt))
+        assert torch.equal(loaded.get_submodule(path).weight, wanted)
+    assert torch.equal(loaded.model.norm.weight, original.model.norm.weight)
+
+
+@pytest.mark.parametrize("place", ["block", "norm", "key"])
+def test_a_changed_byte_is_found(tiny, tmp_path, place):
+    from qkit.verification.gguf_header import read_gguf
+
+    out = _made(tiny("llama"), tmp_path / "out")
+    file = read_gguf(out / MODEL)
+    raw = bytearray((out / MODEL).read_bytes())
+    if place == "key":
+        raw[raw.index(b"llama.block_count") + len(b"llama.block_count") + 4] += 1
+    else:
+        name = {"block": "blk.1.attn_k.weight", "norm": "output_norm.weight"}[place]
+        raw[file.tensors[name].start + 5] ^= 1
+    (out / MODEL).write_bytes(raw)
+    problems = [str(p) for p in verify(out).problems]
+    expected = {"block": "decoded weight", "norm": "its bytes are not", "key": "llama.block_count: found"}[place]
+    assert any(expected in p for p in problems) and any("its sha256" in p for p in problems)
+
+
+def test_the_plan_says_which_type_a_width_gets(tiny):
+    plan = prepare(Request(model=str(tiny("llama", intermediate_size=256)), scheme="q4_k")).plan
+    down, gate = plan.linears["model.layers.0.mlp.down_proj"], plan.linears["model.layers.0.mlp.gate_proj"]
+    assert (down.scheme, down.note) == ("Q4_K", "")
+    assert (gate.scheme, gate.note) == ("Q5_0", "q5_0: 64 columns are not a multiple of 256")
+    assert {p.scheme for p in plan.ends.values()} == {"Q5_0", "Q8_0"}  # embeddings, and the head: of Q4_K and Q6_K
+
+
+def test_a_width_that_32_does_not_divide_stays_as_it_is(tiny):
+    plan = prepare(Request(model=str(tiny("llama", intermediate_size=80)), scheme="q8_0")).plan
+    assert "multiple of 32" in plan.skipped["model.layers.0.mlp.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"method": "rotate+rtn"}, UsageError, "method rotate"),
+        ({"group_size": 64}, UsageError, "--group-size"),
+        ({"outliers": 1.0}, UsageError, "outliers"),
+    ],
+    ids=["transform", "group", "outliers"],
+)
+def test_what_cannot_be_in_a_gguf_file_is_refused(tiny, fields, error, words):
+    with pytest.raises(error, match=words):
+        prepare(Request(model=str(tiny("llama")), scheme="q4_0", **fields))
+
+
+def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(tiny):
+    with pytest.raises(Unsupported, match="hidden_act 'gelu'"):
+        prepare(Request(model=str(tiny("llama", hidden_act="gelu")), scheme="q4_0"))
+    with pytest.raises(Unsupported, match="model_type 'opt'"):
+        prepare(Request(model=str(tiny("opt")), scheme="q4_0"))
+
+
+def test_a_pre_tokenizer_that_is_not_known_is_refused(tiny, tmp_path):
+    source = tiny("llama")
+    data = json.loads((source / "tokenizer.json").read_text())
+    assert tokenizer_fields(source, 4096)["tokenizer.ggml.pre"] == "gpt-2"
+    data["pre_tokenizer"] = {"type": "Whitespace"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(Unsupported, match="Whitespace"):
+        tokenizer_fields(tmp_path, 4096)
+
+
+def test_gptq_is_nearer_to_the_original_than_rounding(calib, tmp_path):
+    model = "tiny-llama"
+    rounded = _made(Path(model), tmp_path / "rtn")
+    solved = _made(Path(model), tmp_path / "gptq", method="gptq", calib=str(calib), samples=13, seqlen=128)
+    tokens = tiny_models.tokens(4, 64)
+    original = torch.log_softmax(tiny_models.logits(qkit.load(model, dtype=torch.float32), tokens), -1)
+    kl = []
+    for out in (rounded, solved):
+        found = torch.log_softmax(tiny_models.logits(qkit.load(out, dtype=torch.float32), tokens), -1)
+        kl.append(float((original.exp() * (original - found)).sum(-1).mean()))
+    assert kl[1] < kl[0]
+
+
+@pytest.mark.skipif(LLAMA is None, reason="QKIT_LLAMA_PYTHON names no interpreter with xllamacpp")
+@pytest.mark.parametrize(
+    ("family", "scheme", "changes"),
+    [
+        ("llama", "q4_k", {"intermediate_size": 256}),
+        ("llama", "q8_0", {"tie_word_embeddings": False}),
+        ("mistral", "q5_1", {}),
+        ("qwen2", "q6_k", {"hidden_size": 256}),
+        ("qwen3", "q8_0", {}),
+    ],
+    ids=["llama-k", "untied", "mistral", "qwen2-bias", "qwen3-norms"],
+)
+def test_llama_cpp_computes_what_qkit_computes(tiny, tmp_path, family, scheme, changes):
+    out = _made(tiny(family, **changes), tmp_path / "out", scheme)
+    tokens = tiny_models.tokens(2, 48)
+    (tmp_path / "tokens.json").write_text(json.dumps(tokens.tolist()))
+    command = [str(LLAMA), str(WORKER), str(out / MODEL), str(tmp_path / "tokens.json")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    found = torch.tensor(json.loads(ran.stdout)["nll"])
+    logits = torch.log_softmax(tiny_models.logits(qkit.load(out, dtype=torch.float32), tokens), -1)
+    wanted = -logits[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    # llama.cpp rounds inputs to 8 bits; a wrong order of rows, or a norm in the wrong place, makes an error of order one.
+    assert float((found - wanted).norm() / (wanted - wanted.mean()).norm()) < 0.05
