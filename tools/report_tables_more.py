@@ -232,7 +232,22 @@ def experts() -> str:
     return markdown(rows)
 
 
+def engines() -> str:
+    """What engines made of packed files, beside the noise of each file."""
+    rows: list[Row] = []
+    for name, proofs in report("engines/proofs").items():
+        row: Row = {"file": name}
+        for engine, title in (("vLLM", "vLLM 0.32"), ("transformers", "transformers 5.24")):
+            proof = proofs.get(engine)
+            ran = proof is not None and proof["difference"] is not None
+            row[title] = f"{proof['difference']['mean']:.3g}" if ran else "refused" if proof else ""
+            row[f"noise, {title}"] = f"{proof['noise']['mean']:.3g}" if ran else ""
+        rows.append(row)
+    return markdown(rows)
+
+
 TABLES = {
+    "engines": engines,
     "experts": experts,
     "kv-caches": caches,
     "kv-retrieval": retrieval,
