@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qkit.errors import Unsupported, UsageError
 from qkit.families.ends import EMBEDDINGS, HEAD
 from qkit.families.structure import ModelStructure
 from qkit.files.gguf_container import WHAT, container
+from qkit.planning.recipe import SOURCE, Recipe
 from qkit.tensor.formats import GGUF_FORMATS, fit_gguf, scheme
 
-if TYPE_CHECKING:
-    from qkit.planning.recipe import Recipe
-
 GGUF = "gguf"  # as a method of export
-SOURCE = "source"  # as the format of an end: as the source stores it
 ODD_WIDTH = "its {} input columns are not a multiple of 32, which every type of GGUF needs"
 
 

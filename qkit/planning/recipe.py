@@ -29,7 +29,6 @@ from qkit.diffusion.policy import PolicyConfig
 from qkit.errors import BadRecipe, UsageError
 from qkit.files.schema import field_path
 from qkit.files.strictyaml import LineDict, check_keys, load_yaml
-from qkit.planning.gguf import SOURCE
 from qkit.planning.renamed import current_names
 from qkit.solvers.table import SOLVERS
 from qkit.system.option import Options
@@ -39,6 +38,7 @@ from qkit.transforms.table import TRANSFORMS
 Glob = Annotated[str, Field(min_length=1, max_length=200)]
 MethodOptions = Annotated[dict[str, Any], AfterValidator(current_names)]
 MOST_SPARSE = 20.0  # percent: beyond it a wider format takes less room
+SOURCE = "source"  # as the format of an end: as the source stores it
 ROW = -1  # as a group size: one scale for each row
 AUTO = "auto"  # in a method: what comes in its place is found for every block (``qkit.engine.auto``)
 TRIES: dict[str, tuple[str, dict[str, Any]]] = {

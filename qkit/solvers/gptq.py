@@ -37,6 +37,7 @@ from torch import Tensor
 from qkit.calibration.statistics import Stats
 from qkit.solvers import rtn
 from qkit.solvers.task import ZERO_INPUTS, Solved, Task
+from qkit.tensor.block_params import find_group
 from qkit.tensor.formats import Format
 from qkit.tensor.qtensor import (
     Params,
@@ -238,6 +239,8 @@ def _panels(fmt: Format, ordered: bool) -> tuple[int, int]:
     group = fmt.span
     if group is None or ordered:
         return 128, _SUB
+    if fmt.scale == "super":
+        return group, fmt.group or _SUB
     return (group, _SUB) if group > _SUB else (group * max(1, 128 // group), group)
 
 
@@ -301,10 +304,30 @@ class _Scales:
             for found_params, p in zip(self.params_by_weight, params, strict=True):
                 found_params.append(p)
             self.current_scale = self._per_element(params, [(len(x), width) for x in group_weights])
+        elif self.task.fmt.scale == "super":
+            self._regroup(corrected, s0, s1)
         assert self.current_scale is not None
         scale, zero = self.current_scale
         some = slice(s0 % span, s0 % span + s1 - s0)
         return scale[some], None if zero is None else zero[some]
+
+    def _regroup(self, corrected: Tensor, s0: int, s1: int) -> None:
+        """Find the small integers of a K type's group anew, now that its weights are corrected; super-scales stay."""
+        assert self.current_scale is not None
+        fmt, span = self.task.fmt, self.task.fmt.span or 1
+        weights = corrected[: s1 - s0].T.contiguous().split(self.sizes)
+        blocks = [found_params[-1] for found_params in self.params_by_weight]
+        params = [find_group(x, fmt, self.cost[s0:s1], p) for x, p in zip(weights, blocks, strict=True)]
+        place = s0 % span // (s1 - s0)
+        for p, found in zip(blocks, params, strict=True):
+            p.scale[:, place] = found.scale[:, 0]
+            if p.minimum is not None and found.minimum is not None:
+                p.minimum[:, place] = found.minimum[:, 0]
+        some = slice(s0 % span, s0 % span + s1 - s0)
+        scale, zero = self._per_element(params, [(len(x), s1 - s0) for x in weights])
+        self.current_scale[0][some] = scale
+        if zero is not None and self.current_scale[1] is not None:
+            self.current_scale[1][some] = zero
 
     def refit(self, original: Tensor, errors: Tensor, factor: Factor) -> None:
         """Set each scale to its least-squares value, rounded to the model's dtype, one group of columns after another.

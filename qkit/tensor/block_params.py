@@ -36,6 +36,22 @@ def find(w: Tensor, fmt: Format, importance: Tensor | None, search: bool) -> Par
     return Params.cat([_Search(tiles(rows, fmt), per_column, fmt, search).params() for rows in w.split(step)], dim=0)
 
 
+def find_group(w: Tensor, fmt: Format, importance: Tensor, block: Params) -> Params:
+    """Params of one group of columns, float32 [out, group], of a K type, under the super-scales of its super-block."""
+    search = _Search(w[:, None], importance[None, None].to(torch.float32), fmt, search=True)
+    assert block.super_scale is not None
+    if fmt.symmetric:
+        scale, below, below_unit = search.best(), None, None
+    else:
+        scale, minimum = search.best_pair()
+        below = -minimum[..., None]
+        below_unit = None if block.super_minimum is None else block.super_minimum.to(torch.float32)
+    p = search.rounded(scale[..., None], block.super_scale, below, below_unit)
+    for _ in range(_MOVES):
+        p = search.moved(p)
+    return p
+
+
 def largest_integers(fmt: Format) -> tuple[int, int]:
     """The range of the integers that stand for the scales of a K type's groups."""
     return {"q2_k": (0, 15), "q4_k": (0, 63), "q5_k": (0, 63), "q6_k": (-128, 127)}.get(fmt.name, (-32, 31))
@@ -50,9 +66,9 @@ class _Search:
 
     def params(self) -> Params:
         if self.fmt.symmetric:
-            scale, minimum = self._best(self._scales()), None
+            scale, minimum = self.best(), None
         else:
-            scale, minimum = self._best_pair(self._ranges())
+            scale, minimum = self.best_pair()
         if self.stored_in_f16:
             return Params(_f16(scale), minimum=None if minimum is None else minimum.to(torch.float16))
         return self._super_blocks(scale, minimum)
@@ -71,10 +87,11 @@ class _Search:
             for factor in _factors(self.fmt):
                 yield full * (low / high) * factor
 
-    def _best(self, candidates: Iterator[Tensor]) -> Tensor:
+    def best(self) -> Tensor:
+        """The scale of every group that errs least, [R, C]."""
         best: Tensor | None = None
         least = torch.empty(())
-        for start in candidates:
+        for start in self._scales():
             for found in (start, self._refined(start)) if self.search else (start,):
                 scale = self._as_stored(found)
                 error = self._error(scale, None)
@@ -101,10 +118,11 @@ class _Search:
             for shift in (0.0, 0.5, 1.0) if factor < 1 else (0.0,):
                 yield width * factor / levels, low + width * ((1 - factor) * shift)
 
-    def _best_pair(self, candidates: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def best_pair(self) -> tuple[Tensor, Tensor]:
+        """The scale and the minimum of every group that err least, [R, C] each."""
         best: tuple[Tensor, Tensor] | None = None
         least = torch.empty(())
-        for start in candidates:
+        for start in self._ranges():
             for scale, minimum in (start, self._refined_pair(*start)) if self.search else (start,):
                 scale, minimum = self._as_stored(scale), self._minimum_as_stored(minimum)
                 error = self._error(scale, minimum)
@@ -158,7 +176,7 @@ class _Search:
         best: Params | None = None
         least = torch.empty(())
         for factor, factor_below in self._super_factors():
-            p = self._rounded(
+            p = self.rounded(
                 per_block, _f16(unit * factor), below, None if unit_below is None else (unit_below * factor_below)
             )
             error = self._total(p, blocks)
@@ -169,7 +187,7 @@ class _Search:
             least = torch.minimum(error, least)
         assert best is not None
         for _ in range(_MOVES if self.search else 0):
-            best = self._moved(best)
+            best = self.moved(best)
         return best
 
     def _super_factors(self) -> list[tuple[float, float]]:
@@ -179,7 +197,7 @@ class _Search:
             return [(f, 1.0) for f in _SUPER_FACTORS]
         return [(1.0, 1.0), *((f, g) for f, g in product(_SUPER_FACTORS, (1.0, 0.93)) if (f, g) != (1.0, 1.0))]
 
-    def _rounded(self, scale: Tensor, unit: Tensor, below: Tensor | None, unit_below: Tensor | None) -> Params:
+    def rounded(self, scale: Tensor, unit: Tensor, below: Tensor | None, unit_below: Tensor | None) -> Params:
         """Params with the integers nearest to what the groups want, under given super-scales."""
         integers = self._integers(scale / unit[..., None].to(torch.float32)).flatten(1)
         if below is None or unit_below is None:
@@ -203,7 +221,7 @@ class _Search:
         """Errors of the super-blocks, [R, blocks]."""
         return self._error_of(p).reshape(len(self.values), blocks, -1).sum(-1)
 
-    def _moved(self, p: Params) -> Params:
+    def moved(self, p: Params) -> Params:
         """The params with the integers of each group where they are, or one step beside."""
         highest = largest_integers(self.fmt)[1]
         best, least = p, self._error_of(p)

@@ -26,6 +26,7 @@ LIBRARIES = {
     "lm_eval": {"eval"},
     "datasets": {"eval"},
     "imageio": {"video"},
+    "gguf": {"gguf"},
 }
 AT_LEAST = {
     "torch",
