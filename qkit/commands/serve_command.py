@@ -11,7 +11,7 @@ from qkit.commands.verb import Verb
 
 
 @click.command("serve-command", cls=Verb)
-@click.argument("out", type=click.Path(path_type=Path, exists=True))
+@click.argument("out", type=click.Path(path_type=Path))
 @click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="GPUs that share the model.")
 @click.option("--context", type=click.IntRange(1), help="Longest text in tokens (default: the longest of the model).")
 def serve_command_command(out: Path, tp: int, context: int | None) -> None:

@@ -76,10 +76,8 @@ def load_texts_tokenizer(out: Path) -> Any:
 
 def _decoded(file: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM, GgufConfig
-    from transformers.utils import logging
 
     _require_gguf(file)
-    logging.disable_progress_bar()
     with foreign_errors(f"{file}: transformers cannot decode this file", "leave --engine out"):
         model: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qkit.errors import Unsupported, UsageError
+from qkit.errors import BadCheckpoint, Unsupported, UsageError
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import is_pipeline, read_record
 from qkit.verification.model_engines import engine_lines
@@ -27,8 +27,11 @@ def serve_command(out: Path, tp: int = 1, context: int | None = None) -> ServeCo
     """The command line of vLLM for a folder, or of llama.cpp for a GGUF file.
 
     tp: GPUs that share the model; context: the longest text in tokens, None for the longest of the model
-    Raises Unsupported for a file that vLLM does not load, UsageError for a split or a length that the model does not allow.
+    Raises BadCheckpoint where there is nothing, Unsupported for a file that vLLM does not load, UsageError for a split or a
+    length that the model does not allow.
     """
+    if not out.exists():
+        raise BadCheckpoint(f"{out}: no such folder or file: use the folder of a result")
     file = out / "model.gguf" if (out / "model.gguf").is_file() else out
     if file.suffix == ".gguf" and file.is_file():
         return _llama_cpp(file, tp, context)
