@@ -5,6 +5,7 @@ A run of the skeleton shows what reads what (``families.stream``); here blocks w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,28 +35,23 @@ def prove_rotation(structure: ModelStructure, seed: int) -> int:
 
     Raises Unsupported where what it returns is not the rotation of what it returned.
     """
-    stream, kinds = structure.stream, list(_kinds(structure).values())
-    passing = {}
-    for block in structure.blocks:
-        place = stream.places[block.path]
-        out = (None,) * place.count
-        passing[block.index] = Passing(place.argument, place.result, out)
+    kinds = list(_kinds(structure).values())
+    places = {b.index: structure.stream.places[b.path] for b in structure.blocks}
+    passing = {i: Passing(p.argument, p.result, (None,) * p.count) for i, p in places.items()}
     hidden, logits, calls = _ends(structure, passing, {}, seed)
     q = orthogonal(hidden.shape[-1], seed)
     entering, predicted, _ = _ends(structure, passing, rotated_parameters(structure, seed), seed)
     _check("the embeddings", entering, hidden @ q, _CLOSE_16)
-    if (
-        structure.model.base_model is not structure.model or not structure.tied
-    ):  # else a head of its own has no place there
+    # A class that is its own base applies the head, and a tied one has no place for the head's own rotated matrix.
+    if structure.model.base_model is not structure.model or not structure.tied:
         _check("the output head", predicted, logits, _CLOSE_16)
-    x = hidden
     for block in kinds:
         call = calls[block.index].to(torch.float32)
         module = load_block(structure, block, torch.float32)
         with runs_on_text(structure), torch.inference_mode():
-            before = call(module, x) @ q
+            before = call(module, hidden) @ q
             rotate(BlockState(structure=structure, block=block, module=module, exact=True), {}, seed)
-            after = call(module, x @ q)
+            after = call(module, hidden @ q)
         release(module)
         _check(block.path, after, before, _CLOSE)
     return len(kinds)
@@ -72,7 +68,7 @@ def _ends(
     stream, stored = structure.stream, {structure.stored_name(name): value for name, value in rotated.items()}
     read = structure.checkpoint.read_finite
     (head,) = stream.outer_reads(structure.paths)
-    vocabulary = structure.model.get_parameter(stream.tables[0]).shape[0]
+    vocabulary = structure.model.get_parameter(stream.table).shape[0]
     tokens = torch.randint(0, vocabulary, (1, _TOKENS), generator=torch.Generator().manual_seed(seed))
     own = f"{structure.family.head}.weight"  # of a tied head, once it is rotated
     matrix = rotated[own if own in rotated else head] if rotated else read(structure.stored_name(head))
@@ -101,10 +97,16 @@ def _check(what: str, after: Tensor, before: Tensor, close: float) -> None:
 
 
 def proof_memory(structure: ModelStructure) -> int:
-    """Peak bytes of ``prove_rotation``: what is outside the blocks, or the largest block in float32 and its rotated weights."""
+    """Peak bytes of ``prove_rotation``.
+
+    They are for what is outside the blocks, with the rotated embeddings and head, one of them in float32 before and after; or
+    for the largest block in float32 with its rotated weights.
+    """
     blocks = [sum(p.numel() for p in structure.model.get_submodule(path).parameters()) for path in structure.paths]
     outer = sum(structure.checkpoint.tensors[stored].nbytes for _, stored in structure.outer)
-    return max(outer, 2 * torch.float32.itemsize * max(blocks))
+    table = structure.checkpoint.tensors[structure.stored_name(structure.stream.table)]
+    rotated = 2 * table.nbytes + 2 * torch.float32.itemsize * math.prod(table.shape)
+    return max(outer + rotated, 2 * torch.float32.itemsize * max(blocks))
 
 
 def unproved_groups(state: BlockState, rows: Rows, call: Call | OneByOne) -> set[str]:

@@ -39,6 +39,7 @@ from qkit.files.offload import OffloadedTensors
 from qkit.kvcache.argument import is_cache, tensors_within
 from qkit.planning.plan import Plan
 from qkit.runtime.loading import load_checkpoint
+from qkit.transforms.table import TRANSFORMS
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,12 @@ def recorded_blocks(
     """
     plan, job = run.plan, run.job
     assert plan.calibration is not None
+    early = [t for t in plan.transforms if TRANSFORMS[t].stage == "load"]
+    if early:
+        raise Unsupported(
+            f"{run.structure.checkpoint.path}: method {early[0]} rewrites all blocks before they run, and the inputs of these "
+            "blocks have to be recorded in the original model, which has other values: use smoothquant or awq"
+        )
     run.progress.start("record the inputs of all blocks", plan.calibration.samples)
     remaining = {first_part + b.index: b for b in sequence.blocks[job.finished - first_part :]}
     recorded = record_inputs(plan, run.structure, job, remaining, run.progress.step)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit.families.stream import counted
+from qkit.families.stream import channel_range
 
 STREAM, NORMED, LINEAR = "stream", "normed", "linear"
 
@@ -41,13 +41,13 @@ class Mark:
     def of(cls, kind: str, name: str, out: Tensor) -> Mark:
         """The mark of a tensor whose last dimension is that of channels. name: '' for none"""
         width = out.shape[-1]
-        channels = counted(width).expand(out.shape)
+        channels = channel_range(width).expand(out.shape)
         return cls(kind, frozenset([name] if name else []), channels, width)
 
     @property
     def in_order(self) -> bool:
         """Whether the last dimension is that of channels, all of them."""
-        expected = counted(self.width)
+        expected = channel_range(self.width)
         return self.channels.shape[-1] == self.width and bool((_once(self.channels) == expected).all())
 
     @property

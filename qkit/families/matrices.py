@@ -60,12 +60,6 @@ def _multiplies(kind: Any, outputs: int, inputs: int, bias: bool) -> bool:
         return False
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalizes and then scales every channel by a weight of its own."""
-    weight = getattr(module, "weight", None)
-    return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1
-
-
 def routes(name: str, block: nn.Module) -> bool:
     """Whether a module chooses among routed experts, or is a part of what does. name: of the module inside the block"""
     parts = name.split(".")

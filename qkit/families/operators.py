@@ -19,13 +19,13 @@ MOVE = {
     *("transpose", "permute", "unsqueeze", "squeeze", "expand", "flatten", "getitem", "movedim", "swapaxes", "narrow"),
     *("repeat_interleave", "repeat", "chunk", "split", "unbind", "select"),
 }
-TURN = {"t", "T", "mT", "transpose", "swapaxes"}  # a matrix
+TRANSPOSE = {"t", "T", "mT", "transpose", "swapaxes"}  # a matrix
 ADD, MULTIPLY = {"add", "iadd", "radd", "sub", "isub"}, {"mul", "imul", "rmul", "div", "truediv", "idiv", "itruediv"}
 WRITES = {"__setitem__", "__set__", *(f"__i{n}__" for n in ("add", "sub", "mul", "div", "truediv", "pow", "and", "or"))}
 PRODUCTS = {"linear": 1, "matmul": 1, "mm": 1, "bmm": 1, "addmm": 2}  # where the second factor is
 
 
-def turns(out: Tensor, dims: tuple[Any, ...]) -> bool:
+def transposes(out: Tensor, dims: tuple[Any, ...]) -> bool:
     """Whether a view of a parameter has its last two dimensions exchanged. dims: those that the operator got"""
     numbers = [d % out.dim() for d in dims if isinstance(d, int)]
     return out.dim() > 1 and (not numbers or set(numbers) == {out.dim() - 2, out.dim() - 1})

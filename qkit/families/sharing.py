@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qkit.families.blocks import Group
-from qkit.families.matrices import fused_experts, is_norm, matrix_of
+from qkit.families.matrices import fused_experts, matrix_of
+from qkit.families.norms import is_norm
 from qkit.families.operators import tensors_in
 from qkit.families.stream import Stream
 from qkit.families.stream_trace import StreamTrace
@@ -180,7 +181,7 @@ def run_without_values(model: nn.Module, blocks: Sequence[str], embeddings: str 
             handles += trace.watch_experts(name, stand_in, experts.first, experts.down, bias)
     try:
         for part in (model, base):  # the class may ask for more than its base does
-            with torch.inference_mode(), suppress(*_STOPS), _Readers(reads), trace.beneath, trace:
+            with torch.inference_mode(), suppress(*_STOPS), _Readers(reads), trace.dispatch_watch, trace:
                 tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
                 part(**text_arguments(part, {"input_ids": tokens}))
                 reads.whole = True  # some classes do not call their base as a whole

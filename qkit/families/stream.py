@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 
-def counted(width: int) -> Tensor:
+def channel_range(width: int) -> Tensor:
     """0, 1, .. width - 1, int32, with memory, also where modules are built without."""
     return torch.arange(width, dtype=torch.int32, device="cpu")
 
@@ -39,10 +39,10 @@ class Feed:
         """
         width = len(self.channels)
         if outputs == width:
-            return bool((self.channels == counted(width)).all())
+            return bool((self.channels == channel_range(width)).all())
         if self.head is None or width % outputs or outputs % self.head:
             return False
-        heads = counted(outputs).view(-1, 1, self.head).expand(-1, width // outputs, -1)
+        heads = channel_range(outputs).view(-1, 1, self.head).expand(-1, width // outputs, -1)
         return bool((self.channels == heads.reshape(-1)).all())
 
 
@@ -62,34 +62,42 @@ class Place:
 class Stream:
     """The residual stream of a model: what reads it and what writes it, by the names of parameters.
 
-    tables:  embeddings whose rows enter it
+    table:   the embeddings whose rows enter it
     reads:   {matrix: the norm before it, '' for none}
     writes:  {matrix: its bias, '' for none}
     offsets: {norm: what it adds to its weight before it multiplies by it}
     feeds:   {matrix: what feeds it}
     places:  {block: where it gets and returns the stream}
-    turned:  parameters that hold a matrix as [in, out]
+    transposed: parameters that hold a matrix as [in, out]
     against: why an orthogonal matrix cannot be folded into the weights; '' where it can
     """
 
-    tables: list[str] = field(default_factory=list)
+    table: str = ""
     reads: dict[str, str] = field(default_factory=dict)
     writes: dict[str, str] = field(default_factory=dict)
     offsets: dict[str, float] = field(default_factory=dict)
     feeds: dict[str, Feed] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
-    turned: set[str] = field(default_factory=set)
+    transposed: set[str] = field(default_factory=set)
     against: str = ""
 
     def of(self, block: str) -> BlockStream:
         """What a block does with the stream. block: its path"""
         prefix = f"{block}."
+
+        def inside(name: str) -> str:
+            return name.removeprefix(prefix)
+
         return BlockStream(
-            {_inside(k, prefix): _inside(v, prefix) for k, v in self.reads.items() if k.startswith(prefix)},
-            {_inside(k, prefix): _inside(v, prefix) for k, v in self.writes.items() if k.startswith(prefix)},
-            {_inside(n, prefix): x for n, x in self.offsets.items() if n.startswith(prefix)},
-            {_inside(k, prefix): _moved(v, prefix) for k, v in self.feeds.items() if v.source.startswith(prefix)},
-            {_inside(n, prefix) for n in self.turned if n.startswith(prefix)},
+            {inside(k): inside(v) for k, v in self.reads.items() if k.startswith(prefix)},
+            {inside(k): inside(v) for k, v in self.writes.items() if k.startswith(prefix)},
+            {inside(n): offset for n, offset in self.offsets.items() if n.startswith(prefix)},
+            {
+                inside(k): replace(feed, source=inside(feed.source))
+                for k, feed in self.feeds.items()
+                if feed.source.startswith(prefix)
+            },
+            {inside(n) for n in self.transposed if n.startswith(prefix)},
         )
 
     def outer_reads(self, blocks: tuple[str, ...]) -> dict[str, str]:
@@ -105,7 +113,7 @@ class BlockStream:
     writes: Mapping[str, str]
     offsets: Mapping[str, float]
     feeds: Mapping[str, Feed]
-    turned: set[str]
+    transposed: set[str]
 
     @property
     def values(self) -> tuple[str, str, int] | None:
@@ -115,14 +123,6 @@ class BlockStream:
             if feed.head is not None and feed.mixes and not len(feed.channels) % feed.head:
                 by_head = feed.channels.view(-1, feed.head)
                 first = by_head[:, :1]
-                if bool((first % feed.head == 0).all()) and bool((by_head - first == counted(feed.head)).all()):
+                if bool((first % feed.head == 0).all()) and bool((by_head - first == channel_range(feed.head)).all()):
                     return feed.source, reader, feed.head
         return None
-
-
-def _inside(name: str, prefix: str) -> str:
-    return name.removeprefix(prefix)
-
-
-def _moved(feed: Feed, prefix: str) -> Feed:
-    return Feed(_inside(feed.source, prefix), feed.channels, feed.head, feed.mixes)

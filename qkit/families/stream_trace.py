@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qkit.families.beneath import Beneath
+from qkit.families.dispatch_watch import DispatchWatch
 from qkit.families.marks import LINEAR, NORMED, STREAM, Mark, attended, moved, reduced, scaled
-from qkit.families.matrices import is_norm
-from qkit.families.norms import normalizes, offset_of
+from qkit.families.norms import commutes_with_rotations, has_no_weight, is_norm, norm_offset
 from qkit.families.operators import (
     ADD,
     KEEP,
@@ -32,10 +31,10 @@ from qkit.families.operators import (
     MULTIPLY,
     PRODUCTS,
     SPLIT,
-    TURN,
+    TRANSPOSE,
     target,
     tensors_in,
-    turns,
+    transposes,
     writes,
 )
 from qkit.families.stream import Feed, Place, Stream
@@ -44,7 +43,7 @@ _SUM = "a sum with something that no linear layer writes, such as what leaves a 
 
 
 class StreamTrace(TorchFunctionMode):
-    """Watches a run of a model on the meta device, with ``beneath``. ``found`` is what it saw, complete after ``finish``.
+    """Watches a run of a model on the meta device, with ``dispatch_watch``. ``found`` is complete after ``finish``.
 
     embeddings: path of the module whose table begins the stream
     """
@@ -61,7 +60,7 @@ class StreamTrace(TorchFunctionMode):
         self._biases: dict[str, str] = {}
         self._inside = 0
         self._shown: set[int] = set()  # ids of the tensors that the operator gets that runs now
-        self.beneath = Beneath(self._not_shown)
+        self.dispatch_watch = DispatchWatch(self._not_shown)
         self._by_storage: dict[int, set[int]] = {}  # ids of marked tensors
         self._stale: set[int] = set()  # of these, whose memory another tensor wrote into
         self._elsewhere: set[str] = set()  # parameters that operators read in ways that are not followed
@@ -70,9 +69,9 @@ class StreamTrace(TorchFunctionMode):
 
     def watch(self, model: nn.Module) -> list[Any]:
         """Hooks on the norms of the model, each seen as one step."""
-        norms = {n: m for n, m in model.named_modules() if is_norm(m) or normalizes(m)}
+        norms = {n: m for n, m in model.named_modules() if is_norm(m) or has_no_weight(m)}
         alike = {(type(m), repr(m)): m for m in norms.values()}
-        offsets = {kind: offset_of(module) for kind, module in alike.items()}
+        offsets = {kind: norm_offset(m) if commutes_with_rotations(m) else None for kind, m in alike.items()}
         handles: list[Any] = []
         for name, module in norms.items():
             hook = self._leaves(name, offsets[type(module), repr(module)])
@@ -222,17 +221,17 @@ class StreamTrace(TorchFunctionMode):
         return normed and self._keep(marks[0], out)
 
     def _see_parameter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
-        """Whether an operator reads a parameter in a way that is known: it is looked up, turned or converted, or multiplies."""
+        """Whether an operator reads a parameter in a known way: it looks up, transposes, converts or multiplies."""
         if name == "embedding":
             table = next((found[0] for x in (*args, *kwargs.values()) if (found := self._param(x))), "")
             if table and table == self._table:
-                self.found.tables = [table]
+                self.found.table = table
                 self._set(out, Mark.of(STREAM, "", out))
             return True
         first = self._param(args[0]) if args else None
-        turned = name in TURN and isinstance(out, Tensor) and turns(out, args[1:])
-        if first is not None and (turned or name in KEEP):
-            self._params[id(out)] = (first[0], first[1] ^ turned)
+        transposed = name in TRANSPOSE and isinstance(out, Tensor) and transposes(out, args[1:])
+        if first is not None and (transposed or name in KEEP):
+            self._params[id(out)] = (first[0], first[1] ^ transposed)
             self._held.append(out)
             return True
         at = PRODUCTS.get(name)
@@ -248,7 +247,7 @@ class StreamTrace(TorchFunctionMode):
         if weight is None or (bias is not None and bias_name is None):
             return False
         if weight[1] == (name == "linear"):
-            self.found.turned.add(weight[0])
+            self.found.transposed.add(weight[0])
         self._multiply(args[at - 1] if len(args) >= at else kwargs.get("input"), weight[0])
         self._leaves_linear(weight[0], bias_name[0] if bias_name else "", out)
         return True
@@ -374,7 +373,7 @@ class StreamTrace(TorchFunctionMode):
         sources = {f.source for f in found.feeds.values()}
         lost = next((n for n in found.writes if n in self._lost or n in sources), None)
         changed = (
-            *found.tables,
+            found.table,
             *found.reads,
             *found.writes,
             *found.writes.values(),
@@ -384,7 +383,7 @@ class StreamTrace(TorchFunctionMode):
         if not whole:
             found.feeds = {}
             self._refuse("a run on a text does not get to the end of the model")
-        elif not found.tables:
+        elif not found.table:
             self._refuse("its blocks do not begin with the embeddings of a text")
         elif lost is not None:
             self._refuse(f"what leaves {lost} is added to the residual stream and read elsewhere, too")

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from qkit.errors import Unsupported
-from qkit.families.blocks import LANGUAGE, BlockSequence
 from qkit.families.structure import ModelStructure
 from qkit.system.extras import needs, require
 from qkit.tensor.formats import Scheme
@@ -74,8 +73,6 @@ def _against(structure: ModelStructure) -> str:
     unseen = next((b.path for b in structure.blocks if b.path not in stream.places), None)
     if unseen is not None:
         return f"{unseen} does not run on a text"
-    if structure.is_recorded(BlockSequence(LANGUAGE, structure.blocks)):
-        return "blocks cannot be run one after another"
     paths = tuple(f"{b.path}." for b in structure.blocks)
     for param, norm in stream.reads.items():
         block = next((p for p in paths if param.startswith(p)), "")
@@ -86,7 +83,7 @@ def _against(structure: ModelStructure) -> str:
     if shared is not None:
         return f"several layers share {shared}"
     head = f"{family.head}.weight"
-    others = [n for n in stream.outer_reads(structure.paths) if n not in (head, stream.tables[0])]
+    others = [n for n in stream.outer_reads(structure.paths) if n not in (head, stream.table)]
     others += [n for n in structure.tied if n != structure.stored_name(head)]
     return f"{others[0]} reads the stream beside the output head, or is one with another weight" if others else ""
 
@@ -97,12 +94,12 @@ def rotate(state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
     q = orthogonal(_width(state.structure), seed)
     for param, norm in stream.reads.items():
         gain = _gain(state.module.get_submodule(norm), stream.offsets[norm]) if norm else None
-        _rewrite(state, param, param in stream.turned, lambda w, g=gain: (w if g is None else w * g) @ q)  # type: ignore[misc]
+        _rewrite(state, param, param in stream.transposed, lambda w, g=gain: (w if g is None else w * g) @ q)  # type: ignore[misc]
     for norm, offset in stream.offsets.items():
         weight: Any = state.module.get_submodule(norm).weight
         weight.data.fill_(1.0 - offset)
     for param, bias in stream.writes.items():
-        _rewrite(state, param, param in stream.turned, lambda w: q.T @ w)
+        _rewrite(state, param, param in stream.transposed, lambda w: q.T @ w)
         if bias:
             values = state.module.get_parameter(bias)
             state.assign(values, values.data.float() @ q)
@@ -117,19 +114,19 @@ def _gain(norm: Any, offset: float) -> Tensor:
     return weight + offset if offset else weight
 
 
-def _rewrite(state: BlockState, param: str, turned: bool, product: Callable[[Tensor], Tensor]) -> None:
+def _rewrite(state: BlockState, param: str, transposed: bool, product: Callable[[Tensor], Tensor]) -> None:
     """Replace the matrices of a parameter, [.., out, in]: each of its linears, or the parameter itself (a router).
 
-    turned: it holds them as [.., in, out], as its module sees it
+    transposed: it holds them as [.., in, out], as its module sees it
     """
     linears = [x for x in state.block.linears if x.param == param]
     for linear in linears:
         state.changed[linear.name] = product(state.weight(linear))
     if not linears:
         whole = state.module.get_parameter(param)
-        matrix = whole.data.mT if turned else whole.data
+        matrix = whole.data.mT if transposed else whole.data
         changed = product(matrix.float())
-        state.assign(whole, (changed.mT if turned else changed).contiguous())
+        state.assign(whole, (changed.mT if transposed else changed).contiguous())
 
 
 def _rotate_heads(state: BlockState, value: str, output: str, head: int, seed: int) -> None:
@@ -150,7 +147,7 @@ def _rotate_heads(state: BlockState, value: str, output: str, head: int, seed: i
 
 def _width(structure: ModelStructure) -> int:
     """The width of the residual stream."""
-    return int(structure.model.get_parameter(structure.stream.tables[0]).shape[1])
+    return int(structure.model.get_parameter(structure.stream.table).shape[1])
 
 
 def rotated_parameters(structure: ModelStructure, seed: int) -> dict[str, Tensor]:
@@ -160,7 +157,7 @@ def rotated_parameters(structure: ModelStructure, seed: int) -> dict[str, Tensor
     """
     stream, read = structure.stream, structure.checkpoint.read_finite
     q = orthogonal(_width(structure), seed)
-    (table,) = stream.tables
+    table = stream.table
     values = read(structure.stored_name(table))
     result = {table: (values.float() @ q).to(values.dtype)}
     for param, norm in stream.outer_reads(structure.paths).items():

@@ -19,7 +19,6 @@ its own loss.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from qkit.calibration.statistics import Stats
 from qkit.families.blocks import LinearGroup, head_width
+from qkit.families.norms import norm_offset
 from qkit.tensor.activations import quantize_activations, static_scale
 from qkit.tensor.formats import Scheme
 from qkit.tensor.qtensor import dequantize, find_params, quantize, shared_amax
@@ -209,27 +209,7 @@ def _offset(state: BlockState, group: LinearGroup) -> float | None:
     source = _source(state, group)
     if isinstance(source, nn.Linear) or not state.structure.is_discovered:
         return state.structure.family.norm_offset
-    return found_offset(source)
-
-
-def found_offset(norm: nn.Module) -> float | None:
-    """What a norm adds to its weight before it multiplies by it (0, or 1 in Gemma), as a run on random inputs shows; None
-    where it is neither: then dividing the weight does not divide the output."""
-    generator = torch.Generator().manual_seed(0)
-    copied: Any = copy.deepcopy(norm).float()
-    gain = copied.weight.data.clone()
-    x = torch.randn(4, len(gain), generator=generator)
-    s = torch.rand(len(gain), generator=generator) + 0.5
-    bias = getattr(copied, "bias", None)
-    with torch.no_grad():
-        expected = copied(x) / s
-        if bias is not None:
-            bias.data = bias.data / s
-        for offset in (0.0, 1.0):
-            copied.weight.data = (gain + offset) / s - offset
-            if torch.allclose(copied(x), expected, rtol=1e-4, atol=1e-5):
-                return offset
-    return None
+    return norm_offset(source)
 
 
 def _fold_norm(state: BlockState, norm: nn.Module, s: Tensor, offset: float) -> Tensor:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 import qkit
 from qkit.errors import BadCheckpoint, UsageError
 from qkit.families import discover
+from qkit.families.norms import norm_offset
 from qkit.families.structure import ModelStructure
 from qkit.files.checkpoint import Checkpoint
-from qkit.transforms.scales import found_offset
 from qkit.workflows.quantize import open_structure
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -318,4 +318,4 @@ class _Norm(torch.nn.Module):
     ("gain", "offset"), [(lambda w: w, 0.0), (lambda w: 1 + w, 1.0), (lambda w: w**2, None), (lambda w: 2 + w, None)]
 )
 def test_what_a_norm_adds_to_its_weight(gain, offset):
-    assert found_offset(_Norm(gain)) == offset
+    assert norm_offset(_Norm(gain)) == offset

@@ -11,7 +11,8 @@ from tiny_models import logits, relative
 from torch import nn
 
 import qkit
-from qkit.engine import block_step
+from qkit.calibration.block_calls import NotOneAfterAnother
+from qkit.engine import block_step, run
 from qkit.engine.proof import prove_rotation, unproved_groups
 from qkit.errors import Unsupported
 from qkit.families.materialize import load_block, release
@@ -20,7 +21,7 @@ from qkit.families.stream_trace import StreamTrace
 from qkit.transforms.rotate import check_rotatable, rotate, rotated_parameters
 from qkit.transforms.scales import foldable
 from qkit.transforms.state import BlockState
-from qkit.workflows.quantize import open_structure
+from qkit.workflows.quantize import Request, open_structure, prepare
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
@@ -69,7 +70,7 @@ def watched(step) -> Stream:
         model = Block(step)
     trace = StreamTrace(model, "table")
     handles = trace.watch(model)
-    with torch.inference_mode(), trace.beneath, trace:
+    with torch.inference_mode(), trace.dispatch_watch, trace:
         model(torch.zeros(1, 4, dtype=torch.long, device="meta"))
     for handle in handles:
         handle.remove()
@@ -78,7 +79,7 @@ def watched(step) -> Stream:
 
 def test_what_reads_and_writes_the_stream():
     found = watched(lambda m, x: x + m.down(torch.nn.functional.relu(m.up(m.norm(x)))) * 0.5)
-    assert found.against == "" and found.tables == ["table.weight"]
+    assert found.against == "" and found.table == "table.weight"
     assert found.reads == {"up.weight": "norm", "head.weight": "last"}
     assert found.writes == {"down.weight": "down.bias"}
     assert found.offsets == {"norm": 0.0, "last": 0.0}
@@ -237,3 +238,38 @@ def test_the_proof_finds_a_norm_that_was_forgotten_outside_the_blocks(tmp_path):
         Unsupported, match=r"rotating the output head changes what it returns by .*expected: not at all"
     ):
         prove_rotation(structure, 0)
+
+
+def test_a_rotation_is_proved_before_anything_is_written(tmp_path, monkeypatch):
+    model, finish = sweep_configs.save("causal", "granite", tmp_path / "model"), StreamTrace.finish
+
+    def forgetful(trace, blocks, whole):
+        found = finish(trace, blocks, whole)
+        del found.reads["model.layers.0.mlp.up_proj.weight"]
+        return found
+
+    monkeypatch.setattr(StreamTrace, "finish", forgetful)
+    with pytest.raises(Unsupported, match=r"rotating model.layers.0 changes what it returns"):
+        qkit.quantize(model=model, out=tmp_path / "out", scheme="w8a16", method="rotate+rtn")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_inputs_of_the_original_model_are_not_for_rotated_blocks(tmp_path, monkeypatch):
+    """As for a model where only the trial finds that blocks cannot be run one after another."""
+    model = sweep_configs.save("causal", "granite", tmp_path / "model")
+
+    def found_by_the_trial(*_):
+        raise NotOneAfterAnother("as a trial says")
+
+    monkeypatch.setattr(run, "_entering_rows", found_by_the_trial)
+    with pytest.raises(Unsupported, match=r"method rotate rewrites all blocks .* recorded in the original model"):
+        qkit.quantize(model=model, out=tmp_path / "out", scheme="w8a16", method="rotate+gptq", samples=4, seqlen=32)
+
+
+def test_the_memory_of_the_proof_is_forecast(tmp_path):
+    model = sweep_configs.save("causal", "granite", tmp_path)
+    memory = {
+        m: prepare(Request(model=str(model), scheme="w8a16", method=m)).forecast.memory for m in ("rtn", "rotate")
+    }
+    block = sum(p.numel() for p in open_structure(str(model)).model.get_submodule("model.layers.0").parameters())
+    assert memory["rotate"]["proof of the rotation"] >= 8 * block and "proof of the rotation" not in memory["rtn"]

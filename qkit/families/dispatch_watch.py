@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qkit.families.operators import tensors_in
 
 
-class Beneath(TorchDispatchMode):
+class DispatchWatch(TorchDispatchMode):
     """Tells of the tensors that each operator reads, whoever calls it. see: gets them"""
 
     def __init__(self, see: Callable[[Iterator[Tensor]], None]) -> None:
