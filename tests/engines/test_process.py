@@ -132,9 +132,9 @@ def runs(process: int) -> bool:
 def test_time_is_limited_and_no_process_stays(interpreter, work, tmp_path):
     body = f"""
 import subprocess
-child = subprocess.Popen(["sleep", "60"])
+child = subprocess.Popen(["sleep", "600"])
 open({str(tmp_path / "child")!r}, "w").write(str(child.pid))
-time.sleep(60)
+time.sleep(600)
 """
     with pytest.raises(EngineRefusal, match=r"no answer about .* within 2 seconds: allow more with --engine-timeout"):
         ask(interpreter(body), tmp_path, timeout=2)

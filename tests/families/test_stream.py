@@ -16,7 +16,8 @@ from qkit.engine import block_step, run
 from qkit.engine.proof import prove_rotation, unproved_groups
 from qkit.errors import Unsupported
 from qkit.families.materialize import load_block, release
-from qkit.families.stream import Stream
+from qkit.families.norms import commutes_with_rotations, norm_offset
+from qkit.families.stream import Feed, Stream
 from qkit.families.stream_trace import StreamTrace
 from qkit.transforms.rotate import check_rotatable, rotate, rotated_parameters
 from qkit.transforms.scales import foldable
@@ -273,3 +274,18 @@ def test_the_memory_of_the_proof_is_forecast(tmp_path):
     }
     block = sum(p.numel() for p in open_structure(str(model)).model.get_submodule("model.layers.0").parameters())
     assert memory["rotate"]["proof of the rotation"] >= 8 * block and "proof of the rotation" not in memory["rtn"]
+
+
+def test_heads_that_are_repeated_in_another_order_are_no_source():
+    """Heads of values in turns (0 1 0 1) and not one after another (0 0 1 1): a fold would scale the wrong rows."""
+    pairs = torch.arange(8).view(2, 4)
+    in_turns, in_order = pairs.repeat(2, 1).reshape(-1), pairs.repeat_interleave(2, 0).reshape(-1)
+    assert Feed("v", in_order, 4).head_pattern(8) and not Feed("v", in_turns, 4).head_pattern(8)
+    assert Feed("v", torch.arange(8)).head_pattern(8) and not Feed("v", torch.arange(8).flip(0)).head_pattern(8)
+
+
+def test_which_norms_a_rotation_passes_through():
+    rms, layer = RMSNorm(), nn.LayerNorm(8)
+    assert commutes_with_rotations(rms) and not commutes_with_rotations(layer)
+    assert norm_offset(rms) == norm_offset(layer) == 0.0
+    assert not commutes_with_rotations(nn.LayerNorm(8, bias=False))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qkit.tensor import block_params
 from qkit.tensor.formats import GGUF_FORMATS, Format, fit_gguf
 from qkit.tensor.gguf_blocks import block_bytes, pack
 from qkit.tensor.qtensor import dequantize, find_params, quantize
@@ -49,3 +50,13 @@ def test_a_width_that_256_does_not_divide_gets_what_llama_cpp_takes() -> None:
         "q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "iq4_nl", "q2_k": "iq4_nl", "iq4_xs": "iq4_nl",
     }  # fmt: skip
     assert fit_gguf(GGUF_FORMATS["q4_k"], 80) is None
+
+
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"])
+def test_moving_the_integers_of_groups_lowers_the_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt, w, errors = GGUF_FORMATS[name], torch.randn(64, 512, generator=torch.Generator().manual_seed(1)), []
+    for moves in (0, 2):
+        monkeypatch.setattr(block_params, "_MOVES", moves)
+        q = quantize(w, find_params(w, fmt, torch.float32, search=True), fmt)
+        errors.append(float((dequantize(q) - w).square().mean()))
+    assert errors[1] < errors[0]
