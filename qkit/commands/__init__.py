@@ -176,7 +176,7 @@ def _run(arguments: list[str]) -> None:
             sys.exit(5)
         said = (str(e).strip().splitlines() or [""])[0]
         click.echo(
-            f"qkit: {type(e).__name__}: {said}: this is a fault of qkit: please report it with the output of --debug",
+            f"qkit: {type(e).__name__}: {said}: this is a fault of qkit: please report it with the output of 'qkit --debug ..'",
             err=True,
         )
         sys.exit(1)

@@ -34,6 +34,8 @@ def gguf_file(out: Path, engine: str | None) -> Path | None:
     there is none."""
     if engine != "llama.cpp":
         return None
+    if not out.exists():
+        raise UsageError(f"{out}: no such folder or file: use the folder of a result, or a GGUF file")
     file = out / "model.gguf" if out.is_dir() else out
     if file.suffix != ".gguf" or not file.is_file():
         raise UsageError(f"--engine llama.cpp: {out} is no GGUF file and has no model.gguf: use vllm or transformers")

@@ -100,6 +100,8 @@ def verify_command(
             "is none: leave it out"
         )
     console = Console()
+    if out.is_file() and (out.parent / RECORD).is_file():  # model.gguf in a result of qkit
+        out = out.parent
     file = gguf_file(out, engine)
     if file is not None and not (out / RECORD).is_file():
         # A GGUF file that lies by itself has no record: there the engine is all that is asked.

@@ -39,7 +39,7 @@ from qkit.families.operators import (
 )
 from qkit.families.stream import Feed, Place, Stream
 
-_SUM = "a sum with something that no linear layer writes, such as what leaves a norm,"
+_SUM = "something is added to {of} that no linear layer writes: what leaves a norm behind a layer, or positions"
 
 
 class StreamTrace(TorchFunctionMode):
@@ -131,7 +131,7 @@ class StreamTrace(TorchFunctionMode):
                 self._drop(marked, f"{name}, a norm,")
                 return
             if offset is None:
-                self._refuse(f"{name} does more than divide by the root mean square")
+                self._refuse(f"{name} is no RMSNorm: it does more than divide by the root mean square")
             elif getattr(module, "weight", None) is None:
                 self._set(out, first)
             else:
@@ -181,7 +181,7 @@ class StreamTrace(TorchFunctionMode):
         if marks and self._follow(name, args, kwargs, out, func, tensors, marks):
             return
         self._elsewhere |= {found[0] for x in tensors if (found := self._param(x))}
-        self._drop(marks, _SUM if name in ADD else f"the operator {name}")
+        self._drop(marks, f"the operator {name}", _SUM if name in ADD else "{what} reads {of}")
 
     def _follow(
         self,
@@ -352,14 +352,14 @@ class StreamTrace(TorchFunctionMode):
         self._stale.discard(id(x))
         self._by_storage.setdefault(x.untyped_storage()._cdata, set()).add(id(x))
 
-    def _drop(self, marks: list[Mark], what: str) -> None:
-        """What is not followed any more."""
+    def _drop(self, marks: list[Mark], what: str, why: str = "{what} reads {of}") -> None:
+        """What is not followed any more. what: reads it; why: the sentence, with {what} and with {of} for what is read"""
         for mark in marks:
             if mark.kind == LINEAR:
                 self._lost |= mark.names
             else:
                 behind = next(iter(mark.names), "")
-                self._refuse(f"{what} reads {f'what leaves {behind}' if behind else 'the residual stream'}")
+                self._refuse(why.format(what=what, of=f"what leaves {behind}" if behind else "the residual stream"))
 
     def _refuse(self, why: str) -> None:
         self.found.against = self.found.against or why

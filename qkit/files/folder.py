@@ -207,6 +207,8 @@ def require_safetensors(folder: Path, names: list[str]) -> None:
 
 def refuse_gguf(file: Path) -> NoReturn:
     """Raises Unsupported for a model in llama.cpp's own format."""
+    if (file.parent / RECORD).is_file():
+        raise Unsupported(f"{file}: this file is a part of a result of qkit: use its folder, {file.parent}")
     raise Unsupported(
         f"{file}: a model in GGUF, the format of llama.cpp, and qkit reads safetensors: use the original model, or dequantize "
         "this one to safetensors first"

@@ -8,7 +8,7 @@ from qkit.errors import Unsupported, UsageError
 from qkit.families.ends import EMBEDDINGS, HEAD
 from qkit.families.structure import ModelStructure
 from qkit.files.gguf_container import WHAT, container
-from qkit.planning.recipe import SOURCE, Recipe
+from qkit.planning.recipe import SOURCE, Recipe, parse_end
 from qkit.tensor.formats import GGUF_FORMATS, fit_gguf, scheme
 
 GGUF = "gguf"  # as a method of export
@@ -30,10 +30,21 @@ def check_gguf(
         raise UsageError(
             f"schemes {', '.join(sorted(schemes))}: types of GGUF go into one file, other formats into another: choose one kind"
         )
+    for option in (EMBEDDINGS, HEAD):
+        text = getattr(recipe, option)
+        if text not in (None, SOURCE) and parse_end(text, option).weights.gguf != asks_for_gguf(recipe):
+            kind = f"a type of GGUF, for instance q8_0, or {SOURCE}" if asks_for_gguf(recipe) else "int2 to int8"
+            raise UsageError(
+                f"--{option} {text} and scheme {recipe.scheme}: expected {kind}: one file has one kind of formats"
+            )
     if not asks_for_gguf(recipe):
         return
+    if transforms:
+        raise UsageError(
+            f"method {recipe.method} and scheme {recipe.scheme}: {WHAT} is made by the methods rtn and gptq alone: use one of "
+            "them"
+        )
     refused = {
-        f"method {'+'.join(transforms)}": bool(transforms),
         "--export": recipe.export is not None,
         "--group-size": recipe.group_size is not None,
         "outliers": bool(recipe.outliers),

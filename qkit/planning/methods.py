@@ -104,6 +104,12 @@ def method_notes(plan: Plan, structure: ModelStructure) -> list[str]:
         )
     if plan.own_method is not None:
         notes.append(f"config.json gets quant_method qkit in place of compressed-tensors: {plan.own_method}")
+    if "rotate" in plan.transforms:
+        heads = sum(structure.stream.of(b.path).values is not None for b in structure.blocks)
+        notes.append(
+            f"rotate: {len(structure.blocks)} blocks are rotated, {heads} of them with the values of their heads; a block of "
+            "every kind proves it before anything is written"
+        )
     scaling = [t for t in plan.transforms if TRANSFORMS[t].stage == "stats" and t != "residual"]
     if not scaling or not structure.is_discovered or structure.family.streams is not None:
         return notes

@@ -80,12 +80,27 @@ def test_a_width_that_32_does_not_divide_stays_as_it_is(tiny):
         ({"method": "rotate+rtn"}, UsageError, "method rotate"),
         ({"group_size": 64}, UsageError, "--group-size"),
         ({"outliers": 1.0}, UsageError, "outliers"),
+        ({"method": "awq", "seqlen": 64}, UsageError, "made by the methods rtn and gptq alone"),
+        ({"embeddings": "int8"}, UsageError, "expected a type of GGUF"),
     ],
-    ids=["transform", "group", "outliers"],
+    ids=["transform", "group", "outliers", "awq", "embeddings"],
 )
 def test_what_cannot_be_in_a_gguf_file_is_refused(tiny, fields, error, words):
     with pytest.raises(error, match=words):
         prepare(Request(model=str(tiny("llama")), scheme="q4_0", **fields))
+
+
+def test_a_type_of_gguf_for_the_embeddings_alone_is_refused(tiny):
+    with pytest.raises(UsageError, match="--embeddings q8_0 and scheme w4a16: expected int2 to int8"):
+        prepare(Request(model=str(tiny("llama")), scheme="w4a16", embeddings="q8_0"))
+
+
+def test_the_file_in_a_result_stands_for_the_result(tiny, tmp_path, run):
+    out = _made(tiny("llama"), tmp_path / "out")
+    code, said, _ = run("verify", str(out / MODEL))
+    assert code == 0 and "sound: 16 quantized linears" in said  # by the record, and not by an engine
+    with pytest.raises(Unsupported, match="use its folder"):
+        qkit.load(out / MODEL)
 
 
 def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(tiny):

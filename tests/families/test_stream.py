@@ -102,13 +102,16 @@ def _used_twice(m, x):
 @pytest.mark.parametrize(
     ("step", "why"),
     [
-        (lambda m, x: x + m.last(m.down(m.up(m.norm(x)))), "a sum with something that no linear layer writes"),
+        (
+            lambda m, x: x + m.last(m.down(m.up(m.norm(x)))),
+            "added to the residual stream that no linear layer writes",
+        ),
         (lambda m, x: x * m.norm.weight + m.down(m.up(m.norm(x))), "operator mul reads the residual stream"),
         (lambda m, x: x + m.down(m.up(m.norm(x) * m.norm.weight)), "operator mul reads what leaves norm"),
         (lambda m, x: x.flip(-1) + m.down(m.up(m.norm(x))), "operator flip reads the residual stream"),
         (_written_into, "operator setitem reads what leaves norm"),
         (_used_twice, "read elsewhere, too|multiplies more than once|reads what leaves"),
-        (lambda m, x: m.norm(x) + m.down(m.up(m.norm(x))), "a sum .* reads what leaves norm"),
+        (lambda m, x: m.norm(x) + m.down(m.up(m.norm(x))), "added to what leaves norm that"),
         (lambda m, x: torch.relu(x + m.down(m.up(m.norm(x)))), "operator relu reads the residual stream"),
     ],
 )

@@ -98,7 +98,7 @@ FAULTS = {
         "operator pow reads the residual stream",
     ),
     "a part in place": (_part_in_place, "writes into a part of a tensor reads the residual stream"),
-    "a part of what is added": (_part_of_the_sum, "sum with something that no linear layer writes"),
+    "a part of what is added": (_part_of_the_sum, "added to .* that no linear layer writes"),
     "a list in place": (_into_another, "operator foreach_mul reads the residual stream"),
     "a matrix that reads a part": (
         lambda m, x: x + m.down(m.up(m.norm(x))) + m.part(x[..., :4]),
@@ -114,7 +114,7 @@ FAULTS = {
     ),
     "factors of heads that are added": (
         lambda m, x: x + (m.down(m.up(m.norm(x))).view(1, 4, 2, 4) * x.new_ones(1, 4, 2, 1)).view(1, 4, 8),
-        "sum with something that no linear layer writes",
+        "added to .* that no linear layer writes",
     ),
     "a matrix that reads something else, too": (_read_first_elsewhere, "up.weight multiplies more than once"),
     "a norm that divides something else, too": (_norm_of_another, "norm.weight is read elsewhere, too"),

@@ -287,5 +287,5 @@ def test_a_fault_of_qkit_is_one_sentence(run, monkeypatch):
     assert (
         code == 1
         and err
-        == "qkit: LookupError: a surprise: this is a fault of qkit: please report it with the output of --debug\n"
+        == "qkit: LookupError: a surprise: this is a fault of qkit: please report it with the output of 'qkit --debug ..'\n"
     )

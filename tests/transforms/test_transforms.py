@@ -155,10 +155,13 @@ def test_rotations_are_orthogonal(n):
     [
         (
             "gemma3",
-            "a sum with something that no linear layer writes, such as what leaves a norm, reads the residual stream",
+            "something is added to the residual stream that no linear layer writes: what leaves a norm behind a layer",
         ),
-        ("opt", "a sum with something that no linear layer writes"),
-        ("gpt_neox", "gpt_neox.layers.0.input_layernorm does more than divide by the root mean square"),
+        ("opt", "something is added to the residual stream that no linear layer writes"),
+        (
+            "gpt_neox",
+            "gpt_neox.layers.0.input_layernorm is no RMSNorm: it does more than divide by the root mean square",
+        ),
     ],
 )
 def test_rotation_is_refused_where_it_changes_the_function(family, why, tiny):
