@@ -29,7 +29,7 @@ def kept_fields(name: str, checkpoint: Checkpoint) -> dict[str, Any] | None:
         info = None
     elif info is not None and not isinstance(info, DecodedInfo):
         return None
-    why = "the source stores it in one tensor with others" if info is None else _looked_at(info, checkpoint)
+    why = "the source stores it in one tensor with others" if info is None else looked_at(info, checkpoint)
     if isinstance(why, str):
         how = "" if info is None else f" ({info.encoding})"
         raise Unsupported(
@@ -41,7 +41,7 @@ def kept_fields(name: str, checkpoint: Checkpoint) -> dict[str, Any] | None:
     return {"scheme": scheme, "weights": why.weights, "activations": why.activations, "solver": KEPT}
 
 
-def _looked_at(info: DecodedInfo, checkpoint: Checkpoint) -> Kept | str:
+def looked_at(info: DecodedInfo, checkpoint: Checkpoint) -> Kept | str:
     """How a linear is kept, after a look at its small tensors, or why it is not."""
     kept = info.kept
     if isinstance(kept, str):
