@@ -2,7 +2,7 @@
 
 Part of the independent proof (see ``verify.py``), in numpy alone. What it makes of a linear are signed codes, zero points and
 scales as compressed-tensors has them, so that the weight is formed by the same arithmetic: (code - zero) * scale, and for
-NVFP4 value * (scale / (1 / weight_scale_2)).
+NVFP4 value * (scale / global scale), of which ``weight_scale_2`` is the reciprocal.
 """
 
 from __future__ import annotations
@@ -137,9 +137,23 @@ def _floats(linear: RecordedLinear, tensors: Mapping[str, StoredTensor], result:
             _check(result, name, value)
     if spec.kind == "fp4":
         with np.errstate(all="ignore"):
-            scale = scale / (np.float32(1) / tensors["weight_scale_2"].float32())
+            scale = scale / _whose_reciprocal(tensors["weight_scale_2"].float32())
     grid = (1, 1) if spec.strategy == "tensor" else scale_shape(spec, linear.shape)
     return values, scale.reshape(grid)
+
+
+def _whose_reciprocal(stored: Array) -> np.float32:
+    """The number of which a stored one is the reciprocal: of those for which it is, rounded to float32, the one with most zeros
+    at the end of its bits; 1 / stored where there is none."""
+    near = (np.float32(1) / stored).astype("<f4").reshape(())
+    around = (near.view("<i4") + np.array([0, 1, -1, 2, -2], dtype="<i4")).astype("<i4").view("<f4")
+    fitting = [x for x in around if np.float32(1) / x == stored]
+
+    def zeros(x: np.float32) -> int:
+        mantissa = int(x.view("<i4")) & 0x7FFFFF
+        return 23 if mantissa == 0 else len(bin(mantissa)) - len(bin(mantissa).rstrip("0"))
+
+    return max(fitting, key=zeros) if fitting else np.float32(near)
 
 
 def _check(result: DecodedLinear, name: str, values: Array, signed: bool = False) -> None:

@@ -24,8 +24,8 @@ from qkit.files.folder import is_pipeline, read_record
 from qkit.files.locate import find_model
 from qkit.files.output import check_output_dir, commit_dir
 from qkit.files.sources.packed import PackedFolder, open_packed
-from qkit.planning.kept import looked_at
 from qkit.system.progress import Progress
+from qkit.tensor.layouts.modelopt import inverse
 from qkit.tensor.layouts.table import LAYOUTS, lost_scales, refusal, scale_dtype
 from qkit.tensor.qtensor import Params, QTensor, dequantize, weight_sha256
 from qkit.verification.verify import Report, summary, verify
@@ -65,7 +65,7 @@ def convert(model: str, export: str, out: Path, progress: Progress, overwrite: b
     if is_pipeline(folder):
         raise Unsupported(f"{folder}: a diffusion pipeline: these layouts are for language models")
     check_output_dir(out, folder, overwrite)
-    packed = open_packed(folder, looked_at)
+    packed = open_packed(folder)
     check_config(packed.checkpoint.config, packed.checkpoint.tensors)
     record = read_record(folder)
     progress.start("read the source", len(packed.linears))
@@ -129,11 +129,12 @@ def _look(packed: PackedFolder, record: dict[str, Any] | None, export: str, prog
 
 def _held(q: QTensor, export: str) -> tuple[QTensor, float]:
     """The weight as it comes back from a layout, and how far it is from this one. ModelOpt has the reciprocal of NVFP4's
-    global scale, rounded to float32: of every second number or so it is not the reciprocal that gives the number back."""
+    global scale, rounded to float32, which gives most numbers back and not all."""
     whole = q.params.global_scale
-    if export != "modelopt" or whole is None or torch.equal(whole.reciprocal().reciprocal(), whole):
+    back = None if whole is None or export != "modelopt" else inverse(whole.reciprocal())
+    if whole is None or back is None or torch.equal(back, whole):
         return q, 0.0
-    held = replace(q, params=Params(q.params.scale, None, whole.reciprocal().reciprocal()))
+    held = replace(q, params=Params(q.params.scale, None, back))
     a, b = dequantize(q), dequantize(held)
     return held, float(((a - b).abs() / a.abs().clamp_min(torch.finfo(torch.float32).tiny)).max())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,6 +54,14 @@ class PackedFolder:
     ignored: tuple[str, ...]
 
 
+def looked_at(info: DecodedInfo, checkpoint: Checkpoint) -> Kept | str:
+    """How a linear is kept, after a look at its small tensors, or why it is not."""
+    kept = info.kept
+    if isinstance(kept, str):
+        return kept
+    return kept.doubt(lambda role: checkpoint.read_stored(info, role)[role]) or kept
+
+
 def without_zeros(q: QTensor) -> QTensor:
     """The weight without zero points where all of them are 0: as symmetric, which is the same and runs faster."""
     if q.params.zero is None or bool(q.params.zero.any()):
@@ -67,8 +75,8 @@ def _alike(a: Format, b: Format) -> bool:
     return (a.kind, a.bits, a.strategy, a.symmetric, a.scale) == (b.kind, b.bits, b.strategy, b.symmetric, b.scale)
 
 
-def open_packed(folder: Path, looked_at: Callable[[DecodedInfo, Checkpoint], Kept | str]) -> PackedFolder:
-    """The quantized folder. looked_at: how a weight is kept, or why it is not (``planning.kept.looked_at``)
+def open_packed(folder: Path) -> PackedFolder:
+    """The quantized folder.
 
     Raises UsageError for a folder that is not quantized, Unsupported for a linear whose numbers have no place in another
     layout, and what ``Checkpoint.open`` raises.

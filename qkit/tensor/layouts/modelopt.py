@@ -104,12 +104,31 @@ def write(q: QTensor, activations: Format | None, static: Tensor | None, dtype: 
     return result
 
 
+def inverse(value: Tensor) -> Tensor:
+    """float32: the number whose reciprocal is stored. Of several whose reciprocals round to the same number it is the one with
+    the shortest mantissa, since a scale that was computed in 16 bits has a short one; the nearest, where there is none."""
+    nearest = value.to(torch.float32).reciprocal()
+    found, best = nearest, -1
+    for step in (0, 1, -1, 2, -2):
+        bits = nearest.reshape(1).view(torch.int32) + step
+        candidate = bits.view(torch.float32).reshape(nearest.shape)
+        zeros = _trailing_zeros(int(bits))
+        if torch.equal(candidate.reciprocal(), value.to(torch.float32)) and zeros > best:
+            found, best = candidate, zeros
+    return found
+
+
+def _trailing_zeros(bits: int) -> int:
+    mantissa = bits & 0x7FFFFF
+    return 23 if mantissa == 0 else (mantissa & -mantissa).bit_length() - 1
+
+
 def exact_amax(amax: Tensor) -> Tensor:
-    """A largest magnitude, as large or larger by some units in the last place, whose NVFP4 global scale is the reciprocal of a
-    float32 number: so that a result in this layout stands for the weights that were solved for, bit for bit."""
+    """A largest magnitude, as large or larger by some units in the last place, whose NVFP4 global scale comes back from its
+    stored reciprocal: so that a result in this layout stands for the weights that were solved for, bit for bit."""
     while True:
         scale = nvfp4_global_scale(amax)
-        if torch.equal(scale.reciprocal().reciprocal(), scale):
+        if torch.equal(inverse(scale.reciprocal()), scale):
             return amax
         amax = torch.nextafter(amax, torch.full_like(amax, torch.inf))
 
