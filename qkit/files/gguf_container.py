@@ -20,6 +20,7 @@ from qkit.files.side_files import MOST_BYTES
 from qkit.system.extras import needs, require
 
 MODEL = "model.gguf"
+ROPE = "rope_freqs.weight"  # the tensor of a container's factors of frequencies
 WHAT = "a result in GGUF"
 # By model_type: llama.cpp's architecture, and whether it wants the rows of q and k in pairs (its RoPE turns neighbours).
 ARCHITECTURES = {

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from qkit.errors import Unsupported, UsageError
 from qkit.families.ends import EMBEDDINGS, HEAD
 from qkit.families.structure import ModelStructure
-from qkit.files.gguf_container import WHAT, container
+from qkit.files.gguf_container import ROPE, WHAT, container
+from qkit.files.gguf_size import file_bytes, file_keys
 from qkit.planning.recipe import SOURCE, Recipe, parse_end
+from qkit.planning.sizes import linear_bytes, plain_bytes
 from qkit.tensor.formats import GGUF_FORMATS, fit_gguf, scheme
+from qkit.tensor.gguf_blocks import aligned
+
+if TYPE_CHECKING:
+    from qkit.planning.linear_plan import LinearPlan
 
 GGUF = "gguf"  # as a method of export
 ODD_WIDTH = "its {} input columns are not a multiple of 32, which every type of GGUF needs"
@@ -62,6 +69,36 @@ def check_gguf(
         raise Unsupported(f"{WHAT} is for language models, and this is a {type(structure.model).__name__}")
     checkpoint = structure.checkpoint
     container(checkpoint.path, checkpoint.config, [n for n in checkpoint.tensors if n not in structure.tied])
+
+
+def most_used(packed: Mapping[str, LinearPlan]) -> str:
+    """The type that most weights have."""
+    weights: dict[str, int] = {}
+    for p in packed.values():
+        weights[p.weights.name] = weights.get(p.weights.name, 0) + p.shape[0] * p.shape[1]
+    return max(weights, key=lambda name: weights[name])
+
+
+def gguf_bytes(structure: ModelStructure, packed: Mapping[str, LinearPlan]) -> int:
+    """The exact size of the file with these decisions."""
+    total = gguf_header_bytes(structure)
+    for name, info in structure.checkpoint.tensors.items():
+        if name not in structure.tied:
+            p = packed.get(name.removesuffix(".weight"))
+            size = None if p is None else linear_bytes(p.weights, None, p.shape, structure.dtype)
+            total += plain_bytes(info) if size is None else aligned(size)
+    return total
+
+
+def gguf_header_bytes(structure: ModelStructure) -> int:
+    """The bytes of the file that do not depend on types: keys, places of tensors, and factors of frequencies."""
+    checkpoint = structure.checkpoint
+    stored = [n for n in checkpoint.tensors if n not in structure.tied]
+    written = container(checkpoint.path, checkpoint.config, stored)
+    tensors = [(written.names[name][0], len(checkpoint.tensors[name].shape), 0) for name in stored]
+    if written.rope is not None:
+        tensors.append((ROPE, 1, 4 * len(written.rope)))
+    return file_bytes(file_keys(written, next(iter(GGUF_FORMATS))), tensors)
 
 
 def with_types_of_ends(recipe: Recipe, structure: ModelStructure) -> Recipe:

@@ -27,6 +27,7 @@ from qkit.errors import Unsupported, UsageError
 FP4_MAX = 6.0  # largest E2M1 magnitude
 FP8_MAX = 448.0  # largest E4M3 (fn) magnitude
 SUPER_BLOCK = 256  # columns of a super-block of GGUF's K types
+COMMON_COLUMNS = 32  # what every type of GGUF needs to divide a width
 COMMON_GROUPS = (64, 32)  # tried in this order where a group does not divide a width
 NVFP4_RANGE = FP4_MAX * FP8_MAX  # 2688: global_scale = 2688 / amax
 
@@ -72,6 +73,16 @@ class Format:
     def span(self) -> int | None:
         """How many columns have their scales chosen together: a super-block, or a group; None without groups."""
         return SUPER_BLOCK if self.scale == "super" else self.group
+
+    @property
+    def columns(self) -> int:
+        """How many columns a block of a type of GGUF has."""
+        return self.span or COMMON_COLUMNS
+
+    @property
+    def for_lookups(self) -> bool:
+        """Whether llama.cpp looks up rows of embeddings in this type of GGUF."""
+        return True
 
     @property
     def regroups(self) -> bool:
@@ -175,10 +186,9 @@ _NARROW = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "iq4_nl", "q2
 def fit_gguf(fmt: Format, width: int) -> Format | None:
     """The type of GGUF for a weight of that many columns: the one given, or the one with blocks of 32 that llama.cpp takes in
     its place; None where 32 does not divide the width either."""
-    assert fmt.span is not None
-    if not width % fmt.span:
+    if not width % fmt.columns:
         return fmt
-    return None if width % 32 else GGUF_FORMATS[_NARROW[fmt.name]]
+    return None if width % COMMON_COLUMNS else GGUF_FORMATS[_NARROW[fmt.name]]
 
 
 def _scheme(name: str, weights: str, activations: str | None = None) -> Scheme:

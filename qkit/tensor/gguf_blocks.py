@@ -22,10 +22,18 @@ BLOCKS: dict[str, tuple[int, int]] = {
 }  # fmt: skip
 
 
+ALIGNMENT = 32  # of tensors in a file
+
+
 def block_bytes(fmt: Format, shape: tuple[int, ...]) -> int:
     """Bytes of a weight of that shape."""
     columns, size = BLOCKS[fmt.name]
     return math.prod(shape) // columns * size
+
+
+def aligned(size: int) -> int:
+    """The bytes that so many bytes of a tensor take in a file."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def pack(q: QTensor) -> Tensor:
