@@ -33,7 +33,7 @@ def write_gguf(path: Path, plan: Plan, source: ExportTensors, container: Contain
     for key, value in file_keys(container, most_used(plan.packed)).items():
         if key != ARCHITECTURE:  # which the writer has added
             _add(writer, key, value)
-    types = {f"{p.name}.weight": p.weights.name.upper() for p in plan.packed.values()}
+    types = {f"{p.name}.weight": p.weights.ggml for p in plan.packed.values()}
     for name, (dtype, shape) in source.specs.items():
         kind = gguf.GGMLQuantizationType[types.get(name) or _FLOATS[dtype]]
         size = torch.Size(shape).numel() * dtype.itemsize

@@ -13,7 +13,7 @@ ARCHITECTURE = "general.architecture"
 # llama.cpp's number for what most tensors of a file are.
 _FILE_TYPES = {
     "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k": 11, "q4_k": 14, "q5_k": 16, "q6_k": 18,
-    "iq4_nl": 25, "iq4_xs": 30,
+    "iq4_nl": 25, "iq4_xs": 30, "gguf_mxfp4": 38, "gguf_nvfp4": 39,
 }  # fmt: skip
 _FIXED = 24  # magic, version, numbers of tensors and of keys
 _KIND, _LENGTH = 4, 8  # of a value's type, and of a string's or a list's length

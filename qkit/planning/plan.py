@@ -247,9 +247,8 @@ def make_plan(
     measured = rows is not None or is_static(kv) or recipe.prune_experts > 0
     if export == "compressed-tensors" and structure.family.streams is None:
         check_shapes(structure, linears, recipe.engine)
-    size = packed_bytes(structure, linears, ends, significant, untied, kept)
-    if in_gguf:
-        size = gguf_bytes(structure, linears | ends)
+    size = gguf_bytes(structure, linears | ends) if in_gguf else 0
+    size = size or packed_bytes(structure, linears, ends, significant, untied, kept)
     if is_static(kv):
         if export != "compressed-tensors":
             raise UsageError(

@@ -18,6 +18,8 @@ from qkit.tensor.gguf_blocks import aligned
 from qkit.tensor.sparse import outlier_count
 from qkit.verification.engines import holds_siglip
 
+_SCALE_BYTES = 128  # of a tensor of one number in a GGUF file, with its name and place, at most
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -137,7 +139,8 @@ def unit_bytes(unit: Unit, candidate: Candidate, structure: ModelStructure) -> i
     if weights is None:
         return None
     if weights.gguf:
-        return sum(aligned(linear_bytes(weights, None, x.shape, structure.dtype)) for x in unit.linears)
+        beside = _SCALE_BYTES if weights.scale == "e4m3" else 0
+        return sum(aligned(linear_bytes(weights, None, x.shape, structure.dtype)) + beside for x in unit.linears)
     activations = None if unit.is_end else candidate.scheme.activations
     total = 0
     for linear in unit.linears:

@@ -261,7 +261,7 @@ def _refuse_for_gguf(request: Request, structure: ModelStructure) -> None:
 
 
 def _end_text(known_profile: Profile, name: str) -> str | None:
-    """The format of an end, as its option has it; None leaves it to the default, which is as the source stores it but in GGUF."""
+    """The format of an end, as its option has it; None leaves it as the source stores it."""
     gguf = bool(known_profile.request.get("gguf"))
     if name == KEPT:
         return SOURCE if gguf else None
