@@ -36,13 +36,14 @@ class BudgetRequest:
     """The budget of ``qkit quantize``, with the profile and the search that it uses.
 
     floors, ceilings: (glob, candidate); evaluations: of whole plans, 0 for the solved plan as it is; candidates: of a
-    profile that is still to be made; named: whether the user said where the profile is; cache: the KV cache that a memory
-    budget is shared with.
+    profile that is still to be made, None: ``default``; named: whether the user said where the profile is; cache: the KV
+    cache that a memory budget is shared with.
     """
 
     budget: Budget
     profile: Path
     candidates: str | None = None
+    default: str = CANDIDATES
     measure: str = MEASURE
     floors: tuple[tuple[str, str], ...] = ()
     ceilings: tuple[tuple[str, str], ...] = ()

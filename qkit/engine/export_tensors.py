@@ -16,6 +16,7 @@ from torch import Tensor
 from qkit.engine.ends import STAGE
 from qkit.engine.job import Job
 from qkit.families.structure import ModelStructure
+from qkit.files.gguf_container import SCALE as TENSOR_SCALE
 from qkit.files.safefile import TensorInfo
 from qkit.planning.gguf import GGUF
 from qkit.planning.kept import stored_as
@@ -105,6 +106,14 @@ class ExportTensors:
             self._loaders[f"{p.name}.weight"] = lambda: gguf_blocks.pack(
                 self.job.quantized(block, p.name, p.weights)[0]
             )
+            if p.weights.scale == "e4m3":
+                q = self.job.quantized
+                self._add_plain(
+                    f"{p.name}{TENSOR_SCALE}",
+                    torch.float32,
+                    (1,),
+                    lambda: gguf_blocks.scale_of_tensor(q(block, p.name, p.weights)[0]),
+                )
             return
         outlier_count = int(self.records[p.name].get("sparse", 0))
         correction = sparse.specs(p.shape, outlier_count, self.structure.dtype) | lowrank.specs(

@@ -12,23 +12,17 @@ from torch import Tensor
 
 from qkit.engine.export_tensors import ExportTensors
 from qkit.errors import write_failure
-from qkit.files.gguf_container import WHAT, Container
+from qkit.files.gguf_container import ROPE, WHAT, Container
+from qkit.files.gguf_size import ARCHITECTURE, file_keys
 from qkit.files.safefile import sha256_file
+from qkit.planning.gguf import most_used
 from qkit.planning.plan import Plan
 from qkit.system.extras import needs
-from qkit.system.version import __version__
-from qkit.tensor.formats import scheme
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-# llama.cpp's number for what most tensors of a file are.
-_FILE_TYPES = {
-    "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k": 11, "q4_k": 14, "q5_k": 16, "q6_k": 18,
-    "iq4_nl": 25, "iq4_xs": 30,
-}  # fmt: skip
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_ROPE = "rope_freqs.weight"
 
 
 def write_gguf(path: Path, plan: Plan, source: ExportTensors, container: Container) -> str:
@@ -36,12 +30,10 @@ def write_gguf(path: Path, plan: Plan, source: ExportTensors, container: Contain
     with needs(WHAT, "gguf"):
         import gguf
     writer = gguf.GGUFWriter(None, container.architecture)
-    writer.add_quantization_version(2)
-    writer.add_file_type(_FILE_TYPES[scheme(plan.recipe["scheme"]).weights.name])
-    writer.add_string("general.quantized_by", f"qkit {__version__}")
-    for key, value in container.fields.items():
-        _add(writer, key, value)
-    types = {f"{p.name}.weight": p.weights.name.upper() for p in plan.packed.values()}
+    for key, value in file_keys(container, most_used(plan.packed)).items():
+        if key != ARCHITECTURE:  # which the writer has added
+            _add(writer, key, value)
+    types = {f"{p.name}.weight": p.weights.ggml for p in plan.packed.values()}
     for name, (dtype, shape) in source.specs.items():
         kind = gguf.GGMLQuantizationType[types.get(name) or _FLOATS[dtype]]
         size = torch.Size(shape).numel() * dtype.itemsize
@@ -49,7 +41,7 @@ def write_gguf(path: Path, plan: Plan, source: ExportTensors, container: Contain
         given = np.dtype(np.uint8 if name in types else np.float32)
         writer.add_tensor_info(container.names[name][0], shape, given, size, kind)
     if container.rope is not None:
-        writer.add_tensor_info(_ROPE, [len(container.rope)], np.dtype(np.float32), 4 * len(container.rope))
+        writer.add_tensor_info(ROPE, [len(container.rope)], np.dtype(np.float32), 4 * len(container.rope))
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()

@@ -20,6 +20,8 @@ from qkit.files.side_files import MOST_BYTES
 from qkit.system.extras import needs, require
 
 MODEL = "model.gguf"
+SCALE = ".scale"  # behind the name of a linear: what the products of its NVFP4 weight are multiplied with
+ROPE = "rope_freqs.weight"  # the tensor of a container's factors of frequencies
 WHAT = "a result in GGUF"
 # By model_type: llama.cpp's architecture, and whether it wants the rows of q and k in pairs (its RoPE turns neighbours).
 ARCHITECTURES = {
@@ -152,14 +154,15 @@ def _names(
     known = gguf.get_tensor_name_map(arch, int(config["num_hidden_layers"]))
     names: dict[str, tuple[str, int]] = {}
     for tensor in tensors:
-        found = known.get_name(tensor, try_suffixes=(".weight", ".bias"))
+        found = known.get_name(tensor, try_suffixes=(".weight", ".bias", SCALE))
         if found is None:
             raise Unsupported(
                 f"{folder}: llama.cpp's {architecture} has no place for tensor {shown(tensor)}: use another scheme, for "
                 "instance w4a16"
             )
         leaf = found.split(".")[-2]
-        heads = int(config.get(_PAIRED[leaf]) or config["num_attention_heads"]) if paired and leaf in _PAIRED else 0
+        rows = paired and leaf in _PAIRED and not found.endswith(SCALE)
+        heads = int(config.get(_PAIRED[leaf]) or config["num_attention_heads"]) if rows else 0
         names[tensor] = (found, heads)
     return names
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from qkit.errors import Unsupported, UsageError
 from qkit.families.ends import EMBEDDINGS, HEAD
 from qkit.families.structure import ModelStructure
-from qkit.files.gguf_container import WHAT, container
+from qkit.files.gguf_container import ROPE, SCALE, WHAT, container
+from qkit.files.gguf_size import file_bytes, file_keys
 from qkit.planning.recipe import SOURCE, Recipe, parse_end
+from qkit.planning.sizes import linear_bytes, plain_bytes
 from qkit.tensor.formats import GGUF_FORMATS, fit_gguf, scheme
+from qkit.tensor.gguf_blocks import aligned
+
+if TYPE_CHECKING:
+    from qkit.planning.linear_plan import LinearPlan
 
 GGUF = "gguf"  # as a method of export
 ODD_WIDTH = "its {} input columns are not a multiple of 32, which every type of GGUF needs"
@@ -36,6 +43,11 @@ def check_gguf(
             kind = f"a type of GGUF, for instance q8_0, or {SOURCE}" if asks_for_gguf(recipe) else "int2 to int8"
             raise UsageError(
                 f"--{option} {text} and scheme {recipe.scheme}: expected {kind}: one file has one kind of formats"
+            )
+        if text not in (None, SOURCE) and not parse_end(text, option).weights.for_lookups:
+            raise UsageError(
+                f"--{option} {text}: llama.cpp looks up rows without the scale of the tensor: use another type, for instance "
+                "gguf_mxfp4"
             )
     if not asks_for_gguf(recipe):
         return
@@ -64,6 +76,39 @@ def check_gguf(
     container(checkpoint.path, checkpoint.config, [n for n in checkpoint.tensors if n not in structure.tied])
 
 
+def most_used(packed: Mapping[str, LinearPlan]) -> str:
+    """The type that most weights have."""
+    weights: dict[str, int] = {}
+    for p in packed.values():
+        weights[p.weights.name] = weights.get(p.weights.name, 0) + p.shape[0] * p.shape[1]
+    return max(weights, key=lambda name: weights[name])
+
+
+def gguf_bytes(structure: ModelStructure, packed: Mapping[str, LinearPlan]) -> int:
+    """The exact size of the file with these decisions."""
+    total = gguf_header_bytes(structure, [p for p in packed.values() if p.weights.scale == "e4m3"])
+    for name, info in structure.checkpoint.tensors.items():
+        if name not in structure.tied:
+            p = packed.get(name.removesuffix(".weight"))
+            size = None if p is None else linear_bytes(p.weights, None, p.shape, structure.dtype)
+            total += plain_bytes(info) if size is None else aligned(size)
+    return total
+
+
+def gguf_header_bytes(structure: ModelStructure, scaled: Sequence[LinearPlan] = ()) -> int:
+    """The bytes of the file that are no weights: keys, places of tensors, and factors of frequencies. scaled: what has a
+    scale of its whole tensor beside its blocks."""
+    checkpoint = structure.checkpoint
+    stored = [n for n in checkpoint.tensors if n not in structure.tied]
+    scales = [f"{p.name}{SCALE}" for p in scaled]
+    written = container(checkpoint.path, checkpoint.config, stored + scales)
+    tensors = [(written.names[name][0], len(checkpoint.tensors[name].shape), 0) for name in stored]
+    tensors += [(written.names[name][0], 1, 4) for name in scales]
+    if written.rope is not None:
+        tensors.append((ROPE, 1, 4 * len(written.rope)))
+    return file_bytes(file_keys(written, next(iter(GGUF_FORMATS))), tensors)
+
+
 def with_types_of_ends(recipe: Recipe, structure: ModelStructure) -> Recipe:
     """The recipe with types for the embeddings and the head where it has none, and 'source' taken out.
 
@@ -73,11 +118,12 @@ def with_types_of_ends(recipe: Recipe, structure: ModelStructure) -> Recipe:
     given = {option: getattr(recipe, option) for option in (EMBEDDINGS, HEAD)}
     if asks_for_gguf(recipe):
         table = structure.checkpoint.tensors[structure.stored_name(f"{structure.family.embeddings}.weight")]
-        wide = fit_gguf(GGUF_FORMATS["q6_k"], table.shape[1])
+        wide, own = fit_gguf(GGUF_FORMATS["q6_k"], table.shape[1]), scheme(recipe.scheme).weights
         head = "q8_0" if wide is None or recipe.scheme.lower() == "q8_0" else wide.name
         if structure.tied:
             asked = given[EMBEDDINGS] or given[HEAD] or head
             given = {EMBEDDINGS: asked, HEAD: None}
         else:
-            given = {EMBEDDINGS: given[EMBEDDINGS] or recipe.scheme.lower(), HEAD: given[HEAD] or head}
+            table_type = own.name if own.for_lookups else head
+            given = {EMBEDDINGS: given[EMBEDDINGS] or table_type, HEAD: given[HEAD] or head}
     return recipe.model_copy(update={option: None if text == SOURCE else text for option, text in given.items()})

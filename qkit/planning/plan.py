@@ -24,8 +24,8 @@ from qkit.families.structure import ModelStructure
 from qkit.kvcache.scales import tensor_names
 from qkit.planning.ends import end_plans, skipped_head
 from qkit.planning.export_method import export_method, own_method_reason
-from qkit.planning.fused_layers import check_shapes, fused_linears, split_apart
-from qkit.planning.gguf import GGUF, ODD_WIDTH, asks_for_gguf, check_gguf, with_types_of_ends
+from qkit.planning.fused_layers import ANY, check_shapes, fused_linears, split_apart
+from qkit.planning.gguf import GGUF, ODD_WIDTH, asks_for_gguf, check_gguf, gguf_bytes, with_types_of_ends
 from qkit.planning.kept import PLAIN_REASON, kept_fields
 from qkit.planning.layout import check_layout
 from qkit.planning.linear_plan import LinearPlan
@@ -233,7 +233,9 @@ def make_plan(
     skipped.update({name: OUTSIDE_REASON for name in structure.outside if name not in {*skipped, *ends}})
     check_rules(recipe, matched, [*linears, *kept, *skipped])
     named = {*linears, *kept, *skipped}  # the others are copied in one tensor
-    fused = tuple(g for g in fused_linears(structure, linears | kept, recipe.engine) if named.issuperset(g))
+    in_gguf = asks_for_gguf(recipe)  # where every tensor has a type of its own
+    engine = ANY if in_gguf else recipe.engine
+    fused = tuple(g for g in fused_linears(structure, linears | kept, engine) if named.issuperset(g))
     fused += tuple(g.linears for g in guessed_groups([n for n, p in ends.items() if not p.uses]) if len(g.linears) > 1)
     if rows and structure.family.encodes:
         raise Unsupported(
@@ -241,14 +243,14 @@ def make_plan(
         )
     if calibration is None and rows:
         raise UsageError(f"{rows}: add --calib FILE (or leave --calib out for the embedded text)")
-    in_gguf = asks_for_gguf(recipe)
     own_method = None if in_gguf else own_method_reason(recipe, structure, linears, significant)
     export = GGUF if in_gguf else export_method(recipe, own_method)
     measured = rows is not None or is_static(kv) or recipe.prune_experts > 0
     if export == "compressed-tensors" and structure.family.streams is None:
         check_shapes(structure, linears, recipe.engine)
     check_layout(export, {**linears, **kept, **ends}, kept, structure, is_static(kv))
-    size = packed_bytes(structure, linears, ends, significant, untied, kept, export)
+    size = gguf_bytes(structure, linears | ends) if in_gguf else 0
+    size = size or packed_bytes(structure, linears, ends, significant, untied, kept, export)
     if is_static(kv):
         if export not in ("compressed-tensors", "modelopt"):
             raise UsageError(

@@ -10,11 +10,12 @@ import torch
 
 from qkit.errors import UsageError
 from qkit.families.structure import ModelStructure
+from qkit.files.safefile import TensorInfo
 from qkit.planning.kept import stored_as
 from qkit.planning.layout import layout_bytes
 from qkit.tensor.compressed_tensors import stored_bytes
 from qkit.tensor.formats import Format
-from qkit.tensor.gguf_blocks import block_bytes
+from qkit.tensor.gguf_blocks import aligned, block_bytes
 from qkit.tensor.layouts.table import LAYOUTS
 from qkit.tensor.lowrank import low_rank_bytes
 from qkit.tensor.sparse import sparse_bytes
@@ -40,6 +41,11 @@ def linear_bytes(
         return block_bytes(weights, shape)
     parts_bytes = sparse_bytes(shape, outliers, dtype) + low_rank_bytes(shape, rank)
     return stored_bytes(weights, activations, shape, dtype) + parts_bytes
+
+
+def plain_bytes(info: TensorInfo) -> int:
+    """Bytes of a tensor that is not quantized in a GGUF file, where vectors are float32."""
+    return aligned(4 * math.prod(info.shape) if len(info.shape) == 1 else info.nbytes)
 
 
 def check_rank(p: LinearPlan, dtype: torch.dtype) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qkit.errors import UsageError
 from qkit.planning.recipe import MOST_SPARSE
-from qkit.tensor.formats import Scheme, did_you_mean, scheme
+from qkit.tensor.formats import Scheme, did_you_mean, fit_gguf, scheme
 
 KEEP = ("bf16", "fp16", "keep")  # names for leaving a unit in the checkpoint's dtype
+GGUF = "gguf"  # the name for all types of GGUF that a budget chooses from by default
+GGUF_TYPES = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ def parse_candidates(text: str, group_size: int | None, option: str = "--candida
     formats with groups; option: that the text was given to. Raises UsageError for unknown names and repetitions.
     """
     candidates: list[Candidate] = []
-    for item in (part.strip().lower() for part in text.split(",")):
+    items = [part.strip().lower() for part in text.split(",")]
+    for item in (name for part in items for name in (GGUF_TYPES if part == GGUF else (part,))):
         if item in KEEP:
             candidates.append(Candidate("keep", None))
             continue
@@ -45,7 +49,7 @@ def parse_candidates(text: str, group_size: int | None, option: str = "--candida
             names_known = [*(f"int{b}" for b in range(2, 9)), "nvfp4", "nvfp4a16", "mxfp4a16", "w8a8", *KEEP]
             raise UsageError(
                 f"{option}: unknown '{item}'{did_you_mean(item, names_known)}: expected int2 to int8, a scheme such as nvfp4 "
-                "or w8a8 ('qkit list schemes'), or bf16"
+                "or w8a8 ('qkit list schemes'), gguf, or bf16"
             ) from e
         if group_size is not None and s.weights.regroups:
             s = Scheme(s.name, s.weights.with_group(group_size), s.activations)
@@ -55,7 +59,48 @@ def parse_candidates(text: str, group_size: int | None, option: str = "--candida
     repeated = next((n for n in names if names.count(n) > 1), None)
     if repeated is not None:
         raise UsageError(f"{option} {text}: {repeated} is named twice")
+    _check_kinds(candidates, group_size, option)
     return tuple(candidates)
+
+
+def are_gguf(candidates: Sequence[Candidate]) -> bool:
+    """Whether these are types of GGUF."""
+    return any(c.scheme is not None and c.scheme.weights.gguf for c in candidates)
+
+
+def for_widths(candidates: Sequence[Candidate], widths: Iterable[int]) -> tuple[Candidate, ...]:
+    """The candidates with the types of GGUF that layers of these widths get: those whose blocks divide one, and for the others
+    what llama.cpp takes in the place of a type. Candidates of other kinds as they are."""
+    if not are_gguf(candidates):
+        return tuple(candidates)
+    found: dict[str, Candidate] = {}
+    for candidate in candidates:
+        if candidate.scheme is None:
+            found[candidate.name] = candidate
+            continue
+        for fmt in (fit_gguf(candidate.scheme.weights, width) for width in sorted(widths, reverse=True)):
+            if fmt is not None:
+                found.setdefault(fmt.name.upper(), Candidate(fmt.name.upper(), scheme(fmt.name)))
+    return tuple(found.values())
+
+
+def _check_kinds(candidates: Sequence[Candidate], group_size: int | None, option: str) -> None:
+    """Raises UsageError for types of GGUF beside others, or with what they do not have."""
+    if not are_gguf(candidates):
+        return
+    other = next((c for c in candidates if c.scheme is not None and not c.scheme.weights.gguf), None)
+    if other is not None:
+        gguf = next(c for c in candidates if c.scheme is not None and c.scheme.weights.gguf)
+        raise UsageError(
+            f"{option}: {gguf.name} is a type of GGUF and {other.name} is not, and one file has one kind: leave one of them out"
+        )
+    beside = next((c for c in candidates if c.outliers or c.rank), None)
+    if beside is not None:
+        raise UsageError(
+            f"{option}: {beside.name}: a GGUF file has no sparse and no low-rank parts: name the type alone"
+        )
+    if group_size is not None:
+        raise UsageError(f"--group-size {group_size}: the types of GGUF have groups of their own: leave it out")
 
 
 def _parse_extras(parts: list[str], item: str, option: str) -> tuple[float, int]:

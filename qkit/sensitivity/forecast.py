@@ -16,11 +16,11 @@ from qkit.families.blocks import LANGUAGE
 from qkit.families.structure import ModelStructure
 from qkit.planning.plan import Plan
 from qkit.sensitivity import hidden
-from qkit.sensitivity.candidates import Candidate
+from qkit.sensitivity.candidates import Candidate, are_gguf
 from qkit.sensitivity.outputs import SAMPLE_TOKENS
 from qkit.sensitivity.reference_model import SPILL_BYTES, log_prob_bytes
 from qkit.sensitivity.repair import ROWS
-from qkit.sensitivity.units import units_of
+from qkit.sensitivity.units import applies, units_of
 from qkit.system.machine import available_memory, process_bytes, resident_bytes
 from qkit.system.words import megabytes
 
@@ -93,10 +93,10 @@ def profile_forecast(
     Names that are no measures count nothing: they are refused elsewhere.
     """
     quantizing = sum(c.scheme is not None for c in candidates)
-    units = units_of(structure, parts)
+    units = units_of(structure, parts, are_gguf(candidates))
     forward = 2 + quantizing  # the reference, its loss, and every candidate everywhere
     if {"loss", "kl"} & set(measures):
-        forward += len(units) * quantizing
+        forward += sum(applies(u, c) for u in units for c in candidates if c.scheme is not None)
     forward += "output_norm" in measures
     moves = any(c.scheme is not None and c.scheme.activations is not None for c in candidates)
     backward = sum(m in measures for m in ("first", "fisher")) + ("first_x" in measures and moves)

@@ -44,7 +44,7 @@ from qkit.sensitivity.pqi import mean_gradients, weight_shares
 from qkit.sensitivity.probes import Activations, Probes
 from qkit.sensitivity.reference_model import ReferenceModel, Replacement
 from qkit.sensitivity.result_cache import ResultCache
-from qkit.sensitivity.units import Unit
+from qkit.sensitivity.units import Unit, applies
 from qkit.system.progress import Progress
 from qkit.tensor.activations import quantize_activations
 from qkit.transforms.balance import gradients, ratios
@@ -74,9 +74,15 @@ class MeasureContext:
         """The candidates that quantize."""
         return [c for c in self.candidates if c.scheme is not None]
 
+    @property
+    def choices(self) -> list[tuple[Unit, Candidate]]:
+        """Every unit with every candidate that quantizes it."""
+        return [(u, c) for u in self.units for c in self.quantizing if applies(u, c)]
+
     def replace_all(self, candidate: Candidate) -> dict[str, Replacement]:
         """The replacements of all units at one candidate, {linear: replacement}."""
-        return {n: r for u in self.units for n, r in self.probes.replacements(u, candidate).items()}
+        units = [u for u in self.units if applies(u, candidate)]
+        return {n: r for u in units for n, r in self.probes.replacements(u, candidate).items()}
 
 
 def weight_error(context: MeasureContext) -> Costs:
@@ -94,7 +100,7 @@ def output_error(context: MeasureContext) -> Costs:
     """The relative squared error of outputs, as the solver measured it; with images as ``_outputs``."""
     if context.rows.kinds is not None:
         return _outputs(context, weights_only=True)
-    return {(u.key, c.name): context.probes.output_error(u, c) for u in context.units for c in context.quantizing}
+    return {(u.key, c.name): context.probes.output_error(u, c) for u, c in context.choices}
 
 
 def output_norm_error(context: MeasureContext) -> Costs:
@@ -109,8 +115,8 @@ def _outputs(context: MeasureContext, weights_only: bool) -> Costs:
         context, "output errors", lambda u, replacements: sample.error(u, replacements, weights_only), language_units
     )
     # Inputs of fused experts are not seen, and towers have other tokens: theirs are the errors that the solver saw.
-    other_units = [u for u in context.units if u not in language_units]
-    costs.update({(u.key, c.name): context.probes.output_error(u, c) for u in other_units for c in context.quantizing})
+    other = [(u, c) for u, c in context.choices if u not in language_units]
+    costs.update({(u.key, c.name): context.probes.output_error(u, c) for u, c in other})
     return costs
 
 
@@ -267,27 +273,25 @@ def _cost_each(
 ) -> Costs:
     """``cost_of`` of every unit (of ``units``) and candidate that quantizes it."""
     costs: Costs = {}
-    units = context.units if units is None else units
-    context.progress.start(task, len(units) * len(context.quantizing))
-    for unit in units:
-        for candidate in context.quantizing:
-            costs[unit.key, candidate.name] = cost_of(unit, context.probes.replacements(unit, candidate))
-            context.progress.step()
+    choices = [(u, c) for u, c in context.choices if units is None or u in units]
+    context.progress.start(task, len(choices))
+    for unit, candidate in choices:
+        costs[unit.key, candidate.name] = cost_of(unit, context.probes.replacements(unit, candidate))
+        context.progress.step()
     return costs
 
 
 def _one_at_a_time(context: MeasureContext) -> dict[tuple[str, str], tuple[float, float]]:
     """(loss, KL) with one unit replaced at a time; each is measured once, whichever measure asks first."""
     divergences: dict[tuple[str, str], tuple[float, float]] = {}
-    context.progress.start("one unit at a time", len(context.units) * len(context.quantizing))
-    for unit in context.units:
-        for candidate in context.quantizing:
-            key = f"alone {unit.key} {candidate.name}"
-            measurement = context.result_cache.get(key)
-            if measurement is None:
-                with context.reference_model.replaced(context.probes.replacements(unit, candidate)):
-                    measurement = context.reference_model.compare(context.rows, context.reference)
-                context.result_cache.put(key, measurement)
-            divergences[unit.key, candidate.name] = (measurement[0], measurement[1])
-            context.progress.step()
+    context.progress.start("one unit at a time", len(context.choices))
+    for unit, candidate in context.choices:
+        key = f"alone {unit.key} {candidate.name}"
+        measurement = context.result_cache.get(key)
+        if measurement is None:
+            with context.reference_model.replaced(context.probes.replacements(unit, candidate)):
+                measurement = context.reference_model.compare(context.rows, context.reference)
+            context.result_cache.put(key, measurement)
+        divergences[unit.key, candidate.name] = (measurement[0], measurement[1])
+        context.progress.step()
     return divergences

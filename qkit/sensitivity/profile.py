@@ -20,6 +20,7 @@ from qkit.files.folder import load_json
 from qkit.files.safefile import write_atomic
 from qkit.files.schema import ProfileFile, validate
 from qkit.planning.plan import Plan
+from qkit.planning.sizes import plain_bytes
 from qkit.runtime import loading
 from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.decomposition import decomposition_file, load_decomposition
@@ -28,7 +29,7 @@ from qkit.sensitivity.names import PROFILE, check_measures
 from qkit.sensitivity.probes import Probes, probes
 from qkit.sensitivity.reference_model import ReferenceModel
 from qkit.sensitivity.result_cache import ResultCache
-from qkit.sensitivity.units import Unit, recorded_parts, unit_bytes, units_of
+from qkit.sensitivity.units import Unit, profiled_units, recorded_parts, unit_bytes
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
 
@@ -167,7 +168,7 @@ def profile_of_shapes(
 ) -> Profile:
     """The profile as shapes alone tell it: units and the bytes of their choices. Every cost is 0."""
     profiles = []
-    for unit in units_of(structure, recorded_parts(request)):
+    for unit in profiled_units(structure, request):
         sizes = {c.name: size for c in candidates if (size := unit_bytes(unit, c, structure)) is not None}
         if not sizes:
             raise UsageError(
@@ -178,7 +179,9 @@ def profile_of_shapes(
         profiles.append(UnitProfile(unit.key, tuple(x.name for x in unit.linears), unit.weights, choices))
     inside = {f"{n}.weight" for u in profiles for n in u.linears}
     fixed = sum(
-        t.nbytes for n, t in structure.checkpoint.tensors.items() if n not in inside and n not in structure.tied
+        plain_bytes(t) if request.get("gguf") else t.nbytes
+        for n, t in structure.checkpoint.tensors.items()
+        if n not in inside and n not in structure.tied
     )
     names = tuple(c.name for c in candidates)
     return Profile(
@@ -219,7 +222,7 @@ def make_profile(
     plans: of the probes, by candidate name; rows: what losses are measured on.
     """
     check_measures(measures)
-    units = units_of(structure, recorded_parts(request))
+    units = profiled_units(structure, request)
     result_cache = ResultCache(folder / MEASURED, identity(structure, request, rows))
     with probes(plans, structure, folder / "probes", pool, progress) as opened_probes:
         context = make_context(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qkit.errors import Unsupported, UsageError
@@ -13,9 +13,12 @@ from qkit.families.structure import ModelStructure
 from qkit.planning.recipe import AUTO, parse_end
 from qkit.planning.sizes import linear_bytes
 from qkit.sensitivity.candidates import Candidate
-from qkit.tensor.formats import Format, fit_group
+from qkit.tensor.formats import COMMON_COLUMNS, Format, fit_group
+from qkit.tensor.gguf_blocks import aligned
 from qkit.tensor.sparse import outlier_count
 from qkit.verification.engines import holds_siglip
+
+_SCALE_BYTES = 128  # of a tensor of one number in a GGUF file, with its name and place, at most
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,24 @@ def recorded_parts(request: Mapping[str, Any]) -> Sequence[str]:
     return parts
 
 
-def units_of(structure: ModelStructure, parts: Sequence[str] = (LANGUAGE,)) -> tuple[Unit, ...]:
-    """All units of these parts in running order. The experts of a block are one: engines run them as one product."""
+def profiled_units(structure: ModelStructure, request: Mapping[str, Any]) -> tuple[Unit, ...]:
+    """The units of a profile, from its request."""
+    return units_of(structure, recorded_parts(request), bool(request.get("gguf")))
+
+
+def units_of(structure: ModelStructure, parts: Sequence[str] = (LANGUAGE,), gguf: bool = False) -> tuple[Unit, ...]:
+    """All units of these parts in running order. The experts of a block are one: engines run them as one product.
+
+    gguf: each linear is a unit, since every tensor of a GGUF file has a type of its own; those that no type has are left out
+    """
     units: list[Unit] = []
     blocks = [(s.name, block) for s in structure.sequences if s.name in parts for block in s.blocks]
     for place, (part, block) in enumerate(blocks):
-        for groups in block.units:
+        alone = [(replace(g, linears=(x,)),) for g in block.groups for x in g.linears]
+        for groups in alone if gguf else block.units:
             units.append(Unit(groups[0].key, block.index, groups, part, place))
-    return (*units, *_end_units(structure, [p for p in parts if p in (EMBEDDINGS, HEAD)]))
+    units += _end_units(structure, [p for p in parts if p in (EMBEDDINGS, HEAD)])
+    return tuple(u for u in units if not gguf or all(x.shape[1] % COMMON_COLUMNS == 0 for x in u.linears))
 
 
 def _end_units(structure: ModelStructure, parts: Sequence[str]) -> Iterator[Unit]:
@@ -87,10 +100,31 @@ def _end_units(structure: ModelStructure, parts: Sequence[str]) -> Iterator[Unit
             yield Unit(end.name, -1, (LinearGroup((linear,), Group(()), end.path),), part, -1)
 
 
+def unit_format(unit: Unit, candidate: Candidate) -> Format | None:
+    """The format of the unit's weights under a candidate that quantizes; None where it is none for this unit."""
+    assert candidate.scheme is not None
+    fmt, widths = candidate.scheme.weights, [x.shape[1] for x in unit.linears]
+    if unit.is_end:
+        return end_format(candidate, widths[0])
+    if fmt.gguf:  # for other widths another type is a candidate
+        return fmt if all(width % fmt.columns == 0 for width in widths) else None
+    try:
+        return fit_group(fmt, *widths)
+    except Unsupported:
+        return None
+
+
+def applies(unit: Unit, candidate: Candidate) -> bool:
+    """Whether the unit can have that candidate."""
+    return candidate.scheme is None or unit_format(unit, candidate) is not None
+
+
 def end_format(candidate: Candidate, width: int) -> Format | None:
     """The format of an end of a model under a candidate; None where the candidate is none for it: only integers without zero
-    points and with nothing beside them are."""
+    points and with nothing beside them are, and types of GGUF."""
     s = candidate.scheme
+    if s is not None and s.weights.gguf:
+        return s.weights if s.weights.for_lookups and width % s.weights.columns == 0 else None
     plain = s is not None and s.activations is None and s.weights.kind == "int" and s.weights.symmetric
     if s is None or not plain or candidate.outliers or candidate.rank:
         return None
@@ -99,20 +133,17 @@ def end_format(candidate: Candidate, width: int) -> Format | None:
 
 def unit_bytes(unit: Unit, candidate: Candidate, structure: ModelStructure) -> int | None:
     """Bytes of the unit's weights as that candidate stores them, scales included; None where it does not apply."""
-    if unit.is_end and candidate.scheme is not None:
-        (end,) = unit.linears
-        fmt = end_format(candidate, end.shape[1])
-        return None if fmt is None else linear_bytes(fmt, None, end.shape, structure.dtype)
     if candidate.scheme is None:
         return sum(structure.checkpoint.tensors[f"{x.name}.weight"].nbytes for x in unit.linears)
-    try:
-        weights = fit_group(candidate.scheme.weights, *(x.shape[1] for x in unit.linears))
-    except Unsupported:
+    weights = unit_format(unit, candidate)
+    if weights is None:
         return None
+    if weights.gguf:
+        beside = _SCALE_BYTES if weights.scale == "e4m3" else 0
+        return sum(aligned(linear_bytes(weights, None, x.shape, structure.dtype)) + beside for x in unit.linears)
+    activations = None if unit.is_end else candidate.scheme.activations
     total = 0
     for linear in unit.linears:
         sparse_count = outlier_count(candidate.outliers, linear.shape)
-        total += linear_bytes(
-            weights, candidate.scheme.activations, linear.shape, structure.dtype, sparse_count, candidate.rank
-        )
+        total += linear_bytes(weights, activations, linear.shape, structure.dtype, sparse_count, candidate.rank)
     return total

@@ -27,6 +27,9 @@ from qkit.errors import Unsupported, UsageError
 FP4_MAX = 6.0  # largest E2M1 magnitude
 FP8_MAX = 448.0  # largest E4M3 (fn) magnitude
 SUPER_BLOCK = 256  # columns of a super-block of GGUF's K types
+NVFP4_COLUMNS = 64  # of a block of NVFP4 in GGUF
+GGUF_PREFIX = "GGUF_"  # of schemes whose names in GGUF are those of other schemes, too
+COMMON_COLUMNS = 32  # what every type of GGUF needs to divide a width
 COMMON_GROUPS = (64, 32)  # tried in this order where a group does not divide a width
 NVFP4_RANGE = FP4_MAX * FP8_MAX  # 2688: global_scale = 2688 / amax
 
@@ -66,12 +69,27 @@ class Format:
     @property
     def gguf(self) -> bool:
         """Whether this is a type of GGUF."""
-        return self.scale in ("f16", "super")
+        return self.name in GGUF_FORMATS
 
     @property
     def span(self) -> int | None:
         """How many columns have their scales chosen together: a super-block, or a group; None without groups."""
         return SUPER_BLOCK if self.scale == "super" else self.group
+
+    @property
+    def columns(self) -> int:
+        """How many columns a block of a type of GGUF has."""
+        return NVFP4_COLUMNS if self.strategy == "tensor_group" else self.span or COMMON_COLUMNS
+
+    @property
+    def ggml(self) -> str:
+        """What a GGUF file calls the type."""
+        return self.name.upper().removeprefix(GGUF_PREFIX)
+
+    @property
+    def for_lookups(self) -> bool:
+        """Whether llama.cpp looks up rows of embeddings in this type of GGUF: it leaves out the scale of a tensor there."""
+        return self.strategy != "tensor_group"
 
     @property
     def regroups(self) -> bool:
@@ -148,7 +166,10 @@ ACTIVATION_FORMATS: dict[str, Format] = {f.name: f for f in _ACTIVATIONS}
 
 def _gguf(name: str, kind: str, bits: int, group: int, scale: str) -> Format:
     """A type of GGUF; those with a minimum are the asymmetric ones."""
-    return Format(name=name, kind=kind, bits=bits, strategy="group", group=group, symmetric=kind != "uint", scale=scale)
+    strategy = "tensor_group" if scale == "e4m3" else "group"
+    return Format(
+        name=name, kind=kind, bits=bits, strategy=strategy, group=group, symmetric=kind != "uint", scale=scale
+    )
 
 
 GGUF_FORMATS: dict[str, Format] = {
@@ -166,19 +187,23 @@ GGUF_FORMATS: dict[str, Format] = {
         _gguf("q3_k", "int", 3, 16, "super"),
         _gguf("q2_k", "uint", 2, 16, "super"),
         _gguf("iq4_xs", "nl4", 4, 32, "super"),
+        _gguf("gguf_mxfp4", "fp4", 4, 32, "e8m0"),
+        _gguf("gguf_nvfp4", "fp4", 4, 16, "e4m3"),
     )
 }
-# What llama.cpp's quantizer takes for a width that 256 does not divide.
-_NARROW = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "iq4_nl", "q2_k": "iq4_nl", "iq4_xs": "iq4_nl"}
+# What llama.cpp's quantizer takes for a width that 256 does not divide. That of NVFP4 is our choice.
+_NARROW = {
+    "q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "iq4_nl", "q2_k": "iq4_nl", "iq4_xs": "iq4_nl",
+    "gguf_nvfp4": "gguf_mxfp4",
+}  # fmt: skip
 
 
 def fit_gguf(fmt: Format, width: int) -> Format | None:
     """The type of GGUF for a weight of that many columns: the one given, or the one with blocks of 32 that llama.cpp takes in
     its place; None where 32 does not divide the width either."""
-    assert fmt.span is not None
-    if not width % fmt.span:
+    if not width % fmt.columns:
         return fmt
-    return None if width % 32 else GGUF_FORMATS[_NARROW[fmt.name]]
+    return None if width % COMMON_COLUMNS else GGUF_FORMATS[_NARROW[fmt.name]]
 
 
 def _scheme(name: str, weights: str, activations: str | None = None) -> Scheme:

@@ -19,13 +19,28 @@ from qkit.tensor.qtensor import QTensor
 BLOCKS: dict[str, tuple[int, int]] = {
     "q8_0": (32, 34), "q5_0": (32, 22), "q4_0": (32, 18), "q5_1": (32, 24), "q4_1": (32, 20), "iq4_nl": (32, 18),
     "q6_k": (256, 210), "q5_k": (256, 176), "q4_k": (256, 144), "q3_k": (256, 110), "q2_k": (256, 84), "iq4_xs": (256, 136),
+    "gguf_mxfp4": (32, 17), "gguf_nvfp4": (64, 36),
 }  # fmt: skip
+
+
+ALIGNMENT = 32  # of tensors in a file
 
 
 def block_bytes(fmt: Format, shape: tuple[int, ...]) -> int:
     """Bytes of a weight of that shape."""
     columns, size = BLOCKS[fmt.name]
     return math.prod(shape) // columns * size
+
+
+def scale_of_tensor(q: QTensor) -> Tensor:
+    """float32 [1]: what llama.cpp multiplies the products of an NVFP4 weight with; a power of two, so that it is exact."""
+    assert q.params.global_scale is not None
+    return 1 / q.params.global_scale
+
+
+def aligned(size: int) -> int:
+    """The bytes that so many bytes of a tensor take in a file."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def pack(q: QTensor) -> Tensor:
@@ -126,6 +141,14 @@ def _iq4_xs(codes: Tensor, q: QTensor) -> list[Tensor]:
     return [_bytes(q.params.super_scale), high_bytes, low[:, ::2] | low[:, 1::2] << 4, _halves(codes, 16)]
 
 
+def _mxfp4(codes: Tensor, q: QTensor) -> list[Tensor]:
+    return [_bytes(q.params.scale), _halves(codes, 16)]
+
+
+def _nvfp4(codes: Tensor, q: QTensor) -> list[Tensor]:
+    return [_bytes(q.params.scale, 4), _halves(codes, 8)]
+
+
 _PACKERS: dict[str, Callable[[Tensor, QTensor], list[Tensor]]] = {
     **dict.fromkeys(("q8_0", "q5_0", "q4_0", "q5_1", "q4_1", "iq4_nl"), _legacy),
     "q6_k": _q6_k,
@@ -134,4 +157,6 @@ _PACKERS: dict[str, Callable[[Tensor, QTensor], list[Tensor]]] = {
     "q3_k": _q3_k,
     "q2_k": _q2_k,
     "iq4_xs": _iq4_xs,
+    "gguf_mxfp4": _mxfp4,
+    "gguf_nvfp4": _nvfp4,
 }

@@ -74,7 +74,8 @@ def grid_to_codes(values: Tensor, fmt: Format) -> Tensor:
     if fmt.kind == "fp8":
         return values.to(torch.float8_e4m3fn)
     index = torch.bucketize(values.abs(), torch.tensor(E2M1, dtype=values.dtype, device=values.device))
-    return (index.to(torch.uint8)) | (torch.signbit(values).to(torch.uint8) << 3)
+    negative = values < 0 if fmt.gguf else torch.signbit(values)  # llama.cpp knows no negative zero
+    return (index.to(torch.uint8)) | (negative.to(torch.uint8) << 3)
 
 
 def codes_to_grid(codes: Tensor, fmt: Format) -> Tensor:

@@ -159,7 +159,7 @@ def find_params(
     signed:       scales of symmetric integers of up to 4 bits may be negative. Their codes reach one step further below
                   zero than above: a negative scale gives that step to the side where the tile's largest weight is
     """
-    if fmt.gguf:
+    if fmt.gguf and fmt.kind != "fp4":
         return block_params.find(w, fmt, importance, search)
     if signed and fmt.kind == "int" and fmt.symmetric and fmt.bits <= 4:
         t = tiles(w, fmt)
@@ -176,6 +176,8 @@ def find_params(
         full_range = amax.reshape(1, 1)
         return params_from_range(-full_range, full_range, fmt, dtype)
     global_scale = nvfp4_global_scale(w.abs().amax() if amax is None else amax) if fmt.scale == "e4m3" else None
+    if global_scale is not None and fmt.gguf:  # llama.cpp applies it after the sum: a power of two changes no rounding
+        global_scale = torch.exp2(global_scale.log2().floor())
     if not search or fmt.strategy == "block":
         return params_from_range(*_range(tiles(w, fmt)), fmt, dtype, global_scale)
     if fmt.strategy == "tensor":
@@ -188,8 +190,10 @@ def find_params(
 
 def search_factors(fmt: Format) -> tuple[float, ...]:
     """The fractions of the full range that the scale search tries, the full range first."""
-    if fmt.scale == "e8m0":
-        return (1.0,)  # the next exponents are a factor of two away: measured, they are hardly ever better
+    if (
+        fmt.scale == "e8m0"
+    ):  # the next exponents are a factor of two away: measured, they take 1 to 2 % off the squared error
+        return (1.0, 0.5, 2.0) if fmt.gguf else (1.0,)
     if fmt.kind == "fp8":
         return (1.0, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15)
     if fmt.kind == "fp4":

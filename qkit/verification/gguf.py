@@ -21,6 +21,7 @@ from qkit.verification.gguf_header import GgufFile, read_gguf
 from qkit.verification.record import Findings, Record, RecordedLinear, is_int, is_text
 
 MODEL = "model.gguf"
+_PREFIX = "GGUF_"  # of schemes whose names in the file are shorter
 _EXTRA = "rope_freqs.weight"  # computed from the config
 # Keys of the file, behind the name of the architecture, and the fields of config.json that they repeat.
 _KEYS = {
@@ -100,11 +101,11 @@ def _check_tensors(file: GgufFile, record: Record, names: Mapping[str, tuple[str
         stored = file.tensors.get(name)
         if not findings.check("coverage", stored is not None, linear.name, "is not in the file") or stored is None:
             continue
-        kind = linear.type_name.upper()
+        kind = linear.type_name.upper().removeprefix(_PREFIX)
         right = stored.dtype == kind and stored.shape == linear.shape
         fault = f"found {stored.dtype} {list(stored.shape)}, expected {kind} {list(linear.shape)}"
         if findings.check("coverage", right, f"{MODEL}: {name}", fault):
-            _check_weight(linear, stored, heads, findings)
+            _check_weight(linear, stored, _scale(file, name, stored.dtype), heads, findings)
     for tensor, (dtype, shape, digest) in record.plain.items():
         name, _ = names.get(tensor, ("", 0))
         covered.add(name)
@@ -121,6 +122,14 @@ def _check_tensors(file: GgufFile, record: Record, names: Mapping[str, tuple[str
         findings.check("coverage", name in covered, f"{MODEL}: {name}", fault)
 
 
+def _scale(file: GgufFile, name: str, kind: str) -> float:
+    """What all numbers of a tensor are multiplied with; NaN where it should be there and is not."""
+    if kind != "NVFP4":
+        return 1.0
+    stored = file.tensors.get(f"{name.removesuffix('.weight')}.scale")
+    return float(stored.array().reshape(-1)[0]) if stored is not None and stored.dtype == "F32" else float("nan")
+
+
 def _check_plain(stored: StoredTensor, heads: int, digest: str, findings: Findings, where: str) -> None:
     rows = _in_order(stored.array().reshape(stored.shape), heads)
     found = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
@@ -129,7 +138,7 @@ def _check_plain(stored: StoredTensor, heads: int, digest: str, findings: Findin
     findings.check("plain", bad == 0, where, f"holds {bad} values that are NaN or infinite")
 
 
-def _check_weight(linear: RecordedLinear, stored: StoredTensor, heads: int, findings: Findings) -> None:
+def _check_weight(linear: RecordedLinear, stored: StoredTensor, scale: float, heads: int, findings: Findings) -> None:
     rows, columns = linear.shape
     raw = np.frombuffer(b"".join(stored.chunks()), dtype=np.uint8).reshape(rows, -1)
     if not findings.check(
@@ -139,7 +148,7 @@ def _check_weight(linear: RecordedLinear, stored: StoredTensor, heads: int, find
     raw, digest, finite = _in_order(raw, heads), hashlib.sha256(), True
     step = max(1, CHUNK // columns)
     for first in range(0, rows, step):
-        values = decode_blocks(stored.dtype, raw[first : first + step], columns)
+        values = decode_blocks(stored.dtype, raw[first : first + step], columns) * np.float32(scale)
         finite &= bool(np.isfinite(values).all())
         digest.update(np.ascontiguousarray(values, dtype="<f4").tobytes())
     findings.check("values", finite, linear.name, "holds values that are NaN or infinite")

@@ -13,11 +13,13 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 _NL4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32)
+_FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32)
 # Columns and bytes of a block, by the number that a GGUF file has for the type.
 TYPES: dict[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144),
     13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 20: ("IQ4_NL", 32, 18), 23: ("IQ4_XS", 256, 136),
+    39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
 }  # fmt: skip
 
 
@@ -135,7 +137,19 @@ def _q6_k(b: Array) -> Array:
     return _scaled(_f16(b[:, 208:210]) * b[:, 192:208].view(np.int8).astype(np.float32), codes)
 
 
+def _mxfp4(b: Array) -> Array:
+    return _scaled(np.ldexp(np.float32(1), b[:, :1].astype(np.int32) - 127), _FP4[_nibbles(b[:, 1:], 16)])
+
+
+def _nvfp4(b: Array) -> Array:
+    exponent, fraction = (b[:, :4] >> 3 & 15).astype(np.int32), (b[:, :4] & 7).astype(np.float32)
+    normal, small = np.ldexp(1 + fraction / 8, exponent - 7), fraction * np.float32(2**-9)
+    scale = np.where(exponent == 0, small, normal)
+    return _scaled(np.where(b[:, :4] == 127, 0, scale).astype(np.float32), _FP4[_nibbles(b[:, 4:], 8)])
+
+
 _DECODERS: dict[str, Callable[[Array], Array]] = {
     "Q8_0": _q8_0, "Q5_0": _q5_0, "Q4_0": _q4_0, "Q5_1": _q5_1, "Q4_1": _q4_1, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs,
     "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
+    "MXFP4": _mxfp4, "NVFP4": _nvfp4,
 }  # fmt: skip

@@ -239,7 +239,7 @@ def _read_spec(data: Any, weight: bool, where: str, findings: Findings) -> Spec 
     fields = {key: data[key] for key in _FORMAT if key not in ("name", "block")}
     spec = Spec(**fields, block=(sides[0], sides[1]) if sides else None)
     fault = spec_fault(spec, weight)
-    named = data["name"].startswith(spec.stem)
+    named = data["name"].removeprefix("gguf_").startswith(spec.stem)
     findings.check("record", named, f"{where}.name", f"'{data['name']}' is not a {spec.stem} format")
     return spec if findings.check("record", fault is None, where, str(fault)) else None
 

@@ -7,7 +7,6 @@ gives the request back with one rule per candidate in use.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from qkit.allocation.allocate import (
     Allocation,
@@ -24,25 +23,27 @@ from qkit.allocation.allocate import (
 )
 from qkit.allocation.knapsack import solve
 from qkit.allocation.latency import Latency, LatencyTable, unit_times
-from qkit.allocation.limits import CANDIDATES, MEASURE, BudgetRequest
+from qkit.allocation.limits import MEASURE, BudgetRequest
 from qkit.allocation.pareto import cost_of
 from qkit.allocation.refine import Refinement, refine
 from qkit.errors import BadInput, UsageError
 from qkit.families.ends import EMBEDDINGS, HEAD
 from qkit.families.structure import ModelStructure
 from qkit.kvcache.policy import CacheRequest
-from qkit.planning.ends import end_plans
-from qkit.planning.recipe import AUTO, Recipe
-from qkit.planning.request import Request
-from qkit.planning.sizes import linear_bytes
-from qkit.sensitivity.candidates import parse_candidates
+from qkit.planning.gguf import check_gguf
+from qkit.planning.recipe import AUTO, SOURCE, parse_method
+from qkit.planning.request import Request, recipe_of
+from qkit.sensitivity.candidates import GGUF
 from qkit.sensitivity.profile import FILE, KEPT, Profile
-from qkit.sensitivity.units import recorded_parts, units_of
+from qkit.sensitivity.units import profiled_units, recorded_parts
 from qkit.system.extras import require
 from qkit.system.progress import Progress
+from qkit.tensor.formats import GGUF_FORMATS
 from qkit.tensor.formats import scheme as scheme_of
 from qkit.workflows import kv_cache
+from qkit.workflows.budget_bytes import header_bytes, running_bytes, saved_by_ends
 from qkit.workflows.kv_cache import CacheChoices, CachePlan, joint_choices
+from qkit.workflows.probe_requests import candidates_of
 from qkit.workflows.profile import ProfileRequest, plan_measurement, profile, profile_from_shapes
 from qkit.workflows.quantize import open_structure
 
@@ -100,7 +101,10 @@ def allocation_problem(request: Request, budget_request: BudgetRequest) -> Alloc
     """The problem that a budget poses; reads no weight and measures nothing. Raises UsageError where request and budget
     exclude each other, Unsupported for a budget that no choice meets, BadInput for another model's profile."""
     if request.scheme is not None or request.recipe is not None:
-        raise UsageError("a budget chooses the scheme of every layer: leave --scheme and --recipe out")
+        raise UsageError(
+            "a budget chooses the scheme of every layer: leave --scheme and --recipe out (but a type of GGUF as --scheme asks "
+            "for a GGUF file)"
+        )
     if request.outliers is not None or request.significant is not None or request.rank is not None:
         raise UsageError(
             "a budget also chooses the sparse and low-rank parts of every layer: leave --outliers, --rank and "
@@ -113,8 +117,10 @@ def allocation_problem(request: Request, budget_request: BudgetRequest) -> Alloc
         Profile.load(budget_request.profile) if profile_request is None else profile_from_shapes(profile_request)
     )
     _refuse_another(known_profile, budget_request, request, structure)
+    if known_profile.request.get("gguf"):
+        _refuse_for_gguf(request, structure)
     untied = "rotate" in (request.method or known_profile.request["method"]).split("+") and bool(structure.tied)
-    saved = _saved_by_ends(request, structure, untied)
+    saved = saved_by_ends(request, structure, untied)
     known_profile = replace(known_profile, fixed_bytes=known_profile.fixed_bytes - saved)
     latency = None
     if table is not None and budget_request.budget.latency is not None:
@@ -122,7 +128,7 @@ def allocation_problem(request: Request, budget_request: BudgetRequest) -> Alloc
     choices = apply_bounds(known_profile, budget_request.floors, budget_request.ceilings)
     running, cache = running_bytes(structure, budget_request.budget.context), _shared_cache(request, budget_request)
     cache_bytes = (running[0], running[0]) if cache is None else (cache.least, cache.most)
-    headers = _header_bytes(known_profile, structure)
+    headers = header_bytes(known_profile, structure)
     other_bytes = (
         (cache_bytes[0] + running[1], cache_bytes[1] + running[1])
         if budget_request.budget.size is None
@@ -160,7 +166,7 @@ def _missing_profile(request: Request, budget_request: BudgetRequest) -> Profile
             f"{budget_request.profile}: no profile there: run 'qkit profile --out {budget_request.profile} ..', "
             "or add --candidates to measure it now"
         )
-    return ProfileRequest(_without_transforms(request), budget_request.candidates or CANDIDATES)
+    return ProfileRequest(_without_transforms(request), budget_request.candidates or budget_request.default)
 
 
 def allocate_budget(request: Request, budget_request: BudgetRequest, progress: Progress) -> BudgetAllocation:
@@ -208,10 +214,9 @@ def _with_picks(
     refined: Refinement | None,
 ) -> BudgetAllocation:
     known_profile, latency = problem.profile, problem.latency
-    parts = recorded_parts(known_profile.request)
-    ends = [u for u in units_of(problem.structure, parts) if u.is_end]
+    ends = [u for u in profiled_units(problem.structure, known_profile.request) if u.is_end]
     keys = {u.key for u in ends}
-    formats = {u.part: f"int{scheme_of(name).weights.bits}" for u in ends if (name := picks[u.key]) != KEPT}
+    formats = {u.part: text for u in ends if (text := _end_text(known_profile, picks[u.key])) is not None}
     chosen = rules(replace(known_profile, units=tuple(u for u in known_profile.units if u.key not in keys)), picks)
     scheme = next((r["scheme"] for r in chosen if "scheme" in r), None)
     if scheme is None:
@@ -244,6 +249,23 @@ def _with_picks(
         running=running,
         cache=cache,
     )
+
+
+def _refuse_for_gguf(request: Request, structure: ModelStructure) -> None:
+    """Raises for what cannot go into a GGUF file, before hours of measuring."""
+    trial = replace(
+        request, scheme=next(iter(GGUF_FORMATS)), method=request.method or "gptq", embeddings=None, head=None
+    )
+    recipe = recipe_of(trial)
+    check_gguf(recipe, structure, parse_method(recipe.method)[0], request.kv)
+
+
+def _end_text(known_profile: Profile, name: str) -> str | None:
+    """The format of an end, as its option has it; None leaves it as the source stores it."""
+    gguf = bool(known_profile.request.get("gguf"))
+    if name == KEPT:
+        return SOURCE if gguf else None
+    return name.lower() if gguf else f"int{scheme_of(name).weights.bits}"
 
 
 def _shared_cache(request: Request, budget_request: BudgetRequest) -> CacheChoices | None:
@@ -291,7 +313,7 @@ def _refuse_another(
     """Raises BadInput or UsageError for a profile of another model, or made with other options than are asked for now."""
     profiled = {n for u in known_profile.units for n in u.linears}
     parts = recorded_parts(known_profile.request)
-    expected = {x.name for u in units_of(structure, parts) for x in u.linears}
+    expected = {x.name for u in profiled_units(structure, known_profile.request) for x in u.linears}
     for end in (EMBEDDINGS, HEAD):
         asked = getattr(request, end)
         if asked == AUTO and end not in parts:
@@ -314,8 +336,14 @@ def _refuse_another(
         raise BadInput(
             f"{budget_request.profile}: the profile is of another model: use another --profile, or measure it again"
         )
+    if budget_request.default == GGUF and not known_profile.request.get("gguf"):
+        raise UsageError(
+            f"the profile in {budget_request.profile} has {', '.join(known_profile.candidates)}, which are no types of GGUF: "
+            "use another --profile, or leave --scheme out"
+        )
     if budget_request.candidates is not None:
-        names = [c.name for c in parse_candidates(budget_request.candidates, request.group_size)]
+        asked_profile = ProfileRequest(request, budget_request.candidates)
+        names = [c.name for c in candidates_of(asked_profile, structure)]
         if sorted(names) != sorted(known_profile.candidates):
             raise UsageError(
                 f"--candidates {budget_request.candidates}: the profile in {budget_request.profile} has "
@@ -330,49 +358,7 @@ def _refuse_another(
         )
 
 
-def _saved_by_ends(request: Request, structure: ModelStructure, untied: bool) -> int:
-    """The bytes that embeddings and head save in the formats that the request names; less than 0 where they take more.
-
-    untied: the run makes a head of its own of a tied one, which the profile does not count
-    """
-    named = {o: text for o in (EMBEDDINGS, HEAD) if (text := getattr(request, o)) not in (None, AUTO)}
-    plans = end_plans(Recipe(scheme="w4a16", **named), structure, untied, rows=False) if named else {}
-    tensors, tied = structure.checkpoint.tensors, structure.tied
-    own_head = next((tensors[shared].nbytes for shared in tied.values()), 0) if untied else 0
-    stored = {name: f"{name}.weight" for name in plans}
-    return -own_head + sum(
-        tensors[tied.get(stored[name], stored[name])].nbytes - linear_bytes(p.weights, None, p.shape, structure.dtype)
-        for name, p in plans.items()
-    )
-
-
-def _header_bytes(known_profile: Profile, structure: ModelStructure) -> int:
-    """At most so much of the weight files is not tensors: a line of JSON for each, of a name, a dtype, a shape and a place."""
-    pieces = 4 + 3 * any(known_profile.request["outliers"].values())  # tensors that a quantized weight is stored as
-    pieces += 2 * any(known_profile.request.get("ranks", {}).values())
-    names = [n for u in known_profile.units for n in u.linears]
-    return sum(len(n) + 100 for n in structure.checkpoint.tensors) + pieces * sum(len(n) + 120 for n in names)
-
-
 def _without_transforms(request: Request) -> Request:
     """What the probes are made with: the solver of the request, on the weights of the language model as they are."""
     parts = [p for p in (request.method or "gptq").split("+") if p in ("rtn", "gptq")]
-    embeddings, head = (AUTO if text == AUTO else None for text in (request.embeddings, request.head))
-    return replace(request, method=parts[0] if parts else "rtn", targets=None, embeddings=embeddings, head=head)
-
-
-def running_bytes(structure: ModelStructure, context: int) -> tuple[int, int]:
-    """The bytes of the KV cache and of activations at a context of ``context`` tokens of one sequence, in the checkpoint's
-    dtype.
-
-    Keys and values of all blocks; of one block the hidden states, attention inputs and MLP intermediates of a prefill (our
-    count: engines add buffers of their own).
-    """
-    config: Any = structure.text_config
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv = (getattr(config, "num_key_value_heads", None) or heads) * head
-    mlp = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    live_widths = 2 * config.hidden_size + max(heads * head + 2 * kv, 2 * mlp)
-    bytes_per_width = context * structure.dtype.itemsize
-    return bytes_per_width * 2 * kv * len(structure.blocks), bytes_per_width * live_widths
+    return replace(request, method=parts[0] if parts else "rtn", targets=None)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qkit.allocation.limits import MEASURE, BudgetRequest, parse_budget, parse_bytes
+from qkit.allocation.limits import CANDIDATES, MEASURE, BudgetRequest, parse_budget, parse_bytes
 from qkit.calibration.sources import parse_sources
 from qkit.errors import UsageError
 from qkit.files.locate import find_model
@@ -18,8 +18,9 @@ from qkit.files.sources.lora import is_adapter
 from qkit.kvcache.policy import CacheRequest, parse
 from qkit.planning.recipe import MOST_SPARSE, Recipe
 from qkit.planning.request import REQUANT, Request, is_requant, recipe_of
-from qkit.sensitivity.candidates import parse_candidates
+from qkit.sensitivity.candidates import GGUF, parse_candidates
 from qkit.sensitivity.names import PROFILE
+from qkit.tensor.formats import GGUF_SCHEMES
 
 BUDGETS = ("bits", "size", "memory", "latency")
 WAYS = "--bits, --size, --memory or --latency"
@@ -118,11 +119,14 @@ def _read(values: dict[str, Any], out: Path) -> QuantizeOptions:
     profile: Path | None = of_budget["profile"]
     if profile is not None and profile.name == PROFILE and profile.is_file():
         profile = profile.parent
-    shared = budget.memory is not None
+    shared, default = budget.memory is not None, CANDIDATES
+    if request.scheme is not None and request.scheme.upper() in GGUF_SCHEMES:  # says what kind of file is asked for
+        request, default = replace(request, scheme=None), GGUF
     budget_request = BudgetRequest(
         budget=budget,
         profile=profile or out.with_name(out.name + ".profile"),
         candidates=of_budget["candidates"],
+        default=default,
         measure=of_budget["measure"],
         floors=_bounds("--floor", of_budget["floors"]),
         ceilings=_bounds("--ceiling", of_budget["ceilings"]),

@@ -15,70 +15,29 @@ import torch
 from qkit.calibration.batches import Extent, extent, text_extent
 from qkit.calibration.dataset import Calibration
 from qkit.errors import BadInput, UsageError
-from qkit.families.blocks import LANGUAGE
 from qkit.families.ends import EMBEDDINGS, HEAD
 from qkit.families.structure import ModelStructure
 from qkit.files.embedded import embedded_text
 from qkit.files.folder import list_names
 from qkit.planning.plan import Plan
-from qkit.planning.recipe import AUTO, parse_method
+from qkit.planning.recipe import AUTO, SOURCE
 from qkit.planning.request import Request
-from qkit.planning.towers import SKIP
-from qkit.sensitivity.candidates import Candidate, parse_candidates
+from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.forecast import ProfileForecast, profile_forecast, refuse_what_cannot_fit
 from qkit.sensitivity.measures import MeasureContext
 from qkit.sensitivity.names import check_measures
 from qkit.sensitivity.probes import probes
 from qkit.sensitivity.profile import MEASURED, Profile, identity, make_context, make_profile, profile_of_shapes
 from qkit.sensitivity.result_cache import ResultCache
-from qkit.sensitivity.units import parts_of, recorded_parts, units_of
+from qkit.sensitivity.units import applies, parts_of, profiled_units, recorded_parts
 from qkit.system.extras import needs
 from qkit.system.machine import available_cores
 from qkit.system.parallel import workers
 from qkit.system.progress import Progress
 from qkit.workflows.calibration_rows import calibration_of, requested_image_text, wants_image_text
+from qkit.workflows.probe_requests import ProfileRequest as ProfileRequest
+from qkit.workflows.probe_requests import asked_ends, candidates_of, probe_of, probe_request
 from qkit.workflows.quantize import open_structure, prepare
-
-ROWS = 32  # that losses are measured on; our choice
-
-
-@dataclass(frozen=True)
-class ProfileRequest:
-    """The request of ``qkit profile``.
-
-    base: model, method (a solver), group size and calibration of the probes; its scheme is not used.
-
-    rows: calibration rows that losses are measured on (None: 32, or all if there are fewer); points: of the path integral.
-    """
-
-    base: Request
-    candidates: str
-    measures: tuple[str, ...] = ("weight", "output", "pqi", "kl")
-    rows: int | None = None
-    points: int = 8
-
-    @property
-    def measured_rows(self) -> int:
-        """The number of rows. Raises UsageError for one that cannot be."""
-        if self.base.samples < 1:
-            raise UsageError(
-                f"--samples {self.base.samples}: expected at least 1, since costs are measured on calibration samples"
-            )
-        if self.rows is not None and not 1 <= self.rows <= self.base.samples:
-            raise UsageError(
-                f"--rows {self.rows}: expected 1 to {self.base.samples}, the number of calibration samples (--samples)"
-            )
-        return min(ROWS, self.base.samples) if self.rows is None else self.rows
-
-
-@dataclass(frozen=True)
-class _ProbeRequest:
-    """A request as far as names and shapes go. settings: what a profile says of how it was made."""
-
-    structure: ModelStructure
-    candidates: tuple[Candidate, ...]
-    parts: tuple[str, ...]
-    settings: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +107,9 @@ def forecast(request: ProfileRequest) -> ProfileForecast:
 
 def _forecast(request: ProfileRequest, structure: ModelStructure, rows: Extent, has_images: bool) -> ProfileForecast:
     base = request.base
-    candidates = parse_candidates(request.candidates, base.group_size)
+    candidates = candidates_of(request, structure)
     threads = base.threads or available_cores()
-    parts = parts_of(structure, has_images, _asked_ends(base))
+    parts = parts_of(structure, has_images, asked_ends(base, structure, candidates))
     return profile_forecast(structure, candidates, request.measures, rows, request.points, threads, parts)
 
 
@@ -158,7 +117,7 @@ def profile_from_shapes(request: ProfileRequest) -> Profile:
     """The profile before anything is measured: all costs are 0. Raises what the request's names deserve."""
     base = request.base
     structure = open_structure(base.model, "a profile", adapter=base.adapter)
-    probes_asked = _probe_request(request, structure, wants_image_text(base, structure))
+    probes_asked = probe_request(request, structure, wants_image_text(base, structure))
     return profile_of_shapes(structure, probes_asked.candidates, request.measures, probes_asked.settings)
 
 
@@ -175,80 +134,24 @@ def forecast_operations(request: ProfileRequest) -> tuple[ProfileForecast, float
     )
 
 
-def _probe_request(request: ProfileRequest, structure: ModelStructure, has_images: bool) -> _ProbeRequest:
-    base = request.base
-    transforms, solver = parse_method(base.method or "gptq")
-    if transforms:
-        raise UsageError(
-            f"--method {base.method}: a profile compares formats of one set of weights: use a solver "
-            f"without transforms ({solver})"
-        )
-    candidates = parse_candidates(request.candidates, base.group_size)
-    if all(c.scheme is None for c in candidates):
-        raise UsageError(f"--candidates {request.candidates}: no format that quantizes: add one, for instance int4")
-    parts = parts_of(structure, has_images, _asked_ends(base))
-    settings = {
-        "method": solver,
-        "group_size": base.group_size,
-        "group_sizes": {c.name: _group(c, base.group_size) for c in candidates},
-        "outliers": {c.name: c.outliers for c in candidates},
-        "ranks": {c.name: c.rank for c in candidates},
-        "samples": base.samples,
-        "seqlen": base.seqlen,
-        "rows": request.measured_rows,
-        "points": request.points,
-        **({} if parts == (LANGUAGE,) else {"parts": list(parts)}),
-        "dtype": str(structure.dtype).removeprefix("torch."),
-    }
-    return _ProbeRequest(structure, candidates, parts, settings)
-
-
-def _asked_ends(base: Request) -> tuple[str, ...]:
-    """The ends of the model that are units too: those left to a budget."""
-    return tuple(option for option in (EMBEDDINGS, HEAD) if getattr(base, option) == AUTO)
-
-
 def _prepare(request: ProfileRequest) -> _PreparedProbes:
     base = request.base
     structure = open_structure(base.model, "a profile", adapter=base.adapter)
-    _probe_request(request, structure, False)  # refuses names before rows are made
+    probe_request(request, structure, False)  # refuses names before rows are made
     rows = calibration_of(base, structure)
-    probe_request = _probe_request(request, structure, rows.kinds is not None)
-    probes_ = {
-        c.name: prepare(
-            replace(
-                base,
-                scheme=c.scheme.name,
-                method=probe_request.settings["method"],
-                group_size=probe_request.settings["group_sizes"][c.name],
-                outliers=c.outliers or None,
-                rank=c.rank or None,
-                embeddings=None,
-                head=None,
-                targets={t.name: c.scheme.name if t.name in probe_request.parts else SKIP for t in structure.towers},
-            ),
-            rows,
-        )
-        for c in probe_request.candidates
-        if c.scheme is not None
-    }
+    asked = probe_request(request, structure, rows.kinds is not None)
+    requests = {c.name: probe_of(base, c, asked) for c in asked.candidates}
+    probes_ = {name: prepare(probe, rows) for name, probe in requests.items() if probe is not None}
     plans = {name: p.plan for name, p in probes_.items()}
     total = sum(sum(p.forecast.operations.values()) for p in probes_.values())
     return _PreparedProbes(
         structure=structure,
-        candidates=probe_request.candidates,
+        candidates=asked.candidates,
         plans=plans,
         rows=rows.first(request.measured_rows),
-        settings=probe_request.settings,
+        settings=asked.settings,
         operations=total,
     )
-
-
-def _group(candidate: Candidate, group_size: int | None) -> int | None:
-    """The group size to ask for: only integer formats in groups have a free one."""
-    s = candidate.scheme
-    free = s is not None and s.weights.kind == "int" and s.weights.strategy == "group"
-    return group_size if free else None
 
 
 def _held_out(base: Request, structure: ModelStructure, text: Path | None) -> Calibration:
@@ -279,7 +182,7 @@ def audit(
         rows = _held_out(replace(request.base, samples=request.measured_rows), prepared.structure, held_out)
     except (BadInput, UsageError) as e:
         raise type(e)(f"--audit: {e}") from e
-    units = units_of(prepared.structure, recorded_parts(prepared.settings))
+    units = profiled_units(prepared.structure, prepared.settings)
     random_ = random.Random(seed)
     with (
         workers(request.base.threads) as pool,
@@ -300,10 +203,12 @@ def audit(
             pool,
             progress,
         )
-        names = [c.name for c in prepared.candidates if c.scheme is not None]
-        single = [{u.key: name} for u in units for name in names]
-        uniform = [{u.key: name for u in units} for name in names]
-        mixed = [{u.key: random_.choice(names) for u in units} for _ in range(plans)]
+        quantizing = [c for c in prepared.candidates if c.scheme is not None]
+        names = [c.name for c in quantizing]
+        choices = {u.key: [c.name for c in quantizing if applies(u, c)] for u in units}
+        single = [{key: name} for key, known in choices.items() for name in known]
+        uniform = [{key: name for key, known in choices.items() if name in known} for name in names]
+        mixed = [{key: random_.choice(known) for key, known in choices.items()} for _ in range(plans)]
         progress.start("audit", len(single) + len(uniform) + len(mixed))
         true = []
         for picks in (*single, *uniform, *mixed):
@@ -358,7 +263,8 @@ def plan_measurement(
     lacking = next((k for k in ("group_size", "samples", "seqlen", "rows", "points") if k not in r), None)
     if lacking is not None:
         raise BadInput(f"{folder}: the profile does not record its {lacking}: measure it again")
-    embeddings, head = (AUTO if end in recorded_parts(r) else None for end in (EMBEDDINGS, HEAD))
+    fixed = SOURCE if r.get("gguf") else None
+    embeddings, head = (AUTO if end in recorded_parts(r) else fixed for end in (EMBEDDINGS, HEAD))
     base = replace(base, embeddings=embeddings, head=head)
     base = replace(base, group_size=r["group_size"], method=r["method"], samples=r["samples"], seqlen=r["seqlen"])
     prepared = _prepare(ProfileRequest(base, names, known_profile.measures, r["rows"], r["points"]))
@@ -366,7 +272,7 @@ def plan_measurement(
         workers(base.threads) as pool,
         probes(prepared.plans, prepared.structure, folder / "probes", pool, progress) as probed,
     ):
-        units = units_of(prepared.structure, recorded_parts(prepared.settings))
+        units = profiled_units(prepared.structure, prepared.settings)
         result_cache = ResultCache(
             folder / "plans.jsonl", identity(prepared.structure, prepared.settings, prepared.rows)
         )

@@ -19,7 +19,7 @@ from qkit.runtime.loading import load
 from qkit.sensitivity.profile import Profile
 from qkit.transforms.keys import scale_keys
 from qkit.transforms.state import BlockState
-from qkit.workflows.budget import running_bytes
+from qkit.workflows.budget_bytes import running_bytes
 from qkit.workflows.kv_cache import joint_choices
 from qkit.workflows.quantize import Request, open_structure
 

@@ -17,7 +17,7 @@ from qkit.allocation.refine import refine
 from qkit.files.safefile import read_header
 from qkit.sensitivity.profile import VERSION, Profile
 from qkit.tensor import sparse
-from qkit.workflows.budget import running_bytes
+from qkit.workflows.budget_bytes import running_bytes
 from qkit.workflows.quantize import open_structure
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qkit.files.gguf import read_gguf
+from qkit.files.gguf_container import SCALE
 from qkit.files.safefile import TensorInfo
 from qkit.files.sources.decoded import DecodedInfo, Found, Parts, Stored, row_steps
 from qkit.verification.gguf_blocks import TYPES, decode_blocks
@@ -59,6 +60,8 @@ def find(stored: Stored) -> Found:
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and type(entry[1]) is int):
             stored.refuse(name, "is not given as [name in GGUF, heads] in config.json")
         inside, heads = entry
+        if inside.endswith(SCALE):  # read with the weight
+            continue
         info = stored.part(inside, "tensor", name)
         if not isinstance(info, BlocksInfo) or info.kind not in known:
             stored.refuse(inside, "has a type of GGUF that qkit does not decode")
@@ -66,7 +69,10 @@ def find(stored: Stored) -> Found:
             stored.refuse(inside, f"has {info.shape[0]} rows, and config.json says {heads} heads")
         shape = (info.columns,) if info.shape[0] == 1 else (info.shape[0], info.columns)
         decode = partial(_decode, kind=info.kind, columns=info.columns, heads=heads)
-        weights[name] = as_float.decoded(name, shape, {"blocks": info}, decode, f"GGUF {info.kind}", _NOT_KEPT)
+        pieces: dict[str, TensorInfo] = {"blocks": info}
+        if info.kind == "NVFP4":
+            pieces["scale"] = stored.part(f"{inside.removesuffix('.weight')}{SCALE}", "tensor", name)
+        weights[name] = as_float.decoded(name, shape, pieces, decode, f"GGUF {info.kind}", _NOT_KEPT)
     return Found(weights, [name for name in stored.tensors if name not in {e[0] for e in given.values()}])  # type: ignore[index]
 
 
@@ -78,6 +84,8 @@ def _decode(parts: Parts, kind: str, columns: int, heads: int) -> Tensor:
     result = torch.empty(rows, columns)
     for some in row_steps(rows, columns):
         result[some] = torch.from_numpy(decode_blocks(kind, blocks[some].numpy(), columns))
+    if "scale" in parts:
+        result *= float(parts["scale"].view(torch.float32))
     if heads:  # of each head the first halves of all rotations, then the second ones
         result = result.reshape(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
     return result[0] if rows == 1 else result
