@@ -29,7 +29,7 @@ def gguf() -> str:
             {
                 "scheme": name,
                 "bits per weight": f"{8 * block_bytes(fmt, (256,)) / 256:.4g}",
-                "columns of a block": str(fmt.span),
+                "columns of a block": str(fmt.columns),
                 "scale per": f"group of {fmt.group}",
                 "minimum": "no" if fmt.symmetric else "yes",
                 "other widths get": "-" if narrow is None or narrow == fmt else narrow.name,

@@ -17,6 +17,7 @@ import torch
 from qkit.diffusion.pipeline import copy_rest, hash_weights_around, rest_names
 from qkit.diffusion.trajectory import Trajectory
 from qkit.engine.export_tensors import ExportTensors
+from qkit.engine.gguf_card import CARD, gguf_card
 from qkit.engine.gguf_file import write_gguf
 from qkit.engine.job import Job
 from qkit.engine.partial_output import Partial
@@ -27,8 +28,8 @@ from qkit.files.folder import DENOISER, RECORD, WEIGHT_STEMS, hub_source, read_r
 from qkit.files.gguf_container import MODEL, container
 from qkit.files.hash_cache import cached_sha256
 from qkit.files.record import FORMAT_VERSION, to_bytes, write_record
-from qkit.files.safefile import DTYPE_NAMES, write_atomic, write_safetensors
-from qkit.files.side_files import check_unchanged, copy_side_files
+from qkit.files.safefile import DTYPE_NAMES, read_bytes, write_atomic, write_safetensors
+from qkit.files.side_files import MOST_BYTES, check_unchanged, copy_side_files
 from qkit.kvcache.scales import FORMAT
 from qkit.planning.gguf import GGUF
 from qkit.planning.layout import layout_config
@@ -118,13 +119,17 @@ def _export_gguf(
     """The folder with one GGUF file; the tokenizer and other files stay beside it, for qkit and for eyes."""
     model, folder = structure.checkpoint, partial.path
     written = container(model.path, model.config, list(source.specs))
-    partial.begin([MODEL, "config.json", RECORD, *plan.side_files])
+    partial.begin(list(dict.fromkeys([MODEL, "config.json", RECORD, CARD, *plan.side_files])))
     hashes = {MODEL: write_gguf(folder / MODEL, plan, source, written)}
     config = {**model.config, "quantization_config": {"quant_method": GGUF, "tensors": written.names}}
     data = to_bytes(config)
     write_atomic(folder / "config.json", data)
     files = {**hashes, "config.json": hashlib.sha256(data).hexdigest()}
     files |= copy_side_files(model.path, folder, plan.side_files)
+    before = read_bytes(folder / CARD, MOST_BYTES) if CARD in plan.side_files else b""
+    card = gguf_card(before, plan, (folder / MODEL).stat().st_size)
+    write_atomic(folder / CARD, card)
+    files[CARD] = hashlib.sha256(card).hexdigest()
     record = _record(plan, structure, source, hashes, hashed) | {"files": files, "config": without_quantization(config)}
     write_record(folder, record)
 

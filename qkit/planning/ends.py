@@ -18,7 +18,6 @@ from qkit.tensor.formats import Scheme, fit_group
 
 _ORIGINAL = ("compensate",)  # options that need the inputs in the original model
 PLAIN = "rtn"  # lookups have no inputs to weigh errors by
-TIED = "one matrix with the output head, which is quantized with it"
 HEAD_REASON = "the output head stays in the model's dtype by default"
 TIED_REASON = "the output head shares its weight with the embeddings"
 SHARED_REASON = "it is stored once, with the embeddings, and quantized there"
@@ -69,7 +68,7 @@ def _decide(
     assert end is not None
     weights = fit_group(scheme.weights, end.shape[1], strict=recipe.strict)
     solver, options = _solver(uses, recipe, structure) if rows else (PLAIN, check_options(PLAIN, (), {}))
-    notes = [TIED] if len(uses) > 1 else []
+    notes = []  # that a tied head is this matrix is said where the head is skipped
     if weights.gguf and weights != scheme.weights:
         notes.append(f"{weights.name}: {end.shape[1]} columns are not a multiple of {scheme.weights.span}")
     elif weights.group != scheme.weights.group:

@@ -17,6 +17,7 @@ from qkit.planning.gguf import GGUF
 from qkit.planning.kept import KEPT
 from qkit.planning.stock_loader import stock_refusal
 from qkit.tensor.formats import layout
+from qkit.verification.gguf_engines import gguf_rows
 from qkit.verification.model_engines import EngineLine, LinearStorage, engine_lines, engine_rows
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def check_shapes(structure: ModelStructure, linears: Mapping[str, LinearPlan], e
 def engine_lines_of(plan: Plan, structure: ModelStructure) -> list[EngineLine]:
     """One line for every engine: whether it will load the result of a plan."""
     if plan.export == GGUF:
-        return []  # llama.cpp alone, and all that it cannot run was refused
+        return engine_lines(gguf_rows(p.weights.name for p in plan.packed.values()))
     storage = {
         n: LinearStorage(p.weights, p.activations, layout(p.weights, p.activations), p.shape, p.uses)
         for n, p in plan.packed.items()

@@ -197,11 +197,13 @@ def trial_recipes(recipe: Recipe, not_language: bool) -> dict[str, Recipe]:
     if AUTO not in method_parts:
         return {}
     stages = [TRANSFORMS[part].stage for part in method_parts if part in TRANSFORMS and part != "residual"]
-    narrow = base.weights.kind == "int" and base.weights.symmetric and base.weights.bits <= 4
+    narrow = base.weights.kind == "int" and base.weights.symmetric and base.weights.bits <= 4 and not base.weights.gguf
     recipes = {}
     for name, (method, options) in TRIES.items():
         has_transforms = bool(parse_method(method)[0])
-        if (has_transforms and (not_language or "stats" in stages)) or ("compensate" in options and not_language):
+        if (has_transforms and (not_language or "stats" in stages or base.weights.gguf)) or (
+            "compensate" in options and not_language
+        ):
             continue
         trial_method = "+".join(method if part == AUTO else part for part in method_parts)
         parts, solver = parse_method(trial_method)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -249,6 +250,12 @@ def scheme(name: str) -> Scheme:
     """
     key = ALIASES.get(name.upper(), name.upper())
     known = SCHEMES | GGUF_SCHEMES
+    mix = re.fullmatch(r"(Q[2-6]_K)_X?[SML]", key)
+    if mix:
+        raise UsageError(
+            f"unknown scheme '{name}': it is llama.cpp's name for a mix of types: use {mix[1].lower()} for one type, or "
+            "--size with --candidates gguf for a type for every tensor, chosen by what it costs"
+        )
     if key not in known:
         raise UsageError(
             f"unknown scheme '{name}'{did_you_mean(key, [*known, *ALIASES])} ('qkit list schemes' shows all)"

@@ -24,6 +24,7 @@ from qkit.verification.experts import check_experts, check_source
 from qkit.verification.files import check_config, check_files, check_sum, has_mark, has_sums, is_summed
 from qkit.verification.fused_layers import check_fused
 from qkit.verification.gguf import MODEL, check_gguf, is_gguf
+from qkit.verification.gguf_engines import gguf_rows
 from qkit.verification.inputs import check_inputs
 from qkit.verification.kv_cache import check_cache
 from qkit.verification.layout_config import method_of, read_layout
@@ -101,6 +102,7 @@ def _check_packed(out: Path, job: Path | None, source: Path | None, findings: Fi
     engines, notes = list[EngineRow](), list[str]()
     if in_gguf and config is not None:
         check_gguf(out, record, config, findings)
+        engines = gguf_rows(x.type_name for x in record.linears.values()) if record is not None else []
     elif record is not None:
         engines, notes = _check_record(out, record, config, headers, (job, source), findings)
     if summed:
