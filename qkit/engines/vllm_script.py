@@ -1,7 +1,8 @@
 """Runs a model in vLLM, in an interpreter of its own that has no qkit.
 
 python -I vllm_script.py JOB.json ANSWER.json, as ``process.run_engine`` calls it: the job says what to run, the answer holds
-log-probabilities of the tokens of every prompt, greedy tokens, and what vLLM chose for each layer.
+log-probabilities of tokens of every prompt, greedy tokens, and what vLLM chose for each layer. A job without prompts asks only
+whether vLLM is here.
 """
 
 import importlib.util
@@ -48,21 +49,30 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     )
     loaded = time.perf_counter()
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    settings = SamplingParams(
-        temperature=0.0, max_tokens=max(1, job["new_tokens"]), prompt_logprobs=0, ignore_eos=True, detokenize=False
-    )
+    settings = [
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=max(1, count),
+            prompt_logprobs=0 if scored else None,
+            ignore_eos=True,
+            stop_token_ids=stops,
+            detokenize=False,
+        )
+        for count, scored, stops in zip(job["new_tokens"], job["scored"], job["stops"], strict=True)
+    ]
     outputs = llm.generate(prompts, settings, use_tqdm=False)
-    logprobs = [
-        [row[token].logprob for row, token in zip(o.prompt_logprobs[1:], ids[1:], strict=True)]
-        for o, ids in zip(outputs, job["prompts"], strict=True)
+    scores = [
+        [row[token] for row, token in zip((o.prompt_logprobs or ids)[len(ids) - n :], ids[len(ids) - n :], strict=True)]
+        for o, ids, n in zip(outputs, job["prompts"], job["scored"], strict=True)
     ]
     done = time.perf_counter()
     return {
         "version": version_of("vllm"),
         "device": device(),
         "dtype": str(llm.llm_engine.model_config.dtype).removeprefix("torch."),
-        "logprobs": logprobs,
-        "tokens": [list(o.outputs[0].token_ids)[: job["new_tokens"]] for o in outputs],
+        "logprobs": [[score.logprob for score in row] for row in scores],
+        "best": [[score.rank == 1 for score in row] for row in scores],
+        "tokens": [list(o.outputs[0].token_ids)[:n] for o, n in zip(outputs, job["new_tokens"], strict=True)],
         "seconds": {"load": loaded - start, "run": done - loaded},
         **llm.apply_model(layers_of)[0],
     }
@@ -87,6 +97,8 @@ def main(job_file: str, answer_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     if importlib.util.find_spec("vllm") is None:
         answer: dict[str, Any] = {"missing": "vllm"}
+    elif not job["prompts"]:
+        answer = {"found": True}
     else:
         try:
             answer = run(job)

@@ -14,7 +14,7 @@ import logging
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +26,7 @@ import yaml
 from qkit.calibration.chat_templates import Confined, TemplateFailure
 from qkit.calibration.image_text import held_out_image_text
 from qkit.calibration.options import DRAWN, QUESTIONS
+from qkit.engines.process import EngineAnswer
 from qkit.errors import BadInput, Unsupported, UsageError
 from qkit.evaluation.metrics import BATCH, BATCH_BYTES, Z95, bootstrap_ci
 from qkit.evaluation.sources import first_line
@@ -57,6 +58,44 @@ def run_tasks(
     Raises Unsupported without lm-eval or for task code, UsageError for names that do not exist and for images without a
     processor, BadInput for a task that cannot be loaded, above all without the network that most tasks of lm-eval need.
     """
+
+    def lm_of(with_images: bool) -> Any:
+        return _with_images(model, processor, tasks) if with_images else _of_text(model, tokenizer)
+
+    return _run(lm_of, tasks, limit, allow_task_code, include_path)
+
+
+def run_tasks_in_engine(
+    ask: Callable[..., EngineAnswer],
+    tokenizer: Any,
+    positions: int,
+    ends: Collection[int],
+    tasks: Sequence[str],
+    limit: int | None = None,
+    allow_task_code: bool = False,
+    include_path: Path | None = None,
+) -> dict[str, Any]:
+    """As ``run_tasks``, with the figures of an engine; ask, positions and ends as for ``EngineRequests``. Raises UsageError for
+    tasks with images too."""
+
+    def lm_of(with_images: bool) -> Any:
+        from qkit.evaluation.engine_lm import engine_lm
+
+        if with_images:
+            raise UsageError(f"{', '.join(tasks)}: tasks with images are not measured in an engine: leave --engine out")
+        return engine_lm(ask, tokenizer, positions, ends)
+
+    return _run(lm_of, tasks, limit, allow_task_code, include_path)
+
+
+def _run(
+    lm_of: Callable[[bool], Any],
+    tasks: Sequence[str],
+    limit: int | None,
+    allow_task_code: bool,
+    include_path: Path | None,
+) -> dict[str, Any]:
+    """The figures of tasks. lm_of: makes lm-eval's model, for tasks with images or without."""
     registry = _lm_eval()
     from lm_eval.evaluator import evaluate
 
@@ -74,7 +113,7 @@ def run_tasks(
             group = loaded
             if len(set(kinds.values())) > 1:  # groups may hold both, so that they have no figures of their own here
                 group = {"tasks": {n: task for n, task in loaded["tasks"].items() if kinds[n] == with_images}}
-            lm = _with_images(model, processor, tasks) if with_images else _of_text(model, tokenizer)
+            lm = lm_of(with_images)
             try:
                 results = evaluate(
                     lm=lm, task_dict=group, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True,

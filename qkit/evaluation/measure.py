@@ -172,7 +172,7 @@ def _vbench(
     figures, *baseline_figures = evaluate_vbench(
         [(n, f, partial(_pipeline, f, request)) for n, f in folders.items()], bench, progress
     )
-    return _add_changes(figures, baseline_figures[0] if baseline_figures else {})
+    return add_changes(figures, baseline_figures[0] if baseline_figures else {})
 
 
 def _check_pipelines(out: Path, baseline: Path | None, request: EvalRequest) -> None:
@@ -278,10 +278,10 @@ def _tasks(
 
     figures = [run(*model_parts) for model_parts in zip(models, tokenizers, processors, strict=True)]
     baseline_figures = {} if original is None else run(original, tokenizers[0], processors[0])
-    return [_add_changes(model_figures, deepcopy(baseline_figures)) for model_figures in figures]
+    return [add_changes(model_figures, deepcopy(baseline_figures)) for model_figures in figures]
 
 
-def _add_changes(figures_by_task: dict[str, Any], baseline_by_task: dict[str, Any]) -> dict[str, Any]:
+def add_changes(figures_by_task: dict[str, Any], baseline_by_task: dict[str, Any]) -> dict[str, Any]:
     """{"tasks", "baseline_tasks"} with paired changes in the place of the values of samples."""
     from qkit.evaluation.harness import paired_change
 

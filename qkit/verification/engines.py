@@ -76,6 +76,7 @@ _SPLIT = "the group size has to divide the input columns of every tensor-paralle
 _NO_CPU, _CPU_TOO = "no kernel for CPUs", "runs on CPUs too"
 _NO_CPU_EXPERTS = "experts have no kernel for CPUs"
 _NEVER_ON_CPU = "does not run on CPUs"
+_NEEDS_AMX = "on CPUs it needs AMX"
 _W4A8_FP8 = "sm90 only: no other GPU and no CPU loads it"
 _A16_IGNORED = "vLLM does not see that inputs are to stay as they are, and quantizes them too on Blackwell"
 
@@ -177,9 +178,10 @@ class ModelFacts:
 _NOTHING = ModelFacts()
 
 
-def without_cpu(limits: Iterable[str]) -> bool:
-    """Whether limits of an engine say that it has nothing for CPUs."""
-    return not {_NO_CPU, _NO_CPU_EXPERTS, _NEVER_ON_CPU, _W4A8_FP8}.isdisjoint(limits)
+def without_cpu(limits: Iterable[str], amx: bool = True) -> bool:
+    """Whether limits of an engine say that it has nothing for CPUs, or for those without AMX where there is none."""
+    nothing = {_NO_CPU, _NO_CPU_EXPERTS, _NEVER_ON_CPU, _W4A8_FP8} | (set() if amx else {_NEEDS_AMX})
+    return not nothing.isdisjoint(limits)
 
 
 def _matches(pattern: Pattern, numbers: NumberFormat) -> bool:
@@ -213,7 +215,7 @@ def _vllm(weights: NumberFormat, activations: NumberFormat | None, packing: str,
         if activations is not None and not activations.dynamic:
             limits.append(_NEVER_ON_CPU)
         elif weights.strategy == "block":
-            limits.append("on CPUs it needs AMX")
+            limits.append(_NEEDS_AMX)
     if weights.scale == "e8m0" and activations is None:
         limits.append(_A16_IGNORED)
     if facts.experts and _NO_CPU not in limits:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import io
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,8 @@ from qkit.evaluation.text import tokenize
 from qkit.families.structure import predicts_next
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.embedded import embedded_text
-from qkit.files.folder import is_pipeline
+from qkit.files.folder import RECORD, is_pipeline
+from qkit.files.gguf import TYPES, read_gguf
 from qkit.files.schema import foreign_errors
 from qkit.kvcache.argument import with_cache
 from qkit.kvcache.policy import stored
@@ -29,7 +31,7 @@ from qkit.runtime.loading import load, load_tokenizer
 TEXTS, LENGTH = 6, 96  # texts, and tokens of each
 GGUF = ".gguf"
 Q8 = "q8_0"  # llama.cpp's arithmetic: inputs of products in 8 bits
-_BLOCK = 32  # inputs that share a scale there
+_BLOCK, _SUPER_BLOCK = 32, 256  # inputs that share a scale there: with most types, and with those of super-blocks
 _JITTER = 2.0**-23  # the last bit of float32
 NewCache = Callable[[Any], Any]  # makes an empty cache for a model
 
@@ -63,10 +65,16 @@ def load_model(out: Path, dtype: torch.dtype) -> Any:
     return model
 
 
+def result_of(out: Path) -> Path | None:
+    """The folder of a GGUF file that is a result of qkit; None for every other path."""
+    return out.parent if out.suffix == GGUF and (out.parent / RECORD).is_file() else None
+
+
 def load_texts_tokenizer(out: Path) -> Any:
-    """The tokenizer of a folder, or of a GGUF file."""
-    if out.suffix != GGUF:
-        return load_tokenizer(out)
+    """The tokenizer of a folder, or of a GGUF file that lies by itself."""
+    folder = out if out.suffix != GGUF else result_of(out)
+    if folder is not None:
+        return load_tokenizer(folder)
     from transformers import AutoTokenizer
 
     _require_gguf(out)
@@ -78,7 +86,8 @@ def _decoded(file: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     _require_gguf(file)
-    with foreign_errors(f"{file}: transformers cannot decode this file", "leave --engine out"):
+    quiet = redirect_stderr(io.StringIO())  # its bars
+    with foreign_errors(f"{file}: transformers cannot decode this file", "leave --engine out"), quiet:
         model: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
         )
@@ -120,7 +129,7 @@ def log_probabilities(model: Any, prompts: Tensor, cache: NewCache | None = None
 def other_rounding(out: Path, plain: Any, prompts: Tensor, cache: NewCache | None, dtype: str) -> Tensor:
     """The log-probabilities of the same file with other roundings; ``plain`` is its model in float32."""
     if dtype in ("float32", Q8):
-        with _jitter(plain) if dtype == "float32" else _rounded_inputs(plain):
+        with _jitter(plain) if dtype == "float32" else _rounded_inputs(plain, input_blocks(out, plain)):
             return log_probabilities(plain, prompts, cache)
     model = load_model(out, getattr(torch, dtype))
     found = log_probabilities(model, prompts, cache)
@@ -145,17 +154,41 @@ def _jitter(model: Any) -> Iterator[None]:
         hook.remove()
 
 
-@contextmanager
-def _rounded_inputs(model: Any) -> Iterator[None]:
-    """The inputs of linear layers are rounded to 8 bits, 32 with a scale, as llama.cpp does before its products."""
+def input_blocks(file: Path, model: Any) -> dict[str, int]:
+    """For each linear layer of the model of a GGUF file, how many of its inputs share a scale in llama.cpp: the type of the
+    weight says which of two types its inputs get. Layers with whole numbers of neither are left out."""
+    import gguf
 
-    def change(module: Any, args: tuple[Any, ...]) -> Any:
-        x = args[0].unflatten(-1, (-1, _BLOCK))
+    header = read_gguf(file)
+    architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    arch = architectures[header.values["general.architecture"]]
+    names = gguf.get_tensor_name_map(arch, int(header.values[f"{header.values['general.architecture']}.block_count"]))
+    columns = {TYPES[code][0]: TYPES[code][1] for code in TYPES}
+    types = {tensor.name: tensor.dtype for tensor in header.tensors}
+    blocks: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            stored = types.get(
+                f"{names.get_name(path)}.weight", types.get("token_embd.weight", "")
+            )  # tied: no own head
+            block = _SUPER_BLOCK if columns.get(stored) == _SUPER_BLOCK else _BLOCK
+            blocks |= {path: block} if module.in_features % block == 0 else {}
+    return blocks
+
+
+@contextmanager
+def _rounded_inputs(model: Any, blocks: Mapping[str, int]) -> Iterator[None]:
+    """The inputs of linear layers are rounded to 8 bits, as llama.cpp does before its products. blocks: of a layer, how many
+    share a scale."""
+
+    def change(block: int, module: Any, args: tuple[Any, ...]) -> Any:
+        x = args[0].unflatten(-1, (-1, block))
         scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(x.dtype).tiny)
         return ((x / scale).round() * scale).flatten(-2), *args[1:]
 
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m.in_features % _BLOCK == 0]
-    hooks = [m.register_forward_pre_hook(change) for m in linears]
+    hooks = [
+        model.get_submodule(path).register_forward_pre_hook(partial(change, block)) for path, block in blocks.items()
+    ]
     try:
         yield
     finally:

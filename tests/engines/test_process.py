@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qkit.engines.process import ENGINES, EngineJob, EngineRefusal, run_engine
+from qkit.engines.process import ENGINES, EngineJob, EngineRefusal, require_engine, run_engine
 from qkit.errors import UsageError
 
 SOUND = {
@@ -60,7 +60,8 @@ def writes(answer: dict) -> str:
 def test_an_answer_is_read_and_nothing_stays(interpreter, work, tmp_path):
     body = """
 found = json.load(open(job))
-assert found["prompts"] == [[1, 2, 3]] and found["new_tokens"] == 1 and found["max_length"] == 4
+assert found["prompts"] == [[1, 2, 3]] and found["new_tokens"] == [1] and found["max_length"] == 4
+assert found["scored"] == [2] and found["stops"] == [[]]
 assert os.path.isabs(found["model"]) and os.path.isfile(script)
 assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and os.environ["HF_HUB_OFFLINE"] == "1"
 assert not [name for name in os.environ if name.startswith("PYTHON")]
@@ -81,6 +82,35 @@ def test_an_interpreter_without_the_engine(interpreter, work, tmp_path):
     with pytest.raises(UsageError, match=r"this interpreter has no 'vllm': install vllm .*-m pip install"):
         ask(interpreter(writes({"missing": "vllm"})), tmp_path)
     assert list(work.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (writes({"missing": "vllm"}), "this interpreter has no 'vllm'"),
+        ("print('usage: another program')\n", "not an interpreter that runs vLLM: 'usage: another program'"),
+        ("sys.exit(1)\n", "not an interpreter that runs vLLM: 'it said nothing'"),
+    ],
+    ids=["no engine", "another program", "fails"],
+)
+def test_an_interpreter_is_looked_at_before_anything_else(body, said, interpreter, work):
+    with pytest.raises(UsageError, match=said):
+        require_engine(ENGINES["vllm"], interpreter(body))
+    require_engine(
+        ENGINES["vllm"], interpreter("assert not json.load(open(job))['prompts']\n" + writes({"found": True}))
+    )
+    assert list(work.iterdir()) == []
+
+
+def test_what_each_prompt_is_asked():
+    job = EngineJob(
+        model=Path("m"), prompts=[[1, 2, 3], [4]], new_tokens=[0, 5], dtype="d", scored=[1, 0], stops=[[], [9]]
+    )
+    found = job.to_json()
+    assert (found["new_tokens"], found["scored"], found["stops"], found["max_length"]) == ([0, 5], [1, 0], [[], [9]], 6)
+    assert job.lengths == [1, 0] and EngineJob(model=Path("m"), prompts=[[1, 2]], new_tokens=0, dtype="d").lengths == [
+        1
+    ]
 
 
 def log_of(error: pytest.ExceptionInfo) -> str:
