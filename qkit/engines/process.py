@@ -12,11 +12,11 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qkit.errors import UsageError, VerifyFailure
 from qkit.files.safefile import shown
@@ -24,6 +24,7 @@ from qkit.files.safefile import shown
 TIMEOUT = 3600  # seconds; a large model takes minutes to load
 _REASON = 300  # characters of an engine's own words that a message repeats
 _TAIL = 1 << 16  # bytes of a log that are looked through
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -98,20 +99,41 @@ def run_engine(engine: Engine, python: Path, job: EngineJob, timeout: float = TI
     Raises UsageError for an interpreter that cannot be run or lacks the engine, EngineRefusal where the engine gives no
     answer within ``timeout`` seconds, or none at all; its message names the log.
     """
-    work = Path(tempfile.mkdtemp(prefix="qkit-engine-"))
-    answer = _answer(engine, python, job, timeout, work)
-    shutil.rmtree(work, ignore_errors=True)
-    return answer
-
-
-def _answer(engine: Engine, python: Path, job: EngineJob, timeout: float, work: Path) -> EngineAnswer:
-    files = [work / "job.json", work / "answer.json"]
-    log = work / "log.txt"
     # One token more than the longest prompt, for engines that always give one.
     length = max(map(len, job.prompts)) + max(1, job.new_tokens)
-    files[0].write_text(json.dumps({**asdict(job), "model": str(job.model.resolve()), "max_length": length}))
-    script = Path(__file__).with_name(engine.script)
-    code = _run([str(python), "-I", str(script), *map(str, files)], engine, python, timeout, log)
+    values = {**asdict(job), "model": str(job.model.resolve()), "max_length": length}
+
+    def complete(data: dict[str, Any]) -> EngineAnswer | None:
+        try:
+            answer = EngineAnswer(**data)
+            lengths = [len(row) + 1 for row in answer.logprobs]
+        except (TypeError, AttributeError):
+            return None
+        return answer if lengths == [len(ids) for ids in job.prompts] else None
+
+    return run_script(engine, engine.script, python, values, str(job.model), complete, timeout)
+
+
+def run_script(
+    engine: Engine,
+    script: str,
+    python: Path,
+    job: Mapping[str, Any],
+    about: str,
+    complete: Callable[[dict[str, Any]], Answer | None],
+    timeout: float = TIMEOUT,
+) -> Answer:
+    """The answer of a program beside this file in the interpreter ``python``. about: what the job is about, for messages;
+    complete: makes the answer of its data, None where they are no whole answer.
+
+    Raises as ``run_engine``. Where something went wrong, the log stays.
+    """
+    work = Path(tempfile.mkdtemp(prefix="qkit-engine-"))
+    files = [work / "job.json", work / "answer.json"]
+    log = work / "log.txt"
+    files[0].write_text(json.dumps(job))
+    command = [str(python), "-I", str(Path(__file__).with_name(script)), *map(str, files)]
+    code = _run(command, engine, python, timeout, log)
     where = f"its output is in {log}"
     data = _read(files[1])
     if "missing" in data:
@@ -121,24 +143,19 @@ def _answer(engine: Engine, python: Path, job: EngineJob, timeout: float, work: 
             f"'{python} -m pip install', or name another interpreter"
         )
     if "refused" in data:
-        refusal = EngineRefusal(f"{engine.title} refused {job.model}: {_shortened(str(data['refused']))}; {where}")
+        refusal = EngineRefusal(f"{engine.title} refused {about}: {shortened(str(data['refused']))}; {where}")
         refusal.device = str(data.get("device", ""))
         raise refusal
     if code is None:
         raise EngineRefusal(
-            f"{engine.title} gave no answer about {job.model} within {timeout:g} seconds: allow more with "
+            f"{engine.title} gave no answer about {about} within {timeout:g} seconds: allow more with "
             f"--engine-timeout; {where}"
         )
-    try:
-        answer = EngineAnswer(**data)
-        lengths = [len(row) + 1 for row in answer.logprobs]
-    except (TypeError, AttributeError):
-        lengths = []
-    if not data or lengths != [len(ids) for ids in job.prompts]:
+    answer = complete(data) if data else None
+    if answer is None:
         ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        raise EngineRefusal(
-            f"{engine.title} {ended} and no complete answer about {job.model}: {_last_line(log)}; {where}"
-        )
+        raise EngineRefusal(f"{engine.title} {ended} and no complete answer about {about}: {_last_line(log)}; {where}")
+    shutil.rmtree(work, ignore_errors=True)
     return answer
 
 
@@ -181,7 +198,7 @@ def _read(file: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
     """The words of an engine in one line."""
     line = " ".join(text.split())
     return shown(line if len(line) <= _REASON else line[:_REASON] + " ...", _REASON + 8)
@@ -192,4 +209,4 @@ def _last_line(log: Path) -> str:
     raw = log.read_bytes()[-_TAIL:].decode(errors="replace")
     lines = [line.strip() for line in raw.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line]
-    return _shortened((errors or lines or ["it said nothing"])[-1])
+    return shortened((errors or lines or ["it said nothing"])[-1])

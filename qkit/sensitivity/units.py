@@ -10,6 +10,7 @@ from qkit.errors import Unsupported, UsageError
 from qkit.families.blocks import LANGUAGE, Group, Linear, LinearGroup
 from qkit.families.ends import EMBEDDINGS, HEAD, ends_of
 from qkit.families.structure import ModelStructure
+from qkit.planning.deciding import split_width
 from qkit.planning.recipe import AUTO, parse_end
 from qkit.planning.sizes import linear_bytes
 from qkit.sensitivity.candidates import Candidate
@@ -97,8 +98,15 @@ def end_format(candidate: Candidate, width: int) -> Format | None:
     return fit_group(parse_end(f"int{s.weights.bits}", EMBEDDINGS).weights, width)
 
 
-def unit_bytes(unit: Unit, candidate: Candidate, structure: ModelStructure) -> int | None:
-    """Bytes of the unit's weights as that candidate stores them, scales included; None where it does not apply."""
+def unit_format(unit: Unit, candidate: Candidate, ranks: int = 1) -> Format:
+    """The weight format of all linears of a unit under a candidate. ranks: GPUs that share each of them. Raises Unsupported."""
+    assert candidate.scheme is not None
+    return fit_group(candidate.scheme.weights, *(split_width(x, ranks) for x in unit.linears))
+
+
+def unit_bytes(unit: Unit, candidate: Candidate, structure: ModelStructure, ranks: int = 1) -> int | None:
+    """Bytes of the unit's weights as that candidate stores them, scales included; None where it does not apply. ranks: GPUs
+    that share each of them"""
     if unit.is_end and candidate.scheme is not None:
         (end,) = unit.linears
         fmt = end_format(candidate, end.shape[1])
@@ -106,7 +114,7 @@ def unit_bytes(unit: Unit, candidate: Candidate, structure: ModelStructure) -> i
     if candidate.scheme is None:
         return sum(structure.checkpoint.tensors[f"{x.name}.weight"].nbytes for x in unit.linears)
     try:
-        weights = fit_group(candidate.scheme.weights, *(x.shape[1] for x in unit.linears))
+        weights = unit_format(unit, candidate, ranks)
     except Unsupported:
         return None
     total = 0

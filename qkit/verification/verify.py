@@ -26,7 +26,7 @@ from qkit.verification.fused_layers import check_fused
 from qkit.verification.gguf import MODEL, check_gguf, is_gguf
 from qkit.verification.inputs import check_inputs
 from qkit.verification.kv_cache import check_cache
-from qkit.verification.model_engines import EngineRow, LinearStorage, engine_rows
+from qkit.verification.model_engines import ANYWHERE, Deployment, EngineRow, LinearStorage, engine_rows
 from qkit.verification.pipeline import check_around, check_policy, packed_part
 from qkit.verification.quantization_config import (
     ConfigGroup,
@@ -262,25 +262,29 @@ def _check_uncovered(
 
 
 def _engine_table(
-    record: Record, groups: Mapping[str, ConfigGroup], config: Mapping[str, Any], method: str
+    record: Record,
+    groups: Mapping[str, ConfigGroup],
+    config: Mapping[str, Any],
+    method: str,
+    on: Deployment = ANYWHERE,
 ) -> list[EngineRow]:
     parts = {
         name: LinearStorage(linear.format, linear.activations, groups[name].packing, linear.shape, linear.uses)
         for name, linear in record.linears.items()
         if name in groups
     }
-    return engine_rows(parts, record.skipped, config, method, record.stock_refusal)
+    return engine_rows(parts, record.skipped, config, method, record.stock_refusal, on)
 
 
-def engine_table(out: Path) -> list[EngineRow]:
+def engine_table(out: Path, on: Deployment = ANYWHERE) -> list[EngineRow]:
     """The engines that load a packed folder, as its record and config say, without a look at its tensors; nothing where the
-    two cannot be read."""
+    two cannot be read. on: what it is to run on"""
     findings = Findings()
     record, config = read_record(out, findings), read_json(out / "config.json", findings)
     quantization = read_quantization(config, record, findings) if record is not None and config is not None else None
     if record is None or quantization is None:
         return []
-    return _engine_table(record, resolve(quantization, record, findings), config or {}, quantization.method)
+    return _engine_table(record, resolve(quantization, record, findings), config or {}, quantization.method, on)
 
 
 def summary(report: Report) -> str:

@@ -42,6 +42,7 @@ from qkit.system.extras import require
 from qkit.system.progress import Progress
 from qkit.tensor.formats import scheme as scheme_of
 from qkit.workflows import kv_cache
+from qkit.workflows.engine_candidates import loadable_choices
 from qkit.workflows.kv_cache import CacheChoices, CachePlan, joint_choices
 from qkit.workflows.profile import ProfileRequest, plan_measurement, profile, profile_from_shapes
 from qkit.workflows.quantize import open_structure
@@ -119,7 +120,8 @@ def allocation_problem(request: Request, budget_request: BudgetRequest) -> Alloc
     latency = None
     if table is not None and budget_request.budget.latency is not None:
         latency = Latency(budget_request.budget.latency[0], unit_times(known_profile, structure, table, request.model))
-    choices = apply_bounds(known_profile, budget_request.floors, budget_request.ceilings)
+    offered = loadable_choices(known_profile, structure, request, tuple(recorded_parts(known_profile.request)))
+    choices = apply_bounds(offered, budget_request.floors, budget_request.ceilings)
     running, cache = running_bytes(structure, budget_request.budget.context), _shared_cache(request, budget_request)
     cache_bytes = (running[0], running[0]) if cache is None else (cache.least, cache.most)
     headers = _header_bytes(known_profile, structure)
