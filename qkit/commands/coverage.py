@@ -11,18 +11,21 @@ from qkit.commands.grid import print_wide, wide_table
 from qkit.files.side_files import code_keys, unread_files
 from qkit.system.words import megabytes
 from qkit.transforms.table import TRANSFORMS
+from qkit.verification.model_engines import engine_lines
 from qkit.verification.record import printable
 
 if TYPE_CHECKING:
+    from qkit.verification.engine_types import Selected
     from qkit.workflows.quantize import PreparedRequest
 
 
-def show_coverage(prepared: PreparedRequest, console: Console) -> None:
-    "Quantized and skipped layers with reasons, the bytes, and the engines that load the result."
+def show_coverage(prepared: PreparedRequest, console: Console, selected: Selected | None = None) -> None:
+    """Quantized and skipped layers with reasons, the bytes, and the engines that load the result. selected: what vLLM's own
+    code said of it, where it was asked"""
     from qkit.engine.parts import recorded_notes
     from qkit.families.pruned import PrunedStructure, whole_of
     from qkit.files.sources.opening import encodings
-    from qkit.planning.fused_layers import engine_lines_of
+    from qkit.planning.fused_layers import engine_rows_of
     from qkit.planning.methods import method_notes
     from qkit.workflows.quantize import coverage
 
@@ -82,7 +85,7 @@ def show_coverage(prepared: PreparedRequest, console: Console) -> None:
         f"{done['quantized']} linears quantized, {done['skipped']} skipped; tensors: {megabytes(plan.source_bytes)} before, "
         f"{megabytes(plan.packed_bytes)} after ({plan.packed_bytes / plan.source_bytes:.3f}x)"
     )
-    for line in engine_lines_of(plan, prepared.structure):
+    for line in engine_lines(engine_rows_of(plan, prepared.structure, selected)):
         console.print(Text(str(line)))
 
 

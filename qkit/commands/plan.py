@@ -14,31 +14,36 @@ from rich.text import Text
 from qkit.commands.asked import options_of
 from qkit.commands.budget import budget_options, explain, explanation
 from qkit.commands.cache import cache_options
-from qkit.commands.common import OutFolder, megabytes, request_options, write_json
+from qkit.commands.common import OutFolder, Reporter, command_line, megabytes, request_options, write_json
 from qkit.commands.coverage import show_coverage
+from qkit.commands.engine_options import engine_options, require_vllm
 from qkit.commands.verb import OptionGroup, Verb, in_group
 from qkit.errors import UsageError, write_failure
 from qkit.files.safefile import write_atomic
 from qkit.system.extras import require
+from qkit.verification.model_engines import engine_lines
 from qkit.workflows.options import BUDGETS, WAYS
 
 if TYPE_CHECKING:
     from qkit.planning.request import Request
+    from qkit.verification.engine_types import Selected
     from qkit.workflows.budget import BudgetAllocation
     from qkit.workflows.quantize import PreparedRequest
 
 
-def plan_json(prepared: PreparedRequest) -> dict[str, Any]:
-    "A plan as JSON."
-    from qkit.planning.fused_layers import engine_lines_of
+def plan_json(prepared: PreparedRequest, selected: Selected | None = None) -> dict[str, Any]:
+    """A plan as JSON. selected: what vLLM's own code said of it, where it was asked"""
+    from qkit.planning.fused_layers import engine_rows_of
     from qkit.workflows.quantize import coverage
 
     plan = prepared.plan.to_json()
+    rows = engine_rows_of(prepared.plan, prepared.structure, selected)
     return {
         "hash": prepared.plan.hash,
         "source": {"fingerprint": prepared.plan.source_fingerprint, "sampled": True},
         "coverage": coverage(prepared.plan),
-        "engines": [asdict(line) for line in engine_lines_of(prepared.plan, prepared.structure)],
+        "engines": [asdict(line) for line in engine_lines(rows)],
+        "engine_rows": [asdict(row) for row in rows],
         "forecast": prepared.forecast.to_json(),
         "linears": plan["linears"],
         "skipped": plan["skipped"],
@@ -97,10 +102,27 @@ def write_figures(budgeted: BudgetAllocation, folder: Path, console: Console) ->
     console.print(Text(f"figures: {folder}: {', '.join(files)}"))
 
 
+def _ask(prepared: PreparedRequest, python: Path, console: Console) -> Selected:
+    """What vLLM's own code says of a plan."""
+    from qkit.engines.selector import parse_gpus
+    from qkit.workflows.asked_engine import ask_plan
+
+    reporter = Reporter(console, command_line())
+    with reporter.running():
+        gpus = parse_gpus(prepared.plan.recipe["gpu"])
+        return ask_plan(prepared.plan, prepared.structure, python, reporter, gpus)
+
+
 @click.command("plan", cls=Verb)
 @request_options
 @budget_options
 @cache_options
+@engine_options
+@in_group(OptionGroup.ENGINE)(
+    "--python",
+    type=click.Path(path_type=Path),
+    help="Python interpreter with vLLM, for --engine vllm: its own code is asked what it selects. Nothing is run.",
+)
 @in_group(OptionGroup.BUDGETS)(
     "--explain", "why", is_flag=True, help="Print every layer with the formats to choose from and their costs."
 )
@@ -110,7 +132,14 @@ def write_figures(budgeted: BudgetAllocation, folder: Path, console: Console) ->
 @in_group(OptionGroup.MOST_USED)(
     "--out", type=OutFolder(), help="Planned folder of the result, to check its free disk space."
 )
-def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: Path | None, **values: Any) -> None:
+def plan_command(
+    json_file: Path | None,
+    out: Path | None,
+    why: bool,
+    figures: Path | None,
+    python: Path | None,
+    **values: Any,
+) -> None:
     """Show what quantize would do: coverage, exact bytes, peak memory, and the phases that take the time.
 
     The plan lists what quantize has to measure first. It refuses a budget that cannot be met and a job that cannot fit. The
@@ -121,6 +150,7 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
       qkit plan --model tiny-llama --scheme w4a16 --method gptq --json plan.json
     """
     console = Console()
+    require_vllm(values["engine"], python)
     if figures is not None:
         require("--figures", "report", "matplotlib", "jinja2")
     if (why or figures is not None) and all(values[name] is None for name in BUDGETS):
@@ -143,7 +173,8 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
         write_json(json_file, decided_json(decided))
         return
     prepared = prepare(decided.request)
-    data = {**plan_json(prepared), **decided_json(decided)}
+    selected = None if python is None else _ask(prepared, python, console)
+    data = {**plan_json(prepared, selected), **decided_json(decided)}
     if decided.first:
         data["hash"] = None  # what is measured is part of it
     if budgeted is not None:
@@ -154,7 +185,7 @@ def plan_command(json_file: Path | None, out: Path | None, why: bool, figures: P
             explain(budgeted, console)
         if figures is not None:
             write_figures(budgeted, figures, console)
-    show_coverage(prepared, console)
+    show_coverage(prepared, console, selected)
     data |= show_method(decided.request, prepared, console)
     show_forecast(prepared, console)
     write_json(json_file, data)

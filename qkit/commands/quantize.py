@@ -24,6 +24,7 @@ from qkit.commands.common import (
     write_json,
 )
 from qkit.commands.coverage import show_coverage
+from qkit.commands.engine_options import engine_options
 from qkit.commands.experts import left_out, tokens_seen
 from qkit.commands.plan import plan_json, show_forecast, show_method
 from qkit.commands.verb import OptionGroup, Verb, in_group
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 @request_options
 @budget_options
 @cache_options
+@engine_options
 @in_group(OptionGroup.MOST_USED)(
     "--out",
     type=OutFolder(),

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qkit.commands.common import OutFile
+from qkit.commands.common import OutFile, Reporter, command_line
+from qkit.commands.engine_options import GPU_HELP, TP_HELP
 from qkit.commands.engine_tables import gguf_file, require_python, show_proof
 from qkit.commands.measured import json_bytes
 from qkit.commands.verb import Verb
 from qkit.engines.process import ENGINES, TIMEOUT, require_engine
+from qkit.engines.selector import parse_gpus
 from qkit.errors import UsageError, VerifyFailure
 from qkit.files.folder import RECORD, read_record
 from qkit.files.safefile import write_atomic
-from qkit.verification.verify import Report, summary, verify
+from qkit.verification.model_engines import Deployment
+from qkit.verification.verify import Report, engine_table, summary, verify
+
+if TYPE_CHECKING:
+    from qkit.verification.engine_types import Selected
 
 UNRECORDED = "no qkit.json beside it, so its bytes were not checked"
 _SHOWN = 20  # problems listed on the terminal; --json has them all
@@ -40,8 +49,8 @@ def show(report: Report, console: Console) -> None:
     for linears, weights, activations, packing in combinations:
         title = f"{linears} linears: weights {weights}, activations {activations}, stored as {packing}"
         fits = [e for e in report.engines if (e.weights, e.activations, e.packing) == (weights, activations, packing)]
-        rows = [[e.engine, e.loads_as or "no", "; ".join(e.limits)] for e in fits]
-        console.print(_table(title, ["engine", "loads as", "limits"], rows))
+        rows = [[e.engine, e.loads_as or "no", "; ".join(e.limits), e.known] for e in fits]
+        console.print(_table(title, ["engine", "loads as", "limits", "known"], rows))
     for note in report.notes:
         console.print(Text(f"note: {note}"))
     for problem in report.problems[:_SHOWN]:
@@ -50,6 +59,16 @@ def show(report: Report, console: Console) -> None:
         console.print(Text(f"... and {len(report.problems) - _SHOWN} more problems (--json FILE contains all)"))
     size = f"{report.linears} quantized linears, {report.skipped} skipped, {report.bytes:,} bytes"
     console.print(Text(f"{'sound' if report.ok else 'NOT sound'}: {size}, {sum(report.checks.values()):,} checks"))
+
+
+def _ask(out: Path, python: Path, gpus: Sequence[str], tp: int, timeout: float, console: Console) -> Selected:
+    """What vLLM's own code says of a folder."""
+    from qkit.files.record import packed_record
+    from qkit.workflows.asked_engine import ask_result
+
+    reporter = Reporter(console, command_line())
+    with reporter.running():
+        return ask_result(out, packed_record(out)["linears"], python, reporter, gpus, tp, timeout)
 
 
 @click.command("verify", cls=Verb)
@@ -67,6 +86,12 @@ def show(report: Report, console: Console) -> None:
 )
 @click.option("--python", type=click.Path(path_type=Path), help="Python interpreter that has the engine of --engine.")
 @click.option(
+    "--gpu", help=f"{GPU_HELP}: vLLM's own code is asked what it selects there, with --engine vllm. Nothing is run."
+)
+@click.option(
+    "--tp", type=click.IntRange(1), default=1, show_default=True, help=f"{TP_HELP}, for the table of engines."
+)
+@click.option(
     "--engine-timeout",
     type=click.FloatRange(1),
     default=TIMEOUT,
@@ -80,6 +105,8 @@ def verify_command(
     source: Path | None,
     engine: str | None,
     python: Path | None,
+    gpu: str | None,
+    tp: int,
     engine_timeout: float,
     json_file: Path | None,
 ) -> None:
@@ -92,8 +119,12 @@ def verify_command(
     Example:
       qkit verify out/tiny-llama-w4a16 --json verify.json
       qkit verify out/tiny-llama-w4a16 --engine vllm --python VENV/bin/python
+      qkit verify out/w4a16 --engine vllm --python VENV/bin/python --gpu sm90
     """
     chosen = require_python(engine, python)
+    if gpu is not None and engine not in (None, "vllm"):
+        raise UsageError(f"--gpu {gpu}: only vLLM's choice of kernels can be asked for: use --engine vllm")
+    gpus = parse_gpus(gpu)
     if source is not None and (read_record(out) or {}).get("experts") is None:
         raise UsageError(
             f"--source {source}: it is for results of --prune-experts, whose experts are compared with the source, and {out} "
@@ -111,13 +142,20 @@ def verify_command(
         console.print(Text(f"note: {file}: {UNRECORDED}"), soft_wrap=True)
     else:
         report = verify(out, job, source)
+        if report.engines and (gpu is not None or tp > 1):
+            selected = (
+                None if chosen is None or gpu is None else _ask(out, chosen[1], gpus, tp, engine_timeout, console)
+            )
+            on = Deployment(platforms=gpus, ranks=tp, selected=selected)
+            report = replace(report, engines=engine_table(out, on))
         show(report, console)
     proof = None
-    if chosen is not None and report.ok:
-        from qkit.workflows.engine_proof import prove
+    if chosen is not None and gpu is None and report.ok:
+        from qkit.workflows.engine_proof import prove, proved_rows
 
         console.print(Text(f"running {file or out} in {ENGINES[chosen[0]].title}, with {chosen[1]}"), soft_wrap=True)
         proof = prove(file or out, *chosen, engine_timeout, report.engines)
+        report = replace(report, engines=proved_rows(report.engines, proof))
         show_proof(proof, console)
     if json_file is not None:
         content = report.to_json() | ({} if proof is None else {"engine_proof": proof.to_json()})

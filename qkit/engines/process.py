@@ -12,11 +12,11 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qkit.errors import UsageError, VerifyFailure
 from qkit.files.safefile import shown
@@ -26,6 +26,7 @@ _LOOK = 120  # seconds to see whether an interpreter has an engine
 _LOG = "log.txt"
 _REASON = 300  # characters of an engine's own words that a message repeats
 _TAIL = 1 << 16  # bytes of a log that are looked through
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,16 @@ def run_engine(engine: Engine, python: Path, job: EngineJob, timeout: float = TI
     Raises UsageError for an interpreter that cannot be run or lacks the engine, EngineRefusal where the engine gives no
     answer within ``timeout`` seconds, or none at all; its message names the log.
     """
-    work = Path(tempfile.mkdtemp(prefix="qkit-engine-"))
-    answer = _answer(engine, python, job, timeout, work)
-    shutil.rmtree(work, ignore_errors=True)
-    return answer
+
+    def complete(data: dict[str, Any]) -> EngineAnswer | None:
+        try:
+            answer = EngineAnswer(**data)
+            lengths = [len(row) for row in answer.logprobs]
+        except (TypeError, AttributeError):
+            return None
+        return answer if lengths == job.lengths else None
+
+    return run_script(engine, engine.script, python, job.to_json(), str(job.model), complete, timeout)
 
 
 def require_engine(engine: Engine, python: Path) -> None:
@@ -147,7 +154,7 @@ def require_engine(engine: Engine, python: Path) -> None:
     work = Path(tempfile.mkdtemp(prefix="qkit-engine-"))
     try:
         job = EngineJob(model=work, prompts=(), new_tokens=0, dtype="")
-        if "found" not in _started(engine, python, job, _LOOK, work)[1]:
+        if "found" not in _started(engine, engine.script, python, job.to_json(), _LOOK, work)[1]:
             raise UsageError(
                 f"--python {python}: not an interpreter that runs {engine.title}: {_last_line(work / _LOG)}: name the Python "
                 f"of the environment that has {engine.install}"
@@ -156,14 +163,50 @@ def require_engine(engine: Engine, python: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def run_script(
+    engine: Engine,
+    script: str,
+    python: Path,
+    job: Mapping[str, Any],
+    about: str,
+    complete: Callable[[dict[str, Any]], Answer | None],
+    timeout: float = TIMEOUT,
+) -> Answer:
+    """The answer of a program beside this file in the interpreter ``python``. about: what the job is about, for messages;
+    complete: makes the answer of its data, None where they are no whole answer.
+
+    Raises as ``run_engine``. Where something went wrong, the log stays.
+    """
+    work = Path(tempfile.mkdtemp(prefix="qkit-engine-"))
+    where = f"its output is in {work / _LOG}"
+    code, data = _started(engine, script, python, job, timeout, work)
+    if "refused" in data:
+        refusal = EngineRefusal(f"{engine.title} refused {about}: {shortened(str(data['refused']))}; {where}")
+        refusal.device = str(data.get("device", ""))
+        raise refusal
+    if code is None:
+        raise EngineRefusal(
+            f"{engine.title} gave no answer about {about} within {timeout:g} seconds: allow more with "
+            f"--engine-timeout; {where}"
+        )
+    answer = complete(data) if data else None
+    if answer is None:
+        ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        raise EngineRefusal(
+            f"{engine.title} {ended} and no complete answer about {about}: {_last_line(work / _LOG)}; {where}"
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    return answer
+
+
 def _started(
-    engine: Engine, python: Path, job: EngineJob, timeout: float, work: Path
+    engine: Engine, script: str, python: Path, job: Mapping[str, Any], timeout: float, work: Path
 ) -> tuple[int | None, dict[str, Any]]:
-    """The exit code of the engine's program and the answer that it wrote. Raises UsageError where the engine is missing."""
+    """The exit code of a program and the answer that it wrote. Raises UsageError where the engine is missing."""
     files = [work / "job.json", work / "answer.json"]
-    files[0].write_text(json.dumps(job.to_json()))
-    script = Path(__file__).with_name(engine.script)
-    code = _run([str(python), "-I", str(script), *map(str, files)], engine, python, timeout, work / _LOG)
+    files[0].write_text(json.dumps(job))
+    command = [str(python), "-I", str(Path(__file__).with_name(script)), *map(str, files)]
+    code = _run(command, engine, python, timeout, work / _LOG)
     data = _read(files[1])
     if "missing" in data:
         shutil.rmtree(work, ignore_errors=True)
@@ -172,32 +215,6 @@ def _started(
             f"'{python} -m pip install', or name another interpreter"
         )
     return code, data
-
-
-def _answer(engine: Engine, python: Path, job: EngineJob, timeout: float, work: Path) -> EngineAnswer:
-    log = work / _LOG
-    where = f"its output is in {log}"
-    code, data = _started(engine, python, job, timeout, work)
-    if "refused" in data:
-        refusal = EngineRefusal(f"{engine.title} refused {job.model}: {_shortened(str(data['refused']))}; {where}")
-        refusal.device = str(data.get("device", ""))
-        raise refusal
-    if code is None:
-        raise EngineRefusal(
-            f"{engine.title} gave no answer about {job.model} within {timeout:g} seconds: allow more with "
-            f"--engine-timeout; {where}"
-        )
-    try:
-        answer = EngineAnswer(**data)
-        lengths = [len(row) for row in answer.logprobs]
-    except (TypeError, AttributeError):
-        lengths = []
-    if not data or lengths != job.lengths:
-        ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        raise EngineRefusal(
-            f"{engine.title} {ended} and no complete answer about {job.model}: {_last_line(log)}; {where}"
-        )
-    return answer
 
 
 def _run(command: list[str], engine: Engine, python: Path, timeout: float, log: Path) -> int | None:
@@ -239,7 +256,7 @@ def _read(file: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
     """The words of an engine in one line."""
     line = " ".join(text.split())
     return shown(line if len(line) <= _REASON else line[:_REASON] + " ...", _REASON + 8)
@@ -250,4 +267,4 @@ def _last_line(log: Path) -> str:
     raw = log.read_bytes()[-_TAIL:].decode(errors="replace")
     lines = [line.strip() for line in raw.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line]
-    return _shortened((errors or lines or ["it said nothing"])[-1])
+    return shortened((errors or lines or ["it said nothing"])[-1])

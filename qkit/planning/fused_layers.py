@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING
 from qkit.errors import BadRecipe, Unsupported
 from qkit.families.blocks import BlockStructure, Group, LinearGroup
 from qkit.families.structure import ModelStructure
+from qkit.planning.engine_rules import deployment
 from qkit.planning.gguf import GGUF
 from qkit.planning.kept import KEPT
 from qkit.planning.stock_loader import stock_refusal
 from qkit.tensor.formats import layout
+from qkit.verification.engine_types import Selected
 from qkit.verification.gguf_engines import gguf_rows
-from qkit.verification.model_engines import EngineLine, LinearStorage, engine_lines, engine_rows
+from qkit.verification.model_engines import EngineLine, EngineRow, LinearStorage, engine_lines, engine_rows
 
 if TYPE_CHECKING:
     from qkit.planning.linear_plan import LinearPlan
     from qkit.planning.plan import Plan
 
 ANY = "any"  # in a recipe: the result is for whatever engine loads it
+_APART = (ANY, "transformers")  # engines that load every layer by itself, but for experts
 LIFT = "or write 'engine: any' at the top of a recipe, for engines that load every layer by itself"
 _FP8_GROUP = 128  # of integers of 4 bits with FP8 inputs: vLLM 0.32 refuses every other
 
@@ -43,7 +46,7 @@ def fused_linears(
             names = [x.name for g in groups for x in g.linears]
             torn = len({_kind(linears.get(name)) for name in names}) > 1
             experts = groups[0].expert is not None
-            if torn and (engine != ANY or (experts and not all(name in linears for name in names))):
+            if torn and (engine not in _APART or (experts and not all(name in linears for name in names))):
                 raise BadRecipe(_torn_message(names, linears, experts, engine))
             named_groups = [tuple(x.name for x in g.linears) for g in groups if len(g.linears) > 1]
             fused += [
@@ -69,7 +72,7 @@ def _check_solved_together(names: tuple[str, ...], planned: list[LinearPlan]) ->
 
 def check_shapes(structure: ModelStructure, linears: Mapping[str, LinearPlan], engine: str) -> None:
     """Raises Unsupported for formats that no kernel of vLLM supports in these shapes, unless ``engine`` is ANY."""
-    if engine == ANY:
+    if engine in _APART:
         return
     for p in linears.values():
         acts = p.activations
@@ -92,16 +95,22 @@ def check_shapes(structure: ModelStructure, linears: Mapping[str, LinearPlan], e
                     )
 
 
-def engine_lines_of(plan: Plan, structure: ModelStructure) -> list[EngineLine]:
-    """One line for every engine: whether it will load the result of a plan."""
+def engine_rows_of(plan: Plan, structure: ModelStructure, selected: Selected | None = None) -> list[EngineRow]:
+    """The engine table of the result of a plan. selected: what vLLM's own code said of it, where it was asked"""
     if plan.export == GGUF:
-        return engine_lines(gguf_rows(p.weights.name for p in plan.packed.values()))
+        return gguf_rows(p.weights.name for p in plan.packed.values())
     storage = {
         n: LinearStorage(p.weights, p.activations, layout(p.weights, p.activations), p.shape, p.uses)
         for n, p in plan.packed.items()
     }
     refusal = stock_refusal(plan, structure)
-    return engine_lines(engine_rows(storage, plan.skipped, structure.checkpoint.config, plan.export, refusal or ""))
+    on = replace(deployment(plan.recipe), selected=selected)
+    return engine_rows(storage, plan.skipped, structure.checkpoint.config, plan.export, refusal or "", on)
+
+
+def engine_lines_of(plan: Plan, structure: ModelStructure) -> list[EngineLine]:
+    """One line for every engine: whether it will load the result of a plan."""
+    return engine_lines(engine_rows_of(plan, structure))
 
 
 def split_apart(block: BlockStructure, linears: Mapping[str, LinearPlan]) -> BlockStructure:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -17,29 +16,28 @@ from typing import Any
 from qkit.calibration.dataset import Calibration
 from qkit.diffusion.policy import BY_STEP, PolicyConfig
 from qkit.errors import Unsupported, UsageError
-from qkit.families.blocks import BlockSequence, BlockStructure, Linear
+from qkit.families.blocks import BlockSequence, BlockStructure
 from qkit.families.discover import kind_of
 from qkit.families.sharing import guessed_groups
 from qkit.families.structure import ModelStructure
 from qkit.kvcache.scales import tensor_names
+from qkit.planning.deciding import decide, kept_whole, with_units
 from qkit.planning.ends import end_plans, skipped_head
+from qkit.planning.engine_rules import TITLES, check_engine, check_kind
 from qkit.planning.export_method import export_method, own_method_reason
-from qkit.planning.fused_layers import ANY, check_shapes, fused_linears, split_apart
+from qkit.planning.fused_layers import ANY, check_shapes, engine_lines_of, fused_linears, split_apart
 from qkit.planning.gguf import GGUF, ODD_WIDTH, asks_for_gguf, check_gguf, gguf_bytes, with_types_of_ends
 from qkit.planning.kept import PLAIN_REASON, kept_fields
 from qkit.planning.layout import check_layout
 from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.methods import check_doubled, check_method
-from qkit.planning.recipe import Recipe, RecipeTrial, Rule, check_rules, parse_method, rule_for
+from qkit.planning.recipe import Recipe, RecipeTrial, check_rules, parse_method, rule_for
 from qkit.planning.sizes import check_rank, packed_bytes
 from qkit.planning.towers import tower_rules
 from qkit.planning.unloaded import skipped_unloaded, unloaded_plans
 from qkit.solvers.table import SOLVERS
 from qkit.system.machine import run_dtype
-from qkit.tensor.formats import Scheme, fit_group
-from qkit.tensor.input_transform import hadamard_block
-from qkit.tensor.sparse import outlier_count
-from qkit.transforms.residual import residual_channels
+from qkit.tensor.formats import Scheme
 from qkit.transforms.table import INPUTS, RATIOS, TRANSFORMS
 
 _VERSIONS = ("qkit", "torch", "transformers", "compressed-tensors")  # what decides the bytes of a result
@@ -189,7 +187,7 @@ def make_plan(
     skipped, matched = dict[str, str](), set[int]()
     targets = tower_rules(recipe, structure)
     for sequence in structure.sequences:
-        for linear, widths in _with_widths(sequence):
+        for linear, unit in with_units(sequence):
             index, rule = rule_for(linear.name, recipe.rules)
             if sequence.name in targets and (rule is None or not (rule.scheme or rule.skip or rule.keep)):
                 rule = targets[sequence.name]
@@ -212,7 +210,11 @@ def make_plan(
             if reason is not None:
                 skipped[linear.name] = reason
                 continue
-            planned = _decide(linear, widths, recipe, rule)
+            reason = kept_whole(unit, recipe, rule)
+            if reason is not None:
+                skipped[linear.name] = reason
+                continue
+            planned = decide(linear, unit, recipe, rule)
             if rule is None and has_static(planned) and linear.name in structure.unread:
                 skipped[linear.name] = UNMEASURED_REASON
                 continue
@@ -243,6 +245,7 @@ def make_plan(
         )
     if calibration is None and rows:
         raise UsageError(f"{rows}: add --calib FILE (or leave --calib out for the embedded text)")
+    check_kind(recipe, in_gguf)
     own_method = None if in_gguf else own_method_reason(recipe, structure, linears, significant)
     export = GGUF if in_gguf else export_method(recipe, own_method)
     measured = rows is not None or is_static(kv) or recipe.prune_experts > 0
@@ -258,7 +261,7 @@ def make_plan(
                 "(sparse or low-rank parts, or --export): leave one of the two out"
             )
         size += sum(map(len, tensor_names(structure))) * structure.dtype.itemsize
-    return Plan(
+    plan = Plan(
         linears=linears,
         ends=ends,
         skipped=skipped,
@@ -284,6 +287,9 @@ def make_plan(
         policy=_policy(recipe, structure, linears),
         side_files=structure.checkpoint.side_files,
     )
+    if recipe.engine in TITLES:
+        check_engine(plan, structure, engine_lines_of(plan, structure))
+    return plan
 
 
 def sequences(plan: Plan, structure: ModelStructure) -> tuple[BlockSequence, ...]:
@@ -347,55 +353,3 @@ def _policy(recipe: Recipe, structure: ModelStructure, linears: dict[str, Linear
     if not any(p.weights.name == "nvfp4" and p.activations is not None for p in linears.values()):
         raise Unsupported("a policy by step needs layers with NVFP4 weights and inputs: use --scheme 6bit")
     return config.model_dump()
-
-
-def _with_widths(sequence: BlockSequence) -> Iterator[tuple[Linear, set[int]]]:
-    """Every linear, in file order, with the input widths of those that have to share its group size."""
-    for block in sequence.blocks:
-        for groups in block.units:
-            widths = {x.shape[1] for g in groups for x in g.linears}
-            yield from ((x, widths) for g in groups for x in g.linears)
-
-
-def _decide(linear: Linear, widths: set[int], recipe: Recipe, rule: Rule | None) -> LinearPlan:
-    """widths: of inputs of all linears that share its group size"""
-    scheme, solver, options = recipe.resolve(rule)
-    try:
-        weights = fit_group(scheme.weights, linear.shape[1], strict=recipe.strict)
-    except Unsupported as e:
-        raise Unsupported(f"{linear.name}: {e}") from e
-    if weights.scale == "model":
-        weights = fit_group(scheme.weights, *sorted(widths))
-    if scheme.activations is not None:
-        group = scheme.activations.group
-        if group is not None and linear.shape[1] % group:
-            raise Unsupported(
-                f"{linear.name}: scheme {scheme.name} quantizes activations in groups of {group}, which do not divide "
-                f"its {linear.shape[1]} input columns: choose another scheme, or skip the layer with a rule"
-            )
-    notes, transforms = [], parse_method(recipe.method)[0]
-    if weights.gguf and weights != scheme.weights:
-        notes.append(f"{weights.name}: {linear.shape[1]} columns are not a multiple of {scheme.weights.span}")
-    elif weights.group != scheme.weights.group:
-        grouping = f"group size {weights.group}" if weights.group else "one scale per channel"
-        odd = next(w for w in sorted(widths) if w % (scheme.weights.group or 1))
-        owner = "" if odd == linear.shape[1] else " of another projection of the experts"
-        notes.append(f"{grouping}: {odd} columns{owner} are not a multiple of {scheme.weights.group}")
-    if rule is not None and isinstance(rule.match, str):  # one that names its layers says nothing more
-        notes.append(f"rule {rule.match!r}")
-    return LinearPlan(
-        name=linear.name,
-        shape=linear.shape,
-        scheme=weights.name.upper() if weights.gguf else scheme.name,
-        weights=weights,
-        activations=scheme.activations,
-        solver=solver,
-        options=options,
-        outliers=outlier_count(recipe.outliers_of(linear.name), linear.shape),
-        rank=recipe.rank_of(linear.name),
-        rotation=hadamard_block(linear.shape[1]) if "hadamard" in transforms else 0,
-        residual=residual_channels(scheme.activations, linear.shape[1], options["share"])
-        if "residual" in transforms
-        else 0,
-        note="; ".join(notes),
-    )

@@ -94,8 +94,9 @@ class Recipe(BaseModel):
     embeddings, head: the format of the two matrices at the ends of a language model (``planning.ends``), int8 or int4:32;
     None: they stay as they are. unloaded: that of matrices that the model's class does not
     load. policy: of a diffusion transformer with NVFP4 weights and inputs, precision by step:
-    {width: 6, skips: 0.25}. engine: "any" lifts the rules of engines that load several layers as one
-    (``planning.fused_layers``); the plan then says which will not load the result.
+    {width: 6, skips: 0.25}. engine: the one that has to load the result (``planning.engine_rules``); "any" lifts the rules of
+    engines that load several layers as one (``planning.fused_layers``), and the plan then says which will not load the result.
+    gpu: the kinds of GPU that have to run it, "sm80,sm90"; tp: how many GPUs share it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -106,7 +107,9 @@ class Recipe(BaseModel):
     expert_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     prune_experts: Annotated[float, Field(ge=0, lt=1)] = 0.0
     export: Literal["compressed-tensors", "qkit", "gptq", "awq", "modelopt"] | None = None
-    engine: Literal["default", "any"] = "default"
+    engine: Literal["default", "vllm", "transformers", "llama.cpp", "any"] = "default"
+    gpu: str | None = None
+    tp: Annotated[int, Field(ge=1)] = 1
     options: MethodOptions = Field(default_factory=dict)
     outliers: float | dict[Glob, float] = 0.0
     rank: int | dict[Glob, int] = 0

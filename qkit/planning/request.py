@@ -25,8 +25,8 @@ class Request:
     x seqlen tokens of it are used where the method needs any, and ``synthetic_samples`` rows more, which the model writes
     itself. padded: a row for each record; answers_only: only tokens of answers count. recipe: a YAML file; scheme, method,
     group_size and options given here go over it. rules: as in a recipe, what an allocation decided. effort: a name of EFFORTS,
-    options of learned rounding. outliers, rank, significant, embeddings, head, targets: as in a recipe; None: what the
-    recipe says. keep_source: globs of layers that stay as a quantized source stores them, before all rules. call: of a
+    options of learned rounding. outliers, rank, significant, embeddings, head, targets, engine, gpu, tp: as in a recipe; None:
+    what the recipe says. keep_source: globs of layers that stay as a quantized source stores them, before all rules. call: of a
     diffusion pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and rows_memory
     the bytes that rows may use in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run
     with, as ``Policy.to_json`` gives it; key_exponents: as in a plan.
@@ -57,6 +57,9 @@ class Request:
     expert_share: float | None = None
     prune_experts: float | None = None
     export: str | None = None
+    engine: str | None = None
+    gpu: str | None = None
+    tp: int | None = None
     calib: Given = None
     samples: int = 128
     seqlen: int = 256
@@ -96,6 +99,9 @@ def recipe_of(request: Request) -> Recipe:
         "expert_share": 1.0 if request.calibrate_all_experts else request.expert_share,
         "prune_experts": request.prune_experts,
         "export": request.export,
+        "engine": request.engine,
+        "gpu": request.gpu,
+        "tp": request.tp,
         "options": request.options or None,
         "rules": request.rules or None,
         "outliers": request.outliers,

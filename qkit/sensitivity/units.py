@@ -10,6 +10,7 @@ from qkit.errors import Unsupported, UsageError
 from qkit.families.blocks import LANGUAGE, Group, Linear, LinearGroup
 from qkit.families.ends import EMBEDDINGS, HEAD, ends_of
 from qkit.families.structure import ModelStructure
+from qkit.planning.deciding import split_width
 from qkit.planning.recipe import AUTO, parse_end
 from qkit.planning.sizes import linear_bytes
 from qkit.sensitivity.candidates import Candidate
@@ -100,8 +101,9 @@ def _end_units(structure: ModelStructure, parts: Sequence[str]) -> Iterator[Unit
             yield Unit(end.name, -1, (LinearGroup((linear,), Group(()), end.path),), part, -1)
 
 
-def unit_format(unit: Unit, candidate: Candidate) -> Format | None:
-    """The format of the unit's weights under a candidate that quantizes; None where it is none for this unit."""
+def unit_format(unit: Unit, candidate: Candidate, ranks: int = 1) -> Format | None:
+    """The format of the unit's weights under a candidate that quantizes; None where it is none for this unit. ranks: GPUs that
+    share each of its linears"""
     assert candidate.scheme is not None
     fmt, widths = candidate.scheme.weights, [x.shape[1] for x in unit.linears]
     if unit.is_end:
@@ -109,7 +111,7 @@ def unit_format(unit: Unit, candidate: Candidate) -> Format | None:
     if fmt.gguf:  # for other widths another type is a candidate
         return fmt if all(width % fmt.columns == 0 for width in widths) else None
     try:
-        return fit_group(fmt, *widths)
+        return fit_group(fmt, *(split_width(x, ranks) for x in unit.linears))
     except Unsupported:
         return None
 
@@ -131,11 +133,12 @@ def end_format(candidate: Candidate, width: int) -> Format | None:
     return fit_group(parse_end(f"int{s.weights.bits}", EMBEDDINGS).weights, width)
 
 
-def unit_bytes(unit: Unit, candidate: Candidate, structure: ModelStructure) -> int | None:
-    """Bytes of the unit's weights as that candidate stores them, scales included; None where it does not apply."""
+def unit_bytes(unit: Unit, candidate: Candidate, structure: ModelStructure, ranks: int = 1) -> int | None:
+    """Bytes of the unit's weights as that candidate stores them, scales included; None where it does not apply. ranks: GPUs
+    that share each of them"""
     if candidate.scheme is None:
         return sum(structure.checkpoint.tensors[f"{x.name}.weight"].nbytes for x in unit.linears)
-    weights = unit_format(unit, candidate)
+    weights = unit_format(unit, candidate, ranks)
     if weights is None:
         return None
     if weights.gguf:

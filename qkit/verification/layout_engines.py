@@ -8,21 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qkit.verification.engines import CPU_TOO, NO_CPU, SPLIT, STOCK, VLLM_NAME, EngineFit, ModelFacts, NumberFormat
+from qkit.verification.engine_types import OWN, PLATFORMS, TABLE, EngineFit, ModelFacts
+from qkit.verification.engines import STOCK, STOCK_TABLE
+from qkit.verification.vllm_fit import CPU_TOO, NO_CPU, SPLIT, VLLM
+from qkit.verification.vllm_table import CPU, NumberFormat
 
 LAYOUTS = ("gptq", "awq", "modelopt")
+_VLLM_TABLE = TABLE.format("vLLM 0.32")
 _GPTQMODEL = "needs the packages gptqmodel and optimum"
 _LISTED = (32, 64, 128, None)
 
 
 def layout_fits(
-    weights: NumberFormat, activations: NumberFormat | None, packing: str, method: str, facts: ModelFacts
+    weights: NumberFormat,
+    activations: NumberFormat | None,
+    packing: str,
+    method: str,
+    facts: ModelFacts,
 ) -> list[EngineFit]:
     """The answer of each engine for linears of these formats in one of LAYOUTS."""
     return [
         _vllm(weights, activations, packing, method, facts),
         _transformers(method, facts),
-        EngineFit("qkit", "qkit.load", ("decodes the weights when it loads them",)),
+        EngineFit("qkit", "qkit.load", ("decodes the weights when it loads them",), OWN),
     ]
 
 
@@ -30,14 +38,20 @@ def _vllm(
     weights: NumberFormat, activations: NumberFormat | None, packing: str, method: str, facts: ModelFacts
 ) -> EngineFit:
     if facts.torn:
-        return EngineFit(VLLM_NAME, None, (f"it loads {facts.torn} as one, and their formats differ",))
+        return _refused(f"it loads {facts.torn} as one, and their formats differ")
     if facts.torn_experts:
         why = f"it runs the experts of a layer as one product, and those of {facts.torn_experts} have several formats"
-        return EngineFit(VLLM_NAME, None, (why,))
+        return _refused(why)
     if method == "gptq" and (weights.bits not in (4, 8) or packing == "gptq_v2"):
         stored = "files without zero points" if weights.bits in (4, 8) else "4 and 8 bits"
-        return EngineFit(VLLM_NAME, None, (f"of GPTQ it loads {stored} alone",))
-    return EngineFit(VLLM_NAME, *_loaded(weights, activations, method, facts))
+        return _refused(f"of GPTQ it loads {stored} alone")
+    name, limits = _loaded(weights, activations, method, facts)
+    on_cpu = NO_CPU not in limits
+    return EngineFit(VLLM, name, limits, _VLLM_TABLE, tuple(p for p in PLATFORMS if p != CPU or on_cpu))
+
+
+def _refused(why: str) -> EngineFit:
+    return EngineFit(VLLM, None, (why,), _VLLM_TABLE)
 
 
 def _loaded(
@@ -60,7 +74,7 @@ def _limits(weights: NumberFormat, facts: ModelFacts) -> Iterator[str]:
 
 def _transformers(method: str, facts: ModelFacts) -> EngineFit:
     if method == "modelopt":
-        return EngineFit(STOCK, None, ("it has no class for ModelOpt",))
+        return EngineFit(STOCK, None, ("it has no class for ModelOpt",), STOCK_TABLE)
     if facts.refusal:
-        return EngineFit(STOCK, None, (facts.refusal,))
-    return EngineFit(STOCK, f"{method.upper()} quantizer", (_GPTQMODEL,))
+        return EngineFit(STOCK, None, (facts.refusal,), STOCK_TABLE)
+    return EngineFit(STOCK, f"{method.upper()} quantizer", (_GPTQMODEL,), STOCK_TABLE)

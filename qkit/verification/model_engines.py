@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from qkit.verification.engines import ModelFacts, NumberFormat, diffusion_fit, engine_fits, holds_siglip
+from qkit.verification.engine_types import PLATFORMS, ModelFacts, Selected
+from qkit.verification.engines import diffusion_fit, engine_fits, holds_siglip
 from qkit.verification.fused_layers import expert_groups, fused_groups
 from qkit.verification.layout_engines import LAYOUTS, layout_fits
+from qkit.verification.loaded_layers import Split, loaded_layers
+from qkit.verification.vllm_table import NumberFormat
 
+_NO_COMMON = "no one kind of GPU loads all of its formats"
 # Begins the reason of layers that no loader of the model's class looks at (``--unloaded``): they decide nothing for it.
 _NOT_LOADED = "the model's class does not load it"
 
@@ -36,8 +40,21 @@ class LinearStorage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """What a file is to run on. platforms: kinds of GPU, or "cpu"; ranks: GPUs that share the model; selected: what vLLM's own
+    code said about it, where it was asked"""
+
+    platforms: tuple[str, ...] = PLATFORMS
+    ranks: int = 1
+    selected: Selected | None = None
+
+
+ANYWHERE = Deployment()
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineRow:
-    """One row of the engine table: the linears of one combination, and how one engine loads it."""
+    """One row of the engine table: the linears of one combination, and how one engine loads it; the rest as ``EngineFit``."""
 
     weights: str
     activations: str
@@ -46,22 +63,27 @@ class EngineRow:
     engine: str
     loads_as: str | None
     limits: tuple[str, ...]
+    known: str = ""
+    platforms: tuple[str, ...] = ()
+    kernels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EngineLine:
     """The answer of one engine for the whole model. classes: the classes that load its linears; notes: limits, or why it
-    does not load"""
+    does not load; known: how the answer is known; platforms: the kinds of GPU that load all of it"""
 
     engine: str
     loads: bool
     classes: tuple[str, ...]
     notes: tuple[str, ...]
+    known: str = ""
+    platforms: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         verb = "loads" if self.loads else "does not load"
         notes = f": {'; '.join(self.notes)}" if self.notes else ""
-        return f"the result {verb} in {self.engine}{notes}"
+        return f"the result {verb} in {self.engine}{notes} [{self.known}]"
 
 
 def engine_rows(
@@ -70,21 +92,29 @@ def engine_rows(
     config: Mapping[str, Any],
     method: str,
     refusal: str = "",
+    on: Deployment = ANYWHERE,
 ) -> list[EngineRow]:
     """One row for every combination of formats and every engine.
 
     parts: the quantized linears by checkpoint name; skipped: the others, with reasons; config: config.json
     method: its quant_method
-    refusal: why stock transformers does not load it, where the writer knew
+    refusal: why stock transformers does not load it, where the writer knew; on: what it is to run on
     """
+    split = Split.of(config, on.ranks)
     names: dict[tuple[tuple[NumberFormat, NumberFormat | None, str], tuple[str, ...]], list[str]] = {}
     for name, part in parts.items():
         names.setdefault((part.kind, part.uses), []).append(name)
-    model_facts, rows = replace(_about(parts, skipped, config), refusal=refusal), []
+    about = _about(parts, skipped, config)
+    model_facts = replace(about, refusal=refusal, platforms=on.platforms, ranks=on.ranks, unshared=split.problem)
+    rows = []
     for ((weights, activations, packing), uses), members in names.items():
-        facts = replace(model_facts, experts=bool(expert_groups(members)), uses=uses)
-        table = layout_fits if method in LAYOUTS else engine_fits
-        fits = diffusion_fit(config) or table(weights, activations, packing, method, facts)
+        layers = loaded_layers({name: parts[name] for name in members}, split)
+        facts = replace(model_facts, experts=bool(expert_groups(members)), uses=uses, layers=layers)
+        fits = diffusion_fit(config) or (
+            layout_fits(weights, activations, packing, method, facts)
+            if method in LAYOUTS
+            else engine_fits(weights, activations, packing, method, facts, on.selected)
+        )
         inputs = str(activations) if activations else "as they are"
         rows += [
             EngineRow(
@@ -95,6 +125,9 @@ def engine_rows(
                 engine=f.engine,
                 loads_as=f.loads_as,
                 limits=f.limits,
+                known=f.known,
+                platforms=f.platforms,
+                kernels=f.kernels,
             )
             for f in fits
         ]
@@ -113,9 +146,13 @@ def engine_lines(rows: Sequence[EngineRow]) -> list[EngineLine]:
                 by_note.setdefault(limit, []).append(row.weights)
         notes = [n if len(of) == len(entries) else f"{n} ({', '.join(dict.fromkeys(of))})" for n, of in by_note.items()]
         classes = tuple(dict.fromkeys(row.loads_as for row in entries if row.loads_as))
-        lines.append(
-            EngineLine(engine, shown_rows is entries or all(row.loads_as for row in entries), classes, tuple(notes))
-        )
+        loads = shown_rows is entries or all(row.loads_as for row in entries)
+        limited = [row.platforms for row in entries if row.kernels]
+        platforms = tuple(p for p in (limited[0] if limited else ()) if all(p in of for of in limited))
+        if loads and limited and not platforms:
+            loads, notes = False, [_NO_COMMON, *notes]
+        how = " and ".join(dict.fromkeys(row.known for row in entries if row.known))
+        lines.append(EngineLine(engine, loads, classes, tuple(notes), how, platforms))
     return lines
 
 
@@ -134,6 +171,7 @@ def _about(parts: Mapping[str, LinearStorage], skipped: Mapping[str, str], confi
         model_type=str(text.get("model_type")),
         kind=kind,
         images="vision_config" in config,
+        dtype=_dtype(text),
         siglip=holds_siglip(config, parts),
         torn=f"{', '.join(_leaf(n) for n in mixed_group)} of {mixed_group[0].rpartition('.')[0]}"
         if mixed_group
@@ -142,6 +180,12 @@ def _about(parts: Mapping[str, LinearStorage], skipped: Mapping[str, str], confi
         torn_experts=next((layer for layer, g in experts.items() if len(_kinds(parts, g)) > 1), ""),
         several_experts=len(_kinds(parts, [n for g in expert_groups(loaded).values() for n in g])) > 1,
     )
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    """What vLLM computes in: it takes float32 models in 16 bits."""
+    named = str(config.get("dtype") or config.get("torch_dtype") or "")
+    return "float16" if named.endswith("float16") and not named.endswith("bfloat16") else "bfloat16"
 
 
 def _kinds(parts: Mapping[str, LinearStorage], names: Iterable[str]) -> set[object]:

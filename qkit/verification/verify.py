@@ -29,7 +29,7 @@ from qkit.verification.inputs import check_inputs
 from qkit.verification.kv_cache import check_cache
 from qkit.verification.layout_config import method_of, read_layout
 from qkit.verification.layouts import decode_stored, stored_layout
-from qkit.verification.model_engines import EngineRow, LinearStorage, engine_rows
+from qkit.verification.model_engines import ANYWHERE, Deployment, EngineRow, LinearStorage, engine_rows
 from qkit.verification.pipeline import check_around, check_policy, packed_part
 from qkit.verification.quantization_config import (
     ConfigGroup,
@@ -278,25 +278,29 @@ def _check_uncovered(
 
 
 def _engine_table(
-    record: Record, groups: Mapping[str, ConfigGroup], config: Mapping[str, Any], method: str
+    record: Record,
+    groups: Mapping[str, ConfigGroup],
+    config: Mapping[str, Any],
+    method: str,
+    on: Deployment = ANYWHERE,
 ) -> list[EngineRow]:
     parts = {
         name: LinearStorage(linear.format, linear.activations, groups[name].packing, linear.shape, linear.uses)
         for name, linear in record.linears.items()
         if name in groups
     }
-    return engine_rows(parts, record.skipped, config, method, record.stock_refusal)
+    return engine_rows(parts, record.skipped, config, method, record.stock_refusal, on)
 
 
-def engine_table(out: Path) -> list[EngineRow]:
+def engine_table(out: Path, on: Deployment = ANYWHERE) -> list[EngineRow]:
     """The engines that load a packed folder, as its record and config say, without a look at its tensors; nothing where the
-    two cannot be read."""
+    two cannot be read. on: what it is to run on"""
     findings = Findings()
     record, config = read_record(out, findings), read_json(out / "config.json", findings)
     if record is None:
         return []
     quantization, groups = _read_config(out, config, record, findings)
-    return [] if quantization is None else _engine_table(record, groups, config or {}, quantization.method)
+    return [] if quantization is None else _engine_table(record, groups, config or {}, quantization.method, on)
 
 
 def summary(report: Report) -> str:

@@ -42,6 +42,7 @@ from qkit.tensor.formats import GGUF_FORMATS
 from qkit.tensor.formats import scheme as scheme_of
 from qkit.workflows import kv_cache
 from qkit.workflows.budget_bytes import header_bytes, running_bytes, saved_by_ends
+from qkit.workflows.engine_candidates import loadable_choices
 from qkit.workflows.kv_cache import CacheChoices, CachePlan, joint_choices
 from qkit.workflows.probe_requests import candidates_of
 from qkit.workflows.profile import ProfileRequest, plan_measurement, profile, profile_from_shapes
@@ -125,7 +126,8 @@ def allocation_problem(request: Request, budget_request: BudgetRequest) -> Alloc
     latency = None
     if table is not None and budget_request.budget.latency is not None:
         latency = Latency(budget_request.budget.latency[0], unit_times(known_profile, structure, table, request.model))
-    choices = apply_bounds(known_profile, budget_request.floors, budget_request.ceilings)
+    offered = loadable_choices(known_profile, structure, request)
+    choices = apply_bounds(offered, budget_request.floors, budget_request.ceilings)
     running, cache = running_bytes(structure, budget_request.budget.context), _shared_cache(request, budget_request)
     cache_bytes = (running[0], running[0]) if cache is None else (cache.least, cache.most)
     headers = header_bytes(known_profile, structure)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from qkit.engines.process import EngineAnswer
@@ -39,15 +39,16 @@ def unquantized(answer: EngineAnswer, packed: Sequence[str]) -> list[str]:
     joined = {part: whole for whole, parts in answer.joined.items() for part in parts}
     found = []
     for name in packed:
-        used = _layer(name, answer.layers, joined)
+        place = place_of(name, answer.layers, joined)
+        used = None if place is None else answer.layers[place]
         if used is not None and "scheme" not in used and "Unquantized" in used.get("method", "Unquantized"):
             found.append(name)
     return found
 
 
-def _layer(name: str, layers: Mapping[str, Mapping[str, str]], joined: Mapping[str, str]) -> Mapping[str, str] | None:
-    """What runs a layer of the file: under its own name, that of the layer that it is a part of, or that of the experts that
-    hold it; names may begin in another way in the engine."""
+def place_of(name: str, layers: Collection[str], joined: Mapping[str, str]) -> str | None:
+    """The layer that runs a linear of the file: under its own name, that of the layer that it is a part of, or that of the
+    experts that hold it; names may begin in another way in the engine. joined: {part: the layer that has it}"""
     parent, _, leaf = name.rpartition(".")
     names = [name, f"{parent}.{joined.get(leaf, leaf)}"]
     while parent:
@@ -55,12 +56,12 @@ def _layer(name: str, layers: Mapping[str, Mapping[str, str]], joined: Mapping[s
         parent = parent.rpartition(".")[0]
     for wanted in names:
         if wanted in layers:
-            return layers[wanted]
+            return wanted
         first = next((i for i, part in enumerate(wanted.split(".")) if part.isdigit()), None)
         end = None if first is None else "." + ".".join(wanted.split(".")[first:])
         fitting = [] if end is None else [layer for layer in layers if layer.endswith(end)]
         if len(fitting) == 1:
-            return layers[fitting[0]]
+            return fitting[0]
     return None
 
 
@@ -69,7 +70,9 @@ def notes_of(out: Path, answer: EngineAnswer) -> list[str]:
     notes = []
     record = (read_record(out) if out.is_dir() else None) or {}
     rounded = any(linear.get("activations") for linear in (record.get("linears") or {}).values())
-    kernels = {used["kernel"] for used in answer.layers.values() if "kernel" in used and "A16" not in used.get("scheme", "")}
+    kernels = {
+        used["kernel"] for used in answer.layers.values() if "kernel" in used and "A16" not in used.get("scheme", "")
+    }
     kept = sorted(k for k in kernels if any(part in k for part in _INPUTS_KEPT))
     if rounded and kept:
         notes.append(f"{', '.join(kept)} leaves the inputs of layers in 16 bits, and the file says to round them")

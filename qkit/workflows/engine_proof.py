@@ -9,7 +9,7 @@ with the last bit of the embeddings changed: rounded inputs (W8A8, FP8) make tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from torch import Tensor
 from qkit.engines.process import ENGINES, TIMEOUT, Engine, EngineJob, EngineRefusal, run_engine
 from qkit.evaluation.decoding import greedy_tokens
 from qkit.kvcache.policy import stored
-from qkit.verification.engines import without_cpu
+from qkit.verification.engine_types import RUN
 from qkit.verification.model_engines import EngineRow
+from qkit.verification.vllm_fit import NEEDS_AMX
+from qkit.verification.vllm_table import CPU
 from qkit.workflows.engine_layers import kernels_of, notes_of, packed_names, unquantized
 from qkit.workflows.own_arithmetic import (
     Q8,
@@ -164,8 +166,12 @@ def prove(
 def _expected(kind: Engine, rows: Sequence[EngineRow], device: str) -> bool | None:
     """Whether the table says that this engine loads all of the file, on that device; None where it says nothing."""
     own = [row for row in rows if row.engine.split(" ")[0] == kind.title]
-    amx = has_amx()
-    return all(row.loads_as and not (device == "cpu" and without_cpu(row.limits, amx)) for row in own) if own else None
+
+    def loads(row: EngineRow) -> bool:
+        on_cpu = CPU in (row.platforms or (CPU,)) and (NEEDS_AMX not in row.limits or has_amx())
+        return row.loads_as is not None and (device != CPU or on_cpu)
+
+    return all(map(loads, own)) if own else None
 
 
 def has_amx() -> bool:
@@ -174,6 +180,19 @@ def has_amx() -> bool:
         return "amx_tile" in Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     except OSError:
         return False
+
+
+def proved_rows(rows: Sequence[EngineRow], proof: EngineProof) -> list[EngineRow]:
+    """The table of engines with what a run of the file showed in place of what was expected."""
+
+    def proved(row: EngineRow) -> EngineRow:
+        if row.engine.split(" ")[0] != proof.engine:
+            return row
+        if proof.difference is None:
+            return replace(row, loads_as=None, limits=(proof.refused,), known=RUN)
+        return replace(row, known=RUN)
+
+    return [proved(row) for row in rows]
 
 
 def allowed(noise: Difference, dtype: str) -> tuple[float, float]:

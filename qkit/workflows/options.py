@@ -12,6 +12,7 @@ from typing import Any
 
 from qkit.allocation.limits import CANDIDATES, MEASURE, BudgetRequest, parse_budget, parse_bytes
 from qkit.calibration.sources import parse_sources
+from qkit.engines.selector import parse_gpus
 from qkit.errors import UsageError
 from qkit.files.locate import find_model
 from qkit.files.sources.lora import is_adapter
@@ -41,6 +42,7 @@ DEFAULTS: dict[str, Any] = {
         ("scheme", "method", "group_size", "recipe", "outliers", "rank", "significant", "effort", "export")
     ),
     "keep_source": (),
+    **dict.fromkeys(("engine", "gpu", "tp")),
     **dict.fromkeys(("embeddings", "head", "unloaded")),
     "options": (),
     "call": (),
@@ -172,6 +174,9 @@ def make_request(options: dict[str, Any]) -> Request:
         )
     if options["rank"] is not None and options["rank"] < 0:
         raise UsageError(f"--rank {options['rank']}: expected 0, for none, or more")
+    if options["tp"] is not None and options["tp"] < 1:
+        raise UsageError(f"--tp {options['tp']}: expected at least 1")
+    options["gpu"] = None if options["gpu"] is None else ",".join(parse_gpus(options["gpu"]))
     revision, required = options.pop("revision"), options.pop("require_revision")
     if revision is not None or required:
         options["model"] = str(find_model(options["model"], revision, required))

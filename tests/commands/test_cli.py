@@ -17,18 +17,19 @@ from qkit.commands import VERBS, cli, main
 
 BUDGET = "bits candidates ceiling floor latency measure memory profile refine size"
 FLAGS = {
-    "quantize": "answers-only base calib calibrate-all-experts call effort embeddings expert-share export group-size head json "
-    "keep-job keep-source kv kv-memory kv-scale-keys max-length method model option out outliers overwrite padded policy "
-    "prune-experts rank recipe require-revision revision rows-memory samples scheme seed seqlen significant strict "
-    f"synthetic-samples target threads unloaded work {BUDGET}",
-    "plan": "answers-only base calib calibrate-all-experts call effort embeddings expert-share explain export figures "
-    "group-size head json keep-source kv kv-memory kv-scale-keys max-length method model option out outliers padded policy "
-    "prune-experts rank recipe require-revision revision rows-memory samples scheme seed seqlen significant strict "
-    f"synthetic-samples target threads unloaded {BUDGET}",
+    "quantize": "answers-only base calib calibrate-all-experts call effort embeddings engine expert-share export gpu "
+    "group-size head json keep-job keep-source kv kv-memory kv-scale-keys max-length method model option out outliers "
+    "overwrite padded policy prune-experts rank recipe require-revision revision rows-memory samples scheme seed seqlen "
+    "significant strict synthetic-samples target threads tp unloaded work "
+    f"{BUDGET}",
+    "plan": "answers-only base calib calibrate-all-experts call effort embeddings engine expert-share explain export figures "
+    "gpu group-size head json keep-source kv kv-memory kv-scale-keys max-length method model option out outliers padded policy "
+    "prune-experts python rank recipe require-revision revision rows-memory samples scheme seed seqlen significant strict "
+    f"synthetic-samples target threads tp unloaded {BUDGET}",
     "profile": "answers-only audit audit-text calib candidates embeddings group-size head json measures method model out "
     "padded pareto "
     "pareto-measure points rows samples seed seqlen threads",
-    "verify": "engine engine-timeout job json python source",
+    "verify": "engine engine-timeout gpu job json python source tp",
     "eval": "allow-task-code baseline device dtype engine engine-timeout json kv kv-step image-text limit prompt python "
     "questions report retrieval task-dir tasks text vbench-python videos videos-dir window windows",
     "check": "allow-task-code baseline budget device dtype json junit task-dir text",

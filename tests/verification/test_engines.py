@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from qkit.tensor.formats import SCHEMES
-from qkit.verification.engines import VLLM, EngineFit, ModelFacts, engine_fits
+from qkit.tensor.formats import SCHEMES, layout
+from qkit.verification.engine_types import EngineFit, ModelFacts
+from qkit.verification.engines import engine_fits
+from qkit.verification.vllm_table import GPUS
 
 
 def vllm(scheme: str, packing: str, **changes: object) -> EngineFit:
@@ -23,16 +25,15 @@ def vllm(scheme: str, packing: str, **changes: object) -> EngineFit:
         ("W4A16_ASYM", "pack-quantized", "WNA16", "Marlin (sm90: Machete)"),
         ("W3A16_ASYM", "pack-quantized", "WNA16", "Humming"),
         ("W3A16", "pack-quantized", "WNA16", "no kernel for CPUs"),
-        ("W4A8", "pack-quantized", "WNA8Int", "sm75"),
         ("W4A8", "pack-quantized", "WNA8Int", "on CPUs inputs stay in 16 bits"),
         ("W4A8", "int-quantized", "W4A8Int", "legacy"),
-        ("W4A8-FP8", "pack-quantized", "W4A8Fp8", "sm90 only"),
+        ("W4A8-FP8", "pack-quantized", "W4A8Fp8", "not on sm75, sm80, sm86, sm89, sm100, sm120"),
         ("W8A8", "int-quantized", "W8A8Int8", ""),
         ("FP8", "float-quantized", "W8A8Fp8", "sm89"),
         ("FP8_DYNAMIC", "float-quantized", "W8A8Fp8", "sm89"),
         ("FP8_BLOCK", "float-quantized", "W8A8Fp8", "sm89"),
         ("NVFP4", "nvfp4-pack-quantized", "W4A4Fp4", "Blackwell"),
-        ("NVFP4A16", "nvfp4-pack-quantized", "use_a16", ""),
+        ("NVFP4A16", "nvfp4-pack-quantized", "W4A4Fp4", ""),
         ("MXFP4", "mxfp4-pack-quantized", "W4A4Mxfp4", ""),
         ("MXFP8A16", "mxfp8-quantized", "W8A8Mxfp8", "quantizes them too on Blackwell"),
         ("MXFP4A16", "mxfp4-pack-quantized", "W4A4Mxfp4", "quantizes them too on Blackwell"),
@@ -48,9 +49,14 @@ def test_vllm_takes(scheme, packing, loads_as, limit):
     ("scheme", "packing", "changes", "why"),
     [
         ("W4A16", "int-quantized", {}, "only as pack-quantized"),
-        ("W4A8-FP8", "pack-quantized", {"group": 64}, "groups of 128 alone"),
-        ("W4A8-FP8", "pack-quantized", {"strategy": "channel", "group": None}, "groups of 128 alone"),
-        ("W8A8", "int-quantized", {"symmetric": False}, "only as pack-quantized"),
+        ("W4A8-FP8", "pack-quantized", {"group": 64}, "No compressed-tensors compatible scheme"),
+        (
+            "W4A8-FP8",
+            "pack-quantized",
+            {"strategy": "channel", "group": None},
+            "No compressed-tensors compatible scheme",
+        ),
+        ("W8A8", "int-quantized", {"symmetric": False}, "no scheme"),
         ("W4A16", "pack-quantized", {"strategy": "tensor", "group": None}, "no scheme"),
         ("W3A16", "pack-quantized", {"bits": 1}, "no scheme"),
     ],
@@ -79,10 +85,10 @@ def test_asymmetric_weights_with_int8_inputs_load(symmetric):
         (64, "Marlin (sm90: Machete)", False),
         (128, "Marlin (sm90: Machete)", False),
         (-1, "Marlin (sm90: Machete)", False),
-        (16, "Humming alone", False),
-        (48, "Humming alone", True),
-        (96, "Humming alone", True),
-        (256, "TritonW4A16 (sm90: Humming)", False),
+        (16, "Humming (sm75: Exllama)", False),
+        (48, "Humming (sm75: Exllama)", True),
+        (96, "Humming (sm75: Exllama)", True),
+        (256, "TritonW4A16 (sm75: Exllama; sm90: Humming)", False),
     ],
 )
 def test_kernels_by_group(group, kernel, wrong):
@@ -125,12 +131,11 @@ def test_a_class_that_does_not_continue_a_text_is_not_claimed_for_vllm(kind, tol
     assert not any("was not checked" in limit for limit in shown.limits)
 
 
-def test_every_scheme_of_qkit_has_an_engine_and_every_row_a_user():
-    packings = {p for row in VLLM for p in row.packings}
-    used = set()
-    for made in (s for s in SCHEMES.values() if s.name != "NVFP4A8"):  # of diffusion transformers
-        fits = [engine_fits(made.weights, made.activations, packing)[0].loads_as for packing in sorted(packings)]
-        used |= {fit for fit in fits if fit}
-        assert any(fits), made.name
-    rare = {"CompressedTensorsWNA4Int", "CompressedTensorsW8A16Fp8"}  # W4A4, and FP8 weights alone
-    assert {row.loads_as for row in VLLM} - used == rare
+def test_every_scheme_of_qkit_is_in_the_table_on_every_kind_of_gpu():
+    for made in SCHEMES.values():
+        fit = engine_fits(made.weights, made.activations, layout(made.weights, made.activations))[0]
+        if made.name == "NVFP4A8":  # of diffusion transformers
+            assert fit.loads_as is None and "must also be NVFP4" in fit.limits[0]
+        else:
+            assert fit.loads_as and set(fit.kernels) == {*GPUS, "cpu"}, made.name
+            assert fit.known == "from a table (vLLM 0.32)"
