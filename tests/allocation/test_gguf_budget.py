@@ -1,6 +1,7 @@
 """Budgets over types of GGUF: one for every tensor, the embeddings and the head among them, within the bytes of the file."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import Quiet
@@ -179,3 +180,14 @@ def test_the_cost_of_a_tied_matrix_is_that_of_the_weights_that_the_solver_gives(
     (probed,) = (found for line in journal if (found := json.loads(line)["linears"].get(TABLE)) is not None)
     written = json.loads((tmp_path / "out" / "qkit.json").read_text())["linears"][TABLE]
     assert probed["weight_sha256"] == written["weight_sha256"] and written["solver"] == "gptq"
+
+
+def test_a_quick_measure_is_the_only_one_that_a_budget_takes(tiny, calib, tmp_path):
+    model = tiny("llama", num_hidden_layers=1)
+    budget_request = budget_of(tmp_path / "new", bits=5.0, candidates="q4_0,q8_0", measure="fisher")
+    budgeted = allocate_budget(asked(model, calib=calib), budget_request, Quiet())
+    assert budgeted.profile.measures == ("fisher",) and budgeted.allocation.cost > 0
+    with pytest.raises(UsageError, match="taste"):
+        allocate_budget(
+            asked(model, calib=calib), replace(budget_request, profile=tmp_path / "b", measure="taste"), Quiet()
+        )
