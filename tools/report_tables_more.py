@@ -253,7 +253,7 @@ def gguf_mixed() -> str:
         if not (REPORTS / f"gguf/allocation-{name}.json").is_file():
             continue
         files = report(f"gguf/allocation-{name}")["files"]
-        for mine in (f for f in files if f["who"] == "qkit" and f["against"]):
+        for mine in (f for f in files if f["who"] == "qkit" and f["name"].endswith(" by kl") and f["against"]):
             mix = mine["against"]
             plain, matrix = (next(f for f in files if f["name"] == n) for n in (mix, f"{mix} imatrix"))
             change = [100 * x for x in mine[f"to {mix} imatrix"]["perplexity change"]]
