@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from markdown_table import Row, markdown
-from report_tables import interval, mb, report
+from report_tables import REPORTS, interval, mb, report
 
 CACHES = {
     "int8": "`int8`",
@@ -246,7 +246,34 @@ def engines() -> str:
     return markdown(rows)
 
 
+def gguf_mixed() -> str:
+    """Mixed GGUF files of qkit and of llama.cpp at the same bytes."""
+    rows: list[Row] = []
+    for name in ("tiny-llama", "smollm2"):
+        if not (REPORTS / f"gguf/allocation-{name}.json").is_file():
+            continue
+        files = report(f"gguf/allocation-{name}")["files"]
+        for mine in (f for f in files if f["who"] == "qkit" and f["name"].endswith(" by kl") and f["against"]):
+            mix = mine["against"]
+            plain, matrix = (next(f for f in files if f["name"] == n) for n in (mix, f"{mix} imatrix"))
+            change = [100 * x for x in mine[f"to {mix} imatrix"]["perplexity change"]]
+            rows.append(
+                {
+                    "model": name,
+                    "bytes of": mix,
+                    "MB": mb(plain["bytes"]),
+                    "KL, llama.cpp": f"{plain['kl'][0]:.4f}",
+                    "KL, with its importance matrix": f"{matrix['kl'][0]:.4f}",
+                    "KL, qkit": f"{mine['kl'][0]:.4f}",
+                    "difference to the latter": interval(mine[f"to {mix} imatrix"]["kl difference"], 4),
+                    "perplexity, qkit to the latter (%)": interval(change, 2),
+                }
+            )
+    return markdown(rows)
+
+
 TABLES = {
+    "gguf-mixed": gguf_mixed,
     "engines": engines,
     "experts": experts,
     "kv-caches": caches,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qkit.engine.ends import rounded_table
+from qkit.engine.ends import STAGE, quantize_ends, rounded_table
 from qkit.engine.export import job_identity
 from qkit.engine.job import Job
 from qkit.engine.run import run_blocks
@@ -54,18 +54,32 @@ class Probes:
         """{linear: what the candidate puts in its place}; nothing for a candidate that keeps the unit."""
         if candidate.scheme is None:
             return {}
-        if unit.is_end:  # no data is needed to round it, so no probe holds it
+        if unit.is_end:
             return {x.name: Replacement(table, None, None) for x, _, table in self._tables(unit, candidate)}
         plan, job = self._jobs[candidate.name]
         return {x.name: replacement(plan, job, unit.place, x.name) for x in unit.linears}
 
     def _tables(self, unit: Unit, candidate: Candidate) -> Iterator[tuple[Linear, Tensor, Tensor]]:
-        """(matrix, its values, its values in the candidate's format) of an end; none where it has no such format."""
+        """(matrix, its values, its values in the candidate's format) of an end, as the probe solved it, or rounded where the
+        probe leaves it out; none where it has no such format."""
         for x in unit.linears:
             fmt = end_format(candidate, x.shape[1])
             if fmt is not None:
                 table = self._structure.checkpoint.read_finite(f"{x.name}.weight")
-                yield x, table.float(), rounded_table(fmt, table)
+                yield (
+                    x,
+                    table.float(),
+                    self._solved(x, candidate) if self._solves(x, candidate) else rounded_table(fmt, table),
+                )
+
+    def _solves(self, end: Linear, candidate: Candidate) -> bool:
+        return candidate.name in self._jobs and end.name in self._jobs[candidate.name][0].ends
+
+    def _solved(self, end: Linear, candidate: Candidate) -> Tensor:
+        plan, job = self._jobs[candidate.name]
+        stage = job.stage(STAGE)
+        assert stage is not None
+        return dequantize(job.quantized(stage, end.name, plan.ends[end.name].weights)[0])
 
     def activations(self, unit: Unit, candidate: Candidate) -> dict[str, Activations]:
         """{linear: format of its input and its static scale}, for a candidate that quantizes inputs."""
@@ -95,6 +109,7 @@ def probes(
         for name, plan in plans.items():
             job = stack.enter_context(Job.open(folder / name.lower(), job_identity(plan, source_hash)))
             run_blocks(plan, structure, job, pool, _Named(progress, name))
+            quantize_ends(plan, structure, job, pool, _Named(progress, name))
             jobs[name] = (plan, job)
         yield Probes(jobs, structure)
 

@@ -34,6 +34,7 @@ from qkit.planning.gguf import check_gguf
 from qkit.planning.recipe import AUTO, SOURCE, parse_method
 from qkit.planning.request import Request, recipe_of
 from qkit.sensitivity.candidates import GGUF
+from qkit.sensitivity.names import check_measures
 from qkit.sensitivity.profile import FILE, KEPT, Profile
 from qkit.sensitivity.units import profiled_units, recorded_parts
 from qkit.system.extras import require
@@ -168,7 +169,11 @@ def _missing_profile(request: Request, budget_request: BudgetRequest) -> Profile
             f"{budget_request.profile}: no profile there: run 'qkit profile --out {budget_request.profile} ..', "
             "or add --candidates to measure it now"
         )
-    return ProfileRequest(_without_transforms(request), budget_request.candidates or budget_request.default)
+    base, names = _without_transforms(request), budget_request.candidates or budget_request.default
+    if budget_request.measure == MEASURE:
+        return ProfileRequest(base, names)
+    check_measures((budget_request.measure,))
+    return ProfileRequest(base, names, (budget_request.measure,))  # a quick measure is not to wait for slow ones
 
 
 def allocate_budget(request: Request, budget_request: BudgetRequest, progress: Progress) -> BudgetAllocation:

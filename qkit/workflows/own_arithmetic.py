@@ -55,9 +55,10 @@ def engine_dtype(out: Path, engine: str) -> str:
 
 
 def load_model(out: Path, dtype: torch.dtype) -> Any:
-    """qkit's own model of the folder, with a plain cache; of a GGUF file the one that transformers decodes. Raises Unsupported
-    for one that does not continue a text."""
-    model = _decoded(out, dtype) if out.suffix == GGUF else load(out, dtype=dtype, kv="none")
+    """qkit's own model of the folder, or of the folder of a GGUF file that qkit wrote, with a plain cache; of another GGUF file
+    the one that transformers decodes. Raises Unsupported for one that does not continue a text."""
+    folder = out.parent if out.suffix == GGUF and (out.parent / RECORD).is_file() else out
+    model = _decoded(out, dtype) if folder.suffix == GGUF else load(folder, dtype=dtype, kv="none")
     if not predicts_next(model):
         raise Unsupported(
             f"{out}: --engine is for models that continue a text, and a {type(model).__name__} does not: leave --engine out"

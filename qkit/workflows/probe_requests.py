@@ -122,11 +122,14 @@ def probe_of(base: Request, candidate: Candidate, asked: ProbeRequest) -> Reques
     )
     if not candidate.scheme.weights.gguf:
         return request
-    units = [u for u in profiled_units(asked.structure, asked.settings) if not u.is_end]
+    every = profiled_units(asked.structure, asked.settings)
+    units = [u for u in every if not u.is_end]
     others = [x.name for u in units if not applies(u, candidate) for x in u.linears]
     rules = ({"match": others, "skip": "another type is measured for it"},) if others else ()
-    ends = SOURCE  # are rounded for each measurement
-    return None if len(others) == len(units) else replace(request, rules=rules, embeddings=ends, head=ends)
+    ends = {u.part: name.lower() for u in every if u.is_end and applies(u, candidate)}
+    embeddings, head = (ends.get(part, SOURCE) for part in (EMBEDDINGS, HEAD))
+    head = SOURCE if asked.structure.tied else head  # one matrix, which the embeddings name
+    return None if len(others) == len(units) else replace(request, rules=rules, embeddings=embeddings, head=head)
 
 
 def _group(candidate: Candidate, group_size: int | None) -> int | None:

@@ -7,7 +7,7 @@
 BIN holds llama-quantize and llama-imatrix. The model becomes a GGUF file in its own 16 bits; llama-quantize makes its mixes of
 that, without and with an importance matrix of as many calibration tokens as qkit gets. For the size of each mix, and for the
 bits of --bits (all bytes of the file over all weights), qkit allocates within that size by every measure asked for, and
-quantizes with gptq. Files are read by the library gguf, whoever wrote them, and compared in float32 with the original in the
+quantizes with gptq (for bits by the first measure alone). Files are read by the library gguf, whoever wrote them, and compared in float32 with the original in the
 first windows of 512 tokens of the text: KL divergence, perplexity, and the paired difference to the mix at the same bytes, with
 95 % intervals over windows. WORK keeps the files and a line for each: a stopped run goes on. reports/gguf/allocation-NAME.json
 gets the figures.
@@ -206,7 +206,7 @@ def main() -> None:
     goals = [(mix, mix, next(e.path.stat().st_size for e in mixes if e.name == mix)) for mix in args.mixes]
     goals += [(f"{bits} bits", "", int(float(bits) * weights / 8)) for bits in args.bits]
     for name, against, size in goals:
-        for measure in args.measures:
+        for measure in args.measures if against else args.measures[:1]:
             path = qkit_file(args, size, measure, name.replace(" ", "-"))
             entry = Entry("qkit", f"{name} by {measure}", against, path)
             rivals = {n: d for n, d in theirs.items() if against and n.split(" ")[0] == against}

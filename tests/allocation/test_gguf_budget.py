@@ -1,6 +1,7 @@
 """Budgets over types of GGUF: one for every tensor, the embeddings and the head among them, within the bytes of the file."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import Quiet
@@ -166,3 +167,27 @@ def test_ends_of_a_profile_may_be_named(measured, calib):
     for option in (EMBEDDINGS,) if tied else (EMBEDDINGS, HEAD):
         with pytest.raises(UsageError, match="the budget decides"):
             allocate_budget(asked(model, calib=calib, **{option: "q8_0"}), budget_of(folder, bits=5.0), Quiet())
+
+
+def test_the_cost_of_a_tied_matrix_is_that_of_the_weights_that_the_solver_gives(tiny, calib, tmp_path):
+    model = tiny("llama", num_hidden_layers=1, tie_word_embeddings=True)
+    options = {"method": "gptq", "calib": calib, "samples": 2, "seqlen": 16, "threads": 1}
+    profile(
+        ProfileRequest(Request(model=str(model), **options), "q4_0", ("weight", "kl")), tmp_path / "profile", Quiet()
+    )
+    quantize(Request(model=str(model), scheme="q4_0", head="q4_0", **options), tmp_path / "out", Quiet())
+    journal = (tmp_path / "profile" / "probes" / "q4_0" / "journal.jsonl").read_text().splitlines()
+    (probed,) = (found for line in journal if (found := json.loads(line)["linears"].get(TABLE)) is not None)
+    written = json.loads((tmp_path / "out" / "qkit.json").read_text())["linears"][TABLE]
+    assert probed["weight_sha256"] == written["weight_sha256"] and written["solver"] == "gptq"
+
+
+def test_a_quick_measure_is_the_only_one_that_a_budget_takes(tiny, calib, tmp_path):
+    model = tiny("llama", num_hidden_layers=1)
+    budget_request = budget_of(tmp_path / "new", bits=5.0, candidates="q4_0,q8_0", measure="fisher")
+    budgeted = allocate_budget(asked(model, calib=calib), budget_request, Quiet())
+    assert budgeted.profile.measures == ("fisher",) and budgeted.allocation.cost > 0
+    with pytest.raises(UsageError, match="taste"):
+        allocate_budget(
+            asked(model, calib=calib), replace(budget_request, profile=tmp_path / "b", measure="taste"), Quiet()
+        )

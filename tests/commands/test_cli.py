@@ -34,6 +34,7 @@ FLAGS = {
     "questions report retrieval task-dir tasks text vbench-python videos videos-dir window windows",
     "check": "allow-task-code baseline budget device dtype json junit task-dir text",
     "bench": "baseline device dtype figure formats group-size json m model new-tokens prompt-tokens shapes table threads",
+    "convert": "export json out overwrite",
     "serve-command": "context tp",
     "inspect": "json",
     "list": "json",
