@@ -143,17 +143,23 @@ def _floats(linear: RecordedLinear, tensors: Mapping[str, StoredTensor], result:
 
 
 def _whose_reciprocal(stored: Array) -> np.float32:
-    """The number of which a stored one is the reciprocal: of those for which it is, rounded to float32, the one with most zeros
-    at the end of its bits; 1 / stored where there is none."""
-    near = (np.float32(1) / stored).astype("<f4").reshape(())
-    around = (near.view("<i4") + np.array([0, 1, -1, 2, -2], dtype="<i4")).astype("<i4").view("<f4")
-    fitting = [x for x in around if np.float32(1) / x == stored]
+    """The number of which a stored one is the reciprocal. Several may be, once rounded to float32: one that ends with 12 zero
+    bits is taken first, then 1 / a * 2688 for a magnitude a that float16 has, then the nearest."""
+    one, value = np.float32(1), np.float32(stored.reshape(()))
+    near = one / value
+    around = (near.view("<i4") + np.array([0, 1, -1, 2, -2], dtype="<i4")).view("<f4")
+    whole = np.float32(2688)
+    with np.errstate(all="ignore"):
+        largest = one / np.float32(np.float16(value * whole)) * whole
 
     def zeros(x: np.float32) -> int:
         mantissa = int(x.view("<i4")) & 0x7FFFFF
         return 23 if mantissa == 0 else len(bin(mantissa)) - len(bin(mantissa).rstrip("0"))
 
-    return max(fitting, key=zeros) if fitting else np.float32(near)
+    short = [x for x in (*around, largest) if one / x == value and zeros(x) >= 12]
+    if short:
+        return max(short, key=zeros)
+    return largest if one / largest == value else near
 
 
 def _check(result: DecodedLinear, name: str, values: Array, signed: bool = False) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qkit.engine.partial_output import LISTING, Partial
 from qkit.errors import Unsupported, VerifyFailure
@@ -106,7 +107,7 @@ def _look(packed: PackedFolder, record: dict[str, Any] | None, export: str, prog
     recorded = {} if record is None else record.get("linears", {})
     model = dtype_of(packed.checkpoint)
     for name, linear in packed.linears.items():
-        q, _ = linear.read(packed.checkpoint)
+        q, static = linear.read(packed.checkpoint)
         digest = weight_sha256([q])
         if name in recorded and recorded[name].get("weight_sha256") != digest:
             raise VerifyFailure(
@@ -114,10 +115,8 @@ def _look(packed: PackedFolder, record: dict[str, Any] | None, export: str, prog
             )
         held, difference = _held(q, export)
         pair = (q.format, linear.kept.activations)
-        found[name] = Found(
-            pair, linear.shape, q.params.scale.dtype, digest if held is q else weight_sha256([held]), difference
-        )
-        stored = scale_dtype(export, q.params.scale.dtype, model)
+        stored = _scale_dtype(q, static, export, model)
+        found[name] = Found(pair, linear.shape, stored, digest if held is q else weight_sha256([held]), difference)
         if stored != q.params.scale.dtype and (lost := lost_scales(q, stored)):
             raise Unsupported(
                 f"{name}: {lost} of its {q.params.scale.numel()} scales are {str(q.params.scale.dtype)[6:]} numbers that "
@@ -125,6 +124,16 @@ def _look(packed: PackedFolder, record: dict[str, Any] | None, export: str, prog
             )
         progress.step()
     return found
+
+
+def _scale_dtype(q: QTensor, static: Tensor | None, export: str, model: torch.dtype) -> torch.dtype:
+    """The dtype in which scales are stored: that of the source where the layout has it; of the model, where compressed-tensors
+    gets scales of 32 bits, that of the inputs too, that 16 hold exactly."""
+    dtype = q.params.scale.dtype
+    if export == "compressed-tensors" and dtype == torch.float32 and not lost_scales(q, model):
+        exact = static is None or torch.equal(static.to(model).to(torch.float32), static.to(torch.float32))
+        return model if exact else dtype
+    return scale_dtype(export, dtype, model)
 
 
 def _held(q: QTensor, export: str) -> tuple[QTensor, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -27,7 +27,7 @@ from qkit.planning.kept import KEPT
 from qkit.system.version import __version__
 from qkit.tensor import compressed_tensors as ct
 from qkit.tensor.formats import Format
-from qkit.tensor.layouts.table import LAYOUTS, cache_name, cache_name_back, scale_dtype, stores_zeros, with_zeros
+from qkit.tensor.layouts.table import LAYOUTS, cache_name, cache_name_back, stores_zeros, with_zeros
 from qkit.verification.fused_layers import fused_groups
 
 PLAIN = "the source holds it in full precision"
@@ -39,7 +39,7 @@ Pair = tuple[Format, Format | None]
 class Found:
     """What was seen of a linear before anything is written.
 
-    sha256: of the weight that the result has to hold, in float32; scale: dtype of its scales in the source
+    sha256: of the weight that the result has to hold, in float32; scale: dtype of its scales in the result
     difference: the largest relative one between this weight and that of the source; 0 where they are equal bit for bit
     """
 
@@ -69,9 +69,9 @@ class Target:
     ) -> None:
         self.packed, self.structure, self.found, self.export, self.record = packed, structure, found, export, record
         self.pairs = {name: f.pair for name, f in found.items()}
-        self.zeros, model = stores_zeros(export, self.pairs), dtype_of(packed.checkpoint)
+        self.zeros, self.model_dtype = stores_zeros(export, self.pairs), dtype_of(packed.checkpoint)
         self.layout = LAYOUTS.get(export)
-        self.dtypes = {name: scale_dtype(export, f.scale, model) for name, f in found.items()}
+        self.dtypes = {name: f.scale for name, f in found.items()}
         self.specs: dict[str, Spec] = {name: (i.torch_dtype, i.shape) for name, i in packed.plain.items()}
         self.copied = dict(packed.plain)
         for name, info in packed.cache.items():
@@ -105,7 +105,10 @@ class Target:
         if self._cached[0] != name:
             q, static = self.packed.linears[name].read(self.packed.checkpoint)
             stored = with_zeros(q) if self.zeros else q
-            written = (self.layout or ct).write(stored, self.found[name].pair[1], static, self.dtypes[name])
+            dtype, inputs = self.dtypes[name], self.found[name].pair[1]
+            if stored.format.scale == "model":
+                stored = replace(stored, params=replace(stored.params, scale=stored.params.scale.to(dtype)))
+            written = (self.layout or ct).write(stored, inputs, static, dtype)
             self._cached = (name, written)
         return self._cached[1]
 
@@ -165,6 +168,7 @@ class Target:
                 "activations": None if f.pair[1] is None else f.pair[1].to_json(),
                 "shape": list(f.shape),
                 "weight_sha256": f.sha256,
+                **({"kept": True} if f.pair[0].scale == "model" and f.scale != self.model_dtype else {}),
             }
             for name, f in self.found.items()
         }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qkit.system.version import __version__
-from qkit.tensor.formats import ACTIVATION_FORMATS, FORMATS, Format
+from qkit.tensor.formats import ACTIVATION_FORMATS, FORMATS, NVFP4_RANGE, Format
 from qkit.tensor.packing import pack_nibbles
 from qkit.tensor.qtensor import QTensor, nvfp4_global_scale, param_shape
 
@@ -25,6 +25,8 @@ Pair = tuple[Format, Format | None]
 
 FILE = "hf_quant_config.json"
 MIXED = "MIXED_PRECISION"
+_NEAR = (0, 1, -1, 2, -2)  # units in the last place
+_SHORT = 12  # zeros at the end of a mantissa that has 11 bits or less
 # What ModelOpt calls a pair of formats.
 ALGORITHMS: dict[str, tuple[str, str | None]] = {
     "NVFP4": ("nvfp4", "nvfp4_dynamic"),
@@ -105,21 +107,24 @@ def write(q: QTensor, activations: Format | None, static: Tensor | None, dtype: 
 
 
 def inverse(value: Tensor) -> Tensor:
-    """float32: the number whose reciprocal is stored. Of several whose reciprocals round to the same number it is the one with
-    the shortest mantissa, since a scale that was computed in 16 bits has a short one; the nearest, where there is none."""
-    nearest = value.to(torch.float32).reciprocal()
-    found, best = nearest, -1
-    for step in (0, 1, -1, 2, -2):
-        bits = nearest.reshape(1).view(torch.int32) + step
-        candidate = bits.view(torch.float32).reshape(nearest.shape)
-        zeros = _trailing_zeros(int(bits))
-        if torch.equal(candidate.reciprocal(), value.to(torch.float32)) and zeros > best:
-            found, best = candidate, zeros
-    return found
+    """float32: the number whose reciprocal is stored. Of several whose reciprocals round to the same number it is one with a
+    short mantissa, as a writer has it that computes in 16 bits; else 1 / a * 2688 for a largest magnitude a of 16 bits; else
+    the nearest."""
+    stored = value.to(torch.float32)
+    nearest = stored.reciprocal()
+    around = [
+        (nearest.reshape(1).view(torch.int32) + step).view(torch.float32).reshape(nearest.shape) for step in _NEAR
+    ]
+    largest = (stored * NVFP4_RANGE).to(torch.float16).to(torch.float32).reciprocal() * NVFP4_RANGE  # as torch divides
+    fitting = [x for x in (*around, largest) if torch.equal(x.reciprocal(), stored)]
+    short = [x for x in fitting if _trailing_zeros(x) >= _SHORT]
+    if short:
+        return max(short, key=_trailing_zeros)
+    return largest if torch.equal(largest.reciprocal(), stored) else nearest
 
 
-def _trailing_zeros(bits: int) -> int:
-    mantissa = bits & 0x7FFFFF
+def _trailing_zeros(x: Tensor) -> int:
+    mantissa = int(x.reshape(1).view(torch.int32)) & 0x7FFFFF
     return 23 if mantissa == 0 else (mantissa & -mantissa).bit_length() - 1
 
 
