@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from markdown_table import Row, markdown
 from report_tables import REPORTS, interval, mb, report
 
@@ -233,15 +235,35 @@ def experts() -> str:
 
 
 def engines() -> str:
-    """What engines made of packed files, beside the noise of each file."""
+    """What vLLM and transformers made of packed files, beside the noise of each file."""
     rows: list[Row] = []
-    for name, proofs in report("engines/proofs").items():
+    titles = {"vLLM": "vLLM 0.32", "transformers": "transformers 5.24"}
+    for name, proofs in sorted(report("engines/proofs").items(), key=lambda entry: entry[0].startswith("SmolLM2")):
         row: Row = {"file": name}
-        for engine, title in (("vLLM", "vLLM 0.32"), ("transformers", "transformers 5.24")):
+        for engine, title in titles.items():
             proof = proofs.get(engine)
-            ran = proof is not None and proof["difference"] is not None
-            row[title] = f"{proof['difference']['mean']:.3g}" if ran else "refused" if proof else ""
-            row[f"noise, {title}"] = f"{proof['noise']['mean']:.3g}" if ran else ""
+            row |= {title: difference_of(proof, "difference"), f"noise, {title}": difference_of(proof, "noise")}
+        if proofs.keys() & titles.keys():
+            rows.append(row)
+    return markdown(rows)
+
+
+def difference_of(proof: dict[str, Any] | None, which: str) -> str:
+    """The mean of a difference in a proof; empty where there is none."""
+    if proof is None or proof["difference"] is not None:
+        return "" if proof is None else f"{proof[which]['mean']:.3g}"
+    return "refused" if which == "difference" else ""
+
+
+def engines_gguf() -> str:
+    """What llama.cpp made of GGUF files: each type with both models."""
+    proofs = {name: found["llama.cpp"] for name, found in report("engines/proofs").items() if "llama.cpp" in found}
+    rows: list[Row] = []
+    for kind in dict.fromkeys(name.rpartition(" ")[2] for name in proofs):
+        row: Row = {"type": kind}
+        for model in ("tiny-llama", "SmolLM2-135M"):
+            proof = proofs.get(f"{model} {kind}")
+            row |= {model: difference_of(proof, "difference"), f"noise, {model}": difference_of(proof, "noise")}
         rows.append(row)
     return markdown(rows)
 
@@ -275,6 +297,7 @@ def gguf_mixed() -> str:
 TABLES = {
     "gguf-mixed": gguf_mixed,
     "engines": engines,
+    "engines-gguf": engines_gguf,
     "experts": experts,
     "kv-caches": caches,
     "kv-retrieval": retrieval,

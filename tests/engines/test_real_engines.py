@@ -105,7 +105,7 @@ MEASURED = [("vllm", "w4a16", "QKIT_VLLM_PYTHON"), ("llama.cpp", "q8_0", "QKIT_L
 @pytest.mark.parametrize(("engine", "kind", "variable"), MEASURED, ids=["vllm", "llama.cpp"])
 def test_texts_and_tasks_in_an_engine(engine, kind, variable, packed, run, tmp_path):
     python = needs(variable)
-    options = ["--text", embedded_text("evaluation"), "--window", 256, "--windows", 20, "--limit", 30]
+    options = ["--text", embedded_text("evaluation"), "--window", 128, "--windows", 12, "--limit", 16]
     tasks = ["--tasks", "qkit_cloze,qkit_text,next_words", "--task-dir", words_task(tmp_path / "tasks")]
     figures = []
     for more in ([], ["--engine", engine, "--python", python]):
@@ -124,7 +124,7 @@ def test_texts_and_tasks_in_an_engine(engine, kind, variable, packed, run, tmp_p
     assert bits[1] == pytest.approx(bits[0], rel=2e-3)
     for task, metric in (("qkit_cloze", "acc"), ("next_words", "exact_match")):
         both = [value(f, task, metric) for f in figures]
-        assert both[0] > 0.3 and abs(both[1] - both[0]) <= 0.1  # 3 of 30: an engine rounds, and some answers are close
+        assert both[0] > 0.3 and abs(both[1] - both[0]) <= 0.13  # 2 of 16: an engine rounds, and some answers are close
 
 
 WORDS = """\
@@ -149,7 +149,7 @@ def words_task(folder: Path) -> Path:
     tiny = find_model("tiny-llama")
     model, tokenizer = load(tiny), load_texts_tokenizer(tiny)
     rows = []
-    for ids in proof_texts(tokenizer).repeat(5, 1)[:, :60].split(1):
+    for ids in proof_texts(tokenizer).repeat(3, 1)[:16, :40].split(1):
         start = ids[:, : 20 + len(rows)]
         made = model.generate(start, do_sample=False, max_new_tokens=16)[0, start.shape[1] :]
         rows.append({"text": tokenizer.decode(start[0], skip_special_tokens=True)})
