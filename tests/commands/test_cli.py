@@ -35,6 +35,7 @@ FLAGS = {
     "bench": "baseline device dtype figure formats group-size json m model new-tokens prompt-tokens shapes table threads",
     "serve-command": "context tp",
     "inspect": "json",
+    "doctor": "baseline engine json",
     "list": "json",
     "demo": "json overwrite work",
 }

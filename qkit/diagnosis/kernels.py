@@ -1,0 +1,52 @@
+"""What engines say of the formats of a file (``verification.engines``)."""
+
+from __future__ import annotations
+
+from qkit.diagnosis.expected import weight_names
+from qkit.diagnosis.findings import FAULT, WARNING, Findings
+from qkit.diagnosis.opened import Opened
+from qkit.verification.model_engines import EngineRow, LinearStorage, engine_rows
+
+_TITLES = {"vllm": "vLLM", "transformers": "transformers + compressed-tensors", "llama.cpp": "llama.cpp"}
+_DOUBT = ("may be wrong", "does not fit")
+_LAYOUTS = {("int", "model"): "pack-quantized", ("fp8", "model"): "float-quantized", ("fp4", "e4m3"): "nvfp4-pack-quantized",
+            ("fp4", "e8m0"): "mxfp4-pack-quantized"}  # fmt: skip
+
+
+def check_kernels(opened: Opened, engine: str | None, findings: Findings) -> list[EngineRow]:
+    """One row for each combination of formats and engine. engine: the one that the file is for, None for any"""
+    compressed = opened.method in ("compressed-tensors", "qkit")
+    parts = {
+        layer.name: LinearStorage(
+            layer.weights,
+            layer.activations,
+            layer.packing if compressed else _LAYOUTS[layer.weights.kind, layer.weights.scale],
+            (layer.shape[-2], layer.shape[-1]),
+        )
+        for layer in opened.layers.values()
+        if layer.weights is not None and layer.shape is not None and len(layer.shape) >= 2
+    }
+    if not parts:
+        return []
+    skipped = {n: "plain" for n in weight_names(opened)}
+    method = "compressed-tensors" if opened.method != "qkit" else "qkit"
+    rows = engine_rows(parts, skipped, opened.config, method)
+    for row in rows:
+        asked = engine is not None and row.engine == _TITLES.get(engine)
+        if row.loads_as is None and (
+            asked or (engine is None and row.engine == _TITLES["vllm"] and opened.method != "qkit")
+        ):
+            names = [n for n, p in parts.items() if str(p.weights) == row.weights and p.packing == row.packing]
+            findings.add(
+                FAULT if asked else WARNING, "engine", names, f"{row.engine} does not load {row.weights} with inputs "
+                f"{row.activations}, stored as {row.packing}: {'; '.join(row.limits)}", "a format that it has a kernel for",
+                "quantize these layers in another scheme, or use another engine", 6,
+            )  # fmt: skip
+        doubts = [limit for limit in row.limits if row.loads_as and any(d in limit for d in _DOUBT)]
+        if doubts and (engine is None or asked):
+            names = [n for n, p in parts.items() if str(p.weights) == row.weights and p.packing == row.packing]
+            findings.warn(
+                "groups", names, f"{row.engine}: {'; '.join(doubts)}", "a group that its kernels know: 32, 64, 128, or one "
+                "scale for a channel", "quantize again with --group-size 64 or 32", 6,
+            )  # fmt: skip
+    return rows
