@@ -97,8 +97,8 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         model("--require-revision", is_flag=True, help="Refuse a hub model without --revision."),
         model(
             "--export",
-            type=click.Choice(["compressed-tensors", "qkit"]),
-            help="Format name in config.json (default: compressed-tensors). Files with the name qkit load after 'import qkit'.",
+            type=click.Choice(["compressed-tensors", "qkit", "gptq", "awq", "modelopt"]),
+            help="Layout of the result (default: compressed-tensors). Files with the name qkit load after 'import qkit'.",
         ),
         scheme("--recipe", type=click.Path(path_type=Path), help="YAML file with rules per layer."),
         scheme(

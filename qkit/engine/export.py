@@ -31,12 +31,14 @@ from qkit.files.safefile import DTYPE_NAMES, write_atomic, write_safetensors
 from qkit.files.side_files import check_unchanged, copy_side_files
 from qkit.kvcache.scales import FORMAT
 from qkit.planning.gguf import GGUF
+from qkit.planning.layout import layout_config
 from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.plan import Plan
 from qkit.planning.stock_loader import stock_refusal
 from qkit.system.version import __version__
 from qkit.tensor import compressed_tensors as ct
 from qkit.tensor.input_transform import RESIDUAL, SCALE
+from qkit.tensor.layouts.table import LAYOUTS
 
 SHARD_BYTES = 5 * 10**9
 
@@ -69,7 +71,9 @@ def export(
     name_lists = _split_shards(source.specs, shard_bytes)
     shards = {_shard_name(stem, i, len(name_lists)): names for i, names in enumerate(name_lists)}
     index_name = f"{stem}.safetensors.index.json"
-    names = [*shards, index_name, "config.json", RECORD, *plan.side_files]
+    config = _config(plan, structure, job, source)
+    documents = _beside_config(plan, config)
+    names = [*shards, index_name, "config.json", *documents, RECORD, *plan.side_files]
     around = [] if plan.pipeline is None else [*rest_names(plan.pipeline, replaced or {}), RECORD]
     partial.begin([*around, *(str((folder / name).relative_to(partial.path)) for name in names)])
     copied: dict[str, str] = {}
@@ -79,7 +83,6 @@ def export(
         called = None if sampling is None else to_bytes({"call": sampling.call, "prompts": list(sampling.prompts)})
         copied = copy_rest(source_folder, partial.path, plan.pipeline, called, replaced)
         folder.mkdir()
-    documents: dict[str, bytes] = {}
     hashes = {
         file: write_safetensors(folder / file, [(n, *source.specs[n]) for n in inside], source.load)
         for file, inside in shards.items()
@@ -89,7 +92,6 @@ def export(
         weight_map = {name: file for file, inside in shards.items() for name in inside}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         documents[index_name] = to_bytes(index)
-    config = _config(plan, structure, job, source)
     documents["config.json"] = to_bytes(config)
     for name, data in documents.items():
         write_atomic(folder / name, data)
@@ -101,6 +103,13 @@ def export(
         files = {**copied, f"{DENOISER}/{RECORD}": digest}
         top = {"format_version": FORMAT_VERSION, "qkit_version": __version__, "pipeline": DENOISER, "files": files}
         write_record(partial.path, top)
+
+
+def _beside_config(plan: Plan, config: dict[str, Any]) -> dict[str, bytes]:
+    """Files that say of a layout what config.json says, for older readers."""
+    layout = LAYOUTS.get(plan.export)
+    found = {} if layout is None else layout.files(config["quantization_config"])
+    return {name: to_bytes(content) for name, content in found.items()}
 
 
 def _export_gguf(
@@ -166,13 +175,16 @@ def _config(plan: Plan, structure: ModelStructure, job: Job, source: ExportTenso
 
 
 def quantization_config(plan: Plan, structure: ModelStructure) -> dict[str, Any]:
-    """The compressed-tensors configuration of a plan."""
+    """The ``quantization_config`` of a plan."""
     renamed = {stored: module for stored, module in module_names(structure).items() if stored != module}
     formats_by_linear = {name: (p.weights, p.activations) for name, p in plan.packed.items()}
     layers = [name for name in plan.skipped if name not in structure.checkpoint.tensors]  # others are bare parameters
     for sources, views in structure.checkpoint.view_groups.items():  # a loader knows the model's layers
         if any(source.removesuffix(".weight") in plan.skipped for source in sources):
             layers += [name.removesuffix(".weight") for name in views]
+    if plan.export in LAYOUTS:
+        everything = list(dict.fromkeys([*plan.skipped, *layers]))
+        return layout_config(plan.export, plan.packed, everything, structure.head, plan.static_cache)
     ends = tuple(n for n, p in plan.ends.items() if p.uses)  # the others are linears
     built = ct.config(formats_by_linear, layers, renamed, FORMAT if plan.static_cache else None, ends)
     return {**built, "quant_method": plan.export}

@@ -24,6 +24,7 @@ from qkit.planning.plan import Plan, parts
 from qkit.tensor import compressed_tensors as ct
 from qkit.tensor import gguf_blocks, lowrank, sparse
 from qkit.tensor.input_transform import RESIDUAL, SCALE
+from qkit.tensor.layouts.table import LAYOUTS, cache_name, scale_dtype, stores_zeros, with_zeros
 from qkit.tensor.qtensor import weight_sha256
 from qkit.transforms.rotate import rotate_outer
 
@@ -37,7 +38,9 @@ class ExportTensors:
     def __init__(self, plan: Plan, structure: ModelStructure, job: Job) -> None:
         self.plan, self.structure, self.job = plan, structure, job
         self.records = job.records()
-        self.in_gguf = plan.export == GGUF
+        self.in_gguf, self.layout = plan.export == GGUF, LAYOUTS.get(plan.export)
+        self.scale_dtype = scale_dtype(plan.export, structure.dtype, structure.dtype)
+        self.zeros = stores_zeros(plan.export, {n: (p.weights, p.activations) for n, p in plan.packed.items()})
         self.specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self.plain: dict[str, str] = {}
         self._loaders: dict[str, Callable[[], Tensor]] = {}
@@ -72,7 +75,8 @@ class ExportTensors:
         """Add the tensors that a part has under the names of the checkpoint."""
         for name, info in self.job.part(index).items():
             if ":" not in name:
-                self._add_plain(name, info.torch_dtype, info.shape, lambda i=info: self.job.read(i))  # type: ignore[misc]
+                stored = cache_name(name, self.plan.export)
+                self._add_plain(stored, info.torch_dtype, info.shape, lambda i=info: self.job.read(i))  # type: ignore[misc]
 
     def _add_copied(self, name: str) -> None:
         """Add a tensor as the source has it, or the ones that it is a view of."""
@@ -106,7 +110,7 @@ class ExportTensors:
         correction = sparse.specs(p.shape, outlier_count, self.structure.dtype) | lowrank.specs(
             p.shape, p.rank, self.structure.dtype
         )
-        dense = ct.specs(p.weights, p.activations, p.shape, self.structure.dtype)
+        dense = (self.layout or ct).specs(p.weights, p.activations, p.shape, self.scale_dtype)
         transform = {k: (info.torch_dtype, info.shape) for k, info in self._transform_infos(p.name, block).items()}
         for suffix, spec in {**dense, **correction, **transform}.items():
             name = f"{p.name}.{suffix}"
@@ -150,7 +154,9 @@ class ExportTensors:
             added = {} if q.sparse is None else sparse.write(q.sparse, q.shape)
             added |= {} if q.low_rank is None else lowrank.write(q.low_rank)
             added |= {k: self.job.read(info) for k, info in self._transform_infos(p.name, block).items()}
-            self._cached = (p.name, {**ct.write(q, p.activations, static, self.structure.dtype), **added})
+            stored = with_zeros(q) if self.zeros else q
+            written = (self.layout or ct).write(stored, p.activations, static, self.scale_dtype)
+            self._cached = (p.name, {**written, **added})
         return self._cached[1]
 
     def load(self, name: str) -> Tensor:

@@ -21,6 +21,7 @@ from qkit.system.parallel import Workers
 from qkit.tensor import lowrank
 from qkit.tensor.activations import static_scale, storable_scale
 from qkit.tensor.formats import Format
+from qkit.tensor.layouts.modelopt import exact_amax
 from qkit.tensor.lowrank import LowRank
 from qkit.tensor.qtensor import Params, QTensor, dequantize, find_params, quantize, shared_amax, weight_sha256
 from qkit.tensor.sparse import Sparse, add_, split
@@ -265,6 +266,8 @@ def _make_work(state: BlockState, plan: Plan, group: LinearGroup, stats: Stats |
         weights.append(dense)
         sparse.append(outliers)
     amax = shared_amax(weights, p.weights)
+    if plan.export == "modelopt" and amax is not None and p.weights.scale == "e4m3":
+        amax = exact_amax(amax)
     prepared = None if solver.prepare is None or used_stats is None else solver.prepare(used_stats, p.options)
     tokens = None if stats is None else stats.tokens
     return _Work(

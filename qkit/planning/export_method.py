@@ -36,13 +36,13 @@ def own_method_reason(
 
 def export_method(recipe: Recipe, reason: str | None) -> str:
     """The method's name. reason: of ``own_method_reason``. Raises Unsupported where the recipe asks for the other one."""
-    if reason is not None and recipe.export == "compressed-tensors":
+    if reason is not None and recipe.export not in (None, "qkit"):
         advice = ""
         if recipe.rank:
             advice = ", or set rank to 0"
         elif recipe.outliers or recipe.significant:
             advice = ", or set outliers and significant to 0"
-        raise Unsupported(f"--export compressed-tensors: {reason}: leave the option out{advice}")
+        raise Unsupported(f"--export {recipe.export}: {reason}: leave the option out{advice}")
     return recipe.export or "compressed-tensors" if reason is None else "qkit"
 
 

@@ -27,6 +27,7 @@ from qkit.planning.export_method import export_method, own_method_reason
 from qkit.planning.fused_layers import check_shapes, fused_linears, split_apart
 from qkit.planning.gguf import GGUF, ODD_WIDTH, asks_for_gguf, check_gguf, with_types_of_ends
 from qkit.planning.kept import PLAIN_REASON, kept_fields
+from qkit.planning.layout import check_layout
 from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.methods import check_doubled, check_method
 from qkit.planning.recipe import Recipe, RecipeTrial, Rule, check_rules, parse_method, rule_for
@@ -246,9 +247,10 @@ def make_plan(
     measured = rows is not None or is_static(kv) or recipe.prune_experts > 0
     if export == "compressed-tensors" and structure.family.streams is None:
         check_shapes(structure, linears, recipe.engine)
-    size = packed_bytes(structure, linears, ends, significant, untied, kept)
+    check_layout(export, {**linears, **kept, **ends}, kept, structure, is_static(kv))
+    size = packed_bytes(structure, linears, ends, significant, untied, kept, export)
     if is_static(kv):
-        if export != "compressed-tensors":
+        if export not in ("compressed-tensors", "modelopt"):
             raise UsageError(
                 f"--kv fp8: its scales are part of the compressed-tensors format, and this result has quant_method {export} "
                 "(sparse or low-rank parts, or --export): leave one of the two out"

@@ -105,7 +105,7 @@ class Recipe(BaseModel):
     strict: bool = False
     expert_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     prune_experts: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    export: Literal["compressed-tensors", "qkit"] | None = None
+    export: Literal["compressed-tensors", "qkit", "gptq", "awq", "modelopt"] | None = None
     engine: Literal["default", "any"] = "default"
     options: MethodOptions = Field(default_factory=dict)
     outliers: float | dict[Glob, float] = 0.0

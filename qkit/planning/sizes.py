@@ -11,9 +11,11 @@ import torch
 from qkit.errors import UsageError
 from qkit.families.structure import ModelStructure
 from qkit.planning.kept import stored_as
+from qkit.planning.layout import layout_bytes
 from qkit.tensor.compressed_tensors import stored_bytes
 from qkit.tensor.formats import Format
 from qkit.tensor.gguf_blocks import block_bytes
+from qkit.tensor.layouts.table import LAYOUTS
 from qkit.tensor.lowrank import low_rank_bytes
 from qkit.tensor.sparse import sparse_bytes
 
@@ -28,9 +30,12 @@ def linear_bytes(
     dtype: torch.dtype,
     outliers: int = 0,
     rank: int = 0,
+    export: str = "",
 ) -> int:
     """Bytes of a quantized weight [out, in] of a ``dtype`` model: codes, scales, and beside them a sparse part of
-    so many values and a branch of that rank."""
+    so many values and a branch of that rank. export: the layout"""
+    if export in LAYOUTS:
+        return layout_bytes(export, weights, activations, shape, dtype)
     if weights.gguf:
         return block_bytes(weights, shape)
     parts_bytes = sparse_bytes(shape, outliers, dtype) + low_rank_bytes(shape, rank)
@@ -58,11 +63,12 @@ def packed_bytes(
     significant: int,
     untied: bool,
     kept: Collection[str] = (),
+    export: str = "",
 ) -> int:
     """The exact bytes of all tensors of a result (shard headers apart).
 
-    ends: as in a plan; untied: a tied head gets a matrix of its own. Where significant weights will be is not known yet:
-    they are counted as if spread evenly.
+    ends, export: as in a plan; untied: a tied head gets a matrix of its own. Where significant weights will be is not known
+    yet: they are counted as if spread evenly.
     """
     total = 0
     weights = max(1, sum(p.shape[0] * p.shape[1] for p in linears.values()))
@@ -71,7 +77,8 @@ def packed_bytes(
             continue
         module = name.removesuffix(".weight")
         if module in ends:
-            total += linear_bytes(ends[module].weights, None, ends[module].shape, structure.dtype)
+            end = ends[module]
+            total += linear_bytes(end.weights, None, end.shape, structure.dtype, export=export)
             continue
         if module in kept:
             specs = stored_as(module, structure.checkpoint)[1].specs
@@ -82,14 +89,14 @@ def packed_bytes(
             total += info.nbytes
             continue
         sparse_count = p.outliers + round(significant * p.shape[0] * p.shape[1] / weights)
-        total += linear_bytes(p.weights, p.activations, p.shape, structure.dtype, sparse_count, p.rank)
+        total += linear_bytes(p.weights, p.activations, p.shape, structure.dtype, sparse_count, p.rank, export)
         total += p.residual * torch.int32.itemsize
     if untied:
         head, shared = next(iter(structure.tied.items()))
-        end = ends.get(head.removesuffix(".weight"))
+        own = ends.get(head.removesuffix(".weight"))
         total += (
             structure.checkpoint.tensors[shared].nbytes
-            if end is None
-            else linear_bytes(end.weights, None, end.shape, structure.dtype)
+            if own is None
+            else linear_bytes(own.weights, None, own.shape, structure.dtype, export=export)
         )
     return total

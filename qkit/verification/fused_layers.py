@@ -15,7 +15,7 @@ from qkit.verification.record import Findings, Record
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 _CROSS = re.compile(r"(cross|encoder)_?att(n|ention)")
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.\w+")
-_SHARED = ("weight_global_scale", "input_global_scale", "weight_scale", "input_scale")
+_SHARED = ("weight_global_scale", "input_global_scale", "weight_scale", "weight_scale_2", "input_scale")
 
 
 def fused_groups(names: Iterable[str]) -> list[list[str]]:

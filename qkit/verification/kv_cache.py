@@ -27,6 +27,7 @@ _CACHE: Fields = {
     "window": (lambda v: is_int(v, 0), "a number of tokens"),
 }
 _SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+_SCHEME_MODELOPT = ("num_bits", "type", "dynamic")
 _PROJECTIONS = ("k_proj", "v_proj", "qkv_proj")
 _SCALES = ("k_scale", "v_scale")
 
@@ -46,15 +47,19 @@ def check_cache(
     where = "config.json: quantization_config.kv_cache_scheme"
     fault = f"found {short(scheme)}, and the cache of qkit.json {'has' if has_scales else 'has no'} static FP8 scales"
     findings.check("cache", has_scales == (scheme is not None), where, fault)
+    modelopt = isinstance(quantization, dict) and quantization.get("quant_method") == "modelopt"
     if isinstance(scheme, dict):
-        for key, value in _SCHEME.items():
+        for key, value in {k: v for k, v in _SCHEME.items() if not modelopt or k in _SCHEME_MODELOPT}.items():
             mismatch = scheme.get(key)
             findings.check(
                 "cache", mismatch == value, f"{where}.{key}", f"found {short(mismatch)}, expected {short(value)}"
             )
     linears = [name.rpartition(".") for name in (*record.linears, *record.skipped)]
     modules = sorted({parent for parent, _, leaf in linears if leaf in _PROJECTIONS}) if scheme is not None else []
-    scale_names = {f"{module}.{scale}" for module in modules for scale in _SCALES}
+    inside = (
+        {"k_scale": "k_proj.", "v_scale": "v_proj."} if modelopt else {}
+    )  # ModelOpt stores them with the projections
+    scale_names = {f"{module}.{inside.get(scale, '')}{scale}" for module in modules for scale in _SCALES}
     for name in sorted({*scale_names, *(n for n in store if n.rpartition(".")[2] in _SCALES)}):
         if not findings.check("cache", name in store, name, "is missing: engines take 1 for it"):
             continue

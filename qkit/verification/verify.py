@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 
 from qkit.errors import BadCheckpoint
-from qkit.verification.decode import FLOATS, DecodedLinear, StoredTensor, decode, layout
+from qkit.verification.decode import FLOATS, DecodedLinear, StoredTensor
 from qkit.verification.experts import check_experts, check_source
 from qkit.verification.files import check_config, check_files, check_sum, has_mark, has_sums, is_summed
 from qkit.verification.fused_layers import check_fused
 from qkit.verification.gguf import MODEL, check_gguf, is_gguf
 from qkit.verification.inputs import check_inputs
 from qkit.verification.kv_cache import check_cache
+from qkit.verification.layout_config import method_of, read_layout
+from qkit.verification.layouts import decode_stored, stored_layout
 from qkit.verification.model_engines import EngineRow, LinearStorage, engine_rows
 from qkit.verification.pipeline import check_around, check_policy, packed_part
 from qkit.verification.quantization_config import (
@@ -128,8 +130,7 @@ def _check_record(
     """Tensors and config against the record, and (job, source) where they are given; returns the engine table, and notes."""
     job, source = beside
     store = {name: stored for tensors in headers.values() for name, stored in tensors.items()}
-    quantization = read_quantization(config, record, findings) if config is not None else None
-    groups = resolve(quantization, record, findings) if quantization else {}
+    quantization, groups = _read_config(out, config, record, findings)
     decoded = _check_linears(record, groups, store, _model_floats(config or {}, record, findings), findings)
     _check_plain(record, store, findings)
     if quantization is not None:
@@ -144,6 +145,16 @@ def _check_record(
     if job is not None:
         check_job(record, decoded, job, findings)
     return _engine_table(record, groups, config or {}, quantization.method) if quantization else [], notes
+
+
+def _read_config(
+    out: Path, config: dict[str, Any] | None, record: Record, findings: Findings
+) -> tuple[QuantizationConfig | None, dict[str, ConfigGroup]]:
+    """What config.json says of the whole model and of each linear, in whatever layout it names."""
+    if config is not None and method_of(config) is not None:
+        return read_layout(out, config, record, findings)
+    quantization = read_quantization(config, record, findings) if config is not None else None
+    return quantization, resolve(quantization, record, findings) if quantization else {}
 
 
 # --- tensors ------------------------------------------------------------------------------------------------------
@@ -181,7 +192,8 @@ def _check_linears(
         if linear.name not in groups or linear.format != groups[linear.name].weights:
             covered |= {name for name in store if name.rpartition(".")[0] == linear.name}
             continue
-        expected = layout(linear, groups[linear.name].packing, FLOATS if linear.kept else floats)
+        packing = groups[linear.name].packing
+        expected = stored_layout(linear, packing, FLOATS if linear.kept else floats)
         covered |= {f"{linear.name}.{suffix}" for suffix in expected}
         tensors = {suffix: store.get(f"{linear.name}.{suffix}") for suffix in expected}
         present = {suffix: stored for suffix, stored in tensors.items() if stored}
@@ -190,7 +202,7 @@ def _check_linears(
             for suffix, stored in tensors.items()
         ]
         if all(fits):
-            decoded[linear.name] = _check_values(linear, present, findings)
+            decoded[linear.name] = _check_values(linear, present, packing, findings)
     for name in sorted(store):
         fault = "belongs to no linear and is not listed under plain in qkit.json"
         findings.check("coverage", name in covered, f"{store[name].path.name}: {name}", fault)
@@ -208,8 +220,10 @@ def _check_stored(
     return findings.check("coverage", right, f"{stored.path.name}: {name}", mismatch)
 
 
-def _check_values(linear: RecordedLinear, tensors: Mapping[str, StoredTensor], findings: Findings) -> DecodedLinear:
-    result = decode(linear, tensors)
+def _check_values(
+    linear: RecordedLinear, tensors: Mapping[str, StoredTensor], packing: str, findings: Findings
+) -> DecodedLinear:
+    result = decode_stored(linear, tensors, packing)
     faults = dict(result.faults)
     for suffix, stored in tensors.items():
         where = f"{stored.path.name}: {linear.name}.{suffix}"
@@ -277,10 +291,10 @@ def engine_table(out: Path) -> list[EngineRow]:
     two cannot be read."""
     findings = Findings()
     record, config = read_record(out, findings), read_json(out / "config.json", findings)
-    quantization = read_quantization(config, record, findings) if record is not None and config is not None else None
-    if record is None or quantization is None:
+    if record is None:
         return []
-    return _engine_table(record, resolve(quantization, record, findings), config or {}, quantization.method)
+    quantization, groups = _read_config(out, config, record, findings)
+    return [] if quantization is None else _engine_table(record, groups, config or {}, quantization.method)
 
 
 def summary(report: Report) -> str:

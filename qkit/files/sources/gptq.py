@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qkit.errors import Unsupported
 from qkit.files.safefile import TensorInfo, shown
 from qkit.files.sources.decoded import DecodedInfo, Found, Parts, Stored, number
 from qkit.files.sources.groups import Groups, decode_groups, in_order, kept_groups
+from qkit.system.patterns import PREFIX, is_pattern, matched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,21 +28,30 @@ _BITS = (2, 3, 4, 8)
 _VERSIONS = ("gptq", "gptq_v2")
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """What the config says of one linear."""
+
+    bits: int
+    symmetric: bool
+
+
 def find(stored: Stored) -> Found:
     """The GPTQ linears of a folder. Raises Unsupported for other layouts, BadCheckpoint for shapes that do not fit."""
-    version = stored.quantization.get("checkpoint_format") or "gptq"
+    config = stored.quantization
+    version = config.get("checkpoint_format") or config.get("format") or "gptq"
     if version not in _VERSIONS:
         raise Unsupported(
             f"{stored.where}: config.json: checkpoint_format is {shown(version)}, and of GPTQ qkit decodes "
             f"{' and '.join(_VERSIONS)}: dequantize the model first, or use the original"
         )
-    default = number(stored, "bits")
     names = [name.removesuffix(".qweight") for name in stored.tensors if name.endswith(".qweight")]
-    return Found({f"{n}.weight": _linear(stored, n, default, version == "gptq") for n in names}, ())
+    settings = _settings(stored, names)
+    return Found({f"{n}.weight": _linear(stored, n, settings[n], version == "gptq") for n in names}, ())
 
 
-def _linear(stored: Stored, name: str, default: int, less_one: bool) -> DecodedInfo:
-    bits = _bits(stored, name, default)
+def _linear(stored: Stored, name: str, setting: _Setting, less_one: bool) -> DecodedInfo:
+    bits, symmetric = setting.bits, setting.symmetric
     parts = {"codes": stored.tensors[f"{name}.qweight"]}
     for leaf, role in (("scales", "scale"), ("qzeros", "zero")):
         parts[role] = stored.part(f"{name}.{leaf}", "tensor", f"{name}.qweight")
@@ -50,10 +61,7 @@ def _linear(stored: Stored, name: str, default: int, less_one: bool) -> DecodedI
     unpack = partial(_unpack, bits=bits, columns=shape[1], less_one=less_one)
     decode = partial(decode_groups, shape=shape, cut=partial(_cut, bits=bits), unpack=unpack, dtype=stored.torch_dtype)
     encoding = f"GPTQ with {bits} bits"
-    zeros, symmetric = (
-        partial(_zeros, bits=bits, rows=shape[0], less_one=less_one),
-        stored.quantization.get("sym") is True,
-    )
+    zeros = partial(_zeros, bits=bits, rows=shape[0], less_one=less_one)
     doubt = partial(
         _doubt, ordered="group_of" in parts, shape=shape, zeros=zeros, half=1 << (bits - 1) if symmetric else None
     )
@@ -61,19 +69,49 @@ def _linear(stored: Stored, name: str, default: int, less_one: bool) -> DecodedI
     return stored.decoded(f"{name}.weight", shape, parts, decode, encoding, kept)
 
 
-def _bits(stored: Stored, name: str, default: int) -> int:
-    """Bits of one linear: a rule of GPTQModel's ``dynamic`` may be there, which qkit refuses to guess at."""
-    if stored.quantization.get("dynamic"):
+def _settings(stored: Stored, names: list[str]) -> dict[str, _Setting]:
+    """Bits and symmetry of each linear: those of the whole file, or of the first rule (``dynamic`` of GPTQModel,
+    ``extra_config`` of AutoRound) that is about it."""
+    config = stored.quantization
+    rules = config.get("dynamic") or config.get("extra_config") or {}
+    if not isinstance(rules, dict) or not all(isinstance(rule, dict) for rule in rules.values()):
         raise Unsupported(
-            f"{stored.where}: config.json: quantization_config.dynamic gives layers such as {shown(name)} formats of their "
-            "own, which qkit does not read: dequantize the model first, or use the original"
+            f"{stored.where}: config.json: quantization_config: the rules for single layers are no object of objects: get the "
+            "config of this model"
         )
-    if default not in _BITS:
+    hits = _hits(stored, rules, names, plain="dynamic" not in config)
+    bits, symmetric = number(stored, "bits"), config.get("sym") is True
+    settings: dict[str, _Setting] = {}
+    for name in names:
+        rule: dict[str, Any] = next((rules[key] for key in rules if name in hits[key]), {})
+        settings[name] = _Setting(_bits(stored, name, rule.get("bits", bits)), rule.get("sym", symmetric) is True)
+    return settings
+
+
+def _hits(stored: Stored, rules: dict[str, Any], names: list[str], plain: bool) -> dict[str, frozenset[str]]:
+    """{rule: linears that it is about}. plain: a key may be the name of a layer"""
+    patterns = {key: PREFIX + key.removeprefix("+:").removeprefix("-:") for key in rules}
+    wrong = next((key for key, pattern in patterns.items() if not is_pattern(pattern)), None)
+    if wrong is not None:
         raise Unsupported(
-            f"{stored.where}: config.json: quantization_config.bits is {default}, expected one of {', '.join(map(str, _BITS))} "
-            "for GPTQ: get the config of this model"
+            f"{stored.where}: config.json: {shown(wrong)} is no pattern of layers: list the layers by name"
         )
-    return default
+    try:
+        found = matched(patterns.values(), names)
+    except ValueError as e:
+        raise Unsupported(f"{stored.where}: config.json: quantization_config: {e}: list the layers by name") from e
+    known = set(names)
+    exact = {key: frozenset({key}) for key in rules if plain and key in known}
+    return {key: exact.get(key, found.get(pattern, frozenset())) for key, pattern in patterns.items()}
+
+
+def _bits(stored: Stored, name: str, bits: Any) -> int:
+    if type(bits) is not int or bits not in _BITS:
+        raise Unsupported(
+            f"{stored.where}: config.json: quantization_config says {shown(bits)} bits of {shown(name)}, expected one of "
+            f"{', '.join(map(str, _BITS))} for GPTQ: get the config of this model"
+        )
+    return bits
 
 
 def _shape(stored: Stored, parts: dict[str, TensorInfo], bits: int) -> tuple[int, int]:

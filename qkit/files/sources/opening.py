@@ -16,7 +16,7 @@ from typing import Any
 from qkit.errors import BadCheckpoint, Unsupported
 from qkit.files.folder import QUANTIZED_NAMES, load_json
 from qkit.files.safefile import TensorInfo, shown
-from qkit.files.sources import awq, fp8, gguf, gptq, mxfp4
+from qkit.files.sources import autoround, awq, fp8, gguf, gptq, mxfp4
 from qkit.files.sources.decoded import CHUNK, DecodedInfo, Found, Stored
 
 KEYS = ("quantization_config", "compression_config")
@@ -28,6 +28,12 @@ def _compressed(stored: Stored) -> Found:
     return compressed.find(stored)
 
 
+def _modelopt(stored: Stored) -> Found:
+    from qkit.files.sources import modelopt  # it shares the formats of compressed-tensors, and torch with them
+
+    return modelopt.find(stored)
+
+
 DECODERS: dict[str, Callable[[Stored], Found]] = {
     "fp8": fp8.find,
     "fbgemm_fp8": fp8.find,
@@ -36,12 +42,14 @@ DECODERS: dict[str, Callable[[Stored], Found]] = {
     "qkit": _compressed,
     "gptq": gptq.find,
     "awq": awq.find,
+    "auto-round": autoround.find,
+    "modelopt": _modelopt,
     "gguf": gguf.find,
 }
 BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 _TOLD_BY = {".weight_scale_inv": "fp8", "_blocks": "mxfp4"}  # by tensors that say all that their decoder must know
 _FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "half": "F16", "float": "F32"}
-_WORDS = "fp8, mxfp4, compressed-tensors, gptq and awq"
+_WORDS = "fp8, mxfp4, compressed-tensors, gptq, awq, auto-round and modelopt"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,65 @@
+"""Which engine loads GPTQ, AWQ and ModelOpt: a static table, as ``engines`` has one for compressed-tensors.
+
+The vLLM rows restate its classes ``AutoGPTQConfig``, ``AutoAWQConfig`` and ``ModelOpt*Config`` of version 0.32, of which the
+first two were run on CPUs; transformers 5.24 loads GPTQ and AWQ with the package gptqmodel, and has no class for ModelOpt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qkit.verification.engines import CPU_TOO, NO_CPU, SPLIT, STOCK, VLLM_NAME, EngineFit, ModelFacts, NumberFormat
+
+_GPTQMODEL = "needs the packages gptqmodel and optimum"
+_LISTED = (32, 64, 128, None)
+
+
+def layout_fits(
+    weights: NumberFormat, activations: NumberFormat | None, packing: str, method: str, facts: ModelFacts
+) -> list[EngineFit]:
+    """The answer of each engine for linears of these formats in one of ``engines.LAYOUTS``."""
+    return [
+        _vllm(weights, activations, packing, method, facts),
+        _transformers(method, facts),
+        EngineFit("qkit", "qkit.load", ("decodes the weights when it loads them",)),
+    ]
+
+
+def _vllm(
+    weights: NumberFormat, activations: NumberFormat | None, packing: str, method: str, facts: ModelFacts
+) -> EngineFit:
+    if facts.torn:
+        return EngineFit(VLLM_NAME, None, (f"it loads {facts.torn} as one, and their formats differ",))
+    if facts.torn_experts:
+        why = f"it runs the experts of a layer as one product, and those of {facts.torn_experts} have several formats"
+        return EngineFit(VLLM_NAME, None, (why,))
+    if method == "gptq" and (weights.bits not in (4, 8) or packing == "gptq_v2"):
+        stored = "files without zero points" if weights.bits in (4, 8) else "4 and 8 bits"
+        return EngineFit(VLLM_NAME, None, (f"of GPTQ it loads {stored} alone",))
+    return EngineFit(VLLM_NAME, *_loaded(weights, activations, method, facts))
+
+
+def _loaded(
+    weights: NumberFormat, activations: NumberFormat | None, method: str, facts: ModelFacts
+) -> tuple[str, tuple[str, ...]]:
+    if method == "modelopt":
+        kind = "NVFP4" if weights.kind == "fp4" else "MXFP8" if weights.scale == "e8m0" else "FP8"
+        return f"ModelOptLinearMethod ({kind}{'' if activations else ', weights alone'})", (NO_CPU,)
+    name = "AutoGPTQLinearMethod" if method == "gptq" else "AutoAWQMarlinLinearMethod"
+    return name, tuple(_limits(weights, facts))
+
+
+def _limits(weights: NumberFormat, facts: ModelFacts) -> Iterator[str]:
+    if weights.group not in _LISTED:
+        yield "Marlin takes groups of 32, 64, 128 and whole channels"
+    yield CPU_TOO if weights.bits == 4 and not facts.experts else NO_CPU
+    if weights.group is not None:
+        yield SPLIT
+
+
+def _transformers(method: str, facts: ModelFacts) -> EngineFit:
+    if method == "modelopt":
+        return EngineFit(STOCK, None, ("it has no class for ModelOpt",))
+    if facts.refusal:
+        return EngineFit(STOCK, None, (facts.refusal,))
+    return EngineFit(STOCK, f"{method.upper()} quantizer", (_GPTQMODEL,))

@@ -1,0 +1,171 @@
+"""The second decoder for GPTQ, AWQ and ModelOpt: which tensors a linear has in these layouts, and their float32 weight.
+
+Part of the independent proof (see ``verify.py``), in numpy alone. What it makes of a linear are signed codes, zero points and
+scales as compressed-tensors has them, so that the weight is formed by the same arithmetic: (code - zero) * scale, and for
+NVFP4 value * (scale / (1 / weight_scale_2)).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from qkit.verification.decode import (
+    CHUNK,
+    E2M1,
+    E4M3,
+    E8M0,
+    FLOATS,
+    Array,
+    DecodedLinear,
+    Expected,
+    StoredTensor,
+    decode,
+    layout,
+    scale_shape,
+    unpack_words,
+)
+from qkit.verification.record import RecordedLinear
+
+GPTQ, GPTQ_V2, AWQ, MODELOPT = "gptq", "gptq_v2", "awq", "modelopt"
+PACKINGS = (GPTQ, GPTQ_V2, AWQ, MODELOPT)
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs each half byte of a word holds, from the lowest on
+
+
+def stored_layout(linear: RecordedLinear, packing: str, floats: tuple[str, ...] = FLOATS) -> Expected:
+    """The tensors of ``linear`` in ``packing``, as ``decode.layout``."""
+    if packing not in PACKINGS:
+        return layout(linear, packing, floats)
+    spec, (rows, columns) = linear.format, linear.shape
+    groups = scale_shape(spec, linear.shape)[-1]
+    if packing == MODELOPT:
+        return _modelopt(linear)
+    scales: Expected = {"scales": (("BF16", "F16"), (groups, rows))}
+    if packing == AWQ:
+        return {"qweight": (("I32",), (columns, rows // 8)), "qzeros": (("I32",), (groups, rows // 8)), **scales}
+    return {
+        "qweight": (("I32",), (columns * spec.bits // 32, rows)),
+        "qzeros": (("I32",), (groups, rows * spec.bits // 32)),
+        "g_idx": (("I32",), (columns,)),
+        **scales,
+    }
+
+
+def _modelopt(linear: RecordedLinear) -> Expected:
+    spec, (rows, columns) = linear.format, linear.shape
+    grid = scale_shape(spec, linear.shape)
+    if spec.kind == "fp4":
+        found: Expected = {"weight": (("U8",), (rows, columns // 2)), "weight_scale": (("F8_E4M3",), grid)}
+        found["weight_scale_2"] = (("F32",), ())
+    else:
+        shapes = {"tensor": (), "channel": (rows,), "block": (grid[0], 1, grid[-1], 1)}
+        scale = (("U8",), grid) if spec.scale == "e8m0" else (("F32",), shapes.get(spec.strategy, grid))
+        found = {"weight": (("F8_E4M3",), (rows, columns)), "weight_scale": scale}
+    if linear.activations is not None and not (linear.activations.dynamic and linear.activations.scale != "e4m3"):
+        found["input_scale"] = (("F32",), ())
+    return found
+
+
+def decode_stored(linear: RecordedLinear, tensors: Mapping[str, StoredTensor], packing: str) -> DecodedLinear:
+    """The decoded weight of a linear whose ``tensors`` have the dtypes and shapes of ``stored_layout``."""
+    if packing not in PACKINGS:
+        return decode(linear, tensors)
+    result = DecodedLinear()
+    if packing == MODELOPT:
+        values, scale = _floats(linear, tensors, result)
+        _finish(result, linear, values, None, scale)
+        return result
+    unpack = _awq if packing == AWQ else _gptq
+    codes, zero, scale = unpack(linear, tensors, packing, result)
+    if linear.format.symmetric and zero.any():
+        result.faults.append(("qzeros", f"{int(np.count_nonzero(zero))} zero points of a symmetric weight are not 0"))
+    _check(result, "scales", scale, signed=linear.format.symmetric)
+    _finish(result, linear, codes, zero, scale)
+    return result
+
+
+def _gptq(
+    linear: RecordedLinear, tensors: Mapping[str, StoredTensor], packing: str, result: DecodedLinear
+) -> tuple[Array, Array, Array]:
+    """Signed codes [out, in], zero points and scales [out, groups]."""
+    bits, (rows, columns) = linear.format.bits, linear.shape
+    half, scale = 1 << (bits - 1), tensors["scales"].float32().T
+    codes = unpack_words(np.ascontiguousarray(tensors["qweight"].array().T), bits, columns).astype(np.int16) - half
+    zero = unpack_words(tensors["qzeros"].array(), bits, rows).astype(np.int16)
+    if packing == GPTQ:
+        zero = (zero + 1) & ((1 << bits) - 1)
+    expected = np.arange(columns) // (columns // scale.shape[1])
+    if not np.array_equal(tensors["g_idx"].array(), expected):
+        result.faults.append(("g_idx", "groups do not follow each other, which they do in files of qkit"))
+    return codes, zero.T - half, scale
+
+
+def _awq(
+    linear: RecordedLinear, tensors: Mapping[str, StoredTensor], packing: str, result: DecodedLinear
+) -> tuple[Array, Array, Array]:
+    def lanes(words: Array) -> Array:
+        unsigned = np.ascontiguousarray(words).view("<u4")
+        found = np.empty((*unsigned.shape, 8), dtype=np.int16)
+        for place, output in enumerate(_AWQ_ORDER):
+            found[..., output] = (unsigned >> np.uint32(4 * place)) & np.uint32(15)
+        return found.reshape(words.shape[0], -1).T - 8
+
+    codes, zero = lanes(tensors["qweight"].array()), lanes(tensors["qzeros"].array())
+    return codes, zero, tensors["scales"].float32().T
+
+
+def _floats(linear: RecordedLinear, tensors: Mapping[str, StoredTensor], result: DecodedLinear) -> tuple[Array, Array]:
+    """Values of the codes [out, in], and scales [rows, columns] of them, of NVFP4, FP8 and MXFP8."""
+    spec, raw = linear.format, tensors["weight"].array()
+    if spec.kind == "fp4":
+        values = E2M1[np.stack((raw & 15, raw >> 4), axis=-1).reshape(linear.shape)]
+    else:
+        values = E4M3[raw]
+        if np.any((raw & 0x7F) == 0x7F):
+            result.faults.append(("weight", "holds NaN codes"))
+    stored = tensors["weight_scale"]
+    scale = E8M0[stored.array()] if spec.scale == "e8m0" else stored.float32()
+    _check(result, "weight_scale", scale)
+    if spec.strategy == "tensor":
+        result.scalars["weight_scale"] = float(scale)
+    for name in ("weight_scale_2", "input_scale"):
+        if name in tensors:
+            value = tensors[name].float32()
+            result.scalars[name] = float(value)
+            _check(result, name, value)
+    if spec.kind == "fp4":
+        with np.errstate(all="ignore"):
+            scale = scale / (np.float32(1) / tensors["weight_scale_2"].float32())
+    grid = (1, 1) if spec.strategy == "tensor" else scale_shape(spec, linear.shape)
+    return values, scale.reshape(grid)
+
+
+def _check(result: DecodedLinear, name: str, values: Array, signed: bool = False) -> None:
+    bad = int(np.count_nonzero(~np.isfinite(values) | (values == 0 if signed else values <= 0)))
+    if bad:
+        expected = "finite and not 0" if signed else "finite and above 0"
+        result.faults.append((name, f"{bad} of {values.size} values are not {expected}"))
+
+
+def _finish(result: DecodedLinear, linear: RecordedLinear, codes: Array, zero: Array | None, scale: Array) -> None:
+    """Hashes (code - zero) * scale in float32, some rows at a time."""
+    rows, columns = linear.shape
+    height = linear.format.block[0] if linear.format.block else 1
+    width = -(-columns // scale.shape[1]) if not linear.format.block else linear.format.block[1]
+    digest, column_of, overflow = hashlib.sha256(), np.arange(columns) // width, 0
+    for first in range(0, rows, max(1, CHUNK // columns)):
+        last = min(rows, first + max(1, CHUNK // columns))
+        row_of = np.arange(first, last) // height if scale.shape[0] > 1 else np.zeros(last - first, dtype=np.int64)
+        values = codes[first:last].astype(np.float32)
+        if zero is not None:
+            values -= zero[row_of][:, column_of].astype(np.float32)
+        with np.errstate(all="ignore"):
+            values *= scale[row_of][:, column_of]
+        overflow += values.size - int(np.count_nonzero(np.isfinite(values)))
+        digest.update(np.ascontiguousarray(values, dtype="<f4").data)
+        result.head = result.head if first else values[0, : result.HEAD].copy()
+    if overflow and not result.faults:
+        result.faults.append(("scales", f"{overflow} decoded weights are NaN or infinite"))
+    result.sha256 = digest.hexdigest()
