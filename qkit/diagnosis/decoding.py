@@ -12,11 +12,13 @@ from torch import Tensor
 from qkit.diagnosis.compressed import Groups
 from qkit.diagnosis.layers import Layer
 from qkit.diagnosis.opened import Opened
-from qkit.diagnosis.words import is_awq, rule_of, version_of
+from qkit.diagnosis.words import rule_of, version_of
 from qkit.errors import BadCheckpoint, QkitError, Unsupported
 from qkit.files.safefile import TensorInfo, read_tensor
 from qkit.files.sources.decoded import DecodedInfo, Stored, decoded
 from qkit.files.sources.opening import DECODERS
+
+_TOLD_BY_TENSORS = ("fp8", "mxfp4")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Decoder:
         method = self._method()
         if method not in DECODERS:
             return Unsupported(f"qkit has no decoder for {method}")
+        if not self.opened.quantization and method not in _TOLD_BY_TENSORS:
+            return Unsupported("the config does not say how it is quantized")
         try:
             info = self._find(layer, method)
             if info is None:
@@ -71,14 +75,14 @@ class Decoder:
         if method in ("gptq", "awq"):
             rule = rule_of(self.opened, layer.name) or quantization
             bits = layer.weights.bits if layer.weights is not None else rule.get("bits", 4)
-            version = version_of(self.opened) if not is_awq(self.opened) else None
+            told = method == "gptq" and self.opened.method == "gptq"
             simple = {
                 "bits": bits,
                 "sym": rule.get("sym"),
                 "group_size": rule.get("group_size"),
                 "version": rule.get("version"),
             }
-            return {**simple, **({"checkpoint_format": version} if version in ("gptq", "gptq_v2") else {})}
+            return {**simple, "checkpoint_format": version_of(self.opened)} if told else simple
         return quantization
 
 

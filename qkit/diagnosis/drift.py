@@ -54,7 +54,8 @@ class LayerDrift:
 
 @dataclass
 class Drift:
-    """Collects weights one by one. base: reads the original of a name; names: of all matrices that the original has"""
+    """Collects weights one by one. base: reads the original of a name; names: of all matrices that the original has;
+    unread: layers whose weights could not be decoded"""
 
     base: Base
     names: list[str]
@@ -62,6 +63,7 @@ class Drift:
     layers: list[LayerDrift] = field(default_factory=list)
     norms: dict[str, list[Tensor]] = field(default_factory=dict)
     vectors: dict[str, float] = field(default_factory=dict)
+    unread: set[str] = field(default_factory=set)
 
     def add(self, name: str, weight: Tensor, fmt: Format | None, explained: float | None = None) -> bool:
         """Compare one weight; whether the original has it in this shape."""
@@ -216,6 +218,11 @@ class Drift:
             block = _block(name)
             if any(_block(n) == block for n in explained):
                 continue
+            if any(_block(n) == block for n in self.unread):
+                findings.note(
+                    "norms", name, f"it is {error:.3f} from the original, and weights of its block were not decoded"
+                )
+                continue
             is_norm = "norm" in name or name.rpartition(".")[0].endswith(("ln_1", "ln_2", "ln_f"))
             found = (
                 f"it is {error:.3f} from the original (relative), and no weight of its block is scaled the other way"
@@ -243,6 +250,8 @@ def _log_ratio(w: Tensor, b: Tensor) -> Tensor:
 
 def _cancels(a: Tensor, b: Tensor) -> bool:
     """Whether two logarithms of factors add up to a constant; heads that several queries share may repeat."""
+    if float(b.std()) <= _SCALED:
+        return False
     if len(a) != len(b):
         return len(a) % len(b) == 0 or len(b) % len(a) == 0
     return float((a + b).std()) < max(0.1, 0.35 * float(a.std()))

@@ -19,7 +19,7 @@ def check_fused(opened: Opened, findings: Findings) -> None:
     names = [*opened.layers, *weight_names(opened)]
     level = WARNING if opened.for_any_engine or opened.method == "qkit" else FAULT
     for group in fused_groups(names):
-        kinds = {n: _kind(opened.layers.get(n)) for n in group}
+        kinds = {n: _kind(opened.layers.get(n)) for n in group if not _is_unknown(opened.layers.get(n))}
         if len(set(kinds.values())) > 1:
             words = ", ".join(f"{n.rpartition('.')[2]} {_words(opened.layers.get(n))}" for n in group)
             findings.add(
@@ -30,6 +30,11 @@ def check_fused(opened: Opened, findings: Findings) -> None:
             _check_shared([opened.layers[n] for n in group if n in opened.layers], findings)
     for where, group in expert_groups(names).items():
         _check_experts(opened, where, group, level, findings)
+
+
+def _is_unknown(layer: Layer | None) -> bool:
+    """Whether a layer has a fault for which its format is not known; that one is told already."""
+    return layer is not None and layer.weights is None and (layer.codes is None or layer.scale is None)
 
 
 def _kind(layer: Layer | None) -> object:

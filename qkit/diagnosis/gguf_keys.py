@@ -92,7 +92,7 @@ def _check_blocks(name: str, keys: dict[str, Any], tensors: dict[str, GgufTensor
         for leaf, times in usual.items():
             if (
                 leaf not in leaves
-                and times >= 0.75 * len(blocks)
+                and times >= min(0.75 * len(blocks), len(blocks) - 1)
                 and len(blocks) > 2
                 and _of_one_kind(leaf, leaves, blocks)
             ):
@@ -118,7 +118,8 @@ def _check_blocks(name: str, keys: dict[str, Any], tensors: dict[str, GgufTensor
 def _of_one_kind(leaf: str, leaves: set[str], blocks: dict[int, set[str]]) -> bool:
     """Whether a block without a tensor is of the kind that has it: no other leaf of it is one that only such blocks have."""
     having = [other for other in blocks.values() if leaf in other]
-    own = leaves - set().union(*having)
+    usual = Counter(other for found in blocks.values() for other in found)
+    own = {other for other in leaves if usual[other] > 1} - set().union(*having)
     return not own
 
 

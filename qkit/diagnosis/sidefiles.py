@@ -25,6 +25,9 @@ _TOKENIZERS = (
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _FREE = ("transformers_version", "_from_model_config", "_name_or_path")
+_NOT_COMPARED = (
+    *_FREE, "dtype", "torch_dtype", "use_cache", "architectures", "auto_map", "quantization_config", "compression_config",
+)  # fmt: skip
 _COPY = "copy it from the original"
 TEMPLATE = "chat_template.jinja"
 
@@ -160,6 +163,8 @@ def _compare_templates(folder: Path, base: Path, findings: Findings) -> None:
             _COPY,
             6,
         )
+    elif theirs is None and mine is not None:
+        findings.warn("chat template", TEMPLATE, "the original has none", "no template", "check where it comes from", 4)
     elif theirs is not None and mine is not None and mine.strip() != theirs.strip():
         findings.warn(
             "chat template", TEMPLATE, "it is not that of the original", "the template of the original", _COPY, 5
@@ -235,22 +240,14 @@ def _token(value: Any) -> Any:
     return value.get("content") if isinstance(value, dict) else value
 
 
-def compare_configs(mine: Mapping[str, Any], theirs: Mapping[str, Any], findings: Findings) -> None:
-    """Fields of config.json that change what the model computes."""
-    free = {
-        *_FREE,
-        "dtype",
-        "torch_dtype",
-        "use_cache",
-        "architectures",
-        "auto_map",
-        "quantization_config",
-        "compression_config",
-    }
-    for key in sorted({*mine, *theirs} - free):
-        both = key in mine and key in theirs
-        if both and mine[key] != theirs[key] and not isinstance(mine[key], dict):
+def compare_configs(mine: Mapping[str, Any], theirs: Mapping[str, Any], findings: Findings, at: str = "") -> None:
+    """Fields of config.json, at any depth, that change what the model computes. at: the keys around these"""
+    for key in sorted({*mine} & {*theirs} - set(_NOT_COMPARED)):
+        found, wanted = mine[key], theirs[key]
+        if isinstance(found, dict) and isinstance(wanted, dict):
+            compare_configs(found, wanted, findings, f"{at}{key}.")
+        elif found != wanted and wanted is not None:
             findings.warn(
-                "config", f"config.json: {key}", shown(mine[key]), f"{shown(theirs[key])}, as the original has it",
+                "config", f"config.json: {at}{key}", shown(found), f"{shown(wanted)}, as the original has it",
                 "set it as in the original, unless the change is meant", 5,
             )  # fmt: skip

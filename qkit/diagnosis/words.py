@@ -37,8 +37,7 @@ def set_formats(opened: Opened, findings: Findings) -> None:
     for layer in opened.layers.values():
         missing = [leaf for leaf in ("qweight", "qzeros", "scales") if leaf not in layer.leaves]
         if missing:
-            level = findings.warn if missing == ["qzeros"] and opened.quantization.get("sym") else findings.fault
-            level(
+            findings.fault(
                 "lost tensors",
                 layer.name,
                 f"it has no {', '.join(missing)}",

@@ -117,7 +117,9 @@ def _check_values(
     for layer in opened.layers.values():
         step()
         weight = _check_layer(layer, decoder, measured, findings)
-        if drift is not None and weight is not None:
+        if drift is not None and weight is None:
+            drift.unread.add(layer.name)
+        elif drift is not None:
             found = drift.add(layer.plain_name, weight, layer.weights)
             seen.add(layer.plain_name)
             if not found:
@@ -126,7 +128,8 @@ def _check_values(
     for name, info in opened.plain.items():
         step()
         try:
-            values.check_plain(name, info, findings)
+            if not name.endswith(CACHE_SCALES):
+                values.check_plain(name, info, findings)
         except QkitError as error:
             findings.fault("plain tensors", name, said(error), "a tensor that can be read", "get the tensor again", 8)
             continue
@@ -146,25 +149,23 @@ def _check_values(
 def _check_layer(layer: Layer, decoder: Decoder, measured: list[values.Measured], findings: Findings) -> Any:
     """All checks of the numbers of one layer; its weight, or None."""
     try:
-        sound = values.check_scales(layer, findings)
+        finite = values.check_scales(layer, findings)
         values.check_codes(layer, findings)
         values.check_zeros(layer, findings)
     except QkitError as error:
         findings.fault("scales", layer.name, said(error), "tensors that can be read", "get the file again", 8)
         return None
-    known = len(findings.entries)
     weight = decoder.weight(layer)
     if isinstance(weight, Exception):
         told = any(layer.name in names for (level, *_), (names, _) in findings.entries.items() if level == FAULT)
         if isinstance(weight, Unsupported):
-            findings.note("decoding", layer.name, f"its weight was not decoded: {said(weight)}")
+            reason = said(weight).replace(f"{decoder.opened.folder}: ", "").replace(layer.name, "it")
+            findings.note("decoding", layer.name, f"its weight was not decoded: {reason}")
         elif not told:
             text = f"its weight cannot be decoded: {said(weight)}"
             findings.fault("decoding", layer.name, text, "a weight", "quantize again", 7)
         return None
-    if not sound and known == len(findings.entries):
-        return weight
-    found = values.check_weight(layer, weight, findings)
+    found = values.check_weight(layer, weight, findings) if finite else None
     if found is not None:
         measured.append(found)
     return weight
