@@ -12,7 +12,7 @@ from qkit.diagnosis.opened import Opened
 from qkit.files.safefile import TensorInfo, read_tensor
 
 _SCALE = re.compile(
-    r"(.+?)\.(?:(?:[kv]_proj|qkv_proj|attn|[kv]_cache|key|value)\.)?(k|v|kv)(?:_cache)?(?:_scale|_scaling_factor|\.scale|_output_scale)$"
+    r"(.+?)\.(?:(?:[kv]_proj|qkv_proj|attn|[kv]_cache|key|value|kv_b_proj|kv_a_proj_with_mqa)\.)?(k|v|kv)(?:_cache)?(?:_scale|_scaling_factor|\.scale|_output_scale)$"
 )
 _OUTPUT = re.compile(r"(.+)\.([kv])_proj\.output_scale$")
 # What vLLM 0.32 gives to its attention layers (maybe_remap_kv_scale_name).
@@ -85,7 +85,7 @@ def _scales(opened: Opened) -> dict[str, TensorInfo]:
 def _attention(opened: Opened) -> list[str]:
     """The modules that have keys, by the names of their projections."""
     owners = {name.rpartition(".")[0] for name in opened.tensors}
-    return sorted({o.rpartition(".")[0] for o in owners if o.rpartition(".")[2] in _PROJECTIONS and "vision" not in o})
+    return sorted({o.rpartition(".")[0] for o in owners if o.rpartition(".")[2] in _PROJECTIONS and "vis" not in o})
 
 
 def _check_values(scales: dict[str, TensorInfo], findings: Findings) -> None:

@@ -21,7 +21,6 @@ from qkit.tensor.qtensor import param_shape
 
 _CONFIG = "get the config of this file, or quantize again"
 _CLASS = "Linear"
-_NO_LINEARS = ("embed_tokens", "wte", "word_embeddings")
 
 
 @dataclass
@@ -287,7 +286,7 @@ def check_plain(opened: Opened, groups: Groups, expected: Expected, findings: Fi
         if name in opened.layers or name in groups.ignored or _CLASS in ignore or name not in groups.of:
             continue
         label = groups.of[name]
-        known = name in expected.linears if expected.model is not None else name.rpartition(".")[2] not in _NO_LINEARS
+        known = name in expected.linears if expected.model is not None else name.endswith("proj")
         if name not in groups.named and not known and ".experts." not in name:
             continue
         findings.fault(

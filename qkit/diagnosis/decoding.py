@@ -29,8 +29,8 @@ class Decoder:
     groups: Groups
     dtype: str
 
-    def weight(self, layer: Layer) -> Tensor | QkitError:
-        """The plain weight, or the error that says why there is none."""
+    def weight(self, layer: Layer, filled: bool = False) -> Tensor | QkitError:
+        """The plain weight, or the error that says why there is none. filled: with a scale of 1 for each that is zero"""
         method = self._method()
         if method not in DECODERS:
             return Unsupported(f"qkit has no decoder for {method}")
@@ -41,6 +41,8 @@ class Decoder:
             if info is None:
                 return BadCheckpoint("no decoder takes its tensors for a weight")
             parts = {role: read_tensor(part) for role, part in info.parts.items()}
+            if filled:
+                parts = {role: _filled(t) if info.parts[role] is layer.scale else t for role, t in parts.items()}
             return decoded(info, parts)
         except QkitError as error:
             return error
@@ -84,6 +86,11 @@ class Decoder:
             }
             return {**simple, "checkpoint_format": version_of(self.opened)} if told else simple
         return quantization
+
+
+def _filled(scale: Tensor) -> Tensor:
+    wide = scale.to(torch.float32)
+    return torch.where(wide == 0, torch.ones_like(wide), wide).to(scale.dtype)
 
 
 def plain(info: TensorInfo) -> Tensor:

@@ -64,6 +64,7 @@ class Drift:
     norms: dict[str, list[Tensor]] = field(default_factory=dict)
     vectors: dict[str, float] = field(default_factory=dict)
     unread: set[str] = field(default_factory=set)
+    samples: dict[str, tuple[Tensor | None, tuple[int, ...]]] = field(default_factory=dict)
 
     def add(self, name: str, weight: Tensor, fmt: Format | None, explained: float | None = None) -> bool:
         """Compare one weight; whether the original has it in this shape."""
@@ -180,10 +181,13 @@ class Drift:
         for name in self.names:
             if name == x.name:
                 continue
-            other = self.base(name)
-            if other is None or tuple(other.shape) != x.shape:
+            if name not in self.samples:
+                other = self.base(name)
+                made = None if other is None else _sample(other.to(torch.float32).reshape(-1, other.shape[-1]))
+                self.samples[name] = made, () if other is None else tuple(other.shape)
+            sample, shape = self.samples[name]
+            if sample is None or shape != x.shape:
                 continue
-            sample = _sample(other.to(torch.float32).reshape(-1, other.shape[-1]))
             if float((sample * x.sample).sum() / (sample.norm() * x.sample.norm()).clamp(min=1e-12)) > 0.7:
                 return name
         return None

@@ -105,9 +105,23 @@ def _compare(opened: Opened, model: Any, findings: Findings) -> Expected:
         _check_experts(conversion.pieces, params, findings)
     _report_unused(opened, model, set(shapes) - used, findings)
     _check_shapes(conversion.names, params, shapes, {x.plain_name for x in opened.layers.values()}, findings)
+    _check_tied(opened, {conversion.stored_name(a): conversion.stored_name(b) for a, b in tied.items()}, findings)
     linears = {conversion.stored_name(n) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     modules = {n for n, _ in model.named_modules()} | {conversion.stored_name(n) for n, _ in model.named_modules()}
     return Expected(model, linears, modules)
+
+
+def _check_tied(opened: Opened, tied: Mapping[str, str], findings: Findings) -> None:
+    """Tensors that the config says are one, and the file has both."""
+    for first, second in tied.items():
+        a, b = opened.tensors.get(first), opened.tensors.get(second)
+        if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
+            continue
+        if not read_tensor(a).equal(read_tensor(b)):
+            findings.fault(
+                "config", [first, second], "config.json ties them, and they differ", "one tensor",
+                "set tie_word_embeddings to false if both are meant: engines load one of them alone", 8,
+            )  # fmt: skip
 
 
 def _apart(target: str, shape: tuple[int, ...], stored: Iterable[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from typing import Any
 
@@ -10,7 +9,7 @@ from qkit.diagnosis.expected import Expected, weight_names
 from qkit.diagnosis.findings import Findings
 from qkit.diagnosis.layers import Layer, count
 from qkit.diagnosis.opened import Opened
-from qkit.diagnosis.words import not_converted
+from qkit.diagnosis.words import in_quantized_stack, names_layer, not_converted
 from qkit.tensor.formats import Format
 
 _CONFIG = "get the config of this file, or quantize again"
@@ -190,7 +189,7 @@ def check_plain(opened: Opened, expected: Expected, findings: Findings) -> None:
     """Plain linears that no list names, and quantized ones that one names."""
     kept = [*not_converted(opened), *_ignored(opened)]
     for name in opened.layers:
-        if any(_names(entry, name) for entry in kept):
+        if any(names_layer(entry, name) for entry in kept):
             findings.fault(
                 "config", name, "it is quantized, and the list of layers that are not names it", "a plain weight",
                 "take it out of the list: engines would load its codes as a plain weight", 8,
@@ -202,7 +201,7 @@ def check_plain(opened: Opened, expected: Expected, findings: Findings) -> None:
         known = name in expected.linears if expected.model is not None else leaf.endswith("proj")
         if name in opened.layers or leaf in _PLAIN_ALWAYS or not (known or ".experts." in name):
             continue
-        if not any(_names(entry, name) for entry in kept):
+        if in_quantized_stack(opened, name) and not any(names_layer(entry, name) for entry in kept):
             findings.fault(
                 "config", name, "the weight is plain, and nothing in the config says so", "an entry in the list of layers "
                 "that are not quantized", "add it: engines would look for its scale", 8,
@@ -212,12 +211,3 @@ def check_plain(opened: Opened, expected: Expected, findings: Findings) -> None:
 def _ignored(opened: Opened) -> list[str]:
     found = [opened.quantization.get("ignore"), _inner(opened).get("exclude_modules")]
     return [x for entries in found if isinstance(entries, list) for x in entries if isinstance(x, str)]
-
-
-def _names(entry: str, name: str) -> bool:
-    """Whether an entry of a list names a layer: a pattern with '*', a module around it, or its own name."""
-    if not entry:
-        return False
-    if "*" in entry:
-        return fnmatch.fnmatchcase(name, entry)
-    return entry == name or name.startswith(f"{entry}.") or f".{entry}." in f".{name}."

@@ -116,45 +116,58 @@ def _check_blocks(name: str, keys: dict[str, Any], tensors: dict[str, GgufTensor
 
 
 def _of_one_kind(leaf: str, leaves: set[str], blocks: dict[int, set[str]]) -> bool:
-    """Whether a block without a tensor is of the kind that has it: no other leaf of it is one that only such blocks have."""
+    """Whether a block without a tensor is of the kind that has it: no other leaf of it is one that only other blocks have."""
     having = [other for other in blocks.values() if leaf in other]
-    usual = Counter(other for found in blocks.values() for other in found)
-    own = {other for other in leaves if usual[other] > 1} - set().union(*having)
+    known = _known_leaves()
+    own = {other for other in leaves if not known or other.rpartition(".")[0] in known} - set().union(*having)
     return not own
 
 
+def _known_leaves() -> set[str]:
+    """What llama.cpp calls the tensors of a block; empty without the library gguf."""
+    try:
+        import gguf
+    except ImportError:
+        return set()
+    names = (str(name) for name in gguf.TENSOR_NAMES.values())
+    return {name.removeprefix("blk.{bid}.") for name in names if name.startswith("blk.{bid}.")}
+
+
 def _check_widths(name: str, keys: dict[str, Any], tensors: dict[str, GgufTensor], findings: Findings) -> None:
-    width = number_of(keys, f"{name}.embedding_length")
-    heads, shared = number_of(keys, f"{name}.attention.head_count"), number_of(keys, f"{name}.attention.head_count_kv")
-    size = number_of(keys, f"{name}.attention.key_length") or (width // heads if width and heads else None)
-    keys_of = (shared or heads or 0) * size if size and heads else None
+    width, inner = number_of(keys, f"{name}.embedding_length"), number_of(keys, f"{name}.feed_forward_length")
     wanted: list[tuple[str, int, int | None, str]] = [
         ("token_embd.weight", 0, width, "embedding_length"),
         ("output_norm.weight", 0, width, "embedding_length"),
         ("blk.0.attn_norm.weight", 0, width, "embedding_length"),
-        ("blk.0.ffn_gate.weight", 1, number_of(keys, f"{name}.feed_forward_length"), "feed_forward_length"),
-        ("blk.0.ffn_up.weight", 1, number_of(keys, f"{name}.feed_forward_length"), "feed_forward_length"),
-        ("blk.0.attn_q.weight", 1, heads * size if heads and size else None, "attention.head_count times the length of a key"),
-        ("blk.0.attn_k.weight", 1, keys_of, "attention.head_count_kv times the length of a key"),
+        ("blk.0.ffn_gate.weight", 1, inner, "feed_forward_length"),
+        ("blk.0.ffn_down.weight", 0, inner, "feed_forward_length"),
         ("blk.0.ffn_gate_exps.weight", 2, number_of(keys, f"{name}.expert_count"), "expert_count"),
-    ]  # fmt: skip
-    gated = name not in ("qwen3next", "qwen35", "qwen35moe")  # their queries carry a gate
+    ]
     for tensor, axis, value, key in wanted:
         info = tensors.get(tensor)
-        if info is None or value is None or axis >= len(info.shape) or info.shape[axis] == value:
-            continue
-        if tensor.endswith(("ffn_up.weight", "attn_q.weight")) and not gated:
-            continue
-        if tensor.endswith("ffn_up.weight") and info.shape[axis] == 2 * value:  # gate and up in one
-            continue
-        findings.fault(
-            "config",
-            [f"{name}.{key.partition(' ')[0]}", tensor],
-            f"{key} is {value}, and {tensor} has {info.shape[axis]}",
-            f"{info.shape[axis]}",
-            _CONVERT,
-            8,
-        )
+        if info is not None and value is not None and axis < len(info.shape) and info.shape[axis] != value:
+            _differs(f"{name}.{key}", tensor, value, info.shape[axis], findings)
+    _check_heads(name, keys, tensors, findings)
+
+
+def _differs(key: str, tensor: str, value: int, found: int, findings: Findings) -> None:
+    what = f"it is {value}, and {tensor} has {found}"
+    findings.fault("config", [key, tensor], what, f"{found}", _CONVERT, 8)
+
+
+def _check_heads(name: str, keys: dict[str, Any], tensors: dict[str, GgufTensor], findings: Findings) -> None:
+    """The rows of queries and keys: heads of one size. Queries may carry a gate of their own size."""
+    query, key = (tensors.get(f"blk.0.attn_{leaf}.weight") for leaf in "qk")
+    heads = number_of(keys, f"{name}.attention.head_count")
+    shared = number_of(keys, f"{name}.attention.head_count_kv") or heads
+    if not heads or not shared or query is None or key is None or min(len(query.shape), len(key.shape)) < 2:
+        return
+    rows, fewer = query.shape[1], key.shape[1]
+    if rows * shared in (fewer * heads, 2 * fewer * heads) and fewer % shared == 0:
+        return
+    found = f"{heads} and {shared}, and blk.0 has {rows} rows of queries and {fewer} of keys"
+    where = [f"{name}.attention.head_count", f"{name}.attention.head_count_kv", query.name, key.name]
+    findings.fault("config", where, found, "numbers of heads that divide them into heads of one size", _CONVERT, 8)
 
 
 def _check_tokenizer(header: GgufHeader, tensors: dict[str, GgufTensor], findings: Findings) -> None:

@@ -26,6 +26,15 @@ def check_kernels(opened: Opened, engine: str | None, findings: Findings) -> lis
         for layer in opened.layers.values()
         if layer.weights is not None and layer.shape is not None and len(layer.shape) >= 2
     }
+    if engine == "llama.cpp":
+        findings.fault(
+            "engine",
+            sorted(parts),
+            "llama.cpp reads GGUF alone",
+            "a GGUF file",
+            "convert the model to GGUF, or use another engine",
+            6,
+        )
     if not parts:
         return []
     skipped = {n: "plain" for n in weight_names(opened)}

@@ -73,8 +73,8 @@ def _check_values(layer: Layer, leaf: str, values: Tensor, findings: Findings) -
         )
         return False
     zero, negative = int((values == 0).sum()), int((values < 0).sum())
-    if zero:
-        findings.fault("scales", where, f"{zero} of {total} values of {leaf} are zero", "numbers above zero", _AGAIN, 8)
+    if zero and layer.leaves[leaf] is not layer.scale:
+        report_zeros(layer.name, leaf, zero, total, findings)
     signed = layer.weights is not None and layer.weights.kind == "int" and leaf not in INPUTS and total > 1
     if negative and not (signed and negative > _FEW * total):
         findings.fault(
@@ -91,6 +91,19 @@ def _check_values(layer: Layer, leaf: str, values: Tensor, findings: Findings) -
             "scales of one size", _AGAIN, 7,
         )  # fmt: skip
     return True
+
+
+def report_zeros(where: str, leaf: str, zero: int, total: int, findings: Findings) -> None:
+    """Scales of zero, which make weights zero that are not."""
+    findings.fault("scales", where, f"{zero} of {total} values of {leaf} are zero", "numbers above zero", _AGAIN, 8)
+
+
+def count_zeros(layer: Layer) -> int:
+    """Scales of a layer that are zero. Those in bytes never are."""
+    info = layer.scale
+    if info is None or info.dtype not in _FLOATS:
+        return 0
+    return int((scale_values(info) == 0).sum())
 
 
 # ---- codes -------------------------------------------------------------------------------------------------------

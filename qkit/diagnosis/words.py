@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from qkit.tensor.formats import Format
 from qkit.tensor.packing import unpack_bits
 
 _CONFIG = "get the config of this file, or quantize again"
+_STACK = re.compile(r"(.*?\b(?:layers|h|blocks)\.)\d+\.")
 _BITS = (2, 3, 4, 5, 6, 7, 8)
 _SAME = ("bits", "group_size", "desc_act", "sym", "checkpoint_format", "zero_point", "version")
 _NOT_QUANTIZED = ("lm_head", "embed_tokens", "wte", "gate", "router", "shared_expert_gate", "embed_out", "score")
@@ -226,36 +228,47 @@ def check_plain(opened: Opened, expected: Expected, findings: Findings) -> None:
     """Plain linears that the config does not name: engines take every linear for a quantized one."""
     kept = not_converted(opened)
     for name in opened.layers:
-        if any(entry and entry in name for entry in kept):
+        if any(names_layer(entry, name) for entry in kept):
             findings.fault(
                 "config", name, "it is quantized, and modules_to_not_convert names it", "a plain weight, or no such entry",
                 "take it out of the list: engines would load its codes as a plain weight", 8,
             )  # fmt: skip
-    inside = opened.quantization.get("modules_in_block_to_quantize")
-    listed = (
-        [leaf for group in inside for leaf in group]
-        if isinstance(inside, list) and all(isinstance(g, list) for g in inside)
-        else []
-    )
+    listed = _listed(opened)
     for name in weight_names(opened):
-        leaf = name.rpartition(".")[2]
-        if name in opened.layers or leaf in _NOT_QUANTIZED or any(entry and entry in name for entry in kept):
+        leaf, rule = name.rpartition(".")[2], rule_of(opened, name)
+        known = name in expected.linears if expected.model is not None else leaf.endswith("proj")
+        if name in opened.layers or leaf in _NOT_QUANTIZED or not (known or ".experts." in name):
             continue
-        if (expected.model is not None and name not in expected.linears and ".experts." not in name) or rule_of(
-            opened, name
-        ) is None:
-            continue
-        if expected.model is None and not leaf.endswith("proj"):
-            continue
-        if listed and not any(name.endswith(entry) for entry in listed):
-            continue
-        rule = rule_of(opened, name)
-        if rule is not None and isinstance(rule.get("bits"), int) and rule["bits"] >= 16:
-            continue
-        findings.fault(
-            "config", name, "the weight is plain, and nothing in quantization_config says so",
-            "an entry of modules_to_not_convert (AWQ) or dynamic (GPTQ)", "add it: engines would look for its codes", 8,
-        )  # fmt: skip
+        told = rule is None or (isinstance(rule.get("bits"), int) and rule["bits"] >= 16)
+        told |= any(names_layer(entry, name) for entry in kept)
+        told |= bool(listed) and not any(name.endswith(entry) for entry in listed)
+        if not told and in_quantized_stack(opened, name):
+            findings.fault(
+                "config", name, "the weight is plain, and nothing in quantization_config says so",
+                "an entry of modules_to_not_convert (AWQ) or dynamic (GPTQ)", "add it: engines would look for its codes", 8,
+            )  # fmt: skip
+
+
+def _listed(opened: Opened) -> list[str]:
+    """Ends of the names of all quantized linears of a block, where the config lists them."""
+    inside = opened.quantization.get("modules_in_block_to_quantize")
+    groups = inside if isinstance(inside, list) else []
+    return [str(leaf) for group in groups if isinstance(group, list) for leaf in group]
+
+
+def in_quantized_stack(opened: Opened, name: str) -> bool:
+    """Whether a layer is in a stack of blocks with quantized layers: engines leave towers of other stacks as they are."""
+    found = _STACK.match(name)
+    return found is not None and any(layer.startswith(found[1]) for layer in opened.layers)
+
+
+def names_layer(entry: str, name: str) -> bool:
+    """Whether an entry of a list names a layer: a pattern with '*', a part of its path, or its own name."""
+    if not entry:
+        return False
+    if "*" in entry:
+        return fnmatch.fnmatchcase(name, entry)
+    return f".{entry.strip('.')}." in f".{name}."
 
 
 def not_converted(opened: Opened) -> list[str]:

@@ -12,7 +12,7 @@ from qkit.diagnosis.decoding import Decoder
 from qkit.diagnosis.drift import Drift
 from qkit.diagnosis.expected import Expected, check_mtp, expect
 from qkit.diagnosis.findings import FAULT, Findings
-from qkit.diagnosis.layers import Layer
+from qkit.diagnosis.layers import Layer, count
 from qkit.diagnosis.opened import Opened, open_folder, said
 from qkit.diagnosis.result import Diagnosis
 from qkit.errors import BadCheckpoint, QkitError, Unsupported
@@ -165,6 +165,14 @@ def _check_layer(layer: Layer, decoder: Decoder, measured: list[values.Measured]
             text = f"its weight cannot be decoded: {said(weight)}"
             findings.fault("decoding", layer.name, text, "a weight", "quantize again", 7)
         return None
+    zeros = values.count_zeros(layer)
+    if zeros and layer.scale is not None:
+        whole = decoder.weight(layer, filled=True)
+        leaf, total = layer.scale.name.rpartition(".")[2], count(layer.scale)
+        if isinstance(whole, Exception) or not whole.equal(weight):
+            values.report_zeros(layer.name, leaf, zeros, total, findings)
+        else:
+            findings.note("scales", layer.name, f"{zeros} of {total} values of {leaf} are zero, as are their weights")
     found = values.check_weight(layer, weight, findings) if finite else None
     if found is not None:
         measured.append(found)
