@@ -253,5 +253,5 @@ def check_plain(name: str, info: TensorInfo, findings: Findings) -> None:
             "get the tensor again",
             9,
         )
-    elif len(info.shape) >= 2 and values.numel() > 1 and not bool(values.any()):
+    elif len(info.shape) >= 2 and "bias" not in name and values.numel() > 1 and not bool(values.any()):
         findings.fault("zero layers", name, "all its values are zero", "weights", "get the tensor again", 8)
