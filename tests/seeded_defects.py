@@ -352,40 +352,6 @@ def fp8_seeds(original: Path) -> list[Seed]:
     ]
 
 
-def expert_seeds(original: Path, layer: str, leaves: tuple[str, str, str]) -> list[Seed]:
-    """Experts stored one by one. layer: their module; leaves: of gate, down and up"""
-    gate, down, _ = leaves
-    return [
-        Seed(
-            "an expert is plain",
-            both(
-                plain(f"{layer}.1.{down}", original),
-                config(lambda c: c["quantization_config"]["ignore"].append(f"{layer}.1.{down}")),
-            ),
-            ("experts",),
-            f"{layer}.1",
-        ),
-        Seed(
-            "an expert is lost",
-            tensors(lambda t: [t.pop(n) for n in [*t] if n.startswith(f"{layer}.2.")]),
-            ("experts", "lost tensors"),
-            f"{layer}",
-        ),
-        Seed(
-            "a matrix of an expert is lost",
-            tensors(lambda t: [t.pop(n) for n in [*t] if n.startswith(f"{layer}.0.{gate}.")]),
-            ("experts", "lost tensors"),
-            f"{layer}",
-        ),
-        Seed(
-            "more experts in the config",
-            config(lambda c: c.update({k: c[k] + 1 for k in ("num_experts", "num_local_experts") if k in c})),
-            ("experts", "shapes"),
-            "",
-        ),
-    ]
-
-
 def kernel_seeds() -> list[Seed]:
     """A file in groups of 96."""
     return [Seed("groups that no kernel takes", lambda folder: None, ("groups", "engine"), Q)]

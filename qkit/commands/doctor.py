@@ -73,8 +73,11 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
         table.add_row(Text(_clean(words)), f"{count:,}", megabytes(size))
     table.add_row(Text("not quantized"), f"{diagnosis.plain[0]:,}", megabytes(diagnosis.plain[1]))
     print_wide(console, table)
-    if diagnosis.plain_layers:
-        say(f"plain matrices: {_names(tuple(diagnosis.plain_layers))}")
+    reasons: dict[str, list[str]] = {}
+    for name, why in diagnosis.plain_layers.items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        say(f"not quantized, {why}: {_names(tuple(names))}")
     for line in diagnosis.drift[:_WORST]:
         say(f"from the baseline: {line['layer']}: {line['error']:.4f} (rounding explains {line['explained']:.4f})")
     for finding in diagnosis.findings[:_SHOWN]:

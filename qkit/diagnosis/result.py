@@ -10,8 +10,8 @@ from qkit.diagnosis.findings import FAULT, Finding
 
 @dataclass
 class Diagnosis:
-    """What was found. formats: {format in words: [layers, bytes]}; plain: [tensors, bytes] of what is not quantized, plain_why:
-    the reason that the config gives; drift: each weight against the baseline, worst first"""
+    """What was found. formats: {format in words: [layers, bytes]}; plain: [tensors, bytes] of what is not quantized,
+    plain_layers: {its matrices: the reason}; drift: each weight against the baseline, worst first"""
 
     path: str
     kind: str = "model folder"

@@ -10,7 +10,7 @@ from qkit.diagnosis import cache, compressed, floats, fused, kernels, sidefiles,
 from qkit.diagnosis.compressed import Groups
 from qkit.diagnosis.decoding import Decoder
 from qkit.diagnosis.drift import Drift
-from qkit.diagnosis.expected import Expected, check_mtp, expect
+from qkit.diagnosis.expected import Expected, check_mtp, expect, weight_names
 from qkit.diagnosis.findings import FAULT, Findings
 from qkit.diagnosis.layers import Layer, count
 from qkit.diagnosis.opened import Opened, open_folder, said
@@ -55,7 +55,22 @@ def _diagnose_folder(folder: Path, base: Path | None, engine: str | None, step: 
     if base is not None and original is not None:
         sidefiles.compare_side_files(folder, base, findings)
         sidefiles.compare_configs(opened.config, original.config, findings)
-    return _put_together(opened, findings, rows, drift)
+    result = _put_together(opened, findings, rows, drift)
+    result.plain_layers = {name: _why_plain(opened, name, groups, expected) for name in weight_names(opened)}
+    return result
+
+
+def _why_plain(opened: Opened, name: str, groups: Groups, expected: Expected) -> str:
+    """The reason that the config, or the class of the model, gives for a plain matrix."""
+    if name in groups.ignored:
+        return "ignore lists it"
+    if any(words.names_layer(entry, name) for entry in words.not_converted(opened)):
+        return "the list of layers that are not quantized names it"
+    if expected.model is not None and name not in expected.linears and ".experts." not in name:
+        return "it is no linear layer"
+    if opened.method is None:
+        return "nothing is quantized"
+    return "no target covers it" if name not in groups.of and groups.parsed else "the config gives no reason"
 
 
 def _set_formats(opened: Opened, findings: Findings) -> Groups:
@@ -227,14 +242,11 @@ def _put_together(opened: Opened, findings: Findings, rows: list[Any], drift: Dr
     result.made_by = find_quantizer(config, opened.record, opened.folder, set(opened.names), opened.method is not None)
     for layer in opened.layers.values():
         inputs = f", inputs {layer.activations}" if layer.activations is not None else ""
-        words = f"{layer.weights or 'unknown'}{inputs}, {layer.packing or opened.method}"
-        entry = result.formats.setdefault(words, [0, 0])
+        label = f"{layer.weights or 'unknown'}{inputs}, {layer.packing or opened.method}"
+        entry = result.formats.setdefault(label, [0, 0])
         entry[0], entry[1] = entry[0] + 1, entry[1] + layer.nbytes
     plain = opened.plain
     result.plain = [len(plain), sum(info.nbytes for info in plain.values())]
-    for name, info in plain.items():
-        if name.endswith(".weight") and len(info.shape) == 2:
-            result.plain_layers[name.removesuffix(".weight")] = info.dtype
     result.engines = [
         {
             "engine": r.engine,

@@ -66,7 +66,7 @@ def _count(header: GgufHeader, result: Diagnosis) -> None:
         if t.dtype in PLAIN:
             result.plain = [result.plain[0] + 1, result.plain[1] + (t.nbytes or 0)]
             if len(t.shape) > 1:
-                result.plain_layers[t.name] = t.dtype
+                result.plain_layers[t.name] = f"stored as {t.dtype}"
             continue
         entry = result.formats.setdefault(t.dtype, [0, 0])
         entry[0], entry[1] = entry[0] + 1, entry[1] + (t.nbytes or 0)

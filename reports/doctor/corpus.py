@@ -25,6 +25,7 @@ import seeded_defects as seeds  # noqa: E402
 import seeded_gguf  # noqa: E402
 import tiny_models  # noqa: E402
 import torch  # noqa: E402
+from seeded_experts import expert_seeds  # noqa: E402
 
 from qkit.files.embedded import reference_models  # noqa: E402
 from qkit.workflows.doctor import diagnose  # noqa: E402
@@ -125,8 +126,8 @@ def plan_of(sound: dict[str, tuple[Path, Path]], base: Path) -> list[tuple[str, 
         ("autoround/awq-w4g32-asym", seeds.awq_seeds()),
         ("autoawq-layout/gemm", seeds.awq_seeds()),
         ("transformers/fp8-block", seeds.fp8_seeds(base)),
-        ("qkit/mixtral", seeds.expert_seeds(sound["qkit/mixtral"][1], *mixtral)),
-        ("qkit/qwen3_moe", seeds.expert_seeds(sound["qkit/qwen3_moe"][1], *qwen)),
+        ("qkit/mixtral", expert_seeds(sound["qkit/mixtral"][1], *mixtral)),
+        ("qkit/qwen3_moe", expert_seeds(sound["qkit/qwen3_moe"][1], *qwen)),
         ("qkit/q4_k", seeded_gguf.gguf_seeds()),
         ("llama.cpp/Q4_K_M", seeded_gguf.gguf_seeds()),
     ]

@@ -11,10 +11,12 @@ import seeded_gguf
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
+from seeded_experts import expert_seeds
 from seeded_files import Q, Seed, field, tensors
 
 from qkit.diagnosis.findings import NOTE
 from qkit.diagnosis.sidefiles import template_fault
+from qkit.diagnosis.words import names_layer
 from qkit.workflows.api import quantize
 from qkit.workflows.doctor import diagnose
 
@@ -68,7 +70,7 @@ PLANNED = {
     "awq": lambda base: defects.awq_seeds(),
     "fp8": defects.fp8_seeds,
     "q4_0": lambda base: seeded_gguf.gguf_seeds(),
-    "experts": lambda base: defects.expert_seeds(base, EXPERTS, ("w1", "w2", "w3")),
+    "experts": lambda base: expert_seeds(base, EXPERTS, ("w1", "w2", "w3")),
 }
 CASES = [(name, i) for name, make in PLANNED.items() for i in range(len(make(Path())))]
 IDS = [f"{name}: {PLANNED[name](Path())[i].name}" for name, i in CASES]
@@ -123,6 +125,55 @@ def test_a_fold_is_no_drift(doctor_base, tmp_path):
     original = load_file(doctor_base / "model.safetensors")[norm]
     tensors(lambda t: t.__setitem__(norm, original))(source)
     assert {f.kind for f in diagnose(source, doctor_base).findings if f.level == "fault"} == {"drift"}
+
+
+def _copy(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    return to
+
+
+def _faults(folder: Path, **asked) -> list[tuple[str, str]]:
+    return [(f.kind, f.layers[0]) for f in diagnose(folder, **asked).findings if f.level != NOTE]
+
+
+def test_tied_tensors_that_differ(sound_files, tmp_path):
+    copy = _copy(sound_files["int4"][0], tmp_path / "tied")
+    field("tie_word_embeddings", True)(copy)
+    assert ("config", "lm_head.weight") in _faults(copy)
+    name = "model.embed_tokens.weight"
+    tensors(lambda t: t.__setitem__("lm_head.weight", t[name].clone()))(copy)
+    assert _faults(copy) == []
+
+
+def test_an_engine_that_reads_other_files(sound_files):
+    assert _faults(sound_files["int4"][0], engine="llama.cpp") == [("engine", Q.replace("self_attn.q", "mlp.down"))]
+
+
+def test_scales_of_zero_under_weights_of_zero(sound_files, tmp_path):
+    """A row of padding is no fault."""
+    copy = _copy(sound_files["fp8"][0], tmp_path / "zero")
+
+    def change(t):
+        t[f"{Q}.weight"].view(torch.uint8)[:32] = 0
+        t[f"{Q}.weight_scale_inv"][0] = 0
+
+    tensors(change)(copy)
+    assert _faults(copy) == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "name", "expected"),
+    [
+        ("gate", "model.layers.0.mlp.gate", True),
+        ("gate", "model.layers.0.mlp.experts.0.gate_proj", False),
+        ("mlp", "model.layers.0.mlp.gate_proj", True),
+        ("model.layers.1", "model.layers.10.mlp.up_proj", False),
+        ("*.mlp.*", "model.layers.10.mlp.up_proj", True),
+        ("", "lm_head", False),
+    ],
+)
+def test_names_in_lists(entry, name, expected):
+    assert names_layer(entry, name) is expected
 
 
 @pytest.mark.parametrize("text", ["{% for m in x %}{{ m }}", "{{ a.b( }}", "{% endif %}"])
