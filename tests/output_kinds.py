@@ -40,6 +40,14 @@ def _calibrated(scheme: str, kv: str | None = None) -> Callable[[Path], Request]
     return make
 
 
+def _laid_out(scheme: str, export: str, group: int | None = None) -> Callable[[Path], Request]:
+    def make(work: Path) -> Request:
+        model = tiny_models.make("llama", work / "model", **SMALL)
+        return Request(model=str(model), scheme=scheme, group_size=group, export=export, threads=1)
+
+    return make
+
+
 def _vlm(work: Path) -> Request:
     model = tiny_vlms.make("llava", work / "model")
     tiny_vlms.add_processor(model)
@@ -54,6 +62,9 @@ KINDS: dict[str, Callable[[Path], Request]] = {
     "w4a16 with a packed cache": _w4a16,
     "nvfp4": _calibrated("nvfp4"),
     "w8a8 with an fp8 cache": _calibrated("w8a8", "fp8"),
+    "w4a16 as gptq": _laid_out("w4a16", "gptq", 32),
+    "w4a16 as awq": _laid_out("w4a16_asym", "awq", 32),
+    "nvfp4 as modelopt": _laid_out("nvfp4a16", "modelopt"),
     "vision-language w8a8": _vlm,
     "pipeline w8a8": _pipeline,
 }

@@ -17,6 +17,7 @@ VERBS = {
     "quantize": "Quantize a model into a packed checkpoint and verify it.",
     "plan": "Show what quantize would do, and its cost.",
     "profile": "Measure the cost of every format for every layer.",
+    "convert": "Write a quantized model in another layout, unchanged.",
     "verify": "Verify every byte of a packed checkpoint.",
     "eval": "Measure a model: perplexity, KL divergence, tasks.",
     "check": "Compare a packed checkpoint with a budget (for CI).",
@@ -37,6 +38,8 @@ def _command(name: str) -> click.Command:
         from qkit.commands.plan import plan_command as command
     elif name == "profile":
         from qkit.commands.profile import profile_command as command
+    elif name == "convert":
+        from qkit.commands.convert import convert_command as command
     elif name == "verify":
         from qkit.commands.verify import verify_command as command
     elif name == "eval":

@@ -98,7 +98,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         model(
             "--export",
             type=click.Choice(["compressed-tensors", "qkit", "gptq", "awq", "modelopt"]),
-            help="Layout of the result (default: compressed-tensors). Files with the name qkit load after 'import qkit'.",
+            help="Layout of the result (default: the first). Files in that of qkit load after 'import qkit'.",
         ),
         scheme("--recipe", type=click.Path(path_type=Path), help="YAML file with rules per layer."),
         scheme(

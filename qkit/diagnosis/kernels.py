@@ -5,22 +5,35 @@ from __future__ import annotations
 from qkit.diagnosis.expected import weight_names
 from qkit.diagnosis.findings import FAULT, WARNING, Findings
 from qkit.diagnosis.opened import Opened
+from qkit.diagnosis.words import is_awq
+from qkit.tensor.formats import Format
+from qkit.verification.layout_engines import LAYOUTS
 from qkit.verification.model_engines import EngineRow, LinearStorage, engine_rows
 
 _TITLES = {"vllm": "vLLM", "transformers": "transformers + compressed-tensors", "llama.cpp": "llama.cpp"}
-_DOUBT = ("may be wrong", "does not fit")
+_DOUBT = ("may be wrong", "does not fit", "takes groups")
 _LAYOUTS = {("int", "model"): "pack-quantized", ("fp8", "model"): "float-quantized", ("fp4", "e4m3"): "nvfp4-pack-quantized",
             ("fp4", "e8m0"): "mxfp4-pack-quantized"}  # fmt: skip
+
+
+def _packing(weights: Format, method: str) -> str:
+    """The name of a layout in the tables of engines; asymmetric GPTQ goes by the name of its second version there."""
+    if method in LAYOUTS:
+        return "gptq_v2" if method == "gptq" and not weights.symmetric else method
+    return _LAYOUTS[weights.kind, weights.scale]
 
 
 def check_kernels(opened: Opened, engine: str | None, findings: Findings) -> list[EngineRow]:
     """One row for each combination of formats and engine. engine: the one that the file is for, None for any"""
     compressed = opened.method in ("compressed-tensors", "qkit")
+    method = str(opened.method) if opened.method in ("qkit", *LAYOUTS) else "compressed-tensors"
+    if opened.method == "auto-round":
+        method = "awq" if is_awq(opened) else "gptq"
     parts = {
         layer.name: LinearStorage(
             layer.weights,
             layer.activations,
-            layer.packing if compressed else _LAYOUTS[layer.weights.kind, layer.weights.scale],
+            layer.packing if compressed else _packing(layer.weights, method),
             (layer.shape[-2], layer.shape[-1]),
         )
         for layer in opened.layers.values()
@@ -38,12 +51,13 @@ def check_kernels(opened: Opened, engine: str | None, findings: Findings) -> lis
     if not parts:
         return []
     skipped = {n: "plain" for n in weight_names(opened)}
-    method = "compressed-tensors" if opened.method != "qkit" else "qkit"
     rows = engine_rows(parts, skipped, opened.config, method)
+    if method == "compressed-tensors" and not compressed:  # FP8 and MXFP4 of other layouts: vLLM's kernels are the same
+        rows = [row for row in rows if row.engine.startswith(_TITLES["vllm"])]
     for row in rows:
-        asked = engine is not None and row.engine == _TITLES.get(engine)
+        asked = engine is not None and row.engine.startswith(_TITLES[engine])
         if row.loads_as is None and (
-            asked or (engine is None and row.engine == _TITLES["vllm"] and opened.method != "qkit")
+            asked or (engine is None and row.engine.startswith(_TITLES["vllm"]) and method == "compressed-tensors")
         ):
             names = [n for n, p in parts.items() if str(p.weights) == row.weights and p.packing == row.packing]
             findings.add(

@@ -68,8 +68,8 @@ def export(
         _export_gguf(plan, structure, partial, source, hashed)
         return
     stem = WEIGHT_STEMS[1] if structure.family.streams else WEIGHT_STEMS[0]
-    name_lists = _split_shards(source.specs, shard_bytes)
-    shards = {_shard_name(stem, i, len(name_lists)): names for i, names in enumerate(name_lists)}
+    name_lists = split_shards(source.specs, shard_bytes)
+    shards = {shard_name(stem, i, len(name_lists)): names for i, names in enumerate(name_lists)}
     index_name = f"{stem}.safetensors.index.json"
     config = _config(plan, structure, job, source)
     documents = _beside_config(plan, config)
@@ -88,7 +88,7 @@ def export(
         for file, inside in shards.items()
     }
     if len(shards) > 1:
-        total = sum(_bytes(s) for s in source.specs.values())
+        total = sum(spec_bytes(s) for s in source.specs.values())
         weight_map = {name: file for file, inside in shards.items() for name in inside}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         documents[index_name] = to_bytes(index)
@@ -129,7 +129,8 @@ def _export_gguf(
     write_record(folder, record)
 
 
-def _shard_name(stem: str, index: int, count: int) -> str:
+def shard_name(stem: str, index: int, count: int) -> str:
+    """The name of one of ``count`` shards."""
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
@@ -138,20 +139,22 @@ def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
-def _bytes(spec: tuple[torch.dtype, tuple[int, ...]]) -> int:
+def spec_bytes(spec: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    """Bytes of a tensor."""
     dtype, shape = spec
     return int(torch.Size(shape).numel()) * dtype.itemsize
 
 
-def _split_shards(specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> list[list[str]]:
+def split_shards(specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> list[list[str]]:
+    """Names of tensors, shard by shard."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():
-        if shards[-1] and size + _bytes(spec) > limit:
+        if shards[-1] and size + spec_bytes(spec) > limit:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += _bytes(spec)
+        size += spec_bytes(spec)
     return shards
 
 

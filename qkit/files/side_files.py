@@ -47,7 +47,11 @@ ARCHIVES = (*PICKLES, ".pt2", ".ptl", ".dill", ".zip", ".gz", ".tgz", ".bz2", ".
 KEPT = (".safetensors", ".safetensors.index.json")  # what has weights that go with a model has them in these
 STAYS = (*WEIGHTS, *CODE, *ARCHIVES)  # ends of the names, in small letters, of files that do not go with a model
 CACHES = ("__pycache__", "__MACOSX")
-OWN = ("config.json", RECORD, "qkit-rejected.json")  # at the top: written for the result, not copied
+# At the top: written for the result, not copied. The last four say how the source is quantized, which the result is not.
+OWN = (
+    *("config.json", RECORD, "qkit-rejected.json"),
+    *("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json"),
+)
 # What these map are tokens, and a token may be called 'kernels' or 'auto_map'.
 VOCABULARIES = ("tokenizer.json", "*vocab*.json", "added_tokens.json", "tekken.json", "encoder.json", "dict*.json")
 # Figures of a training run: no loader reads them, and they may hold NaN, which is no JSON. They are copied as they are.

@@ -11,6 +11,7 @@ from typing import Any
 from qkit.errors import Unsupported, UsageError
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.sources.decoded import DecodedInfo, Kept
+from qkit.files.sources.packed import looked_at
 from qkit.planning.recipe import Recipe
 from qkit.tensor.formats import SCHEMES
 from qkit.transforms.table import TRANSFORMS
@@ -29,7 +30,7 @@ def kept_fields(name: str, checkpoint: Checkpoint) -> dict[str, Any] | None:
         info = None
     elif info is not None and not isinstance(info, DecodedInfo):
         return None
-    why = "the source stores it in one tensor with others" if info is None else _looked_at(info, checkpoint)
+    why = "the source stores it in one tensor with others" if info is None else looked_at(info, checkpoint)
     if isinstance(why, str):
         how = "" if info is None else f" ({info.encoding})"
         raise Unsupported(
@@ -39,14 +40,6 @@ def kept_fields(name: str, checkpoint: Checkpoint) -> dict[str, Any] | None:
     pair = (why.weights, why.activations)
     scheme = next((s.name for s in SCHEMES.values() if (s.weights, s.activations) == pair), why.weights.name.upper())
     return {"scheme": scheme, "weights": why.weights, "activations": why.activations, "solver": KEPT}
-
-
-def _looked_at(info: DecodedInfo, checkpoint: Checkpoint) -> Kept | str:
-    """How a linear is kept, after a look at its small tensors, or why it is not."""
-    kept = info.kept
-    if isinstance(kept, str):
-        return kept
-    return kept.doubt(lambda role: checkpoint.read_stored(info, role)[role]) or kept
 
 
 def check_keeping(recipe: Recipe, transforms: tuple[str, ...]) -> None:

@@ -26,6 +26,8 @@ from qkit.files.locate import find_model
 from qkit.files.rejected import RejectedWarning, describe_mark, read_mark
 from qkit.files.safefile import shown
 from qkit.files.schema import foreign_errors, validate
+from qkit.files.sources.as_compressed import METHODS as LAYOUTS
+from qkit.files.sources.as_compressed import as_compressed
 from qkit.kvcache.scales import register_scales
 from qkit.nn.layers import QuantExperts, QuantLinear, place_stack
 from qkit.runtime.packed_ends import packed_ends, place_ends
@@ -115,11 +117,14 @@ METHODS = ("compressed-tensors", "qkit")
 
 
 def _opened(folder: Path) -> Checkpoint:
-    """The checkpoint with packed weights as they are where qkit runs them, and else decoded to plain ones."""
+    """The checkpoint with packed weights where qkit runs them, as they are or under other names, and else decoded ones."""
     packed = Checkpoint.open(folder, quantized=True)
     quantization = packed.config.get("quantization_config")
-    runs = isinstance(quantization, dict) and quantization.get("quant_method") in METHODS
-    return packed if runs else Checkpoint.open(folder)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method in METHODS:
+        return packed
+    view = as_compressed(folder) if method in LAYOUTS else None
+    return Checkpoint.open(folder) if view is None else view
 
 
 PLAIN = tuple(DTYPES.values())  # dtypes of scales that readers treat as equivalent

@@ -80,7 +80,6 @@ _W4A8_FP8 = "sm90 only: no other GPU and no CPU loads it"
 _A16_IGNORED = "vLLM does not see that inputs are to stay as they are, and quantizes them too on Blackwell"
 
 VLLM_NAME, STOCK, SPLIT, NO_CPU, CPU_TOO = _VLLM, _STOCK, _SPLIT, _NO_CPU, _CPU_TOO  # also said of other layouts
-LAYOUTS = ("gptq", "awq", "modelopt")  # of which ``layout_engines`` has the rows
 
 VLLM = (
     _Row(_int(_2_TO_8, "group", "channel", symmetric=_EITHER), (None,), ("pack-quantized",), "CompressedTensorsWNA16"),
@@ -331,10 +330,6 @@ def engine_fits(
     facts: ModelFacts = _NOTHING,
 ) -> list[EngineFit]:
     """The answer of each engine for linears of these formats, stored in ``packing`` under ``quant_method`` ``method``."""
-    if method in LAYOUTS:
-        from qkit.verification.layout_engines import layout_fits  # it is about the types of this file
-
-        return layout_fits(weights, activations, packing, method, facts)
     qkit_fit = EngineFit("qkit", "qkit.load", ())
     if method != "compressed-tensors":
         unknown_method = (f"it does not know quant_method '{method}'",)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from qkit.verification.engines import CPU_TOO, NO_CPU, SPLIT, STOCK, VLLM_NAME, EngineFit, ModelFacts, NumberFormat
 
+LAYOUTS = ("gptq", "awq", "modelopt")
 _GPTQMODEL = "needs the packages gptqmodel and optimum"
 _LISTED = (32, 64, 128, None)
 
@@ -17,7 +18,7 @@ _LISTED = (32, 64, 128, None)
 def layout_fits(
     weights: NumberFormat, activations: NumberFormat | None, packing: str, method: str, facts: ModelFacts
 ) -> list[EngineFit]:
-    """The answer of each engine for linears of these formats in one of ``engines.LAYOUTS``."""
+    """The answer of each engine for linears of these formats in one of LAYOUTS."""
     return [
         _vllm(weights, activations, packing, method, facts),
         _transformers(method, facts),

@@ -2,7 +2,7 @@
 
 Part of the independent proof (see ``verify.py``), in numpy alone. What it makes of a linear are signed codes, zero points and
 scales as compressed-tensors has them, so that the weight is formed by the same arithmetic: (code - zero) * scale, and for
-NVFP4 value * (scale / (1 / weight_scale_2)).
+NVFP4 value * (scale / global scale), of which ``weight_scale_2`` is the reciprocal.
 """
 
 from __future__ import annotations
@@ -137,9 +137,29 @@ def _floats(linear: RecordedLinear, tensors: Mapping[str, StoredTensor], result:
             _check(result, name, value)
     if spec.kind == "fp4":
         with np.errstate(all="ignore"):
-            scale = scale / (np.float32(1) / tensors["weight_scale_2"].float32())
+            scale = scale / _whose_reciprocal(tensors["weight_scale_2"].float32())
     grid = (1, 1) if spec.strategy == "tensor" else scale_shape(spec, linear.shape)
     return values, scale.reshape(grid)
+
+
+def _whose_reciprocal(stored: Array) -> np.float32:
+    """The number of which a stored one is the reciprocal. Several may be, once rounded to float32: one that ends with 12 zero
+    bits is taken first, then 1 / a * 2688 for a magnitude a that float16 has, then the nearest."""
+    one, value = np.float32(1), np.float32(stored.reshape(()))
+    near = one / value
+    around = (near.view("<i4") + np.array([0, 1, -1, 2, -2], dtype="<i4")).view("<f4")
+    whole = np.float32(2688)
+    with np.errstate(all="ignore"):
+        largest = one / np.float32(np.float16(value * whole)) * whole
+
+    def zeros(x: np.float32) -> int:
+        mantissa = int(x.view("<i4")) & 0x7FFFFF
+        return 23 if mantissa == 0 else len(bin(mantissa)) - len(bin(mantissa).rstrip("0"))
+
+    short = [x for x in (*around, largest) if one / x == value and zeros(x) >= 12]
+    if short:
+        return max(short, key=zeros)
+    return largest if one / largest == value else near
 
 
 def _check(result: DecodedLinear, name: str, values: Array, signed: bool = False) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from qkit.verification.engines import ModelFacts, NumberFormat, diffusion_fit, engine_fits, holds_siglip
 from qkit.verification.fused_layers import expert_groups, fused_groups
+from qkit.verification.layout_engines import LAYOUTS, layout_fits
 
 # Begins the reason of layers that no loader of the model's class looks at (``--unloaded``): they decide nothing for it.
 _NOT_LOADED = "the model's class does not load it"
@@ -82,7 +83,8 @@ def engine_rows(
     model_facts, rows = replace(_about(parts, skipped, config), refusal=refusal), []
     for ((weights, activations, packing), uses), members in names.items():
         facts = replace(model_facts, experts=bool(expert_groups(members)), uses=uses)
-        fits = diffusion_fit(config) or engine_fits(weights, activations, packing, method, facts)
+        table = layout_fits if method in LAYOUTS else engine_fits
+        fits = diffusion_fit(config) or table(weights, activations, packing, method, facts)
         inputs = str(activations) if activations else "as they are"
         rows += [
             EngineRow(

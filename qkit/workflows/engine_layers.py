@@ -22,8 +22,8 @@ def packed_names(out: Path) -> list[str]:
 def kernels_of(answer: EngineAnswer) -> dict[str, int]:
     """What runs the layers, and how many of them, most first."""
     names = Counter(
-        f"{used['scheme']}: {used['kernel']}"
-        if {"scheme", "kernel"} <= used.keys()
+        f"{used.get('scheme') or _plain(used)}: {used['kernel']}"
+        if "kernel" in used
         else used.get("scheme") or _plain(used)
         for used in answer.layers.values()
     )
@@ -69,7 +69,9 @@ def notes_of(out: Path, answer: EngineAnswer) -> list[str]:
     notes = []
     record = (read_record(out) if out.is_dir() else None) or {}
     rounded = any(linear.get("activations") for linear in (record.get("linears") or {}).values())
-    kernels = {used["kernel"] for used in answer.layers.values() if "kernel" in used and "A16" not in used["scheme"]}
+    kernels = {
+        used["kernel"] for used in answer.layers.values() if "kernel" in used and "A16" not in used.get("scheme", "")
+    }
     kept = sorted(k for k in kernels if any(part in k for part in _INPUTS_KEPT))
     if rounded and kept:
         notes.append(f"{', '.join(kept)} leaves the inputs of layers in 16 bits, and the file says to round them")

@@ -28,6 +28,7 @@ FLAGS = {
     "profile": "answers-only audit audit-text calib candidates embeddings group-size head json measures method model out "
     "padded pareto "
     "pareto-measure points rows samples seed seqlen threads",
+    "convert": "export json out overwrite",
     "verify": "engine engine-timeout job json python source",
     "eval": "allow-task-code baseline device dtype engine engine-timeout json kv kv-step image-text limit prompt python "
     "questions report retrieval task-dir tasks text vbench-python videos videos-dir window windows",

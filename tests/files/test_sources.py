@@ -250,7 +250,16 @@ def test_groups_of_columns_that_are_not_there(plain: Path, tmp_path: Path) -> No
         ({"quant_method": "gptq"}, "bits is None, expected a whole number"),
         ({"quant_method": "gptq", "bits": 5}, "bits is 5, expected one of 2, 3, 4, 8"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
-        ({"quant_method": "gptq", "bits": 4, "dynamic": {"x": {}}}, "dynamic gives layers"),
+        (
+            {"quant_method": "gptq", "bits": 4, "dynamic": {"x": {"bits": 6}}},
+            r"bits is 6, expected one of 2, 3, 4, 8 .*'x'",
+        ),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"(": {}}}, r"'\(' is no pattern of layers"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": ["x"]}, "the rules for single layers are no object of objects"),
+        (
+            {"quant_method": "auto-round", "packing_format": "auto_round:marlin"},
+            "packing_format is 'auto_round:marlin'",
+        ),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "AWQ of version 'gemv'"),
         ({"quant_method": "compressed-tensors", "config_groups": 3}, "config_groups is 3"),
         (

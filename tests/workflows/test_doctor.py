@@ -149,6 +149,14 @@ def test_an_engine_that_reads_other_files(sound_files):
     assert _faults(sound_files["int4"][0], engine="llama.cpp") == [("engine", Q.replace("self_attn.q", "mlp.down"))]
 
 
+@pytest.mark.parametrize(
+    ("name", "engine", "loads"), [("gptq", "vllm", True), ("ordered", "vllm", False), ("awq", "transformers", True)]
+)
+def test_engines_of_other_layouts(name, engine, loads, sound_files):
+    """vLLM loads GPTQ without zero points alone."""
+    assert {kind for kind, _ in _faults(sound_files[name][0], engine=engine)} == (set() if loads else {"engine"})
+
+
 def test_scales_of_zero_under_weights_of_zero(sound_files, tmp_path):
     """A row of padding is no fault."""
     copy = _copy(sound_files["fp8"][0], tmp_path / "zero")

@@ -80,7 +80,7 @@ def _settings(stored: Stored, names: list[str]) -> dict[str, _Setting]:
             "config of this model"
         )
     hits = _hits(stored, rules, names, plain="dynamic" not in config)
-    bits, symmetric = number(stored, "bits"), config.get("sym") is True
+    bits, symmetric = _bits(stored, "all layers", number(stored, "bits")), config.get("sym") is True
     settings: dict[str, _Setting] = {}
     for name in names:
         rule: dict[str, Any] = next((rules[key] for key in rules if name in hits[key]), {})
@@ -108,8 +108,8 @@ def _hits(stored: Stored, rules: dict[str, Any], names: list[str], plain: bool) 
 def _bits(stored: Stored, name: str, bits: Any) -> int:
     if type(bits) is not int or bits not in _BITS:
         raise Unsupported(
-            f"{stored.where}: config.json: quantization_config says {shown(bits)} bits of {shown(name)}, expected one of "
-            f"{', '.join(map(str, _BITS))} for GPTQ: get the config of this model"
+            f"{stored.where}: config.json: quantization_config.bits is {shown(bits)}, expected one of "
+            f"{', '.join(map(str, _BITS))} for GPTQ ({shown(name)}): get the config of this model"
         )
     return bits
 

@@ -3,7 +3,7 @@
 The layout is that of ``qkit.tensor.layouts.modelopt``. Which linears are quantized is seen from their tensors; config.json (or
 hf_quant_config.json) says of each by which algorithm. ``weight_scale_2`` is multiplied with, and the global scale of
 compressed-tensors is divided by: the one is the reciprocal of the other, rounded to float32. The plain weight is
-code * (scale / (1 / weight_scale_2)) in float32, rounded once to the dtype of the model; ModelOpt's own product, code * scale *
+code * (scale / global scale) in float32, rounded once to the dtype of the model; ModelOpt's own product, code * scale *
 weight_scale_2, is within two units in the last place of float32.
 """
 
@@ -21,7 +21,7 @@ from qkit.files.safefile import TensorInfo, shown
 from qkit.files.sources.decoded import CACHE_SCALES, DecodedInfo, Found, Kept, Parts, Stored, row_steps
 from qkit.tensor import compressed_tensors as ct
 from qkit.tensor.formats import Format
-from qkit.tensor.layouts.modelopt import ALGORITHMS, FILE, MIXED, pair_of
+from qkit.tensor.layouts.modelopt import ALGORITHMS, FILE, MIXED, inverse, pair_of
 from qkit.tensor.packing import unpack_nibbles
 from qkit.tensor.qtensor import Params, QTensor, dequantize, param_shape
 
@@ -135,7 +135,7 @@ def _read(parts: Parts, weights: Format, shape: tuple[int, int]) -> QTensor:
     codes = unpack_nibbles(parts["codes"]) if weights.kind == "fp4" else parts["codes"]
     scale = parts["scale"].reshape(param_shape(weights, shape))
     scale = scale.view(torch.uint8) if weights.scale == "e8m0" else scale
-    whole = parts["scale_2"].reshape(1).reciprocal() if "scale_2" in parts else None
+    whole = inverse(parts["scale_2"].reshape(1)) if "scale_2" in parts else None
     return QTensor(codes, Params(scale, None, whole), weights)
 
 
@@ -172,7 +172,7 @@ def _kept(
     def make(stored: Parts) -> dict[str, Tensor]:
         static = stored["input_scale"].to(torch.float32) if "input_scale" in stored else None
         if static is not None and activations is not None and activations.strategy == "tensor_group":
-            static = static.reciprocal()
+            static = inverse(static.reshape(1))
         return ct.write(read(stored), activations, static, dtype)
 
     return Kept(weights=weights, activations=activations, specs=specs, make=make)

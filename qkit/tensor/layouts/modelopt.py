@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qkit.system.version import __version__
-from qkit.tensor.formats import ACTIVATION_FORMATS, FORMATS, Format
+from qkit.tensor.formats import ACTIVATION_FORMATS, FORMATS, NVFP4_RANGE, Format
 from qkit.tensor.packing import pack_nibbles
 from qkit.tensor.qtensor import QTensor, nvfp4_global_scale, param_shape
 
@@ -25,6 +25,8 @@ Pair = tuple[Format, Format | None]
 
 FILE = "hf_quant_config.json"
 MIXED = "MIXED_PRECISION"
+_NEAR = (0, 1, -1, 2, -2)  # units in the last place
+_SHORT = 12  # zeros at the end of a mantissa that has 11 bits or less
 # What ModelOpt calls a pair of formats.
 ALGORITHMS: dict[str, tuple[str, str | None]] = {
     "NVFP4": ("nvfp4", "nvfp4_dynamic"),
@@ -104,12 +106,34 @@ def write(q: QTensor, activations: Format | None, static: Tensor | None, dtype: 
     return result
 
 
+def inverse(value: Tensor) -> Tensor:
+    """float32: the number whose reciprocal is stored. Of several whose reciprocals round to the same number it is one with a
+    short mantissa, as a writer has it that computes in 16 bits; else 1 / a * 2688 for a largest magnitude a of 16 bits; else
+    the nearest."""
+    stored = value.to(torch.float32)
+    nearest = stored.reciprocal()
+    around = [
+        (nearest.reshape(1).view(torch.int32) + step).view(torch.float32).reshape(nearest.shape) for step in _NEAR
+    ]
+    largest = (stored * NVFP4_RANGE).to(torch.float16).to(torch.float32).reciprocal() * NVFP4_RANGE  # as torch divides
+    fitting = [x for x in (*around, largest) if torch.equal(x.reciprocal(), stored)]
+    short = [x for x in fitting if _trailing_zeros(x) >= _SHORT]
+    if short:
+        return max(short, key=_trailing_zeros)
+    return largest if torch.equal(largest.reciprocal(), stored) else nearest
+
+
+def _trailing_zeros(x: Tensor) -> int:
+    mantissa = int(x.reshape(1).view(torch.int32)) & 0x7FFFFF
+    return 23 if mantissa == 0 else (mantissa & -mantissa).bit_length() - 1
+
+
 def exact_amax(amax: Tensor) -> Tensor:
-    """A largest magnitude, as large or larger by some units in the last place, whose NVFP4 global scale is the reciprocal of a
-    float32 number: so that a result in this layout stands for the weights that were solved for, bit for bit."""
+    """A largest magnitude, as large or larger by some units in the last place, whose NVFP4 global scale comes back from its
+    stored reciprocal: so that a result in this layout stands for the weights that were solved for, bit for bit."""
     while True:
         scale = nvfp4_global_scale(amax)
-        if torch.equal(scale.reciprocal().reciprocal(), scale):
+        if torch.equal(inverse(scale.reciprocal()), scale):
             return amax
         amax = torch.nextafter(amax, torch.full_like(amax, torch.inf))
 

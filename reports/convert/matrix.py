@@ -1,0 +1,146 @@
+"""Files of real writers: read, converted to each layout, and read back, with every weight compared.
+
+    python reports/convert/matrix.py CORPUS WORK OUT.json [WRITER/NAME ..]
+CORPUS has WRITER/NAME folders; WORK gets the converted ones. Readers of the tools run in their own environments, which ENGINES
+(default /work/engines) has by name: gptqmodel, autoround, stock, modelopt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from qkit.errors import QkitError
+from qkit.files.checkpoint import Checkpoint
+from qkit.files.sources.packed import open_packed
+from qkit.system.progress import Silent
+from qkit.tensor.qtensor import QTensor, dequantize
+from qkit.workflows.convert import EXPORTS, convert
+
+ENGINES = Path(os.environ.get("ENGINES", "/work/engines"))
+THOROUGH = "THOROUGH" in os.environ  # other readers for the converted files too, and not for the sources alone
+SCRIPT = Path(__file__).with_name("own_readers.py")
+
+
+def reader_of(method: str, config: dict[str, Any]) -> tuple[str, str] | None:
+    """(kind of own_readers.py, environment) for a layout."""
+    if method == "compressed-tensors":
+        return "compressed-tensors", "stock"
+    if method == "gptq" and (config.get("sym") is not False or config.get("checkpoint_format") == "gptq_v2"):
+        return "gptqmodel", "gptqmodel"
+    table = {
+        "awq": ("awq", "gptqmodel"),
+        "auto-round": ("autoround", "autoround"),
+        "modelopt": ("modelopt", "modelopt"),
+    }
+    return table.get(method)
+
+
+def own_weights(folder: Path, file: Path) -> dict[str, torch.Tensor] | str:
+    """What the layout's own reader decodes, or why it does not."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    reader = reader_of(config["quant_method"], config)
+    if reader is None:
+        return "GPTQModel loads version 1 with zero points only from itself"
+    kind, environment = reader
+    two = {"GPTQMODEL_CPU_WORKERS": "2", "OMP_NUM_THREADS": "2"}
+    command = [str(ENGINES / environment / "bin" / "python"), str(SCRIPT), kind, str(file), str(folder)]
+    env = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **two}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or ["no output"])[-1][:200]
+    found = load_file(file)
+    file.unlink()
+    return found or "it decodes none of the layers"
+
+
+def with_rounded_scales(q: QTensor, dtype: torch.dtype) -> QTensor:
+    """The weight as a reader has it that keeps scales in its own dtype: float16 ones in bfloat16 lose three bits."""
+    scale = q.params.scale.to(dtype).to(torch.float32) if q.format.scale == "model" else q.params.scale
+    return replace(q, params=replace(q.params, scale=scale))
+
+
+def compared(folder: Path, own: dict[str, torch.Tensor] | str) -> dict[str, Any]:
+    """qkit's plain weights against those of the other reader, in the dtype of that reader."""
+    if isinstance(own, str):
+        return {"reader": own}
+    # Plain weights in float32, for the comparison: rounded to the other reader's dtype as it does itself.
+    checkpoint = Checkpoint.open(folder)
+    packed = open_packed(folder)
+    equal, rounded, largest, missing = 0, 0, 0.0, []
+    for name, linear in packed.linears.items():
+        theirs = own.get(f"{name}.weight")
+        if theirs is None:
+            missing.append(name)
+            continue
+        q = linear.read(checkpoint)[0]
+        mine = dequantize(q).to(theirs.dtype)
+        if torch.equal(mine, theirs):
+            equal += 1
+        elif torch.equal(dequantize(with_rounded_scales(q, theirs.dtype)).to(theirs.dtype), theirs):
+            rounded += 1
+        else:
+            apart = (mine.float() - theirs.float()).abs() / theirs.float().abs().clamp_min(1e-30)
+            largest = max(largest, float(apart.max()))
+    dtype = str(next(iter(own.values())).dtype).removeprefix("torch.")
+    return {"linears": len(packed.linears), "equal": equal, "equal with its rounded scales": rounded, "dtype": dtype,
+            "largest": largest, "missing": len(missing)}
+
+
+def again(first: Path, second: Path) -> dict[str, Any]:
+    """Float32 weights of two folders."""
+    a, b = open_packed(first), open_packed(second)
+    assert a.linears.keys() == b.linears.keys()
+    equal, largest = 0, 0.0
+    for name in a.linears:
+        x, y = (dequantize(p.linears[name].read(p.checkpoint)[0]) for p in (a, b))
+        equal += torch.equal(x, y)
+        largest = max(largest, float(((x - y).abs() / x.abs().clamp_min(1e-30)).max()))
+    return {"linears": len(a.linears), "equal": equal, "largest": largest}
+
+
+def one(source: Path, work: Path) -> dict[str, Any]:
+    """All that is asked of one file."""
+    row: dict[str, Any] = {}
+    try:
+        open_packed(source)
+    except QkitError as error:
+        return {"refused": str(error)}
+    row["read"] = compared(source, own_weights(source, work / "own.safetensors"))
+    for export in EXPORTS:
+        out = work / f"{source.parent.name}-{source.name}-{export}"
+        try:
+            done = convert(str(source), export, out, Silent(), overwrite=True)
+        except QkitError as error:
+            row[export] = {"refused": str(error)}
+            continue
+        row[export] = {
+            "equal": done.equal,
+            "linears": done.linears,
+            "difference": done.difference,
+            **again(source, out),
+        }
+        said = json.loads((source / "config.json").read_text())["quantization_config"]["quant_method"]
+        if THOROUGH and said != export:
+            row[export]["own reader"] = compared(out, own_weights(out, work / "own.safetensors"))
+    return row
+
+
+if __name__ == "__main__":
+    corpus, work, file = (Path(a) for a in sys.argv[1:4])
+    work.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, Any] = {}
+    names = sys.argv[4:] or sorted(str(p.parent.relative_to(corpus)) for p in corpus.glob("*/*/config.json"))
+    rows |= json.loads(file.read_text()) if file.exists() else {}
+    for name in names:
+        rows[name] = one(corpus / name, work)
+        file.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+        print(name, json.dumps(rows[name])[:300], flush=True)
