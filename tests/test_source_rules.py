@@ -38,6 +38,7 @@ FOLDERS = (
     "engine",
     "evaluation",
     "planning",
+    "diagnosis",
     "runtime",
     "kvcache",
     "transforms",

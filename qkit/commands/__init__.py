@@ -24,6 +24,7 @@ VERBS = {
     "bench": "Measure the speed of products and models.",
     "serve-command": "Print the command line that serves a result.",
     "inspect": "Show the formats and sizes of a folder or a file.",
+    "doctor": "Diagnose a quantized file of any tool.",
     "list": "List schemes, methods, formats, caches, families, models.",
     "demo": "Quantize the reference model in two ways and compare.",
 }
@@ -51,6 +52,8 @@ def _command(name: str) -> click.Command:
         from qkit.commands.serve_command import serve_command_command as command
     elif name == "inspect":
         from qkit.commands.inspect import inspect_command as command
+    elif name == "doctor":
+        from qkit.commands.doctor import doctor_command as command
     elif name == "list":
         from qkit.commands.list import list_command as command
     else:

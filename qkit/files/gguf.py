@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +36,7 @@ TYPES = {
     24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
     29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
     40: ("NVFP4", 64, 36),
+    41: ("Q1_0", 128, 18), 42: ("Q2_0", 64, 18),
 }  # fmt: skip
 
 
@@ -57,11 +58,12 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """The header of a GGUF file. values: by key; of long lists the first elements."""
+    """The header of a GGUF file. values: by key; of long lists the first elements; lengths: {key of a list: its elements}"""
 
     version: int
     values: dict[str, Any]
     tensors: tuple[GgufTensor, ...]
+    lengths: dict[str, int] = field(default_factory=dict)
 
 
 def read_gguf(path: Path) -> GgufHeader:
@@ -77,6 +79,7 @@ class _GgufReader:
         self._path, self._file, self._size = path, file, size
         self._at = 0
         self._strings = 0
+        self._listed = 0  # elements of the list that was read last
 
     def header(self) -> GgufHeader:
         magic = self._take(4, "the magic")
@@ -88,12 +91,15 @@ class _GgufReader:
         tensors, keys = self._number("<Q", "the number of tensors"), self._number("<Q", "the number of keys")
         if tensors > MAX_TENSORS or keys > MAX_KEYS:
             self._refuse(f"{tensors} tensors and {keys} keys, expected at most {MAX_TENSORS} and {MAX_KEYS}")
-        values: dict[str, Any] = {}
+        values, lengths = dict[str, Any](), dict[str, int]()
         for _ in range(keys):
             key = self._string("a key", 65_535)
             if key in values:
                 self._refuse(f"key {shown(key)} is there twice")
-            values[key] = self._value(self._number("<I", f"the type of {shown(key)}"), shown(key), 0)
+            kind = self._number("<I", f"the type of {shown(key)}")
+            values[key] = self._value(kind, shown(key), 0)
+            if kind == _LIST:
+                lengths[key] = self._listed
         entries = [self._tensor() for _ in range(tensors)]
         names = {t.name for t, _ in entries}
         if len(names) < len(entries):
@@ -108,7 +114,8 @@ class _GgufReader:
                     f"tensor {shown(tensor.name)} lies at byte {start + offset} and the file has {self._size} bytes: "
                     "the file is cut short, or damaged"
                 )
-        return GgufHeader(version, values, tuple(replace(t, begin=start + offset) for t, offset in entries))
+        tensors_found = tuple(replace(t, begin=start + offset) for t, offset in entries)
+        return GgufHeader(version, values, tensors_found, lengths)
 
     def _tensor(self) -> tuple[GgufTensor, int]:
         name = self._string("the name of a tensor", 512)
@@ -137,6 +144,8 @@ class _GgufReader:
         if kind != _LIST or depth > 3:
             self._refuse(f"the value of {where} has type {kind}, expected one of 0 to 12")
         inner, count = self._number("<I", f"the list of {where}"), self._number("<Q", f"the list of {where}")
+        if depth == 0:
+            self._listed = count
         if inner in _NUMBERS:
             width = struct.calcsize(_NUMBERS[inner])
             elements = [self._number(_NUMBERS[inner], f"the list of {where}") for _ in range(min(count, _SHORT))]

@@ -63,6 +63,24 @@ def find_model(model: str, revision: str | None = None, require_revision: bool =
         return Path(snapshot_download(model, revision=revision, ignore_patterns=list(UNWANTED)))
 
 
+def find_local(path: str) -> Path:
+    """A file or folder, a reference model, or the snapshot of a hub id in the local cache; nothing is downloaded.
+
+    Raises BadCheckpoint when it is none of them.
+    """
+    if os.path.exists(path):
+        return Path(path)
+    if (embedded := reference_models().get(path)) is not None:
+        return embedded
+    fault = f"{path}: no such file or folder, and no model of that name in the local hub cache"
+    if not HUB_ID.fullmatch(path) or ".." in path:
+        raise BadCheckpoint(f"{fault}: check the path")
+    from huggingface_hub import snapshot_download
+
+    with foreign_errors(fault, "check the path, or download the model first"):
+        return Path(snapshot_download(path, local_files_only=True))
+
+
 def record_source(job: Path, source: Path) -> None:
     """Note in a job folder where its model came from."""
     write_atomic(job / SOURCE_FILE, str(source.resolve()).encode())

@@ -37,6 +37,7 @@ FLAGS = {
     "convert": "export json out overwrite",
     "serve-command": "context tp",
     "inspect": "json",
+    "doctor": "baseline engine json",
     "list": "json",
     "demo": "json overwrite work",
 }

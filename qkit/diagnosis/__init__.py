@@ -1,0 +1,1 @@
+"""The diagnosis of a quantized file of any writer: what is in it, and what is wrong with it."""

@@ -1,0 +1,282 @@
+"""How far a file is from the model that it was made from: each weight, worst first, and what may explain it.
+
+Rounding explains an error that the format and the original give. A fold explains a weight whose columns or rows are scaled,
+where a norm or another linear of the block is scaled the other way. What is left is a fault: other weights, an exchanged
+layer, rows in another order, or noise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.diagnosis.findings import Findings
+from qkit.diagnosis.rounding import rounding_error
+from qkit.tensor.formats import Format
+
+_TIMES, _FLOOR, _MOST = 3.0, 0.02, 0.9  # the limit: so many times what rounding explains, and never above the last
+_SCALED = 0.05  # of the logarithm of a factor
+_BLOCK = re.compile(r"(.*?\b(?:layers|blk|blocks|h)\.\d+)\.")
+_SAMPLE = (16, 1024)
+_ADVICE = "quantize the layer again, from this original"
+Base = Callable[[str], Tensor | None]
+
+
+@dataclass
+class LayerDrift:
+    """One weight. error: relative to the original; explained: by rounding; columns, rows: factors of a fold"""
+
+    name: str
+    error: float
+    explained: float
+    shape: tuple[int, ...]
+    fitted: float = 0.0
+    columns: Tensor | None = None
+    rows: Tensor | None = None
+    sample: Tensor | None = None
+    matches: float = 1.0
+    reordered: str = ""
+
+    @property
+    def limit(self) -> float:
+        """The largest error that is no finding."""
+        return min(_MOST, _TIMES * self.explained + _FLOOR)
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers of a line."""
+        return {"layer": self.name, "error": round(self.error, 6), "explained": round(self.explained, 6)}
+
+
+@dataclass
+class Drift:
+    """Collects weights one by one. base: reads the original of a name; names: of all matrices that the original has;
+    unread: layers whose weights could not be decoded"""
+
+    base: Base
+    names: list[str]
+    offsets: tuple[float, ...] = (0.0, 1.0)
+    layers: list[LayerDrift] = field(default_factory=list)
+    norms: dict[str, list[Tensor]] = field(default_factory=dict)
+    vectors: dict[str, float] = field(default_factory=dict)
+    unread: set[str] = field(default_factory=set)
+    samples: dict[str, tuple[Tensor | None, tuple[int, ...]]] = field(default_factory=dict)
+
+    def add(self, name: str, weight: Tensor, fmt: Format | None, explained: float | None = None) -> bool:
+        """Compare one weight; whether the original has it in this shape."""
+        original = self.base(name)
+        if original is None or original.shape != weight.shape:
+            return False
+        b, w = original.to(torch.float32), weight.to(torch.float32)
+        if not bool(w.isfinite().all()):
+            return True
+        norm = float(b.norm()) or 1.0
+        if b.dim() < 2:
+            self._add_vector(name, w, b, norm)
+            return True
+        b, w = b.reshape(-1, b.shape[-1]), w.reshape(-1, w.shape[-1])
+        rounding = rounding_error(b, fmt) if explained is None else explained
+        found = LayerDrift(name, float((w - b).norm()) / norm, rounding, tuple(original.shape))
+        if found.error > found.limit:
+            self._explain(found, w, b)
+        elif fmt is not None or explained is not None:
+            self._rows(found, w, b)
+        self.layers.append(found)
+        return True
+
+    def _add_vector(self, name: str, w: Tensor, b: Tensor, norm: float) -> None:
+        error = float((w - b).norm()) / norm
+        if error > 1 / 64:
+            self.vectors[name] = error
+            self.norms[name] = [_log_ratio(w + offset, b + offset) for offset in self.offsets]
+
+    def _rows(self, found: LayerDrift, w: Tensor, b: Tensor) -> None:
+        """A few rows that are far off in a weight that is right as a whole."""
+        sizes, apart = b.norm(dim=1), (w - b).norm(dim=1)
+        large = sizes > 0.1 * sizes.median()
+        errors = apart[large] / sizes[large]
+        if len(errors) > 8:
+            wrong = errors > max(0.7, 6 * float(errors.median()))
+            if 0 < int(wrong.sum()):
+                found.reordered = f"{int(wrong.sum())} of its {len(w)} rows"
+
+    def _explain(self, found: LayerDrift, w: Tensor, b: Tensor) -> None:
+        found.matches = float((w * b).sum() / (w.norm() * b.norm()).clamp(min=1e-12))
+        found.columns, found.rows, found.fitted = _fit(w, b)
+        found.sample = _sample(w)
+        a, c = w.norm(dim=1).sort().values, b.norm(dim=1).sort().values
+        if found.matches < 0.5 and float((a - c).norm() / c.norm().clamp(min=1e-12)) < max(0.05, found.explained / 2):
+            found.reordered = "its rows"
+        a, c = w.norm(dim=0).sort().values, b.norm(dim=0).sort().values
+        if found.matches < 0.5 and not found.reordered:
+            close = float((a - c).norm() / c.norm().clamp(min=1e-12)) < max(0.05, found.explained / 2)
+            found.reordered = "its columns" if close and float(c.std() / c.mean()) > 0.02 else ""
+
+    # ---- the verdict ---------------------------------------------------------------------------------------------
+
+    def report(self, findings: Findings) -> None:
+        """Note what nothing explains."""
+        far = [x for x in self.layers if x.error > x.limit]
+        unlike = [x for x in far if x.matches < 0.3 and x.fitted > x.limit]
+        if len(unlike) > 0.6 * len(self.layers) and len(self.layers) > 4:
+            findings.warn(
+                "drift", [x.name for x in unlike], f"{len(unlike)} of {len(self.layers)} weights have nothing in common with "
+                "the baseline", "weights of this model", "give the model that the file was made from as --baseline; a "
+                "file whose weights were rotated cannot be compared", 8,
+            )  # fmt: skip
+            return
+        explained = {x.name for x in far if x.fitted <= x.limit and self._is_folded(x)}
+        for x in far:
+            if x.name not in explained:
+                self._report_one(x, findings)
+        if explained:
+            findings.note(
+                "drift", sorted(explained), "its weights are scaled by row or column, and its block makes up for it"
+            )
+        for x in self.layers:
+            if x.error <= x.limit and x.reordered:
+                findings.fault(
+                    "drift", x.name, f"{x.reordered} are much further from the original than the others", "rows of one quality",
+                    _ADVICE, 7,
+                )  # fmt: skip
+        self._report_vectors(explained, findings)
+
+    def _report_one(self, x: LayerDrift, findings: Findings) -> None:
+        expected = f"at most {x.limit:.3f}: rounding explains {x.explained:.3f}"
+        found = f"it is {x.error:.3f} from the original (relative)"
+        twin = self._twin(x)
+        if twin is not None:
+            findings.fault(
+                "swapped layers",
+                x.name,
+                f"it holds the weights of {twin}",
+                f"its own ({expected})",
+                _ADVICE,
+                9 + x.error,
+            )
+        elif x.reordered:
+            findings.fault(
+                "permuted layers",
+                x.name,
+                f"{found}: {x.reordered} are in another order",
+                expected,
+                _ADVICE,
+                9 + x.error,
+            )
+        elif x.fitted <= x.limit:
+            factor = float(x.rows.median()) if x.rows is not None else 1.0
+            words = f"its weights are scaled (by about {factor:.3g}), and nothing in its block makes up for it"
+            findings.fault("drift", x.name, f"{found}: {words}", expected, _ADVICE, 8 + x.error)
+        else:
+            findings.fault("drift", x.name, found, expected, _ADVICE, 8 + x.error)
+
+    def _twin(self, x: LayerDrift) -> str | None:
+        """The layer of the original whose weights these are, if they are another's."""
+        if x.sample is None or x.matches > 0.5:
+            return None
+        for name in self.names:
+            if name == x.name:
+                continue
+            if name not in self.samples:
+                other = self.base(name)
+                made = None if other is None else _sample(other.to(torch.float32).reshape(-1, other.shape[-1]))
+                self.samples[name] = made, () if other is None else tuple(other.shape)
+            sample, shape = self.samples[name]
+            if sample is None or shape != x.shape:
+                continue
+            if float((sample * x.sample).sum() / (sample.norm() * x.sample.norm()).clamp(min=1e-12)) > 0.7:
+                return name
+        return None
+
+    def _is_folded(self, x: LayerDrift) -> bool:
+        """Whether something in the block is scaled the other way."""
+        block = _block(x.name)
+        assert x.columns is not None and x.rows is not None
+        vectors = [v for name, vs in self.norms.items() if _block(name) == block for v in vs]
+        others = [
+            y
+            for y in self.layers
+            if y is not x and y.rows is not None and _block(y.name) == block and y.fitted <= y.limit
+        ]
+        row_logs, column_logs = (
+            [y.rows.log() for y in others if y.rows is not None],
+            [y.columns.log() for y in others if y.columns is not None],
+        )
+        columns, rows = x.columns.log(), x.rows.log()
+        fine = True
+        if float(columns.std()) > _SCALED:
+            fine &= any(_cancels(columns, v) for v in (*vectors, *row_logs))
+        if float(rows.std()) > _SCALED:
+            fine &= any(_cancels(rows, v) for v in column_logs)
+        if float(columns.std()) <= _SCALED >= float(rows.std()):
+            factor = float(rows.median())
+            fine &= any(abs(factor + float(v.median())) < _SCALED for v in (*vectors, *row_logs))
+        return fine
+
+    def _report_vectors(self, explained: set[str], findings: Findings) -> None:
+        for name, error in self.vectors.items():
+            block = _block(name)
+            if any(_block(n) == block for n in explained):
+                continue
+            if any(_block(n) == block for n in self.unread):
+                findings.note(
+                    "norms", name, f"it is {error:.3f} from the original, and weights of its block were not decoded"
+                )
+                continue
+            is_norm = "norm" in name or name.rpartition(".")[0].endswith(("ln_1", "ln_2", "ln_f"))
+            found = (
+                f"it is {error:.3f} from the original (relative), and no weight of its block is scaled the other way"
+            )
+            add = findings.fault if is_norm else findings.warn
+            add(
+                "norms" if is_norm else "plain tensors",
+                name,
+                found,
+                "the tensor of the original",
+                "copy it from the original",
+                7,
+            )
+
+
+def _block(name: str) -> str:
+    found = _BLOCK.match(name)
+    return found[1] if found else ""
+
+
+def _log_ratio(w: Tensor, b: Tensor) -> Tensor:
+    ratio = w / torch.where(b == 0, torch.full_like(b, 1e-12), b)
+    return ratio.abs().clamp(1e-6, 1e6).log()
+
+
+def _cancels(a: Tensor, b: Tensor) -> bool:
+    """Whether two logarithms of factors add up to a constant; heads that several queries share may repeat."""
+    if float(b.std()) <= _SCALED:
+        return False
+    if len(a) != len(b):
+        return len(a) % len(b) == 0 or len(b) % len(a) == 0
+    return float((a + b).std()) < max(0.1, 0.35 * float(a.std()))
+
+
+def _fit(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Factors of columns and rows with which the original comes nearest to a weight, and the error that is left."""
+    rows = torch.ones(len(b))
+    columns = torch.ones(b.shape[1])
+    tiny = 1e-12
+    for _ in range(3):
+        scaled = b * rows[:, None]
+        columns = ((w * scaled).sum(0) / scaled.square().sum(0).clamp(min=tiny)).clamp(min=1e-6)
+        scaled = b * columns
+        rows = ((w * scaled).sum(1) / scaled.square().sum(1).clamp(min=tiny)).clamp(min=1e-6)
+    middle = columns.log().mean().exp()
+    columns, rows = columns / middle, rows * middle
+    left = float((w - rows[:, None] * b * columns).norm() / w.norm().clamp(min=tiny))
+    return columns, rows, left
+
+
+def _sample(w: Tensor) -> Tensor:
+    step = max(1, len(w) // _SAMPLE[0])
+    return w[::step][: _SAMPLE[0], : _SAMPLE[1]].clone()

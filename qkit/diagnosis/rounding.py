@@ -1,0 +1,63 @@
+"""How far rounding alone takes a weight from the original: the error that a format explains."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qkit.tensor.formats import Format
+
+_ROWS = 256  # of a weight, which are enough to tell
+_UNKNOWN = {2: 0.5, 3: 0.25, 4: 0.12, 5: 0.06, 6: 0.03, 8: 0.01}
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def rounding_error(original: Tensor, fmt: Format | None) -> float:
+    """The relative error of a matrix that is rounded to the nearest value of a format; 0 for none."""
+    if fmt is None:
+        return 0.0
+    w = original.reshape(-1, original.shape[-1])
+    w = w[:: max(1, len(w) // _ROWS)][:_ROWS].to(torch.float32)
+    if fmt.gguf or fmt.strategy == "block":
+        grouped = _grouped(w, (fmt.group or 32) if fmt.gguf else (fmt.block or (128, 128))[1])
+    else:
+        grouped = _grouped(w, fmt.group or w.shape[-1])
+    rounded = _rounded(grouped, fmt)
+    norm = float(grouped.norm())
+    return float((rounded - grouped).norm()) / norm if norm else 0.0
+
+
+def _grouped(w: Tensor, group: int) -> Tensor:
+    """[groups, group]; the last columns are left out where groups do not divide them."""
+    columns = w.shape[-1] // group * group or w.shape[-1]
+    return w[:, :columns].reshape(-1, min(group, columns))
+
+
+def _rounded(x: Tensor, fmt: Format) -> Tensor:
+    largest = x.abs().amax(1, keepdim=True).clamp(min=1e-12)
+    if fmt.kind == "fp4":
+        table = torch.tensor((*_E2M1, *(-v for v in _E2M1[1:])))
+        scale = largest / 6
+        return _nearest(x / scale, table) * scale
+    if fmt.kind == "fp8":
+        scale = largest / 448
+        return (x / scale).to(torch.float8_e4m3fn).to(torch.float32) * scale
+    steps = (1 << fmt.bits) - 1
+    if fmt.symmetric:
+        scale = largest / (steps / 2)
+        return (x / scale).round().clamp(-(steps + 1) // 2, steps // 2) * scale
+    low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / steps).clamp(min=1e-12)
+    zero = (-low / scale).round()
+    return ((x / scale + zero).round().clamp(0, steps) - zero) * scale
+
+
+def _nearest(x: Tensor, table: Tensor) -> Tensor:
+    ordered = table.sort().values
+    middles = (ordered[1:] + ordered[:-1]) / 2
+    return ordered[torch.bucketize(x.contiguous(), middles)]
+
+
+def by_bits(bits: float) -> float:
+    """What a width explains where the format is not one of ours."""
+    return next((error for b, error in sorted(_UNKNOWN.items()) if bits <= b), 0.01)

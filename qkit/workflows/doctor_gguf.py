@@ -1,0 +1,139 @@
+"""The diagnosis of GGUF files: header, blocks, the config beside them, and the original."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qkit.diagnosis import sidefiles
+from qkit.diagnosis.drift import Drift
+from qkit.diagnosis.findings import Findings
+from qkit.diagnosis.gguf import PLAIN, check_values, in_order, names_in, open_gguf
+from qkit.diagnosis.gguf_keys import check_keys, number_of
+from qkit.diagnosis.result import Diagnosis
+from qkit.files.checkpoint import Checkpoint
+from qkit.files.gguf import GgufHeader, GgufTensor
+from qkit.files.inspect_config import one_line
+
+# Keys of the file, behind the name of the architecture, and the fields of config.json that say the same.
+_FIELDS = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+    "expert_count": "num_local_experts",
+}
+
+
+def diagnose_gguf(path: Path, files: list[Path], base: Path | None, step: Callable[[], object]) -> Diagnosis:
+    """The diagnosis of the GGUF files of a folder, or of one."""
+    findings, result = Findings(), Diagnosis(path=str(path), kind="GGUF", method="gguf")
+    original = Checkpoint.open(base) if base is not None else None
+    headers = open_gguf(files, findings)
+    parts = {h.values.get("split.no") for _, h in headers if "split.count" in h.values}
+    for file, header in headers:
+        if parts and header.values.get("split.no") != 0:
+            continue
+        whole = header if not parts else _joined(header, [h for _, h in headers])
+        check_keys(whole, findings)
+        _compare_config(whole, path if path.is_dir() else file.parent, original, findings)
+        _compare_template(whole, base, findings)
+    for file, header in headers:
+        drift, name_of = _drift(header, original, findings)
+        check_values(file, header, drift, name_of, findings, step)
+        if drift is not None and original is not None and drift.layers:
+            drift.report(findings)
+            result.drift += [x.to_json() for x in drift.layers]
+            _check_lost(original, drift, header, findings)
+        _count(header, result)
+    result.drift.sort(key=lambda line: -line["error"])
+    result.findings = findings.sorted()
+    return result
+
+
+def _joined(first: GgufHeader, all_headers: list[GgufHeader]) -> GgufHeader:
+    """The header of a model in several files."""
+    return GgufHeader(first.version, first.values, tuple(t for h in all_headers for t in h.tensors), first.lengths)
+
+
+def _count(header: GgufHeader, result: Diagnosis) -> None:
+    maker = header.values.get("general.quantized_by")
+    result.made_by = one_line(maker) if isinstance(maker, str) else result.made_by
+    for t in header.tensors:
+        if t.dtype in PLAIN:
+            result.plain = [result.plain[0] + 1, result.plain[1] + (t.nbytes or 0)]
+            if len(t.shape) > 1:
+                result.plain_layers[t.name] = f"stored as {t.dtype}"
+            continue
+        entry = result.formats.setdefault(t.dtype, [0, 0])
+        entry[0], entry[1] = entry[0] + 1, entry[1] + (t.nbytes or 0)
+
+
+def _compare_config(header: GgufHeader, folder: Path, original: Checkpoint | None, findings: Findings) -> None:
+    """The sizes in the file against config.json beside it, and of the original."""
+    name = header.values.get("general.architecture")
+    beside = sidefiles.read_object(folder, "config.json", findings)
+    for config, where in ((beside, "config.json"), (original.config if original else None, "the baseline")):
+        for key, field in _FIELDS.items():
+            found, wanted = number_of(header.values, f"{name}.{key}"), (config or {}).get(field)
+            if found is not None and isinstance(wanted, int) and found != wanted:
+                findings.fault(
+                    "config", f"{name}.{key}", f"{found}, and {where} says {wanted} ({field})", "the same number",
+                    "convert the model again", 7,
+                )  # fmt: skip
+
+
+def _compare_template(header: GgufHeader, base: Path | None, findings: Findings) -> None:
+    theirs = sidefiles.chat_template(base) if base is not None else None
+    mine = header.values.get("tokenizer.chat_template")
+    if theirs is not None and mine is None:
+        findings.fault(
+            "chat template", "tokenizer.chat_template", "there is none, and the original has one", "that of the original",
+            "convert the model again", 6,
+        )  # fmt: skip
+    elif theirs is not None and isinstance(mine, str) and mine.strip() != theirs.strip():
+        findings.warn(
+            "chat template", "tokenizer.chat_template", "it is not that of the original", "the template of the original",
+            "convert the model again", 5,
+        )  # fmt: skip
+
+
+def _drift(header: GgufHeader, original: Checkpoint | None, findings: Findings) -> tuple[Drift | None, Any]:
+    """What compares the tensors with the original, and gives their names and rows there."""
+    names = names_in(original, header) if original is not None else {}
+    if original is not None and not names:
+        findings.note(
+            "drift",
+            "baseline",
+            "weights were not compared: names of this model need the library gguf: pip install gguf",
+        )
+
+    def name_of(t: GgufTensor, rows: Any) -> tuple[str, Any]:
+        name, heads = names.get(t.name, (t.name, 0))
+        shaped = rows.reshape(t.shape[::-1])
+        return name, in_order(shaped, heads)
+
+    if original is None or not names:
+        return None, name_of
+    source = original
+
+    def read(name: str) -> Any:
+        return source.read(name) if name in source.tensors else None
+
+    return Drift(read, [n for n, i in source.tensors.items() if len(i.shape) == 2]), name_of
+
+
+def _check_lost(original: Checkpoint, drift: Drift, header: GgufHeader, findings: Findings) -> None:
+    there = {t.name for t in header.tensors}
+    known = names_in(original, header)
+    lost = [n for n in original.tensors if n not in {name for name, _ in known.values()}]
+    lost += [name for stored, (name, _) in known.items() if stored not in there and not stored.startswith("output.")]
+    lost = [n for n in lost if "rotary_emb" not in n and not n.endswith("lm_head.weight")]
+    if lost and "split.count" not in header.values:
+        findings.fault(
+            "lost tensors", lost, f"the baseline has {len(lost)} tensors that the file has not", "all tensors of the original",
+            "convert the model again", 8,
+        )  # fmt: skip
