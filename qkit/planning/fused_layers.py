@@ -100,7 +100,9 @@ def engine_lines_of(plan: Plan, structure: ModelStructure) -> list[EngineLine]:
         for n, p in plan.packed.items()
     }
     refusal = stock_refusal(plan, structure)
-    return engine_lines(engine_rows(storage, plan.skipped, structure.checkpoint.config, plan.export, refusal or ""))
+    cache = str(plan.kv["kind"]) if plan.kv is not None and plan.static_cache else ""
+    config = structure.checkpoint.config
+    return engine_lines(engine_rows(storage, plan.skipped, config, plan.export, refusal or "", cache))
 
 
 def split_apart(block: BlockStructure, linears: Mapping[str, LinearPlan]) -> BlockStructure:

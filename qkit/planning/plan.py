@@ -21,7 +21,8 @@ from qkit.families.blocks import BlockSequence, BlockStructure, Linear
 from qkit.families.discover import kind_of
 from qkit.families.sharing import guessed_groups
 from qkit.families.structure import ModelStructure
-from qkit.kvcache.scales import tensor_names
+from qkit.kvcache.policy import STATIC, CachePolicy
+from qkit.kvcache.scales import stored_bytes
 from qkit.planning.ends import end_plans, skipped_head
 from qkit.planning.export_method import export_method, own_method_reason
 from qkit.planning.fused_layers import check_shapes, fused_linears, split_apart
@@ -136,7 +137,7 @@ class Plan:
 
     @property
     def static_cache(self) -> bool:
-        """Whether the checkpoint gets scales for an FP8 KV cache."""
+        """Whether the checkpoint gets scales for a KV cache of engines."""
         return is_static(self.kv)
 
     @property
@@ -166,7 +167,7 @@ class Plan:
 
 def is_static(kv: dict[str, Any] | None) -> bool:
     """Whether that KV cache policy has scales that are measured beforehand."""
-    return kv is not None and kv["kind"] == "fp"
+    return kv is not None and kv["kind"] in STATIC
 
 
 def make_plan(
@@ -247,13 +248,13 @@ def make_plan(
     if export == "compressed-tensors" and structure.family.streams is None:
         check_shapes(structure, linears, recipe.engine)
     size = packed_bytes(structure, linears, ends, significant, untied, kept)
-    if is_static(kv):
+    if kv is not None and is_static(kv):
         if export != "compressed-tensors":
             raise UsageError(
-                f"--kv fp8: its scales are part of the compressed-tensors format, and this result has quant_method {export} "
-                "(sparse or low-rank parts, or --export): leave one of the two out"
+                f"--kv {CachePolicy.from_json(kv).name}: its scales are part of the compressed-tensors format, and this result "
+                f"has quant_method {export} (sparse or low-rank parts, or --export): leave one of the two out"
             )
-        size += sum(map(len, tensor_names(structure))) * structure.dtype.itemsize
+        size += stored_bytes(structure, kv["kind"])
     return Plan(
         linears=linears,
         ends=ends,

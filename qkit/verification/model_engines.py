@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from qkit.verification.cache_engines import with_cache
 from qkit.verification.engines import ModelFacts, NumberFormat, diffusion_fit, engine_fits, holds_siglip
 from qkit.verification.fused_layers import expert_groups, fused_groups
 
@@ -69,12 +70,13 @@ def engine_rows(
     config: Mapping[str, Any],
     method: str,
     refusal: str = "",
+    cache: str = "",
 ) -> list[EngineRow]:
     """One row for every combination of formats and every engine.
 
     parts: the quantized linears by checkpoint name; skipped: the others, with reasons; config: config.json
     method: its quant_method
-    refusal: why stock transformers does not load it, where the writer knew
+    refusal: why stock transformers does not load it, where the writer knew; cache: the kind of the static scales of a KV cache
     """
     names: dict[tuple[tuple[NumberFormat, NumberFormat | None, str], tuple[str, ...]], list[str]] = {}
     for name, part in parts.items():
@@ -82,7 +84,7 @@ def engine_rows(
     model_facts, rows = replace(_about(parts, skipped, config), refusal=refusal), []
     for ((weights, activations, packing), uses), members in names.items():
         facts = replace(model_facts, experts=bool(expert_groups(members)), uses=uses)
-        fits = diffusion_fit(config) or engine_fits(weights, activations, packing, method, facts)
+        fits = diffusion_fit(config) or with_cache(engine_fits(weights, activations, packing, method, facts), cache)
         inputs = str(activations) if activations else "as they are"
         rows += [
             EngineRow(

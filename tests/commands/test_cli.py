@@ -33,7 +33,7 @@ FLAGS = {
     "questions report retrieval task-dir tasks text vbench-python videos videos-dir window windows",
     "check": "allow-task-code baseline budget device dtype json junit task-dir text",
     "bench": "baseline device dtype figure formats group-size json m model new-tokens prompt-tokens shapes table threads",
-    "serve-command": "context tp",
+    "serve-command": "context json kv-dtypes limit measure text tp windows",
     "inspect": "json",
     "list": "json",
     "demo": "json overwrite work",
