@@ -94,6 +94,19 @@ def retrieval() -> str:
     return markdown(rows)
 
 
+def serving() -> str:
+    """What vLLM's caches cost a packed model at each context."""
+    contexts = report("kvcache/serving")["files"]["fp8"]["contexts"]
+    names = [c["dtype"] for c in next(iter(contexts.values()))["caches"] if c["dtype"] != "auto"]
+    rows: dict[str, Row] = {name: {"cache": f"`{name}`"} for name in names}
+    for context, found in contexts.items():
+        for cost in found["caches"]:
+            if cost["dtype"] in rows and cost["kl"] is not None:
+                share = f"{cost['bytes'] / found['plain_bytes']:.3f}"
+                rows[cost["dtype"]] |= {"of 16 bits": share, f"KL at {int(context):,} tokens": f"{cost['kl']:.4f}"}
+    return markdown(list(rows.values()))
+
+
 def lengths() -> str:
     """MB of caches against the length of the context."""
     found = report("kvcache/length")["lengths"]
@@ -302,6 +315,7 @@ TABLES = {
     "kv-caches": caches,
     "kv-retrieval": retrieval,
     "kv-lengths": lengths,
+    "kv-serving": serving,
     "vision": vision,
     "vision-differences": vision_differences,
     "videos": videos,

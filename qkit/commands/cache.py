@@ -24,7 +24,7 @@ def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--kv",
             metavar="POLICY",
             help="KV cache policy, a kind and its bits: kivi2, int8, pm-kvq:4-2, rotate4, hierarchical8, xquant4, "
-            "xquant-cl2 or fp8 ('qkit list caches').",
+            "xquant-cl2, fp8, fp8_head or nvfp4 ('qkit list caches').",
         ),
         cache("--kv-memory", help="Memory budget of the KV cache of one sequence, for instance 2GB."),
         cache(

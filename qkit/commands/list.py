@@ -12,7 +12,7 @@ from qkit.commands.common import OutFile, print_wide, wide_table, write_json
 from qkit.commands.verb import Verb
 from qkit.families.declared import DECLARED
 from qkit.files.embedded import reference_models
-from qkit.kvcache.policy import KINDS, SHORT, WIDTHS_OF
+from qkit.kvcache.policy import KINDS, NAMED, SHORT, WIDTHS_OF
 from qkit.planning.recipe import AUTO, TRIES
 from qkit.planning.request import REQUANT, REQUANT_OUTLIERS, REQUANT_SIGNIFICANT
 from qkit.solvers.table import SOLVERS
@@ -113,9 +113,8 @@ def caches() -> list[dict[str, Any]]:
     rows = []
     for kind, what in KINDS.items():
         widths = WIDTHS_OF.get(kind, (8, 4, 3, 2))
-        rows.append(
-            {"cache": SHORT.get(kind, kind) + str(widths[0]), "bits": ", ".join(map(str, widths)), "what": what}
-        )
+        name = NAMED.get(kind) or SHORT.get(kind, kind) + str(widths[0])
+        rows.append({"cache": name, "bits": ", ".join(map(str, widths)), "what": what})
     return rows
 
 

@@ -30,7 +30,7 @@ from qkit.files.hash_cache import cached_sha256
 from qkit.files.record import FORMAT_VERSION, to_bytes, write_record
 from qkit.files.safefile import DTYPE_NAMES, read_bytes, write_atomic, write_safetensors
 from qkit.files.side_files import MOST_BYTES, check_unchanged, copy_side_files
-from qkit.kvcache.scales import FORMAT
+from qkit.kvcache.scales import FORMATS as CACHE_FORMATS
 from qkit.planning.gguf import GGUF
 from qkit.planning.layout import layout_config
 from qkit.planning.linear_plan import LinearPlan
@@ -194,7 +194,8 @@ def quantization_config(plan: Plan, structure: ModelStructure) -> dict[str, Any]
         everything = list(dict.fromkeys([*plan.skipped, *layers]))
         return layout_config(plan.export, plan.packed, everything, structure.head, plan.static_cache)
     ends = tuple(n for n, p in plan.ends.items() if p.uses)  # the others are linears
-    built = ct.config(formats_by_linear, layers, renamed, FORMAT if plan.static_cache else None, ends)
+    cache = CACHE_FORMATS[plan.kv["kind"]] if plan.kv is not None and plan.static_cache else None
+    built = ct.config(formats_by_linear, layers, renamed, cache, ends)
     return {**built, "quant_method": plan.export}
 
 

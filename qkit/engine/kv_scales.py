@@ -1,6 +1,7 @@
-"""The scales of an FP8 KV cache (--kv fp8), measured on the quantized model, a block in memory at a time.
+"""The scales of a KV cache for engines (--kv fp8, fp8_head, nvfp4), measured on the quantized model.
 
-After the blocks of a job are done, its calibration rows pass through them once more with the quantized weights. So the scales
+After the blocks of a job are done, its calibration rows pass through them once more with the quantized weights, a block in
+memory at a time. So the scales
 include the changes that transforms and solvers made to keys and values. An interrupted pass starts again.
 """
 
@@ -20,7 +21,7 @@ from qkit.families.blocks import BlockStructure
 from qkit.families.materialize import load_block, release
 from qkit.families.structure import ModelStructure
 from qkit.files.owned import temp_path
-from qkit.kvcache.scales import RangeCache, tensor_names
+from qkit.kvcache.scales import RangeCache, option_name, tensor_names
 from qkit.planning.plan import Plan, parts
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
@@ -30,11 +31,12 @@ STAGE = "cache"  # of the journal
 
 
 def measure_scales(plan: Plan, structure: ModelStructure, job: Job, pool: Workers, progress: Progress) -> None:
-    """Measure and commit the scales of every block, [1] in the checkpoint's dtype. Does nothing when they exist or the
-    plan has none.
+    """Measure and commit the scales of every block, as the checkpoint has them. Does nothing when they exist or the plan has
+    none.
     """
-    if not plan.static_cache or job.stage(STAGE) is not None:
+    if plan.kv is None or not plan.static_cache or job.stage(STAGE) is not None:
         return
+    kind = str(plan.kv["kind"])
     cache = RangeCache()
     assert plan.calibration is not None
     progress.start("embed the calibration rows", plan.calibration.samples)
@@ -42,10 +44,10 @@ def measure_scales(plan: Plan, structure: ModelStructure, job: Job, pool: Worker
     try:
         rows, calls = embed(plan, structure, job, structure.sequences[-1], path, progress.step, cache)
     except NotOneAfterAnother as e:
-        raise cannot_measure(structure) from e
+        raise cannot_measure(structure, kind) from e
     offset = len(parts(plan, structure)) - len(structure.blocks)
     tensors: dict[str, Tensor] = {}
-    for block, names in zip(structure.blocks, tensor_names(structure), strict=True):
+    for block, names in zip(structure.blocks, tensor_names(structure, kind), strict=True):
         progress.start(f"KV cache, block {block.index + 1}/{len(structure.blocks)}", len(list(rows.pieces())))
         module, handles = _solved(plan, structure, job, block, offset + block.index)
         call: Any = cache.counting(calls[block.index], rows.kinds)
@@ -58,16 +60,17 @@ def measure_scales(plan: Plan, structure: ModelStructure, job: Job, pool: Worker
         release(module)
         rows.path.unlink()
         rows = leaving
-        tensors.update(zip(names, cache.scales(block.index, structure.dtype), strict=True))
+        tensors.update(zip(names, cache.scales(block.index, structure.dtype, kind), strict=True))
     rows.path.unlink()
     job.commit(job.finished, tensors, {"stage": STAGE, "linears": {}}, None)
 
 
-def cannot_measure(structure: ModelStructure) -> Unsupported:
+def cannot_measure(structure: ModelStructure, kind: str) -> Unsupported:
     """The error for a model whose blocks do more than pass hidden states on."""
+    name = option_name(kind)
     return Unsupported(
-        f"{structure.checkpoint.path}: the scales of --kv fp8 are measured block after block, and the blocks of this model "
-        "cannot be run one after another: leave --kv out"
+        f"{structure.checkpoint.path}: the scales of --kv {name} are measured block after block, and the blocks of "
+        "this model cannot be run one after another: leave --kv out"
     )
 
 

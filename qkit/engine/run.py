@@ -72,8 +72,8 @@ def _run_sequence(run: Run, sequence: BlockSequence, first_part: int) -> None:
         try:
             rows, calls = _entering_rows(run, sequence, first_part)
         except NotOneAfterAnother as e:
-            if plan.static_cache:
-                raise cannot_measure(run.structure) from e
+            if plan.kv is not None and plan.static_cache:
+                raise cannot_measure(run.structure, str(plan.kv["kind"])) from e
             if not run.structure.is_discovered:
                 raise
             _run_recorded(run, sequence, first_part)

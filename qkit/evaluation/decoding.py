@@ -18,8 +18,9 @@ from torch import Tensor
 from qkit.errors import UsageError
 from qkit.evaluation.metrics import check_window, perplexity, perplexity_change, split_windows
 from qkit.kvcache.argument import with_cache
-from qkit.kvcache.cache import CacheShape, PackedCache, make_cache, with_budgets
+from qkit.kvcache.cache import PackedCache, make_cache, with_budgets
 from qkit.kvcache.policy import CachePolicy
+from qkit.kvcache.shape import CacheShape
 from qkit.kvcache.store import Plain
 
 BATCH = 8  # windows that are decoded together
@@ -105,8 +106,8 @@ def fresh_cache(model: Any, policy: CachePolicy | None, length: int) -> Any:
 def sizes(model: Any, cache: Any, sequences: int) -> tuple[float, float]:
     """Bytes of a sequence in a cache that holds so many, and those of a plain one at 16 bits; tokens that are kept as they
     came count as 16 bits, whatever the arithmetic here."""
-    heads = CacheShape.of(model)
-    plain_bytes = 2.0 * heads.layers * heads.heads * heads.head_dim * cache.get_seq_length() * 2
+    heads = CacheShape.of(model, windows=True)
+    plain_bytes = 2.0 * heads.heads * heads.head_dim * sum(heads.tokens_of(cache.get_seq_length())) * 2
     if not isinstance(cache, PackedCache):
         return plain_bytes, plain_bytes
     segments = [s for layer in cache.layers for pair in layer.segments for s in pair]

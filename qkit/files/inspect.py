@@ -27,6 +27,7 @@ _SIDE = 64  # files that are listed by name
 _BESIDE = (
     "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_zero_point", "weight_shape", "weight_global_scale",
     "weight_g_idx", "input_scale", "input_global_scale", "input_zero_point", "pre_quant_scale", "k_scale", "v_scale",
+    "k_global_scale", "v_global_scale",
     "scales", "qzeros", "g_idx", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB", "weight_format",
     "sparse_rows", "sparse_columns", "sparse_values", "low_rank_down", "low_rank_up", "input_smooth", "input_residual",
 )  # fmt: skip

@@ -18,10 +18,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qkit.errors import Unsupported
+from qkit.kvcache.float4 import Float4
 from qkit.kvcache.nested import Nested
 from qkit.kvcache.store import WORD, Packed, Plain
 
 NAME = "qkit"
+Segment = Packed | Plain | Nested | Float4  # the keys, or the values, of some tokens
 CHUNK = 1024  # tokens that are unpacked at a time
 QUERIES = 64  # with more new tokens the past is unpacked at once: their scores take more memory
 
@@ -34,7 +36,7 @@ class PackedPast:
     owner:    the cache layer, which learns through it that the past was read
     """
 
-    segments: tuple[tuple[Packed | Plain | Nested, Packed | Plain | Nested], ...]
+    segments: tuple[tuple[Segment, Segment], ...]
     rotations: tuple[Tensor, Tensor] | None = None
     owner: Any = None
 
@@ -66,7 +68,7 @@ def attend(
             state.fold(*partial)
             at += k.tokens
             continue
-        step = chunk if isinstance(k, Plain) else max(chunk - chunk % k.group, k.group)
+        step = chunk if isinstance(k, Plain | Float4) else max(chunk - chunk % k.group, k.group)
         for start in range(0, k.tokens, step):
             end = min(start + step, k.tokens)
             chunk_mask = None if segment_mask is None else segment_mask[..., start:end]

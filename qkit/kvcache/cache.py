@@ -13,13 +13,16 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from qkit.errors import Unsupported, UsageError
+from qkit.errors import UsageError
 from qkit.kvcache.argument import cache_argument
 from qkit.kvcache.attention import NAME
 from qkit.kvcache.crosslayer import cross_layers
-from qkit.kvcache.layer import PackedLayer, channel_group, check_head_dim
+from qkit.kvcache.grouping import check_head_dim
+from qkit.kvcache.layer import PackedLayer
 from qkit.kvcache.policy import CachePolicy
-from qkit.kvcache.scales import scales_of
+from qkit.kvcache.scales import Scale, scales_of
+from qkit.kvcache.shape import CacheShape
+from qkit.kvcache.sliding import SlidingLayer
 from qkit.kvcache.xquant import InputLayer, sources
 
 
@@ -64,7 +67,7 @@ def make_cache(model: Any, policy: CachePolicy) -> PackedCache:
 
 def maker(model: Any, policy: CachePolicy) -> Callable[[], PackedCache]:
     """A function that makes empty caches for a model; checks and computations run once. Raises as ``make_cache`` does."""
-    heads = CacheShape.of(model)
+    heads = CacheShape.of(model, windows=policy.is_static)
     check_head_dim(heads.head_dim, policy)
     if policy.kind == "progressive" and policy.budgets is None:
         raise UsageError(
@@ -85,11 +88,19 @@ def maker(model: Any, policy: CachePolicy) -> Callable[[], PackedCache]:
         input_sources = sources(model, heads.head_dim)
         return lambda: PackedCache(policy, [InputLayer(policy, s) for s in input_sources])
     budgets = policy.budgets or (None,) * heads.layers
-    scales = [(1.0, 1.0)] * heads.layers
-    if policy.kind == "fp" and isinstance(model, nn.Module):
-        scales = scales_of(model, heads.layers)
-    layers = list(zip(budgets, scales, strict=True))
-    return lambda: PackedCache(policy, [PackedLayer(policy, b, _attention(model) == NAME, s) for b, s in layers])
+    scales: list[tuple[Scale, Scale]] = [(1.0, 1.0)] * heads.layers
+    if policy.is_static and isinstance(model, nn.Module):
+        scales = scales_of(model, heads.layers, policy.kind)
+    layers = list(zip(heads.windows, budgets, scales, strict=True))
+
+    def make() -> PackedCache:
+        packed = _attention(model) == NAME
+        made = [
+            SlidingLayer(policy, w, s) if w is not None else PackedLayer(policy, b, packed, s) for w, b, s in layers
+        ]
+        return PackedCache(policy, made)
+
+    return make
 
 
 def _attention(model: Any) -> str | None:
@@ -98,63 +109,6 @@ def _attention(model: Any) -> str | None:
         return None
     config: Any = model.config
     return getattr(config.get_text_config(decoder=True), "_attn_implementation", None)
-
-
-class CacheShape:
-    """Sizes of a model's KV cache: layers; heads of keys and their channels in each; hidden size."""
-
-    def __init__(self, layers: int, heads: int, head_dim: int, hidden: int = 0) -> None:
-        self.layers, self.heads, self.head_dim, self.hidden = layers, heads, head_dim, hidden
-
-    @staticmethod
-    def of(model: Any) -> CacheShape:
-        """The sizes for a model or config. Raises Unsupported for attention that does not keep keys and values of
-        every token.
-        """
-        config: Any = model.config if isinstance(model, nn.Module) else model
-        config = config.get_text_config(decoder=True)
-        kinds = set(getattr(config, "layer_types", None) or ())
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        unsupported = sorted(kinds - {"full_attention"}) or (["sliding_attention"] if window and not kinds else [])
-        unsupported += ["multi-head latent attention"] if getattr(config, "kv_lora_rank", None) else []
-        if unsupported:
-            raise Unsupported(
-                f"a quantized KV cache for {config.model_type}: its layers have {', '.join(unsupported)}, and only full "
-                "attention with keys and values per head is supported: leave --kv out"
-            )
-        heads = config.num_attention_heads
-        key_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return CacheShape(config.num_hidden_layers, key_heads, head_dim, config.hidden_size)
-
-    def bytes_at(self, policy: CachePolicy, width: int, tokens: int) -> int:
-        """Peak bytes of a layer while one sequence grows to ``tokens`` tokens, at a final width.
-
-        Raises UsageError for heads that cannot be packed.
-        """
-        check_head_dim(self.head_dim, policy)
-        numbers = self.heads * self.head_dim
-        values = (numbers, channel_group(self.head_dim, policy.group))
-        sides = [(numbers, policy.group) if policy.kind in ("kivi", "hierarchical") else values, values]
-        if policy.kind == "xquant-cl" or (policy.kind == "xquant" and self.hidden <= numbers):
-            half = min(self.hidden // 2, numbers)
-            sides = [(half, channel_group(half, policy.group))] * 2
-        elif policy.kind == "xquant":
-            sides = [(numbers, policy.group), (numbers, channel_group(numbers, policy.group))]
-        scaled = policy.kind == "progressive"  # tokens of 16 bits are codes too
-        wide_bytes = sum(2 * n + (4 * n // g if scaled else 0) for n, g in sides)
-        narrow_bytes = sum(n * width // 8 + (4 * n // g if policy.kind != "fp" else 0) for n, g in sides)
-
-        def at(n: int) -> int:
-            sink = min(n, policy.sink)
-            old = max(n - sink - policy.keep, 0)
-            body = old // policy.window * policy.window if policy.window else old
-            return (n - body) * wide_bytes + body * narrow_bytes
-
-        # There are most recent tokens just before a group of them moves to the body.
-        first_packed = policy.sink + policy.keep
-        fullest = first_packed + max((tokens - first_packed + 1) // max(policy.window, 1) * policy.window - 1, 0)
-        return max(at(tokens), at(min(fullest, tokens)))
 
 
 def with_budgets(policy: CachePolicy, model: Any, length: int) -> CachePolicy:

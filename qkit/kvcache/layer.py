@@ -18,29 +18,19 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from qkit.errors import BudgetNotMet, Unsupported, UsageError
-from qkit.kvcache.attention import QUERIES, PackedPast
+from qkit.kvcache.attention import QUERIES, PackedPast, Segment
+from qkit.kvcache.float4 import Float4
+from qkit.kvcache.grouping import channel_group, check_head_dim
 from qkit.kvcache.nested import Nested, nested
 from qkit.kvcache.policy import CachePolicy
+from qkit.kvcache.scales import Scale
 from qkit.kvcache.store import HALF, Float8, Packed, Plain, narrowed, quantize, token_bytes
 from qkit.transforms.rotate import orthogonal
 
-Segment = Packed | Plain | Nested
 KeyValueSegments = tuple[Segment, Segment]  # of keys and of values
 Tensors = tuple[Tensor, Tensor]
 CHUNK = 4096  # tokens that are packed at a time: what that takes beside the cache does not grow with a prompt
 ROTATION_SEED = 0
-
-
-def channel_group(head_dim: int, limit: int) -> int:
-    """Channels of a group: the largest divisor of head_dim that is a multiple of 8 and at most ``most``."""
-    return max(n for n in range(8, min(head_dim, limit) + 1, 8) if head_dim % n == 0)
-
-
-def check_head_dim(head_dim: int, policy: CachePolicy) -> None:
-    """Raises UsageError for heads whose codes do not fill 16-bit words."""
-    step = 16 if 3 in policy.widths else 8
-    if head_dim % step:
-        raise UsageError(f"kv policy {policy.name}: heads of {head_dim} channels; expected a multiple of {step}")
 
 
 def _joined(a: KeyValueSegments | None, b: KeyValueSegments) -> KeyValueSegments:
@@ -73,7 +63,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     policy: the cache policy; budget: bytes of a sequence, for kind progressive (None: it stays at 16 bits)
     packed: ``update`` passes the past on packed, with the new keys, where there are few new tokens (for attention.py)
-    scales: of keys and of values, for kind fp
+    scales: of keys and of values, for kinds with static scales
     Raises UsageError for a head_dim that cannot be packed, BudgetNotMet, with the cache unchanged, for tokens that do not fit
     at the smallest width.
     """
@@ -93,7 +83,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         policy: CachePolicy,
         budget: int | None = None,
         packed: bool = False,
-        scales: tuple[float, float] = (1.0, 1.0),
+        scales: tuple[Scale, Scale] = (1.0, 1.0),
     ) -> None:
         super().__init__()
         self.policy, self.budget, self.packed, self.scales = policy, budget, packed, scales
@@ -212,7 +202,9 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         keys, values = (s.dequantize(s.tensors[0].dtype) for s in pair)
         if self.policy.kind == "hierarchical":
             return nested(keys, self.policy.group, "token"), nested(values, self._group(1))
-        if self.policy.kind == "fp":
+        if self.policy.kind == "nvfp":
+            return Float4.of(keys, torch.as_tensor(self.scales[0])), Float4.of(values, torch.as_tensor(self.scales[1]))
+        if self.policy.kind in ("fp", "fp-head"):
             return Float8.of(keys, self.scales[0]), Float8.of(values, self.scales[1])
         by_token = self.by_token
         group = self.policy.group if by_token else self._group(0)

@@ -21,12 +21,22 @@ KINDS = {
     "xquant": "inputs of attention, from which keys and values are computed again (XQuant)",
     "xquant-cl": "as xquant, with the difference of inputs between neighboring layers (XQuant-CL)",
     "fp": "8-bit floats (e4m3) with static scales for the keys and the values of a layer, as engines use them",
+    "fp-head": "8-bit floats (e4m3) with static scales for every head of keys and of values",
+    "nvfp": "4-bit floats with a scale for 16 channels, and static scales of these for the keys and the values of a layer",
     "rotate": "as int, after a Hadamard transform of the keys and values of every head",
 }
+STATIC = ("fp", "fp-head", "nvfp")  # with scales that are measured beforehand and stand in the checkpoint
 ALIASES = {"pm-kvq": "progressive", "pmkvq": "progressive", "int": "rtn"}
-WIDTHS_OF = {"progressive": (8, 4, 2), "hierarchical": (8,), "fp": (8,)}  # the others: 2, 3, 4 and 8
+WIDTHS_OF = {
+    "progressive": (8, 4, 2),
+    "hierarchical": (8,),
+    "fp": (8,),
+    "fp-head": (8,),
+    "nvfp": (4,),
+}  # others: 2, 3, 4, 8
 ANCHORS, ANCHOR_BITS = 3, 4  # xquant-cl: layers that have at least so many bits (XQuant-CL: "the first 3 layers")
 SHORT = {"progressive": "pm-kvq:", "rtn": "int"}  # how users write them
+NAMED = {"fp-head": "fp8_head"}  # kinds whose name has no bits at its end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +67,12 @@ class CachePolicy:
     @property
     def name(self) -> str:
         """The name for users, such as 'kivi2'."""
-        return SHORT.get(self.kind, self.kind) + "-".join(map(str, self.widths))
+        return NAMED.get(self.kind) or SHORT.get(self.kind, self.kind) + "-".join(map(str, self.widths))
+
+    @property
+    def is_static(self) -> bool:
+        """Whether scales stand in the checkpoint."""
+        return self.kind in STATIC
 
     def widths_of(self, layers: int) -> tuple[int, ...]:
         """Final bits of each layer's body."""
@@ -105,13 +120,17 @@ def stored(folder: Path) -> CachePolicy | None:
 
 
 def parse(text: str) -> CachePolicy:
-    """A policy by name: pm-kvq:4-2, pm-kvq:2, kivi2, int8, fp8, rotate4. Raises UsageError, which names the known kinds."""
+    """A policy by name: pm-kvq:4-2, pm-kvq:2, kivi2, int8, fp8, fp8_head, nvfp4, rotate4. Raises UsageError, which names the
+    known kinds."""
+    named = {name: kind for kind, name in NAMED.items()}.get(text.strip().lower())
+    if named is not None:
+        return checked(CachePolicy(kind=named, widths=WIDTHS_OF[named]))
     match = re.fullmatch(r"([a-z-]+?):?(\d+(?:-\d+)*)", text.strip().lower())
     kind = ALIASES.get(match[1], match[1]) if match else ""
     if match is None or kind not in KINDS:
         raise UsageError(
             f"kv policy {text!r} is not known: expected one kind with its bits, such as pm-kvq:4-2, kivi2, int8, rotate4, "
-            "hierarchical8, xquant4, xquant-cl2 or fp8 ('qkit list caches')"
+            "hierarchical8, xquant4, xquant-cl2, fp8, fp8_head or nvfp4 ('qkit list caches')"
         )
     widths = tuple(sorted({int(w) for w in match[2].split("-")}, reverse=True))
     defaults: dict[str, dict[str, Any]] = {

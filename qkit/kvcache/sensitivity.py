@@ -24,7 +24,7 @@ from transformers import DynamicCache
 
 from qkit.calibration.batches import Batch, InputRows, single_rows
 from qkit.kvcache.argument import with_cache
-from qkit.kvcache.layer import channel_group
+from qkit.kvcache.grouping import channel_group
 from qkit.kvcache.store import narrowed, quantize
 
 KeyValueTensors = tuple[Tensor, Tensor]

@@ -178,11 +178,12 @@ class Plain:
 class Float8(Plain):
     """Tokens in float8_e4m3fn, as uint8 (which every device can join and pick from), to be multiplied by ``scale``."""
 
-    scale: float = 1.0
+    scale: float | Tensor = 1.0  # a tensor: float32 [heads, 1, 1]
 
     @staticmethod
-    def of(x: Tensor, scale: float) -> Float8:
+    def of(x: Tensor, scale: float | Tensor) -> Float8:
         """x rounded to nearest; magnitudes above 448 times the scale are clamped."""
+        scale = scale.to(x.device) if isinstance(scale, Tensor) else scale
         codes = (x.to(torch.float32) / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         return Float8(codes.view(torch.uint8), scale)
 

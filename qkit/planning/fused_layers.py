@@ -105,7 +105,8 @@ def engine_rows_of(plan: Plan, structure: ModelStructure, selected: Selected | N
     }
     refusal = stock_refusal(plan, structure)
     on = replace(deployment(plan.recipe), selected=selected)
-    return engine_rows(storage, plan.skipped, structure.checkpoint.config, plan.export, refusal or "", on)
+    cache = str(plan.kv["kind"]) if plan.kv is not None and plan.static_cache else ""
+    return engine_rows(storage, plan.skipped, structure.checkpoint.config, plan.export, refusal or "", on, cache)
 
 
 def engine_lines_of(plan: Plan, structure: ModelStructure) -> list[EngineLine]:

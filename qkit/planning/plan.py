@@ -20,7 +20,8 @@ from qkit.families.blocks import BlockSequence, BlockStructure
 from qkit.families.discover import kind_of
 from qkit.families.sharing import guessed_groups
 from qkit.families.structure import ModelStructure
-from qkit.kvcache.scales import tensor_names
+from qkit.kvcache.policy import STATIC, CachePolicy
+from qkit.kvcache.scales import stored_bytes
 from qkit.planning.deciding import decide, kept_whole, with_units
 from qkit.planning.ends import end_plans, skipped_head
 from qkit.planning.engine_rules import TITLES, check_engine, check_kind
@@ -135,7 +136,7 @@ class Plan:
 
     @property
     def static_cache(self) -> bool:
-        """Whether the checkpoint gets scales for an FP8 KV cache."""
+        """Whether the checkpoint gets scales for a KV cache of engines."""
         return is_static(self.kv)
 
     @property
@@ -165,7 +166,7 @@ class Plan:
 
 def is_static(kv: dict[str, Any] | None) -> bool:
     """Whether that KV cache policy has scales that are measured beforehand."""
-    return kv is not None and kv["kind"] == "fp"
+    return kv is not None and kv["kind"] in STATIC
 
 
 def make_plan(
@@ -254,13 +255,13 @@ def make_plan(
     check_layout(export, {**linears, **kept, **ends}, kept, structure, is_static(kv))
     size = gguf_bytes(structure, linears | ends) if in_gguf else 0
     size = size or packed_bytes(structure, linears, ends, significant, untied, kept, export)
-    if is_static(kv):
-        if export not in ("compressed-tensors", "modelopt"):
+    if kv is not None and is_static(kv):
+        if export != "compressed-tensors" and (export, kv["kind"]) != ("modelopt", "fp"):
             raise UsageError(
-                f"--kv fp8: its scales are part of the compressed-tensors format, and this result has quant_method {export} "
-                "(sparse or low-rank parts, or --export): leave one of the two out"
+                f"--kv {CachePolicy.from_json(kv).name}: its scales are part of the compressed-tensors format, and this result "
+                f"has quant_method {export} (sparse or low-rank parts, or --export): leave one of the two out"
             )
-        size += sum(map(len, tensor_names(structure))) * structure.dtype.itemsize
+        size += stored_bytes(structure, kv["kind"])
     plan = Plan(
         linears=linears,
         ends=ends,

@@ -32,7 +32,7 @@ from qkit.kvcache.scales import register_scales
 from qkit.nn.layers import QuantExperts, QuantLinear, place_stack
 from qkit.runtime.packed_ends import packed_ends, place_ends
 from qkit.tensor import lowrank, sparse
-from qkit.tensor.compressed_tensors import formats_of, has_cache_scales, specs
+from qkit.tensor.compressed_tensors import cache_kind, formats_of, specs
 from qkit.tensor.formats import Format
 from qkit.tensor.input_transform import RESIDUAL, SCALE, InputTransform
 
@@ -145,10 +145,11 @@ class PackedStructure(ModelStructure):
                     f"{where}: quantized by {shown(method)}, and qkit loads {' and '.join(METHODS)}: load it with transformers"
                 )
             validate(schema.Quantization, self.quantization, where, "run 'qkit verify' on the folder", Unsupported)
-        if has_cache_scales(self.quantization):
+        kind = cache_kind(self.quantization)
+        if kind is not None:
             dtype = dtype_of(checkpoint)
             model = model or build_skeleton(checkpoint.config, str(checkpoint.path), dtype)
-            register_scales(model, dtype)
+            register_scales(model, dtype, kind)
         super().__init__(checkpoint, model, buffers)
 
     def _check_coverage(self) -> None:

@@ -8,7 +8,7 @@ Per linear, next to ``bias``:
   nvfp4-pack-quantized   weight_packed uint8, weight_scale float8_e4m3fn, weight_global_scale float32 [1]
   mxfp4-pack-quantized   weight_packed uint8, weight_scale uint8;   mxfp8-quantized  weight float8, weight_scale uint8
   activations            input_scale [1] (static), input_global_scale float32 [1] (NVFP4)
-Per attention module     k_scale, v_scale [1], with a kv_cache_scheme
+Per attention module     k_scale, v_scale [1] or [heads, 1, 1], or k_global_scale, v_global_scale [1], with a kv_cache_scheme
 
 INT8 weights with INT8 activations are int-quantized. All other integers are pack-quantized, including W4A8: engines have 4-bit
 kernels for this layout (the library by itself would choose one byte per weight). The configuration is built with the library's
@@ -178,11 +178,17 @@ def config(
     }
 
 
-def has_cache_scales(quantization: dict[str, Any] | None) -> bool:
-    """Whether a config declares static FP8 scales of keys and values, k_scale and v_scale [1]."""
+def cache_kind(quantization: dict[str, Any] | None) -> str | None:
+    """The kind (``kvcache.policy``) of the scales of keys and values that a config declares; None where it declares none."""
     scheme = (quantization or {}).get("kv_cache_scheme")
-    fp8_scheme = {"num_bits": 8, "type": "float", "strategy": "tensor"}
-    return isinstance(scheme, dict) and not scheme.get("dynamic") and fp8_scheme.items() <= scheme.items()
+    if not isinstance(scheme, dict):
+        return None
+    kinds = {
+        (8, "float", "tensor", False): "fp",
+        (8, "float", "attn_head", False): "fp-head",
+        (4, "float", "tensor_group", "local"): "nvfp",
+    }
+    return kinds.get(tuple(scheme.get(x, False) for x in ("num_bits", "type", "strategy", "dynamic")))
 
 
 def _args(fmt: Format, activations: bool) -> Any:

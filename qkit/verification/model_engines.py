@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
+from qkit.verification.cache_engines import with_cache
 from qkit.verification.engine_types import PLATFORMS, ModelFacts, Selected
 from qkit.verification.engines import diffusion_fit, engine_fits, holds_siglip
 from qkit.verification.fused_layers import expert_groups, fused_groups
@@ -93,12 +94,14 @@ def engine_rows(
     method: str,
     refusal: str = "",
     on: Deployment = ANYWHERE,
+    cache: str = "",
 ) -> list[EngineRow]:
     """One row for every combination of formats and every engine.
 
     parts: the quantized linears by checkpoint name; skipped: the others, with reasons; config: config.json
     method: its quant_method
-    refusal: why stock transformers does not load it, where the writer knew; on: what it is to run on
+    refusal: why stock transformers does not load it, where the writer knew; on: what it is to run on; cache: the kind of the
+    static scales of a KV cache
     """
     split = Split.of(config, on.ranks)
     names: dict[tuple[tuple[NumberFormat, NumberFormat | None, str], tuple[str, ...]], list[str]] = {}
@@ -113,7 +116,7 @@ def engine_rows(
         fits = diffusion_fit(config) or (
             layout_fits(weights, activations, packing, method, facts)
             if method in LAYOUTS
-            else engine_fits(weights, activations, packing, method, facts, on.selected)
+            else with_cache(engine_fits(weights, activations, packing, method, facts, on.selected), cache)
         )
         inputs = str(activations) if activations else "as they are"
         rows += [

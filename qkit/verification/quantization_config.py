@@ -217,8 +217,14 @@ def _check_top(data: dict[str, Any], record: Record, findings: Findings) -> None
     expect("global_compression_ratio", ratio is None or isinstance(ratio, (int, float)), "expected a number or null")
     for key in ("sparsity_config", "transform_config"):
         expect(key, data.get(key) in (None, {}), "expected {}: qkit folds its transforms into the weights")
-    if data.get("kv_cache_scheme") is not None:
-        _read_args(data["kv_cache_scheme"], False, f"{_ROOT}.kv_cache_scheme", findings)
+    cache = data.get("kv_cache_scheme")
+    if isinstance(cache, dict) and cache.get("strategy") == "attn_head":
+        cache = {
+            **cache,
+            "strategy": "tensor",
+        }  # a scale for each head, which ``kv_cache`` looks at, is for caches alone
+    if cache is not None:
+        _read_args(cache, False, f"{_ROOT}.kv_cache_scheme", findings)
     sparse = sorted(linear.name for linear in record.linears.values() if linear.sparse)
     expect("sparse", (data.get("sparse") or []) == sparse, f"expected the {len(sparse)} linears with a sparse part")
     low_rank = sorted(linear.name for linear in record.linears.values() if linear.rank)

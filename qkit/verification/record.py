@@ -213,7 +213,8 @@ class RecordedLinear:
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """The checked content of qkit.json. Entries that could not be understood are left out; ``cache`` is what it says of
-    the KV cache, and ``experts`` of experts that were left out, as it is there; ``engine`` what its recipe says of engines;
+    the KV cache, ``serving`` of the cache that it is to be served with, and ``experts`` of experts that were left out, as it is
+    there; ``engine`` what its recipe says of engines;
     ``stock_refusal`` why stock transformers does not load the result, where the model's class shows it."""
 
     qkit_version: str
@@ -226,6 +227,7 @@ class Record:
     plain: dict[str, tuple[str, tuple[int, ...], str]]
     shards: dict[str, str]
     cache: Any = None
+    serving: Any = None
     experts: Any = None
     transforms: tuple[str, ...] = ()
     engine: str = "default"
@@ -340,6 +342,7 @@ def read_record(out: Path, findings: Findings) -> Record | None:
         plain=plain_tensors,
         shards=data["shards"],
         cache=data.get("kv"),
+        serving=data.get("serving"),
         experts=data.get("experts"),
         transforms=tuple(map(str, data.get("transforms") or ())),
         engine=str(data["recipe"].get("engine", "default")),

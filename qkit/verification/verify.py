@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from qkit.errors import BadCheckpoint
+from qkit.verification.cache_engines import cache_kind
 from qkit.verification.decode import FLOATS, DecodedLinear, StoredTensor
 from qkit.verification.experts import check_experts, check_source
 from qkit.verification.files import check_config, check_files, check_sum, has_mark, has_sums, is_summed
@@ -289,7 +290,7 @@ def _engine_table(
         for name, linear in record.linears.items()
         if name in groups
     }
-    return engine_rows(parts, record.skipped, config, method, record.stock_refusal, on)
+    return engine_rows(parts, record.skipped, config, method, record.stock_refusal, on, cache_kind(config))
 
 
 def engine_table(out: Path, on: Deployment = ANYWHERE) -> list[EngineRow]:

@@ -22,7 +22,7 @@ from qkit.files.safefile import DTYPE_NAMES, read_tensor, write_atomic, write_sa
 from qkit.files.side_files import copy_side_files
 from qkit.files.sources.packed import PackedFolder
 from qkit.kvcache.policy import parse
-from qkit.kvcache.scales import FORMAT
+from qkit.kvcache.scales import FORMATS
 from qkit.planning.kept import KEPT
 from qkit.system.version import __version__
 from qkit.tensor import compressed_tensors as ct
@@ -155,7 +155,7 @@ class Target:
             return self.layout.config(self.pairs, skipped, [h for h in (self.structure.head,) if h], cache)
         renamed = {stored: module for stored, module in module_names(self.structure).items() if stored != module}
         ends = tuple(name for name in self.pairs if uses(self.structure, name))
-        return ct.config(self.pairs, skipped, renamed, FORMAT if cache else None, ends)
+        return ct.config(self.pairs, skipped, renamed, FORMATS["fp"] if cache else None, ends)
 
     def _record(self, hashes: dict[str, str]) -> dict[str, Any]:
         """qkit.json: that of the source, where it has one, with the new tensors."""

@@ -28,8 +28,8 @@ from qkit.workflows.own_arithmetic import (
     Q8,
     TEXTS,
     cuts_toward_zero,
+    engine_cache,
     engine_dtype,
-    fp8_cache,
     load_model,
     load_texts_tokenizer,
     log_probabilities,
@@ -138,7 +138,7 @@ def prove(
         return EngineProof(
             engine=kind.title, dtype=dtype, refused=str(refusal), expected=_expected(kind, rows, refusal.device)
         )
-    cache = fp8_cache(out, engine, answer)
+    cache = engine_cache(out, engine, answer)
     plain = load_model(out, torch.float32)
     own = log_probabilities(plain, prompts, cache)
     greedy = greedy_tokens(plain, prompts, prompts.shape[1], None if cache is None else stored(out), NEW).tolist()

@@ -13,10 +13,11 @@ from qkit.allocation.knapsack import Choice, solve
 from qkit.calibration.dataset import Calibration
 from qkit.errors import Unsupported, UsageError
 from qkit.families.structure import ModelStructure
-from qkit.kvcache.cache import CacheShape, make_cache, with_budgets
+from qkit.kvcache.cache import make_cache, with_budgets
 from qkit.kvcache.policy import CachePolicy, CacheRequest, parse
 from qkit.kvcache.scaling import search
 from qkit.kvcache.sensitivity import divergences, sensitivities
+from qkit.kvcache.shape import CacheShape
 from qkit.planning.request import Request
 from qkit.runtime.loading import load_checkpoint
 from qkit.system.progress import Progress
@@ -120,11 +121,11 @@ def joint_choices(request: Request, cache_request: CacheRequest, progress: Progr
 
 def _read_choices(request: Request, cache_request: CacheRequest) -> CacheChoices:
     policy = parse(cache_request.kv)
-    if policy.kind == "fp" and cache_request.memory is not None:
-        raise UsageError("--kv-memory: fp8 has one width, so a budget has nothing to choose: leave it out")
+    if policy.is_static and cache_request.memory is not None:
+        raise UsageError(f"--kv-memory: {policy.name} has one width, so a budget has nothing to choose: leave it out")
     structure = open_structure(request.model, "--kv", adapter=request.adapter)
     config: Any = structure.model.config
-    heads = CacheShape.of(config)
+    heads = CacheShape.of(config, windows=policy.is_static)
     length = cache_request.length or getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if length is None:
         raise UsageError("--kv: the model has no limit of tokens in its config: add --max-length")
@@ -150,8 +151,9 @@ def cache_of_widths(choices: CacheChoices, finals: tuple[int, ...]) -> CachePlan
     if policy.kind == "progressive":
         policy = with_budgets(replace(policy, finals=finals), config, choices.length)
     make_cache(config, policy)
-    used = sum(choices.sizes[w] for w in finals)
-    return CachePlan(policy, used, heads.layers * 2 * heads.heads * heads.head_dim * 2 * choices.length)
+    tokens = heads.tokens_of(choices.length)
+    used = sum(heads.bytes_at(policy, w, n) for w, n in zip(finals, tokens, strict=True))
+    return CachePlan(policy, used, 2 * heads.heads * heads.head_dim * 2 * sum(tokens))
 
 
 def _refuse_too_little(memory: int | None, needed: int, choices: CacheChoices) -> None:

@@ -25,7 +25,7 @@ from qkit.files.gguf import TYPES, read_gguf
 from qkit.files.schema import foreign_errors
 from qkit.kvcache.argument import with_cache
 from qkit.kvcache.policy import stored
-from qkit.kvcache.read_back import ReadBackCache
+from qkit.kvcache.read_back import fp8_cache
 from qkit.runtime.loading import load, load_tokenizer
 
 TEXTS, LENGTH = 6, 96  # texts, and tokens of each
@@ -197,13 +197,14 @@ def _rounded_inputs(model: Any, blocks: Mapping[str, int]) -> Iterator[None]:
             hook.remove()
 
 
-def fp8_cache(out: Path, engine: str, answer: EngineAnswer) -> NewCache | None:
+def engine_cache(out: Path, engine: str, answer: EngineAnswer) -> NewCache | None:
     """The FP8 cache of the file as this engine fills it; None where its cache is a plain one."""
     policy = None if out.suffix == GGUF else stored(out)
     used = any("fp8" in str(cache["dtype"]) for cache in answer.caches.values())
-    if policy is None or policy.kind != "fp" or not used:
+    if policy is None or policy.kind not in ("fp", "fp-head") or not used:
         return None
-    return partial(ReadBackCache, cut=cuts_toward_zero(engine, answer))
+    on_cpu = engine == "vllm" and answer.device == "cpu"  # vLLM's cache there has one scale for all heads, the largest
+    return partial(fp8_cache, kind=policy.kind, by_head=not on_cpu, cut=cuts_toward_zero(engine, answer))
 
 
 def cuts_toward_zero(engine: str, answer: EngineAnswer) -> bool:

@@ -13,6 +13,7 @@ from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import is_pipeline, read_record
 from qkit.verification.model_engines import engine_lines
 from qkit.verification.verify import engine_table
+from qkit.workflows.card import ENTRY
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,14 @@ def serve_command(out: Path, tp: int = 1, context: int | None = None) -> ServeCo
     notes = _vllm_notes(out)
     _check_split(out, facts, tp)
     longest = facts.get("max_position_embeddings")
-    if isinstance(longest, int) and (context or 0) > longest:
-        raise UsageError(f"--context {context}: the model in {out} has {longest} positions: use at most so many")
+    _check_length(out, longest, context)
     length = context or longest
     words = ["vllm", "serve", str(out)]
     words += ["--max-model-len", str(length)] if isinstance(length, int) else []
-    if (config.get("quantization_config") or {}).get("kv_cache_scheme") is not None:
-        words += ["--kv-cache-dtype", "fp8"]
+    cache, said = _cache_words(out, config, facts, length)
+    words += cache
     words += ["--tensor-parallel-size", str(tp)] if tp > 1 else []
-    return ServeCommand(shlex.join(words), notes)
+    return ServeCommand(shlex.join(words), (*notes, *said))
 
 
 def _llama_cpp(file: Path, tp: int, context: int | None) -> ServeCommand:
@@ -59,6 +59,28 @@ def _llama_cpp(file: Path, tp: int, context: int | None) -> ServeCommand:
     if tp > 1:
         raise UsageError(f"--tp {tp}: llama.cpp shares a model out over GPUs by itself: leave --tp out")
     return ServeCommand(shlex.join(["llama-server", "--model", str(file), "--ctx-size", str(context or 0)]))
+
+
+def _cache_words(
+    out: Path, config: Mapping[str, Any], facts: Mapping[str, Any], length: Any
+) -> tuple[list[str], tuple[str, ...]]:
+    """(options for the KV cache, notes): what was measured for this folder, else what its scales are for."""
+    scaled = (config.get("quantization_config") or {}).get("kv_cache_scheme") is not None
+    measured = (read_record(out) or {}).get(ENTRY)
+    if not isinstance(measured, Mapping):
+        return (["--kv-cache-dtype", "fp8"] if scaled else []), ()
+    chosen: Mapping[str, Any] = measured["chosen"]
+    dtype, skip, context = str(chosen["dtype"]), [str(i) for i in chosen["skip"]], measured["context"]
+    if dtype == "auto" and scaled:  # which to vLLM means fp8 where a file has scales
+        stored = str(facts.get("dtype") or facts.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype"))
+        dtype = "float16" if stored.endswith("float16") and not stored.endswith("bfloat16") else "bfloat16"
+    words = ["--kv-cache-dtype", dtype] if dtype != "auto" else []
+    words += ["--kv-cache-dtype-skip-layers", *skip] if skip else []
+    said = f"the KV cache costs {chosen['kl']:.2g} nats a token at {context} tokens (KL divergence to 16 bits)"
+    runs = f"{dtype} runs on {chosen['runs']}" if words else ""
+    longer = isinstance(length, int) and length > context
+    more = f"the KV cache was measured at {context} tokens, and the context here is {length}" if longer else ""
+    return words, tuple(x for x in (said, runs, more) if x)
 
 
 def _vllm_notes(out: Path) -> tuple[str, ...]:
@@ -71,6 +93,11 @@ def _vllm_notes(out: Path) -> tuple[str, ...]:
     if not line.loads:
         raise Unsupported(f"{out}: vLLM does not load it ({'; '.join(line.notes)}): use qkit.load, or another scheme")
     return line.notes
+
+
+def _check_length(out: Path, longest: Any, context: int | None) -> None:
+    if isinstance(longest, int) and (context or 0) > longest:
+        raise UsageError(f"--context {context}: the model in {out} has {longest} positions: use at most so many")
 
 
 def _check_split(out: Path, facts: Mapping[str, Any], tp: int) -> None:

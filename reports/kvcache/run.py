@@ -24,7 +24,8 @@ from qkit.calibration.dataset import calibration_rows
 from qkit.evaluation.decoding import evaluate_caches
 from qkit.evaluation.sources import read_text
 from qkit.evaluation.text import tokenize
-from qkit.kvcache.cache import CacheShape, with_budgets
+from qkit.kvcache.cache import with_budgets
+from qkit.kvcache.shape import CacheShape
 from qkit.kvcache.policy import CachePolicy, parse
 from qkit.kvcache.sensitivity import sensitivities
 from qkit.runtime.loading import load, load_tokenizer

@@ -22,10 +22,12 @@ from transformers import (
 )
 
 from qkit.errors import BudgetNotMet, Unsupported, UsageError
-from qkit.kvcache.cache import CacheShape, make_cache, with_budgets
-from qkit.kvcache.layer import PackedLayer, channel_group
+from qkit.kvcache.cache import make_cache, with_budgets
+from qkit.kvcache.grouping import channel_group
+from qkit.kvcache.layer import PackedLayer
 from qkit.kvcache.nested import nested
 from qkit.kvcache.policy import CachePolicy, parse
+from qkit.kvcache.shape import CacheShape
 from qkit.kvcache.store import quantize
 from qkit.runtime.speculate import speculate
 

@@ -9,9 +9,10 @@ import torch
 from test_kvcache import small, tokens
 from transformers import DynamicCache
 
-from qkit.kvcache.cache import CacheShape, make_cache
+from qkit.kvcache.cache import make_cache
 from qkit.kvcache.crosslayer import cross_layers
 from qkit.kvcache.policy import CachePolicy, parse
+from qkit.kvcache.shape import CacheShape
 from qkit.kvcache.store import quantize
 from qkit.kvcache.xquant import InputSource, sources
 

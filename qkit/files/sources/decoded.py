@@ -30,6 +30,8 @@ CACHE_SCALES = (
     ".k_scale",
     ".v_scale",
     ".q_scale",
+    ".k_global_scale",
+    ".v_global_scale",
     ".k_zero_point",
     ".v_zero_point",
 )  # of a KV cache: no weight needs them
