@@ -50,6 +50,7 @@ QKIT, LLAMA = "qkit", "llama.cpp"
 METHODS: dict[str, tuple[str, ...]] = {
     "rtn": ("--method", "rtn"),
     "gptq": ("--method", "gptq"),
+    "gptq sweeps=2 compensate=0.5": ("--method", "gptq", "--option", "sweeps=2", "--option", "compensate=0.5"),
 }
 RIVALS = ("plain", "imatrix")
 
