@@ -1,10 +1,11 @@
 """Scales and minima of GGUF's types, set to their least squares under given codes, on the grids on which they are stored.
 
-With H the Hessian, e the errors of a row and V the columns that one stored number is multiplied with (its codes, or ones for a
-minimum), a change d of that number makes e^T H e larger by d^2 V^T H V - 2 d V^T H e: a parabola, whose lowest point is rounded to
-what can be stored. For a group with a minimum it is a form in two numbers; a K type tries the integers of the scale around the lowest
-point, each with the best integer of the minimum. Groups come one after another, and each sees the errors that the ones before it
-leave. Then the super-scales of its super-block follow, in the same way. A change that makes nothing smaller is left out.
+With H the Hessian, e the errors of a row and V the columns that one stored number is multiplied with (its codes, or ones
+for a minimum), a change d of that number makes e^T H e larger by d^2 V^T H V - 2 d V^T H e: a parabola, whose lowest point is
+rounded to what can be stored. For a group with a minimum it is a form in two numbers; a K type tries the integers of the scale
+around the lowest point, each with the best integer of the minimum. Groups come one after another, and each sees the errors that
+the ones before it leave. Then the super-scales of their super-block follow, in the same way. A change that makes nothing
+smaller is left out.
 """
 
 from __future__ import annotations
@@ -91,9 +92,8 @@ class Refit:
         """Stored scales to try around the one that is wanted."""
         if self.params.super_scale is None:
             return [self._stored_scale(scale + change, unit), self._stored_scale(scale, unit)]
-        return [self._stored_scale(scale + change + step * unit, unit) for step in (0, -1, 1)] + [
-            self._stored_scale(scale, unit)
-        ]
+        around = [self._stored_scale(scale + change + step * unit, unit) for step in (0, -1, 1)]
+        return [*around, self._stored_scale(scale, unit)]
 
     def _stored_scale(self, scale: Tensor, unit: Tensor) -> Tensor:
         """The nearest scale that can be stored; 1 where there is none."""
