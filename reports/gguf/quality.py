@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -135,7 +134,7 @@ def ran(line: list[str]) -> float:
     return time.monotonic() - began
 
 
-def made_by_qkit(bench: Bench, scheme: str, method: str, options: tuple[str, ...], out: Path) -> float:
+def made_by_qkit(bench: Bench, scheme: str, options: tuple[str, ...], out: Path) -> float:
     """Seconds that qkit takes for its file."""
     args = bench.args
     line = [sys.executable, "-W", "ignore", "-c", "from qkit.commands import main; main()", "quantize"]
@@ -233,15 +232,15 @@ def _perplexity(model: Any, windows: Tensor) -> float:
 def files(bench: Bench, scheme: str, wanted: set[str]) -> Iterator[tuple[str, Path, float]]:
     """(name, file, seconds) of each file of a scheme that is wanted."""
     types = bench.work / f"{scheme}.json"
-    for method, options in METHODS.items():
-        if f"{QKIT} {method}" in wanted or not types.exists():
-            out = bench.work / "out"
-            seconds = made_by_qkit(bench, scheme, method, options, out)
-            types.write_text(json.dumps(types_of(out / MODEL)))
-            if f"{QKIT} {method}" in wanted:
-                yield f"{QKIT} {method}", out / MODEL, seconds
-            shutil.rmtree(out)
-            shutil.rmtree(bench.work / "out.job", ignore_errors=True)
+    methods = [m for m in METHODS if f"{QKIT} {m}" in wanted]
+    for method in methods or ([] if types.exists() else ["rtn"]):  # whose types llama.cpp's files get
+        out = bench.work / "out"
+        seconds = made_by_qkit(bench, scheme, METHODS[method], out)
+        types.write_text(json.dumps(types_of(out / MODEL)))
+        if method in methods:
+            yield f"{QKIT} {method}", out / MODEL, seconds
+        shutil.rmtree(out)
+        shutil.rmtree(bench.work / "out.job", ignore_errors=True)
     for rival in RIVALS:
         if f"{LLAMA} {rival}" in wanted:
             out = bench.work / "rival.gguf"
@@ -255,7 +254,7 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     chance = np.random.default_rng(0)
     rows = []
     for x in lines:
-        row = {key: x[key] for key in ("scheme", "file", "bytes", "seconds")}
+        row = {key: x[key] for key in ("scheme", "file", "bytes", "calibration")}
         row["windows"] = len(x["kl"])
         row["original"] = round(float(np.exp(np.mean(x["original"]))), 4)
         row["perplexity"] = round(float(np.exp(np.mean(x["nll"]))), 4)
@@ -315,6 +314,7 @@ def main() -> None:
         for name, file, seconds in files(bench, scheme, {n for n in args.only or everything} - done):
             values, size = decoded(bench, file)
             entry: dict[str, Any] = {"scheme": scheme, "file": name, "bytes": size, "seconds": round(seconds, 1)}
+            entry["calibration"] = args.samples * args.seqlen
             entry |= measured(bench, original, filled(model, values))
             if args.llama is not None and name.startswith(QKIT):
                 entry["llama.cpp"] = in_llama(bench, model, values, file)
@@ -323,7 +323,7 @@ def main() -> None:
                 f.write(json.dumps(entry) + "\n")
             shown = f"kl {np.mean(entry['kl']):.5f} perplexity {np.exp(np.mean(entry['nll'])):.3f}"
             print(f"{scheme} {name}: {shown}, {seconds:.0f} s", entry.get("llama.cpp", ""), flush=True)
-    (HERE / f"{args.name}.json").write_text(json.dumps(summary(lines), indent=1) + os.linesep)
+    (HERE / f"{args.name}.json").write_text(json.dumps(summary(lines), indent=1) + "\n")
 
 
 if __name__ == "__main__":
