@@ -85,7 +85,7 @@ def decide(linear: Linear, unit: Sequence[Linear], recipe: Recipe, rule: Rule | 
             )
     notes, transforms = [], parse_method(recipe.method)[0]
     if weights.gguf and weights != scheme.weights:
-        notes.append(f"{weights.name}: {linear.shape[1]} columns are not a multiple of {scheme.weights.span}")
+        notes.append(f"{weights.name}: {linear.shape[1]} columns are not a multiple of {scheme.weights.columns}")
     elif weights.group != scheme.weights.group:
         notes.append(_regrouped(weights, scheme.weights, linear, unit, recipe.tp))
     if rule is not None and isinstance(rule.match, str):  # one that names its layers says nothing more

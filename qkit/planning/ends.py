@@ -70,7 +70,7 @@ def _decide(
     solver, options = _solver(uses, recipe, structure) if rows else (PLAIN, check_options(PLAIN, (), {}))
     notes = []  # that a tied head is this matrix is said where the head is skipped
     if weights.gguf and weights != scheme.weights:
-        notes.append(f"{weights.name}: {end.shape[1]} columns are not a multiple of {scheme.weights.span}")
+        notes.append(f"{weights.name}: {end.shape[1]} columns are not a multiple of {scheme.weights.columns}")
     elif weights.group != scheme.weights.group:
         size = f"group size {weights.group}" if weights.group else "one scale per row"
         notes.append(f"{size}: {end.shape[1]} columns are not a multiple of {scheme.weights.group}")

@@ -130,7 +130,7 @@ def log_probabilities(model: Any, prompts: Tensor, cache: NewCache | None = None
 def other_rounding(out: Path, plain: Any, prompts: Tensor, cache: NewCache | None, dtype: str) -> Tensor:
     """The log-probabilities of the same file with other roundings; ``plain`` is its model in float32."""
     if dtype in ("float32", Q8):
-        with _jitter(plain) if dtype == "float32" else _rounded_inputs(plain, input_blocks(out, plain)):
+        with _jitter(plain) if dtype == "float32" else rounded_inputs(plain, input_blocks(out, plain)):
             return log_probabilities(plain, prompts, cache)
     model = load_model(out, getattr(torch, dtype))
     found = log_probabilities(model, prompts, cache)
@@ -178,7 +178,7 @@ def input_blocks(file: Path, model: Any) -> dict[str, int]:
 
 
 @contextmanager
-def _rounded_inputs(model: Any, blocks: Mapping[str, int]) -> Iterator[None]:
+def rounded_inputs(model: Any, blocks: Mapping[str, int]) -> Iterator[None]:
     """The inputs of linear layers are rounded to 8 bits, as llama.cpp does before its products. blocks: of a layer, how many
     share a scale."""
 
