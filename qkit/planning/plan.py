@@ -25,7 +25,7 @@ from qkit.kvcache.scales import tensor_names
 from qkit.planning.ends import end_plans, skipped_head
 from qkit.planning.export_method import export_method, own_method_reason
 from qkit.planning.fused_layers import ANY, check_shapes, fused_linears, split_apart
-from qkit.planning.gguf import GGUF, ODD_WIDTH, asks_for_gguf, check_gguf, gguf_bytes, with_types_of_ends
+from qkit.planning.gguf import GGUF, ODD_WIDTH, asks_for_gguf, check_gguf, gguf_bytes, in_one_tensor, with_types_of_ends
 from qkit.planning.kept import PLAIN_REASON, kept_fields
 from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.methods import check_doubled, check_method
@@ -236,6 +236,8 @@ def make_plan(
     engine = ANY if in_gguf else recipe.engine
     fused = tuple(g for g in fused_linears(structure, linears | kept, engine) if named.issuperset(g))
     fused += tuple(g.linears for g in guessed_groups([n for n, p in ends.items() if not p.uses]) if len(g.linears) > 1)
+    if in_gguf:
+        fused += tuple(in_one_tensor(structure, linears))
     if rows and structure.family.encodes:
         raise Unsupported(
             f"{rows}, and a text encoder is quantized without calibration: use rtn with w8a16, w8a8 or w4a16"
