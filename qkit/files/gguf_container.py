@@ -1,16 +1,17 @@
 """The container of a GGUF file: which models llama.cpp runs, and what it has to know of them besides the weights.
 
-It is made by llama.cpp's own converter. What is ours is what llama.cpp computes for some architectures, so that a model which
-computes something else is refused, and the places of all tensors, by which a result is read again.
+It is made by llama.cpp's own converter. What is ours are the places of all tensors, by which a result is read again. A model
+that llama.cpp would compute otherwise is refused (``gguf_computation``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qkit.errors import Unsupported
+from qkit.files.gguf_computation import CONTEXT, check_config, check_header, check_widths, unseen_window
 from qkit.files.gguf_converter import EXTRA, INSTEAD, WHAT, converter
 from qkit.files.gguf_places import Place
 from qkit.files.gguf_rows import Rows, found_rows, places
@@ -18,14 +19,10 @@ from qkit.files.safefile import shown
 from qkit.system.extras import require
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from qkit.files.checkpoint import Checkpoint
     from qkit.files.safefile import TensorInfo
 
 MODEL = "model.gguf"
-_ROPES = ("default", "linear", "llama3")
-_CHECKED = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ def container(checkpoint: Checkpoint, tied: Collection[str]) -> Container:
     Raises Unsupported for a model that llama.cpp does not run, or computes differently, and without the converter.
     """
     require(WHAT, EXTRA, "gguf", "conversion")
-    _check_computation(checkpoint.path, checkpoint.config)
+    check_config(checkpoint.path, checkpoint.config)
     names = [name for name in checkpoint.tensors if name not in tied]
     with converter(checkpoint.path, checkpoint.config, stored_tensors(checkpoint, tied)) as made_by:
         fields = made_by.fields()
@@ -73,33 +70,14 @@ def container(checkpoint: Checkpoint, tied: Collection[str]) -> Container:
             f"{checkpoint.path}: tensor {shown(lost[0])}: llama.cpp's converter leaves it out, or makes other numbers of it, "
             f"from which it cannot be read again: {INSTEAD}"
         )
+    check_header(checkpoint.path, checkpoint.config, made_by.architecture, fields)
+    check_widths(checkpoint.path, made_by.architecture, fields, {t.name: t.shape for t in tensors})
+    window = unseen_window(checkpoint.config, made_by.architecture, fields)
+    if window is not None:
+        fields[f"{made_by.architecture}.{CONTEXT}"] = window
     return Container(made_by.architecture, fields, tensors, held)
 
 
 def stored_tensors(checkpoint: Checkpoint, tied: Collection[str]) -> dict[str, TensorInfo]:
     """The tensors as the files have them, which the converter knows."""
     return {name: info for name, info in (checkpoint.sources or checkpoint.tensors).items() if name not in tied}
-
-
-def _check_computation(folder: Path, config: Mapping[str, Any]) -> None:
-    if config.get("model_type") not in _CHECKED:
-        return
-    rope_type = _rope(config)["rope_type"]
-    refused = {
-        f"hidden_act {shown(config.get('hidden_act'))}, expected silu": config.get("hidden_act")
-        not in ("silu", "swish"),
-        f"rope_type {shown(rope_type)}, expected one of {', '.join(_ROPES)}": rope_type not in _ROPES,
-        "use_sliding_window is on, and llama.cpp lets every token see all before it": bool(
-            config.get("use_sliding_window")
-        ),
-        "a rotary embedding for a part of each head": config.get("partial_rotary_factor") not in (None, 1, 1.0),
-    }
-    fault = next((text for text, wrong in refused.items() if wrong), None)
-    if fault is not None:
-        raise Unsupported(f"{folder}: config.json: {fault}: llama.cpp would compute another model; use another scheme")
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says of RoPE, in the newer spelling."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": given.get("type", "default"), **given}

@@ -146,7 +146,7 @@ def _with_older_names(hparams: dict[str, Any]) -> dict[str, Any]:
     rope = hparams.get("rope_parameters") or {}
     older = {
         "n_ctx": hparams.get("n_positions"),
-        "rotary_pct": rope.get("partial_rotary_factor"),
+        "rotary_pct": rope.get("partial_rotary_factor", 1.0),
         "rope_theta": rope.get("rope_theta"),
     }
     return {**{key: value for key, value in older.items() if value is not None}, **hparams}

@@ -21,6 +21,7 @@ from qkit.tensor.gguf_blocks import aligned, block_bytes
 if TYPE_CHECKING:
     from qkit.planning.linear_plan import LinearPlan
 
+TURNED = "llama.cpp has it turned round, or with other values, so that its rows cannot be blocks"
 GGUF = "gguf"  # as a method of export
 ODD_WIDTH = "its {} input columns are not a multiple of 32, which every type of GGUF needs"
 
@@ -88,8 +89,10 @@ def most_used(packed: Mapping[str, LinearPlan]) -> str:
 
 def gguf_bytes(structure: ModelStructure, packed: Mapping[str, LinearPlan]) -> int:
     """The exact size of the file with these decisions. Raises UsageError for types that one tensor of the file cannot have."""
-    written, data = structure.gguf, 0
-    scaled = []
+    written, data, scaled = structure.gguf, 0, list[str]()
+    turned = next((p.name for p in packed.values() if float_reason(structure, p.name, p.shape[1])), None)
+    if turned is not None:
+        raise Unsupported(f"{turned}: {TURNED}: use --embeddings {SOURCE} or --head {SOURCE}")
     for tensor in written.tensors:
         p = type_of(tensor, packed)
         rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
@@ -124,7 +127,7 @@ def scale_name(name: str) -> str:
 
 def type_of(tensor: FileTensor, packed: Mapping[str, LinearPlan]) -> LinearPlan | None:
     """A decision that stands for all matrices of a tensor of the file; None where it is not quantized. Raises UsageError."""
-    if tensor.rows is None:
+    if tensor.rows is None or tensor.rows.unit != tensor.shape[-1] or tensor.rows.change != 0:
         return None
     names = [name.removesuffix(".weight") for name in tensor.rows.held]
     plans = [packed.get(name) for name in names]
@@ -139,6 +142,14 @@ def type_of(tensor: FileTensor, packed: Mapping[str, LinearPlan]) -> LinearPlan 
     if first is not None and first.weights.scale == "e4m3" and len(names) > 1:
         raise UsageError(f"{names[0]}: {first.weights.name} is not for several matrices in one tensor: use gguf_mxfp4")
     return first
+
+
+def float_reason(structure: ModelStructure, name: str, columns: int) -> str | None:
+    """Why a matrix cannot be blocks of GGUF, and stays as it is."""
+    if columns % 32:
+        return ODD_WIDTH.format(columns)
+    place = structure.gguf.places.get(f"{name}.weight")
+    return None if place is None or place.in_rows else TURNED
 
 
 def in_one_tensor(structure: ModelStructure, linears: Collection[str]) -> list[tuple[str, ...]]:

@@ -25,7 +25,15 @@ from qkit.kvcache.scales import tensor_names
 from qkit.planning.ends import end_plans, skipped_head
 from qkit.planning.export_method import export_method, own_method_reason
 from qkit.planning.fused_layers import ANY, check_shapes, fused_linears, split_apart
-from qkit.planning.gguf import GGUF, ODD_WIDTH, asks_for_gguf, check_gguf, gguf_bytes, in_one_tensor, with_types_of_ends
+from qkit.planning.gguf import (
+    GGUF,
+    asks_for_gguf,
+    check_gguf,
+    float_reason,
+    gguf_bytes,
+    in_one_tensor,
+    with_types_of_ends,
+)
 from qkit.planning.kept import PLAIN_REASON, kept_fields
 from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.methods import check_doubled, check_method
@@ -204,10 +212,9 @@ def make_plan(
                 else:
                     kept[linear.name] = LinearPlan(name=linear.name, shape=linear.shape, **stored)
                 continue
-            if asks_for_gguf(recipe) and linear.shape[1] % 32:
-                skipped[linear.name] = ODD_WIDTH.format(linear.shape[1])
-                continue
-            reason = None if rule is not None else structure.default_skip(linear.name)
+            reason = float_reason(structure, linear.name, linear.shape[1]) if asks_for_gguf(recipe) else None
+            if reason is None and rule is None:
+                reason = structure.default_skip(linear.name)
             if reason is not None:
                 skipped[linear.name] = reason
                 continue

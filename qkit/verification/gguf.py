@@ -35,7 +35,8 @@ _KEYS = {
     "vocab_size": ("vocab_size",),
 }
 _MOST = 2**32  # rows
-_NEEDED = ("block_count", "embedding_length", "attention.head_count")
+_EVERYWHERE = ("block_count", "embedding_length")
+_PLAIN = ("llama", "qwen2", "qwen3")
 
 
 def is_gguf(config: Mapping[str, Any] | None) -> bool:
@@ -81,10 +82,11 @@ def _places(config: Mapping[str, Any], file: GgufFile, findings: Findings) -> di
         return found
     used = {name: np.zeros(math.prod(t.shape[:-1]), dtype=np.int64) for name, t in file.tensors.items()}
     for name, entry in given.items():
-        if not findings.check("config", _is_place(entry), f"{where}.{name}", "expected [shape, runs of rows, added]"):
+        fault = "expected [shape, runs of rows, change, values of a row]"
+        if not findings.check("config", _is_place(entry), f"{where}.{name}", fault):
             continue
-        shape, runs, _ = entry
-        if len(shape) < 2:  # no matrix; its bytes are checked as they are in the file
+        shape, runs, change, unit = entry
+        if len(shape) != 2 or unit != shape[1] or change != 0:  # its bytes are checked as they are in the file
             continue
         pieces = [(inside, _rows(numbers)) for inside, numbers in runs]
         inside_all = all(i in used and r.min() >= 0 and r.max() < len(used[i]) for i, r in pieces)
@@ -99,8 +101,8 @@ def _places(config: Mapping[str, Any], file: GgufFile, findings: Findings) -> di
 
 
 def _is_place(entry: Any) -> bool:
-    """Whether it is [shape, [[name, [first row, rows, step, ..]], ..], added], with no more rows than a file can have."""
-    if not (isinstance(entry, list) and len(entry) == 3 and is_shape(entry[0]) and isinstance(entry[1], list)):
+    """Whether it is [shape, [[name, [first row, rows, step, ..]], ..], change, unit], with no more rows than a file has."""
+    if not (isinstance(entry, list) and len(entry) == 4 and is_shape(entry[0]) and isinstance(entry[1], list)):
         return False
     count = 0
     for run in entry[1]:
@@ -123,10 +125,8 @@ def _check_keys(file: GgufFile, config: Mapping[str, Any], findings: Findings) -
     for key, fields in _KEYS.items():
         found = file.keys.get(f"{architecture}.{key}")
         expected = next((config[field] for field in fields if config.get(field) is not None), None)
-        if expected is None or (found is None and key not in _NEEDED):
-            continue
-        if key == "attention.head_count_kv" and "kv_lora_rank" in config:
-            expected = 1  # llama.cpp runs latent attention with one head of keys
+        if expected is None or (key not in _EVERYWHERE and architecture not in _PLAIN):
+            continue  # other architectures have other meanings of these
         same = found == expected or (isinstance(expected, float) and np.float32(expected) == np.float32(found or 0))
         findings.check(
             "config", bool(same), f"{MODEL}: {architecture}.{key}", f"found {found}, config.json has {expected}"

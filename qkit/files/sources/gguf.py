@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qkit.files.gguf import read_gguf
-from qkit.files.gguf_places import SCALE, read_place
+from qkit.files.gguf_places import MINUS_EXP, SCALE, Place, read_place
 from qkit.files.safefile import TensorInfo
 from qkit.files.sources.decoded import DecodedInfo, Found, Parts, Stored, row_steps
 from qkit.verification.gguf_blocks import TYPES, decode_blocks
@@ -59,21 +59,20 @@ def find(stored: Stored) -> Found:
     for name, entry in given.items():
         place = read_place(entry)
         if place is None:
-            stored.refuse(name, "is not given as [shape, [[name in GGUF, rows] ..], added] in config.json")
+            stored.refuse(name, "is not given as [shape, [[name in GGUF, rows] ..], change, unit] in config.json")
         pieces: dict[str, TensorInfo] = {}
         runs: list[_Run] = []
         for inside, numbers in place.runs:
             info = stored.part(inside, "tensor", name)
             used.add(inside)
-            runs += _runs(stored, name, info, numbers, pieces)
-        columns = place.shape[-1] if len(place.shape) > 1 else 1
-        if sum(r.count for r in runs) * columns != math.prod(place.shape):
+            runs += _runs(stored, name, info, (numbers, place.unit), pieces)
+        if sum(r.count for r in runs) * place.unit != math.prod(place.shape):
             stored.refuse(name, "has other rows in config.json than its shape")
         scale = f"{place.runs[0][0].removesuffix('.weight')}{SCALE}"
         if any(r.kind == "NVFP4" for r in runs):
             pieces["scale"] = stored.part(scale, "tensor", name)
             used.add(scale)
-        decode = partial(_decode, runs=runs, shape=place.shape, added=place.added)
+        decode = partial(_decode, runs=runs, place=place)
         kind = ", ".join(dict.fromkeys(r.kind for r in runs))
         weights[name] = as_float.decoded(name, place.shape, pieces, decode, f"GGUF {kind}", _NOT_KEPT)
     return Found(weights, [name for name in stored.tensors if name not in used])
@@ -81,7 +80,7 @@ def find(stored: Stored) -> Found:
 
 @dataclass(frozen=True)
 class _Run:
-    """Rows of a tensor of the file, within the piece of it that is read: its role, kind and columns; first row, step, count"""
+    """Units of a tensor of the file, within the piece of it that is read: its role, kind and columns; first, step, count"""
 
     role: str
     kind: str
@@ -92,45 +91,47 @@ class _Run:
 
 
 def _runs(
-    stored: Stored, name: str, info: TensorInfo, numbers: Sequence[int], pieces: dict[str, TensorInfo]
+    stored: Stored, name: str, info: TensorInfo, run: tuple[list[int], int], pieces: dict[str, TensorInfo]
 ) -> list[_Run]:
     """The runs in a tensor of the file; the span of rows that they are in is added to the pieces that are read."""
-    inside = info.name
+    numbers, unit = run
     if not isinstance(info, BlocksInfo) or info.kind not in {kind for kind, _, _ in TYPES.values()}:
-        stored.refuse(inside, "has a type of GGUF that qkit does not decode")
-    vector = info.shape[0] == 1 and len(numbers) >= 3 and sum(numbers[1::3]) > 1  # its elements are rows of one column
-    size = info.columns if vector else info.shape[0]
-    triples = [(a, n, s) for a, n, s in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True)]
-    ends = [a + (n - 1) * s for a, n, s in triples]
-    if not triples or min(ends) < 0 or max(max(ends), *(a for a, _, _ in triples)) >= size:
-        stored.refuse(inside, f"has {size} rows, and config.json names others for {name}")
+        stored.refuse(info.name, "has a type of GGUF that qkit does not decode")
+    size = info.shape[0] * info.columns // unit
+    triples = list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
+    ends = [end for a, n, s in triples for end in (a, a + (n - 1) * s)]
+    low, high = min(ends), max(ends) + 1
+    if low < 0 or high > size:
+        stored.refuse(info.name, f"has {size} rows, and config.json names others for {name}")
     role = f"blocks {len(pieces)}"
-    if vector:
-        pieces[role] = info
-        return [_Run(role, info.kind, -info.columns, a, s, n) for a, n, s in triples]
-    low = min(min(ends), *(a for a, _, _ in triples))
-    high = max(max(ends), *(a for a, _, _ in triples)) + 1
+    pieces[role] = info
+    if unit != info.columns:
+        return [_Run(role, info.kind, info.columns, a, s, n) for a, n, s in triples]
     row = info.shape[1]
     pieces[role] = replace(info, shape=(high - low, row), begin=info.begin + low * row, end=info.begin + high * row)
     return [_Run(role, info.kind, info.columns, a - low, s, n) for a, n, s in triples]
 
 
-def _decode(parts: Parts, runs: Sequence[_Run], shape: tuple[int, ...], added: float) -> Tensor:
+def _decode(parts: Parts, runs: Sequence[_Run], place: Place) -> Tensor:
     import torch
 
     found = []
     for run in runs:
-        blocks = parts[run.role]
+        blocks, unit = parts[run.role], place.unit
         index = run.first + run.step * torch.arange(run.count)
-        if run.columns < 0:
-            whole = decode_blocks(run.kind, blocks.numpy(), -run.columns)
-            found.append(torch.from_numpy(whole.reshape(-1))[index, None])
+        if unit != run.columns:
+            whole = torch.from_numpy(decode_blocks(run.kind, blocks.numpy(), run.columns))
+            found.append(whole.reshape(-1, unit)[index])
             continue
-        result = torch.empty(run.count, run.columns)
-        for some in row_steps(run.count, run.columns):
-            result[some] = torch.from_numpy(decode_blocks(run.kind, blocks[index[some]].numpy(), run.columns))
+        result = torch.empty(run.count, unit)
+        for some in row_steps(run.count, unit):
+            result[some] = torch.from_numpy(decode_blocks(run.kind, blocks[index[some]].numpy(), unit))
         found.append(result)
     joined = found[0] if len(found) == 1 else torch.cat(found)
     if "scale" in parts:
         joined *= float(parts["scale"].view(torch.float32))
-    return (joined - added if added else joined).reshape(shape)
+    if place.change == MINUS_EXP:
+        joined = torch.log(-joined)
+    elif place.change:
+        joined = joined - float(place.change)
+    return joined.reshape(place.shape)
