@@ -150,7 +150,7 @@ class _Known:
         if len(leaves) == 1:  # every value of one tensor may be shifted
             change = float(images[0].flat[0]) - (_STEP * self.sources.index(leaves[0]) + _FIRST)
         candidates = list(dict.fromkeys(n for leaf in leaves for n in self.of_source.get(leaf, ())))
-        if not candidates or not np.isfinite(change):
+        if not candidates or not np.isfinite(change) or not all(np.isfinite(i[:, 0]).all() for i in images):
             return None
         if change:
             images = (images[0] - change, images[1] - change, images[2] - change)

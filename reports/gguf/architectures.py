@@ -19,8 +19,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import torch
 import transformers
 
@@ -29,6 +27,7 @@ sys.path += [str(ROOT / "tools"), str(ROOT / "tests")]
 import sweep_configs  # noqa: E402
 import tiny_models  # noqa: E402
 from conftest import Quiet  # noqa: E402
+from gguf_floats import as_floats  # noqa: E402
 
 import qkit  # noqa: E402
 from qkit.errors import QkitError  # noqa: E402
@@ -119,25 +118,6 @@ def measured(source: Path, out: Path, kind: str, llama: str) -> dict[str, Any]:
             "relative": round(float(gap.norm() / (wanted - wanted.mean()).norm()), 5),
         }
     return row
-
-
-def as_floats(file: Path, target: Path) -> None:
-    """A copy of a GGUF file in which every tensor is float32, decoded by the library gguf."""
-    reader = gguf.GGUFReader(file)
-    architecture = reader.get_field("general.architecture").contents()
-    writer = gguf.GGUFWriter(target, architecture)
-    for key, field in reader.fields.items():
-        if key.startswith("GGUF.") or key == "general.architecture":
-            continue
-        inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
-    for tensor in reader.tensors:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        writer.add_tensor(tensor.name, values.reshape([int(n) for n in reversed(tensor.shape)]))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 if __name__ == "__main__":
