@@ -25,7 +25,7 @@ from qkit.errors import QkitError
 from qkit.families.pruned import PrunedStructure
 from qkit.families.structure import ModelStructure
 from qkit.files.folder import DENOISER, RECORD, WEIGHT_STEMS, hub_source, read_record, weights_folder
-from qkit.files.gguf_container import MODEL, container
+from qkit.files.gguf_container import MODEL
 from qkit.files.hash_cache import cached_sha256
 from qkit.files.record import FORMAT_VERSION, to_bytes, write_record
 from qkit.files.safefile import DTYPE_NAMES, read_bytes, write_atomic, write_safetensors
@@ -118,10 +118,11 @@ def _export_gguf(
 ) -> None:
     """The folder with one GGUF file; the tokenizer and other files stay beside it, for qkit and for eyes."""
     model, folder = structure.checkpoint, partial.path
-    written = container(model.path, model.config, list(source.specs))
     partial.begin(list(dict.fromkeys([MODEL, "config.json", RECORD, CARD, *plan.side_files])))
-    hashes = {MODEL: write_gguf(folder / MODEL, plan, source, written)}
-    config = {**model.config, "quantization_config": {"quant_method": GGUF, "tensors": written.names}}
+    digest, plain = write_gguf(folder / MODEL, plan, structure, source)
+    hashes = {MODEL: digest}
+    entries = {name: place.to_json() for name, place in structure.gguf.places.items()}
+    config = {**model.config, "quantization_config": {"quant_method": GGUF, "tensors": entries}}
     data = to_bytes(config)
     write_atomic(folder / "config.json", data)
     files = {**hashes, "config.json": hashlib.sha256(data).hexdigest()}
@@ -131,7 +132,7 @@ def _export_gguf(
     write_atomic(folder / CARD, card)
     files[CARD] = hashlib.sha256(card).hexdigest()
     record = _record(plan, structure, source, hashes, hashed) | {"files": files, "config": without_quantization(config)}
-    write_record(folder, record)
+    write_record(folder, record | {"plain": dict(sorted(plain.items()))})
 
 
 def shard_name(stem: str, index: int, count: int) -> str:

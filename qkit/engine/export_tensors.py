@@ -16,7 +16,7 @@ from torch import Tensor
 from qkit.engine.ends import STAGE
 from qkit.engine.job import Job
 from qkit.families.structure import ModelStructure
-from qkit.files.gguf_container import SCALE as TENSOR_SCALE
+from qkit.files.gguf_places import SCALE as TENSOR_SCALE
 from qkit.files.safefile import TensorInfo
 from qkit.planning.gguf import GGUF
 from qkit.planning.kept import stored_as

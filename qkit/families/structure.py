@@ -32,6 +32,7 @@ from qkit.families.unloaded_experts import add_unloaded_experts
 from qkit.families.unsaved import computed_buffers, unsaved_parameters
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import DENOISER
+from qkit.files.gguf_container import Container, container
 from qkit.system.machine import run_dtype
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -126,6 +127,11 @@ class ModelStructure:
         """What a run of the skeleton shows of the residual stream."""
         reads = self.family.reads or run_without_values(self.model, self.paths, self.family.embeddings)
         return reads.stream
+
+    @cached_property
+    def gguf(self) -> Container:
+        """What llama.cpp has to know of the model. Raises Unsupported."""
+        return container(self.checkpoint, self.tied)
 
     def stored_name(self, name: str) -> str:
         """The checkpoint's name of a module or parameter."""

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qkit.errors import Unsupported, UsageError
 from qkit.families.ends import EMBEDDINGS, HEAD
 from qkit.families.structure import ModelStructure
-from qkit.files.gguf_container import ROPE, SCALE, WHAT, container
+from qkit.files.gguf_container import Container, FileTensor
+from qkit.files.gguf_converter import WHAT
+from qkit.files.gguf_places import SCALE
 from qkit.files.gguf_size import file_bytes, file_keys
 from qkit.planning.recipe import SOURCE, Recipe, parse_end
-from qkit.planning.sizes import linear_bytes, plain_bytes
+from qkit.planning.sizes import plain_bytes
 from qkit.tensor.formats import GGUF_FORMATS, fit_gguf, scheme
-from qkit.tensor.gguf_blocks import aligned
+from qkit.tensor.gguf_blocks import aligned, block_bytes
 
 if TYPE_CHECKING:
     from qkit.planning.linear_plan import LinearPlan
 
+TURNED = "llama.cpp has it turned round, or with other values, so that its rows cannot be blocks"
 GGUF = "gguf"  # as a method of export
 ODD_WIDTH = "its {} input columns are not a multiple of 32, which every type of GGUF needs"
 
@@ -72,8 +76,7 @@ def check_gguf(
         raise UsageError(f"{used} and scheme {recipe.scheme}: not for {WHAT} yet: leave one of the two out")
     if not structure.is_language_model:
         raise Unsupported(f"{WHAT} is for language models, and this is a {type(structure.model).__name__}")
-    checkpoint = structure.checkpoint
-    container(checkpoint.path, checkpoint.config, [n for n in checkpoint.tensors if n not in structure.tied])
+    _ = structure.gguf  # raises what the converter does not know
 
 
 def most_used(packed: Mapping[str, LinearPlan]) -> str:
@@ -85,28 +88,75 @@ def most_used(packed: Mapping[str, LinearPlan]) -> str:
 
 
 def gguf_bytes(structure: ModelStructure, packed: Mapping[str, LinearPlan]) -> int:
-    """The exact size of the file with these decisions."""
-    total = gguf_header_bytes(structure, [p for p in packed.values() if p.weights.scale == "e4m3"])
-    for name, info in structure.checkpoint.tensors.items():
-        if name not in structure.tied:
-            p = packed.get(name.removesuffix(".weight"))
-            size = None if p is None else linear_bytes(p.weights, None, p.shape, structure.dtype)
-            total += plain_bytes(info) if size is None else aligned(size)
-    return total
+    """The exact size of the file with these decisions. Raises UsageError for types that one tensor of the file cannot have."""
+    written, data, scaled = structure.gguf, 0, list[str]()
+    turned = next((p.name for p in packed.values() if float_reason(structure, p.name, p.shape[1])), None)
+    if turned is not None:
+        raise Unsupported(f"{turned}: {TURNED}: use --embeddings {SOURCE} or --head {SOURCE}")
+    for tensor in written.tensors:
+        p = type_of(tensor, packed)
+        rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+        data += aligned(float_bytes(tensor) if p is None else block_bytes(p.weights, (rows, columns)))
+        scaled += [] if p is None or p.weights.scale != "e4m3" else [scale_name(tensor.name)]
+    return _header(written, scaled) + data
 
 
-def gguf_header_bytes(structure: ModelStructure, scaled: Sequence[LinearPlan] = ()) -> int:
-    """The bytes of the file that are no weights: keys, places of tensors, and factors of frequencies. scaled: what has a
-    scale of its whole tensor beside its blocks."""
-    checkpoint = structure.checkpoint
-    stored = [n for n in checkpoint.tensors if n not in structure.tied]
-    scales = [f"{p.name}{SCALE}" for p in scaled]
-    written = container(checkpoint.path, checkpoint.config, stored + scales)
-    tensors = [(written.names[name][0], len(checkpoint.tensors[name].shape), 0) for name in stored]
-    tensors += [(written.names[name][0], 1, 4) for name in scales]
-    if written.rope is not None:
-        tensors.append((ROPE, 1, 4 * len(written.rope)))
+def gguf_header_bytes(structure: ModelStructure) -> int:
+    """The bytes of the file that are no weights: keys, places of tensors, and what the converter adds to the floats of the
+    checkpoint."""
+    written, tensors = structure.gguf, structure.checkpoint.tensors
+    made = sum(aligned(float_bytes(tensor)) for tensor in written.tensors)
+    stored = sum(plain_bytes(info) for name, info in tensors.items() if name not in structure.tied)
+    return _header(written, []) + made - stored
+
+
+def _header(written: Container, scaled: list[str]) -> int:
+    tensors = [(tensor.name, len(tensor.shape), 0) for tensor in written.tensors] + [(name, 1, 4) for name in scaled]
     return file_bytes(file_keys(written, next(iter(GGUF_FORMATS))), tensors)
+
+
+def float_bytes(tensor: FileTensor) -> int:
+    """The bytes of a tensor of the file that is not quantized."""
+    return math.prod(tensor.shape) * (4 if tensor.kind == "F32" else 2)
+
+
+def scale_name(name: str) -> str:
+    """The tensor of the file that has the scale of an NVFP4 tensor."""
+    return f"{name.removesuffix('.weight')}{SCALE}"
+
+
+def type_of(tensor: FileTensor, packed: Mapping[str, LinearPlan]) -> LinearPlan | None:
+    """A decision that stands for all matrices of a tensor of the file; None where it is not quantized. Raises UsageError."""
+    if tensor.rows is None or tensor.rows.unit != tensor.shape[-1] or tensor.rows.change != 0:
+        return None
+    names = [name.removesuffix(".weight") for name in tensor.rows.held]
+    plans = [packed.get(name) for name in names]
+    first = plans[0]
+    for name, p in zip(names, plans, strict=True):
+        if (p and p.weights) != (first and first.weights):
+            types = [x.weights.name if x else "no type" for x in (first, p)]
+            raise UsageError(
+                f"{names[0]} gets {types[0]} and {name} {types[1]}, and GGUF has them in one tensor, {tensor.name}: give them "
+                "one type by a rule"
+            )
+    if first is not None and first.weights.scale == "e4m3" and len(names) > 1:
+        raise UsageError(f"{names[0]}: {first.weights.name} is not for several matrices in one tensor: use gguf_mxfp4")
+    return first
+
+
+def float_reason(structure: ModelStructure, name: str, columns: int) -> str | None:
+    """Why a matrix cannot be blocks of GGUF, and stays as it is."""
+    if columns % 32:
+        return ODD_WIDTH.format(columns)
+    place = structure.gguf.places.get(f"{name}.weight")
+    return None if place is None or place.in_rows else TURNED
+
+
+def in_one_tensor(structure: ModelStructure, linears: Collection[str]) -> list[tuple[str, ...]]:
+    """Linears that GGUF has in one tensor, which has one type."""
+    held = [tensor.rows.held for tensor in structure.gguf.tensors if tensor.rows is not None]
+    groups = [tuple(n.removesuffix(".weight") for n in names) for names in held if len(names) > 1]
+    return [group for group in groups if set(group) <= set(linears)]
 
 
 def with_types_of_ends(recipe: Recipe, structure: ModelStructure) -> Recipe:

@@ -27,7 +27,15 @@ from qkit.planning.ends import end_plans, skipped_head
 from qkit.planning.engine_rules import TITLES, check_engine, check_kind
 from qkit.planning.export_method import export_method, own_method_reason
 from qkit.planning.fused_layers import ANY, check_shapes, engine_lines_of, fused_linears, split_apart
-from qkit.planning.gguf import GGUF, ODD_WIDTH, asks_for_gguf, check_gguf, gguf_bytes, with_types_of_ends
+from qkit.planning.gguf import (
+    GGUF,
+    asks_for_gguf,
+    check_gguf,
+    float_reason,
+    gguf_bytes,
+    in_one_tensor,
+    with_types_of_ends,
+)
 from qkit.planning.kept import PLAIN_REASON, kept_fields
 from qkit.planning.layout import check_layout
 from qkit.planning.linear_plan import LinearPlan
@@ -204,10 +212,9 @@ def make_plan(
                 else:
                     kept[linear.name] = LinearPlan(name=linear.name, shape=linear.shape, **stored)
                 continue
-            if asks_for_gguf(recipe) and linear.shape[1] % 32:
-                skipped[linear.name] = ODD_WIDTH.format(linear.shape[1])
-                continue
-            reason = None if rule is not None else structure.default_skip(linear.name)
+            reason = float_reason(structure, linear.name, linear.shape[1]) if asks_for_gguf(recipe) else None
+            if reason is None and rule is None:
+                reason = structure.default_skip(linear.name)
             if reason is not None:
                 skipped[linear.name] = reason
                 continue
@@ -240,6 +247,8 @@ def make_plan(
     engine = ANY if in_gguf else recipe.engine
     fused = tuple(g for g in fused_linears(structure, linears | kept, engine) if named.issuperset(g))
     fused += tuple(g.linears for g in guessed_groups([n for n, p in ends.items() if not p.uses]) if len(g.linears) > 1)
+    if in_gguf:
+        fused += tuple(in_one_tensor(structure, linears))
     if rows and structure.family.encodes:
         raise Unsupported(
             f"{rows}, and a text encoder is quantized without calibration: use rtn with w8a16, w8a8 or w4a16"

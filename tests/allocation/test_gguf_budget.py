@@ -73,7 +73,7 @@ def test_the_file_has_the_types_and_the_bytes_of_the_allocation(measured, calib,
     names = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["tensors"]
     tensors = read_gguf(tmp_path / "out" / MODEL).tensors
     picks = budgeted.allocation.picks
-    assert {k: tensors[names[f"{k}.weight"][0]].dtype for k in picks} == picks and len(set(picks.values())) > 1
+    assert {k: tensors[names[f"{k}.weight"][1][0][0]].dtype for k in picks} == picks and len(set(picks.values())) > 1
 
 
 def test_bits_count_every_matrix(measured, calib):

