@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from qkit.verification.engine_types import SELECTED, TABLE, EngineFit, ModelFacts, Selected
 from qkit.verification.loaded_layers import LoadedLayer
-from qkit.verification.vllm_table import COLUMN, CPU, EXPERTS, Choice, NumberFormat, choice, format_key, known, version
+from qkit.verification.vllm_table import COLUMN, CPU, EXPERTS, Choice, NumberFormat, choice, format_key, has_class, known, version
 
 VLLM = "vLLM"
 _NO_CPU, _CPU_TOO = "no kernel for CPUs", "runs on CPUs too"
@@ -68,9 +68,8 @@ def vllm_fit(
     if weights.scale == "e8m0" and activations is None:
         limits.append(_A16_IGNORED)
     limits += _group_limits(weights, runs, loading)
-    decoders = ("ForCausalLM", "LMHeadModel", *(("ForConditionalGeneration",) if facts.images else ()))
-    if facts.kind and not facts.kind.endswith(decoders) and selected is None:
-        limits.append(f"whether it has the class {facts.kind} was not checked")
+    if facts.kind and selected is None and not has_class(facts.kind):
+        limits.append(f"it has no class {facts.kind} of its own, and takes that of transformers where it can")
     return EngineFit(VLLM, main, tuple(limits), how, loading, kernels)
 
 
@@ -182,7 +181,7 @@ def _said(chosen: Choice) -> str:
 
 
 def _shortened(words: str) -> str:
-    line = " ".join(words.partition(" for layer_name=")[0].split())
+    line = " ".join(words.partition(" for layer_name=")[0].split()).rstrip(".")
     return line if len(line) <= _WORDS else line[:_WORDS] + " ..."
 
 
