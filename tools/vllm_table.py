@@ -94,7 +94,7 @@ def ask_gpu(gpu: str, python: Path, base: Path) -> dict[str, object]:
     layer that all powers divide is another."""
     every = pairs()
     first = [(kind, dtype, key) for kind in ("column", "experts") for dtype in ("bfloat16", "float16") for key in every]
-    found, made = asked(
+    found, answer = asked(
         gpu, python, base, [(kind, dtype, key, ALIGNED, *aligned(every[key])) for kind, dtype, key in first]
     )
     rest = []
@@ -186,7 +186,13 @@ def table_of(raw: dict[str, dict]) -> dict[str, object]:
     versions = {found["version"] for found in raw.values()}
     assert len(versions) == 1, versions
     classes = sorted({name for found in raw.values() for name in found["architectures"]})
-    return {"engine": "vLLM", "version": versions.pop(), "architectures": classes, "rules": [json.loads(r) for r in rules], "rows": rows}
+    return {
+        "engine": "vLLM",
+        "version": versions.pop(),
+        "architectures": classes,
+        "rules": [json.loads(r) for r in rules],
+        "rows": rows,
+    }
 
 
 def main() -> None:

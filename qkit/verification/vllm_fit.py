@@ -8,7 +8,18 @@ from dataclasses import replace
 
 from qkit.verification.engine_types import SELECTED, TABLE, EngineFit, ModelFacts, Selected
 from qkit.verification.loaded_layers import LoadedLayer
-from qkit.verification.vllm_table import COLUMN, CPU, EXPERTS, Choice, NumberFormat, choice, format_key, has_class, known, version
+from qkit.verification.vllm_table import (
+    COLUMN,
+    CPU,
+    EXPERTS,
+    Choice,
+    NumberFormat,
+    choice,
+    format_key,
+    has_class,
+    known,
+    version,
+)
 
 VLLM = "vLLM"
 _NO_CPU, _CPU_TOO = "no kernel for CPUs", "runs on CPUs too"

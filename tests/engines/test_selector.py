@@ -74,7 +74,7 @@ def test_half_an_answer_is_none(interpreter, tmp_path):
 def test_kinds_of_gpu():
     assert parse_gpus(None) == PLATFORMS
     assert parse_gpus("sm90, cpu,sm90") == ("sm90", "cpu")
-    with pytest.raises(UsageError, match="unknown 'sm91'.*did you mean sm90"):
+    with pytest.raises(UsageError, match=r"unknown 'sm91'.*did you mean sm90"):
         parse_gpus("sm91")
 
 
@@ -104,7 +104,9 @@ def base(tmp_path_factory) -> Path:
 def questions(weights: Format, activations: Format | None) -> list[tuple[str, str, int, int]]:
     key = format_key(weights, activations, layout(weights, activations))
     fitting = [(n, k) for n, k in SHAPES if not k % (weights.group or 1)]
-    return [("column", key, n, k) for n, k in fitting] + [("experts", key, 1536, 2304)] * (not 768 % (weights.group or 1))
+    return [("column", key, n, k) for n, k in fitting] + [("experts", key, 1536, 2304)] * (
+        not 768 % (weights.group or 1)
+    )
 
 
 @pytest.mark.parametrize("gpu", ["sm75", "sm86", "sm90", "sm120"])

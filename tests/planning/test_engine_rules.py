@@ -24,11 +24,21 @@ def groups(planned) -> dict[str, int | None]:
     ("scheme", "options", "error", "said"),
     [
         ("w4a16_asym", {"engine": "transformers"}, Unsupported, ("unpacked zero points", "it would load w2a16, w3a16")),
-        ("w4a16", {"engine": "vllm", "outliers": 1.0}, Unsupported, ("does not know quant_method 'qkit'", "it would load")),
+        (
+            "w4a16",
+            {"engine": "vllm", "outliers": 1.0},
+            Unsupported,
+            ("does not know quant_method 'qkit'", "it would load"),
+        ),
         ("w4a16", {"engine": "llama.cpp"}, UsageError, ("reads GGUF files alone", "q4_k")),
         ("q4_0", {"engine": "vllm"}, UsageError, ("makes a GGUF file", "--engine llama.cpp")),
         ("w8a8", {"engine": "vllm", "gpu": "sm80,sm120"}, Unsupported, ("on sm120", "no INT8", "it would load")),
-        ("w8a16", {"engine": "vllm", "gpu": "cpu"}, Unsupported, ("on cpu", "Failed to find a kernel", "it would load w4a16, w8a8")),
+        (
+            "w8a16",
+            {"engine": "vllm", "gpu": "cpu"},
+            Unsupported,
+            ("on cpu", "Failed to find a kernel", "load w4a16, w8a8"),
+        ),
     ],
 )
 def test_what_an_engine_does_not_load_is_refused(scheme, options, error, said, tiny):
@@ -71,7 +81,9 @@ def test_a_width_that_a_fixed_group_does_not_divide_stays_in_16_bits(tiny):
 
 def test_experts_have_one_group_and_stay_or_go_together(tiny):
     """64 columns into an expert and 32 out of it: one group for all, 32; on two ranks 16 each, so one scale per channel."""
-    assert {g for name, g in groups(plan(tiny("qwen3_moe"), "w4a16")).items() if name in ("gate_proj", "down_proj")} == {32}
+    assert {
+        g for name, g in groups(plan(tiny("qwen3_moe"), "w4a16")).items() if name in ("gate_proj", "down_proj")
+    } == {32}
     kept = plan(tiny("qwen3_moe", moe_intermediate_size=48), "mxfp4", engine="vllm")
     assert not any("experts" in name for name in kept.linears)
 
@@ -102,7 +114,9 @@ def test_a_budget_offers_what_the_engine_loads(tiny):
 
 def test_rows_say_how_they_are_known(tiny, run, tmp_path):
     report = tmp_path / "plan.json"
-    code, _, _ = run("plan", "--model", tiny("llama"), "--scheme", "w4a16", "--tp", 2, "--gpu", "sm80,sm90", "--json", report)
+    code, _, _ = run(
+        "plan", "--model", tiny("llama"), "--scheme", "w4a16", "--tp", 2, "--gpu", "sm80,sm90", "--json", report
+    )
     rows = json.loads(report.read_text())["engine_rows"]
     assert code == 0 and all(row["known"] for row in rows)
     vllm = next(row for row in rows if row["engine"] == "vLLM")

@@ -62,17 +62,30 @@ def test_every_row_has_every_kind_of_gpu():
 
 
 def test_parts_become_one_layer_and_ranks_share_it():
-    parts = {QKV[0]: stored((512, 256)), QKV[1]: stored((128, 256)), QKV[2]: stored((128, 256)), O_PROJ: stored((256, 512))}
+    parts = {
+        QKV[0]: stored((512, 256)),
+        QKV[1]: stored((128, 256)),
+        QKV[2]: stored((128, 256)),
+        O_PROJ: stored((256, 512)),
+    }
     split = Split(ranks=4, heads=8, kv_heads=2)
     joined, last = loaded_layers(parts, split)
-    assert joined.names == tuple(QKV) and (joined.rows, joined.columns) == (128 + 64 + 64, 256)  # two ranks for 2 heads of keys
+    assert joined.names == tuple(QKV) and (joined.rows, joined.columns) == (
+        128 + 64 + 64,
+        256,
+    )  # two ranks for 2 heads of keys
     assert (last.rows, last.columns, last.problem) == (256, 128, "")
 
 
 @pytest.mark.parametrize(
     ("columns", "group", "ranks", "said"),
     [
-        (576, 64, 4, "576 input columns of model.layers.0.mlp.down_proj are 144 on each of 4 ranks, and no whole groups of 64"),
+        (
+            576,
+            64,
+            4,
+            "576 input columns of model.layers.0.mlp.down_proj are 144 on each of 4 ranks, and no whole groups of 64",
+        ),
         (576, 64, 5, "cannot be shared out to 5 ranks"),
         (512, 128, 4, ""),
     ],
@@ -86,7 +99,9 @@ def test_experts_are_one_layer():
     shapes = {"down": (64, 96), "gate": (96, 64), "up": (96, 64)}
     parts = {n: stored(shapes[n.rpartition(".")[2].removesuffix("_proj")], group=32) for n in EXPERTS}
     (layer,) = loaded_layers(parts, Split(2))
-    assert layer.kind == "experts" and (layer.rows, layer.columns) == (48, 64) and "no whole groups of 32" in layer.problem
+    assert (
+        layer.kind == "experts" and (layer.rows, layer.columns) == (48, 64) and "no whole groups of 32" in layer.problem
+    )
 
 
 def lines(parts, config, on=None):
