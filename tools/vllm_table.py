@@ -94,7 +94,7 @@ def ask_gpu(gpu: str, python: Path, base: Path) -> dict[str, object]:
     layer that all powers divide is another."""
     every = pairs()
     first = [(kind, dtype, key) for kind in ("column", "experts") for dtype in ("bfloat16", "float16") for key in every]
-    found, answer = asked(
+    found, whole = asked(
         gpu, python, base, [(kind, dtype, key, ALIGNED, *aligned(every[key])) for kind, dtype, key in first]
     )
     rest = []
@@ -110,7 +110,7 @@ def ask_gpu(gpu: str, python: Path, base: Path) -> dict[str, object]:
     result: dict[str, dict[str, dict[str, str]]] = {}
     for (kind, dtype, key, cell), answer in full.items():
         result.setdefault(f"{kind}/{dtype}", {}).setdefault(key, {})["x".join(map(str, cell))] = answer
-    return {"version": answer.version, "architectures": answer.architectures, "answers": result}
+    return {"version": whole.version, "architectures": whole.architectures, "answers": result}
 
 
 def aligned(pair: Pair) -> tuple[int, int]:

@@ -37,6 +37,7 @@ _LIMITS: dict[str, tuple[str, ...]] = {  # of schemes, by their classes
 _FP4 = "computes in FP4 on Blackwell, weight-only on other GPUs"
 _CUTLASS_INT8 = "CutlassInt8ScaledMMLinearKernel"
 _GPU_BACKENDS = ("MARLIN",)  # of experts, that are selected on CPUs too
+_NO_BACKEND = "NONE"
 _WORDS = 200  # characters of vLLM's own words that a limit repeats
 
 
@@ -132,6 +133,10 @@ def _when_run(gpu: str, chosen: Choice, weights: NumberFormat, activations: Numb
     if gpu in ("sm100", "sm120") and chosen.kernel == _CUTLASS_INT8:
         return replace(
             chosen, refused="its CUTLASS kernel has no INT8 for this GPU and stops when it is run: use fp8_dynamic"
+        )
+    if chosen.kernel == _NO_BACKEND:
+        return replace(
+            chosen, refused="it finds no backend for experts of this scheme, and says so only when it loads them"
         )
     if gpu == CPU and chosen.kernel in _GPU_BACKENDS:
         return replace(chosen, refused=f"the kernel that is selected for experts, {chosen.kernel}, runs on GPUs alone")

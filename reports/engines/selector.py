@@ -140,8 +140,9 @@ def compare(out: Path, gpu: str, ranks: int, answer: ModelChoice, version: str) 
     selected = Selected(version, {gpu: dict(chosen_of(list(record["linears"]), answer))}, refused)
     loads, kernels = said(engine_table(out, before))
     takes, own = said(engine_table(out, Deployment(platforms=(gpu,), ranks=ranks, selected=selected)))
-    raw = not answer.refused and not any(layer.refused for layer in answer.layers.values())
-    entry: dict[str, object] = {"preflight": kernels if loads else "refused", "selector": own if raw else "refused"}
+    raw = not answer.refused and not any(x.refused or x.kernel == "NONE" for x in answer.layers.values())
+    selects = dict(sorted(Counter(x.kernel or x.scheme for x in answer.layers.values()).items()))
+    entry: dict[str, object] = {"preflight": kernels if loads else "refused", "selector": selects if raw else "refused"}
     entry["equal"] = loads == raw and (not loads or kernels == own)
     if not entry["equal"]:
         words = answer.refused or next((x.refused for x in answer.layers.values() if x.refused), "")

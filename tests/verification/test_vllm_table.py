@@ -128,6 +128,15 @@ def test_int8_is_not_claimed_for_blackwell():
     assert any("no INT8 for this GPU" in note for note in line.notes)
 
 
+def test_experts_without_a_backend_are_not_claimed():
+    """A run on a CPU: 'Unsupported FP8 MoE backend: NONE'."""
+    shapes = {"down": (64, 128), "gate": (128, 64), "up": (128, 64)}
+    parts = {n: stored(shapes[n.rpartition(".")[2].removesuffix("_proj")], "FP8_DYNAMIC") for n in EXPERTS}
+    assert choice("experts", key("FP8_DYNAMIC"), "cpu", 128, 64).kernel == "NONE"
+    line = lines(parts, {})
+    assert line.loads and "cpu" not in line.platforms and set(GPUS) & set(line.platforms)
+
+
 def test_what_the_engine_itself_says_goes_over_the_table():
     parts = {QKV[0]: stored((512, 256)), QKV[1]: stored((128, 256)), QKV[2]: stored((128, 256))}
     chosen = {name: ("model.layers.0.self_attn.qkv_proj", Choice("S", "OtherLinearKernel")) for name in QKV}
