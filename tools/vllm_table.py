@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from qkit.engines.selector import LayerChoice, ask
+from qkit.engines.selector import LayerChoice, SelectorAnswer, ask
 from qkit.tensor.compressed_tensors import config
 from qkit.tensor.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES, Format, layout
 from qkit.verification.engine_types import PLATFORMS
@@ -94,7 +94,7 @@ def ask_gpu(gpu: str, python: Path, base: Path) -> dict[str, object]:
     layer that all powers divide is another."""
     every = pairs()
     first = [(kind, dtype, key) for kind in ("column", "experts") for dtype in ("bfloat16", "float16") for key in every]
-    found, made = asked(
+    found, whole = asked(
         gpu, python, base, [(kind, dtype, key, ALIGNED, *aligned(every[key])) for kind, dtype, key in first]
     )
     rest = []
@@ -110,7 +110,7 @@ def ask_gpu(gpu: str, python: Path, base: Path) -> dict[str, object]:
     result: dict[str, dict[str, dict[str, str]]] = {}
     for (kind, dtype, key, cell), answer in full.items():
         result.setdefault(f"{kind}/{dtype}", {}).setdefault(key, {})["x".join(map(str, cell))] = answer
-    return {"version": made, "answers": result}
+    return {"version": whole.version, "architectures": whole.architectures, "answers": result}
 
 
 def aligned(pair: Pair) -> tuple[int, int]:
@@ -132,8 +132,8 @@ def small_cells(pair: Pair, kind: str) -> Iterator[tuple[Cell, int, int]]:
             yield (n, n), n, n
 
 
-def asked(gpu: str, python: Path, base: Path, questions: list) -> tuple[dict, str]:
-    """{(kind, dtype, format, cell): answer}, and the version"""
+def asked(gpu: str, python: Path, base: Path, questions: list) -> tuple[dict, SelectorAnswer]:
+    """{(kind, dtype, format, cell): answer}, and all of it"""
     every = pairs()
     layers = [
         question(every[key], kind, n, k, dtype_on(gpu, dtype.removesuffix("/small")))
@@ -142,7 +142,7 @@ def asked(gpu: str, python: Path, base: Path, questions: list) -> tuple[dict, st
     answer = ask(python, gpu, {}, layers=layers, base=base)
     print(gpu, len(layers), "layers, vLLM", answer.version, "stand-ins:", *answer.stand_ins, flush=True)
     names = [(kind, dtype, key, cell) for kind, dtype, key, cell, _, _ in questions]
-    return dict(zip(names, map(answer_text, answer.layers), strict=True)), answer.version
+    return dict(zip(names, map(answer_text, answer.layers), strict=True)), answer
 
 
 def in_general(answer: str) -> str:
@@ -185,7 +185,14 @@ def table_of(raw: dict[str, dict]) -> dict[str, object]:
                 rows.setdefault(part, {}).setdefault(key, {})[gpu] = rules.index(text)
     versions = {found["version"] for found in raw.values()}
     assert len(versions) == 1, versions
-    return {"engine": "vLLM", "version": versions.pop(), "rules": [json.loads(r) for r in rules], "rows": rows}
+    classes = sorted({name for found in raw.values() for name in found["architectures"]})
+    return {
+        "engine": "vLLM",
+        "version": versions.pop(),
+        "architectures": classes,
+        "rules": [json.loads(r) for r in rules],
+        "rows": rows,
+    }
 
 
 def main() -> None:

@@ -221,6 +221,8 @@ class OutFile(OutPath):
         name = param.opts[0] if param is not None else "file"
         if file.is_dir():
             raise UsageError(f"{name} {file}: that is a folder: use a file name")
+        if file.exists() and not file.is_file():  # a file that takes its name would be in the place of a device
+            raise UsageError(f"{name} {file}: that is a device or a pipe, and no file: use a file name")
         if not file.absolute().parent.is_dir():
             raise UsageError(f"{name} {file}: there is no folder {file.parent}: create it first")
         return file

@@ -47,13 +47,14 @@ class ModelChoice:
 @dataclass(frozen=True, kw_only=True)
 class SelectorAnswer:
     """Of one kind of GPU. models: by the names in the question; layers: in the order of the question; stand_ins: parts of
-    vLLM's build for CUDA that were not there."""
+    vLLM's build for CUDA that were not there; architectures: the classes of models that vLLM has."""
 
     version: str
     gpu: str
     models: dict[str, ModelChoice]
     layers: list[LayerChoice]
     stand_ins: list[str]
+    architectures: list[str]
 
 
 def parse_gpus(text: str | None) -> tuple[str, ...]:
@@ -94,7 +95,7 @@ def ask(
     }
 
     def complete(data: dict[str, Any]) -> SelectorAnswer | None:
-        if not {"version", "models", "layers"} <= data.keys():
+        if not {"version", "models", "layers", "stand_ins", "architectures"} <= data.keys():
             return None
         return SelectorAnswer(
             version=data["version"],
@@ -102,6 +103,7 @@ def ask(
             models={name: _model(found) for name, found in data["models"].items()},
             layers=[LayerChoice.of(found) for found in data["layers"]],
             stand_ins=list(data["stand_ins"]),
+            architectures=list(data["architectures"]),
         )
 
     about = ", ".join(map(str, models.values())) or "single layers"

@@ -237,7 +237,7 @@ def configured(folder: str, tp: int) -> Iterator[Any]:
     from vllm.engine.arg_utils import EngineArgs
 
     args = EngineArgs(
-        model=folder, enforce_eager=True, max_model_len=512, skip_tokenizer_init=True, load_format="dummy",
+        model=folder, enforce_eager=True, skip_tokenizer_init=True, load_format="dummy",
         optimization_level=0, tensor_parallel_size=tp, distributed_executor_backend="mp",
     )  # fmt: skip
     config = args.create_engine_config()
@@ -250,13 +250,14 @@ def ask_model(folder: str, tp: int) -> dict[str, Any]:
     """What the layers of a model chose."""
     import torch
     from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
 
     recorder, refused, joined = Recorder(), "", {}
     try:
         with configured(folder, tp) as config:
             if config.quant_config is not None:
                 recorder.watch(config.quant_config)
-            with torch.device("meta"):
+            with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"):
                 model = initialize_model(vllm_config=config)
             joined = dict(getattr(model, "packed_modules_mapping", None) or {})
     except Exception as e:  # whatever vLLM raises is its answer
@@ -268,6 +269,7 @@ def ask_layers(items: list[dict[str, Any]], config: Any) -> list[dict[str, str]]
     """What single layers chose. Each item: {"quantization", "kind": "column", "row" or "experts", "in", "out": parts}."""
     import torch
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+    from vllm.utils.torch_utils import set_default_torch_dtype
 
     answers = []
     for item in items:
@@ -277,7 +279,7 @@ def ask_layers(items: list[dict[str, Any]], config: Any) -> list[dict[str, str]]
             quantization = CompressedTensorsConfig.from_config(item["quantization"])
             quantization.packed_modules_mapping = {"layer": ["layer"]}
             recorder.watch(quantization)
-            with torch.device("meta"):
+            with set_default_torch_dtype(getattr(torch, item["dtype"])), torch.device("meta"):
                 make_layer(item, quantization)
         except Exception as e:  # whatever vLLM raises is its answer
             answers.append({"refused": f"{type(e).__name__}: {e}"})
@@ -319,6 +321,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if job["layers"]:
         with configured(job["base"], job["tp"]) as config:
             answer["layers"] = ask_layers(job["layers"], config)
+    from vllm.model_executor.models import ModelRegistry
+
+    answer["architectures"] = sorted(ModelRegistry.get_supported_archs())
     made = str(getattr(vllm, "__version__", None) or version("vllm"))
     return {"version": made, "gpu": job["gpu"], "tp": job["tp"], "stand_ins": stand_ins, **answer}
 

@@ -57,7 +57,8 @@ def check_engine(plan: Plan, structure: ModelStructure, lines: list[EngineLine])
 def refused_by(line: EngineLine, recipe: Mapping[str, Any]) -> str | None:
     """Why an engine does not load a model where it was asked for; None where it does."""
     if not line.loads:
-        return f"{line.engine} does not load this plan: {line.notes[0] if line.notes else 'no reason known'}"
+        where = f" on {recipe['gpu'].replace(',', ', ')}" if recipe.get("gpu") and line.platforms == () else ""
+        return f"{line.engine} does not load this plan{where}: {line.notes[0] if line.notes else 'no reason known'}"
     if not line.platforms:
         return None
     asked = deployment(recipe).platforms if recipe.get("gpu") else ()

@@ -96,7 +96,7 @@ def _experts(parts: Mapping[str, Stored], split: Split) -> Iterator[LoadedLayer]
         if into is None:
             continue
         (rows, columns), numbers = parts[into].shape, parts[into].weights
-        problem = _uneven(layer, rows, split.ranks, numbers, "intermediate columns of its experts")
+        problem = _uneven(f"the experts of {layer}", rows, split.ranks, numbers, "intermediate columns")
         yield LoadedLayer(tuple(names), EXPERTS, rows // split.ranks, columns, problem)
 
 

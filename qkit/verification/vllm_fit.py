@@ -8,7 +8,18 @@ from dataclasses import replace
 
 from qkit.verification.engine_types import SELECTED, TABLE, EngineFit, ModelFacts, Selected
 from qkit.verification.loaded_layers import LoadedLayer
-from qkit.verification.vllm_table import COLUMN, CPU, EXPERTS, Choice, NumberFormat, choice, format_key, known, version
+from qkit.verification.vllm_table import (
+    COLUMN,
+    CPU,
+    EXPERTS,
+    Choice,
+    NumberFormat,
+    choice,
+    format_key,
+    has_class,
+    known,
+    version,
+)
 
 VLLM = "vLLM"
 NEEDS_AMX = "on CPUs it needs AMX"
@@ -27,6 +38,7 @@ _LIMITS: dict[str, tuple[str, ...]] = {  # of schemes, by their classes
 _FP4 = "computes in FP4 on Blackwell, weight-only on other GPUs"
 _CUTLASS_INT8 = "CutlassInt8ScaledMMLinearKernel"
 _GPU_BACKENDS = ("MARLIN",)  # of experts, that are selected on CPUs too
+_NO_BACKEND = "NONE"
 _WORDS = 200  # characters of vLLM's own words that a limit repeats
 
 
@@ -69,9 +81,8 @@ def vllm_fit(
     if weights.scale == "e8m0" and activations is None:
         limits.append(_A16_IGNORED)
     limits += _group_limits(weights, runs, loading)
-    decoders = ("ForCausalLM", "LMHeadModel", *(("ForConditionalGeneration",) if facts.images else ()))
-    if facts.kind and not facts.kind.endswith(decoders) and selected is None:
-        limits.append(f"whether it has the class {facts.kind} was not checked")
+    if facts.kind and selected is None and not has_class(facts.kind):
+        limits.append(f"it has no class {facts.kind} of its own, and takes that of transformers where it can")
     return EngineFit(VLLM, main, tuple(limits), how, loading, kernels)
 
 
@@ -123,6 +134,10 @@ def _when_run(gpu: str, chosen: Choice, weights: NumberFormat, activations: Numb
     if gpu in ("sm100", "sm120") and chosen.kernel == _CUTLASS_INT8:
         return replace(
             chosen, refused="its CUTLASS kernel has no INT8 for this GPU and stops when it is run: use fp8_dynamic"
+        )
+    if chosen.kernel == _NO_BACKEND:
+        return replace(
+            chosen, refused="it finds no backend for experts of this scheme, and says so only when it loads them"
         )
     if gpu == CPU and chosen.kernel in _GPU_BACKENDS:
         return replace(chosen, refused=f"the kernel that is selected for experts, {chosen.kernel}, runs on GPUs alone")
@@ -183,7 +198,7 @@ def _said(chosen: Choice) -> str:
 
 
 def _shortened(words: str) -> str:
-    line = " ".join(words.partition(" for layer_name=")[0].split())
+    line = " ".join(words.partition(" for layer_name=")[0].split()).rstrip(".")
     return line if len(line) <= _WORDS else line[:_WORDS] + " ..."
 
 

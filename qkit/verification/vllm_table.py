@@ -84,6 +84,11 @@ def version() -> str:
     return f"{data['engine']} {data['version'].rpartition('.')[0]}"
 
 
+def has_class(name: str) -> bool:
+    """Whether the engine has a class of its own for a model."""
+    return name in _table()["architectures"]
+
+
 def known(key: str) -> bool:
     """Whether the table has a combination of formats."""
     return key in _table()["rows"][f"{COLUMN}/bfloat16"]

@@ -95,7 +95,14 @@ def main() -> None:
         scheme = next((r["scheme"] for r in chosen if "scheme" in r), None)
         if scheme is not None:
             kept = outliers(made, picks)
-            request = Request(model=args.model, scheme=scheme, method=made.request["method"], calib=args.calib, rules=chosen, outliers=kept)
+            request = Request(
+                model=args.model,
+                scheme=scheme,
+                method=made.request["method"],
+                calib=args.calib,
+                rules=chosen,
+                outliers=kept,
+            )
             quantize(request, work / "out", Silent())
         model = load(str(work / "out") if scheme else args.model, dtype=torch.float32)
         nll = {}
@@ -119,7 +126,9 @@ def main() -> None:
             measure(f"{bits} {name}", found.picks, {name: found.cost})
         if args.refine and f"{bits} refined" not in done:
             base = Request(model=args.model, method=made.request["method"], calib=args.calib)
-            wanted = BudgetRequest(budget=Budget(bits=bits), profile=args.profile, measure="kl", evaluations=args.refine)
+            wanted = BudgetRequest(
+                budget=Budget(bits=bits), profile=args.profile, measure="kl", evaluations=args.refine
+            )
             best = allocate_budget(base, wanted, Silent())
             assert best.refined is not None
             measure(f"{bits} refined", best.allocation.picks, {"kl, measured": best.refined.end})

@@ -85,7 +85,9 @@ def entries() -> list[Run]:
     for scheme in ("nvfp4", "w4a8", "w8a8"):
         found += [Run(QKIT, scheme, None, method) for method in ("rtn", "gptq", "auto", "gptq+signround")]
         if scheme == "nvfp4":
-            found += [Run(QKIT, scheme, None, "residual+gptq", x) for x in ((), SWEPT, ("share=0.5",), (*SWEPT, "share=0.5"))]
+            found += [
+                Run(QKIT, scheme, None, "residual+gptq", x) for x in ((), SWEPT, ("share=0.5",), (*SWEPT, "share=0.5"))
+            ]
             found += [Run(QKIT, scheme, None, "residual+auto", ("share=0.5",))]
         else:
             found += [Run(QKIT, scheme, None, "gptq", x) for x in (SWEPT, (*SWEPT, "compensate=0.5"))]

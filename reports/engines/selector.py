@@ -13,13 +13,14 @@ import json
 import shutil
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import transformers
 
 import qkit
-from qkit.engines.selector import ask
+from qkit.engines.selector import LayerChoice, ModelChoice, ask
 from qkit.errors import QkitError
 from qkit.tensor.formats import SCHEMES
 from qkit.verification.engine_types import PLATFORMS, Selected
@@ -30,7 +31,7 @@ from qkit.workflows.asked_engine import chosen_of
 TARGET = Path(__file__).with_name("selector.json")
 COMMON = {"vocab_size": 4096, "num_hidden_layers": 1, "max_position_embeddings": 1024, "tie_word_embeddings": False}
 NOT_ASKED = ("6BIT", "NVFP4A8")  # of diffusion transformers
-RANKS = {1: PLATFORMS, 2: ("sm80", "sm90"), 4: ("sm80", "sm90")}
+RANKS = {1: PLATFORMS, 2: ("sm90",), 4: ("sm90",)}
 
 
 def models() -> dict[str, tuple[str, dict[str, object]]]:
@@ -54,7 +55,13 @@ def models() -> dict[str, tuple[str, dict[str, object]]]:
         ),
         "mixtral-2880": (
             "mixtral",
-            {"hidden_size": 256, "intermediate_size": 2880, "num_attention_heads": 4, "num_key_value_heads": 2, **experts},
+            {
+                "hidden_size": 256,
+                "intermediate_size": 2880,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                **experts,
+            },
         ),
         "qwen3moe-896": ("qwen3_moe", {"hidden_size": 896, "moe_intermediate_size": 320, **heads, **few}),
     }
@@ -96,6 +103,24 @@ def make_files(work: Path) -> tuple[dict[str, Path], dict[str, str]]:
     return files, refused
 
 
+def answer_of(
+    python: Path, gpu: str, ranks: int, files: dict[str, Path], work: Path
+) -> tuple[str, dict[str, ModelChoice]]:
+    """vLLM's version and its answers; they are kept in the work folder."""
+    kept = work / f"answers-{gpu}-{ranks}.json"
+    if not kept.is_file():
+        answer = ask(python, gpu, files, tp=ranks)
+        kept.write_text(
+            json.dumps({"version": answer.version, "models": {n: asdict(m) for n, m in answer.models.items()}})
+        )
+    data = json.loads(kept.read_text())
+    models = {}
+    for name, found in data["models"].items():
+        layers = {n: LayerChoice(**layer) for n, layer in found["layers"].items()}
+        models[name] = ModelChoice(layers=layers, joined=found["joined"], refused=found["refused"])
+    return data["version"], models
+
+
 def said(rows: list) -> tuple[bool, dict[str, int]]:
     """Whether vLLM loads all, and what runs layers, of a table of engines for one kind of GPU."""
     own = [row for row in rows if row.engine == "vLLM"]
@@ -107,7 +132,7 @@ def said(rows: list) -> tuple[bool, dict[str, int]]:
     return all(row.loads_as for row in own), dict(sorted(kernels.items()))
 
 
-def compare(out: Path, gpu: str, ranks: int, answer: object, version: str) -> dict[str, object]:
+def compare(out: Path, gpu: str, ranks: int, answer: ModelChoice, version: str) -> dict[str, object]:
     """Both answers about one file."""
     before = Deployment(platforms=(gpu,), ranks=ranks)
     record = json.loads((out / "qkit.json").read_text())
@@ -115,13 +140,16 @@ def compare(out: Path, gpu: str, ranks: int, answer: object, version: str) -> di
     selected = Selected(version, {gpu: dict(chosen_of(list(record["linears"]), answer))}, refused)
     loads, kernels = said(engine_table(out, before))
     takes, own = said(engine_table(out, Deployment(platforms=(gpu,), ranks=ranks, selected=selected)))
-    raw = not answer.refused and not any(layer.refused for layer in answer.layers.values())
-    entry: dict[str, object] = {"preflight": kernels if loads else "refused", "selector": own if raw else "refused"}
+    raw = not answer.refused and not any(x.refused or x.kernel == "NONE" for x in answer.layers.values())
+    selects = dict(sorted(Counter(x.kernel or x.scheme for x in answer.layers.values()).items()))
+    entry: dict[str, object] = {"preflight": kernels if loads else "refused", "selector": selects if raw else "refused"}
     entry["equal"] = loads == raw and (not loads or kernels == own)
     if not entry["equal"]:
         words = answer.refused or next((x.refused for x in answer.layers.values() if x.refused), "")
         entry["words"] = " ".join(words.split())[:200]
-        entry["limits"] = [limit for row in engine_table(out, before) if row.engine == "vLLM" for limit in row.limits][:4]
+        entry["limits"] = [limit for row in engine_table(out, before) if row.engine == "vLLM" for limit in row.limits][
+            :4
+        ]
     return entry
 
 
@@ -135,9 +163,9 @@ def main() -> None:
     counts: Counter[str] = Counter()
     for ranks, gpus in RANKS.items():
         for gpu in gpus:
-            answer = ask(options.python, gpu, files, tp=ranks)
+            version, answers = answer_of(options.python, gpu, ranks, files, options.work)
             for name, out in files.items():
-                entry = compare(out, gpu, ranks, answer.models[name], answer.version)
+                entry = compare(out, gpu, ranks, answers[name], version)
                 result.setdefault(name, {})[f"{gpu}" + (f" x {ranks}" if ranks > 1 else "")] = entry
                 counts["equal" if entry["equal"] else "different"] += 1
                 wrong = entry["preflight"] != "refused" and entry["selector"] == "refused"
@@ -147,7 +175,7 @@ def main() -> None:
                 if not entry["equal"]:
                     print(name, gpu, ranks, json.dumps(entry), flush=True)
             print(gpu, ranks, dict(counts), flush=True)
-    summary = {"version": answer.version, "files": len(files), "not made": refused, "counts": dict(counts)}
+    summary = {"version": version, "files": len(files), "not made": refused, "counts": dict(counts)}
     TARGET.write_text(json.dumps({**summary, "answers": result}, indent=1) + "\n")
     sys.exit(1 if counts["called loadable and refused by vLLM"] else 0)
 

@@ -162,7 +162,9 @@ def products(budget: float) -> dict[str, Any]:
             for name in tiles.FORMATS:
                 if time.monotonic() - began > budget:
                     return {"bandwidth": speed, "rows": rows, "stopped": "out of time"}
-                laid = lay_out(autotune.random_weight(tiles.FORMATS[name], shape, torch.bfloat16, DEVICE, 0), torch.bfloat16)
+                laid = lay_out(
+                    autotune.random_weight(tiles.FORMATS[name], shape, torch.bfloat16, DEVICE, 0), torch.bfloat16
+                )
                 tile = tiles.choose(laid, m, DEVICE)
                 cold = autotune.seconds([autotune._call(x, one, tile) for one in autotune.copies(laid, DEVICE)])
                 warm = autotune.seconds([autotune._call(x, laid, tile)])

@@ -67,7 +67,9 @@ def main() -> None:
     for scheme, method, group, rival in ROWS:
         work = Path(tempfile.mkdtemp())
         report = quantize(
-            Request(model=args.model, scheme=scheme, method=method, group_size=group, calib=args.calib), work / "out", Silent()
+            Request(model=args.model, scheme=scheme, method=method, group_size=group, calib=args.calib),
+            work / "out",
+            Silent(),
         )
         row = {"scheme": scheme, "method": method, "group": group, "perplexity": perplexity(work / "out")}
         table.append({**row, "llm-compressor": rival, "bytes": report.bytes})

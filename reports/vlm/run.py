@@ -60,7 +60,16 @@ def one(model: Path, setting: str, method: str, seed: int, args: argparse.Namesp
         whole = args.text.read_text(encoding="utf-8")
         calib = Path(args.work) / f"text{seed}.txt"
         calib.write_text(whole[seed * len(whole) // args.seeds :], encoding="utf-8")
-    request = Request(model=str(model), scheme=scheme, method=asked, group_size=group, calib=calib, samples=args.samples, seqlen=128, seed=seed)
+    request = Request(
+        model=str(model),
+        scheme=scheme,
+        method=asked,
+        group_size=group,
+        calib=calib,
+        samples=args.samples,
+        seqlen=128,
+        seed=seed,
+    )
     out = Path(tempfile.mkdtemp(dir=args.work)) / "out"
     quantize(request, out, Silent())
     found = score_questions(
@@ -160,7 +169,13 @@ def main() -> None:
                 with args.lines.open("a") as f:
                     f.write(json.dumps(lines[-1]) + "\n")
                 accuracy = 100 * sum(lines[-1]["right"]) / len(lines[-1]["right"])
-                print(setting, method, seed, f"{accuracy:.2f} %", f"KL {sum(lines[-1]['kl']) / sum(lines[-1]['tokens']):.4f}")
+                print(
+                    setting,
+                    method,
+                    seed,
+                    f"{accuracy:.2f} %",
+                    f"KL {sum(lines[-1]['kl']) / sum(lines[-1]['tokens']):.4f}",
+                )
     result = {"questions": args.questions, "imbalance": imbalance(model, args.samples), **table(lines)}
     Path(__file__).with_name(f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
 

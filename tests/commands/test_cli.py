@@ -1,7 +1,9 @@
 """The command line: what it says when something is wrong, the codes it exits with, and that its flags stay what they are."""
 
 import json
+import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +21,13 @@ BUDGET = "bits candidates ceiling floor latency measure memory profile refine si
 FLAGS = {
     "quantize": "answers-only base calib calibrate-all-experts call effort embeddings engine expert-share export gpu "
     "group-size head json keep-job keep-source kv kv-memory kv-scale-keys max-length method model option out outliers "
-    "overwrite padded policy prune-experts rank recipe require-revision revision rows-memory samples scheme seed seqlen "
-    "significant strict synthetic-samples target threads tp unloaded work "
+    "overwrite padded policy prune-experts rank recipe require-revision revision rows-memory samples "
+    f"scheme seed seqlen significant strict synthetic-samples target threads tp unloaded work {BUDGET}",
+    "plan": "answers-only base calib calibrate-all-experts call effort embeddings engine expert-share explain export "
+    "figures gpu group-size head json keep-source kv kv-memory kv-scale-keys max-length method model option out "
+    "outliers padded policy prune-experts python rank recipe require-revision revision rows-memory samples scheme "
+    "seed seqlen significant strict synthetic-samples target threads tp unloaded "
     f"{BUDGET}",
-    "plan": "answers-only base calib calibrate-all-experts call effort embeddings engine expert-share explain export figures "
-    "gpu group-size head json keep-source kv kv-memory kv-scale-keys max-length method model option out outliers padded policy "
-    "prune-experts python rank recipe require-revision revision rows-memory samples scheme seed seqlen significant strict "
-    f"synthetic-samples target threads tp unloaded {BUDGET}",
     "profile": "answers-only audit audit-text calib candidates embeddings group-size head json measures method model out "
     "padded pareto "
     "pareto-measure points rows samples seed seqlen threads",
@@ -547,3 +549,19 @@ def test_output_that_is_there(refused, run, tiny, tmp_path):
     quantized(run, out, *options, "--overwrite")
     quantized(run, out, *options)  # the finished command again
     assert f"{out}, already complete: " in " ".join(run("quantize", *options, "--out", out)[1].split())
+
+
+def test_a_report_does_not_take_the_place_of_a_pipe(refused, tiny, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    refused(
+        2,
+        "that is a device or a pipe",
+        "plan",
+        "--model",
+        tiny("llama"),
+        "--scheme",
+        "w4a16",
+        "--json",
+        tmp_path / "pipe",
+    )
+    assert stat.S_ISFIFO((tmp_path / "pipe").lstat().st_mode)
