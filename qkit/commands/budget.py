@@ -31,7 +31,7 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         budgets(
             "--size",
-            help="Budget in bytes of the weight files, headers included, for instance 90MB (a million bytes each).",
+            help="Budget in bytes of the weight files or the GGUF file with headers, for instance 90MB (a million bytes each).",
         ),
         budgets(
             "--memory",

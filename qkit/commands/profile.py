@@ -51,7 +51,7 @@ _MEASURES, _CURVE = in_group(OptionGroup.MEASURES), in_group(OptionGroup.CURVE)
     required=True,
     help="Formats to measure for every layer: int2..int8 (the same as w2a16..w8a16), any scheme such as nvfp4 or w8a8 "
     "(activations too), or bf16 (not quantized). int3+0.5% keeps the largest 0.5 % of the weights in 16 bits. int3+r16 adds a "
-    "low-rank branch of rank 16.",
+    "low-rank branch of rank 16. Types of GGUF such as q4_k, or gguf for the usual ones, are not mixed with others.",
 )
 @_MOST_USED("--out", type=OutFolder(), required=True, help="Folder of the profile.")
 @_MOST_USED(
