@@ -121,8 +121,8 @@ def _look(packed: PackedFolder, record: dict[str, Any] | None, export: str, prog
         if q.format.kind == "int" and stored != was and (lost := lost_scales(q, stored)):
             raise Unsupported(
                 f"--export {export}: {name}: {lost} of its {q.params.scale.numel()} scales are {str(was)[6:]} "
-                f"numbers that {str(stored)[6:]}, which {LAYOUTS[export].title} stores, does not have: quantize the model in 16 "
-                "bits"
+                f"numbers that {str(stored)[6:]}, which {LAYOUTS[export].title} stores, does not have: quantize the model in "
+                "16 bits"
             )
         progress.step()
     return found
