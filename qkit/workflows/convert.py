@@ -117,10 +117,12 @@ def _look(packed: PackedFolder, record: dict[str, Any] | None, export: str, prog
         pair = (q.format, linear.kept.activations)
         stored = _scale_dtype(q, static, export, model)
         found[name] = Found(pair, linear.shape, stored, digest if held is q else weight_sha256([held]), difference)
-        if stored != q.params.scale.dtype and (lost := lost_scales(q, stored)):
+        was = q.params.scale.dtype
+        if q.format.kind == "int" and stored != was and (lost := lost_scales(q, stored)):
             raise Unsupported(
-                f"{name}: {lost} of its {q.params.scale.numel()} scales are {str(q.params.scale.dtype)[6:]} numbers that "
-                f"{str(stored)[6:]}, which {LAYOUTS[export].title} stores, does not have: quantize the model in 16 bits"
+                f"--export {export}: {name}: {lost} of its {q.params.scale.numel()} scales are {str(was)[6:]} "
+                f"numbers that {str(stored)[6:]}, which {LAYOUTS[export].title} stores, does not have: quantize the model in "
+                "16 bits"
             )
         progress.step()
     return found

@@ -42,6 +42,7 @@ SOURCES: dict[str, Maker] = {
     "int4": lambda plain, out: made.compressed(plain, out, {**INT, "num_bits": 4, "symmetric": True}, "pack-quantized"),
     "int8": lambda plain, out: made.compressed(plain, out, {**INT, "num_bits": 8, "symmetric": True}, "pack-quantized"),
     "nvfp4": lambda plain, out: made.compressed(plain, out, NVFP4, "nvfp4-pack-quantized"),
+    "fp8": lambda plain, out: made.fp8(plain, out, None),  # its scale is a float32 number that 16 bits do not hold
 }
 TARGETS = {
     "gptq": ("gptq", "awq", "compressed-tensors"),
@@ -52,6 +53,7 @@ TARGETS = {
     "int4": ("gptq", "awq", "compressed-tensors"),
     "int8": ("gptq", "compressed-tensors"),
     "nvfp4": ("modelopt", "compressed-tensors"),
+    "fp8": ("compressed-tensors",),
 }
 
 
@@ -200,7 +202,8 @@ def test_scales_of_32_bits_that_16_do_not_hold(sources: Callable[[str], Path], t
     tensors = {n: t.float() * (1 + 2**-20) if n.endswith("_scale") else t for n, t in tensors.items()}
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        Unsupported, match=r"model\.layers\.0\.\S+: \d+ of its \d+ scales are float32 numbers that float16"
+        Unsupported,
+        match=r"--export gptq: model\.layers\.0\.\S+: \d+ of its \d+ scales are float32 numbers that float16",
     ):
         convert(str(source), "gptq", tmp_path / "out", Silent())
 
