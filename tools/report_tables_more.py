@@ -99,7 +99,8 @@ def serving() -> str:
     """What vLLM's caches cost a packed model at each context."""
     contexts = report("kvcache/serving")["files"]["fp8"]["contexts"]
     names = [c["dtype"] for c in next(iter(contexts.values()))["caches"] if c["dtype"] != "auto"]
-    rows: dict[str, Row] = {name: {"cache": f"`{name}`"} for name in names}
+    columns = ["of 16 bits", *(f"KL at {int(context):,} tokens" for context in contexts)]
+    rows: dict[str, Row] = {name: {"cache": f"`{name}`", **dict.fromkeys(columns, "")} for name in names}
     for context, found in contexts.items():
         for cost in found["caches"]:
             if cost["dtype"] in rows and cost["kl"] is not None:
