@@ -49,7 +49,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 1, 1]},
     "phi": {"intermediate_size": 512, "num_key_value_heads": 4},
     "qwen3_moe": {"norm_topk_prob": True},
-    "exaone4": {"sliding_window": None},
     "olmoe": {"num_key_value_heads": 4},
     "cohere2": {"layer_types": ["sliding_attention"] * 3},
     "gpt2": {"n_ctx": 256},
