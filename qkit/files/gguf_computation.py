@@ -21,6 +21,7 @@ _PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # whose RoPE and activation lla
 _PERIODS = {"gemma2": 2, "gemma3": 6, "gemma3n": 5, "cohere2": 4, "exaone4": 4, "gpt-oss": 2, "llama4": 4, "olmo2": 4}
 _NO_ROPE = 4  # SmolLM3: every fourth layer is without
 _SHARES = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False}  # whether the shares of chosen experts add up to one
+_EQUAL_HEADS, _WINDOWED_EXAONE = ("olmoe", "phi"), 64
 _LARGEST = {"gemma2": 46, "gemma3_text": 62}  # layers of the model that divides by the width of a head in the stream
 
 
@@ -41,6 +42,14 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
             config.get("norm_topk_prob", shares)
         )
         != shares,
+        "other heads of keys than of queries, which llama.cpp does not load for this architecture": config.get(
+            "model_type"
+        )
+        in _EQUAL_HEADS
+        and config.get("num_key_value_heads") not in (None, config.get("num_attention_heads")),
+        "sliding windows, which llama.cpp has for EXAONE 4 of 64 layers alone": config.get("model_type") == "exaone4"
+        and bool(config.get("sliding_window"))
+        and config.get("num_hidden_layers") != _WINDOWED_EXAONE,
         **_scale(config),
         **_layers_without_rope(config),
     }

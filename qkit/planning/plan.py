@@ -22,20 +22,12 @@ from qkit.families.sharing import guessed_groups
 from qkit.families.structure import ModelStructure
 from qkit.kvcache.policy import STATIC, CachePolicy
 from qkit.kvcache.scales import stored_bytes
+from qkit.planning import gguf
 from qkit.planning.deciding import decide, kept_whole, with_units
 from qkit.planning.ends import end_plans, skipped_head
 from qkit.planning.engine_rules import TITLES, check_engine, check_kind
 from qkit.planning.export_method import export_method, own_method_reason
 from qkit.planning.fused_layers import ANY, check_shapes, engine_lines_of, fused_linears, split_apart
-from qkit.planning.gguf import (
-    GGUF,
-    asks_for_gguf,
-    check_gguf,
-    float_reason,
-    gguf_bytes,
-    in_one_tensor,
-    with_types_of_ends,
-)
 from qkit.planning.kept import PLAIN_REASON, kept_fields
 from qkit.planning.layout import check_layout
 from qkit.planning.linear_plan import LinearPlan
@@ -191,7 +183,7 @@ def make_plan(
     """
     transforms, _ = parse_method(recipe.method)
     check_method(recipe, transforms, structure, calibration)
-    check_gguf(recipe, structure, transforms, kv)
+    gguf.check_gguf(recipe, structure, transforms, kv)
     linears, kept = dict[str, LinearPlan](), dict[str, LinearPlan]()
     skipped, matched = dict[str, str](), set[int]()
     targets = tower_rules(recipe, structure)
@@ -212,7 +204,7 @@ def make_plan(
                 else:
                     kept[linear.name] = LinearPlan(name=linear.name, shape=linear.shape, **stored)
                 continue
-            reason = float_reason(structure, linear.name, linear.shape[1]) if asks_for_gguf(recipe) else None
+            reason = gguf.float_reason(structure, linear.name, linear.shape[1]) if gguf.asks_for_gguf(recipe) else None
             if reason is None and rule is None:
                 reason = structure.default_skip(linear.name)
             if reason is not None:
@@ -234,7 +226,7 @@ def make_plan(
     significant = round(recipe.significant / 100 * sum(p.shape[0] * p.shape[1] for p in linears.values()))
     rows = rows_reason(linears, transforms, significant)
     untied = "rotate" in transforms and bool(structure.tied)
-    ends = end_plans(with_types_of_ends(recipe, structure), structure, untied, rows is not None) | unloaded_plans(
+    ends = end_plans(gguf.with_types_of_ends(recipe, structure), structure, untied, rows is not None) | unloaded_plans(
         recipe, structure
     )
     skipped.update(skipped_head(structure, ends) | skipped_unloaded(structure, ends))
@@ -243,12 +235,11 @@ def make_plan(
     skipped.update({name: OUTSIDE_REASON for name in structure.outside if name not in {*skipped, *ends}})
     check_rules(recipe, matched, [*linears, *kept, *skipped])
     named = {*linears, *kept, *skipped}  # the others are copied in one tensor
-    in_gguf = asks_for_gguf(recipe)  # where every tensor has a type of its own
+    in_gguf = gguf.asks_for_gguf(recipe)  # where every tensor has a type of its own
     engine = ANY if in_gguf else recipe.engine
     fused = tuple(g for g in fused_linears(structure, linears | kept, engine) if named.issuperset(g))
     fused += tuple(g.linears for g in guessed_groups([n for n, p in ends.items() if not p.uses]) if len(g.linears) > 1)
-    if in_gguf:
-        fused += tuple(in_one_tensor(structure, linears))
+    fused += tuple(gguf.in_one_tensor(structure, linears)) if in_gguf else ()
     if rows and structure.family.encodes:
         raise Unsupported(
             f"{rows}, and a text encoder is quantized without calibration: use rtn with w8a16, w8a8 or w4a16"
@@ -257,12 +248,12 @@ def make_plan(
         raise UsageError(f"{rows}: add --calib FILE (or leave --calib out for the embedded text)")
     check_kind(recipe, in_gguf)
     own_method = None if in_gguf else own_method_reason(recipe, structure, linears, significant)
-    export = GGUF if in_gguf else export_method(recipe, own_method)
+    export = gguf.GGUF if in_gguf else export_method(recipe, own_method)
     measured = rows is not None or is_static(kv) or recipe.prune_experts > 0
     if export == "compressed-tensors" and structure.family.streams is None:
         check_shapes(structure, linears, recipe.engine)
     check_layout(export, {**linears, **kept, **ends}, kept, structure, is_static(kv))
-    size = gguf_bytes(structure, linears | ends) if in_gguf else 0
+    size = gguf.gguf_bytes(structure, linears | ends) if in_gguf else 0
     size = size or packed_bytes(structure, linears, ends, significant, untied, kept, export)
     if kv is not None and is_static(kv):
         if export != "compressed-tensors" and (export, kv["kind"]) != ("modelopt", "fp"):

@@ -49,6 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 1, 1]},
     "phi": {"intermediate_size": 512, "num_key_value_heads": 4},
     "qwen3_moe": {"norm_topk_prob": True},
+    "olmoe": {"num_key_value_heads": 4},
     "cohere2": {"layer_types": ["sliding_attention"] * 3},
     "gpt2": {"n_ctx": 256},
     "falcon": {"new_decoder_architecture": True, "ffn_hidden_size": 512},
