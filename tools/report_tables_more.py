@@ -5,6 +5,7 @@ from __future__ import annotations
 from markdown_table import Row, markdown
 from report_tables import interval, mb, report
 
+LLAMA_MATRIX = {"plain": "without a matrix", "imatrix": "with its importance matrix"}
 CACHES = {
     "int8": "`int8`",
     "fp8": "`fp8`, scale 1",
@@ -246,7 +247,26 @@ def engines() -> str:
     return markdown(rows)
 
 
+def gguf_quality() -> str:
+    """KL divergence of GGUF files from the original, beside llama.cpp's files of the same types."""
+    rows: list[Row] = []
+    for model in ("tiny-llama", "smollm2"):
+        for x in report(f"gguf/{model}"):
+            tool, _, how = x["file"].partition(" ")
+            row: Row = {"model": model, "scheme": x["scheme"], "MB": mb(x["bytes"])}
+            method, *options = how.split()
+            made = f"qkit, {', '.join(f'`{part}`' for part in (method, *options))}"
+            row["made by"] = made if tool == "qkit" else f"{tool}, {LLAMA_MATRIX[how]}"
+            row |= {"KL": f"{x['kl']:.4f}", "perplexity": f"{x['perplexity']:.2f}"}
+            for rival, title in LLAMA_MATRIX.items():
+                found = x.get(f"against {rival}")
+                row[f"KL / llama.cpp {title}"] = interval(found, 2, signed=False) if found else ""
+            rows.append(row)
+    return markdown(rows)
+
+
 TABLES = {
+    "gguf-quality": gguf_quality,
     "engines": engines,
     "experts": experts,
     "kv-caches": caches,

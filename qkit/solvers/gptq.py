@@ -36,12 +36,14 @@ from torch import Tensor
 
 from qkit.calibration.statistics import Stats
 from qkit.solvers import rtn
+from qkit.solvers.refit import Refit
 from qkit.solvers.task import ZERO_INPUTS, Solved, Task
 from qkit.tensor.block_params import find_group
 from qkit.tensor.formats import Format
 from qkit.tensor.qtensor import (
     Params,
     QTensor,
+    codes_to_grid,
     effective_minimum,
     effective_scale,
     expand,
@@ -170,8 +172,10 @@ def _solve(task: Task, factor: Factor) -> list[QTensor]:
         original = w.clone()
         _pass(original, w, spread, scales, codes, panels, fmt, repeated=False)
         for _ in range(int(task.options["sweeps"])):
-            scales.refit(original, w, factor)
+            scales.refit(original, w, codes, factor)
             _pass(original, w, factor.pull, scales, codes, panels, fmt, repeated=True)
+        if fmt.gguf:
+            scales.refit(original, w, codes, factor)
     codes = codes if order is None else codes[torch.argsort(order)]
     per_weight = codes.T.split([len(x) for x in task.weights])
     return [QTensor(c.contiguous(), p, fmt) for c, p in zip(per_weight, scales.params(), strict=True)]
@@ -329,7 +333,7 @@ class _Scales:
         if zero is not None and self.current_scale[1] is not None:
             self.current_scale[1][some] = zero
 
-    def refit(self, original: Tensor, errors: Tensor, factor: Factor) -> None:
+    def refit(self, original: Tensor, errors: Tensor, codes: Tensor, factor: Factor) -> None:
         """Set each scale to its least-squares value, rounded to the model's dtype, one group of columns after another.
 
         errors [in, out] are updated, and these scales are used from then on. 8-bit scales stay: their grid is too coarse.
@@ -339,6 +343,9 @@ class _Scales:
         """
         assert factor.diagonal is not None and factor.pull is not None
         params = self.params()
+        if self.task.fmt.gguf:
+            self._refit_gguf(params, errors, codes, factor)
+            return
         if self.fixed is None:
             self.fixed = self._per_element(params, [(len(x), x.shape[1]) for x in self.task.weights])
         fmt = self.task.fmt
@@ -364,6 +371,21 @@ class _Scales:
             params = [replace(p, scale=s.contiguous()) for p, s in zip(params, scales_by_weight, strict=True)]
             self.fixed = scales_of_columns, self.fixed[1]
         self.params_by_weight = [[p] for p in params]
+
+    def _refit_gguf(self, params: list[Params], errors: Tensor, codes: Tensor, factor: Factor) -> None:
+        """The same for types of GGUF (``refit``)."""
+        assert factor.diagonal is not None and factor.pull is not None
+        fmt, order = self.task.fmt, factor.order
+        natural = slice(None) if order is None else torch.argsort(order)
+        ordered = errors[natural].contiguous()
+        pull = factor.pull[natural][:, natural]
+        grid = codes_to_grid(codes[natural], fmt)
+        refit = Refit(Params.cat(params, dim=0), fmt, grid, ordered, factor.diagonal[natural], pull)
+        params = refit.run().split(self.sizes)
+        errors.copy_(ordered if order is None else ordered[order])
+        self.params_by_weight = [[p] for p in params]
+        scale, zero = self._per_element(params, [(len(x), x.shape[1]) for x in self.task.weights])
+        self.fixed = (scale, zero) if order is None else (scale[order], None if zero is None else zero[order])
 
     def params(self) -> list[Params]:
         """The params of each weight, groups side by side."""

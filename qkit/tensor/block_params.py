@@ -57,6 +57,13 @@ def largest_integers(fmt: Format) -> tuple[int, int]:
     return {"q2_k": (0, 15), "q4_k": (0, 63), "q5_k": (0, 63), "q6_k": (-128, 127)}.get(fmt.name, (-32, 31))
 
 
+def nearest_integers(x: Tensor, fmt: Format) -> Tensor:
+    """The integers, int8, nearest to wanted scales of a K type's groups; never zero, since codes can be."""
+    rounded = x.round().clamp_(*largest_integers(fmt))
+    one = torch.where(x < 0, -1.0, 1.0) if fmt.symmetric else torch.ones(())
+    return torch.where(rounded == 0, one, rounded).to(torch.int8)
+
+
 class _Search:
     """The search for some rows. tiles: [R, C, n]; weights: [1, C, n]"""
 
@@ -70,7 +77,7 @@ class _Search:
         else:
             scale, minimum = self.best_pair()
         if self.stored_in_f16:
-            return Params(_f16(scale), minimum=None if minimum is None else minimum.to(torch.float16))
+            return Params(to_f16(scale), minimum=None if minimum is None else minimum.to(torch.float16))
         return self._super_blocks(scale, minimum)
 
     # ---- groups ------------------------------------------------------------------------------------------------
@@ -150,7 +157,7 @@ class _Search:
         return torch.where(sound, slope, scale), torch.where(sound, offset, minimum)
 
     def _as_stored(self, scale: Tensor) -> Tensor:
-        return _f16(scale).to(torch.float32) if self.stored_in_f16 else scale
+        return to_f16(scale).to(torch.float32) if self.stored_in_f16 else scale
 
     def _minimum_as_stored(self, minimum: Tensor) -> Tensor:
         return minimum.clamp(-_F16.max, _F16.max).to(torch.float16).to(torch.float32) if self.stored_in_f16 else minimum
@@ -177,7 +184,7 @@ class _Search:
         least = torch.empty(())
         for factor, factor_below in self._super_factors():
             p = self.rounded(
-                per_block, _f16(unit * factor), below, None if unit_below is None else (unit_below * factor_below)
+                per_block, to_f16(unit * factor), below, None if unit_below is None else (unit_below * factor_below)
             )
             error = self._total(p, blocks)
             if best is None:
@@ -199,20 +206,13 @@ class _Search:
 
     def rounded(self, scale: Tensor, unit: Tensor, below: Tensor | None, unit_below: Tensor | None) -> Params:
         """Params with the integers nearest to what the groups want, under given super-scales."""
-        integers = self._integers(scale / unit[..., None].to(torch.float32)).flatten(1)
+        integers = nearest_integers(scale / unit[..., None].to(torch.float32), self.fmt).flatten(1)
         if below is None or unit_below is None:
             return Params(integers, super_scale=unit)
         stored = unit_below.clamp_max(_F16.max).to(torch.float16)
         ratio = (below / stored[..., None].to(torch.float32)).nan_to_num_(0.0, 0.0, 0.0)
         minima = ratio.round_().clamp_(0, largest_integers(self.fmt)[1]).to(torch.int8).flatten(1)
         return Params(integers, minimum=minima, super_scale=unit, super_minimum=stored)
-
-    def _integers(self, x: Tensor) -> Tensor:
-        """The nearest integers; never zero, since codes can be."""
-        rounded = x.round().clamp_(*largest_integers(self.fmt))
-        return torch.where(rounded == 0, torch.where(x < 0, -1.0, 1.0) if self.fmt.symmetric else 1.0, rounded).to(
-            torch.int8
-        )
 
     def _error_of(self, p: Params) -> Tensor:
         return self._error(effective_scale(p, self.fmt), effective_minimum(p))
@@ -229,7 +229,7 @@ class _Search:
         for step, step_below in product((0, -1, 1), below):
             if not step and not step_below:
                 continue
-            scale = self._integers(p.scale.to(torch.float32) + step)
+            scale = nearest_integers(p.scale.to(torch.float32) + step, self.fmt)
             minimum = None
             if p.minimum is not None:
                 minimum = (p.minimum.to(torch.int16) + step_below).clamp_(0, highest).to(torch.int8)
@@ -272,7 +272,7 @@ def _factors(fmt: Format) -> tuple[float, ...]:
     return (1.0, 0.5, 0.58, 0.66, 0.74, 0.82, 0.9, 0.95, 1.08)
 
 
-def _f16(scale: Tensor) -> Tensor:
+def to_f16(scale: Tensor) -> Tensor:
     """Scales in float16; one that is too small for it becomes the smallest, 0 becomes 1."""
     stored = scale.clamp(-_F16.max, _F16.max).to(torch.float16)
     smallest = torch.where(scale < 0, -_SMALLEST, _SMALLEST).to(torch.float16)

@@ -168,13 +168,14 @@ GGUF_FORMATS: dict[str, Format] = {
         _gguf("iq4_xs", "nl4", 4, 32, "super"),
     )
 }
-# What llama.cpp's quantizer takes for a width that 256 does not divide.
+# For a width that 256 does not divide: types of the same bytes as llama.cpp's quantizer takes. For Q2_K and Q3_K newer versions
+# of it take Q4_0, which has the bytes of IQ4_NL and an even grid.
 _NARROW = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "iq4_nl", "q2_k": "iq4_nl", "iq4_xs": "iq4_nl"}
 
 
 def fit_gguf(fmt: Format, width: int) -> Format | None:
-    """The type of GGUF for a weight of that many columns: the one given, or the one with blocks of 32 that llama.cpp takes in
-    its place; None where 32 does not divide the width either."""
+    """The type of GGUF for a weight of that many columns: the one given, or one with blocks of 32 and the bytes of what
+    llama.cpp takes in its place; None where 32 does not divide the width either."""
     assert fmt.span is not None
     if not width % fmt.span:
         return fmt

@@ -45,6 +45,16 @@ class Params:
             **{name: joined(name) for name in names},
         )
 
+    def split(self, rows: Sequence[int]) -> list[Params]:
+        """The params of slices of the rows of a weight with a scale of its own in each row: the inverse of ``cat``."""
+
+        def cut(t: Tensor | None) -> list[Tensor] | list[None]:
+            return [None] * len(rows) if t is None else [x.contiguous() for x in t.split(list(rows))]
+
+        names = ("zero", "minimum", "super_scale", "super_minimum")
+        columns = zip(cut(self.scale), *(cut(getattr(self, n)) for n in names), strict=True)
+        return [Params(s, global_scale=self.global_scale, **dict(zip(names, x, strict=True))) for s, *x in columns]
+
 
 def param_shape(fmt: Format, shape: tuple[int, int]) -> tuple[int, int]:
     """[R, C]: the shape of the scale of a weight [out, in]."""

@@ -120,7 +120,7 @@ def log_probabilities(model: Any, prompts: Tensor, cache: NewCache | None = None
 def other_rounding(out: Path, plain: Any, prompts: Tensor, cache: NewCache | None, dtype: str) -> Tensor:
     """The log-probabilities of the same file with other roundings; ``plain`` is its model in float32."""
     if dtype in ("float32", Q8):
-        with _jitter(plain) if dtype == "float32" else _rounded_inputs(plain):
+        with _jitter(plain) if dtype == "float32" else rounded_inputs(plain):
             return log_probabilities(plain, prompts, cache)
     model = load_model(out, getattr(torch, dtype))
     found = log_probabilities(model, prompts, cache)
@@ -146,7 +146,7 @@ def _jitter(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _rounded_inputs(model: Any) -> Iterator[None]:
+def rounded_inputs(model: Any) -> Iterator[None]:
     """The inputs of linear layers are rounded to 8 bits, 32 with a scale, as llama.cpp does before its products."""
 
     def change(module: Any, args: tuple[Any, ...]) -> Any:
