@@ -1,7 +1,7 @@
 """What llama.cpp computes for a model where its config leaves a choice: a model that asks for something else is refused.
 
-llama.cpp has these written in its source for each architecture, and no key of a GGUF file changes them. Each was seen as a
-difference of log-probabilities (reports/gguf/architectures.py).
+llama.cpp has these written in its source for each architecture, and no key of a GGUF file changes them. Those of the
+models in reports/gguf/architectures.py were seen as differences of log-probabilities; the others were read there.
 """
 
 from __future__ import annotations

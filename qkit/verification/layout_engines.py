@@ -30,7 +30,7 @@ def layout_fits(
     return [
         _vllm(weights, activations, packing, method, facts),
         _transformers(method, facts),
-        EngineFit("qkit", "qkit.load", ("decodes the weights when it loads them",), OWN),
+        EngineFit("qkit", "qkit.load", (), OWN),
     ]
 
 

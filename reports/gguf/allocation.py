@@ -25,14 +25,14 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from plain_files import decoded, write_source
 from torch import Tensor
 
 from qkit.allocation.limits import Budget, BudgetRequest
 from qkit.calibration.dataset import read_text, token_ids
-from qkit.engine.gguf_file import interleaved
 from qkit.evaluation.metrics import Interval, bootstrap_ci, compare_windows, perplexity, perplexity_change
 from qkit.families.structure import ModelStructure
-from qkit.files.gguf_container import MODEL, container
+from qkit.files.gguf_container import MODEL
 from qkit.planning.request import Request
 from qkit.runtime.loading import load, load_tokenizer
 from qkit.workflows.budget import allocate_budget
@@ -40,7 +40,6 @@ from qkit.workflows.quantize import open_structure, quantize
 
 HERE = Path(__file__).resolve().parent
 WINDOW = 512
-_RAW = {torch.bfloat16: gguf.GGMLQuantizationType.BF16, torch.float16: gguf.GGMLQuantizationType.F16}
 
 
 class Silent:
@@ -61,46 +60,6 @@ class Entry:
     name: str
     against: str
     path: Path
-
-
-def write_source(structure: ModelStructure, path: Path) -> None:
-    """The model as a GGUF file that is not quantized."""
-    checkpoint = structure.checkpoint
-    stored = [n for n in checkpoint.tensors if n not in structure.tied]
-    made = container(checkpoint.path, checkpoint.config, stored)
-    writer = gguf.GGUFWriter(str(path), made.architecture)
-    for key, value in made.fields.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        add.get(type(value), writer.add_array)(key, value)
-    writer.add_file_type(32)  # bfloat16
-    for name, (inside, heads) in made.names.items():
-        tensor = interleaved(checkpoint.read_finite(name), heads)
-        if tensor.ndim == 1:
-            writer.add_tensor(inside, tensor.float().numpy())
-        else:
-            raw = tensor.contiguous().view(torch.uint8).numpy()
-            writer.add_tensor(inside, raw, raw_dtype=_RAW[tensor.dtype])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def values_of(structure: ModelStructure, path: Path) -> dict[str, Tensor]:
-    """The numbers of a file by checkpoint name, float32 in the checkpoint's order of rows."""
-    checkpoint = structure.checkpoint
-    stored = [n for n in checkpoint.tensors if n not in structure.tied]
-    names = container(checkpoint.path, checkpoint.config, stored).names
-    found = {t.name: t for t in gguf.GGUFReader(path).tensors}
-    values = {}
-    for name, (inside, heads) in names.items():
-        tensor = found[inside]
-        flat = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        rows = torch.from_numpy(np.array(flat, dtype=np.float32)).reshape([int(n) for n in reversed(tensor.shape)])
-        if heads:
-            rows = rows.reshape(heads, len(rows) // heads // 2, 2, -1).transpose(1, 2).reshape(rows.shape)
-        values[name] = rows
-    return values
 
 
 def llama_files(args: argparse.Namespace, structure: ModelStructure) -> list[Entry]:
@@ -146,7 +105,7 @@ def measured(args: argparse.Namespace, structure: ModelStructure, entry: Entry, 
         if json.loads(line)["key"] == key:
             return dict(json.loads(line))
     model = load(args.model, dtype=torch.float32)
-    model.load_state_dict(values_of(structure, entry.path), strict=False)
+    model.load_state_dict(decoded(structure, entry.path)[0], strict=False)
     found = compare_windows(original, model, tokens, WINDOW, args.windows)
     kinds: dict[str, int] = {}
     for t in gguf.GGUFReader(entry.path).tensors:

@@ -30,19 +30,21 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor, nn
+from plain_files import decoded, write_source
 from transformers import AutoModelForCausalLM
 
 from qkit.calibration.dataset import read_text, token_ids
-from qkit.engine.gguf_file import interleaved
 from qkit.evaluation.metrics import compare_windows, split_windows
 from qkit.families.structure import ModelStructure
-from qkit.files.gguf_container import MODEL, Container, container
+from qkit.files.gguf_container import MODEL
 from qkit.runtime.loading import load, load_tokenizer
 from qkit.tensor.formats import GGUF_FORMATS
 from qkit.workflows.own_arithmetic import input_blocks, rounded_inputs
 from qkit.workflows.quantize import open_structure
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parents[1] / "tools"))
+from gguf_floats import as_floats  # noqa: E402
 WINDOW = 512
 QKIT, LLAMA = "qkit", "llama.cpp"
 # What is compared: who, how, and options.
@@ -60,7 +62,6 @@ class Bench:
 
     args: argparse.Namespace
     structure: ModelStructure
-    container: Container
     work: Path
     tokens: Tensor
 
@@ -73,49 +74,6 @@ class Bench:
     def matrix(self) -> Path:
         """The importance matrix."""
         return self.work / "imatrix.gguf"
-
-
-def write_source(bench: Bench, path: Path, values: dict[str, Tensor] | None = None) -> None:
-    """A GGUF file of the model in its own numbers, or of values by checkpoint name in float32; vectors are float32."""
-    writer = gguf.GGUFWriter(str(path), bench.container.architecture)
-    for key, value in bench.container.fields.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        add.get(type(value), writer.add_array)(key, value)
-    writer.add_file_type(0)
-    for name, (stored, heads) in bench.container.names.items():
-        tensor = bench.structure.checkpoint.read_finite(name) if values is None else values[name]
-        tensor = interleaved(tensor, heads)
-        if tensor.ndim == 1 or tensor.dtype == torch.float32:
-            writer.add_tensor(stored, tensor.float().numpy())
-            continue
-        raw = tensor.contiguous().view(torch.uint8).numpy()
-        kind = {torch.bfloat16: gguf.GGMLQuantizationType.BF16, torch.float16: gguf.GGMLQuantizationType.F16}
-        writer.add_tensor(stored, raw, raw_dtype=kind[tensor.dtype])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def decoded(bench: Bench, path: Path) -> tuple[dict[str, Tensor], int]:
-    """The numbers of a file by checkpoint name, float32 in the checkpoint's order of rows; and bytes of all tensors."""
-    reader = gguf.GGUFReader(path)
-    found = {t.name: t for t in reader.tensors}
-    values, size = {}, 0
-    for name, (stored, heads) in bench.container.names.items():
-        tensor = found[stored]
-        size += int(tensor.n_bytes)
-        rows = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
-        rows = rows.reshape([int(n) for n in reversed(tensor.shape.tolist())])
-        values[name] = _in_order(rows, heads)
-    return values, size
-
-
-def _in_order(rows: Tensor, heads: int) -> Tensor:
-    """The inverse of ``interleaved``."""
-    if not heads:
-        return rows
-    return rows.reshape(heads, len(rows) // heads // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def types_of(path: Path) -> dict[str, str]:
@@ -201,11 +159,11 @@ def measured(bench: Bench, original: Any, model: Any) -> dict[str, list[float]]:
     return {key: [round(x, 7) for x in values.mean(1).tolist()] for key, values in pairs}
 
 
-def in_llama(bench: Bench, model: Any, values: dict[str, Tensor], path: Path) -> dict[str, Any]:
+def in_llama(bench: Bench, model: Any, path: Path) -> dict[str, Any]:
     """Perplexities in llama.cpp of the file and of its numbers as float32, beside those of qkit's model, which holds them."""
     windows = split_windows(bench.tokens, WINDOW, bench.args.llama_windows)
     plain = bench.work / "plain.gguf"
-    write_source(bench, plain, values)
+    as_floats(path, plain)
     tokens = bench.work / "tokens.json"
     tokens.write_text(json.dumps(windows.tolist()))
     result: dict[str, Any] = {"windows": len(windows)}
@@ -300,11 +258,9 @@ def main() -> None:
     work.mkdir(exist_ok=True)
     tokens = torch.tensor(token_ids(load_tokenizer(args.model), read_text(args.text)))
     structure = open_structure(args.model)
-    checkpoint = structure.checkpoint
-    names = [n for n in checkpoint.tensors if n not in structure.tied]
-    bench = Bench(args, structure, container(checkpoint.path, checkpoint.config, names), work, tokens)
+    bench = Bench(args, structure, work, tokens)
     if not bench.source.exists():
-        write_source(bench, bench.source)
+        write_source(structure, bench.source)
     lines = [json.loads(x) for x in args.lines.read_text().splitlines()] if args.lines.exists() else []
     original = Remembered(load(args.model, dtype=torch.float32))
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
@@ -312,12 +268,12 @@ def main() -> None:
     for scheme in args.schemes.split(","):
         done = {x["file"] for x in lines if x["scheme"] == scheme}
         for name, file, seconds in files(bench, scheme, {n for n in args.only or everything} - done):
-            values, size = decoded(bench, file)
+            values, size = decoded(structure, file)
             entry: dict[str, Any] = {"scheme": scheme, "file": name, "bytes": size, "seconds": round(seconds, 1)}
             entry["calibration"] = args.samples * args.seqlen
             entry |= measured(bench, original, filled(model, values))
             if args.llama is not None and name.startswith(QKIT):
-                entry["llama.cpp"] = in_llama(bench, model, values, file)
+                entry["llama.cpp"] = in_llama(bench, model, file)
             lines.append(entry)
             with args.lines.open("a") as f:
                 f.write(json.dumps(entry) + "\n")
