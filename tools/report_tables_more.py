@@ -283,6 +283,28 @@ def engines_gguf() -> str:
     return markdown(rows)
 
 
+def gguf_architectures() -> str:
+    """Log-probabilities of GGUF files in llama.cpp beside those of qkit."""
+    found = report("gguf/architectures")
+
+    def gap(kind: str, scheme: str, key: str) -> str:
+        return f"{found[kind][scheme][key]['mean']:.4f}"
+
+    plain = "same numbers in float32"
+    runs = [kind for kind, x in found.items() if all("mean" in x.get(s, {}).get(plain, {}) for s in ("q8_0", "q4_0"))]
+    return markdown(
+        [
+            {
+                "model type": kind,
+                "q8_0 as it is": gap(kind, "q8_0", "file"),
+                "q4_0 as it is": gap(kind, "q4_0", "file"),
+                "q8_0, the same numbers in float32": gap(kind, "q8_0", plain),
+            }
+            for kind in runs
+        ]
+    )
+
+
 def gguf_mixed() -> str:
     """Mixed GGUF files of qkit and of llama.cpp at the same bytes."""
     rows: list[Row] = []
@@ -328,6 +350,7 @@ def gguf_quality() -> str:
 
 
 TABLES = {
+    "gguf-architectures": gguf_architectures,
     "gguf-mixed": gguf_mixed,
     "gguf-quality": gguf_quality,
     "engines": engines,

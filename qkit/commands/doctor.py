@@ -15,7 +15,6 @@ from qkit.engines.process import ENGINES
 from qkit.errors import VerifyFailure
 from qkit.files.locate import find_local
 from qkit.system.words import megabytes
-from qkit.workflows.doctor import diagnose
 
 _SHOWN, _NAMES, _WORST = 40, 6, 10
 
@@ -36,6 +35,8 @@ def doctor_command(path: str, baseline: str | None, engine: str | None, json_fil
     Example:
       qkit doctor out/tiny-llama-w4a16 --baseline tiny-llama --json doctor.json
     """
+    from qkit.workflows.doctor import diagnose
+
     base = find_local(baseline) if baseline is not None else None
     diagnosis = diagnose(find_local(path), base, engine)
     write_json(json_file, diagnosis.to_json())

@@ -9,6 +9,7 @@ from qkit.diagnosis.words import is_awq
 from qkit.tensor.formats import Format
 from qkit.verification.layout_engines import LAYOUTS
 from qkit.verification.model_engines import EngineRow, LinearStorage, engine_rows
+from qkit.verification.vllm_table import format_key, known
 
 _TITLES = {"vllm": "vLLM", "transformers": "transformers + compressed-tensors", "llama.cpp": "llama.cpp"}
 _DOUBT = ("may be wrong", "does not fit", "takes groups")
@@ -50,6 +51,8 @@ def check_kernels(opened: Opened, engine: str | None, findings: Findings) -> lis
         )
     if not parts:
         return []
+    if method == "compressed-tensors" and not compressed:  # what the table was not asked about is not judged
+        parts = {n: p for n, p in parts.items() if known(format_key(*p.kind))}
     skipped = {n: "plain" for n in weight_names(opened)}
     rows = engine_rows(parts, skipped, opened.config, method)
     if method == "compressed-tensors" and not compressed:  # FP8 and MXFP4 of other layouts: vLLM's kernels are the same

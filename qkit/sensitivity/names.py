@@ -10,13 +10,13 @@ MEASURES = ("weight", "output", "output_norm", "first", "first_x", "fisher", "pq
 PREFERRED = ("kl", "pqi", "loss", "output", "weight")  # for the curve, the first that was measured
 
 
-def check_measures(names: tuple[str, ...]) -> None:
-    """Raises UsageError for measures that there are not, or none at all."""
+def check_measures(names: tuple[str, ...], option: str = "--measures") -> None:
+    """Raises UsageError for measures that there are not, or none at all. option: that names them"""
     if not names:
-        raise UsageError(f"--measures: none is given: expected some of {', '.join(MEASURES)}")
+        raise UsageError(f"{option}: none is given: expected some of {', '.join(MEASURES)}")
     unknown = next((m for m in names if m not in MEASURES), None)
     if unknown is not None:
-        raise UsageError(f"--measures: unknown '{unknown}': expected some of {', '.join(MEASURES)}")
+        raise UsageError(f"{option} {unknown}: there is no such measure: expected some of {', '.join(MEASURES)}")
 
 
 def curve_measure(measures: tuple[str, ...]) -> str:

@@ -172,7 +172,7 @@ def _missing_profile(request: Request, budget_request: BudgetRequest) -> Profile
     base, names = _without_transforms(request), budget_request.candidates or budget_request.default
     if budget_request.measure == MEASURE:
         return ProfileRequest(base, names)
-    check_measures((budget_request.measure,))
+    check_measures((budget_request.measure,), "--measure")
     return ProfileRequest(base, names, (budget_request.measure,))  # a quick measure is not to wait for slow ones
 
 

@@ -162,7 +162,9 @@ def test_an_expert_with_fewer_than_32_tokens_is_rounded(tokens, expert, solver):
         weight=lambda x: torch.randn(8, 32),
         structure=SimpleNamespace(dtype=torch.bfloat16),
     )
-    plan = SimpleNamespace(linears={"a": replace(planned, options={"damp": 0.01, "order": "none"})})
+    plan = SimpleNamespace(
+        linears={"a": replace(planned, options={"damp": 0.01, "order": "none"})}, export="compressed-tensors"
+    )
     work = solving._make_work(state, plan, LinearGroup((linear,), Group(("a",)), "a", expert), few(tokens))
     assert work.solver is SOLVERS[solver] and work.task.tokens == tokens
 

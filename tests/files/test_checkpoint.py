@@ -324,11 +324,12 @@ def test_null_quantization_config_is_none(single: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [("quantize_config.json", "bits is None"), ("hf_quant_config.json", "modelopt")]
+    ("name", "words", "error"),
+    [("quantize_config.json", "bits is None", Unsupported), ("hf_quant_config.json", "modelopt", BadCheckpoint)],
 )
-def test_quantized_by_a_file_beside(single: Path, name: str, method: str) -> None:
+def test_quantized_by_a_file_beside(single: Path, name: str, words: str, error: type[Exception]) -> None:
     write_json(single / name, {})
-    refused(single, method, Unsupported)
+    refused(single, words, error)
     Checkpoint.open(single, quantized=True)
 
 

@@ -103,13 +103,11 @@ def test_a_budget_offers_what_the_engine_loads(tiny):
     candidates = parse_candidates("int3,int4,int4+1%,w8a8,bf16", None)
     asked = {"parts": ("language",), "group_sizes": {}}
     profile = profile_of_shapes(structure, candidates, ("kl",), asked)
-    offered = loadable_choices(profile, structure, request, ("language",))
+    offered = loadable_choices(profile, structure, request)
     assert all(set(u.choices) == {"W4A16", "W8A8", "keep"} for u in offered.units)
-    assert loadable_choices(profile, structure, Request(model=str(folder)), ("language",)) is profile
+    assert loadable_choices(profile, structure, Request(model=str(folder))) is profile
     with pytest.raises(UsageError, match="in none of W3A16"):
-        loadable_choices(
-            profile_of_shapes(structure, candidates[:1], ("kl",), asked), structure, request, ("language",)
-        )
+        loadable_choices(profile_of_shapes(structure, candidates[:1], ("kl",), asked), structure, request)
 
 
 def test_rows_say_how_they_are_known(tiny, run, tmp_path):

@@ -17,6 +17,8 @@ from qkit.tensor.params import Params
 from qkit.tensor.qtensor import dequantize
 
 COLUMNS, ROWS = 512, (5, 3)
+# The scales of MXFP4 and NVFP4 are powers of two and FP8: a refit leaves them.
+REFITTED = {name: fmt for name, fmt in GGUF_FORMATS.items() if fmt.scale not in ("e8m0", "e4m3")}
 
 
 def made(fmt, **options) -> tuple[Task, torch.Tensor]:
@@ -39,7 +41,7 @@ def error(t: Task, qtensors, h: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("order", ["none", "activation"])
-@pytest.mark.parametrize("fmt", GGUF_FORMATS.values(), ids=GGUF_FORMATS)
+@pytest.mark.parametrize("fmt", REFITTED.values(), ids=REFITTED)
 def test_no_sweep_over_a_type_of_gguf_makes_the_error_larger(fmt, order):
     errors = []
     for sweeps in (0, 1, 3):
@@ -62,7 +64,7 @@ def refitted(fmt, runs: int):
     return w, before, replace(before, params=p), h, errors
 
 
-@pytest.mark.parametrize("fmt", GGUF_FORMATS.values(), ids=GGUF_FORMATS)
+@pytest.mark.parametrize("fmt", REFITTED.values(), ids=REFITTED)
 def test_a_refit_stores_what_it_computed_with_and_errs_less_under_the_same_codes(fmt):
     w, before, after, h, errors = refitted(fmt, 1)
     assert torch.allclose((w - dequantize(after)).T, errors, atol=2e-6)

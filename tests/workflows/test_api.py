@@ -12,6 +12,7 @@ import qkit
 from qkit.commands.budget import budget_options
 from qkit.commands.cache import cache_options
 from qkit.commands.common import request_options
+from qkit.commands.engine_options import engine_options
 from qkit.errors import UsageError, VerifyFailure
 from qkit.workflows.options import DEFAULTS
 
@@ -115,6 +116,7 @@ def test_options_are_those_of_the_command():
     @request_options
     @budget_options
     @cache_options
+    @engine_options
     def command(**values):
         """Nothing."""
 
