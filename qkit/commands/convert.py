@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from qkit.commands.common import OutFile, Reporter
+from qkit.commands.common import OutFile, OutFolder, Reporter
 from qkit.commands.verb import Verb
 
 
@@ -20,7 +20,7 @@ from qkit.commands.verb import Verb
     required=True,
     help="Layout of the result.",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Output folder.")
+@click.option("--out", type=OutFolder(), required=True, help="Output folder.")
 @click.option("--overwrite", is_flag=True, help="Replace a result of qkit in the output folder.")
 @click.option("--json", "json_file", type=OutFile(), help="JSON file for the report.")
 def convert_command(model: str, export: str, out: Path, overwrite: bool, json_file: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from qkit.diagnosis.expected import weight_names
 from qkit.diagnosis.findings import FAULT, WARNING, Findings
@@ -43,7 +44,10 @@ def _kind(layer: Layer | None) -> object:
     if layer.weights is None:
         codes, scale = layer.codes, layer.scale
         return codes and codes.dtype, scale and scale.dtype
-    return layer.weights, layer.activations, layer.packing.partition(",")[0]
+    weights, shape = layer.weights, layer.shape
+    if weights.group is not None and shape is not None and weights.group == shape[-1]:  # one group is the whole row
+        weights = replace(weights, group=None, strategy="channel")
+    return weights, layer.activations, layer.packing.partition(",")[0]
 
 
 def _words(layer: Layer | None) -> str:

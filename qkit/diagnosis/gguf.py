@@ -21,6 +21,7 @@ from qkit.diagnosis.opened import said
 from qkit.diagnosis.rounding import by_bits
 from qkit.errors import QkitError
 from qkit.files.gguf import TYPES, GgufHeader, GgufTensor, read_gguf
+from qkit.files.gguf_places import SCALE
 from qkit.files.safefile import open_regular, read_range
 from qkit.verification.gguf_blocks import TYPES as OWN
 from qkit.verification.gguf_blocks import Array, decode_blocks
@@ -123,6 +124,7 @@ def check_values(
     """Every tensor decoded, one at a time."""
     sizes: dict[str, list[tuple[str, float]]] = {}
     undecoded: dict[str, list[str]] = {}
+    beside = {t.name.removesuffix(SCALE): t for t in header.tensors if t.name.endswith(SCALE) and t.count == 1}
     for t in header.tensors:
         step()
         if t.dtype in ("I8", "I16", "I32", "I64"):
@@ -131,6 +133,10 @@ def check_values(
         if values is None:
             undecoded.setdefault(t.dtype, []).append(t.name)
             continue
+        scale = beside.get(t.name.removesuffix(".weight"))
+        factor = decode(file, scale, findings) if scale is not None and scale is not t else None
+        if factor is not None:  # of NVFP4: llama.cpp multiplies products with it
+            values = values * factor.reshape(-1)[0]
         bad = int(values.size - np.isfinite(values).sum())
         if bad:
             findings.fault(

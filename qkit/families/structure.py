@@ -340,6 +340,8 @@ def predicts_next(model: Any) -> bool:
     """Whether a model of transformers predicts the next token of a text from those before it."""
     config = model.config
     both_ways = getattr(config, "is_encoder_decoder", False) or not getattr(config, "is_decoder", True)
+    if both_ways and not getattr(config, "is_encoder_decoder", False):  # GPT-NeoX says so, and its attention is causal
+        both_ways = not any(getattr(m, "is_causal", False) is True for m in model.modules())
     return bool(model.can_generate()) and not both_ways
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 TURNED = "llama.cpp has it turned round, or with other values, so that its rows cannot be blocks"
 GGUF = "gguf"  # as a method of export
+NVFP4 = "gguf_nvfp4"
+_SCALED = ("llama", "qwen3")  # architectures of which llama.cpp multiplies every product with the scale of its tensor
 ODD_WIDTH = "its {} input columns are not a multiple of 32, which every type of GGUF needs"
 
 
@@ -76,7 +78,12 @@ def check_gguf(
         raise UsageError(f"{used} and scheme {recipe.scheme}: not for {WHAT} yet: leave one of the two out")
     if not structure.is_language_model:
         raise Unsupported(f"{WHAT} is for language models, and this is a {type(structure.model).__name__}")
-    _ = structure.gguf  # raises what the converter does not know
+    architecture = structure.gguf.architecture  # raises what the converter does not know
+    types = {scheme(name).weights.name for name in schemes}
+    if NVFP4 in types and architecture not in _SCALED:
+        raise Unsupported(
+            f"scheme {NVFP4}: llama.cpp leaves out the scale of a tensor in parts of {architecture}: use gguf_mxfp4"
+        )
 
 
 def most_used(packed: Mapping[str, LinearPlan]) -> str:

@@ -86,9 +86,10 @@ def convert(model: str, export: str, out: Path, progress: Progress, overwrite: b
             report = verify(partial.path)
             progress.step()
             if not report.ok:
+                check = "doctor" if record is None else "verify"
                 raise VerifyFailure(
-                    f"{partial.path}: the result failed its own verification: {summary(report)}: run 'qkit verify' on "
-                    f"{folder}; if that is sound, this is a fault of qkit: please report it"
+                    f"{partial.path}: the result failed its own verification: {summary(report)}: run 'qkit {check} {folder}'; "
+                    "if the source is sound, this is a fault of qkit: please report it"
                 )
             commit_dir(partial.path, out, overwrite)
         with suppress(FileNotFoundError):

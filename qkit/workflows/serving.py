@@ -11,6 +11,7 @@ from typing import Any
 from qkit.errors import BadCheckpoint, Unsupported, UsageError
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import is_pipeline, read_record
+from qkit.files.gguf import read_gguf
 from qkit.verification.model_engines import engine_lines
 from qkit.verification.verify import engine_table
 from qkit.workflows.card import ENTRY
@@ -55,7 +56,10 @@ def serve_command(out: Path, tp: int = 1, context: int | None = None) -> ServeCo
 
 
 def _llama_cpp(file: Path, tp: int, context: int | None) -> ServeCommand:
-    """Context 0 is the longest of the model."""
+    """Context 0 is the longest of the model. Raises BadCheckpoint for a file that is damaged."""
+    end = max((t.begin + (t.nbytes or 0) for t in read_gguf(file).tensors), default=0)
+    if end > file.stat().st_size:
+        raise BadCheckpoint(f"{file}: {file.stat().st_size} bytes, expected at least {end}: make or get the file again")
     if tp > 1:
         raise UsageError(f"--tp {tp}: llama.cpp shares a model out over GPUs by itself: leave --tp out")
     return ServeCommand(shlex.join(["llama-server", "--model", str(file), "--ctx-size", str(context or 0)]))

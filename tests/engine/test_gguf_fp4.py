@@ -12,7 +12,7 @@ import torch
 from conftest import Quiet
 
 import qkit
-from qkit.errors import UsageError
+from qkit.errors import Unsupported, UsageError
 from qkit.files.gguf_container import MODEL
 from qkit.tensor.formats import GGUF_FORMATS, fit_gguf, scheme
 from qkit.tensor.gguf_blocks import pack, scale_of_tensor
@@ -105,6 +105,19 @@ def test_a_changed_byte_is_found(made, tmp_path, place):
     finally:
         (out / MODEL).write_bytes(before)
     assert any("the decoded weight is not" in p and UP in p for p in problems)
+
+
+def test_nvfp4_is_for_architectures_that_multiply_with_its_scales(tiny):
+    with pytest.raises(Unsupported, match="leaves out the scale of a tensor in parts of qwen2"):
+        prepare(Request(model=str(tiny("qwen2", hidden_size=64)), scheme="gguf_nvfp4"))
+    assert prepare(Request(model=str(tiny("qwen2", hidden_size=64)), scheme="gguf_mxfp4")).plan.linears
+
+
+def test_doctor_decodes_with_the_scale_of_the_tensor(tiny, tmp_path, quiet):
+    from qkit.workflows.doctor import diagnose
+
+    run_quantize(Request(model=str(tiny("llama", hidden_size=64)), scheme="gguf_nvfp4"), tmp_path / "out", quiet)
+    assert [f for f in diagnose(tmp_path / "out", None, None).findings if f.level == "fault"] == []
 
 
 def test_embeddings_get_no_nvfp4(tiny):
