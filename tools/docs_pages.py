@@ -189,7 +189,7 @@ def results(functions: list[Any]) -> list[type]:
 
 def default_of(option: Option) -> str:
     """A default value as it is written in --option."""
-    return str(option.default).lower() if isinstance(option.default, bool) else str(option.default)
+    return option.shown.lower() if isinstance(option.default, bool) else option.shown
 
 
 def allowed(option: Option) -> str:

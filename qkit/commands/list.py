@@ -53,7 +53,7 @@ def schemes() -> list[dict[str, Any]]:
 
 
 def _method(name: str, kind: str, what: str, options: Options) -> dict[str, Any]:
-    given = ", ".join(f"{k}={option.default}" for k, option in options.items())
+    given = ", ".join(f"{k}={option.shown}" for k, option in options.items())
     return {"method": name, "kind": kind, "what": what, "options": given}
 
 

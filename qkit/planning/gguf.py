@@ -17,6 +17,7 @@ from qkit.planning.recipe import SOURCE, Recipe, parse_end
 from qkit.planning.sizes import plain_bytes
 from qkit.tensor.formats import GGUF_FORMATS, fit_gguf, scheme
 from qkit.tensor.gguf_blocks import aligned, block_bytes
+from qkit.transforms.table import TRANSFORMS
 
 if TYPE_CHECKING:
     from qkit.planning.linear_plan import LinearPlan
@@ -57,10 +58,11 @@ def check_gguf(
             )
     if not asks_for_gguf(recipe):
         return
-    if transforms:
+    folded = next((t for t in transforms if TRANSFORMS[t].stage != "block"), None)
+    if folded is not None:
         raise UsageError(
-            f"method {recipe.method} and scheme {recipe.scheme}: {WHAT} is made by the methods rtn and gptq alone: use one of "
-            "them"
+            f"method {recipe.method} and scheme {recipe.scheme}: {folded} changes the model before it is quantized, which "
+            f"is not for {WHAT} yet: use rtn, gptq, gptq+signround or auto"
         )
     refused = {
         "--export": recipe.export is not None,

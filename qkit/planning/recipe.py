@@ -42,7 +42,7 @@ SOURCE = "source"  # as the format of an end: as the source stores it
 ROW = -1  # as a group size: one scale for each row
 AUTO = "auto"  # in a method: what comes in its place is found for every block (``qkit.engine.auto``)
 TRIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gptq": ("gptq", {"sweeps": 4}),
+    "gptq": ("gptq", {"sweeps": 4, "compensate": 0.0}),
     "gptq, compensate 0.5": ("gptq", {"sweeps": 4, "compensate": 0.5}),
     "awq+gptq": ("awq+gptq", {"sweeps": 4}),
     "smoothquant+gptq": ("smoothquant+gptq", {"sweeps": 4}),
@@ -162,7 +162,11 @@ class Recipe(BaseModel):
         elsewhere = {o for name in self._solvers - {solver} for o in _options_of(name, ())}
         options_known = _options_of(solver, transforms)
         options = {k: v for k, v in self.options.items() if k in options_known or k not in elsewhere}
-        return s, solver, check_options(solver, transforms, {**options, **(rule.options if rule else {})})
+        return (
+            s,
+            solver,
+            check_options(solver, transforms, {**options, **(rule.options if rule else {})}, s.weights.gguf),
+        )
 
     @property
     def _solvers(self) -> set[str]:
@@ -205,7 +209,7 @@ def trial_recipes(recipe: Recipe, not_language: bool) -> dict[str, Recipe]:
     for name, (method, options) in TRIES.items():
         has_transforms = bool(parse_method(method)[0])
         if (has_transforms and (not_language or "stats" in stages or base.weights.gguf)) or (
-            "compensate" in options and not_language
+            options.get("compensate") and not_language
         ):
             continue
         trial_method = "+".join(method if part == AUTO else part for part in method_parts)
@@ -267,11 +271,15 @@ def parse_method(method: str) -> tuple[tuple[str, ...], str]:
     return ordered, solvers[0] if solvers else "rtn"
 
 
-def check_options(solver: str, transforms: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """The options with the defaults of the solver and the transforms filled in. Raises UsageError for unknown names and for
-    values of another type or out of range."""
+def check_options(
+    solver: str, transforms: tuple[str, ...], options: dict[str, Any], gguf: bool = False
+) -> dict[str, Any]:
+    """The options with the defaults of the solver and the transforms filled in. gguf: for a type of GGUF.
+
+    Raises UsageError for unknown names and for values of another type or out of range.
+    """
     table = _options_of(solver, transforms)
-    filled = {name: option.default for name, option in table.items()}
+    filled = {name: o.default if o.gguf is None or not gguf else o.gguf for name, o in table.items()}
     for name, value in options.items():
         if name not in table:
             raise UsageError(

@@ -1,7 +1,8 @@
 """The learned parameters of one linear: rounding offsets and factors of its scales, which begin at a solver's codes.
 
 An offset is in units of the grid's spacing around a weight (1 for integers), so E2M1 is learned like integers. Scales are
-rounded to their dtype on disk whenever they are used.
+rounded to their dtype on disk whenever they are used. Of GGUF's types the minima stay those of the solver, and so do the
+super-scales of K types: a factor moves the integer that a group has under them.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from qkit.families.blocks import Linear
 from qkit.tensor import lowrank, sparse
+from qkit.tensor.block_params import nearest_integers, to_f16
 from qkit.tensor.input_transform import InputTransform
 from qkit.tensor.qtensor import (
-    Params,
     QTensor,
     code_range,
     codes_to_grid,
+    effective_minimum,
     effective_scale,
     grid_spacing,
     grid_to_codes,
@@ -62,10 +64,8 @@ class LearnedWeight:
     def cloned(self) -> LearnedWeight:
         """The linear with tensors that autograd accepts: those made in inference mode cannot be saved for a backward pass."""
         p = self.q.params
-        zero, shared = (None if t is None else t.clone() for t in (p.zero, p.global_scale))
-        return replace(
-            self, weight=self.weight.clone(), q=replace(self.q, params=Params(p.scale.clone(), zero, shared))
-        )
+        params = replace(p, **{name: t.clone() for name, t in vars(p).items() if t is not None})
+        return replace(self, weight=self.weight.clone(), q=replace(self.q, params=params))
 
     def begin(self) -> tuple[Tensor, Tensor]:
         """Offsets [R, C, n] and factors [R, C, 1] that give the solver's codes and scales."""
@@ -87,7 +87,9 @@ class LearnedWeight:
         """The dequantized weight for untransformed inputs, float32 [out, in]."""
         scale = self._scale(factor)
         grid = round_to_grid_(self._with_offset(self._grid_position(scale), offset), self.q.format)
-        weight = untile(self._above_zero_(grid).mul_(scale), self.q.format, self.q.shape)
+        values = self._above_zero_(grid).mul_(scale)
+        minimum = self._minimum()
+        weight = untile(values if minimum is None else values.add_(minimum), self.q.format, self.q.shape)
         return self.inputs.weight_back(weight if self.correction is None else weight + self.correction)
 
     def gradients(
@@ -121,21 +123,27 @@ class LearnedWeight:
 
     def _grid_position(self, scale: Tensor) -> Tensor:
         """Positions of the weights on the grid, [R, C, n]."""
-        zero = self.q.params.zero
-        position = tiles(self.weight, self.q.format) / scale
+        zero, minimum = self.q.params.zero, self._minimum()
+        values = tiles(self.weight, self.q.format)
+        position = (values if minimum is None else values - minimum) / scale
         return position if zero is None else position.add_(zero.float()[..., None])
 
     def _with_offset(self, grid_position: Tensor, offset: Tensor) -> Tensor:
         """Positions on the grid with offsets added, [R, C, n]."""
         return (
             grid_position + offset
-            if self.q.format.kind == "int"
+            if self.q.format.kind in ("int", "uint")
             else torch.addcmul(grid_position, offset, self._spacing(grid_position))
         )
 
     def _above_zero_(self, grid: Tensor) -> Tensor:
         """The grid positions minus the zero point, in place."""
         return grid if self.q.params.zero is None else grid.sub_(self.q.params.zero.float()[..., None])
+
+    def _minimum(self) -> Tensor | None:
+        """What is added to the scaled codes, [R, C, 1]; None for formats without it."""
+        minimum = effective_minimum(self.q.params)
+        return None if minimum is None else minimum[..., None]
 
     def _scale(self, factor: Tensor) -> Tensor:
         """Effective scales [R, C, 1] as the file will hold them."""
@@ -146,8 +154,12 @@ class LearnedWeight:
         scale = self.q.params.scale
         if scale.dtype == torch.uint8:  # exponents: a factor cannot reach the next one
             return scale
-        limits = torch.finfo(scale.dtype)
         scaled = scale.float() * factor[..., 0]
+        if self.q.params.super_scale is not None:
+            return nearest_integers(scaled, self.q.format)
+        if scale.dtype == torch.float16 and self.q.format.gguf:
+            return to_f16(scaled)
+        limits = torch.finfo(scale.dtype)
         return scaled.abs().clamp(limits.tiny, limits.max).copysign(scaled).to(scale.dtype)
 
 

@@ -86,11 +86,13 @@ SOLVERS: dict[str, Solver] = {
             "signed": SIGNED,
             "sweeps": Option(
                 default=0,
+                gguf=2,
                 summary="passes of coordinate descent afterwards, over scales and codes (arXiv 2309.01885)",
                 least=0,
             ),
             "compensate": Option(
                 default=0.0,
+                gguf=0.5,
                 summary="share of the input error, 0 to 1, that a layer compensates (arXiv 2504.02692)",
                 least=0,
                 most=1,

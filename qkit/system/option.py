@@ -12,16 +12,23 @@ from qkit.errors import UsageError
 class Option:
     """An option. A value has the type of the default; an integer is also accepted for a float.
 
+    gguf: the default for types of GGUF, where it is another
     least, most: range of a number, ends included; above: exclusive lower limit; choices: permitted names
     """
 
     default: Any
     summary: str
+    gguf: Any = None
     least: float | None = None
     above: float | None = None
     most: float | None = None
     choices: tuple[str, ...] = ()
     formerly: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The default, as tables show it."""
+        return f"{self.default}" if self.gguf is None else f"{self.default} (GGUF: {self.gguf})"
 
     def checked(self, name: str, value: Any) -> Any:
         """The value in the type of the default. Raises UsageError for another type or a value out of range."""

@@ -14,6 +14,9 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes by code; bit 3 of 
 # The values of IQ4_NL and IQ4_XS by code, as llama.cpp has them.
 NL4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
 _NL4_BETWEEN = tuple((a + b) / 2 for a, b in pairwise(NL4))  # multiples of a half, so that a table by halves is exact
+_NL4_CELLS = tuple(
+    b - a for a, b in pairwise((2 * NL4[0] - _NL4_BETWEEN[0], *_NL4_BETWEEN, 2 * NL4[-1] - _NL4_BETWEEN[-1]))
+)
 _NL4_CODES = tuple(bisect_left(_NL4_BETWEEN, half / 2) for half in range(int(2 * NL4[0]), int(2 * NL4[-1]) + 1))
 
 
@@ -55,11 +58,14 @@ def round_to_grid_(x: Tensor, fmt: Format) -> Tensor:
 def grid_spacing(x: Tensor, fmt: Format) -> Tensor:
     """Distance between neighbours on the code grid around x, in x's dtype; x: within the code range.
 
-    For floats it is a power of two (x with its mantissa cleared) times one step of the mantissa, down to the subnormal numbers
-    (E2M1: 0.5 below 2, 1 below 4, 2 above). Comparisons would give the same, but take twenty times as long.
+    Of IQ4_NL and IQ4_XS it is the width of the cell of numbers that x's code stands for. For floats it is a power of two (x
+    with its mantissa cleared) times one step of the mantissa, down to the subnormal numbers (E2M1: 0.5 below 2, 1 below 4,
+    2 above). Comparisons would give the same, but take twenty times as long.
     """
-    if fmt.kind == "int":
+    if fmt.kind in ("int", "uint"):
         return torch.ones((), dtype=x.dtype)
+    if fmt.kind == "nl4":
+        return torch.tensor(_NL4_CELLS, dtype=x.dtype, device=x.device)[_nl4_codes(x)]
     smallest, step = (1.0, 0.5) if fmt.kind == "fp4" else (2.0**-6, 2.0**-3)
     exponent = (x.to(torch.float32).view(torch.int32) & 0x7F800000).view(torch.float32)
     return exponent.clamp_(min=smallest).mul_(step).to(x.dtype)

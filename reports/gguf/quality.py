@@ -45,13 +45,18 @@ from qkit.workflows.quantize import open_structure
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1] / "tools"))
 from gguf_floats import as_floats  # noqa: E402
+
 WINDOW = 512
 QKIT, LLAMA = "qkit", "llama.cpp"
 # What is compared: who, how, and options.
 METHODS: dict[str, tuple[str, ...]] = {
     "rtn": ("--method", "rtn"),
     "gptq": ("--method", "gptq"),
-    "gptq sweeps=2 compensate=0.5": ("--method", "gptq", "--option", "sweeps=2", "--option", "compensate=0.5"),
+    "gptq sweeps=0 compensate=0": ("--method", "gptq", "--option", "sweeps=0", "--option", "compensate=0"),
+    "gptq+signround": (
+        *("--method", "gptq+signround", "--option", "loss_weighted=true", "--option", "e2e_steps=128"),
+        *("--synthetic-samples", "192"),
+    ),
 }
 RIVALS = ("plain", "imatrix")
 

@@ -136,7 +136,7 @@ def test_a_type_as_scheme_beside_a_budget_asks_for_types_of_gguf(run, tiny, smal
         (("--candidates", "q4_k,int4"), "Q4_K is a type of GGUF and W4A16 is not"),
         (("--candidates", "q4_k+0.5%"), "no sparse and no low-rank parts"),
         (("--candidates", "q4_k", "--group-size", 32), "have groups of their own"),
-        (("--candidates", "q4_k,q6_k", "--method", "rotate+gptq"), "made by the methods rtn and gptq alone"),
+        (("--candidates", "q4_k,q6_k", "--method", "rotate+gptq"), "rotate changes the model before it is quantized"),
         (("--candidates", "q4_k", "--export", "qkit"), "--export and scheme"),
         (("--scheme", "q4_k", "--candidates", "int4,int8"), "which are no types of GGUF"),
     ],

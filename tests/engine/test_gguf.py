@@ -81,7 +81,7 @@ def test_a_width_that_32_does_not_divide_stays_as_it_is(tiny):
         ({"method": "rotate+rtn"}, UsageError, "method rotate"),
         ({"group_size": 64}, UsageError, "--group-size"),
         ({"outliers": 1.0}, UsageError, "outliers"),
-        ({"method": "awq", "seqlen": 64}, UsageError, "made by the methods rtn and gptq alone"),
+        ({"method": "awq", "seqlen": 64}, UsageError, "awq changes the model before it is quantized"),
         ({"embeddings": "int8"}, UsageError, "expected a type of GGUF"),
     ],
     ids=["transform", "group", "outliers", "awq", "embeddings"],

@@ -20,13 +20,14 @@ from qkit.rounding.block import Settings, reconstruct
 from qkit.rounding.learned_weight import LearnedWeight
 from qkit.runtime.loading import load, load_tokenizer
 from qkit.system.parallel import Workers, workers
-from qkit.tensor.formats import FORMATS, Format
+from qkit.tensor.formats import FORMATS, GGUF_FORMATS, Format
 from qkit.tensor.input_transform import PLAIN, InputTransform
 from qkit.tensor.qtensor import (
     QTensor,
     code_range,
     codes_to_grid,
     dequantize,
+    effective_minimum,
     effective_scale,
     find_params,
     grid_spacing,
@@ -40,10 +41,12 @@ from qkit.tensor.sparse import split
 from qkit.workflows.quantize import Request, prepare, quantize
 
 NAMES = ("int2", "int3", "int4", "int8", "int4_asym", "nvfp4", "mxfp4", "fp8")
-ALL = [FORMATS[n] for n in NAMES if n in FORMATS]
+ALL = [*(FORMATS[n] for n in NAMES if n in FORMATS), *GGUF_FORMATS.values()]
+SHAPE = (24, 256)  # a super-block wide
+INPUTS = [PLAIN, InputTransform(torch.linspace(0.5, 2, SHAPE[1]), 128)]
 
 
-def weight(seed: int = 0, shape: tuple[int, int] = (24, 128)) -> Tensor:
+def weight(seed: int = 0, shape: tuple[int, int] = SHAPE) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -56,9 +59,10 @@ def moved(q: QTensor, seed: int = 1) -> QTensor:
         order = grid.unique()
         at = torch.bucketize(values, order)
         other = order[(at + 1).clamp_max(len(order) - 1)]
-    elif q.format.kind == "int":
-        low, high = -(2 ** (q.format.bits - 1)), 2 ** (q.format.bits - 1) - 1
-        other = (values + 1).clamp(low, high)
+    elif q.format.kind in ("int", "uint"):
+        other = (values + 1).clamp(*code_range(q.format))
+    elif q.format.kind == "nl4":
+        other = codes_to_grid((q.codes + 1).clamp_max(15), q.format)
     else:
         other = (values * 1.125).to(torch.float8_e4m3fn).float()
     return QTensor(grid_to_codes(torch.where(chosen, other, values), q.format), q.params, q.format)
@@ -69,10 +73,10 @@ def solved(fmt: Format, w: Tensor) -> QTensor:
 
 
 @pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.name)
-@pytest.mark.parametrize("inputs", [PLAIN, InputTransform(torch.linspace(0.5, 2, 128), 128)], ids=["plain", "turned"])
+@pytest.mark.parametrize("inputs", INPUTS, ids=["plain", "turned"])
 def test_it_begins_where_the_solver_ended(fmt: Format, inputs: InputTransform) -> None:
     q = solved(fmt, inputs.weight(weight()))
-    x = LearnedWeight(Linear(name="a", param="a.weight", shape=(24, 128)), inputs.weight(weight()), q, inputs)
+    x = LearnedWeight(Linear(name="a", param="a.weight", shape=SHAPE), inputs.weight(weight()), q, inputs)
     begun = x.begin()
     torch.testing.assert_close(x.dense(*begun), inputs.weight_back(dequantize(q)), rtol=1e-5, atol=1e-6)
     found = x.finish(*begun)
@@ -91,18 +95,20 @@ def plainly(x: LearnedWeight, offset: Tensor, factor: Tensor) -> Tensor:
     stored = effective_scale(x.finish(offset.detach(), factor.detach()).params, x.q.format)[..., None]
     scale = base * factor + (stored - base * factor).detach()
     zero = 0.0 if x.q.params.zero is None else x.q.params.zero.float()[..., None]
-    place = tiles(x.weight, x.q.format) / scale + zero
+    minimum = effective_minimum(x.q.params)
+    below = 0.0 if minimum is None else minimum[..., None]
+    place = (tiles(x.weight, x.q.format) - below) / scale + zero
     moved = (place + offset * grid_spacing(place.detach().clamp(low, high), x.q.format)).clamp(low, high)
     grid = moved + (round_to_grid(moved.detach(), x.q.format) - moved).detach() - zero
-    return x.inputs.weight_back(untile(grid * scale, x.q.format, x.q.shape))
+    return x.inputs.weight_back(untile(grid * scale + below, x.q.format, x.q.shape))
 
 
 @pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.name)
-@pytest.mark.parametrize("inputs", [PLAIN, InputTransform(torch.linspace(0.5, 2, 128), 128)], ids=["plain", "turned"])
+@pytest.mark.parametrize("inputs", INPUTS, ids=["plain", "turned"])
 def test_slopes_are_the_gradients(fmt: Format, inputs: InputTransform) -> None:
     """Up to what they are multiplied by, which is above zero and the same for a tile."""
     x = LearnedWeight(
-        Linear(name="a", param="a.weight", shape=(24, 128)),
+        Linear(name="a", param="a.weight", shape=SHAPE),
         inputs.weight(weight()),
         solved(fmt, inputs.weight(weight())),
         inputs,
@@ -111,7 +117,7 @@ def test_slopes_are_the_gradients(fmt: Format, inputs: InputTransform) -> None:
     made = torch.Generator().manual_seed(3)
     offset += 0.3 * (torch.rand(offset.shape, generator=made) - 0.5)
     factor *= 1 + 0.2 * (torch.rand(factor.shape, generator=made) - 0.5)
-    slope = torch.randn(24, 128, generator=made)
+    slope = torch.randn(*SHAPE, generator=made)
     leaves = offset.clone().requires_grad_(), factor.clone().requires_grad_()
     dense = plainly(x, *leaves)
     torch.testing.assert_close(x.dense(offset, factor), dense.detach(), rtol=1e-5, atol=1e-6)
@@ -128,7 +134,7 @@ def test_a_sparse_part_stays() -> None:
     w, fmt = weight(), FORMATS["int3"].with_group(32)
     dense, sparse = split(w, 40, torch.bfloat16)
     q = replace(solved(fmt, dense), sparse=sparse)
-    x = LearnedWeight.of(Linear(name="a", param="a.weight", shape=(24, 128)), w, q, PLAIN)
+    x = LearnedWeight.of(Linear(name="a", param="a.weight", shape=SHAPE), w, q, PLAIN)
     begun = x.begin()
     torch.testing.assert_close(x.dense(*begun), dequantize(q), rtol=1e-5, atol=1e-6)
     assert float(begun[0].abs().max()) < 2 and torch.equal(dequantize(x.finish(*begun)), dequantize(q))
@@ -153,7 +159,11 @@ class Toy(nn.Module):
         return hidden + self.down(nn.functional.silu(self.up(hidden)))
 
 
-@pytest.mark.parametrize("fmt", [FORMATS["int3"].with_group(32), FORMATS["nvfp4"]], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "fmt",
+    [FORMATS["int3"].with_group(32), FORMATS["nvfp4"], *map(GGUF_FORMATS.get, ("iq4_nl", "q4_1"))],
+    ids=lambda f: f.name,
+)
 def test_a_block_comes_closer_to_what_it_gave(fmt: Format, tmp_path) -> None:
     """On rows that nothing was learned from; the same again is the same; no step is worse than the solver's result."""
     torch.manual_seed(0)
