@@ -343,9 +343,7 @@ class _Scales:
         """
         assert factor.diagonal is not None and factor.pull is not None
         params = self.params()
-        if self.task.fmt.gguf:  # those of MXFP4 and NVFP4 are powers of two and FP8, and stay
-            if self.task.fmt.scale in ("e8m0", "e4m3"):
-                return
+        if self.task.fmt.gguf and self.task.fmt.scale in ("f16", "super"):  # others are powers of two and FP8, and stay
             self._refit_gguf(params, errors, codes, factor)
             return
         if self.fixed is None:

@@ -1,10 +1,9 @@
 """Results in GGUF: written, proved, loaded, refused, and run by llama.cpp where an environment with it is named."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
+import in_llama_cpp
 import pytest
 import tiny_models
 import torch
@@ -20,8 +19,6 @@ from qkit.workflows.quantize import Request, prepare
 from qkit.workflows.quantize import quantize as run_quantize
 
 pytest.importorskip("conversion", reason="llama.cpp's converter is not installed: pip install 'qkit[gguf]'")
-LLAMA = os.environ.get("QKIT_LLAMA_PYTHON")
-WORKER = Path(__file__).parents[2] / "tools" / "llama_logits.py"
 
 
 def _made(model: Path, out: Path, scheme: str = "q4_0", **fields: object) -> Path:
@@ -134,7 +131,7 @@ def test_gptq_is_nearer_to_the_original_than_rounding(calib, tmp_path):
     assert kl[1] < kl[0]
 
 
-@pytest.mark.skipif(LLAMA is None, reason="QKIT_LLAMA_PYTHON names no interpreter with xllamacpp")
+@in_llama_cpp.needed
 @pytest.mark.parametrize(
     ("family", "scheme", "changes"),
     [
@@ -148,13 +145,5 @@ def test_gptq_is_nearer_to_the_original_than_rounding(calib, tmp_path):
 )
 def test_llama_cpp_computes_what_qkit_computes(tiny, tmp_path, family, scheme, changes):
     out = _made(tiny(family, **changes), tmp_path / "out", scheme)
-    tokens = tiny_models.tokens(2, 48)
-    (tmp_path / "tokens.json").write_text(json.dumps(tokens.tolist()))
-    command = [str(LLAMA), str(WORKER), str(out / MODEL), str(tmp_path / "tokens.json")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    found = torch.tensor(json.loads(ran.stdout)["nll"])
-    logits = torch.log_softmax(tiny_models.logits(qkit.load(out, dtype=torch.float32), tokens), -1)
-    wanted = -logits[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
     # llama.cpp rounds inputs to 8 bits; a wrong order of rows, or a norm in the wrong place, makes an error of order one.
-    assert float((found - wanted).norm() / (wanted - wanted.mean()).norm()) < 0.05
+    assert in_llama_cpp.error(*in_llama_cpp.likelihoods(out, tiny_models.tokens(2, 48), tmp_path)) < 0.05

@@ -1,18 +1,16 @@
 """GGUF beyond Llama: stacks of experts, shifted norms, transposed and split tensors, and no code of a model's folder."""
 
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
+import in_llama_cpp
 import numpy as np
 import pytest
 import tiny_models
 import torch
 from conftest import Quiet
 
-import qkit
 from qkit.errors import Unsupported, UsageError
 from qkit.families.structure import ModelStructure
 from qkit.files.checkpoint import Checkpoint
@@ -24,8 +22,6 @@ from qkit.workflows.quantize import Request, prepare
 from qkit.workflows.quantize import quantize as run_quantize
 
 pytest.importorskip("conversion", reason="llama.cpp's converter is not installed: pip install 'qkit[gguf]'")
-LLAMA = os.environ.get("QKIT_LLAMA_PYTHON")
-TOOLS = Path(__file__).parents[2] / "tools"
 # Options with which llama.cpp computes what transformers does, and widths that 32 divides.
 OPTIONS = {
     "gemma3": {"query_pre_attn_scalar": 16, "layer_types": ["sliding_attention"] * 2, "sliding_window": 32},
@@ -34,6 +30,7 @@ OPTIONS = {
     "gpt_neox": {"intermediate_size": 256},
     "phi3": {},
 }
+ROUTED = ("qwen3_moe", "mixtral")  # to experts
 
 
 def _made(model: Path, out: Path, scheme: str = "q4_0", **fields: object) -> Path:
@@ -160,7 +157,7 @@ def test_values_that_the_file_has_as_exponentials_are_read_back(tmp_path):
     assert torch.allclose(Checkpoint.open(out).read(name), original, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(LLAMA is None, reason="QKIT_LLAMA_PYTHON names no interpreter with xllamacpp")
+@in_llama_cpp.needed
 @pytest.mark.parametrize("family", list(OPTIONS))
 def test_llama_cpp_computes_what_qkit_computes_for(tiny, tmp_path, family):
     from gguf_floats import as_floats
@@ -169,13 +166,8 @@ def test_llama_cpp_computes_what_qkit_computes_for(tiny, tmp_path, family):
     source = shutil.copytree(tiny(family, **OPTIONS[family]), tmp_path / "model")
     out = _made(source, tmp_path / "out", "q8_0")
     as_floats(out / MODEL, tmp_path / "floats.gguf")
-    tokens = tiny_models.tokens(2, 24)
-    (tmp_path / "tokens.json").write_text(json.dumps(tokens.tolist()))
-    command = [str(LLAMA), str(TOOLS / "llama_logits.py"), str(tmp_path / "floats.gguf"), str(tmp_path / "tokens.json")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    found = torch.tensor(json.loads(ran.stdout)["nll"])
-    logits = torch.log_softmax(tiny_models.logits(qkit.load(out, dtype=torch.float32), tokens), -1)
-    wanted = -logits[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    found, wanted = in_llama_cpp.likelihoods(out, tiny_models.tokens(2, 24), tmp_path, tmp_path / "floats.gguf")
     # The same numbers, and no rounding of inputs. A router near a tie chooses another expert for some token, never for half.
     assert float((found - wanted).abs().median() / wanted.std()) < 0.005
+    if family not in ROUTED:
+        assert in_llama_cpp.error(found, wanted) < 0.01

@@ -1,10 +1,6 @@
 """MXFP4 and NVFP4 as types of GGUF: packed as ggml has them, proved, loaded, and run by llama.cpp where one is named."""
 
-import json
-import os
-import subprocess
-from pathlib import Path
-
+import in_llama_cpp
 import numpy as np
 import pytest
 import tiny_models
@@ -24,8 +20,6 @@ from qkit.workflows.quantize import Request, prepare
 from qkit.workflows.quantize import quantize as run_quantize
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'qkit[gguf]'")
-LLAMA = os.environ.get("QKIT_LLAMA_PYTHON")
-WORKER = Path(__file__).parents[2] / "tools" / "llama_logits.py"
 NAMES = ("gguf_mxfp4", "gguf_nvfp4")
 UP = "model.layers.0.mlp.up_proj"
 
@@ -127,16 +121,8 @@ def test_embeddings_get_no_nvfp4(tiny):
     assert {p.scheme for p in plan.ends.values()} == {"Q8_0"}
 
 
-@pytest.mark.skipif(LLAMA is None, reason="QKIT_LLAMA_PYTHON names no interpreter with xllamacpp")
+@in_llama_cpp.needed
 def test_llama_cpp_computes_what_qkit_computes(made, tmp_path):
     _, _, out = made
-    tokens = tiny_models.tokens(2, 48)
-    (tmp_path / "tokens.json").write_text(json.dumps(tokens.tolist()))
-    command = [str(LLAMA), str(WORKER), str(out / MODEL), str(tmp_path / "tokens.json")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    found = torch.tensor(json.loads(ran.stdout)["nll"])
-    logits = torch.log_softmax(tiny_models.logits(qkit.load(out, dtype=torch.float32), tokens), -1)
-    wanted = -logits[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
     # llama.cpp rounds inputs to 8 bits; a scale that it does not apply makes an error of order one.
-    assert float((found - wanted).norm() / (wanted - wanted.mean()).norm()) < 0.05
+    assert in_llama_cpp.error(*in_llama_cpp.likelihoods(out, tiny_models.tokens(2, 48), tmp_path)) < 0.05

@@ -41,7 +41,7 @@ def error(t: Task, qtensors, h: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("order", ["none", "activation"])
-@pytest.mark.parametrize("fmt", REFITTED.values(), ids=REFITTED)
+@pytest.mark.parametrize("fmt", GGUF_FORMATS.values(), ids=GGUF_FORMATS)
 def test_no_sweep_over_a_type_of_gguf_makes_the_error_larger(fmt, order):
     errors = []
     for sweeps in (0, 1, 3):
