@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qkit.verification.engine_types import OWN, PLATFORMS, TABLE, EngineFit, ModelFacts
-from qkit.verification.engines import STOCK, STOCK_TABLE
+from qkit.verification.engine_types import OWN, PLATFORMS, STOCK_TABLE, VLLM_TABLE, EngineFit, ModelFacts
+from qkit.verification.engines import STOCK
 from qkit.verification.vllm_fit import CPU_TOO, NO_CPU, SPLIT, VLLM
 from qkit.verification.vllm_table import CPU, NumberFormat
 
 LAYOUTS = ("gptq", "awq", "modelopt")
-_VLLM_TABLE = TABLE.format("vLLM 0.32")
 _GPTQMODEL = "needs the packages gptqmodel and optimum"
 _LISTED = (32, 64, 128, None)
 
@@ -47,11 +46,11 @@ def _vllm(
         return _refused(f"of GPTQ it loads {stored} alone")
     name, limits = _loaded(weights, activations, method, facts)
     on_cpu = NO_CPU not in limits
-    return EngineFit(VLLM, name, limits, _VLLM_TABLE, tuple(p for p in PLATFORMS if p != CPU or on_cpu))
+    return EngineFit(VLLM, name, limits, VLLM_TABLE, tuple(p for p in PLATFORMS if p != CPU or on_cpu))
 
 
 def _refused(why: str) -> EngineFit:
-    return EngineFit(VLLM, None, (why,), _VLLM_TABLE)
+    return EngineFit(VLLM, None, (why,), VLLM_TABLE)
 
 
 def _loaded(
