@@ -214,6 +214,12 @@ def test_eval_takes_every_likelihood_from_the_engine(packed, run, tmp_path):
     found = json.loads((tmp_path / "eval.json").read_text())
     assert code == 0, err
     assert "by vLLM 9.9" in said and found["engine"]["kernels"] == {"WNA16: K": 1}
+    engine = {key: found["engine"][key] for key in ("name", "version", "python", "dtype", "cache", "context")}
+    assert engine == {
+        **{"name": "vLLM", "version": "9.9", "python": str(python), "dtype": "bfloat16"},
+        **{"cache": "bfloat16", "context": 5},  # a token after each window of four
+    }
+    assert "KV cache bfloat16, texts of up to 5 tokens" in said
     assert found["texts"]["evaluation"]["perplexity"] == pytest.approx(float(nll.mean().exp()))
     assert (found["window"], found["texts"]["evaluation"]["windows"]) == (4, 2)
 
