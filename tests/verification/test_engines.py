@@ -26,7 +26,7 @@ def vllm(scheme: str, packing: str, **changes: object) -> EngineFit:
         ("W4A16_ASYM", "pack-quantized", "WNA16", "Marlin (sm90: Machete)"),
         ("W3A16_ASYM", "pack-quantized", "WNA16", "Humming"),
         ("W3A16", "pack-quantized", "WNA16", "no kernel for CPUs"),
-        ("W4A8", "pack-quantized", "WNA8Int", "on CPUs inputs stay in 16 bits"),
+        ("W4A8", "pack-quantized", "WNA8Int", "on CPUs without AMX inputs stay in 16 bits"),
         ("W4A8", "int-quantized", "W4A8Int", "legacy"),
         ("W4A8-FP8", "pack-quantized", "W4A8Fp8", "not on sm75, sm80, sm86, sm89, sm100, sm120"),
         ("W8A8", "int-quantized", "W8A8Int8", ""),
