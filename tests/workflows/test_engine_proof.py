@@ -1,6 +1,7 @@
 """The judgement of an engine by the noise of the file, the layers that it ran, and the command."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -204,6 +205,17 @@ def test_verify_judges_what_an_engine_gave(packed, run, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert code == 4 and "vLLM 9.9 does NOT compute what qkit computes of this file: mean difference 0.5" in err
     assert not report["ok"] and not report["engine_proof"]["ok"]
+
+
+def test_a_folder_of_another_tool_is_run_and_no_more(packed, run, tmp_path):
+    own = log_probabilities(load_model(packed, torch.float32), proof_texts(load_texts_tokenizer(packed)))
+    other = shutil.copytree(packed, tmp_path / "other")
+    (other / "qkit.json").unlink()
+    code, said, err = run("verify", other)
+    assert code == 4 and "another tool wrote this folder, which 'qkit doctor' is for" in err
+    assert "written before qkit" not in said
+    code, said, err = run("verify", other, "--engine", "vllm", "--python", interpreter(tmp_path, own + 0.001))
+    assert code == 0 and "no qkit.json beside it, so its bytes were not checked" in said and "agrees with qkit" in said
 
 
 def test_eval_takes_every_likelihood_from_the_engine(packed, run, tmp_path):
