@@ -45,7 +45,7 @@ def _vllm(
         stored = "files without zero points" if weights.bits in (4, 8) else "4 and 8 bits"
         return _refused(f"of GPTQ it loads {stored} alone")
     if method == "gptq" and weights.group not in _LISTED:
-        return _refused(f"of GPTQ {_GROUPS}")
+        return _refused(_GROUPS)
     # The same layers, kernels and limits as in compressed-tensors, under another class.
     fit = vllm_fit(weights, None, "pack-quantized", facts)
     if fit.loads_as is None:

@@ -149,7 +149,7 @@ def test_every_scheme_of_qkit_is_in_the_table_on_every_kind_of_gpu():
         ("gptq", "W8A16", 128, "AutoGPTQLinearMethod", "no kernel for CPUs"),
         ("awq", "W4A16_ASYM", 128, "AutoAWQMarlinLinearMethod", "runs on GPUs with Marlin (sm90: Machete)"),
         ("awq", "W4A16_ASYM", 16, "AutoAWQLinearMethod", "runs on GPUs with its own AWQ kernels"),
-        ("gptq", "W4A16", 16, None, "of GPTQ Marlin takes groups of 32, 64, 128"),
+        ("gptq", "W4A16", 16, None, "Marlin takes groups of 32, 64, 128"),
         ("gptq", "W3A16", 128, None, "4 and 8 bits alone"),
     ],
 )
