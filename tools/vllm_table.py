@@ -3,7 +3,8 @@
 python tools/vllm_table.py --python VENV/bin/python --base MODEL --work DIR
 
 --python: an interpreter with vLLM (a build for CPUs does, best with humming-kernels beside it); --base: the folder of a model
-with experts, whose config.json is all that is read. Answers of each kind of GPU go to DIR first, so that a stopped run goes on.
+with experts, whose config.json is all that is read. Use a CPU without AMX: what is selected for "cpu" depends on it. Answers
+of each kind of GPU go to DIR first, so that a stopped run goes on.
 
 Every question is one layer [N, K] that vLLM makes without values. What kernels ask of shapes is which powers of two divide
 them, so N and K are odd multiples of powers of two, and one rule stands for all shapes of one answer: {"n": 128, "k": 64} is

@@ -88,6 +88,8 @@ def show_allocation(budgeted: BudgetAllocation, console: Console) -> None:
             size = sum(u.choices[name].bytes for u in units)
             table.add_row(name, str(linears), f"{weights / 1e6:.2f}", megabytes(size))
     print_wide(console, table)
+    method = profile.request["method"]
+    console.print(Text(f"costs: profile {budgeted.folder}, measured with method {method}"), soft_wrap=True)
     most = "" if a.limit is None else f" of {a.limit:,}"
     console.print(
         f"{a.bytes:,}{most} bytes for the layers, {mean_bits(profile, a.bytes):.3f} bits a weight; predicted {a.measure} "

@@ -25,6 +25,7 @@ def show_coverage(prepared: PreparedRequest, console: Console, selected: Selecte
     from qkit.engine.parts import recorded_notes
     from qkit.families.pruned import PrunedStructure, whole_of
     from qkit.files.sources.opening import encodings
+    from qkit.planning.engine_rules import unloaded_warning
     from qkit.planning.fused_layers import engine_rows_of
     from qkit.planning.methods import method_notes
     from qkit.workflows.quantize import coverage
@@ -85,8 +86,12 @@ def show_coverage(prepared: PreparedRequest, console: Console, selected: Selecte
         f"{done['quantized']} linears quantized, {done['skipped']} skipped; tensors: {megabytes(plan.source_bytes)} before, "
         f"{megabytes(plan.packed_bytes)} after ({plan.packed_bytes / plan.source_bytes:.3f}x)"
     )
-    for line in engine_lines(engine_rows_of(plan, prepared.structure, selected)):
+    lines = engine_lines(engine_rows_of(plan, prepared.structure, selected))
+    for line in lines:
         console.print(Text(str(line)))
+    warning = unloaded_warning(plan, prepared.structure, lines)
+    if warning is not None:
+        console.print(Text(f"warning: {warning}"), soft_wrap=True)
 
 
 def _show_copied(prepared: PreparedRequest, console: Console) -> None:

@@ -53,6 +53,7 @@ def show_engine(run: Mapping[str, Any], console: Console) -> None:
     """Prints which engine ran a model, and what ran its layers."""
     seconds = ", ".join(f"{what} {time:.0f} s" for what, time in run["seconds"].items())
     cache = f", KV cache {run['cache']}" if run.get("cache") else ""
+    cache += f", texts of up to {run['context']} tokens" if "context" in run else ""
     about = f"by {run['name']} {run['version']}, {run['device']}, {run['dtype']}{cache} ({seconds})"
     console.print(Text(printable(about)), soft_wrap=True)
     if run["kernels"]:

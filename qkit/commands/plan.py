@@ -60,8 +60,8 @@ def show_forecast(prepared: PreparedRequest, console: Console) -> None:
     runs = f"blocks run in {prepared.plan.run_dtype}; " if prepared.plan.calibration else ""
     phases = ", ".join(f"{p['phase']} {p['share']:.0%}" for p in f.to_json()["time_dominating"][:3])
     console.print(
-        f"forecast: output {megabytes(f.packed_bytes)}, job folder {megabytes(f.job_bytes)}, peak memory "
-        f"{megabytes(f.peak_memory)}; {runs}time goes to: {phases}"
+        f"forecast for method {prepared.plan.recipe['method']}: output {megabytes(f.packed_bytes)}, job folder "
+        f"{megabytes(f.job_bytes)}, peak memory {megabytes(f.peak_memory)}; {runs}time goes to: {phases}"
     )
     if f.trial_memory:
         console.print(

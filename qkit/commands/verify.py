@@ -136,10 +136,11 @@ def verify_command(
     file = gguf_file(out, engine)
     if chosen is not None:
         require_engine(ENGINES[chosen[0]], chosen[1])  # seen at once, and reading all bytes may take long
-    if file is not None and not (out / RECORD).is_file():
-        # A GGUF file that lies by itself has no record: there the engine is all that is asked.
+    foreign = out.is_dir() and gpu is None and chosen is not None and (out / "config.json").is_file()
+    if (file is not None or foreign) and not (out / RECORD).is_file():
+        # What another tool wrote has no record: there the engine is all that is asked.
         report = Report(notes=[UNRECORDED])
-        console.print(Text(f"note: {file}: {UNRECORDED}"), soft_wrap=True)
+        console.print(Text(f"note: {file or out}: {UNRECORDED}"), soft_wrap=True)
     else:
         report = verify(out, job, source)
         if report.engines and (gpu is not None or tp > 1):

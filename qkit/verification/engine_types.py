@@ -11,6 +11,7 @@ from qkit.verification.vllm_table import CPU, GPUS, Choice
 RUN = "run"  # the file was run in the engine
 SELECTED = "selected by the engine's code"
 TABLE = "from a table ({})"  # of an engine and its version
+VLLM_TABLE, STOCK_TABLE = TABLE.format("vLLM 0.32"), TABLE.format("transformers 5.24")
 OWN = "qkit's own reader"
 PLATFORMS = (*GPUS, CPU)
 
@@ -27,7 +28,7 @@ class EngineFit:
     engine: str
     loads_as: str | None
     limits: tuple[str, ...]
-    known: str = ""
+    known: str
     platforms: tuple[str, ...] = ()
     kernels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 

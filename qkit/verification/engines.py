@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qkit.verification.engine_types import OWN, TABLE, EngineFit, ModelFacts, Selected
+from qkit.verification.engine_types import OWN, STOCK_TABLE, VLLM_TABLE, EngineFit, ModelFacts, Selected
 from qkit.verification.vllm_fit import VLLM, vllm_fit
 from qkit.verification.vllm_table import NumberFormat
 
 STOCK = "transformers + compressed-tensors"
-STOCK_TABLE = TABLE.format("transformers 5.24")
 _NOTHING = ModelFacts()
 
 
@@ -87,7 +86,7 @@ def engine_fits(
     if method != "compressed-tensors":
         unknown_method = (f"it does not know quant_method '{method}'",)
         return [
-            EngineFit(VLLM, None, unknown_method, TABLE.format("vLLM 0.32")),
+            EngineFit(VLLM, None, unknown_method, VLLM_TABLE),
             EngineFit(STOCK, None, (*unknown_method, "'import qkit' teaches it to transformers"), STOCK_TABLE),
             qkit_fit,
         ]

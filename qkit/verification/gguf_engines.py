@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from qkit.verification.engine_types import OWN, STOCK_TABLE, TABLE, VLLM_TABLE
 from qkit.verification.model_engines import EngineRow
 
 PACKING = "GGUF"
@@ -18,11 +19,11 @@ def gguf_rows(names: Iterable[str]) -> list[EngineRow]:
     types = [name.upper().removeprefix(_PREFIX) for name in names]
     unread = _UNREAD in types
     refusal = f"transformers 5.24 does not decode {_UNREAD}"
-    fits: list[tuple[str, str | None, str]] = [
-        ("llama.cpp", "a GGUF file", _ROUNDS),
-        ("transformers", None if unread else "float weights", refusal if unread else _DECODES),
-        ("vLLM", None, "vLLM 0.32 reads no GGUF files"),
-        ("qkit", "qkit.load", "float32 weights"),
+    fits: list[tuple[str, str | None, str, str]] = [
+        ("llama.cpp", "a GGUF file", _ROUNDS, TABLE.format("llama.cpp")),
+        ("transformers", None if unread else "float weights", refusal if unread else _DECODES, STOCK_TABLE),
+        ("vLLM", None, "vLLM 0.32 reads no GGUF files", VLLM_TABLE),
+        ("qkit", "qkit.load", "float32 weights", OWN),
     ]
     return [
         EngineRow(
@@ -33,6 +34,7 @@ def gguf_rows(names: Iterable[str]) -> list[EngineRow]:
             engine=engine,
             loads_as=loads_as,
             limits=(limit,),
+            known=known,
         )
-        for engine, loads_as, limit in fits
+        for engine, loads_as, limit, known in fits
     ]

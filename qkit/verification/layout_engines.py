@@ -1,22 +1,24 @@
 """Which engine loads GPTQ, AWQ and ModelOpt: a static table, as ``engines`` has one for compressed-tensors.
 
 The vLLM rows restate its classes ``AutoGPTQConfig``, ``AutoAWQConfig`` and ``ModelOpt*Config`` of version 0.32, of which the
-first two were run on CPUs; transformers 5.24 loads GPTQ and AWQ with the package gptqmodel, and has no class for ModelOpt.
+first two were run on CPUs. Both hand their layers to the chooser of kernels that compressed-tensors asks (its
+``choose_mp_linear_kernel``, and ``select_wna16_moe_backend`` for experts), so the table of the latter names their kernels.
+transformers 5.24 loads GPTQ and AWQ with the package gptqmodel, and has no class for ModelOpt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 
-from qkit.verification.engine_types import OWN, PLATFORMS, TABLE, EngineFit, ModelFacts
-from qkit.verification.engines import STOCK, STOCK_TABLE
-from qkit.verification.vllm_fit import CPU_TOO, NO_CPU, SPLIT, VLLM
+from qkit.verification.engine_types import OWN, STOCK_TABLE, VLLM_TABLE, EngineFit, ModelFacts
+from qkit.verification.engines import STOCK
+from qkit.verification.vllm_fit import CPU_TOO, NO_CPU, SPLIT, VLLM, vllm_fit
 from qkit.verification.vllm_table import CPU, NumberFormat
 
 LAYOUTS = ("gptq", "awq", "modelopt")
-_VLLM_TABLE = TABLE.format("vLLM 0.32")
 _GPTQMODEL = "needs the packages gptqmodel and optimum"
 _LISTED = (32, 64, 128, None)
+_GROUPS = "Marlin takes groups of 32, 64, 128 and whole channels alone"
 
 
 def layout_fits(
@@ -37,39 +39,49 @@ def layout_fits(
 def _vllm(
     weights: NumberFormat, activations: NumberFormat | None, packing: str, method: str, facts: ModelFacts
 ) -> EngineFit:
+    if method == "modelopt":
+        return _modelopt(weights, activations, facts)
+    if method == "gptq" and (weights.bits not in (4, 8) or packing == "gptq_v2"):
+        stored = "files without zero points" if weights.bits in (4, 8) else "4 and 8 bits"
+        return _refused(f"of GPTQ it loads {stored} alone")
+    if method == "gptq" and weights.group not in _LISTED:
+        return _refused(_GROUPS)
+    # The same layers, kernels and limits as in compressed-tensors, under another class.
+    fit = vllm_fit(weights, None, "pack-quantized", facts)
+    if fit.loads_as is None:
+        return fit
+    if weights.group not in _LISTED:
+        return _own_kernels(fit, facts)
+    name = {"gptq": "AutoGPTQ{}Method", "awq": "AutoAWQ{}Method"}[method]
+    kind = "MoE" if facts.experts else "Linear" if method == "gptq" else "MarlinLinear"
+    return replace(fit, loads_as=name.format(kind), limits=tuple(x for x in fit.limits if ": loads as " not in x))
+
+
+def _own_kernels(fit: EngineFit, facts: ModelFacts) -> EngineFit:
+    """AWQ in groups that Marlin does not take. fit: what the table says of such groups, which holds for CPUs"""
+    gpus = tuple(p for p in facts.platforms if p != CPU)
+    on_cpu = (CPU,) if CPU in fit.platforms else ()
+    runs = f"runs on GPUs with its own AWQ kernels: {_GROUPS}"
+    limits = (runs, *(x for x in fit.limits if x in (CPU_TOO, NO_CPU, SPLIT)))
+    kernels = {
+        p: {"AutoAWQLinearMethod": sum(fit.kernels[p].values())} if p in gpus else fit.kernels[p] for p in fit.kernels
+    }
+    return replace(fit, loads_as="AutoAWQLinearMethod", limits=limits, platforms=(*gpus, *on_cpu), kernels=kernels)
+
+
+def _modelopt(weights: NumberFormat, activations: NumberFormat | None, facts: ModelFacts) -> EngineFit:
     if facts.torn:
         return _refused(f"it loads {facts.torn} as one, and their formats differ")
     if facts.torn_experts:
         why = f"it runs the experts of a layer as one product, and those of {facts.torn_experts} have several formats"
         return _refused(why)
-    if method == "gptq" and (weights.bits not in (4, 8) or packing == "gptq_v2"):
-        stored = "files without zero points" if weights.bits in (4, 8) else "4 and 8 bits"
-        return _refused(f"of GPTQ it loads {stored} alone")
-    name, limits = _loaded(weights, activations, method, facts)
-    on_cpu = NO_CPU not in limits
-    return EngineFit(VLLM, name, limits, _VLLM_TABLE, tuple(p for p in PLATFORMS if p != CPU or on_cpu))
+    kind = "NVFP4" if weights.kind == "fp4" else "MXFP8" if weights.scale == "e8m0" else "FP8"
+    name = f"ModelOptLinearMethod ({kind}{'' if activations else ', weights alone'})"
+    return EngineFit(VLLM, name, (NO_CPU,), VLLM_TABLE, tuple(p for p in facts.platforms if p != CPU))
 
 
 def _refused(why: str) -> EngineFit:
-    return EngineFit(VLLM, None, (why,), _VLLM_TABLE)
-
-
-def _loaded(
-    weights: NumberFormat, activations: NumberFormat | None, method: str, facts: ModelFacts
-) -> tuple[str, tuple[str, ...]]:
-    if method == "modelopt":
-        kind = "NVFP4" if weights.kind == "fp4" else "MXFP8" if weights.scale == "e8m0" else "FP8"
-        return f"ModelOptLinearMethod ({kind}{'' if activations else ', weights alone'})", (NO_CPU,)
-    name = "AutoGPTQLinearMethod" if method == "gptq" else "AutoAWQMarlinLinearMethod"
-    return name, tuple(_limits(weights, facts))
-
-
-def _limits(weights: NumberFormat, facts: ModelFacts) -> Iterator[str]:
-    if weights.group not in _LISTED:
-        yield "Marlin takes groups of 32, 64, 128 and whole channels"
-    yield CPU_TOO if weights.bits == 4 and not facts.experts else NO_CPU
-    if weights.group is not None:
-        yield SPLIT
+    return EngineFit(VLLM, None, (why,), VLLM_TABLE)
 
 
 def _transformers(method: str, facts: ModelFacts) -> EngineFit:

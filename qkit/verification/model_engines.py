@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from qkit.verification.cache_engines import with_cache
-from qkit.verification.engine_types import PLATFORMS, ModelFacts, Selected
+from qkit.verification.engine_types import PLATFORMS, EngineFit, ModelFacts, Selected
 from qkit.verification.engines import diffusion_fit, engine_fits, holds_siglip
 from qkit.verification.fused_layers import expert_groups, fused_groups
 from qkit.verification.layout_engines import LAYOUTS, layout_fits
@@ -54,19 +54,13 @@ ANYWHERE = Deployment()
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineRow:
-    """One row of the engine table: the linears of one combination, and how one engine loads it; the rest as ``EngineFit``."""
+class EngineRow(EngineFit):
+    """One row of the engine table: how one engine loads the linears of one combination, which are so many."""
 
     weights: str
     activations: str
     packing: str
     linears: int
-    engine: str
-    loads_as: str | None
-    limits: tuple[str, ...]
-    known: str = ""
-    platforms: tuple[str, ...] = ()
-    kernels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ class EngineLine:
     loads: bool
     classes: tuple[str, ...]
     notes: tuple[str, ...]
-    known: str = ""
+    known: str
     platforms: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -116,7 +110,7 @@ def engine_rows(
         fits = diffusion_fit(config) or (
             layout_fits(weights, activations, packing, method, facts)
             if method in LAYOUTS
-            else with_cache(engine_fits(weights, activations, packing, method, facts, on.selected), cache)
+            else with_cache(engine_fits(weights, activations, packing, method, facts, on.selected), cache, on.platforms)
         )
         inputs = str(activations) if activations else "as they are"
         rows += [
@@ -125,14 +119,9 @@ def engine_rows(
                 activations=inputs,
                 packing=packing,
                 linears=len(members),
-                engine=f.engine,
-                loads_as=f.loads_as,
-                limits=f.limits,
-                known=f.known,
-                platforms=f.platforms,
-                kernels=f.kernels,
+                **vars(fit),
             )
-            for f in fits
+            for fit in fits
         ]
     return rows
 

@@ -8,6 +8,7 @@ that one look shows everything that is wrong.
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 from collections import Counter
@@ -116,6 +117,10 @@ def _is_error(value: Any) -> bool:
 
 
 Fields = dict[str, tuple[Callable[[Any], bool], str]]
+NO_RECORD = (
+    "not there: another tool wrote this folder, which 'qkit doctor' is for, or the record of qkit was removed: export the "
+    "checkpoint again"
+)
 _HASH = (is_hash, "64 hexadecimal digits")
 _OBJECT = (lambda v: isinstance(v, dict), "an object")
 _SHAPE2 = (lambda v: is_shape(v) and len(v) == 2 and min(v) > 0, "[out_features, in_features]")
@@ -304,6 +309,9 @@ def _read_linear(name: str, data: Any, findings: Findings) -> RecordedLinear | N
 
 def read_record(out: Path, findings: Findings) -> Record | None:
     """qkit.json of the folder ``out``; None, with problems recorded, when it cannot serve as a record."""
+    if not os.path.lexists(out / "qkit.json"):
+        findings.check("folder", False, "qkit.json", NO_RECORD)
+        return None
     data = read_json(out / "qkit.json", findings)
     if data is None:
         return None

@@ -114,7 +114,7 @@ def _check_packed(out: Path, job: Path | None, source: Path | None, findings: Fi
         skipped=len(record.skipped) if record else 0,
         bytes=sum(path.stat().st_size for path in _weight_files(out)),
         engines=engines,
-        notes=[*([] if is_summed(data) else [UNSUMMED_NOTE]), *notes],
+        notes=[*([] if is_summed(data) or not (out / "qkit.json").exists() else [UNSUMMED_NOTE]), *notes],
     )
 
 

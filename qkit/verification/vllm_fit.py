@@ -29,12 +29,13 @@ SPLIT = "the group size has to divide the input columns of every tensor-parallel
 _A16_IGNORED = "vLLM does not see that inputs are to stay as they are, and quantizes them too on Blackwell"
 _LIMITS: dict[str, tuple[str, ...]] = {  # of schemes, by their classes
     "CompressedTensorsWNA8Int": (
-        "on CPUs inputs stay in 16 bits",
+        "on CPUs without AMX inputs stay in 16 bits",
         "on GPUs vLLM picks Marlin or Machete before Humming, its kernel with INT8 inputs",
     ),
     "CompressedTensorsW4A8Int": ("legacy path that stores one byte per weight: export as pack-quantized",),
     "CompressedTensorsW8A8Fp8": ("computes in FP8 from sm89 on, weight-only before",),
 }
+_AMX = "on CPUs with AMX it rounds inputs to 8 bits, unless VLLM_CPU_INT4_W4A8=0 is set"
 _FP4 = "computes in FP4 on Blackwell, weight-only on other GPUs"
 _CUTLASS_INT8 = "CutlassInt8ScaledMMLinearKernel"
 _GPU_BACKENDS = ("MARLIN",)  # of experts, that are selected on CPUs too
@@ -74,6 +75,8 @@ def vllm_fit(
     limits = [*_kernel_limits(runs, loading), *_cpu_limits(runs, loading, facts), *_scheme_limits(main, runs, loading)]
     if weights.kind == "int" and weights.group is not None and facts.ranks == 1:
         limits.append(SPLIT)
+    if activations is None and CPU in loading and any(c.kernel == "CPUWNA16LinearKernel" for c in runs[CPU]):
+        limits.append(_AMX)
     if weights.strategy == "block":
         limits.append(NEEDS_AMX)
     if weights.scale == "e4m3" and activations is not None:

@@ -7,6 +7,7 @@ gives the request back with one rule per candidate in use.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from qkit.allocation.allocate import (
     Allocation,
@@ -57,12 +58,14 @@ NOTHING = "the budget keeps every layer in full precision: use a smaller budget"
 class BudgetAllocation:
     """A request with a format for every layer.
 
-    request: with the rules of the allocation; table: what its time was counted with, under a latency budget;
+    request: with the rules of the allocation; folder: of the profile
+    table: what its time was counted with, under a latency budget
     running, cache: bytes of KV cache and of activations, and the cache, under a memory budget.
     """
 
     request: Request
     profile: Profile
+    folder: Path
     allocation: Allocation
     refined: Refinement | None
     table: LatencyTable | None = None
@@ -250,6 +253,7 @@ def _with_picks(
     return BudgetAllocation(
         request=decided,
         profile=known_profile,
+        folder=budget_request.profile,
         allocation=allocation,
         refined=refined,
         table=problem.table,

@@ -28,7 +28,7 @@ _LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 
 @dataclass
 class EngineRuns:
-    """An engine with a file: what it answered so far."""
+    """An engine with a file: what it answered so far, and the longest text that it had to see."""
 
     out: Path
     engine: str
@@ -36,6 +36,7 @@ class EngineRuns:
     dtype: str
     timeout: float
     answers: list[EngineAnswer] = field(default_factory=list)
+    context: int = 0
 
     def ask(
         self,
@@ -49,6 +50,7 @@ class EngineRuns:
         job = EngineJob(
             model=self.out, prompts=prompts, new_tokens=new_tokens, dtype=self.dtype, scored=scored, stops=stops
         )
+        self.context = max(self.context, job.max_length)
         self.answers.append(run_engine(ENGINES[self.engine], self.python, job, self.timeout))
         return self.answers[-1]
 
@@ -58,19 +60,26 @@ class EngineRuns:
         return {
             "name": ENGINES[self.engine].title,
             "version": last.version,
+            "python": str(self.python),
             "device": last.device,
             "dtype": last.dtype,
+            "cache": self._cache(last),
+            "context": self.context,
             "kernels": kernels_of(last),
             "seconds": {name: sum(a.seconds[name] for a in self.answers) for name in last.seconds},
         }
+
+    def _cache(self, answer: EngineAnswer) -> str:
+        """The dtype of the KV cache: what the engine says of its layers, else its default."""
+        named = {answer.dtype if cache["dtype"] == "auto" else str(cache["dtype"]) for cache in answer.caches.values()}
+        return ", ".join(sorted(named)) or ("float16" if self.engine == "llama.cpp" else answer.dtype)
 
 
 def evaluate_in_engine(
     out: Path, engine: str, python: Path, request: EvalRequest, timeout: float = TIMEOUT
 ) -> dict[str, Any]:
-    """The figures of texts and tasks of ``out``, as ``evaluation.measure`` gives them without a baseline, and {"engine":
-    {"name", "version", "device", "dtype", "kernels", "seconds"}}: every likelihood and every text is the engine's. timeout: of
-    each run of the engine.
+    """The figures of texts and tasks of ``out``, as ``evaluation.measure`` gives them without a baseline, and under "engine"
+    what ``EngineRuns.about`` says: every likelihood and every text is the engine's. timeout: of each run of the engine.
 
     Raises UsageError for two texts of one name, EngineRefusal where the engine does not run the model, and what reading texts
     and ``run_tasks`` raise.

@@ -46,7 +46,9 @@ def run_operations(request: Request) -> float:
 def profile_ahead(ask: ProfileRequest, folder: Path) -> tuple[UpcomingMeasurement, float]:
     """The profile of a budget, and the operations of the quantization behind it."""
     passes, total, run = forecast_operations(ask)
-    return UpcomingMeasurement(f"a profile of {ask.candidates} in {folder}", passes.work, total / run), run
+    return UpcomingMeasurement(
+        f"a profile of {ask.candidates} in {folder}, with method {ask.method}", passes.work, total / run
+    ), run
 
 
 def refinement_ahead(

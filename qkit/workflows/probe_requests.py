@@ -35,6 +35,11 @@ class ProfileRequest:
     points: int = 8
 
     @property
+    def method(self) -> str:
+        """The method of the probes."""
+        return self.base.method or "gptq"
+
+    @property
     def measured_rows(self) -> int:
         """The number of rows. Raises UsageError for one that cannot be."""
         if self.base.samples < 1:
@@ -61,7 +66,7 @@ class ProbeRequest:
 def probe_request(request: ProfileRequest, structure: ModelStructure, has_images: bool) -> ProbeRequest:
     """The names and shapes of a profile. Raises UsageError for names that are none, or that do not go together."""
     base = request.base
-    transforms, solver = parse_method(base.method or "gptq")
+    transforms, solver = parse_method(request.method)
     if transforms:
         raise UsageError(
             f"--method {base.method}: a profile compares formats of one set of weights: use a solver "

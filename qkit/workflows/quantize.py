@@ -21,7 +21,7 @@ from qkit.engine.ends import quantize_ends
 from qkit.engine.expert_pruning import pruning_memory, with_chosen_experts
 from qkit.engine.export import export, is_export_of, job_identity, source_hashes
 from qkit.engine.forecast import Forecast, refuse_what_cannot_fit
-from qkit.engine.job import Job
+from qkit.engine.job import Job, clear
 from qkit.engine.kv_scales import measure_scales
 from qkit.engine.partial_output import Partial
 from qkit.engine.proof import proof_memory, prove_rotation
@@ -220,6 +220,8 @@ def quantize(
     if is_export_of(out, plan, hashed):
         report = verify(out)
         if report.ok:
+            if not keep_job and clear(work, job_identity(plan, hashed)):
+                _clear_components(work, prepared_request)
             return report
         first = report.problems[0]
         if not overwrite:
@@ -271,12 +273,18 @@ def quantize(
         commit_dir(partial.path, out, overwrite)
         if not keep_job:
             job.remove_bulk()
-            for folder in replaced.values():
-                remove_result(folder)
-                remove_job(folder.with_name(folder.name + ".job"))
-            with suppress(OSError):  # where something else is in it
-                (work / COMPONENTS).rmdir()
+            _clear_components(work, prepared_request)
     return report
+
+
+def _clear_components(work: Path, prepared: PreparedRequest) -> None:
+    """Remove the results in a job folder that a finished pipeline holds."""
+    for folder in (work / COMPONENTS / name for name in prepared.components):
+        if folder.is_dir():
+            remove_result(folder)
+        remove_job(folder.with_name(folder.name + ".job"))
+    with suppress(OSError):  # where something else is in it, or it is not there
+        (work / COMPONENTS).rmdir()
 
 
 @contextmanager

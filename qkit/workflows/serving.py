@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qkit.engines.process import ENGINES, require_engine
 from qkit.errors import BadCheckpoint, Unsupported, UsageError
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import is_pipeline, read_record
@@ -15,6 +16,9 @@ from qkit.files.gguf import read_gguf
 from qkit.verification.model_engines import engine_lines
 from qkit.verification.verify import engine_table
 from qkit.workflows.card import ENTRY
+
+_MODULE = "vllm.entrypoints.openai.api_server"
+_FOREIGN = "another tool wrote this file, and whether vLLM loads it was not looked at: 'qkit doctor {}' does that"
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,11 @@ class ServeCommand:
     notes: tuple[str, ...] = ()
 
 
-def serve_command(out: Path, tp: int = 1, context: int | None = None) -> ServeCommand:
+def serve_command(out: Path, tp: int = 1, context: int | None = None, python: Path | None = None) -> ServeCommand:
     """The command line of vLLM for a folder, or of llama.cpp for a GGUF file.
 
-    tp: GPUs that share the model; context: the longest text in tokens, None for the longest of the model
+    tp: GPUs that share the model; context: the longest text in tokens, None for the longest of the model; python: the
+    interpreter with vLLM, whose module is started in place of the program ``vllm``, which some builds do not have in order
     Raises BadCheckpoint where there is nothing, Unsupported for a file that vLLM does not load, UsageError for a split or a
     length that the model does not allow.
     """
@@ -36,18 +41,23 @@ def serve_command(out: Path, tp: int = 1, context: int | None = None) -> ServeCo
         raise BadCheckpoint(f"{out}: no such folder or file: use the folder of a result")
     file = out / "model.gguf" if (out / "model.gguf").is_file() else out
     if file.suffix == ".gguf" and file.is_file():
+        if python is not None:
+            raise UsageError(f"--python {python}: llama.cpp serves GGUF files, and it is a program: leave --python out")
         return _llama_cpp(file, tp, context)
     if is_pipeline(out):
         raise Unsupported(f"{out}: a diffusion pipeline, which vLLM does not serve: load it with diffusers")
     config = Checkpoint.open(out, quantized=True).config
     inner = config.get("text_config")
     facts: Mapping[str, Any] = inner if isinstance(inner, Mapping) else config
-    notes = _vllm_notes(out)
+    notes = _vllm_notes(out, config)
     _check_split(out, facts, tp)
     longest = facts.get("max_position_embeddings")
     _check_length(out, longest, context)
     length = context or longest
     words = ["vllm", "serve", str(out)]
+    if python is not None:
+        require_engine(ENGINES["vllm"], python)
+        words = [str(python), "-m", _MODULE, "--model", str(out)]
     words += ["--max-model-len", str(length)] if isinstance(length, int) else []
     cache, said = _cache_words(out, config, facts, length)
     words += cache
@@ -87,10 +97,10 @@ def _cache_words(
     return words, tuple(x for x in (said, runs, more) if x)
 
 
-def _vllm_notes(out: Path) -> tuple[str, ...]:
+def _vllm_notes(out: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
     """The limits of vLLM with the formats of a folder that qkit wrote. Raises Unsupported where it does not load it."""
     if read_record(out) is None:
-        return ()
+        return (_FOREIGN.format(out),) if config.get("quantization_config") else ()
     line = next((line for line in engine_lines(engine_table(out)) if line.engine == "vLLM"), None)
     if line is None:
         return ()

@@ -166,7 +166,11 @@ def test_what_engines_make_of_it(results, run):
     code, _, err = run("serve-command", results["nvfp4"][1])
     assert code == 3 and "it reads no NVFP4 scales of a KV cache" in err
     code, said, err = run("serve-command", results["fp8_head"][1])
-    assert code == 0 and "--kv-cache-dtype fp8" in said and "with FlashAttention 3 and 4 alone" in err
+    assert (
+        code == 0
+        and "--kv-cache-dtype fp8" in said
+        and "its KV cache runs on sm90 with FlashAttention 3, sm100 with FlashAttention 4" in err
+    )
     request = results["nvfp4"][0]
     options = ["--model", request.model, "--scheme", "w4a16", "--group-size", 32, "--kv", "nvfp4", "--samples", 4]
     code, said, _ = run("plan", *options, "--seqlen", 32)

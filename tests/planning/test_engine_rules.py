@@ -5,9 +5,12 @@ import json
 import pytest
 
 from qkit.errors import Unsupported, UsageError
+from qkit.kvcache.policy import parse
+from qkit.planning.engine_rules import named
 from qkit.planning.request import Request
 from qkit.sensitivity.candidates import parse_candidates
 from qkit.sensitivity.profile import profile_of_shapes
+from qkit.tensor.formats import SCHEMES
 from qkit.workflows.engine_candidates import loadable_choices
 from qkit.workflows.quantize import prepare
 
@@ -23,21 +26,38 @@ def groups(planned) -> dict[str, int | None]:
 @pytest.mark.parametrize(
     ("scheme", "options", "error", "said"),
     [
-        ("w4a16_asym", {"engine": "transformers"}, Unsupported, ("unpacked zero points", "it would load w2a16, w3a16")),
+        (
+            "w4a16_asym",
+            {"engine": "transformers"},
+            Unsupported,
+            (
+                "unpacked zero points",
+                "inputs in 16 bits: w2a16 to w8a16, nvfp4a16, mxfp4a16, mxfp8a16; in 8 bits: w8a8",
+            ),
+        ),
         (
             "w4a16",
             {"engine": "vllm", "outliers": 1.0},
             Unsupported,
-            ("does not know quant_method 'qkit'", "it would load"),
+            ("does not know quant_method 'qkit'", "leave out what asks for qkit's own method"),
         ),
         ("w4a16", {"engine": "llama.cpp"}, UsageError, ("reads GGUF files alone", "q4_k")),
         ("q4_0", {"engine": "vllm"}, UsageError, ("makes a GGUF file", "--engine llama.cpp")),
-        ("w8a8", {"engine": "vllm", "gpu": "sm80,sm120"}, Unsupported, ("on sm120", "no INT8", "it would load")),
+        (
+            "w8a8",
+            {"engine": "vllm", "gpu": "sm80,sm120"},
+            Unsupported,
+            ("on sm120", "no INT8", "w2a16_asym to w8a16_asym"),
+        ),
         (
             "w8a16",
             {"engine": "vllm", "gpu": "cpu"},
             Unsupported,
-            ("on cpu", "Failed to find a kernel", "load w4a16, w8a8"),
+            (
+                "on cpu",
+                "Failed to find a kernel",
+                "inputs in 16 bits: w4a16, w4a16_asym; in 8 bits: w8a8, w4a8, fp8_dynamic",
+            ),
         ),
     ],
 )
@@ -45,6 +65,44 @@ def test_what_an_engine_does_not_load_is_refused(scheme, options, error, said, t
     with pytest.raises(error) as refused:
         plan(tiny("llama"), scheme, **options)
     assert all(part in str(refused.value) for part in said) and "\n" not in str(refused.value)
+
+
+def test_all_schemes_are_named_and_long_runs_in_short():
+    names = "W2A16 W3A16 W4A16 W8A16 W2A16_ASYM W3A16_ASYM W8A8 NVFP4A16 NVFP4".split()
+    assert named([SCHEMES[name] for name in names]) == (
+        "inputs in 16 bits: w2a16 to w4a16, w8a16, w2a16_asym, w3a16_asym, nvfp4a16; in 8 bits: w8a8; in 4 bits: nvfp4"
+    )
+
+
+@pytest.mark.parametrize("gpu", ["sm75", "sm80", "sm89", "sm120"])
+def test_a_cache_with_a_scale_for_each_head_needs_its_gpus(gpu, tiny):
+    cache = {"kv": parse("fp8_head").to_json(), "samples": 4, "seqlen": 16}
+    with pytest.raises(Unsupported, match=f"on {gpu}: a KV cache with a scale for each head .* use --kv fp8"):
+        plan(tiny("llama"), "w4a16", engine="vllm", gpu=f"sm90,{gpu}", **cache)
+    assert plan(tiny("llama"), "w4a16", engine="vllm", gpu="sm90,sm100", **cache).kv
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--scheme", "w4a16"], None),
+        (["--scheme", "q8_0"], None),
+        (
+            ["--scheme", "w4a16", "--export", "qkit"],
+            "no engine loads the result on a GPU: vLLM does not load this plan",
+        ),
+        (
+            ["--scheme", "w4a16", "--outliers", "1"],
+            "leave out what asks for qkit's own method (that format has no place",
+        ),
+        (["--scheme", "w8a8", "--gpu", "sm100"], "warning: vLLM does not load this plan on sm100: its CUTLASS kernel"),
+    ],
+)
+def test_a_plan_that_no_engine_loads_is_told_at_plan_time(options, said, tiny, run):
+    code, out, _ = run("plan", "--model", tiny("llama"), *options)
+    assert code == 0 and "[]" not in out
+    warnings = [line for line in out.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == (said is not None) and all(said in line for line in warnings)
 
 
 def test_without_an_engine_the_same_plans_stand(tiny):

@@ -7,6 +7,7 @@ import pytest
 from qkit.tensor.formats import SCHEMES, layout
 from qkit.verification.engine_types import EngineFit, ModelFacts
 from qkit.verification.engines import engine_fits
+from qkit.verification.layout_engines import layout_fits
 from qkit.verification.vllm_table import GPUS
 
 
@@ -25,7 +26,7 @@ def vllm(scheme: str, packing: str, **changes: object) -> EngineFit:
         ("W4A16_ASYM", "pack-quantized", "WNA16", "Marlin (sm90: Machete)"),
         ("W3A16_ASYM", "pack-quantized", "WNA16", "Humming"),
         ("W3A16", "pack-quantized", "WNA16", "no kernel for CPUs"),
-        ("W4A8", "pack-quantized", "WNA8Int", "on CPUs inputs stay in 16 bits"),
+        ("W4A8", "pack-quantized", "WNA8Int", "on CPUs without AMX inputs stay in 16 bits"),
         ("W4A8", "int-quantized", "W4A8Int", "legacy"),
         ("W4A8-FP8", "pack-quantized", "W4A8Fp8", "not on sm75, sm80, sm86, sm89, sm100, sm120"),
         ("W8A8", "int-quantized", "W8A8Int8", ""),
@@ -138,3 +139,23 @@ def test_every_scheme_of_qkit_is_in_the_table_on_every_kind_of_gpu():
         else:
             assert fit.loads_as and set(fit.kernels) == {*GPUS, "cpu"}, made.name
             assert fit.known == "from a table (vLLM 0.32)"
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme", "group", "name", "kernel"),
+    [
+        ("gptq", "W4A16", 128, "AutoGPTQLinearMethod", "runs on GPUs with Marlin (sm90: Machete)"),
+        ("gptq", "W4A16", 32, "AutoGPTQLinearMethod", "runs on GPUs with Marlin (sm90: Humming)"),
+        ("gptq", "W8A16", 128, "AutoGPTQLinearMethod", "no kernel for CPUs"),
+        ("awq", "W4A16_ASYM", 128, "AutoAWQMarlinLinearMethod", "runs on GPUs with Marlin (sm90: Machete)"),
+        ("awq", "W4A16_ASYM", 16, "AutoAWQLinearMethod", "runs on GPUs with its own AWQ kernels"),
+        ("gptq", "W4A16", 16, None, "Marlin takes groups of 32, 64, 128"),
+        ("gptq", "W3A16", 128, None, "4 and 8 bits alone"),
+    ],
+)
+def test_the_layouts_of_others_name_the_kernels_of_vllm(method, scheme, group, name, kernel):
+    packing = "gptq" if method == "gptq" else "gemm"
+    fit = layout_fits(SCHEMES[scheme].weights.with_group(group), None, packing, method, ModelFacts())[0]
+    assert fit.loads_as == name and fit.known == "from a table (vLLM 0.32)"
+    assert any(limit.startswith(kernel) or kernel in limit for limit in fit.limits)
+    assert (name is None) or set(fit.kernels) == {*GPUS, "cpu"}

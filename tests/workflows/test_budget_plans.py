@@ -236,6 +236,8 @@ def test_options_that_do_not_fit_the_profile(run, tiny, tmp_path, small):
     assert not (tmp_path / "none").exists()
     code, out, _ = run(*common, folder / "profile.json", "--method", "rtn" if made_with(folder) == "gptq" else "gptq")
     assert code == 0 and "the costs were measured with" in out
+    flat = " ".join(out.split())
+    assert f"costs: profile {folder}, measured with method" in flat and "forecast for method" in flat
 
 
 def made_with(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """The judgement of an engine by the noise of the file, the layers that it ran, and the command."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -206,6 +207,17 @@ def test_verify_judges_what_an_engine_gave(packed, run, tmp_path):
     assert not report["ok"] and not report["engine_proof"]["ok"]
 
 
+def test_a_folder_of_another_tool_is_run_and_no_more(packed, run, tmp_path):
+    own = log_probabilities(load_model(packed, torch.float32), proof_texts(load_texts_tokenizer(packed)))
+    other = shutil.copytree(packed, tmp_path / "other")
+    (other / "qkit.json").unlink()
+    code, said, err = run("verify", other)
+    assert code == 4 and "another tool wrote this folder, which 'qkit doctor' is for" in err
+    assert "written before qkit" not in said
+    code, said, err = run("verify", other, "--engine", "vllm", "--python", interpreter(tmp_path, own + 0.001))
+    assert code == 0 and "no qkit.json beside it, so its bytes were not checked" in said and "agrees with qkit" in said
+
+
 def test_eval_takes_every_likelihood_from_the_engine(packed, run, tmp_path):
     nll = torch.tensor([[1.0, 2.0, 3.0], [2.0, 2.0, 2.0]])
     python = interpreter(tmp_path, -nll)
@@ -214,6 +226,12 @@ def test_eval_takes_every_likelihood_from_the_engine(packed, run, tmp_path):
     found = json.loads((tmp_path / "eval.json").read_text())
     assert code == 0, err
     assert "by vLLM 9.9" in said and found["engine"]["kernels"] == {"WNA16: K": 1}
+    engine = {key: found["engine"][key] for key in ("name", "version", "python", "dtype", "cache", "context")}
+    assert engine == {
+        **{"name": "vLLM", "version": "9.9", "python": str(python), "dtype": "bfloat16"},
+        **{"cache": "bfloat16", "context": 5},  # a token after each window of four
+    }
+    assert "KV cache bfloat16, texts of up to 5 tokens" in said
     assert found["texts"]["evaluation"]["perplexity"] == pytest.approx(float(nll.mean().exp()))
     assert (found["window"], found["texts"]["evaluation"]["windows"]) == (4, 2)
 

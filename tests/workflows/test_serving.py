@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,4 +79,21 @@ def test_a_folder_of_another_writer(results, tmp_path):
     config = json.loads((out / "config.json").read_text())
     del config["max_position_embeddings"]
     (out / "config.json").write_text(json.dumps(config))
-    assert serve_command(out).command == f"vllm serve {out}" and serve_command(out).notes == ()
+    assert (
+        serve_command(out).command == f"vllm serve {out}"
+        and "another tool wrote this file" in serve_command(out).notes[0]
+    )
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    assert serve_command(out).notes == ()
+
+
+def test_an_interpreter_starts_the_module(results, run, tmp_path):
+    out, python = results("--scheme", "w8a8"), tmp_path / "python"
+    python.write_text("""#!/bin/sh\necho '{"found": true}' > "$4"\n""")
+    python.chmod(0o755)
+    code, said, _ = run("serve-command", out, "--context", 256, "--python", python)
+    assert code == 0
+    wanted = f"{python} -m vllm.entrypoints.openai.api_server --model {out} --max-model-len 256"
+    assert said.splitlines()[-1] == wanted
+    assert run("serve-command", out, "--python", sys.executable)[0] == 2  # it has no vLLM
