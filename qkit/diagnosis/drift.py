@@ -66,7 +66,7 @@ class Drift:
     unread: set[str] = field(default_factory=set)
     samples: dict[str, tuple[Tensor | None, tuple[int, ...]]] = field(default_factory=dict)
 
-    def add(self, name: str, weight: Tensor, fmt: Format | None, explained: float | None = None) -> bool:
+    def add(self, name: str, weight: Tensor, fmt: Format | None) -> bool:
         """Compare one weight; whether the original has it in this shape."""
         original = self.base(name)
         if original is None or original.shape != weight.shape:
@@ -79,11 +79,10 @@ class Drift:
             self._add_vector(name, w, b, norm)
             return True
         b, w = b.reshape(-1, b.shape[-1]), w.reshape(-1, w.shape[-1])
-        rounding = rounding_error(b, fmt) if explained is None else explained
-        found = LayerDrift(name, float((w - b).norm()) / norm, rounding, tuple(original.shape))
+        found = LayerDrift(name, float((w - b).norm()) / norm, rounding_error(b, fmt), tuple(original.shape))
         if found.error > found.limit:
             self._explain(found, w, b)
-        elif fmt is not None or explained is not None:
+        elif fmt is not None:
             self._rows(found, w, b)
         self.layers.append(found)
         return True

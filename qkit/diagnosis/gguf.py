@@ -18,7 +18,7 @@ from qkit.diagnosis.drift import Drift
 from qkit.diagnosis.findings import Findings
 from qkit.diagnosis.gguf_keys import number_of
 from qkit.diagnosis.opened import said
-from qkit.diagnosis.rounding import by_bits
+from qkit.diagnosis.rounding import gguf_format
 from qkit.errors import QkitError
 from qkit.files.gguf import TYPES, GgufHeader, GgufTensor, read_gguf
 from qkit.files.gguf_places import SCALE
@@ -156,8 +156,7 @@ def check_values(
             _check_size(t, rms, sizes, findings)
         if drift is not None:
             name, ordered = name_of(t, values)
-            fmt_error = 0.0 if t.dtype in PLAIN else by_bits(8 * (t.nbytes or 0) / t.count)
-            drift.add(name, torch.from_numpy(ordered.copy()), None, fmt_error or None)
+            drift.add(name, torch.from_numpy(ordered.copy()), None if t.dtype in PLAIN else gguf_format(t.dtype))
     _compare(sizes, findings)
     for dtype, names in undecoded.items():
         if dtype.startswith("type "):
