@@ -89,7 +89,9 @@ def judge(rows: Sequence[EngineRow], names_of: Names, engine: str | None, findin
                 "groups", names_of(row), f"{row.engine}: {'; '.join(doubts)}", "a group that its kernels know: 32, 64, 128, "
                 "or one scale for a channel", "quantize again with --group-size 64 or 32", 6,
             )  # fmt: skip
-    if engine is not None and len(findings.entries) == before:  # each format by itself is fine, and together they are not
+    if (
+        engine is not None and len(findings.entries) == before
+    ):  # each format by itself is fine, and together they are not
         for line in answer_of(rows, engine):
             if not line.loads:
                 names = [name for row in rows if row.engine == line.engine for name in names_of(row)]
@@ -99,7 +101,7 @@ def judge(rows: Sequence[EngineRow], names_of: Names, engine: str | None, findin
 
 def _not_judged(engine: str, names: Sequence[str], findings: Findings) -> None:
     findings.warn(
-        "engine", names, f"qkit does not know whether {TITLES[engine]} loads this format", "a format of qkit's table of engines",
+        "engine", names, f"qkit does not know whether {TITLES[engine]} loads this format", "a format of its tables",
         f"load the file in {TITLES[engine]} to see it", 2,
     )  # fmt: skip
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qkit.diagnosis.findings import FAULT, NOTE, WARNING, Finding
+from qkit.verification.model_engines import EngineLine, EngineRow
 
 
 @dataclass
@@ -49,6 +51,11 @@ class Diagnosis:
             word = "not known to be sound" if self.unread else "sound"
         left = f"; {len(self.unread)} were not looked at" if self.unread else ""
         return f"{word}: {words}{left}"
+
+    def set_engines(self, rows: Sequence[EngineRow], lines: Sequence[EngineLine]) -> None:
+        """Note what engines say. rows: of all engines; lines: of those that are printed"""
+        self.engines = [asdict(row) for row in rows]
+        self.answers = [str(line) for line in lines]
 
     def to_json(self) -> dict[str, Any]:
         """All of it, JSON-able."""
