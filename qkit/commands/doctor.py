@@ -48,7 +48,8 @@ def doctor_command(path: str, baseline: str | None, engine: str | None, json_fil
 
 def _short(diagnosis: Diagnosis) -> str:
     first = diagnosis.findings[0]
-    return f"{_clean(_names(first.layers))}: {_clean(first.found)}"
+    more = f" and {len(first.layers) - 1} more" if len(first.layers) > 1 else ""
+    return _clean(f"{first.layers[0]}{more}: {first.found}")
 
 
 def _clean(text: str) -> str:
@@ -87,9 +88,7 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
     if len(diagnosis.findings) > _SHOWN:
         say(f"... and {len(diagnosis.findings) - _SHOWN} more findings (--json FILE contains all)")
     for answer in diagnosis.answers:
-        say(answer)
-    for why, names in _by_reason(diagnosis.unread).items():
-        say(f"not looked at ({len(names)}), {why}: {_names(tuple(names))}")
+        say(f"engine: {answer}")
     say(diagnosis.verdict)
 
 

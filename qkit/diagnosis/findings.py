@@ -91,6 +91,6 @@ def report_unread(unread: Mapping[str, str], layers: int, findings: Findings) ->
     for why in dict.fromkeys(unread.values()):
         names = [name for name, reason in unread.items() if reason == why]
         findings.warn(
-            "not looked at", names, f"{len(names)} of {max(layers, len(unread))} quantized layers were not looked at: {why}",
+            "not looked at", names, f"{len(names)} of {layers} quantized layers were not looked at: {why}",
             "layers that qkit decodes", "load the file in the tool that wrote it, and see whether its answers are right", 5,
         )  # fmt: skip

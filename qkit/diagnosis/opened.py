@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from qkit.diagnosis.findings import Findings
-from qkit.diagnosis.layers import Layer, count, find_layers
+from qkit.diagnosis.layers import Layer, count, find_layers, gather
 from qkit.errors import QkitError
 from qkit.files.folder import CONFIG_LIMIT, INDEX_LIMIT, PICKLES, RECORD, RECORD_LIMIT, list_names, load_json
 from qkit.files.safefile import DAMAGED, TensorInfo, read_header, shown
-from qkit.files.sources.opening import BESIDE, KEYS, without_quantization
+from qkit.files.sources.opening import BESIDE, DECODERS, KEYS, without_quantization
 
 AGAIN = "get the file again from its source"
 DOWNLOAD = "download the file again, or quantize again"
@@ -94,8 +94,16 @@ def open_folder(folder: Path, findings: Findings) -> Opened:
         layers=find_layers(tensors),
         complete=complete,
     )
+    if not _is_known(quantization):
+        gather(opened.layers, tensors, opened.strange)
     opened.method = _method(opened, findings)
     return opened
+
+
+def _is_known(quantization: Mapping[str, Any]) -> bool:
+    """Whether qkit knows the layout that the config names."""
+    named = quantization.get("quant_method")
+    return not isinstance(named, str) or named in DECODERS or named in ("auto-round", "qkit")
 
 
 def _object(path: Path, limit: int, findings: Findings) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Diagnosis:
     def set_engines(self, rows: Sequence[EngineRow], lines: Sequence[EngineLine]) -> None:
         """Note what engines say. rows: of all engines; lines: of those that are printed"""
         self.engines = [asdict(row) for row in rows]
-        self.answers = [str(line) for line in lines]
+        self.answers = [_in_words(line) for line in lines]
 
     def to_json(self) -> dict[str, Any]:
         """All of it, JSON-able."""
@@ -75,6 +75,12 @@ class Diagnosis:
             "findings": [f.to_json() for f in self.findings],
             "drift": self.drift,
         }
+
+
+def _in_words(line: EngineLine) -> str:
+    """The answer of an engine in a line."""
+    parts = [line.engine, "loads" if line.loads else "does not load", *(["; ".join(line.notes)] if line.notes else [])]
+    return ": ".join(parts) + (f" [{line.known}]" if line.known else "")
 
 
 def counts(diagnosis: Diagnosis) -> dict[str, int]:

@@ -100,10 +100,6 @@ def _set_formats(opened: Opened, findings: Findings) -> Groups:
         floats.set_mxfp4(opened, findings)
     elif method == "modelopt":
         floats.set_modelopt(opened, findings)
-    elif method is not None and opened.layers:
-        findings.note(
-            "config", "config.json", f"the layout of {method} is not known here: tensors were not held against it"
-        )
     return Groups()
 
 
@@ -175,12 +171,14 @@ def _check_values(
         broken = {layer.plain_name for layer in opened.layers.values()}
         if drift.related and not opened.strange:
             _check_lost(opened, original, seen | broken, findings)
-    report_unread(unread, len(opened.layers), findings)
+    report_unread(unread, len({*opened.layers, *unread}), findings)
     return unread, drift
 
 
 def _check_layer(layer: Layer, decoder: Decoder, measured: list[values.Measured], findings: Findings) -> Any:
     """All checks of the numbers of one layer; its weight, or why there is none to look at."""
+    if decoder.opened.quantization and decoder.refusal is not None:  # its tensors may mean anything
+        return decoder.refusal
     try:
         finite = values.check_scales(layer, findings)
         values.check_codes(layer, findings)
