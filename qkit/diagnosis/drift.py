@@ -243,6 +243,7 @@ class Drift:
         return fine
 
     def _report_vectors(self, explained: set[str], findings: Findings) -> None:
+        wrong: dict[str, float] = {}
         for name, error in self.vectors.items():
             block = _block(name)
             if any(_block(n) == block for n in explained):
@@ -252,19 +253,22 @@ class Drift:
                     "norms", name, f"it is {error:.3f} from the original, and weights of its block were not decoded"
                 )
                 continue
+            wrong[name] = error
+        if len(wrong) > _FEW_LAYERS:  # one finding for all
+            middle = statistics.median(wrong.values())
+            findings.fault(
+                "norms", wrong, f"{len(wrong)} vectors are {middle:.3f} from the original (median, relative), and no weight of "
+                "their blocks is scaled the other way: it may be another fine-tune of one model", "the tensors of the original",
+                "give the original of this file as --baseline, or copy the tensors from it", 7,
+            )  # fmt: skip
+            return
+        for name, error in wrong.items():
             is_norm = "norm" in name or name.rpartition(".")[0].endswith(("ln_1", "ln_2", "ln_f"))
             found = (
                 f"it is {error:.3f} from the original (relative), and no weight of its block is scaled the other way"
             )
-            add = findings.fault if is_norm else findings.warn
-            add(
-                "norms" if is_norm else "plain tensors",
-                name,
-                found,
-                "the tensor of the original",
-                "copy it from the original",
-                7,
-            )
+            add, kind = (findings.fault, "norms") if is_norm else (findings.warn, "plain tensors")
+            add(kind, name, found, "the tensor of the original", "copy it from the original", 7)
 
 
 def _block(name: str) -> str:
