@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from qkit.diagnosis.expected import weight_names
@@ -16,6 +17,7 @@ from qkit.verification.gguf_engines import gguf_rows
 from qkit.verification.layout_engines import LAYOUTS
 from qkit.verification.model_engines import EngineLine, EngineRow, LinearStorage, engine_lines, engine_rows
 from qkit.verification.record import USES
+from qkit.verification.spec import Spec
 from qkit.verification.vllm_table import format_key, known
 
 TITLES = {"vllm": "vLLM", "transformers": "transformers", "llama.cpp": "llama.cpp"}
@@ -126,8 +128,8 @@ def _parts(opened: Opened) -> dict[str, LinearStorage]:
     method, compressed = _method(opened), _is_compressed(opened)
     return {
         layer.name: LinearStorage(
-            layer.weights,
-            layer.activations,
+            _spec(layer.weights),
+            _spec(layer.activations) if layer.activations is not None else None,
             layer.packing if compressed else _packing(layer.weights, method),
             (layer.shape[-2], layer.shape[-1]),
             _uses(opened, layer),
@@ -135,6 +137,11 @@ def _parts(opened: Opened) -> dict[str, LinearStorage]:
         for layer in opened.layers.values()
         if layer.weights is not None and layer.shape is not None and len(layer.shape) >= 2
     }
+
+
+def _spec(fmt: Format) -> Spec:
+    """A format as the tables of verification name it."""
+    return Spec(**{f.name: getattr(fmt, f.name) for f in fields(Spec)})
 
 
 def _packing(weights: Format, method: str) -> str:
