@@ -80,7 +80,11 @@ def test_codes_beside_layers_that_are_decoded(made, tmp_path):
     tensors["model.extra.trellis"] = torch.ones(8, 8, dtype=torch.int16)
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     found = diagnose(copy)
-    assert list(found.unread) == ["model.extra.trellis"] and not found.sound and "I16" in found.unread["model.extra.trellis"]
+    assert (
+        list(found.unread) == ["model.extra.trellis"]
+        and not found.sound
+        and "I16" in found.unread["model.extra.trellis"]
+    )
 
 
 def test_a_layer_with_a_fault_is_not_looked_at(made, tmp_path):
