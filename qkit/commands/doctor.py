@@ -29,7 +29,7 @@ def doctor_command(path: str, baseline: str | None, engine: str | None, json_fil
 
     The command lists what is quantized and how, then all findings, the worst first. It knows compressed-tensors, GPTQ, AWQ,
     ModelOpt, FP8 in blocks, MXFP4 and GGUF. PATH may also be the name of a model in the local hub cache. The exit code is 4 if
-    there is a fault; warnings do not change it.
+    there is a fault, and 3 if there is nothing to diagnose; warnings do not change it.
 
     \b
     Example:
