@@ -29,7 +29,7 @@ def doctor_command(path: str, baseline: str | None, engine: str | None, json_fil
 
     The command lists what is quantized and how, then all findings, the worst first. It knows compressed-tensors, GPTQ, AWQ,
     ModelOpt, FP8 in blocks, MXFP4 and GGUF. PATH may also be the name of a model in the local hub cache. The exit code is 4 if
-    there is a fault; warnings do not change it.
+    there is a fault, and 3 if there is nothing to diagnose; warnings do not change it.
 
     \b
     Example:
@@ -41,14 +41,15 @@ def doctor_command(path: str, baseline: str | None, engine: str | None, json_fil
     diagnosis = diagnose(find_local(path), base, engine)
     write_json(json_file, diagnosis.to_json())
     show(diagnosis, Console())
-    if not diagnosis.sound:
+    if diagnosis.faulty:
         faults = counts(diagnosis)["fault"]
         raise VerifyFailure(f"{path}: {faults} fault{'s' if faults > 1 else ''}, first: {_short(diagnosis)}")
 
 
 def _short(diagnosis: Diagnosis) -> str:
     first = diagnosis.findings[0]
-    return f"{_clean(_names(first.layers))}: {_clean(first.found)}"
+    more = f" and {len(first.layers) - 1} more" if len(first.layers) > 1 else ""
+    return _clean(f"{first.layers[0]}{more}: {first.found}")
 
 
 def _clean(text: str) -> str:
@@ -74,10 +75,7 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
         table.add_row(Text(_clean(words)), f"{count:,}", megabytes(size))
     table.add_row(Text("not quantized"), f"{diagnosis.plain[0]:,}", megabytes(diagnosis.plain[1]))
     print_wide(console, table)
-    reasons: dict[str, list[str]] = {}
-    for name, why in diagnosis.plain_layers.items():
-        reasons.setdefault(why, []).append(name)
-    for why, names in reasons.items():
+    for why, names in _by_reason(diagnosis.plain_layers).items():
         say(f"not quantized, {why}: {_names(tuple(names))}")
     for line in diagnosis.drift[:_WORST]:
         say(f"from the baseline: {line['layer']}: {line['error']:.4f} (rounding explains {line['explained']:.4f})")
@@ -89,6 +87,14 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
             say(f"    what to do: {finding.advice}")
     if len(diagnosis.findings) > _SHOWN:
         say(f"... and {len(diagnosis.findings) - _SHOWN} more findings (--json FILE contains all)")
-    found = counts(diagnosis)
-    words = ", ".join(f"{found.get(level, 0)} {level}s" for level in ("fault", "warning", "note"))
-    say(f"{'sound' if diagnosis.sound else 'NOT sound'}: {words}")
+    for answer in diagnosis.answers:
+        say(f"engine: {answer}")
+    say(diagnosis.verdict)
+
+
+def _by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
+    """{reason: names}"""
+    found: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        found.setdefault(why, []).append(name)
+    return found

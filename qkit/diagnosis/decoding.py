@@ -29,13 +29,21 @@ class Decoder:
     groups: Groups
     dtype: str
 
+    @property
+    def refusal(self) -> str | None:
+        """Why no layer of the folder can be decoded; None where they can."""
+        method = self._method()
+        if method not in DECODERS:
+            return f"qkit has no decoder for {self.opened.method or 'this layout'}"
+        if not self.opened.quantization and method not in _TOLD_BY_TENSORS:
+            return "the config does not say how it is quantized"
+        return None
+
     def weight(self, layer: Layer, filled: bool = False) -> Tensor | QkitError:
         """The plain weight, or the error that says why there is none. filled: with a scale of 1 for each that is zero"""
         method = self._method()
-        if method not in DECODERS:
-            return Unsupported(f"qkit has no decoder for {method}")
-        if not self.opened.quantization and method not in _TOLD_BY_TENSORS:
-            return Unsupported("the config does not say how it is quantized")
+        if self.refusal is not None:
+            return Unsupported(self.refusal)
         try:
             info = self._find(layer, method)
             if info is None:

@@ -8,6 +8,7 @@ layer, rows in another order, or noise.
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,9 @@ from qkit.diagnosis.rounding import rounding_error
 from qkit.tensor.formats import Format
 
 _TIMES, _FLOOR, _MOST = 3.0, 0.02, 0.9  # the limit: so many times what rounding explains, and never above the last
+_MOST_LAYERS, _FEW_LAYERS, _UNLIKE = 0.6, 4, 0.3  # shares of all weights, and a cosine, that tell another model
 _SCALED = 0.05  # of the logarithm of a factor
+_FEW_SIZES, _SAME_SIZES = 16, 0.9  # a correlation
 _BLOCK = re.compile(r"(.*?\b(?:layers|blk|blocks|h)\.\d+)\.")
 _SAMPLE = (16, 1024)
 _ADVICE = "quantize the layer again, from this original"
@@ -29,7 +32,8 @@ Base = Callable[[str], Tensor | None]
 
 @dataclass
 class LayerDrift:
-    """One weight. error: relative to the original; explained: by rounding; columns, rows: factors of a fold"""
+    """One weight. error: relative to the original; explained: by rounding; columns, rows: factors of a fold; matches: the
+    cosine with the original; rotated: whether it has nothing in common with it but the sizes of its rows or columns"""
 
     name: str
     error: float
@@ -41,6 +45,7 @@ class LayerDrift:
     sample: Tensor | None = None
     matches: float = 1.0
     reordered: str = ""
+    rotated: bool = False
 
     @property
     def limit(self) -> float:
@@ -55,7 +60,7 @@ class LayerDrift:
 @dataclass
 class Drift:
     """Collects weights one by one. base: reads the original of a name; names: of all matrices that the original has;
-    unread: layers whose weights could not be decoded"""
+    unread: layers whose weights could not be decoded; related: whether the original is the model of the file"""
 
     base: Base
     names: list[str]
@@ -64,9 +69,10 @@ class Drift:
     norms: dict[str, list[Tensor]] = field(default_factory=dict)
     vectors: dict[str, float] = field(default_factory=dict)
     unread: set[str] = field(default_factory=set)
+    related: bool = True
     samples: dict[str, tuple[Tensor | None, tuple[int, ...]]] = field(default_factory=dict)
 
-    def add(self, name: str, weight: Tensor, fmt: Format | None, explained: float | None = None) -> bool:
+    def add(self, name: str, weight: Tensor, fmt: Format | None) -> bool:
         """Compare one weight; whether the original has it in this shape."""
         original = self.base(name)
         if original is None or original.shape != weight.shape:
@@ -79,11 +85,10 @@ class Drift:
             self._add_vector(name, w, b, norm)
             return True
         b, w = b.reshape(-1, b.shape[-1]), w.reshape(-1, w.shape[-1])
-        rounding = rounding_error(b, fmt) if explained is None else explained
-        found = LayerDrift(name, float((w - b).norm()) / norm, rounding, tuple(original.shape))
+        found = LayerDrift(name, float((w - b).norm()) / norm, rounding_error(b, fmt), tuple(original.shape))
         if found.error > found.limit:
             self._explain(found, w, b)
-        elif fmt is not None or explained is not None:
+        elif fmt is not None:
             self._rows(found, w, b)
         self.layers.append(found)
         return True
@@ -108,6 +113,7 @@ class Drift:
         found.matches = float((w * b).sum() / (w.norm() * b.norm()).clamp(min=1e-12))
         found.columns, found.rows, found.fitted = _fit(w, b)
         found.sample = _sample(w)
+        found.rotated = found.matches < _UNLIKE and any(_alike(w.norm(dim=d), b.norm(dim=d)) for d in (0, 1))
         a, c = w.norm(dim=1).sort().values, b.norm(dim=1).sort().values
         if found.matches < 0.5 and float((a - c).norm() / c.norm().clamp(min=1e-12)) < max(0.05, found.explained / 2):
             found.reordered = "its rows"
@@ -121,13 +127,7 @@ class Drift:
     def report(self, findings: Findings) -> None:
         """Note what nothing explains."""
         far = [x for x in self.layers if x.error > x.limit]
-        unlike = [x for x in far if x.matches < 0.3 and x.fitted > x.limit]
-        if len(unlike) > 0.6 * len(self.layers) and len(self.layers) > 4:
-            findings.warn(
-                "drift", [x.name for x in unlike], f"{len(unlike)} of {len(self.layers)} weights have nothing in common with "
-                "the baseline", "weights of this model", "give the model that the file was made from as --baseline; a "
-                "file whose weights were rotated cannot be compared", 8,
-            )  # fmt: skip
+        if self._is_another_model(far, findings):
             return
         explained = {x.name for x in far if x.fitted <= x.limit and self._is_folded(x)}
         for x in far:
@@ -144,6 +144,31 @@ class Drift:
                     _ADVICE, 7,
                 )  # fmt: skip
         self._report_vectors(explained, findings)
+
+    def _is_another_model(self, far: list[LayerDrift], findings: Findings) -> bool:
+        """Whether most weights are not those of the original, which one finding says."""
+        other = [x for x in far if x.fitted > x.limit]
+        if len(other) <= _MOST_LAYERS * len(self.layers) or len(self.layers) <= _FEW_LAYERS:
+            return False
+        self.related = False
+        names, some = [x.name for x in other], f"{len(other)} of {len(self.layers)} weights"
+        unlike = [x for x in other if x.matches < _UNLIKE]
+        if any(x.rotated for x in unlike):
+            findings.warn(
+                "baseline", names, f"{some} have nothing in common with the baseline but the sizes of their rows or columns",
+                "weights that were not rotated", "measure the quality of the model: rotated weights cannot be compared", 8,
+            )  # fmt: skip
+            return True
+        apart, explained = (statistics.median(v) for v in zip(*((x.error, x.explained) for x in other), strict=True))
+        how = "have nothing in common with the baseline" if len(unlike) > len(other) / 2 else (
+            f"are {apart:.3f} from the baseline (median, relative), and rounding explains {explained:.3f}: it may be another "
+            "fine-tune of one model, or the file was quantized from a quantized one"
+        )  # fmt: skip
+        findings.fault(
+            "baseline", names, f"this is not the model that the file was made from: {some} {how}", "the original of this file",
+            "give its original as --baseline, or leave the option out", 9.5,
+        )  # fmt: skip
+        return True
 
     def _report_one(self, x: LayerDrift, findings: Findings) -> None:
         expected = f"at most {x.limit:.3f}: rounding explains {x.explained:.3f}"
@@ -218,6 +243,7 @@ class Drift:
         return fine
 
     def _report_vectors(self, explained: set[str], findings: Findings) -> None:
+        wrong: dict[str, float] = {}
         for name, error in self.vectors.items():
             block = _block(name)
             if any(_block(n) == block for n in explained):
@@ -227,19 +253,22 @@ class Drift:
                     "norms", name, f"it is {error:.3f} from the original, and weights of its block were not decoded"
                 )
                 continue
+            wrong[name] = error
+        if len(wrong) > _FEW_LAYERS:  # one finding for all
+            middle = statistics.median(wrong.values())
+            findings.fault(
+                "norms", wrong, f"{len(wrong)} vectors are {middle:.3f} from the original (median, relative), and no weight of "
+                "their blocks is scaled the other way: it may be another fine-tune of one model", "the tensors of the original",
+                "give the original of this file as --baseline, or copy the tensors from it", 7,
+            )  # fmt: skip
+            return
+        for name, error in wrong.items():
             is_norm = "norm" in name or name.rpartition(".")[0].endswith(("ln_1", "ln_2", "ln_f"))
             found = (
                 f"it is {error:.3f} from the original (relative), and no weight of its block is scaled the other way"
             )
-            add = findings.fault if is_norm else findings.warn
-            add(
-                "norms" if is_norm else "plain tensors",
-                name,
-                found,
-                "the tensor of the original",
-                "copy it from the original",
-                7,
-            )
+            add, kind = (findings.fault, "norms") if is_norm else (findings.warn, "plain tensors")
+            add(kind, name, found, "the tensor of the original", "copy it from the original", 7)
 
 
 def _block(name: str) -> str:
@@ -275,6 +304,12 @@ def _fit(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, float]:
     columns, rows = columns / middle, rows * middle
     left = float((w - rows[:, None] * b * columns).norm() / w.norm().clamp(min=tiny))
     return columns, rows, left
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether sizes go up and down together, which those of unrelated weights do not."""
+    a, b = a - a.mean(), b - b.mean()
+    return len(a) > _FEW_SIZES and float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12)) > _SAME_SIZES
 
 
 def _sample(w: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,3 +84,13 @@ class Findings:
             for (level, kind, what, expected, advice), (layers, weight) in self.entries.items()
         ]
         return sorted(found, key=lambda f: (_ORDER[f.level], -f.weight, -len(f.layers), f.kind))
+
+
+def report_unread(unread: Mapping[str, str], layers: int, findings: Findings) -> None:
+    """Warn of what was not looked at. unread: {layer or tensor: why}; layers: how many quantized layers there are"""
+    for why in dict.fromkeys(unread.values()):
+        names = [name for name, reason in unread.items() if reason == why]
+        findings.warn(
+            "not looked at", names, f"{len(names)} of {layers} quantized layers were not looked at: {why}",
+            "layers that qkit decodes", "load the file in the tool that wrote it, and see whether its answers are right", 5,
+        )  # fmt: skip

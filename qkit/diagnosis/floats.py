@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from qkit.diagnosis.expected import Expected, weight_names
@@ -136,6 +137,7 @@ def _modelopt_layer(layer: Layer, dtype: str, findings: Findings) -> str:
             )  # fmt: skip
             return "NVFP4"
         layer.weights = Format(name="nvfp4", kind="fp4", bits=4, strategy="tensor_group", group=16, scale="e4m3")
+        layer.activations = replace(layer.weights, dynamic=True) if "input_scale" in layer.leaves else None
         layer.packing = "ModelOpt NVFP4"
         return "NVFP4"
     if dtype == "F8_E4M3":
@@ -144,6 +146,8 @@ def _modelopt_layer(layer: Layer, dtype: str, findings: Findings) -> str:
         layer.weights = Format(
             name="fp8" if one else "fp8_channel", kind="fp8", bits=8, strategy="tensor" if one else "channel"
         )
+        token = replace(layer.weights, name="fp8_token", strategy="token", dynamic=True)
+        layer.activations = token if not one else layer.weights if "input_scale" in layer.leaves else None
         layer.packing = "ModelOpt FP8"
         return "FP8"
     if dtype == "U8":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from qkit.diagnosis.expected import weight_names
@@ -20,8 +20,8 @@ def check_fused(opened: Opened, findings: Findings) -> None:
     names = [*opened.layers, *weight_names(opened)]
     level = WARNING if opened.for_any_engine or opened.method == "qkit" else FAULT
     for group in fused_groups(names):
-        kinds = {n: _kind(opened.layers.get(n)) for n in group if not _is_unknown(opened.layers.get(n))}
-        if len(set(kinds.values())) > 1:
+        members = [opened.layers.get(n) for n in group if not _is_unknown(opened.layers.get(n))]
+        if len(set(_kinds(members))) > 1:
             words = ", ".join(f"{n.rpartition('.')[2]} {_words(opened.layers.get(n))}" for n in group)
             findings.add(
                 level, "fused layers", group, f"engines load them as one, and they differ: {words}", "one format for all of "
@@ -38,14 +38,21 @@ def _is_unknown(layer: Layer | None) -> bool:
     return layer is not None and layer.weights is None and (layer.codes is None or layer.scale is None)
 
 
-def _kind(layer: Layer | None) -> object:
+def _kinds(layers: Sequence[Layer | None]) -> list[object]:
+    """The formats of layers that engines run as one. One group that is a whole row is one of the groups of wider layers, or a
+    channel among channels."""
+    kinds = [_kind(layer, as_channel=False) for layer in layers]
+    return kinds if len(set(kinds)) < 2 else [_kind(layer, as_channel=True) for layer in layers]
+
+
+def _kind(layer: Layer | None, as_channel: bool) -> object:
     if layer is None:
         return None
     if layer.weights is None:
         codes, scale = layer.codes, layer.scale
         return codes and codes.dtype, scale and scale.dtype
     weights, shape = layer.weights, layer.shape
-    if weights.group is not None and shape is not None and weights.group == shape[-1]:  # one group is the whole row
+    if as_channel and weights.group is not None and shape is not None and weights.group == shape[-1]:
         weights = replace(weights, group=None, strategy="channel")
     return weights, layer.activations, layer.packing.partition(",")[0]
 
@@ -63,8 +70,8 @@ def _check_experts(opened: Opened, where: str, group: list[str], level: str, fin
         )  # fmt: skip
         return
     kinds: dict[object, list[str]] = {}
-    for name in group:
-        kinds.setdefault(_kind(opened.layers.get(name)), []).append(name)
+    for name, kind in zip(group, _kinds([opened.layers.get(n) for n in group]), strict=True):
+        kinds.setdefault(kind, []).append(name)
     if len(kinds) > 1:
         fewest = min(kinds.values(), key=len)
         words = " and ".join(sorted({_words(opened.layers.get(n[0])) for n in kinds.values()}))

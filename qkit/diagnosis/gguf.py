@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,8 @@ import torch
 from qkit.diagnosis.drift import Drift
 from qkit.diagnosis.findings import Findings
 from qkit.diagnosis.gguf_keys import number_of
-from qkit.diagnosis.opened import said
-from qkit.diagnosis.rounding import by_bits
+from qkit.diagnosis.opened import DOWNLOAD, said
+from qkit.diagnosis.rounding import gguf_format
 from qkit.errors import QkitError
 from qkit.files.gguf import TYPES, GgufHeader, GgufTensor, read_gguf
 from qkit.files.gguf_places import SCALE
@@ -51,9 +52,7 @@ def open_gguf(files: list[Path], findings: Findings) -> list[tuple[Path, GgufHea
             headers.append((file, read_gguf(file)))
         except QkitError as error:
             text = said(error).removeprefix(f"{file}: ")
-            findings.fault(
-                "files", file.name, text, "a sound GGUF file", "get the file again, or convert the model again", 9
-            )
+            findings.fault("files", file.name, text, "a whole GGUF file", DOWNLOAD, 9)
     return headers
 
 
@@ -120,10 +119,10 @@ def check_values(
     name_of: Callable[[GgufTensor, Array], tuple[str, Array]],
     findings: Findings,
     step: Callable[[], object],
-) -> None:
-    """Every tensor decoded, one at a time."""
+) -> dict[str, str]:
+    """Every tensor decoded, one at a time; what was not, with the reason."""
     sizes: dict[str, list[tuple[str, float]]] = {}
-    undecoded: dict[str, list[str]] = {}
+    unread: dict[str, str] = {}
     beside = {t.name.removesuffix(SCALE): t for t in header.tensors if t.name.endswith(SCALE) and t.count == 1}
     for t in header.tensors:
         step()
@@ -131,7 +130,8 @@ def check_values(
             continue
         values = decode(file, t, findings)
         if values is None:
-            undecoded.setdefault(t.dtype, []).append(t.name)
+            if 0 not in t.shape and t.shape:
+                unread[t.name] = _why_undecoded(t)
             continue
         scale = beside.get(t.name.removesuffix(".weight"))
         factor = decode(file, scale, findings) if scale is not None and scale is not t else None
@@ -156,13 +156,44 @@ def check_values(
             _check_size(t, rms, sizes, findings)
         if drift is not None:
             name, ordered = name_of(t, values)
-            fmt_error = 0.0 if t.dtype in PLAIN else by_bits(8 * (t.nbytes or 0) / t.count)
-            drift.add(name, torch.from_numpy(ordered.copy()), None, fmt_error or None)
+            drift.add(name, torch.from_numpy(ordered.copy()), None if t.dtype in PLAIN else gguf_format(t.dtype))
     _compare(sizes, findings)
-    for dtype, names in undecoded.items():
-        if dtype.startswith("type "):
-            continue
-        findings.note("decoding", names, f"nothing here decodes {dtype}: pip install gguf")
+    return unread
+
+
+def _why_undecoded(t: GgufTensor) -> str:
+    if t.nbytes is None:
+        return f"its type is not known ({t.dtype})"
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        return f"qkit decodes no {t.dtype} by itself: pip install gguf"
+    return f"neither qkit nor the library gguf that is installed decodes {t.dtype}"
+
+
+def check_places(file: Path, header: GgufHeader, findings: Findings) -> None:
+    """Tensors one behind the other, as llama.cpp demands, and nothing behind the last."""
+    known = sorted((t for t in header.tensors if t.nbytes), key=lambda t: t.begin)
+    alignment = number_of(header.values, "general.alignment") or 32
+    for one, following in pairwise(known):
+        end = one.begin + (one.nbytes or 0)
+        if following.begin < end:
+            findings.fault(
+                "files", [one.name, following.name], f"{following.name} begins at byte {following.begin}, within {one.name}, "
+                f"which ends at {end}", "each byte in one tensor", DOWNLOAD, 9,
+            )  # fmt: skip
+        elif following.begin >= end + alignment:
+            findings.fault(
+                "files", following.name, f"it begins at byte {following.begin}, and the tensor before it ends at {end}",
+                f"at most {alignment - 1} bytes between two tensors: llama.cpp refuses the file", DOWNLOAD, 8,
+            )  # fmt: skip
+    if known and len(known) == len(header.tensors):
+        end, size = known[-1].begin + (known[-1].nbytes or 0), file.stat().st_size
+        if size >= end + alignment:
+            findings.warn(
+                "files", file.name, f"{size - end} bytes lie behind the last tensor: the file has {size} bytes", f"{end} bytes",
+                DOWNLOAD, 6,
+            )  # fmt: skip
 
 
 def _check_size(t: GgufTensor, rms: float, sizes: dict[str, list[tuple[str, float]]], findings: Findings) -> None:
@@ -198,12 +229,12 @@ def _compare(sizes: dict[str, list[tuple[str, float]]], findings: Findings) -> N
 # ---- names in the original -------------------------------------------------------------------------------------------
 
 
-def names_in(original: Checkpoint, header: GgufHeader) -> dict[str, tuple[str, int]]:
-    """{tensor of the file: (its name in the original, heads whose rows are interleaved)}; empty without the library gguf."""
+def names_in(original: Checkpoint, header: GgufHeader) -> dict[str, tuple[str, int]] | None:
+    """{tensor of the file: (its name in the original, heads whose rows are interleaved)}; None without the library gguf."""
     try:
         import gguf
     except ImportError:
-        return {}
+        return None
     architecture = header.values.get("general.architecture")
     arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
     if arch is None:

@@ -7,7 +7,7 @@ layer can be named.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from qkit.files.safefile import TensorInfo
@@ -86,6 +86,18 @@ def find_layers(tensors: Mapping[str, TensorInfo]) -> dict[str, Layer]:
         if plain is not None:
             layer.leaves["weight"] = plain
     return {name: layer for name, layer in layers.items() if _MARKS & layer.leaves.keys() or _is_coded(layer.codes)}
+
+
+def gather(layers: dict[str, Layer], tensors: Mapping[str, TensorInfo], strange: Collection[str]) -> None:
+    """Take the modules of tensors of an unknown layout for layers, each with all its tensors."""
+    cut = ((name.partition(".weight.")[0], name.rpartition(".")[0]) for name in strange)
+    owners = {min(inner, outer, key=len).removesuffix(".weight") for inner, outer in cut} | layers.keys()
+    for name, info in tensors.items():
+        parts = name.split(".")
+        owner = next((o for i in range(len(parts) - 1, 0, -1) if (o := ".".join(parts[:i])) in owners), None)
+        if owner is not None:
+            layer = layers.setdefault(owner, Layer(owner))
+            layer.leaves[name.removeprefix(f"{owner}.")] = info
 
 
 def _split(name: str, tensors: Mapping[str, TensorInfo]) -> tuple[str, str, bool]:

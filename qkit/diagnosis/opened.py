@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from qkit.diagnosis.findings import Findings
-from qkit.diagnosis.layers import Layer, find_layers
+from qkit.diagnosis.layers import Layer, count, find_layers, gather
 from qkit.errors import QkitError
 from qkit.files.folder import CONFIG_LIMIT, INDEX_LIMIT, PICKLES, RECORD, RECORD_LIMIT, list_names, load_json
-from qkit.files.safefile import TensorInfo, read_header, shown
-from qkit.files.sources.opening import BESIDE, KEYS, without_quantization
+from qkit.files.safefile import DAMAGED, TensorInfo, read_header, shown
+from qkit.files.sources.opening import BESIDE, DECODERS, KEYS, without_quantization
 
 AGAIN = "get the file again from its source"
+DOWNLOAD = "download the file again, or quantize again"
 _MODELOPT = "hf_quant_config.json"
+_CODED = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "F8_E4M3", "F8_E5M2", "F8_E8M0")
+_INDEXES = re.compile(r"(position_ids|_index|_idx|_indices|num_batches_tracked|\.tid2eid)$")
 _SHARD = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors")
 
 
@@ -47,6 +50,11 @@ class Opened:
         """The tensors that belong to no quantized layer."""
         used = {info.name for layer in self.layers.values() for info in layer.leaves.values()}
         return {name: info for name, info in self.tensors.items() if name not in used}
+
+    @property
+    def strange(self) -> set[str]:
+        """Tensors that hold no plain weights and belong to no layer that is known here: codes of another layout."""
+        return {n for n, i in self.plain.items() if i.dtype in _CODED and count(i) > 1 and not _INDEXES.search(n)}
 
     @property
     def text(self) -> Mapping[str, Any]:
@@ -86,8 +94,16 @@ def open_folder(folder: Path, findings: Findings) -> Opened:
         layers=find_layers(tensors),
         complete=complete,
     )
+    if not _is_known(quantization):
+        gather(opened.layers, tensors, opened.strange)
     opened.method = _method(opened, findings)
     return opened
+
+
+def _is_known(quantization: Mapping[str, Any]) -> bool:
+    """Whether qkit knows the layout that the config names."""
+    named = quantization.get("quant_method")
+    return not isinstance(named, str) or named in DECODERS or named in ("auto-round", "qkit")
 
 
 def _object(path: Path, limit: int, findings: Findings) -> dict[str, Any]:
@@ -155,7 +171,8 @@ def _tensors(folder: Path, names: list[str], findings: Findings) -> tuple[dict[s
         try:
             header = read_header(folder / name)
         except QkitError as error:
-            findings.fault("files", name, said(error), "a safetensors file that can be read", AGAIN, 9)
+            text = said(error).removeprefix(f"{folder / name}: ").removesuffix(f": {DAMAGED}")
+            findings.fault("files", name, text, "a whole safetensors file", DOWNLOAD, 9)
             complete = False
             continue
         _check_twice(name, header, tensors, findings)
@@ -230,7 +247,7 @@ def _method(opened: Opened, findings: Findings) -> str | None:
         said_so = "modelopt" if "quant_algo" in opened.quantization else None
     looks = _looks_like(opened)
     if isinstance(said_so, str):
-        if opened.tensors and not opened.layers and said_so != "gguf":
+        if opened.tensors and not opened.layers and not opened.strange and said_so != "gguf":
             findings.fault(
                 "config", "config.json", f"it says that the model is quantized ({said_so}), and no tensor is",
                 "quantized tensors, or no quantization_config", "get the model again, or take quantization_config out", 9,

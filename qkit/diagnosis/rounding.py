@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qkit.tensor.formats import Format
+from qkit.tensor.formats import GGUF_FORMATS, Format
+from qkit.tensor.qtensor import dequantize, find_params, quantize
 
 _ROWS = 256  # of a weight, which are enough to tell
-_UNKNOWN = {2: 0.5, 3: 0.25, 4: 0.12, 5: 0.06, 6: 0.03, 8: 0.01}
+_EIGHT = ("Q8_1", "Q8_K")
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -18,13 +19,23 @@ def rounding_error(original: Tensor, fmt: Format | None) -> float:
         return 0.0
     w = original.reshape(-1, original.shape[-1])
     w = w[:: max(1, len(w) // _ROWS)][:_ROWS].to(torch.float32)
-    if fmt.gguf or fmt.strategy == "block":
-        grouped = _grouped(w, (fmt.group or 32) if fmt.gguf else (fmt.block or (128, 128))[1])
-    else:
-        grouped = _grouped(w, fmt.group or w.shape[-1])
-    rounded = _rounded(grouped, fmt)
-    norm = float(grouped.norm())
-    return float((rounded - grouped).norm()) / norm if norm else 0.0
+    if fmt.gguf:
+        w = w[:, : len(w[0]) // fmt.columns * fmt.columns]
+        return _relative(dequantize(quantize(w, find_params(w, fmt, torch.float32), fmt)), w) if w.numel() else 0.0
+    grouped = _grouped(w, (fmt.block or (128, 128))[1] if fmt.strategy == "block" else fmt.group or w.shape[-1])
+    return _relative(_rounded(grouped, fmt), grouped)
+
+
+def gguf_format(dtype: str) -> Format:
+    """The format by which the error of a type of GGUF is judged: the type itself, or the next one of no more bits that qkit
+    rounds to. Types below Q2_K are judged by it: their error is less than three times its own."""
+    own = GGUF_FORMATS.get(dtype.lower()) or GGUF_FORMATS.get(f"gguf_{dtype.lower()}")
+    return own or GGUF_FORMATS["q3_k" if dtype in ("IQ3_S", "IQ3_XXS") else "q8_0" if dtype in _EIGHT else "q2_k"]
+
+
+def _relative(rounded: Tensor, w: Tensor) -> float:
+    norm = float(w.norm())
+    return float((rounded - w).norm()) / norm if norm else 0.0
 
 
 def _grouped(w: Tensor, group: int) -> Tensor:
@@ -56,8 +67,3 @@ def _nearest(x: Tensor, table: Tensor) -> Tensor:
     ordered = table.sort().values
     middles = (ordered[1:] + ordered[:-1]) / 2
     return ordered[torch.bucketize(x.contiguous(), middles)]
-
-
-def by_bits(bits: float) -> float:
-    """What a width explains where the format is not one of ours."""
-    return next((error for b, error in sorted(_UNKNOWN.items()) if bits <= b), 0.01)

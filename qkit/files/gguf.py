@@ -109,11 +109,11 @@ class _GgufReader:
             self._refuse(f"general.alignment is {shown(alignment)}, expected a small number")
         start = self._at + -self._at % alignment
         for tensor, offset in entries:
-            if offset % alignment or start + offset + (tensor.nbytes or 0) > self._size:
-                self._refuse(
-                    f"tensor {shown(tensor.name)} lies at byte {start + offset} and the file has {self._size} bytes: "
-                    "the file is cut short, or damaged"
-                )
+            if offset % alignment:
+                self._refuse(f"tensor {shown(tensor.name)} lies at byte {offset}, expected a multiple of {alignment}")
+        end = max((start + offset + (tensor.nbytes or 0) for tensor, offset in entries), default=start)
+        if end > self._size:
+            self._refuse(f"the file has {self._size} bytes, expected {end}, as its header says: it is cut short")
         tensors_found = tuple(replace(t, begin=start + offset) for t, offset in entries)
         return GgufHeader(version, values, tensors_found, lengths)
 
@@ -176,7 +176,8 @@ class _GgufReader:
 
     def _take(self, count: int, label: str) -> bytes:
         if count > self._size - self._at:
-            self._refuse(f"ends within {label}: {count} bytes are missing from byte {self._at} of {self._size} on")
+            more = self._at + count
+            self._refuse(f"the file has {self._size} bytes, expected {more} or more: it ends within {label}")
         data = self._file.read(count)
         self._at += count
         if len(data) != count:
@@ -185,7 +186,8 @@ class _GgufReader:
 
     def _skip(self, count: int, label: str) -> None:
         if count > self._size - self._at:
-            self._refuse(f"ends within {label}")
+            more = self._at + count
+            self._refuse(f"the file has {self._size} bytes, expected {more} or more: it ends within {label}")
         self._file.seek(count, os.SEEK_CUR)
         self._at += count
 

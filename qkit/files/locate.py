@@ -76,9 +76,15 @@ def find_local(path: str) -> Path:
     if not HUB_ID.fullmatch(path) or ".." in path:
         raise BadCheckpoint(f"{fault}: check the path")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    with foreign_errors(fault, "check the path, or download the model first"):
-        return Path(snapshot_download(path, local_files_only=True))
+    try:
+        with foreign_errors(fault, "check the path"):
+            return Path(snapshot_download(path, local_files_only=True))
+    except BadCheckpoint as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise BadCheckpoint(f"{fault}: check the path, or download it with 'hf download {path}'") from None
+        raise
 
 
 def record_source(job: Path, source: Path) -> None:

@@ -46,6 +46,7 @@ MAX_RANK = 8
 MAX_DIM = 2**36
 MAX_NAME = 512
 TEMP_PREFIX = ".qkit-tmp-"  # a file of this name is what a killed writer left behind
+DAMAGED = "the file is damaged or unsafe; get it again from its source"  # ends the message of a file that is refused
 CHUNK = 1 << 20
 _NAME = re.compile(rf"[!-~]{{1,{MAX_NAME}}}")
 _PREFIX_BYTES = 8
@@ -152,11 +153,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         size = os.fstat(file.fileno()).st_size
         if size < _PREFIX_BYTES + _SMALLEST_HEADER:
             _refuse(path, f"header too small: {size} bytes, expected at least {_PREFIX_BYTES + _SMALLEST_HEADER}")
-        length = int.from_bytes(read_range(path, file, 0, _PREFIX_BYTES, "the header length"), "little")
+        prefix = read_range(path, file, 0, _PREFIX_BYTES, "the header length")
+        if prefix == b"version ":  # begins what stands for a file in a repository of Git LFS
+            _refuse(path, f"its {size} bytes are a pointer of Git LFS, and not the weights: run 'git lfs pull'")
+        length = int.from_bytes(prefix, "little")
         if not _SMALLEST_HEADER <= length <= MAX_HEADER:
             _refuse(path, f"header length {length}, expected {_SMALLEST_HEADER} to {MAX_HEADER} bytes")
         if length > size - _PREFIX_BYTES:
-            _refuse(path, f"the header claims {length} bytes, but the file has {size - _PREFIX_BYTES} after the length")
+            _refuse(
+                path, f"the file has {size} bytes, expected {_PREFIX_BYTES + length} for its header: it is cut short"
+            )
         raw = read_range(path, file, _PREFIX_BYTES, length, "the header")
     if raw[:1] != b"{":
         _refuse(path, "the header does not start with '{', expected a JSON object")
@@ -167,8 +173,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if len(entries) > MAX_TENSORS:
         _refuse(path, f"{len(entries)} tensors, expected at most {MAX_TENSORS}")
     data = _PREFIX_BYTES + length
-    infos = [_tensor_info(path, name, entry, data, size) for name, entry in entries.items()]
+    infos = [_tensor_info(path, name, entry, data) for name, entry in entries.items()]
     infos.sort(key=lambda info: (info.begin, info.end))
+    if infos and (end := max(info.end for info in infos)) > size:
+        _refuse(path, f"the file has {size} bytes, expected {end}, as its header says: it is cut short")
     position = data
     for info in infos:  # the data must be covered exactly once
         if info.begin != position:
@@ -180,8 +188,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return {info.name: info for info in infos}
 
 
-def _tensor_info(path: Path, name: str, entry: Any, data: int, size: int) -> TensorInfo:
-    """One entry of the header, checked on its own; ``data`` is where the values start, ``size`` where the file ends."""
+def _tensor_info(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
+    """One entry of the header, checked on its own; ``data`` is where the values start."""
     where = f"tensor {shown(name)}"
     if not is_safe_name(name):
         _refuse(path, f"{where}: expected a name of 1 to {MAX_NAME} printable characters without spaces, '/' and '..'")
@@ -192,8 +200,8 @@ def _tensor_info(path: Path, name: str, entry: Any, data: int, size: int) -> Ten
         _refuse(path, f"{where}: unknown dtype {shown(dtype)}, expected one of {', '.join(DTYPES)}")
     if not _are_counts(shape, MAX_RANK, MAX_DIM):
         _refuse(path, f"{where}: shape {shown(shape)}, expected at most {MAX_RANK} whole numbers from 0 to {MAX_DIM}")
-    if not _are_counts(offsets, 2, size - data) or len(offsets) != 2:
-        _refuse(path, f"{where}: data_offsets {shown(offsets)}, expected two places in the {size - data} bytes of data")
+    if not _are_counts(offsets, 2, MAX_DIM) or len(offsets) != 2:
+        _refuse(path, f"{where}: data_offsets {shown(offsets)}, expected where its bytes begin and end")
     begin, end = offsets
     expected = math.prod(shape) * DTYPES[dtype][1]
     if end - begin != expected:
@@ -251,7 +259,7 @@ def _fill(path: Path, file: FileIO, buffer: memoryview, offset: int, label: str)
 
 
 def _refuse(path: Path, problem: str) -> NoReturn:
-    raise BadCheckpoint(f"{path}: {problem}: the file is damaged or unsafe; get it again from its source")
+    raise BadCheckpoint(f"{path}: {problem}: {DAMAGED}")
 
 
 def _read_failure(path: Path, error: OSError) -> IOFailure:

@@ -8,41 +8,44 @@ from typing import Any
 
 from qkit.diagnosis import cache, compressed, floats, fused, kernels, sidefiles, values, words
 from qkit.diagnosis.compressed import Groups
-from qkit.diagnosis.decoding import Decoder
+from qkit.diagnosis.decoding import Decoder, plain
 from qkit.diagnosis.drift import Drift
 from qkit.diagnosis.expected import Expected, check_mtp, expect, weight_names
-from qkit.diagnosis.findings import FAULT, Findings
+from qkit.diagnosis.findings import FAULT, Findings, report_unread
 from qkit.diagnosis.layers import Layer, count
 from qkit.diagnosis.opened import Opened, open_folder, said
 from qkit.diagnosis.result import Diagnosis
-from qkit.errors import BadCheckpoint, QkitError, Unsupported
+from qkit.diagnosis.targets import check_baseline, weight_files
+from qkit.errors import QkitError, Unsupported
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.inspect_config import find_quantizer
 from qkit.files.safefile import TensorInfo
 from qkit.files.sources.decoded import CACHE_SCALES
+from qkit.workflows.doctor_gguf import diagnose_gguf
 
 Step = Callable[[], object]
 
 
 def diagnose(path: Path, base: Path | None = None, engine: str | None = None, step: Step = lambda: None) -> Diagnosis:
     """The diagnosis of a model folder, or of a GGUF file. base: the folder of the model that it was made from; engine: the one
-    that it is for. Raises BadCheckpoint where there is nothing to look at."""
-    if not path.exists():
-        raise BadCheckpoint(f"{path}: there is no such file or folder: check the path")
-    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
-    if path.is_file() and path.suffix == ".safetensors":
-        return diagnose(path.parent, base, engine, step)
-    if files and (path.is_file() or not any(path.glob("*.safetensors*"))):
-        from qkit.workflows.doctor_gguf import diagnose_gguf
+    that it is for. Raises BadCheckpoint or Unsupported where there is nothing to look at, or base is another model."""
+    path, files = weight_files(path)
+    original = Checkpoint.open(base) if base is not None else None
+    if files:
+        result = diagnose_gguf(path, files, original, engine, step)
+    else:
+        result = _diagnose_folder(path, original, engine, step)
+    if not result.formats and not result.unread and not result.faulty:
+        raise Unsupported(f"{path}: nothing in it is quantized: give a quantized model")
+    return result
 
-        return diagnose_gguf(path, files, base, step)
-    return _diagnose_folder(path, base, engine, step)
 
-
-def _diagnose_folder(folder: Path, base: Path | None, engine: str | None, step: Step) -> Diagnosis:
+def _diagnose_folder(folder: Path, original: Checkpoint | None, engine: str | None, step: Step) -> Diagnosis:
     findings = Findings()
     opened = open_folder(folder, findings)
     groups = _set_formats(opened, findings)
+    if original is not None and opened.tensors:
+        check_baseline(_shapes(opened), original, folder)
     expected = expect(opened, findings) if opened.config and opened.tensors else Expected()
     _check_config(opened, groups, expected, findings)
     check_mtp(opened, findings)
@@ -50,14 +53,22 @@ def _diagnose_folder(folder: Path, base: Path | None, engine: str | None, step: 
     fused.check_fused(opened, findings)
     rows = kernels.check_kernels(opened, engine, findings)
     _check_vocabulary(opened, findings)
-    original = Checkpoint.open(base) if base is not None else None
-    drift = _check_values(opened, groups, original, findings, step)
-    if base is not None and original is not None:
-        sidefiles.compare_side_files(folder, base, findings)
+    unread, drift = _check_values(opened, groups, original, findings, step)
+    if original is not None and drift is not None and drift.related:
+        sidefiles.compare_side_files(folder, original.path, findings)
         sidefiles.compare_configs(opened.config, original.config, findings)
-    result = _put_together(opened, findings, rows, drift)
-    result.plain_layers = {name: _why_plain(opened, name, groups, expected) for name in weight_names(opened)}
+    result = _put_together(opened, findings, unread, drift)
+    result.set_engines(rows, kernels.answer_of(rows, engine))
+    result.plain_layers = {
+        name: _why_plain(opened, name, groups, expected) for name in weight_names(opened) if name not in unread
+    }
     return result
+
+
+def _shapes(opened: Opened) -> dict[str, tuple[int, ...]]:
+    """The weights by their plain names."""
+    shapes = {name: info.shape for name, info in opened.plain.items()}
+    return shapes | {layer.plain_name: layer.shape for layer in opened.layers.values() if layer.shape is not None}
 
 
 def _why_plain(opened: Opened, name: str, groups: Groups, expected: Expected) -> str:
@@ -89,10 +100,6 @@ def _set_formats(opened: Opened, findings: Findings) -> Groups:
         floats.set_mxfp4(opened, findings)
     elif method == "modelopt":
         floats.set_modelopt(opened, findings)
-    elif method is not None and opened.layers:
-        findings.note(
-            "config", "config.json", f"the layout of {method} is not known here: tensors were not held against it"
-        )
     return Groups()
 
 
@@ -124,16 +131,18 @@ def _check_vocabulary(opened: Opened, findings: Findings) -> None:
 
 def _check_values(
     opened: Opened, groups: Groups, original: Checkpoint | None, findings: Findings, step: Step
-) -> Drift | None:
+) -> tuple[dict[str, str], Drift | None]:
+    """All numbers looked at; what was not, with the reason, and what was compared with the original."""
     decoder = Decoder(opened, groups, "F32")
     drift = _drift(original) if original is not None else None
     seen: set[str] = set()
+    unread: dict[str, str] = {}
     measured: list[values.Measured] = []
     for layer in opened.layers.values():
         step()
         weight = _check_layer(layer, decoder, measured, findings)
-        if drift is not None and weight is None:
-            drift.unread.add(layer.name)
+        if isinstance(weight, str):
+            unread[layer.name] = weight
         elif drift is not None:
             found = drift.add(layer.plain_name, weight, layer.weights)
             seen.add(layer.plain_name)
@@ -142,44 +151,50 @@ def _check_values(
     values.compare_sizes(measured, findings)
     for name, info in opened.plain.items():
         step()
+        if name in opened.strange:
+            unread[name] = f"it is {info.dtype} and of no layout that qkit knows"
+            continue
         try:
             if not name.endswith(CACHE_SCALES):
                 values.check_plain(name, info, findings)
         except QkitError as error:
             findings.fault("plain tensors", name, said(error), "a tensor that can be read", "get the tensor again", 8)
+            unread[name] = "it cannot be read"
             continue
         if drift is not None and not name.endswith(CACHE_SCALES) and info.dtype in ("F32", "F16", "BF16"):
-            from qkit.diagnosis.decoding import plain
-
             seen.add(name)
             if not drift.add(name, plain(info), None):
                 _unmatched(name, info.shape, original, findings)
     if drift is not None and original is not None:
+        drift.unread |= unread.keys()
         drift.report(findings)
         broken = {layer.plain_name for layer in opened.layers.values()}
-        _check_lost(opened, original, seen | broken, findings)
-    return drift
+        if drift.related and not opened.strange:
+            _check_lost(opened, original, seen | broken, findings)
+    report_unread(unread, len({*opened.layers, *unread}), findings)
+    return unread, drift
 
 
 def _check_layer(layer: Layer, decoder: Decoder, measured: list[values.Measured], findings: Findings) -> Any:
-    """All checks of the numbers of one layer; its weight, or None."""
+    """All checks of the numbers of one layer; its weight, or why there is none to look at."""
+    if decoder.opened.quantization and decoder.refusal is not None:  # its tensors may mean anything
+        return decoder.refusal
     try:
         finite = values.check_scales(layer, findings)
         values.check_codes(layer, findings)
         values.check_zeros(layer, findings)
     except QkitError as error:
         findings.fault("scales", layer.name, said(error), "tensors that can be read", "get the file again", 8)
-        return None
+        return "its tensors cannot be read"
     weight = decoder.weight(layer)
     if isinstance(weight, Exception):
         told = any(layer.name in names for (level, *_), (names, _) in findings.entries.items() if level == FAULT)
         if isinstance(weight, Unsupported):
-            reason = said(weight).replace(f"{decoder.opened.folder}: ", "").replace(layer.name, "it")
-            findings.note("decoding", layer.name, f"its weight was not decoded: {reason}")
-        elif not told:
+            return said(weight).replace(f"{decoder.opened.folder}: ", "").replace(layer.name, "it")
+        if not told:
             text = f"its weight cannot be decoded: {said(weight)}"
             findings.fault("decoding", layer.name, text, "a weight", "quantize again", 7)
-        return None
+        return "its weight cannot be decoded, because of a fault"
     zeros = values.count_zeros(layer)
     if zeros and layer.scale is not None:
         whole = decoder.weight(layer, filled=True)
@@ -236,27 +251,19 @@ def _check_lost(opened: Opened, original: Checkpoint, seen: set[str], findings: 
         )  # fmt: skip
 
 
-def _put_together(opened: Opened, findings: Findings, rows: list[Any], drift: Drift | None) -> Diagnosis:
+def _put_together(opened: Opened, findings: Findings, unread: dict[str, str], drift: Drift | None) -> Diagnosis:
     result = Diagnosis(path=str(opened.folder), method=opened.method)
     config = {**opened.config, "quantization_config": opened.quantization} if opened.quantization else opened.config
     result.made_by = find_quantizer(config, opened.record, opened.folder, set(opened.names), opened.method is not None)
     for layer in opened.layers.values():
         inputs = f", inputs {layer.activations}" if layer.activations is not None else ""
-        label = f"{layer.weights or 'unknown'}{inputs}, {layer.packing or opened.method}"
+        left = ", not looked at" if layer.name in unread else ""
+        label = f"{layer.weights or 'unknown'}{inputs}, {layer.packing or opened.method}{left}"
         entry = result.formats.setdefault(label, [0, 0])
         entry[0], entry[1] = entry[0] + 1, entry[1] + layer.nbytes
-    plain = opened.plain
-    result.plain = [len(plain), sum(info.nbytes for info in plain.values())]
-    result.engines = [
-        {
-            "engine": r.engine,
-            "weights": r.weights,
-            "linears": r.linears,
-            "loads_as": r.loads_as,
-            "limits": list(r.limits),
-        }
-        for r in rows
-    ]
+    found = {name: info for name, info in opened.plain.items() if name not in unread}
+    result.plain = [len(found), sum(info.nbytes for info in found.values())]
+    result.unread = unread
     result.findings = findings.sorted()
     if drift is not None:
         result.drift = [x.to_json() for x in sorted(drift.layers, key=lambda x: -x.error)]
