@@ -6,9 +6,10 @@ half, and ``weight_scale`` [out, in / group]. The algorithms of AWQ may have ``p
 multiplied with: the plain weight has it in its columns.
 
 Which linears are quantized is seen from their tensors; config.json (or hf_quant_config.json) says of each by which algorithm.
-``weight_scale_2`` is multiplied with, and the global scale of compressed-tensors is divided by: the one is the reciprocal of the other, rounded to float32. The plain weight is code * (scale / global scale) in float32, times
-``pre_quant_scale`` where there is one, rounded once to the dtype of the model; ModelOpt's own product, code * scale *
-weight_scale_2, is within two units in the last place of float32.
+``weight_scale_2`` is multiplied with, and the global scale of compressed-tensors is divided by: the one is the reciprocal of
+the other, rounded to float32. The plain weight is code * (scale / global scale) in float32, times ``pre_quant_scale`` where
+there is one, rounded once to the dtype of the model; ModelOpt's own product, code * scale * weight_scale_2, is within two units
+in the last place of float32.
 """
 
 from __future__ import annotations
