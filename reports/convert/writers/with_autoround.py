@@ -5,6 +5,7 @@ python3.11 -m venv autoround && autoround/bin/pip install torch==2.13.0 auto-rou
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def write(model: Path, text: Path, out: Path, layout: str, scheme: str = "W4A16"
     made.quantize_and_save(str(out / "made"), format=layout)
     for file in [f for f in (out / "made").rglob("*") if f.is_file()]:  # in a folder that AutoRound names
         file.rename(out / file.name)
+    shutil.rmtree(out / "made")
 
 
 GROUPS = {"group_size": 32}

@@ -36,6 +36,5 @@ run(
         "gptq-w4g32-actorder": partial(write, desc_act=True),
         "gptq-w8g64": partial(write, bits=8, group_size=64),
         "gptq-dynamic": partial(write, dynamic=RULES),
-        "awq-w4g32": partial(write, method="awq", format="gemm"),
     }
 )
