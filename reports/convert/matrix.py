@@ -53,7 +53,7 @@ def own_weights(engines: Path, folder: Path, file: Path) -> dict[str, torch.Tens
     two = {"GPTQMODEL_CPU_WORKERS": "2", "OMP_NUM_THREADS": "2"}
     command = [str(engines / environment / "bin" / "python"), str(SCRIPT), kind, str(file), str(folder)]
     env = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **two}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=env)
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["no output"])[-1][:200]
     found = load_file(file)
