@@ -112,14 +112,14 @@ def one(engines: Path, source: Path, work: Path) -> dict[str, Any]:
     try:
         open_packed(source)
     except QkitError as error:
-        return {"refused": str(error)}
+        return {"refused": str(error).replace(f"{source.parents[1]}/", "")}
     row["read"] = compared(source, own_weights(engines, source, work / "own.safetensors"))
     for export in EXPORTS:
         out = work / f"{source.parent.name}-{source.name}-{export}"
         try:
             done = convert(str(source), export, out, Silent(), overwrite=True)
         except QkitError as error:
-            row[export] = {"refused": str(error)}
+            row[export] = {"refused": str(error).replace(f"{source.parents[1]}/", "")}
             continue
         row[export] = {
             "equal": done.equal,
