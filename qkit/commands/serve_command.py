@@ -37,6 +37,9 @@ _ONLY_MEASURED = ("text", "windows", "limit", "kv_dtypes", "json_file")
     "--limit. Written into qkit.json and README.md of OUT.",
 )
 @click.option(
+    "--forget", is_flag=True, help="Take what --measure wrote out of OUT again, and print the command without it."
+)
+@click.option(
     "--text", help="Text to measure on: FILE or dataset:NAME[:config][:split][:column] (default: embedded text)."
 )
 @click.option("--windows", type=click.IntRange(1), help="Windows of --context tokens to measure (default: 4).")
@@ -57,6 +60,7 @@ def serve_command_command(
     context: int | None,
     python: Path | None,
     measure: bool,
+    forget: bool,
     text: str | None,
     windows: int | None,
     limit: float | None,
@@ -67,13 +71,14 @@ def serve_command_command(
 
     Length and format of the KV cache come from the files. Limits of the engine are printed to stderr. With --measure, the KV
     cache is the smallest one of vLLM that costs little enough, with layers that stay in 16 bits where it takes that. Later
-    calls without --measure give the same command.
+    calls without --measure give the same command, until --forget.
 
     \b
     Examples:
       qkit serve-command out/w4a16 --tp 2 --context 8192
       qkit serve-command out/w4a16 --python VENV/bin/python
       qkit serve-command out/w4a16 --measure --context 2048 --text held-out.txt
+      qkit serve-command out/w4a16 --forget
     """
     from qkit.workflows.serving import serve_command
 
@@ -82,7 +87,12 @@ def serve_command_command(
     if lost is not None and not measure:
         option = "json" if lost == "json_file" else lost.replace("_", "-")
         raise UsageError(f"--{option} needs --measure: add it, or leave this option out")
+    if measure and forget:
+        raise UsageError("--measure and --forget exclude each other: --measure alone replaces what was measured before")
     made = serve_command(out, tp, context, python)
+    if forget:
+        _forget(out)
+        made = serve_command(out, tp, context, python)
     if measure:
         found = _measured(out, context, text, windows, limit, kv_dtypes)
         write_json(json_file, found.to_json())
@@ -97,8 +107,10 @@ def _measured(
 ) -> CacheMeasurement:
     """Measure, print the table to stderr, and keep what was found."""
     from qkit.workflows.cache_choice import LIMIT, WINDOWS, card_section, longest_of, measure_caches
-    from qkit.workflows.card import store_measurement
+    from qkit.workflows.card import check_storable, store_measurement
 
+    _refuse_gguf("--measure", out)
+    check_storable(out)
     length = context or min(CONTEXT, longest_of(out) or CONTEXT)
     names = None if kv_dtypes is None else [x.strip() for x in kv_dtypes.split(",")]
     source = text or embedded_text("evaluation")
@@ -109,6 +121,25 @@ def _measured(
     store_measurement(out, found.to_json(), card_section(found))
     _show(found, console)
     return found
+
+
+def _forget(out: Path) -> None:
+    from qkit.workflows.card import forget_measurement
+
+    _refuse_gguf("--forget", out)
+    said = "what was measured is taken out of qkit.json and README.md"
+    click.echo(f"note: {said if forget_measurement(out) else 'nothing was measured for this folder'}", err=True)
+
+
+def _refuse_gguf(option: str, out: Path) -> None:
+    from qkit.workflows.serving import gguf_file
+
+    file = gguf_file(out)
+    if file is not None:
+        raise UsageError(
+            f"{option}: {file} is a GGUF file, and what is measured are KV caches of vLLM, which does not serve it: leave "
+            f"{option} out; llama.cpp has its own caches (--cache-type-k and --cache-type-v with f16, q8_0, q4_0 ..)"
+        )
 
 
 def _show(found: CacheMeasurement, console: Console) -> None:

@@ -20,12 +20,44 @@ _SECTION = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
 _MOST = 1 << 24  # bytes of a card
 
 
+def check_storable(out: Path) -> None:
+    """Raises BadCheckpoint for a folder that has no place for a measurement, or a card that was changed after the export;
+    Unsupported for a pipeline. To be asked before the work of measuring."""
+    _card_and_record(out)
+
+
 def store_measurement(out: Path, data: dict[str, Any], section: str) -> None:
     """Write a measurement into the record of a result and ``section`` into its card.
 
-    A kill between the two leaves a folder that the next call completes. Raises BadCheckpoint for a card that was changed after
-    the export, Unsupported for a pipeline.
+    A kill between the two leaves a folder that the next call completes. Raises as ``check_storable``.
     """
+    base, record = _card_and_record(out)
+    card = f"{base}{_BEGIN}{section.rstrip()}\n{_END}".encode()
+    write_atomic(out / CARD, card)
+    files = {**record["files"], CARD: sha256(card).hexdigest()}
+    write_record(out, {**record, "files": files, ENTRY: {**data, "card_without": _digest(base)}})
+
+
+def forget_measurement(out: Path) -> bool:
+    """Take the measurement out of the record and its section out of the card; False where there is none.
+
+    A card that the measurement alone made goes with it. Raises as ``check_storable``.
+    """
+    base, record = _card_and_record(out)
+    if ENTRY not in record:
+        return False
+    files = {name: digest for name, digest in record["files"].items() if name != CARD}
+    if base:
+        write_atomic(out / CARD, base.encode())
+        files[CARD] = _digest(base)
+    else:
+        (out / CARD).unlink(missing_ok=True)
+    write_record(out, {**{key: value for key, value in record.items() if key != ENTRY}, "files": files})
+    return True
+
+
+def _card_and_record(out: Path) -> tuple[str, dict[str, Any]]:
+    """The card without the section of a measurement, "" where there is none, and the record."""
     if is_pipeline(out):
         raise Unsupported(f"{out}: a diffusion pipeline has no KV cache")
     record = packed_record(out)
@@ -35,10 +67,7 @@ def store_measurement(out: Path, data: dict[str, Any], section: str) -> None:
     text = read_bytes(out / CARD, _MOST).decode() if (out / CARD).is_file() else ""
     base = _SECTION.sub("", text)
     _refuse_changed(out, record, text, base)
-    card = f"{base}{_BEGIN}{section.rstrip()}\n{_END}".encode()
-    write_atomic(out / CARD, card)
-    files = {**record["files"], CARD: sha256(card).hexdigest()}
-    write_record(out, {**record, "files": files, ENTRY: {**data, "card_without": _digest(base)}})
+    return base, record
 
 
 def _refuse_changed(out: Path, record: dict[str, Any], text: str, base: str) -> None:

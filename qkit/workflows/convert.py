@@ -18,18 +18,19 @@ import torch
 from torch import Tensor
 
 from qkit.engine.partial_output import LISTING, Partial
-from qkit.errors import Unsupported, VerifyFailure
+from qkit.errors import BadCheckpoint, Unsupported, VerifyFailure
 from qkit.families.structure import ModelStructure, dtype_of
 from qkit.files.checkpoint import check_config
 from qkit.files.folder import is_pipeline, read_record
 from qkit.files.locate import find_model
 from qkit.files.output import check_output_dir, commit_dir
-from qkit.files.sources.packed import PackedFolder, open_packed
+from qkit.files.sources.packed import PackedFolder, PackedLinear, open_packed
 from qkit.system.progress import Progress
 from qkit.tensor.layouts.modelopt import inverse
 from qkit.tensor.layouts.table import LAYOUTS, lost_scales, refusal, scale_dtype
 from qkit.tensor.qtensor import Params, QTensor, dequantize, weight_sha256
 from qkit.verification.verify import Report, summary, verify
+from qkit.workflows.convert_hints import anew
 from qkit.workflows.converted import Found, Target, uses
 
 EXPORTS = ("gptq", "awq", "modelopt", "compressed-tensors")
@@ -71,9 +72,8 @@ def convert(model: str, export: str, out: Path, progress: Progress, overwrite: b
     record = read_record(folder)
     progress.start("read the source", len(packed.linears))
     structure = ModelStructure(packed.checkpoint)
-    found = _look(packed, record, export, progress)
-    if export in LAYOUTS:
-        _refuse(packed, structure, found, export)
+    found, lost = _look(packed, record, export, progress)
+    _refuse(packed, structure, found, lost, export)
     target = Target(packed, structure, found, export, record)
     work = out.with_name(out.name + ".convert")
     with suppress(FileExistsError):
@@ -101,14 +101,20 @@ def convert(model: str, export: str, out: Path, progress: Progress, overwrite: b
     return Conversion(packed.method, export, len(found), equal, max(f.difference for f in found.values()), report)
 
 
-def _look(packed: PackedFolder, record: dict[str, Any] | None, export: str, progress: Progress) -> dict[str, Found]:
-    """Reads every linear once. Raises Unsupported for what ``export`` has no place for, VerifyFailure where a result of qkit
-    is not what its record says."""
+def _look(
+    packed: PackedFolder, record: dict[str, Any] | None, export: str, progress: Progress
+) -> tuple[dict[str, Found], dict[str, str]]:
+    """Reads every linear once: what was seen, and {layout: the first linear whose scales would change in it}.
+
+    Raises VerifyFailure where a result of qkit is not what its record says, and as ``_check_scales``.
+    """
     found: dict[str, Found] = {}
+    changed: dict[str, str] = {}
     recorded = {} if record is None else record.get("linears", {})
     model = dtype_of(packed.checkpoint)
     for name, linear in packed.linears.items():
         q, static = linear.read(packed.checkpoint)
+        _check_scales(packed, linear, q, static, export)
         digest = weight_sha256([q])
         if name in recorded and recorded[name].get("weight_sha256") != digest:
             raise VerifyFailure(
@@ -118,15 +124,55 @@ def _look(packed: PackedFolder, record: dict[str, Any] | None, export: str, prog
         pair = (q.format, linear.kept.activations)
         stored = _scale_dtype(q, static, export, model)
         found[name] = Found(pair, linear.shape, stored, digest if held is q else weight_sha256([held]), difference)
-        was = q.params.scale.dtype
-        if q.format.kind == "int" and stored != was and (lost := lost_scales(q, stored)):
-            raise Unsupported(
-                f"--export {export}: {name}: {lost} of its {q.params.scale.numel()} scales are {str(was)[6:]} "
-                f"numbers that {str(stored)[6:]}, which {LAYOUTS[export].title} stores, does not have: quantize the model in "
-                "16 bits"
-            )
+        if q.format.kind == "int":
+            _note_lost(changed, name, q, {e: _scale_dtype(q, static, e, model) for e in EXPORTS})
         progress.step()
-    return found
+    return found, changed
+
+
+def _note_lost(changed: dict[str, str], name: str, q: QTensor, stored: Mapping[str, torch.dtype]) -> None:
+    """Adds the layouts in which scales of a weight would change. stored: {layout: the dtype of scales}"""
+    was = q.params.scale.dtype
+    for export, dtype in stored.items():
+        if export not in changed and dtype != was and (lost := lost_scales(q, dtype)):
+            changed[export] = (
+                f"{name}: {lost} of its {q.params.scale.numel()} scales are {str(was)[6:]} numbers that {str(dtype)[6:]}, "
+                f"which {LAYOUTS[export].title} stores, does not have"
+            )
+
+
+def _check_scales(packed: PackedFolder, linear: PackedLinear, q: QTensor, static: Tensor | None, export: str) -> None:
+    """Raises BadCheckpoint for scales that stand for no number, Unsupported for such as no result of qkit has: 0, or below it.
+
+    A negative scale of integers without zero points only turns their range round.
+    """
+    name, folder = linear.name, packed.checkpoint.path
+    held = {
+        "scales of its weights": q.params.scale,
+        "global scale": q.params.global_scale,
+        "scale of its inputs": static,
+    }
+    for what, scale in held.items():
+        if scale is None or scale.dtype == torch.uint8:  # powers of two
+            continue
+        values = scale.to(torch.float32)
+        if bad := int((~values.isfinite()).sum()):
+            raise BadCheckpoint(
+                f"{folder}: {name}: {bad} of {values.numel()} values of the {what} are NaN or infinite: get the model again"
+            )
+        signed = q.format.kind == "int" and q.format.symmetric and scale is q.params.scale
+        if bad := int((values == 0 if signed else values <= 0).sum()):
+            said = (
+                "0, and qkit stores only scales other than 0"
+                if signed
+                else "0 or less, and qkit stores only scales above 0"
+            )
+            command = anew(folder, export, {n: x.shape for n, x in packed.linears.items()}, q.format.bits)
+            raise Unsupported(
+                f"{name}: {bad} of {values.numel()} values of the {what} are {said}: quantize it anew: {command}"
+            )
+    if not bool(dequantize(q).isfinite().all()):
+        raise BadCheckpoint(f"{folder}: {name}: some of its weights are NaN or infinite: get the model again")
 
 
 def _scale_dtype(q: QTensor, static: Tensor | None, export: str, model: torch.dtype) -> torch.dtype:
@@ -151,19 +197,35 @@ def _held(q: QTensor, export: str) -> tuple[QTensor, float]:
     return held, float(((a - b).abs() / a.abs().clamp_min(torch.finfo(torch.float32).tiny)).max())
 
 
-def _refuse(packed: PackedFolder, structure: ModelStructure, found: Mapping[str, Found], export: str) -> None:
-    """Raises Unsupported for the first thing that a layout has no place for."""
+def _refuse(
+    packed: PackedFolder, structure: ModelStructure, found: Mapping[str, Found], lost: Mapping[str, str], export: str
+) -> None:
+    """Raises Unsupported for the first thing that a layout has no place for, with what would work."""
+    reasons = {e: _reason(packed, structure, found, e) or lost.get(e) for e in EXPORTS}
+    if reasons[export] is None:
+        return
+    fits = [e for e in EXPORTS if reasons[e] is None]
+    shapes = {name: f.shape for name, f in found.items() if "embeddings" not in uses(structure, name)}
+    bits = max(f.pair[0].bits for f in found.values())
+    raise Unsupported(
+        f"--export {export}: {reasons[export]}. As it is, the model fits --export {' and '.join(fits)}; quantized anew it fits "
+        f"{export}: {anew(packed.checkpoint.path, export, shapes, bits)}"
+    )
+
+
+def _reason(packed: PackedFolder, structure: ModelStructure, found: Mapping[str, Found], export: str) -> str | None:
+    """Why a layout has no place for a model, the dtype of its scales apart; None where it has."""
+    if export not in LAYOUTS:
+        return None
     layout = LAYOUTS[export]
     ends = [name for name in found if "embeddings" in uses(structure, name)]
     pairs = {name: f.pair for name, f in found.items()}
     reason = refusal(layout, pairs, {name: f.shape for name, f in found.items()}, ends)
-    if reason is None and packed.cache:
-        first = next(iter(packed.cache))
-        if not layout.cache:
-            reason = f"{first}: {layout.title} has no place for the scales of an FP8 KV cache"
-        elif first.rpartition(".")[2] not in ("k_scale", "v_scale") or packed.cache[first].nbytes > 4:
-            reason = f"{first}: {layout.title} has one scale for the keys and one for the values of a layer"
-    if reason is not None:
-        raise Unsupported(
-            f"--export {export}: {reason}. The model can be quantized for it anew: qkit quantize --export {export}"
-        )
+    if reason is not None or not packed.cache:
+        return reason
+    first = next(iter(packed.cache))
+    if not layout.cache:
+        return f"{first}: {layout.title} has no place for the scales of an FP8 KV cache"
+    if first.rpartition(".")[2] not in ("k_scale", "v_scale") or packed.cache[first].nbytes > 4:
+        return f"{first}: {layout.title} has one scale for the keys and one for the values of a layer"
+    return None

@@ -39,8 +39,8 @@ def serve_command(out: Path, tp: int = 1, context: int | None = None, python: Pa
     """
     if not out.exists():
         raise BadCheckpoint(f"{out}: no such folder or file: use the folder of a result")
-    file = out / "model.gguf" if (out / "model.gguf").is_file() else out
-    if file.suffix == ".gguf" and file.is_file():
+    file = gguf_file(out)
+    if file is not None:
         if python is not None:
             raise UsageError(f"--python {python}: llama.cpp serves GGUF files, and it is a program: leave --python out")
         return _llama_cpp(file, tp, context)
@@ -63,6 +63,12 @@ def serve_command(out: Path, tp: int = 1, context: int | None = None, python: Pa
     words += cache
     words += ["--tensor-parallel-size", str(tp)] if tp > 1 else []
     return ServeCommand(shlex.join(words), (*notes, *said))
+
+
+def gguf_file(out: Path) -> Path | None:
+    """The GGUF file that ``out`` is, or that lies in it."""
+    file = out / "model.gguf" if (out / "model.gguf").is_file() else out
+    return file if file.suffix == ".gguf" and file.is_file() else None
 
 
 def _llama_cpp(file: Path, tp: int, context: int | None) -> ServeCommand:

@@ -1,8 +1,8 @@
 """Files of real writers: read, converted to each layout, and read back, with every weight compared.
 
-    python reports/convert/matrix.py CORPUS WORK OUT.json [WRITER/NAME ..]
-CORPUS has WRITER/NAME folders; WORK gets the converted ones. Readers of the tools run in their own environments, which ENGINES
-(default /work/engines) has by name: gptqmodel, autoround, stock, modelopt.
+    ENGINES=DIR python reports/convert/matrix.py CORPUS WORK OUT.json [WRITER/NAME ..]
+CORPUS has the folders WRITER/NAME that make_corpus.py makes; WORK gets the converted ones. Readers of the tools run in their
+own environments, which ENGINES has by name: gptqmodel, autoround, modelopt, and stock (transformers and compressed-tensors).
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from qkit.system.progress import Silent
 from qkit.tensor.qtensor import QTensor, dequantize
 from qkit.workflows.convert import EXPORTS, convert
 
-ENGINES = Path(os.environ.get("ENGINES", "/work/engines"))
 THOROUGH = "THOROUGH" in os.environ  # other readers for the converted files too, and not for the sources alone
 SCRIPT = Path(__file__).with_name("own_readers.py")
 
@@ -44,7 +43,7 @@ def reader_of(method: str, config: dict[str, Any]) -> tuple[str, str] | None:
     return table.get(method)
 
 
-def own_weights(folder: Path, file: Path) -> dict[str, torch.Tensor] | str:
+def own_weights(engines: Path, folder: Path, file: Path) -> dict[str, torch.Tensor] | str:
     """What the layout's own reader decodes, or why it does not."""
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     reader = reader_of(config["quant_method"], config)
@@ -52,9 +51,9 @@ def own_weights(folder: Path, file: Path) -> dict[str, torch.Tensor] | str:
         return "GPTQModel loads version 1 with zero points only from itself"
     kind, environment = reader
     two = {"GPTQMODEL_CPU_WORKERS": "2", "OMP_NUM_THREADS": "2"}
-    command = [str(ENGINES / environment / "bin" / "python"), str(SCRIPT), kind, str(file), str(folder)]
+    command = [str(engines / environment / "bin" / "python"), str(SCRIPT), kind, str(file), str(folder)]
     env = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **two}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=env)
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["no output"])[-1][:200]
     found = load_file(file)
@@ -107,20 +106,20 @@ def again(first: Path, second: Path) -> dict[str, Any]:
     return {"linears": len(a.linears), "equal": equal, "largest": largest}
 
 
-def one(source: Path, work: Path) -> dict[str, Any]:
+def one(engines: Path, source: Path, work: Path) -> dict[str, Any]:
     """All that is asked of one file."""
     row: dict[str, Any] = {}
     try:
         open_packed(source)
     except QkitError as error:
-        return {"refused": str(error)}
-    row["read"] = compared(source, own_weights(source, work / "own.safetensors"))
+        return {"refused": str(error).replace(f"{source.parents[1]}/", "")}
+    row["read"] = compared(source, own_weights(engines, source, work / "own.safetensors"))
     for export in EXPORTS:
         out = work / f"{source.parent.name}-{source.name}-{export}"
         try:
             done = convert(str(source), export, out, Silent(), overwrite=True)
         except QkitError as error:
-            row[export] = {"refused": str(error)}
+            row[export] = {"refused": str(error).replace(f"{source.parents[1]}/", "")}
             continue
         row[export] = {
             "equal": done.equal,
@@ -130,17 +129,20 @@ def one(source: Path, work: Path) -> dict[str, Any]:
         }
         said = json.loads((source / "config.json").read_text())["quantization_config"]["quant_method"]
         if THOROUGH and said != export:
-            row[export]["own reader"] = compared(out, own_weights(out, work / "own.safetensors"))
+            row[export]["own reader"] = compared(out, own_weights(engines, out, work / "own.safetensors"))
     return row
 
 
 if __name__ == "__main__":
+    if "ENGINES" not in os.environ:
+        sys.exit("ENGINES is not set: name the folder that has the environments of the readers")
+    engines = Path(os.environ["ENGINES"])
     corpus, work, file = (Path(a) for a in sys.argv[1:4])
     work.mkdir(parents=True, exist_ok=True)
     rows: dict[str, Any] = {}
     names = sys.argv[4:] or sorted(str(p.parent.relative_to(corpus)) for p in corpus.glob("*/*/config.json"))
     rows |= json.loads(file.read_text()) if file.exists() else {}
     for name in names:
-        rows[name] = one(corpus / name, work)
+        rows[name] = one(engines, corpus / name, work)
         file.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
         print(name, json.dumps(rows[name])[:300], flush=True)

@@ -63,14 +63,17 @@ def compressed_tensors(folder: str) -> dict[str, torch.Tensor]:
 
 def modelopt(folder: str) -> dict[str, torch.Tensor]:
     """ModelOpt's own tensor classes, in float32."""
-    from modelopt.torch.quantization.qtensor import FP8QTensor, MXFP8QTensor, NVFP4QTensor
+    from modelopt.torch.quantization.qtensor import FP8QTensor, MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
 
     tensors = load_file(Path(folder) / "model.safetensors")
     found = {}
     for name in [n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")]:
         weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
         shape = torch.Size((weight.shape[0], weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)))
-        if weight.dtype == torch.uint8:
+        if weight.dtype == torch.uint8 and scale.dtype == torch.uint8:
+            made = MXFP4QTensor(shape, torch.float32, weight)
+            plain = made.dequantize(scale=scale, block_sizes={-1: 32})
+        elif weight.dtype == torch.uint8:
             made = NVFP4QTensor(shape, torch.float32, weight)
             double = tensors[f"{name}.weight_scale_2"]
             plain = made.dequantize(scale=scale, double_scale=double, block_sizes={-1: 16})

@@ -18,6 +18,7 @@ REASONS = {
     "stores integers": "format",
     "no place for the scales of an FP8 KV cache": "KV cache",
     "for the whole model": "mixed",
+    "numbers that": "scales of 32 bits",
 }
 
 

@@ -37,7 +37,7 @@ FLAGS = {
     "check": "allow-task-code baseline budget device dtype json junit task-dir text",
     "bench": "baseline device dtype figure formats group-size json m model new-tokens prompt-tokens shapes table threads",
     "convert": "export json out overwrite",
-    "serve-command": "context json kv-dtypes limit measure python text tp windows",
+    "serve-command": "context forget json kv-dtypes limit measure python text tp windows",
     "inspect": "json",
     "doctor": "baseline engine json",
     "list": "json",

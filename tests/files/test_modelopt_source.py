@@ -14,6 +14,8 @@ import qkit
 from qkit.errors import BadCheckpoint, Unsupported
 from qkit.files.checkpoint import Checkpoint
 from qkit.nn.layers import QuantLinear
+from qkit.system.progress import Silent
+from qkit.workflows.convert import convert
 
 GRID = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 UP = "model.layers.0.mlp.up_proj"
@@ -74,6 +76,60 @@ def test_weights_of_modelopt(algorithm: str, plain: Path, tmp_path: Path) -> Non
     assert isinstance(module, QuantLinear) and module.activations is not None
 
 
+def int4(name: str, weight: torch.Tensor, smooth: torch.Tensor | None = None) -> tuple[made.Tensors, torch.Tensor]:
+    """After ModelOpt's pack_int4_in_uint8, in groups of 32: two rows in a byte, of a weight divided by pre_quant_scale."""
+    stem = name.removesuffix("weight")
+    wide = torch.ones(weight.shape[1]) if smooth is None else smooth.float()
+    tiles = (weight.float() / wide).unflatten(1, (-1, 32))
+    scale = tiles.abs().amax(-1) / 7
+    codes = (tiles / scale[..., None]).round().clamp(-8, 7).to(torch.int8)
+    decoded = (codes.float() * scale[..., None]).flatten(1) * wide
+    nibbles = (codes.flatten(1).T.reshape(weight.shape[1], -1, 2)) & 15
+    stored = {
+        "weight": (nibbles[..., 0] | nibbles[..., 1] << 4).T.contiguous().view(torch.uint8),
+        "weight_scale": scale,
+    }
+    more = {} if smooth is None else {f"{stem}pre_quant_scale": smooth}
+    return {stem + leaf: t for leaf, t in stored.items()} | more, decoded.to(weight.dtype)
+
+
+def smoothed(name: str, weight: torch.Tensor) -> tuple[made.Tensors, torch.Tensor]:
+    """down_proj has a pre_quant_scale, as ModelOpt leaves it where nothing before the linear takes it."""
+    smooth = torch.linspace(0.5, 2, weight.shape[1]).to(weight.dtype) if name.endswith("down_proj.weight") else None
+    return int4(name, weight, smooth)
+
+
+def mxfp4(name: str, weight: torch.Tensor) -> tuple[made.Tensors, torch.Tensor]:
+    """After ModelOpt's MXFP4QTensor."""
+    stem, tiles = name.removesuffix("weight"), weight.float().unflatten(1, (-1, 32))
+    exponent = torch.ceil(torch.log2(tiles.abs().amax(-1) / 6).clamp_min(-127))
+    values = tiles / torch.exp2(exponent)[..., None]
+    nearest = (values.abs()[..., None] - GRID).abs().argmin(-1)
+    decoded = (GRID[nearest] * torch.exp2(exponent)[..., None]).copysign(values).flatten(1)
+    codes = (nearest.to(torch.uint8) | torch.signbit(values).to(torch.uint8) << 3).flatten(1)
+    stored = {"weight": codes[:, 0::2] | codes[:, 1::2] << 4, "weight_scale": (exponent + 127).to(torch.uint8)}
+    return {stem + leaf: t for leaf, t in stored.items()}, decoded.to(weight.dtype)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "maker", "packed"),
+    [("W4A16_AWQ", int4, True), ("W4A16_AWQ", smoothed, False), ("MXFP4", mxfp4, True)],
+)
+def test_algorithms_that_are_only_read(algorithm: str, maker: Any, packed: bool, plain: Path, tmp_path: Path) -> None:
+    source, copy = made.write(plain, tmp_path, config_of(algorithm), maker)
+    found, expected = Checkpoint.open(source), Checkpoint.open(copy)
+    assert found.tensors.keys() == expected.tensors.keys()
+    for name in expected.tensors:
+        assert torch.equal(found.read(name), expected.read(name)), name
+    assert isinstance(qkit.load(source).get_submodule(UP), QuantLinear) == packed
+    if packed:
+        done = convert(str(source), "compressed-tensors", tmp_path / "out", Silent())
+        assert done.equal == done.linears > 0
+    else:
+        with pytest.raises(Unsupported, match=r"down_proj: .*multiplied by pre_quant_scale"):
+            convert(str(source), "compressed-tensors", tmp_path / "out", Silent())
+
+
 def test_each_layer_may_have_its_own_algorithm(plain: Path, tmp_path: Path) -> None:
     def encode(name: str, weight: torch.Tensor) -> tuple[made.Tensors, torch.Tensor]:
         return (nvfp4 if "mlp" in name else fp8)(name, weight)
@@ -94,14 +150,21 @@ def test_each_layer_may_have_its_own_algorithm(plain: Path, tmp_path: Path) -> N
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, torch.Tensor], type[Exception], str]] = [
-    (config_of("W4A16_AWQ"), {}, Unsupported, "quantized by ModelOpt's 'W4A16_AWQ', and qkit decodes NVFP4"),
+    (config_of("W4A8_AWQ"), {}, Unsupported, "quantized by ModelOpt's 'W4A8_AWQ', and qkit decodes NVFP4"),
+    (config_of("W4A16_AWQ"), {"x.weight_scale": torch.ones(8, 2)}, BadCheckpoint, r"no groups of a weight \[16, 16\]"),
     (config_of("MIXED_PRECISION"), {}, Unsupported, "quantized_layers says of no layer how"),
     (config_of("MIXED_PRECISION", quantized_layers={"y": {}}), {}, BadCheckpoint, "quantized_layers does not list"),
     (
         config_of("NVFP4"),
-        {"x.pre_quant_scale": torch.ones(32)},
+        {"x.svdquant_lora_a": torch.ones(2, 32)},
         Unsupported,
-        "x has pre_quant_scale, which changes its inputs",
+        "x has svdquant_lora_a, which is added to its weight",
+    ),
+    (
+        config_of("NVFP4_AWQ"),
+        {"x.pre_quant_scale": torch.ones(8)},
+        BadCheckpoint,
+        r"pre_quant_scale' is F32 \[8\], expected F32 or BF16 or F16 with 32 values",
     ),
     (
         config_of("NVFP4"),

@@ -13,7 +13,7 @@ from qkit.kvcache.engine_caches import ENGINE_CACHES
 from qkit.system.progress import Silent
 from qkit.verification.verify import verify
 from qkit.workflows.cache_choice import CacheCost, measure_caches
-from qkit.workflows.card import store_measurement
+from qkit.workflows.card import forget_measurement, store_measurement
 from qkit.workflows.own_arithmetic import load_model, load_texts_tokenizer
 from qkit.workflows.serving import serve_command
 
@@ -148,6 +148,26 @@ def test_what_is_written_and_what_serves(measure, packed, text, run, tmp_path):
     assert (out / "README.md").read_text() == "my own words"
 
 
+def test_a_choice_is_forgotten(packed, measure, run, tmp_path):
+    out = shutil.copytree(packed, tmp_path / "out")
+    plain, before = run("serve-command", out)[1], {p.name: p.read_bytes() for p in out.iterdir()}
+    store_measurement(out, measure(1.0).to_json(), "figures")
+    assert run("serve-command", out)[1] != plain
+    code, said, err = run("serve-command", out, "--forget")
+    assert code == 0 and said == plain and "note: what was measured is taken out of qkit.json" in err
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before and verify(out).ok
+    code, said, err = run("serve-command", out, "--forget")
+    assert code == 0 and said == plain and "note: nothing was measured for this folder" in err
+    # After a kill between card and record, and with a card that somebody changed.
+    store_measurement(out, measure(1.0).to_json(), "figures")
+    (out / "README.md").write_bytes(before["README.md"])
+    assert forget_measurement(out) and {p.name: p.read_bytes() for p in out.iterdir()} == before
+    store_measurement(out, measure(1.0).to_json(), "figures")
+    (out / "README.md").write_text("my own words")
+    code, said, err = run("serve-command", out, "--forget")
+    assert code == 3 and "changed after the export" in err and (out / "README.md").read_text() == "my own words"
+
+
 def test_a_result_without_a_card_gets_one(packed, measure, tmp_path):
     from qkit.files.record import packed_record, write_record
 
@@ -158,6 +178,17 @@ def test_a_result_without_a_card_gets_one(packed, measure, tmp_path):
     write_record(out, record)
     store_measurement(out, measure(1.0).to_json(), "figures")
     assert verify(out).ok and "figures" in (out / "README.md").read_text()
+    assert forget_measurement(out) and verify(out).ok and not (out / "README.md").exists()
+
+
+def test_a_gguf_file_has_no_cache_of_vllm(tmp_path, run):
+    # A sound header without keys and tensors.
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
+    for option in ("--measure", "--forget"):
+        for place in (tmp_path, tmp_path / "model.gguf"):
+            code, said, err = run("serve-command", place, option)
+            assert code == 2 and not said and len(err.splitlines()) == 1
+            assert f"{option}: {tmp_path / 'model.gguf'} is a GGUF file" in err and "--cache-type-k" in err
 
 
 @pytest.mark.parametrize(
@@ -183,6 +214,7 @@ def test_an_entry_that_cannot_be(change, words, packed, measure, tmp_path):
         (["--kv-dtypes", "fp8"], 2, "--kv-dtypes needs --measure"),
         (["--measure", "--kv-dtypes", "fp9"], 2, "'fp9' is none of"),
         (["--measure", "--context", "5000"], 2, "has 1024 positions"),
+        (["--measure", "--forget"], 2, "--measure and --forget exclude each other"),
         (["--measure", "--text", "no-such-file.txt"], 3, "no-such-file.txt"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,25 @@ def test_weights_are_those_of_the_source(
 
 
 @pytest.mark.parametrize(("kind", "export"), [(k, e) for k in TARGETS for e in EXPORTS if e not in TARGETS[k]])
-def test_other_grids_are_refused_and_nothing_is_written(
-    kind: str, export: str, sources: Callable[[str], Path], tmp_path: Path
+def test_other_grids_are_refused_with_what_works(
+    kind: str, export: str, sources: Callable[[str], Path], tmp_path: Path, run
 ) -> None:
-    with pytest.raises(Unsupported, match=rf"--export {export}: model\.layers\.0\.\S+_proj: .*qkit quantize --export"):
+    with pytest.raises(Unsupported, match=rf"--export {export}: model\.layers\.0\.\S+_proj: ") as refused:
         convert(str(sources(kind)), export, tmp_path / "out", Silent())
     assert list(tmp_path.iterdir()) == []
+    fits = re.search(r"As it is, the model fits --export ([a-z -]+);", str(refused.value))
+    assert fits is not None and set(fits[1].split(" and ")) == set(TARGETS[kind])
+    proved_command(str(refused.value), tmp_path / "anew", run, export)
+
+
+def proved_command(message: str, out: Path, run, export: str) -> None:
+    """The command at the end of a message does what it says."""
+    words = shlex.split("qkit quantize" + message.partition("qkit quantize")[2])
+    assert words[-2:] == ["--out", "OUT"]
+    code, _, err = run(*words[1:-1], out)
+    assert code == 0, err
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == export and qkit.verify(out).ok
 
 
 def test_symmetric_awq_becomes_symmetric(plain: Path, tmp_path: Path) -> None:
@@ -180,14 +194,16 @@ def test_scales_of_a_cache_go_along_or_the_layout_is_refused(plain: Path, tmp_pa
         convert(str(four), "gptq", tmp_path / "d", Silent())
 
 
-def test_what_cannot_be_converted_says_so(plain: Path, sources: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="the model is not quantized, so there is nothing to convert"):
+def test_what_cannot_be_converted_says_so(plain: Path, sources: Callable[[str], Path], tmp_path: Path, run) -> None:
+    with pytest.raises(UsageError, match="the model is not quantized, so there is nothing to convert") as refused:
         convert(str(plain), "gptq", tmp_path / "out", Silent())
+    proved_command(str(refused.value), tmp_path / "quantized", run, "compressed-tensors")
     ordered, _ = made.gptq(plain, tmp_path / "ordered", act_order=True)
     with pytest.raises(
         Unsupported, match=r"_proj: it cannot be converted as it is stored \(GPTQ with 4 bits\): .*g_idx"
-    ):
+    ) as refused:
         convert(str(ordered), "awq", tmp_path / "out", Silent())
+    proved_command(str(refused.value), tmp_path / "anew", run, "compressed-tensors")
     filled = tmp_path / "filled"
     filled.mkdir()
     (filled / "mine.txt").write_text("keep")
@@ -206,6 +222,35 @@ def test_scales_of_32_bits_that_16_do_not_hold(sources: Callable[[str], Path], t
         match=r"--export gptq: model\.layers\.0\.\S+: \d+ of its \d+ scales are float32 numbers that float16",
     ):
         convert(str(source), "gptq", tmp_path / "out", Silent())
+    with pytest.raises(Unsupported, match=r"the model fits --export compressed-tensors; quantized anew it fits awq: "):
+        convert(str(source), "awq", tmp_path / "out", Silent())
+
+
+@pytest.mark.parametrize(
+    ("kind", "leaf", "value", "export", "words"),
+    [
+        ("gptq sym", "scales", 0.0, "compressed-tensors", "scales of its weights are 0, and qkit stores only"),
+        ("gptq", "scales", -0.5, "awq", "scales of its weights are 0 or less"),
+        ("gptq", "scales", float("inf"), "gptq", "scales of its weights are NaN or infinite"),
+        ("nvfp4", "weight_scale", 0.0, "modelopt", "scales of its weights are 0 or less"),
+        ("nvfp4", "weight_global_scale", float("nan"), "compressed-tensors", "global scale are NaN or infinite"),
+        ("nvfp4", "weight_global_scale", 1e-44, "modelopt", "some of its weights are NaN or infinite"),
+    ],
+)
+def test_scales_that_no_result_has_are_found_before_anything_is_written(
+    kind: str, leaf: str, value: float, export: str, words: str, sources: Callable[[str], Path], tmp_path: Path, run
+) -> None:
+    source = copy_of(sources(kind), tmp_path / "source")
+    for file in source.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [n for n in tensors if n == f"model.layers.1.mlp.up_proj.{leaf}"]:
+            tensors[name].view(-1)[0] = value
+        save_file(tensors, file, {"format": "pt"})
+    code, _, err = run("convert", source, "--export", export, "--out", tmp_path / "out")
+    assert code == 3 and "model.layers.1.mlp.up_proj" in err and words in err and len(err.strip().splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+    if "qkit quantize" in err:
+        proved_command(err.strip(), tmp_path / "anew", run, export)
 
 
 def test_a_damaged_result_is_not_converted(plain: Path, tmp_path: Path) -> None:

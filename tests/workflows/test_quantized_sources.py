@@ -14,6 +14,8 @@ import transformers
 import qkit
 from qkit.errors import Unsupported
 from qkit.files.checkpoint import Checkpoint
+from qkit.system.progress import Silent
+from qkit.workflows.convert import convert
 
 ROWS = {"samples": 4, "seqlen": 32}
 
@@ -84,6 +86,12 @@ def test_mxfp4_of_gpt_oss(tmp_path: Path) -> None:
     assert all(torch.equal(found.read(name), expected.read(name)) for name in expected.tensors)
     with pytest.raises(Unsupported, match="cannot keep it as the source stores it: the source stores it in one tensor"):
         qkit.plan(source, scheme="w8a16", keep_source=["*.experts.*"])
+    with pytest.raises(
+        Unsupported, match=r"experts\S*: it cannot be converted .*qkit quantize --model \S+ --scheme w4a16"
+    ):
+        convert(str(source), "compressed-tensors", tmp_path / "converted", Silent())
+    qkit.quantize(source, scheme="w4a16", out=tmp_path / "anew")
+    assert qkit.verify(tmp_path / "anew").ok
     assert result(source, tmp_path / "a", method="gptq", **ROWS) == result(copy, tmp_path / "b", method="gptq", **ROWS)
 
 

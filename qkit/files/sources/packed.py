@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,12 +92,15 @@ def open_packed(folder: Path) -> PackedFolder:
         if isinstance(kept, str) or len(info.shape) != 2:
             why = kept if isinstance(kept, str) else "it is no matrix of one linear"
             raise Unsupported(
-                f"{name}: it cannot be converted as it is stored ({info.encoding}): {why}: use 'qkit quantize', which decodes "
-                "and quantizes it anew"
+                f"{name}: it cannot be converted as it is stored ({info.encoding}): {why}: quantize it anew: qkit quantize "
+                f"--model {shlex.quote(str(folder))} --scheme w4a16 --out OUT"
             )
         linears[name] = PackedLinear(name, info, kept)
     if not linears:
-        raise UsageError(f"{folder}: the model is not quantized, so there is nothing to convert: use 'qkit quantize'")
+        raise UsageError(
+            f"{folder}: the model is not quantized, so there is nothing to convert: quantize it: qkit quantize --model "
+            f"{shlex.quote(str(folder))} --scheme w4a16 --out OUT"
+        )
     plain = {name: info for name, info in checkpoint.tensors.items() if not isinstance(info, DecodedInfo)}
     cache = {name: info for name, info in stored.items() if name.endswith(CACHE_SCALES)}
     said = (
