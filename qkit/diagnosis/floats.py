@@ -151,12 +151,35 @@ def _modelopt_layer(layer: Layer, dtype: str, findings: Findings) -> str:
         layer.packing = "ModelOpt FP8"
         return "FP8"
     if dtype == "U8":
-        layer.packing = "ModelOpt INT4"
-        return ""
+        return _nibbles(layer, findings)
     findings.fault(
-        "config", layer.name, f"its weight is {dtype}, beside a scale", "U8 (NVFP4) or F8_E4M3 (FP8)", _CONFIG, 8
+        "config", layer.name, f"its weight is {dtype}, beside a scale", "U8 (4 bits) or F8_E4M3 (FP8)", _CONFIG, 8
     )
     return ""
+
+
+def _nibbles(layer: Layer, findings: Findings) -> str:
+    """MXFP4, with two columns in a byte, and INT4, with two rows."""
+    codes, scale = layer.leaves["weight"], layer.scale
+    assert scale is not None
+    floats = scale.dtype == "U8"
+    name, layer.packing = ("MXFP4", "ModelOpt MXFP4") if floats else ("W4A16", "ModelOpt INT4")
+    shape = tuple(codes.shape)
+    if len(shape) == 2:
+        layer.shape = shape = (shape[0], 2 * shape[1]) if floats else (2 * shape[0], shape[1])
+    groups = scale.shape[-1] if len(scale.shape) == 2 else 0
+    size = shape[-1] // groups if groups and shape[-1] % groups == 0 else 0
+    if len(shape) != 2 or not size or scale.shape[0] != shape[0] or (floats and size != 32):
+        findings.fault(
+            "config", layer.name, f"its scales are {list(scale.shape)} for a weight {list(shape)}",
+            f"one for {'32' if floats else 'a group of'} columns of each row", _CONFIG, 8,
+        )  # fmt: skip
+        return name
+    if floats:
+        layer.weights = Format(name="mxfp4", kind="fp4", bits=4, strategy="group", group=32, scale="e8m0")
+    else:
+        layer.weights = Format(name="int4", kind="int", bits=4, strategy="group", group=size)
+    return name
 
 
 def _algorithms(opened: Opened) -> dict[str, str]:

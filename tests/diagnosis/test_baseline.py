@@ -10,6 +10,7 @@ from seeded_gguf import gguf_scale
 
 from qkit.diagnosis.findings import FAULT, NOTE, WARNING
 from qkit.diagnosis.rounding import gguf_format, rounding_error
+from qkit.workflows.api import quantize
 from qkit.workflows.doctor import diagnose
 
 CALIBRATION = {"samples": 4, "seqlen": 32}
@@ -121,3 +122,21 @@ def test_a_rotated_file_is_a_warning(made, plain_model, tmp_path):
     found = diagnose(made("w4a16"), changed(plain_model, tmp_path / "base", rotated))
     assert kinds(found) == [] and kinds(found, WARNING) == ["baseline"]
     assert "rotated" in found.findings[0].advice
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.4])
+def test_a_fold_that_the_error_of_rounding_hides_is_no_fault_and_a_norm_alone_is_one(
+    spread, made, plain_model, tmp_path
+):
+    """Of a norm and of the columns behind it. The file is made from the folded model."""
+    factors = torch.exp(spread * torch.randn(256, generator=torch.Generator().manual_seed(4)))
+    norm, behind = "layers.1.input_layernorm", ("1.self_attn.q_proj", "1.self_attn.k_proj", "1.self_attn.v_proj")
+
+    def folded(name, w, g):
+        return w * factors if any(x in name for x in behind) else w / factors if norm in name else w
+
+    source = changed(plain_model, tmp_path / "folded", folded)
+    quantize(model=str(source), scheme="w4a16", out=str(tmp_path / "out"), group_size=32)
+    assert kinds(diagnose(tmp_path / "out", plain_model)) == []
+    alone = changed(plain_model, tmp_path / "alone", lambda name, w, g: w / factors if norm in name else w)
+    assert kinds(diagnose(made("w4a16", group_size=32), alone)) == ["norms"]

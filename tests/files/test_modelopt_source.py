@@ -16,6 +16,7 @@ from qkit.files.checkpoint import Checkpoint
 from qkit.nn.layers import QuantLinear
 from qkit.system.progress import Silent
 from qkit.workflows.convert import convert
+from qkit.workflows.doctor import diagnose
 
 GRID = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 UP = "model.layers.0.mlp.up_proj"
@@ -122,6 +123,9 @@ def test_algorithms_that_are_only_read(algorithm: str, maker: Any, packed: bool,
     for name in expected.tensors:
         assert torch.equal(found.read(name), expected.read(name)), name
     assert isinstance(qkit.load(source).get_submodule(UP), QuantLinear) == packed
+    diagnosis = diagnose(source, plain)
+    assert [f for f in diagnosis.findings if f.level == "fault"] == [] and diagnosis.to_json()["not_looked_at"] == {}
+    assert all(line["error"] < 3 * line["explained"] for line in diagnosis.drift if "_proj" in line["layer"])
     if packed:
         done = convert(str(source), "compressed-tensors", tmp_path / "out", Silent())
         assert done.equal == done.linears > 0

@@ -15,7 +15,7 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it stops on a machine wit
 from common import rows, run
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
-WHOLE = "model.layers.0.self_attn.q_proj"  # the linear that the file with rules leaves as it is
+WHOLE = "model.layers.0.mlp.down_proj"  # the linear that the file with rules leaves as it is
 
 
 def write(model: Path, text: Path, out: Path, **config: object) -> None:
