@@ -89,6 +89,8 @@ def serve_command_command(
         raise UsageError(f"--{option} needs --measure: add it, or leave this option out")
     if measure and forget:
         raise UsageError("--measure and --forget exclude each other: --measure alone replaces what was measured before")
+    if measure or forget:
+        _refuse_gguf("--measure" if measure else "--forget", out)
     made = serve_command(out, tp, context, python)
     if forget:
         _forget(out)
@@ -109,7 +111,6 @@ def _measured(
     from qkit.workflows.cache_choice import LIMIT, WINDOWS, card_section, longest_of, measure_caches
     from qkit.workflows.card import check_storable, store_measurement
 
-    _refuse_gguf("--measure", out)
     check_storable(out)
     length = context or min(CONTEXT, longest_of(out) or CONTEXT)
     names = None if kv_dtypes is None else [x.strip() for x in kv_dtypes.split(",")]
@@ -126,7 +127,6 @@ def _measured(
 def _forget(out: Path) -> None:
     from qkit.workflows.card import forget_measurement
 
-    _refuse_gguf("--forget", out)
     said = "what was measured is taken out of qkit.json and README.md"
     click.echo(f"note: {said if forget_measurement(out) else 'nothing was measured for this folder'}", err=True)
 

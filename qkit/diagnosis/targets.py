@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from qkit.diagnosis.findings import Findings
 from qkit.errors import BadCheckpoint, Unsupported
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import PICKLES, PIPELINE_INDEX, is_pipeline, list_names
 from qkit.files.safefile import open_regular, read_range
+from qkit.files.sources.opening import encodings
 
 _SAFETENSORS = (".safetensors", ".safetensors.index.json")
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
@@ -67,6 +69,15 @@ def _parts(folder: Path, names: list[str]) -> str:
     if not parts:
         return "none of its components has safetensors files: get the complete folder"
     return f"give one of its components: {', '.join(str(folder / name) for name in parts)}"
+
+
+def note_quantized(original: Checkpoint, findings: Findings) -> None:
+    """Warn of an original that is quantized itself."""
+    if encodings(original.tensors):
+        findings.warn(
+            "baseline", str(original.path), "it is quantized itself, so that its own errors are among the differences",
+            "the model that the file was made from, in 16 bits where its author gives that", "give it as --baseline", 3,
+        )  # fmt: skip
 
 
 def check_baseline(found: Shapes, original: Checkpoint, where: Path) -> None:

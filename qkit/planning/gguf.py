@@ -77,7 +77,7 @@ def check_gguf(
     }
     used = next((name for name, wrong in refused.items() if wrong), None)
     if used is not None:
-        raise UsageError(f"{used} and scheme {recipe.scheme}: not for {WHAT} yet: leave one of the two out")
+        raise UsageError(f"{used} and scheme {recipe.scheme}: not for {WHAT} yet: leave {used} out")
     if not structure.is_language_model:
         raise Unsupported(f"{WHAT} is for language models, and this is a {type(structure.model).__name__}")
     architecture = structure.gguf.architecture  # raises what the converter does not know

@@ -100,11 +100,11 @@ def check_files(
         if path.is_symlink():
             findings.check(topic, False, name, "is a link; expected a folder")
         else:
-            findings.check(topic, name in parents, name, "is a folder that is not listed in qkit.json; remove it")
+            findings.check(topic, name in parents, name, "is a folder that is not listed in qkit.json; move it away")
     for name in sorted({*present, *listed}):
         if name in excluded:
             continue
-        if not findings.check(topic, name in listed, name, "is not listed in qkit.json; remove it"):
+        if not findings.check(topic, name in listed, name, "is not listed in qkit.json; move it away"):
             continue
         if not findings.check(topic, name in present, name, "is listed in qkit.json and is not in the folder"):
             continue

@@ -75,6 +75,8 @@ def _modelopt(weights: NumberFormat, activations: NumberFormat | None, facts: Mo
     if facts.torn_experts:
         why = f"it runs the experts of a layer as one product, and those of {facts.torn_experts} have several formats"
         return _refused(why)
+    if weights.kind == "int" or (weights.kind == "fp4" and weights.scale == "e8m0"):
+        return _refused("of ModelOpt it loads FP8, NVFP4, W4A16_NVFP4 and MXFP8 alone")
     kind = "NVFP4" if weights.kind == "fp4" else "MXFP8" if weights.scale == "e8m0" else "FP8"
     name = f"ModelOptLinearMethod ({kind}{'' if activations else ', weights alone'})"
     return EngineFit(VLLM, name, (NO_CPU,), VLLM_TABLE, tuple(p for p in facts.platforms if p != CPU))

@@ -31,7 +31,9 @@ def read_folder(out: Path, record: Record | None, findings: Findings) -> dict[st
             continue
         if record is not None:
             recorded_hash = record.shards.get(path.name)
-            if findings.check("folder", recorded_hash is not None, path.name, "is not listed in qkit.json; remove it"):
+            if findings.check(
+                "folder", recorded_hash is not None, path.name, "is not listed in qkit.json; move it away"
+            ):
                 fault = "its sha256 is not the one in qkit.json: the file changed after the export"
                 findings.check("folder", sha256_of(path) == recorded_hash, path.name, fault)
         try:

@@ -252,9 +252,11 @@ def card_section(found: CacheMeasurement) -> str:
     """What the card of a result says of its KV cache, in Markdown."""
     chosen = found.chosen
     skip = f", layers {', '.join(map(str, chosen.skip))} in 16 bits" if chosen.skip else ""
+    among = "" if found.candidates == candidates_of(None) else f" among {', '.join(found.candidates)}"
+    windows = f"{found.windows} window{'s' if found.windows > 1 else ''}"
     head = (
-        f"Measured at {found.context:,} tokens, in {found.windows} windows, against the same file with a cache in 16 bits "
-        f"({found.plain_bytes / 1e6:.2f} MB). Smallest cache of vLLM within {found.limit:g} nats a token: "
+        f"Measured at {found.context:,} tokens, in {windows}, against the same file with a cache in 16 bits "
+        f"({found.plain_bytes / 1e6:.2f} MB). Smallest cache of vLLM{among} within {found.limit:g} nats a token: "
         f"`{chosen.dtype}`{skip}."
     )
     rows = ["| --kv-cache-dtype | layers in 16 bits | MB | KL divergence, nats a token | vLLM |", "|" + " --- |" * 5]

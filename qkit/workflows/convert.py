@@ -67,7 +67,7 @@ def convert(model: str, export: str, out: Path, progress: Progress, overwrite: b
     if is_pipeline(folder):
         raise Unsupported(f"{folder}: a diffusion pipeline: these layouts are for language models")
     check_output_dir(out, folder, overwrite)
-    packed = open_packed(folder)
+    packed = open_packed(folder, export)
     check_config(packed.checkpoint.config, packed.checkpoint.tensors)
     record = read_record(folder)
     progress.start("read the source", len(packed.linears))
@@ -208,8 +208,8 @@ def _refuse(
     shapes = {name: f.shape for name, f in found.items() if "embeddings" not in uses(structure, name)}
     bits = max(f.pair[0].bits for f in found.values())
     raise Unsupported(
-        f"--export {export}: {reasons[export]}. As it is, the model fits --export {' and '.join(fits)}; quantized anew it fits "
-        f"{export}: {anew(packed.checkpoint.path, export, shapes, bits)}"
+        f"--export {export}: {reasons[export]}. As it is, the model fits --export {' and '.join(fits)}; quantized anew, better "
+        f"from its original, it fits {export}: {anew(packed.checkpoint.path, export, shapes, bits)}"
     )
 
 

@@ -15,7 +15,7 @@ from qkit.diagnosis.findings import FAULT, Findings, report_unread
 from qkit.diagnosis.layers import Layer, count
 from qkit.diagnosis.opened import Opened, open_folder, said
 from qkit.diagnosis.result import Diagnosis
-from qkit.diagnosis.targets import check_baseline, weight_files
+from qkit.diagnosis.targets import check_baseline, note_quantized, weight_files
 from qkit.errors import QkitError, Unsupported
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.inspect_config import find_quantizer
@@ -46,6 +46,7 @@ def _diagnose_folder(folder: Path, original: Checkpoint | None, engine: str | No
     groups = _set_formats(opened, findings)
     if original is not None and opened.tensors:
         check_baseline(_shapes(opened), original, folder)
+        note_quantized(original, findings)
     expected = expect(opened, findings) if opened.config and opened.tensors else Expected()
     _check_config(opened, groups, expected, findings)
     check_mtp(opened, findings)

@@ -13,7 +13,7 @@ from qkit.diagnosis.gguf import PLAIN, check_places, check_values, in_order, nam
 from qkit.diagnosis.gguf_keys import check_keys, number_of
 from qkit.diagnosis.kernels import answer_of, check_gguf_kernels
 from qkit.diagnosis.result import Diagnosis
-from qkit.diagnosis.targets import check_baseline
+from qkit.diagnosis.targets import check_baseline, note_quantized
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.gguf import GgufHeader, GgufTensor
 from qkit.files.inspect_config import one_line
@@ -87,6 +87,7 @@ def _names(
     if headers:
         shapes = {t.name: t.shape[::-1] for _, h in headers for t in h.tensors}
         check_baseline({found[name][0]: shape for name, shape in shapes.items() if name in found}, original, path)
+        note_quantized(original, findings)
     return found
 
 

@@ -140,3 +140,10 @@ def test_a_fold_that_the_error_of_rounding_hides_is_no_fault_and_a_norm_alone_is
     assert kinds(diagnose(tmp_path / "out", plain_model)) == []
     alone = changed(plain_model, tmp_path / "alone", lambda name, w, g: w / factors if norm in name else w)
     assert kinds(diagnose(made("w4a16", group_size=32), alone)) == ["norms"]
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "q4_k"])
+def test_a_baseline_that_is_quantized_itself_is_told(scheme, made):
+    found = diagnose(made(scheme), made("w8a8"))
+    assert [f.layers for f in found.findings if f.level == WARNING and f.kind == "baseline"] == [(str(made("w8a8")),)]
+    assert kinds(found) == []

@@ -124,6 +124,7 @@ def test_algorithms_that_are_only_read(algorithm: str, maker: Any, packed: bool,
         assert torch.equal(found.read(name), expected.read(name)), name
     assert isinstance(qkit.load(source).get_submodule(UP), QuantLinear) == packed
     diagnosis = diagnose(source, plain)
+    assert [line for line in diagnosis.to_json()["engines"] if line["engine"] == "vLLM" and line["loads_as"]] == []
     assert [f for f in diagnosis.findings if f.level == "fault"] == [] and diagnosis.to_json()["not_looked_at"] == {}
     assert all(line["error"] < 3 * line["explained"] for line in diagnosis.drift if "_proj" in line["layer"])
     if packed:

@@ -76,14 +76,16 @@ def _alike(a: Format, b: Format) -> bool:
     return (a.kind, a.bits, a.strategy, a.symmetric, a.scale) == (b.kind, b.bits, b.strategy, b.symmetric, b.scale)
 
 
-def open_packed(folder: Path) -> PackedFolder:
-    """The quantized folder.
+def open_packed(folder: Path, export: str = "") -> PackedFolder:
+    """The quantized folder. export: the layout that it is read for, which messages name
 
     Raises UsageError for a folder that is not quantized, Unsupported for a linear whose numbers have no place in another
     layout, and what ``Checkpoint.open`` raises.
     """
     checkpoint, stored = Checkpoint.open(folder), Checkpoint.open(folder, quantized=True).tensors
     linears: dict[str, PackedLinear] = {}
+    layout = f" (--export {export} writes that layout)" if export not in ("", "compressed-tensors") else ""
+    command = f"qkit quantize --model {shlex.quote(str(folder))} --scheme w4a16 --out OUT"
     for full, info in checkpoint.tensors.items():
         if not isinstance(info, DecodedInfo):
             continue
@@ -92,14 +94,13 @@ def open_packed(folder: Path) -> PackedFolder:
         if isinstance(kept, str) or len(info.shape) != 2:
             why = kept if isinstance(kept, str) else "it is no matrix of one linear"
             raise Unsupported(
-                f"{name}: it cannot be converted as it is stored ({info.encoding}): {why}: quantize it anew: qkit quantize "
-                f"--model {shlex.quote(str(folder))} --scheme w4a16 --out OUT"
+                f"{name}: it cannot be converted as it is stored ({info.encoding}): {why}: quantize it anew, better from its "
+                f"original{layout}: {command}"
             )
         linears[name] = PackedLinear(name, info, kept)
     if not linears:
         raise UsageError(
-            f"{folder}: the model is not quantized, so there is nothing to convert: quantize it: qkit quantize --model "
-            f"{shlex.quote(str(folder))} --scheme w4a16 --out OUT"
+            f"{folder}: the model is not quantized, so there is nothing to convert: quantize it{layout}: {command}"
         )
     plain = {name: info for name, info in checkpoint.tensors.items() if not isinstance(info, DecodedInfo)}
     cache = {name: info for name, info in stored.items() if name.endswith(CACHE_SCALES)}
