@@ -1,6 +1,7 @@
 """Fixtures that several test files share: a short calibration text, and tiny models made once a session."""
 
 import gc
+import json
 import os
 import socket
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import transformers
 
 from qkit.commands import main
+from qkit.workflows.api import quantize
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -156,3 +158,28 @@ def run(capsys, monkeypatch):
 def small(calib):
     """Options that keep a run short."""
     return ["--calib", calib, "--samples", 8, "--seqlen", 32, "--threads", 1]
+
+
+@pytest.fixture(scope="session")
+def plain_model(tmp_path_factory) -> Path:
+    """A model to diagnose files of: wide enough for super-blocks, with weights enough for statements about most of them."""
+    folder = tmp_path_factory.mktemp("plain") / "model"
+    tiny_models.make("llama", folder, hidden_size=256, intermediate_size=256, num_hidden_layers=2)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, plain_model):
+    """The folder of a result, made once for each set of options: made("q4_k", kv="nvfp4")."""
+    work, results = tmp_path_factory.mktemp("made"), {}
+
+    def make(scheme: str, **options) -> Path:
+        key = scheme, *sorted(options.items())
+        if key not in results:
+            out = work / "-".join(map(str, [scheme, *options.values()]))
+            quantize(model=str(plain_model), scheme=scheme, out=str(out), **options)
+            results[key] = out
+        return results[key]
+
+    return make

@@ -251,6 +251,12 @@ def test_tests_have_the_same_tree() -> None:
     assert {p.name for p in (ROOT / "tests").iterdir() if p.is_dir()} <= {*FOLDERS, *others}
 
 
+def test_fixtures_are_in_one_file() -> None:
+    """``from conftest import ..`` finds whichever was imported last."""
+    tests = Path(__file__).parent
+    assert list(tests.rglob("conftest.py")) == [tests / "conftest.py"]
+
+
 def test_the_quick_tests_exist() -> None:
     """A file that is not there is no error of pytest where several processes run."""
     named = re.search(r"^QUICK := \$\(addprefix tests/,(.*?)\)$", (ROOT / "Makefile").read_text(), re.M | re.S)
