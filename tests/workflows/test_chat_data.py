@@ -54,7 +54,7 @@ def test_the_command_says_and_records_what_it_understood(run, model, lines, tmp_
         "calibration: chat.jsonl: 8 samples, 512 tokens, from" in said and "by the chat template of the model" in said
     )
     assert "calibration: t.jsonl: 4 samples, 256 tokens, from" in said and "of 9 records (text)" in said
-    assert said.index("calibration: chat.jsonl") < said.index("forecast:")
+    assert said.index("calibration: chat.jsonl") < said.index("forecast for method")
     recorded = json.loads((out / "qkit.json").read_text())["calibration"]
     assert [(s["source"], s["weight"], s["rows"]) for s in recorded["sources"]] == [
         ("chat.jsonl", 2, 8),
