@@ -7,6 +7,10 @@ import socket
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton: no GPU is asked for here
+# Before the first import of torch: bounds and equalities are those of one arithmetic, on CPUs with AMX too. Without the second,
+# sums of float32 depend on where in memory a matrix lies.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import pytest
 import qkit_data

@@ -53,8 +53,8 @@ def schemes() -> list[dict[str, Any]]:
 
 
 def _method(name: str, kind: str, what: str, options: Options) -> dict[str, Any]:
-    given = ", ".join(f"{k}={option.shown}" for k, option in options.items())
-    return {"method": name, "kind": kind, "what": what, "options": given}
+    defaults = ", ".join(f"{key}={option.shown}" for key, option in options.items())
+    return {"method": name, "kind": kind, "what": what, "options": defaults}
 
 
 def methods() -> list[dict[str, Any]]:

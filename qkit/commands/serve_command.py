@@ -91,16 +91,16 @@ def serve_command_command(
         raise UsageError("--measure and --forget exclude each other: --measure alone replaces what was measured before")
     if measure or forget:
         _refuse_gguf("--measure" if measure else "--forget", out)
-    made = serve_command(out, tp, context, python)
+    command = serve_command(out, tp, context, python)  # what cannot be served is refused before anything is measured
     if forget:
         _forget(out)
-        made = serve_command(out, tp, context, python)
     if measure:
-        found = _measured(out, context, text, windows, limit, kv_dtypes)
-        write_json(json_file, found.to_json())
-        made = serve_command(out, tp, context, python)
-    click.echo(made.command)
-    for note in made.notes:
+        measurement = _measured(out, context, text, windows, limit, kv_dtypes)
+        write_json(json_file, measurement.to_json())
+    if measure or forget:
+        command = serve_command(out, tp, context, python)
+    click.echo(command.command)
+    for note in command.notes:
         click.echo(f"note: {printable(note)}", err=True)
 
 

@@ -93,7 +93,7 @@ def judge(rows: Sequence[EngineRow], names_of: Names, engine: str | None, findin
             )  # fmt: skip
     if (
         engine is not None and len(findings.entries) == before
-    ):  # each format by itself is fine, and together they are not
+    ):  # each format by itself is fine; together they may not be
         for line in answer_of(rows, engine):
             if not line.loads:
                 names = [name for row in rows if row.engine == line.engine for name in names_of(row)]

@@ -111,7 +111,7 @@ class _GgufReader:
         for tensor, offset in entries:
             if offset % alignment:
                 self._refuse(f"tensor {shown(tensor.name)} lies at byte {offset}, expected a multiple of {alignment}")
-        end = max((start + offset + (tensor.nbytes or 0) for tensor, offset in entries), default=start)
+        end = max((start + offset + (tensor.nbytes or 0) for tensor, offset in entries), default=0)
         if end > self._size:
             self._refuse(f"the file has {self._size} bytes, expected {end}, as its header says: it is cut short")
         tensors_found = tuple(replace(t, begin=start + offset) for t, offset in entries)

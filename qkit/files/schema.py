@@ -113,7 +113,7 @@ Object = dict[str, Any]
 class _Open(BaseModel):
     """Other keys are allowed, and not looked at."""
 
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(extra="ignore", protected_namespaces=(), defer_build=True)  # built where a file is read
 
 
 class ModelConfig(_Open):
@@ -233,7 +233,7 @@ class _Source(_Open):
 class RecordFile(_Open):
     """The fields of qkit.json that the loader and the commands use; ``verify`` has a reading of its own."""
 
-    source: _Source = _Source()
+    source: _Source = Field(default_factory=_Source)
     plan_hash: str | None = None
     shards: dict[str, str] = {}
     kv: Object | None = None
@@ -256,13 +256,13 @@ class KvPolicy(_Open):
 
 
 class _ChoiceEntry(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
     bytes: Annotated[int, Field(gt=0, le=2**60)]
     costs: dict[str, Number]
 
 
 class _UnitEntry(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
     key: str
     linears: Annotated[list[str], Field(min_length=1)]
     weights: Annotated[int, Field(gt=0, le=2**60)]
@@ -290,7 +290,7 @@ class _UniformEntry(BaseModel):
 class ProfileFile(BaseModel):
     """The fields of profile.json, but for its version."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
     fingerprint: str
     request: _ProfileRequest
     candidates: Annotated[list[str], Field(min_length=1)]

@@ -56,7 +56,7 @@ class Rule(BaseModel):
     keep: of a source that is quantized already: the layers stay as they are stored there, their numbers unchanged
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
     match: Glob | Annotated[tuple[Glob, ...], Field(min_length=1)]
     scheme: str | None = None
     solver: str | None = None
@@ -99,7 +99,7 @@ class Recipe(BaseModel):
     gpu: the kinds of GPU that have to run it, "sm80,sm90"; tp: how many GPUs share it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
     scheme: str
     method: str = "rtn"
     group_size: int | None = None

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from qkit.verification.decode import DecodedLinear
-from qkit.verification.record import Findings, Record
+if TYPE_CHECKING:
+    from qkit.verification.decode import DecodedLinear
+    from qkit.verification.record import Findings, Record
 
 # Linears that engines fuse into one; encoder-decoder attention has another input for k and v than for q.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))

@@ -17,7 +17,6 @@ from qkit.files.locate import find_model, recorded_source
 from qkit.files.rejected import NAME, clear_mark, write_mark
 from qkit.system.progress import NamedAdvance
 from qkit.system.version import __version__
-from qkit.verification.verify import summary, verify
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,8 @@ class CheckReport:
 def require_sound(folder: Path) -> None:
     """Verify a folder that qkit wrote, before anything is measured of it. Raises VerifyFailure."""
     if (folder / RECORD).is_file():
+        from qkit.verification.verify import summary, verify
+
         report = verify(folder)
         if not report.ok:
             raise VerifyFailure(f"{summary(report)}; nothing was measured")

@@ -33,7 +33,8 @@ def serve_command(out: Path, tp: int = 1, context: int | None = None, python: Pa
     """The command line of vLLM for a folder, or of llama.cpp for a GGUF file.
 
     tp: GPUs that share the model; context: the longest text in tokens, None for the longest of the model; python: the
-    interpreter with vLLM, whose module is started in place of the program ``vllm``, which some builds do not have in order
+    interpreter with vLLM, whose module is started in place of the program ``vllm``, which does not start in some builds
+
     Raises BadCheckpoint where there is nothing, Unsupported for a file that vLLM does not load, UsageError for a split or a
     length that the model does not allow.
     """

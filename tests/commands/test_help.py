@@ -102,24 +102,22 @@ def test_the_module_prints_what_the_command_prints(run):
     assert found.stdout.startswith("Usage: qkit [OPTIONS]")
 
 
-def processor_time(*arguments: str) -> float:
-    """Seconds of a process of its own; the best of three, since others use the machine."""
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "calib_data", ROOT / "kernels")))
-    took = []
-    for _ in range(3):
-        before = os.times()
-        environment = {**os.environ, "PYTHONPATH": path}
-        subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=environment)
-        after = os.times()
-        took.append(after.children_user - before.children_user + after.children_system - before.children_system)
-    return min(took)
-
-
 def test_help_is_quick():
-    """Half a second, where the libraries that every command needs take a tenth of one; torch alone takes two seconds."""
-    libraries = processor_time("-c", "import click, pydantic, rich.console, yaml")
+    """Below half a second of processor time, in a process of its own; the best of three, since others use the machine."""
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "calib_data", ROOT / "kernels")))
     for verb in ("quantize", "eval"):
-        assert processor_time("-m", "qkit", verb, "--help") < 7 * libraries
+        took = []
+        for _ in range(3):
+            before = os.times()
+            subprocess.run(
+                [sys.executable, "-m", "qkit", verb, "--help"],
+                check=True,
+                capture_output=True,
+                env={**os.environ, "PYTHONPATH": path},
+            )
+            after = os.times()
+            took.append(after.children_user - before.children_user + after.children_system - before.children_system)
+        assert min(took) < 0.5, took
 
 
 # ---- former names ----------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def test_the_whole_model_comes_closer(asked: Request, tmp_path: Path) -> None:
     quantize(replace(asked, options={**LEARN, "e2e_steps": 0}), blocks, Quiet())
     before, after = journal(out)[-1]["divergence"]
     assert after < 0.99 * before
-    assert divergence(out) < 0.995 * divergence(blocks)  # 0.97, and 0.989 where bf16 is multiplied by AMX
+    assert divergence(out) < 0.98 * divergence(blocks)
     mine, theirs = tensors(out), tensors(blocks)
     changed = {name for name in mine if not torch.equal(mine[name], theirs[name])}
     assert mine.keys() == theirs.keys() and changed and all(n.endswith("weight_packed") for n in changed)

@@ -183,7 +183,7 @@ def test_a_result_without_a_card_gets_one(packed, measure, tmp_path):
 
 def test_a_gguf_file_has_no_cache_of_vllm(tmp_path, run):
     # A sound header without keys and tensors.
-    (tmp_path / "model.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(24))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
     for option in ("--measure", "--forget"):
         for place in (tmp_path, tmp_path / "model.gguf"):
             code, said, err = run("serve-command", place, option)

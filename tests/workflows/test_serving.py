@@ -47,7 +47,7 @@ def test_names_that_a_shell_would_split(results, tmp_path):
 
 def test_llama_cpp(tmp_path, run):
     # A sound header without keys and tensors: what is damaged is refused.
-    (tmp_path / "model.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(24))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
     said = f"llama-server --model {tmp_path / 'model.gguf'} --ctx-size "
     assert run("serve-command", tmp_path)[:2] == (0, said + "0\n")
     assert run("serve-command", tmp_path / "model.gguf", "--context", 99)[:2] == (0, said + "99\n")

@@ -7,8 +7,10 @@ and writes OUT/NAME for all of its names, or for those that are given. What is t
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +40,7 @@ def run(files: dict[str, Write]) -> None:
     """Make the files that the command line names. Ends with 1 where the tool did not write one of them."""
     torch.manual_seed(0)
     model, text, out = (Path(a).resolve() for a in sys.argv[1:4])
+    os.chdir(tempfile.mkdtemp())  # tools write their logs into the working folder
     failed = False
     for name in sys.argv[4:] or files:
         if (out / name).is_dir():
