@@ -67,6 +67,18 @@ def test_the_plan_says_which_type_a_width_gets(tiny):
     assert {p.scheme for p in plan.ends.values()} == {"Q5_0", "Q8_0"}  # embeddings, and the head: of Q4_K and Q6_K
 
 
+def test_gptq_has_the_best_options_by_default(tiny, calib):
+    def options(scheme: str, **given: object) -> tuple[object, object]:
+        asked = Request(
+            model=str(tiny("llama")), scheme=scheme, method="gptq", calib=calib, samples=4, seqlen=32, options=given
+        )
+        found = prepare(asked).plan.linears["model.layers.0.mlp.down_proj"].options
+        return found["sweeps"], found["compensate"]
+
+    assert options("q4_0") == (2, 0.5) and options("w4a16") == (0, 0.0)
+    assert options("q4_0", sweeps=0, compensate=0.0) == (0, 0.0)
+
+
 def test_a_width_that_32_does_not_divide_stays_as_it_is(tiny):
     plan = prepare(Request(model=str(tiny("llama", intermediate_size=80)), scheme="q8_0")).plan
     assert "multiple of 32" in plan.skipped["model.layers.0.mlp.down_proj"]
