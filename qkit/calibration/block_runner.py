@@ -44,8 +44,8 @@ from qkit.calibration.statistics import (
 from qkit.errors import BadCalibration, NumericFailure, Unsupported
 from qkit.families.blocks import BlockStructure, LinearGroup
 from qkit.families.matrices import matrix_of
+from qkit.files.foreign import reason
 from qkit.files.owned import temp_path
-from qkit.files.schema import reason
 from qkit.system.memory import give_back, ran_out
 from qkit.system.parallel import Workers
 

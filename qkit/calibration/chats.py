@@ -21,7 +21,7 @@ from qkit.calibration.chat_templates import fixed_date, rendered_all
 from qkit.calibration.dataset import token_ids
 from qkit.calibration.records import Record
 from qkit.errors import BadCalibration
-from qkit.files.schema import foreign_errors
+from qkit.files.foreign import foreign_errors
 
 ANSWERS = ("assistant",)
 _TOKENIZER = "the tokenizer of the model cannot read the text"

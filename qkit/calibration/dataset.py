@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qkit.errors import BadCalibration
-from qkit.files.schema import foreign_errors
+from qkit.files.foreign import foreign_errors
 from qkit.files.text_file import TextFile
 
 KINDS = ("padding", "text", "vision", "answer")

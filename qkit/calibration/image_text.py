@@ -30,8 +30,9 @@ from qkit.calibration.readers import load_dataset
 from qkit.calibration.sources import CalibSource, parse_source
 from qkit.errors import BadCalibration, BadCheckpoint, BadInput
 from qkit.files.folder import check_side_files, parse_checked
+from qkit.files.foreign import foreign_errors
 from qkit.files.safefile import read_bytes, shown
-from qkit.files.schema import ImageTextLine, foreign_errors, validate
+from qkit.files.schema import ImageTextLine, validate
 from qkit.files.text_file import HEAD, TextFile, has_images, is_chat
 from qkit.system.confined import Exceeded
 from qkit.system.extras import needs, require

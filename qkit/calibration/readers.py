@@ -20,8 +20,8 @@ from qkit.calibration.records import FORMS, Record, read_record
 from qkit.calibration.sources import CalibSource
 from qkit.errors import BadCalibration, BadCheckpoint, Unsupported
 from qkit.files.folder import parse_checked
+from qkit.files.foreign import foreign_errors
 from qkit.files.safefile import shown
-from qkit.files.schema import foreign_errors
 from qkit.files.text_file import HEAD, LIMIT, TextFile, data_in
 from qkit.system.extras import missing
 

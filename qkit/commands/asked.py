@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from qkit.commands.common import announce
 from qkit.files.locate import find_model
-from qkit.workflows.options import QuantizeOptions, read_options
+
+if TYPE_CHECKING:
+    from qkit.workflows.options import QuantizeOptions
 
 
 def options_of(values: dict[str, Any], out: Path, console: Console) -> QuantizeOptions:
@@ -17,6 +19,8 @@ def options_of(values: dict[str, Any], out: Path, console: Console) -> QuantizeO
 
     Raises what ``read_options`` raises, and BadCheckpoint where there is no such model.
     """
+    from qkit.workflows.options import read_options  # here: the help does not wait for pydantic
+
     options = read_options(values, out)
     announce(console, f"reading {options.request.model}")
     find_model(options.request.model)

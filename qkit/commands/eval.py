@@ -27,7 +27,6 @@ from qkit.files.rejected import describe_mark, read_mark
 from qkit.files.safefile import write_atomic
 from qkit.kvcache.policy import CachePolicy, parse, stored
 from qkit.system.extras import require
-from qkit.workflows.check import require_sound
 
 _TASK_CODE = "--allow-task-code needs --task-dir: add it, or leave --allow-task-code out"
 _WITH_ENGINE = {
@@ -214,6 +213,8 @@ def eval_command(
         videos_dir=videos_dir,
         prompts=report_file is not None and image_text is None and not videos,
     )
+    from qkit.workflows.check import require_sound  # here: the help does not wait for YAML and budgets
+
     if request.alone and len(outs) > 1:
         raise UsageError(f"{request.alone} measures one model at a time, and there are {len(outs)}: use one OUT")
     console = Console()
@@ -258,6 +259,8 @@ def _in_engine(
         raise UsageError("--tasks vbench: does not go with --engine: leave one of the two out")
     if request.allow_task_code and request.task_dir is None:
         raise UsageError(_TASK_CODE)
+    from qkit.workflows.check import require_sound
+
     file = gguf_file(Path(outs[0]), engine)
     require_engine(ENGINES[engine], python)
     folder = find_model(outs[0]) if file is None else file.parent

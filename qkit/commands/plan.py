@@ -22,7 +22,6 @@ from qkit.errors import UsageError, write_failure
 from qkit.files.safefile import write_atomic
 from qkit.system.extras import require
 from qkit.verification.model_engines import engine_lines
-from qkit.workflows.options import BUDGETS, WAYS
 
 if TYPE_CHECKING:
     from qkit.planning.request import Request
@@ -149,6 +148,8 @@ def plan_command(
     Example:
       qkit plan --model tiny-llama --scheme w4a16 --method gptq --json plan.json
     """
+    from qkit.workflows.options import BUDGETS, WAYS  # here: the help does not wait for pydantic
+
     console = Console()
     require_vllm(values["engine"], python)
     if figures is not None:

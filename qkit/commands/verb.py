@@ -16,6 +16,7 @@ import click
 from click.core import ParameterSource
 
 from qkit.errors import RenamedWarning, UsageError
+from qkit.system.memory import require_room_for_libraries
 
 # A folder with one of these is a model, a result, a job or a profile: a file more, or another one, would spoil it.
 _MARKS = ("config.json", "model_index.json", "qkit.json", "job.json", "measured.jsonl", "profile.json")
@@ -154,6 +155,7 @@ class Verb(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, once its output files were looked at."""
+        require_room_for_libraries()
         written: dict[Path, str] = {}
         for param in self.params:
             value = ctx.params.get(param.name or "")

@@ -16,7 +16,6 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 BY_STEP = "6BIT"  # the scheme that asks for a policy
@@ -93,6 +92,8 @@ class StepPolicy:
         """Weight of an error in a block at a time."""
         factor = self.by_block[block] if block < len(self.by_block) else 1.0
         if self.by_time and time is not None:
+            import numpy as np  # here, so that the help of commands does not wait for it
+
             times, factors = zip(*self.by_time, strict=True)
             factor *= float(np.interp(time, list(times), list(factors)))
         return factor

@@ -20,7 +20,7 @@ from qkit.families.blocks import BlockSequence
 from qkit.families.materialize import load_block, release
 from qkit.families.structure import ModelStructure
 from qkit.families.text_arguments import beyond_text
-from qkit.files.schema import reason
+from qkit.files.foreign import reason
 from qkit.kvcache.argument import with_cache
 from qkit.system.memory import ran_out
 

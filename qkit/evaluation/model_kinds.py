@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qkit.families.discover import parsed_config
-from qkit.files.schema import foreign_errors
+from qkit.files.foreign import foreign_errors
 
 TEXT, EMBEDDINGS, CLASSES, TOKENS, MASKED, PAIRS = "text", "embeddings", "classes", "tokens", "masked", "pairs"
 _TABLES = {  # names of transformers' tables of classes, in the order in which a class is looked up in them

@@ -18,8 +18,8 @@ from qkit.evaluation.rows import Row, read_rows, read_sound, source_of, split_tu
 from qkit.evaluation.text import first_tokens, tokenize
 from qkit.families.text_arguments import decoder_start
 from qkit.files.folder import check_side_files
+from qkit.files.foreign import foreign_errors
 from qkit.files.safefile import shown
-from qkit.files.schema import foreign_errors
 
 _MASKED_SHARE = 0.15  # of the tokens of a row, as in the training of BERT
 _NO_LIMIT = 1 << 30  # tokenizers without a limit state a larger number

@@ -18,7 +18,7 @@ from qkit.errors import UsageError
 from qkit.evaluation.metrics import Interval, bootstrap_ci, divergence, exp, quantile, ratio_ci, wilson_ci
 from qkit.evaluation.model_kinds import CLASSES, EMBEDDINGS, ModelKind
 from qkit.evaluation.row_inputs import RowInput
-from qkit.files.schema import foreign_errors
+from qkit.files.foreign import foreign_errors
 from qkit.system.progress import Advance
 
 BATCH = 8  # rows of one shape in a pass, at most

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qkit.families.matrices import matrix_of
-from qkit.files.schema import foreign_errors
+from qkit.files.foreign import foreign_errors
 
 Read = Callable[..., Tensor]  # ``qkit.files.checkpoint.ReadStored``
 

@@ -14,7 +14,7 @@ from qkit.families import Family, Tower, dit_discover, encoder
 from qkit.families.declared import DECLARED
 from qkit.families.matrices import fused_experts, matrix_of
 from qkit.families.sharing import Reads, run_without_values
-from qkit.files.schema import foreign_errors
+from qkit.files.foreign import foreign_errors
 
 _FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 DISCOVERED = "discovered:"  # begins the names of families that nobody declared

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qkit.errors import BadCheckpoint, IOFailure, Unsupported
+from qkit.files.foreign import AGAIN
 from qkit.files.safefile import parse_json, read_bytes, shown
-from qkit.files.schema import AGAIN, RecordFile, validate
 
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")  # transformers and diffusers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".7z", ".tar", ".npz", ".joblib")
@@ -85,6 +85,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     file = folder / RECORD
     if not os.path.lexists(file):
         return None
+    from qkit.files.schema import RecordFile, validate  # here: the help of commands does not wait for pydantic
+
     record: dict[str, Any] = validate(
         RecordFile, load_json(file, "record", RECORD_LIMIT), str(file), "run 'qkit verify' on the folder"
     )

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.errors import Unsupported
 from qkit.files.folder import load_json
+from qkit.files.foreign import reason
 from qkit.files.safefile import TensorInfo, shown
-from qkit.files.schema import reason
 from qkit.files.side_files import MOST_BYTES
 from qkit.files.tokenizer_steps import pre_tokenizer
 from qkit.system.extras import needs

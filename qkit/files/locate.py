@@ -9,8 +9,8 @@ from pathlib import Path
 from qkit.errors import BadCheckpoint, QkitError, UsageError
 from qkit.files.embedded import reference_models
 from qkit.files.folder import read_record, refuse_gguf, weights_folder
+from qkit.files.foreign import foreign_errors
 from qkit.files.safefile import write_atomic
-from qkit.files.schema import foreign_errors
 from qkit.files.side_files import STAYS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)

@@ -1,23 +1,20 @@
 """The checks of file content: every value read from a file is compared here with the type and range that it must have.
 
 A file of JSON or YAML can hold any value at any place. ``validate`` compares it with a model of pydantic and complains in
-one sentence that names the field; fields that qkit does not use are not looked at. What only another library can judge (a
-config for transformers, a tokenizer) goes through ``foreign_errors``, which turns whatever that library raises into an
-error of qkit.
+one sentence that names the field; fields that qkit does not use are not looked at. What only another library can judge is in
+``foreign.py``, and needs no pydantic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from qkit.errors import BadCheckpoint, QkitError
+from qkit.files.foreign import AGAIN
 from qkit.files.safefile import shown
-
-AGAIN = "get the file again from its source"
 
 
 def validate(
@@ -66,35 +63,6 @@ def field_path(location: tuple[int | str, ...], data: Any) -> tuple[int | str, .
             continue
         path.append(key)
     return tuple(path)
-
-
-@contextmanager
-def foreign_errors(label: str, advice: str = AGAIN, error: type[QkitError] = BadCheckpoint) -> Iterator[None]:
-    """The context for calls of another library on file content: its errors become errors of qkit. label: file and fault, for
-    the message.
-
-    Such libraries raise anything at all for a hostile file, a full memory and too deep a recursion included, and panics of
-    Rust, which are no Exceptions: all of it means that the file cannot be used. Errors of qkit pass. No code of qkit
-    belongs in here, for its faults would be called the file's.
-    """
-    try:
-        yield
-    except (QkitError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as e:
-        raise error(f"{label}: {reason(e)}: {advice}") from e
-
-
-def reason(failure: BaseException) -> str:
-    """The message of another library's exception, in one short line."""
-    if isinstance(failure, MemoryError):
-        return "it needs more memory than there is"
-    if isinstance(failure, RecursionError):
-        return "nested too deep"
-    lines = [line.strip().rstrip(".:") for line in str(failure).splitlines() if line.strip()]
-    first = " ".join(lines[:2]) if isinstance(failure, ValueError) and len(lines) > 1 else (lines or [""])[0]
-    named = first if " " in first else f"{type(failure).__name__} {first}".strip()
-    return shown(named, 200)[1:-1] if not named.isprintable() else named[:200]
 
 
 # ---- what a model folder says ------------------------------------------------------------------------------------

@@ -9,8 +9,6 @@ from typing import Any
 
 from qkit.errors import UsageError
 from qkit.files.folder import RECORD, read_record
-from qkit.files.schema import KvPolicy
-from qkit.files.schema import validate as checked_file
 
 WIDTHS = (2, 3, 4, 8, 16)
 KINDS = {
@@ -115,7 +113,9 @@ def stored(folder: Path) -> CachePolicy | None:
     data = None if record is None else record.get("kv")
     if data is None:
         return None
-    checked_file(KvPolicy, data, f"{folder / RECORD}: kv", "run 'qkit verify' on the folder")
+    from qkit.files.schema import KvPolicy, validate  # here: the help of commands does not wait for pydantic
+
+    validate(KvPolicy, data, f"{folder / RECORD}: kv", "run 'qkit verify' on the folder")
     return CachePolicy.from_json(data)
 
 

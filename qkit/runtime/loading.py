@@ -22,10 +22,11 @@ from qkit.families.structure import DTYPES, ModelStructure, dtype_of
 from qkit.files import schema
 from qkit.files.checkpoint import Checkpoint, check_config
 from qkit.files.folder import check_side_files, is_pipeline, load_json, weights_folder
+from qkit.files.foreign import foreign_errors
 from qkit.files.locate import find_model
 from qkit.files.rejected import RejectedWarning, describe_mark, read_mark
 from qkit.files.safefile import shown
-from qkit.files.schema import foreign_errors, validate
+from qkit.files.schema import validate
 from qkit.files.sources.as_compressed import METHODS as LAYOUTS
 from qkit.files.sources.as_compressed import as_compressed
 from qkit.kvcache.scales import register_scales

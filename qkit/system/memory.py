@@ -1,4 +1,4 @@
-"""Returns free memory to the system.
+"""Returns free memory to the system, and tells when memory runs out.
 
 glibc keeps memory that a program frees, in pieces that may be too small for its next large tensor. Over many blocks the
 resident size grows. ``give_back`` returns free memory; where the C library has no such call, it does nothing.
@@ -7,9 +7,13 @@ resident size grows. ``give_back`` returns free memory; where the C library has 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from pathlib import Path
 
 _MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # names of glibc's malloc.h
+
+_LIBRARIES = 256 << 20  # bytes of address space for numpy and what it loads
 
 # Messages of torch, threads and the loader of libraries when memory runs out.
 _ALLOCATORS = (
@@ -38,6 +42,21 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def require_room_for_libraries() -> None:
+    """Raises MemoryError where a limit of this process (ulimit -v) leaves no room to load numpy, whose OpenBLAS would end the
+    process with a message of its own."""
+    if sys.platform != "linux" or "numpy" in sys.modules:
+        return
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    if limit - mapped < _LIBRARIES:
+        raise MemoryError
 
 
 def ran_out(error: BaseException) -> bool:

@@ -21,8 +21,8 @@ from qkit.families.structure import predicts_next
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.embedded import embedded_text
 from qkit.files.folder import RECORD, is_pipeline
+from qkit.files.foreign import foreign_errors
 from qkit.files.gguf import TYPES, read_gguf
-from qkit.files.schema import foreign_errors
 from qkit.kvcache.argument import with_cache
 from qkit.kvcache.policy import stored
 from qkit.kvcache.read_back import fp8_cache

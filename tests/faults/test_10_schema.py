@@ -11,8 +11,8 @@ import pytest
 import qkit_data
 
 from qkit.errors import BadCheckpoint, BadRecipe, QkitError
+from qkit.files.foreign import foreign_errors
 from qkit.files.locate import find_model, recorded_source
-from qkit.files.schema import foreign_errors
 from qkit.planning.recipe import load_recipe
 from qkit.runtime.loading import load, load_tokenizer
 from qkit.sensitivity.profile import Profile

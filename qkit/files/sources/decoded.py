@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qkit.errors import BadCheckpoint, Unsupported
+from qkit.files.foreign import reason
 from qkit.files.safefile import DTYPES, TensorInfo, shown
-from qkit.files.schema import reason
 from qkit.system.memory import ran_out
 
 if TYPE_CHECKING:
