@@ -108,7 +108,7 @@ def engine_rows(
         layers = loaded_layers({name: parts[name] for name in members}, split)
         facts = replace(model_facts, experts=bool(expert_groups(members)), uses=uses, layers=layers)
         fits = diffusion_fit(config) or (
-            layout_fits(weights, activations, packing, method, facts)
+            layout_fits(weights, activations, packing, method, facts, on.selected)
             if method in LAYOUTS
             else with_cache(engine_fits(weights, activations, packing, method, facts, on.selected), cache, on.platforms)
         )

@@ -101,16 +101,18 @@ def _from_table(
     facts: ModelFacts,
     layers: Sequence[LoadedLayer],
 ) -> dict[str, list[Choice]] | None:
-    key = format_key(weights, activations, packing)
-    if not known(key):
+    if not known(format_key(weights, activations, packing)):
         return None
+    keys = [
+        format_key(weights, activations, packing, layer.columns if layer.kind == COLUMN else None) for layer in layers
+    ]
     found: dict[str, list[Choice]] = {}
     for gpu in facts.platforms:
         choices = [
             Choice(refused=layer.problem)
             if layer.problem
             else choice(layer.kind, key, gpu, layer.rows, layer.columns, facts.dtype)
-            for layer in layers
+            for layer, key in zip(layers, keys, strict=True)
         ]
         found[gpu] = [c if c is not None else Choice(refused="it has no scheme for this combination") for c in choices]
     return found

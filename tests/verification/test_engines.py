@@ -159,3 +159,24 @@ def test_the_layouts_of_others_name_the_kernels_of_vllm(method, scheme, group, n
     assert fit.loads_as == name and fit.known == "from a table (vLLM 0.32)"
     assert any(limit.startswith(kernel) or kernel in limit for limit in fit.limits)
     assert (name is None) or set(fit.kernels) == {*GPUS, "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "experts", "name", "kernel"),
+    [
+        ("FP8", False, "ModelOptLinearMethod (FP8)", "not on sm75"),
+        ("FP8", True, "ModelOptFp8MoEMethod", "sm89: Triton"),
+        ("FP8_DYNAMIC", False, "ModelOptLinearMethod (FP8)", "runs on CPUs too"),
+        ("FP8_DYNAMIC", True, None, "one scale for a weight alone"),
+        ("FP8_BLOCK", False, "ModelOptLinearMethod (FP8)", "DeepGemm"),
+        ("MXFP8", False, "ModelOptLinearMethod (MXFP8)", "not on sm75"),
+        ("NVFP4", False, "ModelOptLinearMethod (NVFP4)", "sm90: HummingNvFp4"),
+        ("NVFP4A16", False, "ModelOptLinearMethod (NVFP4, weights alone)", "sm100: FlashInferCuteDslNvFp4W4A16"),
+        ("W4A16", False, None, "FP8, NVFP4, W4A16_NVFP4 and MXFP8 alone"),
+    ],
+)
+def test_modelopt_has_kernels_of_its_own(scheme, experts, name, kernel):
+    made = SCHEMES[scheme]
+    fit = layout_fits(made.weights, made.activations, "modelopt", "modelopt", ModelFacts(experts=experts))[0]
+    assert fit.loads_as == name and kernel in " ".join(fit.limits), fit
+    assert ("sm75" in fit.platforms) == scheme.startswith("NVFP4")
