@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -10,13 +11,28 @@ from rich.text import Text
 
 from qkit.commands.common import OutFile, OutFolder, Reporter
 from qkit.commands.verb import Verb
+from qkit.errors import UsageError
+
+
+class _Layout(click.Choice[str]):
+    """The layouts, and the reason why GGUF is none of them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The layout of a name. Raises UsageError for GGUF."""
+        if str(value).lower() == "gguf":
+            raise UsageError(
+                "--export gguf: convert keeps the codes and scales of a model, and the blocks of GGUF hold others: make the file "
+                "from the original model with 'qkit quantize --model ORIGINAL --scheme q4_k --out OUT' ('qkit list schemes' has "
+                "all types)"
+            )
+        return super().convert(value, param, ctx)
 
 
 @click.command("convert", cls=Verb)
 @click.argument("model")
 @click.option(
     "--export",
-    type=click.Choice(["gptq", "awq", "modelopt", "compressed-tensors"]),
+    type=_Layout(["gptq", "awq", "modelopt", "compressed-tensors"]),
     required=True,
     help="Layout of the result.",
 )
