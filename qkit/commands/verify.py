@@ -133,6 +133,11 @@ def verify_command(
     console = Console()
     if out.is_file() and (out.parent / RECORD).is_file():  # model.gguf in a result of qkit
         out = out.parent
+    if gpu is not None and (out / "config.json").is_file() and not (out / RECORD).is_file():
+        raise UsageError(
+            f"--gpu {gpu}: {out} has no {RECORD}, as only results of qkit have one, and vLLM is asked by what it lists: "
+            f"'qkit doctor {out}' says which GPUs load the folder, and --engine vllm without --gpu runs it"
+        )
     file = gguf_file(out, engine)
     if chosen is not None:
         require_engine(ENGINES[chosen[0]], chosen[1])  # seen at once, and reading all bytes may take long

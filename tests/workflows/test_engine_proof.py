@@ -212,7 +212,7 @@ def test_a_folder_of_another_tool_is_run_and_no_more(packed, run, tmp_path):
     other = shutil.copytree(packed, tmp_path / "other")
     (other / "qkit.json").unlink()
     code, said, err = run("verify", other)
-    assert code == 4 and "another tool wrote this folder, which 'qkit doctor' is for" in err
+    assert code == 4 and "if another tool wrote this folder, 'qkit doctor FOLDER' checks it" in err
     assert "written before qkit" not in said
     code, said, err = run("verify", other, "--engine", "vllm", "--python", interpreter(tmp_path, own + 0.001))
     assert code == 0 and "no qkit.json beside it, so its bytes were not checked" in said and "agrees with qkit" in said
