@@ -23,9 +23,9 @@ class _Layout(click.Choice[str]):
         """The layout of a name. Raises UsageError for GGUF."""
         if str(value).lower() == "gguf":
             raise UsageError(
-                "--export gguf: convert keeps the codes and scales of a model, and the blocks of GGUF hold others: make the file from "
-                "the original model with 'qkit quantize --model ORIGINAL --scheme q4_k --out OUT' ('qkit list schemes' has all "
-                "types)"
+                "--export gguf: convert keeps the codes and scales of a model, and the blocks of GGUF hold others: make the "
+                "file from the original model with 'qkit quantize --model ORIGINAL --scheme q4_k --out OUT' ('qkit list "
+                "schemes' has all types)"
             )
         return super().convert(value, param, ctx)
 

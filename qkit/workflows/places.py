@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qkit.errors import UsageError
-from qkit.files.folder import RECORD, read_record, weights_folder
+from qkit.errors import QkitError, UsageError
+from qkit.files.folder import RECORD, list_names, read_record, weights_folder
 from qkit.files.job_folder import refuse_foreign
 from qkit.files.locate import find_model
 from qkit.files.output import check_output_dir
 from qkit.planning.request import is_requant, recipe_of
+from qkit.sensitivity.names import MEASURED
 
 if TYPE_CHECKING:
     from qkit.workflows.options import QuantizeOptions
@@ -36,10 +38,23 @@ def check_places(model: str, out: Path, work: Path | None, overwrite: bool) -> N
     refuse_foreign(work)
 
 
+def check_profile_folder(folder: Path) -> None:
+    """Raises UsageError for a folder with something in it that is not a profile's."""
+    if folder.is_dir() and list_names(folder) and not (folder / MEASURED).is_file():
+        raise UsageError(
+            f"{folder}: it is not empty and holds no {MEASURED}, so it is not a profile: use another folder"
+        )
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UsageError(f"{folder}: a profile is a folder, and this is a file or a link: use another name")
+
+
 def check_result_there(options: QuantizeOptions, out: Path, overwrite: bool) -> None:
     """Raises UsageError for a result in OUT that other settings made, where the options say all settings: a budget and requant
     measure them first."""
-    record = None if overwrite else read_record(weights_folder(out))
+    try:
+        record = None if overwrite else read_record(weights_folder(out))
+    except QkitError:  # one that is damaged is refused later, as any other folder
+        return
     if record is None or options.budget is not None or is_requant(options.request.method):
         return
     asked = {**json.loads(json.dumps(recipe_of(options.request).model_dump())), "seed": options.request.seed}

@@ -60,3 +60,9 @@ def test_a_result_of_other_settings_is_told_without_torch(options, other, result
 def test_a_result_of_the_same_settings_is_looked_at(result):
     _, said, imported = told(*QUANTIZE, "--out", result)
     assert "other settings" not in said and imported == "True"
+
+
+def test_profile_tells_of_a_folder_of_others_without_torch(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    code, said, imported = told("profile", "--model", "tiny-llama", "--candidates", "int4", "--out", tmp_path)
+    assert code == 2 and "so it is not a profile: use another folder" in said and imported == "False"
