@@ -53,8 +53,10 @@ def check_result_there(options: QuantizeOptions, out: Path, overwrite: bool) -> 
     measure them first."""
     try:
         record = None if overwrite else read_record(weights_folder(out))
-    except QkitError:  # one that is damaged is refused later, as any other folder
-        return
+    except QkitError as e:
+        raise UsageError(
+            f"{out}: the output folder is not empty, and its {RECORD} cannot be read: choose another folder"
+        ) from e
     if record is None or options.budget is not None or is_requant(options.request.method):
         return
     asked = {**json.loads(json.dumps(recipe_of(options.request).model_dump())), "seed": options.request.seed}

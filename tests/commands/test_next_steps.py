@@ -33,3 +33,21 @@ def test_verify_says_what_works_for_a_folder_of_another_tool(run, tmp_path):
     assert f"'qkit doctor {folder}' says which GPUs load the folder, and --engine vllm without --gpu runs it" in err
     code, _, err = run("verify", folder)
     assert code == 4 and "if another tool wrote this folder, 'qkit doctor FOLDER' checks it" in err
+
+
+def test_a_result_that_vllm_refuses_on_a_gpu_says_where_it_loads(run, tmp_path):
+    """By the table, without an engine: a warning, and the result stays sound."""
+    out = tmp_path / "out"
+    assert run("quantize", "--model", "tiny-llama", "--scheme", "w4a8-fp8", "--method", "rtn", "--out", out)[0] == 0
+    code, said, _ = run("verify", out, "--gpu", "sm75,sm90")
+    assert code == 0 and (
+        f"warning: vLLM does not load {out} on sm75: it has no kernel for weights in int4 group 128 and inputs in fp8 dynamic "
+        "token; it loads on sm90; transformers + compressed-tensors and qkit load it"
+    ) in " ".join(said.split())
+    assert "warning:" not in run("verify", out, "--gpu", "sm90")[1]
+    code, said, err = run("plan", "--model", "tiny-llama", "--scheme", "w4a8-fp8", "--engine", "vllm", "--gpu", "sm75")
+    assert (
+        code == 3
+        and "inputs in fp8_token; it loads on sm90; transformers + compressed-tensors and qkit load it:" in err
+    )
+    assert "Error:" not in err
