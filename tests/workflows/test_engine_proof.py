@@ -260,3 +260,11 @@ def test_an_engine_is_not_run_on_a_damaged_file(packed, run, tmp_path):
     python = interpreter(tmp_path, torch.zeros(2, 2))
     code, _, err = run("verify", damaged, "--engine", "vllm", "--python", python)
     assert code == 4 and err.rstrip().endswith("; the engine was not run")
+
+
+def test_a_text_that_is_too_short_for_a_window_is_named(packed, run, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    engine = ["--engine", "vllm", "--python", interpreter(tmp_path, torch.zeros(2, 2))]
+    code, _, err = run("eval", packed, "--text", tmp_path / "empty.txt", "--window", 4, *engine)
+    said = "text 'empty': the text has 0 tokens, and one window needs 4: use more text, or shorter windows"
+    assert code == 3 and said in err
