@@ -77,6 +77,8 @@ def _advice(plan: Plan, structure: ModelStructure) -> str:
     if plan.export == "qkit":
         return "leave --export qkit out, or use qkit.load"
     able = loadable_schemes(structure, plan.linears, recipe)
+    if not able and recipe["tp"] > 1 and loadable_schemes(structure, plan.linears, {**recipe, "tp": 1}):
+        return f"use another number than --tp {recipe['tp']}"
     if not able:
         return f"{TITLES[recipe['engine']]} loads no scheme of this model"
     if plan.recipe["scheme"].upper() in {scheme.name for scheme in able}:

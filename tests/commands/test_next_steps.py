@@ -45,9 +45,22 @@ def test_a_result_that_vllm_refuses_on_a_gpu_says_where_it_loads(run, tmp_path):
         "token; it loads on sm90; transformers + compressed-tensors and qkit load it"
     ) in " ".join(said.split())
     assert "warning:" not in run("verify", out, "--gpu", "sm90")[1]
+    assert "inputs fp8_token" in run("doctor", out)[1]
     code, said, err = run("plan", "--model", "tiny-llama", "--scheme", "w4a8-fp8", "--engine", "vllm", "--gpu", "sm75")
     assert (
         code == 3
         and "inputs in fp8_token; it loads on sm90; transformers + compressed-tensors and qkit load it:" in err
     )
     assert "Error:" not in err
+
+
+def test_a_number_of_gpus_that_cannot_share_the_heads_is_what_is_to_change(run):
+    code, _, err = run("plan", "--model", "tiny-llama", "--scheme", "w4a16", "--engine", "vllm", "--tp", 3)
+    assert code == 3 and "8 attention heads cannot be shared out to 3 ranks" in err
+    assert err.rstrip().endswith(": use another number than --tp 3")
+
+
+def test_a_folder_of_calibration_data_is_named_as_it_was_given(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("plan", "--model", "tiny-llama", "--scheme", "w4a16", "--method", "gptq", "--calib", ".")
+    assert code in (2, 3) and "--calib .: " in err
