@@ -119,7 +119,7 @@ def answer_of(
     """vLLM's version and its answers; they are kept in the work folder."""
     kept = work / f"answers-{gpu}-{ranks}.json"
     if not kept.is_file():
-        answer = ask(python, gpu, files, tp=ranks)
+        answer = ask(python, gpu, files, tp=ranks, amx=False)  # the table is that of CPUs without AMX
         kept.write_text(
             json.dumps({"version": answer.version, "models": {n: asdict(m) for n, m in answer.models.items()}})
         )
