@@ -73,8 +73,11 @@ def converted_card(before: bytes, export: str) -> bytes:
     """The card of the same weights in another layout: how they were quantized stays, how they are loaded does not."""
     found = _SECTION.search(before)
     made = found[0].partition(_LOADING)[0] if found else _BEGIN + b"## Converted with qkit\n"
-    said = ["", f"Written in the layout {export} by qkit {__version__}, with the same codes and scales. {_PROVEN}",
-            "`qkit verify FOLDER` checks every byte and lists the engines that load it."]  # fmt: skip
+    said = [
+        "",
+        f"Written in the layout {export} by qkit {__version__} (`qkit convert`), with the same codes and scales. {_PROVEN}",
+        "`qkit verify FOLDER` checks every byte and lists the engines that load it.",
+    ]
     return _SECTION.sub(b"", before) + made.removesuffix(_END) + _text(said) + _END
 
 

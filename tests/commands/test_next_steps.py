@@ -64,3 +64,9 @@ def test_a_folder_of_calibration_data_is_named_as_it_was_given(run, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     code, _, err = run("plan", "--model", "tiny-llama", "--scheme", "w4a16", "--method", "gptq", "--calib", ".")
     assert code in (2, 3) and "--calib .: " in err
+
+
+def test_an_unknown_option_of_a_method_names_those_that_it_has(run):
+    plan = ["plan", "--model", "tiny-llama", "--scheme", "w4a16", "--method", "rtn", "--option"]
+    assert "unknown option 'damp' for rtn: it has search" in run(*plan, "damp=1")[2]
+    assert "unknown option 'serch' for rtn; did you mean search?" in run(*plan, "serch=mse")[2]

@@ -76,7 +76,7 @@ def test_a_converted_result_keeps_how_it_was_quantized_and_not_how_it_is_loaded(
     assert (
         "- Method: gptq with " in card and "How to load it:" not in card and card.count("<!-- qkit: quantization") == 1
     )
-    assert "Written in the layout gptq by qkit" in card and verify(tmp_path / "gptq").ok
+    assert "Written in the layout gptq by qkit" in card and "(`qkit convert`)" in card and verify(tmp_path / "gptq").ok
 
 
 def test_the_reference_pipeline_has_a_card_beside_its_index(tmp_path):
