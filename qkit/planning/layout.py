@@ -1,4 +1,4 @@
-"""Results in the layouts of GPTQ, AWQ and ModelOpt: what cannot be stored so is refused when the plan is made."""
+"""Results in the layouts of GPTQ, AWQ, ModelOpt and MLX: what cannot be stored so is refused when the plan is made."""
 
 from __future__ import annotations
 
@@ -42,10 +42,20 @@ def check_layout(
         reason = f"{layout.title} has no place for the scales of an FP8 KV cache (--kv fp8)"
     if reason is None and kept:
         reason = f"{next(iter(kept))}: --keep-source writes compressed-tensors: use 'qkit convert' on the result"
-    if reason is None and export != "modelopt" and structure.dtype == torch.float32:
+    if reason is None and export in ("gptq", "awq") and structure.dtype == torch.float32:
         reason = f"{layout.title} has scales of 16 bits, and those of a float32 model have 32"
+    if reason is None and export == "mlx" and structure.dtype == torch.float32:
+        reason = _zero_points(pairs)
     if reason is not None:
         raise Unsupported(f"--export {export}: {reason}: choose another scheme, or leave --export out")
+
+
+def _zero_points(pairs: Mapping[str, tuple[Format, Format | None]]) -> str | None:
+    """Why MLX has no place for the first linear with zero points of a float32 model, or None."""
+    first = next((name for name, (weights, _) in pairs.items() if not weights.symmetric), None)
+    if first is None:
+        return None
+    return f"{first}: MLX stores zero point * scale, and float32, which the scales of this model have, does not hold it"
 
 
 def layout_config(
@@ -61,5 +71,5 @@ def layout_bytes(
     export: str, weights: Format, activations: Format | None, shape: tuple[int, int], dtype: torch.dtype
 ) -> int:
     """Bytes of the stored tensors of a linear in one of the layouts."""
-    specs = LAYOUTS[export].specs(weights, activations, shape, scale_dtype(export, dtype, dtype))
+    specs = LAYOUTS[export].specs(weights, activations, shape, scale_dtype(export, weights, dtype, dtype))
     return sum(math.prod(size) * stored.itemsize for stored, size in specs.values())
