@@ -16,7 +16,7 @@ from qkit.commands.verb import Verb
 @click.argument("model")
 @click.option(
     "--export",
-    type=click.Choice(["gptq", "awq", "modelopt", "compressed-tensors"]),
+    type=click.Choice(["gptq", "awq", "modelopt", "mlx", "compressed-tensors"]),
     required=True,
     help="Layout of the result.",
 )
@@ -26,7 +26,8 @@ from qkit.commands.verb import Verb
 def convert_command(model: str, export: str, out: Path, overwrite: bool, json_file: Path | None) -> None:
     """Write the quantized model MODEL in another layout, with the same codes and scales.
 
-    MODEL is a result of qkit, or a folder in compressed-tensors, GPTQ, AWQ, AutoRound, FP8 or ModelOpt layout. Nothing is
+    MODEL is a result of qkit, or a folder in compressed-tensors, GPTQ, AWQ, AutoRound, FP8, ModelOpt or MLX
+    layout. Nothing is
     quantized anew: what the new layout has no place for is refused, with the name of the layer. The result is read back, and
     every weight is compared with that of MODEL.
 

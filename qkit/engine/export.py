@@ -181,7 +181,7 @@ def _config(plan: Plan, structure: ModelStructure, job: Job, source: ExportTenso
     if rotated:
         config["quantization_config"]["rotated"] = rotated
     layout = LAYOUTS.get(plan.export)
-    return config if layout is None else config | layout.keys(config["quantization_config"])
+    return config if layout is None else config | layout.keys(config)
 
 
 def quantization_config(plan: Plan, structure: ModelStructure) -> dict[str, Any]:

@@ -106,6 +106,29 @@ def _setting(weights: Format) -> dict[str, Any]:
     return {"group_size": weights.group, "bits": weights.bits, "mode": mode_of(weights)}
 
 
-def keys(quantization: Mapping[str, Any]) -> dict[str, Any]:
-    """What else config.json has: the same under the key that mlx_lm reads."""
-    return {KEY: {key: value for key, value in quantization.items() if key != "quant_method"}}
+def keyed_setting(quantization: Mapping[str, Any], name: str) -> tuple[Any, Any, Any]:
+    """(mode, bits, group) that a ``quantization`` says of a layer, as they are: in an entry of its own, or for all."""
+    entry = quantization.get(name)
+    said = entry if isinstance(entry, Mapping) else quantization
+    return said.get("mode", AFFINE), said.get("bits"), said.get("group_size")
+
+
+def keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What else config.json has: the quantization under the key that mlx_lm reads, and the rotary embedding as configs had it
+    before transformers 5. mlx_lm knows no ``rope_parameters`` of most models, and would take a default without a word."""
+    said = {key: value for key, value in config["quantization_config"].items() if key != "quant_method"}
+    parts = {key: {**part, **_rope(part)} for key, part in config.items() if key == "text_config"}
+    return {KEY: said, **_rope(config), **parts}
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The older keys for ``rope_parameters``, those that a config lacks."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping):
+        return {}
+    local = rope.get("sliding_attention")  # such configs have parameters for each kind of attention
+    rope = rope.get("full_attention", rope)
+    found = {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    found["rope_local_base_freq"] = local.get("rope_theta") if isinstance(local, Mapping) else None
+    found["rope_scaling"] = dict(rope) if rope.get("rope_type", "default") != "default" else None
+    return {key: value for key, value in found.items() if value is not None and config.get(key) is None}

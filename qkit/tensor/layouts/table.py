@@ -28,7 +28,7 @@ class Layout:
     write:   (weight, activations, scale of the inputs, dtype of scales) -> these tensors
     config:  ({linear: formats}, skipped linears, heads, with scales of a KV cache) -> ``quantization_config``
     files:   from this, {name: content} of what lies beside config.json
-    keys:    from this, what else config.json has
+    keys:    from config.json with it, what else that has
     mixes:   what may differ between linears of one file; nothing: all have one format
     cache:   whether it has a place for the scales of an FP8 KV cache
     ends:    whether embeddings may be quantized
@@ -43,7 +43,7 @@ class Layout:
     mixes: bool
     cache: bool
     ends: bool = False
-    keys: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda quantization: {}
+    keys: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
 
 
 LAYOUTS: dict[str, Layout] = {
