@@ -1,6 +1,7 @@
 """The check of ``quantization_config`` of GPTQ, AWQ, ModelOpt and MLX: what it says of each linear must agree with qkit.json.
 
-Part of the independent proof (see ``verify.py``). The keys are those that vLLM 0.32 and transformers 5.24 read; of MLX, mlx_lm 0.32.
+Part of the independent proof (see ``verify.py``). The keys are those that vLLM 0.32, transformers 5.24 and
+mlx_lm 0.32 read.
 """
 
 from __future__ import annotations

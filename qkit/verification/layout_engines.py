@@ -1,9 +1,9 @@
-"""Which engine loads GPTQ, AWQ and ModelOpt: a static table, as ``engines`` has one for compressed-tensors.
+"""Which engine loads GPTQ, AWQ, ModelOpt and MLX: a static table, as ``engines`` has one for compressed-tensors.
 
 The vLLM rows restate its classes ``AutoGPTQConfig``, ``AutoAWQConfig`` and ``ModelOpt*Config`` of version 0.32, of which the
 first two were run on CPUs. Both hand their layers to the chooser of kernels that compressed-tensors asks (its
 ``choose_mp_linear_kernel``, and ``select_wna16_moe_backend`` for experts), so the table of the latter names their kernels.
-transformers 5.24 loads GPTQ and AWQ with the package gptqmodel, and has no class for ModelOpt.
+transformers 5.24 loads GPTQ and AWQ with the package gptqmodel, and has no class for ModelOpt. MLX's layout is for mlx_lm (``mlx_table``).
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from dataclasses import replace
 
 from qkit.verification.engine_types import OWN, STOCK_TABLE, VLLM_TABLE, EngineFit, ModelFacts
 from qkit.verification.engines import STOCK
+from qkit.verification.mlx_table import mlx_fit
 from qkit.verification.vllm_fit import CPU_TOO, NO_CPU, SPLIT, VLLM, vllm_fit
 from qkit.verification.vllm_table import CPU, NumberFormat
 
-LAYOUTS = ("gptq", "awq", "modelopt")
+LAYOUTS = ("gptq", "awq", "modelopt", "mlx")
 _GPTQMODEL = "needs the packages gptqmodel and optimum"
+_UNKNOWN = "it does not know quant_method 'mlx'"
 _LISTED = (32, 64, 128, None)
 _GROUPS = "Marlin takes groups of 32, 64, 128 and whole channels alone"
 
@@ -29,6 +31,13 @@ def layout_fits(
     facts: ModelFacts,
 ) -> list[EngineFit]:
     """The answer of each engine for linears of these formats in one of LAYOUTS."""
+    if method == "mlx":
+        return [
+            mlx_fit(weights, facts),
+            _refused(_UNKNOWN),
+            EngineFit(STOCK, None, (_UNKNOWN,), STOCK_TABLE),
+            EngineFit("qkit", "qkit.load", (), OWN),
+        ]
     return [
         _vllm(weights, activations, packing, method, facts),
         _transformers(method, facts),

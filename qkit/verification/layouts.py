@@ -149,9 +149,7 @@ def _affine(
     return codes - half, np.where(wrong, half, zero).astype(np.int16) - half, scale
 
 
-def _micro_values(
-    linear: RecordedLinear, tensors: Mapping[str, StoredTensor], result: DecodedLinear
-) -> Array:
+def _micro_values(linear: RecordedLinear, tensors: Mapping[str, StoredTensor], result: DecodedLinear) -> Array:
     """Values [out, in] of MLX's MXFP4 and MXFP8, whose bytes lie four to a word."""
     data = tensors["weight"].array().astype("<u4").view(np.uint8)
     _check(result, "scales", E8M0[tensors["scales"].array()])

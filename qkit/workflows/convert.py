@@ -19,12 +19,14 @@ from torch import Tensor
 
 from qkit.engine.partial_output import LISTING, Partial
 from qkit.errors import BadCheckpoint, Unsupported, VerifyFailure
+from qkit.families.discover import kind_of
 from qkit.families.structure import ModelStructure, dtype_of
 from qkit.files.checkpoint import check_config
 from qkit.files.folder import is_pipeline, read_record
 from qkit.files.locate import find_model
 from qkit.files.output import check_output_dir, commit_dir
 from qkit.files.sources.packed import PackedFolder, PackedLinear, open_packed
+from qkit.planning.layout import mlx_refusal
 from qkit.system.progress import Progress
 from qkit.tensor.layouts import mlx
 from qkit.tensor.layouts.modelopt import inverse
@@ -230,6 +232,8 @@ def _reason(packed: PackedFolder, structure: ModelStructure, found: Mapping[str,
     ends = [name for name in found if "embeddings" in uses(structure, name)]
     pairs = {name: f.pair for name, f in found.items()}
     reason = refusal(layout, pairs, {name: f.shape for name, f in found.items()}, ends)
+    if reason is None and export == "mlx":
+        reason = mlx_refusal(pairs, kind_of(packed.checkpoint.config))
     if reason is not None or not packed.cache:
         return reason
     first = next(iter(packed.cache))

@@ -32,8 +32,8 @@ _WORD = 32  # bits
 
 
 def find(stored: Stored) -> Found:
-    """The quantized matrices of a folder. Raises Unsupported for modes that qkit does not decode, BadCheckpoint for tensors that
-    do not fit theirs."""
+    """The quantized matrices of a folder. Raises Unsupported for modes that qkit does not decode, BadCheckpoint for tensors
+    that do not fit theirs."""
     names = [name.removesuffix(".scales") for name in stored.tensors if name.endswith(".scales")]
     return Found({f"{name}.weight": _linear(stored, name) for name in names}, ())
 
@@ -56,7 +56,9 @@ def _linear(stored: Stored, name: str) -> DecodedInfo:
         parts["bias"] = stored.part(f"{name}.biases", "tensor", f"{name}.scales")
     shape = _shape(stored, parts, fmt)
     decode = partial(_decode, fmt=fmt, shape=shape, dtype=stored.torch_dtype)
-    return stored.decoded(f"{name}.weight", shape, parts, decode, f"MLX {mode} with {fmt.bits} bits", _kept(fmt, shape, parts))
+    return stored.decoded(
+        f"{name}.weight", shape, parts, decode, f"MLX {mode} with {fmt.bits} bits", _kept(fmt, shape, parts)
+    )
 
 
 def _shape(stored: Stored, parts: Mapping[str, TensorInfo], fmt: Format) -> tuple[int, int]:
@@ -143,7 +145,7 @@ def _zeros(scale: Tensor, bias: Tensor, bits: int) -> Tensor:
     zero = (exact / wide).round().nan_to_num(-1, -1, -1)
     if wrong := int(((zero * wide != exact) | (zero < 0) | (zero >= 1 << bits)).sum()):
         raise ValueError(
-            f"{wrong} of its {bias.numel()} biases are no zero point from 0 to {(1 << bits) - 1} times their scale, and integers "
-            "of other layouts have zero points"
+            f"{wrong} of its {bias.numel()} biases are no zero point from 0 to {(1 << bits) - 1} times their scale, and "
+            "integers of other layouts have zero points"
         )
     return (zero - (1 << (bits - 1))).to(torch.int8)

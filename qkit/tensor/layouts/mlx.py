@@ -40,7 +40,7 @@ def mode_of(weights: Format) -> str | None:
 def refusal(weights: Format, activations: Format | None, shape: tuple[int, int]) -> str | None:
     """Why MLX's layout has no place for a weight [out, in], or None."""
     if weights.scale == "e4m3":
-        return "MLX stores NVFP4 without a global scale, and this is nvfp4, which has one: mxfp4a16 fits"
+        return "MLX stores NVFP4 without a global scale, and this is nvfp4, which has one (mxfp4a16 fits)"
     if mode_of(weights) is None or weights.strategy not in ("group", "channel"):
         return f"MLX stores integers, MXFP4 and MXFP8 with a scale for each group, and this is {weights}"
     if activations is not None:
@@ -51,7 +51,7 @@ def refusal(weights: Format, activations: Format | None, shape: tuple[int, int])
         return f"it has {weights.bits} bits, and MLX has {', '.join(map(str, BITS))}"
     if weights.group not in GROUPS:
         found = f"groups of {weights.group}" if weights.group else "one scale per channel"
-        return f"it has {found}, and MLX has groups of {', '.join(map(str, GROUPS))}: --group-size 64 fits most models"
+        return f"it has {found}, and MLX has groups of {', '.join(map(str, GROUPS))} (--group-size 64)"
     return None
 
 
