@@ -3,7 +3,8 @@
 The vLLM rows restate its classes ``AutoGPTQConfig``, ``AutoAWQConfig`` and ``ModelOpt*Config`` of version 0.32, of which the
 first two were run on CPUs. Both hand their layers to the chooser of kernels that compressed-tensors asks (its
 ``choose_mp_linear_kernel``, and ``select_wna16_moe_backend`` for experts), so the table of the latter names their kernels.
-transformers 5.24 loads GPTQ and AWQ with the package gptqmodel, and has no class for ModelOpt. MLX's layout is for mlx_lm (``mlx_table``).
+transformers 5.24 loads GPTQ and AWQ with the package gptqmodel, and has no class for ModelOpt. MLX's layout is for mlx_lm
+(``mlx_table``).
 """
 
 from __future__ import annotations

@@ -22,11 +22,8 @@ MODEL_TYPES = frozenset(
     xverse youtu_llm
     """.split()
 )
-STACKED = (
-    "mixtral",
-    "olmoe",
-    "qwen2_moe",
-)  # whose experts it stacks from packed ones; of others it stacks plain weights
+# Models whose experts it stacks from packed ones; of others it stacks plain weights, and finds scales that it does not know.
+STACKED = ("dots1", "glm4_moe", "mixtral", "olmoe", "phimoe", "qwen2_moe")
 
 
 def mlx_fit(weights: NumberFormat, facts: ModelFacts) -> EngineFit:

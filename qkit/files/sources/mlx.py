@@ -69,14 +69,16 @@ def _shape(stored: Stored, parts: Mapping[str, TensorInfo], fmt: Format) -> tupl
             f"{codes.file}: tensor {shown(codes.name)} has all experts of a layer, as mlx_lm stacks them, and qkit reads MLX's "
             "linears only: use the original model"
         )
-    rows, columns = (codes.shape[0], codes.shape[1] * _WORD // fmt.bits) if len(codes.shape) == 2 else (0, 0)
-    if codes.dtype != "U32" or columns % fmt.group or codes.shape[1] * _WORD % fmt.bits:
-        expected = f"U32 [out, in * {fmt.bits} / {_WORD}] with groups of {fmt.group}"
+    group = fmt.group or 1
+    rows, words = codes.shape if len(codes.shape) == 2 else (0, 1)
+    columns = words * _WORD // fmt.bits
+    if codes.dtype != "U32" or not rows or words * _WORD % (fmt.bits * group):
+        expected = f"U32 [out, in * {fmt.bits} / {_WORD}] with groups of {group}"
         stored.refuse(codes.name, f"is {codes.dtype} {list(codes.shape)}, expected {expected}")
+    grid, dtypes = (rows, columns // group), _FLOATS if fmt.kind == "int" else ("U8",)
     for info in (scale, *(parts[role] for role in ("bias",) if role in parts)):
-        dtypes = _FLOATS if fmt.kind == "int" else ("U8",)
-        if info.dtype not in dtypes or info.shape != (rows, columns // fmt.group):
-            expected = f"{' or '.join(dtypes)} {[rows, columns // fmt.group]}"
+        if info.dtype not in dtypes or info.shape != grid:
+            expected = f"{' or '.join(dtypes)} {list(grid)}, as config.json says"
             stored.refuse(info.name, f"is {info.dtype} {list(info.shape)}, expected {expected}")
     return rows, columns
 

@@ -130,5 +130,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = rope.get("full_attention", rope)
     found = {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     found["rope_local_base_freq"] = local.get("rope_theta") if isinstance(local, Mapping) else None
+    found = {key: value for key, value in found.items() if value is not None}
+    # Some models of mlx_lm need this key, null or not.
     found["rope_scaling"] = dict(rope) if rope.get("rope_type", "default") != "default" else None
-    return {key: value for key, value in found.items() if value is not None and config.get(key) is None}
+    return {key: value for key, value in found.items() if config.get(key) is None}
