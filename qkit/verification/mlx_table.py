@@ -38,7 +38,9 @@ def mlx_fit(weights: NumberFormat, facts: ModelFacts) -> EngineFit:
         if "embeddings" in facts.uses
         else "QuantizedLinear"
     )
-    limits = [] if weights.symmetric else ["computes layers with zero points in float32, which their biases need"]
+    limits = (
+        [] if weights.symmetric else ["layers with float32 biases, which zero points need, are computed in float32"]
+    )
     return EngineFit(MLX_LM, name, tuple(limits), _KNOWN)
 
 
