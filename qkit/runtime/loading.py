@@ -28,8 +28,8 @@ from qkit.files.rejected import RejectedWarning, describe_mark, read_mark
 from qkit.files.safefile import shown
 from qkit.files.schema import validate
 from qkit.files.sources.as_compressed import METHODS as LAYOUTS
-from qkit.files.sources.opening import is_mlx
 from qkit.files.sources.as_compressed import as_compressed
+from qkit.files.sources.opening import is_mlx
 from qkit.kvcache.scales import register_scales
 from qkit.nn.layers import QuantExperts, QuantLinear, place_stack
 from qkit.runtime.packed_ends import packed_ends, place_ends
