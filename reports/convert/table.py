@@ -20,7 +20,6 @@ REASONS = {
     "for the whole model": "mixed",
     "one scale per channel, and MLX": "channels",
     "groups of": "groups",
-    "has a global scale": "format",
     "which has one": "format",
     "MLX stores integers": "format",
     "numbers that": "scales of 32 bits",

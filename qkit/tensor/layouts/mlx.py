@@ -51,7 +51,7 @@ def refusal(weights: Format, activations: Format | None, shape: tuple[int, int])
         return f"it has {weights.bits} bits, and MLX has {', '.join(map(str, BITS))}"
     if weights.group not in GROUPS:
         found = f"groups of {weights.group}" if weights.group else "one scale per channel"
-        return f"it has {found}, and MLX has groups of {', '.join(map(str, GROUPS))} (--group-size 64)"
+        return f"it has {found}, and MLX has groups of {', '.join(map(str, GROUPS))} (--group-size 64, --embeddings int8:64)"
     return None
 
 
