@@ -159,3 +159,31 @@ def test_settings_that_nothing_decodes(said: dict[str, Any], plain: Path, tmp_pa
         Unsupported, match=r"config\.json: quantization: .* and qkit decodes mxfp4, mxfp8, nvfp4 and affine"
     ):
         Checkpoint.open(source)
+
+
+def without(folder: Path, name: str) -> None:
+    """The folder without one tensor."""
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "mlx"})
+    (folder / "model.safetensors.index.json").unlink()
+
+
+DEFECTS = [
+    ({}, f"{Q}.biases", "lost tensors", "it has no biases"),
+    ({"bits": 8}, None, "config", "its weight is U32"),
+    ({"mode": "mxfp6"}, None, "config", "mode mxfp6 with 4 bits"),
+    ({Q: False}, None, "config", "it is quantized"),
+    ({"lm_head": {"bits": 4, "group_size": 32, "mode": "affine"}}, None, "config", "the weight is plain"),
+]
+
+
+@pytest.mark.parametrize(("said", "lost", "kind", "found"), DEFECTS, ids=[found for *_, found in DEFECTS])
+def test_doctor_names_a_defect(said: Any, lost: str | None, kind: str, found: str, tmp_path: Path) -> None:
+    model = tiny_models.make("llama", tmp_path / "plain", tie_word_embeddings=False)
+    source, _ = source_of("affine", model, tmp_path, **said)
+    if lost is not None:
+        without(source, lost)
+    report = diagnose(source)
+    assert not report.sound
+    assert any(f.kind == kind and found in f.found for f in report.findings), report.findings
