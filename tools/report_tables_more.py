@@ -270,6 +270,22 @@ def difference_of(proof: dict[str, Any] | None, which: str) -> str:
     return "refused" if which == "difference" else ""
 
 
+def mlx() -> str:
+    """How far mlx_lm's log-probabilities are from qkit's."""
+    rows: list[Row] = [
+        {
+            "file": name,
+            "tokens": row["tokens"],
+            "both in float32, mean": f"{row['float32']['mean']:.2g}",
+            "largest": f"{row['float32']['largest']:.2g}",
+            "both in bfloat16, mean": f"{row['bfloat16']['mean']:.2g}",
+            "mlx_lm in bfloat16 and in float32, mean": f"{row['mlx']['mean']:.2g}",
+        }
+        for name, row in report("convert/mlx").items()
+    ]
+    return markdown(rows)
+
+
 def engines_gguf() -> str:
     """What llama.cpp made of GGUF files: each type with both models."""
     proofs = {name: found["llama.cpp"] for name, found in report("engines/proofs").items() if "llama.cpp" in found}
@@ -355,6 +371,7 @@ TABLES = {
     "gguf-quality": gguf_quality,
     "engines": engines,
     "engines-gguf": engines_gguf,
+    "mlx": mlx,
     "experts": experts,
     "kv-caches": caches,
     "kv-retrieval": retrieval,

@@ -97,7 +97,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         model("--require-revision", is_flag=True, help="Refuse a hub model without --revision."),
         model(
             "--export",
-            type=click.Choice(["compressed-tensors", "qkit", "gptq", "awq", "modelopt"]),
+            type=click.Choice(["compressed-tensors", "qkit", "gptq", "awq", "modelopt", "mlx"]),
             help="Layout of the result (default: the first). Files in that of qkit load after 'import qkit'.",
         ),
         scheme("--recipe", type=click.Path(path_type=Path), help="YAML file with rules per layer."),

@@ -21,12 +21,12 @@ ORDERS = ("g_idx", "weight_g_idx")
 INPUTS = ("input_scale", "input_global_scale", "input_zero_point", "activation_scale", "qscale_act", "pre_quant_scale")
 MORE = (
     "weight_shape", "sparse_rows", "sparse_columns", "sparse_values", "low_rank_down", "low_rank_up", "input_smooth",
-    "input_residual",
+    "input_residual", "biases",
 )  # fmt: skip
 # Leaves that only a quantized layer has.
 _MARKS = frozenset((*SCALES, *GLOBALS, *ZEROS, *ORDERS, "qweight", "weight_packed", "weight_shape"))
 _LEAVES = frozenset((*_MARKS, *INPUTS, *MORE))
-QUANTIZED_DTYPES = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32")
+QUANTIZED_DTYPES = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32", "U32")
 
 
 @dataclass

@@ -38,14 +38,21 @@ class Measured:
         return self.rms * math.sqrt(self.columns)
 
 
-def scale_values(info: TensorInfo) -> Tensor:
-    """float32 scales; bytes are exponents of two."""
+def scale_values(info: TensorInfo, e4m3: bool = False) -> Tensor:
+    """float32 scales; bytes are exponents of two, or E4M3."""
     values = read_tensor(info)
+    if e4m3 and info.dtype == "U8":
+        return values.view(torch.float8_e4m3fn).to(torch.float32)
     if info.dtype in ("U8", "F8_E8M0"):
         exponents = values.view(torch.uint8) if info.dtype != "U8" else values
         powers = (exponents.to(torch.float32) - 127.0).exp2()
         return torch.where(exponents == 255, torch.full_like(powers, float("nan")), powers)
     return values.to(torch.float32)
+
+
+def _as_e4m3(layer: Layer) -> bool:
+    """Whether scales in bytes are E4M3 numbers, as MLX stores those of NVFP4."""
+    return layer.weights is not None and layer.weights.scale == "e4m3"
 
 
 def check_scales(layer: Layer, findings: Findings) -> bool:
@@ -55,7 +62,7 @@ def check_scales(layer: Layer, findings: Findings) -> bool:
         if "scale" not in leaf or 0 in info.shape or (leaf == "pre_quant_scale" and info.dtype not in _FLOATS):
             continue
         try:
-            values = scale_values(info)
+            values = scale_values(info, _as_e4m3(layer))
         except QkitError as error:
             findings.fault("scales", layer.name, f"{leaf} cannot be read: {error}", "numbers", _AGAIN, 8)
             sound = False
@@ -148,8 +155,9 @@ def _histogram(codes: TensorInfo, bits: int, layer: Layer) -> Tensor | None:
             (torch.bincount(x.to(torch.int64), minlength=1 << bits) for x in lanes),
             torch.zeros(1 << bits, dtype=torch.int64),
         )
-    if layer.shape is None or len(layer.shape) != 2 or codes.dtype != "I32":
+    if layer.shape is None or len(layer.shape) != 2 or codes.dtype not in ("I32", "U32"):
         return None
+    values = values.view(torch.int32)
     words = values if "qweight" not in layer.leaves else values.T.contiguous()
     unpacked = unpack_bits(words, bits, layer.shape[1]).to(torch.int64) + (1 << (bits - 1))
     return torch.bincount(unpacked.flatten(), minlength=1 << bits)

@@ -181,7 +181,8 @@ def _config(plan: Plan, structure: ModelStructure, job: Job, source: ExportTenso
     rotated = {name: p.rotation for name, p in plan.linears.items() if p.rotation}
     if rotated:
         config["quantization_config"]["rotated"] = rotated
-    return config
+    layout = LAYOUTS.get(plan.export)
+    return config if layout is None else config | layout.keys(config)
 
 
 def quantization_config(plan: Plan, structure: ModelStructure) -> dict[str, Any]:

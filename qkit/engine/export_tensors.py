@@ -40,7 +40,6 @@ class ExportTensors:
         self.plan, self.structure, self.job = plan, structure, job
         self.records = job.records()
         self.in_gguf, self.layout = plan.export == GGUF, LAYOUTS.get(plan.export)
-        self.scale_dtype = scale_dtype(plan.export, structure.dtype, structure.dtype)
         self.zeros = stores_zeros(plan.export, {n: (p.weights, p.activations) for n, p in plan.packed.items()})
         self.specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self.plain: dict[str, str] = {}
@@ -71,6 +70,9 @@ class ExportTensors:
         scales = job.stage("cache")
         if scales is not None:
             self._add_part(scales)
+
+    def _scale_dtype(self, p: LinearPlan) -> torch.dtype:
+        return scale_dtype(self.plan.export, p.weights, self.structure.dtype, self.structure.dtype)
 
     def _add_part(self, index: int) -> None:
         """Add the tensors that a part has under the names of the checkpoint."""
@@ -119,7 +121,7 @@ class ExportTensors:
         correction = sparse.specs(p.shape, outlier_count, self.structure.dtype) | lowrank.specs(
             p.shape, p.rank, self.structure.dtype
         )
-        dense = (self.layout or ct).specs(p.weights, p.activations, p.shape, self.scale_dtype)
+        dense = (self.layout or ct).specs(p.weights, p.activations, p.shape, self._scale_dtype(p))
         transform = {k: (info.torch_dtype, info.shape) for k, info in self._transform_infos(p.name, block).items()}
         for suffix, spec in {**dense, **correction, **transform}.items():
             name = f"{p.name}.{suffix}"
@@ -164,7 +166,7 @@ class ExportTensors:
             added |= {} if q.low_rank is None else lowrank.write(q.low_rank)
             added |= {k: self.job.read(info) for k, info in self._transform_infos(p.name, block).items()}
             stored = with_zeros(q) if self.zeros else q
-            written = (self.layout or ct).write(stored, p.activations, static, self.scale_dtype)
+            written = (self.layout or ct).write(stored, p.activations, static, self._scale_dtype(p))
             self._cached = (p.name, {**written, **added})
         return self._cached[1]
 

@@ -222,6 +222,9 @@ def find_weights(folder: Path, names: list[str]) -> tuple[list[Path], dict[str, 
     singles = [name for stem in WEIGHT_STEMS if (name := f"{stem}.safetensors") in names]
     indices = [name for stem in WEIGHT_STEMS if (name := f"{stem}.safetensors.index.json") in names]
     entry_files = singles + indices
+    if len(singles) == len(indices) == 1:  # mlx_lm writes an index of a single file, too
+        if set(_weight_map(checked_path(folder, indices[0])).values()) == set(singles):
+            entry_files = singles
     if len(entry_files) > 1:
         raise BadCheckpoint(
             f"{folder}: ambiguous: {' and '.join(entry_files)} are both there: remove the one that is stale"

@@ -28,7 +28,7 @@ _BESIDE = (
     "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_zero_point", "weight_shape", "weight_global_scale",
     "weight_g_idx", "input_scale", "input_global_scale", "input_zero_point", "pre_quant_scale", "k_scale", "v_scale",
     "k_global_scale", "v_global_scale",
-    "scales", "qzeros", "g_idx", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB", "weight_format",
+    "scales", "biases", "qzeros", "g_idx", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB", "weight_format",
     "sparse_rows", "sparse_columns", "sparse_values", "low_rank_down", "low_rank_up", "input_smooth", "input_residual",
 )  # fmt: skip
 
@@ -213,6 +213,8 @@ def _elements(
     stored = math.prod(info.shape)
     if leaf in _BESIDE or ".quant_state." in info.name or (leaf.endswith("_scales") and info.dtype == "U8"):
         return 0
+    if leaf == "weight" and info.dtype == "U32":
+        return _words_of_mlx(info, tensors.get(f"{owner}.scales"), config)
     if leaf == "weight_packed":
         linears = record.get("linears")
         entry = linears.get(owner) if isinstance(linears, Mapping) else None
@@ -228,6 +230,15 @@ def _elements(
     if info.dtype == "U8" and (leaf == "weight" or leaf.endswith("_blocks")):
         return 2 * stored  # two 4-bit codes in a byte (bitsandbytes, ModelOpt, MXFP4 of gpt-oss)
     return stored
+
+
+def _words_of_mlx(info: TensorInfo, scale: TensorInfo | None, config: Mapping[str, Any]) -> int | None:
+    """How many weights MLX's words hold: as many as groups have columns."""
+    said = config.get("quantization", config.get("quantization_config"))
+    entry = said.get(info.name.rpartition(".")[0]) if isinstance(said, Mapping) else None
+    setting = entry if isinstance(entry, Mapping) else said
+    size = setting.get("group_size") if isinstance(setting, Mapping) else None
+    return math.prod(scale.shape) * size if scale is not None and type(size) is int else None
 
 
 def _stated_shape(info: TensorInfo | None) -> int | None:

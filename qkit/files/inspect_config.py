@@ -10,12 +10,13 @@ from typing import Any
 from qkit.errors import QkitError
 from qkit.files.folder import load_json
 from qkit.files.safefile import TensorInfo
+from qkit.files.sources.opening import MLX, is_mlx
 
 _LINES = 16  # formats that are named
 _KEYS = (
     "bits", "w_bit", "group_size", "q_group_size", "sym", "desc_act", "zero_point", "fmt", "quant_algo", "load_in_4bit",
     "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "weight_block_size", "activation_scheme",
-    "kv_cache_quant_algo", "version", "format", "quant_type", "data_type",
+    "kv_cache_quant_algo", "version", "format", "quant_type", "data_type", "mode",
 )  # fmt: skip
 _MODELOPT = "hf_quant_config.json"
 # By the last part of a tensor's name, for a folder whose config says nothing.
@@ -37,6 +38,8 @@ def one_line(value: object, limit: int = 80) -> str:
 def describe_quantization(config: Mapping[str, Any], folder: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
     """One line for each number format; none for a model that is not quantized."""
     quantization = config.get("quantization_config", config.get("compression_config"))
+    if is_mlx(config):
+        quantization = {"quant_method": "mlx", **config[MLX]}
     if quantization is None:
         quantization = _modelopt(folder)
     if quantization is not None and not isinstance(quantization, Mapping):

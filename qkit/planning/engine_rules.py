@@ -59,7 +59,7 @@ def check_engine(plan: Plan, structure: ModelStructure, lines: list[EngineLine])
 def unloaded_warning(plan: Plan, structure: ModelStructure, lines: Iterable[EngineLine]) -> str | None:
     """What to say of a plan without --engine that no engine loads on a GPU, or that vLLM does not load on the GPUs of --gpu;
     None where there is nothing to say, as for engines that a model is not for."""
-    if plan.recipe["engine"] in TITLES or plan.export == GGUF:
+    if plan.recipe["engine"] in TITLES or plan.export in (GGUF, "mlx"):
         return None
     asked = [line for line in lines if line.engine in TITLES.values()]
     reasons = {line.engine: why for line in asked if (why := refused_by(line, plan.recipe))}

@@ -106,7 +106,7 @@ class Recipe(BaseModel):
     strict: bool = False
     expert_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     prune_experts: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    export: Literal["compressed-tensors", "qkit", "gptq", "awq", "modelopt"] | None = None
+    export: Literal["compressed-tensors", "qkit", "gptq", "awq", "modelopt", "mlx"] | None = None
     engine: Literal["default", "vllm", "transformers", "llama.cpp", "any"] = "default"
     gpu: str | None = None
     tp: Annotated[int, Field(ge=1)] = 1

@@ -1,6 +1,7 @@
-"""The check of ``quantization_config`` of GPTQ, AWQ and ModelOpt: what it says of each linear must agree with qkit.json.
+"""The check of ``quantization_config`` of GPTQ, AWQ, ModelOpt and MLX: what it says of each linear must agree with qkit.json.
 
-Part of the independent proof (see ``verify.py``). The keys are those that vLLM 0.32 and transformers 5.24 read.
+Part of the independent proof (see ``verify.py``). The keys are those that vLLM 0.32, transformers 5.24 and
+mlx_lm 0.32 read.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from qkit.system.patterns import is_pattern, matched
-from qkit.verification.layouts import AWQ, GPTQ, GPTQ_V2, MODELOPT
+from qkit.verification.layouts import AWQ, GPTQ, GPTQ_V2, MLX, MODELOPT
 from qkit.verification.quantization_config import ConfigGroup, Patterns, QuantizationConfig
 from qkit.verification.record import Findings, Record, RecordedLinear, is_int, read_json, short
 from qkit.verification.spec import Spec
 
-METHODS = ("gptq", "awq", "modelopt")
+METHODS = ("gptq", "awq", "modelopt", "mlx")
 _ROOT = "config.json: quantization_config"
 _FILES = {"gptq": "quantize_config.json", "modelopt": "hf_quant_config.json"}
 
@@ -27,6 +28,7 @@ _TOKEN = replace(_FP8_TENSOR, strategy="token", dynamic=True)
 _GROUP = replace(_FP8_TENSOR, strategy="group", group=128, dynamic=True)
 _NVFP4 = replace(_FP8_TENSOR, kind="fp4", bits=4, strategy="tensor_group", group=16, scale="e4m3")
 _MXFP8 = replace(_FP8_TENSOR, strategy="group", group=32, scale="e8m0")
+_MXFP4 = replace(_MXFP8, kind="fp4", bits=4)
 _ALGORITHMS: dict[str, tuple[Spec, Spec | None]] = {
     "NVFP4": (_NVFP4, replace(_NVFP4, dynamic=True)),
     "W4A16_NVFP4": (_NVFP4, None),
@@ -51,8 +53,10 @@ def read_layout(
     data: dict[str, Any] = config["quantization_config"]
     method = str(data["quant_method"])
     names = [*record.linears, *record.skipped]
-    says = {"gptq": _gptq, "awq": _awq, "modelopt": _modelopt}[method](data, record, names, findings)
+    says = {"gptq": _gptq, "awq": _awq, "modelopt": _modelopt, "mlx": _mlx}[method](data, record, names, findings)
     _check_beside(out, method, data, findings)
+    if method == "mlx":
+        _check_twin(config, findings)
     by_kind: dict[tuple[str, Spec, Spec | None], list[str]] = {}
     for name, linear in record.linears.items():
         found = says.get(name)
@@ -92,6 +96,11 @@ def _misfit(linear: RecordedLinear, packing: str) -> str | None:
     if packing == MODELOPT:
         cut = spec.block is not None and (rows % spec.block[0] or columns % spec.block[1])
         return f"blocks over {rows}x{columns} weights" if cut else None
+    if packing == MLX and spec.scale == "e8m0":
+        return None
+    if packing == MLX:
+        fits = spec.kind == "int" and spec.bits in (2, 3, 4, 5, 6, 8) and spec.group in (32, 64, 128)
+        return None if fits else str(spec)
     if spec.kind != "int" or spec.strategy not in ("group", "channel"):
         return str(spec)
     words = (
@@ -209,6 +218,32 @@ def _modelopt(data: dict[str, Any], record: Record, names: Sequence[str], findin
         for name, text in algorithms.items():
             findings.check("config", text in _ALGORITHMS, f"{where}.{name}", f"found {short(text)}")
     return {n: (MODELOPT, *_ALGORITHMS[text]) for n, text in algorithms.items() if text in _ALGORITHMS}
+
+
+def _mlx(data: dict[str, Any], record: Record, names: Sequence[str], findings: Findings) -> Says:
+    """The setting of the file for each layer that has no entry of its own; ``false``: not quantized."""
+    says: Says = {}
+    for name in names:
+        entry = data.get(name, data)
+        where = f"{_ROOT}.{name}" if name in data else _ROOT
+        if entry is False or not findings.check("config", isinstance(entry, dict), where, f"found {short(entry)}"):
+            continue
+        mode, numbers = entry.get("mode"), _numbers(entry, where, findings)
+        spec = {"mxfp4": _MXFP4, "mxfp8": _MXFP8}.get(str(mode))
+        known = mode == "affine" or (spec is not None and numbers == (spec.bits, spec.group))
+        if findings.check("config", known, f"{where}.mode", f"found {short(mode)} with {numbers}") and numbers:
+            # Whether there are zero points is said by the biases alone, which the decoder looks at.
+            symmetric = name not in record.linears or record.linears[name].format.symmetric
+            says[name] = (MLX, spec or _integers(*numbers, symmetric), None)
+    return says
+
+
+def _check_twin(config: Mapping[str, Any], findings: Findings) -> None:
+    """mlx_lm reads the key ``quantization``, which says the same."""
+    expected = {key: value for key, value in config["quantization_config"].items() if key != "quant_method"}
+    found = config.get("quantization")
+    fault = f"found {short(found)}, and quantization_config says {short(expected)}"
+    findings.check("config", found == expected, "config.json: quantization", fault)
 
 
 def _check_beside(out: Path, method: str, data: Mapping[str, Any], findings: Findings) -> None:

@@ -1,10 +1,11 @@
-"""Which engine loads GPTQ, AWQ and ModelOpt: a static table, as ``engines`` has one for compressed-tensors.
+"""Which engine loads GPTQ, AWQ, ModelOpt and MLX: a static table, as ``engines`` has one for compressed-tensors.
 
 The vLLM rows restate its classes ``AutoGPTQConfig``, ``AutoAWQConfig`` and ``ModelOpt*Config`` of version 0.32, of which the
 first two were run on CPUs. Those two hand their layers to the chooser of kernels that compressed-tensors asks (its
 ``choose_mp_linear_kernel``, and ``select_wna16_moe_backend`` for experts), so the table of the latter names their kernels.
 ModelOpt has rows of its own in that table.
-transformers 5.24 loads GPTQ and AWQ with the package gptqmodel, and has no class for ModelOpt.
+transformers 5.24 loads GPTQ and AWQ with the package gptqmodel, and has no class for ModelOpt. MLX's layout is for mlx_lm
+(``mlx_table``).
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from dataclasses import replace
 
 from qkit.verification.engine_types import OWN, STOCK_TABLE, VLLM_TABLE, EngineFit, ModelFacts, Selected
 from qkit.verification.engines import STOCK
+from qkit.verification.mlx_table import mlx_fit
 from qkit.verification.vllm_fit import CPU_TOO, NO_CPU, SPLIT, VLLM, vllm_fit
 from qkit.verification.vllm_table import CPU, NumberFormat
 
-LAYOUTS = ("gptq", "awq", "modelopt")
+LAYOUTS = ("gptq", "awq", "modelopt", "mlx")
 _GPTQMODEL = "needs the packages gptqmodel and optimum"
+_UNKNOWN = "it does not know quant_method 'mlx'"
 _LISTED = (32, 64, 128, None)
+# Models that vLLM does not run in float16 (its _FLOAT16_NOT_SUPPORTED_MODELS), and the GPU without bfloat16.
+_NOT_FLOAT16, _NO_BFLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4"), "sm75"
 _GROUPS = "Marlin takes groups of 32, 64, 128 and whole channels alone"
 
 
@@ -31,11 +36,32 @@ def layout_fits(
     selected: Selected | None = None,
 ) -> list[EngineFit]:
     """The answer of each engine for linears of these formats in one of LAYOUTS. selected: as for ``vllm_fit``"""
+    if method == "mlx":
+        return [
+            mlx_fit(weights, facts),
+            _refused(_UNKNOWN),
+            EngineFit(STOCK, None, (_UNKNOWN,), STOCK_TABLE),
+            EngineFit("qkit", "qkit.load", (), OWN),
+        ]
     return [
-        _vllm(weights, activations, packing, method, facts, selected),
+        _in_16_bits(_vllm(weights, activations, packing, method, facts, selected), method, facts),
         _transformers(method, facts),
         EngineFit("qkit", "qkit.load", (), OWN),
     ]
+
+
+def _in_16_bits(fit: EngineFit, method: str, facts: ModelFacts) -> EngineFit:
+    """The fit, without the GPUs on which vLLM computes a model in float32, which its classes for these layouts refuse."""
+    if facts.model_type not in _NOT_FLOAT16 or _NO_BFLOAT16 not in fit.platforms:
+        return fit
+    why = f"it computes {facts.model_type} in float32 on {_NO_BFLOAT16}, and its class for {method} does not"
+    platforms = tuple(p for p in fit.platforms if p != _NO_BFLOAT16)
+    layers = sum(fit.kernels[_NO_BFLOAT16].values())
+    kernels = {**fit.kernels, _NO_BFLOAT16: {f"refused: {why}": layers}}
+    if not platforms:
+        return replace(fit, loads_as=None, limits=(why,), platforms=(), kernels=kernels)
+    limits = (*fit.limits, f"not on {_NO_BFLOAT16}: {why}")
+    return replace(fit, limits=limits, platforms=platforms, kernels=kernels)
 
 
 def _vllm(

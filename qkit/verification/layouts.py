@@ -1,8 +1,8 @@
-"""The second decoder for GPTQ, AWQ and ModelOpt: which tensors a linear has in these layouts, and their float32 weight.
+"""The second decoder for GPTQ, AWQ, ModelOpt and MLX: which tensors a linear has in these layouts, and their float32 weight.
 
 Part of the independent proof (see ``verify.py``), in numpy alone. What it makes of a linear are signed codes, zero points and
 scales as compressed-tensors has them, so that the weight is formed by the same arithmetic: (code - zero) * scale, and for
-NVFP4 value * (scale / global scale), of which ``weight_scale_2`` is the reciprocal.
+NVFP4 value * (scale / global scale), of which ``weight_scale_2`` is the reciprocal. Of MLX, a bias is -zero * scale.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from qkit.verification.decode import (
 )
 from qkit.verification.record import RecordedLinear
 
-GPTQ, GPTQ_V2, AWQ, MODELOPT = "gptq", "gptq_v2", "awq", "modelopt"
-PACKINGS = (GPTQ, GPTQ_V2, AWQ, MODELOPT)
+GPTQ, GPTQ_V2, AWQ, MODELOPT, MLX = "gptq", "gptq_v2", "awq", "modelopt", "mlx"
+PACKINGS = (GPTQ, GPTQ_V2, AWQ, MODELOPT, MLX)
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs each half byte of a word holds, from the lowest on
 
 
@@ -42,6 +42,8 @@ def stored_layout(linear: RecordedLinear, packing: str, floats: tuple[str, ...] 
     groups = scale_shape(spec, linear.shape)[-1]
     if packing == MODELOPT:
         return _modelopt(linear)
+    if packing == MLX:
+        return _mlx(linear)
     scales: Expected = {"scales": (("BF16", "F16"), (groups, rows))}
     if packing == AWQ:
         return {"qweight": (("I32",), (columns, rows // 8)), "qzeros": (("I32",), (groups, rows // 8)), **scales}
@@ -68,6 +70,15 @@ def _modelopt(linear: RecordedLinear) -> Expected:
     return found
 
 
+def _mlx(linear: RecordedLinear) -> Expected:
+    spec, (rows, columns) = linear.format, linear.shape
+    grid, floats = scale_shape(spec, linear.shape), ("BF16", "F16", "F32")
+    words: Expected = {"weight": (("U32",), (rows, columns * spec.bits // 32))}
+    if spec.kind != "int":
+        return {**words, "scales": (("U8",), grid)}
+    return {**words, "scales": (floats, grid), "biases": (floats, grid)}
+
+
 def decode_stored(linear: RecordedLinear, tensors: Mapping[str, StoredTensor], packing: str) -> DecodedLinear:
     """The decoded weight of a linear whose ``tensors`` have the dtypes and shapes of ``stored_layout``."""
     if packing not in PACKINGS:
@@ -77,10 +88,14 @@ def decode_stored(linear: RecordedLinear, tensors: Mapping[str, StoredTensor], p
         values, scale = _floats(linear, tensors, result)
         _finish(result, linear, values, None, scale)
         return result
-    unpack = _awq if packing == AWQ else _gptq
+    if packing == MLX and linear.format.kind != "int":
+        _finish(result, linear, _micro_values(linear, tensors, result), None, E8M0[tensors["scales"].array()])
+        return result
+    unpack = {AWQ: _awq, MLX: _affine}.get(packing, _gptq)
     codes, zero, scale = unpack(linear, tensors, packing, result)
     if linear.format.symmetric and zero.any():
-        result.faults.append(("qzeros", f"{int(np.count_nonzero(zero))} zero points of a symmetric weight are not 0"))
+        name = "biases" if packing == MLX else "qzeros"
+        result.faults.append((name, f"{int(np.count_nonzero(zero))} zero points of a symmetric weight are not 0"))
     _check(result, "scales", scale, signed=linear.format.symmetric)
     _finish(result, linear, codes, zero, scale)
     return result
@@ -114,6 +129,35 @@ def _awq(
 
     codes, zero = lanes(tensors["qweight"].array()), lanes(tensors["qzeros"].array())
     return codes, zero, tensors["scales"].float32().T
+
+
+def _affine(
+    linear: RecordedLinear, tensors: Mapping[str, StoredTensor], packing: str, result: DecodedLinear
+) -> tuple[Array, Array, Array]:
+    """MLX's code * scale + bias: the bias has to be a whole multiple of the scale exactly, and so is a zero point."""
+    bits, scale, bias = linear.format.bits, tensors["scales"].float32(), tensors["biases"].float32()
+    half, wide = 1 << (bits - 1), scale.astype(np.float64)
+    stream = np.unpackbits(tensors["weight"].array().astype("<u4").view(np.uint8), axis=1, bitorder="little")
+    lanes = stream.reshape(linear.shape[0], linear.shape[1], bits).astype(np.int16)
+    codes = lanes @ (1 << np.arange(bits, dtype=np.int16))
+    with np.errstate(all="ignore"):
+        zero = np.nan_to_num(np.rint(-bias / wide), posinf=-1, neginf=-1)
+    wrong = (zero * wide != -bias.astype(np.float64)) | (zero < 0) | (zero >= 1 << bits)
+    if count := int(np.count_nonzero(wrong)):
+        fault = f"{count} of {bias.size} are no zero point from 0 to {(1 << bits) - 1} times the scale"
+        result.faults.append(("biases", fault))
+    return codes - half, np.where(wrong, half, zero).astype(np.int16) - half, scale
+
+
+def _micro_values(linear: RecordedLinear, tensors: Mapping[str, StoredTensor], result: DecodedLinear) -> Array:
+    """Values [out, in] of MLX's MXFP4 and MXFP8, whose bytes lie four to a word."""
+    data = tensors["weight"].array().astype("<u4").view(np.uint8)
+    _check(result, "scales", E8M0[tensors["scales"].array()])
+    if linear.format.kind == "fp4":
+        return E2M1[np.stack((data & 15, data >> 4), axis=-1).reshape(linear.shape)]
+    if np.any((data & 0x7F) == 0x7F):
+        result.faults.append(("weight", "holds NaN codes"))
+    return E4M3[data]
 
 
 def _floats(linear: RecordedLinear, tensors: Mapping[str, StoredTensor], result: DecodedLinear) -> tuple[Array, Array]:

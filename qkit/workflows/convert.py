@@ -19,21 +19,24 @@ from torch import Tensor
 
 from qkit.engine.partial_output import LISTING, Partial
 from qkit.errors import BadCheckpoint, Unsupported, VerifyFailure
+from qkit.families.discover import kind_of
 from qkit.families.structure import ModelStructure, dtype_of
 from qkit.files.checkpoint import check_config
 from qkit.files.folder import is_pipeline, read_record
 from qkit.files.locate import find_model
 from qkit.files.output import check_output_dir, commit_dir
 from qkit.files.sources.packed import PackedFolder, PackedLinear, open_packed
+from qkit.planning.layout import mlx_refusal
 from qkit.system.progress import Progress
+from qkit.tensor.layouts import mlx
 from qkit.tensor.layouts.modelopt import inverse
-from qkit.tensor.layouts.table import LAYOUTS, lost_scales, refusal, scale_dtype
+from qkit.tensor.layouts.table import HALVES, LAYOUTS, lost_scales, refusal, scale_dtype
 from qkit.tensor.qtensor import Params, QTensor, dequantize, weight_sha256
 from qkit.verification.verify import Report, summary, verify
 from qkit.workflows.convert_hints import anew
 from qkit.workflows.converted import Found, Target, uses
 
-EXPORTS = ("gptq", "awq", "modelopt", "compressed-tensors")
+EXPORTS = ("gptq", "awq", "modelopt", "mlx", "compressed-tensors")
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,11 @@ def _look(
 def _note_lost(changed: dict[str, str], name: str, q: QTensor, stored: Mapping[str, torch.dtype]) -> None:
     """Adds the layouts in which scales of a weight would change. stored: {layout: the dtype of scales}"""
     was = q.params.scale.dtype
+    if "mlx" not in changed and (lost := mlx.lost_biases(q, stored["mlx"])):
+        changed["mlx"] = (
+            f"{name}: {lost} of its {q.params.scale.numel()} products of zero point and scale, which MLX stores, are numbers "
+            f"that {str(stored['mlx'])[6:]} does not have"
+        )
     for export, dtype in stored.items():
         if export not in changed and dtype != was and (lost := lost_scales(q, dtype)):
             changed[export] = (
@@ -182,7 +190,10 @@ def _scale_dtype(q: QTensor, static: Tensor | None, export: str, model: torch.dt
     if export == "compressed-tensors" and dtype == torch.float32 and not lost_scales(q, model):
         exact = static is None or torch.equal(static.to(model).to(torch.float32), static.to(torch.float32))
         return model if exact else dtype
-    return scale_dtype(export, dtype, model)
+    if export == "mlx" and q.format.kind == "int":
+        halves = [d for d in (dtype, model) if d in HALVES]
+        return next((d for d in halves if not lost_scales(q, d) and not mlx.lost_biases(q, d)), torch.float32)
+    return scale_dtype(export, q.format, dtype, model)
 
 
 def _held(q: QTensor, export: str) -> tuple[QTensor, float]:
@@ -221,6 +232,8 @@ def _reason(packed: PackedFolder, structure: ModelStructure, found: Mapping[str,
     ends = [name for name in found if "embeddings" in uses(structure, name)]
     pairs = {name: f.pair for name, f in found.items()}
     reason = refusal(layout, pairs, {name: f.shape for name, f in found.items()}, ends)
+    if reason is None and export == "mlx":
+        reason = mlx_refusal(pairs, kind_of(packed.checkpoint.config))
     if reason is not None or not packed.cache:
         return reason
     first = next(iter(packed.cache))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qkit.tensor.formats import SCHEMES, Format
+from qkit.tensor.layouts import mlx
 from qkit.tensor.layouts.gptq import BITS
 from qkit.tensor.layouts.table import LAYOUTS, refusal
 
@@ -25,6 +26,7 @@ def anew(folder: Path, export: str, shapes: Shapes, bits: int = 4) -> str:
     schemes = {
         "gptq": (f"W{kept}A16",),
         "awq": ("W4A16",),
+        "mlx": (f"W{bits if bits in mlx.BITS else kept}A16",),
         "modelopt": ("NVFP4A16", "FP8_DYNAMIC")[:: 1 if bits < 8 else -1],
     }
     for name in schemes.get(export, ()):

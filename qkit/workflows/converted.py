@@ -121,6 +121,7 @@ class Target:
         config = {**checkpoint.config, "quantization_config": self._quantization()}
         documents = {"config.json": config}
         if self.layout is not None:
+            config |= self.layout.keys(config)
             documents |= self.layout.files(config["quantization_config"])
         if len(shards) > 1:
             total = sum(spec_bytes(spec) for spec in self.specs.values())

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qkit.diagnosis import cache, compressed, floats, fused, kernels, sidefiles, values, words
+from qkit.diagnosis import cache, compressed, floats, fused, kernels, mlx, sidefiles, values, words
 from qkit.diagnosis.compressed import Groups
 from qkit.diagnosis.decoding import Decoder, plain
 from qkit.diagnosis.drift import Drift
@@ -101,6 +101,8 @@ def _set_formats(opened: Opened, findings: Findings) -> Groups:
         floats.set_mxfp4(opened, findings)
     elif method == "modelopt":
         floats.set_modelopt(opened, findings)
+    elif method == "mlx":
+        mlx.set_formats(opened, findings)
     return Groups()
 
 
@@ -111,6 +113,8 @@ def _check_config(opened: Opened, groups: Groups, expected: Expected, findings: 
         words.check_plain(opened, expected, findings)
     elif opened.method in ("fp8", "fbgemm_fp8", "modelopt"):
         floats.check_plain(opened, expected, findings)
+    elif opened.method == "mlx":
+        mlx.check_plain(opened, expected, findings)
 
 
 def _check_vocabulary(opened: Opened, findings: Findings) -> None:

@@ -2,7 +2,8 @@
 
     ENGINES=DIR python reports/convert/matrix.py CORPUS WORK OUT.json [WRITER/NAME ..]
 CORPUS has the folders WRITER/NAME that make_corpus.py makes; WORK gets the converted ones. Readers of the tools run in their
-own environments, which ENGINES has by name: gptqmodel, autoround, modelopt, and stock (transformers and compressed-tensors).
+own environments, which ENGINES has by name: gptqmodel, autoround, modelopt, stock (transformers and compressed-tensors) and
+mlx. With ONLY=mlx in the environment OUT.json gets the conversions to that layout beside the figures that it has.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from qkit.tensor.qtensor import QTensor, dequantize
 from qkit.workflows.convert import EXPORTS, convert
 
 THOROUGH = "THOROUGH" in os.environ  # other readers for the converted files too, and not for the sources alone
-SCRIPT = Path(__file__).with_name("own_readers.py")
+ONLY = os.environ.get("ONLY")
+SCRIPT, OF_MLX = (Path(__file__).with_name(name) for name in ("own_readers.py", "mlx_reader.py"))
 
 
 def reader_of(method: str, config: dict[str, Any]) -> tuple[str, str] | None:
@@ -39,6 +41,7 @@ def reader_of(method: str, config: dict[str, Any]) -> tuple[str, str] | None:
         "awq": ("awq", "gptqmodel"),
         "auto-round": ("autoround", "autoround"),
         "modelopt": ("modelopt", "modelopt"),
+        "mlx": ("weights", "mlx"),
     }
     return table.get(method)
 
@@ -51,7 +54,7 @@ def own_weights(engines: Path, folder: Path, file: Path) -> dict[str, torch.Tens
         return "GPTQModel loads version 1 with zero points only from itself"
     kind, environment = reader
     two = {"GPTQMODEL_CPU_WORKERS": "2", "OMP_NUM_THREADS": "2"}
-    command = [str(engines / environment / "bin" / "python"), str(SCRIPT), kind, str(file), str(folder)]
+    command = [str(engines / environment / "bin" / "python"), str(OF_MLX if environment == "mlx" else SCRIPT), kind, str(file), str(folder)]
     env = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **two}
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=env)
     if done.returncode:
@@ -106,15 +109,16 @@ def again(first: Path, second: Path) -> dict[str, Any]:
     return {"linears": len(a.linears), "equal": equal, "largest": largest}
 
 
-def one(engines: Path, source: Path, work: Path) -> dict[str, Any]:
-    """All that is asked of one file."""
-    row: dict[str, Any] = {}
+def one(engines: Path, source: Path, work: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """All that is asked of one file, or ONLY one layout beside what is known."""
+    row: dict[str, Any] = dict(known)
     try:
         open_packed(source)
     except QkitError as error:
         return {"refused": str(error).replace(f"{source.parents[1]}/", "")}
-    row["read"] = compared(source, own_weights(engines, source, work / "own.safetensors"))
-    for export in EXPORTS:
+    if ONLY is None:
+        row["read"] = compared(source, own_weights(engines, source, work / "own.safetensors"))
+    for export in EXPORTS if ONLY is None else (ONLY,):
         out = work / f"{source.parent.name}-{source.name}-{export}"
         try:
             done = convert(str(source), export, out, Silent(), overwrite=True)
@@ -128,7 +132,7 @@ def one(engines: Path, source: Path, work: Path) -> dict[str, Any]:
             **again(source, out),
         }
         said = json.loads((source / "config.json").read_text())["quantization_config"]["quant_method"]
-        if THOROUGH and said != export:
+        if (THOROUGH or export == "mlx") and said != export:
             row[export]["own reader"] = compared(out, own_weights(engines, out, work / "own.safetensors"))
     return row
 
@@ -143,6 +147,6 @@ if __name__ == "__main__":
     names = sys.argv[4:] or sorted(str(p.parent.relative_to(corpus)) for p in corpus.glob("*/*/config.json"))
     rows |= json.loads(file.read_text()) if file.exists() else {}
     for name in names:
-        rows[name] = one(engines, corpus / name, work)
+        rows[name] = one(engines, corpus / name, work, rows.get(name, {}) if ONLY else {})
         file.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
         print(name, json.dumps(rows[name])[:300], flush=True)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-EXPORTS = ("gptq", "awq", "modelopt", "compressed-tensors")
+EXPORTS = ("gptq", "awq", "modelopt", "mlx", "compressed-tensors")
 REASONS = {
     "its inputs are quantized": "inputs",
     "bits, and": "bits",
@@ -18,6 +18,10 @@ REASONS = {
     "stores integers": "format",
     "no place for the scales of an FP8 KV cache": "KV cache",
     "for the whole model": "mixed",
+    "one scale per channel, and MLX": "channels",
+    "groups of": "groups",
+    "which has one": "format",
+    "MLX stores integers": "format",
     "numbers that": "scales of 32 bits",
 }
 
@@ -43,5 +47,5 @@ if __name__ == "__main__":
     print(f"| file | own reader | {' | '.join(f'to `{e}`' for e in EXPORTS)} |")
     print("| --- " * (2 + len(EXPORTS)) + "|")
     for name, row in rows.items():
-        cells = ["refused"] + ["-"] * 4 if "refused" in row else [read(row["read"]), *(cell(row[e]) for e in EXPORTS)]
+        cells = ["refused"] + ["-"] * len(EXPORTS) if "refused" in row else [read(row["read"]), *(cell(row[e]) for e in EXPORTS)]
         print(f"| {name} | {' | '.join(cells)} |")

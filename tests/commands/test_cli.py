@@ -405,12 +405,15 @@ def test_input_that_is_quantized_already(run, refused, tiny, tmp_path):
     refused(3, ("bitsandbytes", "dequantize it first"), "plan", "--model", unknown, "--scheme", "w4a16")
 
 
-def test_single_file_beside_an_index(refused, tiny, tmp_path):
+def test_single_file_beside_an_index(refused, run, tiny, tmp_path):
     model = changed(tiny("llama"), tmp_path / "model")
     names = load_file(model / "model.safetensors")
-    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(3, "ambiguous", "plan", "--model", model, "--scheme", "w4a16")
+    index["weight_map"] = dict.fromkeys(names, "model.safetensors")  # as mlx_lm writes it
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert run("plan", "--model", model, "--scheme", "w4a16")[0] == 0
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known type", "unknown type"])

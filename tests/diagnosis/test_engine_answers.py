@@ -22,6 +22,8 @@ FILES = {
     "fp8_dynamic": ("fp8_dynamic", {}),
     "gptq": ("w4a16_asym", {"export": "gptq"}),
     "modelopt": ("nvfp4", {"export": "modelopt", **CACHE}),
+    "mlx": ("w4a16", {"export": "mlx", "group_size": 32}),
+    "mlx asym": ("w4a16_asym", {"export": "mlx", "group_size": 32}),
     "qkit": ("w4a16", {"export": "qkit"}),
     "head": ("w4a16", {"head": "int8"}),
 }

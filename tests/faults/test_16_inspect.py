@@ -190,6 +190,12 @@ def test_results_of_other_tools(run, tmp_path):
             gptq, {"quant_method": "auto-round", "bits": 4, "autoround_version": "0.9"},
             ("auto-round", "AutoRound 0.9", 1024),
         ),
+        "mlx": (
+            {f"{name}.weight": torch.zeros(16, 6, dtype=torch.uint32), f"{name}.scales": torch.zeros(16, 2),
+             f"{name}.biases": torch.zeros(16, 2)},
+            {"quant_method": "mlx", "bits": 3, "group_size": 32, "mode": "affine"},
+            ("mlx: bits 3, group_size 32, mode affine", None, 1024),
+        ),
         "ct": (
             {f"{name}.weight_packed": torch.zeros(16, 8, dtype=i32), f"{name}.weight_shape": torch.tensor([16, 64])},
             {"quant_method": "compressed-tensors", "version": "0.12", "config_groups": {"g": {"format": "pack-quantized",

@@ -1,4 +1,4 @@
-"""GPTQ, AWQ and ModelOpt: what is written has the headers that are planned, known bits, and the weight that it had."""
+"""GPTQ, AWQ, ModelOpt and MLX: what is written has the headers that are planned, known bits, and the weight that it had."""
 
 from dataclasses import replace
 
@@ -8,9 +8,9 @@ import torch
 from quantized_sources import AWQ_ORDER, stream
 
 from qkit.tensor.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES
-from qkit.tensor.layouts import awq, gptq, modelopt
+from qkit.tensor.layouts import awq, gptq, mlx, modelopt
 from qkit.tensor.layouts.table import LAYOUTS, cache_name, cache_name_back, lost_scales, refusal, with_zeros
-from qkit.tensor.qtensor import find_params, nvfp4_global_scale, quantize
+from qkit.tensor.qtensor import dequantize, find_params, nvfp4_global_scale, quantize
 
 SHAPE = (64, 256)
 CASES = [
@@ -22,6 +22,9 @@ CASES = [
     ("modelopt", "fp8", "fp8_static"),
     ("modelopt", "fp8_channel", "fp8_token"),
     ("modelopt", "mxfp8", "mxfp8_dynamic"),
+    *(("mlx", f"int{bits}{zero}", None) for bits in (2, 3, 4, 5, 6, 8) for zero in ("", "_asym")),
+    ("mlx", "mxfp4", None),
+    ("mlx", "mxfp8", None),
 ]
 
 
@@ -49,6 +52,24 @@ def test_words_of_gptq_are_the_bit_stream_of_autogptq(bits: int) -> None:
     zero = q.params.zero.T.long() + half
     assert torch.equal(tensors["qzeros"], stream(zero.T, bits).T)
     assert torch.equal(tensors["g_idx"], torch.arange(256).int() // 128)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("zero", ["", "_asym"])
+def test_code_times_scale_plus_bias_of_mlx_is_the_weight(bits: int, zero: str) -> None:
+    q = made(f"int{bits}{zero}")
+    tensors = mlx.write(q, None, None, mlx.scale_dtype(q.format, torch.bfloat16))
+    data = tensors["weight"].numpy().astype("<u4").view(np.uint8)
+    codes = np.unpackbits(data, axis=1, bitorder="little").reshape(*SHAPE, bits) @ (1 << np.arange(bits))
+    scale, bias = (tensors[n].double().numpy().repeat(128, axis=1) for n in ("scales", "biases"))
+    assert np.array_equal((codes * scale + bias).astype("f4"), dequantize(q).numpy())
+    assert tensors["biases"].dtype == (torch.float32 if zero else torch.bfloat16)
+
+
+def test_biases_of_zero_points_do_not_fit_16_bits() -> None:
+    assert mlx.lost_biases(made("int4"), torch.bfloat16) == 0
+    assert mlx.lost_biases(made("int4_asym"), torch.bfloat16) > 0
+    assert mlx.lost_biases(made("int4_asym"), torch.float32) == 0
 
 
 def test_known_words() -> None:
@@ -85,6 +106,10 @@ REFUSED = [
     ("awq", "W4A16", (60, 256), "its 60 outputs are not a multiple of 8"),
     ("modelopt", "W4A16", SHAPE, "ModelOpt has no name for int4, group 128 with inputs as they are"),
     ("modelopt", "MXFP4", SHAPE, "ModelOpt has no name for mxfp4 with inputs in mxfp4_dynamic"),
+    ("mlx", "W7A16", SHAPE, "it has 7 bits, and MLX has 2, 3, 4, 5, 6, 8"),
+    ("mlx", "W4A8", SHAPE, r"its inputs are quantized \(int8_token\), and files of MLX quantize weights only"),
+    ("mlx", "NVFP4A16", SHAPE, r"MLX stores NVFP4 without a global scale, .* \(mxfp4a16 fits\)"),
+    ("mlx", "FP8_DYNAMIC", SHAPE, "MLX stores integers, MXFP4 and MXFP8 with a scale for each group"),
     ("modelopt", "FP8_BLOCK", (60, 256), "blocks of 128x128 do not divide its 60x256 weights"),
 ]
 
@@ -106,6 +131,31 @@ def test_awq_has_one_format_and_gptq_rules() -> None:
     config = gptq.config(pairs, ["m.0.c", "lm_head"], ["lm_head"], False)
     assert config["dynamic"] == {r"+:(m\.0\.b)$": {"bits": 4, "group_size": 64}, r"-:(m\.0\.c)$": {}}
     assert "it is an embedding" in str(refusal(LAYOUTS["gptq"], pairs, shapes, ["m.0.a"]))
+
+
+def test_mlx_names_layers_of_another_format_and_plain_ones() -> None:
+    one, two = FORMATS["int4"].with_group(32), FORMATS["int8"].with_group(64)
+    pairs = {"m.0.a": (one, None), "m.0.b": (two, None), "m.1.a": (one, None), "embed": (FORMATS["mxfp4"], None)}
+    assert refusal(LAYOUTS["mlx"], pairs, dict.fromkeys(pairs, SHAPE), ["embed"]) is None
+    config = mlx.config(pairs, ["lm_head"], ["lm_head"], False)
+    assert config == {
+        "quant_method": "mlx", "group_size": 32, "bits": 4, "mode": "affine", "lm_head": False,
+        "m.0.b": {"group_size": 64, "bits": 8, "mode": "affine"}, "embed": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+    }  # fmt: skip
+    group = FORMATS["int4"].with_group(16)
+    assert "it has groups of 16" in str(refusal(LAYOUTS["mlx"], {"x": (group, None)}, {"x": SHAPE}, []))
+
+
+def test_mlx_gets_the_older_keys_of_rotary_embeddings() -> None:
+    said = {"quant_method": "mlx", "bits": 4}
+    plain = mlx.keys({"quantization_config": said, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    assert plain == {"quantization": {"bits": 4}, "rope_theta": 5e5, "rope_scaling": None}
+    scaled = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
+    found = mlx.keys({"quantization_config": said, "rope_parameters": scaled, "rope_theta": 1e4})
+    assert found == {"quantization": {"bits": 4}, "rope_scaling": scaled}  # what a config has already stays
+    kinds = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    inner = mlx.keys({"quantization_config": said, "text_config": {"rope_parameters": kinds}})["text_config"]
+    assert (inner["rope_theta"], inner["rope_local_base_freq"]) == (1e6, 1e4)
 
 
 def test_a_rule_names_what_engines_fuse() -> None:

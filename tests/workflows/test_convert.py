@@ -46,13 +46,13 @@ SOURCES: dict[str, Maker] = {
     "fp8": lambda plain, out: made.fp8(plain, out, None),  # its scale is a float32 number that 16 bits do not hold
 }
 TARGETS = {
-    "gptq": ("gptq", "awq", "compressed-tensors"),
-    "gptq v2": ("gptq", "awq", "compressed-tensors"),
-    "gptq sym": ("gptq", "awq", "compressed-tensors"),
-    "gptq with 3 bits": ("gptq", "compressed-tensors"),
-    "awq": ("gptq", "awq", "compressed-tensors"),
-    "int4": ("gptq", "awq", "compressed-tensors"),
-    "int8": ("gptq", "compressed-tensors"),
+    "gptq": ("gptq", "awq", "mlx", "compressed-tensors"),
+    "gptq v2": ("gptq", "awq", "mlx", "compressed-tensors"),
+    "gptq sym": ("gptq", "awq", "mlx", "compressed-tensors"),
+    "gptq with 3 bits": ("gptq", "mlx", "compressed-tensors"),
+    "awq": ("gptq", "awq", "mlx", "compressed-tensors"),
+    "int4": ("gptq", "awq", "mlx", "compressed-tensors"),
+    "int8": ("gptq", "mlx", "compressed-tensors"),
     "nvfp4": ("modelopt", "compressed-tensors"),
     "fp8": ("compressed-tensors",),
 }
@@ -135,7 +135,8 @@ def test_symmetric_awq_becomes_symmetric(plain: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scheme", "export"),
     [("w4a16", "gptq"), ("w4a16_asym", "gptq"), ("w8a16", "gptq"), ("w4a16", "awq"), ("fp8", "modelopt"),
-     ("fp8_dynamic", "modelopt"), ("nvfp4", "modelopt"), ("nvfp4a16", "modelopt"), ("mxfp8", "modelopt")],
+     ("fp8_dynamic", "modelopt"), ("nvfp4", "modelopt"), ("nvfp4a16", "modelopt"), ("mxfp8", "modelopt"), ("w5a16", "mlx"),
+     ("w4a16_asym", "mlx"), ("mxfp4a16", "mlx"), ("mxfp8a16", "mlx")],
 )  # fmt: skip
 def test_straight_from_the_quantizer(scheme: str, export: str, plain: Path, tmp_path: Path) -> None:
     size = {"group_size": 32} if scheme.startswith("w") else {}
@@ -224,7 +225,7 @@ def test_scales_of_32_bits_that_16_do_not_hold(sources: Callable[[str], Path], t
         convert(str(source), "gptq", tmp_path / "out", Silent())
     with pytest.raises(
         Unsupported,
-        match=r"fits --export compressed-tensors; quantized anew, better from its original, it fits awq: ",
+        match=r"fits --export mlx and compressed-tensors; quantized anew, better from its original, it fits awq: ",
     ):
         convert(str(source), "awq", tmp_path / "out", Silent())
 
@@ -295,18 +296,27 @@ DAMAGES: list[tuple[str, str, Callable[[Path], None], str]] = [
     ("nvfp4a16", "modelopt", lambda f: scale(f, f"{Q}.weight_scale_2"), "the decoded weight is not the one"),
     ("nvfp4a16", "modelopt", lambda f: say(f, "quant_algo", "NVFP4"), "says nvfp4 dynamic of its inputs"),
     ("nvfp4a16", "modelopt", lambda f: say(f, "ignore", []), "lm_head: is not quantized"),
+    ("w4a16", "mlx", lambda f: flip(f, f"{Q}.weight"), "the decoded weight is not the one that was intended"),
+    ("w4a16", "mlx", lambda f: scale(f, f"{Q}.scales"), "are no zero point from 0 to 15 times the scale"),
+    ("w4a16", "mlx", lambda f: scale(f, f"{Q}.biases", 0.5), "zero points of a symmetric weight are not 0"),
+    ("w4a16", "mlx", lambda f: say(f, "bits", 8), "says int8 group 32"),
+    ("w4a16", "mlx", lambda f: say(f, "mode", "mxfp4"), "says mxfp4"),
+    ("w4a16", "mlx", lambda f: say(f, Q, False), "is quantized, and the config says that it is not"),
+    ("w4a16", "mlx", lambda f: say(f, "lm_head", None), "lm_head: found null"),
+    ("w4a16", "mlx", lambda f: say(f, "group_size", 64), "config.json: quantization: found"),
+    ("mxfp4a16", "mlx", lambda f: flip(f, f"{Q}.scales"), "the decoded weight is not the one"),
 ]
 
 
 def flip(folder: Path, name: str) -> None:
     tensors = load_file(folder / "model.safetensors")
-    tensors[name].view(-1)[0] ^= 1
+    tensors[name].view(torch.uint8).view(-1)[0] ^= 1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def scale(folder: Path, name: str) -> None:
+def scale(folder: Path, name: str, factor: float | None = None) -> None:
     tensors = load_file(folder / "model.safetensors")
-    tensors[name] = tensors[name].reciprocal()
+    tensors[name] = tensors[name].reciprocal() if factor is None else tensors[name] * factor
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 

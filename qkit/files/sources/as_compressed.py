@@ -1,4 +1,4 @@
-"""A folder in GPTQ, AWQ, AutoRound or ModelOpt layout seen as one of compressed-tensors, so that it runs packed.
+"""A folder in GPTQ, AWQ, AutoRound, ModelOpt or MLX layout seen as one of compressed-tensors, so that it runs packed.
 
 Codes, scales and the formats of inputs are those of the file; only names and the order of bits are others. Tensors are made
 when they are read.
@@ -24,7 +24,7 @@ from qkit.tensor.layouts.table import cache_name_back
 if TYPE_CHECKING:
     from torch import Tensor
 
-METHODS = ("gptq", "awq", "auto-round", "modelopt")
+METHODS = ("gptq", "awq", "auto-round", "modelopt", "mlx")
 
 
 def as_compressed(folder: Path) -> Checkpoint | None:

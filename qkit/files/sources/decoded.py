@@ -44,14 +44,15 @@ class Kept:
 
     weights, activations: the formats of a result that say it; specs: {suffix: (dtype, shape)} of its tensors there
     make: these tensors, from the stored ones
-    doubt: a look at small stored tensors, which it is given by role: why it cannot be kept after all, or None
+    doubt: a look at small stored tensors, which it is given by role: why it cannot be kept after all, how it is kept with fewer
+        of them, or None
     """
 
     weights: Format
     activations: Format | None
     specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     make: Callable[[Parts], dict[str, Tensor]]
-    doubt: Callable[[Callable[[str], Tensor]], str | None] = lambda read: None
+    doubt: Callable[[Callable[[str], Tensor]], str | Kept | None] = lambda read: None
 
 
 @dataclass(frozen=True, kw_only=True)

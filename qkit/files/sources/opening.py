@@ -20,6 +20,7 @@ from qkit.files.sources import autoround, awq, fp8, gguf, gptq, mxfp4
 from qkit.files.sources.decoded import CHUNK, DecodedInfo, Found, Stored
 
 KEYS = ("quantization_config", "compression_config")
+MLX = "quantization"  # the key of mlx_lm, which says no method
 
 
 def _compressed(stored: Stored) -> Found:
@@ -34,6 +35,12 @@ def _modelopt(stored: Stored) -> Found:
     return modelopt.find(stored)
 
 
+def _mlx(stored: Stored) -> Found:
+    from qkit.files.sources import mlx  # as above
+
+    return mlx.find(stored)
+
+
 DECODERS: dict[str, Callable[[Stored], Found]] = {
     "fp8": fp8.find,
     "fbgemm_fp8": fp8.find,
@@ -44,12 +51,13 @@ DECODERS: dict[str, Callable[[Stored], Found]] = {
     "awq": awq.find,
     "auto-round": autoround.find,
     "modelopt": _modelopt,
+    "mlx": _mlx,
     "gguf": gguf.find,
 }
 BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 _TOLD_BY = {".weight_scale_inv": "fp8", "_blocks": "mxfp4"}  # by tensors that say all that their decoder must know
 _FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "half": "F16", "float": "F32"}
-_WORDS = "fp8, mxfp4, compressed-tensors, gptq, awq, auto-round and modelopt"
+_WORDS = "fp8, mxfp4, compressed-tensors, gptq, awq, auto-round, modelopt and mlx"
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ def quantization_of(folder: Path, names: list[str], config: Mapping[str, Any]) -
 
     Raises Unsupported where there are two different ones, or one that is no object.
     """
+    if is_mlx(config):
+        return {**config[MLX], "quant_method": "mlx"}
     found = [value for node in _objects(config) for key in KEYS if (value := node.get(key))]
     if any(value != found[0] for value in found):
         raise Unsupported(f"{folder}: config.json has two quantization_configs that differ: use the original model")
@@ -81,6 +91,13 @@ def quantization_of(folder: Path, names: list[str], config: Mapping[str, Any]) -
     return {"quant_method": BESIDE[beside], **(content if isinstance(content, dict) else {})}
 
 
+def is_mlx(config: Mapping[str, Any]) -> bool:
+    """Whether a config says, as mlx_lm writes it, how a model is quantized, and names no other method."""
+    said, other = config.get(MLX), config.get("quantization_config")
+    named = isinstance(other, dict) and other.get("quant_method", "mlx") != "mlx"
+    return isinstance(said, dict) and {"bits", "group_size"} <= said.keys() and not named
+
+
 def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
     """A copy of a config without what it says of quantization, at any depth."""
 
@@ -91,7 +108,8 @@ def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
             return node
         return {key: clean(item) for key, item in node.items() if key not in KEYS}
 
-    result: dict[str, Any] = clean(config)
+    drop = (MLX,) if is_mlx(config) else ()
+    result: dict[str, Any] = clean({key: value for key, value in config.items() if key not in drop})
     return result
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qkit.tensor.formats import Format
-from qkit.tensor.layouts import awq, gptq, modelopt
+from qkit.tensor.layouts import awq, gptq, mlx, modelopt
 from qkit.tensor.qtensor import QTensor
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
@@ -28,8 +28,10 @@ class Layout:
     write:   (weight, activations, scale of the inputs, dtype of scales) -> these tensors
     config:  ({linear: formats}, skipped linears, heads, with scales of a KV cache) -> ``quantization_config``
     files:   from this, {name: content} of what lies beside config.json
+    keys:    from config.json with it, what else that has
     mixes:   what may differ between linears of one file; nothing: all have one format
     cache:   whether it has a place for the scales of an FP8 KV cache
+    ends:    whether embeddings may be quantized
     """
 
     title: str
@@ -40,6 +42,8 @@ class Layout:
     files: Callable[[Mapping[str, Any]], dict[str, dict[str, Any]]]
     mixes: bool
     cache: bool
+    ends: bool = False
+    keys: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -47,6 +51,9 @@ LAYOUTS: dict[str, Layout] = {
     "awq": Layout("AWQ", awq.refusal, awq.specs, awq.write, awq.config, awq.files, False, False),
     "modelopt": Layout(
         "ModelOpt", modelopt.refusal, modelopt.specs, modelopt.write, modelopt.config, modelopt.files, True, True
+    ),
+    "mlx": Layout(
+        "MLX", mlx.refusal, mlx.specs, mlx.write, mlx.config, lambda quantization: {}, True, False, True, mlx.keys
     ),
 }
 
@@ -56,11 +63,11 @@ def refusal(
 ) -> str | None:
     """Why a layout has no place for these linears, the first of them named; None where it has.
 
-    ends: embeddings among them, which no layout but that of compressed-tensors quantizes
+    ends: embeddings among them
     """
     for name, (weights, activations) in pairs.items():
         reason = layout.refusal(weights, activations, shapes[name])
-        if name in ends:
+        if name in ends and not layout.ends:
             reason = f"it is an embedding, and {layout.title} quantizes linears only"
         if reason is not None:
             return f"{name}: {reason}"
@@ -74,8 +81,11 @@ def refusal(
     return None
 
 
-def scale_dtype(layout: str, stored: torch.dtype, model: torch.dtype) -> torch.dtype:
-    """The dtype in which a layout keeps scales that are stored in another: GPTQ and AWQ have 16 bits."""
+def scale_dtype(layout: str, weights: Format, stored: torch.dtype, model: torch.dtype) -> torch.dtype:
+    """The dtype in which a layout keeps scales that are stored in another: GPTQ and AWQ have 16 bits, and MLX has 32 where
+    there are zero points."""
+    if layout == "mlx":
+        return mlx.scale_dtype(weights, stored)
     if layout not in ("gptq", "awq") or stored in HALVES:
         return stored
     return model if model in HALVES else torch.float16
