@@ -180,3 +180,19 @@ def test_modelopt_has_kernels_of_its_own(scheme, experts, name, kernel):
     fit = layout_fits(made.weights, made.activations, "modelopt", "modelopt", ModelFacts(experts=experts))[0]
     assert fit.loads_as == name and kernel in " ".join(fit.limits), fit
     assert ("sm75" in fit.platforms) == scheme.startswith("NVFP4")
+
+
+@pytest.mark.parametrize(("method", "scheme"), [("gptq", "W4A16"), ("awq", "W4A16_ASYM"), ("modelopt", "NVFP4")])
+def test_models_that_do_not_run_in_float16_are_refused_on_gpus_without_bfloat16(method, scheme):
+    made = SCHEMES[scheme]
+    packing = {"gptq": "gptq", "awq": "gemm", "modelopt": "modelopt"}[method]
+
+    def fit(model_type: str, *platforms: str) -> EngineFit:
+        facts = replace(ModelFacts(model_type=model_type), **({"platforms": platforms} if platforms else {}))
+        return layout_fits(made.weights, made.activations, packing, method, facts)[0]
+
+    assert "sm75" in fit("llama").platforms
+    gemma = fit("gemma3_text")
+    assert gemma.loads_as and "sm75" not in gemma.platforms and "sm80" in gemma.platforms
+    assert any(limit.startswith("not on sm75") for limit in gemma.limits)
+    assert fit("gemma3_text", "sm75").loads_as is None
