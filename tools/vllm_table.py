@@ -1,10 +1,11 @@
 """Makes qkit/verification/vllm_table.json: what vLLM's own code selects for each format, kind of GPU and alignment of a layer.
 
-python tools/vllm_table.py --python VENV/bin/python --base MODEL --work DIR
+python tools/vllm_table.py --python VENV/bin/python --base MODEL --work DIR [--only modelopt]
 
 --python: an interpreter with vLLM (a build for CPUs does, best with humming-kernels beside it); --base: the folder of a model
-with experts, whose config.json is all that is read. Use a CPU without AMX: what is selected for "cpu" depends on it. Answers
-of each kind of GPU go to DIR first, so that a stopped run goes on.
+with experts, whose config.json is all that is read. What is selected for "cpu" is that for CPUs without AMX. Answers
+of each kind of GPU go to DIR first, so that a stopped run goes on. --only: ask again only of combinations with this in their
+names, and leave all others as they are.
 
 Every question is one layer [N, K] that vLLM makes without values. What kernels ask of shapes is which powers of two divide
 them, so N and K are odd multiples of powers of two, and one rule stands for all shapes of one answer: {"n": 128, "k": 64} is
@@ -20,6 +21,7 @@ from pathlib import Path
 from qkit.engines.selector import LayerChoice, SelectorAnswer, ask
 from qkit.tensor.compressed_tensors import config
 from qkit.tensor.formats import ACTIVATION_FORMATS, FORMATS, SCHEMES, Format, layout
+from qkit.tensor.layouts import modelopt
 from qkit.verification.engine_types import PLATFORMS
 from qkit.verification.vllm_table import GROUPS, TABLE, format_key
 
@@ -29,6 +31,8 @@ ODD_N, ODD_K = 129, 131  # above all least sizes
 SMALL = 128  # some kernels ask for at least so many rows and columns
 OTHER_GROUPS = (96, 24, 80, 120, 512)  # the first stands for all; the others are asked once
 ALIGNED = (256, 256)
+WHOLE_ROW = 512  # a group that is as long as the rows of what is asked
+MODELOPT = "modelopt"
 Pair = tuple[Format, Format | None, str]
 Cell = tuple[int, int]
 
@@ -38,11 +42,14 @@ def pairs() -> dict[str, Pair]:
     found = [(s.weights, s.activations, "") for s in SCHEMES.values()]
     found += [(FORMATS["int4_asym"], ACTIVATION_FORMATS["int8_token"], "")]
     found += [(FORMATS[name], None, "") for name in ("fp8", "fp8_channel", "fp8_block")]
+    found += [(*modelopt.pair_of(name), MODELOPT) for name in modelopt.ALGORITHMS]
     found += [(FORMATS[name], ACTIVATION_FORMATS["int8_token"], "int-quantized") for name in ("int4", "int4_channel")]
     every: dict[str, Pair] = {}
     for weights, activations, packing in found:
         groups = (
-            (*GROUPS, OTHER_GROUPS[0], -1) if weights.regroups and weights.kind == "int" and not packing else (None,)
+            (*GROUPS, OTHER_GROUPS[0], WHOLE_ROW, -1)
+            if weights.regroups and weights.kind == "int" and not packing
+            else (None,)
         )
         for group in groups:
             fitted = weights if group is None else weights.with_group(group)
@@ -53,12 +60,17 @@ def pairs() -> dict[str, Pair]:
 def key_of(pair: Pair) -> str:
     """The key of a combination in the table."""
     weights, activations, packing = pair
-    return format_key(weights, activations, packing or layout(weights, activations))
+    columns = WHOLE_ROW if weights.kind == "int" else None
+    return format_key(weights, activations, packing or layout(weights, activations), columns)
 
 
 def question(pair: Pair, kind: str, n: int, k: int, dtype: str) -> dict[str, object]:
     """One layer, as the selector's script reads it."""
     weights, activations, packing = pair
+    if packing == MODELOPT:
+        named = "layer.experts" if kind == "experts" else "layer"
+        quantization = modelopt.config({named: (weights, activations)}, [], [], cache=False)
+        return {"quantization": quantization, "kind": kind, "in": k, "out": [n], "dtype": dtype}
     quantization = config({"layer": (weights, activations)}, [], {})
     if packing:
         quantization["format"] = packing
@@ -70,6 +82,10 @@ def question(pair: Pair, kind: str, n: int, k: int, dtype: str) -> dict[str, obj
 def cells(pair: Pair, kind: str) -> Iterator[tuple[Cell, int, int]]:
     """(powers of two, N, K) of every question about a combination."""
     group = pair[0].group or 1
+    if group == WHOLE_ROW:
+        yield from (((n, 1), n * ODD_N, WHOLE_ROW) for n in POWERS if kind == "column")
+        yield from (((n, 1), n * ODD_N, WHOLE_ROW) for n in (WHOLE_ROW,) if kind == "experts")
+        return
     for n in POWERS if kind == "column" else EXPERT_POWERS:
         for k in POWERS if kind == "column" else EXPERT_POWERS:
             if k % (group & -group) == 0 and (kind == "column" or n % (group & -group) == 0):
@@ -90,10 +106,10 @@ def dtype_on(gpu: str, dtype: str) -> str:
     return "float16" if gpu == "sm75" else dtype
 
 
-def ask_gpu(gpu: str, python: Path, base: Path) -> dict[str, object]:
+def ask_gpu(gpu: str, python: Path, base: Path, only: str) -> dict[str, object]:
     """The version, and {kind/dtype: {format: {cell: answer}}} of one kind of GPU. float16 has entries where its answer for a
     layer that all powers divide is another."""
-    every = pairs()
+    every = {key: pair for key, pair in pairs().items() if only in key}
     first = [(kind, dtype, key) for kind in ("column", "experts") for dtype in ("bfloat16", "float16") for key in every]
     found, whole = asked(
         gpu, python, base, [(kind, dtype, key, ALIGNED, *aligned(every[key])) for kind, dtype, key in first]
@@ -116,6 +132,8 @@ def ask_gpu(gpu: str, python: Path, base: Path) -> dict[str, object]:
 
 def aligned(pair: Pair) -> tuple[int, int]:
     """N and K that every power divides, and the group."""
+    if pair[0].group == WHOLE_ROW:
+        return 256 * ODD_N, WHOLE_ROW
     odd = (pair[0].group or 1) // ((pair[0].group or 1) & -(pair[0].group or 1))
     size = max(256, (pair[0].group or 1) & -(pair[0].group or 1))
     return size * 16 * odd, size * 16 * odd
@@ -126,8 +144,11 @@ def small_cells(pair: Pair, kind: str) -> Iterator[tuple[Cell, int, int]]:
     if pair[0].kind == "int" or kind == "experts":
         return
     group = pair[0].group or 1
+    for n in (1, 4, 8):
+        if n % group == 0:
+            yield from (((n, k), 3 * n, k * ODD_K) for k in (128, 256))
     for n in (16, 32, 64):
-        yield (n, 256), n, 256 * ODD_K
+        yield from (((n, k), n, k * ODD_K) for k in (128, 256))
         if n % group == 0:
             yield (256, n), 256 * ODD_N, n
             yield (n, n), n, n
@@ -140,7 +161,7 @@ def asked(gpu: str, python: Path, base: Path, questions: list) -> tuple[dict, Se
         question(every[key], kind, n, k, dtype_on(gpu, dtype.removesuffix("/small")))
         for kind, dtype, key, _, n, k in questions
     ]
-    answer = ask(python, gpu, {}, layers=layers, base=base)
+    answer = ask(python, gpu, {}, layers=layers, base=base, amx=False)
     print(gpu, len(layers), "layers, vLLM", answer.version, "stand-ins:", *answer.stand_ins, flush=True)
     names = [(kind, dtype, key, cell) for kind, dtype, key, cell, _, _ in questions]
     return dict(zip(names, map(answer_text, answer.layers), strict=True)), answer
@@ -172,10 +193,10 @@ def rules_of(answers: dict[Cell, str]) -> list[list[object]]:
     return rules
 
 
-def table_of(raw: dict[str, dict]) -> dict[str, object]:
-    """The table of all answers. Rules that are the same are stored once."""
-    rules: list[str] = []
-    rows: dict[str, dict[str, dict[str, int]]] = {}
+def table_of(raw: dict[str, dict], before: dict) -> dict[str, object]:
+    """The table of all answers, and of what is in the table ``before``. Rules that are the same are stored once."""
+    rules = [json.dumps(r) for r in before.get("rules", ())]
+    rows: dict[str, dict[str, dict[str, int]]] = before.get("rows", {})
     for gpu, found in raw.items():
         for part, formats in found["answers"].items():
             for key, by_cell in formats.items():
@@ -184,7 +205,7 @@ def table_of(raw: dict[str, dict]) -> dict[str, object]:
                 if text not in rules:
                     rules.append(text)
                 rows.setdefault(part, {}).setdefault(key, {})[gpu] = rules.index(text)
-    versions = {found["version"] for found in raw.values()}
+    versions = {found["version"] for found in raw.values()} | ({before["version"]} if before else set())
     assert len(versions) == 1, versions
     classes = sorted({name for found in raw.values() for name in found["architectures"]})
     return {
@@ -200,16 +221,18 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("--python", "--base", "--work"):
         parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--only", default="")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     raw = {}
     for gpu in PLATFORMS:
         file = options.work / f"{gpu}.json"
         if not file.is_file():
-            answers = ask_gpu(gpu, options.python, options.base)
+            answers = ask_gpu(gpu, options.python, options.base, options.only)
             file.write_text(json.dumps(answers))
         raw[gpu] = json.loads(file.read_text())
-    TABLE.write_text(json.dumps(table_of(raw), indent=None, separators=(",", ":")) + "\n")
+    before = json.loads(TABLE.read_text()) if options.only else {}
+    TABLE.write_text(json.dumps(table_of(raw, before), indent=None, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

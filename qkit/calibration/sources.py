@@ -47,7 +47,7 @@ class CalibSource:
     @property
     def name(self) -> str:
         """A short name: that of the file, or the data set as it was given."""
-        return self.place if self.is_dataset else self.path.name
+        return self.place if self.is_dataset else self.path.name or self.place
 
     @property
     def dataset(self) -> tuple[str, str | None, str]:

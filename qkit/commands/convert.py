@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -10,13 +11,30 @@ from rich.text import Text
 
 from qkit.commands.common import OutFile, OutFolder, Reporter
 from qkit.commands.verb import Verb
+from qkit.errors import UsageError
+from qkit.files.locate import find_model
+from qkit.files.output import check_output_dir
+
+
+class _Layout(click.Choice[str]):
+    """The layouts, and the reason why GGUF is none of them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The layout of a name. Raises UsageError for GGUF."""
+        if str(value).lower() == "gguf":
+            raise UsageError(
+                "--export gguf: convert keeps the codes and scales of a model, and the blocks of GGUF hold others: make the "
+                "file from the original model with 'qkit quantize --model ORIGINAL --scheme q4_k --out OUT' ('qkit list "
+                "schemes' has all types)"
+            )
+        return super().convert(value, param, ctx)
 
 
 @click.command("convert", cls=Verb)
 @click.argument("model")
 @click.option(
     "--export",
-    type=click.Choice(["gptq", "awq", "modelopt", "mlx", "compressed-tensors"]),
+    type=_Layout(["gptq", "awq", "modelopt", "mlx", "compressed-tensors"]),
     required=True,
     help="Layout of the result.",
 )
@@ -35,6 +53,8 @@ def convert_command(model: str, export: str, out: Path, overwrite: bool, json_fi
     Example:
       qkit convert out/tiny-llama-w4a16 --export gptq --out out/tiny-llama-gptq
     """
+    check_output_dir(out, find_model(model).resolve(), overwrite)  # before torch is imported, which takes seconds
+
     from qkit.commands.measured import json_bytes
     from qkit.files.safefile import write_atomic
     from qkit.workflows.convert import convert

@@ -31,6 +31,7 @@ from qkit.sensitivity.candidates import parse_candidates
 from qkit.sensitivity.names import MEASURES, PREFERRED, check_measures, curve_measure
 from qkit.system.extras import require
 from qkit.system.memory import bound_heap
+from qkit.workflows.places import check_profile_folder
 
 if TYPE_CHECKING:
     from qkit.allocation.pareto import Point
@@ -155,6 +156,7 @@ def profile_command(
     base = Request(**{**options, "calib": options["calib"] or None})
     recipe_of(replace(base, scheme="w4a16", embeddings=None, head=None))  # the method, before what takes seconds
     parse_candidates(candidates, base.group_size)
+    check_profile_folder(out)
     announce(console, f"reading {base.model}")
     find_model(base.model)
 

@@ -33,6 +33,7 @@ from qkit.files.record import packed_record
 from qkit.files.safefile import parse_json
 from qkit.system.memory import bound_heap
 from qkit.verification.model_engines import engine_lines
+from qkit.workflows.places import check_places, check_result_there
 
 if TYPE_CHECKING:
     from qkit.workflows.quantize import PreparedRequest
@@ -76,13 +77,14 @@ def quantize_command(
     console = Console()
     began = time.monotonic()
     options = options_of(values, out, console)
+    check_places(options.request.model, out, work, overwrite)  # before torch is imported, which takes seconds
+    check_result_there(options, out, overwrite)
 
     from qkit.commands.decide import decided_json, resolve_request, show_decided
     from qkit.engine.export import is_export_of
     from qkit.engine.job import finished_blocks
-    from qkit.workflows.quantize import check_places, prepare, quantize
+    from qkit.workflows.quantize import prepare, quantize
 
-    check_places(options.request.model, out, work, overwrite)
     decided = resolve_request(options, out, work, console)
     request = decided.request
     prepared_request = prepare(request)

@@ -19,10 +19,10 @@ from qkit.commands.measured import json_bytes
 from qkit.commands.verb import Verb
 from qkit.engines.process import ENGINES, TIMEOUT, require_engine
 from qkit.engines.selector import parse_gpus
-from qkit.errors import UsageError, VerifyFailure
+from qkit.errors import Unsupported, UsageError, VerifyFailure
 from qkit.files.folder import RECORD, read_record
 from qkit.files.safefile import write_atomic
-from qkit.verification.model_engines import Deployment
+from qkit.verification.model_engines import Deployment, engine_lines
 from qkit.verification.verify import Report, engine_table, summary, verify
 
 if TYPE_CHECKING:
@@ -71,6 +71,21 @@ def _ask(out: Path, python: Path, gpus: Sequence[str], tp: int, timeout: float, 
         return ask_result(out, packed_record(out)["linears"], python, reporter, gpus, tp, timeout)
 
 
+def _tell_of_refusal(report: Report, out: Path, gpus: Sequence[str], asked: bool, console: Console) -> None:
+    """Says that vLLM does not load a result on some of these kinds of GPU; raises Unsupported where vLLM was asked for."""
+    from qkit.planning.engine_rules import TITLES, others_that_load, refused_by  # here: the help waits for no torch
+
+    lines = engine_lines(report.engines)
+    line = next((line for line in lines if line.engine == TITLES["vllm"]), None)
+    why = None if line is None else refused_by(line, {"gpu": ",".join(gpus)}, str(out))
+    if line is None or why is None:
+        return
+    said = f"{why}{others_that_load(line, lines)}"
+    if asked:
+        raise Unsupported(said)
+    console.print(Text(f"warning: {said}"), soft_wrap=True)
+
+
 @click.command("verify", cls=Verb)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--job", type=click.Path(path_type=Path), help="Job folder whose journal every weight is compared with.")
@@ -113,7 +128,8 @@ def verify_command(
     """Verify that the packed checkpoint in OUT is complete and correct.
 
     The command reads every byte with a decoder that shares no code with the writer. With --engine, a real engine then runs the
-    file in its own Python environment. The exit code is 4 if anything is wrong.
+    file in its own Python environment. The exit code is 4 if anything is wrong, and 3 if vLLM refuses the file
+    on the GPUs of --engine vllm --gpu.
 
     \b
     Example:
@@ -133,6 +149,11 @@ def verify_command(
     console = Console()
     if out.is_file() and (out.parent / RECORD).is_file():  # model.gguf in a result of qkit
         out = out.parent
+    if gpu is not None and (out / "config.json").is_file() and not (out / RECORD).is_file():
+        raise UsageError(
+            f"--gpu {gpu}: {out} has no {RECORD}, as only results of qkit have one, and vLLM is asked by what it lists: "
+            f"'qkit doctor {out}' says which GPUs load the folder, and --engine vllm without --gpu runs it"
+        )
     file = gguf_file(out, engine)
     if chosen is not None:
         require_engine(ENGINES[chosen[0]], chosen[1])  # seen at once, and reading all bytes may take long
@@ -161,6 +182,8 @@ def verify_command(
     if json_file is not None:
         content = report.to_json() | ({} if proof is None else {"engine_proof": proof.to_json()})
         write_atomic(json_file, json_bytes(content | {"ok": report.ok and (proof is None or proof.ok)}))
+    if report.ok and gpu is not None:
+        _tell_of_refusal(report, out, gpus, engine is not None, console)
     if not report.ok:
         raise VerifyFailure(summary(report) + ("" if chosen is None else "; the engine was not run"))
     if proof is not None and not proof.ok:

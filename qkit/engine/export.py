@@ -16,8 +16,8 @@ import torch
 
 from qkit.diffusion.pipeline import copy_rest, hash_weights_around, rest_names
 from qkit.diffusion.trajectory import Trajectory
+from qkit.engine.card import CARD, result_card, write_card
 from qkit.engine.export_tensors import ExportTensors
-from qkit.engine.gguf_card import CARD, gguf_card
 from qkit.engine.gguf_file import write_gguf
 from qkit.engine.job import Job
 from qkit.engine.partial_output import Partial
@@ -28,8 +28,8 @@ from qkit.files.folder import DENOISER, RECORD, WEIGHT_STEMS, hub_source, read_r
 from qkit.files.gguf_container import MODEL
 from qkit.files.hash_cache import cached_sha256
 from qkit.files.record import FORMAT_VERSION, to_bytes, write_record
-from qkit.files.safefile import DTYPE_NAMES, read_bytes, write_atomic, write_safetensors
-from qkit.files.side_files import MOST_BYTES, check_unchanged, copy_side_files
+from qkit.files.safefile import DTYPE_NAMES, write_atomic, write_safetensors
+from qkit.files.side_files import check_unchanged, copy_side_files
 from qkit.kvcache.scales import FORMATS as CACHE_FORMATS
 from qkit.planning.gguf import GGUF
 from qkit.planning.layout import layout_config
@@ -75,8 +75,8 @@ def export(
     config = _config(plan, structure, job, source)
     documents = _beside_config(plan, config)
     names = [*shards, index_name, "config.json", *documents, RECORD, *plan.side_files]
-    around = [] if plan.pipeline is None else [*rest_names(plan.pipeline, replaced or {}), RECORD]
-    partial.begin([*around, *(str((folder / name).relative_to(partial.path)) for name in names)])
+    around = [CARD] if plan.pipeline is None else [*rest_names(plan.pipeline, replaced or {}), RECORD, CARD]
+    partial.begin(list(dict.fromkeys([*around, *(str((folder / n).relative_to(partial.path)) for n in names)])))
     copied: dict[str, str] = {}
     if plan.pipeline is not None:
         trajectory = None if plan.calibration is None else plan.calibration.trajectory
@@ -98,6 +98,9 @@ def export(
         write_atomic(folder / name, data)
     files = {**hashes, **{name: hashlib.sha256(data).hexdigest() for name, data in documents.items()}}
     files |= copy_side_files(structure.checkpoint.path, folder, plan.side_files)
+    size = sum(spec_bytes(s) for s in source.specs.values())
+    beside = files if plan.pipeline is None else copied  # the card is that of the whole pipeline
+    write_card(partial.path, beside, lambda card: result_card(card, plan, structure, size))
     record = _record(plan, structure, source, hashes, hashed) | {"files": files, "config": without_quantization(config)}
     digest = write_record(folder, record)
     if plan.pipeline is not None:
@@ -127,10 +130,8 @@ def _export_gguf(
     write_atomic(folder / "config.json", data)
     files = {**hashes, "config.json": hashlib.sha256(data).hexdigest()}
     files |= copy_side_files(model.path, folder, plan.side_files)
-    before = read_bytes(folder / CARD, MOST_BYTES) if CARD in plan.side_files else b""
-    card = gguf_card(before, plan, (folder / MODEL).stat().st_size)
-    write_atomic(folder / CARD, card)
-    files[CARD] = hashlib.sha256(card).hexdigest()
+    size = (folder / MODEL).stat().st_size
+    write_card(folder, files, lambda card: result_card(card, plan, structure, size))
     record = _record(plan, structure, source, hashes, hashed) | {"files": files, "config": without_quantization(config)}
     write_record(folder, record | {"plain": dict(sorted(plain.items()))})
 

@@ -79,16 +79,18 @@ def ask(
     layers: Sequence[Mapping[str, Any]] = (),
     base: Path | None = None,
     tp: int = 1,
+    amx: bool = True,
     timeout: float = TIMEOUT,
 ) -> SelectorAnswer:
     """What vLLM in the interpreter ``python`` selects on one of PLATFORMS, with ``tp`` tensor-parallel ranks.
 
     models: folders with a config.json; weights are not looked at. layers: single layers, as the script describes them, in a
-    model such as ``base``. Raises as ``run_engine``.
+    model such as ``base``. amx: whether it may see AMX on this CPU. Raises as ``run_engine``.
     """
     job = {
         "gpu": gpu,
         "tp": tp,
+        "amx": amx,
         "models": {name: str(folder.resolve()) for name, folder in models.items()},
         "layers": list(layers),
         "base": None if base is None else str(base.resolve()),

@@ -268,7 +268,6 @@ def ask_model(folder: str, tp: int) -> dict[str, Any]:
 def ask_layers(items: list[dict[str, Any]], config: Any) -> list[dict[str, str]]:
     """What single layers chose. Each item: {"quantization", "kind": "column", "row" or "experts", "in", "out": parts}."""
     import torch
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     answers = []
@@ -276,7 +275,7 @@ def ask_layers(items: list[dict[str, Any]], config: Any) -> list[dict[str, str]]
         recorder = Recorder()
         config.compilation_config.static_forward_context.clear()
         try:
-            quantization = CompressedTensorsConfig.from_config(item["quantization"])
+            quantization = quantization_of(item["quantization"])
             quantization.packed_modules_mapping = {"layer": ["layer"]}
             recorder.watch(quantization)
             with set_default_torch_dtype(getattr(torch, item["dtype"])), torch.device("meta"):
@@ -286,6 +285,21 @@ def ask_layers(items: list[dict[str, Any]], config: Any) -> list[dict[str, str]]
             continue
         answers.append(next(iter(recorder.layers.values()), {"refused": "no layer asked"}))
     return answers
+
+
+def quantization_of(data: dict[str, Any]) -> Any:
+    """vLLM's object for a quantization_config: of ModelOpt there are several classes, each of which knows its own. Raises
+    ValueError for a GPU that is older than its class asks for."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+    from vllm.platforms import current_platform
+
+    name = data["quant_method"]
+    kinds = [get_quantization_config(kind) for kind in QUANTIZATION_METHODS if kind.startswith(name)]
+    kind = next((k for k in kinds if k.override_quantization_method(data, None)), get_quantization_config(name))
+    capability = current_platform.get_device_capability()
+    if capability is not None and capability.to_int() < kind.get_min_capability():
+        raise ValueError(f"its class {kind.__name__} needs sm{kind.get_min_capability()} or newer")
+    return kind.from_config(data)
 
 
 def make_layer(item: dict[str, Any], quantization: Any) -> Any:
@@ -314,6 +328,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """The answer to a job."""
     os.environ.update(ENVIRONMENT)
     stand_ins = [] if job["gpu"] == "cpu" else pretend(job["gpu"])
+    if not job["amx"]:
+        import torch
+
+        torch.cpu._is_amx_tile_supported = lambda: False
     import vllm
 
     answer: dict[str, Any] = {"models": {key: ask_model(folder, job["tp"]) for key, folder in job["models"].items()}}

@@ -131,7 +131,9 @@ def split_windows(tokens: Tensor, window: int, limit: int | None = None) -> Tens
         raise UsageError(f"a window needs at least 2 tokens and a limit at least 1 window; found {window} and {limit}")
     count = tokens.numel() // window
     if count == 0:
-        raise BadInput(f"the text has {tokens.numel()} tokens, and one window needs {window}; use more text")
+        raise BadInput(
+            f"the text has {tokens.numel()} tokens, and one window needs {window}: use more text, or shorter windows"
+        )
     count = count if limit is None else min(count, limit)
     return tokens.reshape(-1)[: count * window].reshape(count, window)
 

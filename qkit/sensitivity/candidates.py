@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qkit.errors import UsageError
 from qkit.planning.recipe import MOST_SPARSE
-from qkit.tensor.formats import Scheme, did_you_mean, fit_gguf, scheme
+from qkit.tensor.formats import GGUF_SCHEMES, SCHEMES, Scheme, did_you_mean, fit_gguf, scheme
 
 KEEP = ("bf16", "fp16", "keep")  # names for leaving a unit in the checkpoint's dtype
 GGUF = "gguf"  # the name for all types of GGUF that a budget chooses from by default
@@ -46,10 +46,10 @@ def parse_candidates(text: str, group_size: int | None, option: str = "--candida
         try:
             s = scheme(name)
         except UsageError as e:
-            names_known = [*(f"int{b}" for b in range(2, 9)), "nvfp4", "nvfp4a16", "mxfp4a16", "w8a8", *KEEP]
+            names_known = [*(f"int{b}" for b in range(2, 9)), GGUF, *KEEP, *map(str.lower, (*SCHEMES, *GGUF_SCHEMES))]
             raise UsageError(
-                f"{option}: unknown '{item}'{did_you_mean(item, names_known)}: expected int2 to int8, a scheme such as nvfp4 "
-                "or w8a8 ('qkit list schemes'), gguf, or bf16"
+                f"{option}: unknown '{item}': expected int2 to int8, a scheme such as nvfp4 or w8a8, a type of GGUF such as "
+                f"q4_k, gguf for all of those, or bf16 ('qkit list schemes' has all names){did_you_mean(item, names_known, 3)}"
             ) from e
         if group_size is not None and s.weights.regroups:
             s = Scheme(s.name, s.weights.with_group(group_size), s.activations)

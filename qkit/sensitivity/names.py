@@ -6,6 +6,7 @@ from __future__ import annotations
 from qkit.errors import UsageError
 
 PROFILE = "profile.json"  # in the folder of a profile
+MEASURED = "measured.jsonl"  # there, and its first file
 MEASURES = ("weight", "output", "output_norm", "first", "first_x", "fisher", "pqi", "loss", "kl")
 PREFERRED = ("kl", "pqi", "loss", "output", "weight")  # for the curve, the first that was measured
 

@@ -25,7 +25,7 @@ from qkit.runtime import loading
 from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.decomposition import decomposition_file, load_decomposition
 from qkit.sensitivity.measures import MeasureContext, run_measure
-from qkit.sensitivity.names import PROFILE, check_measures
+from qkit.sensitivity.names import MEASURED, PROFILE, check_measures
 from qkit.sensitivity.probes import Probes, probes
 from qkit.sensitivity.reference_model import ReferenceModel
 from qkit.sensitivity.result_cache import ResultCache
@@ -35,7 +35,6 @@ from qkit.system.progress import Progress
 
 VERSION = 3
 FILE = PROFILE
-MEASURED = "measured.jsonl"
 KEPT = "keep"  # the candidate that leaves weights as they are
 LIMIT = 1 << 28
 

@@ -248,7 +248,8 @@ def _name_of(fmt: Format) -> str:
             fmt.symmetric,
         ) and (candidate.strategy == fmt.strategy):
             return candidate.name
-    return f"{fmt.kind}{fmt.bits}_{fmt.strategy}"
+    number = fmt.kind if fmt.kind[-1].isdigit() else f"{fmt.kind}{fmt.bits}"
+    return f"{number}_{fmt.strategy}"
 
 
 def formats_of(quantization: dict[str, Any], names: list[str], where: str) -> dict[str, tuple[Format, Format | None]]:

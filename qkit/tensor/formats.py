@@ -238,10 +238,10 @@ GGUF_SCHEMES: dict[str, Scheme] = {name.upper(): Scheme(name.upper(), fmt) for n
 ALIASES = {"INT8": "W8A8", "W4AFP8": "W4A8-FP8", "W4A8_FP8": "W4A8-FP8", "FP8_STATIC": "FP8"}
 
 
-def did_you_mean(name: str, known: list[str]) -> str:
-    """'; did you mean X?' for the nearest known name, or the empty string."""
-    matches = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches else ""
+def did_you_mean(name: str, known: list[str], most: int = 1) -> str:
+    """'; did you mean X?' for the nearest known names, ``most`` of them at most, or the empty string."""
+    matches = get_close_matches(name, known, n=most, cutoff=0.5)
+    return f"; did you mean {' or '.join(', '.join(matches).rsplit(', ', 1))}?" if matches else ""
 
 
 def scheme(name: str) -> Scheme:

@@ -108,7 +108,7 @@ def engine_rows(
         layers = loaded_layers({name: parts[name] for name in members}, split)
         facts = replace(model_facts, experts=bool(expert_groups(members)), uses=uses, layers=layers)
         fits = diffusion_fit(config) or (
-            layout_fits(weights, activations, packing, method, facts)
+            layout_fits(weights, activations, packing, method, facts, on.selected)
             if method in LAYOUTS
             else with_cache(engine_fits(weights, activations, packing, method, facts, on.selected), cache, on.platforms)
         )
@@ -136,7 +136,10 @@ def engine_lines(rows: Sequence[EngineRow]) -> list[EngineLine]:
         for row in shown_rows:
             for limit in row.limits:
                 by_note.setdefault(limit, []).append(row.weights)
-        notes = [n if len(of) == len(entries) else f"{n} ({', '.join(dict.fromkeys(of))})" for n, of in by_note.items()]
+        notes = [
+            n if len(of) == len(entries) or of[0] in n else f"{n} ({', '.join(dict.fromkeys(of))})"
+            for n, of in by_note.items()
+        ]
         classes = tuple(dict.fromkeys(row.loads_as for row in entries if row.loads_as))
         loads = shown_rows is entries or all(row.loads_as for row in entries)
         limited = [row.platforms for row in entries if row.kernels]

@@ -118,8 +118,8 @@ def _is_error(value: Any) -> bool:
 
 Fields = dict[str, tuple[Callable[[Any], bool], str]]
 NO_RECORD = (
-    "not there: another tool wrote this folder, which 'qkit doctor' is for, or the record of qkit was removed: export the "
-    "checkpoint again"
+    "not there: if another tool wrote this folder, 'qkit doctor FOLDER' checks it and says which engines and GPUs load it, and "
+    "'qkit verify FOLDER --engine ENGINE --python VENV/bin/python' runs it; if qkit wrote it, export it again"
 )
 _HASH = (is_hash, "64 hexadecimal digits")
 _OBJECT = (lambda v: isinstance(v, dict), "an object")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from qkit.verification.engine_types import SELECTED, TABLE, EngineFit, ModelFacts, Selected
+from qkit.verification.engine_types import PLATFORMS, SELECTED, TABLE, EngineFit, ModelFacts, Selected
 from qkit.verification.loaded_layers import LoadedLayer
 from qkit.verification.vllm_table import (
     COLUMN,
@@ -20,8 +20,10 @@ from qkit.verification.vllm_table import (
     known,
     version,
 )
+from qkit.verification.vllm_words import shortened, why
 
 VLLM = "vLLM"
+LOADS_ON = "it loads on"  # begins where vLLM loads what it refuses on the GPUs that were asked for
 NEEDS_AMX = "on CPUs it needs AMX"
 NO_CPU, CPU_TOO = "no kernel for CPUs", "runs on CPUs too"
 _NO_CPU_EXPERTS = "experts have no kernel for CPUs"
@@ -40,7 +42,6 @@ _FP4 = "computes in FP4 on Blackwell, weight-only on other GPUs"
 _CUTLASS_INT8 = "CutlassInt8ScaledMMLinearKernel"
 _GPU_BACKENDS = ("MARLIN",)  # of experts, that are selected on CPUs too
 _NO_BACKEND = "NONE"
-_WORDS = 200  # characters of vLLM's own words that a limit repeats
 
 
 def vllm_fit(
@@ -65,14 +66,21 @@ def vllm_fit(
     if refusal is not None or chosen is None:
         return EngineFit(VLLM, None, (str(refusal),), how)
     runs = {gpu: [_when_run(gpu, c, weights, activations) for c in found] for gpu, found in chosen.items()}
-    loading = tuple(gpu for gpu, found in runs.items() if not any(c.refused for c in found))
+    loading = _loading(runs)
     kernels = {gpu: dict(Counter(_said(c) for c in found).most_common()) for gpu, found in runs.items()}
     if not loading:
-        words = dict.fromkeys(c.refused for found in runs.values() for c in found if c.refused)
-        return EngineFit(VLLM, None, (_shortened(next(iter(words))),), how, (), kernels)
+        reason = why(next(iter(runs.values())), weights, activations)
+        whole = selected is not None and selected.refused  # the formats may not be what it refuses
+        elsewhere = () if whole else _elsewhere(weights, activations, packing, facts, layers, runs)
+        return EngineFit(VLLM, None, (reason, *elsewhere), how, (), kernels)
     schemes = Counter(c.scheme for gpu in loading for c in runs[gpu])
     main = schemes.most_common(1)[0][0]
-    limits = [*_kernel_limits(runs, loading), *_cpu_limits(runs, loading, facts), *_scheme_limits(main, runs, loading)]
+    reasons = {gpu: why(found, weights, activations) for gpu, found in runs.items() if gpu not in loading}
+    limits = [
+        *_kernel_limits(runs, loading, reasons),
+        *_cpu_limits(runs, loading, facts, reasons),
+        *_scheme_limits(main, runs, loading),
+    ]
     if weights.kind == "int" and weights.group is not None and facts.ranks == 1:
         limits.append(SPLIT)
     if activations is None and CPU in loading and any(c.kernel == "CPUWNA16LinearKernel" for c in runs[CPU]):
@@ -89,6 +97,27 @@ def vllm_fit(
     return EngineFit(VLLM, main, tuple(limits), how, loading, kernels)
 
 
+def _loading(runs: Mapping[str, Sequence[Choice]]) -> tuple[str, ...]:
+    """The kinds of GPU that refuse no layer."""
+    return tuple(gpu for gpu, found in runs.items() if not any(c.refused for c in found))
+
+
+def _elsewhere(
+    weights: NumberFormat,
+    activations: NumberFormat | None,
+    packing: str,
+    facts: ModelFacts,
+    layers: Sequence[LoadedLayer],
+    asked: Collection[str],
+) -> Iterator[str]:
+    """Where vLLM loads by the table what it refuses on all GPUs that were asked for, if those were not all there are."""
+    others = tuple(p for p in PLATFORMS if p not in asked)
+    found = _from_table(weights, activations, packing, replace(facts, platforms=others), layers) if others else None
+    if found is not None:
+        loading = _loading({g: [_when_run(g, c, weights, activations) for c in of] for g, of in found.items()})
+        yield f"{LOADS_ON} {', '.join(loading)}" if loading else "nor does it load on any other GPU"
+
+
 def _even(weights: NumberFormat) -> int:
     """A number that every power of two of the table divides, and the group."""
     return 256 * (weights.group or 1)
@@ -101,16 +130,18 @@ def _from_table(
     facts: ModelFacts,
     layers: Sequence[LoadedLayer],
 ) -> dict[str, list[Choice]] | None:
-    key = format_key(weights, activations, packing)
-    if not known(key):
+    if not known(format_key(weights, activations, packing)):
         return None
+    keys = [
+        format_key(weights, activations, packing, layer.columns if layer.kind == COLUMN else None) for layer in layers
+    ]
     found: dict[str, list[Choice]] = {}
     for gpu in facts.platforms:
         choices = [
             Choice(refused=layer.problem)
             if layer.problem
             else choice(layer.kind, key, gpu, layer.rows, layer.columns, facts.dtype)
-            for layer in layers
+            for layer, key in zip(layers, keys, strict=True)
         ]
         found[gpu] = [c if c is not None else Choice(refused="it has no scheme for this combination") for c in choices]
     return found
@@ -197,15 +228,12 @@ def short(kernel: str) -> str:
 
 def _said(chosen: Choice) -> str:
     """What a JSON report says of one layer."""
-    return f"refused: {_shortened(chosen.refused)}" if chosen.refused else chosen.kernel or chosen.scheme
+    return f"refused: {shortened(chosen.refused)}" if chosen.refused else chosen.kernel or chosen.scheme
 
 
-def _shortened(words: str) -> str:
-    line = " ".join(words.partition(" for layer_name=")[0].split()).rstrip(".")
-    return line if len(line) <= _WORDS else line[:_WORDS] + " ..."
-
-
-def _kernel_limits(runs: Mapping[str, Sequence[Choice]], loading: Sequence[str]) -> Iterator[str]:
+def _kernel_limits(
+    runs: Mapping[str, Sequence[Choice]], loading: Sequence[str], reasons: Mapping[str, str]
+) -> Iterator[str]:
     """Which kernels run layers on which GPUs, and which GPUs do not load them."""
     gpus = [gpu for gpu in runs if gpu != CPU]
     names = {gpu: _kernels(runs[gpu]) for gpu in gpus if gpu in loading and _kernels(runs[gpu])}
@@ -216,10 +244,9 @@ def _kernel_limits(runs: Mapping[str, Sequence[Choice]], loading: Sequence[str])
         yield f"runs on GPUs with {main}{where}"
     elif gpus and not set(gpus) & set(loading):
         yield "no kernel for GPUs"
-    refused = {gpu: next(c.refused for c in runs[gpu] if c.refused) for gpu in gpus if gpu not in loading}
     if names or set(gpus) & set(loading):
-        for why, of in _grouped({gpu: _shortened(why) for gpu, why in refused.items()}):
-            yield f"not on {of}: {why}"
+        for reason, of in _grouped({gpu: reason for gpu, reason in reasons.items() if gpu != CPU}):
+            yield f"not on {of}: {reason}"
 
 
 def _kernels(choices: Sequence[Choice]) -> str:
@@ -236,7 +263,9 @@ def _grouped(by_gpu: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(text, ", ".join(of)) for text, of in groups.items()]
 
 
-def _cpu_limits(runs: Mapping[str, Sequence[Choice]], loading: Sequence[str], facts: ModelFacts) -> Iterator[str]:
+def _cpu_limits(
+    runs: Mapping[str, Sequence[Choice]], loading: Sequence[str], facts: ModelFacts, reasons: Mapping[str, str]
+) -> Iterator[str]:
     if CPU not in runs:
         return
     if CPU in loading:
@@ -244,9 +273,7 @@ def _cpu_limits(runs: Mapping[str, Sequence[Choice]], loading: Sequence[str], fa
     elif facts.experts:
         yield _NO_CPU_EXPERTS
     else:
-        why = next(c.refused for c in runs[CPU] if c.refused)
-        plain = "kernel" in why or "scheme" in why
-        yield NO_CPU if plain else f"not on CPUs: {_shortened(why)}"
+        yield NO_CPU if "kernel" in reasons[CPU] else f"not on CPUs: {reasons[CPU]}"
 
 
 def _scheme_limits(main: str, runs: Mapping[str, Sequence[Choice]], loading: Sequence[str]) -> Iterator[str]:

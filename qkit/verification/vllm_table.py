@@ -17,7 +17,7 @@ TABLE = Path(__file__).with_name("vllm_table.json")
 GPUS = ("sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
 CPU = "cpu"
 GROUPS = (16, 32, 64, 128, 256)  # groups of integers that have rows of their own
-OTHER = "other"  # all other groups
+OTHER, WHOLE = "other", "whole"  # all other groups: those that divide a row, and those that are one
 SMALL = 128  # layers with fewer rows or columns may have rows of their own
 COLUMN, EXPERTS = "column", "experts"
 
@@ -53,15 +53,17 @@ class Choice:
     refused: str = ""
 
 
-def format_key(weights: NumberFormat, activations: NumberFormat | None, packing: str) -> str:
-    """The name of a combination of formats in the table."""
-    return f"{packing} {_key(weights)}" + ("" if activations is None else f" x {_key(activations)}")
+def format_key(
+    weights: NumberFormat, activations: NumberFormat | None, packing: str, columns: int | None = None
+) -> str:
+    """The name of a combination of formats in the table. columns: of the weight, where it is known"""
+    return f"{packing} {_key(weights, columns)}" + ("" if activations is None else f" x {_key(activations)}")
 
 
-def _key(numbers: NumberFormat) -> str:
+def _key(numbers: NumberFormat, columns: int | None = None) -> str:
     group: object = numbers.group
     if group is not None and numbers.kind == "int" and group not in GROUPS:
-        group = OTHER
+        group = WHOLE if group == columns else OTHER
     words = [
         numbers.kind if numbers.kind[-1].isdigit() else f"{numbers.kind}{numbers.bits}",
         *(() if numbers.symmetric else ("asym",)),

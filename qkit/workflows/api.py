@@ -62,13 +62,15 @@ def quantize(
     what cannot be done, IOFailure, JobConflict, NumericFailure and VerifyFailure (``qkit.errors``).
     """
     from qkit.system.progress import Silent
-    from qkit.workflows.quantize import check_places, prepare
+    from qkit.workflows.places import check_places, check_result_there
+    from qkit.workflows.quantize import prepare
     from qkit.workflows.quantize import quantize as run
     from qkit.workflows.resolve import look_ahead, measure_first
 
     target, job, listener = _out_folder(out), None if work is None else Path(work), progress or Silent()
     read = _read({"model": model, "scheme": scheme, "method": method, "calib": calib, **options}, target)
     check_places(read.request.model, target, job, overwrite)
+    check_result_there(read, target, overwrite)
     request = measure_first(look_ahead(read), read, target, job, listener).request
     return run(request, target, listener, work=job, overwrite=overwrite, keep_job=keep_job, prepared=prepare(request))
 

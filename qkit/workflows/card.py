@@ -7,13 +7,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from qkit.engine.card import CARD
 from qkit.errors import BadCheckpoint, Unsupported
 from qkit.files.folder import is_pipeline
 from qkit.files.owned import check_file
 from qkit.files.record import packed_record, write_record
 from qkit.files.safefile import read_bytes, write_atomic
 
-CARD = "README.md"
 ENTRY = "serving"  # of the measurement in qkit.json
 _BEGIN, _END = "\n<!-- qkit: KV cache -->\n", "<!-- /qkit: KV cache -->\n"
 _SECTION = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)

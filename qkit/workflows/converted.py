@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkit.engine.card import CARD, converted_card, write_card
 from qkit.engine.export import SHARD_BYTES, module_names, shard_name, spec_bytes, split_shards, without_quantization
 from qkit.engine.partial_output import Partial
 from qkit.families.discover import kind_of
@@ -127,7 +128,7 @@ class Target:
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             documents["model.safetensors.index.json"] = index
-        partial.begin([*shards, *documents, RECORD, *checkpoint.side_files])
+        partial.begin(list(dict.fromkeys([*shards, *documents, RECORD, CARD, *checkpoint.side_files])))
         hashes = {
             file: write_safetensors(folder / file, [(n, *self.specs[n]) for n in names], self.load)
             for file, names in shards.items()
@@ -138,6 +139,7 @@ class Target:
             write_atomic(folder / name, data)
             files[name] = hashlib.sha256(data).hexdigest()
         files |= copy_side_files(checkpoint.path, folder, checkpoint.side_files)
+        write_card(folder, files, lambda card: converted_card(card, self.export))
         write_record(folder, self._record(hashes) | {"files": files, "config": without_quantization(config)})
 
     @property

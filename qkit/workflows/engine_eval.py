@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qkit.engines.process import ENGINES, TIMEOUT, EngineAnswer, EngineJob, run_engine
-from qkit.errors import UsageError
+from qkit.errors import BadInput, UsageError
 from qkit.evaluation.measure import add_changes, sizes
 from qkit.evaluation.metrics import split_windows
 from qkit.evaluation.request import EvalRequest
@@ -123,9 +123,12 @@ def _texts(runs: EngineRuns, tokenizer: Any, request: EvalRequest) -> dict[str, 
             f"--window {request.window}: the model in {runs.out} has {longest} positions: use at most so many"
         )
     needed = None if request.windows is None else request.windows * request.window
-    rows = [
-        split_windows(first_tokens(tokenizer, spec, needed), request.window, request.windows) for spec in request.texts
-    ]
+    rows = []
+    for name, spec in zip(names, request.texts, strict=True):
+        try:
+            rows.append(split_windows(first_tokens(tokenizer, spec, needed), request.window, request.windows))
+        except BadInput as error:
+            raise BadInput(f"text '{name}': {error}") from error
     answer = runs.ask(torch.cat(rows).tolist())
     parts = (-torch.tensor(answer.logprobs, dtype=torch.float64)).split([len(row) for row in rows])
     return {name: figures_of(part) for name, part in zip(names, parts, strict=True)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,16 +17,15 @@ from qkit.errors import BadInput, UsageError
 from qkit.families.ends import EMBEDDINGS, HEAD
 from qkit.families.structure import ModelStructure
 from qkit.files.embedded import embedded_text
-from qkit.files.folder import list_names
 from qkit.planning.plan import Plan
 from qkit.planning.recipe import AUTO, SOURCE
 from qkit.planning.request import Request
 from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.forecast import ProfileForecast, profile_forecast, refuse_what_cannot_fit
 from qkit.sensitivity.measures import MeasureContext
-from qkit.sensitivity.names import check_measures
+from qkit.sensitivity.names import MEASURED, check_measures
 from qkit.sensitivity.probes import probes
-from qkit.sensitivity.profile import MEASURED, Profile, identity, make_context, make_profile, profile_of_shapes
+from qkit.sensitivity.profile import Profile, identity, make_context, make_profile, profile_of_shapes
 from qkit.sensitivity.result_cache import ResultCache
 from qkit.sensitivity.units import applies, parts_of, profiled_units, recorded_parts
 from qkit.system.extras import needs
@@ -35,6 +33,7 @@ from qkit.system.machine import available_cores
 from qkit.system.parallel import workers
 from qkit.system.progress import Progress
 from qkit.workflows.calibration_rows import calibration_of, requested_image_text, wants_image_text
+from qkit.workflows.places import check_profile_folder
 from qkit.workflows.probe_requests import ProfileRequest as ProfileRequest
 from qkit.workflows.probe_requests import asked_ends, candidates_of, probe_of, probe_request
 from qkit.workflows.quantize import open_structure, prepare
@@ -54,7 +53,7 @@ def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profil
     """The profile in ``folder``, made or continued. Raises UsageError for methods that rewrite the weights, Unsupported where
     memory is too small for it."""
     check_measures(request.measures)
-    _refuse_foreign(folder)
+    check_profile_folder(folder)
     prepared = _prepare(request)
     if (folder / MEASURED).exists():
         ResultCache(
@@ -83,16 +82,6 @@ def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profil
             pool,
             progress,
         )
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """Raises UsageError for a folder with something in it that is not a profile's: measurements are its first file."""
-    if folder.is_dir() and list_names(folder) and not (folder / MEASURED).is_file():
-        raise UsageError(
-            f"{folder}: it is not empty and holds no {MEASURED}, so it is not a profile: use another folder"
-        )
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise UsageError(f"{folder}: a profile is a folder, and this is a file or a link: use another name")
 
 
 def forecast(request: ProfileRequest) -> ProfileForecast:

@@ -33,8 +33,8 @@ from qkit.families.encoder import ENCODERS
 from qkit.families.pruned import PrunedStructure, whole_of, without_experts
 from qkit.families.structure import ModelStructure
 from qkit.files.checkpoint import Checkpoint, check_config, check_tied
-from qkit.files.folder import DENOISER, RECORD, is_pipeline, weights_folder
-from qkit.files.job_folder import refuse_foreign, remove_job
+from qkit.files.folder import DENOISER, is_pipeline, weights_folder
+from qkit.files.job_folder import remove_job
 from qkit.files.locate import find_model, record_source
 from qkit.files.output import check_output_dir, commit_dir, remove_result
 from qkit.planning.plan import Plan, rows_reason
@@ -52,6 +52,7 @@ from qkit.verification.verify import Report, verify
 from qkit.workflows.calibration_rows import calibration_asked
 from qkit.workflows.diffusion_policy import decide_steps
 from qkit.workflows.original_passes import original_passes
+from qkit.workflows.places import check_places
 
 LARGE = 1 << 30  # bytes of weights whose hash takes long enough to be a phase
 COMPONENTS = "components"  # of a job folder: text encoders that are quantized beside the transformer
@@ -176,23 +177,6 @@ def _check_pictures(plan: Plan, structure: ModelStructure) -> None:
                 f"the {tower.name} is to be quantized, {rows}, and --calib is a text without images: use a .jsonl file or a "
                 f"folder, leave --calib out, or add --target {tower.name}=skip"
             )
-
-
-def check_places(model: str, out: Path, work: Path | None, overwrite: bool) -> None:
-    """Refuse folders that a run could not use, before anything is measured for it.
-
-    A result of qkit in OUT passes: whether it is that of the same command is known later. Raises as ``check_output_dir`` and
-    ``refuse_foreign``.
-    """
-    source = find_model(model).resolve()
-    if overwrite or not (weights_folder(out) / RECORD).is_file():
-        check_output_dir(out, source, overwrite)
-    work = work or out.with_name(out.name + ".job")
-    if work.resolve() == out.resolve():
-        raise UsageError(f"{work}: the job folder is the output folder: use another --work")
-    if source in (work.resolve(), *work.resolve().parents):
-        raise UsageError(f"{work}: the job folder lies inside the model folder: use another --work")
-    refuse_foreign(work)
 
 
 def quantize(

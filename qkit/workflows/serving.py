@@ -75,9 +75,11 @@ def gguf_file(out: Path) -> Path | None:
 
 def _llama_cpp(file: Path, tp: int, context: int | None) -> ServeCommand:
     """Context 0 is the longest of the model. Raises BadCheckpoint for a file that is damaged."""
-    end = max((t.begin + (t.nbytes or 0) for t in read_gguf(file).tensors), default=0)
+    header = read_gguf(file)
+    end = max((t.begin + (t.nbytes or 0) for t in header.tensors), default=0)
     if end > file.stat().st_size:
         raise BadCheckpoint(f"{file}: {file.stat().st_size} bytes, expected at least {end}: make or get the file again")
+    _check_length(file, header.values.get(f"{header.values.get('general.architecture')}.context_length"), context)
     if tp > 1:
         raise UsageError(f"--tp {tp}: llama.cpp shares a model out over GPUs by itself: leave --tp out")
     return ServeCommand(shlex.join(["llama-server", "--model", str(file), "--ctx-size", str(context or 0)]))

@@ -1,4 +1,4 @@
-"""Holds the pre-flight against vLLM's own code: for every scheme and models of awkward widths, on every kind of GPU.
+"""Holds the pre-flight against vLLM's own code: for every scheme and layout and models of awkward widths, on every kind of GPU.
 
 python reports/engines/selector.py --python VENV/bin/python --work DIR
 
@@ -31,6 +31,12 @@ from qkit.workflows.asked_engine import chosen_of
 TARGET = Path(__file__).with_name("selector.json")
 COMMON = {"vocab_size": 4096, "num_hidden_layers": 1, "max_position_embeddings": 1024, "tie_word_embeddings": False}
 NOT_ASKED = ("6BIT", "NVFP4A8")  # of diffusion transformers
+# Schemes in other layouts than compressed-tensors.
+EXPORTS = {
+    "gptq": ("W4A16", "W8A16"),
+    "awq": ("W4A16_ASYM",),
+    "modelopt": ("FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "NVFP4A16", "MXFP8"),
+}
 RANKS = {1: PLATFORMS, 2: ("sm90",), 4: ("sm90",)}
 
 
@@ -87,12 +93,16 @@ def make_files(work: Path) -> tuple[dict[str, Path], dict[str, str]]:
     files, refused = {}, {}
     for model in models():
         source = make_model(model, work / "models")
-        for scheme in (s for s in SCHEMES if s not in NOT_ASKED):
-            name = f"{model} {scheme.lower()}"
+        asked = [(s, None) for s in SCHEMES if s not in NOT_ASKED]
+        asked += [(s, layout) for layout, schemes in EXPORTS.items() for s in schemes]
+        for scheme, layout in asked:
+            name = f"{model} {scheme.lower()}" + (f" {layout}" if layout else "")
             out, why = work / "files" / name.replace(" ", "-"), work / "files" / f"{name}.refused"
             if not (out / "config.json").is_file() and not why.is_file():
                 try:
-                    qkit.quantize(source, scheme=scheme, method="rtn", out=out, threads=1, samples=4, seqlen=32)
+                    qkit.quantize(
+                        source, scheme=scheme, method="rtn", export=layout, out=out, threads=1, samples=4, seqlen=32
+                    )
                 except QkitError as e:
                     why.write_text(str(e))
                 shutil.rmtree(f"{out}.job", ignore_errors=True)
@@ -109,7 +119,7 @@ def answer_of(
     """vLLM's version and its answers; they are kept in the work folder."""
     kept = work / f"answers-{gpu}-{ranks}.json"
     if not kept.is_file():
-        answer = ask(python, gpu, files, tp=ranks)
+        answer = ask(python, gpu, files, tp=ranks, amx=False)  # the table is that of CPUs without AMX
         kept.write_text(
             json.dumps({"version": answer.version, "models": {n: asdict(m) for n, m in answer.models.items()}})
         )

@@ -13,6 +13,7 @@ from qkit.engines.selector import ask, parse_gpus
 from qkit.errors import UsageError
 from qkit.tensor.compressed_tensors import config
 from qkit.tensor.formats import SCHEMES, Format, layout
+from qkit.tensor.layouts import modelopt
 from qkit.verification.engine_types import PLATFORMS
 from qkit.verification.vllm_table import choice, format_key
 from qkit.workflows.asked_engine import chosen_of
@@ -101,12 +102,13 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-def questions(weights: Format, activations: Format | None) -> list[tuple[str, str, int, int]]:
-    key = format_key(weights, activations, layout(weights, activations))
+def questions(weights: Format, activations: Format | None, packing: str) -> list[tuple[str, str, int, int]]:
+    def key(k: int) -> str:
+        return format_key(weights, activations, packing, k)
+
     fitting = [(n, k) for n, k in SHAPES if not k % (weights.group or 1)]
-    return [("column", key, n, k) for n, k in fitting] + [("experts", key, 1536, 2304)] * (
-        not 768 % (weights.group or 1)
-    )
+    experts = [("experts", format_key(weights, activations, packing), 1536, 2304)] * (not 768 % (weights.group or 1))
+    return [("column", key(k), n, k) for n, k in fitting] + experts
 
 
 @pytest.mark.parametrize("gpu", ["sm75", "sm86", "sm90", "sm120"])
@@ -116,9 +118,11 @@ def test_the_table_says_what_vllm_says(gpu, vllm_python, base):
     formats += [(SCHEMES[name].weights.with_group(g), None) for name in ("W4A16", "W3A16") for g in (24, 80, 120, 512)]
     dtype = "float16" if gpu == "sm75" else "bfloat16"
     asked, layers = [], []
-    for weights, activations in formats:
-        quantization = config({"layer": (weights, activations)}, [], {})
-        for kind, key, n, k in questions(weights, activations):
+    every = [(w, a, layout(w, a), config({"layer": (w, a)}, [], {})) for w, a in formats]
+    for w, a in map(modelopt.pair_of, modelopt.ALGORITHMS):
+        every.append((w, a, "modelopt", modelopt.config({"layer": (w, a)}, [], [], cache=False)))
+    for weights, activations, packing, quantization in every:
+        for kind, key, n, k in questions(weights, activations, packing):
             asked.append((kind, key, n, k))
             layers.append({"quantization": quantization, "kind": kind, "in": k, "out": [n], "dtype": dtype})
     answer = ask(vllm_python, gpu, {}, layers=layers, base=base)

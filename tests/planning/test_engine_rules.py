@@ -55,7 +55,10 @@ def groups(planned) -> dict[str, int | None]:
             Unsupported,
             (
                 "on cpu",
-                "Failed to find a kernel",
+                "it has no kernel for weights in int8",
+                " and inputs in 16 bits",
+                "; it loads on sm75, sm80",
+                "; transformers + compressed-tensors and qkit load it: schemes that vLLM loads",
                 "inputs in 16 bits: w4a16, w4a16_asym; in 8 bits: w8a8, w4a8, fp8_dynamic",
             ),
         ),
@@ -64,7 +67,8 @@ def groups(planned) -> dict[str, int | None]:
 def test_what_an_engine_does_not_load_is_refused(scheme, options, error, said, tiny):
     with pytest.raises(error) as refused:
         plan(tiny("llama"), scheme, **options)
-    assert all(part in str(refused.value) for part in said) and "\n" not in str(refused.value)
+    missing = [part for part in said if part not in str(refused.value)]
+    assert not missing and "\n" not in str(refused.value), str(refused.value)
 
 
 def test_all_schemes_are_named_and_long_runs_in_short():

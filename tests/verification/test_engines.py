@@ -50,12 +50,12 @@ def test_vllm_takes(scheme, packing, loads_as, limit):
     ("scheme", "packing", "changes", "why"),
     [
         ("W4A16", "int-quantized", {}, "only as pack-quantized"),
-        ("W4A8-FP8", "pack-quantized", {"group": 64}, "No compressed-tensors compatible scheme"),
+        ("W4A8-FP8", "pack-quantized", {"group": 64}, "it has no kernel for weights in "),
         (
             "W4A8-FP8",
             "pack-quantized",
             {"strategy": "channel", "group": None},
-            "No compressed-tensors compatible scheme",
+            "it has no kernel for weights in ",
         ),
         ("W8A8", "int-quantized", {"symmetric": False}, "no scheme"),
         ("W4A16", "pack-quantized", {"strategy": "tensor", "group": None}, "no scheme"),
@@ -135,7 +135,7 @@ def test_every_scheme_of_qkit_is_in_the_table_on_every_kind_of_gpu():
     for made in SCHEMES.values():
         fit = engine_fits(made.weights, made.activations, layout(made.weights, made.activations))[0]
         if made.name == "NVFP4A8":  # of diffusion transformers
-            assert fit.loads_as is None and "must also be NVFP4" in fit.limits[0]
+            assert fit.loads_as is None and "it takes NVFP4 weights with NVFP4 inputs" in fit.limits[0]
         else:
             assert fit.loads_as and set(fit.kernels) == {*GPUS, "cpu"}, made.name
             assert fit.known == "from a table (vLLM 0.32)"
@@ -159,3 +159,24 @@ def test_the_layouts_of_others_name_the_kernels_of_vllm(method, scheme, group, n
     assert fit.loads_as == name and fit.known == "from a table (vLLM 0.32)"
     assert any(limit.startswith(kernel) or kernel in limit for limit in fit.limits)
     assert (name is None) or set(fit.kernels) == {*GPUS, "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "experts", "name", "kernel"),
+    [
+        ("FP8", False, "ModelOptLinearMethod (FP8)", "not on sm75"),
+        ("FP8", True, "ModelOptFp8MoEMethod", "sm89: Triton"),
+        ("FP8_DYNAMIC", False, "ModelOptLinearMethod (FP8)", "runs on CPUs too"),
+        ("FP8_DYNAMIC", True, None, "one scale for a weight alone"),
+        ("FP8_BLOCK", False, "ModelOptLinearMethod (FP8)", "DeepGemm"),
+        ("MXFP8", False, "ModelOptLinearMethod (MXFP8)", "not on sm75"),
+        ("NVFP4", False, "ModelOptLinearMethod (NVFP4)", "sm90: HummingNvFp4"),
+        ("NVFP4A16", False, "ModelOptLinearMethod (NVFP4, weights alone)", "sm100: FlashInferCuteDslNvFp4W4A16"),
+        ("W4A16", False, None, "FP8, NVFP4, W4A16_NVFP4 and MXFP8 alone"),
+    ],
+)
+def test_modelopt_has_kernels_of_its_own(scheme, experts, name, kernel):
+    made = SCHEMES[scheme]
+    fit = layout_fits(made.weights, made.activations, "modelopt", "modelopt", ModelFacts(experts=experts))[0]
+    assert fit.loads_as == name and kernel in " ".join(fit.limits), fit
+    assert ("sm75" in fit.platforms) == scheme.startswith("NVFP4")

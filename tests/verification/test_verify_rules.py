@@ -135,7 +135,7 @@ def test_documents_that_are_not_json(out, name, text):
     (out / name).write_bytes(text.encode("latin-1"))
     assert any(line.startswith(f"{name}: not sound JSON") for line in said(out))
     (out / name).unlink()
-    missing = "not there: another tool" if name == "qkit.json" else "cannot be read"
+    missing = "not there: if another tool" if name == "qkit.json" else "cannot be read"
     assert any(line.startswith(f"{name}: {missing}") for line in said(out))
 
 

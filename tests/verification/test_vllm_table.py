@@ -145,4 +145,4 @@ def test_what_the_engine_itself_says_goes_over_the_table():
     assert row.loads_as == "S" and row.kernels == {"sm90": {"OtherLinearKernel": 1}}
     assert row.known == "selected by the engine's code"
     refused = replace(on, selected=Selected("vLLM 9", {"sm90": {}}, {"sm90": "ValueError: no such model"}))
-    assert lines(parts, {}, refused).notes == ("ValueError: no such model",)
+    assert lines(parts, {}, refused).notes == ("no such model",)

@@ -212,7 +212,7 @@ def test_a_folder_of_another_tool_is_run_and_no_more(packed, run, tmp_path):
     other = shutil.copytree(packed, tmp_path / "other")
     (other / "qkit.json").unlink()
     code, said, err = run("verify", other)
-    assert code == 4 and "another tool wrote this folder, which 'qkit doctor' is for" in err
+    assert code == 4 and "if another tool wrote this folder, 'qkit doctor FOLDER' checks it" in err
     assert "written before qkit" not in said
     code, said, err = run("verify", other, "--engine", "vllm", "--python", interpreter(tmp_path, own + 0.001))
     assert code == 0 and "no qkit.json beside it, so its bytes were not checked" in said and "agrees with qkit" in said
@@ -260,3 +260,11 @@ def test_an_engine_is_not_run_on_a_damaged_file(packed, run, tmp_path):
     python = interpreter(tmp_path, torch.zeros(2, 2))
     code, _, err = run("verify", damaged, "--engine", "vllm", "--python", python)
     assert code == 4 and err.rstrip().endswith("; the engine was not run")
+
+
+def test_a_text_that_is_too_short_for_a_window_is_named(packed, run, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    engine = ["--engine", "vllm", "--python", interpreter(tmp_path, torch.zeros(2, 2))]
+    code, _, err = run("eval", packed, "--text", tmp_path / "empty.txt", "--window", 4, *engine)
+    said = "text 'empty': the text has 0 tokens, and one window needs 4: use more text, or shorter windows"
+    assert code == 3 and said in err

@@ -54,6 +54,20 @@ def test_llama_cpp(tmp_path, run):
     assert run("serve-command", tmp_path, "--tp", 2)[0] == 2
 
 
+def test_llama_cpp_has_no_more_positions_than_the_file_says(tmp_path, run):
+    def text(value: bytes) -> bytes:
+        return len(value).to_bytes(8, "little") + value
+
+    keys = text(b"general.architecture") + (8).to_bytes(4, "little") + text(b"llama")
+    keys += text(b"llama.context_length") + (4).to_bytes(4, "little") + (1024).to_bytes(4, "little")
+    (tmp_path / "model.gguf").write_bytes(
+        b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (2).to_bytes(8, "little") + keys
+    )
+    assert run("serve-command", tmp_path, "--context", 1024)[0] == 0
+    code, _, err = run("serve-command", tmp_path, "--context", 1025)
+    assert code == 2 and "has 1024 positions: use at most so many" in err
+
+
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
