@@ -13,6 +13,7 @@ from qkit.errors import BadCheckpoint, Unsupported, UsageError
 from qkit.files.checkpoint import Checkpoint
 from qkit.files.folder import is_pipeline, read_record
 from qkit.files.gguf import read_gguf
+from qkit.verification.mlx_table import MLX_LM
 from qkit.verification.model_engines import engine_lines
 from qkit.verification.verify import engine_table
 from qkit.workflows.card import ENTRY
@@ -110,11 +111,15 @@ def _vllm_notes(out: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
     """The limits of vLLM with the formats of a folder that qkit wrote. Raises Unsupported where it does not load it."""
     if read_record(out) is None:
         return (_FOREIGN.format(out),) if config.get("quantization_config") else ()
-    line = next((line for line in engine_lines(engine_table(out)) if line.engine == "vLLM"), None)
+    lines = {line.engine: line for line in engine_lines(engine_table(out))}
+    line = lines.get("vLLM")
     if line is None:
         return ()
     if not line.loads:
-        raise Unsupported(f"{out}: vLLM does not load it ({'; '.join(line.notes)}): use qkit.load, or another scheme")
+        server = "mlx_lm.server, " if MLX_LM in lines and lines[MLX_LM].loads else ""
+        raise Unsupported(
+            f"{out}: vLLM does not load it ({'; '.join(line.notes)}): use {server}qkit.load, or another scheme"
+        )
     return line.notes
 
 

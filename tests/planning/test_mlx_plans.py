@@ -67,3 +67,5 @@ def test_planned_bytes_are_those_of_the_result(family, run, tiny, tmp_path):
     planned = json.loads(file.read_text())["forecast"]["packed_bytes"]
     assert (out / "model.safetensors").stat().st_size - header == planned
     assert "loads in mlx-lm: " in said and "warning: no engine" not in said + err
+    code, _, err = run("serve-command", out)
+    assert code == 3 and "vLLM does not load it" in err and "use mlx_lm.server, qkit.load" in err
