@@ -24,6 +24,7 @@ from qkit.planning.plan import Plan
 from qkit.planning.sizes import linear_bytes
 from qkit.system.version import __version__
 from qkit.system.words import megabytes
+from qkit.verification.mlx_table import MLX_LM
 from qkit.verification.model_engines import EngineLine
 
 CARD = "README.md"
@@ -172,6 +173,8 @@ def _how(engine: str, plan: Plan, structure: ModelStructure) -> str:
         return "`vllm serve FOLDER`"
     if engine == "llama.cpp":
         return f"`llama-server --model {MODEL}`"
+    if engine == MLX_LM:
+        return "`mlx_lm.server --model FOLDER`"
     if engine == "qkit":
         return '`qkit.load("FOLDER")`, and `qkit verify FOLDER` checks every byte'
     if engine == "diffusers":

@@ -84,3 +84,9 @@ def test_the_reference_pipeline_has_a_card_beside_its_index(tmp_path):
     quantize(Request(model=str(find_model("tiny-video")), scheme="w8a16", method="rtn"), tmp_path / "out", Quiet())
     assert "`DiffusionPipeline.from_pretrained(" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert not (tmp_path / "out" / "transformer" / "README.md").exists() and verify(tmp_path / "out").ok
+
+
+def test_the_card_of_a_result_for_mlx_names_its_server(tiny):
+    prepared = prepare(Request(model=str(tiny("llama")), scheme="w4a16", method="rtn", export="mlx", group_size=32))
+    card = result_card(b"", prepared.plan, prepared.structure, 5).decode()
+    assert "- mlx-lm: `mlx_lm.server --model FOLDER`" in card and "- vLLM does not load it" in card
