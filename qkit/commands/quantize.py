@@ -33,7 +33,6 @@ from qkit.files.record import packed_record
 from qkit.files.safefile import parse_json
 from qkit.system.memory import bound_heap
 from qkit.verification.model_engines import engine_lines
-from qkit.workflows.places import check_places, check_result_there
 
 if TYPE_CHECKING:
     from qkit.workflows.quantize import PreparedRequest
@@ -73,6 +72,8 @@ def quantize_command(
     Example:
       qkit quantize --model tiny-llama --scheme w4a16 --method gptq --out out
     """
+    from qkit.workflows.places import check_places, check_result_there  # here: the help does not wait for pydantic
+
     bound_heap()
     console = Console()
     began = time.monotonic()

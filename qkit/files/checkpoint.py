@@ -127,9 +127,7 @@ class Checkpoint:
         BadCheckpoint for everything damaged, incomplete, ambiguous or leading out of the folder; IOFailure.
         """
         if not os.path.isdir(path):
-            raise BadCheckpoint(
-                f"{path}: that is no folder: use the folder of a model with config.json and safetensors"
-            )
+            raise BadCheckpoint(f"{path}: no such folder: use the folder of a model with config.json and safetensors")
         folder = Path(path).resolve()
         names = list_names(folder)
         refuse_adapter(folder, names)

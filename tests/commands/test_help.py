@@ -120,6 +120,20 @@ def test_help_is_quick():
         assert min(took) < 0.5, took
 
 
+@pytest.mark.parametrize("verb", ["quantize", "eval", "plan", "check", "convert", "doctor"])
+def test_help_loads_no_large_library(verb):
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "calib_data", ROOT / "kernels")))
+    found = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "qkit", verb, "--help"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    loaded = set(re.findall(r"\| +(\w+)(?:\.\S*)?$", found.stderr, re.MULTILINE))
+    assert "click" in loaded and not loaded & {"numpy", "pydantic", "torch", "transformers", "scipy"}
+
+
 # ---- former names ----------------------------------------------------------------------------------------------
 
 

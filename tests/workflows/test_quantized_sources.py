@@ -26,13 +26,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def result(model: Path, out: Path, **options: Any) -> dict[str, str]:
-    """{file: sha256} of all that a run wrote, but for the record, which names its source."""
+    """{file: sha256} of all that a run wrote, but for the record, which names its source, and the card, which has its size."""
     qkit.quantize(model, out=out, **{"scheme": "w4a16", "group_size": 32, **options})
     assert qkit.verify(out).ok
     return {
         str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(out.rglob("*"))
-        if file.is_file() and file.name != "qkit.json"
+        if file.is_file() and file.name not in ("qkit.json", "README.md")
     }
 
 
