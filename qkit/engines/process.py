@@ -32,13 +32,14 @@ Answer = TypeVar("Answer")
 @dataclass(frozen=True)
 class Engine:
     """An engine that qkit starts. script: its program beside this file; install: the packages that its interpreter needs;
-    environment: variables that it gets unless they are set."""
+    environment: variables that it gets unless they are set; without: variables that it does not get."""
 
     name: str
     title: str
     script: str
     install: str
     environment: Mapping[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
 
 
 ENGINES = {
@@ -57,6 +58,8 @@ ENGINES = {
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         },
+        # It asks the CPU for AMX by itself, and is killed (illegal instruction) where oneDNN is not to use it.
+        ("ONEDNN_MAX_CPU_ISA",),
     ),
     "transformers": Engine(
         "transformers", "transformers", "transformers_script.py", "torch transformers compressed-tensors accelerate"
@@ -228,7 +231,7 @@ def _started(
 def _run(command: list[str], engine: Engine, python: Path, timeout: float, log: Path) -> int | None:
     """The exit code of a command whose output goes to a file; None where it was stopped for its time. Nothing that it
     started stays."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    own = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") and k not in engine.without}
     # Programs beside the interpreter, such as ninja, are part of its environment; nothing is fetched.
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1"}
     path = os.pathsep.join([str(python.absolute().parent), os.environ.get("PATH", os.defpath)])
