@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from markdown_table import Row, markdown
-from report_tables import REPORTS, interval, mb, report
+from report_tables import interval, mb, report
 
 LLAMA_MATRIX = {"plain": "without a matrix", "imatrix": "with its importance matrix"}
 CACHES = {
@@ -324,17 +324,16 @@ def gguf_architectures() -> str:
 def gguf_mixed() -> str:
     """Mixed GGUF files of qkit and of llama.cpp at the same bytes."""
     rows: list[Row] = []
-    for name in ("tiny-llama", "smollm2"):
-        if not (REPORTS / f"gguf/allocation-{name}.json").is_file():
-            continue
+    for name, measure in (("tiny-llama", "kl"), ("smollm2", "fisher")):
         files = report(f"gguf/allocation-{name}")["files"]
-        for mine in (f for f in files if f["who"] == "qkit" and f["name"].endswith(" by kl") and f["against"]):
+        for mine in (f for f in files if f["who"] == "qkit" and f["name"].endswith(f" by {measure}") and f["against"]):
             mix = mine["against"]
             plain, matrix = (next(f for f in files if f["name"] == n) for n in (mix, f"{mix} imatrix"))
             change = [100 * x for x in mine[f"to {mix} imatrix"]["perplexity change"]]
             rows.append(
                 {
                     "model": name,
+                    "measure": measure,
                     "bytes of": mix,
                     "MB": mb(plain["bytes"]),
                     "KL, llama.cpp": f"{plain['kl'][0]:.4f}",
