@@ -44,8 +44,7 @@ class _Layout(click.Choice[str]):
 def convert_command(model: str, export: str, out: Path, overwrite: bool, json_file: Path | None) -> None:
     """Write the quantized model MODEL in another layout, with the same codes and scales.
 
-    MODEL is a result of qkit, or a folder in compressed-tensors, GPTQ, AWQ, AutoRound, FP8, ModelOpt or MLX
-    layout. Nothing is
+    MODEL is a result of qkit, or a folder in compressed-tensors, GPTQ, AWQ, AutoRound, FP8, ModelOpt or MLX layout. Nothing is
     quantized anew: what the new layout has no place for is refused, with the name of the layer. The result is read back, and
     every weight is compared with that of MODEL.
 

@@ -80,10 +80,10 @@ def _tell_of_refusal(report: Report, out: Path, gpus: Sequence[str], asked: bool
     why = None if line is None else refused_by(line, {"gpu": ",".join(gpus)}, str(out))
     if line is None or why is None:
         return
-    said = f"{why}{others_that_load(line, lines)}"
+    refusal = f"{why}{others_that_load(line, lines)}"
     if asked:
-        raise Unsupported(said)
-    console.print(Text(f"warning: {said}"), soft_wrap=True)
+        raise Unsupported(refusal)
+    console.print(Text(f"warning: {refusal}"), soft_wrap=True)
 
 
 @click.command("verify", cls=Verb)
@@ -128,8 +128,8 @@ def verify_command(
     """Verify that the packed checkpoint in OUT is complete and correct.
 
     The command reads every byte with a decoder that shares no code with the writer. With --engine, a real engine then runs the
-    file in its own Python environment. The exit code is 4 if anything is wrong, and 3 if vLLM refuses the file
-    on the GPUs of --engine vllm --gpu.
+    file in its own Python environment. The exit code is 4 if anything is wrong, and 3 if vLLM refuses the file on the GPUs of
+    --engine vllm --gpu.
 
     \b
     Example:

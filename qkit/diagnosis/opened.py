@@ -13,7 +13,7 @@ from qkit.diagnosis.layers import Layer, count, find_layers, gather
 from qkit.errors import QkitError
 from qkit.files.folder import CONFIG_LIMIT, INDEX_LIMIT, PICKLES, RECORD, RECORD_LIMIT, list_names, load_json
 from qkit.files.safefile import DAMAGED, TensorInfo, read_header, shown
-from qkit.files.sources.opening import BESIDE, DECODERS, KEYS, MLX, is_mlx, without_quantization
+from qkit.files.sources.opening import BESIDE, DECODERS, KEYS, mlx_quantization, without_quantization
 
 AGAIN = "get the file again from its source"
 DOWNLOAD = "download the file again, or quantize again"
@@ -126,8 +126,8 @@ def _quantization(
     config: Mapping[str, Any], beside: Mapping[str, dict[str, Any]], findings: Findings
 ) -> dict[str, Any]:
     """What config.json says of the quantization, else a file beside it."""
-    if is_mlx(config):
-        return {**config[MLX], "quant_method": "mlx"}
+    if (mlx := mlx_quantization(config)) is not None:
+        return mlx
     nodes = [config, *(v for v in config.values() if isinstance(v, dict))]
     found = [node[key] for node in nodes for key in KEYS if node.get(key)]
     if found and not isinstance(found[0], dict):

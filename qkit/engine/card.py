@@ -74,12 +74,12 @@ def converted_card(before: bytes, export: str) -> bytes:
     """The card of the same weights in another layout: how they were quantized stays, how they are loaded does not."""
     found = _SECTION.search(before)
     made = found[0].partition(_LOADING)[0] if found else _BEGIN + b"## Converted with qkit\n"
-    said = [
+    lines = [
         "",
         f"Written in the layout {export} by qkit {__version__} (`qkit convert`), with the same codes and scales. {_PROVEN}",
         "`qkit verify FOLDER` checks every byte and lists the engines that load it.",
     ]
-    return _SECTION.sub(b"", before) + made.removesuffix(_END) + _text(said) + _END
+    return _SECTION.sub(b"", before) + made.removesuffix(_END) + _text(lines) + _END
 
 
 def _text(lines: Iterable[str]) -> bytes:
@@ -108,8 +108,8 @@ def _table(plan: Plan, structure: ModelStructure) -> Iterator[str]:
 
 def _method(plan: Plan) -> str:
     options = {name: value for p in plan.linears.values() for name, value in p.options.items()}
-    said = f" with {', '.join(f'`{name}={value}`' for name, value in sorted(options.items()))}" if options else ""
-    return f"{plan.recipe['method']}{said}"
+    listed = f" with {', '.join(f'`{name}={value}`' for name, value in sorted(options.items()))}" if options else ""
+    return f"{plan.recipe['method']}{listed}"
 
 
 def _calibration(plan: Plan) -> str:

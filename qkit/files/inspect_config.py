@@ -10,7 +10,7 @@ from typing import Any
 from qkit.errors import QkitError
 from qkit.files.folder import load_json
 from qkit.files.safefile import TensorInfo
-from qkit.files.sources.opening import MLX, is_mlx
+from qkit.files.sources.opening import mlx_quantization
 
 _LINES = 16  # formats that are named
 _KEYS = (
@@ -38,8 +38,7 @@ def one_line(value: object, limit: int = 80) -> str:
 def describe_quantization(config: Mapping[str, Any], folder: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
     """One line for each number format; none for a model that is not quantized."""
     quantization = config.get("quantization_config", config.get("compression_config"))
-    if is_mlx(config):
-        quantization = {"quant_method": "mlx", **config[MLX]}
+    quantization = mlx_quantization(config) or quantization
     if quantization is None:
         quantization = _modelopt(folder)
     if quantization is not None and not isinstance(quantization, Mapping):

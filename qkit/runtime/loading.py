@@ -29,7 +29,7 @@ from qkit.files.safefile import shown
 from qkit.files.schema import validate
 from qkit.files.sources.as_compressed import METHODS as LAYOUTS
 from qkit.files.sources.as_compressed import as_compressed
-from qkit.files.sources.opening import is_mlx
+from qkit.files.sources.opening import mlx_quantization
 from qkit.kvcache.scales import register_scales
 from qkit.nn.layers import QuantExperts, QuantLinear, place_stack
 from qkit.runtime.packed_ends import packed_ends, place_ends
@@ -125,7 +125,7 @@ def _opened(folder: Path) -> Checkpoint:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method in METHODS:
         return packed
-    view = as_compressed(folder) if method in LAYOUTS or is_mlx(packed.config) else None
+    view = as_compressed(folder) if method in LAYOUTS or mlx_quantization(packed.config) else None
     return Checkpoint.open(folder) if view is None else view
 
 

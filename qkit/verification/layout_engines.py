@@ -43,8 +43,9 @@ def layout_fits(
             EngineFit(STOCK, None, (_UNKNOWN,), STOCK_TABLE),
             EngineFit("qkit", "qkit.load", (), OWN),
         ]
+    vllm = _vllm(weights, activations, packing, method, facts, selected)
     return [
-        _in_16_bits(_vllm(weights, activations, packing, method, facts, selected), method, facts),
+        vllm if selected is not None else _in_16_bits(vllm, method, facts),
         _transformers(method, facts),
         EngineFit("qkit", "qkit.load", (), OWN),
     ]

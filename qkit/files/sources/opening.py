@@ -73,8 +73,8 @@ def quantization_of(folder: Path, names: list[str], config: Mapping[str, Any]) -
 
     Raises Unsupported where there are two different ones, or one that is no object.
     """
-    if is_mlx(config):
-        return {**config[MLX], "quant_method": "mlx"}
+    if (mlx := mlx_quantization(config)) is not None:
+        return mlx
     found = [value for node in _objects(config) for key in KEYS if (value := node.get(key))]
     if any(value != found[0] for value in found):
         raise Unsupported(f"{folder}: config.json has two quantization_configs that differ: use the original model")
@@ -91,11 +91,14 @@ def quantization_of(folder: Path, names: list[str], config: Mapping[str, Any]) -
     return {"quant_method": BESIDE[beside], **(content if isinstance(content, dict) else {})}
 
 
-def is_mlx(config: Mapping[str, Any]) -> bool:
-    """Whether a config says, as mlx_lm writes it, how a model is quantized, and names no other method."""
-    said, other = config.get(MLX), config.get("quantization_config")
+def mlx_quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How a model is quantized, as mlx_lm writes it, with the method; None where a config does not say so, or names another
+    method."""
+    settings, other = config.get(MLX), config.get("quantization_config")
     named = isinstance(other, dict) and other.get("quant_method", "mlx") != "mlx"
-    return isinstance(said, dict) and {"bits", "group_size"} <= said.keys() and not named
+    if not isinstance(settings, dict) or not {"bits", "group_size"} <= settings.keys() or named:
+        return None
+    return {**settings, "quant_method": "mlx"}
 
 
 def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
             return node
         return {key: clean(item) for key, item in node.items() if key not in KEYS}
 
-    drop = (MLX,) if is_mlx(config) else ()
+    drop = () if mlx_quantization(config) is None else (MLX,)
     result: dict[str, Any] = clean({key: value for key, value in config.items() if key not in drop})
     return result
 

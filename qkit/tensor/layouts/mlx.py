@@ -95,10 +95,10 @@ def write(q: QTensor, activations: Format | None, static: Tensor | None, dtype: 
 
 def config(pairs: Mapping[str, Pair], skipped: Sequence[str], heads: Sequence[str], cache: bool) -> dict[str, Any]:
     """The ``quantization_config``: the most common format, and an entry for each layer that has another, or none."""
-    said = {name: _setting(weights) for name, (weights, _) in pairs.items()}
-    whole = Counter(tuple(setting.items()) for setting in said.values()).most_common(1)[0][0]
-    others = {name: setting for name, setting in said.items() if tuple(setting.items()) != whole}
-    plain = {name: False for name in skipped if name not in said}
+    settings = {name: _setting(weights) for name, (weights, _) in pairs.items()}
+    whole = Counter(tuple(setting.items()) for setting in settings.values()).most_common(1)[0][0]
+    others = {name: setting for name, setting in settings.items() if tuple(setting.items()) != whole}
+    plain = {name: False for name in skipped if name not in settings}
     return {"quant_method": METHOD, **dict(whole), **dict(sorted({**others, **plain}.items()))}
 
 
@@ -109,16 +109,16 @@ def _setting(weights: Format) -> dict[str, Any]:
 def keyed_setting(quantization: Mapping[str, Any], name: str) -> tuple[Any, Any, Any]:
     """(mode, bits, group) that a ``quantization`` says of a layer, as they are: in an entry of its own, or for all."""
     entry = quantization.get(name)
-    said = entry if isinstance(entry, Mapping) else quantization
-    return said.get("mode", AFFINE), said.get("bits"), said.get("group_size")
+    setting = entry if isinstance(entry, Mapping) else quantization
+    return setting.get("mode", AFFINE), setting.get("bits"), setting.get("group_size")
 
 
 def keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """What else config.json has: the quantization under the key that mlx_lm reads, and the rotary embedding as configs had it
     before transformers 5. mlx_lm knows no ``rope_parameters`` of most models, and would take a default without a word."""
-    said = {key: value for key, value in config["quantization_config"].items() if key != "quant_method"}
+    quantization = {key: value for key, value in config["quantization_config"].items() if key != "quant_method"}
     parts = {key: {**part, **_rope(part)} for key, part in config.items() if key == "text_config"}
-    return {KEY: said, **_rope(config), **parts}
+    return {KEY: quantization, **_rope(config), **parts}
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
