@@ -12,10 +12,10 @@ from hashlib import sha256
 from pathlib import Path
 
 from qkit.families.structure import ModelStructure
+from qkit.files.card import CACHE, CARD, FIGURES, QUANTIZATION, read_card, section, with_section, without_sections
 from qkit.files.folder import hub_source
 from qkit.files.gguf_container import MODEL
-from qkit.files.safefile import read_bytes, write_atomic
-from qkit.files.side_files import MOST_BYTES
+from qkit.files.safefile import write_atomic
 from qkit.kvcache.policy import CachePolicy
 from qkit.planning.fused_layers import engine_lines_of
 from qkit.planning.gguf import GGUF
@@ -27,9 +27,6 @@ from qkit.system.words import megabytes
 from qkit.verification.mlx_table import MLX_LM
 from qkit.verification.model_engines import EngineLine
 
-CARD = "README.md"
-_BEGIN, _END = b"\n<!-- qkit: quantization -->\n", b"<!-- /qkit: quantization -->\n"
-_SECTION = re.compile(re.escape(_BEGIN) + b".*?" + re.escape(_END), re.DOTALL)
 _LOADING = b"\nHow to load it:\n"  # begins the end of a section: what another layout changes
 _HEAD = re.compile(rb"\A---\r?\n(.*?)^---\r?\n", re.DOTALL | re.MULTILINE)
 _BASE = re.compile(rb"^base_model(_relation)?:.*\n([ \t-].*\n)*", re.MULTILINE)
@@ -39,12 +36,17 @@ _PROVEN = "Every weight was decoded again by an independent program and compared
 _NAMED = 4  # layers that a line names
 
 
-def write_card(folder: Path, files: dict[str, str], make: Callable[[bytes], bytes]) -> None:
-    """Write the card that ``make`` gives for the one of the source. files: {name: sha256} of what is in the folder, with the
-    card of the source if that was copied"""
-    card = make(read_bytes(folder / CARD, MOST_BYTES) if CARD in files else b"")
-    write_atomic(folder / CARD, card)
+def write_card(
+    folder: Path, files: dict[str, str], make: Callable[[bytes], bytes], edited: bytes | None = None
+) -> None:
+    """Write the card that ``make`` gives for the one of the source, or for one that was ``edited``.
+
+    files: {name: sha256} of what is in the folder, with the card of the source if that was copied; it gets the card that qkit
+    alone would have written, so that an edited one stays known as such
+    """
+    card = make(read_card(folder) if CARD in files else b"")
     files[CARD] = sha256(card).hexdigest()
+    write_atomic(folder / CARD, card if edited is None else make(edited))
 
 
 def result_card(before: bytes, plan: Plan, structure: ModelStructure, size: int) -> bytes:
@@ -66,20 +68,22 @@ def result_card(before: bytes, plan: Plan, structure: ModelStructure, size: int)
         "",
         f"    {_command(plan, structure)}",
     ]
-    section = _text(lines) + _LOADING + _text(["", *_loading(plan, structure)])
-    return _with_base(_SECTION.sub(b"", before), structure) + _BEGIN + section + _END
+    said = _text(lines) + _LOADING + _text(["", *_loading(plan, structure)])
+    before = without_sections(before, CACHE, FIGURES)  # what was measured of other weights
+    return with_section(_with_base(before, structure), QUANTIZATION, said)
 
 
-def converted_card(before: bytes, export: str) -> bytes:
-    """The card of the same weights in another layout: how they were quantized stays, how they are loaded does not."""
-    found = _SECTION.search(before)
-    made = found[0].partition(_LOADING)[0] if found else _BEGIN + b"## Converted with qkit\n"
+def converted_card(before: bytes, export: str, edited: bytes | None = None) -> bytes:
+    """The card of the same weights in another layout: how they were quantized stays, how they are loaded does not. edited: the
+    card that this one goes on from, in place of that of the source"""
+    found = section(before, QUANTIZATION)
+    made = found.partition(_LOADING)[0] + b"\n" if found else b"## Converted with qkit\n"
     lines = [
         "",
         f"Written in the layout {export} by qkit {__version__} (`qkit convert`), with the same codes and scales. {_PROVEN}",
         "`qkit verify FOLDER` checks every byte and lists the engines that load it.",
     ]
-    return _SECTION.sub(b"", before) + made.removesuffix(_END) + _text(lines) + _END
+    return with_section(before if edited is None else edited, QUANTIZATION, made + _text(lines))
 
 
 def _text(lines: Iterable[str]) -> bytes:

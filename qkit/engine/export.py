@@ -16,7 +16,7 @@ import torch
 
 from qkit.diffusion.pipeline import copy_rest, hash_weights_around, rest_names
 from qkit.diffusion.trajectory import Trajectory
-from qkit.engine.card import CARD, result_card, write_card
+from qkit.engine.card import result_card, write_card
 from qkit.engine.export_tensors import ExportTensors
 from qkit.engine.gguf_file import write_gguf
 from qkit.engine.job import Job
@@ -24,6 +24,7 @@ from qkit.engine.partial_output import Partial
 from qkit.errors import QkitError
 from qkit.families.pruned import PrunedStructure
 from qkit.families.structure import ModelStructure
+from qkit.files.card import CARD
 from qkit.files.folder import DENOISER, RECORD, WEIGHT_STEMS, hub_source, read_record, weights_folder
 from qkit.files.gguf_container import MODEL
 from qkit.files.hash_cache import cached_sha256
@@ -53,11 +54,13 @@ def export(
     hashed: Mapping[str, str],
     shard_bytes: int = SHARD_BYTES,
     replaced: Mapping[str, Path] | None = None,
+    edited: bytes | None = None,
 ) -> None:
     """Write the checkpoint into ``partial`` (emptied first), with the rest of the pipeline where ``source_folder`` is one.
 
     hashed:   ``source_hashes``
     replaced: {component: folder to copy in place of its own}
+    edited:   the card that this one goes on from, in place of that of the source
     Raises BadCheckpoint, before anything is written, for a copied file that changed since the plan was made.
     """
     check_unchanged(structure.checkpoint.path, plan.side_files)
@@ -66,7 +69,7 @@ def export(
     folder = partial.path if plan.pipeline is None else partial.path / DENOISER
     source = ExportTensors(plan, structure, job)
     if plan.export == GGUF:
-        _export_gguf(plan, structure, partial, source, hashed)
+        _export_gguf(plan, structure, partial, source, hashed, edited)
         return
     stem = WEIGHT_STEMS[1] if structure.family.streams else WEIGHT_STEMS[0]
     name_lists = split_shards(source.specs, shard_bytes)
@@ -100,7 +103,7 @@ def export(
     files |= copy_side_files(structure.checkpoint.path, folder, plan.side_files)
     size = sum(spec_bytes(s) for s in source.specs.values())
     beside = files if plan.pipeline is None else copied  # the card is that of the whole pipeline
-    write_card(partial.path, beside, lambda card: result_card(card, plan, structure, size))
+    write_card(partial.path, beside, lambda card: result_card(card, plan, structure, size), edited)
     record = _record(plan, structure, source, hashes, hashed) | {"files": files, "config": without_quantization(config)}
     digest = write_record(folder, record)
     if plan.pipeline is not None:
@@ -117,7 +120,12 @@ def _beside_config(plan: Plan, config: dict[str, Any]) -> dict[str, bytes]:
 
 
 def _export_gguf(
-    plan: Plan, structure: ModelStructure, partial: Partial, source: ExportTensors, hashed: Mapping[str, str]
+    plan: Plan,
+    structure: ModelStructure,
+    partial: Partial,
+    source: ExportTensors,
+    hashed: Mapping[str, str],
+    edited: bytes | None,
 ) -> None:
     """The folder with one GGUF file; the tokenizer and other files stay beside it, for qkit and for eyes."""
     model, folder = structure.checkpoint, partial.path
@@ -131,7 +139,7 @@ def _export_gguf(
     files = {**hashes, "config.json": hashlib.sha256(data).hexdigest()}
     files |= copy_side_files(model.path, folder, plan.side_files)
     size = (folder / MODEL).stat().st_size
-    write_card(folder, files, lambda card: result_card(card, plan, structure, size))
+    write_card(folder, files, lambda card: result_card(card, plan, structure, size), edited)
     record = _record(plan, structure, source, hashes, hashed) | {"files": files, "config": without_quantization(config)}
     write_record(folder, record | {"plain": dict(sorted(plain.items()))})
 

@@ -21,6 +21,7 @@ from qkit.verification.record import Fields, Findings, check_fields, is_hash, is
 
 RECORD = "qkit.json"
 REJECTED = "qkit-rejected.json"  # the mark of 'qkit check', the one file that comes after the export
+CARD = "README.md"  # the user's to edit: no loader reads it
 _SUMMED = 2  # the format version from which records have sums
 _KEPT = ("files", "config", "sum")
 
@@ -91,7 +92,9 @@ def check_files(
     out: Path, listed: Mapping[str, str], excluded: Collection[str], topic: str, findings: Findings
 ) -> None:
     """Compares every file below ``out`` with ``listed``, {name: sha256}. excluded: names, of folders too, that other checks
-    look at, except those of them that are listed."""
+    look at, except those of them that are listed. The card may have any content (``card_note``)."""
+    if _is_file(out / CARD) or not os.path.lexists(out / CARD):  # a folder of that name could hold anything
+        excluded = [*excluded, CARD]
     present, folders = _walk(out, excluded)
     present |= {name for name in listed if name.partition("/")[0] in excluded and _is_file(out / name)}
     parents = {str(parent) for name in listed for parent in Path(name).parents}
@@ -123,6 +126,15 @@ def _walk(out: Path, excluded: Collection[str]) -> tuple[set[str], set[str]]:
         folders |= {str(root / name) for name in subfolders}
         files |= {str(root / name) for name in names}
     return files - {RECORD, REJECTED, *excluded}, folders
+
+
+def card_note(out: Path, listed: Mapping[str, str]) -> str | None:
+    """What became of the card since the export, which is no problem; None where it is as it was."""
+    if not os.path.lexists(out / CARD):
+        return f"{CARD} was removed" if CARD in listed else None
+    if CARD not in listed:
+        return f"{CARD} was added"
+    return None if sha256_of(out / CARD) == listed[CARD] else f"{CARD} was edited"
 
 
 def sha256_of(path: Path) -> str | None:

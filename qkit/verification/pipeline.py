@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from qkit.verification.files import check_files, check_sum, has_sums, is_summed
+from qkit.verification.files import card_note, check_files, check_sum, has_sums, is_summed
 from qkit.verification.record import FORMAT_VERSION, Fields, Findings, check_fields, is_hash, is_int, is_text, read_json
 
 INDEX = "model_index.json"
@@ -77,17 +77,20 @@ def packed_part(out: Path, findings: Findings) -> Path:
     return out / (str(record["pipeline"]) if record else "transformer")
 
 
-def check_around(out: Path, part: Path, findings: Findings) -> None:
-    """Checks the files of a pipeline around the packed component ``part``; nothing for a folder that is no pipeline."""
+def check_around(out: Path, part: Path, findings: Findings) -> list[str]:
+    """Checks the files of a pipeline around the packed component ``part``; nothing for a folder that is no pipeline. Gives
+    notes."""
     record = None if part == out else _record(out, Findings())
     if record is None:
-        return
+        return []
     if is_summed(record) and has_sums(record, findings, top=True):
         check_sum(out, record, findings)
     check_files(out, record["files"], [part.name], "pipeline", findings)
     for name in sorted(record["files"]):
         findings.check("pipeline", not name.endswith(_RUNS_CODE), name, "can run code when it is read; remove it")
     findings.check("pipeline", part.is_dir(), part.name, "the folder of the packed component is missing")
+    note = card_note(out, record["files"])
+    return [] if note is None else [note]
 
 
 def _record(out: Path, findings: Findings) -> dict[str, Any] | None:

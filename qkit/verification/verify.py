@@ -22,7 +22,7 @@ from qkit.errors import BadCheckpoint
 from qkit.verification.cache_engines import cache_kind
 from qkit.verification.decode import FLOATS, DecodedLinear, StoredTensor
 from qkit.verification.experts import check_experts, check_source
-from qkit.verification.files import check_config, check_files, check_sum, has_mark, has_sums, is_summed
+from qkit.verification.files import card_note, check_config, check_files, check_sum, has_mark, has_sums, is_summed
 from qkit.verification.fused_layers import check_fused
 from qkit.verification.gguf import MODEL, check_gguf, is_gguf
 from qkit.verification.gguf_engines import gguf_rows
@@ -86,8 +86,8 @@ def verify(out: Path, job: Path | None = None, source: Path | None = None) -> Re
     findings = Findings()
     part = packed_part(out, findings)
     report = _check_packed(part, job, source, findings) if part.is_dir() else Report()
-    check_around(out, part, findings)
-    notes = [*report.notes, *([REJECTED_NOTE] if has_mark(out, findings) else [])]
+    around = check_around(out, part, findings)
+    notes = [*report.notes, *around, *([REJECTED_NOTE] if has_mark(out, findings) else [])]
     return replace(report, problems=findings.problems, checks=dict(findings.checks), notes=notes)
 
 
@@ -109,6 +109,7 @@ def _check_packed(out: Path, job: Path | None, source: Path | None, findings: Fi
     if summed:
         check_sum(out, data, findings)
         check_files(out, data["files"], [path.name for path in _weight_files(out)], "files", findings)
+        notes += [note] if (note := card_note(out, data["files"])) else []
     return Report(
         linears=len(record.linears) if record else 0,
         skipped=len(record.skipped) if record else 0,

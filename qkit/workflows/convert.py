@@ -21,6 +21,7 @@ from qkit.engine.partial_output import LISTING, Partial
 from qkit.errors import BadCheckpoint, Unsupported, VerifyFailure
 from qkit.families.discover import kind_of
 from qkit.families.structure import ModelStructure, dtype_of
+from qkit.files.card import edited_card
 from qkit.files.checkpoint import check_config
 from qkit.files.folder import is_pipeline, read_record
 from qkit.files.locate import find_model
@@ -84,7 +85,7 @@ def convert(model: str, export: str, out: Path, progress: Progress, overwrite: b
     try:
         with Partial.claim(out, work) as partial:
             progress.start("write and verify", 2)
-            target.write(partial)
+            target.write(partial, edited_card(out))
             progress.step()
             report = verify(partial.path)
             progress.step()

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit.engine.card import CARD, converted_card, write_card
+from qkit.engine.card import converted_card, write_card
 from qkit.engine.export import SHARD_BYTES, module_names, shard_name, spec_bytes, split_shards, without_quantization
 from qkit.engine.partial_output import Partial
 from qkit.families.discover import kind_of
 from qkit.families.structure import ModelStructure, dtype_of
+from qkit.files.card import CARD
 from qkit.files.folder import RECORD, hub_source
 from qkit.files.record import FORMAT_VERSION, to_bytes, write_record
 from qkit.files.safefile import DTYPE_NAMES, read_tensor, write_atomic, write_safetensors
@@ -113,8 +114,8 @@ class Target:
             self._cached = (name, written)
         return self._cached[1]
 
-    def write(self, partial: Partial) -> None:
-        """All files of the result."""
+    def write(self, partial: Partial, edited: bytes | None) -> None:
+        """All files of the result. edited: the card that its card goes on from, in place of that of the source"""
         checkpoint, folder = self.packed.checkpoint, partial.path
         lists = split_shards(self.specs, SHARD_BYTES)
         shards = {shard_name("model", i, len(lists)): names for i, names in enumerate(lists)}
@@ -139,7 +140,7 @@ class Target:
             write_atomic(folder / name, data)
             files[name] = hashlib.sha256(data).hexdigest()
         files |= copy_side_files(checkpoint.path, folder, checkpoint.side_files)
-        write_card(folder, files, lambda card: converted_card(card, self.export))
+        write_card(folder, files, lambda card: converted_card(card, self.export, edited))
         write_record(folder, self._record(hashes) | {"files": files, "config": without_quantization(config)})
 
     @property

@@ -32,6 +32,7 @@ from qkit.families.discover import kind_of
 from qkit.families.encoder import ENCODERS
 from qkit.families.pruned import PrunedStructure, whole_of, without_experts
 from qkit.families.structure import ModelStructure
+from qkit.files.card import edited_card
 from qkit.files.checkpoint import Checkpoint, check_config, check_tied
 from qkit.files.folder import DENOISER, is_pipeline, weights_folder
 from qkit.files.job_folder import remove_job
@@ -243,7 +244,7 @@ def quantize(
         repair(running, structure, job, pool, progress)
         measure_scales(running, structure, job, pool, progress)
         progress.start("export and verify", 2)
-        export(plan, structure, job, partial, source, hashed, replaced=replaced)
+        export(plan, structure, job, partial, source, hashed, replaced=replaced, edited=edited_card(out))
         decide_steps(plan, structure, partial.path, progress)
         progress.step()
         report = verify(partial.path, work, source)
