@@ -47,8 +47,8 @@ CALIB_HELP = (
 def row_options(option: Callable[..., Any]) -> Callable[[_Command], _Command]:
     """The options that say how calibration samples are made from data. option: ``in_group`` of their group."""
     options = [
-        option("--samples", type=int, default=128, show_default=True, help="Number of calibration samples."),
-        option("--seqlen", type=int, default=256, show_default=True, help="Tokens per calibration sample."),
+        option("--samples", type=int, help="Number of calibration samples (default: 128)."),
+        option("--seqlen", type=int, help="Tokens per calibration sample (default: 256)."),
         option(
             "--padded",
             is_flag=True,
@@ -100,7 +100,12 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["compressed-tensors", "qkit", "gptq", "awq", "modelopt", "mlx"]),
             help="Layout of the result (default: the first). Files in that of qkit load after 'import qkit'.",
         ),
-        scheme("--recipe", type=click.Path(path_type=Path), help="YAML file with rules per layer."),
+        scheme(
+            "--recipe",
+            type=click.Path(path_type=Path),
+            help="YAML file with rules per layer, or recipe.yaml of a result, which makes the same weights again. Other "
+            "options replace what it says.",
+        ),
         scheme(
             "--keep-source",
             "keep_source",
@@ -168,9 +173,8 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         calibration(
             "--synthetic-samples",
             type=int,
-            default=0,
-            help="Number of calibration samples that the model generates itself, in addition to --samples. With --samples 0 no "
-            "data is needed.",
+            help="Number of calibration samples that the model generates itself, in addition to --samples (default: 0). With "
+            "--samples 0 no data is needed.",
         ),
         click.option("--written", cls=RenamedOption, now="--synthetic-samples", type=int),
         diffusion(
@@ -193,9 +197,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         job(
             "--seed",
             type=int,
-            default=0,
-            show_default=True,
-            help="Random seed of rotations, synthetic samples and the order of learning.",
+            help="Random seed of rotations, synthetic samples and the order of learning (default: 0).",
         ),
         job(
             "--threads",

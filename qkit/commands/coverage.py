@@ -72,7 +72,11 @@ def show_coverage(prepared: PreparedRequest, console: Console, selected: Selecte
         console.print(
             Text(f"note: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f": {note}")
         )
-    for note in (*method_notes(plan, prepared.structure), *recorded_notes(plan, prepared.structure)):
+    for note in (
+        *method_notes(plan, prepared.structure),
+        *recorded_notes(plan, prepared.structure),
+        *prepared.notes,
+    ):
         console.print(Text(f"note: {note}"), soft_wrap=True)
     for understood in () if plan.calibration is None else plan.calibration.summary:
         console.print(Text(f"calibration: {understood}"), soft_wrap=True)

@@ -153,7 +153,7 @@ def profile_command(
         require("--pareto", "report", "matplotlib")
     of = curve_measure(names) if pareto else None
     check_measures(names)
-    base = Request(**{**options, "calib": options["calib"] or None})
+    base = Request(**{name: value for name, value in options.items() if value not in (None, ())})
     recipe_of(replace(base, scheme="w4a16", embeddings=None, head=None))  # the method, before what takes seconds
     parse_candidates(candidates, base.group_size)
     check_profile_folder(out)

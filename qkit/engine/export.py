@@ -30,7 +30,7 @@ from qkit.files.gguf_container import MODEL
 from qkit.files.hash_cache import cached_sha256
 from qkit.files.record import FORMAT_VERSION, to_bytes, write_record
 from qkit.files.safefile import DTYPE_NAMES, write_atomic, write_safetensors
-from qkit.files.side_files import check_unchanged, copy_side_files
+from qkit.files.side_files import RECIPE, check_unchanged, copy_side_files
 from qkit.kvcache.scales import FORMATS as CACHE_FORMATS
 from qkit.planning.gguf import GGUF
 from qkit.planning.layout import layout_config
@@ -52,6 +52,7 @@ def export(
     partial: Partial,
     source_folder: Path,
     hashed: Mapping[str, str],
+    recipe: bytes,
     shard_bytes: int = SHARD_BYTES,
     replaced: Mapping[str, Path] | None = None,
     edited: bytes | None = None,
@@ -59,6 +60,7 @@ def export(
     """Write the checkpoint into ``partial`` (emptied first), with the rest of the pipeline where ``source_folder`` is one.
 
     hashed:   ``source_hashes``
+    recipe:   content of recipe.yaml
     replaced: {component: folder to copy in place of its own}
     edited:   the card that this one goes on from, in place of that of the source
     Raises BadCheckpoint, before anything is written, for a copied file that changed since the plan was made.
@@ -69,7 +71,7 @@ def export(
     folder = partial.path if plan.pipeline is None else partial.path / DENOISER
     source = ExportTensors(plan, structure, job)
     if plan.export == GGUF:
-        _export_gguf(plan, structure, partial, source, hashed, edited)
+        _export_gguf(plan, structure, partial, source, hashed, recipe, edited)
         return
     stem = WEIGHT_STEMS[1] if structure.family.streams else WEIGHT_STEMS[0]
     name_lists = split_shards(source.specs, shard_bytes)
@@ -78,7 +80,8 @@ def export(
     config = _config(plan, structure, job, source)
     documents = _beside_config(plan, config)
     names = [*shards, index_name, "config.json", *documents, RECORD, *plan.side_files]
-    around = [CARD] if plan.pipeline is None else [*rest_names(plan.pipeline, replaced or {}), RECORD, CARD]
+    around = [CARD, RECIPE]
+    around += [] if plan.pipeline is None else [*rest_names(plan.pipeline, replaced or {}), RECORD]
     partial.begin(list(dict.fromkeys([*around, *(str((folder / n).relative_to(partial.path)) for n in names)])))
     copied: dict[str, str] = {}
     if plan.pipeline is not None:
@@ -97,12 +100,13 @@ def export(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         documents[index_name] = to_bytes(index)
     documents["config.json"] = to_bytes(config)
+    files = dict(hashes)
     for name, data in documents.items():
-        write_atomic(folder / name, data)
-    files = {**hashes, **{name: hashlib.sha256(data).hexdigest() for name, data in documents.items()}}
+        _write(folder, name, data, files)
     files |= copy_side_files(structure.checkpoint.path, folder, plan.side_files)
     size = sum(spec_bytes(s) for s in source.specs.values())
-    beside = files if plan.pipeline is None else copied  # the card is that of the whole pipeline
+    beside = files if plan.pipeline is None else copied  # card and recipe are those of the whole pipeline
+    _write(partial.path, RECIPE, recipe, beside)
     write_card(partial.path, beside, lambda card: result_card(card, plan, structure, size), edited)
     record = _record(plan, structure, source, hashes, hashed) | {"files": files, "config": without_quantization(config)}
     digest = write_record(folder, record)
@@ -110,6 +114,12 @@ def export(
         files = {**copied, f"{DENOISER}/{RECORD}": digest}
         top = {"format_version": FORMAT_VERSION, "qkit_version": __version__, "pipeline": DENOISER, "files": files}
         write_record(partial.path, top)
+
+
+def _write(folder: Path, name: str, data: bytes, files: dict[str, str]) -> None:
+    """Write a file, and its sha256 into ``files``."""
+    write_atomic(folder / name, data)
+    files[name] = hashlib.sha256(data).hexdigest()
 
 
 def _beside_config(plan: Plan, config: dict[str, Any]) -> dict[str, bytes]:
@@ -125,18 +135,19 @@ def _export_gguf(
     partial: Partial,
     source: ExportTensors,
     hashed: Mapping[str, str],
+    recipe: bytes,
     edited: bytes | None,
 ) -> None:
     """The folder with one GGUF file; the tokenizer and other files stay beside it, for qkit and for eyes."""
     model, folder = structure.checkpoint, partial.path
-    partial.begin(list(dict.fromkeys([MODEL, "config.json", RECORD, CARD, *plan.side_files])))
+    partial.begin(list(dict.fromkeys([MODEL, "config.json", RECORD, CARD, RECIPE, *plan.side_files])))
     digest, plain = write_gguf(folder / MODEL, plan, structure, source)
     hashes = {MODEL: digest}
     entries = {name: place.to_json() for name, place in structure.gguf.places.items()}
     config = {**model.config, "quantization_config": {"quant_method": GGUF, "tensors": entries}}
-    data = to_bytes(config)
-    write_atomic(folder / "config.json", data)
-    files = {**hashes, "config.json": hashlib.sha256(data).hexdigest()}
+    files = dict(hashes)
+    _write(folder, "config.json", to_bytes(config), files)
+    _write(folder, RECIPE, recipe, files)
     files |= copy_side_files(model.path, folder, plan.side_files)
     size = (folder / MODEL).stat().st_size
     write_card(folder, files, lambda card: result_card(card, plan, structure, size), edited)

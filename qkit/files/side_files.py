@@ -46,10 +46,12 @@ CODE = (
 ARCHIVES = (*PICKLES, ".pt2", ".ptl", ".dill", ".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".rar", ".mar")
 KEPT = (".safetensors", ".safetensors.index.json")  # what has weights that go with a model has them in these
 STAYS = (*WEIGHTS, *CODE, *ARCHIVES)  # ends of the names, in small letters, of files that do not go with a model
+RECIPE = "recipe.yaml"
 CACHES = ("__pycache__", "__MACOSX")
-# At the top: written for the result, not copied. The last four say how the source is quantized, which the result is not.
+# At the top: written for the result, not copied. recipe.yaml, which llm-compressor writes too, and the last four say how the
+# source is quantized, which the result is not.
 OWN = (
-    *("config.json", RECORD, "qkit-rejected.json"),
+    *("config.json", RECORD, "qkit-rejected.json", RECIPE),
     *("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json"),
 )
 # What these map are tokens, and a token may be called 'kernels' or 'auto_map'.

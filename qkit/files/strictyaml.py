@@ -42,11 +42,11 @@ class LineDict(dict[str, Any]):
     lines: dict[str, int]
 
 
-def load_yaml(path: Path, label: str) -> Any:
+def load_yaml(path: Path, label: str, limit: int = MAX_BYTES) -> Any:
     """The content of a YAML file as plain values; mappings are ``LineDict``. An empty file gives None.
 
-    label: what the file is, for messages: 'recipe', 'budget'.
-    Raises BadRecipe, with file and line, for: more than 1 MB, not UTF-8, not YAML, more than one document, duplicate
+    label: what the file is, for messages: 'recipe', 'budget'; limit: bytes at most.
+    Raises BadRecipe, with file and line, for: a file that is too large, not UTF-8, not YAML, more than one document, duplicate
     keys, keys that are not text, anchors, aliases, tags, nesting deeper than 20, integers outside 64 bits, NaN and
     infinity. Raises IOFailure when the file cannot be read.
     """
@@ -54,19 +54,19 @@ def load_yaml(path: Path, label: str) -> Any:
         raise BadRecipe(f"{label} {path} is a pipe or a device: use a YAML file")
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(limit + 1)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise BadRecipe(f"{label} {path}: there is no such file: use the path of a YAML file") from error
     except OSError as error:
         raise IOFailure(f"{label} {path} cannot be read: {error.strerror}") from error
-    return parse_yaml(data, label, str(path))
+    return parse_yaml(data, label, str(path), limit)
 
 
-def parse_yaml(data: bytes, label: str, source: str) -> Any:
+def parse_yaml(data: bytes, label: str, source: str, limit: int = MAX_BYTES) -> Any:
     """``load_yaml`` of bytes in memory; ``source`` names them in messages."""
     where = f"{label} {source}"
-    if len(data) > MAX_BYTES:
-        raise BadRecipe(f"{where} is larger than {MAX_BYTES} bytes; this cannot be a {label} written by hand")
+    if len(data) > limit:
+        raise BadRecipe(f"{where} is larger than {limit} bytes; this cannot be a {label} written by hand")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -81,6 +81,11 @@ def parse_yaml(data: bytes, label: str, source: str) -> Any:
         raise BadRecipe(f"{where}{line}: not valid YAML: {error.problem or error.context}{hint}") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # characters, or an escape for one, that do not exist
         raise BadRecipe(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def to_yaml(data: Any) -> str:
+    """The text of plain values, which ``load_yaml`` reads back as they are."""
+    return yaml.dump(data, Dumper=_YamlWriter, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
 
 
 def check_keys(mapping: LineDict, keys: Iterable[str], where: str) -> None:
@@ -178,6 +183,21 @@ class _YamlReader:
 
     def bad(self, event: Any, problem: str) -> BadRecipe:
         return BadRecipe(f"{self.where}, line {_line(event)}: {problem}")
+
+
+class _YamlWriter(yaml.SafeDumper):
+    """Writes every value out, and quotes text that the reader would take for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _quoted(writer: _YamlWriter, text: str) -> yaml.ScalarNode:
+    plain = text not in _WORDS and not any(pattern.match(text) for pattern in (_INT, _FLOAT, _NOT_FINITE))
+    return writer.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_YamlWriter.add_representer(str, _quoted)
 
 
 def _line(event: Any) -> int:

@@ -147,6 +147,8 @@ def checked(p: CachePolicy) -> CachePolicy:
     """The policy itself. Raises UsageError for one with invalid values."""
     if p.kind == "hierarchical" and p.widths != (8,):
         raise UsageError(f"kv policy {p.name}: it has 4 and 4 bits, read as 4 or as 8: write hierarchical8")
+    if p.kind not in KINDS:
+        raise UsageError(f"kv policy of kind {p.kind!r}: expected one of {', '.join(KINDS)}")
     allowed = WIDTHS_OF.get(p.kind, tuple(w for w in WIDTHS if w < 16))
     bad = [w for w in p.widths if w not in allowed]
     if bad or not p.widths:

@@ -17,7 +17,7 @@ Names come from qkit's own tables; nothing in a recipe is ever imported or run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -41,6 +41,7 @@ MOST_SPARSE = 20.0  # percent: beyond it a wider format takes less room
 SOURCE = "source"  # as the format of an end: as the source stores it
 ROW = -1  # as a group size: one scale for each row
 AUTO = "auto"  # in a method: what comes in its place is found for every block (``qkit.engine.auto``)
+FILE_LIMIT = 1 << 26  # bytes of a recipe file: that of a budget names every layer
 TRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq": ("gptq", {"sweeps": 4, "compensate": 0.0}),
     "gptq, compensate 0.5": ("gptq", {"sweeps": 4, "compensate": 0.5}),
@@ -326,18 +327,31 @@ def parse_end(text: str, option: str) -> Scheme:
     return Scheme(found.name, found.weights.with_group(size))
 
 
-def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
-    """A recipe file with command-line values put over it. Raises BadRecipe naming file, line and key."""
-    data = load_yaml(path, "recipe")
+def load_recipe(path: Path, overrides: dict[str, Any], beside: Iterable[str] = ()) -> Recipe:
+    """A recipe file with command-line values put over it, options of the method one by one. With another method, those of the
+    file that it has not are left out.
+
+    beside: what else may stand in the file, for others to read. Raises BadRecipe naming file, line and key.
+    """
+    data = load_yaml(path, "recipe", FILE_LIMIT)
     if not isinstance(data, LineDict):
         raise BadRecipe(
             f"{path}: expected a mapping with 'scheme' and 'method' at the top, found {type(data).__name__}"
         )
-    check_keys(data, list(Recipe.model_fields), str(path))
-    rules = data.get("rules")
+    check_keys(data, [*Recipe.model_fields, *beside], str(path))
+    data = LineDict({name: value for name, value in data.items() if name in Recipe.model_fields})
+    rules, options = data.get("rules"), data.get("options")
     for rule in rules if isinstance(rules, list) else []:  # anything else is refused with the other fields
         if isinstance(rule, LineDict):
             check_keys(rule, list(Rule.model_fields), str(path))
+    if isinstance(options, dict):
+        found, method = current_names(options), overrides.get("method")
+        if method is not None and data.get("method") not in (None, method):  # another method has options of its own
+            transforms, solver = parse_method(method)
+            known = _options_of(solver, transforms)
+            found = {name: value for name, value in found.items() if name in known}
+        data["options"] = {**found, **current_names(overrides.get("options", {}))}
+        overrides = {name: value for name, value in overrides.items() if name != "options"}
     return make_recipe({**data, **overrides}, str(path))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from qkit.calibration.sources import CalibSource, Given, parse_sources
 from qkit.errors import UsageError
 from qkit.planning.recipe import Recipe, Rule, load_recipe, make_recipe, parse_method
+from qkit.planning.recipe_file import RecordedRun
 from qkit.planning.renamed import current_names
 from qkit.transforms.table import EFFORTS, TRANSFORMS
 
@@ -29,7 +30,8 @@ class Request:
     what the recipe says. keep_source: globs of layers that stay as a quantized source stores them, before all rules. call: of a
     diffusion pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and rows_memory
     the bytes that rows may use in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run
-    with, as ``Policy.to_json`` gives it; key_exponents: as in a plan.
+    with, as ``Policy.to_json`` gives it; key_exponents: as in a plan. recorded: what the recipe file says of the run that wrote
+    it.
     """
 
     model: str
@@ -70,6 +72,7 @@ class Request:
     threads: int | None = None
     kv: dict[str, Any] | None = None
     key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    recorded: RecordedRun | None = None
 
     @property
     def sources(self) -> tuple[CalibSource, ...]:
@@ -119,7 +122,9 @@ def recipe_of(request: Request) -> Recipe:
             "no scheme: add --scheme (for instance w4a16) or --recipe FILE ('qkit list schemes' shows all)"
         )
     recipe = (
-        make_recipe(overrides, "command line") if request.recipe is None else load_recipe(request.recipe, overrides)
+        make_recipe(overrides, "command line")
+        if request.recipe is None
+        else load_recipe(request.recipe, overrides, RecordedRun.model_fields)
     )
     kept = tuple(Rule(match=glob, keep=True) for glob in request.keep_source)
     recipe = recipe.model_copy(update={"rules": (*kept, *recipe.rules)}) if kept else recipe

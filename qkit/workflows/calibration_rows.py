@@ -53,6 +53,7 @@ def calibration_asked(
 def calibration_of(request: Request, structure: ModelStructure) -> Calibration:
     """The rows of a request: image-text data, rows of a text, or calls along a trajectory."""
     check_rows(request)
+    _refuse_missing_data(request)
     is_text = structure.family.streams is None and not wants_image_text(request, structure)
     if not is_text and (request.padded or request.answers_only):
         raise UsageError(
@@ -67,6 +68,18 @@ def calibration_of(request: Request, structure: ModelStructure) -> Calibration:
     if is_text:
         return replace(text_rows(request, structure), written=request.synthetic_samples)
     return trajectory_rows(request, structure) if structure.family.streams else requested_image_text(request, structure)
+
+
+def _refuse_missing_data(request: Request) -> None:
+    """Raises UsageError where a recipe was made with data of a user that is not named: other data would give other weights."""
+    if request.recorded is None or request.calib is not None or request.samples == 0:
+        return
+    if files := request.recorded.calibration.files:
+        named = " ".join(f"--calib {source.words}" for source in files)
+        raise UsageError(
+            f"{request.recipe}: it was calibrated on {request.recorded.calibration.named}, and no data is in a recipe: add "
+            f"{named} with the path of the file, or other data of yours"
+        )
 
 
 def wants_image_text(request: Request, structure: ModelStructure) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -21,7 +22,7 @@ from qkit.files.card import CARD
 from qkit.files.folder import RECORD, hub_source
 from qkit.files.record import FORMAT_VERSION, to_bytes, write_record
 from qkit.files.safefile import DTYPE_NAMES, read_tensor, write_atomic, write_safetensors
-from qkit.files.side_files import copy_side_files
+from qkit.files.side_files import RECIPE, copy_side_files, file_digest
 from qkit.files.sources.packed import PackedFolder
 from qkit.kvcache.policy import parse
 from qkit.kvcache.scales import FORMATS
@@ -129,7 +130,7 @@ class Target:
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             documents["model.safetensors.index.json"] = index
-        partial.begin(list(dict.fromkeys([*shards, *documents, RECORD, CARD, *checkpoint.side_files])))
+        partial.begin(list(dict.fromkeys([*shards, *documents, RECORD, CARD, *self.side_files])))
         hashes = {
             file: write_safetensors(folder / file, [(n, *self.specs[n]) for n in names], self.load)
             for file, names in shards.items()
@@ -139,9 +140,16 @@ class Target:
             data = to_bytes(content)
             write_atomic(folder / name, data)
             files[name] = hashlib.sha256(data).hexdigest()
-        files |= copy_side_files(checkpoint.path, folder, checkpoint.side_files)
+        files |= copy_side_files(checkpoint.path, folder, self.side_files)
         write_card(folder, files, lambda card: converted_card(card, self.export, edited))
         write_record(folder, self._record(hashes) | {"files": files, "config": without_quantization(config)})
+
+    @cached_property
+    def side_files(self) -> dict[str, str]:
+        """What goes with the model, and the recipe of its weights, which stay."""
+        folder = self.packed.checkpoint.path
+        recipe = {RECIPE: file_digest(folder, RECIPE)} if (folder / RECIPE).is_file() else {}
+        return {**self.packed.checkpoint.side_files, **recipe}
 
     @property
     def skipped(self) -> dict[str, str]:

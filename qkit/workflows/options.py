@@ -18,6 +18,7 @@ from qkit.files.locate import find_model
 from qkit.files.sources.lora import is_adapter
 from qkit.kvcache.policy import CacheRequest, parse
 from qkit.planning.recipe import MOST_SPARSE, Recipe
+from qkit.planning.recipe_file import RecordedRun, load_run
 from qkit.planning.request import REQUANT, Request, is_requant, recipe_of
 from qkit.sensitivity.candidates import GGUF, parse_candidates
 from qkit.sensitivity.names import PROFILE
@@ -54,12 +55,10 @@ DEFAULTS: dict[str, Any] = {
     "expert_share": None,
     "prune_experts": None,
     "calib": (),
-    "samples": 128,
-    "seqlen": 256,
-    "synthetic_samples": 0,
+    **dict.fromkeys(("samples", "seqlen", "synthetic_samples")),
     "padded": False,
     "answers_only": False,
-    "seed": 0,
+    "seed": None,
     "threads": None,
 }
 
@@ -181,6 +180,7 @@ def make_request(options: dict[str, Any]) -> Request:
     if revision is not None or required:
         options["model"] = str(find_model(options["model"], revision, required))
     options["calib"] = options["calib"] or None
+    _fill_in(options, call)
     parse_sources(options["calib"])
     base = options.pop("base")
     if base is not None:
@@ -190,6 +190,24 @@ def make_request(options: dict[str, Any]) -> Request:
     kept = options.pop("keep_source")
     options["keep_source"] = (kept,) if isinstance(kept, str) else tuple(kept)
     return Request(options=method_options, call=call, policy=policy, targets=targets, **options)
+
+
+def _fill_in(options: dict[str, Any], call: dict[str, Any]) -> None:
+    """What was not given: from the recipe file, else by default."""
+    run = options["recorded"] = None if options["recipe"] is None else load_run(options["recipe"])
+    recorded = RecordedRun() if run is None else run
+    calibration = recorded.calibration
+    for name, default in (("samples", 128), ("seqlen", 256), ("synthetic_samples", 0)):
+        found = getattr(calibration, name)
+        options[name] = next(x for x in (options[name], found, default) if x is not None)
+    for name in ("padded", "answers_only"):
+        options[name] = options[name] or getattr(calibration, name)
+    if options["seed"] is None:
+        options["seed"] = recorded.seed or 0
+    if options["calib"] is None and not calibration.files:
+        options["calib"] = tuple(source.words for source in calibration.sources) or None
+    options["kv"], options["key_exponents"] = recorded.kv, recorded.key_exponents
+    call.update({name: value for name, value in recorded.call.items() if name not in call})
 
 
 def _with_base(adapter: str, base: str) -> tuple[str, str]:

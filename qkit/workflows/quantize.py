@@ -40,6 +40,7 @@ from qkit.files.locate import find_model, record_source
 from qkit.files.output import check_output_dir, commit_dir, remove_result
 from qkit.planning.plan import Plan, rows_reason
 from qkit.planning.recipe import Recipe
+from qkit.planning.recipe_file import recipe_file, run_notes
 from qkit.planning.request import Request, recipe_of
 from qkit.planning.towers import SKIP
 from qkit.sensitivity.forecast import repair_memory, weighing_memory
@@ -69,6 +70,7 @@ class PreparedRequest:
     components: dict[str, Request] = field(
         default_factory=dict
     )  # of a diffusion pipeline, those that are quantized too
+    notes: tuple[str, ...] = ()  # what differs from the run that wrote the recipe
 
 
 def open_structure(model: str, language_for: str = "", adapter: str | None = None) -> ModelStructure:
@@ -126,7 +128,8 @@ def prepare(request: Request, rows: Calibration | None = None) -> PreparedReques
         after["scores of experts"] = pruning_memory(plan, structure)
     if "rotate" in plan.transforms:
         after["proof of the rotation"] = proof_memory(whole_of(structure))
-    return PreparedRequest(plan, structure, forecast_of(plan, structure, threads, after), components)
+    notes = () if request.recorded is None else tuple(run_notes(request.recorded, plan))
+    return PreparedRequest(plan, structure, forecast_of(plan, structure, threads, after), components, notes)
 
 
 def _components(folder: Path, recipe: Recipe, request: Request, structure: ModelStructure) -> dict[str, Request]:
@@ -244,7 +247,8 @@ def quantize(
         repair(running, structure, job, pool, progress)
         measure_scales(running, structure, job, pool, progress)
         progress.start("export and verify", 2)
-        export(plan, structure, job, partial, source, hashed, replaced=replaced, edited=edited_card(out))
+        recipe = recipe_file(plan, request, structure, hashed)
+        export(plan, structure, job, partial, source, hashed, recipe, replaced=replaced, edited=edited_card(out))
         decide_steps(plan, structure, partial.path, progress)
         progress.step()
         report = verify(partial.path, work, source)

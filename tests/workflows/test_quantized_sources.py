@@ -26,20 +26,20 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def result(model: Path, out: Path, **options: Any) -> dict[str, str]:
-    """{file: sha256} of all that a run wrote, but for the record, which names its source, and the card, which has its size."""
+    """{file: sha256} of all that a run wrote, but for what names its source or has its size: record, recipe and card."""
     qkit.quantize(model, out=out, **{"scheme": "w4a16", "group_size": 32, **options})
     assert qkit.verify(out).ok
     return {
         str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(out.rglob("*"))
-        if file.is_file() and file.name not in ("qkit.json", "README.md")
+        if file.is_file() and file.name not in ("qkit.json", "recipe.yaml", "README.md")
     }
 
 
 def record(out: Path) -> dict[str, Any]:
-    """The record, without the card."""
+    """The record, without card and recipe."""
     found = json.loads((out / "qkit.json").read_text())
-    del found["files"]["README.md"]
+    del found["files"]["README.md"], found["files"]["recipe.yaml"]
     return found
 
 
