@@ -23,6 +23,7 @@ VERBS = {
     "check": "Compare a packed checkpoint with a budget (for CI).",
     "bench": "Measure the speed of products and models.",
     "serve-command": "Print the command line that serves a result.",
+    "push": "Upload a result to the Hugging Face Hub.",
     "inspect": "Show the formats and sizes of a folder or a file.",
     "doctor": "Diagnose a quantized file of any tool.",
     "list": "List schemes, methods, formats, caches, families, models.",
@@ -50,6 +51,8 @@ def _command(name: str) -> click.Command:
         from qkit.commands.bench import bench_command as command
     elif name == "serve-command":
         from qkit.commands.serve_command import serve_command_command as command
+    elif name == "push":
+        from qkit.commands.push import push_command as command
     elif name == "inspect":
         from qkit.commands.inspect import inspect_command as command
     elif name == "doctor":

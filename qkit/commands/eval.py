@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qkit.calibration.options import QUESTIONS
+from qkit.commands.card_figures import write_figures
 from qkit.commands.common import OutFile, announce
 from qkit.commands.engine_tables import gguf_file, require_python, show_engine
 from qkit.commands.grid import printable
@@ -21,6 +22,7 @@ from qkit.engines.process import ENGINES, TIMEOUT, require_engine
 from qkit.errors import UsageError
 from qkit.evaluation.request import DTYPES, EvalRequest, dimensions_of
 from qkit.evaluation.sources import text_name
+from qkit.files.card import check_rewritable
 from qkit.files.embedded import embedded_text
 from qkit.files.locate import find_model
 from qkit.files.rejected import describe_mark, read_mark
@@ -67,6 +69,7 @@ _KV_CACHE, _DIFFUSION, _ENGINE, _DEVICE = (
 @click.option("--pairs", cls=RenamedOption, now="--image-text")
 @_MOST_USED("--report", "report_file", type=OutFile(), help="HTML file for a report of the results.")
 @_MOST_USED("--json", "json_file", type=OutFile(), help="JSON file for the results.")
+@_MOST_USED("--card", "in_card", is_flag=True, help="Put the figures into the card (README.md) of every OUT.")
 @_TEXTS("--window", default=512, show_default=True, type=click.IntRange(2), help="Tokens per window.")
 @_TEXTS("--windows", default=200, show_default=True, type=click.IntRange(1), help="Maximum number of windows per text.")
 @_TEXTS("--limit", type=click.IntRange(1), help="Maximum number of samples per task.")
@@ -121,6 +124,7 @@ def eval_command(
     vbench_python: Path | None,
     videos_dir: Path | None,
     report_file: Path | None,
+    in_card: bool,
     engine: str | None,
     python: Path | None,
     engine_timeout: float,
@@ -222,6 +226,7 @@ def eval_command(
     folders = [find_model(out) for out in outs]
     for folder in folders:
         require_sound(folder)
+        _ = check_rewritable(folder) if in_card else None
     original = None if baseline is None else find_model(baseline)
     for out, folder in zip(outs, folders, strict=True):
         mark = read_mark(folder)
@@ -237,6 +242,8 @@ def eval_command(
         write_atomic(json_file, json_bytes(measured[0] if len(measured) == 1 else {"models": measured}))
     if report_file is not None:
         write_atomic(report_file, _page(measured, folders, request, samples).encode())
+    if in_card:
+        write_figures(folders, measured)
     if len(measured) == 1:
         show(measured[0], console)
     else:

@@ -5,17 +5,18 @@ Everything in it is in the plan: nothing is measured for it, and it names no fol
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from qkit.families.structure import ModelStructure
 from qkit.files.card import CACHE, CARD, FIGURES, QUANTIZATION, read_card, section, with_section, without_sections
+from qkit.files.card_head import LAYOUT_TAGS, with_head
 from qkit.files.folder import hub_source
 from qkit.files.gguf_container import MODEL
 from qkit.files.safefile import write_atomic
+from qkit.files.side_files import MODULES, RECIPE
 from qkit.kvcache.policy import CachePolicy
 from qkit.planning.fused_layers import engine_lines_of
 from qkit.planning.gguf import GGUF
@@ -28,11 +29,15 @@ from qkit.verification.mlx_table import MLX_LM
 from qkit.verification.model_engines import EngineLine
 
 _LOADING = b"\nHow to load it:\n"  # begins the end of a section: what another layout changes
-_HEAD = re.compile(rb"\A---\r?\n(.*?)^---\r?\n", re.DOTALL | re.MULTILINE)
-_BASE = re.compile(rb"^base_model(_relation)?:.*\n([ \t-].*\n)*", re.MULTILINE)
-_FLAGS = ("scheme", "method", "group_size", "export", "embeddings", "head", "unloaded", "outliers", "rank", "significant",
-          "expert_share", "prune_experts", "gpu")  # fmt: skip
+_LIBRARIES = {GGUF: "gguf", "mlx": "mlx"}
+_TASKS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+}
 _PROVEN = "Every weight was decoded again by an independent program and compared with the one that was meant."
+_FOLDER = "FOLDER is a copy of these files."
 _NAMED = 4  # layers that a line names
 
 
@@ -49,8 +54,9 @@ def write_card(
     write_atomic(folder / CARD, card if edited is None else make(edited))
 
 
-def result_card(before: bytes, plan: Plan, structure: ModelStructure, size: int) -> bytes:
-    """The card with the section. before: the card of the source, or nothing; size: bytes of the tensors, or of the GGUF file"""
+def result_card(before: bytes, plan: Plan, structure: ModelStructure, size: int, command: str) -> bytes:
+    """The card with the section. before: the card of the source, or nothing; size: bytes of the tensors, or of the GGUF file;
+    command: that of recipe.yaml"""
     lines = [
         "## Quantized with qkit",
         "",
@@ -64,13 +70,13 @@ def result_card(before: bytes, plan: Plan, structure: ModelStructure, size: int)
         f"- Size: {megabytes(plan.source_bytes)} before, {megabytes(size)} after.",
         *_skipped(plan.skipped),
         "",
-        "How it was made:",
+        f"How it was made: `{RECIPE}` has every setting, and makes the same weights again:",
         "",
-        f"    {_command(plan, structure)}",
+        f"    {command}",
     ]
-    said = _text(lines) + _LOADING + _text(["", *_loading(plan, structure)])
+    said = _text(lines) + _LOADING + _text([_FOLDER, "", *_loading(plan, structure)])
     before = without_sections(before, CACHE, FIGURES)  # what was measured of other weights
-    return with_section(_with_base(before, structure), QUANTIZATION, said)
+    return with_section(with_head(before, *_head(plan, structure)), QUANTIZATION, said)
 
 
 def converted_card(before: bytes, export: str, edited: bytes | None = None) -> bytes:
@@ -83,7 +89,33 @@ def converted_card(before: bytes, export: str, edited: bytes | None = None) -> b
         f"Written in the layout {export} by qkit {__version__} (`qkit convert`), with the same codes and scales. {_PROVEN}",
         "`qkit verify FOLDER` checks every byte and lists the engines that load it.",
     ]
-    return with_section(before if edited is None else edited, QUANTIZATION, made + _text(lines))
+    card = with_head(before if edited is None else edited, {}, {"tags": ["qkit", export]}, drop=LAYOUT_TAGS)
+    return with_section(card, QUANTIZATION, made + _text(lines))
+
+
+def _head(plan: Plan, structure: ModelStructure) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the hub reads of a card: (fields that this result decides, fields for a card that has none; lists are added to).
+
+    The licence and all else of the source's card stays.
+    """
+    checkpoint = structure.checkpoint
+    repository = hub_source(checkpoint.path).get("repository")
+    decided = {} if repository is None else {"base_model": repository, "base_model_relation": "quantized"}
+    library = _LIBRARIES.get(plan.export)
+    decided |= {} if library is None else {"library_name": library}
+    widths = {p.weights.bits for p in plan.linears.values()}
+    tags = ["qkit", plan.export, *dict.fromkeys(p.scheme.lower() for p in plan.linears.values())]
+    tags += [f"{width}-bit" for width in widths if len(widths) == 1]
+    wanted: dict[str, Any] = {"tags": list(dict.fromkeys(tags))}
+    if plan.pipeline is not None:
+        wanted["library_name"] = "diffusers"
+    elif library is None:
+        wanted["library_name"] = "sentence-transformers" if MODULES in checkpoint.side_files else "transformers"
+    kind = type(structure.model).__name__
+    task = next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
+    if structure.is_language_model:
+        task = "image-text-to-text" if structure.family.text_types else "text-generation"
+    return decided, wanted if task is None else {**wanted, "pipeline_tag": task}
 
 
 def _text(lines: Iterable[str]) -> bytes:
@@ -136,30 +168,6 @@ def _skipped(skipped: Mapping[str, str]) -> Iterator[str]:
         yield f"- Not quantized: {shown}{more}: {_line(reason)}."
 
 
-def _command(plan: Plan, structure: ModelStructure) -> str:
-    """The command line that makes the same result, from the settings of the plan."""
-    recipe = plan.recipe
-    words = ["qkit", "quantize", "--model", hub_source(structure.checkpoint.path).get("repository", "MODEL")]
-    for name in _FLAGS:
-        value = recipe.get(name)
-        if value and not isinstance(value, Mapping):
-            words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
-    words += ["--engine", recipe["engine"]] if recipe["engine"] != "default" else []
-    words += ["--tp", str(recipe["tp"])] if recipe["tp"] > 1 else []
-    words += [w for name, value in sorted(recipe["options"].items()) for w in ("--option", f"{name}={value}")]
-    words += [w for name, value in sorted(recipe["targets"].items()) for w in ("--target", f"{name}={value}")]
-    layers = recipe["rules"] or any(isinstance(recipe.get(name), Mapping) for name in ("outliers", "rank"))
-    words += ["--recipe", "RECIPE.yaml"] if layers or recipe["policy"] else []
-    words += ["--seed", str(plan.seed)] if plan.seed else []
-    words += [] if plan.kv is None else ["--kv", CachePolicy.from_json(plan.kv).name]
-    data = plan.calibration
-    if data is not None and data.seqlen:
-        own = data.source.startswith("embedded")
-        words += [] if own else [w for of in data.understood for w in ("--calib", str(of["source"]))]
-        words += ["--samples", str(data.samples), "--seqlen", str(data.seqlen)]
-    return shlex.join([*words, "--out", "OUT"])
-
-
 def _loading(plan: Plan, structure: ModelStructure) -> Iterator[str]:
     """One line for every engine that loads the result, then those that do not."""
     lines: Sequence[EngineLine] = sorted(engine_lines_of(plan, structure), key=lambda line: not line.loads)
@@ -185,17 +193,6 @@ def _how(engine: str, plan: Plan, structure: ModelStructure) -> str:
         return '`import qkit`, then `DiffusionPipeline.from_pretrained("FOLDER")`'
     loader = "AutoModelForCausalLM" if structure.is_language_model else type(structure.model).__name__
     return f'`{loader}.from_pretrained("FOLDER"{f", gguf_file={MODEL!r}" if plan.export == GGUF else ""})`'
-
-
-def _with_base(card: bytes, structure: ModelStructure) -> bytes:
-    """The card whose head says what this is a quantized version of, where the source is a repository of the hub."""
-    repository = hub_source(structure.checkpoint.path).get("repository")
-    if repository is None:
-        return card
-    head = _HEAD.match(card)
-    base = f"base_model: {repository}\nbase_model_relation: quantized\n".encode()
-    kept, rest = (_BASE.sub(b"", head[1]), card[head.end() :]) if head else (b"", card)
-    return b"---\n" + kept + base + b"---\n" + rest
 
 
 def _code(text: str) -> str:

@@ -36,6 +36,7 @@ from qkit.planning.gguf import GGUF
 from qkit.planning.layout import layout_config
 from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.plan import Plan
+from qkit.planning.recipe_file import RecipeFile
 from qkit.planning.stock_loader import stock_refusal
 from qkit.system.version import __version__
 from qkit.tensor import compressed_tensors as ct
@@ -52,7 +53,7 @@ def export(
     partial: Partial,
     source_folder: Path,
     hashed: Mapping[str, str],
-    recipe: bytes,
+    recipe: RecipeFile,
     shard_bytes: int = SHARD_BYTES,
     replaced: Mapping[str, Path] | None = None,
     edited: bytes | None = None,
@@ -60,7 +61,7 @@ def export(
     """Write the checkpoint into ``partial`` (emptied first), with the rest of the pipeline where ``source_folder`` is one.
 
     hashed:   ``source_hashes``
-    recipe:   content of recipe.yaml
+    recipe:   recipe.yaml
     replaced: {component: folder to copy in place of its own}
     edited:   the card that this one goes on from, in place of that of the source
     Raises BadCheckpoint, before anything is written, for a copied file that changed since the plan was made.
@@ -106,8 +107,8 @@ def export(
     files |= copy_side_files(structure.checkpoint.path, folder, plan.side_files)
     size = sum(spec_bytes(s) for s in source.specs.values())
     beside = files if plan.pipeline is None else copied  # card and recipe are those of the whole pipeline
-    _write(partial.path, RECIPE, recipe, beside)
-    write_card(partial.path, beside, lambda card: result_card(card, plan, structure, size), edited)
+    _write(partial.path, RECIPE, recipe.content, beside)
+    write_card(partial.path, beside, lambda card: result_card(card, plan, structure, size, recipe.command), edited)
     record = _record(plan, structure, source, hashes, hashed) | {"files": files, "config": without_quantization(config)}
     digest = write_record(folder, record)
     if plan.pipeline is not None:
@@ -135,7 +136,7 @@ def _export_gguf(
     partial: Partial,
     source: ExportTensors,
     hashed: Mapping[str, str],
-    recipe: bytes,
+    recipe: RecipeFile,
     edited: bytes | None,
 ) -> None:
     """The folder with one GGUF file; the tokenizer and other files stay beside it, for qkit and for eyes."""
@@ -147,10 +148,10 @@ def _export_gguf(
     config = {**model.config, "quantization_config": {"quant_method": GGUF, "tensors": entries}}
     files = dict(hashes)
     _write(folder, "config.json", to_bytes(config), files)
-    _write(folder, RECIPE, recipe, files)
+    _write(folder, RECIPE, recipe.content, files)
     files |= copy_side_files(model.path, folder, plan.side_files)
     size = (folder / MODEL).stat().st_size
-    write_card(folder, files, lambda card: result_card(card, plan, structure, size), edited)
+    write_card(folder, files, lambda card: result_card(card, plan, structure, size, recipe.command), edited)
     record = _record(plan, structure, source, hashes, hashed) | {"files": files, "config": without_quantization(config)}
     write_record(folder, record | {"plain": dict(sorted(plain.items()))})
 

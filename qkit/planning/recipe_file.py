@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,8 +114,16 @@ def load_run(path: Path) -> RecordedRun:
     return run
 
 
-def recipe_file(plan: Plan, request: Request, structure: ModelStructure, hashed: Mapping[str, str]) -> bytes:
-    """The content of recipe.yaml. hashed: of the source (``source_hashes``)"""
+@dataclass(frozen=True)
+class RecipeFile:
+    """recipe.yaml, and the command line that reads it."""
+
+    command: str
+    content: bytes
+
+
+def recipe_file(plan: Plan, request: Request, structure: ModelStructure, hashed: Mapping[str, str]) -> RecipeFile:
+    """The recipe of a run. hashed: of the source (``source_hashes``)"""
     recipe = _explicit(Recipe.model_validate(plan.recipe))
     calibration = _calibration(plan, request)
     data: dict[str, Any] = {
@@ -134,7 +143,7 @@ def recipe_file(plan: Plan, request: Request, structure: ModelStructure, hashed:
         words += [word for source in calibration.sources for word in ("--calib", source.words)]
     command = "".join(c for c in shlex.join([*words, "--out", "OUT"]) if c.isprintable())
     head = f"# How this model was quantized by qkit {__version__}. This makes the same weights again:\n#   {command}\n"
-    return (head + to_yaml(data)).encode()
+    return RecipeFile(command, (head + to_yaml(data)).encode())
 
 
 def run_notes(run: RecordedRun, plan: Plan) -> Iterator[str]:

@@ -33,7 +33,10 @@ def made(tiny, tmp_path_factory):
 def test_the_card_has_the_facts_of_the_file_behind_those_of_the_source(made):
     _, out = made
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\nlicense: mit\n---\n# The original\n")
+    assert (
+        card.startswith("---\nlicense: mit\nlibrary_name: gguf\ntags: [qkit, gguf, ")
+        and "\n---\n# The original\n" in card
+    )
     assert f", {megabytes((out / MODEL).stat().st_size)} after." in card and "- Method: rtn with" in card
     assert "| Q5_0 | q5_0 |" in card and "| 5.500 |" in card and "| Q8_0 | q8_0 |" in card
     assert "`llama-server --model model.gguf`" in card and "vLLM does not load it" in card
