@@ -62,6 +62,8 @@ class FakeHub:
         return self._repository(name, verb, branch, body, address)
 
     def _repository(self, name, verb, branch, body, address):
+        if name not in self.repositories:
+            return 404, {"error": "Repository not found"}
         repository = self.repositories[name]
         if verb is None or verb == "revision":
             files = repository["branches"]["main" if verb is None else branch]
