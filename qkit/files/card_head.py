@@ -21,7 +21,8 @@ def with_head(card: bytes, decided: Mapping[str, Any], wanted: Mapping[str, Any]
     """
     head = _HEAD.match(card)
     text, rest = (head[1], card[head.end() :]) if head else (b"", card)
-    found, fields = _read(text), dict(decided)
+    found = _read(text)
+    fields = {name: value for name, value in decided.items() if found is None or found.get(name) != value}
     for name, value in wanted.items() if found is not None else ():
         there = found[name] if found and name in found else None
         if isinstance(value, list) and isinstance(there, (list, type(None))):

@@ -191,6 +191,12 @@ class _YamlWriter(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def serialize(self, node: yaml.Node) -> None:
+        """The outermost mapping has a line for each key, also where all values are plain."""
+        if isinstance(node, yaml.MappingNode):
+            node.flow_style = False
+        super().serialize(node)
+
 
 def _quoted(writer: _YamlWriter, text: str) -> yaml.ScalarNode:
     plain = text not in _WORDS and not any(pattern.match(text) for pattern in (_INT, _FLOAT, _NOT_FINITE))

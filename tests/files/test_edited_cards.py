@@ -77,16 +77,17 @@ def test_the_record_follows_a_card_that_nobody_edited(out):
 def test_quantize_and_convert_keep_what_a_user_wrote(out, tiny, tmp_path, run):
     card, model = out / "README.md", str(tiny("llama"))
     rewrite_card(out, lambda before: with_section(before, FIGURES, b"figures of these weights"))
-    card.write_text(f"{WORDS}{card.read_text()}Behind it.\n")
+    head, sections = card.read_text().split("---\n")[1:]
+    card.write_text(f"---\n{head}---\n{WORDS}{sections}Behind it.\n")
     edited = card.read_text()
     code, said, _ = run("quantize", "--model", model, "--scheme", "w4a16", "--group-size", 32, "--out", out)
     assert code == 0 and "already complete" in said and card.read_text() == edited
     convert(str(out), "gptq", tmp_path / "gptq", Quiet())
     moved = (tmp_path / "gptq" / "README.md").read_text()
-    assert moved.startswith(WORDS) and "Behind it." in moved and "figures of these weights" in moved
+    assert f"---\n{WORDS}" in moved and "Behind it." in moved and "figures of these weights" in moved
     run("quantize", "--model", model, "--scheme", "w8a16", "--out", out, "--overwrite")
     now = card.read_text()
-    assert now.startswith(WORDS) and now.endswith("Behind it.\n") and "W8A16" in now and "W4A16" not in now
+    assert f"---\n{WORDS}" in now and now.endswith("Behind it.\n") and "W8A16" in now and "W4A16" not in now
     assert "figures of these weights" not in now and verify(out).ok
     run("quantize", "--model", model, "--scheme", "w4a16", "--out", out, "--overwrite")
     assert "Written by hand." in card.read_text() and verify(out).notes == ["README.md was edited"]
