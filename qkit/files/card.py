@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from qkit.errors import BadCheckpoint
+from qkit.errors import BadCheckpoint, BadInput
 from qkit.files.folder import RECORD, RECORD_LIMIT, load_json
 from qkit.files.owned import check_file
 from qkit.files.record import write_record
@@ -86,10 +86,9 @@ def check_rewritable(out: Path) -> dict[str, Any]:
 def edited_card(out: Path) -> bytes | None:
     """The card of a result, where somebody changed it since the export; None where nobody did, or there is no result."""
     try:
-        record = check_rewritable(out)
-    except BadCheckpoint:
+        record, card = check_rewritable(out), read_card(out)
+    except BadInput:  # no record, or a link in the place of the card
         return None
-    card = read_card(out)
     return card if card and record["files"].get(CARD) != _digest(card) else None
 
 
