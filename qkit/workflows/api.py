@@ -71,8 +71,9 @@ def quantize(
     read = _read({"model": model, "scheme": scheme, "method": method, "calib": calib, **options}, target)
     check_places(read.request.model, target, job, overwrite)
     check_result_there(read, target, overwrite)
-    request = measure_first(look_ahead(read), read, target, job, listener).request
-    return run(request, target, listener, work=job, overwrite=overwrite, keep_job=keep_job, prepared=prepare(request))
+    resolved = measure_first(look_ahead(read), read, target, job, listener)
+    prepared = prepare(resolved.request, resolved.rows)
+    return run(resolved.request, target, listener, work=job, overwrite=overwrite, keep_job=keep_job, prepared=prepared)
 
 
 def plan(
@@ -97,7 +98,7 @@ def plan(
     resolved = look_ahead(read).decided
     if resolved.open:
         return PlanPreview(resolved, None)
-    prepared = prepare(resolved.request)
+    prepared = prepare(resolved.request, resolved.rows)
     refuse_what_cannot_fit(prepared.forecast, target)
     return PlanPreview(resolved, prepared)
 
