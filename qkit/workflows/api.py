@@ -49,7 +49,8 @@ def quantize(
 
     model:     a folder, the name of a reference model, or a hub id
     scheme:    for instance 'w4a16', 'w8a8', 'nvfp4' (``qkit list schemes``)
-    method:    for instance 'rtn', 'gptq', 'awq+gptq' (``qkit list methods``)
+    method:    for instance 'rtn', 'gptq', 'awq+gptq' (``qkit list methods``); default: what ``quality`` chooses, which is
+               'fast', 'balanced' (the default) or 'best' (``qkit list quality``)
     calib:     texts, chats, image-text data or prompts to calibrate on, each as on the command line ('chat.jsonl:2'); default:
                the data that comes with qkit
     work:      the job folder; default: ``out`` with '.job' behind its name
