@@ -16,6 +16,7 @@ from qkit.errors import Unsupported
 from qkit.families.blocks import LANGUAGE
 from qkit.families.structure import ModelStructure
 from qkit.planning.plan import Plan
+from qkit.rounding.block import PIECE_TOKENS
 from qkit.rounding.sliced import slice_bytes
 from qkit.sensitivity import hidden
 from qkit.sensitivity.candidates import Candidate, are_gguf
@@ -142,7 +143,8 @@ def weighing_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
         return 4 * structure.parameters + _backward(structure, rows, workers) + held
     block = max(sum(x.shape[0] * x.shape[1] for x in b.linears) for b in structure.blocks)
     widths = max(sum(sum(x.shape) for x in b.linears) for b in structure.blocks)
-    active = max(slice_bytes(_vocabulary(structure), 4), 4 * rows.chunk * (widths + 16 * width))
+    tokens = max(PIECE_TOKENS, rows.length)
+    active = max(slice_bytes(_vocabulary(structure), 4), 4 * tokens * (2 * widths + 16 * width))
     passing = 3 * 4 * rows.rows * rows.length * width
     head = 4 * _vocabulary(structure) * width
     return head + 4 * block + passing + min(workers, _pieces(rows)) * active + held

@@ -23,9 +23,11 @@ from qkit.engine.job import Job
 from qkit.families.structure import ModelStructure
 from qkit.files.offload import OffloadedTensors
 from qkit.planning.plan import Plan
+from qkit.rounding.block import PIECE_TOKENS
 from qkit.rounding.sliced import sampled_gradient
 from qkit.runtime.loading import load_checkpoint
 from qkit.sensitivity.reference_model import ReferenceModel
+from qkit.system.memory import give_back
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
 
@@ -38,15 +40,17 @@ def weighing(plan: Plan, structure: ModelStructure, job: Job, pool: Workers, pro
     whose blocks cannot be run one after another is loaded whole."""
     assert plan.calibration is not None
     rows = plan.calibration.first(ROWS)
+    progress.start("gradients behind every block", 2 * len(structure.blocks))
     with torch.inference_mode(False):
         chain = chain_of(replace(plan, calibration=rows, run_dtype="float32"), structure, job, pool)
     if chain is None:
         progress.start("gradients behind every block", len(batches(rows)))
         model = load_checkpoint(structure.checkpoint, torch.float32)
         return roots(ReferenceModel(model, structure, pool), rows, plan.seed, progress.step)
-    progress.start("gradients behind every block", 2 * len(chain.blocks))
     with chain, torch.inference_mode(False):
-        return chain_roots(chain, batches(rows), plan.seed, progress.step)
+        found = chain_roots(chain, batches(rows, PIECE_TOKENS), plan.seed, progress.step)
+    give_back()
+    return found
 
 
 def roots(model: ReferenceModel, rows: InputRows, seed: int, step: Callable[[], object] = lambda: None) -> list[Tensor]:
