@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit.engine.chain import Chain, spans
+from qkit.engine.chain import Chain, spans, with_fragments
 from qkit.engine.entry import quantizing_hook
 from qkit.engine.job import Job
 from qkit.families.blocks import BlockStructure, Linear
@@ -25,6 +25,7 @@ from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.plan import Plan, parts
 from qkit.rounding.learned_weight import LearnedWeight, LearningState
 from qkit.rounding.sliced import divergence, divergence_gradient, slice_bytes
+from qkit.system.memory import give_back
 from qkit.tensor.qtensor import QTensor
 
 
@@ -71,7 +72,7 @@ class BlockwiseModel:
                 state = LearningState.begin(learner, self.chain.rows.dtype)
                 return state, state.weight(), state.result()
 
-        for linear, (state, weight, q) in zip(linears, self.pool.map(begun, linears), strict=True):
+        for linear, (state, weight, q) in zip(linears, self.pool.stream(begun, linears), strict=True):
             p = plan.linears[linear.name]
             first = None if state.first is None else self.file.append(state.first)
             places = (self.file.append(state.offset), first, self.file.append(weight), self.file.append(q.codes))
@@ -80,6 +81,7 @@ class BlockwiseModel:
                 _, static = self.job.quantized(part, p.name, p.weights)
                 hook = quantizing_hook(p.activations, static, state.learner.inputs)
                 self.hooks[block.path].append((linear.param.removesuffix(".weight"), hook))
+        give_back()
         return stored
 
     def save_best(self) -> None:
@@ -218,14 +220,16 @@ def blockwise_memory(plan: Plan, structure: ModelStructure, workers: int) -> int
     vocabulary = int(config.vocab_size)
     head, busy = vocabulary * hidden * item, min(workers, len(pieces))
     passing = 3 * batch * length * hidden * item
-    moments = [head + sum(sizes.values()), head + passing + busy * slice_bytes(vocabulary, item)]
+    largest, most = max(sizes.values()), max(len(block.linears) for block in structure.blocks)
+    moments = [head + passing + busy * slice_bytes(vocabulary, item)]
+    moments.append(head + (min(workers, most) * (16 + 40) + 16) * largest)  # what the descent begins with
     for block in structure.blocks:
         weights = [x.shape[0] * x.shape[1] for x in block.linears]
         learned = [sizes[x.name] for x in block.linears if x.name in sizes]
         widths = sum(sum(x.shape) for x in block.linears) + 8 * hidden
         active = max(tokens * (2 * widths + scores) * item, 40 * max(learned, default=0))
         moments.append(head + passing + (sum(weights) + len(pieces) * sum(learned)) * item + busy * active)
-    return int(max(moments))
+    return max(head + sum(sizes.values()), with_fragments(int(max(moments))))
 
 
 def blockwise_disk(plan: Plan, structure: ModelStructure) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qkit.calibration.batches import Extent, extent_first
-from qkit.engine.chain import is_chain
+from qkit.engine.chain import is_chain, with_fragments
 from qkit.engine.forecast import ALLOCATOR, LATER
 from qkit.errors import Unsupported
 from qkit.families.blocks import LANGUAGE
@@ -147,7 +147,8 @@ def weighing_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
     active = max(slice_bytes(_vocabulary(structure), 4), 4 * tokens * (2 * widths + 16 * width))
     passing = 3 * 4 * rows.rows * rows.length * width
     head = 4 * _vocabulary(structure) * width
-    return head + 4 * block + passing + min(workers, _pieces(rows)) * active + held
+    busy = min(workers, -(-rows.rows * rows.length // tokens))
+    return with_fragments(head + 4 * block + passing + busy * active + held)
 
 
 def weighing_disk(plan: Plan, structure: ModelStructure) -> int:

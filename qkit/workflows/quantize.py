@@ -239,8 +239,9 @@ def quantize(
             quantize(asked, replaced[name], progress)
         running = with_synthetic_rows(plan, whole_of(structure), job, pool, progress)
         structure = with_chosen_experts(running, structure, job, pool, progress)
-        given = original_passes(running, structure, job, pool, progress)
-        run_blocks(running, structure, job, pool, progress, given)
+        run_blocks(
+            running, structure, job, pool, progress, original_passes(running, structure, job, pool, progress)
+        )  # nothing else holds the results of the passes
         quantize_ends(running, structure, job, pool, progress)
         learn_end_to_end(running, structure, job, pool, progress)
         repair(running, structure, job, pool, progress)
