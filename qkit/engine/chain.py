@@ -33,8 +33,8 @@ from qkit.system.memory import give_back, ran_out
 from qkit.system.parallel import Workers
 from qkit.transforms.rotate import rotate_outer
 
-# Free pieces that the heaps keep beside what is alive in such passes, which make many tensors of a few MB: half of it, and no more
-# than so much. Measured with loss weights of SmolLM2, 30 blocks of 14 MB in float32.
+# Free pieces that the heaps keep beside what is alive in such passes, which make many tensors of a few MB: half of it, and no
+# more than so much. Measured with loss weights of SmolLM2, 30 blocks of 14 MB in float32.
 _FRAGMENT_SHARE, _FRAGMENTS = 2, 256 << 20
 
 Read = Callable[[str], Tensor]  # a tensor by its name in the checkpoint
