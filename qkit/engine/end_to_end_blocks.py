@@ -229,7 +229,7 @@ def blockwise_memory(plan: Plan, structure: ModelStructure, workers: int) -> int
         widths = sum(sum(x.shape) for x in block.linears) + 8 * hidden
         active = max(tokens * (2 * widths + scores) * item, 40 * max(learned, default=0))
         moments.append(head + passing + (sum(weights) + len(pieces) * sum(learned)) * item + busy * active)
-    return max(head + sum(sizes.values()), with_fragments(int(max(moments))))
+    return int(max(head + sum(sizes.values()), with_fragments(max(moments))))
 
 
 def blockwise_disk(plan: Plan, structure: ModelStructure) -> int:
