@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qkit.errors import UsageError
 from qkit.kvcache.argument import with_cache
+from qkit.system.memory import give_back
 
 Draw = Callable[
     [Tensor, torch.Generator], Tensor
@@ -109,6 +110,7 @@ class Decoder:
                 layer.values[:, :, : old_layer.max_cache_len] = old_layer.values
                 layer.cumulative_length.copy_(old_layer.cumulative_length)
                 old_layer.keys = old_layer.values = None  # so only one layer is there twice at a time
+        give_back()  # a heap does not find room for the larger layers in what the smaller ones left
 
     def _forward(self, tokens: Tensor) -> Tensor:
         """Logits after the last of the tokens, float32 [batch, vocabulary]; the tokens are added to the cache."""
