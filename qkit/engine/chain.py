@@ -22,7 +22,7 @@ from qkit.engine.entry import embed
 from qkit.engine.job import Job
 from qkit.families.blocks import BlockStructure
 from qkit.families.ends import final_norm
-from qkit.families.materialize import load_block
+from qkit.families.materialize import load_block, release
 from qkit.families.structure import ModelStructure
 from qkit.files.offload import OffloadedTensors
 from qkit.files.owned import temp_path
@@ -82,7 +82,7 @@ class Chain:
         try:
             yield module
         finally:
-            module.to("meta")
+            release(module)
 
     def forward(
         self, pieces: Sequence[Tensor], load: Loading, kept: OffloadedTensors | None = None,
