@@ -43,6 +43,11 @@ def methods() -> str:
     return markdown(listing.methods())
 
 
+def quality() -> str:
+    """What each level of --quality chooses."""
+    return markdown(listing.quality())
+
+
 def formats() -> str:
     """All number formats."""
     return markdown(merge(listing.formats(), ("format", "bits")))
@@ -162,6 +167,7 @@ TABLES = {
     "schemes": schemes,
     "gguf": gguf,
     "methods": methods,
+    "quality-levels": quality,
     "formats": formats,
     "families": families,
     "caches": caches,

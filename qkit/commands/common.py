@@ -26,6 +26,7 @@ from qkit.commands.grid import wide_table as wide_table
 from qkit.commands.verb import OptionGroup, OutPath, RenamedOption, in_group
 from qkit.errors import Stopped, UsageError
 from qkit.files.safefile import write_atomic
+from qkit.planning.quality_levels import LEVELS
 from qkit.system.words import megabytes as megabytes
 from qkit.transforms.table import EFFORTS
 
@@ -82,8 +83,14 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         most_used(
             "--method",
-            help="Quantization method: rtn (default), gptq, awq, mbq, smoothquant, rotate, hadamard, residual, signround, "
-            "auto, requant, or a sum such as awq+gptq ('qkit list methods').",
+            help="Quantization method, in place of --quality: rtn, gptq, awq, mbq, smoothquant, rotate, hadamard, residual, "
+            "signround, auto, requant, or a sum such as awq+gptq ('qkit list methods').",
+        ),
+        most_used(
+            "--quality",
+            type=click.Choice(LEVELS),
+            help="Chooses the method: fast (rounding, no data), balanced (calibrated, the default), best (learned rounding "
+            "where it pays). 'qkit plan' says what is chosen, and what the next level costs.",
         ),
         most_used("--group-size", type=int, help="Weights per scale; -1 for one scale per output channel."),
         most_used(

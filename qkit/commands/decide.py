@@ -34,11 +34,13 @@ def show_ahead(resolved: ResolvedRequest, when: str, console: Console) -> None:
 
 
 def show_decided(resolved: ResolvedRequest, console: Console) -> None:
-    """The allocation and the cache, where there are any."""
+    """The allocation, the cache and the method, where they were decided."""
     if resolved.budgeted is not None:
         show_allocation(resolved.budgeted, console)
     if resolved.cache is not None:
         show_cache(resolved.cache, console)
+    for sentence in () if resolved.quality is None else resolved.quality.sentences():
+        console.print(Text(sentence))
 
 
 def decided_json(resolved: ResolvedRequest) -> dict[str, Any]:
@@ -48,6 +50,8 @@ def decided_json(resolved: ResolvedRequest) -> dict[str, Any]:
         data["allocation"] = asdict(resolved.budgeted.allocation)
     if resolved.cache is not None:
         data["kv"] = {"policy": resolved.cache.policy.to_json(), "bytes": resolved.cache.bytes}
+    if resolved.quality is not None:
+        data["quality"] = resolved.quality.to_json()
     if resolved.reach is not None:
         data["budget"] = asdict(resolved.reach)
     if resolved.first:

@@ -1,4 +1,4 @@
-"""qkit list: the tables of schemes, methods, formats, caches, families and models."""
+"""qkit list: the tables of schemes, methods, levels of quality, formats, caches, families and models."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from qkit.commands.verb import Verb
 from qkit.families.declared import DECLARED
 from qkit.files.embedded import reference_models
 from qkit.kvcache.policy import KINDS, NAMED, SHORT, WIDTHS_OF
+from qkit.planning.quality_levels import KINDS as SCHEME_KINDS
+from qkit.planning.quality_levels import SETTINGS
 from qkit.planning.recipe import AUTO, TRIES
 from qkit.planning.request import REQUANT, REQUANT_OUTLIERS, REQUANT_SIGNIFICANT
 from qkit.solvers.table import SOLVERS
@@ -79,6 +81,14 @@ def methods() -> list[dict[str, Any]]:
     return [*solvers, *transforms, search, repair]
 
 
+def quality() -> list[dict[str, Any]]:
+    """One row per kind of scheme, with what each level of --quality tries first."""
+    return [
+        {"for": what, **{level: str(settings[0]) for level, settings in SETTINGS[kind].items()}}
+        for kind, what in SCHEME_KINDS.items()
+    ]
+
+
 def formats() -> list[dict[str, Any]]:
     """One row per number format."""
     both = [("weights", f) for f in (*FORMATS.values(), *GGUF_FORMATS.values())] + [
@@ -131,6 +141,7 @@ def models() -> list[dict[str, Any]]:
 TABLES = {
     "schemes": schemes,
     "methods": methods,
+    "quality": quality,
     "formats": formats,
     "caches": caches,
     "families": families,
@@ -142,7 +153,7 @@ TABLES = {
 @click.argument("what", type=click.Choice(list(TABLES)))
 @click.option("--json", "json_file", type=OutFile(), help="JSON file for the table.")
 def list_command(what: str, json_file: Path | None) -> None:
-    """List the available schemes, methods, formats, caches, families or models.
+    """List the available schemes, methods, levels of quality, formats, caches, families or models.
 
     \b
     Example:

@@ -24,7 +24,6 @@ from qkit.system.extras import require
 from qkit.verification.model_engines import engine_lines
 
 if TYPE_CHECKING:
-    from qkit.planning.request import Request
     from qkit.verification.engine_types import Selected
     from qkit.workflows.budget import BudgetAllocation
     from qkit.workflows.quantize import PreparedRequest
@@ -68,17 +67,6 @@ def show_forecast(prepared: PreparedRequest, console: Console) -> None:
             f"inputs are recorded in runs of the whole model: up to {megabytes(f.trial_job_bytes)} more in the job folder, and "
             f"{megabytes(f.trial_memory)} of memory"
         )
-
-
-def show_method(request: Request, prepared: PreparedRequest, console: Console) -> dict[str, Any]:
-    "The default method, where no method was chosen, and the cost of a better one, as JSON."
-    from qkit.workflows.advice import advise_method
-
-    advice = advise_method(request, prepared)
-    if advice is None:
-        return {}
-    console.print(Text(str(advice)))
-    return {"method": asdict(advice)}
 
 
 def write_figures(budgeted: BudgetAllocation, folder: Path, console: Console) -> None:
@@ -173,7 +161,7 @@ def plan_command(
     if decided.open:
         write_json(json_file, decided_json(decided))
         return
-    prepared = prepare(decided.request)
+    prepared = prepare(decided.request, decided.rows)
     selected = None if python is None else _ask(prepared, python, console)
     data = {**plan_json(prepared, selected), **decided_json(decided)}
     if decided.first:
@@ -187,7 +175,6 @@ def plan_command(
         if figures is not None:
             write_figures(budgeted, figures, console)
     show_coverage(prepared, console, selected)
-    data |= show_method(decided.request, prepared, console)
     show_forecast(prepared, console)
     write_json(json_file, data)
     refuse_what_cannot_fit(prepared.forecast, out or Path.cwd())

@@ -26,7 +26,7 @@ from qkit.commands.common import (
 from qkit.commands.coverage import show_coverage
 from qkit.commands.engine_options import engine_options
 from qkit.commands.experts import left_out, tokens_seen
-from qkit.commands.plan import plan_json, show_forecast, show_method
+from qkit.commands.plan import plan_json, show_forecast
 from qkit.commands.verb import OptionGroup, Verb, in_group
 from qkit.files.folder import RECORD, weights_folder
 from qkit.files.record import packed_record
@@ -88,10 +88,9 @@ def quantize_command(
 
     decided = resolve_request(options, out, work, console)
     request = decided.request
-    prepared_request = prepare(request)
+    prepared_request = prepare(request, decided.rows)
     show_decided(decided, console)
     show_coverage(prepared_request, console)
-    advice = show_method(request, prepared_request, console)
     show_forecast(prepared_request, console)
     there = is_export_of(out, prepared_request.plan)
     before = _written(out)
@@ -129,7 +128,7 @@ def quantize_command(
     for engine in engine_lines(report.engines):
         if engine.loads:
             console.print(Text(f"loads in {engine.engine}: {', '.join(engine.classes)}"))
-    write_json(json_file, {**plan_json(prepared_request), **decided_json(decided), **advice})
+    write_json(json_file, {**plan_json(prepared_request), **decided_json(decided)})
 
 
 def _written(out: Path) -> tuple[int, int] | None:

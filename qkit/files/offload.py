@@ -36,19 +36,32 @@ class OffloadedTensors:
         except OSError as e:
             raise write_failure(folder, e) from e
 
-    def append(self, tensor: Tensor) -> None:
-        """Write a tensor behind the others."""
+    def append(self, tensor: Tensor) -> int:
+        """Write a tensor behind the others, and give its index."""
+        self._places.append((self._end, tensor.dtype, tensor.shape))
+        self._end = self._write(tensor, self._end)
+        return len(self._places) - 1
+
+    def replace(self, index: int, tensor: Tensor) -> None:
+        """Write a tensor of the same dtype and shape in the place of another. Threads may replace different ones at a time."""
+        at, dtype, shape = self._places[index]
+        if (tensor.dtype, tensor.shape) != (dtype, shape):
+            raise ValueError(f"{tensor.dtype} {list(tensor.shape)} in the place of {dtype} {list(shape)}")
+        self._write(tensor, at)
+
+    def _write(self, tensor: Tensor, at: int) -> int:
+        """Where the tensor ends in the file."""
         flat = tensor.contiguous().reshape(-1)
         if flat.stride(0) != 1:  # one value that was expanded counts as contiguous
             flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
         data = flat.view(torch.uint8).numpy().data
-        self._places.append((self._end, tensor.dtype, tensor.shape))
         try:
             while len(data):
-                count = os.pwrite(self._file.fileno(), data, self._end)
-                data, self._end = data[count:], self._end + count
+                count = os.pwrite(self._file.fileno(), data, at)
+                data, at = data[count:], at + count
         except OSError as e:
             raise write_failure(self._folder, e) from e
+        return at
 
     def __len__(self) -> int:
         return len(self._places)

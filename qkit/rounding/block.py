@@ -82,13 +82,14 @@ def reconstruct(
             [x.linear for x in learners],
             rows,
             targets,
-            _cloned(call),
+            cloned(call),
             pool,
             weigh,
         )
-        states = [LearningState(x.cloned(), rows.dtype) for x in learners]
+        states = [LearningState.begin(x.cloned(), rows.dtype) for x in learners]
         weights = pool.map(LearningState.weight, states)
         first_error = best_error = block.error(weights, held_span)
+        best = pool.map(LearningState.result, states)
         order = torch.Generator().manual_seed(settings.seed)
         queue: list[int] = []
         for number in range(settings.steps):
@@ -99,11 +100,9 @@ def reconstruct(
             if (number + 1) % -(-settings.steps // LOOKS) == 0 or number + 1 == settings.steps:
                 error = block.error(weights, held_span)
                 if error < best_error:
-                    best_error = error
-                    for state in states:
-                        state.save_best()
+                    best_error, best = error, pool.map(LearningState.result, states)
             step()
-        return [x.learner.finish(*x.best) for x in states], first_error, best_error
+        return best, first_error, best_error
 
 
 def held_out_error(
@@ -111,7 +110,7 @@ def held_out_error(
 ) -> float:
     """Mean squared error of the block's current outputs on held-out rows; arguments as for ``reconstruct``."""
     with torch.inference_mode(False):
-        block = _Block(module, [], rows, targets, _cloned(call), pool, weigh)
+        block = _Block(module, [], rows, targets, cloned(call), pool, weigh)
         return block.error([], (rows.count - held_out(rows.count), rows.count))
 
 
@@ -206,7 +205,7 @@ def _spans(start: int, stop: int, step: int) -> Iterator[Span]:
     yield from ((i, min(i + step, stop)) for i in range(start, stop, step))
 
 
-def _cloned(call: Call | OneByOne) -> Call | OneByOne:
+def cloned(call: Call | OneByOne) -> Call | OneByOne:
     """The call with tensors that autograd accepts, as ``LearnedWeight.cloned``."""
     if isinstance(call, OneByOne):
         return OneByOne(tuple(_one_cloned(c) for c in call.calls))

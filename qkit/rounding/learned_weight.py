@@ -92,24 +92,34 @@ class LearnedWeight:
         weight = untile(values if minimum is None else values.add_(minimum), self.q.format, self.q.shape)
         return self.inputs.weight_back(weight if self.correction is None else weight + self.correction)
 
-    def gradients(
-        self, offset: Tensor, factor: Tensor, weight_gradient: Tensor, sizes: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def gradients(self, offset: Tensor, factor: Tensor, weight_gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of offsets and factors, up to positive factors, from that of ``dense``, float32 [out, in].
 
-        They are straight-through: rounding inside the range of codes and of scales to their dtype is ignored. sizes: the
-        gradients of offsets are exact in size.
+        They are straight-through: rounding inside the range of codes and of scales to their dtype is ignored.
         """
-        scale, (low, high) = self._scale(factor), code_range(self.q.format)
+        scale = self._scale(factor)
         grid_position, sign = self._grid_position(scale), scale.sign()
-        moved_position = self._with_offset(grid_position, offset)
-        by_dense = tiles(self.inputs.weight_slope(weight_gradient), self.q.format)
-        by_offset = by_dense.masked_fill(moved_position.clamp(low, high) != moved_position, 0.0)
+        moved_position, by_dense, by_offset = self._by_offset(grid_position, offset, weight_gradient)
         # The weight is (grid - zero) * scale, and the place on the grid, w / scale + zero, moves towards zero as scales rise.
         by_scale = self._above_zero_(round_to_grid_(moved_position, self.q.format)).mul_(by_dense)
         by_scale.addcmul_(self._above_zero_(grid_position), by_offset, value=-1)
-        by_factor = by_scale.sum(-1, keepdim=True).mul_(sign)
-        return by_offset.mul_(scale * self._spacing(grid_position) if sizes else sign), by_factor
+        return by_offset.mul_(sign), by_scale.sum(-1, keepdim=True).mul_(sign)
+
+    def offset_gradients(self, offset: Tensor, factor: Tensor, weight_gradient: Tensor) -> Tensor:
+        """Gradients of offsets alone, as of ``gradients`` but exact in size."""
+        scale = self._scale(factor)
+        grid_position = self._grid_position(scale)
+        _, _, by_offset = self._by_offset(grid_position, offset, weight_gradient)
+        return by_offset.mul_(scale * self._spacing(grid_position))
+
+    def _by_offset(
+        self, grid_position: Tensor, offset: Tensor, weight_gradient: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions with offsets, and gradients of the weight [R, C, n]: all of them, and those inside the range of codes."""
+        moved_position = self._with_offset(grid_position, offset)
+        by_dense = tiles(self.inputs.weight_slope(weight_gradient), self.q.format)
+        outside = moved_position.clamp(*code_range(self.q.format)) != moved_position
+        return moved_position, by_dense, by_dense.masked_fill(outside, 0.0)
 
     def finish(self, offset: Tensor, factor: Tensor) -> QTensor:
         """The codes and scales that were learned."""
@@ -164,13 +174,18 @@ class LearnedWeight:
 
 
 class LearningState:
-    """One linear during gradient descent: its first, current and best offsets and factors."""
+    """One linear during gradient descent. first: the offsets that it began with; None: all zero"""
 
-    def __init__(self, learner: LearnedWeight, dtype: torch.dtype) -> None:
-        self.learner, self.dtype = learner, dtype
-        self.offset, self.factor = learner.begin()
-        self.first = self.offset.clone() if bool(self.offset.any()) else None  # None: rounding begins at zero
-        self.save_best()
+    def __init__(
+        self, learner: LearnedWeight, dtype: torch.dtype, offset: Tensor, factor: Tensor, first: Tensor | None
+    ) -> None:
+        self.learner, self.dtype, self.offset, self.factor, self.first = learner, dtype, offset, factor, first
+
+    @classmethod
+    def begin(cls, learner: LearnedWeight, dtype: torch.dtype) -> LearningState:
+        """The state before the first step. dtype: of the rows."""
+        offset, factor = learner.begin()
+        return cls(learner, dtype, offset, factor, offset.clone() if bool(offset.any()) else None)
 
     def weight(self) -> Tensor:
         """The current weight [out, in], in the dtype of the rows."""
@@ -190,7 +205,7 @@ class LearningState:
     def step_offsets(self, gradients: Sequence[Tensor], rate: float) -> Tensor:
         """The weight after a step of offsets alone, along their gradients scaled to a root mean square of ``rate``."""
         with torch.inference_mode(False):
-            by_offset, _ = self.learner.gradients(self.offset, self.factor, _sum(gradients), sizes=True)
+            by_offset = self.learner.offset_gradients(self.offset, self.factor, _sum(gradients))
             size = by_offset.square().mean().sqrt()
             return self._step_to(by_offset.div_(size.clamp_min(torch.finfo(size.dtype).tiny)), rate)
 
@@ -202,9 +217,10 @@ class LearningState:
             self.offset.clamp_(self.first.clamp_max(0).sub_(0.5), self.first.clamp_min(0).add_(0.5))
         return self.weight()
 
-    def save_best(self) -> None:
-        """Keep the current offsets and factors as the best ones."""
-        self.best = self.offset.clone(), self.factor.clone()
+    def result(self) -> QTensor:
+        """What the current offsets and factors stand for."""
+        with torch.inference_mode(False):
+            return self.learner.finish(self.offset, self.factor)
 
 
 def _sum(gradients: Sequence[Tensor]) -> Tensor:

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qkit.calibration.batches import Extent, extent_first
+from qkit.engine.chain import is_chain, with_fragments
 from qkit.engine.forecast import ALLOCATOR, LATER
 from qkit.errors import Unsupported
 from qkit.families.blocks import LANGUAGE
 from qkit.families.structure import ModelStructure
 from qkit.planning.plan import Plan
+from qkit.rounding.block import PIECE_TOKENS
+from qkit.rounding.sliced import slice_bytes
 from qkit.sensitivity import hidden
 from qkit.sensitivity.candidates import Candidate, are_gguf
 from qkit.sensitivity.outputs import SAMPLE_TOKENS
@@ -130,11 +133,30 @@ def repair_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
 
 
 def weighing_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
-    """Bytes at the worst moment of ``hidden.roots``: the model, and per worker a batch on its way back."""
+    """Bytes at the worst moment of ``hidden.weighing``: of a chain the head, a block, hidden states of all rows, and per worker
+    a batch on its way back or a slice of logits; else the model, and per worker a batch on its way back."""
     assert plan.calibration is not None
     width = int(structure.text_config.hidden_size)
+    rows, chained = extent_first(plan.calibration, hidden.ROWS), is_chain(plan, structure)
+    held = hidden.held_bytes(structure, width, chained)
+    if not chained:
+        return 4 * structure.parameters + _backward(structure, rows, workers) + held
+    block = max(sum(x.shape[0] * x.shape[1] for x in b.linears) for b in structure.blocks)
+    widths = max(sum(sum(x.shape) for x in b.linears) for b in structure.blocks)
+    tokens = max(PIECE_TOKENS, rows.length)
+    active = max(slice_bytes(_vocabulary(structure), 4), 4 * tokens * (2 * widths + 16 * width))
+    passing = 3 * 4 * rows.rows * rows.length * width
+    head = 4 * _vocabulary(structure) * width
+    busy = min(workers, -(-rows.rows * rows.length // tokens))
+    return with_fragments(head + 4 * block + passing + busy * active + held)
+
+
+def weighing_disk(plan: Plan, structure: ModelStructure) -> int:
+    """Bytes of the hidden states that enter all blocks, which are in a file until the way back."""
+    assert plan.calibration is not None
     rows = extent_first(plan.calibration, hidden.ROWS)
-    return 4 * structure.parameters + _backward(structure, rows, workers) + hidden.held_bytes(structure, width)
+    width = int(structure.text_config.hidden_size)
+    return 4 * rows.rows * rows.length * width * len(structure.blocks) if is_chain(plan, structure) else 0
 
 
 def refuse_what_cannot_fit(forecast: ProfileForecast) -> None:

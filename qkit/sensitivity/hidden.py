@@ -12,15 +12,22 @@ never needed are not free of charge.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from qkit.calibration.batches import InputRows, batches
+from qkit.calibration.batches import Batch, InputRows, batches
+from qkit.engine.chain import Chain, chain_of
+from qkit.engine.job import Job
 from qkit.families.structure import ModelStructure
+from qkit.files.offload import OffloadedTensors
 from qkit.planning.plan import Plan
+from qkit.rounding.block import PIECE_TOKENS
+from qkit.rounding.sliced import sampled_gradient
 from qkit.runtime.loading import load_checkpoint
 from qkit.sensitivity.reference_model import ReferenceModel
+from qkit.system.memory import give_back
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
 
@@ -28,13 +35,22 @@ ROWS = 32  # calibration rows that the gradients are taken on, at the most
 PLAIN = 0.1  # share of the identity
 
 
-def weighing(plan: Plan, structure: ModelStructure, pool: Workers, progress: Progress) -> list[Tensor]:
-    """The ``roots`` of the original model on the first calibration rows; the model is loaded whole, in float32."""
+def weighing(plan: Plan, structure: ModelStructure, job: Job, pool: Workers, progress: Progress) -> list[Tensor]:
+    """The ``roots`` of the original model on the first calibration rows, in float32 and with one block in memory; a model
+    whose blocks cannot be run one after another is loaded whole."""
     assert plan.calibration is not None
     rows = plan.calibration.first(ROWS)
-    progress.start("gradients behind every block", len(batches(rows)))
-    model = load_checkpoint(structure.checkpoint, torch.float32)
-    return roots(ReferenceModel(model, structure, pool), rows, plan.seed, progress.step)
+    progress.start("gradients behind every block", 2 * len(structure.blocks))
+    with torch.inference_mode(False):
+        chain = chain_of(replace(plan, calibration=rows, run_dtype="float32"), structure, job, pool)
+    if chain is None:
+        progress.start("gradients behind every block", len(batches(rows)))
+        model = load_checkpoint(structure.checkpoint, torch.float32)
+        return roots(ReferenceModel(model, structure, pool), rows, plan.seed, progress.step)
+    with chain, torch.inference_mode(False):
+        found = chain_roots(chain, batches(rows, PIECE_TOKENS), plan.seed, progress.step)
+    give_back()
+    return found
 
 
 def roots(model: ReferenceModel, rows: InputRows, seed: int, step: Callable[[], object] = lambda: None) -> list[Tensor]:
@@ -52,6 +68,38 @@ def roots(model: ReferenceModel, rows: InputRows, seed: int, step: Callable[[], 
     return [_root(sums[path]) for path in paths]
 
 
+def chain_roots(
+    chain: Chain, pieces: tuple[Batch, ...], seed: int, step: Callable[[], object] = lambda: None
+) -> list[Tensor]:
+    """``roots`` of a chain, block after block. pieces: the rows of the chain, in order"""
+    starts = [sum(len(b.ids) for b in pieces[:i]) for i in range(len(pieces))]
+    read, kept = chain.structure.checkpoint.read, OffloadedTensors(chain.rows.path.parent)
+    entering = [chain.entering(range(i, i + len(b.ids))) for i, b in zip(starts, pieces, strict=True)]
+    outputs = chain.forward(entering, lambda block: chain.loaded(block, read), kept, step)
+
+    def at_output(item: tuple[int, Batch, Tensor]) -> Tensor:
+        number, batch, hidden = item
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            scored = batch.cloned().scored(leaf).flatten(0, -2)
+            drawn = torch.Generator().manual_seed(seed + number)
+            gradient = sampled_gradient(chain.head, scored.detach(), chain.vocabulary, drawn)
+            return torch.autograd.grad(scored, leaf, gradient)[0]
+
+    width = chain.rows.hidden
+    found: dict[int, Tensor] = {}
+
+    def use(number: int, gradients: list[Tensor], _: object) -> None:
+        total = torch.zeros(width, width, dtype=torch.float64)
+        for product in chain.pool.stream(lambda g: (flat := g.flatten(0, -2)).T @ flat, gradients):
+            total += product.double()
+        found[chain.blocks[number][0].index] = _root(total)
+
+    gradients = chain.pool.map(at_output, zip(range(len(pieces)), pieces, outputs, strict=True))
+    chain.backward(kept, gradients, lambda block: chain.loaded(block, read), use, step)
+    return [found[b.index] if b.index in found else torch.eye(width) for b in chain.structure.blocks]
+
+
 def _root(f: Tensor) -> Tensor:
     identity = torch.eye(len(f), dtype=f.dtype)
     scale = float(f.diagonal().mean())
@@ -60,6 +108,8 @@ def _root(f: Tensor) -> Tensor:
     return root
 
 
-def held_bytes(structure: ModelStructure, hidden: int) -> int:
-    """Bytes of the sums and of the result."""
+def held_bytes(structure: ModelStructure, hidden: int, chained: bool) -> int:
+    """Bytes of the sums and of the result. chained: of ``chain_roots``"""
+    if chained:
+        return (4 * len(structure.blocks) + 4 * 8) * hidden * hidden
     return (8 + 8 + 4) * hidden * hidden * len(structure.blocks)

@@ -30,16 +30,21 @@ def resident_bytes() -> int:
         return process_bytes()
 
 
+def machine_memory() -> int | None:
+    """Bytes of memory of this machine; None where the system gives no value."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return None
+
+
 def available_memory() -> int | None:
     """Bytes of memory that this process can use, its current size included; None where the system gives no value."""
     try:
         pages = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in pages if line.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError):
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (OSError, ValueError):
-            return None
+        return machine_memory()
     return free + process_bytes()
 
 

@@ -11,3 +11,8 @@ def megabytes(n: float) -> str:
 def exact_megabytes(n: float) -> str:
     """A number of bytes as text, in MB and exact to the byte, so that a value just above a limit looks different."""
     return f"{n / 1e6:.6f}".rstrip("0").rstrip(".") + " MB"
+
+
+def times(ratio: float) -> str:
+    """The ratio in words, '3.2 times', '1,400 times': two digits, since operations are not seconds."""
+    return f"{float(f'{ratio:.2g}'):,g} times"

@@ -140,12 +140,12 @@ TRANSFORMS: dict[str, Transform] = {
             ),
             "loss_weighted": Option(
                 default=False,
-                summary="block errors weighted by their effect on the loss; loads the complete model in float32",
+                summary="block errors weighted by their effect on the loss, which a pass of the original model measures",
                 formerly="weigh",
             ),
             "e2e_steps": Option(
                 default=0,
-                summary="steps of end-to-end learning after all blocks; needs memory for two copies of the model in float32",
+                summary="steps of end-to-end learning after all blocks; writes about 12 bytes a parameter to the job folder",
                 least=0,
                 formerly="whole",
             ),

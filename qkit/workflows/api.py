@@ -49,7 +49,8 @@ def quantize(
 
     model:     a folder, the name of a reference model, or a hub id
     scheme:    for instance 'w4a16', 'w8a8', 'nvfp4' (``qkit list schemes``)
-    method:    for instance 'rtn', 'gptq', 'awq+gptq' (``qkit list methods``)
+    method:    for instance 'rtn', 'gptq', 'awq+gptq' (``qkit list methods``); default: what ``quality`` chooses, which is
+               'fast', 'balanced' (the default) or 'best' (``qkit list quality``)
     calib:     texts, chats, image-text data or prompts to calibrate on, each as on the command line ('chat.jsonl:2'); default:
                the data that comes with qkit
     work:      the job folder; default: ``out`` with '.job' behind its name
@@ -71,8 +72,9 @@ def quantize(
     read = _read({"model": model, "scheme": scheme, "method": method, "calib": calib, **options}, target)
     check_places(read.request.model, target, job, overwrite)
     check_result_there(read, target, overwrite)
-    request = measure_first(look_ahead(read), read, target, job, listener).request
-    return run(request, target, listener, work=job, overwrite=overwrite, keep_job=keep_job, prepared=prepare(request))
+    resolved = measure_first(look_ahead(read), read, target, job, listener)
+    prepared = prepare(resolved.request, resolved.rows)
+    return run(resolved.request, target, listener, work=job, overwrite=overwrite, keep_job=keep_job, prepared=prepared)
 
 
 def plan(
@@ -97,7 +99,7 @@ def plan(
     resolved = look_ahead(read).decided
     if resolved.open:
         return PlanPreview(resolved, None)
-    prepared = prepare(resolved.request)
+    prepared = prepare(resolved.request, resolved.rows)
     refuse_what_cannot_fit(prepared.forecast, target)
     return PlanPreview(resolved, prepared)
 

@@ -15,7 +15,7 @@ from qkit.kvcache.scaling import STEPS
 from qkit.planning.request import Request
 from qkit.sensitivity.forecast import GRADIENTS, pass_operations
 from qkit.sensitivity.repair import POINTS
-from qkit.workflows.advice import times
+from qkit.system.words import times
 from qkit.workflows.calibration_rows import calibration_of
 from qkit.workflows.kv_cache import CacheChoices, measurement_rows
 from qkit.workflows.profile import ProfileRequest, forecast_operations

@@ -17,6 +17,8 @@ from qkit.errors import UsageError
 from qkit.files.locate import find_model
 from qkit.files.sources.lora import is_adapter
 from qkit.kvcache.policy import CacheRequest, parse
+from qkit.planning.quality import names_method, preferred
+from qkit.planning.quality_levels import DEFAULT
 from qkit.planning.recipe import MOST_SPARSE, Recipe
 from qkit.planning.recipe_file import RecordedRun, load_run
 from qkit.planning.request import REQUANT, Request, is_requant, recipe_of
@@ -40,7 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "revision": None,
     "require_revision": False,
     **dict.fromkeys(
-        ("scheme", "method", "group_size", "recipe", "outliers", "rank", "significant", "effort", "export")
+        ("scheme", "method", "quality", "group_size", "recipe", "outliers", "rank", "significant", "effort", "export")
     ),
     "keep_source": (),
     **dict.fromkeys(("engine", "gpu", "tp")),
@@ -65,11 +67,13 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """Options that were read. budget, cache: where they are given; a cache that shares the budget is in the budget."""
+    """Options that were read. budget, cache: where they are given; a cache that shares the budget is in the budget; quality:
+    the level that chooses a method where the request names none."""
 
     request: Request
     budget: BudgetRequest | None
     cache: CacheRequest | None
+    quality: str = DEFAULT
 
 
 def read_options(values: Mapping[str, Any], out: Path) -> QuantizeOptions:
@@ -78,12 +82,22 @@ def read_options(values: Mapping[str, Any], out: Path) -> QuantizeOptions:
     out: beside it goes the profile, where no profile is given. Raises UsageError and BadRecipe for what is wrong with names and
     numbers alone.
     """
-    read = _read(dict(values), out)
+    given = dict(values)
+    level = given.pop("quality")
+    read = replace(_read(given, out), quality=level or DEFAULT)
     request = read.request
     if read.budget is None or request.scheme or request.recipe:
-        parts = [p for p in (request.method or "").lower().split("+") if p and p != REQUANT]
-        recipe = recipe_of(replace(request, method="+".join(parts) or ("rtn" if is_requant(request.method) else None)))
+        if not names_method(request):
+            recipe = recipe_of(preferred(request, read.quality))
+        else:
+            parts = [p for p in (request.method or "").lower().split("+") if p and p != REQUANT]
+            recipe = recipe_of(
+                replace(request, method="+".join(parts) or ("rtn" if is_requant(request.method) else None))
+            )
         _check_pruning(recipe, request, read.budget)
+    if level is not None and names_method(request):
+        where = f"--method {request.method}" if request.method else f"the method in {request.recipe}"
+        raise UsageError(f"--quality {level} chooses the method, and {where} names one: leave one of the two out")
     if read.budget is not None and read.budget.candidates:
         parse_candidates(read.budget.candidates, request.group_size)
     return read

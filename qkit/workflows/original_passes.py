@@ -17,22 +17,21 @@ from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
 from qkit.transforms.balance import MODALITY_WEIGHTS, gradients, ratios
 
-Pass = Callable[[Plan, ModelStructure, Workers, Progress], list[Any]]
+Pass = Callable[[Plan, ModelStructure, Job, Workers, Progress], list[Any]]
 
 
 def original_passes(
     plan: Plan, structure: ModelStructure, job: Job, pool: Workers, progress: Progress
 ) -> dict[str, list[Any]]:
-    """{need: for each block of the language model what the pass gave}; each loads the model whole, in float32. None is made
-    where the job has no block left."""
+    """{need: for each block of the language model what the pass gave}; None is made where the job has no block left."""
     if job.finished == len(parts(plan, structure)):
         return {}
     passes: dict[str, Pass] = {MODALITY_WEIGHTS: modality_weights, LOSS_WEIGHTS: weighing}
-    return {need: run(plan, structure, pool, progress) for need, run in passes.items() if need in plan.needs}
+    return {need: run(plan, structure, job, pool, progress) for need, run in passes.items() if need in plan.needs}
 
 
 def modality_weights(
-    plan: Plan, structure: ModelStructure, pool: Workers, progress: Progress
+    plan: Plan, structure: ModelStructure, _job: Job, _pool: Workers, progress: Progress
 ) -> list[dict[str, float]]:
     """For each block and part (or linear) what errors at images weigh against errors at answers."""
     assert plan.calibration is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,13 +13,14 @@ from qkit.files.folder import RECORD, list_names, read_record, weights_folder
 from qkit.files.job_folder import refuse_foreign
 from qkit.files.locate import find_model
 from qkit.files.output import check_output_dir
+from qkit.planning.quality import names_method
 from qkit.planning.request import is_requant, recipe_of
 from qkit.sensitivity.names import MEASURED
 
 if TYPE_CHECKING:
     from qkit.workflows.options import QuantizeOptions
 
-_DECIDED_LATER = ("targets",)  # of a recipe, what measurements may add to
+_DECIDED_LATER: tuple[str, ...] = ("targets",)  # of a recipe, what measurements may add to
 
 
 def check_places(model: str, out: Path, work: Path | None, overwrite: bool) -> None:
@@ -59,9 +61,12 @@ def check_result_there(options: QuantizeOptions, out: Path, overwrite: bool) -> 
         ) from e
     if record is None or options.budget is not None or is_requant(options.request.method):
         return
-    asked = {**json.loads(json.dumps(recipe_of(options.request).model_dump())), "seed": options.request.seed}
+    request, later = options.request, _DECIDED_LATER
+    if not names_method(request):
+        request, later = replace(request, options={}, effort=None), (*later, "method", "options")
+    asked = {**json.loads(json.dumps(recipe_of(request).model_dump())), "seed": request.seed}
     held = {**(found if isinstance(found := record.get("recipe"), dict) else {}), "seed": record.get("seed")}
-    other = [name for name in asked if name not in _DECIDED_LATER and asked[name] != held.get(name)]
+    other = [name for name in asked if name not in later and asked[name] != held.get(name)]
     if other:
         raise UsageError(
             f"{out}: the output folder is not empty: it holds a result of other settings ({', '.join(other)}): choose another, "

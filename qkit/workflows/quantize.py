@@ -16,7 +16,7 @@ from qkit.calibration.dataset import Calibration
 from qkit.diffusion.pipeline import SECOND, check_pipeline, files_around
 from qkit.diffusion.policy import BY_STEP
 from qkit.engine.auto import forecast_of, plan_of
-from qkit.engine.end_to_end import end_to_end_memory, learn_end_to_end
+from qkit.engine.end_to_end import end_to_end_disk, end_to_end_memory, learn_end_to_end
 from qkit.engine.ends import quantize_ends
 from qkit.engine.expert_pruning import pruning_memory, with_chosen_experts
 from qkit.engine.export import export, is_export_of, job_identity, source_hashes
@@ -43,7 +43,7 @@ from qkit.planning.recipe import Recipe
 from qkit.planning.recipe_file import recipe_file, run_notes
 from qkit.planning.request import Request, recipe_of
 from qkit.planning.towers import SKIP
-from qkit.sensitivity.forecast import repair_memory, weighing_memory
+from qkit.sensitivity.forecast import repair_memory, weighing_disk, weighing_memory
 from qkit.sensitivity.repair import repair
 from qkit.system.machine import available_cores
 from qkit.system.memory import ran_out
@@ -129,7 +129,10 @@ def prepare(request: Request, rows: Calibration | None = None) -> PreparedReques
     if "rotate" in plan.transforms:
         after["proof of the rotation"] = proof_memory(whole_of(structure))
     notes = () if request.recorded is None else tuple(run_notes(request.recorded, plan))
-    return PreparedRequest(plan, structure, forecast_of(plan, structure, threads, after), components, notes)
+    cost = forecast_of(plan, structure, threads, after)
+    beside = weighing_disk(plan, structure) if plan.learning("loss_weighted") else 0
+    beside = max(beside, end_to_end_disk(plan, structure) if plan.learning("e2e_steps") else 0)
+    return PreparedRequest(plan, structure, replace(cost, job_bytes=cost.job_bytes + beside), components, notes)
 
 
 def _components(folder: Path, recipe: Recipe, request: Request, structure: ModelStructure) -> dict[str, Request]:
@@ -240,8 +243,9 @@ def quantize(
             quantize(asked, replaced[name], progress)
         running = with_synthetic_rows(plan, whole_of(structure), job, pool, progress)
         structure = with_chosen_experts(running, structure, job, pool, progress)
-        given = original_passes(running, structure, job, pool, progress)
-        run_blocks(running, structure, job, pool, progress, given)
+        run_blocks(
+            running, structure, job, pool, progress, original_passes(running, structure, job, pool, progress)
+        )  # nothing else holds the results of the passes
         quantize_ends(running, structure, job, pool, progress)
         learn_end_to_end(running, structure, job, pool, progress)
         repair(running, structure, job, pool, progress)

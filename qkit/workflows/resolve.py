@@ -12,8 +12,10 @@ from pathlib import Path
 
 from qkit.allocation.allocate import Reach
 from qkit.allocation.limits import BudgetRequest
+from qkit.calibration.dataset import Calibration
 from qkit.errors import UsageError
 from qkit.kvcache.policy import CacheRequest
+from qkit.planning.quality import names_method
 from qkit.planning.request import Request, is_requant
 from qkit.system.progress import Progress
 from qkit.workflows import kv_cache, measurements_ahead, towers
@@ -21,13 +23,14 @@ from qkit.workflows.budget import BudgetAllocation, allocate_budget, allocation_
 from qkit.workflows.kv_cache import CacheChoices, CachePlan, plan_cache
 from qkit.workflows.measurements_ahead import UpcomingMeasurement
 from qkit.workflows.options import QuantizeOptions
+from qkit.workflows.quality import QualityChoice, choose
 from qkit.workflows.requant import search_outliers, start_search
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRequest:
     """request: with all that is known; budgeted, cache: the allocation and the KV cache, where they are known; said: decisions
-    that nobody asked for, a sentence each.
+    that nobody asked for, a sentence each; quality: the method that ``--quality`` chose, None where the request names one.
 
     Of a plan also: first, what quantize has to measure before it is decided; open: whether that leaves the schemes of the
     layers open; reach: what the formats of a budget of bytes come to, where they are not chosen yet
@@ -37,16 +40,23 @@ class ResolvedRequest:
     budgeted: BudgetAllocation | None = None
     cache: CachePlan | None = None
     said: tuple[str, ...] = ()
+    quality: QualityChoice | None = None
     first: tuple[UpcomingMeasurement, ...] = ()
     open: bool = False
     reach: Reach | None = None
 
+    @property
+    def rows(self) -> Calibration | None:
+        """The calibration rows, where they were made already."""
+        return None if self.quality is None else self.quality.chosen.rows
+
 
 @dataclass
 class Look:
-    """What is seen of a command line before anything is measured. run: operations of the quantization, where something is
-    held against them"""
+    """What is seen of a command line before anything is measured. request: with its method; run: operations of the
+    quantization, where something is held against them"""
 
+    request: Request
     decided: ResolvedRequest
     parts: towers.OpenTowers | None = None
     first: list[UpcomingMeasurement] = field(default_factory=list)
@@ -58,8 +68,10 @@ def look_ahead(options: QuantizeOptions) -> Look:
     refused here."""
     if options.budget is not None:
         look = _of_budget(options.request, options.budget)
+        if look.decided.budgeted is not None:
+            look.decided = _of_quality(look.decided, options)
     else:
-        look = _of_request(options.request)
+        look = _of_request(options)
     if options.cache is not None:
         _add_cache(look, options.cache)
     look.decided = replace(look.decided, first=tuple(look.first))
@@ -81,10 +93,12 @@ def measure_first(
     """
     if not look.decided.first:
         return look.decided
-    request, budgeted, cache = options.request, None, look.decided.cache
+    request, budgeted, cache = look.request, None, look.decided.cache
+    decided = look.decided
     if options.budget is not None:
         budgeted = allocate_budget(request, options.budget, progress)
-        request, cache = budgeted.request, budgeted.cache
+        decided = _of_quality(ResolvedRequest(request=budgeted.request, budgeted=budgeted), options)
+        request, cache = decided.request, budgeted.cache
     if look.parts is not None:
         settled, sentences = towers.decide_towers(look.parts, progress)
         request = replace(request, targets=settled.targets)
@@ -94,12 +108,26 @@ def measure_first(
         request = _searched(request, out, work, progress, say)
     if options.cache is not None:
         cache = plan_cache(request, options.cache, progress)
-    return ResolvedRequest(request=_with_cache(request, cache), budgeted=budgeted, cache=cache, said=look.decided.said)
+    return ResolvedRequest(
+        request=_with_cache(request, cache),
+        budgeted=budgeted,
+        cache=cache,
+        said=look.decided.said,
+        quality=decided.quality,
+    )
+
+
+def _of_quality(decided: ResolvedRequest, options: QuantizeOptions) -> ResolvedRequest:
+    """An allocation with the method of the level, where the command line names none."""
+    if names_method(options.request):
+        return decided
+    request, choice = choose(replace(decided.request, method=None), options.quality)
+    return replace(decided, request=request, quality=choice)
 
 
 def _of_budget(request: Request, budget: BudgetRequest) -> Look:
     problem = allocation_problem(request, budget)
-    kv, look = problem.cache, Look(ResolvedRequest(request=request, open=True, reach=problem.reach))
+    kv, look = problem.cache, Look(request, ResolvedRequest(request=request, open=True, reach=problem.reach))
     if problem.profile_request is not None:
         profile, look.run = measurements_ahead.profile_ahead(problem.profile_request, budget.profile)
         look.first.append(profile)
@@ -120,12 +148,15 @@ def _of_budget(request: Request, budget: BudgetRequest) -> Look:
     return look
 
 
-def _of_request(request: Request) -> Look:
+def _of_request(options: QuantizeOptions) -> Look:
+    request, choice = options.request, None
+    if not names_method(request):
+        request, choice = choose(request, options.quality)
     searching = is_requant(request.method)
     # Any method that runs rows does to look at the parts beside a language model.
     parts = towers.open_towers(replace(request, method="gptq") if searching else request)
     request = replace(request, targets=parts.request.targets)
-    look = Look(ResolvedRequest(request=request, said=parts.notes), parts)
+    look = Look(request, ResolvedRequest(request=request, said=parts.notes, quality=choice), parts)
     if parts.undecided:
         look.first.append(measurements_ahead.towers_ahead(parts))
     if searching:

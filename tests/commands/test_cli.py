@@ -21,11 +21,11 @@ BUDGET = "bits candidates ceiling floor latency measure memory profile refine si
 FLAGS = {
     "quantize": "answers-only base calib calibrate-all-experts call effort embeddings engine expert-share export gpu "
     "group-size head json keep-job keep-source kv kv-memory kv-scale-keys max-length method model option out outliers "
-    "overwrite padded policy prune-experts rank recipe require-revision revision rows-memory samples "
+    "overwrite padded policy prune-experts quality rank recipe require-revision revision rows-memory samples "
     f"scheme seed seqlen significant strict synthetic-samples target threads tp unloaded work {BUDGET}",
     "plan": "answers-only base calib calibrate-all-experts call effort embeddings engine expert-share explain export "
     "figures gpu group-size head json keep-source kv kv-memory kv-scale-keys max-length method model option out "
-    "outliers padded policy prune-experts python rank recipe require-revision revision rows-memory samples scheme "
+    "outliers padded policy prune-experts python quality rank recipe require-revision revision rows-memory samples scheme "
     "seed seqlen significant strict synthetic-samples target threads tp unloaded "
     f"{BUDGET}",
     "profile": "answers-only audit audit-text calib candidates embeddings group-size head json measures method model out "

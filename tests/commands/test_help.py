@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 MANY = ["quantize", "plan", "profile", "eval", "check", "bench"]
 # What everybody needs, in the order in which it is shown.
 MOST_USED = {
-    "quantize": "model scheme method group-size calib out",
-    "plan": "model scheme method group-size calib out",
+    "quantize": "model scheme method quality group-size calib out",
+    "plan": "model scheme method quality group-size calib out",
     "profile": "model candidates out method group-size calib",
     "eval": "baseline text tasks image-text report json",
     "check": "budget baseline text junit json",

@@ -1,0 +1,131 @@
+"""What ``--quality fast``, ``balanced`` and ``best`` give, on the same model, calibration text and machine.
+
+    python reports/comparison/levels.py --model DIR --name smollm2 --calib FILE --text NAME=FILE .. --lines LINES \\
+        [--autoround PYTHON] [--schemes w4a16,w3a16,..] [--levels fast,balanced,best] [--windows 20] [--busy]
+
+Each run is the command that a user types, with a scheme and a level and nothing else but the calibration text, in a process of
+its own: seconds (with export and proof) and peak memory. Figures are of the packed file, loaded back, in float32 arithmetic, in
+windows of 512 tokens: KL divergence from the original and perplexity. AutoRound runs with its defaults. LINES gets a line per
+run; runs that are there are left out. reports/comparison/levels-NAME.json has means, and the ratio of each divergence to that
+of the level below and of AutoRound, with 95 % intervals over windows (paired).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import run
+import torch
+
+from qkit.calibration.dataset import read_text
+from qkit.evaluation.metrics import compare_windows
+from qkit.planning.quality_levels import LEVELS
+from qkit.runtime.loading import load, load_tokenizer
+
+SCHEMES = "w4a16,w3a16,w2a16,w8a16,w8a8,w4a8,fp8,nvfp4,mxfp4,q4_k,q3_k"
+
+
+def main() -> None:
+    """Run what is not there yet, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--calib", type=Path, required=True)
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--lines", type=Path, required=True)
+    parser.add_argument("--autoround")
+    parser.add_argument("--schemes", default=SCHEMES)
+    parser.add_argument("--levels", default=",".join(LEVELS))
+    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--busy", action="store_true", help="other work runs on the machine: the table has no seconds")
+    args = parser.parse_args()
+    tokenizer, texts = load_tokenizer(args.model), {}
+    for spec in args.text:
+        name, _, file = spec.partition("=")
+        ids = tokenizer(read_text(Path(file)), add_special_tokens=False, verbose=False)["input_ids"]
+        texts[name] = torch.tensor(ids[: args.windows * run.WINDOW])
+    lines = [json.loads(x) for x in args.lines.read_text().splitlines()] if args.lines.exists() else []
+    done = {(x["scheme"], x["level"]) for x in lines}
+    original = run.Remembered(load(args.model, dtype=torch.float32))
+    for scheme in args.schemes.split(","):
+        rivals = [run.AUTOROUND] if args.autoround and scheme in ("w4a16", "w3a16", "w2a16") else []
+        for level in (*args.levels.split(","), *rivals):
+            if (scheme, level) not in done:
+                entry = measured(args, scheme, level, original, texts)
+                with args.lines.open("a") as f:
+                    f.write(json.dumps(entry) + "\n")
+                lines.append(entry)
+                shown = {t: round(float(np.mean(x)), 5) for t, x in entry["kl"].items()}
+                print(
+                    scheme, level, f"{entry['seconds']:.0f} s, {entry['memory'] / 1e9:.2f} GB, KL {shown}", flush=True
+                )
+    table = summary(lines)
+    if args.busy:
+        for row in table:
+            del row["seconds"]
+    (run.HERE / f"levels-{args.name}.json").write_text(json.dumps(table, indent=1) + "\n")
+
+
+def measured(args: argparse.Namespace, scheme: str, level: str, original: Any, texts: dict[str, Any]) -> dict[str, Any]:
+    """One run, its file loaded back and measured."""
+    work = Path(tempfile.mkdtemp())
+    if level == run.AUTOROUND:
+        line = run.command(run.Run(run.AUTOROUND, scheme, None, "signround"), args, args.calib, work / "out")
+        assert line is not None
+    else:
+        line = [sys.executable, "-W", "ignore", "-m", "qkit", "quantize", "--model", args.model, "--scheme", scheme]
+        line += ["--quality", level, "--calib", str(args.calib), "--out", str(work / "out")]
+    seconds, memory = run.started(line)
+    folder = next(work.glob("out/**/config.json")).parent
+    model = run.model_of(run.Run(run.AUTOROUND if level == run.AUTOROUND else run.QKIT, scheme, None, ""), folder)
+    size = sum(f.stat().st_size for f in (*folder.glob("*.safetensors"), *folder.glob("*.gguf")))
+    entry: dict[str, Any] = {
+        "scheme": scheme,
+        "level": level,
+        "seconds": round(seconds, 1),
+        "memory": memory,
+        "bytes": size,
+    }
+    for name, tokens in texts.items():
+        with torch.inference_mode():
+            found = compare_windows(original, model, tokens, run.WINDOW, args.windows)
+        for key, values in (("original", found.reference), ("nll", found.approx), ("kl", found.kl)):
+            entry.setdefault(key, {})[name] = [round(x, 7) for x in values.mean(1).tolist()]
+    shutil.rmtree(work)
+    return entry
+
+
+def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each run, with ratios of divergences to the level below and to AutoRound."""
+    found = {(x["scheme"], x["level"]): x for x in lines}
+    rows = []
+    for (scheme, level), x in found.items():
+        row: dict[str, Any] = {k: x[k] for k in ("scheme", "level", "seconds", "memory", "bytes")}
+        for t in x["kl"]:
+            row[t] = {"perplexity": round(float(np.exp(np.mean(x["nll"][t]))), 3), "kl": float(np.mean(x["kl"][t]))}
+            row[t]["original"] = round(float(np.exp(np.mean(x["original"][t]))), 3)
+            below = LEVELS[LEVELS.index(level) - 1] if level in LEVELS[1:] else None
+            for other in (below, None if level == run.AUTOROUND else run.AUTOROUND):
+                if (scheme, other) in found:
+                    row[t][f"to {other}"] = ratio(x["kl"][t], found[scheme, other]["kl"][t])
+        rows.append(row)
+    return rows
+
+
+def ratio(ours: list[float], theirs: list[float]) -> list[float]:
+    """The ratio of two mean divergences, with its 95 % interval over windows, resampled as pairs."""
+    one, two = np.array(ours), np.array(theirs)
+    picks = np.random.default_rng(0).integers(0, len(one), (10_000, len(one)))
+    each = one[picks].mean(1) / two[picks].mean(1)
+    return [round(float(v), 4) for v in (one.mean() / two.mean(), *np.quantile(each, (0.025, 0.975)))]
+
+
+if __name__ == "__main__":
+    main()
