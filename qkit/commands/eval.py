@@ -19,7 +19,7 @@ from qkit.commands.measured import grids, json_bytes, progress_bar, refuse_unmea
 from qkit.commands.verb import OptionGroup, RenamedOption, Verb, in_group
 from qkit.engines.process import ENGINES, TIMEOUT, require_engine
 from qkit.errors import UsageError
-from qkit.evaluation.request import DTYPES, EvalRequest, dimensions_of
+from qkit.evaluation.request import DTYPES, EvalRequest, dimensions_of, suite_tasks
 from qkit.evaluation.sources import text_name
 from qkit.files.embedded import embedded_text
 from qkit.files.locate import find_model
@@ -58,6 +58,11 @@ _KV_CACHE, _DIFFUSION, _ENGINE, _DEVICE = (
     multiple=True,
     help="Text to measure, repeatable: FILE, NAME=FILE or dataset:NAME[:config][:split][:column]; for an encoder or a "
     "classifier also rows in JSON lines.",
+)
+@_MOST_USED(
+    "--suite",
+    type=click.Choice(["default"]),
+    help="All figures that show what quantization changed, on texts and on chat answers (needs --baseline).",
 )
 @_MOST_USED("--tasks", help="Tasks of lm-eval or qkit, separated by commas, or vbench:DIMENSION,...")
 @_MOST_USED(
@@ -109,6 +114,7 @@ def eval_command(
     texts: tuple[str, ...],
     window: int,
     windows: int,
+    suite: str | None,
     tasks: str | None,
     limit: int | None,
     kv: tuple[str, ...],
@@ -164,6 +170,10 @@ def eval_command(
         return
     names = split_names(tasks)
     bench = dimensions_of(names)
+    if suite is not None:
+        _check_suite(baseline, kv or retrieval or image_text or videos or bench)
+        texts = (*texts, str(embedded_text("evaluation")))
+        names = list(dict.fromkeys([*names, *suite_tasks()]))
     if (videos or bench) and (texts or image_text or kv or retrieval or len(names) > len(bench)):
         raise UsageError(
             "--videos is for diffusion pipelines, and the other measurements are not: leave one of them out"
@@ -211,7 +221,8 @@ def eval_command(
         videos=videos or 0,
         vbench_python=vbench_python,
         videos_dir=videos_dir,
-        prompts=report_file is not None and image_text is None and not videos,
+        prompts=report_file is not None and image_text is None and not videos and suite is None,
+        suite=suite is not None,
     )
     from qkit.workflows.check import require_sound  # here: the help does not wait for YAML and budgets
 
@@ -293,6 +304,17 @@ def _page(measured: Sequence[Mapping[str, Any]], folders: Sequence[Path], reques
 
     tables = [{"title": g.title, "columns": g.columns, "rows": g.plain()} for g in grids(measured)]
     return text_page(measured, folders, tables)
+
+
+def _check_suite(baseline: str | None, other: Any) -> None:
+    """Raises UsageError for a suite without a baseline, and beside measurements of other things."""
+    if baseline is None:
+        raise UsageError("--suite compares with the original model: add --baseline MODEL, or leave --suite out")
+    if other:
+        raise UsageError(
+            "--suite is for texts, chat answers and tasks of a language model: leave it out with --kv, --retrieval, "
+            "--image-text, --videos and vbench"
+        )
 
 
 def split_names(tasks: str | None) -> list[str]:

@@ -31,10 +31,10 @@ def continuations(model: Any, baseline: Any, tokenizer: Any) -> list[dict[str, A
     entries = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        tokens = _continue(model, ids)
+        tokens = greedy_continuation(model, ids, NEW_TOKENS)
         entry: dict[str, Any] = {"prompt": prompt, "said": tokenizer.decode(tokens)}
         if baseline is not None:
-            baseline_tokens = _continue(baseline, ids)
+            baseline_tokens = greedy_continuation(baseline, ids, NEW_TOKENS)
             tokens_of_both = zip(tokens.tolist(), baseline_tokens.tolist(), strict=False)
             equal_count = next(
                 (i for i, (a, b) in enumerate(tokens_of_both) if a != b), min(len(tokens), len(baseline_tokens))
@@ -44,13 +44,14 @@ def continuations(model: Any, baseline: Any, tokenizer: Any) -> list[dict[str, A
     return entries
 
 
-def _continue(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def greedy_continuation(model: Any, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """The most likely tokens that follow ids, int64 [1, n] -> [at most new_tokens], up to and with the end of the text."""
     ids = ids.to(model.device)
     ends = model.config.get_text_config().eos_token_id
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW_TOKENS,
+        max_new_tokens=new_tokens,
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,

@@ -1,0 +1,234 @@
+"""The evaluation of ``qkit eval --suite default``: a quantized model beside its original, on texts and on chat answers.
+
+Texts: every position of every window is scored with the text before it. Chat: the original answers prompts that travel with
+qkit, greedily and through its own chat template, and every token of these answers is scored with all that comes before it. So
+one pass over an answer says how far the file's own greedy answer is the same: up to the first token that it would have chosen
+otherwise. Long context: one long window that goes through a KV cache in pieces, as in a long chat.
+
+Flips are changes between right and wrong in either direction ("Accuracy is not all you need", arXiv 2407.09141). On a text a
+model is right where it puts the next token of the text first. A mean hides them: as much can be lost as is gained.
+
+Weights alone are measured: the KV cache is a plain one, also where the folder asks for another (``qkit eval --kv stored``).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.calibration.chats import Chats
+from qkit.evaluation.continuations import greedy_continuation
+from qkit.evaluation.decoding import fresh_cache
+from qkit.evaluation.metrics import (
+    Comparison,
+    bootstrap_ci,
+    compare_logits,
+    exp,
+    joined,
+    longest_window,
+    quantile,
+    ratio_ci,
+)
+from qkit.evaluation.text import first_tokens, paired_figures
+from qkit.files.embedded import embedded_prompts
+from qkit.kvcache.argument import with_cache
+from qkit.system.progress import NamedAdvance
+
+NEW_TOKENS = 128  # of an answer at most
+LONGEST = 4096  # tokens of the long window, or what the model can take: the work grows with its square
+PIECE = 512  # tokens of it that go through a model at once
+BUCKETS = 8  # of the positions in it
+
+
+class Stopwatch:
+    """Adds up the seconds that a model spends in its passes."""
+
+    def __init__(self, model: Any) -> None:
+        self.seconds, self._begun = 0.0, 0.0
+        model.register_forward_pre_hook(self._start)
+        model.register_forward_hook(self._stop)
+
+    def _start(self, *_: Any) -> None:
+        self._begun = time.perf_counter()
+
+    def _stop(self, *_: Any) -> None:
+        self.seconds += time.perf_counter() - self._begun
+
+
+def text_figures(comparison: Comparison) -> dict[str, Any]:
+    """What ``paired_figures`` gives, and more: kl.p999, same_top1_ci, recovery (the baseline's perplexity over the model's, in
+    %, with a paired ci) and flips (in % of the tokens, with ci, and its two parts lost and gained)."""
+    figures = paired_figures(comparison)
+    difference = bootstrap_ci(comparison.approx.mean(1) - comparison.reference.mean(1))
+    recovery = [100.0 * exp(-value) for value in (difference.mean, difference.high, difference.low)]
+    lost = comparison.reference_right & ~comparison.approx_right
+    gained = comparison.approx_right & ~comparison.reference_right
+    flips = bootstrap_ci(100.0 * (lost | gained).double().mean(1))
+    figures["kl"]["p999"] = quantile(comparison.kl, 0.999)
+    return {
+        **figures,
+        "same_top1_ci": bootstrap_ci(comparison.same_top1.double().mean(1)).ends,
+        "recovery": {"percent": recovery[0], "ci": recovery[1:]},
+        "flips": {
+            "percent": flips.mean,
+            "ci": flips.ends,
+            "lost": 100.0 * float(lost.double().mean()),
+            "gained": 100.0 * float(gained.double().mean()),
+        },
+    }
+
+
+@torch.inference_mode()
+def evaluate_suite(
+    models: Sequence[Any],
+    original: Any,
+    tokenizer: Any,
+    texts: Sequence[Path | str],
+    progress: NamedAdvance | None = None,
+) -> list[dict[str, Any]]:
+    """Of each model {"chat": figures, "examples": answers, "long_context": figures}.
+
+    chat: prompts, template (whether the model has one), tokens (of all answers), kl (mean, ci over answers, p99, p999),
+    same_top1, same_top1_ci, agreement (tokens: mean number before the first difference, ci, of: mean length of the baseline's
+    answers, percent: of these tokens, whole: number of answers that are the same to their end); examples: an answer of each
+    kind of prompt {"kind", "prompt", "said", "baseline_said", "same": tokens, "same_letters"}; long_context: as
+    ``long_context``, None for a text that is too short.
+    """
+    prompts = read_prompts(embedded_prompts())
+    chats = Chats(tokenizer)
+    questions = [torch.tensor([ids], dtype=torch.int64) for ids in chats.prompts([p["prompt"] for p in prompts])]
+    report = partial(progress, "chat") if progress is not None else lambda done, total: None
+    answers: list[Tensor] = []
+    comparisons: list[list[Comparison]] = [[] for _ in models]
+    for i, question in enumerate(questions):
+        answers.append(greedy_continuation(original, question, NEW_TOKENS))
+        for found, comparison in zip(comparisons, _answer(original, models, question, answers[-1]), strict=True):
+            found.append(comparison)
+        report(i + 1, len(questions))
+    shown = [i for i, p in enumerate(prompts) if p["kind"] not in {q["kind"] for q in prompts[:i]}]
+    long = long_context(models, original, tokenizer, texts, progress)
+    return [
+        {
+            "chat": {"prompts": len(prompts), "template": chats.template is not None, **_chat_figures(found)},
+            "examples": [
+                {**prompts[i], **_example(model, tokenizer, questions[i], answers[i], found[i])} for i in shown
+            ],
+            "long_context": None if long is None else long[place],
+        }
+        for place, (model, found) in enumerate(zip(models, comparisons, strict=True))
+    ]
+
+
+def read_prompts(file: Path) -> list[dict[str, str]]:
+    """The prompts of a file in JSON lines, each with ``kind`` and ``prompt``."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _answer(original: Any, models: Sequence[Any], question: Tensor, answer: Tensor) -> list[Comparison]:
+    """The comparisons of every model on one answer [1, n]."""
+    ids, targets = torch.cat([question[0], answer])[None], answer[None]
+    of_answer = slice(question.shape[1] - 1, -1)
+
+    def logits(model: Any) -> Tensor:
+        every: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
+        return every[:, of_answer]
+
+    reference = logits(original)
+    return [compare_logits(reference, logits(model), targets) for model in models]
+
+
+def _chat_figures(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """An answer is the unit of the intervals."""
+    every = joined(comparisons, 1)
+    counts = torch.tensor([c.kl.numel() for c in comparisons], dtype=torch.float64)
+    kl = ratio_ci(torch.stack([c.kl.sum() for c in comparisons]), counts)
+    same = ratio_ci(torch.stack([c.same_top1.sum() for c in comparisons]), counts)
+    equal = torch.tensor([_equal_tokens(c) for c in comparisons], dtype=torch.float64)
+    agreement = bootstrap_ci(equal)
+    return {
+        "tokens": every.kl.numel(),
+        "kl": {"mean": kl.mean, "ci": kl.ends, "p99": quantile(every.kl, 0.99), "p999": quantile(every.kl, 0.999)},
+        "same_top1": same.mean,
+        "same_top1_ci": same.ends,
+        "agreement": {
+            "tokens": agreement.mean,
+            "ci": agreement.ends,
+            "of": float(counts.mean()),
+            "percent": 100.0 * float(equal.sum() / counts.sum()),
+            "whole": int((equal == counts).sum()),
+        },
+    }
+
+
+def _equal_tokens(comparison: Comparison) -> int:
+    """The tokens of an answer before the first that the model would not have chosen."""
+    return int(comparison.approx_right[0].long().cumprod(0).sum())
+
+
+def _example(model: Any, tokenizer: Any, question: Tensor, answer: Tensor, comparison: Comparison) -> dict[str, Any]:
+    """The greedy answers of both models, and where they part. The model's begins with what is the same."""
+    equal = _equal_tokens(comparison)
+    same = answer[:equal]
+    rest = answer[:0]
+    if equal < len(answer):
+        rest = greedy_continuation(model, torch.cat([question[0], same])[None], len(answer) - equal)
+    said, baseline_said, common = (
+        tokenizer.decode(ids, skip_special_tokens=True) for ids in (torch.cat([same, rest]), answer, same)
+    )
+    letters = len(common) if equal < len(answer) else len(said)
+    while not (said.startswith(baseline_said[:letters])):  # a token may hold a part of a letter
+        letters -= 1
+    return {"said": said, "baseline_said": baseline_said, "same": equal, "same_letters": letters}
+
+
+def long_context(
+    models: Sequence[Any],
+    original: Any,
+    tokenizer: Any,
+    texts: Sequence[Path | str],
+    progress: NamedAdvance | None = None,
+) -> list[dict[str, Any]] | None:
+    """Of each model {"tokens", "buckets": [{"from", "to", "kl", "same_top1"}]}: means over ranges of positions in one window of
+    the first text that is long enough, as long as the models allow, LONGEST at most. None where no text is longer than a piece.
+    """
+    limits = [limit for m in (original, *models) if (limit := longest_window(m)) is not None]
+    longest = min([LONGEST, *limits])
+    candidates = (first_tokens(tokenizer, spec, longest)[:longest] for spec in texts)
+    tokens = max(candidates, key=len)  # the first of the longest
+    if len(tokens) <= 2 * BUCKETS:
+        return None
+    ids = tokens[None]
+    caches = [fresh_cache(m, None, len(tokens)) for m in (original, *models)]
+    parts: list[list[Comparison]] = [[] for _ in models]
+    report = partial(progress, "long context") if progress is not None else lambda done, total: None
+    for start in range(0, len(tokens) - 1, PIECE):
+        piece, targets = ids[:, start : start + PIECE], ids[:, start + 1 : start + PIECE + 1]
+        reference, *others = (
+            model(input_ids=piece.to(model.device), **with_cache(model, cache), use_cache=True).logits
+            for model, cache in zip((original, *models), caches, strict=True)
+        )
+        for found, logits in zip(parts, others, strict=True):
+            found.append(compare_logits(reference[:, : targets.shape[1]], logits[:, : targets.shape[1]], targets))
+        report(min(start + PIECE, len(tokens)), len(tokens))
+    return [{"tokens": len(tokens), "buckets": _buckets(joined(found, 1))} for found in parts]
+
+
+def _buckets(comparison: Comparison) -> list[dict[str, Any]]:
+    count = comparison.kl.shape[1]
+    ends = [round(i * count / BUCKETS) for i in range(BUCKETS + 1)]
+    return [
+        {
+            "from": start + 1,
+            "to": stop,
+            "kl": float(comparison.kl[0, start:stop].mean()),
+            "same_top1": float(comparison.same_top1[0, start:stop].double().mean()),
+        }
+        for start, stop in zip(ends, ends[1:], strict=False)
+    ]
