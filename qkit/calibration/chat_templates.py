@@ -132,7 +132,9 @@ def rendered_all(
         ) from e
 
 
-def _render(tokenizer: Any, template: str, chat: list[dict[str, Any]], tools: list[Any], prompt: bool) -> tuple[str, str | None]:
+def _render(
+    tokenizer: Any, template: str, chat: list[dict[str, Any]], tools: list[Any], prompt: bool
+) -> tuple[str, str | None]:
     failure, best = "", None
     for turns in (chat, _without_system(chat), _in_parts(chat)):
         if turns is None:

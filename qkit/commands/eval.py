@@ -15,11 +15,11 @@ from qkit.calibration.options import QUESTIONS
 from qkit.commands.common import OutFile, announce
 from qkit.commands.engine_tables import gguf_file, require_python, show_engine
 from qkit.commands.grid import printable
-from qkit.commands.measured import grids, json_bytes, progress_bar, refuse_unmeasured, show, show_all
+from qkit.commands.measured import grids, json_bytes, notes, progress_bar, refuse_unmeasured, show, show_all
 from qkit.commands.verb import OptionGroup, RenamedOption, Verb, in_group
 from qkit.engines.process import ENGINES, TIMEOUT, require_engine
 from qkit.errors import UsageError
-from qkit.evaluation.request import DTYPES, EvalRequest, dimensions_of, suite_tasks
+from qkit.evaluation.request import DTYPES, SUITE_SAMPLES, EvalRequest, dimensions_of, suite_tasks
 from qkit.evaluation.sources import text_name
 from qkit.files.embedded import embedded_text
 from qkit.files.locate import find_model
@@ -173,7 +173,8 @@ def eval_command(
     if suite is not None:
         _check_suite(baseline, kv or retrieval or image_text or videos or bench)
         texts = (*texts, str(embedded_text("evaluation")))
-        names = list(dict.fromkeys([*names, *suite_tasks()]))
+        if not names:
+            names, limit = suite_tasks(), limit or SUITE_SAMPLES
     if (videos or bench) and (texts or image_text or kv or retrieval or len(names) > len(bench)):
         raise UsageError(
             "--videos is for diffusion pipelines, and the other measurements are not: leave one of them out"
@@ -198,7 +199,7 @@ def eval_command(
             "--report is for texts, tasks, image-text data and videos: leave it out with --kv, --retrieval and vbench"
         )
     if report_file is not None:
-        require("--report", "report", "jinja2", *(["matplotlib"] if image_text or videos else []))
+        require("--report", "report", "jinja2", *(["matplotlib"] if image_text or videos or suite else []))
     for spec in texts:
         text_name(spec)
     request = EvalRequest(
@@ -300,9 +301,14 @@ def _page(measured: Sequence[Mapping[str, Any]], folders: Sequence[Path], reques
 
         (name,) = measured[0]["pairs"]
         return image_text_page(measured[0], name, request.image_text, request.questions)
+    tables = [{"title": g.title, "columns": g.columns, "rows": g.plain()} for g in grids(measured)]
+    if request.suite:
+        from qkit.report.result import result_facts
+        from qkit.report.result_page import result_page
+
+        return result_page([*map(result_facts, folders)], measured, tables, notes(measured))
     from qkit.report.text import text_page
 
-    tables = [{"title": g.title, "columns": g.columns, "rows": g.plain()} for g in grids(measured)]
     return text_page(measured, folders, tables)
 
 

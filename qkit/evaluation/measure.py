@@ -22,7 +22,7 @@ from qkit.evaluation.vbench import VBenchRequest, evaluate_vbench
 from qkit.families.declared import DECLARED
 from qkit.families.structure import predicts_next
 from qkit.files.checkpoint import Checkpoint
-from qkit.files.folder import PIPELINE_INDEX, is_pipeline, weights_folder
+from qkit.files.folder import PIPELINE_INDEX, is_pipeline, read_record, weights_folder
 from qkit.system.progress import NamedAdvance
 
 
@@ -32,13 +32,13 @@ def measure(
     """The figures of the model in the folder ``out`` (packed, when it is quantized), beside those of the baseline.
 
     Returns {"model", "baseline", "dtype", "window", "size", "texts", "rows", "caches", "retrieval", "pairs", "videos",
-    "samples", "tasks", "baseline_tasks", "suite"}, of what was asked for: names of folders without their paths; size in bytes of the
-    weight files; texts as in ``evaluate_text``; rows, in place of texts, of a model that does not continue a text: {name: what
+    "samples", "tasks", "baseline_tasks", "suite"}, of what was asked for: names of folders without their paths; size in bytes
+    of the weight files; texts as in ``evaluate_text``; rows, in place of texts, of a model that does not continue a text: {name: what
     ``row_scores.figures`` gives}; caches, or with request.retrieval retrieval: for each text what
     ``evaluate_caches`` or ``evaluate_retrieval`` gives; pairs: {name: what ``evaluate_image_text`` gives}; videos: what
     ``video.sample_figures`` gives, and samples (ours, theirs), request.examples of each; tasks as in ``run_tasks``, without the
     values of single samples but with the paired change and change_ci where there is a baseline; suite: what ``evaluate_suite``
-    gives and the seconds of passes. Raises what loading,
+    gives, the seconds of passes and the recorded sums of the weight files. Raises what loading,
     ``evaluate_text``, ``evaluate_image_text`` and ``run_tasks`` raise.
     """
     return measure_all([out], baseline, request, progress)[0]
@@ -112,7 +112,10 @@ def measure_all(
         results = [result | figures for result, figures in zip(results, texts, strict=True)]
     if request.suite:
         suites = evaluate_suite(models, original, tokenizers[0], request.texts, progress)
-        results = [result | {"suite": figures} for result, figures in zip(results, suites, strict=True)]
+        results = [
+            result | {"suite": {**figures, "weights": weight_sums(out)}}
+            for out, result, figures in zip(outs, results, suites, strict=True)
+        ]
     if caches_compared:
         caches = _caches(models[0], tokenizers[0], request, progress)
         results[0]["retrieval" if request.retrieval else "caches"] = caches
@@ -265,6 +268,11 @@ def _check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:  # AssertionError: a build of torch without CUDA
         reason = str(error).splitlines()[0]
         raise UsageError(f"device {device!r} cannot be used: {reason}; use cpu, or a device of this machine") from error
+
+
+def weight_sums(out: Path) -> dict[str, str]:
+    """The sha256 of the weight files by name, as the folder's record has them: figures belong to these. Empty without one."""
+    return (read_record(out) or {}).get("shards", {})
 
 
 def sizes(out: Path, baseline: Path | None) -> dict[str, int]:

@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from qkit.system.progress import NamedAdvance
 NEW_TOKENS = 128  # of an answer at most
 LONGEST = 4096  # tokens of the long window, or what the model can take: the work grows with its square
 PIECE = 512  # tokens of it that go through a model at once
+EXAMPLES = 6  # answers of every model that are kept in words, each to a prompt of another kind
 BUCKETS = 8  # of the positions in it
 
 
@@ -97,8 +99,8 @@ def evaluate_suite(
 
     chat: prompts, template (whether the model has one), tokens (of all answers), kl (mean, ci over answers, p99, p999),
     same_top1, same_top1_ci, agreement (tokens: mean number before the first difference, ci, of: mean length of the baseline's
-    answers, percent: of these tokens, whole: number of answers that are the same to their end); examples: an answer of each
-    kind of prompt {"kind", "prompt", "said", "baseline_said", "same": tokens, "same_letters"}; long_context: as
+    answers, percent: of these tokens, whole: number of answers that are the same to their end); examples: the answers to the
+    first prompts {"kind", "prompt", "said", "baseline_said", "same": tokens, "same_letters"}; long_context: as
     ``long_context``, None for a text that is too short.
     """
     prompts = read_prompts(embedded_prompts())
@@ -112,7 +114,7 @@ def evaluate_suite(
         for found, comparison in zip(comparisons, _answer(original, models, question, answers[-1]), strict=True):
             found.append(comparison)
         report(i + 1, len(questions))
-    shown = [i for i, p in enumerate(prompts) if p["kind"] not in {q["kind"] for q in prompts[:i]}]
+    shown = range(min(EXAMPLES, len(prompts)))
     long = long_context(models, original, tokenizer, texts, progress)
     return [
         {
@@ -230,5 +232,5 @@ def _buckets(comparison: Comparison) -> list[dict[str, Any]]:
             "kl": float(comparison.kl[0, start:stop].mean()),
             "same_top1": float(comparison.same_top1[0, start:stop].double().mean()),
         }
-        for start, stop in zip(ends, ends[1:], strict=False)
+        for start, stop in pairwise(ends)
     ]
