@@ -33,12 +33,12 @@ def measure(
 
     Returns {"model", "baseline", "dtype", "window", "size", "texts", "rows", "caches", "retrieval", "pairs", "videos",
     "samples", "tasks", "baseline_tasks", "suite"}, of what was asked for: names of folders without their paths; size in bytes
-    of the weight files; texts as in ``evaluate_text``; rows, in place of texts, of a model that does not continue a text: {name: what
-    ``row_scores.figures`` gives}; caches, or with request.retrieval retrieval: for each text what
+    of the weight files; texts as in ``evaluate_text``; rows, in place of texts, of a model that does not continue a text:
+    {name: what ``row_scores.figures`` gives}; caches, or with request.retrieval retrieval: for each text what
     ``evaluate_caches`` or ``evaluate_retrieval`` gives; pairs: {name: what ``evaluate_image_text`` gives}; videos: what
     ``video.sample_figures`` gives, and samples (ours, theirs), request.examples of each; tasks as in ``run_tasks``, without the
-    values of single samples but with the paired change and change_ci where there is a baseline; suite: what ``evaluate_suite``
-    gives, the seconds of passes and the recorded sums of the weight files. Raises what loading,
+    values of single samples but with the paired change and change_ci where there is a baseline; suite: what
+    ``evaluate_suite`` gives, the seconds of passes and the recorded sums of the weight files. Raises what loading,
     ``evaluate_text``, ``evaluate_image_text`` and ``run_tasks`` raise.
     """
     return measure_all([out], baseline, request, progress)[0]

@@ -107,10 +107,12 @@ def evaluate_suite(
     chats = Chats(tokenizer)
     questions = [torch.tensor([ids], dtype=torch.int64) for ids in chats.prompts([p["prompt"] for p in prompts])]
     report = partial(progress, "chat") if progress is not None else lambda done, total: None
+    longest = min(_limits([original, *models]), default=None)
     answers: list[Tensor] = []
     comparisons: list[list[Comparison]] = [[] for _ in models]
     for i, question in enumerate(questions):
-        answers.append(greedy_continuation(original, question, NEW_TOKENS))
+        room = NEW_TOKENS if longest is None else min(NEW_TOKENS, longest - question.shape[1])
+        answers.append(greedy_continuation(original, question, room))
         for found, comparison in zip(comparisons, _answer(original, models, question, answers[-1]), strict=True):
             found.append(comparison)
         report(i + 1, len(questions))
@@ -126,6 +128,11 @@ def evaluate_suite(
         }
         for place, (model, found) in enumerate(zip(models, comparisons, strict=True))
     ]
+
+
+def _limits(models: Sequence[Any]) -> list[int]:
+    """The positions of the models that name a limit."""
+    return [limit for model in models if (limit := longest_window(model)) is not None]
 
 
 def read_prompts(file: Path) -> list[dict[str, str]]:
@@ -200,8 +207,7 @@ def long_context(
     """Of each model {"tokens", "buckets": [{"from", "to", "kl", "same_top1"}]}: means over ranges of positions in one window of
     the first text that is long enough, as long as the models allow, LONGEST at most. None where no text is longer than a piece.
     """
-    limits = [limit for m in (original, *models) if (limit := longest_window(m)) is not None]
-    longest = min([LONGEST, *limits])
+    longest = min([LONGEST, *_limits([original, *models])])
     candidates = (first_tokens(tokenizer, spec, longest)[:longest] for spec in texts)
     tokens = max(candidates, key=len)  # the first of the longest
     if len(tokens) <= 2 * BUCKETS:
