@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 4.4  # inches
 _SMALL = 8  # points
+_LETTERS = 28  # of a name
 _OFFSETS = ((6, 3), (6, -9), (-6, 3), (-6, -9), (6, 12), (-6, 12), (6, -18), (-6, -18))  # of a name from its mark
 Point = tuple[str, float, float, tuple[float, float] | None]  # name, x, y, ends of its interval
 
@@ -69,13 +70,14 @@ def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
         offsets = sorted(_OFFSETS, key=lambda offset: (offset[0] > 0) == is_right)
         for offset in offsets:
             text = axes.annotate(
-                name,
+                name if len(name) <= _LETTERS else f"{name[: _LETTERS - 2]}..",
                 (x, y),
                 offset,
                 textcoords="offset points",
                 ha="left" if offset[0] > 0 else "right",
                 fontsize=_SMALL,
                 parse_math=False,
+                in_layout=False,  # the axes keep the place that the boxes are measured in
             )
             box = text.get_window_extent()
             if offset == offsets[-1] or not any(box.overlaps(other) for other in taken):

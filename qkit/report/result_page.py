@@ -44,9 +44,9 @@ def _maps(facts: Figures) -> dict[str, str]:
     """{title: figure} of the layers of one result."""
     maps = {}
     if len(set(facts["bits"].values())) > 1:
-        maps["Bits of the codes, by layer"] = layer_map(facts["bits"], "bits", False)
+        maps["Bits by layer"] = layer_map(facts["bits"], "bits of a code, scales not counted", False)
     if any(error > 0 for error in facts["errors"].values()):
-        maps["Error of the outputs, by layer"] = layer_map(facts["errors"], "relative squared error", True)
+        maps["Error by layer"] = layer_map(facts["errors"], "relative squared error", True)
     return {title: data_uri(svg(figure)) for title, figure in maps.items()}
 
 

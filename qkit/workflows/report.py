@@ -59,11 +59,15 @@ def _entry_of(result: Mapping[str, Any], entries: Sequence[dict[str, Any]], file
 
 def _entries(file: Path) -> list[dict[str, Any]]:
     data = load_json(file, "file of qkit eval", _LARGEST)
-    entries = data.get("models", [data]) if isinstance(data, dict) else []
-    for entry in entries:
-        bad = next((k for k, kind in _NEEDED.items() if not isinstance(entry.get(k), kind)), None)
-        if bad is not None:
-            raise BadInput(f"{file}: an entry has no {bad}: use the file that 'qkit eval --json' writes")
-    if not entries:
-        raise BadInput(f"{file}: no models in it: use the file that 'qkit eval --json' writes")
-    return list(entries)
+    models = data.get("models", [data]) if isinstance(data, dict) else None
+    entries = [entry for entry in models if _is_entry(entry)] if isinstance(models, list) else []
+    if not entries or entries != models:
+        raise BadInput(f"{file}: found other data than figures of models: use the file that 'qkit eval --json' writes")
+    return entries
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in _NEEDED.items()):
+        return False
+    suite, texts = entry.get("suite", {}), entry.get("texts", {})
+    return isinstance(texts, dict) and isinstance(suite, dict) and isinstance(suite.get("weights", {}), dict)

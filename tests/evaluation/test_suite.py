@@ -3,6 +3,7 @@
 import json
 import math
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 import qkit_data
@@ -18,7 +19,10 @@ from qkit.evaluation.text import first_tokens
 from qkit.runtime.loading import load, load_tokenizer
 from qkit.workflows.api import quantize
 
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<me>{% endif %}"
+)
 TEXT = str(qkit_data.text_path("evaluation"))
 
 
@@ -37,8 +41,18 @@ def loaded(results):
 
 
 @pytest.fixture
-def short(monkeypatch):
-    """Answers and windows that take a moment."""
+def few(monkeypatch, tmp_path):
+    """Prompts that take a moment."""
+    lines = qkit_data.prompts_path().read_text(encoding="utf-8").splitlines(keepends=True)
+    assert len(lines) == 24
+    (tmp_path / "prompts.jsonl").write_text("".join(lines[:6]), encoding="utf-8")
+    monkeypatch.setattr(suite, "embedded_prompts", lambda: tmp_path / "prompts.jsonl")
+    return read_prompts(tmp_path / "prompts.jsonl")
+
+
+@pytest.fixture
+def short(monkeypatch, few):
+    """Answers that take a moment."""
     monkeypatch.setattr(suite, "NEW_TOKENS", 12)
     monkeypatch.setattr(suite, "EXAMPLES", 2)
 
@@ -71,19 +85,19 @@ def test_right_tokens(loaded):
     assert torch.equal(found.kl == 0, torch.zeros_like(found.kl, dtype=torch.bool))  # other models everywhere
 
 
-def test_the_agreement_is_that_of_real_answers(results, loaded, short):
+def test_the_agreement_is_that_of_real_answers(results, loaded, few, short):
     """One pass over the baseline's answer finds the place where the model's own answer leaves it."""
     tokenizer = load_tokenizer(results[0])
     found = evaluate_suite(loaded[1:], loaded[0], tokenizer, [TEXT])
-    prompts = [p["prompt"] for p in read_prompts(qkit_data.prompts_path())]
-    assert len(prompts) == 24 and not found[0]["chat"]["template"]
+    prompts = [p["prompt"] for p in few]
+    assert found[0]["chat"]["prompts"] == 6 and not found[0]["chat"]["template"]
     for model, figures in zip(loaded[1:], found, strict=True):
         equal = []
         for ids in Chats(tokenizer).prompts(prompts):
             answers = [greedy_continuation(m, torch.tensor([ids]), 12).tolist() for m in (loaded[0], model)]
             same = [a == b for a, b in zip(*answers, strict=False)]
             equal.append(same.index(False) if False in same else len(same))
-        assert figures["chat"]["agreement"]["tokens"] == pytest.approx(sum(equal) / 24)
+        assert figures["chat"]["agreement"]["tokens"] == pytest.approx(sum(equal) / 6)
         assert [e["same"] for e in figures["examples"]] == equal[:2]
         for example in figures["examples"]:
             assert example["said"][: example["same_letters"]] == example["baseline_said"][: example["same_letters"]]
@@ -100,11 +114,11 @@ def test_prompts_in_the_template(results):
     assert tokenizer.decode(ids) == "<user> Hello there\n<me>" != tokenizer.decode(plain[0])
 
 
-def test_answers_stay_within_the_model(results, loaded):
-    """128 positions: prompts of some 30 tokens leave less than 128 to the answer."""
+def test_answers_stay_within_the_model(results, loaded, few):
+    """The model has 128 positions: the prompts leave less than 128 to the answers, and the random model does not end before."""
     (found,) = evaluate_suite(loaded[1:2], loaded[0], load_tokenizer(results[0]), [TEXT])
-    longest = max(len(ids) for ids in Chats(load_tokenizer(results[0])).prompts([found["examples"][0]["prompt"]]))
-    assert found["chat"]["agreement"]["of"] <= 128 - longest + 24
+    room = [128 - len(ids) for ids in Chats(load_tokenizer(results[0])).prompts([p["prompt"] for p in few])]
+    assert max(room) < 128 and found["chat"]["agreement"]["of"] == sum(room) / 6
 
 
 def test_long_context_is_that_of_one_pass(results, loaded, monkeypatch):
@@ -117,7 +131,7 @@ def test_long_context_is_that_of_one_pass(results, loaded, monkeypatch):
         whole = compare_windows(loaded[0], model, tokens, 128).kl[0]
         ends = [(b["from"], b["to"]) for b in figures["buckets"]]
         assert ends[0][0] == 1 and ends[-1][1] == 127 and len(ends) == suite.BUCKETS
-        assert all(after[0] == before[1] + 1 for before, after in zip(ends, ends[1:], strict=False))
+        assert all(after[0] == before[1] + 1 for before, after in pairwise(ends))
         for bucket in figures["buckets"]:
             assert bucket["kl"] == pytest.approx(float(whole[bucket["from"] - 1 : bucket["to"]].mean()), rel=1e-3)
 
@@ -148,13 +162,13 @@ class Page(HTMLParser):
         self.texts.append(data.strip())
 
 
-def test_the_commands(results, run, tmp_path, short, monkeypatch):
+def test_the_commands(results, run, tmp_path, short):
     original, *outs = results
     page, figures = tmp_path / "page.html", tmp_path / "eval.json"
     common = ("--baseline", original, "--suite", "default", "--window", 64, "--windows", 4, "--limit", 3)
     code, shown, err = run("eval", *outs, *common, "--report", page, "--json", figures)
     assert code == 0, err
-    assert max(map(len, shown.splitlines())) <= 100
+    assert max(map(len, shown.splitlines()[1:])) <= 100, shown  # the first line names the folders
     assert "recovery % (95 % ci)" in shown and "note: the model has no chat template" in shown
     models = json.loads(figures.read_text())["models"]
     assert [m["model"] for m in models] == ["w8a16", "w2a16"]
@@ -171,7 +185,7 @@ def test_the_commands(results, run, tmp_path, short, monkeypatch):
     assert again.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
 
 
-def test_what_the_suite_does_not_go_with(results, run, monkeypatch):
+def test_what_the_suite_does_not_go_with(results, run):
     original, out, _ = results
     assert run("eval", out, "--suite", "default")[2].startswith(
         "qkit: --suite compares with the original model: add --ba"
