@@ -15,7 +15,7 @@ from qkit.calibration.options import QUESTIONS
 from qkit.commands.common import OutFile, announce
 from qkit.commands.engine_tables import gguf_file, require_python, show_engine
 from qkit.commands.grid import printable
-from qkit.commands.measured import grids, json_bytes, notes, progress_bar, refuse_unmeasured, show, show_all
+from qkit.commands.measured import json_bytes, notes, page_tables, progress_bar, refuse_unmeasured, show, show_all
 from qkit.commands.verb import OptionGroup, RenamedOption, Verb, in_group
 from qkit.engines.process import ENGINES, TIMEOUT, require_engine
 from qkit.errors import UsageError
@@ -301,7 +301,7 @@ def _page(measured: Sequence[Mapping[str, Any]], folders: Sequence[Path], reques
 
         (name,) = measured[0]["pairs"]
         return image_text_page(measured[0], name, request.image_text, request.questions)
-    tables = [{"title": g.title, "columns": g.columns, "rows": g.plain()} for g in grids(measured)]
+    tables = page_tables(measured)
     if request.suite:
         from qkit.report.result import result_facts
         from qkit.report.result_page import result_page

@@ -56,6 +56,13 @@ def show_all(found: Sequence[Mapping[str, Any]], console: Console) -> None:
         console.print(Text(f"note: {note}"), soft_wrap=True)
 
 
+def page_tables(measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same tables for a page, {"title", "columns", "rows"} each; a page is wide enough for all files side by side."""
+    suite = bool(measured) and "suite" in measured[0]
+    found = suite_grids(measured, len(measured)) if suite else grids(measured)
+    return [{"title": g.title, "columns": g.columns, "rows": g.plain()} for g in found]
+
+
 def notes(measured: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader of the tables has to know."""
     return [*suite_notes(measured[0])] if measured and "suite" in measured[0] else []

@@ -43,7 +43,7 @@ def report_command(
       qkit report out/w4a16 out/w8a16 --eval eval.json --out report.html
     """
     require("qkit report", "report", "jinja2", "matplotlib")
-    from qkit.commands.measured import grids, notes
+    from qkit.commands.measured import notes, page_tables
     from qkit.files.locate import find_model
     from qkit.report.result import result_facts
     from qkit.report.result_page import result_page
@@ -55,9 +55,8 @@ def report_command(
     facts = [result_facts(find_model(name)) for name in outs]
     measured = measured_of(facts, eval_files)
     try:
-        tables = [{"title": g.title, "columns": g.columns, "rows": g.plain()} for g in grids(measured)]
         known_profile = None if profile is None else Profile.load(profile)
-        page = result_page(facts, measured, tables, notes(measured), known_profile)
+        page = result_page(facts, measured, page_tables(measured), notes(measured), known_profile)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         if not eval_files:
             raise

@@ -36,14 +36,13 @@ def size_plot(panels: Mapping[str, Sequence[Point]], baselines: Mapping[str, flo
             axes.errorbar([x], [y], yerr=spread, fmt="o", ms=5, capsize=2.5, color=f"C{i % 10}")
         if name in baselines:
             axes.axhline(baselines[name], color="0.5", linewidth=1, linestyle="--")
-            at = (0.99, baselines[name])
+            at = (0.01, baselines[name])
             axes.annotate(
                 baseline,
                 at,
                 (0, 2),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
-                ha="right",
                 fontsize=_SMALL,
                 color="0.4",
                 parse_math=False,

@@ -17,7 +17,7 @@ POINTS = [
 
 def figures():
     yield size_plot(
-        {"perplexity": POINTS, "KL": [(n, x, y / 1e4, None) for n, x, y, _ in POINTS]}, {"KL": 0.0}, "m $y$"
+        {"perplexity": POINTS, "KL": [(n, x, y / 1e4, None) for n, x, y, _ in POINTS]}, {"perplexity": 29.5}, "m $y$"
     )
     yield size_plot({"KL": [("one", 4.0, 0.0, (0.0, 0.0))]}, {}, "m")  # equal to the baseline
     yield position_plot({"a $x$": [(16, 0.1), (32, 0.2)], "b": [(16, 0.0), (32, 0.1)]})
