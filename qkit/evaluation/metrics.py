@@ -64,6 +64,10 @@ class Comparison:
     reference_right: Tensor
     approx_right: Tensor
 
+    def part(self, at: slice) -> Comparison:
+        """The same of some positions of every window."""
+        return Comparison(*(getattr(self, f.name)[:, at] for f in fields(self)))
+
 
 def nll_windows(
     model: Any, tokens: Tensor, window: int, limit: int | None = None, progress: Advance | None = None

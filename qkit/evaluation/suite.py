@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from qkit.calibration.chats import Chats
-from qkit.evaluation.continuations import greedy_continuation
+from qkit.evaluation.continuations import greedy_continuations
 from qkit.evaluation.decoding import fresh_cache
 from qkit.evaluation.metrics import (
     Comparison,
@@ -105,25 +105,22 @@ def evaluate_suite(
     """
     prompts = read_prompts(embedded_prompts())
     chats = Chats(tokenizer)
-    questions = [torch.tensor([ids], dtype=torch.int64) for ids in chats.prompts([p["prompt"] for p in prompts])]
+    questions = [torch.tensor(ids, dtype=torch.int64) for ids in chats.prompts([p["prompt"] for p in prompts])]
     report = partial(progress, "chat") if progress is not None else lambda done, total: None
     longest = min(_limits([original, *models]), default=None)
-    answers: list[Tensor] = []
+    rooms = [NEW_TOKENS if longest is None else min(NEW_TOKENS, longest - len(q)) for q in questions]
+    answers = greedy_continuations(original, questions, rooms)
     comparisons: list[list[Comparison]] = [[] for _ in models]
     for i, question in enumerate(questions):
-        room = NEW_TOKENS if longest is None else min(NEW_TOKENS, longest - question.shape[1])
-        answers.append(greedy_continuation(original, question, room))
-        for found, comparison in zip(comparisons, _answer(original, models, question, answers[-1]), strict=True):
+        answers[i], of_models = _answer(original, models, question, answers[i])
+        for found, comparison in zip(comparisons, of_models, strict=True):
             found.append(comparison)
         report(i + 1, len(questions))
-    shown = range(min(EXAMPLES, len(prompts)))
     long = long_context(models, original, tokenizer, texts, progress)
     return [
         {
             "chat": {"prompts": len(prompts), "template": chats.template is not None, **_chat_figures(found)},
-            "examples": [
-                {**prompts[i], **_example(model, tokenizer, questions[i], answers[i], found[i])} for i in shown
-            ],
+            "examples": _examples(model, tokenizer, prompts, questions, answers, found),
             "long_context": None if long is None else long[place],
         }
         for place, (model, found) in enumerate(zip(models, comparisons, strict=True))
@@ -140,17 +137,22 @@ def read_prompts(file: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def _answer(original: Any, models: Sequence[Any], question: Tensor, answer: Tensor) -> list[Comparison]:
-    """The comparisons of every model on one answer [1, n]."""
-    ids, targets = torch.cat([question[0], answer])[None], answer[None]
-    of_answer = slice(question.shape[1] - 1, -1)
+def _answer(original: Any, models: Sequence[Any], question: Tensor, answer: Tensor) -> tuple[Tensor, list[Comparison]]:
+    """The answer [n] up to where this pass of the original confirms it, and the comparisons of every model on it.
+
+    The answer was written with others, and a tie between two tokens can be decided otherwise there.
+    """
+    ids, targets = torch.cat([question, answer])[None], answer[None]
+    of_answer = slice(len(question) - 1, -1)
 
     def logits(model: Any) -> Tensor:
         every: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
         return every[:, of_answer]
 
     reference = logits(original)
-    return [compare_logits(reference, logits(model), targets) for model in models]
+    found = [compare_logits(reference, logits(model), targets) for model in models]
+    confirmed = max(1, int(found[0].reference_right[0].long().cumprod(0).sum()))
+    return answer[:confirmed], [c.part(slice(confirmed)) for c in found]
 
 
 def _chat_figures(comparisons: Sequence[Comparison]) -> dict[str, Any]:
@@ -181,20 +183,31 @@ def _equal_tokens(comparison: Comparison) -> int:
     return int(comparison.approx_right[0].long().cumprod(0).sum())
 
 
-def _example(model: Any, tokenizer: Any, question: Tensor, answer: Tensor, comparison: Comparison) -> dict[str, Any]:
-    """The greedy answers of both models, and where they part. The model's begins with what is the same."""
-    equal = _equal_tokens(comparison)
-    same = answer[:equal]
-    rest = answer[:0]
-    if equal < len(answer):
-        rest = greedy_continuation(model, torch.cat([question[0], same])[None], len(answer) - equal)
-    said, baseline_said, common = (
-        tokenizer.decode(ids, skip_special_tokens=True) for ids in (torch.cat([same, rest]), answer, same)
-    )
-    letters = len(common) if equal < len(answer) else len(said)
-    while not (said.startswith(baseline_said[:letters])):  # a token may hold a part of a letter
+def _examples(
+    model: Any, tokenizer: Any, prompts: Sequence[dict[str, str]], questions: Sequence[Tensor], answers: Sequence[Tensor],
+    comparisons: Sequence[Comparison],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The greedy answers of both models to the first prompts, and where they part. The model's begins with what is the same."""
+    equal = [_equal_tokens(c) for c in comparisons[:EXAMPLES]]
+    same = [answer[:count] for answer, count in zip(answers, equal, strict=False)]
+    parting = [i for i, count in enumerate(equal) if count < len(answers[i])]
+    starts = [torch.cat([questions[i], same[i]]) for i in parting]
+    rests = greedy_continuations(model, starts, [len(answers[i]) - equal[i] for i in parting])
+    said = [*same]
+    for i, rest in zip(parting, rests, strict=True):
+        said[i] = torch.cat([same[i], rest])
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    return [
+        {**prompt, **_parted(decode(ours), decode(theirs), decode(common)), "same": len(common)}
+        for prompt, ours, theirs, common in zip(prompts, said, answers, same, strict=False)
+    ]
+
+
+def _parted(said: str, baseline_said: str, common: str) -> dict[str, Any]:
+    letters = len(said) if said == baseline_said else len(common)
+    while not said.startswith(baseline_said[:letters]):  # a token may hold a part of a letter
         letters -= 1
-    return {"said": said, "baseline_said": baseline_said, "same": equal, "same_letters": letters}
+    return {"said": said, "baseline_said": baseline_said, "same_letters": letters}
 
 
 def long_context(
