@@ -40,7 +40,7 @@ from qkit.evaluation.metrics import (
 from qkit.evaluation.text import first_tokens, paired_figures
 from qkit.files.embedded import embedded_prompts
 from qkit.kvcache.argument import with_cache
-from qkit.system.progress import NamedAdvance
+from qkit.system.progress import Advance, NamedAdvance
 
 NEW_TOKENS = 128  # of an answer at most
 LONGEST = 4096  # tokens of the long window, or what the model can take: the work grows with its square
@@ -106,7 +106,7 @@ def evaluate_suite(
     prompts = read_prompts(embedded_prompts())
     chats = Chats(tokenizer)
     questions = [torch.tensor(ids, dtype=torch.int64) for ids in chats.prompts([p["prompt"] for p in prompts])]
-    report = partial(progress, "chat") if progress is not None else lambda done, total: None
+    report = _advance(progress, "chat")
     longest = min(_limits([original, *models]), default=None)
     rooms = [NEW_TOKENS if longest is None else min(NEW_TOKENS, longest - len(q)) for q in questions]
     answers = greedy_continuations(original, questions, rooms)
@@ -125,6 +125,14 @@ def evaluate_suite(
         }
         for place, (model, found) in enumerate(zip(models, comparisons, strict=True))
     ]
+
+
+def _advance(progress: NamedAdvance | None, name: str) -> Advance:
+    """The progress of one part, which may be nobody's."""
+
+    def silent(done: int, total: int) -> None: ...
+
+    return silent if progress is None else partial(progress, name)
 
 
 def _limits(models: Sequence[Any]) -> list[int]:
@@ -228,7 +236,7 @@ def long_context(
     ids = tokens[None]
     caches = [fresh_cache(m, None, len(tokens)) for m in (original, *models)]
     parts: list[list[Comparison]] = [[] for _ in models]
-    report = partial(progress, "long context") if progress is not None else lambda done, total: None
+    report = _advance(progress, "long context")
     for start in range(0, len(tokens) - 1, PIECE):
         piece, targets = ids[:, start : start + PIECE], ids[:, start + 1 : start + PIECE + 1]
         reference, *others = (
