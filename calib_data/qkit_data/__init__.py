@@ -12,7 +12,7 @@ from pathlib import Path
 _ROOT = Path(__file__).resolve().parent
 _TEXTS = ("calibration", "evaluation")
 
-__all__ = ["chats_path", "data_path", "model_path", "models", "task_dir", "text_path"]
+__all__ = ["chats_path", "data_path", "model_path", "models", "prompts_path", "task_dir", "text_path"]
 
 
 def text_path(name: str) -> Path:
@@ -25,6 +25,11 @@ def text_path(name: str) -> Path:
 def chats_path() -> Path:
     """Chats for calibration: JSON lines, each with ``messages``, to be written by a model's own chat template."""
     return _ROOT / "text" / "chats.jsonl"
+
+
+def prompts_path() -> Path:
+    """Prompts for an evaluation: JSON lines, each with ``kind`` and ``prompt``; the model that is evaluated answers them."""
+    return _ROOT / "text" / "prompts.jsonl"
 
 
 def models() -> list[str]:

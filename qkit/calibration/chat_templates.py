@@ -105,16 +105,21 @@ def fixed_date(template: str) -> str:
 
 
 def rendered_all(
-    tokenizer: Any, template: str, chats: Sequence[list[dict[str, Any]]], tools: Sequence[list[Any]]
+    tokenizer: Any,
+    template: str,
+    chats: Sequence[list[dict[str, Any]]],
+    tools: Sequence[list[Any]],
+    prompt: bool = False,
 ) -> list[Written]:
-    """The text of every chat, all in one confined process. Raises BadCalibration where it exceeds the limits.
+    """The text of every chat, all in one confined process; prompt: with the beginning of an answer behind it. Raises
+    BadCalibration where it exceeds the limits.
 
     Where a template takes no system turn, what that says goes before the first turn of the user; where it expects content in
     parts, as those of vision-language models do, it gets parts.
     """
 
     def write() -> list[tuple[str, str | None]]:
-        return [_render(tokenizer, template, chat, called) for chat, called in zip(chats, tools, strict=True)]
+        return [_render(tokenizer, template, chat, called, prompt) for chat, called in zip(chats, tools, strict=True)]
 
     if not chats:
         return []
@@ -127,14 +132,18 @@ def rendered_all(
         ) from e
 
 
-def _render(tokenizer: Any, template: str, chat: list[dict[str, Any]], tools: list[Any]) -> tuple[str, str | None]:
+def _render(
+    tokenizer: Any, template: str, chat: list[dict[str, Any]], tools: list[Any], prompt: bool
+) -> tuple[str, str | None]:
     failure, best = "", None
     for turns in (chat, _without_system(chat), _in_parts(chat)):
         if turns is None:
             continue
         try:
             text = str(
-                tokenizer.apply_chat_template(turns, tools=tools or None, chat_template=template, tokenize=False)
+                tokenizer.apply_chat_template(
+                    turns, tools=tools or None, chat_template=template, tokenize=False, add_generation_prompt=prompt
+                )
             )
         except Exception as e:  # whatever a template raises is its answer to this chat
             failure = failure or (str(e).strip() or type(e).__name__).partition("\n")[0]

@@ -22,6 +22,7 @@ from qkit.calibration.dataset import token_ids
 from qkit.calibration.records import Record
 from qkit.errors import BadCalibration
 from qkit.files.foreign import foreign_errors
+from qkit.files.safefile import shown
 
 ANSWERS = ("assistant",)
 _TOKENIZER = "the tokenizer of the model cannot read the text"
@@ -68,6 +69,22 @@ class Chats:
         chats = [r for r in records if r.is_chat]
         written = iter(self._written(chats, answers))
         return [self._chat(r, *next(written), answers) if r.is_chat else self._text(r, answers) for r in records]
+
+    def prompts(self, questions: Sequence[str]) -> list[list[int]]:
+        """The tokens of what a user says, up to where the model's answer begins; the text itself without a chat template.
+
+        Raises BadCalibration for a question that the template refuses.
+        """
+        if self.template is None:
+            return [self._with_bos(token_ids(self.tokenizer, question))[0] for question in questions]
+        chats = [[{"role": "user", "content": question}] for question in questions]
+        texts = rendered_all(self.tokenizer, fixed_date(self.template), chats, [[] for _ in chats], prompt=True)
+        for question, text in zip(questions, texts, strict=True):
+            if text.failure is not None:
+                raise BadCalibration(
+                    f"the chat template of the model refuses the prompt {shown(question, 60)}: {text.failure}"
+                )
+        return [self._with_bos(token_ids(self.tokenizer, text.text))[0] for text in texts]
 
     def _text(self, record: Record, answers: bool) -> Tokens:
         if answers:

@@ -20,6 +20,7 @@ VERBS = {
     "convert": "Write a quantized model in another layout, unchanged.",
     "verify": "Verify every byte of a packed checkpoint.",
     "eval": "Measure a model: perplexity, KL divergence, tasks.",
+    "report": "Write the page of finished results.",
     "check": "Compare a packed checkpoint with a budget (for CI).",
     "bench": "Measure the speed of products and models.",
     "serve-command": "Print the command line that serves a result.",
@@ -45,6 +46,8 @@ def _command(name: str) -> click.Command:
         from qkit.commands.verify import verify_command as command
     elif name == "eval":
         from qkit.commands.eval import eval_command as command
+    elif name == "report":
+        from qkit.commands.report import report_command as command
     elif name == "check":
         from qkit.commands.check import check_command as command
     elif name == "bench":

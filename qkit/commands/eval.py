@@ -16,11 +16,11 @@ from qkit.commands.card_figures import write_figures
 from qkit.commands.common import OutFile, announce
 from qkit.commands.engine_tables import gguf_file, require_python, show_engine
 from qkit.commands.grid import printable
-from qkit.commands.measured import grids, json_bytes, progress_bar, refuse_unmeasured, show, show_all
+from qkit.commands.measured import json_bytes, notes, page_tables, progress_bar, refuse_unmeasured, show, show_all
 from qkit.commands.verb import OptionGroup, RenamedOption, Verb, in_group
 from qkit.engines.process import ENGINES, TIMEOUT, require_engine
 from qkit.errors import UsageError
-from qkit.evaluation.request import DTYPES, EvalRequest, dimensions_of
+from qkit.evaluation.request import DTYPES, SUITE_SAMPLES, EvalRequest, dimensions_of, suite_tasks
 from qkit.evaluation.sources import text_name
 from qkit.files.card import check_rewritable
 from qkit.files.embedded import embedded_text
@@ -60,6 +60,11 @@ _KV_CACHE, _DIFFUSION, _ENGINE, _DEVICE = (
     multiple=True,
     help="Text to measure, repeatable: FILE, NAME=FILE or dataset:NAME[:config][:split][:column]; for an encoder or a "
     "classifier also rows in JSON lines.",
+)
+@_MOST_USED(
+    "--suite",
+    type=click.Choice(["default"]),
+    help="All figures that show what quantization changed, on texts and on chat answers (needs --baseline).",
 )
 @_MOST_USED("--tasks", help="Tasks of lm-eval or qkit, separated by commas, or vbench:DIMENSION,...")
 @_MOST_USED(
@@ -112,6 +117,7 @@ def eval_command(
     texts: tuple[str, ...],
     window: int,
     windows: int,
+    suite: str | None,
     tasks: str | None,
     limit: int | None,
     kv: tuple[str, ...],
@@ -168,6 +174,11 @@ def eval_command(
         return
     names = split_names(tasks)
     bench = dimensions_of(names)
+    if suite is not None:
+        _check_suite(baseline, kv or retrieval or image_text or videos or bench)
+        texts = (*texts, str(embedded_text("evaluation")))
+        if not names:
+            names, limit = suite_tasks(), limit or SUITE_SAMPLES
     if (videos or bench) and (texts or image_text or kv or retrieval or len(names) > len(bench)):
         raise UsageError(
             "--videos is for diffusion pipelines, and the other measurements are not: leave one of them out"
@@ -192,7 +203,7 @@ def eval_command(
             "--report is for texts, tasks, image-text data and videos: leave it out with --kv, --retrieval and vbench"
         )
     if report_file is not None:
-        require("--report", "report", "jinja2", *(["matplotlib"] if image_text or videos else []))
+        require("--report", "report", "jinja2", *(["matplotlib"] if image_text or videos or suite else []))
     for spec in texts:
         text_name(spec)
     request = EvalRequest(
@@ -215,7 +226,8 @@ def eval_command(
         videos=videos or 0,
         vbench_python=vbench_python,
         videos_dir=videos_dir,
-        prompts=report_file is not None and image_text is None and not videos,
+        prompts=report_file is not None and image_text is None and not videos and suite is None,
+        suite=suite is not None,
     )
     from qkit.workflows.check import require_sound  # here: the help does not wait for YAML and budgets
 
@@ -296,10 +308,26 @@ def _page(measured: Sequence[Mapping[str, Any]], folders: Sequence[Path], reques
 
         (name,) = measured[0]["pairs"]
         return image_text_page(measured[0], name, request.image_text, request.questions)
+    tables = page_tables(measured)
+    if request.suite:
+        from qkit.report.result import result_facts
+        from qkit.report.result_page import result_page
+
+        return result_page([*map(result_facts, folders)], measured, tables, notes(measured))
     from qkit.report.text import text_page
 
-    tables = [{"title": g.title, "columns": g.columns, "rows": g.plain()} for g in grids(measured)]
     return text_page(measured, folders, tables)
+
+
+def _check_suite(baseline: str | None, other: Any) -> None:
+    """Raises UsageError for a suite without a baseline, and beside measurements of other things."""
+    if baseline is None:
+        raise UsageError("--suite compares with the original model: add --baseline MODEL, or leave --suite out")
+    if other:
+        raise UsageError(
+            "--suite is for texts, chat answers and tasks of a language model: leave it out with --kv, --retrieval, "
+            "--image-text, --videos and vbench"
+        )
 
 
 def split_names(tasks: str | None) -> list[str]:

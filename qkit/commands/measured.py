@@ -15,6 +15,7 @@ from qkit.commands.bars import Bar
 from qkit.commands.common import megabytes
 from qkit.commands.grid import Grid, interval, print_wide, printable, wide_table
 from qkit.commands.row_tables import rows_table
+from qkit.commands.suite_tables import suite_grids, suite_notes
 from qkit.errors import NumericFailure
 from qkit.evaluation.request import jsonable
 
@@ -44,18 +45,35 @@ def progress_bar(console: Console, parts: int = 1) -> Iterator[Callable[[str, in
 
 def show(measured: Mapping[str, Any], console: Console) -> None:
     """Prints the tables of one model."""
-    for grid in _grids(measured):
-        print_wide(console, grid)
+    show_all([measured], console)
 
 
 def show_all(found: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Prints the tables of several models."""
     for grid in grids(found):
         print_wide(console, grid)
+    for note in notes(found):
+        console.print(Text(f"note: {note}"), soft_wrap=True)
+
+
+def page_tables(measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same tables for a page, {"title", "columns", "rows"} each; a page is wide enough for all files side by side."""
+    suite = bool(measured) and "suite" in measured[0]
+    found = suite_grids(measured, len(measured)) if suite else grids(measured)
+    return [{"title": g.title, "columns": g.columns, "rows": g.plain()} for g in found]
+
+
+def notes(measured: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader of the tables has to know."""
+    return [*suite_notes(measured[0])] if measured and "suite" in measured[0] else []
 
 
 def grids(measured: Sequence[Mapping[str, Any]]) -> list[Grid]:
-    """The tables of one model, or one table for all models of each text, and one of the tasks."""
+    """The tables of one model, or one table for all models of each text, and one of the tasks; of the suite its own."""
+    if not measured:
+        return []
+    if "suite" in measured[0]:
+        return suite_grids(measured)
     if len(measured) == 1:
         return _grids(measured[0])
     made = [models_table(name, measured) for name in measured[0].get("texts", {})]

@@ -174,13 +174,14 @@ def _loading(plan: Plan, structure: ModelStructure) -> Iterator[str]:
     for line in lines:
         notes = f" ({_line('; '.join(line.notes))})" if line.notes else ""
         if line.loads:
-            yield f"- {line.engine}: {_how(line.engine, plan, structure)}{notes}"
+            loader = "AutoModelForCausalLM" if structure.is_language_model else type(structure.model).__name__
+            yield f"- {line.engine}: {how_to_load(line.engine, loader, plan.export == GGUF)}{notes}"
         else:
             yield f"- {line.engine} does not load it{notes}"
 
 
-def _how(engine: str, plan: Plan, structure: ModelStructure) -> str:
-    """What one types, in a shell or in Python."""
+def how_to_load(engine: str, loader: str = "AutoModelForCausalLM", gguf: bool = False) -> str:
+    """What one types, in a shell or in Python. loader: the class of transformers that loads the model"""
     if engine == "vLLM":
         return "`vllm serve FOLDER`"
     if engine == "llama.cpp":
@@ -191,8 +192,7 @@ def _how(engine: str, plan: Plan, structure: ModelStructure) -> str:
         return '`qkit.load("FOLDER")`, and `qkit verify FOLDER` checks every byte'
     if engine == "diffusers":
         return '`import qkit`, then `DiffusionPipeline.from_pretrained("FOLDER")`'
-    loader = "AutoModelForCausalLM" if structure.is_language_model else type(structure.model).__name__
-    return f'`{loader}.from_pretrained("FOLDER"{f", gguf_file={MODEL!r}" if plan.export == GGUF else ""})`'
+    return f'`{loader}.from_pretrained("FOLDER"{f", gguf_file={MODEL!r}" if gguf else ""})`'
 
 
 def _code(text: str) -> str:

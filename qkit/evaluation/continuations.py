@@ -7,9 +7,12 @@ the same short prompts side by side. It is no defence against weights that were 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from qkit.evaluation.metrics import BATCH
 
 PROMPTS = (
     "The capital of France is",
@@ -31,10 +34,10 @@ def continuations(model: Any, baseline: Any, tokenizer: Any) -> list[dict[str, A
     entries = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        tokens = _continue(model, ids)
+        tokens = greedy_continuation(model, ids, NEW_TOKENS)
         entry: dict[str, Any] = {"prompt": prompt, "said": tokenizer.decode(tokens)}
         if baseline is not None:
-            baseline_tokens = _continue(baseline, ids)
+            baseline_tokens = greedy_continuation(baseline, ids, NEW_TOKENS)
             tokens_of_both = zip(tokens.tolist(), baseline_tokens.tolist(), strict=False)
             equal_count = next(
                 (i for i, (a, b) in enumerate(tokens_of_both) if a != b), min(len(tokens), len(baseline_tokens))
@@ -44,17 +47,34 @@ def continuations(model: Any, baseline: Any, tokenizer: Any) -> list[dict[str, A
     return entries
 
 
-def _continue(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    ids = ids.to(model.device)
-    ends = model.config.get_text_config().eos_token_id
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        pad_token_id=ends[0] if isinstance(ends, list) else ends,
-    )
-    tokens: torch.Tensor = out[0, ids.shape[1] :].cpu()
-    return tokens
+def greedy_continuation(model: Any, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """The most likely tokens that follow ids, int64 [1, n] -> [at most new_tokens], up to and with the end of the text."""
+    return greedy_continuations(model, [ids[0]], [new_tokens])[0]
+
+
+def greedy_continuations(model: Any, rows: Sequence[torch.Tensor], new_tokens: Sequence[int]) -> list[torch.Tensor]:
+    """What ``greedy_continuation`` gives of every row, int64 [n], some rows at a time. Shorter rows get padding before them,
+    which the model is told to leave out; where two tokens are all but equally likely, it can decide between them."""
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    found: list[torch.Tensor] = []
+    for at in range(0, len(rows), BATCH):
+        batch, counts = rows[at : at + BATCH], new_tokens[at : at + BATCH]
+        longest = max(map(len, batch))
+        ids = torch.full((len(batch), longest), ends[0] if ends else 0, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(batch):
+            ids[i, longest - len(row) :], mask[i, longest - len(row) :] = row, 1
+        out = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max(counts),
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            pad_token_id=ends[0] if ends else 0,
+        )
+        for said, count in zip(out[:, longest:].cpu(), counts, strict=True):
+            is_end = torch.isin(said, torch.tensor(ends, dtype=torch.int64)).long()
+            found.append(said[:count][(is_end.cumsum(0) - is_end)[:count] == 0])
+    return found

@@ -28,7 +28,7 @@ from qkit.calibration.image_text import held_out_image_text
 from qkit.calibration.options import DRAWN, QUESTIONS
 from qkit.engines.process import EngineAnswer
 from qkit.errors import BadInput, Unsupported, UsageError
-from qkit.evaluation.metrics import BATCH, BATCH_BYTES, Z95, bootstrap_ci
+from qkit.evaluation.metrics import BATCH, BATCH_BYTES, Z95, bootstrap_ci, wilson_ci
 from qkit.evaluation.sources import first_line
 from qkit.evaluation.taskcode import refuse_task_code
 from qkit.system.confined import Exceeded
@@ -169,15 +169,19 @@ def paired_change(value: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict
     """Mean difference of a metric, sample by sample, with its 95 % interval; None where there is nothing to pair.
 
     Both are figures of ``run_tasks`` of the same task. Two models mostly agree, so the paired interval is much narrower
-    than the two intervals suggest.
+    than the two intervals suggest. Where a sample is right or wrong also flips and flips_ci: the share of samples that are
+    right for one model alone (arXiv 2407.09141).
     """
     values, baseline_values = value.get("values"), baseline.get("values")
     if not values or not baseline_values or len(values) != len(baseline_values):
         return None
-    difference = bootstrap_ci(
-        torch.tensor(values, dtype=torch.float64) - torch.tensor(baseline_values, dtype=torch.float64)
-    )
-    return {"change": difference.mean, "change_ci": difference.ends}
+    ours, theirs = (torch.tensor(numbers, dtype=torch.float64) for numbers in (values, baseline_values))
+    difference = bootstrap_ci(ours - theirs)
+    change: dict[str, Any] = {"change": difference.mean, "change_ci": difference.ends}
+    if {*values, *baseline_values} <= {0.0, 1.0}:
+        flips = wilson_ci(ours != theirs)
+        change |= {"flips": flips.mean, "flips_ci": flips.ends}
+    return change
 
 
 def _lm_eval() -> Any:

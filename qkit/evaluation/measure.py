@@ -16,12 +16,13 @@ from qkit.errors import UsageError
 from qkit.evaluation.request import EvalRequest, dimensions_of
 from qkit.evaluation.row_measure import kind_of_models, measure_rows
 from qkit.evaluation.sources import read_text, text_name
+from qkit.evaluation.suite import Stopwatch, evaluate_suite, text_figures
 from qkit.evaluation.text import evaluate_texts, first_tokens, tokenize
 from qkit.evaluation.vbench import VBenchRequest, evaluate_vbench
 from qkit.families.declared import DECLARED
 from qkit.families.structure import predicts_next
 from qkit.files.checkpoint import Checkpoint
-from qkit.files.folder import PIPELINE_INDEX, is_pipeline, weights_folder
+from qkit.files.folder import PIPELINE_INDEX, is_pipeline, read_record, weights_folder
 from qkit.system.progress import NamedAdvance
 
 
@@ -31,12 +32,13 @@ def measure(
     """The figures of the model in the folder ``out`` (packed, when it is quantized), beside those of the baseline.
 
     Returns {"model", "baseline", "dtype", "window", "size", "texts", "rows", "caches", "retrieval", "pairs", "videos",
-    "samples", "tasks", "baseline_tasks"}, of what was asked for: names of folders without their paths; size in bytes of the
-    weight files; texts as in ``evaluate_text``; rows, in place of texts, of a model that does not continue a text: {name: what
-    ``row_scores.figures`` gives}; caches, or with request.retrieval retrieval: for each text what
+    "samples", "tasks", "baseline_tasks", "suite"}, of what was asked for: names of folders without their paths; size in bytes
+    of the weight files; texts as in ``evaluate_text``; rows, in place of texts, of a model that does not continue a text:
+    {name: what ``row_scores.figures`` gives}; caches, or with request.retrieval retrieval: for each text what
     ``evaluate_caches`` or ``evaluate_retrieval`` gives; pairs: {name: what ``evaluate_image_text`` gives}; videos: what
     ``video.sample_figures`` gives, and samples (ours, theirs), request.examples of each; tasks as in ``run_tasks``, without the
-    values of single samples but with the paired change and change_ci where there is a baseline. Raises what loading,
+    values of single samples but with the paired change and change_ci where there is a baseline; suite: what
+    ``evaluate_suite`` gives, the seconds of passes and the recorded sums of the weight files. Raises what loading,
     ``evaluate_text``, ``evaluate_image_text`` and ``run_tasks`` raise.
     """
     return measure_all([out], baseline, request, progress)[0]
@@ -89,16 +91,31 @@ def measure_all(
     tokenizers = [load_tokenizer(out) for out in outs]
     _check_alike(outs, tokenizers, request)
     dtype = getattr(torch, request.dtype)
-    # Texts are read without a cache and --kv compares caches with a plain one; tasks run as the folder is meant to.
+    # Texts are read without a cache, and --kv and the suite compare with a plain one; tasks run as the folder is meant to.
     caches_compared = request.retrieval or bool(request.caches)
-    models = [load(out, dtype=dtype, device=request.device, kv="none" if caches_compared else None) for out in outs]
+    kv = "none" if caches_compared or request.suite else None
+    models = [load(out, dtype=dtype, device=request.device, kv=kv) for out in outs]
     original = None if baseline is None else load(baseline, dtype=dtype, device=request.device)
+    watches = [Stopwatch(model) for model in (original, *models)] if request.suite else []
     if request.texts:
         _check_language_models(outs, models)
         texts = evaluate_texts(
-            models, tokenizers[0], request.texts, request.window, request.windows, original, progress=progress
+            models,
+            tokenizers[0],
+            request.texts,
+            request.window,
+            request.windows,
+            original,
+            progress,
+            text_figures if request.suite else None,
         )
         results = [result | figures for result, figures in zip(results, texts, strict=True)]
+    if request.suite:
+        suites = evaluate_suite(models, original, tokenizers[0], request.texts, progress)
+        results = [
+            result | {"suite": {**figures, "weights": weight_sums(out)}}
+            for out, result, figures in zip(outs, results, suites, strict=True)
+        ]
     if caches_compared:
         caches = _caches(models[0], tokenizers[0], request, progress)
         results[0]["retrieval" if request.retrieval else "caches"] = caches
@@ -113,6 +130,8 @@ def measure_all(
         processors = [partial(load_processor, out) if _sees(out) else None for out in outs]
         tasks = _tasks(models, original, tokenizers, request, processors)
         results = [result | figures for result, figures in zip(results, tasks, strict=True)]
+    for result, watch in zip(results, watches[1:], strict=False):
+        result["suite"] |= {"seconds": watch.seconds, "baseline_seconds": watches[0].seconds}
     return results
 
 
@@ -249,6 +268,11 @@ def _check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:  # AssertionError: a build of torch without CUDA
         reason = str(error).splitlines()[0]
         raise UsageError(f"device {device!r} cannot be used: {reason}; use cpu, or a device of this machine") from error
+
+
+def weight_sums(out: Path) -> dict[str, str]:
+    """The sha256 of the weight files by name, as the folder's record has them: figures belong to these. Empty without one."""
+    return (read_record(out) or {}).get("shards", {})
 
 
 def sizes(out: Path, baseline: Path | None) -> dict[str, int]:

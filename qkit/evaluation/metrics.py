@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
 
@@ -54,12 +54,19 @@ class Comparison:
     reference, approx: negative log likelihood in nats, float64
     kl:                KL(reference || approx) over the whole vocabulary, in nats, float64
     same_top1:         both models put the same token first, bool
+    reference_right, approx_right: the model puts the token first that comes next in the text, bool
     """
 
     reference: Tensor
     approx: Tensor
     kl: Tensor
     same_top1: Tensor
+    reference_right: Tensor
+    approx_right: Tensor
+
+    def part(self, at: slice) -> Comparison:
+        """The same of some positions of every window."""
+        return Comparison(*(getattr(self, f.name)[:, at] for f in fields(self)))
 
 
 def nll_windows(
@@ -76,7 +83,7 @@ def nll_windows(
     parts = []
     for ids in _batches([model], windows, progress):
         logits = _logits(model, ids)
-        rows = [_nll(_log_softmax(logits, at), ids, at) for at in _chunks(logits)]
+        rows = [_nll(_log_softmax(logits, at), ids[:, 1:], at) for at in _chunks(logits[:, :-1])]
         parts.append(torch.cat(rows, dim=1).cpu())
     return torch.cat(parts)
 
@@ -101,16 +108,23 @@ def compare_all(
 ) -> list[Comparison]:
     """The comparisons of several models with one reference, which runs once (``compare_windows``)."""
     windows = split_windows(tokens, window, limit)
-    parts: list[list[list[Tensor]]] = [[] for _ in models]
+    parts: list[list[Comparison]] = [[] for _ in models]
     for ids in _batches([reference, *models], windows, progress):
         p_logits = _logits(reference, ids)
         for model_parts, approx in zip(parts, models, strict=True):
-            model_parts.append(_compare_batch(p_logits, _logits(approx, ids), ids))
-    return [Comparison(*(torch.cat(column) for column in zip(*model_parts, strict=True))) for model_parts in parts]
+            model_parts.append(compare_logits(p_logits[:, :-1], _logits(approx, ids)[:, :-1], ids[:, 1:]))
+    return [joined(model_parts, 0) for model_parts in parts]
 
 
-def _compare_batch(p_logits: Tensor, q_logits: Tensor, ids: Tensor) -> list[Tensor]:
-    """The fields of a Comparison, of some windows."""
+def joined(parts: Sequence[Comparison], dim: int) -> Comparison:
+    """Comparisons of other windows (dim 0) or of what follows in the same ones (dim 1) as one."""
+    columns = zip(*([getattr(part, f.name) for f in fields(Comparison)] for part in parts), strict=True)
+    return Comparison(*(torch.cat(column, dim=dim) for column in columns))
+
+
+def compare_logits(p_logits: Tensor, q_logits: Tensor, targets: Tensor) -> Comparison:
+    """The comparison of the logits [windows, n, vocabulary] of the reference and of another model, and the tokens [windows, n]
+    that come next."""
     if p_logits.shape != q_logits.shape:
         raise UsageError(
             f"the two models cannot be compared token by token: the reference has a vocabulary of "
@@ -120,9 +134,13 @@ def _compare_batch(p_logits: Tensor, q_logits: Tensor, ids: Tensor) -> list[Tens
     for at in _chunks(p_logits):
         p, q = _log_softmax(p_logits, at), _log_softmax(q_logits, at).to(p_logits.device)
         kl = divergence(p, q)
-        same_top1 = (p.argmax(-1) == q.argmax(-1)) & ~kl.isnan()
-        rows.append([_nll(p, ids, at), _nll(q, ids, at), kl, same_top1])
-    return [torch.cat(column, dim=1).cpu() for column in zip(*rows, strict=True)]
+        firsts = p.argmax(-1), q.argmax(-1)
+        same_top1 = (firsts[0] == firsts[1]) & ~kl.isnan()
+        next_tokens = targets[:, at].to(p.device)
+        right = [first == next_tokens for first in firsts]
+        row = [_nll(p, targets, at), _nll(q, targets, at), kl, same_top1, *right]
+        rows.append(Comparison(*(column.cpu() for column in row)))
+    return joined(rows, 1)
 
 
 def split_windows(tokens: Tensor, window: int, limit: int | None = None) -> Tensor:
@@ -152,9 +170,15 @@ def _batches(models: list[Any], windows: Tensor, progress: Advance | None) -> It
 
 def check_window(model: Any, window: int) -> None:
     """Raises UsageError for windows that are longer than the model's positions."""
-    longest = getattr(_text_config(model), "max_position_embeddings", None)
+    longest = longest_window(model)
     if longest is not None and window > longest:
         raise UsageError(f"windows of {window} tokens do not fit the model, whose max_position_embeddings is {longest}")
+
+
+def longest_window(model: Any) -> int | None:
+    """The positions of a model; None where it names no limit."""
+    longest: int | None = getattr(_text_config(model), "max_position_embeddings", None)
+    return longest
 
 
 def _text_config(model: Any) -> Any:
@@ -175,18 +199,18 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
-    batch, window, vocabulary = logits.shape
+    batch, count, vocabulary = logits.shape
     step = max(1, CHUNK_BYTES // (4 * batch * vocabulary))
-    return (slice(start, min(start + step, window - 1)) for start in range(0, window - 1, step))
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def _log_softmax(logits: Tensor, at: slice) -> Tensor:
     return torch.log_softmax(logits[:, at].float(), dim=-1)
 
 
-def _nll(log_probabilities: Tensor, ids: Tensor, at: slice) -> Tensor:
-    targets = ids[:, at.start + 1 : at.stop + 1].to(log_probabilities.device)
-    return -log_probabilities.gather(-1, targets[..., None])[..., 0].double()
+def _nll(log_probabilities: Tensor, targets: Tensor, at: slice) -> Tensor:
+    next_tokens = targets[:, at].to(log_probabilities.device)
+    return -log_probabilities.gather(-1, next_tokens[..., None])[..., 0].double()
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:

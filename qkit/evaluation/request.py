@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from qkit.kvcache.policy import CachePolicy
 
 DTYPES = ("float32", "bfloat16")  # of arithmetic
 PREFIX = "vbench:"
+SUITE_TASKS, SUITE_SAMPLES = (
+    ("qkit_cloze",),
+    60,
+)  # half of its questions: with four choices each they are the longest part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +29,8 @@ class EvalRequest:
     ``evaluate_image_text``, so many ``questions`` at most; with ``examples`` of them answered in words. ``videos``: of a
     diffusion pipeline, how many it is to make, and with ``vbench_python`` VBench's interpreter for tasks of VBench, whose
     videos ``videos_dir`` keeps. ``prompts``: whether the model, and the baseline, continue a few prompts
-    (``evaluation.continuations``)."""
+    (``evaluation.continuations``). ``suite``: whether all figures of ``evaluation.suite`` are measured, which need a
+    baseline."""
 
     texts: Sequence[Path | str] = ()
     window: int = 512
@@ -46,6 +52,7 @@ class EvalRequest:
     vbench_python: Path | None = None
     videos_dir: Path | None = None
     prompts: bool = False
+    suite: bool = False
 
     @property
     def alone(self) -> str | None:
@@ -70,6 +77,11 @@ def dimensions_of(tasks: Sequence[str]) -> list[str]:
             f"--tasks {tasks[0]}: tasks of VBench and other tasks cannot be measured together: leave one of the two out"
         )
     return [t.removeprefix(PREFIX) for t in tasks]
+
+
+def suite_tasks() -> list[str]:
+    """The tasks of the suite, unless others are named: those that need no network, where lm-eval is installed."""
+    return list(SUITE_TASKS) if find_spec("lm_eval") and find_spec("qkit_data") else []
 
 
 def jsonable(value: Any) -> Any:

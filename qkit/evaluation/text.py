@@ -58,8 +58,11 @@ def evaluate_texts(
     limit: int | None = 200,
     baseline_model: Any = None,
     progress: NamedAdvance | None = None,
+    paired: Callable[[Comparison], dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """The figures of several models on the same windows, as ``evaluate_text`` gives them; the baseline runs once for all."""
+    """The figures of several models on the same windows, as ``evaluate_text`` gives them; the baseline runs once for all.
+
+    paired: gives the figures of a comparison with the baseline (None: ``paired_figures``)."""
     texts: dict[str, list[dict[str, Any]]] = {}
     for spec in files:
         name = text_name(spec)
@@ -68,7 +71,14 @@ def evaluate_texts(
         tokens = first_tokens(tokenizer, spec, None if limit is None else limit * window)
         report = None if progress is None else partial(progress, name)
         try:
-            texts[name] = _figures(models, baseline_model, tokens, window, limit, report)
+            texts[name] = (
+                _figures_of_all(models, tokens, window, limit, report)
+                if baseline_model is None
+                else [
+                    (paired or paired_figures)(comparison)
+                    for comparison in compare_all(baseline_model, models, tokens, window, limit, report)
+                ]
+            )
         except BadInput as error:
             raise BadInput(f"text '{name}': {error}") from error
     return [{"texts": {name: model_figures[i] for name, model_figures in texts.items()}} for i in range(len(models))]
@@ -88,21 +98,16 @@ def first_tokens(tokenizer: Any, spec: Path | str, needed: int | None) -> Tensor
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _figures(
+def _figures_of_all(
     models: Sequence[Any],
-    baseline: Any,
     tokens: Tensor,
     window: int,
     limit: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> list[dict[str, Any]]:
-    if baseline is None:
-        return [
-            figures_of(nll_windows(model, tokens, window, limit, _share(progress, i, len(models))))
-            for i, model in enumerate(models)
-        ]
     return [
-        _paired_figures(comparison) for comparison in compare_all(baseline, models, tokens, window, limit, progress)
+        figures_of(nll_windows(model, tokens, window, limit, _share(progress, i, len(models))))
+        for i, model in enumerate(models)
     ]
 
 
@@ -111,7 +116,8 @@ def _share(progress: Callable[[int, int], None] | None, place: int, parts: int) 
     return None if progress is None else lambda done, total: progress(place * total + done, parts * total)
 
 
-def _paired_figures(comparison: Comparison) -> dict[str, Any]:
+def paired_figures(comparison: Comparison) -> dict[str, Any]:
+    """The figures of a model beside those of its baseline on a text."""
     reference = perplexity(comparison.reference)
     change = perplexity_change(comparison.reference, comparison.approx)
     kl = comparison.kl

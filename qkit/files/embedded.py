@@ -25,6 +25,13 @@ def embedded_chats() -> Path:
     return Path(str(qkit_data.chats_path()))
 
 
+def embedded_prompts() -> Path:
+    """The prompts for an evaluation, JSON lines. Raises Unsupported without qkit_data."""
+    with needs("the embedded prompts", "data"):
+        import qkit_data
+    return Path(str(qkit_data.prompts_path()))
+
+
 def embedded_text(name: str) -> Path:
     """The text of that name. Raises Unsupported without qkit_data."""
     with needs(f"the embedded {name} text", "data"):

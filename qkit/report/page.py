@@ -24,5 +24,6 @@ def page(name: str, **values: Any) -> str:
 
 
 def data_uri(image: bytes) -> str:
-    """The data address of a PNG file."""
-    return "data:image/png;base64," + base64.b64encode(image).decode()
+    """The data address of a PNG or SVG file."""
+    kind = "png" if image.startswith(b"\x89PNG") else "svg+xml"
+    return f"data:image/{kind};base64," + base64.b64encode(image).decode()

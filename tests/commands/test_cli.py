@@ -33,7 +33,8 @@ FLAGS = {
     "pareto-measure points rows samples seed seqlen threads",
     "verify": "engine engine-timeout gpu job json python source tp",
     "eval": "allow-task-code baseline card device dtype engine engine-timeout json kv kv-step image-text limit prompt python "
-    "questions report retrieval task-dir tasks text vbench-python videos videos-dir window windows",
+    "questions report retrieval suite task-dir tasks text vbench-python videos videos-dir window windows",
+    "report": "eval json out profile",
     "check": "allow-task-code baseline budget device dtype json junit task-dir text",
     "bench": "baseline device dtype figure formats group-size json m model new-tokens prompt-tokens shapes table threads",
     "convert": "export json out overwrite",
