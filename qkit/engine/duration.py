@@ -1,7 +1,7 @@
 """How long a run takes on this machine: an estimate from small pieces of its work that are timed, and from the forecast.
 
 Each phase of the forecast has its operations. Here a piece of the same work, of the shape that most of the weights have, runs
-on every worker, and its operations in a second stand for the whole phase. What no phase counts (attention, activation functions,
+on every worker, and its operations in a second stand for the whole phase. What no phase counts (attention, activations,
 reading and writing) is in ``BESIDE``, a factor that was measured.
 """
 

@@ -272,7 +272,8 @@ def _check_device(device: str) -> None:
 
 def weight_sums(out: Path) -> dict[str, str]:
     """The sha256 of the weight files by name, as the folder's record has them: figures belong to these. Empty without one."""
-    return (read_record(out) or {}).get("shards", {})
+    sums: dict[str, str] = (read_record(out) or {}).get("shards", {})
+    return sums
 
 
 def sizes(out: Path, baseline: Path | None) -> dict[str, int]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qkit.engine.card import CARD, how_to_load
+from qkit.engine.card import how_to_load
+from qkit.files.card import CARD
 from qkit.files.folder import read_record
 from qkit.files.inspect import inspect
 from qkit.files.safefile import read_bytes
