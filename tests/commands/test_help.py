@@ -23,7 +23,7 @@ MOST_USED = {
     "quantize": "model scheme method quality group-size calib out",
     "plan": "model scheme method quality group-size calib out",
     "profile": "model candidates out method group-size calib",
-    "eval": "baseline text suite tasks image-text report json",
+    "eval": "baseline text suite tasks image-text report json card",
     "check": "budget baseline text junit json",
     "bench": "shapes model formats m threads json",
 }
