@@ -132,6 +132,8 @@ def card_note(out: Path, listed: Mapping[str, str]) -> str | None:
     """What became of the card since the export, which is no problem; None where it is as it was."""
     if not os.path.lexists(out / CARD):
         return f"{CARD} was removed" if CARD in listed else None
+    if not _is_file(out / CARD):  # a problem, which check_files has; reading a pipe would wait for ever
+        return None
     if CARD not in listed:
         return f"{CARD} was added"
     return None if sha256_of(out / CARD) == listed[CARD] else f"{CARD} was edited"

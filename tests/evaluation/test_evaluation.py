@@ -245,7 +245,9 @@ def test_tasks_of_a_folder(tokenizer, tmp_path, no_network):
         assert value == float(best == row["answer"])
     assert run_tasks(model, tokenizer, ["my_task"], limit=3, include_path=folder)["my_task"]["samples"] == 3
     same = paired_change(acc, acc)
-    assert same == {"change": 0.0, "change_ci": [0.0, 0.0]}
+    assert (same["change"], same["change_ci"], same["flips"]) == (0.0, [0.0, 0.0], 0.0)
+    assert same["flips_ci"][0] == 0.0 < same["flips_ci"][1] < 0.5
+    assert same.keys() == {"change", "change_ci", "flips", "flips_ci"}
     assert paired_change(acc, {**acc, "values": None}) is None
 
 

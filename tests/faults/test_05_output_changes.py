@@ -1,10 +1,10 @@
-"""Point 5: whatever is changed in an output folder, verify exits with 4 and names it."""
+"""Point 5: whatever is changed in an output folder, verify exits with 4 and names it; of the card alone it makes a note."""
 
 import json
 import shutil
 
 import pytest
-from output_changes import survivors
+from output_changes import changes, survivors
 from output_kinds import KINDS, make
 
 from qkit.verification.verify import verify
@@ -25,6 +25,20 @@ def test_a_folder_as_written_is_sound(out):
 def test_a_sample_of_all_changes(out, tmp_path, first):
     tried, sound, elsewhere = survivors(out, tmp_path / "work", 12, first)
     assert tried > 50 and sound == [] and elsewhere == []
+
+
+def test_what_is_not_found_is_the_text_of_the_card(out, tmp_path):
+    """A link, a folder or a pipe in its place is found as that of any other file."""
+    found = {}
+    for change in (c for c in changes(out) if c.name.startswith("README.md: ")):
+        shutil.rmtree(tmp_path / "work", ignore_errors=True)
+        shutil.copytree(out, tmp_path / "work" / "out")
+        change.make(tmp_path / "work" / "out")
+        report = verify(tmp_path / "work" / "out")
+        found[change.name.partition(": ")[2]] = report.ok
+        assert not report.ok or any("README.md" in note for note in report.notes)
+    assert {name for name, ok in found.items() if not ok} == {"renamed", "made a link", "made a folder", "made a pipe"}
+    assert {"emptied", "cut", "longer", "removed"} <= found.keys()
 
 
 @pytest.mark.slow
