@@ -1,8 +1,8 @@
 """What ``--quality`` stands for: a method with its options for each kind of scheme. A help text names the levels, so this file
 loads no library.
 
-The choices were measured on SmolLM2-135M-Instruct and tiny-llama (reports/quality_levels): the KL divergence of the packed file
-from the original, the time and the peak memory of the whole command. Each level is held against the one below it.
+``balanced`` for narrow weights was measured on SmolLM2-135M-Instruct and tiny-llama, as packed files. The rest follows what
+docs/choosing-a-method.md has of tiny-llama, and is our choice: reports/comparison/levels.py compares the levels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ DEFAULT = "balanced"
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a level asks for. why: half a sentence; synthetic: samples that the model writes itself, beside those of the text"""
+    """What a level asks for.
+
+    method, options: as of a request; synthetic: number of samples that the model writes itself, beside those of the text;
+    why: half a sentence for people
+    """
 
     method: str
     why: str

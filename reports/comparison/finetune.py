@@ -17,6 +17,7 @@ import random
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,14 +76,14 @@ def main() -> None:
     state.unlink()
 
 
-def _batch(documents: list[str], tokenizer: object, args: argparse.Namespace, step: int) -> torch.Tensor:
+def _batch(documents: list[str], tokenizer: Any, args: argparse.Namespace, step: int) -> torch.Tensor:
     """int64 [rows, length]: documents drawn by seed and step, one behind the other."""
     draw = random.Random(f"{args.seed} {step}")
     ids = list[int]()
     while len(ids) < args.rows * args.length:
         text = documents[draw.randrange(len(documents))]
         start = draw.randrange(max(1, len(text) - 6 * args.length))
-        ids += tokenizer(text[start : start + 8000], add_special_tokens=False)["input_ids"][: 2 * args.length]  # type: ignore[operator]
+        ids += tokenizer(text[start : start + 8000], add_special_tokens=False)["input_ids"][: 2 * args.length]
     return torch.tensor(ids[: args.rows * args.length]).view(args.rows, args.length)
 
 
