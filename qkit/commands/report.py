@@ -66,4 +66,6 @@ def report_command(
         ) from error
     write_json(json_file, {"results": facts, "measured": measured})
     write_atomic(out, page.encode())
-    console.print(f"{printable(str(out))}: the page of {len(facts)} result{'s' if len(facts) > 1 else ''}", soft_wrap=True)
+    console.print(
+        f"{printable(str(out))}: the page of {len(facts)} result{'s' if len(facts) > 1 else ''}", soft_wrap=True
+    )
