@@ -27,10 +27,17 @@ def layers_of(model: Any) -> dict[str, Any]:
             caches[name] = {"dtype": str(module.kv_cache_dtype), "scales": scales}
         elif method is not None:
             scheme = getattr(module, "scheme", None)
-            kernel = next((k for owner in (scheme, method) for x in KERNELS if (k := getattr(owner, x, None))), None)
-            used = {"class": type(module), "method": type(method), "scheme": type(scheme), "kernel": type(kernel)}
+            used = {"class": type(module), "method": type(method), "scheme": type(scheme)}
             layers[name] = {k: v.__name__ for k, v in used.items() if v is not type(None)}
+            layers[name] |= {"kernel": kernel} if (kernel := kernel_of(module)) else {}
     return {"layers": layers, "caches": caches, "joined": dict(getattr(model, "packed_modules_mapping", None) or {})}
+
+
+def kernel_of(module: Any) -> str:
+    """The name of the kernel that the scheme of a layer chose, or its method; "" where neither has one."""
+    owners = (getattr(module, "scheme", None), getattr(module, "quant_method", None))
+    kernel = next((k for owner in owners for x in KERNELS if (k := getattr(owner, x, None))), None)
+    return "" if kernel is None else type(kernel).__name__
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -48,8 +55,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         seed=0,
     )
     loaded = time.perf_counter()
-    found = llm.apply_model(layers_of)[0]
-    plain_fp8_products(found["layers"])
+    if device() == "cpu":
+        llm.apply_model(plain_fp8_products)
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     settings = [
         SamplingParams(
@@ -76,18 +83,20 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "best": [[score.rank == 1 for score in row] for row in scores],
         "tokens": [list(o.outputs[0].token_ids)[:n] for o, n in zip(outputs, job["new_tokens"], strict=True)],
         "seconds": {"load": loaded - start, "run": done - loaded},
-        **found,
+        **llm.apply_model(layers_of)[0],
     }
 
 
-def plain_fp8_products(layers: dict[str, dict[str, str]]) -> None:
+def plain_fp8_products(model: Any) -> None:
     """On CPUs torch multiplies FP8 numbers through oneDNN, whose general code takes 600 times as long as torch's own product in
     float32: 10 s for 96 rows of 576 by 3072, and hours for a small model. Both gave the same numbers in bfloat16 (torch 2.13).
-    Nothing else is computed otherwise: only a model with such layers gets torch's own."""
-    import torch
+    Layers with such products get torch's own, and all others what they had."""
+    from torch.backends import mkldnn
 
-    if device() == "cpu" and any("TorchFP8" in layer.get("kernel", "") for layer in layers.values()):
-        torch.backends.mkldnn.set_flags(False)
+    for module in model.modules():
+        if "TorchFP8" in kernel_of(module):
+            module.register_forward_pre_hook(lambda *_: mkldnn.set_flags(False) and None)
+            module.register_forward_hook(lambda *_: mkldnn.set_flags(True) and None, always_call=True)
 
 
 def device() -> str:
