@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +15,7 @@ from qkit_kernels import cores
 from torch import Tensor
 
 from qkit.system.machine import available_cores, available_memory
+from qkit.system.timing import fastest_run
 
 TIMES_CACHE = 3  # cold: what was read in between is that many times the last-level cache
 _ASSUMED_CACHE = 64 << 20
@@ -102,16 +101,6 @@ def measure_host(cache: int | None = None) -> Host:
         read = buffer.nbytes / min(fastest_run(buffer.sum), fastest_run(lambda: torch.mv(matrix, vector)))
         flops = 2 * math.prod((512, 512, 512)) / fastest_run(lambda: torch.mm(square, square))
     return Host(copy, read, flops, cache, buffer)
-
-
-def fastest_run(run: Callable[[], object], times: int = 15) -> float:
-    """Seconds of the fastest of some runs."""
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def describe_host() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from qkit.commands.verb import OptionGroup, Verb, in_group
 from qkit.errors import UsageError, write_failure
 from qkit.files.safefile import write_atomic
 from qkit.system.extras import require
+from qkit.system.words import duration
 from qkit.verification.model_engines import engine_lines
 
 if TYPE_CHECKING:
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
     from qkit.workflows.quantize import PreparedRequest
 
 
-def plan_json(prepared: PreparedRequest, selected: Selected | None = None) -> dict[str, Any]:
-    """A plan as JSON. selected: what vLLM's own code said of it, where it was asked"""
+def plan_json(
+    prepared: PreparedRequest, selected: Selected | None = None, seconds: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """A plan as JSON. selected: what vLLM's own code said of it, where it was asked; seconds: what each phase takes here, where
+    that was estimated"""
     from qkit.planning.fused_layers import engine_rows_of
     from qkit.workflows.quantize import coverage
 
@@ -42,7 +46,7 @@ def plan_json(prepared: PreparedRequest, selected: Selected | None = None) -> di
         "coverage": coverage(prepared.plan),
         "engines": [asdict(line) for line in engine_lines(rows)],
         "engine_rows": [asdict(row) for row in rows],
-        "forecast": prepared.forecast.to_json(),
+        "forecast": {**prepared.forecast.to_json(), **({} if seconds is None else _times(seconds))},
         "linears": plan["linears"],
         "skipped": plan["skipped"],
         "calibration": plan["calibration"],
@@ -52,14 +56,36 @@ def plan_json(prepared: PreparedRequest, selected: Selected | None = None) -> di
     }
 
 
-def show_forecast(prepared: PreparedRequest, console: Console) -> None:
-    """Bytes, memory, and the phases that take the time."""
+def _times(seconds: dict[str, float]) -> dict[str, Any]:
+    return {
+        "seconds": round(sum(seconds.values()), 1),
+        "seconds_by_phase": {phase: round(value, 1) for phase, value in seconds.items()},
+    }
+
+
+def estimated_seconds(prepared: PreparedRequest, threads: int | None) -> dict[str, float] | None:
+    """What each phase takes on this machine; None for a pipeline, whose calibration samples it, and where nothing is
+    quantized."""
+    if prepared.structure.family.streams is not None or prepared.components or not prepared.plan.linears:
+        return None
+    from qkit.engine.duration import seconds_by_phase
+    from qkit.system.machine import available_cores
+
+    return seconds_by_phase(prepared.plan, prepared.forecast, threads or available_cores())
+
+
+def show_forecast(prepared: PreparedRequest, console: Console, seconds: dict[str, float] | None = None) -> None:
+    """Bytes, memory, time where it was estimated, and the phases that take it."""
     f = prepared.forecast
+    costs = seconds or f.operations
+    total = sum(costs.values()) or 1.0
+    largest = sorted(costs.items(), key=lambda item: -item[1])[:3]
     runs = f"blocks run in {prepared.plan.run_dtype}; " if prepared.plan.calibration else ""
-    phases = ", ".join(f"{p['phase']} {p['share']:.0%}" for p in f.to_json()["time_dominating"][:3])
+    phases = ", ".join(f"{phase} {cost / total:.0%}" for phase, cost in largest if cost)
+    about = "" if seconds is None else f", about {duration(sum(seconds.values()))} on this machine"
     console.print(
         f"forecast for method {prepared.plan.recipe['method']}: output {megabytes(f.packed_bytes)}, job folder "
-        f"{megabytes(f.job_bytes)}, peak memory {megabytes(f.peak_memory)}; {runs}time goes to: {phases}"
+        f"{megabytes(f.job_bytes)}, peak memory {megabytes(f.peak_memory)}{about}; {runs}time goes to: {phases}"
     )
     if f.trial_memory:
         console.print(
@@ -163,7 +189,8 @@ def plan_command(
         return
     prepared = prepare(decided.request, decided.rows)
     selected = None if python is None else _ask(prepared, python, console)
-    data = {**plan_json(prepared, selected), **decided_json(decided)}
+    seconds = estimated_seconds(prepared, decided.request.threads)
+    data = {**plan_json(prepared, selected, seconds), **decided_json(decided)}
     if decided.first:
         data["hash"] = None  # what is measured is part of it
     if budgeted is not None:
@@ -175,6 +202,6 @@ def plan_command(
         if figures is not None:
             write_figures(budgeted, figures, console)
     show_coverage(prepared, console, selected)
-    show_forecast(prepared, console)
+    show_forecast(prepared, console, seconds)
     write_json(json_file, data)
     refuse_what_cannot_fit(prepared.forecast, out or Path.cwd())

@@ -34,6 +34,7 @@ from qkit.system.words import megabytes
 from qkit.tensor.lowrank import low_rank_bytes
 from qkit.transforms.table import TRANSFORMS
 
+_SEARCH = 11 * 8  # operations of a search of scales for each weight
 LATER = 20 << 20  # libraries that a run loads after it was planned, measured
 _BUSY_EXPERTS = 16  # groups of experts (two each) that a token's run holds inputs of, at the most in common models
 ALLOCATOR = 1.1  # resident memory over live bytes, measured: freed blocks that the allocator keeps
@@ -114,15 +115,13 @@ def forecast(
             if p is None:
                 continue
             out, columns = sum(x.shape[0] for x in group.linears), group.linears[0].shape[1]
-            search = 11 * 8
             if SOLVERS[p.solver].needs_hessian:
                 drift = bool(p.options.get("compensate", 0))
                 ops["Hessians"] += (1.0 + 2 * drift) * columns * columns * tokens
                 ops["factorizations"] += (1 + 7 * drift) * columns**3 / 3
-                ops["solving"] += (1.0 + 4 * p.options.get("sweeps", 0)) * out * columns * columns
-            ops["solving"] += float(search * out * columns)
+            ops["solving"] += solving_operations(p, out, columns)
             if p.rank:  # every round solves again, and decomposes the error of every linear, weighted by the Hessian
-                resolve_cost = columns * SOLVERS[p.solver].needs_hessian + search
+                resolve_cost = columns * SOLVERS[p.solver].needs_hessian + _SEARCH
                 ops["solving"] += float(ROUNDS * resolve_cost * out * columns)
                 decomposition_costs = (
                     2.0 * math.prod(x.shape) * sum(x.shape) + 9.0 * min(x.shape) ** 3 for x in group.linears
@@ -154,6 +153,12 @@ def forecast(
         trial_job_bytes=tried * row_bytes,
         trial_memory=structure.parameters * item if tried else 0,
     )
+
+
+def solving_operations(p: LinearPlan, rows: int, columns: int) -> float:
+    """Operations of a solver on a weight [rows, columns]."""
+    passes = 1.0 + 4 * p.options.get("sweeps", 0) if SOLVERS[p.solver].needs_hessian else 0.0
+    return passes * rows * columns * columns + float(_SEARCH * rows * columns)
 
 
 def _tried(plan: Plan, structure: ModelStructure) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qkit.calibration.batches import Extent, extent_first
+from qkit.calibration.dataset import Calibration
 from qkit.engine.chain import is_chain, with_fragments
 from qkit.engine.forecast import ALLOCATOR, LATER
 from qkit.errors import Unsupported
@@ -149,6 +150,12 @@ def weighing_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
     head = 4 * _vocabulary(structure) * width
     busy = min(workers, -(-rows.rows * rows.length // tokens))
     return with_fragments(head + 4 * block + passing + busy * active + held)
+
+
+def weighing_operations(calibration: Calibration, structure: ModelStructure) -> float:
+    """Operations of ``hidden.weighing``: a pass over its rows and the gradients of its loss."""
+    rows = extent_first(calibration, hidden.ROWS)
+    return (1 + GRADIENTS) * pass_operations(structure, rows.rows * rows.length)
 
 
 def weighing_disk(plan: Plan, structure: ModelStructure) -> int:

@@ -16,3 +16,10 @@ def exact_megabytes(n: float) -> str:
 def times(ratio: float) -> str:
     """The ratio in words, '3.2 times', '1,400 times': two digits, since operations are not seconds."""
     return f"{float(f'{ratio:.2g}'):,g} times"
+
+
+def duration(seconds: float) -> str:
+    """A time in words, to about two digits: '40 s', '12 min', '3.5 hours'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.2g} hours"

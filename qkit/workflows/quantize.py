@@ -43,7 +43,13 @@ from qkit.planning.recipe import Recipe
 from qkit.planning.recipe_file import recipe_file, run_notes
 from qkit.planning.request import Request, recipe_of
 from qkit.planning.towers import SKIP
-from qkit.sensitivity.forecast import repair_memory, weighing_disk, weighing_memory
+from qkit.sensitivity.forecast import (
+    pass_operations,
+    repair_memory,
+    weighing_disk,
+    weighing_memory,
+    weighing_operations,
+)
 from qkit.sensitivity.repair import repair
 from qkit.system.machine import available_cores
 from qkit.system.memory import ran_out
@@ -128,11 +134,23 @@ def prepare(request: Request, rows: Calibration | None = None) -> PreparedReques
         after["scores of experts"] = pruning_memory(plan, structure)
     if "rotate" in plan.transforms:
         after["proof of the rotation"] = proof_memory(whole_of(structure))
+    beforehand = _operations_beforehand(plan, structure)
     notes = () if request.recorded is None else tuple(run_notes(request.recorded, plan))
     cost = forecast_of(plan, structure, threads, after)
     beside = weighing_disk(plan, structure) if plan.learning("loss_weighted") else 0
     beside = max(beside, end_to_end_disk(plan, structure) if plan.learning("e2e_steps") else 0)
-    return PreparedRequest(plan, structure, replace(cost, job_bytes=cost.job_bytes + beside), components, notes)
+    cost = replace(cost, job_bytes=cost.job_bytes + beside, operations={**cost.operations, **beforehand})
+    return PreparedRequest(plan, structure, cost, components, notes)
+
+
+def _operations_beforehand(plan: Plan, structure: ModelStructure) -> dict[str, float]:
+    """Operations of what a run makes of the whole model before it comes to the blocks, by phase."""
+    rows, found = plan.calibration, dict[str, float]()
+    if rows is not None and rows.written:
+        found["synthetic samples"] = pass_operations(structure, rows.written * rows.seqlen)
+    if rows is not None and plan.learning("loss_weighted"):
+        found["errors weighed by the loss"] = weighing_operations(rows, structure)
+    return found
 
 
 def _components(folder: Path, recipe: Recipe, request: Request, structure: ModelStructure) -> dict[str, Request]:

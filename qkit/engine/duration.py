@@ -1,0 +1,105 @@
+"""An estimate of how long a run takes on this machine: a piece of every phase is timed, and the forecast says how much there
+is of it.
+
+The solver is timed on a few rows of the shape that costs most, with its options, on random weights. Products are timed in the
+dtype of the run. What a piece leaves out (attention, files, what threads wait for) is in ``FACTORS``, which were measured on
+whole runs of tiny-llama and SmolLM2-135M; reports/duration has them beside the estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch.nn.functional import linear
+
+from qkit.calibration.statistics import Stats
+from qkit.engine.forecast import Forecast, solving_operations
+from qkit.engine.solving import solve_matrix
+from qkit.planning.linear_plan import LinearPlan
+from qkit.planning.plan import Plan
+from qkit.solvers.table import SOLVERS
+from qkit.system.parallel import Workers, workers
+from qkit.system.timing import fastest_run
+from qkit.tensor.formats import fit_group
+
+# Seconds of a phase over those of its timed piece.
+FACTORS = {
+    "forward passes": 1.6,
+    "Hessians": 1.3,
+    "factorizations": 1.5,
+    "solving": 1.3,
+    "learned rounding": 1.6,
+    "errors weighed by the loss": 1.6,
+    "synthetic samples": 4.0,
+    "packing and checking": 1.0,
+}
+REST = "everything else"
+START = 8.0  # seconds: libraries, the plan, the calibration samples, the first and the last file
+_ROWS, _TOKENS = 256, 512  # of a timed piece
+_WIDEST = 4096  # columns of a timed piece at the most
+_PASSES = 20.0  # operations of packing and checking a weight, as the forecast counts them
+_TIMES = 3
+
+
+def seconds_by_phase(plan: Plan, forecast: Forecast, threads: int) -> dict[str, float]:
+    """The estimated seconds of a whole run, its export and proof included: the sum of all values. Takes a second or two
+    itself."""
+    with workers(1) as pool:
+        rates = dict(_rates(plan, pool))
+    counted = {phase: n for phase, n in forecast.operations.items() if n}
+    return {**{phase: FACTORS[phase] * n / rates[phase] / threads for phase, n in counted.items()}, REST: START}
+
+
+def _rates(plan: Plan, pool: Workers) -> Iterator[tuple[str, float]]:
+    """Operations a second of one thread, by phase."""
+    costly = max(plan.linears.values(), key=lambda p: p.shape[0] * p.shape[1] ** 2)
+    columns, rows = min(costly.shape[1], _WIDEST), min(costly.shape[0], _ROWS)
+    draw = torch.Generator().manual_seed(0)
+    weights = torch.randn(rows, columns, generator=draw) / columns**0.5
+    inputs = torch.randn(_TOKENS, columns, generator=draw)
+    product = 2.0 * _TOKENS * rows * columns
+    forward = _rate(product, _product(weights, inputs, getattr(torch, plan.run_dtype)))
+    exact = _rate(product, _product(weights, inputs, torch.float32))
+    yield from (("forward passes", forward), ("synthetic samples", forward))
+    yield from (("learned rounding", exact), ("errors weighed by the loss", exact))
+    yield "Hessians", _rate(2.0 * _TOKENS * columns**2, lambda: inputs.T @ inputs)
+    hessian = inputs.T @ inputs / _TOKENS + torch.eye(columns)
+    yield "factorizations", _rate(columns**3 / 3, lambda: torch.linalg.cholesky_ex(hessian))
+    yield "packing and checking", _rate(_PASSES * rows * columns, lambda: _packed(weights))
+    yield "solving", _solving_rate(costly, weights, inputs, hessian, pool)
+
+
+def _product(weights: torch.Tensor, inputs: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
+    w, x = weights.to(dtype), inputs.to(dtype)
+    return lambda: linear(x, w)
+
+
+def _packed(weights: torch.Tensor) -> object:
+    """About as many passes over the weights as packing, export and proof take."""
+    out = weights
+    for _ in range(int(_PASSES)):
+        out = (out * 1.01).round()
+    return out
+
+
+def _solving_rate(
+    p: LinearPlan, weights: torch.Tensor, inputs: torch.Tensor, hessian: torch.Tensor, pool: Workers
+) -> float:
+    """Of the solver on these rows, without what is prepared once for all rows."""
+    stats = None
+    if SOLVERS[p.solver].needs_hessian:
+        square = inputs.square().mean(0)
+        stats = Stats(tokens=len(inputs), mean_square=square, sample=inputs, hessian=hessian)
+    rows, columns = weights.shape
+    fmt = fit_group(p.weights, columns)
+    part = replace(p, shape=(rows, columns), weights=fmt, activations=None, outliers=0, rank=0, residual=0)
+    prepare = SOLVERS[p.solver].prepare
+    whole = fastest_run(lambda: solve_matrix(part, weights, stats, torch.bfloat16, pool), _TIMES)
+    first = 0.0 if prepare is None or stats is None else fastest_run(lambda: prepare(stats, p.options), _TIMES)
+    return solving_operations(part, rows, columns) / max(whole - first, whole / 10)
+
+
+def _rate(operations: float, work: Callable[[], object]) -> float:
+    return operations / fastest_run(work, _TIMES)
