@@ -14,6 +14,7 @@ from qkit.system.memory import ran_out
 from qkit.system.version import __version__
 
 VERBS = {
+    "recommend": "Recommend scheme, KV cache and commands for a machine.",
     "quantize": "Quantize a model into a packed checkpoint and verify it.",
     "plan": "Show what quantize would do, and its cost.",
     "profile": "Measure the cost of every format for every layer.",
@@ -52,6 +53,8 @@ def _command(name: str) -> click.Command:
         from qkit.commands.check import check_command as command
     elif name == "bench":
         from qkit.commands.bench import bench_command as command
+    elif name == "recommend":
+        from qkit.commands.recommend import recommend_command as command
     elif name == "serve-command":
         from qkit.commands.serve_command import serve_command_command as command
     elif name == "push":

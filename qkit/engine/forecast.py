@@ -34,6 +34,7 @@ from qkit.system.words import megabytes
 from qkit.tensor.lowrank import low_rank_bytes
 from qkit.transforms.table import TRANSFORMS
 
+_SCALES = 20  # scales of inputs that a transform tries for each layer, at about the most
 _SEARCH = 11 * 8  # operations of a search of scales for each weight
 LATER = 20 << 20  # libraries that a run loads after it was planned, measured
 _BUSY_EXPERTS = 16  # groups of experts (two each) that a token's run holds inputs of, at the most in common models
@@ -98,7 +99,16 @@ def forecast(
     recorded = recorded_sequences(plan, structure)
     if recorded and (structure.family.streams is not None or whole_fits(structure, item)):
         memory["record the inputs of all blocks"] = structure.parameters * item  # of the whole model
-    phases = ("forward passes", "Hessians", "factorizations", "solving", "learned rounding", "packing and checking")
+    phases = (
+        "forward passes",
+        "Hessians",
+        "factorizations",
+        "scales of inputs",
+        "solving",
+        "learned rounding",
+        "packing and checking",
+    )
+    searches = sum(TRANSFORMS[t].stage == "stats" for t in plan.transforms)
     ops = dict.fromkeys(phases, 0.0)
     part_bytes = 0
     for block in parts(plan, structure):
@@ -120,6 +130,7 @@ def forecast(
                 ops["Hessians"] += (1.0 + 2 * drift) * columns * columns * tokens
                 ops["factorizations"] += (1 + 7 * drift) * columns**3 / 3
             ops["solving"] += solving_operations(p, out, columns)
+            ops["scales of inputs"] += searches * _SCALES * 2.0 * SAMPLE_TOKENS * out * columns
             if p.rank:  # every round solves again, and decomposes the error of every linear, weighted by the Hessian
                 resolve_cost = columns * SOLVERS[p.solver].needs_hessian + _SEARCH
                 ops["solving"] += float(ROUNDS * resolve_cost * out * columns)

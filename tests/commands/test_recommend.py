@@ -1,0 +1,144 @@
+"""qkit recommend: bytes are those of the files, what is recommended fits and is loaded, and its commands are complete."""
+
+import importlib.util
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qkit.files.safefile import read_header
+from qkit.planning.measured_losses import FILE, measured_losses
+from qkit.tensor.formats import scheme
+from qkit.workflows.recommend import NEGLIGIBLE, VLLM_SHARE, Candidate, choose
+
+REPORTS = Path(__file__).parents[2] / "reports"
+LAYERS, KEY_HEADS, HEAD = 2, 2, 16  # of tiny("llama")
+
+
+@pytest.fixture
+def advised(run, tiny, tmp_path):
+    """``advised(*options)``: what the command says of a tiny llama, from its JSON file."""
+
+    def go(*options, model=None) -> dict:
+        file = tmp_path / "recommend.json"
+        code, out, err = run("recommend", "--model", model or tiny("llama"), *options, "--json", file)
+        assert code == 0, err
+        data = json.loads(file.read_text())
+        assert all(f"  {command}\n" in out for command in data["commands"])
+        return data
+
+    return go
+
+
+def of_scheme(data: dict, name: str) -> dict:
+    return next(c for c in data["candidates"] if c["scheme"] == name)
+
+
+def test_the_weights_have_as_many_bytes_as_the_file_that_the_command_makes(advised, run, tmp_path, monkeypatch, small):
+    monkeypatch.chdir(tmp_path)
+    data = advised("--memory", "1GB", "--context", 64, "--engine", "vllm")
+    make, prove, serve = (shlex.split(c) for c in data["commands"])
+    assert data["chosen"]["loss"] <= NEGLIGIBLE and data["chosen"]["fits"]
+    assert run(*make[1:], *small)[0] == 0
+    made = tmp_path / make[-1] / "model.safetensors"
+    assert sum(t.nbytes for t in read_header(made).values()) == data["chosen"]["weights"]
+    assert prove[:3] == ["qkit", "verify", make[-1]] and serve == ["vllm", "serve", make[-1], "--max-model-len", "64"]
+
+
+def test_memory_decides_and_the_cache_becomes_narrower_last(advised, run, tiny):
+    """On a CPU the whole memory counts, so that a byte decides."""
+    cpu = ("--engine", "vllm", "--device", "cpu", "--context", 64)
+    least = of_scheme(advised(*cpu, "--memory", "1GB"), "W4A16")
+    plain = 2 * 2 * KEY_HEADS * HEAD * LAYERS * 64
+    assert least["cache"] == "auto" and least["cache_bytes"] == plain
+    same = of_scheme(advised(*cpu, "--memory", f"{least['total']}B"), "W4A16")
+    assert same["fits"] and same["cache"] == "auto" and same["loss"] == measured_losses().schemes["W4A16"]
+    less = of_scheme(advised(*cpu, "--memory", f"{least['total'] - 1}B"), "W4A16")
+    assert less["fits"] and less["cache"] == "fp8" and less["cache_bytes"] == plain // 2
+    assert less["loss"] == pytest.approx(same["loss"] + measured_losses().caches["fp8"])
+    code, _, err = run("recommend", "--model", tiny("llama"), *cpu, "--memory", "1KB")
+    assert code == 3 and err.count("\n") == 1 and "no scheme fits" in err and "use a shorter --context" in err
+
+
+def test_a_narrow_cache_goes_into_the_commands(advised):
+    cpu = ("--engine", "vllm", "--device", "cpu", "--context", 64)
+    rows = advised(*cpu, "--memory", "1GB")["candidates"]
+    smallest = min((c for c in rows if not c["refused"]), key=lambda c: c["total"])
+    make, _, serve = advised(*cpu, "--memory", f"{smallest['total'] - 1}B")["commands"]
+    assert " --kv fp8 " in make and serve.endswith("--kv-cache-dtype fp8")
+
+
+def test_kernels_are_those_of_the_device_and_what_it_refuses_is_left_out(advised, run, tiny):
+    wide = tiny("llama", hidden_size=128, intermediate_size=256)
+    on = {d: advised("--device", d, "--context", 64, model=wide)["candidates"] for d in ("rtx4090", "b200")}
+    rows = {d: {c["scheme"]: c for c in found} for d, found in on.items()}
+    assert rows["rtx4090"]["W4A16"]["kernels"] == ["MarlinLinearKernel"]
+    assert "W8A8" in {name for name, c in rows["b200"].items() if c["refused"]}  # no INT8 products on Blackwell
+    assert all(not c["fits"] for c in rows["b200"].values() if c["refused"])
+
+
+def test_llama_cpp_gets_types_of_gguf(advised):
+    pytest.importorskip("gguf")
+    data = advised("--engine", "llama.cpp", "--memory", "1GB", "--context", 64)
+    assert data["candidates"] and all(scheme(c["scheme"]).weights.gguf for c in data["candidates"])
+    assert data["commands"][-1].startswith("llama-server --model ") and "--engine" not in data["commands"][0]
+
+
+def test_transformers_expands_what_is_packed(advised):
+    data = advised("--engine", "transformers", "--memory", "1GB", "--context", 64)
+    assert {c["weights"] for c in data["candidates"] if not c["refused"]} == {data["plain"]["weights"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("--context", 64), "add --memory"),
+        (("--memory", "1GB", "--context", 10**6), "positions"),
+        (("--device", "gtx", "--context", 64), "expected one of cpu, t4"),
+        (("--memory", "much", "--context", 64), "--memory much"),
+    ],
+)
+def test_a_machine_that_makes_no_sense_is_refused_in_a_sentence(run, tiny, options, part):
+    code, _, err = run("recommend", "--model", tiny("llama"), *options)
+    assert code == 2 and part in err and err.count("\n") == 1
+
+
+def test_a_diffusion_pipeline_is_refused(run):
+    code, _, err = run("recommend", "--model", "tiny-video", "--memory", "1GB", "--context", 16)
+    assert code == 3 and "language models" in err
+
+
+def test_a_profile_gives_losses_of_the_model_and_a_mix(run, tiny, tmp_path, small, advised):
+    folder = tmp_path / "profile"
+    arguments = ("--candidates", "w3a16,w4a16,w8a16", "--rows", 4, "--points", 2, "--measures", "kl")
+    assert run("profile", "--model", tiny("llama"), "--out", folder, *arguments, *small)[0] == 0
+    gpu = ("--engine", "vllm", "--context", 64, "--profile", folder)
+    rows = {c["scheme"]: c for c in advised(*gpu, "--memory", "1GB")["candidates"]}
+    assert rows["W3A16"]["loss"] > rows["W4A16"]["loss"] > rows["W8A16"]["loss"]
+    wide = rows["W8A16"]
+    room = wide["activations"] + wide["cache_bytes"] // 2 + wide["weights"] - 64  # with a cache in FP8 it almost fits
+    data = advised(*gpu, "--memory", f"{int(room / VLLM_SHARE) + 1}B")
+    mixed = of_scheme(data, "mixed")
+    assert data["chosen"] == mixed and mixed["total"] <= data["usable"]
+    assert rows["W3A16"]["weights"] < mixed["weights"] < wide["weights"] and mixed["loss"] < rows["W4A16"]["loss"]
+    make = shlex.split(data["commands"][0])
+    assert run("plan", *make[2:], *small)[0] == 0
+
+
+def test_the_smallest_with_a_negligible_loss_else_the_least_loss():
+    good = Candidate(scheme="A", weights=10, loss=NEGLIGIBLE / 2, fits=True)
+    better = Candidate(scheme="B", weights=20, loss=NEGLIGIBLE / 9, fits=True)
+    bad = Candidate(scheme="C", weights=5, loss=NEGLIGIBLE * 9, fits=True)
+    assert choose([better, bad, good])[0] == good
+    assert choose([replace(better, fits=False), replace(good, fits=False), bad])[0] == bad
+    assert choose([replace(bad, loss=NEGLIGIBLE * 3, weights=6), bad])[0].weights == 6
+    assert choose([Candidate(scheme="D", refused="why")]) == (None, "the engine loads none of the schemes")
+
+
+def test_the_losses_are_those_of_the_reports():
+    spec = importlib.util.spec_from_file_location("losses", REPORTS / "comparison" / "losses.py")
+    losses = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(losses)
+    assert json.loads(FILE.read_text()) == losses.losses()
