@@ -8,6 +8,8 @@ from typing import Any
 
 from markdown_table import Row, markdown
 
+from qkit.planning.quality_levels import LEVELS
+
 REPORTS = Path(__file__).parents[1] / "reports"
 # Option of a report -> its name today: reports keep the names of the day they were made.
 NEW_NAMES = {"--written": "--synthetic-samples", "weigh": "loss_weighted", "whole": "e2e_steps"}
@@ -305,6 +307,40 @@ def rank() -> str:
     )
 
 
+def levels(name: str) -> str:
+    """The levels of --quality beside each other, and AutoRound where it ran."""
+    rows = []
+    for x in report(f"comparison/levels-{name}"):
+        text = x["wikitext2"]
+        row = {"scheme": f"`{x['scheme']}`", "made with": x["level"]}
+        if x["level"] in LEVELS:
+            row = {**row, "made with": f"`--quality {x['level']}`", "size, MB": mb(x["bytes"])}
+        else:
+            row["size, MB"] = ""  # it is measured as 16-bit numbers
+        row |= {"perplexity": f"{text['perplexity']:.2f}", "KL": f"{text['kl']:.3g}"}
+        below = next((text[f"to {other}"] for other in LEVELS if f"to {other}" in text), None)
+        row["KL / level below"] = interval(below, 2, signed=False) if below else ""
+        rival = text.get("to AutoRound")
+        row["KL / AutoRound"] = interval(rival, 2, signed=False) if rival else ""
+        rows.append({**row, "seconds": f"{x['seconds']:.0f}"} if "seconds" in x else row)
+    return markdown(rows)
+
+
+def durations(name: str) -> str:
+    """The estimates of ``qkit plan`` beside what runs took."""
+    return markdown(
+        [
+            {
+                "scheme": f"`{x['scheme']}`",
+                "quality": x["quality"],
+                "estimated, s": f"{x['estimated']:.0f}",
+                "measured, s": f"{x['measured']:.0f}",
+            }
+            for x in report(f"duration/{name}")
+        ]
+    )
+
+
 TABLES = {
     "summary": summary,
     "choices": choices,
@@ -319,4 +355,7 @@ TABLES = {
     "requant": requant,
     "requant-differences": requant_differences,
     "rank": rank,
+    "levels-smollm2": lambda: levels("smollm2"),
+    "levels-tiny-llama": lambda: levels("tiny-llama"),
+    "durations": lambda: durations("tiny-llama"),
 }
