@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     "--memory",
     help="Memory of the machine, for instance 8GB (default: that of --device; for a CPU, that of this machine).",
 )
-@click.option("--context", type=click.IntRange(1), default=8192, show_default=True, help="Longest text in tokens.")
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    help="Longest text in tokens (default: 8192, or the longest of the model if that is less).",
+)
 @click.option(
     "--engine",
     type=click.Choice(["vllm", "llama.cpp", "transformers"]),
@@ -41,7 +45,7 @@ if TYPE_CHECKING:
 def recommend_command(
     model: str,
     memory: str | None,
-    context: int,
+    context: int | None,
     engine: str | None,
     device: str | None,
     profile: Path | None,
@@ -69,8 +73,8 @@ def recommend_command(
     show(found, console)
     if found.chosen is None:
         raise Unsupported(
-            f"{found.engine} with {megabytes(found.usable)} and {context} tokens: no scheme fits: {found.why}: use a shorter "
-            "--context, more --memory, or another --engine"
+            f"{found.engine} with {megabytes(found.usable)} and {found.context} tokens: no scheme fits: {found.why}: use a "
+            "shorter --context, more --memory, or another --engine"
         )
 
 

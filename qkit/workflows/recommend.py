@@ -12,33 +12,31 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qkit.allocation.limits import parse_bytes
 from qkit.allocation.pareto import uniform
-from qkit.errors import QkitError, UsageError
+from qkit.errors import BadInput, QkitError, UsageError
 from qkit.families.structure import ModelStructure
 from qkit.kvcache.engine_caches import ENGINE_CACHES, PLAIN, refusal
 from qkit.kvcache.shape import CacheShape
-from qkit.planning.devices import CPU, Device, find_device
+from qkit.planning.devices import CPU
 from qkit.planning.engine_rules import LLAMA_CPP, TITLES
 from qkit.planning.fused_layers import engine_rows_of
 from qkit.planning.measured_losses import measured_losses
 from qkit.planning.request import Request
-from qkit.sensitivity.profile import KEPT, Profile
-from qkit.system.machine import machine_memory
+from qkit.sensitivity.candidates import parse_candidates
+from qkit.sensitivity.profile import Profile
 from qkit.system.words import megabytes
 from qkit.tensor.formats import GGUF_SCHEMES
-from qkit.tensor.formats import scheme as scheme_of
 from qkit.verification.model_engines import EngineRow, engine_lines
 from qkit.workflows.budget_bytes import running_bytes
+from qkit.workflows.machines import VLLM_SHARE, Machine, machine_of
 from qkit.workflows.options import DEFAULTS, read_options
 from qkit.workflows.quantize import open_structure, prepare
 from qkit.workflows.resolve import look_ahead
 
-ENGINES = ("vllm", LLAMA_CPP, "transformers")
 NEGLIGIBLE = (
     0.01  # nats a token; our choice: about one percent of perplexity, the limit of 'serve-command --measure' too
 )
-VLLM_SHARE = 0.92  # of a GPU's memory, that vLLM 0.32 uses (--gpu-memory-utilization)
+CONTEXT = 8192  # tokens, where nobody says how many
 _MEASURE = "kl"
 MIXED = "mixed"
 # What an engine can hold keys and values in: vLLM's names, on GPUs and on CPUs; llama.cpp's.
@@ -106,29 +104,9 @@ class Recommendation:
         return data
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What a file is to run on. memory, usable: bytes; platform: the kind of GPU, None for any"""
-
-    engine: str
-    device: Device | None
-    memory: int
-    usable: int
-
-    @property
-    def platform(self) -> str | None:
-        """The kind of GPU, or "cpu"; None for any GPU."""
-        return None if self.device is None else self.device.platform
-
-    @property
-    def gpu(self) -> str | None:
-        """The --gpu of the engine that asks which it is."""
-        return self.platform if self.engine == "vllm" else None
-
-
 def recommend(
     model: str,
-    context: int,
+    context: int | None = None,
     memory: str | None = None,
     engine: str | None = None,
     device: str | None = None,
@@ -136,16 +114,15 @@ def recommend(
 ) -> Recommendation:
     """What to make of a language model for a machine.
 
-    memory: as '8GB', None: all that the device has; context: tokens of one sequence; profile: a folder of 'qkit profile'
+    memory: as '8GB', None: all that the device has; context: tokens of one sequence, None: CONTEXT, or all that a shorter model
+    has; profile: a folder of 'qkit profile'
 
-    Raises UsageError for a context or a machine that makes no sense, Unsupported for what is no language model, and what
-    opening the model raises.
+    Raises UsageError for a context or a machine that makes no sense, Unsupported for what is no language model, BadInput for
+    the profile of another model, and what opening the model raises.
     """
-    machine = _machine(memory, engine, device)
+    machine = machine_of(memory, engine, device)
     structure = open_structure(model, language_for="qkit recommend")
-    longest = getattr(structure.text_config, "max_position_embeddings", None)
-    if isinstance(longest, int) and context > longest:
-        raise UsageError(f"--context {context}: the model in {model} has {longest} positions: use at most so many")
+    context = _context(structure, model, context)
     caches = _caches(structure, machine, context)
     activations = running_bytes(structure, context)[1]
     plain_cache = next(iter(caches))
@@ -159,17 +136,16 @@ def recommend(
         loss=0.0,
     )
     plain = replace(plain, fits=plain.total <= machine.usable)
-    known = None if profile is None else Profile.load(profile)
-    losses = _losses(known)
-    own = [name for name in losses if scheme_of(name).weights.gguf == (machine.engine == LLAMA_CPP)]
+    known = None if profile is None else _profile(profile, structure)
     found = [
-        _with_cache(_of_scheme(model, name, machine, whole), losses[name], caches, activations, machine) for name in own
+        _with_cache(_of_scheme(request, machine, whole), loss, caches, activations, machine)
+        for request, loss in _asked(model, machine, known)
     ]
     notes = []
     if profile is not None:
         try:
             found.append(_mixed(model, machine, profile, caches, activations))
-        except QkitError as e:
+        except UsageError as e:
             notes.append(f"no mix of formats: {e}")
     chosen, why = choose(found)
     if chosen is None:
@@ -205,33 +181,41 @@ def choose(found: list[Candidate]) -> tuple[Candidate | None, str]:
     return min(fitting, key=lambda c: (c.loss, c.total)), "the least expected loss of what fits"
 
 
-def _machine(memory: str | None, engine: str | None, device: str | None) -> Machine:
-    """Raises UsageError for a machine whose memory nobody said."""
-    known = None if device is None else find_device(device)
-    on_cpu = known is not None and known.platform == CPU
-    name = engine or (LLAMA_CPP if on_cpu else "vllm")
-    if name not in ENGINES:
-        raise UsageError(f"--engine {name}: expected one of {', '.join(ENGINES)}")
-    size = None if memory is None else parse_bytes(memory, "--memory")
-    if size is None:
-        size = known.memory if known is not None and not on_cpu else None
-        size = machine_memory() if size is None and (on_cpu or name == LLAMA_CPP) else size
-    if size is None:
-        raise UsageError("the memory of the machine is not known: add --memory, for instance 24GB, or --device")
-    usable = int(size * VLLM_SHARE) if name == "vllm" and not on_cpu else size
-    return Machine(engine=name, device=known, memory=size, usable=usable)
+def _context(structure: ModelStructure, model: str, asked: int | None) -> int:
+    longest = getattr(structure.text_config, "max_position_embeddings", None)
+    if asked is None:
+        return min(CONTEXT, longest) if isinstance(longest, int) else CONTEXT
+    if isinstance(longest, int) and asked > longest:
+        raise UsageError(f"--context {asked}: the model in {model} has {longest} positions: use at most so many")
+    return asked
 
 
-def _losses(profile: Profile | None) -> Mapping[str, float]:
-    """Expected loss by scheme: of the profile where there is one."""
-    if profile is None:
-        return measured_losses().schemes
-    if _MEASURE not in profile.measures:
+def _profile(folder: Path, structure: ModelStructure) -> Profile:
+    known = Profile.load(folder)
+    if known.fingerprint != structure.checkpoint.fingerprint():
+        raise BadInput(f"{folder}: the profile is of another model: use another --profile, or leave it out")
+    if _MEASURE not in known.measures:
         raise UsageError(
-            f"the profile has {', '.join(profile.measures)}, and what is compared is {_MEASURE}: make one with --measures "
-            f"{_MEASURE}"
+            f"--profile {folder}: it has the measures {', '.join(known.measures)}, and {_MEASURE} is compared: make one with "
+            f"--measures {_MEASURE}"
         )
-    return {name: cost for name, (_, cost) in uniform(profile, _MEASURE).items() if name != KEPT}
+    return known
+
+
+def _asked(model: str, machine: Machine, profile: Profile | None) -> Iterator[tuple[Request, float]]:
+    """The schemes to compare, of the engine's kind of file, with their expected losses: those of the profile, where there is
+    one."""
+    groups: Mapping[str, int | None] = {} if profile is None else profile.request["group_sizes"]
+    measured = measured_losses().schemes
+    losses = measured if profile is None else {name: cost for name, (_, cost) in uniform(profile, _MEASURE).items()}
+    for name, loss in losses.items():
+        candidate = parse_candidates(name, groups.get(name))[0]
+        scheme = candidate.scheme
+        if scheme is None or candidate.outliers or candidate.rank:  # no engine loads what lies beside the codes
+            continue
+        if scheme.weights.gguf == (machine.engine == LLAMA_CPP):
+            group = groups.get(name)
+            yield Request(model=model, scheme=scheme.name, method="rtn", group_size=group), loss
 
 
 def _caches(structure: ModelStructure, machine: Machine, context: int) -> dict[str, int]:
@@ -257,11 +241,12 @@ def _caches(structure: ModelStructure, machine: Machine, context: int) -> dict[s
     return {name: int(heads * ENGINE_CACHES[name].bytes_of(shape.head_dim)) for name in able}
 
 
-def _of_scheme(model: str, scheme: str, machine: Machine, whole: int) -> Candidate:
+def _of_scheme(request: Request, machine: Machine, whole: int) -> Candidate:
     """Bytes of the weights in the engine, and whether and how it loads them. whole: bytes of the model as it is, which
     transformers makes of every packed file."""
+    scheme = str(request.scheme)
     try:
-        prepared = prepare(Request(model=model, scheme=scheme, method="rtn", engine=machine.engine, gpu=machine.gpu))
+        prepared = prepare(replace(request, engine=machine.engine, gpu=machine.gpu))
     except QkitError as e:
         return Candidate(scheme=scheme, refused=str(e))
     kernels = _kernels(engine_rows_of(prepared.plan, prepared.structure), machine)
@@ -296,8 +281,8 @@ def _with_cache(
         return replace(candidate, loss=loss)
     ways = []
     for name, size in caches.items():
-        cost = 0.0 if name == (plain or next(iter(caches))) else measured_losses().caches.get(name)
-        total = None if loss is None or cost is None else loss + cost
+        cost = 0.0 if name == (plain or next(iter(caches))) else measured_losses().caches.get(name, 0.0)
+        total = None if loss is None else loss + cost
         way = replace(candidate, cache=name, cache_bytes=size, activations=activations, loss=total)
         ways.append(replace(way, fits=way.total <= machine.usable))
     return next((way for way in ways if way.fits), min(ways, key=lambda way: way.total))
@@ -346,6 +331,8 @@ def _notes(plain: Candidate, machine: Machine, profile: Path | None) -> Iterator
     if machine.engine == "vllm" and machine.usable < machine.memory:
         share = f"{VLLM_SHARE:.0%} of a GPU's memory, here {megabytes(machine.usable)}"
         yield f"vLLM uses {share}, unless --gpu-memory-utilization says more"
+    if machine.engine == LLAMA_CPP:
+        yield "what a KV cache in q8_0 costs was not measured, and is not part of the expected loss"
     if machine.engine == "transformers":
         yield "transformers expands packed weights to 16 bits: the file is smaller, and its memory is not"
     yield "counted are weights, the KV cache of one sequence and activations of one block; buffers of the engine come on top"

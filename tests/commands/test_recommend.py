@@ -11,7 +11,8 @@ import pytest
 from qkit.files.safefile import read_header
 from qkit.planning.measured_losses import FILE, measured_losses
 from qkit.tensor.formats import scheme
-from qkit.workflows.recommend import NEGLIGIBLE, VLLM_SHARE, Candidate, choose
+from qkit.workflows.machines import VLLM_SHARE
+from qkit.workflows.recommend import NEGLIGIBLE, Candidate, choose
 
 REPORTS = Path(__file__).parents[2] / "reports"
 LAYERS, KEY_HEADS, HEAD = 2, 2, 16  # of tiny("llama")
@@ -125,6 +126,26 @@ def test_a_profile_gives_losses_of_the_model_and_a_mix(run, tiny, tmp_path, smal
     assert rows["W3A16"]["weights"] < mixed["weights"] < wide["weights"] and mixed["loss"] < rows["W4A16"]["loss"]
     make = shlex.split(data["commands"][0])
     assert run("plan", *make[2:], *small)[0] == 0
+
+
+def test_the_profile_of_another_model_is_refused(run, tiny, tmp_path, small):
+    folder = tmp_path / "profile"
+    arguments = ("--candidates", "w4a16,w8a16", "--rows", 4, "--points", 2, "--measures", "kl")
+    assert run("profile", "--model", tiny("llama"), "--out", folder, *arguments, *small)[0] == 0
+    code, _, err = run("recommend", "--model", tiny("qwen2"), "--memory", "1GB", "--profile", folder)
+    assert code == 3 and "of another model" in err
+
+
+def test_without_a_context_a_short_model_gets_its_own(advised):
+    assert advised("--memory", "1GB")["context"] == 128
+
+
+def test_a_cache_in_eight_bits_is_tried_in_llama_cpp(advised):
+    pytest.importorskip("gguf")
+    cpp = ("--engine", "llama.cpp", "--context", 64)
+    wide = max(advised(*cpp, "--memory", "1GB")["candidates"], key=lambda c: c["total"])
+    found = of_scheme(advised(*cpp, "--memory", f"{wide['total'] - 1}B"), wide["scheme"])
+    assert found["fits"] and found["cache"] == "q8_0" and found["cache_bytes"] == wide["cache_bytes"] * 17 // 32
 
 
 def test_the_smallest_with_a_negligible_loss_else_the_least_loss():
