@@ -49,18 +49,27 @@ def require_room_for_libraries() -> None:
     process with a message of its own."""
     if sys.platform != "linux" or "numpy" in sys.modules:
         return
-    import resource
-
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit == resource.RLIM_INFINITY:
+    limit = _limit()
+    if limit is None:
         return
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     if limit - mapped < _LIBRARIES:
         raise MemoryError
 
 
+def _limit() -> int | None:
+    """Bytes that this process may map, of a limit (ulimit -v); None where there is none. For Linux."""
+    import resource  # which Windows does not have
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
 def ran_out(error: BaseException) -> bool:
-    """Whether an error means that memory ran out: a Python error, one of torch's allocators, or a failed load of a library."""
+    """Whether an error means that memory ran out: a Python error, one of torch's allocators, or a failed load of a library.
+    Under a limit the interpreter may have no room left for the error itself, and says just that none was set."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
+    if isinstance(error, SystemError):
+        return sys.platform == "linux" and _limit() is not None and "without exception set" in str(error)
     return isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in _ALLOCATORS)
