@@ -109,8 +109,7 @@ def show(found: Recommendation, console: Console) -> None:
 
 
 def _row(c: Candidate, chosen: bool) -> tuple[str, ...]:
-    loss = "unknown" if c.loss is None else f"{c.loss:.3g}"
     verdict = "recommended" if chosen else "" if c.fits else "does not fit"
     cache = f"{c.cache}, {megabytes(c.cache_bytes)}"
     kernels = "\n".join(c.kernels)
-    return c.scheme, kernels, megabytes(c.weights), cache, megabytes(c.total), loss, verdict
+    return c.scheme, kernels, megabytes(c.weights), cache, megabytes(c.total), f"{c.loss:.3g}", verdict

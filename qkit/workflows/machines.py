@@ -42,9 +42,10 @@ def machine_of(memory: str | None, engine: str | None, device: str | None) -> Ma
     if name not in ENGINES:
         raise UsageError(f"--engine {name}: expected one of {', '.join(ENGINES)}")
     size = None if memory is None else parse_bytes(memory, "--memory")
-    if size is None:
-        size = known.memory if known is not None and not on_cpu else None
-        size = machine_memory() if size is None and (on_cpu or name == LLAMA_CPP) else size
+    if size is None and known is not None:
+        size = known.memory
+    if size is None and (on_cpu or name == LLAMA_CPP):
+        size = machine_memory()
     if size is None:
         raise UsageError("the memory of the machine is not known: add --memory, for instance 24GB, or --device")
     usable = int(size * VLLM_SHARE) if name == "vllm" and not on_cpu else size

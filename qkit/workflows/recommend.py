@@ -50,7 +50,7 @@ class Candidate:
     """One scheme on the machine, with the best KV cache that leaves room.
 
     kernels: what runs its layers; weights, cache_bytes, activations: bytes, at the context; loss: expected KL divergence in
-    nats a token, weights and cache together, None where nothing is known; refused: why the engine does not load it; fits:
+    nats a token, weights and cache together; refused: why the engine does not load it; fits:
     whether it is within the memory
     """
 
@@ -59,7 +59,7 @@ class Candidate:
     cache: str = ""
     cache_bytes: int = 0
     activations: int = 0
-    loss: float | None = None
+    loss: float = 0.0
     kernels: tuple[str, ...] = ()
     refused: str = ""
     fits: bool = False
@@ -171,11 +171,11 @@ def recommend(
 
 def choose(found: list[Candidate]) -> tuple[Candidate | None, str]:
     """(what is recommended of what fits, why): the smallest one whose loss is negligible, else the one of least loss."""
-    fitting = [c for c in found if c.fits and c.loss is not None]
+    fitting = [c for c in found if c.fits]
     if not fitting:
         loaded = any(not c.refused for c in found)
         return None, "nothing that the engine loads fits" if loaded else "the engine loads none of the schemes"
-    small = [c for c in fitting if c.loss is not None and c.loss <= NEGLIGIBLE]
+    small = [c for c in fitting if c.loss <= NEGLIGIBLE]
     if small:
         return min(small, key=lambda c: (c.total, c.loss)), f"the smallest with an expected loss below {NEGLIGIBLE:g}"
     return min(fitting, key=lambda c: (c.loss, c.total)), "the least expected loss of what fits"
@@ -269,20 +269,15 @@ def _kernels(rows: list[EngineRow], machine: Machine) -> tuple[str, ...]:
 
 
 def _with_cache(
-    candidate: Candidate,
-    loss: float | None,
-    caches: Mapping[str, int],
-    activations: int,
-    machine: Machine,
-    plain: str | None = None,
+    candidate: Candidate, loss: float, caches: Mapping[str, int], activations: int, machine: Machine
 ) -> Candidate:
-    """The candidate with the first KV cache that leaves room, else the smallest. plain: the one in 16 bits, if not the first"""
+    """The candidate with the first KV cache that leaves room, else the smallest. loss: of the weights, to which that of the
+    cache is added (none is known for 16 bits, and for llama.cpp)."""
     if candidate.refused:
         return replace(candidate, loss=loss)
     ways = []
     for name, size in caches.items():
-        cost = 0.0 if name == (plain or next(iter(caches))) else measured_losses().caches.get(name, 0.0)
-        total = None if loss is None else loss + cost
+        total = loss + measured_losses().caches.get(name, 0.0)
         way = replace(candidate, cache=name, cache_bytes=size, activations=activations, loss=total)
         ways.append(replace(way, fits=way.total <= machine.usable))
     return next((way for way in ways if way.fits), min(ways, key=lambda way: way.total))
@@ -307,8 +302,8 @@ def _mixed(model: str, machine: Machine, profile: Path, caches: Mapping[str, int
         formats = tuple(sorted({*allocation.picks.values()}))
         weights = allocation.bytes + budgeted.profile.fixed_bytes
         mix = Candidate(scheme=MIXED, weights=weights, kernels=formats)
-        found.append(_with_cache(mix, allocation.cost, {name: size}, activations, machine, plain=next(iter(caches))))
-    best = min((c for c in found if c.loss is not None), key=lambda c: c.loss or 0.0, default=None)
+        found.append(_with_cache(mix, allocation.cost, {name: size}, activations, machine))
+    best = min(found, key=lambda c: c.loss, default=None)
     if best is None:
         raise UsageError(refused)
     return best
@@ -376,4 +371,4 @@ def _commands(model: str, context: int, machine: Machine, chosen: Candidate, pro
 
 def _order(c: Candidate) -> tuple[bool, bool, float, int]:
     """What fits first, then by loss."""
-    return bool(c.refused), not c.fits, 1e9 if c.loss is None else c.loss, c.total
+    return bool(c.refused), not c.fits, c.loss, c.total
