@@ -180,12 +180,13 @@ def input_blocks(file: Path, model: Any) -> dict[str, int]:
 @contextmanager
 def rounded_inputs(model: Any, blocks: Mapping[str, int]) -> Iterator[None]:
     """The inputs of linear layers are rounded to 8 bits, as llama.cpp does before its products. blocks: of a layer, how many
-    share a scale."""
+    share a scale. Codes come from the scale as it is; of blocks that are not super-blocks it is then stored in float16."""
 
     def change(block: int, module: Any, args: tuple[Any, ...]) -> Any:
         x = args[0].unflatten(-1, (-1, block))
         scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(x.dtype).tiny)
-        return ((x / scale).round() * scale).flatten(-2), *args[1:]
+        stored = scale if block == _SUPER_BLOCK else scale.half().to(x)
+        return ((x / scale).round() * stored).flatten(-2), *args[1:]
 
     hooks = [
         model.get_submodule(path).register_forward_pre_hook(partial(change, block)) for path, block in blocks.items()

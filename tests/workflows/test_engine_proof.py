@@ -22,6 +22,7 @@ from qkit.workflows.own_arithmetic import (
     log_probabilities,
     other_rounding,
     proof_texts,
+    rounded_inputs,
 )
 
 BF16 = FLOORS["bfloat16"]
@@ -171,6 +172,16 @@ def test_inputs_share_scales_as_the_type_of_the_weight_says(tiny, tmp_path):
     own = log_probabilities(model, prompts)
     assert 0 < Difference.of(other_rounding(file, model, prompts, None, "q8_0"), own).mean < 0.1
     assert torch.equal(log_probabilities(model, prompts), own)  # nothing of it stays
+
+
+def test_scales_of_rounded_inputs_are_float16_but_in_super_blocks():
+    x = torch.linspace(-1.0, 0.9, 256)[None]  # 1 / 127 is no float16 number
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256, bias=False))
+    model[0].weight.data.copy_(torch.eye(256))
+    for block, scale in ((32, torch.tensor(1 / 127).half().float()), (256, torch.tensor(1 / 127))):
+        with torch.inference_mode(), rounded_inputs(model, {"0": block}):
+            first = model(x)[0, 0]  # of code -127
+        assert first == -127 * scale
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
