@@ -16,14 +16,15 @@ from qkit.errors import Unsupported
 from qkit.planning.devices import DEVICES
 
 if TYPE_CHECKING:
-    from qkit.workflows.recommend import Candidate, Recommendation
+    from qkit.workflows.recommendation import Candidate, Recommendation
 
 
 @click.command("recommend", cls=Verb)
 @click.option("--model", required=True, help="Model: a folder, or the name of a repository that is on this machine.")
 @click.option(
     "--memory",
-    help="Memory of the machine, for instance 8GB (default: that of --device; for a CPU, that of this machine).",
+    help="Memory of the machine, with --tp of each GPU, for instance 8GB (default: that of --device; for a CPU, that of this "
+    "machine).",
 )
 @click.option(
     "--context",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     help="Engine that runs the result (default: vllm, with --device cpu llama.cpp).",
 )
 @click.option("--device", help=f"Machine by name: {', '.join(DEVICES)} (default: any GPU).")
+@click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="GPUs that share the model, in vLLM.")
 @click.option(
     "--profile",
     type=click.Path(path_type=Path),
@@ -48,6 +50,7 @@ def recommend_command(
     context: int | None,
     engine: str | None,
     device: str | None,
+    tp: int,
     profile: Path | None,
     json_file: Path | None,
 ) -> None:
@@ -62,19 +65,23 @@ def recommend_command(
     Examples:
       qkit recommend --model MODEL --memory 8GB --context 8192 --engine vllm
       qkit recommend --model MODEL --device rtx4090 --context 32768
+      qkit recommend --model MODEL --device h100 --tp 4
       qkit recommend --model MODEL --memory 6GB --engine llama.cpp
     """
+    from qkit.workflows.machines import machine_of
+
+    machine_of(memory, engine, device, tp)  # what is wrong with it is told before libraries are loaded
     from qkit.workflows.recommend import recommend
 
     console = Console()
     announce(console, f"reading {model}")
-    found = recommend(model, context, memory, engine, device, profile)
+    found = recommend(model, context, memory, engine, device, profile, tp)
     write_json(json_file, found.to_json())
     show(found, console)
     if found.chosen is None:
         raise Unsupported(
-            f"{found.engine} with {megabytes(found.usable)} and {found.context} tokens: no scheme fits: {found.why}: use a "
-            "shorter --context, more --memory, or another --engine"
+            f"{found.engine} with {megabytes(found.usable)} and {found.context} tokens: no scheme fits: {found.why}: "
+            f"{found.remedy}"
         )
 
 
@@ -84,10 +91,11 @@ def show(found: Recommendation, console: Console) -> None:
     def say(text: str) -> None:
         console.print(Text(printable(text)), soft_wrap=True)
 
-    where = f"on {found.device}" if found.device else f"with {megabytes(found.memory)}"
+    machine = f"on {found.device}, " if found.device else ""
+    gpus = f" in {found.gpus} GPUs" if found.gpus > 1 else ""
     table = wide_table(
         "scheme", "runs as", "weights", "KV cache", "total", "expected loss", "",
-        title=f"{found.model} in {found.engine} {where}, {found.context:,} tokens",
+        title=f"{found.model} in {found.engine} {machine}{megabytes(found.memory)}{gpus}, {found.context:,} tokens",
     )  # fmt: skip
     for candidate in (found.plain, *found.candidates):
         if not candidate.refused:

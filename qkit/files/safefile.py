@@ -44,6 +44,7 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_TENSORS = 200_000  # in one file; the largest published mixture-of-experts models stay below
 MAX_RANK = 8
 MAX_DIM = 2**36
+MAX_OFFSET = 2**48  # bytes of a file; a model of 405B in one file has 2**40
 MAX_NAME = 512
 TEMP_PREFIX = ".qkit-tmp-"  # a file of this name is what a killed writer left behind
 DAMAGED = "the file is damaged or unsafe; get it again from its source"  # ends the message of a file that is refused
@@ -200,7 +201,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
         _refuse(path, f"{where}: unknown dtype {shown(dtype)}, expected one of {', '.join(DTYPES)}")
     if not _are_counts(shape, MAX_RANK, MAX_DIM):
         _refuse(path, f"{where}: shape {shown(shape)}, expected at most {MAX_RANK} whole numbers from 0 to {MAX_DIM}")
-    if not _are_counts(offsets, 2, MAX_DIM) or len(offsets) != 2:
+    if not _are_counts(offsets, 2, MAX_OFFSET) or len(offsets) != 2:
         _refuse(path, f"{where}: data_offsets {shown(offsets)}, expected where its bytes begin and end")
     begin, end = offsets
     expected = math.prod(shape) * DTYPES[dtype][1]

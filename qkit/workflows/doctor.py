@@ -14,6 +14,7 @@ from qkit.diagnosis.expected import Expected, check_mtp, expect, weight_names
 from qkit.diagnosis.findings import FAULT, Findings, report_unread
 from qkit.diagnosis.layers import Layer, count
 from qkit.diagnosis.opened import Opened, open_folder, said
+from qkit.diagnosis.recorded import check_sums
 from qkit.diagnosis.result import Diagnosis
 from qkit.diagnosis.targets import check_baseline, note_quantized, weight_files
 from qkit.errors import QkitError, Unsupported
@@ -43,6 +44,7 @@ def diagnose(path: Path, base: Path | None = None, engine: str | None = None, st
 def _diagnose_folder(folder: Path, original: Checkpoint | None, engine: str | None, step: Step) -> Diagnosis:
     findings = Findings()
     opened = open_folder(folder, findings)
+    check_sums(folder, opened.record, findings)
     groups = _set_formats(opened, findings)
     if original is not None and opened.tensors:
         check_baseline(_shapes(opened), original, folder)

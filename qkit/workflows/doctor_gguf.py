@@ -12,9 +12,11 @@ from qkit.diagnosis.findings import Findings, report_unread
 from qkit.diagnosis.gguf import PLAIN, check_places, check_values, in_order, names_in, open_gguf
 from qkit.diagnosis.gguf_keys import check_keys, number_of
 from qkit.diagnosis.kernels import answer_of, check_gguf_kernels
+from qkit.diagnosis.recorded import check_sums
 from qkit.diagnosis.result import Diagnosis
 from qkit.diagnosis.targets import check_baseline, note_quantized
 from qkit.files.checkpoint import Checkpoint
+from qkit.files.folder import GGUF_MODEL, RECORD
 from qkit.files.gguf import GgufHeader, GgufTensor
 from qkit.files.inspect_config import one_line
 
@@ -36,6 +38,9 @@ def diagnose_gguf(
     """The diagnosis of the GGUF files of a folder, or of one."""
     findings, result = Findings(), Diagnosis(path=str(path), kind="GGUF", method="gguf")
     headers = open_gguf(files, findings)
+    folder = path if path.is_dir() else path.parent
+    if {file.name for file in files} == {GGUF_MODEL}:
+        check_sums(folder, sidefiles.read_object(folder, RECORD, findings) or {}, findings)
     names = _names(original, headers, path, findings) if original is not None else None
     parts = {h.values.get("split.no") for _, h in headers if "split.count" in h.values}
     for file, header in headers:
@@ -44,7 +49,7 @@ def diagnose_gguf(
             continue
         whole = header if not parts else _joined(header, [h for _, h in headers])
         check_keys(whole, findings)
-        beside = sidefiles.read_object(path if path.is_dir() else file.parent, "config.json", findings)
+        beside = sidefiles.read_object(folder, "config.json", findings)
         _compare_config(whole, beside, "config.json", findings)
     related = True
     for file, header in headers:

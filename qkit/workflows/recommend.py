@@ -6,15 +6,15 @@ profile of this model where there is one, else what the scheme cost the model in
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qkit.allocation.pareto import uniform
 from qkit.errors import BadInput, QkitError, UsageError
 from qkit.families.structure import ModelStructure
+from qkit.files.gguf_converter import INSTEAD
 from qkit.kvcache.engine_caches import ENGINE_CACHES, PLAIN, refusal
 from qkit.kvcache.shape import CacheShape
 from qkit.planning.devices import CPU
@@ -24,84 +24,21 @@ from qkit.planning.measured_losses import measured_losses
 from qkit.planning.request import Request
 from qkit.sensitivity.candidates import parse_candidates
 from qkit.sensitivity.profile import Profile
-from qkit.system.words import megabytes
-from qkit.tensor.formats import GGUF_SCHEMES
 from qkit.verification.model_engines import EngineRow, engine_lines
 from qkit.workflows.budget_bytes import running_bytes
-from qkit.workflows.machines import VLLM_SHARE, Machine, machine_of
+from qkit.workflows.machines import Machine, machine_of
 from qkit.workflows.options import DEFAULTS, read_options
 from qkit.workflows.quantize import open_structure, prepare
+from qkit.workflows.recommend_words import commands, evidence, notes, out_of, remedy, tokens
+from qkit.workflows.recommendation import MIXED, Candidate, Recommendation, choose, order
 from qkit.workflows.resolve import look_ahead
 
-NEGLIGIBLE = (
-    0.01  # nats a token; our choice: about one percent of perplexity, the limit of 'serve-command --measure' too
-)
 CONTEXT = 8192  # tokens, where nobody says how many
 _MEASURE = "kl"
-MIXED = "mixed"
 # What an engine can hold keys and values in: vLLM's names, on GPUs and on CPUs; llama.cpp's.
 _VLLM_CACHES, _CPU_CACHES = (PLAIN, "int8_per_token_head", "fp8"), (PLAIN, "fp8")
 _ONLY_PLAIN = ("sm75",)  # GPUs before those that its narrow caches are for
 _LLAMA_CACHES = {"f16": 2.0, "q8_0": 34 / 32}  # bytes of a number
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One scheme on the machine, with the best KV cache that leaves room.
-
-    kernels: what runs its layers; weights, cache_bytes, activations: bytes, at the context; loss: expected KL divergence in
-    nats a token, weights and cache together; refused: why the engine does not load it; fits:
-    whether it is within the memory
-    """
-
-    scheme: str
-    weights: int = 0
-    cache: str = ""
-    cache_bytes: int = 0
-    activations: int = 0
-    loss: float = 0.0
-    kernels: tuple[str, ...] = ()
-    refused: str = ""
-    fits: bool = False
-
-    @property
-    def total(self) -> int:
-        """Bytes of all that is counted."""
-        return self.weights + self.cache_bytes + self.activations
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recommendation:
-    """usable: bytes that the engine has of ``memory``; evidence: what the losses rest on; chosen: None where nothing fits
-
-    plain: the model as it is; tokens: of KV caches that the memory holds beside the chosen file; commands: to make, check and
-    serve it; notes: what else to know
-    """
-
-    model: str
-    engine: str
-    device: str | None
-    memory: int
-    usable: int
-    context: int
-    evidence: str
-    plain: Candidate
-    candidates: tuple[Candidate, ...]
-    chosen: Candidate | None
-    why: str
-    tokens: int | None
-    commands: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields, with the totals."""
-        data = asdict(self)
-        for name in ("plain", "chosen"):
-            if data[name] is not None:
-                data[name]["total"] = getattr(self, name).total
-        for entry, candidate in zip(data["candidates"], self.candidates, strict=True):
-            entry["total"] = candidate.total
-        return data
 
 
 def recommend(
@@ -111,20 +48,21 @@ def recommend(
     engine: str | None = None,
     device: str | None = None,
     profile: Path | None = None,
+    gpus: int = 1,
 ) -> Recommendation:
     """What to make of a language model for a machine.
 
-    memory: as '8GB', None: all that the device has; context: tokens of one sequence, None: CONTEXT, or all that a shorter model
-    has; profile: a folder of 'qkit profile'
+    memory: as '8GB', of each GPU, None: all that the device has; context: tokens of one sequence, None: CONTEXT, or all that a
+    shorter model has; profile: a folder of 'qkit profile'; gpus: how many share the model, in vLLM
 
     Raises UsageError for a context or a machine that makes no sense, Unsupported for what is no language model, BadInput for
     the profile of another model, and what opening the model raises.
     """
-    machine = machine_of(memory, engine, device)
+    machine = machine_of(memory, engine, device, gpus)
     structure = open_structure(model, language_for="qkit recommend")
     context = _context(structure, model, context)
     caches = _caches(structure, machine, context)
-    activations = running_bytes(structure, context)[1]
+    activations = running_bytes(structure, context)[1] * gpus  # each has its own
     plain_cache = next(iter(caches))
     whole = sum(t.nbytes for n, t in structure.checkpoint.tensors.items() if n not in structure.tied)
     plain = Candidate(
@@ -141,44 +79,31 @@ def recommend(
         _with_cache(_of_scheme(request, machine, whole), loss, caches, activations, machine)
         for request, loss in _asked(model, machine, known)
     ]
-    notes = []
+    no_mix = []
     if profile is not None:
         try:
             found.append(_mixed(model, machine, profile, caches, activations))
         except UsageError as e:
-            notes.append(f"no mix of formats: {e}")
+            no_mix.append(f"no mix of formats: {e}")
     chosen, why = choose(found)
-    if chosen is None:
-        smallest = min((c for c in found if not c.refused), key=lambda c: c.total, default=None)
-        why = f"the smallest of them, {smallest.scheme}, needs {megabytes(smallest.total)}" if smallest else why
     return Recommendation(
         model=model,
         engine=machine.engine,
         device=None if machine.device is None else machine.device.name,
+        gpus=gpus,
         memory=machine.memory,
         usable=machine.usable,
         context=context,
-        evidence=_evidence(known, profile),
+        evidence=evidence(known, profile),
         plain=plain,
-        candidates=tuple(sorted(found, key=_order)),
+        candidates=tuple(sorted(found, key=order)),
         chosen=chosen,
         why=why,
-        tokens=_tokens(chosen, machine, context),
-        commands=() if chosen is None else tuple(_commands(model, context, machine, chosen, profile)),
-        notes=(*notes, *_notes(plain, machine, profile)),
+        tokens=tokens(chosen, machine, context),
+        commands=() if chosen is None else tuple(commands(model, context, machine, chosen, profile)),
+        notes=(*no_mix, *notes(plain, found, chosen, machine, profile)),
+        remedy="" if chosen else remedy(found, machine, context),
     )
-
-
-def choose(found: list[Candidate]) -> tuple[Candidate | None, str]:
-    """(what is recommended of what fits, why): the smallest one whose loss is negligible, else the one of least loss."""
-    fitting = [c for c in found if c.fits]
-    if not fitting:
-        loaded = any(not c.refused for c in found)
-        return None, "nothing that the engine loads fits" if loaded else "the engine loads none of the schemes"
-    small = [c for c in fitting if c.loss <= NEGLIGIBLE]
-    if small:
-        return min(small, key=lambda c: (c.total, c.loss)), f"the smallest with an expected loss below {NEGLIGIBLE:g}"
-    return min(fitting, key=lambda c: (c.loss, c.total)), "the least expected loss of what fits"
 
 
 def _context(structure: ModelStructure, model: str, asked: int | None) -> int:
@@ -229,9 +154,9 @@ def _caches(structure: ModelStructure, machine: Machine, context: int) -> dict[s
         latent = getattr(config, "kv_lora_rank", None)
         if latent:
             numbers = (latent + getattr(config, "qk_rope_head_dim", 0)) * config.num_hidden_layers
-            return {plain: 2 * numbers * context}
+            return {plain: 2 * numbers * context * machine.gpus}  # no part of it can be split
         return {plain: running_bytes(structure, context)[0]}
-    heads = 2 * shape.heads * sum(shape.tokens_of(context))  # of keys and values, all layers
+    heads = 2 * max(shape.heads, machine.gpus) * sum(shape.tokens_of(context))  # of keys and values, all layers
     if gguf:
         return {name: int(heads * shape.head_dim * size) for name, size in _LLAMA_CACHES.items()}
     if machine.engine != "vllm" or machine.platform in _ONLY_PLAIN:
@@ -246,9 +171,9 @@ def _of_scheme(request: Request, machine: Machine, whole: int) -> Candidate:
     transformers makes of every packed file."""
     scheme = str(request.scheme)
     try:
-        prepared = prepare(replace(request, engine=machine.engine, gpu=machine.gpu))
+        prepared = prepare(replace(request, engine=machine.engine, gpu=machine.gpu, tp=machine.tp))
     except QkitError as e:
-        return Candidate(scheme=scheme, refused=str(e))
+        return Candidate(scheme=scheme, refused=str(e).removesuffix(f": {INSTEAD}"))
     kernels = _kernels(engine_rows_of(prepared.plan, prepared.structure), machine)
     size = whole if machine.engine == "transformers" else prepared.forecast.packed_bytes
     return Candidate(scheme=scheme, weights=size, kernels=kernels)
@@ -291,9 +216,9 @@ def _mixed(model: str, machine: Machine, profile: Path, caches: Mapping[str, int
     for name, size in caches.items():
         room = machine.usable - activations - size
         values = {**DEFAULTS, "model": model, "size": f"{room}B", "profile": profile}
-        values |= {"engine": machine.engine, "gpu": machine.gpu}
+        values |= {"engine": machine.engine, "gpu": machine.gpu, "tp": machine.tp}
         try:
-            budgeted = look_ahead(read_options(values, Path(_out(model, MIXED)))).decided.budgeted
+            budgeted = look_ahead(read_options(values, Path(out_of(model, MIXED)))).decided.budgeted
         except UsageError as e:
             refused = refused or str(e)
             continue
@@ -307,68 +232,3 @@ def _mixed(model: str, machine: Machine, profile: Path, caches: Mapping[str, int
     if best is None:
         raise UsageError(refused)
     return best
-
-
-def _evidence(profile: Profile | None, folder: Path | None) -> str:
-    known = measured_losses()
-    cached = f"KV caches cost what they cost {known.model} at {known.cache_context} tokens"
-    if profile is not None:
-        return f"sums over the layers of this model, by the profile in {folder}; {cached}"
-    return (
-        f"KL divergence of {known.model} in each scheme, measured on {known.text} with --quality {known.quality}; larger "
-        f"models usually lose less; {cached}"
-    )
-
-
-def _notes(plain: Candidate, machine: Machine, profile: Path | None) -> Iterator[str]:
-    if plain.fits:
-        yield f"the model fits as it is, in {plain.scheme}: {megabytes(plain.total)}"
-    if machine.engine == "vllm" and machine.usable < machine.memory:
-        share = f"{VLLM_SHARE:.0%} of a GPU's memory, here {megabytes(machine.usable)}"
-        yield f"vLLM uses {share}, unless --gpu-memory-utilization says more"
-    if machine.engine == LLAMA_CPP:
-        yield "what a KV cache in q8_0 costs was not measured, and is not part of the expected loss"
-    if machine.engine == "transformers":
-        yield "transformers expands packed weights to 16 bits: the file is smaller, and its memory is not"
-    yield "counted are weights, the KV cache of one sequence and activations of one block; buffers of the engine come on top"
-    if profile is None:
-        yield "with --profile (a folder of 'qkit profile') the losses are this model's own, and a mix of formats is tried"
-
-
-def _tokens(chosen: Candidate | None, machine: Machine, context: int) -> int | None:
-    """Tokens of KV caches that fit beside the weights, of all sequences together."""
-    if chosen is None or not chosen.cache_bytes:
-        return None
-    return (machine.usable - chosen.weights - chosen.activations) * context // chosen.cache_bytes
-
-
-def _out(model: str, scheme: str) -> str:
-    return f"{Path(model).name or 'model'}-{scheme.lower()}"
-
-
-def _commands(model: str, context: int, machine: Machine, chosen: Candidate, profile: Path | None) -> Iterator[str]:
-    """To make, check and serve what was chosen."""
-    out = _out(model, chosen.scheme)
-    words = ["qkit", "quantize", "--model", model]
-    if chosen.scheme == MIXED:
-        words += ["--size", f"{machine.usable - chosen.activations - chosen.cache_bytes}B", "--profile", str(profile)]
-    else:
-        words += ["--scheme", chosen.scheme.lower()]
-    words += ["--engine", machine.engine] if chosen.scheme.upper() not in GGUF_SCHEMES else []
-    words += ["--gpu", machine.gpu] if machine.gpu else []
-    words += ["--kv", "fp8"] if chosen.cache == "fp8" else []
-    yield shlex.join([*words, "--out", out])
-    gguf = machine.engine == LLAMA_CPP
-    target = f"{out}/model.gguf" if gguf else out
-    yield shlex.join(["qkit", "verify", target, "--engine", machine.engine, "--python", "VENV/bin/python"])
-    if gguf:
-        cache = [] if chosen.cache == "f16" else ["--cache-type-k", chosen.cache, "--cache-type-v", chosen.cache]
-        yield shlex.join(["llama-server", "--model", target, "--ctx-size", str(context), *cache])
-    elif machine.engine == "vllm":
-        cache = [] if chosen.cache == PLAIN else ["--kv-cache-dtype", chosen.cache]
-        yield shlex.join(["vllm", "serve", out, "--max-model-len", str(context), *cache])
-
-
-def _order(c: Candidate) -> tuple[bool, bool, float, int]:
-    """What fits first, then by loss."""
-    return bool(c.refused), not c.fits, c.loss, c.total

@@ -38,7 +38,7 @@ FLAGS = {
     "check": "allow-task-code baseline budget device dtype json junit task-dir text",
     "bench": "baseline device dtype figure formats group-size json m model new-tokens prompt-tokens shapes table threads",
     "convert": "export json out overwrite",
-    "recommend": "context device engine json memory model profile",
+    "recommend": "context device engine json memory model profile tp",
     "serve-command": "context forget json kv-dtypes limit measure python text tp windows",
     "push": "dry-run json message private revision",
     "inspect": "json",

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from qkit.files.safefile import read_header
 from qkit.planning.measured_losses import FILE, measured_losses
 from qkit.tensor.formats import scheme
 from qkit.workflows.machines import VLLM_SHARE
-from qkit.workflows.recommend import NEGLIGIBLE, Candidate, choose
+from qkit.workflows.recommendation import NEGLIGIBLE, Candidate, choose
 
 REPORTS = Path(__file__).parents[2] / "reports"
 LAYERS, KEY_HEADS, HEAD = 2, 2, 16  # of tiny("llama")
@@ -45,7 +46,8 @@ def test_the_weights_have_as_many_bytes_as_the_file_that_the_command_makes(advis
     assert run(*make[1:], *small)[0] == 0
     made = tmp_path / make[-1] / "model.safetensors"
     assert sum(t.nbytes for t in read_header(made).values()) == data["chosen"]["weights"]
-    assert prove[:3] == ["qkit", "verify", make[-1]] and serve == ["vllm", "serve", make[-1], "--max-model-len", "64"]
+    assert prove == ["qkit", "verify", make[-1]] and run(*prove[1:])[0] == 0
+    assert serve == ["vllm", "serve", make[-1], "--max-model-len", "64"]
 
 
 def test_memory_decides_and_the_cache_becomes_narrower_last(advised, run, tiny):
@@ -60,7 +62,7 @@ def test_memory_decides_and_the_cache_becomes_narrower_last(advised, run, tiny):
     assert less["fits"] and less["cache"] == "fp8" and less["cache_bytes"] == plain // 2
     assert less["loss"] == pytest.approx(same["loss"] + measured_losses().caches["fp8"])
     code, _, err = run("recommend", "--model", tiny("llama"), *cpu, "--memory", "1KB")
-    assert code == 3 and err.count("\n") == 1 and "no scheme fits" in err and "use a shorter --context" in err
+    assert code == 3 and err.count("\n") == 1 and "no scheme fits" in err and "use --memory 2MB or more" in err
 
 
 def test_a_narrow_cache_goes_into_the_commands(advised):
@@ -99,6 +101,8 @@ def test_transformers_expands_what_is_packed(advised):
         (("--memory", "1GB", "--context", 10**6), "positions"),
         (("--device", "gtx", "--context", 64), "expected one of cpu, t4"),
         (("--memory", "much", "--context", 64), "--memory much"),
+        (("--memory", "8", "--context", 64), "write 8GB or 8MB"),
+        (("--memory", "8GB", "--engine", "llama.cpp", "--tp", 2), "use --engine vllm"),
     ],
 )
 def test_a_machine_that_makes_no_sense_is_refused_in_a_sentence(run, tiny, options, part):
@@ -156,6 +160,44 @@ def test_the_smallest_with_a_negligible_loss_else_the_least_loss():
     assert choose([replace(better, fits=False), replace(good, fits=False), bad])[0] == bad
     assert choose([replace(bad, loss=NEGLIGIBLE * 3, weights=6), bad])[0].weights == 6
     assert choose([Candidate(scheme="D", refused="why")]) == (None, "the engine loads none of the schemes")
+
+
+def test_what_does_not_fit_is_told_what_would(advised, run, tiny):
+    """The memory and the context of the sentence: with them something fits, with less it does not."""
+    wide = tiny("llama", max_position_embeddings=4096)
+    cpu = ("--engine", "vllm", "--device", "cpu")
+    code, _, err = run("recommend", "--model", wide, *cpu, "--memory", "2MB", "--context", 4096)
+    assert code == 3
+    memory, context = re.search(r"use --memory (\S+) or more, or --context (\d+) or less", err).groups()
+    assert advised(*cpu, "--memory", memory, "--context", 4096, model=wide)["chosen"]
+    assert advised(*cpu, "--memory", "2MB", "--context", context, model=wide)["chosen"]
+    assert run("recommend", "--model", wide, *cpu, "--memory", "2MB", "--context", int(context) + 1)[0] == 3
+
+
+def test_a_scheme_that_almost_fits_is_named(advised):
+    cpu = ("--engine", "vllm", "--device", "cpu", "--context", 64)
+    least = min(
+        (c for c in advised(*cpu, "--memory", "1GB")["candidates"] if not c["refused"]), key=lambda c: c["loss"]
+    )
+    less = least["total"] - least["cache_bytes"] // 2 - 1
+    data = advised(*cpu, "--memory", f"{less}B")
+    assert any(
+        n.startswith(f"{least['scheme']} would lose ") and n.endswith("needs 0.00 MB more") for n in data["notes"]
+    )
+
+
+def test_gpus_that_share_a_model(advised):
+    """Two GPUs have twice the memory, and keys of a model with fewer heads than GPUs are in each."""
+    gpu = ("--device", "h100", "--context", 64)
+    one, four = advised(*gpu), advised(*gpu, "--tp", 4)
+    assert four["usable"] == pytest.approx(4 * one["usable"], abs=4) and four["gpus"] == 4
+    assert four["chosen"]["cache_bytes"] == 4 // KEY_HEADS * one["chosen"]["cache_bytes"]
+    assert " --tp 4 " in four["commands"][0] and four["commands"][-1].endswith("--tensor-parallel-size 4")
+
+
+def test_schemes_without_a_measured_loss_are_named(advised):
+    note = next(n for n in advised("--memory", "1GB", "--context", 64)["notes"] if n.startswith("not compared"))
+    assert "W2A16" in note and "W4A16," not in note and "Q2_K" not in note
 
 
 def test_the_losses_are_those_of_the_reports():

@@ -89,6 +89,27 @@ def test_a_seeded_defect_is_found(name, index, sound_files, tmp_path):
     assert all(f.found and f.expected and f.advice for f in hits if f.level != NOTE)
 
 
+@pytest.mark.parametrize("name", ["w8a8", "q4_0"])
+def test_bytes_that_changed_are_told_by_the_sums_in_the_record(name, sound_files, tmp_path):
+    """Codes are any number, so that nothing else tells."""
+    copy = shutil.copytree(sound_files[name][0], tmp_path / "copy")
+    file = next(f for f in copy.iterdir() if f.suffix in (".safetensors", ".gguf"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    (copy / "README.md").write_text("mine")
+    (copy / "generation_config.json").write_text("{}")
+    findings = diagnose(copy).findings
+    assert [(f.level, f.layers) for f in findings if f.kind == "changed bytes"] == [
+        ("fault", (file.name,)),
+        ("note", ("generation_config.json",)),
+    ]
+    record = json.loads((copy / "qkit.json").read_text())
+    for sums in ({}, {"files": [], "shards": 1}, {"files": {"../x": "0" * 64}, "shards": {"a/b": 1}}):
+        (copy / "qkit.json").write_text(json.dumps({**record, "files": {}, "shards": {}, **sums}))
+        assert "changed bytes" not in {f.kind for f in diagnose(copy).findings}
+
+
 def test_global_scales_of_fused_layers(sound_files):
     found = diagnose(sound_files["nvfp4"][0])  # the compressor gives each linear one of its own
     assert {f.kind for f in found.findings if f.level != NOTE} == {"fused layers"}
