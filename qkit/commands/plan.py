@@ -27,6 +27,7 @@ from qkit.verification.model_engines import engine_lines
 if TYPE_CHECKING:
     from qkit.verification.engine_types import Selected
     from qkit.workflows.budget import BudgetAllocation
+    from qkit.workflows.quality import QualityChoice
     from qkit.workflows.quantize import PreparedRequest
 
 
@@ -93,6 +94,17 @@ def show_forecast(prepared: PreparedRequest, console: Console, seconds: dict[str
             f"inputs are recorded in runs of the whole model: up to {megabytes(f.trial_job_bytes)} more in the job folder, and "
             f"{megabytes(f.trial_memory)} of memory"
         )
+
+
+def _show_next(quality: QualityChoice, threads: int | None, console: Console) -> float | None:
+    """The time of the next level of quality, and its seconds; None where it cannot be estimated."""
+    assert quality.above is not None
+    seconds = estimated_seconds(quality.above.prepared, threads)
+    if seconds is None:
+        return None
+    total = sum(seconds.values())
+    console.print(f"--quality {quality.next_level} would take about {duration(total)} on this machine")
+    return round(total, 1)
 
 
 def write_figures(budgeted: BudgetAllocation, folder: Path, console: Console) -> None:
@@ -203,5 +215,7 @@ def plan_command(
             write_figures(budgeted, figures, console)
     show_coverage(prepared, console, selected)
     show_forecast(prepared, console, seconds)
+    if decided.quality is not None and decided.quality.above is not None:
+        data["quality"]["next_seconds"] = _show_next(decided.quality, decided.request.threads, console)
     write_json(json_file, data)
     refuse_what_cannot_fit(prepared.forecast, out or Path.cwd())

@@ -8,7 +8,7 @@ whole runs of tiny-llama and SmolLM2-135M; reports/duration has them beside the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,6 +24,7 @@ from qkit.system.parallel import Workers, workers
 from qkit.system.timing import fastest_run
 from qkit.tensor.formats import fit_group
 
+PACKING = "packing and checking"
 # Seconds of a phase over those of its timed piece.
 FACTORS = {
     "forward passes": 2.0,
@@ -34,8 +35,9 @@ FACTORS = {
     "learned rounding": 2.0,
     "errors weighed by the loss": 2.0,
     "synthetic samples": 4.0,
-    "packing and checking": 5.0,
+    PACKING: 5.0,
 }
+PROFILE_PASSES = 2.0  # seconds of passes of a profile over those of products in float32
 REST = "everything else"
 START = 10.0  # seconds: libraries, the plan, the calibration samples, the first and the last file
 _ROWS, _TOKENS = 256, 512  # of a timed piece
@@ -53,6 +55,18 @@ def seconds_by_phase(plan: Plan, forecast: Forecast, threads: int) -> dict[str, 
     return {**{phase: FACTORS[phase] * n / rates[phase] / threads for phase, n in counted.items()}, REST: START}
 
 
+def profile_seconds(probes: Sequence[tuple[Plan, Forecast]], passes: float, threads: int) -> float:
+    """The estimated seconds of a profile. probes: its solver runs, of which the longest one is timed in pieces; passes:
+    operations of its passes through the model in float32"""
+    work = [sum(forecast.operations.values()) for _, forecast in probes]
+    plan, forecast = probes[work.index(max(work))]
+    phases = seconds_by_phase(plan, forecast, threads)
+    one_run = sum(seconds for phase, seconds in phases.items() if phase not in (PACKING, REST))
+    weights, inputs = torch.randn(_WIDEST // 4, _WIDEST // 4), torch.randn(_TOKENS, _WIDEST // 4)
+    rate = _rate(2.0 * inputs.shape[0] * weights.numel(), _product(weights, inputs, torch.float32))
+    return START + one_run * sum(work) / max(work) + PROFILE_PASSES * passes / rate / threads
+
+
 def _rates(plan: Plan, pool: Workers) -> Iterator[tuple[str, float]]:
     """Operations a second of one thread, by phase."""
     costly = max(plan.linears.values(), key=lambda p: p.shape[0] * p.shape[1] ** 2)
@@ -68,7 +82,7 @@ def _rates(plan: Plan, pool: Workers) -> Iterator[tuple[str, float]]:
     yield "Hessians", _rate(2.0 * _TOKENS * columns**2, lambda: inputs.T @ inputs)
     hessian = inputs.T @ inputs / _TOKENS + torch.eye(columns)
     yield "factorizations", _rate(columns**3 / 3, lambda: torch.linalg.cholesky_ex(hessian))
-    yield "packing and checking", _rate(_PASSES * rows * columns, lambda: _packed(weights))
+    yield PACKING, _rate(_PASSES * rows * columns, lambda: _packed(weights))
     yield "solving", _solving_rate(costly, weights, inputs, hessian, pool)
 
 

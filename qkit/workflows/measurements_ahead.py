@@ -1,6 +1,6 @@
 """The measurements that come before a request is decided, forecast from names and shapes: no weight is read.
 
-Seconds depend on the machine, so the cost of measuring is given in operations of the quantization itself.
+The cost is given in operations of the quantization itself, and for a profile, which can take hours, in seconds on this machine.
 """
 
 from __future__ import annotations
@@ -15,27 +15,33 @@ from qkit.kvcache.scaling import STEPS
 from qkit.planning.request import Request
 from qkit.sensitivity.forecast import GRADIENTS, pass_operations
 from qkit.sensitivity.repair import POINTS
-from qkit.system.words import times
+from qkit.system.words import duration, times
 from qkit.workflows.calibration_rows import calibration_of
 from qkit.workflows.kv_cache import CacheChoices, measurement_rows
-from qkit.workflows.profile import ProfileRequest, forecast_operations
+from qkit.workflows.profile import ProfileRequest, profile_cost
 from qkit.workflows.quantize import prepare
 from qkit.workflows.requant import StartedSearch, comparison_rows
 from qkit.workflows.towers import OpenTowers
+
+_LONG = 3600.0  # seconds of a profile, from which a cheaper measure is named
+_CHEAPER = " ('--measure fisher' takes a small part of it, and its allocations are a little worse)"
 
 
 @dataclass(frozen=True)
 class UpcomingMeasurement:
     """A measurement that comes before the run. what: is measured; passes: of the model, in words; ratio: its operations in
-    those of the quantization itself"""
+    those of the quantization itself; seconds: on this machine, where they were estimated; advice: what takes less"""
 
     what: str
     passes: str
     ratio: float
+    seconds: float | None = None
+    advice: str = ""
 
     def __str__(self) -> str:
         """A line for a person."""
-        return f"{self.what}: {self.passes}; about {times(self.ratio)} the operations of the quantization itself"
+        here = "" if self.seconds is None else f", {duration(self.seconds)} on this machine{self.advice}"
+        return f"{self.what}: {self.passes}; about {times(self.ratio)} the operations of the quantization itself{here}"
 
 
 def run_operations(request: Request) -> float:
@@ -45,10 +51,13 @@ def run_operations(request: Request) -> float:
 
 def profile_ahead(ask: ProfileRequest, folder: Path) -> tuple[UpcomingMeasurement, float]:
     """The profile of a budget, and the operations of the quantization behind it."""
-    passes, total, run = forecast_operations(ask)
+    cost = profile_cost(ask)
+    what = f"a profile of {ask.candidates} in {folder}, with method {ask.method}"
+    ratio = cost.operations / cost.run_operations
+    slow = cost.seconds > _LONG and "kl" in ask.measures
     return UpcomingMeasurement(
-        f"a profile of {ask.candidates} in {folder}, with method {ask.method}", passes.work, total / run
-    ), run
+        what, cost.passes.work, ratio, cost.seconds, _CHEAPER if slow else ""
+    ), cost.run_operations
 
 
 def refinement_ahead(

@@ -13,6 +13,7 @@ import torch
 
 from qkit.calibration.batches import Extent, extent, text_extent
 from qkit.calibration.dataset import Calibration
+from qkit.engine.duration import profile_seconds
 from qkit.errors import BadInput, UsageError
 from qkit.families.ends import EMBEDDINGS, HEAD
 from qkit.families.structure import ModelStructure
@@ -36,17 +37,21 @@ from qkit.workflows.calibration_rows import calibration_of, requested_image_text
 from qkit.workflows.places import check_profile_folder
 from qkit.workflows.probe_requests import ProfileRequest as ProfileRequest
 from qkit.workflows.probe_requests import asked_ends, candidates_of, probe_of, probe_request
-from qkit.workflows.quantize import open_structure, prepare
+from qkit.workflows.quantize import PreparedRequest, open_structure, prepare
 
 
 @dataclass(frozen=True, kw_only=True)
 class _PreparedProbes:
     structure: ModelStructure
     candidates: tuple[Candidate, ...]
-    plans: dict[str, Plan]
+    probes: dict[str, PreparedRequest]
     rows: Calibration
     settings: dict[str, Any]
-    operations: float  # of all probes
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """Of the probes."""
+        return {name: probe.plan for name, probe in self.probes.items()}
 
 
 def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profile:
@@ -110,16 +115,29 @@ def profile_from_shapes(request: ProfileRequest) -> Profile:
     return profile_of_shapes(structure, probes_asked.candidates, request.measures, probes_asked.settings)
 
 
-def forecast_operations(request: ProfileRequest) -> tuple[ProfileForecast, float, float]:
-    """The forecast of ``profile``, all of its operations, and those of one run of its solver; reads no weight. Raises as
-    ``profile`` does before it begins."""
+@dataclass(frozen=True, kw_only=True)
+class ProfileCost:
+    """What a profile costs. operations: of all of it, and of one run of its solver; seconds: estimated for this machine"""
+
+    passes: ProfileForecast
+    operations: float
+    run_operations: float
+    seconds: float
+
+
+def profile_cost(request: ProfileRequest) -> ProfileCost:
+    """The cost of ``profile``; reads no weight, and times a few products. Raises as ``profile`` does before it begins."""
     prepared = _prepare(request)
     passes = _forecast(request, prepared.structure, extent(prepared.rows), prepared.rows.kinds is not None)
     refuse_what_cannot_fit(passes)
-    return (
-        passes,
-        prepared.operations + passes.operations(prepared.structure),
-        prepared.operations / len(prepared.plans),
+    probes = [(probe.plan, probe.forecast) for probe in prepared.probes.values()]
+    solving = sum(sum(forecast.operations.values()) for _, forecast in probes)
+    passing = passes.operations(prepared.structure)
+    return ProfileCost(
+        passes=passes,
+        operations=solving + passing,
+        run_operations=solving / len(probes),
+        seconds=profile_seconds(probes, passing, request.base.threads or available_cores()),
     )
 
 
@@ -131,15 +149,12 @@ def _prepare(request: ProfileRequest) -> _PreparedProbes:
     asked = probe_request(request, structure, rows.kinds is not None)
     requests = {c.name: probe_of(base, c, asked) for c in asked.candidates}
     probes_ = {name: prepare(probe, rows) for name, probe in requests.items() if probe is not None}
-    plans = {name: p.plan for name, p in probes_.items()}
-    total = sum(sum(p.forecast.operations.values()) for p in probes_.values())
     return _PreparedProbes(
         structure=structure,
         candidates=asked.candidates,
-        plans=plans,
+        probes=probes_,
         rows=rows.first(request.measured_rows),
         settings=asked.settings,
-        operations=total,
     )
 
 

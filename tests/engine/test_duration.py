@@ -52,6 +52,28 @@ def test_the_plan_says_it(run, tiny, tmp_path):
     assert forecast["seconds"] == pytest.approx(sum(forecast["seconds_by_phase"].values()), abs=1)
 
 
+def test_the_plan_says_what_the_next_level_would_take(run, tiny, small, tmp_path):
+    file = tmp_path / "plan.json"
+    code, out, err = run("plan", "--model", tiny("llama"), "--scheme", "w4a16", "--quality", "fast", *small, "--json", file)
+    assert code == 0 and "--quality balanced would take about " in out, err
+    data = json.loads(file.read_text())
+    assert data["quality"]["next"] == "balanced" and data["quality"]["next_seconds"] >= data["forecast"]["seconds"]
+
+
+def test_a_profile_takes_its_passes_and_its_solver_runs(tiny, small, monkeypatch):
+    asked = prepared(tiny, small, "gptq")
+    probe = (asked.plan, asked.forecast)
+    monkeypatch.setattr(duration, "_rates", lambda plan, pool: dict.fromkeys(duration.FACTORS, 1e3).items())
+    monkeypatch.setattr(duration, "_rate", lambda operations, work: 1e3)
+    none, passes, twice = (
+        duration.profile_seconds(*a, 1) for a in (([probe], 0.0), ([probe], 1e6), ([probe] * 2, 0.0))
+    )
+    assert passes - none == pytest.approx(duration.PROFILE_PASSES * 1e3)
+    packed = duration.FACTORS[duration.PACKING] * asked.forecast.operations[duration.PACKING] / 1e3
+    run = duration.seconds_by_phase(*probe, 1)
+    assert twice - none == pytest.approx(sum(run.values()) - duration.START - packed)
+
+
 def test_a_time_in_words():
     assert [words.duration(x) for x in (8.2, 89, 90, 5399, 5400, 90_000)] == [
         "8 s", "89 s", "2 min", "90 min", "1.5 hours", "25 hours",

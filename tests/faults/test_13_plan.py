@@ -148,6 +148,8 @@ def test_whatever_has_to_be_measured_is_said(plan, options, words):
     assert code == 0, err
     assert len(data["measured_first"]) == len(words) == said.count("measured when quantize runs: ")
     assert all(w in said for w in words) and said.count("times the operations of the quantization itself") == len(words)
+    profiles = [m for m in data["measured_first"] if m["what"].startswith("a profile of")]
+    assert all(m["seconds"] > 0 for m in profiles) and said.count("the quantization itself, ") == len(profiles)
 
 
 def test_too_little_memory_for_the_cache(plan):

@@ -410,3 +410,19 @@ def test_long_and_odd_names(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == b"1"
     with pytest.raises(IOFailure, match="cannot write"):
         write_atomic(tmp_path / "no" / "such" / "folder", b"1")
+
+
+def test_one_file_may_have_more_than_64_gib(tmp_path):
+    """A model of 405B in one file: the header is read, and no byte behind it. The file is sparse."""
+    end = 0
+    header = {}
+    for name in ("a", "b"):
+        header[name] = {"dtype": "BF16", "shape": [2**18, 2**18], "data_offsets": [end, end + 2**37]}
+        end += 2**37
+    path = raw(tmp_path / "model.safetensors", header)
+    data = path.stat().st_size
+    try:
+        os.truncate(path, data + end)
+    except OSError as e:
+        pytest.skip(f"the file system has no sparse files of this size: {e}")
+    assert [info.end for info in read_header(path).values()] == [data + 2**37, data + 2**38]
