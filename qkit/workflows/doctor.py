@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from qkit.diagnosis.expected import Expected, check_mtp, expect, weight_names
 from qkit.diagnosis.findings import FAULT, Findings, report_unread
 from qkit.diagnosis.layers import Layer, count
 from qkit.diagnosis.opened import Opened, open_folder, said
-from qkit.diagnosis.recorded import check_sums
+from qkit.diagnosis.recorded import check_layer, check_sums
 from qkit.diagnosis.result import Diagnosis
 from qkit.diagnosis.targets import check_baseline, note_quantized, weight_files
 from qkit.errors import QkitError, Unsupported
@@ -44,7 +44,7 @@ def diagnose(path: Path, base: Path | None = None, engine: str | None = None, st
 def _diagnose_folder(folder: Path, original: Checkpoint | None, engine: str | None, step: Step) -> Diagnosis:
     findings = Findings()
     opened = open_folder(folder, findings)
-    check_sums(folder, opened.record, findings)
+    changed = check_sums(folder, opened.record, findings)
     groups = _set_formats(opened, findings)
     if original is not None and opened.tensors:
         check_baseline(_shapes(opened), original, folder)
@@ -56,7 +56,8 @@ def _diagnose_folder(folder: Path, original: Checkpoint | None, engine: str | No
     fused.check_fused(opened, findings)
     rows = kernels.check_kernels(opened, engine, findings)
     _check_vocabulary(opened, findings)
-    unread, drift = _check_values(opened, groups, original, findings, step)
+    sums = opened.record if changed else {}
+    unread, drift = _check_values(opened, groups, original, sums, findings, step)
     if original is not None and drift is not None and drift.related:
         sidefiles.compare_side_files(folder, original.path, findings)
         sidefiles.compare_configs(opened.config, original.config, findings)
@@ -137,9 +138,15 @@ def _check_vocabulary(opened: Opened, findings: Findings) -> None:
 
 
 def _check_values(
-    opened: Opened, groups: Groups, original: Checkpoint | None, findings: Findings, step: Step
+    opened: Opened,
+    groups: Groups,
+    original: Checkpoint | None,
+    sums: Mapping[str, Any],
+    findings: Findings,
+    step: Step,
 ) -> tuple[dict[str, str], Drift | None]:
-    """All numbers looked at; what was not, with the reason, and what was compared with the original."""
+    """All numbers looked at; what was not, with the reason, and what was compared with the original. sums: the record of qkit,
+    where a file of weights is not the one that was written"""
     decoder = Decoder(opened, groups, "F32")
     drift = _drift(original) if original is not None else None
     seen: set[str] = set()
@@ -150,7 +157,9 @@ def _check_values(
         weight = _check_layer(layer, decoder, measured, findings)
         if isinstance(weight, str):
             unread[layer.name] = weight
-        elif drift is not None:
+            continue
+        check_layer(layer.name, weight, sums, findings)
+        if drift is not None:
             found = drift.add(layer.plain_name, weight, layer.weights)
             seen.add(layer.plain_name)
             if not found:
