@@ -91,11 +91,11 @@ def show(found: Recommendation, console: Console) -> None:
     def say(text: str) -> None:
         console.print(Text(printable(text)), soft_wrap=True)
 
-    machine = f"on {found.device}, " if found.device else ""
-    gpus = f" in {found.gpus} GPUs" if found.gpus > 1 else ""
+    device = f" on {found.device}" if found.device else ""
+    where = f"{device} with {megabytes(found.memory)}" + (f" in {found.gpus} GPUs" if found.gpus > 1 else "")
     table = wide_table(
         "scheme", "runs as", "weights", "KV cache", "total", "expected loss", "",
-        title=f"{found.model} in {found.engine} {machine}{megabytes(found.memory)}{gpus}, {found.context:,} tokens",
+        title=f"{found.model} in {found.engine}{where}, {found.context:,} tokens",
     )  # fmt: skip
     for candidate in (found.plain, *found.candidates):
         if not candidate.refused:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from qkit.diffusion.policy import BY_STEP
 from qkit.kvcache.engine_caches import PLAIN
 from qkit.planning.devices import CPU
 from qkit.planning.engine_rules import LLAMA_CPP
@@ -59,9 +60,9 @@ def notes(
 
 
 def unmeasured(machine: Machine) -> list[str]:
-    """The schemes of the engine's kind of file whose loss is not known."""
+    """The schemes of language models, in the engine's kind of file, whose loss is not known."""
     kind = GGUF_SCHEMES if machine.engine == LLAMA_CPP else SCHEMES
-    return [name for name in kind if name not in measured_losses().schemes]
+    return [name for name in kind if name not in (*measured_losses().schemes, BY_STEP)]
 
 
 def remedy(found: list[Candidate], machine: Machine, context: int) -> str:
