@@ -54,7 +54,9 @@ def test_the_plan_says_it(run, tiny, tmp_path):
 
 def test_the_plan_says_what_the_next_level_would_take(run, tiny, small, tmp_path):
     file = tmp_path / "plan.json"
-    code, out, err = run("plan", "--model", tiny("llama"), "--scheme", "w4a16", "--quality", "fast", *small, "--json", file)
+    code, out, err = run(
+        "plan", "--model", tiny("llama"), "--scheme", "w4a16", "--quality", "fast", *small, "--json", file
+    )
     assert code == 0 and "--quality balanced would take about " in out, err
     data = json.loads(file.read_text())
     assert data["quality"]["next"] == "balanced" and data["quality"]["next_seconds"] >= data["forecast"]["seconds"]
