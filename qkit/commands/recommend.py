@@ -75,13 +75,13 @@ def recommend_command(
 
     console = Console()
     announce(console, f"reading {model}")
-    found = recommend(model, context, memory, engine, device, profile, tp)
-    write_json(json_file, found.to_json())
-    show(found, console)
-    if found.chosen is None:
+    recommendation = recommend(model, context, memory, engine, device, profile, gpus=tp)
+    write_json(json_file, recommendation.to_json())
+    show(recommendation, console)
+    if recommendation.chosen is None:
         raise Unsupported(
-            f"{found.engine} with {megabytes(found.usable)} and {found.context} tokens: no scheme fits: {found.why}: "
-            f"{found.remedy}"
+            f"{recommendation.engine} with {megabytes(recommendation.usable)} and {recommendation.context} tokens: no scheme "
+            f"fits: {recommendation.why}: {recommendation.remedy}"
         )
 
 

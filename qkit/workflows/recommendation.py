@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qkit.system.words import megabytes
+
 NEGLIGIBLE = (
     0.01  # nats a token; our choice: about one percent of perplexity, the limit of 'serve-command --measure' too
 )
@@ -80,7 +82,7 @@ def choose(found: list[Candidate]) -> tuple[Candidate | None, str]:
         smallest = smallest_of(found)
         if smallest is None:
             return None, "the engine loads none of the schemes"
-        return None, f"the smallest of them, {smallest.scheme}, needs {smallest.total / 1e6:.2f} MB"
+        return None, f"the smallest of them, {smallest.scheme}, needs {megabytes(smallest.total)}"
     small = [c for c in fitting if c.loss <= NEGLIGIBLE]
     if small:
         return min(small, key=lambda c: (c.total, c.loss)), f"the smallest with an expected loss below {NEGLIGIBLE:g}"
