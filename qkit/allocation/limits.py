@@ -10,7 +10,7 @@ from qkit.errors import UsageError
 from qkit.kvcache.policy import CacheRequest
 
 CANDIDATES = "int2,int3,int4,int8"  # of a profile that a budget makes first, unless others are named
-MEASURE = "kl"  # of the profile, that a budget makes small
+MEASURE = "auto"  # of the profile, that a budget makes small: the best one that was measured, or is cheap enough
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _TIMES = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 

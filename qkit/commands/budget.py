@@ -48,7 +48,13 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Folder of a profile by 'qkit profile', measured there if it is missing (default: OUT.profile).",
         ),
         budgets("--candidates", help="Formats to choose from in a new profile, as for 'qkit profile'."),
-        budgets("--measure", default=MEASURE, show_default=True, help="Measure of the profile to minimize."),
+        budgets(
+            "--measure",
+            default=MEASURE,
+            show_default=True,
+            help="Measure of the profile to minimize. auto: the best one of a profile that is there; of a new one kl, or "
+            "fisher where kl would take hours.",
+        ),
         budgets(
             "--floor",
             "floors",

@@ -28,7 +28,7 @@ from qkit.files.locate import find_model
 from qkit.files.safefile import write_atomic
 from qkit.planning.request import Request, recipe_of
 from qkit.sensitivity.candidates import parse_candidates
-from qkit.sensitivity.names import MEASURES, PREFERRED, check_measures, curve_measure
+from qkit.sensitivity.names import MEASURES, PREFERRED, best_measure, check_measures
 from qkit.system.extras import require
 from qkit.system.memory import bound_heap
 from qkit.workflows.places import check_profile_folder
@@ -151,7 +151,7 @@ def profile_command(
         raise BadInput(f"{audit_text}: no such file or folder for --audit-text")
     if pareto:
         require("--pareto", "report", "matplotlib")
-    of = curve_measure(names) if pareto else None
+    of = best_measure(names) if pareto else None
     check_measures(names)
     base = Request(**{name: value for name, value in options.items() if value not in (None, ())})
     recipe_of(replace(base, scheme="w4a16", embeddings=None, head=None))  # the method, before what takes seconds

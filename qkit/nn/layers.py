@@ -62,6 +62,12 @@ class QuantLinear(nn.Module):
             self.packed = None if self.packed is None else self.packed.to(device)
         return self
 
+    def keep_inputs(self) -> None:
+        """From here on inputs are not quantized, as in a kernel that takes them in 16 bits."""
+        assert self.packed is not None, "tensors were never loaded"
+        self.activations = None
+        self.packed = ops.prepare(ops.unpacked(self.packed), None, self.dtype)
+
     @property
     def weight(self) -> Tensor:
         """The dequantized weight [out, in], for modules that look at the weight of a linear. It is computed at every access."""

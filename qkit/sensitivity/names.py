@@ -8,7 +8,15 @@ from qkit.errors import UsageError
 PROFILE = "profile.json"  # in the folder of a profile
 MEASURED = "measured.jsonl"  # there, and its first file
 MEASURES = ("weight", "output", "output_norm", "first", "first_x", "fisher", "pqi", "loss", "kl")
-PREFERRED = ("kl", "pqi", "loss", "output", "weight")  # for the curve, the first that was measured
+KL, FISHER = "kl", "fisher"
+PREFERRED = (
+    KL,
+    "pqi",
+    FISHER,
+    "loss",
+    "output",
+    "weight",
+)  # best first, as plans by them were measured (reports/allocation)
 
 
 def check_measures(names: tuple[str, ...], option: str = "--measures") -> None:
@@ -20,9 +28,9 @@ def check_measures(names: tuple[str, ...], option: str = "--measures") -> None:
         raise UsageError(f"{option} {unknown}: there is no such measure: expected some of {', '.join(MEASURES)}")
 
 
-def curve_measure(measures: tuple[str, ...]) -> str:
-    "What a curve is of when nobody says: the measure that is nearest to a whole plan's KL divergence."
+def best_measure(measures: tuple[str, ...]) -> str:
+    """The measure that a budget or a curve uses when nobody says: of these, what is nearest to a whole plan's KL divergence."""
     measure = next((m for m in (*PREFERRED, *measures) if m in measures), None)
     if measure is None:
-        raise UsageError("--pareto: the profile has no measure: add one to --measures")
+        raise UsageError("the profile has no measure: add one to --measures")
     return measure

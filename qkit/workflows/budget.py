@@ -35,7 +35,7 @@ from qkit.planning.gguf import check_gguf
 from qkit.planning.recipe import AUTO, SOURCE, parse_method
 from qkit.planning.request import Request, recipe_of
 from qkit.sensitivity.candidates import GGUF
-from qkit.sensitivity.names import check_measures
+from qkit.sensitivity.names import KL, best_measure, check_measures
 from qkit.sensitivity.profile import FILE, KEPT, Profile
 from qkit.sensitivity.units import profiled_units, recorded_parts
 from qkit.system.extras import require
@@ -47,7 +47,7 @@ from qkit.workflows.budget_bytes import header_bytes, running_bytes, saved_by_en
 from qkit.workflows.engine_candidates import loadable_choices
 from qkit.workflows.kv_cache import CacheChoices, CachePlan, joint_choices
 from qkit.workflows.probe_requests import candidates_of
-from qkit.workflows.profile import ProfileRequest, plan_measurement, profile, profile_from_shapes
+from qkit.workflows.profile import ProfileRequest, budget_measures, plan_measurement, profile, profile_from_shapes
 from qkit.workflows.quantize import open_structure
 
 NOTHING_ELSE = "the budget keeps every layer of the blocks in full precision beside the {}: use a smaller budget"
@@ -83,6 +83,7 @@ class AllocationProblem:
     running: bytes of a plain KV cache and of activations, under a memory budget
     cache: what the cache that shares the memory offers
     beside: bytes that are not the layers' own, at the least and at the most
+    measure: of the profile, that the plan makes small
     """
 
     structure: ModelStructure
@@ -95,6 +96,7 @@ class AllocationProblem:
     cache: CacheChoices | None
     beside: tuple[int, int]
     reach: Reach | None
+    measure: str
 
     @property
     def solvable(self) -> bool:
@@ -122,6 +124,7 @@ def allocation_problem(request: Request, budget_request: BudgetRequest) -> Alloc
         Profile.load(budget_request.profile) if profile_request is None else profile_from_shapes(profile_request)
     )
     _refuse_another(known_profile, budget_request, request, structure)
+    measure = budget_request.measure if budget_request.measure != MEASURE else best_measure(known_profile.measures)
     if known_profile.request.get("gguf"):
         _refuse_for_gguf(request, structure)
     untied = "rotate" in (request.method or known_profile.request["method"]).split("+") and bool(structure.tied)
@@ -132,7 +135,10 @@ def allocation_problem(request: Request, budget_request: BudgetRequest) -> Alloc
         latency = Latency(budget_request.budget.latency[0], unit_times(known_profile, structure, table, request.model))
     offered = loadable_choices(known_profile, structure, request)
     choices = apply_bounds(offered, budget_request.floors, budget_request.ceilings)
-    running, cache = running_bytes(structure, budget_request.budget.context), _shared_cache(request, budget_request)
+    running, cache = (
+        running_bytes(structure, budget_request.budget.context),
+        _shared_cache(request, budget_request, measure),
+    )
     cache_bytes = (running[0], running[0]) if cache is None else (cache.least, cache.most)
     headers = header_bytes(known_profile, structure)
     other_bytes = (
@@ -145,7 +151,7 @@ def allocation_problem(request: Request, budget_request: BudgetRequest) -> Alloc
     )
     if profile_request is not None:  # what solving will refuse is refused before hours of measuring
         limit = limit_bytes(known_profile, budget_request.budget, other_bytes[0])
-        allocate(choices, limit, budget_request.measure, latency)
+        allocate(choices, limit, measure, latency)
         unquantized_bytes = [u.choices["keep"].bytes for u in choices.units if "keep" in u.choices]
         if latency is None and len(unquantized_bytes) == len(choices.units) and sum(unquantized_bytes) <= (limit or 0):
             raise UsageError(NOTHING)
@@ -160,6 +166,7 @@ def allocation_problem(request: Request, budget_request: BudgetRequest) -> Alloc
         cache=cache,
         beside=other_bytes,
         reach=reach(choices, budget_request.budget, other_bytes),
+        measure=measure,
     )
 
 
@@ -174,7 +181,8 @@ def _missing_profile(request: Request, budget_request: BudgetRequest) -> Profile
         )
     base, names = _without_transforms(request), budget_request.candidates or budget_request.default
     if budget_request.measure == MEASURE:
-        return ProfileRequest(base, names)
+        shared = budget_request.cache is not None  # with a cache, whose widths are compared by KL divergence
+        return ProfileRequest(base, names) if shared else ProfileRequest(base, names, budget_measures(base, names))
     check_measures((budget_request.measure,), "--measure")
     return ProfileRequest(base, names, (budget_request.measure,))  # a quick measure is not to wait for slow ones
 
@@ -194,7 +202,7 @@ def allocate_budget(request: Request, budget_request: BudgetRequest, progress: P
     first = solve_budget(request, budget_request, problem, cache)
     if not budget_request.evaluations:
         return first
-    other_measures = [m for m in problem.profile.measures if m != budget_request.measure]
+    other_measures = [m for m in problem.profile.measures if m != problem.measure]
     limit, latency = first.allocation.limit, problem.latency
     starts = [first.allocation, *(allocate(problem.choices, limit, m, latency) for m in other_measures)]
     with plan_measurement(_without_transforms(request), problem.profile, budget_request.profile, progress) as measured:
@@ -210,7 +218,7 @@ def solve_budget(
     if cache is not None and problem.cache is not None:
         other_bytes += cache.bytes - problem.cache.least
     limit = limit_bytes(problem.profile, budget_request.budget, other_bytes)
-    first = allocate(problem.choices, limit, budget_request.measure, problem.latency)
+    first = allocate(problem.choices, limit, problem.measure, problem.latency)
     return _with_picks(request, budget_request, problem, first, first.picks, cache, None)
 
 
@@ -233,9 +241,7 @@ def _with_picks(
         raise UsageError(NOTHING_ELSE.format(" and ".join(formats)) if formats else NOTHING)
     used = sum(u.choices[picks[u.key]].bytes for u in known_profile.units)
     time = None if latency is None else latency.of(picks)
-    allocation = replace(
-        first, picks=picks, bytes=used, cost=cost_of(known_profile, picks, budget_request.measure), time=time
-    )
+    allocation = replace(first, picks=picks, bytes=used, cost=cost_of(known_profile, picks, problem.measure), time=time)
     decided = replace(
         request,
         scheme=scheme,
@@ -279,7 +285,7 @@ def _end_text(known_profile: Profile, name: str) -> str | None:
     return name.lower() if gguf else f"int{scheme_of(name).weights.bits}"
 
 
-def _shared_cache(request: Request, budget_request: BudgetRequest) -> CacheChoices | None:
+def _shared_cache(request: Request, budget_request: BudgetRequest, measure: str) -> CacheChoices | None:
     """What the cache that shares a memory budget offers, without its costs."""
     cache_request, context = budget_request.cache, budget_request.budget.context
     if cache_request is None:
@@ -290,10 +296,10 @@ def _shared_cache(request: Request, budget_request: BudgetRequest) -> CacheChoic
             "the two out"
         )
     choices = kv_cache.cache_choices(request, replace(cache_request, length=context), joint=True)
-    if choices.chooses and budget_request.measure != MEASURE:
+    if choices.chooses and measure != KL:
         raise UsageError(
-            f"--measure {budget_request.measure}: layers are compared with the cache of --kv {cache_request.kv} "
-            "by their KL divergence: leave the option out, or use one width"
+            f"--measure {measure}: layers are compared with the cache of --kv {cache_request.kv} "
+            "by their KL divergence: leave the option out, use a profile that has kl, or use one width"
         )
     return choices
 
@@ -312,7 +318,7 @@ def _resolve_cache(
     if cache.chooses:
         limits = {"bytes": limit_bytes(problem.profile, budget_request.budget, problem.running[1]) or 0}
         limits |= {} if problem.latency is None else {"nanoseconds": problem.latency.limit}
-        weights = choices_of(problem.choices, budget_request.measure, problem.latency)
+        weights = choices_of(problem.choices, problem.measure, problem.latency)
         picks = solve([*weights, *cache.units], limits).picks[len(weights) :]
         finals = tuple(widths[i] for i in picks)
     return kv_cache.resolve_cache(request, cache, cache_request, finals, progress)

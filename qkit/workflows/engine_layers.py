@@ -36,14 +36,17 @@ def _plain(used: Mapping[str, str]) -> str:
 
 def unquantized(answer: EngineAnswer, packed: Sequence[str]) -> list[str]:
     """Layers that are packed in the file and that the engine runs as plain ones."""
-    joined = {part: whole for whole, parts in answer.joined.items() for part in parts}
     found = []
     for name in packed:
-        place = place_of(name, answer.layers, joined)
+        place = place_of(name, answer.layers, _joined(answer))
         used = None if place is None else answer.layers[place]
         if used is not None and "scheme" not in used and "Unquantized" in used.get("method", "Unquantized"):
             found.append(name)
     return found
+
+
+def _joined(answer: EngineAnswer) -> dict[str, str]:
+    return {part: whole for whole, parts in answer.joined.items() for part in parts}
 
 
 def place_of(name: str, layers: Collection[str], joined: Mapping[str, str]) -> str | None:
@@ -65,17 +68,27 @@ def place_of(name: str, layers: Collection[str], joined: Mapping[str, str]) -> s
     return None
 
 
-def notes_of(out: Path, answer: EngineAnswer) -> list[str]:
-    """What else one should know of how the engine ran the file."""
+def with_inputs_kept(answer: EngineAnswer, rounding: Sequence[str]) -> dict[str, str]:
+    """Those of the layers ``rounding``, whose inputs the file says to round, that the engine runs with inputs in 16 bits:
+    {name: kernel}"""
+    found = {}
+    for name in rounding:
+        place = place_of(name, answer.layers, _joined(answer))
+        kernel = "" if place is None else answer.layers[place].get("kernel", "")
+        if any(part in kernel for part in _INPUTS_KEPT):
+            found[name] = kernel
+    return found
+
+
+def notes_of(answer: EngineAnswer, kept: Mapping[str, str]) -> list[str]:
+    """What else one should know of how the engine ran the file. kept: ``with_inputs_kept``"""
     notes = []
-    record = (read_record(out) if out.is_dir() else None) or {}
-    rounded = any(linear.get("activations") for linear in (record.get("linears") or {}).values())
-    kernels = {
-        used["kernel"] for used in answer.layers.values() if "kernel" in used and "A16" not in used.get("scheme", "")
-    }
-    kept = sorted(k for k in kernels if any(part in k for part in _INPUTS_KEPT))
-    if rounded and kept:
-        notes.append(f"{', '.join(kept)} leaves the inputs of layers in 16 bits, and the file says to round them")
+    if kept:
+        kernels = ", ".join(sorted(set(kept.values())))
+        notes.append(
+            f"{kernels} leaves the inputs of {len(kept)} layers in 16 bits, and the file says to round them: qkit left them"
+            " so too, to compare"
+        )
     if answer.unused:
         more = f" (and {len(answer.unused) - 1} more)" if len(answer.unused) > 1 else ""
         notes.append(f"it does not use {answer.unused[0]}{more}")

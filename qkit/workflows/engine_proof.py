@@ -4,6 +4,9 @@ The engine gives log-probabilities of the tokens of a few texts, and so does qki
 difference is judged by the noise of the file, which is what another rounding alone changes in qkit's own arithmetic. For an
 engine that computes in 16 bits that is qkit in 16 bits against qkit in float32. For one in float32 it is qkit in float32
 with the last bit of the embeddings changed: rounded inputs (W8A8, FP8) make that a difference of the same size.
+
+Where the kernel of a layer leaves inputs in 16 bits that the file says to round, qkit leaves them too: the kernel is held
+against what it is there to compute, and a note names it.
 """
 
 from __future__ import annotations
@@ -23,18 +26,20 @@ from qkit.verification.engine_types import RUN
 from qkit.verification.model_engines import EngineRow
 from qkit.verification.vllm_fit import NEEDS_AMX
 from qkit.verification.vllm_table import CPU
-from qkit.workflows.engine_layers import kernels_of, notes_of, packed_names, unquantized
+from qkit.workflows.engine_layers import kernels_of, notes_of, packed_names, unquantized, with_inputs_kept
 from qkit.workflows.own_arithmetic import (
     Q8,
     TEXTS,
     cuts_toward_zero,
     engine_cache,
     engine_dtype,
+    keep_inputs,
     load_model,
     load_texts_tokenizer,
     log_probabilities,
     other_rounding,
     proof_texts,
+    rounding_layers,
 )
 
 NEW = 24  # greedy tokens after each text
@@ -140,9 +145,11 @@ def prove(
         )
     cache = engine_cache(out, engine, answer)
     plain = load_model(out, torch.float32)
+    kept = with_inputs_kept(answer, rounding_layers(plain))
+    keep_inputs(plain, kept)
     own = log_probabilities(plain, prompts, cache)
     greedy = greedy_tokens(plain, prompts, prompts.shape[1], None if cache is None else stored(out), NEW).tolist()
-    noise = Difference.of(other_rounding(out, plain, prompts, cache, dtype), own)
+    noise = Difference.of(other_rounding(out, plain, prompts, cache, dtype, kept), own)
     theirs = torch.tensor(answer.logprobs, dtype=torch.float64)
     return EngineProof(
         engine=kind.title,
@@ -157,7 +164,7 @@ def prove(
         kernels=kernels_of(answer),
         unquantized=unquantized(answer, packed_names(out)),
         cache=", ".join(sorted({str(c["dtype"]) for c in answer.caches.values()} - {"auto"})),
-        notes=notes_of(out, answer) + ([_CUT] if cache is not None and cuts_toward_zero(engine, answer) else []),
+        notes=notes_of(answer, kept) + ([_CUT] if cache is not None and cuts_toward_zero(engine, answer) else []),
         seconds=answer.seconds,
         expected=_expected(kind, rows, answer.device),
     )

@@ -24,7 +24,10 @@ from qkit.workflows.requant import StartedSearch, comparison_rows
 from qkit.workflows.towers import OpenTowers
 
 _LONG = 3600.0  # seconds of a profile, from which a cheaper measure is named
-_CHEAPER = " ('--measure fisher' takes a small part of it, and its allocations are a little worse)"
+_CHEAPER = (
+    " ('--measure fisher' takes a small part of it; its allocations are a little worse, and it does not see quantized"
+    " inputs)"
+)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from importlib.util import find_spec
@@ -26,6 +26,7 @@ from qkit.files.gguf import TYPES, read_gguf
 from qkit.kvcache.argument import with_cache
 from qkit.kvcache.policy import stored
 from qkit.kvcache.read_back import fp8_cache
+from qkit.nn.layers import QuantLinear
 from qkit.runtime.loading import load, load_tokenizer
 
 TEXTS, LENGTH = 6, 96  # texts, and tokens of each
@@ -127,12 +128,27 @@ def log_probabilities(model: Any, prompts: Tensor, cache: NewCache | None = None
     return torch.stack(rows)
 
 
-def other_rounding(out: Path, plain: Any, prompts: Tensor, cache: NewCache | None, dtype: str) -> Tensor:
-    """The log-probabilities of the same file with other roundings; ``plain`` is its model in float32."""
+def rounding_layers(model: Any) -> list[str]:
+    """The packed layers whose inputs are quantized."""
+    return [path for path, m in model.named_modules() if isinstance(m, QuantLinear) and m.activations is not None]
+
+
+def keep_inputs(model: Any, layers: Iterable[str]) -> None:
+    """The inputs of these of its ``rounding_layers`` are quantized no more."""
+    for path in layers:
+        model.get_submodule(path).keep_inputs()
+
+
+def other_rounding(
+    out: Path, plain: Any, prompts: Tensor, cache: NewCache | None, dtype: str, kept: Iterable[str] = ()
+) -> Tensor:
+    """The log-probabilities of the same file with other roundings. plain: its model in float32; kept: layers whose inputs are
+    not quantized, in that model too"""
     if dtype in ("float32", Q8):
         with _jitter(plain) if dtype == "float32" else rounded_inputs(plain, input_blocks(out, plain)):
             return log_probabilities(plain, prompts, cache)
     model = load_model(out, getattr(torch, dtype))
+    keep_inputs(model, kept)
     found = log_probabilities(model, prompts, cache)
     del model
     gc.collect()

@@ -24,7 +24,7 @@ from qkit.planning.request import Request
 from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.forecast import ProfileForecast, profile_forecast, refuse_what_cannot_fit
 from qkit.sensitivity.measures import MeasureContext
-from qkit.sensitivity.names import MEASURED, check_measures
+from qkit.sensitivity.names import FISHER, KL, MEASURED, check_measures
 from qkit.sensitivity.probes import probes
 from qkit.sensitivity.profile import Profile, identity, make_context, make_profile, profile_of_shapes
 from qkit.sensitivity.result_cache import ResultCache
@@ -38,6 +38,10 @@ from qkit.workflows.places import check_profile_folder
 from qkit.workflows.probe_requests import ProfileRequest as ProfileRequest
 from qkit.workflows.probe_requests import asked_ends, candidates_of, probe_of, probe_request
 from qkit.workflows.quantize import PreparedRequest, open_structure, prepare
+
+# Of the passes with one unit replaced at a time, up to which a budget measures KL divergence by itself: about an hour of two
+# cores. A count and no time, so that the same command gives the same file on every machine. Our choice.
+KL_OPERATIONS = 3e14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,16 @@ def forecast(request: ProfileRequest) -> ProfileForecast:
     if has_images:
         rows = extent(requested_image_text(replace(base, samples=count), structure))
     return _forecast(request, structure, rows, has_images)
+
+
+def budget_measures(base: Request, candidates: str) -> tuple[str, ...]:
+    """What a budget measures when nobody says: KL divergence and what comes with it, or the Fisher measure alone where that
+    takes too long. It does not see quantized inputs: candidates that have them are measured by KL divergence always."""
+    full = ProfileRequest(base, candidates)
+    structure = open_structure(base.model, "a profile", adapter=base.adapter)
+    rounds_inputs = any(c.scheme is not None and c.scheme.activations for c in candidates_of(full, structure))
+    alone = forecast(replace(full, measures=(KL,))).operations(structure)
+    return full.measures if rounds_inputs or alone <= KL_OPERATIONS else (FISHER,)
 
 
 def _forecast(request: ProfileRequest, structure: ModelStructure, rows: Extent, has_images: bool) -> ProfileForecast:

@@ -14,7 +14,7 @@ from qkit.planning.request import Request
 from qkit.sensitivity.candidates import are_gguf, for_widths, parse_candidates
 from qkit.sensitivity.profile import Profile
 from qkit.verification.gguf_header import read_gguf
-from qkit.workflows.budget import allocate_budget
+from qkit.workflows.budget import allocate_budget, allocation_problem
 from qkit.workflows.profile import ProfileRequest, audit, plan_measurement, profile
 from qkit.workflows.quantize import prepare, quantize
 
@@ -180,6 +180,31 @@ def test_the_cost_of_a_tied_matrix_is_that_of_the_weights_that_the_solver_gives(
     (probed,) = (found for line in journal if (found := json.loads(line)["linears"].get(TABLE)) is not None)
     written = json.loads((tmp_path / "out" / "qkit.json").read_text())["linears"][TABLE]
     assert probed["weight_sha256"] == written["weight_sha256"] and written["solver"] == "gptq"
+
+
+@pytest.mark.parametrize(
+    ("candidates", "most", "expected"),
+    [
+        ("q4_0,q8_0", 1e14, ("weight", "output", "pqi", "kl")),
+        ("q4_0,q8_0", 1.0, ("fisher",)),
+        ("int4,w8a8", 1.0, ("weight", "output", "pqi", "kl")),  # fisher does not see quantized inputs
+    ],
+    ids=["small model", "large model", "quantized inputs"],
+)
+def test_a_budget_measures_what_does_not_take_hours(candidates, most, expected, tiny, calib, tmp_path, monkeypatch):
+    from qkit.workflows import profile as workflow
+
+    model = tiny("llama", num_hidden_layers=1)
+    monkeypatch.setattr(workflow, "KL_OPERATIONS", most)
+    budget_request = budget_of(tmp_path / "new", bits=7.0, candidates=candidates)
+    request = asked(model, calib=calib)
+    problem = allocation_problem(request, budget_request)
+    assert problem.profile_request.measures == expected and problem.measure == expected[-1]
+    budgeted = allocate_budget(request, budget_request, Quiet())
+    assert budgeted.profile.measures == expected and budgeted.allocation.measure == expected[-1]
+    # Once it is there, the profile decides: the same command gives the same plan.
+    monkeypatch.setattr(workflow, "KL_OPERATIONS", 1e14)
+    assert allocate_budget(request, budget_request, Quiet()).allocation == budgeted.allocation
 
 
 def test_a_quick_measure_is_the_only_one_that_a_budget_takes(tiny, calib, tmp_path):

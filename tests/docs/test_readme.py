@@ -246,7 +246,7 @@ def called(program: str) -> set[str]:
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory, quiet) -> Path:
     out = tmp_path_factory.mktemp("docs") / "out"
-    quantize(Request(model="tiny-llama", scheme="w4a16"), out, quiet)
+    quantize(Request(model="tiny-llama", scheme="w4a16", method="rtn"), out, quiet)
     return out
 
 

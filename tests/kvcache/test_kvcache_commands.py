@@ -45,7 +45,7 @@ def test_a_checkpoint_with_its_cache(run, tmp_path):
     out = tmp_path / "out"
     code, said, _ = run(
         "quantize", "--model", "tiny-llama", "--scheme", "w4a16", "--kv", "pm-kvq:4-2", "--kv-memory", "1.45MB",
-        "--max-length", "1000", "--samples", "4", "--seqlen", "64", "--out", out,
+        "--method", "rtn", "--max-length", "1000", "--samples", "4", "--seqlen", "64", "--out", out,
     )  # fmt: skip
     assert code == 0 and "KV cache: pm-kvq:4-2, 1.4" in said and "final bits by layer" in said
     record = json.loads((out / "qkit.json").read_text())["kv"]

@@ -313,7 +313,7 @@ def test_a_model_with_its_cache(out, request_):
 def test_commands(out, run, tmp_path):
     code, said, _ = run(
         "quantize", "--model", "tiny-llama", "--scheme", "w4a16", "--kv", "fp8", "--samples", 4, "--seqlen", 64,
-        "--max-length", 1000, "--out", tmp_path / "out",
+        "--method", "rtn", "--max-length", 1000, "--out", tmp_path / "out",
     )  # fmt: skip
     assert code == 0 and "KV cache: fp8" in said and "0.500 of 16 bits" in said
     assert run("verify", tmp_path / "out")[0] == 0

@@ -17,7 +17,7 @@ from qkit.errors import UsageError
 from qkit.report.allocation import allocation_files, allocation_html, next_larger
 from qkit.report.figures import allocation_bars, heat_map, pareto_plot, png
 from qkit.report.layout import Place, block_labels, places
-from qkit.sensitivity.names import curve_measure
+from qkit.sensitivity.names import best_measure
 from qkit.sensitivity.profile import CandidateCost, Profile, UnitProfile
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -117,10 +117,10 @@ def test_one_format_everywhere():
 
 
 def test_the_measure_of_the_curve():
-    assert curve_measure(("weight", "kl")) == "kl" and curve_measure(("weight", "pqi")) == "pqi"
-    assert curve_measure(("fisher",)) == "fisher"
+    assert best_measure(("weight", "kl")) == "kl" and best_measure(("weight", "pqi")) == "pqi"
+    assert best_measure(("loss", "fisher")) == best_measure(("fisher",)) == "fisher"
     with pytest.raises(UsageError, match="no measure"):
-        curve_measure(())
+        best_measure(())
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------

@@ -10,19 +10,21 @@ import torch
 
 from qkit.engines.process import EngineAnswer
 from qkit.errors import BadInput, Unsupported
-from qkit.workflows.engine_layers import kernels_of, notes_of, unquantized
+from qkit.workflows.engine_layers import kernels_of, notes_of, unquantized, with_inputs_kept
 from qkit.workflows.engine_proof import FLOORS, LARGEST_MARGIN, MEAN_MARGIN, Difference, EngineProof, allowed
 from qkit.workflows.own_arithmetic import (
     LENGTH,
     TEXTS,
     engine_dtype,
     input_blocks,
+    keep_inputs,
     load_model,
     load_texts_tokenizer,
     log_probabilities,
     other_rounding,
     proof_texts,
     rounded_inputs,
+    rounding_layers,
 )
 
 BF16 = FLOORS["bfloat16"]
@@ -42,7 +44,7 @@ def packed(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "out"
     with pytest.MonkeyPatch.context() as m:
         m.setattr(sys, "stdout", sys.stderr)
-        main(["quantize", "--model", "tiny-llama", "--scheme", "w4a8", "--out", str(out)])
+        main(["quantize", "--model", "tiny-llama", "--scheme", "w4a8", "--method", "rtn", "--out", str(out)])
     return out
 
 
@@ -114,15 +116,22 @@ def test_layers_are_found_under_the_names_of_the_engine():
     assert unquantized(found, names) == [names[0], names[2], names[3]]
 
 
-def test_kernels_that_do_not_round_inputs_are_named(packed):
+def test_kernels_that_do_not_round_inputs_are_named():
     layers = {
-        "a": {"class": "L", "method": "M", "scheme": "CompressedTensorsWNA8Int", "kernel": "CPUWNA16LinearKernel"}
+        "a.qkv_proj": {"class": "L", "scheme": "CompressedTensorsWNA8Int", "kernel": "CPUWNA16LinearKernel"},
+        "a.o_proj": {"class": "L", "scheme": "CompressedTensorsWNA8Int", "kernel": "HummingLinearKernel"},
+        "head": {"class": "L", "method": "UnquantizedLinearMethod"},
     }
-    assert notes_of(packed, answer(layers)) == [
-        "CPUWNA16LinearKernel leaves the inputs of layers in 16 bits, and the file says to round them"
+    found = answer(layers, joined={"qkv_proj": ["q_proj", "k_proj"]}, unused=["k", "v"])
+    kept = with_inputs_kept(found, ["a.q_proj", "a.k_proj", "a.o_proj", "head", "b.q_proj"])
+    assert kept == dict.fromkeys(["a.q_proj", "a.k_proj"], "CPUWNA16LinearKernel")
+    assert with_inputs_kept(found, ["a.o_proj"]) == {}  # weights alone are quantized in the others: nothing is kept
+    assert notes_of(found, kept) == [
+        "CPUWNA16LinearKernel leaves the inputs of 2 layers in 16 bits, and the file says to round them: qkit left them so"
+        " too, to compare",
+        "it does not use k (and 1 more)",
     ]
-    layers["a"]["kernel"] = "HummingLinearKernel"
-    assert notes_of(packed, answer(layers, unused=["k", "v"])) == ["it does not use k (and 1 more)"]
+    assert notes_of(answer(layers), {}) == []
 
 
 # ---- qkit's own arithmetic ------------------------------------------------------------------------------------------
@@ -151,6 +160,24 @@ def test_inputs_in_8_bits_make_the_last_bit_matter(packed):
     noise = {d: Difference.of(other_rounding(packed, model, prompts, None, d), own) for d in ("float32", "bfloat16")}
     assert all(0.005 < n.mean < 0.1 for n in noise.values())
     assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_kept_inputs_are_those_of_a_file_that_rounds_none(packed, tmp_path, run):
+    """W4A8 without rounded inputs is W4A16: here of the same weights by rounding."""
+    prompts = proof_texts(load_texts_tokenizer(packed))[:2]
+    options = ("--model", "tiny-llama", "--scheme", "w4a16", "--method", "rtn", "--out", tmp_path / "w4a16")
+    assert run("quantize", *options)[0] == 0
+    model = load_model(packed, torch.float32)
+    layers = rounding_layers(model)
+    assert len(layers) == 56
+    rounded = log_probabilities(model, prompts)
+    keep_inputs(model, layers)
+    assert rounding_layers(model) == []
+    kept = log_probabilities(model, prompts)
+    plain = log_probabilities(load_model(tmp_path / "w4a16", torch.float32), prompts)
+    assert Difference.of(kept, plain).mean < 1e-5 < 0.005 < Difference.of(rounded, plain).mean
+    in_16_bits = other_rounding(packed, model, prompts, None, "bfloat16", layers)
+    assert Difference.of(in_16_bits, kept).mean < 0.02 < Difference.of(rounded, plain).mean
 
 
 def test_inputs_share_scales_as_the_type_of_the_weight_says(tiny, tmp_path):

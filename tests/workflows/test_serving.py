@@ -20,7 +20,7 @@ def results(tmp_path_factory):
     def get(*options: str) -> Path:
         if options not in made:
             out = tmp_path_factory.mktemp("served") / "out"
-            main(["quantize", "--model", "tiny-llama", "--out", str(out), *options])
+            main(["quantize", "--model", "tiny-llama", "--method", "rtn", "--out", str(out), *options])
             made[options] = out
         return made[options]
 
