@@ -118,8 +118,9 @@ class EngineAnswer:
     """What an engine gave.
 
     logprobs: of the tokens that were asked for; best: whether each of them was the most likely one; tokens: after each prompt
-    layers: by the engine's name of a layer, the names of what runs it ("class", "method", "scheme", "kernel"); joined: the
-    parts that it runs as one layer, by the last part of its name; caches: {attention: {"dtype", "scales"}}
+    layers: by the engine's name of a layer, the names of what runs it ("class", "method", "scheme", "kernel"), and "inputs"
+    where it rounds those that its kernel leaves in 16 bits elsewhere; joined: the parts that it runs as one layer, by the last
+    part of its name; caches: {attention: {"dtype", "scales"}}
     unused: tensors of the file that it left aside; seconds: {"load", "run"}
     """
 

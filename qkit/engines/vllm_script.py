@@ -30,6 +30,7 @@ def layers_of(model: Any) -> dict[str, Any]:
             used = {"class": type(module), "method": type(method), "scheme": type(scheme)}
             layers[name] = {k: v.__name__ for k, v in used.items() if v is not type(None)}
             layers[name] |= {"kernel": kernel} if (kernel := kernel_of(module)) else {}
+            layers[name] |= {"inputs": "int8"} if getattr(module, "use_w4a8", False) else {}  # on CPUs with AMX
     return {"layers": layers, "caches": caches, "joined": dict(getattr(model, "packed_modules_mapping", None) or {})}
 
 

@@ -74,8 +74,9 @@ def with_inputs_kept(answer: EngineAnswer, rounding: Sequence[str]) -> dict[str,
     found = {}
     for name in rounding:
         place = place_of(name, answer.layers, _joined(answer))
-        kernel = "" if place is None else answer.layers[place].get("kernel", "")
-        if any(part in kernel for part in _INPUTS_KEPT):
+        used = {} if place is None else answer.layers[place]
+        kernel = used.get("kernel", "")
+        if "inputs" not in used and any(part in kernel for part in _INPUTS_KEPT):
             found[name] = kernel
     return found
 

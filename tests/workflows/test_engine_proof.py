@@ -125,6 +125,8 @@ def test_kernels_that_do_not_round_inputs_are_named():
     found = answer(layers, joined={"qkv_proj": ["q_proj", "k_proj"]}, unused=["k", "v"])
     kept = with_inputs_kept(found, ["a.q_proj", "a.k_proj", "a.o_proj", "head", "b.q_proj"])
     assert kept == dict.fromkeys(["a.q_proj", "a.k_proj"], "CPUWNA16LinearKernel")
+    rounding = {"a.qkv_proj": {**layers["a.qkv_proj"], "inputs": "int8"}}
+    assert with_inputs_kept(answer(rounding), ["a.qkv_proj"]) == {}
     assert with_inputs_kept(found, ["a.o_proj"]) == {}  # weights alone are quantized in the others: nothing is kept
     assert notes_of(found, kept) == [
         "CPUWNA16LinearKernel leaves the inputs of 2 layers in 16 bits, and the file says to round them: qkit left them so"
