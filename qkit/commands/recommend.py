@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command("recommend", cls=Verb)
-@click.option("--model", required=True, help="Model: a folder, or the name of a repository that is on this machine.")
+@click.option("--model", required=True, help="Model: a folder, or the name of a repository. config.json is enough.")
 @click.option(
     "--memory",
     help="Memory of the machine, with --tp of each GPU, for instance 8GB (default: that of --device; for a CPU, that of this "

@@ -25,11 +25,12 @@ UNWANTED = (
 )
 
 
-def find_model(model: str, revision: str | None = None, require_revision: bool = False) -> Path:
+def find_model(model: str, revision: str | None = None, require_revision: bool = False, weights: bool = True) -> Path:
     """The folder of a model, given as a folder, the name of a reference model or a hub id (downloaded without code, pickles
     and other weights).
 
-    revision: of a hub id, its branch, tag or commit; require_revision: a hub id without one is refused.
+    revision: of a hub id, its branch, tag or commit; require_revision: a hub id without one is refused; weights: False leaves
+    those there.
     Raises BadCheckpoint when it is none of them, UsageError for a revision of something else or a missing one.
     """
     path = Path(model)
@@ -63,7 +64,8 @@ def find_model(model: str, revision: str | None = None, require_revision: bool =
     at = f" at revision {revision}" if revision else ""
     fault = f"{model}{at}: no such folder, and as the id of a model on the hub it was not to be had"
     with foreign_errors(fault, "check the name and the network"):
-        return Path(snapshot_download(model, revision=revision, ignore_patterns=list(UNWANTED)))
+        unwanted = list(UNWANTED) if weights else [*UNWANTED, "*.safetensors", "*.safetensors.index.json"]
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=unwanted))
 
 
 def find_local(path: str) -> Path:

@@ -13,8 +13,11 @@ from typing import Any
 
 from qkit.allocation.pareto import uniform
 from qkit.errors import BadInput, QkitError, UsageError
+from qkit.families.sketch import is_config_alone, sketched
 from qkit.families.structure import ModelStructure
+from qkit.files.folder import list_names
 from qkit.files.gguf_converter import INSTEAD
+from qkit.files.locate import find_model
 from qkit.kvcache.engine_caches import ENGINE_CACHES, PLAIN, refusal
 from qkit.kvcache.shape import CacheShape
 from qkit.planning.devices import CPU
@@ -33,6 +36,8 @@ from qkit.workflows.recommend_words import commands, evidence, notes, out_of, re
 from qkit.workflows.recommendation import MIXED, Candidate, Recommendation, choose, order
 from qkit.workflows.resolve import look_ahead
 
+_SHAPES = "the weights are not here: sizes are those of the model that config.json describes"
+_NO_TOKENIZER = "the tokenizer is not here either: schemes that need its files are left out"
 CONTEXT = 8192  # tokens, where nobody says how many
 _MEASURE = "kl"
 # What an engine can hold keys and values in: vLLM's names, on GPUs and on CPUs; llama.cpp's.
@@ -50,7 +55,7 @@ def recommend(
     profile: Path | None = None,
     gpus: int = 1,
 ) -> Recommendation:
-    """What to make of a language model for a machine.
+    """What to make of a language model for a machine. The folder of the model may have its config.json and no weights.
 
     memory: as '8GB', of each GPU, None: all that the device has; context: tokens of one sequence, None: CONTEXT, or all that a
     shorter model has; profile: a folder of 'qkit profile'; gpus: how many share the model, in vLLM
@@ -59,7 +64,20 @@ def recommend(
     the profile of another model, and what opening the model raises.
     """
     machine = machine_of(memory, engine, device, gpus)
-    structure = open_structure(model, language_for="qkit recommend")
+    folder = find_model(model, weights=False)
+    if not is_config_alone(folder):
+        return _recommend(model, model, context, machine, profile)
+    with sketched(folder) as shapes:
+        found = _recommend(str(shapes), model, context, machine, profile)
+        candidates = [replace(c, refused=c.refused.replace(str(shapes), str(folder))) for c in found.candidates]
+    notes = [_SHAPES] if any(name.startswith("tokenizer") for name in list_names(folder)) else [_SHAPES, _NO_TOKENIZER]
+    return replace(found, candidates=tuple(candidates), notes=(*notes, *found.notes))
+
+
+def _recommend(source: str, model: str, context: int | None, machine: Machine, profile: Path | None) -> Recommendation:
+    """source: of the shapes; model: as the user names it"""
+    gpus = machine.gpus
+    structure = open_structure(source, language_for="qkit recommend")
     context = _context(structure, model, context)
     caches = _caches(structure, machine, context)
     activations = running_bytes(structure, context)[1] * gpus  # each has its own
@@ -77,12 +95,12 @@ def recommend(
     known = None if profile is None else _profile(profile, structure)
     found = [
         _with_cache(_of_scheme(request, machine, whole), loss, caches, activations, machine)
-        for request, loss in _asked(model, machine, known)
+        for request, loss in _asked(source, machine, known)
     ]
     no_mix = []
     if profile is not None:
         try:
-            found.append(_mixed(model, machine, profile, caches, activations))
+            found.append(_mixed(source, machine, profile, caches, activations))
         except UsageError as e:
             no_mix.append(f"no mix of formats: {e}")
     chosen, why = choose(found)

@@ -4,15 +4,18 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sweep_configs
 
 from qkit.files.safefile import read_header
 from qkit.planning.measured_losses import FILE, measured_losses
 from qkit.tensor.formats import scheme
 from qkit.workflows.machines import VLLM_SHARE
+from qkit.workflows.recommend import recommend
 from qkit.workflows.recommendation import NEGLIGIBLE, Candidate, choose
 
 REPORTS = Path(__file__).parents[2] / "reports"
@@ -205,3 +208,65 @@ def test_the_losses_are_those_of_the_reports():
     losses = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(losses)
     assert json.loads(FILE.read_text()) == losses.losses()
+
+
+# ---- before the weights are here ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "engine"),
+    [
+        ("llama", "llama.cpp"), ("llama", "vllm"), ("mixtral", "vllm"), ("gemma", "vllm"), ("qwen3_moe", "vllm"),
+        ("gpt_oss", "transformers"),
+    ],
+)  # fmt: skip
+def test_a_config_alone_gives_the_figures_of_the_weights(architecture, engine, tmp_path):
+    whole, alone = tmp_path / "whole", tmp_path / "alone"
+    sweep_configs.save("causal", architecture, whole)
+    shutil.copytree(whole, alone, ignore=shutil.ignore_patterns("*.safetensors*"))
+    files = sorted(alone.iterdir())
+    found = (json.dumps(recommend(str(m), 64, "1GB", engine).to_json()) for m in (whole, alone))
+    of_weights, of_config = map(json.loads, found)
+    assert of_config["notes"][0].startswith("the weights are not here")
+    of_config["notes"] = of_config["notes"][1:]
+    assert str(alone) in json.dumps(of_config["commands"]) or of_config["chosen"] is None
+    assert json.loads(json.dumps(of_config).replace(str(alone), str(whole)).replace("alone-", "whole-")) == of_weights
+    assert sorted(alone.iterdir()) == files
+
+
+def test_a_model_of_70_billion_weights_takes_no_disk(advised, tmp_path):
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": 80, "vocab_size": 128256,
+        "max_position_embeddings": 131072, "dtype": "bfloat16", "tie_word_embeddings": False,
+    }  # fmt: skip
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "config.json").write_text(json.dumps(config))
+    data = advised("--memory", "48GB", "--engine", "vllm", model=tmp_path / "large")
+    assert data["plain"]["weights"] == 2 * 70_553_706_496 and data["chosen"]["scheme"] == "W4A16"
+    assert data["notes"][1].startswith("the tokenizer is not here either")
+
+
+def test_a_config_of_a_quantized_model_says_too_little(run, tmp_path, tiny):
+    shutil.copytree(tiny("llama"), tmp_path / "q", ignore=shutil.ignore_patterns("*.safetensors*"))
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    (tmp_path / "q" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    code, _, err = run("recommend", "--model", tmp_path / "q", "--memory", "1GB")
+    assert code == 3 and "a config alone does not tell those of a quantized model" in err
+
+
+def test_of_a_model_on_the_hub_the_small_files_are_fetched(monkeypatch, tiny, tmp_path, advised):
+    import huggingface_hub
+
+    asked = {}
+    shutil.copytree(tiny("llama"), tmp_path / "snapshot", ignore=shutil.ignore_patterns("*.safetensors*"))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **more: asked.update(more) or str(tmp_path / "snapshot"),
+    )
+    data = advised("--memory", "1GB", "--context", 64, "--engine", "vllm", model="me/tiny")
+    names = ["config.json", "tokenizer.json", "model.safetensors", "model-00001-of-00002.safetensors"]
+    kept = huggingface_hub.utils.filter_repo_objects(names, ignore_patterns=asked["ignore_patterns"])
+    assert list(kept) == names[:2]
+    assert data["commands"][0].startswith("qkit quantize --model me/tiny ")

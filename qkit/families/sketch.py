@@ -1,0 +1,96 @@
+"""A checkpoint that has shapes and no numbers, from config.json alone: what ``qkit recommend`` counts before a download."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from qkit.errors import Unsupported
+from qkit.families.discover import build_skeleton
+from qkit.families.structure import DTYPES
+from qkit.files.folder import CONFIG_LIMIT, checked_path, list_names, parse_checked, strip_code_keys
+from qkit.files.foreign import foreign_errors
+from qkit.files.safefile import read_bytes
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".index.json")
+_BESIDE, _LARGEST = (".json", ".jinja", ".model", ".txt"), 64 << 20  # files that a plan may look at, and bytes of one
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def is_config_alone(folder: Path) -> bool:
+    """Whether a folder describes a model and has no weights of any kind."""
+    names = list_names(folder)
+    return CONFIG in names and not any(name.endswith(_WEIGHTS) for name in names)
+
+
+@contextmanager
+def sketched(folder: Path) -> Iterator[Path]:
+    """A folder with the files of ``folder`` and a file of weights that is a hole on the disk, for as long as the context lasts.
+
+    Raises Unsupported for a model that transformers does not have built in, or one that is quantized already, whose tensors its
+    config does not tell; BadCheckpoint for a config that describes no model.
+    """
+    config, _ = strip_code_keys(
+        parse_checked(read_bytes(checked_path(folder, CONFIG), CONFIG_LIMIT), f"{folder / CONFIG}")
+    )
+    if "quantization_config" in config:
+        raise Unsupported(
+            f"{folder}: no weights, and a config alone does not tell those of a quantized model: get them"
+        )
+    with TemporaryDirectory(prefix="qkit-") as name:
+        target = Path(name) / folder.name
+        target.mkdir()
+        for file in folder.iterdir():
+            if file.suffix in _BESIDE and file.is_file() and file.stat().st_size <= _LARGEST:
+                shutil.copy(file, target)
+        _write(_tensors(config, folder), target / WEIGHTS)
+        yield target
+
+
+def _tensors(config: Mapping[str, Any], folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors that transformers would save of the model, on the meta device; of what is tied, the one that it loads."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model = build_skeleton(dict(config), str(folder), _dtype(config))
+    buffers = {n: b for n, b in model.named_buffers() if b.is_floating_point() and _is_saved(model, n)}
+    with foreign_errors(f"{folder}: config.json does not tell the tensors of the model", "get the weights"):
+        return dict(revert_weight_conversion(model, {**dict(model.named_parameters()), **buffers}))
+
+
+def _is_saved(model: nn.Module, buffer: str) -> bool:
+    parent, _, name = buffer.rpartition(".")
+    return name not in model.get_submodule(parent)._non_persistent_buffers_set
+
+
+def _dtype(config: Mapping[str, Any]) -> torch.dtype:
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, Mapping) else {}):
+        named = str(part.get("dtype") or part.get("torch_dtype")).removeprefix("torch.")
+        found = next((dtype for dtype in _NAMES if str(dtype) == f"torch.{named}"), None)
+        if found is not None:
+            return found
+    return torch.bfloat16  # what models are published in
+
+
+def _write(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """A safetensors file of these shapes whose numbers take no disk."""
+    header, end = dict[str, Any](), 0
+    for name, t in tensors.items():
+        start, end = end, end + math.prod(t.shape) * t.element_size()
+        header[name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        os.truncate(f.fileno(), 8 + len(text) + end)
