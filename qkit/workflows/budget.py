@@ -47,7 +47,7 @@ from qkit.workflows.budget_bytes import header_bytes, running_bytes, saved_by_en
 from qkit.workflows.engine_candidates import loadable_choices
 from qkit.workflows.kv_cache import CacheChoices, CachePlan, joint_choices
 from qkit.workflows.probe_requests import candidates_of
-from qkit.workflows.profile import ProfileRequest, budget_measures, plan_measurement, profile, profile_from_shapes
+from qkit.workflows.profile import ProfileRequest, budget_profile, plan_measurement, profile, profile_from_shapes
 from qkit.workflows.quantize import open_structure
 
 NOTHING_ELSE = "the budget keeps every layer of the blocks in full precision beside the {}: use a smaller budget"
@@ -182,7 +182,7 @@ def _missing_profile(request: Request, budget_request: BudgetRequest) -> Profile
     base, names = _without_transforms(request), budget_request.candidates or budget_request.default
     if budget_request.measure == MEASURE:
         shared = budget_request.cache is not None  # with a cache, whose widths are compared by KL divergence
-        return ProfileRequest(base, names) if shared else ProfileRequest(base, names, budget_measures(base, names))
+        return ProfileRequest(base, names) if shared else budget_profile(base, names)
     check_measures((budget_request.measure,), "--measure")
     return ProfileRequest(base, names, (budget_request.measure,))  # a quick measure is not to wait for slow ones
 

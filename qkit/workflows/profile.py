@@ -103,14 +103,16 @@ def forecast(request: ProfileRequest) -> ProfileForecast:
     return _forecast(request, structure, rows, has_images)
 
 
-def budget_measures(base: Request, candidates: str) -> tuple[str, ...]:
-    """What a budget measures when nobody says: KL divergence and what comes with it, or the Fisher measure alone where that
-    takes too long. It does not see quantized inputs: candidates that have them are measured by KL divergence always."""
+def budget_profile(base: Request, candidates: str) -> ProfileRequest:
+    """What a budget measures when nobody says: KL divergence and what comes with it, or where that takes too long the Fisher
+    measure of plain rounding alone, which is as good with it as with gptq (reports/gguf) and takes minutes. It does not see
+    quantized inputs: candidates that have them are measured by KL divergence always."""
     full = ProfileRequest(base, candidates)
     structure = open_structure(base.model, "a profile", adapter=base.adapter)
     rounds_inputs = any(c.scheme is not None and c.scheme.activations for c in candidates_of(full, structure))
     alone = forecast(replace(full, measures=(KL,))).operations(structure)
-    return full.measures if rounds_inputs or alone <= KL_OPERATIONS else (FISHER,)
+    quick = replace(full, base=replace(base, method="rtn"), measures=(FISHER,))
+    return full if rounds_inputs or alone <= KL_OPERATIONS else quick
 
 
 def _forecast(request: ProfileRequest, structure: ModelStructure, rows: Extent, has_images: bool) -> ProfileForecast:

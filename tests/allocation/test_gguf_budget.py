@@ -197,11 +197,13 @@ def test_a_budget_measures_what_does_not_take_hours(candidates, most, expected, 
     model = tiny("llama", num_hidden_layers=1)
     monkeypatch.setattr(workflow, "KL_OPERATIONS", most)
     budget_request = budget_of(tmp_path / "new", bits=7.0, candidates=candidates)
-    request = asked(model, calib=calib)
+    request = replace(asked(model, calib=calib), method="gptq")
     problem = allocation_problem(request, budget_request)
     assert problem.profile_request.measures == expected and problem.measure == expected[-1]
+    assert problem.profile_request.method == ("rtn" if expected == ("fisher",) else "gptq")
     budgeted = allocate_budget(request, budget_request, Quiet())
     assert budgeted.profile.measures == expected and budgeted.allocation.measure == expected[-1]
+    assert budgeted.request.method == "gptq"
     # Once it is there, the profile decides: the same command gives the same plan.
     monkeypatch.setattr(workflow, "KL_OPERATIONS", 1e14)
     assert allocate_budget(request, budget_request, Quiet()).allocation == budgeted.allocation
