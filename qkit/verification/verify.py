@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ UNSUMMED_NOTE = (
     "written before qkit kept the sha256 of every file: the tokenizer, other files beside the weights and most fields of "
     "config.json are not covered; quantize again to have them"
 )
+_MISSING = "is missing"
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 
 
@@ -106,6 +107,7 @@ def _check_packed(out: Path, job: Path | None, source: Path | None, findings: Fi
         engines = gguf_rows(x.type_name for x in record.linears.values()) if record is not None else []
     elif record is not None:
         engines, notes = _check_record(out, record, config, headers, (job, source), findings)
+        _gather_missing([name for name in record.shards if name not in headers], findings)
     if summed:
         check_sum(out, data, findings)
         check_files(out, data["files"], [path.name for path in _weight_files(out)], "files", findings)
@@ -117,6 +119,15 @@ def _check_packed(out: Path, job: Path | None, source: Path | None, findings: Fi
         engines=engines,
         notes=[*([] if is_summed(data) or not (out / "qkit.json").exists() else [UNSUMMED_NOTE]), *notes],
     )
+
+
+def _gather_missing(unread: Sequence[str], findings: Findings) -> None:
+    """Tensors that are missing where a file of weights could not be read are one problem, and not one each."""
+    missing = [problem for problem in findings.problems if problem.what.startswith(_MISSING)]
+    if unread and missing:
+        kept = [problem for problem in findings.problems if problem not in missing]
+        fault = f"{len(missing)} tensors are missing that may have been in it: no other check was made of them"
+        findings.problems[:] = [*kept, Problem(unread[0], fault)]
 
 
 def _weight_files(out: Path) -> list[Path]:
@@ -218,7 +229,7 @@ def _check_stored(
 ) -> bool:
     expected = f"{' or '.join(dtypes)} {list(shape)}"
     if stored is None:
-        return findings.check("coverage", False, name, f"is missing, expected {expected}")
+        return findings.check("coverage", False, name, f"{_MISSING}, expected {expected}")
     right = stored.dtype in dtypes and stored.shape == shape
     mismatch = f"found {stored.dtype} {list(stored.shape)}, expected {expected}"
     return findings.check("coverage", right, f"{stored.path.name}: {name}", mismatch)

@@ -49,7 +49,17 @@ def test_truncated_file(out, keep, forged):
     (out / FILE).write_bytes((out / FILE).read_bytes()[:keep])
     if forged:
         rehash(sample, out)
-    assert any(line.startswith(f"{FILE}: not a sound safetensors file") for line in said(out))
+    lines = said(out)
+    assert any(line.startswith(f"{FILE}: not a sound safetensors file") for line in lines)
+    (gathered,) = (line for line in lines if "missing" in line)
+    assert gathered.startswith(f"{FILE}: ") and "tensors are missing that may have been in it" in gathered
+
+
+def test_a_missing_tensor_is_named_where_every_file_can_be_read(out):
+    sample = make("sharded")
+    del next(s for s in sample.shards.values() if f"{Q0}.weight_scale" in s)[f"{Q0}.weight_scale"]
+    sample.write(out)
+    assert any(line.startswith(f"{Q0}.weight_scale: is missing, expected ") for line in said(out))
 
 
 @pytest.mark.parametrize(
