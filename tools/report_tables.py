@@ -309,8 +309,10 @@ def rank() -> str:
 
 def levels(name: str) -> str:
     """The levels of --quality beside each other, and AutoRound where it ran."""
-    rows = []
-    for x in report(f"comparison/levels-{name}"):
+    rows, found = [], report(f"comparison/levels-{name}")
+    schemes = list(dict.fromkeys(x["scheme"] for x in found))
+    order = [*LEVELS, "AutoRound"]
+    for x in sorted(found, key=lambda x: (schemes.index(x["scheme"]), order.index(x["level"]))):
         text = x["wikitext2"]
         row = {"scheme": f"`{x['scheme']}`", "made with": x["level"]}
         if x["level"] in LEVELS:
@@ -356,6 +358,7 @@ TABLES = {
     "requant-differences": requant_differences,
     "rank": rank,
     "levels-smollm2": lambda: levels("smollm2"),
+    "levels-smollm2-ft": lambda: levels("smollm2-ft"),
     "levels-tiny-llama": lambda: levels("tiny-llama"),
     "durations": lambda: durations("tiny-llama"),
 }

@@ -14,6 +14,7 @@ from qkit.commands.grid import print_wide, printable, wide_table
 from qkit.commands.verb import Verb
 from qkit.errors import Unsupported
 from qkit.planning.devices import DEVICES
+from qkit.planning.measured_losses import measured_losses
 
 if TYPE_CHECKING:
     from qkit.workflows.recommendation import Candidate, Recommendation
@@ -101,9 +102,9 @@ def show(found: Recommendation, console: Console) -> None:
         if not candidate.refused:
             table.add_row(*_row(candidate, candidate == found.chosen))
     print_wide(console, table)
-    for candidate in found.candidates:
-        if candidate.refused:
-            say(f"{candidate.scheme} is left out: {candidate.refused}")
+    for reason in dict.fromkeys(c.refused for c in found.candidates if c.refused):
+        names = [c.scheme for c in found.candidates if c.refused == reason]
+        say(f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} left out: {reason}")
     say(f"expected loss: {found.evidence}")
     for note in found.notes:
         say(f"note: {note}")
@@ -120,4 +121,5 @@ def _row(c: Candidate, chosen: bool) -> tuple[str, ...]:
     verdict = "recommended" if chosen else "" if c.fits else "does not fit"
     cache = f"{c.cache}, {megabytes(c.cache_bytes)}"
     kernels = "\n".join(c.kernels)
-    return c.scheme, kernels, megabytes(c.weights), cache, megabytes(c.total), f"{c.loss:.3g}", verdict
+    loss = f"{c.loss:.3g}" + (f" with {c.cache}" if c.cache in measured_losses().caches else "")
+    return c.scheme, kernels, megabytes(c.weights), cache, megabytes(c.total), loss, verdict

@@ -15,23 +15,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from qkit.errors import Unsupported
+from qkit.errors import BadCheckpoint, Unsupported
 from qkit.families.discover import build_skeleton
 from qkit.families.structure import DTYPES
 from qkit.files.folder import CONFIG_LIMIT, checked_path, list_names, parse_checked, strip_code_keys
 from qkit.files.foreign import foreign_errors
 from qkit.files.safefile import read_bytes
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".index.json")
+CONFIG, PIPELINE, WEIGHTS = "config.json", "model_index.json", "model.safetensors"
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf")  # that qkit reads
+_TOLD = ("hidden_size", "num_hidden_layers", "vocab_size")  # for which transformers has defaults, of some model
 _BESIDE, _LARGEST = (".json", ".jinja", ".model", ".txt"), 64 << 20  # files that a plan may look at, and bytes of one
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def is_config_alone(folder: Path) -> bool:
-    """Whether a folder describes a model and has no weights of any kind."""
+    """Whether a folder describes a model and has no weights that qkit reads."""
     names = list_names(folder)
     return CONFIG in names and not any(name.endswith(_WEIGHTS) for name in names)
+
+
+def lacks_config(folder: Path) -> bool:
+    """Whether a folder neither describes a model nor has weights of one."""
+    names = list_names(folder)
+    return not any(name.endswith((CONFIG, PIPELINE, *_WEIGHTS)) for name in names)
 
 
 @contextmanager
@@ -62,7 +69,16 @@ def _tensors(config: Mapping[str, Any], folder: Path) -> dict[str, torch.Tensor]
     """The tensors that transformers would save of the model, on the meta device; of what is tied, the one that it loads."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    model = build_skeleton(dict(config), str(folder), _dtype(config))
+    model: Any = build_skeleton(dict(config), str(folder), _dtype(config))
+    parsed = model.config.get_text_config(decoder=True)
+    inner = config.get("text_config")
+    given = {**config, **(inner if isinstance(inner, Mapping) else {})}
+    for name in _TOLD:
+        alias = parsed.attribute_map.get(name, name)
+        if hasattr(parsed, name) and not {name, alias} & given.keys():
+            raise BadCheckpoint(
+                f"{folder}: {CONFIG} has no {alias}: get the complete file, which says how large the model is"
+            )
     buffers = {n: b for n, b in model.named_buffers() if b.is_floating_point() and _is_saved(model, n)}
     with foreign_errors(f"{folder}: config.json does not tell the tensors of the model", "get the weights"):
         return dict(revert_weight_conversion(model, {**dict(model.named_parameters()), **buffers}))

@@ -6,6 +6,7 @@ What comes out says what it did. Rows that stay whole, in whatever order and ten
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,11 +56,14 @@ class Rows:
 def found_rows(converter: Converter, names: Sequence[str], views: Mapping[str, View]) -> dict[str, Rows | None]:
     """{tensor of the file: its rows}; None for one that is no rows of others. names: of the checkpoint, views among them"""
     sources = list(converter.tensors)
-    passes = [converter.made(_probe(kind, converter.tensors, sources), exact=True) for kind in range(3)]
-    passes.append(converter.made(lambda name: _small(converter.tensors[name].shape), exact=True))
+    loads = [_probe(kind, converter.tensors, sources) for kind in range(3)]
+    passes = [
+        deque(converter.made(load, exact=True)) for load in (*loads, lambda name: _small(converter.tensors[name].shape))
+    ]
     known = _Known(names, views, converter.tensors, sources)
     result: dict[str, Rows | None] = {}
-    for *made, small in zip(*passes, strict=True):
+    while passes[0]:  # what the converter computed is kept by its lazy tensors: each goes when it was looked at
+        *made, small = (each.popleft() for each in passes)
         rows = known.match(_images(made), small.sources)
         result[small.name] = rows or known.exponential(small)
     return result

@@ -14,6 +14,7 @@ from qkit.families.structure import ModelStructure
 from qkit.kvcache.scaling import STEPS
 from qkit.planning.request import Request
 from qkit.sensitivity.forecast import GRADIENTS, pass_operations
+from qkit.sensitivity.names import FISHER, KL
 from qkit.sensitivity.repair import POINTS
 from qkit.system.words import duration, times
 from qkit.workflows.calibration_rows import calibration_of
@@ -24,6 +25,7 @@ from qkit.workflows.requant import StartedSearch, comparison_rows
 from qkit.workflows.towers import OpenTowers
 
 _LONG = 3600.0  # seconds of a profile, from which a cheaper measure is named
+_QUICK = " ('--measure kl' would run the model for every layer and candidate)"
 _CHEAPER = (
     " ('--measure fisher' takes a small part of it; its allocations are a little worse, and it does not see quantized"
     " inputs)"
@@ -43,8 +45,9 @@ class UpcomingMeasurement:
 
     def __str__(self) -> str:
         """A line for a person."""
-        here = "" if self.seconds is None else f", {duration(self.seconds)} on this machine{self.advice}"
-        return f"{self.what}: {self.passes}; about {times(self.ratio)} the operations of the quantization itself{here}"
+        if self.seconds is not None:
+            return f"{self.what}: {self.passes}; {duration(self.seconds)} on this machine{self.advice}"
+        return f"{self.what}: {self.passes}; about {times(self.ratio)} the operations of the quantization itself"
 
 
 def run_operations(request: Request) -> float:
@@ -55,12 +58,11 @@ def run_operations(request: Request) -> float:
 def profile_ahead(ask: ProfileRequest, folder: Path) -> tuple[UpcomingMeasurement, float]:
     """The profile of a budget, and the operations of the quantization behind it."""
     cost = profile_cost(ask)
-    what = f"a profile of {ask.candidates} in {folder}, with method {ask.method}"
+    what = f"a profile of {ask.candidates} in {folder}, by {', '.join(ask.measures)}, of weights made with {ask.method}"
     ratio = cost.operations / cost.run_operations
-    slow = cost.seconds > _LONG and "kl" in ask.measures
-    return UpcomingMeasurement(
-        what, cost.passes.work, ratio, cost.seconds, _CHEAPER if slow else ""
-    ), cost.run_operations
+    slow = cost.seconds > _LONG and KL in ask.measures
+    advice = _CHEAPER if slow else _QUICK if ask.measures == (FISHER,) else ""
+    return UpcomingMeasurement(what, cost.passes.work, ratio, cost.seconds, advice), cost.run_operations
 
 
 def refinement_ahead(

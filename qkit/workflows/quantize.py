@@ -96,10 +96,12 @@ def open_structure(model: str, language_for: str = "", adapter: str | None = Non
     return structure
 
 
-def prepare(request: Request, rows: Calibration | None = None) -> PreparedRequest:
-    """Plan a request; reads no weights. rows: those of the request, where they were made before."""
+def prepare(
+    request: Request, rows: Calibration | None = None, structure: ModelStructure | None = None
+) -> PreparedRequest:
+    """Plan a request; reads no weights. rows, structure: those of the request, where they were made before."""
     recipe = recipe_of(request)
-    structure = open_structure(request.model, adapter=request.adapter)
+    structure = structure or open_structure(request.model, adapter=request.adapter)
     if request.call and structure.family.streams is None:
         raise UsageError("--call is for a diffusion pipeline, and this model is none: leave it out")
     if recipe.prune_experts:

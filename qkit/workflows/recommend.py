@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qkit.allocation.pareto import uniform
-from qkit.errors import BadInput, QkitError, UsageError
-from qkit.families.sketch import is_config_alone, sketched
+from qkit.errors import BadCheckpoint, BadInput, QkitError, UsageError
+from qkit.families.sketch import CONFIG, is_config_alone, lacks_config, sketched
 from qkit.families.structure import ModelStructure
 from qkit.files.folder import list_names
 from qkit.files.gguf_converter import INSTEAD
@@ -37,12 +37,24 @@ from qkit.workflows.recommendation import MIXED, Candidate, Recommendation, choo
 from qkit.workflows.resolve import look_ahead
 
 _SHAPES = "the weights are not here: sizes are those of the model that config.json describes"
-_NO_TOKENIZER = "the tokenizer is not here either: schemes that need its files are left out"
+_NO_TOKENIZER = "this depends on the tokenizer, which is not here: copy tokenizer.json and tokenizer_config.json there"
 CONTEXT = 8192  # tokens, where nobody says how many
 _MEASURE = "kl"
 # What an engine can hold keys and values in: vLLM's names, on GPUs and on CPUs; llama.cpp's.
 _VLLM_CACHES, _CPU_CACHES = (PLAIN, "int8_per_token_head", "fp8"), (PLAIN, "fp8")
 _ONLY_PLAIN = ("sm75",)  # GPUs before those that its narrow caches are for
+# Models whose sliding windows llama.cpp has; of others it keeps all keys and values.
+_LLAMA_WINDOWS = (
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "gemma3n",
+    "gemma3n_text",
+    "cohere2",
+    "gpt_oss",
+    "olmo3",
+    "exaone4",
+)
 _LLAMA_CACHES = {"f16": 2.0, "q8_0": 34 / 32}  # bytes of a number
 
 
@@ -65,13 +77,23 @@ def recommend(
     """
     machine = machine_of(memory, engine, device, gpus)
     folder = find_model(model, weights=False)
+    if lacks_config(folder):
+        raise BadCheckpoint(
+            f"{folder}: no {CONFIG}, which says what the model is: get that file; weights are not needed"
+        )
     if not is_config_alone(folder):
         return _recommend(model, model, context, machine, profile)
     with sketched(folder) as shapes:
         found = _recommend(str(shapes), model, context, machine, profile)
-        candidates = [replace(c, refused=c.refused.replace(str(shapes), str(folder))) for c in found.candidates]
-    notes = [_SHAPES] if any(name.startswith("tokenizer") for name in list_names(folder)) else [_SHAPES, _NO_TOKENIZER]
-    return replace(found, candidates=tuple(candidates), notes=(*notes, *found.notes))
+    has_tokenizer = any(name.startswith("tokenizer") for name in list_names(folder))
+
+    def reason(refused: str) -> str:
+        if not has_tokenizer and any(word in refused for word in ("tokenizer", "0 samples")):
+            return _NO_TOKENIZER
+        return refused.replace(str(shapes), str(folder))
+
+    candidates = tuple(replace(c, refused=reason(c.refused)) for c in found.candidates)
+    return replace(found, candidates=candidates, notes=(_SHAPES, *found.notes))
 
 
 def _recommend(source: str, model: str, context: int | None, machine: Machine, profile: Path | None) -> Recommendation:
@@ -94,7 +116,7 @@ def _recommend(source: str, model: str, context: int | None, machine: Machine, p
     plain = replace(plain, fits=plain.total <= machine.usable)
     known = None if profile is None else _profile(profile, structure)
     found = [
-        _with_cache(_of_scheme(request, machine, whole), loss, caches, activations, machine)
+        _with_cache(_of_scheme(request, machine, structure, whole), loss, caches, activations, machine)
         for request, loss in _asked(source, machine, known)
     ]
     no_mix = []
@@ -104,6 +126,8 @@ def _recommend(source: str, model: str, context: int | None, machine: Machine, p
         except UsageError as e:
             no_mix.append(f"no mix of formats: {e}")
     chosen, why = choose(found)
+    if chosen is not None and plain.fits and plain.total <= chosen.total:
+        chosen, why = plain, "the model fits as it is, and no scheme takes less memory in this engine"
     return Recommendation(
         model=model,
         engine=machine.engine,
@@ -118,7 +142,7 @@ def _recommend(source: str, model: str, context: int | None, machine: Machine, p
         chosen=chosen,
         why=why,
         tokens=tokens(chosen, machine, context),
-        commands=() if chosen is None else tuple(commands(model, context, machine, chosen, profile)),
+        commands=() if chosen in (None, plain) else tuple(commands(model, context, machine, chosen, profile)),
         notes=(*no_mix, *notes(plain, found, chosen, machine, profile)),
         remedy="" if chosen else remedy(found, machine, context),
     )
@@ -167,7 +191,7 @@ def _caches(structure: ModelStructure, machine: Machine, context: int) -> dict[s
     gguf = machine.engine == LLAMA_CPP
     plain = next(iter(_LLAMA_CACHES)) if gguf else PLAIN
     try:
-        shape = CacheShape.of(config, windows=True)
+        shape = CacheShape.of(config, windows=not gguf or getattr(config, "model_type", None) in _LLAMA_WINDOWS)
     except QkitError:  # attention that keeps something else
         latent = getattr(config, "kv_lora_rank", None)
         if latent:
@@ -184,12 +208,13 @@ def _caches(structure: ModelStructure, machine: Machine, context: int) -> dict[s
     return {name: int(heads * ENGINE_CACHES[name].bytes_of(shape.head_dim)) for name in able}
 
 
-def _of_scheme(request: Request, machine: Machine, whole: int) -> Candidate:
+def _of_scheme(request: Request, machine: Machine, structure: ModelStructure, whole: int) -> Candidate:
     """Bytes of the weights in the engine, and whether and how it loads them. whole: bytes of the model as it is, which
     transformers makes of every packed file."""
     scheme = str(request.scheme)
     try:
-        prepared = prepare(replace(request, engine=machine.engine, gpu=machine.gpu, tp=machine.tp))
+        asked = replace(request, engine=machine.engine, gpu=machine.gpu, tp=machine.tp)
+        prepared = prepare(asked, structure=structure)
     except QkitError as e:
         return Candidate(scheme=scheme, refused=str(e).removesuffix(f": {INSTEAD}"))
     kernels = _kernels(engine_rows_of(prepared.plan, prepared.structure), machine)

@@ -81,7 +81,7 @@ def choose(found: list[Candidate]) -> tuple[Candidate | None, str]:
     if not fitting:
         smallest = smallest_of(found)
         if smallest is None:
-            return None, "the engine loads none of the schemes"
+            return None, "every scheme is left out"
         return None, f"the smallest of them, {smallest.scheme}, needs {megabytes(smallest.total)}"
     small = [c for c in fitting if c.loss <= NEGLIGIBLE]
     if small:

@@ -95,6 +95,9 @@ def test_llama_cpp_gets_types_of_gguf(advised):
 def test_transformers_expands_what_is_packed(advised):
     data = advised("--engine", "transformers", "--memory", "1GB", "--context", 64)
     assert {c["weights"] for c in data["candidates"] if not c["refused"]} == {data["plain"]["weights"]}
+    assert (
+        data["chosen"] == data["plain"] and data["why"].startswith("the model fits as it is") and not data["commands"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,7 +165,7 @@ def test_the_smallest_with_a_negligible_loss_else_the_least_loss():
     assert choose([better, bad, good])[0] == good
     assert choose([replace(better, fits=False), replace(good, fits=False), bad])[0] == bad
     assert choose([replace(bad, loss=NEGLIGIBLE * 3, weights=6), bad])[0].weights == 6
-    assert choose([Candidate(scheme="D", refused="why")]) == (None, "the engine loads none of the schemes")
+    assert choose([Candidate(scheme="D", refused="why")]) == (None, "every scheme is left out")
 
 
 def test_what_does_not_fit_is_told_what_would(advised, run, tiny):
@@ -244,7 +247,7 @@ def test_a_model_of_70_billion_weights_takes_no_disk(advised, tmp_path):
     (tmp_path / "large" / "config.json").write_text(json.dumps(config))
     data = advised("--memory", "48GB", "--engine", "vllm", model=tmp_path / "large")
     assert data["plain"]["weights"] == 2 * 70_553_706_496 and data["chosen"]["scheme"] == "W4A16"
-    assert data["notes"][1].startswith("the tokenizer is not here either")
+    assert "depends on the tokenizer, which is not here" in of_scheme(data, "NVFP4")["refused"]
 
 
 def test_a_config_of_a_quantized_model_says_too_little(run, tmp_path, tiny):
@@ -270,3 +273,42 @@ def test_of_a_model_on_the_hub_the_small_files_are_fetched(monkeypatch, tiny, tm
     kept = huggingface_hub.utils.filter_repo_objects(names, ignore_patterns=asked["ignore_patterns"])
     assert list(kept) == names[:2]
     assert data["commands"][0].startswith("qkit quantize --model me/tiny ")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"tokenizer.json": "{}"}, "no config.json, which says what the model is"),
+        (
+            {"config.json": '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'},
+            "config.json has no hidden_size",
+        ),
+        ({"config.json": "{}"}, "model_type"),
+        (
+            {"config.json": '{"model_type": "gpt2", "n_embd": 64, "n_head": 4, "vocab_size": 100}'},
+            "config.json has no n_layer",
+        ),
+    ],
+    ids=["tokenizer", "no sizes", "empty", "other names"],
+)
+def test_what_does_not_say_how_large_a_model_is(files, said, run, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    code, _, err = run("recommend", "--model", tmp_path, "--memory", "1GB")
+    assert code == 3 and said in err and len(err.strip().splitlines()) == 1
+
+
+def test_weights_that_qkit_does_not_read_are_none(advised, tmp_path, tiny):
+    shutil.copytree(tiny("llama"), tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors*"))
+    (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"pickle")
+    data = advised("--memory", "1GB", "--context", 64, "--engine", "vllm", model=tmp_path / "m")
+    assert data["plain"] == advised("--memory", "1GB", "--context", 64, "--engine", "vllm")["plain"]
+
+
+def test_llama_cpp_keeps_what_is_behind_a_window_that_it_does_not_have(tmp_path):
+    pytest.importorskip("gguf")
+    sweep_configs.save("causal", "mistral", tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "sliding_window": 16}))
+    narrow, whole = (recommend(str(tmp_path / "m"), 64, "1GB", engine).plain for engine in ("vllm", "llama.cpp"))
+    assert whole.cache_bytes == 4 * narrow.cache_bytes

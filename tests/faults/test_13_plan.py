@@ -1,6 +1,7 @@
 """Plan measures nothing and reads no weight: it says what has to be measured first, and whether a budget can be met at all."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -147,9 +148,11 @@ def test_whatever_has_to_be_measured_is_said(plan, options, words):
     code, said, err, data = plan(*options)
     assert code == 0, err
     assert len(data["measured_first"]) == len(words) == said.count("measured when quantize runs: ")
-    assert all(w in said for w in words) and said.count("times the operations of the quantization itself") == len(words)
     profiles = [m for m in data["measured_first"] if m["what"].startswith("a profile of")]
-    assert all(m["seconds"] > 0 for m in profiles) and said.count("the quantization itself, ") == len(profiles)
+    times = re.findall(r"tokens; about \d[^;]* on this machine|tokens; \d[^;]* on this machine", said)
+    assert all(m["seconds"] > 0 for m in profiles) and len(times) == len(profiles)
+    others = len(words) - len(profiles)
+    assert all(w in said for w in words) and said.count("times the operations of the quantization itself") == others
 
 
 def test_too_little_memory_for_the_cache(plan):
