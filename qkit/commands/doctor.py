@@ -87,6 +87,8 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
             say(f"    what to do: {finding.advice}")
     if len(diagnosis.findings) > _SHOWN:
         say(f"... and {len(diagnosis.findings) - _SHOWN} more findings (--json FILE contains all)")
+    if diagnosis.answers and not diagnosis.sound:
+        say("of the format, whatever is wrong with this file:")
     for answer in diagnosis.answers:
         say(f"engine: {answer}")
     say(diagnosis.verdict)

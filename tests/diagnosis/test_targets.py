@@ -98,5 +98,7 @@ def test_the_json_file_has_what_is_printed(made, tmp_path, run):
     for finding in said["findings"]:
         assert f"{finding['level']}: {finding['kind']}" in out and finding["found"] in out and finding["advice"] in out
     assert said["engine_answers"] and all(f"engine: {answer}" in out for answer in said["engine_answers"])
+    assert "of the format, whatever is wrong with this file:\nengine: " in out
+    assert "whatever is wrong" not in run("doctor", made("w4a16"), "--engine", "vllm")[1]
     assert all(label in out for label in said["formats"])
     assert run("doctor", copy, "--engine", "tensorrt")[0] == 2
