@@ -324,7 +324,7 @@ def gguf_architectures() -> str:
 def gguf_mixed() -> str:
     """Mixed GGUF files of qkit and of llama.cpp at the same bytes."""
     rows: list[Row] = []
-    for name, measure in (("tiny-llama", "kl"), ("smollm2", "fisher")):
+    for name, measure in (("tiny-llama", "kl"), ("smollm2", "fisher"), ("smollm2-ft", "fisher")):
         files = report(f"gguf/allocation-{name}")["files"]
         for mine in (f for f in files if f["who"] == "qkit" and f["name"].endswith(f" by {measure}") and f["against"]):
             mix = mine["against"]
