@@ -38,7 +38,7 @@ def is_config_alone(folder: Path) -> bool:
 def lacks_config(folder: Path) -> bool:
     """Whether a folder neither describes a model nor has weights of one."""
     names = list_names(folder)
-    return not any(name.endswith((CONFIG, PIPELINE, *_WEIGHTS)) for name in names)
+    return not {CONFIG, PIPELINE} & set(names) and not any(name.endswith(_WEIGHTS) for name in names)
 
 
 @contextmanager
@@ -48,6 +48,7 @@ def sketched(folder: Path) -> Iterator[Path]:
     Raises Unsupported for a model that transformers does not have built in, or one that is quantized already, whose tensors its
     config does not tell; BadCheckpoint for a config that describes no model.
     """
+    folder = folder.resolve()
     config, _ = strip_code_keys(
         parse_checked(read_bytes(checked_path(folder, CONFIG), CONFIG_LIMIT), f"{folder / CONFIG}")
     )

@@ -84,7 +84,10 @@ def recommend(
     if not is_config_alone(folder):
         return _recommend(model, model, context, machine, profile)
     with sketched(folder) as shapes:
-        found = _recommend(str(shapes), model, context, machine, profile)
+        try:
+            found = _recommend(str(shapes), model, context, machine, profile)
+        except QkitError as e:
+            raise type(e)(str(e).replace(str(shapes), str(folder))) from e
     has_tokenizer = any(name.startswith("tokenizer") for name in list_names(folder))
 
     def reason(refused: str) -> str:

@@ -5,11 +5,11 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import sweep_configs
 
 from qkit.files.safefile import read_header
 from qkit.planning.measured_losses import FILE, measured_losses
@@ -17,6 +17,10 @@ from qkit.tensor.formats import scheme
 from qkit.workflows.machines import VLLM_SHARE
 from qkit.workflows.recommend import recommend
 from qkit.workflows.recommendation import NEGLIGIBLE, Candidate, choose
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import sweep_configs
 
 REPORTS = Path(__file__).parents[2] / "reports"
 LAYERS, KEY_HEADS, HEAD = 2, 2, 16  # of tiny("llama")
@@ -278,7 +282,7 @@ def test_of_a_model_on_the_hub_the_small_files_are_fetched(monkeypatch, tiny, tm
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"tokenizer.json": "{}"}, "no config.json, which says what the model is"),
+        ({"tokenizer.json": "{}", "tokenizer_config.json": "{}"}, "no config.json, which says what the model is"),
         (
             {"config.json": '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'},
             "config.json has no hidden_size",
@@ -296,6 +300,19 @@ def test_what_does_not_say_how_large_a_model_is(files, said, run, tmp_path):
         (tmp_path / name).write_text(text)
     code, _, err = run("recommend", "--model", tmp_path, "--memory", "1GB")
     assert code == 3 and said in err and len(err.strip().splitlines()) == 1
+
+
+def test_the_folder_may_be_the_one_that_one_is_in(advised, tmp_path, tiny, monkeypatch, run):
+    shutil.copytree(tiny("llama"), tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors*"))
+    monkeypatch.chdir(tmp_path / "m")
+    there, elsewhere = (
+        advised("--memory", "1GB", "--context", 64, "--engine", "vllm", model=m) for m in (".", tmp_path / "m")
+    )
+    assert there["plain"] == elsewhere["plain"]
+    config = json.loads(Path("config.json").read_text())
+    Path("config.json").write_text(json.dumps({**config, "model_type": "bert", "architectures": ["BertModel"]}))
+    code, _, err = run("recommend", "--model", tmp_path / "m", "--memory", "1GB")
+    assert code == 3 and f"{tmp_path / 'm'}: " in err and "qkit-" not in err.replace(str(tmp_path), "")
 
 
 def test_weights_that_qkit_does_not_read_are_none(advised, tmp_path, tiny):
