@@ -24,7 +24,7 @@ from qkit.files.safefile import read_bytes
 
 CONFIG, PIPELINE, WEIGHTS = "config.json", "model_index.json", "model.safetensors"
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf")  # that qkit reads
-_TOLD = ("hidden_size", "num_hidden_layers", "vocab_size")  # for which transformers has defaults, of some model
+_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")  # for which transformers has defaults, of some model
 _BESIDE, _LARGEST = (".json", ".jinja", ".model", ".txt"), 64 << 20  # files that a plan may look at, and bytes of one
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -71,12 +71,11 @@ def _tensors(config: Mapping[str, Any], folder: Path) -> dict[str, torch.Tensor]
     from transformers.core_model_loading import revert_weight_conversion
 
     model: Any = build_skeleton(dict(config), str(folder), _dtype(config))
-    parsed = model.config.get_text_config(decoder=True)
-    inner = config.get("text_config")
-    given = {**config, **(inner if isinstance(inner, Mapping) else {})}
-    for name in _TOLD:
-        alias = parsed.attribute_map.get(name, name)
-        if hasattr(parsed, name) and not {name, alias} & given.keys():
+    text_config = model.config.get_text_config(decoder=True)
+    stated = {*config, *_text_part(config)}
+    for name in _SIZES:
+        alias = text_config.attribute_map.get(name, name)
+        if hasattr(text_config, name) and not {name, alias} & stated:
             raise BadCheckpoint(
                 f"{folder}: {CONFIG} has no {alias}: get the complete file, which says how large the model is"
             )
@@ -91,13 +90,17 @@ def _is_saved(model: nn.Module, buffer: str) -> bool:
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:
-    inner = config.get("text_config")
-    for part in (config, inner if isinstance(inner, Mapping) else {}):
+    for part in (config, _text_part(config)):
         named = str(part.get("dtype") or part.get("torch_dtype")).removeprefix("torch.")
         found = next((dtype for dtype in _NAMES if str(dtype) == f"torch.{named}"), None)
         if found is not None:
             return found
     return torch.bfloat16  # what models are published in
+
+
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    part = config.get("text_config")
+    return part if isinstance(part, Mapping) else {}
 
 
 def _write(tensors: Mapping[str, torch.Tensor], file: Path) -> None:

@@ -36,9 +36,9 @@ def _plain(used: Mapping[str, str]) -> str:
 
 def unquantized(answer: EngineAnswer, packed: Sequence[str]) -> list[str]:
     """Layers that are packed in the file and that the engine runs as plain ones."""
-    found = []
+    found, joined = [], _joined(answer)
     for name in packed:
-        place = place_of(name, answer.layers, _joined(answer))
+        place = place_of(name, answer.layers, joined)
         used = None if place is None else answer.layers[place]
         if used is not None and "scheme" not in used and "Unquantized" in used.get("method", "Unquantized"):
             found.append(name)
@@ -71,14 +71,14 @@ def place_of(name: str, layers: Collection[str], joined: Mapping[str, str]) -> s
 def with_inputs_kept(answer: EngineAnswer, rounding: Sequence[str]) -> dict[str, str]:
     """Those of the layers ``rounding``, whose inputs the file says to round, that the engine runs with inputs in 16 bits:
     {name: kernel}"""
-    found = {}
+    kept, joined = {}, _joined(answer)
     for name in rounding:
-        place = place_of(name, answer.layers, _joined(answer))
+        place = place_of(name, answer.layers, joined)
         used = {} if place is None else answer.layers[place]
         kernel = used.get("kernel", "")
         if "inputs" not in used and any(part in kernel for part in _INPUTS_KEPT):
-            found[name] = kernel
-    return found
+            kept[name] = kernel
+    return kept
 
 
 def notes_of(answer: EngineAnswer, kept: Mapping[str, str]) -> list[str]:

@@ -110,9 +110,9 @@ def budget_profile(base: Request, candidates: str) -> ProfileRequest:
     full = ProfileRequest(base, candidates)
     structure = open_structure(base.model, "a profile", adapter=base.adapter)
     rounds_inputs = any(c.scheme is not None and c.scheme.activations for c in candidates_of(full, structure))
-    alone = forecast(replace(full, measures=(KL,))).operations(structure)
+    kl_operations = forecast(replace(full, measures=(KL,))).operations(structure)
     quick = replace(full, base=replace(base, method="rtn"), measures=(FISHER,))
-    return full if rounds_inputs or alone <= KL_OPERATIONS else quick
+    return full if rounds_inputs or kl_operations <= KL_OPERATIONS else quick
 
 
 def _forecast(request: ProfileRequest, structure: ModelStructure, rows: Extent, has_images: bool) -> ProfileForecast:
