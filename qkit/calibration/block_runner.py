@@ -85,12 +85,14 @@ class BlockRunner:
     def capture(
         self, groups: tuple[LinearGroup, ...], request: StatsRequest, step: PieceCallback, keep: bool = True,
         inputs: Mapping[str, Callable[[Tensor], Tensor]] | None = None, originals: Mapping[str, Path] | None = None,
+        divided: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Stats]:  # fmt: skip
         """{group key: Stats} over all good rows. A group that no token reached has statistics of none.
 
         keep:      store the input of a submodule's last linear, so that the submodule can be played back once it is solved
         inputs:    {group key: transform of its inputs before statistics are taken}
         originals: {submodule: file of its inputs in the original model, as ``leave`` saves them}, for the drift
+        divided:   {group key: what its inputs are divided by since these were saved}
         """
         sums = {g.key: Accumulator(g.linears[0].shape[1], request, self.rows.dtype) for g in groups}
         stride = max(1, self.rows.total // SAMPLE_TOKENS)
@@ -114,12 +116,12 @@ class BlockRunner:
                 group_inputs = self._inputs_of(arguments, groups, valid, request)
             group_inputs |= {g.key: x for g in groups if g.stack and (x := stacked.inputs_of(g)) is not None}
             group_inputs = {key: inputs[key](x) if inputs and key in inputs else x for key, x in group_inputs.items()}
-            original_inputs = {g.key: self._saved(g, originals, span, valid) for g in groups}
-            drifts = {
-                key: (inputs[key](y) if inputs and key in inputs else y).float() - group_inputs[key].float()
-                for key, y in original_inputs.items()
-                if y is not None
-            }
+            drifts: dict[str, Tensor] = {}
+            for key, saved in ((g.key, self._saved(g, originals, span, valid)) for g in groups):
+                if saved is not None:
+                    y = saved.float() / divided[key] if divided and key in divided else saved
+                    y = inputs[key](y) if inputs and key in inputs else y
+                    drifts[key] = y.float() - group_inputs[key].float()
             token_kinds = None if kinds is None else kinds[slice(*span)].flatten()
             token_kinds = token_kinds if token_kinds is None or valid is None else token_kinds[valid]
             piece_stats = {

@@ -151,7 +151,8 @@ def _solve_stages(run: Run, step: BlockStep, runner: BlockRunner) -> tuple[list[
         inputs = {g.key: state.inputs(g, p.rotation) for g in groups if (p := plan.linears.get(g.linears[0].name))}
         saved, stats = saved_inputs(run, step, runner.rows), dict[str, Stats]()
         if needs_inputs:
-            stats = runner.capture(groups, _stats_request(plan, groups), progress.step, inputs=inputs, originals=saved)
+            request = _stats_request(plan, groups)
+            stats = runner.capture(groups, request, progress.step, True, inputs, saved, state.divided)
         by_linear = {x.name: inputs[g.key] for g in groups if g.key in inputs for x in g.linears}
         solved = solve_groups(state, plan, groups, stats, run.pool)
         for r in solved:

@@ -193,6 +193,7 @@ def fold(state: BlockState, group: LinearGroup, s: Tensor) -> None:
         reader = state.module.get_submodule(name)
         weight: Any = reader.weight
         state.assign(weight, weight.data.float() * s)
+    state.divided[group.key] = s * state.divided[group.key] if group.key in state.divided else s
     for stats in (state.stats, state.originals):
         if group.key in stats:
             stats[group.key] = stats[group.key].divided_by(s)

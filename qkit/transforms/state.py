@@ -24,6 +24,7 @@ class BlockState:
              for unscaled inputs
     doubled: {linear name: number of residual channels}; residual: {group key: these channels, int32}
     stats:   {group key: statistics of its inputs}; originals: the same in the original model, where a transform needs it
+    divided: {group key: float32 [in]}, what the group's source divides its inputs by, against the original model
     distort: ``originals`` is used for reference outputs only
     original_values: {need: value for this block}, from passes of the original model
     unproved: keys of groups whose source a scale is not folded into: it changed what the block returns
@@ -39,6 +40,7 @@ class BlockState:
     residual: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Stats] = field(default_factory=dict)
     originals: dict[str, Stats] = field(default_factory=dict)
+    divided: dict[str, Tensor] = field(default_factory=dict)
     distort: bool = False
     notes: dict[str, dict[str, float]] = field(default_factory=dict)
     original_values: dict[str, Any] = field(default_factory=dict)

@@ -103,6 +103,18 @@ def test_errors_of_earlier_layers_are_made_up_for(asked: Request, tmp_path: Path
     assert errors[2] < errors[1] < 0.97 * errors[0]
 
 
+@pytest.mark.parametrize("transform", ["awq", "smoothquant"])
+def test_what_a_transform_divides_inputs_by_is_no_error(asked: Request, tmp_path: Path, transform: str) -> None:
+    """The inputs in the original model are divided alike before they are compared."""
+    errors = []
+    for share in (0.0, 1.0):
+        request = replace(asked, method=f"{transform}+gptq", options={"compensate": share})
+        out = tmp_path / f"{share}"
+        assert quantize(request, out, Quiet()).ok
+        errors.append(logits_error(out, asked))
+    assert errors[1] < 0.97 * errors[0]
+
+
 def test_nothing_depends_on_the_workers_and_a_stopped_run_goes_on(asked: Request, tmp_path: Path) -> None:
     out, other, stopped = (tmp_path / name for name in ("out", "other", "stopped"))
     quantize(asked, out, Quiet())
