@@ -8,6 +8,7 @@ batch go through a block before the next is read.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from qkit.calibration.block_calls import Call, NotOneAfterAnother
 from qkit.calibration.statistics import Rows
 from qkit.engine.entry import embed
 from qkit.engine.job import Job
-from qkit.families.blocks import BlockStructure
+from qkit.families.blocks import BlockSequence, BlockStructure
 from qkit.families.ends import final_norm
 from qkit.families.materialize import load_block, release
 from qkit.families.structure import ModelStructure
@@ -39,8 +40,22 @@ _FRAGMENT_SHARE, _FRAGMENTS = 2, 256 << 20
 
 Read = Callable[[str], Tensor]  # a tensor by its name in the checkpoint
 Loading = Callable[[BlockStructure], AbstractContextManager[nn.Module]]
-# (index of a block in the chain; by piece, gradients at its outputs, and those of its parameters by name)
-Use = Callable[[int, list[Tensor], list[dict[str, Tensor]]], None]
+
+
+@dataclass(frozen=True)
+class BlockGradients:
+    """A block on the way back, while its module is loaded.
+
+    number:     of the block in the chain
+    at_outputs: by piece, gradients at what left it
+    parameters: by piece, gradients of its parameters by name; pieces run while this is read
+    at_inputs:  by piece, gradients at what entered it, as far as ``parameters`` was read
+    """
+
+    number: int
+    at_outputs: list[Tensor]
+    parameters: Iterator[dict[str, Tensor]]
+    at_inputs: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,13 +64,13 @@ class Chain:
 
     rows:   those that enter the first block
     blocks: with their calls, in running order
-    head:   logits [n, vocabulary] of what leaves the last block, [n, hidden]
+    behind: the model that reads what leaves the last block as its embeddings: the final norm and what is behind it
     """
 
     structure: ModelStructure
     rows: Rows
     blocks: tuple[tuple[BlockStructure, Call], ...]
-    head: Callable[[Tensor], Tensor]
+    behind: Any
     pool: Workers
 
     def __enter__(self) -> Chain:
@@ -68,6 +83,13 @@ class Chain:
     def vocabulary(self) -> int:
         """Number of logits of a token."""
         return int(self.structure.text_config.vocab_size)
+
+    def head(self, hidden: Tensor, behind: Any = None) -> Tensor:
+        """Logits [n, vocabulary] of what leaves the last block, [n, hidden]. behind: with another head than the model's"""
+        logits: Tensor = (self.behind if behind is None else behind)(
+            inputs_embeds=hidden[None], use_cache=False
+        ).logits[0]
+        return logits
 
     def entering(self, rows: Sequence[int]) -> Tensor:
         """What enters the first block for these rows, [rows, length, hidden]."""
@@ -124,10 +146,9 @@ class Chain:
         return before
 
     def backward(
-        self, kept: OffloadedTensors, gradients: list[Tensor], load: Loading, use: Use,
-        step: Callable[[], object] = lambda: None,
-    ) -> None:  # fmt: skip
-        """Hand the gradients of every block to ``use``, from the last block to the first.
+        self, kept: OffloadedTensors, gradients: list[Tensor], load: Loading, step: Callable[[], object] = lambda: None
+    ) -> Iterator[BlockGradients]:
+        """The gradients of every block, from the last block to the first.
 
         kept, gradients: what ``forward`` kept, and the gradient at what it gave; parameters that ``load`` leaves with
         ``requires_grad`` get gradients
@@ -135,10 +156,10 @@ class Chain:
         for number, (block, call) in reversed(list(enumerate(self.blocks))):
             with load(block) as module:
                 leaves = {name: p for name, p in module.named_parameters() if p.requires_grad}
-                first = number * len(gradients)
+                at_inputs: list[Tensor] = []
 
                 def one(
-                    piece: int, call: Call = call, module: nn.Module = module, first: int = first,
+                    piece: int, call: Call = call, module: nn.Module = module, first: int = number * len(gradients),
                     leaves: dict[str, nn.Parameter] = leaves, at_outputs: list[Tensor] = gradients,
                 ) -> tuple[Tensor, ...]:  # fmt: skip
                     with torch.inference_mode(False), torch.enable_grad(), PlainAttention():
@@ -148,10 +169,19 @@ class Chain:
                             allow_unused=True, materialize_grads=True,
                         )  # fmt: skip
 
-                found = self.pool.map(one, range(len(gradients))) if leaves or number else [()] * len(gradients)
-            use(number, gradients, [dict(zip(leaves, g, strict=False)) for g in found])
-            gradients = [g[-1] for g in found if g]
+                by_piece = self._by_piece(one, len(gradients), list(leaves), at_inputs)
+                yield BlockGradients(number, gradients, by_piece, at_inputs)
+                if number:
+                    deque(by_piece, maxlen=0)  # what was not read
+            gradients = at_inputs
             step()
+
+    def _by_piece(
+        self, run: Callable[[int], tuple[Tensor, ...]], pieces: int, names: list[str], at_inputs: list[Tensor]
+    ) -> Iterator[dict[str, Tensor]]:
+        for gradients in self.pool.stream(run, range(pieces)):
+            at_inputs.append(gradients[-1])
+            yield dict(zip(names, gradients, strict=False))
 
 
 def spans(rows: int, tokens: int) -> list[tuple[int, int]]:
@@ -168,12 +198,19 @@ def with_fragments(alive: int) -> int:
 def is_chain(plan: Plan, structure: ModelStructure) -> bool:
     """Whether the model is taken to be a chain, as far as its structure tells."""
     calibration, last = plan.calibration, sequences(plan, structure)[-1]
-    plain = calibration is not None and calibration.inputs is None and not structure.towers
-    return plain and not structure.is_recorded(last) and final_norm(structure) is not None
+    return calibration is not None and calibration.inputs is None and may_chain(structure, last)
 
 
-def chain_of(plan: Plan, structure: ModelStructure, job: Job, pool: Workers) -> Chain | None:
-    """The original model of a plan as a chain, with its calibration rows; None for a model that is none.
+def may_chain(structure: ModelStructure, language: BlockSequence) -> bool:
+    """Whether a language model that continues a text is taken to be a chain. language: its blocks"""
+    return not structure.towers and not structure.is_recorded(language) and final_norm(structure) is not None
+
+
+def chain_of(
+    plan: Plan, structure: ModelStructure, job: Job, pool: Workers, outer: torch.dtype | None = None
+) -> Chain | None:
+    """The original model of a plan as a chain, with its calibration rows; None for a model that is none. outer: as ``embed``
+    has it
 
     That nothing but the norm is between blocks and head is proved on the first row, with stand-ins for the blocks.
     """
@@ -185,7 +222,7 @@ def chain_of(plan: Plan, structure: ModelStructure, job: Job, pool: Workers) -> 
     sequence = sequences(plan, structure)[-1]
     path = temp_path(job.rows_path(0).parent, "chain")
     try:
-        rows, calls = embed(plan, structure, job, sequence, path, lambda: None)
+        rows, calls = embed(plan, structure, job, sequence, path, lambda: None, outer=outer)
     except NotOneAfterAnother:
         return None
     finally:
@@ -196,12 +233,8 @@ def chain_of(plan: Plan, structure: ModelStructure, job: Job, pool: Workers) -> 
         return None
     give_back()
 
-    def head(hidden: Tensor) -> Tensor:
-        logits: Tensor = model(inputs_embeds=hidden[None], use_cache=False).logits[0]
-        return logits
-
-    chain = Chain(structure, rows, blocks, head, pool)  # type: ignore[arg-type]
-    return chain if _is_proved(chain, model, given) else None
+    chain = Chain(structure, rows, blocks, model, pool)  # type: ignore[arg-type]
+    return chain if _is_proved(chain, given) else None
 
 
 class _Norm(nn.Module):
@@ -212,9 +245,9 @@ class _Norm(nn.Module):
         self.norm = norm
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import MoeModelOutputWithPast  # has all fields that a head's model reads
 
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(inputs_embeds))
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(inputs_embeds))
 
 
 def _behind_blocks(plan: Plan, structure: ModelStructure, dtype: torch.dtype) -> Any:
@@ -240,7 +273,7 @@ def _behind_blocks(plan: Plan, structure: ModelStructure, dtype: torch.dtype) ->
 
     with torch.inference_mode(False):
         model = _with_parts(whole, {n: with_weights(n) for n, _ in beside})
-        return _in_place(model, norm.rpartition(".")[0].split("."), _Norm(with_weights(norm)))
+        return in_place(model, norm.rpartition(".")[0].split("."), _Norm(with_weights(norm)))
 
 
 def _with_parts(module: nn.Module, parts: dict[str, nn.Module]) -> nn.Module:
@@ -250,20 +283,20 @@ def _with_parts(module: nn.Module, parts: dict[str, nn.Module]) -> nn.Module:
     return copied
 
 
-def _in_place(module: nn.Module, path: list[str], part: nn.Module) -> nn.Module:
-    """A copy of a module that has ``part`` at the path."""
+def in_place(module: nn.Module, path: Sequence[str], part: nn.Module) -> nn.Module:
+    """A copy of a module that has ``part`` at the path, and shares all else."""
     name, *rest = path
-    return _with_parts(module, {name: _in_place(module.get_submodule(name), rest, part) if rest else part})
+    return _with_parts(module, {name: in_place(module.get_submodule(name), rest, part) if rest else part})
 
 
-def _is_proved(chain: Chain, model: Any, given: list[Any]) -> bool:
+def _is_proved(chain: Chain, given: list[Any]) -> bool:
     """given: what the model without its head returned for the first row, its blocks handing hidden states on unchanged"""
     entered = chain.rows.read(0, 1)
     if not given or not isinstance(given[0], Tensor) or given[0].shape != entered.shape:
         return False
     try:
         with torch.inference_mode():
-            ours = model.base_model(inputs_embeds=entered).last_hidden_state.float()
+            ours = chain.behind.base_model(inputs_embeds=entered).last_hidden_state.float()
             fits = chain.head(entered[0, :1]).shape == (1, chain.vocabulary)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as e:
         if ran_out(e):

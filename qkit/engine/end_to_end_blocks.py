@@ -128,12 +128,11 @@ class BlockwiseModel:
 
         gradients = self.pool.map(at_output, zip(pieces, outputs, strict=True))
 
-        def use(number: int, _: list[Tensor], by_piece: list[dict[str, Tensor]]) -> None:
-            stored = self.stored[self.chain.blocks[number][0].path]
+        for block in self.chain.backward(kept, gradients, self._learned):
+            stored = self.stored[self.chain.blocks[block.number][0].path]
+            by_piece = list(block.parameters)
             found = [[x.linear.part(g[x.linear.param]) for g in by_piece] for x in stored]
             self.pool.map(lambda pair: self._update(*pair, rate), zip(stored, found, strict=True))
-
-        self.chain.backward(kept, gradients, self._learned, use)
 
     def _update(self, x: _Stored, gradients: list[Tensor], rate: float) -> None:
         with torch.inference_mode(False):

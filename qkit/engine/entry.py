@@ -45,11 +45,13 @@ def embed(
     step: Callable[[], object],
     cache: Any = None,
     good: list[bool] | None = None,
+    outer: torch.dtype | None = None,
 ) -> tuple[Rows, BlockCalls]:
     """Rows that enter the sequence, written to ``path``, and the calls of its blocks.
 
     cache: the KV cache of the calls, if there is one
     good:  state of rows that ``path`` holds already (of a later block); then only calls are recorded
+    outer: dtype of what is before the blocks, and so of positions; None for the checkpoint's
     Raises BadCalibration where the sequence processes images and no row has one.
     """
     assert plan.calibration is not None
@@ -80,7 +82,7 @@ def embed(
     once = together and calibration.inputs is None  # rows of a text are all called alike
     batch_calls: dict[int, Call] | None = None
     try:
-        with _loaded_outer(plan, structure, job), path.open("ab" if good else "wb") as f:
+        with _loaded_outer(plan, structure, job, outer), path.open("ab" if good else "wb") as f:
             if together and structure.is_discovered:
                 learned = learn_calls(structure, sequence, calibration, call_options)
                 passing, batch_calls = learned.passing, learned.calls
@@ -144,7 +146,7 @@ def _as_one(calibration: Calibration, calls: list[dict[int, Call]]) -> dict[int,
 
 
 @contextmanager
-def _loaded_outer(plan: Plan, structure: ModelStructure, job: Job) -> Iterator[None]:
+def _loaded_outer(plan: Plan, structure: ModelStructure, job: Job, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Load all weights outside the blocks of the language model, with towers as the job quantized them, and release
     them after.
     """
@@ -167,7 +169,7 @@ def _loaded_outer(plan: Plan, structure: ModelStructure, job: Job) -> Iterator[N
 
     table = structure.stored_name(f"{structure.family.embeddings}.weight")
     rotated = {table: rotate_outer(structure, plan.seed)[table]} if "rotate" in plan.transforms else {}
-    load_outer(structure, read)
+    load_outer(structure, read, dtype)
     handles = []
     for block in (b for tower in structure.towers for b in tower.blocks):
         for linear in block.linears:

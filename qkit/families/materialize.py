@@ -56,10 +56,12 @@ def load_block(
     return module.requires_grad_(False)
 
 
-def load_outer(structure: ModelStructure, read: Callable[[str], Tensor] | None = None) -> None:
+def load_outer(
+    structure: ModelStructure, read: Callable[[str], Tensor] | None = None, dtype: torch.dtype | None = None
+) -> None:
     """Load all modules outside the blocks that run before the first block (embeddings, positions, norms, towers).
 
-    read: as for ``load_block``
+    read: as for ``load_block``; dtype: None for that of each parameter in the checkpoint
     """
     read = read or structure.checkpoint.read_finite
     model, blocks = structure.model, structure.family.blocks
@@ -71,8 +73,8 @@ def load_outer(structure: ModelStructure, read: Callable[[str], Tensor] | None =
             continue
         for leaf, p in list(module.named_parameters(recurse=False)):
             # A tower that was quantized was in another dtype meanwhile.
-            dtype = structure.loaded_dtype(f"{name}.{leaf}")
-            setattr(module, leaf, nn.Parameter(torch.empty_like(p, device="cpu", dtype=dtype), requires_grad=False))
+            kept = dtype or structure.loaded_dtype(f"{name}.{leaf}")
+            setattr(module, leaf, nn.Parameter(torch.empty_like(p, device="cpu", dtype=kept), requires_grad=False))
         for leaf, b in list(module.named_buffers(recurse=False)):
             module._buffers[leaf] = torch.empty_like(b, device="cpu")
     fill_computed_buffers(structure, prefix, inside)

@@ -24,7 +24,7 @@ def divergence(head: Head, hidden: Tensor, original: Tensor, vocabulary: int) ->
     """
     total = 0.0
     with torch.no_grad():
-        for part in _slices(len(hidden), vocabulary):
+        for part in slices(len(hidden), vocabulary):
             true, ours = (wide(head(x[part])).log_softmax(-1) for x in (original, hidden))
             total += float((true - ours).mul_(true.exp_()).sum())
     return total
@@ -39,15 +39,43 @@ def divergence_gradient(head: Head, hidden: Tensor, original: Tensor, vocabulary
     return _gradient(head, hidden, vocabulary, by_logits)
 
 
+def compared(
+    head: Head, hidden: Tensor, original_head: Head, original: Tensor, targets: Tensor, vocabulary: int
+) -> tuple[float, float]:
+    """Sums over tokens of the negative log likelihood of ``targets``, int64 [n], and of the KL divergence from the original
+    model, in nats. hidden, original: [n, hidden], what the heads read"""
+    likelihood, divergence_ = 0.0, 0.0
+    with torch.no_grad():
+        for part in slices(len(hidden), vocabulary):
+            ours = wide(head(hidden[part])).log_softmax(-1)
+            true = wide(original_head(original[part])).log_softmax(-1)
+            likelihood -= float(ours.gather(-1, targets[part, None]).sum(dtype=torch.float64))
+            divergence_ += float((true - ours).mul_(true.exp_()).sum(dtype=torch.float64))
+    return likelihood, divergence_
+
+
+def likelihood_gradient(head: Head, hidden: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    """Gradient at ``hidden`` of the summed negative log likelihood of ``targets``, int64 [n]."""
+    return _gradient(head, hidden, vocabulary, lambda logits, part: at_logits(logits, targets[part, None]))
+
+
+def at_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Gradient of the summed negative log likelihood at the logits. labels: int64 [n, 1]"""
+    return _less_one(wide(logits).softmax(-1), labels)
+
+
 def sampled_gradient(head: Head, hidden: Tensor, vocabulary: int, drawn: torch.Generator) -> Tensor:
     """Gradient at ``hidden`` of the summed negative log likelihood of labels that are drawn from the model itself."""
 
     def by_logits(logits: Tensor, part: slice) -> Tensor:
         chances = wide(logits).softmax(-1)
-        labels = torch.multinomial(chances, 1, generator=drawn)
-        return chances.scatter_add_(-1, labels, torch.full_like(labels, -1, dtype=chances.dtype))
+        return _less_one(chances, torch.multinomial(chances, 1, generator=drawn))
 
     return _gradient(head, hidden, vocabulary, by_logits)
+
+
+def _less_one(chances: Tensor, labels: Tensor) -> Tensor:
+    return chances.scatter_add_(-1, labels, torch.full_like(labels, -1, dtype=chances.dtype))
 
 
 def wide(logits: Tensor) -> Tensor:
@@ -58,7 +86,7 @@ def wide(logits: Tensor) -> Tensor:
 def _gradient(head: Head, hidden: Tensor, vocabulary: int, by_logits: Callable[[Tensor, slice], Tensor]) -> Tensor:
     """Gradient at ``hidden`` of a sum over tokens, from that at their logits."""
     gradient = torch.empty_like(hidden)
-    for part in _slices(len(hidden), vocabulary):
+    for part in slices(len(hidden), vocabulary):
         with torch.enable_grad():
             leaf = hidden[part].detach().requires_grad_()
             logits = head(leaf)
@@ -68,7 +96,8 @@ def _gradient(head: Head, hidden: Tensor, vocabulary: int, by_logits: Callable[[
     return gradient
 
 
-def _slices(tokens: int, vocabulary: int) -> Iterator[slice]:
+def slices(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """The tokens whose logits are there at a time."""
     step = max(1, SLICE_LOGITS // vocabulary)
     yield from (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 

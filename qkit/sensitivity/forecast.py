@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from qkit.calibration.batches import Extent, extent_first
 from qkit.calibration.dataset import Calibration
-from qkit.engine.chain import is_chain, with_fragments
+from qkit.engine.chain import is_chain, may_chain, with_fragments
 from qkit.engine.forecast import ALLOCATOR, LATER
 from qkit.errors import Unsupported
 from qkit.families.blocks import LANGUAGE
@@ -21,6 +21,7 @@ from qkit.rounding.block import PIECE_TOKENS
 from qkit.rounding.sliced import slice_bytes
 from qkit.sensitivity import hidden
 from qkit.sensitivity.candidates import Candidate, are_gguf
+from qkit.sensitivity.names import BLOCKWISE, FISHER
 from qkit.sensitivity.outputs import SAMPLE_TOKENS
 from qkit.sensitivity.reference_model import SPILL_BYTES, log_prob_bytes
 from qkit.sensitivity.repair import ROWS
@@ -52,7 +53,7 @@ class ProfileForecast:
 
     forward, backward: passes without and with gradients
     memory: bytes by what holds them, at the worst moment; peak_memory: of the process
-    spilled: bytes of reference log probabilities that go to a file in the profile's folder
+    spilled: bytes, by what they are, that go to files in the profile's folder while it is made
     """
 
     solver_runs: int
@@ -62,7 +63,7 @@ class ProfileForecast:
     length: int
     memory: dict[str, int]
     peak_memory: int
-    spilled: int
+    spilled: dict[str, int]
 
     def operations(self, structure: ModelStructure) -> float:
         """The operations of all passes; multiply-adds count twice."""
@@ -71,7 +72,7 @@ class ProfileForecast:
     def line(self) -> str:
         """The forecast in one line for a person."""
         parts = ", ".join(f"{k} {megabytes(v)}" for k, v in self.memory.items() if v)
-        disk = f"; {megabytes(self.spilled)} of disk for reference probabilities" if self.spilled else ""
+        disk = "".join(f"; {megabytes(v)} of disk for {k}" for k, v in self.spilled.items() if v)
         return f"forecast: {self.work}, about {megabytes(self.peak_memory)} of memory ({parts}){disk}"
 
     @property
@@ -105,14 +106,8 @@ def profile_forecast(
     moves = any(c.scheme is not None and c.scheme.activations is not None for c in candidates)
     backward = sum(m in measures for m in ("first", "fisher")) + ("first_x" in measures and moves)
     backward += points * quantizing * ("pqi" in measures)
-    log_probs = log_prob_bytes(rows.scored, _vocabulary(structure))
-    memory = {
-        "the model in float32": 4 * structure.parameters,
-        "reference probabilities": log_probs if log_probs <= SPILL_BYTES else 0,
-        "measures": _measure_memory(structure, measures, rows, workers),
-    }
-    peak = max(process_bytes(), resident_bytes() + LATER + int(ALLOCATOR * sum(memory.values())))
-    spilled = log_probs if log_probs > SPILL_BYTES else 0
+    blockwise = set(measures) <= set(BLOCKWISE) and may_chain(structure, structure.sequences[-1])
+    memory, spilled = (_blockwise if blockwise else _whole)(structure, measures, rows, workers)
     return ProfileForecast(
         solver_runs=quantizing,
         forward=forward,
@@ -120,9 +115,45 @@ def profile_forecast(
         rows=rows.rows,
         length=rows.length,
         memory=memory,
-        peak_memory=peak,
+        peak_memory=max(process_bytes(), resident_bytes() + LATER + int(ALLOCATOR * sum(memory.values()))),
         spilled=spilled,
     )
+
+
+def _whole(
+    structure: ModelStructure, measures: Sequence[str], rows: Extent, workers: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """(memory, disk) of a profile with the whole model in memory."""
+    log_probs = log_prob_bytes(rows.scored, _vocabulary(structure))
+    in_memory = log_probs <= SPILL_BYTES
+    memory = {
+        "the model in float32": 4 * structure.parameters,
+        "reference probabilities": log_probs if in_memory else 0,
+        "measures": _measure_memory(structure, measures, rows, workers),
+    }
+    return memory, {"reference probabilities": 0 if in_memory else log_probs}
+
+
+def _blockwise(
+    structure: ModelStructure, measures: Sequence[str], rows: Extent, workers: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """(memory, disk) of a profile with one block in memory: see ``chained_original.py``."""
+    vocabulary, width = _vocabulary(structure), int(structure.text_config.hidden_size)
+    block = max(sum(x.shape[0] * x.shape[1] for x in b.linears) for b in structure.blocks)
+    widths = max(sum(sum(x.shape) for x in b.linears if x.expert is None) for b in structure.blocks)
+    states, busy = 4 * rows.rows * rows.length * width, min(workers, rows.rows)
+    # Each worker has the graph of a row and gradients of a block; as many wait to be added, and one sum is of all rows.
+    passes_back = 4 * block * (1 + 2 * busy) + 4 * busy * rows.length * (2 * widths + 16 * width)
+    # Matrices of the size of the ends: gradients, the original, what a format puts in its place, and what that is made of. And
+    # logits of a row.
+    ends = 4 * 4 * vocabulary * width + (busy + 1) * 4 * rows.length * vocabulary
+    memory = {
+        "head": 4 * vocabulary * width,
+        "a block": 4 * block,
+        "hidden states": 3 * states,
+        "measures": max(passes_back if {"first", FISHER} & set(measures) else 4 * block, ends),
+    }
+    return memory, {"hidden states": states * (1 + len(structure.blocks))}
 
 
 def repair_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
@@ -168,12 +199,21 @@ def weighing_disk(plan: Plan, structure: ModelStructure) -> int:
 
 def refuse_what_cannot_fit(forecast: ProfileForecast) -> None:
     """Raises Unsupported where the memory of this machine is too small."""
+    _refuse_above(forecast.peak_memory, "the profile")
+
+
+def refuse_model_that_cannot_fit(structure: ModelStructure) -> None:
+    """Raises Unsupported where the whole model in float32 is too large for this machine."""
+    _refuse_above(model_memory(structure), "a profile of this model, whose blocks do not run one after another,")
+
+
+def _refuse_above(needed: int, what: str) -> None:
     available = available_memory()
-    if available is not None and forecast.peak_memory > available:
+    if available is not None and needed > available:
         raise Unsupported(
-            f"the profile needs about {megabytes(forecast.peak_memory)} of memory and {megabytes(available)} are available: "
-            "use fewer --rows, --threads or --measures (pqi, first and fisher hold gradients of all weights), or a larger "
-            "machine"
+            f"{what} needs about {megabytes(needed)} of memory and {megabytes(available)} are available: "
+            f"use fewer --rows or --threads, --measures {FISHER} alone, which for most models of text needs one block in "
+            "memory at a time, or a larger machine"
         )
 
 

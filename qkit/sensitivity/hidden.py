@@ -89,14 +89,12 @@ def chain_roots(
     width = chain.rows.hidden
     found: dict[int, Tensor] = {}
 
-    def use(number: int, gradients: list[Tensor], _: object) -> None:
-        total = torch.zeros(width, width, dtype=torch.float64)
-        for product in chain.pool.stream(lambda g: (flat := g.flatten(0, -2)).T @ flat, gradients):
-            total += product.double()
-        found[chain.blocks[number][0].index] = _root(total)
-
     gradients = chain.pool.map(at_output, zip(range(len(pieces)), pieces, outputs, strict=True))
-    chain.backward(kept, gradients, lambda block: chain.loaded(block, read), use, step)
+    for block in chain.backward(kept, gradients, lambda block: chain.loaded(block, read), step):
+        total = torch.zeros(width, width, dtype=torch.float64)
+        for product in chain.pool.stream(lambda g: (flat := g.flatten(0, -2)).T @ flat, block.at_outputs):
+            total += product.double()
+        found[chain.blocks[block.number][0].index] = _root(total)
     return [found[b.index] if b.index in found else torch.eye(width) for b in chain.structure.blocks]
 
 

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,9 +37,9 @@ from torch import Tensor
 from qkit.calibration.batches import batches
 from qkit.calibration.dataset import Calibration
 from qkit.families.blocks import LANGUAGE
-from qkit.files.offload import Chunks
 from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.decomposition import decompose, decomposition_file, save_decomposition
+from qkit.sensitivity.original import Original, WholeOriginal
 from qkit.sensitivity.outputs import OutputSample, has_modules
 from qkit.sensitivity.pqi import mean_gradients, weight_shares
 from qkit.sensitivity.probes import Activations, Probes
@@ -50,22 +51,20 @@ from qkit.tensor.activations import quantize_activations
 from qkit.transforms.balance import gradients, ratios
 
 Costs = dict[tuple[str, str], float]
+_ROWS = 4096  # of a matrix that an error is computed of at a time
 
 
 @dataclass(kw_only=True)
 class MeasureContext:
-    """The inputs of a measure. reference: log probabilities of the original on ``rows``, batch by batch; folder: of the
-    profile."""
+    """The inputs of a measure. folder: of the profile"""
 
-    reference_model: ReferenceModel
+    original: Original
     probes: Probes
     units: tuple[Unit, ...]
     candidates: tuple[Candidate, ...]
     rows: Calibration
     points: int
     progress: Progress
-    base_loss: float
-    reference: Chunks
     result_cache: ResultCache
     folder: Path
 
@@ -79,17 +78,22 @@ class MeasureContext:
         """Every unit with every candidate that quantizes it."""
         return [(u, c) for u in self.units for c in self.quantizing if applies(u, c)]
 
-    def replace_all(self, candidate: Candidate) -> dict[str, Replacement]:
-        """The replacements of all units at one candidate, {linear: replacement}."""
-        units = [u for u in self.units if applies(u, candidate)]
-        return {n: r for u in units for n, r in self.probes.replacements(u, candidate).items()}
+    @property
+    def reference_model(self) -> ReferenceModel:
+        """The whole model, which is there for all but the measures of ``names.BLOCKWISE``."""
+        assert isinstance(self.original, WholeOriginal)
+        return self.original.model
+
+    def changed(self, picks: Sequence[tuple[Unit, Candidate]]) -> tuple[float, float]:
+        """The loss with these units at these candidates, and the KL divergence from the original."""
+        return self.original.changed([(u, partial(self.probes.replacements, u, c)) for u, c in picks])
 
 
 def weight_error(context: MeasureContext) -> Costs:
     """The relative squared error of the weights of every unit and candidate."""
 
     def relative_error(unit: Unit, replacements: Mapping[str, Replacement]) -> float:
-        original = {n: context.reference_model.weight(n) for n in replacements}
+        original = {n: context.original.weight(n) for n in replacements}
         error = sum(float((r.weight - original[n]).double().square().sum()) for n, r in replacements.items())
         return error / max(sum(float(w.double().square().sum()) for w in original.values()), 1e-30)
 
@@ -135,17 +139,7 @@ def _ratios(context: MeasureContext) -> list[dict[str, float]]:
 
 def first_order(context: MeasureContext) -> Costs:
     """The first-order loss change by weights, |g . (w~ - w)|, in nats a token."""
-    _, g = context.reference_model.gradients(context.rows, _names(context))
-
-    def cost_of(unit: Unit, replacements: Mapping[str, Replacement]) -> float:
-        return abs(
-            sum(
-                float((g[n] * (r.weight - context.reference_model.weight(n))).double().sum())
-                for n, r in replacements.items()
-            )
-        )
-
-    return _cost_each(context, "first order", cost_of)
+    return _by_gradients(context, "first order", lambda g, d: g * d, squares=False)
 
 
 def first_order_inputs(context: MeasureContext) -> Costs:
@@ -181,13 +175,26 @@ def input_terms(x: Tensor, g: Tensor, activations: Activations) -> Tensor:
 
 def fisher(context: MeasureContext) -> Costs:
     """Half the Fisher-weighted squared error of the weights, in nats a token."""
-    _, f = context.reference_model.gradients(context.rows, _names(context), squares=True)
+    return _by_gradients(context, "Fisher", lambda f, d: 0.5 * f * d.square(), squares=True)
 
-    def cost_of(unit: Unit, replacements: Mapping[str, Replacement]) -> float:
-        moved = ((f[n], r.weight - context.reference_model.weight(n)) for n, r in replacements.items())
-        return 0.5 * sum(float((fisher * d.square()).double().sum()) for fisher, d in moved)
 
-    return _cost_each(context, "Fisher", cost_of)
+def _by_gradients(context: MeasureContext, task: str, cost: Callable[[Tensor, Tensor], Tensor], squares: bool) -> Costs:
+    """Of every unit and candidate |the sum of ``cost`` over its weights|. cost: of gradients, or the mean of their squares, and
+    of w~ - w, [rows, in] each"""
+
+    def summed(gradient: Tensor, moved: Tensor, weight: Tensor) -> float:
+        parts = zip(*(t.split(_ROWS) for t in (gradient, moved, weight)), strict=True)
+        return sum(float(cost(g, m - w).sum(dtype=torch.float64)) for g, m, w in parts)
+
+    costs: Costs = {}
+    for found in context.original.gradients(_names(context), squares):
+        units = [u for u in context.units if u.linears[0].name in found]
+
+        def cost_of(_: Unit, replacements: Mapping[str, Replacement], found: dict[str, Tensor] = found) -> float:
+            return abs(sum(summed(found[n], r.weight, context.original.weight(n)) for n, r in replacements.items()))
+
+        costs.update(_cost_each(context, task, cost_of, units))
+    return costs
 
 
 def pqi(context: MeasureContext) -> Costs:
@@ -204,7 +211,8 @@ def pqi(context: MeasureContext) -> Costs:
 
 def _integrate(context: MeasureContext, candidate: Candidate) -> dict[str, float]:
     """Every unit's cost; the decomposition is on the disk when this returns."""
-    targets = {n: r.weight for n, r in context.replace_all(candidate).items()}
+    units = [u for u in context.units if applies(u, candidate)]
+    targets = {n: r.weight for u in units for n, r in context.probes.replacements(u, candidate).items()}
     context.progress.start(f"{candidate.name}: PQI", context.points)
     gbar = mean_gradients(context.reference_model, targets, context.rows, context.points, step=context.progress.step)
 
@@ -222,7 +230,7 @@ def _integrate(context: MeasureContext, candidate: Candidate) -> dict[str, float
 
 def loss_change(context: MeasureContext) -> Costs:
     """The measured loss change with one unit replaced, in nats a token."""
-    return {k: loss - context.base_loss for k, (loss, _) in _one_at_a_time(context).items()}
+    return {k: loss - context.original.base_loss for k, (loss, _) in _one_at_a_time(context).items()}
 
 
 def divergence(context: MeasureContext) -> Costs:
@@ -289,8 +297,7 @@ def _one_at_a_time(context: MeasureContext) -> dict[tuple[str, str], tuple[float
         key = f"alone {unit.key} {candidate.name}"
         measurement = context.result_cache.get(key)
         if measurement is None:
-            with context.reference_model.replaced(context.probes.replacements(unit, candidate)):
-                measurement = context.reference_model.compare(context.rows, context.reference)
+            measurement = context.changed([(unit, candidate)])
             context.result_cache.put(key, measurement)
         divergences[unit.key, candidate.name] = (measurement[0], measurement[1])
         context.progress.step()

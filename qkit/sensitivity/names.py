@@ -9,6 +9,7 @@ PROFILE = "profile.json"  # in the folder of a profile
 MEASURED = "measured.jsonl"  # there, and its first file
 MEASURES = ("weight", "output", "output_norm", "first", "first_x", "fisher", "pqi", "loss", "kl")
 KL, FISHER = "kl", "fisher"
+BLOCKWISE = ("weight", "output", "first", FISHER)  # of a text these need one block of the model in memory at a time
 PREFERRED = (
     KL,
     "pqi",

@@ -50,6 +50,11 @@ class Probes:
     def __init__(self, jobs: dict[str, tuple[Plan, Job]], structure: ModelStructure) -> None:
         self._jobs, self._structure = jobs, structure
 
+    @property
+    def one(self) -> tuple[Plan, Job]:
+        """The plan and the job of one of them."""
+        return next(iter(self._jobs.values()))
+
     def replacements(self, unit: Unit, candidate: Candidate) -> dict[str, Replacement]:
         """{linear: what the candidate puts in its place}; nothing for a candidate that keeps the unit."""
         if candidate.scheme is None:

@@ -4,7 +4,8 @@ later commands."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,16 @@ from qkit.files.safefile import write_atomic
 from qkit.files.schema import ProfileFile, validate
 from qkit.planning.plan import Plan
 from qkit.planning.sizes import plain_bytes
-from qkit.runtime import loading
 from qkit.sensitivity.candidates import Candidate
+from qkit.sensitivity.chained_original import chained_original
 from qkit.sensitivity.decomposition import decomposition_file, load_decomposition
+from qkit.sensitivity.forecast import refuse_model_that_cannot_fit
 from qkit.sensitivity.measures import MeasureContext, run_measure
-from qkit.sensitivity.names import MEASURED, PROFILE, check_measures
-from qkit.sensitivity.probes import Probes, probes
-from qkit.sensitivity.reference_model import ReferenceModel
+from qkit.sensitivity.names import BLOCKWISE, MEASURED, PROFILE, check_measures
+from qkit.sensitivity.original import Original, WholeOriginal
+from qkit.sensitivity.probes import probes
 from qkit.sensitivity.result_cache import ResultCache
-from qkit.sensitivity.units import Unit, profiled_units, recorded_parts, unit_bytes
+from qkit.sensitivity.units import applies, profiled_units, recorded_parts, unit_bytes
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
 
@@ -221,61 +223,69 @@ def make_profile(
     plans: of the probes, by candidate name; rows: what losses are measured on.
     """
     check_measures(measures)
-    units = profiled_units(structure, request)
-    result_cache = ResultCache(folder / MEASURED, identity(structure, request, rows))
-    with probes(plans, structure, folder / "probes", pool, progress) as opened_probes:
-        context = make_context(
-            structure, opened_probes, units, candidates, rows, points, result_cache, folder, pool, progress
-        )
-        costs = {name: run_measure(context, name) for name in measures}
-        uniform = {c.name: _whole(context, c) for c in context.quantizing}
     blank = profile_of_shapes(structure, candidates, measures, request)
+    with measuring(
+        structure, plans, candidates, measures, rows, points, request, folder, folder / MEASURED, pool, progress
+    ) as context:
+        costs = {name: run_measure(context, name) for name in measures}
+        progress.start("every layer at one candidate", len(context.quantizing))
+        uniform = {c.name: _whole(context, c) for c in context.quantizing}
+        base_loss = context.original.base_loss
     profile = replace(
-        blank, base_loss=context.base_loss, units=tuple(_with_costs(u, costs) for u in blank.units), whole=uniform
+        blank, base_loss=base_loss, units=tuple(_with_costs(u, costs) for u in blank.units), whole=uniform
     )
     profile.save(folder)
     return profile
 
 
-def make_context(
+@contextmanager
+def measuring(
     structure: ModelStructure,
-    opened_probes: Probes,
-    units: tuple[Unit, ...],
+    plans: dict[str, Plan],
     candidates: tuple[Candidate, ...],
+    measures: tuple[str, ...],
     rows: Calibration,
     points: int,
-    result_cache: ResultCache,
+    request: dict[str, Any],
     folder: Path,
+    cache: Path,
     pool: Workers,
     progress: Progress,
-) -> MeasureContext:
-    """The context of measures: the original in memory, its loss and its log probabilities on ``rows``. folder: of the
-    profile."""
-    model = loading.load_checkpoint(structure.checkpoint, torch.float32)
-    reference_model = ReferenceModel(model, structure, pool)
-    reference = reference_model.log_probs(rows, folder)
-    loss, _ = reference_model.compare(rows, reference)
-    return MeasureContext(
-        reference_model=reference_model,
-        probes=opened_probes,
-        units=units,
-        candidates=candidates,
-        rows=rows,
-        points=points,
-        progress=progress,
-        base_loss=loss,
-        reference=reference,
-        result_cache=result_cache,
-        folder=folder,
-    )
+) -> Iterator[MeasureContext]:
+    """The context of these measures, with the probes in ``folder``. cache: a file of what was measured
+
+    The original is in memory as a whole where one of them needs that, there are images, or its blocks cannot be run one after
+    another.
+    """
+    units = profiled_units(structure, request)
+    result_cache = ResultCache(cache, identity(structure, request, rows))
+    with ExitStack() as stack:
+        opened = stack.enter_context(probes(plans, structure, folder / "probes", pool, progress))
+        original: Original | None = None
+        if plans and set(measures) <= set(BLOCKWISE) and rows.kinds is None:
+            original = stack.enter_context(chained_original(*opened.one, structure, units, rows, pool, progress))
+        if original is None:
+            refuse_model_that_cannot_fit(structure)
+            original = WholeOriginal.load(structure, rows, folder, pool)
+        yield MeasureContext(
+            original=original,
+            probes=opened,
+            units=units,
+            candidates=candidates,
+            rows=rows,
+            points=points,
+            progress=progress,
+            result_cache=result_cache,
+            folder=folder,
+        )
 
 
 def _whole(context: MeasureContext, candidate: Candidate) -> dict[str, float]:
     key = f"whole {candidate.name}"
     measurement = context.result_cache.get(key)
     if measurement is None:
-        with context.reference_model.replaced(context.replace_all(candidate)):
-            loss, kl = context.reference_model.compare(context.rows, context.reference)
-        measurement = {"loss": loss - context.base_loss, "kl": kl}
+        loss, kl = context.changed([(u, candidate) for u in context.units if applies(u, candidate)])
+        measurement = {"loss": loss - context.original.base_loss, "kl": kl}
         context.result_cache.put(key, measurement)
+    context.progress.step()
     return dict(measurement)

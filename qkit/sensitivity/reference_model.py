@@ -65,7 +65,7 @@ class ReferenceModel:
             for name, r in replacements.items():
                 self.weight(name).copy_(r.weight)
                 if r.activations is not None and self._place(name)[1].expert is None:
-                    handles.append(self._module(name).register_forward_pre_hook(_quantizing(r)))
+                    handles.append(self._module(name).register_forward_pre_hook(quantizing(r)))
             yield
         finally:
             for handle in handles:
@@ -286,7 +286,8 @@ def _nll(log_probs: Tensor, batch: Batch) -> Tensor:
     return -log_probs.gather(-1, batch.targets[..., None])[..., 0]
 
 
-def _quantizing(r: Replacement) -> Any:
+def quantizing(r: Replacement) -> Any:
+    """A forward pre-hook that quantizes the inputs of a linear."""
     fmt = r.activations
     assert fmt is not None
 

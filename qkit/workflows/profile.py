@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,12 @@ from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.forecast import ProfileForecast, profile_forecast, refuse_what_cannot_fit
 from qkit.sensitivity.measures import MeasureContext
 from qkit.sensitivity.names import FISHER, KL, MEASURED, check_measures
-from qkit.sensitivity.probes import probes
-from qkit.sensitivity.profile import Profile, identity, make_context, make_profile, profile_of_shapes
+from qkit.sensitivity.profile import Profile, identity, make_profile, measuring, profile_of_shapes
 from qkit.sensitivity.result_cache import ResultCache
-from qkit.sensitivity.units import applies, parts_of, profiled_units, recorded_parts
+from qkit.sensitivity.units import applies, parts_of, recorded_parts
 from qkit.system.extras import needs
 from qkit.system.machine import available_cores
-from qkit.system.parallel import workers
+from qkit.system.parallel import Workers, workers
 from qkit.system.progress import Progress
 from qkit.workflows.calibration_rows import calibration_of, requested_image_text, wants_image_text
 from qkit.workflows.places import check_profile_folder
@@ -174,6 +173,14 @@ def _prepare(request: ProfileRequest) -> _PreparedProbes:
     )
 
 
+def _measuring(
+    prepared: _PreparedProbes, measures: tuple[str, ...], folder: Path, cache: Path, pool: Workers, progress: Progress
+) -> AbstractContextManager[MeasureContext]:
+    """The context of these measures of prepared probes, one point of the path integral."""
+    p = prepared
+    return measuring(p.structure, p.plans, p.candidates, measures, p.rows, 1, p.settings, folder, cache, pool, progress)
+
+
 def _held_out(base: Request, structure: ModelStructure, text: Path | None) -> Calibration:
     """Rows of ``text``, else of the embedded evaluation text, or of drawn scenes where calibration has images."""
     if text is None and wants_image_text(base, structure):
@@ -202,27 +209,14 @@ def audit(
         rows = _held_out(replace(request.base, samples=request.measured_rows), prepared.structure, held_out)
     except (BadInput, UsageError) as e:
         raise type(e)(f"--audit: {e}") from e
-    units = profiled_units(prepared.structure, prepared.settings)
     random_ = random.Random(seed)
+    cache = folder / f"audit-{rows.digest[:8]}.jsonl"
+    prepared = replace(prepared, rows=rows)
     with (
         workers(request.base.threads) as pool,
-        probes(prepared.plans, prepared.structure, folder / "probes", pool, progress) as probed,
+        _measuring(prepared, audited.measures, folder, cache, pool, progress) as context,
     ):
-        result_cache = ResultCache(
-            folder / f"audit-{rows.digest[:8]}.jsonl", identity(prepared.structure, prepared.settings, rows)
-        )
-        context = make_context(
-            prepared.structure,
-            probed,
-            units,
-            prepared.candidates,
-            rows,
-            request.points,
-            result_cache,
-            folder,
-            pool,
-            progress,
-        )
+        units = context.units
         quantizing = [c for c in prepared.candidates if c.scheme is not None]
         names = [c.name for c in quantizing]
         choices = {u.key: [c.name for c in quantizing if applies(u, c)] for u in units}
@@ -288,26 +282,11 @@ def plan_measurement(
     base = replace(base, embeddings=embeddings, head=head)
     base = replace(base, group_size=r["group_size"], method=r["method"], samples=r["samples"], seqlen=r["seqlen"])
     prepared = _prepare(ProfileRequest(base, names, known_profile.measures, r["rows"], r["points"]))
+    cache = folder / "plans.jsonl"
     with (
         workers(base.threads) as pool,
-        probes(prepared.plans, prepared.structure, folder / "probes", pool, progress) as probed,
+        _measuring(prepared, known_profile.measures, folder, cache, pool, progress) as context,
     ):
-        units = profiled_units(prepared.structure, prepared.settings)
-        result_cache = ResultCache(
-            folder / "plans.jsonl", identity(prepared.structure, prepared.settings, prepared.rows)
-        )
-        context = make_context(
-            prepared.structure,
-            probed,
-            units,
-            prepared.candidates,
-            prepared.rows,
-            1,
-            result_cache,
-            folder,
-            pool,
-            progress,
-        )
         yield lambda picks: measure_plan(context, picks)[1]
 
 
@@ -317,9 +296,6 @@ def measure_plan(context: MeasureContext, picks: dict[str, str]) -> tuple[float,
     measurement = context.result_cache.get(key)
     if measurement is None:
         by_name = {c.name: c for c in context.candidates}
-        chosen = [(u, by_name[picks[u.key]]) for u in context.units if u.key in picks]
-        replacements = {n: r for u, c in chosen for n, r in context.probes.replacements(u, c).items()}
-        with context.reference_model.replaced(replacements):
-            measurement = context.reference_model.compare(context.rows, context.reference)
+        measurement = context.changed([(u, by_name[picks[u.key]]) for u in context.units if u.key in picks])
         context.result_cache.put(key, measurement)
-    return float(measurement[0]) - context.base_loss, float(measurement[1])
+    return float(measurement[0]) - context.original.base_loss, float(measurement[1])
