@@ -308,22 +308,24 @@ def rank() -> str:
 
 
 def levels(name: str) -> str:
-    """The levels of --quality beside each other, and AutoRound where it ran."""
+    """The levels of --quality beside each other, and the rival where one ran."""
     rows, found = [], report(f"comparison/levels-{name}")
     schemes = list(dict.fromkeys(x["scheme"] for x in found))
-    order = [*LEVELS, "AutoRound"]
+    rivals = [name for name in ("AutoRound", "llm-compressor") if any(x["level"] == name for x in found)]
+    order = [*LEVELS, *rivals]
     for x in sorted(found, key=lambda x: (schemes.index(x["scheme"]), order.index(x["level"]))):
         text = x["wikitext2"]
         row = {"scheme": f"`{x['scheme']}`", "made with": x["level"]}
         if x["level"] in LEVELS:
             row = {**row, "made with": f"`--quality {x['level']}`", "size, MB": mb(x["bytes"])}
         else:
-            row["size, MB"] = ""  # it is measured as 16-bit numbers
+            row["size, MB"] = "" if x["level"] == "AutoRound" else mb(x["bytes"])  # it is measured as 16-bit numbers
         row |= {"perplexity": f"{text['perplexity']:.2f}", "KL": f"{text['kl']:.3g}"}
         below = next((text[f"to {other}"] for other in LEVELS if f"to {other}" in text), None)
         row["KL / level below"] = interval(below, 2, signed=False) if below else ""
-        rival = text.get("to AutoRound")
-        row["KL / AutoRound"] = interval(rival, 2, signed=False) if rival else ""
+        for name in rivals:
+            rival = text.get(f"to {name}")
+            row[f"KL / {name}"] = interval(rival, 2, signed=False) if rival else ""
         rows.append({**row, "seconds": f"{x['seconds']:.0f}"} if "seconds" in x else row)
     return markdown(rows)
 

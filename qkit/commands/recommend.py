@@ -111,7 +111,10 @@ def show(found: Recommendation, console: Console) -> None:
     if found.chosen is None:
         return
     cache = f"KV cache {found.chosen.cache}"
-    tokens = "" if found.tokens is None else f"; the memory holds {found.tokens:,} tokens of KV cache"
+    tokens = ""
+    if found.tokens is not None:
+        requests = f"{found.tokens // found.context:,} requests of {found.context:,} tokens at a time"
+        tokens = f"; the memory holds {found.tokens:,} tokens of KV cache: {requests}"
     say(f"recommended: {found.chosen.scheme}, {cache}: {found.why}{tokens}")
     for command in found.commands:
         click.echo(f"  {command}")

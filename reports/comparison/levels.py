@@ -1,13 +1,15 @@
 """What ``--quality fast``, ``balanced`` and ``best`` give, on the same model, calibration text and machine.
 
     python reports/comparison/levels.py --model DIR --name smollm2 --calib FILE --text NAME=FILE .. --lines LINES \\
-        [--autoround PYTHON] [--schemes w4a16,w3a16,..] [--levels fast,balanced,best] [--windows 20] [--busy]
+        [--autoround PYTHON] [--llmcompressor PYTHON] [--schemes w4a16,w3a16,..] [--levels fast,balanced,best] \\
+        [--windows 20] [--busy]
 
 Each run is the command that a user types, with a scheme and a level and nothing else but the calibration text, in a process of
 its own: seconds (with export and proof) and peak memory. Figures are of the packed file, loaded back, in float32 arithmetic, in
-windows of 512 tokens: KL divergence from the original and perplexity. AutoRound runs with its defaults. LINES gets a line per
-run; runs that are there are left out. reports/comparison/levels-NAME.json has means, and the ratio of each divergence to that
-of the level below and of AutoRound, with 95 % intervals over windows (paired).
+windows of 512 tokens: KL divergence from the original and perplexity. AutoRound runs with its defaults (weights alone), and
+llm-compressor with its GPTQ of the same rows (quantized inputs). LINES gets a line per run; runs that are there are left out.
+reports/comparison/levels-NAME.json has means, and the ratio of each divergence to that of the level below and of the rival,
+with 95 % intervals over windows (paired).
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ from qkit.evaluation.metrics import compare_windows
 from qkit.planning.quality_levels import LEVELS
 from qkit.runtime.loading import load, load_tokenizer
 
+# Who else makes a file of a scheme, and how.
+RIVALS = {s: (run.AUTOROUND, "signround") for s in ("w4a16", "w3a16", "w2a16")}
+RIVALS |= {s: (run.LLMCOMPRESSOR, "gptq") for s in ("w8a8", "w4a8", "nvfp4")}
 SCHEMES = "w4a16,w3a16,w2a16,w8a16,w8a8,w4a8,fp8,nvfp4,mxfp4,q4_k,q3_k"
 
 
@@ -41,6 +46,7 @@ def main() -> None:
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--lines", type=Path, required=True)
     parser.add_argument("--autoround")
+    parser.add_argument("--llmcompressor")
     parser.add_argument("--schemes", default=SCHEMES)
     parser.add_argument("--levels", default=",".join(LEVELS))
     parser.add_argument("--windows", type=int, default=20)
@@ -55,7 +61,8 @@ def main() -> None:
     done = {(x["scheme"], x["level"]) for x in lines}
     original = run.Remembered(load(args.model, dtype=torch.float32))
     for scheme in args.schemes.split(","):
-        rivals = [run.AUTOROUND] if args.autoround and scheme in ("w4a16", "w3a16", "w2a16") else []
+        given = {run.AUTOROUND: args.autoround, run.LLMCOMPRESSOR: args.llmcompressor}
+        rivals = [name for name, _ in [RIVALS[scheme]] if given[name]] if scheme in RIVALS else []
         for level in (*args.levels.split(","), *rivals):
             if (scheme, level) not in done:
                 entry = measured(args, scheme, level, original, texts)
@@ -76,15 +83,16 @@ def main() -> None:
 def measured(args: argparse.Namespace, scheme: str, level: str, original: Any, texts: dict[str, Any]) -> dict[str, Any]:
     """One run, its file loaded back and measured."""
     work = Path(tempfile.mkdtemp())
-    if level == run.AUTOROUND:
-        line = run.command(run.Run(run.AUTOROUND, scheme, None, "signround"), args, args.calib, work / "out")
+    tool = run.QKIT if level in LEVELS else level
+    if tool != run.QKIT:
+        line = run.command(run.Run(tool, scheme, None, RIVALS[scheme][1]), args, args.calib, work / "out")
         assert line is not None
     else:
         line = [sys.executable, "-W", "ignore", "-m", "qkit", "quantize", "--model", args.model, "--scheme", scheme]
         line += ["--quality", level, "--calib", str(args.calib), "--out", str(work / "out")]
     seconds, memory = run.started(line)
     folder = next(work.glob("out/**/config.json")).parent
-    model = run.model_of(run.Run(run.AUTOROUND if level == run.AUTOROUND else run.QKIT, scheme, None, ""), folder)
+    model = run.model_of(run.Run(tool, scheme, None, ""), folder)
     size = sum(f.stat().st_size for f in (*folder.glob("*.safetensors"), *folder.glob("*.gguf")))
     entry: dict[str, Any] = {
         "scheme": scheme,
@@ -112,7 +120,8 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row[t] = {"perplexity": round(float(np.exp(np.mean(x["nll"][t]))), 3), "kl": float(np.mean(x["kl"][t]))}
             row[t]["original"] = round(float(np.exp(np.mean(x["original"][t]))), 3)
             below = LEVELS[LEVELS.index(level) - 1] if level in LEVELS[1:] else None
-            for other in (below, None if level == run.AUTOROUND else run.AUTOROUND):
+            rival = RIVALS[scheme][0] if scheme in RIVALS and level in LEVELS else None
+            for other in (below, rival):
                 if (scheme, other) in found:
                     row[t][f"to {other}"] = ratio(x["kl"][t], found[scheme, other]["kl"][t])
         rows.append(row)
