@@ -146,7 +146,7 @@ def _blockwise(
     passes_back = 4 * block * (1 + 2 * busy) + 4 * busy * rows.length * (2 * widths + 16 * width)
     # Matrices of the size of the ends: gradients, the original, what a format puts in its place, and what that is made of. And
     # logits of a row.
-    ends = 4 * 4 * vocabulary * width + (busy + 1) * 4 * rows.length * vocabulary
+    ends = 6 * 4 * vocabulary * width + (busy + 1) * 4 * rows.length * vocabulary
     memory = {
         "head": 4 * vocabulary * width,
         "a block": 4 * block,

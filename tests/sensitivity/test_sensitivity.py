@@ -383,7 +383,9 @@ def test_forecast_counts_passes(request_of):
     assert less.peak_memory <= found.peak_memory and less.memory["measures"] < found.memory["measures"]
     few = request_of(wanted=("kl",))
     many = forecast(replace(few, rows=4000, base=replace(few.base, samples=4000)))
-    assert many.spilled["reference probabilities"] == 4000 * 31 * 4096 * 4 and many.memory["reference probabilities"] == 0
+    assert (
+        many.spilled["reference probabilities"] == 4000 * 31 * 4096 * 4 and many.memory["reference probabilities"] == 0
+    )
     assert "of disk" in many.line() and len(found.line().splitlines()) == 1
 
 
