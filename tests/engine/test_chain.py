@@ -70,17 +70,15 @@ def test_it_gives_what_the_model_gives(family: str, tiny: Any, text: Path, tmp_p
                 expected = model(piece).logits[0]
             torch.testing.assert_close(cut.head(out[0]), expected, rtol=1e-3, atol=1e-3)
         found: dict[str, Tensor] = {}
-
-        def use(number: int, _: list[Tensor], by_piece: list[dict[str, Tensor]]) -> None:
-            path = cut.blocks[number][0].path
-            found.update({f"{path}.{name}": sum(g[name] for g in by_piece) for name in by_piece[0]})
-
         shifted = [out + 0.1 for out in outputs]
         gradients = [
             sliced.divergence_gradient(cut.head, a.flatten(0, 1), b.flatten(0, 1), cut.vocabulary).view_as(a)
             for a, b in zip(outputs, shifted, strict=True)
         ]
-        cut.backward(kept, gradients, loaded, use)
+        for block in cut.backward(kept, gradients, loaded):
+            path, by_piece = cut.blocks[block.number][0].path, list(block.parameters)
+            assert len(block.at_inputs) == len(by_piece) == len(rows)
+            found.update({f"{path}.{name}": sum(g[name] for g in by_piece) for name in by_piece[0]})
         parameters = {name: model.get_parameter(name).requires_grad_() for name in found}
         last: list[Tensor] = []
         model.get_submodule(cut.blocks[-1][0].path).register_forward_hook(

@@ -66,4 +66,4 @@ def test_no_slice_is_larger_than_it_may_be(head: nn.Module) -> None:
     sliced.divergence_gradient(head, hidden(1), hidden(2), VOCABULARY)
     assert max(seen) <= sliced.SLICE_LOGITS < TOKENS * VOCABULARY
     monster = 10 * sliced.SLICE_LOGITS
-    assert len(list(sliced._slices(3, monster))) == 3
+    assert len(list(sliced.slices(3, monster))) == 3
