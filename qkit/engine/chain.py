@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -216,11 +217,21 @@ def chain_of(
     """
     if not is_chain(plan, structure):
         return None
+    path = temp_path(job.rows_path(0).parent, "chain")
+    chain = _proved_chain(plan, structure, job, pool, outer, path)
+    if chain is None:
+        path.unlink(missing_ok=True)
+    return chain
+
+
+def _proved_chain(
+    plan: Plan, structure: ModelStructure, job: Job, pool: Workers, outer: torch.dtype | None, path: Path
+) -> Chain | None:
+    """path: of the rows"""
     base: Any = structure.model.base_model
     given: list[Any] = []
     handle = base.register_forward_hook(lambda _, args, out: given.__setitem__(slice(None), [out[0]]))
     sequence = sequences(plan, structure)[-1]
-    path = temp_path(job.rows_path(0).parent, "chain")
     try:
         rows, calls = embed(plan, structure, job, sequence, path, lambda: None, outer=outer)
     except NotOneAfterAnother:

@@ -5,6 +5,8 @@ import tiny_models
 import torch
 import transformers
 
+from qkit.engine import chain
+from qkit.files.owned import TEMP_PREFIX
 from qkit.sensitivity import profile as profiles
 from qkit.sensitivity.chained_original import ChainedOriginal
 from qkit.sensitivity.names import BLOCKWISE
@@ -99,6 +101,14 @@ def test_embeddings_that_are_more_than_looked_up_need_the_whole_model(tmp_path, 
     measured(model, tmp_path / "a", quiet, ("fisher",), "w4a16,bf16")
     measured(model, tmp_path / "b", quiet, ("fisher",), "w4a16,bf16", embeddings="auto")
     assert kinds_used == [ChainedOriginal, WholeOriginal]
+
+
+def test_a_model_that_turns_out_to_be_no_chain_is_measured_whole(tiny, tmp_path, quiet, kinds_used, monkeypatch):
+    """Its rows do not stay in the folder of the profile."""
+    monkeypatch.setattr(chain, "_is_proved", lambda *_: False)
+    measured(tiny("llama"), tmp_path, quiet, ("fisher",), "w4a16,bf16")
+    assert kinds_used == [WholeOriginal]
+    assert not list(tmp_path.rglob(f"{TEMP_PREFIX}*"))
 
 
 def test_a_plan_of_a_profile_is_measured_that_way_too(tiny, tmp_path, quiet):
