@@ -59,8 +59,8 @@ class ChainedEnds:
     def factor(self) -> float:
         """What rows of the embeddings are multiplied by."""
         assert self.embeddings is not None
-        found = factor_of(self.chain.structure.model.get_submodule(self.embeddings.path))
-        return 1.0 if found is None else found[0]
+        scaled = factor_of(self.chain.structure.model.get_submodule(self.embeddings.path))
+        return 1.0 if scaled is None else scaled[0]
 
     def table(self, end: End) -> Tensor:
         """The matrix, float32 [vocabulary, width]."""
