@@ -85,7 +85,7 @@ class BlockRunner:
     def capture(
         self, groups: tuple[LinearGroup, ...], request: StatsRequest, step: PieceCallback, keep: bool = True,
         inputs: Mapping[str, Callable[[Tensor], Tensor]] | None = None, originals: Mapping[str, Path] | None = None,
-        divided: Mapping[str, Tensor] | None = None,
+        divided: Mapping[str, Tensor] | None = None, rounding: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ) -> dict[str, Stats]:  # fmt: skip
         """{group key: Stats} over all good rows. A group that no token reached has statistics of none.
 
@@ -93,6 +93,8 @@ class BlockRunner:
         inputs:    {group key: transform of its inputs before statistics are taken}
         originals: {submodule: file of its inputs in the original model, as ``leave`` saves them}, for the drift
         divided:   {group key: what its inputs are divided by since these were saved}
+        rounding:  {group key: quantization of its transformed inputs}: Hessian and sample are of quantized inputs, which are
+                   what weights are multiplied with; ranges, and the drift from the original, are of those before
         """
         sums = {g.key: Accumulator(g.linears[0].shape[1], request, self.rows.dtype) for g in groups}
         stride = max(1, self.rows.total // SAMPLE_TOKENS)
@@ -132,6 +134,7 @@ class BlockRunner:
                         request.ranges,
                         token_kinds if token_kinds is not None and len(token_kinds) == len(t) else None,
                         strides_by_kind,
+                        rounding[key](t) if rounding and key in rounding else None,
                     ),
                     away=drifts.get(key),
                 )

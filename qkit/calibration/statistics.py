@@ -168,10 +168,10 @@ class StatsRequest:
 class PieceStats:
     """Inputs of one group in one piece of rows.
 
-    x:      float32 [n, in]
-    sums:   absmax, sum of |x| and sum of x^2, each [in]; None without ranges
-    sample: [m, in], some of the inputs; kinds: uint8 [m] of them
-    away:   float32 [n, in], the inputs in the original model minus x; None where these are not needed
+    x:      float32 [n, in], quantized where the layer quantizes its inputs
+    sums:   absmax, sum of |x| and sum of x^2, each [in], before that; None without ranges
+    sample: [m, in], some of the rows of x; kinds: uint8 [m] of them
+    away:   float32 [n, in], the inputs in the original model minus those before quantization; None where these are not needed
     """
 
     x: Tensor
@@ -191,19 +191,26 @@ def strides(kinds: Tensor) -> list[int]:
 
 
 def piece_of(
-    x: Tensor, stride: int, ranges: bool, kinds: Tensor | None = None, strides_by_kind: Sequence[int] = ()
+    x: Tensor,
+    stride: int,
+    ranges: bool,
+    kinds: Tensor | None = None,
+    strides_by_kind: Sequence[int] = (),
+    quantized: Tensor | None = None,
 ) -> PieceStats:
-    """Inputs and sums of one piece. x: [n, in]; kinds: uint8 [n]; strides_by_kind: ``strides`` of all rows."""
-    values = x.to(torch.float32)
+    """Inputs and sums of one piece. x: [n, in]; kinds: uint8 [n]; strides_by_kind: ``strides`` of all rows; quantized: x as
+    the layer quantizes it (None: it does not)."""
+    entering = x if quantized is None else quantized
     if kinds is None:
-        sample, sample_kinds = x[::stride].clone(), None
+        sample, sample_kinds = entering[::stride].clone(), None
     else:
         chosen = torch.cat([(kinds == k).nonzero()[::n, 0] for k, n in enumerate(strides_by_kind)]).sort().values
-        sample, sample_kinds = x[chosen], kinds[chosen]
+        sample, sample_kinds = entering[chosen], kinds[chosen]
     if not ranges:
-        return PieceStats(values, None, sample, sample_kinds)
-    magnitude = values.abs()
-    return PieceStats(values, (magnitude.amax(0), magnitude.sum(0), magnitude.square_().sum(0)), sample, sample_kinds)
+        return PieceStats(entering.to(torch.float32), None, sample, sample_kinds)
+    magnitude = x.to(torch.float32).abs()
+    sums = magnitude.amax(0), magnitude.sum(0), magnitude.square_().sum(0)
+    return PieceStats(entering.to(torch.float32), sums, sample, sample_kinds)
 
 
 class Accumulator:

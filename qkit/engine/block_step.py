@@ -5,8 +5,9 @@ This code names no format, method or model: the tables of solvers and transforms
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,13 @@ from qkit.families.blocks import BlockStructure, LinearGroup
 from qkit.families.materialize import load_block
 from qkit.families.structure import ModelStructure
 from qkit.files.owned import temp_path
+from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.plan import Plan, has_static
 from qkit.solvers.table import SOLVERS
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
+from qkit.tensor.activations import quantize_activations, static_scale
+from qkit.tensor.input_transform import InputTransform
 from qkit.tensor.qtensor import dequantize
 from qkit.transforms.keys import scale_keys
 from qkit.transforms.state import BlockState
@@ -152,7 +156,8 @@ def _solve_stages(run: Run, step: BlockStep, runner: BlockRunner) -> tuple[list[
         saved, stats = saved_inputs(run, step, runner.rows), dict[str, Stats]()
         if needs_inputs:
             request = _stats_request(plan, groups)
-            stats = runner.capture(groups, request, progress.step, True, inputs, saved, state.divided)
+            rounding = _rounding(plan, groups, inputs) if request.hessian else {}
+            stats = runner.capture(groups, request, progress.step, True, inputs, saved, state.divided, rounding)
         by_linear = {x.name: inputs[g.key] for g in groups if g.key in inputs for x in g.linears}
         solved = solve_groups(state, plan, groups, stats, run.pool)
         for r in solved:
@@ -181,6 +186,29 @@ def _stats_request(plan: Plan, groups: tuple[LinearGroup, ...]) -> StatsRequest:
     hessian = any(SOLVERS[p.solver].needs_hessian or p.rank for p in planned)
     ranges = not hessian or any(map(has_static, planned))  # either tells the energy of every channel
     return StatsRequest(hessian, ranges, plan.recipe["expert_share"])
+
+
+def _rounding(
+    plan: Plan, groups: tuple[LinearGroup, ...], inputs: Mapping[str, InputTransform]
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """{group key: quantization of its transformed inputs}, of the groups whose layers quantize them.
+
+    A static scale is known only after all inputs were seen, so that of each piece of them stands for it (our choice).
+    """
+
+    def rounded(planned: LinearPlan, residual: int, x: Tensor) -> Tensor:
+        assert planned.activations is not None
+        static = None
+        if has_static(planned):
+            static = torch.tensor([static_scale(float(x.abs().amax()) if x.numel() else 0.0, planned.activations)])
+        return quantize_activations(x, planned.activations, static, residual)
+
+    by_group = {g.key: plan.linears.get(g.linears[0].name) for g in groups}
+    return {
+        key: partial(rounded, planned, inputs[key].residual)
+        for key, planned in by_group.items()
+        if planned is not None and planned.activations is not None
+    }
 
 
 def saved_inputs(run: Run, step: BlockStep, rows: Rows) -> dict[str, Path]:

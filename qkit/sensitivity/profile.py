@@ -4,36 +4,23 @@ later commands."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkit.calibration.dataset import Calibration
 from qkit.errors import BadInput, UsageError
-from qkit.families.ends import EMBEDDINGS, HEAD
 from qkit.families.structure import ModelStructure
 from qkit.files.folder import load_json
 from qkit.files.safefile import write_atomic
 from qkit.files.schema import ProfileFile, validate
-from qkit.planning.plan import Plan
 from qkit.planning.sizes import plain_bytes
 from qkit.sensitivity.candidates import Candidate
-from qkit.sensitivity.chained_original import chained_original
 from qkit.sensitivity.decomposition import decomposition_file, load_decomposition
-from qkit.sensitivity.forecast import refuse_model_that_cannot_fit
-from qkit.sensitivity.measures import MeasureContext, run_measure
-from qkit.sensitivity.names import BLOCKWISE, MEASURED, PROFILE, check_measures
-from qkit.sensitivity.original import Original, WholeOriginal
-from qkit.sensitivity.probes import probes
-from qkit.sensitivity.result_cache import ResultCache
-from qkit.sensitivity.units import applies, profiled_units, recorded_parts, unit_bytes
-from qkit.system.parallel import Workers
-from qkit.system.progress import Progress
+from qkit.sensitivity.names import PROFILE
+from qkit.sensitivity.units import profiled_units, unit_bytes
 
 VERSION = 3
 FILE = PROFILE
@@ -149,21 +136,6 @@ class Profile:
         return tensors
 
 
-def identity(structure: ModelStructure, request: dict[str, Any], rows: Calibration) -> dict[str, Any]:
-    """The settings that every measurement depends on, by option, but for the candidate. rows: that losses are measured on."""
-    options = {
-        f"--{name.replace('_', '-')}": request[name] for name in ("method", "samples", "seqlen", "points", "rows")
-    }
-    group = {"--group-size": request["group_size"]}
-    group |= {f"--{part}": "auto" for part in recorded_parts(request) if part in (EMBEDDINGS, HEAD)}
-    return {
-        "--model": structure.checkpoint.fingerprint()[:16],
-        **options,
-        **group,
-        "--calib": f"rows {rows.digest[:16]}",
-    }
-
-
 def profile_of_shapes(
     structure: ModelStructure, candidates: tuple[Candidate, ...], measures: tuple[str, ...], request: dict[str, Any]
 ) -> Profile:
@@ -195,97 +167,3 @@ def profile_of_shapes(
         units=tuple(profiles),
         whole={},
     )
-
-
-def _with_costs(unit: UnitProfile, costs: Mapping[str, Mapping[tuple[str, str], float]]) -> UnitProfile:
-    """costs: {measure: {(unit, candidate): cost}}; one that a measure says nothing of stays 0."""
-    choices = {
-        name: CandidateCost(c.bytes, {m: costs[m].get((unit.key, name), 0.0) for m in c.costs})
-        for name, c in unit.choices.items()
-    }
-    return replace(unit, choices=choices)
-
-
-def make_profile(
-    structure: ModelStructure,
-    plans: dict[str, Plan],
-    candidates: tuple[Candidate, ...],
-    measures: tuple[str, ...],
-    rows: Calibration,
-    points: int,
-    request: dict[str, Any],
-    folder: Path,
-    pool: Workers,
-    progress: Progress,
-) -> Profile:
-    """The profile: probes every candidate, runs every measure, writes the file.
-
-    plans: of the probes, by candidate name; rows: what losses are measured on.
-    """
-    check_measures(measures)
-    blank = profile_of_shapes(structure, candidates, measures, request)
-    with measuring(
-        structure, plans, candidates, measures, rows, points, request, folder, folder / MEASURED, pool, progress
-    ) as context:
-        costs = {name: run_measure(context, name) for name in measures}
-        progress.start("every layer at one candidate", len(context.quantizing))
-        uniform = {c.name: _whole(context, c) for c in context.quantizing}
-        base_loss = context.original.base_loss
-    profile = replace(
-        blank, base_loss=base_loss, units=tuple(_with_costs(u, costs) for u in blank.units), whole=uniform
-    )
-    profile.save(folder)
-    return profile
-
-
-@contextmanager
-def measuring(
-    structure: ModelStructure,
-    plans: dict[str, Plan],
-    candidates: tuple[Candidate, ...],
-    measures: tuple[str, ...],
-    rows: Calibration,
-    points: int,
-    request: dict[str, Any],
-    folder: Path,
-    cache: Path,
-    pool: Workers,
-    progress: Progress,
-) -> Iterator[MeasureContext]:
-    """The context of these measures, with the probes in ``folder``. cache: a file of what was measured
-
-    The original is in memory as a whole where one of them needs that, there are images, or its blocks cannot be run one after
-    another.
-    """
-    units = profiled_units(structure, request)
-    result_cache = ResultCache(cache, identity(structure, request, rows))
-    with ExitStack() as stack:
-        opened = stack.enter_context(probes(plans, structure, folder / "probes", pool, progress))
-        original: Original | None = None
-        if plans and set(measures) <= set(BLOCKWISE) and rows.kinds is None:
-            original = stack.enter_context(chained_original(*opened.one, structure, units, rows, pool, progress))
-        if original is None:
-            refuse_model_that_cannot_fit(structure)
-            original = WholeOriginal.load(structure, rows, folder, pool)
-        yield MeasureContext(
-            original=original,
-            probes=opened,
-            units=units,
-            candidates=candidates,
-            rows=rows,
-            points=points,
-            progress=progress,
-            result_cache=result_cache,
-            folder=folder,
-        )
-
-
-def _whole(context: MeasureContext, candidate: Candidate) -> dict[str, float]:
-    key = f"whole {candidate.name}"
-    measurement = context.result_cache.get(key)
-    if measurement is None:
-        loss, kl = context.changed([(u, candidate) for u in context.units if applies(u, candidate)])
-        measurement = {"loss": loss - context.original.base_loss, "kl": kl}
-        context.result_cache.put(key, measurement)
-    context.progress.step()
-    return dict(measurement)

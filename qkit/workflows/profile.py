@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,19 @@ from qkit.errors import BadInput, UsageError
 from qkit.families.ends import EMBEDDINGS, HEAD
 from qkit.families.structure import ModelStructure
 from qkit.files.embedded import embedded_text
-from qkit.planning.plan import Plan
 from qkit.planning.recipe import AUTO, SOURCE
 from qkit.planning.request import Request
 from qkit.sensitivity.candidates import Candidate
 from qkit.sensitivity.forecast import ProfileForecast, profile_forecast, refuse_what_cannot_fit
+from qkit.sensitivity.measurement import Measurement
 from qkit.sensitivity.measures import MeasureContext
 from qkit.sensitivity.names import FISHER, KL, MEASURED, check_measures
-from qkit.sensitivity.profile import Profile, identity, make_profile, measuring, profile_of_shapes
+from qkit.sensitivity.profile import Profile, profile_of_shapes
 from qkit.sensitivity.result_cache import ResultCache
 from qkit.sensitivity.units import applies, parts_of, recorded_parts
 from qkit.system.extras import needs
 from qkit.system.machine import available_cores
-from qkit.system.parallel import Workers, workers
+from qkit.system.parallel import workers
 from qkit.system.progress import Progress
 from qkit.workflows.calibration_rows import calibration_of, requested_image_text, wants_image_text
 from qkit.workflows.places import check_profile_folder
@@ -51,10 +51,17 @@ class _PreparedProbes:
     rows: Calibration
     settings: dict[str, Any]
 
-    @property
-    def plans(self) -> dict[str, Plan]:
-        """Of the probes."""
-        return {name: probe.plan for name, probe in self.probes.items()}
+    def measurement(self, measures: tuple[str, ...], points: int = 1) -> Measurement:
+        """What these measures measure."""
+        return Measurement(
+            structure=self.structure,
+            plans={name: probe.plan for name, probe in self.probes.items()},
+            candidates=self.candidates,
+            measures=measures,
+            rows=self.rows,
+            points=points,
+            settings=self.settings,
+        )
 
 
 def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profile:
@@ -63,10 +70,8 @@ def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profil
     check_measures(request.measures)
     check_profile_folder(folder)
     prepared = _prepare(request)
-    if (folder / MEASURED).exists():
-        ResultCache(
-            folder / MEASURED, identity(prepared.structure, prepared.settings, prepared.rows)
-        )  # refuses another profile's folder
+    if (folder / MEASURED).exists():  # refuses another profile's folder
+        ResultCache(folder / MEASURED, prepared.measurement(request.measures).identity)
     with suppress(BadInput):  # there is none, or it is damaged and made again from what was measured
         old = Profile.load(folder)
         names = {c.name for c in prepared.candidates}
@@ -78,18 +83,7 @@ def profile(request: ProfileRequest, folder: Path, progress: Progress) -> Profil
         _forecast(request, prepared.structure, extent(prepared.rows), prepared.rows.kinds is not None)
     )
     with workers(request.base.threads) as pool:
-        return make_profile(
-            prepared.structure,
-            prepared.plans,
-            prepared.candidates,
-            request.measures,
-            prepared.rows,
-            request.points,
-            prepared.settings,
-            folder,
-            pool,
-            progress,
-        )
+        return prepared.measurement(request.measures, request.points).make_profile(folder, pool, progress)
 
 
 def forecast(request: ProfileRequest) -> ProfileForecast:
@@ -173,14 +167,6 @@ def _prepare(request: ProfileRequest) -> _PreparedProbes:
     )
 
 
-def _measuring(
-    prepared: _PreparedProbes, measures: tuple[str, ...], folder: Path, cache: Path, pool: Workers, progress: Progress
-) -> AbstractContextManager[MeasureContext]:
-    """The context of these measures of prepared probes, one point of the path integral."""
-    p = prepared
-    return measuring(p.structure, p.plans, p.candidates, measures, p.rows, 1, p.settings, folder, cache, pool, progress)
-
-
 def _held_out(base: Request, structure: ModelStructure, text: Path | None) -> Calibration:
     """Rows of ``text``, else of the embedded evaluation text, or of drawn scenes where calibration has images."""
     if text is None and wants_image_text(base, structure):
@@ -214,7 +200,7 @@ def audit(
     prepared = replace(prepared, rows=rows)
     with (
         workers(request.base.threads) as pool,
-        _measuring(prepared, audited.measures, folder, cache, pool, progress) as context,
+        prepared.measurement(audited.measures).context(folder, cache, pool, progress) as context,
     ):
         units = context.units
         quantizing = [c for c in prepared.candidates if c.scheme is not None]
@@ -285,7 +271,7 @@ def plan_measurement(
     cache = folder / "plans.jsonl"
     with (
         workers(base.threads) as pool,
-        _measuring(prepared, known_profile.measures, folder, cache, pool, progress) as context,
+        prepared.measurement(known_profile.measures).context(folder, cache, pool, progress) as context,
     ):
         yield lambda picks: measure_plan(context, picks)[1]
 

@@ -53,15 +53,15 @@ def made(tmp_path):
     return go
 
 
-def captured(rows: Rows, pool, name: str = "up"):
+def captured(rows: Rows, pool, name: str = "up", **more):
     """(statistics of the inputs of a linear, the rows as they are known then)."""
     torch.manual_seed(0)
     runner = BlockRunner(Toy().requires_grad_(False), STRUCTURE, rows, Call((), {}), pool)
     groups = tuple(g for g in STRUCTURE.groups if g.key == name)
     with torch.inference_mode():
-        return runner.capture(groups, StatsRequest(hessian=True, ranges=True), lambda amount=1: None, keep=False)[
-            name
-        ], runner.rows
+        request = StatsRequest(hessian=True, ranges=True)
+        stats = runner.capture(groups, request, lambda amount=1: None, keep=False, **more)
+        return stats[name], runner.rows
 
 
 def hidden_states() -> torch.Tensor:
@@ -143,3 +143,17 @@ def test_a_row_that_was_left_out_stays_out(made, tmp_path):
         )
         left, _ = runner.leave(tmp_path / "left", lambda amount=1: None)
         assert [i for i, g in enumerate(left.good) if not g] == [5, 7]
+
+
+def test_quantized_inputs_are_what_weights_are_multiplied_with(made, tmp_path):
+    """The Hessian is of quantized inputs; the ranges and the drift are of the inputs before that."""
+    hidden, original = hidden_states(), hidden_states() * 1.25
+    (tmp_path / "up.original").write_bytes(original.numpy().tobytes())
+    more = {"originals": {"up": tmp_path / "up.original"}, "rounding": {"up": torch.round}}
+    with workers(1) as pool:
+        stats, _ = captured(made(hidden), pool, **more)
+    x, drift = hidden.view(-1, HIDDEN), (original - hidden).view(-1, HIDDEN)
+    torch.testing.assert_close(stats.hessian, x.round().T @ x.round() / len(x))
+    torch.testing.assert_close(stats.drift, drift.T @ x.round() / len(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stats.absmax, x.abs().amax(0))
+    assert torch.equal(stats.sample, stats.sample.round())

@@ -26,7 +26,7 @@ def quality_of(run, tmp_path, *options):
     [
         ("w4a16", "gptq", GROUP),
         ("w8a8", "smoothquant+gptq", ()),
-        ("nvfp4", "gptq", ()),
+        ("nvfp4", "smoothquant+gptq", ()),
         ("fp8", "gptq", ()),
     ],
 )

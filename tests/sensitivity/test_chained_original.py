@@ -7,7 +7,7 @@ import transformers
 
 from qkit.engine import chain
 from qkit.files.owned import TEMP_PREFIX
-from qkit.sensitivity import profile as profiles
+from qkit.sensitivity import measurement
 from qkit.sensitivity.chained_original import ChainedOriginal
 from qkit.sensitivity.names import BLOCKWISE
 from qkit.sensitivity.original import WholeOriginal
@@ -30,9 +30,9 @@ KINDS = {
 def kinds_used(monkeypatch):
     """The classes that measured, in order."""
     found = []
-    run = profiles.run_measure
+    run = measurement.run_measure
     monkeypatch.setattr(
-        profiles, "run_measure", lambda context, name: (found.append(type(context.original)), run(context, name))[1]
+        measurement, "run_measure", lambda context, name: (found.append(type(context.original)), run(context, name))[1]
     )
     return found
 
