@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from qkit.calibration.block_calls import Call, OneByOne
 from qkit.calibration.group_inputs import group_inputs_of
 from qkit.calibration.playback import Playback, PlaybackUnit
+from qkit.calibration.reading import PLAIN_READING, Reading
 from qkit.calibration.stack_inputs import watch_stacks
 from qkit.calibration.statistics import (
     MAX_BAD_ROWS,
@@ -73,29 +74,29 @@ class BlockRunner:
         self, block: nn.Module, structure: BlockStructure, rows: Rows, call: Call | OneByOne, pool: Workers
     ) -> None:
         self.block, self.structure, self.rows, self.call, self.pool = block, structure, rows, call, pool
-        self.stages = structure.units
         self.beyond: set[int] = set()  # rows with finite values above ``Rows.largest``
         self._local = threading.local()
         self._calls = Counter[str]()  # of linears, in one pass of the block
         self._units = self._find_units()
+        running = {name: place for place, name in enumerate(self._calls)}
+        self.stages = sorted(
+            structure.units, key=lambda u: running.get(u[0].hook, len(running)) if u[0].expert is None else len(running)
+        )
         self._replaced: dict[str, nn.Module] = {}
 
     # ---- capture ---------------------------------------------------------------------------------------------
 
     def capture(
         self, groups: tuple[LinearGroup, ...], request: StatsRequest, step: PieceCallback, keep: bool = True,
-        inputs: Mapping[str, Callable[[Tensor], Tensor]] | None = None, originals: Mapping[str, Path] | None = None,
-        divided: Mapping[str, Tensor] | None = None, rounding: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        readings: Mapping[str, Reading] | None = None, originals: Mapping[str, Path] | None = None,
     ) -> dict[str, Stats]:  # fmt: skip
         """{group key: Stats} over all good rows. A group that no token reached has statistics of none.
 
         keep:      store the input of a submodule's last linear, so that the submodule can be played back once it is solved
-        inputs:    {group key: transform of its inputs before statistics are taken}
+        readings:  {group key: what becomes of its inputs before statistics are taken}
         originals: {submodule: file of its inputs in the original model, as ``leave`` saves them}, for the drift
-        divided:   {group key: what its inputs are divided by since these were saved}
-        rounding:  {group key: quantization of its transformed inputs}: Hessian and sample are of quantized inputs, which are
-                   what weights are multiplied with; ranges, and the drift from the original, are of those before
         """
+        reading_of = {g.key: (readings or {}).get(g.key, PLAIN_READING) for g in groups}
         sums = {g.key: Accumulator(g.linears[0].shape[1], request, self.rows.dtype) for g in groups}
         stride = max(1, self.rows.total // SAMPLE_TOKENS)
         kinds = self.rows.kinds
@@ -117,42 +118,31 @@ class BlockRunner:
                 valid = self.rows.without(bad).valid(*span)
                 group_inputs = self._inputs_of(arguments, groups, valid, request)
             group_inputs |= {g.key: x for g in groups if g.stack and (x := stacked.inputs_of(g)) is not None}
-            group_inputs = {key: inputs[key](x) if inputs and key in inputs else x for key, x in group_inputs.items()}
-            drifts: dict[str, Tensor] = {}
-            for key, saved in ((g.key, self._saved(g, originals, span, valid)) for g in groups):
-                if saved is not None:
-                    y = saved.float() / divided[key] if divided and key in divided else saved
-                    y = inputs[key](y) if inputs and key in inputs else y
-                    drifts[key] = y.float() - group_inputs[key].float()
+            group_inputs = {key: reading_of[key].transformed(x) for key, x in group_inputs.items()}
+            saved = {g.key: y for g in groups if (y := self._saved(g, originals, span, valid)) is not None}
             token_kinds = None if kinds is None else kinds[slice(*span)].flatten()
             token_kinds = token_kinds if token_kinds is None or valid is None else token_kinds[valid]
-            piece_stats = {
-                key: replace(
-                    piece_of(
-                        t,
-                        stride,
-                        request.ranges,
-                        token_kinds if token_kinds is not None and len(token_kinds) == len(t) else None,
-                        strides_by_kind,
-                        rounding[key](t) if rounding and key in rounding else None,
-                    ),
-                    away=drifts.get(key),
-                )
-                for key, t in group_inputs.items()
-                if len(t)
-            }
+
+            def piece_stats(key: str, x: Tensor) -> PieceStats:
+                own_kinds = token_kinds if token_kinds is not None and len(token_kinds) == len(x) else None
+                reading = reading_of[key]
+                roots = reading.roots(len(x), slice(*span), valid)
+                piece = piece_of(x, stride, request.ranges, own_kinds, strides_by_kind, reading.entering(x, roots))
+                return replace(piece, away=reading.drift(saved[key], x, roots)) if key in saved else piece
+
+            pieces = {key: piece_stats(key, x) for key, x in group_inputs.items() if len(x)}
             ended = None if unit is None else arguments.get(unit.last)
-            return piece_stats, None if ended is None else ended[0], bad, beyond
+            return pieces, None if ended is None else ended[0], bad, beyond
 
         left_out: list[int] = []
         try:
             spans = list(self.rows.pieces())
-            for (start, _), (piece_stats, x, bad, beyond) in zip(spans, self.pool.stream(one, spans), strict=True):
+            for (start, _), (pieces, x, bad, beyond) in zip(spans, self.pool.stream(one, spans), strict=True):
                 left_out += bad
                 self.beyond.update(beyond)
                 if unit_file is not None and x is not None:
                     unit_file.write(_bytes(x))
-                for key, piece in piece_stats.items():
+                for key, piece in pieces.items():
                     sums[key].add(piece, self.rows.part_of(start))
                 run_pending(sums.values(), self.pool, everything=False)
                 step()

@@ -168,7 +168,7 @@ class StatsRequest:
 class PieceStats:
     """Inputs of one group in one piece of rows.
 
-    x:      float32 [n, in], quantized where the layer quantizes its inputs
+    x:      float32 [n, in], what products are of: quantized where the layer quantizes its inputs, times roots of weights
     sums:   absmax, sum of |x| and sum of x^2, each [in], before that; None without ranges
     sample: [m, in], some of the rows of x; kinds: uint8 [m] of them
     away:   float32 [n, in], the inputs in the original model minus those before quantization; None where these are not needed
@@ -196,11 +196,11 @@ def piece_of(
     ranges: bool,
     kinds: Tensor | None = None,
     strides_by_kind: Sequence[int] = (),
-    quantized: Tensor | None = None,
+    entering: Tensor | None = None,
 ) -> PieceStats:
-    """Inputs and sums of one piece. x: [n, in]; kinds: uint8 [n]; strides_by_kind: ``strides`` of all rows; quantized: x as
-    the layer quantizes it (None: it does not)."""
-    entering = x if quantized is None else quantized
+    """Inputs and sums of one piece. x: [n, in]; kinds: uint8 [n]; strides_by_kind: ``strides`` of all rows; entering: [n, in],
+    what products are of (None: of x)."""
+    entering = x if entering is None else entering
     if kinds is None:
         sample, sample_kinds = entering[::stride].clone(), None
     else:

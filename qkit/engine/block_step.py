@@ -5,9 +5,8 @@ This code names no format, method or model: the tables of solvers and transforms
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from qkit.calibration.block_calls import Call, OneByOne
 from qkit.calibration.block_runner import BlockRunner
+from qkit.calibration.reading import Reading
 from qkit.calibration.statistics import Rows, Stats, StatsRequest
 from qkit.engine.entry import quantizing_hook
 from qkit.engine.job import Job
@@ -27,7 +27,6 @@ from qkit.families.blocks import BlockStructure, LinearGroup
 from qkit.families.materialize import load_block
 from qkit.families.structure import ModelStructure
 from qkit.files.owned import temp_path
-from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.plan import Plan, has_static
 from qkit.solvers.table import SOLVERS
 from qkit.system.parallel import Workers
@@ -38,6 +37,9 @@ from qkit.tensor.qtensor import dequantize
 from qkit.transforms.keys import scale_keys
 from qkit.transforms.state import BlockState
 from qkit.transforms.table import TRANSFORMS
+
+# A need: for each block {linear: float32 [rows, tokens], what a token counts in its Hessian}.
+LOSS_GRADIENTS = "loss_gradients"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +158,8 @@ def _solve_stages(run: Run, step: BlockStep, runner: BlockRunner) -> tuple[list[
         saved, stats = saved_inputs(run, step, runner.rows), dict[str, Stats]()
         if needs_inputs:
             request = _stats_request(plan, groups)
-            rounding = _rounding(plan, groups, inputs) if request.hessian else {}
-            stats = runner.capture(groups, request, progress.step, True, inputs, saved, state.divided, rounding)
+            readings = {g.key: _reading(plan, state, g, inputs[g.key], request) for g in groups if g.key in inputs}
+            stats = runner.capture(groups, request, progress.step, True, readings, saved)
         by_linear = {x.name: inputs[g.key] for g in groups if g.key in inputs for x in g.linears}
         solved = solve_groups(state, plan, groups, stats, run.pool)
         for r in solved:
@@ -188,27 +190,35 @@ def _stats_request(plan: Plan, groups: tuple[LinearGroup, ...]) -> StatsRequest:
     return StatsRequest(hessian, ranges, plan.recipe["expert_share"])
 
 
-def _rounding(
-    plan: Plan, groups: tuple[LinearGroup, ...], inputs: Mapping[str, InputTransform]
-) -> dict[str, Callable[[Tensor], Tensor]]:
-    """{group key: quantization of its transformed inputs}, of the groups whose layers quantize them.
+def _reading(
+    plan: Plan, state: BlockState, group: LinearGroup, inputs: InputTransform, request: StatsRequest
+) -> Reading:
+    """What becomes of the inputs of a group before its layers are solved.
 
-    A static scale is known only after all inputs were seen, so that of each piece of them stands for it (our choice).
+    Quantized inputs are for Hessians alone. A static scale is known only after all inputs were seen, so that of each piece of
+    them stands for it (our choice).
     """
+    planned = plan.linears[group.linears[0].name]
 
-    def rounded(planned: LinearPlan, residual: int, x: Tensor) -> Tensor:
+    def rounded(x: Tensor) -> Tensor:
         assert planned.activations is not None
         static = None
         if has_static(planned):
             static = torch.tensor([static_scale(float(x.abs().amax()) if x.numel() else 0.0, planned.activations)])
-        return quantize_activations(x, planned.activations, static, residual)
+        return quantize_activations(x, planned.activations, static, inputs.residual)
 
-    by_group = {g.key: plan.linears.get(g.linears[0].name) for g in groups}
-    return {
-        key: partial(rounded, planned, inputs[key].residual)
-        for key, planned in by_group.items()
-        if planned is not None and planned.activations is not None
-    }
+    return Reading(
+        transform=inputs,
+        divided=state.divided.get(group.key),
+        rounding=rounded if request.hessian and planned.activations is not None else None,
+        weights=_token_weights(group, state.original_values.get(LOSS_GRADIENTS, {})),
+    )
+
+
+def _token_weights(group: LinearGroup, by_linear: Mapping[str, Tensor]) -> Tensor | None:
+    """float32 [rows, tokens], the mean of those of the group's layers; None where they have none."""
+    weights = [by_linear[x.name] for x in group.linears if x.name in by_linear]
+    return torch.stack(weights).mean(0) if weights else None
 
 
 def saved_inputs(run: Run, step: BlockStep, rows: Rows) -> dict[str, Path]:

@@ -34,6 +34,7 @@ FACTORS = {
     "solving": 1.8,
     "learned rounding": 2.0,
     "errors weighed by the loss": 2.0,
+    "tokens weighed by the loss": 2.0,
     "synthetic samples": 4.0,
     PACKING: 5.0,
 }
@@ -78,7 +79,7 @@ def _rates(plan: Plan, pool: Workers) -> Iterator[tuple[str, float]]:
     product = 2.0 * _TOKENS * rows * columns
     forward = _rate(product, _product(weights, inputs, getattr(torch, plan.run_dtype)))
     exact = _rate(product, _product(weights, inputs, torch.float32))
-    yield from (("forward passes", forward), ("synthetic samples", forward))
+    yield from ((phase, forward) for phase in ("forward passes", "tokens weighed by the loss", "synthetic samples"))
     yield from ((phase, exact) for phase in ("learned rounding", "errors weighed by the loss", "scales of inputs"))
     yield "Hessians", _rate(2.0 * _TOKENS * columns**2, lambda: inputs.T @ inputs)
     hessian = inputs.T @ inputs / _TOKENS + torch.eye(columns)

@@ -55,6 +55,10 @@ def check_method(
         raise Unsupported(
             "option 'compensate' needs samples of one shape, which a diffusion transformer does not have: leave it out"
         )
+    if recipe.options.get("guided") and (structure.towers or not structure.is_language_model):
+        raise Unsupported(
+            "option 'guided' needs the predictions of a language model of texts alone, and this is none: leave it out"
+        )
     learned = next((t for t in transforms if TRANSFORMS[t].stage == "block"), None)
     if learned is None:
         return

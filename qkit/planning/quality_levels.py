@@ -55,26 +55,35 @@ def settings_of(kind: str, level: str) -> tuple[Setting, ...]:
 
 _SIGNED = {"signed": True}
 _SWEPT = {"sweeps": 4, "compensate": 0.5}
+_GUIDED = {"guided": True}
 _LEARNED = {"loss_weighted": True, "e2e_steps": 128}
 _SYNTHETIC = 192
 _ROUNDS, _SOLVES = "rounding with a search of scales, which reads no data", "GPTQ with passes over codes and scales"
+_GUIDES = "GPTQ with passes over codes and scales, and tokens weighted by their effect on the loss"
 _LEARNS, _LEARNS_ALL = "rounding is learned on blocks", "rounding is learned on blocks, then on the whole model"
 ROUNDING = Setting(method="rtn", why=_ROUNDS)
 _SIGNED_ROUNDING = Setting(method="rtn", options=_SIGNED, why=_ROUNDS)
 _GPTQ = Setting(method="gptq", options=_SWEPT, why=_SOLVES)
 _SIGNED_GPTQ = Setting(method="gptq", options={**_SIGNED, **_SWEPT}, why=_SOLVES)
+_GUIDED_GPTQ = Setting(method="gptq", options={**_SIGNED, **_SWEPT, **_GUIDED}, why=_GUIDES)
 _GGUF_GPTQ = Setting(method="gptq", why=_SOLVES)
+_GUIDED_GGUF = Setting(method="gptq", options=_GUIDED, why=_GUIDES)
 _PIPELINE_GPTQ = Setting(method="gptq", options={**_SIGNED, "sweeps": 4}, why="GPTQ on samples of the pipeline")
 _SMOOTHS = "outliers of inputs are moved into the weights, then GPTQ"
 _SMOOTH = Setting(method="smoothquant+gptq", options={**_SIGNED, "sweeps": 4}, why=_SMOOTHS)
+_GUIDED_SMOOTH = Setting(
+    method="smoothquant+gptq",
+    options={**_SIGNED, "sweeps": 4, **_GUIDED},
+    why=f"{_SMOOTHS}, with tokens weighted by their effect on the loss",
+)
 # Behind smoothing, ``compensate`` makes NVFP4 worse: the damping is less for what has become alike.
 _SMOOTH_FP4 = Setting(method="smoothquant+gptq", options={"sweeps": 4}, why=_SMOOTHS)
 _LEARNED_NARROW = Setting(
-    method="gptq+signround", options={**_SIGNED, **_SWEPT, **_LEARNED}, synthetic=_SYNTHETIC, why=_LEARNS_ALL
+    method="gptq+signround", options={**_SIGNED, **_SWEPT, **_GUIDED, **_LEARNED}, synthetic=_SYNTHETIC, why=_LEARNS_ALL
 )
 _LEARNED_NARROW_BLOCKS = Setting(method="gptq+signround", options={**_SIGNED, **_SWEPT}, why=_LEARNS)
 _LEARNED_FP4 = Setting(method="smoothquant+gptq+signround", options={"sweeps": 4}, why=_LEARNS)
-_LEARNED_GGUF = Setting(method="gptq+signround", options=_LEARNED, synthetic=_SYNTHETIC, why=_LEARNS_ALL)
+_LEARNED_GGUF = Setting(method="gptq+signround", options={**_GUIDED, **_LEARNED}, synthetic=_SYNTHETIC, why=_LEARNS_ALL)
 
 KINDS = {
     "narrow": "weights of 2 to 4 bits, inputs in 16 bits",
@@ -89,18 +98,26 @@ KINDS = {
 SETTINGS: dict[str, dict[str, tuple[Setting, ...]]] = {
     "narrow": {
         "fast": (_SIGNED_ROUNDING,),
-        "balanced": (_SIGNED_GPTQ,),
-        "best": (_LEARNED_NARROW, _LEARNED_NARROW_BLOCKS, _SIGNED_GPTQ),
+        "balanced": (_GUIDED_GPTQ, _SIGNED_GPTQ),
+        "best": (_LEARNED_NARROW, _LEARNED_NARROW_BLOCKS, _GUIDED_GPTQ, _SIGNED_GPTQ),
     },
     "wide": {"fast": (ROUNDING,), "balanced": (_GPTQ,), "best": (_GPTQ,)},
-    "int": {"fast": (_SIGNED_ROUNDING,), "balanced": (_SMOOTH, _SIGNED_GPTQ), "best": (_SMOOTH, _SIGNED_GPTQ)},
+    "int": {
+        "fast": (_SIGNED_ROUNDING,),
+        "balanced": (_GUIDED_SMOOTH, _SMOOTH, _SIGNED_GPTQ),
+        "best": (_GUIDED_SMOOTH, _SMOOTH, _SIGNED_GPTQ),
+    },
     "fp8": {"fast": (ROUNDING,), "balanced": (_GPTQ,), "best": (_GPTQ,)},
     "fp4": {
         "fast": (ROUNDING,),
         "balanced": (_SMOOTH_FP4, _GPTQ),
         "best": (_LEARNED_FP4, _SMOOTH_FP4, _GPTQ),
     },
-    "gguf": {"fast": (ROUNDING,), "balanced": (_GGUF_GPTQ,), "best": (_LEARNED_GGUF, _GGUF_GPTQ)},
+    "gguf": {
+        "fast": (ROUNDING,),
+        "balanced": (_GUIDED_GGUF, _GGUF_GPTQ),
+        "best": (_LEARNED_GGUF, _GUIDED_GGUF, _GGUF_GPTQ),
+    },
     # Calibration samples the whole pipeline for every prompt.
     "diffusion": {"fast": (ROUNDING,), "balanced": (ROUNDING,), "best": (_PIPELINE_GPTQ,)},
 }

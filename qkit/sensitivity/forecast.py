@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from qkit.calibration.batches import Extent, extent_first
-from qkit.calibration.dataset import Calibration
+from qkit.engine.block_step import LOSS_GRADIENTS
 from qkit.engine.chain import is_chain, may_chain, with_fragments
 from qkit.engine.forecast import ALLOCATOR, LATER
+from qkit.engine.learning import LOSS_WEIGHTS
 from qkit.errors import Unsupported
 from qkit.families.blocks import LANGUAGE
 from qkit.families.structure import ModelStructure
@@ -25,6 +28,7 @@ from qkit.sensitivity.names import BLOCKWISE, FISHER
 from qkit.sensitivity.outputs import SAMPLE_TOKENS
 from qkit.sensitivity.reference_model import SPILL_BYTES, log_prob_bytes
 from qkit.sensitivity.repair import ROWS
+from qkit.sensitivity.token_weights import rows_at_a_time, stream_width
 from qkit.sensitivity.units import applies, units_of
 from qkit.system.machine import available_memory, process_bytes, resident_bytes
 from qkit.system.words import megabytes
@@ -164,37 +168,54 @@ def repair_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
     )
 
 
-def weighing_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
-    """Bytes at the worst moment of ``hidden.weighing``: of a chain the head, a block, hidden states of all rows, and per worker
-    a batch on its way back or a slice of logits; else the model, and per worker a batch on its way back."""
-    assert plan.calibration is not None
-    width = int(structure.text_config.hidden_size)
-    rows, chained = extent_first(plan.calibration, hidden.ROWS), is_chain(plan, structure)
-    held = hidden.held_bytes(structure, width, chained)
-    if not chained:
-        return 4 * structure.parameters + _backward(structure, rows, workers) + held
+@dataclass(frozen=True)
+class PassForecast:
+    """A pass of the original model with gradients, before any block is solved. memory, disk: bytes at the worst moment"""
+
+    memory: int
+    disk: int
+    operations: float
+
+
+def gradient_passes(plan: Plan, structure: ModelStructure, workers: int) -> dict[str, PassForecast]:
+    """The passes that a plan needs, by what they are for."""
+    passes: dict[str, PassForecast] = {}
+    if plan.calibration is None:
+        return passes
+    if LOSS_WEIGHTS in plan.needs:
+        rows = extent_first(plan.calibration, hidden.ROWS)
+        held = hidden.held_bytes(structure, stream_width(structure), is_chain(plan, structure))
+        passes["errors weighed by the loss"] = _gradient_pass(plan, structure, rows, rows.rows, 4, held, workers)
+    if LOSS_GRADIENTS in plan.needs:
+        rows, item = extent_first(plan.calibration, plan.calibration.count), getattr(torch, plan.run_dtype).itemsize
+        held = 4 * rows.rows * rows.length * len(plan.linears)
+        together = rows_at_a_time(plan, structure)
+        passes["tokens weighed by the loss"] = _gradient_pass(plan, structure, rows, together, item, held, workers)
+    return passes
+
+
+def _gradient_pass(
+    plan: Plan, structure: ModelStructure, rows: Extent, together: int, item: int, held: int, workers: int
+) -> PassForecast:
+    """Of a chain memory has the head, a block, hidden states of the rows that go through it together, and per worker a batch on
+    its way back or a slice of logits; else the model, and per worker a batch on its way back. On the disk are the hidden states
+    that enter all blocks, until the way back.
+
+    together: rows; item: bytes of a value; held: bytes of results
+    """
+    operations = (1 + GRADIENTS) * pass_operations(structure, rows.rows * rows.length)
+    if not is_chain(plan, structure):
+        return PassForecast(4 * structure.parameters + _backward(structure, rows, workers) + held, 0, operations)
+    width = stream_width(structure)
     block = max(sum(x.shape[0] * x.shape[1] for x in b.linears) for b in structure.blocks)
     widths = max(sum(sum(x.shape) for x in b.linears) for b in structure.blocks)
     tokens = max(PIECE_TOKENS, rows.length)
-    active = max(slice_bytes(_vocabulary(structure), 4), 4 * tokens * (2 * widths + 16 * width))
-    passing = 3 * 4 * rows.rows * rows.length * width
-    head = 4 * _vocabulary(structure) * width
-    busy = min(workers, -(-rows.rows * rows.length // tokens))
-    return with_fragments(head + 4 * block + passing + busy * active + held)
-
-
-def weighing_operations(calibration: Calibration, structure: ModelStructure) -> float:
-    """Operations of ``hidden.weighing``: a pass over its rows and the gradients of its loss."""
-    rows = extent_first(calibration, hidden.ROWS)
-    return (1 + GRADIENTS) * pass_operations(structure, rows.rows * rows.length)
-
-
-def weighing_disk(plan: Plan, structure: ModelStructure) -> int:
-    """Bytes of the hidden states that enter all blocks, which are in a file until the way back."""
-    assert plan.calibration is not None
-    rows = extent_first(plan.calibration, hidden.ROWS)
-    width = int(structure.text_config.hidden_size)
-    return 4 * rows.rows * rows.length * width * len(structure.blocks) if is_chain(plan, structure) else 0
+    active = max(slice_bytes(_vocabulary(structure), item), item * tokens * (2 * widths + 16 * width))
+    states = item * together * rows.length * width
+    head = item * _vocabulary(structure) * width
+    busy = min(workers, -(-together * rows.length // tokens))
+    memory = with_fragments(head + item * block + 3 * states + busy * active + held)
+    return PassForecast(memory, states * len(structure.blocks), operations)
 
 
 def refuse_what_cannot_fit(forecast: ProfileForecast) -> None:

@@ -12,7 +12,8 @@ never needed are not free of charge.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -72,30 +73,59 @@ def chain_roots(
     chain: Chain, pieces: tuple[Batch, ...], seed: int, step: Callable[[], object] = lambda: None
 ) -> list[Tensor]:
     """``roots`` of a chain, block after block. pieces: the rows of the chain, in order"""
-    starts = [sum(len(b.ids) for b in pieces[:i]) for i in range(len(pieces))]
-    read, kept = chain.structure.checkpoint.read, OffloadedTensors(chain.rows.path.parent)
-    entering = [chain.entering(range(i, i + len(b.ids))) for i, b in zip(starts, pieces, strict=True)]
-    outputs = chain.forward(entering, lambda block: chain.loaded(block, read), kept, step)
-
-    def at_output(item: tuple[int, Batch, Tensor]) -> Tensor:
-        number, batch, hidden = item
-        with torch.inference_mode(False), torch.enable_grad():
-            leaf = hidden.detach().requires_grad_()
-            scored = batch.cloned().scored(leaf).flatten(0, -2)
-            drawn = torch.Generator().manual_seed(seed + number)
-            gradient = sampled_gradient(chain.head, scored.detach(), chain.vocabulary, drawn)
-            return torch.autograd.grad(scored, leaf, gradient)[0]
-
-    width = chain.rows.hidden
+    kept = OffloadedTensors(chain.rows.path.parent)
+    gradients = gradients_at_end(chain, numbered(pieces), seed, kept, step)
+    read, width = chain.structure.checkpoint.read, chain.rows.hidden
     found: dict[int, Tensor] = {}
-
-    gradients = chain.pool.map(at_output, zip(range(len(pieces)), pieces, outputs, strict=True))
     for block in chain.backward(kept, gradients, lambda block: chain.loaded(block, read), step):
         total = torch.zeros(width, width, dtype=torch.float64)
         for product in chain.pool.stream(lambda g: (flat := g.flatten(0, -2)).T @ flat, block.at_outputs):
             total += product.double()
         found[chain.blocks[block.number][0].index] = _root(total)
     return [found[b.index] if b.index in found else torch.eye(width) for b in chain.structure.blocks]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a chain as one call. number: of the piece among all; first: index of its first row"""
+
+    number: int
+    first: int
+    batch: Batch
+
+    @property
+    def rows(self) -> int:
+        """How many they are."""
+        return len(self.batch.ids)
+
+
+def numbered(pieces: tuple[Batch, ...]) -> list[Piece]:
+    """All rows of a chain, in order."""
+    firsts = accumulate((len(b.ids) for b in pieces), initial=0)
+    return [Piece(number, first, batch) for number, (first, batch) in enumerate(zip(firsts, pieces, strict=False))]
+
+
+def gradients_at_end(
+    chain: Chain, pieces: list[Piece], seed: int, kept: OffloadedTensors, step: Callable[[], object] = lambda: None
+) -> list[Tensor]:
+    """By piece, the gradient of the summed loss of its scored tokens at what leaves the last block, [rows, length, hidden].
+
+    Labels are drawn from the model. kept: gets what enters each block. The way back is that of ``Chain.backward``.
+    """
+    read = chain.structure.checkpoint.read
+    entering = [chain.entering(range(p.first, p.first + p.rows)) for p in pieces]
+    outputs = chain.forward(entering, lambda block: chain.loaded(block, read), kept, step)
+
+    def at_output(pair: tuple[Piece, Tensor]) -> Tensor:
+        piece, hidden = pair
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            scored = piece.batch.cloned().scored(leaf).flatten(0, -2)
+            drawn = torch.Generator().manual_seed(seed + piece.number)
+            gradient = sampled_gradient(chain.head, scored.detach(), chain.vocabulary, drawn)
+            return torch.autograd.grad(scored, leaf, gradient)[0]
+
+    return chain.pool.map(at_output, zip(pieces, outputs, strict=True))
 
 
 def _root(f: Tensor) -> Tensor:

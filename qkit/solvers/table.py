@@ -97,9 +97,13 @@ SOLVERS: dict[str, Solver] = {
                 least=0,
                 most=1,
             ),
+            "guided": Option(
+                default=False,
+                summary="tokens weighted by their effect on the loss, by gradients of the original model (arXiv 2505.07004)",
+            ),
         },
         needs=frozenset({"hessian"}),
-        option_needs=(("compensate", "original_inputs"),),
+        option_needs=(("compensate", "original_inputs"), ("guided", "loss_gradients")),
         module=lambda: import_module("qkit.solvers.gptq"),
     ),
 }

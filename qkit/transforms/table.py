@@ -26,6 +26,7 @@ NEEDS = {
     "original_outputs": "outputs of the block in the original model",
     "modality_weights": "weight of errors at images relative to errors at answers, by a pass of the original model",
     "loss_weights": "effect of block errors on the loss, by a pass of the original model",
+    "loss_gradients": "effect of every token's layer outputs on the loss, by a pass of the original model",
 }
 INPUTS = ("quantized", "original", "distort")
 RATIOS = ("part", "linear")

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from qkit.engine.block_step import LOSS_GRADIENTS
 from qkit.engine.job import Job
 from qkit.engine.learning import LOSS_WEIGHTS
 from qkit.families.structure import ModelStructure
 from qkit.planning.plan import Plan, parts
 from qkit.runtime.loading import load_checkpoint
 from qkit.sensitivity.hidden import weighing
+from qkit.sensitivity.token_weights import token_weights
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
 from qkit.transforms.balance import MODALITY_WEIGHTS, gradients, ratios
@@ -26,7 +28,11 @@ def original_passes(
     """{need: for each block of the language model what the pass gave}; None is made where the job has no block left."""
     if job.finished == len(parts(plan, structure)):
         return {}
-    passes: dict[str, Pass] = {MODALITY_WEIGHTS: modality_weights, LOSS_WEIGHTS: weighing}
+    passes: dict[str, Pass] = {
+        MODALITY_WEIGHTS: modality_weights,
+        LOSS_WEIGHTS: weighing,
+        LOSS_GRADIENTS: token_weights,
+    }
     return {need: run(plan, structure, job, pool, progress) for need, run in passes.items() if need in plan.needs}
 
 

@@ -6,7 +6,7 @@ report = quantize(Request(model="tiny-llama", scheme="w4a16", method="gptq"), ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,13 +43,7 @@ from qkit.planning.recipe import Recipe
 from qkit.planning.recipe_file import recipe_file, run_notes
 from qkit.planning.request import Request, recipe_of
 from qkit.planning.towers import SKIP
-from qkit.sensitivity.forecast import (
-    pass_operations,
-    repair_memory,
-    weighing_disk,
-    weighing_memory,
-    weighing_operations,
-)
+from qkit.sensitivity.forecast import PassForecast, gradient_passes, pass_operations, repair_memory
 from qkit.sensitivity.repair import repair
 from qkit.system.machine import available_cores
 from qkit.system.memory import ran_out
@@ -126,8 +120,8 @@ def prepare(
     plan = replace(plan, key_exponents=request.key_exponents, pipeline=around)
     threads = request.threads or available_cores()
     after = {"significant weights": repair_memory(plan, structure, threads)} if plan.significant else {}
-    if plan.learning("loss_weighted"):
-        after["errors weighed by the loss"] = weighing_memory(plan, structure, threads)
+    passes = gradient_passes(plan, structure, threads)
+    after |= {name: p.memory for name, p in passes.items()}
     if plan.learning("e2e_steps"):
         after["learned rounding of the whole model"] = end_to_end_memory(plan, structure, threads)
     if plan.calibration is not None and plan.calibration.written:
@@ -136,23 +130,23 @@ def prepare(
         after["scores of experts"] = pruning_memory(plan, structure)
     if "rotate" in plan.transforms:
         after["proof of the rotation"] = proof_memory(whole_of(structure))
-    beforehand = _operations_beforehand(plan, structure)
+    beforehand = _operations_beforehand(plan, structure, passes)
     notes = () if request.recorded is None else tuple(run_notes(request.recorded, plan))
     cost = forecast_of(plan, structure, threads, after)
-    beside = weighing_disk(plan, structure) if plan.learning("loss_weighted") else 0
+    beside = max((p.disk for p in passes.values()), default=0)
     beside = max(beside, end_to_end_disk(plan, structure) if plan.learning("e2e_steps") else 0)
     cost = replace(cost, job_bytes=cost.job_bytes + beside, operations={**cost.operations, **beforehand})
     return PreparedRequest(plan, structure, cost, components, notes)
 
 
-def _operations_beforehand(plan: Plan, structure: ModelStructure) -> dict[str, float]:
+def _operations_beforehand(
+    plan: Plan, structure: ModelStructure, passes: Mapping[str, PassForecast]
+) -> dict[str, float]:
     """Operations of what a run makes of the whole model before it comes to the blocks, by phase."""
-    rows, found = plan.calibration, dict[str, float]()
+    rows, operations = plan.calibration, {name: p.operations for name, p in passes.items()}
     if rows is not None and rows.written:
-        found["synthetic samples"] = pass_operations(structure, rows.written * rows.seqlen)
-    if rows is not None and plan.learning("loss_weighted"):
-        found["errors weighed by the loss"] = weighing_operations(rows, structure)
-    return found
+        operations["synthetic samples"] = pass_operations(structure, rows.written * rows.seqlen)
+    return operations
 
 
 def _components(folder: Path, recipe: Recipe, request: Request, structure: ModelStructure) -> dict[str, Request]:

@@ -1,20 +1,23 @@
 """What ``--quality fast``, ``balanced`` and ``best`` give, on the same model, calibration text and machine.
 
     python reports/comparison/levels.py --model DIR --name smollm2 --calib FILE --text NAME=FILE .. --lines LINES \\
-        [--autoround PYTHON] [--llmcompressor PYTHON] [--schemes w4a16,w3a16,..] [--levels fast,balanced,best] \\
+        [--autoround PYTHON] [--llmcompressor PYTHON] [--schemes w4a16,w3a16:64,..] [--levels fast,balanced,best] \\
         [--windows 20] [--busy]
 
-Each run is the command that a user types, with a scheme and a level and nothing else but the calibration text, in a process of
-its own: seconds (with export and proof) and peak memory. Figures are of the packed file, loaded back, in float32 arithmetic, in
-windows of 512 tokens: KL divergence from the original and perplexity. AutoRound runs with its defaults (weights alone), and
-llm-compressor with its GPTQ of the same rows (quantized inputs). LINES gets a line per run; runs that are there are left out.
+Each run is the command that a user types, with a scheme (and a group size, as in w3a16:64) and a level and nothing else but the
+calibration text, in a process of its own: peak memory, and seconds with export and proof, of the clock and of the processor.
+Figures are of the packed file, loaded back, in float32 arithmetic: KL divergence from the original and perplexity in windows of
+512 tokens of each text, and KL on the original's greedy answers of up to 128 tokens to the prompts of ``qkit eval --suite``, in
+its chat template. AutoRound runs with its defaults (weights alone; the same group size), and llm-compressor with its GPTQ of the same rows (quantized
+inputs). LINES gets a line per run; runs that are there are left out.
 reports/comparison/levels-NAME.json has means, and the ratio of each divergence to that of the level below and of the rival,
-with 95 % intervals over windows (paired).
+with 95 % intervals over windows, or answers (paired).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -26,8 +29,12 @@ import numpy as np
 import run
 import torch
 
+from qkit.calibration.chats import Chats
 from qkit.calibration.dataset import read_text
-from qkit.evaluation.metrics import compare_windows
+from qkit.evaluation.continuations import greedy_continuations
+from qkit.evaluation.metrics import compare_logits, compare_windows
+from qkit.evaluation.suite import NEW_TOKENS, read_prompts
+from qkit.files.embedded import embedded_prompts
 from qkit.planning.quality_levels import LEVELS
 from qkit.runtime.loading import load, load_tokenizer
 
@@ -35,6 +42,8 @@ from qkit.runtime.loading import load, load_tokenizer
 RIVALS = {s: (run.AUTOROUND, "signround") for s in ("w4a16", "w3a16", "w2a16")}
 RIVALS |= {s: (run.LLMCOMPRESSOR, "gptq") for s in ("w8a8", "w4a8", "nvfp4")}
 SCHEMES = "w4a16,w3a16,w2a16,w8a16,w8a8,w4a8,fp8,nvfp4,mxfp4,q4_k,q3_k"
+CHAT = "chat"
+COPIED = ("scheme", "level", "seconds", "processor", "memory", "bytes", "sha256")
 
 
 def main() -> None:
@@ -60,76 +69,119 @@ def main() -> None:
     lines = [json.loads(x) for x in args.lines.read_text().splitlines()] if args.lines.exists() else []
     done = {(x["scheme"], x["level"]) for x in lines}
     original = run.Remembered(load(args.model, dtype=torch.float32))
+    dialogues = chats(original.model, tokenizer)
     for scheme in args.schemes.split(","):
         given = {run.AUTOROUND: args.autoround, run.LLMCOMPRESSOR: args.llmcompressor}
-        rivals = [name for name, _ in [RIVALS[scheme]] if given[name]] if scheme in RIVALS else []
-        for level in (*args.levels.split(","), *rivals):
+        rival = rival_of(scheme)
+        rivals = [rival[0]] if rival is not None and given[rival[0]] else []
+        for level in (*filter(None, args.levels.split(",")), *rivals):
             if (scheme, level) not in done:
-                entry = measured(args, scheme, level, original, texts)
+                entry = measured(args, scheme, level, original, texts, dialogues)
                 with args.lines.open("a") as f:
                     f.write(json.dumps(entry) + "\n")
                 lines.append(entry)
-                shown = {t: round(float(np.mean(x)), 5) for t, x in entry["kl"].items()}
+                shown = {t: round(divergence(entry, t), 5) for t in entry["kl"]}
                 print(
                     scheme, level, f"{entry['seconds']:.0f} s, {entry['memory'] / 1e9:.2f} GB, KL {shown}", flush=True
                 )
     table = summary(lines)
     if args.busy:
         for row in table:
-            del row["seconds"]
+            del row["seconds"]  # those of the processor stay
     (run.HERE / f"levels-{args.name}.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
-def measured(args: argparse.Namespace, scheme: str, level: str, original: Any, texts: dict[str, Any]) -> dict[str, Any]:
-    """One run, its file loaded back and measured."""
+def rival_of(scheme: str) -> tuple[str, str] | None:
+    """(who else makes a file of the scheme, by which method); groups have no say in it."""
+    return RIVALS.get(scheme.partition(":")[0])
+
+
+def chats(model: Any, tokenizer: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """[(prompt, the model's answer)], int64 [n]."""
+    prompts = Chats(tokenizer).prompts([p["prompt"] for p in read_prompts(embedded_prompts())])
+    questions = [torch.tensor(ids, dtype=torch.int64) for ids in prompts]
+    return list(zip(questions, greedy_continuations(model, questions, [NEW_TOKENS] * len(questions)), strict=True))
+
+
+@torch.inference_mode()
+def on_chat(original: Any, model: Any, question: torch.Tensor, answer: torch.Tensor) -> Any:
+    """The comparison of both models on an answer."""
+    ids = torch.cat([question, answer])[None]
+    of_answer = slice(len(question) - 1, -1)
+    return compare_logits(
+        original(input_ids=ids, use_cache=False).logits[:, of_answer],
+        model(input_ids=ids, use_cache=False).logits[:, of_answer],
+        answer[None],
+    )
+
+
+def measured(
+    args: argparse.Namespace, scheme: str, level: str, original: Any, texts: dict[str, Any], dialogues: list[Any]
+) -> dict[str, Any]:
+    """One run, its file loaded back and measured. Under "kl" are means of windows, and sums of answers."""
     work = Path(tempfile.mkdtemp())
     tool = run.QKIT if level in LEVELS else level
+    name, _, group = scheme.partition(":")
     if tool != run.QKIT:
-        line = run.command(run.Run(tool, scheme, None, RIVALS[scheme][1]), args, args.calib, work / "out")
+        asked = run.Run(tool, name, int(group) if group else None, rival_of(scheme)[1])
+        line = run.command(asked, args, args.calib, work / "out")
         assert line is not None
     else:
-        line = [sys.executable, "-W", "ignore", "-m", "qkit", "quantize", "--model", args.model, "--scheme", scheme]
+        line = [sys.executable, "-W", "ignore", "-m", "qkit", "quantize", "--model", args.model, "--scheme", name]
         line += ["--quality", level, "--calib", str(args.calib), "--out", str(work / "out")]
-    seconds, memory = run.started(line)
+        line += ["--group-size", group] if group else []
+    seconds, memory, processor = run.started(line)
     folder = next(work.glob("out/**/config.json")).parent
-    model = run.model_of(run.Run(tool, scheme, None, ""), folder)
-    size = sum(f.stat().st_size for f in (*folder.glob("*.safetensors"), *folder.glob("*.gguf")))
+    model = run.model_of(run.Run(tool, name, None, ""), folder)
+    files = sorted((*folder.glob("*.safetensors"), *folder.glob("*.gguf")))
     entry: dict[str, Any] = {
         "scheme": scheme,
         "level": level,
         "seconds": round(seconds, 1),
+        "processor": round(processor, 1),
         "memory": memory,
-        "bytes": size,
+        "bytes": sum(f.stat().st_size for f in files),
+        "sha256": hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest(),
+        "answers": [len(answer) for _, answer in dialogues],
     }
     for name, tokens in texts.items():
         with torch.inference_mode():
             found = compare_windows(original, model, tokens, run.WINDOW, args.windows)
         for key, values in (("original", found.reference), ("nll", found.approx), ("kl", found.kl)):
             entry.setdefault(key, {})[name] = [round(x, 7) for x in values.mean(1).tolist()]
+    entry["kl"][CHAT] = [round(float(on_chat(original, model, *x).kl.sum()), 7) for x in dialogues]
     shutil.rmtree(work)
     return entry
 
 
+def divergence(entry: dict[str, Any], name: str) -> float:
+    """The mean over tokens of a text or of the answers."""
+    values = entry["kl"][name]
+    return float(np.sum(values) / np.sum(entry["answers"]) if name == CHAT else np.mean(values))
+
+
 def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each run, with ratios of divergences to the level below and to AutoRound."""
+    """A row for each run, with ratios of divergences to the level below and to the rival."""
     found = {(x["scheme"], x["level"]): x for x in lines}
     rows = []
     for (scheme, level), x in found.items():
-        row: dict[str, Any] = {k: x[k] for k in ("scheme", "level", "seconds", "memory", "bytes")}
+        row: dict[str, Any] = {k: x[k] for k in COPIED if k in x}
         for t in x["kl"]:
-            row[t] = {"perplexity": round(float(np.exp(np.mean(x["nll"][t]))), 3), "kl": float(np.mean(x["kl"][t]))}
-            row[t]["original"] = round(float(np.exp(np.mean(x["original"][t]))), 3)
+            row[t] = {"kl": divergence(x, t)}
+            if t != CHAT:
+                row[t]["perplexity"] = round(float(np.exp(np.mean(x["nll"][t]))), 3)
+                row[t]["original"] = round(float(np.exp(np.mean(x["original"][t]))), 3)
             below = LEVELS[LEVELS.index(level) - 1] if level in LEVELS[1:] else None
-            rival = RIVALS[scheme][0] if scheme in RIVALS and level in LEVELS else None
-            for other in (below, rival):
-                if (scheme, other) in found:
+            rival = rival_of(scheme) if level in LEVELS else None
+            for other in (below, rival and rival[0]):
+                if t in found.get((scheme, other), {"kl": ()})["kl"]:
                     row[t][f"to {other}"] = ratio(x["kl"][t], found[scheme, other]["kl"][t])
         rows.append(row)
     return rows
 
 
 def ratio(ours: list[float], theirs: list[float]) -> list[float]:
-    """The ratio of two mean divergences, with its 95 % interval over windows, resampled as pairs."""
+    """The ratio of two divergences on the same tokens, with its 95 % interval over windows or answers, resampled as pairs."""
     one, two = np.array(ours), np.array(theirs)
     picks = np.random.default_rng(0).integers(0, len(one), (10_000, len(one)))
     each = one[picks].mean(1) / two[picks].mean(1)

@@ -43,7 +43,8 @@ QKIT, AUTOROUND, LLMCOMPRESSOR = "qkit", "AutoRound", "llm-compressor"
 STARTER = """
 import resource, subprocess, sys
 code = subprocess.call(sys.argv[2:])
-open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+open(sys.argv[1], "w").write(f"{used.ru_maxrss} {used.ru_utime + used.ru_stime}")
 sys.exit(code)
 """
 
@@ -115,8 +116,8 @@ def command(run: Run, args: argparse.Namespace, calib: Path, out: Path) -> list[
     return [python, str(script), *given, "--scheme", run.scheme.upper(), "--json", str(out.with_suffix(".json"))]
 
 
-def started(line: list[str]) -> tuple[float, int]:
-    """(seconds, bytes of memory at the peak) of a command. Raises CalledProcessError."""
+def started(line: list[str]) -> tuple[float, int, float]:
+    """(seconds, bytes of memory at the peak, seconds of processor time) of a command. Raises CalledProcessError."""
     # What the tool says is kept for a failure alone.
     with tempfile.TemporaryFile() as said, tempfile.NamedTemporaryFile("r") as peak:
         began = time.monotonic()
@@ -125,7 +126,8 @@ def started(line: list[str]) -> tuple[float, int]:
         if code:
             said.seek(0)
             raise subprocess.CalledProcessError(code, line, said.read())
-        return seconds, 1024 * int(peak.read())
+        kilobytes, processor = peak.read().split()
+        return seconds, 1024 * int(kilobytes), float(processor)
 
 
 def model_of(run: Run, folder: Path) -> Any:
@@ -186,7 +188,7 @@ def main() -> None:
             line = command(run, args, calib, work / "out")
             if line is None:
                 continue
-            seconds, memory = started(line)
+            seconds, memory, _ = started(line)
             folder = next(work.glob("out/**/config.json")).parent
             size = sum(i.nbytes for f in folder.glob("*.safetensors") for i in read_header(f).values())
             entry: dict[str, Any] = {"run": str(run), "slice": part, "tool": run.tool, "kind": run.kind}

@@ -10,6 +10,7 @@ from torch import nn
 from qkit.calibration.block_calls import Call
 from qkit.calibration.block_runner import BlockRunner
 from qkit.calibration.dataset import KINDS
+from qkit.calibration.reading import Reading
 from qkit.calibration.statistics import MAX_BAD_ROWS, Rows, StatsRequest
 from qkit.errors import NumericFailure
 from qkit.families.blocks import BlockStructure, Group, Linear, LinearGroup
@@ -149,7 +150,7 @@ def test_quantized_inputs_are_what_weights_are_multiplied_with(made, tmp_path):
     """The Hessian is of quantized inputs; the ranges and the drift are of the inputs before that."""
     hidden, original = hidden_states(), hidden_states() * 1.25
     (tmp_path / "up.original").write_bytes(original.numpy().tobytes())
-    more = {"originals": {"up": tmp_path / "up.original"}, "rounding": {"up": torch.round}}
+    more = {"originals": {"up": tmp_path / "up.original"}, "readings": {"up": Reading(rounding=torch.round)}}
     with workers(1) as pool:
         stats, _ = captured(made(hidden), pool, **more)
     x, drift = hidden.view(-1, HIDDEN), (original - hidden).view(-1, HIDDEN)
@@ -157,3 +158,30 @@ def test_quantized_inputs_are_what_weights_are_multiplied_with(made, tmp_path):
     torch.testing.assert_close(stats.drift, drift.T @ x.round() / len(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(stats.absmax, x.abs().amax(0))
     assert torch.equal(stats.sample, stats.sample.round())
+
+
+def test_weighted_tokens(made, tmp_path):
+    """In the Hessian, the drift and the sample each token has its weight, in ranges all are the same; a row that is left out
+    takes its weights with it."""
+    hidden, original = hidden_states(), hidden_states() * 1.25
+    (tmp_path / "up.original").write_bytes(original.numpy().tobytes())
+    weights = torch.rand(COUNT, TOKENS, generator=torch.Generator().manual_seed(2)) + 0.5
+    good = [i != 3 for i in range(COUNT)]
+    rows = replace(made(hidden), good=good)
+    more = {"originals": {"up": tmp_path / "up.original"}, "readings": {"up": Reading(weights=weights)}}
+    with workers(1) as pool:
+        stats, _ = captured(rows, pool, **more)
+        plain, _ = captured(rows, pool)
+    x, w, drift = hidden[good].view(-1, HIDDEN), weights[good].view(-1, 1), (original - hidden)[good].view(-1, HIDDEN)
+    torch.testing.assert_close(stats.hessian, (w * x).T @ x / len(x))
+    torch.testing.assert_close(stats.drift, (w * drift).T @ x / len(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stats.sample, w.sqrt() * x)
+    assert torch.equal(stats.absmax, plain.absmax) and torch.equal(plain.sample, x)
+
+
+def test_stages_are_in_running_order(made):
+    """Whatever order the groups are declared in: a layer that runs later must not be solved before what it reads is."""
+    turned = replace(STRUCTURE, groups=STRUCTURE.groups[::-1])
+    with workers(1) as pool, torch.inference_mode():
+        runner = BlockRunner(Toy().requires_grad_(False), turned, made(hidden_states()), Call((), {}), pool)
+    assert [g.key for stage in runner.stages for g in stage] == ["up", "down"]

@@ -62,7 +62,7 @@ def test_quantize_does_what_the_plan_says(run, tiny, small, tmp_path):
     asked = ("--model", tiny("llama"), "--scheme", "w4a16", *small, *GROUP)
     code, said, err = run("quantize", *asked, "--out", tmp_path / "out")
     assert code == 0 and said.count("quality balanced: method gptq with ") == 1, err
-    options = ("--option", "signed=true", "--option", "sweeps=4", "--option", "compensate=0.5")
+    options = [x for o in ("signed=true", "sweeps=4", "compensate=0.5", "guided=true") for x in ("--option", o)]
     assert run("quantize", *asked, "--method", "gptq", *options, "--out", tmp_path / "named")[0] == 0
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "named"))
     assert one == two
