@@ -136,7 +136,7 @@ def _of_whole_model(
 def rows_at_a_time(plan: Plan, structure: ModelStructure) -> int:
     """How many rows go through a chain at a time."""
     assert plan.calibration is not None
-    item = getattr(torch, plan.run_dtype).itemsize
+    item: int = getattr(torch, plan.run_dtype).itemsize
     row_bytes = plan.calibration.seqlen * stream_width(structure) * item
     return min(plan.calibration.count, max(1, HELD // row_bytes))
 
