@@ -308,25 +308,29 @@ def rank() -> str:
 
 
 def levels(name: str) -> str:
-    """The levels of --quality beside each other, and the rival where one ran."""
+    """The levels of --quality beside each other, and rivals where one ran. A ratio to the rival is to the best of a scheme."""
     rows, found = [], report(f"comparison/levels-{name}")
     schemes = list(dict.fromkeys(x["scheme"] for x in found))
-    rivals = [name for name in ("AutoRound", "llm-compressor") if any(x["level"] == name for x in found)]
-    order = [*LEVELS, *rivals]
+    rivals = {scheme: [x for x in found if x["scheme"] == scheme and x["level"] not in LEVELS] for scheme in schemes}
+    order = [*LEVELS, *dict.fromkeys(x["level"] for x in found if x["level"] not in LEVELS)]
+    texts = {"": "wikitext2", " on chat": "chat"} if any("chat" in x for x in found) else {"": "wikitext2"}
     for x in sorted(found, key=lambda x: (schemes.index(x["scheme"]), order.index(x["level"]))):
-        text = x["wikitext2"]
-        row = {"scheme": f"`{x['scheme']}`", "made with": x["level"]}
-        if x["level"] in LEVELS:
-            row = {**row, "made with": f"`--quality {x['level']}`", "size, MB": mb(x["bytes"])}
-        else:
-            row["size, MB"] = "" if x["level"] == "AutoRound" else mb(x["bytes"])  # it is measured as 16-bit numbers
-        row |= {"perplexity": f"{text['perplexity']:.2f}", "KL": f"{text['kl']:.3g}"}
-        below = next((text[f"to {other}"] for other in LEVELS if f"to {other}" in text), None)
+        ours = x["level"] in LEVELS
+        row = {"scheme": f"`{x['scheme']}`", "made with": f"`--quality {x['level']}`" if ours else x["level"]}
+        # AutoRound's is measured as 16-bit numbers
+        row["size, MB"] = "" if x["level"].startswith("AutoRound") else mb(x["bytes"])
+        row["perplexity"] = f"{x['wikitext2']['perplexity']:.2f}"
+        row |= {f"KL{where}": f"{x[text]['kl']:.3g}" if text in x else "" for where, text in texts.items()}
+        below = next((x["wikitext2"][f"to {other}"] for other in LEVELS if f"to {other}" in x["wikitext2"]), None)
         row["KL / level below"] = interval(below, 2, signed=False) if below else ""
-        for name in rivals:
-            rival = text.get(f"to {name}")
-            row[f"KL / {name}"] = interval(rival, 2, signed=False) if rival else ""
-        rows.append({**row, "seconds": f"{x['seconds']:.0f}"} if "seconds" in x else row)
+        for where, text in texts.items():
+            measured = [r for r in rivals[x["scheme"]] if ours and f"to {r['level']}" in x.get(text, {})]
+            best = min(measured, key=lambda r: r[text]["kl"], default=None)
+            ratio = best and x[text][f"to {best['level']}"]
+            if any(rivals.values()):
+                row[f"KL / rival{where}"] = interval(ratio, 2, signed=False) if ratio else ""
+        seconds = x.get("processor", x.get("seconds"))
+        rows.append({**row, "seconds": f"{seconds:.0f}"} if seconds is not None else row)
     return markdown(rows)
 
 

@@ -15,14 +15,18 @@ import torch
 from torch.nn.functional import linear
 
 from qkit.calibration.statistics import Stats
-from qkit.engine.forecast import Forecast, solving_operations
+from qkit.engine.forecast import UPDATE, Forecast, solving_operations
 from qkit.engine.solving import solve_matrix
+from qkit.families.blocks import Linear
 from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.plan import Plan
+from qkit.rounding.learned_weight import LearnedWeight, LearningState
 from qkit.solvers.table import SOLVERS
 from qkit.system.parallel import Workers, workers
 from qkit.system.timing import fastest_run
 from qkit.tensor.formats import fit_group
+from qkit.tensor.input_transform import PLAIN
+from qkit.tensor.qtensor import find_params, quantize, shared_amax
 
 PACKING = "packing and checking"
 # Seconds of a phase over those of its timed piece.
@@ -33,6 +37,7 @@ FACTORS = {
     "scales of inputs": 1.6,
     "solving": 1.8,
     "learned rounding": 2.0,
+    "updates of learned rounding": 1.5,
     "errors weighed by the loss": 2.0,
     "tokens weighed by the loss": 2.0,
     "synthetic samples": 4.0,
@@ -80,7 +85,10 @@ def _rates(plan: Plan, pool: Workers) -> Iterator[tuple[str, float]]:
     forward = _rate(product, _product(weights, inputs, getattr(torch, plan.run_dtype)))
     exact = _rate(product, _product(weights, inputs, torch.float32))
     yield from ((phase, forward) for phase in ("forward passes", "tokens weighed by the loss", "synthetic samples"))
-    yield from ((phase, exact) for phase in ("learned rounding", "errors weighed by the loss", "scales of inputs"))
+    yield from ((phase, exact) for phase in ("errors weighed by the loss", "scales of inputs"))
+    yield "learned rounding", forward
+    updates = _rate(float(UPDATE * rows * columns), _update(costly, weights)) if plan.learns else exact
+    yield "updates of learned rounding", updates
     yield "Hessians", _rate(2.0 * _TOKENS * columns**2, lambda: inputs.T @ inputs)
     hessian = inputs.T @ inputs / _TOKENS + torch.eye(columns)
     yield "factorizations", _rate(columns**3 / 3, lambda: torch.linalg.cholesky_ex(hessian))
@@ -91,6 +99,15 @@ def _rates(plan: Plan, pool: Workers) -> Iterator[tuple[str, float]]:
 def _product(weights: torch.Tensor, inputs: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
     w, x = weights.to(dtype), inputs.to(dtype)
     return lambda: linear(x, w)
+
+
+def _update(p: LinearPlan, weights: torch.Tensor) -> Callable[[], object]:
+    """A step of learned rounding."""
+    fmt = fit_group(p.weights, weights.shape[1])
+    q = quantize(weights, find_params(weights, fmt, torch.bfloat16, amax=shared_amax([weights, weights], fmt)), fmt)
+    place = Linear(name=p.name, param=f"{p.name}.weight", shape=(weights.shape[0], weights.shape[1]))
+    state = LearningState.begin(LearnedWeight.of(place, weights, q, PLAIN), torch.bfloat16)
+    return lambda: state.step([weights], 0.0)
 
 
 def _packed(weights: torch.Tensor) -> object:

@@ -35,6 +35,7 @@ from qkit.tensor.lowrank import low_rank_bytes
 from qkit.transforms.table import TRANSFORMS
 
 _SCALES = 20  # scales of inputs that a transform tries for each layer, at about the most
+UPDATE = 40  # operations of a step of learned rounding for each weight
 _SEARCH = 11 * 8  # operations of a search of scales for each weight
 LATER = 20 << 20  # libraries that a run loads after it was planned, measured
 _BUSY_EXPERTS = 16  # groups of experts (two each) that a token's run holds inputs of, at the most in common models
@@ -106,6 +107,7 @@ def forecast(
         "scales of inputs",
         "solving",
         "learned rounding",
+        "updates of learned rounding",
         "packing and checking",
     )
     searches = sum(TRANSFORMS[t].stage == "stats" for t in plan.transforms)
@@ -119,7 +121,9 @@ def forecast(
         part_bytes += sum(low_rank_bytes(p.shape, p.rank) for x in block.linears if (p := plan.linears.get(x.name)))
         ops["forward passes"] += passes * 2.0 * size * tokens
         if plan.learns and calibration is not None:
-            ops["learned rounding"] += _descent(plan, block, size, calibration)
+            products, updates = _descent(plan, block, size, calibration)
+            ops["learned rounding"] += products
+            ops["updates of learned rounding"] += updates
         for group in block.groups:
             p = plan.linears.get(group.linears[0].name)
             if p is None:
@@ -236,16 +240,15 @@ def _block_memory(plan: Plan, block: BlockStructure, weights: int, heads: int, i
     return base + max(moments)
 
 
-def _descent(plan: Plan, block: BlockStructure, size: int, rows: Calibration) -> float:
-    """Operations of learned rounding. Every step has a forward and a backward pass (twice the cost), and updates every weight;
-    the end-to-end stage also runs the original model."""
+def _descent(plan: Plan, block: BlockStructure, size: int, rows: Calibration) -> tuple[float, float]:
+    """Operations of learned rounding, (of products, of updates). Every step has a forward and a backward pass (twice the cost),
+    and updates every weight; the end-to-end stage also runs every block again before it goes back."""
     planned = next((p for x in block.linears if (p := plan.linears.get(x.name)) is not None), None)
     if planned is None:
-        return 0.0
-    steps, batch = planned.options["steps"], min(planned.options["batch"], rows.count)
-    return float(
-        size * (steps * (6 * batch * rows.seqlen + 40) + plan.learning("e2e_steps") * (8 * batch * rows.seqlen + 40))
-    )
+        return 0.0, 0.0
+    steps, tokens = planned.options["steps"], min(planned.options["batch"], rows.count) * rows.seqlen
+    end_to_end = plan.learning("e2e_steps")
+    return float(size * tokens * (6 * steps + 8 * end_to_end)), float(size * UPDATE * (steps + end_to_end))
 
 
 def _learning(plan: Plan, block: BlockStructure, busy: list[LinearGroup], heads: int, item: int, workers: int) -> int:

@@ -1,15 +1,16 @@
 """What ``--quality fast``, ``balanced`` and ``best`` give, on the same model, calibration text and machine.
 
     python reports/comparison/levels.py --model DIR --name smollm2 --calib FILE --text NAME=FILE .. --lines LINES \\
-        [--autoround PYTHON] [--llmcompressor PYTHON] [--schemes w4a16,w3a16:64,..] [--levels fast,balanced,best] \\
-        [--windows 20] [--busy]
+        [--autoround PYTHON] [--llmcompressor PYTHON] [--rival-group 64] [--schemes w4a16,w3a16,..] \\
+        [--levels fast,balanced,best] [--windows 20] [--busy]
 
-Each run is the command that a user types, with a scheme (and a group size, as in w3a16:64) and a level and nothing else but the
-calibration text, in a process of its own: peak memory, and seconds with export and proof, of the clock and of the processor.
+Each run is the command that a user types, with a scheme and a level and nothing else but the calibration text, in a process of
+its own: peak memory, and seconds with export and proof, of the clock and of the processor.
 Figures are of the packed file, loaded back, in float32 arithmetic: KL divergence from the original and perplexity in windows of
 512 tokens of each text, and KL on the original's greedy answers of up to 128 tokens to the prompts of ``qkit eval --suite``, in
-its chat template. AutoRound runs with its defaults (weights alone; the same group size), and llm-compressor with its GPTQ of the same rows (quantized
-inputs). LINES gets a line per run; runs that are there are left out.
+its chat template. AutoRound runs with its defaults (weights alone), and llm-compressor with its GPTQ of the same rows (quantized
+inputs). Their groups have 128 columns unless --rival-group says so: of a width that 128 does not divide qkit has groups
+of 64, which have more bytes. LINES gets a line per run; runs that are there are left out.
 reports/comparison/levels-NAME.json has means, and the ratio of each divergence to that of the level below and of the rival,
 with 95 % intervals over windows, or answers (paired).
 """
@@ -42,7 +43,7 @@ from qkit.runtime.loading import load, load_tokenizer
 RIVALS = {s: (run.AUTOROUND, "signround") for s in ("w4a16", "w3a16", "w2a16")}
 RIVALS |= {s: (run.LLMCOMPRESSOR, "gptq") for s in ("w8a8", "w4a8", "nvfp4")}
 SCHEMES = "w4a16,w3a16,w2a16,w8a16,w8a8,w4a8,fp8,nvfp4,mxfp4,q4_k,q3_k"
-CHAT = "chat"
+CHAT, GROUPS = "chat", ", groups of "
 COPIED = ("scheme", "level", "seconds", "processor", "memory", "bytes", "sha256")
 
 
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--lines", type=Path, required=True)
     parser.add_argument("--autoround")
     parser.add_argument("--llmcompressor")
+    parser.add_argument("--rival-group", type=int)
     parser.add_argument("--schemes", default=SCHEMES)
     parser.add_argument("--levels", default=",".join(LEVELS))
     parser.add_argument("--windows", type=int, default=20)
@@ -72,8 +74,8 @@ def main() -> None:
     dialogues = chats(original.model, tokenizer)
     for scheme in args.schemes.split(","):
         given = {run.AUTOROUND: args.autoround, run.LLMCOMPRESSOR: args.llmcompressor}
-        rival = rival_of(scheme)
-        rivals = [rival[0]] if rival is not None and given[rival[0]] else []
+        tool = RIVALS[scheme][0] if scheme in RIVALS else None
+        rivals = [tool + ("" if args.rival_group is None else f"{GROUPS}{args.rival_group}")] if given.get(tool) else []
         for level in (*filter(None, args.levels.split(",")), *rivals):
             if (scheme, level) not in done:
                 entry = measured(args, scheme, level, original, texts, dialogues)
@@ -89,11 +91,6 @@ def main() -> None:
         for row in table:
             del row["seconds"]  # those of the processor stay
     (run.HERE / f"levels-{args.name}.json").write_text(json.dumps(table, indent=1) + "\n")
-
-
-def rival_of(scheme: str) -> tuple[str, str] | None:
-    """(who else makes a file of the scheme, by which method); groups have no say in it."""
-    return RIVALS.get(scheme.partition(":")[0])
 
 
 def chats(model: Any, tokenizer: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -120,19 +117,17 @@ def measured(
 ) -> dict[str, Any]:
     """One run, its file loaded back and measured. Under "kl" are means of windows, and sums of answers."""
     work = Path(tempfile.mkdtemp())
-    tool = run.QKIT if level in LEVELS else level
-    name, _, group = scheme.partition(":")
+    tool = run.QKIT if level in LEVELS else level.partition(GROUPS)[0]
     if tool != run.QKIT:
-        asked = run.Run(tool, name, int(group) if group else None, rival_of(scheme)[1])
+        asked = run.Run(tool, scheme, args.rival_group, RIVALS[scheme][1])
         line = run.command(asked, args, args.calib, work / "out")
         assert line is not None
     else:
-        line = [sys.executable, "-W", "ignore", "-m", "qkit", "quantize", "--model", args.model, "--scheme", name]
+        line = [sys.executable, "-W", "ignore", "-m", "qkit", "quantize", "--model", args.model, "--scheme", scheme]
         line += ["--quality", level, "--calib", str(args.calib), "--out", str(work / "out")]
-        line += ["--group-size", group] if group else []
     seconds, memory, processor = run.started(line)
     folder = next(work.glob("out/**/config.json")).parent
-    model = run.model_of(run.Run(tool, name, None, ""), folder)
+    model = run.model_of(run.Run(tool, scheme, None, ""), folder)
     files = sorted((*folder.glob("*.safetensors"), *folder.glob("*.gguf")))
     entry: dict[str, Any] = {
         "scheme": scheme,
@@ -172,8 +167,8 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 row[t]["perplexity"] = round(float(np.exp(np.mean(x["nll"][t]))), 3)
                 row[t]["original"] = round(float(np.exp(np.mean(x["original"][t]))), 3)
             below = LEVELS[LEVELS.index(level) - 1] if level in LEVELS[1:] else None
-            rival = rival_of(scheme) if level in LEVELS else None
-            for other in (below, rival and rival[0]):
+            rivals = [other for of, other in found if of == scheme and other not in LEVELS] if level in LEVELS else []
+            for other in (below, *rivals):
                 if t in found.get((scheme, other), {"kl": ()})["kl"]:
                     row[t][f"to {other}"] = ratio(x["kl"][t], found[scheme, other]["kl"][t])
         rows.append(row)
