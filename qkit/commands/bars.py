@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 from rich.console import Console
@@ -73,18 +73,23 @@ class Share:
     """Computes the finished share of a run from its phases.
 
     stages: (name, weight of each of its blocks) of every sequence of blocks, in order; none: a run of phases that nobody
-    counted, whose share is not known. finished: blocks that were done before.
+    counted, whose share is not known. finished: blocks that were done before. ahead: weights of phases before all blocks, which
+    a run that goes on has again.
     """
 
-    def __init__(self, stages: Sequence[tuple[str, Sequence[float]]] = (), finished: int = 0) -> None:
-        weights = {(name, i + 1): w for name, blocks in stages for i, w in enumerate(blocks)}
+    def __init__(
+        self, stages: Sequence[tuple[str, Sequence[float]]] = (), finished: int = 0, ahead: Mapping[str, float] = {}
+    ) -> None:
+        weights = {(name, 0): w for name, w in ahead.items()}
+        weights |= {(name, i + 1): w for name, blocks in stages for i, w in enumerate(blocks)}
         total, before = sum(weights.values()) or 1.0, 0.0
         self._spans = dict[tuple[str, int], tuple[float, float]]()  # by block, the share before it, and its own
         for key, weight in weights.items():
             self._spans[key] = (before, (1 - _TAIL) * weight / total)
             before += self._spans[key][1]
-        self._value = sum(own for _, own in [*self._spans.values()][:finished])
-        self._after = finished >= len(self._spans)  # whether all blocks are done
+        done = len(ahead) + finished if finished else 0  # the share does not fall back
+        self._value = sum(own for _, own in [*self._spans.values()][:done])
+        self._after = finished >= len(self._spans) - len(ahead)  # whether all blocks are done
         self._at: tuple[str, int] | None = None
         self._phase, self._steps, self._done = "", 0, 0
         self._ended = 0  # phases of this block, or of what comes after the blocks
@@ -99,13 +104,13 @@ class Share:
         now = time.monotonic()
         self._now[self._phase] = now - self._began
         match = _BLOCK.fullmatch(what)
-        at = (match["sequence"].strip(), int(match["at"])) if match else None
+        at = (match["sequence"].strip(), int(match["at"])) if match else (what, 0) if (what, 0) in self._spans else None
         if at == self._at:
             self._ended += 1
         else:
             self._after = self._after or (at is None and bool(self._spans) and self._at == [*self._spans][-1])
             self._at, self._took, self._now, self._ended = at, self._now, {}, 0
-        self._phase, self._began = (match["phase"] or "") if match else what, now
+        self._phase, self._began = (match["phase"] or "") if match else "" if at else what, now
         self._steps, self._done = total, 0
         return self.step(0)
 

@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -281,9 +281,11 @@ class Reporter:
         self._bar, self._share = Bar(console), Share()
         self._what = ""
 
-    def expect(self, stages: Sequence[tuple[str, Sequence[float]]], finished: int = 0) -> None:
-        """The blocks of the run, as for ``Share``: from here on the bar shows the complete run."""
-        self._share = Share(stages, finished)
+    def expect(
+        self, stages: Sequence[tuple[str, Sequence[float]]], finished: int = 0, ahead: Mapping[str, float] = {}
+    ) -> None:
+        """The blocks of the run and what comes before them, as for ``Share``: from here on the bar shows the complete run."""
+        self._share = Share(stages, finished, ahead)
 
     def start(self, what: str, total: int) -> None:
         """A new phase."""

@@ -98,7 +98,8 @@ def quantize_command(
     if finished:
         console.print(Text(f"{finished} blocks were finished earlier"))
     reporter = Reporter(console, command_line())
-    reporter.expect(stages(prepared_request), finished)
+    blocks = stages(prepared_request)
+    reporter.expect(blocks, finished, ahead(prepared_request, sum(sum(weights) for _, weights in blocks)))
     with reporter.running():
         report = quantize(
             request,
@@ -150,6 +151,14 @@ def stages(prepared: PreparedRequest) -> list[tuple[str, list[float]]]:
         )
         for s in sequences(prepared.plan, prepared.structure)
     ]
+
+
+def ahead(prepared: PreparedRequest, blocks: float) -> dict[str, float]:
+    """The phases that a run goes through before its blocks, for ``Reporter.expect``. blocks: what all blocks count together"""
+    operations = prepared.forecast.operations
+    passes = {name: operations[name] for name in prepared.passes}
+    rest = sum(operations.values()) - sum(passes.values())
+    return {name: blocks * n / rest for name, n in passes.items()} if rest else {}
 
 
 def _components(prepared: PreparedRequest, out: Path) -> Iterator[str]:

@@ -38,8 +38,8 @@ FACTORS = {
     "solving": 1.8,
     "learned rounding": 2.0,
     "updates of learned rounding": 1.5,
-    "errors weighed by the loss": 2.0,
-    "tokens weighed by the loss": 2.0,
+    "errors weighted by the loss": 2.0,
+    "tokens weighted by the loss": 2.0,
     "synthetic samples": 4.0,
     PACKING: 5.0,
 }
@@ -84,8 +84,8 @@ def _rates(plan: Plan, pool: Workers) -> Iterator[tuple[str, float]]:
     product = 2.0 * _TOKENS * rows * columns
     forward = _rate(product, _product(weights, inputs, getattr(torch, plan.run_dtype)))
     exact = _rate(product, _product(weights, inputs, torch.float32))
-    yield from ((phase, forward) for phase in ("forward passes", "tokens weighed by the loss", "synthetic samples"))
-    yield from ((phase, exact) for phase in ("errors weighed by the loss", "scales of inputs"))
+    yield from ((phase, forward) for phase in ("forward passes", "tokens weighted by the loss", "synthetic samples"))
+    yield from ((phase, exact) for phase in ("errors weighted by the loss", "scales of inputs"))
     yield "learned rounding", forward
     updates = _rate(float(UPDATE * rows * columns), _update(costly, weights)) if plan.learns else exact
     yield "updates of learned rounding", updates

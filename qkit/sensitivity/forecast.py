@@ -28,7 +28,7 @@ from qkit.sensitivity.names import BLOCKWISE, FISHER
 from qkit.sensitivity.outputs import SAMPLE_TOKENS
 from qkit.sensitivity.reference_model import SPILL_BYTES, log_prob_bytes
 from qkit.sensitivity.repair import ROWS
-from qkit.sensitivity.token_weights import rows_at_a_time, stream_width
+from qkit.sensitivity.token_weights import PHASE, rows_at_a_time, stream_width
 from qkit.sensitivity.units import applies, units_of
 from qkit.system.machine import available_memory, process_bytes, resident_bytes
 from qkit.system.words import megabytes
@@ -185,12 +185,12 @@ def gradient_passes(plan: Plan, structure: ModelStructure, workers: int) -> dict
     if LOSS_WEIGHTS in plan.needs:
         rows = extent_first(plan.calibration, hidden.ROWS)
         held = hidden.held_bytes(structure, stream_width(structure), is_chain(plan, structure))
-        passes["errors weighed by the loss"] = _gradient_pass(plan, structure, rows, rows.rows, 4, held, workers)
+        passes[hidden.PHASE] = _gradient_pass(plan, structure, rows, rows.rows, 4, held, workers)
     if LOSS_GRADIENTS in plan.needs:
         rows, item = extent_first(plan.calibration, plan.calibration.count), getattr(torch, plan.run_dtype).itemsize
         held = 4 * rows.rows * rows.length * len(plan.linears)
         together = rows_at_a_time(plan, structure)
-        passes["tokens weighed by the loss"] = _gradient_pass(plan, structure, rows, together, item, held, workers)
+        passes[PHASE] = _gradient_pass(plan, structure, rows, together, item, held, workers)
     return passes
 
 

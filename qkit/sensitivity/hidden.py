@@ -34,6 +34,7 @@ from qkit.system.progress import Progress
 
 ROWS = 32  # calibration rows that the gradients are taken on, at the most
 PLAIN = 0.1  # share of the identity
+PHASE = "errors weighted by the loss"
 
 
 def weighing(plan: Plan, structure: ModelStructure, job: Job, pool: Workers, progress: Progress) -> list[Tensor]:
@@ -41,11 +42,11 @@ def weighing(plan: Plan, structure: ModelStructure, job: Job, pool: Workers, pro
     whose blocks cannot be run one after another is loaded whole."""
     assert plan.calibration is not None
     rows = plan.calibration.first(ROWS)
-    progress.start("gradients behind every block", 2 * len(structure.blocks))
+    progress.start(PHASE, 2 * len(structure.blocks))
     with torch.inference_mode(False):
         chain = chain_of(replace(plan, calibration=rows, run_dtype="float32"), structure, job, pool)
     if chain is None:
-        progress.start("gradients behind every block", len(batches(rows)))
+        progress.start(PHASE, len(batches(rows)))
         model = load_checkpoint(structure.checkpoint, torch.float32)
         return roots(ReferenceModel(model, structure, pool), rows, plan.seed, progress.step)
     with chain, torch.inference_mode(False):

@@ -36,7 +36,7 @@ from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
 
 HELD = 256 << 20  # bytes of hidden states that go through the model at a time, at the most
-PHASE = "gradients at every layer"
+PHASE = "tokens weighted by the loss"
 _TAP = "tap"  # parameter of a layer that its outputs are added to
 
 

@@ -35,7 +35,7 @@ class Option:
         if isinstance(self.default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not type(self.default):
-            raise UsageError(f"option '{name}': expected {type(self.default).__name__}, found {value!r}")
+            raise UsageError(f"option '{name}': expected {self._kind}, found {value!r}")
         if self.choices and value not in self.choices:
             raise UsageError(f"option '{name}': expected one of {', '.join(self.choices)}, found {value!r}")
         if (
@@ -45,6 +45,10 @@ class Option:
         ):
             raise UsageError(f"option '{name}': expected {self._range}, found {value}")
         return value
+
+    @property
+    def _kind(self) -> str:
+        return "true or false" if isinstance(self.default, bool) else type(self.default).__name__
 
     @property
     def _range(self) -> str:

@@ -71,6 +71,7 @@ class PreparedRequest:
         default_factory=dict
     )  # of a diffusion pipeline, those that are quantized too
     notes: tuple[str, ...] = ()  # what differs from the run that wrote the recipe
+    passes: tuple[str, ...] = ()  # phases with gradients of the original model, before the blocks
 
 
 def open_structure(model: str, language_for: str = "", adapter: str | None = None) -> ModelStructure:
@@ -136,7 +137,7 @@ def prepare(
     beside = max((p.disk for p in passes.values()), default=0)
     beside = max(beside, end_to_end_disk(plan, structure) if plan.learning("e2e_steps") else 0)
     cost = replace(cost, job_bytes=cost.job_bytes + beside, operations={**cost.operations, **beforehand})
-    return PreparedRequest(plan, structure, cost, components, notes)
+    return PreparedRequest(plan, structure, cost, components, notes, tuple(passes))
 
 
 def _operations_beforehand(

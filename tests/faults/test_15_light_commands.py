@@ -150,6 +150,17 @@ def test_blocks_of_towers_and_of_the_language_model_are_told_apart():
     assert shares(share, [("block 1/1", 2)])[-1] == pytest.approx(0.95)
 
 
+def test_passes_before_the_blocks_count_by_their_work():
+    phases = [("embed the calibration rows", 2), ("gradients", 4), ("block 1/1", 4)]
+    found = shares(Share([("", [3.0])], ahead={"gradients": 1.0}), phases)
+    assert found[:3] == [0, 0, 0] and found[3:8] == pytest.approx([0.95 / 4 * i / 4 for i in range(5)])
+    assert found[-1] == pytest.approx(0.95)
+    again = shares(
+        Share([("", [1.5, 1.5])], finished=1, ahead={"gradients": 1.0}), [("gradients", 4), ("block 2/2", 2)]
+    )
+    assert again[:5] == pytest.approx([0.95 * 2.5 / 4] * 5) and again[-1] == pytest.approx(0.95)
+
+
 def test_phases_that_nobody_counted_have_no_share():
     assert shares(Share(), [("probes", 2)]) == [None] * 3
 

@@ -111,7 +111,7 @@ def test_a_run_and_one_that_stopped(asked: Request, tmp_path: Path) -> None:
 def test_its_memory_is_told(asked: Request) -> None:
     structure, memory = prepare(asked).structure, prepare(asked).forecast.memory
     head = 4 * structure.text_config.vocab_size * structure.text_config.hidden_size
-    assert memory["errors weighed by the loss"] > head + 32 * 32 * 4 * structure.text_config.hidden_size
+    assert memory["errors weighted by the loss"] > head + 32 * 32 * 4 * structure.text_config.hidden_size
 
 
 def test_bad_input(asked: Request) -> None:

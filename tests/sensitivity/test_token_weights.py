@@ -97,8 +97,8 @@ def test_its_cost_is_told(tiny: Any, text: Path) -> None:
     request = asked(tiny("llama"), text)
     guided, plain = prepare(request), prepare(replace(request, options={}))
     added = set(guided.forecast.memory) - set(plain.forecast.memory)
-    assert added == {"tokens weighed by the loss"}
-    assert guided.forecast.operations["tokens weighed by the loss"] > plain.forecast.operations["forward passes"]
+    assert added == {"tokens weighted by the loss"}
+    assert guided.forecast.operations["tokens weighted by the loss"] > plain.forecast.operations["forward passes"]
     assert guided.forecast.job_bytes > plain.forecast.job_bytes
 
 
