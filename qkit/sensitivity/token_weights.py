@@ -67,14 +67,14 @@ def token_weights(
             f"({reason(e)}): use --option guided=false"
         ) from e
     give_back()
-    rows = plan.calibration.count
-    return [{x.name: _mean_one(squares[x.name], rows) for x in of_block if x.name in squares} for of_block in linears]
+    return [{x.name: _mean_one(squares[x.name]) for x in of_block if x.name in squares} for of_block in linears]
 
 
-def _of_chain(chain: Chain, plan: Plan, linears: list[list[Linear]], progress: Progress) -> dict[str, list[Tensor]]:
-    """{linear: mean squares of gradients over its outputs [tokens of a piece], in the order of the rows}."""
+def _of_chain(chain: Chain, plan: Plan, linears: list[list[Linear]], progress: Progress) -> dict[str, Tensor]:
+    """{linear: float32 [rows, length], mean squares of gradients over its outputs}."""
     assert plan.calibration is not None
-    squares: dict[str, list[Tensor]] = {}
+    # Made at once: many small tensors between large ones that come and go would tear the heap apart.
+    squares = {x.name: torch.zeros(chain.rows.count, chain.rows.tokens) for of_block in linears for x in of_block}
     parts = list(_parts(numbered(batches(plan.calibration, PIECE_TOKENS)), rows_at_a_time(plan, chain.structure)))
     progress.start(PHASE, 2 * len(chain.blocks) * len(parts))
     for pieces in parts:
@@ -84,10 +84,11 @@ def _of_chain(chain: Chain, plan: Plan, linears: list[list[Linear]], progress: P
         tapped = partial(_tapped, chain, linears, max(tokens))
         for block in chain.backward(kept, gradients, tapped, progress.step):
             of_block = linears[chain.blocks[block.number][0].index]
-            for count, by_parameter in zip(tokens, block.parameters, strict=True):
+            for piece, count, by_parameter in zip(pieces, tokens, block.parameters, strict=True):
                 for x in of_block:
-                    gradient = by_parameter[f"{_module_path(x)}.{_TAP}"][:count]
-                    squares.setdefault(x.name, []).append(gradient.float().square().mean(-1).flatten())
+                    gradient = by_parameter[f"{_module_path(x)}.{_TAP}"][:count].float()
+                    rows = squares[x.name][piece.first : piece.first + piece.rows]
+                    rows.copy_(gradient.square_().mean(-1).view_as(rows))
     return squares
 
 
@@ -117,7 +118,7 @@ def _add_tap(layer: Any, _: Any, output: Tensor) -> Tensor:
 
 def _of_whole_model(
     plan: Plan, structure: ModelStructure, linears: list[list[Linear]], pool: Workers, progress: Progress
-) -> dict[str, list[Tensor]]:
+) -> dict[str, Tensor]:
     """``_of_chain`` with the whole model in memory, in float32."""
     assert plan.calibration is not None
     progress.start(PHASE, len(batches(plan.calibration)))
@@ -130,7 +131,7 @@ def _of_whole_model(
         for path, g in gradients.items():
             squares.setdefault(name_of[path], []).append(g.square().mean(-1))
         progress.step()
-    return squares
+    return {name: torch.cat(parts).view(plan.calibration.count, -1) for name, parts in squares.items()}
 
 
 def rows_at_a_time(plan: Plan, structure: ModelStructure) -> int:
@@ -158,10 +159,10 @@ def _parts(pieces: list[Piece], rows: int) -> Iterator[list[Piece]]:
     yield part
 
 
-def _mean_one(squares: list[Tensor], rows: int) -> Tensor:
-    weights = torch.cat(squares).double()
-    mean = float(weights.mean())
-    return (weights / mean if mean > 0 else torch.ones_like(weights)).float().view(rows, -1)
+def _mean_one(squares: Tensor) -> Tensor:
+    exact = squares.double()
+    mean = float(exact.mean())
+    return (exact / mean).float() if mean > 0 else torch.ones_like(squares)
 
 
 def _module_path(linear: Linear) -> str:
