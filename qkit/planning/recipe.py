@@ -283,9 +283,10 @@ def check_options(
     filled = {name: o.default if o.gguf is None or not gguf else o.gguf for name, o in table.items()}
     for name, value in options.items():
         if name not in table:
+            has = f": it has {', '.join(table) or 'no options'}"
             owners = [method for method, x in (SOLVERS | TRANSFORMS).items() if name in x.options]
-            known = f": it is an option of {' and '.join(owners)}" if owners else did_you_mean(name, list(table))
-            known = known or f": it has {', '.join(table) or 'no options'}"
+            elsewhere = f"{has}; {name} is an option of {' and '.join(owners)}" if owners else ""
+            known = elsewhere or did_you_mean(name, list(table)) or has
             raise UsageError(f"unknown option '{name}' for {'+'.join((*transforms, solver))}{known}")
         filled[name] = table[name].checked(name, value)
     return filled

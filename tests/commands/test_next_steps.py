@@ -69,4 +69,6 @@ def test_a_folder_of_calibration_data_is_named_as_it_was_given(run, tmp_path, mo
 def test_an_unknown_option_of_a_method_names_those_that_it_has(run):
     plan = ["plan", "--model", "tiny-llama", "--scheme", "w4a16", "--method", "rtn", "--option"]
     assert "unknown option 'damp' for rtn: it has search" in run(*plan, "damp=1")[2]
+    of_gptq = "unknown option 'guided' for rtn: it has search, signed; guided is an option of gptq"
+    assert of_gptq in " ".join(run(*plan, "guided=true")[2].split())
     assert "unknown option 'serch' for rtn; did you mean search?" in run(*plan, "serch=mse")[2]
