@@ -78,11 +78,17 @@ class BlockRunner:
         self._local = threading.local()
         self._calls = Counter[str]()  # of linears, in one pass of the block
         self._units = self._find_units()
-        running = {name: place for place, name in enumerate(self._calls)}
-        self.stages = sorted(
-            structure.units, key=lambda u: running.get(u[0].hook, len(running)) if u[0].expert is None else len(running)
-        )
+        self.stages = self._in_running_order()
         self._replaced: dict[str, nn.Module] = {}
+
+    def _in_running_order(self) -> list[tuple[LinearGroup, ...]]:
+        """Units of the block as one pass called them; experts, and what it did not call, come last."""
+        places = {name: place for place, name in enumerate(self._calls)}
+
+        def place(unit: tuple[LinearGroup, ...]) -> int:
+            return places.get(unit[0].hook, len(places)) if unit[0].expert is None else len(places)
+
+        return sorted(self.structure.units, key=place)
 
     # ---- capture ---------------------------------------------------------------------------------------------
 

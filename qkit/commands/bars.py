@@ -104,7 +104,8 @@ class Share:
         now = time.monotonic()
         self._now[self._phase] = now - self._began
         match = _BLOCK.fullmatch(what)
-        at = (match["sequence"].strip(), int(match["at"])) if match else (what, 0) if (what, 0) in self._spans else None
+        key = (match["sequence"].strip(), int(match["at"])) if match else (what, 0)
+        at = key if match or key in self._spans else None  # None: a phase that nobody counted
         if at == self._at:
             self._ended += 1
         else:

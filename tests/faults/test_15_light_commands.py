@@ -152,13 +152,13 @@ def test_blocks_of_towers_and_of_the_language_model_are_told_apart():
 
 def test_passes_before_the_blocks_count_by_their_work():
     phases = [("embed the calibration rows", 2), ("gradients", 4), ("block 1/1", 4)]
-    found = shares(Share([("", [3.0])], ahead={"gradients": 1.0}), phases)
-    assert found[:3] == [0, 0, 0] and found[3:8] == pytest.approx([0.95 / 4 * i / 4 for i in range(5)])
-    assert found[-1] == pytest.approx(0.95)
-    again = shares(
+    of_run = shares(Share([("", [3.0])], ahead={"gradients": 1.0}), phases)
+    assert of_run[:3] == [0, 0, 0] and of_run[3:8] == pytest.approx([0.95 / 4 * i / 4 for i in range(5)])
+    assert of_run[-1] == pytest.approx(0.95)
+    of_rest = shares(
         Share([("", [1.5, 1.5])], finished=1, ahead={"gradients": 1.0}), [("gradients", 4), ("block 2/2", 2)]
     )
-    assert again[:5] == pytest.approx([0.95 * 2.5 / 4] * 5) and again[-1] == pytest.approx(0.95)
+    assert of_rest[:5] == pytest.approx([0.95 * 2.5 / 4] * 5) and of_rest[-1] == pytest.approx(0.95)
 
 
 def test_phases_that_nobody_counted_have_no_share():
